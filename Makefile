@@ -1,0 +1,52 @@
+# `make serve` and `make test` do all of their own set-up, in .venv.
+PORT ?= 3000
+PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$python && break; done)
+BIN := .venv/bin
+export BENTOML_DO_NOT_TRACK = True
+
+.PHONY: serve test test-full check format model evaluate bento clean
+
+serve: .venv/serve.stamp
+	$(BIN)/bentoml serve service.py --port $(PORT)
+
+test: .venv/dev.stamp
+	$(BIN)/pytest -m "not full"
+
+test-full: .venv/dev.stamp
+	$(BIN)/pytest
+
+check: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Train the embedded model anew: two hours on two cores; interrupted, it goes on where it stood.
+model: .venv/dev.stamp
+	$(BIN)/python -m tools.shapes.train
+	$(BIN)/python -m tools.shapes.evaluate --card
+
+evaluate: .venv/dev.stamp
+	$(BIN)/python -m tools.shapes.evaluate
+
+bento: .venv/serve.stamp
+	$(BIN)/bentoml build
+
+clean:
+	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "Stepweave needs Python 3.11 or 3.12; name one with PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/serve.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/dev.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@ .venv/serve.stamp

@@ -1,0 +1,128 @@
+"""The ASGI app of the contract's own routes: OpenAI Images, models and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import Coroutine
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from stepweave.api.responses import handle_error
+from stepweave.api.schemas import GenerationRequest, parse, require_json
+from stepweave.errors import Cancelled, NotFound, StepweaveError, shown
+from stepweave.server import Server
+
+T = TypeVar("T")
+
+
+async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Await `work`; if the client leaves first, cancel it and raise Cancelled. The request's body must have been read."""
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Cancelled("The client left.")
+        return task.result()
+    finally:
+        for pending in (task, watcher):
+            if not pending.done():
+                pending.cancel()
+                await asyncio.wait({pending})
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class Api:
+    """The handlers, bound to one server."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+
+    def app(self) -> Starlette:
+        return Starlette(
+            routes=[
+                Route("/v1/images/generations", self.generations, methods=["POST"]),
+                Route("/v1/models", self.models, methods=["GET"]),
+                Route("/v1/models/{id:path}", self.model, methods=["GET"]),
+                Route("/metrics", self.metrics, methods=["GET"]),
+            ],
+            exception_handlers={StepweaveError: handle_error},
+        )
+
+    async def generations(self, request: Request) -> Response:
+        with self.server.metrics.counted():
+            require_json(request.headers.get("content-type", ""))
+            body = parse(await request.body(), GenerationRequest)
+            generation, files = await until_disconnect(request, self.server.generate(body, n=body.n, model=body.model))
+        parameters = generation.parameters
+        model, _ = self.server.ready()
+        return JSONResponse(
+            {
+                "created": int(time.time()),
+                "data": [
+                    {"b64_json": base64.b64encode(file.data).decode(), "seed": file.seed, "revised_prompt": None}
+                    for file in files
+                ],
+                "model": model.id,
+                "usage": {
+                    "images": parameters.n,
+                    "steps": parameters.n * parameters.num_inference_steps,
+                    "pixels": parameters.n * parameters.width * parameters.height,
+                },
+                "parameters": {**parameters.of_image(0), "n": parameters.n, "output_format": body.output_format},
+                "timings": {name: round(seconds, 6) for name, seconds in asdict(generation.timings).items()},
+                "warnings": [],
+            }
+        )
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._describe()]})
+
+    async def model(self, request: Request) -> Response:
+        description = self._describe()
+        if request.path_params["id"] != description["id"]:
+            raise NotFound(
+                f"There is no model {shown(request.path_params['id'])}; this server has {description['id']!r}.",
+                code="model_not_found",
+            )
+        return JSONResponse(description)
+
+    def _describe(self) -> dict[str, Any]:
+        model, _ = self.server.ready()
+        settings = self.server.settings
+        return {
+            "id": model.id,
+            "object": "model",
+            "created": self.server.created,
+            "owned_by": "stepweave",
+            "stepweave": {
+                "pipeline": model.pipeline_class,
+                "device": self.server.device,
+                "dtype": self.server.dtype,
+                "native_size": f"{model.width}x{model.height}",
+                "size_multiple": model.multiple,
+                "max_pixels": settings.max_pixels,
+                "default_num_inference_steps": model.default_steps,
+                "max_num_inference_steps": settings.max_steps,
+                "default_guidance_scale": model.default_guidance,
+                "max_images": settings.max_images,
+                "max_prompt_characters": settings.max_prompt_characters,
+            },
+        }
+
+    async def metrics(self, request: Request) -> Response:
+        # off the loop: CUDA's memory query may wait for the driver
+        content = await asyncio.to_thread(self.server.metrics.render)
+        return Response(content, headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -1,0 +1,91 @@
+"""The server's settings: one object, read once from the environment."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from stepweave.errors import ConfigError, shown
+
+PREFIX = "STEPWEAVE_"
+EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "models" / "shapes"
+
+# What Kubernetes puts into every pod of a namespace that has a Service called "stepweave" (enableServiceLinks).
+_SERVICE_LINK = re.compile(r"STEPWEAVE_(SERVICE_(HOST|PORT)\w*|PORT(_\d+_(TCP|UDP|SCTP)\w*)?)")
+
+
+class Settings(BaseSettings):
+    """Settings of one server process, from environment variables with the prefix `STEPWEAVE_`."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid")
+
+    model: str = Field("shapes", min_length=1, description="Directory or hub id of the pipeline; `shapes` is embedded.")
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = Field(
+        None, description="Commit of the hub repository, 40 hex digits; needed with a hub id."
+    )
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = Field(
+        "auto", description="`auto` (first GPU, else CPU), `cpu`, `cuda`, `cuda:N` or `mps`."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Of the weights; `auto` is bfloat16 (else float16) on a GPU and float32 on a CPU."
+    )
+    cpu_threads: int = Field(0, ge=0, le=1024, description="Torch's CPU threads; 0 follows the cgroup's CPU quota.")
+    warmup: bool = Field(True, description="Run a short generation before the server turns ready.")
+    max_queue: int = Field(64, ge=0, le=100_000, description="Requests that may wait; one more is refused with 429.")
+    max_images: int = Field(8, ge=1, le=64, description="Largest `n` of a request.")
+    max_steps: int = Field(200, ge=1, le=10_000, description="Largest `num_inference_steps` of a request.")
+    max_pixels: int = Field(2048 * 2048, ge=64 * 64, description="Largest width times height of a picture.")
+    max_prompt_characters: int = Field(4000, ge=1, le=7000, description="Longest prompt or negative prompt.")
+    max_body_bytes: int = Field(1_048_576, ge=1024, description="Largest body of a request.")
+
+    @model_validator(mode="after")
+    def _model_can_be_found(self) -> Settings:
+        if self.model_directory() is None:
+            if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.model) or self.model.startswith((".", "/")):
+                raise ValueError(f"STEPWEAVE_MODEL={shown(self.model)} is no directory here and no hub id (owner/name)")
+            if self.revision is None:
+                raise ValueError(
+                    f"STEPWEAVE_MODEL={shown(self.model)} is a hub id, so STEPWEAVE_REVISION must pin its commit "
+                    "(40 hex digits)"
+                )
+        elif self.revision is not None:
+            raise ValueError(
+                f"STEPWEAVE_REVISION={shown(self.revision)} pins a hub commit, but "
+                f"STEPWEAVE_MODEL={shown(self.model)} is a directory"
+            )
+        return self
+
+    def model_directory(self) -> Path | None:
+        """The model's local directory, or None for a hub id."""
+        if self.model == "shapes":
+            return EMBEDDED_MODEL
+        path = Path(self.model).expanduser()
+        return path if path.is_dir() else None
+
+    @classmethod
+    def load(cls) -> Settings:
+        """Read the settings, or raise ConfigError with the name and value of each one that is wrong."""
+        names = {f"{PREFIX}{field.upper()}" for field in cls.model_fields}
+        problems = []
+        for name in sorted(os.environ):
+            if name.upper().startswith(PREFIX) and name.upper() not in names and not _SERVICE_LINK.fullmatch(name):
+                close = difflib.get_close_matches(name.upper(), names, n=1)
+                hint = f" (did you mean {close[0]}?)" if close else ""
+                problems.append(f"{name}={shown(os.environ[name])}: there is no such setting{hint}")
+        try:
+            settings = cls()
+        except ValidationError as error:
+            for item in error.errors():
+                message = item["msg"].removeprefix("Value error, ")
+                if item["loc"]:
+                    message = f"{PREFIX}{str(item['loc'][0]).upper()}={shown(item['input'])}: {message}"
+                problems.append(message)
+        if problems:
+            raise ConfigError("; ".join(problems))
+        return settings

@@ -1,0 +1,141 @@
+"""Every error that Stepweave raises, each with the HTTP status, type and code it becomes.
+
+StepweaveError (500)
+├── ConfigError                 a setting is unknown or malformed; the server does not start
+├── LoadError                   the model cannot be loaded
+└── RequestError                the caller's request cannot be served
+    ├── InvalidRequest (400)    a value is not allowed; `param` names the field
+    ├── NotFound (404)          no such route or model
+    ├── MethodNotAllowed (405)
+    ├── BodyTooLarge (413)
+    ├── UnsupportedMedia (415)
+    ├── Refused (429)           admission refused it; `retry_after` says when to come back
+    ├── Cancelled (499)         the caller left or cancelled
+    └── Unavailable (503)       loading, draining or failed; `retry_after` says when to come back
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+SHOWN = 80  # characters of an offending value that a message repeats
+
+
+def shown(value: object) -> str:
+    """The value as a message repeats it: its repr, cut to a sane length."""
+    text = repr(value[: 2 * SHOWN]) if isinstance(value, (str, bytes)) else repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+class StepweaveError(Exception):
+    """Base of all. `message` never holds a traceback or a server path."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code or type(self).__name__.lower()
+        self.param = param
+        self.retry_after = None if retry_after is None else max(1, math.ceil(retry_after))
+
+    def body(self) -> dict[str, Any]:
+        """The body of the answer, in OpenAI's error shape."""
+        return {"error": {"message": self.message, "type": self.type, "code": self.code, "param": self.param}}
+
+
+class ConfigError(StepweaveError):
+    """A setting is unknown or malformed."""
+
+
+class LoadError(StepweaveError):
+    """The model cannot be loaded."""
+
+
+class RequestError(StepweaveError):
+    """The caller's request cannot be served."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class InvalidRequest(RequestError):
+    """A value of the request is not allowed."""
+
+    def __init__(self, message: str, *, code: str = "invalid_value", param: str | None = None) -> None:
+        super().__init__(message, code=code, param=param)
+
+
+class NotFound(RequestError):
+    """No such route or model."""
+
+    status = 404
+
+    def __init__(self, message: str, *, code: str = "not_found", param: str | None = None) -> None:
+        super().__init__(message, code=code, param=param)
+
+
+class MethodNotAllowed(RequestError):
+    """The route exists, the method does not."""
+
+    status = 405
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="method_not_allowed")
+
+
+class BodyTooLarge(RequestError):
+    """The request's body is over the limit."""
+
+    status = 413
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"The request's body is over the limit of {limit} bytes.", code="body_too_large")
+
+
+class UnsupportedMedia(RequestError):
+    """The request's content type is not one that the route reads."""
+
+    status = 415
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="unsupported_media_type")
+
+
+class Refused(RequestError):
+    """Admission refused the request: it would wait too long. Nothing was run."""
+
+    status = 429
+    type = "rate_limit_error"
+
+    def __init__(self, message: str, *, retry_after: float, code: str = "queue_full") -> None:
+        super().__init__(message, code=code, retry_after=retry_after)
+
+
+class Cancelled(RequestError):
+    """The caller left or cancelled the job."""
+
+    status = 499
+    type = "cancelled"
+
+    def __init__(self, message: str = "The request was cancelled.") -> None:
+        super().__init__(message, code="cancelled")
+
+
+class Unavailable(RequestError):
+    """The server does not take work now."""
+
+    status = 503
+    type = "unavailable"
+
+    def __init__(self, message: str, *, code: str, retry_after: float) -> None:
+        super().__init__(message, code=code, retry_after=retry_after)

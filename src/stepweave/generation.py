@@ -1,0 +1,51 @@
+"""One generation: its parameters as resolved, and what comes out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Everything that decides a generation's pixels, defaults filled in. Image i of n uses `seed` + i."""
+
+    prompt: str
+    negative_prompt: str | None
+    width: int  # pixels
+    height: int  # pixels
+    n: int
+    seed: int
+    num_inference_steps: int
+    guidance_scale: float | None  # None where the pipeline has no such argument
+
+    def of_image(self, index: int) -> dict[str, Any]:
+        """The parameters of one of the n images, as they are echoed and written into its metadata."""
+        values: dict[str, Any] = {"prompt": self.prompt, "seed": self.seed + index}
+        if self.negative_prompt is not None:
+            values["negative_prompt"] = self.negative_prompt
+        values |= {"size": f"{self.width}x{self.height}", "num_inference_steps": self.num_inference_steps}
+        if self.guidance_scale is not None:
+            values["guidance_scale"] = self.guidance_scale
+        return values
+
+
+@dataclass
+class Timings:
+    """Seconds a job spent: waiting for its turn, in the pipeline, and in encoding the picture files."""
+
+    queued: float = 0.0
+    generate: float = 0.0
+    encode_image: float = 0.0
+    total: float = 0.0
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The outcome of a job: n pictures, first seed first."""
+
+    parameters: Parameters
+    images: list[Image.Image]
+    timings: Timings = field(default_factory=Timings)

@@ -1,0 +1,60 @@
+"""Encode pictures as PNG, JPEG or WebP, with the parameters that made them inside."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any, Literal
+
+from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngInfo
+
+from stepweave import __version__
+
+OutputFormat = Literal["png", "jpeg", "webp"]
+_ASCII_CODE = b"ASCII\0\0\0"  # EXIF 2.32, 4.6.5: the character code that precedes a UserComment
+_UNICODE_CODE = b"UNICODE\0"
+_EXIF_LIMIT = 65_527  # bytes that a JPEG segment holds after its length and "Exif" marker; long prompts need it all
+
+
+def a1111_text(values: dict[str, Any], model: str) -> str:
+    """The parameters in the convention of the A1111 web UI, which most picture tools read."""
+    lines = [values["prompt"]]
+    if values.get("negative_prompt"):
+        lines.append(f"Negative prompt: {values['negative_prompt']}")
+    fields = {
+        "Steps": values["num_inference_steps"],
+        "CFG scale": values.get("guidance_scale"),
+        "Seed": values["seed"],
+        "Size": values["size"],
+        "Model": model,
+        "Version": f"stepweave {__version__}",
+    }
+    lines.append(", ".join(f"{name}: {value}" for name, value in fields.items() if value is not None))
+    return "\n".join(lines)
+
+
+def encode(image: Image.Image, output_format: OutputFormat, values: dict[str, Any], model: str) -> bytes:
+    """The picture as a file. `values` are the parameters of this image (`Parameters.of_image`).
+
+    PNG carries them as text chunks `parameters` (A1111) and `stepweave` (JSON); JPEG and WebP as EXIF UserComment (A1111)
+    and ImageDescription (JSON).
+    """
+    buffer = io.BytesIO()
+    text, record = a1111_text(values, model), json.dumps({**values, "model": model})
+    if output_format == "png":
+        info = PngInfo()
+        info.add_itxt("parameters", text)
+        info.add_itxt("stepweave", record)
+        image.save(buffer, "PNG", pnginfo=info)
+        return buffer.getvalue()
+    exif = Image.Exif()
+    comment = _ASCII_CODE + text.encode() if text.isascii() else _UNICODE_CODE + text.encode("utf-16-be")
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+    exif[ExifTags.Base.ImageDescription] = record
+    if len(exif.tobytes()) > _EXIF_LIMIT:
+        del exif[ExifTags.Base.ImageDescription]
+    # 4:4:4 and a high quality: flat colours and hard edges show chroma subsampling at once
+    options: dict[str, Any] = {"quality": 95, "subsampling": 0} if output_format == "jpeg" else {"quality": 90}
+    image.convert("RGB").save(buffer, output_format.upper(), exif=exif, **options)
+    return buffer.getvalue()

@@ -1,0 +1,166 @@
+"""The pipeline being served: what it accepts, its defaults, and how it is called."""
+
+from __future__ import annotations
+
+import inspect
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from PIL import Image
+
+from stepweave.config import Settings
+from stepweave.errors import InvalidRequest, LoadError, shown
+from stepweave.generation import Parameters
+from stepweave.loading.preset import Preset
+
+SEED_BITS = 53  # a seed survives JSON in every client: the integers that a double holds exactly
+DRAWN_SEED_BITS = 32  # of a seed the server draws, easy to copy
+
+OnStep = Callable[[int, int], None]
+
+
+class ServedModel:
+    """One text-to-image pipeline with its preset.
+
+    Raises LoadError if the pipeline cannot serve text to image or the preset names arguments that its call lacks.
+    """
+
+    def __init__(self, pipeline: Any, preset: Preset, settings: Settings) -> None:
+        self.pipeline = pipeline
+        self.settings = settings
+        self.arguments = inspect.signature(pipeline.__call__).parameters
+        self.call_arguments = preset.call
+        directory = settings.model_directory()
+        self.id = preset.id or (directory.name if directory else settings.model)
+        for name in ("prompt", "num_inference_steps", "generator", *preset.call):
+            if name not in self.arguments:
+                raise LoadError(f"{self.pipeline_class} takes no argument {name!r}")
+        self.multiple = _size_multiple(pipeline)
+        width, height = _native_size(pipeline)
+        self.width, self.height = preset.width or width, preset.height or height
+        self.default_steps = preset.num_inference_steps or self._default("num_inference_steps") or 50
+        guidance = preset.guidance_scale if preset.guidance_scale is not None else self._default("guidance_scale")
+        self.default_guidance: float | None = guidance if "guidance_scale" in self.arguments else None
+
+    @property
+    def pipeline_class(self) -> str:
+        return type(self.pipeline).__name__
+
+    def _default(self, name: str) -> Any:
+        default = self.arguments[name].default if name in self.arguments else None
+        return None if default is inspect.Parameter.empty else default
+
+    def resolve(
+        self,
+        *,
+        prompt: str,
+        negative_prompt: str | None = None,
+        size: str | None = None,
+        n: int = 1,
+        seed: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> Parameters:
+        """Fill in the defaults and hold every value against the limits. Raises InvalidRequest naming value and limit."""
+        limits = self.settings
+        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            if text is not None and len(text) > limits.max_prompt_characters:
+                raise InvalidRequest(
+                    f"{name} has {len(text)} characters; the limit is {limits.max_prompt_characters}.", param=name
+                )
+        if not prompt.strip():
+            raise InvalidRequest(f"prompt is empty: {shown(prompt)}. Say what the picture should show.", param="prompt")
+        if n > limits.max_images:
+            raise InvalidRequest(f"n is {n}; the limit is {limits.max_images}.", param="n")
+        width, height = self._resolve_size(size)
+        steps = self.default_steps if num_inference_steps is None else num_inference_steps
+        if steps > limits.max_steps:
+            raise InvalidRequest(
+                f"num_inference_steps is {steps}; the limit is {limits.max_steps}.", param="num_inference_steps"
+            )
+        for name, value in (("negative_prompt", negative_prompt), ("guidance_scale", guidance_scale)):
+            if value is not None and name not in self.arguments:
+                raise InvalidRequest(f"{name} is {shown(value)}, but {self.pipeline_class} has no {name}.", param=name)
+        return Parameters(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            width=width,
+            height=height,
+            n=n,
+            seed=secrets.randbits(DRAWN_SEED_BITS) if seed is None else seed,
+            num_inference_steps=steps,
+            guidance_scale=self.default_guidance if guidance_scale is None else guidance_scale,
+        )
+
+    def _resolve_size(self, size: str | None) -> tuple[int, int]:
+        if size is None or size == "auto":
+            return self.width, self.height
+        width, height = (int(side) for side in size.split("x"))
+        if width % self.multiple or height % self.multiple or not width or not height:
+            raise InvalidRequest(
+                f"size is {shown(size)}; both sides must be positive multiples of {self.multiple}.", param="size"
+            )
+        if width * height > self.settings.max_pixels:
+            raise InvalidRequest(
+                f"size is {shown(size)}, {width * height} pixels; the limit is {self.settings.max_pixels}.",
+                param="size",
+            )
+        return width, height
+
+    def generate(self, parameters: Parameters, on_step: OnStep | None = None) -> list[Image.Image]:
+        """Run the pipeline's own call and return n RGB pictures of height x width.
+
+        `on_step(step, total)` is called after each denoising step where the pipeline can tell; what it raises ends the call.
+        """
+        # on the CPU whatever the device: a seed then gives the same noise everywhere
+        generators = [torch.Generator("cpu").manual_seed(parameters.seed + i) for i in range(parameters.n)]
+        call: dict[str, Any] = {
+            **self.call_arguments,
+            "prompt": parameters.prompt,
+            "num_inference_steps": parameters.num_inference_steps,
+            "generator": generators,
+            "output_type": "pil",
+        }
+        optional = {
+            "negative_prompt": parameters.negative_prompt,
+            "width": parameters.width,
+            "height": parameters.height,
+            "guidance_scale": parameters.guidance_scale,
+            "num_images_per_prompt": parameters.n,
+        }
+        call |= {name: value for name, value in optional.items() if value is not None and name in self.arguments}
+        if on_step is not None and "callback_on_step_end" in self.arguments:
+
+            def after_step(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+                on_step(step + 1, parameters.num_inference_steps)
+                return tensors
+
+            call["callback_on_step_end"] = after_step
+        images: list[Image.Image] = self.pipeline(**call).images
+        return images
+
+
+def _denoiser_config(pipeline: Any) -> Any:
+    denoiser = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
+    return getattr(denoiser, "config", None)
+
+
+def _size_multiple(pipeline: Any) -> int:
+    """What both sides must be a multiple of: the VAE's scale times the denoiser's patch (packed latents included)."""
+    scale = int(getattr(pipeline, "vae_scale_factor", 8))
+    config = _denoiser_config(pipeline)
+    patch = getattr(config, "patch_size", None) or 1
+    patch = max(patch) if isinstance(patch, (list, tuple)) else patch
+    if patch == 1 and hasattr(pipeline, "_pack_latents"):
+        patch = 2
+    return int(scale * patch)
+
+
+def _native_size(pipeline: Any) -> tuple[int, int]:
+    """Width and height in pixels that the pipeline makes when asked for none."""
+    side = getattr(pipeline, "default_sample_size", None) or getattr(_denoiser_config(pipeline), "sample_size", None)
+    height, width = side if isinstance(side, (list, tuple)) else (side, side)
+    scale = int(getattr(pipeline, "vae_scale_factor", 8))
+    return int(width or 64) * scale, int(height or 64) * scale

@@ -1,0 +1,208 @@
+"""The server behind every HTTP surface: loads the model in the background, then takes generations."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from stepweave.config import Settings
+from stepweave.errors import LoadError, NotFound, StepweaveError, Unavailable, shown
+from stepweave.images.encode import encode
+from stepweave.telemetry.metrics import Metrics
+
+if TYPE_CHECKING:
+    import torch
+
+    from stepweave.api.schemas import ImageRequest
+    from stepweave.engine.pool import PoolEngine
+    from stepweave.generation import Generation
+    from stepweave.loading.preset import Preset
+    from stepweave.model import ServedModel
+
+logger = logging.getLogger(__name__)
+
+ENCODERS = 2  # threads that encode picture files
+LOADING_RETRY_SECONDS = 5
+
+LoadPipeline = Callable[[Settings, "torch.device", "torch.dtype"], "tuple[Any, Preset]"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where the server stands. `progress` is the share of the way to `ready`, 0 to 1."""
+
+    stage: str  # starting, importing, loading, warming_up, ready, closed or failed
+    progress: float
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class PictureFile:
+    """One encoded picture and the parameters that made it."""
+
+    data: bytes
+    seed: int
+    values: dict[str, Any]
+
+
+class Server:
+    """One model, one engine, one set of metrics. `load` may be replaced, to serve a pipeline that is made in code."""
+
+    def __init__(self, settings: Settings, load: LoadPipeline | None = None) -> None:
+        self.settings = settings
+        self._load_pipeline = load
+        self.status = Status("starting", 0.0)
+        self.created = int(time.time())
+        self.model: ServedModel | None = None
+        self.device = ""
+        self.dtype = ""
+        self.engine: PoolEngine | None = None
+        self.metrics = Metrics(
+            in_flight=lambda: self.engine.in_flight if self.engine else 0,
+            waiting=lambda: self.engine.waiting if self.engine else 0,
+        )
+        self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="stepweave-encode")
+        self._loader = threading.Thread(target=self._load, name="stepweave-load", daemon=True)
+
+    def start(self) -> None:
+        """Begin to load in the background; `status` tells how far it is."""
+        self._loader.start()
+
+    def close(self) -> None:
+        """End the engine. What is still running ends at its next step with an error."""
+        self.status = Status("closed", 0.0, "the server has shut down")
+        if self.engine is not None:
+            self.engine.close()
+        self._encoders.shutdown(wait=True)
+
+    def _load(self) -> None:
+        began = time.monotonic()
+        try:
+            self._enter("importing", 0.05, "importing torch and diffusers")
+            from stepweave.engine.pool import PoolEngine
+            from stepweave.loading.device import choose_device, choose_dtype, set_cpu_threads
+            from stepweave.loading.loader import load_pipeline
+            from stepweave.model import ServedModel
+
+            device = choose_device(self.settings)
+            dtype = choose_dtype(self.settings, device)
+            threads = set_cpu_threads(self.settings)
+            self._enter("loading", 0.4, f"loading {self.settings.model} onto {device} in {dtype}")
+            pipeline, preset = (self._load_pipeline or load_pipeline)(self.settings, device, dtype)
+            model = ServedModel(pipeline, preset, self.settings)
+            if self.settings.warmup:
+                self._enter("warming_up", 0.8, f"a first picture of {model.width}x{model.height}")
+                model.generate(model.resolve(prompt="warm-up", seed=0, num_inference_steps=2))
+            self.device, self.dtype = str(device), str(dtype).removeprefix("torch.")
+            self.metrics.model.info(
+                {
+                    "model": model.id,
+                    "pipeline": model.pipeline_class,
+                    "revision": self.settings.revision or "",
+                    "device": self.device,
+                    "dtype": self.dtype,
+                }
+            )
+            self.model = model
+            engine = PoolEngine(model, self.settings.max_queue)
+        except LoadError as error:
+            self._fail(error.message)
+        except Exception as error:
+            logger.exception("starting failed")
+            self._fail(f"starting failed with {type(error).__name__}; the log has the details")
+        else:
+            if self.status.stage == "closed":
+                engine.close()
+                return
+            self.engine = engine
+            self._enter("ready", 1.0, f"{model.id} on {device}, {threads} CPU threads")
+            logger.info("ready after %.1f s", time.monotonic() - began)
+
+    def _enter(self, stage: str, progress: float, message: str) -> None:
+        if self.status.stage == "closed":
+            raise LoadError("the server was closed while it was loading")
+        self.status = Status(stage, progress, message)
+        logger.info("%s: %s", stage, message)
+
+    def _fail(self, message: str) -> None:
+        if self.status.stage != "closed":
+            self.status = Status("failed", 0.0, message)
+            logger.error("the server cannot start: %s", message)
+
+    def ready(self) -> tuple[ServedModel, PoolEngine]:
+        """The model and its engine. Raises Unavailable while there are none."""
+        if self.model is None or self.engine is None or self.status.stage != "ready":
+            raise self.unavailable()
+        return self.model, self.engine
+
+    def unavailable(self) -> Unavailable:
+        """What to answer while the server is not ready."""
+        code = {"failed": "load_failed", "closed": "draining"}.get(self.status.stage, "loading")
+        return Unavailable(
+            f"The server is not ready: {self.status.stage}, {self.status.message or 'please wait'}.",
+            code=code,
+            retry_after=LOADING_RETRY_SECONDS,
+        )
+
+    async def generate(
+        self, request: ImageRequest, *, n: int = 1, model: str | None = None
+    ) -> tuple[Generation, list[PictureFile]]:
+        """Serve one generation of n pictures. Cancelling the awaiting task cancels the job.
+
+        Raises NotFound if `model` is given and not the one served, and what `ServedModel.resolve` and `PoolEngine.submit`
+        raise.
+        """
+        began = time.monotonic()
+        served, engine = self.ready()
+        if model is not None and model != served.id:
+            raise NotFound(
+                f"There is no model {shown(model)}; this server has {served.id!r}.",
+                code="model_not_found",
+                param="model",
+            )
+        job = engine.submit(
+            served.resolve(
+                prompt=request.prompt,
+                negative_prompt=request.negative_prompt,
+                size=request.size,
+                n=n,
+                seed=request.seed,
+                num_inference_steps=request.num_inference_steps,
+                guidance_scale=request.guidance_scale,
+            )
+        )
+        try:
+            generation = await asyncio.wrap_future(job.result)
+        except asyncio.CancelledError:
+            engine.cancel(job)
+            raise
+        encoding = time.monotonic()
+        loop = asyncio.get_running_loop()
+        values = [generation.parameters.of_image(i) for i in range(len(generation.images))]
+        encoded = await asyncio.gather(
+            *(
+                loop.run_in_executor(self._encoders, encode, image, request.output_format, value, served.id)
+                for image, value in zip(generation.images, values, strict=True)
+            )
+        )
+        done = time.monotonic()
+        generation.timings.encode_image = done - encoding
+        generation.timings.total = done - began
+        self.metrics.request_seconds.observe(generation.timings.total)
+        files = [PictureFile(data, value["seed"], value) for data, value in zip(encoded, values, strict=True)]
+        return generation, files
+
+
+def as_stepweave_error(error: Exception, request_id: str) -> StepweaveError:
+    """The error to answer with: itself if it is ours, else a 500 that names only the request's id, which the log has too."""
+    if isinstance(error, StepweaveError) and error.status != 500:
+        return error
+    logger.error("request %s failed", request_id, exc_info=error)
+    message = error.message if isinstance(error, StepweaveError) else "Internal error."
+    return StepweaveError(f"{message} Request id: {request_id}", code="internal_error")

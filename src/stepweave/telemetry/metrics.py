@@ -1,0 +1,133 @@
+"""The metrics of one server process. Every label has a bounded set of values."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal, get_args
+
+import psutil
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from stepweave.errors import Cancelled, Refused, StepweaveError, Unavailable
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series for each counter, which nothing here reads
+
+Outcome = Literal["succeeded", "failed", "cancelled", "refused", "invalid", "unavailable"]
+VRAM_KINDS = ("allocated", "reserved", "peak", "free", "total")
+SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
+
+
+class Metrics:
+    """Counters that the server feeds, and gauges that are read when scraped.
+
+    `in_flight` and `waiting` are called at each scrape.
+    """
+
+    def __init__(self, in_flight: Callable[[], int], waiting: Callable[[], int]) -> None:
+        self.registry = CollectorRegistry()
+        Gauge(
+            "stepweave_requests_in_flight",
+            "Generation requests accepted and not yet answered, running or waiting.",
+            registry=self.registry,
+        ).set_function(in_flight)
+        Gauge(
+            "stepweave_requests_waiting",
+            "Generation requests accepted that do not run yet.",
+            registry=self.registry,
+        ).set_function(waiting)
+        self.requests = Counter(
+            "stepweave_requests_total",
+            "Generation requests answered, by outcome.",
+            ["outcome"],
+            registry=self.registry,
+        )
+        for outcome in get_args(Outcome):
+            self.requests.labels(outcome)  # present at 0, so that a rate exists from the first scrape
+        self.request_seconds = Histogram(
+            "stepweave_request_seconds",
+            "Seconds from a generation request's acceptance to its finished picture files.",
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.model = Info("stepweave_model", "The pipeline that is served.", registry=self.registry)
+        Gauge(
+            "stepweave_process_resident_bytes",
+            "Resident memory of the server process.",
+            registry=self.registry,
+        ).set_function(lambda: psutil.Process().memory_info().rss)
+        self.registry.register(VramCollector())
+
+    @contextlib.contextmanager
+    def counted(self, *, success: bool = True) -> Iterator[None]:
+        """Count one request by how the block ends; with `success` False only if it raises."""
+        outcome: Outcome | None = "succeeded" if success else None
+        try:
+            yield
+        except BaseException as error:
+            outcome = outcome_of(error)
+            raise
+        finally:
+            if outcome is not None:
+                self.requests.labels(outcome).inc()
+
+    def render(self) -> bytes:
+        """The exposition, in Prometheus's text format 0.0.4."""
+        return generate_latest(self.registry)
+
+
+def outcome_of(error: BaseException) -> Outcome:
+    """The outcome that an error is counted as."""
+    if isinstance(error, (Cancelled, asyncio.CancelledError)):
+        return "cancelled"
+    if isinstance(error, Refused):
+        return "refused"
+    if isinstance(error, Unavailable):
+        return "unavailable"
+    if isinstance(error, StepweaveError) and 400 <= error.status < 500:
+        return "invalid"
+    return "failed"
+
+
+class VramCollector(Collector):
+    """`stepweave_vram_bytes{device, kind}` of every CUDA device; one device `cpu` with zeros where there is none."""
+
+    def collect(self) -> Iterable[Metric]:
+        family = GaugeMetricFamily(
+            "stepweave_vram_bytes",
+            "GPU memory: allocated, reserved and peak (allocated) of this process; free and total of the device.",
+            labels=["device", "kind"],
+        )
+        devices = self._devices() or {"cpu": (0,) * len(VRAM_KINDS)}
+        for device, values in devices.items():
+            for kind, value in zip(VRAM_KINDS, values, strict=True):
+                family.add_metric([device, kind], value)
+        yield family
+
+    def _devices(self) -> dict[str, tuple[int, ...]]:
+        torch = sys.modules.get("torch")  # a scrape must not be what imports torch, nor what starts CUDA
+        if torch is None or not hasattr(torch, "cuda") or not torch.cuda.is_initialized():
+            return {}
+        values: dict[str, tuple[int, ...]] = {}
+        for index in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(index)
+            values[f"cuda:{index}"] = (
+                torch.cuda.memory_allocated(index),
+                torch.cuda.memory_reserved(index),
+                torch.cuda.max_memory_allocated(index),
+                free,
+                total,
+            )
+        return values

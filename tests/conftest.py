@@ -1,0 +1,137 @@
+"""Shared fixtures: a real server in a process of its own, and an app in this one around a fake pipeline."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from starlette.testclient import TestClient
+
+from stepweave.api.http import Api
+from stepweave.api.middleware import ContractMiddleware
+from stepweave.api.schemas import ImageRequest
+from stepweave.config import Settings
+from stepweave.loading.preset import Preset
+from stepweave.server import Server
+from tests.fake import FakePipeline
+
+ROOT = Path(__file__).resolve().parents[1]
+READY_SECONDS = 60
+
+
+def clean_environment(**changes: str) -> dict[str, str]:
+    """The environment less the project's settings and with threads that do not spin, plus `changes`."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("STEPWEAVE_")}
+    return environment | {"BENTOML_DO_NOT_TRACK": "True", "OMP_WAIT_POLICY": "passive"} | changes
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@dataclass
+class Served:
+    """A running `bentoml serve`."""
+
+    url: str
+    port: int
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def wait_until_ready(self, seconds: float = READY_SECONDS) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                break
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{self.url}/readyz").status_code == 200:
+                    return
+            time.sleep(0.1)
+        raise AssertionError(f"not ready: {self.log.read_text()}")
+
+    def stop(self) -> int:
+        """SIGTERM, as the kubelet sends it; the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+
+@contextlib.contextmanager
+def serve(log: Path, target: str = "service.py", directory: Path = ROOT, **settings: str) -> Iterator[Served]:
+    """Run `bentoml serve` as a user does; killed at the end if it is still there."""
+    port = free_port()
+    command = [str(Path(sys.executable).with_name("bentoml")), "serve", target, "--port", str(port)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, cwd=directory, env=clean_environment(**settings), stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            yield Served(f"http://127.0.0.1:{port}", port, process, log)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One real server with the embedded model for the whole session; it must end cleanly on SIGTERM."""
+    with serve(tmp_path_factory.mktemp("serve") / "log.txt") as server:
+        server.wait_until_ready()
+        yield server
+        assert server.stop() == 0
+
+
+@dataclass
+class InProcess:
+    """The HTTP app around a fake pipeline."""
+
+    client: TestClient
+    server: Server
+    pipeline: FakePipeline
+
+    def post(self, body: Any = None, **fields: Any) -> httpx.Response:
+        return self.client.post("/v1/images/generations", json={"prompt": "a red circle", **fields} if body is None else body)
+
+    def metric(self, name: str, **labels: str) -> float | None:
+        return self.server.metrics.registry.get_sample_value(name, labels)
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., InProcess]]:
+    """Makes apps around a fake pipeline: `in_process(max_queue=2)`."""
+    for name in [name for name in os.environ if name.startswith("STEPWEAVE_")]:
+        monkeypatch.delenv(name)
+    with contextlib.ExitStack() as stack:
+
+        def make(*, ready: bool = True, **settings: Any) -> InProcess:
+            pipeline = FakePipeline()
+            server = Server(Settings(**settings), load=lambda *_: (pipeline, Preset()))
+            stack.callback(server.close)
+            stack.callback(pipeline.release.set)  # before close: nothing may wait for ever
+            app = ContractMiddleware(Api(server).app(), server, {"/generate": ImageRequest})
+            client = stack.enter_context(TestClient(app, raise_server_exceptions=False))
+            if ready:
+                server.start()
+                deadline = time.monotonic() + READY_SECONDS
+                while server.status.stage != "ready":
+                    assert server.status.stage != "failed", server.status.message
+                    assert time.monotonic() < deadline
+                    time.sleep(0.01)
+            return InProcess(client, server, pipeline)
+
+        yield make

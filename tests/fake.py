@@ -1,0 +1,55 @@
+"""A pipeline without weights: its pictures tell seed and steps, and tests decide when it moves, fails or hangs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+class FakePipeline:
+    """Has the signature of a diffusers text-to-image pipeline, 64x64 natively, sizes in multiples of 8."""
+
+    vae_scale_factor = 8
+    default_sample_size = 8
+
+    def __init__(self) -> None:
+        self.transformer = SimpleNamespace(config=SimpleNamespace(patch_size=1, sample_size=8))
+        self.calls: list[dict[str, Any]] = []
+        self.steps_run = 0
+        self.error: Exception | None = None
+        self.gated = False  # with True every step waits for `release`
+        self.started = threading.Event()
+        self.release = threading.Event()
+
+    def __call__(
+        self,
+        prompt: str | None = None,
+        negative_prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 28,
+        guidance_scale: float = 7.0,
+        num_images_per_prompt: int = 1,
+        generator: list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+    ) -> SimpleNamespace:
+        self.calls.append({name: value for name, value in locals().items() if name != "self"})
+        assert height and width and generator and len(generator) == num_images_per_prompt
+        pixels = [torch.randint(0, 256, (height, width, 3), generator=one, dtype=torch.uint8) for one in generator]
+        for step in range(num_inference_steps):
+            self.started.set()
+            if self.gated:
+                assert self.release.wait(60)
+            if self.error is not None:
+                raise self.error
+            self.steps_run += 1
+            if callback_on_step_end is not None:
+                callback_on_step_end(self, step, torch.tensor(0.0), {})
+        return SimpleNamespace(images=[Image.fromarray(np.asarray(one)) for one in pixels])

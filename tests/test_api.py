@@ -1,0 +1,260 @@
+"""The contract of the HTTP surface, on a fake pipeline."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from stepweave.api.schemas import MAX_SEED
+from stepweave.loading.preset import Preset
+from tests.conftest import InProcess
+
+Make = Callable[..., InProcess]
+
+
+def test_a_generation_echoes_everything_it_resolved(in_process: Make) -> None:
+    app = in_process()
+    response = app.post(seed=7, n=2, size="32x48", num_inference_steps=3, guidance_scale=2, negative_prompt="blue")
+    assert response.status_code == 200
+    answer = response.json()
+    assert [item["seed"] for item in answer["data"]] == [7, 8]
+    assert answer["parameters"] == {
+        "prompt": "a red circle", "negative_prompt": "blue", "seed": 7, "size": "32x48", "num_inference_steps": 3,
+        "guidance_scale": 2.0, "n": 2, "output_format": "png",
+    }  # fmt: skip
+    assert answer["usage"] == {"images": 2, "steps": 6, "pixels": 2 * 32 * 48}
+    assert answer["timings"]["total"] >= answer["timings"]["generate"] > 0
+    assert answer["warnings"] == []
+    picture = Image.open(io.BytesIO(base64.b64decode(answer["data"][1]["b64_json"])))
+    assert picture.size == (32, 48)
+    assert json.loads(picture.info["stepweave"])["seed"] == 8
+
+
+def test_image_i_of_n_is_the_picture_of_seed_plus_i(in_process: Make) -> None:
+    app = in_process()
+
+    def pixels(item: dict[str, Any]) -> bytes:
+        return Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))).tobytes()
+
+    three = app.post(seed=10, n=3).json()["data"]
+    assert pixels(three[2]) == pixels(app.post(seed=12).json()["data"][0]) != pixels(three[0])
+
+
+def test_defaults_come_from_pipeline_and_seed_is_drawn(in_process: Make) -> None:
+    app = in_process()
+    first, second = app.post().json(), app.post().json()
+    assert first["parameters"]["num_inference_steps"] == 28
+    assert first["parameters"]["guidance_scale"] == 7.0
+    assert first["parameters"]["size"] == "64x64"
+    assert first["data"][0]["seed"] != second["data"][0]["seed"]
+
+
+@pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
+def test_output_formats(in_process: Make, output_format: str) -> None:
+    answer = in_process().post(output_format=output_format).json()
+    picture = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
+    assert picture.format == output_format.upper()
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "shown"),
+    [
+        ({"prompt": ""}, "prompt", "''"),
+        ({"prompt": "  \n"}, "prompt", "empty"),
+        ({"prompt": 5}, "prompt", "5"),
+        ({"prompt": None}, "prompt", "None"),
+        ({"prompt": "x" * 4001}, "prompt", "4001 characters; the limit is 4000"),
+        ({"negative_prompt": "x" * 4001}, "negative_prompt", "4001"),
+        ({"num_inference_steps": 0}, "num_inference_steps", "0"),
+        ({"num_inference_steps": -1}, "num_inference_steps", "-1"),
+        ({"num_inference_steps": 201}, "num_inference_steps", "the limit is 200"),
+        ({"num_inference_steps": "20"}, "num_inference_steps", "'20'"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps", "2.5"),
+        ({"seed": -1}, "seed", "-1"),
+        ({"seed": MAX_SEED + 1}, "seed", str(MAX_SEED)),
+        ({"seed": True}, "seed", "True"),
+        ({"n": 0}, "n", "0"),
+        ({"n": 9}, "n", "the limit is 8"),
+        ({"size": "65x65"}, "size", "multiples of 8"),
+        ({"size": "0x0"}, "size", "multiples of 8"),
+        ({"size": "64"}, "size", "'64'"),
+        ({"size": "64x-64"}, "size", "'64x-64'"),
+        ({"size": "\u0666\u0664x\u0666\u0664"}, "size", "pattern"),
+        ({"size": "8192x8192"}, "size", "the limit is 4194304"),
+        ({"guidance_scale": -0.5}, "guidance_scale", "-0.5"),
+        ({"guidance_scale": [4]}, "guidance_scale", "[4]"),
+        ({"response_format": "url"}, "response_format", "'url'"),
+        ({"output_format": "gif"}, "output_format", "'gif'"),
+        ({"steps": 20}, "steps", "Unknown field 'steps'"),
+    ],
+)
+def test_bad_values_are_named_with_their_limit(
+    in_process: Make, fields: dict[str, Any], param: str, shown: str
+) -> None:
+    app = in_process()
+    response = app.post(**fields)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+    assert shown in error["message"]
+    assert not app.pipeline.calls[1:], "only the warm-up may have run"
+    assert app.metric("stepweave_requests_total", outcome="invalid") == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b'{"prompt":', "invalid_json"),
+        (b"", "invalid_json"),
+        (b"\xff\xfe", "invalid_json"),
+        (b'{"prompt": "\\ud800"}', "invalid_json"),
+        (b"[]", "invalid_value"),
+        (b"null", "invalid_value"),
+        (b"{}", "missing_field"),
+        (b'{"prompt": "x", "guidance_scale": NaN}', "invalid_value"),
+        (b'{"prompt": "x", "guidance_scale": 1e999}', "invalid_value"),
+        (b'{"prompt": "x", "seed": ' + b"9" * 4000 + b"}", "invalid_value"),
+        (b"[" * 100_000, "invalid_json"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/images/generations", "/generate"])
+def test_broken_bodies_are_400(in_process: Make, path: str, body: bytes, code: str) -> None:
+    response = in_process().client.post(path, content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == code
+    assert len(response.content) < 1000
+
+
+@pytest.mark.parametrize("path", ["/v1/images/generations", "/generate"])
+def test_a_huge_body_is_413(in_process: Make, path: str) -> None:
+    app = in_process()
+    response = app.client.post(path, json={"prompt": "a" * 10_000_000})
+    assert response.status_code == 413
+    assert "1048576 bytes" in response.json()["error"]["message"]
+
+
+def test_a_huge_chunked_body_is_413(in_process: Make) -> None:
+    chunks = (b"a" * 65536 for _ in range(40))
+    response = in_process().client.post(
+        "/v1/images/generations", content=chunks, headers={"Content-Type": "application/json"}
+    )
+    assert response.status_code == 413
+
+
+def test_other_media_types_are_415(in_process: Make) -> None:
+    response = in_process().client.post("/v1/images/generations", data={"prompt": "x"})
+    assert response.status_code == 415
+    assert "application/x-www-form-urlencoded" in response.json()["error"]["message"]
+
+
+def test_unknown_routes_methods_and_models(in_process: Make) -> None:
+    client = in_process().client
+    assert client.get("/nope").json()["error"]["code"] == "not_found"
+    refused = client.put("/v1/models")
+    assert refused.status_code == 405
+    assert "GET" in refused.headers["Allow"]
+    assert client.get("/v1/models/other").json()["error"]["code"] == "model_not_found"
+    assert client.post("/v1/images/generations", json={"prompt": "x", "model": "other"}).status_code == 404
+
+
+def test_models_tell_the_limits(in_process: Make) -> None:
+    client = in_process(max_steps=50).client
+    (model,) = client.get("/v1/models").json()["data"]
+    assert model == client.get(f"/v1/models/{model['id']}").json()
+    assert model["stepweave"]["native_size"] == "64x64"
+    assert model["stepweave"]["max_num_inference_steps"] == 50
+
+
+def test_request_ids(in_process: Make) -> None:
+    client = in_process().client
+    assert client.get("/livez", headers={"X-Request-ID": "mine-1"}).headers["X-Request-ID"] == "mine-1"
+    for bad in ("x" * 129, "a b", "é".encode("latin-1")):
+        assert client.get("/nope", headers={"X-Request-ID": bad}).headers["X-Request-ID"] != bad
+    assert client.get("/livez").headers["X-Request-ID"] != client.get("/livez").headers["X-Request-ID"]
+
+
+def test_a_failure_is_500_with_an_id_that_is_in_the_log(in_process: Make, caplog: pytest.LogCaptureFixture) -> None:
+    app = in_process()
+    app.pipeline.error = RuntimeError("secret detail")
+    response = app.client.post("/v1/images/generations", json={"prompt": "x"}, headers={"X-Request-ID": "abc"})
+    assert response.status_code == 500
+    assert "abc" in response.json()["error"]["message"]
+    assert "secret" not in response.text
+    assert "request abc failed" in caplog.text
+    assert "secret detail" in caplog.text
+    app.pipeline.error = None
+    assert app.post().status_code == 200, "one failure must not hurt the next request"
+
+
+def test_while_loading_everything_is_503_but_livez(in_process: Make) -> None:
+    app = in_process(ready=False)
+    assert app.client.get("/livez").status_code == 200
+    for response in (app.client.get("/readyz"), app.client.get("/v1/models"), app.post()):
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "loading"
+        assert int(response.headers["Retry-After"]) >= 1
+    body = app.client.get("/readyz").json()
+    assert (body["stage"], body["progress"]) == ("starting", 0.0)
+
+
+def test_a_model_that_cannot_load_fails_readyz_and_livez(in_process: Make) -> None:
+    class NoPrompt:
+        def __call__(self, image: str) -> None: ...
+
+    app = in_process(ready=False)
+    app.server._load_pipeline = lambda *_: (NoPrompt(), Preset())
+    app.server.start()
+    app.server._loader.join(30)
+    for path in ("/readyz", "/livez"):
+        response = app.client.get(path)
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "load_failed"
+        assert "NoPrompt takes no argument 'prompt'" in response.json()["message"]
+
+
+def test_beyond_the_queue_is_429_with_retry_after(in_process: Make) -> None:
+    app = in_process(max_queue=2)
+    app.pipeline.gated = True
+    answers: list[int] = []
+    threads = [threading.Thread(target=lambda: answers.append(app.post().status_code)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    deadline = threading.Event()
+    for _ in range(500):
+        if app.server.engine and app.server.engine.in_flight == 3:
+            break
+        deadline.wait(0.01)
+    assert app.metric("stepweave_requests_in_flight") == 3
+    assert app.metric("stepweave_requests_waiting") == 2
+    refused = app.post()
+    assert refused.status_code == 429
+    assert refused.json()["error"]["type"] == "rate_limit_error"
+    assert "the limit is 2" in refused.json()["error"]["message"]
+    assert int(refused.headers["Retry-After"]) >= 1
+    app.pipeline.release.set()
+    for thread in threads:
+        thread.join(30)
+    assert answers == [200, 200, 200]
+    assert app.metric("stepweave_requests_in_flight") == 0
+    assert app.metric("stepweave_requests_total", outcome="refused") == 1
+
+
+def test_a_thousand_urls_add_no_series(in_process: Make) -> None:
+    app = in_process()
+    app.post()
+
+    def series() -> int:
+        return sum(1 for line in app.client.get("/metrics").text.splitlines() if not line.startswith("#"))
+
+    before = series()
+    for i in range(1000):
+        app.client.get(f"/v1/{i}/{i}")
+    assert series() == before

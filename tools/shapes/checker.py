@@ -1,0 +1,173 @@
+"""What a picture shows, told from its pixels alone.
+
+It shares no code, colours or outlines with the training data: colours are named by hue, saturation and value; the background
+is what the border shows; the shape is the template, tested point by point from its definition, that covers the subject best.
+Used by the evaluation and by the product's own tests.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+GRID = 48  # side of the square that a subject is scaled to before it is compared
+SHAPE_MATCH = 0.7  # least overlap (intersection over union) with the best template
+COLOUR_WORDS = ("red", "green", "blue", "yellow", "purple", "orange", "black", "white")
+SHAPE_WORDS = ("circle", "square", "triangle", "star", "ring", "cross")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the checker sees; an empty word where nothing fits. `match` is the overlap with the template of `shape`."""
+
+    colour: str
+    background: str
+    shape: str
+    size: str
+    horizontal: str
+    vertical: str
+    match: float
+
+
+def name_colour(rgb: np.ndarray) -> str:
+    """The colour word for a mean RGB (0-255), or "" for what none of the eight words describes."""
+    hue, saturation, value = colorsys.rgb_to_hsv(*(float(channel) / 255 for channel in rgb))
+    degrees = hue * 360
+    if value < 0.2:
+        return "black"
+    if saturation < 0.12:
+        return "white" if value > 0.85 else ""
+    if saturation < 0.5 or value < 0.4:
+        return ""
+    for word, low, high in (
+        ("red", -15, 13), ("orange", 20, 40), ("yellow", 45, 65), ("green", 95, 170),
+        ("blue", 205, 245), ("purple", 265, 300),
+    ):  # fmt: skip
+        if low <= degrees <= high or low <= degrees - 360 <= high:
+            return word
+    return ""
+
+
+def _in_polygon(corners: list[tuple[float, float]]) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """Even-odd rule by ray casting."""
+
+    def inside(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        result = np.zeros(x.shape, dtype=bool)
+        for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1], strict=True):
+            if ay != by:
+                crosses = (ay > y) != (by > y)
+                result ^= crosses & (x < (bx - ax) * (y - ay) / (by - ay) + ax)
+        return result
+
+    return inside
+
+
+def _pentagram() -> list[tuple[float, float]]:
+    """A five-pointed star; the ratio of its radii is free in the prompt, 0.4 is near the regular pentagram's 0.382."""
+    radii = (1.0, 0.4) * 5
+    return [(r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5)) for i, r in enumerate(radii)]
+
+
+_DEFINITIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "circle": lambda x, y: x**2 + y**2 <= 1,
+    "square": lambda x, y: np.maximum(abs(x), abs(y)) <= 1,
+    "triangle": _in_polygon([(0, -1), (math.sqrt(3) / 2, 0.5), (-math.sqrt(3) / 2, 0.5)]),
+    "star": _in_polygon(_pentagram()),
+    "ring": lambda x, y: (x**2 + y**2 <= 1) & (x**2 + y**2 >= 0.6**2),
+    "cross": lambda x, y: (np.minimum(abs(x), abs(y)) <= 0.32) & (np.maximum(abs(x), abs(y)) <= 1),
+}
+
+
+def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def _fit(coverage: np.ndarray) -> np.ndarray:
+    """Coverage 0-1 inside its bounding box, the longer side scaled to GRID, centred in a GRID x GRID square."""
+    left, top, right, bottom = _box(coverage > 0.3)
+    crop = Image.fromarray((coverage[top:bottom, left:right] * 255).astype(np.uint8))
+    scale = GRID / max(crop.size)
+    crop = crop.resize([max(1, round(side * scale)) for side in crop.size], Image.Resampling.BICUBIC)
+    square = Image.new("L", (GRID, GRID))
+    square.paste(crop, ((GRID - crop.width) // 2, (GRID - crop.height) // 2))
+    return np.asarray(square) / 255
+
+
+def _templates() -> dict[str, np.ndarray]:
+    axis = np.linspace(-1.1, 1.1, 400)
+    x, y = np.meshgrid(axis, axis)
+    return {word: _fit(inside(x, y).astype(float)) for word, inside in _DEFINITIONS.items()}
+
+
+_TEMPLATES = _templates()
+
+
+def _third(low: float, high: float, words: tuple[str, str]) -> str:
+    """The position word for an interval of [0, 1], by the room left on both sides."""
+    before, after = low, 1 - high
+    if max(before, after) < 2 * min(before, after) + 0.02:
+        return ""
+    return words[0] if before < after else words[1]
+
+
+def look(picture: Image.Image) -> Seen:
+    """Describe a picture of one shape on a plain background, of any size."""
+    pixels = np.asarray(picture.convert("RGB")).astype(np.float64)
+    height, width, _ = pixels.shape
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    ground = np.median(border, axis=0)
+    distance = np.linalg.norm(pixels - ground, axis=2)
+    contrast = np.percentile(distance[distance > 40], 75) if (distance > 40).any() else 0.0
+    mask = distance > contrast / 2
+    if contrast == 0.0 or mask.sum() < 9:
+        return Seen("", name_colour(ground), "", "", "", "", 0.0)
+    core = distance > 0.9 * contrast
+    left, top, right, bottom = _box(mask)
+    subject = _fit(np.minimum(distance / contrast, 1))
+    overlap = {
+        word: float(np.minimum(subject, template).sum() / np.maximum(subject, template).sum())
+        for word, template in _TEMPLATES.items()
+    }
+    best = max(overlap, key=overlap.__getitem__)
+    extent = max((right - left) / width, (bottom - top) / height)
+    return Seen(
+        colour=name_colour(np.median(pixels[core], axis=0)),
+        background=name_colour(ground),
+        shape=best if overlap[best] >= SHAPE_MATCH else "",
+        size="small" if extent < 0.42 else "large" if extent > 0.5 else "",
+        horizontal=_third(left / width, right / width, ("left", "right")),
+        vertical=_third(top / height, bottom / height, ("top", "bottom")),
+        match=overlap[best],
+    )
+
+
+def expected(prompt: str) -> dict[str, str]:
+    """What a prompt of the grammar asks for, by part; parts it does not mention are absent, but no position means centred."""
+    words = prompt.lower().replace(",", " ").split()
+    parts: dict[str, str] = {"horizontal": "", "vertical": ""}
+    colours = [word for word in words if word in COLOUR_WORDS]
+    if "background" in words:
+        parts["background"] = words[words.index("background") - 1]
+        colours.remove(parts["background"])
+    if colours:
+        parts["colour"] = colours[0]
+    for part, options in (
+        ("shape", SHAPE_WORDS), ("size", ("small", "large")), ("horizontal", ("left", "right")),
+        ("vertical", ("top", "bottom")),
+    ):  # fmt: skip
+        for word in words:
+            if word in options:
+                parts[part] = word
+    return parts
+
+
+def wrong_parts(picture: Image.Image, prompt: str) -> list[str]:
+    """The parts of the prompt that the picture does not obey; empty when it shows what was asked."""
+    seen = look(picture)
+    return [part for part, word in expected(prompt).items() if getattr(seen, part) != word]
