@@ -72,8 +72,9 @@ class ServedModel:
                 )
         if not prompt.strip():
             raise InvalidRequest(f"prompt is empty: {shown(prompt)}. Say what the picture should show.", param="prompt")
-        if n > limits.max_images:
-            raise InvalidRequest(f"n is {n}; the limit is {limits.max_images}.", param="n")
+        most = limits.max_images if "num_images_per_prompt" in self.arguments else 1
+        if n > most:
+            raise InvalidRequest(f"n is {n}; the limit is {most}.", param="n")
         width, height = self._resolve_size(size)
         steps = self.default_steps if num_inference_steps is None else num_inference_steps
         if steps > limits.max_steps:

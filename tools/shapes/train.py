@@ -108,7 +108,7 @@ def train_transformer(
         clean = latents[torch.from_numpy(chosen)].to(device)
         prompts = ["" if rng.random() < 0.1 else sample_prompt(scenes[i], rng) for i in chosen]
         # SD3 appends this many empty T5 tokens: nearly always the preset's one, sometimes what other callers ask for
-        empty = int(rng.choice([1, 16, 64, 256], p=[0.85, 0.08, 0.04, 0.03]))
+        empty = int(rng.choice([1, 16, 64, 256], p=[0.88, 0.08, 0.03, 0.01]))
         noise = torch.randn(clean.shape, generator=generator, device=device)
         sigma = torch.randn(len(chosen), generator=generator, device=device).sigmoid()
         sigma = (shift * sigma / (1 + (shift - 1) * sigma)).view(-1, 1, 1, 1)
@@ -170,8 +170,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/shapes"), help="checkpoints and logs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--autoencoder-steps", type=int, default=5000)
-    parser.add_argument("--transformer-steps", type=int, default=6000)
-    parser.add_argument("--decoder-steps", type=int, default=2000)
+    parser.add_argument("--transformer-steps", type=int, default=4500)
+    parser.add_argument("--decoder-steps", type=int, default=1500)
     parser.add_argument("--scenes", type=int, default=50_000, help="pictures whose latents the transformer learns")
     parser.add_argument("--output", type=Path, default=Path("models/shapes"))
     arguments = parser.parse_args()

@@ -52,7 +52,7 @@ def encode(image: Image.Image, output_format: OutputFormat, values: dict[str, An
     comment = _ASCII_CODE + text.encode() if text.isascii() else _UNICODE_CODE + text.encode("utf-16-be")
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
     exif[ExifTags.Base.ImageDescription] = record
-    if len(exif.tobytes()) > _EXIF_LIMIT:
+    if output_format == "jpeg" and len(exif.tobytes()) > _EXIF_LIMIT:
         del exif[ExifTags.Base.ImageDescription]
     # 4:4:4 and a high quality: flat colours and hard edges show chroma subsampling at once
     options: dict[str, Any] = {"quality": 95, "subsampling": 0} if output_format == "jpeg" else {"quality": 90}

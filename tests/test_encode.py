@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+from stepweave.images.encode import OutputFormat, encode
+
+VALUES: dict[str, Any] = {
+    "prompt": "a red circle", "seed": 7, "negative_prompt": "blue", "size": "64x48", "num_inference_steps": 20,
+    "guidance_scale": 4.0,
+}  # fmt: skip
+A1111 = "a red circle\nNegative prompt: blue\nSteps: 20, CFG scale: 4.0, Seed: 7, Size: 64x48, Model: shapes, Version: stepweave"
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    pixels[10:30, 10:40] = (226, 30, 34)
+    return Image.fromarray(pixels)
+
+
+def reopen(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data))
+
+
+def test_png_is_lossless_and_carries_the_parameters(picture: Image.Image) -> None:
+    file = reopen(encode(picture, "png", VALUES, "shapes"))
+    assert file.format == "PNG"
+    assert file.tobytes() == picture.tobytes()
+    assert file.info["parameters"].startswith(A1111)
+    assert json.loads(file.info["stepweave"]) == {**VALUES, "model": "shapes"}
+
+
+@pytest.mark.parametrize("output_format", ["jpeg", "webp"])
+@pytest.mark.parametrize("prompt", ["a red circle", "ein roter Kreis — 赤い円 🔴"])
+def test_exif_carries_the_parameters(picture: Image.Image, output_format: OutputFormat, prompt: str) -> None:
+    values = {**VALUES, "prompt": prompt}
+    file = reopen(encode(picture, output_format, values, "shapes"))
+    exif = file.getexif()
+    comment = exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
+    text = comment[8:].decode("ascii" if comment.startswith(b"ASCII") else "utf-16-be")
+    assert text.startswith(A1111.replace("a red circle", prompt))
+    assert json.loads(exif[ExifTags.Base.ImageDescription])["prompt"] == prompt
+    difference = np.abs(np.asarray(file.convert("RGB"), np.int16) - np.asarray(picture, np.int16))
+    assert difference.mean() < 4
+
+
+def test_the_longest_prompts_fit_into_jpeg(picture: Image.Image) -> None:
+    values = {**VALUES, "prompt": "🔴" * 7000, "negative_prompt": "🔵" * 7000}
+    exif = reopen(encode(picture, "jpeg", values, "shapes")).getexif()
+    comment = exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
+    assert comment[8:].decode("utf-16-be").startswith("🔴" * 7000)

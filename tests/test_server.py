@@ -1,0 +1,234 @@
+"""The real server with the embedded model, in a process of its own."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import bentoml
+import httpx
+import openai
+import pytest
+from PIL import Image
+
+from tests.conftest import ROOT, Served, clean_environment, free_port, serve
+from tools.shapes.checker import wrong_parts
+
+PROMPT = "a large red circle on a blue background"
+
+
+def readme_blocks(language: str) -> list[str]:
+    text = (ROOT / "README.md").read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("language", ["bash", "python"])
+def test_the_readmes_clients_get_what_they_asked_for(served: Served, tmp_path: Path, language: str) -> None:
+    blocks = readme_blocks(language)
+    assert len(blocks) == {"bash": 1, "python": 2}[language]
+    for block in blocks:
+        command = ["bash", "-ec"] if language == "bash" else [sys.executable, "-W", "error", "-c"]
+        subprocess.run(
+            [*command, block.replace("http://localhost:3000", served.url)], cwd=tmp_path, check=True, timeout=120,
+            env=clean_environment(),
+        )  # fmt: skip
+        with Image.open(tmp_path / "circle.png") as picture:
+            assert picture.size == (64, 64)
+            assert wrong_parts(picture, PROMPT) == []
+        (tmp_path / "circle.png").unlink()
+
+
+def test_the_openai_client_raises_its_own_errors(served: Served) -> None:
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="unused", max_retries=0) as client:
+        assert [model.id for model in client.models.list()] == ["shapes"]
+        with pytest.raises(openai.BadRequestError, match="65x65") as caught:
+            client.images.generate(prompt=PROMPT, size="65x65")  # type: ignore[call-overload]
+        assert caught.value.param == "size"
+        with pytest.raises(openai.NotFoundError):
+            client.images.generate(prompt=PROMPT, model="dall-e-3")
+
+
+def test_same_seed_same_picture_on_both_surfaces(served: Served, tmp_path: Path) -> None:
+    with bentoml.SyncHTTPClient(served.url) as client:
+        native = client.generate(prompt=PROMPT, seed=11)
+    response = httpx.post(f"{served.url}/v1/images/generations", json={"prompt": PROMPT, "seed": 10, "n": 2}, timeout=60)
+    data = response.json()["data"]
+    assert [item["seed"] for item in data] == [10, 11]
+    second = Image.open(io.BytesIO(base64.b64decode(data[1]["b64_json"])))
+    pairs = zip(native.convert("RGB").tobytes(), second.tobytes(), strict=True)
+    assert max(abs(a - b) for a, b in pairs) <= 1
+
+
+def test_native_answers_carry_their_parameters(served: Served) -> None:
+    response = httpx.post(f"{served.url}/generate", json={"prompt": "red — star", "seed": 3, "output_format": "webp"})
+    assert response.headers["Content-Type"] == "image/webp"
+    assert response.headers["X-Stepweave-Seed"] == "3"
+    assert response.headers["X-Stepweave-Prompt"] == "red %E2%80%94 star"
+    assert response.headers["X-Request-ID"]
+    refused = httpx.post(f"{served.url}/generate", json={"prompt": "x", "size": "65x65"})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "size"
+
+
+def test_larger_sizes_run(served: Served) -> None:
+    for size in ((128, 128), (64, 192)):
+        response = httpx.post(f"{served.url}/generate", json={"prompt": PROMPT, "size": f"{size[0]}x{size[1]}"}, timeout=60)
+        assert Image.open(io.BytesIO(response.content)).size == size
+
+
+def test_errors_of_bentomls_own_routes_have_the_contracts_shape(served: Served) -> None:
+    for method, path, status in (("GET", "/nope", 404), ("GET", "/generate", 405), ("DELETE", "/readyz", 405)):
+        response = httpx.request(method, f"{served.url}{path}")
+        assert response.status_code == status
+        assert set(response.json()["error"]) == {"message", "type", "code", "param"}
+        assert response.headers["Server"].startswith("stepweave/")
+
+
+def test_livez_answers_within_100_ms_while_pictures_are_made(served: Served) -> None:
+    done = threading.Event()
+
+    def draw() -> None:
+        while not done.is_set():
+            httpx.post(f"{served.url}/generate", json={"prompt": PROMPT}, timeout=60).raise_for_status()
+
+    with ThreadPoolExecutor(2) as pool, httpx.Client() as client:
+        work = [pool.submit(draw) for _ in range(2)]
+        try:
+            latencies = []
+            for _ in range(40):
+                began = time.perf_counter()
+                assert client.get(f"{served.url}/livez").status_code == 200
+                latencies.append(time.perf_counter() - began)
+                time.sleep(0.05)
+        finally:
+            done.set()
+        for one in work:
+            one.result(60)
+    # the median: on a shared machine any single answer may wait for a core
+    assert statistics.median(latencies) < 0.1
+
+
+def metric(url: str, name: str) -> float:
+    (value,) = re.findall(rf"^{re.escape(name)} (.*)$", httpx.get(f"{url}/metrics").text, re.MULTILINE)
+    return float(value)
+
+
+def test_metrics_of_a_real_process(served: Served) -> None:
+    assert metric(served.url, "stepweave_process_resident_bytes") > 100e6
+    assert metric(served.url, "stepweave_requests_in_flight") == 0
+    assert 'stepweave_model_info{device="' in httpx.get(f"{served.url}/metrics").text
+    before = metric(served.url, 'stepweave_requests_total{outcome="succeeded"}')
+    httpx.post(f"{served.url}/generate", json={"prompt": PROMPT, "num_inference_steps": 1}).raise_for_status()
+    httpx.post(f"{served.url}/generate", json={"prompt": "", "num_inference_steps": 1})
+    assert metric(served.url, 'stepweave_requests_total{outcome="succeeded"}') == before + 1
+    assert metric(served.url, 'stepweave_requests_total{outcome="invalid"}') >= 1
+    for kind in ("allocated", "reserved", "peak", "free", "total"):
+        assert f'kind="{kind}"}}' in httpx.get(f"{served.url}/metrics").text
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/images/generations"])
+def test_a_client_that_leaves_ends_its_job(served: Served, path: str) -> None:
+    before = metric(served.url, 'stepweave_requests_total{outcome="cancelled"}')
+    with pytest.raises(httpx.ReadTimeout):
+        body = {"prompt": PROMPT, "num_inference_steps": 200, "size": "256x256"}
+        httpx.post(f"{served.url}{path}", json=body, timeout=0.5)
+    deadline = time.monotonic() + 20
+    while metric(served.url, "stepweave_requests_in_flight") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert metric(served.url, "stepweave_requests_in_flight") == 0
+    assert metric(served.url, 'stepweave_requests_total{outcome="cancelled"}') == before + 1
+
+
+def test_it_tells_how_far_loading_is_and_finishes_work_on_sigterm(tmp_path: Path) -> None:
+    with serve(tmp_path / "log.txt") as server:
+        stages = set()
+        deadline = time.monotonic() + 60
+        while "ready" not in stages and time.monotonic() < deadline:
+            try:
+                live, ready = httpx.get(f"{server.url}/livez"), httpx.get(f"{server.url}/readyz")
+            except httpx.TransportError:
+                time.sleep(0.05)
+                continue
+            assert live.status_code == 200
+            assert ready.status_code == (200 if ready.json()["stage"] == "ready" else 503)
+            stages.add(ready.json()["stage"])
+        assert {"importing", "ready"} <= stages
+        with ThreadPoolExecutor(1) as pool:
+            body = {"prompt": PROMPT, "num_inference_steps": 60}
+            answer = pool.submit(httpx.post, f"{server.url}/generate", json=body, timeout=60)
+            while not metric(server.url, "stepweave_requests_in_flight"):
+                time.sleep(0.01)
+            assert server.stop() == 0
+            assert answer.result(60).status_code == 200
+        assert "Traceback" not in server.log.read_text()
+
+
+def start_and_fail(**settings: str) -> tuple[int, str]:
+    command = [str(Path(sys.executable).with_name("bentoml")), "serve", "service.py", "--port", str(free_port())]
+    ended = subprocess.run(
+        command, cwd=ROOT, env=clean_environment(**settings), capture_output=True, text=True, timeout=120
+    )
+    return ended.returncode, ended.stdout + ended.stderr
+
+
+def test_a_wrong_setting_stops_the_start_with_its_name_and_value() -> None:
+    status, output = start_and_fail(STEPWEAVE_MAX_STEPS="lots")
+    assert status != 0
+    assert "STEPWEAVE_MAX_STEPS='lots'" in output
+    assert "Traceback" not in output
+
+
+def test_a_model_that_cannot_be_loaded_says_so(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    with serve(tmp_path / "log.txt", STEPWEAVE_MODEL=str(tmp_path / "model")) as server:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                response = httpx.get(f"{server.url}/readyz")
+            except httpx.TransportError:
+                response = None
+            if response is not None and response.json()["stage"] == "failed":
+                break
+            time.sleep(0.1)
+        assert response is not None
+        assert response.status_code == httpx.get(f"{server.url}/livez").status_code == 503
+        assert "cannot be loaded" in response.json()["error"]["message"]
+
+
+@pytest.fixture(scope="module")
+def bento(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    home = tmp_path_factory.mktemp("bentoml")
+    built = subprocess.run(
+        [str(Path(sys.executable).with_name("bentoml")), "build", "--output", "tag"],
+        cwd=ROOT, env=clean_environment(BENTOML_HOME=str(home)), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    (tag,) = re.findall(r"stepweave:\w+", built.stdout)
+    yield home, tag
+
+
+def test_the_built_bento_serves_from_an_empty_directory(bento: tuple[Path, str], tmp_path: Path) -> None:
+    home, tag = bento
+    (tmp_path / "empty").mkdir()
+    (folder,) = (home / "bentos" / "stepweave").glob("*/")
+    assert not list(folder.rglob("*.pt"))
+    assert (folder / "src" / "models" / "shapes" / "transformer").is_dir()
+    assert "torch==" in (folder / "env" / "python" / "requirements.txt").read_text()
+    preset = folder / "src" / "models" / "shapes" / "stepweave.json"
+    preset.write_text(preset.read_text().replace('"shapes"', '"copy-in-the-bento"'))
+    with serve(tmp_path / "log.txt", tag, tmp_path / "empty", BENTOML_HOME=str(home), PYTHONPATH="") as server:
+        server.wait_until_ready()
+        response = httpx.post(f"{server.url}/generate", json={"prompt": PROMPT, "seed": 7}, timeout=60)
+        assert wrong_parts(Image.open(io.BytesIO(response.content)), PROMPT) == []
+        # its own copy, not the one this test runs from
+        assert httpx.get(f"{server.url}/v1/models").json()["data"][0]["id"] == "copy-in-the-bento"
+        assert server.stop() == 0
