@@ -51,10 +51,12 @@ class Stepweave:
         server.close()
 
     @bentoml.api(input_spec=ImageRequest)
-    async def generate(self, ctx: bentoml.Context, **fields: object) -> Image:
+    async def generate(self, ctx: bentoml.Context, **fields: object) -> Image:  # its client reads a picture
         """One picture; its parameters come back in `X-Stepweave-*` headers and in the file."""
         request = ImageRequest.model_validate(fields)
-        return await picture_response(ctx.request, server, request)
+        response = await picture_response(ctx.request, server, request)
+        ctx.response.status_code = response.status_code  # BentoML overwrites the response's with this one
+        return response
 
 
 Stepweave.add_asgi_middleware(ContractMiddleware, server=server, native={"/generate": ImageRequest})

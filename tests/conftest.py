@@ -105,7 +105,9 @@ class InProcess:
     pipeline: FakePipeline
 
     def post(self, body: Any = None, **fields: Any) -> httpx.Response:
-        return self.client.post("/v1/images/generations", json={"prompt": "a red circle", **fields} if body is None else body)
+        return self.client.post(
+            "/v1/images/generations", json={"prompt": "a red circle", **fields} if body is None else body
+        )
 
     def metric(self, name: str, **labels: str) -> float | None:
         return self.server.metrics.registry.get_sample_value(name, labels)

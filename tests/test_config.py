@@ -29,7 +29,11 @@ def test_defaults_serve_the_embedded_model() -> None:
         ("STEPWEAVE_DTYPE", "int8", "STEPWEAVE_DTYPE='int8'"),
         ("STEPWEAVE_DEVICE", "tpu", "STEPWEAVE_DEVICE='tpu'"),
         ("STEPWEAVE_REVISION", "main", "STEPWEAVE_REVISION='main'"),
-        ("STEPWEAVE_MAX_STEP", "5", r"STEPWEAVE_MAX_STEP='5': there is no such setting (did you mean STEPWEAVE_MAX_STEPS?)"),
+        (
+            "STEPWEAVE_MAX_STEP",
+            "5",
+            r"STEPWEAVE_MAX_STEP='5': there is no such setting (did you mean STEPWEAVE_MAX_STEPS?)",
+        ),
         ("stepweave_modell", "x", "stepweave_modell='x': there is no such setting"),
         ("STEPWEAVE_MODEL", "/no/such/place", "STEPWEAVE_MODEL='/no/such/place' is no directory here and no hub id"),
         ("STEPWEAVE_MODEL", "owner/name", "STEPWEAVE_REVISION must pin its commit"),
@@ -70,6 +74,10 @@ def test_the_table_in_the_readme_is_the_code() -> None:
     rows = re.findall(r"^\| `(STEPWEAVE_\w+)` \| (.*?) \| (.*?) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
     fields = Settings.model_fields.items()
     assert rows == [
-        (f"{PREFIX}{name.upper()}", "" if field.default is None else f"`{str(field.default).lower()}`", field.description)
+        (
+            f"{PREFIX}{name.upper()}",
+            "" if field.default is None else f"`{str(field.default).lower()}`",
+            field.description,
+        )
         for name, field in fields
     ]

@@ -71,7 +71,10 @@ def test_the_embedded_model_loads_and_obeys_its_seed() -> None:
     (first,) = model.generate(resolved, lambda *step: seen.append(step))
     assert seen == [(1, 3), (2, 3), (3, 3)]
     assert first.tobytes() == model.generate(resolved)[0].tobytes()
-    assert first.tobytes() != model.generate(model.resolve(prompt="a red star", seed=2, num_inference_steps=3))[0].tobytes()
+    assert (
+        first.tobytes()
+        != model.generate(model.resolve(prompt="a red star", seed=2, num_inference_steps=3))[0].tobytes()
+    )
 
 
 def test_a_hub_repository_is_loaded_at_its_pinned_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,5 +51,7 @@ def test_torch_is_not_imported_before_the_background_load(module: str) -> None:
 
 
 def test_modules_can_be_read_in_one_sitting() -> None:
-    long = {path.name: n for path in Path(ROOT / "src").rglob("*.py") if (n := len(path.read_text().splitlines())) > 350}
+    long = {
+        path.name: n for path in Path(ROOT / "src").rglob("*.py") if (n := len(path.read_text().splitlines())) > 350
+    }
     assert not long

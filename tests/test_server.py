@@ -60,7 +60,9 @@ def test_the_openai_client_raises_its_own_errors(served: Served) -> None:
 def test_same_seed_same_picture_on_both_surfaces(served: Served, tmp_path: Path) -> None:
     with bentoml.SyncHTTPClient(served.url) as client:
         native = client.generate(prompt=PROMPT, seed=11)
-    response = httpx.post(f"{served.url}/v1/images/generations", json={"prompt": PROMPT, "seed": 10, "n": 2}, timeout=60)
+    response = httpx.post(
+        f"{served.url}/v1/images/generations", json={"prompt": PROMPT, "seed": 10, "n": 2}, timeout=60
+    )
     data = response.json()["data"]
     assert [item["seed"] for item in data] == [10, 11]
     second = Image.open(io.BytesIO(base64.b64decode(data[1]["b64_json"])))
@@ -81,7 +83,9 @@ def test_native_answers_carry_their_parameters(served: Served) -> None:
 
 def test_larger_sizes_run(served: Served) -> None:
     for size in ((128, 128), (64, 192)):
-        response = httpx.post(f"{served.url}/generate", json={"prompt": PROMPT, "size": f"{size[0]}x{size[1]}"}, timeout=60)
+        response = httpx.post(
+            f"{served.url}/generate", json={"prompt": PROMPT, "size": f"{size[0]}x{size[1]}"}, timeout=60
+        )
         assert Image.open(io.BytesIO(response.content)).size == size
 
 
