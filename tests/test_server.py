@@ -36,7 +36,7 @@ def test_the_readmes_clients_get_what_they_asked_for(served: Served, tmp_path: P
     blocks = readme_blocks(language)
     assert len(blocks) == {"bash": 1, "python": 2}[language]
     for block in blocks:
-        command = ["bash", "-ec"] if language == "bash" else [sys.executable, "-W", "error", "-c"]
+        command = ["bash", "-ec"] if language == "bash" else [sys.executable, "-c"]
         subprocess.run(
             [*command, block.replace("http://localhost:3000", served.url)], cwd=tmp_path, check=True, timeout=120,
             env=clean_environment(),
