@@ -124,7 +124,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., InProc
             pipeline = FakePipeline()
             server = Server(Settings(**settings), load=lambda *_: (pipeline, Preset()))
             stack.callback(server.close)
-            stack.callback(pipeline.release.set)  # before close: nothing may wait for ever
+            stack.callback(pipeline.record.release.set)  # before close: nothing may wait for ever
             app = ContractMiddleware(Api(server).app(), server, {"/generate": ImageRequest})
             client = stack.enter_context(TestClient(app, raise_server_exceptions=False))
             if ready:

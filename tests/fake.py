@@ -12,6 +12,23 @@ import torch
 from PIL import Image
 
 
+class Record:
+    """What happened and what shall happen; views share it, since it copies as itself."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+        self.steps_run = 0
+        self.running = 0
+        self.most_running = 0
+        self.error: Exception | None = None
+        self.gated = False  # with True every step waits for `release`
+        self.started = threading.Event()
+        self.release = threading.Event()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Record:
+        return self
+
+
 class FakePipeline:
     """Has the signature of a diffusers text-to-image pipeline, 64x64 natively, sizes in multiples of 8."""
 
@@ -20,12 +37,11 @@ class FakePipeline:
 
     def __init__(self) -> None:
         self.transformer = SimpleNamespace(config=SimpleNamespace(patch_size=1, sample_size=8))
-        self.calls: list[dict[str, Any]] = []
-        self.steps_run = 0
-        self.error: Exception | None = None
-        self.gated = False  # with True every step waits for `release`
-        self.started = threading.Event()
-        self.release = threading.Event()
+        self.record = Record()
+
+    @property
+    def components(self) -> dict[str, Any]:
+        return {"transformer": self.transformer}
 
     def __call__(
         self,
@@ -40,16 +56,26 @@ class FakePipeline:
         output_type: str = "pil",
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
     ) -> SimpleNamespace:
-        self.calls.append({name: value for name, value in locals().items() if name != "self"})
+        record = self.record
+        record.calls.append({name: value for name, value in locals().items() if name != "self"})
         assert height and width and generator and len(generator) == num_images_per_prompt
         pixels = [torch.randint(0, 256, (height, width, 3), generator=one, dtype=torch.uint8) for one in generator]
-        for step in range(num_inference_steps):
-            self.started.set()
-            if self.gated:
-                assert self.release.wait(60)
-            if self.error is not None:
-                raise self.error
-            self.steps_run += 1
+        record.running += 1
+        record.most_running = max(record.most_running, record.running)
+        try:
+            self._steps(num_inference_steps, callback_on_step_end)
+        finally:
+            record.running -= 1
+        return SimpleNamespace(images=[Image.fromarray(np.asarray(one)) for one in pixels])
+
+    def _steps(self, count: int, callback_on_step_end: Callable[..., dict[str, Any]] | None) -> None:
+        record = self.record
+        for step in range(count):
+            record.started.set()
+            if record.gated:
+                assert record.release.wait(60)
+            if record.error is not None:
+                raise record.error
+            record.steps_run += 1
             if callback_on_step_end is not None:
                 callback_on_step_end(self, step, torch.tensor(0.0), {})
-        return SimpleNamespace(images=[Image.fromarray(np.asarray(one)) for one in pixels])

@@ -105,7 +105,7 @@ def test_bad_values_are_named_with_their_limit(
     assert error["type"] == "invalid_request_error"
     assert error["param"] == param
     assert shown in error["message"]
-    assert not app.pipeline.calls[1:], "only the warm-up may have run"
+    assert not app.pipeline.record.calls[1:], "only the warm-up may have run"
     assert app.metric("stepweave_requests_total", outcome="invalid") == 1
 
 
@@ -183,14 +183,14 @@ def test_request_ids(in_process: Make) -> None:
 
 def test_a_failure_is_500_with_an_id_that_is_in_the_log(in_process: Make, caplog: pytest.LogCaptureFixture) -> None:
     app = in_process()
-    app.pipeline.error = RuntimeError("secret detail")
+    app.pipeline.record.error = RuntimeError("secret detail")
     response = app.client.post("/v1/images/generations", json={"prompt": "x"}, headers={"X-Request-ID": "abc"})
     assert response.status_code == 500
     assert "abc" in response.json()["error"]["message"]
     assert "secret" not in response.text
     assert "request abc failed" in caplog.text
     assert "secret detail" in caplog.text
-    app.pipeline.error = None
+    app.pipeline.record.error = None
     assert app.post().status_code == 200, "one failure must not hurt the next request"
 
 
@@ -222,7 +222,7 @@ def test_a_model_that_cannot_load_fails_readyz_and_livez(in_process: Make) -> No
 
 def test_beyond_the_queue_is_429_with_retry_after(in_process: Make) -> None:
     app = in_process(max_queue=2)
-    app.pipeline.gated = True
+    app.pipeline.record.gated = True
     answers: list[int] = []
     threads = [threading.Thread(target=lambda: answers.append(app.post().status_code)) for _ in range(3)]
     for thread in threads:
@@ -239,7 +239,7 @@ def test_beyond_the_queue_is_429_with_retry_after(in_process: Make) -> None:
     assert refused.json()["error"]["type"] == "rate_limit_error"
     assert "the limit is 2" in refused.json()["error"]["message"]
     assert int(refused.headers["Retry-After"]) >= 1
-    app.pipeline.release.set()
+    app.pipeline.record.release.set()
     for thread in threads:
         thread.join(30)
     assert answers == [200, 200, 200]

@@ -28,7 +28,7 @@ def model(pipeline: FakePipeline) -> ServedModel:
 def engine(model: ServedModel, pipeline: FakePipeline) -> Iterator[PoolEngine]:
     engine = PoolEngine(model, max_queue=4)
     yield engine
-    pipeline.release.set()
+    pipeline.record.release.set()
     engine.close()
 
 
@@ -39,7 +39,7 @@ def parameters(model: ServedModel, seed: int = 0, steps: int = 5) -> Parameters:
 def test_jobs_run_one_at_a_time_in_order(engine: PoolEngine, model: ServedModel, pipeline: FakePipeline) -> None:
     jobs = [engine.submit(parameters(model, seed)) for seed in range(4)]
     assert [job.result.result(30).parameters.seed for job in jobs] == [0, 1, 2, 3]
-    assert [call["generator"][0].initial_seed() for call in pipeline.calls] == [0, 1, 2, 3]
+    assert [call["generator"][0].initial_seed() for call in pipeline.record.calls] == [0, 1, 2, 3]
     assert jobs[0].step == 5
     assert (engine.in_flight, engine.waiting) == (0, 0)
 
@@ -47,20 +47,20 @@ def test_jobs_run_one_at_a_time_in_order(engine: PoolEngine, model: ServedModel,
 def test_a_running_job_is_cancelled_at_its_next_step(
     engine: PoolEngine, model: ServedModel, pipeline: FakePipeline
 ) -> None:
-    pipeline.gated = True
+    pipeline.record.gated = True
     job = engine.submit(parameters(model, steps=100))
-    assert pipeline.started.wait(30)
+    assert pipeline.record.started.wait(30)
     engine.cancel(job)
-    pipeline.release.set()
+    pipeline.record.release.set()
     with pytest.raises(Cancelled):
         job.result.result(30)
-    assert pipeline.steps_run == 1
+    assert pipeline.record.steps_run == 1
 
 
 def test_a_waiting_job_is_cancelled_at_once_and_frees_its_place(
     engine: PoolEngine, model: ServedModel, pipeline: FakePipeline
 ) -> None:
-    pipeline.gated = True
+    pipeline.record.gated = True
     running, *waiting = [engine.submit(parameters(model, seed)) for seed in range(5)]
     with pytest.raises(Refused):
         engine.submit(parameters(model))
@@ -68,10 +68,10 @@ def test_a_waiting_job_is_cancelled_at_once_and_frees_its_place(
     with pytest.raises(Cancelled):
         waiting[1].result.result(1)
     engine.submit(parameters(model, seed=9))
-    pipeline.release.set()
+    pipeline.record.release.set()
     assert running.result.result(30)
     assert waiting[3].result.result(30)
-    assert 2 not in [call["generator"][0].initial_seed() for call in pipeline.calls]
+    assert 2 not in [call["generator"][0].initial_seed() for call in pipeline.record.calls]
 
 
 def test_cancelling_a_finished_job_changes_nothing(engine: PoolEngine, model: ServedModel) -> None:
@@ -82,24 +82,24 @@ def test_cancelling_a_finished_job_changes_nothing(engine: PoolEngine, model: Se
 
 
 def test_an_error_fails_its_own_job_only(engine: PoolEngine, model: ServedModel, pipeline: FakePipeline) -> None:
-    pipeline.error = ValueError("nonsense")
+    pipeline.record.error = ValueError("nonsense")
     job = engine.submit(parameters(model))
     with pytest.raises(StepweaveError, match="ValueError") as caught:
         job.result.result(30)
     assert isinstance(caught.value.__cause__, ValueError)
-    pipeline.error = None
+    pipeline.record.error = None
     assert engine.submit(parameters(model)).result.result(30)
 
 
 def test_close_ends_every_job_and_refuses_new_ones(
     engine: PoolEngine, model: ServedModel, pipeline: FakePipeline
 ) -> None:
-    pipeline.gated = True
+    pipeline.record.gated = True
     jobs = [engine.submit(parameters(model, seed, steps=200)) for seed in range(3)]
-    assert pipeline.started.wait(30)
+    assert pipeline.record.started.wait(30)
     closing = threading.Thread(target=engine.close)
     closing.start()
-    pipeline.release.set()
+    pipeline.record.release.set()
     closing.join(30)
     assert not closing.is_alive()
     for job in jobs:
@@ -111,9 +111,27 @@ def test_close_ends_every_job_and_refuses_new_ones(
 
 def test_retry_after_is_the_mean_time_of_a_job(engine: PoolEngine, model: ServedModel, pipeline: FakePipeline) -> None:
     engine._recent.extend([10.0, 20.0])
-    pipeline.gated = True
+    pipeline.record.gated = True
     for seed in range(5):
         engine.submit(parameters(model, seed))
     with pytest.raises(Refused) as caught:
         engine.submit(parameters(model))
     assert caught.value.retry_after == 15
+
+
+def test_threads_run_side_by_side_and_no_more_than_allowed(model: ServedModel, pipeline: FakePipeline) -> None:
+    engine = PoolEngine(model, max_queue=8, threads=3)
+    try:
+        pipeline.record.gated = True
+        jobs = [engine.submit(parameters(model, seed)) for seed in range(7)]
+        for _ in range(500):
+            if pipeline.record.running == 3:
+                break
+            threading.Event().wait(0.01)
+        assert (engine.in_flight, engine.waiting) == (7, 4)
+        pipeline.record.release.set()
+        assert [job.result.result(30).parameters.seed for job in jobs] == list(range(7))
+        assert pipeline.record.most_running == 3
+    finally:
+        pipeline.record.release.set()
+        engine.close()

@@ -22,7 +22,7 @@ def test_a_presets_call_arguments_reach_the_call_and_must_exist() -> None:
     pipeline = FakePipeline()
     model = ServedModel(pipeline, Preset(call={"negative_prompt": "blue"}), Settings())
     model.generate(model.resolve(prompt="x"))
-    assert pipeline.calls[0]["negative_prompt"] == "blue"
+    assert pipeline.record.calls[0]["negative_prompt"] == "blue"
     with pytest.raises(LoadError, match="takes no argument 'max_sequence_length'"):
         ServedModel(pipeline, Preset(call={"max_sequence_length": 1}), Settings())
 

@@ -36,6 +36,10 @@ class Settings(BaseSettings):
         "auto", description="Of the weights; `auto` is bfloat16 (else float16) on a GPU and float32 on a CPU."
     )
     cpu_threads: int = Field(0, ge=0, le=1024, description="Torch's CPU threads; 0 follows the cgroup's CPU quota.")
+    batching: Literal["off", "threads"] = Field(
+        "off", description="How jobs share the model: `off` runs one at a time, `threads` several, each on a thread."
+    )
+    threads: int = Field(4, ge=1, le=64, description="Jobs that run at a time with `STEPWEAVE_BATCHING=threads`.")
     warmup: bool = Field(True, description="Run a short generation before the server turns ready.")
     max_queue: int = Field(64, ge=0, le=100_000, description="Requests that may wait; one more is refused with 429.")
     max_images: int = Field(8, ge=1, le=64, description="Largest `n` of a request.")

@@ -14,6 +14,7 @@ from stepweave.config import Settings
 from stepweave.errors import InvalidRequest, LoadError, shown
 from stepweave.generation import Parameters
 from stepweave.loading.preset import Preset
+from stepweave.scope import RequestScopedPipeline
 
 SEED_BITS = 53  # a seed survives JSON in every client: the integers that a double holds exactly
 DRAWN_SEED_BITS = 32  # of a seed the server draws, easy to copy
@@ -29,6 +30,7 @@ class ServedModel:
 
     def __init__(self, pipeline: Any, preset: Preset, settings: Settings) -> None:
         self.pipeline = pipeline
+        self._scoped = RequestScopedPipeline(pipeline)
         self.settings = settings
         self.arguments = inspect.signature(pipeline.__call__).parameters
         self.call_arguments = preset.call
@@ -111,7 +113,7 @@ class ServedModel:
         return width, height
 
     def generate(self, parameters: Parameters, on_step: OnStep | None = None) -> list[Image.Image]:
-        """Run the pipeline's own call and return n RGB pictures of height x width.
+        """Run the pipeline's own call on a view and return n RGB pictures of height x width. Safe from any thread.
 
         `on_step(step, total)` is called after each denoising step where the pipeline can tell; what it raises ends the call.
         """
@@ -139,7 +141,7 @@ class ServedModel:
                 return tensors
 
             call["callback_on_step_end"] = after_step
-        images: list[Image.Image] = self.pipeline(**call).images
+        images: list[Image.Image] = self._scoped.generate(**call).images
         return images
 
 

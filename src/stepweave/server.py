@@ -110,7 +110,8 @@ class Server:
                 }
             )
             self.model = model
-            engine = PoolEngine(model, self.settings.max_queue)
+            workers = self.settings.threads if self.settings.batching == "threads" else 1
+            engine = PoolEngine(model, self.settings.max_queue, workers)
         except LoadError as error:
             self._fail(error.message)
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Runs one job at a time on a thread of its own, behind a bounded queue."""
+"""Runs jobs on a bounded number of threads, one by default, behind a bounded queue."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-WORKERS = 1
 RECENT = 32  # jobs whose mean time predicts the wait
 UNKNOWN_SECONDS = 5.0  # Retry-After before any job has been timed
 
 
 class PoolEngine:
-    """Accepts jobs up to a bound and runs them in order of arrival."""
+    """Accepts jobs up to a bound and starts them in order of arrival, `threads` of them at a time."""
 
-    def __init__(self, model: ServedModel, max_queue: int) -> None:
+    def __init__(self, model: ServedModel, max_queue: int, threads: int = 1) -> None:
         self._model = model
+        self._threads = threads
         self._max_queue = max_queue
         self._lock = threading.Lock()
         self._jobs: dict[str, tuple[Job, Future[None]]] = {}  # accepted and not yet done
         self._recent: deque[float] = deque(maxlen=RECENT)
         self._closed = False
-        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="stepweave-engine")
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="stepweave-engine")
 
     @property
     def in_flight(self) -> int:
@@ -43,7 +43,7 @@ class PoolEngine:
     @property
     def waiting(self) -> int:
         """Jobs accepted that no thread is free for yet."""
-        return max(0, self.in_flight - WORKERS)
+        return max(0, self.in_flight - self._threads)
 
     def submit(self, parameters: Parameters) -> Job:
         """Accept a job. Raises Refused if the queue is full, Unavailable once the engine is closed."""
@@ -51,7 +51,7 @@ class PoolEngine:
         with self._lock:
             if self._closed:
                 raise Unavailable("The server is shutting down.", code="draining", retry_after=10)
-            if self.in_flight >= WORKERS + self._max_queue:
+            if self.in_flight >= self._threads + self._max_queue:
                 raise Refused(
                     f"{self.waiting} requests are waiting; the limit is {self._max_queue}.",
                     retry_after=self._predicted_wait(),
@@ -70,7 +70,7 @@ class PoolEngine:
         job.result.set_exception(Cancelled())
 
     def close(self) -> None:
-        """Refuse new jobs, cancel those that are left, and wait for the running one to reach its next step."""
+        """Refuse new jobs, cancel those that are left, and wait for the running ones to reach their next step."""
         with self._lock:
             self._closed = True
             left = [job for job, _ in self._jobs.values()]
@@ -79,8 +79,8 @@ class PoolEngine:
         self._pool.shutdown(wait=True)
 
     def _predicted_wait(self) -> float:
-        """Seconds until a place is likely free: one job's time."""
-        return sum(self._recent) / len(self._recent) if self._recent else UNKNOWN_SECONDS
+        """Seconds until a place is likely free: one job's time, shared by the threads."""
+        return sum(self._recent) / len(self._recent) / self._threads if self._recent else UNKNOWN_SECONDS
 
     def _run(self, job: Job) -> None:
         job.started = time.monotonic()

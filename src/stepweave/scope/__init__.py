@@ -1,0 +1,18 @@
+"""The request-scoped core: one pipeline in memory, safe for many requests at once.
+
+Works alone, without a server: wrap a pipeline in `RequestScopedPipeline` and call `generate` from any thread.
+"""
+
+from stepweave.scope.pipeline import RequestScopedPipeline
+from stepweave.scope.scheduler import BaseAsyncScheduler, async_retrieve_timesteps
+from stepweave.scope.tokenizer import LockedTokenizer
+from stepweave.scope.view import IsolationError, make_view
+
+__all__ = [
+    "BaseAsyncScheduler",
+    "IsolationError",
+    "LockedTokenizer",
+    "RequestScopedPipeline",
+    "async_retrieve_timesteps",
+    "make_view",
+]
