@@ -1,0 +1,83 @@
+"""The command line. Whatever is wrong with it is refused by name before anything is sent."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+MAX_ARRIVALS = 100_000  # of a whole test, on average
+
+T = TypeVar("T")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.locust",
+        description="Open-loop capacity test: requests arrive at each rate in turn, whatever the server answers.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--host", type=_url, default="http://localhost:3000", help="server's base URL")
+    add("--rates", type=_list_of(_positive), default=[0.5, 1.0, 2.0, 4.0], help="requests per second, a stage each")
+    add("--seconds", type=_positive, default=30.0, help="length of a stage")
+    add("--seed", type=_whole(0), default=1, help="of the arrivals and the mix")
+    add("--sizes", type=_list_of(_size), default=["64x64", "128x128"], help="of pictures, drawn evenly")
+    add("--steps", type=_list_of(_whole(1)), default=[4, 12, 20, 30], help="denoising steps, drawn evenly")
+    add("--target", type=_positive, default=2.0, help="seconds; goodput counts the answers that meet it")
+    add("--max-in-flight", type=_whole(1), default=1000, help="requests; an arrival beyond it is dropped and counted")
+    add("--drain", type=_positive, default=60.0, help="seconds to wait for the last answers of a stage")
+    add("--out", type=Path, default=Path("build/locust"), help="directory of report.html, report.json and report.png")
+    arguments = parser.parse_args(argv)
+    expected = sum(arguments.rates) * arguments.seconds
+    if expected > MAX_ARRIVALS:
+        parser.error(f"--rates and --seconds make {expected:g} requests; the limit is {MAX_ARRIVALS}")
+    return arguments
+
+
+def _url(text: str) -> str:
+    try:
+        url = urlsplit(text)
+        _ = url.port  # raises for a port that is none
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a URL: {error}") from None
+    if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a base URL such as http://localhost:3000")
+    return text.rstrip("/")
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def whole(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return whole
+
+
+def _size(text: str) -> str:
+    if not re.fullmatch(r"[1-9][0-9]{0,4}x[1-9][0-9]{0,4}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 64x64")
+    return text
+
+
+def _list_of(item: Callable[[str], T]) -> Callable[[str], list[T]]:
+    def comma_separated(text: str) -> list[T]:
+        return [item(part.strip()) for part in text.split(",")]
+
+    return comma_separated

@@ -1,0 +1,158 @@
+"""The load: a Locust user per arrival, started when it is due.
+
+Importing Locust patches the standard library for gevent, so this module is imported before anything that uses sockets or TLS,
+and never in a process that has imported torch or diffusers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gevent
+from locust import FastHttpUser, task
+from locust.contrib.fasthttp import FastHttpSession, ResponseContextManager
+from locust.env import Environment
+from locust.event import EventHook
+from locust.exception import StopUser
+from locust.runners import LocalRunner
+from locust.stats import stats_history
+
+from benchmarks.locust.report import Outcome, Status
+from benchmarks.locust.schedule import Arrival, Stage
+
+PATH = "/v1/images/generations"
+PNG = "iVBORw0KGgo"  # the first bytes of every PNG file, in base64
+PROBE_SECONDS = 10
+
+
+class NotReady(Exception):
+    """The server is not reachable or not ready for work."""
+
+
+class Visitor(FastHttpUser):
+    """One arrival: it sends its request over a connection of its own and leaves."""
+
+    concurrency = 1
+
+    def __init__(self, environment: Environment, arrival: Arrival, due: float, name: str, outcome: Outcome) -> None:
+        super().__init__(environment)
+        self.arrival = arrival
+        self.due = due
+        self.name = name
+        self.outcome = outcome
+
+    @task
+    def visit(self) -> None:
+        outcome = self.outcome
+        outcome.lag = time.perf_counter() - self.due
+        with self.client.post(PATH, json=self.arrival.body, name=self.name, catch_response=True) as response:
+            outcome.latency = time.perf_counter() - self.due
+            outcome.status, outcome.reason = judge(response)
+            # Locust's own statistics count from the scheduled arrival too, and keep refusals apart
+            response.request_meta["response_time"] = outcome.latency * 1000
+            if outcome.status == "failed":
+                response.failure(outcome.reason)
+            else:
+                response.success()
+            if outcome.status == "refused":
+                response.request_meta["name"] += ", refused (429)"
+        raise StopUser
+
+    def on_stop(self) -> None:
+        self.client.client.close()
+
+
+def judge(response: ResponseContextManager) -> tuple[Status, str]:
+    """The status of an answer and, for a failure, a short reason with no part that differs from request to request."""
+    if response.status_code == 429:
+        return "refused", ""
+    error = response.request_meta["exception"]
+    if not response.status_code:
+        return "failed", type(error).__name__
+    reason = f"HTTP {response.status_code}"
+    if response.status_code == 200 and error:
+        return "failed", f"{reason} with a broken body"
+    try:
+        body = response.json()
+        if response.status_code == 200:
+            if body["data"][0]["b64_json"].startswith(PNG):
+                return "succeeded", ""
+            return "failed", f"{reason} without a PNG picture"
+        reason += f" {body['error']['code']}"
+        if body["error"]["param"]:
+            reason += f" ({body['error']['param']})"
+    except (ValueError, LookupError, TypeError, AttributeError):
+        reason += " with an unexpected body"
+    return "failed", reason
+
+
+def require_ready(host: str) -> dict[str, Any]:
+    """The server's answer to `GET /v1/models`. Raises NotReady unless it is ready for work."""
+    session = FastHttpSession(
+        host, request_event=EventHook(), user=None, connection_timeout=PROBE_SECONDS, network_timeout=PROBE_SECONDS
+    )
+    for path in ("/readyz", "/v1/models"):
+        response = session.get(path)
+        if not response.status_code:
+            raise NotReady(f"{host} is not reachable: {getattr(response, 'error', 'no answer')}")
+        if response.status_code != 200:
+            raise NotReady(
+                f"{host} is not ready: {path} answered {response.status_code}: {(response.text or '')[:300]}"
+            )
+    try:
+        answer: dict[str, Any] = response.json()
+        _ = [str(model["id"]) for model in answer["data"]]
+    except (ValueError, LookupError, TypeError):
+        raise NotReady(f"{host} is not an image server: /v1/models answered {(response.text or '')[:300]}") from None
+    return answer
+
+
+def run(
+    host: str,
+    stages: Sequence[Stage],
+    *,
+    max_in_flight: int,
+    drain: float,
+    finished: Callable[[Stage, list[Outcome], float], None],
+) -> Environment:
+    """Offer the stages one after the other and tell `finished` of each: its outcomes, and the seconds it took with its drain.
+
+    A stage begins when the one before it has drained, so that its figures are its own. What has no answer `drain` seconds
+    after its stage's end is cut off and stays unfinished. The environment that is returned holds Locust's statistics.
+    """
+    # the drain is what ends a request: no socket gives up before it
+    Visitor.network_timeout = Visitor.connection_timeout = 2 * (max(stage.seconds for stage in stages) + drain)
+    environment = Environment(user_classes=[Visitor], host=host, locustfile="benchmarks/locust", catch_exceptions=False)
+    runner = environment.create_local_runner()
+    runner.start(0, spawn_rate=1)  # no users of its own: the arrivals are the users
+    gevent.wait([runner.spawning_greenlet])
+    charts = gevent.spawn(stats_history, runner)
+    try:
+        for number, stage in enumerate(stages, 1):
+            start = time.perf_counter()
+            outcomes = _offer(runner, stage, start, f"stage {number}: {stage.rate:g}/s", max_in_flight)
+            runner.user_greenlets.join(timeout=drain)
+            runner.user_greenlets.kill()
+            finished(stage, outcomes, max(stage.seconds, time.perf_counter() - start))
+    finally:
+        charts.kill()
+        runner.quit()
+    return environment
+
+
+def _offer(runner: LocalRunner, stage: Stage, start: float, name: str, max_in_flight: int) -> list[Outcome]:
+    """Start each arrival when it is due, in a greenlet of its own, and return at the stage's end with some still running."""
+    outcomes: list[Outcome] = []
+    for arrival in stage.arrivals:
+        due = start + arrival.offset
+        gevent.sleep(max(0.0, due - time.perf_counter()))
+        outcome = Outcome()
+        outcomes.append(outcome)
+        if runner.user_count >= max_in_flight:
+            outcome.status = "dropped"
+        else:
+            Visitor(runner.environment, arrival, due, name, outcome).start(runner.user_greenlets)
+    gevent.sleep(max(0.0, start + stage.seconds - time.perf_counter()))
+    return outcomes

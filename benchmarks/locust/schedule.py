@@ -1,0 +1,69 @@
+"""What is sent and when, drawn before the test from one seeded generator: the same arguments give the same requests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from tools.shapes.scenes import COLOURS, SHAPES, SIZES
+
+MAX_SEED = 2**31 - 1  # of a request
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One request. `offset` is in seconds from the start of its stage, `body` is what is posted."""
+
+    offset: float
+    body: dict[str, str | int]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The arrivals of `seconds` at `rate` requests per second."""
+
+    rate: float
+    seconds: float
+    arrivals: tuple[Arrival, ...]
+
+
+def schedule(
+    rates: Sequence[float], seconds: float, seed: int, sizes: Sequence[str], steps: Sequence[int]
+) -> list[Stage]:
+    """One stage per rate; sizes and steps are drawn evenly. A rate added at the end leaves the stages before it as they were."""
+    rng = random.Random(seed)
+    return [Stage(rate, seconds, tuple(_arrivals(rng, rate, seconds, sizes, steps))) for rate in rates]
+
+
+def digest(stages: Sequence[Stage]) -> str:
+    """SHA-256 of a schedule: two reports with the same one are of the very same requests at the very same offsets."""
+    arrivals = [[asdict(arrival) for arrival in stage.arrivals] for stage in stages]
+    return hashlib.sha256(json.dumps(arrivals).encode()).hexdigest()
+
+
+def _arrivals(
+    rng: random.Random, rate: float, seconds: float, sizes: Sequence[str], steps: Sequence[int]
+) -> list[Arrival]:
+    """A Poisson process: independent exponential gaps, as of many clients who do not know of each other."""
+    arrivals: list[Arrival] = []
+    offset = rng.expovariate(rate)
+    while offset < seconds:
+        body: dict[str, str | int] = {
+            "prompt": _prompt(rng),
+            "size": rng.choice(sizes),
+            "num_inference_steps": rng.choice(steps),
+            "seed": rng.randint(0, MAX_SEED),
+        }
+        arrivals.append(Arrival(offset, body))
+        offset += rng.expovariate(rate)
+    return arrivals
+
+
+def _prompt(rng: random.Random) -> str:
+    """A prompt of the embedded model's grammar."""
+    colour, background = rng.sample(list(COLOURS), 2)
+    article = "an" if background == "orange" else "a"
+    return f"a {rng.choice(SIZES)} {colour} {rng.choice(SHAPES)} on {article} {background} background"
