@@ -41,7 +41,7 @@ clean:
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "Stepweave needs Python 3.11 or 3.12; name one with PYTHON=..." >&2; exit 1; }
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "No virtual environment: install Debian's python3-venv?" >&2; exit 1; }
 
 .venv/serve.stamp: pyproject.toml constraints.txt | .venv/bin/python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .

@@ -14,7 +14,7 @@ from PIL.Image import Image
 
 from stepweave.api.http import Api
 from stepweave.api.middleware import ContractMiddleware
-from stepweave.api.native import picture_response
+from stepweave.api.native import drop_timeout_middleware, picture_response
 from stepweave.api.schemas import ImageRequest
 from stepweave.config import Settings
 from stepweave.errors import ConfigError
@@ -23,6 +23,9 @@ from stepweave.telemetry.logs import configure_logs
 
 # OpenMP's threads must not spin while they wait: with another busy process beside it, a picture takes 20 times as long
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# one worker sees every GPU, so that STEPWEAVE_DEVICE=cuda:1 means what it says; BentoML would show it the first alone
+os.environ.setdefault("BENTOML_DISABLE_GPU_ALLOCATION", "1")
+drop_timeout_middleware()
 configure_logs()
 try:
     server = Server(Settings.load())
@@ -35,7 +38,7 @@ except ConfigError as error:
     resources={"gpu": 1},
     workers=1,  # one process holds the one copy of the model
     # BentoML's timeout answers but does not stop the work, and its limit of concurrency counts probes: both are ours
-    traffic={"timeout": 7 * 24 * 3600},
+    traffic={"timeout": 7 * 24 * 3600},  # not in force: see drop_timeout_middleware
     metrics={"enabled": False},  # /metrics is the mounted app's
 )
 @bentoml.asgi_app(Api(server).app(), path="/")

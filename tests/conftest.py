@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from starlette.testclient import TestClient
 
@@ -76,14 +77,17 @@ def serve(log: Path, target: str = "service.py", directory: Path = ROOT, **setti
     command = [str(Path(sys.executable).with_name("bentoml")), "serve", target, "--port", str(port)]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, cwd=directory, env=clean_environment(**settings), stdout=output, stderr=subprocess.STDOUT,
-            start_new_session=True,
+            command, cwd=directory, env=clean_environment(**settings), stdout=output, stderr=subprocess.STDOUT
         )  # fmt: skip
         try:
             yield Served(f"http://127.0.0.1:{port}", port, process, log)
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            # the worker has a process group of its own, so that killing the parent alone would leave it behind
+            for one in (
+                [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else ()
+            ):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
             process.wait()
 
 

@@ -9,12 +9,16 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import anyio
 import pytest
 from PIL import Image
 
-from stepweave.api.schemas import MAX_SEED
+from stepweave.config import Settings
+from stepweave.errors import LoadError
 from stepweave.loading.preset import Preset
+from stepweave.model import MAX_SEED, ServedModel
 from tests.conftest import InProcess
+from tests.fake import FakePipeline
 
 Make = Callable[..., InProcess]
 
@@ -79,6 +83,9 @@ def test_output_formats(in_process: Make, output_format: str) -> None:
         ({"num_inference_steps": 2.5}, "num_inference_steps", "2.5"),
         ({"seed": -1}, "seed", "-1"),
         ({"seed": MAX_SEED + 1}, "seed", str(MAX_SEED)),
+        ({"seed": MAX_SEED, "n": 2}, "seed", str(MAX_SEED)),
+        ({"size": "8x65536", "output_format": "jpeg"}, "size", "jpeg takes 65500 a side"),
+        ({"size": "16384x8", "output_format": "webp"}, "size", "webp takes 16383 a side"),
         ({"seed": True}, "seed", "True"),
         ({"n": 0}, "n", "0"),
         ({"n": 9}, "n", "the limit is 8"),
@@ -237,7 +244,7 @@ def test_beyond_the_queue_is_429_with_retry_after(in_process: Make) -> None:
     refused = app.post()
     assert refused.status_code == 429
     assert refused.json()["error"]["type"] == "rate_limit_error"
-    assert "the limit is 2" in refused.json()["error"]["message"]
+    assert "the limit is 3" in refused.json()["error"]["message"]
     assert int(refused.headers["Retry-After"]) >= 1
     app.pipeline.record.release.set()
     for thread in threads:
@@ -247,14 +254,39 @@ def test_beyond_the_queue_is_429_with_retry_after(in_process: Make) -> None:
     assert app.metric("stepweave_requests_total", outcome="refused") == 1
 
 
-def test_a_thousand_urls_add_no_series(in_process: Make) -> None:
+def test_an_unknown_field_of_any_length_makes_a_short_answer(in_process: Make) -> None:
+    response = in_process().post(**{"x" * 500_000: 1})
+    assert response.status_code == 400
+    assert len(response.content) < 1000
+
+
+def test_a_client_that_leaves_while_it_sends_the_body_is_cancelled_not_failed(in_process: Make) -> None:
     app = in_process()
-    app.post()
+    sent: list[Any] = []
 
-    def series() -> int:
-        return sum(1 for line in app.client.get("/metrics").text.splitlines() if not line.startswith("#"))
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
 
-    before = series()
-    for i in range(1000):
-        app.client.get(f"/v1/{i}/{i}")
-    assert series() == before
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    for path in ("/v1/images/generations", "/generate"):
+        scope = {
+            "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
+            "headers": [(b"content-type", b"application/json")], "http_version": "1.1", "scheme": "http",
+            "server": ("testserver", 80), "client": ("testclient", 1), "asgi": {"version": "3.0"},
+        }  # fmt: skip
+        anyio.run(app.client.app, scope, receive, send)
+    assert {message["status"] for message in sent if "status" in message} == {499}
+    assert app.metric("stepweave_requests_total", outcome="cancelled") == 2
+    assert app.metric("stepweave_requests_total", outcome="failed") == 0
+
+
+@pytest.mark.parametrize(("setting", "value"), [("max_steps", 27), ("max_pixels", 4096 - 1)])
+def test_a_limit_below_the_models_default_fails_the_start(setting: str, value: int) -> None:
+    with pytest.raises((LoadError, ValueError), match=f"STEPWEAVE_{setting.upper()}={value}|greater than or equal"):
+        ServedModel(FakePipeline(), Preset(), Settings(**{setting: value}))
+
+
+def test_the_shortest_limits_still_start(in_process: Make) -> None:
+    assert in_process(max_steps=28, max_prompt_characters=1, max_images=1).post(prompt="x").status_code == 200

@@ -65,7 +65,16 @@ def test_values_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 
 def test_kubernetes_service_links_are_not_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT", "PORT_3000_TCP", "PORT_3000_TCP_ADDR"):
+    for name in (
+        "SERVICE_HOST",
+        "SERVICE_PORT",
+        "SERVICE_PORT_HTTP",
+        "PORT",
+        "PORT_3000_TCP",
+        "PORT_3000_TCP_ADDR",
+        "PREDICTOR_SERVICE_HOST",
+        "METRICS_PORT_8080_TCP",
+    ):
         monkeypatch.setenv(f"STEPWEAVE_{name}", "tcp://10.0.0.1:3000")
     Settings.load()
 

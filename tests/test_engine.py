@@ -41,6 +41,9 @@ def test_jobs_run_one_at_a_time_in_order(engine: PoolEngine, model: ServedModel,
     assert [job.result.result(30).parameters.seed for job in jobs] == [0, 1, 2, 3]
     assert [call["generator"][0].initial_seed() for call in pipeline.record.calls] == [0, 1, 2, 3]
     assert jobs[0].step == 5
+    assert engine.in_flight == 4, "a place is held until its pictures are encoded"
+    for job in jobs:
+        engine.release(job)
     assert (engine.in_flight, engine.waiting) == (0, 0)
 
 
@@ -67,6 +70,7 @@ def test_a_waiting_job_is_cancelled_at_once_and_frees_its_place(
     engine.cancel(waiting[1])
     with pytest.raises(Cancelled):
         waiting[1].result.result(1)
+    engine.release(waiting[1])
     engine.submit(parameters(model, seed=9))
     pipeline.record.release.set()
     assert running.result.result(30)
@@ -131,6 +135,7 @@ def test_threads_run_side_by_side_and_no_more_than_allowed(model: ServedModel, p
         assert (engine.in_flight, engine.waiting) == (7, 4)
         pipeline.record.release.set()
         assert [job.result.result(30).parameters.seed for job in jobs] == list(range(7))
+        assert engine.in_flight == 7
         assert pipeline.record.most_running == 3
     finally:
         pipeline.record.release.set()

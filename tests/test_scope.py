@@ -83,27 +83,20 @@ def saved(pipeline: Any, folder: Path) -> dict[str, str]:
 
 def requests_of(family: tiny.Family) -> list[dict[str, Any]]:
     """Requests that differ in everything that a request can choose."""
-    requests = []
-    schedulers: list[Any] = [None, *family.schedulers]
-    for i in range(THREADS * REQUESTS):
-        requests.append(
-            {
-                "prompt": PROMPTS[i % len(PROMPTS)],
-                "seed": i,
-                "num_inference_steps": 3 + i % 4,
-                "scheduler": schedulers[i % len(schedulers)],
-            }
-        )
-    return requests
+    schedulers: list[Any] = [None, *family.schedulers.values()]
+    return [
+        {
+            "prompt": PROMPTS[i % len(PROMPTS)],
+            "seed": i,
+            "steps": 3 + i % 4,
+            "scheduler": schedulers[i % len(schedulers)],
+        }
+        for i in range(THREADS * REQUESTS)
+    ]
 
 
 def call_of(family: tiny.Family, request: dict[str, Any]) -> dict[str, Any]:
-    return {
-        **family.call,
-        "prompt": request["prompt"],
-        "num_inference_steps": request["num_inference_steps"],
-        "generator": torch.Generator().manual_seed(request["seed"]),
-    }
+    return family.arguments(request["prompt"], seed=request["seed"], steps=request["steps"])
 
 
 def scheduler_of(pipeline: Any, choice: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 import statistics
 import subprocess
@@ -71,10 +72,10 @@ def test_same_seed_same_picture_on_both_surfaces(served: Served, tmp_path: Path)
 
 
 def test_native_answers_carry_their_parameters(served: Served) -> None:
-    response = httpx.post(f"{served.url}/generate", json={"prompt": "red — star", "seed": 3, "output_format": "webp"})
+    response = httpx.post(f"{served.url}/generate", json={"prompt": "red star", "seed": 3, "output_format": "webp"})
     assert response.headers["Content-Type"] == "image/webp"
     assert response.headers["X-Stepweave-Seed"] == "3"
-    assert response.headers["X-Stepweave-Prompt"] == "red %E2%80%94 star"
+    assert response.headers["X-Stepweave-Size"] == "64x64"
     assert response.headers["X-Request-ID"]
     refused = httpx.post(f"{served.url}/generate", json={"prompt": "x", "size": "65x65"})
     assert refused.status_code == 400
@@ -95,6 +96,7 @@ def test_errors_of_bentomls_own_routes_have_the_contracts_shape(served: Served) 
         assert response.status_code == status
         assert set(response.json()["error"]) == {"message", "type", "code", "param"}
         assert response.headers["Server"].startswith("stepweave/")
+        assert ("Allow" in response.headers) == (status == 405)
 
 
 def test_livez_answers_within_100_ms_while_pictures_are_made(served: Served) -> None:
@@ -137,6 +139,44 @@ def test_metrics_of_a_real_process(served: Served) -> None:
     assert metric(served.url, 'stepweave_requests_total{outcome="invalid"}') >= 1
     for kind in ("allocated", "reserved", "peak", "free", "total"):
         assert f'kind="{kind}"}}' in httpx.get(f"{served.url}/metrics").text
+
+
+def test_a_thousand_urls_add_no_series(served: Served) -> None:
+    def series() -> int:
+        return sum(1 for line in httpx.get(f"{served.url}/metrics").text.splitlines() if not line.startswith("#"))
+
+    before = series()
+    with httpx.Client() as client:
+        for i in range(1000):
+            client.get(f"{served.url}/v1/models/{i}" if i % 2 else f"{served.url}/{i}")
+    assert series() == before
+
+
+def test_requests_leave_nothing_in_memory(served: Served) -> None:
+    """BentoML's timeout middleware would keep 5 KB of each."""
+    with httpx.Client() as client:
+
+        def probe(times: int) -> float:
+            for _ in range(times):
+                client.get(f"{served.url}/livez")
+            return metric(served.url, "stepweave_process_resident_bytes")
+
+        before = probe(500)
+        assert probe(2500) - before < 5e6
+
+
+@pytest.mark.parametrize("prompt", [" red star ", "ein roter Stern — 赤い星 🔴" * 100])
+def test_any_prompt_comes_through_the_native_route(served: Served, prompt: str) -> None:
+    response = httpx.post(f"{served.url}/generate", json={"prompt": prompt, "num_inference_steps": 1})
+    assert response.status_code == 200
+    picture = Image.open(io.BytesIO(response.content))
+    assert json.loads(picture.info["stepweave"])["prompt"] == prompt  # type: ignore[attr-defined]
+
+
+def test_sizes_beyond_the_models_positions_are_refused(served: Served) -> None:
+    response = httpx.post(f"{served.url}/generate", json={"prompt": "x", "size": "1024x1024"})
+    assert response.status_code == 400
+    assert "the model's limit is 512 a side" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("path", ["/generate", "/v1/images/generations"])

@@ -16,8 +16,8 @@ from stepweave.errors import ConfigError, shown
 PREFIX = "STEPWEAVE_"
 EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "models" / "shapes"
 
-# What Kubernetes puts into every pod of a namespace that has a Service called "stepweave" (enableServiceLinks).
-_SERVICE_LINK = re.compile(r"STEPWEAVE_(SERVICE_(HOST|PORT)\w*|PORT(_\d+_(TCP|UDP|SCTP)\w*)?)")
+# What Kubernetes puts into every pod of a namespace that has Services called "stepweave" or "stepweave-..." (enableServiceLinks).
+_SERVICE_LINK = re.compile(r"STEPWEAVE_(\w+_)?(SERVICE_(HOST|PORT)(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)")
 
 
 class Settings(BaseSettings):

@@ -16,7 +16,7 @@ from stepweave.generation import Parameters
 from stepweave.loading.preset import Preset
 from stepweave.scope import RequestScopedPipeline
 
-SEED_BITS = 53  # a seed survives JSON in every client: the integers that a double holds exactly
+MAX_SEED = 2**53 - 1  # the largest integer that every JSON client reads exactly
 DRAWN_SEED_BITS = 32  # of a seed the server draws, easy to copy
 
 OnStep = Callable[[int, int], None]
@@ -35,16 +35,23 @@ class ServedModel:
         self.arguments = inspect.signature(pipeline.__call__).parameters
         self.call_arguments = preset.call
         directory = settings.model_directory()
-        self.id = preset.id or (directory.name if directory else settings.model)
+        self.id = preset.id or (directory.resolve().name if directory else settings.model)
         for name in ("prompt", "num_inference_steps", "generator", *preset.call):
             if name not in self.arguments:
                 raise LoadError(f"{self.pipeline_class} takes no argument {name!r}")
         self.multiple = _size_multiple(pipeline)
         width, height = _native_size(pipeline)
         self.width, self.height = preset.width or width, preset.height or height
+        self.max_side = _max_side(pipeline)
         self.default_steps = preset.num_inference_steps or self._default("num_inference_steps") or 50
         guidance = preset.guidance_scale if preset.guidance_scale is not None else self._default("guidance_scale")
         self.default_guidance: float | None = guidance if "guidance_scale" in self.arguments else None
+        for setting, limit, default in (
+            ("MAX_STEPS", settings.max_steps, self.default_steps),
+            ("MAX_PIXELS", settings.max_pixels, self.width * self.height),
+        ):
+            if default > limit:
+                raise LoadError(f"STEPWEAVE_{setting}={limit} is less than the model's own default, {default}")
 
     @property
     def pipeline_class(self) -> str:
@@ -77,6 +84,8 @@ class ServedModel:
         most = limits.max_images if "num_images_per_prompt" in self.arguments else 1
         if n > most:
             raise InvalidRequest(f"n is {n}; the limit is {most}.", param="n")
+        if seed is not None and seed + n - 1 > MAX_SEED:
+            raise InvalidRequest(f"seed is {seed} and n is {n}; the limit of seed + n - 1 is {MAX_SEED}.", param="seed")
         width, height = self._resolve_size(size)
         steps = self.default_steps if num_inference_steps is None else num_inference_steps
         if steps > limits.max_steps:
@@ -105,12 +114,19 @@ class ServedModel:
             raise InvalidRequest(
                 f"size is {shown(size)}; both sides must be positive multiples of {self.multiple}.", param="size"
             )
+        if self.max_side is not None and max(width, height) > self.max_side:
+            raise InvalidRequest(f"size is {shown(size)}; the model's limit is {self.max_side} a side.", param="size")
         if width * height > self.settings.max_pixels:
             raise InvalidRequest(
                 f"size is {shown(size)}, {width * height} pixels; the limit is {self.settings.max_pixels}.",
                 param="size",
             )
         return width, height
+
+    def warm_up(self) -> None:
+        """Make one picture of the native size in two steps, so that the first request does not pay for first calls."""
+        parameters = Parameters("warm-up", None, self.width, self.height, 1, 0, 2, self.default_guidance)
+        self.generate(parameters)
 
     def generate(self, parameters: Parameters, on_step: OnStep | None = None) -> list[Image.Image]:
         """Run the pipeline's own call on a view and return n RGB pictures of height x width. Safe from any thread.
@@ -159,6 +175,15 @@ def _size_multiple(pipeline: Any) -> int:
     if patch == 1 and hasattr(pipeline, "_pack_latents"):
         patch = 2
     return int(scale * patch)
+
+
+def _max_side(pipeline: Any) -> int | None:
+    """The longest side in pixels that the denoiser's table of positions covers, None where there is no such table."""
+    config = _denoiser_config(pipeline)
+    positions = getattr(config, "pos_embed_max_size", None)
+    if not isinstance(positions, int):
+        return None
+    return positions * int(getattr(config, "patch_size", None) or 1) * int(getattr(pipeline, "vae_scale_factor", 8))
 
 
 def _native_size(pipeline: Any) -> tuple[int, int]:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stepweave.config import Settings
-from stepweave.errors import LoadError, NotFound, StepweaveError, Unavailable, shown
-from stepweave.images.encode import encode
+from stepweave.errors import InvalidRequest, LoadError, NotFound, StepweaveError, Unavailable, shown
+from stepweave.images.encode import MAX_SIDES, OutputFormat, encode
 from stepweave.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -98,8 +98,9 @@ class Server:
             model = ServedModel(pipeline, preset, self.settings)
             if self.settings.warmup:
                 self._enter("warming_up", 0.8, f"a first picture of {model.width}x{model.height}")
-                model.generate(model.resolve(prompt="warm-up", seed=0, num_inference_steps=2))
+                model.warm_up()
             self.device, self.dtype = str(device), str(dtype).removeprefix("torch.")
+            self.metrics.vram.device = self.device
             self.metrics.model.info(
                 {
                     "model": model.id,
@@ -118,12 +119,12 @@ class Server:
             logger.exception("starting failed")
             self._fail(f"starting failed with {type(error).__name__}; the log has the details")
         else:
-            if self.status.stage == "closed":
-                engine.close()
-                return
             self.engine = engine
-            self._enter("ready", 1.0, f"{model.id} on {device}, {threads} CPU threads")
-            logger.info("ready after %.1f s", time.monotonic() - began)
+            try:
+                self._enter("ready", 1.0, f"{model.id} on {device}, {threads} CPU threads")
+                logger.info("ready after %.1f s", time.monotonic() - began)
+            except LoadError:  # closed meanwhile
+                engine.close()
 
     def _enter(self, stage: str, progress: float, message: str) -> None:
         if self.status.stage == "closed":
@@ -167,37 +168,46 @@ class Server:
                 code="model_not_found",
                 param="model",
             )
-        job = engine.submit(
-            served.resolve(
-                prompt=request.prompt,
-                negative_prompt=request.negative_prompt,
-                size=request.size,
-                n=n,
-                seed=request.seed,
-                num_inference_steps=request.num_inference_steps,
-                guidance_scale=request.guidance_scale,
-            )
+        parameters = served.resolve(
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            size=request.size,
+            n=n,
+            seed=request.seed,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
         )
+        longest = max(parameters.width, parameters.height)
+        if longest > MAX_SIDES[request.output_format]:
+            raise InvalidRequest(
+                f"size is {shown(request.size)}; {request.output_format} takes {MAX_SIDES[request.output_format]} a side.",
+                param="size",
+            )
+        job = engine.submit(parameters)
         try:
             generation = await asyncio.wrap_future(job.result)
+            files = await self._encode(generation, request.output_format, served.id)
         except asyncio.CancelledError:
             engine.cancel(job)
             raise
-        encoding = time.monotonic()
+        finally:
+            engine.release(job)
+        generation.timings.total = time.monotonic() - began
+        self.metrics.request_seconds.observe(generation.timings.total)
+        return generation, files
+
+    async def _encode(self, generation: Generation, output_format: OutputFormat, model: str) -> list[PictureFile]:
+        began = time.monotonic()
         loop = asyncio.get_running_loop()
         values = [generation.parameters.of_image(i) for i in range(len(generation.images))]
         encoded = await asyncio.gather(
             *(
-                loop.run_in_executor(self._encoders, encode, image, request.output_format, value, served.id)
+                loop.run_in_executor(self._encoders, encode, image, output_format, value, model)
                 for image, value in zip(generation.images, values, strict=True)
             )
         )
-        done = time.monotonic()
-        generation.timings.encode_image = done - encoding
-        generation.timings.total = done - began
-        self.metrics.request_seconds.observe(generation.timings.total)
-        files = [PictureFile(data, value["seed"], value) for data, value in zip(encoded, values, strict=True)]
-        return generation, files
+        generation.timings.encode_image = time.monotonic() - began
+        return [PictureFile(data, value["seed"], value) for data, value in zip(encoded, values, strict=True)]
 
 
 def as_stepweave_error(error: Exception, request_id: str) -> StepweaveError:

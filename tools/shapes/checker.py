@@ -152,7 +152,7 @@ def expected(prompt: str) -> dict[str, str]:
     words = prompt.lower().replace(",", " ").split()
     parts: dict[str, str] = {"horizontal": "", "vertical": ""}
     colours = [word for word in words if word in COLOUR_WORDS]
-    if "background" in words:
+    if "background" in words[1:] and words[words.index("background") - 1] in COLOUR_WORDS:
         parts["background"] = words[words.index("background") - 1]
         colours.remove(parts["background"])
     if colours:

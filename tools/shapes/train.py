@@ -79,15 +79,16 @@ def scene_latents(
     """Stage 2. A fixed set of scenes and their latents, normalised by the mean and deviation put into the VAE's config."""
     rng = np.random.default_rng(SEED + 2)
     scenes = [sample_scene(rng) for _ in range(count)]
-    cache = folder / "latents.pt"
-    if not cache.exists():
+    cache = folder / f"latents-{count}.pt"
+    if not cache.exists() or cache.stat().st_mtime < (folder / "autoencoder.pt").stat().st_mtime:
         vae.eval()
         chunks = []
         with torch.no_grad():
             for start in tqdm(range(0, count, 250), desc="latents"):
                 pictures = np.stack([draw(scene) for scene in scenes[start : start + 250]])
                 chunks.append(vae.encode(to_tensor(pictures, device)).latent_dist.mode().half().cpu())
-        torch.save(torch.cat(chunks), cache)
+        torch.save(torch.cat(chunks), cache.with_suffix(".partial"))
+        cache.with_suffix(".partial").replace(cache)
     latents = torch.load(cache, weights_only=True).float()
     shift, scale = float(latents.mean()), 1 / float(latents.std())
     vae.register_to_config(shift_factor=round(shift, 6), scaling_factor=round(scale, 6))

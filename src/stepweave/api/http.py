@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import time
 from collections.abc import Coroutine
 from dataclasses import asdict
@@ -11,14 +12,15 @@ from typing import Any, TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from stepweave.api.responses import handle_error
 from stepweave.api.schemas import GenerationRequest, parse, require_json
 from stepweave.errors import Cancelled, NotFound, StepweaveError, shown
-from stepweave.server import Server
+from stepweave.generation import Generation
+from stepweave.server import PictureFile, Server
 
 T = TypeVar("T")
 
@@ -37,6 +39,13 @@ async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
             if not pending.done():
                 pending.cancel()
                 await asyncio.wait({pending})
+
+
+async def _body(request: Request) -> bytes:
+    try:
+        return await request.body()
+    except ClientDisconnect:
+        raise Cancelled("The client left while it sent the body.") from None
 
 
 async def _disconnected(request: Request) -> None:
@@ -64,27 +73,12 @@ class Api:
     async def generations(self, request: Request) -> Response:
         with self.server.metrics.counted():
             require_json(request.headers.get("content-type", ""))
-            body = parse(await request.body(), GenerationRequest)
+            body = parse(await _body(request), GenerationRequest)
             generation, files = await until_disconnect(request, self.server.generate(body, n=body.n, model=body.model))
-        parameters = generation.parameters
         model, _ = self.server.ready()
-        return JSONResponse(
-            {
-                "created": int(time.time()),
-                "data": [
-                    {"b64_json": base64.b64encode(file.data).decode(), "seed": file.seed, "revised_prompt": None}
-                    for file in files
-                ],
-                "model": model.id,
-                "usage": {
-                    "images": parameters.n,
-                    "steps": parameters.n * parameters.num_inference_steps,
-                    "pixels": parameters.n * parameters.width * parameters.height,
-                },
-                "parameters": {**parameters.of_image(0), "n": parameters.n, "output_format": body.output_format},
-                "timings": {name: round(seconds, 6) for name, seconds in asdict(generation.timings).items()},
-                "warnings": [],
-            }
+        return Response(
+            await asyncio.to_thread(_render, generation, files, model.id, body.output_format),
+            media_type="application/json",
         )
 
     async def models(self, request: Request) -> Response:
@@ -113,6 +107,7 @@ class Api:
                 "dtype": self.server.dtype,
                 "native_size": f"{model.width}x{model.height}",
                 "size_multiple": model.multiple,
+                "max_side": model.max_side,
                 "max_pixels": settings.max_pixels,
                 "default_num_inference_steps": model.default_steps,
                 "max_num_inference_steps": settings.max_steps,
@@ -126,3 +121,25 @@ class Api:
         # off the loop: CUDA's memory query may wait for the driver
         content = await asyncio.to_thread(self.server.metrics.render)
         return Response(content, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+def _render(generation: Generation, files: list[PictureFile], model: str, output_format: str) -> bytes:
+    """The body of a generation's answer. Base64 needs no escaping, so JSON's encoder is spared the megabytes of it."""
+    parameters = generation.parameters
+    answer = {
+        "created": int(time.time()),
+        "model": model,
+        "usage": {
+            "images": parameters.n,
+            "steps": parameters.n * parameters.num_inference_steps,
+            "pixels": parameters.n * parameters.width * parameters.height,
+        },
+        "parameters": {**parameters.of_image(0), "n": parameters.n, "output_format": output_format},
+        "timings": {name: round(seconds, 6) for name, seconds in asdict(generation.timings).items()},
+        "warnings": [],
+    }
+    pieces = [json.dumps(answer)[:-1].encode(), b', "data": [']
+    for i, file in enumerate(files):
+        pieces += [b", " if i else b"", b'{"b64_json": "', base64.b64encode(file.data)]
+        pieces.append(f'", "seed": {file.seed}, "revised_prompt": null}}'.encode())
+    return b"".join([*pieces, b"]}"])

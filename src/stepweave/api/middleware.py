@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from stepweave import __version__
 from stepweave.api.responses import ERROR_MARK, REQUEST_ID, error_response
 from stepweave.api.schemas import ImageRequest, parse, require_json
-from stepweave.errors import BodyTooLarge, MethodNotAllowed, NotFound, StepweaveError
+from stepweave.errors import BodyTooLarge, Cancelled, MethodNotAllowed, NotFound, RequestError, StepweaveError
 from stepweave.server import Server, as_stepweave_error
 
 PROBES = ("/livez", "/healthz", "/readyz")
@@ -60,7 +60,9 @@ class ContractMiddleware:
         """Answered from memory alone, never waiting for the device."""
         path = scope["path"]
         if scope["method"] not in ("GET", "HEAD"):
-            raise MethodNotAllowed(f"{scope['method']} is not allowed on {path}; use GET.")
+            response = error_response(MethodNotAllowed(f"{scope['method']} is not allowed on {path}; use GET."))
+            response.headers["Allow"] = "GET, HEAD"
+            return response
         status = self.server.status
         state = {"stage": status.stage, "progress": status.progress, "message": status.message}
         # a server that cannot load its model never will: let the kubelet restart it, and show why
@@ -75,7 +77,7 @@ class ContractMiddleware:
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
-                break
+                raise Cancelled("The client left while it sent the body.")
             body += message.get("body", b"")
             if not message.get("more_body", False):
                 break
@@ -141,6 +143,7 @@ class _Answer:
     async def _replace(self, status: int, headers: MutableHeaders) -> None:
         self.replaced = True
         response = error_response(self._error_for(status))
+        response.status_code = status
         self._complete(response.headers)
         if "allow" in headers:
             response.headers["Allow"] = headers["allow"]
@@ -155,4 +158,7 @@ class _Answer:
         }
         if status in known:
             return known[status]()
-        return StepweaveError(f"{HTTPStatus(status).phrase}. Request id: {self.request_id}", code="internal_error")
+        phrase = HTTPStatus(status).phrase if status in set(HTTPStatus) else f"Status {status}"
+        if status < 500:
+            return RequestError(f"{phrase}.", code=phrase.lower().replace(" ", "_"))
+        return StepweaveError(f"{phrase}. Request id: {self.request_id}", code="internal_error")

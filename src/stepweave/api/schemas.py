@@ -6,9 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from stepweave.errors import InvalidRequest, UnsupportedMedia, shown
-
-MAX_SEED = 2**53 - 1  # the largest integer that every JSON client reads exactly
+from stepweave.errors import SHOWN, InvalidRequest, UnsupportedMedia, shown
 
 Size = Annotated[str, Field(pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", examples=["64x64"])]
 
@@ -21,7 +19,7 @@ class ImageRequest(BaseModel):
     prompt: str = Field(min_length=1, description="What the picture should show.")
     negative_prompt: str | None = Field(None, description="What it should not show.")
     size: Size | None = Field(None, description="WIDTHxHEIGHT in pixels, or `auto` for the model's own.")
-    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Same seed, same picture; drawn if absent.")
+    seed: int | None = Field(None, ge=0, le=2**53 - 1, description="Same seed, same picture; drawn if absent.")
     num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps.")
     guidance_scale: float | None = Field(None, ge=0, le=100, description="Classifier-free guidance; 1 turns it off.")
     output_format: Literal["png", "jpeg", "webp"] = Field("png", description="File format of the picture.")
@@ -56,7 +54,7 @@ def _explain(problem: Any) -> InvalidRequest:
     if problem["type"] == "json_invalid":
         return InvalidRequest(f"The body is not valid JSON: {problem['ctx']['error']}.", code="invalid_json")
     # strings that JSON's reader accepts and UTF-8 does not (lone surrogates) have no field to blame
-    param = ".".join(str(part) for part in problem["loc"]) or None
+    param = ".".join(str(part) for part in problem["loc"])[:SHOWN] or None
     if problem["type"] == "extra_forbidden":
         return InvalidRequest(f"Unknown field {shown(param)}.", code="unknown_field", param=param)
     if problem["type"] == "missing":

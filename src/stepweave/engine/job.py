@@ -15,12 +15,11 @@ from stepweave.generation import Generation, Parameters
 
 @dataclass
 class Job:
-    """Set by admission: id, parameters, accepted. By the engine: started, finished, step, result."""
+    """Set by admission: id, parameters, accepted. By the engine: step, result."""
 
     parameters: Parameters
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     accepted: float = field(default_factory=time.monotonic)
-    started: float | None = None
     step: int = 0
     result: Future[Generation] = field(default_factory=Future)
     _cancelled: threading.Event = field(default_factory=threading.Event)

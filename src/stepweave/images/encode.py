@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from stepweave import __version__
 
 OutputFormat = Literal["png", "jpeg", "webp"]
+MAX_SIDES: dict[OutputFormat, int] = {"png": 2**31 - 1, "jpeg": 65_500, "webp": 16_383}  # pixels that the encoders take
 _ASCII_CODE = b"ASCII\0\0\0"  # EXIF 2.32, 4.6.5: the character code that precedes a UserComment
 _UNICODE_CODE = b"UNICODE\0"
 _EXIF_LIMIT = 65_527  # bytes that a JPEG segment holds after its length and "Exif" marker; long prompts need it all

@@ -37,7 +37,7 @@ def choose_dtype(settings: Settings, device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.float16
 
 

@@ -28,6 +28,8 @@ def load_pipeline(settings: Settings, device: torch.device, dtype: torch.dtype) 
     source: str = str(settings.model_directory() or settings.model)
     hub: dict[str, Any] = {} if settings.model_directory() else {"revision": settings.revision}
     preset = read_preset(settings.model_directory())
+    # advice to install torchvision, which nothing here needs
+    transformers.utils.logging.set_verbosity_error()
     # bars of a few lines' worth, garbled in a log
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()

@@ -13,5 +13,3 @@ def configure_logs() -> None:
     package.addHandler(handler)
     package.setLevel(logging.INFO)
     package.propagate = False
-    # one advice per image processor at every start; nothing here needs torchvision
-    logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, get_args
 
@@ -68,7 +67,8 @@ class Metrics:
             "Resident memory of the server process.",
             registry=self.registry,
         ).set_function(lambda: psutil.Process().memory_info().rss)
-        self.registry.register(VramCollector())
+        self.vram = VramCollector()
+        self.registry.register(self.vram)
 
     @contextlib.contextmanager
     def counted(self, *, success: bool = True) -> Iterator[None]:
@@ -102,7 +102,11 @@ def outcome_of(error: BaseException) -> Outcome:
 
 
 class VramCollector(Collector):
-    """`stepweave_vram_bytes{device, kind}` of every CUDA device; one device `cpu` with zeros where there is none."""
+    """`stepweave_vram_bytes{device, kind}` of the device in use; zeros where that is no CUDA device."""
+
+    device: str = (
+        "cpu"  # set once the model is loaded; other devices are not asked, since that would open a context on them
+    )
 
     def collect(self) -> Iterable[Metric]:
         family = GaugeMetricFamily(
@@ -110,24 +114,23 @@ class VramCollector(Collector):
             "GPU memory: allocated, reserved and peak (allocated) of this process; free and total of the device.",
             labels=["device", "kind"],
         )
-        devices = self._devices() or {"cpu": (0,) * len(VRAM_KINDS)}
-        for device, values in devices.items():
-            for kind, value in zip(VRAM_KINDS, values, strict=True):
-                family.add_metric([device, kind], value)
+        for kind, value in zip(VRAM_KINDS, self._values(), strict=False):
+            family.add_metric([self.device, kind], value)
         yield family
 
-    def _devices(self) -> dict[str, tuple[int, ...]]:
-        torch = sys.modules.get("torch")  # a scrape must not be what imports torch, nor what starts CUDA
-        if torch is None or not hasattr(torch, "cuda") or not torch.cuda.is_initialized():
-            return {}
-        values: dict[str, tuple[int, ...]] = {}
-        for index in range(torch.cuda.device_count()):
-            free, total = torch.cuda.mem_get_info(index)
-            values[f"cuda:{index}"] = (
-                torch.cuda.memory_allocated(index),
-                torch.cuda.memory_reserved(index),
-                torch.cuda.max_memory_allocated(index),
-                free,
-                total,
-            )
-        return values
+    def _values(self) -> tuple[int, ...]:
+        if not self.device.startswith("cuda"):
+            return (0,) * len(VRAM_KINDS)
+        import torch
+
+        try:
+            free, total = torch.cuda.mem_get_info(self.device)
+        except RuntimeError:
+            return ()  # a broken device must not take the other metrics with it
+        return (
+            torch.cuda.memory_allocated(self.device),
+            torch.cuda.memory_reserved(self.device),
+            torch.cuda.max_memory_allocated(self.device),
+            free,
+            total,
+        )

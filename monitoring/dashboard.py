@@ -1,0 +1,234 @@
+"""The Grafana dashboard as code. `python monitoring/dashboard.py` writes `monitoring/dashboard.json`.
+
+Every query has a result where there is no traffic, no GPU or no ready server (percentiles of nothing are not a number): an
+empty panel means that nothing is scraped, not that nothing happens.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import count
+from pathlib import Path
+
+from grafana_foundation_sdk.builders import common, prometheus, stat, table, timeseries
+from grafana_foundation_sdk.builders import dashboard as build
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models import common as options
+from grafana_foundation_sdk.models import dashboard as model
+from grafana_foundation_sdk.models.prometheus import PromQueryFormat
+
+FILE = Path(__file__).with_name("dashboard.json")
+SOURCE = model.DataSourceRef(type_val="prometheus", uid="${datasource}")
+SELECTED = 'namespace=~"$namespace", job=~"$job", pod=~"$pod"'
+WINDOW = "$__rate_interval"
+
+
+def series(metric: str, *matchers: str) -> str:
+    """A selector of `metric` within what the dashboard's variables select."""
+    return f"{metric}{{{', '.join([*matchers, SELECTED])}}}"
+
+
+def share(part: str, whole: str) -> str:
+    """The share of `part` in `whole`, two matchers of `outcome`; 0 without traffic."""
+    rates = [f"sum(rate({series('stepweave_requests_total', outcome)}[{WINDOW}]))" for outcome in (part, whole)]
+    return f"{rates[0]} / clamp_min({rates[1]}, 1e-9)"
+
+
+def percentile(q: float) -> str:
+    return f"histogram_quantile({q}, sum by (le) (rate({series('stepweave_request_seconds_bucket')}[{WINDOW}])))"
+
+
+def vram(kinds: str) -> str:
+    """Bytes of the kinds that `kinds`, a regular expression, matches, on each device."""
+    matcher = f'kind=~"{kinds}"'
+    return f"sum without (kind) ({series('stepweave_vram_bytes', matcher)})"
+
+
+LOADED = series("stepweave_model_info", 'model!=""')
+REFUSED_SHARE = share('outcome=~"refused|unavailable"', 'outcome!="invalid"')
+FAILED_SHARE = share('outcome="failed"', 'outcome=~"succeeded|failed"')
+# memory that torch has reserved and not allocated is free for the next picture
+VRAM_SHARE = f"({vram('total|allocated')} - {vram('free|reserved')}) / clamp_min({vram('total')}, 1)"
+
+
+def query(expr: str, legend: str) -> prometheus.Dataquery:
+    return prometheus.Dataquery().datasource(SOURCE).expr(expr).legend_format(legend).range()
+
+
+def number(title: str, description: str, unit: str, expr: str, *steps: tuple[float | None, str]) -> stat.Panel:
+    """One number, now; each of `steps` is a lower bound and the colour from there on."""
+    thresholds = [model.Threshold(value=value, color=color) for value, color in steps or [(None, "text")]]
+    return (
+        stat.Panel()
+        .title(title)
+        .description(description)
+        .datasource(SOURCE)
+        .unit(unit)
+        .min(0)
+        .thresholds(build.ThresholdsConfig().mode(model.ThresholdsMode.ABSOLUTE).steps(thresholds))
+        .color_scheme(build.FieldColor().mode(model.FieldColorModeId.THRESHOLDS))
+        .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
+        .graph_mode(options.BigValueGraphMode.AREA)
+        .height(4)
+        .with_target(query(expr, title).ref_id("A"))
+    )
+
+
+def graph(title: str, description: str, unit: str, *queries: tuple[str, str]) -> timeseries.Panel:
+    """Lines over time; each of `queries` is an expression and its legend."""
+    panel = (
+        timeseries.Panel()
+        .title(title)
+        .description(description)
+        .datasource(SOURCE)
+        .unit(unit)
+        .min(0)
+        .line_width(1)
+        .fill_opacity(10)
+        .show_points(options.VisibilityMode.NEVER)
+        .legend(
+            common.VizLegendOptions()
+            .display_mode(options.LegendDisplayMode.TABLE)
+            .placement(options.LegendPlacement.BOTTOM)
+            .show_legend(True)
+            .calcs(["lastNotNull", "max"])
+        )
+        .tooltip(common.VizTooltipOptions().mode(options.TooltipDisplayMode.MULTI).sort(options.SortOrder.DESCENDING))
+        .height(9)
+        .span(12)
+    )
+    for ref, (expr, legend) in zip("ABCDEFGH", queries, strict=False):
+        panel.with_target(query(expr, legend).ref_id(ref))
+    return panel
+
+
+def models() -> table.Panel:
+    expr = f"max by (pod, instance, model, pipeline, revision, device, dtype) ({series('stepweave_model_info')})"
+    hidden = {"Time": True, "Value": True}
+    return (
+        table.Panel()
+        .title("Models")
+        .description("What each server has loaded; a row without a model is a server that is not ready.")
+        .datasource(SOURCE)
+        .unit("none")
+        .align(options.FieldTextAlignment.AUTO)
+        .height(6)
+        .span(24)
+        .with_target(query(expr, "").instant().format(PromQueryFormat.TABLE).ref_id("A"))
+        .with_transformation(model.DataTransformerConfig(id_val="organize", options={"excludeByName": hidden}))
+    )
+
+
+def label_variable(label: str, within: str = "") -> build.QueryVariable:
+    """A variable of the values of `label`; "All" also matches servers that lack it, such as those outside Kubernetes."""
+    return (
+        build.QueryVariable(label)
+        .datasource(SOURCE)
+        .query(f"label_values(stepweave_requests_in_flight{within}, {label})")
+        .refresh(model.VariableRefresh.ON_TIME_RANGE_CHANGED)
+        .sort(model.VariableSort.ALPHABETICAL_ASC)
+        .multi(True)
+        .include_all(True)
+        .all_value(".*")
+        .current(model.VariableOption(text="All", value="$__all"))
+    )
+
+
+def dashboard() -> model.Dashboard:
+    """The dashboard, in Grafana's own types."""
+    outcome_rate = f"sum by (outcome) (rate({series('stepweave_requests_total')}[{WINDOW}]))"
+    rows: dict[str, list[stat.Panel | timeseries.Panel | table.Panel]] = {
+        "Now": [
+            number(
+                "Ready servers", "Servers with a model loaded.", "none", f"count({LOADED}) or vector(0)",
+                (None, "red"), (1, "green"),
+            ).span(4),
+            number(
+                "Requests in flight", "Generation requests accepted and not yet answered, running or waiting.", "none",
+                f"sum({series('stepweave_requests_in_flight')})",
+            ).span(5),
+            number(
+                "Requests refused", "Share of valid requests answered with 429 (queue full) or 503 (not ready).",
+                "percentunit", REFUSED_SHARE, (None, "green"), (0.01, "orange"), (0.1, "red"),
+            ).span(5),
+            number(
+                "95th percentile", "Nineteen of twenty requests were done within this time, waiting included.", "s",
+                percentile(0.95),
+            ).span(5),
+            number(
+                "VRAM in use", "Of the fullest GPU, what the next picture cannot have; 0 without a GPU.",
+                "percentunit", f"max({VRAM_SHARE})", (None, "green"), (0.9, "orange"), (0.95, "red"),
+            ).span(5),
+        ],
+        "Traffic": [
+            graph(
+                "In flight and waiting",
+                "Requests accepted and not yet answered, and those of them that wait. A queue that stays calls for replicas.",
+                "none",
+                (f"sum({series('stepweave_requests_in_flight')})", "in flight"),
+                (f"sum({series('stepweave_requests_waiting')})", "waiting"),
+            ),
+            graph(
+                "Rate by outcome",
+                "Generation requests answered per second: done, or how they ended otherwise.",
+                "reqps",
+                (outcome_rate, "{{outcome}}"),
+            ),
+            graph(
+                "Refused and failed",
+                "Refused: of valid requests, answered with 429 or 503. Failed: of those that ran.",
+                "percentunit",
+                (REFUSED_SHARE, "refused"),
+                (FAILED_SHARE, "failed"),
+            ),
+            graph(
+                "Latency percentiles",
+                "From acceptance to finished picture files, waiting included; of requests that succeeded.",
+                "s",
+                *((percentile(q), f"p{q * 100:.0f}") for q in (0.5, 0.95, 0.99)),
+            ),
+        ],
+        "Memory": [
+            graph(
+                "VRAM by kind",
+                "Allocated, reserved and peak are the process's own; free and total the device's. 0 without a GPU.",
+                "bytes",
+                (f"max by (pod, instance, device, kind) ({series('stepweave_vram_bytes')})", "{{kind}} {{pod}} {{device}}"),
+            ),
+            graph(
+                "Resident memory",
+                "Main memory of each server process; one that only grows will be killed at the pod's limit.",
+                "bytes",
+                (f"max by (pod, instance) ({series('stepweave_process_resident_bytes')})", "{{pod}} {{instance}}"),
+            ),
+        ],
+        "Servers": [models()],
+    }  # fmt: skip
+    result = (
+        build.Dashboard("Stepweave")
+        .uid("stepweave")
+        .description("Stepweave, a diffusion model server: traffic, latency and memory.")
+        .tags(["stepweave"])
+        .timezone("browser")
+        .time("now-1h", "now")
+        .refresh("30s")
+        .tooltip(model.DashboardCursorSync.CROSSHAIR)
+        .with_variable(build.DatasourceVariable("datasource").label("Data source").type("prometheus"))
+        .with_variable(label_variable("namespace").label("Namespace"))
+        .with_variable(label_variable("job", '{namespace=~"$namespace"}').label("Server"))
+        .with_variable(label_variable("pod", '{namespace=~"$namespace", job=~"$job"}').label("Pod"))
+    )
+    ids = count(1)
+    for title, panels in rows.items():
+        result.with_row(build.Row(title).id(next(ids)))
+        for panel in panels:
+            result.with_panel(panel.id(next(ids)))
+    return result.build()
+
+
+def render() -> str:
+    return json.dumps(dashboard(), cls=JSONEncoder, indent=2, sort_keys=True) + "\n"
+
+
+if __name__ == "__main__":
+    FILE.write_text(render())
