@@ -5,7 +5,7 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
 BIN := .venv/bin
 export BENTOML_DO_NOT_TRACK = True
 
-.PHONY: serve test test-full check format model evaluate bento clean
+.PHONY: serve test test-full check format model evaluate bento dashboard load clean
 
 serve: .venv/serve.stamp
 	$(BIN)/bentoml serve service.py --port $(PORT)
@@ -35,6 +35,14 @@ evaluate: .venv/dev.stamp
 
 bento: .venv/serve.stamp
 	$(BIN)/bentoml build
+
+# Write the Grafana dashboard anew from its code.
+dashboard: .venv/dev.stamp
+	$(BIN)/python monitoring/dashboard.py
+
+# Open-loop capacity test of a running server: make load LOAD="--rates 1,2,4 --seconds 20"
+load: .venv/dev.stamp
+	$(BIN)/python -m benchmarks.locust --host http://localhost:$(PORT) $(LOAD)
 
 clean:
 	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache

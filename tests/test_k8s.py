@@ -31,7 +31,7 @@ Document = dict[str, Any]
 
 K8S = ROOT / "k8s"
 OVERLAYS = sorted(path.parent.name for path in K8S.glob("overlays/*/kustomization.yaml"))
-SCHEMAS = Path(os.environ.get("STEPWEAVE_K8S_SCHEMAS", ROOT.parent / "shared" / "k8s-schemas"))
+SCHEMAS = Path(os.environ.get("STEPWEAVE_K8S_SCHEMAS") or ROOT.parent / "shared" / "k8s-schemas")
 VERSIONS = ("1.30", "1.37")  # the first with preStop.sleep on by default, and the last that the validator knows
 
 GPU = "nvidia.com/gpu"
@@ -40,8 +40,8 @@ MODEL_MOUNT = "/mnt/models"  # where KServe puts a storageUri
 KEDA_TRIGGERS = {"prometheus", "cron", "cpu", "memory", "metrics-api", "external", "kubernetes-workload"}
 KSERVE_AUTOSCALERS = {"hpa", "keda", "external", "none"}
 CLUSTER_SCOPED = {"Namespace", "ClusterServingRuntime"}
-# One step of one picture on the slowest device that an overlay is meant for, in seconds, for pictures of up to so many
-# pixels: the embedded model at 128x128 takes 0.05 on two busy cores; Z-Image and SDXL at 1024x1024 stay under 1 on an A10.
+# Seconds that one step of one picture is given, by device, and the pixels that this holds up to. On two busy cores the
+# embedded model takes 0.05 at 128x128. A GPU's second is a budget: a slower card needs a longer grace period or lower limits.
 STEP = {"cpu": (128 * 128, 0.2), "cuda": (1024 * 1024, 1.0)}
 
 
@@ -75,8 +75,13 @@ def validate_custom(document: Document) -> None:
     group, version = document["apiVersion"].split("/")
     if not SCHEMAS.is_dir():
         pytest.skip(f"NOT CHECKED: no schemas of custom kinds in {SCHEMAS}; STEPWEAVE_K8S_SCHEMAS names another place")
-    schema = json.loads((SCHEMAS / f"{document['kind'].lower()}-{group}-{version}.json").read_text())
-    jsonschema.validate(document, schema)
+    _validator(f"{document['kind'].lower()}-{group}-{version}.json").validate(document)
+
+
+@functools.cache
+def _validator(name: str) -> jsonschema.protocols.Validator:
+    schema = json.loads((SCHEMAS / name).read_text())
+    return jsonschema.validators.validator_for(schema)(schema)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -276,7 +281,7 @@ def resource_problems(work: Workload) -> Iterator[str]:
             yield f"{GPU}: request {requests.get(GPU)} is not limit {limits.get(GPU)}"
     except ValueError as error:
         yield str(error)
-    if settings_device(work) != "cuda":
+    if work.env.get("STEPWEAVE_DEVICE") != "cuda":
         if GPU in requests:
             yield f"a {GPU} that STEPWEAVE_DEVICE does not use"
         return
@@ -290,10 +295,6 @@ def resource_problems(work: Workload) -> Iterator[str]:
     memory = [volume["name"] for volume in work.pod["volumes"] if volume.get("emptyDir", {}).get("medium") == "Memory"]
     if not shared or not set(shared) <= set(memory):
         yield "/dev/shm is not memory"
-
-
-def settings_device(work: Workload) -> str:
-    return work.env.get("STEPWEAVE_DEVICE", "auto")
 
 
 def deployment_problems(deployment: Document) -> Iterator[str]:
@@ -649,6 +650,14 @@ def test_a_query_of_more_than_one_series_or_an_invented_zero_is_reported(query: 
 def test_a_second_autoscaler_is_reported() -> None:
     documents = [*overlay("gpu-keda"), *of_kind(overlay("gpu-hpa"), "HorizontalPodAutoscaler")]
     assert "two autoscalers of 'stepweave'" in problems(documents)
+
+
+@pytest.mark.parametrize(("scaling", "metric"), [("keda", "memory"), ("hpa", "concurrency")])
+def test_a_scale_metric_that_kserve_refuses_is_reported(scaling: str, metric: str) -> None:
+    documents = overlay("kserve")
+    at(documents, "InferenceService", "metadata", "annotations")[CLASS] = scaling
+    at(documents, "InferenceService", "spec", "predictor")["scaleMetric"] = metric
+    assert any(found.startswith("scaleMetric") for found in problems(documents))
 
 
 def test_an_unknown_field_of_a_built_in_kind_is_invalid() -> None:

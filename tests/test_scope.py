@@ -121,7 +121,10 @@ def test_threads_get_the_pictures_of_plain_calls_and_the_pipeline_stays_as_it_wa
 
     pipeline = family.build()
     pipeline.set_progress_bar_config(disable=True)
-    before, files = state_of(pipeline), saved(pipeline, tmp_path / "before")
+    # transformers hangs hooks into a text encoder at its first call and saving notes the path: both are not ours
+    pipeline(**call_of(family, requests[0]))
+    files = saved(pipeline, tmp_path / "before")
+    before = state_of(pipeline)
     scheduler = pipeline.scheduler
     scoped = RequestScopedPipeline(pipeline)
 
@@ -134,7 +137,8 @@ def test_threads_get_the_pictures_of_plain_calls_and_the_pipeline_stays_as_it_wa
     for image, expected in zip(images, plain, strict=True):
         assert np.abs(image - expected).max() <= 1e-4
     assert pipeline.scheduler is scheduler
-    assert state_of(pipeline) == before
+    after = state_of(pipeline)
+    assert [name for name in after if after[name] != before[name]] == []
     assert saved(pipeline, tmp_path / "after") == files
 
 

@@ -17,11 +17,13 @@ from pathlib import Path
 
 import bentoml
 import httpx
+import numpy as np
 import openai
 import pytest
 from PIL import Image
 
 from tests.conftest import ROOT, Served, clean_environment, free_port, serve
+from tools.shapes.checker import SHAPE_WORDS as SHAPES
 from tools.shapes.checker import wrong_parts
 
 PROMPT = "a large red circle on a blue background"
@@ -35,12 +37,13 @@ def readme_blocks(language: str) -> list[str]:
 @pytest.mark.parametrize("language", ["bash", "python"])
 def test_the_readmes_clients_get_what_they_asked_for(served: Served, tmp_path: Path, language: str) -> None:
     blocks = readme_blocks(language)
-    assert len(blocks) == {"bash": 1, "python": 2}[language]
+    assert len(blocks) == {"bash": 1, "python": 3}[language]
+    (tmp_path / "models").symlink_to(ROOT / "models")
     for block in blocks:
         command = ["bash", "-ec"] if language == "bash" else [sys.executable, "-c"]
         subprocess.run(
             [*command, block.replace("http://localhost:3000", served.url)], cwd=tmp_path, check=True, timeout=120,
-            env=clean_environment(),
+            env=clean_environment(PYTHONPATH=str(ROOT / "src")),
         )  # fmt: skip
         with Image.open(tmp_path / "circle.png") as picture:
             assert picture.size == (64, 64)
@@ -214,6 +217,29 @@ def test_it_tells_how_far_loading_is_and_finishes_work_on_sigterm(tmp_path: Path
             assert server.stop() == 0
             assert answer.result(60).status_code == 200
         assert "Traceback" not in server.log.read_text()
+
+
+def test_threads_make_the_very_pictures_of_one_at_a_time(served: Served, tmp_path: Path) -> None:
+    prompts = [
+        f"a {size} {colour} {shape}" for size in ("small", "large") for colour in ("red", "blue") for shape in SHAPES
+    ]
+    bodies = [
+        {"prompt": prompt, "seed": seed, "num_inference_steps": 3 + seed % 6, "guidance_scale": 1 + seed % 4}
+        for seed, prompt in enumerate((prompts * 2)[:32])
+    ]
+
+    def draw(url: str, body: dict[str, object]) -> np.ndarray:
+        response = httpx.post(f"{url}/generate", json=body, timeout=120)
+        assert response.status_code == 200, response.text
+        return np.asarray(Image.open(io.BytesIO(response.content)), np.int16)
+
+    alone = [draw(served.url, body) for body in bodies]
+    with serve(tmp_path / "log.txt", STEPWEAVE_BATCHING="threads", STEPWEAVE_THREADS="8") as server:
+        server.wait_until_ready()
+        with ThreadPoolExecutor(32) as pool:
+            together = list(pool.map(lambda body: draw(server.url, body), bodies))
+        assert server.stop() == 0
+    assert max(int(np.abs(a - b).max()) for a, b in zip(alone, together, strict=True)) <= 1
 
 
 def start_and_fail(**settings: str) -> tuple[int, str]:

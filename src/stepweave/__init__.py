@@ -1,3 +1,35 @@
 """Stepweave: a diffusion model server that batches denoising steps, not requests."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "BaseAsyncScheduler",
+    "IsolationError",
+    "LockedTokenizer",
+    "RequestScopedPipeline",
+    "__version__",
+    "async_retrieve_timesteps",
+    "make_view",
+]
+
+if TYPE_CHECKING:
+    from stepweave.scope import (
+        BaseAsyncScheduler,
+        IsolationError,
+        LockedTokenizer,
+        RequestScopedPipeline,
+        async_retrieve_timesteps,
+        make_view,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: torch and diffusers take seconds, and the server must answer its probes before."""
+    if name in __all__:
+        return getattr(importlib.import_module("stepweave.scope"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

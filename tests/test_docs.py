@@ -1,0 +1,21 @@
+"""The code in the documents runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+@pytest.mark.parametrize("document", ["docs/scope.md"])
+def test_the_blocks_of_a_document_run_in_order(document: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    blocks = re.findall(r"^```python\n(.*?)^```$", Path(document).read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 6
+    names: dict[str, object] = {"__name__": document}
+    for block in blocks:
+        exec(compile(block, document, "exec"), names)
+    assert len(names["images"]) == 8  # type: ignore[arg-type]
