@@ -153,7 +153,7 @@ def test_guidance_and_negative_prompt_change_the_picture_as_they_should(pipeline
     prompts = [evaluate.random_prompt(rng) for _ in range(40)]
     none, guided = (
         evaluate.score(evaluate.generate(pipeline, prompts, guidance=guidance), prompts)["whole"]
-        for guidance in (0.5, 4.0)
+        for guidance in (0.5, 2.0)
     )
     assert none < guided
 
@@ -167,5 +167,5 @@ def test_missing_parts_are_tolerated(pipeline: StableDiffusion3Pipeline) -> None
 
 def test_the_default_call_of_diffusers_works_too(pipeline: StableDiffusion3Pipeline) -> None:
     prompt = "a large red circle on a blue background"
-    answer = pipeline(prompt, num_inference_steps=20, guidance_scale=4.0, generator=torch.Generator().manual_seed(0))
+    answer = pipeline(prompt, num_inference_steps=20, guidance_scale=2.0, generator=torch.Generator().manual_seed(0))
     assert wrong_parts(answer.images[0], prompt) == []

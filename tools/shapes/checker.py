@@ -1,7 +1,8 @@
 """What a picture shows, told from its pixels alone.
 
 It shares no code, colours or outlines with the training data: colours are named by hue, saturation and value; the background
-is what the border shows; the shape is the template, tested point by point from its definition, that covers the subject best.
+is what the border shows; the shape is the template, tested point by point from its definition, that covers the subject best once
+their moments (area and centroid) agree.
 Used by the evaluation and by the product's own tests.
 """
 
@@ -15,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-GRID = 48  # side of the square that a subject is scaled to before it is compared
-SHAPE_MATCH = 0.7  # least overlap (intersection over union) with the best template
+SAMPLES = 4  # per pixel and axis, when a template is drawn
+SHAPE_MATCH = 0.8  # least overlap (intersection over union) with the best template
 COLOUR_WORDS = ("red", "green", "blue", "yellow", "purple", "orange", "black", "white")
 SHAPE_WORDS = ("circle", "square", "triangle", "star", "ring", "cross")
 
@@ -88,24 +89,35 @@ def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def _fit(coverage: np.ndarray) -> np.ndarray:
-    """Coverage 0-1 inside its bounding box, the longer side scaled to GRID, centred in a GRID x GRID square."""
-    left, top, right, bottom = _box(coverage > 0.3)
-    crop = Image.fromarray((coverage[top:bottom, left:right] * 255).astype(np.uint8))
-    scale = GRID / max(crop.size)
-    crop = crop.resize([max(1, round(side * scale)) for side in crop.size], Image.Resampling.BICUBIC)
-    square = Image.new("L", (GRID, GRID))
-    square.paste(crop, ((GRID - crop.width) // 2, (GRID - crop.height) // 2))
-    return np.asarray(square) / 255
+@dataclass(frozen=True)
+class _Template:
+    """A shape by definition, with its area and centroid in its own units."""
+
+    inside: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    area: float
+    centroid: tuple[float, float]
+
+    @staticmethod
+    def of(inside: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> _Template:
+        axis = (np.arange(800) + 0.5) / 400 - 1
+        x, y = np.meshgrid(axis, axis)
+        covered = inside(x, y)
+        return _Template(inside, float(covered.mean() * 4), (float(x[covered].mean()), float(y[covered].mean())))
+
+    def overlap(self, coverage: np.ndarray) -> float:
+        """Intersection over union with a coverage 0-1, once centroid and area are made equal: to a fraction of a pixel."""
+        height, width = coverage.shape
+        total = coverage.sum()
+        rows, columns = np.arange(height) + 0.5, np.arange(width) + 0.5
+        centre = (coverage.sum(0) @ columns / total, coverage.sum(1) @ rows / total)
+        scale = math.sqrt(total / self.area)
+        x = ((np.arange(width * SAMPLES) + 0.5) / SAMPLES - centre[0]) / scale + self.centroid[0]
+        y = ((np.arange(height * SAMPLES) + 0.5) / SAMPLES - centre[1]) / scale + self.centroid[1]
+        drawn = self.inside(*np.meshgrid(x, y)).reshape(height, SAMPLES, width, SAMPLES).mean((1, 3))
+        return float(np.minimum(drawn, coverage).sum() / np.maximum(drawn, coverage).sum())
 
 
-def _templates() -> dict[str, np.ndarray]:
-    axis = np.linspace(-1.1, 1.1, 400)
-    x, y = np.meshgrid(axis, axis)
-    return {word: _fit(inside(x, y).astype(float)) for word, inside in _DEFINITIONS.items()}
-
-
-_TEMPLATES = _templates()
+_TEMPLATES = {word: _Template.of(inside) for word, inside in _DEFINITIONS.items()}
 
 
 def _third(low: float, high: float, words: tuple[str, str]) -> str:
@@ -127,17 +139,16 @@ def look(picture: Image.Image) -> Seen:
     mask = distance > contrast / 2
     if contrast == 0.0 or mask.sum() < 9:
         return Seen("", name_colour(ground), "", "", "", "", 0.0)
-    core = distance > 0.9 * contrast
     left, top, right, bottom = _box(mask)
-    subject = _fit(np.minimum(distance / contrast, 1))
-    overlap = {
-        word: float(np.minimum(subject, template).sum() / np.maximum(subject, template).sum())
-        for word, template in _TEMPLATES.items()
-    }
+    subject = np.median(pixels[distance > 0.9 * contrast], axis=0)
+    direction = subject - ground
+    coverage = (pixels - ground) @ direction / (direction @ direction)
+    coverage = np.clip((coverage - 0.1) / 0.8, 0, 1)  # neither noise nor ringing is shape
+    overlap = {word: template.overlap(coverage) for word, template in _TEMPLATES.items()}
     best = max(overlap, key=overlap.__getitem__)
     extent = max((right - left) / width, (bottom - top) / height)
     return Seen(
-        colour=name_colour(np.median(pixels[core], axis=0)),
+        colour=name_colour(subject),
         background=name_colour(ground),
         shape=best if overlap[best] >= SHAPE_MATCH else "",
         size="small" if extent < 0.42 else "large" if extent > 0.5 else "",

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from tools.shapes.checker import COLOUR_WORDS, SHAPE_WORDS, look, wrong_parts
 
 PARTS = ("colour", "background", "shape", "size", "horizontal", "vertical")
-STEPS, GUIDANCE = 20, 4.0
+STEPS, GUIDANCE = 20, 2.0
 POSITIONS = ("", "left", "right", "top", "bottom", "top left", "top right", "bottom left", "bottom right")
 
 
@@ -137,7 +137,7 @@ def main() -> None:
     heads = ("guidance", *PARTS, "both colours", "whole prompt")
     rows = [f"| {' | '.join(heads)} |", "|" + " ---: |" * len(heads)]
     sheet = None
-    for guidance in (1.0, 2.0, GUIDANCE, 7.0):
+    for guidance in (1.0, GUIDANCE, 3.0, 5.0):
         pictures = generate(pipeline, prompts, guidance=guidance)
         if guidance == GUIDANCE:
             sheet = contact_sheet(pictures[:48], prompts[:48])
