@@ -8,6 +8,8 @@ from pathlib import Path
 
 # neither `bentoml serve` nor a built bento puts the project's src folder on the path
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+# `bentoml serve stepweave:TAG` first tries a module of that name: an installed copy must not stand in for the bento's own
+sys.modules.pop("stepweave", None)
 
 import bentoml
 from PIL.Image import Image
