@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import colorsys
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -163,9 +164,10 @@ def expected(prompt: str) -> dict[str, str]:
     words = prompt.lower().replace(",", " ").split()
     parts: dict[str, str] = {"horizontal": "", "vertical": ""}
     colours = [word for word in words if word in COLOUR_WORDS]
-    if "background" in words[1:] and words[words.index("background") - 1] in COLOUR_WORDS:
-        parts["background"] = words[words.index("background") - 1]
-        colours.remove(parts["background"])
+    ground = re.search(r"\b(\w+) background\b|\bon (?:an? )?(\w+)", " ".join(words))
+    if ground and (word := ground[1] or ground[2]) in COLOUR_WORDS:
+        parts["background"] = word
+        colours.remove(word)
     if colours:
         parts["colour"] = colours[0]
     for part, options in (

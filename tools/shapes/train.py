@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/shapes"), help="checkpoints and logs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--autoencoder-steps", type=int, default=5000)
-    parser.add_argument("--transformer-steps", type=int, default=5700)
+    parser.add_argument("--transformer-steps", type=int, default=4500)
     parser.add_argument("--decoder-steps", type=int, default=1500)
     parser.add_argument("--scenes", type=int, default=50_000, help="pictures whose latents the transformer learns")
     parser.add_argument("--output", type=Path, default=Path("models/shapes"))
