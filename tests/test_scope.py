@@ -7,6 +7,7 @@ import hashlib
 import pickle
 import threading
 import time
+from collections import OrderedDict, namedtuple
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +20,9 @@ import torch
 from diffusers import (
     DiffusionPipeline,
     EulerDiscreteScheduler,
+    FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
     SchedulerMixin,
     StableDiffusion3Pipeline,
 )
@@ -385,3 +388,90 @@ def test_with_cpu_offload_calls_take_turns_and_hooks_stay(monkeypatch: pytest.Mo
     assert hook.offloads == len(PROMPTS)
     assert pipeline._all_hooks == [hook]
     del pipeline.transformer._hf_hook
+
+
+# --- what a review found ---
+
+
+def test_calls_run_side_by_side_after_the_first_one_too() -> None:
+    """diffusers leaves an empty hook registry on a model at its first `cache_context`: no reason to take turns."""
+    family = tiny.FAMILIES["flux"]
+    pipeline = family.build()
+    scoped = RequestScopedPipeline(pipeline)
+    scoped.generate(**family.arguments("x"))
+    both = threading.Barrier(2, timeout=30)
+    real = pipeline.transformer.forward
+    pipeline.transformer.forward = lambda *args, **kwargs: (both.wait(), real(*args, **kwargs))[1]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda seed: scoped.generate(**family.arguments("x", seed=seed, steps=2)), range(2)))
+
+
+def test_a_feature_cache_does_not_leak_from_one_request_to_the_next() -> None:
+    family = tiny.FAMILIES["flux"]
+    plain, pipeline = family.build(), family.build()
+    for one in (plain, pipeline):
+        one.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e6))
+    plain(**family.arguments("red"))
+    expected = plain(**family.arguments("blue ring two"))[0]
+    scoped = RequestScopedPipeline(pipeline)
+
+    def interrupt(*_: Any) -> dict[str, Any]:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        scoped.generate(**family.arguments("red"), callback_on_step_end=interrupt)
+    assert np.abs(scoped.generate(**family.arguments("blue ring two"))[0] - expected).max() <= 1e-4
+    assert np.abs(pipeline(**family.arguments("blue ring two"))[0] - expected).max() <= 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecated:FutureWarning")  # diffusers' own call of it
+def test_a_half_precision_autoencoder_that_calls_cast_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = tiny.FAMILIES["stable_diffusion_xl"]
+    pipeline = family.build()
+    pipeline.vae.to(torch.float16)
+    pipeline.vae.register_to_config(force_upcast=True)
+    scoped = RequestScopedPipeline(pipeline)
+    with ThreadPoolExecutor(4) as pool:
+        images = list(pool.map(lambda seed: scoped.generate(**family.arguments("x", seed=seed))[0], range(8)))
+    assert all(np.isfinite(image).all() for image in images)
+    monkeypatch.setattr(type(pipeline.vae), "decode", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no memory")))
+    with pytest.raises(RuntimeError, match="no memory"):
+        scoped.generate(**family.arguments("x"))
+    assert pipeline.vae.dtype == torch.float16
+
+
+def test_containers_of_modules_are_copied_around_them() -> None:
+    pipeline = tiny.FAMILIES["stable_diffusion"].build()
+    pipeline.extra = OrderedDict(unet=pipeline.unet, scheduler=pipeline.scheduler)
+    pipeline.pair = namedtuple("Pair", "a b")([1], 2)
+    view = make_view(pipeline)
+    assert view.extra is not pipeline.extra
+    assert view.extra["unet"] is pipeline.unet
+    assert view.extra["scheduler"] is view.scheduler
+    assert view.pair == pipeline.pair
+    assert view.pair.a is not pipeline.pair.a
+    pipeline.local = threading.local()
+    with pytest.raises(IsolationError, match=r"StableDiffusionPipeline\.local"):
+        make_view(pipeline)
+
+
+def test_replacing_nothing_does_not_reach_other_nothings() -> None:
+    pipeline = tiny.FAMILIES["stable_diffusion"].build()
+    scheduler = pipeline.scheduler
+    pipeline.scheduler = None
+    view = make_view(pipeline, replace={"scheduler": scheduler})
+    assert type(view.scheduler) is type(scheduler)
+    assert view.safety_checker is None
+    with pytest.raises(AttributeError, match="nonsense"):
+        make_view(pipeline, replace={"nonsense": 1})
+
+
+def test_proxies_of_a_view_copy_and_pickle() -> None:
+    pipeline = tiny.FAMILIES["stable_diffusion"].build()
+    view = RequestScopedPipeline(pipeline).view()
+    assert isinstance(copy.deepcopy(view.vae), torch.nn.Module)
+    assert isinstance(pickle.loads(pickle.dumps(view.vae)), torch.nn.Module)
+    twin = copy.deepcopy(view.tokenizer)
+    twin.padding_side = "left"
+    assert pipeline.tokenizer.padding_side == "right"
+    assert repr(BaseAsyncScheduler(PNDMScheduler())) == "BaseAsyncScheduler(PNDMScheduler, 0 timesteps)"

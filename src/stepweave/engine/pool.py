@@ -110,6 +110,8 @@ class PoolEngine:
                 self._running[job.id] = job
             outcome = self._run(job)
             with self._changed:
+                if isinstance(outcome, Generation):
+                    self._recent.append(outcome.timings.generate)
                 del self._running[job.id]
             if isinstance(outcome, Exception):
                 job.result.set_exception(outcome)
@@ -129,5 +131,4 @@ class PoolEngine:
             failure.__cause__ = error
             return failure
         seconds = time.monotonic() - started
-        self._recent.append(seconds)
         return Generation(job.parameters, images, Timings(queued=started - job.accepted, generate=seconds))

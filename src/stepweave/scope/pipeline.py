@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import wrapt
+from diffusers.guiders import BaseGuidance
 from transformers import PreTrainedTokenizerBase
 
 from stepweave.scope.scheduler import BaseAsyncScheduler
@@ -31,6 +33,15 @@ class LockedAutoencoder(wrapt.ObjectProxy[Any]):
         with self._self_lock:
             return self.__wrapped__.decode(*args, **kwargs)
 
+    def __copy__(self) -> Any:
+        return copy.copy(self.__wrapped__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.__wrapped__, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.__wrapped__.__reduce_ex__(protocol)  # the copy is somebody's own and needs no lock
+
 
 class RequestScopedPipeline:
     """Runs one diffusers pipeline for many threads at once, each call on a view of its own.
@@ -48,7 +59,7 @@ class RequestScopedPipeline:
         wrap_scheduler: give each view its scheduler in a `BaseAsyncScheduler`.
 
     Calls run at the same time, except where the modules hold the state of a call: with CPU or group offload, a feature cache
-    (FirstBlockCache and its like) or perturbed attention, they take turns.
+    (FirstBlockCache and its like), perturbed attention or a half-precision autoencoder that the call casts, they take turns.
 
     >>> pipeline = DiffusionPipeline.from_pretrained("models/shapes", text_encoder_3=None, tokenizer_3=None)
     >>> scoped = RequestScopedPipeline(pipeline)
@@ -103,11 +114,15 @@ class RequestScopedPipeline:
         `args` and `kwargs` are the pipeline's own. `scheduler` is used in place of the pipeline's, as a copy. `device`, if
         given, must be the one the pipeline runs on (ValueError otherwise): views share its weights.
         """
-        if device is not None and torch.device(device).type != self.pipeline._execution_device.type:
-            raise ValueError(f"device is {str(device)!r}, but the pipeline runs on {self.pipeline._execution_device}")
+        if device is not None:
+            asked, own = torch.device(device), self.pipeline._execution_device
+            if asked.type != own.type or asked.index not in (None, own.index):
+                raise ValueError(f"device is {str(device)!r}, but the pipeline runs on {own}")
         if num_inference_steps is not None:
             kwargs["num_inference_steps"] = num_inference_steps
-        with self._turn if _keeps_state_in_modules(self.pipeline) else contextlib.nullcontext():
+        if not _keeps_state_in_modules(self.pipeline):
+            return self.view(scheduler)(*args, **kwargs)
+        with self._turn, _left_as_found(self.pipeline):
             return self.view(scheduler)(*args, **kwargs)
 
     def _wrap(self, component: Any) -> Any:
@@ -126,14 +141,42 @@ class RequestScopedPipeline:
         return f"RequestScopedPipeline({type(self.pipeline).__name__})"
 
 
+def _modules(pipeline: Any) -> list[torch.nn.Module]:
+    return [component for component in pipeline.components.values() if isinstance(component, torch.nn.Module)]
+
+
 def _keeps_state_in_modules(pipeline: Any) -> bool:
-    """Whether a call leaves marks on the shared modules, so that calls must take turns."""
+    """Whether a call leaves marks on the shared modules, so that calls must take turns.
+
+    Offload and cache hooks, attention processors that a call swaps, an autoencoder that a call casts to float32 and back.
+    """
     if hasattr(pipeline, "_set_pag_attn_processor"):
         return True
-    return any(
-        hasattr(component, "_hf_hook")
-        or hasattr(component, "_diffusers_hook")
-        or getattr(component, "is_cache_enabled", False)
-        for component in pipeline.components.values()
-        if isinstance(component, torch.nn.Module)
-    )
+    for component in pipeline.components.values():
+        if isinstance(component, BaseGuidance) and type(component).prepare_models is not BaseGuidance.prepare_models:
+            return True
+    for component in _modules(pipeline):
+        if getattr(getattr(component, "config", None), "force_upcast", False) and component.dtype != torch.float32:
+            return True
+        for module in component.modules():
+            if hasattr(module, "_hf_hook"):
+                return True
+            # diffusers leaves an empty registry on every model that it could have hooked
+            registry = getattr(module, "_diffusers_hook", None)
+            if registry is not None and registry.hooks:
+                return True
+    return False
+
+
+@contextlib.contextmanager
+def _left_as_found(pipeline: Any) -> Iterator[None]:
+    """Undo what a call does to the shared modules, also when it fails half way."""
+    dtypes: list[tuple[Any, torch.dtype]] = [(one, one.dtype) for one in _modules(pipeline) if hasattr(one, "dtype")]  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        for module, dtype in dtypes:
+            if module.dtype != dtype:
+                module.to(dtype)
+            if getattr(module, "is_cache_enabled", False):
+                module._reset_stateful_cache()

@@ -53,7 +53,9 @@ class BaseAsyncScheduler(wrapt.ObjectProxy[Any]):
         return BaseAsyncScheduler(clone)
 
     def __repr__(self) -> str:
-        return f"BaseAsyncScheduler({type(self.__wrapped__).__name__}, {len(self.__wrapped__.timesteps)} timesteps)"
+        timesteps = getattr(self.__wrapped__, "timesteps", None)  # PNDM and others have none before set_timesteps
+        count = 0 if timesteps is None else len(timesteps)
+        return f"BaseAsyncScheduler({type(self.__wrapped__).__name__}, {count} timesteps)"
 
     __str__ = __repr__
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import wrapt
@@ -28,11 +29,11 @@ class LockedTokenizer(wrapt.ObjectProxy[Any]):
         value = super().__getattr__(name)
         return _locked(value, self._self_lock) if name in _LOCKED else value
 
-    def __copy__(self) -> LockedTokenizer:
-        return self
+    def __copy__(self) -> Any:
+        return copy.copy(self.__wrapped__)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> LockedTokenizer:
-        return self
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.__wrapped__, memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.__wrapped__.__reduce_ex__(protocol)  # a lock does not pickle; the copy is another process's

@@ -71,13 +71,23 @@ class _Isolation:
     def view(self, pipeline: Any, path: str, replace: Mapping[str, Any], only: frozenset[str] | None) -> Any:
         view = object.__new__(type(pipeline))
         self._copies[id(pipeline)] = view
+        replaced = {}
         for name, value in replace.items():
-            # in the original's place wherever it stands: sub-pipelines hold the same scheduler
-            self._copies[id(vars(pipeline).get(name, value))] = self.value(value, f"{path}.{name}")
+            if name not in vars(pipeline):
+                raise AttributeError(f"{path} has no attribute {name!r}")
+            replaced[name] = self.value(value, f"{path}.{name}")
+            if vars(pipeline)[name] is not None:
+                # in the original's place wherever it stands: sub-pipelines hold the same scheduler
+                self._copies[id(vars(pipeline)[name])] = replaced[name]
+        for value in vars(pipeline).values():
+            if isinstance(value, (*_WRAPPABLE, SchedulerMixin)):
+                self.value(value, path)
         # past __setattr__, which would write every component into the config anew
         state = view.__dict__
         for name, value in list(vars(pipeline).items()):
-            if only is None or name in only or name in replace or _is_component(value):
+            if name in replaced:
+                state[name] = replaced[name]
+            elif only is None or name in only or _is_component(value):
                 state[name] = self.value(value, f"{path}.{name}")
             else:
                 state[name] = value
@@ -119,7 +129,8 @@ class _Isolation:
         if _is_plain(cls):
             return self._object(value, path)
         try:
-            return copy.deepcopy(value)
+            # what holds modules, tokenizers or copies of ours must go on holding those
+            return copy.deepcopy(value, dict(self._copies))
         except Exception as error:
             raise IsolationError(f"{path} ({cls.__name__}) cannot be isolated: {error}", code="isolation") from error
 
@@ -143,16 +154,9 @@ def _is_component(value: Any) -> bool:
 
 def _is_plain(cls: type) -> bool:
     """Whether objects of a class are their `__dict__` and nothing else, so that copying it copies them."""
-    custom = ("__reduce__", "__reduce_ex__", "__getstate__", "__copy__", "__deepcopy__")
+    custom = ("__new__", "__reduce__", "__reduce_ex__", "__getstate__", "__copy__", "__deepcopy__")
     overridden = any(getattr(cls, name, None) is not getattr(object, name, None) for name in custom)
-    return (
-        not overridden
-        and not any(vars(base).get("__slots__") for base in cls.__mro__)
-        and cls.__flags__ & _HEAP_TYPE != 0
-    )
-
-
-_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class made by a class statement
+    return not overridden and cls.__dictoffset__ != 0 and not any(vars(base).get("__slots__") for base in cls.__mro__)
 
 
 def _offload_only(pipeline: Any) -> Callable[[], None]:
