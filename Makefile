@@ -52,9 +52,11 @@ clean:
 	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "No virtual environment: install Debian's python3-venv?" >&2; exit 1; }
 
 .venv/serve.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "Installing into .venv: 1.3 GB and a minute or more, once."
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
 .venv/dev.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "Installing into .venv, with what the tests need: 1.5 GB and a minute or more, once."
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@ .venv/serve.stamp

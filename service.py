@@ -11,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 # `bentoml serve stepweave:TAG` first tries a module of that name: an installed copy must not stand in for the bento's own
 sys.modules.pop("stepweave", None)
 
+os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")  # before the import, which reads it
+
 import bentoml
 from PIL.Image import Image
 

@@ -27,7 +27,7 @@ def test_defaults_serve_the_embedded_model() -> None:
         ("STEPWEAVE_MAX_STEPS", "many", "STEPWEAVE_MAX_STEPS='many'"),
         ("STEPWEAVE_MAX_STEPS", "0", "STEPWEAVE_MAX_STEPS='0': Input should be greater than or equal to 1"),
         ("STEPWEAVE_DTYPE", "int8", "STEPWEAVE_DTYPE='int8'"),
-        ("STEPWEAVE_DEVICE", "tpu", "STEPWEAVE_DEVICE='tpu'"),
+        ("STEPWEAVE_DEVICE", "tpu", "STEPWEAVE_DEVICE='tpu': `auto` (first GPU, else CPU), `cpu`, `cuda`"),
         ("STEPWEAVE_REVISION", "main", "STEPWEAVE_REVISION='main'"),
         (
             "STEPWEAVE_MAX_STEP",

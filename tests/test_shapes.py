@@ -130,6 +130,13 @@ def test_the_model_is_small_and_in_half_precision() -> None:
     assert not [path for path in files if path.suffix in (".bin", ".pt", ".ckpt")]
 
 
+def test_the_card_holds_the_evaluation() -> None:
+    card = (EMBEDDED_MODEL / "README.md").read_text()
+    table = card.partition("<!-- evaluation -->")[2].partition("<!-- end -->")[0]
+    assert "400 random prompts" in table
+    assert f"| {evaluate.GUIDANCE:g} |" in table
+
+
 def check_quality(pipeline: StableDiffusion3Pipeline, count: int, seed: int) -> None:
     rng = random.Random(seed)
     prompts = [evaluate.random_prompt(rng) for _ in range(count)]

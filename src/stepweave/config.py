@@ -55,8 +55,8 @@ class Settings(BaseSettings):
                 raise ValueError(f"STEPWEAVE_MODEL={shown(self.model)} is no directory here and no hub id (owner/name)")
             if self.revision is None:
                 raise ValueError(
-                    f"STEPWEAVE_MODEL={shown(self.model)} is a hub id, so STEPWEAVE_REVISION must pin its commit "
-                    "(40 hex digits)"
+                    f"STEPWEAVE_MODEL={shown(self.model)} is no directory here; if it is a hub id, STEPWEAVE_REVISION "
+                    "must pin its commit (40 hex digits)"
                 )
         elif self.revision is not None:
             raise ValueError(
@@ -88,6 +88,8 @@ class Settings(BaseSettings):
             for item in error.errors():
                 message = item["msg"].removeprefix("Value error, ")
                 if item["loc"]:
+                    if item["type"] == "string_pattern_mismatch":
+                        message = cls.model_fields[str(item["loc"][0])].description or message
                     message = f"{PREFIX}{str(item['loc'][0]).upper()}={shown(item['input'])}: {message}"
                 problems.append(message)
         if problems:

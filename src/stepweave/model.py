@@ -79,6 +79,8 @@ class ServedModel:
                 raise InvalidRequest(
                     f"{name} has {len(text)} characters; the limit is {limits.max_prompt_characters}.", param=name
                 )
+            if text is not None and "\0" in text:
+                raise InvalidRequest(f"{name} is {shown(text)}; it must not hold the character NUL.", param=name)
         if not prompt.strip():
             raise InvalidRequest(f"prompt is empty: {shown(prompt)}. Say what the picture should show.", param="prompt")
         most = limits.max_images if "num_images_per_prompt" in self.arguments else 1

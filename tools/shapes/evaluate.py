@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import re
 import time
 from pathlib import Path
 
@@ -187,8 +186,11 @@ def main() -> None:
         sheet.save(arguments.model / "contact-sheet.png", optimize=True)
         curve(arguments.logs, arguments.model / "training-curve.png")
         card = arguments.model / "README.md"
-        markers = r"(<!-- evaluation -->\n).*(\n<!-- end -->)"
-        card.write_text(re.sub(markers, lambda m: m[1] + text + m[2], card.read_text(), flags=re.DOTALL))
+        before, _, rest = card.read_text().partition("<!-- evaluation -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        if not end:
+            raise SystemExit(f"{card} lacks the markers that the tables go between")
+        card.write_text(f"{before}<!-- evaluation -->\n{text}\n{end}{after}")
 
 
 if __name__ == "__main__":

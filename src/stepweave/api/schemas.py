@@ -59,4 +59,6 @@ def _explain(problem: Any) -> InvalidRequest:
         return InvalidRequest(f"Unknown field {shown(param)}.", code="unknown_field", param=param)
     if problem["type"] == "missing":
         return InvalidRequest(f"{param} is missing.", code="missing_field", param=param)
+    if param == "size":
+        return InvalidRequest(f"size is {shown(problem['input'])}: say WIDTHxHEIGHT in pixels, or auto.", param=param)
     return InvalidRequest(f"{param or 'body'} is {shown(problem['input'])}: {problem['msg']}.", param=param)
