@@ -15,8 +15,9 @@ from PIL import Image
 
 from stepweave.config import Settings
 from stepweave.errors import LoadError
+from stepweave.generation import MAX_SEED
 from stepweave.loading.preset import Preset
-from stepweave.model import MAX_SEED, ServedModel
+from stepweave.model import ServedModel
 from tests.conftest import InProcess
 from tests.fake import FakePipeline
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import os
 import re
 import shutil
@@ -26,12 +25,12 @@ from stepweave.config import Settings
 from stepweave.errors import ConfigError
 from stepweave.server import Server
 from tests.conftest import ROOT
+from tests.schemas import validate_custom
 
 Document = dict[str, Any]
 
 K8S = ROOT / "k8s"
 OVERLAYS = sorted(path.parent.name for path in K8S.glob("overlays/*/kustomization.yaml"))
-SCHEMAS = Path(os.environ.get("STEPWEAVE_K8S_SCHEMAS") or ROOT.parent / "shared" / "k8s-schemas")
 VERSIONS = ("1.30", "1.37")  # the first with preStop.sleep on by default, and the last that the validator knows
 
 GPU = "nvidia.com/gpu"
@@ -68,20 +67,6 @@ def overlay(name: str) -> list[Document]:
 
 def is_custom(document: Document) -> bool:
     return any(group in document["apiVersion"] for group in ("keda.sh/", "serving.kserve.io/"))
-
-
-def validate_custom(document: Document) -> None:
-    """Raises jsonschema.ValidationError; skips where the schemas are not."""
-    group, version = document["apiVersion"].split("/")
-    if not SCHEMAS.is_dir():
-        pytest.skip(f"NOT CHECKED: no schemas of custom kinds in {SCHEMAS}; STEPWEAVE_K8S_SCHEMAS names another place")
-    _validator(f"{document['kind'].lower()}-{group}-{version}.json").validate(document)
-
-
-@functools.cache
-def _validator(name: str) -> jsonschema.protocols.Validator:
-    schema = json.loads((SCHEMAS / name).read_text())
-    return jsonschema.validators.validator_for(schema)(schema)
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import jsonschema
 import promql_parser as promql
 import pytest
 import yaml
@@ -28,9 +27,9 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from monitoring import dashboard
 from stepweave.telemetry.metrics import Metrics
 from tests.conftest import ROOT, Served, free_port
+from tests.schemas import validate_custom
 
 MONITORING = ROOT / "monitoring"
-SCHEMAS = Path(os.environ.get("STEPWEAVE_K8S_SCHEMAS") or ROOT.parent / "shared" / "k8s-schemas")
 WINDOW = "2m"  # what Grafana's $__rate_interval stands for here
 LABELS = {"namespace": "art", "pod": "stepweave-0"}  # what the PodMonitor adds in a cluster
 
@@ -125,11 +124,8 @@ def test_every_expression_reads_metrics_that_the_server_has(expr: str) -> None:
 
 @pytest.mark.parametrize("name", ["podmonitor.yaml", "prometheusrule.yaml"])
 def test_the_manifests_fit_the_operators_schemas(name: str) -> None:
-    if not SCHEMAS.is_dir():
-        pytest.skip(f"SCHEMAS NOT CHECKED: {SCHEMAS} is absent; name the folder in STEPWEAVE_K8S_SCHEMAS")
     for document in documents(name):
-        file = SCHEMAS / f"{document['kind'].lower()}-{document['apiVersion'].replace('/', '-')}.json"
-        jsonschema.Draft202012Validator(json.loads(file.read_text())).validate(document)
+        validate_custom(document)
 
 
 def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:

@@ -7,6 +7,8 @@ from typing import Any
 
 from PIL import Image
 
+MAX_SEED = 2**53 - 1  # the largest integer that every JSON client reads exactly
+
 
 @dataclass(frozen=True)
 class Parameters:

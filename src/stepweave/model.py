@@ -12,11 +12,10 @@ from PIL import Image
 
 from stepweave.config import Settings
 from stepweave.errors import InvalidRequest, LoadError, shown
-from stepweave.generation import Parameters
+from stepweave.generation import MAX_SEED, Parameters
 from stepweave.loading.preset import Preset
 from stepweave.scope import RequestScopedPipeline
 
-MAX_SEED = 2**53 - 1  # the largest integer that every JSON client reads exactly
 DRAWN_SEED_BITS = 32  # of a seed the server draws, easy to copy
 
 OnStep = Callable[[int, int], None]
@@ -168,29 +167,34 @@ def _denoiser_config(pipeline: Any) -> Any:
     return getattr(denoiser, "config", None)
 
 
+def _vae_scale(pipeline: Any) -> int:
+    """Pixels to a latent pixel, along one axis."""
+    return int(getattr(pipeline, "vae_scale_factor", 8))
+
+
+def _patch_size(pipeline: Any) -> int:
+    """Latent pixels to a token of the denoiser, along one axis; the largest where the axes differ."""
+    patch = getattr(_denoiser_config(pipeline), "patch_size", None) or 1
+    return int(max(patch) if isinstance(patch, (list, tuple)) else patch)
+
+
 def _size_multiple(pipeline: Any) -> int:
     """What both sides must be a multiple of: the VAE's scale times the denoiser's patch (packed latents included)."""
-    scale = int(getattr(pipeline, "vae_scale_factor", 8))
-    config = _denoiser_config(pipeline)
-    patch = getattr(config, "patch_size", None) or 1
-    patch = max(patch) if isinstance(patch, (list, tuple)) else patch
+    patch = _patch_size(pipeline)
     if patch == 1 and hasattr(pipeline, "_pack_latents"):
         patch = 2
-    return int(scale * patch)
+    return _vae_scale(pipeline) * patch
 
 
 def _max_side(pipeline: Any) -> int | None:
     """The longest side in pixels that the denoiser's table of positions covers, None where there is no such table."""
-    config = _denoiser_config(pipeline)
-    positions = getattr(config, "pos_embed_max_size", None)
-    if not isinstance(positions, int):
-        return None
-    return positions * int(getattr(config, "patch_size", None) or 1) * int(getattr(pipeline, "vae_scale_factor", 8))
+    positions = getattr(_denoiser_config(pipeline), "pos_embed_max_size", None)
+    return positions * _patch_size(pipeline) * _vae_scale(pipeline) if isinstance(positions, int) else None
 
 
 def _native_size(pipeline: Any) -> tuple[int, int]:
     """Width and height in pixels that the pipeline makes when asked for none."""
     side = getattr(pipeline, "default_sample_size", None) or getattr(_denoiser_config(pipeline), "sample_size", None)
     height, width = side if isinstance(side, (list, tuple)) else (side, side)
-    scale = int(getattr(pipeline, "vae_scale_factor", 8))
+    scale = _vae_scale(pipeline)
     return int(width or 64) * scale, int(height or 64) * scale

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stepweave.errors import SHOWN, InvalidRequest, UnsupportedMedia, shown
+from stepweave.generation import MAX_SEED
 
 Size = Annotated[str, Field(pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", examples=["64x64"])]
 
@@ -19,7 +20,7 @@ class ImageRequest(BaseModel):
     prompt: str = Field(min_length=1, description="What the picture should show.")
     negative_prompt: str | None = Field(None, description="What it should not show.")
     size: Size | None = Field(None, description="WIDTHxHEIGHT in pixels, or `auto` for the model's own.")
-    seed: int | None = Field(None, ge=0, le=2**53 - 1, description="Same seed, same picture; drawn if absent.")
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Same seed, same picture; drawn if absent.")
     num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps.")
     guidance_scale: float | None = Field(None, ge=0, le=100, description="Classifier-free guidance; 1 turns it off.")
     output_format: Literal["png", "jpeg", "webp"] = Field("png", description="File format of the picture.")
