@@ -17,6 +17,8 @@ from stepweave.scope.scheduler import BaseAsyncScheduler
 from stepweave.scope.tokenizer import LockedTokenizer
 from stepweave.scope.view import DEFAULT_THRESHOLD, make_view
 
+ENGINE_HOOK = "stepweave"  # under which a StepEngine hooks modules; it keeps no state in them
+
 
 class LockedAutoencoder(wrapt.ObjectProxy[Any]):
     """A transparent proxy that lets one thread at a time encode or decode: autoencoders keep state between tiles and frames."""
@@ -120,10 +122,21 @@ class RequestScopedPipeline:
                 raise ValueError(f"device is {str(device)!r}, but the pipeline runs on {own}")
         if num_inference_steps is not None:
             kwargs["num_inference_steps"] = num_inference_steps
-        if not _keeps_state_in_modules(self.pipeline):
-            return self.view(scheduler)(*args, **kwargs)
+        with self.lease(scheduler) as view:
+            return view(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def lease(self, scheduler: Any = None) -> Iterator[Any]:
+        """A view to call within the block; where calls must take turns, the block waits for its turn and holds it."""
+        if not self.takes_turns():
+            yield self.view(scheduler)
+            return
         with self._turn, _left_as_found(self.pipeline):
-            return self.view(scheduler)(*args, **kwargs)
+            yield self.view(scheduler)
+
+    def takes_turns(self) -> bool:
+        """Whether calls must take turns, because the modules themselves keep a call's state."""
+        return _keeps_state_in_modules(self.pipeline)
 
     def _wrap(self, component: Any) -> Any:
         if isinstance(component, PreTrainedTokenizerBase):
@@ -163,7 +176,7 @@ def _keeps_state_in_modules(pipeline: Any) -> bool:
                 return True
             # diffusers leaves an empty registry on every model that it could have hooked
             registry = getattr(module, "_diffusers_hook", None)
-            if registry is not None and registry.hooks:
+            if registry is not None and registry.hooks.keys() - {ENGINE_HOOK}:
                 return True
     return False
 
