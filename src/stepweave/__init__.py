@@ -10,14 +10,17 @@ __version__ = "0.1.0"
 __all__ = [
     "BaseAsyncScheduler",
     "IsolationError",
+    "Job",
     "LockedTokenizer",
     "RequestScopedPipeline",
+    "StepEngine",
     "__version__",
     "async_retrieve_timesteps",
     "make_view",
 ]
 
 if TYPE_CHECKING:
+    from stepweave.engine import Job, StepEngine
     from stepweave.scope import (
         BaseAsyncScheduler,
         IsolationError,
@@ -31,5 +34,6 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     """Import on first use: torch and diffusers take seconds, and the server must answer its probes before."""
     if name in __all__:
-        return getattr(importlib.import_module("stepweave.scope"), name)
+        package = "stepweave.engine" if name in ("Job", "StepEngine") else "stepweave.scope"
+        return getattr(importlib.import_module(package), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

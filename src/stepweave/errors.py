@@ -3,6 +3,7 @@
 StepweaveError (500)
 ├── ConfigError                 a setting is unknown or malformed; the server does not start
 ├── LoadError                   the model cannot be loaded
+├── EngineMisuse                the engine is used in a way that cannot work
 └── RequestError                the caller's request cannot be served
     ├── InvalidRequest (400)    a value is not allowed; `param` names the field
     ├── NotFound (404)          no such route or model
@@ -11,7 +12,9 @@ StepweaveError (500)
     ├── UnsupportedMedia (415)
     ├── Refused (429)           admission refused it; `retry_after` says when to come back
     ├── Cancelled (499)         the caller left or cancelled
+    ├── DeadlineExceeded (504)  the job was not done in the time it was given
     └── Unavailable (503)       loading, draining or failed; `retry_after` says when to come back
+        └── EngineClosed        the engine has been closed
 """
 
 from __future__ import annotations
@@ -59,6 +62,10 @@ class ConfigError(StepweaveError):
 
 class LoadError(StepweaveError):
     """The model cannot be loaded."""
+
+
+class EngineMisuse(StepweaveError):
+    """The engine is used in a way that cannot work."""
 
 
 class RequestError(StepweaveError):
@@ -139,3 +146,20 @@ class Unavailable(RequestError):
 
     def __init__(self, message: str, *, code: str, retry_after: float) -> None:
         super().__init__(message, code=code, retry_after=retry_after)
+
+
+class EngineClosed(Unavailable):
+    """The engine has been closed and takes no more jobs."""
+
+    def __init__(self) -> None:
+        super().__init__("The engine is closed.", code="draining", retry_after=10)
+
+
+class DeadlineExceeded(RequestError):
+    """The job was not done in the time it was given."""
+
+    status = 504
+    type = "timeout"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="deadline_exceeded")

@@ -1,0 +1,66 @@
+"""What torch keeps per thread or per process, and one fiber must not change for another."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Ambient(NamedTuple):
+    """Gradient mode, autocast and default dtype. Part of a group's key: a merged forward runs under it."""
+
+    grad: bool
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]  # by device type
+    autocast_cache: bool
+    dtype: torch.dtype
+
+
+def current(device_types: tuple[str, ...]) -> Ambient:
+    return Ambient(
+        torch.is_grad_enabled(),
+        tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in device_types),
+        torch.is_autocast_cache_enabled(),
+        torch.get_default_dtype(),
+    )
+
+
+def apply(ambient: Ambient, instead_of: Ambient) -> None:
+    """Switch from one to the other; what is equal costs nothing."""
+    if ambient == instead_of:
+        return
+    torch.set_grad_enabled(ambient.grad)
+    for kind, enabled, dtype in ambient.autocast:
+        torch.set_autocast_enabled(kind, enabled)
+        torch.set_autocast_dtype(kind, dtype)
+    torch.set_autocast_cache_enabled(ambient.autocast_cache)
+    if not any(enabled for _, enabled, _ in ambient.autocast):
+        torch.clear_autocast_cache()  # casts of weights, kept until the outermost autocast ends
+    if ambient.dtype != instead_of.dtype:
+        torch.set_default_dtype(ambient.dtype)
+
+
+def quiet(device_types: tuple[str, ...]) -> Ambient:
+    """What a thread of the engine runs under between fibers: no gradients."""
+    return current(device_types)._replace(grad=False)
+
+
+class DefaultRandom:
+    """A default random generator of one fiber's own, on the CPU and, where there is one, on its CUDA device."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._generators = [torch.default_generator]
+        if device.type == "cuda":
+            self._generators.append(torch.cuda.default_generators[device.index or 0])
+        self._own = [torch.Generator(one.device).manual_seed(seed).get_state() for one in self._generators]
+        self._others: list[torch.Tensor] = []
+
+    def enter(self) -> None:
+        self._others = [one.get_state() for one in self._generators]
+        for generator, state in zip(self._generators, self._own, strict=True):
+            generator.set_state(state)
+
+    def leave(self) -> None:
+        self._own = [one.get_state() for one in self._generators]
+        for generator, state in zip(self._generators, self._others, strict=True):
+            generator.set_state(state)

@@ -1,0 +1,88 @@
+"""Whole requests in one call of the pipeline: what most servers call batching, and a baseline for step batching."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+
+from stepweave.engine.hooks import track
+from stepweave.engine.job import Job
+from stepweave.engine.merge import split
+from stepweave.errors import Cancelled, DeadlineExceeded
+from stepweave.scope import RequestScopedPipeline
+
+_CONSTANTS = (bool, int, float, str, type(None))
+
+
+def batch_key(job: Job) -> Hashable | None:
+    """Equal for jobs whose calls differ in prompts and generators only; None for a job that must have a call of its own."""
+    kwargs = job.kwargs
+    generator = kwargs.get("generator")
+    if job.args or job.scheduler is not None or generator is None or kwargs.get("callback_on_step_end") is not None:
+        return None
+    if len(_generators(job)) != images_of(job) or not isinstance(kwargs.get("prompt"), str):
+        return None
+    key: list[Hashable] = []
+    for name, value in kwargs.items():
+        if _is_prompt(name) and isinstance(value, str):
+            key.append((name, str))
+        elif name != "generator":
+            key.append((name, type(value), value if isinstance(value, _CONSTANTS) else id(value)))
+    return frozenset(key)
+
+
+def images_of(job: Job) -> int:
+    return int(job.kwargs.get("num_images_per_prompt") or 1)
+
+
+def run_batch(scope: RequestScopedPipeline, jobs: list[Job]) -> list[Any]:
+    """Run jobs of one key in one call; the outcome of each."""
+    first = jobs[0].kwargs
+    kwargs = {
+        name: [job.kwargs[name] for job in jobs] if _is_prompt(name) and isinstance(value, str) else value
+        for name, value in first.items()
+    }
+    kwargs["generator"] = [one for job in jobs for one in _generators(job)]
+    with scope.lease() as view:
+        track(view, _Together(jobs))
+        outcomes = split(view(**kwargs), [images_of(job) for job in jobs])
+    return [_checked(job) or outcome for job, outcome in zip(jobs, outcomes, strict=True)]
+
+
+def _is_prompt(name: str) -> bool:
+    return name.startswith(("prompt", "negative_prompt"))
+
+
+def _generators(job: Job) -> list[torch.Generator]:
+    generator = job.kwargs["generator"]
+    return generator if isinstance(generator, list) else [generator]
+
+
+def _checked(job: Job) -> Exception | None:
+    try:
+        job.check()
+    except (Cancelled, DeadlineExceeded) as error:
+        return error
+    return None
+
+
+class _Together:
+    """Jobs that progress as one; the call ends early only when all of them must end."""
+
+    def __init__(self, jobs: list[Job]) -> None:
+        self._jobs = jobs
+
+    def open(self, total: int) -> None:
+        for job in self._jobs:
+            job.open(total)
+
+    def advance(self, steps: int) -> None:
+        for job in self._jobs:
+            job.advance(steps)
+
+    def check(self) -> None:
+        errors = [_checked(job) for job in self._jobs]
+        if all(errors) and errors[0] is not None:
+            raise errors[0]

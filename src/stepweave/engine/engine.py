@@ -1,0 +1,195 @@
+"""The engine: any diffusers pipeline, many calls at once."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, get_args
+
+import torch
+
+from stepweave.engine.job import Job
+from stepweave.engine.loop import StepLoop
+from stepweave.engine.pool import Pool, Runner
+from stepweave.engine.stats import Forwards, Stats
+from stepweave.errors import EngineClosed
+
+Mode = Literal["off", "threads", "request", "step"]
+
+MAX_ROWS = 32
+MAX_DECODE_ROWS = 4
+MAX_JOBS = 64
+CACHE_BYTES = 256 * 2**20
+AUDIT_EVERY = 1000
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot. `forwards` and `certificates` are of mode `step`; `forwards` by module, rows and calls that shared one."""
+
+    mode: Mode
+    waiting: int  # jobs
+    running: int  # jobs
+    jobs: Mapping[str, int]  # done, by outcome: succeeded, failed, cancelled
+    forwards: Mapping[str, Forwards]
+    certificates: list[dict[str, Any]]
+    cache_hits: int
+    cache_misses: int
+    cache_bytes: int
+    proofs: int  # forwards run both merged and alone, audits included
+    retried: int  # merged forwards that failed and were run alone
+    out_of_memory: int  # merged forwards that were halved
+    errors: int  # of the engine itself, survived
+
+
+class StepEngine:
+    """Runs many calls of one diffusers pipeline at once, sharing forwards at every denoising step.
+
+    Args:
+        pipeline: any diffusers pipeline. Until `close` its modules carry a hook each; calls made past the engine are as ever.
+        mode: `step` shares single forwards; `request` puts calls that differ in prompts and generators only into one call of
+            the pipeline; `threads` runs calls side by side; `off` one at a time.
+        max_rows: rows of a shared forward (in mode `request`, pictures of a shared call); a call with guidance has two for
+            each picture. 32 if None.
+        max_decode_rows: rows of a shared forward of the autoencoder, which needs more memory for each.
+        max_jobs: jobs that run at a time in mode `step`; more wait in order of arrival.
+        threads: calls at a time in mode `threads`.
+        cache_bytes: bound of the remembered results of text and image encoders; 0 remembers none. Close the engine before you
+            change an encoder's weights.
+        audit_every: one in so many merged forwards is compared with the single ones.
+
+    A job without a `generator` draws from a default generator of its own, seeded from torch's at submission.
+
+    >>> with StepEngine(pipeline) as engine:
+    ...     jobs = [engine.submit(prompt=prompt, num_inference_steps=20) for prompt in prompts]
+    ...     images = [job.result().images[0] for job in jobs]
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        mode: Mode = "step",
+        max_rows: int | None = None,
+        *,
+        max_decode_rows: int = MAX_DECODE_ROWS,
+        max_jobs: int = MAX_JOBS,
+        threads: int = 4,
+        cache_bytes: int = CACHE_BYTES,
+        audit_every: int = AUDIT_EVERY,
+    ) -> None:
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(get_args(Mode))}")
+        rows = MAX_ROWS if max_rows is None else max_rows
+        bounds = {"max_rows": rows, "max_decode_rows": max_decode_rows, "max_jobs": max_jobs, "threads": threads}
+        for name, value in (bounds | {"audit_every": audit_every}).items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        self.pipeline = pipeline
+        self.mode = mode
+        self._stats = Stats()
+        self._closed = False
+        self._lock = threading.Lock()
+        self._loop: StepLoop | None = None
+        self._runner: Runner
+        if mode == "step":
+            self._runner = self._loop = StepLoop(
+                pipeline,
+                max_rows=rows,
+                max_decode_rows=max_decode_rows,
+                max_jobs=max_jobs,
+                cache_bytes=cache_bytes,
+                audit_every=audit_every,
+                stats=self._stats,
+            )
+        else:
+            workers = threads if mode == "threads" else 1
+            self._runner = Pool(pipeline, threads=workers, stats=self._stats, together=rows if mode == "request" else 1)
+        self.concurrency = {"off": 1, "threads": threads, "request": rows, "step": max_jobs}[mode]
+        self._at_exit = _close_at_exit(self)
+
+    def submit(self, *args: Any, scheduler: Any = None, deadline: float | None = None, **kwargs: Any) -> Job:
+        """Run the pipeline's call with these arguments as soon as possible.
+
+        `scheduler` is used in place of the pipeline's, as a copy. `deadline` is in seconds from now; a job that is late ends at
+        its next step with DeadlineExceeded. Callbacks run on the engine's thread and hold up every job meanwhile.
+        Raises EngineClosed.
+        """
+        if deadline is not None and not deadline > 0:
+            raise ValueError(f"deadline is {deadline!r}; it must be more than 0 seconds")
+        seed = int(torch.randint(2**62, ()).item()) if kwargs.get("generator") is None else 0
+        job = Job(args, kwargs, scheduler=scheduler, deadline=deadline, seed=seed, on_cancel=self._runner.cancel)
+        with self._lock:
+            if self._closed:
+                raise EngineClosed
+            self._runner.submit(job)
+        return job
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that have not started."""
+        return self._runner.waiting
+
+    @property
+    def running(self) -> int:
+        """Jobs that have started and are not done."""
+        return self._runner.running
+
+    def stats(self) -> EngineStats:
+        """What the engine has done so far."""
+        stats, loop = self._stats, self._loop
+        return EngineStats(
+            mode=self.mode,
+            waiting=self.waiting,
+            running=self.running,
+            jobs=dict(stats.jobs),
+            forwards=dict(stats.forwards),
+            certificates=[one.describe() for one in loop.certificates.all()] if loop else [],
+            cache_hits=loop.cache.hits if loop else 0,
+            cache_misses=loop.cache.misses if loop else 0,
+            cache_bytes=loop.cache.bytes if loop else 0,
+            proofs=stats.proofs,
+            retried=stats.retried,
+            out_of_memory=stats.out_of_memory,
+            errors=stats.errors,
+        )
+
+    def certificates(self) -> dict[str, int]:
+        """How many kinds of calls are certified, pending and failed."""
+        return self._loop.certificates.counts() if self._loop else {}
+
+    def interval(self) -> float | None:
+        """Mean seconds between the ends of the last jobs; None before there were two."""
+        return self._stats.interval()
+
+    def close(self) -> None:
+        """Cancel what is left, running jobs at their next step, and leave the pipeline as it was. Then it takes no more jobs."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        atexit.unregister(self._at_exit)
+        self._runner.close()
+
+    def __enter__(self) -> StepEngine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _close_at_exit(engine: StepEngine) -> Any:
+    reference = weakref.ref(engine)
+
+    def close() -> None:
+        engine = reference()
+        if engine is not None:
+            engine.close()
+
+    atexit.register(close)
+    return close

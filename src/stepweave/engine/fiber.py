@@ -1,0 +1,110 @@
+"""Fibers: a pipeline's own, synchronous call, suspended wherever it needs the engine.
+
+The shape is that of SQLAlchemy's bridge between greenlets and asyncio (sqlalchemy/util/concurrency.py): ordinary code runs
+in a greenlet; deep inside, something switches to the parent with a request and is switched back to with the answer.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable
+from typing import Any
+
+import greenlet
+import torch
+
+from stepweave.engine.ambient import Ambient, DefaultRandom, apply, current
+from stepweave.errors import EngineMisuse
+
+
+class Done:
+    """What a fiber gives in the end: `outcome` is what its function returned, or the exception that it raised."""
+
+    __slots__ = ("outcome",)
+
+    def __init__(self, outcome: Any) -> None:
+        self.outcome = outcome
+
+
+class _Greenlet(greenlet.greenlet):
+    fiber: Fiber
+
+
+class Fiber:
+    """Runs `function` until it suspends, again and again. All by the thread that made it.
+
+    Gradient mode, autocast, default dtype and context variables are the fiber's own; with `random`, so is torch's default
+    generator.
+    """
+
+    def __init__(self, function: Callable[[], Any], ambient: Ambient, random: DefaultRandom | None = None) -> None:
+        self._function = function
+        self._ambient = ambient
+        self._kinds = tuple(kind for kind, _, _ in ambient.autocast)
+        self._random = random
+        self._greenlet = _Greenlet(self._run)
+        self._greenlet.fiber = self
+        self._greenlet.gr_context = contextvars.copy_context()
+
+    @property
+    def finished(self) -> bool:
+        return self._greenlet.dead
+
+    def resume(self, value: Any = None) -> Any:
+        """Go on with `value` as what `suspend` returns. Gives what it suspends with next, or Done."""
+        return self._switch(self._greenlet.switch, value)
+
+    def throw(self, error: BaseException) -> Any:
+        """Go on with `suspend` raising `error`. Gives what the fiber suspends with next, or Done."""
+        return self._switch(self._greenlet.throw, error)
+
+    def _switch(self, switch: Callable[[Any], Any], value: Any) -> Any:
+        if self._greenlet.dead:
+            raise EngineMisuse("A fiber that has ended cannot go on.")
+        if greenlet.getcurrent() is not self._greenlet.parent:
+            raise EngineMisuse("A fiber goes on only from where it was made.")
+        outside = current(self._kinds)
+        apply(self._ambient, outside)
+        if self._random is not None:
+            self._random.enter()
+        try:
+            return switch(value)
+        finally:
+            if self._random is not None:
+                self._random.leave()
+            self._ambient = current(self._kinds)
+            apply(outside, self._ambient)
+
+    def _run(self, _: Any) -> Done:
+        try:
+            return Done(self._function())
+        except BaseException as error:  # also SystemExit, which must not end the engine's thread
+            return Done(error)
+
+
+def current_fiber() -> Fiber | None:
+    """The fiber that the caller runs in, or None."""
+    here = greenlet.getcurrent()
+    return here.fiber if isinstance(here, _Greenlet) else None
+
+
+def in_fiber() -> bool:
+    return current_fiber() is not None
+
+
+def suspend(request: Any) -> Any:
+    """Hand `request` to whoever resumed this fiber; returns what it is resumed with, raises what is thrown into it.
+
+    Raises EngineMisuse outside of a fiber.
+    """
+    here = greenlet.getcurrent()
+    if not isinstance(here, _Greenlet):
+        raise EngineMisuse("Only code that runs in a fiber can be suspended.")
+    parent = here.parent
+    assert parent is not None
+    return parent.switch(request)
+
+
+def suspendable() -> bool:
+    """Whether the running code may be suspended here: what torch has on its stacks cannot be carried across."""
+    return not torch.is_inference_mode_enabled() and torch._C._len_torch_function_stack() == 0

@@ -1,0 +1,216 @@
+"""Where fibers suspend: hooks on the pipeline's modules, a proxy around its autoencoder, and what a view reports."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import wrapt
+from diffusers import DiffusionPipeline
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import nn
+from transformers import PreTrainedModel
+
+from stepweave.engine.ambient import current
+from stepweave.engine.call import Call, Target
+from stepweave.engine.fiber import Fiber, current_fiber, suspend, suspendable
+from stepweave.engine.merge import cloned
+from stepweave.errors import EngineMisuse
+from stepweave.scope.pipeline import ENGINE_HOOK, RequestScopedPipeline
+
+
+@dataclass(frozen=True)
+class Offload:
+    """A fiber's wish to have `function` run on another thread."""
+
+    function: Callable[[], Any]
+
+
+class RunYourself:
+    """The answer to a call that is to run in its own fiber."""
+
+
+def call_engine(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any], kinds: tuple[str, ...]) -> Any:
+    """Suspend the running fiber with a call of `target` and give its result."""
+    call = Call(target, args, kwargs, current(kinds))
+    answer = suspend(call)
+    if not isinstance(answer, RunYourself):
+        return answer
+    output = call.run()
+    if call.keep:
+        with contextlib.suppress(Exception):  # what cannot be copied is neither compared nor remembered
+            call.output = cloned(output)
+    return output
+
+
+class SuspendHook(ModelHook):  # type: ignore[misc]
+    """Suspends the fibers of one engine in a module's forward. Other calls of the module pass straight through."""
+
+    def __init__(self, name: str, cached: bool, owns: Callable[[Fiber], bool], kinds: tuple[str, ...]) -> None:
+        super().__init__()
+        self._name = name
+        self._cached = cached
+        self._owns = owns
+        self._kinds = kinds
+        self.target: Target | None = None
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        forward = self.fn_ref.original_forward
+        fiber = current_fiber()
+        if fiber is None or not self._owns(fiber) or not suspendable():
+            return forward(*args, **kwargs)
+        if self.target is None or self.target.function is not forward:  # somebody hooked the module meanwhile
+            self.target = Target(self._name, module, forward, cached=self._cached)
+        return call_engine(self.target, args, kwargs, self._kinds)
+
+
+class EngineAutoencoder(wrapt.ObjectProxy[Any]):
+    """An autoencoder whose `encode` and `decode` suspend the fiber, whole: video autoencoders keep state between their parts."""
+
+    def __init__(self, autoencoder: nn.Module, targets: dict[str, Target], kinds: tuple[str, ...]) -> None:
+        super().__init__(autoencoder)
+        self._self_targets = targets
+        self._self_kinds = kinds
+
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        return self._self_call("encode", args, kwargs)
+
+    def decode(self, *args: Any, **kwargs: Any) -> Any:
+        return self._self_call("decode", args, kwargs)
+
+    def _self_call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        target = self._self_targets[name]
+        if current_fiber() is None or not suspendable():
+            return target.function(*args, **kwargs)
+        return call_engine(target, args, kwargs, self._self_kinds)
+
+
+class EngineScope(RequestScopedPipeline):
+    """Views whose modules suspend: installs the hooks, and removes them without a trace."""
+
+    def __init__(
+        self, pipeline: Any, owns: Callable[[Fiber], bool], kinds: tuple[str, ...], max_decode_rows: int
+    ) -> None:
+        super().__init__(pipeline, wrap_scheduler=False)
+        self._kinds = kinds
+        self._autoencoders: dict[int, dict[str, Target]] = {}
+        self._hooked: list[Any] = []
+        modules: dict[int, tuple[str, Any]] = {}
+        for name, module in _modules(pipeline):
+            modules.setdefault(id(module), (name, module))
+        for name, module in modules.values():
+            if getattr(module, "_diffusers_hook", None) and ENGINE_HOOK in module._diffusers_hook.hooks:
+                raise EngineMisuse(f"{type(pipeline).__name__}.{name} belongs to another engine; close that first.")
+        for name, module in modules.values():
+            if _is_autoencoder(module):
+                self._autoencoders[id(module)] = {
+                    "encode": Target(f"{name}.encode", module, module.encode, max_decode_rows),
+                    "decode": Target(f"{name}.decode", module, module.decode, max_decode_rows),
+                }
+            else:
+                hook = SuspendHook(name, isinstance(module, PreTrainedModel), owns, kinds)
+                HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, ENGINE_HOOK)
+                self._hooked.append(module)
+
+    def close(self) -> None:
+        """Take the hooks away."""
+        for module in self._hooked:
+            registry = module._diffusers_hook
+            registry.remove_hook(ENGINE_HOOK, recurse=False)
+            forward = module.__dict__.get("forward")
+            if forward is not None and getattr(forward, "__func__", None) is type(module).forward:
+                del module.__dict__["forward"]  # diffusers puts the class's own method back as an attribute
+            if not registry.hooks:
+                del module._diffusers_hook
+        self._hooked.clear()
+
+    def _wrap(self, component: Any) -> Any:
+        targets = self._autoencoders.get(id(component))
+        return super()._wrap(component) if targets is None else EngineAutoencoder(component, targets, self._kinds)
+
+
+def _modules(pipeline: Any) -> Iterator[tuple[str, nn.Module]]:
+    """All modules of a pipeline and of the pipelines in it, by the names of their attributes."""
+    for name, component in vars(pipeline).items():
+        if isinstance(component, nn.Module):
+            yield name, component
+        elif isinstance(component, DiffusionPipeline):
+            yield from _modules(component)
+
+
+def _is_autoencoder(module: nn.Module) -> bool:
+    return callable(getattr(module, "encode", None)) and callable(getattr(module, "decode", None))
+
+
+# What a view reports
+
+
+class Progressing(Protocol):
+    """What a bar tells of its progress: a job, or jobs that progress as one."""
+
+    def check(self) -> None: ...
+    def open(self, total: int) -> None: ...
+    def advance(self, steps: int) -> None: ...
+
+
+class _Bar(wrapt.ObjectProxy[Any]):
+    """A progress bar that tells the job, too, and ends it if it must end."""
+
+    def __init__(self, bar: Any, job: Progressing) -> None:
+        super().__init__(bar)
+        self._self_job = job
+        job.check()
+        job.open(int(bar.total or 0))
+
+    def update(self, n: float | None = 1) -> Any:
+        result = self.__wrapped__.update(n)
+        self._self_job.advance(int(n or 1))
+        self._self_job.check()
+        return result
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self.__wrapped__:
+            yield item
+            self._self_job.advance(1)
+            self._self_job.check()
+
+    def __enter__(self) -> _Bar:
+        self.__wrapped__.__enter__()
+        return self
+
+
+def track(view: Any, job: Progressing) -> None:
+    """Have the job told of the view's progress, which every pipeline of diffusers shows on a bar."""
+    for one in _pipelines(view):
+        make = getattr(one, "progress_bar", None)
+        if make is not None:
+            one.__dict__["progress_bar"] = lambda *args, make=make, **kwargs: _Bar(make(*args, **kwargs), job)
+
+
+def postprocess_elsewhere(view: Any) -> None:
+    """Have the view's image processors make pictures on another thread: copies from the device, PIL images."""
+    for one in _pipelines(view):
+        for processor in list(vars(one).values()):
+            for name in ("postprocess", "postprocess_video"):
+                method = getattr(processor, name, None)
+                if callable(method) and not isinstance(processor, (nn.Module, DiffusionPipeline)):
+                    processor.__dict__[name] = _elsewhere(method)
+
+
+def _elsewhere(method: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if current_fiber() is None or torch.is_grad_enabled():
+            return method(*args, **kwargs)
+        return suspend(Offload(lambda: method(*args, **kwargs)))
+
+    return run
+
+
+def _pipelines(view: Any) -> Iterator[Any]:
+    yield view
+    for value in list(vars(view).values()):
+        if isinstance(value, DiffusionPipeline):
+            yield from _pipelines(value)

@@ -1,0 +1,434 @@
+"""The step loop: admit -> pick -> forward -> advance -> deliver."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from stepweave.engine import ambient
+from stepweave.engine.ambient import DefaultRandom
+from stepweave.engine.call import Call, Describer, Unmergeable
+from stepweave.engine.certify import Certificates, Verdict
+from stepweave.engine.digests import Digests
+from stepweave.engine.fiber import Done, Fiber
+from stepweave.engine.hooks import EngineScope, Offload, RunYourself, postprocess_elsewhere, track
+from stepweave.engine.job import Job
+from stepweave.engine.merge import merge, split
+from stepweave.engine.stats import Stats
+from stepweave.engine.textcache import EncoderCache
+from stepweave.errors import Cancelled, DeadlineExceeded, StepweaveError
+
+logger = logging.getLogger(__name__)
+
+OFFLOAD_THREADS = 2
+INSISTENCE = 100  # times a job that must end is told so again, where its pipeline goes on regardless
+
+
+class _Ending(BaseException):
+    """Thrown into a fiber that must end: no `except Exception` of a pipeline or a callback stops it."""
+
+
+class _Active:
+    """A job that has started: its fiber, and what the fiber waits for."""
+
+    __slots__ = ("elsewhere", "fiber", "job", "key", "told")
+
+    def __init__(self, job: Job, fiber: Fiber) -> None:
+        self.job = job
+        self.fiber = fiber
+        self.key: Hashable = None  # of the queue that its call stands in
+        self.elsewhere = False  # its work is on another thread
+        self.told = 0
+
+
+class StepLoop:
+    """Runs jobs on one thread, all their calls of heavy modules in shared forwards where a certificate allows it."""
+
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        max_rows: int,
+        max_decode_rows: int,
+        max_jobs: int,
+        cache_bytes: int,
+        audit_every: int,
+        stats: Stats,
+    ) -> None:
+        device = torch.device(getattr(pipeline, "_execution_device", "cpu"))
+        self._device = device
+        kinds = ("cpu",) if device.type == "cpu" else ("cpu", device.type)
+        self._max_rows = max_rows
+        self._max_jobs = max_jobs
+        self._stats = stats
+        self._active: dict[Fiber, _Active] = {}
+        self._scope = EngineScope(pipeline, self._active.__contains__, kinds, max_decode_rows)
+        self._kinds = kinds
+        digests = Digests()
+        self._describer = Describer(digests)
+        self.certificates = Certificates(digests, audit_every)
+        self.cache = EncoderCache(digests, cache_bytes)
+        self._queues: OrderedDict[Hashable, deque[tuple[_Active, Call]]] = OrderedDict()  # the next key to serve first
+        self._waiting: dict[str, Job] = {}  # oldest first
+        self._returned: deque[tuple[_Active, Any]] = deque()  # fibers whose work elsewhere is done
+        self._closing = False
+        self._wake = threading.Condition()  # guards the three above
+        self._elsewhere = ThreadPoolExecutor(OFFLOAD_THREADS, thread_name_prefix="stepweave-postprocess")
+        self._thread = threading.Thread(target=self._run, name="stepweave-engine", daemon=True)
+        self._thread.start()
+
+    # From any thread
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._active)
+
+    def submit(self, job: Job) -> None:
+        with self._wake:
+            self._waiting[job.id] = job
+            self._wake.notify()
+
+    def cancel(self, job: Job) -> None:
+        """A waiting job ends at once; a running one is found by the loop."""
+        with self._wake:
+            waited = self._waiting.pop(job.id, None)
+            self._wake.notify()
+        if waited is not None:
+            self._finish(job, Cancelled())
+
+    def close(self) -> None:
+        """End every job at its next step, then the thread; leave the pipeline as it was."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+        self._elsewhere.shutdown()
+        self._scope.close()
+
+    # On the engine's thread
+
+    def _run(self) -> None:
+        torch.set_grad_enabled(False)
+        while self._wait():
+            try:
+                self.turn()
+            except BaseException:  # nothing may end this thread: jobs would hang
+                self._stats.errors += 1
+                logger.exception("the engine's loop failed; it goes on")
+                self._rescue()
+
+    def turn(self) -> None:
+        """One turn of the loop."""
+        self._admit()
+        self._expire()
+        calls = self._pick()
+        if calls:
+            self._forward(calls)
+
+    def _rescue(self) -> None:
+        """Let fibers that an error of the loop left behind compute what they wait for themselves."""
+        for active in [one for one in self._active.values() if one.key is None and not one.elsewhere]:
+            try:
+                self._advance(active, RunYourself())
+            except BaseException as error:
+                logger.exception("a job cannot go on: %s", active.job)
+                self._active.pop(active.fiber, None)
+                self._finish(
+                    active.job, StepweaveError(f"The engine failed ({type(error).__name__}).", code="engine_failed")
+                )
+
+    def _wait(self) -> bool:
+        """Sleep until there is something to do. False when there never will be."""
+        with self._wake:
+            while not (self._queues or self._returned or self._closing or (self._waiting and self._has_room())):
+                self._wake.wait()
+            if not self._closing:
+                return True
+            waiting, self._waiting = list(self._waiting.values()), {}
+            for one in self._active.values():
+                one.job.cancel()
+            while self._active and not (self._queues or self._returned):
+                self._wake.wait()
+        for job in waiting:
+            self._finish(job, Cancelled())
+        return bool(self._active)
+
+    def _has_room(self) -> bool:
+        return not self._active or (len(self._active) < self._max_jobs and not self._scope.takes_turns())
+
+    def _admit(self) -> None:
+        """Start jobs that wait, and go on with those whose work elsewhere is done."""
+        while True:
+            with self._wake:
+                if self._returned:
+                    active, answer = self._returned.popleft()
+                    job = None
+                elif self._waiting and not self._closing and self._has_room():
+                    job = self._waiting.pop(next(iter(self._waiting)))
+                else:
+                    return
+            if job is None:
+                active.elsewhere = False
+                self._advance(active, answer)
+            else:
+                self._start(job)
+
+    def _start(self, job: Job) -> None:
+        try:
+            job.check()
+        except (Cancelled, DeadlineExceeded) as error:
+            self._finish(job, error)
+            return
+        job.started = time.monotonic()
+        own_random = None if job.kwargs.get("generator") is not None else DefaultRandom(job.seed, self._device)
+        fiber = Fiber(lambda: self._call_pipeline(job), ambient.quiet(self._kinds), own_random)
+        self._active[fiber] = active = _Active(job, fiber)
+        self._switch(active, fiber.resume, None)
+
+    def _call_pipeline(self, job: Job) -> Any:
+        with self._scope.lease(job.scheduler) as view:
+            track(view, job)
+            postprocess_elsewhere(view)
+            return view(*job.args, **job.kwargs)
+
+    def _expire(self) -> None:
+        """Throw out the jobs that must end."""
+        for active in [one for one in self._active.values() if one.key is not None]:
+            try:
+                active.job.check()
+            except (Cancelled, DeadlineExceeded):
+                queue = self._queues[active.key]
+                queue.remove(next(entry for entry in queue if entry[0] is active))
+                if not queue:
+                    del self._queues[active.key]
+                self._end(active)
+        with self._wake:
+            late = [
+                job for job in self._waiting.values() if job.deadline is not None and time.monotonic() > job.deadline
+            ]
+            for job in late:
+                del self._waiting[job.id]
+        for job in late:
+            self._start(job)
+
+    def _end(self, active: _Active) -> None:
+        active.key = None
+        active.told += 1
+        if active.told > INSISTENCE:
+            del self._active[active.fiber]
+            self._finish(active.job, StepweaveError("The job does not end though it was told to.", code="stubborn"))
+        else:
+            self._switch(active, active.fiber.throw, _Ending())
+
+    def _pick(self) -> list[tuple[_Active, Call]]:
+        """Calls of the key whose turn it is, the oldest first, as many as fit."""
+        if not self._queues:
+            return []
+        key, queue = next(iter(self._queues.items()))
+        limit = min(self._max_rows, queue[0][1].target.cap or self._max_rows)
+        picked: list[tuple[_Active, Call]] = []
+        rows = 0
+        for entry in sorted(queue, key=lambda entry: entry[0].job.accepted):
+            if picked and rows + entry[1].rows > limit:
+                break
+            picked.append(entry)
+            rows += entry[1].rows
+        return picked
+
+    def _forward(self, picked: list[tuple[_Active, Call]]) -> None:
+        """Run calls of one key, merged if that is proven, and let their fibers go on."""
+        calls = [call for _, call in picked]
+        try:
+            verdict, calls = self.certificates.decide(calls)
+        except Exception:
+            self._stats.errors += 1
+            logger.exception("no certificate could be had for a call of %s; it runs alone", calls[0].target.name)
+            verdict, calls = Verdict.ALONE, calls[:1]
+        wanted = {id(call) for call in calls}
+        chosen = [entry for entry in picked if id(entry[1]) in wanted]
+        self._dequeue(chosen)
+        if verdict is Verdict.ALONE:
+            self._alone(chosen)
+        elif verdict is Verdict.PROVE:
+            self._prove(chosen)
+        else:
+            self._merged(chosen)
+
+    def _dequeue(self, chosen: list[tuple[_Active, Call]]) -> None:
+        key = chosen[0][0].key
+        taken = {id(active) for active, _ in chosen}
+        queue = self._queues.pop(key)
+        rest = deque(entry for entry in queue if id(entry[0]) not in taken)
+        if rest:
+            self._queues[key] = rest  # behind the other keys
+        for active, _ in chosen:
+            active.key = None
+
+    def _alone(self, chosen: list[tuple[_Active, Call]]) -> None:
+        for active, call in chosen:
+            self._stats.forward(call.target.name, call.rows, 1)
+            call.keep = self.cache.key(call) is not None
+            self._advance(active, RunYourself())
+            self._remember(call, call.output)
+
+    def _merged(self, chosen: list[tuple[_Active, Call]]) -> None:
+        calls = [call for _, call in chosen]
+        try:
+            outputs = self._run_merged(calls)
+        except torch.OutOfMemoryError:
+            self._halve(chosen)
+            return
+        except Exception as error:
+            self._stats.retried += 1
+            self.certificates.fail(calls[0], f"merged, it raised {type(error).__name__}: {error}"[:200])
+            self._alone(chosen)
+            return
+        self._stats.forward(calls[0].target.name, sum(call.rows for call in calls), len(calls))
+        for (active, call), output in zip(chosen, outputs, strict=True):
+            self._remember(call, output)
+            self._advance(active, output)
+
+    def _halve(self, chosen: list[tuple[_Active, Call]]) -> None:
+        """What does not fit into memory at once is run in halves, down to single calls."""
+        self._stats.out_of_memory += 1
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        middle = len(chosen) // 2
+        for half in (chosen[:middle], chosen[middle:]):
+            if len(half) == 1:
+                self._alone(half)
+            else:
+                self._merged(half)
+
+    def _prove(self, chosen: list[tuple[_Active, Call]]) -> None:
+        """Run calls merged and one by one; the fibers get their own results."""
+        calls = [call for _, call in chosen]
+        self._stats.proofs += 1
+        merged: Any
+        try:
+            merged = self._watched(calls)
+        except torch.OutOfMemoryError:
+            self._alone(chosen)
+            return
+        except Exception as error:
+            merged = error
+        for _, call in chosen:
+            call.keep = True
+        for active, call in chosen:
+            self._stats.forward(call.target.name, call.rows, 1)
+            self._advance(active, RunYourself())
+            self._remember(call, call.output)
+        self.certificates.judge(calls, merged)
+        for call in calls:
+            call.output = None
+
+    def _run_merged(self, calls: list[Call]) -> list[Any]:
+        here = ambient.current(self._kinds)
+        ambient.apply(calls[0].ambient, here)
+        try:
+            return split(calls[0].target.function(**merge(calls)), [call.rows for call in calls])
+        finally:
+            ambient.apply(here, calls[0].ambient)
+
+    def _watched(self, calls: list[Call]) -> list[Any]:
+        """A merged forward for a proof: it must not draw random numbers, which the calls' own generators are to give."""
+        generators = [torch.default_generator, *_generators([call.arguments for call in calls])]
+        if self._device.type == "cuda":
+            generators.append(torch.cuda.default_generators[self._device.index or 0])
+        before = [one.get_state() for one in generators]
+        outputs = self._run_merged(calls)
+        drawn = False
+        for generator, state in zip(generators, before, strict=True):
+            if not torch.equal(generator.get_state(), state):
+                generator.set_state(state)
+                drawn = True
+        if drawn:
+            raise Unmergeable("it draws random numbers")
+        return outputs
+
+    def _remember(self, call: Call, output: Any) -> None:
+        key = self.cache.key(call)
+        if key is not None and output is not None:
+            self.cache.put(key, output)
+
+    def _advance(self, active: _Active, answer: Any) -> None:
+        """Let a fiber go on with the answer to what it waited for."""
+        if isinstance(answer, BaseException):
+            self._switch(active, active.fiber.throw, answer)
+        else:
+            self._switch(active, active.fiber.resume, answer)
+
+    def _switch(self, active: _Active, switch: Callable[[Any], Any], value: Any) -> None:
+        request = switch(value)
+        while True:
+            if isinstance(request, Done):
+                del self._active[active.fiber]
+                self._deliver(active.job, request.outcome)
+            elif isinstance(request, Offload):
+                self._offload(active, request)
+            else:
+                known = self._look_up(request)
+                if known is not None:
+                    request = active.fiber.resume(known)
+                    continue
+                active.key = request.key
+                self._queues.setdefault(request.key, deque()).append((active, request))
+            return
+
+    def _look_up(self, call: Call) -> Any:
+        """Describe a call; what its result is, if an encoder gave it before."""
+        self._describer.describe(call)
+        key = self.cache.key(call)
+        return None if key is None else self.cache.get(key)
+
+    def _offload(self, active: _Active, work: Offload) -> None:
+        active.elsewhere = True
+
+        def run() -> None:
+            answer: Any
+            try:
+                with torch.no_grad():
+                    answer = work.function()
+            except BaseException as error:
+                answer = error
+            with self._wake:
+                self._returned.append((active, answer))
+                self._wake.notify()
+
+        self._elsewhere.submit(run)
+
+    def _deliver(self, job: Job, outcome: Any) -> None:
+        if isinstance(outcome, _Ending):
+            try:
+                job.check()
+                outcome = Cancelled()
+            except (Cancelled, DeadlineExceeded) as error:
+                outcome = error
+        elif isinstance(outcome, BaseException) and not isinstance(outcome, Exception):
+            failure = StepweaveError(f"The pipeline raised {type(outcome).__name__}.", code="generation_failed")
+            failure.__cause__ = outcome
+            outcome = failure
+        self._finish(job, outcome)
+
+    def _finish(self, job: Job, outcome: Any) -> None:
+        if job.finish(outcome):
+            self._stats.finished(job, outcome)
+
+
+def _generators(value: Any) -> list[torch.Generator]:
+    if isinstance(value, torch.Generator):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [one for item in value for one in _generators(item)] if isinstance(value, (list, tuple)) else []

@@ -1,0 +1,169 @@
+"""Merging: many calls' arguments into one call's, one result into many."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.cache_utils import Cache
+
+from stepweave.engine.call import Call, Layout, Unmergeable
+
+_CONSTANTS = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
+
+
+def merge(calls: Sequence[Call]) -> dict[str, Any]:
+    """The arguments of one call that stands for all of `calls`, which are of one kind."""
+    rows = [call.rows for call in calls]
+    first = calls[0]
+    merged = {}
+    for name, node in first.layout:
+        if node[0] == "mask":
+            continue
+        values = [call.arguments[name] for call in calls]
+        if node[0] == "padded":
+            mask = first.target.masks[name]
+            merged[name], masks = _padded(values, [call.arguments.get(mask) for call in calls])
+            if masks is not None:
+                merged[mask] = masks
+        else:
+            merged[name] = _merge(node, values, rows)
+    return merged
+
+
+def _merge(node: Layout, values: list[Any], rows: list[int]) -> Any:
+    tag = node[0]
+    if tag == "rows":
+        return torch.cat(
+            [v if v.shape[0] == r else v.expand(r, *v.shape[1:]) for v, r in zip(values, rows, strict=True)]
+        )
+    if tag == "scalar":
+        return torch.cat([v.reshape(1).expand(r) for v, r in zip(values, rows, strict=True)])
+    if tag == "number":
+        dtype = torch.float32 if node[1] else torch.int64
+        return torch.tensor([v for v, r in zip(values, rows, strict=True) for _ in range(r)], dtype=dtype)
+    if tag == "per row":
+        return list(itertools.chain.from_iterable(values))
+    if tag == "repeated":
+        return [values[0][0]] * sum(rows)
+    if tag == "dict":
+        return {key: _merge(child, [value[key] for value in values], rows) for key, child in node[1:]}
+    if tag in ("constant", "shared", "generator"):
+        return values[0]
+    kind, children = node[1], node[2:]
+    items = [_merge(child, [value[i] for value in values], rows) for i, child in enumerate(children)]
+    return kind(*items) if hasattr(kind, "_fields") else kind(items)
+
+
+def _padded(values: list[torch.Tensor], masks: list[torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Tensors (rows, length, ...) of different lengths as one, filled with zeros that the mask tells from the rest."""
+    longest = max(value.shape[1] for value in values)
+    if all(value.shape[1] == longest for value in values) and all(mask is None for mask in masks):
+        return torch.cat(values), None
+    dtype = next((mask.dtype for mask in masks if mask is not None), torch.bool)
+    shape = (sum(value.shape[0] for value in values), longest)
+    merged = values[0].new_zeros((*shape, *values[0].shape[2:]))
+    merged_mask = torch.zeros(shape, dtype=dtype, device=values[0].device)
+    start = 0
+    for value, mask in zip(values, masks, strict=True):
+        rows, length = value.shape[:2]
+        merged[start : start + rows, :length] = value
+        merged_mask[start : start + rows, :length] = 1 if mask is None else mask
+        start += rows
+    return merged, merged_mask
+
+
+def split(output: Any, rows: Sequence[int]) -> list[Any]:
+    """A merged call's output as the calls', in order. Raises Unmergeable for what has no rows."""
+    starts = list(itertools.accumulate(rows, initial=0))
+    return _split(output, starts)
+
+
+def _split(output: Any, starts: list[int]) -> list[Any]:
+    total = starts[-1]
+    spans = list(itertools.pairwise(starts))
+    if isinstance(output, torch.Tensor):
+        if output.ndim == 0 or output.shape[0] != total:
+            raise Unmergeable(f"a result of shape {tuple(output.shape)} does not have {total} rows")
+        if output.stride(0) == 0:  # rows that share memory must not share it between jobs
+            output = output.contiguous()
+        return [output[a:b] for a, b in spans]
+    if isinstance(output, np.ndarray) and output.ndim and output.shape[0] == total:
+        return [output[a:b] for a, b in spans]
+    if isinstance(output, _CONSTANTS):
+        return [output] * len(spans)
+    if isinstance(output, list) and len(output) == total and not _all_have_rows(output, total):
+        return [output[a:b] for a, b in spans]
+    if isinstance(output, (list, tuple)):
+        parts = [_split(item, starts) for item in output]
+        return [_rebuilt(output, [part[i] for part in parts]) for i in range(len(spans))]
+    if isinstance(output, dict):
+        named = {key: _split(item, starts) for key, item in output.items()}
+        return [_remade(output, {key: part[i] for key, part in named.items()}) for i in range(len(spans))]
+    if isinstance(output, Cache):
+        return [_selected(output, a, b) for a, b in spans]
+    if vars_of := getattr(output, "__dict__", None):
+        return _split_object(output, vars_of, starts)
+    raise Unmergeable(f"a result of type {type(output).__name__} cannot be taken apart")
+
+
+def _all_have_rows(items: list[Any], total: int) -> bool:
+    return all(isinstance(item, torch.Tensor) and item.ndim and item.shape[0] == total for item in items)
+
+
+def _rebuilt(like: Any, items: list[Any]) -> Any:
+    return type(like)(*items) if hasattr(like, "_fields") else type(like)(items)
+
+
+def _remade(like: dict[Any, Any], items: dict[Any, Any]) -> Any:
+    # diffusers' and transformers' outputs are dictionaries that are made from keywords
+    return items if type(like) is dict else type(like)(**items)
+
+
+def _selected(cache: Cache, start: int, stop: int) -> Cache:
+    selected = copy.deepcopy(cache)
+    selected.batch_select_indices(torch.arange(start, stop))
+    return selected
+
+
+def _split_object(output: Any, attributes: dict[str, Any], starts: list[int]) -> list[Any]:
+    """An object whose attributes are tensors and constants, such as the distribution that an autoencoder's encoder gives."""
+    parts = {name: _split(value, starts) for name, value in attributes.items()}
+    twins = []
+    for i in range(len(starts) - 1):
+        twin = copy.copy(output)
+        twin.__dict__.update({name: part[i] for name, part in parts.items()})
+        twins.append(twin)
+    return twins
+
+
+def tensors(output: Any) -> list[torch.Tensor]:
+    """All tensors of a result, in order."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    if isinstance(output, Cache):
+        return [t for layer in output.layers for t in (layer.keys, layer.values) if isinstance(t, torch.Tensor)]
+    if isinstance(output, dict):
+        return [tensor for item in output.values() for tensor in tensors(item)]
+    if isinstance(output, (list, tuple)):
+        return [tensor for item in output for tensor in tensors(item)]
+    if not isinstance(output, _CONSTANTS) and hasattr(output, "__dict__"):
+        return [tensor for item in vars(output).values() for tensor in tensors(item)]
+    return []
+
+
+def cloned(output: Any) -> Any:
+    """A copy of a result that shares no memory with it."""
+    if isinstance(output, torch.Tensor):
+        return output.clone()
+    if isinstance(output, _CONSTANTS):
+        return output
+    if isinstance(output, dict):
+        return _remade(output, {key: cloned(item) for key, item in output.items()})
+    if isinstance(output, (list, tuple)):
+        return _rebuilt(output, [cloned(item) for item in output])
+    return copy.deepcopy(output)

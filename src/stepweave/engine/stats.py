@@ -1,0 +1,66 @@
+"""What an engine has done so far."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from stepweave.engine.job import Job
+from stepweave.errors import Cancelled
+
+RECENT = 32  # finished jobs that predict when the next one will
+
+
+@dataclass
+class Forwards:
+    """Forwards of one module: how many of how many rows, and how many calls shared one."""
+
+    by_rows: Counter[int] = field(default_factory=Counter)
+    calls: int = 0
+    merged_calls: int = 0
+
+    @property
+    def merged_share(self) -> float:
+        """The share of calls that shared their forward with others, 0 to 1."""
+        return self.merged_calls / self.calls if self.calls else 0.0
+
+
+class Stats:
+    """Counters, written by the engine's threads and read by any."""
+
+    def __init__(self) -> None:
+        self.forwards: dict[str, Forwards] = {}
+        self.jobs: Counter[str] = Counter()
+        self.errors = 0
+        self.proofs = 0
+        self.retried = 0
+        self.out_of_memory = 0
+        self.recent: deque[float] = deque(maxlen=RECENT)  # when jobs were finished
+        self._lock = threading.Lock()
+
+    def forward(self, target: str, rows: int, calls: int) -> None:
+        """Count one forward that served `calls` calls."""
+        found = self.forwards.get(target)
+        if found is None:
+            found = self.forwards[target] = Forwards()
+        found.by_rows[rows] += 1
+        found.calls += calls
+        if calls > 1:
+            found.merged_calls += calls
+
+    def finished(self, job: Job, outcome: Any) -> None:
+        failed = isinstance(outcome, BaseException)
+        state = "cancelled" if isinstance(outcome, Cancelled) else "failed" if failed else "succeeded"
+        with self._lock:
+            self.jobs[state] += 1
+            if job.started is not None and job.finished is not None:
+                self.recent.append(job.finished)
+
+    def interval(self) -> float | None:
+        """Mean seconds between the last jobs' ends; None before there were two."""
+        with self._lock:
+            if len(self.recent) < 2:
+                return None
+            return (self.recent[-1] - self.recent[0]) / (len(self.recent) - 1)
