@@ -126,7 +126,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., InProc
 
         def make(*, ready: bool = True, **settings: Any) -> InProcess:
             pipeline = FakePipeline()
-            server = Server(Settings(**settings), load=lambda *_: (pipeline, Preset()))
+            server = Server(Settings(**{"batching": "off", **settings}), load=lambda *_: (pipeline, Preset()))
             stack.callback(server.close)
             stack.callback(pipeline.record.release.set)  # before close: nothing may wait for ever
             app = ContractMiddleware(Api(server).app(), server, {"/generate": ImageRequest})

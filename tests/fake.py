@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 
 class Record:
@@ -43,6 +43,9 @@ class FakePipeline:
     def components(self) -> dict[str, Any]:
         return {"transformer": self.transformer}
 
+    def progress_bar(self, total: int) -> Any:
+        return tqdm(total=total, disable=True)
+
     def __call__(
         self,
         prompt: str | None = None,
@@ -54,7 +57,6 @@ class FakePipeline:
         num_images_per_prompt: int = 1,
         generator: list[torch.Generator] | None = None,
         output_type: str = "pil",
-        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
     ) -> SimpleNamespace:
         record = self.record
         record.calls.append({name: value for name, value in locals().items() if name != "self"})
@@ -63,19 +65,19 @@ class FakePipeline:
         record.running += 1
         record.most_running = max(record.most_running, record.running)
         try:
-            self._steps(num_inference_steps, callback_on_step_end)
+            with self.progress_bar(total=num_inference_steps) as bar:
+                for _ in range(num_inference_steps):
+                    self._step()
+                    bar.update()
         finally:
             record.running -= 1
         return SimpleNamespace(images=[Image.fromarray(np.asarray(one)) for one in pixels])
 
-    def _steps(self, count: int, callback_on_step_end: Callable[..., dict[str, Any]] | None) -> None:
+    def _step(self) -> None:
         record = self.record
-        for step in range(count):
-            record.started.set()
-            if record.gated:
-                assert record.release.wait(60)
-            if record.error is not None:
-                raise record.error
-            record.steps_run += 1
-            if callback_on_step_end is not None:
-                callback_on_step_end(self, step, torch.tensor(0.0), {})
+        record.started.set()
+        if record.gated:
+            assert record.release.wait(60)
+        if record.error is not None:
+            raise record.error
+        record.steps_run += 1

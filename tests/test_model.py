@@ -21,7 +21,7 @@ def test_a_preset_overrides_the_pipelines_defaults() -> None:
 def test_a_presets_call_arguments_reach_the_call_and_must_exist() -> None:
     pipeline = FakePipeline()
     model = ServedModel(pipeline, Preset(call={"negative_prompt": "blue"}), Settings())
-    model.generate(model.resolve(prompt="x"))
+    pipeline(**model.call(model.resolve(prompt="x")))
     assert pipeline.record.calls[0]["negative_prompt"] == "blue"
     with pytest.raises(LoadError, match="takes no argument 'max_sequence_length'"):
         ServedModel(pipeline, Preset(call={"max_sequence_length": 1}), Settings())
@@ -36,7 +36,7 @@ def test_what_a_pipeline_lacks_is_refused_not_dropped() -> None:
 
     model = ServedModel(Plain(), Preset(), Settings())
     assert model.resolve(prompt="x").guidance_scale is None
-    assert len(model.generate(model.resolve(prompt="x"))) == 1
+    assert len(Plain()(**model.call(model.resolve(prompt="x"))).images) == 1
     for name, value in (("guidance_scale", 3.0), ("negative_prompt", "blue")):
         with pytest.raises(InvalidRequest, match=f"Plain has no {name}"):
             model.resolve(prompt="x", **{name: value})  # type: ignore[arg-type]

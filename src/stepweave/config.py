@@ -36,11 +36,24 @@ class Settings(BaseSettings):
         "auto", description="Of the weights; `auto` is bfloat16 (else float16) on a GPU and float32 on a CPU."
     )
     cpu_threads: int = Field(0, ge=0, le=1024, description="Torch's CPU threads; 0 follows the cgroup's CPU quota.")
-    batching: Literal["off", "threads"] = Field(
-        "off", description="How jobs share the model: `off` runs one at a time, `threads` several, each on a thread."
+    batching: Literal["off", "threads", "request", "step"] = Field(
+        "step",
+        description="What jobs share: `step` denoising steps, `request` whole calls that differ in prompt and seed only, "
+        "`threads` nothing, side by side, `off` nothing, one at a time.",
     )
+    max_rows: int = Field(
+        32,
+        ge=1,
+        le=4096,
+        description="Rows of a shared step (pictures of a shared call with `request`); guidance takes two.",
+    )
+    max_decode_rows: int = Field(4, ge=1, le=4096, description="Pictures that the autoencoder decodes together.")
+    max_jobs: int = Field(64, ge=1, le=4096, description="Jobs that run at a time with `STEPWEAVE_BATCHING=step`.")
     threads: int = Field(4, ge=1, le=64, description="Jobs that run at a time with `STEPWEAVE_BATCHING=threads`.")
-    warmup: bool = Field(True, description="Run a short generation before the server turns ready.")
+    encoder_cache_bytes: int = Field(
+        268_435_456, ge=0, description="Bound of remembered prompt encodings; 0 remembers none."
+    )
+    warmup: bool = Field(True, description="Run and certify short generations before the server turns ready.")
     max_queue: int = Field(64, ge=0, le=100_000, description="Requests that may wait; one more is refused with 429.")
     max_images: int = Field(8, ge=1, le=64, description="Largest `n` of a request.")
     max_steps: int = Field(200, ge=1, le=10_000, description="Largest `num_inference_steps` of a request.")

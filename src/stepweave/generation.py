@@ -36,10 +36,13 @@ class Parameters:
 
 @dataclass
 class Timings:
-    """Seconds a job spent: waiting for its turn, in the pipeline, and in encoding the picture files."""
+    """Seconds a job spent: waiting to start, before its first denoising step, in its steps, after the last one, and in encoding
+    the picture files."""
 
     queued: float = 0.0
-    generate: float = 0.0
+    encode: float = 0.0
+    denoise: float = 0.0
+    decode: float = 0.0
     encode_image: float = 0.0
     total: float = 0.0
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import inspect
 import secrets
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from PIL import Image
 
 from stepweave.config import Settings
+from stepweave.engine import StepEngine
 from stepweave.errors import InvalidRequest, LoadError, shown
 from stepweave.generation import MAX_SEED, Parameters
 from stepweave.loading.preset import Preset
-from stepweave.scope import RequestScopedPipeline
 
 DRAWN_SEED_BITS = 32  # of a seed the server draws, easy to copy
 
-OnStep = Callable[[int, int], None]
+WARM_UP_STEPS = 2
 
 
 class ServedModel:
@@ -29,7 +27,6 @@ class ServedModel:
 
     def __init__(self, pipeline: Any, preset: Preset, settings: Settings) -> None:
         self.pipeline = pipeline
-        self._scoped = RequestScopedPipeline(pipeline)
         self.settings = settings
         self.arguments = inspect.signature(pipeline.__call__).parameters
         self.call_arguments = preset.call
@@ -124,25 +121,30 @@ class ServedModel:
             )
         return width, height
 
-    def warm_up(self) -> None:
-        """Make one picture of the native size in two steps, so that the first request does not pay for first calls."""
-        parameters = Parameters("warm-up", None, self.width, self.height, 1, 0, 2, self.default_guidance)
-        self.generate(parameters)
+    def warm_up(self, engine: StepEngine) -> None:
+        """Run short jobs of the native size: one alone, then as many as fill the largest shared step.
 
-    def generate(self, parameters: Parameters, on_step: OnStep | None = None) -> list[Image.Image]:
-        """Run the pipeline's own call on a view and return n RGB pictures of height x width. Safe from any thread.
-
-        `on_step(step, total)` is called after each denoising step where the pipeline can tell; what it raises ends the call.
+        So the first requests do not pay for first calls, and what the engine may merge is certified before they come. The
+        jobs differ in prompt, seed, steps and guidance, as requests do.
         """
+        count = 1 if engine.mode in ("off", "threads") else max(2, -(-self.settings.max_rows // 2))
+        for indices in ([0], range(1, count)):
+            jobs = [engine.submit(**self.call(self._warm_up_parameters(i))) for i in indices]
+            for job in jobs:
+                job.result()
+
+    def _warm_up_parameters(self, index: int) -> Parameters:
+        guidance = self.default_guidance
+        if guidance is not None and index % 4 == 3:
+            guidance = guidance * 1.5
+        prompt = f"{index}, to warm up"  # differs in its first token: encoders cut long prompts
+        steps = WARM_UP_STEPS + index % 3
+        return Parameters(prompt, None, self.width, self.height, 1, index, steps, guidance)
+
+    def call(self, parameters: Parameters) -> dict[str, Any]:
+        """The keyword arguments of the pipeline's own call, which returns n RGB pictures of height x width."""
         # on the CPU whatever the device: a seed then gives the same noise everywhere
         generators = [torch.Generator("cpu").manual_seed(parameters.seed + i) for i in range(parameters.n)]
-        call: dict[str, Any] = {
-            **self.call_arguments,
-            "prompt": parameters.prompt,
-            "num_inference_steps": parameters.num_inference_steps,
-            "generator": generators,
-            "output_type": "pil",
-        }
         optional = {
             "negative_prompt": parameters.negative_prompt,
             "width": parameters.width,
@@ -150,16 +152,14 @@ class ServedModel:
             "guidance_scale": parameters.guidance_scale,
             "num_images_per_prompt": parameters.n,
         }
-        call |= {name: value for name, value in optional.items() if value is not None and name in self.arguments}
-        if on_step is not None and "callback_on_step_end" in self.arguments:
-
-            def after_step(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-                on_step(step + 1, parameters.num_inference_steps)
-                return tensors
-
-            call["callback_on_step_end"] = after_step
-        images: list[Image.Image] = self._scoped.generate(**call).images
-        return images
+        return {
+            **self.call_arguments,
+            "prompt": parameters.prompt,
+            "num_inference_steps": parameters.num_inference_steps,
+            "generator": generators,
+            "output_type": "pil",
+            **{name: value for name, value in optional.items() if value is not None and name in self.arguments},
+        }
 
 
 def _denoiser_config(pipeline: Any) -> Any:

@@ -11,8 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from stepweave.admission import Admission
 from stepweave.config import Settings
-from stepweave.errors import InvalidRequest, LoadError, NotFound, StepweaveError, Unavailable, shown
+from stepweave.errors import InvalidRequest, LoadError, NotFound, RequestError, StepweaveError, Unavailable, shown
+from stepweave.generation import Generation, Timings
 from stepweave.images.encode import MAX_SIDES, OutputFormat, encode
 from stepweave.telemetry.metrics import Metrics
 
@@ -20,8 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from stepweave.api.schemas import ImageRequest
-    from stepweave.engine.pool import PoolEngine
-    from stepweave.generation import Generation
+    from stepweave.engine import Job, StepEngine
     from stepweave.loading.preset import Preset
     from stepweave.model import ServedModel
 
@@ -62,10 +63,12 @@ class Server:
         self.model: ServedModel | None = None
         self.device = ""
         self.dtype = ""
-        self.engine: PoolEngine | None = None
+        self.engine: StepEngine | None = None
+        self._admission: Admission | None = None
         self.metrics = Metrics(
-            in_flight=lambda: self.engine.in_flight if self.engine else 0,
+            in_flight=lambda: self._admission.in_flight if self._admission else 0,
             waiting=lambda: self.engine.waiting if self.engine else 0,
+            engine=lambda: self.engine.stats() if self.engine else None,
         )
         self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="stepweave-encode")
         self._loader = threading.Thread(target=self._load, name="stepweave-load", daemon=True)
@@ -85,7 +88,7 @@ class Server:
         began = time.monotonic()
         try:
             self._enter("importing", 0.05, "importing torch and diffusers")
-            from stepweave.engine.pool import PoolEngine
+            from stepweave.engine import StepEngine
             from stepweave.loading.device import choose_device, choose_dtype, set_cpu_threads
             from stepweave.loading.loader import load_pipeline
             from stepweave.model import ServedModel
@@ -96,9 +99,14 @@ class Server:
             self._enter("loading", 0.4, f"loading {self.settings.model} onto {device} in {dtype}")
             pipeline, preset = (self._load_pipeline or load_pipeline)(self.settings, device, dtype)
             model = ServedModel(pipeline, preset, self.settings)
-            if self.settings.warmup:
-                self._enter("warming_up", 0.8, f"a first picture of {model.width}x{model.height}")
-                model.warm_up()
+            engine = self._make_engine(StepEngine, pipeline)
+            try:
+                if self.settings.warmup:
+                    self._enter("warming_up", 0.8, f"first pictures of {model.width}x{model.height}, and certificates")
+                    model.warm_up(engine)
+            except BaseException:
+                engine.close()
+                raise
             self.device, self.dtype = str(device), str(dtype).removeprefix("torch.")
             self.metrics.vram.device = self.device
             self.metrics.model.info(
@@ -111,20 +119,31 @@ class Server:
                 }
             )
             self.model = model
-            workers = self.settings.threads if self.settings.batching == "threads" else 1
-            engine = PoolEngine(model, self.settings.max_queue, workers)
         except LoadError as error:
             self._fail(error.message)
         except Exception as error:
             logger.exception("starting failed")
             self._fail(f"starting failed with {type(error).__name__}; the log has the details")
         else:
+            self._admission = Admission(engine.concurrency + self.settings.max_queue, engine.interval)
             self.engine = engine
             try:
                 self._enter("ready", 1.0, f"{model.id} on {device}, {threads} CPU threads")
                 logger.info("ready after %.1f s", time.monotonic() - began)
             except LoadError:  # closed meanwhile
                 engine.close()
+
+    def _make_engine(self, kind: type[StepEngine], pipeline: Any) -> StepEngine:
+        settings = self.settings
+        return kind(
+            pipeline,
+            settings.batching,
+            settings.max_rows,
+            max_decode_rows=settings.max_decode_rows,
+            max_jobs=settings.max_jobs,
+            threads=settings.threads,
+            cache_bytes=settings.encoder_cache_bytes,
+        )
 
     def _enter(self, stage: str, progress: float, message: str) -> None:
         if self.status.stage == "closed":
@@ -137,7 +156,7 @@ class Server:
             self.status = Status("failed", 0.0, message)
             logger.error("the server cannot start: %s", message)
 
-    def ready(self) -> tuple[ServedModel, PoolEngine]:
+    def ready(self) -> tuple[ServedModel, StepEngine]:
         """The model and its engine. Raises Unavailable while there are none."""
         if self.model is None or self.engine is None or self.status.stage != "ready":
             raise self.unavailable()
@@ -157,8 +176,8 @@ class Server:
     ) -> tuple[Generation, list[PictureFile]]:
         """Serve one generation of n pictures. Cancelling the awaiting task cancels the job.
 
-        Raises NotFound if `model` is given and not the one served, and what `ServedModel.resolve` and `PoolEngine.submit`
-        raise.
+        Raises NotFound if `model` is given and not the one served, Refused if too many requests are in flight, and what
+        `ServedModel.resolve` and the job raise.
         """
         began = time.monotonic()
         served, engine = self.ready()
@@ -183,15 +202,22 @@ class Server:
                 f"size is {shown(request.size)}; {request.output_format} takes {MAX_SIDES[request.output_format]} a side.",
                 param="size",
             )
-        job = engine.submit(parameters)
+        assert self._admission is not None
+        self._admission.enter()
         try:
-            generation = await asyncio.wrap_future(job.result)
+            job = engine.submit(**served.call(parameters))
+            try:
+                output = await job
+            except RequestError:
+                raise
+            except Exception as error:
+                logger.exception("a job failed: %r, %s", job, _without_prompts(parameters.of_image(0)))
+                failure = f"The generation failed ({type(error).__name__})."
+                raise StepweaveError(failure, code="generation_failed") from error
+            generation = Generation(parameters, output.images, timings_of(job))
             files = await self._encode(generation, request.output_format, served.id)
-        except asyncio.CancelledError:
-            engine.cancel(job)
-            raise
         finally:
-            engine.release(job)
+            self._admission.leave()
         generation.timings.total = time.monotonic() - began
         self.metrics.request_seconds.observe(generation.timings.total)
         return generation, files
@@ -208,6 +234,23 @@ class Server:
         )
         generation.timings.encode_image = time.monotonic() - began
         return [PictureFile(data, value["seed"], value) for data, value in zip(encoded, values, strict=True)]
+
+
+def timings_of(job: Job) -> Timings:
+    """Where a finished job's seconds went."""
+    assert job.started is not None and job.finished is not None
+    opened = job.opened or job.started
+    stepped = job.stepped or opened
+    return Timings(
+        queued=job.started - job.accepted,
+        encode=opened - job.started,
+        denoise=stepped - opened,
+        decode=job.finished - stepped,
+    )
+
+
+def _without_prompts(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if "prompt" not in name}
 
 
 def as_stepweave_error(error: Exception, request_id: str) -> StepweaveError:

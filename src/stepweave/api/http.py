@@ -94,7 +94,7 @@ class Api:
         return JSONResponse(description)
 
     def _describe(self) -> dict[str, Any]:
-        model, _ = self.server.ready()
+        model, engine = self.server.ready()
         settings = self.server.settings
         return {
             "id": model.id,
@@ -114,6 +114,8 @@ class Api:
                 "default_guidance_scale": model.default_guidance,
                 "max_images": settings.max_images,
                 "max_prompt_characters": settings.max_prompt_characters,
+                "batching": engine.mode,
+                "certificates": engine.stats().certificates,
             },
         }
 

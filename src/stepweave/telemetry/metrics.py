@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import psutil
 from prometheus_client import (
@@ -17,14 +17,18 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from stepweave.errors import Cancelled, Refused, StepweaveError, Unavailable
 
+if TYPE_CHECKING:
+    from stepweave.engine import EngineStats
+
 disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series for each counter, which nothing here reads
 
 Outcome = Literal["succeeded", "failed", "cancelled", "refused", "invalid", "unavailable"]
+CERTIFICATE_STATES = ("certified", "pending", "failed")
 VRAM_KINDS = ("allocated", "reserved", "peak", "free", "total")
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
 
@@ -32,10 +36,15 @@ SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
 class Metrics:
     """Counters that the server feeds, and gauges that are read when scraped.
 
-    `in_flight` and `waiting` are called at each scrape.
+    The arguments are called at each scrape; `engine` gives the engine's statistics, or None while there is none.
     """
 
-    def __init__(self, in_flight: Callable[[], int], waiting: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        in_flight: Callable[[], int],
+        waiting: Callable[[], int],
+        engine: Callable[[], EngineStats | None] = lambda: None,
+    ) -> None:
         self.registry = CollectorRegistry()
         Gauge(
             "stepweave_requests_in_flight",
@@ -67,6 +76,7 @@ class Metrics:
             "Resident memory of the server process.",
             registry=self.registry,
         ).set_function(lambda: psutil.Process().memory_info().rss)
+        self.registry.register(EngineCollector(engine))
         self.vram = VramCollector()
         self.registry.register(self.vram)
 
@@ -99,6 +109,54 @@ def outcome_of(error: BaseException) -> Outcome:
     if isinstance(error, StepweaveError) and 400 <= error.status < 500:
         return "invalid"
     return "failed"
+
+
+class EngineCollector(Collector):
+    """What the step engine has done: certificates, forwards and calls by module, the encoder cache, and what it survived.
+
+    `module` is one of the pipeline's own parts, so its values are bounded.
+    """
+
+    def __init__(self, stats: Callable[[], EngineStats | None]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._stats()
+        certificates = GaugeMetricFamily(
+            "stepweave_certificates",
+            "Kinds of calls by whether they may share forwards: certified, pending (runs alone so far) or failed.",
+            labels=["state"],
+        )
+        for state in CERTIFICATE_STATES:
+            found = stats.certificates if stats else []
+            certificates.add_metric([state], sum(one["state"] == state for one in found))
+        forwards = CounterMetricFamily("stepweave_forwards", "Forwards of a module.", labels=["module"])
+        rows = CounterMetricFamily("stepweave_forward_rows", "Rows of a module's forwards.", labels=["module"])
+        calls = CounterMetricFamily(
+            "stepweave_calls",
+            "Calls of a module, by whether the forward was shared with others.",
+            labels=["module", "shared"],
+        )
+        for module, counts in stats.forwards.items() if stats else ():
+            by_rows = dict(counts.by_rows)
+            forwards.add_metric([module], sum(by_rows.values()))
+            rows.add_metric([module], sum(count * number for number, count in by_rows.items()))
+            calls.add_metric([module, "yes"], counts.merged_calls)
+            calls.add_metric([module, "no"], counts.calls - counts.merged_calls)
+        lookups = CounterMetricFamily(
+            "stepweave_encoder_cache_lookups", "Prompts looked up among remembered encodings.", labels=["result"]
+        )
+        lookups.add_metric(["hit"], stats.cache_hits if stats else 0)
+        lookups.add_metric(["miss"], stats.cache_misses if stats else 0)
+        survived = CounterMetricFamily(
+            "stepweave_engine_recoveries",
+            "What the engine survived: shared forwards that failed and ran alone, or ran out of memory and were halved; errors.",
+            labels=["reason"],
+        )
+        for reason in ("retried", "out_of_memory", "error"):
+            counted = {"retried": "retried", "out_of_memory": "out_of_memory", "error": "errors"}[reason]
+            survived.add_metric([reason], getattr(stats, counted) if stats else 0)
+        yield from (certificates, forwards, rows, calls, lookups, survived)
 
 
 class VramCollector(Collector):
