@@ -44,6 +44,15 @@ def vram(kinds: str) -> str:
     return f"sum without (kind) ({series('stepweave_vram_bytes', matcher)})"
 
 
+def rate(metric: str, by: str, *matchers: str) -> str:
+    return f"sum by ({by}) (rate({series(metric, *matchers)}[{WINDOW}]))"
+
+
+def ratio(part: str, whole: str) -> str:
+    """0 while nothing happens."""
+    return f"{part} / clamp_min({whole}, 1e-9)"
+
+
 LOADED = series("stepweave_model_info", 'model!=""')
 REFUSED_SHARE = share('outcome=~"refused|unavailable"', 'outcome!="invalid"')
 FAILED_SHARE = share('outcome="failed"', 'outcome=~"succeeded|failed"')
@@ -188,6 +197,56 @@ def dashboard() -> model.Dashboard:
                 *((percentile(q), f"p{q * 100:.0f}") for q in (0.5, 0.95, 0.99)),
             ),
         ],
+        "Engine": [
+            graph(
+                "Rows per forward",
+                "Mean rows of a module's forwards: how well steps are batched. Guidance takes two rows a picture.",
+                "none",
+                (
+                    ratio(rate("stepweave_forward_rows_total", "module"), rate("stepweave_forwards_total", "module")),
+                    "{{module}}",
+                ),
+            ),
+            graph(
+                "Calls that share a forward",
+                "Share of a module's calls that ran together with others; 0 where jobs run alone.",
+                "percentunit",
+                (
+                    ratio(rate("stepweave_calls_total", "module", 'shared="yes"'), rate("stepweave_calls_total", "module")),
+                    "{{module}}",
+                ),
+            ),
+            graph(
+                "Certificates",
+                "Kinds of calls that may share forwards (certified), run alone so far (pending) or for good (failed).",
+                "none",
+                (f"sum by (state) ({series('stepweave_certificates')})", "{{state}}"),
+            ),
+            graph(
+                "Prompt cache hits",
+                "Share of prompts whose encoding was remembered.",
+                "percentunit",
+                (
+                    ratio(
+                        rate("stepweave_encoder_cache_lookups_total", "job", 'result="hit"'),
+                        rate("stepweave_encoder_cache_lookups_total", "job"),
+                    ),
+                    "{{job}}",
+                ),
+            ),
+            graph(
+                "Recoveries",
+                "What the engine survived per second: shared forwards run again alone or halved for want of memory, and errors.",
+                "cps",
+                (rate("stepweave_engine_recoveries_total", "reason"), "{{reason}}"),
+            ),
+            graph(
+                "Forwards by module",
+                "Forwards per second.",
+                "cps",
+                (rate("stepweave_forwards_total", "module"), "{{module}}"),
+            ),
+        ],
         "Memory": [
             graph(
                 "VRAM by kind",
@@ -207,7 +266,7 @@ def dashboard() -> model.Dashboard:
     result = (
         build.Dashboard("Stepweave")
         .uid("stepweave")
-        .description("Stepweave, a diffusion model server: traffic, latency and memory.")
+        .description("Stepweave, a diffusion model server: traffic, latency, batching and memory.")
         .tags(["stepweave"])
         .timezone("browser")
         .time("now-1h", "now")

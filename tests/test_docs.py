@@ -10,12 +10,14 @@ import pytest
 from tests.conftest import ROOT
 
 
-@pytest.mark.parametrize("document", ["docs/scope.md"])
-def test_the_blocks_of_a_document_run_in_order(document: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("document", "count", "images"), [("docs/scope.md", 6, 8), ("docs/engine.md", 4, 4)])
+def test_the_blocks_of_a_document_run_in_order(
+    document: str, count: int, images: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     blocks = re.findall(r"^```python\n(.*?)^```$", Path(document).read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 6
+    assert len(blocks) == count
     names: dict[str, object] = {"__name__": document}
     for block in blocks:
         exec(compile(block, document, "exec"), names)
-    assert len(names["images"]) == 8  # type: ignore[arg-type]
+    assert len(names["images"]) == images  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import re
@@ -14,14 +15,18 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import bentoml
+import diffusers
 import httpx
 import numpy as np
 import openai
 import pytest
+import torch
 from PIL import Image
 
+from stepweave.config import EMBEDDED_MODEL
 from tests.conftest import ROOT, Served, clean_environment, free_port, serve
 from tools.shapes.checker import SHAPE_WORDS as SHAPES
 from tools.shapes.checker import wrong_parts
@@ -219,27 +224,60 @@ def test_it_tells_how_far_loading_is_and_finishes_work_on_sigterm(tmp_path: Path
         assert "Traceback" not in server.log.read_text()
 
 
-def test_threads_make_the_very_pictures_of_one_at_a_time(served: Served, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def plain_pictures() -> list[tuple[dict[str, Any], np.ndarray]]:
+    """Bodies of requests that differ in everything, and the picture of diffusers' own call for each."""
+    pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(EMBEDDED_MODEL, text_encoder_3=None, tokenizer_3=None)
+    pipeline.set_progress_bar_config(disable=True)
     prompts = [
         f"a {size} {colour} {shape}" for size in ("small", "large") for colour in ("red", "blue") for shape in SHAPES
     ]
-    bodies = [
-        {"prompt": prompt, "seed": seed, "num_inference_steps": 3 + seed % 6, "guidance_scale": 1 + seed % 4}
-        for seed, prompt in enumerate((prompts * 2)[:32])
-    ]
+    pairs = []
+    for seed, prompt in enumerate((prompts * 2)[:32]):
+        body = {"prompt": prompt, "num_inference_steps": 3 + seed % 6, "guidance_scale": 1 + seed % 4}
+        if seed % 5 == 2:
+            body["negative_prompt"] = "a white background"
+        picture = pipeline(**body, max_sequence_length=1, generator=torch.Generator().manual_seed(seed)).images[0]
+        pairs.append((body | {"seed": seed}, np.asarray(picture, np.int16)))
+    return pairs
 
-    def draw(url: str, body: dict[str, object]) -> np.ndarray:
+
+@pytest.mark.parametrize("batching", ["step", "request", "threads"])
+def test_pictures_made_together_are_those_of_diffusers_own_call(
+    served: Served, plain_pictures: list[tuple[dict[str, Any], np.ndarray]], tmp_path: Path, batching: str
+) -> None:
+    def draw(url: str, body: dict[str, Any]) -> np.ndarray:
         response = httpx.post(f"{url}/generate", json=body, timeout=120)
         assert response.status_code == 200, response.text
         return np.asarray(Image.open(io.BytesIO(response.content)), np.int16)
 
-    alone = [draw(served.url, body) for body in bodies]
-    with serve(tmp_path / "log.txt", STEPWEAVE_BATCHING="threads", STEPWEAVE_THREADS="8") as server:
-        server.wait_until_ready()
+    with contextlib.ExitStack() as stack:
+        server = served
+        if batching != "step":
+            settings = {"STEPWEAVE_BATCHING": batching, "STEPWEAVE_THREADS": "8"}
+            server = stack.enter_context(serve(tmp_path / "log.txt", **settings))
+            server.wait_until_ready()
         with ThreadPoolExecutor(32) as pool:
-            together = list(pool.map(lambda body: draw(server.url, body), bodies))
-        assert server.stop() == 0
-    assert max(int(np.abs(a - b).max()) for a, b in zip(alone, together, strict=True)) <= 1
+            together = list(pool.map(lambda pair: draw(server.url, pair[0]), plain_pictures))
+        if batching != "step":
+            assert server.stop() == 0
+    assert max(int(np.abs(a - b).max()) for a, (_, b) in zip(together, plain_pictures, strict=True)) <= 1
+
+
+def test_steps_are_shared_and_the_certificates_are_shown(served: Served) -> None:
+    def shared() -> float:
+        return metric(served.url, 'stepweave_calls_total{module="transformer",shared="yes"}')
+
+    before = shared()
+    with ThreadPoolExecutor(8) as pool:
+        bodies = [{"prompt": PROMPT, "seed": seed, "num_inference_steps": 20 + seed} for seed in range(8)]
+        answers = list(pool.map(lambda body: httpx.post(f"{served.url}/generate", json=body, timeout=60), bodies))
+    assert {answer.status_code for answer in answers} == {200}
+    assert shared() - before > 0.5 * sum(20 + seed for seed in range(8))
+    (model,) = httpx.get(f"{served.url}/v1/models").json()["data"]
+    certified = [one["call"] for one in model["stepweave"]["certificates"] if one["state"] == "certified"]
+    assert set(certified) == {"text_encoder", "text_encoder_2", "transformer", "vae.decode"}
+    assert metric(served.url, 'stepweave_certificates{state="certified"}') == len(certified)
 
 
 def start_and_fail(**settings: str) -> tuple[int, str]:

@@ -54,7 +54,12 @@ class Settings(BaseSettings):
         268_435_456, ge=0, description="Bound of remembered prompt encodings; 0 remembers none."
     )
     warmup: bool = Field(True, description="Run and certify short generations before the server turns ready.")
-    max_queue: int = Field(64, ge=0, le=100_000, description="Requests that may wait; one more is refused with 429.")
+    max_queue: int = Field(
+        64,
+        ge=0,
+        le=100_000,
+        description="Requests that may wait for the one being served, or share its steps; one more is refused with 429.",
+    )
     max_images: int = Field(8, ge=1, le=64, description="Largest `n` of a request.")
     max_steps: int = Field(200, ge=1, le=10_000, description="Largest `num_inference_steps` of a request.")
     max_pixels: int = Field(2048 * 2048, ge=64 * 64, description="Largest width times height of a picture.")

@@ -125,7 +125,8 @@ class Server:
             logger.exception("starting failed")
             self._fail(f"starting failed with {type(error).__name__}; the log has the details")
         else:
-            self._admission = Admission(engine.concurrency + self.settings.max_queue, engine.interval)
+            served_at_once = self.settings.threads if self.settings.batching == "threads" else 1
+            self._admission = Admission(served_at_once + self.settings.max_queue, engine.interval)
             self.engine = engine
             try:
                 self._enter("ready", 1.0, f"{model.id} on {device}, {threads} CPU threads")

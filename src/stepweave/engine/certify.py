@@ -111,9 +111,9 @@ class Certificates:
     def decide(self, calls: Sequence[Call]) -> tuple[Verdict, list[Call]]:
         """What to do first with calls of one key, the oldest first, and with which of them. The first always is among them."""
         first = calls[0]
-        certificate = self.of(first)
-        if certificate.state is State.FAILED:
+        if len(calls) == 1 or self.of(first).state is State.FAILED:
             return Verdict.ALONE, [first]
+        certificate = self.of(first)
         alike = list(calls)
         if certificate.refused:
             alike = [call for call in calls if not self._variations(first, call) & certificate.refused]
@@ -231,8 +231,8 @@ def _compare(merged: list[Any], single: list[Any]) -> tuple[float, str | None]:
 def _relative(merged: torch.Tensor, single: torch.Tensor) -> float:
     if torch.equal(merged, single):
         return 0.0
-    largest = single.double().abs().max().item()
-    return float((merged.double() - single.double()).abs().max().item()) / (largest or 1.0)
+    ours, alone = (one.detach().cpu().double() for one in (merged, single))  # not every device has doubles
+    return float((ours - alone).abs().max()) / (float(alone.abs().max()) or 1.0)
 
 
 def _told_apart(merged: list[Any], single: list[Any]) -> bool:

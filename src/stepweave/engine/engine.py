@@ -108,7 +108,6 @@ class StepEngine:
         else:
             workers = threads if mode == "threads" else 1
             self._runner = Pool(pipeline, threads=workers, stats=self._stats, together=rows if mode == "request" else 1)
-        self.concurrency = {"off": 1, "threads": threads, "request": rows, "step": max_jobs}[mode]
         self._at_exit = _close_at_exit(self)
 
     def submit(self, *args: Any, scheduler: Any = None, deadline: float | None = None, **kwargs: Any) -> Job:
