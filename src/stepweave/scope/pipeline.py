@@ -89,6 +89,7 @@ class RequestScopedPipeline:
         self._tokenizer_lock = tokenizer_lock or threading.RLock()
         self._autoencoder_lock = threading.RLock()
         self._turn = threading.Lock()
+        self._parts: dict[int, tuple[torch.nn.Module, list[torch.nn.Module]]] = {}
 
     def view(self, scheduler: Any = None) -> Any:
         """A view of the pipeline for one request, with a copy of `scheduler` if one is given."""
@@ -135,8 +136,19 @@ class RequestScopedPipeline:
             yield self.view(scheduler)
 
     def takes_turns(self) -> bool:
-        """Whether calls must take turns, because the modules themselves keep a call's state."""
-        return _keeps_state_in_modules(self.pipeline)
+        """Whether calls must take turns, because the modules themselves keep a call's state.
+
+        Asked at every call, since hooks come and go. The parts of a module are listed once.
+        """
+        if _swaps_state(self.pipeline):
+            return True
+        for module in _modules(self.pipeline):
+            found = self._parts.get(id(module))
+            if found is None or found[0] is not module:
+                found = self._parts[id(module)] = (module, list(module.modules()))
+            if any(_is_hooked(part) for part in found[1]):
+                return True
+        return False
 
     def _wrap(self, component: Any) -> Any:
         if isinstance(component, PreTrainedTokenizerBase):
@@ -158,27 +170,27 @@ def _modules(pipeline: Any) -> list[torch.nn.Module]:
     return [component for component in pipeline.components.values() if isinstance(component, torch.nn.Module)]
 
 
-def _keeps_state_in_modules(pipeline: Any) -> bool:
-    """Whether a call leaves marks on the shared modules, so that calls must take turns.
-
-    Offload and cache hooks, attention processors that a call swaps, an autoencoder that a call casts to float32 and back.
-    """
+def _swaps_state(pipeline: Any) -> bool:
+    """Whether a call changes shared modules: attention processors that it swaps, an autoencoder that it casts and casts back."""
     if hasattr(pipeline, "_set_pag_attn_processor"):
         return True
     for component in pipeline.components.values():
         if isinstance(component, BaseGuidance) and type(component).prepare_models is not BaseGuidance.prepare_models:
             return True
-    for component in _modules(pipeline):
-        if getattr(getattr(component, "config", None), "force_upcast", False) and component.dtype != torch.float32:
-            return True
-        for module in component.modules():
-            if hasattr(module, "_hf_hook"):
-                return True
-            # diffusers leaves an empty registry on every model that it could have hooked
-            registry = getattr(module, "_diffusers_hook", None)
-            if registry is not None and registry.hooks.keys() - {ENGINE_HOOK}:
-                return True
-    return False
+    return any(
+        getattr(getattr(module, "config", None), "force_upcast", False) and module.dtype != torch.float32
+        for module in _modules(pipeline)
+    )
+
+
+def _is_hooked(module: torch.nn.Module) -> bool:
+    """Whether a module carries a hook that keeps a call's state: offload, feature caches."""
+    attributes = module.__dict__
+    if "_hf_hook" in attributes:
+        return True
+    # diffusers leaves an empty registry on every model that it could have hooked
+    registry = attributes.get("_diffusers_hook")
+    return registry is not None and bool(registry.hooks.keys() - {ENGINE_HOOK})
 
 
 @contextlib.contextmanager
