@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import NamedTuple
 
 import torch
@@ -45,22 +46,54 @@ def quiet(device_types: tuple[str, ...]) -> Ambient:
     return current(device_types)._replace(grad=False)
 
 
-class DefaultRandom:
-    """A default random generator of one fiber's own, on the CPU and, where there is one, on its CUDA device."""
+_swapping = threading.Lock()
+_inside: list[DefaultRandom] = []  # whose states stand in the default generators now
 
-    def __init__(self, seed: int, device: torch.device) -> None:
+
+def draw_seed() -> int:
+    """A seed from torch's default generator, or, while a fiber's own stands in its place, from the one that waits to return."""
+    with _swapping:
+        if not _inside:
+            return int(torch.randint(2**62, ()).item())
+        generator = torch.Generator()
+        generator.set_state(_inside[0]._others[0])
+        seed = int(torch.randint(2**62, (), generator=generator).item())
+        _inside[0]._others[0] = generator.get_state()
+        return seed
+
+
+class DefaultRandom:
+    """Default random generators that stand in for torch's own for a while: on the CPU and, if that is used, on the CUDA device.
+
+    With no seed they start as copies of torch's.
+    """
+
+    def __init__(self, seed: int | None, device: torch.device) -> None:
         self._generators = [torch.default_generator]
         if device.type == "cuda":
             self._generators.append(torch.cuda.default_generators[device.index or 0])
-        self._own = [torch.Generator(one.device).manual_seed(seed).get_state() for one in self._generators]
+        if seed is None:
+            self._own = [one.get_state() for one in self._generators]
+        else:
+            self._own = [torch.Generator(one.device).manual_seed(seed).get_state() for one in self._generators]
+        self._first = self._own
         self._others: list[torch.Tensor] = []
 
+    @property
+    def drawn(self) -> bool:
+        """Whether numbers have been drawn."""
+        return not all(torch.equal(one, first) for one, first in zip(self._own, self._first, strict=True))
+
     def enter(self) -> None:
-        self._others = [one.get_state() for one in self._generators]
-        for generator, state in zip(self._generators, self._own, strict=True):
-            generator.set_state(state)
+        with _swapping:
+            self._others = [one.get_state() for one in self._generators]
+            for generator, state in zip(self._generators, self._own, strict=True):
+                generator.set_state(state)
+            _inside.append(self)
 
     def leave(self) -> None:
-        self._own = [one.get_state() for one in self._generators]
-        for generator, state in zip(self._generators, self._others, strict=True):
-            generator.set_state(state)
+        with _swapping:
+            _inside.remove(self)
+            self._own = [one.get_state() for one in self._generators]
+            for generator, state in zip(self._generators, self._others, strict=True):
+                generator.set_state(state)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from stepweave.engine.hooks import track
-from stepweave.engine.job import Job
+from stepweave.engine.job import Ending, Job
 from stepweave.engine.merge import split
 from stepweave.errors import Cancelled, DeadlineExceeded
 from stepweave.scope import RequestScopedPipeline
@@ -34,7 +34,8 @@ def batch_key(job: Job) -> Hashable | None:
 
 
 def images_of(job: Job) -> int:
-    return int(job.kwargs.get("num_images_per_prompt") or 1)
+    count = job.kwargs.get("num_images_per_prompt")
+    return count if isinstance(count, int) else 1  # what is no number fails in the pipeline's call
 
 
 def run_batch(scope: RequestScopedPipeline, jobs: list[Job]) -> list[Any]:
@@ -44,10 +45,16 @@ def run_batch(scope: RequestScopedPipeline, jobs: list[Job]) -> list[Any]:
         name: [job.kwargs[name] for job in jobs] if _is_prompt(name) and isinstance(value, str) else value
         for name, value in first.items()
     }
-    kwargs["generator"] = [one for job in jobs for one in _generators(job)]
-    with scope.lease() as view:
-        track(view, _Together(jobs))
-        outcomes = split(view(**kwargs), [images_of(job) for job in jobs])
+    kwargs["generator"] = generators = [one for job in jobs for one in _generators(job)]
+    before = [one.get_state() for one in generators]
+    try:
+        with scope.lease() as view:
+            track(view, _Together(jobs))
+            outcomes = split(view(**kwargs), [images_of(job) for job in jobs])
+    except BaseException:
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)  # so that each can still be run alone
+        raise
     return [_checked(job) or outcome for job, outcome in zip(jobs, outcomes, strict=True)]
 
 
@@ -82,7 +89,7 @@ class _Together:
         for job in self._jobs:
             job.advance(steps)
 
-    def check(self) -> None:
+    def check_step(self) -> None:
         errors = [_checked(job) for job in self._jobs]
-        if all(errors) and errors[0] is not None:
-            raise errors[0]
+        if all(errors):
+            raise Ending

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +15,6 @@ from torch import nn
 
 from stepweave.engine.ambient import Ambient
 from stepweave.engine.digests import Digests
-
-if TYPE_CHECKING:
-    from stepweave.engine.fiber import Fiber
-    from stepweave.engine.job import Job
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +61,7 @@ class Target:
         return {**dict(zip(self.names, args, strict=False)), **kwargs}
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Call:
     """One suspended call. `describe` sets the rest."""
 
@@ -73,18 +69,23 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     ambient: Ambient
-    job: Job = field(init=False)  # set by the loop, as is fiber
-    fiber: Fiber = field(init=False)
     arguments: dict[str, Any] = field(default_factory=dict)
     rows: int = 1
     layout: Layout = ()
-    leaves: list[tuple[torch.Tensor, ...]] = field(default_factory=list)  # what carries the rows, in the layout's order
+    leaves: list[tuple[Any, ...]] = field(
+        default_factory=list
+    )  # tensors and numbers of the rows, in the layout's order
     kind: Hashable = None  # what a certificate is for
     key: Hashable = None  # what calls of one group have in common
+    listed: bool = False  # the sample is a list with an entry for each row
     opaque: bool = False  # an argument is told from others by its identity only
     ragged: Hashable = None  # sizes in which calls of one group may differ, where a certificate allows it
-    keep: bool = False  # the fiber leaves a copy of its result in `output`
+    extents: list[tuple[int, int]] = field(default_factory=list)  # of those sizes: least and most of each argument
+    cache_key: Hashable | None = None  # of its result, where results are remembered
+    keep: bool = False  # run alone, the fiber leaves a copy of the result in `output`, and says how it went
     output: Any = None
+    failed: bool = False
+    wrote: bool = False  # to its own arguments
 
     def run(self) -> Any:
         """Exactly what the pipeline asked for."""
@@ -113,7 +114,8 @@ class Describer:
         if target.module.training or call.ambient.grad:
             raise Unmergeable("gradients, or layers that draw random numbers, may depend on the batch")
         sample = _sample(call.arguments)
-        call.rows = len(sample) if isinstance(sample, list) else sample.shape[0]
+        call.listed = isinstance(sample, list)
+        call.rows = len(sample) if call.listed else sample.shape[0]
         walk = _Walk(call, sample, self._digests)
         masks = {mask: name for name, mask in target.masks.items() if walk.maskable(name, mask)}
         layouts = []
@@ -125,13 +127,13 @@ class Describer:
             elif isinstance(value, list) and len(value) == call.rows:
                 node = walk.row_list(value)
             elif type(value) in (int, float) and name in ("timestep", "timesteps"):
-                node = ("number", type(value) is float)
+                node = walk.number(value)
             else:
                 node = walk.node(value)
             layouts.append((name, node))
         call.layout = tuple(layouts)
-        call.leaves, call.opaque = walk.leaves, walk.opaque
-        call.kind = (target.name, id(target), call.layout, tuple(walk.sizes), call.ambient)
+        call.leaves, call.extents, call.opaque = walk.leaves, walk.extents, walk.opaque
+        call.kind = (target, call.layout, tuple(walk.sizes), call.ambient)
         call.key = (call.kind, tuple(walk.exact))
         call.ragged = tuple(walk.ragged)
 
@@ -144,7 +146,8 @@ class _Walk:
         self._rows = call.rows
         self._sample = sample
         self._digests = digests
-        self.leaves: list[tuple[torch.Tensor, ...]] = []
+        self.leaves: list[tuple[Any, ...]] = []
+        self.extents: list[tuple[int, int]] = []
         self.opaque = False
         self.sizes: list[Hashable] = []  # of the sample: part of the kind
         self.exact: list[Hashable] = []  # must be equal, yet a certificate covers every value of it
@@ -159,8 +162,13 @@ class _Walk:
     def padded(self, value: torch.Tensor) -> Layout:
         self.leaves.append((value,))
         self.ragged.append(value.shape[1])
+        self.extents.append((value.shape[1], value.shape[1]))
         self.exact.append(value.shape[2:])
         return ("padded", value.ndim, value.dtype, value.device)
+
+    def number(self, value: float) -> Layout:
+        self.leaves.append((value,))
+        return ("number", type(value) is float)
 
     def mask(self, value: torch.Tensor | None) -> Layout:
         if value is None:
@@ -169,24 +177,32 @@ class _Walk:
         return ("mask", value.dtype)
 
     def row_list(self, values: list[Any]) -> Layout:
-        """A list with an entry for each row: tensors of any size, or one and the same constant."""
+        """A list with as many entries as there are rows: most likely one for each row."""
         if all(isinstance(value, torch.Tensor) for value in values):
-            if all(value.ndim and value.shape[0] == self._rows for value in values):
-                return self.node(values)
-            self.leaves.append(tuple(values))
-            shapes = tuple(value.shape for value in values)
-            if values is self._sample:
-                if len(set(shapes)) > 1:
-                    raise Unmergeable("samples of one call differ in size")
-                self.sizes.append(shapes[0])
-            else:
-                self.ragged.append(shapes)
-            first = values[0]
-            return ("per row", first.ndim, first.dtype, first.device)
-        nodes = [self.node(value) for value in values]
-        if any(_holds_rows(node) for node in nodes):
-            return ("list", *nodes)
-        return ("repeated", nodes[0]) if all(node == nodes[0] for node in nodes) else ("list", *nodes)
+            return self._tensors(values)
+        first = _frozen(values[0])
+        if first is None and not isinstance(values[0], (list, tuple, dict)) and all(one is values[0] for one in values):
+            self._identity(values[0])
+            return ("repeated", type(values[0]))
+        if first is not None and all(_frozen(value) == first for value in values):
+            return ("repeated", first)
+        return self.node(values)
+
+    def _tensors(self, values: list[torch.Tensor]) -> Layout:
+        batches = all(value.ndim and value.shape[0] == self._rows for value in values)
+        if batches and not isinstance(self._sample, list):
+            return self.node(values)
+        self.leaves.append(tuple(values))
+        shapes = tuple(value.shape for value in values)
+        if values is self._sample:
+            if len(set(shapes)) > 1:
+                raise Unmergeable("samples of one call differ in size")
+            self.sizes.append(shapes[0])
+        else:
+            self.ragged.append(shapes)
+            counts = [value.numel() for value in values]
+            self.extents.append((min(counts), max(counts)))
+        return ("per row", values[0].ndim, values[0].dtype, values[0].device)
 
     def node(self, value: Any) -> Layout:
         if isinstance(value, torch.Tensor):
@@ -206,9 +222,12 @@ class _Walk:
         if isinstance(value, np.ndarray):
             self.exact.append((value.shape, value.dtype.str, value.tobytes()))
             return ("constant",)
+        self._identity(value)
+        return ("constant", type(value))
+
+    def _identity(self, value: Any) -> None:
         self.opaque = True
         self.exact.append(id(value))  # the call keeps it alive while the key is in use
-        return ("constant", type(value))
 
     def _tensor(self, value: torch.Tensor) -> Layout:
         if value.requires_grad:
@@ -224,10 +243,16 @@ class _Walk:
         return ("shared", value.shape, value.dtype, value.device)
 
 
-def _holds_rows(node: Any) -> bool:
-    if not isinstance(node, tuple):
-        return False
-    return bool(node and node[0] in ("rows", "scalar", "generator")) or any(_holds_rows(child) for child in node)
+def _frozen(value: Any) -> Hashable | None:
+    """A hashable twin of a value made of constants only, types told apart; None for any other."""
+    if isinstance(value, (*_CONSTANTS, float, np.generic)):
+        return (type(value), value)
+    if isinstance(value, dict):
+        value = list(value.items())
+    if not isinstance(value, (list, tuple)):
+        return None
+    items = [_frozen(item) for item in value]
+    return None if any(item is None for item in items) else (type(value), *items)
 
 
 def _sample(arguments: dict[str, Any]) -> Any:

@@ -33,6 +33,8 @@ REACH = 4  # a proof with so many rows covers this many times as many
 ATTEMPTS = 16  # inconclusive proofs, whose calls were too alike to tell apart, before a kind is left alone
 KEPT = 4096  # certificates; the least recently used goes first
 
+SLIGHT = 1e-6  # the spread of sizes that differ in shape only
+
 RAGGED = "sizes"  # the variation of calls that differ in size
 
 
@@ -65,6 +67,10 @@ class Certificate:
     proofs: int = 0
     merged: int = 0  # forwards
     attempts: int = 0
+    ambiguous: bool = False  # whether `repeat` makes a difference
+    repeat: bool = True  # see merge
+    spread: float = 0.0  # the largest difference in size that is proven, as a share of the larger
+    next_audit: int = 0  # when `merged` gets there
     proven: set[Any] = field(default_factory=set)
     refused: set[Any] = field(default_factory=set)
 
@@ -89,12 +95,14 @@ class Certificates:
         self._digests = digests
         self._audit_every = audit_every
         self._known: OrderedDict[Hashable, Certificate] = OrderedDict()
-        self._merged = 0
 
     def of(self, call: Call) -> Certificate:
         found = self._known.get(call.kind)
         if found is None:
             found = self._known[call.kind] = Certificate(call.target.name, _shape_of_sample(call))
+            found.ambiguous = any(node[0] == "repeated" for _, node in call.layout)
+            # the first audit comes early: most kinds do not live to see a thousand
+            found.next_audit = max(1, self._audit_every // 10)
             if len(self._known) > KEPT:
                 self._known.popitem(last=False)
         else:
@@ -120,40 +128,52 @@ class Certificates:
         if len(alike) == 1:
             return Verdict.ALONE, [first]
         if certificate.state is State.PENDING:
-            if certificate.attempts >= ATTEMPTS:
-                return Verdict.ALONE, [first]
-            return Verdict.PROVE, [first, alike[-1]]
+            other = next((call for call in reversed(alike) if self._variations(first, call)), None)
+            if other is None or certificate.attempts >= ATTEMPTS:
+                return Verdict.ALONE, [first]  # equal calls prove nothing
+            return Verdict.PROVE, [first, other]
         for call in alike[1:]:
             if self._variations(first, call) - certificate.proven:
                 return Verdict.PROVE, [first, call]
+        if _spread(alike) > certificate.spread:
+            ends = min(alike, key=lambda call: call.extents), max(alike, key=lambda call: call.extents)
+            return Verdict.PROVE, [call for call in alike if call is first or call in ends]
         if sum(call.rows for call in alike) > REACH * certificate.rows:
             return Verdict.PROVE, alike
-        self._merged += 1
-        if self._merged % self._audit_every == 0:
-            return Verdict.PROVE, alike
         certificate.merged += 1
+        if certificate.merged >= certificate.next_audit:
+            certificate.next_audit = certificate.merged + self._audit_every
+            return Verdict.PROVE, alike
         return Verdict.MERGE, alike
 
     def _variations(self, one: Call, other: Call) -> set[Any]:
-        """In which arguments two calls of a kind differ, as far as that matters: what is proven, and not refused, may differ."""
+        """In which arguments two calls of a kind differ, as far as that is not proven to be right."""
         certificate = self._known[one.kind]
         found: set[Any] = set()
-        if one.ragged != other.ragged and RAGGED not in certificate.proven:
+        if one is other:
+            return found
+        if one.ragged != other.ragged and _spread([one, other]) > certificate.spread:
             found.add(RAGGED)
         for i, (leaf, other_leaf) in enumerate(zip(one.leaves, other.leaves, strict=True)):
             if i not in certificate.proven and self._value(leaf) != self._value(other_leaf):
                 found.add(i)
         return found
 
-    def _value(self, leaf: tuple[torch.Tensor, ...]) -> Any:
-        digests = [self._digests.of(tensor) for tensor in leaf]
-        return digests[0] if len(set(digests)) == 1 else digests
+    def _value(self, leaf: tuple[Any, ...]) -> Any:
+        values = [self._digests.of(one) if isinstance(one, torch.Tensor) else (type(one), one) for one in leaf]
+        return values[0] if len(set(values)) == 1 else values
 
     def judge(self, calls: Sequence[Call], merged: list[Any] | Exception) -> None:
         """Record a proof: the calls' own results are in their `output`, the merged forward's (or its error) in `merged`."""
         certificate = self.of(calls[0])
-        if any(call.output is None for call in calls):  # a call failed alone, too
+        if any(call.failed for call in calls):
+            return  # it fails alone, too, which says nothing of merging
+        if any(call.wrote for call in calls):
+            self._fail(certificate, set(), "it writes to its arguments")
+            return
+        if any(call.output is None for call in calls):
             certificate.attempts += 1
+            certificate.reason = "its results cannot be copied"
             return
         variations: set[Any] = set()
         for call in calls[1:]:
@@ -170,7 +190,8 @@ class Certificates:
         elif _told_apart(merged, [call.output for call in calls]):
             certificate.state, certificate.reason = State.CERTIFIED, "merged and alone agree"
             certificate.rows = max(certificate.rows, rows)
-            certificate.proven |= variations
+            certificate.proven |= variations - {RAGGED}
+            certificate.spread = max(certificate.spread, _spread(calls))
         elif certificate.state is State.CERTIFIED and not variations - certificate.proven:
             certificate.rows = max(certificate.rows, rows)
         else:
@@ -187,7 +208,9 @@ class Certificates:
         """Refuse what was new in this proof; a kind that fails with nothing new is not to be trusted at all."""
         new = {RAGGED} if RAGGED in variations else variations if certificate.state is State.CERTIFIED else set()
         certificate.reason = reason
-        if new:
+        if certificate.state is State.PENDING and certificate.repeat and certificate.ambiguous:
+            certificate.repeat = False
+        elif new:
             certificate.refused |= new
             what = "calls of different sizes" if new == {RAGGED} else "calls that differ in further arguments"
             logger.warning("%s %s: %s are not merged: %s", certificate.target, certificate.sample, what, reason)
@@ -200,8 +223,19 @@ class Certificates:
         self._fail(self.of(call), set(), reason)
 
 
+def _spread(calls: Sequence[Call]) -> float:
+    """How much calls differ in the sizes that may differ, 0 to 1; more than 0 if they differ at all."""
+    if all(call.ragged == calls[0].ragged for call in calls):
+        return 0.0
+    shares = [
+        1 - min(least for least, _ in sizes) / (max(most for _, most in sizes) or 1)
+        for sizes in zip(*(call.extents for call in calls), strict=True)
+    ]
+    return max(*shares, SLIGHT) if shares else SLIGHT
+
+
 def _shape_of_sample(call: Call) -> str:
-    tensor = next((leaf[0] for leaf in call.leaves if leaf[0].ndim), None)
+    tensor = next((leaf[0] for leaf in call.leaves if isinstance(leaf[0], torch.Tensor) and leaf[0].ndim), None)
     if tensor is None:
         return ""
     shape = tensor.shape if isinstance(next(iter(call.arguments.values())), list) else tensor.shape[1:]

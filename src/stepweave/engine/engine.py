@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import inspect
 import threading
 import weakref
 from collections.abc import Mapping
@@ -12,11 +13,12 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from stepweave.engine.job import Job
+from stepweave.engine.ambient import draw_seed
+from stepweave.engine.job import Job, inside_engine
 from stepweave.engine.loop import StepLoop
 from stepweave.engine.pool import Pool, Runner
 from stepweave.engine.stats import Forwards, Stats
-from stepweave.errors import EngineClosed
+from stepweave.errors import EngineClosed, EngineMisuse
 
 Mode = Literal["off", "threads", "request", "step"]
 
@@ -62,7 +64,7 @@ class StepEngine:
             change an encoder's weights.
         audit_every: one in so many merged forwards is compared with the single ones.
 
-    A job without a `generator` draws from a default generator of its own, seeded from torch's at submission.
+    A job that is given no `generator` gets one, seeded from torch's default generator at submission.
 
     >>> with StepEngine(pipeline) as engine:
     ...     jobs = [engine.submit(prompt=prompt, num_inference_steps=20) for prompt in prompts]
@@ -90,6 +92,7 @@ class StepEngine:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         self.pipeline = pipeline
         self.mode = mode
+        self._takes_generator = "generator" in inspect.signature(pipeline.__call__).parameters
         self._stats = Stats()
         self._closed = False
         self._lock = threading.Lock()
@@ -119,8 +122,15 @@ class StepEngine:
         """
         if deadline is not None and not deadline > 0:
             raise ValueError(f"deadline is {deadline!r}; it must be more than 0 seconds")
-        seed = int(torch.randint(2**62, ()).item()) if kwargs.get("generator") is None else 0
-        job = Job(args, kwargs, scheduler=scheduler, deadline=deadline, seed=seed, on_cancel=self._runner.cancel)
+        seed = None
+        if kwargs.get("generator") is None:
+            seed = draw_seed()
+            if self._takes_generator:
+                kwargs["generator"] = torch.Generator().manual_seed(seed)
+        runner = self._runner
+        job = Job(
+            args, kwargs, scheduler=scheduler, deadline=deadline, seed=seed, owner=runner, on_cancel=runner.cancel
+        )
         with self._lock:
             if self._closed:
                 raise EngineClosed
@@ -165,7 +175,12 @@ class StepEngine:
         return self._stats.interval()
 
     def close(self) -> None:
-        """Cancel what is left, running jobs at their next step, and leave the pipeline as it was. Then it takes no more jobs."""
+        """Cancel what is left, running jobs at their next step, and leave the pipeline as it was. Then it takes no more jobs.
+
+        Raises EngineMisuse in a callback of one of its jobs, which would wait for itself.
+        """
+        if inside_engine(self._runner):
+            raise EngineMisuse("A job's callback cannot close its own engine.")
         with self._lock:
             if self._closed:
                 return

@@ -56,7 +56,7 @@ class Fiber:
 
     def throw(self, error: BaseException) -> Any:
         """Go on with `suspend` raising `error`. Gives what the fiber suspends with next, or Done."""
-        return self._switch(self._greenlet.throw, error)
+        return self._switch(lambda error: self._greenlet.throw(type(error), error, error.__traceback__), error)
 
     def _switch(self, switch: Callable[[Any], Any], value: Any) -> Any:
         if self._greenlet.dead:
@@ -88,10 +88,6 @@ def current_fiber() -> Fiber | None:
     return here.fiber if isinstance(here, _Greenlet) else None
 
 
-def in_fiber() -> bool:
-    return current_fiber() is not None
-
-
 def suspend(request: Any) -> Any:
     """Hand `request` to whoever resumed this fiber; returns what it is resumed with, raises what is thrown into it.
 
@@ -107,4 +103,5 @@ def suspend(request: Any) -> Any:
 
 def suspendable() -> bool:
     """Whether the running code may be suspended here: what torch has on its stacks cannot be carried across."""
-    return not torch.is_inference_mode_enabled() and torch._C._len_torch_function_stack() == 0
+    modes = torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
+    return not torch.is_inference_mode_enabled() and modes == 0

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import wrapt
 from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stepweave.engine.ambient import current
 from stepweave.engine.call import Call, Target
 from stepweave.engine.fiber import Fiber, current_fiber, suspend, suspendable
-from stepweave.engine.merge import cloned
+from stepweave.engine.merge import cloned, tensors
 from stepweave.errors import EngineMisuse
 from stepweave.scope.pipeline import ENGINE_HOOK, RequestScopedPipeline
+from stepweave.scope.proxy import Proxy
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,26 @@ def call_engine(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any], k
     answer = suspend(call)
     if not isinstance(answer, RunYourself):
         return answer
-    output = call.run()
-    if call.keep:
-        with contextlib.suppress(Exception):  # what cannot be copied is neither compared nor remembered
-            call.output = cloned(output)
+    if not call.keep:
+        return call.run()
+    written = _versions(call)
+    try:
+        output = call.run()
+    except BaseException:
+        call.failed = True
+        raise
+    call.wrote = _versions(call) != written
+    with contextlib.suppress(Exception):  # what cannot be copied is neither compared nor remembered
+        call.output = cloned(output)
     return output
+
+
+def _versions(call: Call) -> list[int]:
+    """Changes when one of the call's tensors is written to, as far as torch can tell."""
+    given = [
+        value for value in (*call.args, *call.kwargs.values()) if isinstance(value, (torch.Tensor, list, tuple, dict))
+    ]
+    return [tensor._version for tensor in tensors(given) if not tensor.is_inference()]
 
 
 class SuspendHook(ModelHook):  # type: ignore[misc]
@@ -67,7 +83,7 @@ class SuspendHook(ModelHook):  # type: ignore[misc]
         return call_engine(self.target, args, kwargs, self._kinds)
 
 
-class EngineAutoencoder(wrapt.ObjectProxy[Any]):
+class EngineAutoencoder(Proxy):
     """An autoencoder whose `encode` and `decode` suspend the fiber, whole: video autoencoders keep state between their parts."""
 
     def __init__(self, autoencoder: nn.Module, targets: dict[str, Target], kinds: tuple[str, ...]) -> None:
@@ -88,13 +104,29 @@ class EngineAutoencoder(wrapt.ObjectProxy[Any]):
         return call_engine(target, args, kwargs, self._self_kinds)
 
 
-class EngineScope(RequestScopedPipeline):
+class PrivateScope(RequestScopedPipeline):
+    """Views with tokenizers of the engine's own, so that calls past the engine cannot change their padding meanwhile."""
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(pipeline, wrap_scheduler=False)
+        self._tokenizers: dict[int, tuple[Any, Any]] = {}
+
+    def _wrap(self, component: Any) -> Any:
+        if isinstance(component, PreTrainedTokenizerBase):
+            known = self._tokenizers.get(id(component))
+            if known is None or known[0] is not component:
+                known = self._tokenizers[id(component)] = (component, copy.deepcopy(component))
+            component = known[1]
+        return super()._wrap(component)
+
+
+class EngineScope(PrivateScope):
     """Views whose modules suspend: installs the hooks, and removes them without a trace."""
 
     def __init__(
         self, pipeline: Any, owns: Callable[[Fiber], bool], kinds: tuple[str, ...], max_decode_rows: int
     ) -> None:
-        super().__init__(pipeline, wrap_scheduler=False)
+        super().__init__(pipeline)
         self._kinds = kinds
         self._autoencoders: dict[int, dict[str, Target]] = {}
         self._hooked: list[Any] = []
@@ -151,31 +183,31 @@ def _is_autoencoder(module: nn.Module) -> bool:
 class Progressing(Protocol):
     """What a bar tells of its progress: a job, or jobs that progress as one."""
 
-    def check(self) -> None: ...
+    def check_step(self) -> None: ...
     def open(self, total: int) -> None: ...
     def advance(self, steps: int) -> None: ...
 
 
-class _Bar(wrapt.ObjectProxy[Any]):
+class _Bar(Proxy):
     """A progress bar that tells the job, too, and ends it if it must end."""
 
     def __init__(self, bar: Any, job: Progressing) -> None:
         super().__init__(bar)
         self._self_job = job
-        job.check()
+        job.check_step()
         job.open(int(bar.total or 0))
 
     def update(self, n: float | None = 1) -> Any:
         result = self.__wrapped__.update(n)
         self._self_job.advance(int(n or 1))
-        self._self_job.check()
+        self._self_job.check_step()
         return result
 
     def __iter__(self) -> Iterator[Any]:
         for item in self.__wrapped__:
             yield item
             self._self_job.advance(1)
-            self._self_job.check()
+            self._self_job.check_step()
 
     def __enter__(self) -> _Bar:
         self.__wrapped__.__enter__()
@@ -202,7 +234,7 @@ def postprocess_elsewhere(view: Any) -> None:
 
 def _elsewhere(method: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
-        if current_fiber() is None or torch.is_grad_enabled():
+        if current_fiber() is None or torch.is_grad_enabled() or not suspendable():
             return method(*args, **kwargs)
         return suspend(Offload(lambda: method(*args, **kwargs)))
 

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 import uuid
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
-from stepweave.engine.fiber import in_fiber
-from stepweave.errors import Cancelled, DeadlineExceeded, EngineMisuse
+from stepweave.errors import Cancelled, DeadlineExceeded, EngineMisuse, StepweaveError
 
 logger = logging.getLogger(__name__)
+
+_here = threading.local()
+
+
+def enter_engine(owner: object) -> None:
+    """Say that the calling thread is one of an engine's own."""
+    _here.owner = owner
+
+
+def inside_engine(owner: object) -> bool:
+    """Whether the calling thread is one of the engine's own: it must not wait for that engine."""
+    return getattr(_here, "owner", None) is owner
+
+
+class Ending(BaseException):
+    """Raised in a call that must end: no `except Exception` of a pipeline or a callback stops it."""
 
 
 class Progress(NamedTuple):
@@ -50,13 +66,16 @@ class Job:
         *,
         scheduler: Any = None,
         deadline: float | None = None,
-        seed: int = 0,
+        seed: int | None = None,
+        owner: object = None,
         on_cancel: Callable[[Job], None] = lambda job: None,
     ) -> None:
         self.args = args
         self.kwargs = kwargs
         self.scheduler = scheduler
-        self.seed = seed  # of the default random generator, where the call is given none
+        self.seed = (
+            seed  # of the generator that it was given where the caller gave none, or of a default one of its own
+        )
         self.id = uuid.uuid4().hex
         self.accepted = time.monotonic()
         self.deadline = None if deadline is None else self.accepted + deadline
@@ -68,6 +87,8 @@ class Job:
         self._step = 0
         self._total = 0
         self._cancelled = False
+        self._ended: Exception | None = None
+        self._owner = owner
         self._on_cancel = on_cancel
         self._future = _Result(self)
 
@@ -99,8 +120,15 @@ class Job:
         return self._future.exception(timeout)
 
     def add_done_callback(self, function: Callable[[Job], None]) -> None:
-        """Call `function` with the job once it is done, on the engine's thread; at once if it is."""
-        self._future.add_done_callback(lambda _: function(self))
+        """Call `function` with the job once it is done, on the engine's thread; at once if it is. What it raises is logged."""
+
+        def call(_: Future[Any]) -> None:
+            try:
+                function(self)
+            except BaseException:  # SystemExit would end the engine's thread
+                logger.exception("a callback of %r failed", self)
+
+        self._future.add_done_callback(call)
 
     def __await__(self) -> Generator[Any, None, Any]:
         """Cancelling the task that awaits it cancels the job."""
@@ -111,7 +139,7 @@ class Job:
         return f"<Job {self.id} {state} {self._step}/{self._total}>"
 
     def _check_misuse(self) -> None:
-        if in_fiber() and not self.done():
+        if self._owner is not None and inside_engine(self._owner) and not self.done():
             raise EngineMisuse("A job's callback waits for a job of its own engine, which cannot run meanwhile.")
 
     # By the engine
@@ -123,10 +151,30 @@ class Job:
         if self.deadline is not None and time.monotonic() > self.deadline:
             raise DeadlineExceeded(f"The job was not done within its deadline of {self._seconds:g} s.")
 
+    def check_step(self) -> None:
+        """Raise Ending if the job must end."""
+        ending = self.ending()
+        if ending is not None:
+            raise ending
+
+    def ending(self) -> Ending | None:
+        """What to raise in the job's call if it must end, else None. Once told so it has ended, whatever its pipeline does."""
+        try:
+            self.check()
+        except (Cancelled, DeadlineExceeded) as error:
+            self._ended = error
+            return Ending()
+        return None
+
     def open(self, total: int) -> None:
         """Note that a denoising loop of `total` steps begins."""
         self.opened = self.opened or time.monotonic()
         self._total += total
+
+    def restart(self) -> None:
+        """Note that the call begins anew."""
+        self.opened = self.stepped = None
+        self._step = self._total = 0
 
     def advance(self, steps: int) -> None:
         """Note that denoising steps have run."""
@@ -135,11 +183,23 @@ class Job:
 
     def finish(self, outcome: Any) -> bool:
         """Deliver a result, or an error; False if the job was done already."""
-        self.finished = time.monotonic()
         if self._future.done():
             return False
-        if isinstance(outcome, BaseException):
+        self.finished = time.monotonic()
+        outcome = self._told(outcome)
+        if isinstance(outcome, Exception):
             self._future.set_exception(outcome)
         else:
             self._future.set_result(outcome)
         return True
+
+    def _told(self, outcome: Any) -> Any:
+        """What the caller is told."""
+        if self._ended is not None:
+            return self._ended
+        if isinstance(outcome, BaseException) and not isinstance(outcome, Exception):
+            # as it is, it would end the thread that waits for the result
+            failure = StepweaveError(f"The pipeline raised {type(outcome).__name__}.", code="generation_failed")
+            failure.__cause__ = outcome
+            return failure
+        return outcome

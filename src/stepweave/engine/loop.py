@@ -19,7 +19,8 @@ from stepweave.engine.certify import Certificates, Verdict
 from stepweave.engine.digests import Digests
 from stepweave.engine.fiber import Done, Fiber
 from stepweave.engine.hooks import EngineScope, Offload, RunYourself, postprocess_elsewhere, track
-from stepweave.engine.job import Job
+from stepweave.engine.job import Ending, Job, enter_engine
+from stepweave.engine.memory import RowCaps
 from stepweave.engine.merge import merge, split
 from stepweave.engine.stats import Stats
 from stepweave.engine.textcache import EncoderCache
@@ -29,10 +30,6 @@ logger = logging.getLogger(__name__)
 
 OFFLOAD_THREADS = 2
 INSISTENCE = 100  # times a job that must end is told so again, where its pipeline goes on regardless
-
-
-class _Ending(BaseException):
-    """Thrown into a fiber that must end: no `except Exception` of a pipeline or a callback stops it."""
 
 
 class _Active:
@@ -72,7 +69,9 @@ class StepLoop:
         self._scope = EngineScope(pipeline, self._active.__contains__, kinds, max_decode_rows)
         self._kinds = kinds
         digests = Digests()
+        self._exclusive = False  # the job that runs must be the only one
         self._describer = Describer(digests)
+        self._caps = RowCaps()
         self.certificates = Certificates(digests, audit_every)
         self.cache = EncoderCache(digests, cache_bytes)
         self._queues: OrderedDict[Hashable, deque[tuple[_Active, Call]]] = OrderedDict()  # the next key to serve first
@@ -120,6 +119,7 @@ class StepLoop:
 
     def _run(self) -> None:
         torch.set_grad_enabled(False)
+        enter_engine(self)
         while self._wait():
             try:
                 self.turn()
@@ -165,7 +165,9 @@ class StepLoop:
         return bool(self._active)
 
     def _has_room(self) -> bool:
-        return not self._active or (len(self._active) < self._max_jobs and not self._scope.takes_turns())
+        if not self._active:
+            return True
+        return not self._exclusive and len(self._active) < self._max_jobs and not self._scope.takes_turns()
 
     def _admit(self) -> None:
         """Start jobs that wait, and go on with those whose work elsewhere is done."""
@@ -191,7 +193,11 @@ class StepLoop:
             self._finish(job, error)
             return
         job.started = time.monotonic()
-        own_random = None if job.kwargs.get("generator") is not None else DefaultRandom(job.seed, self._device)
+        if not self._active:
+            self._exclusive = self._scope.takes_turns()
+        own_random = None
+        if job.seed is not None and job.kwargs.get("generator") is None:  # the pipeline takes none
+            own_random = DefaultRandom(job.seed, self._device)
         fiber = Fiber(lambda: self._call_pipeline(job), ambient.quiet(self._kinds), own_random)
         self._active[fiber] = active = _Active(job, fiber)
         self._switch(active, fiber.resume, None)
@@ -205,14 +211,13 @@ class StepLoop:
     def _expire(self) -> None:
         """Throw out the jobs that must end."""
         for active in [one for one in self._active.values() if one.key is not None]:
-            try:
-                active.job.check()
-            except (Cancelled, DeadlineExceeded):
+            ending = active.job.ending()
+            if ending is not None:
                 queue = self._queues[active.key]
                 queue.remove(next(entry for entry in queue if entry[0] is active))
                 if not queue:
                     del self._queues[active.key]
-                self._end(active)
+                self._end(active, ending)
         with self._wake:
             late = [
                 job for job in self._waiting.values() if job.deadline is not None and time.monotonic() > job.deadline
@@ -222,21 +227,22 @@ class StepLoop:
         for job in late:
             self._start(job)
 
-    def _end(self, active: _Active) -> None:
+    def _end(self, active: _Active, ending: Ending) -> None:
         active.key = None
         active.told += 1
         if active.told > INSISTENCE:
             del self._active[active.fiber]
             self._finish(active.job, StepweaveError("The job does not end though it was told to.", code="stubborn"))
         else:
-            self._switch(active, active.fiber.throw, _Ending())
+            self._switch(active, active.fiber.throw, ending)
 
     def _pick(self) -> list[tuple[_Active, Call]]:
         """Calls of the key whose turn it is, the oldest first, as many as fit."""
         if not self._queues:
             return []
         key, queue = next(iter(self._queues.items()))
-        limit = min(self._max_rows, queue[0][1].target.cap or self._max_rows)
+        first = queue[0][1]
+        limit = self._caps.limit(first.kind, min(self._max_rows, first.target.cap or self._max_rows))
         picked: list[tuple[_Active, Call]] = []
         rows = 0
         for entry in sorted(queue, key=lambda entry: entry[0].job.accepted):
@@ -278,7 +284,7 @@ class StepLoop:
     def _alone(self, chosen: list[tuple[_Active, Call]]) -> None:
         for active, call in chosen:
             self._stats.forward(call.target.name, call.rows, 1)
-            call.keep = self.cache.key(call) is not None
+            call.keep = call.keep or call.cache_key is not None
             self._advance(active, RunYourself())
             self._remember(call, call.output)
 
@@ -287,29 +293,38 @@ class StepLoop:
         try:
             outputs = self._run_merged(calls)
         except torch.OutOfMemoryError:
+            self._out_of_memory(calls)
             self._halve(chosen)
             return
         except Exception as error:
             self._stats.retried += 1
-            self.certificates.fail(calls[0], f"merged, it raised {type(error).__name__}: {error}"[:200])
+            for call in calls:
+                call.keep = True
             self._alone(chosen)
+            if not any(call.failed for call in calls):
+                self.certificates.fail(calls[0], f"merged, it raised {type(error).__name__}: {error}"[:200])
             return
-        self._stats.forward(calls[0].target.name, sum(call.rows for call in calls), len(calls))
+        rows = sum(call.rows for call in calls)
+        self._caps.fitted(calls[0].kind, rows)
+        self._stats.forward(calls[0].target.name, rows, len(calls))
         for (active, call), output in zip(chosen, outputs, strict=True):
             self._remember(call, output)
             self._advance(active, output)
 
     def _halve(self, chosen: list[tuple[_Active, Call]]) -> None:
         """What does not fit into memory at once is run in halves, down to single calls."""
-        self._stats.out_of_memory += 1
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
         middle = len(chosen) // 2
         for half in (chosen[:middle], chosen[middle:]):
             if len(half) == 1:
                 self._alone(half)
             else:
                 self._merged(half)
+
+    def _out_of_memory(self, calls: list[Call]) -> None:
+        self._stats.out_of_memory += 1
+        self._caps.failed(calls[0].kind, sum(call.rows for call in calls))
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _prove(self, chosen: list[tuple[_Active, Call]]) -> None:
         """Run calls merged and one by one; the fibers get their own results."""
@@ -319,6 +334,7 @@ class StepLoop:
         try:
             merged = self._watched(calls)
         except torch.OutOfMemoryError:
+            self._out_of_memory(calls)
             self._alone(chosen)
             return
         except Exception as error:
@@ -333,34 +349,38 @@ class StepLoop:
         for call in calls:
             call.output = None
 
-    def _run_merged(self, calls: list[Call]) -> list[Any]:
+    def _run_merged(self, calls: list[Call], *, trial: bool = False) -> list[Any]:
         here = ambient.current(self._kinds)
         ambient.apply(calls[0].ambient, here)
         try:
-            return split(calls[0].target.function(**merge(calls)), [call.rows for call in calls])
+            arguments = merge(calls, repeat=self.certificates.of(calls[0]).repeat, trial=trial)
+            output = calls[0].target.function(**arguments)
+            return split(output, [call.rows for call in calls], listed=calls[0].listed)
         finally:
             ambient.apply(here, calls[0].ambient)
 
     def _watched(self, calls: list[Call]) -> list[Any]:
         """A merged forward for a proof: it must not draw random numbers, which the calls' own generators are to give."""
-        generators = [torch.default_generator, *_generators([call.arguments for call in calls])]
-        if self._device.type == "cuda":
-            generators.append(torch.cuda.default_generators[self._device.index or 0])
+        generators = _generators([call.arguments for call in calls])
         before = [one.get_state() for one in generators]
-        outputs = self._run_merged(calls)
-        drawn = False
-        for generator, state in zip(generators, before, strict=True):
-            if not torch.equal(generator.get_state(), state):
-                generator.set_state(state)
-                drawn = True
+        default = DefaultRandom(None, self._device)
+        default.enter()
+        try:
+            outputs = self._run_merged(calls, trial=True)
+        finally:
+            default.leave()
+            drawn = default.drawn
+            for generator, state in zip(generators, before, strict=True):
+                if not torch.equal(generator.get_state(), state):
+                    generator.set_state(state)
+                    drawn = True
         if drawn:
             raise Unmergeable("it draws random numbers")
         return outputs
 
     def _remember(self, call: Call, output: Any) -> None:
-        key = self.cache.key(call)
-        if key is not None and output is not None:
-            self.cache.put(key, output)
+        if call.cache_key is not None and output is not None:
+            self.cache.put(call.cache_key, output)
 
     def _advance(self, active: _Active, answer: Any) -> None:
         """Let a fiber go on with the answer to what it waited for."""
@@ -374,7 +394,7 @@ class StepLoop:
         while True:
             if isinstance(request, Done):
                 del self._active[active.fiber]
-                self._deliver(active.job, request.outcome)
+                self._finish(active.job, request.outcome)
             elif isinstance(request, Offload):
                 self._offload(active, request)
             else:
@@ -388,9 +408,16 @@ class StepLoop:
 
     def _look_up(self, call: Call) -> Any:
         """Describe a call; what its result is, if an encoder gave it before."""
-        self._describer.describe(call)
-        key = self.cache.key(call)
-        return None if key is None else self.cache.get(key)
+        try:
+            self._describer.describe(call)
+            call.cache_key = self.cache.key(call)
+            return None if call.cache_key is None else self.cache.get(call.cache_key)
+        except Exception:
+            self._stats.errors += 1
+            logger.exception("a call of %s cannot be looked up; it runs alone", call.target.name)
+            call.kind = call.key = object()
+            call.layout, call.leaves, call.cache_key = (), [], None
+            return None
 
     def _offload(self, active: _Active, work: Offload) -> None:
         active.elsewhere = True
@@ -406,24 +433,14 @@ class StepLoop:
                 self._returned.append((active, answer))
                 self._wake.notify()
 
-        self._elsewhere.submit(run)
-
-    def _deliver(self, job: Job, outcome: Any) -> None:
-        if isinstance(outcome, _Ending):
-            try:
-                job.check()
-                outcome = Cancelled()
-            except (Cancelled, DeadlineExceeded) as error:
-                outcome = error
-        elif isinstance(outcome, BaseException) and not isinstance(outcome, Exception):
-            failure = StepweaveError(f"The pipeline raised {type(outcome).__name__}.", code="generation_failed")
-            failure.__cause__ = outcome
-            outcome = failure
-        self._finish(job, outcome)
+        try:
+            self._elsewhere.submit(run)
+        except RuntimeError:  # the interpreter is ending
+            run()
 
     def _finish(self, job: Job, outcome: Any) -> None:
         if job.finish(outcome):
-            self._stats.finished(job, outcome)
+            self._stats.finished(job)
 
 
 def _generators(value: Any) -> list[torch.Generator]:

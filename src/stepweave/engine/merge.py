@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -16,8 +17,12 @@ from stepweave.engine.call import Call, Layout, Unmergeable
 _CONSTANTS = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
 
 
-def merge(calls: Sequence[Call]) -> dict[str, Any]:
-    """The arguments of one call that stands for all of `calls`, which are of one kind."""
+def merge(calls: Sequence[Call], *, repeat: bool = True, trial: bool = False) -> dict[str, Any]:
+    """The arguments of one call that stands for all of `calls`, which are of one kind.
+
+    A list of equal constants, one for each row, is made as long as there are rows in all; without `repeat` it is passed as it
+    is, since it may be something else that happens to have as many entries. In a `trial` no tensor is the calls' own.
+    """
     rows = [call.rows for call in calls]
     first = calls[0]
     merged = {}
@@ -25,13 +30,15 @@ def merge(calls: Sequence[Call]) -> dict[str, Any]:
         if node[0] == "mask":
             continue
         values = [call.arguments[name] for call in calls]
-        if node[0] == "padded":
+        if node[0] == "shared" and trial:
+            merged[name] = values[0].clone()
+        elif node[0] == "padded":
             mask = first.target.masks[name]
             merged[name], masks = _padded(values, [call.arguments.get(mask) for call in calls])
             if masks is not None:
                 merged[mask] = masks
         else:
-            merged[name] = _merge(node, values, rows)
+            merged[name] = values[0] if node[0] == "repeated" and not repeat else _merge(node, values, rows)
     return merged
 
 
@@ -77,9 +84,20 @@ def _padded(values: list[torch.Tensor], masks: list[torch.Tensor | None]) -> tup
     return merged, merged_mask
 
 
-def split(output: Any, rows: Sequence[int]) -> list[Any]:
-    """A merged call's output as the calls', in order. Raises Unmergeable for what has no rows."""
+def split(output: Any, rows: Sequence[int], *, listed: bool = False) -> list[Any]:
+    """A merged call's output as the calls', in order. Raises Unmergeable for what has no rows.
+
+    With `listed`, a list with as many entries as rows has an entry for each row, whatever the entries' shapes.
+    """
     starts = list(itertools.accumulate(rows, initial=0))
+    if listed and isinstance(output, list) and len(output) == starts[-1]:
+        return [output[a:b] for a, b in itertools.pairwise(starts)]
+    if listed and isinstance(output, tuple) and not hasattr(output, "_fields"):
+        parts = [split(item, rows, listed=True) for item in output]
+        return [tuple(part[i] for part in parts) for i in range(len(rows))]
+    if listed and isinstance(output, dict):
+        named = {key: split(item, rows, listed=True) for key, item in output.items()}
+        return [_remade(output, {key: part[i] for key, part in named.items()}) for i in range(len(rows))]
     return _split(output, starts)
 
 
@@ -120,8 +138,11 @@ def _rebuilt(like: Any, items: list[Any]) -> Any:
 
 
 def _remade(like: dict[Any, Any], items: dict[Any, Any]) -> Any:
-    # diffusers' and transformers' outputs are dictionaries that are made from keywords
-    return items if type(like) is dict else type(like)(**items)
+    if type(like) is dict:
+        return items
+    if dataclasses.is_dataclass(like):  # diffusers' and transformers' outputs, as dictionaries without what is None
+        items = {one.name: items.get(one.name) for one in dataclasses.fields(like)}
+    return type(like)(**items)
 
 
 def _selected(cache: Cache, start: int, stop: int) -> Cache:
@@ -141,19 +162,22 @@ def _split_object(output: Any, attributes: dict[str, Any], starts: list[int]) ->
     return twins
 
 
-def tensors(output: Any) -> list[torch.Tensor]:
-    """All tensors of a result, in order."""
-    if isinstance(output, torch.Tensor):
-        return [output]
-    if isinstance(output, Cache):
-        return [t for layer in output.layers for t in (layer.keys, layer.values) if isinstance(t, torch.Tensor)]
-    if isinstance(output, dict):
-        return [tensor for item in output.values() for tensor in tensors(item)]
-    if isinstance(output, (list, tuple)):
-        return [tensor for item in output for tensor in tensors(item)]
-    if not isinstance(output, _CONSTANTS) and hasattr(output, "__dict__"):
-        return [tensor for item in vars(output).values() for tensor in tensors(item)]
-    return []
+def tensors(value: Any, _above: tuple[int, ...] = ()) -> list[torch.Tensor]:
+    """All tensors in a result, or in arguments, in order; what contains itself is followed once."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, _CONSTANTS) or id(value) in _above:
+        return []
+    if isinstance(value, Cache):
+        inner: Any = [part for layer in value.layers for part in (layer.keys, layer.values)]
+    elif isinstance(value, dict):
+        inner = value.values()
+    elif isinstance(value, (list, tuple)):
+        inner = value
+    else:
+        inner = getattr(value, "__dict__", {}).values()
+    above = (*_above, id(value))
+    return [tensor for item in list(inner) for tensor in tensors(item, above)]
 
 
 def cloned(output: Any) -> Any:

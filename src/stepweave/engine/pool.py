@@ -8,11 +8,10 @@ import time
 from typing import Any, Protocol
 
 from stepweave.engine.batch import batch_key, images_of, run_batch
-from stepweave.engine.hooks import track
-from stepweave.engine.job import Job
+from stepweave.engine.hooks import PrivateScope, track
+from stepweave.engine.job import Ending, Job, enter_engine
 from stepweave.engine.stats import Stats
-from stepweave.errors import Cancelled, DeadlineExceeded
-from stepweave.scope import RequestScopedPipeline
+from stepweave.errors import Cancelled
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +32,7 @@ class Pool:
     """Starts jobs in order of arrival, `threads` of them at a time; with `together`, up to so many equal ones in one call."""
 
     def __init__(self, pipeline: Any, *, threads: int, stats: Stats, together: int = 1) -> None:
-        self._scope = RequestScopedPipeline(pipeline, wrap_scheduler=False)
+        self._scope = PrivateScope(pipeline)
         self._stats = stats
         self._together = together
         self._running: dict[str, Job] = {}
@@ -78,25 +77,31 @@ class Pool:
             thread.join()
 
     def _work(self) -> None:
-        """One thread: take the oldest waiting job, and those that can share its call; run them; until closed."""
-        while True:
-            with self._changed:
-                while not self._waiting and not self._closed:
-                    self._changed.wait()
-                if self._closed:
-                    return
-                jobs = self._take()
-            try:
-                outcomes = self._run(jobs)
-            except BaseException as error:  # nothing may end this thread: jobs would hang
-                self._stats.errors += 1
-                logger.exception("the engine failed; it goes on")
-                outcomes = [error] * len(jobs)
-            with self._changed:
-                for job in jobs:
-                    del self._running[job.id]
-            for job, outcome in zip(jobs, outcomes, strict=True):
-                self._finish(job, outcome)
+        """One thread: serve until closed."""
+        enter_engine(self)
+        while self._serve():
+            pass
+
+    def _serve(self) -> bool:
+        """Take the oldest waiting job, and those that can share its call; run them. False once closed."""
+        with self._changed:
+            while not self._waiting and not self._closed:
+                self._changed.wait()
+            if self._closed:
+                return False
+            jobs = self._take()
+        try:
+            outcomes = self._run(jobs)
+        except BaseException as error:  # nothing may end this thread: jobs would hang
+            self._stats.errors += 1
+            logger.exception("the engine failed; it goes on")
+            outcomes = [error] * len(jobs)
+        with self._changed:
+            for job in jobs:
+                del self._running[job.id]
+        for job, outcome in zip(jobs, outcomes, strict=True):
+            self._finish(job, outcome)
+        return True
 
     def _take(self) -> list[Job]:
         jobs = [self._waiting.pop(next(iter(self._waiting)))]
@@ -121,13 +126,15 @@ class Pool:
         if len(jobs) > 1:
             try:
                 return run_batch(self._scope, jobs)
-            except (Cancelled, DeadlineExceeded):
+            except Ending:
                 pass  # all of them; each finds its own error below
             except Exception as error:
                 self._stats.retried += 1
                 logger.warning(
                     "a batch of %d jobs failed; each runs alone (%s: %s)", len(jobs), type(error).__name__, error
                 )
+            for job in jobs:
+                job.restart()
         return [self._run_alone(job) for job in jobs]
 
     def _run_alone(self, job: Job) -> Any:
@@ -136,9 +143,9 @@ class Pool:
             with self._scope.lease(job.scheduler) as view:
                 track(view, job)
                 return view(*job.args, **job.kwargs)
-        except Exception as error:
+        except BaseException as error:
             return error
 
     def _finish(self, job: Job, outcome: Any) -> None:
         if job.finish(outcome):
-            self._stats.finished(job, outcome)
+            self._stats.finished(job)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from typing import Any
 
 from stepweave.engine.job import Job
 from stepweave.errors import Cancelled
@@ -50,9 +49,9 @@ class Stats:
         if calls > 1:
             found.merged_calls += calls
 
-    def finished(self, job: Job, outcome: Any) -> None:
-        failed = isinstance(outcome, BaseException)
-        state = "cancelled" if isinstance(outcome, Cancelled) else "failed" if failed else "succeeded"
+    def finished(self, job: Job) -> None:
+        error = job.exception(0)
+        state = "cancelled" if isinstance(error, Cancelled) else "failed" if error else "succeeded"
         with self._lock:
             self.jobs[state] += 1
             if job.started is not None and job.finished is not None:

@@ -28,8 +28,11 @@ class EncoderCache:
         """None for a call that cannot be remembered."""
         if not self._max_bytes or not call.target.cached or not call.layout or call.opaque:
             return None
-        leaves = [tuple((self._digests.of(tensor), tensor.shape) for tensor in leaf) for leaf in call.leaves]
+        leaves = [tuple(self._value(item) for item in leaf) for leaf in call.leaves]
         return (call.key, call.ragged, tuple(leaves))
+
+    def _value(self, item: Any) -> Hashable:
+        return (self._digests.of(item), item.shape) if isinstance(item, torch.Tensor) else (type(item), item)
 
     def get(self, key: Hashable) -> Any:
         """A copy of the result, or None."""

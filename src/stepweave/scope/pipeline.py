@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-import wrapt
 from diffusers.guiders import BaseGuidance
 from transformers import PreTrainedTokenizerBase
 
+from stepweave.scope.proxy import Proxy
 from stepweave.scope.scheduler import BaseAsyncScheduler
 from stepweave.scope.tokenizer import LockedTokenizer
 from stepweave.scope.view import DEFAULT_THRESHOLD, make_view
@@ -20,7 +19,7 @@ from stepweave.scope.view import DEFAULT_THRESHOLD, make_view
 ENGINE_HOOK = "stepweave"  # under which a StepEngine hooks modules; it keeps no state in them
 
 
-class LockedAutoencoder(wrapt.ObjectProxy[Any]):
+class LockedAutoencoder(Proxy):
     """A transparent proxy that lets one thread at a time encode or decode: autoencoders keep state between tiles and frames."""
 
     def __init__(self, autoencoder: torch.nn.Module, lock: Any) -> None:
@@ -34,15 +33,6 @@ class LockedAutoencoder(wrapt.ObjectProxy[Any]):
     def decode(self, *args: Any, **kwargs: Any) -> Any:
         with self._self_lock:
             return self.__wrapped__.decode(*args, **kwargs)
-
-    def __copy__(self) -> Any:
-        return copy.copy(self.__wrapped__)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self.__wrapped__, memo)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.__wrapped__.__reduce_ex__(protocol)  # the copy is somebody's own and needs no lock
 
 
 class RequestScopedPipeline:
@@ -140,7 +130,9 @@ class RequestScopedPipeline:
 
         Asked at every call, since hooks come and go. The parts of a module are listed once.
         """
-        if _swaps_state(self.pipeline):
+        if self._turn.locked() or _swaps_state(
+            self.pipeline
+        ):  # a call whose turn it is may hide that by what it changed
             return True
         for module in _modules(self.pipeline):
             found = self._parts.get(id(module))

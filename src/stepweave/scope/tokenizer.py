@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
-import wrapt
+from stepweave.scope.proxy import Proxy
 
 
-class LockedTokenizer(wrapt.ObjectProxy[Any]):
+class LockedTokenizer(Proxy):
     """A transparent proxy that lets one thread at a time tokenize.
 
     Fast tokenizers set padding and truncation on a shared Rust object before each call: without the lock, threads corrupt each
@@ -28,15 +27,6 @@ class LockedTokenizer(wrapt.ObjectProxy[Any]):
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
         return _locked(value, self._self_lock) if name in _LOCKED else value
-
-    def __copy__(self) -> Any:
-        return copy.copy(self.__wrapped__)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self.__wrapped__, memo)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.__wrapped__.__reduce_ex__(protocol)  # a lock does not pickle; the copy is another process's
 
 
 # methods that set padding or truncation, or read through them
