@@ -63,26 +63,14 @@ def draw_seed() -> int:
 
 
 class DefaultRandom:
-    """Default random generators that stand in for torch's own for a while: on the CPU and, if that is used, on the CUDA device.
+    """Default random generators of one fiber's own: on the CPU and, if that is used, on the CUDA device."""
 
-    With no seed they start as copies of torch's.
-    """
-
-    def __init__(self, seed: int | None, device: torch.device) -> None:
+    def __init__(self, seed: int, device: torch.device) -> None:
         self._generators = [torch.default_generator]
         if device.type == "cuda":
             self._generators.append(torch.cuda.default_generators[device.index or 0])
-        if seed is None:
-            self._own = [one.get_state() for one in self._generators]
-        else:
-            self._own = [torch.Generator(one.device).manual_seed(seed).get_state() for one in self._generators]
-        self._first = self._own
+        self._own = [torch.Generator(one.device).manual_seed(seed).get_state() for one in self._generators]
         self._others: list[torch.Tensor] = []
-
-    @property
-    def drawn(self) -> bool:
-        """Whether numbers have been drawn."""
-        return not all(torch.equal(one, first) for one, first in zip(self._own, self._first, strict=True))
 
     def enter(self) -> None:
         with _swapping:

@@ -81,6 +81,8 @@ class Call:
     opaque: bool = False  # an argument is told from others by its identity only
     ragged: Hashable = None  # sizes in which calls of one group may differ, where a certificate allows it
     extents: list[tuple[int, int]] = field(default_factory=list)  # of those sizes: least and most of each argument
+    owner: Any = None  # set by the loop, as is age: who waits for it
+    age: float = 0.0  # when its job was accepted, in seconds of the monotonic clock
     cache_key: Hashable | None = None  # of its result, where results are remembered
     keep: bool = False  # run alone, the fiber leaves a copy of the result in `output`, and says how it went
     output: Any = None
@@ -180,6 +182,9 @@ class _Walk:
         """A list with as many entries as there are rows: most likely one for each row."""
         if all(isinstance(value, torch.Tensor) for value in values):
             return self._tensors(values)
+        if all(isinstance(value, torch.Generator) for value in values):
+            self.opaque = True
+            return ("generator",)
         first = _frozen(values[0])
         if first is None and not isinstance(values[0], (list, tuple, dict)) and all(one is values[0] for one in values):
             self._identity(values[0])

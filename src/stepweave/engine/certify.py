@@ -124,7 +124,7 @@ class Certificates:
         certificate = self.of(first)
         alike = list(calls)
         if certificate.refused:
-            alike = [call for call in calls if not self._variations(first, call) & certificate.refused]
+            alike = self._not_refused(calls, certificate)
         if len(alike) == 1:
             return Verdict.ALONE, [first]
         if certificate.state is State.PENDING:
@@ -145,6 +145,15 @@ class Certificates:
             certificate.next_audit = certificate.merged + self._audit_every
             return Verdict.PROVE, alike
         return Verdict.MERGE, alike
+
+    def _not_refused(self, calls: Sequence[Call], certificate: Certificate) -> list[Call]:
+        """The first call, and those that may run with it and with each other."""
+        alike = [calls[0]]
+        for call in calls[1:]:
+            too_far = RAGGED in certificate.refused and _spread([*alike, call]) > certificate.spread
+            if not too_far and not self._variations(calls[0], call) & certificate.refused:
+                alike.append(call)
+        return alike
 
     def _variations(self, one: Call, other: Call) -> set[Any]:
         """In which arguments two calls of a kind differ, as far as that is not proven to be right."""
@@ -178,6 +187,8 @@ class Certificates:
         variations: set[Any] = set()
         for call in calls[1:]:
             variations |= self._variations(calls[0], call)
+        if _spread(calls) > certificate.spread:
+            variations.add(RAGGED)
         rows = sum(call.rows for call in calls)
         certificate.proofs += 1
         if isinstance(merged, Exception):

@@ -92,7 +92,10 @@ class StepEngine:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         self.pipeline = pipeline
         self.mode = mode
-        self._takes_generator = "generator" in inspect.signature(pipeline.__call__).parameters
+        names = list(inspect.signature(pipeline.__call__).parameters)
+        self._generator_index = (
+            names.index("generator") if "generator" in names else None
+        )  # None: it takes no generator
         self._stats = Stats()
         self._closed = False
         self._lock = threading.Lock()
@@ -123,9 +126,10 @@ class StepEngine:
         if deadline is not None and not deadline > 0:
             raise ValueError(f"deadline is {deadline!r}; it must be more than 0 seconds")
         seed = None
-        if kwargs.get("generator") is None:
+        index = self._generator_index
+        if kwargs.get("generator") is None and (index is None or len(args) <= index):
             seed = draw_seed()
-            if self._takes_generator:
+            if index is not None:
                 kwargs["generator"] = torch.Generator().manual_seed(seed)
         runner = self._runner
         job = Job(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,14 +14,14 @@ import torch
 
 from stepweave.engine import ambient
 from stepweave.engine.ambient import DefaultRandom
-from stepweave.engine.call import Call, Describer, Unmergeable
-from stepweave.engine.certify import Certificates, Verdict
+from stepweave.engine.call import Call, Describer
+from stepweave.engine.certify import Certificates
 from stepweave.engine.digests import Digests
 from stepweave.engine.fiber import Done, Fiber
+from stepweave.engine.forward import Forwarder
 from stepweave.engine.hooks import EngineScope, Offload, RunYourself, postprocess_elsewhere, track
 from stepweave.engine.job import Ending, Job, enter_engine
-from stepweave.engine.memory import RowCaps
-from stepweave.engine.merge import merge, split
+from stepweave.engine.queues import CallQueues
 from stepweave.engine.stats import Stats
 from stepweave.engine.textcache import EncoderCache
 from stepweave.errors import Cancelled, DeadlineExceeded, StepweaveError
@@ -35,12 +35,12 @@ INSISTENCE = 100  # times a job that must end is told so again, where its pipeli
 class _Active:
     """A job that has started: its fiber, and what the fiber waits for."""
 
-    __slots__ = ("elsewhere", "fiber", "job", "key", "told")
+    __slots__ = ("call", "elsewhere", "fiber", "job", "told")
 
     def __init__(self, job: Job, fiber: Fiber) -> None:
         self.job = job
         self.fiber = fiber
-        self.key: Hashable = None  # of the queue that its call stands in
+        self.call: Call | None = None  # that stands in a queue
         self.elsewhere = False  # its work is on another thread
         self.told = 0
 
@@ -62,7 +62,6 @@ class StepLoop:
         device = torch.device(getattr(pipeline, "_execution_device", "cpu"))
         self._device = device
         kinds = ("cpu",) if device.type == "cpu" else ("cpu", device.type)
-        self._max_rows = max_rows
         self._max_jobs = max_jobs
         self._stats = stats
         self._active: dict[Fiber, _Active] = {}
@@ -71,10 +70,10 @@ class StepLoop:
         digests = Digests()
         self._exclusive = False  # the job that runs must be the only one
         self._describer = Describer(digests)
-        self._caps = RowCaps()
         self.certificates = Certificates(digests, audit_every)
         self.cache = EncoderCache(digests, cache_bytes)
-        self._queues: OrderedDict[Hashable, deque[tuple[_Active, Call]]] = OrderedDict()  # the next key to serve first
+        self._forwarder = Forwarder(self.certificates, self.cache, stats, device, kinds, max_rows, self._advance)
+        self._queues = CallQueues()
         self._waiting: dict[str, Job] = {}  # oldest first
         self._returned: deque[tuple[_Active, Any]] = deque()  # fibers whose work elsewhere is done
         self._closing = False
@@ -138,7 +137,7 @@ class StepLoop:
 
     def _rescue(self) -> None:
         """Let fibers that an error of the loop left behind compute what they wait for themselves."""
-        for active in [one for one in self._active.values() if one.key is None and not one.elsewhere]:
+        for active in [one for one in self._active.values() if one.call is None and not one.elsewhere]:
             try:
                 self._advance(active, RunYourself())
             except BaseException as error:
@@ -210,13 +209,10 @@ class StepLoop:
 
     def _expire(self) -> None:
         """Throw out the jobs that must end."""
-        for active in [one for one in self._active.values() if one.key is not None]:
-            ending = active.job.ending()
-            if ending is not None:
-                queue = self._queues[active.key]
-                queue.remove(next(entry for entry in queue if entry[0] is active))
-                if not queue:
-                    del self._queues[active.key]
+        for active in list(self._active.values()):
+            ending = active.job.ending() if active.call is not None else None
+            if active.call is not None and ending is not None:
+                self._queues.remove(active.call)
                 self._end(active, ending)
         with self._wake:
             late = [
@@ -228,7 +224,7 @@ class StepLoop:
             self._start(job)
 
     def _end(self, active: _Active, ending: Ending) -> None:
-        active.key = None
+        active.call = None
         active.told += 1
         if active.told > INSISTENCE:
             del self._active[active.fiber]
@@ -236,151 +232,17 @@ class StepLoop:
         else:
             self._switch(active, active.fiber.throw, ending)
 
-    def _pick(self) -> list[tuple[_Active, Call]]:
-        """Calls of the key whose turn it is, the oldest first, as many as fit."""
-        if not self._queues:
-            return []
-        key, queue = next(iter(self._queues.items()))
-        first = queue[0][1]
-        limit = self._caps.limit(first.kind, min(self._max_rows, first.target.cap or self._max_rows))
-        picked: list[tuple[_Active, Call]] = []
-        rows = 0
-        for entry in sorted(queue, key=lambda entry: entry[0].job.accepted):
-            if picked and rows + entry[1].rows > limit:
-                break
-            picked.append(entry)
-            rows += entry[1].rows
-        return picked
+    def _pick(self) -> list[Call]:
+        """Calls of the key whose turn it is, as many as fit."""
+        return self._queues.pick(self._forwarder.limit) if self._queues else []
 
-    def _forward(self, picked: list[tuple[_Active, Call]]) -> None:
+    def _forward(self, calls: list[Call]) -> None:
         """Run calls of one key, merged if that is proven, and let their fibers go on."""
-        calls = [call for _, call in picked]
-        try:
-            verdict, calls = self.certificates.decide(calls)
-        except Exception:
-            self._stats.errors += 1
-            logger.exception("no certificate could be had for a call of %s; it runs alone", calls[0].target.name)
-            verdict, calls = Verdict.ALONE, calls[:1]
-        wanted = {id(call) for call in calls}
-        chosen = [entry for entry in picked if id(entry[1]) in wanted]
-        self._dequeue(chosen)
-        if verdict is Verdict.ALONE:
-            self._alone(chosen)
-        elif verdict is Verdict.PROVE:
-            self._prove(chosen)
-        else:
-            self._merged(chosen)
-
-    def _dequeue(self, chosen: list[tuple[_Active, Call]]) -> None:
-        key = chosen[0][0].key
-        taken = {id(active) for active, _ in chosen}
-        queue = self._queues.pop(key)
-        rest = deque(entry for entry in queue if id(entry[0]) not in taken)
-        if rest:
-            self._queues[key] = rest  # behind the other keys
-        for active, _ in chosen:
-            active.key = None
-
-    def _alone(self, chosen: list[tuple[_Active, Call]]) -> None:
-        for active, call in chosen:
-            self._stats.forward(call.target.name, call.rows, 1)
-            call.keep = call.keep or call.cache_key is not None
-            self._advance(active, RunYourself())
-            self._remember(call, call.output)
-
-    def _merged(self, chosen: list[tuple[_Active, Call]]) -> None:
-        calls = [call for _, call in chosen]
-        try:
-            outputs = self._run_merged(calls)
-        except torch.OutOfMemoryError:
-            self._out_of_memory(calls)
-            self._halve(chosen)
-            return
-        except Exception as error:
-            self._stats.retried += 1
-            for call in calls:
-                call.keep = True
-            self._alone(chosen)
-            if not any(call.failed for call in calls):
-                self.certificates.fail(calls[0], f"merged, it raised {type(error).__name__}: {error}"[:200])
-            return
-        rows = sum(call.rows for call in calls)
-        self._caps.fitted(calls[0].kind, rows)
-        self._stats.forward(calls[0].target.name, rows, len(calls))
-        for (active, call), output in zip(chosen, outputs, strict=True):
-            self._remember(call, output)
-            self._advance(active, output)
-
-    def _halve(self, chosen: list[tuple[_Active, Call]]) -> None:
-        """What does not fit into memory at once is run in halves, down to single calls."""
-        middle = len(chosen) // 2
-        for half in (chosen[:middle], chosen[middle:]):
-            if len(half) == 1:
-                self._alone(half)
-            else:
-                self._merged(half)
-
-    def _out_of_memory(self, calls: list[Call]) -> None:
-        self._stats.out_of_memory += 1
-        self._caps.failed(calls[0].kind, sum(call.rows for call in calls))
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _prove(self, chosen: list[tuple[_Active, Call]]) -> None:
-        """Run calls merged and one by one; the fibers get their own results."""
-        calls = [call for _, call in chosen]
-        self._stats.proofs += 1
-        merged: Any
-        try:
-            merged = self._watched(calls)
-        except torch.OutOfMemoryError:
-            self._out_of_memory(calls)
-            self._alone(chosen)
-            return
-        except Exception as error:
-            merged = error
-        for _, call in chosen:
-            call.keep = True
-        for active, call in chosen:
-            self._stats.forward(call.target.name, call.rows, 1)
-            self._advance(active, RunYourself())
-            self._remember(call, call.output)
-        self.certificates.judge(calls, merged)
+        verdict, calls = self._forwarder.decide(calls)
+        self._queues.take(calls)
         for call in calls:
-            call.output = None
-
-    def _run_merged(self, calls: list[Call], *, trial: bool = False) -> list[Any]:
-        here = ambient.current(self._kinds)
-        ambient.apply(calls[0].ambient, here)
-        try:
-            arguments = merge(calls, repeat=self.certificates.of(calls[0]).repeat, trial=trial)
-            output = calls[0].target.function(**arguments)
-            return split(output, [call.rows for call in calls], listed=calls[0].listed)
-        finally:
-            ambient.apply(here, calls[0].ambient)
-
-    def _watched(self, calls: list[Call]) -> list[Any]:
-        """A merged forward for a proof: it must not draw random numbers, which the calls' own generators are to give."""
-        generators = _generators([call.arguments for call in calls])
-        before = [one.get_state() for one in generators]
-        default = DefaultRandom(None, self._device)
-        default.enter()
-        try:
-            outputs = self._run_merged(calls, trial=True)
-        finally:
-            default.leave()
-            drawn = default.drawn
-            for generator, state in zip(generators, before, strict=True):
-                if not torch.equal(generator.get_state(), state):
-                    generator.set_state(state)
-                    drawn = True
-        if drawn:
-            raise Unmergeable("it draws random numbers")
-        return outputs
-
-    def _remember(self, call: Call, output: Any) -> None:
-        if call.cache_key is not None and output is not None:
-            self.cache.put(call.cache_key, output)
+            call.owner.call = None
+        self._forwarder.run(verdict, calls)
 
     def _advance(self, active: _Active, answer: Any) -> None:
         """Let a fiber go on with the answer to what it waited for."""
@@ -402,8 +264,9 @@ class StepLoop:
                 if known is not None:
                     request = active.fiber.resume(known)
                     continue
-                active.key = request.key
-                self._queues.setdefault(request.key, deque()).append((active, request))
+                request.owner, request.age = active, active.job.accepted
+                active.call = request
+                self._queues.add(request)
             return
 
     def _look_up(self, call: Call) -> Any:
@@ -441,11 +304,3 @@ class StepLoop:
     def _finish(self, job: Job, outcome: Any) -> None:
         if job.finish(outcome):
             self._stats.finished(job)
-
-
-def _generators(value: Any) -> list[torch.Generator]:
-    if isinstance(value, torch.Generator):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [one for item in value for one in _generators(item)] if isinstance(value, (list, tuple)) else []

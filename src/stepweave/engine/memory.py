@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable
 
-RECOVERY = 200  # forwards at the cap that fit, before it rises again
+RECOVERY = 200  # forwards that fit, before a cap rises
 KEPT = 1024  # kinds of calls; the least recently used goes first
 
 
 class RowCaps:
-    """A cap for each kind of call that ran out of memory: half of what was tried, rising by an eighth when that goes well."""
+    """A cap for each kind of call that ran out of memory: half of what was tried, rising by an eighth now and then."""
 
     def __init__(self) -> None:
-        self._caps: OrderedDict[Hashable, list[int]] = OrderedDict()  # rows, forwards at the cap since it changed
+        self._caps: OrderedDict[Hashable, list[int]] = OrderedDict()  # rows, forwards since it changed
 
     def limit(self, kind: Hashable, rows: int) -> int:
         """As many of `rows` as are known to fit."""
@@ -27,10 +27,10 @@ class RowCaps:
         if len(self._caps) > KEPT:
             self._caps.popitem(last=False)
 
-    def fitted(self, kind: Hashable, rows: int) -> None:
-        """A forward of so many rows did fit."""
+    def fitted(self, kind: Hashable) -> None:
+        """A forward did fit, of however many rows: calls that have many each may never get to the cap itself."""
         known = self._caps.get(kind)
-        if known is None or rows < known[0]:
+        if known is None:
             return
         known[1] += 1
         if known[1] >= RECOVERY:

@@ -17,11 +17,11 @@ from stepweave.engine.call import Call, Layout, Unmergeable
 _CONSTANTS = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
 
 
-def merge(calls: Sequence[Call], *, repeat: bool = True, trial: bool = False) -> dict[str, Any]:
+def merge(calls: Sequence[Call], *, repeat: bool = True) -> dict[str, Any]:
     """The arguments of one call that stands for all of `calls`, which are of one kind.
 
     A list of equal constants, one for each row, is made as long as there are rows in all; without `repeat` it is passed as it
-    is, since it may be something else that happens to have as many entries. In a `trial` no tensor is the calls' own.
+    is, since it may be something else that happens to have as many entries.
     """
     rows = [call.rows for call in calls]
     first = calls[0]
@@ -30,9 +30,7 @@ def merge(calls: Sequence[Call], *, repeat: bool = True, trial: bool = False) ->
         if node[0] == "mask":
             continue
         values = [call.arguments[name] for call in calls]
-        if node[0] == "shared" and trial:
-            merged[name] = values[0].clone()
-        elif node[0] == "padded":
+        if node[0] == "padded":
             mask = first.target.masks[name]
             merged[name], masks = _padded(values, [call.arguments.get(mask) for call in calls])
             if masks is not None:
@@ -82,6 +80,17 @@ def _padded(values: list[torch.Tensor], masks: list[torch.Tensor | None]) -> tup
         merged_mask[start : start + rows, :length] = 1 if mask is None else mask
         start += rows
     return merged, merged_mask
+
+
+def copied(value: Any) -> Any:
+    """Arguments with tensors of their own."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: copied(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(copied(item) for item in value)
+    return value
 
 
 def split(output: Any, rows: Sequence[int], *, listed: bool = False) -> list[Any]:
