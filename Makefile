@@ -3,18 +3,28 @@ PORT ?= 3000
 PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
+SET_UP := $(if $(filter .venv/bin,$(BIN)),.venv/dev.stamp)
 export BENTOML_DO_NOT_TRACK = True
 
-.PHONY: serve test test-full check format model evaluate bento dashboard load clean
+.PHONY: serve test test-full test-gpu bench-gpu check format model evaluate bento dashboard load clean
 
 serve: .venv/serve.stamp
 	$(BIN)/bentoml serve service.py --port $(PORT)
 
 test: .venv/dev.stamp
-	$(BIN)/pytest -m "not full"
+	$(BIN)/pytest -m "not full and not gpu"
 
 test-full: .venv/dev.stamp
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not gpu"
+
+# On a GPU, or in small on the CPU. With BIN=/usr/bin, say, they take what is installed there and install nothing.
+test-gpu bench-gpu: export PYTHONPATH := src$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+test-gpu: $(SET_UP)
+	$(BIN)/python3 -m pytest -m gpu -W default --confcutdir tests/gpu tests/gpu
+
+bench-gpu: $(SET_UP)
+	$(BIN)/python3 -m benchmarks.gpu $(BENCH)
 
 check: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -23,7 +23,7 @@ Layout = tuple[Any, ...]
 
 _CONSTANTS = (type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.Size, torch.layout, Enum, type)
 # diffusers' names of a padding mask for an argument, besides the argument's own name and "_mask"
-_MASK_NAMES = {"encoder_hidden_states": ("encoder_attention_mask",)}
+_MASK_NAMES = {"encoder_hidden_states": ("encoder_attention_mask", "encoder_mask")}
 
 
 class Unmergeable(Exception):

@@ -48,18 +48,18 @@ def call_engine(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any], k
     except BaseException:
         call.failed = True
         raise
-    call.wrote = _versions(call) != written
+    call.wrote = any(tensor._version != version for tensor, version in written)
     with contextlib.suppress(Exception):  # what cannot be copied is neither compared nor remembered
         call.output = cloned(output)
     return output
 
 
-def _versions(call: Call) -> list[int]:
-    """Changes when one of the call's tensors is written to, as far as torch can tell."""
+def _versions(call: Call) -> list[tuple[torch.Tensor, int]]:
+    """The call's tensors and how often each was written to; kept, since a module may empty a list it is given."""
     given = [
         value for value in (*call.args, *call.kwargs.values()) if isinstance(value, (torch.Tensor, list, tuple, dict))
     ]
-    return [tensor._version for tensor in tensors(given) if not tensor.is_inference()]
+    return [(tensor, tensor._version) for tensor in tensors(given) if not tensor.is_inference()]
 
 
 class SuspendHook(ModelHook):  # type: ignore[misc]
@@ -76,7 +76,9 @@ class SuspendHook(ModelHook):  # type: ignore[misc]
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forward = self.fn_ref.original_forward
         fiber = current_fiber()
-        if fiber is None or not self._owns(fiber) or not suspendable():
+        # diffusers scales an encoder's adapters around the call of it: others must not run in between, nor later have the result
+        adapted = self._cached and bool(getattr(module, "peft_config", None))
+        if fiber is None or adapted or not self._owns(fiber) or not suspendable():
             return forward(*args, **kwargs)
         if self.target is None or self.target.function is not forward:  # somebody hooked the module meanwhile
             self.target = Target(self._name, module, forward, cached=self._cached)
@@ -151,7 +153,7 @@ class EngineScope(PrivateScope):
         """Take the hooks away."""
         for module in self._hooked:
             registry = module._diffusers_hook
-            registry.remove_hook(ENGINE_HOOK, recurse=False)
+            _remove(registry)
             forward = module.__dict__.get("forward")
             if forward is not None and getattr(forward, "__func__", None) is type(module).forward:
                 del module.__dict__["forward"]  # diffusers puts the class's own method back as an attribute
@@ -162,6 +164,16 @@ class EngineScope(PrivateScope):
     def _wrap(self, component: Any) -> Any:
         targets = self._autoencoders.get(id(component))
         return super()._wrap(component) if targets is None else EngineAutoencoder(component, targets, self._kinds)
+
+
+def _remove(registry: HookRegistry) -> None:
+    """Remove our hook. Where others were registered after it, diffusers' own way would leave out the next of them."""
+    index = registry._hook_order.index(ENGINE_HOOK)
+    ours, following = registry._fn_refs[index], registry._fn_refs[index + 1 : index + 2]
+    kept = [(one, one.forward) for one in following if one.original_forward is not None]
+    registry.remove_hook(ENGINE_HOOK, recurse=False)
+    for one, forward in kept:
+        one.forward, one.original_forward = forward, ours.original_forward
 
 
 def _modules(pipeline: Any) -> Iterator[tuple[str, nn.Module]]:

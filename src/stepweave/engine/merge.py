@@ -88,8 +88,8 @@ def copied(value: Any) -> Any:
         return value.clone()
     if isinstance(value, dict):
         return {key: copied(item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(copied(item) for item in value)
+    if isinstance(value, (list, tuple)):
+        return _rebuilt(value, [copied(item) for item in value])
     return value
 
 

@@ -1,0 +1,183 @@
+"""Contestants side by side: rounds in turn, wall and CPU seconds, medians with their spread, ratios round by round."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+PACKAGES = ("torch", "diffusers", "transformers", "numpy", "greenlet")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds by the clock, and of CPU time of the whole process, all its threads together."""
+
+    wall: float
+    cpu: float
+
+
+def clock(function: Callable[[], object]) -> Timing:
+    wall, cpu = time.perf_counter(), time.process_time()
+    function()
+    return Timing(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def alternate(contestants: Mapping[str, Callable[[int], Timing]], rounds: int) -> dict[str, list[Timing]]:
+    """Each contestant once in every round, given the round's number: A B A B ..., so that all meet the same conditions."""
+    timings: dict[str, list[Timing]] = {name: [] for name in contestants}
+    for number in range(rounds):
+        for name, contestant in contestants.items():
+            timings[name].append(contestant(number))
+    return timings
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of some values, their quartiles and their extremes."""
+
+    median: float
+    q1: float
+    q3: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        low, q1, median, q3, high = np.percentile(values, (0, 25, 50, 75, 100)).tolist()
+        return cls(median, q1, q3, low, high, len(values))
+
+    def __str__(self) -> str:
+        return f"{_short(self.median)} ({_short(self.q1)} to {_short(self.q3)})"
+
+
+# A part's figures: what the Markdown tables show, and the JSON file keeps whole
+
+Value = str | int | float | Spread | None
+Row = dict[str, Value]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What was measured, in a sentence or two, and its tables. All rows of a table have the same columns."""
+
+    about: str
+    tables: tuple[list[Row], ...]
+
+    def markdown(self) -> str:
+        return "\n\n".join([self.about, *map(_table, self.tables)])
+
+
+def seconds(timings: Mapping[str, Sequence[Timing]]) -> list[Row]:
+    """A table of the contestants' times."""
+    return [
+        {
+            "contestant": name,
+            "wall s": Spread.of([timing.wall for timing in taken]),
+            "CPU s": Spread.of([timing.cpu for timing in taken]),
+        }
+        for name, taken in timings.items()
+    ]
+
+
+def ratio(what: str, above: Sequence[Timing], below: Sequence[Timing], wanted: str = "") -> Row:
+    """A row of a table of ratios: `above` over `below`, round by round, so that what slows a whole round slows both."""
+    pairs = list(zip(above, below, strict=True))
+    return {
+        "ratio": what,
+        "wall": Spread.of([one.wall / other.wall for one, other in pairs]),
+        "CPU": Spread.of([one.cpu / other.cpu for one, other in pairs]),
+        "wanted": wanted,
+    }
+
+
+def _table(rows: Sequence[Row]) -> str:
+    columns = list(rows[0]) if rows else []
+    lines = [columns, ["---"] * len(columns), *([_cell(row[column]) for column in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Value) -> str:
+    return "" if value is None else _short(value) if isinstance(value, float) else str(value)
+
+
+def _short(value: float) -> str:
+    """Three figures, and no exponent within reason."""
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"
+
+
+# The report
+
+
+def environment(device: torch.device | None = None) -> dict[str, Any]:
+    """Hardware and versions, and nothing that names an installation."""
+    found: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),  # of the minute before: what else is running
+        "python": platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
+    }
+    if device is not None and device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "gpu": properties.name,
+            "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    return found
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+class Report:
+    """Prints each part when it is done, and writes them all as JSON."""
+
+    def __init__(self, path: Path, device: torch.device | None = None, **arguments: Any) -> None:
+        self._path = path
+        self._content: dict[str, Any] = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "environment": environment(device),
+            "arguments": arguments,
+            "parts": {},
+        }
+        facts = ", ".join(f"{name} {value}" for name, value in self._content["environment"].items())
+        print(f"{facts}\n", flush=True)
+
+    def add(self, name: str, part: Part) -> None:
+        """The file is written anew each time: a run that is interrupted leaves what it has."""
+        self._content["parts"][name] = dataclasses.asdict(part)
+        print(f"## {name}\n\n{part.markdown()}\n", flush=True)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(json.dumps(self._content, indent=2) + "\n")
+
+    def close(self) -> None:
+        print(f"written to {self._path}", file=sys.stderr)

@@ -1,0 +1,244 @@
+"""ControlNets, T2I-Adapters and IP-Adapters of Stable Diffusion 1.5 and XL."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from tests.pipelines.parts import (
+    HINTS,
+    NUMBERS,
+    SQUARE,
+    XL_BLOCKS,
+    controlnet,
+    diffusion,
+    diffusion_xl,
+    features,
+    strength,
+    vision,
+)
+from tests.pipelines.registry import entry, mask, picture
+from tests.tiny import DOWN_BLOCKS, WIDTH
+
+NOT_BUILT: dict[str, str] = {  # class name -> why not
+    "BlipDiffusionControlNetPipeline": "not written: BLIP Diffusion with a ControlNet; deprecated",
+    "Cosmos2_5_TransferPipeline": "not written: video with a ControlNet",
+    "KolorsPAGPipeline": "diffusers exports it only where sentencepiece is installed",
+}
+
+
+def hint(number: int) -> Image.Image:
+    """A picture to be guided by, of its own for each call."""
+    return picture(number + 50)
+
+
+def influence(number: int) -> float:
+    return 0.5 + number / 10
+
+
+# ControlNet with Stable Diffusion 1.5
+
+
+@entry(**SQUARE, **NUMBERS, guidance_scale=5.0, image=hint)
+def stable_diffusion_control_net_text() -> DiffusionPipeline:
+    return diffusers.StableDiffusionControlNetPipeline(**diffusion(), controlnet=controlnet())
+
+
+@entry(**SQUARE, **NUMBERS, guidance_scale=5.0, image=hint, controlnet_conditioning_scale=influence)
+def stable_diffusion_control_net_scales() -> DiffusionPipeline:
+    """Another influence of the ControlNet in each call."""
+    return diffusers.StableDiffusionControlNetPipeline(**diffusion(), controlnet=controlnet())
+
+
+@entry(
+    **SQUARE,
+    **NUMBERS,
+    guidance_scale=5.0,
+    image=hint,
+    control_guidance_start=lambda number: number / 20,
+    control_guidance_end=lambda number: 1 - number / 10,
+)
+def stable_diffusion_control_net_interval() -> DiffusionPipeline:
+    """The ControlNet acts on some of the steps only."""
+    return diffusers.StableDiffusionControlNetPipeline(**diffusion(), controlnet=controlnet())
+
+
+@entry(**SQUARE, **NUMBERS, guidance_scale=5.0, image=hint, guess_mode=True)
+def stable_diffusion_control_net_guess() -> DiffusionPipeline:
+    return diffusers.StableDiffusionControlNetPipeline(**diffusion(), controlnet=controlnet())
+
+
+@entry(
+    **SQUARE,
+    **NUMBERS,
+    guidance_scale=5.0,
+    image=lambda number: [hint(number), hint(number + 6)],
+    controlnet_conditioning_scale=[0.5, 0.8],
+)
+def stable_diffusion_multi_control_net_text() -> DiffusionPipeline:
+    """Two ControlNets at once."""
+    return diffusers.StableDiffusionControlNetPipeline(**diffusion(), controlnet=[controlnet(), controlnet()])
+
+
+@entry(**NUMBERS, guidance_scale=5.0, image=picture, control_image=hint, strength=strength)
+def stable_diffusion_control_net_img2img() -> DiffusionPipeline:
+    return diffusers.StableDiffusionControlNetImg2ImgPipeline(**diffusion(), controlnet=controlnet())
+
+
+@entry(**SQUARE, **NUMBERS, guidance_scale=5.0, image=picture, mask_image=mask, control_image=hint, strength=strength)
+def stable_diffusion_control_net_inpaint() -> DiffusionPipeline:
+    return diffusers.StableDiffusionControlNetInpaintPipeline(**diffusion(in_channels=9), controlnet=controlnet())
+
+
+@entry(**SQUARE, **NUMBERS, guidance_scale=5.0, image=hint)
+def stable_diffusion_control_net_xs_text() -> DiffusionPipeline:
+    return diffusers.StableDiffusionControlNetXSPipeline(
+        **diffusion(layers_per_block=2, use_linear_projection=True), controlnet=control_xs()
+    )
+
+
+# ControlNet with Stable Diffusion XL
+
+
+@entry(**SQUARE, **NUMBERS, guidance_scale=5.0, image=hint)
+def stable_diffusion_xl_control_net_text() -> DiffusionPipeline:
+    return diffusers.StableDiffusionXLControlNetPipeline(
+        **diffusion_xl(), controlnet=controlnet(**XL_BLOCKS), add_watermarker=False
+    )
+
+
+@entry(**NUMBERS, guidance_scale=5.0, image=picture, control_image=hint, strength=strength)
+def stable_diffusion_xl_control_net_img2img() -> DiffusionPipeline:
+    return diffusers.StableDiffusionXLControlNetImg2ImgPipeline(
+        **diffusion_xl(), controlnet=controlnet(**XL_BLOCKS), add_watermarker=False
+    )
+
+
+@entry(**SQUARE, **NUMBERS, guidance_scale=5.0, image=picture, mask_image=mask, control_image=hint, strength=strength)
+def stable_diffusion_xl_control_net_inpaint() -> DiffusionPipeline:
+    return diffusers.StableDiffusionXLControlNetInpaintPipeline(
+        **diffusion_xl(in_channels=9), controlnet=controlnet(**XL_BLOCKS), add_watermarker=False
+    )
+
+
+def union() -> diffusers.ControlNetUnionModel:
+    return diffusers.ControlNetUnionModel(
+        **DOWN_BLOCKS, **HINTS, **XL_BLOCKS, num_trans_channel=8, num_trans_head=2, num_proj_channel=8
+    )
+
+
+@entry(**SQUARE, **NUMBERS, guidance_scale=5.0, control_image=hint, control_mode=lambda number: number % 2)
+def stable_diffusion_xl_control_net_union_text() -> DiffusionPipeline:
+    """What the picture shows differs: outlines, depth."""
+    return diffusers.StableDiffusionXLControlNetUnionPipeline(
+        **diffusion_xl(), controlnet=union(), add_watermarker=False
+    )
+
+
+@entry(**NUMBERS, guidance_scale=5.0, image=picture, control_image=hint, control_mode=1, strength=strength)
+def stable_diffusion_xl_control_net_union_img2img() -> DiffusionPipeline:
+    return diffusers.StableDiffusionXLControlNetUnionImg2ImgPipeline(
+        **diffusion_xl(), controlnet=union(), add_watermarker=False
+    )
+
+
+@entry(
+    **SQUARE,
+    **NUMBERS,
+    guidance_scale=5.0,
+    image=picture,
+    mask_image=mask,
+    control_image=hint,
+    control_mode=1,
+    strength=strength,
+)
+def stable_diffusion_xl_control_net_union_inpaint() -> DiffusionPipeline:
+    return diffusers.StableDiffusionXLControlNetUnionInpaintPipeline(
+        **diffusion_xl(), controlnet=union(), add_watermarker=False
+    )
+
+
+@entry(**SQUARE, **NUMBERS, guidance_scale=5.0, image=hint)
+def stable_diffusion_xl_control_net_xs_text() -> DiffusionPipeline:
+    return diffusers.StableDiffusionXLControlNetXSPipeline(
+        **diffusion_xl(layers_per_block=2),
+        controlnet=control_xs(cross_attention_dim=2 * WIDTH, transformer_layers_per_block=(1, 2)),
+        add_watermarker=False,
+    )
+
+
+def control_xs(**config: Any) -> diffusers.ControlNetXSAdapter:
+    return diffusers.ControlNetXSAdapter(
+        **HINTS,
+        **{
+            "block_out_channels": (4, 8), "base_block_out_channels": (8, 16), "num_attention_heads": 2,
+            "cross_attention_dim": WIDTH, "down_block_types": DOWN_BLOCKS["down_block_types"], "sample_size": 8,
+            "max_norm_num_groups": 4, "learn_time_embedding": True,
+        } | config,
+    )  # fmt: skip
+
+
+# T2I-Adapter
+
+
+@entry(**SQUARE, **NUMBERS, guidance_scale=5.0, image=hint)
+def stable_diffusion_adapter_text() -> DiffusionPipeline:
+    parts = diffusion(
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")
+    )
+    adapter = diffusers.T2IAdapter(channels=[8, 16], num_res_blocks=1, downscale_factor=2)
+    return diffusers.StableDiffusionAdapterPipeline(**parts, adapter=adapter)
+
+
+@entry(**SQUARE, **NUMBERS, guidance_scale=5.0, image=hint)
+def stable_diffusion_xl_adapter_text() -> DiffusionPipeline:
+    adapter = diffusers.T2IAdapter(
+        channels=[8, 16], num_res_blocks=1, downscale_factor=4, adapter_type="full_adapter_xl"
+    )
+    return diffusers.StableDiffusionXLAdapterPipeline(**diffusion_xl(), adapter=adapter)
+
+
+# IP-Adapter
+
+
+def with_picture(pipeline: Any, scale: float = 0.7) -> DiffusionPipeline:
+    """The pipeline with an IP-Adapter, whose weights are made here in place of a checkpoint."""
+    network = pipeline.unet
+    width = network.config.cross_attention_dim
+    weights: dict[str, torch.Tensor] = {}
+    for number, (name, processor) in enumerate(network.attn_processors.items()):
+        if not name.endswith("attn2.processor"):
+            continue
+        module = network.get_submodule(name.removesuffix(".processor"))
+        for part in ("to_k_ip", "to_v_ip"):
+            weights[f"{number}.{part}.weight"] = torch.randn(module.to_k.out_features, width) * width**-0.5
+        del processor
+    project = {
+        "proj.weight": torch.randn(4 * width, WIDTH) * WIDTH**-0.5,
+        "proj.bias": torch.zeros(4 * width),
+        "norm.weight": torch.ones(width),
+        "norm.bias": torch.zeros(width),
+    }
+    network._load_ip_adapter_weights([{"image_proj": project, "ip_adapter": weights}])
+    pipeline.set_ip_adapter_scale(scale)
+    return pipeline
+
+
+@entry(**SQUARE, **NUMBERS, guidance_scale=5.0, ip_adapter_image=hint)
+def stable_diffusion_ip_adapter_text() -> DiffusionPipeline:
+    pipeline = diffusers.StableDiffusionPipeline(
+        **diffusion() | {"feature_extractor": features()}, image_encoder=vision()
+    )
+    return with_picture(pipeline)
+
+
+@entry(**SQUARE, **NUMBERS, guidance_scale=5.0, ip_adapter_image=hint)
+def stable_diffusion_xl_ip_adapter_text() -> DiffusionPipeline:
+    pipeline = diffusers.StableDiffusionXLPipeline(
+        **diffusion_xl(), image_encoder=vision(), feature_extractor=features(), add_watermarker=False
+    )
+    return with_picture(pipeline)
