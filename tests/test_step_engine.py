@@ -1080,6 +1080,24 @@ def test_calls_on_other_threads_may_tokenize_meanwhile(mode: Mode) -> None:
     assert set(lengths) == {14}
 
 
+@every_mode
+def test_tokens_that_are_added_while_the_engine_is_open_are_known_to_jobs(mode: Mode) -> None:
+    """As `load_textual_inversion` adds them."""
+
+    class Ids(Tokenizing):
+        def __call__(self, text: str) -> list[int]:  # type: ignore[override]
+            ids: list[int] = self.tokenizer(text).input_ids
+            return ids
+
+    pipeline = Ids(Wave().eval(), tiny.clip()["tokenizer"])
+    with StepEngine(pipeline, mode=mode) as engine:
+        before = engine.submit("a <mine> circle").result(SECONDS)
+        assert before == pipeline("a <mine> circle")
+        pipeline.tokenizer.add_tokens("<mine>")
+        assert before != pipeline("a <mine> circle")
+        assert engine.submit("a <mine> circle").result(SECONDS) == pipeline("a <mine> circle")
+
+
 def test_a_plain_call_does_not_wait_for_the_engine() -> None:
     pipeline = toy()
     with StepEngine(pipeline) as engine, held(engine, **seeded()) as job:

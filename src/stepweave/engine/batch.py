@@ -20,7 +20,9 @@ def batch_key(job: Job) -> Hashable | None:
     """Equal for jobs whose calls differ in prompts and generators only; None for a job that must have a call of its own."""
     kwargs = job.kwargs
     generator = kwargs.get("generator")
-    if job.args or job.scheduler is not None or generator is None or kwargs.get("callback_on_step_end") is not None:
+    if job.args or job.reproducible or job.scheduler is not None:
+        return None
+    if generator is None or kwargs.get("callback_on_step_end") is not None:
         return None
     if len(_generators(job)) != images_of(job) or not isinstance(kwargs.get("prompt"), str):
         return None

@@ -116,12 +116,20 @@ class StepEngine:
             self._runner = Pool(pipeline, threads=workers, stats=self._stats, together=rows if mode == "request" else 1)
         self._at_exit = _close_at_exit(self)
 
-    def submit(self, *args: Any, scheduler: Any = None, deadline: float | None = None, **kwargs: Any) -> Job:
+    def submit(
+        self,
+        *args: Any,
+        scheduler: Any = None,
+        deadline: float | None = None,
+        reproducible: bool = False,
+        **kwargs: Any,
+    ) -> Job:
         """Run the pipeline's call with these arguments as soon as possible.
 
         `scheduler` is used in place of the pipeline's, as a copy. `deadline` is in seconds from now; a job that is late ends at
-        its next step with DeadlineExceeded. Callbacks run on the engine's thread and hold up every job meanwhile.
-        Raises EngineClosed.
+        its next step with DeadlineExceeded. With `reproducible` the result is bitwise that of the plain call, in any company:
+        its forwards are its own, and take turns with the others'. Callbacks run on the engine's thread and hold up every job
+        meanwhile. Raises EngineClosed.
         """
         if deadline is not None and not deadline > 0:
             raise ValueError(f"deadline is {deadline!r}; it must be more than 0 seconds")
@@ -133,7 +141,14 @@ class StepEngine:
                 kwargs["generator"] = torch.Generator().manual_seed(seed)
         runner = self._runner
         job = Job(
-            args, kwargs, scheduler=scheduler, deadline=deadline, seed=seed, owner=runner, on_cancel=runner.cancel
+            args,
+            kwargs,
+            scheduler=scheduler,
+            deadline=deadline,
+            seed=seed,
+            reproducible=reproducible,
+            owner=runner,
+            on_cancel=runner.cancel,
         )
         with self._lock:
             if self._closed:

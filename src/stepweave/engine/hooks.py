@@ -111,14 +111,16 @@ class PrivateScope(RequestScopedPipeline):
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline, wrap_scheduler=False)
-        self._tokenizers: dict[int, tuple[Any, Any]] = {}
+        self._tokenizers: dict[int, tuple[Any, int, Any]] = {}
 
     def _wrap(self, component: Any) -> Any:
         if isinstance(component, PreTrainedTokenizerBase):
             known = self._tokenizers.get(id(component))
-            if known is None or known[0] is not component:
-                known = self._tokenizers[id(component)] = (component, copy.deepcopy(component))
-            component = known[1]
+            if (
+                known is None or known[0] is not component or known[1] != len(component)
+            ):  # textual inversion adds tokens
+                known = self._tokenizers[id(component)] = (component, len(component), copy.deepcopy(component))
+            component = known[2]
         return super()._wrap(component)
 
 

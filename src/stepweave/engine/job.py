@@ -67,6 +67,7 @@ class Job:
         scheduler: Any = None,
         deadline: float | None = None,
         seed: int | None = None,
+        reproducible: bool = False,
         owner: object = None,
         on_cancel: Callable[[Job], None] = lambda job: None,
     ) -> None:
@@ -76,6 +77,7 @@ class Job:
         self.seed = (
             seed  # of the generator that it was given where the caller gave none, or of a default one of its own
         )
+        self.reproducible = reproducible  # its calls share no forward with others
         self.id = uuid.uuid4().hex
         self.accepted = time.monotonic()
         self.deadline = None if deadline is None else self.accepted + deadline

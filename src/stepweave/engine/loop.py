@@ -260,20 +260,23 @@ class StepLoop:
             elif isinstance(request, Offload):
                 self._offload(active, request)
             else:
-                known = self._look_up(request)
+                request.owner, request.age = active, active.job.accepted
+                known = self._look_up(request, active.job.reproducible)
                 if known is not None:
                     request = active.fiber.resume(known)
                     continue
-                request.owner, request.age = active, active.job.accepted
                 active.call = request
                 self._queues.add(request)
             return
 
-    def _look_up(self, call: Call) -> Any:
+    def _look_up(self, call: Call, reproducible: bool) -> Any:
         """Describe a call; what its result is, if an encoder gave it before."""
         try:
             self._describer.describe(call)
             call.cache_key = self.cache.key(call)
+            if reproducible:  # no forward to share, and none of the results that came of a shared one
+                call.key = object()
+                call.cache_key = call.cache_key and ("reproducible", call.cache_key)
             return None if call.cache_key is None else self.cache.get(call.cache_key)
         except Exception:
             self._stats.errors += 1
