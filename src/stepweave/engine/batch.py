@@ -10,6 +10,7 @@ import torch
 from stepweave.engine.hooks import track
 from stepweave.engine.job import Ending, Job
 from stepweave.engine.merge import split
+from stepweave.engine.prompts import warned
 from stepweave.errors import Cancelled, DeadlineExceeded
 from stepweave.scope import RequestScopedPipeline
 
@@ -50,7 +51,7 @@ def run_batch(scope: RequestScopedPipeline, jobs: list[Job]) -> list[Any]:
     kwargs["generator"] = generators = [one for job in jobs for one in _generators(job)]
     before = [one.get_state() for one in generators]
     try:
-        with scope.lease() as view:
+        with scope.lease() as view, warned(view, jobs):
             track(view, _Together(jobs))
             outcomes = split(view(**kwargs), [images_of(job) for job in jobs])
     except BaseException:

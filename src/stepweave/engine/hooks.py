@@ -21,6 +21,7 @@ from stepweave.engine.merge import cloned, tensors
 from stepweave.errors import EngineMisuse
 from stepweave.scope.pipeline import ENGINE_HOOK, RequestScopedPipeline
 from stepweave.scope.proxy import Proxy
+from stepweave.scope.tokenizer import LockedTokenizer
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ class PrivateScope(RequestScopedPipeline):
                 known is None or known[0] is not component or known[1] != len(component)
             ):  # textual inversion adds tokens
                 known = self._tokenizers[id(component)] = (component, len(component), copy.deepcopy(component))
-            component = known[2]
+            names = (name for name, value in vars(self.pipeline).items() if value is component)
+            return LockedTokenizer(known[2], self._tokenizer_lock, next(names, "tokenizer"))
         return super()._wrap(component)
 
 

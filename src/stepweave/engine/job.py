@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Hashable
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -90,6 +90,7 @@ class Job:
         self._total = 0
         self._cancelled = False
         self._ended: Exception | None = None
+        self._warnings: dict[Hashable, str] = {}
         self._owner = owner
         self._on_cancel = on_cancel
         self._future = _Result(self)
@@ -97,6 +98,11 @@ class Job:
     @property
     def progress(self) -> Progress:
         return Progress(self._step, self._total)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the caller should know of the result, in order: which prompts the text encoders did not read to their end."""
+        return list(self._warnings.values())
 
     def done(self) -> bool:
         """Whether the result, or the error, is there."""
@@ -172,6 +178,10 @@ class Job:
         """Note that a denoising loop of `total` steps begins."""
         self.opened = self.opened or time.monotonic()
         self._total += total
+
+    def warn(self, key: Hashable, message: str) -> None:
+        """Have the caller know; once for each key."""
+        self._warnings.setdefault(key, message)
 
     def restart(self) -> None:
         """Note that the call begins anew."""

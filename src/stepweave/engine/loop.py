@@ -21,6 +21,7 @@ from stepweave.engine.fiber import Done, Fiber
 from stepweave.engine.forward import Forwarder
 from stepweave.engine.hooks import EngineScope, Offload, RunYourself, postprocess_elsewhere, track
 from stepweave.engine.job import Ending, Job, enter_engine
+from stepweave.engine.prompts import warned
 from stepweave.engine.queues import CallQueues
 from stepweave.engine.stats import Stats
 from stepweave.engine.textcache import EncoderCache
@@ -202,7 +203,7 @@ class StepLoop:
         self._switch(active, fiber.resume, None)
 
     def _call_pipeline(self, job: Job) -> Any:
-        with self._scope.lease(job.scheduler) as view:
+        with self._scope.lease(job.scheduler) as view, warned(view, [job]):
             track(view, job)
             postprocess_elsewhere(view)
             return view(*job.args, **job.kwargs)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from stepweave.engine.batch import batch_key, images_of, run_batch
 from stepweave.engine.hooks import PrivateScope, track
 from stepweave.engine.job import Ending, Job, enter_engine
+from stepweave.engine.prompts import warned
 from stepweave.engine.stats import Stats
 from stepweave.errors import Cancelled
 
@@ -140,7 +141,7 @@ class Pool:
     def _run_alone(self, job: Job) -> Any:
         try:
             job.check()
-            with self._scope.lease(job.scheduler) as view:
+            with self._scope.lease(job.scheduler) as view, warned(view, [job]):
                 track(view, job)
                 return view(*job.args, **job.kwargs)
         except BaseException as error:
