@@ -155,8 +155,8 @@ def test_it_would_be_wrong_if_nothing_were_certified(forward: Forward, monkeypat
 
 @every_mixer
 def test_it_would_be_wrong_if_every_proof_passed(forward: Forward, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(certify, "_compare", lambda merged, single: (0.0, None))
-    monkeypatch.setattr(certify, "_told_apart", lambda merged, single: True)
+    monkeypatch.setattr(certify, "compare", lambda merged, single: (0.0, None))
+    monkeypatch.setattr(certify, "told_apart", lambda merged, single: True)
     assert serve(forward, others(rows=2)).wrong()
 
 
@@ -231,8 +231,8 @@ def test_captions_of_different_length_are_kept_apart_where_the_module_ignores_th
 
 
 def test_they_would_be_wrong_if_every_comparison_passed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(certify, "_compare", lambda merged, single: (0.0, None))
-    monkeypatch.setattr(certify, "_told_apart", lambda merged, single: True)
+    monkeypatch.setattr(certify, "compare", lambda merged, single: (0.0, None))
+    monkeypatch.setattr(certify, "told_apart", lambda merged, single: True)
     assert serve(ignores_the_mask, captions([3, 9, 3, 9, 5])).wrong()
 
 

@@ -21,8 +21,9 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from stepweave.engine import ambient
-from stepweave.engine.call import Call, Describer, Target, Unmergeable
+from stepweave.engine.call import Call, Target, Unmergeable
 from stepweave.engine.certify import Certificates
+from stepweave.engine.describe import Describer
 from stepweave.engine.digests import Digests
 from stepweave.engine.merge import cloned, merge, split, tensors
 from tests.toy import STEPS, WIDTH, call, honest, module, serve

@@ -27,8 +27,9 @@ from torch import nn
 
 from stepweave import Job, StepEngine
 from stepweave.engine import Mode, Progress, forward
-from stepweave.engine.call import Call, Describer
+from stepweave.engine.call import Call
 from stepweave.engine.certify import Certificates
+from stepweave.engine.describe import Describer
 from stepweave.engine.fiber import Fiber
 from stepweave.engine.loop import _Active
 from stepweave.engine.pool import Pool

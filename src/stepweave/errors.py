@@ -68,6 +68,13 @@ class EngineMisuse(StepweaveError):
     """The engine is used in a way that cannot work."""
 
 
+class OutOfMemory(StepweaveError):
+    """The device's memory is too small for the job, even by itself."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="out_of_memory")
+
+
 class RequestError(StepweaveError):
     """The caller's request cannot be served."""
 

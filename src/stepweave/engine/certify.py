@@ -17,18 +17,13 @@ from typing import Any
 import torch
 
 from stepweave.engine.call import Call
+from stepweave.engine.compare import compare, told_apart
+from stepweave.engine.describe import TIMES
 from stepweave.engine.digests import Digests
-from stepweave.engine.merge import tensors
+from stepweave.engine.readings import Path, Readings
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE = {
-    torch.float64: 1e-4,
-    torch.float32: 1e-4,
-    torch.bfloat16: 2e-2,
-    torch.float16: 2e-2,
-}  # of the largest output
-APART = 10.0  # how much closer a row must be to its own single result than to any other's
 REACH = 4  # a proof with so many rows covers this many times as many
 ATTEMPTS = 16  # inconclusive proofs, whose calls were too alike to tell apart, before a kind is left alone
 KEPT = 4096  # certificates; the least recently used goes first
@@ -73,6 +68,14 @@ class Certificate:
     next_audit: int = 0  # when `merged` gets there
     proven: set[Any] = field(default_factory=set)
     refused: set[Any] = field(default_factory=set)
+    divisible: bool | None = None  # whether its rows may be computed apart from each other; None if not known
+    readings: Readings = field(default_factory=Readings)
+    read: tuple[tuple[Path, str | None], ...] = ()  # how this kind reads its arguments
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether it failed, and the arguments have been read in another way since, which makes another kind."""
+        return self.state is State.FAILED and any(self.readings.of(path) != reading for path, reading in self.read)
 
     def describe(self) -> dict[str, Any]:
         """As `/v1/models` and `StepEngine.stats` show it."""
@@ -101,6 +104,8 @@ class Certificates:
         if found is None:
             found = self._known[call.kind] = Certificate(call.target.name, _shape_of_sample(call))
             found.ambiguous = any(node[0] == "repeated" for _, node in call.layout)
+            found.readings, guesses = call.target.readings, dict(call.guesses)
+            found.read = tuple((path, guesses.get(path)) for path in guesses.keys() | {path for path, _ in call.paths})
             # the first audit comes early: most kinds do not live to see a thousand
             found.next_audit = max(1, self._audit_every // 10)
             if len(self._known) > KEPT:
@@ -110,7 +115,7 @@ class Certificates:
         return found
 
     def all(self) -> list[Certificate]:
-        return list(self._known.values())
+        return [one for one in list(self._known.values()) if not one.abandoned]
 
     def counts(self) -> dict[str, int]:
         found = self.all()
@@ -166,6 +171,8 @@ class Certificates:
         for i, (leaf, other_leaf) in enumerate(zip(one.leaves, other.leaves, strict=True)):
             if i not in certificate.proven and self._value(leaf) != self._value(other_leaf):
                 found.add(i)
+            if (i, "dtype") not in certificate.proven and _dtype(leaf) != _dtype(other_leaf):  # of times
+                found.add((i, "dtype"))
         return found
 
     def _value(self, leaf: tuple[Any, ...]) -> Any:
@@ -178,6 +185,7 @@ class Certificates:
         if any(call.failed for call in calls):
             return  # it fails alone, too, which says nothing of merging
         if any(call.wrote for call in calls):
+            certificate.readings.refute(calls[0].guesses)
             self._fail(certificate, set(), "it writes to its arguments")
             return
         if any(call.output is None for call in calls):
@@ -192,14 +200,24 @@ class Certificates:
         rows = sum(call.rows for call in calls)
         certificate.proofs += 1
         if isinstance(merged, Exception):
-            self._fail(certificate, variations, f"merged, it raised {type(merged).__name__}: {merged}"[:200])
-            return
-        error, problem = _compare(merged, [call.output for call in calls])
-        certificate.error = max(certificate.error, error)
+            problem: str | None = f"merged, it raised {type(merged).__name__}: {merged}"[:200]
+        else:
+            error, problem = compare(merged, [call.output for call in calls])
+            certificate.error = max(certificate.error, error)
         if problem is not None:
-            self._fail(certificate, variations, problem)
-        elif _told_apart(merged, [call.output for call in calls]):
+            first_proof = certificate.state is State.PENDING and not (certificate.repeat and certificate.ambiguous)
+            if first_proof and _read_anew(calls[0], variations):
+                certificate.state, certificate.reason = State.FAILED, problem
+                logger.info("%s %s: its arguments are read in another way", certificate.target, certificate.sample)
+            else:
+                self._fail(certificate, variations, problem)
+            return
+        assert not isinstance(merged, Exception)
+        if told_apart(merged, [call.output for call in calls]):
             certificate.state, certificate.reason = State.CERTIFIED, "merged and alone agree"
+            certificate.readings.prove(calls[0].guesses)
+            if all(call.rows == 1 for call in calls) and certificate.divisible is None:
+                certificate.divisible = True
             certificate.rows = max(certificate.rows, rows)
             certificate.proven |= variations - {RAGGED}
             certificate.spread = max(certificate.spread, _spread(calls))
@@ -229,9 +247,44 @@ class Certificates:
             certificate.state = State.FAILED
             logger.warning("%s %s runs alone: %s", certificate.target, certificate.sample, reason)
 
+    def judge_parts(self, call: Call, divided: Any) -> None:
+        """Record whether a call gave in parts, as `divided`, what it gave as a whole, in its `output`."""
+        certificate = self.of(call)
+        if certificate.state is State.CERTIFIED and not call.failed and call.output is not None:
+            certificate.divisible = not isinstance(divided, Exception) and compare([divided], [call.output])[1] is None
+
+    def divisible(self, call: Call) -> bool | None:
+        """Whether a call's rows may be computed apart; where its own size was never tried, whether another's may."""
+        if not isinstance(call.kind, tuple):
+            return False
+        own = self._known.get(call.kind)
+        if own is not None and own.divisible is not None:
+            return own.divisible
+        target, layout, _, ambient = call.kind
+        found = [
+            one.divisible
+            for kind, one in self._known.items()
+            if isinstance(kind, tuple) and (kind[0], kind[1], kind[3]) == (target, layout, ambient)
+        ]
+        return False if False in found else True if True in found else None
+
     def fail(self, call: Call, reason: str) -> None:
         """Withdraw the certificate of a kind."""
         self._fail(self.of(call), set(), reason)
+
+
+def _read_anew(call: Call, variations: set[Any]) -> bool:
+    """Whether there is another way to read the arguments of calls whose first proof failed, in which they differ so."""
+    readings = call.target.readings
+    if call.guesses:
+        return readings.refute(call.guesses)
+    rows = [path for i, (path, tag) in enumerate(call.paths) if tag == "rows" and i not in variations]
+    equal = [path for path in rows if path[0] not in TIMES]  # they are equal at the first step only
+    return readings.suppose(equal, "shared")
+
+
+def _dtype(leaf: tuple[Any, ...]) -> Any:
+    return leaf[0].dtype if isinstance(leaf[0], torch.Tensor) else None
 
 
 def _spread(calls: Sequence[Call]) -> float:
@@ -251,63 +304,3 @@ def _shape_of_sample(call: Call) -> str:
         return ""
     shape = tensor.shape if isinstance(next(iter(call.arguments.values())), list) else tensor.shape[1:]
     return f"{'x'.join(map(str, shape))} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def _compare(merged: list[Any], single: list[Any]) -> tuple[float, str | None]:
-    """The largest difference, as a share of the largest output, and what is wrong, if anything is."""
-    worst = 0.0
-    for one, other in zip(merged, single, strict=True):
-        ours, theirs = tensors(one), tensors(other)
-        if [(t.shape, t.dtype) for t in ours] != [(t.shape, t.dtype) for t in theirs]:
-            return worst, "merged and alone give results of different shapes"
-        for a, b in zip(ours, theirs, strict=True):
-            if not a.dtype.is_floating_point:
-                if not torch.equal(a, b):
-                    return worst, "merged and alone give different whole numbers"
-                continue
-            tolerance = TOLERANCE.get(a.dtype, TOLERANCE[torch.float32])
-            error = _relative(a, b)
-            if not error <= tolerance:  # also NaN in one and not in the other
-                return max(worst, error), f"merged and alone differ by {error:.2g} of the largest output"
-            worst = max(worst, error)
-    return worst, None
-
-
-def _relative(merged: torch.Tensor, single: torch.Tensor) -> float:
-    if torch.equal(merged, single):
-        return 0.0
-    ours, alone = (one.detach().cpu().double() for one in (merged, single))  # not every device has doubles
-    return float((ours - alone).abs().max()) / (float(alone.abs().max()) or 1.0)
-
-
-def _told_apart(merged: list[Any], single: list[Any]) -> bool:
-    """Whether every merged row is far closer to its own single result than to those of other calls, and some differ at all.
-
-    Only calls with results of the same shapes can be held against each other.
-    """
-    rows = [(_rows(one), _rows(other)) for one, other in zip(merged, single, strict=True)]
-    evidence = False
-    for i, (ours, own) in enumerate(rows):
-        for j, (_, others) in enumerate(rows):
-            if i == j or own.shape[1:] != others.shape[1:]:
-                continue
-            for row in range(len(ours)):
-                apart = (others - own[row]).norm(dim=1)
-                differing = others[apart > 0]
-                if not len(differing):
-                    continue
-                distance = (ours[row] - own[row]).norm()
-                if (APART * distance > (differing - ours[row]).norm(dim=1)).any():
-                    return False
-                evidence = True
-    return evidence
-
-
-def _rows(output: Any) -> torch.Tensor:
-    """All numbers of a result, as (rows, numbers)."""
-    found = [t for t in tensors(output) if t.ndim and t.dtype.is_floating_point]
-    if not found:
-        return torch.empty(0, 0)
-    rows = found[0].shape[0]
-    flat = [t.detach().double().cpu().reshape(rows, -1) for t in found if t.shape[0] == rows]
-    return torch.cat(flat, dim=1)

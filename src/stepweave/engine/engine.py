@@ -16,6 +16,7 @@ import torch
 from stepweave.engine.ambient import draw_seed
 from stepweave.engine.job import Job, inside_engine
 from stepweave.engine.loop import StepLoop
+from stepweave.engine.memory import DeviceMemory
 from stepweave.engine.pool import Pool, Runner
 from stepweave.engine.stats import Forwards, Stats
 from stepweave.errors import EngineClosed, EngineMisuse
@@ -44,7 +45,10 @@ class EngineStats:
     cache_bytes: int
     proofs: int  # forwards run both merged and alone, audits included
     retried: int  # merged forwards that failed and were run alone
-    out_of_memory: int  # merged forwards that were halved
+    out_of_memory: int  # forwards that ran out, and were halved or put off
+    divided: int  # calls that were run some rows at a time
+    unfit: int  # jobs that failed for want of memory
+    peak_memory: int  # bytes of the device, the most taken at a time; 0 if unknown
     errors: int  # of the engine itself, survived
 
 
@@ -63,6 +67,7 @@ class StepEngine:
         cache_bytes: bound of the remembered results of text and image encoders; 0 remembers none. Close the engine before you
             change an encoder's weights.
         audit_every: one in so many merged forwards is compared with the single ones.
+        memory: tells what a forward takes of the device's memory and what is left of it; torch's CUDA allocator does if None.
 
     A job that is given no `generator` gets one, seeded from torch's default generator at submission.
 
@@ -82,6 +87,7 @@ class StepEngine:
         threads: int = 4,
         cache_bytes: int = CACHE_BYTES,
         audit_every: int = AUDIT_EVERY,
+        memory: DeviceMemory | None = None,
     ) -> None:
         if mode not in get_args(Mode):
             raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(get_args(Mode))}")
@@ -109,6 +115,7 @@ class StepEngine:
                 max_jobs=max_jobs,
                 cache_bytes=cache_bytes,
                 audit_every=audit_every,
+                memory=memory,
                 stats=self._stats,
             )
         else:
@@ -182,6 +189,9 @@ class StepEngine:
             proofs=stats.proofs,
             retried=stats.retried,
             out_of_memory=stats.out_of_memory,
+            divided=stats.divided,
+            unfit=stats.unfit,
+            peak_memory=loop.memory.peak() if loop else 0,
             errors=stats.errors,
         )
 

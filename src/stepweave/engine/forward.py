@@ -11,8 +11,10 @@ import torch
 from stepweave.engine import ambient
 from stepweave.engine.call import Call, Unmergeable
 from stepweave.engine.certify import Certificates, Verdict
+from stepweave.engine.compare import compare
+from stepweave.engine.divide import join, part
 from stepweave.engine.hooks import RunYourself
-from stepweave.engine.memory import RowCaps
+from stepweave.engine.memory import DeviceMemory, Room, ran_out
 from stepweave.engine.merge import copied, merge, split
 from stepweave.engine.stats import Stats
 from stepweave.engine.textcache import EncoderCache
@@ -20,10 +22,17 @@ from stepweave.engine.textcache import EncoderCache
 logger = logging.getLogger(__name__)
 
 
+class Starved:
+    """The answer to a call that does not fit into memory now, however few of its rows at a time."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+
+
 class Forwarder:
     """Runs calls of one key: alone, merged, or both ways to prove that they may be.
 
-    `advance` is given a call's owner and the answer: its result, or RunYourself.
+    `advance` is given a call's owner and the answer: its result, RunYourself, Starved or an error.
     """
 
     def __init__(
@@ -31,7 +40,7 @@ class Forwarder:
         certificates: Certificates,
         cache: EncoderCache,
         stats: Stats,
-        device: torch.device,
+        memory: DeviceMemory,
         kinds: tuple[str, ...],
         max_rows: int,
         advance: Callable[[Any, Any], None],
@@ -39,15 +48,15 @@ class Forwarder:
         self._certificates = certificates
         self._cache = cache
         self._stats = stats
-        self._device = device
         self._kinds = kinds
         self._max_rows = max_rows
         self._advance = advance
-        self._caps = RowCaps()
+        self._memory = memory
+        self._room = Room(memory)
 
     def limit(self, call: Call) -> int:
         """The most rows of a forward with this call."""
-        return self._caps.limit(call.kind, min(self._max_rows, call.target.cap or self._max_rows))
+        return self._room.limit(call.kind, min(self._max_rows, call.target.cap or self._max_rows))
 
     def decide(self, calls: list[Call]) -> tuple[Verdict, list[Call]]:
         """What to do first with calls of one key, and with which of them."""
@@ -69,26 +78,33 @@ class Forwarder:
 
     def _alone(self, calls: Sequence[Call]) -> None:
         for call in calls:
+            if call.rows > self.limit(call) and not call.whole and self._certificates.divisible(call):
+                self._stats.called(call.target.name)
+                self._advance(call.owner, self._in_parts(call))
+                continue
             self._stats.forward(call.target.name, call.rows, 1)
             call.keep = call.keep or call.cache_key is not None
-            self._advance(call.owner, RunYourself())
+            with self._room.measured(call.kind, call.rows):
+                self._advance(call.owner, RunYourself())
             self._remember(call, call.output)
-            self._caps.fitted(call.kind)
+            if not call.ran_out:
+                self._room.fitted(call.kind)
 
     def _merged(self, calls: Sequence[Call]) -> None:
-        rows = sum(call.rows for call in calls)
+        kind, rows = calls[0].kind, sum(call.rows for call in calls)
+        outputs = None
         try:
-            outputs = run_merged(calls, self._kinds, repeat=self._certificates.of(calls[0]).repeat)
-        except torch.OutOfMemoryError:
-            outputs = None  # and the error is let go of, which holds on to the memory
-        except Exception as error:
-            self._retry(calls, f"merged, it raised {type(error).__name__}: {error}"[:200])
-            return
+            with self._room.measured(kind, rows):
+                outputs = run_merged(calls, self._kinds, repeat=self._certificates.of(calls[0]).repeat)
+        except Exception as error:  # let go of below, since it holds on to the memory
+            if not ran_out(error):
+                self._retry(calls, f"merged, it raised {type(error).__name__}: {error}"[:200])
+                return
         if outputs is None:
-            self._out_of_memory(calls[0], rows)
+            self._ran_out(calls[0], rows)
             self._halve(calls)
             return
-        self._caps.fitted(calls[0].kind)
+        self._room.fitted(kind)
         self._stats.forward(calls[0].target.name, rows, len(calls))
         for call, output in zip(calls, outputs, strict=True):
             self._remember(call, output)
@@ -112,11 +128,66 @@ class Forwarder:
             else:
                 self._merged(half)
 
-    def _out_of_memory(self, call: Call, rows: int) -> None:
+    def _ran_out(self, call: Call, rows: int) -> None:
+        """Learn that so many rows of a call's kind do not fit."""
         self._stats.out_of_memory += 1
-        self._caps.failed(call.kind, rows)
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._room.failed(call.kind, rows)
+        self._memory.free()
+
+    def relieve(self, call: Call, *, again: bool = False) -> Any:
+        """The answer to a call that ran out of memory by itself: run once more if there is more room now, else in parts."""
+        self._ran_out(call, call.rows)
+        if self._cache.clear() or again:
+            try:
+                return run_arguments(call, None, self._kinds)
+            except Exception as error:
+                if not ran_out(error):
+                    return error
+            self._memory.free()
+        divisible = call.rows > 1 and not call.whole and self._divisible(call)
+        return self._in_parts(call) if divisible else Starved(call)
+
+    def _in_parts(self, call: Call) -> Any:
+        """The answer to a call, from forwards of some of its rows at a time."""
+        outputs: list[Any] = []
+        counts: list[int] = []
+        size = min(self.limit(call), (call.rows + 1) // 2)
+        while sum(counts) < call.rows:
+            start = sum(counts)
+            rows = min(size, call.rows - start)
+            try:
+                with self._room.measured(call.kind, rows):
+                    outputs.append(run_arguments(call, part(call, start, start + rows), self._kinds))
+                counts.append(rows)
+                continue
+            except Exception as error:
+                if not ran_out(error):
+                    return error
+            self._ran_out(call, rows)
+            if rows == 1:
+                return Starved(call)
+            size = max(1, rows // 2)
+        self._stats.divided += 1
+        for rows in counts:
+            self._stats.forward(call.target.name, rows, 0)
+        output = join(outputs, counts)
+        self._remember(call, output)
+        return output
+
+    def _divisible(self, call: Call) -> bool:
+        """Whether a call's rows may be computed apart from each other; tried with a few of them if nothing is known."""
+        known = self._certificates.divisible(call)
+        if known is None and call.rows > 2:
+            try:
+                pair, one, other = (
+                    run_arguments(call, copied(part(call, a, b)), self._kinds) for a, b in ((0, 2), (0, 1), (1, 2))
+                )
+                known = compare([pair], [join([one, other], [1, 1])])[1] is None
+            except Exception as error:
+                known = None if ran_out(error) else False
+                logger.info("%s was not divided: %s: %s", call.target.name, type(error).__name__, error)
+            self._certificates.of(call).divisible = known
+        return bool(known)
 
     def _prove(self, calls: Sequence[Call]) -> None:
         """Run calls merged and one by one; the fibers get their own results."""
@@ -124,23 +195,50 @@ class Forwarder:
         merged: Any = None
         try:
             merged = try_merged(calls, self._kinds, repeat=self._certificates.of(calls[0]).repeat)
-        except torch.OutOfMemoryError:
-            pass
         except Exception as error:
-            merged = error
+            if not ran_out(error):
+                merged = error
         if merged is None:
-            self._out_of_memory(calls[0], sum(call.rows for call in calls))
+            self._ran_out(calls[0], sum(call.rows for call in calls))
+        parts = self._try_parts(calls) if isinstance(merged, list) else None
         for call in calls:
             call.keep = merged is not None
         self._alone(calls)
         if merged is not None:
             self._certificates.judge(calls, merged)
+        if parts is not None:
+            self._certificates.judge_parts(*parts)
         for call in calls:
             call.output = None
+
+    def _try_parts(self, calls: Sequence[Call]) -> tuple[Call, Any] | None:
+        """What a call of several rows gives in halves, to be compared with what it gives as a whole; None if that is known."""
+        call = max(calls, key=lambda call: call.rows)
+        if call.rows < 2 or self._certificates.of(call).divisible is not None:
+            return None
+        middle = call.rows // 2
+        try:
+            halves = [
+                run_arguments(call, copied(part(call, a, b)), self._kinds)
+                for a, b in ((0, middle), (middle, call.rows))
+            ]
+            return call, join(halves, [middle, call.rows - middle])
+        except Exception as error:
+            return None if ran_out(error) else (call, error)
 
     def _remember(self, call: Call, output: Any) -> None:
         if call.cache_key is not None and output is not None:
             self._cache.put(call.cache_key, output)
+
+
+def run_arguments(call: Call, arguments: dict[str, Any] | None, kinds: tuple[str, ...]) -> Any:
+    """The result of a call, or of one with other `arguments`, as its fiber would have it."""
+    here = ambient.current(kinds)
+    ambient.apply(call.ambient, here)
+    try:
+        return call.run() if arguments is None else call.target.function(**arguments)
+    finally:
+        ambient.apply(here, call.ambient)
 
 
 def run_merged(calls: Sequence[Call], kinds: tuple[str, ...], *, repeat: bool, trial: bool = False) -> list[Any]:
@@ -150,7 +248,7 @@ def run_merged(calls: Sequence[Call], kinds: tuple[str, ...], *, repeat: bool, t
     try:
         arguments = merge(calls, repeat=repeat)
         output = calls[0].target.function(**(copied(arguments) if trial else arguments))
-        return split(output, [call.rows for call in calls], listed=calls[0].listed)
+        return split(output, [call.rows for call in calls], listed=calls[0].listed, whole=True)
     finally:
         ambient.apply(here, calls[0].ambient)
 
@@ -161,13 +259,13 @@ def try_merged(calls: Sequence[Call], kinds: tuple[str, ...], *, repeat: bool) -
     Raises Unmergeable if the forward draws from a call's generator. (From torch's default one, which other threads use: then
     merged and single results differ.)
     """
-    generators = _generators([call.arguments for call in calls])
-    before = [one.get_state() for one in generators]
+    drawn_from = generators([call.arguments for call in calls])
+    before = [one.get_state() for one in drawn_from]
     drawn = False
     try:
         outputs = run_merged(calls, kinds, repeat=repeat, trial=True)
     finally:
-        for generator, state in zip(generators, before, strict=True):
+        for generator, state in zip(drawn_from, before, strict=True):
             if not torch.equal(generator.get_state(), state):
                 generator.set_state(state)
                 drawn = True
@@ -176,9 +274,10 @@ def try_merged(calls: Sequence[Call], kinds: tuple[str, ...], *, repeat: bool) -
     return outputs
 
 
-def _generators(value: Any) -> list[torch.Generator]:
+def generators(value: Any) -> list[torch.Generator]:
+    """All generators in arguments."""
     if isinstance(value, torch.Generator):
         return [value]
     if isinstance(value, dict):
         value = list(value.values())
-    return [one for item in value for one in _generators(item)] if isinstance(value, (list, tuple)) else []
+    return [one for item in value for one in generators(item)] if isinstance(value, (list, tuple)) else []

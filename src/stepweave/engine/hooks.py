@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,12 +17,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stepweave.engine.ambient import current
 from stepweave.engine.call import Call, Target
+from stepweave.engine.describe import state_of
 from stepweave.engine.fiber import Fiber, current_fiber, suspend, suspendable
+from stepweave.engine.memory import ran_out
 from stepweave.engine.merge import cloned, tensors
+from stepweave.engine.offload import Offloading, moves_only
 from stepweave.errors import EngineMisuse
 from stepweave.scope.pipeline import ENGINE_HOOK, RequestScopedPipeline
 from stepweave.scope.proxy import Proxy
 from stepweave.scope.tokenizer import LockedTokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,21 +44,29 @@ class RunYourself:
 def call_engine(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any], kinds: tuple[str, ...]) -> Any:
     """Suspend the running fiber with a call of `target` and give its result."""
     call = Call(target, args, kwargs, current(kinds))
-    answer = suspend(call)
-    if not isinstance(answer, RunYourself):
-        return answer
-    if not call.keep:
-        return call.run()
-    written = _versions(call)
-    try:
-        output = call.run()
-    except BaseException:
-        call.failed = True
-        raise
-    call.wrote = any(tensor._version != version for tensor, version in written)
+    while isinstance(answer := suspend(call), RunYourself):
+        before = _versions(call) if call.keep else []
+        try:
+            output = call.run()
+        except BaseException as error:
+            call.failed = True
+            if not ran_out(error):
+                raise
+            call.ran_out = True  # and the error is let go of, which holds on to the memory
+        else:
+            if call.keep:
+                _keep(call, output, before)
+            return output
+    return answer
+
+
+def _keep(call: Call, output: Any, before: list[tuple[torch.Tensor, int]]) -> None:
+    """Leave a copy of the result with the call, and whether its arguments were changed."""
+    call.wrote = any(tensor._version != version for tensor, version in before) or any(
+        state_of(value) != state for value, state in call.objects
+    )
     with contextlib.suppress(Exception):  # what cannot be copied is neither compared nor remembered
         call.output = cloned(output)
-    return output
 
 
 def _versions(call: Call) -> list[tuple[torch.Tensor, int]]:
@@ -66,12 +80,16 @@ def _versions(call: Call) -> list[tuple[torch.Tensor, int]]:
 class SuspendHook(ModelHook):  # type: ignore[misc]
     """Suspends the fibers of one engine in a module's forward. Other calls of the module pass straight through."""
 
-    def __init__(self, name: str, cached: bool, owns: Callable[[Fiber], bool], kinds: tuple[str, ...]) -> None:
+    def __init__(
+        self, name: str, cached: bool, owns: Callable[[Fiber], bool], kinds: tuple[str, ...], offloading: Offloading
+    ) -> None:
         super().__init__()
         self._name = name
         self._cached = cached
         self._owns = owns
         self._kinds = kinds
+        self._offloading = offloading
+        self._forward: Callable[..., Any] | None = None
         self.target: Target | None = None
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -81,8 +99,9 @@ class SuspendHook(ModelHook):  # type: ignore[misc]
         adapted = self._cached and bool(getattr(module, "peft_config", None))
         if fiber is None or adapted or not self._owns(fiber) or not suspendable():
             return forward(*args, **kwargs)
-        if self.target is None or self.target.function is not forward:  # somebody hooked the module meanwhile
-            self.target = Target(self._name, module, forward, cached=self._cached)
+        if self.target is None or self._forward is not forward:  # somebody hooked the module meanwhile
+            self._forward = forward
+            self.target = Target(self._name, module, self._offloading.around(module, forward), cached=self._cached)
         return call_engine(self.target, args, kwargs, self._kinds)
 
 
@@ -134,6 +153,8 @@ class EngineScope(PrivateScope):
     ) -> None:
         super().__init__(pipeline)
         self._kinds = kinds
+        self._offloading = offloading = Offloading(pipeline)
+        self._told: set[str] = set()
         self._autoencoders: dict[int, dict[str, Target]] = {}
         self._hooked: list[Any] = []
         modules: dict[int, tuple[str, Any]] = {}
@@ -145,16 +166,25 @@ class EngineScope(PrivateScope):
         for name, module in modules.values():
             if _is_autoencoder(module):
                 self._autoencoders[id(module)] = {
-                    "encode": Target(f"{name}.encode", module, module.encode, max_decode_rows),
-                    "decode": Target(f"{name}.decode", module, module.decode, max_decode_rows),
+                    method: Target(
+                        f"{name}.{method}", module, offloading.around(module, getattr(module, method)), max_decode_rows
+                    )
+                    for method in ("encode", "decode")
                 }
             else:
-                hook = SuspendHook(name, isinstance(module, PreTrainedModel), owns, kinds)
+                hook = SuspendHook(name, isinstance(module, PreTrainedModel), owns, kinds, offloading)
                 HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, ENGINE_HOOK)
                 self._hooked.append(module)
 
+    def view(self, scheduler: Any = None) -> Any:
+        view = super().view(scheduler)
+        for one in _pipelines(view):
+            one.__dict__["maybe_free_model_hooks"] = lambda: None  # other jobs may go on with the models
+        return view
+
     def close(self) -> None:
-        """Take the hooks away."""
+        """Take the hooks away, and offloaded models off the GPU."""
+        self._offloading.offload()
         for module in self._hooked:
             registry = module._diffusers_hook
             _remove(registry)
@@ -164,6 +194,16 @@ class EngineScope(PrivateScope):
             if not registry.hooks:
                 del module._diffusers_hook
         self._hooked.clear()
+
+    def _is_harmless(self, hook: Any) -> bool:
+        return moves_only(hook)  # here forwards do not overlap
+
+    def _state_keeper(self, module: nn.Module) -> str | None:
+        keeper = super()._state_keeper(module)
+        if keeper is not None and keeper not in self._told:
+            self._told.add(keeper)
+            logger.warning("jobs run one at a time: %s carries %s", type(module).__name__, keeper)
+        return keeper
 
     def _wrap(self, component: Any) -> Any:
         targets = self._autoencoders.get(id(component))

@@ -11,7 +11,8 @@ from collections.abc import Callable, Generator, Hashable
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
-from stepweave.errors import Cancelled, DeadlineExceeded, EngineMisuse, StepweaveError
+from stepweave.engine.memory import ran_out
+from stepweave.errors import Cancelled, DeadlineExceeded, EngineMisuse, OutOfMemory, StepweaveError
 
 logger = logging.getLogger(__name__)
 
@@ -209,6 +210,12 @@ class Job:
         """What the caller is told."""
         if self._ended is not None:
             return self._ended
+        if isinstance(outcome, BaseException) and ran_out(outcome):
+            too_little = OutOfMemory(
+                "There is not enough memory for this job: ask for a smaller size, or fewer pictures."
+            )
+            too_little.__cause__ = outcome.with_traceback(None)  # whose frames hold on to the memory
+            return too_little
         if isinstance(outcome, BaseException) and not isinstance(outcome, Exception):
             # as it is, it would end the thread that waits for the result
             failure = StepweaveError(f"The pipeline raised {type(outcome).__name__}.", code="generation_failed")

@@ -14,35 +14,41 @@ import torch
 
 from stepweave.engine import ambient
 from stepweave.engine.ambient import DefaultRandom
-from stepweave.engine.call import Call, Describer
+from stepweave.engine.call import Call
 from stepweave.engine.certify import Certificates
+from stepweave.engine.describe import Describer
 from stepweave.engine.digests import Digests
 from stepweave.engine.fiber import Done, Fiber
-from stepweave.engine.forward import Forwarder
+from stepweave.engine.forward import Forwarder, Starved, generators
 from stepweave.engine.hooks import EngineScope, Offload, RunYourself, postprocess_elsewhere, track
 from stepweave.engine.job import Ending, Job, enter_engine
+from stepweave.engine.memory import CudaMemory, DeviceMemory, UnknownMemory
 from stepweave.engine.prompts import warned
 from stepweave.engine.queues import CallQueues
 from stepweave.engine.stats import Stats
 from stepweave.engine.textcache import EncoderCache
-from stepweave.errors import Cancelled, DeadlineExceeded, StepweaveError
+from stepweave.errors import Cancelled, DeadlineExceeded, OutOfMemory, StepweaveError
 
 logger = logging.getLogger(__name__)
 
 OFFLOAD_THREADS = 2
+CROWD_RECOVERY = 20  # jobs that end, before one more may run at a time
 INSISTENCE = 100  # times a job that must end is told so again, where its pipeline goes on regardless
 
 
 class _Active:
     """A job that has started: its fiber, and what the fiber waits for."""
 
-    __slots__ = ("call", "elsewhere", "fiber", "job", "told")
+    __slots__ = ("call", "drawn", "elsewhere", "evicted", "fiber", "job", "starved", "told")
 
     def __init__(self, job: Job, fiber: Fiber) -> None:
         self.job = job
         self.fiber = fiber
         self.call: Call | None = None  # that stands in a queue
         self.elsewhere = False  # its work is on another thread
+        self.starved: Call | None = None  # that waits for other jobs to leave the memory
+        self.evicted = False  # it ends, to begin anew once there is more room
+        self.drawn = [(one, one.get_state()) for one in generators([job.args, job.kwargs])]  # before anything was drawn
         self.told = 0
 
 
@@ -58,6 +64,7 @@ class StepLoop:
         max_jobs: int,
         cache_bytes: int,
         audit_every: int,
+        memory: DeviceMemory | None,
         stats: Stats,
     ) -> None:
         device = torch.device(getattr(pipeline, "_execution_device", "cpu"))
@@ -70,10 +77,13 @@ class StepLoop:
         self._kinds = kinds
         digests = Digests()
         self._exclusive = False  # the job that runs must be the only one
+        self._crowd = 0  # jobs at a time that fit into memory, once that was too many; 0 if unknown
+        self._finished_since = 0
         self._describer = Describer(digests)
         self.certificates = Certificates(digests, audit_every)
         self.cache = EncoderCache(digests, cache_bytes)
-        self._forwarder = Forwarder(self.certificates, self.cache, stats, device, kinds, max_rows, self._advance)
+        self.memory = memory or (CudaMemory(device) if device.type == "cuda" else UnknownMemory())
+        self._forwarder = Forwarder(self.certificates, self.cache, stats, self.memory, kinds, max_rows, self._advance)
         self._queues = CallQueues()
         self._waiting: dict[str, Job] = {}  # oldest first
         self._returned: deque[tuple[_Active, Any]] = deque()  # fibers whose work elsewhere is done
@@ -132,13 +142,14 @@ class StepLoop:
         """One turn of the loop."""
         self._admit()
         self._expire()
+        self._feed()
         calls = self._pick()
         if calls:
             self._forward(calls)
 
     def _rescue(self) -> None:
         """Let fibers that an error of the loop left behind compute what they wait for themselves."""
-        for active in [one for one in self._active.values() if one.call is None and not one.elsewhere]:
+        for active in [one for one in self._active.values() if not (one.call or one.starved or one.elsewhere)]:
             try:
                 self._advance(active, RunYourself())
             except BaseException as error:
@@ -151,23 +162,32 @@ class StepLoop:
     def _wait(self) -> bool:
         """Sleep until there is something to do. False when there never will be."""
         with self._wake:
-            while not (self._queues or self._returned or self._closing or (self._waiting and self._has_room())):
+            while not (self._can_go_on() or self._closing or (self._waiting and self._has_room())):
                 self._wake.wait()
             if not self._closing:
                 return True
             waiting, self._waiting = list(self._waiting.values()), {}
             for one in self._active.values():
                 one.job.cancel()
-            while self._active and not (self._queues or self._returned):
+            while self._active and not self._can_go_on():
                 self._wake.wait()
         for job in waiting:
             self._finish(job, Cancelled())
         return bool(self._active)
 
+    def _can_go_on(self) -> bool:
+        return bool(self._queues or self._returned or self._only_starved())
+
+    def _only_starved(self) -> bool:
+        return bool(self._active) and all(one.starved for one in self._active.values())
+
     def _has_room(self) -> bool:
         if not self._active:
             return True
-        return not self._exclusive and len(self._active) < self._max_jobs and not self._scope.takes_turns()
+        if any(one.starved for one in self._active.values()):
+            return False
+        most = min(self._max_jobs, self._crowd or self._max_jobs)
+        return not self._exclusive and len(self._active) < most and not self._scope.takes_turns()
 
     def _admit(self) -> None:
         """Start jobs that wait, and go on with those whose work elsewhere is done."""
@@ -211,9 +231,10 @@ class StepLoop:
     def _expire(self) -> None:
         """Throw out the jobs that must end."""
         for active in list(self._active.values()):
-            ending = active.job.ending() if active.call is not None else None
-            if active.call is not None and ending is not None:
-                self._queues.remove(active.call)
+            ending = active.job.ending() if active.call or active.starved else None
+            if ending is not None:
+                if active.call is not None:
+                    self._queues.remove(active.call)
                 self._end(active, ending)
         with self._wake:
             late = [
@@ -225,13 +246,47 @@ class StepLoop:
             self._start(job)
 
     def _end(self, active: _Active, ending: Ending) -> None:
-        active.call = None
+        active.call = active.starved = None
         active.told += 1
         if active.told > INSISTENCE:
             del self._active[active.fiber]
             self._finish(active.job, StepweaveError("The job does not end though it was told to.", code="stubborn"))
         else:
             self._switch(active, active.fiber.throw, ending)
+
+    def _feed(self) -> None:
+        """Let the jobs that wait for memory try again, once no others are left; the oldest first, until one can go on."""
+        if not self._only_starved():
+            return
+        hungry = sorted(self._active.values(), key=lambda active: active.job.accepted)
+        for active in hungry:
+            call, active.starved = active.starved, None
+            assert call is not None
+            answer = self._forwarder.relieve(call, again=True)
+            if not isinstance(answer, Starved):
+                self._advance(active, answer)
+                return
+            active.starved = call
+        self._evict(hungry[-1])
+
+    def _evict(self, active: _Active) -> None:
+        """Have a job begin anew after the others: what it holds is all that is left to make room with."""
+        self._crowd, self._finished_since = len(self._active) - 1, 0
+        if not self._crowd:
+            call, active.starved = active.starved, None
+            assert call is not None
+            self._switch(active, active.fiber.throw, _too_little(call))
+            return
+        logger.warning("%r begins anew: %d jobs at a time do not fit into memory", active.job, len(self._active))
+        active.evicted = True
+        self._end(active, Ending())
+
+    def _begin_anew(self, active: _Active) -> None:
+        for generator, state in active.drawn:
+            generator.set_state(state)
+        active.job.restart()
+        with self._wake:
+            self._waiting = {active.job.id: active.job, **self._waiting}
 
     def _pick(self) -> list[Call]:
         """Calls of the key whose turn it is, as many as fit."""
@@ -246,8 +301,12 @@ class StepLoop:
         self._forwarder.run(verdict, calls)
 
     def _advance(self, active: _Active, answer: Any) -> None:
-        """Let a fiber go on with the answer to what it waited for."""
-        if isinstance(answer, BaseException):
+        """Let a fiber go on with the answer to what it waited for; one that is starved waits for the others to end."""
+        if isinstance(answer, Starved) and len(self._active) > 1:
+            active.starved = answer.call
+        elif isinstance(answer, Starved):
+            self._switch(active, active.fiber.throw, _too_little(answer.call))
+        elif isinstance(answer, BaseException):
             self._switch(active, active.fiber.throw, answer)
         else:
             self._switch(active, active.fiber.resume, answer)
@@ -257,9 +316,14 @@ class StepLoop:
         while True:
             if isinstance(request, Done):
                 del self._active[active.fiber]
-                self._finish(active.job, request.outcome)
+                if active.evicted and isinstance(request.outcome, Ending):
+                    self._begin_anew(active)
+                else:
+                    self._finish(active.job, request.outcome)
             elif isinstance(request, Offload):
                 self._offload(active, request)
+            elif request.ran_out:
+                self._advance(active, self._forwarder.relieve(request))
             else:
                 request.owner, request.age = active, active.job.accepted
                 known = self._look_up(request, active.job.reproducible)
@@ -276,7 +340,7 @@ class StepLoop:
             self._describer.describe(call)
             call.cache_key = self.cache.key(call)
             if reproducible:  # no forward to share, and none of the results that came of a shared one
-                call.key = object()
+                call.key, call.whole = object(), True
                 call.cache_key = call.cache_key and ("reproducible", call.cache_key)
             return None if call.cache_key is None else self.cache.get(call.cache_key)
         except Exception:
@@ -308,3 +372,13 @@ class StepLoop:
     def _finish(self, job: Job, outcome: Any) -> None:
         if job.finish(outcome):
             self._stats.finished(job)
+            self._finished_since += 1
+            if self._crowd and self._finished_since >= CROWD_RECOVERY:
+                self._crowd, self._finished_since = self._crowd + 1, 0
+
+
+def _too_little(call: Call) -> OutOfMemory:
+    return OutOfMemory(
+        f"There is not enough memory for this job, even alone: {call.target.name} ran out of it. "
+        "Ask for a smaller size, or fewer pictures."
+    )

@@ -1,37 +1,181 @@
-"""How many rows fit into memory, learnt from the forwards that did not fit."""
+"""How many rows fit into memory: measured where the device can tell, and learnt from the forwards that did not fit."""
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from typing import NamedTuple, Protocol, TypeVar
 
-RECOVERY = 200  # forwards that fit, before a cap rises
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+
+RECOVERY = 200  # forwards that fit, before a cap rises for the first time; twice as many after each fall
+SLOWEST = 64  # times RECOVERY
 KEPT = 1024  # kinds of calls; the least recently used goes first
+RESERVED = 0.05  # of a GPU's memory, left to what is not measured
+FRESH = 0.2  # seconds that a look at the device's memory is good for
+TIMES = 3  # forwards of as many rows that are measured: the first may try out kernels
+
+T = TypeVar("T")
 
 
-class RowCaps:
-    """A cap for each kind of call that ran out of memory: half of what was tried, rising by an eighth now and then."""
+def ran_out(error: BaseException | None) -> bool:
+    """Whether an error says that memory ran out, as torch says it for each device."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and should_reduce_batch_size(error)
 
-    def __init__(self) -> None:
-        self._caps: OrderedDict[Hashable, list[int]] = OrderedDict()  # rows, forwards since it changed
+
+class DeviceMemory(Protocol):
+    """A device's memory, as far as it can be told."""
+
+    def available(self) -> int | None:
+        """Bytes that a forward may take; None if unknown."""
+
+    def start(self) -> None:
+        """Begin to measure."""
+
+    def taken(self) -> int | None:
+        """The most bytes taken at a time since `start`, beyond what was taken then; None if unknown."""
+
+    def free(self) -> None:
+        """Give unused memory back to the device."""
+
+    def peak(self) -> int:
+        """The most bytes ever taken; 0 if unknown."""
+
+
+class UnknownMemory:
+    """A device that cannot tell: a CPU shares its memory with everybody."""
+
+    def available(self) -> int | None:
+        return None
+
+    def start(self) -> None:
+        pass
+
+    def taken(self) -> int | None:
+        return None
+
+    def free(self) -> None:
+        pass
+
+    def peak(self) -> int:
+        return 0
+
+
+class CudaMemory:
+    """A GPU's. Nothing here waits for it: torch's allocator counts when memory is asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._base = 0
+        self._peak = 0
+        self._looked = (-FRESH, 0)
+
+    def available(self) -> int | None:
+        now = time.monotonic()
+        if now - self._looked[0] >= FRESH:
+            free, total = torch.cuda.mem_get_info(self._device)
+            idle = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+            self._looked = (now, max(0, int(free + idle - RESERVED * total)))
+        return self._looked[1]
+
+    def start(self) -> None:
+        self._peak = self.peak()
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._base = torch.cuda.memory_allocated(self._device)
+
+    def taken(self) -> int | None:
+        return torch.cuda.max_memory_allocated(self._device) - self._base
+
+    def free(self) -> None:
+        torch.cuda.empty_cache()
+
+    def peak(self) -> int:
+        return max(self._peak, torch.cuda.max_memory_allocated(self._device))
+
+
+class Room:
+    """How many rows of each kind of call fit.
+
+    Bytes a row are those of the largest forward that was measured, divided by its rows: what is needed once is counted for
+    each row, so more rows are never thought to fit than do. A kind that ran out nevertheless has a cap, half of what was tried,
+    that rises by an eighth now and then.
+    """
+
+    def __init__(self, memory: DeviceMemory) -> None:
+        self.memory = memory
+        self._caps: OrderedDict[Hashable, _Cap] = OrderedDict()
+        self._sizes: OrderedDict[Hashable, _Size] = OrderedDict()
+        self._measuring = False
 
     def limit(self, kind: Hashable, rows: int) -> int:
-        """As many of `rows` as are known to fit."""
-        known = self._caps.get(kind)
-        return rows if known is None else min(rows, known[0])
+        """As many of `rows` as should fit, at least one."""
+        cap, size = self._caps.get(kind), self._sizes.get(kind)
+        if cap is not None:
+            rows = min(rows, cap.rows)
+        if size is not None and size.bytes > 0:
+            available = self.memory.available()
+            if available is not None:
+                rows = min(rows, available * size.rows // size.bytes)
+        return max(1, rows)
+
+    @contextlib.contextmanager
+    def measured(self, kind: Hashable, rows: int) -> Iterator[None]:
+        """Learn what a forward of so many rows takes, unless that is known."""
+        known = self._sizes.get(kind)
+        if self._measuring or (known is not None and (rows, 0) <= (known.rows, known.times - TIMES)):
+            yield
+            return
+        self._measuring = True
+        self.memory.start()
+        try:
+            yield
+        finally:
+            undisturbed, self._measuring = self._measuring, False
+        taken = self.memory.taken()
+        if taken is not None and undisturbed:
+            times = known.times + 1 if known is not None and known.rows == rows else 1
+            _put(self._sizes, kind, _Size(rows, taken, times))
 
     def failed(self, kind: Hashable, rows: int) -> None:
-        """A forward of so many rows did not fit."""
-        self._caps[kind] = [max(1, min(rows, self.limit(kind, rows)) // 2), 0]
-        self._caps.move_to_end(kind)
-        if len(self._caps) > KEPT:
-            self._caps.popitem(last=False)
+        """A forward of so many rows did not fit. What is being measured is not worth knowing then."""
+        self._measuring = False
+        known = self._caps.get(kind)
+        patience = RECOVERY if known is None else min(2 * known.patience, SLOWEST * RECOVERY)
+        _put(self._caps, kind, _Cap(max(1, min(rows, known.rows if known else rows) // 2), patience))
 
     def fitted(self, kind: Hashable) -> None:
         """A forward did fit, of however many rows: calls that have many each may never get to the cap itself."""
         known = self._caps.get(kind)
-        if known is None:
-            return
-        known[1] += 1
-        if known[1] >= RECOVERY:
-            known[:] = [known[0] + max(1, known[0] // 8), 0]
+        if known is not None:
+            known.count()
+
+
+class _Size(NamedTuple):
+    rows: int
+    bytes: int
+    times: int  # measured
+
+
+class _Cap:
+    def __init__(self, rows: int, patience: int) -> None:
+        self.rows = rows
+        self.patience = patience
+        self._fitted = 0
+
+    def count(self) -> None:
+        self._fitted += 1
+        if self._fitted >= self.patience:
+            self.rows += max(1, self.rows // 8)
+            self._fitted = 0
+
+
+def _put(known: OrderedDict[Hashable, T], kind: Hashable, value: T) -> None:
+    known[kind] = value
+    known.move_to_end(kind)
+    if len(known) > KEPT:
+        known.popitem(last=False)

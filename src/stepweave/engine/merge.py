@@ -46,6 +46,10 @@ def _merge(node: Layout, values: list[Any], rows: list[int]) -> Any:
         return torch.cat(
             [v if v.shape[0] == r else v.expand(r, *v.shape[1:]) for v, r in zip(values, rows, strict=True)]
         )
+    if tag == "several":
+        return torch.cat(values)
+    if tag == "across":
+        return torch.cat(values, dim=1)
     if tag == "scalar":
         return torch.cat([v.reshape(1).expand(r) for v, r in zip(values, rows, strict=True)])
     if tag == "number":
@@ -59,6 +63,11 @@ def _merge(node: Layout, values: list[Any], rows: list[int]) -> Any:
         return {key: _merge(child, [value[key] for value in values], rows) for key, child in node[1:]}
     if tag in ("constant", "shared", "generator"):
         return values[0]
+    if tag == "object":
+        twin = copy.copy(values[0])
+        for name, child in node[2:]:
+            twin.__dict__[name] = _merge(child, [vars(value)[name] for value in values], rows)
+        return twin
     kind, children = node[1], node[2:]
     items = [_merge(child, [value[i] for value in values], rows) for i, child in enumerate(children)]
     return kind(*items) if hasattr(kind, "_fields") else kind(items)
@@ -89,64 +98,71 @@ def copied(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: copied(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return _rebuilt(value, [copied(item) for item in value])
+        return rebuilt(value, [copied(item) for item in value])
     return value
 
 
-def split(output: Any, rows: Sequence[int], *, listed: bool = False) -> list[Any]:
-    """A merged call's output as the calls', in order. Raises Unmergeable for what has no rows.
+def split(output: Any, rows: Sequence[int], *, listed: bool = False, whole: bool = False) -> list[Any]:
+    """A merged call's output as the calls', in order.
 
-    With `listed`, a list with as many entries as rows has an entry for each row, whatever the entries' shapes.
+    With `listed`, a list with as many entries as rows has an entry for each row, whatever the entries' shapes. What has no rows
+    raises Unmergeable; with `whole` each call is given it, which only a comparison can tell to be right.
     """
     starts = list(itertools.accumulate(rows, initial=0))
     if listed and isinstance(output, list) and len(output) == starts[-1]:
         return [output[a:b] for a, b in itertools.pairwise(starts)]
     if listed and isinstance(output, tuple) and not hasattr(output, "_fields"):
-        parts = [split(item, rows, listed=True) for item in output]
+        parts = [split(item, rows, listed=True, whole=whole) for item in output]
         return [tuple(part[i] for part in parts) for i in range(len(rows))]
     if listed and isinstance(output, dict):
-        named = {key: split(item, rows, listed=True) for key, item in output.items()}
-        return [_remade(output, {key: part[i] for key, part in named.items()}) for i in range(len(rows))]
-    return _split(output, starts)
+        named = {key: split(item, rows, listed=True, whole=whole) for key, item in output.items()}
+        return [remade(output, {key: part[i] for key, part in named.items()}) for i in range(len(rows))]
+    return _split(output, starts, whole)
 
 
-def _split(output: Any, starts: list[int]) -> list[Any]:
+def _split(output: Any, starts: list[int], whole: bool) -> list[Any]:
     total = starts[-1]
     spans = list(itertools.pairwise(starts))
     if isinstance(output, torch.Tensor):
-        if output.ndim == 0 or output.shape[0] != total:
+        if not has_rows(output, total):
+            if whole:
+                return [output.clone() for _ in spans]
             raise Unmergeable(f"a result of shape {tuple(output.shape)} does not have {total} rows")
         if output.stride(0) == 0:  # rows that share memory must not share it between jobs
             output = output.contiguous()
         return [output[a:b] for a, b in spans]
     if isinstance(output, np.ndarray) and output.ndim and output.shape[0] == total:
         return [output[a:b] for a, b in spans]
-    if isinstance(output, _CONSTANTS):
+    if is_constant(output):
         return [output] * len(spans)
-    if isinstance(output, list) and len(output) == total and not _all_have_rows(output, total):
+    if isinstance(output, list) and len(output) == total and not all(has_rows(item, total) for item in output):
         return [output[a:b] for a, b in spans]
     if isinstance(output, (list, tuple)):
-        parts = [_split(item, starts) for item in output]
-        return [_rebuilt(output, [part[i] for part in parts]) for i in range(len(spans))]
+        parts = [_split(item, starts, whole) for item in output]
+        return [rebuilt(output, [part[i] for part in parts]) for i in range(len(spans))]
     if isinstance(output, dict):
-        named = {key: _split(item, starts) for key, item in output.items()}
-        return [_remade(output, {key: part[i] for key, part in named.items()}) for i in range(len(spans))]
+        named = {key: _split(item, starts, whole) for key, item in output.items()}
+        return [remade(output, {key: part[i] for key, part in named.items()}) for i in range(len(spans))]
     if isinstance(output, Cache):
         return [_selected(output, a, b) for a, b in spans]
     if vars_of := getattr(output, "__dict__", None):
-        return _split_object(output, vars_of, starts)
+        return _split_object(output, vars_of, starts, whole)
     raise Unmergeable(f"a result of type {type(output).__name__} cannot be taken apart")
 
 
-def _all_have_rows(items: list[Any], total: int) -> bool:
-    return all(isinstance(item, torch.Tensor) and item.ndim and item.shape[0] == total for item in items)
+def has_rows(item: Any, total: int) -> bool:
+    return isinstance(item, torch.Tensor) and item.ndim > 0 and item.shape[0] == total
 
 
-def _rebuilt(like: Any, items: list[Any]) -> Any:
+def is_constant(value: Any) -> bool:
+    return isinstance(value, _CONSTANTS)
+
+
+def rebuilt(like: Any, items: list[Any]) -> Any:
     return type(like)(*items) if hasattr(like, "_fields") else type(like)(items)
 
 
-def _remade(like: dict[Any, Any], items: dict[Any, Any]) -> Any:
+def remade(like: dict[Any, Any], items: dict[Any, Any]) -> Any:
     if type(like) is dict:
         return items
     if dataclasses.is_dataclass(like):  # diffusers' and transformers' outputs, as dictionaries without what is None
@@ -160,9 +176,9 @@ def _selected(cache: Cache, start: int, stop: int) -> Cache:
     return selected
 
 
-def _split_object(output: Any, attributes: dict[str, Any], starts: list[int]) -> list[Any]:
+def _split_object(output: Any, attributes: dict[str, Any], starts: list[int], whole: bool) -> list[Any]:
     """An object whose attributes are tensors and constants, such as the distribution that an autoencoder's encoder gives."""
-    parts = {name: _split(value, starts) for name, value in attributes.items()}
+    parts = {name: _split(value, starts, whole) for name, value in attributes.items()}
     twins = []
     for i in range(len(starts) - 1):
         twin = copy.copy(output)
@@ -175,7 +191,7 @@ def tensors(value: Any, _above: tuple[int, ...] = ()) -> list[torch.Tensor]:
     """All tensors in a result, or in arguments, in order; what contains itself is followed once."""
     if isinstance(value, torch.Tensor):
         return [value]
-    if isinstance(value, _CONSTANTS) or id(value) in _above:
+    if is_constant(value) or id(value) in _above:
         return []
     if isinstance(value, Cache):
         inner: Any = [part for layer in value.layers for part in (layer.keys, layer.values)]
@@ -193,10 +209,10 @@ def cloned(output: Any) -> Any:
     """A copy of a result that shares no memory with it."""
     if isinstance(output, torch.Tensor):
         return output.clone()
-    if isinstance(output, _CONSTANTS):
+    if is_constant(output):
         return output
     if isinstance(output, dict):
-        return _remade(output, {key: cloned(item) for key, item in output.items()})
+        return remade(output, {key: cloned(item) for key, item in output.items()})
     if isinstance(output, (list, tuple)):
-        return _rebuilt(output, [cloned(item) for item in output])
+        return rebuilt(output, [cloned(item) for item in output])
     return copy.deepcopy(output)

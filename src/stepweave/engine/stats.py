@@ -7,7 +7,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from stepweave.engine.job import Job
-from stepweave.errors import Cancelled
+from stepweave.errors import Cancelled, OutOfMemory
 
 RECENT = 32  # finished jobs that predict when the next one will
 
@@ -36,24 +36,35 @@ class Stats:
         self.proofs = 0
         self.retried = 0
         self.out_of_memory = 0
+        self.divided = 0
+        self.unfit = 0
         self.recent: deque[float] = deque(maxlen=RECENT)  # when jobs were finished
         self._lock = threading.Lock()
 
     def forward(self, target: str, rows: int, calls: int) -> None:
         """Count one forward that served `calls` calls."""
-        found = self.forwards.get(target)
-        if found is None:
-            found = self.forwards[target] = Forwards()
+        found = self._of(target)
         found.by_rows[rows] += 1
         found.calls += calls
         if calls > 1:
             found.merged_calls += calls
+
+    def called(self, target: str) -> None:
+        """Count one call that takes several forwards."""
+        self._of(target).calls += 1
+
+    def _of(self, target: str) -> Forwards:
+        found = self.forwards.get(target)
+        if found is None:
+            found = self.forwards[target] = Forwards()
+        return found
 
     def finished(self, job: Job) -> None:
         error = job.exception(0)
         state = "cancelled" if isinstance(error, Cancelled) else "failed" if error else "succeeded"
         with self._lock:
             self.jobs[state] += 1
+            self.unfit += isinstance(error, OutOfMemory)
             if job.started is not None and job.finished is not None:
                 self.recent.append(job.finished)
 

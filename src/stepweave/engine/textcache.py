@@ -53,6 +53,12 @@ class EncoderCache:
         while self.bytes > self._max_bytes:
             self.bytes -= self._results.popitem(last=False)[1][1]
 
+    def clear(self) -> int:
+        """Forget everything; how many bytes that was."""
+        held, self.bytes = self.bytes, 0
+        self._results.clear()
+        return held
+
 
 def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()

@@ -126,7 +126,7 @@ class _Isolation:
         if issubclass(cls, types.MethodType):
             # a method of something that was copied must act on the copy
             return types.MethodType(value.__func__, self._copies.get(id(value.__self__), value.__self__))
-        if _is_plain(cls):
+        if is_plain(cls):
             return self._object(value, path)
         try:
             # what holds modules, tokenizers or copies of ours must go on holding those
@@ -152,7 +152,7 @@ def _is_component(value: Any) -> bool:
     return isinstance(value, (SchedulerMixin, ConfigMixin, DiffusionPipeline, PreTrainedTokenizerBase, torch.nn.Module))
 
 
-def _is_plain(cls: type) -> bool:
+def is_plain(cls: type) -> bool:
     """Whether objects of a class are their `__dict__` and nothing else, so that copying it copies them."""
     custom = ("__new__", "__reduce__", "__reduce_ex__", "__getstate__", "__copy__", "__deepcopy__")
     overridden = any(getattr(cls, name, None) is not getattr(object, name, None) for name in custom)
