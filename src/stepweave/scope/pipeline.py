@@ -142,9 +142,22 @@ class RequestScopedPipeline:
             found = self._parts.get(id(module))
             if found is None or found[0] is not module:
                 found = self._parts[id(module)] = (module, list(module.modules()))
-            if any(_is_hooked(part) for part in found[1]):
+            if any(self._state_keeper(part) for part in found[1]):
                 return True
         return False
+
+    def _is_harmless(self, hook: Any) -> bool:
+        """Whether calls may overlap though accelerate has this hook on a module."""
+        return False
+
+    def _state_keeper(self, module: torch.nn.Module) -> str | None:
+        """The hook of a module that keeps a call's state, by name: offload, feature caches."""
+        attributes = module.__dict__
+        if "_hf_hook" in attributes and not self._is_harmless(attributes["_hf_hook"]):
+            return type(attributes["_hf_hook"]).__name__
+        # diffusers leaves an empty registry on every model that it could have hooked
+        registry = attributes.get("_diffusers_hook")
+        return None if registry is None else next((name for name in registry.hooks if name != ENGINE_HOOK), None)
 
     def _wrap(self, component: Any) -> Any:
         if isinstance(component, PreTrainedTokenizerBase):
@@ -196,16 +209,6 @@ def _swaps_state(pipeline: Any) -> bool:
         getattr(getattr(module, "config", None), "force_upcast", False) and module.dtype != torch.float32
         for module in _modules(pipeline)
     )
-
-
-def _is_hooked(module: torch.nn.Module) -> bool:
-    """Whether a module carries a hook that keeps a call's state: offload, feature caches."""
-    attributes = module.__dict__
-    if "_hf_hook" in attributes:
-        return True
-    # diffusers leaves an empty registry on every model that it could have hooked
-    registry = attributes.get("_diffusers_hook")
-    return registry is not None and bool(registry.hooks.keys() - {ENGINE_HOOK})
 
 
 @contextlib.contextmanager
