@@ -1,0 +1,274 @@
+"""Arguments whose shape leaves a choice: whatever is guessed, a proof decides, and results are those of plain calls."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stepweave.engine.describe import state_of
+from stepweave.engine.readings import SEEN, Readings
+from tests.test_merge import Describing, rows
+from tests.toy import Forward, Served, call, honest, serve
+
+ROWS = 2
+
+
+def numbers(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def jobs(make: Any, count: int = 5, **changes: Any) -> list[dict[str, Any]]:
+    """Calls whose argument `extra` is a tensor of their own, the same at every step."""
+    return [call(i, given(make(i)), **changes) for i in range(count)]
+
+
+def given(extra: Any) -> Any:
+    return lambda step: {"extra": extra}
+
+
+def check_merged(served: Served) -> None:
+    served.check()
+    assert served.state == "certified"
+    assert served.merged_share > 0.5
+
+
+# Several entries for each row, as the captions of AnimateDiff's frames
+
+
+def sums_entries(self: nn.Module, x: Tensor, extra: Tensor) -> Tensor:
+    return honest(x) + extra.unflatten(0, (len(x), -1)).mean((1, 2))[:, None]
+
+
+def sums_entries_of_tiles(self: nn.Module, x: Tensor, extra: Tensor) -> Tensor:
+    """As sums_entries, with the rows' first entries first, then all second ones."""
+    return honest(x) + extra.unflatten(0, (-1, len(x))).mean((0, 2))[:, None]
+
+
+def sums_all(self: nn.Module, x: Tensor, extra: Tensor) -> Tensor:
+    """`extra` is one thing for all rows."""
+    return honest(x) + extra.mean()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("each", [2, 3, 8])
+def test_several_entries_a_row_are_merged(count: int, each: int) -> None:
+    check_merged(serve(sums_entries, jobs(lambda i: numbers(i, count * each, 4), rows=count)))
+
+
+def test_calls_of_one_and_two_rows_with_several_entries_each_run_together() -> None:
+    calls = [call(i, given(numbers(i, 6 * (1 + i % 2), 4)), rows=1 + i % 2) for i in range(6)]
+    served = serve(sums_entries, calls)
+    check_merged(served)
+    assert max(served.by_rows) > 2
+
+
+@pytest.mark.parametrize("forward", [sums_all, sums_entries_of_tiles])
+def test_what_only_looks_like_several_entries_a_row_is_not_merged(
+    forward: Forward, caplog: pytest.LogCaptureFixture
+) -> None:
+    served = serve(forward, jobs(lambda i: numbers(i, 6, 4), rows=ROWS))
+    served.check(exact=True)
+    assert served.merged_share == 0
+    assert not [one for one in caplog.records if one.levelno >= logging.WARNING], "it was a guess, no failure"
+
+
+def test_equal_tables_are_shared_after_a_guess_has_failed() -> None:
+    tables = [numbers(0, 6, 4), numbers(1, 6, 4)]
+    calls = [call(i, given(tables[i % 2].clone()), rows=ROWS) for i in range(6)]
+    check_merged(serve(sums_all, calls, calls))
+
+
+def test_tables_that_are_always_equal_are_never_guessed_at() -> None:
+    served = serve(sums_all, jobs(lambda i: torch.ones(6, 4), rows=ROWS))
+    check_merged(served)
+    assert served.stats.proofs <= 3
+
+
+# Rows in the second dimension, as the captions of HiDream, one table for each of its layers
+
+
+def sums_across(self: nn.Module, x: Tensor, extra: Tensor) -> Tensor:
+    return honest(x) + extra.mean((0, 2))[:, None]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_rows_in_the_second_dimension_are_merged(count: int) -> None:
+    check_merged(serve(sums_across, jobs(lambda i: numbers(i, 5, count, 4), rows=count)))
+
+
+def test_if_rows_in_the_second_dimension_prove_wrong_several_entries_are_tried() -> None:
+    """Of shape (4, 2, 4), beside two rows, both are possible."""
+
+    def forward(self: nn.Module, x: Tensor, extra: Tensor) -> Tensor:
+        return honest(x) + extra.unflatten(0, (len(x), -1)).mean((1, 2, 3))[:, None]
+
+    served = serve(forward, *[jobs(lambda i: numbers(i, 4, 2, 4), rows=ROWS)] * 3)
+    check_merged(served)
+
+
+# Constants of one row, as the positions of Kandinsky 5's single frame
+
+
+def takes_positions(self: nn.Module, x: Tensor, extra: list[Tensor]) -> Tensor:
+    if len(extra[0]) > 1:
+        raise ValueError("one frame only")
+    return honest(x) + sum(one.float().mean() for one in extra) / 10
+
+
+def test_a_constant_of_one_row_is_shared_where_joining_it_fails(caplog: pytest.LogCaptureFixture) -> None:
+    def extra(i: int) -> list[Tensor]:
+        return [torch.arange(1), torch.arange(4), torch.arange(5)]
+
+    served = serve(takes_positions, *[jobs(extra, steps=12)] * 2)
+    served.check()
+    assert served.state == "certified"
+    assert served.merged_share > 0.5
+    assert not [one for one in caplog.records if one.levelno >= logging.WARNING]
+
+
+def test_times_are_not_taken_for_constants_though_they_are_equal_at_the_first_step() -> None:
+    def forward(self: nn.Module, x: Tensor, timestep: Tensor, extra: list[Tensor]) -> Tensor:
+        return takes_positions(self, x, extra) + timestep[:, None] / 10
+
+    def arguments(step: int) -> dict[str, Any]:
+        return {"timestep": torch.tensor([float(step)]), "extra": [torch.arange(1), torch.arange(4)]}
+
+    # jobs of which each is at a step of its own
+    calls = [call(i, lambda step, i=i: arguments(step + i), steps=12) for i in range(4)]
+    served = serve(forward, [call(i, arguments) for i in range(2)], calls)
+    served.check()
+    assert served.merged_share > 0.5
+
+
+# Objects, as caches of keys and values
+
+
+class Cache:
+    def __init__(self, keys: Tensor | None = None, mode: str = "read") -> None:
+        self.mode = mode
+        self.layers = [keys]
+        self.count = 0
+
+
+def reads_cache(self: nn.Module, x: Tensor, extra: Cache) -> Tensor:
+    keys = extra.layers[0]
+    return honest(x) if keys is None else honest(x) + keys.mean(1, keepdim=True)
+
+
+def fills_cache(self: nn.Module, x: Tensor, extra: Cache) -> Tensor:
+    if extra.layers[0] is None:
+        extra.layers[0] = honest(x)
+    return honest(x) + extra.layers[0]
+
+
+def counts_in_cache(self: nn.Module, x: Tensor, extra: Cache) -> Tensor:
+    extra.count += 1
+    return honest(x) + extra.count
+
+
+def test_objects_that_hold_the_same_are_the_same() -> None:
+    check_merged(serve(reads_cache, jobs(lambda i: Cache())))
+
+
+def test_what_objects_hold_is_merged() -> None:
+    check_merged(serve(reads_cache, jobs(lambda i: Cache(numbers(i, ROWS, 4)), rows=ROWS)))
+
+
+def test_objects_that_are_written_to_are_not_merged() -> None:
+    served = serve(counts_in_cache, anew=lambda: [jobs(lambda i: Cache())])
+    served.check(exact=True)
+    assert served.merged_share == 0
+
+
+def test_a_cache_is_filled_alone_and_read_together() -> None:
+    served = serve(fills_cache, anew=lambda: [jobs(lambda i: Cache())])
+    served.check()
+    assert 0 < served.merged_share < 1
+    assert {one["state"] for one in served.stats.certificates} == {"certified", "failed"}
+
+
+def test_objects_in_other_modes_do_not_share() -> None:
+    served = serve(reads_cache, [call(i, lambda step, i=i: {"extra": Cache(mode=f"{i}")}) for i in range(4)])
+    served.check(exact=True)
+    assert served.merged_share == 0
+
+
+def test_an_objects_state_tells_whether_it_was_changed() -> None:
+    cache = Cache(torch.ones(2))
+    before = state_of(cache)
+    assert state_of(cache) == before
+    cache.layers.append(None)
+    assert state_of(cache) != before
+
+
+def test_an_object_that_holds_itself_has_an_end() -> None:
+    cache = Cache()
+    cache.mode = cache  # type: ignore[assignment]
+    assert Describing()(rows(1), names=cache).opaque
+
+
+# Times of schedulers that count in whole numbers and of such that do not
+
+
+def adds_time(self: nn.Module, x: Tensor, timestep: Tensor) -> Tensor:
+    return honest(x) + timestep.reshape(-1, 1).float() / 100
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_times_of_either_type_run_together(shape: tuple[int, ...]) -> None:
+    def times(i: int) -> Any:
+        dtype = torch.int64 if i % 2 else torch.float32
+        return lambda step: {"timestep": torch.full(shape, 10 * step + i, dtype=dtype)}
+
+    served = serve(adds_time, *[[call(i, times(i)) for i in range(6)]] * 2)
+    check_merged(served)
+    assert max(served.by_rows) == 6
+
+
+def test_times_of_another_type_do_not_run_with_a_module_that_tells_them_apart() -> None:
+    def forward(self: nn.Module, x: Tensor, timestep: Tensor) -> Tensor:
+        return honest(x) + timestep.reshape(-1, 1).float() / 100 + (0.5 if timestep.dtype == torch.int64 else 0)
+
+    def times(i: int) -> Any:
+        dtype = torch.int64 if i % 2 else torch.float32
+        return lambda step: {"timestep": torch.tensor(10 * step + i, dtype=dtype)}
+
+    served = serve(forward, *[[call(i, times(i)) for i in range(6)]] * 2)
+    served.check()
+
+
+# The record
+
+
+def test_a_reading_is_tried_once() -> None:
+    readings = Readings()
+    path = ("extra",)
+    assert readings.vary(path, "here", b"1", ["across", "several"]) is None
+    assert readings.vary(path, "there", b"2", ["across", "several"]) is None
+    assert readings.vary(path, "here", b"1", ["across", "several"]) is None
+    assert readings.vary(path, "here", b"2", ["across", "several"]) == "across"
+    assert readings.refute([(path, "across")])
+    assert readings.vary(path, "here", b"3", ["across", "several"]) == "several"
+    assert readings.refute([(path, "several")])
+    assert readings.vary(path, "here", b"4", ["across", "several"]) is None
+    assert not readings.suppose([path], "several")
+
+
+def test_what_was_proven_is_not_given_up() -> None:
+    readings = Readings()
+    guess = (("extra",), "shared")
+    assert readings.suppose([guess[0]], "shared")
+    readings.prove([guess])
+    assert not readings.refute([guess])
+    assert readings.of(guess[0]) == "shared"
+
+
+def test_the_values_seen_are_bounded() -> None:
+    readings = Readings()
+    for i in range(3 * SEEN):
+        readings.vary(("extra",), i, b"", [])
+    assert len(readings._seen) == SEEN
