@@ -102,11 +102,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 @dataclass
 class InProcess:
-    """The HTTP app around a fake pipeline."""
+    """The HTTP app around a fake pipeline, or another one."""
 
     client: TestClient
     server: Server
-    pipeline: FakePipeline
+    pipeline: Any
 
     def post(self, body: Any = None, **fields: Any) -> httpx.Response:
         return self.client.post(
@@ -119,16 +119,17 @@ class InProcess:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., InProcess]]:
-    """Makes apps around a fake pipeline: `in_process(max_queue=2)`."""
+    """Makes apps around a fake pipeline, or the one given: `in_process(max_queue=2)`."""
     for name in [name for name in os.environ if name.startswith("STEPWEAVE_")]:
         monkeypatch.delenv(name)
     with contextlib.ExitStack() as stack:
 
-        def make(*, ready: bool = True, **settings: Any) -> InProcess:
-            pipeline = FakePipeline()
+        def make(pipeline: Any = None, *, ready: bool = True, **settings: Any) -> InProcess:
+            fake = FakePipeline()
+            pipeline = pipeline or fake
             server = Server(Settings(**{"batching": "off", **settings}), load=lambda *_: (pipeline, Preset()))
             stack.callback(server.close)
-            stack.callback(pipeline.record.release.set)  # before close: nothing may wait for ever
+            stack.callback(fake.record.release.set)  # before close: nothing may wait for ever
             app = ContractMiddleware(Api(server).app(), server, {"/generate": ImageRequest})
             client = stack.enter_context(TestClient(app, raise_server_exceptions=False))
             if ready:

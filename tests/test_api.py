@@ -8,11 +8,13 @@ import json
 import threading
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import anyio
 import pytest
 from PIL import Image
 
+from stepweave.api.native import MAX_WARNINGS_HEADER, warnings_header
 from stepweave.config import Settings
 from stepweave.errors import LoadError
 from stepweave.generation import MAX_SEED
@@ -20,6 +22,7 @@ from stepweave.loading.preset import Preset
 from stepweave.model import ServedModel
 from tests.conftest import InProcess
 from tests.fake import FakePipeline
+from tests.tiny import FAMILIES
 
 Make = Callable[..., InProcess]
 
@@ -64,6 +67,41 @@ def test_defaults_come_from_pipeline_and_seed_is_drawn(in_process: Make) -> None
     assert first["data"][0]["seed"] != second["data"][0]["seed"]
 
 
+def test_the_wish_to_be_reproducible_is_echoed_and_passed_on(in_process: Make) -> None:
+    app = in_process()
+    assert app.server.engine is not None
+    with mock.patch.object(app.server.engine, "submit", wraps=app.server.engine.submit) as submit:
+        for fields in ({}, {"reproducible": False}):
+            assert "reproducible" not in app.post(**fields).json()["parameters"]
+            assert submit.call_args.kwargs["reproducible"] is False
+        answer = app.post(reproducible=True).json()
+        assert submit.call_args.kwargs["reproducible"] is True
+    assert answer["parameters"]["reproducible"] is True
+    picture = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
+    assert json.loads(picture.info["stepweave"])["reproducible"] is True
+
+
+def test_answers_warn_of_prompts_that_are_cut(in_process: Make) -> None:
+    family = FAMILIES["stable_diffusion"]
+    app = in_process(family.build(), warmup=False, batching="step")
+    answer = app.post(prompt="a red circle " * 6, negative_prompt="a star " * 9, num_inference_steps=1).json()
+    assert [warning.split(";")[0] for warning in answer["warnings"]] == [
+        "prompt: the text encoder (tokenizer) reads 16 tokens",
+        "negative_prompt: the text encoder (tokenizer) reads 16 tokens",
+    ]
+    assert app.post(num_inference_steps=1).json()["warnings"] == []
+
+
+def test_the_header_of_warnings_is_short_ascii() -> None:
+    assert warnings_header(["é \x7f 🔴", "x"]) == '["\\u00e9 \\u007f \\ud83d\\udd34", "x"]'
+    assert json.loads(warnings_header(["é \x7f 🔴\r\n"])) == ["é \x7f 🔴\r\n"]
+    warnings = ["🔴" * 100] * 5
+    text = warnings_header(warnings)
+    assert len(text) <= MAX_WARNINGS_HEADER
+    assert json.loads(text) == [*warnings[:3], "and 2 more"]
+    assert json.loads(warnings_header(["🔴" * 1000])) == ["and 1 more"]
+
+
 @pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
 def test_output_formats(in_process: Make, output_format: str) -> None:
     answer = in_process().post(output_format=output_format).json()
@@ -104,6 +142,9 @@ def test_output_formats(in_process: Make, output_format: str) -> None:
         ({"guidance_scale": [4]}, "guidance_scale", "[4]"),
         ({"response_format": "url"}, "response_format", "'url'"),
         ({"output_format": "gif"}, "output_format", "'gif'"),
+        ({"reproducible": 1}, "reproducible", "reproducible is 1"),
+        ({"reproducible": "true"}, "reproducible", "'true'"),
+        ({"reproducible": None}, "reproducible", "None"),
         ({"steps": 20}, "steps", "Unknown field 'steps'"),
     ],
 )

@@ -90,6 +90,36 @@ def test_native_answers_carry_their_parameters(served: Served) -> None:
     assert refused.json()["error"]["param"] == "size"
 
 
+def test_a_prompt_that_is_cut_is_warned_of_on_both_surfaces(served: Served) -> None:
+    """The embedded model reads 14 tokens and two special ones."""
+    body = {"prompt": f"{PROMPT}, {PROMPT} 🔴", "seed": 1, "num_inference_steps": 2}
+    warning = (
+        "prompt: the text encoder (tokenizer) reads 16 tokens; what follows character 62 was left out: "
+        "'a blue background 🔴'"
+    )
+    for fields, warnings in (
+        ({}, [warning]),
+        ({"prompt": PROMPT, "negative_prompt": body["prompt"]}, [f"negative_{warning}"]),
+        ({"prompt": PROMPT}, []),
+    ):
+        answer = httpx.post(f"{served.url}/v1/images/generations", json=body | fields, timeout=60)
+        assert answer.json()["warnings"] == warnings
+        native = httpx.post(f"{served.url}/generate", json=body | fields, timeout=60)
+        assert json.loads(native.headers.get("X-Stepweave-Warnings", "[]")) == warnings
+
+
+def test_a_reproducible_picture_is_that_of_diffusers_own_call(
+    served: Served, plain_pictures: list[tuple[dict[str, Any], np.ndarray]]
+) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        bodies = [body | {"reproducible": i % 4 == 0} for i, (body, _) in enumerate(plain_pictures[:16])]
+        answers = list(pool.map(lambda body: httpx.post(f"{served.url}/generate", json=body, timeout=120), bodies))
+    for body, answer, (_, plain) in zip(bodies, answers, plain_pictures, strict=False):
+        assert answer.headers.get("X-Stepweave-Reproducible") == ("true" if body["reproducible"] else None)
+        if body["reproducible"]:
+            assert np.array_equal(np.asarray(Image.open(io.BytesIO(answer.content)), np.int16), plain)
+
+
 def test_larger_sizes_run(served: Served) -> None:
     for size in ((128, 128), (64, 192)):
         response = httpx.post(

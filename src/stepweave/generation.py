@@ -22,6 +22,7 @@ class Parameters:
     seed: int
     num_inference_steps: int
     guidance_scale: float | None  # None where the pipeline has no such argument
+    reproducible: bool = False
 
     def of_image(self, index: int) -> dict[str, Any]:
         """The parameters of one of the n images, as they are echoed and written into its metadata."""
@@ -31,6 +32,8 @@ class Parameters:
         values |= {"size": f"{self.width}x{self.height}", "num_inference_steps": self.num_inference_steps}
         if self.guidance_scale is not None:
             values["guidance_scale"] = self.guidance_scale
+        if self.reproducible:
+            values["reproducible"] = True
         return values
 
 
@@ -54,3 +57,4 @@ class Generation:
     parameters: Parameters
     images: list[Image.Image]
     timings: Timings = field(default_factory=Timings)
+    warnings: list[str] = field(default_factory=list)

@@ -67,6 +67,7 @@ class ServedModel:
         seed: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        reproducible: bool = False,
     ) -> Parameters:
         """Fill in the defaults and hold every value against the limits. Raises InvalidRequest naming value and limit."""
         limits = self.settings
@@ -102,6 +103,7 @@ class ServedModel:
             seed=secrets.randbits(DRAWN_SEED_BITS) if seed is None else seed,
             num_inference_steps=steps,
             guidance_scale=self.default_guidance if guidance_scale is None else guidance_scale,
+            reproducible=reproducible,
         )
 
     def _resolve_size(self, size: str | None) -> tuple[int, int]:

@@ -196,6 +196,7 @@ class Server:
             seed=request.seed,
             num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale,
+            reproducible=request.reproducible,
         )
         longest = max(parameters.width, parameters.height)
         if longest > MAX_SIDES[request.output_format]:
@@ -206,7 +207,7 @@ class Server:
         assert self._admission is not None
         self._admission.enter()
         try:
-            job = engine.submit(**served.call(parameters))
+            job = engine.submit(**served.call(parameters), reproducible=parameters.reproducible)
             try:
                 output = await job
             except RequestError:
@@ -215,7 +216,7 @@ class Server:
                 logger.exception("a job failed: %r, %s", job, _without_prompts(parameters.of_image(0)))
                 failure = f"The generation failed ({type(error).__name__})."
                 raise StepweaveError(failure, code="generation_failed") from error
-            generation = Generation(parameters, output.images, timings_of(job))
+            generation = Generation(parameters, output.images, timings_of(job), job.warnings)
             files = await self._encode(generation, request.output_format, served.id)
         finally:
             self._admission.leave()

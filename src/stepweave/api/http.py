@@ -138,7 +138,7 @@ def _render(generation: Generation, files: list[PictureFile], model: str, output
         },
         "parameters": {**parameters.of_image(0), "n": parameters.n, "output_format": output_format},
         "timings": {name: round(seconds, 6) for name, seconds in asdict(generation.timings).items()},
-        "warnings": [],
+        "warnings": generation.warnings,
     }
     pieces = [json.dumps(answer)[:-1].encode(), b', "data": [']
     for i, file in enumerate(files):

@@ -23,6 +23,7 @@ class ImageRequest(BaseModel):
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Same seed, same picture; drawn if absent.")
     num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps.")
     guidance_scale: float | None = Field(None, ge=0, le=100, description="Classifier-free guidance; 1 turns it off.")
+    reproducible: bool = Field(False, description="Bitwise the pipeline's own picture; it shares no step with others.")
     output_format: Literal["png", "jpeg", "webp"] = Field("png", description="File format of the picture.")
 
 
