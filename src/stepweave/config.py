@@ -6,10 +6,11 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError, from_json
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from stepweave.errors import ConfigError, shown
 
@@ -18,6 +19,19 @@ EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "models" / "shapes"
 
 # What Kubernetes puts into every pod of a namespace that has Services called "stepweave" or "stepweave-..." (enableServiceLinks).
 _SERVICE_LINK = re.compile(r"STEPWEAVE_(\w+_)?(SERVICE_(HOST|PORT)(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)")
+
+
+SWITCHES = ("quantization", "offload", "channels_last", "vae_slicing", "vae_tiling", "attention_backend", "compile")
+
+
+class Quantization(BaseModel):
+    """Which components are quantised, and how: arguments of diffusers' `PipelineQuantizationConfig`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    quant_backend: str = Field(min_length=1)
+    quant_kwargs: dict[str, Any] = Field(default_factory=dict)
+    components_to_quantize: list[str] | None = Field(None, min_length=1)
 
 
 class Settings(BaseSettings):
@@ -35,6 +49,22 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Of the weights; `auto` is bfloat16 (else float16) on a GPU and float32 on a CPU."
     )
+    quantization: Annotated[Quantization | None, NoDecode] = Field(
+        None,
+        description="Quantise while loading: a JSON object with `quant_backend`, `quant_kwargs` and "
+        "`components_to_quantize`, as in diffusers.",
+    )
+    offload: Literal["off", "model", "sequential"] = Field(
+        "off",
+        description="Keep weights in main memory and move them to the GPU for use: `model` whole models, `sequential` layers.",
+    )
+    channels_last: bool = Field(False, description="Channels-last memory format for convolutions.")
+    vae_slicing: bool = Field(False, description="Decode the pictures of a batch one by one.")
+    vae_tiling: bool = Field(False, description="Decode large pictures in tiles.")
+    attention_backend: str | None = Field(
+        None, min_length=1, description="Of the denoiser, by diffusers' name: `native`, `flash`, `sage`, ..."
+    )
+    compile: bool = Field(False, description="Compile the denoiser's repeated blocks with torch.compile.")
     cpu_threads: int = Field(0, ge=0, le=1024, description="Torch's CPU threads; 0 follows the cgroup's CPU quota.")
     batching: Literal["off", "threads", "request", "step"] = Field(
         "step",
@@ -66,6 +96,16 @@ class Settings(BaseSettings):
     max_prompt_characters: int = Field(4000, ge=1, le=7000, description="Longest prompt or negative prompt.")
     max_body_bytes: int = Field(1_048_576, ge=1024, description="Largest body of a request.")
 
+    @field_validator("quantization", mode="before")
+    @classmethod
+    def _read_json(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return from_json(value)
+        except ValueError as error:
+            raise PydanticCustomError("json", "not JSON: {reason}", {"reason": str(error)}) from None
+
     @model_validator(mode="after")
     def _model_can_be_found(self) -> Settings:
         if self.model_directory() is None:
@@ -90,6 +130,10 @@ class Settings(BaseSettings):
         path = Path(self.model).expanduser()
         return path if path.is_dir() else None
 
+    def switches(self) -> dict[str, Any]:
+        """The settings that are passed through to diffusers and torch, by name."""
+        return self.model_dump(include=set(SWITCHES))
+
     @classmethod
     def load(cls) -> Settings:
         """Read the settings, or raise ConfigError with the name and value of each one that is wrong."""
@@ -108,7 +152,8 @@ class Settings(BaseSettings):
                 if item["loc"]:
                     if item["type"] == "string_pattern_mismatch":
                         message = cls.model_fields[str(item["loc"][0])].description or message
-                    message = f"{PREFIX}{str(item['loc'][0]).upper()}={shown(item['input'])}: {message}"
+                    name = ".".join([f"{PREFIX}{str(item['loc'][0]).upper()}", *map(str, item["loc"][1:])])
+                    message = f"{name}={shown(item['input'])}: {message}"
                 problems.append(message)
         if problems:
             raise ConfigError("; ".join(problems))

@@ -91,13 +91,16 @@ class Server:
             from stepweave.engine import StepEngine
             from stepweave.loading.device import choose_device, choose_dtype, set_cpu_threads
             from stepweave.loading.loader import load_pipeline
+            from stepweave.loading.switches import apply_switches, check_switches
             from stepweave.model import ServedModel
 
             device = choose_device(self.settings)
             dtype = choose_dtype(self.settings, device)
+            check_switches(self.settings, device)
             threads = set_cpu_threads(self.settings)
             self._enter("loading", 0.4, f"loading {self.settings.model} onto {device} in {dtype}")
             pipeline, preset = (self._load_pipeline or load_pipeline)(self.settings, device, dtype)
+            apply_switches(pipeline, self.settings, device)
             model = ServedModel(pipeline, preset, self.settings)
             engine = self._make_engine(StepEngine, pipeline)
             try:

@@ -115,6 +115,7 @@ class Api:
                 "max_images": settings.max_images,
                 "max_prompt_characters": settings.max_prompt_characters,
                 "batching": engine.mode,
+                "switches": settings.switches(),
                 "certificates": engine.stats().certificates,
             },
         }

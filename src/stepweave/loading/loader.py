@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from stepweave.config import Settings
 from stepweave.errors import LoadError
 from stepweave.loading.preset import Preset, read_preset
+from stepweave.loading.quantization import pipeline_quantization
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 def load_pipeline(settings: Settings, device: torch.device, dtype: torch.dtype) -> tuple[DiffusionPipeline, Preset]:
     """Load the pipeline that `settings.model` names onto `device`, its class chosen by its `model_index.json`.
 
+    Where weights are offloaded it stays on the CPU.
     With it comes the preset in its directory, an empty one where there is none.
 
     Only safetensors weights are read and no code from the model's repository runs. A private or gated hub repository
@@ -35,10 +37,14 @@ def load_pipeline(settings: Settings, device: torch.device, dtype: torch.dtype) 
     transformers.utils.logging.disable_progress_bar()
     try:
         index = DiffusionPipeline.load_config(source, **hub)
+        changes: dict[str, Any] = dict(_absent_components(index))
+        if settings.quantization is not None:
+            changes["quantization_config"] = pipeline_quantization(settings.quantization, index, dtype)
         pipeline = DiffusionPipeline.from_pretrained(
-            source, **hub, **_absent_components(index), dtype=dtype, use_safetensors=True, trust_remote_code=False
+            source, **hub, **changes, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
-        pipeline.to(device)
+        if settings.offload == "off":
+            pipeline.to(device)
     except (OSError, ValueError, RuntimeError, ImportError, AttributeError, TypeError, KeyError) as error:
         # to the log whole; the probe's answer must not name paths of the server
         logger.exception("loading %s failed", settings.model)

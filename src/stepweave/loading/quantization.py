@@ -1,0 +1,98 @@
+"""Quantisation while loading: the setting's JSON into diffusers' own configuration."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+import diffusers.quantizers.auto
+import torch
+import transformers.quantizers.auto
+from diffusers import DiffusionPipeline, ModelMixin, PipelineQuantizationConfig
+from diffusers.quantizers.auto import DiffusersAutoQuantizer
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from stepweave.config import Quantization
+from stepweave.errors import LoadError, shown
+
+SETTING = "STEPWEAVE_QUANTIZATION"
+
+# diffusers and transformers each have a class of configuration for a backend, with arguments of its own
+_LIBRARIES: dict[str, tuple[type, Any, Any]] = {
+    "diffusers": (ModelMixin, diffusers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING, DiffusersAutoQuantizer),
+    "transformers": (PreTrainedModel, transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer),
+}
+
+
+def pipeline_quantization(
+    wanted: Quantization, index: dict[str, Any], dtype: torch.dtype
+) -> PipelineQuantizationConfig:
+    """What `from_pretrained` takes, for the components of a `model_index.json`; all models where none are named.
+
+    Raises LoadError, naming component, backend or argument, for what does not exist or cannot run here.
+    """
+    models = _models(index)
+    names = list(models) if wanted.components_to_quantize is None else wanted.components_to_quantize
+    mapping = {}
+    for name in names:
+        if name not in models:
+            raise LoadError(
+                f"{SETTING}: components_to_quantize has {shown(name)}; the models of {index.get('_class_name')} are "
+                f"{', '.join(models)}"
+            )
+        mapping[name] = _component(wanted, name, models[name], dtype)
+    return PipelineQuantizationConfig(quant_mapping=mapping)
+
+
+def check_quantised(wanted: Quantization, pipeline: DiffusionPipeline) -> None:
+    """Raise LoadError if a pipeline was loaded without the quantisation that is asked for."""
+    for name in wanted.components_to_quantize or ():
+        if getattr(pipeline.components.get(name), "hf_quantizer", None) is None:
+            raise LoadError(
+                f"{SETTING} asks for {name!r}, which {type(pipeline).__name__} was loaded without; quantise a pipeline that "
+                "is made in code where it is made"
+            )
+
+
+def _models(index: dict[str, Any]) -> dict[str, str]:
+    """The components that have weights, and their library."""
+    models = {}
+    for name, entry in index.items():
+        if not name.startswith("_") and isinstance(entry, (list, tuple)) and entry[0] in _LIBRARIES:
+            kind = getattr(importlib.import_module(entry[0]), entry[1], None)
+            if isinstance(kind, type) and issubclass(kind, _LIBRARIES[entry[0]][0]):
+                models[name] = entry[0]
+    return models
+
+
+def _component(wanted: Quantization, name: str, library: str, dtype: torch.dtype) -> Any:
+    _, known, quantizer = _LIBRARIES[library]
+    kind = known.get(wanted.quant_backend)
+    if kind is None:
+        raise LoadError(
+            f"{SETTING}: quant_backend is {shown(wanted.quant_backend)}; {library} has {', '.join(sorted(known))}"
+        )
+    # not all of them refuse what they do not know
+    parameters = inspect.signature(kind).parameters.values()
+    arguments = {one.name: one for one in parameters if one.name != "quant_method" and one.kind is not one.VAR_KEYWORD}
+    for argument in wanted.quant_kwargs:
+        if argument not in arguments:
+            raise LoadError(
+                f"{SETTING}: quant_kwargs has {shown(argument)}; {kind.__name__} of {library} takes {', '.join(arguments)}"
+            )
+    for argument, parameter in arguments.items():
+        if parameter.default is parameter.empty and argument not in wanted.quant_kwargs:
+            raise LoadError(f"{SETTING}: quant_kwargs lacks {argument!r}, which {kind.__name__} of {library} needs")
+    try:
+        config = kind.from_dict(dict(wanted.quant_kwargs))
+        quantizer.from_config(config, pre_quantized=False).validate_environment(
+            torch_dtype=dtype, dtype=dtype, device_map=None, weights_only=None
+        )
+    except Exception as error:  # each backend has its own
+        reason = str(error) or type(error).__name__
+        raise LoadError(
+            f"{SETTING}: {wanted.quant_backend} cannot quantise {name!r}: {reason.splitlines()[0]}"
+        ) from error
+    return config

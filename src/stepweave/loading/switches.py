@@ -1,0 +1,151 @@
+"""Switches of diffusers and torch that settings turn on: each does what its name says, or the server does not start."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from torch import nn
+
+from stepweave.config import Settings
+from stepweave.errors import LoadError, shown
+from stepweave.loading.quantization import check_quantised
+
+_DENOISER = re.compile(r"(transformer|unet)(_\d+)?")
+_COMPILERS = {"cpu": ("CXX", "g++", "clang++"), "cuda": ("CC", "gcc", "clang")}
+
+
+def check_switches(settings: Settings, device: torch.device) -> None:
+    """Refuse what cannot work, before minutes of loading. Raises LoadError."""
+    if settings.offload != "off" and device.type == "cpu":
+        raise LoadError(f"STEPWEAVE_OFFLOAD={settings.offload!r} moves weights to a GPU, but the device is the CPU")
+    if settings.offload == "sequential":
+        for name, reason in (
+            ("compile", "torch.compile cannot trace layers whose weights come and go"),
+            ("quantization", "accelerate moves plain tensors only"),
+        ):
+            if getattr(settings, name):
+                raise LoadError(f"STEPWEAVE_OFFLOAD='sequential' excludes STEPWEAVE_{name.upper()}: {reason}")
+    backend = settings.attention_backend
+    if backend is not None and backend not in (known := [one.value for one in AttentionBackendName]):
+        raise LoadError(f"STEPWEAVE_ATTENTION_BACKEND={shown(backend)} is not one of {', '.join(known)}")
+    if settings.compile and device.type in _COMPILERS:
+        variable, *programs = _COMPILERS[device.type]
+        if not any(map(shutil.which, filter(None, (os.environ.get(variable), *programs)))):
+            raise LoadError(f"STEPWEAVE_COMPILE needs a compiler, {' or '.join(programs)}, which is not installed")
+
+
+def apply_switches(pipeline: Any, settings: Settings, device: torch.device) -> None:
+    """Turn on what the settings ask for, on a loaded pipeline that has no engine yet. Raises LoadError.
+
+    With offload the pipeline may be on the CPU; otherwise it is on `device`. Compiling comes last: it takes modules as they are.
+    """
+    if settings.quantization is not None:
+        check_quantised(settings.quantization, pipeline)
+    for name, apply in (
+        ("channels_last", channels_last),
+        ("vae_slicing", lambda pipeline: _autoencoders(pipeline, "enable_slicing")),
+        ("vae_tiling", lambda pipeline: _autoencoders(pipeline, "enable_tiling")),
+    ):
+        if getattr(settings, name):
+            with _named(name):
+                apply(pipeline)
+    if settings.attention_backend is not None:
+        with _named("attention_backend", settings.attention_backend):
+            set_attention_backend(pipeline, settings.attention_backend, device)
+    if settings.offload != "off":
+        with _named("offload", settings.offload):
+            # before the hooks are made: it empties the GPU
+            if settings.offload == "model":
+                pipeline.enable_model_cpu_offload(device=device)
+            else:
+                pipeline.enable_sequential_cpu_offload(device=device)
+    if settings.compile:
+        with _named("compile"):
+            for denoiser in denoisers(pipeline):
+                compile_blocks(denoiser)
+
+
+@contextlib.contextmanager
+def _named(switch: str, value: Any = True) -> Iterator[None]:
+    """Whatever diffusers or torch say against a switch, said with the setting's name."""
+    try:
+        yield
+    except LoadError:
+        raise
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise LoadError(f"STEPWEAVE_{switch.upper()}={shown(value)} cannot be had: {reason}") from error
+
+
+def denoisers(pipeline: Any) -> list[Any]:
+    """The pipeline's transformers or UNets; where none is called that, all of its models but autoencoders."""
+    models = {name: one for name, one in pipeline.components.items() if isinstance(one, ModelMixin)}
+    named = [one for name, one in models.items() if _DENOISER.fullmatch(name)]
+    return named or [one for one in models.values() if not _is_autoencoder(one)]
+
+
+def _is_autoencoder(module: Any) -> bool:
+    return isinstance(module, nn.Module) and hasattr(module, "encode") and hasattr(module, "decode")
+
+
+def channels_last(pipeline: Any) -> None:
+    """Give 2D convolutions the memory format that cuDNN and oneDNN prefer. Models with 3D ones are left alone."""
+    found = False
+    for model in pipeline.components.values():
+        if isinstance(model, ModelMixin):
+            ranks = {parameter.ndim for parameter in model.parameters()}
+            if 4 in ranks and 5 not in ranks:
+                model.to(memory_format=torch.channels_last)
+                found = True
+    if not found:
+        raise LoadError(f"STEPWEAVE_CHANNELS_LAST=True: {type(pipeline).__name__} has no 2D convolutions")
+
+
+def _autoencoders(pipeline: Any, switch: str) -> None:
+    found = [one for one in pipeline.components.values() if _is_autoencoder(one)]
+    if not found:
+        raise ValueError(f"{type(pipeline).__name__} has no autoencoder")
+    for autoencoder in found:
+        if not hasattr(autoencoder, switch):
+            raise ValueError(f"{type(autoencoder).__name__} has no {switch}")
+        getattr(autoencoder, switch)()
+
+
+def set_attention_backend(pipeline: Any, backend: str, device: torch.device) -> None:
+    """Have the denoisers' attention computed by `backend`, tried out first.
+
+    Models whose attention processors call torch itself, as those of UNets and of Stable Diffusion 3 do, are refused: diffusers
+    would do nothing, and say nothing.
+    """
+    models = denoisers(pipeline)
+    if not models:
+        raise ValueError(f"{type(pipeline).__name__} has no denoiser")
+    for model in models:
+        if not any(hasattr(getattr(part, "processor", None), "_attention_backend") for part in model.modules()):
+            raise ValueError(f"the attention of {type(model).__name__} does not go through diffusers' dispatcher")
+    for model in models:
+        model.set_attention_backend(backend)
+        dtype = getattr(model, "dtype", torch.float32)
+        query = torch.zeros(1, 8, 2, _head_size(model), device=device, dtype=dtype)  # batch, tokens, heads, size
+        with torch.no_grad():
+            dispatch_attention_fn(query, query, query, backend=AttentionBackendName(backend))
+
+
+def _head_size(model: nn.Module) -> int:
+    size = getattr(getattr(model, "config", None), "attention_head_dim", None)
+    return size if isinstance(size, int) else 64
+
+
+def compile_blocks(model: Any) -> None:
+    """Compile the blocks that diffusers declares as repeated, once for all numbers of rows; it happens at the first call."""
+    if not getattr(model, "_repeated_blocks", None):
+        raise ValueError(f"{type(model).__name__} declares no repeated blocks")
+    model.compile_repeated_blocks(dynamic=True)
