@@ -236,9 +236,11 @@ def dashboard() -> model.Dashboard:
             ),
             graph(
                 "Recoveries",
-                "What the engine survived per second: shared forwards run again alone or halved for want of memory, and errors.",
+                "What the engine survived per second: shared forwards run again alone, forwards that ran out of memory, calls "
+                "run some rows at a time for want of it, and errors; and jobs that failed for want of memory.",
                 "cps",
                 (rate("stepweave_engine_recoveries_total", "reason"), "{{reason}}"),
+                (rate("stepweave_out_of_memory_failures_total", "job"), "failed for want of memory"),
             ),
             graph(
                 "Forwards by module",

@@ -12,6 +12,7 @@ from unittest import mock
 
 import anyio
 import pytest
+import torch
 from PIL import Image
 
 from stepweave.api.native import MAX_WARNINGS_HEADER, warnings_header
@@ -245,6 +246,22 @@ def test_a_failure_is_500_with_an_id_that_is_in_the_log(in_process: Make, caplog
     assert "secret detail" in caplog.text
     app.pipeline.record.error = None
     assert app.post().status_code == 200, "one failure must not hurt the next request"
+
+
+def test_a_job_that_does_not_fit_into_memory_says_so_and_is_not_sent_again(in_process: Make) -> None:
+    app = in_process()
+    app.pipeline.record.error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+    response = app.client.post("/v1/images/generations", json={"prompt": "x"})
+    assert response.status_code == 500
+    error = response.json()["error"]
+    assert error["code"] == "out_of_memory"
+    assert "not enough memory" in error["message"]
+    assert response.headers["X-Request-ID"] in error["message"]
+    assert "GiB" not in error["message"]
+    assert response.headers["X-Should-Retry"] == "false"
+    metrics = app.client.get("/metrics").text
+    assert "stepweave_out_of_memory_failures_total 1.0" in metrics
+    assert 'stepweave_requests_total{outcome="failed"} 1.0' in metrics
 
 
 def test_while_loading_everything_is_503_but_livez(in_process: Make) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from stepweave.errors import StepweaveError
+from stepweave.errors import OutOfMemory, StepweaveError
 from stepweave.server import as_stepweave_error
 
 REQUEST_ID = "stepweave.request_id"  # key in the ASGI scope
@@ -19,6 +19,8 @@ def error_response(error: StepweaveError, **extra: Any) -> JSONResponse:
     headers = {ERROR_MARK: "1"}
     if error.retry_after is not None:
         headers["Retry-After"] = str(error.retry_after)
+    if isinstance(error, OutOfMemory):  # OpenAI's clients repeat what failed with a 500 unless told not to
+        headers["X-Should-Retry"] = "false"
     return JSONResponse({**error.body(), **extra}, status_code=error.status, headers=headers)
 
 

@@ -77,7 +77,7 @@ class Metrics:
             registry=self.registry,
         ).set_function(lambda: psutil.Process().memory_info().rss)
         self.registry.register(EngineCollector(engine))
-        self.vram = VramCollector()
+        self.vram = VramCollector(engine)
         self.registry.register(self.vram)
 
     @contextlib.contextmanager
@@ -150,13 +150,18 @@ class EngineCollector(Collector):
         lookups.add_metric(["miss"], stats.cache_misses if stats else 0)
         survived = CounterMetricFamily(
             "stepweave_engine_recoveries",
-            "What the engine survived: shared forwards that failed and ran alone, or ran out of memory and were halved; errors.",
+            "What the engine survived: shared forwards that failed and ran alone; forwards that ran out of memory; calls that "
+            "were run some rows at a time; errors.",
             labels=["reason"],
         )
-        for reason in ("retried", "out_of_memory", "error"):
-            counted = {"retried": "retried", "out_of_memory": "out_of_memory", "error": "errors"}[reason]
-            survived.add_metric([reason], getattr(stats, counted) if stats else 0)
-        yield from (certificates, forwards, rows, calls, lookups, survived)
+        for reason in ("retried", "out_of_memory", "divided", "errors"):
+            survived.add_metric([reason.removesuffix("s")], getattr(stats, reason) if stats else 0)
+        unfit = CounterMetricFamily(
+            "stepweave_out_of_memory_failures",
+            "Jobs that failed since the device's memory is too small for them alone.",
+        )
+        unfit.add_metric([], stats.unfit if stats else 0)
+        yield from (certificates, forwards, rows, calls, lookups, survived, unfit)
 
 
 class VramCollector(Collector):
@@ -165,6 +170,9 @@ class VramCollector(Collector):
     device: str = (
         "cpu"  # set once the model is loaded; other devices are not asked, since that would open a context on them
     )
+
+    def __init__(self, stats: Callable[[], EngineStats | None]) -> None:
+        self._stats = stats
 
     def collect(self) -> Iterable[Metric]:
         family = GaugeMetricFamily(
@@ -185,10 +193,11 @@ class VramCollector(Collector):
             free, total = torch.cuda.mem_get_info(self.device)
         except RuntimeError:
             return ()  # a broken device must not take the other metrics with it
+        stats = self._stats()  # the engine resets torch's own peak when it measures a forward
         return (
             torch.cuda.memory_allocated(self.device),
             torch.cuda.memory_reserved(self.device),
-            torch.cuda.max_memory_allocated(self.device),
+            max(torch.cuda.max_memory_allocated(self.device), stats.peak_memory if stats else 0),
             free,
             total,
         )
