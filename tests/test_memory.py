@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stepweave import StepEngine
 from stepweave.engine import Mode, memory
 from stepweave.engine.divide import join, part
-from stepweave.engine.memory import Room, UnknownMemory, ran_out
+from stepweave.engine.memory import CudaMemory, Room, UnknownMemory, ran_out
 from stepweave.engine.merge import split
 from stepweave.errors import Cancelled, OutOfMemory
 from tests import tiny
@@ -202,7 +202,7 @@ def test_jobs_that_fit_only_by_themselves_wait_for_each_other(jobs: int, most: i
     engine = StepEngine(Toy(module(forward)))
     with engine:
         results = [job.result(SECONDS) for job in submit_together(engine, [fresh(one) for one in calls])]
-        stats = engine.stats()
+    stats = engine.stats()
     for result, one in zip(results, calls, strict=True):
         assert (result - plain(one)).abs().max() <= CLOSE
     assert stats.unfit == stats.errors == 0
@@ -350,6 +350,24 @@ def test_a_first_forward_that_tries_out_kernels_does_not_count_for_good() -> Non
     assert room.limit("kind", 64) == 10
 
 
+@pytest.mark.parametrize(("fraction", "available"), [(1.0, 40 + 5 - 5), (0.5, 50 - 20 - 5), (0.2, 0)])
+def test_a_gpu_tells_what_is_left_of_it(fraction: float, available: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch's functions tell it; tests/gpu has the real thing."""
+    figures = {"allocated": 20, "reserved": 25, "most": 30}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40, 100))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: figures["allocated"])
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: figures["reserved"])
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: fraction)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: figures["most"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: figures.update(most=figures["allocated"]))
+    gpu = CudaMemory(torch.device("cuda", 0))
+    assert gpu.available() == available
+    gpu.start()
+    figures["most"] = 27
+    assert gpu.taken() == 7
+    assert gpu.peak() == 30, "the peak from before a measurement is not forgotten"
+
+
 # What is learnt, and forgotten
 
 
@@ -425,7 +443,7 @@ def check_faults(seed: int, jobs: int, share: float) -> None:
     with StepEngine(Toy(module(forward))) as engine:
         finished = submit_together(engine, [fresh(one) for one in calls])
         outcomes = [job.exception(SECONDS) or job.result(SECONDS) for job in finished]
-        stats = engine.stats()
+    stats = engine.stats()  # a job is counted just after it is done
     for outcome, one in zip(outcomes, calls, strict=True):
         if not isinstance(outcome, OutOfMemory):
             assert (outcome - plain(one)).abs().max() <= CLOSE

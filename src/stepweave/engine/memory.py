@@ -79,8 +79,10 @@ class CudaMemory:
         now = time.monotonic()
         if now - self._looked[0] >= FRESH:
             free, total = torch.cuda.mem_get_info(self._device)
-            idle = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-            self._looked = (now, max(0, int(free + idle - RESERVED * total)))
+            taken = torch.cuda.memory_allocated(self._device)
+            idle = torch.cuda.memory_reserved(self._device) - taken
+            own = torch.cuda.get_per_process_memory_fraction(self._device) * total - taken
+            self._looked = (now, max(0, int(min(free + idle, own) - RESERVED * total)))
         return self._looked[1]
 
     def start(self) -> None:
