@@ -24,12 +24,6 @@ from tests.pipelines.parts import (
 from tests.pipelines.registry import entry, mask, picture
 from tests.tiny import DOWN_BLOCKS, WIDTH
 
-NOT_BUILT: dict[str, str] = {  # class name -> why not
-    "BlipDiffusionControlNetPipeline": "not written: BLIP Diffusion with a ControlNet; deprecated",
-    "Cosmos2_5_TransferPipeline": "not written: video with a ControlNet",
-    "KolorsPAGPipeline": "diffusers exports it only where sentencepiece is installed",
-}
-
 
 def hint(number: int) -> Image.Image:
     """A picture to be guided by, of its own for each call."""
@@ -44,12 +38,12 @@ def influence(number: int) -> float:
 
 
 @entry(**SQUARE, **NUMBERS, guidance_scale=5.0, image=hint)
-def stable_diffusion_control_net_text() -> DiffusionPipeline:
+def stable_diffusion_control_net_text() -> diffusers.StableDiffusionControlNetPipeline:
     return diffusers.StableDiffusionControlNetPipeline(**diffusion(), controlnet=controlnet())
 
 
 @entry(**SQUARE, **NUMBERS, guidance_scale=5.0, image=hint, controlnet_conditioning_scale=influence)
-def stable_diffusion_control_net_scales() -> DiffusionPipeline:
+def stable_diffusion_control_net_scales() -> diffusers.StableDiffusionControlNetPipeline:
     """Another influence of the ControlNet in each call."""
     return diffusers.StableDiffusionControlNetPipeline(**diffusion(), controlnet=controlnet())
 
@@ -62,13 +56,13 @@ def stable_diffusion_control_net_scales() -> DiffusionPipeline:
     control_guidance_start=lambda number: number / 20,
     control_guidance_end=lambda number: 1 - number / 10,
 )
-def stable_diffusion_control_net_interval() -> DiffusionPipeline:
+def stable_diffusion_control_net_interval() -> diffusers.StableDiffusionControlNetPipeline:
     """The ControlNet acts on some of the steps only."""
     return diffusers.StableDiffusionControlNetPipeline(**diffusion(), controlnet=controlnet())
 
 
 @entry(**SQUARE, **NUMBERS, guidance_scale=5.0, image=hint, guess_mode=True)
-def stable_diffusion_control_net_guess() -> DiffusionPipeline:
+def stable_diffusion_control_net_guess() -> diffusers.StableDiffusionControlNetPipeline:
     return diffusers.StableDiffusionControlNetPipeline(**diffusion(), controlnet=controlnet())
 
 
@@ -79,23 +73,23 @@ def stable_diffusion_control_net_guess() -> DiffusionPipeline:
     image=lambda number: [hint(number), hint(number + 6)],
     controlnet_conditioning_scale=[0.5, 0.8],
 )
-def stable_diffusion_multi_control_net_text() -> DiffusionPipeline:
+def stable_diffusion_multi_control_net_text() -> diffusers.StableDiffusionControlNetPipeline:
     """Two ControlNets at once."""
     return diffusers.StableDiffusionControlNetPipeline(**diffusion(), controlnet=[controlnet(), controlnet()])
 
 
 @entry(**NUMBERS, guidance_scale=5.0, image=picture, control_image=hint, strength=strength)
-def stable_diffusion_control_net_img2img() -> DiffusionPipeline:
+def stable_diffusion_control_net_img2img() -> diffusers.StableDiffusionControlNetImg2ImgPipeline:
     return diffusers.StableDiffusionControlNetImg2ImgPipeline(**diffusion(), controlnet=controlnet())
 
 
 @entry(**SQUARE, **NUMBERS, guidance_scale=5.0, image=picture, mask_image=mask, control_image=hint, strength=strength)
-def stable_diffusion_control_net_inpaint() -> DiffusionPipeline:
+def stable_diffusion_control_net_inpaint() -> diffusers.StableDiffusionControlNetInpaintPipeline:
     return diffusers.StableDiffusionControlNetInpaintPipeline(**diffusion(in_channels=9), controlnet=controlnet())
 
 
 @entry(**SQUARE, **NUMBERS, guidance_scale=5.0, image=hint)
-def stable_diffusion_control_net_xs_text() -> DiffusionPipeline:
+def stable_diffusion_control_net_xs_text() -> diffusers.StableDiffusionControlNetXSPipeline:
     return diffusers.StableDiffusionControlNetXSPipeline(
         **diffusion(layers_per_block=2, use_linear_projection=True), controlnet=control_xs()
     )
@@ -105,21 +99,21 @@ def stable_diffusion_control_net_xs_text() -> DiffusionPipeline:
 
 
 @entry(**SQUARE, **NUMBERS, guidance_scale=5.0, image=hint)
-def stable_diffusion_xl_control_net_text() -> DiffusionPipeline:
+def stable_diffusion_xl_control_net_text() -> diffusers.StableDiffusionXLControlNetPipeline:
     return diffusers.StableDiffusionXLControlNetPipeline(
         **diffusion_xl(), controlnet=controlnet(**XL_BLOCKS), add_watermarker=False
     )
 
 
 @entry(**NUMBERS, guidance_scale=5.0, image=picture, control_image=hint, strength=strength)
-def stable_diffusion_xl_control_net_img2img() -> DiffusionPipeline:
+def stable_diffusion_xl_control_net_img2img() -> diffusers.StableDiffusionXLControlNetImg2ImgPipeline:
     return diffusers.StableDiffusionXLControlNetImg2ImgPipeline(
         **diffusion_xl(), controlnet=controlnet(**XL_BLOCKS), add_watermarker=False
     )
 
 
 @entry(**SQUARE, **NUMBERS, guidance_scale=5.0, image=picture, mask_image=mask, control_image=hint, strength=strength)
-def stable_diffusion_xl_control_net_inpaint() -> DiffusionPipeline:
+def stable_diffusion_xl_control_net_inpaint() -> diffusers.StableDiffusionXLControlNetInpaintPipeline:
     return diffusers.StableDiffusionXLControlNetInpaintPipeline(
         **diffusion_xl(in_channels=9), controlnet=controlnet(**XL_BLOCKS), add_watermarker=False
     )
@@ -132,7 +126,7 @@ def union() -> diffusers.ControlNetUnionModel:
 
 
 @entry(**SQUARE, **NUMBERS, guidance_scale=5.0, control_image=hint, control_mode=lambda number: number % 2)
-def stable_diffusion_xl_control_net_union_text() -> DiffusionPipeline:
+def stable_diffusion_xl_control_net_union_text() -> diffusers.StableDiffusionXLControlNetUnionPipeline:
     """What the picture shows differs: outlines, depth."""
     return diffusers.StableDiffusionXLControlNetUnionPipeline(
         **diffusion_xl(), controlnet=union(), add_watermarker=False
@@ -140,7 +134,7 @@ def stable_diffusion_xl_control_net_union_text() -> DiffusionPipeline:
 
 
 @entry(**NUMBERS, guidance_scale=5.0, image=picture, control_image=hint, control_mode=1, strength=strength)
-def stable_diffusion_xl_control_net_union_img2img() -> DiffusionPipeline:
+def stable_diffusion_xl_control_net_union_img2img() -> diffusers.StableDiffusionXLControlNetUnionImg2ImgPipeline:
     return diffusers.StableDiffusionXLControlNetUnionImg2ImgPipeline(
         **diffusion_xl(), controlnet=union(), add_watermarker=False
     )
@@ -156,14 +150,14 @@ def stable_diffusion_xl_control_net_union_img2img() -> DiffusionPipeline:
     control_mode=1,
     strength=strength,
 )
-def stable_diffusion_xl_control_net_union_inpaint() -> DiffusionPipeline:
+def stable_diffusion_xl_control_net_union_inpaint() -> diffusers.StableDiffusionXLControlNetUnionInpaintPipeline:
     return diffusers.StableDiffusionXLControlNetUnionInpaintPipeline(
         **diffusion_xl(), controlnet=union(), add_watermarker=False
     )
 
 
 @entry(**SQUARE, **NUMBERS, guidance_scale=5.0, image=hint)
-def stable_diffusion_xl_control_net_xs_text() -> DiffusionPipeline:
+def stable_diffusion_xl_control_net_xs_text() -> diffusers.StableDiffusionXLControlNetXSPipeline:
     return diffusers.StableDiffusionXLControlNetXSPipeline(
         **diffusion_xl(layers_per_block=2),
         controlnet=control_xs(cross_attention_dim=2 * WIDTH, transformer_layers_per_block=(1, 2)),
@@ -186,7 +180,7 @@ def control_xs(**config: Any) -> diffusers.ControlNetXSAdapter:
 
 
 @entry(**SQUARE, **NUMBERS, guidance_scale=5.0, image=hint)
-def stable_diffusion_adapter_text() -> DiffusionPipeline:
+def stable_diffusion_adapter_text() -> diffusers.StableDiffusionAdapterPipeline:
     parts = diffusion(
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")
     )
@@ -195,7 +189,7 @@ def stable_diffusion_adapter_text() -> DiffusionPipeline:
 
 
 @entry(**SQUARE, **NUMBERS, guidance_scale=5.0, image=hint)
-def stable_diffusion_xl_adapter_text() -> DiffusionPipeline:
+def stable_diffusion_xl_adapter_text() -> diffusers.StableDiffusionXLAdapterPipeline:
     adapter = diffusers.T2IAdapter(
         channels=[8, 16], num_res_blocks=1, downscale_factor=4, adapter_type="full_adapter_xl"
     )
@@ -229,7 +223,7 @@ def with_picture(pipeline: Any, scale: float = 0.7) -> DiffusionPipeline:
 
 
 @entry(**SQUARE, **NUMBERS, guidance_scale=5.0, ip_adapter_image=hint)
-def stable_diffusion_ip_adapter_text() -> DiffusionPipeline:
+def stable_diffusion_ip_adapter_text() -> diffusers.StableDiffusionPipeline:
     pipeline = diffusers.StableDiffusionPipeline(
         **diffusion() | {"feature_extractor": features()}, image_encoder=vision()
     )
@@ -237,7 +231,7 @@ def stable_diffusion_ip_adapter_text() -> DiffusionPipeline:
 
 
 @entry(**SQUARE, **NUMBERS, guidance_scale=5.0, ip_adapter_image=hint)
-def stable_diffusion_xl_ip_adapter_text() -> DiffusionPipeline:
+def stable_diffusion_xl_ip_adapter_text() -> diffusers.StableDiffusionXLPipeline:
     pipeline = diffusers.StableDiffusionXLPipeline(
         **diffusion_xl(), image_encoder=vision(), feature_extractor=features(), add_watermarker=False
     )

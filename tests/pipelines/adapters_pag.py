@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
-from diffusers import DiffusionPipeline
 
 from tests.pipelines.adapters import hint
 from tests.pipelines.parts import NUMBERS, SQUARE, XL_BLOCKS, controlnet, diffusion, diffusion_xl, parts_of, strength
@@ -29,53 +28,53 @@ XL: dict[str, Any] = {**MID, "add_watermarker": False}
 
 
 @entry(**PAG, **SQUARE)
-def stable_diffusion_pag_text() -> DiffusionPipeline:
+def stable_diffusion_pag_text() -> diffusers.StableDiffusionPAGPipeline:
     return diffusers.StableDiffusionPAGPipeline(**diffusion(), **MID)
 
 
 @entry(**PAG, image=picture, strength=strength)
-def stable_diffusion_pag_img2img() -> DiffusionPipeline:
+def stable_diffusion_pag_img2img() -> diffusers.StableDiffusionPAGImg2ImgPipeline:
     return diffusers.StableDiffusionPAGImg2ImgPipeline(**diffusion(), **MID)
 
 
 @entry(**PAG, **SQUARE, image=picture, mask_image=mask, strength=strength)
-def stable_diffusion_pag_inpaint() -> DiffusionPipeline:
+def stable_diffusion_pag_inpaint() -> diffusers.StableDiffusionPAGInpaintPipeline:
     return diffusers.StableDiffusionPAGInpaintPipeline(**diffusion(), **MID)
 
 
 @entry(**PAG, **SQUARE, image=hint)
-def stable_diffusion_control_net_pag_text() -> DiffusionPipeline:
+def stable_diffusion_control_net_pag_text() -> diffusers.StableDiffusionControlNetPAGPipeline:
     return diffusers.StableDiffusionControlNetPAGPipeline(**diffusion(), controlnet=controlnet(), **MID)
 
 
 @entry(**PAG, **SQUARE, image=picture, mask_image=mask, control_image=hint, strength=strength)
-def stable_diffusion_control_net_pag_inpaint() -> DiffusionPipeline:
+def stable_diffusion_control_net_pag_inpaint() -> diffusers.StableDiffusionControlNetPAGInpaintPipeline:
     return diffusers.StableDiffusionControlNetPAGInpaintPipeline(**diffusion(), controlnet=controlnet(), **MID)
 
 
 @entry(**PAG, **SQUARE)
-def stable_diffusion_xl_pag_text() -> DiffusionPipeline:
+def stable_diffusion_xl_pag_text() -> diffusers.StableDiffusionXLPAGPipeline:
     return diffusers.StableDiffusionXLPAGPipeline(**diffusion_xl(), **XL)
 
 
 @entry(**PAG, image=picture, strength=strength)
-def stable_diffusion_xl_pag_img2img() -> DiffusionPipeline:
+def stable_diffusion_xl_pag_img2img() -> diffusers.StableDiffusionXLPAGImg2ImgPipeline:
     return diffusers.StableDiffusionXLPAGImg2ImgPipeline(**diffusion_xl(), **XL)
 
 
 @entry(**PAG, **SQUARE, image=picture, mask_image=mask, strength=strength)
-def stable_diffusion_xl_pag_inpaint() -> DiffusionPipeline:
+def stable_diffusion_xl_pag_inpaint() -> diffusers.StableDiffusionXLPAGInpaintPipeline:
     return diffusers.StableDiffusionXLPAGInpaintPipeline(**diffusion_xl(), **XL)
 
 
 @entry(**PAG, **SQUARE, image=hint)
-def stable_diffusion_xl_control_net_pag_text() -> DiffusionPipeline:
+def stable_diffusion_xl_control_net_pag_text() -> diffusers.StableDiffusionXLControlNetPAGPipeline:
     parts = diffusion_xl()
     return diffusers.StableDiffusionXLControlNetPAGPipeline(**parts, controlnet=controlnet(**XL_BLOCKS), **XL)
 
 
 @entry(**PAG, image=picture, control_image=hint, strength=strength)
-def stable_diffusion_xl_control_net_pag_img2img() -> DiffusionPipeline:
+def stable_diffusion_xl_control_net_pag_img2img() -> diffusers.StableDiffusionXLControlNetPAGImg2ImgPipeline:
     parts = diffusion_xl()
     return diffusers.StableDiffusionXLControlNetPAGImg2ImgPipeline(**parts, controlnet=controlnet(**XL_BLOCKS), **XL)
 
@@ -89,12 +88,12 @@ def sd3_parts() -> dict[str, Any]:
 
 
 @entry(**PAG, **SQUARE, max_sequence_length=16)
-def stable_diffusion_3_pag_text() -> DiffusionPipeline:
+def stable_diffusion_3_pag_text() -> diffusers.StableDiffusion3PAGPipeline:
     return diffusers.StableDiffusion3PAGPipeline(**sd3_parts(), pag_applied_layers="blocks.0")
 
 
 @entry(**PAG, **SQUARE, max_sequence_length=16, image=picture, strength=strength)
-def stable_diffusion_3_pag_img2img() -> DiffusionPipeline:
+def stable_diffusion_3_pag_img2img() -> diffusers.StableDiffusion3PAGImg2ImgPipeline:
     return diffusers.StableDiffusion3PAGImg2ImgPipeline(**sd3_parts(), pag_applied_layers="blocks.0")
 
 
@@ -105,17 +104,17 @@ def stable_diffusion_3_pag_img2img() -> DiffusionPipeline:
     use_resolution_binning=False,
     target_size=(32, 32),
 )
-def hunyuan_dit_pag_text() -> DiffusionPipeline:
+def hunyuan_dit_pag_text() -> diffusers.HunyuanDiTPAGPipeline:
     return diffusers.HunyuanDiTPAGPipeline(
         **parts_of(hunyuan_dit), requires_safety_checker=False, pag_applied_layers=["0"]
     )
 
 
 @entry(**PAG, **SQUARE, use_resolution_binning=False, clean_caption=False, max_sequence_length=16)
-def pix_art_sigma_pag_text() -> DiffusionPipeline:
+def pix_art_sigma_pag_text() -> diffusers.PixArtSigmaPAGPipeline:
     return diffusers.PixArtSigmaPAGPipeline(**parts_of(pixart_sigma), pag_applied_layers=["blocks.0"])
 
 
 @entry(**PAG | SANA | {"guidance_scale": 5.0})
-def sana_pag_text() -> DiffusionPipeline:
+def sana_pag_text() -> diffusers.SanaPAGPipeline:
     return diffusers.SanaPAGPipeline(**parts_of(sana), pag_applied_layers=["transformer_blocks.0"])

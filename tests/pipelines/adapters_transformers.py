@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
-from diffusers import DiffusionPipeline
 
 from tests.pipelines.adapters import hint
 from tests.pipelines.parts import NUMBERS, SQUARE, certain, parts_of, strength
@@ -16,7 +15,7 @@ from tests.tiny import WIDTH, flux, qwen_image, stable_diffusion_3
 
 
 @entry(**SQUARE, **NUMBERS, guidance_scale=5.0, control_image=hint, max_sequence_length=16)
-def stable_diffusion_3_control_net_text() -> DiffusionPipeline:
+def stable_diffusion_3_control_net_text() -> diffusers.StableDiffusion3ControlNetPipeline:
     parts = certain(parts_of(stable_diffusion_3))
     control = diffusers.SD3ControlNetModel.from_transformer(
         parts["transformer"], num_layers=1, num_extra_conditioning_channels=0
@@ -27,7 +26,7 @@ def stable_diffusion_3_control_net_text() -> DiffusionPipeline:
 @entry(
     **SQUARE, **NUMBERS, guidance_scale=5.0, control_image=picture, control_mask=mask, max_sequence_length=16
 )  # fmt: skip
-def stable_diffusion_3_control_net_inpainting() -> DiffusionPipeline:
+def stable_diffusion_3_control_net_inpainting() -> diffusers.StableDiffusion3ControlNetInpaintingPipeline:
     parts = certain(parts_of(stable_diffusion_3))
     control = diffusers.SD3ControlNetModel.from_transformer(
         parts["transformer"], num_layers=1, num_extra_conditioning_channels=1
@@ -46,7 +45,7 @@ def flux_parts(**config: Any) -> dict[str, Any]:
 
 
 @entry(**SQUARE, **NUMBERS, guidance_scale=3.5, control_image=hint, max_sequence_length=16)
-def flux_control_net_text() -> DiffusionPipeline:
+def flux_control_net_text() -> diffusers.FluxControlNetPipeline:
     return diffusers.FluxControlNetPipeline(**flux_parts())
 
 
@@ -54,7 +53,7 @@ def flux_control_net_text() -> DiffusionPipeline:
     **SQUARE, **NUMBERS, guidance_scale=3.5, control_image=hint, control_mode=lambda number: number % 2,
     max_sequence_length=16,
 )  # fmt: skip
-def flux_control_net_union_text() -> DiffusionPipeline:
+def flux_control_net_union_text() -> diffusers.FluxControlNetPipeline:
     """One ControlNet for several kinds of pictures."""
     return diffusers.FluxControlNetPipeline(**flux_parts(num_mode=2))
 
@@ -67,12 +66,12 @@ def flux_image_parts() -> dict[str, Any]:
 
 
 @entry(**SQUARE, **NUMBERS, **FLUX_IMAGE, guidance_scale=3.5)
-def flux_control_net_img2img() -> DiffusionPipeline:
+def flux_control_net_img2img() -> diffusers.FluxControlNetImg2ImgPipeline:
     return diffusers.FluxControlNetImg2ImgPipeline(**flux_image_parts())
 
 
 @entry(**SQUARE, **NUMBERS, **FLUX_IMAGE, guidance_scale=3.5, mask_image=mask)
-def flux_control_net_inpaint() -> DiffusionPipeline:
+def flux_control_net_inpaint() -> diffusers.FluxControlNetInpaintPipeline:
     return diffusers.FluxControlNetInpaintPipeline(**flux_image_parts())
 
 
@@ -86,12 +85,12 @@ def qwen_parts(**config: Any) -> dict[str, Any]:
 
 
 @entry(**SQUARE, **NUMBERS, negative_prompt=" ", true_cfg_scale=4.0, control_image=hint)
-def qwen_image_control_net_text() -> DiffusionPipeline:
+def qwen_image_control_net_text() -> diffusers.QwenImageControlNetPipeline:
     return diffusers.QwenImageControlNetPipeline(**qwen_parts())
 
 
 @entry(**SQUARE, **NUMBERS, negative_prompt=" ", true_cfg_scale=4.0, control_image=picture, control_mask=mask)
-def qwen_image_control_net_inpaint() -> DiffusionPipeline:
+def qwen_image_control_net_inpaint() -> diffusers.QwenImageControlNetInpaintPipeline:
     return diffusers.QwenImageControlNetInpaintPipeline(**certain(qwen_parts(extra_condition_channels=4)))
 
 
@@ -102,7 +101,7 @@ def qwen_image_control_net_inpaint() -> DiffusionPipeline:
     height=32, width=32, output_type="np", guidance_scale=5.0, use_resolution_binning=False, target_size=(32, 32),
     control_image=lambda number: picture(number, 32),
 )  # fmt: skip
-def hunyuan_dit_control_net() -> DiffusionPipeline:
+def hunyuan_dit_control_net() -> diffusers.HunyuanDiTControlNetPipeline:
     parts = certain(parts_of(hunyuan_dit))
     config = {**parts["transformer"].config, "num_layers": 4}  # the deeper half takes what the ControlNet gives
     parts["transformer"] = diffusers.HunyuanDiT2DModel.from_config(config)
@@ -114,7 +113,7 @@ def hunyuan_dit_control_net() -> DiffusionPipeline:
 
 
 @entry(**SANA, control_image=lambda number: picture(number, 32))
-def sana_control_net() -> DiffusionPipeline:
+def sana_control_net() -> diffusers.SanaControlNetPipeline:
     parts = parts_of(sana)
     config = {**parts["transformer"].config, "num_layers": 2}  # the first block takes nothing from the ControlNet
     parts["transformer"] = diffusers.SanaTransformer2DModel.from_config(config)
@@ -138,11 +137,11 @@ def z_image_control(channels: int) -> dict[str, Any]:
 
 
 @entry(**Z, control_image=hint)
-def z_image_control_net_text() -> DiffusionPipeline:
+def z_image_control_net_text() -> diffusers.ZImageControlNetPipeline:
     return diffusers.ZImageControlNetPipeline(**z_image_control(4))
 
 
 @entry(**Z, control_image=hint, image=picture, mask_image=mask)
-def z_image_control_net_inpaint() -> DiffusionPipeline:
+def z_image_control_net_inpaint() -> diffusers.ZImageControlNetInpaintPipeline:
     """It sees the picture to be guided by, the mask and the picture: 4 + 1 + 4 channels."""
     return diffusers.ZImageControlNetInpaintPipeline(**z_image_control(9))

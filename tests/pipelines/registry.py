@@ -33,6 +33,9 @@ class Entry:
     """One pipeline class, or one task or mode of it."""
 
     name: str
+    pipeline: str  # its class
+    note: str  # what sets it apart from other entries of the class
+    module: str  # of this package
     build: Callable[[], Any]
     call: dict[str, Any]  # constants, or functions of the call's number
 
@@ -58,6 +61,8 @@ ENTRIES: dict[str, Entry] = {}
 def entry(**call: Any) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
     """Register a builder under its function's name; what it makes is deterministic, in eval mode and quiet.
 
+    The function's annotation says the class of what it returns, its docstring, if any, what sets the entry apart.
+
     `call` holds the arguments of every call besides prompt, num_inference_steps and generator, or in place of them: constants,
     or functions of the call's number; a guidance scale given as a float takes a different value in each call.
     """
@@ -73,7 +78,11 @@ def entry(**call: Any) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
             pipeline.set_progress_bar_config(disable=True)
             return pipeline
 
-        ENTRIES[build.__name__] = Entry(build.__name__, built, call)
+        kind = build.__annotations__["return"].removeprefix("diffusers.")
+        note = " ".join((build.__doc__ or "").split())
+        module = build.__module__.rpartition(".")[2]
+        assert build.__name__ not in ENTRIES, build.__name__
+        ENTRIES[build.__name__] = Entry(build.__name__, kind, note, module, built, call)
         return built
 
     return register

@@ -1,4 +1,4 @@
-"""Transformers of their own kind, one or two pipelines each: PixArt, Sana, Lumina, CogView, AuraFlow, HunyuanDiT, DiT."""
+"""Transformers of their own kind, one or two pipelines each: PixArt, Sana, Lumina, CogView, AuraFlow, HunyuanDiT, DiT, aMUSEd."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from typing import Any
 
 import diffusers
 import transformers
-from diffusers import DiffusionPipeline
 from torch import nn
 
-from tests.pipelines.registry import ABSENT, entry, picture
+from tests.pipelines.registry import ABSENT, entry, mask, picture
 from tests.pipelines.transformers_parts import (
     deep_autoencoder,
     dynamic,
@@ -21,12 +20,11 @@ from tests.pipelines.transformers_parts import (
     t5_tokenizer,
     without_noise,
 )
-from tests.tiny import NOISE_SCHEDULE, WIDTH, autoencoder
+from tests.tiny import NOISE_SCHEDULE, WIDTH, autoencoder, clip
 
 SIZE: dict[str, Any] = {"height": 16, "width": 16, "output_type": "np"}
 TEXT: dict[str, Any] = {**SIZE, "guidance_scale": 5.0, "max_sequence_length": 32}
 FREE: dict[str, Any] = {**TEXT, "use_resolution_binning": False, "clean_caption": False}
-NOT_BUILT: dict[str, str] = {}
 
 # PixArt
 
@@ -42,13 +40,13 @@ def pixart_parts(sample_size: int, num_attention_heads: int = 2) -> dict[str, An
 
 
 @entry(**FREE)
-def pixart_alpha() -> DiffusionPipeline:
+def pixart_alpha() -> diffusers.PixArtAlphaPipeline:
     """With the size of the picture as a condition, which comes with a sample size of 128."""
     return diffusers.PixArtAlphaPipeline(**pixart_parts(128, num_attention_heads=3))
 
 
 @entry(**FREE)
-def pixart_sigma() -> DiffusionPipeline:
+def pixart_sigma() -> diffusers.PixArtSigmaPipeline:
     return diffusers.PixArtSigmaPipeline(**pixart_parts(8))
 
 
@@ -67,7 +65,7 @@ SANA: dict[str, Any] = {**FREE, "height": 32, "width": 32, "complex_human_instru
 
 
 @entry(**SANA)
-def sana() -> DiffusionPipeline:
+def sana() -> diffusers.SanaPipeline:
     return diffusers.SanaPipeline(**sana_parts(), scheduler=flow())
 
 
@@ -77,7 +75,7 @@ SPRINT: dict[str, Any] = {
 
 
 @entry(**SPRINT)
-def sana_sprint() -> DiffusionPipeline:
+def sana_sprint() -> diffusers.SanaSprintPipeline:
     parts = sana_parts(guidance_embeds=True, qk_norm="rms_norm_across_heads")
     return diffusers.SanaSprintPipeline(**parts, scheduler=diffusers.SCMScheduler())
 
@@ -87,7 +85,7 @@ def sana_sprint() -> DiffusionPipeline:
     image=lambda number: picture(number, 32),
     strength=strength,
 )
-def sana_sprint_img2img() -> DiffusionPipeline:
+def sana_sprint_img2img() -> diffusers.SanaSprintImg2ImgPipeline:
     parts = sana_parts(guidance_embeds=True, qk_norm="rms_norm_across_heads")
     return diffusers.SanaSprintImg2ImgPipeline(**parts, scheduler=diffusers.SCMScheduler())
 
@@ -96,7 +94,7 @@ def sana_sprint_img2img() -> DiffusionPipeline:
 
 
 @entry(**TEXT, clean_caption=False)
-def lumina() -> DiffusionPipeline:
+def lumina() -> diffusers.LuminaPipeline:
     transformer = diffusers.LuminaNextDiT2DModel(
         sample_size=4, patch_size=2, in_channels=4, hidden_size=16, num_layers=2, num_attention_heads=2, num_kv_heads=1,
         multiple_of=16, cross_attention_dim=WIDTH,
@@ -107,7 +105,7 @@ def lumina() -> DiffusionPipeline:
 
 
 @entry(**TEXT, system_prompt="Draw")
-def lumina2() -> DiffusionPipeline:
+def lumina2() -> diffusers.Lumina2Pipeline:
     transformer = diffusers.Lumina2Transformer2DModel(
         sample_size=4, patch_size=2, in_channels=4, hidden_size=16, num_layers=1, num_refiner_layers=1,
         num_attention_heads=2, num_kv_heads=1, multiple_of=16, axes_dim_rope=(4, 2, 2), axes_lens=(64, 64, 64),
@@ -121,7 +119,7 @@ def lumina2() -> DiffusionPipeline:
 
 
 @entry(**TEXT)
-def cogview3_plus() -> DiffusionPipeline:
+def cogview3_plus() -> diffusers.CogView3PlusPipeline:
     transformer = diffusers.CogView3PlusTransformer2DModel(
         in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2, out_channels=4, text_embed_dim=WIDTH,
         time_embed_dim=8, condition_dim=2, pos_embed_max_size=8, sample_size=8,
@@ -142,13 +140,13 @@ def cogview4_parts(in_channels: int) -> dict[str, Any]:
 
 
 @entry(**TEXT)
-def cogview4() -> DiffusionPipeline:
+def cogview4() -> diffusers.CogView4Pipeline:
     """Its captions are padded to a multiple of 16 tokens."""
     return diffusers.CogView4Pipeline(**cogview4_parts(4))
 
 
 @entry(**TEXT, control_image=picture)
-def cogview4_control() -> DiffusionPipeline:
+def cogview4_control() -> diffusers.CogView4ControlPipeline:
     return diffusers.CogView4ControlPipeline(**cogview4_parts(8))
 
 
@@ -156,7 +154,7 @@ def cogview4_control() -> DiffusionPipeline:
 
 
 @entry(**TEXT)
-def aura_flow() -> DiffusionPipeline:
+def aura_flow() -> diffusers.AuraFlowPipeline:
     transformer = diffusers.AuraFlowTransformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8,
         num_attention_heads=2, caption_projection_dim=16, joint_attention_dim=WIDTH, pos_embed_max_size=64,
@@ -165,7 +163,7 @@ def aura_flow() -> DiffusionPipeline:
 
 
 @entry(height=32, width=32, output_type="np", guidance_scale=5.0, use_resolution_binning=False, target_size=(32, 32))
-def hunyuan_dit() -> DiffusionPipeline:
+def hunyuan_dit() -> diffusers.HunyuanDiTPipeline:
     transformer = diffusers.HunyuanDiT2DModel(
         sample_size=8, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=2, in_channels=4,
         cross_attention_dim=WIDTH, cross_attention_dim_t5=WIDTH, pooled_projection_dim=8, hidden_size=16,
@@ -202,10 +200,43 @@ def hunyuan_dit() -> DiffusionPipeline:
 
 
 @entry(prompt=ABSENT, class_labels=lambda number: [number], guidance_scale=4.0, output_type="np")
-def dit() -> DiffusionPipeline:
+def dit() -> diffusers.DiTPipeline:
     """Draws one of ten classes; no text."""
     transformer = diffusers.DiTTransformer2DModel(
         sample_size=8, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=2, in_channels=4,
         out_channels=8, num_embeds_ada_norm=1000, norm_num_groups=4,
     )  # fmt: skip
     return diffusers.DiTPipeline(transformer=transformer, vae=autoencoder(), scheduler=diffusers.DDIMScheduler())
+
+
+# aMUSEd
+
+
+def amused_parts() -> dict[str, Any]:
+    """It fills in masked codes; its transformer takes no time."""
+    transformer = diffusers.UVit2DModel(
+        hidden_size=16, cond_embed_dim=WIDTH, micro_cond_encode_dim=2, micro_cond_embed_dim=10, encoder_hidden_size=WIDTH,
+        vocab_size=32, codebook_size=16, in_channels=8, block_out_channels=8, num_res_blocks=1, downsample=True,
+        upsample=True, block_num_heads=2, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+    )  # fmt: skip
+    vqvae = diffusers.VQModel(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(4, 8),
+        latent_channels=8, norm_num_groups=2, num_vq_embeddings=16, mid_block_add_attention=False, lookup_from_codebook=True,
+    )  # fmt: skip
+    scheduler = diffusers.AmusedScheduler(mask_token_id=31)
+    return {"transformer": transformer, "vqvae": vqvae, "scheduler": scheduler, **clip()}
+
+
+@entry(**SIZE, guidance_scale=5.0)
+def amused() -> diffusers.AmusedPipeline:
+    return diffusers.AmusedPipeline(**amused_parts())
+
+
+@entry(output_type="np", guidance_scale=5.0, image=picture, strength=strength)
+def amused_img2img() -> diffusers.AmusedImg2ImgPipeline:
+    return diffusers.AmusedImg2ImgPipeline(**amused_parts())
+
+
+@entry(output_type="np", guidance_scale=5.0, image=picture, mask_image=mask, strength=strength)
+def amused_inpaint() -> diffusers.AmusedInpaintPipeline:
+    return diffusers.AmusedInpaintPipeline(**amused_parts())

@@ -6,7 +6,6 @@ from typing import Any
 
 import diffusers
 import transformers
-from diffusers import DiffusionPipeline
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from PIL import Image
 
@@ -23,9 +22,6 @@ from tests.pipelines.transformers_parts import (
 from tests.tiny import WIDTH, clip, sd3
 
 SIZE: dict[str, Any] = {"height": 16, "width": 16, "output_type": "np"}
-NOT_BUILT: dict[str, str] = {
-    "ChromaInpaintPipeline": "broken in diffusers 0.42.1: it reads transformer.config.guidance_embeds, which Chroma's lacks"
-}
 
 # Stable Diffusion 3
 
@@ -33,22 +29,22 @@ SD3: dict[str, Any] = {**SIZE, "guidance_scale": 5.0, "max_sequence_length": 16}
 
 
 @entry(**SD3)
-def stable_diffusion_3() -> DiffusionPipeline:
+def stable_diffusion_3() -> diffusers.StableDiffusion3Pipeline:
     return sd3(flow())
 
 
 @entry(**SD3, negative_prompt="blue", skip_guidance_layers=[0])
-def stable_diffusion_3_skip_layer_guidance() -> DiffusionPipeline:
+def stable_diffusion_3_skip_layer_guidance() -> diffusers.StableDiffusion3Pipeline:
     return sd3(flow())
 
 
 @entry(**SD3, image=picture, strength=strength)
-def stable_diffusion_3_img2img() -> DiffusionPipeline:
+def stable_diffusion_3_img2img() -> diffusers.StableDiffusion3Img2ImgPipeline:
     return diffusers.StableDiffusion3Img2ImgPipeline(**sd3(flow()).components)
 
 
 @entry(**SD3, image=picture, mask_image=mask, strength=strength)
-def stable_diffusion_3_inpaint() -> DiffusionPipeline:
+def stable_diffusion_3_inpaint() -> diffusers.StableDiffusion3InpaintPipeline:
     """Takes transformers of 16 channels only."""
     parts = sd3(flow()).components
     config = {**parts["transformer"].config, "in_channels": 16, "out_channels": 16}
@@ -74,62 +70,62 @@ def flux_parts(in_channels: int = 16, *, guidance: bool = True) -> dict[str, Any
 
 
 @entry(**FLUX)
-def flux() -> DiffusionPipeline:
+def flux() -> diffusers.FluxPipeline:
     return diffusers.FluxPipeline(**flux_parts())
 
 
 @entry(**FLUX | {"guidance_scale": 0})
-def flux_schnell() -> DiffusionPipeline:
+def flux_schnell() -> diffusers.FluxPipeline:
     return diffusers.FluxPipeline(**flux_parts(guidance=False) | {"scheduler": flow(shift=1.0)})
 
 
 @entry(**FLUX, true_cfg_scale=4.0, negative_prompt="black")
-def flux_true_cfg() -> DiffusionPipeline:
+def flux_true_cfg() -> diffusers.FluxPipeline:
     return diffusers.FluxPipeline(**flux_parts())
 
 
 @entry(**FLUX, image=picture, strength=strength)
-def flux_img2img() -> DiffusionPipeline:
+def flux_img2img() -> diffusers.FluxImg2ImgPipeline:
     return diffusers.FluxImg2ImgPipeline(**flux_parts())
 
 
 @entry(**FLUX, image=picture, mask_image=mask, strength=strength)
-def flux_inpaint() -> DiffusionPipeline:
+def flux_inpaint() -> diffusers.FluxInpaintPipeline:
     return diffusers.FluxInpaintPipeline(**flux_parts())
 
 
 @entry(**FLUX, image=picture, max_area=256, _auto_resize=False)
-def flux_kontext() -> DiffusionPipeline:
+def flux_kontext() -> diffusers.FluxKontextPipeline:
     return diffusers.FluxKontextPipeline(**flux_parts())
 
 
 @entry(**FLUX, image=picture, mask_image=mask, strength=strength, max_area=256, _auto_resize=False)
-def flux_kontext_inpaint() -> DiffusionPipeline:
+def flux_kontext_inpaint() -> diffusers.FluxKontextInpaintPipeline:
     return diffusers.FluxKontextInpaintPipeline(**flux_parts())
 
 
 @entry(**FLUX, image=picture, mask_image=mask)
-def flux_fill() -> DiffusionPipeline:
+def flux_fill() -> diffusers.FluxFillPipeline:
     return diffusers.FluxFillPipeline(**flux_parts(16 + 16 + 16))
 
 
 @entry(**FLUX, control_image=picture)
-def flux_control() -> DiffusionPipeline:
+def flux_control() -> diffusers.FluxControlPipeline:
     return diffusers.FluxControlPipeline(**flux_parts(32))
 
 
 @entry(**FLUX, image=picture, control_image=lambda number: picture(number + 6), strength=strength)
-def flux_control_img2img() -> DiffusionPipeline:
+def flux_control_img2img() -> diffusers.FluxControlImg2ImgPipeline:
     return diffusers.FluxControlImg2ImgPipeline(**flux_parts(32))
 
 
 @entry(**FLUX, image=picture, control_image=lambda number: picture(number + 6), mask_image=mask, strength=strength)
-def flux_control_inpaint() -> DiffusionPipeline:
+def flux_control_inpaint() -> diffusers.FluxControlInpaintPipeline:
     return diffusers.FluxControlInpaintPipeline(**flux_parts(32))
 
 
 @entry(image=picture, num_inference_steps=ABSENT, generator=ABSENT)
-def flux_prior_redux() -> DiffusionPipeline:
+def flux_prior_redux() -> diffusers.FluxPriorReduxPipeline:
     """Makes embeddings of a picture, for FluxPipeline."""
     config = transformers.SiglipVisionConfig(
         hidden_size=WIDTH,
@@ -169,32 +165,32 @@ def flux2_parts(**text: Any) -> dict[str, Any]:
 
 
 @entry(**FLUX2)
-def flux2() -> DiffusionPipeline:
+def flux2() -> diffusers.Flux2Pipeline:
     return diffusers.Flux2Pipeline(**flux2_parts(**language_model("Mistral")))
 
 
 @entry(**FLUX2, image=reference)
-def flux2_edit() -> DiffusionPipeline:
+def flux2_edit() -> diffusers.Flux2Pipeline:
     return diffusers.Flux2Pipeline(**flux2_parts(**language_model("Mistral")))
 
 
 @entry(**FLUX2)
-def flux2_klein() -> DiffusionPipeline:
+def flux2_klein() -> diffusers.Flux2KleinPipeline:
     return diffusers.Flux2KleinPipeline(**flux2_parts(**language_model()))
 
 
 @entry(**FLUX2, image=reference)
-def flux2_klein_edit() -> DiffusionPipeline:
+def flux2_klein_edit() -> diffusers.Flux2KleinPipeline:
     return diffusers.Flux2KleinPipeline(**flux2_parts(**language_model()))
 
 
 @entry(**FLUX2, image=picture, mask_image=mask, strength=strength)
-def flux2_klein_inpaint() -> DiffusionPipeline:
+def flux2_klein_inpaint() -> diffusers.Flux2KleinInpaintPipeline:
     return diffusers.Flux2KleinInpaintPipeline(**flux2_parts(**language_model()))
 
 
 @entry(**{name: value for name, value in FLUX2.items() if name != "guidance_scale"}, image=reference)
-def flux2_klein_kv() -> DiffusionPipeline:
+def flux2_klein_kv() -> diffusers.Flux2KleinKVPipeline:
     """Remembers the reference's keys and values from the first step on."""
     return diffusers.Flux2KleinKVPipeline(**flux2_parts(**language_model()))
 
@@ -214,10 +210,10 @@ def chroma_parts() -> dict[str, Any]:
 
 
 @entry(**CHROMA)
-def chroma() -> DiffusionPipeline:
+def chroma() -> diffusers.ChromaPipeline:
     return diffusers.ChromaPipeline(**chroma_parts())
 
 
 @entry(**CHROMA, image=picture, strength=strength)
-def chroma_img2img() -> DiffusionPipeline:
+def chroma_img2img() -> diffusers.ChromaImg2ImgPipeline:
     return diffusers.ChromaImg2ImgPipeline(**chroma_parts())

@@ -38,29 +38,12 @@ LIKE_FLUX: dict[str, Any] = {
 ALIKE: dict[str, Any] = {
     "prompt": lambda number: f"{number} red rings"
 }  # captions of one length, where they have no mask
-_NOT_ATTEMPTED = "not attempted: no obstacle is known"
-NOT_BUILT: dict[str, str] = {
-    "OmniGenPipeline": "its processor of pictures needs torchvision",
-    "BriaFibo2Pipeline": "Qwen3-VL's processor needs torchvision; no stand-in was written",
-    "DiffusionGemmaPipeline": "writes text",
-    "DreamLiteMobilePipeline": "Qwen3-VL's processor needs torchvision; no stand-in was written",
-    "DreamLitePipeline": "Qwen3-VL's processor needs torchvision; no stand-in was written",
-    "Ideogram4Pipeline": _NOT_ATTEMPTED,
-    "JoyImageEditPipeline": "Qwen3-VL's processor needs torchvision; no stand-in was written",
-    "JoyImageEditPlusPipeline": "Qwen3-VL's processor needs torchvision; no stand-in was written",
-    "LLaDA2Pipeline": "writes text",
-    "LongCatImageEditPipeline": _NOT_ATTEMPTED,
-    "NucleusMoEImagePipeline": "Qwen3-VL's processor needs torchvision; no stand-in was written",
-    "QwenImage21Pipeline": "Qwen3-VL's processor needs torchvision; no stand-in was written",
-    "RFD4ProteinaPipeline": "makes proteins",
-    "ZImageOmniPipeline": _NOT_ATTEMPTED,
-}
 
 # Bria
 
 
 @entry(**TEXT)
-def bria() -> DiffusionPipeline:
+def bria() -> diffusers.BriaPipeline:
     transformer = diffusers.BriaTransformer2DModel(**LIKE_FLUX | {"axes_dims_rope": [4, 4, 8]})
     return diffusers.BriaPipeline(transformer=transformer, scheduler=dynamic(), vae=plain_autoencoder(), **t5_text())
 
@@ -76,7 +59,7 @@ def bria_fibo_parts() -> dict[str, Any]:
 
 
 @entry(**FIBO)
-def bria_fibo() -> DiffusionPipeline:
+def bria_fibo() -> diffusers.BriaFiboPipeline:
     """Every block of the transformer reads a layer of the language model."""
     return diffusers.BriaFiboPipeline(**bria_fibo_parts())
 
@@ -88,7 +71,7 @@ FIBO_EDIT: dict[str, Any] = {
 
 
 @entry(**FIBO_EDIT)
-def bria_fibo_edit() -> DiffusionPipeline:
+def bria_fibo_edit() -> diffusers.BriaFiboEditPipeline:
     return diffusers.BriaFiboEditPipeline(**bria_fibo_parts())
 
 
@@ -96,7 +79,7 @@ def bria_fibo_edit() -> DiffusionPipeline:
 
 
 @entry(**TEXT)
-def ovis_image() -> DiffusionPipeline:
+def ovis_image() -> diffusers.OvisImagePipeline:
     transformer = diffusers.OvisImageTransformer2DModel(**LIKE_FLUX, out_channels=16)
     text = language_model("Qwen3", "Model")
     pipeline = diffusers.OvisImagePipeline(
@@ -107,7 +90,7 @@ def ovis_image() -> DiffusionPipeline:
 
 
 @entry(**SIZE, guidance_scale=5.0, enable_prompt_rewrite=False, negative_prompt="black")
-def long_cat_image() -> DiffusionPipeline:
+def long_cat_image() -> diffusers.LongCatImagePipeline:
     transformer = diffusers.LongCatImageTransformer2DModel(
         **LIKE_FLUX | {"axes_dims_rope": [4, 4, 8], "in_channels": 64}, pooled_projection_dim=WIDTH
     )
@@ -142,12 +125,12 @@ def prx_parts(channels: int) -> dict[str, Any]:
 
 
 @entry(**SIZE, guidance_scale=5.0, use_resolution_binning=False)
-def prx() -> DiffusionPipeline:
+def prx() -> diffusers.PRXPipeline:
     return mended(diffusers.PRXPipeline, prx_parts(4), vae=small_autoencoder())
 
 
 @entry(**SIZE, guidance_scale=5.0, use_resolution_binning=False)
-def prx_pixel() -> DiffusionPipeline:
+def prx_pixel() -> diffusers.PRXPixelPipeline:
     """No autoencoder."""
     return mended(diffusers.PRXPixelPipeline, prx_parts(3), default_sample_size=16, prompt_max_tokens=48)
 
@@ -164,7 +147,7 @@ def mended(kind: Any, parts: dict[str, Any], **more: Any) -> DiffusionPipeline:
 
 
 @entry(**TEXT)
-def hi_dream_image() -> DiffusionPipeline:
+def hi_dream_image() -> diffusers.HiDreamImagePipeline:
     """Four text encoders; its experts are chosen token by token."""
     transformer = diffusers.HiDreamImageTransformer2DModel(
         patch_size=2, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8,
@@ -205,12 +188,12 @@ def kandinsky5(kind: Any, **config: Any) -> DiffusionPipeline:
 
 
 @entry(**KANDINSKY)
-def kandinsky5_text_to_image() -> DiffusionPipeline:
+def kandinsky5_text_to_image() -> diffusers.Kandinsky5T2IPipeline:
     return kandinsky5(diffusers.Kandinsky5T2IPipeline)
 
 
 @entry(**KANDINSKY | {"max_sequence_length": 600}, image=lambda number: picture(number, 32))
-def kandinsky5_image_to_image() -> DiffusionPipeline:
+def kandinsky5_image_to_image() -> diffusers.Kandinsky5I2IPipeline:
     return kandinsky5(diffusers.Kandinsky5I2IPipeline, visual_cond=True)
 
 
@@ -220,7 +203,7 @@ def prior_tokens(number: int) -> Any:
 
 
 @entry(**TEXT, prior_token_ids=prior_tokens, prompt=lambda number: f'a "{number}"')
-def glm_image() -> DiffusionPipeline:
+def glm_image() -> diffusers.GlmImagePipeline:
     """With the first draft given, which a language model else makes token by token."""
     transformer = diffusers.GlmImageTransformer2DModel(
         patch_size=2, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
@@ -239,7 +222,7 @@ def glm_image() -> DiffusionPipeline:
 
 
 @entry(**SIZE, guidance_scale=5.0, **ALIKE)
-def ernie_image() -> DiffusionPipeline:
+def ernie_image() -> diffusers.ErnieImagePipeline:
     transformer = diffusers.ErnieImageTransformer2DModel(
         hidden_size=16, num_attention_heads=2, num_layers=1, ffn_hidden_size=16, in_channels=16, out_channels=16,
         text_in_dim=WIDTH, rope_axes_dim=(4, 2, 2),
@@ -259,7 +242,7 @@ CLOZE: dict[str, Any] = {
 
 
 @entry(**CLOZE, upsampling_height=16, upsampling_width=16, upsampling_strength=0.4)
-def visual_cloze() -> DiffusionPipeline:
+def visual_cloze() -> diffusers.VisualClozePipeline:
     pipeline = diffusers.VisualClozePipeline(**flux_parts(16 + 16 + 16), resolution=16)
     for part in (pipeline.generation_pipe, pipeline.upsampling_pipe):
         part.set_progress_bar_config(disable=True)
@@ -267,7 +250,7 @@ def visual_cloze() -> DiffusionPipeline:
 
 
 @entry(**CLOZE)
-def visual_cloze_generation() -> DiffusionPipeline:
+def visual_cloze_generation() -> diffusers.VisualClozeGenerationPipeline:
     parts = flux_parts(16 + 16 + 16)
     return diffusers.VisualClozeGenerationPipeline(**parts, resolution=16)
 
@@ -276,7 +259,7 @@ def visual_cloze_generation() -> DiffusionPipeline:
 
 
 @entry(**TEXT, negative_prompt="black")
-def krea2() -> DiffusionPipeline:
+def krea2() -> diffusers.Krea2Pipeline:
     """A transformer of its own reads several layers of the language model."""
     transformer = diffusers.Krea2Transformer2DModel(
         in_channels=16, num_layers=1, attention_head_dim=8, num_attention_heads=2, num_key_value_heads=1,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
-from diffusers import DiffusionPipeline
 from diffusers.pipelines.qwenimage import (
     pipeline_qwenimage_edit,
     pipeline_qwenimage_edit_inpaint,
@@ -26,7 +25,6 @@ from tests.pipelines.transformers_parts import (
 from tests.tiny import WIDTH, hunyuan_image, qwen, qwen_image
 
 SIZE: dict[str, Any] = {"height": 16, "width": 16, "output_type": "np"}
-NOT_BUILT: dict[str, str] = {}
 
 # Qwen-Image
 
@@ -34,17 +32,17 @@ QWEN: dict[str, Any] = {**SIZE, "negative_prompt": " ", "true_cfg_scale": 4.0}
 
 
 @entry(**QWEN)
-def qwen_image_text() -> DiffusionPipeline:
+def qwen_image_text() -> diffusers.QwenImagePipeline:
     return qwen_image()
 
 
 @entry(**QWEN, image=picture, strength=strength)
-def qwen_image_img2img() -> DiffusionPipeline:
+def qwen_image_img2img() -> diffusers.QwenImageImg2ImgPipeline:
     return diffusers.QwenImageImg2ImgPipeline(**qwen_image().components)
 
 
 @entry(**QWEN, image=picture, mask_image=mask, strength=strength)
-def qwen_image_inpaint() -> DiffusionPipeline:
+def qwen_image_inpaint() -> diffusers.QwenImageInpaintPipeline:
     return diffusers.QwenImageInpaintPipeline(**qwen_image().components)
 
 
@@ -62,19 +60,19 @@ def edit_parts() -> dict[str, Any]:
 
 
 @entry(**QWEN, image=picture)
-def qwen_image_edit() -> DiffusionPipeline:
+def qwen_image_edit() -> diffusers.QwenImageEditPipeline:
     small_pictures()
     return diffusers.QwenImageEditPipeline(**edit_parts())
 
 
 @entry(**QWEN, image=picture, mask_image=mask, strength=strength)
-def qwen_image_edit_inpaint() -> DiffusionPipeline:
+def qwen_image_edit_inpaint() -> diffusers.QwenImageEditInpaintPipeline:
     small_pictures()
     return diffusers.QwenImageEditInpaintPipeline(**edit_parts())
 
 
 @entry(**QWEN, image=lambda number: [picture(number), picture(number + 6)])
-def qwen_image_edit_plus() -> DiffusionPipeline:
+def qwen_image_edit_plus() -> diffusers.QwenImageEditPlusPipeline:
     """With two references."""
     small_pictures()
     return diffusers.QwenImageEditPlusPipeline(**edit_parts())
@@ -89,7 +87,7 @@ LAYERED: dict[str, Any] = {**QWEN, "height": ABSENT, "width": ABSENT, "image": l
 
 
 @entry(**LAYERED, prompt=lambda number: f"{number} rings")
-def qwen_image_layered() -> DiffusionPipeline:
+def qwen_image_layered() -> diffusers.QwenImageLayeredPipeline:
     small_pictures()
     parts = {**qwen_image().components, **vision_language()}
     config = {**parts["transformer"].config}
@@ -117,17 +115,17 @@ def z_image_parts() -> dict[str, Any]:
 
 
 @entry(**Z)
-def z_image() -> DiffusionPipeline:
+def z_image() -> diffusers.ZImagePipeline:
     return diffusers.ZImagePipeline(**z_image_parts())
 
 
 @entry(**Z, image=picture, strength=strength)
-def z_image_img2img() -> DiffusionPipeline:
+def z_image_img2img() -> diffusers.ZImageImg2ImgPipeline:
     return diffusers.ZImageImg2ImgPipeline(**z_image_parts())
 
 
 @entry(**Z, image=picture, mask_image=mask, strength=strength)
-def z_image_inpaint() -> DiffusionPipeline:
+def z_image_inpaint() -> diffusers.ZImageInpaintPipeline:
     return diffusers.ZImageInpaintPipeline(**z_image_parts())
 
 
@@ -135,12 +133,12 @@ def z_image_inpaint() -> DiffusionPipeline:
 
 
 @entry(**SIZE)
-def hunyuan_image_text() -> DiffusionPipeline:
+def hunyuan_image_text() -> diffusers.HunyuanImagePipeline:
     return hunyuan_image()
 
 
 @entry(**SIZE, distilled_guidance_scale=3.25, prompt=lambda number: f'a "{number}"')
-def hunyuan_image_distilled() -> DiffusionPipeline:
+def hunyuan_image_distilled() -> diffusers.HunyuanImagePipeline:
     """Guidance as an input; quoted words, which are read by ByT5."""
     pipeline = hunyuan_image()
     config = {**pipeline.transformer.config, "guidance_embeds": True, "use_meanflow": True}
@@ -151,7 +149,7 @@ def hunyuan_image_distilled() -> DiffusionPipeline:
 
 
 @entry(**SIZE, image=picture, distilled_guidance_scale=3.25)
-def hunyuan_image_refiner() -> DiffusionPipeline:
+def hunyuan_image_refiner() -> diffusers.HunyuanImageRefinerPipeline:
     transformer = diffusers.HunyuanImageTransformer2DModel(
         in_channels=16, out_channels=8, num_attention_heads=2, attention_head_dim=8, num_layers=1, num_single_layers=1,
         num_refiner_layers=1, patch_size=(1, 1, 1), text_embed_dim=WIDTH, rope_axes_dim=(4, 2, 2), guidance_embeds=True,

@@ -6,7 +6,7 @@ from typing import Any
 
 import diffusers
 import transformers
-from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, EulerDiscreteScheduler, LCMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, LCMScheduler
 from torch import nn
 
 from tests.pipelines.parts import NUMBERS, SQUARE, diffusion, diffusion_xl, features, strength, unet, vision
@@ -17,34 +17,34 @@ from tests.tiny import NOISE_SCHEDULE, SIDE, WIDTH, autoencoder, clip
 
 
 @entry(**SQUARE, **NUMBERS, guidance_scale=5.0)
-def stable_diffusion_text() -> DiffusionPipeline:
+def stable_diffusion_text() -> diffusers.StableDiffusionPipeline:
     return diffusers.StableDiffusionPipeline(**diffusion())
 
 
 @entry(**NUMBERS, guidance_scale=5.0, image=picture, strength=strength)
-def stable_diffusion_img2img() -> DiffusionPipeline:
+def stable_diffusion_img2img() -> diffusers.StableDiffusionImg2ImgPipeline:
     return diffusers.StableDiffusionImg2ImgPipeline(**diffusion())
 
 
 @entry(**SQUARE, **NUMBERS, guidance_scale=5.0, image=picture, mask_image=mask, strength=strength)
-def stable_diffusion_inpaint() -> DiffusionPipeline:
+def stable_diffusion_inpaint() -> diffusers.StableDiffusionInpaintPipeline:
     """With the UNet of nine channels that was trained for it."""
     return diffusers.StableDiffusionInpaintPipeline(**diffusion(in_channels=9))
 
 
 @entry(**SQUARE, **NUMBERS, guidance_scale=5.0, image=picture, mask_image=mask, strength=strength)
-def stable_diffusion_inpaint_plain() -> DiffusionPipeline:
+def stable_diffusion_inpaint_plain() -> diffusers.StableDiffusionInpaintPipeline:
     """With the UNet of text to image."""
     return diffusers.StableDiffusionInpaintPipeline(**diffusion())
 
 
 @entry(**NUMBERS, guidance_scale=5.0, image=picture, image_guidance_scale=lambda number: 1.2 + number / 10)
-def stable_diffusion_instruct_pix2pix() -> DiffusionPipeline:
+def stable_diffusion_instruct_pix2pix() -> diffusers.StableDiffusionInstructPix2PixPipeline:
     return diffusers.StableDiffusionInstructPix2PixPipeline(**diffusion(in_channels=8))
 
 
 @entry(**SQUARE, **NUMBERS, guidance_scale=5.0, prompt=ABSENT, image=picture)
-def stable_diffusion_image_variation() -> DiffusionPipeline:
+def stable_diffusion_image_variation() -> diffusers.StableDiffusionImageVariationPipeline:
     return diffusers.StableDiffusionImageVariationPipeline(
         unet=unet(),
         scheduler=DDIMScheduler(**NOISE_SCHEDULE, clip_sample=False, set_alpha_to_one=False),
@@ -57,7 +57,7 @@ def stable_diffusion_image_variation() -> DiffusionPipeline:
 
 
 @entry(**SQUARE, **NUMBERS, guidance_scale=5.0)
-def stable_diffusion_lcm_scheduler() -> DiffusionPipeline:
+def stable_diffusion_lcm_scheduler() -> diffusers.StableDiffusionPipeline:
     scheduler = LCMScheduler(**NOISE_SCHEDULE, clip_sample=False, set_alpha_to_one=False)
     return diffusers.StableDiffusionPipeline(**diffusion() | {"scheduler": scheduler})
 
@@ -66,7 +66,7 @@ def stable_diffusion_lcm_scheduler() -> DiffusionPipeline:
 
 
 @entry(**SQUARE, **NUMBERS, guidance_scale=5.0)
-def stable_diffusion_2_text() -> DiffusionPipeline:
+def stable_diffusion_2_text() -> diffusers.StableDiffusionPipeline:
     """It predicts velocities."""
     scheduler = DDIMScheduler(
         **NOISE_SCHEDULE, clip_sample=False, set_alpha_to_one=False, prediction_type="v_prediction"
@@ -75,7 +75,7 @@ def stable_diffusion_2_text() -> DiffusionPipeline:
 
 
 @entry(**NUMBERS, guidance_scale=5.0, image=picture, strength=strength)
-def stable_diffusion_depth2img() -> DiffusionPipeline:
+def stable_diffusion_depth2img() -> diffusers.StableDiffusionDepth2ImgPipeline:
     config = transformers.DPTConfig(
         image_size=32, patch_size=16, hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=4,
         num_attention_heads=2, backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8, 8, 8, 8],
@@ -94,14 +94,14 @@ def stable_diffusion_depth2img() -> DiffusionPipeline:
 
 
 @entry(**NUMBERS, guidance_scale=5.0, image=picture, noise_level=lambda number: 10 + number)
-def stable_diffusion_upscale() -> DiffusionPipeline:
+def stable_diffusion_upscale() -> diffusers.StableDiffusionUpscalePipeline:
     parts = diffusion(in_channels=7, num_class_embeds=1000, use_linear_projection=True)
     del parts["requires_safety_checker"]
     return diffusers.StableDiffusionUpscalePipeline(**parts, low_res_scheduler=DDPMScheduler(), max_noise_level=350)
 
 
 @entry(**NUMBERS, guidance_scale=5.0, image=picture)
-def stable_diffusion_latent_upscale() -> DiffusionPipeline:
+def stable_diffusion_latent_upscale() -> diffusers.StableDiffusionLatentUpscalePipeline:
     network = diffusers.UNet2DConditionModel(
         sample_size=SIDE, in_channels=8, out_channels=5, act_fn="gelu", attention_head_dim=8, norm_num_groups=None,
         block_out_channels=(32, 32, 64, 64), layers_per_block=1, cross_attention_dim=WIDTH, conv_in_kernel=1, conv_out_kernel=1,
@@ -119,7 +119,7 @@ def stable_diffusion_latent_upscale() -> DiffusionPipeline:
 
 
 @entry(**SQUARE, **NUMBERS, guidance_scale=5.0, prior_guidance_scale=4.0, prior_num_inference_steps=3)
-def stable_unclip() -> DiffusionPipeline:
+def stable_unclip() -> diffusers.StableUnCLIPPipeline:
     prior = diffusers.PriorTransformer(
         num_attention_heads=2, attention_head_dim=8, embedding_dim=WIDTH, num_embeddings=16, num_layers=1
     )
@@ -136,7 +136,7 @@ def stable_unclip() -> DiffusionPipeline:
 
 
 @entry(**SQUARE, **NUMBERS, guidance_scale=5.0, image=picture, noise_level=lambda number: 100 * number)
-def stable_unclip_img2img() -> DiffusionPipeline:
+def stable_unclip_img2img() -> diffusers.StableUnCLIPImg2ImgPipeline:
     return diffusers.StableUnCLIPImg2ImgPipeline(image_encoder=vision(), feature_extractor=features(), **_unclip())
 
 
@@ -162,28 +162,28 @@ def _unclip() -> dict[str, Any]:
 
 
 @entry(**SQUARE, **NUMBERS, guidance_scale=5.0)
-def stable_diffusion_xl_text() -> DiffusionPipeline:
+def stable_diffusion_xl_text() -> diffusers.StableDiffusionXLPipeline:
     return diffusers.StableDiffusionXLPipeline(**diffusion_xl(), add_watermarker=False)
 
 
 @entry(**NUMBERS, guidance_scale=5.0, image=picture, strength=strength)
-def stable_diffusion_xl_img2img() -> DiffusionPipeline:
+def stable_diffusion_xl_img2img() -> diffusers.StableDiffusionXLImg2ImgPipeline:
     return diffusers.StableDiffusionXLImg2ImgPipeline(**diffusion_xl(), add_watermarker=False)
 
 
 @entry(**SQUARE, **NUMBERS, guidance_scale=5.0, image=picture, mask_image=mask, strength=strength)
-def stable_diffusion_xl_inpaint() -> DiffusionPipeline:
+def stable_diffusion_xl_inpaint() -> diffusers.StableDiffusionXLInpaintPipeline:
     return diffusers.StableDiffusionXLInpaintPipeline(**diffusion_xl(in_channels=9), add_watermarker=False)
 
 
 @entry(**SQUARE, **NUMBERS, guidance_scale=5.0, image=picture, mask_image=mask, strength=strength)
-def stable_diffusion_xl_inpaint_plain() -> DiffusionPipeline:
+def stable_diffusion_xl_inpaint_plain() -> diffusers.StableDiffusionXLInpaintPipeline:
     """With the UNet of text to image."""
     return diffusers.StableDiffusionXLInpaintPipeline(**diffusion_xl(), add_watermarker=False)
 
 
 @entry(**NUMBERS, guidance_scale=5.0, image=picture, strength=strength, aesthetic_score=lambda number: 5.0 + number / 4)
-def stable_diffusion_xl_refiner_img2img() -> DiffusionPipeline:
+def stable_diffusion_xl_refiner_img2img() -> diffusers.StableDiffusionXLImg2ImgPipeline:
     """One text encoder, and a score of beauty in place of a target size."""
     parts = diffusion_xl(cross_attention_dim=WIDTH, projection_class_embeddings_input_dim=5 * 8 + WIDTH)
     return diffusers.StableDiffusionXLImg2ImgPipeline(
@@ -194,7 +194,7 @@ def stable_diffusion_xl_refiner_img2img() -> DiffusionPipeline:
 @entry(
     **SQUARE, **NUMBERS, guidance_scale=5.0, image=picture, image_guidance_scale=lambda number: 1.2 + number / 10
 )  # fmt: skip
-def stable_diffusion_xl_instruct_pix2pix() -> DiffusionPipeline:
+def stable_diffusion_xl_instruct_pix2pix() -> diffusers.StableDiffusionXLInstructPix2PixPipeline:
     return diffusers.StableDiffusionXLInstructPix2PixPipeline(**diffusion_xl(in_channels=8), add_watermarker=False)
 
 
@@ -207,10 +207,10 @@ def _consistency() -> dict[str, Any]:
 
 
 @entry(**SQUARE, **NUMBERS, guidance_scale=5.0)
-def latent_consistency_model_text() -> DiffusionPipeline:
+def latent_consistency_model_text() -> diffusers.LatentConsistencyModelPipeline:
     return diffusers.LatentConsistencyModelPipeline(**_consistency())
 
 
 @entry(**NUMBERS, guidance_scale=5.0, image=picture, strength=strength)
-def latent_consistency_model_img2img() -> DiffusionPipeline:
+def latent_consistency_model_img2img() -> diffusers.LatentConsistencyModelImg2ImgPipeline:
     return diffusers.LatentConsistencyModelImg2ImgPipeline(**_consistency())

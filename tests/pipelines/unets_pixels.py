@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMScheduler
 
 from tests.pipelines.parts import NUMBERS, SQUARE, calm, strength
 from tests.pipelines.registry import ABSENT, entry, mask, picture
@@ -28,39 +28,39 @@ def pixels(share: float = 0.1, **config: Any) -> diffusers.UNet2DModel:
 
 
 @entry(**NUMBERS, prompt=ABSENT)
-def ddpm() -> DiffusionPipeline:
+def ddpm() -> diffusers.DDPMPipeline:
     return diffusers.DDPMPipeline(unet=pixels(), scheduler=DDPMScheduler())
 
 
 @entry(**NUMBERS, prompt=ABSENT, eta=lambda number: number / 5)
-def ddim() -> DiffusionPipeline:
+def ddim() -> diffusers.DDIMPipeline:
     return diffusers.DDIMPipeline(unet=pixels(), scheduler=diffusers.DDIMScheduler())
 
 
 @entry(**NUMBERS, prompt=ABSENT, num_inference_steps=lambda number: 5 + number)
-def pndm() -> DiffusionPipeline:
+def pndm() -> diffusers.PNDMPipeline:
     return diffusers.PNDMPipeline(unet=pixels(), scheduler=diffusers.PNDMScheduler(beta_end=0.002))
 
 
 @entry(**NUMBERS, prompt=ABSENT)
-def consistency_model() -> DiffusionPipeline:
+def consistency_model() -> diffusers.ConsistencyModelPipeline:
     scheduler = diffusers.CMStochasticIterativeScheduler(num_train_timesteps=40, sigma_min=0.002, sigma_max=80.0)
     return diffusers.ConsistencyModelPipeline(unet=pixels(), scheduler=scheduler)
 
 
 @entry(**NUMBERS, prompt=ABSENT, class_labels=lambda number: number)
-def consistency_model_classes() -> DiffusionPipeline:
+def consistency_model_classes() -> diffusers.ConsistencyModelPipeline:
     scheduler = diffusers.CMStochasticIterativeScheduler(num_train_timesteps=40, sigma_min=0.002, sigma_max=80.0)
     return diffusers.ConsistencyModelPipeline(unet=pixels(num_class_embeds=8), scheduler=scheduler)
 
 
 @entry(**NUMBERS, prompt=ABSENT)
-def karras_ve() -> DiffusionPipeline:
+def karras_ve() -> diffusers.KarrasVePipeline:
     return diffusers.KarrasVePipeline(unet=pixels(), scheduler=diffusers.KarrasVeScheduler(sigma_max=0.5))
 
 
 @entry(**NUMBERS, prompt=ABSENT)
-def score_sde_ve() -> DiffusionPipeline:
+def score_sde_ve() -> diffusers.ScoreSdeVePipeline:
     return diffusers.ScoreSdeVePipeline(unet=pixels(1.0), scheduler=diffusers.ScoreSdeVeScheduler(sigma_max=0.5))
 
 
@@ -72,19 +72,19 @@ def score_sde_ve() -> DiffusionPipeline:
     jump_length=2,
     jump_n_sample=2,
 )
-def re_paint() -> DiffusionPipeline:
+def re_paint() -> diffusers.RePaintPipeline:
     return diffusers.RePaintPipeline(unet=pixels(sample_size=32), scheduler=diffusers.RePaintScheduler())
 
 
 @entry(**NUMBERS, prompt=ABSENT)
-def ldm() -> DiffusionPipeline:
+def ldm() -> diffusers.LDMPipeline:
     return diffusers.LDMPipeline(
         vqvae=quantised(), unet=pixels(in_channels=4, out_channels=4), scheduler=diffusers.DDIMScheduler()
     )
 
 
 @entry(**NUMBERS, prompt=ABSENT, image=lambda number: picture(number, 32))
-def ldm_super_resolution() -> DiffusionPipeline:
+def ldm_super_resolution() -> diffusers.LDMSuperResolutionPipeline:
     return diffusers.LDMSuperResolutionPipeline(
         vqvae=quantised(latent_channels=3, vq_embed_dim=3),
         unet=pixels(sample_size=32, in_channels=6, out_channels=3),
@@ -93,7 +93,7 @@ def ldm_super_resolution() -> DiffusionPipeline:
 
 
 @entry(prompt=ABSENT)
-def dance_diffusion() -> DiffusionPipeline:
+def dance_diffusion() -> diffusers.DanceDiffusionPipeline:
     network = diffusers.UNet1DModel(
         block_out_channels=(32, 32, 64), extra_in_channels=64, sample_size=256, sample_rate=16_000, in_channels=2,
         out_channels=2, flip_sin_to_cos=True, use_timestep_embedding=False, time_embedding_type="fourier",
@@ -148,30 +148,30 @@ def small(number: int) -> Any:
 
 
 @entry(**IF, **SQUARE)
-def if_text() -> DiffusionPipeline:
+def if_text() -> diffusers.IFPipeline:
     return diffusers.IFPipeline(**floyd())
 
 
 @entry(**IF, image=picture, strength=strength)
-def if_img2img() -> DiffusionPipeline:
+def if_img2img() -> diffusers.IFImg2ImgPipeline:
     return diffusers.IFImg2ImgPipeline(**floyd())
 
 
 @entry(**IF, image=picture, mask_image=mask, strength=strength)
-def if_inpainting() -> DiffusionPipeline:
+def if_inpainting() -> diffusers.IFInpaintingPipeline:
     return diffusers.IFInpaintingPipeline(**floyd())
 
 
 @entry(**IF, **SQUARE, image=small, noise_level=lambda number: 100 + 10 * number)
-def if_super_resolution() -> DiffusionPipeline:
+def if_super_resolution() -> diffusers.IFSuperResolutionPipeline:
     return diffusers.IFSuperResolutionPipeline(**floyd(6, noising=True))
 
 
 @entry(**IF, image=small, original_image=picture, strength=strength)
-def if_img2img_super_resolution() -> DiffusionPipeline:
+def if_img2img_super_resolution() -> diffusers.IFImg2ImgSuperResolutionPipeline:
     return diffusers.IFImg2ImgSuperResolutionPipeline(**floyd(6, noising=True))
 
 
 @entry(**IF, image=small, original_image=picture, mask_image=mask, strength=strength)
-def if_inpainting_super_resolution() -> DiffusionPipeline:
+def if_inpainting_super_resolution() -> diffusers.IFInpaintingSuperResolutionPipeline:
     return diffusers.IFInpaintingSuperResolutionPipeline(**floyd(6, noising=True))

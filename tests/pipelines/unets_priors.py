@@ -6,7 +6,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler, DDPMWuerstchenScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DDPMWuerstchenScheduler
 from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel, WuerstchenDiffNeXt, WuerstchenPrior
 from torch import nn
 
@@ -15,23 +15,6 @@ from tests.pipelines.registry import ABSENT, entry, mask, picture
 from tests.pipelines.transformers_parts import t5_text
 from tests.tiny import STEPS, WIDTH, clip, stable_cascade
 
-KANDINSKY_1 = "not written: Kandinsky 2.1, which needs a tokenizer of XLM-RoBERTa's"
-NOT_BUILT: dict[str, str] = {  # class name -> why not
-    "DreamLiteMobilePipeline": "not written: a UNet with Qwen3-VL for its text encoder",
-    "DreamLitePipeline": "not written: a UNet with Qwen3-VL for its text encoder",
-    "KandinskyCombinedPipeline": KANDINSKY_1,
-    "KandinskyImg2ImgCombinedPipeline": KANDINSKY_1,
-    "KandinskyImg2ImgPipeline": KANDINSKY_1,
-    "KandinskyInpaintCombinedPipeline": KANDINSKY_1,
-    "KandinskyInpaintPipeline": KANDINSKY_1,
-    "KandinskyPipeline": KANDINSKY_1,
-    "KandinskyPriorPipeline": KANDINSKY_1,
-    "LDMTextToImagePipeline": "not written: latent diffusion of 2022, with a BERT",
-    "ShapEImg2ImgPipeline": "not written: a prior and a renderer of radiance fields",
-    "ShapEPipeline": "not written: a prior and a renderer of radiance fields",
-    "UnCLIPImageVariationPipeline": "not written: three UNets in a row; deprecated",
-    "UnCLIPPipeline": "not written: three UNets in a row; deprecated",
-}
 CANVAS: dict[str, Any] = {"height": 32, "width": 32}  # the autoencoder's factor applies twice
 
 
@@ -96,29 +79,29 @@ PRIOR: dict[str, Any] = {"prior_num_inference_steps": 3, "prior_guidance_scale":
 
 
 @entry(**NUMBERS, guidance_scale=4.0)
-def kandinsky_v22_prior() -> DiffusionPipeline:
+def kandinsky_v22_prior() -> diffusers.KandinskyV22PriorPipeline:
     return diffusers.KandinskyV22PriorPipeline(**prior())
 
 
 @entry(**NUMBERS, guidance_scale=4.0, image=picture, strength=strength)
-def kandinsky_v22_prior_emb2emb() -> DiffusionPipeline:
+def kandinsky_v22_prior_emb2emb() -> diffusers.KandinskyV22PriorEmb2EmbPipeline:
     return diffusers.KandinskyV22PriorEmb2EmbPipeline(**prior())
 
 
 @entry(**NUMBERS, **CANVAS, **EMBEDDED, guidance_scale=4.0)
-def kandinsky_v22_text() -> DiffusionPipeline:
+def kandinsky_v22_text() -> diffusers.KandinskyV22Pipeline:
     return diffusers.KandinskyV22Pipeline(**decoder())
 
 
 @entry(**NUMBERS, **CANVAS, **EMBEDDED, guidance_scale=4.0, image=photo, strength=strength)
-def kandinsky_v22_img2img() -> DiffusionPipeline:
+def kandinsky_v22_img2img() -> diffusers.KandinskyV22Img2ImgPipeline:
     return diffusers.KandinskyV22Img2ImgPipeline(**decoder())
 
 
 @entry(
     **NUMBERS, **CANVAS, **EMBEDDED, guidance_scale=4.0, image=photo, mask_image=lambda number: mask(number, 32)
 )  # fmt: skip
-def kandinsky_v22_inpaint() -> DiffusionPipeline:
+def kandinsky_v22_inpaint() -> diffusers.KandinskyV22InpaintPipeline:
     return diffusers.KandinskyV22InpaintPipeline(**decoder(in_channels=9))
 
 
@@ -131,7 +114,7 @@ def guided() -> dict[str, Any]:
 
 
 @entry(**NUMBERS, **EMBEDDED, height=64, width=64, guidance_scale=4.0, hint=depth)
-def kandinsky_v22_controlnet_text() -> DiffusionPipeline:
+def kandinsky_v22_controlnet_text() -> diffusers.KandinskyV22ControlnetPipeline:
     return diffusers.KandinskyV22ControlnetPipeline(**guided())
 
 
@@ -145,24 +128,24 @@ def kandinsky_v22_controlnet_text() -> DiffusionPipeline:
     image=lambda number: picture(number, 64),
     strength=strength,
 )
-def kandinsky_v22_controlnet_img2img() -> DiffusionPipeline:
+def kandinsky_v22_controlnet_img2img() -> diffusers.KandinskyV22ControlnetImg2ImgPipeline:
     return diffusers.KandinskyV22ControlnetImg2ImgPipeline(**guided())
 
 
 @entry(**NUMBERS, **CANVAS, **PRIOR, guidance_scale=4.0)
-def kandinsky_v22_combined_text() -> DiffusionPipeline:
+def kandinsky_v22_combined_text() -> diffusers.KandinskyV22CombinedPipeline:
     return diffusers.KandinskyV22CombinedPipeline(**combined(decoder()))
 
 
 @entry(**NUMBERS, **CANVAS, **PRIOR, guidance_scale=4.0, image=photo, strength=strength)
-def kandinsky_v22_combined_img2img() -> DiffusionPipeline:
+def kandinsky_v22_combined_img2img() -> diffusers.KandinskyV22Img2ImgCombinedPipeline:
     return diffusers.KandinskyV22Img2ImgCombinedPipeline(**combined(decoder()))
 
 
 @entry(
     **NUMBERS, **CANVAS, **PRIOR, guidance_scale=4.0, image=photo, mask_image=lambda number: mask(number, 32)
 )  # fmt: skip
-def kandinsky_v22_combined_inpaint() -> DiffusionPipeline:
+def kandinsky_v22_combined_inpaint() -> diffusers.KandinskyV22InpaintCombinedPipeline:
     return diffusers.KandinskyV22InpaintCombinedPipeline(**combined(decoder(in_channels=9)))
 
 
@@ -186,18 +169,18 @@ def even(number: int) -> str:
 
 
 @entry(**NUMBERS, height=16, width=16, guidance_scale=4.0)
-def kandinsky3_lengths() -> DiffusionPipeline:
+def kandinsky3_lengths() -> diffusers.Kandinsky3Pipeline:
     """Prompts of different lengths."""
     return diffusers.Kandinsky3Pipeline(**kandinsky3())
 
 
 @entry(**NUMBERS, height=16, width=16, guidance_scale=4.0, prompt=even)
-def kandinsky3_text() -> DiffusionPipeline:
+def kandinsky3_text() -> diffusers.Kandinsky3Pipeline:
     return diffusers.Kandinsky3Pipeline(**kandinsky3())
 
 
 @entry(**NUMBERS, guidance_scale=4.0, prompt=even, image=picture, strength=strength)
-def kandinsky3_img2img() -> DiffusionPipeline:
+def kandinsky3_img2img() -> diffusers.Kandinsky3Img2ImgPipeline:
     return diffusers.Kandinsky3Img2ImgPipeline(**kandinsky3())
 
 
@@ -211,18 +194,18 @@ def cascade_prior() -> dict[str, Any]:
 
 
 @entry(**NUMBERS, height=84, width=84, guidance_scale=4.0)
-def stable_cascade_prior() -> DiffusionPipeline:
+def stable_cascade_prior() -> diffusers.StableCascadePriorPipeline:
     return diffusers.StableCascadePriorPipeline(**cascade_prior())
 
 
 @entry(**NUMBERS, height=84, width=84, guidance_scale=4.0, images=lambda number: [picture(number)])
-def stable_cascade_prior_images() -> DiffusionPipeline:
+def stable_cascade_prior_images() -> diffusers.StableCascadePriorPipeline:
     """Pictures beside the prompt."""
     return diffusers.StableCascadePriorPipeline(**cascade_prior(), feature_extractor=features(), image_encoder=vision())
 
 
 @entry(**NUMBERS, guidance_scale=4.0, image_embeddings=latent)
-def stable_cascade_decoder() -> DiffusionPipeline:
+def stable_cascade_decoder() -> diffusers.StableCascadeDecoderPipeline:
     parts = parts_of(stable_cascade)
     return diffusers.StableCascadeDecoderPipeline(
         **{name: parts[name] for name in ("tokenizer", "text_encoder", "decoder", "scheduler", "vqgan")}
@@ -230,7 +213,7 @@ def stable_cascade_decoder() -> DiffusionPipeline:
 
 
 @entry(**NUMBERS, height=84, width=84, prior_num_inference_steps=STEPS, prior_guidance_scale=4.0)
-def stable_cascade_combined() -> DiffusionPipeline:
+def stable_cascade_combined() -> diffusers.StableCascadeCombinedPipeline:
     return diffusers.StableCascadeCombinedPipeline(**parts_of(stable_cascade))
 
 
@@ -257,16 +240,16 @@ def wuerstchen_decoder() -> dict[str, Any]:
 
 
 @entry(**NUMBERS, height=96, width=96, guidance_scale=4.0)
-def wuerstchen_prior_stage() -> DiffusionPipeline:
+def wuerstchen_prior_stage() -> diffusers.WuerstchenPriorPipeline:
     return diffusers.WuerstchenPriorPipeline(**wuerstchen_prior(), latent_mean=1.0)
 
 
 @entry(**NUMBERS, guidance_scale=4.0, image_embeddings=lambda number: latent(number, 3))
-def wuerstchen_decoder_stage() -> DiffusionPipeline:
+def wuerstchen_decoder_stage() -> diffusers.WuerstchenDecoderPipeline:
     return diffusers.WuerstchenDecoderPipeline(**wuerstchen_decoder())
 
 
 @entry(**NUMBERS, height=96, width=96, prior_num_inference_steps=STEPS, prior_guidance_scale=4.0)
-def wuerstchen_combined() -> DiffusionPipeline:
+def wuerstchen_combined() -> diffusers.WuerstchenCombinedPipeline:
     parts = {f"prior_{name}": part for name, part in wuerstchen_prior().items()}
     return diffusers.WuerstchenCombinedPipeline(**wuerstchen_decoder(), **parts)

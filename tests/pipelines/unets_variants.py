@@ -7,37 +7,13 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import DDIMInverseScheduler, DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMInverseScheduler, DDIMScheduler
 from diffusers.pipelines.deprecated.paint_by_example import PaintByExampleImageEncoder
 from diffusers.pipelines.deprecated.stable_diffusion_safe import StableDiffusionPipelineSafe
 
 from tests.pipelines.parts import NUMBERS, SQUARE, diffusion, features, strength, unet
 from tests.pipelines.registry import ABSENT, PROMPTS, STEPS, entry, mask, picture
 from tests.tiny import WIDTH, autoencoder
-
-UNWRITTEN = "not written: "
-NOT_BUILT: dict[str, str] = {  # class name -> why not
-    "AltDiffusionImg2ImgPipeline": UNWRITTEN + "Stable Diffusion 1.5 with another text encoder; deprecated",
-    "AltDiffusionPipeline": UNWRITTEN + "Stable Diffusion 1.5 with another text encoder; deprecated",
-    "BlipDiffusionPipeline": UNWRITTEN + "needs BLIP-2's Q-Former; deprecated",
-    "KolorsImg2ImgPipeline": "diffusers exports it only where sentencepiece is installed",
-    "KolorsPipeline": "diffusers exports it only where sentencepiece is installed",
-    "LEditsPPPipelineStableDiffusion": "a call continues what invert() left on the pipeline: not one call",
-    "LEditsPPPipelineStableDiffusionXL": "a call continues what invert() left on the pipeline: not one call",
-    "OnnxStableDiffusionImg2ImgPipeline": "runs ONNX, not torch",
-    "OnnxStableDiffusionInpaintPipeline": "runs ONNX, not torch",
-    "OnnxStableDiffusionInpaintPipelineLegacy": "runs ONNX, not torch",
-    "OnnxStableDiffusionPipeline": "runs ONNX, not torch",
-    "OnnxStableDiffusionUpscalePipeline": "runs ONNX, not torch",
-    "StableDiffusionGLIGENTextImagePipeline": UNWRITTEN + "GLIGEN with pictures for phrases; deprecated",
-    "StableDiffusionOnnxPipeline": "runs ONNX, not torch",
-    "StableDiffusionPix2PixZeroPipeline": UNWRITTEN + "needs a captioner, and takes gradients; deprecated",
-    "UniDiffuserPipeline": UNWRITTEN + "a transformer for pictures and captions; deprecated",
-    "VersatileDiffusionDualGuidedPipeline": UNWRITTEN + "takes two UNets apart and joins them; deprecated",
-    "VersatileDiffusionImageVariationPipeline": UNWRITTEN + "of the family that joins two UNets; deprecated",
-    "VersatileDiffusionPipeline": UNWRITTEN + "of the family that joins two UNets; deprecated",
-    "VersatileDiffusionTextToImagePipeline": UNWRITTEN + "of the family that joins two UNets; deprecated",
-}
 
 TEXT: dict[str, Any] = {**NUMBERS, **SQUARE, "guidance_scale": 5.0}
 
@@ -48,18 +24,18 @@ def plain(**config: Any) -> dict[str, Any]:
 
 
 @entry(**TEXT, sld_guidance_scale=500.0, sld_warmup_steps=1)
-def stable_diffusion_safe() -> DiffusionPipeline:
+def stable_diffusion_safe() -> StableDiffusionPipelineSafe:
     """Steers away from a concept: three rows."""
     return StableDiffusionPipelineSafe(**diffusion())
 
 
 @entry(**TEXT, editing_prompt=lambda number: PROMPTS[5 - number] or "ring", edit_warmup_steps=1)
-def semantic_stable_diffusion() -> DiffusionPipeline:
+def semantic_stable_diffusion() -> diffusers.SemanticStableDiffusionPipeline:
     return diffusers.SemanticStableDiffusionPipeline(**diffusion())
 
 
 @entry(**TEXT)
-def stable_diffusion_ldm3d() -> DiffusionPipeline:
+def stable_diffusion_ldm3d() -> diffusers.StableDiffusionLDM3DPipeline:
     """Pictures with depth: six channels."""
     parts = diffusion()
     parts["vae"] = autoencoder(in_channels=6, out_channels=6)
@@ -67,18 +43,18 @@ def stable_diffusion_ldm3d() -> DiffusionPipeline:
 
 
 @entry(**TEXT | {"width": 32}, view_batch_size=2)
-def stable_diffusion_panorama() -> DiffusionPipeline:
+def stable_diffusion_panorama() -> diffusers.StableDiffusionPanoramaPipeline:
     return diffusers.StableDiffusionPanoramaPipeline(**diffusion())
 
 
 @entry(**TEXT, sag_scale=lambda number: 0.5 + number / 10)
-def stable_diffusion_sag() -> DiffusionPipeline:
+def stable_diffusion_sag() -> diffusers.StableDiffusionSAGPipeline:
     """Reads the maps of an attention that it swaps."""
     return diffusers.StableDiffusionSAGPipeline(**diffusion())
 
 
 @entry(**TEXT, gligen_phrases=["ring"], gligen_boxes=lambda number: [[0.1, 0.1, 0.4 + number / 10, 0.6]])
-def stable_diffusion_gligen() -> DiffusionPipeline:
+def stable_diffusion_gligen() -> diffusers.StableDiffusionGLIGENPipeline:
     return diffusers.StableDiffusionGLIGENPipeline(**diffusion(attention_type="gated"))
 
 
@@ -91,7 +67,7 @@ def stable_diffusion_gligen() -> DiffusionPipeline:
     ),
     inpaint_strength=1.0,
 )
-def stable_diffusion_diff_edit() -> DiffusionPipeline:
+def stable_diffusion_diff_edit() -> diffusers.StableDiffusionDiffEditPipeline:
     parts = diffusion()
     return diffusers.StableDiffusionDiffEditPipeline(
         **parts, inverse_scheduler=DDIMInverseScheduler.from_config(parts["scheduler"].config)
@@ -99,28 +75,28 @@ def stable_diffusion_diff_edit() -> DiffusionPipeline:
 
 
 @entry(**NUMBERS, guidance_scale=5.0, source_prompt="a ring", image=picture, strength=strength)
-def cycle_diffusion() -> DiffusionPipeline:
+def cycle_diffusion() -> diffusers.CycleDiffusionPipeline:
     return diffusers.CycleDiffusionPipeline(**diffusion())
 
 
 @entry(**NUMBERS, guidance_scale=5.0, image=picture, mask_image=mask, strength=strength)
-def stable_diffusion_inpaint_legacy() -> DiffusionPipeline:
+def stable_diffusion_inpaint_legacy() -> diffusers.StableDiffusionInpaintPipelineLegacy:
     return diffusers.StableDiffusionInpaintPipelineLegacy(**diffusion())
 
 
 @entry(**TEXT)
-def stable_diffusion_model_editing() -> DiffusionPipeline:
+def stable_diffusion_model_editing() -> diffusers.StableDiffusionModelEditingPipeline:
     return diffusers.StableDiffusionModelEditingPipeline(**diffusion())
 
 
 @entry(**TEXT, prompt="a red circle", token_indices=[2], max_iter_to_alter=2, attn_res=(4, 4), thresholds={0: 0.5})
-def stable_diffusion_attend_and_excite() -> DiffusionPipeline:
+def stable_diffusion_attend_and_excite() -> diffusers.StableDiffusionAttendAndExcitePipeline:
     """Takes gradients through the UNet."""
     return diffusers.StableDiffusionAttendAndExcitePipeline(**diffusion())
 
 
 @entry(**TEXT, parallel=2, tolerance=0.1)
-def stable_diffusion_paradigms() -> DiffusionPipeline:
+def stable_diffusion_paradigms() -> diffusers.StableDiffusionParadigmsPipeline:
     """Solves several steps at once."""
     parts = diffusion()
     parts["scheduler"] = diffusers.DDIMParallelScheduler.from_config(parts["scheduler"].config)
@@ -128,7 +104,7 @@ def stable_diffusion_paradigms() -> DiffusionPipeline:
 
 
 @entry(**TEXT, prompt=ABSENT, example_image=lambda number: picture(number + 50), image=picture, mask_image=mask)
-def paint_by_example() -> DiffusionPipeline:
+def paint_by_example() -> diffusers.PaintByExamplePipeline:
     config = transformers.CLIPVisionConfig(
         hidden_size=WIDTH, intermediate_size=WIDTH, projection_dim=WIDTH, num_hidden_layers=5, num_attention_heads=2,
         image_size=16, patch_size=8,
@@ -160,19 +136,19 @@ MARIGOLD: dict[str, Any] = {**NUMBERS, "prompt": ABSENT, "image": picture, "proc
 
 
 @entry(**MARIGOLD)
-def marigold_depth() -> DiffusionPipeline:
+def marigold_depth() -> diffusers.MarigoldDepthPipeline:
     return diffusers.MarigoldDepthPipeline(
         **marigold(prediction_type="depth", scale_invariant=True, shift_invariant=True)
     )
 
 
 @entry(**MARIGOLD)
-def marigold_normals() -> DiffusionPipeline:
+def marigold_normals() -> diffusers.MarigoldNormalsPipeline:
     return diffusers.MarigoldNormalsPipeline(**marigold(prediction_type="normals", use_full_z_range=True))
 
 
 @entry(**MARIGOLD)
-def marigold_intrinsics() -> DiffusionPipeline:
+def marigold_intrinsics() -> diffusers.MarigoldIntrinsicsPipeline:
     properties = {
         "target_names": ["albedo", "material"],
         "albedo": {"prediction_space": "srgb", "target_space": "srgb", "up_to_scale": False},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
-from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from PIL import Image
 
 from tests.pipelines.adapters import hint
@@ -52,32 +52,32 @@ def moving(parts: dict[str, Any], *, mid: bool = True) -> dict[str, Any]:
 
 
 @entry(**MOVING)
-def animate_diff_text() -> DiffusionPipeline:
+def animate_diff_text() -> diffusers.AnimateDiffPipeline:
     return diffusers.AnimateDiffPipeline(**moving(diffusion()))
 
 
 @entry(**MOVING)
-def animate_diff_sdxl_text() -> DiffusionPipeline:
+def animate_diff_sdxl_text() -> diffusers.AnimateDiffSDXLPipeline:
     return diffusers.AnimateDiffSDXLPipeline(**moving(diffusion_xl(), mid=False))
 
 
 @entry(**CLIP, video=frames, strength=strength)
-def animate_diff_video_to_video() -> DiffusionPipeline:
+def animate_diff_video_to_video() -> diffusers.AnimateDiffVideoToVideoPipeline:
     return diffusers.AnimateDiffVideoToVideoPipeline(**moving(diffusion()))
 
 
 @entry(**MOVING, conditioning_frames=hints)
-def animate_diff_control_net_text() -> DiffusionPipeline:
+def animate_diff_control_net_text() -> diffusers.AnimateDiffControlNetPipeline:
     return diffusers.AnimateDiffControlNetPipeline(**moving(diffusion()), controlnet=controlnet())
 
 
 @entry(**CLIP, video=frames, conditioning_frames=hints, strength=strength)
-def animate_diff_video_to_video_control_net() -> DiffusionPipeline:
+def animate_diff_video_to_video_control_net() -> diffusers.AnimateDiffVideoToVideoControlNetPipeline:
     return diffusers.AnimateDiffVideoToVideoControlNetPipeline(**moving(diffusion()), controlnet=controlnet())
 
 
 @entry(**MOVING, conditioning_frames=lambda number: [hint(number)], controlnet_frame_indices=[0])
-def animate_diff_sparse_control_net_text() -> DiffusionPipeline:
+def animate_diff_sparse_control_net_text() -> diffusers.AnimateDiffSparseControlNetPipeline:
     control = diffusers.SparseControlNetModel(
         block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, cross_attention_dim=WIDTH,
         down_block_types=("DownBlockMotion", "CrossAttnDownBlockMotion"), attention_head_dim=2,
@@ -88,12 +88,12 @@ def animate_diff_sparse_control_net_text() -> DiffusionPipeline:
 
 
 @entry(**MOVING, pag_scale=2.0, num_inference_steps=lambda number: 2 + number % 2)
-def animate_diff_pag_text() -> DiffusionPipeline:
+def animate_diff_pag_text() -> diffusers.AnimateDiffPAGPipeline:
     return diffusers.AnimateDiffPAGPipeline(**moving(diffusion()), pag_applied_layers=["mid"])
 
 
 @entry(**MOVING, image=picture, motion_scale=lambda number: number % 3)
-def pia() -> DiffusionPipeline:
+def pia() -> diffusers.PIAPipeline:
     return diffusers.PIAPipeline(**moving(diffusion(in_channels=9)))
 
 
@@ -104,7 +104,7 @@ def pia() -> DiffusionPipeline:
     **NUMBERS, **SQUARE, prompt=ABSENT, num_frames=FRAMES, image=picture, fps=lambda number: 5 + number,
     motion_bucket_id=lambda number: 100 + number, max_guidance_scale=lambda number: (3.0, 1.0, 2.0)[number % 3],
 )  # fmt: skip
-def stable_video_diffusion() -> DiffusionPipeline:
+def stable_video_diffusion() -> diffusers.StableVideoDiffusionPipeline:
     network = diffusers.UNetSpatioTemporalConditionModel(
         sample_size=SIDE // 2, in_channels=8, out_channels=4, block_out_channels=(32, 32), layers_per_block=1,
         down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
@@ -124,7 +124,7 @@ def stable_video_diffusion() -> DiffusionPipeline:
 
 
 @entry(**MOVING, image=picture, target_fps=lambda number: 8 + number, clip_skip=None)
-def i2v_gen_xl() -> DiffusionPipeline:
+def i2v_gen_xl() -> diffusers.I2VGenXLPipeline:
     network = diffusers.I2VGenXLUNet(
         sample_size=SIDE // 2, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1,
         down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
@@ -151,12 +151,12 @@ def film() -> dict[str, Any]:
 
 
 @entry(**MOVING)
-def text_to_video_sd() -> DiffusionPipeline:
+def text_to_video_sd() -> diffusers.TextToVideoSDPipeline:
     return diffusers.TextToVideoSDPipeline(**film())
 
 
 @entry(**NUMBERS, guidance_scale=5.0, video=frames, strength=strength)
-def video_to_video_sd() -> DiffusionPipeline:
+def video_to_video_sd() -> diffusers.VideoToVideoSDPipeline:
     return diffusers.VideoToVideoSDPipeline(**film())
 
 
@@ -167,10 +167,10 @@ def video_to_video_sd() -> DiffusionPipeline:
     t1=2,
     num_inference_steps=lambda number: 4 + number,
 )
-def text_to_video_zero() -> DiffusionPipeline:
+def text_to_video_zero() -> diffusers.TextToVideoZeroPipeline:
     return diffusers.TextToVideoZeroPipeline(**diffusion())
 
 
 @entry(**CLIP, video_length=FRAMES, t0=1, t1=2, num_inference_steps=lambda number: 4 + number)
-def text_to_video_zero_sdxl() -> DiffusionPipeline:
+def text_to_video_zero_sdxl() -> diffusers.TextToVideoZeroSDXLPipeline:
     return diffusers.TextToVideoZeroSDXLPipeline(**diffusion_xl(), add_watermarker=False)

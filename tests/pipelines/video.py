@@ -9,9 +9,10 @@ from typing import Any
 import diffusers
 import transformers
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.ltx.modeling_latent_upsampler import LTXLatentUpsamplerModel
 from PIL import Image
 
-from tests.pipelines.registry import entry, picture
+from tests.pipelines.registry import ABSENT, entry, picture
 from tests.pipelines.transformers_parts import flow, language_model, strength, t5_text
 from tests.tiny import WIDTH
 
@@ -22,7 +23,6 @@ FILM: dict[str, Any] = {
     "guidance_scale": 5.0,
     "max_sequence_length": 32,
 }
-NOT_BUILT: dict[str, str] = {}
 
 
 def film(number: int) -> list[Image.Image]:
@@ -74,12 +74,12 @@ def image_encoder() -> dict[str, Any]:
 
 
 @entry(**FILM, num_frames=5)
-def wan() -> DiffusionPipeline:
+def wan() -> diffusers.WanPipeline:
     return diffusers.WanPipeline(**wan_parts(diffusers.WanTransformer3DModel(**WAN)))
 
 
 @entry(**FILM, num_frames=5)
-def wan_two_transformers() -> DiffusionPipeline:
+def wan_two_transformers() -> diffusers.WanPipeline:
     """Wan 2.2: one transformer for the noisy steps, and one for the others."""
     second = diffusers.WanTransformer3DModel(**WAN)
     parts = wan_parts(diffusers.WanTransformer3DModel(**WAN))
@@ -87,61 +87,61 @@ def wan_two_transformers() -> DiffusionPipeline:
 
 
 @entry(**FILM, num_frames=5)
-def wan_timestep_per_token() -> DiffusionPipeline:
+def wan_timestep_per_token() -> diffusers.WanPipeline:
     """Wan 2.2 of 5B."""
     parts = wan_parts(diffusers.WanTransformer3DModel(**WAN))
     return diffusers.WanPipeline(**parts, expand_timesteps=True)
 
 
 @entry(**FILM, num_frames=5, image=picture)
-def wan_image_to_video() -> DiffusionPipeline:
+def wan_image_to_video() -> diffusers.WanImageToVideoPipeline:
     parts = wan_parts(diffusers.WanTransformer3DModel(**WAN | SEEING))
     return without_ftfy(diffusers.WanImageToVideoPipeline, parts, **image_encoder())
 
 
 @entry(**FILM, video=film, strength=strength)
-def wan_video_to_video() -> DiffusionPipeline:
+def wan_video_to_video() -> diffusers.WanVideoToVideoPipeline:
     return without_ftfy(diffusers.WanVideoToVideoPipeline, wan_parts(diffusers.WanTransformer3DModel(**WAN)))
 
 
 @entry(**FILM, num_frames=5, video=film)
-def wan_vace() -> DiffusionPipeline:
+def wan_vace() -> diffusers.WanVACEPipeline:
     transformer = diffusers.WanVACETransformer3DModel(**WAN, vace_layers=[0, 1], vace_in_channels=4 + 4 + 4)
     return without_ftfy(diffusers.WanVACEPipeline, wan_parts(transformer))
 
 
 @entry(**FILM, num_frames=5)
-def sky_reels_v2() -> DiffusionPipeline:
+def sky_reels_v2() -> diffusers.SkyReelsV2Pipeline:
     return without_ftfy(diffusers.SkyReelsV2Pipeline, wan_parts(diffusers.SkyReelsV2Transformer3DModel(**WAN)))
 
 
 @entry(**FILM, num_frames=5, image=picture)
-def sky_reels_v2_image_to_video() -> DiffusionPipeline:
+def sky_reels_v2_image_to_video() -> diffusers.SkyReelsV2ImageToVideoPipeline:
     parts = wan_parts(diffusers.SkyReelsV2Transformer3DModel(**WAN | SEEING))
     return without_ftfy(diffusers.SkyReelsV2ImageToVideoPipeline, parts, **image_encoder())
 
 
 @entry(**FILM, num_frames=5, base_num_frames=5)
-def sky_reels_v2_diffusion_forcing() -> DiffusionPipeline:
+def sky_reels_v2_diffusion_forcing() -> diffusers.SkyReelsV2DiffusionForcingPipeline:
     parts = wan_parts(diffusers.SkyReelsV2Transformer3DModel(**WAN, inject_sample_info=True))
     scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     return without_ftfy(diffusers.SkyReelsV2DiffusionForcingPipeline, parts | {"scheduler": scheduler})
 
 
 @entry(**FILM, num_frames=5, video=film)
-def lucy_edit() -> DiffusionPipeline:
+def lucy_edit() -> diffusers.LucyEditPipeline:
     parts = wan_parts(diffusers.WanTransformer3DModel(**WAN | {"in_channels": 8}))
     return without_ftfy(diffusers.LucyEditPipeline, parts, expand_timesteps=True)
 
 
 @entry(**FILM, num_frames=5, image=picture)
-def chrono_edit() -> DiffusionPipeline:
+def chrono_edit() -> diffusers.ChronoEditPipeline:
     parts = wan_parts(diffusers.ChronoEditTransformer3DModel(**WAN | SEEING))
     return without_ftfy(diffusers.ChronoEditPipeline, parts, **image_encoder())
 
 
 @entry(**FILM, num_frames=5)
-def any_flow() -> DiffusionPipeline:
+def any_flow() -> diffusers.AnyFlowPipeline:
     config = {name: value for name, value in WAN.items() if name != "qk_norm"}
     parts = wan_parts(diffusers.AnyFlowTransformer3DModel(**config))
     return without_ftfy(diffusers.AnyFlowPipeline, parts | {"scheduler": diffusers.FlowMapEulerDiscreteScheduler()})
@@ -151,13 +151,13 @@ FORCING = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", u
 
 
 @entry(**FILM, num_frames=5, base_num_frames=5, image=picture)
-def sky_reels_v2_diffusion_forcing_image_to_video() -> DiffusionPipeline:
+def sky_reels_v2_diffusion_forcing_image_to_video() -> diffusers.SkyReelsV2DiffusionForcingImageToVideoPipeline:
     parts = wan_parts(diffusers.SkyReelsV2Transformer3DModel(**WAN, inject_sample_info=True))
     return without_ftfy(diffusers.SkyReelsV2DiffusionForcingImageToVideoPipeline, parts | {"scheduler": FORCING})
 
 
 @entry(**FILM, num_frames=9, base_num_frames=5, overlap_history=3, video=film)
-def sky_reels_v2_diffusion_forcing_video_to_video() -> DiffusionPipeline:
+def sky_reels_v2_diffusion_forcing_video_to_video() -> diffusers.SkyReelsV2DiffusionForcingVideoToVideoPipeline:
     parts = wan_parts(diffusers.SkyReelsV2Transformer3DModel(**WAN, inject_sample_info=True))
     return without_ftfy(diffusers.SkyReelsV2DiffusionForcingVideoToVideoPipeline, parts | {"scheduler": FORCING})
 
@@ -182,18 +182,44 @@ LTX: dict[str, Any] = {**FILM, "height": 32, "width": 32, "num_frames": 9}
 
 
 @entry(**LTX)
-def ltx() -> DiffusionPipeline:
+def ltx() -> diffusers.LTXPipeline:
     return diffusers.LTXPipeline(**ltx_parts())
 
 
 @entry(**LTX, image=big)
-def ltx_image_to_video() -> DiffusionPipeline:
+def ltx_image_to_video() -> diffusers.LTXImageToVideoPipeline:
     return diffusers.LTXImageToVideoPipeline(**ltx_parts())
 
 
 @entry(**LTX, image=big)
-def ltx_condition() -> DiffusionPipeline:
+def ltx_condition() -> diffusers.LTXConditionPipeline:
     return diffusers.LTXConditionPipeline(**ltx_parts())
+
+
+@entry(
+    **LTX | {"num_frames": 17, "output_type": "latent"},
+    cond_image=big,
+    temporal_tile_size=16,
+    temporal_overlap=8,
+    negative_prompt="black",
+)
+def ltx_image_to_video_long() -> diffusers.LTXI2VLongMultiPromptPipeline:
+    """Windows that overlap."""
+    return diffusers.LTXI2VLongMultiPromptPipeline(**ltx_parts())
+
+
+@entry(
+    prompt=ABSENT,
+    num_inference_steps=ABSENT,
+    height=32,
+    width=32,
+    video=lambda number: film(number) * 2,
+    output_type="np",
+)
+def ltx_latent_upsample() -> diffusers.LTXLatentUpsamplePipeline:
+    """Enlarges what LTX made."""
+    network = LTXLatentUpsamplerModel(in_channels=8, mid_channels=32, num_blocks_per_stage=1)
+    return diffusers.LTXLatentUpsamplePipeline(vae=ltx_parts()["vae"], latent_upsampler=network)
 
 
 SANA: dict[str, Any] = {
@@ -212,12 +238,12 @@ def sana_parts() -> dict[str, Any]:
 
 
 @entry(**SANA)
-def sana_video() -> DiffusionPipeline:
+def sana_video() -> diffusers.SanaVideoPipeline:
     return diffusers.SanaVideoPipeline(**sana_parts())
 
 
 @entry(**SANA, image=big)
-def sana_image_to_video() -> DiffusionPipeline:
+def sana_image_to_video() -> diffusers.SanaImageToVideoPipeline:
     return diffusers.SanaImageToVideoPipeline(**sana_parts())
 
 
@@ -239,28 +265,28 @@ def cog_video_x_parts(in_channels: int = 4, **config: Any) -> dict[str, Any]:
 
 
 @entry(**FILM, num_frames=5)
-def cog_video_x() -> DiffusionPipeline:
+def cog_video_x() -> diffusers.CogVideoXPipeline:
     return diffusers.CogVideoXPipeline(**cog_video_x_parts())
 
 
 @entry(**FILM, num_frames=5)
-def cog_video_x_rotary() -> DiffusionPipeline:
+def cog_video_x_rotary() -> diffusers.CogVideoXPipeline:
     """Of 5B, with its multistep scheduler, which the pipeline hands a step more of the past."""
     parts = cog_video_x_parts(use_rotary_positional_embeddings=True)
     return diffusers.CogVideoXPipeline(**parts | {"scheduler": diffusers.CogVideoXDPMScheduler()})
 
 
 @entry(**FILM, num_frames=5, image=picture)
-def cog_video_x_image_to_video() -> DiffusionPipeline:
+def cog_video_x_image_to_video() -> diffusers.CogVideoXImageToVideoPipeline:
     parts = cog_video_x_parts(8, use_rotary_positional_embeddings=True)
     return diffusers.CogVideoXImageToVideoPipeline(**parts)
 
 
 @entry(**FILM, video=film, strength=strength)
-def cog_video_x_video_to_video() -> DiffusionPipeline:
+def cog_video_x_video_to_video() -> diffusers.CogVideoXVideoToVideoPipeline:
     return diffusers.CogVideoXVideoToVideoPipeline(**cog_video_x_parts())
 
 
 @entry(**FILM, control_video=film)
-def cog_video_x_fun_control() -> DiffusionPipeline:
+def cog_video_x_fun_control() -> diffusers.CogVideoXFunControlPipeline:
     return diffusers.CogVideoXFunControlPipeline(**cog_video_x_parts(8))

@@ -1,4 +1,4 @@
-"""Further pipelines of films, and of sound: Mochi, HunyuanVideo, Kandinsky 5, Allegro, Latte, Cosmos, Stable Audio."""
+"""Further pipelines of films: Mochi, HunyuanVideo, Kandinsky 5, Allegro, Latte, Cosmos."""
 
 from __future__ import annotations
 
@@ -13,56 +13,9 @@ from tests.pipelines.transformers_parts import flow, language_model, t5_text, vi
 from tests.pipelines.video import FILM, big, wan_autoencoder, without_ftfy
 from tests.tiny import WIDTH, autoencoder, qwen, t5
 
-_NOT_ATTEMPTED = (
-    "AceStepPipeline",
-    "AnyFlowFARPipeline",
-    "Cosmos2_5_PredictBasePipeline",
-    "Cosmos2_5_TransferPipeline",
-    "Cosmos3OmniPipeline",
-    "EasyAnimateControlPipeline",
-    "EasyAnimateInpaintPipeline",
-    "EasyAnimatePipeline",
-    "HeliosPipeline",
-    "HeliosPyramidPipeline",
-    "HunyuanVideo15ImageToVideoPipeline",
-    "HunyuanVideoFramepackPipeline",
-    "HunyuanVideoImageToVideoPipeline",
-    "Kandinsky6SRPipeline",
-    "Kandinsky6TI2VAPipeline",
-    "LTX2ConditionPipeline",
-    "LTX2DFRPipeline",
-    "LTX2DFRTemporalRefinePipeline",
-    "LTX2HDRPipeline",
-    "LTX2ImageToVideoPipeline",
-    "LTX2InContextPipeline",
-    "LTX2LatentUpsamplePipeline",
-    "LTX2Pipeline",
-    "LTX2VideoDiffusionDecodePipeline",
-    "LTXI2VLongMultiPromptPipeline",
-    "LTXLatentUpsamplePipeline",
-    "MotifVideoImage2VideoPipeline",
-    "MotifVideoPipeline",
-    "SanaWMPipeline",
-    "StableAudio3AudioToAudioPipeline",
-    "StableAudio3InpaintPipeline",
-    "StableAudio3Pipeline",
-    "WanAnimatePipeline",
-)
-NOT_BUILT: dict[str, str] = {
-    "ConsisIDPipeline": "needs OpenCV",
-    **dict.fromkeys(_NOT_ATTEMPTED, "not attempted: no obstacle is known"),
-}
-
-
-def t5_limited() -> dict[str, Any]:
-    """For pipelines that pad to the tokenizer's own length."""
-    text = t5_text()
-    text["tokenizer"].model_max_length = 32
-    return text
-
 
 @entry(**FILM | {"height": 32, "width": 32}, num_frames=7)
-def mochi() -> DiffusionPipeline:
+def mochi() -> diffusers.MochiPipeline:
     transformer = diffusers.MochiTransformer3DModel(
         num_attention_heads=2, attention_head_dim=8, num_layers=2, pooled_projection_dim=16, in_channels=12,
         text_embed_dim=WIDTH, time_embed_dim=4, max_sequence_length=32,
@@ -95,23 +48,23 @@ def hunyuan_video_parts(in_channels: int = 4, **config: Any) -> dict[str, Any]:
 
 
 @entry(**HUNYUAN)
-def hunyuan_video() -> DiffusionPipeline:
+def hunyuan_video() -> diffusers.HunyuanVideoPipeline:
     """Guidance as an input."""
     return diffusers.HunyuanVideoPipeline(**hunyuan_video_parts())
 
 
 @entry(**HUNYUAN, true_cfg_scale=4.0, negative_prompt="black")
-def hunyuan_video_true_cfg() -> DiffusionPipeline:
+def hunyuan_video_true_cfg() -> diffusers.HunyuanVideoPipeline:
     return diffusers.HunyuanVideoPipeline(**hunyuan_video_parts())
 
 
 @entry(**HUNYUAN, image=picture, true_cfg_scale=4.0, negative_prompt="black")
-def hunyuan_skyreels_image_to_video() -> DiffusionPipeline:
+def hunyuan_skyreels_image_to_video() -> diffusers.HunyuanSkyreelsImageToVideoPipeline:
     return diffusers.HunyuanSkyreelsImageToVideoPipeline(**hunyuan_video_parts(8))
 
 
 @entry(**FILM, num_frames=24, clean_caption=False)
-def allegro() -> DiffusionPipeline:
+def allegro() -> diffusers.AllegroPipeline:
     transformer = diffusers.AllegroTransformer3DModel(
         num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, num_layers=1,
         cross_attention_dim=24, sample_width=8, sample_height=8, sample_frames=8, caption_channels=WIDTH,
@@ -141,39 +94,44 @@ LATTE: dict[str, Any] = {
 
 
 @entry(**LATTE, prompt=lambda number: f"{number} red rings")
-def latte() -> DiffusionPipeline:
+def latte() -> diffusers.LattePipeline:
     """Captions are cut to their length, and have no mask: those of one length share."""
     return latte_pipeline()
 
 
 @entry(**LATTE, mask_feature=False)
-def latte_padded_captions() -> DiffusionPipeline:
+def latte_padded_captions() -> diffusers.LattePipeline:
     return latte_pipeline()
 
 
-@entry(height=16, width=16, num_frames=5, output_type="np")
-def hunyuan_video15() -> DiffusionPipeline:
+def hunyuan_video15_of(kind: Any, task_type: str, **more: Any) -> DiffusionPipeline:
     """Two text encoders, the second for quoted words; a guider."""
     transformer = diffusers.HunyuanVideo15Transformer3DModel(
         in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=1, num_refiner_layers=1,
         text_embed_dim=WIDTH, text_embed_2_dim=WIDTH, image_embed_dim=WIDTH, rope_axes_dim=(2, 2, 4), target_size=16,
-        task_type="t2v",
+        task_type=task_type,
     )  # fmt: skip
     vae = diffusers.AutoencoderKLHunyuanVideo15(
         latent_channels=4, block_out_channels=(8, 8, 8), layers_per_block=1, spatial_compression_ratio=4,
         temporal_compression_ratio=2,
     )  # fmt: skip
     tokenizer = transformers.ByT5Tokenizer()
-    pipeline = without_ftfy(
-        diffusers.HunyuanVideo15Pipeline,
+    pipeline: Any = without_ftfy(
+        kind,
         {"transformer": transformer, "scheduler": flow(), "vae": vae, **language_model("Qwen2", "Model")},
         text_encoder_2=t5(tokenizer),
         tokenizer_2=tokenizer,
         guider=diffusers.ClassifierFreeGuidance(guidance_scale=4.0),
+        **more,
     )
     pipeline.prompt_template_encode_start_idx = 0
     pipeline.tokenizer_max_length = pipeline.tokenizer_2_max_length = 32
     return pipeline
+
+
+@entry(height=16, width=16, num_frames=5, output_type="np")
+def hunyuan_video15() -> diffusers.HunyuanVideo15Pipeline:
+    return hunyuan_video15_of(diffusers.HunyuanVideo15Pipeline, task_type="t2v")
 
 
 KANDINSKY: dict[str, Any] = {
@@ -200,7 +158,7 @@ def kandinsky5(kind: Any, **config: Any) -> DiffusionPipeline:
 
 
 @entry(**KANDINSKY)
-def kandinsky5_text_to_video() -> DiffusionPipeline:
+def kandinsky5_text_to_video() -> diffusers.Kandinsky5T2VPipeline:
     return kandinsky5(diffusers.Kandinsky5T2VPipeline)
 
 
@@ -239,74 +197,52 @@ WORLD: dict[str, Any] = {**FILM, "height": 32, "width": 32, "num_frames": 9, "ou
 
 
 @entry(**WORLD)
-def cosmos_text_to_world() -> DiffusionPipeline:
+def cosmos_text_to_world() -> diffusers.CosmosTextToWorldPipeline:
     parts = {**cosmos_parts(4), "scheduler": diffusers.EDMEulerScheduler(), "vae": cosmos_autoencoder()}
     return diffusers.CosmosTextToWorldPipeline(**parts)
 
 
 @entry(**WORLD, image=big)
-def cosmos_video_to_world() -> DiffusionPipeline:
+def cosmos_video_to_world() -> diffusers.CosmosVideoToWorldPipeline:
     parts = {**cosmos_parts(5), "scheduler": diffusers.EDMEulerScheduler(), "vae": cosmos_autoencoder()}
     return diffusers.CosmosVideoToWorldPipeline(**parts)
 
 
 @entry(**FILM | {"output_type": "latent"})
-def cosmos2_text_to_image() -> DiffusionPipeline:
+def cosmos2_text_to_image() -> diffusers.Cosmos2TextToImagePipeline:
     parts = cosmos_parts(4, extra_pos_embed_type=None)
     scheduler = flow(shift=1.0, use_karras_sigmas=True)
     return diffusers.Cosmos2TextToImagePipeline(**parts, scheduler=scheduler, vae=wan_autoencoder())
-
-
-# Sound
-
-
-@entry(audio_end_in_s=lambda number: 2.0 + number / 4, output_type="pt", guidance_scale=5.0)
-def stable_audio() -> DiffusionPipeline:
-    transformer = diffusers.StableAudioDiTModel(
-        sample_size=8, in_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
-        num_key_value_attention_heads=2, out_channels=4, cross_attention_dim=8, time_proj_dim=8,
-        global_states_input_dim=2 * WIDTH, cross_attention_input_dim=WIDTH,
-    )  # fmt: skip
-    vae = diffusers.AutoencoderOobleck(
-        encoder_hidden_size=4, downsampling_ratios=[1, 2], decoder_channels=4, decoder_input_channels=4, audio_channels=2,
-        channel_multiples=[2, 4], sampling_rate=4,
-    )  # fmt: skip
-    return diffusers.StableAudioPipeline(
-        transformer=transformer,
-        vae=vae,
-        projection_model=diffusers.StableAudioProjectionModel(WIDTH, WIDTH, 0, 32),
-        scheduler=diffusers.EDMDPMSolverMultistepScheduler(),
-        **t5_limited(),
-    )
-
-
-@entry(audio_duration_s=2.0, guidance_scale=4.0, output_type="np")
-def long_cat_audio_dit() -> DiffusionPipeline:
-    transformer = diffusers.LongCatAudioDiTTransformer(
-        dit_dim=16, dit_depth=2, dit_heads=2, dit_text_dim=WIDTH, latent_dim=8, text_conv=False
-    )
-    vae = diffusers.LongCatAudioDiTVae(
-        channels=8,
-        c_mults=[1, 2],
-        strides=[2],
-        latent_dim=8,
-        encoder_latent_dim=16,
-        downsampling_ratio=2,
-        sample_rate=16,
-    )
-    return diffusers.LongCatAudioDiTPipeline(transformer=transformer, vae=vae, **t5_limited())
 
 
 # From pictures and films
 
 
 @entry(**WORLD | {"num_frames": 5}, image=big)
-def cosmos2_video_to_world() -> DiffusionPipeline:
+def cosmos2_video_to_world() -> diffusers.Cosmos2VideoToWorldPipeline:
     parts = cosmos_parts(5, extra_pos_embed_type=None)
     scheduler = flow(shift=1.0, use_karras_sigmas=True)
     return diffusers.Cosmos2VideoToWorldPipeline(**parts, scheduler=scheduler, vae=wan_autoencoder())
 
 
 @entry(**KANDINSKY | {"num_frames": 21}, image=big)
-def kandinsky5_image_to_video() -> DiffusionPipeline:
+def kandinsky5_image_to_video() -> diffusers.Kandinsky5I2VPipeline:
     return kandinsky5(diffusers.Kandinsky5I2VPipeline, visual_cond=True)
+
+
+@entry(num_frames=5, output_type="np", image=big)
+def hunyuan_video15_image_to_video() -> diffusers.HunyuanVideo15ImageToVideoPipeline:
+    config = transformers.SiglipVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
+    return hunyuan_video15_of(
+        diffusers.HunyuanVideo15ImageToVideoPipeline,
+        task_type="i2v",
+        image_encoder=transformers.SiglipVisionModel(config),
+        feature_extractor=transformers.SiglipImageProcessorPil(size={"height": 16, "width": 16}),
+    )

@@ -1,4 +1,4 @@
-"""Sound by UNets: AudioLDM, AudioLDM 2."""
+"""Sound: AudioLDM, AudioLDM 2, Stable Audio, LongCat."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import diffusers
 import transformers
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 
@@ -14,12 +14,6 @@ from tests.pipelines.parts import calm, unet
 from tests.pipelines.registry import PROMPTS, entry
 from tests.pipelines.transformers_parts import t5_text
 from tests.tiny import NOISE_SCHEDULE, WIDTH, autoencoder
-
-NOT_BUILT: dict[str, str] = {  # class name -> why not
-    "MusicLDMPipeline": "takes what transformers 5's CLAP returns for a tensor, which only transformers 4's was",
-    "AudioDiffusionPipeline": "needs librosa",
-    "SpectrogramDiffusionPipeline": "needs note_seq",
-}
 
 SOUND: dict[str, Any] = {"output_type": "np", "guidance_scale": 5.0, "audio_length_in_s": 0.064}
 RATE = 16_000
@@ -84,7 +78,7 @@ def projected(**config: Any) -> diffusers.UNet2DConditionModel:
 
 
 @entry(**SOUND)
-def audio_ldm() -> DiffusionPipeline:
+def audio_ldm() -> diffusers.AudioLDMPipeline:
     return diffusers.AudioLDMPipeline(
         vae=spectrogram(),
         text_encoder=transformers.ClapTextModelWithProjection(clap_text()),
@@ -96,7 +90,7 @@ def audio_ldm() -> DiffusionPipeline:
 
 
 @entry(**SOUND, prompt=lambda number: PROMPTS[number] or "noise", max_new_tokens=4)
-def audio_ldm2() -> DiffusionPipeline:
+def audio_ldm2() -> diffusers.AudioLDM2Pipeline:
     """GPT-2 makes of what CLAP and T5 say a caption of its own."""
     config = transformers.GPT2Config(
         n_embd=WIDTH, n_layer=1, n_head=2, vocab_size=16, n_positions=64, bos_token_id=0, eos_token_id=1
@@ -122,3 +116,50 @@ def audio_ldm2() -> DiffusionPipeline:
         scheduler=ddim(),
         vocoder=vocoder(),
     )
+
+
+# Transformers
+
+
+def t5_limited() -> dict[str, Any]:
+    """For pipelines that pad to the tokenizer's own length."""
+    text = t5_text()
+    text["tokenizer"].model_max_length = 32
+    return text
+
+
+@entry(audio_end_in_s=lambda number: 2.0 + number / 4, output_type="pt", guidance_scale=5.0)
+def stable_audio() -> diffusers.StableAudioPipeline:
+    transformer = diffusers.StableAudioDiTModel(
+        sample_size=8, in_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
+        num_key_value_attention_heads=2, out_channels=4, cross_attention_dim=8, time_proj_dim=8,
+        global_states_input_dim=2 * WIDTH, cross_attention_input_dim=WIDTH,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderOobleck(
+        encoder_hidden_size=4, downsampling_ratios=[1, 2], decoder_channels=4, decoder_input_channels=4, audio_channels=2,
+        channel_multiples=[2, 4], sampling_rate=4,
+    )  # fmt: skip
+    return diffusers.StableAudioPipeline(
+        transformer=transformer,
+        vae=vae,
+        projection_model=diffusers.StableAudioProjectionModel(WIDTH, WIDTH, 0, 32),
+        scheduler=diffusers.EDMDPMSolverMultistepScheduler(),
+        **t5_limited(),
+    )
+
+
+@entry(audio_duration_s=2.0, guidance_scale=4.0, output_type="np")
+def long_cat_audio_dit() -> diffusers.LongCatAudioDiTPipeline:
+    transformer = diffusers.LongCatAudioDiTTransformer(
+        dit_dim=16, dit_depth=2, dit_heads=2, dit_text_dim=WIDTH, latent_dim=8, text_conv=False
+    )
+    vae = diffusers.LongCatAudioDiTVae(
+        channels=8,
+        c_mults=[1, 2],
+        strides=[2],
+        latent_dim=8,
+        encoder_latent_dim=16,
+        downsampling_ratio=2,
+        sample_rate=16,
+    )
+    return diffusers.LongCatAudioDiTPipeline(transformer=transformer, vae=vae, **t5_limited())

@@ -1,0 +1,132 @@
+"""What there is: the entries of all modules, the classes that diffusers exports, and those that no entry builds."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+
+import diffusers
+from diffusers import DiffusionPipeline
+from diffusers.utils.import_utils import DummyObject
+
+from tests import pipelines
+from tests.pipelines.registry import ENTRIES, Entry
+
+_OTHER_RUNTIMES = ("Flax", "Onnx")  # they run JAX and ONNX, not torch
+
+_VISION = "Qwen3-VL's processor needs torchvision, and has no stand-in here yet"
+_UNWRITTEN = "no entry written yet; no obstacle is known"
+_OLD = "deprecated by diffusers; no entry written: "
+_REASONS: dict[str, tuple[str, ...]] = {
+    "it writes text": ("DiffusionGemmaPipeline", "LLaDA2Pipeline"),
+    "it makes proteins": ("RFD4ProteinaPipeline",),
+    "its call continues what `invert()` left on the pipeline: not one call": (
+        "LEditsPPPipelineStableDiffusion",
+        "LEditsPPPipelineStableDiffusionXL",
+    ),
+    "broken in diffusers 0.42.1: it reads a setting `guidance_embeds` that Chroma's transformer lacks": (
+        "ChromaInpaintPipeline",
+    ),
+    "broken with transformers 5: it takes what CLAP returns for a tensor": ("MusicLDMPipeline",),
+    "diffusers has it only where librosa is installed": ("AudioDiffusionPipeline",),
+    "diffusers has it only where note_seq is installed": ("SpectrogramDiffusionPipeline",),
+    "diffusers has it only where OpenCV is installed": ("ConsisIDPipeline",),
+    "its processor of pictures needs torchvision": ("OmniGenPipeline",),
+    _VISION: (
+        "BriaFibo2Pipeline",
+        "DreamLiteMobilePipeline",
+        "DreamLitePipeline",
+        "JoyImageEditPipeline",
+        "JoyImageEditPlusPipeline",
+        "NucleusMoEImagePipeline",
+        "QwenImage21Pipeline",
+    ),
+    _OLD + "Stable Diffusion 1.5 with another text encoder": ("AltDiffusionImg2ImgPipeline", "AltDiffusionPipeline"),
+    _OLD + "it needs BLIP-2's Q-Former": ("BlipDiffusionControlNetPipeline", "BlipDiffusionPipeline"),
+    _OLD + "GLIGEN with pictures for phrases": ("StableDiffusionGLIGENTextImagePipeline",),
+    _OLD + "it needs a captioner, and takes gradients": ("StableDiffusionPix2PixZeroPipeline",),
+    _OLD + "a transformer for pictures and captions": ("UniDiffuserPipeline",),
+    _OLD + "it takes two UNets apart and joins them": (
+        "VersatileDiffusionDualGuidedPipeline",
+        "VersatileDiffusionImageVariationPipeline",
+        "VersatileDiffusionPipeline",
+        "VersatileDiffusionTextToImagePipeline",
+    ),
+    _OLD + "Kandinsky 2.1, with a tokenizer of XLM-RoBERTa's": (
+        "KandinskyCombinedPipeline",
+        "KandinskyImg2ImgCombinedPipeline",
+        "KandinskyImg2ImgPipeline",
+        "KandinskyInpaintCombinedPipeline",
+        "KandinskyInpaintPipeline",
+        "KandinskyPipeline",
+        "KandinskyPriorPipeline",
+    ),
+    _OLD + "its transformer is of codes, with a learnt code for no text": ("VQDiffusionPipeline",),
+    "no entry written: latent diffusion of 2022, with a BERT": ("LDMTextToImagePipeline",),
+    "no entry written: a prior and a renderer of radiance fields": ("ShapEImg2ImgPipeline", "ShapEPipeline"),
+    _UNWRITTEN: (
+        "AceStepPipeline",
+        "AnyFlowFARPipeline",
+        "Cosmos2_5_PredictBasePipeline",
+        "Cosmos2_5_TransferPipeline",
+        "Cosmos3OmniPipeline",
+        "EasyAnimateControlPipeline",
+        "EasyAnimateInpaintPipeline",
+        "EasyAnimatePipeline",
+        "HeliosPipeline",
+        "HeliosPyramidPipeline",
+        "HunyuanVideoFramepackPipeline",
+        "HunyuanVideoImageToVideoPipeline",
+        "Ideogram4Pipeline",
+        "Kandinsky6SRPipeline",
+        "Kandinsky6TI2VAPipeline",
+        "LTX2ConditionPipeline",
+        "LTX2DFRPipeline",
+        "LTX2DFRTemporalRefinePipeline",
+        "LTX2HDRPipeline",
+        "LTX2ImageToVideoPipeline",
+        "LTX2InContextPipeline",
+        "LTX2LatentUpsamplePipeline",
+        "LTX2Pipeline",
+        "LTX2VideoDiffusionDecodePipeline",
+        "LongCatImageEditPipeline",
+        "MotifVideoImage2VideoPipeline",
+        "MotifVideoPipeline",
+        "SanaWMPipeline",
+        "StableAudio3AudioToAudioPipeline",
+        "StableAudio3InpaintPipeline",
+        "StableAudio3Pipeline",
+        "WanAnimatePipeline",
+        "ZImageOmniPipeline",
+    ),
+}
+NOT_BUILT = {name: reason for reason, names in _REASONS.items() for name in names}
+
+
+def entries() -> dict[str, Entry]:
+    """All entries by name, in the order of the modules' names and then of their text."""
+    for name in entry_modules():
+        importlib.import_module(name)
+    return ENTRIES
+
+
+def entry_modules() -> list[str]:
+    """This package's modules, as they are imported."""
+    prefix = f"{pipelines.__name__}."
+    return [one.name for one in pkgutil.iter_modules(pipelines.__path__, prefix) if not one.name.endswith("__main__")]
+
+
+def exported() -> set[str]:
+    """The pipeline classes that diffusers exports, without old names of others, and what runs on JAX or ONNX.
+
+    Where a package is missing, diffusers exports stand-ins of the same name; they count.
+    """
+    return {name for name in dir(diffusers) if "Pipeline" in name and _is_pipeline(name)}
+
+
+def _is_pipeline(name: str) -> bool:
+    found = getattr(diffusers, name)
+    if not inspect.isclass(found) or found.__name__ != name or any(other in name for other in _OTHER_RUNTIMES):
+        return False
+    return isinstance(found, DummyObject) or (issubclass(found, DiffusionPipeline) and found is not DiffusionPipeline)

@@ -1,0 +1,148 @@
+"""Writes the reports as docs/pipelines.md."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+
+from tests.pipelines.check import TAKES_TURNS, TOLERANCE, Report
+from tests.pipelines.registry import CALLS, Entry
+
+GROUPS: dict[str, tuple[str, ...]] = {  # title -> modules of this package
+    "Stable Diffusion 1.5, 2 and XL, latent consistency models, Kolors": ("unets", "kolors"),
+    "Stable Diffusion 3, Flux, Flux.2 and Chroma": ("transformers_flux",),
+    "Qwen-Image, Z-Image and HunyuanImage": ("transformers_qwen",),
+    "PixArt, Sana, Lumina, CogView, AuraFlow, HunyuanDiT, DiT and aMUSEd": ("transformers",),
+    "Further transformers for pictures": ("transformers_more",),
+    "ControlNets, T2I-Adapters and IP-Adapters": ("adapters", "adapters_transformers"),
+    "Variants of Stable Diffusion 1.5": ("unets_variants",),
+    "Perturbed attention guidance": ("adapters_pag",),
+    "Kandinsky, Stable Cascade, Wuerstchen and unCLIP": ("unets_priors", "unets_unclip"),
+    "Pixels without text, and DeepFloyd IF": ("unets_pixels",),
+    "Video": ("unets_video", "video", "video_more"),
+    "Sound": ("audio",),
+}
+LONGEST = 160  # characters of a reason
+
+HEAD = """\
+# Pipelines
+
+Made by `python -m tests.pipelines --write`; do not edit it.
+
+Every row below is a pipeline class of diffusers, or a task or mode of it. It was built tiny, from the configuration classes of
+diffusers and transformers and with random weights, as no weights can be had for all of them. {calls} calls, which differ in
+prompt, seed, steps, guidance, and picture, film or mask where it takes one, were made one after the other by the plain pipeline,
+and all at once by a `StepEngine` on another one. What came out was compared number by number, in float32 on the CPU.
+So it shows that results do not depend on company, not how good pictures are or how fast they come.
+
+*Shared* is the share of calls of the denoisers (transformers, UNets, priors, ControlNets) whose forward served other jobs, too.
+The first calls of a kind are run both ways, as the proof, and count as not shared. *Error* is a bound of the largest difference
+from the plain call: of pixels in [0, 1], or, where numbers are larger than 1, as a share of the largest. It must not be more than
+{tolerance}. What could not share a forward ran alone, correctly, for the reason given. *(takes turns)* means that a call
+swaps attention processors or hooks of the shared modules, so that the engine runs one at a time.
+
+Versions: {versions}.
+"""
+TAIL = """\
+## Not built here
+
+Classes that diffusers exports and that no row is of. Nothing is known of them but what their relatives show: the engine has no
+code for single pipelines, and proves each kind of call before it merges it.
+
+| reason | classes |
+| --- | --- |
+"""
+
+
+def document(
+    reports: Sequence[Report], entries: Mapping[str, Entry], not_built: Mapping[str, str], versions: Mapping[str, str]
+) -> str:
+    """The whole document."""
+    parts = [
+        HEAD.format(
+            calls={6: "Six"}.get(CALLS, str(CALLS)),
+            tolerance=f"{TOLERANCE:g}",
+            versions=", ".join(f"{name} {version}" for name, version in versions.items()),
+        ),
+        _summary(reports, not_built),
+    ]
+    for title, modules in GROUPS.items():
+        rows = [_row(one, entries[one.name]) for one in reports if entries[one.name].module in modules]
+        if rows:
+            parts.append(f"## {title}\n\n{HEADER}\n" + "\n".join(rows) + "\n")
+    by_reason = sorted(not_built.items(), key=lambda item: (item[1].lower(), item[0]))
+    missing = [
+        f"| {_cell(reason)} | {', '.join(f'`{name}`' for name, _ in group)} |"
+        for reason, group in groupby(by_reason, key=lambda item: item[1])
+    ]
+    parts.append(TAIL + "\n".join(missing) + "\n")
+    return "\n".join(parts)
+
+
+HEADER = "| class | entry | shared | error | what ran alone |\n| --- | --- | --- | --- | --- |"
+
+
+def classes(reports: Sequence[Report]) -> dict[str, bool | None]:
+    """Whether a class merges, which it does if it does in any of its entries; None if it has no denoiser."""
+    found: dict[str, bool | None] = {}
+    for one in reports:
+        if one.merged_share is None and not one.failed:
+            found.setdefault(one.pipeline, None)
+        else:
+            found[one.pipeline] = one.merges or bool(found.get(one.pipeline))
+    return found
+
+
+def _summary(reports: Sequence[Report], not_built: Mapping[str, str]) -> str:
+    found = classes(reports)
+    merging = sum(one is True for one in found.values())
+    denoising = sum(one is not None for one in found.values())
+    turns = {one.pipeline for one in reports if TAKES_TURNS in one.alone}
+    rows = {
+        "pipeline classes that diffusers exports": len(found) + len(not_built),
+        "classes checked": len(found),
+        "entries: classes, and tasks and modes of them": len(reports),
+        "entries that agree with the plain call": sum(one.right for one in reports),
+        "largest error": _bound(max((one.largest_error for one in reports), default=0.0)),
+        "classes that share forwards": f"{merging} of {denoising} with a denoiser ({_percent(merging / max(denoising, 1))})",
+        "classes whose calls take turns": len(turns),
+    }
+    wrong = [f"`{one.name}`" for one in reports if not one.right]
+    if wrong:
+        rows["entries that do not agree"] = ", ".join(wrong)
+    return "| | |\n| --- | --- |\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items()) + "\n"
+
+
+def _row(report: Report, entry: Entry) -> str:
+    name = f"`{report.name}`" + (f": {entry.note}" if entry.note else "")
+    share = "no denoiser" if report.merged_share is None else _percent(report.merged_share)
+    error = _bound(report.largest_error)
+    notes = list(report.alone)
+    if report.failed:
+        share = error = ""
+        notes = [f"**failed**: {report.failed}"]
+    elif not report.right:
+        error = f"**{report.largest_error:.1e}**"
+        notes += [f"**{report.errors} errors of the engine**"] * bool(report.errors)
+    why = "; ".join("(takes turns)" if note == TAKES_TURNS else _short(note) for note in notes)
+    return f"| `{report.pipeline}` | {_cell(name)} | {share} | {error} | {_cell(why)} |"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _bound(error: float) -> str:
+    """The next power of ten, so that a run on another machine says the same."""
+    if error == 0:
+        return "0"
+    return f"1e{math.ceil(math.log10(error)):d}" if math.isfinite(error) else "not finite"
+
+
+def _short(reason: str) -> str:
+    return reason if len(reason) <= LONGEST else reason[: LONGEST - 1].rstrip() + "…"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

@@ -1,0 +1,65 @@
+"""Kolors: Stable Diffusion XL's UNet with ChatGLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import transformers
+from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
+from torch import nn
+
+from tests.pipelines.adapters_pag import MID, PAG
+from tests.pipelines.parts import NUMBERS, SQUARE, XL_BLOCKS, diffusion_xl, strength
+from tests.pipelines.registry import entry, picture
+from tests.tiny import WIDTH, qwen
+
+
+class Tokenizer:
+    """Of bytes. ChatGLM's own reads a file of sentencepiece's and was written for transformers 4."""
+
+    def __init__(self) -> None:
+        self.tokenizer = qwen()["tokenizer"]
+        self.tokenizer.padding_side = "left"
+
+    def __len__(self) -> int:
+        return len(self.tokenizer)
+
+    def __call__(self, text: Any, **options: Any) -> transformers.BatchEncoding:
+        tokens = self.tokenizer(text, **options)
+        tokens["position_ids"] = (tokens["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+        return tokens
+
+
+def kolors() -> dict[str, Any]:
+    tokenizer = Tokenizer()
+    config = ChatGLMConfig(
+        num_layers=2, padded_vocab_size=len(tokenizer), hidden_size=WIDTH, ffn_hidden_size=WIDTH, kv_channels=8,
+        num_attention_heads=2, seq_length=32, add_qkv_bias=True, original_rope=True,
+    )  # fmt: skip
+    network = ChatGLMModel(config, empty_init=False)
+    for parameter in network.parameters():  # some are left as the memory was
+        nn.init.normal_(parameter, std=0.3) if parameter.ndim > 1 else nn.init.ones_(parameter)
+    parts = diffusion_xl(
+        **XL_BLOCKS | {"cross_attention_dim": WIDTH, "encoder_hid_dim": WIDTH, "encoder_hid_dim_type": "text_proj"}
+    )
+    kept = {name: part for name, part in parts.items() if name in ("unet", "scheduler", "vae")}
+    return {**kept, "text_encoder": network, "tokenizer": tokenizer}
+
+
+KOLORS: dict[str, Any] = {"max_sequence_length": 32}
+
+
+@entry(**SQUARE, **NUMBERS, **KOLORS, guidance_scale=5.0)
+def kolors_text() -> diffusers.KolorsPipeline:
+    return diffusers.KolorsPipeline(**kolors())
+
+
+@entry(**NUMBERS, **KOLORS, guidance_scale=5.0, image=picture, strength=strength)
+def kolors_img2img() -> diffusers.KolorsImg2ImgPipeline:
+    return diffusers.KolorsImg2ImgPipeline(**kolors())
+
+
+@entry(**PAG, **SQUARE, **KOLORS)
+def kolors_pag() -> diffusers.KolorsPAGPipeline:
+    return diffusers.KolorsPAGPipeline(**kolors(), **MID)
