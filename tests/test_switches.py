@@ -362,6 +362,19 @@ def test_a_pipeline_that_knows_no_offload_is_refused() -> None:
         apply_switches(pipeline, Settings(offload="model"), torch.device("cpu", 0))
 
 
+@pytest.mark.usefixtures("native_again")
+def test_switches_go_together(tmp_path: Path) -> None:
+    """All but compiling, which would take minutes here."""
+    FLUX.build().save_pretrained(tmp_path)
+    switches = {"channels_last": True, "vae_slicing": True, "vae_tiling": True, "attention_backend": "native"}
+    settings = Settings(model=str(tmp_path), quantization=INT8, offload="model", **switches)
+    expected = alone(load_pipeline(Settings(model=str(tmp_path), quantization=INT8), CPU, torch.float32)[0], FLUX)
+    pipeline, _ = load_pipeline(settings, CPU, torch.float32)
+    apply_switches(pipeline, settings, torch.device("cpu", 0))
+    assert len(pipeline._all_hooks) == 4
+    assert_company_agrees(pipeline, FLUX, expected)
+
+
 # Through the server
 
 
