@@ -3,6 +3,7 @@ from __future__ import annotations
 import builtins
 import io
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -110,3 +111,14 @@ def test_presets_are_read_strictly(tmp_path: Path) -> None:
     (tmp_path / "stepweave.json").write_text(json.dumps({"id": "mine", "stepz": 4}))
     with pytest.raises(LoadError, match="stepz"):
         read_preset(tmp_path)
+
+
+def test_no_prompt_is_quoted_in_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline, _ = load_pipeline(Settings(), CPU, torch.float32)
+    [handler] = (one for one in logging.getLogger("diffusers").handlers if type(one) is logging.StreamHandler)
+    monkeypatch.setattr(handler, "stream", io.StringIO())
+    logging.getLogger("diffusers.pipelines").warning("something else")
+    pipeline("a secret plan " * 20, num_inference_steps=1)
+    printed = handler.stream.getvalue()
+    assert "something else" in printed
+    assert "secret" not in printed

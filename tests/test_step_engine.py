@@ -27,11 +27,11 @@ from torch import nn
 
 from stepweave import Job, StepEngine
 from stepweave.engine import Mode, Progress, forward
+from stepweave.engine.active import Active
 from stepweave.engine.call import Call
 from stepweave.engine.certify import Certificates
 from stepweave.engine.describe import Describer
 from stepweave.engine.fiber import Fiber
-from stepweave.engine.loop import _Active
 from stepweave.engine.pool import Pool
 from stepweave.engine.textcache import EncoderCache
 from stepweave.errors import Cancelled, DeadlineExceeded, EngineClosed, EngineMisuse, StepweaveError
@@ -772,7 +772,7 @@ def test_nothing_grows_with_the_number_of_jobs(mode: Mode) -> None:
     def left() -> list[int]:
         gc.collect()
         found = [type(one) for one in gc.get_objects()]
-        return [found.count(kind) for kind in (Job, Fiber, _Active, Call, Counted)]
+        return [found.count(kind) for kind in (Job, Fiber, Active, Call, Counted)]
 
     def fail(*_: Any) -> None:
         raise Own

@@ -4,6 +4,7 @@ StepweaveError (500)
 ├── ConfigError                 a setting is unknown or malformed; the server does not start
 ├── LoadError                   the model cannot be loaded
 ├── EngineMisuse                the engine is used in a way that cannot work
+├── OutOfMemory                 the device's memory is too small for the job, even by itself
 └── RequestError                the caller's request cannot be served
     ├── InvalidRequest (400)    a value is not allowed; `param` names the field
     ├── NotFound (404)          no such route or model

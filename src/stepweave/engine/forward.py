@@ -18,6 +18,7 @@ from stepweave.engine.memory import DeviceMemory, Room, ran_out
 from stepweave.engine.merge import copied, merge, split
 from stepweave.engine.stats import Stats
 from stepweave.engine.textcache import EncoderCache
+from stepweave.errors import OutOfMemory
 
 logger = logging.getLogger(__name__)
 
@@ -272,6 +273,14 @@ def try_merged(calls: Sequence[Call], kinds: tuple[str, ...], *, repeat: bool) -
     if drawn:
         raise Unmergeable("it draws random numbers")
     return outputs
+
+
+def too_little(call: Call) -> OutOfMemory:
+    """What to tell a job whose call does not fit into memory."""
+    return OutOfMemory(
+        f"There is not enough memory for this job, even alone: {call.target.name} ran out of it. "
+        "Ask for a smaller size, or fewer pictures."
+    )
 
 
 def generators(value: Any) -> list[torch.Generator]:

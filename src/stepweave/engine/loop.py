@@ -13,43 +13,27 @@ from typing import Any
 import torch
 
 from stepweave.engine import ambient
+from stepweave.engine.active import Active, Crowd
 from stepweave.engine.ambient import DefaultRandom
 from stepweave.engine.call import Call
 from stepweave.engine.certify import Certificates
 from stepweave.engine.describe import Describer
 from stepweave.engine.digests import Digests
 from stepweave.engine.fiber import Done, Fiber
-from stepweave.engine.forward import Forwarder, Starved, generators
+from stepweave.engine.forward import Forwarder, Starved, too_little
 from stepweave.engine.hooks import EngineScope, Offload, RunYourself, postprocess_elsewhere, track
 from stepweave.engine.job import Ending, Job, enter_engine
-from stepweave.engine.memory import CudaMemory, DeviceMemory, UnknownMemory
+from stepweave.engine.memory import DeviceMemory, memory_of
 from stepweave.engine.prompts import warned
 from stepweave.engine.queues import CallQueues
 from stepweave.engine.stats import Stats
 from stepweave.engine.textcache import EncoderCache
-from stepweave.errors import Cancelled, DeadlineExceeded, OutOfMemory, StepweaveError
+from stepweave.errors import Cancelled, DeadlineExceeded, StepweaveError
 
 logger = logging.getLogger(__name__)
 
 OFFLOAD_THREADS = 2
-CROWD_RECOVERY = 20  # jobs that end, before one more may run at a time
 INSISTENCE = 100  # times a job that must end is told so again, where its pipeline goes on regardless
-
-
-class _Active:
-    """A job that has started: its fiber, and what the fiber waits for."""
-
-    __slots__ = ("call", "drawn", "elsewhere", "evicted", "fiber", "job", "starved", "told")
-
-    def __init__(self, job: Job, fiber: Fiber) -> None:
-        self.job = job
-        self.fiber = fiber
-        self.call: Call | None = None  # that stands in a queue
-        self.elsewhere = False  # its work is on another thread
-        self.starved: Call | None = None  # that waits for other jobs to leave the memory
-        self.evicted = False  # it ends, to begin anew once there is more room
-        self.drawn = [(one, one.get_state()) for one in generators([job.args, job.kwargs])]  # before anything was drawn
-        self.told = 0
 
 
 class StepLoop:
@@ -70,23 +54,21 @@ class StepLoop:
         device = torch.device(getattr(pipeline, "_execution_device", "cpu"))
         self._device = device
         kinds = ("cpu",) if device.type == "cpu" else ("cpu", device.type)
-        self._max_jobs = max_jobs
         self._stats = stats
-        self._active: dict[Fiber, _Active] = {}
+        self._active: dict[Fiber, Active] = {}
         self._scope = EngineScope(pipeline, self._active.__contains__, kinds, max_decode_rows)
         self._kinds = kinds
         digests = Digests()
         self._exclusive = False  # the job that runs must be the only one
-        self._crowd = 0  # jobs at a time that fit into memory, once that was too many; 0 if unknown
-        self._finished_since = 0
+        self._crowd = Crowd(max_jobs)
         self._describer = Describer(digests)
         self.certificates = Certificates(digests, audit_every)
         self.cache = EncoderCache(digests, cache_bytes)
-        self.memory = memory or (CudaMemory(device) if device.type == "cuda" else UnknownMemory())
+        self.memory = memory or memory_of(device)
         self._forwarder = Forwarder(self.certificates, self.cache, stats, self.memory, kinds, max_rows, self._advance)
         self._queues = CallQueues()
         self._waiting: dict[str, Job] = {}  # oldest first
-        self._returned: deque[tuple[_Active, Any]] = deque()  # fibers whose work elsewhere is done
+        self._returned: deque[tuple[Active, Any]] = deque()  # fibers whose work elsewhere is done
         self._closing = False
         self._wake = threading.Condition()  # guards the three above
         self._elsewhere = ThreadPoolExecutor(OFFLOAD_THREADS, thread_name_prefix="stepweave-postprocess")
@@ -186,8 +168,7 @@ class StepLoop:
             return True
         if any(one.starved for one in self._active.values()):
             return False
-        most = min(self._max_jobs, self._crowd or self._max_jobs)
-        return not self._exclusive and len(self._active) < most and not self._scope.takes_turns()
+        return not self._exclusive and len(self._active) < self._crowd.limit and not self._scope.takes_turns()
 
     def _admit(self) -> None:
         """Start jobs that wait, and go on with those whose work elsewhere is done."""
@@ -219,7 +200,7 @@ class StepLoop:
         if job.seed is not None and job.kwargs.get("generator") is None:  # the pipeline takes none
             own_random = DefaultRandom(job.seed, self._device)
         fiber = Fiber(lambda: self._call_pipeline(job), ambient.quiet(self._kinds), own_random)
-        self._active[fiber] = active = _Active(job, fiber)
+        self._active[fiber] = active = Active(job, fiber)
         self._switch(active, fiber.resume, None)
 
     def _call_pipeline(self, job: Job) -> Any:
@@ -245,7 +226,7 @@ class StepLoop:
         for job in late:
             self._start(job)
 
-    def _end(self, active: _Active, ending: Ending) -> None:
+    def _end(self, active: Active, ending: Ending) -> None:
         active.call = active.starved = None
         active.told += 1
         if active.told > INSISTENCE:
@@ -269,24 +250,17 @@ class StepLoop:
             active.starved = call
         self._evict(hungry[-1])
 
-    def _evict(self, active: _Active) -> None:
+    def _evict(self, active: Active) -> None:
         """Have a job begin anew after the others: what it holds is all that is left to make room with."""
-        self._crowd, self._finished_since = len(self._active) - 1, 0
-        if not self._crowd:
+        if len(self._active) == 1:
             call, active.starved = active.starved, None
             assert call is not None
-            self._switch(active, active.fiber.throw, _too_little(call))
+            self._switch(active, active.fiber.throw, too_little(call))
             return
         logger.warning("%r begins anew: %d jobs at a time do not fit into memory", active.job, len(self._active))
+        self._crowd.shrink(len(self._active) - 1)
         active.evicted = True
         self._end(active, Ending())
-
-    def _begin_anew(self, active: _Active) -> None:
-        for generator, state in active.drawn:
-            generator.set_state(state)
-        active.job.restart()
-        with self._wake:
-            self._waiting = {active.job.id: active.job, **self._waiting}
 
     def _pick(self) -> list[Call]:
         """Calls of the key whose turn it is, as many as fit."""
@@ -300,24 +274,26 @@ class StepLoop:
             call.owner.call = None
         self._forwarder.run(verdict, calls)
 
-    def _advance(self, active: _Active, answer: Any) -> None:
+    def _advance(self, active: Active, answer: Any) -> None:
         """Let a fiber go on with the answer to what it waited for; one that is starved waits for the others to end."""
         if isinstance(answer, Starved) and len(self._active) > 1:
             active.starved = answer.call
         elif isinstance(answer, Starved):
-            self._switch(active, active.fiber.throw, _too_little(answer.call))
+            self._switch(active, active.fiber.throw, too_little(answer.call))
         elif isinstance(answer, BaseException):
             self._switch(active, active.fiber.throw, answer)
         else:
             self._switch(active, active.fiber.resume, answer)
 
-    def _switch(self, active: _Active, switch: Callable[[Any], Any], value: Any) -> None:
+    def _switch(self, active: Active, switch: Callable[[Any], Any], value: Any) -> None:
         request = switch(value)
         while True:
             if isinstance(request, Done):
                 del self._active[active.fiber]
                 if active.evicted and isinstance(request.outcome, Ending):
-                    self._begin_anew(active)
+                    active.reset()
+                    with self._wake:
+                        self._waiting = {active.job.id: active.job, **self._waiting}
                 else:
                     self._finish(active.job, request.outcome)
             elif isinstance(request, Offload):
@@ -350,7 +326,7 @@ class StepLoop:
             call.layout, call.leaves, call.cache_key = (), [], None
             return None
 
-    def _offload(self, active: _Active, work: Offload) -> None:
+    def _offload(self, active: Active, work: Offload) -> None:
         active.elsewhere = True
 
         def run() -> None:
@@ -372,13 +348,4 @@ class StepLoop:
     def _finish(self, job: Job, outcome: Any) -> None:
         if job.finish(outcome):
             self._stats.finished(job)
-            self._finished_since += 1
-            if self._crowd and self._finished_since >= CROWD_RECOVERY:
-                self._crowd, self._finished_since = self._crowd + 1, 0
-
-
-def _too_little(call: Call) -> OutOfMemory:
-    return OutOfMemory(
-        f"There is not enough memory for this job, even alone: {call.target.name} ran out of it. "
-        "Ask for a smaller size, or fewer pictures."
-    )
+            self._crowd.ended()

@@ -100,6 +100,10 @@ class CudaMemory:
         return max(self._peak, torch.cuda.max_memory_allocated(self._device))
 
 
+def memory_of(device: torch.device) -> DeviceMemory:
+    return CudaMemory(device) if device.type == "cuda" else UnknownMemory()
+
+
 class Room:
     """How many rows of each kind of call fit.
 

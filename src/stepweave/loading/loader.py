@@ -35,6 +35,8 @@ def load_pipeline(settings: Settings, device: torch.device, dtype: torch.dtype) 
     # bars of a few lines' worth, garbled in a log
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    for handler in logging.getLogger("diffusers").handlers:
+        handler.addFilter(_without_prompts)
     try:
         index = DiffusionPipeline.load_config(source, **hub)
         changes: dict[str, Any] = dict(_absent_components(index))
@@ -51,6 +53,11 @@ def load_pipeline(settings: Settings, device: torch.device, dtype: torch.dtype) 
         raise LoadError(f"the model {settings.model!r} cannot be loaded: {type(error).__name__}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, preset
+
+
+def _without_prompts(record: logging.LogRecord) -> bool:
+    """Whether a record does not quote a prompt, as diffusers does of those that it cuts; answers warn of that."""
+    return "input was truncated because" not in record.getMessage()
 
 
 def _absent_components(index: dict[str, Any]) -> dict[str, None]:

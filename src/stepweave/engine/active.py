@@ -1,0 +1,50 @@
+"""Jobs that have started, and how many may have at a time."""
+
+from __future__ import annotations
+
+from stepweave.engine.call import Call
+from stepweave.engine.fiber import Fiber
+from stepweave.engine.forward import generators
+from stepweave.engine.job import Job
+
+RECOVERY = 20  # jobs that end, before one more may run at a time
+
+
+class Active:
+    """A job that has started: its fiber, and what the fiber waits for."""
+
+    __slots__ = ("_drawn", "call", "elsewhere", "evicted", "fiber", "job", "starved", "told")
+
+    def __init__(self, job: Job, fiber: Fiber) -> None:
+        self.job = job
+        self.fiber = fiber
+        self.call: Call | None = None  # that stands in a queue
+        self.elsewhere = False  # its work is on another thread
+        self.starved: Call | None = None  # that waits for other jobs to leave the memory
+        self.evicted = False  # it ends, to begin anew once there is more room
+        self.told = 0  # to end, so many times
+        self._drawn = [(one, one.get_state()) for one in generators([job.args, job.kwargs])]
+
+    def reset(self) -> None:
+        """Have the job be as it was before it started."""
+        for generator, state in self._drawn:
+            generator.set_state(state)
+        self.job.restart()
+
+
+class Crowd:
+    """How many jobs may run at a time: fewer than `most` for a while after that many did not fit into memory."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._ended = 0
+        self.limit = most
+
+    def shrink(self, limit: int) -> None:
+        self.limit, self._ended = limit, 0
+
+    def ended(self) -> None:
+        """Note that a job has ended."""
+        self._ended += 1
+        if self._ended >= RECOVERY and self.limit < self._most:
+            self.limit, self._ended = self.limit + 1, 0
