@@ -51,8 +51,7 @@ class StepLoop:
         memory: DeviceMemory | None,
         stats: Stats,
     ) -> None:
-        device = torch.device(getattr(pipeline, "_execution_device", "cpu"))
-        self._device = device
+        self._device = device = torch.device(getattr(pipeline, "_execution_device", "cpu"))
         kinds = ("cpu",) if device.type == "cpu" else ("cpu", device.type)
         self._stats = stats
         self._active: dict[Fiber, Active] = {}
