@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 
@@ -18,11 +19,12 @@ GROUPS: dict[str, tuple[str, ...]] = {  # title -> modules of this package
     "ControlNets, T2I-Adapters and IP-Adapters": ("adapters", "adapters_transformers"),
     "Variants of Stable Diffusion 1.5": ("unets_variants",),
     "Perturbed attention guidance": ("adapters_pag",),
-    "Kandinsky, Stable Cascade, Wuerstchen and unCLIP": ("unets_priors", "unets_unclip"),
+    "Kandinsky, Stable Cascade, Wuerstchen and unCLIP": ("unets_priors", "unets_kandinsky", "unets_unclip"),
     "Pixels without text, and DeepFloyd IF": ("unets_pixels",),
-    "Video": ("unets_video", "video", "video_more"),
+    "Video": ("unets_video", "video", "video_ltx2", "video_more"),
     "Sound": ("audio",),
 }
+_DIFFER = re.compile(r"differ by \S+ of the largest output")
 LONGEST = 160  # characters of a reason
 
 HEAD = """\
@@ -30,11 +32,11 @@ HEAD = """\
 
 Made by `python -m tests.pipelines --write`; do not edit it.
 
-Every row below is a pipeline class of diffusers, or a task or mode of it. It was built tiny, from the configuration classes of
-diffusers and transformers and with random weights, as no weights can be had for all of them. {calls} calls, which differ in
-prompt, seed, steps, guidance, and picture, film or mask where it takes one, were made one after the other by the plain pipeline,
-and all at once by a `StepEngine` on another one. What came out was compared number by number, in float32 on the CPU.
-So it shows that results do not depend on company, not how good pictures are or how fast they come.
+Every row below is a pipeline class of diffusers, or a task or mode of it, built tiny and with random weights from the
+configuration classes of diffusers and transformers. {calls} calls, which differ in prompt, seed, steps, guidance, and picture,
+film or mask where it takes one, were made one after the other by the plain pipeline, and all at once by a `StepEngine` on
+another one. What came out was compared number by number, in float32 on the CPU. So the table shows that results do not depend
+on company, not how good pictures are or how fast they come.
 
 *Shared* is the share of calls of the denoisers (transformers, UNets, priors, ControlNets) whose forward served other jobs, too.
 The first calls of a kind are run both ways, as the proof, and count as not shared. *Error* is a bound of the largest difference
@@ -68,7 +70,9 @@ def document(
         _summary(reports, not_built),
     ]
     for title, modules in GROUPS.items():
-        rows = [_row(one, entries[one.name]) for one in reports if entries[one.name].module in modules]
+        rows = [
+            _row(one, entries[one.name]) for module in modules for one in reports if entries[one.name].module == module
+        ]
         if rows:
             parts.append(f"## {title}\n\n{HEADER}\n" + "\n".join(rows) + "\n")
     by_reason = sorted(not_built.items(), key=lambda item: (item[1].lower(), item[0]))
@@ -99,14 +103,16 @@ def _summary(reports: Sequence[Report], not_built: Mapping[str, str]) -> str:
     merging = sum(one is True for one in found.values())
     denoising = sum(one is not None for one in found.values())
     turns = {one.pipeline for one in reports if TAKES_TURNS in one.alone}
+    others = [name for name, merges in found.items() if merges is False and name not in turns]
     rows = {
         "pipeline classes that diffusers exports": len(found) + len(not_built),
         "classes checked": len(found),
         "entries: classes, and tasks and modes of them": len(reports),
         "entries that agree with the plain call": sum(one.right for one in reports),
-        "largest error": _bound(max((one.largest_error for one in reports), default=0.0)),
+        "largest error": f"{max((one.largest_error for one in reports), default=0.0):.0e}",
         "classes that share forwards": f"{merging} of {denoising} with a denoiser ({_percent(merging / max(denoising, 1))})",
         "classes whose calls take turns": len(turns),
+        "other classes that share none": ", ".join(f"`{name}`" for name in others) or "none",
     }
     wrong = [f"`{one.name}`" for one in reports if not one.right]
     if wrong:
@@ -118,7 +124,10 @@ def _row(report: Report, entry: Entry) -> str:
     name = f"`{report.name}`" + (f": {entry.note}" if entry.note else "")
     share = "no denoiser" if report.merged_share is None else _percent(report.merged_share)
     error = _bound(report.largest_error)
-    notes = list(report.alone)
+    # how much they differ is another number on every machine
+    notes = list(dict.fromkeys(_DIFFER.sub("differ", note) for note in report.alone))
+    if report.merged_share == 0 and not notes:
+        notes = ["no two calls were of one kind"]
     if report.failed:
         share = error = ""
         notes = [f"**failed**: {report.failed}"]

@@ -6,7 +6,6 @@ from typing import Any
 
 import diffusers
 import transformers
-from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
 from torch import nn
 
 from tests.pipelines.adapters_pag import MID, PAG
@@ -32,6 +31,8 @@ class Tokenizer:
 
 
 def kolors() -> dict[str, Any]:
+    from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel  # it warns of what torch deprecated
+
     tokenizer = Tokenizer()
     config = ChatGLMConfig(
         num_layers=2, padded_vocab_size=len(tokenizer), hidden_size=WIDTH, ffn_hidden_size=WIDTH, kv_channels=8,

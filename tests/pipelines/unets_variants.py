@@ -8,11 +8,17 @@ import diffusers
 import torch
 import transformers
 from diffusers import DDIMInverseScheduler, DDIMScheduler
+from diffusers.pipelines.deprecated.alt_diffusion.modeling_roberta_series import (
+    RobertaSeriesConfig,
+    RobertaSeriesModelWithTransformation,
+)
 from diffusers.pipelines.deprecated.paint_by_example import PaintByExampleImageEncoder
 from diffusers.pipelines.deprecated.stable_diffusion_safe import StableDiffusionPipelineSafe
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 
 from tests.pipelines.parts import NUMBERS, SQUARE, diffusion, features, strength, unet
 from tests.pipelines.registry import ABSENT, PROMPTS, STEPS, entry, mask, picture
+from tests.pipelines.transformers_parts import t5_tokenizer
 from tests.tiny import WIDTH, autoencoder
 
 TEXT: dict[str, Any] = {**NUMBERS, **SQUARE, "guidance_scale": 5.0}
@@ -156,4 +162,45 @@ def marigold_intrinsics() -> diffusers.MarigoldIntrinsicsPipeline:
     }
     return diffusers.MarigoldIntrinsicsPipeline(
         **marigold(8, prediction_type="intrinsics", target_properties=properties)
+    )
+
+
+# Other text encoders
+
+
+def alt() -> dict[str, Any]:
+    tokenizer = t5_tokenizer()
+    tokenizer.model_max_length = 32
+    config = RobertaSeriesConfig(
+        hidden_size=WIDTH, intermediate_size=WIDTH, num_attention_heads=2, num_hidden_layers=1, project_dim=WIDTH,
+        vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, max_position_embeddings=40,
+    )  # fmt: skip
+    return {**diffusion(), "text_encoder": RobertaSeriesModelWithTransformation(config), "tokenizer": tokenizer}
+
+
+@entry(**SQUARE, **NUMBERS, guidance_scale=5.0)
+def alt_diffusion_text() -> diffusers.AltDiffusionPipeline:
+    return diffusers.AltDiffusionPipeline(**alt())
+
+
+@entry(**NUMBERS, guidance_scale=5.0, image=picture, strength=strength)
+def alt_diffusion_img2img() -> diffusers.AltDiffusionImg2ImgPipeline:
+    return diffusers.AltDiffusionImg2ImgPipeline(**alt())
+
+
+@entry(**NUMBERS, height=64, width=64, guidance_scale=5.0)
+def ldm_text() -> diffusers.LDMTextToImagePipeline:
+    """Latent diffusion of 2022, with a BERT."""
+    tokenizer = t5_tokenizer()
+    config = LDMBertConfig(
+        vocab_size=len(tokenizer),
+        encoder_layers=1,
+        encoder_ffn_dim=WIDTH,
+        encoder_attention_heads=2,
+        head_dim=8,
+        d_model=WIDTH,
+    )
+    parts = {name: part for name, part in diffusion().items() if name in ("unet", "scheduler")}
+    return diffusers.LDMTextToImagePipeline(
+        **parts, vqvae=autoencoder(), bert=LDMBertModel(config), tokenizer=tokenizer
     )
