@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from stepweave.admission import Admission
 from stepweave.config import Settings
-from stepweave.errors import InvalidRequest, LoadError, NotFound, RequestError, StepweaveError, Unavailable, shown
+from stepweave.errors import (
+    InvalidRequest,
+    LoadError,
+    NotFound,
+    OutOfMemory,
+    RequestError,
+    StepweaveError,
+    Unavailable,
+    shown,
+)
 from stepweave.generation import Generation, Timings
 from stepweave.images.encode import MAX_SIDES, OutputFormat, encode
 from stepweave.telemetry.metrics import Metrics
@@ -213,7 +222,7 @@ class Server:
             job = engine.submit(**served.call(parameters), reproducible=parameters.reproducible)
             try:
                 output = await job
-            except RequestError:
+            except (RequestError, OutOfMemory):
                 raise
             except Exception as error:
                 logger.exception("a job failed: %r, %s", job, _without_prompts(parameters.of_image(0)))
@@ -264,4 +273,5 @@ def as_stepweave_error(error: Exception, request_id: str) -> StepweaveError:
         return error
     logger.error("request %s failed", request_id, exc_info=error)
     message = error.message if isinstance(error, StepweaveError) else "Internal error."
-    return StepweaveError(f"{message} Request id: {request_id}", code="internal_error")
+    message = f"{message} Request id: {request_id}"
+    return OutOfMemory(message) if isinstance(error, OutOfMemory) else StepweaveError(message, code="internal_error")
