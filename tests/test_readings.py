@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from stepweave.engine.describe import state_of
+from stepweave.engine.given import Given
 from stepweave.engine.readings import SEEN, Readings
 from tests.test_merge import Describing, rows
 from tests.toy import Forward, Served, call, honest, serve
@@ -130,6 +131,21 @@ def test_a_constant_of_one_row_is_shared_where_joining_it_fails(caplog: pytest.L
     assert not [one for one in caplog.records if one.levelno >= logging.WARNING]
 
 
+def test_prompts_that_were_equal_at_first_are_not_taken_for_constants_for_good() -> None:
+    def forward(self: nn.Module, x: Tensor, prompt: Tensor, extra: Tensor) -> Tensor:
+        if len(extra) > 1:
+            raise ValueError("one frame only")
+        return honest(x) + prompt.mean(1, keepdim=True) / 10 + extra.float().mean() / 10
+
+    def arguments(prompt: float) -> Any:
+        return lambda step: {"prompt": torch.full((1, 4), float(prompt)), "extra": torch.arange(1)}
+
+    different = [call(i, arguments(i)) for i in range(4)]
+    served = serve(forward, [call(i, arguments(0)) for i in range(2)], *[different] * 4)
+    served.check()
+    assert served.merged_share > 0.5
+
+
 def test_times_are_not_taken_for_constants_though_they_are_equal_at_the_first_step() -> None:
     def forward(self: nn.Module, x: Tensor, timestep: Tensor, extra: list[Tensor]) -> Tensor:
         return takes_positions(self, x, extra) + timestep[:, None] / 10
@@ -178,8 +194,22 @@ def test_what_objects_hold_is_merged() -> None:
     check_merged(serve(reads_cache, jobs(lambda i: Cache(numbers(i, ROWS, 4)), rows=ROWS)))
 
 
+def adds_to_cache(self: nn.Module, x: Tensor, extra: Cache) -> Tensor:
+    keys = extra.layers[0]
+    assert keys is not None
+    keys.add_(1)
+    return honest(x) + keys[:, :1] / 10
+
+
 def test_objects_that_are_written_to_are_not_merged() -> None:
     served = serve(counts_in_cache, anew=lambda: [jobs(lambda i: Cache())])
+    served.check(exact=True)
+    assert served.merged_share == 0
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_objects_whose_tensors_are_written_to_are_not_merged(count: int) -> None:
+    served = serve(adds_to_cache, anew=lambda: [jobs(lambda i: Cache(torch.zeros(count, 4)), rows=count)])
     served.check(exact=True)
     assert served.merged_share == 0
 
@@ -197,18 +227,45 @@ def test_objects_in_other_modes_do_not_share() -> None:
     assert served.merged_share == 0
 
 
-def test_an_objects_state_tells_whether_it_was_changed() -> None:
-    cache = Cache(torch.ones(2))
-    before = state_of(cache)
-    assert state_of(cache) == before
-    cache.layers.append(None)
-    assert state_of(cache) != before
-
-
 def test_an_object_that_holds_itself_has_an_end() -> None:
     cache = Cache()
     cache.mode = cache  # type: ignore[assignment]
     assert Describing()(rows(1), names=cache).opaque
+
+
+# What is noted of arguments
+
+
+def test_what_was_changed_is_told_and_undone() -> None:
+    tensor, generator = torch.zeros(2), torch.Generator().manual_seed(0)
+    cache, listed, named = Cache(tensor), [tensor, [1]], {"a": 1}
+    given = Given(cache, listed, named, (generator,))
+    assert not (given.wrote() or given.drew() or given.overwritten())
+    listed.pop()
+    assert not given.wrote(), "to empty a list is allowed"
+    for change in (
+        lambda: listed.append(2),
+        lambda: named.update(b=2),
+        lambda: cache.layers.append(None),
+        lambda: setattr(cache, "mode", "write"),
+        lambda: named.clear(),
+    ):
+        change()
+        assert given.wrote()
+        given.put_back()
+        assert not given.wrote()
+    drawn = torch.rand(3, generator=generator)
+    assert given.drew()
+    given.put_back()
+    assert torch.equal(torch.rand(3, generator=generator), drawn)
+    tensor.add_(1)
+    assert given.overwritten()
+
+
+def test_what_contains_itself_has_an_end() -> None:
+    listed: list[Any] = []
+    listed.append(listed)
+    assert not Given(listed).wrote()
 
 
 # Times of schedulers that count in whole numbers and of such that do not
@@ -229,16 +286,53 @@ def test_times_of_either_type_run_together(shape: tuple[int, ...]) -> None:
     assert max(served.by_rows) == 6
 
 
-def test_times_of_another_type_do_not_run_with_a_module_that_tells_them_apart() -> None:
-    def forward(self: nn.Module, x: Tensor, timestep: Tensor) -> Tensor:
-        return honest(x) + timestep.reshape(-1, 1).float() / 100 + (0.5 if timestep.dtype == torch.int64 else 0)
+def tells_types_apart(self: nn.Module, x: Tensor, timestep: Tensor) -> Tensor:
+    return honest(x) + timestep.reshape(-1, 1).float() / 100 + (0.5 if timestep.dtype.is_floating_point else 0)
 
+
+def of_types(*types: torch.dtype) -> list[dict[str, Any]]:
     def times(i: int) -> Any:
-        dtype = torch.int64 if i % 2 else torch.float32
-        return lambda step: {"timestep": torch.tensor(10 * step + i, dtype=dtype)}
+        return lambda step: {"timestep": torch.tensor(10 * step + i, dtype=types[i % len(types)])}
 
-    served = serve(forward, *[[call(i, times(i)) for i in range(6)]] * 2)
+    return [call(i, times(i)) for i in range(4)]
+
+
+def test_times_of_another_type_do_not_run_with_a_module_that_tells_them_apart() -> None:
+    served = serve(tells_types_apart, *[of_types(torch.float32, torch.int64)] * 2, *[of_types(torch.int64)] * 3)
     served.check()
+    assert served.state == "certified"
+    assert served.merged_share > 0.3, "calls of one type share"
+
+
+def test_a_pair_of_types_is_proven_for_itself() -> None:
+    served = serve(tells_types_apart, of_types(torch.int32, torch.int64), *[of_types(torch.float32, torch.int64)] * 2)
+    served.check()
+
+
+# Results that are not the rows' own
+
+
+def with_a_flag(self: nn.Module, x: Tensor) -> tuple[Tensor, Any]:
+    return honest(x), bool((x > 1).any())
+
+
+def with_an_array(self: nn.Module, x: Tensor) -> tuple[Tensor, Any]:
+    return honest(x), np.full(3, float(x.mean()))
+
+
+def with_a_tensor(self: nn.Module, x: Tensor) -> tuple[Tensor, Any]:
+    return honest(x), (x.abs() > 2).any()
+
+
+def with_a_table(self: nn.Module, x: Tensor) -> tuple[Tensor, Any]:
+    return honest(x), torch.arange(8.0).reshape(4, 2)
+
+
+@pytest.mark.parametrize("forward", [with_a_flag, with_an_array, with_a_tensor, with_a_table])
+def test_results_that_are_not_the_rows_own_are_not_shared(forward: Forward) -> None:
+    served = serve(forward, [call(i) for i in range(6)], [call(i) for i in range(4)])
+    served.check(exact=True)
+    assert served.merged_share == 0
 
 
 # The record

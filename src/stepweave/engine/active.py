@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from stepweave.engine.call import Call
 from stepweave.engine.fiber import Fiber
-from stepweave.engine.forward import generators
+from stepweave.engine.given import Given
 from stepweave.engine.job import Job
 
 RECOVERY = 20  # jobs that end, before one more may run at a time
@@ -13,7 +13,7 @@ RECOVERY = 20  # jobs that end, before one more may run at a time
 class Active:
     """A job that has started: its fiber, and what the fiber waits for."""
 
-    __slots__ = ("_drawn", "call", "elsewhere", "evicted", "fiber", "job", "starved", "told")
+    __slots__ = ("_given", "call", "elsewhere", "evicted", "fiber", "job", "starved", "told")
 
     def __init__(self, job: Job, fiber: Fiber) -> None:
         self.job = job
@@ -23,12 +23,16 @@ class Active:
         self.starved: Call | None = None  # that waits for other jobs to leave the memory
         self.evicted = False  # it ends, to begin anew once there is more room
         self.told = 0  # to end, so many times
-        self._drawn = [(one, one.get_state()) for one in generators([job.args, job.kwargs])]
+        self._given = Given(*job.args, *job.kwargs.values())
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether its call can begin anew: it has written to no tensor that it was given."""
+        return not self._given.overwritten()
 
     def reset(self) -> None:
         """Have the job be as it was before it started."""
-        for generator, state in self._drawn:
-            generator.set_state(state)
+        self._given.put_back()
         self.job.restart()
 
 

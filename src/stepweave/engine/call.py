@@ -73,7 +73,7 @@ class Call:
     )  # tensors and numbers of the rows, in the layout's order
     paths: list[tuple[Path, str]] = field(default_factory=list)  # of the leaves, and their layouts' tags
     guesses: list[Guess] = field(default_factory=list)  # readings that are not the first
-    objects: list[tuple[Any, Hashable]] = field(default_factory=list)  # taken for what they hold, and what that was
+    holds: bool = False  # an argument is an object taken for what it holds
     kind: Hashable = None  # what a certificate is for
     key: Hashable = None  # what calls of one group have in common
     listed: bool = False  # the sample is a list with an entry for each row
@@ -88,6 +88,8 @@ class Call:
     failed: bool = False
     wrote: bool = False  # to its own arguments
     ran_out: bool = False  # of memory, run alone
+    overwritten: bool = False  # by an attempt that ran out of memory: it cannot be made again
+    retried: bool = False  # whole, since there was more room
     whole: bool = False  # it must be run as the pipeline made it, neither merged nor divided
 
     def run(self) -> Any:

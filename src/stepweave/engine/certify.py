@@ -133,7 +133,10 @@ class Certificates:
         if len(alike) == 1:
             return Verdict.ALONE, [first]
         if certificate.state is State.PENDING:
-            other = next((call for call in reversed(alike) if self._variations(first, call)), None)
+            varied = [(call, self._variations(first, call)) for call in reversed(alike)]
+            # best one whose times are of the same type, so that a failure says something of all calls of the kind
+            varied.sort(key=lambda pair: bool(_types(pair[1])))
+            other = next((call for call, variations in varied if variations), None)
             if other is None or certificate.attempts >= ATTEMPTS:
                 return Verdict.ALONE, [first]  # equal calls prove nothing
             return Verdict.PROVE, [first, other]
@@ -171,8 +174,9 @@ class Certificates:
         for i, (leaf, other_leaf) in enumerate(zip(one.leaves, other.leaves, strict=True)):
             if i not in certificate.proven and self._value(leaf) != self._value(other_leaf):
                 found.add(i)
-            if (i, "dtype") not in certificate.proven and _dtype(leaf) != _dtype(other_leaf):  # of times
-                found.add((i, "dtype"))
+            types = frozenset((_dtype(leaf), _dtype(other_leaf)))  # of times
+            if len(types) > 1 and (i, types) not in certificate.proven:
+                found.add((i, types))
         return found
 
     def _value(self, leaf: tuple[Any, ...]) -> Any:
@@ -206,7 +210,7 @@ class Certificates:
             certificate.error = max(certificate.error, error)
         if problem is not None:
             first_proof = certificate.state is State.PENDING and not (certificate.repeat and certificate.ambiguous)
-            if first_proof and _read_anew(calls[0], variations):
+            if first_proof and not _types(variations) and _read_anew(calls[0], variations):
                 certificate.state, certificate.reason = State.FAILED, problem
                 logger.info("%s %s: its arguments are read in another way", certificate.target, certificate.sample)
             else:
@@ -235,7 +239,8 @@ class Certificates:
 
     def _fail(self, certificate: Certificate, variations: set[Any], reason: str) -> None:
         """Refuse what was new in this proof; a kind that fails with nothing new is not to be trusted at all."""
-        new = {RAGGED} if RAGGED in variations else variations if certificate.state is State.CERTIFIED else set()
+        certified = certificate.state is State.CERTIFIED
+        new = {RAGGED} if RAGGED in variations else variations if certified else _types(variations)
         certificate.reason = reason
         if certificate.state is State.PENDING and certificate.repeat and certificate.ambiguous:
             certificate.repeat = False
@@ -281,6 +286,11 @@ def _read_anew(call: Call, variations: set[Any]) -> bool:
     rows = [path for i, (path, tag) in enumerate(call.paths) if tag == "rows" and i not in variations]
     equal = [path for path in rows if path[0] not in TIMES]  # they are equal at the first step only
     return readings.suppose(equal, "shared")
+
+
+def _types(variations: set[Any]) -> set[Any]:
+    """The variations that are of types of times."""
+    return {one for one in variations if isinstance(one, tuple)}
 
 
 def _dtype(leaf: tuple[Any, ...]) -> Any:

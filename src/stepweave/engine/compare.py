@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
-from stepweave.engine.merge import tensors
+from stepweave.engine.merge import leaves, tensors
 
 TOLERANCE = {
     torch.float64: 1e-4,
@@ -21,10 +22,14 @@ def compare(merged: list[Any], single: list[Any]) -> tuple[float, str | None]:
     """The largest difference, as a share of the largest output, and what is wrong, if anything is."""
     worst = 0.0
     for one, other in zip(merged, single, strict=True):
-        ours, theirs = tensors(one), tensors(other)
-        if [(t.shape, t.dtype) for t in ours] != [(t.shape, t.dtype) for t in theirs]:
+        ours, theirs = leaves(one), leaves(other)
+        if [_form(leaf) for leaf in ours] != [_form(leaf) for leaf in theirs]:
             return worst, "merged and alone give results of different shapes"
-        for a, b in zip(ours, theirs, strict=True):
+        for a, b in zip(map(_numbers, ours), map(_numbers, theirs), strict=True):
+            if not isinstance(a, torch.Tensor):
+                if a != b:
+                    return worst, f"merged and alone give different constants, {a!r} and {b!r}"[:200]
+                continue
             if not a.dtype.is_floating_point:
                 if not torch.equal(a, b):
                     return worst, "merged and alone give different whole numbers"
@@ -35,6 +40,17 @@ def compare(merged: list[Any], single: list[Any]) -> tuple[float, str | None]:
                 return max(worst, error), f"merged and alone differ by {error:.2g} of the largest output"
             worst = max(worst, error)
     return worst, None
+
+
+def _form(leaf: Any) -> Any:
+    return (leaf.shape, leaf.dtype) if isinstance(leaf, (torch.Tensor, np.ndarray)) else type(leaf)
+
+
+def _numbers(leaf: Any) -> Any:
+    """An array as a tensor, where there are such tensors; whatever else as it is."""
+    if isinstance(leaf, np.ndarray):
+        return torch.from_numpy(leaf.copy()) if leaf.dtype.kind in "fiub" else leaf.tolist()
+    return leaf
 
 
 def _relative(merged: torch.Tensor, single: torch.Tensor) -> float:

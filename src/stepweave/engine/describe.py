@@ -12,15 +12,14 @@ import torch
 
 from stepweave.engine.call import Call, Layout, Unmergeable
 from stepweave.engine.digests import Digests
+from stepweave.engine.given import DEEPEST, is_holder
 from stepweave.engine.readings import Guess, Path
-from stepweave.scope.view import is_plain
 
 logger = logging.getLogger(__name__)
 
 _CONSTANTS = (type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.Size, torch.layout, Enum, type)
 TIMES = ("timestep", "timesteps")
 _TIME_TYPES = (torch.int32, torch.int64, torch.float32)  # of schedulers, which modules take alike
-_DEEPEST = 6  # objects in objects
 
 
 class Describer:
@@ -65,7 +64,7 @@ class Describer:
             layouts.append((name, node))
         call.layout = tuple(layouts)
         call.leaves, call.paths, call.extents, call.opaque = walk.leaves, walk.paths, walk.extents, walk.opaque
-        call.guesses, call.objects = walk.guesses, walk.objects
+        call.guesses, call.holds = walk.guesses, walk.holds
         call.kind = (target, call.layout, tuple(walk.sizes), call.ambient)
         call.key = (call.kind, tuple(walk.exact))
         call.ragged = tuple(walk.ragged)
@@ -85,8 +84,8 @@ class _Walk:
         self.paths: list[tuple[Path, str]] = []
         self.extents: list[tuple[int, int]] = []
         self.guesses: list[Guess] = []
-        self.objects: list[tuple[Any, Hashable]] = []
         self.opaque = False
+        self.holds = False
         self.sizes: list[Hashable] = []  # of the sample: part of the kind
         self.exact: list[Hashable] = []  # must be equal, yet a certificate covers every value of it
         self.ragged: list[Hashable] = []
@@ -164,15 +163,14 @@ class _Walk:
         if isinstance(value, np.ndarray):
             self.exact.append((value.shape, value.dtype.str, value.tobytes()))
             return ("constant",)
-        if _is_holder(value) and self._depth < _DEEPEST:
+        if is_holder(value) and self._depth < DEEPEST:
             return self._object(value, path)
         self._identity(value)
         return ("constant", type(value))
 
     def _object(self, value: Any, path: Path) -> Layout:
         """An object that is what it holds, such as a cache of keys and values."""
-        if not self._depth:
-            self.objects.append((value, state_of(value)))
+        self.holds = True
         self._depth += 1
         items = [(name, self.node(item, (*path, name))) for name, item in vars(value).items()]
         self._depth -= 1
@@ -194,15 +192,16 @@ class _Walk:
             self._leaf(path, "scalar", value)
             return ("scalar", dtype, value.device)
         reading = self._readings.of(path)
+        context = (self._rows, value.shape, value.dtype, tuple(self.sizes))
         if value.shape[0] in (1, self._rows):
-            if reading != "shared" or value is self._sample:
+            shared = reading == "shared" and value is not self._sample
+            if not shared or not self._readings.remains(path, context, self._digests.of(value)):
                 self._leaf(path, "rows", value)
                 (self.sizes if value is self._sample else self.exact).append(value.shape[1:])
                 return ("rows", value.ndim, dtype, value.device)
             self.guesses.append((path, "shared"))
         elif others := self._others(value):
             if reading is None:
-                context = (self._rows, value.shape, value.dtype, tuple(self.sizes))
                 reading = self._readings.vary(path, context, self._digests.of(value), others)
             if reading in others:
                 return self._entries(value, path, reading)
@@ -223,24 +222,6 @@ class _Walk:
             return ("across", value.ndim, value.dtype, value.device)
         self.exact.append(value.shape[1:])
         return ("several", value.shape[0] // self._rows, value.ndim, value.dtype, value.device)
-
-
-def _is_holder(value: Any) -> bool:
-    """Whether an object is what it holds and nothing else, so that one which holds other things can be made like it."""
-    return is_plain(type(value)) and not callable(value)
-
-
-def state_of(value: Any, _depth: int = 0) -> Hashable:
-    """Equal before and after if nothing was put into an object, or taken out; writes to its tensors are not seen."""
-    if isinstance(value, (list, tuple)):
-        return tuple(state_of(item, _depth) for item in value)
-    if isinstance(value, dict):
-        return tuple((key, state_of(item, _depth)) for key, item in value.items())
-    if isinstance(value, (*_CONSTANTS, float)):
-        return (type(value), value)
-    if _is_holder(value) and _depth < _DEEPEST:
-        return tuple((name, state_of(item, _depth + 1)) for name, item in vars(value).items())
-    return id(value)
 
 
 def _frozen(value: Any) -> Hashable | None:

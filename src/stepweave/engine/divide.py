@@ -13,12 +13,14 @@ from stepweave.engine.call import Call, Layout, Unmergeable
 from stepweave.engine.merge import has_rows, is_constant, rebuilt, remade
 
 
-def part(call: Call, start: int, stop: int) -> dict[str, Any]:
-    """The arguments of a call that stands for some of the rows of `call`. Raises Unmergeable where they cannot be told apart."""
+def part(call: Call, start: int, stop: int, *, repeat: bool = True) -> dict[str, Any]:
+    """The arguments of a call that stands for some of the rows of `call`. For `repeat` see merge."""
     given = {}
     for name, node in call.layout:
         if name in call.arguments:
-            given[name] = _part(node, call.arguments[name], call.rows, slice(start, stop))
+            value = call.arguments[name]
+            whole = node[0] == "repeated" and not repeat
+            given[name] = value if whole else _part(node, value, call.rows, slice(start, stop))
     return given
 
 
@@ -34,8 +36,8 @@ def _part(node: Layout, value: Any, rows: int, span: slice) -> Any:
         return value[:, span]
     if tag in ("per row", "repeated"):
         return value[span]
-    if tag == "generator":
-        raise Unmergeable("rows that draw from one generator depend on each other")
+    if tag == "generator":  # from which nothing is drawn, as its certificate says
+        return value[span] if isinstance(value, list) and len(value) == rows else value
     if tag == "dict":
         return {key: _part(child, value[key], rows, span) for key, child in node[1:]}
     if tag == "object":
@@ -46,23 +48,27 @@ def _part(node: Layout, value: Any, rows: int, span: slice) -> Any:
     return rebuilt(value, [_part(child, item, rows, span) for child, item in zip(node[2:], value, strict=True)])
 
 
-def join(outputs: Sequence[Any], rows: Sequence[int]) -> Any:
-    """The parts' results, of so many rows each, as one. What has no rows is the first part's."""
+def join(outputs: Sequence[Any], rows: Sequence[int], *, listed: bool = False) -> Any:
+    """The parts' results, of so many rows each, as one. Raises Unmergeable for what has no rows. For `listed` see split."""
     first = outputs[0]
-    if isinstance(first, torch.Tensor):
-        return torch.cat(list(outputs)) if has_rows(first, rows[0]) else first
-    if isinstance(first, np.ndarray):
-        return np.concatenate(outputs) if first.ndim and len(first) == rows[0] else first
-    if is_constant(first):
+    if isinstance(first, torch.Tensor) and all(has_rows(one, count) for one, count in zip(outputs, rows, strict=True)):
+        return torch.cat(list(outputs))
+    if isinstance(first, np.ndarray) and first.ndim and len(first) == rows[0]:
+        return np.concatenate(outputs)
+    if is_constant(first) and all(one == first for one in outputs):
         return first
     if isinstance(first, dict):
-        return remade(first, {key: join([one[key] for one in outputs], rows) for key in first})
-    if isinstance(first, list) and len(first) == rows[0] and not all(has_rows(item, rows[0]) for item in first):
+        return remade(first, {key: join([one[key] for one in outputs], rows, listed=listed) for key in first})
+    if (
+        isinstance(first, list)
+        and len(first) == rows[0]
+        and (listed or not all(has_rows(one, rows[0]) for one in first))
+    ):
         return [item for one in outputs for item in one]
     if isinstance(first, (list, tuple)):
-        return rebuilt(first, [join(items, rows) for items in zip(*outputs, strict=True)])
+        return rebuilt(first, [join(items, rows, listed=listed) for items in zip(*outputs, strict=True)])
     attributes = getattr(first, "__dict__", None)
-    if not attributes:
+    if not attributes or isinstance(first, torch.Tensor):
         raise Unmergeable(f"results of type {type(first).__name__} cannot be put together")
     twin = copy.copy(first)
     twin.__dict__.update({name: join([vars(one)[name] for one in outputs], rows) for name in attributes})

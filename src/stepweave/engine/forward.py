@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from stepweave.engine import ambient
 from stepweave.engine.call import Call, Unmergeable
 from stepweave.engine.certify import Certificates, Verdict
-from stepweave.engine.compare import compare
+from stepweave.engine.compare import compare, told_apart
 from stepweave.engine.divide import join, part
+from stepweave.engine.given import Given
 from stepweave.engine.hooks import RunYourself
 from stepweave.engine.memory import DeviceMemory, Room, ran_out
 from stepweave.engine.merge import copied, merge, split
@@ -80,27 +80,32 @@ class Forwarder:
     def _alone(self, calls: Sequence[Call]) -> None:
         for call in calls:
             if call.rows > self.limit(call) and not call.whole and self._certificates.divisible(call):
-                self._stats.called(call.target.name)
-                self._advance(call.owner, self._in_parts(call))
-                continue
+                answer = self._in_parts(call)
+                if not isinstance(answer, RunYourself):
+                    self._stats.called(call.target.name)
+                    self._advance(call.owner, answer)
+                    continue
             self._stats.forward(call.target.name, call.rows, 1)
             call.keep = call.keep or call.cache_key is not None
             with self._room.measured(call.kind, call.rows):
                 self._advance(call.owner, RunYourself())
-            self._remember(call, call.output)
+            if not call.wrote:
+                self._remember(call, call.output)
             if not call.ran_out:
                 self._room.fitted(call.kind)
 
     def _merged(self, calls: Sequence[Call]) -> None:
         kind, rows = calls[0].kind, sum(call.rows for call in calls)
-        outputs = None
+        outputs, reason = None, ""
         try:
             with self._room.measured(kind, rows):
                 outputs = run_merged(calls, self._kinds, repeat=self._certificates.of(calls[0]).repeat)
-        except Exception as error:  # let go of below, since it holds on to the memory
+        except Exception as error:  # let go of here, since it holds on to the memory
             if not ran_out(error):
-                self._retry(calls, f"merged, it raised {type(error).__name__}: {error}"[:200])
-                return
+                reason = f"merged, it raised {type(error).__name__}: {error}"[:200]
+        if reason:
+            self._retry(calls, reason)
+            return
         if outputs is None:
             self._ran_out(calls[0], rows)
             self._halve(calls)
@@ -136,59 +141,84 @@ class Forwarder:
         self._memory.free()
 
     def relieve(self, call: Call, *, again: bool = False) -> Any:
-        """The answer to a call that ran out of memory by itself: run once more if there is more room now, else in parts."""
+        """The answer to a call that ran out of memory by itself: to run once more, if there is more room now, or in parts."""
+        if again:
+            call.retried = True
+            return RunYourself()
+        gc.collect()  # what ended jobs leave behind is in cycles
         self._ran_out(call, call.rows)
-        if self._cache.clear() or again:
-            try:
-                return run_arguments(call, None, self._kinds)
-            except Exception as error:
-                if not ran_out(error):
-                    return error
-            self._memory.free()
+        if call.overwritten:
+            return too_little(call)
+        if self._cache.clear() and not call.retried:
+            call.retried = True
+            return RunYourself()
         divisible = call.rows > 1 and not call.whole and self._divisible(call)
         return self._in_parts(call) if divisible else Starved(call)
 
     def _in_parts(self, call: Call) -> Any:
-        """The answer to a call, from forwards of some of its rows at a time."""
+        """The answer to a call, from forwards of some of its rows at a time; to run itself if it has no parts."""
         outputs: list[Any] = []
         counts: list[int] = []
+        repeat = self._certificates.of(call).repeat
         size = min(self.limit(call), (call.rows + 1) // 2)
         while sum(counts) < call.rows:
             start = sum(counts)
             rows = min(size, call.rows - start)
             try:
                 with self._room.measured(call.kind, rows):
-                    outputs.append(run_arguments(call, part(call, start, start + rows), self._kinds))
+                    outputs.append(run_arguments(call, part(call, start, start + rows, repeat=repeat), self._kinds))
                 counts.append(rows)
                 continue
             except Exception as error:
                 if not ran_out(error):
-                    return error
+                    return self._whole(call, error)
             self._ran_out(call, rows)
             if rows == 1:
                 return Starved(call)
-            size = max(1, rows // 2)
+            size = rows // 2
+        try:
+            output = join(outputs, counts, listed=call.listed)
+        except Unmergeable as error:
+            return self._whole(call, error)
         self._stats.divided += 1
         for rows in counts:
             self._stats.forward(call.target.name, rows, 0)
-        output = join(outputs, counts)
         self._remember(call, output)
         return output
+
+    def _whole(self, call: Call, error: Exception) -> Any:
+        """The answer to a call whose parts failed otherwise than for want of memory."""
+        logger.warning("%s is not run in parts: %s: %s", call.target.name, type(error).__name__, error)
+        self._certificates.of(call).divisible = False
+        return Starved(call) if call.ran_out else RunYourself()
 
     def _divisible(self, call: Call) -> bool:
         """Whether a call's rows may be computed apart from each other; tried with a few of them if nothing is known."""
         known = self._certificates.divisible(call)
         if known is None and call.rows > 2:
             try:
-                pair, one, other = (
-                    run_arguments(call, copied(part(call, a, b)), self._kinds) for a, b in ((0, 2), (0, 1), (1, 2))
-                )
-                known = compare([pair], [join([one, other], [1, 1])])[1] is None
+                pair, *single = (self._part_of(call, a, b) for a, b in ((0, 2), (0, 1), (1, 2)))
+                rows = split(pair, [1, 1], listed=call.listed)
+                agree = compare(rows, single)[1] is None
+                known = (told_apart(rows, single) or None) if agree else False
             except Exception as error:
                 known = None if ran_out(error) else False
                 logger.info("%s was not divided: %s: %s", call.target.name, type(error).__name__, error)
             self._certificates.of(call).divisible = known
         return bool(known)
+
+    def _part_of(self, call: Call, start: int, stop: int) -> Any:
+        """The result of some of a call's rows, tried out. Raises Unmergeable if that leaves something behind."""
+        arguments = copied(part(call, start, stop, repeat=self._certificates.of(call).repeat))
+        given = Given(*arguments.values())
+        try:
+            output = run_arguments(call, arguments, self._kinds)
+        finally:
+            changed = given.drew() or given.wrote()
+            given.put_back()
+        if changed:
+            raise Unmergeable("it writes to its arguments, or draws random numbers")
+        return output
 
     def _prove(self, calls: Sequence[Call]) -> None:
         """Run calls merged and one by one; the fibers get their own results."""
@@ -198,7 +228,7 @@ class Forwarder:
             merged = try_merged(calls, self._kinds, repeat=self._certificates.of(calls[0]).repeat)
         except Exception as error:
             if not ran_out(error):
-                merged = error
+                merged = error.with_traceback(None)  # whose frames hold on to the memory
         if merged is None:
             self._ran_out(calls[0], sum(call.rows for call in calls))
         parts = self._try_parts(calls) if isinstance(merged, list) else None
@@ -219,25 +249,22 @@ class Forwarder:
             return None
         middle = call.rows // 2
         try:
-            halves = [
-                run_arguments(call, copied(part(call, a, b)), self._kinds)
-                for a, b in ((0, middle), (middle, call.rows))
-            ]
-            return call, join(halves, [middle, call.rows - middle])
+            halves = [self._part_of(call, a, b) for a, b in ((0, middle), (middle, call.rows))]
+            return call, join(halves, [middle, call.rows - middle], listed=call.listed)
         except Exception as error:
-            return None if ran_out(error) else (call, error)
+            return None if ran_out(error) else (call, error.with_traceback(None))
 
     def _remember(self, call: Call, output: Any) -> None:
         if call.cache_key is not None and output is not None:
             self._cache.put(call.cache_key, output)
 
 
-def run_arguments(call: Call, arguments: dict[str, Any] | None, kinds: tuple[str, ...]) -> Any:
-    """The result of a call, or of one with other `arguments`, as its fiber would have it."""
+def run_arguments(call: Call, arguments: dict[str, Any], kinds: tuple[str, ...]) -> Any:
+    """What a call would give of other `arguments`."""
     here = ambient.current(kinds)
     ambient.apply(call.ambient, here)
     try:
-        return call.run() if arguments is None else call.target.function(**arguments)
+        return call.target.function(**arguments)
     finally:
         ambient.apply(here, call.ambient)
 
@@ -249,7 +276,7 @@ def run_merged(calls: Sequence[Call], kinds: tuple[str, ...], *, repeat: bool, t
     try:
         arguments = merge(calls, repeat=repeat)
         output = calls[0].target.function(**(copied(arguments) if trial else arguments))
-        return split(output, [call.rows for call in calls], listed=calls[0].listed, whole=True)
+        return split(output, [call.rows for call in calls], listed=calls[0].listed)
     finally:
         ambient.apply(here, calls[0].ambient)
 
@@ -260,17 +287,13 @@ def try_merged(calls: Sequence[Call], kinds: tuple[str, ...], *, repeat: bool) -
     Raises Unmergeable if the forward draws from a call's generator. (From torch's default one, which other threads use: then
     merged and single results differ.)
     """
-    drawn_from = generators([call.arguments for call in calls])
-    before = [one.get_state() for one in drawn_from]
-    drawn = False
+    given = Given(*(value for call in calls for value in call.arguments.values()))
     try:
         outputs = run_merged(calls, kinds, repeat=repeat, trial=True)
     finally:
-        for generator, state in zip(drawn_from, before, strict=True):
-            if not torch.equal(generator.get_state(), state):
-                generator.set_state(state)
-                drawn = True
-    if drawn:
+        drew = given.drew()
+        given.put_back()
+    if drew:
         raise Unmergeable("it draws random numbers")
     return outputs
 
@@ -281,12 +304,3 @@ def too_little(call: Call) -> OutOfMemory:
         f"There is not enough memory for this job, even alone: {call.target.name} ran out of it. "
         "Ask for a smaller size, or fewer pictures."
     )
-
-
-def generators(value: Any) -> list[torch.Generator]:
-    """All generators in arguments."""
-    if isinstance(value, torch.Generator):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [one for item in value for one in generators(item)] if isinstance(value, (list, tuple)) else []

@@ -17,10 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stepweave.engine.ambient import current
 from stepweave.engine.call import Call, Target
-from stepweave.engine.describe import state_of
 from stepweave.engine.fiber import Fiber, current_fiber, suspend, suspendable
+from stepweave.engine.given import Given
 from stepweave.engine.memory import ran_out
-from stepweave.engine.merge import cloned, tensors
+from stepweave.engine.merge import cloned
 from stepweave.engine.offload import Offloading, moves_only
 from stepweave.errors import EngineMisuse
 from stepweave.scope.pipeline import ENGINE_HOOK, RequestScopedPipeline
@@ -45,7 +45,7 @@ def call_engine(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any], k
     """Suspend the running fiber with a call of `target` and give its result."""
     call = Call(target, args, kwargs, current(kinds))
     while isinstance(answer := suspend(call), RunYourself):
-        before = _versions(call) if call.keep else []
+        given = Given(*args, *kwargs.values())
         try:
             output = call.run()
         except BaseException as error:
@@ -55,26 +55,13 @@ def call_engine(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any], k
             call.ran_out = True  # and the error is let go of, which holds on to the memory
         else:
             if call.keep:
-                _keep(call, output, before)
+                call.wrote = given.wrote()
+                with contextlib.suppress(Exception):  # what cannot be copied is neither compared nor remembered
+                    call.output = cloned(output)
             return output
+        given.put_back()
+        call.overwritten = given.overwritten()
     return answer
-
-
-def _keep(call: Call, output: Any, before: list[tuple[torch.Tensor, int]]) -> None:
-    """Leave a copy of the result with the call, and whether its arguments were changed."""
-    call.wrote = any(tensor._version != version for tensor, version in before) or any(
-        state_of(value) != state for value, state in call.objects
-    )
-    with contextlib.suppress(Exception):  # what cannot be copied is neither compared nor remembered
-        call.output = cloned(output)
-
-
-def _versions(call: Call) -> list[tuple[torch.Tensor, int]]:
-    """The call's tensors and how often each was written to; kept, since a module may empty a list it is given."""
-    given = [
-        value for value in (*call.args, *call.kwargs.values()) if isinstance(value, (torch.Tensor, list, tuple, dict))
-    ]
-    return [(tensor, tensor._version) for tensor in tensors(given) if not tensor.is_inference()]
 
 
 class SuspendHook(ModelHook):  # type: ignore[misc]

@@ -240,26 +240,23 @@ class StepLoop:
             return
         hungry = sorted(self._active.values(), key=lambda active: active.job.accepted)
         for active in hungry:
-            call, active.starved = active.starved, None
+            call = active.starved
             assert call is not None
-            answer = self._forwarder.relieve(call, again=True)
-            if not isinstance(answer, Starved):
-                self._advance(active, answer)
+            self._advance(active, self._forwarder.relieve(call, again=True))
+            if active.starved is not call:
                 return
-            active.starved = call
-        self._evict(hungry[-1])
+        self._evict(next((one for one in reversed(hungry) if one.repeatable), hungry[-1]))
 
     def _evict(self, active: Active) -> None:
         """Have a job begin anew after the others: what it holds is all that is left to make room with."""
-        if len(self._active) == 1:
-            call, active.starved = active.starved, None
-            assert call is not None
-            self._switch(active, active.fiber.throw, too_little(call))
-            return
-        logger.warning("%r begins anew: %d jobs at a time do not fit into memory", active.job, len(self._active))
+        assert active.starved is not None
         self._crowd.shrink(len(self._active) - 1)
-        active.evicted = True
-        self._end(active, Ending())
+        if active.repeatable:
+            logger.warning("%r begins anew: %d jobs at a time do not fit into memory", active.job, len(self._active))
+            active.evicted = True
+            self._end(active, Ending())
+        else:
+            self._advance(active, too_little(active.starved))
 
     def _pick(self) -> list[Call]:
         """Calls of the key whose turn it is, as many as fit."""
@@ -275,6 +272,7 @@ class StepLoop:
 
     def _advance(self, active: Active, answer: Any) -> None:
         """Let a fiber go on with the answer to what it waited for; one that is starved waits for the others to end."""
+        active.starved = None
         if isinstance(answer, Starved) and len(self._active) > 1:
             active.starved = answer.call
         elif isinstance(answer, Starved):
@@ -289,12 +287,14 @@ class StepLoop:
         while True:
             if isinstance(request, Done):
                 del self._active[active.fiber]
-                if active.evicted and isinstance(request.outcome, Ending):
+                if active.evicted and active.job.ending() is None:
                     active.reset()
                     with self._wake:
                         self._waiting = {active.job.id: active.job, **self._waiting}
                 else:
                     self._finish(active.job, request.outcome)
+            elif active.evicted:  # its pipeline goes on regardless
+                self._end(active, Ending())
             elif isinstance(request, Offload):
                 self._offload(active, request)
             elif request.ran_out:

@@ -18,6 +18,9 @@ RESERVED = 0.05  # of a GPU's memory, left to what is not measured
 FRESH = 0.2  # seconds that a look at the device's memory is good for
 TIMES = 3  # forwards of as many rows that are measured: the first may try out kernels
 
+# besides what accelerate knows
+_WORDS = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
 T = TypeVar("T")
 
 
@@ -25,7 +28,9 @@ def ran_out(error: BaseException | None) -> bool:
     """Whether an error says that memory ran out, as torch says it for each device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and should_reduce_batch_size(error)
+    if not isinstance(error, RuntimeError):
+        return False
+    return should_reduce_batch_size(error) or any(words in str(error) for words in _WORDS)
 
 
 class DeviceMemory(Protocol):
@@ -133,7 +138,8 @@ class Room:
     def measured(self, kind: Hashable, rows: int) -> Iterator[None]:
         """Learn what a forward of so many rows takes, unless that is known."""
         known = self._sizes.get(kind)
-        if self._measuring or (known is not None and (rows, 0) <= (known.rows, known.times - TIMES)):
+        nameless = not isinstance(kind, (tuple, str))  # a call that could not be described: no other is of its kind
+        if nameless or self._measuring or (known is not None and (rows, 0) <= (known.rows, known.times - TIMES)):
             yield
             return
         self._measuring = True
@@ -151,8 +157,10 @@ class Room:
         """A forward of so many rows did not fit. What is being measured is not worth knowing then."""
         self._measuring = False
         known = self._caps.get(kind)
+        if rows == 1 or (known is not None and rows // 2 >= known.rows):
+            return  # that says nothing of how many rows may run together
         patience = RECOVERY if known is None else min(2 * known.patience, SLOWEST * RECOVERY)
-        _put(self._caps, kind, _Cap(max(1, min(rows, known.rows if known else rows) // 2), patience))
+        _put(self._caps, kind, _Cap(rows // 2, patience))
 
     def fitted(self, kind: Hashable) -> None:
         """A forward did fit, of however many rows: calls that have many each may never get to the cap itself."""

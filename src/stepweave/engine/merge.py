@@ -13,6 +13,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from stepweave.engine.call import Call, Layout, Unmergeable
+from stepweave.engine.given import DEEPEST, is_holder
 
 _CONSTANTS = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
 
@@ -91,42 +92,43 @@ def _padded(values: list[torch.Tensor], masks: list[torch.Tensor | None]) -> tup
     return merged, merged_mask
 
 
-def copied(value: Any) -> Any:
+def copied(value: Any, _depth: int = 0) -> Any:
     """Arguments with tensors of their own."""
     if isinstance(value, torch.Tensor):
         return value.clone()
     if isinstance(value, dict):
-        return {key: copied(item) for key, item in value.items()}
+        return {key: copied(item, _depth) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return rebuilt(value, [copied(item) for item in value])
+        return rebuilt(value, [copied(item, _depth) for item in value])
+    if is_holder(value) and _depth < DEEPEST:
+        twin = copy.copy(value)
+        twin.__dict__.update({name: copied(item, _depth + 1) for name, item in vars(value).items()})
+        return twin
     return value
 
 
-def split(output: Any, rows: Sequence[int], *, listed: bool = False, whole: bool = False) -> list[Any]:
-    """A merged call's output as the calls', in order.
+def split(output: Any, rows: Sequence[int], *, listed: bool = False) -> list[Any]:
+    """A merged call's output as the calls', in order. Raises Unmergeable for what has no rows.
 
-    With `listed`, a list with as many entries as rows has an entry for each row, whatever the entries' shapes. What has no rows
-    raises Unmergeable; with `whole` each call is given it, which only a comparison can tell to be right.
+    With `listed`, a list with as many entries as rows has an entry for each row, whatever the entries' shapes.
     """
     starts = list(itertools.accumulate(rows, initial=0))
     if listed and isinstance(output, list) and len(output) == starts[-1]:
         return [output[a:b] for a, b in itertools.pairwise(starts)]
     if listed and isinstance(output, tuple) and not hasattr(output, "_fields"):
-        parts = [split(item, rows, listed=True, whole=whole) for item in output]
+        parts = [split(item, rows, listed=True) for item in output]
         return [tuple(part[i] for part in parts) for i in range(len(rows))]
     if listed and isinstance(output, dict):
-        named = {key: split(item, rows, listed=True, whole=whole) for key, item in output.items()}
+        named = {key: split(item, rows, listed=True) for key, item in output.items()}
         return [remade(output, {key: part[i] for key, part in named.items()}) for i in range(len(rows))]
-    return _split(output, starts, whole)
+    return _split(output, starts)
 
 
-def _split(output: Any, starts: list[int], whole: bool) -> list[Any]:
+def _split(output: Any, starts: list[int]) -> list[Any]:
     total = starts[-1]
     spans = list(itertools.pairwise(starts))
     if isinstance(output, torch.Tensor):
         if not has_rows(output, total):
-            if whole:
-                return [output.clone() for _ in spans]
             raise Unmergeable(f"a result of shape {tuple(output.shape)} does not have {total} rows")
         if output.stride(0) == 0:  # rows that share memory must not share it between jobs
             output = output.contiguous()
@@ -138,15 +140,15 @@ def _split(output: Any, starts: list[int], whole: bool) -> list[Any]:
     if isinstance(output, list) and len(output) == total and not all(has_rows(item, total) for item in output):
         return [output[a:b] for a, b in spans]
     if isinstance(output, (list, tuple)):
-        parts = [_split(item, starts, whole) for item in output]
+        parts = [_split(item, starts) for item in output]
         return [rebuilt(output, [part[i] for part in parts]) for i in range(len(spans))]
     if isinstance(output, dict):
-        named = {key: _split(item, starts, whole) for key, item in output.items()}
+        named = {key: _split(item, starts) for key, item in output.items()}
         return [remade(output, {key: part[i] for key, part in named.items()}) for i in range(len(spans))]
     if isinstance(output, Cache):
         return [_selected(output, a, b) for a, b in spans]
     if vars_of := getattr(output, "__dict__", None):
-        return _split_object(output, vars_of, starts, whole)
+        return _split_object(output, vars_of, starts)
     raise Unmergeable(f"a result of type {type(output).__name__} cannot be taken apart")
 
 
@@ -176,9 +178,9 @@ def _selected(cache: Cache, start: int, stop: int) -> Cache:
     return selected
 
 
-def _split_object(output: Any, attributes: dict[str, Any], starts: list[int], whole: bool) -> list[Any]:
+def _split_object(output: Any, attributes: dict[str, Any], starts: list[int]) -> list[Any]:
     """An object whose attributes are tensors and constants, such as the distribution that an autoencoder's encoder gives."""
-    parts = {name: _split(value, starts, whole) for name, value in attributes.items()}
+    parts = {name: _split(value, starts) for name, value in attributes.items()}
     twins = []
     for i in range(len(starts) - 1):
         twin = copy.copy(output)
@@ -187,11 +189,16 @@ def _split_object(output: Any, attributes: dict[str, Any], starts: list[int], wh
     return twins
 
 
-def tensors(value: Any, _above: tuple[int, ...] = ()) -> list[torch.Tensor]:
+def tensors(value: Any) -> list[torch.Tensor]:
     """All tensors in a result, or in arguments, in order; what contains itself is followed once."""
-    if isinstance(value, torch.Tensor):
+    return [one for one in leaves(value) if isinstance(one, torch.Tensor)]
+
+
+def leaves(value: Any, _above: tuple[int, ...] = ()) -> list[Any]:
+    """All tensors, arrays and constants in a result, in order."""
+    if isinstance(value, (torch.Tensor, np.ndarray)) or is_constant(value):
         return [value]
-    if is_constant(value) or id(value) in _above:
+    if id(value) in _above:
         return []
     if isinstance(value, Cache):
         inner: Any = [part for layer in value.layers for part in (layer.keys, layer.values)]
@@ -202,7 +209,7 @@ def tensors(value: Any, _above: tuple[int, ...] = ()) -> list[torch.Tensor]:
     else:
         inner = getattr(value, "__dict__", {}).values()
     above = (*_above, id(value))
-    return [tensor for item in list(inner) for tensor in tensors(item, above)]
+    return [leaf for item in list(inner) for leaf in leaves(item, above)]
 
 
 def cloned(output: Any) -> Any:

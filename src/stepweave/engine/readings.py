@@ -31,14 +31,24 @@ class Readings:
 
     def vary(self, path: Path, context: Hashable, value: bytes, others: Sequence[str]) -> str | None:
         """Note an argument's value; once it is not what it was in the same context, try the `others` in turn."""
-        key = (path, context)
+        if not self._is_the_same((path, context), value) and path not in self._chosen:
+            self._choose(path, others)
+        return self.of(path)
+
+    def remains(self, path: Path, context: Hashable, value: bytes) -> bool:
+        """Note the value of an argument that is supposed to be shared. With a second one it is so no longer."""
+        if self._is_the_same((path, context), value):
+            return True
+        self._proven.discard((path, "shared"))
+        self.refute([(path, "shared")])
+        return False
+
+    def _is_the_same(self, key: Hashable, value: bytes) -> bool:
         known = self._seen.setdefault(key, value)
         self._seen.move_to_end(key)
         if len(self._seen) > SEEN:
             self._seen.popitem(last=False)
-        if known != value and path not in self._chosen:
-            self._choose(path, others)
-        return self.of(path)
+        return known == value
 
     def suppose(self, paths: Iterable[Path], reading: str) -> bool:
         """Try a reading of several arguments at once. False if there is none to try."""

@@ -26,7 +26,7 @@ class EncoderCache:
 
     def key(self, call: Call) -> Hashable | None:
         """None for a call that cannot be remembered."""
-        if not self._max_bytes or not call.target.cached or not call.layout or call.opaque:
+        if not self._max_bytes or not call.target.cached or not call.layout or call.opaque or call.holds:
             return None
         leaves = [tuple(self._value(item) for item in leaf) for leaf in call.leaves]
         return (call.key, call.ragged, tuple(leaves))

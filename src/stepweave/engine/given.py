@@ -1,0 +1,76 @@
+"""What a call is given, noted before it runs: to tell whether it was changed, and to undo that for another attempt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from stepweave.scope.view import is_plain
+
+DEEPEST = 6  # objects and lists in each other
+
+
+def is_holder(value: Any) -> bool:
+    """Whether an object is what it holds and nothing else, so that one which holds other things can be made like it."""
+    return is_plain(type(value)) and not callable(value)
+
+
+class Given:
+    """Tensors by their versions, generators by their states; lists, dictionaries and objects by what they hold."""
+
+    def __init__(self, *values: Any) -> None:
+        self._tensors: list[tuple[torch.Tensor, int]] = []
+        self._generators: list[tuple[torch.Generator, torch.Tensor]] = []
+        self._held: list[tuple[Any, Any]] = []  # a list or a dictionary, and a copy
+        for value in values:
+            self._note(value, 0)
+
+    def _note(self, value: Any, depth: int) -> None:
+        if isinstance(value, torch.Tensor):
+            if not value.is_inference():  # such tensors do not say when they are written to
+                self._tensors.append((value, value._version))
+            return
+        if isinstance(value, torch.Generator):
+            self._generators.append((value, value.get_state()))
+            return
+        holder = not isinstance(value, (list, tuple, dict)) and is_holder(value)
+        if depth > DEEPEST or not (holder or isinstance(value, (list, tuple, dict))):
+            return
+        inside: Any = vars(value) if holder else value
+        if isinstance(inside, list):
+            self._held.append((inside, list(inside)))
+        elif isinstance(inside, dict):
+            self._held.append((inside, dict(inside)))
+        for item in inside.values() if isinstance(inside, dict) else inside:
+            self._note(item, depth + 1)
+
+    def overwritten(self) -> bool:
+        """Whether a tensor was written to, which cannot be undone."""
+        return any(tensor._version != version for tensor, version in self._tensors)
+
+    def wrote(self) -> bool:
+        """Whether a call left something behind in what it was given. To empty a list does not count, as UNets do."""
+        return self.overwritten() or any(_filled(now, before) for now, before in self._held)
+
+    def drew(self) -> bool:
+        """Whether random numbers were drawn from a generator."""
+        return any(not torch.equal(one.get_state(), state) for one, state in self._generators)
+
+    def put_back(self) -> None:
+        """Undo all but what was written to tensors."""
+        for generator, state in self._generators:
+            generator.set_state(state)
+        for now, before in self._held:
+            if isinstance(now, list):
+                now[:] = before
+            else:
+                now.clear()
+                now.update(before)
+
+
+def _filled(now: Any, before: Any) -> bool:
+    if isinstance(now, list):
+        old = set(map(id, before))
+        return len(now) > len(before) or any(id(item) not in old for item in now)
+    return now.keys() != before.keys() or any(value is not before[key] for key, value in now.items())
