@@ -27,6 +27,8 @@ class Given:
             self._note(value, 0)
 
     def _note(self, value: Any, depth: int) -> None:
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return
         if isinstance(value, torch.Tensor):
             if not value.is_inference():  # such tensors do not say when they are written to
                 self._tensors.append((value, value._version))

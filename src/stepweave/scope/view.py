@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import enum
+import functools
 import logging
 import threading
 import types
@@ -152,6 +153,7 @@ def _is_component(value: Any) -> bool:
     return isinstance(value, (SchedulerMixin, ConfigMixin, DiffusionPipeline, PreTrainedTokenizerBase, torch.nn.Module))
 
 
+@functools.lru_cache(1024)
 def is_plain(cls: type) -> bool:
     """Whether objects of a class are their `__dict__` and nothing else, so that copying it copies them."""
     custom = ("__new__", "__reduce__", "__reduce_ex__", "__getstate__", "__copy__", "__deepcopy__")
