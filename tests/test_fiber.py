@@ -40,7 +40,7 @@ def nothing_leaks_to_the_caller() -> Iterator[None]:
 
 def fiber_of(function: Callable[[], Any], seed: int | None = None) -> Fiber:
     random = None if seed is None else DefaultRandom(seed, torch.device("cpu"))
-    return Fiber(function, ambient.quiet(KINDS), random)
+    return Fiber(function, ambient.quiet(KINDS), () if random is None else [random])
 
 
 def outcome_of(answer: Any) -> Any:

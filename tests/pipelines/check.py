@@ -15,7 +15,6 @@ from stepweave import StepEngine
 from stepweave.engine.engine import EngineStats
 from stepweave.engine.hooks import _modules
 from stepweave.engine.merge import tensors
-from stepweave.scope.pipeline import RequestScopedPipeline
 from tests.pipelines.registry import CALLS, Entry
 
 TOLERANCE = 1e-4  # of pixels in [0, 1]; where numbers are larger, of the largest that the plain call puts out
@@ -51,9 +50,9 @@ def check(entry: Entry) -> Report:
     assert type(plain).__name__ == entry.pipeline
     expected = [_numbers(plain(**entry.arguments(i))) for i in range(CALLS)]
     pipeline = entry.build()
-    turns = RequestScopedPipeline(pipeline).takes_turns()
     with StepEngine(pipeline) as engine:
         assert engine._loop is not None
+        turns = engine._loop._scope.takes_turns()
         with engine._loop._wake:  # all start at once, so that every run is the same
             jobs = [engine.submit(**entry.arguments(i)) for i in range(CALLS)]
         results = [_numbers(job.result(300)) for job in jobs]

@@ -87,7 +87,7 @@ def animate_diff_sparse_control_net_text() -> diffusers.AnimateDiffSparseControl
     return diffusers.AnimateDiffSparseControlNetPipeline(**moving(diffusion()), controlnet=control)
 
 
-@entry(**MOVING, pag_scale=2.0, num_inference_steps=lambda number: 2 + number % 2)
+@entry(**MOVING, pag_scale=2.0)
 def animate_diff_pag_text() -> diffusers.AnimateDiffPAGPipeline:
     return diffusers.AnimateDiffPAGPipeline(**moving(diffusion()), pag_applied_layers=["mid"])
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from stepweave.engine.ambient import Ambient
+from stepweave.engine.processors import Processors, Worn
 from stepweave.engine.readings import Guess, Path, Readings
 
 # A layout says for each argument how calls are merged; nested tuples, the tag first, so that it is hashable.
@@ -33,6 +34,7 @@ class Target:
     function: Callable[..., Any]
     cap: int | None = None  # rows at a time, where it has a bound of its own
     cached: bool = False  # results are remembered: an encoder of prompts or pictures
+    processors: Processors | None = None  # where calls swap attention processors
     readings: Readings = field(default_factory=Readings, repr=False)
     names: tuple[str, ...] = field(init=False)
     masks: dict[str, str] = field(init=False)  # argument -> the argument that masks its second dimension
@@ -65,6 +67,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     ambient: Ambient
+    worn: Worn = None  # the attention processors that it is to run with, if they are its job's own
     arguments: dict[str, Any] = field(default_factory=dict)
     rows: int = 1
     layout: Layout = ()
@@ -73,6 +76,8 @@ class Call:
     )  # tensors and numbers of the rows, in the layout's order
     paths: list[tuple[Path, str]] = field(default_factory=list)  # of the leaves, and their layouts' tags
     guesses: list[Guess] = field(default_factory=list)  # readings that are not the first
+    look: Hashable = None  # what those do
+    chunks: int = 1  # parts of the rows that stay together in a merged call, as modules that cut their batch want it
     holds: bool = False  # an argument is an object taken for what it holds
     kind: Hashable = None  # what a certificate is for
     key: Hashable = None  # what calls of one group have in common

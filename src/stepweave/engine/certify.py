@@ -20,7 +20,7 @@ from stepweave.engine.call import Call
 from stepweave.engine.compare import compare, told_apart
 from stepweave.engine.describe import TIMES
 from stepweave.engine.digests import Digests
-from stepweave.engine.readings import Path, Readings
+from stepweave.engine.readings import CHUNKS, Path, Readings
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,8 @@ class Certificates:
             found = self._known[call.kind] = Certificate(call.target.name, _shape_of_sample(call))
             found.ambiguous = any(node[0] == "repeated" for _, node in call.layout)
             found.readings, guesses = call.target.readings, dict(call.guesses)
-            found.read = tuple((path, guesses.get(path)) for path in guesses.keys() | {path for path, _ in call.paths})
+            paths = {path for path, _ in call.paths} | {(CHUNKS, call.look)}
+            found.read = tuple((path, guesses.get(path)) for path in guesses.keys() | paths)
             # the first audit comes early: most kinds do not live to see a thousand
             found.next_audit = max(1, self._audit_every // 10)
             if len(self._known) > KEPT:
@@ -265,11 +266,11 @@ class Certificates:
         own = self._known.get(call.kind)
         if own is not None and own.divisible is not None:
             return own.divisible
-        target, layout, _, ambient = call.kind
+        target, layout, _, *rest = call.kind
         found = [
             one.divisible
             for kind, one in self._known.items()
-            if isinstance(kind, tuple) and (kind[0], kind[1], kind[3]) == (target, layout, ambient)
+            if isinstance(kind, tuple) and (kind[0], kind[1], [*kind[3:]]) == (target, layout, rest)
         ]
         return False if False in found else True if True in found else None
 
@@ -281,11 +282,16 @@ class Certificates:
 def _read_anew(call: Call, variations: set[Any]) -> bool:
     """Whether there is another way to read the arguments of calls whose first proof failed, in which they differ so."""
     readings = call.target.readings
-    if call.guesses:
-        return readings.refute(call.guesses)
+    if call.guesses and not readings.refute(call.guesses):
+        return False
     rows = [path for i, (path, tag) in enumerate(call.paths) if tag == "rows" and i not in variations]
     equal = [path for path in rows if path[0] not in TIMES]  # they are equal at the first step only
-    return readings.suppose(equal, "shared")
+    if readings.suppose(equal, "shared"):
+        return True
+    parts = [count for count in range(call.rows, 1, -1) if call.rows % count == 0]
+    if any(readings.suppose([(CHUNKS, call.look)], str(count)) for count in parts):
+        return True
+    return any(reading in ("several", "across") for _, reading in call.guesses)  # as constants they are not refuted
 
 
 def _types(variations: set[Any]) -> set[Any]:

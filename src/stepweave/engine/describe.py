@@ -13,7 +13,7 @@ import torch
 from stepweave.engine.call import Call, Layout, Unmergeable
 from stepweave.engine.digests import Digests
 from stepweave.engine.given import DEEPEST, is_holder
-from stepweave.engine.readings import Guess, Path
+from stepweave.engine.readings import CHUNKS, Guess, Path
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,12 @@ class Describer:
         call.layout = tuple(layouts)
         call.leaves, call.paths, call.extents, call.opaque = walk.leaves, walk.paths, walk.extents, walk.opaque
         call.guesses, call.holds = walk.guesses, walk.holds
-        call.kind = (target, call.layout, tuple(walk.sizes), call.ambient)
+        call.look = look(call.worn)
+        chunks = target.readings.of((CHUNKS, call.look))
+        if chunks is not None and call.rows % int(chunks) == 0:
+            call.chunks = int(chunks)
+            call.guesses.append(((CHUNKS, call.look), chunks))
+        call.kind = (target, call.layout, tuple(walk.sizes), call.ambient, call.chunks, call.look)
         call.key = (call.kind, tuple(walk.exact))
         call.ragged = tuple(walk.ragged)
 
@@ -120,11 +125,11 @@ class _Walk:
         if all(isinstance(value, torch.Generator) for value in values):
             self.opaque = True
             return ("generator",)
-        first = _frozen(values[0])
+        first = frozen(values[0])
         if first is None and not isinstance(values[0], (list, tuple, dict)) and all(one is values[0] for one in values):
             self._identity(values[0])
             return ("repeated", type(values[0]))
-        if first is not None and all(_frozen(value) == first for value in values):
+        if first is not None and all(frozen(value) == first for value in values):
             return ("repeated", first)
         return self.node(values, path)
 
@@ -224,7 +229,7 @@ class _Walk:
         return ("several", value.shape[0] // self._rows, value.ndim, value.dtype, value.device)
 
 
-def _frozen(value: Any) -> Hashable | None:
+def frozen(value: Any) -> Hashable | None:
     """A hashable twin of a value made of constants only, types told apart; None for any other."""
     if isinstance(value, (*_CONSTANTS, float, np.generic)):
         return (type(value), value)
@@ -232,8 +237,15 @@ def _frozen(value: Any) -> Hashable | None:
         value = list(value.items())
     if not isinstance(value, (list, tuple)):
         return None
-    items = [_frozen(item) for item in value]
+    items = [frozen(item) for item in value]
     return None if any(item is None for item in items) else (type(value), *items)
+
+
+def look(worn: tuple[Any, ...] | None) -> Hashable:
+    """Equal for attention processors that do the same."""
+    if worn is None:
+        return None
+    return tuple((type(one), state) if (state := frozen(vars(one))) is not None else id(one) for one in worn)
 
 
 def _sample(arguments: dict[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,12 @@ def part(call: Call, start: int, stop: int, *, repeat: bool = True) -> dict[str,
             whole = node[0] == "repeated" and not repeat
             given[name] = value if whole else _part(node, value, call.rows, slice(start, stop))
     return given
+
+
+def chunk(call: Call, number: int) -> Call:
+    """One of the parts of which a call's batch is made, as a call."""
+    rows = call.rows // call.chunks
+    return dataclasses.replace(call, arguments=part(call, number * rows, (number + 1) * rows), rows=rows)
 
 
 def _part(node: Layout, value: Any, rows: int, span: slice) -> Any:

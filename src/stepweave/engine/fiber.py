@@ -7,14 +7,21 @@ in a greenlet; deep inside, something switches to the parent with a request and 
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import greenlet
 import torch
 
-from stepweave.engine.ambient import Ambient, DefaultRandom, apply, current
+from stepweave.engine.ambient import Ambient, apply, current
 from stepweave.errors import EngineMisuse
+
+
+class Own(Protocol):
+    """Something global that a fiber has one of its own of."""
+
+    def enter(self) -> None: ...
+    def leave(self) -> None: ...
 
 
 class Done:
@@ -33,15 +40,15 @@ class _Greenlet(greenlet.greenlet):
 class Fiber:
     """Runs `function` until it suspends, again and again. All by the thread that made it.
 
-    Gradient mode, autocast, default dtype and context variables are the fiber's own; with `random`, so is torch's default
-    generator.
+    Gradient mode, autocast, default dtype and context variables are the fiber's own; and so is what `own` puts in place
+    whenever the fiber runs, such as torch's default generator.
     """
 
-    def __init__(self, function: Callable[[], Any], ambient: Ambient, random: DefaultRandom | None = None) -> None:
+    def __init__(self, function: Callable[[], Any], ambient: Ambient, own: Sequence[Own] = ()) -> None:
         self._function = function
         self._ambient = ambient
         self._kinds = tuple(kind for kind, _, _ in ambient.autocast)
-        self._random = random
+        self._own = own
         self._greenlet = _Greenlet(self._run)
         self._greenlet.fiber = self
         self._greenlet.gr_context = contextvars.copy_context()
@@ -65,13 +72,13 @@ class Fiber:
             raise EngineMisuse("A fiber goes on only from where it was made.")
         outside = current(self._kinds)
         apply(self._ambient, outside)
-        if self._random is not None:
-            self._random.enter()
+        for one in self._own:
+            one.enter()
         try:
             return switch(value)
         finally:
-            if self._random is not None:
-                self._random.leave()
+            for one in self._own:
+                one.leave()
             self._ambient = current(self._kinds)
             apply(outside, self._ambient)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from stepweave.engine import ambient
 from stepweave.engine.call import Call, Unmergeable
 from stepweave.engine.certify import Certificates, Verdict
 from stepweave.engine.compare import compare, told_apart
-from stepweave.engine.divide import join, part
+from stepweave.engine.divide import chunk, join, part
 from stepweave.engine.given import Given
 from stepweave.engine.hooks import RunYourself
 from stepweave.engine.memory import DeviceMemory, Room, ran_out
@@ -264,7 +265,8 @@ def run_arguments(call: Call, arguments: dict[str, Any], kinds: tuple[str, ...])
     here = ambient.current(kinds)
     ambient.apply(call.ambient, here)
     try:
-        return call.target.function(**arguments)
+        with _dressed(call):
+            return call.target.function(**arguments)
     finally:
         ambient.apply(here, call.ambient)
 
@@ -274,11 +276,25 @@ def run_merged(calls: Sequence[Call], kinds: tuple[str, ...], *, repeat: bool, t
     here = ambient.current(kinds)
     ambient.apply(calls[0].ambient, here)
     try:
-        arguments = merge(calls, repeat=repeat)
-        output = calls[0].target.function(**(copied(arguments) if trial else arguments))
-        return split(output, [call.rows for call in calls], listed=calls[0].listed)
+        chunks, listed = calls[0].chunks, calls[0].listed
+        # with chunks: all first ones, then all second ones
+        apart = calls if chunks == 1 else [chunk(call, number) for number in range(chunks) for call in calls]
+        arguments = merge(apart, repeat=repeat)
+        with _dressed(calls[0]):
+            output = calls[0].target.function(**(copied(arguments) if trial else arguments))
+        outputs = split(output, [one.rows for one in apart], listed=listed)
+        if chunks == 1:
+            return outputs
+        every = len(calls)
+        return [join(outputs[i::every], [one.rows for one in apart[i::every]], listed=listed) for i in range(every)]
     finally:
         ambient.apply(here, calls[0].ambient)
+
+
+def _dressed(call: Call) -> contextlib.AbstractContextManager[None]:
+    """Within it the call's attention processors are in place."""
+    processors = call.target.processors
+    return contextlib.nullcontext() if processors is None else processors.wearing(call.worn)
 
 
 def try_merged(calls: Sequence[Call], kinds: tuple[str, ...], *, repeat: bool) -> list[Any]:

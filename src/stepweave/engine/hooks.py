@@ -17,13 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stepweave.engine.ambient import current
 from stepweave.engine.call import Call, Target
-from stepweave.engine.fiber import Fiber, current_fiber, suspend, suspendable
+from stepweave.engine.fiber import Fiber, Own, current_fiber, suspend, suspendable
 from stepweave.engine.given import Given
 from stepweave.engine.memory import ran_out
 from stepweave.engine.merge import cloned
 from stepweave.engine.offload import Offloading, moves_only
+from stepweave.engine.processors import Processors, Wardrobe
 from stepweave.errors import EngineMisuse
-from stepweave.scope.pipeline import ENGINE_HOOK, RequestScopedPipeline
+from stepweave.scope.pipeline import ENGINE_HOOK, RequestScopedPipeline, swaps_processors, swaps_state
 from stepweave.scope.proxy import Proxy
 from stepweave.scope.tokenizer import LockedTokenizer
 
@@ -43,7 +44,8 @@ class RunYourself:
 
 def call_engine(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any], kinds: tuple[str, ...]) -> Any:
     """Suspend the running fiber with a call of `target` and give its result."""
-    call = Call(target, args, kwargs, current(kinds))
+    worn = None if target.processors is None else target.processors.worn()
+    call = Call(target, args, kwargs, current(kinds), worn)
     while isinstance(answer := suspend(call), RunYourself):
         given = Given(*args, *kwargs.values())
         try:
@@ -68,7 +70,13 @@ class SuspendHook(ModelHook):  # type: ignore[misc]
     """Suspends the fibers of one engine in a module's forward. Other calls of the module pass straight through."""
 
     def __init__(
-        self, name: str, cached: bool, owns: Callable[[Fiber], bool], kinds: tuple[str, ...], offloading: Offloading
+        self,
+        name: str,
+        cached: bool,
+        owns: Callable[[Fiber], bool],
+        kinds: tuple[str, ...],
+        offloading: Offloading,
+        processors: Processors | None,
     ) -> None:
         super().__init__()
         self._name = name
@@ -76,6 +84,7 @@ class SuspendHook(ModelHook):  # type: ignore[misc]
         self._owns = owns
         self._kinds = kinds
         self._offloading = offloading
+        self._processors = processors
         self._forward: Callable[..., Any] | None = None
         self.target: Target | None = None
 
@@ -88,7 +97,8 @@ class SuspendHook(ModelHook):  # type: ignore[misc]
             return forward(*args, **kwargs)
         if self.target is None or self._forward is not forward:  # somebody hooked the module meanwhile
             self._forward = forward
-            self.target = Target(self._name, module, self._offloading.around(module, forward), cached=self._cached)
+            function = self._offloading.around(module, forward)
+            self.target = Target(self._name, module, function, cached=self._cached, processors=self._processors)
         return call_engine(self.target, args, kwargs, self._kinds)
 
 
@@ -142,6 +152,7 @@ class EngineScope(PrivateScope):
         self._kinds = kinds
         self._offloading = offloading = Offloading(pipeline)
         self._told: set[str] = set()
+        self.processors = Processors([one for _, one in _modules(pipeline)]) if swaps_processors(pipeline) else None
         self._autoencoders: dict[int, dict[str, Target]] = {}
         self._hooked: list[Any] = []
         modules: dict[int, tuple[str, Any]] = {}
@@ -159,7 +170,7 @@ class EngineScope(PrivateScope):
                     for method in ("encode", "decode")
                 }
             else:
-                hook = SuspendHook(name, isinstance(module, PreTrainedModel), owns, kinds, offloading)
+                hook = SuspendHook(name, isinstance(module, PreTrainedModel), owns, kinds, offloading, self.processors)
                 HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, ENGINE_HOOK)
                 self._hooked.append(module)
 
@@ -168,6 +179,10 @@ class EngineScope(PrivateScope):
         for one in _pipelines(view):
             one.__dict__["maybe_free_model_hooks"] = lambda: None  # other jobs may go on with the models
         return view
+
+    def wardrobe(self) -> list[Own]:
+        """What a job's fiber has of its own, where calls swap attention processors."""
+        return [] if self.processors is None else [Wardrobe(self.processors)]
 
     def close(self) -> None:
         """Take the hooks away, and offloaded models off the GPU."""
@@ -181,6 +196,9 @@ class EngineScope(PrivateScope):
             if not registry.hooks:
                 del module._diffusers_hook
         self._hooked.clear()
+
+    def _swaps_state(self) -> bool:
+        return swaps_state(self.pipeline, apart=self.processors is not None)
 
     def _is_harmless(self, hook: Any) -> bool:
         return moves_only(hook)  # here forwards do not overlap

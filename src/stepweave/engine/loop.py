@@ -195,10 +195,10 @@ class StepLoop:
         job.started = time.monotonic()
         if not self._active:
             self._exclusive = self._scope.takes_turns()
-        own_random = None
+        own = self._scope.wardrobe()
         if job.seed is not None and job.kwargs.get("generator") is None:  # the pipeline takes none
-            own_random = DefaultRandom(job.seed, self._device)
-        fiber = Fiber(lambda: self._call_pipeline(job), ambient.quiet(self._kinds), own_random)
+            own.append(DefaultRandom(job.seed, self._device))
+        fiber = Fiber(lambda: self._call_pipeline(job), ambient.quiet(self._kinds), own)
         self._active[fiber] = active = Active(job, fiber)
         self._switch(active, fiber.resume, None)
 

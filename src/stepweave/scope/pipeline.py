@@ -134,9 +134,7 @@ class RequestScopedPipeline:
 
         Asked at every call, since hooks come and go. The parts of a module are listed once.
         """
-        if self._turn.locked() or _swaps_state(
-            self.pipeline
-        ):  # a call whose turn it is may hide that by what it changed
+        if self._turn.locked() or self._swaps_state():  # a call whose turn it is may hide that by what it changed
             return True
         for module in _modules(self.pipeline):
             found = self._parts.get(id(module))
@@ -145,6 +143,9 @@ class RequestScopedPipeline:
             if any(self._state_keeper(part) for part in found[1]):
                 return True
         return False
+
+    def _swaps_state(self) -> bool:
+        return swaps_state(self.pipeline)
 
     def _is_harmless(self, hook: Any) -> bool:
         """Whether calls may overlap though accelerate has this hook on a module."""
@@ -198,9 +199,17 @@ def _writes_to_modules(kind: type) -> bool:
     return False
 
 
-def _swaps_state(pipeline: Any) -> bool:
-    """Whether a call changes shared modules: attention processors that it swaps, an autoencoder that it casts and casts back."""
-    if hasattr(pipeline, "_set_pag_attn_processor") or _writes_to_modules(type(pipeline)):  # type: ignore[arg-type]
+def swaps_processors(pipeline: Any) -> bool:
+    """Whether a call puts attention processors of its own in place, and does no more to the modules: PAG."""
+    return hasattr(pipeline, "_set_pag_attn_processor")
+
+
+def swaps_state(pipeline: Any, *, apart: bool = False) -> bool:
+    """Whether a call changes shared modules: attention processors that it swaps, an autoencoder that it casts and casts back.
+
+    With `apart` such processors are kept apart.
+    """
+    if not apart and (swaps_processors(pipeline) or _writes_to_modules(type(pipeline))):  # type: ignore[arg-type]
         return True
     for component in pipeline.components.values():
         if isinstance(component, BaseGuidance) and type(component).prepare_models is not BaseGuidance.prepare_models:

@@ -127,7 +127,7 @@ class _Isolation:
         if issubclass(cls, types.MethodType):
             # a method of something that was copied must act on the copy
             return types.MethodType(value.__func__, self._copies.get(id(value.__self__), value.__self__))
-        if is_plain(cls):
+        if is_plain(cls):  # type: ignore[arg-type]
             return self._object(value, path)
         try:
             # what holds modules, tokenizers or copies of ours must go on holding those
