@@ -1031,6 +1031,7 @@ def test_a_second_engine_on_the_same_modules_is_refused_by_name(sd3: Any) -> Non
         {"max_jobs": 0},
         {"threads": 0},
         {"audit_every": 0},
+        {"cache_bytes": -1},
     ],
     ids=lambda options: next(iter(options)),
 )

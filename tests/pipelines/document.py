@@ -30,7 +30,8 @@ LONGEST = 160  # characters of a reason
 HEAD = """\
 # Pipelines
 
-Made by `python -m tests.pipelines --write`; do not edit it.
+Made by `.venv/bin/python -m tests.pipelines --write`, which takes some ten minutes; do not edit it. With an entry's name in place
+of `--write` it checks that entry. `make .venv/dev.stamp` installs what both need.
 
 Every row below is a pipeline class of diffusers, or a task or mode of it, built tiny and with random weights from the
 configuration classes of diffusers and transformers. {calls} calls, which differ in prompt, seed, steps, guidance, and picture,
@@ -40,9 +41,9 @@ on company, not how good pictures are or how fast they come.
 
 *Shared* is the share of calls of the denoisers (transformers, UNets, priors, ControlNets) whose forward served other jobs, too.
 The first calls of a kind are run both ways, as the proof, and count as not shared. *Error* is a bound of the largest difference
-from the plain call: of pixels in [0, 1], or, where numbers are larger than 1, as a share of the largest. It must not be more than
-{tolerance}. What could not share a forward ran alone, correctly, for the reason given. *(takes turns)* means that a call
-swaps attention processors or hooks of the shared modules, so that the engine runs one at a time.
+from the plain call: of pixels in [0, 1], or, where numbers are larger than 1, as a share of the largest; it is rounded up to a
+power of ten, and must not be more than {tolerance}. What could not share a forward ran alone, correctly, for the reason given.
+*(takes turns)* means that a call hooks the shared modules or switches them over, so that the engine runs one at a time.
 
 Versions: {versions}.
 """

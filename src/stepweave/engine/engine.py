@@ -96,6 +96,8 @@ class StepEngine:
         for name, value in (bounds | {"audit_every": audit_every}).items():
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        if cache_bytes < 0:
+            raise ValueError(f"cache_bytes is {cache_bytes}; it must be at least 0")
         self.pipeline = pipeline
         self.mode = mode
         names = list(inspect.signature(pipeline.__call__).parameters)

@@ -317,6 +317,7 @@ def try_merged(calls: Sequence[Call], kinds: tuple[str, ...], *, repeat: bool) -
 def too_little(call: Call) -> OutOfMemory:
     """What to tell a job whose call does not fit into memory."""
     return OutOfMemory(
-        f"There is not enough memory for this job, even alone: {call.target.name} ran out of it. "
+        f"There is not enough memory for this job, even alone: {call.target.name} ran out of it, with {call.rows} rows"
+        f"{', which a reproducible job may not divide' if call.whole and call.rows > 1 else ''}. "
         "Ask for a smaller size, or fewer pictures."
     )
