@@ -19,8 +19,7 @@ from tests.pipelines.run import load, run
 ENTRIES = entries()
 VERSIONS = {"diffusers": "0.42.1", "torch": "2.13.0"}
 LEAST_CLASSES = 50
-LEAST_MERGING = 0.95  # of the classes with a denoiser whose calls do not take turns; measured: 1.0
-LEAST_OF_ALL = 0.9  # of the classes with a denoiser; measured: 0.91
+LEAST_MERGING = 0.95  # of the classes with a denoiser; measured: 0.97
 
 
 # That none is forgotten
@@ -197,8 +196,6 @@ def test_nearly_all_classes_share_forwards(folder: Path) -> None:
     missing = [name for name in ENTRIES if name not in REPORTS]  # where this test is run alone
     REPORTS.update((report.name, report) for report in run(missing, folder))
     found = {name: merges for name, merges in classes(list(REPORTS.values())).items() if merges is not None}
-    turns = {report.pipeline for report in REPORTS.values() if TAKES_TURNS in report.alone}
     alone = [name for name, merges in found.items() if not merges]
     assert len(found) - len(alone) >= LEAST_CLASSES
-    assert len(set(alone) - turns) <= (1 - LEAST_MERGING) * len(found.keys() - turns), alone
-    assert len(alone) <= (1 - LEAST_OF_ALL) * len(found), alone
+    assert len(alone) <= (1 - LEAST_MERGING) * len(found), alone
