@@ -142,8 +142,8 @@ def test_a_module_whose_rows_are_not_apart_runs_alone(
     served.check_alone()
     [line] = refusals(caplog)
     assert "denoiser 3 float32 runs alone: merged and alone differ" in line
-    assert "merged and alone differ" in served.certificate["reason"]
-    assert served.stats.proofs == rows, "one failed proof is enough for each way to read a batch"
+    assert served.certificate["reason"] in line
+    assert served.stats.proofs == 1, "one failed proof is enough"
 
 
 @every_mixer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from typing import Any
 
@@ -12,8 +13,11 @@ from torch import Tensor, nn
 
 from stepweave import StepEngine
 from stepweave.engine import Mode
+from stepweave.engine.ambient import quiet
+from stepweave.engine.fiber import Fiber
 from stepweave.engine.processors import Processors
 from stepweave.errors import Cancelled
+from stepweave.scope.pipeline import set_processor
 from tests.toy import CLOSE, SECONDS, honest
 
 STEPS = 8
@@ -64,7 +68,7 @@ class Guided(DiffusionPipeline):
         self.set_progress_bar_config(disable=True)
 
     def _set_pag_attn_processor(self, parts: int, strength: float) -> None:
-        self.denoiser.first.processor = Parts(parts, strength)
+        set_processor(self.denoiser.first, Parts(parts, strength))
 
     @torch.no_grad()
     def __call__(
@@ -88,7 +92,7 @@ class Guided(DiffusionPipeline):
             for _ in range(steps):
                 x = 0.9 * x + 0.1 * sum(self.denoiser(torch.cat([x] * parts)).chunk(parts))
                 bar.update()
-        self.denoiser.first.processor = original
+        set_processor(self.denoiser.first, original)
         return x
 
 
@@ -160,9 +164,121 @@ def test_a_cancelled_job_leaves_no_processors_behind() -> None:
 
 
 @pytest.mark.parametrize("mode", ["off", "threads"])
-def test_other_modes_take_turns(mode: Mode) -> None:
-    with StepEngine(Guided(), mode=mode) as engine:
+def test_other_modes_take_turns_and_leave_nothing_behind(mode: Mode) -> None:
+    pipeline = Guided()
+    base = pipeline.denoiser.first.processor
+    with StepEngine(pipeline, mode=mode) as engine:
+        job = engine.submit(**arguments({"parts": 3, "seed": 0, "steps": 100_000}))
+        while job.progress.step < 3:
+            pass
+        job.cancel()
+        with pytest.raises(Cancelled):
+            job.result(SECONDS)
         check(engine, calls(4))
+    assert pipeline.denoiser.first.processor is base
+
+
+class Made(Guided):
+    """Puts in place what it is given a maker of."""
+
+    maker: Any = None
+
+    def _set_pag_attn_processor(self, parts: int, strength: float) -> None:
+        set_processor(self.denoiser.first, type(self).maker(parts, strength))
+
+
+class Module(nn.Module):
+    def __init__(self, parts: int, strength: float) -> None:
+        super().__init__()
+        self.act = Parts(parts, strength)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x)
+
+
+class Slotted:
+    __slots__ = ("act",)
+
+    def __init__(self, parts: int, strength: float) -> None:
+        self.act = Parts(parts, strength)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.act(x)
+
+
+def function(parts: int, strength: float) -> Any:
+    return lambda x: Parts(parts, strength)(x)
+
+
+def partial(parts: int, strength: float) -> Any:
+    return functools.partial(Parts.__call__, Parts(parts, strength))
+
+
+@pytest.mark.parametrize("maker", [function, partial, Module, Slotted])
+def test_processors_of_any_kind_are_told_apart(maker: Any) -> None:
+    kind = type("Kind", (Made,), {"maker": staticmethod(maker)})
+    pipeline = kind()
+    base = pipeline.denoiser.first.processor
+    wanted = [{"parts": 3, "seed": i, "strength": 1.0 + i % 2} for i in range(6)]
+    with StepEngine(pipeline) as engine:
+        for _ in range(2):
+            check(engine, wanted)
+        assert engine.stats().errors == 0
+    assert pipeline.denoiser.first.processor is base
+
+
+def test_a_module_makes_way_for_a_processor_that_is_none_and_comes_back() -> None:
+    pipeline = Guided()
+    pipeline.denoiser.first.processor = base = Module(1, 0.0)
+    with StepEngine(pipeline) as engine:
+        check(engine, calls())
+    assert pipeline.denoiser.first.processor is base
+    assert dict(pipeline.denoiser.first.named_children()) == {"processor": base}
+
+
+def test_parts_that_hardly_differ_are_not_mixed_up_in_half_precision() -> None:
+    """A proof allows 2 % then, and guidance makes more of it: the order of rows must be right from the first."""
+    strength, guidance = 0.01, 20.0
+
+    class Half(Guided):
+        @torch.no_grad()
+        def __call__(self, *, generator: torch.Generator | None = None) -> Tensor:  # type: ignore[override]
+            x = torch.randn(1, 3, generator=generator, dtype=torch.bfloat16)
+            original = self.denoiser.first.processor
+            self._set_pag_attn_processor(2, strength)
+            for _ in range(STEPS):
+                one, other = self.denoiser(torch.cat([x, x])).chunk(2)
+                x = 0.9 * x + 0.1 * (one + guidance * (other - one))
+            set_processor(self.denoiser.first, original)
+            return x
+
+    expected = [Half()(generator=torch.Generator().manual_seed(seed)) for seed in range(6)]
+    with StepEngine(Half()) as engine:
+        for _ in range(3):
+            jobs = [engine.submit(generator=torch.Generator().manual_seed(seed)) for seed in range(6)]
+            assert all(torch.equal(job.result(SECONDS), one) for job, one in zip(jobs, expected, strict=True))
+        assert share(engine) > 0.3
+
+
+def test_what_cannot_be_put_in_place_ends_the_job_and_leaves_the_rest_as_it_was() -> None:
+    left = []
+
+    class First:
+        def enter(self) -> None:
+            pass
+
+        def leave(self) -> None:
+            left.append(self)
+
+    class Second(First):
+        def enter(self) -> None:
+            raise ValueError("no room")
+
+    first = First()
+    fiber = Fiber(lambda: None, quiet(("cpu",)), [first, Second()])
+    with pytest.raises(ValueError, match="no room"):
+        fiber.resume()
+    assert left == [first]
 
 
 def test_processors_are_put_on_and_taken_off() -> None:

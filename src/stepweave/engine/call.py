@@ -77,7 +77,7 @@ class Call:
     paths: list[tuple[Path, str]] = field(default_factory=list)  # of the leaves, and their layouts' tags
     guesses: list[Guess] = field(default_factory=list)  # readings that are not the first
     look: Hashable = None  # what those do
-    chunks: int = 1  # parts of the rows that stay together in a merged call, as modules that cut their batch want it
+    chunks: int = 1  # parts of the rows, of which those of all calls lie together when merged
     holds: bool = False  # an argument is an object taken for what it holds
     kind: Hashable = None  # what a certificate is for
     key: Hashable = None  # what calls of one group have in common

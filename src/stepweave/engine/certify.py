@@ -20,7 +20,7 @@ from stepweave.engine.call import Call
 from stepweave.engine.compare import compare, told_apart
 from stepweave.engine.describe import TIMES
 from stepweave.engine.digests import Digests
-from stepweave.engine.readings import CHUNKS, Path, Readings
+from stepweave.engine.readings import Path, Readings
 
 logger = logging.getLogger(__name__)
 
@@ -105,8 +105,7 @@ class Certificates:
             found = self._known[call.kind] = Certificate(call.target.name, _shape_of_sample(call))
             found.ambiguous = any(node[0] == "repeated" for _, node in call.layout)
             found.readings, guesses = call.target.readings, dict(call.guesses)
-            paths = {path for path, _ in call.paths} | {(CHUNKS, call.look)}
-            found.read = tuple((path, guesses.get(path)) for path in guesses.keys() | paths)
+            found.read = tuple((path, guesses.get(path)) for path in guesses.keys() | {path for path, _ in call.paths})
             # the first audit comes early: most kinds do not live to see a thousand
             found.next_audit = max(1, self._audit_every // 10)
             if len(self._known) > KEPT:
@@ -261,7 +260,7 @@ class Certificates:
 
     def divisible(self, call: Call) -> bool | None:
         """Whether a call's rows may be computed apart; where its own size was never tried, whether another's may."""
-        if not isinstance(call.kind, tuple):
+        if not isinstance(call.kind, tuple) or call.chunks > 1:
             return False
         own = self._known.get(call.kind)
         if own is not None and own.divisible is not None:
@@ -282,16 +281,11 @@ class Certificates:
 def _read_anew(call: Call, variations: set[Any]) -> bool:
     """Whether there is another way to read the arguments of calls whose first proof failed, in which they differ so."""
     readings = call.target.readings
-    if call.guesses and not readings.refute(call.guesses):
-        return False
+    if call.guesses:  # what is supposed to be shared is so since it failed as rows
+        return readings.refute(call.guesses) and any(reading != "shared" for _, reading in call.guesses)
     rows = [path for i, (path, tag) in enumerate(call.paths) if tag == "rows" and i not in variations]
     equal = [path for path in rows if path[0] not in TIMES]  # they are equal at the first step only
-    if readings.suppose(equal, "shared"):
-        return True
-    parts = [count for count in range(call.rows, 1, -1) if call.rows % count == 0]
-    if any(readings.suppose([(CHUNKS, call.look)], str(count)) for count in parts):
-        return True
-    return any(reading in ("several", "across") for _, reading in call.guesses)  # as constants they are not refuted
+    return readings.suppose(equal, "shared")
 
 
 def _types(variations: set[Any]) -> set[Any]:

@@ -13,7 +13,8 @@ import torch
 from stepweave.engine.call import Call, Layout, Unmergeable
 from stepweave.engine.digests import Digests
 from stepweave.engine.given import DEEPEST, is_holder
-from stepweave.engine.readings import CHUNKS, Guess, Path
+from stepweave.engine.readings import Guess, Path
+from stepweave.scope.view import is_plain
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +67,8 @@ class Describer:
         call.leaves, call.paths, call.extents, call.opaque = walk.leaves, walk.paths, walk.extents, walk.opaque
         call.guesses, call.holds = walk.guesses, walk.holds
         call.look = look(call.worn)
-        chunks = target.readings.of((CHUNKS, call.look))
-        if chunks is not None and call.rows % int(chunks) == 0:
-            call.chunks = int(chunks)
-            call.guesses.append(((CHUNKS, call.look), chunks))
+        # processors may cut a batch in parts; with a chunk for each row, parts of all calls lie together, however many they are
+        call.chunks = 1 if call.look is None else call.rows
         call.kind = (target, call.layout, tuple(walk.sizes), call.ambient, call.chunks, call.look)
         call.key = (call.kind, tuple(walk.exact))
         call.ragged = tuple(walk.ragged)
@@ -245,7 +244,12 @@ def look(worn: tuple[Any, ...] | None) -> Hashable:
     """Equal for attention processors that do the same."""
     if worn is None:
         return None
-    return tuple((type(one), state) if (state := frozen(vars(one))) is not None else id(one) for one in worn)
+    return tuple((type(one), state) if (state := _state(one)) is not None else one for one in worn)
+
+
+def _state(processor: Any) -> Hashable | None:
+    """What a processor is beside its class; None if it is only like itself, as functions are."""
+    return frozen(vars(processor)) if is_plain(type(processor)) else None  # type: ignore[arg-type]
 
 
 def _sample(arguments: dict[str, Any]) -> Any:

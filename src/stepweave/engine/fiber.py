@@ -6,6 +6,7 @@ in a greenlet; deep inside, something switches to the parent with a request and 
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -72,13 +73,13 @@ class Fiber:
             raise EngineMisuse("A fiber goes on only from where it was made.")
         outside = current(self._kinds)
         apply(self._ambient, outside)
-        for one in self._own:
-            one.enter()
         try:
-            return switch(value)
+            with contextlib.ExitStack() as left:
+                for one in self._own:
+                    one.enter()
+                    left.callback(one.leave)
+                return switch(value)
         finally:
-            for one in self._own:
-                one.leave()
             self._ambient = current(self._kinds)
             apply(outside, self._ambient)
 

@@ -246,7 +246,7 @@ class Forwarder:
     def _try_parts(self, calls: Sequence[Call]) -> tuple[Call, Any] | None:
         """What a call of several rows gives in halves, to be compared with what it gives as a whole; None if that is known."""
         call = max(calls, key=lambda call: call.rows)
-        if call.rows < 2 or self._certificates.of(call).divisible is not None:
+        if call.rows < 2 or call.chunks > 1 or self._certificates.of(call).divisible is not None:
             return None
         middle = call.rows // 2
         try:

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from stepweave.scope.pipeline import set_processor
+
 Worn = tuple[Any, ...] | None  # the processors of all attentions, in order; None for those that are there anyway
 
 
@@ -36,8 +38,8 @@ class Processors:
         """Have everything be as it was before `put_on`; gives what the job has put in place meanwhile."""
         worn, base = self.worn(), self._base
         assert base is not None
-        self._set(base)
         self._base = None
+        self._set(base)
         return worn
 
     @contextlib.contextmanager
@@ -57,8 +59,7 @@ class Processors:
 
     def _set(self, processors: tuple[Any, ...]) -> None:
         for attention, processor in zip(self._attentions, processors, strict=True):
-            if attention.processor is not processor:
-                attention.processor = processor
+            set_processor(attention, processor)
 
 
 class Wardrobe:

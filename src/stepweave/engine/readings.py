@@ -1,9 +1,8 @@
 """Readings: what an argument is taken for where its shape leaves a choice.
 
 A tensor of eight rows beside a sample of two may be a constant, or hold four entries for each row; one of a single row may be
-the only row's, or a constant. A module may cut its batch into parts of which each is something else (with and without the
-prompt). The likeliest reading comes first. Another is tried when calls part over the argument's values, or when a proof fails;
-and a proof tells whether it was right.
+the only row's, or a constant. The likeliest reading comes first. Another is tried when calls part over the argument's values, or
+when a proof fails; and a proof tells whether it was right.
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ from collections.abc import Hashable, Iterable, Sequence
 
 Path = tuple[Hashable, ...]  # an argument's name, then indices and keys down to the tensor
 Guess = tuple[Path, str]
-
-CHUNKS = "chunks"  # in place of an argument: of how many parts the batch is made
 
 SEEN = 256  # values remembered, to notice that an argument varies
 

@@ -177,15 +177,17 @@ class RequestScopedPipeline:
 
 
 def _modules(pipeline: Any) -> list[torch.nn.Module]:
-    return [component for component in pipeline.components.values() if isinstance(component, torch.nn.Module)]
+    # not by `components`, which leaves out those with a default that diffusers does not know of
+    return [value for value in vars(pipeline).values() if isinstance(value, torch.nn.Module)]
 
 
-_WRITES = re.compile(r"set_attn_processor\(|\.processor = |enable_fuser\(|register_forward_hook\(")
+_SWAPS = r"set_attn_processor\(|\.processor = "
+_SWITCHES = r"enable_fuser\(|register_forward_hook\("
 
 
 @functools.cache
-def _writes_to_modules(kind: type) -> bool:
-    """Whether a pipeline's code swaps attention processors, switches layers or hooks modules during a call.
+def _writes_to_modules(kind: type, pattern: str) -> bool:
+    """Whether a pipeline's code swaps attention processors, or switches layers or hooks modules, during a call.
 
     So do PAG, SAG, Attend-and-Excite, GLIGEN and Text-to-Video-Zero; no other pipeline of diffusers 0.42 has such code.
     """
@@ -194,7 +196,7 @@ def _writes_to_modules(kind: type) -> bool:
             # function by function: for a class, inspect parses, which Python 3.11 cannot do on two threads at once (gh-106905)
             for function in filter(inspect.isfunction, vars(cls).values()):
                 with contextlib.suppress(OSError, TypeError):  # no source: typed in, or compiled
-                    if _WRITES.search(inspect.getsource(function)):
+                    if re.search(pattern, inspect.getsource(function)):
                         return True
     return False
 
@@ -209,7 +211,8 @@ def swaps_state(pipeline: Any, *, apart: bool = False) -> bool:
 
     With `apart` such processors are kept apart.
     """
-    if not apart and (swaps_processors(pipeline) or _writes_to_modules(type(pipeline))):  # type: ignore[arg-type]
+    pattern = _SWITCHES if apart else f"{_SWAPS}|{_SWITCHES}"
+    if not apart and swaps_processors(pipeline) or _writes_to_modules(type(pipeline), pattern):  # type: ignore[arg-type]
         return True
     for component in pipeline.components.values():
         if isinstance(component, BaseGuidance) and type(component).prepare_models is not BaseGuidance.prepare_models:
@@ -220,13 +223,25 @@ def swaps_state(pipeline: Any, *, apart: bool = False) -> bool:
     )
 
 
+def set_processor(attention: torch.nn.Module, processor: Any) -> None:
+    """Put an attention's processor in place, be it a module or not; torch takes nothing else in a module's place."""
+    if attention.processor is not processor:
+        if isinstance(attention.processor, torch.nn.Module):
+            del attention.processor
+        attention.processor = processor
+
+
 @contextlib.contextmanager
 def _left_as_found(pipeline: Any) -> Iterator[None]:
     """Undo what a call does to the shared modules, also when it fails half way."""
+    parts = [part for module in _modules(pipeline) for part in module.modules()]
+    processors = [(part, part.processor) for part in parts if hasattr(part, "processor")]
     dtypes: list[tuple[Any, torch.dtype]] = [(one, one.dtype) for one in _modules(pipeline) if hasattr(one, "dtype")]  # type: ignore[misc]
     try:
         yield
     finally:
+        for part, processor in processors:
+            set_processor(part, processor)
         for module, dtype in dtypes:
             if module.dtype != dtype:
                 module.to(dtype)
