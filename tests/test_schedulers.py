@@ -125,6 +125,7 @@ def test_two_prediction_types_in_one_batch() -> None:
     check(family, [(kind, {"prediction_type": types[(i + j) % 2]}) for i, kind in enumerate(kinds) for j in range(2)])
 
 
+@pytest.mark.full
 def test_karras_exponential_and_beta_sigmas_in_one_batch() -> None:
     family = FAMILIES["stable_diffusion"]
     variants = [(kind, {name: True}) for kind in compatible(family) for name in SIGMAS if takes(kind, name)]

@@ -100,6 +100,7 @@ def test_every_prompt_fits_into_the_tokens() -> None:
     assert len({tuple(tokenizer(word).input_ids) for word in (*COLOURS, *SHAPES)}) == len(COLOURS) + len(SHAPES)
 
 
+@pytest.mark.full
 @pytest.mark.timeout(900)  # it trains, in small, several times
 def test_training_resumes_where_it_stood(tmp_path: Path) -> None:
     """Three stages of a few steps: interrupted in the second and started again, the weights equal those of one go."""
