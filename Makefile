@@ -12,7 +12,7 @@ serve: .venv/serve.stamp
 	$(BIN)/bentoml serve service.py --port $(PORT)
 
 test: .venv/dev.stamp
-	$(BIN)/pytest -m "not full and not gpu"
+	$(BIN)/pytest -m "not full and not gpu" --numprocesses 2 --dist loadfile
 
 test-full: .venv/dev.stamp
 	$(BIN)/pytest -m "not gpu"
