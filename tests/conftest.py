@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import torch
 from starlette.testclient import TestClient
 
 from stepweave.api.http import Api
@@ -29,6 +30,15 @@ from tests.fake import FakePipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 READY_SECONDS = 60
+
+
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """Torch computes on one thread: the threads under test are enough for the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def clean_environment(**changes: str) -> dict[str, str]:

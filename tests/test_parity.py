@@ -104,12 +104,7 @@ def table() -> Iterator[None]:
     print(f"\n\n{'jobs':18}{'family':28}{'module':20}{'calls':>6}{'merged':>8}", *TABLE, sep="\n")  # noqa: T201
 
 
-@pytest.fixture(autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 # Requests, and what plain calls make of them

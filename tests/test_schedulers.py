@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import diffusers
@@ -30,17 +29,10 @@ SEEDED: dict[str, dict[str, Any]] = {"DPMSolverSDEScheduler": {"noise_sampler_se
 SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 pytestmark = [
+    pytest.mark.usefixtures("one_torch_thread"),
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning"),  # DEIS, of tensors
     pytest.mark.filterwarnings("ignore:Should have t:UserWarning"),  # torchsde, of times that it rounds itself
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def compatible(family: Family) -> list[type]:

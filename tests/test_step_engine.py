@@ -46,12 +46,7 @@ SD3, FLUX = tiny.FAMILIES["stable_diffusion_3"], tiny.FAMILIES["flux"]
 every_mode = pytest.mark.parametrize("mode", get_args(Mode))
 
 
-@pytest.fixture(autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")

@@ -196,21 +196,24 @@ class _Walk:
             self._leaf(path, "scalar", value)
             return ("scalar", dtype, value.device)
         reading = self._readings.of(path)
-        context = (self._rows, value.shape, value.dtype, tuple(self.sizes))
         if value.shape[0] in (1, self._rows):
             shared = reading == "shared" and value is not self._sample
-            if not shared or not self._readings.remains(path, context, self._digests.of(value)):
+            if not shared or not self._readings.remains(path, self._context(value), self._digests.of(value)):
                 self._leaf(path, "rows", value)
                 (self.sizes if value is self._sample else self.exact).append(value.shape[1:])
                 return ("rows", value.ndim, dtype, value.device)
             self.guesses.append((path, "shared"))
         elif others := self._others(value):
             if reading is None:
-                reading = self._readings.vary(path, context, self._digests.of(value), others)
+                reading = self._readings.vary(path, self._context(value), self._digests.of(value), others)
             if reading in others:
                 return self._entries(value, path, reading)
         self.exact.append(self._digests.of(value))
         return ("shared", value.shape, value.dtype, value.device)
+
+    def _context(self, value: torch.Tensor) -> Hashable:
+        """In what an argument's values may be held against each other."""
+        return (self._rows, value.shape, value.dtype, tuple(self.sizes))
 
     def _others(self, value: torch.Tensor) -> list[str]:
         """What a tensor with as many entries may be, if it is no constant."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 
 from stepweave.engine.call import Call, Layout, Unmergeable
-from stepweave.engine.merge import has_rows, is_constant, rebuilt, remade
+from stepweave.engine.merge import has_rows, is_constant, like, rebuilt, remade
 
 
 def part(call: Call, start: int, stop: int, *, repeat: bool = True) -> dict[str, Any]:
@@ -48,10 +47,7 @@ def _part(node: Layout, value: Any, rows: int, span: slice) -> Any:
     if tag == "dict":
         return {key: _part(child, value[key], rows, span) for key, child in node[1:]}
     if tag == "object":
-        twin = copy.copy(value)
-        for name, child in node[2:]:
-            twin.__dict__[name] = _part(child, vars(value)[name], rows, span)
-        return twin
+        return like(value, {name: _part(child, vars(value)[name], rows, span) for name, child in node[2:]})
     return rebuilt(value, [_part(child, item, rows, span) for child, item in zip(node[2:], value, strict=True)])
 
 
@@ -77,6 +73,4 @@ def join(outputs: Sequence[Any], rows: Sequence[int], *, listed: bool = False) -
     attributes = getattr(first, "__dict__", None)
     if not attributes or isinstance(first, torch.Tensor):
         raise Unmergeable(f"results of type {type(first).__name__} cannot be put together")
-    twin = copy.copy(first)
-    twin.__dict__.update({name: join([vars(one)[name] for one in outputs], rows) for name in attributes})
-    return twin
+    return like(first, {name: join([vars(one)[name] for one in outputs], rows) for name in attributes})

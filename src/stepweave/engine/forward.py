@@ -53,7 +53,6 @@ class Forwarder:
         self._kinds = kinds
         self._max_rows = max_rows
         self._advance = advance
-        self._memory = memory
         self._room = Room(memory)
 
     def limit(self, call: Call) -> int:
@@ -139,7 +138,7 @@ class Forwarder:
         """Learn that so many rows of a call's kind do not fit."""
         self._stats.out_of_memory += 1
         self._room.failed(call.kind, rows)
-        self._memory.free()
+        self._room.memory.free()
 
     def relieve(self, call: Call, *, again: bool = False) -> Any:
         """The answer to a call that ran out of memory by itself: to run once more, if there is more room now, or in parts."""
@@ -273,22 +272,16 @@ def run_arguments(call: Call, arguments: dict[str, Any], kinds: tuple[str, ...])
 
 def run_merged(calls: Sequence[Call], kinds: tuple[str, ...], *, repeat: bool, trial: bool = False) -> list[Any]:
     """The results of calls of one kind, from one forward. `kinds` are the device types whose autocast is theirs, too."""
-    here = ambient.current(kinds)
-    ambient.apply(calls[0].ambient, here)
-    try:
-        chunks, listed = calls[0].chunks, calls[0].listed
-        # with chunks: all first ones, then all second ones
-        apart = calls if chunks == 1 else [chunk(call, number) for number in range(chunks) for call in calls]
-        arguments = merge(apart, repeat=repeat)
-        with _dressed(calls[0]):
-            output = calls[0].target.function(**(copied(arguments) if trial else arguments))
-        outputs = split(output, [one.rows for one in apart], listed=listed)
-        if chunks == 1:
-            return outputs
-        every = len(calls)
-        return [join(outputs[i::every], [one.rows for one in apart[i::every]], listed=listed) for i in range(every)]
-    finally:
-        ambient.apply(here, calls[0].ambient)
+    chunks, listed = calls[0].chunks, calls[0].listed
+    # with chunks: all first ones, then all second ones
+    apart = calls if chunks == 1 else [chunk(call, number) for number in range(chunks) for call in calls]
+    arguments = merge(apart, repeat=repeat)
+    output = run_arguments(calls[0], copied(arguments) if trial else arguments, kinds)
+    outputs = split(output, [one.rows for one in apart], listed=listed)
+    if chunks == 1:
+        return outputs
+    every = len(calls)
+    return [join(outputs[i::every], [one.rows for one in apart[i::every]], listed=listed) for i in range(every)]
 
 
 def _dressed(call: Call) -> contextlib.AbstractContextManager[None]:

@@ -21,10 +21,16 @@ from stepweave.engine.fiber import Fiber, Own, current_fiber, suspend, suspendab
 from stepweave.engine.given import Given
 from stepweave.engine.memory import ran_out
 from stepweave.engine.merge import cloned
-from stepweave.engine.offload import Offloading, moves_only
+from stepweave.engine.offload import Offloading, moves_only, pipelines_in
 from stepweave.engine.processors import Processors, Wardrobe
 from stepweave.errors import EngineMisuse
-from stepweave.scope.pipeline import ENGINE_HOOK, RequestScopedPipeline, swaps_processors, swaps_state
+from stepweave.scope.pipeline import (
+    ENGINE_HOOK,
+    RequestScopedPipeline,
+    is_autoencoder,
+    swaps_processors,
+    swaps_state,
+)
 from stepweave.scope.proxy import Proxy
 from stepweave.scope.tokenizer import LockedTokenizer
 
@@ -162,7 +168,7 @@ class EngineScope(PrivateScope):
             if getattr(module, "_diffusers_hook", None) and ENGINE_HOOK in module._diffusers_hook.hooks:
                 raise EngineMisuse(f"{type(pipeline).__name__}.{name} belongs to another engine; close that first.")
         for name, module in modules.values():
-            if _is_autoencoder(module):
+            if is_autoencoder(module):
                 self._autoencoders[id(module)] = {
                     method: Target(
                         f"{name}.{method}", module, offloading.around(module, getattr(module, method)), max_decode_rows
@@ -176,7 +182,7 @@ class EngineScope(PrivateScope):
 
     def view(self, scheduler: Any = None) -> Any:
         view = super().view(scheduler)
-        for one in _pipelines(view):
+        for one in pipelines_in(view):
             one.__dict__["maybe_free_model_hooks"] = lambda: None  # other jobs may go on with the models
         return view
 
@@ -234,10 +240,6 @@ def _modules(pipeline: Any) -> Iterator[tuple[str, nn.Module]]:
             yield from _modules(component)
 
 
-def _is_autoencoder(module: nn.Module) -> bool:
-    return callable(getattr(module, "encode", None)) and callable(getattr(module, "decode", None))
-
-
 # What a view reports
 
 
@@ -277,7 +279,7 @@ class _Bar(Proxy):
 
 def track(view: Any, job: Progressing) -> None:
     """Have the job told of the view's progress, which every pipeline of diffusers shows on a bar."""
-    for one in _pipelines(view):
+    for one in pipelines_in(view):
         make = getattr(one, "progress_bar", None)
         if make is not None:
             one.__dict__["progress_bar"] = lambda *args, make=make, **kwargs: _Bar(make(*args, **kwargs), job)
@@ -285,7 +287,7 @@ def track(view: Any, job: Progressing) -> None:
 
 def postprocess_elsewhere(view: Any) -> None:
     """Have the view's image processors make pictures on another thread: copies from the device, PIL images."""
-    for one in _pipelines(view):
+    for one in pipelines_in(view):
         for processor in list(vars(one).values()):
             for name in ("postprocess", "postprocess_video"):
                 method = getattr(processor, name, None)
@@ -300,10 +302,3 @@ def _elsewhere(method: Callable[..., Any]) -> Callable[..., Any]:
         return suspend(Offload(lambda: method(*args, **kwargs)))
 
     return run
-
-
-def _pipelines(view: Any) -> Iterator[Any]:
-    yield view
-    for value in list(vars(view).values()):
-        if isinstance(value, DiffusionPipeline):
-            yield from _pipelines(value)

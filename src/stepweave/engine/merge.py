@@ -65,10 +65,9 @@ def _merge(node: Layout, values: list[Any], rows: list[int]) -> Any:
     if tag in ("constant", "shared", "generator"):
         return values[0]
     if tag == "object":
-        twin = copy.copy(values[0])
-        for name, child in node[2:]:
-            twin.__dict__[name] = _merge(child, [vars(value)[name] for value in values], rows)
-        return twin
+        return like(
+            values[0], {name: _merge(child, [vars(value)[name] for value in values], rows) for name, child in node[2:]}
+        )
     kind, children = node[1], node[2:]
     items = [_merge(child, [value[i] for value in values], rows) for i, child in enumerate(children)]
     return kind(*items) if hasattr(kind, "_fields") else kind(items)
@@ -101,9 +100,7 @@ def copied(value: Any, _depth: int = 0) -> Any:
     if isinstance(value, (list, tuple)):
         return rebuilt(value, [copied(item, _depth) for item in value])
     if is_holder(value) and _depth < DEEPEST:
-        twin = copy.copy(value)
-        twin.__dict__.update({name: copied(item, _depth + 1) for name, item in vars(value).items()})
-        return twin
+        return like(value, {name: copied(item, _depth + 1) for name, item in vars(value).items()})
     return value
 
 
@@ -172,6 +169,13 @@ def remade(like: dict[Any, Any], items: dict[Any, Any]) -> Any:
     return type(like)(**items)
 
 
+def like(value: Any, attributes: dict[str, Any]) -> Any:
+    """An object like another, with other attributes."""
+    twin = copy.copy(value)
+    twin.__dict__.update(attributes)
+    return twin
+
+
 def _selected(cache: Cache, start: int, stop: int) -> Cache:
     selected = copy.deepcopy(cache)
     selected.batch_select_indices(torch.arange(start, stop))
@@ -181,12 +185,7 @@ def _selected(cache: Cache, start: int, stop: int) -> Cache:
 def _split_object(output: Any, attributes: dict[str, Any], starts: list[int]) -> list[Any]:
     """An object whose attributes are tensors and constants, such as the distribution that an autoencoder's encoder gives."""
     parts = {name: _split(value, starts) for name, value in attributes.items()}
-    twins = []
-    for i in range(len(starts) - 1):
-        twin = copy.copy(output)
-        twin.__dict__.update({name: part[i] for name, part in parts.items()})
-        twins.append(twin)
-    return twins
+    return [like(output, {name: part[i] for name, part in parts.items()}) for i in range(len(starts) - 1)]
 
 
 def tensors(value: Any) -> list[torch.Tensor]:

@@ -43,7 +43,7 @@ class Offloading:
     def _make_room(self, module: nn.Module) -> None:
         if id(module) in self._used:
             return
-        for pipeline in _pipelines(self._pipeline):
+        for pipeline in pipelines_in(self._pipeline):
             chain = [getattr(pipeline, name, None) for name in (pipeline.model_cpu_offload_seq or "").split("->")]
             for hook in getattr(pipeline, "_all_hooks", ()):
                 if hook.model is module:
@@ -60,8 +60,9 @@ class Offloading:
                 hook.offload()
 
 
-def _pipelines(pipeline: Any) -> Iterator[Any]:
+def pipelines_in(pipeline: Any) -> Iterator[Any]:
+    """A pipeline, and those that it is combined of."""
     yield pipeline
-    for component in vars(pipeline).values():
+    for component in list(vars(pipeline).values()):
         if isinstance(component, DiffusionPipeline):
-            yield from _pipelines(component)
+            yield from pipelines_in(component)

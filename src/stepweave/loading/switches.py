@@ -17,6 +17,7 @@ from torch import nn
 from stepweave.config import Settings
 from stepweave.errors import LoadError, shown
 from stepweave.loading.quantization import check_quantised
+from stepweave.scope.pipeline import is_autoencoder
 
 _DENOISER = re.compile(r"(transformer|unet)(_\d+)?")
 _COMPILERS = {"cpu": ("CXX", "g++", "clang++"), "cuda": ("CC", "gcc", "clang")}
@@ -89,11 +90,7 @@ def denoisers(pipeline: Any) -> list[Any]:
     """The pipeline's transformers or UNets; where none is called that, all of its models but autoencoders."""
     models = {name: one for name, one in pipeline.components.items() if isinstance(one, ModelMixin)}
     named = [one for name, one in models.items() if _DENOISER.fullmatch(name)]
-    return named or [one for one in models.values() if not _is_autoencoder(one)]
-
-
-def _is_autoencoder(module: Any) -> bool:
-    return isinstance(module, nn.Module) and hasattr(module, "encode") and hasattr(module, "decode")
+    return named or [one for one in models.values() if not is_autoencoder(one)]
 
 
 def channels_last(pipeline: Any) -> None:
@@ -110,7 +107,7 @@ def channels_last(pipeline: Any) -> None:
 
 
 def _autoencoders(pipeline: Any, switch: str) -> None:
-    found = [one for one in pipeline.components.values() if _is_autoencoder(one)]
+    found = [one for one in pipeline.components.values() if is_autoencoder(one)]
     if not found:
         raise ValueError(f"{type(pipeline).__name__} has no autoencoder")
     for autoencoder in found:

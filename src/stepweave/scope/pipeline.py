@@ -163,7 +163,7 @@ class RequestScopedPipeline:
     def _wrap(self, component: Any) -> Any:
         if isinstance(component, PreTrainedTokenizerBase):
             return LockedTokenizer(component, self._tokenizer_lock)
-        if hasattr(component, "encode") and hasattr(component, "decode"):
+        if is_autoencoder(component):
             return LockedAutoencoder(component, self._autoencoder_lock)
         return component
 
@@ -174,6 +174,12 @@ class RequestScopedPipeline:
 
     def __repr__(self) -> str:
         return f"RequestScopedPipeline({type(self.pipeline).__name__})"
+
+
+def is_autoencoder(component: Any) -> bool:
+    """Whether a component is a model that encodes and decodes; tokenizers do, too."""
+    methods = (getattr(component, name, None) for name in ("encode", "decode"))
+    return isinstance(component, torch.nn.Module) and all(map(callable, methods))
 
 
 def _modules(pipeline: Any) -> list[torch.nn.Module]:
