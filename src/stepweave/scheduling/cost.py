@@ -1,0 +1,182 @@
+"""The cost model: seconds of a forward, by key and rows, learnt from those that ran."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Mapping
+from statistics import median
+
+from stepweave.scheduling.task import Key, Load
+
+RECENT = (
+    9  # forwards of a key and number of rows whose median counts: a compilation or a page fault among them does not
+)
+KEYS = 512  # the least recently used goes first
+TRIED = 3  # forwards of a number of rows that tell whether more pay
+GAIN = 0.05  # the knee: more rows bring less than this share of rows per second
+ERRORS = 64  # forwards that the model's error is taken of
+
+Point = tuple[int, float]  # rows, seconds
+
+
+class CostModel:
+    """Seconds of a forward by (key, rows), never less for more rows.
+
+    Between row counts that were seen it interpolates. For others, and for sizes that were not seen, it takes the module's
+    nearest size, at the row count with as many elements in all, since what a batch costs goes by its tokens.
+    """
+
+    def __init__(self) -> None:
+        self._curves: OrderedDict[Key, _Curve] = OrderedDict()
+        self._modules: dict[str, dict[int, _Curve]] = {}
+        self._errors: deque[float] = deque(maxlen=ERRORS)
+
+    @classmethod
+    def of(cls, curves: Mapping[Key, Mapping[int, float]]) -> CostModel:
+        """A model that knows these seconds, by key and rows."""
+        model = cls()
+        for key, points in curves.items():
+            for rows, seconds in points.items():
+                for _ in range(TRIED):
+                    model.observe(key, rows, seconds)
+        model._errors.clear()
+        return model
+
+    def observe(self, key: Key, rows: int, seconds: float) -> None:
+        """Learn from a forward that took so many seconds."""
+        if not (seconds > 0 and math.isfinite(seconds)):
+            return
+        curve = self._curves.get(key)
+        if curve is None:
+            curve = self._curves[key] = self._modules.setdefault(key.module, {})[key.size] = _Curve()
+            if len(self._curves) > KEYS:
+                old, _ = self._curves.popitem(last=False)
+                del self._modules[old.module][old.size]
+        else:
+            self._curves.move_to_end(key)
+            self._errors.append(seconds / self.seconds(key, rows) - 1)
+        curve.add(rows, seconds)
+
+    def seconds(self, key: Key, rows: int) -> float:
+        """Seconds of a forward; 0 for a module that never ran."""
+        curve = self._curves.get(key)
+        if curve is not None and curve.covers(rows):
+            return curve.at(rows)
+        sizes = self._modules.get(key.module)
+        if not sizes:
+            return 0.0
+        others = [size for size in list(sizes) if size != key.size]
+        if not others or not key.size:
+            return (curve or next(iter(sizes.values()))).at(rows)
+        nearest = min(others, key=lambda size: abs(math.log((size or 1) / key.size)))
+        like = sizes[nearest]
+        scale = key.size / (nearest or 1)
+        if curve is None:
+            return like.at(rows * scale)
+        known = curve.nearest(rows)  # how much dearer than the other size's it was there
+        return curve.between(rows, like.at(rows * scale) * curve.at(known) / like.at(known * scale))
+
+    def alone(self, loads: Iterable[Load]) -> float:
+        """Seconds of calls that share no forward."""
+        return sum(load.calls * self.seconds(load.key, load.rows) for load in loads)
+
+    def knee(self, key: Key, most: int) -> int:
+        """The fewest rows, of at most `most`, beyond which no number of rows brings 5 % more rows per second.
+
+        Rows that were hardly tried are given a chance: the bound doubles until the knee is passed.
+        """
+        curve = self._curves.get(key)
+        tried = curve.tried if curve is not None else 1
+        rows = min(most, 2 * tried)
+        counts = [one for one in range(1, rows + 1) if one <= 4 or one % 2 == 0 or one == rows]
+        rates = [one / max(self.seconds(key, one), 1e-9) for one in counts]
+        best = max(rates)
+        knee = next(count for count, rate in zip(counts, rates, strict=True) if best < (1 + GAIN) * rate)
+        return rows if knee >= min(tried, most) else knee
+
+    def known(self, key: Key) -> bool:
+        """Whether forwards of the key, or of its module in another size, have run."""
+        return bool(self._modules.get(key.module))
+
+    @property
+    def error(self) -> float:
+        """The median error of the last predictions, as a share of what was predicted; 0 before there were any."""
+        errors = list(self._errors)
+        return median(map(abs, errors)) if errors else 0.0
+
+    def curves(self) -> dict[Key, dict[int, float]]:
+        """What is known: seconds by key and rows."""
+        return {key: dict(curve.points()) for key, curve in list(self._curves.items())}
+
+
+class _Curve:
+    """Seconds by rows of one key."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, deque[float]] = {}
+        self._points: list[Point] | None = None
+
+    @property
+    def tried(self) -> int:
+        """The most rows that ran often enough to be judged."""
+        return max((rows for rows, seen in self._seen.items() if len(seen) >= TRIED), default=1)
+
+    def add(self, rows: int, seconds: float) -> None:
+        self._seen.setdefault(rows, deque(maxlen=RECENT)).append(seconds)
+        self._points = None
+
+    def points(self) -> list[Point]:
+        """Row counts that were seen and their seconds, made monotone."""
+        points = self._points
+        if points is None:
+            cells = sorted((rows, median(seen), len(seen)) for rows, seen in self._seen.copy().items())
+            points = self._points = list(_monotone(cells))
+        return points
+
+    def covers(self, rows: float) -> bool:
+        points = self.points()
+        return points[0][0] <= rows <= points[-1][0]
+
+    def nearest(self, rows: int) -> int:
+        points = self.points()
+        return min(max(rows, points[0][0]), points[-1][0])
+
+    def between(self, rows: int, seconds: float) -> float:
+        """`seconds`, a guess for rows that were not seen, held to be no less than for fewer and no more than for more."""
+        points = self.points()
+        return min(seconds, points[0][1]) if rows < points[0][0] else max(seconds, points[-1][1])
+
+    def at(self, rows: float) -> float:
+        """Interpolated, and beyond the ends by the slope there: never below what a share of the first point is, nor falling."""
+        points = self.points()
+        (low, first), (high, last) = points[0], points[-1]
+        if rows <= low:
+            # what a forward costs however few its rows: where the line through the first two points meets none
+            slope = (points[1][1] - first) / (points[1][0] - low) if len(points) > 1 else first / low
+            return max(first - slope * (low - rows), first * rows / low)
+        if rows >= high:
+            # the end's own slope may be noise: that from half way is taken
+            middle = next((one for one in reversed(points) if one[0] <= high / 2), None)
+            slope = last / high if middle is None else (last - middle[1]) / (high - middle[0])
+            return last + slope * (rows - high)
+        i = bisect_left(points, (rows, 0.0))
+        (a, before), (b, after) = points[i - 1], points[i]
+        return before + (after - before) * (rows - a) / (b - a)
+
+
+def _monotone(cells: Iterable[tuple[int, float, int]]) -> Iterable[Point]:
+    """Seconds that do not fall with rows, the nearest to the given ones in squares. Cells are (rows, seconds, weight), by rows.
+
+    Isotonic regression by pooling adjacent violators; Barlow et al., Statistical Inference under Order Restrictions, 1972.
+    """
+    pools: list[tuple[float, int, list[int]]] = []
+    for rows, seconds, weight in cells:
+        pool = (seconds, weight, [rows])
+        while pools and pools[-1][0] >= pool[0]:
+            mean, mass, members = pools.pop()
+            total = mass + pool[1]
+            pool = ((mean * mass + pool[0] * pool[1]) / total, total, members + pool[2])
+        pools.append(pool)
+    return [(rows, mean) for mean, _, members in pools for rows in members]

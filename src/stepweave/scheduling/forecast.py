@@ -1,0 +1,83 @@
+"""When jobs will be done: the policy's order, played through with the cost model's seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+
+from stepweave.scheduling.cost import CostModel
+from stepweave.scheduling.policy import Rank, rank
+from stepweave.scheduling.task import Demand, Task
+
+Order = Callable[[Task, float], Rank]
+RowCap = Callable[[Demand], int]  # the most rows of a step that such jobs share; 0: each runs alone
+
+
+def by_arrival(task: Task, now: float) -> Rank:
+    return (task.arrived,)
+
+
+def by_rank(task: Task, now: float) -> Rank:
+    return rank(task, now)
+
+
+ORDERS: dict[str, Order] = {"aged": by_rank}  # the others' is by arrival
+
+
+def forecast(tasks: Sequence[Task], now: float, cost: CostModel, cap: RowCap, order: Order = by_rank) -> list[float]:
+    """Seconds from now until each task is done, as many as tasks, if no others come.
+
+    The order is taken as it is now. The first in it runs with those after it that share its steps, up to the cap, until one of
+    them is done; then the group is filled up again. O(tasks x rows of a step).
+    """
+    ordered = sorted(range(len(tasks)), key=lambda i: order(tasks[i], now))
+    left = [task.left for task in tasks]
+    ends = [0.0] * len(tasks)
+    queues: dict[Hashable, list[int]] = {}
+    for i in ordered:
+        queues.setdefault(tasks[i].kind, []).append(i)
+    joined = [task.opened for task in tasks]
+    time = 0.0
+    for first in ordered:
+        task = tasks[first]
+        queue = queues[task.kind]
+        most = cap(task.demand)
+        while not ends[first]:
+            group, rows = _group(queue, tasks, most)
+            for i in group:
+                if not joined[i]:
+                    joined[i] = True
+                    time += tasks[i].before
+            steps = min(left[i] for i in group)
+            if steps:
+                time += steps * _step_seconds(task.demand, rows, cost)
+            for i in group:
+                left[i] -= steps
+                if left[i] <= 0:
+                    time += tasks[i].after
+                    ends[i] = max(time, 1e-9)
+                    queue.remove(i)
+    return ends
+
+
+def _group(queue: Sequence[int], tasks: Sequence[Task], most: int) -> tuple[list[int], int]:
+    group, rows = [queue[0]], _rows(tasks[queue[0]])
+    for i in queue[1:]:
+        if rows >= most:
+            break
+        more = _rows(tasks[i])
+        if rows + more <= most:
+            group.append(i)
+            rows += more
+    return group, rows
+
+
+def _rows(task: Task) -> int:
+    return task.demand.step[0].rows if task.demand.step else 1
+
+
+def _step_seconds(demand: Demand, rows: int, cost: CostModel) -> float:
+    """Of a step of so many rows in all: calls that a job makes one after another are shared one after another."""
+    if not demand.step:
+        return 0.0
+    own = demand.step[0].rows
+    return sum(load.calls * cost.seconds(load.key, max(1, rows * load.rows // own)) for load in demand.step)
