@@ -1,0 +1,181 @@
+"""Which policy is better, without a model: `python -m benchmarks.simulate`.
+
+Discrete events, the policies of `stepweave.scheduling` themselves, and seconds of forwards from a curve. All policies get the
+same arrivals, so ratios are taken seed by seed. Load 1 is the rate at which every row would have to run in the group that is
+best for throughput; no policy sustains it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from benchmarks.simulation.arrivals import Arrival, arrivals, capacity, parse_mix, read_trace, with_deadlines
+from benchmarks.simulation.bound import least_mean_latency
+from benchmarks.simulation.curves import Curves
+from benchmarks.simulation.figures import Figures, Row, Spread, table
+from benchmarks.simulation.picture import draw
+from benchmarks.simulation.variants import VARIANTS
+from benchmarks.simulation.world import World, fixed
+from stepweave.scheduling.policy import POLICIES, Policy
+
+CURVE = Path(__file__).parent / "curves" / "qwen-image-h200.json"
+MIX = "512x512:4:15,512x512:28:35,1024x1024:28:35,1024x1024:50:15"
+BASELINE = "fifo"
+SHOWN = ("mean", "p50", "p95", "p99", "slowdown", "within", "hits", "throughput", "rows")
+COMPARED = ("mean", "p95", "p99", "slowdown", "within")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is simulated once for each policy: arrivals are drawn, or read."""
+
+    curve: Path
+    mix: str
+    load: float
+    seed: int
+    jobs: int
+    burst: float = 1
+    deadlines: tuple[float, float] = (0, 1)  # share of jobs that have one, and how many times their solo time
+    trace: Path | None = None
+
+    def arrivals(self, curves: Curves) -> list[Arrival]:
+        if self.trace is not None:
+            return read_trace(self.trace)
+        mix, cost = parse_mix(self.mix), curves.model()
+        drawn = arrivals(mix, self.load * capacity(mix, curves, cost), self.jobs, self.seed, self.burst)
+        return with_deadlines(drawn, curves, cost, *self.deadlines, self.seed)
+
+
+def policy(name: str) -> tuple[Policy, int | None]:
+    """A policy and its cap, by name: `aged` at the knees, `aged@3` at 3 rows whatever the key."""
+    known = {**POLICIES, **VARIANTS}
+    bare, _, cap = name.partition("@")
+    if bare not in known:
+        raise SystemExit(f"there is no policy {bare!r}; there are {', '.join(known)}")
+    return known[bare], int(cap) if cap else None
+
+
+def simulated(case: Case, names: tuple[str, ...]) -> tuple[float, dict[str, Figures]]:
+    """The lower bound of the mean, and the figures of each policy, with the same arrivals."""
+    curves = Curves.read(case.curve)
+    requests = case.arrivals(curves)
+    figures = {}
+    for name in names:
+        pick, cap = policy(name)
+        figures[name] = Figures.of(World(requests, curves, pick, cap=fixed(cap) if cap else None).simulate())
+    return least_mean_latency(requests, curves, curves.model()), figures
+
+
+def spreads(runs: list[dict[str, Figures]], name: str) -> dict[str, Spread]:
+    """Of each figure of a policy, over the seeds."""
+    taken = [asdict(figures[name]) for figures in runs]
+    return {key: Spread.of([one[key] for one in taken]) for key in taken[0] if taken[0][key] is not None}
+
+
+def ratios(runs: list[dict[str, Figures]], name: str, bounds: list[float]) -> Row:
+    """To the baseline, and to the bound, seed by seed."""
+    row: Row = {"policy": name}
+    for key in COMPARED:
+        pairs = [(getattr(figures[name], key), getattr(figures[BASELINE], key)) for figures in runs]
+        row[f"{key} / {BASELINE}"] = Spread.of([one / max(other, 1e-9) for one, other in pairs])
+    means = [figures[name].mean for figures in runs]
+    row["mean / bound"] = Spread.of([mean / bound for mean, bound in zip(means, bounds, strict=True)])
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.simulate", description=__doc__.partition(":")[0])
+    parser.add_argument("--curve", type=Path, default=CURVE, help="JSON (default: %(default)s)")
+    parser.add_argument("--mix", default=MIX, help="size:steps:share,... (default: %(default)s)")
+    parser.add_argument("--loads", default="0.6,0.8,0.9,1.5", help="(default: %(default)s)")
+    parser.add_argument(
+        "--policies",
+        default=",".join(POLICIES),
+        help="name, or name@rows for another cap than the knee (default: %(default)s)",
+    )
+    parser.add_argument("--seeds", type=int, default=10, help="(default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1000, help="of each seed (default: %(default)s)")
+    parser.add_argument(
+        "--burst", type=float, default=1, help="mean number that come at one moment (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--deadlines", default="0:1", help="share of jobs with one, and how many times their time alone"
+    )
+    parser.add_argument(
+        "--trace", type=Path, help="arrivals from a file instead; see benchmarks/simulation/arrivals.py"
+    )
+    parser.add_argument("--out", type=Path, default=Path("build/simulate"), help="(default: %(default)s)")
+    arguments = parser.parse_args()
+
+    names = tuple(dict.fromkeys(arguments.policies.split(",")))
+    for name in names:
+        policy(name)
+    compared = BASELINE in names
+    share, slack = map(float, arguments.deadlines.split(":"))
+    loads = [1.0] if arguments.trace else [float(load) for load in arguments.loads.split(",")]
+    cases = [
+        Case(
+            arguments.curve,
+            arguments.mix,
+            load,
+            seed,
+            arguments.jobs,
+            arguments.burst,
+            (share, slack),
+            arguments.trace,
+        )
+        for load in loads
+        for seed in range(1 if arguments.trace else arguments.seeds)
+    ]
+    curves = Curves.read(arguments.curve)
+    print(
+        f"{curves.name} ({curves.source}); mix {arguments.mix}; {arguments.jobs} jobs a seed, {arguments.seeds} seeds\n"
+    )
+
+    content: dict[str, object] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "curve": {"name": curves.name, "source": curves.source},
+        "arguments": {name: str(value) for name, value in vars(arguments).items() if name != "out"},
+    }
+    found: dict[str, dict[str, list[Spread]]] = {name: {} for name in names}
+    bounds: list[Spread] = []
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        results = pool.map(simulated, cases, [names] * len(cases))
+        for load in loads:
+            taken = [next(results) for case in cases if case.load == load]
+            least, runs = [bound for bound, _ in taken], [figures for _, figures in taken]
+            bounds.append(Spread.of(least))
+            every = {name: spreads(runs, name) for name in names}
+            for name, figures in every.items():
+                for key, spread in figures.items():
+                    found[name].setdefault(key, []).append(spread)
+            heading = "trace" if arguments.trace else f"load {load:g}"
+            rows: list[Row] = [
+                {"policy": name, **{key: figures[key] for key in SHOWN if key in figures}}
+                for name, figures in every.items()
+            ]
+            print(f"## {heading}\n\n{table(rows)}\n\nNo schedule has a mean below {bounds[-1]} s.\n", flush=True)
+            if compared:
+                print(table([ratios(runs, name, least) for name in names]) + "\n", flush=True)
+            content[heading] = {"bound": asdict(bounds[-1]), "policies": {name: _plain(every[name]) for name in names}}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "simulate.json").write_text(json.dumps(content, indent=2) + "\n")
+    title = (
+        f"{curves.name}; {arguments.mix}\n{arguments.jobs} jobs a seed, {arguments.seeds} seeds: median and quartiles"
+    )
+    draw(loads, found, bounds, title, arguments.out / "simulate.png")
+    print(f"written to {arguments.out}")
+
+
+def _plain(figures: dict[str, Spread]) -> dict[str, object]:
+    return {key: asdict(spread) for key, spread in figures.items()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""What a simulation comes to, over several seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks.simulation.world import Run
+
+WITHIN = 3  # times the solo time, for the share of jobs that took no longer
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of some values, their quartiles, and the values."""
+
+    median: float
+    q1: float
+    q3: float
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        q1, median, q3 = np.percentile(values, (25, 50, 75)).tolist()
+        return cls(median, q1, q3, tuple(values))
+
+    def __str__(self) -> str:
+        if len(set(self.values)) == 1:
+            return short(self.median)
+        return f"{short(self.median)} ({short(self.q1)} to {short(self.q3)})"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Latencies in seconds, of the jobs that were served, from the first time they asked. Jobs still there when the last one
+    has come are served, too, and count."""
+
+    mean: float
+    p50: float
+    p95: float
+    p99: float
+    slowdown: float  # mean of latency / time alone
+    within: float  # share of jobs
+    hits: float | None  # share of the jobs with a deadline that met it; those that were refused did not
+    throughput: float  # jobs per second, from the first arrival to the last finish
+    refused: float  # share of jobs that were refused for good
+    busy: float  # share of the time
+    rows: float  # of a forward, mean
+    switches: float  # share of forwards of another key than the one before
+
+    @classmethod
+    def of(cls, run: Run) -> Figures:
+        served = [one for one in run.outcomes if one.finished is not None]
+        latency = np.array([one.latency for one in served] or [np.nan])
+        solo = np.array([one.solo for one in served] or [np.nan])
+        due = [one for one in run.outcomes if one.arrival.deadline is not None]
+        met = sum(
+            one.finished <= one.asked[-1] + one.arrival.deadline
+            for one in due
+            if one.finished is not None and one.arrival.deadline is not None
+        )
+        elapsed = max(run.end - min(one.arrival.offset for one in run.outcomes), 1e-9)
+        p50, p95, p99 = np.percentile(latency, (50, 95, 99)).tolist()
+        return cls(
+            mean=float(latency.mean()),
+            p50=p50,
+            p95=p95,
+            p99=p99,
+            slowdown=float((latency / solo).mean()),
+            within=float((latency <= WITHIN * solo).mean()),
+            hits=met / len(due) if due else None,
+            throughput=len(served) / elapsed,
+            refused=1 - len(served) / len(run.outcomes),
+            busy=run.busy / elapsed,
+            rows=run.rows / max(run.forwards, 1),
+            switches=run.switches / max(run.forwards, 1),
+        )
+
+
+Row = dict[str, Spread | float | str]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """In Markdown. All rows have the same columns."""
+    columns = list(rows[0])
+    lines = [columns, ["---"] * len(columns), *([_cell(row[column]) for column in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Spread | float | str) -> str:
+    return short(value) if isinstance(value, float) else str(value)
+
+
+def short(value: float) -> str:
+    """Three figures, and no exponent within reason."""
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"

@@ -1,0 +1,192 @@
+"""The engine without its models: one forward at a time, each as long as the curve says."""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from benchmarks.simulation.arrivals import Arrival
+from benchmarks.simulation.curves import Curves
+from stepweave.scheduling.cost import CostModel
+from stepweave.scheduling.policy import Cap, Policy
+from stepweave.scheduling.task import Key, Load, Task
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """A call that waits for a forward. Calls share one if their modules and sizes are equal."""
+
+    key: Hashable
+    rows: int
+    cost: Key
+    task: Task
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of a request; times in seconds after the start."""
+
+    arrival: Arrival
+    solo: float
+    asked: list[float] = field(default_factory=list)  # when it was made, and made again after refusals
+    promised: list[float] = field(default_factory=list)  # the Retry-After of each refusal
+    finished: float | None = None
+
+    @property
+    def latency(self) -> float | None:
+        """From the first time it was made; None if it was refused for good."""
+        return None if self.finished is None else self.finished - self.asked[0]
+
+
+@dataclass
+class Run:
+    """All of a simulation."""
+
+    outcomes: list[Outcome]
+    busy: float = 0.0  # seconds of forwards
+    forwards: int = 0
+    rows: int = 0
+    switches: int = 0  # forwards of another key than the one before
+
+    @property
+    def end(self) -> float:
+        return max((one.finished for one in self.outcomes if one.finished is not None), default=0.0)
+
+
+class Door(Protocol):
+    """Admission: lets a task in (None), or says after how many seconds to come again."""
+
+    def __call__(self, task: Task, tasks: Sequence[Task], now: float, promised: float | None) -> float | None: ...
+
+
+class World:
+    """A simulation that is under way."""
+
+    def __init__(
+        self,
+        requests: Sequence[Arrival],
+        curves: Curves,
+        policy: Policy,
+        *,
+        cost: CostModel | None = None,
+        cap: Cap | None = None,
+        door: Door | None = None,
+        attempts: int = 1,
+    ) -> None:
+        self._curves = curves
+        self._cost = cost or curves.model()
+        self._policy = policy
+        self._cap = cap or knees(curves, self._cost)
+        self._door = door
+        self._attempts = attempts
+        self._calls: dict[Task, Iterator[Load]] = {}  # of the tasks that are in
+        self._outcome: dict[Task, Outcome] = {}
+        self._queues: OrderedDict[Hashable, list[Request]] = OrderedDict()  # the key that was served longest ago first
+        outcomes = [Outcome(request, request.task(curves, self._cost, 0.0).solo) for request in requests]
+        self._due = [(one.arrival.offset, number, one) for number, one in enumerate(outcomes)]
+        heapq.heapify(self._due)
+        self._seconds: dict[tuple[Key, int], float] = {}
+        self.run = Run(outcomes)
+
+    def simulate(self) -> Run:
+        """Until everybody is served or has given up. Policies may pick nothing, and are asked again at the next arrival."""
+        now, last = 0.0, None
+        while self._queues or self._due:
+            picked = self._policy(self._queues, now, self._cap, self._cost) if self._queues else []
+            if not picked:
+                if not self._due:
+                    raise RuntimeError("the policy lets the last jobs wait for ever")
+                now = max(now, self._due[0][0])
+                self._admit(now)
+                continue
+            now += self._forward(picked)
+            self.run.switches += picked[0].key != last
+            last = picked[0].key
+            self._admit(now)
+            for request in picked:
+                self._advance(request.task, now)
+        return self.run
+
+    def _admit(self, until: float) -> None:
+        while self._due and self._due[0][0] <= until:
+            now, number, outcome = heapq.heappop(self._due)
+            task = outcome.arrival.task(self._curves, self._cost, now)
+            promised = outcome.asked[-1] + outcome.promised[-1] if outcome.promised else None
+            outcome.asked.append(now)
+            wait = None if self._door is None else self._door(task, list(self._calls), now, promised)
+            if wait is None:
+                self._outcome[task] = outcome
+                self._calls[task] = _calls(task)
+                self._advance(task, now)
+            else:
+                outcome.promised.append(wait)
+                if len(outcome.asked) < self._attempts:
+                    heapq.heappush(self._due, (now + wait, number, outcome))
+
+    def _forward(self, picked: Sequence[Request]) -> float:
+        """Take the calls out of their queue; the seconds that they take together."""
+        key = picked[0].key
+        queue = self._queues.pop(key)
+        taken = set(map(id, picked))
+        rest = [request for request in queue if id(request) not in taken]
+        if len(rest) != len(queue) - len(picked):
+            raise RuntimeError("the policy picked calls of several keys")
+        if rest:
+            self._queues[key] = rest
+        rows = sum(request.rows for request in picked)
+        what = (picked[0].cost, rows)
+        seconds = self._seconds.get(what)
+        if seconds is None:
+            seconds = self._seconds[what] = self._cost.seconds(*what)
+        for request in picked:
+            request.task.begun = True
+        self.run.busy += seconds
+        self.run.forwards += 1
+        self.run.rows += rows
+        return seconds
+
+    def _advance(self, task: Task, now: float) -> None:
+        """To the next call of a task, or its end."""
+        load = next(self._calls[task], None)
+        if load is None:
+            self._outcome.pop(task).finished = now
+            del self._calls[task]
+        else:
+            self._queues.setdefault(load.key, []).append(Request(load.key, load.rows, load.key, task))
+
+
+def _calls(task: Task) -> Iterator[Load]:
+    """The calls of a task in turn; what is done is noted when the next one is asked for."""
+    demand = task.demand
+    for load in demand.before:
+        for _ in range(round(load.calls)):
+            yield load
+    task.opened = True
+    for _ in range(demand.steps):
+        for load in demand.step:
+            for _ in range(round(load.calls)):
+                yield load
+        task.done += 1
+    for load in demand.after:
+        for _ in range(round(load.calls)):
+            yield load
+
+
+def knees(curves: Curves, cost: CostModel) -> Cap:
+    """The cap of each key: its knee."""
+    known: dict[Key, int] = {}
+
+    def cap(request: Request) -> int:
+        if request.cost not in known:
+            known[request.cost] = cost.knee(request.cost, curves.most_rows(request.cost))
+        return known[request.cost]
+
+    return cap
+
+
+def fixed(rows: int) -> Callable[[Request], int]:
+    """The same cap for all."""
+    return lambda request: rows
