@@ -1,0 +1,203 @@
+"""The clients: an open loop of arrivals, and a closed one of clients who wait for their answers. All on one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import httpx
+
+from benchmarks.serving.mix import PICTURE, Request
+
+PATH = "/v1/images/generations"
+CHECK_SECONDS = 0.5  # between looks at whether the server is alive
+
+Status = Literal["answered", "refused", "missed", "failed", "unfinished"]
+
+
+class BenchmarkError(Exception):
+    """The benchmark cannot go on."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A body sent once. `began` counts from the start of the run, `seconds` from there to its answer."""
+
+    status: Status
+    began: float
+    seconds: float
+    code: str = ""  # of the error, or what went wrong
+    retry_after: float | None = None
+
+
+@dataclass
+class Outcome:
+    """What became of a request: its attempts, more than one if it was refused and came back."""
+
+    request: Request
+    attempts: list[Attempt] = field(default_factory=list)
+
+    @property
+    def status(self) -> Status:
+        return self.attempts[-1].status if self.attempts else "unfinished"
+
+    @property
+    def finish(self) -> float:
+        """Seconds from the start of the run to the last answer."""
+        return self.attempts[-1].began + self.attempts[-1].seconds
+
+    @property
+    def latency(self) -> float | None:
+        """Seconds from the scheduled arrival to the picture."""
+        return self.finish - self.request.offset if self.status == "answered" else None
+
+    @property
+    def lag(self) -> float:
+        """Seconds that the client was late to send it."""
+        return self.attempts[0].began - self.request.offset if self.attempts else 0.0
+
+    @property
+    def on_time(self) -> bool:
+        """Answered with a picture, within the deadline if it has one."""
+        deadline = self.request.deadline
+        return self.latency is not None and (deadline is None or self.latency <= deadline)
+
+
+@contextlib.asynccontextmanager
+async def connect(
+    url: str, seconds: float, transport: httpx.AsyncBaseTransport | None = None
+) -> AsyncIterator[httpx.AsyncClient]:
+    """A client with a connection for each request, as of many users, that gives up after `seconds`."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    headers = {"Content-Type": "application/json"}
+    async with httpx.AsyncClient(
+        base_url=url, timeout=seconds, limits=limits, headers=headers, transport=transport, trust_env=False
+    ) as client:
+        yield client
+
+
+async def send(client: httpx.AsyncClient, body: bytes, start: float) -> Attempt:
+    """Post a body, and say what came of it."""
+    began = time.perf_counter()
+    code, retry_after = "", None
+    status: Status = "failed"
+    try:
+        response = await client.post(PATH, content=body)
+    except httpx.TransportError as error:
+        code = type(error).__name__
+    else:
+        if response.status_code == 200:
+            status = "answered" if PICTURE in response.content else "failed"
+            code = "" if status == "answered" else "HTTP 200 without a picture"
+        else:
+            code = _code(response)
+            if response.status_code == 429:
+                status = "refused"
+                retry_after = float(response.headers["Retry-After"]) if "Retry-After" in response.headers else None
+            elif response.status_code == 504:
+                status = "missed"
+            else:
+                code = f"HTTP {response.status_code} {code}"
+    return Attempt(status, began - start, time.perf_counter() - began, code, retry_after)
+
+
+async def offer(
+    client: httpx.AsyncClient,
+    requests: Sequence[Request],
+    check: Callable[[], None],
+    *,
+    drain: float,
+    returns: int = 0,
+) -> list[Outcome]:
+    """Send each request when it is due, whatever came of the others, and wait for the answers.
+
+    Args:
+        check: raises if the server is no longer there.
+        drain: seconds after the last arrival; what has no answer then is cut off, and stays unfinished.
+        returns: how often a client who is refused waits as it is told and sends the same body again.
+    """
+    outcomes = [Outcome(request) for request in requests]
+    pending: set[asyncio.Task[None]] = set()
+    start = time.perf_counter()
+    try:
+        for outcome in outcomes:
+            while (wait := start + outcome.request.offset - time.perf_counter()) > 0:
+                await asyncio.sleep(min(wait, CHECK_SECONDS))
+                check()
+            pending.add(asyncio.create_task(_visit(client, outcome, start, returns)))
+        until = time.perf_counter() + drain
+        while pending and time.perf_counter() < until:
+            done, pending = await asyncio.wait(pending, timeout=CHECK_SECONDS)
+            for task in done:
+                task.result()
+            check()
+    finally:
+        await _cancel(pending)
+    return outcomes
+
+
+async def saturate(
+    client: httpx.AsyncClient,
+    requests: Iterator[Request],
+    check: Callable[[], None],
+    *,
+    clients: int,
+    ramp: float,
+    seconds: float,
+) -> float:
+    """Answers per second while so many clients each send their next request when the last is answered, from `ramp` seconds on.
+
+    Raises BenchmarkError if a request is not answered with a picture.
+    """
+    start = time.perf_counter()
+    finished: list[float] = []
+
+    async def work() -> None:
+        for request in requests:
+            attempt = await send(client, request.body, start)
+            require(attempt)
+            finished.append(attempt.began + attempt.seconds)
+
+    pending = {asyncio.create_task(work()) for _ in range(clients)}
+    try:
+        while time.perf_counter() < start + ramp + seconds:
+            done, _ = await asyncio.wait(pending, timeout=min(CHECK_SECONDS, ramp + seconds))
+            check()
+            for task in done:
+                task.result()
+    finally:
+        await _cancel(pending)
+    return sum(ramp <= moment < ramp + seconds for moment in finished) / seconds
+
+
+def require(attempt: Attempt) -> None:
+    """Raise BenchmarkError unless the answer is a picture."""
+    if attempt.status != "answered":
+        raise BenchmarkError(f"a request that should be answered was {attempt.status}: {attempt.code}")
+
+
+async def _visit(client: httpx.AsyncClient, outcome: Outcome, start: float, returns: int) -> None:
+    for left in range(returns, -1, -1):
+        attempt = await send(client, outcome.request.body, start)
+        outcome.attempts.append(attempt)
+        if attempt.retry_after is None or not left:
+            break
+        await asyncio.sleep(attempt.retry_after)
+
+
+async def _cancel(tasks: set[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _code(response: httpx.Response) -> str:
+    try:
+        error = response.json()["error"]
+        return f"{error['code']} ({error['param']})" if error["param"] else str(error["code"])
+    except (ValueError, LookupError, TypeError):
+        return "with an unexpected body"

@@ -1,0 +1,112 @@
+"""The contestants: servers that differ in a setting, each in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+
+from benchmarks.serving.client import BenchmarkError
+
+ROOT = Path(__file__).resolve().parents[2]
+READY_SECONDS = 180
+STOP_SECONDS = 60
+LOG_LINES = 15
+
+DEFAULT = "aged"
+CONTESTANTS: dict[str, dict[str, str]] = {
+    DEFAULT: {"STEPWEAVE_BATCHING": "step"},
+    **{
+        name: {"STEPWEAVE_BATCHING": "step", "STEPWEAVE_POLICY": name} for name in ("fifo", "keyed_fifo", "round_robin")
+    },
+    **{name: {"STEPWEAVE_BATCHING": name} for name in ("request", "threads", "off")},
+}
+COMMON = {"STEPWEAVE_CPU_THREADS": "2", "OMP_WAIT_POLICY": "passive", "BENTOML_DO_NOT_TRACK": "True"}
+
+
+@dataclass
+class Served:
+    """A running server."""
+
+    name: str
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def check(self) -> None:
+        """Raise BenchmarkError, with the end of its log, if it has ended."""
+        status = self.process.poll()
+        if status is not None:
+            raise BenchmarkError(
+                f"the server of {self.name!r} has ended with status {status}; its log ends:\n{self._tail()}"
+            )
+
+    def wait_until_ready(self) -> None:
+        until = time.monotonic() + READY_SECONDS
+        while time.monotonic() < until:
+            self.check()
+            with contextlib.suppress(httpx.TransportError):
+                answer = httpx.get(f"{self.url}/readyz", trust_env=False)
+                if answer.status_code == 200:
+                    return
+                if answer.json().get("stage") == "failed":
+                    raise BenchmarkError(f"the server of {self.name!r} cannot start: {answer.text}")
+            time.sleep(0.2)
+        raise BenchmarkError(
+            f"the server of {self.name!r} is not ready after {READY_SECONDS} s; its log ends:\n{self._tail()}"
+        )
+
+    def stop(self) -> None:
+        """SIGTERM to the server; what is still there later is killed, its worker too, which has a group of its own."""
+        if self.process.poll() is not None:
+            return
+        family = [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(STOP_SECONDS)
+        finally:
+            for one in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+            self.process.wait()
+
+    def _tail(self) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+
+
+@contextlib.contextmanager
+def serve(name: str, settings: dict[str, str], logs: Path) -> Iterator[Served]:
+    """`bentoml serve service.py` on a free loopback port, ready for work; ends with the block."""
+    logs.mkdir(parents=True, exist_ok=True)
+    log = logs / f"{name}.log"
+    port = _free_port()
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("STEPWEAVE_")}
+    bentoml = str(Path(sys.executable).with_name("bentoml"))
+    command = [bentoml, "serve", "service.py", "--host", "127.0.0.1", "--port", str(port)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment | COMMON | settings, stdout=output, stderr=subprocess.STDOUT
+        )  # fmt: skip
+    server = Served(name, f"http://127.0.0.1:{port}", process, log)
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.stop()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

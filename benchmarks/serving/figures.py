@@ -1,0 +1,174 @@
+"""What the outcomes say: figures of a run, medians over seeds, ratios paired by seed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import get_args
+
+import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.serving.client import Attempt, Outcome, Status
+from benchmarks.serving.mix import Kind
+
+SLOW = 3  # times the seconds that a request takes alone
+PERCENTILES = (50, 95, 99)
+ETA = "stepweave_eta_error_seconds"
+Value = float | None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of some values and their extremes."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Iterable[Value]) -> Spread | None:
+        """None where there are no values."""
+        known = [value for value in values if value is not None]
+        return cls(float(np.median(known)), min(known), max(known)) if known else None
+
+    def __str__(self) -> str:
+        if self.low == self.high:
+            return short(self.median)
+        return f"{short(self.median)} ({short(self.low)} to {short(self.high)})"
+
+
+def short(value: float) -> str:
+    """Three figures."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def summarise(outcomes: Sequence[Outcome], solo: Mapping[Kind, float], seconds: float) -> dict[str, Value]:
+    """The figures of a run of `seconds`. Times are in seconds from the scheduled arrival, of what was answered with a picture.
+
+    Shares are of all requests, those of deadlines of the requests that have one, so that what is refused counts against a
+    contestant. Throughput is in answers per second, until the last one.
+    """
+    latencies = [outcome.latency for outcome in outcomes if outcome.latency is not None]
+    fast = [o.latency is not None and o.latency <= SLOW * solo[o.request.kind] for o in outcomes]
+    on_time = [outcome.on_time for outcome in outcomes if outcome.request.deadline is not None]
+    elapsed = max([seconds, *(outcome.finish for outcome in outcomes if outcome.attempts)])
+    counts = Counter(outcome.status for outcome in outcomes)
+    return {
+        "sent": len(outcomes),
+        **latency_figures(latencies),
+        "within 3x solo": share(fast),
+        "deadline hits": share(on_time),
+        **{status: counts[status] / len(outcomes) if outcomes else None for status in get_args(Status)},
+        "throughput": len(latencies) / elapsed,
+        "late sending": max((outcome.lag for outcome in outcomes), default=None),
+    }
+
+
+def latency_figures(latencies: Sequence[float]) -> dict[str, Value]:
+    if not latencies:
+        return {"mean": None, **{f"p{percentile}": None for percentile in PERCENTILES}}
+    found = np.percentile(latencies, PERCENTILES).tolist()
+    return {
+        "mean": float(np.mean(latencies)),
+        **{f"p{percentile}": value for percentile, value in zip(PERCENTILES, found, strict=True)},
+    }
+
+
+def share(flags: Sequence[bool]) -> Value:
+    return sum(flags) / len(flags) if flags else None
+
+
+def over_seeds(runs: Sequence[Mapping[str, Value]], figure: str) -> Spread | None:
+    return Spread.of(run[figure] for run in runs)
+
+
+def ratios(above: Sequence[Mapping[str, Value]], below: Sequence[Mapping[str, Value]], figure: str) -> Spread | None:
+    """`above` over `below`, run by run: the runs are of the same seeds in the same order, and so of the same requests."""
+    pairs = [(one[figure], other[figure]) for one, other in zip(above, below, strict=True)]
+    return Spread.of(one / other for one, other in pairs if one is not None and other)
+
+
+# Overload
+
+
+def over_time(
+    outcomes: Sequence[Outcome], seconds: float, width: float, capacity: float
+) -> list[dict[str, float | str | None]]:
+    """Per `width` seconds: arrivals, goodput (pictures on time, of capacity) and refusals per second, and the longest wait."""
+    rows: list[dict[str, float | str | None]] = []
+    attempts = [attempt for outcome in outcomes for attempt in outcome.attempts]
+    for first in np.arange(0, seconds, width).tolist():
+        last = min(first + width, seconds)
+        answered = [o for o in outcomes if o.status == "answered" and first <= o.finish < last]
+        refused = [a for a in attempts if a.status == "refused" and first <= a.began + a.seconds < last]
+        waits = [outcome.attempts[-1].seconds for outcome in answered]
+        rows.append(
+            {
+                "seconds": f"{first:.0f} to {last:.0f}",
+                "sent / capacity": sum(first <= a.began < last for a in attempts) / (last - first) / capacity,
+                "goodput / capacity": sum(outcome.on_time for outcome in answered) / (last - first) / capacity,
+                "refused / capacity": len(refused) / (last - first) / capacity,
+                "longest wait s": max(waits, default=None),
+            }
+        )
+    return rows
+
+
+def refusals(outcomes: Iterable[Outcome]) -> list[Attempt]:
+    return [attempt for outcome in outcomes for attempt in outcome.attempts if attempt.status == "refused"]
+
+
+def returned(outcomes: Iterable[Outcome], code: str, returns: int) -> dict[str, float | str | Spread | None]:
+    """Of the clients first refused with `code`: how many got a picture in the end, having come back as they were told."""
+    clients = [o for o in outcomes if o.attempts and o.attempts[0].status == "refused" and o.attempts[0].code == code]
+    succeeded = [outcome for outcome in clients if outcome.status == "answered"]
+    return {
+        "refused with": code,
+        "clients": len(clients),
+        "told to wait s": Spread.of(o.attempts[0].retry_after for o in clients),
+        **{
+            f"succeeded by return {n}": share([o.status == "answered" and len(o.attempts) <= n + 1 for o in clients])
+            for n in range(1, returns + 1)
+        },
+        "seconds in all": Spread.of(outcome.latency for outcome in succeeded),
+    }
+
+
+# How far the server's own forecast was off, from its metrics
+
+
+def eta_counts(exposition: str) -> Counter[float | str]:
+    """The histogram of the error as counted so far: by upper bound, and `sum` and `count`. Empty where there is none."""
+    counts: Counter[float | str] = Counter()
+    for family in text_string_to_metric_families(exposition):
+        for sample in family.samples if family.name == ETA else ():
+            match sample.name.removeprefix(f"{ETA}_"):
+                case "bucket":
+                    counts[float(sample.labels["le"])] += sample.value  # type: ignore[assignment]
+                case "sum" | "count" as name:
+                    counts[name] += sample.value  # type: ignore[assignment]
+    return counts
+
+
+def eta_figures(before: Mapping[float | str, float], after: Mapping[float | str, float]) -> dict[str, Value]:
+    """Mean, median and 95th percentile of the error of the jobs between two scrapes, in seconds, interpolated in its bucket."""
+    counts = {key: value - before.get(key, 0) for key, value in after.items()}
+    total = counts.get("count", 0)
+    if not total:
+        return {}
+    buckets = sorted((bound, count) for bound, count in counts.items() if isinstance(bound, float))
+    return {
+        "jobs": total,
+        "mean error s": counts["sum"] / total,
+        **{f"p{percentile} s": _quantile(buckets, percentile / 100 * total) for percentile in (50, 95)},
+    }
+
+
+def _quantile(buckets: Sequence[tuple[float, float]], rank: float) -> float:
+    for (low, below), (high, count) in pairwise([(min(0.0, buckets[0][0]), 0.0), *buckets]):
+        if count >= rank:
+            return low if np.isinf(high) or count == below else low + (high - low) * (rank - below) / (count - below)
+    return buckets[-1][0]

@@ -1,0 +1,126 @@
+"""What comes before the parts: warm-up, the seconds of each kind alone, the capacity."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import httpx
+
+from benchmarks.serving.client import BenchmarkError, offer, require, saturate, send
+from benchmarks.serving.figures import Spread
+from benchmarks.serving.mix import KINDS, SIZES, Kind, endless, of_kind
+from benchmarks.serving.report import Report, Row, Table, progress
+
+BURST = 12  # requests at once, to warm up; fewer than the queue of the overloaded server holds
+BURSTS = 4  # at most
+WARM_UP_SECONDS = 120  # for a burst
+CLIENTS = 24  # of the closed loop: more than the largest shared step holds
+WARM_UP_SEED, SOLO_SEED, CAPACITY_SEED = 10_000, 20_000, 30_000
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured; times in seconds."""
+
+    loads: tuple[float, ...]
+    seeds: tuple[int, ...]
+    seconds: float  # of a run
+    deadlines: float  # share of requests that have one
+    overload_seconds: float = 60
+    trace_seconds: float = 45
+    ramp: float = 10  # until a closed loop is steady
+    capacity_seconds: float = 40
+    solo_repeats: int = 3
+    drain: float = 60
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A running server: its client, and what raises if it is no longer there."""
+
+    name: str
+    client: httpx.AsyncClient
+    check: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What was measured first: seconds of each kind alone, and requests of the mix per second."""
+
+    solo: Mapping[Kind, float]
+    capacity: float
+
+
+async def warm_up(contestant: Contestant) -> None:
+    """Each size alone, then bursts of both, until what may be shared is certified and timed."""
+    requests = endless(WARM_UP_SEED)
+    for size in SIZES:
+        alone = next(request for request in requests if request.kind.size == size)
+        require(await send(contestant.client, alone.body, 0))
+    for _ in range(BURSTS):
+        sizes = [SIZES[i * len(SIZES) // BURST] for i in range(BURST)]
+        drawn = [next(request for request in requests if request.kind.size == size) for size in sizes]
+        burst = [dataclasses.replace(request, offset=0) for request in drawn]
+        for outcome in await offer(contestant.client, burst, contestant.check, drain=WARM_UP_SECONDS):
+            if not outcome.attempts:
+                raise BenchmarkError(f"{contestant.name} did not answer in {WARM_UP_SECONDS} s")
+            require(outcome.attempts[-1])
+        unproven = await _unproven(contestant)
+        if not unproven:
+            return
+    progress(f"{contestant.name}: not certified after {BURSTS} bursts: {', '.join(unproven)}")
+
+
+async def measure_first(contestant: Contestant, scale: Scale, report: Report) -> Known:
+    """Seconds of each kind alone, and the capacity, of the default contestant."""
+    solo: dict[Kind, float] = {}
+    rows: list[Row] = []
+    for kind in KINDS:
+        taken = []
+        for request in itertools.islice(of_kind(kind, SOLO_SEED), scale.solo_repeats):
+            attempt = await send(contestant.client, request.body, 0)
+            contestant.check()
+            require(attempt)
+            taken.append(attempt.seconds)
+        spread = Spread.of(taken)
+        assert spread is not None
+        solo[kind] = spread.median
+        rows.append({"kind": str(kind), "seconds alone": spread})
+    rate = await saturate(
+        contestant.client,
+        endless(CAPACITY_SEED),
+        contestant.check,
+        clients=CLIENTS,
+        ramp=scale.ramp,
+        seconds=scale.capacity_seconds,
+    )
+    if not rate:
+        raise BenchmarkError(f"no answer in {scale.capacity_seconds:g} s of the closed loop: measure for longer")
+    mean = sum(solo.values()) / len(solo)
+    capacity: Row = {
+        "requests per second": rate,
+        "one at a time (1 / mean seconds alone)": 1 / mean,
+        "ratio": rate * mean,
+    }
+    report.add(
+        "first",
+        [
+            Table(f"Each kind alone, `{contestant.name}`: the median of {scale.solo_repeats} (and extremes).", rows),
+            Table(
+                f"Capacity for the mix, `{contestant.name}`: {CLIENTS} clients who each wait for their answer, over "
+                f"{scale.capacity_seconds:g} s.",
+                [capacity],
+            ),
+        ],
+    )
+    return Known(solo, rate)
+
+
+async def _unproven(contestant: Contestant) -> list[str]:
+    """The calls whose certificates are not granted, by module and sample."""
+    response = await contestant.client.get("/v1/models")
+    certificates = response.raise_for_status().json()["data"][0]["stepweave"]["certificates"]
+    return [f"{one['call']} {one['sample']} {one['state']}" for one in certificates if one["state"] != "certified"]

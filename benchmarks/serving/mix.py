@@ -1,0 +1,92 @@
+"""What is sent and when: the same arguments give the same requests, whoever answers them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from benchmarks.locust.schedule import Arrival, schedule
+
+SIZES = (
+    "64x64",
+    "128x128",
+)  # of the embedded model: the first is its own, a step of the other takes about twice as long
+STEPS = (4, 12, 30)
+DEADLINE = 4  # times the seconds that a request takes alone
+COPIES = 4  # of each kind in a deck
+PICTURE = b"/9j/"  # the first bytes of every JPEG file, in base64
+ENDLESS_RATE = 1000
+
+
+class Kind(NamedTuple):
+    """What decides how long a request takes."""
+
+    size: str
+    steps: int
+
+    def __str__(self) -> str:
+        return f"{self.size}, {self.steps} steps"
+
+
+KINDS = tuple(Kind(size, steps) for size in SIZES for steps in STEPS)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request: `offset` in seconds from the start of its run, `deadline` in seconds from its arrival."""
+
+    offset: float
+    kind: Kind
+    deadline: float | None
+    body: bytes
+
+
+def poisson(rate: float, seconds: float, seed: int, solo: Mapping[Kind, float], share: float) -> list[Request]:
+    """Requests that arrive at `rate` per second. A `share` of them has a deadline, a multiple of what its kind takes alone.
+
+    Kinds are dealt from shuffled decks that hold each kind equally often: drawn one by one, the work of a short run would be
+    far from what its rate says.
+    """
+    (stage,) = schedule([rate], seconds, seed, SIZES, STEPS)
+    rng = random.Random(f"deadlines {seed}")
+    return [
+        _request(arrival, kind, DEADLINE * solo[kind] if rng.random() < share else None)
+        for arrival, kind in zip(stage.arrivals, _deal(seed), strict=False)
+    ]
+
+
+def endless(seed: int) -> Iterator[Request]:
+    """Requests of the mix without deadlines, for clients who wait for their answers."""
+    for number in itertools.count(seed):
+        yield from poisson(ENDLESS_RATE, 1, number, {}, 0)
+
+
+def of_kind(kind: Kind, seed: int) -> Iterator[Request]:
+    return (request for request in endless(seed) if request.kind == kind)
+
+
+def _deal(seed: int) -> Iterator[Kind]:
+    rng = random.Random(f"kinds {seed}")
+    while True:
+        deck = list(KINDS) * COPIES
+        rng.shuffle(deck)
+        yield from deck
+
+
+def _request(arrival: Arrival, kind: Kind, deadline: float | None) -> Request:
+    body = {
+        **arrival.body,
+        "size": kind.size,
+        "num_inference_steps": kind.steps,
+        "output_format": "jpeg",  # small: the client shares the server's cores
+    }
+    if deadline is not None:
+        milliseconds = math.ceil(1000 * deadline)
+        body["deadline_ms"] = milliseconds
+        deadline = milliseconds / 1000
+    return Request(arrival.offset, kind, deadline, json.dumps(body).encode())

@@ -1,0 +1,181 @@
+"""The parts of the benchmark, each a coroutine that adds its tables to the report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.serving import figures
+from benchmarks.serving.client import Outcome, offer
+from benchmarks.serving.figures import Value
+from benchmarks.serving.first import Contestant, Known, Scale
+from benchmarks.serving.mix import DEADLINE, poisson
+from benchmarks.serving.report import Report, Row, Table, progress, write_array
+
+SHOWN = ("mean", "p50", "p95", "p99", "within 3x solo", "deadline hits", "refused", "missed", "failed", "throughput")
+COMPARED = ("mean", "p50", "p95", "p99", "throughput")
+OVERLOAD = 1.5  # of capacity
+RETURNS = 2  # how often a refused client comes back, as the OpenAI client does
+TRACE_LOAD = 0.8
+OVERLOAD_SEED, TRACE_SEED = 40_000, 50_000
+
+
+async def policies(contestants: Sequence[Contestant], scale: Scale, known: Known, report: Report) -> None:
+    """Every contestant in turn, for each seed and load, on the very same requests."""
+    runs: dict[tuple[float, str], list[dict[str, Value]]] = {}
+    etas: dict[tuple[float, str], Counter[float | str]] = {}
+    for number, seed in enumerate(scale.seeds):
+        for load in scale.loads:
+            requests = poisson(load * known.capacity, scale.seconds, seed, known.solo, scale.deadlines)
+            # who is first changes from seed to seed
+            for contestant in [*contestants[number % len(contestants) :], *contestants[: number % len(contestants)]]:
+                before = await _eta(contestant)
+                outcomes = await offer(contestant.client, requests, contestant.check, drain=scale.drain)
+                after = await _eta(contestant)
+                figures_of_run = figures.summarise(outcomes, known.solo, scale.seconds)
+                runs.setdefault((load, contestant.name), []).append(figures_of_run)
+                difference = Counter({key: value - before[key] for key, value in after.items()})
+                etas.setdefault((load, contestant.name), Counter()).update(difference)
+                report.record(
+                    [_traced(o) for o in outcomes], part="policies", load=load, seed=seed, contestant=contestant.name
+                )
+                mean = figures_of_run["mean"]
+                progress(
+                    f"seed {seed}, load {load:.0%}, {contestant.name}: {len(outcomes)} sent, mean {mean or 0:.2f} s"
+                )
+                _warn(contestant, outcomes)
+    names = [contestant.name for contestant in contestants]
+    tables = [
+        table
+        for load in scale.loads
+        for table in (
+            Table(
+                f"Load {load:.0%} of capacity, {load * known.capacity:.3g} requests per second for {scale.seconds:g} s, "
+                f"{len(scale.seeds)} seeds: medians (and extremes) over the seeds. Seconds from the scheduled arrival, of "
+                f"what was answered; shares of all requests; {scale.deadlines:.0%} of them have a deadline of {DEADLINE}x "
+                "what their kind takes alone.",
+                [
+                    {"contestant": name, **{one: figures.over_seeds(runs[load, name], one) for one in SHOWN}}
+                    for name in names
+                ],
+            ),
+            Table(
+                f"Load {load:.0%}: over `{names[0]}`, seed by seed.",
+                [
+                    {
+                        "ratio": f"{name} / {names[0]}",
+                        **{one: figures.ratios(runs[load, name], runs[load, names[0]], one) for one in COMPARED},
+                    }
+                    for name in names[1:]
+                ],
+            ),
+        )
+    ]
+    forecasts: list[Row] = [
+        {"contestant": name, "load": f"{load:.0%}", **found}
+        for (load, name), counts in etas.items()
+        if (found := figures.eta_figures({}, counts))
+    ]
+    tables.append(Table(f"Forecasts of the finish against what came (`{figures.ETA}`).", forecasts))
+    report.add(
+        "policies", tables, [{"load": load, "contestant": name, "runs": of} for (load, name), of in runs.items()]
+    )
+
+
+async def overload(contestant: Contestant, scale: Scale, known: Known, report: Report) -> None:
+    """More than the server can do: first clients who are refused leave, then they come back as told."""
+    seconds = scale.overload_seconds
+    tables = []
+    totals: list[Row] = []
+    for returns in (0, RETURNS):
+        requests = poisson(OVERLOAD * known.capacity, seconds, OVERLOAD_SEED, known.solo, scale.deadlines)
+        outcomes = await offer(contestant.client, requests, contestant.check, drain=2 * scale.drain, returns=returns)
+        report.record([_traced(o) for o in outcomes], part="overload", returns=returns)
+        _warn(contestant, outcomes)
+        who = f"come back as told, at most {returns} times" if returns else "leave"
+        tables.append(
+            Table(
+                f"Clients who are refused {who}.",
+                figures.over_time(outcomes, seconds, seconds / 6, known.capacity),
+            )
+        )
+        refusals = figures.refusals(outcomes)
+        answered = [outcome for outcome in outcomes if outcome.status == "answered"]
+        milliseconds = [1000 * attempt.seconds for attempt in refusals]
+        totals.append(
+            {
+                "refused clients": who,
+                "sent": len(outcomes),
+                "answered": figures.share([outcome.status == "answered" for outcome in outcomes]),
+                "missed": figures.share([outcome.status == "missed" for outcome in outcomes]),
+                "failed or unfinished": figures.share([o.status in ("failed", "unfinished") for o in outcomes]),
+                "goodput / capacity": sum(o.on_time and o.finish < seconds for o in outcomes)
+                / seconds
+                / known.capacity,
+                "longest wait s": max((outcome.attempts[-1].seconds for outcome in answered), default=None),
+                "refusals": len(refusals),
+                "refusal ms, p50": figures.latency_figures(milliseconds)["p50"],
+                "p99": figures.latency_figures(milliseconds)["p99"],
+            }
+        )
+        if returns:
+            codes = Counter(o.attempts[0].code for o in outcomes if o.attempts and o.attempts[0].status == "refused")
+            tables.append(
+                Table(
+                    "Clients who came back, by what they were first refused with. One who has a deadline has it anew.",
+                    [figures.returned(outcomes, code, returns) for code in sorted(codes)],
+                )
+            )
+    about = (
+        f"{OVERLOAD:.0%} of capacity for {seconds:g} s, `{contestant.name}`. Goodput: pictures within the deadline, if there is "
+        "one. Waits are from the last sending to the picture."
+    )
+    report.add("overload", [Table(about, totals), *tables])
+
+
+async def trace(contestant: Contestant, scale: Scale, known: Known, report: Report, path: Path) -> None:
+    """One run, written so that the simulator can be given the same arrivals."""
+    rate = TRACE_LOAD * known.capacity
+    requests = poisson(rate, scale.trace_seconds, TRACE_SEED, known.solo, scale.deadlines)
+    outcomes = await offer(contestant.client, requests, contestant.check, drain=scale.drain)
+    _warn(contestant, outcomes)
+    write_array(path, [_traced(outcome) for outcome in outcomes])
+    found = figures.summarise(outcomes, known.solo, scale.trace_seconds)
+    report.add(
+        "trace",
+        [
+            Table(
+                f"A recorded trace, {path.name}: load {TRACE_LOAD:.0%}, {scale.trace_seconds:g} s, `{contestant.name}`.",
+                [{"sent": len(outcomes), **{name: found[name] for name in SHOWN}}],
+            )
+        ],
+    )
+
+
+async def _eta(contestant: Contestant) -> Counter[float | str]:
+    response = await contestant.client.get("/metrics")
+    return figures.eta_counts(response.raise_for_status().text)
+
+
+def _warn(contestant: Contestant, outcomes: Sequence[Outcome]) -> None:
+    codes = Counter(outcome.attempts[-1].code for outcome in outcomes if outcome.status == "failed")
+    if unfinished := sum(outcome.status == "unfinished" for outcome in outcomes):
+        codes["no answer in time"] = unfinished
+    if codes:
+        progress(f"{contestant.name}: " + ", ".join(f"{code} x{count}" for code, count in codes.items()))
+
+
+def _traced(outcome: Outcome) -> dict[str, Any]:
+    """A request as `python -m benchmarks.simulate --trace` reads it, and what became of it."""
+    request = outcome.request
+    return {
+        "offset": round(request.offset, 6),
+        "size": request.kind.size,
+        "steps": request.kind.steps,
+        "deadline": request.deadline,
+        "priority": "normal",
+        "latency": outcome.latency and round(outcome.latency, 6),
+        "status": outcome.status,
+    }
