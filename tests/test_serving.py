@@ -68,12 +68,11 @@ class Fake:
 
 
 def exposition(count: int) -> str:
-    """A histogram in which all errors are between 1 and 2 seconds."""
+    """A histogram in which a quarter of the errors is between -1 and 1 second, the others between 1 and 2."""
     name = "stepweave_eta_error_seconds"
-    buckets = "".join(
-        f'{name}_bucket{{le="{bound}"}} {n}\n' for bound, n in (("1.0", 0), ("2.0", count), ("+Inf", count))
-    )
-    return f"# TYPE {name} histogram\n{buckets}{name}_sum {1.5 * count}\n{name}_count {count}\n"
+    counts = {"-1.0": 0, "1.0": count / 4, "2.0": count, "+Inf": count}
+    buckets = "".join(f'{name}_bucket{{le="{bound}"}} {n}\n' for bound, n in counts.items())
+    return f"# TYPE {name} histogram\n{buckets}{name}_count {count}\n"
 
 
 def picture(body: dict[str, Any], again: int) -> httpx.Response:
@@ -164,7 +163,7 @@ def test_every_contestant_is_sent_the_very_same_bodies(tmp_path: Path, capsys: p
     )
     assert [one["sent"] for one in runs[1.0, "aged"]] == [one["sent"] for one in runs[1.0, "fifo"]]
     forecasts = content["tables"][-1]["rows"]
-    assert [row["mean error s"] for row in forecasts] == [1.5] * 4
+    assert [row["within 1 s"] for row in forecasts] == [0.25] * 4
     assert sum(row["jobs"] for row in forecasts) == 2 * len(fakes["aged"].bodies)
     lines = [json.loads(line) for line in (tmp_path / "out.requests.jsonl").read_text().splitlines()]
     assert len(lines) == 2 * len(fakes["aged"].bodies)
@@ -370,12 +369,17 @@ def test_goodput_over_time_leaves_out_what_was_late() -> None:
 
 
 def test_the_error_of_forecasts_is_read_from_the_histogram() -> None:
-    before, after = eta_counts(exposition(10)), eta_counts(exposition(30))
-    assert eta_figures(before, after) == {"jobs": 20, "mean error s": 1.5, "p50 s": 1.5, "p95 s": pytest.approx(1.95)}
+    counts = Counter(eta_counts(exposition(40)))
+    counts.subtract(eta_counts(exposition(20)))
+    assert eta_figures(counts) == {
+        "jobs": 20, "p5 s": pytest.approx(-0.6), "p50 s": pytest.approx(4 / 3), "p95 s": pytest.approx(1 + 14 / 15),
+        "within 1 s": 0.25,
+    }  # fmt: skip
     assert eta_counts("# TYPE other gauge\nother 1\n") == {}
-    assert eta_figures({}, {}) == {} == eta_figures(before, before)
-    beyond = {1.0: 0.0, math.inf: 4.0, "sum": 8.0, "count": 4.0}
-    assert eta_figures({}, beyond)["p95 s"] == 1.0
+    assert eta_figures({}) == {} == eta_figures(eta_counts(exposition(0)))
+    assert eta_figures({-1.0: 4.0, 1.0: 4.0, math.inf: 8.0}) == {
+        "jobs": 8, "p5 s": -1, "p50 s": -1, "p95 s": 1, "within 1 s": 0
+    }  # fmt: skip
 
 
 # The command line, and what it needs

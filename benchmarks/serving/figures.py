@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from benchmarks.serving.mix import Kind
 SLOW = 3  # times the seconds that a request takes alone
 PERCENTILES = (50, 95, 99)
 ETA = "stepweave_eta_error_seconds"
+ETA_NEAR = 1.0  # seconds
 Value = float | None
 
 
@@ -140,35 +142,33 @@ def returned(outcomes: Iterable[Outcome], code: str, returns: int) -> dict[str, 
 # How far the server's own forecast was off, from its metrics
 
 
-def eta_counts(exposition: str) -> Counter[float | str]:
-    """The histogram of the error as counted so far: by upper bound, and `sum` and `count`. Empty where there is none."""
-    counts: Counter[float | str] = Counter()
+def eta_counts(exposition: str) -> Counter[float]:
+    """The histogram of the error as counted so far, by upper bound. Empty where there is none."""
+    counts: Counter[float] = Counter()
     for family in text_string_to_metric_families(exposition):
         for sample in family.samples if family.name == ETA else ():
-            match sample.name.removeprefix(f"{ETA}_"):
-                case "bucket":
-                    counts[float(sample.labels["le"])] += sample.value  # type: ignore[assignment]
-                case "sum" | "count" as name:
-                    counts[name] += sample.value  # type: ignore[assignment]
+            if sample.name == f"{ETA}_bucket":
+                counts[float(sample.labels["le"])] += sample.value  # type: ignore[assignment]
     return counts
 
 
-def eta_figures(before: Mapping[float | str, float], after: Mapping[float | str, float]) -> dict[str, Value]:
-    """Mean, median and 95th percentile of the error of the jobs between two scrapes, in seconds, interpolated in its bucket."""
-    counts = {key: value - before.get(key, 0) for key, value in after.items()}
-    total = counts.get("count", 0)
+def eta_figures(counts: Mapping[float, float]) -> dict[str, Value]:
+    """Percentiles of the error in seconds, interpolated in their buckets; below zero where a job ended earlier than forecast."""
+    total = counts.get(math.inf, 0)
     if not total:
         return {}
-    buckets = sorted((bound, count) for bound, count in counts.items() if isinstance(bound, float))
+    buckets = sorted(counts.items())
+    near = counts[ETA_NEAR] - counts[-ETA_NEAR] if {ETA_NEAR, -ETA_NEAR} <= counts.keys() else None
     return {
         "jobs": total,
-        "mean error s": counts["sum"] / total,
-        **{f"p{percentile} s": _quantile(buckets, percentile / 100 * total) for percentile in (50, 95)},
+        **{f"p{percentile} s": _quantile(buckets, percentile / 100 * total) for percentile in (5, 50, 95)},
+        f"within {ETA_NEAR:g} s": None if near is None else near / total,
     }
 
 
 def _quantile(buckets: Sequence[tuple[float, float]], rank: float) -> float:
+    """The outermost buckets have one bound each, which is returned for what lies in them."""
     for (low, below), (high, count) in pairwise([(min(0.0, buckets[0][0]), 0.0), *buckets]):
         if count >= rank:
-            return low if np.isinf(high) or count == below else low + (high - low) * (rank - below) / (count - below)
+            return low if math.isinf(high) else low + (high - low) * (rank - below) / (count - below)
     return buckets[-1][0]

@@ -25,7 +25,7 @@ OVERLOAD_SEED, TRACE_SEED = 40_000, 50_000
 async def policies(contestants: Sequence[Contestant], scale: Scale, known: Known, report: Report) -> None:
     """Every contestant in turn, for each seed and load, on the very same requests."""
     runs: dict[tuple[float, str], list[dict[str, Value]]] = {}
-    etas: dict[tuple[float, str], Counter[float | str]] = {}
+    etas: dict[tuple[float, str], Counter[float]] = {}
     for number, seed in enumerate(scale.seeds):
         for load in scale.loads:
             requests = poisson(load * known.capacity, scale.seconds, seed, known.solo, scale.deadlines)
@@ -76,7 +76,7 @@ async def policies(contestants: Sequence[Contestant], scale: Scale, known: Known
     forecasts: list[Row] = [
         {"contestant": name, "load": f"{load:.0%}", **found}
         for (load, name), counts in etas.items()
-        if (found := figures.eta_figures({}, counts))
+        if (found := figures.eta_figures(counts))
     ]
     tables.append(Table(f"Forecasts of the finish against what came (`{figures.ETA}`).", forecasts))
     report.add(
@@ -154,7 +154,7 @@ async def trace(contestant: Contestant, scale: Scale, known: Known, report: Repo
     )
 
 
-async def _eta(contestant: Contestant) -> Counter[float | str]:
+async def _eta(contestant: Contestant) -> Counter[float]:
     response = await contestant.client.get("/metrics")
     return figures.eta_counts(response.raise_for_status().text)
 
