@@ -45,7 +45,7 @@ from tests.toy import (
 Tensor = torch.Tensor
 
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
+pytestmark = pytest.mark.usefixtures("one_torch_thread", "every_row_pays")
 
 
 def refusals(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -26,6 +26,9 @@ from tests.toy import CLOSE, SECONDS, STEPS, Forward, Toy, call, fresh, honest, 
 SD15, SD3 = (tiny.FAMILIES[name] for name in ("stable_diffusion", "stable_diffusion_3"))
 
 
+pytestmark = pytest.mark.usefixtures("every_row_pays")
+
+
 def fits(rows: int, error: Callable[[], Exception] = torch.OutOfMemoryError) -> Forward:
     """A forward with room for so many rows."""
 
@@ -139,6 +142,21 @@ def test_a_reproducible_call_is_not_divided() -> None:
             whole.result(SECONDS)
 
 
+def decode_together(engine: StepEngine, family: tiny.Family) -> None:
+    """Two jobs that come to their ends in one step."""
+    gate = threading.Event()
+
+    def hold(*_: Any) -> dict[str, Any]:
+        assert gate.wait(SECONDS)
+        return {}
+
+    jobs = [engine.submit(**family.arguments("a ring", steps=1), callback_on_step_end=hold)]
+    jobs += [engine.submit(**family.arguments("a cross", seed=i)) for i in range(2)]
+    gate.set()
+    for job in jobs:
+        job.result(SECONDS)
+
+
 def test_pictures_of_one_request_are_decoded_within_the_bound() -> None:
     kwargs = SD3.arguments("a red circle", seed=3) | {"num_images_per_prompt": 5}
     expected = SD3.build()(**kwargs).images
@@ -147,8 +165,7 @@ def test_pictures_of_one_request_are_decoded_within_the_bound() -> None:
     decode = pipeline.vae.decode
     pipeline.vae.decode = lambda z, **kwargs: (most.append(len(z)), decode(z, **kwargs))[1]
     with StepEngine(pipeline, max_decode_rows=2) as engine:
-        for job in [engine.submit(**SD3.arguments("a cross", seed=i)) for i in range(2)]:
-            job.result(SECONDS)
+        decode_together(engine, SD3)
         most.clear()
         images = (
             engine.submit(**SD3.arguments("a red circle", seed=3) | {"num_images_per_prompt": 5}).result(SECONDS).images
@@ -164,8 +181,7 @@ def test_more_pictures_than_the_autoencoder_decodes_at_a_time(family: tiny.Famil
     many = {"num_images_per_prompt": 5}
     expected = family.build()(**family.arguments("a red circle", seed=3) | many).images
     with StepEngine(family.build()) as engine:
-        for job in [engine.submit(**family.arguments("a cross", seed=i)) for i in range(2)]:
-            job.result(SECONDS)
+        decode_together(engine, family)
         images = engine.submit(**family.arguments("a red circle", seed=3) | many).result(SECONDS).images
         assert engine.stats().divided == 1
     assert abs(images - expected).max() <= 1e-4

@@ -104,7 +104,7 @@ def table() -> Iterator[None]:
     print(f"\n\n{'jobs':18}{'family':28}{'module':20}{'calls':>6}{'merged':>8}", *TABLE, sep="\n")  # noqa: T201
 
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
+pytestmark = pytest.mark.usefixtures("one_torch_thread", "every_row_pays")
 
 
 # Requests, and what plain calls make of them

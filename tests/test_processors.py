@@ -22,6 +22,8 @@ from tests.toy import CLOSE, SECONDS, honest
 
 STEPS = 8
 
+pytestmark = pytest.mark.usefixtures("every_row_pays")
+
 
 class Plain:
     def __call__(self, x: Tensor) -> Tensor:

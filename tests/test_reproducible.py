@@ -45,7 +45,7 @@ some_family = pytest.mark.parametrize(
 other_mode = pytest.mark.parametrize("mode", ["request", "threads", "off"])
 
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
+pytestmark = pytest.mark.usefixtures("one_torch_thread", "every_row_pays")
 
 
 @dataclass(frozen=True)

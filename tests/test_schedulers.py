@@ -29,7 +29,7 @@ SEEDED: dict[str, dict[str, Any]] = {"DPMSolverSDEScheduler": {"noise_sampler_se
 SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 pytestmark = [
-    pytest.mark.usefixtures("one_torch_thread"),
+    pytest.mark.usefixtures("one_torch_thread", "every_row_pays"),
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning"),  # DEIS, of tensors
     pytest.mark.filterwarnings("ignore:Should have t:UserWarning"),  # torchsde, of times that it rounds itself
 ]

@@ -46,7 +46,7 @@ SD3, FLUX = tiny.FAMILIES["stable_diffusion_3"], tiny.FAMILIES["flux"]
 every_mode = pytest.mark.parametrize("mode", get_args(Mode))
 
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
+pytestmark = pytest.mark.usefixtures("one_torch_thread", "every_row_pays")
 
 
 @pytest.fixture(scope="module")
@@ -738,7 +738,7 @@ def test_two_hundred_jobs_start_in_order_of_arrival_and_all_are_right(mode: Mode
     def arguments(i: int) -> dict[str, Any]:
         return seeded(i, num_inference_steps=1 + i % 3)
 
-    with StepEngine(pipeline, mode=mode, max_jobs=4, threads=4) as engine:
+    with StepEngine(pipeline, mode=mode, max_jobs=4, threads=4, policy="keyed_fifo") as engine:
         with held(engine, **seeded()):
             jobs = [engine.submit(**arguments(i), callback_on_step_end=note(i)) for i in range(200)]
         for i, job in enumerate(jobs):
@@ -1658,7 +1658,7 @@ def test_among_equals_the_oldest_goes_first_and_none_starves() -> None:
             assert job.exception(SECONDS) is None
             ends.append(job.finished)
     order = sorted(range(9), key=lambda i: ends[i])  # type: ignore[arg-type, return-value]
-    assert all(abs(place - i) <= 2 for place, i in enumerate(order)), order
+    assert all(abs(place - i) <= 2 for place, i in enumerate(order)), str(order)
 
 
 # --- mode `request` ---

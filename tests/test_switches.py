@@ -27,6 +27,8 @@ from stepweave.server import Server
 from tests.conftest import InProcess, serve
 from tests.tiny import FAMILIES, Family
 
+pytestmark = pytest.mark.usefixtures("every_row_pays")
+
 CPU = torch.device("cpu")
 SECONDS = 120.0
 TOLERANCE = 1e-4

@@ -176,7 +176,7 @@ def serve(forward: Forward, *rounds: Sequence[Call], anew: Rounds | None = None,
     plain = Toy(module(forward))
     for calls in anew() if anew else rounds:
         expected += [plain(**fresh(one)) for one in calls]
-    with StepEngine(Toy(module(forward)), **options) as engine:
+    with StepEngine(Toy(module(forward)), knee=False, **options) as engine:
         for calls in anew() if anew else rounds:
             results += [job.result(SECONDS) for job in submit_together(engine, [fresh(one) for one in calls])]
     return Served(results, expected, engine.stats())

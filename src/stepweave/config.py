@@ -90,6 +90,14 @@ class Settings(BaseSettings):
         le=100_000,
         description="Requests that may wait for the one being served, or share its steps; one more is refused with 429.",
     )
+    max_wait: float = Field(
+        600, gt=0, description="Seconds that a request may have to wait, as predicted; else it is refused with 429."
+    )
+    policy: Literal["aged", "fifo", "keyed_fifo", "round_robin"] = Field(
+        "aged",
+        description="Which step runs next: `aged` by class, deadline and aged remaining work; `fifo`, `keyed_fifo` and "
+        "`round_robin` are for comparison.",
+    )
     max_images: int = Field(8, ge=1, le=64, description="Largest `n` of a request.")
     max_steps: int = Field(200, ge=1, le=10_000, description="Largest `num_inference_steps` of a request.")
     max_pixels: int = Field(2048 * 2048, ge=64 * 64, description="Largest width times height of a picture.")

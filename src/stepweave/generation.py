@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 
+PriorityName = Literal["low", "normal", "high"]
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON client reads exactly
 
 

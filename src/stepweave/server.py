@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stepweave.admission import Admission
 from stepweave.config import Settings
 from stepweave.errors import (
+    DeadlineExceeded,
     InvalidRequest,
     LoadError,
     NotFound,
@@ -25,6 +25,7 @@ from stepweave.errors import (
 )
 from stepweave.generation import Generation, Timings
 from stepweave.images.encode import MAX_SIDES, OutputFormat, encode
+from stepweave.scheduling.admission import Admission
 from stepweave.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class Server:
         self.engine: StepEngine | None = None
         self._admission: Admission | None = None
         self.metrics = Metrics(
+            refused=lambda: self._admission.refused if self._admission else {},
             in_flight=lambda: self._admission.in_flight if self._admission else 0,
             waiting=lambda: self.engine.waiting if self.engine else 0,
             engine=lambda: self.engine.stats() if self.engine else None,
@@ -138,7 +140,11 @@ class Server:
             self._fail(f"starting failed with {type(error).__name__}; the log has the details")
         else:
             served_at_once = self.settings.threads if self.settings.batching == "threads" else 1
-            self._admission = Admission(served_at_once + self.settings.max_queue, engine.interval)
+            self._admission = Admission(
+                served_at_once + self.settings.max_queue,
+                lambda: engine.backlog() or None,
+                max_wait=self.settings.max_wait,
+            )
             self.engine = engine
             try:
                 self._enter("ready", 1.0, f"{model.id} on {device}, {threads} CPU threads")
@@ -156,6 +162,8 @@ class Server:
             max_jobs=settings.max_jobs,
             threads=settings.threads,
             cache_bytes=settings.encoder_cache_bytes,
+            policy=settings.policy,
+            on_step=self.metrics.step,
         )
 
     def _enter(self, stage: str, progress: float, message: str) -> None:
@@ -189,7 +197,7 @@ class Server:
     ) -> tuple[Generation, list[PictureFile]]:
         """Serve one generation of n pictures. Cancelling the awaiting task cancels the job.
 
-        Raises NotFound if `model` is given and not the one served, Refused if too many requests are in flight, and what
+        Raises NotFound if `model` is given and not the one served, Refused if admission does not let it in, and what
         `ServedModel.resolve` and the job raise.
         """
         began = time.monotonic()
@@ -217,17 +225,25 @@ class Server:
                 param="size",
             )
         assert self._admission is not None
-        self._admission.enter()
+        call = served.call(parameters)
+        deadline = None if request.deadline_ms is None else request.deadline_ms / 1000 - (time.monotonic() - began)
+        options: dict[str, Any] = {"priority": request.priority, "deadline": deadline}
+        expected = self._admission.enter(request.model_dump_json(), lambda: engine.outlook(**call, **options), deadline)
+        due = None if expected is None else time.monotonic() + expected.finish
         try:
-            job = engine.submit(**served.call(parameters), reproducible=parameters.reproducible)
+            job = engine.submit(**call, **options, reproducible=parameters.reproducible)
             try:
                 output = await job
+            except DeadlineExceeded:
+                self.metrics.deadline_missed.inc()
+                raise
             except (RequestError, OutOfMemory):
                 raise
             except Exception as error:
                 logger.exception("a job failed: %r, %s", job, _without_prompts(parameters.of_image(0)))
                 failure = f"The generation failed ({type(error).__name__})."
                 raise StepweaveError(failure, code="generation_failed") from error
+            self.metrics.generated(job, due)
             generation = Generation(parameters, output.images, timings_of(job), job.warnings)
             files = await self._encode(generation, request.output_format, served.id)
         finally:
@@ -252,12 +268,12 @@ class Server:
 
 def timings_of(job: Job) -> Timings:
     """Where a finished job's seconds went."""
-    assert job.started is not None and job.finished is not None
-    opened = job.opened or job.started
+    assert job.begun is not None and job.finished is not None
+    opened = job.opened or job.begun
     stepped = job.stepped or opened
     return Timings(
-        queued=job.started - job.accepted,
-        encode=opened - job.started,
+        queued=job.begun - job.accepted,
+        encode=max(0.0, opened - job.begun),
         denoise=stepped - opened,
         decode=job.finished - stepped,
     )

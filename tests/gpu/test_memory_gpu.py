@@ -51,7 +51,7 @@ class Measured(CudaMemory):
 @pytest.mark.parametrize("memory", [Measured(DEVICE), UnknownMemory()], ids=["measured", "learnt from failures"])
 def test_jobs_fit_into_what_there_is(memory: DeviceMemory, say: Callable[[str], None]) -> None:  # noqa: F811
     calls = [call(seed, rows=1 + seed % 2, steps=12) for seed in range(16)]
-    with StepEngine(Toy(Heavy().eval()), memory=memory) as engine:
+    with StepEngine(Toy(Heavy().eval()), knee=False, memory=memory) as engine:
         results = [job.result(SECONDS) for job in submit_together(engine, [fresh(one) for one in calls])]
     stats = engine.stats()
     plain = Toy(Heavy().eval())
@@ -69,7 +69,7 @@ def test_jobs_fit_into_what_there_is(memory: DeviceMemory, say: Callable[[str], 
 @pytest.mark.usefixtures("small_gpu")
 def test_a_call_too_large_is_divided_and_a_row_too_large_refused() -> None:
     many = call(0, rows=3 * ROWS)
-    with StepEngine(Toy(Heavy().eval())) as engine:
+    with StepEngine(Toy(Heavy().eval()), knee=False) as engine:
         result = engine.submit(**fresh(many)).result(SECONDS)
         assert engine.stats().divided > 0
     assert result.shape == (3 * ROWS, 3)
@@ -78,5 +78,5 @@ def test_a_call_too_large_is_divided_and_a_row_too_large_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.repeat(2 * ROWS, 1))[: len(x)]
 
-    with StepEngine(Toy(Larger().eval())) as engine, pytest.raises(OutOfMemory):
+    with StepEngine(Toy(Larger().eval()), knee=False) as engine, pytest.raises(OutOfMemory):
         engine.submit(**fresh(call(0))).result(SECONDS)

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stepweave.errors import SHOWN, InvalidRequest, UnsupportedMedia, shown
-from stepweave.generation import MAX_SEED
+from stepweave.generation import MAX_SEED, PriorityName
 
+MAX_DEADLINE_MS = 24 * 3600 * 1000
 Size = Annotated[str, Field(pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", examples=["64x64"])]
 
 
@@ -24,6 +25,14 @@ class ImageRequest(BaseModel):
     num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps.")
     guidance_scale: float | None = Field(None, ge=0, le=100, description="Classifier-free guidance; 1 turns it off.")
     reproducible: bool = Field(False, description="Bitwise the pipeline's own picture; it shares no step with others.")
+    priority: PriorityName = Field("normal", description="Requests of a higher class go first.")
+    deadline_ms: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_DEADLINE_MS,
+        description="Milliseconds from now within which the picture must be made: refused with 429 if it cannot be, 504 if it "
+        "was not.",
+    )
     output_format: Literal["png", "jpeg", "webp"] = Field("png", description="File format of the picture.")
 
 

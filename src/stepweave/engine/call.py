@@ -13,6 +13,7 @@ from torch import nn
 from stepweave.engine.ambient import Ambient
 from stepweave.engine.processors import Processors, Worn
 from stepweave.engine.readings import Guess, Path, Readings
+from stepweave.scheduling.task import Key, Task
 
 # A layout says for each argument how calls are merged; nested tuples, the tag first, so that it is hashable.
 Layout = tuple[Any, ...]
@@ -85,8 +86,10 @@ class Call:
     opaque: bool = False  # an argument is told from others by its identity only
     ragged: Hashable = None  # sizes in which calls of one group may differ, where a certificate allows it
     extents: list[tuple[int, int]] = field(default_factory=list)  # of those sizes: least and most of each argument
-    owner: Any = None  # set by the loop, as is age: who waits for it
-    age: float = 0.0  # when its job was accepted, in seconds of the monotonic clock
+    cost: Key = field(init=False)  # what its forward's seconds depend on
+    cap: int = 0  # rows that its forward was allowed
+    owner: Any = None  # set by the loop, as is task: who waits for it
+    task: Task = field(default_factory=Task)
     cache_key: Hashable | None = None  # of its result, where results are remembered
     keep: bool = False  # run alone, the fiber leaves a copy of the result in `output`, and says how it went
     output: Any = None
@@ -97,6 +100,14 @@ class Call:
     retried: bool = False  # whole, since there was more room
     whole: bool = False  # it must be run as the pipeline made it, neither merged nor divided
 
+    def __post_init__(self) -> None:
+        self.cost = Key(self.target.name, 0)
+
     def run(self) -> Any:
         """Exactly what the pipeline asked for."""
         return self.target.function(*self.args, **self.kwargs)
+
+    def stand_alone(self) -> None:
+        """Be like no other call."""
+        self.kind = self.key = object()
+        self.layout, self.leaves, self.guesses, self.cache_key = (), [], [], None

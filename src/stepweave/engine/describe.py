@@ -36,8 +36,7 @@ class Describer:
         except Exception as error:
             if not isinstance(error, Unmergeable):
                 logger.exception("a call of %s cannot be described; it runs alone", call.target.name)
-            call.kind = call.key = object()
-            call.layout, call.leaves, call.guesses = (), [], []
+            call.stand_alone()
 
     def _describe(self, call: Call) -> None:
         target = call.target
@@ -47,6 +46,7 @@ class Describer:
         sample = _sample(call.arguments)
         call.listed = isinstance(sample, list)
         call.rows = len(sample) if call.listed else sample.shape[0]
+        call.cost = call.cost._replace(size=_elements(sample) // max(1, call.rows))
         walk = _Walk(call, sample, self._digests)
         masks = {mask: name for name, mask in target.masks.items() if walk.maskable(name, mask)}
         layouts = []
@@ -253,6 +253,10 @@ def look(worn: tuple[Any, ...] | None) -> Hashable:
 def _state(processor: Any) -> Hashable | None:
     """What a processor is beside its class; None if it is only like itself, as functions are."""
     return frozen(vars(processor)) if is_plain(type(processor)) else None  # type: ignore[arg-type]
+
+
+def _elements(sample: Any) -> int:
+    return sum(one.numel() for one in sample) if isinstance(sample, list) else int(sample.numel())
 
 
 def _sample(arguments: dict[str, Any]) -> Any:

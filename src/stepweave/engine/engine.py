@@ -17,9 +17,14 @@ from stepweave.engine.ambient import draw_seed
 from stepweave.engine.job import Job, inside_engine
 from stepweave.engine.loop import StepLoop
 from stepweave.engine.memory import DeviceMemory
+from stepweave.engine.planner import OnStep, Planner, Standing
 from stepweave.engine.pool import Pool, Runner
 from stepweave.engine.stats import Forwards, Stats
 from stepweave.errors import EngineClosed, EngineMisuse
+from stepweave.generation import PriorityName
+from stepweave.scheduling.admission import Outlook
+from stepweave.scheduling.policy import POLICIES
+from stepweave.scheduling.task import Key, Priority
 
 Mode = Literal["off", "threads", "request", "step"]
 
@@ -50,6 +55,8 @@ class EngineStats:
     unfit: int  # jobs that failed for want of memory
     peak_memory: int  # bytes of the device, the most taken at a time; 0 if unknown
     errors: int  # of the engine itself, survived
+    backlog: float  # predicted seconds of work submitted and not yet done
+    cost_error: float  # the median error of the last predicted forwards, as a share of the prediction
 
 
 class StepEngine:
@@ -68,6 +75,9 @@ class StepEngine:
             change an encoder's weights.
         audit_every: one in so many merged forwards is compared with the single ones.
         memory: tells what a forward takes of the device's memory and what is left of it; torch's CUDA allocator does if None.
+        policy: which step runs next: `aged` remaining work first, `fifo`, `keyed_fifo` or `round_robin`; docs/scheduling.md.
+        knee: with policy `aged`, forwards have no more rows than pay: beyond the knee they bring less than 5 % more a second.
+        on_step: called on the engine's thread with each forward's module, rows, the rows it was allowed, and seconds.
 
     A job that is given no `generator` gets one, seeded from torch's default generator at submission.
 
@@ -88,6 +98,9 @@ class StepEngine:
         cache_bytes: int = CACHE_BYTES,
         audit_every: int = AUDIT_EVERY,
         memory: DeviceMemory | None = None,
+        policy: str = "aged",
+        knee: bool = True,
+        on_step: OnStep = lambda module, rows, cap, seconds: None,
     ) -> None:
         if mode not in get_args(Mode):
             raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(get_args(Mode))}")
@@ -96,6 +109,8 @@ class StepEngine:
         for name, value in (bounds | {"audit_every": audit_every}).items():
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        if policy not in POLICIES:
+            raise ValueError(f"policy is {policy!r}; it must be one of {', '.join(POLICIES)}")
         if cache_bytes < 0:
             raise ValueError(f"cache_bytes is {cache_bytes}; it must be at least 0")
         self.pipeline = pipeline
@@ -108,6 +123,10 @@ class StepEngine:
         self._closed = False
         self._lock = threading.Lock()
         self._loop: StepLoop | None = None
+        merges = mode in ("step", "request")
+        self._planner = planner = Planner(
+            pipeline, policy=policy, max_rows=rows, merges=merges, knee=knee, on_step=on_step
+        )
         self._runner: Runner
         if mode == "step":
             self._runner = self._loop = StepLoop(
@@ -118,11 +137,13 @@ class StepEngine:
                 cache_bytes=cache_bytes,
                 audit_every=audit_every,
                 memory=memory,
+                planner=planner,
                 stats=self._stats,
             )
         else:
             workers = threads if mode == "threads" else 1
-            self._runner = Pool(pipeline, threads=workers, stats=self._stats, together=rows if mode == "request" else 1)
+            together = rows if mode == "request" else 1
+            self._runner = Pool(pipeline, threads=workers, stats=self._stats, planner=planner, together=together)
         self._at_exit = _close_at_exit(self)
 
     def submit(
@@ -131,14 +152,15 @@ class StepEngine:
         scheduler: Any = None,
         deadline: float | None = None,
         reproducible: bool = False,
+        priority: PriorityName = "normal",
         **kwargs: Any,
     ) -> Job:
         """Run the pipeline's call with these arguments as soon as possible.
 
         `scheduler` is used in place of the pipeline's, as a copy. `deadline` is in seconds from now; a job that is late ends at
-        its next step with DeadlineExceeded. With `reproducible` the result is bitwise that of the plain call, in any company:
-        its forwards are its own, and take turns with the others'. Callbacks run on the engine's thread and hold up every job
-        meanwhile. Raises EngineClosed.
+        its next step with DeadlineExceeded. Jobs of a higher `priority` go first. With `reproducible` the result is bitwise that
+        of the plain call, in any company: its forwards are its own, and take turns with the others'. Callbacks run on the
+        engine's thread and hold up every job meanwhile. Raises EngineClosed.
         """
         if deadline is not None and not deadline > 0:
             raise ValueError(f"deadline is {deadline!r}; it must be more than 0 seconds")
@@ -156,12 +178,14 @@ class StepEngine:
             deadline=deadline,
             seed=seed,
             reproducible=reproducible,
+            priority=Priority[priority.upper()],
             owner=runner,
             on_cancel=runner.cancel,
         )
         with self._lock:
             if self._closed:
                 raise EngineClosed
+            self._planner.enter(job)
             self._runner.submit(job)
         return job
 
@@ -195,15 +219,43 @@ class StepEngine:
             unfit=stats.unfit,
             peak_memory=loop.memory.peak() if loop else 0,
             errors=stats.errors,
+            backlog=self.backlog(),
+            cost_error=self._planner.cost.error,
         )
 
     def certificates(self) -> dict[str, int]:
         """How many kinds of calls are certified, pending and failed."""
         return self._loop.certificates.counts() if self._loop else {}
 
-    def interval(self) -> float | None:
-        """Mean seconds between the ends of the last jobs; None before there were two."""
-        return self._stats.interval()
+    def outlook(
+        self,
+        *args: Any,
+        scheduler: Any = None,
+        deadline: float | None = None,
+        priority: PriorityName = "normal",
+        **kwargs: Any,
+    ) -> Outlook | None:
+        """What a job with these arguments of `submit` would meet now; None if none like it has run. Runs nothing."""
+        return self._planner.outlook(
+            args,
+            kwargs,
+            scheduler=scheduler,
+            priority=Priority[priority.upper()],
+            deadline=deadline,
+            fits=self._loop.fits if self._loop else lambda demand: True,
+        )
+
+    def standings(self) -> dict[str, Standing]:
+        """Position and seconds to go of each job that is not done, by its id."""
+        return self._planner.standings()
+
+    def backlog(self) -> float:
+        """Predicted seconds of work submitted and not yet done."""
+        return self._planner.backlog()
+
+    def curves(self) -> dict[Key, dict[int, float]]:
+        """Seconds of a forward that were measured, by module and size, and by rows."""
+        return self._planner.cost.curves()
 
     def close(self) -> None:
         """Cancel what is left, running jobs at their next step, and leave the pipeline as it was. Then it takes no more jobs.

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from stepweave.engine import ambient
@@ -17,9 +18,12 @@ from stepweave.engine.given import Given
 from stepweave.engine.hooks import RunYourself
 from stepweave.engine.memory import DeviceMemory, Room, ran_out
 from stepweave.engine.merge import copied, merge, split
+from stepweave.engine.planner import Planner
 from stepweave.engine.stats import Stats
 from stepweave.engine.textcache import EncoderCache
+from stepweave.engine.timing import Clock
 from stepweave.errors import OutOfMemory
+from stepweave.scheduling.task import Demand
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +38,8 @@ class Starved:
 class Forwarder:
     """Runs calls of one key: alone, merged, or both ways to prove that they may be.
 
-    `advance` is given a call's owner and the answer: its result, RunYourself, Starved or an error.
+    `advance` is given a call's owner and the answer: its result, RunYourself, Starved or an error. The planner is told
+    how long a forward took that went well, until all its fibers waited again.
     """
 
     def __init__(
@@ -46,6 +51,8 @@ class Forwarder:
         kinds: tuple[str, ...],
         max_rows: int,
         advance: Callable[[Any, Any], None],
+        clock: Clock,
+        planner: Planner,
     ) -> None:
         self._certificates = certificates
         self._cache = cache
@@ -53,11 +60,17 @@ class Forwarder:
         self._kinds = kinds
         self._max_rows = max_rows
         self._advance = advance
+        self._clock = clock
+        self._planner = planner
         self._room = Room(memory)
 
     def limit(self, call: Call) -> int:
         """The most rows of a forward with this call."""
         return self._room.limit(call.kind, min(self._max_rows, call.target.cap or self._max_rows))
+
+    def fits(self, demand: Demand) -> bool:
+        """Whether the memory that is left is enough for each of a job's calls, as far as is known."""
+        return all(self._room.fits(load.key, load.rows) for load in (*demand.before, *demand.step, *demand.after))
 
     def decide(self, calls: list[Call]) -> tuple[Verdict, list[Call]]:
         """What to do first with calls of one key, and with which of them."""
@@ -87,8 +100,11 @@ class Forwarder:
                     continue
             self._stats.forward(call.target.name, call.rows, 1)
             call.keep = call.keep or call.cache_key is not None
-            with self._room.measured(call.kind, call.rows):
+            started = self._clock.start()
+            with self._room.measured(call.kind, call.rows, call.cost):
                 self._advance(call.owner, RunYourself())
+            if not (call.failed or call.ran_out):
+                self._clock.stop(started, partial(self._planner.ran, call.cost, call.cap, call.rows))
             if not call.wrote:
                 self._remember(call, call.output)
             if not call.ran_out:
@@ -97,8 +113,9 @@ class Forwarder:
     def _merged(self, calls: Sequence[Call]) -> None:
         kind, rows = calls[0].kind, sum(call.rows for call in calls)
         outputs, reason = None, ""
+        started = self._clock.start()
         try:
-            with self._room.measured(kind, rows):
+            with self._room.measured(kind, rows, calls[0].cost):
                 outputs = run_merged(calls, self._kinds, repeat=self._certificates.of(calls[0]).repeat)
         except Exception as error:  # let go of here, since it holds on to the memory
             if not ran_out(error):
@@ -115,6 +132,7 @@ class Forwarder:
         for call, output in zip(calls, outputs, strict=True):
             self._remember(call, output)
             self._advance(call.owner, output)
+        self._clock.stop(started, partial(self._planner.ran, calls[0].cost, calls[0].cap, rows))
 
     def _retry(self, calls: Sequence[Call], reason: str) -> None:
         """Run alone what failed merged. If all goes well then, merging is to blame."""
@@ -165,7 +183,7 @@ class Forwarder:
             start = sum(counts)
             rows = min(size, call.rows - start)
             try:
-                with self._room.measured(call.kind, rows):
+                with self._room.measured(call.kind, rows, call.cost):
                     outputs.append(run_arguments(call, part(call, start, start + rows, repeat=repeat), self._kinds))
                 counts.append(rows)
                 continue

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from stepweave.engine.memory import ran_out
 from stepweave.errors import Cancelled, DeadlineExceeded, EngineMisuse, OutOfMemory, StepweaveError
+from stepweave.scheduling.profiles import Recorder, Shape
+from stepweave.scheduling.task import Priority, Task
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +58,8 @@ class _Result(Future[Any]):
 class Job:
     """A submitted call. Awaitable; `result()` gives what the pipeline's own call returns.
 
-    `accepted`, `started`, `opened` (the first denoising step is about to run), `stepped` (the last one has run) and
-    `finished` are seconds of the monotonic clock, or None until then.
+    `accepted`, `started`, `begun` (it was given its first forward), `opened` (the first denoising step is about to run),
+    `stepped` (the last one has run) and `finished` are seconds of the monotonic clock, or None until then.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Job:
         deadline: float | None = None,
         seed: int | None = None,
         reproducible: bool = False,
+        priority: Priority = Priority.NORMAL,
         owner: object = None,
         on_cancel: Callable[[Job], None] = lambda job: None,
     ) -> None:
@@ -79,10 +82,15 @@ class Job:
             seed  # of the generator that it was given where the caller gave none, or of a default one of its own
         )
         self.reproducible = reproducible  # its calls share no forward with others
+        self.priority = priority
+        self.task = Task()  # as the planner sees it, as are the next two: what it is like, and the calls it makes
+        self.shape: Shape | None = None
+        self.recorder = Recorder()
         self.id = uuid.uuid4().hex
         self.accepted = time.monotonic()
         self.deadline = None if deadline is None else self.accepted + deadline
         self.started: float | None = None
+        self.begun: float | None = None
         self.opened: float | None = None
         self.stepped: float | None = None
         self.finished: float | None = None
@@ -153,11 +161,16 @@ class Job:
 
     # By the engine
 
+    @property
+    def late(self) -> bool:
+        """Whether its deadline has passed."""
+        return self.deadline is not None and time.monotonic() > self.deadline
+
     def check(self) -> None:
         """Raise Cancelled or DeadlineExceeded if the job must end."""
         if self._cancelled:
             raise Cancelled
-        if self.deadline is not None and time.monotonic() > self.deadline:
+        if self.late:
             raise DeadlineExceeded(f"The job was not done within its deadline of {self._seconds:g} s.")
 
     def check_step(self) -> None:
@@ -174,6 +187,12 @@ class Job:
             self._ended = error
             return Ending()
         return None
+
+    def begin(self) -> None:
+        """Note that it is given a forward."""
+        if self.begun is None:
+            self.begun = time.monotonic()
+            self.task.begun = True
 
     def open(self, total: int) -> None:
         """Note that a denoising loop of `total` steps begins."""

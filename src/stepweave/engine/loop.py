@@ -7,7 +7,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -19,20 +18,23 @@ from stepweave.engine.call import Call
 from stepweave.engine.certify import Certificates
 from stepweave.engine.describe import Describer
 from stepweave.engine.digests import Digests
+from stepweave.engine.elsewhere import Elsewhere
 from stepweave.engine.fiber import Done, Fiber
 from stepweave.engine.forward import Forwarder, Starved, too_little
 from stepweave.engine.hooks import EngineScope, Offload, RunYourself, postprocess_elsewhere, track
 from stepweave.engine.job import Ending, Job, enter_engine
 from stepweave.engine.memory import DeviceMemory, memory_of
+from stepweave.engine.planner import Planner
 from stepweave.engine.prompts import warned
 from stepweave.engine.queues import CallQueues
 from stepweave.engine.stats import Stats
 from stepweave.engine.textcache import EncoderCache
+from stepweave.engine.timing import clock_of
 from stepweave.errors import Cancelled, DeadlineExceeded, StepweaveError
+from stepweave.scheduling.task import Demand
 
 logger = logging.getLogger(__name__)
 
-OFFLOAD_THREADS = 2
 INSISTENCE = 100  # times a job that must end is told so again, where its pipeline goes on regardless
 
 
@@ -49,6 +51,7 @@ class StepLoop:
         cache_bytes: int,
         audit_every: int,
         memory: DeviceMemory | None,
+        planner: Planner,
         stats: Stats,
     ) -> None:
         self._device = device = torch.device(getattr(pipeline, "_execution_device", "cpu"))
@@ -64,13 +67,16 @@ class StepLoop:
         self.certificates = Certificates(digests, audit_every)
         self.cache = EncoderCache(digests, cache_bytes)
         self.memory = memory or memory_of(device)
-        self._forwarder = Forwarder(self.certificates, self.cache, stats, self.memory, kinds, max_rows, self._advance)
+        self._planner = planner
+        self._forwarder = Forwarder(
+            self.certificates, self.cache, stats, self.memory, kinds, max_rows, self._advance, clock_of(device), planner
+        )
         self._queues = CallQueues()
         self._waiting: dict[str, Job] = {}  # oldest first
         self._returned: deque[tuple[Active, Any]] = deque()  # fibers whose work elsewhere is done
         self._closing = False
         self._wake = threading.Condition()  # guards the three above
-        self._elsewhere = ThreadPoolExecutor(OFFLOAD_THREADS, thread_name_prefix="stepweave-postprocess")
+        self._elsewhere = Elsewhere(self._return)
         self._thread = threading.Thread(target=self._run, name="stepweave-engine", daemon=True)
         self._thread.start()
 
@@ -97,13 +103,17 @@ class StepLoop:
         if waited is not None:
             self._finish(job, Cancelled())
 
+    def fits(self, demand: Demand) -> bool:
+        """Whether the memory that is left is enough for a job's calls, as far as is known."""
+        return self._forwarder.fits(demand)
+
     def close(self) -> None:
         """End every job at its next step, then the thread; leave the pipeline as it was."""
         with self._wake:
             self._closing = True
             self._wake.notify()
         self._thread.join()
-        self._elsewhere.shutdown()
+        self._elsewhere.close()
         self._scope.close()
 
     # On the engine's thread
@@ -177,7 +187,7 @@ class StepLoop:
                     active, answer = self._returned.popleft()
                     job = None
                 elif self._waiting and not self._closing and self._has_room():
-                    job = self._waiting.pop(next(iter(self._waiting)))
+                    job = self._waiting.pop(self._planner.next(self._waiting).id)
                 else:
                     return
             if job is None:
@@ -217,9 +227,7 @@ class StepLoop:
                     self._queues.remove(active.call)
                 self._end(active, ending)
         with self._wake:
-            late = [
-                job for job in self._waiting.values() if job.deadline is not None and time.monotonic() > job.deadline
-            ]
+            late = [job for job in self._waiting.values() if job.late]
             for job in late:
                 del self._waiting[job.id]
         for job in late:
@@ -259,15 +267,19 @@ class StepLoop:
             self._advance(active, too_little(active.starved))
 
     def _pick(self) -> list[Call]:
-        """Calls of the key whose turn it is, as many as fit."""
-        return self._queues.pick(self._forwarder.limit) if self._queues else []
+        """Calls of the key whose turn it is, as many as pay and fit."""
+        return self._planner.pick(self._queues.by_key(), self._forwarder.limit) if self._queues else []
 
     def _forward(self, calls: list[Call]) -> None:
         """Run calls of one key, merged if that is proven, and let their fibers go on."""
+        picked = len(calls)
         verdict, calls = self._forwarder.decide(calls)
+        if len(calls) < picked:
+            self._planner.runs_alone(calls[0])
         self._queues.take(calls)
         for call in calls:
             call.owner.call = None
+            call.owner.job.begin()
         self._forwarder.run(verdict, calls)
 
     def _advance(self, active: Active, answer: Any) -> None:
@@ -296,16 +308,17 @@ class StepLoop:
             elif active.evicted:  # its pipeline goes on regardless
                 self._end(active, Ending())
             elif isinstance(request, Offload):
-                self._offload(active, request)
+                self._elsewhere.run(active, request)
             elif request.ran_out:
                 self._advance(active, self._forwarder.relieve(request))
             else:
-                request.owner, request.age = active, active.job.accepted
+                request.owner, request.task = active, active.job.task
                 known = self._look_up(request, active.job.reproducible)
                 if known is not None:
                     request = active.fiber.resume(known)
                     continue
                 active.call = request
+                self._planner.saw(active.job, request)
                 self._queues.add(request)
             return
 
@@ -321,30 +334,16 @@ class StepLoop:
         except Exception:
             self._stats.errors += 1
             logger.exception("a call of %s cannot be looked up; it runs alone", call.target.name)
-            call.kind = call.key = object()
-            call.layout, call.leaves, call.cache_key = (), [], None
+            call.stand_alone()
             return None
 
-    def _offload(self, active: Active, work: Offload) -> None:
-        active.elsewhere = True
-
-        def run() -> None:
-            answer: Any
-            try:
-                with torch.no_grad():
-                    answer = work.function()
-            except BaseException as error:
-                answer = error
-            with self._wake:
-                self._returned.append((active, answer))
-                self._wake.notify()
-
-        try:
-            self._elsewhere.submit(run)
-        except RuntimeError:  # the interpreter is ending
-            run()
+    def _return(self, active: Active, answer: Any) -> None:
+        with self._wake:
+            self._returned.append((active, answer))
+            self._wake.notify()
 
     def _finish(self, job: Job, outcome: Any) -> None:
+        self._planner.leave(job)
         if job.finish(outcome):
             self._stats.finished(job)
             self._crowd.ended()

@@ -11,6 +11,8 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
+from stepweave.scheduling.task import Key
+
 RECOVERY = 200  # forwards that fit, before a cap rises for the first time; twice as many after each fall
 SLOWEST = 64  # times RECOVERY
 KEPT = 1024  # kinds of calls; the least recently used goes first
@@ -121,6 +123,7 @@ class Room:
         self.memory = memory
         self._caps: OrderedDict[Hashable, _Cap] = OrderedDict()
         self._sizes: OrderedDict[Hashable, _Size] = OrderedDict()
+        self._keys: OrderedDict[Hashable, _Size] = OrderedDict()  # the same, by what admission knows of a call
         self._measuring = False
 
     def limit(self, kind: Hashable, rows: int) -> int:
@@ -134,8 +137,14 @@ class Room:
                 rows = min(rows, available * size.rows // size.bytes)
         return max(1, rows)
 
+    def fits(self, key: Key, rows: int) -> bool:
+        """Whether so many rows of the calls of a key should fit now; yes if that is not known. May be asked on any thread."""
+        size = self._keys.get(key)
+        available = self.memory.available() if size is not None and size.bytes > 0 else None
+        return size is None or available is None or available * size.rows >= size.bytes * rows
+
     @contextlib.contextmanager
-    def measured(self, kind: Hashable, rows: int) -> Iterator[None]:
+    def measured(self, kind: Hashable, rows: int, key: Key | None = None) -> Iterator[None]:
         """Learn what a forward of so many rows takes, unless that is known."""
         known = self._sizes.get(kind)
         nameless = not isinstance(kind, (tuple, str))  # a call that could not be described: no other is of its kind
@@ -151,7 +160,9 @@ class Room:
         taken = self.memory.taken()
         if taken is not None and undisturbed:
             times = known.times + 1 if known is not None and known.rows == rows else 1
-            _put(self._sizes, kind, _Size(rows, taken, times))
+            _put(self._sizes, kind, size := _Size(rows, taken, times))
+            if key is not None:
+                _put(self._keys, key, size)
 
     def failed(self, kind: Hashable, rows: int) -> None:
         """A forward of so many rows did not fit. What is being measured is not worth knowing then."""

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from stepweave.engine.batch import batch_key, images_of, run_batch
 from stepweave.engine.hooks import PrivateScope, track
 from stepweave.engine.job import Ending, Job, enter_engine
+from stepweave.engine.planner import Planner
 from stepweave.engine.prompts import warned
 from stepweave.engine.stats import Stats
 from stepweave.errors import Cancelled
@@ -30,11 +31,12 @@ class Runner(Protocol):
 
 
 class Pool:
-    """Starts jobs in order of arrival, `threads` of them at a time; with `together`, up to so many equal ones in one call."""
+    """Starts jobs in the planner's order, `threads` of them at a time; with `together`, up to so many equal ones in one call."""
 
-    def __init__(self, pipeline: Any, *, threads: int, stats: Stats, together: int = 1) -> None:
+    def __init__(self, pipeline: Any, *, threads: int, stats: Stats, planner: Planner, together: int = 1) -> None:
         self._scope = PrivateScope(pipeline)
         self._stats = stats
+        self._planner = planner
         self._together = together
         self._running: dict[str, Job] = {}
         self._waiting: dict[str, Job] = {}  # oldest first
@@ -105,7 +107,7 @@ class Pool:
         return True
 
     def _take(self) -> list[Job]:
-        jobs = [self._waiting.pop(next(iter(self._waiting)))]
+        jobs = [self._waiting.pop(self._planner.next(self._waiting).id)]
         if self._together > 1:
             key = batch_key(jobs[0])
             alike = [job for job in self._waiting.values() if key is not None and batch_key(job) == key]
@@ -122,11 +124,15 @@ class Pool:
     def _run(self, jobs: list[Job]) -> list[Any]:
         """The outcome of each job: what its call returned, or an error."""
         now = time.monotonic()
+        beside = min(len(self._threads), len(self._running)) if self._together == 1 else 1
         for job in jobs:
             job.started = now
+            job.begin()
         if len(jobs) > 1:
             try:
-                return run_batch(self._scope, jobs)
+                outcomes = run_batch(self._scope, jobs)
+                self._planner.called(jobs, time.monotonic() - now, beside)
+                return outcomes
             except Ending:
                 pass  # all of them; each finds its own error below
             except Exception as error:
@@ -136,17 +142,21 @@ class Pool:
                 )
             for job in jobs:
                 job.restart()
-        return [self._run_alone(job) for job in jobs]
+        return [self._run_alone(job, beside) for job in jobs]
 
-    def _run_alone(self, job: Job) -> Any:
+    def _run_alone(self, job: Job, beside: int) -> Any:
+        began = time.monotonic()
         try:
             job.check()
             with self._scope.lease(job.scheduler) as view, warned(view, [job]):
                 track(view, job)
-                return view(*job.args, **job.kwargs)
+                output = view(*job.args, **job.kwargs)
+            self._planner.called([job], time.monotonic() - began, beside)
+            return output
         except BaseException as error:
             return error
 
     def _finish(self, job: Job, outcome: Any) -> None:
+        self._planner.leave(job)
         if job.finish(outcome):
             self._stats.finished(job)

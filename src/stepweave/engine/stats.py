@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import dataclass, field
 
 from stepweave.engine.job import Job
 from stepweave.errors import Cancelled, OutOfMemory
-
-RECENT = 32  # finished jobs that predict when the next one will
 
 
 @dataclass
@@ -38,7 +36,6 @@ class Stats:
         self.out_of_memory = 0
         self.divided = 0
         self.unfit = 0
-        self.recent: deque[float] = deque(maxlen=RECENT)  # when jobs were finished
         self._lock = threading.Lock()
 
     def forward(self, target: str, rows: int, calls: int) -> None:
@@ -65,12 +62,3 @@ class Stats:
         with self._lock:
             self.jobs[state] += 1
             self.unfit += isinstance(error, OutOfMemory)
-            if job.started is not None and job.finished is not None:
-                self.recent.append(job.finished)
-
-    def interval(self) -> float | None:
-        """Mean seconds between the last jobs' ends; None before there were two."""
-        with self._lock:
-            if len(self.recent) < 2:
-                return None
-            return (self.recent[-1] - self.recent[0]) / (len(self.recent) - 1)

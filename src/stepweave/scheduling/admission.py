@@ -63,8 +63,8 @@ class Admission:
         token: Hashable = None,
         outlook: Callable[[], Outlook | None] = lambda: None,
         deadline: float | None = None,
-    ) -> None:
-        """Take a place.
+    ) -> Outlook | None:
+        """Take a place; what was expected of it.
 
         Args:
             token: what the same request will have when it comes again; None if that cannot be told.
@@ -84,6 +84,7 @@ class Admission:
                 self._check(expected, deadline)
             self._promised.pop(token, None)
             self._taken += 1
+            return expected
 
     def leave(self) -> None:
         """Give the place back, once for each `enter`."""

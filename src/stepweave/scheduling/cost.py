@@ -88,13 +88,14 @@ class CostModel:
         Rows that were hardly tried are given a chance: the bound doubles until the knee is passed.
         """
         curve = self._curves.get(key)
-        tried = curve.tried if curve is not None else 1
-        rows = min(most, 2 * tried)
-        counts = [one for one in range(1, rows + 1) if one <= 4 or one % 2 == 0 or one == rows]
-        rates = [one / max(self.seconds(key, one), 1e-9) for one in counts]
+        if curve is None and key.module not in self._modules:
+            return most
+        tried, least, bound = (curve.tried, curve.least, min(most, 2 * curve.most)) if curve else (most, 1, most)
+        counts = [rows for rows in range(min(least, bound), bound + 1) if rows <= 4 or rows % 2 == 0 or rows == bound]
+        rates = [rows / max(self.seconds(key, rows), 1e-9) for rows in counts]
         best = max(rates)
-        knee = next(count for count, rate in zip(counts, rates, strict=True) if best < (1 + GAIN) * rate)
-        return rows if knee >= min(tried, most) else knee
+        knee = next(rows for rows, rate in zip(counts, rates, strict=True) if best < (1 + GAIN) * rate)
+        return bound if tried <= knee else knee
 
     def known(self, key: Key) -> bool:
         """Whether forwards of the key, or of its module in another size, have run."""
@@ -111,6 +112,21 @@ class CostModel:
         return {key: dict(curve.points()) for key, curve in list(self._curves.items())}
 
 
+class PriceList:
+    """What loads take alone, by a cost model, as of when each was first asked for: equal jobs have equal prices, until the next
+    list, however much was learnt in between."""
+
+    def __init__(self, cost: CostModel) -> None:
+        self._cost = cost
+        self._known: dict[tuple[Load, ...], float] = {}
+
+    def alone(self, loads: tuple[Load, ...]) -> float:
+        seconds = self._known.get(loads)
+        if seconds is None:
+            seconds = self._known[loads] = self._cost.alone(loads)
+        return seconds
+
+
 class _Curve:
     """Seconds by rows of one key."""
 
@@ -120,8 +136,16 @@ class _Curve:
 
     @property
     def tried(self) -> int:
-        """The most rows that ran often enough to be judged."""
-        return max((rows for rows, seen in self._seen.items() if len(seen) >= TRIED), default=1)
+        """The most rows that ran often enough to be judged; 0 if none did."""
+        return max((rows for rows, seen in self._seen.items() if len(seen) >= TRIED), default=0)
+
+    @property
+    def least(self) -> int:
+        return min(self._seen)
+
+    @property
+    def most(self) -> int:
+        return max(self._seen)
 
     def add(self, rows: int, seconds: float) -> None:
         self._seen.setdefault(rows, deque(maxlen=RECENT)).append(seconds)

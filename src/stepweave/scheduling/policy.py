@@ -64,9 +64,10 @@ def aged(task: Task, remaining: float, now: float) -> float:
 
 
 def aged_remaining(queues: Queues[RequestT], now: float, cap: Cap, cost: CostModel) -> list[RequestT]:
-    """The default: the best-ranked call with others of its key, up to the cap; but first what is brief beside that.
+    """The default: the best-ranked call with others of its key, up to the cap.
 
-    Encoders and decoders are: their jobs then join the next step, or leave.
+    Before that goes what is brief beside it, and, if it leaves room for others, what those need before their own first step, such
+    as the encoding of prompts: they then join.
     """
     ranks = {id(request): rank(request.task, now) for request in chain.from_iterable(queues.values())}
     groups = [
@@ -76,8 +77,13 @@ def aged_remaining(queues: Queues[RequestT], now: float, cap: Cap, cost: CostMod
     first = groups[0]
     if ranks[id(first[0])][0] == 0:
         return first  # nothing comes before a job that has waited too long
-    seconds = _seconds(first, cost)
-    return next((group for group in groups[1:] if 0 < _seconds(group, cost) <= BRIEF * seconds), first)
+    seconds, task = _seconds(first, cost), first[0].task
+    room = task.opened and sum(request.rows for request in first) < cap(first[0])
+    for group in groups[1:]:
+        joins = room and not group[0].task.opened and group[0].task.kind == task.kind
+        if joins or 0 < _seconds(group, cost) <= BRIEF * seconds:
+            return group
+    return first
 
 
 def fifo(queues: Queues[RequestT], now: float, cap: Cap, cost: CostModel) -> list[RequestT]:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from stepweave.scheduling.cost import CostModel
+from typing import NamedTuple, Protocol
 
 
 class Priority(IntEnum):
@@ -44,6 +41,14 @@ class Demand:
     after: tuple[Load, ...] = ()
 
 
+NOTHING = Demand()
+
+
+class Prices(Protocol):
+    def alone(self, loads: tuple[Load, ...]) -> float:
+        """Seconds of calls that share no forward."""
+
+
 class Task:
     """A job: when it came, its class and deadline (both times on one clock, in seconds), its demand, and how far it is."""
 
@@ -53,9 +58,9 @@ class Task:
 
     def __init__(
         self,
-        demand: Demand,
+        demand: Demand = NOTHING,
         *,
-        arrived: float,
+        arrived: float = 0.0,
         priority: Priority = Priority.NORMAL,
         deadline: float | None = None,
     ) -> None:
@@ -68,7 +73,7 @@ class Task:
         self.done = 0  # steps
         self.solo = self.before = self.step = self.after = 0.0  # seconds alone: in all, before, of a step, after
 
-    def price(self, cost: CostModel) -> None:
+    def price(self, cost: Prices) -> None:
         """Work out, or correct, how many seconds the task takes alone."""
         demand = self.demand
         self.before, self.step, self.after = (cost.alone(loads) for loads in (demand.before, demand.step, demand.after))
@@ -92,8 +97,3 @@ class Task:
     def lost(self, now: float) -> float:
         """Seconds since it came in which it did not get on, as far as its progress tells."""
         return now - self.arrived - (self.solo - self.remaining)
-
-
-def total_rows(tasks: Iterable[Task]) -> int:
-    """Rows of a step that the tasks share."""
-    return sum(task.demand.step[0].rows if task.demand.step else 1 for task in tasks)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Literal, get_args
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import psutil
 from prometheus_client import (
@@ -21,22 +21,28 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from stepweave.errors import Cancelled, Refused, StepweaveError, Unavailable
+from stepweave.scheduling.admission import REASONS
 
 if TYPE_CHECKING:
-    from stepweave.engine import EngineStats
+    from stepweave.engine import EngineStats, Job
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series for each counter, which nothing here reads
 
 Outcome = Literal["succeeded", "failed", "cancelled", "refused", "invalid", "unavailable"]
 CERTIFICATE_STATES = ("certified", "pending", "failed")
 VRAM_KINDS = ("allocated", "reserved", "peak", "free", "total")
+STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+RATIOS = (0.125, 0.25, 0.5, 0.75, 0.9, 1)
+ERROR_SECONDS = (-60, -30, -10, -5, -2, -1, -0.5, -0.1, 0.1, 0.5, 1, 2, 5, 10, 30, 60)
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
 
 
 class Metrics:
     """Counters that the server feeds, and gauges that are read when scraped.
 
-    The arguments are called at each scrape; `engine` gives the engine's statistics, or None while there is none.
+    The arguments are called at each scrape; `engine` gives the engine's statistics, or None while there is none; `refused` how
+    many requests admission refused, by reason.
     """
 
     def __init__(
@@ -44,6 +50,7 @@ class Metrics:
         in_flight: Callable[[], int],
         waiting: Callable[[], int],
         engine: Callable[[], EngineStats | None] = lambda: None,
+        refused: Callable[[], Mapping[Any, int]] = dict,
     ) -> None:
         self.registry = CollectorRegistry()
         Gauge(
@@ -70,6 +77,41 @@ class Metrics:
             buckets=SECONDS,
             registry=self.registry,
         )
+        self.queue_seconds = Histogram(
+            "stepweave_queue_seconds",
+            "Seconds from a job's acceptance to its first forward.",
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.step_seconds = Histogram(
+            "stepweave_step_seconds",
+            "Seconds of a forward with what follows it, until all its jobs wait again.",
+            ["module"],
+            buckets=STEP_SECONDS,
+            registry=self.registry,
+        )
+        self.batch_rows = Histogram(
+            "stepweave_batch_rows", "Rows of a forward.", ["module"], buckets=ROWS, registry=self.registry
+        )
+        self.batch_fill_ratio = Histogram(
+            "stepweave_batch_fill_ratio",
+            "Rows of a forward as a share of those it was allowed, by the knee and by memory.",
+            ["module"],
+            buckets=RATIOS,
+            registry=self.registry,
+        )
+        self.eta_error = Histogram(
+            "stepweave_eta_error_seconds",
+            "Seconds by which a job ended later (or, below zero, earlier) than was predicted when it was accepted.",
+            buckets=ERROR_SECONDS,
+            registry=self.registry,
+        )
+        self.deadline_missed = Counter(
+            "stepweave_deadline_missed_total",
+            "Jobs that were let in and did not meet their deadline.",
+            registry=self.registry,
+        )
+        self._of_module: dict[str, tuple[Histogram, Histogram, Histogram]] = {}
         self.model = Info("stepweave_model", "The pipeline that is served.", registry=self.registry)
         Gauge(
             "stepweave_process_resident_bytes",
@@ -77,8 +119,28 @@ class Metrics:
             registry=self.registry,
         ).set_function(lambda: psutil.Process().memory_info().rss)
         self.registry.register(EngineCollector(engine))
+        self.registry.register(RefusalCollector(refused))
         self.vram = VramCollector(engine)
         self.registry.register(self.vram)
+
+    def step(self, module: str, rows: int, cap: int, seconds: float) -> None:
+        """A forward was run. Called on the engine's thread."""
+        found = self._of_module.get(module)
+        if found is None:
+            found = self._of_module[module] = (
+                self.step_seconds.labels(module),
+                self.batch_rows.labels(module),
+                self.batch_fill_ratio.labels(module),
+            )
+        for histogram, value in zip(found, (seconds, rows, rows / max(1, cap)), strict=True):
+            histogram.observe(value)
+
+    def generated(self, job: Job, due: float | None) -> None:
+        """A job succeeded, which was expected to at `due`, in seconds of the monotonic clock, if that was known."""
+        if job.begun is not None:
+            self.queue_seconds.observe(job.begun - job.accepted)
+        if due is not None and job.finished is not None:
+            self.eta_error.observe(job.finished - due)
 
     @contextlib.contextmanager
     def counted(self, *, success: bool = True) -> Iterator[None]:
@@ -161,7 +223,34 @@ class EngineCollector(Collector):
             "Jobs that failed since the device's memory is too small for them alone.",
         )
         unfit.add_metric([], stats.unfit if stats else 0)
-        yield from (certificates, forwards, rows, calls, lookups, survived, unfit)
+        backlog = GaugeMetricFamily(
+            "stepweave_backlog_seconds", "Predicted seconds of work that was accepted and is not yet done."
+        )
+        backlog.add_metric([], stats.backlog if stats else 0)
+        error = GaugeMetricFamily(
+            "stepweave_cost_model_error_ratio",
+            "The median error of the last predicted forwards, as a share of the prediction.",
+        )
+        error.add_metric([], stats.cost_error if stats else 0)
+        yield from (certificates, forwards, rows, calls, lookups, survived, unfit, backlog, error)
+
+
+class RefusalCollector(Collector):
+    """`stepweave_refused_total{reason}`: requests that admission did not let in."""
+
+    def __init__(self, refused: Callable[[], Mapping[Any, int]]) -> None:
+        self._refused = refused
+
+    def collect(self) -> Iterable[Metric]:
+        family = CounterMetricFamily(
+            "stepweave_refused",
+            "Requests refused by admission: no place, too long a wait, a deadline that cannot be met, too little memory.",
+            labels=["reason"],
+        )
+        counts = self._refused()
+        for reason in REASONS:
+            family.add_metric([reason], counts.get(reason, 0))
+        yield family
 
 
 class VramCollector(Collector):

@@ -1,0 +1,42 @@
+"""Work of fibers on other threads than the engine's, such as making pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from stepweave.engine.active import Active
+from stepweave.engine.hooks import Offload
+
+THREADS = 2
+
+
+class Elsewhere:
+    """Runs it; `returned` is called on one of its threads with what came of it."""
+
+    def __init__(self, returned: Callable[[Active, Any], None]) -> None:
+        self._returned = returned
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="stepweave-postprocess")
+
+    def run(self, active: Active, work: Offload) -> None:
+        active.elsewhere = True
+
+        def run() -> None:
+            answer: Any
+            try:
+                with torch.no_grad():
+                    answer = work.function()
+            except BaseException as error:
+                answer = error
+            self._returned(active, answer)
+
+        try:
+            self._threads.submit(run)
+        except RuntimeError:  # the interpreter is ending
+            run()
+
+    def close(self) -> None:
+        self._threads.shutdown()

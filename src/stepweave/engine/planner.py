@@ -1,0 +1,256 @@
+"""What the engine knows of its jobs' work: what each will ask for, what that costs, whose turn it is, and when all is done."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from stepweave.engine.call import Call
+from stepweave.engine.job import Job
+from stepweave.scheduling.admission import Outlook
+from stepweave.scheduling.cost import CostModel, PriceList
+from stepweave.scheduling.forecast import ORDERS, by_arrival, forecast
+from stepweave.scheduling.policy import POLICIES
+from stepweave.scheduling.profiles import Profiles, Shape
+from stepweave.scheduling.task import Demand, Key, Load, Priority, Task
+
+REPRICE_SECONDS = 1.0
+FRESH = 0.1  # seconds that a forecast is good for
+EXPLORE_EVERY = 64  # groups that were cut off at the knee, before one is let grow to twice that
+WHOLE_CALL = "call"  # the module of a job whose steps are not seen one by one
+
+OnStep = Callable[[str, int, int, float], None]  # module, rows, the most rows that were allowed, seconds
+
+
+class Standing(NamedTuple):
+    """Where a job stands: `position` 0 once it runs, else 1 for the first of those that wait; seconds until it will be done."""
+
+    position: int
+    eta: float
+
+
+class Planner:
+    """Shared by the engine's thread, which tells it what runs, and by any that ask.
+
+    Args:
+        pipeline: whose call the jobs make.
+        policy: one of `POLICIES`.
+        max_rows: of a step.
+        merges: whether steps of jobs share forwards.
+        knee: whether forwards have no more rows than pay.
+        on_step: told of each forward.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        policy: str = "aged",
+        max_rows: int,
+        merges: bool = True,
+        knee: bool = True,
+        on_step: OnStep = lambda module, rows, cap, seconds: None,
+    ) -> None:
+        parameters = inspect.signature(pipeline.__call__).parameters
+        self._names = list(parameters)
+        default = parameters["num_inference_steps"].default if "num_inference_steps" in parameters else 0
+        self._steps = default if isinstance(default, int) else 0
+        self._policy = POLICIES[policy]
+        self._order = ORDERS.get(policy, by_arrival)
+        self._max_rows = max_rows
+        self._on_step = on_step
+        self._merges = merges
+        self._knee = knee and policy == "aged"
+        self.cost = CostModel()
+        self._profiles = Profiles()
+        self._jobs: dict[str, Job] = {}  # all that are not done
+        self._caps: dict[Key, int] = {}  # rows that a step was last allowed
+        self._cut = 0
+        self._priced, self._prices = 0.0, PriceList(self.cost)
+        self._standings: tuple[float, dict[str, Standing]] = (-FRESH, {})
+        self._lock = threading.Lock()  # guards the profiles and the standings
+
+    # Jobs come and go
+
+    def enter(self, job: Job) -> None:
+        """Work out what a job will ask for."""
+        shape, steps = self._shape(job.args, job.kwargs, job.scheduler)
+        job.shape = shape
+        job.task = self._task(shape, steps, job.accepted, job.priority, job.deadline)
+        self._jobs[job.id] = job
+
+    def leave(self, job: Job) -> None:
+        """A job is done. What it asked for is known, if it got to its last step."""
+        known = self._jobs.pop(job.id, None)
+        step, total = job.progress
+        if known is not None and step >= total:
+            self._learn(job, job.recorder.demand(total))
+
+    def saw(self, job: Job, call: Call) -> None:
+        """A job waits for a forward."""
+        task, (step, total) = job.task, job.progress
+        first = step and not task.done
+        task.opened, task.done = job.opened is not None, step
+        if first:  # from now on it is known what each step asks for
+            seen = job.recorder.demand(step)
+            if not task.demand.step:
+                self._learn(job, Demand(total, seen.before, seen.step))
+                self._expect_anew()
+            task.demand = Demand(total, task.demand.before, seen.step, task.demand.after)
+            task.price(self._prices)
+        job.recorder.call("before" if not task.opened else "step" if step < total else "after", call.cost, call.rows)
+
+    def _learn(self, job: Job, demand: Demand) -> None:
+        if job.shape is not None and (demand.before or demand.step):
+            with self._lock:
+                self._profiles.learn(job.shape, demand)
+
+    def _expect_anew(self) -> None:
+        """Jobs of which nothing was known when they came must not be taken for short ones."""
+        for job in list(self._jobs.values()):
+            task = job.task
+            if not task.demand.step and job.shape is not None:
+                with self._lock:
+                    task.demand = self._profiles.expect(job.shape, task.demand.steps)
+                task.price(self._prices)
+
+    def next(self, waiting: Mapping[str, Job]) -> Job:
+        """Which job to start."""
+        now = time.monotonic()
+        return min(waiting.values(), key=lambda job: self._order(job.task, now))
+
+    # Forwards
+
+    def pick(self, queues: Mapping[Hashable, Sequence[Call]], limit: Callable[[Call], int]) -> list[Call]:
+        """Calls of one key, of at most `limit` rows and no more than pay."""
+        now = time.monotonic()
+        unpriced = any(job.task.demand.step and not job.task.step for job in list(self._jobs.values()))
+        if unpriced or now - self._priced > REPRICE_SECONDS:
+            self._priced = now
+            self._reprice()
+        explore = self._cut >= EXPLORE_EVERY
+
+        def cap(call: Call) -> int:
+            most = limit(call)
+            knee = self.cost.knee(call.cost, most) if self._knee else most
+            self._caps[call.cost] = call.cap = min(most, 2 * knee) if explore else knee
+            return call.cap
+
+        calls: list[Call] = self._policy(queues, now, cap, self.cost)
+        rows = sum(call.rows for call in calls)
+        if explore:
+            self._cut = 0
+        elif len(calls) < len(queues[calls[0].key]) and rows < limit(calls[0]):
+            self._cut += 1
+        return calls
+
+    def _reprice(self) -> None:
+        self._prices = PriceList(self.cost)
+        for job in list(self._jobs.values()):
+            job.task.price(self._prices)
+
+    def ran(self, key: Key, cap: int, rows: int, seconds: float) -> None:
+        """A forward, allowed so many rows, took so long, until all its jobs waited again."""
+        self.cost.observe(key, rows, seconds)
+        self._on_step(key.module, rows, max(rows, cap), seconds)
+
+    def called(self, jobs: Sequence[Job], seconds: float, beside: int) -> None:
+        """Jobs ran in one call of the pipeline, while so many calls ran side by side."""
+        steps = max(1, jobs[0].progress.total)
+        rows = sum(load.rows for job in jobs for load in job.task.demand.step)
+        for key in {load.key for load in jobs[0].task.demand.step}:
+            self.cost.observe(key, rows, seconds / steps / beside)
+            self._on_step(key.module, rows, rows, seconds / steps)
+
+    def runs_alone(self, call: Call) -> None:
+        """Forwards like this one are not shared."""
+        self._caps[call.cost] = call.rows
+
+    # What is to be expected
+
+    def outlook(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        scheduler: Any = None,
+        priority: Priority = Priority.NORMAL,
+        deadline: float | None = None,
+        fits: Callable[[Demand], bool] = lambda demand: True,
+    ) -> Outlook | None:
+        """What a job would meet if it were submitted now; None if no job like it has run."""
+        now = time.monotonic()
+        shape, steps = self._shape(args, kwargs, scheduler)
+        task = self._task(shape, steps, now, priority, None if deadline is None else now + deadline)
+        if not task.solo:
+            return None
+        tasks = [job.task for job in list(self._jobs.values())]
+        return Outlook(self._forecast([*tasks, task], now)[-1], task.solo, fits(task.demand))
+
+    def standings(self) -> dict[str, Standing]:
+        """Where each job stands, by its id."""
+        with self._lock:
+            now = time.monotonic()
+            at, known = self._standings
+            if now - at < FRESH:
+                return known
+            jobs = list(self._jobs.values())
+            tasks = [job.task for job in jobs]
+            ends = self._forecast(tasks, now)
+            line = sorted((task.begun is False, self._order(task, now), i) for i, task in enumerate(tasks))
+            running = sum(task.begun for task in tasks)
+            known = {jobs[i].id: Standing(max(0, place - running + 1), ends[i]) for place, (_, _, i) in enumerate(line)}
+            self._standings = (now, known)
+            return known
+
+    def backlog(self) -> float:
+        """Seconds until all that are not done would be."""
+        return max((one.eta for one in self.standings().values()), default=0.0)
+
+    def _forecast(self, tasks: Sequence[Task], now: float) -> list[float]:
+        return forecast(tasks, now, self.cost, self._cap, self._order)
+
+    def _cap(self, demand: Demand) -> int:
+        """The most rows of a step that such jobs share, by the rows of its first module."""
+        if not self._merges or not demand.step:
+            return 0
+        own = demand.step[0].rows
+        caps = (
+            (self._caps.get(load.key) or self.cost.knee(load.key, self._max_rows)) * own // load.rows
+            for load in demand.step
+        )
+        return min(caps)
+
+    def _task(self, shape: Shape, steps: int, arrived: float, priority: Priority, deadline: float | None) -> Task:
+        with self._lock:
+            demand = self._profiles.expect(shape, steps)
+        if not self._merges and not demand.step:
+            demand = Demand(steps, step=(Load(Key(WHOLE_CALL, shape.pixels), shape.images),))
+        task = Task(demand, arrived=arrived, priority=priority, deadline=deadline)
+        task.price(self._prices)
+        return task
+
+    def _shape(self, args: tuple[Any, ...], kwargs: dict[str, Any], scheduler: Any) -> tuple[Shape, int]:
+        """What a call's arguments tell of its work, and how many steps it has."""
+        values = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        width, height, prompt = values.get("width"), values.get("height"), values.get("prompt")
+        steps, images = values.get("num_inference_steps", self._steps), values.get("num_images_per_prompt")
+        prompts = len(prompt) if isinstance(prompt, list) else 1
+        pixels = width * height if isinstance(width, int) and isinstance(height, int) else 0
+        kind = frozenset(
+            (name, _level(name, value)) for name, value in values.items() if value is not None and name != "generator"
+        )
+        return (
+            Shape(pixels, max(1, prompts * (images if isinstance(images, int) else 1)), (kind, type(scheduler))),
+            steps if isinstance(steps, int) else self._steps,
+        )
+
+
+def _level(name: str, value: Any) -> bool:
+    """Guidance of 1 or less is none, and saves a pipeline half of its rows or calls."""
+    if isinstance(value, (int, float)) and ("guidance" in name or "cfg" in name):
+        return value > 1
+    return True
