@@ -20,6 +20,7 @@ from benchmarks.simulation.bound import least_mean_latency
 from benchmarks.simulation.curves import Curves
 from benchmarks.simulation.figures import Figures, Row, Spread, table
 from benchmarks.simulation.picture import draw
+from benchmarks.simulation.reception import Reception
 from benchmarks.simulation.variants import VARIANTS
 from benchmarks.simulation.world import World, fixed
 from stepweave.scheduling.policy import POLICIES, Policy
@@ -28,6 +29,7 @@ CURVE = Path(__file__).parent / "curves" / "qwen-image-h200.json"
 MIX = "512x512:4:15,512x512:28:35,1024x1024:28:35,1024x1024:50:15"
 BASELINE = "fifo"
 SHOWN = ("mean", "p50", "p95", "p99", "slowdown", "within", "hits", "throughput", "rows")
+BOUNDED = ("throughput", "refused", "retries", "told", "inside", "mean", "p99", "within")  # shown with admission
 COMPARED = ("mean", "p95", "p99", "slowdown", "within")
 
 
@@ -43,6 +45,8 @@ class Case:
     burst: float = 1
     deadlines: tuple[float, float] = (0, 1)  # share of jobs that have one, and how many times their solo time
     trace: Path | None = None
+    limit: int | None = None  # requests in flight
+    attempts: int = 1  # of a client, each when it was told
 
     def arrivals(self, curves: Curves) -> list[Arrival]:
         if self.trace is not None:
@@ -68,14 +72,18 @@ def simulated(case: Case, names: tuple[str, ...]) -> tuple[float, dict[str, Figu
     figures = {}
     for name in names:
         pick, cap = policy(name)
-        figures[name] = Figures.of(World(requests, curves, pick, cap=fixed(cap) if cap else None).simulate())
+        rows = fixed(cap) if cap else None
+        door = Reception(curves, case.limit, name) if case.limit else None
+        world = World(requests, curves, pick, cap=rows, door=door, attempts=case.attempts)
+        figures[name] = Figures.of(world.simulate())
     return least_mean_latency(requests, curves, curves.model()), figures
 
 
 def spreads(runs: list[dict[str, Figures]], name: str) -> dict[str, Spread]:
     """Of each figure of a policy, over the seeds."""
     taken = [asdict(figures[name]) for figures in runs]
-    return {key: Spread.of([one[key] for one in taken]) for key in taken[0] if taken[0][key] is not None}
+    known = [key for key in taken[0] if all(one[key] is not None for one in taken)]
+    return {key: Spread.of([one[key] for one in taken]) for key in known}
 
 
 def ratios(runs: list[dict[str, Figures]], name: str, bounds: list[float]) -> Row:
@@ -110,13 +118,18 @@ def main() -> None:
     parser.add_argument(
         "--trace", type=Path, help="arrivals from a file instead; see benchmarks/simulation/arrivals.py"
     )
+    parser.add_argument(
+        "--limit", type=int, help="of requests in flight; others are refused and told when to come again"
+    )
+    parser.add_argument("--attempts", type=int, default=3, help="of a client that is refused (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("build/simulate"), help="(default: %(default)s)")
     arguments = parser.parse_args()
 
     names = tuple(dict.fromkeys(arguments.policies.split(",")))
     for name in names:
         policy(name)
-    compared = BASELINE in names
+    compared = BASELINE in names and not arguments.limit
+    shown = BOUNDED if arguments.limit else SHOWN
     share, slack = map(float, arguments.deadlines.split(":"))
     loads = [1.0] if arguments.trace else [float(load) for load in arguments.loads.split(",")]
     cases = [
@@ -129,6 +142,8 @@ def main() -> None:
             arguments.burst,
             (share, slack),
             arguments.trace,
+            arguments.limit,
+            arguments.attempts,
         )
         for load in loads
         for seed in range(1 if arguments.trace else arguments.seeds)
@@ -157,7 +172,7 @@ def main() -> None:
                     found[name].setdefault(key, []).append(spread)
             heading = "trace" if arguments.trace else f"load {load:g}"
             rows: list[Row] = [
-                {"policy": name, **{key: figures[key] for key in SHOWN if key in figures}}
+                {"policy": name, **{key: figures[key] for key in shown if key in figures}}
                 for name, figures in every.items()
             ]
             print(f"## {heading}\n\n{table(rows)}\n\nNo schedule has a mean below {bounds[-1]} s.\n", flush=True)

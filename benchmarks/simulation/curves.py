@@ -8,8 +8,9 @@ nothing else.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,11 @@ def _loads(parts: Sequence[Mapping[str, Any]]) -> tuple[Load, ...]:
     return tuple(
         Load(Key(part["module"], elements(part["size"])), part.get("rows", 1), part.get("calls", 1)) for part in parts
     )
+
+
+def knees(curves: Curves, cost: CostModel) -> Callable[[Key], int]:
+    """The knee of each key, within what the curve knows."""
+    return functools.cache(lambda key: cost.knee(key, curves.most_rows(key)))
 
 
 def best_seconds(curves: Curves, cost: CostModel, key: Key) -> float:

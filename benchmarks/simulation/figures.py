@@ -46,6 +46,9 @@ class Figures:
     hits: float | None  # share of the jobs with a deadline that met it; those that were refused did not
     throughput: float  # jobs per second, from the first arrival to the last finish
     refused: float  # share of jobs that were refused for good
+    inside: float  # mean latency from when they were let in
+    told: float | None  # median Retry-After, in seconds
+    retries: float | None  # share of those who came again as told and were let in then
     busy: float  # share of the time
     rows: float  # of a forward, mean
     switches: float  # share of forwards of another key than the one before
@@ -55,6 +58,8 @@ class Figures:
         served = [one for one in run.outcomes if one.finished is not None]
         latency = np.array([one.latency for one in served] or [np.nan])
         solo = np.array([one.solo for one in served] or [np.nan])
+        told = [seconds for one in run.outcomes for seconds in one.promised]
+        again = sum(len(one.asked) - 1 for one in run.outcomes)
         due = [one for one in run.outcomes if one.arrival.deadline is not None]
         met = sum(
             one.finished <= one.asked[-1] + one.arrival.deadline
@@ -73,6 +78,11 @@ class Figures:
             hits=met / len(due) if due else None,
             throughput=len(served) / elapsed,
             refused=1 - len(served) / len(run.outcomes),
+            inside=float(
+                np.mean([one.finished - one.asked[-1] for one in served if one.finished is not None] or [np.nan])
+            ),
+            told=float(np.median(told)) if told else None,
+            retries=sum(len(one.asked) > 1 for one in served) / again if again else None,
             busy=run.busy / elapsed,
             rows=run.rows / max(run.forwards, 1),
             switches=run.switches / max(run.forwards, 1),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from benchmarks.simulation.arrivals import Arrival
-from benchmarks.simulation.curves import Curves
+from benchmarks.simulation.curves import Curves, knees
 from stepweave.scheduling.cost import CostModel
 from stepweave.scheduling.policy import Cap, Policy
 from stepweave.scheduling.task import Key, Load, Task
@@ -23,6 +23,7 @@ class Request:
     rows: int
     cost: Key
     task: Task
+    since: float  # when it began to wait
 
 
 @dataclass(slots=True)
@@ -57,9 +58,13 @@ class Run:
 
 
 class Door(Protocol):
-    """Admission: lets a task in (None), or says after how many seconds to come again."""
+    """Admission."""
 
-    def __call__(self, task: Task, tasks: Sequence[Task], now: float, promised: float | None) -> float | None: ...
+    def enter(self, token: Hashable, task: Task, inside: Sequence[Task], now: float) -> float | None:
+        """Let a task in (None), or say after how many seconds to come again; the token is the same then."""
+
+    def leave(self) -> None:
+        """One of those inside is done."""
 
 
 class World:
@@ -79,7 +84,7 @@ class World:
         self._curves = curves
         self._cost = cost or curves.model()
         self._policy = policy
-        self._cap = cap or knees(curves, self._cost)
+        self._cap = cap or at_knee(curves, self._cost)
         self._door = door
         self._attempts = attempts
         self._calls: dict[Task, Iterator[Load]] = {}  # of the tasks that are in
@@ -114,9 +119,8 @@ class World:
         while self._due and self._due[0][0] <= until:
             now, number, outcome = heapq.heappop(self._due)
             task = outcome.arrival.task(self._curves, self._cost, now)
-            promised = outcome.asked[-1] + outcome.promised[-1] if outcome.promised else None
             outcome.asked.append(now)
-            wait = None if self._door is None else self._door(task, list(self._calls), now, promised)
+            wait = None if self._door is None else self._door.enter(number, task, list(self._calls), now)
             if wait is None:
                 self._outcome[task] = outcome
                 self._calls[task] = _calls(task)
@@ -154,8 +158,10 @@ class World:
         if load is None:
             self._outcome.pop(task).finished = now
             del self._calls[task]
+            if self._door is not None:
+                self._door.leave()
         else:
-            self._queues.setdefault(load.key, []).append(Request(load.key, load.rows, load.key, task))
+            self._queues.setdefault(load.key, []).append(Request(load.key, load.rows, load.key, task, now))
 
 
 def _calls(task: Task) -> Iterator[Load]:
@@ -175,16 +181,10 @@ def _calls(task: Task) -> Iterator[Load]:
             yield load
 
 
-def knees(curves: Curves, cost: CostModel) -> Cap:
+def at_knee(curves: Curves, cost: CostModel) -> Cap:
     """The cap of each key: its knee."""
-    known: dict[Key, int] = {}
-
-    def cap(request: Request) -> int:
-        if request.cost not in known:
-            known[request.cost] = cost.knee(request.cost, curves.most_rows(request.cost))
-        return known[request.cost]
-
-    return cap
+    knee = knees(curves, cost)
+    return lambda request: knee(request.cost)
 
 
 def fixed(rows: int) -> Callable[[Request], int]:

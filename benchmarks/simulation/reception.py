@@ -1,0 +1,47 @@
+"""The server's admission, on the simulation's clock."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+from benchmarks.simulation.curves import Curves, knees
+from stepweave.errors import Refused
+from stepweave.scheduling.admission import Admission, Outlook
+from stepweave.scheduling.forecast import ORDERS, by_arrival, forecast
+from stepweave.scheduling.task import Demand, Task
+
+
+class Reception:
+    """Lets in what `Admission` does, with the finish that is forecast for the policy's order."""
+
+    def __init__(self, curves: Curves, limit: int, policy: str) -> None:
+        self._cost = curves.model()
+        self._knee = knees(curves, self._cost)
+        self._order = ORDERS.get(policy, by_arrival)
+        self._inside: Sequence[Task] = ()
+        self._now = 0.0
+        self._admission = Admission(limit, self._drain, clock=lambda: self._now)
+
+    def enter(self, token: Hashable, task: Task, inside: Sequence[Task], now: float) -> float | None:
+        self._now, self._inside = now, inside
+        deadline = None if task.deadline is None else task.deadline - now
+        try:
+            self._admission.enter(token, lambda: self._outlook(task), deadline)
+        except Refused as refused:
+            return refused.retry_after
+        return None
+
+    def leave(self) -> None:
+        self._admission.leave()
+
+    def _outlook(self, task: Task) -> Outlook:
+        return Outlook(self._forecast([*self._inside, task])[-1], task.solo)
+
+    def _drain(self) -> float:
+        return max(self._forecast(self._inside), default=0.0)
+
+    def _forecast(self, tasks: Sequence[Task]) -> list[float]:
+        return forecast(tasks, self._now, self._cost, self._cap, self._order)
+
+    def _cap(self, demand: Demand) -> int:
+        return self._knee(demand.step[0].key)
