@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
+import psutil
 import pytest
 
 from benchmarks.serving import parts
@@ -237,6 +238,23 @@ def test_a_server_that_dies_ends_the_run_with_the_end_of_its_log(tmp_path: Path)
             lambda client: saturate(client, endless(1), served.check, clients=2, ramp=0, seconds=20),
         )
     assert time.monotonic() - began < 5
+
+
+def test_a_worker_that_dies_is_noticed_though_the_server_starts_another(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    log.write_text("Killed\n")
+    command = [sys.executable, "-c", "input()"]
+    with (
+        subprocess.Popen(command, stdin=subprocess.PIPE) as server,
+        subprocess.Popen(command, stdin=subprocess.PIPE) as worker,
+    ):
+        served = Served("fifo", "http://fake", server, log, [psutil.Process(worker.pid)])
+        served.check()
+        worker.kill()
+        worker.wait()
+        with pytest.raises(BenchmarkError, match="'fifo' has lost a worker.*\n.*Killed"):
+            served.check()
+        server.kill()
 
 
 def test_the_closed_loop_counts_the_answers_after_its_ramp() -> None:

@@ -16,12 +16,12 @@ from typing import TypeVar
 from benchmarks.serving import parts
 from benchmarks.serving.client import BenchmarkError, connect
 from benchmarks.serving.contestants import CONTESTANTS, DEFAULT, Served, serve
-from benchmarks.serving.first import Contestant, Scale, measure_first, warm_up
+from benchmarks.serving.first import CLIENTS, Contestant, Scale, measure_first, warm_up
 from benchmarks.serving.report import Report, progress
 
 PARTS = ("policies", "overload", "trace")
 OVERLOADED = "overload"
-OVERLOADED_SETTINGS = {**CONTESTANTS[DEFAULT], "STEPWEAVE_MAX_QUEUE": "12"}  # so that it is full within the run
+OVERLOADED_SETTINGS = {**CONTESTANTS[DEFAULT], "STEPWEAVE_MAX_QUEUE": str(CLIENTS)}
 ANSWER_SECONDS = 600  # after which a client gives up
 
 T = TypeVar("T")
@@ -103,6 +103,9 @@ def main() -> int:
     except BenchmarkError as error:
         print(f"benchmarks.serving: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("benchmarks.serving: interrupted", file=sys.stderr)
+        return 130
     report.close()
     seconds = time.monotonic() - began
     progress(f"{seconds / 60:.1f} minutes; the client took {(time.process_time() - cpu) / seconds:.1%} of a core")

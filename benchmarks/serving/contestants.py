@@ -10,8 +10,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import httpx
 import psutil
@@ -42,14 +43,16 @@ class Served:
     url: str
     process: subprocess.Popen[bytes]
     log: Path
+    workers: list[psutil.Process] = field(default_factory=list)  # once it is ready
 
     def check(self) -> None:
-        """Raise BenchmarkError, with the end of its log, if it has ended."""
+        """Raise BenchmarkError, with the end of its log, if it has ended, or one of its workers, which BentoML starts anew."""
         status = self.process.poll()
         if status is not None:
-            raise BenchmarkError(
-                f"the server of {self.name!r} has ended with status {status}; its log ends:\n{self._tail()}"
-            )
+            self._fail(f"has ended with status {status}")
+        for worker in self.workers:
+            if not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE:
+                self._fail("has lost a worker")
 
     def wait_until_ready(self) -> None:
         until = time.monotonic() + READY_SECONDS
@@ -58,13 +61,12 @@ class Served:
             with contextlib.suppress(httpx.TransportError):
                 answer = httpx.get(f"{self.url}/readyz", trust_env=False)
                 if answer.status_code == 200:
+                    self.workers = psutil.Process(self.process.pid).children(recursive=True)
                     return
                 if answer.json().get("stage") == "failed":
-                    raise BenchmarkError(f"the server of {self.name!r} cannot start: {answer.text}")
+                    self._fail("cannot start")
             time.sleep(0.2)
-        raise BenchmarkError(
-            f"the server of {self.name!r} is not ready after {READY_SECONDS} s; its log ends:\n{self._tail()}"
-        )
+        self._fail(f"is not ready after {READY_SECONDS} s")
 
     def stop(self) -> None:
         """SIGTERM to the server; what is still there later is killed, its worker too, which has a group of its own."""
@@ -80,8 +82,9 @@ class Served:
                     one.kill()
             self.process.wait()
 
-    def _tail(self) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+    def _fail(self, what: str) -> NoReturn:
+        tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+        raise BenchmarkError(f"the server of {self.name!r} {what}; its log ends:\n{tail}")
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from benchmarks.serving.report import Report, Row, Table, progress
 BURST = 12  # requests at once, to warm up; fewer than the queue of the overloaded server holds
 BURSTS = 4  # at most
 WARM_UP_SECONDS = 120  # for a burst
-CLIENTS = 24  # of the closed loop: more than the largest shared step holds
+CLIENTS = 24  # of the closed loop: more than the largest shared step holds; the overloaded server lets in as many
 WARM_UP_SEED, SOLO_SEED, CAPACITY_SEED = 10_000, 20_000, 30_000
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from benchmarks.serving import figures
 from benchmarks.serving.client import Outcome, offer
 from benchmarks.serving.figures import Value
-from benchmarks.serving.first import Contestant, Known, Scale
-from benchmarks.serving.mix import DEADLINE, poisson
+from benchmarks.serving.first import CLIENTS, Contestant, Known, Scale
+from benchmarks.serving.mix import DEADLINE, endless, poisson
 from benchmarks.serving.report import Report, Row, Table, progress, write_array
 
 SHOWN = ("mean", "p50", "p95", "p99", "within 3x solo", "deadline hits", "refused", "missed", "failed", "throughput")
@@ -90,7 +92,8 @@ async def overload(contestant: Contestant, scale: Scale, known: Known, report: R
     tables = []
     totals: list[Row] = []
     for returns in (0, RETURNS):
-        requests = poisson(OVERLOAD * known.capacity, seconds, OVERLOAD_SEED, known.solo, scale.deadlines)
+        fill = [dataclasses.replace(one, offset=0.0) for one in islice(endless(OVERLOAD_SEED), CLIENTS)]
+        requests = fill + poisson(OVERLOAD * known.capacity, seconds, OVERLOAD_SEED, known.solo, scale.deadlines)
         outcomes = await offer(contestant.client, requests, contestant.check, drain=2 * scale.drain, returns=returns)
         report.record([_traced(o) for o in outcomes], part="overload", returns=returns)
         _warn(contestant, outcomes)
@@ -129,8 +132,8 @@ async def overload(contestant: Contestant, scale: Scale, known: Known, report: R
                 )
             )
     about = (
-        f"{OVERLOAD:.0%} of capacity for {seconds:g} s, `{contestant.name}`. Goodput: pictures within the deadline, if there is "
-        "one. Waits are from the last sending to the picture."
+        f"{OVERLOAD:.0%} of capacity for {seconds:g} s, after {CLIENTS} requests at once that fill the queue. Goodput: pictures "
+        "within the deadline, if there is one. Waits are from the last sending to the picture."
     )
     report.add("overload", [Table(about, totals), *tables])
 
