@@ -235,7 +235,7 @@ def test_a_server_that_dies_ends_the_run_with_the_end_of_its_log(tmp_path: Path)
     with pytest.raises(BenchmarkError, match="status 3"):
         drive(
             Fake(picture, seconds=30),
-            lambda client: saturate(client, endless(1), served.check, clients=2, ramp=0, seconds=20),
+            lambda client: saturate(client, endless(1), served.check, solo=SOLO, clients=2, ramp=0, seconds=20),
         )
     assert time.monotonic() - began < 5
 
@@ -259,12 +259,17 @@ def test_a_worker_that_dies_is_noticed_though_the_server_starts_another(tmp_path
 
 def test_the_closed_loop_counts_the_answers_after_its_ramp() -> None:
     fake = Fake(picture, seconds=0.05)
-    rate = drive(fake, lambda client: saturate(client, endless(1), alive, clients=4, ramp=0.2, seconds=0.5))
-    assert 0 < rate <= 4 * (0.5 / 0.05 + 1) / 0.5
+    rate = drive(fake, lambda client: saturate(client, endless(1), alive, solo=SOLO, clients=4, ramp=0.2, seconds=0.5))
+    work = max(SOLO.values()) / (sum(SOLO.values()) / len(SOLO))  # of the dearest kind
+    assert 0 < rate <= work * 4 * (0.5 / 0.05 + 1) / 0.5
+    shorts = burst(8, SHORT) * 4
+    among = {SHORT: 1.0, LONG: 3.0}
+    rate = drive(fake, lambda client: saturate(client, iter(shorts), alive, solo=among, clients=4, ramp=0, seconds=2))
+    assert rate == 32 * 0.5 / 2
     with pytest.raises(BenchmarkError, match="refused: queue_full"):
         drive(
             Fake(lambda body, again: error(429, "queue_full")),
-            lambda client: saturate(client, endless(1), alive, clients=4, ramp=0, seconds=2),
+            lambda client: saturate(client, endless(1), alive, solo=SOLO, clients=4, ramp=0, seconds=2),
         )
 
 

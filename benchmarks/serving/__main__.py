@@ -56,7 +56,7 @@ def scale_of(arguments: argparse.Namespace) -> Scale:
     if arguments.quick:
         return Scale(
             (arguments.loads[-1],), (arguments.seeds[0],), 10, arguments.deadlines,
-            overload_seconds=24, trace_seconds=10, ramp=4, capacity_seconds=10, solo_repeats=2, drain=30,
+            overload_seconds=24, trace_seconds=10, ramp=5, capacity_seconds=15, solo_repeats=2, drain=30,
         )  # fmt: skip
     return Scale(arguments.loads, arguments.seeds, arguments.seconds, arguments.deadlines)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import httpx
 
-from benchmarks.serving.mix import PICTURE, Request
+from benchmarks.serving.mix import PICTURE, Kind, Request
 
 PATH = "/v1/images/generations"
 CHECK_SECONDS = 0.5  # between looks at whether the server is alive
@@ -145,33 +145,39 @@ async def saturate(
     requests: Iterator[Request],
     check: Callable[[], None],
     *,
+    solo: Mapping[Kind, float],
     clients: int,
     ramp: float,
     seconds: float,
 ) -> float:
-    """Answers per second while so many clients each send their next request when the last is answered, from `ramp` seconds on.
+    """Requests of the mix per second, from `ramp` seconds on, while each client sends its next when its last is answered.
 
-    Raises BenchmarkError if a request is not answered with a picture.
+    An answer counts as the share of a mean request that its kind takes alone: policies that put short ones first finish more of
+    them at first, and would seem faster than they can be for long. Raises BenchmarkError if a request is not answered with a
+    picture.
     """
     start = time.perf_counter()
-    finished: list[float] = []
+    mean = sum(solo.values()) / len(solo)
+    done_work = 0.0
 
     async def work() -> None:
+        nonlocal done_work
         for request in requests:
             attempt = await send(client, request.body, start)
             require(attempt)
-            finished.append(attempt.began + attempt.seconds)
+            if ramp <= attempt.began + attempt.seconds < ramp + seconds:
+                done_work += solo[request.kind] / mean
 
     pending = {asyncio.create_task(work()) for _ in range(clients)}
     try:
-        while time.perf_counter() < start + ramp + seconds:
-            done, _ = await asyncio.wait(pending, timeout=min(CHECK_SECONDS, ramp + seconds))
+        while pending and time.perf_counter() < start + ramp + seconds:
+            done, pending = await asyncio.wait(pending, timeout=min(CHECK_SECONDS, ramp + seconds))
             check()
             for task in done:
                 task.result()
     finally:
         await _cancel(pending)
-    return sum(ramp <= moment < ramp + seconds for moment in finished) / seconds
+    return done_work / seconds
 
 
 def require(attempt: Attempt) -> None:

@@ -31,8 +31,8 @@ class Scale:
     deadlines: float  # share of requests that have one
     overload_seconds: float = 60
     trace_seconds: float = 45
-    ramp: float = 10  # until a closed loop is steady
-    capacity_seconds: float = 40
+    ramp: float = 15  # until a closed loop is steady
+    capacity_seconds: float = 45
     solo_repeats: int = 3
     drain: float = 60
 
@@ -93,6 +93,7 @@ async def measure_first(contestant: Contestant, scale: Scale, report: Report) ->
         contestant.client,
         endless(CAPACITY_SEED),
         contestant.check,
+        solo=solo,
         clients=CLIENTS,
         ramp=scale.ramp,
         seconds=scale.capacity_seconds,
@@ -111,7 +112,7 @@ async def measure_first(contestant: Contestant, scale: Scale, report: Report) ->
             Table(f"Each kind alone, `{contestant.name}`: the median of {scale.solo_repeats} (and extremes).", rows),
             Table(
                 f"Capacity for the mix, `{contestant.name}`: {CLIENTS} clients who each wait for their answer, over "
-                f"{scale.capacity_seconds:g} s.",
+                f"{scale.capacity_seconds:g} s; each answer counts as the share of a mean request that its kind takes alone.",
                 [capacity],
             ),
         ],
