@@ -34,8 +34,14 @@ def share(part: str, whole: str) -> str:
     return f"{rates[0]} / clamp_min({rates[1]}, 1e-9)"
 
 
-def percentile(q: float) -> str:
-    return f"histogram_quantile({q}, sum by (le) (rate({series('stepweave_request_seconds_bucket')}[{WINDOW}])))"
+def percentile(q: float, metric: str = "stepweave_request_seconds", *by: str) -> str:
+    labels = ", ".join(("le", *by))
+    return f"histogram_quantile({q}, sum by ({labels}) (rate({series(f'{metric}_bucket')}[{WINDOW}])))"
+
+
+def mean(metric: str) -> str:
+    """Of what a module's forwards had; 0 without any."""
+    return ratio(rate(f"{metric}_sum", "module"), rate(f"{metric}_count", "module"))
 
 
 def vram(kinds: str) -> str:
@@ -83,15 +89,14 @@ def number(title: str, description: str, unit: str, expr: str, *steps: tuple[flo
     )
 
 
-def graph(title: str, description: str, unit: str, *queries: tuple[str, str]) -> timeseries.Panel:
-    """Lines over time; each of `queries` is an expression and its legend."""
+def graph(title: str, description: str, unit: str, *queries: tuple[str, str], signed: bool = False) -> timeseries.Panel:
+    """Lines over time; each of `queries` is an expression and its legend. Only a `signed` one has room below 0."""
     panel = (
         timeseries.Panel()
         .title(title)
         .description(description)
         .datasource(SOURCE)
         .unit(unit)
-        .min(0)
         .line_width(1)
         .fill_opacity(10)
         .show_points(options.VisibilityMode.NEVER)
@@ -106,6 +111,8 @@ def graph(title: str, description: str, unit: str, *queries: tuple[str, str]) ->
         .height(9)
         .span(12)
     )
+    if not signed:
+        panel.min(0)
     for ref, (expr, legend) in zip("ABCDEFGH", queries, strict=False):
         panel.with_target(query(expr, legend).ref_id(ref))
     return panel
@@ -247,6 +254,51 @@ def dashboard() -> model.Dashboard:
                 "Forwards per second.",
                 "cps",
                 (rate("stepweave_forwards_total", "module"), "{{module}}"),
+            ),
+        ],
+        "Scheduling": [
+            graph(
+                "Backlog",
+                "Predicted seconds of work accepted and not yet done: what a low-priority request that comes now would wait.",
+                "s",
+                (f"max by (pod, instance) ({series('stepweave_backlog_seconds')})", "{{pod}} {{instance}}"),
+            ),
+            graph(
+                "Wait for the first forward",
+                "From a job's acceptance to its first forward; of jobs that succeeded.",
+                "s",
+                *((percentile(q, "stepweave_queue_seconds"), f"p{q * 100:.0f}") for q in (0.5, 0.95, 0.99)),
+            ),
+            graph(
+                "Seconds of a step",
+                "Median of a module's forwards with what follows each, until all its jobs wait again.",
+                "s",
+                (percentile(0.5, "stepweave_step_seconds", "module"), "{{module}}"),
+            ),
+            graph(
+                "Rows of a batch, and fill",
+                "Mean rows of a forward, and as a share of those that it was allowed: the knee beyond which more do not pay, or "
+                "what fits into memory.",
+                "none",
+                (mean("stepweave_batch_rows"), "rows of {{module}}"),
+                (mean("stepweave_batch_fill_ratio"), "fill of {{module}}"),
+            ),
+            graph(
+                "Refused by reason",
+                "Requests per second that admission did not let in: no place, too long a wait, a deadline that cannot be met, "
+                "too little memory; and jobs that were let in and missed their deadline.",
+                "reqps",
+                (rate("stepweave_refused_total", "reason"), "{{reason}}"),
+                (rate("stepweave_deadline_missed_total", "job"), "deadline missed"),
+            ),
+            graph(
+                "Error of predictions",
+                "Median seconds by which jobs ended later than foretold (below 0: earlier), and the cost model's error for a "
+                "single forward.",
+                "none",
+                (percentile(0.5, "stepweave_eta_error_seconds"), "end of a job, s"),
+                (f"max({series('stepweave_cost_model_error_ratio')})", "forward, share"),
+                signed=True,
             ),
         ],
         "Memory": [

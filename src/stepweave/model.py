@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import secrets
+import time
 from typing import Any
 
 import torch
@@ -14,9 +16,12 @@ from stepweave.errors import InvalidRequest, LoadError, shown
 from stepweave.generation import MAX_SEED, Parameters
 from stepweave.loading.preset import Preset
 
+logger = logging.getLogger(__name__)
+
 DRAWN_SEED_BITS = 32  # of a seed the server draws, easy to copy
 
 WARM_UP_STEPS = 2
+PROFILE_SECONDS = 10.0  # after which no more is run for the cost model's sake alone: it goes on to learn from requests
 
 
 class ServedModel:
@@ -124,24 +129,44 @@ class ServedModel:
         return width, height
 
     def warm_up(self, engine: StepEngine) -> None:
-        """Run short jobs of the native size: one alone, then as many as fill the largest shared step.
+        """Run short jobs of the native size, and of half its sides: one alone, then as many as fill the largest shared step, then
+        growing numbers for the cost model.
 
-        So the first requests do not pay for first calls, and what the engine may merge is certified before they come. The
-        jobs differ in prompt, seed, steps and guidance, as requests do.
+        So the first requests do not pay for first calls, what the engine may merge is certified, and what steps cost is known
+        before they come. The jobs differ in prompt, seed, steps and guidance, as requests do.
         """
-        count = 1 if engine.mode in ("off", "threads") else max(2, -(-self.settings.max_rows // 2))
-        for indices in ([0], range(1, count)):
-            jobs = [engine.submit(**self.call(self._warm_up_parameters(i))) for i in indices]
-            for job in jobs:
-                job.result()
+        most = 1 if engine.mode in ("off", "threads") else max(2, -(-self.settings.max_rows // 2))
+        native, half = (self.width, self.height), self._half_size()
+        for count in (1, most):
+            self._run_together(engine, native, count)
+        began = time.monotonic()
+        counts = [2**i for i in range(most.bit_length())]
+        rounds = [(native, count) for count in counts] + [(half, count) for count in counts[:3] if half]
+        for size, count in rounds:
+            if size is None or time.monotonic() - began > PROFILE_SECONDS:
+                continue
+            try:
+                self._run_together(engine, size, count)
+            except Exception as error:
+                if size == native:
+                    raise
+                logger.info("pictures of %dx%d fail (%s); what they cost is not known", *size, type(error).__name__)
 
-    def _warm_up_parameters(self, index: int) -> Parameters:
+    def _run_together(self, engine: StepEngine, size: tuple[int, int], count: int) -> None:
+        jobs = [engine.submit(**self.call(self._warm_up_parameters(i, *size))) for i in range(count)]
+        for job in jobs:
+            job.result()
+
+    def _half_size(self) -> tuple[int, int] | None:
+        width, height = (side // 2 // self.multiple * self.multiple for side in (self.width, self.height))
+        return (width, height) if width and height else None
+
+    def _warm_up_parameters(self, index: int, width: int, height: int) -> Parameters:
         guidance = self.default_guidance
         if guidance is not None and index % 4 == 3:
             guidance = guidance * 1.5
         prompt = f"{index}, to warm up"  # differs in its first token: encoders cut long prompts
-        steps = WARM_UP_STEPS + index % 3
-        return Parameters(prompt, None, self.width, self.height, 1, index, steps, guidance)
+        return Parameters(prompt, None, width, height, 1, index, WARM_UP_STEPS + index % 3, guidance)
 
     def call(self, parameters: Parameters) -> dict[str, Any]:
         """The keyword arguments of the pipeline's own call, which returns n RGB pictures of height x width."""

@@ -20,7 +20,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from stepweave.errors import Cancelled, Refused, StepweaveError, Unavailable
+from stepweave.errors import Cancelled, DeadlineExceeded, Refused, StepweaveError, Unavailable
 from stepweave.scheduling.admission import REASONS
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series for each counter, which nothing here reads
 
-Outcome = Literal["succeeded", "failed", "cancelled", "refused", "invalid", "unavailable"]
+Outcome = Literal["succeeded", "failed", "cancelled", "refused", "late", "invalid", "unavailable"]
 CERTIFICATE_STATES = ("certified", "pending", "failed")
 VRAM_KINDS = ("allocated", "reserved", "peak", "free", "total")
 STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -166,6 +166,8 @@ def outcome_of(error: BaseException) -> Outcome:
         return "cancelled"
     if isinstance(error, Refused):
         return "refused"
+    if isinstance(error, DeadlineExceeded):
+        return "late"
     if isinstance(error, Unavailable):
         return "unavailable"
     if isinstance(error, StepweaveError) and 400 <= error.status < 500:
