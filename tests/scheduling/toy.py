@@ -1,0 +1,120 @@
+"""An engine of one forward at a time, without models: what the policies are played on."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from stepweave.scheduling.cost import CostModel
+from stepweave.scheduling.policy import Cap, Policy
+from stepweave.scheduling.task import Demand, Key, Load, Priority, Task
+
+Watch = Callable[[float, Sequence[Task]], None]  # told, before each forward, the time and the tasks that are there
+
+# Seconds per denoising step of Qwen-Image with CFG on one H200, published by others; issue 6
+QWEN = {
+    Key("transformer", 512 * 512): {1: 0.167, 2: 0.183, 3: 0.186, 4: 0.240, 8: 0.425, 16: 0.832},
+    Key("transformer", 1024 * 1024): {1: 0.243, 2: 0.474, 3: 0.711},
+}
+SMALL, LARGE = QWEN
+
+
+@dataclass(eq=False)
+class Call:
+    """A call that waits for a forward."""
+
+    key: Hashable
+    rows: int
+    cost: Key
+    task: Task
+
+
+def task(
+    cost: CostModel,
+    *steps: Load,
+    count: int = 1,
+    before: Iterable[Load] = (),
+    after: Iterable[Load] = (),
+    arrived: float = 0.0,
+    priority: Priority = Priority.NORMAL,
+    deadline: float | None = None,
+) -> Task:
+    """A job of `count` steps, each of the loads `steps`."""
+    demand = Demand(count, tuple(before), tuple(steps), tuple(after))
+    made = Task(demand, arrived=arrived, priority=priority, deadline=deadline)
+    made.price(cost)
+    return made
+
+
+def queued(tasks: Iterable[Task]) -> OrderedDict[Hashable, list[Call]]:
+    """The tasks' next steps, by key."""
+    queues: OrderedDict[Hashable, list[Call]] = OrderedDict()
+    for one in tasks:
+        load = one.demand.step[0]
+        queues.setdefault(load.key, []).append(Call(load.key, load.rows, load.key, one))
+    return queues
+
+
+def play(
+    tasks: Sequence[Task],
+    policy: Policy,
+    cost: CostModel,
+    cap: Cap,
+    *,
+    start: float = 0.0,
+    watch: Watch = lambda now, inside: None,
+) -> list[float]:
+    """When each task ends, if forwards take just what the cost model says."""
+    coming = sorted(tasks, key=lambda one: one.arrived, reverse=True)
+    calls: dict[Task, Iterator[Load]] = {}
+    queues: OrderedDict[Hashable, list[Call]] = OrderedDict()  # the key that was served longest ago first
+    ends: dict[Task, float] = {}
+    now = start
+
+    def advance(one: Task) -> None:
+        load = next(calls[one], None)
+        if load is None:
+            del calls[one]
+            ends[one] = now
+        else:
+            queues.setdefault(load.key, []).append(Call(load.key, load.rows, load.key, one))
+
+    while coming or queues:
+        if not queues:
+            now = max(now, coming[-1].arrived)
+        while coming and coming[-1].arrived <= now:
+            one = coming.pop()
+            calls[one] = _calls(one)
+            advance(one)
+        if not queues:
+            continue
+        watch(now, list(calls))
+        picked = policy(queues, now, cap, cost)
+        queue = queues.pop(picked[0].key)
+        rest = [call for call in queue if call not in picked]
+        assert picked and len(rest) == len(queue) - len(picked), "not a subset of one queue"
+        if rest:
+            queues[picked[0].key] = rest
+        now += cost.seconds(picked[0].cost, sum(call.rows for call in picked))
+        for call in picked:
+            call.task.begun = True
+            advance(call.task)
+    return [ends[one] for one in tasks]
+
+
+def _calls(one: Task) -> Iterator[Load]:
+    """The calls that are left of a task; its progress is noted when the next one is asked for."""
+    if not one.opened:
+        yield from _each(one.demand.before)
+    one.opened = True
+    while one.left:
+        yield from _each(one.demand.step)
+        one.done += 1
+    yield from _each(one.demand.after)
+
+
+def _each(loads: Iterable[Load]) -> Iterator[Load]:
+    for load in loads:
+        for _ in range(int(load.calls)):
+            yield load
