@@ -144,12 +144,12 @@ def test_refused_clients_come_back_when_told() -> None:
 
 
 def test_admission_bounds_the_wait_under_overload() -> None:
-    requests = poisson(1.5, 150, seed=1)
+    requests = poisson(1.5, 300, seed=1)
     run = World(requests, CURVES, POLICIES["aged"], door=Reception(CURVES, 16, "aged"), attempts=3).simulate()
     figures, unbounded = Figures.of(run), Figures.of(simulate(requests, POLICIES["aged"]))
     assert figures.refused > 0.1
     assert figures.inside < unbounded.mean / 2
-    assert sum(one.finished is not None for one in run.outcomes) == round((1 - figures.refused) * 150)
+    assert sum(one.finished is not None for one in run.outcomes) == round((1 - figures.refused) * 300)
 
 
 def test_the_default_beats_head_of_line_blocking() -> None:
