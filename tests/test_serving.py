@@ -23,6 +23,7 @@ from benchmarks.serving.__main__ import parse, scale_of
 from benchmarks.serving.client import Attempt, BenchmarkError, Outcome, connect, offer, saturate
 from benchmarks.serving.contestants import CONTESTANTS, DEFAULT, Served
 from benchmarks.serving.figures import (
+    IN_FLIGHT,
     Spread,
     eta_counts,
     eta_figures,
@@ -294,6 +295,8 @@ def test_overload_and_trace_are_reported(tmp_path: Path) -> None:
 
     async def serve(request: httpx.Request) -> httpx.Response:
         nonlocal busy
+        if request.url.path == "/metrics":
+            return httpx.Response(200, text=f"# TYPE {IN_FLIGHT} gauge\n{IN_FLIGHT} {busy}\n")
         if busy == 3:
             return error(429, "queue_full", **{"Retry-After": "0.1"})
         busy += 1

@@ -17,6 +17,7 @@ from benchmarks.serving.mix import Kind
 
 SLOW = 3  # times the seconds that a request takes alone
 PERCENTILES = (50, 95, 99)
+IN_FLIGHT = "stepweave_requests_in_flight"
 ETA = "stepweave_eta_error_seconds"
 ETA_NEAR = 1.0  # seconds
 Value = float | None
@@ -139,7 +140,12 @@ def returned(outcomes: Iterable[Outcome], code: str, returns: int) -> dict[str, 
     }
 
 
-# How far the server's own forecast was off, from its metrics
+# From the server's metrics: what is in flight, and how far its own forecasts were off
+
+
+def in_flight(exposition: str) -> float:
+    families = text_string_to_metric_families(exposition)
+    return sum(sample.value for family in families if family.name == IN_FLIGHT for sample in family.samples)
 
 
 def eta_counts(exposition: str) -> Counter[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping
@@ -9,14 +10,15 @@ from dataclasses import dataclass
 
 import httpx
 
-from benchmarks.serving.client import BenchmarkError, offer, require, saturate, send
-from benchmarks.serving.figures import Spread
+from benchmarks.serving.client import CHECK_SECONDS, BenchmarkError, offer, require, saturate, send
+from benchmarks.serving.figures import Spread, in_flight
 from benchmarks.serving.mix import KINDS, SIZES, Kind, endless, of_kind
 from benchmarks.serving.report import Report, Row, Table, progress
 
 BURST = 12  # requests at once, to warm up; fewer than the queue of the overloaded server holds
 BURSTS = 4  # at most
 WARM_UP_SECONDS = 120  # for a burst
+IDLE_SECONDS = 60
 CLIENTS = 24  # of the closed loop: more than the largest shared step holds; the overloaded server lets in as many
 WARM_UP_SEED, SOLO_SEED, CAPACITY_SEED = 10_000, 20_000, 30_000
 
@@ -118,6 +120,18 @@ async def measure_first(contestant: Contestant, scale: Scale, report: Report) ->
         ],
     )
     return Known(solo, rate)
+
+
+async def idle(contestant: Contestant) -> str:
+    """Wait until the server has nothing in flight, of clients who left, say. Returns its metrics."""
+    for _ in range(round(IDLE_SECONDS / CHECK_SECONDS)):
+        contestant.check()
+        response = await contestant.client.get("/metrics")
+        exposition = response.raise_for_status().text
+        if not in_flight(exposition):
+            return exposition
+        await asyncio.sleep(CHECK_SECONDS)
+    raise BenchmarkError(f"{contestant.name} has requests in flight {IDLE_SECONDS} s after the last client left")
 
 
 async def _unproven(contestant: Contestant) -> list[str]:

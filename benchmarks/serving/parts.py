@@ -12,11 +12,23 @@ from typing import Any
 from benchmarks.serving import figures
 from benchmarks.serving.client import Outcome, offer
 from benchmarks.serving.figures import Value
-from benchmarks.serving.first import CLIENTS, Contestant, Known, Scale
+from benchmarks.serving.first import CLIENTS, Contestant, Known, Scale, idle
 from benchmarks.serving.mix import DEADLINE, endless, poisson
 from benchmarks.serving.report import Report, Row, Table, progress, write_array
 
-SHOWN = ("mean", "p50", "p95", "p99", "within 3x solo", "deadline hits", "refused", "missed", "failed", "throughput")
+SHOWN = (
+    "mean",
+    "p50",
+    "p95",
+    "p99",
+    "within 3x solo",
+    "deadline hits",
+    "refused",
+    "missed",
+    "failed",
+    "unfinished",
+    "throughput",
+)
 COMPARED = ("mean", "p50", "p95", "p99", "throughput")
 OVERLOAD = 1.5  # of capacity
 RETURNS = 2  # how often a refused client comes back, as the OpenAI client does
@@ -33,9 +45,9 @@ async def policies(contestants: Sequence[Contestant], scale: Scale, known: Known
             requests = poisson(load * known.capacity, scale.seconds, seed, known.solo, scale.deadlines)
             # who is first changes from seed to seed
             for contestant in [*contestants[number % len(contestants) :], *contestants[: number % len(contestants)]]:
-                before = await _eta(contestant)
+                before = figures.eta_counts(await idle(contestant))
                 outcomes = await offer(contestant.client, requests, contestant.check, drain=scale.drain)
-                after = await _eta(contestant)
+                after = figures.eta_counts(await idle(contestant))
                 figures_of_run = figures.summarise(outcomes, known.solo, scale.seconds)
                 runs.setdefault((load, contestant.name), []).append(figures_of_run)
                 difference = Counter({key: value - before[key] for key, value in after.items()})
@@ -94,6 +106,7 @@ async def overload(contestant: Contestant, scale: Scale, known: Known, report: R
     for returns in (0, RETURNS):
         fill = [dataclasses.replace(one, offset=0.0) for one in islice(endless(OVERLOAD_SEED), CLIENTS)]
         requests = fill + poisson(OVERLOAD * known.capacity, seconds, OVERLOAD_SEED, known.solo, scale.deadlines)
+        await idle(contestant)
         outcomes = await offer(contestant.client, requests, contestant.check, drain=2 * scale.drain, returns=returns)
         report.record([_traced(o) for o in outcomes], part="overload", returns=returns)
         _warn(contestant, outcomes)
@@ -142,6 +155,7 @@ async def trace(contestant: Contestant, scale: Scale, known: Known, report: Repo
     """One run, written so that the simulator can be given the same arrivals."""
     rate = TRACE_LOAD * known.capacity
     requests = poisson(rate, scale.trace_seconds, TRACE_SEED, known.solo, scale.deadlines)
+    await idle(contestant)
     outcomes = await offer(contestant.client, requests, contestant.check, drain=scale.drain)
     _warn(contestant, outcomes)
     write_array(path, [_traced(outcome) for outcome in outcomes])
@@ -155,11 +169,6 @@ async def trace(contestant: Contestant, scale: Scale, known: Known, report: Repo
             )
         ],
     )
-
-
-async def _eta(contestant: Contestant) -> Counter[float]:
-    response = await contestant.client.get("/metrics")
-    return figures.eta_counts(response.raise_for_status().text)
 
 
 def _warn(contestant: Contestant, outcomes: Sequence[Outcome]) -> None:
