@@ -123,9 +123,14 @@ class StepEngine:
         self._closed = False
         self._lock = threading.Lock()
         self._loop: StepLoop | None = None
-        merges = mode in ("step", "request")
         self._planner = planner = Planner(
-            pipeline, policy=policy, max_rows=rows, merges=merges, knee=knee, on_step=on_step
+            pipeline,
+            policy=policy,
+            max_rows=rows,
+            merges=mode in ("step", "request"),
+            whole=mode != "step",
+            knee=knee,
+            on_step=on_step,
         )
         self._runner: Runner
         if mode == "step":

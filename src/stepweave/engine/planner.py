@@ -6,6 +6,7 @@ import inspect
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from stepweave.engine.call import Call
@@ -39,7 +40,8 @@ class Planner:
         pipeline: whose call the jobs make.
         policy: one of `POLICIES`.
         max_rows: of a step.
-        merges: whether steps of jobs share forwards.
+        merges: whether jobs share forwards.
+        whole: whether all that is seen of jobs are their whole calls.
         knee: whether forwards have no more rows than pay.
         on_step: told of each forward.
     """
@@ -51,6 +53,7 @@ class Planner:
         policy: str = "aged",
         max_rows: int,
         merges: bool = True,
+        whole: bool = False,
         knee: bool = True,
         on_step: OnStep = lambda module, rows, cap, seconds: None,
     ) -> None:
@@ -63,6 +66,7 @@ class Planner:
         self._max_rows = max_rows
         self._on_step = on_step
         self._merges = merges
+        self._whole = whole
         self._knee = knee and policy == "aged"
         self.cost = CostModel()
         self._profiles = Profiles()
@@ -94,12 +98,15 @@ class Planner:
         task, (step, total) = job.task, job.progress
         first = step and not task.done
         task.opened, task.done = job.opened is not None, step
+        if total and total != task.demand.steps:
+            task.demand = replace(task.demand, steps=total)
+            task.price(self._prices)
         if first:  # from now on it is known what each step asks for
             seen = job.recorder.demand(step)
             if not task.demand.step:
                 self._learn(job, Demand(total, seen.before, seen.step))
                 self._expect_anew()
-            task.demand = Demand(total, task.demand.before, seen.step, task.demand.after)
+            task.demand = replace(task.demand, step=seen.step)
             task.price(self._prices)
         job.recorder.call("before" if not task.opened else "step" if step < total else "after", call.cost, call.rows)
 
@@ -120,6 +127,7 @@ class Planner:
     def next(self, waiting: Mapping[str, Job]) -> Job:
         """Which job to start."""
         now = time.monotonic()
+        self._refresh(now)
         return min(waiting.values(), key=lambda job: self._order(job.task, now))
 
     # Forwards
@@ -127,10 +135,7 @@ class Planner:
     def pick(self, queues: Mapping[Hashable, Sequence[Call]], limit: Callable[[Call], int]) -> list[Call]:
         """Calls of one key, of at most `limit` rows and no more than pay."""
         now = time.monotonic()
-        unpriced = any(job.task.demand.step and not job.task.step for job in list(self._jobs.values()))
-        if unpriced or now - self._priced > REPRICE_SECONDS:
-            self._priced = now
-            self._reprice()
+        self._refresh(now)
         explore = self._cut >= EXPLORE_EVERY
 
         def cap(call: Call) -> int:
@@ -147,10 +152,13 @@ class Planner:
             self._cut += 1
         return calls
 
-    def _reprice(self) -> None:
-        self._prices = PriceList(self.cost)
-        for job in list(self._jobs.values()):
-            job.task.price(self._prices)
+    def _refresh(self, now: float) -> None:
+        """Price the jobs anew, now and then, and when one has no price yet."""
+        jobs = list(self._jobs.values())
+        if now - self._priced > REPRICE_SECONDS or any(job.task.demand.step and not job.task.step for job in jobs):
+            self._priced, self._prices = now, PriceList(self.cost)
+            for job in jobs:
+                job.task.price(self._prices)
 
     def ran(self, key: Key, cap: int, rows: int, seconds: float) -> None:
         """A forward, allowed so many rows, took so long, until all its jobs waited again."""
@@ -185,6 +193,7 @@ class Planner:
         now = time.monotonic()
         shape, steps = self._shape(args, kwargs, scheduler)
         task = self._task(shape, steps, now, priority, None if deadline is None else now + deadline)
+        task.price(self.cost)  # as of now
         if not task.solo:
             return None
         tasks = [job.task for job in list(self._jobs.values())]
@@ -227,7 +236,7 @@ class Planner:
     def _task(self, shape: Shape, steps: int, arrived: float, priority: Priority, deadline: float | None) -> Task:
         with self._lock:
             demand = self._profiles.expect(shape, steps)
-        if not self._merges and not demand.step:
+        if self._whole:
             demand = Demand(steps, step=(Load(Key(WHOLE_CALL, shape.pixels), shape.images),))
         task = Task(demand, arrived=arrived, priority=priority, deadline=deadline)
         task.price(self._prices)

@@ -30,26 +30,27 @@ def forecast(tasks: Sequence[Task], now: float, cost: CostModel, cap: RowCap, or
     them is done; then the group is filled up again. O(tasks x rows of a step).
     """
     ordered = sorted(range(len(tasks)), key=lambda i: order(tasks[i], now))
+    # taken down now: an engine's thread may change the tasks meanwhile
+    demands = [task.demand for task in tasks]
     left = [task.left for task in tasks]
+    joined = [task.opened for task in tasks]
     ends = [0.0] * len(tasks)
     queues: dict[Hashable, list[int]] = {}
     for i in ordered:
-        queues.setdefault(tasks[i].kind, []).append(i)
-    joined = [task.opened for task in tasks]
+        queues.setdefault(demands[i].kind, []).append(i)
     time = 0.0
     for first in ordered:
-        task = tasks[first]
-        queue = queues[task.kind]
-        most = cap(task.demand)
+        demand = demands[first]
+        queue, most = queues[demand.kind], cap(demand)
         while not ends[first]:
-            group, rows = _group(queue, tasks, most)
+            group, rows = _group(queue, demands, most)
             for i in group:
                 if not joined[i]:
                     joined[i] = True
                     time += tasks[i].before
             steps = min(left[i] for i in group)
             if steps:
-                time += steps * _step_seconds(task.demand, rows, cost)
+                time += steps * _step_seconds(demand, rows, cost)
             for i in group:
                 left[i] -= steps
                 if left[i] <= 0:
@@ -59,25 +60,18 @@ def forecast(tasks: Sequence[Task], now: float, cost: CostModel, cap: RowCap, or
     return ends
 
 
-def _group(queue: Sequence[int], tasks: Sequence[Task], most: int) -> tuple[list[int], int]:
-    group, rows = [queue[0]], _rows(tasks[queue[0]])
+def _group(queue: Sequence[int], demands: Sequence[Demand], most: int) -> tuple[list[int], int]:
+    group, rows = [queue[0]], demands[queue[0]].rows
     for i in queue[1:]:
         if rows >= most:
             break
-        more = _rows(tasks[i])
-        if rows + more <= most:
+        if rows + demands[i].rows <= most:
             group.append(i)
-            rows += more
+            rows += demands[i].rows
     return group, rows
-
-
-def _rows(task: Task) -> int:
-    return task.demand.step[0].rows if task.demand.step else 1
 
 
 def _step_seconds(demand: Demand, rows: int, cost: CostModel) -> float:
     """Of a step of so many rows in all: calls that a job makes one after another are shared one after another."""
-    if not demand.step:
-        return 0.0
-    own = demand.step[0].rows
+    own = demand.rows
     return sum(load.calls * cost.seconds(load.key, max(1, rows * load.rows // own)) for load in demand.step)

@@ -40,6 +40,16 @@ class Demand:
     step: tuple[Load, ...] = ()
     after: tuple[Load, ...] = ()
 
+    @property
+    def kind(self) -> Hashable:
+        """Equal for jobs whose steps may share forwards."""
+        return tuple(load.key for load in self.step)
+
+    @property
+    def rows(self) -> int:
+        """Of a step's first module."""
+        return self.step[0].rows if self.step else 1
+
 
 NOTHING = Demand()
 
@@ -92,7 +102,7 @@ class Task:
     @property
     def kind(self) -> Hashable:
         """Equal for tasks whose steps may share forwards."""
-        return tuple(load.key for load in self.demand.step)
+        return self.demand.kind
 
     def lost(self, now: float) -> float:
         """Seconds since it came in which it did not get on, as far as its progress tells."""

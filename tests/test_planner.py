@@ -1,0 +1,279 @@
+"""What the engine plans: whose turn it is, what jobs will take, and when they will be done."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from stepweave import StepEngine
+from stepweave.engine import Job
+from stepweave.engine.engine import Mode
+from stepweave.errors import DeadlineExceeded
+from stepweave.scheduling.task import Key
+from tests.test_step_engine import SECONDS, Toy, held, seeded, toy, wait_until
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
+every_mode = pytest.mark.parametrize("mode", ["off", "threads", "request", "step"])
+
+
+class Guided(Toy):
+    """Takes the arguments that tell a job's work; with guidance there are two rows."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        prompt: str | None = None,
+        height: int = 8,
+        width: int = 4,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float = 1.0,
+        num_inference_steps: int = 3,
+        generator: torch.Generator | None = None,
+        callback_on_step_end: Callable[..., Any] | None = None,
+    ) -> tuple[torch.Tensor]:
+        rows = num_images_per_prompt * (2 if guidance_scale > 1 else 1)
+        sample = torch.randn(rows, width * height, generator=generator)
+        with self.progress_bar(total=num_inference_steps) as bar:
+            for step in range(num_inference_steps):
+                sample = self.denoise(sample, torch.tensor(float(step)))
+                if callback_on_step_end is not None:
+                    callback_on_step_end(self, step, step, {})
+                bar.update()
+        return (sample,)
+
+
+def slow(seconds: Callable[[int], float], kind: type[Toy] = Toy) -> Toy:
+    """A pipeline whose forwards take so long, by rows."""
+    pipeline = toy(kind)
+    pipeline.network.watch = lambda rows: time.sleep(seconds(rows))
+    return pipeline
+
+
+def order_of_ends(jobs: dict[str, Job]) -> list[str]:
+    for job in jobs.values():
+        job.exception(SECONDS)
+    return sorted(jobs, key=lambda name: jobs[name].finished or 0.0)
+
+
+# --- the order ---
+
+
+@pytest.mark.parametrize("mode", ["off", "request", "step"])
+def test_a_higher_class_goes_first_in_every_mode(mode: Mode) -> None:
+    with StepEngine(toy(), mode, 1) as engine:
+        with held(engine, **seeded()):
+            jobs = {
+                name: engine.submit(**seeded(i, num_inference_steps=8), priority=name)
+                for i, name in enumerate(("low", "normal", "high"))
+            }
+        assert order_of_ends(jobs) == ["high", "normal", "low"]
+
+
+def test_the_shorter_job_goes_first_and_the_earlier_deadline_before_it() -> None:
+    with StepEngine(slow(lambda rows: 0.001), max_rows=1) as engine:
+        with held(engine, **seeded()):
+            jobs = {
+                "long": engine.submit(**seeded(1, num_inference_steps=60)),
+                "short": engine.submit(**seeded(2, num_inference_steps=6)),
+                "due": engine.submit(**seeded(3, num_inference_steps=60), deadline=50),
+                "due sooner": engine.submit(**seeded(4, num_inference_steps=60), deadline=40),
+            }
+        assert order_of_ends(jobs) == ["due sooner", "due", "short", "long"]
+
+
+@pytest.mark.parametrize("policy", ["fifo", "keyed_fifo"])
+def test_in_order_of_arrival_if_asked(policy: str) -> None:
+    with StepEngine(toy(), max_rows=1, policy=policy) as engine:
+        with held(engine, **seeded()):
+            jobs = {
+                "long": engine.submit(**seeded(1, num_inference_steps=60)),
+                "short": engine.submit(**seeded(2, num_inference_steps=6), priority="high"),
+            }
+        assert order_of_ends(jobs) == ["long", "short"]
+
+
+def test_head_of_line_blocking_is_for_comparison() -> None:
+    """With `fifo` a job of another size waits until all before it are done, with the default it does not."""
+    ends = {}
+    for policy in ("fifo", "aged"):
+        with StepEngine(slow(lambda rows: 0.001), policy=policy) as engine:
+            with held(engine, **seeded()):
+                jobs = {
+                    "first": engine.submit(**seeded(1, num_inference_steps=60)),
+                    "other": engine.submit(**seeded(2, num_inference_steps=6, width=8)),
+                    "like the first": engine.submit(**seeded(3, num_inference_steps=6)),
+                }
+            ends[policy] = order_of_ends(jobs)
+    assert ends["fifo"][-1] == "other"
+    assert ends["aged"][-1] == "first"
+
+
+def test_jobs_of_which_nothing_is_known_are_not_taken_for_the_shortest() -> None:
+    with StepEngine(slow(lambda rows: 0.002), max_rows=1) as engine:
+        first = engine.submit(**seeded(0, num_inference_steps=10))
+        wait_until(lambda: first.progress.step > 2)
+        unknown = engine.submit(**seeded(1, num_inference_steps=500, width=8), priority="normal")
+        first.result(SECONDS)
+        assert unknown.progress.step < 100
+        unknown.cancel()
+
+
+def test_an_unknown_policy_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="policy is 'lifo'; it must be one of aged, fifo"):
+        StepEngine(toy(), policy="lifo")
+
+
+# --- rows that pay ---
+
+
+def most_rows(seconds: Callable[[int], float], **options: Any) -> int:
+    with StepEngine(slow(seconds), **options) as engine:
+        with held(engine, **seeded()):
+            jobs = [engine.submit(**seeded(i, num_inference_steps=20)) for i in range(8)]
+        for job in jobs:
+            job.result(SECONDS)
+        by_rows = engine.stats().forwards["network"].by_rows
+    return max(rows for rows, count in by_rows.items() if count > 9)
+
+
+def test_forwards_have_as_many_rows_as_pay() -> None:
+    assert most_rows(lambda rows: 0.005) == 8
+    assert most_rows(lambda rows: 0.015 * rows) < 8
+    assert most_rows(lambda rows: 0.005 * rows, knee=False) == 8
+
+
+# --- what is foretold ---
+
+
+def test_nothing_is_foretold_of_what_never_ran() -> None:
+    with StepEngine(toy(Guided)) as engine:
+        assert engine.outlook(prompt="x", num_inference_steps=5) is None
+        assert engine.backlog() == 0
+        assert engine.standings() == {}
+
+
+@every_mode
+def test_a_job_is_foretold_from_those_before_it(mode: Mode) -> None:
+    with StepEngine(slow(lambda rows: 0.005, Guided), mode, threads=1) as engine:
+        engine.submit(prompt="x", num_inference_steps=10).result(SECONDS)
+        ten, twenty = (engine.outlook(prompt="x", num_inference_steps=steps) for steps in (10, 20))
+        assert ten is not None
+        assert twenty is not None
+        assert ten.solo == pytest.approx(ten.finish, rel=0.3)
+        assert twenty.solo == pytest.approx(2 * ten.solo, rel=0.2)
+        assert ten.solo > 10 * 0.005
+
+
+def test_sizes_and_pictures_that_never_ran_are_scaled() -> None:
+    with StepEngine(slow(lambda rows: 0.002 * rows, Guided)) as engine:
+        engine.submit(prompt="x", width=4, height=8).result(SECONDS)
+        one, four, larger = (
+            engine.outlook(prompt="x", width=width, height=8, num_images_per_prompt=images)
+            for width, images in ((4, 1), (4, 4), (16, 1))
+        )
+        assert one is not None
+        assert four is not None
+        assert larger is not None
+        assert four.solo == pytest.approx(4 * one.solo, rel=0.1)
+        assert larger.solo == pytest.approx(4 * one.solo, rel=0.1)
+
+
+def test_jobs_know_their_places_and_times() -> None:
+    with StepEngine(slow(lambda rows: 0.002 * rows, Guided), max_rows=1) as engine:
+        engine.submit(prompt="x", num_inference_steps=10).result(SECONDS)
+        with held(engine, prompt="x", num_inference_steps=10) as running:
+            jobs = [engine.submit(prompt="x", num_inference_steps=steps) for steps in (40, 20)]
+            standings = engine.standings()
+            long, short = (standings[job.id] for job in jobs)
+            assert standings[running.id].position == 0
+            assert (short.position, long.position) == (1, 2)
+            assert 0 < standings[running.id].eta < short.eta < long.eta
+            assert engine.backlog() == pytest.approx(long.eta, rel=0.2)
+            other = engine.outlook(prompt="x", num_inference_steps=30)
+            assert other is not None
+            assert short.eta < other.finish < long.eta + other.solo
+            first = engine.outlook(prompt="x", num_inference_steps=30, priority="high")
+            assert first is not None
+            assert first.finish < other.finish
+        for job in jobs:
+            job.result(SECONDS)
+        wait_until(lambda: not engine.standings())
+
+
+def test_a_forecast_comes_true() -> None:
+    """Of jobs of several lengths that all wait, with forwards of known duration."""
+    with StepEngine(slow(lambda rows: 0.004, Guided), max_rows=2) as engine:
+        for _ in range(2):
+            engine.submit(prompt="x", num_inference_steps=10).result(SECONDS)
+        with held(engine, prompt="x", num_inference_steps=4):
+            jobs = [engine.submit(prompt="x", num_inference_steps=10 + 10 * i) for i in range(6)]
+            foretold = engine.standings()
+        began = time.monotonic()
+        for job in jobs:
+            job.result(SECONDS)
+        seconds = [(job.finished or 0.0) - began for job in jobs]
+        expected = [foretold[job.id].eta for job in jobs]
+    assert sorted(range(6), key=lambda i: seconds[i]) == sorted(range(6), key=lambda i: expected[i])
+    for found, wanted in zip(seconds, expected, strict=True):
+        assert 0.5 * wanted < found < 2 * wanted + 0.1
+
+
+def test_forwards_are_reported_with_what_they_took() -> None:
+    seen: list[tuple[str, int, int, float]] = []
+    with StepEngine(slow(lambda rows: 0.003), on_step=lambda *step: seen.append(step)) as engine:
+        engine.submit(**seeded(num_inference_steps=4)).result(SECONDS)
+        assert engine.curves()[Key("network", 4)][1] >= 0.003
+    assert [step[:2] for step in seen] == [("network", 1)] * 4
+    assert all(step[2] >= 1 and step[3] >= 0.003 for step in seen)
+
+
+# --- other ends ---
+
+
+def test_what_ended_is_not_planned_for_any_more() -> None:
+    with StepEngine(slow(lambda rows: 0.002), max_rows=1) as engine:
+        with held(engine, **seeded()):
+            cancelled = engine.submit(**seeded(1))
+            late = engine.submit(**seeded(2, num_inference_steps=100), deadline=0.01)
+            failing = engine.submit(**seeded(3), width="?")
+            cancelled.cancel()
+        with pytest.raises(DeadlineExceeded):
+            late.result(SECONDS)
+        assert failing.exception(SECONDS) is not None
+        wait_until(lambda: engine.running == 0)
+        assert engine.standings() == {}
+        assert engine.backlog() == 0
+
+
+def test_the_plan_can_be_asked_while_the_engine_works() -> None:
+    """From other threads, as a server does, without an error on either side."""
+    with StepEngine(toy(Guided)) as engine:
+        engine.submit(prompt="x").result(SECONDS)
+        stop = threading.Event()
+        errors: list[BaseException] = []
+
+        def ask() -> None:
+            while not stop.is_set():
+                try:
+                    engine.outlook(prompt="x", num_inference_steps=7, deadline=1.0)
+                    engine.standings()
+                    engine.stats()
+                except BaseException as error:
+                    errors.append(error)
+
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        jobs = [engine.submit(prompt="x", num_inference_steps=1 + i % 5, width=4 + i % 7) for i in range(150)]
+        for job in jobs:
+            job.result(SECONDS)
+        stop.set()
+        for thread in threads:
+            thread.join(SECONDS)
+        assert not errors
+        assert engine.stats().errors == 0
