@@ -80,14 +80,16 @@ def play(
         else:
             queues.setdefault(load.key, []).append(Call(load.key, load.rows, load.key, one))
 
-    while coming or queues:
-        if not queues:
-            now = max(now, coming[-1].arrived)
+    def admit() -> None:
         while coming and coming[-1].arrived <= now:
             one = coming.pop()
             calls[one] = _calls(one)
             advance(one)
+
+    while coming or queues:
         if not queues:
+            now = max(now, coming[-1].arrived)
+            admit()
             continue
         watch(now, list(calls))
         picked = policy(queues, now, cap, cost)
@@ -97,6 +99,7 @@ def play(
         if rest:
             queues[picked[0].key] = rest
         now += cost.seconds(picked[0].cost, sum(call.rows for call in picked))
+        admit()
         for call in picked:
             call.task.begun = True
             advance(call.task)
