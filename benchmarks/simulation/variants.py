@@ -31,6 +31,7 @@ class Rules:
     sticky: float = 1  # factor of the key that ran last
     idle: float = 0  # with nothing else to do, a new job waits for another so long, as a share of its solo time
     half: bool = False  # the oldest overdue job has half of the time instead of all
+    brief: float = 0  # what takes at most this share of the forward whose turn it is goes before it
     steal: float | None = None  # a deadline counts once slack is less than so many times the remaining work
 
 
@@ -42,8 +43,7 @@ def pick(
     oldest = overdue(queues, now)
     if rules.half and oldest is not None and not due(oldest, queues[oldest.key], now, cap, cost):
         oldest = None
-    best: Rank | None = None
-    group: list[Waiting] = []
+    groups: list[tuple[Rank, list[Waiting]]] = []
     for key, queue in queues.items():
         ranks = {id(call): rank(call.task, now, rules, late=not rules.half) for call in queue}
         if oldest is not None and oldest.key == key:
@@ -51,12 +51,16 @@ def pick(
         ordered = sorted(queue, key=lambda call: ranks[id(call)])
         candidates = fill(ordered, cap)
         first = ranks[id(candidates[0])]
-        price = factor(rules, candidates, waiting - len(queue), cap, cost) * (
-            rules.sticky if key == next(reversed(list(queues))) else 1
+        price = factor(rules, candidates, waiting - len(queue), cap, cost)
+        price *= rules.sticky if key == next(reversed(list(queues))) else 1
+        whole = (*first[:3], first[3] * price) if len(first) > 3 and first[2] else first
+        groups.append((whole, candidates))
+    best, group = min(groups, key=lambda ranked: ranked[0])
+    if rules.brief and best[0] == 1:
+        most = rules.brief * seconds(group, cost)
+        group = min(
+            (one for _, one in groups if seconds(one, cost) <= most), key=lambda one: seconds(one, cost), default=group
         )
-        whole = first[:-1] + (first[-1] * price,) if len(first) > 1 else first
-        if best is None or whole < best:
-            best, group = whole, candidates
     if rules.idle and len(queues) == 1 and waste(group, cap, cost) > 0.5:
         task = group[0].task
         if not task.begun and now - task.arrived < rules.idle * task.solo:
@@ -67,7 +71,7 @@ def pick(
 def rank(task: Task, now: float, rules: Rules, late: bool) -> Rank:
     """As the default's, but what only counts within a class comes last."""
     if late and task.lost(now) > patience(task):
-        return (0, 0, 0, task.arrived)
+        return (0, task.arrived)
     remaining = task.remaining
     score = remaining / (1 + (now - task.arrived) / task.solo) ** rules.aging
     if task.deadline is None:
@@ -92,6 +96,10 @@ def due(call: Waiting, queue: Sequence[Waiting], now: float, cap: Cap, cost: Cos
     return now - call.since >= cost.seconds(call.cost, rows)
 
 
+def seconds(group: Sequence[Waiting], cost: CostModel) -> float:
+    return cost.seconds(group[0].cost, sum(call.rows for call in group))
+
+
 def waste(group: Sequence[Waiting], cap: Cap, cost: CostModel) -> float:
     """What a row costs in the group beyond what it costs in a full one, as a share of what it costs alone."""
     key, most = group[0].cost, cap(group[0])
@@ -102,8 +110,9 @@ def waste(group: Sequence[Waiting], cap: Cap, cost: CostModel) -> float:
 
 def factor(rules: Rules, group: Sequence[Waiting], others: int, cap: Cap, cost: CostModel) -> float:
     """What the remaining work of a group's first job is multiplied by."""
-    if not (rules.waste or rules.fill or rules.completions):
-        return 1
+    task = group[0].task
+    if not (rules.waste or rules.fill or rules.completions) or not (task.opened and task.left):
+        return 1  # what is encoded and decoded has its price, too, but is once for all steps
     key, most = group[0].cost, cap(group[0])
     rows = sum(call.rows for call in group)
     price, full = cost.seconds(key, rows) / rows, cost.seconds(key, most) / most
@@ -135,5 +144,6 @@ VARIANTS: dict[str, Policy] = {
     "half": variant(Rules(aging=1, half=True)),
     "thrifty_aged": variant(Rules(aging=1, waste=3, half=True)),
     "thrifty": variant(Rules(waste=3, half=True)),
-    "thrifty_steal": variant(Rules(waste=3, half=True, steal=1)),
+    "thrifty_steal": variant(Rules(waste=3, half=True, steal=4)),
+    "thrifty_brief": variant(Rules(waste=3, half=True, steal=4, brief=0.1)),
 }
