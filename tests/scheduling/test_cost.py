@@ -227,13 +227,13 @@ def test_modules_tell_nothing_of_each_other() -> None:
 def test_the_number_of_keys_is_bounded_and_the_least_recently_used_goes() -> None:
     model = CostModel()
     first = Key("transformer", 1)
-    model.observe(first, 1, 0.5)
+    model.observe(first, 2, 0.7)
     for size in range(2, KEYS + 50):
-        model.observe(Key("transformer", size), 1, 1.0)
         model.observe(first, 1, 0.5)
+        model.observe(Key("transformer", size), 1, 1.0)
     assert len(model.curves()) == KEYS
-    assert first in model.curves()
-    assert model.seconds(first, 1) == 0.5
+    assert model.curves()[first] == {1: 0.5, 2: 0.7}
+    assert Key("transformer", 2) not in model.curves()
     assert model.seconds(Key("transformer", 2), 1) > 0  # told from others
 
 
