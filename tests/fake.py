@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,7 @@ class Record:
         self.running = 0
         self.most_running = 0
         self.error: Exception | None = None
+        self.pause = 0.0  # seconds of a step
         self.gated = False  # with True every step waits for `release`
         self.started = threading.Event()
         self.release = threading.Event()
@@ -78,6 +80,7 @@ class FakePipeline:
         record.started.set()
         if record.gated:
             assert record.release.wait(60)
+        time.sleep(record.pause)
         if record.error is not None:
             raise record.error
         record.steps_run += 1

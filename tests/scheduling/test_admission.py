@@ -146,10 +146,7 @@ def test_a_client_that_comes_too_early_keeps_its_turn() -> None:
 # Promises
 
 
-KEEP_OUT = "those to whom places are promised keep each other out, until the server is idle"
-
-
-@pytest.mark.parametrize("promise_others", [False, pytest.param(True, marks=pytest.mark.xfail(reason=KEEP_OUT))])
+@pytest.mark.parametrize("promise_others", [False, True])
 def test_a_client_that_comes_when_told_gets_its_place_before_fresh_ones(promise_others: bool) -> None:
     door = Door(2, drain=20.0)
     door.comes(), door.comes()
@@ -215,7 +212,6 @@ def test_the_idle_server_admits_whatever_it_promised() -> None:
     assert fresh(door) is None
 
 
-@pytest.mark.xfail(reason=KEEP_OUT)
 def test_of_two_that_were_promised_places_the_first_is_not_kept_out_by_the_second() -> None:
     door = Door(2, drain=10.0)
     door.comes(), door.comes()
@@ -226,7 +222,6 @@ def test_of_two_that_were_promised_places_the_first_is_not_kept_out_by_the_secon
     assert door.comes("a") is None
 
 
-@pytest.mark.xfail(reason=KEEP_OUT)
 @given(st.integers(1, 5), st.floats(0.1, 30.0), st.lists(st.sampled_from(("due", "leaves", "comes")), max_size=40))
 def test_whoever_was_promised_the_first_place_gets_it(limit: int, interval: float, events: list[str]) -> None:
     """Clients come when they were told to, and find a place if one is free and nobody's turn is before theirs."""

@@ -192,11 +192,6 @@ def test_it_ends_whatever_the_steps_the_rows_and_the_cap(jobs: list[tuple[int, i
     assert all(seconds > 0 for seconds in forecast(tasks, 0.0, COST, lambda demand: most))
 
 
-@pytest.mark.xfail(reason="a load of no rows is divided by", raises=ZeroDivisionError)
-def test_a_load_of_no_rows_is_no_reason_to_fail() -> None:
-    assert forecast([task(COST, Load(A, 0), count=3)], 0.0, COST, lambda demand: 4)[0] >= 0
-
-
 def test_modules_of_a_step_are_shared_one_after_another() -> None:
     """Twice the rows of the first module, and two calls, in each of the steps of two jobs."""
     tasks = [task(COST, Load(A, 2), Load(B, 1, 2), count=3) for _ in range(2)]

@@ -173,10 +173,6 @@ def test_a_brief_call_goes_before_a_long_one() -> None:
     assert aged_remaining(queues, 0.0, up_to(1), COSTS) == queues[B]
 
 
-BRIEF_STEPS = "any number of brief forwards go before the one whose turn it is, each of them as the first"
-
-
-@pytest.mark.xfail(reason=BRIEF_STEPS)
 def test_many_brief_steps_of_a_lower_class_do_not_hold_up_a_higher_one() -> None:
     """Two jobs of about equal work: a step of the high one takes as long as eleven of the low one."""
     high = task(COSTS, Load(B, 1), count=20, priority=Priority.HIGH)
@@ -186,7 +182,6 @@ def test_many_brief_steps_of_a_lower_class_do_not_hold_up_a_higher_one() -> None
     assert ends[0] <= 1.1 * high.solo  # it ends at 38 s, when the other, of the lowest class, is done
 
 
-@pytest.mark.xfail(reason=BRIEF_STEPS)
 def test_many_brief_steps_do_not_go_before_one_that_is_the_last() -> None:
     last = task(COSTS, Load(B, 1), count=1)
     brief = task(COSTS, Load(A, 1), count=200)

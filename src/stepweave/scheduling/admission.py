@@ -79,10 +79,10 @@ class Admission:
             self._lapse(now)
             if self._taken and self._taken + self._kept(token, now) >= self.limit:
                 raise self._full(token, now)
+            self._promised.pop(token, None)
             expected = outlook()
             if expected is not None:
                 self._check(expected, deadline)
-            self._promised.pop(token, None)
             self._taken += 1
             return expected
 
@@ -129,9 +129,10 @@ class Admission:
         return UNKNOWN_SECONDS if drain is None else drain / max(1, self._taken)
 
     def _kept(self, token: Hashable, now: float) -> int:
-        """Places that are kept for others now: each from shortly before its owner comes, so that one is free by then."""
+        """Places that are kept now, for others with older promises: each from shortly before its owner comes, to be free then."""
+        own = self._promised.get(token, float("inf"))
         lead = 1 + 2 * self._interval() if self._promised else 0.0
-        return sum(due - lead <= now for one, due in self._promised.items() if one != token)
+        return sum(due - lead <= now for due in self._promised.values() if due < own)
 
     def _lapse(self, now: float) -> None:
         for token in [token for token, due in self._promised.items() if due + GRACE < now]:

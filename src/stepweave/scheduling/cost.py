@@ -19,6 +19,7 @@ GAIN = 0.05  # the knee: more rows bring less than this share of rows per second
 ERRORS = 64  # forwards that the model's error is taken of
 
 Point = tuple[int, float]  # rows, seconds
+Cell = tuple[int, float, int]  # rows, seconds, forwards
 
 
 class CostModel:
@@ -88,7 +89,7 @@ class CostModel:
         Rows that were hardly tried are given a chance: the bound doubles until the knee is passed.
         """
         curve = self._curves.get(key)
-        if curve is None and key.module not in self._modules:
+        if curve is None and not self.known(key):
             return most
         tried, least, bound = (curve.tried, curve.least, min(most, 2 * curve.most)) if curve else (most, 1, most)
         counts = [rows for rows in range(min(least, bound), bound + 1) if rows <= 4 or rows % 2 == 0 or rows == bound]
@@ -156,7 +157,7 @@ class _Curve:
         points = self._points
         if points is None:
             cells = sorted((rows, median(seen), len(seen)) for rows, seen in self._seen.copy().items())
-            points = self._points = list(_monotone(cells))
+            points = self._points = list(_monotone(_trusted(cells)))
         return points
 
     def covers(self, rows: float) -> bool:
@@ -190,7 +191,18 @@ class _Curve:
         return before + (after - before) * (rows - a) / (b - a)
 
 
-def _monotone(cells: Iterable[tuple[int, float, int]]) -> Iterable[Point]:
+def _trusted(cells: Iterable[Cell]) -> list[Cell]:
+    """Cells less the excess of those hardly tried over those of more rows that were: one slow forward must not make all dear."""
+    trusted: list[Cell] = []
+    least = math.inf
+    for rows, seconds, weight in reversed(list(cells)):
+        if weight >= TRIED:
+            least = min(least, seconds)
+        trusted.append((rows, seconds if weight >= TRIED else min(seconds, least), weight))
+    return trusted[::-1]
+
+
+def _monotone(cells: Iterable[Cell]) -> Iterable[Point]:
     """Seconds that do not fall with rows, the nearest to the given ones in squares. Cells are (rows, seconds, weight), by rows.
 
     Isotonic regression by pooling adjacent violators; Barlow et al., Statistical Inference under Order Restrictions, 1972.

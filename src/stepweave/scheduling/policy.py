@@ -66,8 +66,8 @@ def aged(task: Task, remaining: float, now: float) -> float:
 def aged_remaining(queues: Queues[RequestT], now: float, cap: Cap, cost: CostModel) -> list[RequestT]:
     """The default: the best-ranked call with others of its key, up to the cap.
 
-    Before that goes what is brief beside it, and, if it leaves room for others, what those need before their own first step, such
-    as the encoding of prompts: they then join.
+    Before that goes what others need before their first step or after their last one, such as the encoding of prompts, if that is
+    brief beside it, or if they can then join it.
     """
     ranks = {id(request): rank(request.task, now) for request in chain.from_iterable(queues.values())}
     groups = [
@@ -78,9 +78,12 @@ def aged_remaining(queues: Queues[RequestT], now: float, cap: Cap, cost: CostMod
     if ranks[id(first[0])][0] == 0:
         return first  # nothing comes before a job that has waited too long
     seconds, task = _seconds(first, cost), first[0].task
-    room = task.opened and sum(request.rows for request in first) < cap(first[0])
+    room = cap(first[0]) - sum(request.rows for request in first) if task.opened else 0
     for group in groups[1:]:
-        joins = room and not group[0].task.opened and group[0].task.kind == task.kind
+        other = group[0].task
+        if other.opened and other.left:
+            continue  # a step: brief as it may be, many follow
+        joins = not other.opened and other.kind == task.kind and other.demand.rows <= room
         if joins or 0 < _seconds(group, cost) <= BRIEF * seconds:
             return group
     return first

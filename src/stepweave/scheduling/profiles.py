@@ -34,7 +34,7 @@ class Recorder:
         }
 
     def call(self, phase: Phase, key: Key, rows: int) -> None:
-        counts = self._calls[phase]
+        counts, rows = self._calls[phase], max(1, rows)
         if (key, rows) in counts or len(counts) < PARTS:
             counts[key, rows] += 1
 
@@ -64,7 +64,7 @@ class Profiles:
 
     def learn(self, shape: Shape, demand: Demand) -> None:
         """Remember what a job of a shape asked for."""
-        old = self._known.pop(shape, None)
+        old = self._known.pop(shape, None) or self._like(shape)
         if old is not None and not demand.before:  # its prompt was remembered
             demand = Demand(demand.steps, old.before, demand.step, demand.after)
         self._known[shape] = demand
