@@ -93,10 +93,10 @@ class Settings(BaseSettings):
     max_wait: float = Field(
         600, gt=0, description="Seconds that a request may have to wait, as predicted; else it is refused with 429."
     )
-    policy: Literal["aged", "fifo", "keyed_fifo", "round_robin"] = Field(
-        "aged",
-        description="Which step runs next: `aged` by class, deadline and aged remaining work; `fifo`, `keyed_fifo` and "
-        "`round_robin` are for comparison.",
+    policy: Literal["thrifty", "aged", "fifo", "keyed_fifo", "round_robin"] = Field(
+        "thrifty",
+        description="Which step runs next: `thrifty` by class, deadline, remaining work and what a forward would waste; `aged`, "
+        "`fifo`, `keyed_fifo` and `round_robin` are for comparison.",
     )
     max_images: int = Field(8, ge=1, le=64, description="Largest `n` of a request.")
     max_steps: int = Field(200, ge=1, le=10_000, description="Largest `num_inference_steps` of a request.")

@@ -88,8 +88,9 @@ class Call:
     extents: list[tuple[int, int]] = field(default_factory=list)  # of those sizes: least and most of each argument
     cost: Key = field(init=False)  # what its forward's seconds depend on
     cap: int = 0  # rows that its forward was allowed
-    owner: Any = None  # set by the loop, as is task: who waits for it
+    owner: Any = None  # set by the loop, as are task and since: who waits for it
     task: Task = field(default_factory=Task)
+    since: float = 0.0  # when it began to wait
     cache_key: Hashable | None = None  # of its result, where results are remembered
     keep: bool = False  # run alone, the fiber leaves a copy of the result in `output`, and says how it went
     output: Any = None

@@ -75,8 +75,8 @@ class StepEngine:
             change an encoder's weights.
         audit_every: one in so many merged forwards is compared with the single ones.
         memory: tells what a forward takes of the device's memory and what is left of it; torch's CUDA allocator does if None.
-        policy: which step runs next: `aged` remaining work first, `fifo`, `keyed_fifo` or `round_robin`; docs/scheduling.md.
-        knee: with policy `aged`, forwards have no more rows than pay: beyond the knee they bring less than 5 % more a second.
+        policy: which step runs next: `thrifty`, `aged`, `fifo`, `keyed_fifo` or `round_robin`; docs/scheduling.md.
+        knee: with the first two, forwards have no more rows than pay: beyond the knee they bring less than 5 % more a second.
         on_step: called on the engine's thread with each forward's module, rows, the rows it was allowed, and seconds.
 
     A job that is given no `generator` gets one, seeded from torch's default generator at submission.
@@ -98,7 +98,7 @@ class StepEngine:
         cache_bytes: int = CACHE_BYTES,
         audit_every: int = AUDIT_EVERY,
         memory: DeviceMemory | None = None,
-        policy: str = "aged",
+        policy: str = "thrifty",
         knee: bool = True,
         on_step: OnStep = lambda module, rows, cap, seconds: None,
     ) -> None:

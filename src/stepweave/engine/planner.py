@@ -50,7 +50,7 @@ class Planner:
         self,
         pipeline: Any,
         *,
-        policy: str = "aged",
+        policy: str = "thrifty",
         max_rows: int,
         merges: bool = True,
         whole: bool = False,
@@ -67,7 +67,7 @@ class Planner:
         self._on_step = on_step
         self._merges = merges
         self._whole = whole
-        self._knee = knee and policy == "aged"
+        self._knee = knee and policy in ORDERS
         self.cost = CostModel()
         self._profiles = Profiles()
         self._jobs: dict[str, Job] = {}  # all that are not done
@@ -96,6 +96,7 @@ class Planner:
     def saw(self, job: Job, call: Call) -> None:
         """A job waits for a forward."""
         task, (step, total) = job.task, job.progress
+        call.since = time.monotonic()
         first = step and not task.done
         task.opened, task.done = job.opened is not None, step
         if total and total != task.demand.steps:

@@ -15,6 +15,8 @@ Reason = Literal["queue_full", "wait", "deadline", "memory"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
 UNKNOWN_SECONDS = 5.0  # Retry-After before anything has been timed
+LEAD = 4  # places on average that become free while one is kept: their ends come unevenly
+PROMISES = 1024  # at most
 GRACE = 5.0  # seconds that a place is kept for a client that is late
 
 
@@ -33,7 +35,7 @@ class Admission:
     `drain` gives the predicted seconds until all that are in flight are done, or None if that is unknown. A request that finds
     no place is told when one will be free, and a place is kept for it then: for the same request, by its `token`, which others
     cannot take unless the server were idle. Otherwise, under steady overload, those who wait as told would be overtaken by those
-    who come at random. As many places are promised as there are.
+    who come at random. Nothing is promised for later than `max_wait`.
     """
 
     def __init__(
@@ -114,8 +116,8 @@ class Admission:
         refusal = self._refusal(
             "queue_full", f"{self._taken} requests are in flight; the limit is {self.limit}.", seconds
         )
-        if token is not None and (due is not None or ahead < self.limit):
-            assert refusal.retry_after is not None
+        assert refusal.retry_after is not None
+        if token is not None and (due is not None or (ahead < PROMISES and refusal.retry_after <= self.max_wait)):
             self._promised[token] = now + refusal.retry_after
         return refusal
 
@@ -131,7 +133,7 @@ class Admission:
     def _kept(self, token: Hashable, now: float) -> int:
         """Places that are kept now, for others with older promises: each from shortly before its owner comes, to be free then."""
         own = self._promised.get(token, float("inf"))
-        lead = 1 + 2 * self._interval() if self._promised else 0.0
+        lead = 1 + LEAD * self._interval() if self._promised else 0.0
         return sum(due - lead <= now for due in self._promised.values() if due < own)
 
     def _lapse(self, now: float) -> None:

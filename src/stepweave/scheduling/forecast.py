@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 
 from stepweave.scheduling.cost import CostModel
-from stepweave.scheduling.policy import Rank, rank
+from stepweave.scheduling.policy import Rank, aged_rank, rank
 from stepweave.scheduling.task import Demand, Task
 
 Order = Callable[[Task, float], Rank]
@@ -16,14 +16,10 @@ def by_arrival(task: Task, now: float) -> Rank:
     return (task.arrived,)
 
 
-def by_rank(task: Task, now: float) -> Rank:
-    return rank(task, now)
+ORDERS: dict[str, Order] = {"thrifty": rank, "aged": aged_rank}  # the others' is by arrival
 
 
-ORDERS: dict[str, Order] = {"aged": by_rank}  # the others' is by arrival
-
-
-def forecast(tasks: Sequence[Task], now: float, cost: CostModel, cap: RowCap, order: Order = by_rank) -> list[float]:
+def forecast(tasks: Sequence[Task], now: float, cost: CostModel, cap: RowCap, order: Order = rank) -> list[float]:
     """Seconds from now until each task is done, as many as tasks, if no others come.
 
     The order is taken as it is now. The first in it runs with those after it that share its steps, up to the cap, until one of

@@ -17,6 +17,7 @@ class Request(Protocol):
     rows: int
     cost: Key
     task: Task
+    since: float  # when it began to wait
 
 
 RequestT = TypeVar("RequestT", bound=Request)
@@ -25,68 +26,107 @@ Cap = Callable[[Any], int]  # the most rows of a forward with a request
 Policy = Callable[[Queues[Any], float, Cap, CostModel], list[Any]]
 Rank = tuple[float, ...]
 
-PATIENCE = 60.0  # seconds that a job may lose to others before it goes first, whatever its class and deadline ...
+PATIENCE = 60.0  # seconds that a job may lose to others before it is overdue ...
 PATIENCE_SOLO = 4.0  # ... or so many times what it takes alone, if that is longer
-BRIEF = 0.1  # a forward goes first if it takes at most this share of the one whose turn it would be
-
-
-def rank(task: Task, now: float) -> Rank:
-    """The order of the default policy, lowest first.
-
-    Jobs that lost more time to others than `patience` says, the oldest first; then by class; within a class those that can meet
-    their deadline, the earliest first, then those without one by aged remaining work, then those that are late.
-
-    Aged remaining work is that of Schrage's shortest remaining time first (1968), made smaller with the age as a share of what
-    the job takes alone, so that a long one comes to its turn.
-    """
-    if task.lost(now) > patience(task):
-        return (0, 0, 0, task.arrived, task.arrived)
-    remaining = task.remaining
-    if task.deadline is None:
-        return (1, task.priority, 1, aged(task, remaining, now), task.arrived)
-    if now + remaining <= task.deadline:
-        return (1, task.priority, 0, task.deadline, task.arrived)
-    return (1, task.priority, 2, aged(task, remaining, now), task.arrived)
+SLACK = 4.0  # times the remaining work; with less of it to spare a deadline counts
+WASTE = 3.0  # how much a half-empty forward counts against its jobs, for each call of another key that waits meanwhile
+DUE, WITHOUT, LATE = 0, 1, 2
 
 
 def patience(task: Task) -> float:
-    """Seconds that a job may lose to others before it goes before all that came later, and all that have not lost so much.
-
-    So it ends at the latest when, after that, it and those that came before it and are still there have had all their forwards,
-    one after another, each at the cost of a full group; and one more, that was running.
-    """
+    """Seconds that a job may lose to others before it is overdue."""
     return max(PATIENCE, PATIENCE_SOLO * task.solo)
 
 
-def aged(task: Task, remaining: float, now: float) -> float:
-    """Remaining seconds, less with age."""
-    return remaining / (1 + max(0.0, now - task.arrived) / max(task.solo, 1e-9))
+def rank(task: Task, now: float) -> Rank:
+    """The order of the default policy, lowest first: class, then deadlines that press, then remaining work, then what is late.
 
-
-def aged_remaining(queues: Queues[RequestT], now: float, cap: Cap, cost: CostModel) -> list[RequestT]:
-    """The default: the best-ranked call with others of its key, up to the cap.
-
-    Before that goes what others need before their first step or after their last one, such as the encoding of prompts, if that is
-    brief beside it, or if they can then join it.
+    A deadline presses once what can be spared is less than four times the remaining work; of those that press and can be met, the
+    earliest comes first. Least remaining work first: Schrage, A Proof of the Optimality of the Shortest Remaining Processing Time
+    Discipline, 1968.
     """
-    ranks = {id(request): rank(request.task, now) for request in chain.from_iterable(queues.values())}
-    groups = [
-        _fill(sorted(queue, key=lambda request: ranks[id(request)]), cap) for queue in queues.values()
-    ]  # fmt: skip
-    groups.sort(key=lambda group: ranks[id(group[0])])
-    first = groups[0]
-    if ranks[id(first[0])][0] == 0:
-        return first  # nothing comes before a job that has waited too long
-    seconds, task = _seconds(first, cost), first[0].task
-    room = cap(first[0]) - sum(request.rows for request in first) if task.opened else 0
-    for group in groups[1:]:
-        other = group[0].task
-        if other.opened and other.left:
-            continue  # a step: brief as it may be, many follow
-        joins = not other.opened and other.kind == task.kind and other.demand.rows <= room
-        if joins or 0 < _seconds(group, cost) <= BRIEF * seconds:
-            return group
-    return first
+    remaining = task.remaining
+    if task.deadline is not None:
+        slack = task.deadline - now - remaining
+        if slack < 0:
+            return (task.priority, LATE, remaining, task.arrived)
+        if slack <= SLACK * remaining:
+            return (task.priority, DUE, task.deadline, task.arrived)
+    return (task.priority, WITHOUT, remaining, task.arrived)
+
+
+def thrifty(queues: Queues[RequestT], now: float, cap: Cap, cost: CostModel) -> list[RequestT]:
+    """The default: the best-ranked call with others of its key, up to the cap, where half-empty forwards count as more work.
+
+    What a forward wastes against a full one delays every other call that waits, so a job whose step would be run half-empty lets
+    others go first, the longer the more there are; meanwhile others of its kind may come. Without that, least remaining work
+    first would be at its worst where batches pay most.
+
+    A job that has lost more time to others than its patience is overdue, and goes before class and deadline: the oldest such one
+    has half of the time, all of it if others want none. Once it is the oldest, each of its forwards waits at most as long
+    as itself takes and one forward of others more. So a job ends, after it became overdue, within twice its own work and that of
+    those overdue before it, at the cost of full groups, and one forward of others for each of theirs.
+    """
+    waiting = sum(map(len, queues.values()))
+    overdue = _overdue(queues, now, cap, cost)
+    best: tuple[Rank, list[RequestT]] | None = None
+    for queue in queues.values():
+        ranks = {id(request): rank(request.task, now) for request in queue}
+        if overdue is not None and overdue.key == queue[0].key:
+            ranks[id(overdue)] = FIRST
+        group = _fill(sorted(queue, key=lambda request: ranks[id(request)]), cap)
+        first = ranks[id(group[0])]
+        if first is not FIRST and first[1] != DUE:
+            first = (*first[:2], first[2] * _price(group, waiting - len(queue), cap, cost), first[3])
+        if best is None or first < best[0]:
+            best = first, group
+    assert best is not None
+    return best[1]
+
+
+FIRST: Rank = (-1.0,)
+
+
+def _overdue(queues: Queues[RequestT], now: float, cap: Cap, cost: CostModel) -> RequestT | None:
+    """The oldest overdue job's call, if it has waited as long as its forward takes: others have then had half of the time."""
+    late = (one for one in chain.from_iterable(queues.values()) if one.task.lost(now) > patience(one.task))
+    oldest = min(late, key=lambda request: request.task.arrived, default=None)
+    if oldest is None:
+        return None
+    rows = min(sum(request.rows for request in queues[oldest.key]), max(oldest.rows, cap(oldest)))
+    return oldest if now - oldest.since >= cost.seconds(oldest.cost, rows) else None
+
+
+def _price(group: Sequence[Request], others: int, cap: Cap, cost: CostModel) -> float:
+    """What the remaining work of a group's first job is multiplied by."""
+    first = group[0]
+    if not others or not (first.task.opened and first.task.left):
+        return 1.0  # what is encoded or decoded is so once, for all steps
+    most = max(first.rows, cap(first))
+    rows = sum(request.rows for request in group)
+    alone = cost.seconds(first.cost, first.rows) / first.rows
+    waste = cost.seconds(first.cost, rows) / rows - cost.seconds(first.cost, most) / most
+    return 1 + WASTE * others * max(0.0, waste) / max(alone, 1e-9)
+
+
+def aged_rank(task: Task, now: float) -> Rank:
+    """Overdue jobs by arrival; then as `rank`, but by aged remaining work, and with every deadline that can be met first."""
+    if task.lost(now) > patience(task):
+        return (-1, 0, task.arrived, task.arrived)
+    remaining = task.remaining
+    aged = remaining / (1 + max(0.0, now - task.arrived) / max(task.solo, 1e-9))
+    if task.deadline is None:
+        return (task.priority, WITHOUT, aged, task.arrived)
+    if now + remaining <= task.deadline:
+        return (task.priority, DUE, task.deadline, task.arrived)
+    return (task.priority, LATE, aged, task.arrived)
+
+
+def aged(queues: Queues[RequestT], now: float, cap: Cap, cost: CostModel) -> list[RequestT]:
+    """The call with the least remaining work, less with age, with others of its key."""
+    ranks = {id(request): aged_rank(request.task, now) for request in chain.from_iterable(queues.values())}
+    first = min(chain.from_iterable(queues.values()), key=lambda request: ranks[id(request)])
+    return _fill(sorted(queues[first.key], key=lambda request: ranks[id(request)]), cap)
 
 
 def fifo(queues: Queues[RequestT], now: float, cap: Cap, cost: CostModel) -> list[RequestT]:
@@ -117,7 +157,8 @@ def round_robin(queues: Queues[RequestT], now: float, cap: Cap, cost: CostModel)
 
 
 POLICIES: dict[str, Policy] = {
-    "aged": aged_remaining,
+    "thrifty": thrifty,
+    "aged": aged,
     "fifo": fifo,
     "keyed_fifo": keyed_fifo,
     "round_robin": round_robin,
@@ -138,7 +179,3 @@ def _fill(queue: Sequence[RequestT], cap: Cap) -> list[RequestT]:
             group.append(request)
             rows += request.rows
     return group
-
-
-def _seconds(group: Sequence[Request], cost: CostModel) -> float:
-    return cost.seconds(group[0].cost, sum(request.rows for request in group))
