@@ -145,7 +145,7 @@ def test_arrivals_do_not_wait_for_answers() -> None:
 
 
 def test_every_contestant_is_sent_the_very_same_bodies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fakes = {"aged": Fake(picture), "fifo": Fake(picture, seconds=0.02)}
+    fakes = {"thrifty": Fake(picture), "fifo": Fake(picture, seconds=0.02)}
     scale = Scale(loads=(0.5, 1.0), seeds=(1, 2), seconds=0.5, deadlines=0.3, drain=5)
     report = Report(tmp_path / "out.json", {})
 
@@ -157,19 +157,19 @@ def test_every_contestant_is_sent_the_very_same_bodies(tmp_path: Path, capsys: p
         await parts.policies(contestants, scale, Known(SOLO, 20), report)
 
     asyncio.run(run())
-    assert fakes["aged"].bodies == fakes["fifo"].bodies != []
+    assert fakes["thrifty"].bodies == fakes["fifo"].bodies != []
     content = json.loads((tmp_path / "out.json").read_text())["parts"]["policies"]
     runs = {(one["load"], one["contestant"]): one["runs"] for one in content["figures"]}
     assert set(runs) == {(load, name) for load in (0.5, 1.0) for name in fakes} and all(
         len(r) == 2 for r in runs.values()
     )
-    assert [one["sent"] for one in runs[1.0, "aged"]] == [one["sent"] for one in runs[1.0, "fifo"]]
+    assert [one["sent"] for one in runs[1.0, "thrifty"]] == [one["sent"] for one in runs[1.0, "fifo"]]
     forecasts = content["tables"][-1]["rows"]
     assert [row["within 1 s"] for row in forecasts] == [0.25] * 4
-    assert sum(row["jobs"] for row in forecasts) == 2 * len(fakes["aged"].bodies)
+    assert sum(row["jobs"] for row in forecasts) == 2 * len(fakes["thrifty"].bodies)
     lines = [json.loads(line) for line in (tmp_path / "out.requests.jsonl").read_text().splitlines()]
-    assert len(lines) == 2 * len(fakes["aged"].bodies)
-    assert "| fifo / aged |" in capsys.readouterr().out
+    assert len(lines) == 2 * len(fakes["thrifty"].bodies)
+    assert "| fifo / thrifty |" in capsys.readouterr().out
 
 
 def test_each_answer_is_counted_as_what_it_is() -> None:
@@ -279,7 +279,7 @@ def test_what_comes_first_warms_both_sizes_up_and_finds_solo_times_and_capacity(
     scale = Scale((0.8,), (1,), 1, 0, ramp=0.05, capacity_seconds=0.2, solo_repeats=2)
 
     async def run(client: httpx.AsyncClient) -> Known:
-        contestant = Contestant("aged", client, alive)
+        contestant = Contestant("thrifty", client, alive)
         await warm_up(contestant)
         assert {json.loads(body)["size"] for body in fake.bodies} == {kind.size for kind in KINDS}
         return await measure_first(contestant, scale, Report(tmp_path / "out.json", {}))
@@ -311,7 +311,7 @@ def test_overload_and_trace_are_reported(tmp_path: Path) -> None:
 
     async def run() -> None:
         async with connect("http://fake", 5, httpx.MockTransport(serve)) as client:
-            contestant = Contestant("aged", client, alive)
+            contestant = Contestant("thrifty", client, alive)
             known = Known({kind: 1.0 for kind in KINDS}, 30)
             await parts.overload(contestant, scale, known, report)
             await parts.trace(contestant, scale, known, report, tmp_path / "trace.json")
@@ -420,7 +420,7 @@ def test_a_table_leaves_a_cell_empty_where_nothing_is_known() -> None:
 
 @pytest.mark.parametrize(
     "argument",
-    ["--parts=all", "--contestants=fifo", "--contestants=aged,lifo", "--loads=0", "--deadlines=2", "--seconds=x"],
+    ["--parts=all", "--contestants=fifo", "--contestants=thrifty,lifo", "--loads=0", "--deadlines=2", "--seconds=x"],
 )
 def test_a_bad_argument_is_refused_by_name(capsys: pytest.CaptureFixture[str], argument: str) -> None:
     with pytest.raises(SystemExit):

@@ -24,11 +24,12 @@ READY_SECONDS = 180
 STOP_SECONDS = 60
 LOG_LINES = 15
 
-DEFAULT = "aged"
+DEFAULT = "thrifty"
 CONTESTANTS: dict[str, dict[str, str]] = {
     DEFAULT: {"STEPWEAVE_BATCHING": "step"},
     **{
-        name: {"STEPWEAVE_BATCHING": "step", "STEPWEAVE_POLICY": name} for name in ("fifo", "keyed_fifo", "round_robin")
+        name: {"STEPWEAVE_BATCHING": "step", "STEPWEAVE_POLICY": name}
+        for name in ("aged", "fifo", "keyed_fifo", "round_robin")
     },
     **{name: {"STEPWEAVE_BATCHING": name} for name in ("request", "threads", "off")},
 }
