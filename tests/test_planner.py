@@ -13,6 +13,7 @@ import torch
 from stepweave import StepEngine
 from stepweave.engine import Job
 from stepweave.engine.engine import Mode
+from stepweave.engine.planner import REPRICE_SECONDS
 from stepweave.errors import DeadlineExceeded
 from stepweave.scheduling.task import Key
 from tests.test_step_engine import SECONDS, Toy, held, seeded, toy, wait_until
@@ -74,16 +75,16 @@ def test_a_higher_class_goes_first_in_every_mode(mode: Mode) -> None:
         assert order_of_ends(jobs) == ["high", "normal", "low"]
 
 
-def test_the_shorter_job_goes_first_and_the_earlier_deadline_before_it() -> None:
-    with StepEngine(slow(lambda rows: 0.001), max_rows=1) as engine:
+def test_the_shorter_job_goes_first_and_a_deadline_that_presses_before_it() -> None:
+    with StepEngine(slow(lambda rows: 0.02), max_rows=1) as engine:
+        engine.submit(**seeded(0, num_inference_steps=9)).result(SECONDS)
         with held(engine, **seeded()):
             jobs = {
-                "long": engine.submit(**seeded(1, num_inference_steps=60)),
-                "short": engine.submit(**seeded(2, num_inference_steps=6)),
-                "due": engine.submit(**seeded(3, num_inference_steps=60), deadline=50),
-                "due sooner": engine.submit(**seeded(4, num_inference_steps=60), deadline=40),
+                "long": engine.submit(**seeded(1, num_inference_steps=40)),
+                "short": engine.submit(**seeded(2, num_inference_steps=20)),
+                "due": engine.submit(**seeded(3, num_inference_steps=80), deadline=4),
             }
-        assert order_of_ends(jobs) == ["due sooner", "due", "short", "long"]
+        assert order_of_ends(jobs) == ["due", "short", "long"]
 
 
 @pytest.mark.parametrize("policy", ["fifo", "keyed_fifo"])
@@ -124,7 +125,7 @@ def test_jobs_of_which_nothing_is_known_are_not_taken_for_the_shortest() -> None
 
 
 def test_an_unknown_policy_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="policy is 'lifo'; it must be one of aged, fifo"):
+    with pytest.raises(ValueError, match="policy is 'lifo'; it must be one of thrifty, aged, fifo"):
         StepEngine(toy(), policy="lifo")
 
 
@@ -161,6 +162,7 @@ def test_nothing_is_foretold_of_what_never_ran() -> None:
 def test_a_job_is_foretold_from_those_before_it(mode: Mode) -> None:
     with StepEngine(slow(lambda rows: 0.005, Guided), mode, threads=1) as engine:
         engine.submit(prompt="x", num_inference_steps=10).result(SECONDS)
+        time.sleep(REPRICE_SECONDS)
         ten, twenty = (engine.outlook(prompt="x", num_inference_steps=steps) for steps in (10, 20))
         assert ten is not None
         assert twenty is not None
@@ -171,7 +173,8 @@ def test_a_job_is_foretold_from_those_before_it(mode: Mode) -> None:
 
 def test_sizes_and_pictures_that_never_ran_are_scaled() -> None:
     with StepEngine(slow(lambda rows: 0.002 * rows, Guided)) as engine:
-        engine.submit(prompt="x", width=4, height=8).result(SECONDS)
+        engine.submit(prompt="x", width=4, height=8, num_inference_steps=9).result(SECONDS)
+        time.sleep(REPRICE_SECONDS)
         one, four, larger = (
             engine.outlook(prompt="x", width=width, height=8, num_images_per_prompt=images)
             for width, images in ((4, 1), (4, 4), (16, 1))
@@ -186,6 +189,7 @@ def test_sizes_and_pictures_that_never_ran_are_scaled() -> None:
 def test_jobs_know_their_places_and_times() -> None:
     with StepEngine(slow(lambda rows: 0.002 * rows, Guided), max_rows=1) as engine:
         engine.submit(prompt="x", num_inference_steps=10).result(SECONDS)
+        time.sleep(REPRICE_SECONDS)
         with held(engine, prompt="x", num_inference_steps=10) as running:
             jobs = [engine.submit(prompt="x", num_inference_steps=steps) for steps in (40, 20)]
             standings = engine.standings()

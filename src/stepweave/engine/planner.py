@@ -18,7 +18,7 @@ from stepweave.scheduling.policy import POLICIES
 from stepweave.scheduling.profiles import Profiles, Shape
 from stepweave.scheduling.task import Demand, Key, Load, Priority, Task
 
-REPRICE_SECONDS = 1.0
+REPRICE_SECONDS = 0.2
 FRESH = 0.1  # seconds that a forecast is good for
 EXPLORE_EVERY = 64  # groups that were cut off at the knee, before one is let grow to twice that
 WHOLE_CALL = "call"  # the module of a job whose steps are not seen one by one
@@ -193,8 +193,8 @@ class Planner:
         """What a job would meet if it were submitted now; None if no job like it has run."""
         now = time.monotonic()
         shape, steps = self._shape(args, kwargs, scheduler)
+        self._refresh(now)
         task = self._task(shape, steps, now, priority, None if deadline is None else now + deadline)
-        task.price(self.cost)  # as of now
         if not task.solo:
             return None
         tasks = [job.task for job in list(self._jobs.values())]
