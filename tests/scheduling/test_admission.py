@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepweave.errors import Refused
+from stepweave.scheduling import admission
 from stepweave.scheduling.admission import GRACE, REASONS, UNKNOWN_SECONDS, Admission, Outlook
 
 
@@ -125,7 +126,7 @@ def test_retry_after_is_when_a_place_will_be_free_one_after_another() -> None:
     door = Door(4, drain=40.0)
     for _ in range(4):
         door.comes()
-    assert [door.comes(i) for i in range(6)] == [10, 20, 30, 40, 50, 50]  # four are promised; the others get no promise
+    assert [door.comes(i) for i in range(6)] == [10, 20, 30, 40, 50, 60]
 
 
 def test_before_anything_was_timed_retry_after_is_a_guess() -> None:
@@ -160,7 +161,22 @@ def test_a_client_that_comes_when_told_gets_its_place_before_fresh_ones(promise_
     assert door.comes("a") is None
 
 
-def test_a_place_is_not_kept_long_before_its_owner_comes() -> None:
+@pytest.mark.parametrize("drain", [0.0, 1.0, 4.0])
+def test_a_place_is_kept_from_shortly_before_its_owner_comes(drain: float) -> None:
+    """A second, and four times the interval at which places become free."""
+    door = Door(2, drain=60.0)
+    door.comes(), door.comes()
+    assert door.comes("a") == 30
+    door.leaves()
+    door.drain = drain  # of the one that is left
+    door.now += 30 - (1 + 4 * drain) - 0.01
+    assert fresh(door) is None
+    door.leaves()
+    door.now += 0.02
+    assert fresh(door) is not None
+
+
+def test_no_more_places_are_kept_than_will_be_wanted_soon() -> None:
     door = Door(4, drain=40.0)
     for _ in range(4):
         door.comes()
@@ -170,6 +186,21 @@ def test_a_place_is_not_kept_long_before_its_owner_comes() -> None:
         door.leaves()
     door.drain = 0.5
     assert fresh(door) is None
+
+
+def test_places_are_promised_for_no_later_than_the_longest_wait() -> None:
+    door = Door(2, drain=20.0, max_wait=30.0)
+    door.comes(), door.comes()
+    assert [door.comes(token) for token in "abc"] == [10, 20, 30]
+    assert [door.comes(token) for token in "de"] == [40, 40]  # told a time, but promised nothing
+
+
+def test_promises_are_bounded_in_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert admission.PROMISES == 1024
+    monkeypatch.setattr(admission, "PROMISES", 2)
+    door = Door(2, drain=20.0)
+    door.comes(), door.comes()
+    assert [door.comes(token) for token in "abcde"] == [10, 20, 30, 30, 30]
 
 
 def test_a_promise_lapses_if_its_owner_does_not_come() -> None:
@@ -222,11 +253,14 @@ def test_of_two_that_were_promised_places_the_first_is_not_kept_out_by_the_secon
     assert door.comes("a") is None
 
 
+CLIENTS = 12  # more than there are places
+
+
 @given(st.integers(1, 5), st.floats(0.1, 30.0), st.lists(st.sampled_from(("due", "leaves", "comes")), max_size=40))
 def test_whoever_was_promised_the_first_place_gets_it(limit: int, interval: float, events: list[str]) -> None:
     """Clients come when they were told to, and find a place if one is free and nobody's turn is before theirs."""
     door = Door(limit)
-    due: dict[int, float] = {}  # by client, of as many as can be promised places
+    due: dict[int, float] = {}  # by client
     for _ in range(limit):
         door.comes()
     for event in events:
@@ -241,8 +275,8 @@ def test_whoever_was_promised_the_first_place_gets_it(limit: int, interval: floa
             assert wait is None or not free, f"{door.admission.in_flight} of {limit} places are taken"
             if wait is not None:
                 due[client] = door.now + wait
-        elif event == "comes" and len(due) < limit:
-            client = next(one for one in range(limit) if one not in due)
+        elif event == "comes" and len(due) < CLIENTS:
+            client = next(one for one in range(CLIENTS) if one not in due)
             wait = door.comes(client)
             if wait is not None:
                 due[client] = door.now + wait
@@ -299,7 +333,7 @@ def test_refusals_are_counted_by_reason() -> None:
 def test_threads_never_share_a_place() -> None:
     """Entering is made slow where it counts, between the look at the places and the taking of one."""
     limit, rounds = 3, 60
-    admission = Admission(limit, lambda: 0.001)
+    shared = Admission(limit, lambda: 0.001)
     inside, most, guard, pause = 0, 0, threading.Lock(), threading.Event()
 
     def outlook() -> None:
@@ -310,7 +344,7 @@ def test_threads_never_share_a_place() -> None:
         let_in = refused = 0
         for _ in range(rounds):
             try:
-                admission.enter(number, outlook)
+                shared.enter(number, outlook)
             except Refused:
                 refused += 1
                 continue
@@ -321,12 +355,12 @@ def test_threads_never_share_a_place() -> None:
             pause.wait(0.001)
             with guard:
                 inside -= 1
-            admission.leave()
+            shared.leave()
         return let_in, refused
 
     with ThreadPoolExecutor(8) as pool:
         counts = list(pool.map(client, range(8)))
     assert 1 < most <= limit
-    assert admission.in_flight == 0
+    assert shared.in_flight == 0
     assert sum(let_in + refused for let_in, refused in counts) == 8 * rounds
-    assert sum(refused for _, refused in counts) == admission.refused["queue_full"]
+    assert sum(refused for _, refused in counts) == shared.refused["queue_full"]

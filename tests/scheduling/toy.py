@@ -28,6 +28,7 @@ class Call:
     rows: int
     cost: Key
     task: Task
+    since: float = 0.0  # when it began to wait
 
 
 def task(
@@ -48,11 +49,11 @@ def task(
 
 
 def queued(tasks: Iterable[Task]) -> OrderedDict[Hashable, list[Call]]:
-    """The tasks' next steps, by key."""
+    """The tasks' next steps, by key, as if each had waited since its task came."""
     queues: OrderedDict[Hashable, list[Call]] = OrderedDict()
     for one in tasks:
         load = one.demand.step[0]
-        queues.setdefault(load.key, []).append(Call(load.key, load.rows, load.key, one))
+        queues.setdefault(load.key, []).append(Call(load.key, load.rows, load.key, one, one.arrived))
     return queues
 
 
@@ -72,19 +73,19 @@ def play(
     ends: dict[Task, float] = {}
     now = start
 
-    def advance(one: Task) -> None:
+    def advance(one: Task, since: float) -> None:
         load = next(calls[one], None)
         if load is None:
             del calls[one]
             ends[one] = now
         else:
-            queues.setdefault(load.key, []).append(Call(load.key, load.rows, load.key, one))
+            queues.setdefault(load.key, []).append(Call(load.key, load.rows, load.key, one, since))
 
     def admit() -> None:
         while coming and coming[-1].arrived <= now:
             one = coming.pop()
             calls[one] = _calls(one)
-            advance(one)
+            advance(one, one.arrived)
 
     while coming or queues:
         if not queues:
@@ -102,7 +103,7 @@ def play(
         admit()
         for call in picked:
             call.task.begun = True
-            advance(call.task)
+            advance(call.task, now)
     return [ends[one] for one in tasks]
 
 
