@@ -60,7 +60,8 @@ def thrifty(queues: Queues[RequestT], now: float, cap: Cap, cost: CostModel) -> 
 
     What a forward wastes against a full one delays every other call that waits, so a job whose step would be run half-empty lets
     others go first, the longer the more there are; meanwhile others of its kind may come. Without that, least remaining work
-    first would be at its worst where batches pay most.
+    first would be at its worst where batches pay most. If there is room beside the chosen step, those that can join it go first
+    with what they need before, such as the encoding of prompts.
 
     A job that has lost more time to others than its patience is overdue, and goes before class and deadline: the oldest such one
     has half of the time, all of it if others want none. Once it is the oldest, each of its forwards waits at most as long
@@ -69,7 +70,7 @@ def thrifty(queues: Queues[RequestT], now: float, cap: Cap, cost: CostModel) -> 
     """
     waiting = sum(map(len, queues.values()))
     overdue = _overdue(queues, now, cap, cost)
-    best: tuple[Rank, list[RequestT]] | None = None
+    groups: list[tuple[Rank, list[RequestT]]] = []
     for queue in queues.values():
         ranks = {id(request): rank(request.task, now) for request in queue}
         if overdue is not None and overdue.key == queue[0].key:
@@ -78,10 +79,16 @@ def thrifty(queues: Queues[RequestT], now: float, cap: Cap, cost: CostModel) -> 
         first = ranks[id(group[0])]
         if first is not FIRST and first[1] != DUE:
             first = (*first[:2], first[2] * _price(group, waiting - len(queue), cap, cost), first[3])
-        if best is None or first < best[0]:
-            best = first, group
-    assert best is not None
-    return best[1]
+        groups.append((first, group))
+    groups.sort(key=lambda ranked: ranked[0])
+    first, best = groups[0]
+    task, room = best[0].task, cap(best[0]) - sum(request.rows for request in best)
+    if first is not FIRST and task.opened and task.left and room > 0:
+        for _, group in groups[1:]:
+            other = group[0].task
+            if not other.opened and other.kind == task.kind and other.demand.rows <= room:
+                return group
+    return best
 
 
 FIRST: Rank = (-1.0,)
