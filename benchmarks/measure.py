@@ -1,4 +1,7 @@
-"""Contestants side by side: rounds in turn, wall and CPU seconds, medians with their spread, ratios round by round."""
+"""Contestants side by side: rounds in turn, wall and CPU seconds, medians with their spread, ratios round by round.
+
+It imports no torch: what measures servers or simulates has none.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,20 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-PACKAGES = ("torch", "diffusers", "transformers", "numpy", "greenlet")
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = ("torch", "diffusers", "transformers", "numpy", "greenlet", "bentoml", "httpx")
+FEW = 5  # values; of fewer, quartiles would be made up
 
 
 @dataclass(frozen=True)
@@ -60,25 +66,34 @@ class Spread:
         low, q1, median, q3, high = np.percentile(values, (0, 25, 50, 75, 100)).tolist()
         return cls(median, q1, q3, low, high, len(values))
 
+    @classmethod
+    def known(cls, values: Iterable[float | None]) -> Spread | None:
+        """Of the values that there are; None if there are none."""
+        found = [value for value in values if value is not None]
+        return cls.of(found) if found else None
+
     def __str__(self) -> str:
-        return f"{_short(self.median)} ({_short(self.q1)} to {_short(self.q3)})"
+        """The median and the quartiles, or the extremes of fewer than five values, or the value if all are equal."""
+        low, high = (self.low, self.high) if self.count < FEW else (self.q1, self.q3)
+        return _short(self.median) + (f" ({_short(low)} to {_short(high)})" if self.low < self.high else "")
 
 
 # A part's figures: what the Markdown tables show, and the JSON file keeps whole
 
 Value = str | int | float | Spread | None
 Row = dict[str, Value]
+Table = Sequence[Mapping[str, Value]]  # all rows have the same columns
 
 
 @dataclass(frozen=True)
 class Part:
-    """What was measured, in a sentence or two, and its tables. All rows of a table have the same columns."""
+    """What was measured, in a sentence or two, and its tables."""
 
     about: str
-    tables: tuple[list[Row], ...]
+    tables: tuple[Table, ...]
 
     def markdown(self) -> str:
-        return "\n\n".join([self.about, *map(_table, self.tables)])
+        return "\n\n".join([self.about, *(_markdown(table) for table in self.tables if table)])
 
 
 def seconds(timings: Mapping[str, Sequence[Timing]]) -> list[Row]:
@@ -104,9 +119,9 @@ def ratio(what: str, above: Sequence[Timing], below: Sequence[Timing], wanted: s
     }
 
 
-def _table(rows: Sequence[Row]) -> str:
-    columns = list(rows[0]) if rows else []
-    lines = [columns, ["---"] * len(columns), *([_cell(row[column]) for column in columns] for row in rows)]
+def _markdown(table: Table) -> str:
+    columns = list(table[0])
+    lines = [columns, ["---"] * len(columns), *([_cell(row[column]) for column in columns] for row in table)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -123,24 +138,27 @@ def _short(value: float) -> str:
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
-    """Hardware and versions, and nothing that names an installation."""
+    """Hardware and versions, and nothing that names an installation; threads where torch is in use."""
     found: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),  # of the minute before: what else is running
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
     }
-    if device is not None and device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found |= {
-            "gpu": properties.name,
-            "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-        }
+    if "torch" in sys.modules:
+        import torch
+
+        found["torch_threads"] = torch.get_num_threads()
+        if device is not None and device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            found |= {
+                "gpu": properties.name,
+                "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+                "cuda": torch.version.cuda,
+                "cudnn": torch.backends.cudnn.version(),
+            }
     return found
 
 
@@ -172,10 +190,13 @@ class Report:
         facts = ", ".join(f"{name} {value}" for name, value in self._content["environment"].items())
         print(f"{facts}\n", flush=True)
 
-    def add(self, name: str, part: Part) -> None:
-        """The file is written anew each time: a run that is interrupted leaves what it has."""
-        self._content["parts"][name] = dataclasses.asdict(part)
-        print(f"## {name}\n\n{part.markdown()}\n", flush=True)
+    def add(self, name: str, *sections: Part, **kept: Any) -> None:
+        """Of a part in one or more sections; what is `kept` goes into the file alone.
+
+        The file is written anew each time: a run that is interrupted leaves what it has.
+        """
+        self._content["parts"][name] = {"sections": [dataclasses.asdict(one) for one in sections], **kept}
+        print(f"## {name}", *(one.markdown() for one in sections), sep="\n\n", end="\n\n", flush=True)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.write_text(json.dumps(self._content, indent=2) + "\n")
 

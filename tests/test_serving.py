@@ -18,13 +18,13 @@ import httpx
 import psutil
 import pytest
 
+from benchmarks.measure import Part, Report, Row, Spread
 from benchmarks.serving import parts
 from benchmarks.serving.__main__ import parse, scale_of
 from benchmarks.serving.client import Attempt, BenchmarkError, Outcome, connect, offer, saturate
 from benchmarks.serving.contestants import CONTESTANTS, DEFAULT, Served
 from benchmarks.serving.figures import (
     IN_FLIGHT,
-    Spread,
     eta_counts,
     eta_figures,
     over_seeds,
@@ -35,7 +35,7 @@ from benchmarks.serving.figures import (
 )
 from benchmarks.serving.first import Contestant, Known, Scale, measure_first, warm_up
 from benchmarks.serving.mix import DEADLINE, KINDS, Kind, Request, endless, poisson
-from benchmarks.serving.report import Report, Table
+from benchmarks.serving.report import Recorder
 from benchmarks.simulation.arrivals import read_trace
 from tests.conftest import ROOT
 
@@ -147,7 +147,7 @@ def test_arrivals_do_not_wait_for_answers() -> None:
 def test_every_contestant_is_sent_the_very_same_bodies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fakes = {"thrifty": Fake(picture), "fifo": Fake(picture, seconds=0.02)}
     scale = Scale(loads=(0.5, 1.0), seeds=(1, 2), seconds=0.5, deadlines=0.3, drain=5)
-    report = Report(tmp_path / "out.json", {})
+    report = Recorder(tmp_path / "out.json")
 
     async def run() -> None:
         contestants = [
@@ -159,12 +159,12 @@ def test_every_contestant_is_sent_the_very_same_bodies(tmp_path: Path, capsys: p
     asyncio.run(run())
     assert fakes["thrifty"].bodies == fakes["fifo"].bodies != []
     content = json.loads((tmp_path / "out.json").read_text())["parts"]["policies"]
-    runs = {(one["load"], one["contestant"]): one["runs"] for one in content["figures"]}
+    runs = {(one["load"], one["contestant"]): one["runs"] for one in content["runs"]}
     assert set(runs) == {(load, name) for load in (0.5, 1.0) for name in fakes} and all(
         len(r) == 2 for r in runs.values()
     )
     assert [one["sent"] for one in runs[1.0, "thrifty"]] == [one["sent"] for one in runs[1.0, "fifo"]]
-    forecasts = content["tables"][-1]["rows"]
+    [forecasts] = content["sections"][-1]["tables"]
     assert [row["within 1 s"] for row in forecasts] == [0.25] * 4
     assert sum(row["jobs"] for row in forecasts) == 2 * len(fakes["thrifty"].bodies)
     lines = [json.loads(line) for line in (tmp_path / "out.requests.jsonl").read_text().splitlines()]
@@ -282,7 +282,7 @@ def test_what_comes_first_warms_both_sizes_up_and_finds_solo_times_and_capacity(
         contestant = Contestant("thrifty", client, alive)
         await warm_up(contestant)
         assert {json.loads(body)["size"] for body in fake.bodies} == {kind.size for kind in KINDS}
-        return await measure_first(contestant, scale, Report(tmp_path / "out.json", {}))
+        return await measure_first(contestant, scale, Report(tmp_path / "out.json"))
 
     known = drive(fake, run)
     assert set(known.solo) == set(KINDS) and all(seconds >= 0.01 for seconds in known.solo.values())
@@ -307,7 +307,7 @@ def test_overload_and_trace_are_reported(tmp_path: Path) -> None:
             busy -= 1
 
     scale = Scale((0.8,), (1,), 1, 0.3, overload_seconds=1.2, trace_seconds=0.5, drain=3)
-    report = Report(tmp_path / "out.json", {})
+    report = Recorder(tmp_path / "out.json")
 
     async def run() -> None:
         async with connect("http://fake", 5, httpx.MockTransport(serve)) as client:
@@ -318,12 +318,12 @@ def test_overload_and_trace_are_reported(tmp_path: Path) -> None:
 
     asyncio.run(run())
     content = json.loads((tmp_path / "out.json").read_text())["parts"]
-    about, leaving, coming, codes = content["overload"]["tables"]
-    assert [row["refusals"] > 0 for row in about["rows"]] == [True, True]
-    assert len(leaving["rows"]) == len(coming["rows"]) == 6
-    assert about["rows"][1]["answered"] > about["rows"][0]["answered"]
-    assert codes["rows"][0]["refused with"] == "queue_full"
-    assert 0 < codes["rows"][0]["succeeded by return 1"] <= codes["rows"][0]["succeeded by return 2"] <= 1
+    about, leaving, coming, codes = [section["tables"][0] for section in content["overload"]["sections"]]
+    assert [row["refusals"] > 0 for row in about] == [True, True]
+    assert len(leaving) == len(coming) == 6
+    assert about[1]["answered"] > about[0]["answered"]
+    assert codes[0]["refused with"] == "queue_full"
+    assert 0 < codes[0]["succeeded by return 1"] <= codes[0]["succeeded by return 2"] <= 1
     written = json.loads((tmp_path / "trace.json").read_text())
     requests = poisson(parts.TRACE_LOAD * 30, 0.5, parts.TRACE_SEED, {kind: 1.0 for kind in KINDS}, 0.3)
     assert [one["steps"] for one in written] == [request.kind.steps for request in requests]
@@ -363,9 +363,8 @@ def test_latency_counts_from_the_scheduled_arrival() -> None:
 
 def test_figures_of_a_run_without_answers_are_left_out_of_medians() -> None:
     runs: Sequence[dict[str, float | None]] = [{"mean": None}, {"mean": 2.0}, {"mean": 4.0}]
-    assert over_seeds(runs, "mean") == Spread(3.0, 2.0, 4.0)
+    assert over_seeds(runs, "mean") == Spread.of([2.0, 4.0])
     assert over_seeds([{"mean": None}], "mean") is None
-    assert str(Spread(3.0, 2.0, 4.0)) == "3 (2 to 4)" and str(Spread(3.0, 3.0, 3.0)) == "3"
     empty = summarise([], SOLO, 10)
     assert (empty["sent"], empty["mean"], empty["refused"], empty["throughput"]) == (0, None, None, 0)
 
@@ -373,7 +372,7 @@ def test_figures_of_a_run_without_answers_are_left_out_of_medians() -> None:
 def test_ratios_are_paired_by_seed() -> None:
     """The medians' ratio would be 2; seed by seed it is 1, 3 and 1."""
     above, below = [[{"mean": mean} for mean in means] for means in ((2.0, 3.0, 10.0), (2.0, 1.0, 10.0))]
-    assert ratios(above, below, "mean") == Spread(1.0, 1.0, 3.0)
+    assert ratios(above, below, "mean") == Spread.of([1.0, 3.0, 1.0])
     assert ratios([{"mean": None}], [{"mean": 1.0}], "mean") is None
     with pytest.raises(ValueError):
         ratios(above, below[:2], "mean")
@@ -411,9 +410,17 @@ def test_the_error_of_forecasts_is_read_from_the_histogram() -> None:
 # The command line, and what it needs
 
 
-def test_a_table_leaves_a_cell_empty_where_nothing_is_known() -> None:
-    table = Table("About.", [{"name": "a", "x": 1.23456, "y": None}, {"name": "b", "x": None, "y": Spread(1, 1, 2)}])
-    assert table.markdown().splitlines() == [
+def test_a_spread_says_extremes_of_few_values_and_quartiles_of_more() -> None:
+    shown = [str(Spread.of(values)) for values in ([2.0, 3.0, 10.0], [1.0, 2.0, 3.0, 4.0, 10.0], [3.0, 3.0])]
+    assert shown == ["3 (2 to 10)", "3 (2 to 4)", "3"]
+    assert Spread.known([None, 3.0]) == Spread.of([3.0]) and Spread.known([None]) is None
+
+
+def test_a_table_leaves_a_cell_empty_where_nothing_is_known_and_an_empty_one_out() -> None:
+    rows: Sequence[Row] = [
+        {"name": "a", "x": 1.23456, "y": None}, {"name": "b", "x": None, "y": Spread.of([1.0, 1.0, 2.0])}
+    ]  # fmt: skip
+    assert Part("About.", ([], rows)).markdown().splitlines() == [
         "About.", "", "| name | x | y |", "| --- | --- | --- |", "| a | 1.23 |  |", "| b |  | 1 (1 to 2) |"
     ]  # fmt: skip
 

@@ -15,9 +15,9 @@ from typing import TypeVar
 
 from benchmarks.serving import parts
 from benchmarks.serving.client import BenchmarkError, connect
-from benchmarks.serving.contestants import CONTESTANTS, DEFAULT, Served, serve
+from benchmarks.serving.contestants import COMMON, CONTESTANTS, DEFAULT, Served, serve
 from benchmarks.serving.first import CLIENTS, Contestant, Scale, measure_first, warm_up
-from benchmarks.serving.report import Report, progress
+from benchmarks.serving.report import Recorder, progress
 
 PARTS = ("policies", "overload", "trace")
 OVERLOADED = "overload"
@@ -61,7 +61,7 @@ def scale_of(arguments: argparse.Namespace) -> Scale:
     return Scale(arguments.loads, arguments.seeds, arguments.seconds, arguments.deadlines)
 
 
-async def measure(servers: dict[str, Served], arguments: argparse.Namespace, report: Report) -> None:
+async def measure(servers: dict[str, Served], arguments: argparse.Namespace, report: Recorder) -> None:
     scale = scale_of(arguments)
     async with contextlib.AsyncExitStack() as stack:
         everyone = {
@@ -91,7 +91,9 @@ def main() -> int:
         settings[OVERLOADED] = OVERLOADED_SETTINGS
     began, cpu = time.monotonic(), time.process_time()
     shown = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
-    report = Report(arguments.json, {**shown, "scale": asdict(scale_of(arguments)), "settings": settings})
+    report = Recorder(
+        arguments.json, **shown, scale=asdict(scale_of(arguments)), settings=settings, common_settings=COMMON
+    )
     try:
         with contextlib.ExitStack() as stack:
             servers = {}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import get_args
 
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
+from benchmarks.measure import Spread
 from benchmarks.serving.client import Attempt, Outcome, Status
 from benchmarks.serving.mix import Kind
 
@@ -21,31 +21,6 @@ IN_FLIGHT = "stepweave_requests_in_flight"
 ETA = "stepweave_eta_error_seconds"
 ETA_NEAR = 1.0  # seconds
 Value = float | None
-
-
-@dataclass(frozen=True)
-class Spread:
-    """The median of some values and their extremes."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Iterable[Value]) -> Spread | None:
-        """None where there are no values."""
-        known = [value for value in values if value is not None]
-        return cls(float(np.median(known)), min(known), max(known)) if known else None
-
-    def __str__(self) -> str:
-        if self.low == self.high:
-            return short(self.median)
-        return f"{short(self.median)} ({short(self.low)} to {short(self.high)})"
-
-
-def short(value: float) -> str:
-    """Three figures."""
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def summarise(outcomes: Sequence[Outcome], solo: Mapping[Kind, float], seconds: float) -> dict[str, Value]:
@@ -85,13 +60,13 @@ def share(flags: Sequence[bool]) -> Value:
 
 
 def over_seeds(runs: Sequence[Mapping[str, Value]], figure: str) -> Spread | None:
-    return Spread.of(run[figure] for run in runs)
+    return Spread.known(run[figure] for run in runs)
 
 
 def ratios(above: Sequence[Mapping[str, Value]], below: Sequence[Mapping[str, Value]], figure: str) -> Spread | None:
     """`above` over `below`, run by run: the runs are of the same seeds in the same order, and so of the same requests."""
     pairs = [(one[figure], other[figure]) for one, other in zip(above, below, strict=True)]
-    return Spread.of(one / other for one, other in pairs if one is not None and other)
+    return Spread.known(one / other for one, other in pairs if one is not None and other)
 
 
 # Overload
@@ -131,12 +106,12 @@ def returned(outcomes: Iterable[Outcome], code: str, returns: int) -> dict[str, 
     return {
         "refused with": code,
         "clients": len(clients),
-        "told to wait s": Spread.of(o.attempts[0].retry_after for o in clients),
+        "told to wait s": Spread.known(o.attempts[0].retry_after for o in clients),
         **{
             f"succeeded by return {n}": share([o.status == "answered" and len(o.attempts) <= n + 1 for o in clients])
             for n in range(1, returns + 1)
         },
-        "seconds in all": Spread.of(outcome.latency for outcome in succeeded),
+        "seconds in all": Spread.known(outcome.latency for outcome in succeeded),
     }
 
 

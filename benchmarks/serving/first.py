@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import httpx
 
+from benchmarks.measure import Part, Report, Row, Spread
 from benchmarks.serving.client import CHECK_SECONDS, BenchmarkError, offer, require, saturate, send
-from benchmarks.serving.figures import Spread, in_flight
+from benchmarks.serving.figures import in_flight
 from benchmarks.serving.mix import KINDS, SIZES, Kind, endless, of_kind
-from benchmarks.serving.report import Report, Row, Table, progress
+from benchmarks.serving.report import progress
 
 BURST = 12  # requests at once, to warm up; fewer than the queue of the overloaded server holds
 BURSTS = 4  # at most
@@ -88,7 +89,6 @@ async def measure_first(contestant: Contestant, scale: Scale, report: Report) ->
             require(attempt)
             taken.append(attempt.seconds)
         spread = Spread.of(taken)
-        assert spread is not None
         solo[kind] = spread.median
         rows.append({"kind": str(kind), "seconds alone": spread})
     rate = await saturate(
@@ -110,14 +110,12 @@ async def measure_first(contestant: Contestant, scale: Scale, report: Report) ->
     }
     report.add(
         "first",
-        [
-            Table(f"Each kind alone, `{contestant.name}`: the median of {scale.solo_repeats} (and extremes).", rows),
-            Table(
-                f"Capacity for the mix, `{contestant.name}`: {CLIENTS} clients who each wait for their answer, over "
-                f"{scale.capacity_seconds:g} s; each answer counts as the share of a mean request that its kind takes alone.",
-                [capacity],
-            ),
-        ],
+        Part(f"Each kind alone, `{contestant.name}`: the median of {scale.solo_repeats} (and extremes).", (rows,)),
+        Part(
+            f"Capacity for the mix, `{contestant.name}`: {CLIENTS} clients who each wait for their answer, over "
+            f"{scale.capacity_seconds:g} s; each answer counts as the share of a mean request that its kind takes alone.",
+            ([capacity],),
+        ),
     )
     return Known(solo, rate)
 

@@ -9,12 +9,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure import Part, Row
 from benchmarks.serving import figures
 from benchmarks.serving.client import Outcome, offer
 from benchmarks.serving.figures import Value
 from benchmarks.serving.first import CLIENTS, Contestant, Known, Scale, idle
 from benchmarks.serving.mix import DEADLINE, endless, poisson
-from benchmarks.serving.report import Report, Row, Table, progress, write_array
+from benchmarks.serving.report import Recorder, progress, write_array
 
 SHOWN = (
     "mean",
@@ -36,7 +37,7 @@ TRACE_LOAD = 0.8
 OVERLOAD_SEED, TRACE_SEED = 40_000, 50_000
 
 
-async def policies(contestants: Sequence[Contestant], scale: Scale, known: Known, report: Report) -> None:
+async def policies(contestants: Sequence[Contestant], scale: Scale, known: Known, report: Recorder) -> None:
     """Every contestant in turn, for each seed and load, on the very same requests."""
     runs: dict[tuple[float, str], list[dict[str, Value]]] = {}
     etas: dict[tuple[float, str], Counter[float]] = {}
@@ -65,25 +66,29 @@ async def policies(contestants: Sequence[Contestant], scale: Scale, known: Known
         table
         for load in scale.loads
         for table in (
-            Table(
+            Part(
                 f"Load {load:.0%} of capacity, {load * known.capacity:.3g} requests per second for {scale.seconds:g} s, "
                 f"{len(scale.seeds)} seeds: medians (and extremes) over the seeds. Seconds from the scheduled arrival, of "
                 f"what was answered; shares of all requests; {scale.deadlines:.0%} of them have a deadline of {DEADLINE}x "
                 "what their kind takes alone.",
-                [
-                    {"contestant": name, **{one: figures.over_seeds(runs[load, name], one) for one in SHOWN}}
-                    for name in names
-                ],
+                (
+                    [
+                        {"contestant": name, **{one: figures.over_seeds(runs[load, name], one) for one in SHOWN}}
+                        for name in names
+                    ],
+                ),
             ),
-            Table(
+            Part(
                 f"Load {load:.0%}: over `{names[0]}`, seed by seed.",
-                [
-                    {
-                        "ratio": f"{name} / {names[0]}",
-                        **{one: figures.ratios(runs[load, name], runs[load, names[0]], one) for one in COMPARED},
-                    }
-                    for name in names[1:]
-                ],
+                (
+                    [
+                        {
+                            "ratio": f"{name} / {names[0]}",
+                            **{one: figures.ratios(runs[load, name], runs[load, names[0]], one) for one in COMPARED},
+                        }
+                        for name in names[1:]
+                    ],
+                ),
             ),
         )
     ]
@@ -92,13 +97,13 @@ async def policies(contestants: Sequence[Contestant], scale: Scale, known: Known
         for (load, name), counts in etas.items()
         if (found := figures.eta_figures(counts))
     ]
-    tables.append(Table(f"Forecasts of the finish against what came (`{figures.ETA}`).", forecasts))
+    tables.append(Part(f"Forecasts of the finish against what came (`{figures.ETA}`).", (forecasts,)))
     report.add(
-        "policies", tables, [{"load": load, "contestant": name, "runs": of} for (load, name), of in runs.items()]
+        "policies", *tables, runs=[{"load": load, "contestant": name, "runs": of} for (load, name), of in runs.items()]
     )
 
 
-async def overload(contestant: Contestant, scale: Scale, known: Known, report: Report) -> None:
+async def overload(contestant: Contestant, scale: Scale, known: Known, report: Recorder) -> None:
     """More than the server can do: first clients who are refused leave, then they come back as told."""
     seconds = scale.overload_seconds
     tables = []
@@ -112,9 +117,9 @@ async def overload(contestant: Contestant, scale: Scale, known: Known, report: R
         _warn(contestant, outcomes)
         who = f"come back as told, at most {returns} times" if returns else "leave"
         tables.append(
-            Table(
+            Part(
                 f"Clients who are refused {who}.",
-                figures.over_time(outcomes, seconds, seconds / 6, known.capacity),
+                (figures.over_time(outcomes, seconds, seconds / 6, known.capacity),),
             )
         )
         refusals = figures.refusals(outcomes)
@@ -139,19 +144,19 @@ async def overload(contestant: Contestant, scale: Scale, known: Known, report: R
         if returns:
             codes = Counter(o.attempts[0].code for o in outcomes if o.attempts and o.attempts[0].status == "refused")
             tables.append(
-                Table(
+                Part(
                     "Clients who came back, by what they were first refused with. One who has a deadline has it anew.",
-                    [figures.returned(outcomes, code, returns) for code in sorted(codes)],
+                    ([figures.returned(outcomes, code, returns) for code in sorted(codes)],),
                 )
             )
     about = (
         f"{OVERLOAD:.0%} of capacity for {seconds:g} s, after {CLIENTS} requests at once that fill the queue. Goodput: pictures "
         "within the deadline, if there is one. Waits are from the last sending to the picture."
     )
-    report.add("overload", [Table(about, totals), *tables])
+    report.add("overload", Part(about, (totals,)), *tables)
 
 
-async def trace(contestant: Contestant, scale: Scale, known: Known, report: Report, path: Path) -> None:
+async def trace(contestant: Contestant, scale: Scale, known: Known, report: Recorder, path: Path) -> None:
     """One run, written so that the simulator can be given the same arrivals."""
     rate = TRACE_LOAD * known.capacity
     requests = poisson(rate, scale.trace_seconds, TRACE_SEED, known.solo, scale.deadlines)
@@ -162,12 +167,10 @@ async def trace(contestant: Contestant, scale: Scale, known: Known, report: Repo
     found = figures.summarise(outcomes, known.solo, scale.trace_seconds)
     report.add(
         "trace",
-        [
-            Table(
-                f"A recorded trace, {path.name}: load {TRACE_LOAD:.0%}, {scale.trace_seconds:g} s, `{contestant.name}`.",
-                [{"sent": len(outcomes), **{name: found[name] for name in SHOWN}}],
-            )
-        ],
+        Part(
+            f"A recorded trace, {path.name}: load {TRACE_LOAD:.0%}, {scale.trace_seconds:g} s, `{contestant.name}`.",
+            ([{"sent": len(outcomes), **{name: found[name] for name in SHOWN}}],),
+        ),
     )
 
 
