@@ -82,7 +82,7 @@ def test_the_shorter_job_goes_first_and_a_deadline_that_presses_before_it() -> N
             jobs = {
                 "long": engine.submit(**seeded(1, num_inference_steps=40)),
                 "short": engine.submit(**seeded(2, num_inference_steps=20)),
-                "due": engine.submit(**seeded(3, num_inference_steps=80), deadline=4),
+                "due": engine.submit(**seeded(3, num_inference_steps=80), deadline=3),
             }
         assert order_of_ends(jobs) == ["due", "short", "long"]
 
