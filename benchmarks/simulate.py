@@ -8,17 +8,17 @@ best for throughput; no policy sustains it.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+from benchmarks.measure import Part, Report, Row, Spread
 from benchmarks.simulation.arrivals import Arrival, arrivals, capacity, parse_mix, read_trace, with_deadlines
 from benchmarks.simulation.bound import least_mean_latency
 from benchmarks.simulation.curves import Curves
-from benchmarks.simulation.figures import Figures, Row, Spread, table
+from benchmarks.simulation.figures import Figures
 from benchmarks.simulation.picture import draw
 from benchmarks.simulation.reception import Reception
 from benchmarks.simulation.variants import VARIANTS
@@ -46,6 +46,7 @@ class Case:
     deadlines: tuple[float, float] = (0, 1)  # share of jobs that have one, and how many times their solo time
     trace: Path | None = None
     limit: int | None = None  # requests in flight
+    max_wait: float = float("inf")  # seconds that a job may wait inside, and that a promise may be ahead
     attempts: int = 1  # of a client, each when it was told
 
     def arrivals(self, curves: Curves) -> list[Arrival]:
@@ -57,7 +58,7 @@ class Case:
 
 
 def policy(name: str) -> tuple[Policy, int | None]:
-    """A policy and its cap, by name: `aged` at the knees, `aged@3` at 3 rows whatever the key."""
+    """A policy and its cap, by name: `thrifty` at the knees, `thrifty@3` at 3 rows whatever the key."""
     known = {**POLICIES, **VARIANTS}
     bare, _, cap = name.partition("@")
     if bare not in known:
@@ -73,7 +74,7 @@ def simulated(case: Case, names: tuple[str, ...]) -> tuple[float, dict[str, Figu
     for name in names:
         pick, cap = policy(name)
         rows = fixed(cap) if cap else None
-        door = Reception(curves, case.limit, name) if case.limit else None
+        door = Reception(curves, case.limit, name, case.max_wait) if case.limit else None
         world = World(requests, curves, pick, cap=rows, door=door, attempts=case.attempts)
         figures[name] = Figures.of(world.simulate())
     return least_mean_latency(requests, curves, curves.model()), figures
@@ -121,6 +122,12 @@ def main() -> None:
     parser.add_argument(
         "--limit", type=int, help="of requests in flight; others are refused and told when to come again"
     )
+    parser.add_argument(
+        "--max-wait",
+        type=float,
+        default=600,
+        help="seconds; with --limit, as STEPWEAVE_MAX_WAIT (default: %(default)s)",
+    )
     parser.add_argument("--attempts", type=int, default=3, help="of a client that is refused (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("build/simulate"), help="(default: %(default)s)")
     arguments = parser.parse_args()
@@ -143,21 +150,16 @@ def main() -> None:
             (share, slack),
             arguments.trace,
             arguments.limit,
+            arguments.max_wait,
             arguments.attempts,
         )
         for load in loads
         for seed in range(1 if arguments.trace else arguments.seeds)
     ]
     curves = Curves.read(arguments.curve)
-    print(
-        f"{curves.name} ({curves.source}); mix {arguments.mix}; {arguments.jobs} jobs a seed, {arguments.seeds} seeds\n"
-    )
-
-    content: dict[str, object] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "curve": {"name": curves.name, "source": curves.source},
-        "arguments": {name: str(value) for name, value in vars(arguments).items() if name != "out"},
-    }
+    report = Report(arguments.out / "simulate.json", **_shown(arguments))
+    jobs = f"{arguments.jobs} jobs a seed, {arguments.seeds} seeds"
+    about = f"{curves.name} ({curves.source}); mix {arguments.mix}; {jobs}."
     found: dict[str, dict[str, list[Spread]]] = {name: {} for name in names}
     bounds: list[Spread] = []
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -170,26 +172,25 @@ def main() -> None:
             for name, figures in every.items():
                 for key, spread in figures.items():
                     found[name].setdefault(key, []).append(spread)
-            heading = "trace" if arguments.trace else f"load {load:g}"
             rows: list[Row] = [
                 {"policy": name, **{key: figures[key] for key in shown if key in figures}}
                 for name, figures in every.items()
             ]
-            print(f"## {heading}\n\n{table(rows)}\n\nNo schedule has a mean below {bounds[-1]} s.\n", flush=True)
-            if compared:
-                print(table([ratios(runs, name, least) for name in names]) + "\n", flush=True)
-            content[heading] = {"bound": asdict(bounds[-1]), "policies": {name: _plain(every[name]) for name in names}}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "simulate.json").write_text(json.dumps(content, indent=2) + "\n")
-    title = (
-        f"{curves.name}; {arguments.mix}\n{arguments.jobs} jobs a seed, {arguments.seeds} seeds: median and quartiles"
-    )
+            ratio_rows = [ratios(runs, name, least) for name in names] if compared else []
+            report.add(
+                "trace" if arguments.trace else f"load {load:g}",
+                Part(f"{about} No schedule has a mean below {bounds[-1]} s.", (rows, ratio_rows)),
+                bounds=least,
+                runs=[{name: asdict(figures) for name, figures in run.items()} for run in runs],
+            )
+    title = f"{curves.name}; {arguments.mix}\n{jobs}: median and quartiles"
     draw(loads, found, bounds, title, arguments.out / "simulate.png")
-    print(f"written to {arguments.out}")
+    report.close()
 
 
-def _plain(figures: dict[str, Spread]) -> dict[str, object]:
-    return {key: asdict(spread) for key, spread in figures.items()}
+def _shown(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Without what names a place on this machine."""
+    return {name: str(value) for name, value in vars(arguments).items() if name not in ("curve", "out")}
 
 
 if __name__ == "__main__":

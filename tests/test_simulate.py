@@ -17,8 +17,9 @@ from benchmarks.simulation.bound import least_mean_latency
 from benchmarks.simulation.curves import Curves, least_work
 from benchmarks.simulation.figures import Figures
 from benchmarks.simulation.reception import Reception
-from benchmarks.simulation.variants import VARIANTS
+from benchmarks.simulation.variants import VARIANTS, Rules, variant
 from benchmarks.simulation.world import Run, World, fixed
+from stepweave.config import Settings
 from stepweave.scheduling.policy import POLICIES, Policy
 from stepweave.scheduling.task import Demand, Key, Load, Priority, Task
 
@@ -26,6 +27,8 @@ CURVES = Curves.read(CURVE)
 COST = CURVES.model()
 SHAPES = parse_mix(MIX)
 EVERY = {**POLICIES, **VARIANTS}
+DEFAULT_NAME = Settings.model_fields["policy"].default
+DEFAULT = POLICIES[DEFAULT_NAME]
 
 
 def poisson(load: float, count: int, seed: int, burst: float = 1) -> list[Arrival]:
@@ -37,20 +40,20 @@ def simulate(requests: list[Arrival], policy: Policy) -> Run:
 
 
 def test_one_job_takes_its_time_alone() -> None:
-    run = simulate([Arrival(3.0, "512x512", 4), Arrival(100.0, "1024x1024", 28)], POLICIES["aged"])
+    run = simulate([Arrival(3.0, "512x512", 4), Arrival(100.0, "1024x1024", 28)], DEFAULT)
     assert [one.finished for one in run.outcomes] == pytest.approx([3 + 4 * 0.167, 100 + 28 * 0.243])
     assert (run.forwards, run.rows, run.switches) == (32, 32, 2)
 
 
 def test_jobs_of_a_kind_share_forwards() -> None:
-    run = simulate([Arrival(0.0, "512x512", 4)] * 3, POLICIES["aged"])
+    run = simulate([Arrival(0.0, "512x512", 4)] * 3, DEFAULT)
     assert [one.finished for one in run.outcomes] == pytest.approx([4 * 0.186] * 3)
     capped = World([Arrival(0.0, "512x512", 4)] * 3, CURVES, POLICIES["keyed_fifo"], cap=fixed(2)).simulate()
     assert capped.end == pytest.approx(6 * 0.183)
 
 
 def test_a_job_that_comes_during_a_forward_joins_the_next() -> None:
-    run = simulate([Arrival(0.0, "512x512", 4), Arrival(0.1, "512x512", 4)], POLICIES["aged"])
+    run = simulate([Arrival(0.0, "512x512", 4), Arrival(0.1, "512x512", 4)], DEFAULT)
     assert [one.finished for one in run.outcomes] == pytest.approx([0.167 + 3 * 0.183, 0.167 + 3 * 0.183 + 0.167])
 
 
@@ -59,7 +62,7 @@ def test_encoders_and_decoders_run_once() -> None:
     demand = Demand(1, (Load(encoder, 2),), (Load(denoiser, 2),), (Load(decoder, 1),))
     curves = Curves("", "", {encoder: {2: 0.5}, denoiser: {2: 1.0}, decoder: {1: 0.25}}, {"8x8": demand})
     requests = [Arrival(0.0, "8x8", 3)]
-    run = World(requests, curves, POLICIES["aged"]).simulate()
+    run = World(requests, curves, DEFAULT).simulate()
     assert run.outcomes[0].latency == run.outcomes[0].solo == pytest.approx(3.75)
     assert least_work(curves, curves.model(), curves.demand("8x8", 3)) <= 3.75
 
@@ -86,7 +89,7 @@ def test_a_seed_gives_the_same_run_at_any_rate_the_same_jobs() -> None:
     first, again, other = poisson(0.8, 50, 1), poisson(0.8, 50, 1), poisson(0.8, 50, 2)
     assert first == again != other
     assert [one.steps for one in first] == [one.steps for one in poisson(1.6, 50, 1)]
-    assert Figures.of(simulate(first, POLICIES["aged"])) == Figures.of(simulate(again, POLICIES["aged"]))
+    assert Figures.of(simulate(first, DEFAULT)) == Figures.of(simulate(again, DEFAULT))
 
 
 @pytest.mark.parametrize("burst", [1, 5])
@@ -116,9 +119,9 @@ def test_traces(tmp_path: Path) -> None:
 
 def test_deadlines_count_from_the_request() -> None:
     requests = with_deadlines(poisson(0.3, 40, 1), CURVES, COST, 1, 2, seed=1)
-    figures = Figures.of(simulate(requests, POLICIES["aged"]))
+    figures = Figures.of(simulate(requests, DEFAULT))
     assert figures.hits is not None and 0.5 < figures.hits <= 1
-    assert Figures.of(simulate(poisson(0.3, 40, 1), POLICIES["aged"])).hits is None
+    assert Figures.of(simulate(poisson(0.3, 40, 1), DEFAULT)).hits is None
 
 
 class OneAtATime:
@@ -133,7 +136,7 @@ class OneAtATime:
 
 def test_refused_clients_come_back_when_told() -> None:
     requests = [Arrival(0.2 * number, "512x512", 4) for number in range(20)]
-    run = World(requests, CURVES, POLICIES["aged"], door=OneAtATime(), attempts=3).simulate()
+    run = World(requests, CURVES, DEFAULT, door=OneAtATime(), attempts=3).simulate()
     for one in run.outcomes:
         assert len(one.asked) <= 3
         assert len(one.promised) == len(one.asked) - (one.finished is not None)
@@ -145,8 +148,8 @@ def test_refused_clients_come_back_when_told() -> None:
 
 def test_admission_bounds_the_wait_under_overload() -> None:
     requests = poisson(1.5, 300, seed=1)
-    run = World(requests, CURVES, POLICIES["aged"], door=Reception(CURVES, 16, "aged"), attempts=3).simulate()
-    figures, unbounded = Figures.of(run), Figures.of(simulate(requests, POLICIES["aged"]))
+    run = World(requests, CURVES, DEFAULT, door=Reception(CURVES, 16, DEFAULT_NAME, 100), attempts=3).simulate()
+    figures, unbounded = Figures.of(run), Figures.of(simulate(requests, DEFAULT))
     assert figures.refused > 0.1
     assert figures.inside < unbounded.mean / 2
     assert sum(one.finished is not None for one in run.outcomes) == round((1 - figures.refused) * 300)
@@ -154,20 +157,28 @@ def test_admission_bounds_the_wait_under_overload() -> None:
 
 def test_the_default_beats_head_of_line_blocking() -> None:
     """At 80 % load: at least 30 % less mean latency of all jobs, and a p99 of at most 1.15x."""
-    latencies: dict[str, list[float]] = {"aged": [], "fifo": []}
+    latencies: dict[str, list[float]] = {DEFAULT_NAME: [], "fifo": []}
     for seed in range(6):
         requests = poisson(0.8, 500, seed)
         for name, taken in latencies.items():
             taken += [one.latency or 0.0 for one in simulate(requests, POLICIES[name]).outcomes]
-    assert np.mean(latencies["aged"]) <= 0.7 * np.mean(latencies["fifo"])
-    assert np.percentile(latencies["aged"], 99) <= 1.15 * np.percentile(latencies["fifo"], 99)
+    assert np.mean(latencies[DEFAULT_NAME]) <= 0.7 * np.mean(latencies["fifo"])
+    assert np.percentile(latencies[DEFAULT_NAME], 99) <= 1.15 * np.percentile(latencies["fifo"], 99)
+
+
+def test_variants_are_the_default_but_for_one_rule() -> None:
+    requests = with_deadlines(poisson(1.2, 150, 1), CURVES, COST, 0.3, 4, seed=1)
+    same = Figures.of(simulate(requests, variant(Rules())))
+    assert same == Figures.of(simulate(requests, DEFAULT))
+    figures = {name: Figures.of(simulate(requests, one)) for name, one in VARIANTS.items()}
+    assert {name for name, one in figures.items() if one == same} == {"brief"}  # this curve has nothing brief
 
 
 def test_it_runs_from_the_command_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.simulate", "--loads", "0.5,0.8", "--seeds", "2", "--jobs", "40"]
-    command += ["--deadlines", "0.5:3", "--policies", "aged,fifo,fifo@8", "--out", str(tmp_path)]
+    command += ["--deadlines", "0.5:3", "--policies", "thrifty,fifo,fifo@8", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "| fifo@8 |" in done.stdout and "published curve" in done.stdout
-    content = json.loads((tmp_path / "simulate.json").read_text())
-    assert set(content["load 0.8"]["policies"]) == {"aged", "fifo", "fifo@8"}
+    part = json.loads((tmp_path / "simulate.json").read_text())["parts"]["load 0.8"]
+    assert [set(run) for run in part["runs"]] == [{"thrifty", "fifo", "fifo@8"}] * 2
     assert (tmp_path / "simulate.png").stat().st_size > 10_000

@@ -1,8 +1,7 @@
-"""What a simulation comes to, over several seeds."""
+"""What a simulation comes to."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,26 +9,6 @@ import numpy as np
 from benchmarks.simulation.world import Run
 
 WITHIN = 3  # times the solo time, for the share of jobs that took no longer
-
-
-@dataclass(frozen=True)
-class Spread:
-    """The median of some values, their quartiles, and the values."""
-
-    median: float
-    q1: float
-    q3: float
-    values: tuple[float, ...]
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        q1, median, q3 = np.percentile(values, (25, 50, 75)).tolist()
-        return cls(median, q1, q3, tuple(values))
-
-    def __str__(self) -> str:
-        if len(set(self.values)) == 1:
-            return short(self.median)
-        return f"{short(self.median)} ({short(self.q1)} to {short(self.q3)})"
 
 
 @dataclass(frozen=True)
@@ -87,22 +66,3 @@ class Figures:
             rows=run.rows / max(run.forwards, 1),
             switches=run.switches / max(run.forwards, 1),
         )
-
-
-Row = dict[str, Spread | float | str]
-
-
-def table(rows: Sequence[Row]) -> str:
-    """In Markdown. All rows have the same columns."""
-    columns = list(rows[0])
-    lines = [columns, ["---"] * len(columns), *([_cell(row[column]) for column in columns] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _cell(value: Spread | float | str) -> str:
-    return short(value) if isinstance(value, float) else str(value)
-
-
-def short(value: float) -> str:
-    """Three figures, and no exponent within reason."""
-    return f"{value:.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"

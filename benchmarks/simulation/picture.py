@@ -10,7 +10,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from benchmarks.simulation.figures import WITHIN, Spread
+from benchmarks.measure import Spread
+from benchmarks.simulation.figures import WITHIN
 
 PANELS = {
     "mean": "Mean latency (s)",

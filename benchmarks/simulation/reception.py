@@ -14,13 +14,13 @@ from stepweave.scheduling.task import Demand, Task
 class Reception:
     """Lets in what `Admission` does, with the finish that is forecast for the policy's order."""
 
-    def __init__(self, curves: Curves, limit: int, policy: str) -> None:
+    def __init__(self, curves: Curves, limit: int, policy: str, max_wait: float = float("inf")) -> None:
         self._cost = curves.model()
         self._knee = knees(curves, self._cost)
         self._order = ORDERS.get(policy, by_arrival)
         self._inside: Sequence[Task] = ()
         self._now = 0.0
-        self._admission = Admission(limit, self._drain, clock=lambda: self._now)
+        self._admission = Admission(limit, self._drain, max_wait=max_wait, clock=lambda: self._now)
 
     def enter(self, token: Hashable, task: Task, inside: Sequence[Task], now: float) -> float | None:
         self._now, self._inside = now, inside
