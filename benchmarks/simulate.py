@@ -23,7 +23,8 @@ from benchmarks.simulation.picture import draw
 from benchmarks.simulation.reception import Reception
 from benchmarks.simulation.variants import VARIANTS
 from benchmarks.simulation.world import World, fixed
-from stepweave.scheduling.policy import POLICIES, Policy
+from stepweave.scheduling.forecast import ORDERS, Order, by_arrival
+from stepweave.scheduling.policy import POLICIES, Policy, rank
 
 CURVE = Path(__file__).parent / "curves" / "qwen-image-h200.json"
 MIX = "512x512:4:15,512x512:28:35,1024x1024:28:35,1024x1024:50:15"
@@ -66,6 +67,12 @@ def policy(name: str) -> tuple[Policy, int | None]:
     return known[bare], int(cap) if cap else None
 
 
+def order(name: str) -> Order:
+    """In which jobs are forecast with a policy: by arrival where it goes by that, variants as the default."""
+    bare = name.partition("@")[0]
+    return ORDERS.get(bare, rank if bare in VARIANTS else by_arrival)
+
+
 def simulated(case: Case, names: tuple[str, ...]) -> tuple[float, dict[str, Figures]]:
     """The lower bound of the mean, and the figures of each policy, with the same arrivals."""
     curves = Curves.read(case.curve)
@@ -74,7 +81,7 @@ def simulated(case: Case, names: tuple[str, ...]) -> tuple[float, dict[str, Figu
     for name in names:
         pick, cap = policy(name)
         rows = fixed(cap) if cap else None
-        door = Reception(curves, case.limit, name, case.max_wait) if case.limit else None
+        door = Reception(curves, case.limit, order(name), case.max_wait) if case.limit else None
         world = World(requests, curves, pick, cap=rows, door=door, attempts=case.attempts)
         figures[name] = Figures.of(world.simulate())
     return least_mean_latency(requests, curves, curves.model()), figures

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.simulate import CURVE, MIX
+from benchmarks.simulate import CURVE, MIX, order
 from benchmarks.simulation.arrivals import Arrival, arrivals, capacity, parse_mix, read_trace, with_deadlines
 from benchmarks.simulation.bound import least_mean_latency
 from benchmarks.simulation.curves import Curves, least_work
@@ -20,7 +20,8 @@ from benchmarks.simulation.reception import Reception
 from benchmarks.simulation.variants import VARIANTS, Rules, variant
 from benchmarks.simulation.world import Run, World, fixed
 from stepweave.config import Settings
-from stepweave.scheduling.policy import POLICIES, Policy
+from stepweave.scheduling.forecast import by_arrival
+from stepweave.scheduling.policy import POLICIES, Policy, aged_rank, rank
 from stepweave.scheduling.task import Demand, Key, Load, Priority, Task
 
 CURVES = Curves.read(CURVE)
@@ -148,11 +149,16 @@ def test_refused_clients_come_back_when_told() -> None:
 
 def test_admission_bounds_the_wait_under_overload() -> None:
     requests = poisson(1.5, 300, seed=1)
-    run = World(requests, CURVES, DEFAULT, door=Reception(CURVES, 16, DEFAULT_NAME, 100), attempts=3).simulate()
+    run = World(requests, CURVES, DEFAULT, door=Reception(CURVES, 16, rank, 100), attempts=3).simulate()
     figures, unbounded = Figures.of(run), Figures.of(simulate(requests, DEFAULT))
     assert figures.refused > 0.1
     assert figures.inside < unbounded.mean / 2
     assert sum(one.finished is not None for one in run.outcomes) == round((1 - figures.refused) * 300)
+
+
+def test_jobs_are_forecast_in_the_order_of_their_policy() -> None:
+    names = ("thrifty", "aged@3", "sticky", "fifo", "keyed_fifo@4", "round_robin")
+    assert [order(name) for name in names] == [rank, aged_rank, rank, by_arrival, by_arrival, by_arrival]
 
 
 def test_the_default_beats_head_of_line_blocking() -> None:

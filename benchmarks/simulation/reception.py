@@ -7,17 +7,17 @@ from collections.abc import Hashable, Sequence
 from benchmarks.simulation.curves import Curves, knees
 from stepweave.errors import Refused
 from stepweave.scheduling.admission import Admission, Outlook
-from stepweave.scheduling.forecast import ORDERS, by_arrival, forecast
+from stepweave.scheduling.forecast import Order, forecast
 from stepweave.scheduling.task import Demand, Task
 
 
 class Reception:
-    """Lets in what `Admission` does, with the finish that is forecast for the policy's order."""
+    """Lets in what `Admission` does, with the finish that is forecast for an order of the jobs."""
 
-    def __init__(self, curves: Curves, limit: int, policy: str, max_wait: float = float("inf")) -> None:
+    def __init__(self, curves: Curves, limit: int, order: Order, max_wait: float = float("inf")) -> None:
         self._cost = curves.model()
         self._knee = knees(curves, self._cost)
-        self._order = ORDERS.get(policy, by_arrival)
+        self._order = order
         self._inside: Sequence[Task] = ()
         self._now = 0.0
         self._admission = Admission(limit, self._drain, max_wait=max_wait, clock=lambda: self._now)
