@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 
 import pytest
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from stepweave.scheduling import policy
 from stepweave.scheduling.cost import CostModel
-from stepweave.scheduling.policy import Cap, Policy, Queues, aged, thrifty
+from stepweave.scheduling.policy import Cap, Policy, aged, thrifty
 from stepweave.scheduling.task import Key, Load, Priority, Task
 from tests.scheduling.toy import Call, play, task
 
@@ -154,17 +154,6 @@ def starving(what: str) -> tuple[list[Task], CostModel, int]:
     return [task(EVEN, Load(B, 1), count=12), *crowd(EVEN, 10, 40, rows=8)], EVEN, 8
 
 
-def no_share(queues: Queues[Call], now: float, cap: Cap, cost: CostModel) -> None:
-    """Nobody goes first for having waited."""
-
-
-def small_share(queues: Queues[Call], now: float, cap: Cap, cost: CostModel) -> Call | None:
-    """The oldest overdue job has a tenth of the time."""
-    oldest = HALF(queues, now, cap, cost)
-    return oldest if oldest is not None and now - oldest.since >= 9 * cost.seconds(oldest.cost, 1) else None
-
-
-HALF = policy._overdue
 STARVING = pytest.mark.parametrize("what", ["class", "deadline", "length", "waste"])
 
 
@@ -177,11 +166,11 @@ def test_nobody_starves_for_class_deadline_length_or_waste(what: str) -> None:
 
 
 @STARVING
-@pytest.mark.parametrize("share", [no_share, small_share])
+@pytest.mark.parametrize("others", [math.inf, 9.0], ids=["no share", "a tenth"])
 def test_with_less_than_half_of_the_time_the_bound_would_not_hold(
-    what: str, share: Callable[..., Call | None], monkeypatch: pytest.MonkeyPatch
+    what: str, others: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(policy, "_overdue", share)
+    monkeypatch.setattr(policy, "OTHERS", others)
     tasks, cost, rows = starving(what)
     assert tasks[0] in played(tasks, cost, rows)[0]
 

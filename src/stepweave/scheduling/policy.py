@@ -28,6 +28,7 @@ Rank = tuple[float, ...]
 
 PATIENCE = 60.0  # seconds that a job may lose to others before it is overdue ...
 PATIENCE_SOLO = 4.0  # ... or so many times what it takes alone, if that is longer
+OTHERS = 1.0  # seconds that others have for each that an overdue job has
 SLACK = 4.0  # times the remaining work; with less of it to spare a deadline counts
 WASTE = 3.0  # how much a half-empty forward counts against its jobs, for each call of another key that waits meanwhile
 DUE, WITHOUT, LATE = 0, 1, 2
@@ -63,27 +64,28 @@ def thrifty(queues: Queues[RequestT], now: float, cap: Cap, cost: CostModel) -> 
     first would be at its worst where batches pay most. If there is room beside the chosen step, those that can join it go first
     with what they need before, such as the encoding of prompts.
 
-    A job that has lost more time to others than its patience is overdue, and goes before class and deadline: the oldest such one
-    has half of the time, all of it if others want none. Once it is the oldest, each of its forwards waits at most as long
-    as itself takes and one forward of others more. So a job ends, after it became overdue, within twice its own work and that of
-    those overdue before it, at the cost of full groups, and one forward of others for each of theirs.
+    A job that has lost more time to others than its patience is overdue. The overdue job that came first goes before class and
+    deadline once it has waited as long as its forward takes: about half of the time, or every second forward if others' are
+    longer, and all of it if others want none. So each of its forwards ends within twice its seconds and one forward of others;
+    a job is done, from the first forward after it became overdue, within the sum of that over its own forwards that are left and
+    those of all that came before it and are still there, at the cost of full groups.
     """
+    oldest = _overdue(queues, now, cap)
+    if oldest and now - oldest[0].since >= OTHERS * cost.seconds(oldest[0].cost, _rows(oldest)):
+        return oldest
     waiting = sum(map(len, queues.values()))
-    overdue = _overdue(queues, now, cap, cost)
     groups: list[tuple[Rank, list[RequestT]]] = []
     for queue in queues.values():
         ranks = {id(request): rank(request.task, now) for request in queue}
-        if overdue is not None and overdue.key == queue[0].key:
-            ranks[id(overdue)] = FIRST
         group = _fill(sorted(queue, key=lambda request: ranks[id(request)]), cap)
         first = ranks[id(group[0])]
-        if first is not FIRST and first[1] != DUE:
+        if first[1] != DUE:
             first = (*first[:2], first[2] * _price(group, waiting - len(queue), cap, cost), first[3])
         groups.append((first, group))
     groups.sort(key=lambda ranked: ranked[0])
-    first, best = groups[0]
-    task, room = best[0].task, cap(best[0]) - sum(request.rows for request in best)
-    if first is not FIRST and task.opened and task.left and room > 0:
+    best = groups[0][1]
+    task, room = best[0].task, cap(best[0]) - _rows(best)
+    if task.opened and task.left and room > 0:
         for _, group in groups[1:]:
             other = group[0].task
             if not other.opened and other.kind == task.kind and other.demand.rows <= room:
@@ -91,17 +93,18 @@ def thrifty(queues: Queues[RequestT], now: float, cap: Cap, cost: CostModel) -> 
     return best
 
 
-FIRST: Rank = (-1.0,)
-
-
-def _overdue(queues: Queues[RequestT], now: float, cap: Cap, cost: CostModel) -> RequestT | None:
-    """The oldest overdue job's call, if it has waited as long as its forward takes: others have then had half of the time."""
+def _overdue(queues: Queues[RequestT], now: float, cap: Cap) -> list[RequestT]:
+    """The group of the overdue job that came first; empty if none is overdue."""
     late = (one for one in chain.from_iterable(queues.values()) if one.task.lost(now) > patience(one.task))
     oldest = min(late, key=lambda request: request.task.arrived, default=None)
     if oldest is None:
-        return None
-    rows = min(sum(request.rows for request in queues[oldest.key]), max(oldest.rows, cap(oldest)))
-    return oldest if now - oldest.since >= cost.seconds(oldest.cost, rows) else None
+        return []
+    others = (request for request in queues[oldest.key] if request is not oldest)
+    return _fill([oldest, *sorted(others, key=lambda request: rank(request.task, now))], cap)
+
+
+def _rows(group: Sequence[Request]) -> int:
+    return sum(request.rows for request in group)
 
 
 def _price(group: Sequence[Request], others: int, cap: Cap, cost: CostModel) -> float:
@@ -110,7 +113,7 @@ def _price(group: Sequence[Request], others: int, cap: Cap, cost: CostModel) -> 
     if not others or not (first.task.opened and first.task.left):
         return 1.0  # what is encoded or decoded is so once, for all steps
     most = max(first.rows, cap(first))
-    rows = sum(request.rows for request in group)
+    rows = _rows(group)
     alone = cost.seconds(first.cost, first.rows) / first.rows
     waste = cost.seconds(first.cost, rows) / rows - cost.seconds(first.cost, most) / most
     return 1 + WASTE * others * max(0.0, waste) / max(alone, 1e-9)
