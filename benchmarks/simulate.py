@@ -30,7 +30,17 @@ CURVE = Path(__file__).parent / "curves" / "qwen-image-h200.json"
 MIX = "512x512:4:15,512x512:28:35,1024x1024:28:35,1024x1024:50:15"
 BASELINE = "fifo"
 SHOWN = ("mean", "p50", "p95", "p99", "slowdown", "within", "hits", "throughput", "rows")
-BOUNDED = ("throughput", "refused", "retries", "told", "inside", "mean", "p99", "within")  # shown with admission
+BOUNDED = (
+    "throughput",
+    "refused",
+    "retries",
+    "kept",
+    "told",
+    "inside",
+    "mean",
+    "p99",
+    "within",
+)  # shown with admission
 COMPARED = ("mean", "p95", "p99", "slowdown", "within")
 
 
@@ -83,7 +93,7 @@ def simulated(case: Case, names: tuple[str, ...]) -> tuple[float, dict[str, Figu
         rows = fixed(cap) if cap else None
         door = Reception(curves, case.limit, order(name), case.max_wait) if case.limit else None
         world = World(requests, curves, pick, cap=rows, door=door, attempts=case.attempts)
-        figures[name] = Figures.of(world.simulate())
+        figures[name] = Figures.of(world.simulate(), case.max_wait)
     return least_mean_latency(requests, curves, curves.model()), figures
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,17 +29,18 @@ class Figures:
     inside: float  # mean latency from when they were let in
     told: float | None  # median Retry-After, in seconds
     retries: float | None  # share of those who came again as told and were let in then
+    kept: float | None  # the same, of those for whom a place was to be kept: they were told no more than `max_wait`
     busy: float  # share of the time
     rows: float  # of a forward, mean
     switches: float  # share of forwards of another key than the one before
 
     @classmethod
-    def of(cls, run: Run) -> Figures:
+    def of(cls, run: Run, max_wait: float = float("inf")) -> Figures:
         served = [one for one in run.outcomes if one.finished is not None]
         latency = np.array([one.latency for one in served] or [np.nan])
         solo = np.array([one.solo for one in served] or [np.nan])
         told = [seconds for one in run.outcomes for seconds in one.promised]
-        again = sum(len(one.asked) - 1 for one in run.outcomes)
+        again = [back for one in run.outcomes for back in one.returns()]
         due = [one for one in run.outcomes if one.arrival.deadline is not None]
         met = sum(
             one.finished <= one.asked[-1] + one.arrival.deadline
@@ -61,8 +63,13 @@ class Figures:
                 np.mean([one.finished - one.asked[-1] for one in served if one.finished is not None] or [np.nan])
             ),
             told=float(np.median(told)) if told else None,
-            retries=sum(len(one.asked) > 1 for one in served) / again if again else None,
+            retries=_share([let_in for _, let_in in again]),
+            kept=_share([let_in for seconds, let_in in again if seconds <= max_wait]),
             busy=run.busy / elapsed,
             rows=run.rows / max(run.forwards, 1),
             switches=run.switches / max(run.forwards, 1),
         )
+
+
+def _share(flags: Sequence[bool]) -> float | None:
+    return sum(flags) / len(flags) if flags else None

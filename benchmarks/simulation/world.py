@@ -41,6 +41,11 @@ class Outcome:
         """From the first time it was made; None if it was refused for good."""
         return None if self.finished is None else self.finished - self.asked[0]
 
+    def returns(self) -> list[tuple[float, bool]]:
+        """Each time that it was made again: after how many seconds, as told, and whether it was let in then."""
+        count = len(self.asked) - 1
+        return [(told, number == len(self.promised)) for number, told in enumerate(self.promised[:count], 1)]
+
 
 @dataclass
 class Run:
