@@ -15,6 +15,7 @@ from stepweave.engine import Job
 from stepweave.engine.engine import Mode
 from stepweave.engine.planner import REPRICE_SECONDS
 from stepweave.errors import DeadlineExceeded
+from stepweave.scheduling.cost import CostModel
 from stepweave.scheduling.task import Key
 from tests.test_step_engine import SECONDS, Toy, held, seeded, toy, wait_until
 
@@ -281,3 +282,104 @@ def test_the_plan_can_be_asked_while_the_engine_works() -> None:
             thread.join(SECONDS)
         assert not errors
         assert engine.stats().errors == 0
+
+
+def test_a_job_that_ends_early_teaches_nothing() -> None:
+    """Its steps were not seen: jobs like it must not be taken for ones without any."""
+    with StepEngine(slow(lambda rows: 0.003, Guided)) as engine:
+        engine.submit(prompt="x", num_inference_steps=20).result(SECONDS)
+        time.sleep(REPRICE_SECONDS)
+        before = engine.outlook(prompt="x", num_inference_steps=20)
+        with held(engine, **seeded()):
+            engine.submit(prompt="x", num_inference_steps=20).cancel()
+            failing = engine.submit(prompt="x", num_inference_steps=20, width=-1)
+        assert failing.exception(SECONDS) is not None
+        running = engine.submit(prompt="x", num_inference_steps=2000)
+        wait_until(lambda: running.progress.step > 2)
+        running.cancel()
+        assert running.exception(SECONDS) is not None
+        time.sleep(REPRICE_SECONDS)
+        after = engine.outlook(prompt="x", num_inference_steps=20)
+        assert before is not None
+        assert after is not None
+        assert after.solo == pytest.approx(before.solo, rel=0.5)
+
+
+@pytest.mark.parametrize("mode", ["off", "request"])
+def test_a_job_that_has_not_started_does_not_wait_for_ever(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stepweave.scheduling.policy.PATIENCE", 0.2)
+    with StepEngine(slow(lambda rows: 0.002), mode, 1) as engine:
+        engine.submit(**seeded(num_inference_steps=4)).result(SECONDS)
+        low = engine.submit(**seeded(1, num_inference_steps=12), priority="low")
+        others = [engine.submit(**seeded(i, num_inference_steps=4)) for i in range(4)]
+        for i in range(400):
+            others.append(engine.submit(**seeded(i, num_inference_steps=4)))
+            if low.done():
+                break
+            others[i].result(SECONDS)
+        assert low.done()
+        for job in others:
+            job.cancel()
+
+
+@every_mode
+def test_a_late_job_that_waits_is_told_so_though_others_go_first(mode: Mode) -> None:
+    with StepEngine(slow(lambda rows: 0.01), mode, 1, threads=1) as engine:
+        jobs = [engine.submit(**seeded(i, num_inference_steps=10)) for i in range(10)]
+        late = engine.submit(**seeded(99, num_inference_steps=10), deadline=0.15, priority="low")
+        with pytest.raises(DeadlineExceeded):
+            late.result(SECONDS)
+        assert not all(job.done() for job in jobs)
+        for job in jobs:
+            job.cancel()
+
+
+@pytest.mark.usefixtures("every_row_pays")
+def test_jobs_of_different_shape_are_not_foretold_to_share_steps() -> None:
+    """Though their steps are of equal cost."""
+    with StepEngine(slow(lambda rows: 0.004, Guided)) as engine:
+        for width, height in ((4, 8), (8, 4)):
+            with held(engine, prompt="x"):
+                jobs = [engine.submit(prompt="x", width=width, height=height, num_inference_steps=10) for _ in range(4)]
+            for job in jobs:
+                job.result(SECONDS)
+        time.sleep(REPRICE_SECONDS)
+        with held(engine, prompt="x", num_inference_steps=20):
+            engine.submit(prompt="x", num_inference_steps=20)
+            alike, across, apart = (
+                engine.outlook(prompt="x", num_inference_steps=40, **options)
+                for options in ({}, {"width": 8, "height": 4}, {"reproducible": True})
+            )
+            assert alike is not None
+            assert across is not None
+            assert apart is not None
+            assert alike.finish < across.finish
+            assert alike.finish < apart.finish
+
+
+@pytest.mark.parametrize("broken", ["pick", "seconds", "knee"])
+def test_an_error_of_planning_costs_no_job(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise ZeroDivisionError
+
+    with StepEngine(toy()) as engine:
+        with held(engine, **seeded()):
+            jobs = [engine.submit(**seeded(i)) for i in range(4)]
+            if broken == "pick":
+                monkeypatch.setattr(engine._planner, "_policy", fail)
+            else:
+                monkeypatch.setattr(CostModel, broken, fail)
+        for i, job in enumerate(jobs):
+            assert torch.allclose(job.result(SECONDS)[0], toy()(**seeded(i))[0], atol=1e-5)
+        monkeypatch.undo()
+        assert engine.submit(**seeded()).result(SECONDS)
+
+
+def test_an_error_where_steps_are_told_costs_no_job() -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    for mode in ("step", "off"):
+        with StepEngine(toy(), mode, on_step=fail) as engine:
+            assert engine.submit(**seeded()).result(SECONDS)
+            assert engine.stats().jobs == {"succeeded": 1}

@@ -142,7 +142,7 @@ class Server:
             served_at_once = self.settings.threads if self.settings.batching == "threads" else 1
             self._admission = Admission(
                 served_at_once + self.settings.max_queue,
-                lambda: engine.backlog() or None,
+                engine.drain,
                 max_wait=self.settings.max_wait,
             )
             self.engine = engine
@@ -226,12 +226,15 @@ class Server:
             )
         assert self._admission is not None
         call = served.call(parameters)
-        deadline = None if request.deadline_ms is None else request.deadline_ms / 1000 - (time.monotonic() - began)
-        options: dict[str, Any] = {"priority": request.priority, "deadline": deadline}
-        expected = self._admission.enter(request.model_dump_json(), lambda: engine.outlook(**call, **options), deadline)
+        deadline = None if request.deadline_ms is None else request.deadline_ms / 1000
+        options: dict[str, Any] = {"priority": request.priority, "reproducible": parameters.reproducible}
+        expected = self._admission.enter(
+            request.model_dump_json(), lambda: engine.outlook(**call, **options, deadline=deadline), deadline
+        )
         due = None if expected is None else time.monotonic() + expected.finish
         try:
-            job = engine.submit(**call, **options, reproducible=parameters.reproducible)
+            left = None if deadline is None else max(1e-3, deadline - (time.monotonic() - began))
+            job = engine.submit(**call, **options, deadline=left)
             try:
                 output = await job
             except DeadlineExceeded:
@@ -268,12 +271,13 @@ class Server:
 
 def timings_of(job: Job) -> Timings:
     """Where a finished job's seconds went."""
-    assert job.begun is not None and job.finished is not None
-    opened = job.opened or job.begun
+    assert job.started is not None and job.finished is not None
+    begun = job.begun or job.started
+    opened = max(job.opened or begun, begun)  # a remembered prompt needs no forward before the first step
     stepped = job.stepped or opened
     return Timings(
-        queued=job.begun - job.accepted,
-        encode=max(0.0, opened - job.begun),
+        queued=begun - job.accepted,
+        encode=opened - begun,
         denoise=stepped - opened,
         decode=job.finished - stepped,
     )

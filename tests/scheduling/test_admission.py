@@ -135,13 +135,65 @@ def test_before_anything_was_timed_retry_after_is_a_guess() -> None:
     assert door.comes("x") == UNKNOWN_SECONDS
 
 
-def test_a_client_that_comes_too_early_keeps_its_turn() -> None:
+def test_a_client_that_comes_too_early_may_still_come_when_it_was_told_first() -> None:
     door = Door(2, drain=40.0)
     door.comes(), door.comes()
     assert (door.comes("a"), door.comes("b")) == (20, 40)
     door.now += 5
     door.drain = 30.0
-    assert (door.comes("a"), door.comes("b")) == (15, 35)
+    assert door.comes("a") == 45  # it may be another client with the same request
+    door.now += 15
+    door.leaves()
+    assert door.comes("a") is None
+
+
+def test_clients_with_equal_requests_are_told_different_times() -> None:
+    door = Door(4, drain=40.0)
+    for _ in range(4):
+        door.comes()
+    assert [door.comes("a") for _ in range(3)] == [10, 20, 30]
+
+
+def test_hardly_any_place_is_kept_once_clients_do_not_come_back() -> None:
+    door = Door(4, drain=4.0)
+    for _ in range(4):
+        door.comes()
+    for _ in range(40):  # nobody comes as told
+        assert fresh(door) is not None
+        door.now += 10
+    fresh(door)
+    door.leaves()
+    assert fresh(door) is None
+
+
+def test_at_most_half_of_the_places_are_kept() -> None:
+    door = Door(6, drain=6.0)
+    for _ in range(6):
+        door.comes()
+    for _ in range(6):
+        fresh(door)
+    for _ in range(4):
+        door.leaves()
+    assert fresh(door) is None
+    assert fresh(door) is not None
+
+
+def test_an_idle_server_tries_now_and_then_what_it_thinks_too_slow() -> None:
+    """What it has learnt may be wrong, and nothing would correct it."""
+    door, slow = Door(2), Outlook(finish=3.0, solo=3.0)
+    assert door.comes("a", slow, deadline=1.0) is not None
+    door.now += 31
+    assert door.comes("a", slow, deadline=1.0) is None
+    assert door.comes("b", slow, deadline=1.0) is not None
+    door.leaves()
+    assert door.comes("b", slow, deadline=1.0) is not None
+
+
+def test_a_deadline_shorter_than_the_time_alone_is_said_to_be() -> None:
+    refused = refusal(Door(2), Outlook(finish=9.0, solo=3.0), deadline=1.0)
+    assert "takes 3 s even alone" in refused.message
+    assert refused.retry_after is not None
+    assert refused.retry_after >= 60
 
 
 # Promises

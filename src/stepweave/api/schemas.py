@@ -30,8 +30,8 @@ class ImageRequest(BaseModel):
         None,
         ge=1,
         le=MAX_DEADLINE_MS,
-        description="Milliseconds from now within which the picture must be made: refused with 429 if it cannot be, 504 if it "
-        "was not.",
+        description="Milliseconds from now within which the picture must be made: refused with 429 if it cannot be, ended "
+        "with 504 at the first step after.",
     )
     output_format: Literal["png", "jpeg", "webp"] = Field("png", description="File format of the picture.")
 

@@ -238,6 +238,7 @@ class StepEngine:
         scheduler: Any = None,
         deadline: float | None = None,
         priority: PriorityName = "normal",
+        reproducible: bool = False,
         **kwargs: Any,
     ) -> Outlook | None:
         """What a job with these arguments of `submit` would meet now; None if none like it has run. Runs nothing."""
@@ -247,6 +248,7 @@ class StepEngine:
             scheduler=scheduler,
             priority=Priority[priority.upper()],
             deadline=deadline,
+            reproducible=reproducible,
             fits=self._loop.fits if self._loop else lambda demand: True,
         )
 
@@ -257,6 +259,10 @@ class StepEngine:
     def backlog(self) -> float:
         """Predicted seconds of work submitted and not yet done."""
         return self._planner.backlog()
+
+    def drain(self) -> float | None:
+        """The same; None while nothing is known of a job's work."""
+        return self._planner.backlog() if self._planner.foresees() else None
 
     def curves(self) -> dict[Key, dict[int, float]]:
         """Seconds of a forward that were measured, by module and size, and by rows."""

@@ -69,8 +69,8 @@ class Forwarder:
         return self._room.limit(call.kind, min(self._max_rows, call.target.cap or self._max_rows))
 
     def fits(self, demand: Demand) -> bool:
-        """Whether the memory that is left is enough for each of a job's calls, as far as is known."""
-        return all(self._room.fits(load.key, load.rows) for load in (*demand.before, *demand.step, *demand.after))
+        """Whether the memory that is left is enough for each of a job's calls, as far as is known; in parts, if need be."""
+        return all(self._room.fits(load.key, 1) for load in (*demand.before, *demand.step, *demand.after))
 
     def decide(self, calls: list[Call]) -> tuple[Verdict, list[Call]]:
         """What to do first with calls of one key, and with which of them."""
@@ -175,6 +175,7 @@ class Forwarder:
 
     def _in_parts(self, call: Call) -> Any:
         """The answer to a call, from forwards of some of its rows at a time; to run itself if it has no parts."""
+        started = self._clock.start()
         outputs: list[Any] = []
         counts: list[int] = []
         repeat = self._certificates.of(call).repeat
@@ -202,6 +203,7 @@ class Forwarder:
         for rows in counts:
             self._stats.forward(call.target.name, rows, 0)
         self._remember(call, output)
+        self._clock.stop(started, partial(self._planner.ran, call.cost, call.cap, call.rows))
         return output
 
     def _whole(self, call: Call, error: Exception) -> Any:

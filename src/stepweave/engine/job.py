@@ -207,6 +207,9 @@ class Job:
         """Note that the call begins anew."""
         self.opened = self.stepped = None
         self._step = self._total = 0
+        self.recorder = Recorder()
+        self.task.begun = self.task.opened = False
+        self.task.done = 0
 
     def advance(self, steps: int) -> None:
         """Note that denoising steps have run."""

@@ -317,8 +317,8 @@ class StepLoop:
                 if known is not None:
                     request = active.fiber.resume(known)
                     continue
-                active.call = request
                 self._planner.saw(active.job, request)
+                active.call = request
                 self._queues.add(request)
             return
 
@@ -343,7 +343,7 @@ class StepLoop:
             self._wake.notify()
 
     def _finish(self, job: Job, outcome: Any) -> None:
-        self._planner.leave(job)
+        self._planner.leave(job, succeeded=not isinstance(outcome, BaseException))
         if job.finish(outcome):
             self._stats.finished(job)
             self._crowd.ended()

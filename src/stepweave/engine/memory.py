@@ -124,6 +124,7 @@ class Room:
         self._caps: OrderedDict[Hashable, _Cap] = OrderedDict()
         self._sizes: OrderedDict[Hashable, _Size] = OrderedDict()
         self._keys: OrderedDict[Hashable, _Size] = OrderedDict()  # the same, by what admission knows of a call
+        self._available: int | None = None  # bytes, when last looked at: between forwards
         self._measuring = False
 
     def limit(self, kind: Hashable, rows: int) -> int:
@@ -132,15 +133,14 @@ class Room:
         if cap is not None:
             rows = min(rows, cap.rows)
         if size is not None and size.bytes > 0:
-            available = self.memory.available()
+            self._available = available = self.memory.available()
             if available is not None:
                 rows = min(rows, available * size.rows // size.bytes)
         return max(1, rows)
 
     def fits(self, key: Key, rows: int) -> bool:
         """Whether so many rows of the calls of a key should fit now; yes if that is not known. May be asked on any thread."""
-        size = self._keys.get(key)
-        available = self.memory.available() if size is not None and size.bytes > 0 else None
+        size, available = self._keys.get(key), self._available
         return size is None or available is None or available * size.rows >= size.bytes * rows
 
     @contextlib.contextmanager

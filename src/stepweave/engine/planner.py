@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from stepweave.engine.call import Call
 from stepweave.engine.job import Job
 from stepweave.scheduling.admission import Outlook
-from stepweave.scheduling.cost import CostModel, PriceList
+from stepweave.scheduling.cost import KEYS, CostModel, PriceList
 from stepweave.scheduling.forecast import ORDERS, by_arrival, forecast
-from stepweave.scheduling.policy import POLICIES
+from stepweave.scheduling.policy import POLICIES, Rank, patience
 from stepweave.scheduling.profiles import Profiles, Shape
 from stepweave.scheduling.task import Demand, Key, Load, Priority, Task
+
+logger = logging.getLogger(__name__)
 
 REPRICE_SECONDS = 0.2
 FRESH = 0.1  # seconds that a forecast is good for
@@ -31,6 +35,15 @@ class Standing(NamedTuple):
 
     position: int
     eta: float
+
+
+@contextlib.contextmanager
+def contained(what: str) -> Iterator[None]:
+    """An error in planning is logged, and costs no job."""
+    try:
+        yield
+    except Exception:
+        logger.exception("the planner could not %s", what)
 
 
 class Planner:
@@ -75,23 +88,21 @@ class Planner:
         self._cut = 0
         self._priced, self._prices = 0.0, PriceList(self.cost)
         self._standings: tuple[float, dict[str, Standing]] = (-FRESH, {})
-        self._lock = threading.Lock()  # guards the profiles and the standings
+        self._lock = threading.Lock()  # guards the profiles
 
     # Jobs come and go
 
     def enter(self, job: Job) -> None:
         """Work out what a job will ask for."""
-        shape, steps = self._shape(job.args, job.kwargs, job.scheduler)
-        job.shape = shape
-        job.task = self._task(shape, steps, job.accepted, job.priority, job.deadline)
+        job.shape, group, steps = self._shape(job.args, job.kwargs, job.scheduler, job.reproducible)
+        job.task = self._task(job.shape, group, steps, job.accepted, job.priority, job.deadline)
         self._jobs[job.id] = job
 
-    def leave(self, job: Job) -> None:
-        """A job is done. What it asked for is known, if it got to its last step."""
-        known = self._jobs.pop(job.id, None)
-        step, total = job.progress
-        if known is not None and step >= total:
-            self._learn(job, job.recorder.demand(total))
+    def leave(self, job: Job, *, succeeded: bool) -> None:
+        """A job is done. What it asked for is known, if it got to its end."""
+        if self._jobs.pop(job.id, None) is not None and succeeded:
+            with contained("learn what a job asked for"):
+                self._learn(job, job.recorder.demand(job.progress.total))
 
     def saw(self, job: Job, call: Call) -> None:
         """A job waits for a forward."""
@@ -122,28 +133,48 @@ class Planner:
             task = job.task
             if not task.demand.step and job.shape is not None:
                 with self._lock:
-                    task.demand = self._profiles.expect(job.shape, task.demand.steps)
+                    expected = self._profiles.expect(job.shape, task.demand.steps)
+                task.demand = replace(expected, group=task.demand.group)
                 task.price(self._prices)
 
     def next(self, waiting: Mapping[str, Job]) -> Job:
-        """Which job to start."""
+        """Which job to start: a late one, to be told so; then one that lost too much time, the oldest first; then in order."""
         now = time.monotonic()
-        self._refresh(now)
-        return min(waiting.values(), key=lambda job: self._order(job.task, now))
+
+        def order(job: Job) -> Rank:
+            if job.late or job.task.lost(now) > patience(job.task):
+                return (-1 - job.late, job.accepted)
+            return (0, *self._order(job.task, now))
+
+        with contained("choose a job"):
+            self._refresh(now)
+            return min(waiting.values(), key=order)
+        return next(iter(waiting.values()))
 
     # Forwards
 
     def pick(self, queues: Mapping[Hashable, Sequence[Call]], limit: Callable[[Call], int]) -> list[Call]:
         """Calls of one key, of at most `limit` rows and no more than pay."""
+        with contained("choose calls"):
+            return self._pick(queues, limit)
+        return list(next(iter(queues.values())))[:1]
+
+    def _pick(self, queues: Mapping[Hashable, Sequence[Call]], limit: Callable[[Call], int]) -> list[Call]:
         now = time.monotonic()
         self._refresh(now)
         explore = self._cut >= EXPLORE_EVERY
+        if len(self._caps) > KEYS:
+            self._caps.clear()
+        knees: dict[tuple[Key, int], int] = {}
 
         def cap(call: Call) -> int:
             most = limit(call)
-            knee = self.cost.knee(call.cost, most) if self._knee else most
-            self._caps[call.cost] = call.cap = min(most, 2 * knee) if explore else knee
-            return call.cap
+            knee = knees.get((call.cost, most))
+            if knee is None:
+                knee = self.cost.knee(call.cost, most) if self._knee else most
+                knees[call.cost, most] = knee = min(most, 2 * knee) if explore else knee
+            self._caps[call.cost] = call.cap = knee
+            return knee
 
         calls: list[Call] = self._policy(queues, now, cap, self.cost)
         rows = sum(call.rows for call in calls)
@@ -164,15 +195,17 @@ class Planner:
     def ran(self, key: Key, cap: int, rows: int, seconds: float) -> None:
         """A forward, allowed so many rows, took so long, until all its jobs waited again."""
         self.cost.observe(key, rows, seconds)
-        self._on_step(key.module, rows, max(rows, cap), seconds)
+        with contained("tell of a step"):
+            self._on_step(key.module, rows, max(rows, cap), seconds)
 
     def called(self, jobs: Sequence[Job], seconds: float, beside: int) -> None:
         """Jobs ran in one call of the pipeline, while so many calls ran side by side."""
-        steps = max(1, jobs[0].progress.total)
-        rows = sum(load.rows for job in jobs for load in job.task.demand.step)
-        for key in {load.key for load in jobs[0].task.demand.step}:
-            self.cost.observe(key, rows, seconds / steps / beside)
-            self._on_step(key.module, rows, rows, seconds / steps)
+        with contained("learn what a call took"):
+            steps = max(1, jobs[0].task.demand.steps)
+            rows = sum(load.rows for job in jobs for load in job.task.demand.step)
+            for key in {load.key for load in jobs[0].task.demand.step}:
+                self.cost.observe(key, rows, seconds / steps / beside)
+                self._on_step(key.module, rows, rows, seconds / steps)
 
     def runs_alone(self, call: Call) -> None:
         """Forwards like this one are not shared."""
@@ -188,13 +221,14 @@ class Planner:
         scheduler: Any = None,
         priority: Priority = Priority.NORMAL,
         deadline: float | None = None,
+        reproducible: bool = False,
         fits: Callable[[Demand], bool] = lambda demand: True,
     ) -> Outlook | None:
         """What a job would meet if it were submitted now; None if no job like it has run."""
         now = time.monotonic()
-        shape, steps = self._shape(args, kwargs, scheduler)
+        shape, group, steps = self._shape(args, kwargs, scheduler, reproducible)
         self._refresh(now)
-        task = self._task(shape, steps, now, priority, None if deadline is None else now + deadline)
+        task = self._task(shape, group, steps, now, priority, None if deadline is None else now + deadline)
         if not task.solo:
             return None
         tasks = [job.task for job in list(self._jobs.values())]
@@ -202,23 +236,26 @@ class Planner:
 
     def standings(self) -> dict[str, Standing]:
         """Where each job stands, by its id."""
-        with self._lock:
-            now = time.monotonic()
-            at, known = self._standings
-            if now - at < FRESH:
-                return known
-            jobs = list(self._jobs.values())
-            tasks = [job.task for job in jobs]
-            ends = self._forecast(tasks, now)
-            line = sorted((task.begun is False, self._order(task, now), i) for i, task in enumerate(tasks))
-            running = sum(task.begun for task in tasks)
-            known = {jobs[i].id: Standing(max(0, place - running + 1), ends[i]) for place, (_, _, i) in enumerate(line)}
-            self._standings = (now, known)
+        now = time.monotonic()
+        at, known = self._standings
+        if now - at < FRESH:
             return known
+        jobs = list(self._jobs.values())
+        tasks = [job.task for job in jobs]
+        ends = self._forecast(tasks, now)
+        line = sorted((task.begun is False, self._order(task, now), i) for i, task in enumerate(tasks))
+        running = sum(not waits for waits, _, _ in line)
+        known = {jobs[i].id: Standing(max(0, place - running + 1), ends[i]) for place, (_, _, i) in enumerate(line)}
+        self._standings = (now, known)
+        return known
 
     def backlog(self) -> float:
         """Seconds until all that are not done would be."""
         return max((one.eta for one in self.standings().values()), default=0.0)
+
+    def foresees(self) -> bool:
+        """Whether something is known of every job's work."""
+        return all(job.task.solo for job in list(self._jobs.values()))
 
     def _forecast(self, tasks: Sequence[Task], now: float) -> list[float]:
         return forecast(tasks, now, self.cost, self._cap, self._order)
@@ -234,17 +271,21 @@ class Planner:
         )
         return min(caps)
 
-    def _task(self, shape: Shape, steps: int, arrived: float, priority: Priority, deadline: float | None) -> Task:
+    def _task(
+        self, shape: Shape, group: Hashable, steps: int, arrived: float, priority: Priority, deadline: float | None
+    ) -> Task:
         with self._lock:
-            demand = self._profiles.expect(shape, steps)
+            demand = replace(self._profiles.expect(shape, steps), group=group)
         if self._whole:
-            demand = Demand(steps, step=(Load(Key(WHOLE_CALL, shape.pixels), shape.images),))
+            demand = Demand(steps, step=(Load(Key(WHOLE_CALL, shape.pixels), shape.images),), group=group)
         task = Task(demand, arrived=arrived, priority=priority, deadline=deadline)
         task.price(self._prices)
         return task
 
-    def _shape(self, args: tuple[Any, ...], kwargs: dict[str, Any], scheduler: Any) -> tuple[Shape, int]:
-        """What a call's arguments tell of its work, and how many steps it has."""
+    def _shape(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], scheduler: Any, reproducible: bool
+    ) -> tuple[Shape, Hashable, int]:
+        """What a call's arguments tell of its work and of what it may share steps with, and how many steps it has."""
         values = {**dict(zip(self._names, args, strict=False)), **kwargs}
         width, height, prompt = values.get("width"), values.get("height"), values.get("prompt")
         steps, images = values.get("num_inference_steps", self._steps), values.get("num_images_per_prompt")
@@ -255,6 +296,7 @@ class Planner:
         )
         return (
             Shape(pixels, max(1, prompts * (images if isinstance(images, int) else 1)), (kind, type(scheduler))),
+            object() if reproducible else (width, height) if pixels else None,
             steps if isinstance(steps, int) else self._steps,
         )
 

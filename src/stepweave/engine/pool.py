@@ -157,6 +157,6 @@ class Pool:
             return error
 
     def _finish(self, job: Job, outcome: Any) -> None:
-        self._planner.leave(job)
+        self._planner.leave(job, succeeded=not isinstance(outcome, BaseException))
         if job.finish(outcome):
             self._stats.finished(job)

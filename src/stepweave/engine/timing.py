@@ -38,13 +38,14 @@ class HostClock:
 class CudaClock:
     """Events in the stream: what the GPU took, or the host where the GPU had to wait for it; read once they have come to pass."""
 
-    def __init__(self, event: Callable[[], Any] | None = None) -> None:
+    def __init__(self, event: Callable[[], Any] | None = None, device: torch.device | None = None) -> None:
         self._event = event or partial(torch.cuda.Event, enable_timing=True)
+        self._device = device  # which need not be the current one
         self._pending: deque[tuple[Any, Any, Took]] = deque()  # oldest first
 
     def start(self) -> Any:
         event = self._event()
-        event.record()
+        event.record(*([] if self._device is None else [torch.cuda.current_stream(self._device)]))
         return event
 
     def stop(self, started: Any, took: Took) -> None:
@@ -57,4 +58,4 @@ class CudaClock:
 
 
 def clock_of(device: torch.device) -> Clock:
-    return CudaClock() if device.type == "cuda" else HostClock()
+    return CudaClock(device=device) if device.type == "cuda" else HostClock()

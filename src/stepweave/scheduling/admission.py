@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -15,6 +16,11 @@ Reason = Literal["queue_full", "wait", "deadline", "memory"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
 UNKNOWN_SECONDS = 5.0  # Retry-After before anything has been timed
+IMPOSSIBLE_SECONDS = 60.0  # Retry-After of a deadline shorter than what the job takes alone
+PROBE_SECONDS = (
+    30.0  # in which an idle server lets one in whose deadline it thinks too short: it may have learnt a wrong time
+)
+LEARNING = 0.1  # weight of the last promise in the share of those that were kept
 LEAD = 4  # places on average that become free while one is kept: their ends come unevenly
 PROMISES = 1024  # at most
 GRACE = 5.0  # seconds that a place is kept for a client that is late
@@ -35,7 +41,8 @@ class Admission:
     `drain` gives the predicted seconds until all that are in flight are done, or None if that is unknown. A request that finds
     no place is told when one will be free, and a place is kept for it then: for the same request, by its `token`, which others
     cannot take unless the server were idle. Otherwise, under steady overload, those who wait as told would be overtaken by those
-    who come at random. Nothing is promised for later than `max_wait`.
+    who come at random. Nothing is promised for later than `max_wait`. No more than half of the places are kept at a time, and
+    the fewer the more clients do not come back.
     """
 
     def __init__(
@@ -52,7 +59,12 @@ class Admission:
         self._drain = drain
         self._clock = clock
         self._taken = 0
-        self._promised: dict[Hashable, float] = {}  # by token, when a place will be free
+        self._promised: list[
+            tuple[float, int, Hashable]
+        ] = []  # when a place will be free, a number, whose; the earliest first
+        self._number = 0
+        self._redeemed = 1.0  # share of the last promises whose owners came
+        self._probed = clock()
         self._lock = threading.Lock()
 
     @property
@@ -81,10 +93,13 @@ class Admission:
             self._lapse(now)
             if self._taken and self._taken + self._kept(token, now) >= self.limit:
                 raise self._full(token, now)
-            self._promised.pop(token, None)
+            own = self._own(token)
+            if own is not None:
+                self._promised.remove(own)
+                self._redeemed += LEARNING * (1 - self._redeemed)
             expected = outlook()
             if expected is not None:
-                self._check(expected, deadline)
+                self._check(expected, deadline, now)
             self._taken += 1
             return expected
 
@@ -93,14 +108,14 @@ class Admission:
         with self._lock:
             self._taken -= 1
 
-    def _check(self, expected: Outlook, deadline: float | None) -> None:
-        if deadline is not None and expected.finish > deadline:
-            raise self._refusal(
-                "deadline",
-                f"deadline_ms is {deadline * 1000:.0f}; the picture would be done in {expected.finish:.1f} s, "
-                f"of which it takes {expected.solo:.1f} s alone.",
-                expected.finish - max(deadline, expected.solo),
-            )
+    def _check(self, expected: Outlook, deadline: float | None, now: float) -> None:
+        if deadline is not None and expected.finish > deadline and not self._probes(now):
+            message = f"deadline_ms is {deadline * 1000:.0f}; the picture would be done in {expected.finish:.2g} s"
+            if expected.solo > deadline:
+                raise self._refusal(
+                    "deadline", f"{message}, and takes {expected.solo:.2g} s even alone.", IMPOSSIBLE_SECONDS
+                )
+            raise self._refusal("deadline", f"{message}.", expected.finish - deadline)
         wait = expected.finish - expected.solo
         if wait > self.max_wait:
             raise self._refusal(
@@ -109,17 +124,32 @@ class Admission:
         if not expected.fits and self._taken:
             raise self._refusal("memory", "There is not enough memory left for it beside the others.", self._interval())
 
+    def _probes(self, now: float) -> bool:
+        if self._taken or now - self._probed < PROBE_SECONDS:
+            return False
+        self._probed = now
+        return True
+
     def _full(self, token: Hashable, now: float) -> Refused:
-        due = self._promised.get(token)
+        own = self._own(token)
+        if own is not None and own[0] > now + 1:
+            own = None  # too early to be the one that was told so: another with the same request
         ahead = len(self._promised)
-        seconds = (ahead + 1) * self._interval() if due is None else max(due - now, self._interval())
+        seconds = (ahead + 1) * self._interval() if own is None else max(own[0] - now, self._interval())
         refusal = self._refusal(
             "queue_full", f"{self._taken} requests are in flight; the limit is {self.limit}.", seconds
         )
         assert refusal.retry_after is not None
-        if token is not None and (due is not None or (ahead < PROMISES and refusal.retry_after <= self.max_wait)):
-            self._promised[token] = now + refusal.retry_after
+        if own is not None:
+            self._promised.remove(own)
+        if token is not None and (own or (ahead < PROMISES and refusal.retry_after <= self.max_wait)):
+            self._number += 1
+            insort(self._promised, (now + refusal.retry_after, self._number, token))
         return refusal
+
+    def _own(self, token: Hashable) -> tuple[float, int, Hashable] | None:
+        """The earliest promise to a token."""
+        return None if token is None else next((one for one in self._promised if one[2] == token), None)
 
     def _refusal(self, reason: Reason, message: str, seconds: float) -> Refused:
         self.refused[reason] += 1
@@ -132,10 +162,14 @@ class Admission:
 
     def _kept(self, token: Hashable, now: float) -> int:
         """Places that are kept now, for others with older promises: each from shortly before its owner comes, to be free then."""
-        own = self._promised.get(token, float("inf"))
-        lead = 1 + LEAD * self._interval() if self._promised else 0.0
-        return sum(due - lead <= now for due in self._promised.values() if due < own)
+        if not self._promised:
+            return 0
+        own, lead = self._own(token), 1 + LEAD * self._interval()
+        before = own[0] if own is not None else float("inf")
+        kept = sum(due - lead <= now for due, _, _ in self._promised if due < before)
+        return min(self.limit // 2, round(kept * self._redeemed))
 
     def _lapse(self, now: float) -> None:
-        for token in [token for token, due in self._promised.items() if due + GRACE < now]:
-            del self._promised[token]
+        while self._promised and self._promised[0][0] + GRACE < now:
+            self._promised.pop(0)
+            self._redeemed -= LEARNING * self._redeemed

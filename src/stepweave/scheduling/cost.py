@@ -47,18 +47,21 @@ class CostModel:
 
     def observe(self, key: Key, rows: int, seconds: float) -> None:
         """Learn from a forward that took so many seconds."""
+        rows = max(1, rows)
         if not (seconds > 0 and math.isfinite(seconds)):
             return
         curve = self._curves.get(key)
         if curve is None:
-            curve = self._curves[key] = self._modules.setdefault(key.module, {})[key.size] = _Curve()
+            curve = _Curve()
+            curve.add(rows, seconds)  # before others see it
+            self._curves[key] = self._modules.setdefault(key.module, {})[key.size] = curve
             if len(self._curves) > KEYS:
                 old, _ = self._curves.popitem(last=False)
                 del self._modules[old.module][old.size]
         else:
             self._curves.move_to_end(key)
             self._errors.append(seconds / self.seconds(key, rows) - 1)
-        curve.add(rows, seconds)
+            curve.add(rows, seconds)
 
     def seconds(self, key: Key, rows: int) -> float:
         """Seconds of a forward; 0 for a module that never ran."""
@@ -138,7 +141,7 @@ class _Curve:
     @property
     def tried(self) -> int:
         """The most rows that ran often enough to be judged; 0 if none did."""
-        return max((rows for rows, seen in self._seen.items() if len(seen) >= TRIED), default=0)
+        return max((rows for rows, seen in list(self._seen.items()) if len(seen) >= TRIED), default=0)
 
     @property
     def least(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from itertools import islice
 
 from stepweave.scheduling.cost import CostModel
 from stepweave.scheduling.policy import Rank, aged_rank, rank
@@ -32,14 +33,17 @@ def forecast(tasks: Sequence[Task], now: float, cost: CostModel, cap: RowCap, or
     joined = [task.opened for task in tasks]
     ends = [0.0] * len(tasks)
     queues: dict[Hashable, list[int]] = {}
+    least: dict[Hashable, int] = {}  # rows that one adds to a group
     for i in ordered:
-        queues.setdefault(demands[i].kind, []).append(i)
+        kind = demands[i].kind
+        queues.setdefault(kind, []).append(i)
+        least[kind] = min(demands[i].rows, least.get(kind, demands[i].rows))
     time = 0.0
     for first in ordered:
         demand = demands[first]
-        queue, most = queues[demand.kind], cap(demand)
+        queue, most, smallest = queues[demand.kind], cap(demand), least[demand.kind]
         while not ends[first]:
-            group, rows = _group(queue, demands, most)
+            group, rows = _group(queue, demands, most, smallest)
             for i in group:
                 if not joined[i]:
                     joined[i] = True
@@ -56,10 +60,10 @@ def forecast(tasks: Sequence[Task], now: float, cost: CostModel, cap: RowCap, or
     return ends
 
 
-def _group(queue: Sequence[int], demands: Sequence[Demand], most: int) -> tuple[list[int], int]:
+def _group(queue: Sequence[int], demands: Sequence[Demand], most: int, smallest: int) -> tuple[list[int], int]:
     group, rows = [queue[0]], demands[queue[0]].rows
-    for i in queue[1:]:
-        if rows >= most:
+    for i in islice(queue, 1, None):
+        if rows + smallest > most:
             break
         if rows + demands[i].rows <= most:
             group.append(i)

@@ -104,7 +104,7 @@ def _overdue(queues: Queues[RequestT], now: float, cap: Cap) -> list[RequestT]:
 
 
 def _rows(group: Sequence[Request]) -> int:
-    return sum(request.rows for request in group)
+    return max(1, sum(request.rows for request in group))
 
 
 def _price(group: Sequence[Request], others: int, cap: Cap, cost: CostModel) -> float:
@@ -112,9 +112,9 @@ def _price(group: Sequence[Request], others: int, cap: Cap, cost: CostModel) -> 
     first = group[0]
     if not others or not (first.task.opened and first.task.left):
         return 1.0  # what is encoded or decoded is so once, for all steps
-    most = max(first.rows, cap(first))
-    rows = _rows(group)
-    alone = cost.seconds(first.cost, first.rows) / first.rows
+    own, rows = _rows([first]), _rows(group)
+    most = max(own, cap(first))
+    alone = cost.seconds(first.cost, own) / own
     waste = cost.seconds(first.cost, rows) / rows - cost.seconds(first.cost, most) / most
     return 1 + WASTE * others * max(0.0, waste) / max(alone, 1e-9)
 

@@ -39,11 +39,12 @@ class Demand:
     before: tuple[Load, ...] = ()
     step: tuple[Load, ...] = ()
     after: tuple[Load, ...] = ()
+    group: Hashable = None  # what else must be equal for steps to share forwards, such as width and height
 
     @property
     def kind(self) -> Hashable:
         """Equal for jobs whose steps may share forwards."""
-        return tuple(load.key for load in self.step)
+        return (self.group, *(load.key for load in self.step))
 
     @property
     def rows(self) -> int:

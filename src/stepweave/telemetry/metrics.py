@@ -108,7 +108,7 @@ class Metrics:
         )
         self.deadline_missed = Counter(
             "stepweave_deadline_missed_total",
-            "Jobs that were let in and did not meet their deadline.",
+            "Jobs that were let in and did not meet their deadline, those among them whose last forward was under way.",
             registry=self.registry,
         )
         self._of_module: dict[str, tuple[Histogram, Histogram, Histogram]] = {}
@@ -139,8 +139,12 @@ class Metrics:
         """A job succeeded, which was expected to at `due`, in seconds of the monotonic clock, if that was known."""
         if job.begun is not None:
             self.queue_seconds.observe(job.begun - job.accepted)
-        if due is not None and job.finished is not None:
+        if job.finished is None:
+            return
+        if due is not None:
             self.eta_error.observe(job.finished - due)
+        if job.deadline is not None and job.finished > job.deadline:  # in its last forward
+            self.deadline_missed.inc()
 
     @contextlib.contextmanager
     def counted(self, *, success: bool = True) -> Iterator[None]:
