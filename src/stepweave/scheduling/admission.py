@@ -135,16 +135,16 @@ class Admission:
         if own is not None and own[0] > now + 1:
             own = None  # too early to be the one that was told so: another with the same request
         ahead = len(self._promised)
-        seconds = (ahead + 1) * self._interval() if own is None else max(own[0] - now, self._interval())
+        last = self._promised[-1][0] if self._promised else now
+        seconds = self._interval() + (max(last - now, 0.0) if own is None else max(own[0] - now, 0.0))
         refusal = self._refusal(
             "queue_full", f"{self._taken} requests are in flight; the limit is {self.limit}.", seconds
         )
-        assert refusal.retry_after is not None
         if own is not None:
             self._promised.remove(own)
-        if token is not None and (own or (ahead < PROMISES and refusal.retry_after <= self.max_wait)):
+        if token is not None and (own or (ahead < PROMISES and seconds <= self.max_wait)):
             self._number += 1
-            insort(self._promised, (now + refusal.retry_after, self._number, token))
+            insort(self._promised, (now + seconds, self._number, token))
         return refusal
 
     def _own(self, token: Hashable) -> tuple[float, int, Hashable] | None:

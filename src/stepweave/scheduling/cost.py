@@ -15,6 +15,7 @@ RECENT = (
 )
 KEYS = 512  # the least recently used goes first
 TRIED = 3  # forwards of a number of rows that tell whether more pay
+HOPE = 0.5  # of what a row costs, that one more is thought to as long as nothing is known of more rows: so that they are tried
 GAIN = 0.05  # the knee: more rows bring less than this share of rows per second
 ERRORS = 64  # forwards that the model's error is taken of
 
@@ -187,7 +188,7 @@ class _Curve:
         if rows >= high:
             # the end's own slope may be noise: that from half way is taken
             middle = next((one for one in reversed(points) if one[0] <= high / 2), None)
-            slope = last / high if middle is None else (last - middle[1]) / (high - middle[0])
+            slope = HOPE * last / high if middle is None else (last - middle[1]) / (high - middle[0])
             return last + slope * (rows - high)
         i = bisect_left(points, (rows, 0.0))
         (a, before), (b, after) = points[i - 1], points[i]
