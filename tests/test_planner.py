@@ -173,8 +173,10 @@ def test_a_job_is_foretold_from_those_before_it(mode: Mode) -> None:
 
 
 def test_sizes_and_pictures_that_never_ran_are_scaled() -> None:
-    with StepEngine(slow(lambda rows: 0.002 * rows, Guided)) as engine:
-        engine.submit(prompt="x", width=4, height=8, num_inference_steps=9).result(SECONDS)
+    with StepEngine(slow(lambda rows: 0.01 * rows, Guided)) as engine:
+        for images in (1, 2):
+            arguments = {"prompt": "x", "width": 4, "height": 8, "num_images_per_prompt": images}
+            engine.submit(**arguments, num_inference_steps=12).result(SECONDS)
         time.sleep(REPRICE_SECONDS)
         one, four, larger = (
             engine.outlook(prompt="x", width=width, height=8, num_images_per_prompt=images)
@@ -183,8 +185,8 @@ def test_sizes_and_pictures_that_never_ran_are_scaled() -> None:
         assert one is not None
         assert four is not None
         assert larger is not None
-        assert four.solo == pytest.approx(4 * one.solo, rel=0.1)
-        assert larger.solo == pytest.approx(4 * one.solo, rel=0.1)
+        assert four.solo == pytest.approx(4 * one.solo, rel=0.2)
+        assert larger.solo == pytest.approx(4 * one.solo, rel=0.2)
 
 
 def test_jobs_know_their_places_and_times() -> None:
