@@ -24,14 +24,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--host", type=_url, default="http://localhost:3000", help="server's base URL")
-    add("--rates", type=_list_of(_positive), default=[0.5, 1.0, 2.0, 4.0], help="requests per second, a stage each")
-    add("--seconds", type=_positive, default=30.0, help="length of a stage")
+    add("--rates", type=list_of(positive), default=[0.5, 1.0, 2.0, 4.0], help="requests per second, a stage each")
+    add("--seconds", type=positive, default=30.0, help="length of a stage")
     add("--seed", type=_whole(0), default=1, help="of the arrivals and the mix")
-    add("--sizes", type=_list_of(_size), default=["64x64", "128x128"], help="of pictures, drawn evenly")
-    add("--steps", type=_list_of(_whole(1)), default=[4, 12, 20, 30], help="denoising steps, drawn evenly")
-    add("--target", type=_positive, default=2.0, help="seconds; goodput counts the answers that meet it")
+    add("--sizes", type=list_of(_size), default=["64x64", "128x128"], help="of pictures, drawn evenly")
+    add("--steps", type=list_of(_whole(1)), default=[4, 12, 20, 30], help="denoising steps, drawn evenly")
+    add("--target", type=positive, default=2.0, help="seconds; goodput counts the answers that meet it")
     add("--max-in-flight", type=_whole(1), default=1000, help="requests; an arrival beyond it is dropped and counted")
-    add("--drain", type=_positive, default=60.0, help="seconds to wait for the last answers of a stage")
+    add("--drain", type=positive, default=60.0, help="seconds to wait for the last answers of a stage")
     add("--out", type=Path, default=Path("build/locust"), help="directory of report.html, report.json and report.png")
     arguments = parser.parse_args(argv)
     expected = sum(arguments.rates) * arguments.seconds
@@ -51,7 +51,7 @@ def _url(text: str) -> str:
     return text.rstrip("/")
 
 
-def _positive(text: str) -> float:
+def positive(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -76,7 +76,7 @@ def _size(text: str) -> str:
     return text
 
 
-def _list_of(item: Callable[[str], T]) -> Callable[[str], list[T]]:
+def list_of(item: Callable[[str], T]) -> Callable[[str], list[T]]:
     def comma_separated(text: str) -> list[T]:
         return [item(part.strip()) for part in text.split(",")]
 

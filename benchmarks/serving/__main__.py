@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
+from benchmarks.locust.arguments import list_of, positive
 from benchmarks.serving import parts
 from benchmarks.serving.client import BenchmarkError, connect
 from benchmarks.serving.contestants import COMMON, CONTESTANTS, DEFAULT, Served, serve
@@ -39,9 +40,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--contestants", type=_some_of(CONTESTANTS), default=tuple(CONTESTANTS), help=f"some of {','.join(CONTESTANTS)}"
     )
-    add("--loads", type=_list_of(_positive), default=(0.6, 0.8), help="of the measured capacity")
-    add("--seeds", type=_list_of(int), default=(1, 2, 3), help="of arrivals and mix")
-    add("--seconds", type=_positive, default=18.0, help="of arrivals in each run")
+    add("--loads", type=list_of(positive), default=(0.6, 0.8), help="of the measured capacity")
+    add("--seeds", type=list_of(int), default=(1, 2, 3), help="of arrivals and mix")
+    add("--seconds", type=positive, default=18.0, help="of arrivals in each run")
     add("--deadlines", type=_share, default=0.3, help="share of requests that have a deadline")
     add("--quick", action="store_true", help="one seed, one load and short runs, to see that it works")
     add("--json", type=Path, default=Path("build/serving.json"), help="the report")
@@ -58,7 +59,7 @@ def scale_of(arguments: argparse.Namespace) -> Scale:
             (arguments.loads[-1],), (arguments.seeds[0],), 10, arguments.deadlines,
             overload_seconds=24, trace_seconds=10, ramp=5, capacity_seconds=15, solo_repeats=2, drain=30,
         )  # fmt: skip
-    return Scale(arguments.loads, arguments.seeds, arguments.seconds, arguments.deadlines)
+    return Scale(tuple(arguments.loads), tuple(arguments.seeds), arguments.seconds, arguments.deadlines)
 
 
 async def measure(servers: dict[str, Served], arguments: argparse.Namespace, report: Recorder) -> None:
@@ -114,25 +115,11 @@ def main() -> int:
     return 0
 
 
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError
-    return value
-
-
 def _share(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
         raise ValueError
     return value
-
-
-def _list_of(item: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
-    def comma_separated(text: str) -> tuple[T, ...]:
-        return tuple(item(part.strip()) for part in text.split(","))
-
-    return comma_separated
 
 
 def _some_of(names: Sequence[str] | dict[str, dict[str, str]]) -> Callable[[str], tuple[str, ...]]:

@@ -15,10 +15,12 @@ from stepweave.errors import Refused
 Reason = Literal["queue_full", "wait", "deadline", "memory"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
+Promise = tuple[float, int, Hashable]  # when a place will be free, a number that tells equals apart, whose it is
+
 UNKNOWN_SECONDS = 5.0  # Retry-After before anything has been timed
 IMPOSSIBLE_SECONDS = 60.0  # Retry-After of a deadline shorter than what the job takes alone
 PROBE_SECONDS = (
-    30.0  # in which an idle server lets one in whose deadline it thinks too short: it may have learnt a wrong time
+    30.0  # in which an idle server lets in one deadline that it thinks too short: what it learnt may be wrong
 )
 LEARNING = 0.1  # weight of the last promise in the share of those that were kept
 LEAD = 4  # places on average that become free while one is kept: their ends come unevenly
@@ -59,9 +61,7 @@ class Admission:
         self._drain = drain
         self._clock = clock
         self._taken = 0
-        self._promised: list[
-            tuple[float, int, Hashable]
-        ] = []  # when a place will be free, a number, whose; the earliest first
+        self._promised: list[Promise] = []  # the earliest first
         self._number = 0
         self._redeemed = 1.0  # share of the last promises whose owners came
         self._probed = clock()
@@ -147,7 +147,7 @@ class Admission:
             insort(self._promised, (now + seconds, self._number, token))
         return refusal
 
-    def _own(self, token: Hashable) -> tuple[float, int, Hashable] | None:
+    def _own(self, token: Hashable) -> Promise | None:
         """The earliest promise to a token."""
         return None if token is None else next((one for one in self._promised if one[2] == token), None)
 

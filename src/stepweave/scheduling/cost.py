@@ -10,9 +10,7 @@ from statistics import median
 
 from stepweave.scheduling.task import Key, Load
 
-RECENT = (
-    9  # forwards of a key and number of rows whose median counts: a compilation or a page fault among them does not
-)
+RECENT = 9  # forwards of a key and rows whose median counts: a compilation or a page fault among them does not
 KEYS = 512  # the least recently used goes first
 TRIED = 3  # forwards of a number of rows that tell whether more pay
 HOPE = 0.5  # of what a row costs, that one more is thought to as long as nothing is known of more rows: so that they are tried
