@@ -12,6 +12,14 @@ MAX_SEED = 2**53 - 1  # the largest integer that every JSON client reads exactly
 
 
 @dataclass(frozen=True)
+class Sources:
+    """What an edit starts from: an RGB picture, and an L mask of the same size, white where it is to be painted anew."""
+
+    image: Image.Image
+    mask: Image.Image | None = None
+
+
+@dataclass(frozen=True)
 class Parameters:
     """Everything that decides a generation's pixels, defaults filled in. Image i of n uses `seed` + i."""
 
@@ -24,6 +32,9 @@ class Parameters:
     num_inference_steps: int
     guidance_scale: float | None  # None where the pipeline has no such argument
     reproducible: bool = False
+    scheduler: str | None = None  # class name, where another than the pipeline's own was asked for
+    strength: float | None = None  # of an edit, 0 to 1: how far it goes back towards noise
+    sources: Sources | None = None  # of an edit
 
     def of_image(self, index: int) -> dict[str, Any]:
         """The parameters of one of the n images, as they are echoed and written into its metadata."""
@@ -33,6 +44,9 @@ class Parameters:
         values |= {"size": f"{self.width}x{self.height}", "num_inference_steps": self.num_inference_steps}
         if self.guidance_scale is not None:
             values["guidance_scale"] = self.guidance_scale
+        for name, value in (("scheduler", self.scheduler), ("strength", self.strength)):
+            if value is not None:
+                values[name] = value
         if self.reproducible:
             values["reproducible"] = True
         return values
