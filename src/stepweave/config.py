@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError, from_json
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -32,6 +32,13 @@ class Quantization(BaseModel):
     quant_backend: str = Field(min_length=1)
     quant_kwargs: dict[str, Any] = Field(default_factory=dict)
     components_to_quantize: list[str] | None = Field(None, min_length=1)
+
+
+def _split(value: Any) -> Any:
+    return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
+
+
+Keys = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 
 
 class Settings(BaseSettings):
@@ -102,7 +109,34 @@ class Settings(BaseSettings):
     max_steps: int = Field(200, ge=1, le=10_000, description="Largest `num_inference_steps` of a request.")
     max_pixels: int = Field(2048 * 2048, ge=64 * 64, description="Largest width times height of a picture.")
     max_prompt_characters: int = Field(4000, ge=1, le=7000, description="Longest prompt or negative prompt.")
-    max_body_bytes: int = Field(1_048_576, ge=1024, description="Largest body of a request.")
+    max_body_bytes: int = Field(1_048_576, ge=1024, description="Largest body of a request without a picture.")
+    max_upload_bytes: int = Field(16_777_216, ge=1024, description="Largest body of a request with pictures, of an edit.")
+    api_keys: Keys = Field(
+        (), description="Keys, comma-separated, one of which every request but probes must bear; without, all are served."
+    )
+    base_url: Annotated[str, Field(pattern=r"^https?://[^/?#\s]+(/[^?#\s]*)?$")] | None = Field(
+        None, description="What the URLs of pictures begin with; if unset, the host that a request names, if it is trusted."
+    )
+    trusted_hosts: str = Field(
+        "localhost,127.0.0.1,[::1]",
+        description="Hosts, comma-separated, that requests may name for the URLs of pictures; `*.example.com`, or `*` for any.",
+    )
+    trust_forwarded: bool = Field(
+        False, description="Believe `X-Forwarded-Host` and `X-Forwarded-Proto`; for servers that only a proxy reaches."
+    )
+    cors_origins: Keys = Field((), description="Origins, comma-separated, whose pages may call the server; `*` for any.")
+    state_dir: str | None = Field(
+        None, min_length=1, description="Directory of jobs and pictures, for one server; if unset, one that ends with it."
+    )
+    keep_seconds: float = Field(3600, gt=0, description="Seconds that finished jobs and stored pictures are kept.")
+    keep_bytes: int = Field(1_073_741_824, ge=1_048_576, description="Bound of stored pictures; the oldest go first.")
+    keep_jobs: int = Field(10_000, ge=1, description="Bound of finished jobs that are kept; the oldest go first.")
+    grace: float = Field(
+        300, ge=0, description="Seconds after a drain, or at the end, that what runs may take to finish."
+    )
+    stuck_seconds: float = Field(
+        600, gt=0, description="Seconds of one forward after which the engine counts as stuck, and `/livez` fails."
+    )
 
     @field_validator("quantization", mode="before")
     @classmethod
