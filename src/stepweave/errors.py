@@ -7,8 +7,10 @@ StepweaveError (500)
 ├── OutOfMemory                 the device's memory is too small for the job, even by itself
 └── RequestError                the caller's request cannot be served
     ├── InvalidRequest (400)    a value is not allowed; `param` names the field
-    ├── NotFound (404)          no such route or model
+    ├── Unauthorized (401)      keys are set, and the request bears none of them
+    ├── NotFound (404)          no such route, model, job or picture
     ├── MethodNotAllowed (405)
+    ├── Conflict (409)          the idempotency key belongs to another request
     ├── BodyTooLarge (413)
     ├── UnsupportedMedia (415)
     ├── Refused (429)           admission refused it; `retry_after` says when to come back
@@ -90,8 +92,18 @@ class InvalidRequest(RequestError):
         super().__init__(message, code=code, param=param)
 
 
+class Unauthorized(RequestError):
+    """Keys are set, and the request bears none of them."""
+
+    status = 401
+    type = "authentication_error"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="invalid_api_key")
+
+
 class NotFound(RequestError):
-    """No such route or model."""
+    """No such route, model, job or picture."""
 
     status = 404
 
@@ -108,13 +120,23 @@ class MethodNotAllowed(RequestError):
         super().__init__(message, code="method_not_allowed")
 
 
+class Conflict(RequestError):
+    """The idempotency key belongs to another request."""
+
+    status = 409
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="idempotency_conflict", param="Idempotency-Key")
+
+
 class BodyTooLarge(RequestError):
     """The request's body is over the limit."""
 
     status = 413
 
-    def __init__(self, limit: int) -> None:
-        super().__init__(f"The request's body is over the limit of {limit} bytes.", code="body_too_large")
+    def __init__(self, limit: int, size: int | None = None) -> None:
+        body = "The request's body" if size is None else f"The request's body of {size} bytes"
+        super().__init__(f"{body} is over the limit of {limit} bytes.", code="body_too_large")
 
 
 class UnsupportedMedia(RequestError):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from stepweave.errors import SHOWN, InvalidRequest, UnsupportedMedia, shown
 from stepweave.generation import MAX_SEED, PriorityName
+from stepweave.images.encode import OutputFormat
 
 MAX_DEADLINE_MS = 24 * 3600 * 1000
+MAX_PARTIAL_IMAGES = 3
 Size = Annotated[str, Field(pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", examples=["64x64"])]
 
 
@@ -24,6 +27,7 @@ class ImageRequest(BaseModel):
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Same seed, same picture; drawn if absent.")
     num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps.")
     guidance_scale: float | None = Field(None, ge=0, le=100, description="Classifier-free guidance; 1 turns it off.")
+    scheduler: str | None = Field(None, description="Class name of a scheduler that `GET /v1/models` lists.")
     reproducible: bool = Field(False, description="Bitwise the pipeline's own picture; it shares no step with others.")
     priority: PriorityName = Field("normal", description="Requests of a higher class go first.")
     deadline_ms: int | None = Field(
@@ -33,24 +37,91 @@ class ImageRequest(BaseModel):
         description="Milliseconds from now within which the picture must be made: refused with 429 if it cannot be, ended "
         "with 504 at the first step after.",
     )
-    output_format: Literal["png", "jpeg", "webp"] = Field("png", description="File format of the picture.")
+    output_format: OutputFormat = Field("png", description="File format of the picture.")
+    output_compression: int | None = Field(
+        None, ge=0, le=100, description="Quality of a JPEG or WebP file, 0 to 100, the best; PNG has none."
+    )
+    metadata: bool = Field(True, description="Write the parameters into the file.")
 
 
-class GenerationRequest(ImageRequest):
-    """Body of `POST /v1/images/generations`: OpenAI's Images API and Stepweave's extensions."""
+class StreamRequest(ImageRequest):
+    """A request whose progress can be followed."""
+
+    partial_images: int = Field(0, ge=0, le=MAX_PARTIAL_IMAGES, description="Previews on the way, in a stream.")
+    events: Literal["openai", "all"] = Field(
+        "openai", description="What a stream tells: OpenAI's events, or all, with place in the queue and progress."
+    )
+
+
+class OpenAIRequest(StreamRequest):
+    """What OpenAI's Images API has beside; what a diffusion model has no use for is taken and ignored, with a warning."""
+
+    IGNORED: ClassVar[tuple[str, ...]] = ("quality", "style", "background", "moderation")
 
     model: str | None = Field(None, description="Id of the model, if given.")
     n: int = Field(1, ge=1, description="Number of pictures; picture i has seed + i.")
-    response_format: Literal["b64_json"] = Field("b64_json", description="How pictures are returned.")
+    response_format: Literal["b64_json", "url"] = Field("b64_json", description="How pictures are returned.")
+    stream: bool = Field(False, description="Answer with server-sent events.")
+    user: str | None = Field(None, max_length=512, description="Taken from OpenAI's clients; has no effect.")
+    quality: Literal["auto", "standard", "hd", "low", "medium", "high"] | None = Field(None, description="Ignored.")
+    style: Literal["vivid", "natural"] | None = Field(None, description="Ignored.")
+    background: Literal["auto", "transparent", "opaque"] | None = Field(None, description="Ignored.")
+    moderation: Literal["auto", "low"] | None = Field(None, description="Ignored.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, values: Any) -> Any:
+        """OpenAI's fields may be null."""
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None or name not in cls.model_fields}
+
+    def ignored(self) -> list[str]:
+        """A warning for each field that is ignored and does not say `auto`."""
+        given = ((name, getattr(self, name)) for name in self.IGNORED)
+        return [f"{name}: {value!r} has no effect here." for name, value in given if value not in (None, "auto")]
+
+
+class GenerationRequest(OpenAIRequest):
+    """Body of `POST /v1/images/generations`: OpenAI's Images API and Stepweave's extensions."""
+
+
+class Edit(BaseModel):
+    """What an edit takes beside a picture."""
+
+    strength: float | None = Field(
+        None, gt=0, le=1, description="How far the picture is led back towards noise: near 0 little changes, with 1 all."
+    )
+
+
+class EditRequest(Edit, OpenAIRequest):
+    """Fields of `POST /v1/images/edits` less its files, `image` and `mask`."""
+
+    IGNORED = (*OpenAIRequest.IGNORED, "input_fidelity")
+
+    input_fidelity: Literal["high", "low"] | None = Field(None, description="Ignored.")
+
+
+class NativeEditRequest(Edit, ImageRequest):
+    """Fields of `POST /edit` less its files, `image` and `mask`."""
 
 
 def require_json(content_type: str) -> None:
     """Raise UnsupportedMedia unless the content type is JSON."""
-    if content_type.partition(";")[0].strip().lower() != "application/json":
-        raise UnsupportedMedia(f"The content type is {shown(content_type)}; send application/json.")
+    _require(content_type, "application/json")
 
 
-RequestT = TypeVar("RequestT", bound=ImageRequest)
+def require_form(content_type: str) -> None:
+    """Raise UnsupportedMedia unless the content type is that of a form with files."""
+    _require(content_type, "multipart/form-data")
+
+
+def _require(content_type: str, wanted: str) -> None:
+    if content_type.partition(";")[0].strip().lower() != wanted:
+        raise UnsupportedMedia(f"The content type is {shown(content_type)}; send {wanted}.")
+
+
+RequestT = TypeVar("RequestT", bound=BaseModel)
 
 
 def parse(body: bytes, schema: type[RequestT]) -> RequestT:
@@ -58,7 +129,20 @@ def parse(body: bytes, schema: type[RequestT]) -> RequestT:
     try:
         return schema.model_validate_json(body)
     except ValidationError as error:
-        raise _explain(error.errors(include_url=False)[0]) from None
+        raise explain(error) from None
+
+
+def parse_form(fields: Mapping[str, str], schema: type[RequestT]) -> RequestT:
+    """Read the fields of a form, whose values are all texts. Raises as `parse` does."""
+    try:
+        return schema.model_validate_strings(fields)
+    except ValidationError as error:
+        raise explain(error) from None
+
+
+def explain(error: ValidationError) -> InvalidRequest:
+    """The first problem, as the caller is told of it."""
+    return _explain(error.errors(include_url=False)[0])
 
 
 def _explain(problem: Any) -> InvalidRequest:

@@ -35,27 +35,42 @@ def a1111_text(values: dict[str, Any], model: str) -> str:
     return "\n".join(lines)
 
 
-def encode(image: Image.Image, output_format: OutputFormat, values: dict[str, Any], model: str) -> bytes:
-    """The picture as a file. `values` are the parameters of this image (`Parameters.of_image`).
+def encode(
+    image: Image.Image,
+    output_format: OutputFormat,
+    values: dict[str, Any] | None,
+    model: str,
+    quality: int | None = None,
+) -> bytes:
+    """The picture as a file. `values` are the parameters of this image (`Parameters.of_image`), None to leave them out.
 
     PNG carries them as text chunks `parameters` (A1111) and `stepweave` (JSON); JPEG and WebP as EXIF UserComment (A1111)
-    and ImageDescription (JSON).
+    and ImageDescription (JSON). `quality` is 0 to 100; PNG has none.
     """
     buffer = io.BytesIO()
-    text, record = a1111_text(values, model), json.dumps({**values, "model": model})
     if output_format == "png":
         info = PngInfo()
-        info.add_itxt("parameters", text)
-        info.add_itxt("stepweave", record)
+        if values is not None:
+            info.add_itxt("parameters", a1111_text(values, model))
+            info.add_itxt("stepweave", json.dumps({**values, "model": model}))
         image.save(buffer, "PNG", pnginfo=info)
         return buffer.getvalue()
+    # 4:4:4 and a high quality: flat colours and hard edges show chroma subsampling at once
+    options: dict[str, Any] = {"quality": 95, "subsampling": 0} if output_format == "jpeg" else {"quality": 90}
+    if quality is not None:
+        options["quality"] = quality
+    if values is not None:
+        options["exif"] = _exif(values, model, output_format)
+    image.convert("RGB").save(buffer, output_format.upper(), **options)
+    return buffer.getvalue()
+
+
+def _exif(values: dict[str, Any], model: str, output_format: OutputFormat) -> Image.Exif:
+    text = a1111_text(values, model)
     exif = Image.Exif()
     comment = _ASCII_CODE + text.encode() if text.isascii() else _UNICODE_CODE + text.encode("utf-16-be")
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
-    exif[ExifTags.Base.ImageDescription] = record
+    exif[ExifTags.Base.ImageDescription] = json.dumps({**values, "model": model})
     if output_format == "jpeg" and len(exif.tobytes()) > _EXIF_LIMIT:
         del exif[ExifTags.Base.ImageDescription]
-    # 4:4:4 and a high quality: flat colours and hard edges show chroma subsampling at once
-    options: dict[str, Any] = {"quality": 95, "subsampling": 0} if output_format == "jpeg" else {"quality": 90}
-    image.convert("RGB").save(buffer, output_format.upper(), exif=exif, **options)
-    return buffer.getvalue()
+    return exif
