@@ -9,6 +9,7 @@ import torch
 
 from stepweave.engine.hooks import track
 from stepweave.engine.job import Ending, Job
+from stepweave.engine.latents import Latents
 from stepweave.engine.merge import split
 from stepweave.engine.prompts import warned
 from stepweave.errors import Cancelled, DeadlineExceeded
@@ -83,6 +84,24 @@ class _Together:
 
     def __init__(self, jobs: list[Job]) -> None:
         self._jobs = jobs
+        self._wanting = [False] * len(jobs)
+
+    @property
+    def observed(self) -> bool:
+        return any(job.observed for job in self._jobs)
+
+    def wants_latents(self) -> bool:
+        self._wanting = [job.wants_latents() for job in self._jobs]
+        return any(self._wanting)
+
+    def denoised(self, latents: Latents) -> None:
+        counts = [images_of(job) for job in self._jobs]
+        if len(latents.sample) != sum(counts):
+            return  # its rows are not its pictures
+        for i, (job, wanting) in enumerate(zip(self._jobs, self._wanting, strict=True)):
+            if wanting:
+                start = sum(counts[:i])
+                job.denoised(latents.rows(start, start + counts[i]))
 
     def open(self, total: int) -> None:
         for job in self._jobs:

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from stepweave.engine.ambient import draw_seed
-from stepweave.engine.job import Job, inside_engine
+from stepweave.engine.job import Job, Observer, inside_engine
 from stepweave.engine.loop import StepLoop
 from stepweave.engine.memory import DeviceMemory
 from stepweave.engine.planner import OnStep, Planner, Standing
@@ -158,14 +158,15 @@ class StepEngine:
         deadline: float | None = None,
         reproducible: bool = False,
         priority: PriorityName = "normal",
+        observer: Observer | None = None,
         **kwargs: Any,
     ) -> Job:
         """Run the pipeline's call with these arguments as soon as possible.
 
         `scheduler` is used in place of the pipeline's, as a copy. `deadline` is in seconds from now; a job that is late ends at
         its next step with DeadlineExceeded. Jobs of a higher `priority` go first. With `reproducible` the result is bitwise that
-        of the plain call, in any company: its forwards are its own, and take turns with the others'. Callbacks run on the
-        engine's thread and hold up every job meanwhile. Raises EngineClosed.
+        of the plain call, in any company: its forwards are its own, and take turns with the others'. The `observer` is told how
+        the job goes. It and callbacks run on the engine's thread and hold up every job meanwhile. Raises EngineClosed.
         """
         if deadline is not None and not deadline > 0:
             raise ValueError(f"deadline is {deadline!r}; it must be more than 0 seconds")
@@ -186,6 +187,7 @@ class StepEngine:
             priority=Priority[priority.upper()],
             owner=runner,
             on_cancel=runner.cancel,
+            observer=observer,
         )
         with self._lock:
             if self._closed:

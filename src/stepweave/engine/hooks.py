@@ -7,7 +7,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -19,6 +19,7 @@ from stepweave.engine.ambient import current
 from stepweave.engine.call import Call, Target
 from stepweave.engine.fiber import Fiber, Own, current_fiber, suspend, suspendable
 from stepweave.engine.given import Given
+from stepweave.engine.latents import Observed, Tap
 from stepweave.engine.memory import ran_out
 from stepweave.engine.merge import cloned
 from stepweave.engine.offload import Offloading, moves_only, pipelines_in
@@ -243,18 +244,10 @@ def _modules(pipeline: Any) -> Iterator[tuple[str, nn.Module]]:
 # What a view reports
 
 
-class Progressing(Protocol):
-    """What a bar tells of its progress: a job, or jobs that progress as one."""
-
-    def check_step(self) -> None: ...
-    def open(self, total: int) -> None: ...
-    def advance(self, steps: int) -> None: ...
-
-
 class _Bar(Proxy):
     """A progress bar that tells the job, too, and ends it if it must end."""
 
-    def __init__(self, bar: Any, job: Progressing) -> None:
+    def __init__(self, bar: Any, job: Observed | Tap) -> None:
         super().__init__(bar)
         self._self_job = job
         job.check_step()
@@ -277,12 +270,13 @@ class _Bar(Proxy):
         return self
 
 
-def track(view: Any, job: Progressing) -> None:
-    """Have the job told of the view's progress, which every pipeline of diffusers shows on a bar."""
+def track(view: Any, job: Observed) -> None:
+    """Have the job told of the view's progress, which every pipeline of diffusers shows on a bar, and its observer of latents."""
+    told = Tap(view, job) if job.observed else job
     for one in pipelines_in(view):
         make = getattr(one, "progress_bar", None)
         if make is not None:
-            one.__dict__["progress_bar"] = lambda *args, make=make, **kwargs: _Bar(make(*args, **kwargs), job)
+            one.__dict__["progress_bar"] = lambda *args, make=make, **kwargs: _Bar(make(*args, **kwargs), told)
 
 
 def postprocess_elsewhere(view: Any) -> None:

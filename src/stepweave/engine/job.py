@@ -9,12 +9,15 @@ import time
 import uuid
 from collections.abc import Callable, Generator, Hashable
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from stepweave.engine.memory import ran_out
 from stepweave.errors import Cancelled, DeadlineExceeded, EngineMisuse, OutOfMemory, StepweaveError
 from stepweave.scheduling.profiles import Recorder, Shape
 from stepweave.scheduling.task import Priority, Task
+
+if TYPE_CHECKING:
+    from stepweave.engine.latents import Latents
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +43,22 @@ class Progress(NamedTuple):
 
     step: int
     total: int
+
+
+class Observer(Protocol):
+    """Is told how a job goes, on an engine's thread, which it holds up meanwhile. What it raises is logged once a job.
+
+    That a job is done tells `Job.add_done_callback`.
+    """
+
+    def progressed(self, job: Job) -> None:
+        """It has started, its denoising loop is about to begin, a step has run, or it begins anew; `job.progress` tells."""
+
+    def wants(self, step: int, total: int) -> bool:
+        """Whether `denoised` shall be called after the step of this number, 1 to `total`."""
+
+    def denoised(self, job: Job, latents: Latents) -> None:
+        """The step `job.progress.step` has run, from these latents; after `progressed`."""
 
 
 class _Result(Future[Any]):
@@ -74,6 +93,7 @@ class Job:
         priority: Priority = Priority.NORMAL,
         owner: object = None,
         on_cancel: Callable[[Job], None] = lambda job: None,
+        observer: Observer | None = None,
     ) -> None:
         self.args = args
         self.kwargs = kwargs
@@ -102,6 +122,8 @@ class Job:
         self._warnings: dict[Hashable, str] = {}
         self._owner = owner
         self._on_cancel = on_cancel
+        self._observer = observer
+        self._observer_failed = False
         self._future = _Result(self)
 
     @property
@@ -188,6 +210,11 @@ class Job:
             return Ending()
         return None
 
+    def start(self) -> None:
+        """Note that its call begins."""
+        self.started = time.monotonic()
+        self._tell()
+
     def begin(self) -> None:
         """Note that it is given a forward."""
         if self.begun is None:
@@ -198,6 +225,7 @@ class Job:
         """Note that a denoising loop of `total` steps begins."""
         self.opened = self.opened or time.monotonic()
         self._total += total
+        self._tell()
 
     def warn(self, key: Hashable, message: str) -> None:
         """Have the caller know; once for each key."""
@@ -210,11 +238,43 @@ class Job:
         self.recorder = Recorder()
         self.task.begun = self.task.opened = False
         self.task.done = 0
+        self._tell()
 
     def advance(self, steps: int) -> None:
         """Note that denoising steps have run."""
         self._step += steps
         self.stepped = time.monotonic()
+        self._tell()
+
+    @property
+    def observed(self) -> bool:
+        """Whether anyone wants to know how it goes."""
+        return self._observer is not None
+
+    def wants_latents(self) -> bool:
+        """Whether the observer wants the latents of the step that runs."""
+        observer, step = self._observer, self._step + 1
+        return observer is not None and self._contained(lambda: observer.wants(step, self._total)) is True
+
+    def denoised(self, latents: Latents) -> None:
+        """Tell the observer of the step that has run."""
+        observer = self._observer
+        if observer is not None:
+            self._contained(lambda: observer.denoised(self, latents))
+
+    def _tell(self) -> None:
+        observer = self._observer
+        if observer is not None:
+            self._contained(lambda: observer.progressed(self))
+
+    def _contained(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except BaseException:  # SystemExit would end the engine's thread
+            if not self._observer_failed:
+                self._observer_failed = True
+                logger.exception("an observer of %r failed", self)
+            return None
 
     def finish(self, outcome: Any) -> bool:
         """Deliver a result, or an error; False if the job was done already."""

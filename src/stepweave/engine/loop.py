@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -202,7 +201,7 @@ class StepLoop:
         except (Cancelled, DeadlineExceeded) as error:
             self._finish(job, error)
             return
-        job.started = time.monotonic()
+        job.start()
         if not self._active:
             self._exclusive = self._scope.takes_turns()
         own = self._scope.wardrobe()

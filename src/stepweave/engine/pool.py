@@ -126,7 +126,7 @@ class Pool:
         now = time.monotonic()
         beside = min(len(self._threads), len(self._running)) if self._together == 1 else 1
         for job in jobs:
-            job.started = now
+            job.start()
             job.begin()
         if len(jobs) > 1:
             try:
