@@ -1,0 +1,18 @@
+"""What outlives a request: records of jobs, picture files, and the directory that holds both.
+
+Works alone, without a server: nothing here imports torch or a route.
+"""
+
+from stepweave.store.directory import state_directory
+from stepweave.store.files import DirectoryFileStore, FileStore, StoredFile
+from stepweave.store.jobs import JobRecord, JobStore, SqliteJobStore
+
+__all__ = [
+    "DirectoryFileStore",
+    "FileStore",
+    "JobRecord",
+    "JobStore",
+    "SqliteJobStore",
+    "StoredFile",
+    "state_directory",
+]

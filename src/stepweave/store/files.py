@@ -1,0 +1,220 @@
+"""Picture files under unguessable names, for a bounded time and in bounded bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, ParamSpec, Protocol, TypeVar
+
+from stepweave.errors import StepweaveError, shown
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Suffix = Literal["png", "jpeg", "webp"]
+MEDIA_TYPES: dict[str, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+READERS = 4  # threads
+_NAME = re.compile(r"[0-9a-f]{32}\.(png|jpeg|webp)")
+_PARTIAL = re.compile(rf"\.{_NAME.pattern}\.partial")
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file as it is served."""
+
+    data: bytes
+    media_type: str
+    expires_in: float  # seconds, more than 0
+
+
+class FileStore(Protocol):
+    """Where picture files are kept. Every method raises StepweaveError (code `store_failed`) where the store fails."""
+
+    async def put(self, data: bytes, suffix: Suffix) -> str:
+        """Keep a file; returns its name. Raises StepweaveError (code `file_too_large`) for one that is over the bound."""
+
+    async def get(self, name: str) -> StoredFile | None:
+        """The file of that name, any text; None where there is none, or it has expired."""
+
+    async def delete(self, names: Iterable[str]) -> None:
+        """Remove files. Names of none are passed over."""
+
+    async def sweep(self, now: float) -> list[str]:
+        """Remove what has expired by `now`, Unix seconds. Returns the names of all that went of itself since the last sweep:
+        expired, or the oldest that made room. Jobs that own such a file are to be forgotten (`JobStore.forget`)."""
+
+    async def close(self) -> None:
+        """Finish what was begun, then take no more."""
+
+    @property
+    def count(self) -> int:
+        """Files that are kept."""
+
+    @property  # the last one: the name hides the builtin from annotations below
+    def bytes(self) -> int:
+        """What the files come to, never over the bound."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    size: int  # bytes
+    created: float  # Unix seconds
+
+
+class DirectoryFileStore:
+    """A FileStore in a directory that no other process writes to.
+
+    Files are written in turn by one thread, which alone changes the index: so their bytes are bounded at any moment. A file gets
+    its name once it is on the disk, whole; its time of modification is when it was made. `clock` gives Unix seconds.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        keep_seconds: float,
+        max_bytes: int,
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Index what the directory has of an earlier run. Raises StepweaveError (code `store_failed`)."""
+        self._directory = Path(directory)
+        self._keep_seconds = keep_seconds
+        self._max_bytes = max_bytes
+        self._clock = clock
+        self._index: dict[str, _Entry] = {}  # oldest first
+        self._bytes = 0
+        self._gone: list[str] = []  # made room since the last sweep
+        self._closed = False
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="file-writer")
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="file-reader")
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._read_directory()
+            self._make_room(0)
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def _read_directory(self) -> None:
+        now, found = self._clock(), []
+        with os.scandir(self._directory) as entries:
+            for entry in entries:
+                if not entry.is_file(follow_symlinks=False):
+                    continue
+                if _PARTIAL.fullmatch(entry.name):
+                    os.unlink(entry.path)
+                elif _NAME.fullmatch(entry.name):
+                    status = entry.stat(follow_symlinks=False)
+                    # A time to come is of a clock that was set back meanwhile; the file must not outlive the others for it
+                    found.append((min(status.st_mtime, now), entry.name, status.st_size))
+        for created, name, size in sorted(found):
+            self._index[name] = _Entry(size, created)
+            self._bytes += size
+
+    @property
+    def count(self) -> int:
+        return len(self._index)
+
+    async def put(self, data: bytes, suffix: Suffix) -> str:
+        if suffix not in MEDIA_TYPES:
+            raise ValueError(f"suffix is {shown(suffix)}; allowed are {', '.join(MEDIA_TYPES)}.")
+        if len(data) > self._max_bytes:
+            message = f"The picture's file has {len(data)} bytes; the file store takes {self._max_bytes} in all."
+            raise StepweaveError(message, code="file_too_large")
+        return await self._run(self._writer, self._write, data, suffix)
+
+    def _write(self, data: bytes, suffix: Suffix) -> str:
+        name, created = f"{secrets.token_hex(16)}.{suffix}", self._clock()
+        partial = self._directory / f".{name}.partial"
+        self._make_room(len(data))
+        try:
+            with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())  # else a lost power supply could leave the name without its data
+            os.utime(partial, (created, created))
+            os.replace(partial, self._directory / name)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
+        self._index[name] = _Entry(len(data), created)
+        self._bytes += len(data)
+        return name
+
+    def _make_room(self, size: int) -> None:
+        while self._index and self._bytes + size > self._max_bytes:
+            oldest = next(iter(self._index))
+            self._remove(oldest)
+            self._gone.append(oldest)
+
+    def _remove(self, name: str) -> None:
+        (self._directory / name).unlink(missing_ok=True)
+        self._bytes -= self._index.pop(name).size
+
+    async def get(self, name: str) -> StoredFile | None:
+        if not _NAME.fullmatch(name) or name not in self._index:
+            return None
+        return await self._run(self._readers, self._read, name)
+
+    def _read(self, name: str) -> StoredFile | None:
+        entry = self._index.get(name)
+        if entry is None:
+            return None
+        try:
+            data = (self._directory / name).read_bytes()
+        except FileNotFoundError:
+            return None
+        expires_in = entry.created + self._keep_seconds - self._clock()
+        return StoredFile(data, MEDIA_TYPES[name.partition(".")[2]], expires_in) if expires_in > 0 else None
+
+    async def delete(self, names: Iterable[str]) -> None:
+        await self._run(self._writer, self._delete, [name for name in names if name in self._index])
+
+    def _delete(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name in self._index:
+                self._remove(name)
+
+    async def sweep(self, now: float) -> list[str]:
+        return await self._run(self._writer, self._sweep, now)
+
+    def _sweep(self, now: float) -> list[str]:
+        for name, entry in list(self._index.items()):
+            if entry.created + self._keep_seconds <= now:
+                self._remove(name)
+                self._gone.append(name)
+        gone, self._gone = self._gone, []
+        return gone
+
+    async def close(self) -> None:
+        if not self._closed:
+            await self._run(self._writer, lambda: None)
+            self._closed = True
+            self._writer.shutdown(wait=False)
+            self._readers.shutdown(wait=False)
+
+    async def _run(self, executor: ThreadPoolExecutor, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        if self._closed:
+            raise StepweaveError("The file store is closed.", code="store_failed")
+        try:
+            return await asyncio.get_running_loop().run_in_executor(executor, lambda: work(*args, **kwargs))
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def _failure(self, error: OSError) -> StepweaveError:
+        logger.error("the file store in %s failed: %s", self._directory, error)
+        return StepweaveError(f"The file store failed ({error.strerror or type(error).__name__}).", code="store_failed")
+
+    @property
+    def bytes(self) -> int:
+        return self._bytes

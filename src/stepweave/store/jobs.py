@@ -1,0 +1,319 @@
+"""Records of jobs, which outlive their requests and the process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import os
+import re
+import sqlite3
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+
+from stepweave.errors import InvalidRequest, StepweaveError, shown
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Kind = Literal["generation", "edit"]
+State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+_ID = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobRecord:
+    """What is known of a job. Times are Unix seconds; dicts and lists hold what JSON can."""
+
+    id: str  # 32 hex digits
+    owner: str | None  # digest of the API key; None without keys
+    kind: Kind
+    state: State
+    created: float
+    updated: float
+    started: float | None = None
+    finished: float | None = None
+    step: int = 0
+    total_steps: int = 0
+    request: dict[str, Any]  # the parameters as resolved
+    response: dict[str, Any] | None = None  # the answer without its pictures
+    files: tuple[str, ...] = ()  # names in the file store, one per picture, in order
+    error: dict[str, Any] | None = None  # the contract's: message, type, code, param
+    warnings: list[str]
+    idempotency_key: str | None = None
+    fingerprint: str | None = None  # hex digest of the request's body
+
+    @property
+    def done(self) -> bool:
+        """Whether the job has come to an end, whichever."""
+        return self.state in ("succeeded", "failed", "cancelled")
+
+    @property
+    def cursor(self) -> str:
+        """Its place in the list: what `JobStore.list` takes as `before`. Holds after the record is gone."""
+        return f"{self.created!r}_{self.id}"
+
+
+class JobStore(Protocol):
+    """Where records are kept. Every method raises StepweaveError (code `store_failed`) where the store fails.
+
+    Calls of one event loop take effect in their order. One whose task was cancelled may have taken effect.
+    """
+
+    async def put(self, record: JobRecord) -> None:
+        """Insert the record, or replace the one of the same id."""
+
+    async def get(self, id: str) -> JobRecord | None:
+        """The record of that id, any text."""
+
+    async def by_key(self, owner: str | None, key: str) -> JobRecord | None:
+        """The owner's newest record of that idempotency key that neither failed nor was cancelled."""
+
+    async def delete(self, id: str) -> list[str]:
+        """Drop the record, if there is one. Returns the names of its files."""
+
+    async def forget(self, files: Iterable[str]) -> list[str]:
+        """Drop the records that own any of these files. Returns the names of all files of theirs."""
+
+    async def sweep(self, now: float) -> list[str]:
+        """Drop what is past its time by `now`, Unix seconds, and the oldest finished ones of too many. Returns the names of
+        their files. Unfinished jobs stay."""
+
+    async def interrupted(self) -> int:
+        """Mark jobs that an earlier process left unfinished as failed. Returns how many. To be called before the first put."""
+
+    async def close(self) -> None:
+        """Finish what was begun, then take no more."""
+
+    async def list(self, owner: str | None, limit: int, before: str | None = None) -> list[JobRecord]:
+        """At most `limit` records of the owner, newest first, from behind the cursor `before` (`JobRecord.cursor`).
+
+        Raises InvalidRequest for text that is no cursor.
+        """
+
+
+JOURNAL_BYTES = 16 * 2**20  # of the write-ahead log, which else keeps the largest size that it ever had
+SCHEMA_VERSION = 1
+_SCHEMA = """
+CREATE TABLE jobs (
+    id TEXT PRIMARY KEY, owner TEXT, kind TEXT NOT NULL, state TEXT NOT NULL,
+    created REAL NOT NULL, updated REAL NOT NULL, started REAL, finished REAL,
+    step INTEGER NOT NULL, total_steps INTEGER NOT NULL,
+    request TEXT NOT NULL, response TEXT, files TEXT NOT NULL, error TEXT, warnings TEXT NOT NULL,
+    idempotency_key TEXT, fingerprint TEXT
+);
+CREATE INDEX jobs_of_owner ON jobs (owner, created, id);
+CREATE INDEX jobs_of_key ON jobs (owner, idempotency_key, created, id) WHERE idempotency_key IS NOT NULL;
+CREATE INDEX jobs_finished ON jobs (finished, id) WHERE finished IS NOT NULL;
+"""
+_COLUMNS = tuple(field.name for field in fields(JobRecord))
+_JSON = {"request", "response", "files", "error", "warnings"}
+_SELECT = f"SELECT {', '.join(_COLUMNS)} FROM jobs"
+_PUT = (
+    f"INSERT INTO jobs ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))}) ON CONFLICT (id) DO UPDATE SET "
+    + ", ".join(f"{name} = excluded.{name}" for name in _COLUMNS if name != "id")
+)
+_CORRUPT = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+
+
+def _to_row(record: JobRecord) -> tuple[Any, ...]:
+    values = ((name, getattr(record, name)) for name in _COLUMNS)
+    return tuple(json.dumps(value) if name in _JSON and value is not None else value for name, value in values)
+
+
+def _to_record(row: tuple[Any, ...]) -> JobRecord:
+    values = {
+        name: json.loads(value) if name in _JSON and value is not None else value
+        for name, value in zip(_COLUMNS, row, strict=True)
+    }
+    return JobRecord(**values | {"files": tuple(values["files"])})
+
+
+def _to_place(cursor: str) -> tuple[float, str]:
+    created, _, id = cursor.rpartition("_")
+    try:
+        place = float(created), id
+    except ValueError:
+        place = math.nan, id
+    if not math.isfinite(place[0]) or not _ID.fullmatch(id):
+        raise InvalidRequest(f"before is {shown(cursor)}; it takes the cursor of an earlier page.", param="before")
+    return place
+
+
+class _Unusable(Exception):
+    """The file is there, but not one to go on with."""
+
+    def __init__(self, suffix: str, reason: str) -> None:
+        super().__init__(reason)
+        self.suffix = suffix  # of its name once it is set aside
+        self.reason = reason
+
+
+class SqliteJobStore:
+    """A JobStore in one SQLite file, on a thread of its own.
+
+    What `put` has acknowledged outlives a killed process; a lost power supply may take the last ones. A file that is corrupt,
+    or of another version of the schema, is set aside (one of each kind), and a new one begun. `clock` gives Unix seconds.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        keep_seconds: float,
+        keep_records: int,
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Open the file; takes milliseconds. Raises StepweaveError (code `store_failed`)."""
+        self._path = Path(path)
+        self._keep_seconds = keep_seconds
+        self._keep_records = keep_records
+        self._clock = clock
+        self._closed = False
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="job-store")
+        try:
+            self._connection = self._thread.submit(self._open).result()
+        except (OSError, sqlite3.Error) as error:
+            self._thread.shutdown(wait=False)
+            raise self._failure(error) from error
+
+    def _open(self) -> sqlite3.Connection:
+        try:
+            return self._connect()
+        except _Unusable as error:
+            self._set_aside(error.suffix, error.reason)
+        return self._connect()
+
+    def _connect(self) -> sqlite3.Connection:
+        # SQLite gives the files beside it the mode of this one
+        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
+        connection = sqlite3.connect(self._path)
+        try:
+            self._prepare(connection)
+        except BaseException as error:
+            connection.close()
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in _CORRUPT:  # the low byte; the rest tells kinds of it
+                raise _Unusable("corrupt", f"is corrupt ({error})") from error
+            raise
+        return connection
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")
+        connection.execute(f"PRAGMA journal_size_limit = {JOURNAL_BYTES}")
+        (problem,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        if problem != "ok":
+            raise _Unusable("corrupt", f"is corrupt ({problem})")
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+        if version == 0 and tables == 0:
+            connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        elif version != SCHEMA_VERSION:
+            raise _Unusable(f"version-{version}", f"has version {version} of the schema, not {SCHEMA_VERSION}")
+
+    def _set_aside(self, suffix: str, reason: str) -> None:
+        aside = f"{self._path}.{suffix}"
+        logger.warning("%s %s; it is set aside as %s, and a new one begun", self._path, reason, aside)
+        for part in ("-wal", "-shm", ""):
+            try:
+                os.replace(f"{self._path}{part}", f"{aside}{part}")
+            except FileNotFoundError:
+                Path(f"{aside}{part}").unlink(missing_ok=True)  # of the one that was set aside before
+
+    async def put(self, record: JobRecord) -> None:
+        row = _to_row(record)  # here, so that it is the record as it is now
+
+        def work(connection: sqlite3.Connection) -> None:
+            connection.execute(_PUT, row)
+
+        await self._run(work)
+
+    async def get(self, id: str) -> JobRecord | None:
+        if not _ID.fullmatch(id):
+            return None
+        return await self._one(f"{_SELECT} WHERE id = ?", (id,))
+
+    async def by_key(self, owner: str | None, key: str) -> JobRecord | None:
+        condition = "owner IS ? AND idempotency_key = ? AND state NOT IN ('failed', 'cancelled')"
+        return await self._one(f"{_SELECT} WHERE {condition} ORDER BY created DESC, id DESC LIMIT 1", (owner, key))
+
+    async def delete(self, id: str) -> list[str]:
+        return await self._drop("id = ?", (id,))
+
+    async def forget(self, files: Iterable[str]) -> list[str]:
+        names = list(files)
+        if not names:
+            return []
+        owns = "SELECT 1 FROM json_each(jobs.files) WHERE value IN (SELECT value FROM json_each(?))"
+        return await self._drop(f"EXISTS ({owns})", (json.dumps(names),))
+
+    async def sweep(self, now: float) -> list[str]:
+        excess = "max(0, (SELECT count(*) FROM jobs) - ?)"
+        oldest = f"SELECT id FROM jobs WHERE finished IS NOT NULL ORDER BY finished, id LIMIT {excess}"
+        return await self._drop(f"finished <= ? OR id IN ({oldest})", (now - self._keep_seconds, self._keep_records))
+
+    async def interrupted(self) -> int:
+        now = self._clock()
+
+        def work(connection: sqlite3.Connection) -> int:
+            changed = 0
+            for state in ("queued", "running"):
+                message = f"The server was restarted while the job was {state}; send it again."
+                error = {"message": message, "type": "server_error", "code": "restarted", "param": None}
+                changed += connection.execute(
+                    "UPDATE jobs SET state = 'failed', finished = ?, updated = ?, error = ? WHERE state = ?",
+                    (now, now, json.dumps(error), state),
+                ).rowcount
+            return changed
+
+        return await self._run(work)
+
+    async def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._connection.close)
+            self._thread.shutdown(wait=False)
+
+    async def _one(self, query: str, arguments: tuple[Any, ...]) -> JobRecord | None:
+        row = await self._run(lambda connection: connection.execute(query, arguments).fetchone())
+        return None if row is None else _to_record(row)
+
+    async def _drop(self, condition: str, arguments: tuple[Any, ...]) -> list[str]:
+        def work(connection: sqlite3.Connection) -> list[str]:
+            dropped = connection.execute(f"DELETE FROM jobs WHERE {condition} RETURNING files", arguments).fetchall()
+            return [name for (names,) in dropped for name in json.loads(names)]
+
+        return await self._run(work)
+
+    async def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Do the work on the store's thread, as one transaction."""
+        if self._closed:
+            raise StepweaveError("The job store is closed.", code="store_failed")
+
+        def transaction() -> T:
+            with self._connection as connection:
+                return work(connection)
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, transaction)
+        except sqlite3.Error as error:
+            raise self._failure(error) from error
+
+    def _failure(self, error: Exception) -> StepweaveError:
+        logger.error("the job store %s failed: %s", self._path, error)
+        reason = error.strerror if isinstance(error, OSError) else error  # neither has the path
+        return StepweaveError(f"The job store failed ({reason}).", code="store_failed")
+
+    async def list(self, owner: str | None, limit: int, before: str | None = None) -> list[JobRecord]:
+        condition = "owner IS ?"
+        arguments: tuple[Any, ...] = (owner, limit)
+        if before is not None:
+            condition, arguments = f"{condition} AND (created, id) < (?, ?)", (owner, *_to_place(before), limit)
+        query = f"{_SELECT} WHERE {condition} ORDER BY created DESC, id DESC LIMIT ?"
+        rows = await self._run(lambda connection: connection.execute(query, arguments).fetchall())
+        return [_to_record(row) for row in rows]
