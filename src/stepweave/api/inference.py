@@ -1,0 +1,281 @@
+"""The Open Inference Protocol v2, as KServe and Triton's clients speak it.
+
+Each element of the input `prompt` is one picture, a generation of its own; an optional input has one element for all of them, or
+one each. What holds for all may stand in the request's `parameters` too. A picture comes back as its file, in binary tensors as
+it is and in JSON as base64; the output `parameters` has a JSON text for each picture: everything as resolved, and warnings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import ValidationError
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from stepweave import __version__
+from stepweave.api.disconnect import read_body, until_disconnect
+from stepweave.api.responses import error_response
+from stepweave.api.schemas import ImageRequest, explain
+from stepweave.api.tensors import (
+    FLOATS,
+    HEADER_LENGTH,
+    INTEGERS,
+    TEXTS,
+    InferenceRequest,
+    OutputTensor,
+    Scalar,
+    decompress,
+    read_inputs,
+    read_message,
+    write_message,
+    wrong,
+)
+from stepweave.errors import InvalidRequest, NotFound, UnsupportedMedia, shown
+from stepweave.server import Server
+
+if TYPE_CHECKING:
+    from stepweave.model import ServedModel
+    from stepweave.ticket import Answer
+
+VERSION = "1"  # of the model: it is replaced with the process
+INPUTS = {
+    "prompt": TEXTS,
+    "negative_prompt": TEXTS,
+    "size": TEXTS,
+    "seed": INTEGERS,
+    "num_inference_steps": ("INT32", *(name for name in INTEGERS if name != "INT32")),
+    "guidance_scale": FLOATS,
+}
+OUTPUTS = ("image", "parameters")
+PARAMETERS = tuple(name for name in ImageRequest.model_fields if name != "prompt")
+CONTENT_TYPES = ("", "application/json", "application/octet-stream")
+TRITON_PRIORITIES = {1: "high", 2: "normal", 3: "low"}
+MICROSECONDS = 1000  # in a millisecond
+
+T = TypeVar("T")
+
+
+class InferenceApi:
+    """The handlers, bound to one server."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+
+    def routes(self) -> list[Route]:
+        model = "/v2/models/{model:path}"
+        version = f"{model}/versions/{{version}}"
+        return [
+            Route("/v2", self.metadata, methods=["GET"]),
+            Route("/v2/health/live", self.live, methods=["GET"]),
+            Route("/v2/health/ready", self.ready, methods=["GET"]),
+            *(Route(f"{one}/infer", self.infer, methods=["POST"]) for one in (version, model)),
+            *(Route(f"{one}/ready", self.model_ready, methods=["GET"]) for one in (version, model)),
+            *(Route(one, self.model_metadata, methods=["GET"]) for one in (version, model)),
+        ]
+
+    async def metadata(self, request: Request) -> Response:
+        return JSONResponse({"name": "stepweave", "version": __version__, "extensions": ["binary_tensor_data"]})
+
+    async def live(self, request: Request) -> Response:
+        if self.server.status.stage == "failed":
+            return error_response(self.server.unavailable(), live=False)
+        return JSONResponse({"live": True})
+
+    async def ready(self, request: Request) -> Response:
+        if self.server.status.stage != "ready":
+            return error_response(self.server.unavailable(), ready=False)
+        return JSONResponse({"ready": True})
+
+    async def model_ready(self, request: Request) -> Response:
+        return JSONResponse({"name": self._model(request).id, "ready": True})
+
+    async def model_metadata(self, request: Request) -> Response:
+        model = self._model(request)
+        accepted = _accepted(model)
+        return JSONResponse(
+            {
+                "name": model.id,
+                "versions": [VERSION],
+                "platform": f"diffusers_{model.pipeline_class}",
+                "inputs": [
+                    {"name": name, "datatype": datatypes[0], "shape": [-1]} for name, datatypes in accepted.items()
+                ],
+                "outputs": [{"name": name, "datatype": "BYTES", "shape": [-1]} for name in OUTPUTS],
+            }
+        )
+
+    async def infer(self, request: Request) -> Response:
+        with self.server.metrics.counted(success=False):
+            model = self._model(request)
+            content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if content_type not in CONTENT_TYPES:
+                raise UnsupportedMedia(
+                    f"The content type is {shown(content_type)}; send application/json or application/octet-stream."
+                )
+            body = await read_body(request)
+            # off the loop: a body may be long
+            message, images = await asyncio.to_thread(self._read, request, body, model)
+            outputs = _requested(message)
+        work = together([self.server.generate(image) for image in images])
+        answers = await until_disconnect(request, work)
+        content, length = await asyncio.to_thread(_write, message, outputs, answers)
+        if length is None:
+            return Response(content, media_type="application/json")
+        return Response(content, media_type="application/octet-stream", headers={HEADER_LENGTH: str(length)})
+
+    def _model(self, request: Request) -> ServedModel:
+        """The model that the path names. Raises NotFound if it or its version is not the one that is served."""
+        model, _ = self.server.ready()
+        name, version = request.path_params["model"], request.path_params.get("version", VERSION)
+        if name != model.id:
+            raise NotFound(
+                f"There is no model {shown(name)}; this server has {model.id!r}.", code="model_not_found", param="model"
+            )
+        if version != VERSION:
+            raise NotFound(
+                f"There is no version {shown(version)} of {model.id!r}, only {VERSION!r}.",
+                code="model_not_found",
+                param="version",
+            )
+        return model
+
+    def _read(self, request: Request, body: bytes, model: ServedModel) -> tuple[InferenceRequest, list[ImageRequest]]:
+        encoding = request.headers.get("content-encoding", "")
+        body = decompress(body, encoding, self.server.settings.max_body_bytes)
+        message, tail = read_message(body, request.headers.get(HEADER_LENGTH))
+        for name, given, served in (
+            ("model_name", message.model_name, model.id),
+            ("model_version", message.model_version, VERSION),
+        ):
+            if given not in (None, "", served):
+                raise InvalidRequest(f"{name} is {shown(given)}, but the path says {served!r}.", param=name)
+        fields = read_inputs(message, tail, _accepted(model))
+        return message, _image_requests(fields, _parameters(message.parameters), self.server.settings.max_images)
+
+
+def _accepted(model: ServedModel) -> dict[str, Sequence[str]]:
+    """The inputs that the model's pipeline knows, each with its datatypes, the usual one first."""
+    optional = ("negative_prompt", "guidance_scale")
+    return {name: datatypes for name, datatypes in INPUTS.items() if name not in optional or name in model.arguments}
+
+
+def _parameters(given: dict[str, Scalar]) -> dict[str, Any]:
+    """The request's parameters as fields of an ImageRequest. Triton's own `priority` and `timeout` are taken as it means them."""
+    values: dict[str, Any] = {name: value for name, value in given.items() if name != "binary_data_output"}
+    timeout = values.pop("timeout", None)
+    if timeout is not None:
+        if type(timeout) is not int or timeout < 1:
+            raise InvalidRequest(
+                f"timeout is {shown(timeout)}; it is a number of microseconds, at least 1.", param="timeout"
+            )
+        if "deadline_ms" in values:
+            raise InvalidRequest("timeout and deadline_ms are both given; they mean the same.", param="timeout")
+        values["deadline_ms"] = -(-timeout // MICROSECONDS)
+    if type(values.get("priority")) is int:
+        if values["priority"] not in TRITON_PRIORITIES:
+            raise InvalidRequest(
+                f"priority is {values['priority']}; as a number it is 1 (high), 2 (normal) or 3 (low).",
+                param="priority",
+            )
+        values["priority"] = TRITON_PRIORITIES[values["priority"]]
+    for name in values:
+        if name not in PARAMETERS:
+            raise InvalidRequest(
+                f"Unknown parameter {shown(name)}; the parameters are {', '.join(PARAMETERS)}, timeout and "
+                "binary_data_output.",
+                code="unknown_field",
+                param=name[:80],
+            )
+    return values
+
+
+def _image_requests(fields: dict[str, list[Any]], shared: dict[str, Any], most: int) -> list[ImageRequest]:
+    """One request for each prompt. Raises InvalidRequest naming the tensor or parameter that is wrong."""
+    if "prompt" not in fields:
+        raise wrong("prompt", "it is missing", code="missing_field")
+    count = len(fields["prompt"])
+    if not 1 <= count <= most:
+        raise wrong("prompt", f"its shape is [{count}]; the limit is 1 to {most} elements")
+    for name, elements in fields.items():
+        if len(elements) not in (1, count):
+            raise wrong(name, f"its shape is [{len(elements)}]; it must be [1] or, as prompt's, [{count}]")
+        if name in shared:
+            raise wrong(name, "it is given as an input and as a parameter")
+    requests = []
+    for i in range(count):
+        values = {name: elements[i if len(elements) == count else 0] for name, elements in fields.items()}
+        try:
+            requests.append(ImageRequest.model_validate({**shared, **values}))
+        except ValidationError as error:
+            explained = explain(error)
+            if explained.param in values and count > 1:
+                explained = wrong(explained.param, f"element {i}: {explained.message.removesuffix('.')}")
+            raise explained from None
+    return requests
+
+
+def _requested(message: InferenceRequest) -> dict[str, bool]:
+    """The outputs that are asked for, by whether they are to be binary."""
+    default = message.parameters.get("binary_data_output", False)
+    if type(default) is not bool:
+        raise InvalidRequest(f"binary_data_output is {shown(default)}; say true or false.", param="binary_data_output")
+    if not message.outputs:
+        return dict.fromkeys(OUTPUTS, default)
+    asked: dict[str, bool] = {}
+    for output in message.outputs:
+        if output.name not in OUTPUTS:
+            problem = f"there is no such output; the outputs are {', '.join(OUTPUTS)}"
+            raise wrong(output.name, problem, code="unknown_field")
+        if output.name in asked:
+            raise wrong(output.name, "it is asked for twice")
+        binary = output.parameters.binary_data
+        asked[output.name] = default if binary is None else binary
+    return asked
+
+
+async def together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all, in order. The first that fails cancels the others, and its error is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one) for one in work]
+    except ExceptionGroup as failures:
+        failure = failures.exceptions[0]
+    else:
+        return [task.result() for task in tasks]
+    raise failure
+
+
+def _write(
+    message: InferenceRequest, requested: dict[str, bool], answers: Sequence[Answer]
+) -> tuple[bytes, int | None]:
+    """The body of the answer, and the length of its JSON if binary tensors follow it."""
+    body = answers[0].body
+    output_format = body["parameters"]["output_format"]
+    head = {"model_name": body["model"], "model_version": VERSION} | ({} if message.id is None else {"id": message.id})
+    images = [answer.pictures[0].data for answer in answers]
+    texts = [
+        json.dumps(
+            {
+                **answer.pictures[0].values,
+                "output_format": output_format,
+                "model": body["model"],
+                "warnings": answer.body["warnings"],
+            }
+        )
+        for answer in answers
+    ]
+    outputs = []
+    for name, binary in requested.items():
+        if name == "image":
+            parameters = {"content_type": f"image/{output_format}"} | ({} if binary else {"encoding": "base64"})
+            encoded = [] if binary else [base64.b64encode(image).decode() for image in images]
+            outputs.append(OutputTensor(name, images, encoded, binary, parameters))
+        else:
+            outputs.append(OutputTensor(name, [text.encode() for text in texts], texts, binary, {}))
+    return write_message(head, outputs)

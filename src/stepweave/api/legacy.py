@@ -1,0 +1,175 @@
+"""The surface of the diffusers example server (examples/server-async), for its clients, and what the server's root answers."""
+
+from __future__ import annotations
+
+import asyncio
+import html
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from stepweave import __version__
+from stepweave.api.disconnect import read_body, until_disconnect
+from stepweave.api.schemas import ImageRequest, explain, parse, require_json
+from stepweave.api.urls import base_url
+from stepweave.errors import InvalidRequest, NotFound, shown
+from stepweave.server import Server
+
+DEFAULT_STEPS = 28  # the example server's
+TYPE = "t2im"  # what it calls text to image
+GIGABYTE = 1024**3
+LINKS = {
+    "playground": "/ui",
+    "openapi": "/openapi.json",
+    "models": "/v1/models",
+    "status": "/api/status",
+    "metrics": "/metrics",
+}  # of the root's answer; those that are mounted
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Vary": "Accept",
+}
+_STYLE = (
+    "body{font:1rem/1.5 system-ui,sans-serif;max-width:48rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}"
+)
+
+
+class LegacyRequest(BaseModel):
+    """Body of `POST /api/diffusers/inference`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    prompt: str = Field(description="What the picture should show.")
+    negative_prompt: str | None = Field(None, description="What it should not show.")
+    num_inference_steps: int | None = Field(
+        None, description=f"Denoising steps; {DEFAULT_STEPS} if absent, or the server's limit if that is less."
+    )
+    num_images_per_prompt: int = Field(1, ge=1, description="Number of pictures.")
+    model: str | None = Field(None, description="Id of the model, if given.")
+
+
+class LegacyApi:
+    """The handlers, bound to one server."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/", self.root, methods=["GET"]),
+            Route("/api/diffusers/inference", self.inference, methods=["POST"]),
+            Route("/api/status", self.status, methods=["GET"]),
+            Route("/images/{filename}", self.image, methods=["GET"]),
+        ]
+
+    async def inference(self, request: Request) -> Response:
+        settings = self.server.settings
+        with self.server.metrics.counted(success=False):
+            require_json(request.headers.get("content-type", ""))
+            body = parse(await read_body(request), LegacyRequest)
+            steps = body.num_inference_steps
+            if body.num_images_per_prompt > settings.max_images:
+                raise InvalidRequest(
+                    f"num_images_per_prompt is {body.num_images_per_prompt}; the limit is {settings.max_images}.",
+                    param="num_images_per_prompt",
+                )
+            image = _image_request(
+                prompt=body.prompt,
+                negative_prompt=body.negative_prompt or None,  # to the example server both mean none
+                num_inference_steps=min(DEFAULT_STEPS, settings.max_steps) if steps is None else steps,
+            )
+            root = base_url(request, settings)
+        names = await until_disconnect(request, self._generate(image, body))
+        return JSONResponse({"response": [f"{root}/images/{name}" for name in names]})
+
+    async def _generate(self, image: ImageRequest, body: LegacyRequest) -> list[str]:
+        """Names of the pictures' files in the store."""
+        answer = await self.server.generate(image, n=body.num_images_per_prompt, model=body.model)
+        stored = (self.server.files.put(picture.data, image.output_format) for picture in answer.pictures)
+        return list(await asyncio.gather(*stored))
+
+    async def image(self, request: Request) -> Response:
+        """A stored picture. The name is the key to it: unguessable, and gone with the file."""
+        name = request.path_params["filename"]
+        file = await self.server.files.get(name)
+        if file is None:
+            raise NotFound(f"There is no picture {shown(name)}; it may have expired.", code="image_not_found")
+        headers = {"Cache-Control": f"private, max-age={int(file.expires_in)}", "X-Content-Type-Options": "nosniff"}
+        return Response(file.data, media_type=file.media_type, headers=headers)
+
+    async def status(self, request: Request) -> Response:
+        model, _ = self.server.ready()
+        # off the loop: CUDA's memory query may wait for the driver
+        counts, memory = await asyncio.to_thread(self._measure)
+        return JSONResponse({"current_model": model.id, "type_models": TYPE, "memory": memory, **counts})
+
+    def _measure(self) -> tuple[dict[str, int], dict[str, Any]]:
+        names = ["stepweave_requests_in_flight", "stepweave_requests_total", "stepweave_vram_bytes"]
+        samples = [
+            one
+            for family in self.server.metrics.registry.restricted_registry(names).collect()
+            for one in family.samples
+        ]
+        in_flight, answered, *_ = (sum(int(one.value) for one in samples if one.name == name) for name in names)
+        # the example server counts what it has begun
+        counts = {"active_inferences": in_flight, "total_requests": answered + in_flight}
+        vram = {one.labels["kind"]: one.value for one in samples if one.name == names[2]}
+        if not self.server.device.startswith("cuda") or not vram:
+            return counts, {}
+        memory = {f"memory_{kind}_gb": round(vram[kind] / GIGABYTE, 2) for kind in ("allocated", "reserved")}
+        return counts, {**memory, "device": self.server.device}
+
+    async def root(self, request: Request) -> Response:
+        model = None if self.server.model is None else self.server.model.id
+        routes = [
+            {"path": route.path_format, "methods": sorted((route.methods or set()) - {"HEAD"})}
+            for route in request.app.routes
+            if isinstance(route, Route)
+        ]
+        mounted = {route["path"] for route in routes}
+        links = {name: path for name, path in LINKS.items() if path in mounted}
+        accepted = [one.partition(";")[0].strip() for one in request.headers.get("accept", "").split(",")]
+        if "text/html" in accepted:
+            return HTMLResponse(_page(model, self.server.status.stage, routes, links), headers=_PAGE_HEADERS)
+        return JSONResponse(
+            {
+                "name": "stepweave",
+                "version": __version__,
+                "model": model,
+                "stage": self.server.status.stage,
+                "routes": routes,
+                "links": links,
+            },
+            headers={"Vary": "Accept"},
+        )
+
+
+def _image_request(**fields: Any) -> ImageRequest:
+    try:
+        return ImageRequest(**fields)
+    except ValidationError as error:
+        raise explain(error) from None
+
+
+def _page(model: str | None, stage: str, routes: list[dict[str, Any]], links: dict[str, str]) -> str:
+    def item(text: str) -> str:
+        return f"<li>{text}</li>"
+
+    shown_links = "".join(
+        item(f'<a href="{html.escape(path)}">{html.escape(name)}</a>') for name, path in links.items()
+    )
+    shown_routes = "".join(
+        item(f"<code>{html.escape(' '.join(route['methods']))} {html.escape(route['path'])}</code>") for route in routes
+    )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>Stepweave</title><style>{_STYLE}</style><h1>Stepweave {html.escape(__version__)}</h1>"
+        f"<p>Model: <strong>{html.escape(model or 'none yet')}</strong>, {html.escape(stage)}</p>"
+        f"<ul>{shown_links}</ul><h2>Routes</h2><ul>{shown_routes}</ul></html>"
+    )

@@ -1,0 +1,247 @@
+"""Messages of the Open Inference Protocol v2: JSON, with the binary tensor data extension and compressed requests.
+
+Protocol: https://github.com/kserve/open-inference-protocol/blob/main/specification/protocol/inference_rest.md. Extension: a
+message may be JSON followed by tensors as bytes, little-endian, in the order in which the JSON names them; the header
+`Inference-Header-Content-Length` tells how long the JSON is. A BYTES element is its length, 4 bytes unsigned, and its bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeAlias
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
+
+from stepweave.api.schemas import explain
+from stepweave.errors import BodyTooLarge, InvalidRequest, UnsupportedMedia, shown
+
+HEADER_LENGTH = "Inference-Header-Content-Length"
+TEXTS = ("BYTES",)
+INTEGERS = ("INT64", "INT32", "INT16", "INT8", "UINT64", "UINT32", "UINT16", "UINT8")
+FLOATS = ("FP32", "FP64")
+_DTYPES = {
+    **{name: np.dtype(name.lower()).newbyteorder("<") for name in INTEGERS},
+    "FP32": np.dtype("<f4"),
+    "FP64": np.dtype("<f8"),
+}
+_LENGTH = struct.Struct("<I")
+_WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
+
+Scalar: TypeAlias = bool | int | float | str
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class InputParameters(_Message):
+    binary_data_size: int | None = Field(None, ge=0, description="Bytes of the tensor after the JSON.")
+
+
+class InputTensor(_Message):
+    """One input; its elements stand in `data` or, with `binary_data_size`, after the JSON."""
+
+    name: str
+    shape: list[Annotated[int, Field(ge=0)]]
+    datatype: str
+    parameters: InputParameters = InputParameters()
+    data: list[Any] | None = None
+
+
+class OutputParameters(_Message):
+    binary_data: bool | None = Field(None, description="Return it after the JSON; else as `binary_data_output` says.")
+
+
+class RequestedOutput(_Message):
+    name: str
+    parameters: OutputParameters = OutputParameters()
+
+
+class InferenceRequest(_Message):
+    """Body of `POST /v2/models/{model}/infer`."""
+
+    id: str | None = Field(None, max_length=256, description="Echoed.")
+    model_name: str | None = None
+    model_version: str | None = None
+    parameters: dict[str, Scalar] = Field(default_factory=dict)
+    inputs: list[InputTensor]
+    outputs: list[RequestedOutput] | None = None
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """A BYTES tensor of one dimension; as JSON each element is the text that `texts` holds for it."""
+
+    name: str
+    elements: Sequence[bytes]
+    texts: Sequence[str]
+    binary: bool
+    parameters: Mapping[str, Scalar]
+
+
+def decompress(body: bytes, encoding: str, limit: int) -> bytes:
+    """Undo a Content-Encoding. Raises BodyTooLarge as soon as more than `limit` bytes come out."""
+    encoding = encoding.strip().lower()
+    if encoding in ("", "identity"):
+        return body
+    if encoding not in _WINDOWS:
+        raise UnsupportedMedia(f"The content encoding is {shown(encoding)}; send gzip, deflate or none.")
+    reader = zlib.decompressobj(_WINDOWS[encoding])
+    try:
+        data = reader.decompress(body, limit + 1)
+    except zlib.error:
+        raise InvalidRequest(
+            f"The body is not {encoding}, as its content encoding says.", code="invalid_encoding"
+        ) from None
+    if len(data) > limit:
+        raise BodyTooLarge(limit)
+    if not reader.eof or reader.unused_data:
+        what = "goes on after its end" if reader.eof else "is cut short"
+        raise InvalidRequest(f"The {encoding} data of the body {what}.", code="invalid_encoding")
+    return data
+
+
+def read_message(body: bytes, header_length: str | None) -> tuple[InferenceRequest, bytes]:
+    """The JSON of a request, and the bytes of its binary tensors. Raises InvalidRequest naming the tensor that is wrong."""
+    length = len(body)
+    if header_length is not None:
+        given = int(header_length) if header_length.isdecimal() and len(header_length) < 20 else -1
+        if not 0 < given <= length:
+            raise InvalidRequest(
+                f"{HEADER_LENGTH} is {shown(header_length)}; it is the length of the JSON, 1 to the body's {length} bytes.",
+                param=HEADER_LENGTH,
+            )
+        length = given
+    try:
+        values = from_json(body[:length], allow_inf_nan=False)
+        return InferenceRequest.model_validate(values), body[length:]
+    except ValidationError as error:
+        raise _explain(error, values) from None
+    except ValueError as error:
+        raise InvalidRequest(f"The body's JSON is not valid: {error}.", code="invalid_json") from None
+
+
+def read_inputs(message: InferenceRequest, tail: bytes, accepted: Mapping[str, Sequence[str]]) -> dict[str, list[Any]]:
+    """The elements of each input by name: texts, integers or numbers. `accepted` maps names to datatypes.
+
+    Raises InvalidRequest naming the tensor and what is wrong with it.
+    """
+    found: dict[str, list[Any]] = {}
+    offset = 0
+    for tensor in message.inputs:
+        if tensor.name not in accepted:
+            raise wrong(
+                tensor.name, f"there is no such input; the inputs are {', '.join(accepted)}", code="unknown_field"
+            )
+        if tensor.name in found:
+            raise wrong(tensor.name, "it is given twice")
+        if tensor.datatype not in accepted[tensor.name]:
+            names = ", ".join(accepted[tensor.name])
+            raise wrong(tensor.name, f"its datatype is {shown(tensor.datatype)}; {names} would do")
+        if len(tensor.shape) != 1:
+            raise wrong(tensor.name, f"its shape is {shown(tensor.shape)}; it must have one dimension")
+        size = tensor.parameters.binary_data_size
+        if (size is None) == (tensor.data is None):
+            raise wrong(tensor.name, "its elements must stand either in data or after the JSON, with binary_data_size")
+        if size is None:
+            elements = _from_json(tensor)
+        else:
+            raw = tail[offset : offset + size]
+            if len(raw) < size:
+                raise wrong(tensor.name, f"binary_data_size is {size}, but {len(raw)} bytes are left of the body")
+            offset += size
+            elements = _from_text(tensor, raw) if tensor.datatype == "BYTES" else _from_numbers(tensor, raw)
+        if len(elements) != tensor.shape[0]:
+            raise wrong(tensor.name, f"its shape is {shown(tensor.shape)}, but it has {len(elements)} elements")
+        found[tensor.name] = elements
+    if offset != len(tail):
+        raise InvalidRequest(f"{len(tail) - offset} bytes after the JSON belong to no input.", code="invalid_value")
+    return found
+
+
+def write_message(answer: Mapping[str, Any], outputs: Sequence[OutputTensor]) -> tuple[bytes, int | None]:
+    """The body of an answer, and the length of its JSON if binary tensors follow it."""
+    tensors = []
+    tails = []
+    for output in outputs:
+        parameters = dict(output.parameters)
+        tensor = {"name": output.name, "datatype": "BYTES", "shape": [len(output.elements)], "parameters": parameters}
+        if output.binary:
+            tail = b"".join(piece for one in output.elements for piece in (_LENGTH.pack(len(one)), one))
+            parameters["binary_data_size"] = len(tail)
+            tails.append(tail)
+        else:
+            tensor["data"] = list(output.texts)
+        tensors.append(tensor)
+    head = json.dumps({**answer, "outputs": tensors}).encode()
+    return b"".join([head, *tails]), len(head) if tails else None
+
+
+def wrong(name: str, problem: str, code: str = "invalid_value") -> InvalidRequest:
+    """The error of an input or output tensor."""
+    return InvalidRequest(f"Tensor {shown(name)}: {problem}.", code=code, param=name[:80])
+
+
+def _explain(error: ValidationError, values: Any) -> InvalidRequest:
+    """As any other body, but where the problem lies in a tensor that has a name, with the name."""
+    location = error.errors(include_url=False)[0]["loc"]
+    explained = explain(error)
+    if len(location) > 2 and location[0] in ("inputs", "outputs"):
+        tensor = values[location[0]][location[1]]
+        name = tensor.get("name") if isinstance(tensor, dict) else None
+        if isinstance(name, str):
+            return wrong(name, explained.message.removesuffix("."), code=explained.code)
+    return explained
+
+
+def _from_json(tensor: InputTensor) -> list[Any]:
+    assert tensor.data is not None
+    kind: tuple[type, ...] = (str,)
+    if tensor.datatype in INTEGERS:
+        kind = (int,)
+    elif tensor.datatype in FLOATS:
+        kind = (int, float)
+    for element in tensor.data:
+        if type(element) not in kind:  # a bool is an int to isinstance
+            raise wrong(tensor.name, f"{shown(element)} is no {tensor.datatype}")
+        if tensor.datatype in INTEGERS:
+            limits = np.iinfo(_DTYPES[tensor.datatype])
+            if not limits.min <= element <= limits.max:
+                raise wrong(tensor.name, f"{shown(element)} is out of the range of {tensor.datatype}")
+    return [float(element) for element in tensor.data] if tensor.datatype in FLOATS else list(tensor.data)
+
+
+def _from_text(tensor: InputTensor, raw: bytes) -> list[str]:
+    elements: list[str] = []
+    offset = 0
+    while offset < len(raw):
+        start = offset + _LENGTH.size
+        if start > len(raw):
+            raise wrong(tensor.name, f"element {len(elements)} ends within its length, at byte {len(raw)}")
+        offset = start + _LENGTH.unpack_from(raw, offset)[0]
+        if offset > len(raw):
+            raise wrong(
+                tensor.name, f"element {len(elements)} has {offset - start} bytes, but {len(raw) - start} are left"
+            )
+        try:
+            elements.append(raw[start:offset].decode())
+        except UnicodeDecodeError:
+            raise wrong(tensor.name, f"element {len(elements)} is not UTF-8: {shown(raw[start:offset])}") from None
+    return elements
+
+
+def _from_numbers(tensor: InputTensor, raw: bytes) -> list[Any]:
+    dtype = _DTYPES[tensor.datatype]
+    if len(raw) % dtype.itemsize:
+        raise wrong(tensor.name, f"{len(raw)} bytes are no whole number of {tensor.datatype} of {dtype.itemsize} bytes")
+    elements = np.frombuffer(raw, dtype)
+    if tensor.datatype == "FP32":  # the shortest decimal that it stands for, so that 7.3 is what 7.3 is in JSON
+        return [float(text) for text in elements.astype(str)]
+    values: list[Any] = elements.tolist()
+    return values
