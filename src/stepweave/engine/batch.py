@@ -28,7 +28,7 @@ def batch_key(job: Job) -> Hashable | None:
         return None
     if len(_generators(job)) != images_of(job) or not isinstance(kwargs.get("prompt"), str):
         return None
-    key: list[Hashable] = []
+    key: list[Hashable] = [id(job.scope.pipeline)]
     for name, value in kwargs.items():
         if _is_prompt(name) and isinstance(value, str):
             key.append((name, str))

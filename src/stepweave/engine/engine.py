@@ -115,10 +115,6 @@ class StepEngine:
             raise ValueError(f"cache_bytes is {cache_bytes}; it must be at least 0")
         self.pipeline = pipeline
         self.mode = mode
-        names = list(inspect.signature(pipeline.__call__).parameters)
-        self._generator_index = (
-            names.index("generator") if "generator" in names else None
-        )  # None: it takes no generator
         self._stats = Stats()
         self._closed = False
         self._lock = threading.Lock()
@@ -159,28 +155,37 @@ class StepEngine:
         reproducible: bool = False,
         priority: PriorityName = "normal",
         observer: Observer | None = None,
+        pipeline: Any = None,
         **kwargs: Any,
     ) -> Job:
         """Run the pipeline's call with these arguments as soon as possible.
 
+        `pipeline`, if given, is called in place of the engine's: another one of its modules, as for image to image, whose calls
+        share forwards with all others.
+
         `scheduler` is used in place of the pipeline's, as a copy. `deadline` is in seconds from now; a job that is late ends at
         its next step with DeadlineExceeded. Jobs of a higher `priority` go first. With `reproducible` the result is bitwise that
         of the plain call, in any company: its forwards are its own, and take turns with the others'. The `observer` is told how
-        the job goes. It and callbacks run on the engine's thread and hold up every job meanwhile. Raises EngineClosed.
+        the job goes. It and callbacks run on the engine's thread and hold up every job meanwhile.
+
+        Raises EngineClosed, or EngineMisuse for a pipeline that has modules of its own.
         """
         if deadline is not None and not deadline > 0:
             raise ValueError(f"deadline is {deadline!r}; it must be more than 0 seconds")
+        runner = self._runner
+        scope = runner.scope_of(pipeline)
         seed = None
-        index = self._generator_index
+        names = list(inspect.signature(scope.pipeline.__call__).parameters)
+        index = names.index("generator") if "generator" in names else None  # None: it takes no generator
         if kwargs.get("generator") is None and (index is None or len(args) <= index):
             seed = draw_seed()
             if index is not None:
                 kwargs["generator"] = torch.Generator().manual_seed(seed)
-        runner = self._runner
         job = Job(
             args,
             kwargs,
             scheduler=scheduler,
+            scope=scope,
             deadline=deadline,
             seed=seed,
             reproducible=reproducible,
@@ -241,12 +246,14 @@ class StepEngine:
         deadline: float | None = None,
         priority: PriorityName = "normal",
         reproducible: bool = False,
+        pipeline: Any = None,
         **kwargs: Any,
     ) -> Outlook | None:
         """What a job with these arguments of `submit` would meet now; None if none like it has run. Runs nothing."""
         return self._planner.outlook(
             args,
             kwargs,
+            pipeline=pipeline,
             scheduler=scheduler,
             priority=Priority[priority.upper()],
             deadline=deadline,

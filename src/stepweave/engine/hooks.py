@@ -7,7 +7,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers import DiffusionPipeline
@@ -34,6 +34,7 @@ from stepweave.scope.pipeline import (
 )
 from stepweave.scope.proxy import Proxy
 from stepweave.scope.tokenizer import LockedTokenizer
+from stepweave.scope.view import _offload_only
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +137,24 @@ class PrivateScope(RequestScopedPipeline):
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline, wrap_scheduler=False)
         self._tokenizers: dict[int, tuple[Any, int, Any]] = {}
+        self._home = pipeline
+        self._shared = {id(module): module for _, module in _modules(pipeline)}
+
+    def sibling(self, pipeline: Any) -> Self:
+        """The same of another pipeline that has no modules but these. Raises EngineMisuse, naming the first that it has."""
+        for name, module in _modules(pipeline):
+            if id(module) not in self._shared:
+                kinds = type(pipeline).__name__, type(self._home).__name__
+                raise EngineMisuse(f"{kinds[0]}.{name} is no module of the {kinds[1]} that the engine runs.")
+        scope = copy.copy(self)  # locks and tokenizers are shared as the modules are
+        scope.pipeline = pipeline
+        return scope
+
+    def view(self, scheduler: Any = None) -> Any:
+        view = super().view(scheduler)
+        if self.pipeline is not self._home:  # which offloads what both have
+            view.__dict__["maybe_free_model_hooks"] = _offload_only(self._home)
+        return view
 
     def _wrap(self, component: Any) -> Any:
         if isinstance(component, PreTrainedTokenizerBase):

@@ -87,6 +87,7 @@ class Job:
         kwargs: dict[str, Any],
         *,
         scheduler: Any = None,
+        scope: Any = None,
         deadline: float | None = None,
         seed: int | None = None,
         reproducible: bool = False,
@@ -98,6 +99,7 @@ class Job:
         self.args = args
         self.kwargs = kwargs
         self.scheduler = scheduler
+        self.scope = scope  # makes views of the pipeline that it calls
         self.seed = (
             seed  # of the generator that it was given where the caller gave none, or of a default one of its own
         )
@@ -210,9 +212,9 @@ class Job:
             return Ending()
         return None
 
-    def start(self) -> None:
-        """Note that its call begins."""
-        self.started = time.monotonic()
+    def start(self, at: float | None = None) -> None:
+        """Note that its call begins, now or at a time."""
+        self.started = time.monotonic() if at is None else at
         self._tell()
 
     def begin(self) -> None:

@@ -54,11 +54,10 @@ class StepLoop:
         stats: Stats,
     ) -> None:
         self._device = device = torch.device(getattr(pipeline, "_execution_device", "cpu"))
-        kinds = ("cpu",) if device.type == "cpu" else ("cpu", device.type)
+        self._kinds = kinds = ("cpu",) if device.type == "cpu" else ("cpu", device.type)
         self._stats = stats
         self._active: dict[Fiber, Active] = {}
         self._scope = EngineScope(pipeline, self._active.__contains__, kinds, max_decode_rows)
-        self._kinds = kinds
         digests = Digests()
         self._exclusive = False  # the job that runs must be the only one
         self._crowd = Crowd(max_jobs)
@@ -88,6 +87,10 @@ class StepLoop:
     @property
     def running(self) -> int:
         return len(self._active)
+
+    def scope_of(self, pipeline: Any) -> EngineScope:
+        """Makes views of the engine's pipeline, or of another one of its modules. Raises EngineMisuse."""
+        return self._scope if pipeline is None else self._scope.sibling(pipeline)
 
     def submit(self, job: Job) -> None:
         with self._wake:
@@ -145,14 +148,13 @@ class StepLoop:
             except BaseException as error:
                 logger.exception("a job cannot go on: %s", active.job)
                 self._active.pop(active.fiber, None)
-                self._finish(
-                    active.job, StepweaveError(f"The engine failed ({type(error).__name__}).", code="engine_failed")
-                )
+                failure = StepweaveError(f"The engine failed ({type(error).__name__}).", code="engine_failed")
+                self._finish(active.job, failure)
 
     def _wait(self) -> bool:
         """Sleep until there is something to do. False when there never will be."""
         with self._wake:
-            while not (self._can_go_on() or self._closing or (self._waiting and self._has_room())):
+            while not (self._can_go_on() or self._closing or self._next() is not None):
                 self._wake.wait()
             if not self._closing:
                 return True
@@ -171,29 +173,30 @@ class StepLoop:
     def _only_starved(self) -> bool:
         return bool(self._active) and all(one.starved for one in self._active.values())
 
-    def _has_room(self) -> bool:
-        if not self._active:
-            return True
-        if any(one.starved for one in self._active.values()):
-            return False
-        return not self._exclusive and len(self._active) < self._crowd.limit and not self._scope.takes_turns()
+    def _next(self) -> Job | None:
+        """The job whose turn it is to start, if there is room for it."""
+        active = self._active
+        full = self._exclusive or len(active) >= self._crowd.limit or any(one.starved for one in active.values())
+        if not self._waiting or (active and full):
+            return None
+        job = self._planner.next(self._waiting)
+        return None if active and job.scope.takes_turns() else job
 
     def _admit(self) -> None:
         """Start jobs that wait, and go on with those whose work elsewhere is done."""
         while True:
             with self._wake:
-                if self._returned:
-                    active, answer = self._returned.popleft()
-                    job = None
-                elif self._waiting and not self._closing and self._has_room():
-                    job = self._waiting.pop(self._planner.next(self._waiting).id)
-                else:
-                    return
-            if job is None:
+                active, answer = self._returned.popleft() if self._returned else (None, None)
+                job = None if active is not None or self._closing else self._next()
+                if job is not None:
+                    del self._waiting[job.id]
+            if active is not None:
                 active.elsewhere = False
                 self._advance(active, answer)
-            else:
+            elif job is not None:
                 self._start(job)
+            else:
+                return
 
     def _start(self, job: Job) -> None:
         try:
@@ -203,8 +206,8 @@ class StepLoop:
             return
         job.start()
         if not self._active:
-            self._exclusive = self._scope.takes_turns()
-        own = self._scope.wardrobe()
+            self._exclusive = job.scope.takes_turns()
+        own = job.scope.wardrobe()
         if job.seed is not None and job.kwargs.get("generator") is None:  # the pipeline takes none
             own.append(DefaultRandom(job.seed, self._device))
         fiber = Fiber(lambda: self._call_pipeline(job), ambient.quiet(self._kinds), own)
@@ -212,7 +215,7 @@ class StepLoop:
         self._switch(active, fiber.resume, None)
 
     def _call_pipeline(self, job: Job) -> Any:
-        with self._scope.lease(job.scheduler) as view, warned(view, [job]):
+        with job.scope.lease(job.scheduler) as view, warned(view, [job]):
             track(view, job)
             postprocess_elsewhere(view)
             return view(*job.args, **job.kwargs)
@@ -271,15 +274,14 @@ class StepLoop:
 
     def _forward(self, calls: list[Call]) -> None:
         """Run calls of one key, merged if that is proven, and let their fibers go on."""
-        picked = len(calls)
-        verdict, calls = self._forwarder.decide(calls)
-        if len(calls) < picked:
-            self._planner.runs_alone(calls[0])
-        self._queues.take(calls)
-        for call in calls:
+        verdict, chosen = self._forwarder.decide(calls)
+        if len(chosen) < len(calls):
+            self._planner.runs_alone(chosen[0])
+        self._queues.take(chosen)
+        for call in chosen:
             call.owner.call = None
             call.owner.job.begin()
-        self._forwarder.run(verdict, calls)
+        self._forwarder.run(verdict, chosen)
 
     def _advance(self, active: Active, answer: Any) -> None:
         """Let a fiber go on with the answer to what it waited for; one that is starved waits for the others to end."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import threading
 import time
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 
 from stepweave.engine.call import Call
 from stepweave.engine.job import Job
+from stepweave.engine.shapes import shape_of
 from stepweave.scheduling.admission import Outlook
 from stepweave.scheduling.cost import KEYS, CostModel, PriceList
 from stepweave.scheduling.forecast import ORDERS, by_arrival, forecast
@@ -70,10 +70,7 @@ class Planner:
         knee: bool = True,
         on_step: OnStep = lambda module, rows, cap, seconds: None,
     ) -> None:
-        parameters = inspect.signature(pipeline.__call__).parameters
-        self._names = list(parameters)
-        default = parameters["num_inference_steps"].default if "num_inference_steps" in parameters else 0
-        self._steps = default if isinstance(default, int) else 0
+        self._pipeline = pipeline
         self._policy = POLICIES[policy]
         self._order = ORDERS.get(policy, by_arrival)
         self._max_rows = max_rows
@@ -94,7 +91,7 @@ class Planner:
 
     def enter(self, job: Job) -> None:
         """Work out what a job will ask for."""
-        job.shape, group, steps = self._shape(job.args, job.kwargs, job.scheduler, job.reproducible)
+        job.shape, group, steps = shape_of(job.scope.pipeline, job.args, job.kwargs, job.scheduler, job.reproducible)
         job.task = self._task(job.shape, group, steps, job.accepted, job.priority, job.deadline)
         self._jobs[job.id] = job
 
@@ -218,6 +215,7 @@ class Planner:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         *,
+        pipeline: Any = None,
         scheduler: Any = None,
         priority: Priority = Priority.NORMAL,
         deadline: float | None = None,
@@ -226,7 +224,8 @@ class Planner:
     ) -> Outlook | None:
         """What a job would meet if it were submitted now; None if no job like it has run."""
         now = time.monotonic()
-        shape, group, steps = self._shape(args, kwargs, scheduler, reproducible)
+        called = self._pipeline if pipeline is None else pipeline
+        shape, group, steps = shape_of(called, args, kwargs, scheduler, reproducible)
         self._refresh(now)
         task = self._task(shape, group, steps, now, priority, None if deadline is None else now + deadline)
         if not task.solo:
@@ -281,28 +280,3 @@ class Planner:
         task = Task(demand, arrived=arrived, priority=priority, deadline=deadline)
         task.price(self._prices)
         return task
-
-    def _shape(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], scheduler: Any, reproducible: bool
-    ) -> tuple[Shape, Hashable, int]:
-        """What a call's arguments tell of its work and of what it may share steps with, and how many steps it has."""
-        values = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        width, height, prompt = values.get("width"), values.get("height"), values.get("prompt")
-        steps, images = values.get("num_inference_steps", self._steps), values.get("num_images_per_prompt")
-        prompts = len(prompt) if isinstance(prompt, list) else 1
-        pixels = width * height if isinstance(width, int) and isinstance(height, int) else 0
-        kind = frozenset(
-            (name, _level(name, value)) for name, value in values.items() if value is not None and name != "generator"
-        )
-        return (
-            Shape(pixels, max(1, prompts * (images if isinstance(images, int) else 1)), (kind, type(scheduler))),
-            object() if reproducible else (width, height) if pixels else None,
-            steps if isinstance(steps, int) else self._steps,
-        )
-
-
-def _level(name: str, value: Any) -> bool:
-    """Guidance of 1 or less is none, and saves a pipeline half of its rows or calls."""
-    if isinstance(value, (int, float)) and ("guidance" in name or "cfg" in name):
-        return value > 1
-    return True

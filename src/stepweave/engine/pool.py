@@ -13,7 +13,7 @@ from stepweave.engine.job import Ending, Job, enter_engine
 from stepweave.engine.planner import Planner
 from stepweave.engine.prompts import warned
 from stepweave.engine.stats import Stats
-from stepweave.errors import Cancelled
+from stepweave.errors import Cancelled, EngineMisuse
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +25,7 @@ class Runner(Protocol):
     def waiting(self) -> int: ...
     @property
     def running(self) -> int: ...
+    def scope_of(self, pipeline: Any) -> PrivateScope: ...
     def submit(self, job: Job) -> None: ...
     def cancel(self, job: Job) -> None: ...
     def close(self) -> None: ...
@@ -55,6 +56,18 @@ class Pool:
     @property
     def running(self) -> int:
         return len(self._running)
+
+    def scope_of(self, pipeline: Any) -> PrivateScope:
+        """Makes views of the engine's pipeline, or of another one of its modules. Raises EngineMisuse."""
+        if pipeline is None:
+            return self._scope
+        scope = self._scope.sibling(pipeline)
+        if len(self._threads) > 1 and scope.takes_turns() and not self._scope.takes_turns():
+            kinds = type(pipeline).__name__, type(self._scope.pipeline).__name__
+            raise EngineMisuse(
+                f"Calls of {kinds[0]} change modules while they run, so that none of {kinds[1]} may run beside."
+            )
+        return scope
 
     def submit(self, job: Job) -> None:
         with self._changed:
@@ -126,11 +139,11 @@ class Pool:
         now = time.monotonic()
         beside = min(len(self._threads), len(self._running)) if self._together == 1 else 1
         for job in jobs:
-            job.start()
+            job.start(now)
             job.begin()
         if len(jobs) > 1:
             try:
-                outcomes = run_batch(self._scope, jobs)
+                outcomes = run_batch(jobs[0].scope, jobs)
                 self._planner.called(jobs, time.monotonic() - now, beside)
                 return outcomes
             except Ending:
@@ -148,7 +161,7 @@ class Pool:
         began = time.monotonic()
         try:
             job.check()
-            with self._scope.lease(job.scheduler) as view, warned(view, [job]):
+            with job.scope.lease(job.scheduler) as view, warned(view, [job]):
                 track(view, job)
                 output = view(*job.args, **job.kwargs)
             self._planner.called([job], time.monotonic() - began, beside)
