@@ -54,15 +54,19 @@ class Latents:
         timestep = torch.as_tensor(self.timestep).reshape(-1)[:1].cpu()
         signal, noise = noise_level(scheduler, timestep)
         sample, output = self.sample.float(), self.output.float()
-        prediction = _prediction(scheduler)
-        if prediction == "epsilon" and output.shape == sample.shape:
-            return (sample - noise * output) / signal
-        if prediction == "v_prediction" and output.shape == sample.shape:
+        prediction = _prediction(scheduler) if output.shape == sample.shape else None
+        clean: torch.Tensor
+        if prediction == "epsilon":
+            clean = (sample - noise * output) / signal
+            return clean
+        if prediction == "v_prediction":
             length = (signal**2 + noise**2) ** 0.5  # 1 where variance is preserved, which v is defined by
-            return signal / length**2 * sample - noise / length * output
-        if prediction == "flow_prediction" and output.shape == sample.shape:
-            return sample - noise * output
-        if prediction == "sample" and output.shape == sample.shape:
+            clean = signal / length**2 * sample - noise / length * output
+            return clean
+        if prediction == "flow_prediction":
+            clean = sample - noise * output
+            return clean
+        if prediction == "sample":
             return output.clone()
         left = scheduler.timesteps.cpu()[_after(scheduler.timesteps, timestep) :]
         if not len(left):
@@ -71,7 +75,7 @@ class Latents:
         determinant = next_noise * signal - noise * next_signal
         if abs(determinant) < ILL_CONDITIONED * max(noise, next_noise):
             return None
-        clean: torch.Tensor = (next_noise * sample - noise * self.after.float()) / determinant
+        clean = (next_noise * sample - noise * self.after.float()) / determinant
         return clean
 
 
