@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from collections.abc import AsyncGenerator
 from pathlib import Path
+from typing import Annotated
 
 # neither `bentoml serve` nor a built bento puts the project's src folder on the path
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
@@ -15,11 +18,13 @@ os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")  # before the import, whic
 
 import bentoml
 from PIL.Image import Image
+from pydantic import BeforeValidator
+from starlette.responses import Response
 
+from stepweave.api import native
 from stepweave.api.http import Api
 from stepweave.api.middleware import ContractMiddleware
-from stepweave.api.native import drop_timeout_middleware, picture_response
-from stepweave.api.schemas import ImageRequest
+from stepweave.api.schemas import ImageRequest, NativeEditRequest, StreamRequest
 from stepweave.config import Settings
 from stepweave.errors import ConfigError
 from stepweave.server import Server
@@ -29,12 +34,28 @@ from stepweave.telemetry.logs import configure_logs
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # one worker sees every GPU, so that STEPWEAVE_DEVICE=cuda:1 means what it says; BentoML would show it the first alone
 os.environ.setdefault("BENTOML_DISABLE_GPU_ALLOCATION", "1")
-drop_timeout_middleware()
+native.drop_timeout_middleware()
 configure_logs()
 try:
     server = Server(Settings.load())
 except ConfigError as error:
     raise SystemExit(f"stepweave: {error.message}") from None
+
+
+Text = Annotated[str, BeforeValidator(lambda value: value if isinstance(value, str) else json.dumps(value))]
+
+
+class EditInput(NativeEditRequest, strict=False, arbitrary_types_allowed=True):
+    """An edit as BentoML reads it from a form, after the middleware has: it takes a prompt of digits for a number."""
+
+    prompt: Text
+    image: Image
+    mask: Image | None = None
+
+
+def answer(ctx: bentoml.Context, response: Response) -> Response:
+    ctx.response.status_code = response.status_code  # BentoML overwrites the response's with this one
+    return response
 
 
 @bentoml.service(
@@ -54,16 +75,32 @@ class Stepweave:
         server.start()
 
     @bentoml.on_shutdown
-    def stop(self) -> None:
-        server.close()
+    async def stop(self) -> None:
+        await server.shut_down()
+
+    # The annotations of what is returned are what BentoML's clients make of the answers
 
     @bentoml.api(input_spec=ImageRequest)
-    async def generate(self, ctx: bentoml.Context, **fields: object) -> Image:  # its client reads a picture
+    async def generate(self, ctx: bentoml.Context, **fields: object) -> Image:
         """One picture; its parameters come back in `X-Stepweave-*` headers and in the file."""
-        request = ImageRequest.model_validate(fields)
-        response = await picture_response(ctx.request, server, request)
-        ctx.response.status_code = response.status_code  # BentoML overwrites the response's with this one
-        return response
+        body = ImageRequest.model_validate(fields)
+        return answer(ctx, await native.answered(ctx.request, lambda: native.generate(ctx.request, server, body)))
+
+    @bentoml.api(input_spec=StreamRequest)
+    async def generate_stream(self, ctx: bentoml.Context, **fields: object) -> AsyncGenerator[str, None]:
+        """The same as server-sent events, with previews and, with `events` "all", the place in the queue and progress."""
+        body = StreamRequest.model_validate(fields)
+        return answer(
+            ctx, await native.answered(ctx.request, lambda: native.generate_stream(ctx.request, server, body))
+        )
+
+    @bentoml.api(input_spec=EditInput)
+    async def edit(self, ctx: bentoml.Context, **fields: object) -> Image:
+        """One picture made from another, within a mask if one is given."""
+        return answer(ctx, await native.answered(ctx.request, lambda: native.edit(ctx.request, server)))
 
 
-Stepweave.add_asgi_middleware(ContractMiddleware, server=server, native={"/generate": ImageRequest})
+# It returns a whole response, so that a refusal has its own status, and is no generator; its clients shall read it as one
+Stepweave.apis["generate_stream"].is_stream = True
+Stepweave.apis["generate_stream"].output_spec.media_type = "text/event-stream"
+Stepweave.add_asgi_middleware(ContractMiddleware, server=server)

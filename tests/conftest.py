@@ -23,7 +23,6 @@ from starlette.testclient import TestClient
 
 from stepweave.api.http import Api
 from stepweave.api.middleware import ContractMiddleware
-from stepweave.api.schemas import ImageRequest
 from stepweave.config import Settings
 from stepweave.loading.preset import Preset
 from stepweave.scheduling.cost import CostModel
@@ -149,7 +148,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., InProc
             server = Server(Settings(**{"batching": "off", **settings}), load=lambda *_: (pipeline, Preset()))
             stack.callback(server.close)
             stack.callback(fake.record.release.set)  # before close: nothing may wait for ever
-            app = ContractMiddleware(Api(server).app(), server, {"/generate": ImageRequest})
+            app = ContractMiddleware(Api(server).app(), server)
             client = stack.enter_context(TestClient(app, raise_server_exceptions=False))
             if ready:
                 server.start()

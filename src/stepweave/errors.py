@@ -174,7 +174,7 @@ class Unavailable(RequestError):
     status = 503
     type = "unavailable"
 
-    def __init__(self, message: str, *, code: str, retry_after: float) -> None:
+    def __init__(self, message: str, *, code: str, retry_after: float | None) -> None:
         super().__init__(message, code=code, retry_after=retry_after)
 
 

@@ -6,40 +6,42 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stepweave.config import Settings
 from stepweave.errors import (
-    DeadlineExceeded,
-    InvalidRequest,
     LoadError,
     NotFound,
-    OutOfMemory,
-    RequestError,
     StepweaveError,
     Unavailable,
     shown,
 )
-from stepweave.generation import Generation, Timings
-from stepweave.images.encode import MAX_SIDES, OutputFormat, encode
+from stepweave.generation import Parameters, Sources
+from stepweave.images.encode import check_file
+from stepweave.jobs import Jobs
 from stepweave.scheduling.admission import Admission
 from stepweave.telemetry.metrics import Metrics
+from stepweave.ticket import Answer, Means, Ticket
 
 if TYPE_CHECKING:
     import torch
 
     from stepweave.api.schemas import ImageRequest
-    from stepweave.engine import Job, StepEngine
+    from stepweave.engine import StepEngine
+    from stepweave.images.previews import Previewer
     from stepweave.loading.preset import Preset
     from stepweave.model import ServedModel
+    from stepweave.store import FileStore
 
 logger = logging.getLogger(__name__)
 
 ENCODERS = 2  # threads that encode picture files
 LOADING_RETRY_SECONDS = 5
+DRAINING_RETRY_SECONDS = 10
+ENDING_SECONDS = 30.0  # that jobs have to end in once they were told to: the longest step that is waited for
 
 LoadPipeline = Callable[[Settings, "torch.device", "torch.dtype"], "tuple[Any, Preset]"]
 
@@ -48,18 +50,9 @@ LoadPipeline = Callable[[Settings, "torch.device", "torch.dtype"], "tuple[Any, P
 class Status:
     """Where the server stands. `progress` is the share of the way to `ready`, 0 to 1."""
 
-    stage: str  # starting, importing, loading, warming_up, ready, closed or failed
+    stage: str  # starting, importing, loading, warming_up, ready, draining, closed or failed
     progress: float
     message: str = ""
-
-
-@dataclass(frozen=True)
-class PictureFile:
-    """One encoded picture and the parameters that made it."""
-
-    data: bytes
-    seed: int
-    values: dict[str, Any]
 
 
 class Server:
@@ -74,19 +67,58 @@ class Server:
         self.device = ""
         self.dtype = ""
         self.engine: StepEngine | None = None
+        self.previewer: Previewer | None = None
+        self.jobs: Jobs | None = None  # once started
+        self.tickets: dict[str, Ticket] = {}  # accepted and not yet done, by id
         self._admission: Admission | None = None
         self.metrics = Metrics(
             refused=lambda: self._admission.refused if self._admission else {},
             in_flight=lambda: self._admission.in_flight if self._admission else 0,
             waiting=lambda: self.engine.waiting if self.engine else 0,
             engine=lambda: self.engine.stats() if self.engine else None,
+            ready=lambda: self.health().stage == "ready",
         )
         self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="stepweave-encode")
         self._loader = threading.Thread(target=self._load, name="stepweave-load", daemon=True)
 
     def start(self) -> None:
         """Begin to load in the background; `status` tells how far it is."""
-        self._loader.start()
+        try:
+            self.jobs = Jobs.open(self.settings, self.tickets)
+        except StepweaveError as error:
+            self._fail(error.message)
+        else:
+            self._loader.start()
+
+    def drain(self) -> None:
+        """Take no more work, for good, and let what was accepted finish; what has not after the grace period is ended."""
+        if self.status.stage != "ready":
+            return
+        self._enter("draining", 1.0, f"{len(self.tickets)} requests are left")
+        asyncio.get_running_loop().call_later(self.settings.grace, self._end)
+
+    def _end(self) -> None:
+        for ticket in list(self.tickets.values()):
+            ticket.cancel(
+                Unavailable(
+                    "The server shut down before the picture was done; send the request again.",
+                    code="draining",
+                    retry_after=DRAINING_RETRY_SECONDS,
+                )
+            )
+
+    async def shut_down(self) -> None:
+        """Drain, wait for what was accepted, keep its results, and close."""
+        self.drain()
+        if await self._wait(self.settings.grace):
+            self._end()
+            await self._wait(ENDING_SECONDS)
+        await asyncio.to_thread(self.close)
+
+    async def _wait(self, seconds: float) -> bool:
+        """Wait until all work has been delivered and kept; whether some is left."""
+        left = [ticket.ended() for ticket in self.tickets.values()] + (self.jobs.keeping() if self.jobs else [])
+        return bool(left) and bool((await asyncio.wait(left, timeout=seconds))[1])
 
     def close(self) -> None:
         """End the engine. What is still running ends at its next step with an error."""
@@ -94,12 +126,17 @@ class Server:
         if self.engine is not None:
             self.engine.close()
         self._encoders.shutdown(wait=True)
+        if self.jobs is not None:
+            self.jobs.close()
 
     def _load(self) -> None:
         began = time.monotonic()
         try:
+            assert self.jobs is not None
+            self.jobs.resume()
             self._enter("importing", 0.05, "importing torch and diffusers")
             from stepweave.engine import StepEngine
+            from stepweave.images.previews import Previewer
             from stepweave.loading.device import choose_device, choose_dtype, set_cpu_threads
             from stepweave.loading.loader import load_pipeline
             from stepweave.loading.switches import apply_switches, check_switches
@@ -113,6 +150,7 @@ class Server:
             pipeline, preset = (self._load_pipeline or load_pipeline)(self.settings, device, dtype)
             apply_switches(pipeline, self.settings, device)
             model = ServedModel(pipeline, preset, self.settings)
+            self.previewer = Previewer.fit(pipeline)
             engine = self._make_engine(StepEngine, pipeline)
             try:
                 if self.settings.warmup:
@@ -133,9 +171,9 @@ class Server:
                 }
             )
             self.model = model
-        except LoadError as error:
+        except StepweaveError as error:
             self._fail(error.message)
-        except Exception as error:
+        except BaseException as error:
             logger.exception("starting failed")
             self._fail(f"starting failed with {type(error).__name__}; the log has the details")
         else:
@@ -177,6 +215,24 @@ class Server:
             self.status = Status("failed", 0.0, message)
             logger.error("the server cannot start: %s", message)
 
+    @property
+    def files(self) -> FileStore:
+        """Where pictures are kept. Raises Unavailable before the server has started."""
+        if self.jobs is None:
+            raise self.unavailable()
+        return self.jobs.files
+
+    def health(self) -> Status:
+        """Where the server stands; an engine that is stuck, or has ended, is `stuck`. Never waits for the device."""
+        status, engine = self.status, self.engine
+        if engine is None or status.stage not in ("ready", "draining"):
+            return status
+        seconds = engine.stalled()
+        if seconds <= self.settings.stuck_seconds:
+            return status
+        limit = self.settings.stuck_seconds
+        return Status("stuck", 0.0, f"the engine has not moved for {seconds:.0f} s; the limit is {limit:g} s")
+
     def ready(self) -> tuple[ServedModel, StepEngine]:
         """The model and its engine. Raises Unavailable while there are none."""
         if self.model is None or self.engine is None or self.status.stage != "ready":
@@ -185,113 +241,92 @@ class Server:
 
     def unavailable(self) -> Unavailable:
         """What to answer while the server is not ready."""
-        code = {"failed": "load_failed", "closed": "draining"}.get(self.status.stage, "loading")
+        status = self.health()
+        code = {"failed": "load_failed", "draining": "draining", "closed": "draining", "stuck": "engine_stuck"}
+        seconds = {"failed": None, "stuck": None, "draining": DRAINING_RETRY_SECONDS}
         return Unavailable(
-            f"The server is not ready: {self.status.stage}, {self.status.message or 'please wait'}.",
-            code=code,
-            retry_after=LOADING_RETRY_SECONDS,
+            f"The server is not ready: {status.stage}, {status.message or 'please wait'}.",
+            code=code.get(status.stage, "loading"),
+            retry_after=seconds.get(status.stage, LOADING_RETRY_SECONDS),
         )
 
-    async def generate(
-        self, request: ImageRequest, *, n: int = 1, model: str | None = None
-    ) -> tuple[Generation, list[PictureFile]]:
-        """Serve one generation of n pictures. Cancelling the awaiting task cancels the job.
+    async def accept(
+        self,
+        request: ImageRequest,
+        *,
+        n: int = 1,
+        model: str | None = None,
+        strength: float | None = None,
+        sources: Sources | None = None,
+        previews: int = 0,
+        warnings: Sequence[str] = (),
+    ) -> Ticket:
+        """Let a request in, and have the engine begin with it.
 
-        Raises NotFound if `model` is given and not the one served, Refused if admission does not let it in, and what
-        `ServedModel.resolve` and the job raise.
+        `sources` and `strength` are an edit's. `previews` are as many as are wanted on the way; `warnings` go before those that
+        come with the prompts. Raises Unavailable, NotFound if `model` is given and not the one served, Refused if admission does
+        not let it in, and what `ServedModel.resolve` raises.
         """
-        began = time.monotonic()
+        with self.metrics.counted(success=False):
+            began = time.monotonic()
+            served, _ = self.ready()
+            if model is not None and model != served.id:
+                raise NotFound(
+                    f"There is no model {shown(model)}; this server has {served.id!r}.",
+                    code="model_not_found",
+                    param="model",
+                )
+            parameters = served.resolve(
+                prompt=request.prompt,
+                negative_prompt=request.negative_prompt,
+                size=request.size,
+                n=n,
+                seed=request.seed,
+                num_inference_steps=request.num_inference_steps,
+                guidance_scale=request.guidance_scale,
+                reproducible=request.reproducible,
+                scheduler=request.scheduler,
+                strength=strength,
+                sources=sources,
+            )
+            check_file(request.output_format, request.output_compression, parameters.width, parameters.height)
+            # an edit's pictures are brought to its size
+            call = served.call(parameters) if sources is None else await asyncio.to_thread(served.call, parameters)
+            token = (request.model_dump_json(), n, strength, None if sources is None else sources.image.tobytes())
+            ticket = self._enter_engine(request, parameters, call, hash(token), previews, began)
+        ticket.warnings.extend(warnings)
+        return ticket
+
+    def _enter_engine(
+        self,
+        request: ImageRequest,
+        parameters: Parameters,
+        call: dict[str, Any],
+        token: Hashable,
+        previews: int,
+        began: float,
+    ) -> Ticket:
         served, engine = self.ready()
-        if model is not None and model != served.id:
-            raise NotFound(
-                f"There is no model {shown(model)}; this server has {served.id!r}.",
-                code="model_not_found",
-                param="model",
-            )
-        parameters = served.resolve(
-            prompt=request.prompt,
-            negative_prompt=request.negative_prompt,
-            size=request.size,
-            n=n,
-            seed=request.seed,
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
-            reproducible=request.reproducible,
-        )
-        longest = max(parameters.width, parameters.height)
-        if longest > MAX_SIDES[request.output_format]:
-            raise InvalidRequest(
-                f"size is {shown(request.size)}; {request.output_format} takes {MAX_SIDES[request.output_format]} a side.",
-                param="size",
-            )
-        assert self._admission is not None
-        call = served.call(parameters)
+        admission = self._admission
+        assert admission is not None
+        means = Means(served.id, self.metrics, self._encoders, engine.standings, admission.leave, self.previewer)
+        ticket = Ticket(request, parameters, means, previews)
         deadline = None if request.deadline_ms is None else request.deadline_ms / 1000
         options: dict[str, Any] = {"priority": request.priority, "reproducible": parameters.reproducible}
-        expected = self._admission.enter(
-            request.model_dump_json(), lambda: engine.outlook(**call, **options, deadline=deadline), deadline
-        )
+        expected = admission.enter(token, lambda: engine.outlook(**call, **options, deadline=deadline), deadline)
         due = None if expected is None else time.monotonic() + expected.finish
         try:
             left = None if deadline is None else max(1e-3, deadline - (time.monotonic() - began))
-            job = engine.submit(**call, **options, deadline=left)
-            try:
-                output = await job
-            except DeadlineExceeded:
-                self.metrics.deadline_missed.inc()
-                raise
-            except (RequestError, OutOfMemory):
-                raise
-            except Exception as error:
-                logger.exception("a job failed: %r, %s", job, _without_prompts(parameters.of_image(0)))
-                failure = f"The generation failed ({type(error).__name__})."
-                raise StepweaveError(failure, code="generation_failed") from error
-            self.metrics.generated(job, due)
-            generation = Generation(parameters, output.images, timings_of(job), job.warnings)
-            files = await self._encode(generation, request.output_format, served.id)
-        finally:
-            self._admission.leave()
-        generation.timings.total = time.monotonic() - began
-        self.metrics.request_seconds.observe(generation.timings.total)
-        return generation, files
+            ticket.begin(engine.submit(**call, **options, deadline=left, observer=ticket), due)
+        except BaseException:
+            admission.leave()
+            raise
+        self.tickets[ticket.id] = ticket
+        ticket.ended().add_done_callback(lambda _: self.tickets.pop(ticket.id, None))
+        return ticket
 
-    async def _encode(self, generation: Generation, output_format: OutputFormat, model: str) -> list[PictureFile]:
-        began = time.monotonic()
-        loop = asyncio.get_running_loop()
-        values = [generation.parameters.of_image(i) for i in range(len(generation.images))]
-        encoded = await asyncio.gather(
-            *(
-                loop.run_in_executor(self._encoders, encode, image, output_format, value, model)
-                for image, value in zip(generation.images, values, strict=True)
-            )
-        )
-        generation.timings.encode_image = time.monotonic() - began
-        return [PictureFile(data, value["seed"], value) for data, value in zip(encoded, values, strict=True)]
-
-
-def timings_of(job: Job) -> Timings:
-    """Where a finished job's seconds went."""
-    assert job.started is not None and job.finished is not None
-    begun = job.begun or job.started
-    opened = max(job.opened or begun, begun)  # a remembered prompt needs no forward before the first step
-    stepped = job.stepped or opened
-    return Timings(
-        queued=begun - job.accepted,
-        encode=opened - begun,
-        denoise=stepped - opened,
-        decode=job.finished - stepped,
-    )
-
-
-def _without_prompts(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if "prompt" not in name}
-
-
-def as_stepweave_error(error: Exception, request_id: str) -> StepweaveError:
-    """The error to answer with: itself if it is ours, else a 500 that names only the request's id, which the log has too."""
-    if isinstance(error, StepweaveError) and error.status != 500:
-        return error
-    logger.error("request %s failed", request_id, exc_info=error)
-    message = error.message if isinstance(error, StepweaveError) else "Internal error."
-    message = f"{message} Request id: {request_id}"
-    return OutOfMemory(message) if isinstance(error, OutOfMemory) else StepweaveError(message, code="internal_error")
+    async def generate(self, request: ImageRequest, **options: Any) -> Answer:
+        """Accept a request and wait for its pictures. Cancelling the awaiting task cancels the job. `options` are `accept`'s."""
+        ticket = await self.accept(request, **options)
+        with ticket.held():
+            return await ticket.result()

@@ -1,85 +1,56 @@
-"""The ASGI app of the contract's own routes: OpenAI Images, models and metrics."""
+"""The ASGI app of the contract's own routes."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import json
-import time
-from collections.abc import Coroutine
-from dataclasses import asdict
-from typing import Any, TypeVar
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from stepweave.api.inference import InferenceApi
+from stepweave.api.jobs import JobRoutes
+from stepweave.api.legacy import LegacyApi
+from stepweave.api.openai import OpenAI
 from stepweave.api.responses import handle_error
-from stepweave.api.schemas import GenerationRequest, parse, require_json
-from stepweave.errors import Cancelled, NotFound, StepweaveError, shown
-from stepweave.generation import Generation
-from stepweave.server import PictureFile, Server
-
-T = TypeVar("T")
-
-
-async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Await `work`; if the client leaves first, cancel it and raise Cancelled. The request's body must have been read."""
-    task = asyncio.ensure_future(work)
-    watcher = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise Cancelled("The client left.")
-        return task.result()
-    finally:
-        for pending in (task, watcher):
-            if not pending.done():
-                pending.cancel()
-                await asyncio.wait({pending})
-
-
-async def _body(request: Request) -> bytes:
-    try:
-        return await request.body()
-    except ClientDisconnect:
-        raise Cancelled("The client left while it sent the body.") from None
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+from stepweave.errors import NotFound, StepweaveError, shown
+from stepweave.server import Server
 
 
 class Api:
-    """The handlers, bound to one server."""
+    """All routes but BentoML's native ones and the probes, bound to one server."""
 
     def __init__(self, server: Server) -> None:
         self.server = server
 
     def app(self) -> Starlette:
+        surfaces = (OpenAI, JobRoutes, InferenceApi, LegacyApi)
         return Starlette(
             routes=[
-                Route("/v1/images/generations", self.generations, methods=["POST"]),
+                *(route for surface in surfaces for route in surface(self.server).routes()),
                 Route("/v1/models", self.models, methods=["GET"]),
                 Route("/v1/models/{id:path}", self.model, methods=["GET"]),
                 Route("/metrics", self.metrics, methods=["GET"]),
             ],
             exception_handlers={StepweaveError: handle_error},
+            lifespan=self.lifespan,
         )
 
-    async def generations(self, request: Request) -> Response:
-        with self.server.metrics.counted():
-            require_json(request.headers.get("content-type", ""))
-            body = parse(await _body(request), GenerationRequest)
-            generation, files = await until_disconnect(request, self.server.generate(body, n=body.n, model=body.model))
-        model, _ = self.server.ready()
-        return Response(
-            await asyncio.to_thread(_render, generation, files, model.id, body.output_format),
-            media_type="application/json",
-        )
+    @contextlib.asynccontextmanager
+    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        """While the app serves, what is past its time is removed."""
+        jobs = self.server.jobs
+        sweeping = None if jobs is None else asyncio.create_task(jobs.sweep_for_ever())
+        try:
+            yield
+        finally:
+            if sweeping is not None:
+                sweeping.cancel()
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._describe()]})
@@ -112,6 +83,10 @@ class Api:
                 "default_num_inference_steps": model.default_steps,
                 "max_num_inference_steps": settings.max_steps,
                 "default_guidance_scale": model.default_guidance,
+                "guidance_range": list(model.guidance_range),
+                "schedulers": sorted(model.schedulers),
+                "edits": list(model.edits),
+                "previews": self.server.previewer is not None,
                 "max_images": settings.max_images,
                 "max_prompt_characters": settings.max_prompt_characters,
                 "batching": engine.mode,
@@ -124,25 +99,3 @@ class Api:
         # off the loop: CUDA's memory query may wait for the driver
         content = await asyncio.to_thread(self.server.metrics.render)
         return Response(content, headers={"Content-Type": CONTENT_TYPE_LATEST})
-
-
-def _render(generation: Generation, files: list[PictureFile], model: str, output_format: str) -> bytes:
-    """The body of a generation's answer. Base64 needs no escaping, so JSON's encoder is spared the megabytes of it."""
-    parameters = generation.parameters
-    answer = {
-        "created": int(time.time()),
-        "model": model,
-        "usage": {
-            "images": parameters.n,
-            "steps": parameters.n * parameters.num_inference_steps,
-            "pixels": parameters.n * parameters.width * parameters.height,
-        },
-        "parameters": {**parameters.of_image(0), "n": parameters.n, "output_format": output_format},
-        "timings": {name: round(seconds, 6) for name, seconds in asdict(generation.timings).items()},
-        "warnings": generation.warnings,
-    }
-    pieces = [json.dumps(answer)[:-1].encode(), b', "data": [']
-    for i, file in enumerate(files):
-        pieces += [b", " if i else b"", b'{"b64_json": "', base64.b64encode(file.data)]
-        pieces.append(f'", "seed": {file.seed}, "revised_prompt": null}}'.encode())
-    return b"".join([*pieces, b"]}"])

@@ -6,33 +6,46 @@ contract's. Its native APIs get a body that has been read and validated before, 
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from http import HTTPStatus
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stepweave import __version__
-from stepweave.api.responses import ERROR_MARK, REQUEST_ID, error_response
-from stepweave.api.schemas import ImageRequest, parse, require_json
-from stepweave.errors import BodyTooLarge, Cancelled, MethodNotAllowed, NotFound, RequestError, StepweaveError
-from stepweave.server import Server, as_stepweave_error
+from stepweave.api.auth import authorize
+from stepweave.api.native import PATHS, check
+from stepweave.api.responses import ERROR_MARK, REQUEST_ID, as_stepweave_error, error_response
+from stepweave.errors import BodyTooLarge, MethodNotAllowed, NotFound, RequestError, StepweaveError
+from stepweave.server import Server
 
 PROBES = ("/livez", "/healthz", "/readyz")
+DRAIN = "/drain"
+KEYLESS = ("/v2/health/live", "/v2/health/ready")  # beside the probes and the drain
+UPLOADS = ("/v1/images/edits", "/edit")
+FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip", "via")  # what proxies add
+METHODS = ("GET", "POST", "DELETE")
 _SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _DISCARDED = 64 * 1024 * 1024  # bytes over the limit that are read and thrown away, so that the client reads our 413
 
 
 class ContractMiddleware:
-    """Wraps BentoML's app. `native` maps the paths of native APIs to the schema of their bodies."""
+    """Wraps BentoML's app."""
 
-    def __init__(self, app: ASGIApp, server: Server, native: Mapping[str, type[ImageRequest]]) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, server: Server) -> None:
+        origins = server.settings.cors_origins
+        self.app = (
+            CORSMiddleware(app, origins, allow_methods=METHODS, allow_headers=["*"], expose_headers=["*"])
+            if origins
+            else app
+        )
         self.server = server
-        self.native = native
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -46,15 +59,24 @@ class ContractMiddleware:
             if scope["path"] in PROBES:
                 await self._probe(scope)(scope, receive, answer)
                 return
-            receive = _limited(receive, scope, self.server.settings.max_body_bytes)
-            if scope["method"] == "POST" and scope["path"] in self.native:
+            if scope["path"] == DRAIN:
+                await self._drain(scope)(scope, receive, answer)
+                return
+            if scope["path"] not in KEYLESS and not _is_preflight(scope):
+                authorize(scope, self.server.settings.api_keys)
+            receive = _limited(receive, scope, self._limit(scope["path"]))
+            if scope["method"] == "POST" and scope["path"] in PATHS:
                 with self.server.metrics.counted(success=False):
-                    receive = await self._validated(scope, receive)
+                    receive = await self._checked(scope, receive)
             await self.app(scope, receive, answer)
         except Exception as error:
             answer_with = error_response(as_stepweave_error(error, request_id))
             if not answer.started:
                 await answer_with(scope, receive, answer)
+
+    def _limit(self, path: str) -> int:
+        settings = self.server.settings
+        return settings.max_upload_bytes if path in UPLOADS else settings.max_body_bytes
 
     def _probe(self, scope: Scope) -> JSONResponse:
         """Answered from memory alone, never waiting for the device."""
@@ -63,35 +85,57 @@ class ContractMiddleware:
             response = error_response(MethodNotAllowed(f"{scope['method']} is not allowed on {path}; use GET."))
             response.headers["Allow"] = "GET, HEAD"
             return response
-        status = self.server.status
+        status = self.server.health()
         state = {"stage": status.stage, "progress": status.progress, "message": status.message}
-        # a server that cannot load its model never will: let the kubelet restart it, and show why
-        if status.stage == "failed" or (path == "/readyz" and status.stage != "ready"):
+        # a server that cannot load its model never will, nor does a stuck engine move again: let the kubelet restart it
+        if status.stage in ("failed", "stuck") or (path == "/readyz" and status.stage != "ready"):
             return error_response(self.server.unavailable(), **state)
         return JSONResponse(state)
 
-    async def _validated(self, scope: Scope, receive: Receive) -> Receive:
-        """Read and check the body of a native API, and return a `receive` that gives it once more."""
-        require_json(Headers(scope=scope).get("content-type", ""))
-        body = b""
-        while True:
+    def _drain(self, scope: Scope) -> JSONResponse:
+        """Only for who is on this machine, as a pod's preStop hook is, and is no proxy. Others find no such route."""
+        headers = Headers(scope=scope)
+        client = (scope.get("client") or ("", 0))[0]
+        host = headers.get("host", "").rpartition(":")[0] or headers.get("host", "")
+        if not _is_loopback(client) or not _is_loopback(host) or any(name in headers for name in FORWARDED):
+            raise NotFound(f"There is no route {DRAIN!r}.")
+        if scope["method"] != "POST":
+            response = error_response(MethodNotAllowed(f"{scope['method']} is not allowed on {DRAIN}; use POST."))
+            response.headers["Allow"] = "POST"
+            return response
+        self.server.drain()
+        status = self.server.health()
+        return JSONResponse({"stage": status.stage, "in_flight": len(self.server.tickets)})
+
+    async def _checked(self, scope: Scope, receive: Receive) -> Receive:
+        """Have the body of a native API read and checked, and return a `receive` that gives it once more."""
+        messages: list[Message] = []
+
+        async def kept() -> Message:
             message = await receive()
-            if message["type"] == "http.disconnect":
-                raise Cancelled("The client left while it sent the body.")
-            body += message.get("body", b"")
-            if not message.get("more_body", False):
-                break
-        parse(body, self.native[scope["path"]])
-        given = False
+            messages.append(message)
+            return message
+
+        await check(Request(scope, kept), self.server)
 
         async def again() -> Message:
-            nonlocal given
-            if given:
-                return await receive()
-            given = True
-            return {"type": "http.request", "body": body, "more_body": False}
+            return messages.pop(0) if messages else await receive()
 
         return again
+
+
+def _is_preflight(scope: Scope) -> bool:
+    """Whether a browser asks what it may send (Fetch, 4.8), which it does without keys."""
+    return scope["method"] == "OPTIONS" and "access-control-request-method" in Headers(scope=scope)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def _limited(receive: Receive, scope: Scope, limit: int) -> Receive:
@@ -107,7 +151,7 @@ def _limited(receive: Receive, scope: Scope, limit: int) -> Receive:
             while message["type"] == "http.request" and message.get("more_body", False) and seen < _DISCARDED:
                 message = await receive()
                 seen += len(message.get("body", b""))
-            raise BodyTooLarge(limit)
+            raise BodyTooLarge(limit, int(declared) if declared.isdecimal() and int(declared) > limit else None)
         return message
 
     return limited

@@ -1,20 +1,37 @@
-"""BentoML's native APIs: answers that its clients read as pictures."""
+"""BentoML's native APIs: answers that its clients read as pictures and as streams."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from bentoml._internal.server.http import traffic
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from stepweave.api.http import until_disconnect
+from stepweave.api.answers import picture_answer
+from stepweave.api.auth import owner_of
+from stepweave.api.disconnect import read_body, until_disconnect
+from stepweave.api.events import EventStream, events, request_id
+from stepweave.api.forms import read_form, read_pictures
 from stepweave.api.responses import handle_error
-from stepweave.api.schemas import ImageRequest
+from stepweave.api.schemas import (
+    ImageRequest,
+    NativeEditRequest,
+    StreamRequest,
+    parse,
+    parse_form,
+    require_form,
+    require_json,
+)
+from stepweave.jobs import Claim
 from stepweave.server import Server
 
-MAX_WARNINGS_HEADER = 4096  # bytes; proxies refuse headers of 8 KB
+EDIT = "stepweave.edit"  # key in the ASGI scope: the edit's fields and pictures
+SCHEMAS: dict[str, type[ImageRequest]] = {"/generate": ImageRequest, "/generate_stream": StreamRequest}
+PATHS = (*SCHEMAS, "/edit")
 
 
 def drop_timeout_middleware() -> None:
@@ -34,34 +51,60 @@ class _PassThrough:
         await self.app(scope, receive, send)
 
 
-async def picture_response(request: Request, server: Server, body: ImageRequest) -> Response:
-    """Generate one picture and answer with its file, or with the error in the contract's shape.
-
-    The parameters stand in headers, but for the prompts: they may be longer than proxies let a header be, and the file has them.
-    Warnings, if there are any, stand in `X-Stepweave-Warnings`.
-    """
+async def answered(request: Request, work: Callable[[], Coroutine[Any, Any, Response]]) -> Response:
+    """What the work answers, or its error in the contract's shape: BentoML's has another, and its log lacks the request's id."""
     try:
-        with server.metrics.counted():
-            generation, (file,) = await until_disconnect(request, server.generate(body))
+        return await work()
     except Exception as error:
-        # BentoML would answer in its own shape and log without the request's id
         return handle_error(request, error)
-    headers = {
-        f"X-Stepweave-{name.replace('_', '-').title()}": "true" if value is True else str(value)
-        for name, value in file.values.items()
-        if "prompt" not in name
-    }
-    if generation.warnings:
-        headers["X-Stepweave-Warnings"] = warnings_header(generation.warnings)
-    return Response(file.data, media_type=f"image/{body.output_format}", headers=headers)
 
 
-def warnings_header(warnings: list[str]) -> str:
-    """Warnings as a JSON list in ASCII (other characters are \\u escapes); those that do not fit are counted in a last one."""
-    kept = list(warnings)
-    while True:
-        more = len(warnings) - len(kept)
-        text = json.dumps([*kept, *([f"and {more} more"] if more else [])]).replace("\x7f", "\\u007f")
-        if len(text) <= MAX_WARNINGS_HEADER or not kept:
-            return text
-        kept.pop()
+async def generate(request: Request, server: Server, body: ImageRequest) -> Response:
+    """One picture's file."""
+    return picture_answer(await until_disconnect(request, server.generate(body)))
+
+
+async def generate_stream(request: Request, server: Server, body: StreamRequest) -> Response:
+    """Server-sent events."""
+    assert server.jobs is not None
+    ticket = await server.jobs.start(
+        Claim(owner_of(request), None, ""), lambda: server.accept(body, previews=body.partial_images)
+    )
+    told = events(ticket, request_id(request), server.jobs.files, verbose=body.events == "all")
+    return EventStream(request, told, {"X-Stepweave-Job": ticket.id})
+
+
+async def edit(request: Request, server: Server) -> Response:
+    """One picture's file, by what the middleware has read."""
+    body, sources = request.scope[EDIT]
+    return picture_answer(
+        await until_disconnect(request, server.generate(body, sources=sources, strength=body.strength))
+    )
+
+
+async def check(request: Request, server: Server) -> None:
+    """Read and check the body of a native API before BentoML does, which tells no value and no limit, and fetches URLs.
+
+    An edit's stays in the scope.
+    """
+    content_type = request.headers.get("content-type", "")
+    if request.url.path != "/edit":
+        require_json(content_type)
+        parse(await read_body(request), SCHEMAS[request.url.path])
+        return
+    server.ready()
+    require_form(content_type)
+    texts, files = await read_form(request)
+    body = parse_form(
+        {name: text for name, given in texts.items() if (text := _text(given)) is not None}, NativeEditRequest
+    )
+    request.scope[EDIT] = body, await read_pictures(files, server)
+
+
+def _text(given: str) -> str | None:
+    """A field as BentoML's clients send it, in JSON; others send it as it is."""
+    try:
+        value = json.loads(given)
+    except ValueError:
+        return given
+    return value if value is None or isinstance(value, str) else given

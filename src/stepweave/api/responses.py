@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from stepweave.errors import OutOfMemory, StepweaveError
-from stepweave.server import as_stepweave_error
+from stepweave.errors import OutOfMemory, StepweaveError, Unauthorized
+
+logger = logging.getLogger(__name__)
 
 REQUEST_ID = "stepweave.request_id"  # key in the ASGI scope
 ERROR_MARK = "x-stepweave-error"  # header between a handler and the middleware: the body is in the contract's shape
@@ -19,6 +21,8 @@ def error_response(error: StepweaveError, **extra: Any) -> JSONResponse:
     headers = {ERROR_MARK: "1"}
     if error.retry_after is not None:
         headers["Retry-After"] = str(error.retry_after)
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, OutOfMemory):  # OpenAI's clients repeat what failed with a 500 unless told not to
         headers["X-Should-Retry"] = "false"
     return JSONResponse({**error.body(), **extra}, status_code=error.status, headers=headers)
@@ -27,3 +31,13 @@ def error_response(error: StepweaveError, **extra: Any) -> JSONResponse:
 def handle_error(request: Request, error: Exception) -> JSONResponse:
     """Starlette's exception handler; whatever is not the caller's fault goes to the log with the request's id."""
     return error_response(as_stepweave_error(error, request.scope[REQUEST_ID]))
+
+
+def as_stepweave_error(error: Exception, request_id: str) -> StepweaveError:
+    """The error to answer with: itself if it is ours, else a 500 that names only the request's id, which the log has too."""
+    if isinstance(error, StepweaveError) and error.status != 500:
+        return error
+    logger.error("request %s failed", request_id, exc_info=error)
+    message = error.message if isinstance(error, StepweaveError) else "Internal error."
+    message = f"{message} Request id: {request_id}"
+    return OutOfMemory(message) if isinstance(error, OutOfMemory) else StepweaveError(message, code="internal_error")

@@ -90,7 +90,10 @@ class Edit(BaseModel):
     """What an edit takes beside a picture."""
 
     strength: float | None = Field(
-        None, gt=0, le=1, description="How far the picture is led back towards noise: near 0 little changes, with 1 all."
+        None,
+        gt=0,
+        le=1,
+        description="How far the picture is led back towards noise: near 0 little changes, with 1 all.",
     )
 
 

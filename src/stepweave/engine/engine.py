@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import inspect
+import math
 import threading
 import weakref
 from collections.abc import Mapping
@@ -272,6 +273,11 @@ class StepEngine:
     def drain(self) -> float | None:
         """The same; None while nothing is known of a job's work."""
         return self._planner.backlog() if self._planner.foresees() else None
+
+    def stalled(self) -> float:
+        """Seconds for which nothing has moved though there are jobs; infinite if a thread has ended."""
+        ended = not self._closed and not all(thread.is_alive() for thread in self._runner.threads)
+        return math.inf if ended else self._planner.stalled()
 
     def curves(self) -> dict[Key, dict[int, float]]:
         """Seconds of a forward that were measured, by module and size, and by rows."""

@@ -75,8 +75,8 @@ class StepLoop:
         self._closing = False
         self._wake = threading.Condition()  # guards the three above
         self._elsewhere = Elsewhere(self._return)
-        self._thread = threading.Thread(target=self._run, name="stepweave-engine", daemon=True)
-        self._thread.start()
+        self.threads = [threading.Thread(target=self._run, name="stepweave-engine", daemon=True)]
+        self.threads[0].start()
 
     # From any thread
 
@@ -114,7 +114,7 @@ class StepLoop:
         with self._wake:
             self._closing = True
             self._wake.notify()
-        self._thread.join()
+        self.threads[0].join()
         self._elsewhere.close()
         self._scope.close()
 

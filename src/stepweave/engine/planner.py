@@ -85,6 +85,7 @@ class Planner:
         self._cut = 0
         self._priced, self._prices = 0.0, PriceList(self.cost)
         self._standings: tuple[float, dict[str, Standing]] = (-FRESH, {})
+        self._moved = 0.0  # when a forward was last chosen, or done
         self._lock = threading.Lock()  # guards the profiles
 
     # Jobs come and go
@@ -152,6 +153,7 @@ class Planner:
 
     def pick(self, queues: Mapping[Hashable, Sequence[Call]], limit: Callable[[Call], int]) -> list[Call]:
         """Calls of one key, of at most `limit` rows and no more than pay."""
+        self._moved = time.monotonic()
         with contained("choose calls"):
             return self._pick(queues, limit)
         return list(next(iter(queues.values())))[:1]
@@ -191,6 +193,7 @@ class Planner:
 
     def ran(self, key: Key, cap: int, rows: int, seconds: float) -> None:
         """A forward, allowed so many rows, took so long, until all its jobs waited again."""
+        self._moved = time.monotonic()
         self.cost.observe(key, rows, seconds)
         with contained("tell of a step"):
             self._on_step(key.module, rows, max(rows, cap), seconds)
@@ -251,6 +254,14 @@ class Planner:
     def backlog(self) -> float:
         """Seconds until all that are not done would be."""
         return max((one.eta for one in self.standings().values()), default=0.0)
+
+    def stalled(self) -> float:
+        """Seconds since a forward was chosen or done, a step was counted, or the first of the jobs came."""
+        jobs = list(self._jobs.values())
+        if not jobs:
+            return 0.0
+        moved = max(self._moved, min(job.accepted for job in jobs), *(job.stepped or 0.0 for job in jobs))
+        return time.monotonic() - moved
 
     def foresees(self) -> bool:
         """Whether something is known of every job's work."""

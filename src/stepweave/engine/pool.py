@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 class Runner(Protocol):
     """What runs an engine's jobs."""
 
+    threads: list[threading.Thread]
+
     @property
     def waiting(self) -> int: ...
     @property
@@ -43,10 +45,10 @@ class Pool:
         self._waiting: dict[str, Job] = {}  # oldest first
         self._closed = False
         self._changed = threading.Condition()  # guards the three above
-        self._threads = [
+        self.threads = [
             threading.Thread(target=self._work, name=f"stepweave-engine-{i}", daemon=True) for i in range(threads)
         ]
-        for thread in self._threads:
+        for thread in self.threads:
             thread.start()
 
     @property
@@ -62,7 +64,7 @@ class Pool:
         if pipeline is None:
             return self._scope
         scope = self._scope.sibling(pipeline)
-        if len(self._threads) > 1 and scope.takes_turns() and not self._scope.takes_turns():
+        if len(self.threads) > 1 and scope.takes_turns() and not self._scope.takes_turns():
             kinds = type(pipeline).__name__, type(self._scope.pipeline).__name__
             raise EngineMisuse(
                 f"Calls of {kinds[0]} change modules while they run, so that none of {kinds[1]} may run beside."
@@ -89,7 +91,7 @@ class Pool:
             self._changed.notify_all()
         for job in left:
             job.cancel()
-        for thread in self._threads:
+        for thread in self.threads:
             thread.join()
 
     def _work(self) -> None:
@@ -137,7 +139,7 @@ class Pool:
     def _run(self, jobs: list[Job]) -> list[Any]:
         """The outcome of each job: what its call returned, or an error."""
         now = time.monotonic()
-        beside = min(len(self._threads), len(self._running)) if self._together == 1 else 1
+        beside = min(len(self.threads), len(self._running)) if self._together == 1 else 1
         for job in jobs:
             job.start(now)
             job.begin()

@@ -10,6 +10,7 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from stepweave import __version__
+from stepweave.errors import InvalidRequest
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 MAX_SIDES: dict[OutputFormat, int] = {"png": 2**31 - 1, "jpeg": 65_500, "webp": 16_383}  # pixels that the encoders take
@@ -33,6 +34,16 @@ def a1111_text(values: dict[str, Any], model: str) -> str:
     }
     lines.append(", ".join(f"{name}: {value}" for name, value in fields.items() if value is not None))
     return "\n".join(lines)
+
+
+def check_file(output_format: OutputFormat, compression: int | None, width: int, height: int) -> None:
+    """Raise InvalidRequest if a picture of this size cannot be written so."""
+    most = MAX_SIDES[output_format]
+    if max(width, height) > most:
+        raise InvalidRequest(f"size is {width}x{height}; {output_format} takes {most} a side.", param="size")
+    if compression is not None and output_format == "png":
+        message = f"output_compression is {compression}, but png has none; output_format may be jpeg or webp."
+        raise InvalidRequest(message, param="output_compression")
 
 
 def encode(

@@ -51,8 +51,10 @@ class Metrics:
         waiting: Callable[[], int],
         engine: Callable[[], EngineStats | None] = lambda: None,
         refused: Callable[[], Mapping[Any, int]] = dict,
+        ready: Callable[[], bool] = lambda: True,
     ) -> None:
         self.registry = CollectorRegistry()
+        Gauge("stepweave_ready", "1 while the server takes work, else 0.", registry=self.registry).set_function(ready)
         Gauge(
             "stepweave_requests_in_flight",
             "Generation requests accepted and not yet answered, running or waiting.",
@@ -109,6 +111,11 @@ class Metrics:
         self.deadline_missed = Counter(
             "stepweave_deadline_missed_total",
             "Jobs that were let in and did not meet their deadline, those among them whose last forward was under way.",
+            registry=self.registry,
+        )
+        self.steps_saved = Counter(
+            "stepweave_steps_saved_total",
+            "Denoising steps that were not run since their job was cancelled, its client left, or its deadline passed.",
             registry=self.registry,
         )
         self._of_module: dict[str, tuple[Histogram, Histogram, Histogram]] = {}

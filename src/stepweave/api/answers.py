@@ -1,0 +1,126 @@
+"""What a generation is answered with: JSON, the picture itself, or a place to ask for it later."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from stepweave.errors import InvalidRequest, shown
+from stepweave.images.encode import OutputFormat
+from stepweave.store import FileStore
+from stepweave.ticket import Answer
+
+MAX_WARNINGS_HEADER = 4096  # bytes; proxies refuse headers of 8 KB
+EVENT_STREAM = "text/event-stream"
+PICTURES: dict[str, OutputFormat] = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
+PROFILE = "stepweave"  # of an event stream with all events
+
+
+def accepted(request: Request) -> list[tuple[str, dict[str, str]]]:
+    """The media types that the client accepts and their parameters, what it likes best first (RFC 9110, 12.5.1)."""
+    types: list[tuple[float, int, str, dict[str, str]]] = []
+    for part in ",".join(request.headers.getlist("accept")).split(","):
+        name, *rest = (piece.strip() for piece in part.split(";"))
+        parameters = {key.strip().lower(): value.strip(' "') for key, _, value in (one.partition("=") for one in rest)}
+        try:
+            quality = float(parameters.pop("q", "1"))
+        except ValueError:
+            quality = 0.0
+        if name and quality > 0:
+            types.append((-quality, len(types), name.lower(), parameters))
+    return [(name, parameters) for _, _, name, parameters in sorted(types, key=lambda one: one[:2])]
+
+
+def wants_picture(request: Request) -> OutputFormat | None:
+    """The format of the picture that the client would rather have than JSON."""
+    for name, _ in accepted(request):
+        if name in PICTURES:
+            return PICTURES[name]
+        if name in ("application/json", "*/*", "application/*", EVENT_STREAM):
+            return None
+    return None
+
+
+def wants_stream(request: Request) -> dict[str, str] | None:
+    """The parameters of the event stream that the client would rather have than JSON."""
+    for name, parameters in accepted(request):
+        if name == EVENT_STREAM:
+            return parameters
+        if name in ("application/json", "*/*", "application/*", *PICTURES):
+            return None
+    return None
+
+
+def wants_to_come_back(request: Request) -> bool:
+    """Whether the client prefers to ask later for what comes of it (RFC 7240, 4.1)."""
+    preferences = ",".join(request.headers.getlist("prefer")).lower().split(",")
+    return any(one.partition(";")[0].strip() == "respond-async" for one in preferences)
+
+
+def one_picture(n: int, chosen: OutputFormat, output_format: OutputFormat, format_given: bool) -> None:
+    """Raise InvalidRequest if the client's `Accept` does not go with what its body asks for."""
+    if n != 1:
+        raise InvalidRequest(f"n is {n}; an answer that is a picture, as Accept asks for, takes n = 1.", param="n")
+    if format_given and output_format != chosen:
+        raise InvalidRequest(
+            f"output_format is {shown(output_format)}, but Accept asks for image/{chosen}.", param="output_format"
+        )
+
+
+async def json_answer(answer: Answer, response_format: str, base: str | None, files: FileStore) -> bytes:
+    """The JSON body, pictures in base64, or as URLs that begin with `base`."""
+    if response_format == "url":
+        data = await urls(answer, base or "", files)
+        return json.dumps({**answer.body, "data": data}).encode()
+    return await asyncio.to_thread(_inline, answer)
+
+
+async def urls(answer: Answer, base: str, files: FileStore) -> list[dict[str, Any]]:
+    """The pictures as OpenAI's API has them, each stored if it is not yet."""
+    names = [one.name or await files.put(one.data, one.output_format) for one in answer.pictures]
+    return [
+        {"url": f"{base}/images/{name}", "seed": one.seed, "revised_prompt": None}
+        for name, one in zip(names, answer.pictures, strict=True)
+    ]
+
+
+def _inline(answer: Answer) -> bytes:
+    """Base64 needs no escaping, so JSON's encoder is spared the megabytes of it."""
+    pieces = [json.dumps(answer.body)[:-1].encode(), b', "data": [']
+    for i, file in enumerate(answer.pictures):
+        pieces += [b", " if i else b"", b'{"b64_json": "', base64.b64encode(file.data)]
+        pieces.append(f'", "seed": {file.seed}, "revised_prompt": null}}'.encode())
+    return b"".join([*pieces, b"]}"])
+
+
+def picture_answer(answer: Answer) -> Response:
+    """The first picture's file.
+
+    The parameters stand in headers, but for the prompts: they may be longer than proxies let a header be, and the file has them.
+    Warnings, if there are any, stand in `X-Stepweave-Warnings`.
+    """
+    file = answer.pictures[0]
+    headers = {
+        f"X-Stepweave-{name.replace('_', '-').title()}": "true" if value is True else str(value)
+        for name, value in file.values.items()
+        if "prompt" not in name
+    }
+    if answer.body["warnings"]:
+        headers["X-Stepweave-Warnings"] = warnings_header(answer.body["warnings"])
+    return Response(file.data, media_type=f"image/{file.output_format}", headers=headers)
+
+
+def warnings_header(warnings: list[str]) -> str:
+    """Warnings as a JSON list in ASCII (other characters are \\u escapes); those that do not fit are counted in a last one."""
+    kept = list(warnings)
+    while True:
+        more = len(warnings) - len(kept)
+        text = json.dumps([*kept, *([f"and {more} more"] if more else [])]).replace("\x7f", "\\u007f")
+        if len(text) <= MAX_WARNINGS_HEADER or not kept:
+            return text
+        kept.pop()

@@ -1,0 +1,136 @@
+"""Server-sent events of a generation: OpenAI's, and with them, for those who ask, its place in the queue and its progress."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from stepweave.api.answers import EVENT_STREAM, urls
+from stepweave.api.disconnect import disconnected
+from stepweave.api.responses import REQUEST_ID, as_stepweave_error
+from stepweave.jobs import Followed
+from stepweave.store import FileStore
+from stepweave.ticket import Answer, Partial, Queued, Update
+
+COMMENT = b": still here\n\n"  # keeps proxies from closing the connection
+SURFACES = {"generation": "image_generation", "edit": "image_edit"}
+
+
+def event(name: str, data: dict[str, Any]) -> bytes:
+    """One event in the stream's format (WHATWG HTML, 9.2.6)."""
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
+
+
+async def events(
+    job: Followed, request_id: str, files: FileStore, *, verbose: bool, base: str | None = None
+) -> AsyncIterator[bytes]:
+    """What happens to a job, until it ends, and its end: the pictures (as URLs that begin with `base`, if given), or an error."""
+    prefix = SURFACES[job.kind]
+    try:
+        with job.held():
+            async for update in job.updates():
+                if update is None:
+                    yield COMMENT
+                elif isinstance(update, Partial):
+                    yield await asyncio.to_thread(_partial, prefix, update)
+                elif verbose:
+                    yield _progress(job.id, update)
+            answer = await job.result()
+        for i in range(len(answer.pictures)):
+            yield await _completed(prefix, answer, i, files, base)
+    except Exception as error:
+        yield event("error", as_stepweave_error(error, request_id).body())
+
+
+def _partial(prefix: str, update: Partial) -> bytes:
+    name = f"{prefix}.partial_image"
+    data = {
+        "type": name,
+        "b64_json": base64.b64encode(update.data).decode(),
+        "partial_image_index": update.number,
+        "image_index": update.picture,
+        "created_at": int(time.time()),
+    }
+    return event(name, data)
+
+
+def _progress(id: str, update: Update) -> bytes:
+    eta = None if isinstance(update, Partial) or update.eta is None else round(update.eta, 3)
+    if isinstance(update, Queued):
+        place = {"id": id, "position": update.position, "eta_seconds": eta}
+        return event("stepweave.queued", {"type": "stepweave.queued", **place})
+    assert not isinstance(update, Partial)
+    progress = {"id": id, "step": update.step, "total_steps": update.total, "eta_seconds": eta}
+    return event("stepweave.progress", {"type": "stepweave.progress", **progress})
+
+
+async def _completed(prefix: str, answer: Answer, index: int, files: FileStore, base: str | None) -> bytes:
+    name, picture = f"{prefix}.completed", answer.pictures[index]
+    if base is None:
+        content = {"b64_json": (await asyncio.to_thread(base64.b64encode, picture.data)).decode()}
+    else:
+        content = {"url": (await urls(Answer(answer.body, [picture]), base, files))[0]["url"]}
+    parameters = answer.body["parameters"]
+    data = {
+        "type": name,
+        **content,
+        "created_at": answer.body["created"],
+        "size": parameters["size"],
+        "output_format": picture.output_format,
+        "image_index": index,
+        "seed": picture.seed,
+        "model": answer.body["model"],
+        "usage": answer.body["usage"],
+        "parameters": parameters,
+        "timings": answer.body["timings"],
+        "warnings": answer.body["warnings"],
+    }
+    return await asyncio.to_thread(event, name, data)
+
+
+class EventStream(Response):
+    """An answer of server-sent events, which ends when the client leaves."""
+
+    media_type = EVENT_STREAM
+
+    def __init__(self, request: Request, content: AsyncIterator[bytes], headers: dict[str, str] | None = None) -> None:
+        self.status_code = 200
+        self.background = None
+        self._request = request
+        self._content = content
+        self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no", **(headers or {})})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        sending = asyncio.ensure_future(self._send(send))
+        watching = asyncio.ensure_future(disconnected(self._request))
+        try:
+            await asyncio.wait({sending, watching}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (sending, watching):
+                if not task.done():
+                    task.cancel()
+            await asyncio.wait({sending, watching})
+        if not sending.cancelled():
+            sending.result()
+
+    async def _send(self, send: Send) -> None:
+        try:
+            async for chunk in self._content:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            await self._content.aclose()  # type: ignore[attr-defined]
+
+
+def request_id(request: Request) -> str:
+    """The request's id, as its answer has it."""
+    return str(request.scope[REQUEST_ID])

@@ -1,0 +1,54 @@
+"""Multipart forms (RFC 7578): the fields and pictures of an edit."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+from starlette.formparsers import MultiPartException
+from starlette.requests import ClientDisconnect, Request
+
+from stepweave.errors import Cancelled, InvalidRequest, shown
+from stepweave.generation import Sources
+from stepweave.images.uploads import read_sources
+from stepweave.server import Server
+
+PICTURES = ("image", "mask")
+MAX_FIELDS = 64
+MAX_FIELD_BYTES = 64 * 1024
+
+
+async def read_form(request: Request, files: Sequence[str] = PICTURES) -> tuple[dict[str, str], dict[str, bytes]]:
+    """The fields and the files of a multipart form. `image[]`, as OpenAI's clients name several, may hold one.
+
+    Raises InvalidRequest for a form that cannot be read, a name that comes twice, a field that is a file or the other way round.
+    """
+    texts: dict[str, str] = {}
+    found: dict[str, bytes] = {}
+    try:
+        async with request.form(max_files=len(files), max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES) as form:
+            for name, value in form.multi_items():
+                name = name.removesuffix("[]")
+                if name in texts or name in found:
+                    raise InvalidRequest(f"{name} is given more than once.", param=name)
+                if isinstance(value, str):
+                    if name in files:
+                        raise InvalidRequest(f"{name} is {shown(value)}; it must be a file.", param=name)
+                    texts[name] = value
+                elif name in files:
+                    found[name] = await value.read()
+                else:
+                    raise InvalidRequest(f"{shown(name)} is a file; only {' and '.join(files)} may be.", param=name)
+    except ClientDisconnect:
+        raise Cancelled("The client left while it sent the body.") from None
+    except MultiPartException as error:
+        raise InvalidRequest(f"The form cannot be read: {error.message}", code="invalid_form") from None
+    return texts, found
+
+
+async def read_pictures(files: Mapping[str, bytes], server: Server) -> Sources:
+    """An edit's pictures. Raises InvalidRequest naming the one that is missing, or cannot be read."""
+    if "image" not in files:
+        raise InvalidRequest("image is missing: send it as a file of the form.", code="missing_field", param="image")
+    most = server.settings.max_pixels
+    return await asyncio.to_thread(read_sources, files["image"], files.get("mask"), max_pixels=most)

@@ -1,0 +1,67 @@
+"""Jobs as JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from stepweave.api.answers import json_answer
+from stepweave.errors import NotFound
+from stepweave.jobs import Followed, KeptJob, values_of
+from stepweave.store import FileStore
+from stepweave.ticket import Queued, Ticket
+
+
+async def describe(job: Followed, files: FileStore, base: str | None, *, result: bool = True) -> dict[str, Any]:
+    """The job as its resource: where it stands, and its result once it is there.
+
+    Pictures are URLs that begin with `base` if the request asked for that, else in base64. Without `result` they are left out.
+    """
+    described = _of_ticket(job) if isinstance(job, Ticket) else _of_record(job)
+    if result and described["state"] == "succeeded":
+        wanted = "url" if base is not None else "b64_json"
+        try:
+            described["result"] = json.loads(await json_answer(await job.result(), wanted, base, files))
+        except NotFound as error:
+            described["warnings"] = [*described["warnings"], error.message]
+    return described
+
+
+def _of_ticket(ticket: Ticket) -> dict[str, Any]:
+    standing = None if ticket.done else ticket.standing()
+    position = standing.position if isinstance(standing, Queued) else None
+    eta = standing.eta if standing is not None else None
+    return {
+        "id": ticket.id,
+        "object": "job",
+        "kind": ticket.kind,
+        "state": ticket.state,
+        "step": ticket.job.progress.step,
+        "total_steps": ticket.steps,
+        "position": position,
+        "eta_seconds": None if eta is None else round(eta, 3),
+        "created": round(ticket.created, 3),
+        "parameters": {**ticket.parameters.of_image(0), "n": ticket.parameters.n},
+        "warnings": [*ticket.warnings, *ticket.job.warnings],
+        "error": None if ticket.error is None else ticket.error.body()["error"],
+        "result": None,
+    }
+
+
+def _of_record(job: KeptJob) -> dict[str, Any]:
+    record = job.record
+    return {
+        "id": record.id,
+        "object": "job",
+        "kind": record.kind,
+        "state": record.state,
+        "step": record.step,
+        "total_steps": record.total_steps,
+        "position": None,
+        "eta_seconds": None,
+        "created": round(record.created, 3),
+        "parameters": {**values_of(record), "n": record.request["n"]},
+        "warnings": list(record.warnings),
+        "error": record.error,
+        "result": None,
+    }

@@ -1,0 +1,86 @@
+"""Jobs: status, list, cancel and events."""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from stepweave.api.auth import owner_of
+from stepweave.api.events import EventStream, events, request_id
+from stepweave.api.job_answers import describe
+from stepweave.api.urls import base_url
+from stepweave.errors import Cancelled, InvalidRequest, NotFound, shown
+from stepweave.jobs import Followed, Jobs
+from stepweave.server import Server
+from stepweave.ticket import Ticket
+
+MAX_LIST = 100
+CANCEL_SECONDS = 5.0  # that an answer waits for the step at which a job ends
+
+
+class JobRoutes:
+    """The handlers, bound to one server."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/v1/jobs", self.list, methods=["GET"]),
+            Route("/v1/jobs/{id}", self.get, methods=["GET"]),
+            Route("/v1/jobs/{id}", self.delete, methods=["DELETE"]),
+            Route("/v1/jobs/{id}/events", self.events, methods=["GET"]),
+        ]
+
+    async def list(self, request: Request) -> Response:
+        if not self.server.settings.api_keys:
+            raise NotFound("The list of jobs is off while no keys are set (STEPWEAVE_API_KEYS).", code="list_is_off")
+        for name in request.query_params:
+            if name not in ("limit", "before"):
+                raise InvalidRequest(f"Unknown parameter {shown(name)}.", code="unknown_field", param=name)
+        given = request.query_params.get("limit", "20")
+        limit = int(given) if given.isascii() and given.isdecimal() and len(given) < 4 else 0
+        if not 1 <= limit <= MAX_LIST:
+            raise InvalidRequest(f"limit is {shown(given)}; it must be 1 to {MAX_LIST}.", param="limit")
+        jobs = self._jobs()
+        found, after = await jobs.list(owner_of(request), limit, request.query_params.get("before"))
+        data = [await describe(job, jobs.files, None, result=False) for job in found]
+        return JSONResponse({"object": "list", "data": data, "next": after})
+
+    async def get(self, request: Request) -> Response:
+        return await self._described(request, await self._job(request))
+
+    async def delete(self, request: Request) -> Response:
+        """Cancel it; one that is over is forgotten, and its pictures."""
+        job = await self._job(request)
+        if isinstance(job, Ticket) and not job.done:
+            job.cancel(Cancelled("The job was cancelled."))
+            await asyncio.wait({job.ended()}, timeout=CANCEL_SECONDS)
+            return await self._described(request, job)
+        answer = await self._described(request, job, result=False)
+        await self._jobs().delete(job.id)
+        return answer
+
+    async def events(self, request: Request) -> Response:
+        """From where the job stands now: its previews so far, its progress, and its end."""
+        job, jobs = await self._job(request), self._jobs()
+        told = events(job, request_id(request), jobs.files, verbose=True, base=self._base(request, job))
+        return EventStream(request, told)
+
+    def _jobs(self) -> Jobs:
+        if self.server.jobs is None:
+            raise self.server.unavailable()
+        return self.server.jobs
+
+    async def _job(self, request: Request) -> Followed:
+        return await self._jobs().get(request.path_params["id"], owner_of(request))
+
+    async def _described(self, request: Request, job: Followed, *, result: bool = True) -> Response:
+        base = self._base(request, job) if result else None
+        return JSONResponse(await describe(job, self._jobs().files, base, result=result))
+
+    def _base(self, request: Request, job: Followed) -> str | None:
+        return base_url(request, self.server.settings) if job.response_format == "url" else None

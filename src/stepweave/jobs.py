@@ -1,0 +1,324 @@
+"""Jobs that outlive their connection: kept in the stores, found again by id or by idempotency key."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from stepweave.config import Settings
+from stepweave.errors import Conflict, NotFound, StepweaveError, shown
+from stepweave.store import DirectoryFileStore, FileStore, JobRecord, JobStore, SqliteJobStore, state_directory
+from stepweave.ticket import Answer, PictureFile, Progressed, ResponseFormat, Ticket, Update
+
+logger = logging.getLogger(__name__)
+
+SWEEP_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a request says of itself: whose it is, the key that makes it one with others, and what it asks for."""
+
+    owner: str | None
+    key: str | None
+    fingerprint: str
+
+
+class KeptJob:
+    """A job whose process of making is over: followed as a ticket is, but all is there at once."""
+
+    def __init__(self, record: JobRecord, files: FileStore) -> None:
+        self.record = record
+        self.id = record.id
+        self.kind = record.kind
+        self.response_format: ResponseFormat = record.request.get("response_format", "b64_json")
+        self._files = files
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Nothing depends on who waits."""
+        yield
+
+    async def updates(self) -> AsyncIterator[Update | None]:
+        """There is nothing left to tell."""
+        return
+        yield
+
+    async def result(self) -> Answer:
+        """Raises what ended it, and NotFound once its pictures have expired."""
+        record = self.record
+        if record.error is not None:
+            raise as_error(record.error)
+        body = record.response or {}
+        pictures = []
+        for i, name in enumerate(record.files):
+            file = await self._files.get(name)
+            if file is None:
+                raise NotFound(f"The pictures of job {self.id} have expired.", code="expired")
+            values = {**values_of(record), "seed": record.request["seed"] + i}
+            pictures.append(PictureFile(file.data, values["seed"], values, record.request["output_format"], name))
+        return Answer(body, pictures)
+
+
+def values_of(record: JobRecord) -> dict[str, Any]:
+    """The parameters of a job's first picture."""
+    return {
+        name: value for name, value in record.request.items() if name not in ("n", "output_format", "response_format")
+    }
+
+
+class _Kept(StepweaveError):
+    """An error of a job that is over, as it was told."""
+
+    def __init__(self, error: Mapping[str, Any]) -> None:
+        super().__init__(error["message"], code=error["code"], param=error["param"])
+        self._error = dict(error)
+
+    def body(self) -> dict[str, Any]:
+        return {"error": self._error}
+
+
+def as_error(error: Mapping[str, Any]) -> StepweaveError:
+    """What a job's error was; 500 whatever it was answered with then."""
+    return _Kept(error)
+
+
+Followed = Ticket | KeptJob
+
+
+@dataclass
+class _Opening:
+    fingerprint: str
+    followed: asyncio.Task[Followed]
+
+
+class Jobs:
+    """The jobs of one server: `tickets` are those under way, the stores have the others."""
+
+    def __init__(self, store: JobStore, files: FileStore, tickets: Mapping[str, Ticket]) -> None:
+        self.store = store
+        self.files = files
+        self._tickets = tickets
+        self._owners: dict[str, str | None] = {}  # of tickets that are kept, by id
+        self._open: dict[tuple[str | None, str], _Opening] = {}  # by owner and key, until kept
+        self._under_way: dict[str, Ticket] = {}  # those to be kept, until they are
+        self._keeping: dict[str, asyncio.Task[None]] = {}  # theirs, by id
+        self._exits = contextlib.ExitStack()
+
+    @classmethod
+    def open(cls, settings: Settings, tickets: Mapping[str, Ticket]) -> Jobs:
+        """The jobs in the settings' directory. Raises StepweaveError if that cannot be used."""
+        with contextlib.ExitStack() as exits:
+            directory = exits.enter_context(state_directory(settings.state_dir))
+            files = DirectoryFileStore(directory / "pictures", settings.keep_seconds, settings.keep_bytes)
+            store = SqliteJobStore(directory / "jobs.sqlite", settings.keep_seconds, settings.keep_jobs)
+            jobs = cls(store, files, tickets)
+            jobs._exits = exits.pop_all()
+        return jobs
+
+    def resume(self) -> None:
+        """Mark what an earlier process left unfinished as failed. Not for the event loop's thread."""
+        count = asyncio.run(self.store.interrupted())
+        if count:
+            logger.warning("%d jobs were not done when the server ended; they failed", count)
+
+    def close(self) -> None:
+        """Close the stores, and give the directory up. Not for the event loop's thread."""
+
+        async def close() -> None:
+            await self.store.close()
+            await self.files.close()
+
+        asyncio.run(close())
+        self._exits.close()
+
+    # Requests
+
+    async def start(self, claim: Claim, accept: Callable[[], Awaitable[Ticket]], *, detached: bool = False) -> Followed:
+        """Have a request accepted, or join the one that had its key first, unless that failed or was cancelled.
+
+        A job that is `detached`, or has a key, is kept. Raises Conflict if the key's first request asked for something else, and
+        what `accept` does.
+        """
+        if claim.key is None:
+            return await self._begin(claim, accept, detached)
+        slot = (claim.owner, claim.key)
+        while True:
+            opening = self._open.get(slot)
+            if opening is None:
+                task = asyncio.ensure_future(self._find_or_begin(claim, accept, detached))
+                opening = self._open[slot] = _Opening(claim.fingerprint, task)
+                task.add_done_callback(lambda task: self._opened(slot, task))
+            if opening.fingerprint != claim.fingerprint:
+                raise self._conflict(claim.key)
+            try:
+                followed = await asyncio.shield(opening.followed)
+            except asyncio.CancelledError:
+                opening.followed.add_done_callback(_let_go)
+                raise
+            if not (isinstance(followed, Ticket) and followed.done and followed.error is not None):
+                return followed
+            self._forget(slot, opening)  # it failed meanwhile: begin anew
+
+    async def _find_or_begin(self, claim: Claim, accept: Callable[[], Awaitable[Ticket]], detached: bool) -> Followed:
+        assert claim.key is not None
+        record = await self.store.by_key(claim.owner, claim.key)
+        if record is None:
+            return await self._begin(claim, accept, detached)
+        if record.fingerprint != claim.fingerprint:
+            raise self._conflict(claim.key)
+        return self._live(record.id) or KeptJob(record, self.files)
+
+    @staticmethod
+    def _conflict(key: str) -> Conflict:
+        return Conflict(
+            f"Idempotency-Key {shown(key.partition(' ')[2])} belongs to a request that asks for something else."
+        )
+
+    def _opened(self, slot: tuple[str | None, str], task: asyncio.Task[Followed]) -> None:
+        opening = self._open[slot]
+        if task.cancelled() or task.exception() is not None or not isinstance(task.result(), Ticket):
+            self._forget(slot, opening)
+
+    def _forget(self, slot: tuple[str | None, str], opening: _Opening) -> None:
+        if self._open.get(slot) is opening:
+            del self._open[slot]
+
+    async def _begin(self, claim: Claim, accept: Callable[[], Awaitable[Ticket]], detached: bool) -> Followed:
+        ticket = await accept()
+        if not detached and claim.key is None:
+            self._owners[ticket.id] = claim.owner
+            ticket.ended().add_done_callback(lambda _: self._owners.pop(ticket.id, None))
+            return ticket
+        ticket.detached = detached
+        record = _record(ticket, claim)
+        self._owners[ticket.id] = claim.owner
+        try:
+            await self.store.put(record)  # before it is answered: what was promised must not be lost
+        except BaseException:
+            ticket.detached = False
+            ticket.let_go()
+            raise
+        self._under_way[ticket.id] = ticket
+        self._keeping[ticket.id] = asyncio.ensure_future(self._keep(ticket, record, claim))
+        return ticket
+
+    async def _keep(self, ticket: Ticket, record: JobRecord, claim: Claim) -> None:
+        """Have the store know how a ticket goes, and what came of it."""
+        try:
+            async for update in ticket.updates():
+                if isinstance(update, Progressed) and record.state == "queued":
+                    record = replace(_record(ticket, claim), state="running")
+                    await self.store.put(record)
+            await self._keep_result(ticket, claim)
+        except Exception:
+            logger.exception("job %s could not be kept", ticket.id)
+        finally:
+            del self._under_way[ticket.id], self._keeping[ticket.id]
+            self._owners.pop(ticket.id, None)
+            if claim.key is not None:
+                self._open.pop((claim.owner, claim.key), None)
+
+    async def _keep_result(self, ticket: Ticket, claim: Claim) -> None:
+        record = _record(ticket, claim)
+        try:
+            answer = await ticket.result()
+            suffix = ticket.request.output_format
+            names = [await self.files.put(picture.data, suffix) for picture in answer.pictures]
+        except StepweaveError as error:
+            state = ticket.state if ticket.error is not None else "failed"
+            await self.store.put(replace(record, state=state, error=error.body()["error"]))
+        else:
+            response = {**answer.body}
+            await self.store.put(
+                replace(record, state="succeeded", response=response, files=tuple(names), warnings=response["warnings"])
+            )
+
+    def keeping(self) -> list[asyncio.Task[None]]:
+        """What is done once the results of jobs under way are kept."""
+        return list(self._keeping.values())
+
+    # What is known of jobs
+
+    async def get(self, id: str, owner: str | None) -> Followed:
+        """Raises NotFound, also for another owner's."""
+        ticket = self._live(id)
+        if ticket is not None and self._owners.get(id) == owner:
+            return ticket
+        record = None if ticket is not None else await self.store.get(id)
+        if record is None or record.owner != owner:
+            raise NotFound(f"There is no job {shown(id)}; jobs are kept for a while only.", code="job_not_found")
+        return KeptJob(record, self.files)
+
+    def _live(self, id: str) -> Ticket | None:
+        return self._tickets.get(id) or self._under_way.get(id)
+
+    async def list(self, owner: str | None, limit: int, before: str | None) -> tuple[list[Followed], str | None]:
+        """At most `limit` jobs that are kept or will be, newest first; where the next ones begin."""
+        records = await self.store.list(owner, limit, before)
+        jobs: list[Followed] = [self._live(one.id) or KeptJob(one, self.files) for one in records]
+        return jobs, records[-1].cursor if len(records) == limit else None
+
+    async def delete(self, id: str) -> None:
+        """Forget a job that is over, and its pictures."""
+        keeping = self._keeping.get(id)
+        if keeping is not None:
+            await asyncio.shield(keeping)
+        await self.files.delete(await self.store.delete(id))
+
+    # Retention
+
+    async def sweep(self) -> None:
+        """Remove what is past its time."""
+        now = time.time()
+        await self.files.delete(await self.store.sweep(now))
+        await self.files.delete(await self.store.forget(await self.files.sweep(now)))
+
+    async def sweep_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            try:
+                await self.sweep()
+            except StepweaveError:
+                logger.exception("what is past its time could not be removed")
+
+
+def _let_go(task: asyncio.Task[Followed]) -> None:
+    if not task.cancelled() and task.exception() is None and isinstance(task.result(), Ticket):
+        task.result().let_go()  # type: ignore[union-attr]
+
+
+def _record(ticket: Ticket, claim: Claim) -> JobRecord:
+    """What is known of a ticket now."""
+    job = ticket.job
+    age = time.monotonic() - job.accepted
+
+    def at(moment: float | None) -> float | None:
+        return None if moment is None else ticket.created + moment - job.accepted
+
+    return JobRecord(
+        id=ticket.id,
+        owner=claim.owner,
+        kind=ticket.kind,
+        state=ticket.state,
+        created=ticket.created,
+        updated=ticket.created + age,
+        started=at(job.begun),
+        finished=time.time() if ticket.done else None,
+        step=job.progress.step,
+        total_steps=ticket.steps,
+        request={
+            **ticket.parameters.of_image(0),
+            "n": ticket.parameters.n,
+            "output_format": ticket.request.output_format,
+            "response_format": ticket.response_format,
+        },
+        warnings=[*ticket.warnings, *job.warnings],
+        idempotency_key=claim.key,
+        fingerprint=claim.fingerprint,
+    )

@@ -1,0 +1,370 @@
+"""A ticket: one accepted request, from its place in the queue to its picture files."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import Executor
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from stepweave.errors import Cancelled, DeadlineExceeded, OutOfMemory, RequestError, StepweaveError
+from stepweave.generation import Generation, Parameters, Timings
+from stepweave.images.encode import OutputFormat, encode
+from stepweave.telemetry.metrics import Metrics
+
+if TYPE_CHECKING:
+    from stepweave.api.schemas import ImageRequest
+    from stepweave.engine import Job, Latents
+    from stepweave.engine.planner import Standing
+    from stepweave.images.previews import Previewer
+
+logger = logging.getLogger(__name__)
+
+State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+ResponseFormat = Literal["b64_json", "url"]
+PLACE_SECONDS = 0.5  # between two looks at the place in the queue
+SILENT_SECONDS = 15.0  # after which a follower is told that there is nothing new
+
+
+@dataclass(frozen=True)
+class PictureFile:
+    """One encoded picture and the parameters that made it; its name in the file store, if it is there."""
+
+    data: bytes
+    seed: int
+    values: dict[str, Any]
+    output_format: OutputFormat
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a generation is answered with. `body` is JSON-able: created, model, usage, parameters, timings, warnings."""
+
+    body: dict[str, Any]
+    pictures: list[PictureFile]
+
+
+@dataclass(frozen=True)
+class Queued:
+    """Its place among those that wait, 1 for the first, and the seconds until it will be done, if they can be foreseen."""
+
+    position: int
+    eta: float | None
+
+
+@dataclass(frozen=True)
+class Progressed:
+    """Denoising steps done, of how many."""
+
+    step: int
+    total: int
+    eta: float | None
+
+
+@dataclass(frozen=True)
+class Partial:
+    """A preview: the picture it is of (0 to n - 1), its number (from 0), and its file."""
+
+    picture: int
+    number: int
+    data: bytes
+
+
+Update = Queued | Progressed | Partial
+
+
+@dataclass(frozen=True)
+class Means:
+    """What tickets need of the server."""
+
+    model: str
+    metrics: Metrics
+    encoders: Executor
+    standings: Callable[[], Mapping[str, Standing]]
+    leave: Callable[[], None]  # gives the place back that admission gave
+    previewer: Previewer | None = None
+
+
+class Ticket:
+    """An accepted request; the engine's observer of its job. All but what the engine calls is for the event loop.
+
+    Whoever waits for it holds it; when the last one lets go, its job is cancelled, unless it is `detached`.
+    """
+
+    def __init__(self, request: ImageRequest, parameters: Parameters, means: Means, previews: int = 0) -> None:
+        self.request = request
+        self.parameters = parameters
+        self.created = time.time()
+        self.detached = False
+        self.response_format: ResponseFormat = "b64_json"  # in which its result is wanted, if it is asked for later
+        self.warnings: list[str] = []  # of the request; those of its prompts come with the job
+        self.error: StepweaveError | None = None
+        self.partials: list[Partial] = []
+        self._means = means
+        self._previews = previews if means.previewer is not None else 0
+        self._drawn: set[asyncio.Future[None]] = set()  # previews under way
+        self._number = 0  # of the next preview
+        self._steps: frozenset[int] = frozenset()  # after which there is a preview
+        self._holders = 0
+        self._began = time.monotonic()
+        self._loop = asyncio.get_running_loop()
+        self._changed = asyncio.Event()
+        self._reason: StepweaveError | None = None
+        self._job: Job | None = None
+        self._task: asyncio.Task[Answer] | None = None
+
+    def begin(self, job: Job, due: float | None) -> None:
+        """The engine has taken its job, which is expected to be done at `due`, in seconds of the monotonic clock."""
+        self._job = job
+        self._task = asyncio.create_task(self._run(due))
+        self._task.add_done_callback(lambda task: task.cancelled() or task.exception())  # somebody else may tell of it
+
+    @property
+    def job(self) -> Job:
+        assert self._job is not None
+        return self._job
+
+    @property
+    def id(self) -> str:
+        return self.job.id
+
+    @property
+    def kind(self) -> Literal["generation", "edit"]:
+        return "generation" if self.parameters.sources is None else "edit"
+
+    @property
+    def done(self) -> bool:
+        return self._task is not None and self._task.done()
+
+    @property
+    def state(self) -> State:
+        if not self.done:
+            return "queued" if self.job.begun is None else "running"
+        if self.error is None:
+            return "succeeded"
+        return "cancelled" if isinstance(self.error, Cancelled) else "failed"
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps, as many as are known to be needed."""
+        return self.job.progress.total or self.parameters.num_inference_steps
+
+    def standing(self) -> Queued | Progressed:
+        """Where it stands now."""
+        standing = self._means.standings().get(self.id)
+        eta = None if standing is None or standing.eta <= 0 else standing.eta
+        if self.job.begun is None:
+            return Queued(1 if standing is None else max(1, standing.position), eta)
+        return Progressed(self.job.progress.step, self.steps, eta)
+
+    def cancel(self, reason: StepweaveError | None = None) -> None:
+        """End it at its next step, with `reason`. No effect once it is done."""
+        self._reason = self._reason or reason
+        self.job.cancel()
+
+    def ended(self) -> asyncio.Future[Any]:
+        """Done once it is; not to be cancelled."""
+        assert self._task is not None
+        return self._task
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within the block somebody waits for it."""
+        self._holders += 1
+        try:
+            yield
+        finally:
+            self._holders -= 1
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Cancel it if nobody waits for it."""
+        if not self._holders and not self.detached:
+            self.cancel()
+
+    async def result(self) -> Answer:
+        """Raises what ended it. Cancelling the awaiting task leaves it as it is."""
+        assert self._task is not None
+        return await asyncio.shield(self._task)
+
+    async def updates(self) -> AsyncIterator[Update | None]:
+        """What happens from now on, till the end: place and progress when they change, and all previews in their order.
+
+        None when nothing else was told for `SILENT_SECONDS`.
+        """
+        last: tuple[Any, ...] = ()
+        seen = 0
+        told = time.monotonic()
+        while True:
+            changed, done = self._changed, self.done
+            for partial in self.partials[seen:]:
+                seen, told = seen + 1, time.monotonic()
+                yield partial
+            if done:
+                return
+            standing = self.standing()
+            where = (standing.position,) if isinstance(standing, Queued) else (standing.step, standing.total)
+            if where != last:
+                last, told = where, time.monotonic()
+                yield standing
+            elif time.monotonic() - told >= SILENT_SECONDS:
+                told = time.monotonic()
+                yield None
+            with contextlib.suppress(TimeoutError):
+                wait = PLACE_SECONDS if isinstance(standing, Queued) else SILENT_SECONDS
+                await asyncio.wait_for(changed.wait(), wait)
+
+    # On the engine's threads
+
+    def wants(self, step: int, total: int) -> bool:
+        """Whether there is to be a preview after a step."""
+        if not self._previews:
+            return False
+        if not self._steps:
+            from stepweave.images.previews import preview_steps
+
+            self._steps = frozenset(preview_steps(total, self._previews))
+        return step in self._steps
+
+    def progressed(self, job: Job) -> None:
+        self._tell(self._notify)
+
+    def denoised(self, job: Job, latents: Latents) -> None:
+        self._tell(self._preview, latents)
+
+    def _tell(self, function: Callable[..., None], *args: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(function, *args)
+
+    # On the event loop
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _preview(self, latents: Latents) -> None:
+        drawn = asyncio.ensure_future(self._draw(latents))
+        self._drawn.add(drawn)
+        drawn.add_done_callback(self._drawn.discard)
+
+    async def _draw(self, latents: Latents) -> None:
+        try:
+            files = await self._loop.run_in_executor(self._means.encoders, self._draw_files, latents)
+        except Exception:
+            logger.exception("a preview failed")
+            return
+        self.partials += [Partial(i, self._number, data) for i, data in enumerate(files)]
+        self._number += 1
+        self._notify()
+
+    def _draw_files(self, latents: Latents) -> list[bytes]:
+        previewer, parameters = self._means.previewer, self.parameters
+        assert previewer is not None
+        pictures = [previewer.picture(latents, parameters.width, parameters.height, row) for row in range(parameters.n)]
+        return [encode(picture, self.request.output_format, None, self._means.model) for picture in pictures]
+
+    async def _run(self, due: float | None) -> Answer:
+        job, metrics = self.job, self._means.metrics
+        try:
+            with metrics.counted():
+                output = await self._output()
+                metrics.generated(job, due)
+                warnings = [*self.warnings, *job.warnings]
+                generation = Generation(self.parameters, output.images, timings_of(job), warnings)
+                if self._drawn:
+                    await asyncio.wait(set(self._drawn))
+                pictures = await self._encode(generation)
+        except StepweaveError as error:
+            self.error = error
+            if isinstance(error, (Cancelled, DeadlineExceeded)) or error is self._reason:
+                metrics.steps_saved.inc(max(0, self.steps - job.progress.step))
+            raise
+        except asyncio.CancelledError:  # the loop ends
+            self.error = Cancelled()
+            raise
+        finally:
+            self._means.leave()
+            self._tell(self._notify)
+        generation.timings.total = time.monotonic() - self._began
+        metrics.request_seconds.observe(generation.timings.total)
+        return Answer(self._body(generation), pictures)
+
+    async def _output(self) -> Any:
+        try:
+            return await self.job
+        except Cancelled:
+            if self._reason is not None:
+                raise self._reason from None
+            raise
+        except DeadlineExceeded:
+            self._means.metrics.deadline_missed.inc()
+            raise
+        except (RequestError, OutOfMemory):
+            raise
+        except Exception as error:
+            values = {name: value for name, value in self.parameters.of_image(0).items() if "prompt" not in name}
+            logger.exception("a job failed: %r, %s", self.job, values)
+            failure = f"The generation failed ({type(error).__name__})."
+            raise StepweaveError(failure, code="generation_failed") from error
+
+    async def _encode(self, generation: Generation) -> list[PictureFile]:
+        began = time.monotonic()
+        request, model = self.request, self._means.model
+        values = [generation.parameters.of_image(i) for i in range(len(generation.images))]
+        encoded = await asyncio.gather(
+            *(
+                self._loop.run_in_executor(
+                    self._means.encoders,
+                    encode,
+                    image,
+                    request.output_format,
+                    value if request.metadata else None,
+                    model,
+                    request.output_compression,
+                )
+                for image, value in zip(generation.images, values, strict=True)
+            )
+        )
+        generation.timings.encode_image = time.monotonic() - began
+        return [
+            PictureFile(data, value["seed"], value, request.output_format)
+            for data, value in zip(encoded, values, strict=True)
+        ]
+
+    def _body(self, generation: Generation) -> dict[str, Any]:
+        parameters = generation.parameters
+        return {
+            "created": int(time.time()),
+            "model": self._means.model,
+            "usage": {
+                "images": parameters.n,
+                "steps": parameters.n * self.steps,
+                "pixels": parameters.n * parameters.width * parameters.height,
+            },
+            "parameters": {
+                **parameters.of_image(0),
+                "n": parameters.n,
+                "output_format": self.request.output_format,
+            },
+            "timings": {name: round(seconds, 6) for name, seconds in asdict(generation.timings).items()},
+            "warnings": generation.warnings,
+        }
+
+
+def timings_of(job: Job) -> Timings:
+    """Where a finished job's seconds went."""
+    assert job.started is not None and job.finished is not None
+    begun = job.begun or job.started
+    opened = max(job.opened or begun, begun)  # a remembered prompt needs no forward before the first step
+    stepped = job.stepped or opened
+    return Timings(
+        queued=begun - job.accepted,
+        encode=opened - begun,
+        denoise=stepped - opened,
+        decode=job.finished - stepped,
+    )
