@@ -110,12 +110,16 @@ class Settings(BaseSettings):
     max_pixels: int = Field(2048 * 2048, ge=64 * 64, description="Largest width times height of a picture.")
     max_prompt_characters: int = Field(4000, ge=1, le=7000, description="Longest prompt or negative prompt.")
     max_body_bytes: int = Field(1_048_576, ge=1024, description="Largest body of a request without a picture.")
-    max_upload_bytes: int = Field(16_777_216, ge=1024, description="Largest body of a request with pictures, of an edit.")
+    max_upload_bytes: int = Field(
+        16_777_216, ge=1024, description="Largest body of a request with pictures, of an edit."
+    )
     api_keys: Keys = Field(
-        (), description="Keys, comma-separated, one of which every request but probes must bear; without, all are served."
+        (),
+        description="Keys, comma-separated, one of which every request but probes must bear; without, all are served.",
     )
     base_url: Annotated[str, Field(pattern=r"^https?://[^/?#\s]+(/[^?#\s]*)?$")] | None = Field(
-        None, description="What the URLs of pictures begin with; if unset, the host that a request names, if it is trusted."
+        None,
+        description="What the URLs of pictures begin with; if unset, the host that a request names, if it is trusted.",
     )
     trusted_hosts: str = Field(
         "localhost,127.0.0.1,[::1]",
@@ -124,9 +128,13 @@ class Settings(BaseSettings):
     trust_forwarded: bool = Field(
         False, description="Believe `X-Forwarded-Host` and `X-Forwarded-Proto`; for servers that only a proxy reaches."
     )
-    cors_origins: Keys = Field((), description="Origins, comma-separated, whose pages may call the server; `*` for any.")
+    cors_origins: Keys = Field(
+        (), description="Origins, comma-separated, whose pages may call the server; `*` for any."
+    )
     state_dir: str | None = Field(
-        None, min_length=1, description="Directory of jobs and pictures, for one server; if unset, one that ends with it."
+        None,
+        min_length=1,
+        description="Directory of jobs and pictures, for one server; if unset, one that ends with it.",
     )
     keep_seconds: float = Field(3600, gt=0, description="Seconds that finished jobs and stored pictures are kept.")
     keep_bytes: int = Field(1_073_741_824, ge=1_048_576, description="Bound of stored pictures; the oldest go first.")

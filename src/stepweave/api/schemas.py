@@ -57,6 +57,7 @@ class OpenAIRequest(StreamRequest):
     """What OpenAI's Images API has beside; what a diffusion model has no use for is taken and ignored, with a warning."""
 
     IGNORED: ClassVar[tuple[str, ...]] = ("quality", "style", "background", "moderation")
+    NULLABLE: ClassVar[tuple[str, ...]] = ("n", "response_format", "output_format", "stream", "partial_images")
 
     model: str | None = Field(None, description="Id of the model, if given.")
     n: int = Field(1, ge=1, description="Number of pictures; picture i has seed + i.")
@@ -71,10 +72,10 @@ class OpenAIRequest(StreamRequest):
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, values: Any) -> Any:
-        """OpenAI's fields may be null."""
+        """OpenAI's optional fields may be null."""
         if not isinstance(values, dict):
             return values
-        return {name: value for name, value in values.items() if value is not None or name not in cls.model_fields}
+        return {name: value for name, value in values.items() if value is not None or name not in cls.NULLABLE}
 
     def ignored(self) -> list[str]:
         """A warning for each field that is ignored and does not say `auto`."""
