@@ -178,7 +178,7 @@ class DirectoryFileStore:
         return StoredFile(data, MEDIA_TYPES[name.partition(".")[2]], expires_in) if expires_in > 0 else None
 
     async def delete(self, names: Iterable[str]) -> None:
-        await self._run(self._writer, self._delete, [name for name in names if name in self._index])
+        await self._run(self._writer, self._delete, tuple(names))
 
     def _delete(self, names: Iterable[str]) -> None:
         for name in names:
@@ -198,8 +198,8 @@ class DirectoryFileStore:
 
     async def close(self) -> None:
         if not self._closed:
-            await self._run(self._writer, lambda: None)
             self._closed = True
+            await asyncio.get_running_loop().run_in_executor(self._writer, lambda: None)  # behind all that was begun
             self._writer.shutdown(wait=False)
             self._readers.shutdown(wait=False)
 
