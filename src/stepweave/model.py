@@ -13,7 +13,7 @@ import torch
 from stepweave.config import Settings
 from stepweave.engine import StepEngine
 from stepweave.errors import InvalidRequest, LoadError, shown
-from stepweave.generation import MAX_SEED, Parameters
+from stepweave.generation import MAX_SEED, Parameters, Sources
 from stepweave.loading.preset import Preset
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,9 @@ class ServedModel:
         for name in ("prompt", "num_inference_steps", "generator", *preset.call):
             if name not in self.arguments:
                 raise LoadError(f"{self.pipeline_class} takes no argument {name!r}")
+        self.schedulers: dict[str, Any] = {}
+        self.edits: tuple[str, ...] = ()
+        self.guidance_range = (0.0, 100.0)
         self.multiple = _size_multiple(pipeline)
         width, height = _native_size(pipeline)
         self.width, self.height = preset.width or width, preset.height or height
@@ -73,6 +76,9 @@ class ServedModel:
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         reproducible: bool = False,
+        scheduler: str | None = None,
+        strength: float | None = None,
+        sources: Sources | None = None,
     ) -> Parameters:
         """Fill in the defaults and hold every value against the limits. Raises InvalidRequest naming value and limit."""
         limits = self.settings
