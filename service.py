@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 # neither `bentoml serve` nor a built bento puts the project's src folder on the path
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
@@ -50,7 +50,7 @@ class EditInput(NativeEditRequest, strict=False, arbitrary_types_allowed=True):
 
     prompt: Text
     image: Image
-    mask: Image | None = None
+    mask: Optional[Image] = None  # noqa: UP045 -- BentoML does not look into `Image | None`
 
 
 def answer(ctx: bentoml.Context, response: Response) -> Response:
