@@ -11,10 +11,10 @@ export BENTOML_DO_NOT_TRACK = True
 serve: .venv/serve.stamp
 	$(BIN)/bentoml serve service.py --port $(PORT)
 
-test: .venv/dev.stamp
+test: .venv/dev.stamp .venv-clients/stamp
 	$(BIN)/pytest -m "not full and not gpu" --numprocesses 2 --dist loadfile
 
-test-full: .venv/dev.stamp
+test-full: .venv/dev.stamp .venv-clients/stamp
 	$(BIN)/pytest -m "not gpu"
 
 # On a GPU, or in small on the CPU. With BIN=/usr/bin, say, they take what is installed there and install nothing.
@@ -55,7 +55,7 @@ load: .venv/dev.stamp
 	$(BIN)/python -m benchmarks.locust --host http://localhost:$(PORT) $(LOAD)
 
 clean:
-	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-clients build .mypy_cache .ruff_cache .pytest_cache
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "Stepweave needs Python 3.11 or 3.12; name one with PYTHON=..." >&2; exit 1; }
@@ -70,3 +70,11 @@ clean:
 	@echo "Installing into .venv, with what the tests need: 1.5 GB and a minute or more, once."
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@ .venv/serve.stamp
+
+# Clients whose dependencies conflict with ours; tests run them from here.
+.venv-clients/stamp: tests/clients/requirements.txt
+	@test -n "$(PYTHON)" || { echo "The tests' clients need Python 3.11 or 3.12; name one with PYTHON=..." >&2; exit 1; }
+	@echo "Installing other makers' clients into .venv-clients: 0.3 GB and half a minute, once."
+	$(PYTHON) -m venv --clear .venv-clients
+	.venv-clients/bin/pip install --quiet --no-deps --no-compile --requirement $<
+	touch $@

@@ -29,7 +29,6 @@ from stepweave.api.tensors import (
     TEXTS,
     InferenceRequest,
     OutputTensor,
-    Scalar,
     decompress,
     read_inputs,
     read_message,
@@ -165,9 +164,9 @@ def _accepted(model: ServedModel) -> dict[str, Sequence[str]]:
     return {name: datatypes for name, datatypes in INPUTS.items() if name not in optional or name in model.arguments}
 
 
-def _parameters(given: dict[str, Scalar]) -> dict[str, Any]:
+def _parameters(given: dict[str, Any]) -> dict[str, Any]:
     """The request's parameters as fields of an ImageRequest. Triton's own `priority` and `timeout` are taken as it means them."""
-    values: dict[str, Any] = {name: value for name, value in given.items() if name != "binary_data_output"}
+    values = {name: value for name, value in given.items() if name != "binary_data_output"}
     timeout = values.pop("timeout", None)
     if timeout is not None:
         if type(timeout) is not int or timeout < 1:

@@ -110,16 +110,13 @@ class LegacyApi:
         return JSONResponse({"current_model": model.id, "type_models": TYPE, "memory": memory, **counts})
 
     def _measure(self) -> tuple[dict[str, int], dict[str, Any]]:
-        names = ["stepweave_requests_in_flight", "stepweave_requests_total", "stepweave_vram_bytes"]
-        samples = [
-            one
-            for family in self.server.metrics.registry.restricted_registry(names).collect()
-            for one in family.samples
-        ]
-        in_flight, answered, *_ = (sum(int(one.value) for one in samples if one.name == name) for name in names)
-        # the example server counts what it has begun
+        metrics = self.server.metrics
+        names = ("stepweave_requests_in_flight", "stepweave_requests_total")
+        samples = [one for family in metrics.registry.restricted_registry(names).collect() for one in family.samples]
+        in_flight, answered = (sum(int(one.value) for one in samples if one.name == name) for name in names)
+        # the example server counts requests as they begin
         counts = {"active_inferences": in_flight, "total_requests": answered + in_flight}
-        vram = {one.labels["kind"]: one.value for one in samples if one.name == names[2]}
+        vram = {one.labels["kind"]: one.value for family in metrics.vram.collect() for one in family.samples}
         if not self.server.device.startswith("cuda") or not vram:
             return counts, {}
         memory = {f"memory_{kind}_gb": round(vram[kind] / GIGABYTE, 2) for kind in ("allocated", "reserved")}

@@ -69,7 +69,7 @@ class InferenceRequest(_Message):
     id: str | None = Field(None, max_length=256, description="Echoed.")
     model_name: str | None = None
     model_version: str | None = None
-    parameters: dict[str, Scalar] = Field(default_factory=dict)
+    parameters: dict[str, Any] = Field(default_factory=dict)
     inputs: list[InputTensor]
     outputs: list[RequestedOutput] | None = None
 
