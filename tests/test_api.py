@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stepweave.api.native import MAX_WARNINGS_HEADER, warnings_header
+from stepweave.api.answers import MAX_WARNINGS_HEADER, warnings_header
 from stepweave.config import Settings
 from stepweave.errors import LoadError
 from stepweave.generation import MAX_SEED
@@ -141,7 +141,14 @@ def test_output_formats(in_process: Make, output_format: str) -> None:
         ({"size": "8192x8192"}, "size", "the limit is 4194304"),
         ({"guidance_scale": -0.5}, "guidance_scale", "-0.5"),
         ({"guidance_scale": [4]}, "guidance_scale", "[4]"),
-        ({"response_format": "url"}, "response_format", "'url'"),
+        ({"response_format": "file"}, "response_format", "'file'"),
+        ({"partial_images": 4}, "partial_images", "4"),
+        ({"events": "some"}, "events", "'some'"),
+        ({"output_compression": 50}, "output_compression", "png has none"),
+        ({"output_compression": 101, "output_format": "webp"}, "output_compression", "101"),
+        ({"quality": "best"}, "quality", "'best'"),
+        ({"stream": "yes"}, "stream", "'yes'"),
+        ({"model": "other"}, "model", "'other'"),
         ({"output_format": "gif"}, "output_format", "'gif'"),
         ({"reproducible": 1}, "reproducible", "reproducible is 1"),
         ({"reproducible": "true"}, "reproducible", "'true'"),

@@ -70,10 +70,11 @@ class OpenAI:
         return await self._answer(request, body, sources, b"".join([*digests, body.model_dump_json().encode()]))
 
     async def _answer(self, request: Request, body: OpenAIRequest, sources: Sources | None, content: bytes) -> Response:
-        server, jobs = self.server, self.server.jobs
-        assert jobs is not None
+        server = self.server
         with server.metrics.counted(success=False):
             server.ready()
+            jobs = server.jobs
+            assert jobs is not None
             detached, stream = wants_to_come_back(request), wants_stream(request)
             streams = body.stream or stream is not None
             picture = None if detached or streams else wants_picture(request)
