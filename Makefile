@@ -8,6 +8,7 @@ export BENTOML_DO_NOT_TRACK = True
 
 .PHONY: serve test test-full test-gpu bench-gpu check format model evaluate bento dashboard load clean
 
+serve: export STEPWEAVE_STATE_DIR ?= $(CURDIR)/build/state-$(PORT)
 serve: .venv/serve.stamp
 	$(BIN)/bentoml serve service.py --port $(PORT)
 

@@ -42,7 +42,7 @@ def readme_blocks(language: str) -> list[str]:
 @pytest.mark.parametrize("language", ["bash", "python"])
 def test_the_readmes_clients_get_what_they_asked_for(served: Served, tmp_path: Path, language: str) -> None:
     blocks = readme_blocks(language)
-    assert len(blocks) == {"bash": 1, "python": 3}[language]
+    assert len(blocks) == {"bash": 2, "python": 3}[language]
     (tmp_path / "models").symlink_to(ROOT / "models")
     for block in blocks:
         command = ["bash", "-ec"] if language == "bash" else [sys.executable, "-c"]
