@@ -32,14 +32,20 @@ class Record:
 
 
 class FakePipeline:
-    """Has the signature of a diffusers text-to-image pipeline, 64x64 natively, sizes in multiples of 8."""
+    """Has the signature of a diffusers text-to-image pipeline, 64x64 natively, sizes in multiples of 8.
+
+    With `edits` it has siblings for image to image and inpainting; they share its record.
+    """
 
     vae_scale_factor = 8
     default_sample_size = 8
 
-    def __init__(self) -> None:
+    def __init__(self, *, edits: bool = False) -> None:
         self.transformer = SimpleNamespace(config=SimpleNamespace(patch_size=1, sample_size=8))
         self.record = Record()
+        if edits:
+            self.image_to_image: Any = FakeEdits(self)
+            self.inpaint: Any = FakeEdits(self)
 
     @property
     def components(self) -> dict[str, Any]:
@@ -84,3 +90,46 @@ class FakePipeline:
         if record.error is not None:
             raise record.error
         record.steps_run += 1
+
+
+class FakeEdits:
+    """A sibling of a fake: its pictures are the source where the mask, if there is one, is black, else the fake's own."""
+
+    def __init__(self, pipeline: FakePipeline) -> None:
+        self.transformer = pipeline.transformer
+        self.record = pipeline.record
+
+    def progress_bar(self, total: int) -> Any:
+        return tqdm(total=total, disable=True)
+
+    def __call__(
+        self,
+        prompt: str | None = None,
+        image: Any = None,
+        mask_image: Image.Image | None = None,
+        strength: float = 0.6,
+        negative_prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 28,
+        guidance_scale: float = 7.0,
+        num_images_per_prompt: int = 1,
+        generator: list[torch.Generator] | None = None,
+        output_type: str = "pil",
+    ) -> SimpleNamespace:
+        images = image if isinstance(image, list) else [image]
+        assert all(one.mode == "RGB" and one.size == (width, height) for one in images)
+        assert mask_image is None or (mask_image.mode, mask_image.size) == ("L", (width, height))
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "images")}
+        fake = FakePipeline()
+        fake.record, fake.progress_bar = self.record, self.progress_bar  # type: ignore[method-assign]
+        made = fake(
+            prompt, negative_prompt, height, width, max(1, int(num_inference_steps * strength)), guidance_scale,
+            num_images_per_prompt, generator, output_type,
+        )  # fmt: skip
+        self.record.calls[-1] = arguments
+        if mask_image is None:
+            return made
+        return SimpleNamespace(
+            images=[Image.composite(new, old, mask_image) for new, old in zip(made.images, images, strict=True)]
+        )

@@ -6,26 +6,36 @@ import inspect
 import logging
 import secrets
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
+from PIL import Image
 
 from stepweave.config import Settings
 from stepweave.engine import StepEngine
-from stepweave.errors import InvalidRequest, LoadError, shown
+from stepweave.errors import InvalidRequest, LoadError, RequestError, shown
 from stepweave.generation import MAX_SEED, Parameters, Sources
 from stepweave.loading.preset import Preset
+from stepweave.loading.schedulers import rehearse, schedulers_of
+from stepweave.loading.siblings import sibling
+from stepweave.loading.sizes import max_side, native_size, nearest_size, size_multiple
 
 logger = logging.getLogger(__name__)
 
 DRAWN_SEED_BITS = 32  # of a seed the server draws, easy to copy
 
 WARM_UP_STEPS = 2
+WARM_UP_STRENGTH = 0.5
+WARM_UP_EDITS = 2  # jobs of a kind: as many as a certificate needs
+DEFAULT_STRENGTH = 0.8  # where the pipeline has none of its own
 PROFILE_SECONDS = 10.0  # after which no more is run for the cost model's sake alone: it goes on to learn from requests
 
 
 class ServedModel:
-    """One text-to-image pipeline with its preset.
+    """One text-to-image pipeline with its preset, and those of its modules that make edits.
+
+    `image_to_image` and `inpaint` are pipelines, or None; `schedulers` are those that requests may name.
 
     Raises LoadError if the pipeline cannot serve text to image or the preset names arguments that its call lacks.
     """
@@ -40,13 +50,19 @@ class ServedModel:
         for name in ("prompt", "num_inference_steps", "generator", *preset.call):
             if name not in self.arguments:
                 raise LoadError(f"{self.pipeline_class} takes no argument {name!r}")
-        self.schedulers: dict[str, Any] = {}
-        self.edits: tuple[str, ...] = ()
+        self.image_to_image = sibling(pipeline, "image_to_image")
+        self.inpaint = sibling(pipeline, "inpaint")
+        self.schedulers = schedulers_of(pipeline)
         self.guidance_range = (0.0, 100.0)
-        self.multiple = _size_multiple(pipeline)
-        width, height = _native_size(pipeline)
+        self._of_edits = {
+            id(one): [name for name, scheduler in self.schedulers.items() if rehearse(scheduler, one)]
+            for one in (self.image_to_image, self.inpaint)
+            if one is not None
+        }
+        self.multiple = size_multiple(pipeline)
+        width, height = native_size(pipeline)
         self.width, self.height = preset.width or width, preset.height or height
-        self.max_side = _max_side(pipeline)
+        self.max_side = max_side(pipeline)
         self.default_steps = preset.num_inference_steps or self._default("num_inference_steps") or 50
         guidance = preset.guidance_scale if preset.guidance_scale is not None else self._default("guidance_scale")
         self.default_guidance: float | None = guidance if "guidance_scale" in self.arguments else None
@@ -61,9 +77,14 @@ class ServedModel:
     def pipeline_class(self) -> str:
         return type(self.pipeline).__name__
 
+    @property
+    def edits(self) -> tuple[str, ...]:
+        """What edits it makes, among `image_to_image` and `inpainting`."""
+        kinds = (("image_to_image", self.image_to_image), ("inpainting", self.inpaint))
+        return tuple(name for name, pipeline in kinds if pipeline is not None)
+
     def _default(self, name: str) -> Any:
-        default = self.arguments[name].default if name in self.arguments else None
-        return None if default is inspect.Parameter.empty else default
+        return _default(self.pipeline, name)
 
     def resolve(
         self,
@@ -80,8 +101,13 @@ class ServedModel:
         strength: float | None = None,
         sources: Sources | None = None,
     ) -> Parameters:
-        """Fill in the defaults and hold every value against the limits. Raises InvalidRequest naming value and limit."""
+        """Fill in the defaults and hold every value against the limits. Raises InvalidRequest naming value and limit.
+
+        With `sources` it is an edit, by default of the size of the picture it starts from, or the nearest that is allowed.
+        """
         limits = self.settings
+        pipeline = self._pipeline_for(sources)
+        arguments = inspect.signature(pipeline.__call__).parameters
         for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
             if text is not None and len(text) > limits.max_prompt_characters:
                 raise InvalidRequest(
@@ -91,20 +117,21 @@ class ServedModel:
                 raise InvalidRequest(f"{name} is {shown(text)}; it must not hold the character NUL.", param=name)
         if not prompt.strip():
             raise InvalidRequest(f"prompt is empty: {shown(prompt)}. Say what the picture should show.", param="prompt")
-        most = limits.max_images if "num_images_per_prompt" in self.arguments else 1
+        most = limits.max_images if "num_images_per_prompt" in arguments else 1
         if n > most:
             raise InvalidRequest(f"n is {n}; the limit is {most}.", param="n")
         if seed is not None and seed + n - 1 > MAX_SEED:
             raise InvalidRequest(f"seed is {seed} and n is {n}; the limit of seed + n - 1 is {MAX_SEED}.", param="seed")
-        width, height = self._resolve_size(size)
+        width, height = self._resolve_size(size, sources)
         steps = self.default_steps if num_inference_steps is None else num_inference_steps
         if steps > limits.max_steps:
             raise InvalidRequest(
                 f"num_inference_steps is {steps}; the limit is {limits.max_steps}.", param="num_inference_steps"
             )
         for name, value in (("negative_prompt", negative_prompt), ("guidance_scale", guidance_scale)):
-            if value is not None and name not in self.arguments:
-                raise InvalidRequest(f"{name} is {shown(value)}, but {self.pipeline_class} has no {name}.", param=name)
+            if value is not None and name not in arguments:
+                kind = type(pipeline).__name__
+                raise InvalidRequest(f"{name} is {shown(value)}, but {kind} has no {name}.", param=name)
         return Parameters(
             prompt=prompt,
             negative_prompt=negative_prompt,
@@ -115,11 +142,69 @@ class ServedModel:
             num_inference_steps=steps,
             guidance_scale=self.default_guidance if guidance_scale is None else guidance_scale,
             reproducible=reproducible,
+            scheduler=self._resolve_scheduler(scheduler, pipeline),
+            strength=self._resolve_strength(strength, steps, pipeline, sources),
+            sources=sources,
         )
 
-    def _resolve_size(self, size: str | None) -> tuple[int, int]:
+    def _pipeline_for(self, sources: Sources | None) -> Any:
+        """The pipeline that a request is for. Raises InvalidRequest for an edit that the model cannot make."""
+        if sources is None:
+            return self.pipeline
+        param, pipeline = ("image", self.image_to_image) if sources.mask is None else ("mask", self.inpaint)
+        if pipeline is None:
+            what = "image to image" if sources.mask is None else "inpainting"
+            raise InvalidRequest(
+                f"{param} is given, but {self.pipeline_class} has no pipeline for {what}.",
+                param=param,
+                code="unsupported",
+            )
+        if sources.mask is not None and sources.mask.size != sources.image.size:
+            (width, height), (other_width, other_height) = sources.mask.size, sources.image.size
+            raise InvalidRequest(
+                f"mask is {width}x{height} and image {other_width}x{other_height}; they must be of one size.",
+                param="mask",
+            )
+        return pipeline
+
+    def _resolve_scheduler(self, name: str | None, pipeline: Any) -> str | None:
+        """The name of a scheduler that is not the pipeline's own."""
+        if name is None:
+            return None
+        allowed = self._of_edits.get(id(pipeline), list(self.schedulers))
+        if name not in allowed:
+            choice = ", ".join(allowed) or "no other than its own"
+            raise InvalidRequest(
+                f"scheduler is {shown(name)}; {type(pipeline).__name__} takes {choice}.", param="scheduler"
+            )
+        return None if name == type(self.pipeline.scheduler).__name__ else name
+
+    def _resolve_strength(
+        self, strength: float | None, steps: int, pipeline: Any, sources: Sources | None
+    ) -> float | None:
+        takes = sources is not None and _takes(pipeline, "strength")
+        if strength is None and not takes:
+            return None
+        if not takes:
+            reason = "no image is given" if sources is None else f"{type(pipeline).__name__} has no strength"
+            raise InvalidRequest(f"strength is {strength}, but {reason}.", param="strength")
+        default = _default(pipeline, "strength")
+        value = float((DEFAULT_STRENGTH if default is None else default) if strength is None else strength)
+        if not 0 < value <= 1:
+            raise InvalidRequest(f"strength is {value}; it must be more than 0 and at most 1.", param="strength")
+        if int(steps * value) < 1:
+            raise InvalidRequest(
+                f"strength is {value} and num_inference_steps is {steps}; their product, the steps that run, must be at "
+                "least 1.",
+                param="strength",
+            )
+        return value
+
+    def _resolve_size(self, size: str | None, sources: Sources | None) -> tuple[int, int]:
         if size is None or size == "auto":
-            return self.width, self.height
+            if sources is None:
+                return self.width, self.height
+            return nearest_size(sources.image.size, self.multiple, self.max_side, self.settings.max_pixels)
         width, height = (int(side) for side in size.split("x"))
         if width % self.multiple or height % self.multiple or not width or not height:
             raise InvalidRequest(
@@ -157,9 +242,37 @@ class ServedModel:
                 if size == native:
                     raise
                 logger.info("pictures of %dx%d fail (%s); what they cost is not known", *size, type(error).__name__)
+        for name, mask in (("image_to_image", None), ("inpaint", Image.linear_gradient("L").resize(native))):
+            if getattr(self, name) is None:
+                continue
+            try:
+                self._run_together(engine, native, min(most, WARM_UP_EDITS), edits=True, mask=mask)
+            except RequestError:  # the engine was closed
+                raise
+            except Exception as error:
+                logger.warning("%s fails (%s); it is not offered", type(getattr(self, name)).__name__, error)
+                setattr(self, name, None)
 
-    def _run_together(self, engine: StepEngine, size: tuple[int, int], count: int) -> None:
-        jobs = [engine.submit(**self.call(self._warm_up_parameters(i, *size))) for i in range(count)]
+    def _run_together(
+        self,
+        engine: StepEngine,
+        size: tuple[int, int],
+        count: int,
+        *,
+        edits: bool = False,
+        mask: Image.Image | None = None,
+    ) -> None:
+        jobs = []
+        for i in range(count):
+            parameters = self._warm_up_parameters(i, *size)
+            if edits:
+                picture = Image.linear_gradient("L").rotate(90 * i).resize(size).convert("RGB")
+                sources = Sources(picture, mask)
+                strength = WARM_UP_STRENGTH if _takes(self._pipeline_for(sources), "strength") else None
+                parameters = replace(
+                    parameters, num_inference_steps=WARM_UP_STEPS * 2, strength=strength, sources=sources
+                )
+            jobs.append(engine.submit(**self.call(parameters)))
         for job in jobs:
             job.result()
 
@@ -175,7 +288,13 @@ class ServedModel:
         return Parameters(prompt, None, width, height, 1, index, WARM_UP_STEPS + index % 3, guidance)
 
     def call(self, parameters: Parameters) -> dict[str, Any]:
-        """The keyword arguments of the pipeline's own call, which returns n RGB pictures of height x width."""
+        """The keyword arguments of `StepEngine.submit` for n RGB pictures of height x width.
+
+        They are those of the pipeline's own call; `scheduler` and `pipeline` too, where they are not the model's own. It resizes
+        the pictures of an edit, so it may take some time.
+        """
+        pipeline = self._pipeline_for(parameters.sources)
+        arguments = inspect.signature(pipeline.__call__).parameters
         # on the CPU whatever the device: a seed then gives the same noise everywhere
         generators = [torch.Generator("cpu").manual_seed(parameters.seed + i) for i in range(parameters.n)]
         optional = {
@@ -184,50 +303,45 @@ class ServedModel:
             "height": parameters.height,
             "guidance_scale": parameters.guidance_scale,
             "num_images_per_prompt": parameters.n,
+            "strength": parameters.strength,
+            **self._pictures(parameters),
         }
+        chosen = {"pipeline": pipeline} if pipeline is not self.pipeline else {}
+        if parameters.scheduler is not None:
+            chosen["scheduler"] = self.schedulers[parameters.scheduler]
         return {
-            **self.call_arguments,
+            **chosen,
+            **{name: value for name, value in self.call_arguments.items() if name in arguments},
             "prompt": parameters.prompt,
             "num_inference_steps": parameters.num_inference_steps,
             "generator": generators,
             "output_type": "pil",
-            **{name: value for name, value in optional.items() if value is not None and name in self.arguments},
+            **{name: value for name, value in optional.items() if value is not None and name in arguments},
         }
 
-
-def _denoiser_config(pipeline: Any) -> Any:
-    denoiser = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
-    return getattr(denoiser, "config", None)
-
-
-def _vae_scale(pipeline: Any) -> int:
-    """Pixels to a latent pixel, along one axis."""
-    return int(getattr(pipeline, "vae_scale_factor", 8))
-
-
-def _patch_size(pipeline: Any) -> int:
-    """Latent pixels to a token of the denoiser, along one axis; the largest where the axes differ."""
-    patch = getattr(_denoiser_config(pipeline), "patch_size", None) or 1
-    return int(max(patch) if isinstance(patch, (list, tuple)) else patch)
+    def _pictures(self, parameters: Parameters) -> dict[str, Any]:
+        """The pictures of an edit, of the size that is asked for."""
+        sources, size = parameters.sources, (parameters.width, parameters.height)
+        if sources is None:
+            return {}
+        image = _resized(sources.image, size)
+        # a picture for each: with one for all, pipelines start some from the noise of the first's encoding
+        pictures: dict[str, Any] = {"image": image if parameters.n == 1 else [image] * parameters.n}
+        if sources.mask is not None:
+            pictures["mask_image"] = _resized(sources.mask, size)
+        return pictures
 
 
-def _size_multiple(pipeline: Any) -> int:
-    """What both sides must be a multiple of: the VAE's scale times the denoiser's patch (packed latents included)."""
-    patch = _patch_size(pipeline)
-    if patch == 1 and hasattr(pipeline, "_pack_latents"):
-        patch = 2
-    return _vae_scale(pipeline) * patch
+def _takes(pipeline: Any, name: str) -> bool:
+    return name in inspect.signature(pipeline.__call__).parameters
 
 
-def _max_side(pipeline: Any) -> int | None:
-    """The longest side in pixels that the denoiser's table of positions covers, None where there is no such table."""
-    positions = getattr(_denoiser_config(pipeline), "pos_embed_max_size", None)
-    return positions * _patch_size(pipeline) * _vae_scale(pipeline) if isinstance(positions, int) else None
+def _default(pipeline: Any, name: str) -> Any:
+    """What an argument of the pipeline's call is by default; None where it has none."""
+    parameters = inspect.signature(pipeline.__call__).parameters
+    default = parameters[name].default if name in parameters else None
+    return None if default is inspect.Parameter.empty else default
 
 
-def _native_size(pipeline: Any) -> tuple[int, int]:
-    """Width and height in pixels that the pipeline makes when asked for none."""
-    side = getattr(pipeline, "default_sample_size", None) or getattr(_denoiser_config(pipeline), "sample_size", None)
-    height, width = side if isinstance(side, (list, tuple)) else (side, side)
-    scale = _vae_scale(pipeline)
-    return int(width or 64) * scale, int(height or 64) * scale
+def _resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)

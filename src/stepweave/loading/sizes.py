@@ -1,0 +1,60 @@
+"""Which sizes of pictures a pipeline makes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def _denoiser_config(pipeline: Any) -> Any:
+    denoiser = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
+    return getattr(denoiser, "config", None)
+
+
+def _vae_scale(pipeline: Any) -> int:
+    """Pixels to a latent pixel, along one axis."""
+    return int(getattr(pipeline, "vae_scale_factor", 8))
+
+
+def _patch_size(pipeline: Any) -> int:
+    """Latent pixels to a token of the denoiser, along one axis; the largest where the axes differ."""
+    patch = getattr(_denoiser_config(pipeline), "patch_size", None) or 1
+    return int(max(patch) if isinstance(patch, (list, tuple)) else patch)
+
+
+def size_multiple(pipeline: Any) -> int:
+    """What both sides must be a multiple of: the VAE's scale times the denoiser's patch (packed latents included)."""
+    patch = _patch_size(pipeline)
+    if patch == 1 and hasattr(pipeline, "_pack_latents"):
+        patch = 2
+    return _vae_scale(pipeline) * patch
+
+
+def max_side(pipeline: Any) -> int | None:
+    """The longest side in pixels that the denoiser's table of positions covers, None where there is no such table."""
+    positions = getattr(_denoiser_config(pipeline), "pos_embed_max_size", None)
+    return positions * _patch_size(pipeline) * _vae_scale(pipeline) if isinstance(positions, int) else None
+
+
+def native_size(pipeline: Any) -> tuple[int, int]:
+    """Width and height in pixels that the pipeline makes when asked for none."""
+    side = getattr(pipeline, "default_sample_size", None) or getattr(_denoiser_config(pipeline), "sample_size", None)
+    height, width = side if isinstance(side, (list, tuple)) else (side, side)
+    scale = _vae_scale(pipeline)
+    return int(width or 64) * scale, int(height or 64) * scale
+
+
+def nearest_size(size: tuple[int, int], multiple: int, max_side: int | None, max_pixels: int) -> tuple[int, int]:
+    """The allowed size nearest to a picture's: as large if it may be, else smaller, in proportion but for rounding.
+
+    Sides are multiples of `multiple` and at most `max_side`, their product is at most `max_pixels`.
+    """
+    width, height = size
+    scale = min(1.0, math.sqrt(max_pixels / (width * height)), (max_side or math.inf) / max(width, height))
+    most = max_side or max(multiple, *size)
+    sides = [
+        min(max(1, round(side * scale / multiple)) * multiple, most // multiple * multiple) for side in (width, height)
+    ]
+    while sides[0] * sides[1] > max_pixels and max(sides) > multiple:  # rounded up
+        sides[sides.index(max(sides))] -= multiple
+    return sides[0], sides[1]
