@@ -32,6 +32,16 @@ def run(script: str, *arguments: str) -> Any:
     return json.loads(done.stdout)
 
 
+@pytest.mark.parametrize(("ci", "outcome"), [("true", pytest.fail.Exception), ("", pytest.skip.Exception)])
+def test_without_their_environment_clients_are_not_passed_over_in_silence(
+    monkeypatch: pytest.MonkeyPatch, ci: str, outcome: type[BaseException]
+) -> None:
+    monkeypatch.setenv("CI", ci)
+    monkeypatch.setattr("tests.test_clients.PYTHON", ROOT / "nowhere")
+    with pytest.raises(outcome, match=r"NOT CHECKED: .* `make .venv-clients/stamp`"):
+        run("triton.py")
+
+
 def pixels(encoded: str) -> bytes:
     with Image.open(io.BytesIO(base64.b64decode(encoded))) as picture:
         assert (picture.format, picture.size, picture.mode) == ("PNG", (64, 64), "RGB")

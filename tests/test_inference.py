@@ -161,6 +161,11 @@ def test_health_before_during_and_after(in_process: Make) -> None:
     app.server.status = Status("failed", 0.0, "no such file")
     assert [get(f"/v2/health/{name}")[0] for name in ("live", "ready")] == [503, 503]
     app = in_process(warmup=False)
+    with mock.patch.object(app.server, "health", lambda: Status("stuck", 0.0)):
+        paths = ("/v2/health/live", "/v2/health/ready", "/v2/models/shapes/ready")
+        assert [get(path)[1]["error"]["code"] for path in paths] == ["engine_stuck"] * 3
+    with mock.patch.object(app.server, "health", lambda: Status("draining", 0.0)):
+        assert [get(path)[0] for path in paths] == [200, 503, 503]
     assert get("/v2/health/ready") == (200, {"ready": True})
     for path in ("/v2/models/shapes/ready", "/v2/models/shapes/versions/1/ready"):
         assert get(path) == (200, {"name": "shapes", "ready": True})

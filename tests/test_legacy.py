@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable
 from html.parser import HTMLParser
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -54,6 +53,17 @@ def test_the_documented_requests_get_urls_of_pictures(served: Served, body: dict
     with Image.open(io.BytesIO(picture.content)) as image:
         assert (image.format, image.size) == ("PNG", (64, 64))
         assert f"Steps: {body['num_inference_steps']}" in image.info["parameters"]
+
+
+def test_the_other_example_servers_documented_request(served: Served) -> None:
+    """examples/server/README.md; its server ignores the model's name and always answers with URLs."""
+    body = {"model": "something", "prompt": "a kitten in front of a fireplace"}
+    route = f"{served.url}/v1/images/generations"
+    error = httpx.post(route, json=body).json()["error"]
+    assert (error["param"], error["message"]) == ("model", "There is no model 'something'; this server has 'shapes'.")
+    answer = httpx.post(route, json={**body, "model": "shapes", "response_format": "url"}, timeout=60)
+    picture = httpx.get(answer.json()["data"][0]["url"])
+    assert Image.open(io.BytesIO(picture.content)).size == (64, 64)
 
 
 def test_everything_that_the_route_takes(make: Make) -> None:
@@ -143,12 +153,11 @@ def test_a_picture_tells_how_long_it_is_there(make: Make, monkeypatch: pytest.Mo
     async def get(name: str) -> StoredFile | None:
         return {"soon": StoredFile(b"RIFF", "image/webp", 12.9), "gone": None}[name]
 
-    monkeypatch.setattr(app.server, "files", SimpleNamespace(get=get), raising=False)
+    monkeypatch.setattr(app.server.files, "get", get)
     answer = app.client.get("/images/soon")
     assert (answer.headers["content-type"], answer.headers["cache-control"]) == ("image/webp", "private, max-age=12")
     gone = app.client.get("/images/gone")
     assert (gone.status_code, gone.json()["error"]["code"]) == (404, "image_not_found")
-    monkeypatch.undo()
 
 
 def test_status_counts_what_runs_and_what_ran(make: Make) -> None:

@@ -82,17 +82,20 @@ class InferenceApi:
         return JSONResponse({"name": "stepweave", "version": __version__, "extensions": ["binary_tensor_data"]})
 
     async def live(self, request: Request) -> Response:
-        if self.server.status.stage == "failed":
+        if self.server.health().stage in ("failed", "stuck"):
             return error_response(self.server.unavailable(), live=False)
         return JSONResponse({"live": True})
 
     async def ready(self, request: Request) -> Response:
-        if self.server.status.stage != "ready":
+        if self.server.health().stage != "ready":
             return error_response(self.server.unavailable(), ready=False)
         return JSONResponse({"ready": True})
 
     async def model_ready(self, request: Request) -> Response:
-        return JSONResponse({"name": self._model(request).id, "ready": True})
+        model = self._model(request)
+        if self.server.health().stage != "ready":
+            raise self.server.unavailable()
+        return JSONResponse({"name": model.id, "ready": True})
 
     async def model_metadata(self, request: Request) -> Response:
         model = self._model(request)

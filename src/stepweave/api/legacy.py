@@ -104,7 +104,9 @@ class LegacyApi:
         return Response(file.data, media_type=file.media_type, headers=headers)
 
     async def status(self, request: Request) -> Response:
-        model, _ = self.server.ready()
+        model = self.server.model
+        if model is None:
+            raise self.server.unavailable()
         # off the loop: CUDA's memory query may wait for the driver
         counts, memory = await asyncio.to_thread(self._measure)
         return JSONResponse({"current_model": model.id, "type_models": TYPE, "memory": memory, **counts})
@@ -124,6 +126,7 @@ class LegacyApi:
 
     async def root(self, request: Request) -> Response:
         model = None if self.server.model is None else self.server.model.id
+        stage = self.server.health().stage
         routes = [
             {"path": route.path_format, "methods": sorted((route.methods or set()) - {"HEAD"})}
             for route in request.app.routes
@@ -133,13 +136,13 @@ class LegacyApi:
         links = {name: path for name, path in LINKS.items() if path in mounted}
         accepted = [one.partition(";")[0].strip() for one in request.headers.get("accept", "").split(",")]
         if "text/html" in accepted:
-            return HTMLResponse(_page(model, self.server.status.stage, routes, links), headers=_PAGE_HEADERS)
+            return HTMLResponse(_page(model, stage, routes, links), headers=_PAGE_HEADERS)
         return JSONResponse(
             {
                 "name": "stepweave",
                 "version": __version__,
                 "model": model,
-                "stage": self.server.status.stage,
+                "stage": stage,
                 "routes": routes,
                 "links": links,
             },
