@@ -7,6 +7,7 @@ import io
 import json
 import os
 import subprocess
+import sys
 from typing import Any
 
 import httpx
@@ -37,7 +38,7 @@ def test_without_their_environment_clients_are_not_passed_over_in_silence(
     monkeypatch: pytest.MonkeyPatch, ci: str, outcome: type[BaseException]
 ) -> None:
     monkeypatch.setenv("CI", ci)
-    monkeypatch.setattr("tests.test_clients.PYTHON", ROOT / "nowhere")
+    monkeypatch.setattr(sys.modules[__name__], "PYTHON", ROOT / "nowhere")
     with pytest.raises(outcome, match=r"NOT CHECKED: .* `make .venv-clients/stamp`"):
         run("triton.py")
 
