@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from stepweave.images.encode import OutputFormat, encode
+from stepweave.images.encode import encode
 
 VALUES: dict[str, Any] = {
     "prompt": "a red circle", "seed": 7, "negative_prompt": "blue", "size": "64x48", "num_inference_steps": 20,

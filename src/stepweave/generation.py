@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
+if TYPE_CHECKING:
+    from stepweave.engine import Job
+
+OutputFormat = Literal["png", "jpeg", "webp"]
 PriorityName = Literal["low", "normal", "high"]
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON client reads exactly
 
@@ -64,6 +68,20 @@ class Timings:
     encode_image: float = 0.0
     total: float = 0.0
 
+    @classmethod
+    def of(cls, job: Job) -> Timings:
+        """Where a finished job's seconds went; those after it are to be added."""
+        assert job.started is not None and job.finished is not None
+        begun = job.begun or job.started
+        opened = max(job.opened or begun, begun)  # a remembered prompt needs no forward before the first step
+        stepped = job.stepped or opened
+        return cls(
+            queued=begun - job.accepted,
+            encode=opened - begun,
+            denoise=stepped - opened,
+            decode=job.finished - stepped,
+        )
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -73,3 +91,22 @@ class Generation:
     images: list[Image.Image]
     timings: Timings = field(default_factory=Timings)
     warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PictureFile:
+    """One encoded picture and the parameters that made it; its name in the file store, if it is there."""
+
+    data: bytes
+    seed: int
+    values: dict[str, Any]
+    output_format: OutputFormat
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a generation is answered with. `body` is JSON-able: created, model, usage, parameters, timings, warnings."""
+
+    body: dict[str, Any]
+    pictures: list[PictureFile]

@@ -12,8 +12,9 @@ from typing import Any
 
 from stepweave.config import Settings
 from stepweave.errors import Conflict, NotFound, StepweaveError, shown
+from stepweave.generation import Answer, PictureFile
 from stepweave.store import DirectoryFileStore, FileStore, JobRecord, JobStore, SqliteJobStore, state_directory
-from stepweave.ticket import Answer, PictureFile, Progressed, ResponseFormat, Ticket, Update
+from stepweave.ticket import Progressed, ResponseFormat, Ticket, Update
 
 logger = logging.getLogger(__name__)
 

@@ -19,12 +19,12 @@ from stepweave.errors import (
     Unavailable,
     shown,
 )
-from stepweave.generation import Parameters, Sources
+from stepweave.generation import Answer, Parameters, Sources
 from stepweave.images.encode import check_file
 from stepweave.jobs import Jobs
 from stepweave.scheduling.admission import Admission
 from stepweave.telemetry.metrics import Metrics
-from stepweave.ticket import Answer, Means, Ticket
+from stepweave.ticket import Means, Ticket
 
 if TYPE_CHECKING:
     import torch

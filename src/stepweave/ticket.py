@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from stepweave.errors import Cancelled, DeadlineExceeded, OutOfMemory, RequestError, StepweaveError
-from stepweave.generation import Generation, Parameters, Timings
-from stepweave.images.encode import OutputFormat, encode
+from stepweave.generation import Answer, Generation, Parameters, PictureFile, Timings
+from stepweave.images.encode import encode
 from stepweave.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -28,25 +28,6 @@ State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 ResponseFormat = Literal["b64_json", "url"]
 PLACE_SECONDS = 0.5  # between two looks at the place in the queue
 SILENT_SECONDS = 15.0  # after which a follower is told that there is nothing new
-
-
-@dataclass(frozen=True)
-class PictureFile:
-    """One encoded picture and the parameters that made it; its name in the file store, if it is there."""
-
-    data: bytes
-    seed: int
-    values: dict[str, Any]
-    output_format: OutputFormat
-    name: str | None = None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a generation is answered with. `body` is JSON-able: created, model, usage, parameters, timings, warnings."""
-
-    body: dict[str, Any]
-    pictures: list[PictureFile]
 
 
 @dataclass(frozen=True)
@@ -275,7 +256,7 @@ class Ticket:
                 output = await self._output()
                 metrics.generated(job, due)
                 warnings = [*self.warnings, *job.warnings]
-                generation = Generation(self.parameters, output.images, timings_of(job), warnings)
+                generation = Generation(self.parameters, output.images, Timings.of(job), warnings)
                 if self._drawn:
                     await asyncio.wait(set(self._drawn))
                 pictures = await self._encode(generation)
@@ -354,17 +335,3 @@ class Ticket:
             "timings": {name: round(seconds, 6) for name, seconds in asdict(generation.timings).items()},
             "warnings": generation.warnings,
         }
-
-
-def timings_of(job: Job) -> Timings:
-    """Where a finished job's seconds went."""
-    assert job.started is not None and job.finished is not None
-    begun = job.begun or job.started
-    opened = max(job.opened or begun, begun)  # a remembered prompt needs no forward before the first step
-    stepped = job.stepped or opened
-    return Timings(
-        queued=begun - job.accepted,
-        encode=opened - begun,
-        denoise=stepped - opened,
-        decode=job.finished - stepped,
-    )

@@ -11,9 +11,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from stepweave.errors import InvalidRequest, shown
-from stepweave.images.encode import OutputFormat
+from stepweave.generation import Answer, OutputFormat
 from stepweave.store import FileStore
-from stepweave.ticket import Answer
 
 MAX_WARNINGS_HEADER = 4096  # bytes; proxies refuse headers of 8 KB
 EVENT_STREAM = "text/event-stream"

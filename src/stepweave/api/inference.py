@@ -39,8 +39,8 @@ from stepweave.errors import InvalidRequest, NotFound, UnsupportedMedia, shown
 from stepweave.server import Server
 
 if TYPE_CHECKING:
+    from stepweave.generation import Answer
     from stepweave.model import ServedModel
-    from stepweave.ticket import Answer
 
 VERSION = "1"  # of the model: it is replaced with the process
 INPUTS = {

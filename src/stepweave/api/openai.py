@@ -33,10 +33,10 @@ from stepweave.api.schemas import (
 )
 from stepweave.api.urls import base_url
 from stepweave.errors import InvalidRequest, shown
-from stepweave.generation import Sources
+from stepweave.generation import Answer, Sources
 from stepweave.jobs import Claim
 from stepweave.server import Server
-from stepweave.ticket import Answer, Ticket
+from stepweave.ticket import Ticket
 
 MAX_KEY = 255  # characters of an idempotency key
 

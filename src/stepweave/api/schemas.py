@@ -8,8 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from stepweave.errors import SHOWN, InvalidRequest, UnsupportedMedia, shown
-from stepweave.generation import MAX_SEED, PriorityName
-from stepweave.images.encode import OutputFormat
+from stepweave.generation import MAX_SEED, OutputFormat, PriorityName
 
 MAX_DEADLINE_MS = 24 * 3600 * 1000
 MAX_PARTIAL_IMAGES = 3

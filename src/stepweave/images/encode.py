@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import io
 import json
-from typing import Any, Literal
+from typing import Any
 
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from stepweave import __version__
 from stepweave.errors import InvalidRequest
+from stepweave.generation import OutputFormat
 
-OutputFormat = Literal["png", "jpeg", "webp"]
 MAX_SIDES: dict[OutputFormat, int] = {"png": 2**31 - 1, "jpeg": 65_500, "webp": 16_383}  # pixels that the encoders take
 _ASCII_CODE = b"ASCII\0\0\0"  # EXIF 2.32, 4.6.5: the character code that precedes a UserComment
 _UNICODE_CODE = b"UNICODE\0"
