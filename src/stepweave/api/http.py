@@ -17,6 +17,7 @@ from stepweave.api.inference import InferenceApi
 from stepweave.api.jobs import JobRoutes
 from stepweave.api.legacy import LegacyApi
 from stepweave.api.openai import OpenAI
+from stepweave.api.openapi import OpenApi
 from stepweave.api.responses import handle_error
 from stepweave.errors import NotFound, StepweaveError, shown
 from stepweave.server import Server
@@ -29,7 +30,7 @@ class Api:
         self.server = server
 
     def app(self) -> Starlette:
-        surfaces = (OpenAI, JobRoutes, InferenceApi, LegacyApi)
+        surfaces = (OpenAI, JobRoutes, InferenceApi, LegacyApi, OpenApi)
         return Starlette(
             routes=[
                 *(route for surface in surfaces for route in surface(self.server).routes()),

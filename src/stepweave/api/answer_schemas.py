@@ -1,0 +1,332 @@
+"""What the HTTP surfaces answer, for the OpenAPI document.
+
+Handlers build these as dicts; tests hold real answers against them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from stepweave.errors import StepweaveError
+from stepweave.generation import OutputFormat, Timings
+from stepweave.ticket import State
+
+STAGES = ("starting", "importing", "loading", "warming_up", "ready", "draining", "closed", "failed", "stuck")
+
+
+def _absent() -> Any:
+    """Marks what answers may leave out; documents have no default for it."""
+    raise AssertionError("answers are not made of these models")
+
+
+def _error_types() -> list[str]:
+    kinds: list[type[StepweaveError]] = [StepweaveError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    return sorted({kind.type for kind in kinds})
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str = Field(description="For people: the offending value, and the limit.")
+    type: str = Field(json_schema_extra={"enum": list(_error_types())})
+    code: str = Field(description="For programs.", examples=["invalid_value", "queue_full", "model_not_found"])
+    param: str | None = Field(description="The field, parameter or header that is wrong, if it is one.")
+
+
+class Error(BaseModel):
+    """The body of every refusal and failure."""
+
+    error: ErrorDetail
+
+
+class Health(BaseModel):
+    """Where the server stands."""
+
+    stage: str = Field(json_schema_extra={"enum": list(STAGES)})
+    progress: float = Field(ge=0, le=1, description="Share of the way to `ready`.")
+    message: str
+
+
+class Unhealthy(Error, Health):
+    """A probe's refusal: why, and where the server stands."""
+
+
+class Drained(BaseModel):
+    """The server takes no more work."""
+
+    stage: str = Field(json_schema_extra={"enum": list(STAGES)})
+    in_flight: int = Field(ge=0, description="Requests accepted and not yet done.")
+
+
+class MountedRoute(BaseModel):
+    path: str
+    methods: list[str]
+
+
+class Discovery(BaseModel):
+    """What this server is, and where its surfaces are."""
+
+    name: Literal["stepweave"]
+    version: str
+    model: str | None = Field(description="Id of the model; null while it is loaded.")
+    stage: str = Field(json_schema_extra={"enum": list(STAGES)})
+    routes: list[MountedRoute]
+    links: dict[str, str]
+
+
+class Certificate(BaseModel):
+    """Whether calls of a kind may share a forward, and the proof."""
+
+    call: str
+    sample: str
+    state: str
+    reason: str
+    largest_error: float
+    rows: int
+    proofs: int
+    merged_forwards: int
+
+
+class ModelDetails(BaseModel):
+    """What the model takes, and how it is run."""
+
+    pipeline: str = Field(description="Class of the diffusers pipeline.")
+    device: str
+    dtype: str
+    native_size: str
+    size_multiple: int = Field(description="Both sides of a picture are multiples of it.")
+    max_side: int | None
+    max_pixels: int
+    default_num_inference_steps: int
+    max_num_inference_steps: int
+    default_guidance_scale: float | None
+    guidance_range: tuple[float, float]
+    schedulers: list[str] = Field(description="What `scheduler` may name.")
+    edits: list[Literal["image_to_image", "inpainting"]]
+    previews: bool = Field(description="Whether streams have previews.")
+    max_images: int
+    max_prompt_characters: int
+    batching: Literal["off", "threads", "request", "step"]
+    switches: dict[str, Any]
+    certificates: list[Certificate]
+
+
+class Model(BaseModel):
+    """A model, as OpenAI describes one, and its `stepweave` details."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: Literal["stepweave"]
+    stepweave: ModelDetails
+
+
+class ModelList(BaseModel):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class ResolvedParameters(BaseModel):
+    """Everything that decides a picture, defaults filled in; what the pipeline does not have is left out."""
+
+    prompt: str
+    negative_prompt: str = Field(default_factory=_absent, description="Left out if there is none.")
+    size: str = Field(pattern=r"^[1-9][0-9]*x[1-9][0-9]*$")
+    seed: int = Field(ge=0)
+    num_inference_steps: int = Field(ge=1)
+    guidance_scale: float = Field(default_factory=_absent, description="Left out where the pipeline has none.")
+    scheduler: str = Field(default_factory=_absent, description="Left out if none was asked for.")
+    strength: float = Field(default_factory=_absent, description="Of edits.")
+    reproducible: Literal[True] = Field(default_factory=_absent, description="Left out if it was not asked for.")
+    n: int = Field(ge=1)
+    output_format: OutputFormat = Field(default_factory=_absent, description="Jobs leave it out.")
+
+
+class InlinePicture(BaseModel):
+    b64_json: str = Field(json_schema_extra={"contentEncoding": "base64"})
+    seed: int
+    revised_prompt: None
+
+
+class LinkedPicture(BaseModel):
+    url: str = Field(description="Where the picture is, for a while.")
+    seed: int
+    revised_prompt: None
+
+
+class Usage(BaseModel):
+    images: int
+    steps: int = Field(description="Denoising steps of all pictures.")
+    pixels: int
+
+
+class _Outcome(BaseModel):
+    model: str
+    usage: Usage
+    parameters: ResolvedParameters
+    timings: Timings
+    warnings: list[str]
+
+
+class Generation(_Outcome):
+    """Pictures, and everything about their making."""
+
+    created: int = Field(description="Unix seconds.")
+    data: list[InlinePicture | LinkedPicture]
+
+
+class Job(BaseModel):
+    """Where a job stands, and its result once it is there."""
+
+    id: str = Field(pattern=r"^[0-9a-f]{32}$")
+    object: Literal["job"]
+    kind: Literal["generation", "edit"]
+    state: State
+    step: int = Field(ge=0)
+    total_steps: int = Field(ge=0)
+    position: int | None = Field(description="Place among those that wait, 1 for the first.")
+    eta_seconds: float | None = Field(description="Seconds until it will be done, if they can be foreseen.")
+    created: float = Field(description="Unix seconds.")
+    parameters: ResolvedParameters
+    warnings: list[str]
+    error: ErrorDetail | None
+    result: Generation | None
+
+
+class JobList(BaseModel):
+    object: Literal["list"]
+    data: list[Job]
+    next: str | None = Field(description="What to send as `before` for those that follow; null at the end.")
+
+
+class PartialImage(BaseModel):
+    """Event: a preview."""
+
+    type: Literal["image_generation.partial_image", "image_edit.partial_image"]
+    b64_json: str = Field(json_schema_extra={"contentEncoding": "base64"})
+    partial_image_index: int = Field(ge=0)
+    image_index: int = Field(ge=0)
+    created_at: int
+
+
+class _Completed(_Outcome):
+    type: Literal["image_generation.completed", "image_edit.completed"]
+    created_at: int
+    size: str
+    output_format: OutputFormat
+    image_index: int = Field(ge=0)
+    seed: int
+
+
+class CompletedInline(_Completed):
+    """Event: a picture is done."""
+
+    b64_json: str = Field(json_schema_extra={"contentEncoding": "base64"})
+
+
+class CompletedLinked(_Completed):
+    """Event: a picture is done, and stored."""
+
+    url: str
+
+
+class QueuedEvent(BaseModel):
+    """Event: the place in the queue."""
+
+    type: Literal["stepweave.queued"]
+    id: str
+    position: int = Field(ge=1)
+    eta_seconds: float | None
+
+
+class ProgressEvent(BaseModel):
+    """Event: steps done."""
+
+    type: Literal["stepweave.progress"]
+    id: str
+    step: int = Field(ge=0)
+    total_steps: int = Field(ge=0)
+    eta_seconds: float | None
+
+
+class ProtocolMetadata(BaseModel):
+    """The server, in the Open Inference Protocol."""
+
+    name: Literal["stepweave"]
+    version: str
+    extensions: list[str]
+
+
+class Live(BaseModel):
+    live: Literal[True]
+
+
+class NotLive(Error):
+    live: Literal[False]
+
+
+class Ready(BaseModel):
+    ready: Literal[True]
+
+
+class NotReady(Error):
+    ready: Literal[False]
+
+
+class ModelReady(Ready):
+    name: str
+
+
+class TensorMetadata(BaseModel):
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ModelMetadata(BaseModel):
+    """The model's tensors, in the Open Inference Protocol."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
+class ReturnedTensor(TensorMetadata):
+    parameters: dict[str, bool | int | float | str]
+    data: list[str] = Field(default_factory=_absent, description="Left out where the tensor follows the JSON.")
+
+
+class InferenceAnswer(BaseModel):
+    """Pictures as tensors: `image` has their files, `parameters` a JSON text for each."""
+
+    id: str = Field(default_factory=_absent, description="The request's, if it had one.")
+    model_name: str
+    model_version: str
+    outputs: list[ReturnedTensor]
+
+
+class LegacyAnswer(BaseModel):
+    response: list[str] = Field(description="URLs of the pictures.")
+
+
+class LegacyStatus(BaseModel):
+    """The diffusers example server's status."""
+
+    current_model: str
+    type_models: Literal["t2im"]
+    memory: dict[str, float | str]
+    active_inferences: int
+    total_requests: int
+
+
+ANSWERS: tuple[type[BaseModel], ...] = (
+    Error, Health, Unhealthy, Drained, Discovery, Model, ModelList, Generation, Job, JobList, PartialImage, CompletedInline,
+    CompletedLinked, QueuedEvent, ProgressEvent, ProtocolMetadata, Live, NotLive, Ready, NotReady, ModelReady, ModelMetadata,
+    InferenceAnswer, LegacyAnswer, LegacyStatus,
+)  # fmt: skip

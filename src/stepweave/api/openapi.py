@@ -1,0 +1,254 @@
+"""The OpenAPI 3.1 document of this server: its routes, with its own limits, and its model's once that is loaded."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import functools
+import inspect
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, models_json_schema
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from stepweave import __version__
+from stepweave.api.answer_schemas import ANSWERS, Error
+from stepweave.api.answers import EVENT_STREAM, PICTURES
+from stepweave.api.operations import (
+    ERRORS,
+    EVERYWHERE,
+    FILE,
+    FORM,
+    JSON,
+    REQUESTS,
+    Answer,
+    Content,
+    Errors,
+    Operation,
+    operations,
+)
+from stepweave.api.schemas import EditRequest, GenerationRequest, NativeEditRequest
+from stepweave.errors import MethodNotAllowed, Refused, StepweaveError, Unauthorized, Unavailable
+from stepweave.server import Server
+
+REF = "#/components/schemas/{model}"
+DIALECT = "https://spec.openapis.org/oas/3.1/dialect/base"
+REQUEST_ID = {"X-Request-ID": {"$ref": "#/components/headers/RequestId"}}
+NOTHING: dict[str, Any] = {"not": {}}  # the schema of what this model does not have
+FORMS = (EditRequest, NativeEditRequest)
+DESCRIPTION = (
+    "Diffusion models, batched by denoising steps. Every error has one shape; its message names the offending value and the "
+    "limit. Fields that are not listed are refused. Limits are this server's; what depends on the model is there once it is "
+    "loaded. HEAD is answered wherever GET is."
+)
+
+
+class OpenApi:
+    """The handler, bound to one server."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+
+    def routes(self) -> list[Route]:
+        return [Route(path, self.document, methods=["GET"]) for path in ("/openapi.json", "/docs.json")]
+
+    async def document(self, request: Request) -> Response:
+        mounted = {route.path_format for route in request.app.routes if isinstance(route, Route)}
+        content = await asyncio.to_thread(lambda: json.dumps(make_document(self.server, mounted)))
+        return Response(content, media_type=JSON)
+
+
+def make_document(server: Server, mounted: Collection[str]) -> dict[str, Any]:
+    """The document of a server whose app has routes of the paths `mounted`."""
+    secured = bool(server.settings.api_keys)
+    paths: dict[str, dict[str, Any]] = {}
+    for one in operations(None if server.model is None else server.model.id):
+        if one.elsewhere or one.path in mounted:
+            paths.setdefault(one.path, {})[one.method] = _operation(one, secured)
+    schemas = copy.deepcopy(_schemas())
+    _limit(schemas, server)
+    components: dict[str, Any] = {"schemas": schemas, "responses": _refusals(), "headers": _headers()}
+    document = {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Stepweave",
+            "version": __version__,
+            "description": DESCRIPTION,
+            "license": {"name": "Apache 2.0", "identifier": "Apache-2.0"},
+        },
+        "jsonSchemaDialect": DIALECT,
+        "servers": [{"url": server.settings.base_url.rstrip("/") if server.settings.base_url else "/"}],
+        "paths": paths,
+        "components": components,
+    }
+    if secured:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
+    return document
+
+
+class _Generator(GenerateJsonSchema):
+    """Without a title for every field, which says the name again."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+    def field_is_required(self, field: Any, total: bool) -> bool:
+        return field["type"] == "dataclass-field" or super().field_is_required(field, total)
+
+
+@functools.cache
+def _schemas() -> dict[str, Any]:
+    """Of bodies and answers, by name, as any server has them."""
+    models: list[tuple[type[BaseModel], JsonSchemaMode]] = [(one, "validation") for one in REQUESTS]
+    models += [(one, "serialization") for one in ANSWERS]
+    _, found = models_json_schema(models, ref_template=REF, schema_generator=_Generator)
+    schemas: dict[str, Any] = found["$defs"]
+    for model in (GenerationRequest, EditRequest):
+        for name in model.NULLABLE:
+            schemas[model.__name__]["properties"][name] = _or_null(schemas[model.__name__]["properties"][name])
+    for form in FORMS:
+        schemas[form.__name__] = _as_form(schemas[form.__name__])
+    return schemas
+
+
+def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    outer: dict[str, Any] = {name: schema[name] for name in ("description", "default") if name in schema}
+    return {"anyOf": [{key: value for key, value in schema.items() if key not in outer}, {"type": "null"}], **outer}
+
+
+def _as_form(schema: dict[str, Any]) -> dict[str, Any]:
+    """A form's schema: it has files, and no null."""
+    properties = {"image": FILE, "mask": FILE}
+    for name, one in schema["properties"].items():
+        kept = [branch for branch in one.get("anyOf", ()) if branch != {"type": "null"}]
+        values = {key: value for key, value in one.items() if key != "anyOf" and (key, value) != ("default", None)}
+        properties[name] = {**(kept[0] if kept else {}), **values}
+    return {**schema, "properties": properties, "required": ["image", *schema["required"]]}
+
+
+def _limit(schemas: dict[str, Any], server: Server) -> None:
+    """Write the server's limits, and those of its model once it is loaded, into the schemas of requests."""
+    settings, model = server.settings, server.model
+    limits: dict[str, dict[str, Any]] = {
+        "prompt": {"maxLength": settings.max_prompt_characters, "pattern": r"\S"},
+        "negative_prompt": {"maxLength": settings.max_prompt_characters},
+        "num_inference_steps": {"minimum": 1, "maximum": settings.max_steps},
+        "n": {"maximum": settings.max_images},
+        "num_images_per_prompt": {"maximum": settings.max_images},
+    }
+    sizes = f"At most {settings.max_pixels} pixels."
+    if model is not None:
+        several = "num_images_per_prompt" in model.arguments
+        for name in ("n", "num_images_per_prompt"):
+            limits[name]["maximum"] = settings.max_images if several else 1
+        limits["model"] = limits["model_name"] = {"enum": [model.id]}
+        limits["scheduler"] = {"enum": sorted(model.schedulers)} if model.schedulers else NOTHING
+        limits |= {name: NOTHING for name in ("negative_prompt", "guidance_scale") if name not in model.arguments}
+        limits["size"] = {"examples": [f"{model.width}x{model.height}"]}
+        sizes += f" Both sides are multiples of {model.multiple}"
+        sizes += f", and at most {model.max_side}." if model.max_side is not None else "."
+    for request in REQUESTS:
+        properties = schemas[request.__name__]["properties"]
+        for name in properties.keys() & limits.keys():
+            _first_type(properties[name]).update(limits[name])
+        if "size" in properties:
+            properties["size"]["description"] += f" {sizes}"
+
+
+def _first_type(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema itself, or what it says of values that are not null."""
+    return next((one for one in schema.get("anyOf", ()) if one.get("type") != "null"), schema)
+
+
+def _operation(one: Operation, secured: bool) -> dict[str, Any]:
+    responses = {str(status): _response(answer) for status, answer in one.answers.items()}
+    errors: Errors = (*one.errors, *EVERYWHERE, *((Unauthorized,) if secured and not one.keyless else ()))
+    for error in sorted(errors, key=lambda error: error.status):
+        responses.setdefault(str(error.status), {"$ref": f"#/components/responses/{error.__name__}"})
+    operation: dict[str, Any] = {
+        "operationId": one.id,
+        "tags": [one.tag],
+        "summary": one.summary,
+        "responses": dict(sorted(responses.items())),
+    }
+    if one.description:
+        operation["description"] = one.description
+    if one.parameters:
+        operation["parameters"] = list(one.parameters)
+    if one.body:
+        operation["requestBody"] = {"required": True, "content": _content(one.body)}
+        if one.example:
+            operation["requestBody"]["content"][JSON]["example"] = dict(one.example)
+    if secured and one.keyless:
+        operation["security"] = []
+    return operation
+
+
+def _response(answer: Answer) -> dict[str, Any]:
+    response: dict[str, Any] = {"description": answer.description, "headers": {**REQUEST_ID, **answer.headers}}
+    if answer.content:
+        response["content"] = _content(answer.content, answer.events)
+    if answer.links:
+        response["links"] = dict(answer.links)
+    return response
+
+
+def _content(content: Content, events: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    described: dict[str, Any] = {}
+    for media_type, schema in content.items():
+        described[media_type] = {"schema": _schema(schema)}
+        if media_type == FORM:
+            described[media_type]["encoding"] = {
+                name: {"contentType": ", ".join(PICTURES)} for name in ("image", "mask")
+            }
+        if media_type == EVENT_STREAM and events:
+            described[media_type]["x-events"] = {name: _schema(one) for name, one in events.items()}
+    return described
+
+
+def _schema(given: Any) -> dict[str, Any]:
+    """A reference to a model, to any of several, or a schema as it is."""
+    if isinstance(given, tuple):
+        return {"anyOf": [_schema(one) for one in given]}
+    if isinstance(given, dict):
+        return given
+    return {"$ref": REF.format(model=given.__name__)}
+
+
+def _refusals() -> dict[str, Any]:
+    """The responses of errors, by the name of their class."""
+    return {error.__name__: _refusal(error) for error in ERRORS}
+
+
+def _refusal(error: type[StepweaveError]) -> dict[str, Any]:
+    headers: dict[str, Any] = dict(REQUEST_ID)
+    if issubclass(error, (Refused, Unavailable)):
+        headers["Retry-After"] = {"$ref": "#/components/headers/RetryAfter"}
+    if issubclass(error, Unauthorized):
+        headers["WWW-Authenticate"] = {"schema": {"const": "Bearer"}}
+    if issubclass(error, MethodNotAllowed):
+        headers["Allow"] = {"description": "Methods that the path has.", "schema": {"type": "string"}}
+    if error is StepweaveError:
+        headers["X-Should-Retry"] = {"description": "`false` where it would fail again.", "schema": {"const": "false"}}
+    description = "It failed; the log has the request's id." if error is StepweaveError else inspect.getdoc(error) or ""
+    return {"description": description.partition("\n")[0], "headers": headers, "content": _content({JSON: Error})}
+
+
+def _headers() -> dict[str, Any]:
+    return {
+        "RequestId": {
+            "description": "The request's, if it has a sane one, else a new one.",
+            "required": True,
+            "schema": {"type": "string", "pattern": "^[A-Za-z0-9_.:-]{1,128}$"},
+        },
+        "RetryAfter": {
+            "description": "Seconds after which it may be accepted.",
+            "schema": {"type": "integer", "minimum": 1},
+        },
+    }

@@ -1,0 +1,289 @@
+"""The operations of the HTTP contract, as OpenAPI describes them. `openapi` makes the document of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from pydantic import BaseModel
+
+from stepweave.api import answer_schemas as bodies
+from stepweave.api.answers import EVENT_STREAM, PICTURES
+from stepweave.api.jobs import MAX_LIST
+from stepweave.api.legacy import LegacyRequest
+from stepweave.api.openai import MAX_KEY
+from stepweave.api.schemas import EditRequest, GenerationRequest, ImageRequest, NativeEditRequest, StreamRequest
+from stepweave.api.tensors import HEADER_LENGTH, InferenceRequest
+from stepweave.errors import (
+    BodyTooLarge,
+    Cancelled,
+    Conflict,
+    DeadlineExceeded,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    Refused,
+    StepweaveError,
+    Unauthorized,
+    Unavailable,
+    UnsupportedMedia,
+)
+
+JSON = "application/json"
+FORM = "multipart/form-data"
+BYTES = "application/octet-stream"
+Content: TypeAlias = dict[str, Any]  # schemas (models, tuples of them, or JSON) by media type
+Errors: TypeAlias = tuple[type[StepweaveError], ...]
+
+EVERYWHERE: Errors = (MethodNotAllowed, StepweaveError)
+READING: Errors = (InvalidRequest, BodyTooLarge, UnsupportedMedia)
+WORK: Errors = (*READING, NotFound, Refused, Cancelled, Unavailable, DeadlineExceeded)
+ERRORS: Errors = (*EVERYWHERE, *WORK, Unauthorized, Conflict)
+
+REQUESTS: tuple[type[BaseModel], ...] = (
+    GenerationRequest, EditRequest, ImageRequest, StreamRequest, NativeEditRequest, LegacyRequest, InferenceRequest,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One status of an operation that is no common error."""
+
+    description: str
+    content: Content = field(default_factory=dict)
+    headers: Mapping[str, Any] = field(default_factory=dict)
+    links: Mapping[str, Any] = field(default_factory=dict)
+    events: Mapping[str, Any] = field(default_factory=dict)  # schemas of an event stream's data, by name
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One method of one path. `keyless`: served without a key; `elsewhere`: by BentoML or the middleware, not the mounted app."""
+
+    method: str
+    path: str
+    id: str
+    tag: str
+    summary: str
+    answers: Mapping[int, Answer]
+    errors: Errors = ()
+    parameters: tuple[Mapping[str, Any], ...] = ()
+    body: Content = field(default_factory=dict)
+    example: Mapping[str, Any] = field(default_factory=dict)  # of a JSON body
+    description: str = ""
+    keyless: bool = False
+    elsewhere: bool = False
+
+
+def _parameter(place: str, name: str, description: str, required: bool | None = None, **schema: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "in": place,
+        "required": place == "path" if required is None else required,
+        "description": description,
+        "schema": {"type": "string", **schema},
+    }
+
+
+def _header(description: str, **schema: Any) -> dict[str, Any]:
+    return {"description": description, "schema": {"type": "string", **schema}}
+
+
+def _json(model: type[BaseModel], description: str) -> dict[int, Answer]:
+    return {200: Answer(description, {JSON: model})}
+
+
+def picture_headers() -> dict[str, Any]:
+    """The headers beside a picture: its parameters, less prompts and what is no one's, and warnings."""
+    left_out = ("prompt", "negative_prompt", "n", "output_format")
+    place = f"#/components/schemas/{bodies.ResolvedParameters.__name__}/properties"
+    headers = {
+        f"X-Stepweave-{name.replace('_', '-').title()}": {"description": "As resolved.", "schema": {"$ref": f"{place}/{name}"}}
+        for name in bodies.ResolvedParameters.model_fields
+        if name not in left_out
+    }  # fmt: skip
+    return headers | {"X-Stepweave-Warnings": _header("A JSON list of texts, in ASCII.", pattern=r"^\[.*\]$")}
+
+
+FILE: dict[str, Any] = {"type": "string", "format": "binary"}
+PICTURE: Content = dict.fromkeys(PICTURES, FILE)
+STREAM: Content = {EVENT_STREAM: {"type": "string"}}
+FILE_HEADERS = {
+    "Cache-Control": _header("For as long as it is kept.", pattern="^private, max-age=[0-9]+$"),
+    "X-Content-Type-Options": _header("", const="nosniff"),
+}
+JOB_HEADER = {"X-Stepweave-Job": _header("Of a stream: the job's id.", pattern="^[0-9a-f]{32}$")}
+EXAMPLE = {"prompt": "a large red circle on a blue background", "seed": 7}
+INFERENCE = {
+    "inputs": [{"name": "prompt", "datatype": "BYTES", "shape": [1], "data": [EXAMPLE["prompt"]]}],
+    "parameters": {"seed": 7},
+}
+VERSION = _parameter("path", "version", "The model's version.", enum=["1"])
+JOB = _parameter("path", "id", "The job's id.")
+ENCODED = _parameter("header", "Content-Encoding", "Of the body.", enum=["identity", "gzip", "deflate"])
+CONTROL = (
+    _parameter(
+        "header",
+        "Idempotency-Key",
+        "Requests of one key and one body are one job; another body is refused with 409. Printable characters.",
+        minLength=1,
+        maxLength=MAX_KEY,
+        pattern="^[ -~]+$",
+    ),
+    _parameter(
+        "header", "Prefer", "`respond-async`: answer with 202 and a job at once.", examples=["respond-async"], pattern="^[ -~]*$"
+    ),
+)  # fmt: skip
+COMPLETED = (bodies.CompletedInline, bodies.CompletedLinked)
+COMMON_EVENTS: Content = {
+    "stepweave.queued": bodies.QueuedEvent,
+    "stepweave.progress": bodies.ProgressEvent,
+    "error": bodies.Error,
+}
+
+
+def _events(*prefixes: str) -> Content:
+    pictures: Content = {}
+    for prefix in prefixes:
+        pictures |= {f"{prefix}.partial_image": bodies.PartialImage, f"{prefix}.completed": COMPLETED}
+    return pictures | COMMON_EVENTS
+
+
+def _images(name: str, prefix: str, **values: Any) -> Operation:
+    """An operation of OpenAI's Images API."""
+    job_links = {
+        one: {"operationId": one, "parameters": {"id": "$response.body#/id"}}
+        for one in ("getJob", "cancelJob", "followJob")
+    }
+    done = Answer(
+        "The pictures; as `Accept` would have it, the one picture itself, or events.",
+        {JSON: bodies.Generation, **PICTURE, **STREAM},
+        {**picture_headers(), **JOB_HEADER},
+        events=_events(prefix),
+    )
+    accepted = Answer(
+        "Accepted; to be asked for later.",
+        {JSON: bodies.Job},
+        {"Location": _header("The job.", pattern="^/v1/jobs/"), "Preference-Applied": _header("", const="respond-async")},
+        job_links,
+    )  # fmt: skip
+    return Operation(
+        "post",
+        f"/v1/images/{name}",
+        answers={200: done, 202: accepted},
+        errors=(*WORK, Conflict),
+        parameters=CONTROL,
+        tag="Images",
+        **values,
+    )
+
+
+def _native(path: str, answer: Answer, **values: Any) -> Operation:
+    return Operation("post", path, answers={200: answer}, tag="BentoML", errors=WORK, elsewhere=True, **values)
+
+
+def _get(
+    path: str, id: str, tag: str, summary: str, answers: Mapping[int, Answer], *errors: Any, **values: Any
+) -> Operation:
+    return Operation("get", path, id, tag, summary, answers, errors, **values)  # fmt: skip
+
+
+def _probe(path: str, id: str, summary: str) -> Operation:
+    statuses = {
+        200: Answer("Yes.", {JSON: bodies.Health}),
+        503: Answer("No.", {JSON: bodies.Unhealthy}),
+    }
+    return _get(path, id, "Operation", summary, statuses, keyless=True, elsewhere=True)
+
+
+def _model(name: str, id: str | None) -> dict[str, Any]:
+    return _parameter("path", name, "The model's id.", **({} if id is None else {"enum": [id]}))
+
+
+def _inference(id: str | None) -> Iterable[Operation]:
+    tag, model, named = "Open Inference Protocol", "/v2/models/{model}", _model("model", id)
+    yield _get("/v2", "serverMetadata", tag, "The server", _json(bodies.ProtocolMetadata, "Its metadata."))
+    for name, yes, no in (("live", bodies.Live, bodies.NotLive), ("ready", bodies.Ready, bodies.NotReady)):
+        statuses = {200: Answer("Yes.", {JSON: yes}), 503: Answer("No.", {JSON: no})}
+        yield _get(f"/v2/health/{name}", f"server{name.title()}", tag, f"Is the server {name}?", statuses, keyless=True)
+    for suffix, path, parameters in (
+        ("", model, (named,)),
+        ("Version", f"{model}/versions/{{version}}", (named, VERSION)),
+    ):
+        lost = (NotFound, Unavailable)
+        yield _get(path, f"model{suffix}Metadata", tag, "The model's tensors",
+                   _json(bodies.ModelMetadata, "Its metadata."), *lost, parameters=parameters)  # fmt: skip
+        yield _get(f"{path}/ready", f"model{suffix}Ready", tag, "Is the model ready?",
+                   _json(bodies.ModelReady, "Yes."), *lost, parameters=parameters)  # fmt: skip
+        length = _parameter("header", HEADER_LENGTH, "Bytes of the JSON, where tensors follow it.", pattern="^[0-9]+$")
+        done = Answer(
+            "The pictures, as tensors.",
+            {JSON: bodies.InferenceAnswer, BYTES: FILE},
+            {HEADER_LENGTH: _header("Bytes of the JSON, where tensors follow it.", pattern="^[1-9][0-9]*$")},
+        )
+        yield Operation("post", f"{path}/infer", f"infer{suffix}", tag, "Make pictures of prompts", {200: done}, WORK,
+                        (*parameters, length, ENCODED), {JSON: InferenceRequest, BYTES: FILE}, INFERENCE)  # fmt: skip
+
+
+def operations(model: str | None) -> list[Operation]:
+    """All of them, for a server whose model has the id `model`, if it is loaded."""
+    job_events = _events("image_generation", "image_edit")
+    return [
+        _images("generations", "image_generation", id="createImage", summary="Text to image",
+                body={JSON: GenerationRequest}, example=EXAMPLE),
+        _images("edits", "image_edit", id="createImageEdit", summary="Image to image and inpainting",
+                body={FORM: EditRequest},
+                description="`image` is what to start from, `mask` is white where it is to be painted anew. `image[]`, as "
+                "OpenAI's clients name several, is taken for `image`."),
+        _get("/v1/models", "listModels", "Models", "The model that is served", _json(bodies.ModelList, "One."), Unavailable),
+        _get("/v1/models/{id}", "getModel", "Models", "What the model takes", _json(bodies.Model, "It."), NotFound, Unavailable,
+             parameters=(_model("id", model),)),
+        _get("/v1/jobs", "listJobs", "Jobs", "Jobs that are kept, newest first",
+             _json(bodies.JobList, "Theirs whose key it is."), InvalidRequest, NotFound, Unavailable,
+             parameters=(_parameter("query", "limit", "How many at most.", type="integer", minimum=1, maximum=MAX_LIST,
+                                    default=20),
+                         _parameter("query", "before", "The `next` of the list before.")),
+             description="Off (404) while no keys are set."),
+        _get("/v1/jobs/{id}", "getJob", "Jobs", "Where a job stands, and its result", _json(bodies.Job, "The job."),
+             InvalidRequest, NotFound, Unavailable, parameters=(JOB,)),
+        Operation("delete", "/v1/jobs/{id}", "cancelJob", "Jobs", "Cancel a job, or forget one that is over",
+                  _json(bodies.Job, "As it was left."), (InvalidRequest, NotFound, Unavailable), (JOB,)),
+        _get("/v1/jobs/{id}/events", "followJob", "Jobs", "Follow a job",
+             {200: Answer("From where it stands to its end.", STREAM, events=job_events)},
+             InvalidRequest, NotFound, Unavailable, parameters=(JOB,)),
+        _native("/generate", Answer("The picture.", PICTURE, picture_headers()), id="generate", summary="One picture",
+                body={JSON: ImageRequest}, example=EXAMPLE),
+        _native("/generate_stream", Answer("Events.", STREAM, JOB_HEADER, events=_events("image_generation")),
+                id="generateStream", summary="One picture, and its making", body={JSON: StreamRequest},
+                example={**EXAMPLE, "partial_images": 2}),
+        _native("/edit", Answer("The picture.", PICTURE, picture_headers()), id="edit", summary="One picture from another",
+                body={FORM: NativeEditRequest}),
+        _get("/schema.json", "bentomlSchema", "BentoML", "The native API, for BentoML's clients",
+             {200: Answer("BentoML's own description.", {JSON: {"type": "object"}})}, elsewhere=True),
+        *_inference(model),
+        Operation("post", "/api/diffusers/inference", "legacyInference", "Diffusers example server", "Text to image",
+                  _json(bodies.LegacyAnswer, "Where the pictures are."), WORK, body={JSON: LegacyRequest},
+                  example={"prompt": EXAMPLE["prompt"]}),
+        _get("/api/status", "legacyStatus", "Diffusers example server", "What is served, and how much",
+             _json(bodies.LegacyStatus, "Status."), Unavailable),
+        _get("/images/{filename}", "getPicture", "Images", "A stored picture",
+             {200: Answer("The file.", PICTURE, FILE_HEADERS)}, NotFound, Unavailable,
+             parameters=(_parameter("path", "filename", "Its name, the key to it."),)),
+        _get("/", "discover", "Operation", "What this server is",
+             {200: Answer("For browsers a page.", {JSON: bodies.Discovery, "text/html": {"type": "string"}})}),
+        _get("/ui", "playground", "Operation", "A page to try it", {200: Answer("The page.", {"text/html": {"type": "string"}})}),
+        _get("/openapi.json", "openapi", "Operation", "This document",
+             {200: Answer("OpenAPI 3.1.", {JSON: {"type": "object"}})}),
+        _get("/docs.json", "docs", "Operation", "This document, where BentoML has one",
+             {200: Answer("OpenAPI 3.1.", {JSON: {"type": "object"}})}),
+        _get("/metrics", "metrics", "Operation", "For Prometheus",
+             {200: Answer("The exposition format.", {"text/plain": {"type": "string"}})}),
+        _probe("/livez", "livez", "Is the process alive?"),
+        _probe("/healthz", "healthz", "Is the process alive?"),
+        _probe("/readyz", "readyz", "Does it take work?"),
+        Operation("post", "/drain", "drain", "Operation", "Take no more work, for good",
+                  _json(bodies.Drained, "What is left."), (NotFound,), keyless=True, elsewhere=True,
+                  description="For a pod's preStop hook: served to who is on the same machine alone; to others there is no such "
+                  "route."),
+    ]  # fmt: skip
