@@ -29,13 +29,13 @@ def sibling(pipeline: Any, edit: Edit) -> Any:
     """
     if not isinstance(pipeline, DiffusionPipeline):
         return getattr(pipeline, edit, None)
-    kind = sibling_class(type(pipeline).__name__, edit)
-    if kind is None:
-        return None
     try:
+        kind = sibling_class(type(pipeline).__name__, edit)
+        if kind is None:
+            return None
         found = pipeline if kind is type(pipeline) else _made_of(pipeline, kind)
-    except Exception as error:
-        logger.info("%s cannot be made of %s (%s)", kind.__name__, type(pipeline).__name__, error)
+    except Exception as error:  # it cannot be imported, or objects to the components
+        logger.warning("%s has no pipeline for edits (%s): %s", type(pipeline).__name__, edit, error)
         return None
     if found is None or any(name not in inspect.signature(found.__call__).parameters for name in _NEEDS[edit]):
         return None
