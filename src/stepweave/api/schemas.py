@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json, to_json
 
 from stepweave.errors import SHOWN, InvalidRequest, UnsupportedMedia, shown
 from stepweave.generation import MAX_SEED, OutputFormat, PriorityName
@@ -68,14 +70,6 @@ class OpenAIRequest(StreamRequest):
     background: Literal["auto", "transparent", "opaque"] | None = Field(None, description="Ignored.")
     moderation: Literal["auto", "low"] | None = Field(None, description="Ignored.")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, values: Any) -> Any:
-        """OpenAI's optional fields may be null."""
-        if not isinstance(values, dict):
-            return values
-        return {name: value for name, value in values.items() if value is not None or name not in cls.NULLABLE}
-
     def ignored(self) -> list[str]:
         """A warning for each field that is ignored and does not say `auto`."""
         given = ((name, getattr(self, name)) for name in self.IGNORED)
@@ -129,6 +123,13 @@ RequestT = TypeVar("RequestT", bound=BaseModel)
 
 def parse(body: bytes, schema: type[RequestT]) -> RequestT:
     """Read a JSON body. Raises InvalidRequest naming the first wrong field, its value and what is allowed."""
+    nullable: tuple[str, ...] = getattr(schema, "NULLABLE", ())
+    if nullable and b"null" in body:
+        with contextlib.suppress(ValueError):
+            values = from_json(body)
+            if isinstance(values, dict):
+                absent = [name for name in nullable if name in values and values[name] is None]
+                body = to_json({name: value for name, value in values.items() if name not in absent}) if absent else body
     try:
         return schema.model_validate_json(body)
     except ValidationError as error:
