@@ -193,11 +193,13 @@ def test_bentomls_client_streams_and_edits(served: Served, drawing: Path) -> Non
 
 
 def test_bentomls_asynchronous_client(served: Served, drawing: Path) -> None:
+    image = picture_of(drawing.read_bytes())
+
     async def use() -> tuple[Any, str, Any]:
         async with bentoml.AsyncHTTPClient(served.url) as client:
             picture = await client.generate(prompt=PROMPT, seed=7)
             told = [chunk async for chunk in client.generate_stream(prompt=PROMPT)]
-            edited = await client.edit(prompt=PROMPT, image=picture_of(drawing.read_bytes()), strength=0.2)
+            edited = await client.edit(prompt=PROMPT, image=image, strength=0.2)
             return picture.copy(), "".join(told), edited.copy()
 
     picture, told, edited = asyncio.run(use())
