@@ -39,7 +39,6 @@ from stepweave.server import Server
 REF = "#/components/schemas/{model}"
 DIALECT = "https://spec.openapis.org/oas/3.1/dialect/base"
 REQUEST_ID = {"X-Request-ID": {"$ref": "#/components/headers/RequestId"}}
-NOTHING: dict[str, Any] = {"not": {}}  # the schema of what this model does not have
 FORMS = (EditRequest, NativeEditRequest)
 DESCRIPTION = (
     "Diffusion models, batched by denoising steps. Every error has one shape; its message names the offending value and the "
@@ -142,14 +141,16 @@ def _limit(schemas: dict[str, Any], server: Server) -> None:
         "n": {"maximum": settings.max_images},
         "num_images_per_prompt": {"maximum": settings.max_images},
     }
+    absent: set[str] = set()  # what the model does not have
     sizes = f"At most {settings.max_pixels} pixels."
     if model is not None:
         several = "num_images_per_prompt" in model.arguments
         for name in ("n", "num_images_per_prompt"):
             limits[name]["maximum"] = settings.max_images if several else 1
         limits["model"] = limits["model_name"] = {"enum": [model.id]}
-        limits["scheduler"] = {"enum": sorted(model.schedulers)} if model.schedulers else NOTHING
-        limits |= {name: NOTHING for name in ("negative_prompt", "guidance_scale") if name not in model.arguments}
+        limits["scheduler"] = {"enum": sorted(model.schedulers)}
+        absent = {name for name in ("negative_prompt", "guidance_scale") if name not in model.arguments}
+        absent |= set() if model.schedulers else {"scheduler"}
         limits["size"] = {"examples": [f"{model.width}x{model.height}"]}
         sizes += f" Both sides are multiples of {model.multiple}"
         sizes += f", and at most {model.max_side}." if model.max_side is not None else "."
@@ -157,6 +158,11 @@ def _limit(schemas: dict[str, Any], server: Server) -> None:
         properties = schemas[request.__name__]["properties"]
         for name in properties.keys() & limits.keys():
             _first_type(properties[name]).update(limits[name])
+        for name in properties.keys() & absent:
+            if request in FORMS:
+                del properties[name]
+            else:
+                properties[name] = {"type": "null", "description": "This model has none."}
         if "size" in properties:
             properties["size"]["description"] += f" {sizes}"
 
@@ -208,8 +214,18 @@ def _content(content: Content, events: Mapping[str, Any] | None = None) -> dict[
                 name: {"contentType": ", ".join(PICTURES)} for name in ("image", "mask")
             }
         if media_type == EVENT_STREAM and events:
-            described[media_type]["x-events"] = {name: _schema(one) for name, one in events.items()}
+            described[media_type]["schema"] = {"anyOf": [_event(name, one) for name, one in events.items()]}
     return described
+
+
+def _event(name: str, data: Any) -> dict[str, Any]:
+    """The schema of a server-sent event, as OpenAPI 3.2 writes it."""
+    content = {"type": "string", "contentMediaType": JSON, "contentSchema": _schema(data)}
+    return {
+        "type": "object",
+        "properties": {"event": {"const": name}, "data": content},
+        "required": ["event", "data"],
+    }
 
 
 def _schema(given: Any) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def picture_headers() -> dict[str, Any]:
 
 FILE: dict[str, Any] = {"type": "string", "format": "binary"}
 PICTURE: Content = dict.fromkeys(PICTURES, FILE)
-STREAM: Content = {EVENT_STREAM: {"type": "string"}}
+STREAM: Content = {EVENT_STREAM: {}}  # a schema of each of its events
 FILE_HEADERS = {
     "Cache-Control": _header("For as long as it is kept.", pattern="^private, max-age=[0-9]+$"),
     "X-Content-Type-Options": _header("", const="nosniff"),
