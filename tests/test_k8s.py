@@ -5,33 +5,45 @@ Each check is a generator of problems, so that the last tests can show that it f
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import os
 import re
 import shutil
 import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import jsonschema
 import kubernetes_validate
 import pytest
+import uvicorn
 import yaml
+from starlette.requests import Request
 
+from stepweave.api.middleware import DRAIN
+from stepweave.api.urls import base_url
 from stepweave.config import Settings
-from stepweave.errors import ConfigError
-from stepweave.server import Server
-from tests.conftest import ROOT
+from stepweave.errors import ConfigError, InvalidRequest
+from stepweave.server import ENDING_SECONDS, Server
+from tests.conftest import ROOT, InProcess, free_port
 from tests.schemas import validate_custom
 
 Document = dict[str, Any]
 
 K8S = ROOT / "k8s"
 OVERLAYS = sorted(path.parent.name for path in K8S.glob("overlays/*/kustomization.yaml"))
-VERSIONS = ("1.30", "1.37")  # the first with preStop.sleep on by default, and the last that the validator knows
+VERSIONS = (
+    "1.27",
+    "1.37",
+)  # the first with unhealthyPodEvictionPolicy on by default, and the last that the validator knows
 
 GPU = "nvidia.com/gpu"
 USER = 1034  # of images that `bentoml containerize` builds
@@ -201,14 +213,90 @@ def grace_problems(work: Workload) -> Iterator[str]:
     pixels, seconds = STEP["cpu" if settings.device == "cpu" else "cuda"]
     if settings.max_pixels > pixels:
         yield f"STEPWEAVE_MAX_PIXELS={settings.max_pixels}, but the grace period is worked out for {pixels}"
-    pause = work.container.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
-    if not 5 <= pause <= 30:
-        yield f"preStop sleeps {pause} s: too short for proxies to notice, or too long to wait"
-    # what was accepted at SIGTERM is finished: the job that runs and a full queue
-    work_seconds = (settings.max_queue + 1) * settings.max_images * settings.max_steps * seconds
-    grace = work.pod.get("terminationGracePeriodSeconds", 30)
-    if grace < pause + work_seconds:
-        yield f"terminationGracePeriodSeconds {grace} < preStop {pause} + {work_seconds:.0f} s of accepted work"
+    # what was accepted before the drain is finished: the jobs that run and a full queue
+    at_once = settings.threads if settings.batching == "threads" else 1
+    accepted = (settings.max_queue + at_once) * settings.max_images * settings.max_steps * seconds
+    if settings.grace < accepted:
+        yield f"STEPWEAVE_GRACE {settings.grace:g} < {accepted:.0f} s of accepted work"
+    # the grace begins with the drain or, if that found no ear, after the whole of preStop
+    pause, given = pre_stop_seconds(work), work.pod.get("terminationGracePeriodSeconds", 30)
+    if given < pause + settings.grace + ENDING_SECONDS:
+        yield (
+            f"terminationGracePeriodSeconds {given} < preStop {pause} + STEPWEAVE_GRACE {settings.grace:g} + "
+            f"{ENDING_SECONDS:g} s for the last step"
+        )
+
+
+def pre_stop_script(work: Workload) -> str:
+    command = work.container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [""])
+    # isolated and without site-packages: nothing in the image or the environment can break it, or slow it down
+    return command[-1] if command[:-1] == ["python3", "-IS", "-c"] else ""
+
+
+def pre_stop_seconds(work: Workload) -> int:
+    """At most: its sleeps, and what it waits for the server."""
+    return sum(map(int, re.findall(r"(?:sleep\(|timeout=)(\d+)\)", pre_stop_script(work))))
+
+
+def drain_problems(work: Workload) -> Iterator[str]:
+    script = pre_stop_script(work)
+    if f'"POST", "{DRAIN}"' not in script:
+        yield "preStop does not drain the server"
+        return
+    before, after = (sum(map(int, re.findall(r"sleep\((\d+)\)", part))) for part in script.split(DRAIN))
+    probe = work.container["readinessProbe"]
+    noticed = probe["periodSeconds"]  # by who asks for /readyz himself, as often as the kubelet does
+    if after < noticed or before + after > 30:
+        yield f"preStop sleeps {before} s and {after} s: too short for proxies to notice, or too long to wait"
+    for port in {port["containerPort"] for port in work.container["ports"] if port["name"] == "http"}:
+        if f'HTTPConnection("127.0.0.1", {port}, timeout=' not in script:
+            yield f"preStop does not ask port {port} of this pod, or without a timeout"
+
+
+def state_problems(work: Workload) -> Iterator[str]:
+    try:
+        settings = settings_of(work)
+    except ConfigError:
+        return
+    directory = work.env.get("STEPWEAVE_STATE_DIR")
+    mounts = {mount["mountPath"]: mount["name"] for mount in work.container["volumeMounts"]}
+    if directory not in mounts:
+        yield f"STEPWEAVE_STATE_DIR {directory} is no volume of its own: a restart of the container forgets it"
+        return
+    (volume,) = [volume for volume in work.pod["volumes"] if volume["name"] == mounts[directory]]
+    if list(mounts.values()).count(volume["name"]) > 1 or "emptyDir" not in volume:
+        yield "the state's volume is not one pod's alone, and for nothing else"
+        return
+    if volume["emptyDir"].get("medium") == "Memory":
+        yield "the state's volume counts as the container's memory"
+    # a record has both prompts twice, as asked for and as answered, each character at most 6 bytes of JSON
+    records = settings.keep_jobs * 2 * 2 * settings.max_prompt_characters * 6
+    if quantity(volume["emptyDir"].get("sizeLimit", "0")) < settings.keep_bytes + records:
+        yield f"the state's volume is smaller than {settings.keep_bytes} bytes of pictures and {records} of jobs"
+
+
+def secret_problems(work: Workload) -> Iterator[str]:
+    if "STEPWEAVE_API_KEYS" in work.env:
+        yield "API keys are written into the manifest"
+    references = {item["name"]: item.get("valueFrom", {}).get("secretKeyRef") for item in work.container["env"]}
+    if not references.get("STEPWEAVE_API_KEYS"):
+        yield "API keys do not come from a Secret"
+    for name, reference in references.items():
+        if reference and not reference.get("optional"):
+            yield f"without its Secret for {name} the pod does not start"
+
+
+def url_problems(work: Workload, documents: list[Document]) -> Iterator[str]:
+    """Pictures are answered as URLs to who calls the Service by any of its names."""
+    spaces = [namespace["metadata"]["name"] for namespace in of_kind(documents, "Namespace")]
+    with contextlib.suppress(ConfigError):
+        settings = settings_of(work)
+        for name in [f"{work.name}.{space}{rest}" for space in spaces for rest in (".svc", ".svc.cluster.local")]:
+            scope = {"type": "http", "scheme": "http", "path": "/", "headers": [(b"host", name.encode())]}
+            try:
+                base_url(Request(scope), settings)
+            except InvalidRequest:
+                yield f"no URL of a picture for who calls {name}"
 
 
 def security_problems(work: Workload) -> Iterator[str]:
@@ -449,6 +537,7 @@ def problems(documents: list[Document]) -> list[str]:
     for work in workloads(documents):
         found += [*probe_problems(work), *grace_problems(work), *security_problems(work), *resource_problems(work)]
         found += [*volume_problems(work, documents), *companion_problems(work, documents)]
+        found += [*drain_problems(work), *state_problems(work), *secret_problems(work), *url_problems(work, documents)]
     named = {name for text in strings(documents) for name in re.findall(r"\bstepweave_\w+", text)}
     return found + [f"the server exposes no {name}" for name in sorted(named - exposed())]
 
@@ -468,6 +557,104 @@ def test_the_overlays_are_those_of_the_readme_and_use_every_component() -> None:
     assert set(re.findall(r"^\| `([\w-]+)`", readme, re.MULTILINE)) == set(OVERLAYS)
     texts = "".join(path.read_text() for path in K8S.glob("overlays/*/kustomization.yaml"))
     assert all(f"components/{path.name}\n" in texts for path in K8S.glob("components/*"))
+
+
+def test_both_pods_drain_alike() -> None:
+    own, kserve = (workloads(overlay(name))[0].container["lifecycle"] for name in ("gpu", "kserve"))
+    assert own == kserve
+
+
+def run_pre_stop(port: int) -> int:
+    """The manifest's own command, but for its sleeps and with the given port; its exit status."""
+    (work,) = workloads(overlay("gpu"))
+    *_, script = command = list(work.container["lifecycle"]["preStop"]["exec"]["command"])
+    command[0] = sys.executable
+    command[-1] = re.sub(r"sleep\(\d+\)", "sleep(0)", script.replace("3000", str(port)))
+    assert str(port) in command[-1]
+    return subprocess.run(command, timeout=30, env={"http_proxy": "http://127.0.0.1:9"}).returncode
+
+
+def test_pre_stop_drains_the_server_in_its_pod(in_process: Callable[..., InProcess]) -> None:
+    made, port = in_process(), free_port()
+    runner = uvicorn.Server(uvicorn.Config(made.client.app, "127.0.0.1", port, lifespan="off", log_level="warning"))
+    thread = threading.Thread(target=runner.run)
+    thread.start()
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as client:
+            deadline = time.monotonic() + 10
+            while not runner.started:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            assert client.get("/readyz").status_code == 200
+            assert run_pre_stop(port) == 0
+            assert client.get("/readyz").status_code == 503
+            assert client.get("/livez").status_code == 200
+            refused = client.post("/v1/images/generations", json={"prompt": "a red circle"})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+            assert int(refused.headers["retry-after"]) > 0
+    finally:
+        runner.should_exit = True
+        thread.join(10)
+
+
+def test_pre_stop_does_not_fail_when_the_server_is_gone() -> None:
+    assert run_pre_stop(free_port()) == 0
+
+
+def blocks_of_the_readme() -> list[Document]:
+    texts = re.findall(r"^```yaml\n(.*?)^```", (K8S / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    return [document for text in texts for document in yaml.safe_load_all(text)]
+
+
+def test_the_readmes_ingress_lets_through_what_the_server_takes() -> None:
+    (ingress,) = of_kind(blocks_of_the_readme(), "Ingress")
+    assert kubernetes_validate.validate(ingress, VERSIONS[-1], strict=True) == VERSIONS[-1]
+    (service,) = of_kind(overlay("gpu"), "Service")
+    (rule,) = ingress["spec"]["rules"]
+    backend = rule["http"]["paths"][0]["backend"]["service"]
+    assert backend["name"] == service["metadata"]["name"]
+    assert backend["port"]["name"] in {port["name"] for port in service["spec"]["ports"]}
+    assert ingress["metadata"]["namespace"] == service["metadata"]["namespace"]
+    said = {
+        key.removeprefix("nginx.ingress.kubernetes.io/"): text
+        for key, text in ingress["metadata"]["annotations"].items()
+    }
+    settings = settings_of(workloads(overlay("gpu"))[0])
+    assert said["proxy-body-size"] == f"{settings.max_upload_bytes >> 20}m"
+    assert said["proxy-buffering"] == "off"
+    assert int(said["proxy-read-timeout"]) >= settings.grace
+
+
+def test_the_readmes_patch_gives_the_ingress_urls(tmp_path: Path) -> None:
+    (ingress,) = of_kind(blocks_of_the_readme(), "Ingress")
+    (block,) = [block for block in blocks_of_the_readme() if "STEPWEAVE_BASE_URL" in str(block)]
+    block["resources"] = ["k8s/overlays/gpu"]
+    shutil.copytree(K8S, tmp_path / "k8s")
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(block))
+    documents = list(yaml.safe_load_all(_rendered(tmp_path)))
+    assert problems(documents) == []
+    assert settings_of(workloads(documents)[0]).base_url == f"https://{ingress['spec']['rules'][0]['host']}"
+
+
+def test_the_readmes_patch_has_prometheus_bear_a_key_of_the_same_secret(tmp_path: Path) -> None:
+    (block,) = [block for block in blocks_of_the_readme() if "authorization" in str(block)]
+    block["resources"] = ["monitoring"]
+    shutil.copytree(ROOT / "monitoring", tmp_path / "monitoring")
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(block))
+    documents = list(yaml.safe_load_all(_rendered(tmp_path)))
+    (secret,) = {
+        item["valueFrom"]["secretKeyRef"]["name"]
+        for name in ("gpu", "kserve")
+        for item in workloads(overlay(name))[0].container["env"]
+        if item["name"] == "STEPWEAVE_API_KEYS"
+    }
+    monitors = of_kind(documents, "PodMonitor")
+    assert len(monitors) == 2
+    for monitor in monitors:
+        given = monitor["spec"]["podMetricsEndpoints"][0]["authorization"]
+        assert given["credentials"]["name"] == secret
+        assert f"--from-literal {given['credentials']['key']}=" in (K8S / "README.md").read_text()
+        validate_custom(monitor)
 
 
 @pytest.mark.parametrize("path", sorted(K8S.rglob("*.yaml")), ids=lambda path: str(path.relative_to(K8S)))
@@ -529,12 +716,25 @@ EXTERNAL = {"metrics": [{"type": "External", "external": {"metric": {}, "target"
         ("gpu", "Deployment", (*SERVER, "readinessProbe", "httpGet", "port"), "web", "no port named 'web'"),
         ("gpu", "Deployment", (*SERVER, "readinessProbe", "httpGet", "path"), "/livez", "does not get /readyz"),
         ("gpu", "Deployment", (*SERVER, "startupProbe"), ABSENT, "startupProbe does not get /livez"),
-        ("gpu", "Deployment", (*SERVER, "lifecycle", "preStop", "sleep", "seconds"), 0, "preStop sleeps 0 s"),
+        ("gpu", "Deployment", (*SERVER, "lifecycle", "preStop"), {"sleep": {"seconds": 10}}, "does not drain"),
+        ("gpu", "Deployment", (*SERVER, "lifecycle", "preStop", "exec", "command", 0), "curl", "does not drain"),
+        ("gpu", "Deployment", (*SERVER, "ports", 0, "containerPort"), 8000, "does not ask port 8000"),
         ("gpu", "Deployment", (*SERVER, "args", 2), "127.0.0.1", "does not listen"),
         ("gpu", "Deployment", (*SERVER, "volumeMounts", 1, "mountPath"), "/scratch", "nothing can be written"),
         ("gpu", "Deployment", (*SERVER, "volumeMounts", 0, "name"), "tmp", "/dev/shm is not memory"),
         ("gpu", "Deployment", (*SERVER, "securityContext", "readOnlyRootFilesystem"), False, "readOnlyRootFilesystem"),
-        ("gpu", "Deployment", (*POD, "terminationGracePeriodSeconds"), 500, "< preStop 10 + 500 s"),
+        (
+            "gpu",
+            "Deployment",
+            (*POD, "terminationGracePeriodSeconds"),
+            540,
+            "540 < preStop 15 + STEPWEAVE_GRACE 500 + 30",
+        ),
+        ("gpu", "Deployment", (*POD, "volumes", -1, "emptyDir", "sizeLimit"), "1Gi", "state's volume is smaller"),
+        ("gpu", "Deployment", (*POD, "volumes", -1, "emptyDir", "medium"), "Memory", "the container's memory"),
+        ("gpu", "Deployment", (*POD, "volumes", -1, "emptyDir"), ABSENT, "not one pod's alone"),
+        ("gpu", "Deployment", (*SERVER, "volumeMounts", -1, "name"), "tmp", "not one pod's alone"),
+        ("gpu", "Deployment", (*SERVER, "volumeMounts", -1, "mountPath"), "/srv", "is no volume of its own"),
         ("gpu", "Deployment", (*POD, "enableServiceLinks"), True, "enableServiceLinks"),
         ("gpu", "Deployment", (*POD, "tolerations"), [], "no toleration"),
         ("gpu", "Deployment", (*POD, "topologySpreadConstraints"), [], "no topology spread"),
@@ -610,7 +810,15 @@ def test_a_mistake_is_reported(name: str, kind: str, path: tuple[str | int, ...]
         ("STEPWEAVE_MAX_STEP", "50", "there is no such setting (did you mean STEPWEAVE_MAX_STEPS?)"),
         ("STEPWEAVE_MAX_STEPS", "many", "STEPWEAVE_MAX_STEPS='many'"),
         ("STEPWEAVE_REVISION", "main", "STEPWEAVE_REVISION='main'"),
-        ("STEPWEAVE_MAX_STEPS", "100", "s of accepted work"),
+        ("STEPWEAVE_MAX_STEPS", "100", "STEPWEAVE_GRACE 500 < 1000 s of accepted work"),
+        ("STEPWEAVE_BATCHING", "threads", "STEPWEAVE_GRACE 500 < 800 s of accepted work"),
+        ("STEPWEAVE_GRACE", "300", "STEPWEAVE_GRACE 300 < 500 s of accepted work"),
+        ("STEPWEAVE_GRACE", "600", "terminationGracePeriodSeconds 600 < preStop 15 + STEPWEAVE_GRACE 600"),
+        ("STEPWEAVE_STATE_DIR", "/var/lib/other", "STEPWEAVE_STATE_DIR /var/lib/other is no volume of its own"),
+        ("STEPWEAVE_KEEP_BYTES", "2147483648", "smaller than 2147483648 bytes of pictures"),
+        ("STEPWEAVE_KEEP_JOBS", "20000", "smaller than 1073741824 bytes of pictures and 1920000000 of jobs"),
+        ("STEPWEAVE_API_KEYS", "secret", "API keys are written into the manifest"),
+        ("STEPWEAVE_TRUSTED_HOSTS", "localhost", "no URL of a picture for who calls stepweave.stepweave.svc"),
         ("STEPWEAVE_MAX_PIXELS", "4194304", "worked out for 1048576"),
         ("STEPWEAVE_DEVICE", "cpu", f"a {GPU} that STEPWEAVE_DEVICE does not use"),
         ("HOME", "/home/bentoml", "HOME is /home/bentoml"),
@@ -622,6 +830,35 @@ def test_a_wrong_variable_is_reported(setting: str, value: str, problem: str) ->
     environment = at(documents, "Deployment", *SERVER, "env")
     environment[:] = [item for item in environment if item["name"] != setting] + [{"name": setting, "value": value}]
     assert any(problem in found for found in problems(documents)), problems(documents)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("sleep(7)", "sleep(2)", "preStop sleeps 3 s and 2 s: too short"),
+        ("sleep(3)", "sleep(60)", "preStop sleeps 60 s and 7 s: too short for proxies to notice, or too long"),
+        ("3000", "8000", "does not ask port 3000"),
+        (", timeout=5", "", "without a timeout"),
+        ("/drain", "/readyz", "does not drain"),
+        ("timeout=5", "timeout=90", "< preStop 100 + STEPWEAVE_GRACE 500"),
+    ],
+)
+def test_a_mistake_in_pre_stop_is_reported(old: str, new: str, problem: str) -> None:
+    documents = overlay("gpu")
+    command = at(documents, "Deployment", *SERVER, "lifecycle", "preStop", "exec", "command")
+    assert old in command[-1]
+    command[-1] = command[-1].replace(old, new)
+    assert any(problem in found for found in problems(documents)), problems(documents)
+
+
+def test_a_secret_that_must_be_there_is_reported() -> None:
+    documents = overlay("gpu")
+    for item in at(documents, "Deployment", *SERVER, "env"):
+        item.get("valueFrom", {}).get("secretKeyRef", {}).pop("optional", None)
+    assert "without its Secret for HF_TOKEN the pod does not start" in problems(documents)
+    environment = at(documents, "Deployment", *SERVER, "env")
+    environment[:] = [item for item in environment if item["name"] != "STEPWEAVE_API_KEYS"]
+    assert "API keys do not come from a Secret" in problems(documents)
 
 
 @pytest.mark.parametrize("query", ["a", "sum(a) by (b)", "sum by (b) (a)", "max(a) + sum(b)", "sum(a) or vector(0)"])
