@@ -99,6 +99,10 @@ class FakeEdits:
         self.transformer = pipeline.transformer
         self.record = pipeline.record
 
+    @property
+    def components(self) -> dict[str, Any]:
+        return {"transformer": self.transformer}
+
     def progress_bar(self, total: int) -> Any:
         return tqdm(total=total, disable=True)
 

@@ -1,12 +1,25 @@
 from __future__ import annotations
 
-import pytest
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
 
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from stepweave import StepEngine
 from stepweave.config import Settings
 from stepweave.errors import InvalidRequest, LoadError
+from stepweave.generation import Sources
+from stepweave.loading.loader import load_pipeline
 from stepweave.loading.preset import Preset
+from stepweave.loading.sizes import nearest_size
 from stepweave.model import ServedModel
-from tests.fake import FakePipeline
+from tests.fake import FakeEdits, FakePipeline
 
 
 def test_a_preset_overrides_the_pipelines_defaults() -> None:
@@ -42,3 +55,213 @@ def test_what_a_pipeline_lacks_is_refused_not_dropped() -> None:
             model.resolve(prompt="x", **{name: value})  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest, match="n is 2"):
         model.resolve(prompt="x", n=2)
+
+
+# --- edits ---
+
+
+def edits() -> ServedModel:
+    return ServedModel(FakePipeline(edits=True), Preset(), Settings())
+
+
+def gradient(width: int = 64, height: int = 64) -> Image.Image:
+    return Image.linear_gradient("L").resize((width, height)).convert("RGB")
+
+
+def test_a_model_without_siblings_refuses_edits_by_its_class() -> None:
+    model = ServedModel(FakePipeline(), Preset(), Settings())
+    assert model.edits == () and model.schedulers == {}
+    for param, mask in (("image", None), ("mask", Image.new("L", (64, 64)))):
+        with pytest.raises(InvalidRequest, match="FakePipeline has no pipeline for") as caught:
+            model.resolve(prompt="x", sources=Sources(gradient(), mask))
+        assert (caught.value.param, caught.value.code) == (param, "unsupported")
+    with pytest.raises(InvalidRequest, match=r"strength is 0\.5, but no image is given"):
+        model.resolve(prompt="x", strength=0.5)
+
+
+def test_an_edit_has_the_size_of_its_source_or_the_nearest_that_is_allowed() -> None:
+    model = edits()
+    assert model.edits == ("image_to_image", "inpainting")
+    for size, expected in (
+        ((40, 24), (40, 24)),
+        ((41, 30), (40, 32)),
+        ((1, 100), (8, 104)),
+        ((3000, 3000), (2048, 2048)),
+    ):
+        resolved = model.resolve(prompt="x", sources=Sources(gradient(*size)))
+        assert (resolved.width, resolved.height) == expected, size
+    resolved = model.resolve(prompt="x", sources=Sources(gradient(41, 30)), size="16x64")
+    assert (resolved.width, resolved.height) == (16, 64)
+    assert model.resolve(prompt="x", sources=Sources(gradient(24, 24)), size="auto").width == 24
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 20_000), st.integers(1, 20_000)),
+    multiple=st.sampled_from([8, 16, 32]),
+    most=st.none() | st.integers(64, 4096),
+    pixels=st.integers(64 * 64, 2048 * 2048),
+)
+def test_the_nearest_size_is_allowed_and_in_proportion(
+    size: tuple[int, int], multiple: int, most: int | None, pixels: int
+) -> None:
+    width, height = nearest_size(size, multiple, most, pixels)
+    assert width % multiple == height % multiple == 0 and width and height
+    assert width * height <= pixels and (most is None or max(width, height) <= most)
+    if min(width, height) > 2 * multiple:
+        assert abs(width / height / (size[0] / size[1]) - 1) < 1.2 * multiple / min(width, height)
+    allowed = (
+        size[0] % multiple == size[1] % multiple == 0
+        and size[0] * size[1] <= pixels
+        and max(size) <= (most or max(size))
+    )
+    assert not allowed or (width, height) == size
+
+
+def test_an_edit_calls_the_sibling_with_pictures_of_the_size() -> None:
+    model = edits()
+    mask = Image.new("L", (41, 30))
+    mask.paste(255, (20, 0, 41, 30))
+    call = model.call(model.resolve(prompt="x", n=2, strength=0.5, sources=Sources(gradient(41, 30), mask)))
+    assert call["pipeline"] is model.inpaint
+    assert [image.size for image in call["image"]] == [(40, 32)] * 2
+    assert call["mask_image"].size == (40, 32) and call["strength"] == 0.5 and call["num_images_per_prompt"] == 2
+    with StepEngine(model.pipeline, "off") as engine:
+        assert len(engine.submit(**call).result(60).images) == 2
+    call = model.call(model.resolve(prompt="x", sources=Sources(gradient())))
+    assert call["pipeline"] is model.image_to_image
+    assert call["strength"] == 0.6  # the sibling's own
+    assert "pipeline" not in model.call(model.resolve(prompt="x"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "param", "says"),
+    [
+        ({"strength": 0.0}, "strength", r"strength is 0\.0; it must be more than 0 and at most 1"),
+        ({"strength": 1.01}, "strength", r"strength is 1\.01"),
+        ({"strength": float("nan")}, "strength", "strength is nan"),
+        ({"strength": 0.3, "num_inference_steps": 3}, "strength", r"strength is 0\.3 and num_inference_steps is 3"),
+        ({"sources": Sources(gradient(), Image.new("L", (64, 32)))}, "mask", "mask is 64x32 and image 64x64"),
+        ({"size": "65x64"}, "size", "size is '65x64'"),
+        ({"scheduler": "os.system"}, "scheduler", "scheduler is 'os.system'; FakeEdits takes no other than its own"),
+    ],
+)
+def test_what_an_edit_cannot_have_is_named(arguments: dict[str, Any], param: str, says: str) -> None:
+    with pytest.raises(InvalidRequest, match=says) as caught:
+        edits().resolve(**{"prompt": "x", "sources": Sources(gradient()), **arguments})
+    assert caught.value.param == param
+
+
+def test_an_edit_that_fails_at_warm_up_is_not_offered() -> None:
+    class Failing(FakeEdits):
+        def __call__(self, *args: Any, mask_image: Any = None, image: Any = None, **kwargs: Any) -> Any:
+            raise ValueError("of 16 channels or none")
+
+    pipeline = FakePipeline(edits=True)
+    pipeline.inpaint = Failing(pipeline)
+    model = ServedModel(pipeline, Preset(), Settings())
+    assert model.edits == ("image_to_image", "inpainting")
+    with StepEngine(pipeline, "off") as engine:
+        model.warm_up(engine)
+    assert model.edits == ("image_to_image",)
+
+
+# --- the embedded model ---
+
+
+@pytest.fixture(scope="module")
+def shapes() -> Iterator[tuple[ServedModel, StepEngine]]:
+    """The embedded model, and a warm engine of it."""
+    limits = Settings(max_rows=4)
+    pipeline, preset = load_pipeline(limits, torch.device("cpu"), torch.float32)
+    model = ServedModel(pipeline, preset, limits)
+    with StepEngine(pipeline, max_rows=4) as engine:
+        with mock.patch("stepweave.model.PROFILE_SECONDS", 0):
+            model.warm_up(engine)
+        yield model, engine
+
+
+def drawn(shapes: tuple[ServedModel, StepEngine], **arguments: Any) -> list[np.ndarray]:
+    """Its pictures, of floats in [0, 1]."""
+    model, engine = shapes
+    parameters = model.resolve(**{"num_inference_steps": 10, **arguments})
+    images = engine.submit(**model.call(parameters)).result(60).images
+    return [np.asarray(image, float) / 255 for image in images]
+
+
+@pytest.fixture(scope="module")
+def star(shapes: tuple[ServedModel, StepEngine]) -> Image.Image:
+    (image,) = drawn(shapes, prompt="a large red star", seed=1)
+    return Image.fromarray((image * 255).round().astype(np.uint8))
+
+
+def apart(one: Any, other: Any) -> float:
+    return float(np.abs(np.asarray(one, float) - np.asarray(other, float)).mean())
+
+
+def test_image_to_image_goes_as_far_from_its_source_as_its_strength(
+    shapes: tuple[ServedModel, StepEngine], star: Image.Image
+) -> None:
+    source = np.asarray(star, float) / 255
+    far = [
+        apart(drawn(shapes, prompt="a large blue ring", seed=2, strength=strength, sources=Sources(star))[0], source)
+        for strength in (0.1, 0.4, 0.9)
+    ]
+    assert far[0] < 0.03  # 0.014, of which the autoencoder makes as much
+    assert far[0] < far[1] < far[2] and far[2] > 0.1
+
+
+def test_inpainting_keeps_what_the_mask_does_not_cover(
+    shapes: tuple[ServedModel, StepEngine], star: Image.Image
+) -> None:
+    mask = Image.new("L", star.size)
+    mask.paste(255, (32, 0, 64, 64))
+    source = np.asarray(star, float) / 255
+    (result,) = drawn(shapes, prompt="a large blue ring", seed=2, strength=1.0, sources=Sources(star, mask))
+    assert apart(result[:, :24], source[:, :24]) < 0.03
+    assert apart(result[:, 36:], source[:, 36:]) > 0.08
+
+
+def test_each_picture_of_an_edit_is_that_of_its_own_seed(
+    shapes: tuple[ServedModel, StepEngine], star: Image.Image
+) -> None:
+    mask = Image.new("L", star.size, 255)
+    for sources in (Sources(star), Sources(star, mask)):
+        arguments: dict[str, Any] = {"prompt": "blue ring", "num_inference_steps": 4, "sources": sources}
+        together = drawn(shapes, **arguments, seed=5, n=2)
+        for i in range(2):
+            assert apart(together[i], drawn(shapes, **arguments, seed=5 + i)[0]) < 1e-3
+        assert apart(*together) > 0.01
+
+
+def test_every_scheduler_that_is_allowed_draws_the_same_star(
+    shapes: tuple[ServedModel, StepEngine], star: Image.Image
+) -> None:
+    model = shapes[0]
+    own = "FlowMatchEulerDiscreteScheduler"
+    assert set(model.schedulers) == {
+        own,
+        "FlowMatchHeunDiscreteScheduler",
+        "UniPCMultistepScheduler",
+        "DPMSolverMultistepScheduler",
+    }
+    assert model.resolve(prompt="x", scheduler=own).scheduler is None
+    source = np.asarray(star, float) / 255
+    for name in model.schedulers.keys() - {own}:
+        assert model.resolve(prompt="x", scheduler=name).scheduler == name
+        (result,) = drawn(shapes, prompt="a large red star", seed=1, scheduler=name)
+        assert 0 < apart(result, source) < 0.02, name
+    (edit,) = drawn(shapes, prompt="x", strength=0.1, scheduler="FlowMatchHeunDiscreteScheduler", sources=Sources(star))
+    assert apart(edit, source) < 0.03
+    with pytest.raises(InvalidRequest, match="FlowMatchEuler.*FlowMatchHeun") as caught:
+        model.resolve(prompt="x", scheduler="UniPCMultistepScheduler", sources=Sources(star))
+    assert caught.value.param == "scheduler" and "UniPC" in caught.value.message
+
+
+def test_warm_up_certifies_the_encoding_of_pictures(shapes: tuple[ServedModel, StepEngine]) -> None:
+    model, engine = shapes
+    states = {one["call"]: one["state"] for one in engine.stats().certificates}
+    assert states["vae.encode"] == states["transformer"] == "certified"
+    outlook = engine.outlook(**model.call(model.resolve(prompt="x", sources=Sources(gradient()))))
+    assert outlook is not None and outlook.solo > 0
+    assert model.edits == ("image_to_image", "inpainting")

@@ -51,10 +51,18 @@ def nearest_size(size: tuple[int, int], multiple: int, max_side: int | None, max
     """
     width, height = size
     scale = min(1.0, math.sqrt(max_pixels / (width * height)), (max_side or math.inf) / max(width, height))
-    most = max_side or max(multiple, *size)
-    sides = [
-        min(max(1, round(side * scale / multiple)) * multiple, most // multiple * multiple) for side in (width, height)
-    ]
-    while sides[0] * sides[1] > max_pixels and max(sides) > multiple:  # rounded up
-        sides[sides.index(max(sides))] -= multiple
-    return sides[0], sides[1]
+    ideal = [side * scale / multiple for side in size]
+    most, room = (max_side or multiple * max_pixels) // multiple, max_pixels // multiple**2
+    columns, rows = ([max(1, math.floor(count)), max(1, math.ceil(count))] for count in ideal)
+    allowed = [(a, b) for a in columns for b in rows if max(a, b) <= most and a * b <= room]
+    if not allowed:  # it is so narrow that one multiple is too wide
+        long = min(max(columns[0], rows[0]), most, room)
+        allowed = [(long, 1) if width > height else (1, long)]
+    best = min(
+        allowed, key=lambda one: (_apart(one[0] * height, one[1] * width), _apart(math.prod(one), math.prod(ideal)))
+    )
+    return best[0] * multiple, best[1] * multiple
+
+
+def _apart(a: float, b: float) -> float:
+    return abs(math.log(a / b))
