@@ -59,7 +59,7 @@ def ratio(part: str, whole: str) -> str:
     return f"{part} / clamp_min({whole}, 1e-9)"
 
 
-LOADED = series("stepweave_model_info", 'model!=""')
+READY = series("stepweave_ready")
 REFUSED_SHARE = share('outcome=~"refused|unavailable"', 'outcome!="invalid"')
 FAILED_SHARE = share('outcome="failed"', 'outcome=~"succeeded|failed"')
 # memory that torch has reserved and not allocated is free for the next picture
@@ -124,7 +124,7 @@ def models() -> table.Panel:
     return (
         table.Panel()
         .title("Models")
-        .description("What each server has loaded; a row without a model is a server that is not ready.")
+        .description("What each server has loaded; a row without a model is a server that has none yet.")
         .datasource(SOURCE)
         .unit("none")
         .align(options.FieldTextAlignment.AUTO)
@@ -156,7 +156,7 @@ def dashboard() -> model.Dashboard:
     rows: dict[str, list[stat.Panel | timeseries.Panel | table.Panel]] = {
         "Now": [
             number(
-                "Ready servers", "Servers with a model loaded.", "none", f"count({LOADED}) or vector(0)",
+                "Ready servers", "Servers that take work.", "none", f"sum({READY}) or vector(0)",
                 (None, "red"), (1, "green"),
             ).span(4),
             number(
@@ -202,6 +202,19 @@ def dashboard() -> model.Dashboard:
                 "From acceptance to finished picture files, waiting included; of requests that succeeded.",
                 "s",
                 *((percentile(q), f"p{q * 100:.0f}") for q in (0.5, 0.95, 0.99)),
+            ),
+            graph(
+                "Readiness",
+                "1 while a server takes work; 0 while it loads, drains before its end, or is stuck.",
+                "none",
+                (f"max by (pod, instance) ({READY})", "{{pod}} {{instance}}"),
+            ),
+            graph(
+                "Steps saved",
+                "Denoising steps per second that were not run since their job was cancelled, its client had left, or its "
+                "deadline had passed.",
+                "cps",
+                (rate("stepweave_steps_saved_total", "job"), "{{job}}"),
             ),
         ],
         "Engine": [

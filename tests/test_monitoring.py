@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import yaml
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
+from PIL import Image
 
 from monitoring import dashboard
 from stepweave.telemetry.metrics import Metrics
@@ -176,6 +178,17 @@ def test_kserves_pods_are_told_from_others_by_their_image_and_name_their_job() -
     assert re.fullmatch(job, "stepweave")
 
 
+def test_no_alert_is_about_a_pod_that_drains_within_its_grace() -> None:
+    patience = re.findall(r"max_over_time\(stepweave_ready\[(\d+)m\]\)", ALERTS["StepweaveNoneReady"]["expr"])
+    longest = max(
+        int(seconds)
+        for path in (ROOT / "k8s").rglob("*.yaml")
+        for seconds in re.findall(r"terminationGracePeriodSeconds: (\d+)", path.read_text())
+    )
+    assert [int(minutes) * 60 >= longest for minutes in patience] == [True]
+    assert int(ALERTS["StepweaveNotReady"]["for"].removesuffix("m")) * 60 > longest
+
+
 def test_kustomize_takes_the_folder() -> None:
     if shutil.which("kubectl") is None:
         pytest.skip("KUSTOMIZATION NOT BUILT: there is no kubectl")
@@ -296,10 +309,16 @@ def test_every_query_has_data_when_prometheus_scrapes_the_real_server(prometheus
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(lambda seed: draw(served, seed=seed), range(6))) == [200] * 6
     assert draw(served, size="65x65") == 400
+    picture = io.BytesIO()  # an edit, for the forwards that only edits have
+    Image.new("RGB", (64, 64)).save(picture, "PNG")
+    fields, image = {"prompt": "a small blue star", "num_inference_steps": "2"}, {"image": picture.getvalue()}
+    assert httpx.post(f"{served.url}/v1/images/edits", data=fields, files=image, timeout=60).status_code == 200
     with pytest.raises(httpx.ReadTimeout):  # a client that leaves
         draw(served, timeout=0.5, num_inference_steps=200, size="256x256")
     for outcome in ("succeeded", "invalid", "cancelled"):
         prometheus.wait_for(f'rate(stepweave_requests_total{{outcome="{outcome}"}}[{WINDOW}]) > 0')
+    prometheus.wait_for(f"rate(stepweave_steps_saved_total[{WINDOW}]) > 0")
+    assert prometheus.values("stepweave_ready") == [1]
 
     for title, expr in QUERIES.items():
         values = prometheus.values(expr)
