@@ -54,8 +54,9 @@ class ServedModel:
         self.inpaint = sibling(pipeline, "inpaint")
         self.schedulers = schedulers_of(pipeline)
         self.guidance_range = (0.0, 100.0)
+        own = type(getattr(pipeline, "scheduler", None)).__name__
         self._of_edits = {
-            id(one): [name for name, scheduler in self.schedulers.items() if rehearse(scheduler, one)]
+            id(one): [name for name, other in self.schedulers.items() if name == own or rehearse(other, one)]
             for one in (self.image_to_image, self.inpaint)
             if one is not None
         }
