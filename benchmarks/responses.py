@@ -16,6 +16,7 @@ import numpy as np
 
 from benchmarks.measure import Part, Report, Spread, Value
 from benchmarks.serving.contestants import serve
+from benchmarks.serving.figures import in_flight
 
 BUSY_JOBS = 16
 BUSY_STEPS = 60
@@ -50,7 +51,7 @@ async def busy(client: httpx.AsyncClient, jobs: int) -> AsyncIterator[None]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        while tasks and (await client.get("/api/status")).json()["active"]:  # noqa: ASYNC110
+        while tasks and in_flight((await client.get("/metrics")).text):  # noqa: ASYNC110
             await asyncio.sleep(0.05)
 
 
