@@ -85,7 +85,7 @@ def test_the_table_in_the_readme_is_the_code() -> None:
     assert rows == [
         (
             f"{PREFIX}{name.upper()}",
-            "" if field.default is None else f"`{str(field.default).lower()}`",
+            "" if field.default in (None, ()) else f"`{str(field.default).lower()}`",
             field.description,
         )
         for name, field in fields
