@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -28,6 +29,7 @@ from stepweave.api.schemas import ImageRequest, NativeEditRequest, StreamRequest
 from stepweave.config import Settings
 from stepweave.errors import ConfigError
 from stepweave.server import Server
+from stepweave.signals import on_signals
 from stepweave.telemetry.logs import configure_logs
 
 # OpenMP's threads must not spin while they wait: with another busy process beside it, a picture takes 20 times as long
@@ -71,8 +73,10 @@ class Stepweave:
     """Text-to-image generation by any diffusers pipeline."""
 
     @bentoml.on_startup
-    def start(self) -> None:
+    async def start(self) -> None:
         server.start()
+        # the hook below is called once all connections have ended, which a stream may put off beyond the grace period
+        on_signals(server.drain, signal.SIGTERM, signal.SIGINT)
 
     @bentoml.on_shutdown
     async def stop(self) -> None:

@@ -92,7 +92,7 @@ class Server:
 
     def drain(self) -> None:
         """Take no more work, for good, and let what was accepted finish; what has not after the grace period is ended."""
-        if self.status.stage != "ready":
+        if self.status.stage in ("draining", "failed", "closed"):
             return
         self._enter("draining", 1.0, f"{len(self.tickets)} requests are left")
         asyncio.get_running_loop().call_later(self.settings.grace, self._end)
@@ -117,8 +117,11 @@ class Server:
 
     async def _wait(self, seconds: float) -> bool:
         """Wait until all work has been delivered and kept; whether some is left."""
-        left = [ticket.ended() for ticket in self.tickets.values()] + (self.jobs.keeping() if self.jobs else [])
-        return bool(left) and bool((await asyncio.wait(left, timeout=seconds))[1])
+        until = time.monotonic() + seconds
+        while left := [one.ended() for one in self.tickets.values()] + (self.jobs.keeping() if self.jobs else []):
+            if (await asyncio.wait(left, timeout=max(0.0, until - time.monotonic())))[1]:
+                return True
+        return False
 
     def close(self) -> None:
         """End the engine. What is still running ends at its next step with an error."""
@@ -205,13 +208,13 @@ class Server:
         )
 
     def _enter(self, stage: str, progress: float, message: str) -> None:
-        if self.status.stage == "closed":
-            raise LoadError("the server was closed while it was loading")
+        if self.status.stage == "closed" or (self.status.stage == "draining" and stage != "draining"):
+            raise LoadError("the server was told to end while it was loading")
         self.status = Status(stage, progress, message)
         logger.info("%s: %s", stage, message)
 
     def _fail(self, message: str) -> None:
-        if self.status.stage != "closed":
+        if self.status.stage not in ("closed", "draining"):
             self.status = Status("failed", 0.0, message)
             logger.error("the server cannot start: %s", message)
 
@@ -291,9 +294,12 @@ class Server:
             )
             check_file(request.output_format, request.output_compression, parameters.width, parameters.height)
             # an edit's pictures are brought to its size
-            call = served.call(parameters) if sources is None else await asyncio.to_thread(served.call, parameters)
-            token = (request.model_dump_json(), n, strength, None if sources is None else sources.image.tobytes())
-            ticket = self._enter_engine(request, parameters, call, hash(token), previews, began)
+            edit = sources is not None
+            call, pictures = (
+                await asyncio.to_thread(_prepare, served, parameters) if edit else _prepare(served, parameters)
+            )
+            token = hash((request.model_dump_json(), n, strength, pictures))
+            ticket = self._enter_engine(request, parameters, call, token, previews, began)
         ticket.warnings.extend(warnings)
         return ticket
 
@@ -330,3 +336,10 @@ class Server:
         ticket = await self.accept(request, **options)
         with ticket.held():
             return await ticket.result()
+
+
+def _prepare(served: ServedModel, parameters: Parameters) -> tuple[dict[str, Any], Hashable]:
+    """The engine's arguments, and what tells an edit's pictures from others."""
+    sources = parameters.sources
+    pictures = () if sources is None else (one.tobytes() for one in (sources.image, sources.mask) if one is not None)
+    return served.call(parameters), hash(tuple(pictures))

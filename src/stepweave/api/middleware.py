@@ -6,11 +6,11 @@ contract's. Its native APIs get a body that has been read and validated before, 
 
 from __future__ import annotations
 
-import ipaddress
 import re
 import uuid
 from collections.abc import Callable
 from http import HTTPStatus
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
@@ -20,8 +20,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stepweave import __version__
 from stepweave.api.auth import authorize
-from stepweave.api.native import PATHS, check
+from stepweave.api.native import EDIT, PATHS, check
 from stepweave.api.responses import ERROR_MARK, REQUEST_ID, as_stepweave_error, error_response
+from stepweave.api.stand_in import stand_in
 from stepweave.errors import BodyTooLarge, MethodNotAllowed, NotFound, RequestError, StepweaveError
 from stepweave.server import Server
 
@@ -29,7 +30,8 @@ PROBES = ("/livez", "/healthz", "/readyz")
 DRAIN = "/drain"
 KEYLESS = ("/v2/health/live", "/v2/health/ready")  # beside the probes and the drain
 UPLOADS = ("/v1/images/edits", "/edit")
-FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip", "via")  # what proxies add
+LOOPBACK = ("127.0.0.1", "::1", "::ffff:127.0.0.1")  # less what proxies beside a server call from, as 127.0.0.6
+FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip", "via")
 METHODS = ("GET", "POST", "DELETE")
 _SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _DISCARDED = 64 * 1024 * 1024  # bytes over the limit that are read and thrown away, so that the client reads our 413
@@ -96,8 +98,12 @@ class ContractMiddleware:
         """Only for who is on this machine, as a pod's preStop hook is, and is no proxy. Others find no such route."""
         headers = Headers(scope=scope)
         client = (scope.get("client") or ("", 0))[0]
-        host = headers.get("host", "").rpartition(":")[0] or headers.get("host", "")
-        if not _is_loopback(client) or not _is_loopback(host) or any(name in headers for name in FORWARDED):
+        try:
+            host = urlsplit(f"//{headers.get('host', '')}").hostname
+        except ValueError:
+            host = None
+        forwarded = any(name in FORWARDED or name.startswith("x-envoy-") for name in headers)
+        if client not in LOOPBACK or host not in (*LOOPBACK, "localhost") or forwarded:
             raise NotFound(f"There is no route {DRAIN!r}.")
         if scope["method"] != "POST":
             response = error_response(MethodNotAllowed(f"{scope['method']} is not allowed on {DRAIN}; use POST."))
@@ -117,6 +123,8 @@ class ContractMiddleware:
             return message
 
         await check(Request(scope, kept), self.server)
+        if EDIT in scope:
+            return stand_in(scope, receive)
 
         async def again() -> Message:
             return messages.pop(0) if messages else await receive()
@@ -127,15 +135,6 @@ class ContractMiddleware:
 def _is_preflight(scope: Scope) -> bool:
     """Whether a browser asks what it may send (Fetch, 4.8), which it does without keys."""
     return scope["method"] == "OPTIONS" and "access-control-request-method" in Headers(scope=scope)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def _limited(receive: Receive, scope: Scope, limit: int) -> Receive:

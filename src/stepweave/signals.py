@@ -1,0 +1,25 @@
+"""What is to happen on a signal before whoever handles it now is told."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable
+from types import FrameType
+
+
+def on_signals(function: Callable[[], None], *numbers: int) -> None:
+    """Have the running event loop call `function` when the process gets one of these signals; its handlers are told as ever.
+
+    To be called on the main thread.
+    """
+    loop = asyncio.get_running_loop()
+    for number in numbers:
+        following = signal.getsignal(number)
+
+        def handle(number: int, frame: FrameType | None, following: object = following) -> None:
+            loop.call_soon_threadsafe(function)
+            if callable(following):
+                following(number, frame)
+
+        signal.signal(number, handle)
