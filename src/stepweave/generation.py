@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,6 +10,7 @@ from PIL import Image
 
 if TYPE_CHECKING:
     from stepweave.engine import Job
+    from stepweave.store import FileStore
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 PriorityName = Literal["low", "normal", "high"]
@@ -93,15 +95,28 @@ class Generation:
     warnings: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class PictureFile:
-    """One encoded picture and the parameters that made it; its name in the file store, if it is there."""
+    """One encoded picture and the parameters that made it; its name in the file store, once it is there."""
 
     data: bytes
     seed: int
     values: dict[str, Any]
     output_format: OutputFormat
     name: str | None = None
+    _storing: asyncio.Task[str] | None = field(default=None, init=False, repr=False)
+
+    async def stored(self, files: FileStore) -> str:
+        """Its name in the file store, where it is put once, whoever asks. Raises what the store does."""
+        if self.name is None:
+            if self._storing is None or (self._storing.done() and self._storing.exception() is not None):
+                self._storing = asyncio.ensure_future(_put(files, self.data, self.output_format))
+            self.name = await asyncio.shield(self._storing)
+        return self.name
+
+
+async def _put(files: FileStore, data: bytes, suffix: OutputFormat) -> str:
+    return await files.put(data, suffix)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from stepweave.config import Settings
-from stepweave.errors import Conflict, NotFound, StepweaveError, shown
+from stepweave.errors import Conflict, NotFound, RequestError, StepweaveError, shown
 from stepweave.generation import Answer, PictureFile
 from stepweave.store import DirectoryFileStore, FileStore, JobRecord, JobStore, SqliteJobStore, state_directory
 from stepweave.ticket import Progressed, ResponseFormat, Ticket, Update
@@ -34,6 +34,8 @@ class KeptJob:
     """A job whose process of making is over: followed as a ticket is, but all is there at once."""
 
     def __init__(self, record: JobRecord, files: FileStore) -> None:
+        if not record.done:  # its end could not be noted
+            record = replace(record, state="failed", error=_LOST.body()["error"])
         self.record = record
         self.id = record.id
         self.kind = record.kind
@@ -45,7 +47,7 @@ class KeptJob:
         """Nothing depends on who waits."""
         yield
 
-    async def updates(self) -> AsyncIterator[Update | None]:
+    async def updates(self, *, progress: bool = True) -> AsyncIterator[Update | None]:
         """There is nothing left to tell."""
         return
         yield
@@ -54,7 +56,7 @@ class KeptJob:
         """Raises what ended it, and NotFound once its pictures have expired."""
         record = self.record
         if record.error is not None:
-            raise as_error(record.error)
+            raise _Kept(record.error)
         body = record.response or {}
         pictures = []
         for i, name in enumerate(record.files):
@@ -73,8 +75,11 @@ def values_of(record: JobRecord) -> dict[str, Any]:
     }
 
 
-class _Kept(StepweaveError):
-    """An error of a job that is over, as it was told."""
+_LOST = StepweaveError("What came of the job could not be stored.", code="store_failed")
+
+
+class _Kept(RequestError):
+    """An error of a job that is over, as it was told, whatever its status was; it was logged then."""
 
     def __init__(self, error: Mapping[str, Any]) -> None:
         super().__init__(error["message"], code=error["code"], param=error["param"])
@@ -84,18 +89,32 @@ class _Kept(StepweaveError):
         return {"error": self._error}
 
 
-def as_error(error: Mapping[str, Any]) -> StepweaveError:
-    """What a job's error was; 500 whatever it was answered with then."""
-    return _Kept(error)
-
-
 Followed = Ticket | KeptJob
 
 
 @dataclass
 class _Opening:
+    """A key's first request, from before it is accepted."""
+
     fingerprint: str
     followed: asyncio.Task[Followed]
+    waiting: int = 0  # for it to be accepted
+
+    @property
+    def ticket(self) -> Ticket | None:
+        task = self.followed
+        if not task.done() or task.cancelled() or task.exception() is not None:
+            return None
+        followed = task.result()
+        return followed if isinstance(followed, Ticket) else None
+
+    @property
+    def lost(self) -> bool:
+        return self.ticket is not None and self.ticket.lost
+
+    def let_go(self) -> None:
+        if self.ticket is not None and not self.waiting:
+            self.ticket.let_go()
 
 
 class Jobs:
@@ -149,31 +168,39 @@ class Jobs:
         if claim.key is None:
             return await self._begin(claim, accept, detached)
         slot = (claim.owner, claim.key)
-        while True:
-            opening = self._open.get(slot)
-            if opening is None:
-                task = asyncio.ensure_future(self._find_or_begin(claim, accept, detached))
-                opening = self._open[slot] = _Opening(claim.fingerprint, task)
-                task.add_done_callback(lambda task: self._opened(slot, task))
-            if opening.fingerprint != claim.fingerprint:
-                raise self._conflict(claim.key)
-            try:
-                followed = await asyncio.shield(opening.followed)
-            except asyncio.CancelledError:
-                opening.followed.add_done_callback(_let_go)
-                raise
-            if not (isinstance(followed, Ticket) and followed.done and followed.error is not None):
-                return followed
-            self._forget(slot, opening)  # it failed meanwhile: begin anew
+        opening = self._open.get(slot)
+        if opening is None or opening.lost:
+            opening = self._open[slot] = _Opening(
+                claim.fingerprint, asyncio.ensure_future(self._find_or_begin(claim, accept, detached))
+            )
+            opening.followed.add_done_callback(lambda _: self._opened(slot, opening))
+        elif opening.fingerprint != claim.fingerprint:
+            raise self._conflict(claim.key)
+        opening.waiting += 1
+        try:
+            followed = await asyncio.shield(opening.followed)
+        except asyncio.CancelledError:
+            opening.followed.add_done_callback(lambda _: opening.let_go())
+            raise
+        finally:
+            opening.waiting -= 1
+        if detached and isinstance(followed, Ticket):
+            followed.detached = True  # it may have been begun for one that stays
+        return followed
 
     async def _find_or_begin(self, claim: Claim, accept: Callable[[], Awaitable[Ticket]], detached: bool) -> Followed:
         assert claim.key is not None
         record = await self.store.by_key(claim.owner, claim.key)
-        if record is None:
+        live = None if record is None else self._live(record.id)
+        if record is None or (live.lost if live is not None else not await self._whole(record)):
             return await self._begin(claim, accept, detached)
         if record.fingerprint != claim.fingerprint:
             raise self._conflict(claim.key)
-        return self._live(record.id) or KeptJob(record, self.files)
+        return live or KeptJob(record, self.files)
+
+    async def _whole(self, record: JobRecord) -> bool:
+        """Whether a job's end was noted, and its pictures are still there."""
+        return record.done and None not in [await self.files.get(name) for name in record.files]
 
     @staticmethod
     def _conflict(key: str) -> Conflict:
@@ -181,10 +208,13 @@ class Jobs:
             f"Idempotency-Key {shown(key.partition(' ')[2])} belongs to a request that asks for something else."
         )
 
-    def _opened(self, slot: tuple[str | None, str], task: asyncio.Task[Followed]) -> None:
-        opening = self._open[slot]
-        if task.cancelled() or task.exception() is not None or not isinstance(task.result(), Ticket):
+    def _opened(self, slot: tuple[str | None, str], opening: _Opening) -> None:
+        """From when it is kept, the store tells."""
+        keeping = None if opening.ticket is None else self._keeping.get(opening.ticket.id)
+        if keeping is None:
             self._forget(slot, opening)
+        else:
+            keeping.add_done_callback(lambda _: self._forget(slot, opening))
 
     def _forget(self, slot: tuple[str | None, str], opening: _Opening) -> None:
         if self._open.get(slot) is opening:
@@ -198,20 +228,22 @@ class Jobs:
             return ticket
         ticket.detached = detached
         record = _record(ticket, claim)
+        noting = asyncio.ensure_future(self.store.put(record))
         self._owners[ticket.id] = claim.owner
+        self._under_way[ticket.id] = ticket
+        self._keeping[ticket.id] = asyncio.ensure_future(self._keep(ticket, record, claim, noting))
         try:
-            await self.store.put(record)  # before it is answered: what was promised must not be lost
+            await asyncio.shield(noting)  # before it is answered: what was promised must not be lost
         except BaseException:
             ticket.detached = False
             ticket.let_go()
             raise
-        self._under_way[ticket.id] = ticket
-        self._keeping[ticket.id] = asyncio.ensure_future(self._keep(ticket, record, claim))
         return ticket
 
-    async def _keep(self, ticket: Ticket, record: JobRecord, claim: Claim) -> None:
-        """Have the store know how a ticket goes, and what came of it."""
+    async def _keep(self, ticket: Ticket, record: JobRecord, claim: Claim, noting: Awaitable[None]) -> None:
+        """Have the store know how a ticket goes, once it knows of it, and what came of it."""
         try:
+            await noting
             async for update in ticket.updates():
                 if isinstance(update, Progressed) and record.state == "queued":
                     record = replace(_record(ticket, claim), state="running")
@@ -222,15 +254,12 @@ class Jobs:
         finally:
             del self._under_way[ticket.id], self._keeping[ticket.id]
             self._owners.pop(ticket.id, None)
-            if claim.key is not None:
-                self._open.pop((claim.owner, claim.key), None)
 
     async def _keep_result(self, ticket: Ticket, claim: Claim) -> None:
         record = _record(ticket, claim)
         try:
             answer = await ticket.result()
-            suffix = ticket.request.output_format
-            names = [await self.files.put(picture.data, suffix) for picture in answer.pictures]
+            names = [await picture.stored(self.files) for picture in answer.pictures]
         except StepweaveError as error:
             state = ticket.state if ticket.error is not None else "failed"
             await self.store.put(replace(record, state=state, error=error.body()["error"]))
@@ -287,11 +316,6 @@ class Jobs:
                 await self.sweep()
             except StepweaveError:
                 logger.exception("what is past its time could not be removed")
-
-
-def _let_go(task: asyncio.Task[Followed]) -> None:
-    if not task.cancelled() and task.exception() is None and isinstance(task.result(), Ticket):
-        task.result().let_go()  # type: ignore[union-attr]
 
 
 def _record(ticket: Ticket, claim: Claim) -> JobRecord:

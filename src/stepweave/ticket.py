@@ -88,10 +88,11 @@ class Ticket:
         self.partials: list[Partial] = []
         self._means = means
         self._previews = previews if means.previewer is not None else 0
-        self._drawn: set[asyncio.Future[None]] = set()  # previews under way
+        self._drawn: asyncio.Future[None] | None = None  # the last preview that was begun
         self._number = 0  # of the next preview
         self._steps: frozenset[int] = frozenset()  # after which there is a preview
         self._holders = 0
+        self._given_up = False
         self._began = time.monotonic()
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
@@ -131,6 +132,11 @@ class Ticket:
         return "cancelled" if isinstance(self.error, Cancelled) else "failed"
 
     @property
+    def lost(self) -> bool:
+        """Whether it failed or was cancelled, or is about to be."""
+        return self.error is not None or (self._given_up and not self.done)
+
+    @property
     def steps(self) -> int:
         """Denoising steps, as many as are known to be needed."""
         return self.job.progress.total or self.parameters.num_inference_steps
@@ -146,6 +152,7 @@ class Ticket:
     def cancel(self, reason: StepweaveError | None = None) -> None:
         """End it at its next step, with `reason`. No effect once it is done."""
         self._reason = self._reason or reason
+        self._given_up = True
         self.job.cancel()
 
     def ended(self) -> asyncio.Future[Any]:
@@ -173,10 +180,10 @@ class Ticket:
         assert self._task is not None
         return await asyncio.shield(self._task)
 
-    async def updates(self) -> AsyncIterator[Update | None]:
+    async def updates(self, *, progress: bool = True) -> AsyncIterator[Update | None]:
         """What happens from now on, till the end: place and progress when they change, and all previews in their order.
 
-        None when nothing else was told for `SILENT_SECONDS`.
+        Without `progress` only the previews. None when nothing else was told for `SILENT_SECONDS`.
         """
         last: tuple[Any, ...] = ()
         seen = 0
@@ -189,16 +196,18 @@ class Ticket:
             if done:
                 return
             standing = self.standing()
-            where = (standing.position,) if isinstance(standing, Queued) else (standing.step, standing.total)
-            if where != last:
-                last, told = where, time.monotonic()
+            place = (standing.position,) if isinstance(standing, Queued) else (standing.step, standing.total)
+            if progress and place != last:
+                last, told = place, time.monotonic()
                 yield standing
             elif time.monotonic() - told >= SILENT_SECONDS:
                 told = time.monotonic()
                 yield None
+            wait = told + SILENT_SECONDS - time.monotonic()
+            if progress and isinstance(standing, Queued):
+                wait = min(wait, PLACE_SECONDS)
             with contextlib.suppress(TimeoutError):
-                wait = PLACE_SECONDS if isinstance(standing, Queued) else SILENT_SECONDS
-                await asyncio.wait_for(changed.wait(), wait)
+                await asyncio.wait_for(changed.wait(), max(0.0, wait))
 
     # On the engine's threads
 
@@ -229,13 +238,14 @@ class Ticket:
         self._changed = asyncio.Event()
 
     def _preview(self, latents: Latents) -> None:
-        drawn = asyncio.ensure_future(self._draw(latents))
-        self._drawn.add(drawn)
-        drawn.add_done_callback(self._drawn.discard)
+        self._drawn = asyncio.ensure_future(self._draw(latents, self._drawn))
 
-    async def _draw(self, latents: Latents) -> None:
+    async def _draw(self, latents: Latents, before: asyncio.Future[None] | None) -> None:
         try:
-            files = await self._loop.run_in_executor(self._means.encoders, self._draw_files, latents)
+            drawing = self._loop.run_in_executor(self._means.encoders, self._draw_files, latents)
+            if before is not None:
+                await before  # another thread may take longer for it
+            files = await drawing
         except Exception:
             logger.exception("a preview failed")
             return
@@ -257,10 +267,10 @@ class Ticket:
                 metrics.generated(job, due)
                 warnings = [*self.warnings, *job.warnings]
                 generation = Generation(self.parameters, output.images, Timings.of(job), warnings)
-                if self._drawn:
-                    await asyncio.wait(set(self._drawn))
+                if self._drawn is not None:
+                    await asyncio.wait({self._drawn})
                 pictures = await self._encode(generation)
-        except StepweaveError as error:
+        except (RequestError, OutOfMemory) as error:
             self.error = error
             if isinstance(error, (Cancelled, DeadlineExceeded)) or error is self._reason:
                 metrics.steps_saved.inc(max(0, self.steps - job.progress.step))
@@ -268,6 +278,12 @@ class Ticket:
         except asyncio.CancelledError:  # the loop ends
             self.error = Cancelled()
             raise
+        except Exception as error:
+            values = {name: value for name, value in self.parameters.of_image(0).items() if "prompt" not in name}
+            logger.exception("a job failed: %r, %s", job, values)
+            failure = f"The generation failed ({type(error).__name__})."
+            self.error = StepweaveError(failure, code="generation_failed")
+            raise self.error from error
         finally:
             self._means.leave()
             self._tell(self._notify)
@@ -285,13 +301,6 @@ class Ticket:
         except DeadlineExceeded:
             self._means.metrics.deadline_missed.inc()
             raise
-        except (RequestError, OutOfMemory):
-            raise
-        except Exception as error:
-            values = {name: value for name, value in self.parameters.of_image(0).items() if "prompt" not in name}
-            logger.exception("a job failed: %r, %s", self.job, values)
-            failure = f"The generation failed ({type(error).__name__})."
-            raise StepweaveError(failure, code="generation_failed") from error
 
     async def _encode(self, generation: Generation) -> list[PictureFile]:
         began = time.monotonic()

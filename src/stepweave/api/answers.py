@@ -81,7 +81,7 @@ async def json_answer(answer: Answer, response_format: str, base: str | None, fi
 
 async def urls(answer: Answer, base: str, files: FileStore) -> list[dict[str, Any]]:
     """The pictures as OpenAI's API has them, each stored if it is not yet."""
-    names = [one.name or await files.put(one.data, one.output_format) for one in answer.pictures]
+    names = [await one.stored(files) for one in answer.pictures]
     return [
         {"url": f"{base}/images/{name}", "seed": one.seed, "revised_prompt": None}
         for name, one in zip(names, answer.pictures, strict=True)

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.requests import Request
@@ -32,19 +32,18 @@ def event(name: str, data: dict[str, Any]) -> bytes:
 
 async def events(
     job: Followed, request_id: str, files: FileStore, *, verbose: bool, base: str | None = None
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """What happens to a job, until it ends, and its end: the pictures (as URLs that begin with `base`, if given), or an error."""
     prefix = SURFACES[job.kind]
     try:
-        with job.held():
-            async for update in job.updates():
-                if update is None:
-                    yield COMMENT
-                elif isinstance(update, Partial):
-                    yield await asyncio.to_thread(_partial, prefix, update)
-                elif verbose:
-                    yield _progress(job.id, update)
-            answer = await job.result()
+        async for update in job.updates(progress=verbose):
+            if update is None:
+                yield COMMENT
+            elif isinstance(update, Partial):
+                yield await asyncio.to_thread(_partial, prefix, update)
+            else:
+                yield _progress(job.id, update)
+        answer = await job.result()
         for i in range(len(answer.pictures)):
             yield await _completed(prefix, answer, i, files, base)
     except Exception as error:
@@ -102,24 +101,32 @@ class EventStream(Response):
 
     media_type = EVENT_STREAM
 
-    def __init__(self, request: Request, content: AsyncIterator[bytes], headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        job: Followed,
+        content: AsyncGenerator[bytes, None],
+        headers: dict[str, str] | None = None,
+    ) -> None:
         self.status_code = 200
         self.background = None
         self._request = request
+        self._job = job
         self._content = content
         self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no", **(headers or {})})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        sending = asyncio.ensure_future(self._send(send))
-        watching = asyncio.ensure_future(disconnected(self._request))
-        try:
-            await asyncio.wait({sending, watching}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (sending, watching):
-                if not task.done():
-                    task.cancel()
-            await asyncio.wait({sending, watching})
+        with self._job.held():  # from here, lest it be let go by others that follow it
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            sending = asyncio.ensure_future(self._send(send))
+            watching = asyncio.ensure_future(disconnected(self._request))
+            try:
+                await asyncio.wait({sending, watching}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in (sending, watching):
+                    if not task.done():
+                        task.cancel()
+                await asyncio.wait({sending, watching})
         if not sending.cancelled():
             sending.result()
 
@@ -129,7 +136,7 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            await self._content.aclose()  # type: ignore[attr-defined]
+            await self._content.aclose()
 
 
 def request_id(request: Request) -> str:

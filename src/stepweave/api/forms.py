@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 
+from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect, Request
 
@@ -41,8 +42,9 @@ async def read_form(request: Request, files: Sequence[str] = PICTURES) -> tuple[
                     raise InvalidRequest(f"{shown(name)} is a file; only {' and '.join(files)} may be.", param=name)
     except ClientDisconnect:
         raise Cancelled("The client left while it sent the body.") from None
-    except MultiPartException as error:
-        raise InvalidRequest(f"The form cannot be read: {error.message}", code="invalid_form") from None
+    except (MultiPartException, HTTPException) as error:  # within an app Starlette makes the one into the other
+        reason = error.message if isinstance(error, MultiPartException) else error.detail
+        raise InvalidRequest(f"The form cannot be read: {reason}", code="invalid_form") from None
     return texts, found
 
 

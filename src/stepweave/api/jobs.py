@@ -68,7 +68,7 @@ class JobRoutes:
         """From where the job stands now: its previews so far, its progress, and its end."""
         job, jobs = await self._job(request), self._jobs()
         told = events(job, request_id(request), jobs.files, verbose=True, base=self._base(request, job))
-        return EventStream(request, told)
+        return EventStream(request, job, told)
 
     def _jobs(self) -> Jobs:
         if self.server.jobs is None:

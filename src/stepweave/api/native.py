@@ -71,7 +71,7 @@ async def generate_stream(request: Request, server: Server, body: StreamRequest)
         Claim(owner_of(request), None, ""), lambda: server.accept(body, previews=body.partial_images)
     )
     told = events(ticket, request_id(request), server.jobs.files, verbose=body.events == "all")
-    return EventStream(request, told, {"X-Stepweave-Job": ticket.id})
+    return EventStream(request, ticket, told, {"X-Stepweave-Job": ticket.id})
 
 
 async def edit(request: Request, server: Server) -> Response:
@@ -91,6 +91,7 @@ async def check(request: Request, server: Server) -> None:
     if request.url.path != "/edit":
         require_json(content_type)
         parse(await read_body(request), SCHEMAS[request.url.path])
+        server.ready()
         return
     server.ready()
     require_form(content_type)
@@ -105,6 +106,6 @@ def _text(given: str) -> str | None:
     """A field as BentoML's clients send it, in JSON; others send it as it is."""
     try:
         value = json.loads(given)
-    except ValueError:
+    except (ValueError, RecursionError):
         return given
     return value if value is None or isinstance(value, str) else given

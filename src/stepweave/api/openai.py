@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+from collections.abc import Mapping
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -32,10 +34,11 @@ from stepweave.api.schemas import (
     require_json,
 )
 from stepweave.api.urls import base_url
-from stepweave.errors import InvalidRequest, shown
+from stepweave.errors import Conflict, InvalidRequest, shown
 from stepweave.generation import Answer, Sources
-from stepweave.jobs import Claim
+from stepweave.jobs import Claim, Followed
 from stepweave.server import Server
+from stepweave.telemetry.metrics import outcome_of
 from stepweave.ticket import Ticket
 
 MAX_KEY = 255  # characters of an idempotency key
@@ -57,7 +60,7 @@ class OpenAI:
         with self.server.metrics.counted(success=False):
             require_json(request.headers.get("content-type", ""))
             body = parse(await read_body(request), GenerationRequest)
-        return await self._answer(request, body, None, body.model_dump_json().encode())
+        return await self._answer(request, body, None, b"")
 
     async def edits(self, request: Request) -> Response:
         with self.server.metrics.counted(success=False):
@@ -66,10 +69,11 @@ class OpenAI:
             fields, files = await read_form(request)
             body = parse_form(fields, EditRequest)
             sources = await read_pictures(files, self.server)
-        digests = (hashlib.sha256(files.get(name, b"")).digest() for name in PICTURES)
-        return await self._answer(request, body, sources, b"".join([*digests, body.model_dump_json().encode()]))
+            digest = await asyncio.to_thread(_digest, files)
+        return await self._answer(request, body, sources, digest)
 
-    async def _answer(self, request: Request, body: OpenAIRequest, sources: Sources | None, content: bytes) -> Response:
+    async def _answer(self, request: Request, body: OpenAIRequest, sources: Sources | None, digest: bytes) -> Response:
+        """`digest` is of the pictures' files."""
         server = self.server
         with server.metrics.counted(success=False):
             server.ready()
@@ -82,7 +86,8 @@ class OpenAI:
                 one_picture(body.n, picture, body.output_format, "output_format" in body.model_fields_set)
                 body = body.model_copy(update={"output_format": picture})
             base = base_url(request, server.settings) if body.response_format == "url" else None
-            claim = Claim(owner_of(request), _key(request), hashlib.sha256(content).hexdigest())
+            fingerprint = hashlib.sha256(digest + body.model_dump_json().encode()).hexdigest()
+            claim = Claim(owner_of(request), _key(request), fingerprint)
 
         async def accept() -> Ticket:
             ticket = await server.accept(
@@ -97,19 +102,26 @@ class OpenAI:
             ticket.response_format = body.response_format
             return ticket
 
+        async def start() -> Followed:
+            try:
+                return await jobs.start(claim, accept, detached=detached)
+            except Conflict as error:  # `accept` counts all else
+                server.metrics.requests.labels(outcome_of(error)).inc()
+                raise
+
         if detached:
-            job = await jobs.start(claim, accept, detached=True)
+            job = await start()
             described = await describe(job, jobs.files, base)
             headers = {"Location": f"/v1/jobs/{job.id}", "Preference-Applied": "respond-async"}
             return JSONResponse(described, status_code=202, headers=headers)
         if streams:
-            job = await jobs.start(claim, accept)
+            job = await start()
             verbose = body.events == "all" or (stream or {}).get("profile") == PROFILE
             told = events(job, request_id(request), jobs.files, verbose=verbose, base=base)
-            return EventStream(request, told, {"X-Stepweave-Job": job.id})
+            return EventStream(request, job, told, {"X-Stepweave-Job": job.id})
 
         async def work() -> Answer:
-            job = await jobs.start(claim, accept)
+            job = await start()
             with job.held():
                 return await job.result()
 
@@ -119,6 +131,10 @@ class OpenAI:
         return Response(
             await json_answer(answer, body.response_format, base, jobs.files), media_type="application/json"
         )
+
+
+def _digest(files: Mapping[str, bytes]) -> bytes:
+    return b"".join(hashlib.sha256(files.get(name, b"")).digest() for name in PICTURES)
 
 
 def _key(request: Request) -> str | None:
