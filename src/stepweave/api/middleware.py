@@ -41,13 +41,15 @@ class ContractMiddleware:
     """Wraps BentoML's app."""
 
     def __init__(self, app: ASGIApp, server: Server) -> None:
-        origins = server.settings.cors_origins
-        self.app = (
-            CORSMiddleware(app, origins, allow_methods=METHODS, allow_headers=["*"], expose_headers=["*"])
-            if origins
-            else app
-        )
         self.server = server
+        self.app = self._shared(app)
+
+    def _shared(self, app: ASGIApp) -> ASGIApp:
+        """The app, for pages of the origins that are allowed too."""
+        origins = self.server.settings.cors_origins
+        if not origins:
+            return app
+        return CORSMiddleware(app, origins, allow_methods=METHODS, allow_headers=["*"], expose_headers=["*"])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -72,7 +74,7 @@ class ContractMiddleware:
                     receive = await self._checked(scope, receive)
             await self.app(scope, receive, answer)
         except Exception as error:
-            answer_with = error_response(as_stepweave_error(error, request_id))
+            answer_with = self._shared(error_response(as_stepweave_error(error, request_id)))
             if not answer.started:
                 await answer_with(scope, receive, answer)
 
@@ -188,8 +190,9 @@ class _Answer:
         response = error_response(self._error_for(status))
         response.status_code = status
         self._complete(response.headers)
-        if "allow" in headers:
-            response.headers["Allow"] = headers["allow"]
+        for name, value in headers.items():
+            if name in ("allow", "vary") or name.startswith("access-control-"):
+                response.headers[name] = value
         await self.send({"type": "http.response.start", "status": status, "headers": response.raw_headers})
         await self.send({"type": "http.response.body", "body": bytes(response.body)})
 

@@ -198,7 +198,8 @@ def _probe(path: str, id: str, summary: str) -> Operation:
 
 
 def _model(name: str, id: str | None) -> dict[str, Any]:
-    return _parameter("path", name, "The model's id.", **({} if id is None else {"enum": [id]}))
+    known: dict[str, Any] = {} if id is None else {"enum": [id]}
+    return _parameter("path", name, "The model's id.", **known)
 
 
 def _inference(id: str | None) -> Iterable[Operation]:
