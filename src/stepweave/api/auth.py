@@ -22,10 +22,11 @@ def authorize(scope: Scope, keys: Sequence[str]) -> None:
     scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
     if not given:
         raise Unauthorized("The request bears no API key; send it as `Authorization: Bearer KEY`.")
-    known = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in keys]  # all, whichever it is
+    key = given.strip().encode("latin-1")  # the bytes that were sent
+    known = [hmac.compare_digest(key, one.encode()) for one in keys]  # all, whichever it is
     if scheme.lower() != "bearer" or not any(known):
         raise Unauthorized("The API key is not one of this server's.")
-    scope[OWNER] = hashlib.sha256(given.strip().encode()).hexdigest()[:32]
+    scope[OWNER] = hashlib.sha256(key).hexdigest()[:32]
 
 
 def owner_of(request: Request) -> str | None:

@@ -12,19 +12,25 @@ from stepweave.store import FileStore
 from stepweave.ticket import Queued, Ticket
 
 
-async def describe(job: Followed, files: FileStore, base: str | None, *, result: bool = True) -> dict[str, Any]:
-    """The job as its resource: where it stands, and its result once it is there.
+def describe(job: Followed) -> dict[str, Any]:
+    """The job as its resource, but for its result."""
+    return _of_ticket(job) if isinstance(job, Ticket) else _of_record(job)
 
-    Pictures are URLs that begin with `base` if the request asked for that, else in base64. Without `result` they are left out.
+
+async def job_answer(job: Followed, files: FileStore, base: str | None) -> bytes:
+    """The job as its resource in JSON, with its result once that is there.
+
+    Pictures are URLs that begin with `base` if the request asked for that, else in base64.
     """
-    described = _of_ticket(job) if isinstance(job, Ticket) else _of_record(job)
-    if result and described["state"] == "succeeded":
+    described, result = describe(job), b"null"
+    if described["state"] == "succeeded":
         wanted = "url" if base is not None else "b64_json"
         try:
-            described["result"] = json.loads(await json_answer(await job.result(), wanted, base, files))
+            result = await json_answer(await job.result(), wanted, base, files)
         except NotFound as error:
             described["warnings"] = [*described["warnings"], error.message]
-    return described
+    del described["result"]
+    return b"".join([json.dumps(described)[:-1].encode(), b', "result": ', result, b"}"])
 
 
 def _of_ticket(ticket: Ticket) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from starlette.routing import Route
 
 from stepweave.api.auth import owner_of
 from stepweave.api.events import EventStream, events, request_id
-from stepweave.api.job_answers import describe
+from stepweave.api.job_answers import describe, job_answer
 from stepweave.api.urls import base_url
 from stepweave.errors import Cancelled, InvalidRequest, NotFound, shown
 from stepweave.jobs import Followed, Jobs
@@ -47,8 +47,7 @@ class JobRoutes:
             raise InvalidRequest(f"limit is {shown(given)}; it must be 1 to {MAX_LIST}.", param="limit")
         jobs = self._jobs()
         found, after = await jobs.list(owner_of(request), limit, request.query_params.get("before"))
-        data = [await describe(job, jobs.files, None, result=False) for job in found]
-        return JSONResponse({"object": "list", "data": data, "next": after})
+        return JSONResponse({"object": "list", "data": [describe(job) for job in found], "next": after})
 
     async def get(self, request: Request) -> Response:
         return await self._described(request, await self._job(request))
@@ -60,7 +59,7 @@ class JobRoutes:
             job.cancel(Cancelled("The job was cancelled."))
             await asyncio.wait({job.ended()}, timeout=CANCEL_SECONDS)
             return await self._described(request, job)
-        answer = await self._described(request, job, result=False)
+        answer = JSONResponse(describe(job))
         await self._jobs().delete(job.id)
         return answer
 
@@ -78,9 +77,9 @@ class JobRoutes:
     async def _job(self, request: Request) -> Followed:
         return await self._jobs().get(request.path_params["id"], owner_of(request))
 
-    async def _described(self, request: Request, job: Followed, *, result: bool = True) -> Response:
-        base = self._base(request, job) if result else None
-        return JSONResponse(await describe(job, self._jobs().files, base, result=result))
+    async def _described(self, request: Request, job: Followed) -> Response:
+        answer = await job_answer(job, self._jobs().files, self._base(request, job))
+        return Response(answer, media_type="application/json")
 
     def _base(self, request: Request, job: Followed) -> str | None:
         return base_url(request, self.server.settings) if job.response_format == "url" else None

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Mapping
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from stepweave.api.answers import (
@@ -23,7 +23,7 @@ from stepweave.api.auth import owner_of
 from stepweave.api.disconnect import read_body, until_disconnect
 from stepweave.api.events import EventStream, events, request_id
 from stepweave.api.forms import PICTURES, read_form, read_pictures
-from stepweave.api.job_answers import describe
+from stepweave.api.job_answers import job_answer
 from stepweave.api.schemas import (
     EditRequest,
     GenerationRequest,
@@ -111,9 +111,9 @@ class OpenAI:
 
         if detached:
             job = await start()
-            described = await describe(job, jobs.files, base)
+            answered = await job_answer(job, jobs.files, base)
             headers = {"Location": f"/v1/jobs/{job.id}", "Preference-Applied": "respond-async"}
-            return JSONResponse(described, status_code=202, headers=headers)
+            return Response(answered, 202, headers, "application/json")
         if streams:
             job = await start()
             verbose = body.events == "all" or (stream or {}).get("profile") == PROFILE
