@@ -28,7 +28,7 @@ from stepweave.api.http import Api
 from stepweave.api.middleware import DRAIN, KEYLESS, PROBES
 from stepweave.api.native import PATHS
 from stepweave.api.operations import INFERENCE
-from stepweave.errors import NotFound
+from stepweave.errors import NotFound, OutOfMemory
 from tests.conftest import InProcess, Served
 from tests.fake import FakePipeline
 
@@ -463,6 +463,28 @@ def test_a_fuzzer_finds_no_answer_that_is_not_described(
     assert fuzzer.sent >= least, fuzzer.report()
 
 
+def test_rare_refusals_are_as_described(in_process: Make) -> None:
+    app = in_process(FakePipeline(), max_body_bytes=1024)
+    route = "/v1/images/generations"
+    fuzzer = Fuzzer(app.client, document(app), [route])
+    operation = fuzzer.schema[route]["POST"]
+
+    def answered(status: int, **fields: Any) -> None:
+        body = {"prompt": "a", **fields}
+        answer = app.client.post(route, json=body)
+        assert answer.status_code == status, answer.text
+        operation.Case(body=body, media_type="application/json").validate_response(answer, checks=fuzzer.checks)
+
+    answered(413, prompt="a" * 2000)
+    answered(429, deadline_ms=1)
+    app.pipeline.record.pause = 0.2
+    answered(504, deadline_ms=400)
+    app.pipeline.record.error = RuntimeError("broken")
+    answered(500)
+    app.pipeline.record.error = OutOfMemory("Too large.")
+    answered(500)
+
+
 def test_nor_while_the_model_is_loaded(in_process: Make) -> None:
     app = in_process(ready=False, api_keys="secret", **SMALL)
     found = document(app, **KEY)
@@ -506,7 +528,7 @@ def test_the_fuzzer_sees_what_is_not_true(in_process: Make, place: tuple[str, ..
 
 def test_nor_does_it_of_native_answers(served: Served) -> None:
     with httpx.Client(base_url=served.url, timeout=60) as client:
-        fuzzer = Fuzzer(client, client.get("/openapi.json").json(), NOT_HERE)
+        fuzzer = Fuzzer(client, client.get("/openapi.json").json(), PATHS)
         fuzzer.run(1, 1)
     fuzzer.judge()
     assert fuzzer.sent >= 30, fuzzer.report()

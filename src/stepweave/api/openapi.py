@@ -38,7 +38,13 @@ from stepweave.server import Server
 
 REF = "#/components/schemas/{model}"
 DIALECT = "https://spec.openapis.org/oas/3.1/dialect/base"
-REQUEST_ID = {"X-Request-ID": {"$ref": "#/components/headers/RequestId"}}
+REQUEST_ID = {
+    "description": "The request's, if it has a sane one, else a new one.",
+    "required": True,
+    "schema": {"type": "string", "pattern": "^[A-Za-z0-9_.:-]{1,128}$"},
+}
+ALWAYS = {"X-Request-ID": {"$ref": "#/components/headers/RequestId"}}
+RETRY_AFTER = {"description": "Seconds after which it may be accepted.", "schema": {"type": "integer", "minimum": 1}}
 FORMS = (EditRequest, NativeEditRequest)
 DESCRIPTION = (
     "Diffusion models, batched by denoising steps. Every error has one shape; its message names the offending value and the "
@@ -71,7 +77,7 @@ def make_document(server: Server, mounted: Collection[str]) -> dict[str, Any]:
             paths.setdefault(one.path, {})[one.method] = _operation(one, secured)
     schemas = copy.deepcopy(_schemas())
     _limit(schemas, server)
-    components: dict[str, Any] = {"schemas": schemas, "responses": _refusals(), "headers": _headers()}
+    components: dict[str, Any] = {"schemas": schemas, "responses": _refusals(), "headers": {"RequestId": REQUEST_ID}}
     document = {
         "openapi": "3.1.0",
         "info": {
@@ -197,7 +203,7 @@ def _operation(one: Operation, secured: bool) -> dict[str, Any]:
 
 
 def _response(answer: Answer) -> dict[str, Any]:
-    response: dict[str, Any] = {"description": answer.description, "headers": {**REQUEST_ID, **answer.headers}}
+    response: dict[str, Any] = {"description": answer.description, "headers": {**ALWAYS, **answer.headers}}
     if answer.content:
         response["content"] = _content(answer.content, answer.events)
     if answer.links:
@@ -243,28 +249,15 @@ def _refusals() -> dict[str, Any]:
 
 
 def _refusal(error: type[StepweaveError]) -> dict[str, Any]:
-    headers: dict[str, Any] = dict(REQUEST_ID)
+    headers: dict[str, Any] = dict(ALWAYS)
     if issubclass(error, (Refused, Unavailable)):
-        headers["Retry-After"] = {"$ref": "#/components/headers/RetryAfter"}
+        headers["Retry-After"] = {**RETRY_AFTER, "required": issubclass(error, Refused)}
     if issubclass(error, Unauthorized):
-        headers["WWW-Authenticate"] = {"schema": {"const": "Bearer"}}
+        headers["WWW-Authenticate"] = {"required": True, "schema": {"const": "Bearer"}}
     if issubclass(error, MethodNotAllowed):
-        headers["Allow"] = {"description": "Methods that the path has.", "schema": {"type": "string"}}
+        allowed = {"description": "Methods that the path has.", "schema": {"type": "string"}}
+        headers["Allow"] = {**allowed, "required": True}
     if error is StepweaveError:
         headers["X-Should-Retry"] = {"description": "`false` where it would fail again.", "schema": {"const": "false"}}
     description = "It failed; the log has the request's id." if error is StepweaveError else inspect.getdoc(error) or ""
     return {"description": description.partition("\n")[0], "headers": headers, "content": _content({JSON: Error})}
-
-
-def _headers() -> dict[str, Any]:
-    return {
-        "RequestId": {
-            "description": "The request's, if it has a sane one, else a new one.",
-            "required": True,
-            "schema": {"type": "string", "pattern": "^[A-Za-z0-9_.:-]{1,128}$"},
-        },
-        "RetryAfter": {
-            "description": "Seconds after which it may be accepted.",
-            "schema": {"type": "integer", "minimum": 1},
-        },
-    }

@@ -86,8 +86,8 @@ def _parameter(place: str, name: str, description: str, required: bool | None = 
     }
 
 
-def _header(description: str, **schema: Any) -> dict[str, Any]:
-    return {"description": description, "schema": {"type": "string", **schema}}
+def _header(description: str, *, required: bool = False, **schema: Any) -> dict[str, Any]:
+    return {"description": description, "required": required, "schema": {"type": "string", **schema}}
 
 
 def _json(model: type[BaseModel], description: str) -> dict[int, Answer]:
@@ -110,8 +110,12 @@ FILE: dict[str, Any] = {"type": "string", "format": "binary"}
 PICTURE: Content = dict.fromkeys(PICTURES, FILE)
 STREAM: Content = {EVENT_STREAM: {}}  # a schema of each of its events
 FILE_HEADERS = {
-    "Cache-Control": _header("For as long as it is kept.", pattern="^private, max-age=[0-9]+$"),
-    "X-Content-Type-Options": _header("", const="nosniff"),
+    "Cache-Control": _header("For as long as it is kept.", required=True, pattern="^private, max-age=[0-9]+$"),
+    "X-Content-Type-Options": _header("It is a picture, whatever it looks like.", required=True, const="nosniff"),
+}
+ACCEPTED_HEADERS = {
+    "Location": _header("The job.", required=True, pattern="^/v1/jobs/[0-9a-f]{32}$"),
+    "Preference-Applied": _header("What `Prefer` asked for.", required=True, const="respond-async"),
 }
 JOB_HEADER = {"X-Stepweave-Job": _header("Of a stream: the job's id.", pattern="^[0-9a-f]{32}$")}
 EXAMPLE = {"prompt": "a large red circle on a blue background", "seed": 7}
@@ -165,9 +169,9 @@ def _images(name: str, prefix: str, **values: Any) -> Operation:
     accepted = Answer(
         "Accepted; to be asked for later.",
         {JSON: bodies.Job},
-        {"Location": _header("The job.", pattern="^/v1/jobs/"), "Preference-Applied": _header("", const="respond-async")},
+        ACCEPTED_HEADERS,
         job_links,
-    )  # fmt: skip
+    )
     return Operation(
         "post",
         f"/v1/images/{name}",
