@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from stepweave.errors import Cancelled, DeadlineExceeded, OutOfMemory, RequestError, StepweaveError
 from stepweave.generation import Answer, Generation, Parameters, PictureFile, Timings
 from stepweave.images.encode import encode
+from stepweave.partials import Partial, Partials
 from stepweave.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -47,15 +48,6 @@ class Progressed:
     eta: float | None
 
 
-@dataclass(frozen=True)
-class Partial:
-    """A preview: the picture it is of (0 to n - 1), its number (from 0), and its file."""
-
-    picture: int
-    number: int
-    data: bytes
-
-
 Update = Queued | Progressed | Partial
 
 
@@ -68,7 +60,9 @@ class Means:
     encoders: Executor
     standings: Callable[[], Mapping[str, Standing]]
     leave: Callable[[], None]  # gives the place back that admission gave
+    drawers: Executor  # of previews
     previewer: Previewer | None = None
+    scheduler: str | None = None  # the pipeline's own
 
 
 class Ticket:
@@ -85,12 +79,14 @@ class Ticket:
         self.response_format: ResponseFormat = "b64_json"  # in which its result is wanted, if it is asked for later
         self.warnings: list[str] = []  # of the request; those of its prompts come with the job
         self.error: StepweaveError | None = None
-        self.partials: list[Partial] = []
+        self.kept = False  # by whom it is kept, that one gives its place back
         self._means = means
-        self._previews = previews if means.previewer is not None else 0
-        self._drawn: asyncio.Future[None] | None = None  # the last preview that was begun
-        self._number = 0  # of the next preview
-        self._steps: frozenset[int] = frozenset()  # after which there is a preview
+        self._partials = (
+            None
+            if means.previewer is None or not previews
+            else Partials(means.previewer, previews, parameters, request.output_format, means.drawers, self._notify)
+        )
+        self._placed = True
         self._holders = 0
         self._given_up = False
         self._began = time.monotonic()
@@ -153,6 +149,8 @@ class Ticket:
         """End it at its next step, with `reason`. No effect once it is done."""
         self._reason = self._reason or reason
         self._given_up = True
+        if self._partials is not None:
+            self._partials.end()
         self.job.cancel()
 
     def ended(self) -> asyncio.Future[Any]:
@@ -190,7 +188,7 @@ class Ticket:
         told = time.monotonic()
         while True:
             changed, done = self._changed, self.done
-            for partial in self.partials[seen:]:
+            for partial in self._partials.made[seen:] if self._partials is not None else ():
                 seen, told = seen + 1, time.monotonic()
                 yield partial
             if done:
@@ -207,25 +205,21 @@ class Ticket:
             if progress and isinstance(standing, Queued):
                 wait = min(wait, PLACE_SECONDS)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), max(0.0, wait))
+                async with asyncio.timeout(wait):  # wait_for of Python 3.11 may lose that it is cancelled
+                    await changed.wait()
 
     # On the engine's threads
 
     def wants(self, step: int, total: int) -> bool:
         """Whether there is to be a preview after a step."""
-        if not self._previews:
-            return False
-        if not self._steps:
-            from stepweave.images.previews import preview_steps
-
-            self._steps = frozenset(preview_steps(total, self._previews))
-        return step in self._steps
+        return self._partials is not None and self._partials.wants(step, total)
 
     def progressed(self, job: Job) -> None:
         self._tell(self._notify)
 
     def denoised(self, job: Job, latents: Latents) -> None:
-        self._tell(self._preview, latents)
+        if self._partials is not None:
+            self._tell(self._partials.begin, latents)
 
     def _tell(self, function: Callable[..., None], *args: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended
@@ -237,27 +231,11 @@ class Ticket:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def _preview(self, latents: Latents) -> None:
-        self._drawn = asyncio.ensure_future(self._draw(latents, self._drawn))
-
-    async def _draw(self, latents: Latents, before: asyncio.Future[None] | None) -> None:
-        try:
-            drawing = self._loop.run_in_executor(self._means.encoders, self._draw_files, latents)
-            if before is not None:
-                await before  # another thread may take longer for it
-            files = await drawing
-        except Exception:
-            logger.exception("a preview failed")
-            return
-        self.partials += [Partial(i, self._number, data) for i, data in enumerate(files)]
-        self._number += 1
-        self._notify()
-
-    def _draw_files(self, latents: Latents) -> list[bytes]:
-        previewer, parameters = self._means.previewer, self.parameters
-        assert previewer is not None
-        pictures = [previewer.picture(latents, parameters.width, parameters.height, row) for row in range(parameters.n)]
-        return [encode(picture, self.request.output_format, None, self._means.model) for picture in pictures]
+    def leave(self) -> None:
+        """Give its place back, once."""
+        if self._placed:
+            self._placed = False
+            self._means.leave()
 
     async def _run(self, due: float | None) -> Answer:
         job, metrics = self.job, self._means.metrics
@@ -267,8 +245,8 @@ class Ticket:
                 metrics.generated(job, due)
                 warnings = [*self.warnings, *job.warnings]
                 generation = Generation(self.parameters, output.images, Timings.of(job), warnings)
-                if self._drawn is not None:
-                    await asyncio.wait({self._drawn})
+                if self._partials is not None:
+                    await self._partials.settle()
                 pictures = await self._encode(generation)
         except (RequestError, OutOfMemory) as error:
             self.error = error
@@ -285,7 +263,8 @@ class Ticket:
             self.error = StepweaveError(failure, code="generation_failed")
             raise self.error from error
         finally:
-            self._means.leave()
+            if not self.kept:
+                self.leave()
             self._tell(self._notify)
         generation.timings.total = time.monotonic() - self._began
         metrics.request_seconds.observe(generation.timings.total)
@@ -336,11 +315,22 @@ class Ticket:
                 "steps": parameters.n * self.steps,
                 "pixels": parameters.n * parameters.width * parameters.height,
             },
-            "parameters": {
-                **parameters.of_image(0),
-                "n": parameters.n,
-                "output_format": self.request.output_format,
-            },
+            "parameters": self._resolved(),
             "timings": {name: round(seconds, 6) for name, seconds in asdict(generation.timings).items()},
             "warnings": generation.warnings,
         }
+
+    def _resolved(self) -> dict[str, Any]:
+        """All that was asked for, defaults filled in."""
+        request, parameters = self.request, self.parameters
+        resolved = {
+            "reproducible": parameters.reproducible,
+            "scheduler": self._means.scheduler,
+            **parameters.of_image(0),
+            "n": parameters.n,
+            "priority": request.priority,
+            "deadline_ms": request.deadline_ms,
+            "output_format": request.output_format,
+            "output_compression": request.output_compression,
+        }
+        return {name: value for name, value in resolved.items() if value is not None}
