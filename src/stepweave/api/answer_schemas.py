@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from stepweave.errors import StepweaveError
-from stepweave.generation import OutputFormat, Timings
+from stepweave.generation import OutputFormat, PriorityName, Timings
 from stepweave.ticket import State
 
 STAGES = ("starting", "importing", "loading", "warming_up", "ready", "draining", "closed", "failed", "stuck")
@@ -131,19 +131,22 @@ class ModelList(BaseModel):
 
 
 class ResolvedParameters(BaseModel):
-    """Everything that decides a picture, defaults filled in; what the pipeline does not have is left out."""
+    """Everything that was asked for, defaults filled in; what there is not is left out."""
 
     prompt: str
-    negative_prompt: str = Field(default_factory=_absent, description="Left out if there is none.")
+    negative_prompt: str = Field(default_factory=_absent)
     size: str = Field(pattern=r"^[1-9][0-9]*x[1-9][0-9]*$")
     seed: int = Field(ge=0)
     num_inference_steps: int = Field(ge=1)
-    guidance_scale: float = Field(default_factory=_absent, description="Left out where the pipeline has none.")
-    scheduler: str = Field(default_factory=_absent, description="Left out if none was asked for.")
+    guidance_scale: float = Field(default_factory=_absent, description="Where the pipeline has one.")
+    scheduler: str = Field(default_factory=_absent)
     strength: float = Field(default_factory=_absent, description="Of edits.")
-    reproducible: Literal[True] = Field(default_factory=_absent, description="Left out if it was not asked for.")
+    reproducible: bool = Field(default_factory=_absent)
     n: int = Field(ge=1)
-    output_format: OutputFormat = Field(default_factory=_absent, description="Jobs leave it out.")
+    priority: PriorityName = Field(default_factory=_absent)
+    deadline_ms: int = Field(default_factory=_absent, ge=1)
+    output_format: OutputFormat = Field(default_factory=_absent)
+    output_compression: int = Field(default_factory=_absent, ge=0, le=100)
 
 
 class InlinePicture(BaseModel):

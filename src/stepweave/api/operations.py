@@ -95,13 +95,16 @@ def _json(model: type[BaseModel], description: str) -> dict[int, Answer]:
 
 
 def picture_headers() -> dict[str, Any]:
-    """The headers beside a picture: its parameters, less prompts and what is no one's, and warnings."""
-    left_out = ("prompt", "negative_prompt", "n", "output_format")
+    """The headers beside a picture: what decides its pixels, less prompts, and warnings."""
+    prompts, others = (
+        ("prompt", "negative_prompt"),
+        ("n", "priority", "deadline_ms", "output_format", "output_compression"),
+    )
     place = f"#/components/schemas/{bodies.ResolvedParameters.__name__}/properties"
     headers = {
         f"X-Stepweave-{name.replace('_', '-').title()}": {"description": "As resolved.", "schema": {"$ref": f"{place}/{name}"}}
         for name in bodies.ResolvedParameters.model_fields
-        if name not in left_out
+        if name not in (*prompts, *others)
     }  # fmt: skip
     return headers | {"X-Stepweave-Warnings": _header("A JSON list of texts, in ASCII.", pattern=r"^\[.*\]$")}
 
