@@ -11,6 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.import_utils import DummyObject
 from PIL import Image
 
@@ -118,6 +119,40 @@ def test_edits_share_forwards_with_texts_and_are_as_the_plain_call(name: str, ed
     assert stats.errors == 0
     assert (state_of(pipeline), state_of(other)) == before
     assert all(job.progress.step == job.progress.total > 0 for job in jobs)
+
+
+def test_pictures_are_read_on_another_thread_once_each_and_hold_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    name: str = "stable_diffusion"
+    edit: Edit = "inpaint"
+    family, other = FAMILIES[name], sibling_of(name, edit)
+
+    def several() -> dict[str, Any]:
+        generators = [torch.Generator().manual_seed(i) for i in range(3)]
+        return call(family, 1, edit) | {"image": [picture(1)] * 3, "num_images_per_prompt": 3, "generator": generators}
+
+    plain, beside = other(**several())[0], expected(name, 0, None)
+    reading, go_on = threading.Event(), threading.Event()
+    read: list[int] = []
+    real = VaeImageProcessor.pil_to_numpy
+
+    def pil_to_numpy(images: Any) -> Any:
+        read.append(len(images))
+        reading.set()
+        assert threading.current_thread().name.startswith("stepweave-pictures")
+        assert go_on.wait(SECONDS)
+        return real(images)
+
+    monkeypatch.setattr(VaeImageProcessor, "pil_to_numpy", staticmethod(pil_to_numpy))
+    with StepEngine(built(name)) as engine:
+        job = engine.submit(pipeline=other, **several())
+        assert reading.wait(SECONDS)
+        text = engine.submit(**call(family, 0, None))
+        assert np.abs(text.result(SECONDS)[0] - beside).max() <= TOLERANCE
+        go_on.set()
+        result = job.result(SECONDS)[0]
+    assert read == [1, 1]  # picture and mask
+    assert result.shape == plain.shape and np.abs(result - plain).max() <= TOLERANCE
+    assert min(np.abs(result[0] - one).max() for one in result[1:]) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("mode", [mode for mode in get_args(Mode) if mode != "step"])

@@ -21,7 +21,7 @@ from stepweave.engine import ambient
 from stepweave.engine.ambient import DefaultRandom
 from stepweave.engine.call import Call
 from stepweave.engine.fiber import Done, Fiber, current_fiber, suspend, suspendable
-from stepweave.engine.hooks import EngineScope, Offload, RunYourself, postprocess_elsewhere
+from stepweave.engine.hooks import EngineScope, Offload, RunYourself, pictures_elsewhere
 from stepweave.errors import EngineMisuse
 from tests import tiny
 
@@ -540,7 +540,7 @@ def scope() -> Iterator[EngineScope]:
 
 def uses_of(scope: EngineScope) -> list[Callable[[], Any]]:
     view, sample = scope.view(), torch.zeros(1)
-    postprocess_elsewhere(view)
+    pictures_elsewhere(view)
     return [
         lambda: view.layer(sample),
         lambda: view.vae.encode(sample),

@@ -1589,7 +1589,7 @@ def test_pictures_are_made_on_another_thread_and_hold_up_nobody(monkeypatch: pyt
         made.set()
         assert difference(slow.result(SECONDS), expected[0]) == 0
     assert len(makers) == 2
-    assert all(name.startswith("stepweave-postprocess") for name in makers)
+    assert all(name.startswith("stepweave-pictures") for name in makers)
 
 
 def test_a_picture_that_cannot_be_made_fails_its_own_job(sd3: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Work of fibers on other threads than the engine's, such as making pictures."""
+"""Work of fibers on other threads than the engine's, such as reading and making pictures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Elsewhere:
 
     def __init__(self, returned: Callable[[Active, Any], None]) -> None:
         self._returned = returned
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="stepweave-postprocess")
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="stepweave-pictures")
 
     def run(self, active: Active, work: Offload) -> None:
         active.elsewhere = True

@@ -12,6 +12,8 @@ from typing import Any, Self
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.image_processor import InpaintProcessor, VaeImageProcessor
+from PIL import Image
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -298,13 +300,20 @@ def track(view: Any, job: Observed) -> None:
             one.__dict__["progress_bar"] = lambda *args, make=make, **kwargs: _Bar(make(*args, **kwargs), told)
 
 
-def postprocess_elsewhere(view: Any) -> None:
-    """Have the view's image processors make pictures on another thread: copies from the device, PIL images."""
+def pictures_elsewhere(view: Any) -> None:
+    """Have the view's image processors read and make pictures on another thread: PIL images, copies from the device."""
     for one in pipelines_in(view):
         for processor in list(vars(one).values()):
+            if isinstance(processor, (nn.Module, DiffusionPipeline)):
+                continue
+            ours = isinstance(processor, (VaeImageProcessor, InpaintProcessor))  # others may be shared with other views
+            for name in ("preprocess", "preprocess_video") if ours else ():
+                method = getattr(processor, name, None)
+                if callable(method):
+                    processor.__dict__[name] = _elsewhere(_each_once(method))
             for name in ("postprocess", "postprocess_video"):
                 method = getattr(processor, name, None)
-                if callable(method) and not isinstance(processor, (nn.Module, DiffusionPipeline)):
+                if callable(method):
                     processor.__dict__[name] = _elsewhere(method)
 
 
@@ -313,5 +322,19 @@ def _elsewhere(method: Callable[..., Any]) -> Callable[..., Any]:
         if current_fiber() is None or torch.is_grad_enabled() or not suspendable():
             return method(*args, **kwargs)
         return suspend(Offload(lambda: method(*args, **kwargs)))
+
+    return run
+
+
+def _each_once(method: Callable[..., Any]) -> Callable[..., Any]:
+    """`preprocess`, which reads a picture that is given for each of several ones to be made but once."""
+    if getattr(method, "__func__", None) is not VaeImageProcessor.preprocess:
+        return method
+
+    def run(image: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        count = len(image) if isinstance(image, list) else 1
+        alike = count > 1 and isinstance(image[0], Image.Image) and all(one is image[0] for one in image)
+        read: torch.Tensor = method(image[:1] if alike else image, *args, **kwargs)
+        return read.repeat(count, *[1] * (read.ndim - 1)) if alike else read
 
     return run

@@ -20,7 +20,7 @@ from stepweave.engine.digests import Digests
 from stepweave.engine.elsewhere import Elsewhere
 from stepweave.engine.fiber import Done, Fiber
 from stepweave.engine.forward import Forwarder, Starved, too_little
-from stepweave.engine.hooks import EngineScope, Offload, RunYourself, postprocess_elsewhere, track
+from stepweave.engine.hooks import EngineScope, Offload, RunYourself, pictures_elsewhere, track
 from stepweave.engine.job import Ending, Job, enter_engine
 from stepweave.engine.memory import DeviceMemory, memory_of
 from stepweave.engine.planner import Planner
@@ -217,7 +217,7 @@ class StepLoop:
     def _call_pipeline(self, job: Job) -> Any:
         with job.scope.lease(job.scheduler) as view, warned(view, [job]):
             track(view, job)
-            postprocess_elsewhere(view)
+            pictures_elsewhere(view)
             return view(*job.args, **job.kwargs)
 
     def _expire(self) -> None:
