@@ -80,7 +80,7 @@ async def test_a_job_is_accepted_runs_and_has_its_result() -> None:
         assert set(steps) & {1, 2, 3, 4}
         assert (state["state"], state["step"], state["error"]) == ("succeeded", 5, None)
         assert state["result"]["data"][0]["seed"] == 1
-        assert state["result"]["parameters"] == {**state["parameters"], "output_format": "png"}
+        assert state["result"]["parameters"] == state["parameters"]
         picture = base64.b64decode(state["result"]["data"][0]["b64_json"])
         assert picture.startswith(PNG)
         await settled(app)
@@ -132,6 +132,7 @@ async def test_a_queued_job_is_cancelled_at_once() -> None:
         app.record.gated = True
         await later(app)
         waiting = await later(app, num_inference_steps=9)
+        await app.until(lambda: app.record.running)
         calls = len(app.record.calls)
         answer = await app.delete(f"/v1/jobs/{waiting}")
         assert answer.json()["state"] == "cancelled"
@@ -347,6 +348,26 @@ async def test_an_end_waits_for_a_job_that_is_just_being_accepted(tmp_path: Path
 # --- a store that fails ---
 
 
+def at_once() -> Any:
+    """What could not be stored is tried once more at once."""
+    return patch("stepweave.jobs.KEEP_AGAIN_SECONDS", (0.0,))
+
+
+async def test_a_store_that_fails_for_a_while_keeps_the_result() -> None:
+    async with serving() as app:
+        put, failures = DirectoryFileStore.put, [StepweaveError("full", code="store_failed")]
+
+        async def recovers(store: DirectoryFileStore, *args: Any) -> str:
+            if failures:
+                raise failures.pop()
+            return await put(store, *args)
+
+        with at_once(), patch.object(DirectoryFileStore, "put", recovers):
+            id = await later(app)
+            await settled(app)
+        assert (await app.job(id))["state"] == "succeeded"
+
+
 async def test_a_job_that_cannot_be_noted_is_not_promised() -> None:
     async with serving() as app:
         with patch.object(SqliteJobStore, "put", side_effect=StepweaveError("full", code="store_failed")):
@@ -361,7 +382,8 @@ async def test_a_job_that_cannot_be_noted_is_not_promised() -> None:
 
 async def test_a_result_that_cannot_be_stored_fails_the_job() -> None:
     async with serving() as app:
-        with patch.object(DirectoryFileStore, "put", side_effect=StepweaveError("full", code="store_failed")):
+        full = StepweaveError("full", code="store_failed")
+        with at_once(), patch.object(DirectoryFileStore, "put", side_effect=full):
             id = await later(app)
             await settled(app)
         job = await app.job(id)
@@ -372,7 +394,8 @@ async def test_a_job_whose_end_could_not_be_noted_is_not_running_for_ever() -> N
     async with serving() as app:
         app.record.gated = True
         id = await later(app, headers=KEY)
-        with patch.object(SqliteJobStore, "put", side_effect=StepweaveError("full", code="store_failed")):
+        full = StepweaveError("full", code="store_failed")
+        with at_once(), patch.object(SqliteJobStore, "put", side_effect=full):
             app.record.release.set()
             await settled(app)
         job = await app.job(id)
@@ -562,18 +585,17 @@ async def test_the_first_leaves_while_it_is_accepted() -> None:
 async def test_all_leave_while_it_is_accepted() -> None:
     async with serving() as app:
         gate = asyncio.Event()
-        app.record.gated = True
+        app.record.pause = 0.01
         with slow_accept(gate):
             for headers in ({}, KEY):
-                both = [app.post(headers=headers) for _ in range(2)]
+                both = [app.post(headers=headers, num_inference_steps=100) for _ in range(2)]
                 await asyncio.sleep(0.01)
                 for one in both:
                     await one.leave()
             gate.set()
-            await app.until(lambda: app.server.tickets or app.outcomes())
-            app.record.release.set()
+            await app.until(lambda: app.outcomes())
             await settled(app)
-        assert app.record.steps_run <= 1
+        assert app.record.steps_run < 20, "of 100"
         assert set(app.outcomes()) == {"cancelled"}
 
 
