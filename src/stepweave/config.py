@@ -24,6 +24,11 @@ _SERVICE_LINK = re.compile(r"STEPWEAVE_(\w+_)?(SERVICE_(HOST|PORT)(_\w+)?|PORT(_
 SWITCHES = ("quantization", "offload", "channels_last", "vae_slicing", "vae_tiling", "attention_backend", "compile")
 
 
+def _given(name: str, value: object) -> str:
+    """A setting's value as a message repeats it; nothing that may be a secret."""
+    return "..." if re.search("KEY|TOKEN|SECRET|PASSWORD", name.upper()) else shown(value)
+
+
 class Quantization(BaseModel):
     """Which components are quantised, and how: arguments of diffusers' `PipelineQuantizationConfig`."""
 
@@ -115,6 +120,7 @@ class Settings(BaseSettings):
     )
     api_keys: Keys = Field(
         (),
+        repr=False,
         description="Keys, comma-separated, one of which every request but probes must bear; without, all are served.",
     )
     base_url: Annotated[str, Field(pattern=r"^https?://[^/?#\s]+(/[^?#\s]*)?$")] | None = Field(
@@ -180,6 +186,11 @@ class Settings(BaseSettings):
         path = Path(self.model).expanduser()
         return path if path.is_dir() else None
 
+    def model_name(self) -> str:
+        """The model as answers may name it, without the path of its directory."""
+        directory = self.model_directory()
+        return directory.resolve().name if directory else self.model
+
     def switches(self) -> dict[str, Any]:
         """The settings that are passed through to diffusers and torch, by name."""
         return self.model_dump(include=set(SWITCHES))
@@ -193,7 +204,7 @@ class Settings(BaseSettings):
             if name.upper().startswith(PREFIX) and name.upper() not in names and not _SERVICE_LINK.fullmatch(name):
                 close = difflib.get_close_matches(name.upper(), names, n=1)
                 hint = f" (did you mean {close[0]}?)" if close else ""
-                problems.append(f"{name}={shown(os.environ[name])}: there is no such setting{hint}")
+                problems.append(f"{name}={_given(name, os.environ[name])}: there is no such setting{hint}")
         try:
             settings = cls()
         except ValidationError as error:
@@ -203,7 +214,7 @@ class Settings(BaseSettings):
                     if item["type"] == "string_pattern_mismatch":
                         message = cls.model_fields[str(item["loc"][0])].description or message
                     name = ".".join([f"{PREFIX}{str(item['loc'][0]).upper()}", *map(str, item["loc"][1:])])
-                    message = f"{name}={shown(item['input'])}: {message}"
+                    message = f"{name}={_given(name, item['input'])}: {message}"
                 problems.append(message)
         if problems:
             raise ConfigError("; ".join(problems))

@@ -6,19 +6,19 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from stepweave.config import Settings
-from stepweave.errors import Conflict, NotFound, RequestError, StepweaveError, shown
-from stepweave.generation import Answer, PictureFile
+from stepweave.errors import Conflict, NotFound, StepweaveError, shown
+from stepweave.kept import KeptJob
 from stepweave.store import DirectoryFileStore, FileStore, JobRecord, JobStore, SqliteJobStore, state_directory
-from stepweave.ticket import Progressed, ResponseFormat, Ticket, Update
+from stepweave.ticket import Progressed, Ticket
 
 logger = logging.getLogger(__name__)
 
 SWEEP_SECONDS = 60.0
+KEEP_AGAIN_SECONDS = (0.2, 1.0, 5.0)  # after which a result that could not be stored is stored once more
 
 
 @dataclass(frozen=True)
@@ -28,65 +28,6 @@ class Claim:
     owner: str | None
     key: str | None
     fingerprint: str
-
-
-class KeptJob:
-    """A job whose process of making is over: followed as a ticket is, but all is there at once."""
-
-    def __init__(self, record: JobRecord, files: FileStore) -> None:
-        if not record.done:  # its end could not be noted
-            record = replace(record, state="failed", error=_LOST.body()["error"])
-        self.record = record
-        self.id = record.id
-        self.kind = record.kind
-        self.response_format: ResponseFormat = record.request.get("response_format", "b64_json")
-        self._files = files
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Nothing depends on who waits."""
-        yield
-
-    async def updates(self, *, progress: bool = True) -> AsyncIterator[Update | None]:
-        """There is nothing left to tell."""
-        return
-        yield
-
-    async def result(self) -> Answer:
-        """Raises what ended it, and NotFound once its pictures have expired."""
-        record = self.record
-        if record.error is not None:
-            raise _Kept(record.error)
-        body = record.response or {}
-        pictures = []
-        for i, name in enumerate(record.files):
-            file = await self._files.get(name)
-            if file is None:
-                raise NotFound(f"The pictures of job {self.id} have expired.", code="expired")
-            values = {**values_of(record), "seed": record.request["seed"] + i}
-            pictures.append(PictureFile(file.data, values["seed"], values, record.request["output_format"], name))
-        return Answer(body, pictures)
-
-
-def values_of(record: JobRecord) -> dict[str, Any]:
-    """The parameters of a job's first picture."""
-    return {
-        name: value for name, value in record.request.items() if name not in ("n", "output_format", "response_format")
-    }
-
-
-_LOST = StepweaveError("What came of the job could not be stored.", code="store_failed")
-
-
-class _Kept(RequestError):
-    """An error of a job that is over, as it was told, whatever its status was; it was logged then."""
-
-    def __init__(self, error: Mapping[str, Any]) -> None:
-        super().__init__(error["message"], code=error["code"], param=error["param"])
-        self._error = dict(error)
-
-    def body(self) -> dict[str, Any]:
-        return {"error": self._error}
 
 
 Followed = Ticket | KeptJob
@@ -226,7 +167,7 @@ class Jobs:
             self._owners[ticket.id] = claim.owner
             ticket.ended().add_done_callback(lambda _: self._owners.pop(ticket.id, None))
             return ticket
-        ticket.detached = detached
+        ticket.detached, ticket.kept = detached, True
         record = _record(ticket, claim)
         noting = asyncio.ensure_future(self.store.put(record))
         self._owners[ticket.id] = claim.owner
@@ -247,26 +188,39 @@ class Jobs:
             async for update in ticket.updates():
                 if isinstance(update, Progressed) and record.state == "queued":
                     record = replace(_record(ticket, claim), state="running")
-                    await self.store.put(record)
-            await self._keep_result(ticket, claim)
+                    with contextlib.suppress(StepweaveError):  # logged by the store; what comes of it counts
+                        await self.store.put(record)
+            for wait in KEEP_AGAIN_SECONDS:
+                try:
+                    await self._keep_result(ticket, claim)
+                    break
+                except StepweaveError:  # a full disk may have room again
+                    logger.warning("job %s could not be kept; once more in %g s", ticket.id, wait)
+                    await asyncio.sleep(wait)
+            else:
+                await self._keep_result(ticket, claim)
         except Exception:
             logger.exception("job %s could not be kept", ticket.id)
         finally:
+            ticket.leave()  # only now: results that wait for a slow disk are bounded, too
             del self._under_way[ticket.id], self._keeping[ticket.id]
             self._owners.pop(ticket.id, None)
 
     async def _keep_result(self, ticket: Ticket, claim: Claim) -> None:
         record = _record(ticket, claim)
+        if ticket.error is not None:
+            await self.store.put(replace(record, state=ticket.state, error=ticket.error.body()["error"]))
+            return
+        answer = await ticket.result()
         try:
-            answer = await ticket.result()
             names = [await picture.stored(self.files) for picture in answer.pictures]
         except StepweaveError as error:
-            state = ticket.state if ticket.error is not None else "failed"
-            await self.store.put(replace(record, state=state, error=error.body()["error"]))
+            if error.code != "file_too_large":
+                raise
+            await self.store.put(replace(record, state="failed", error=error.body()["error"]))
         else:
-            response = {**answer.body}
             await self.store.put(
-                replace(record, state="succeeded", response=response, files=tuple(names), warnings=response["warnings"])
+                replace(record, response=answer.body, files=tuple(names), warnings=answer.body["warnings"])
             )
 
     def keeping(self) -> list[asyncio.Task[None]]:
@@ -314,7 +268,7 @@ class Jobs:
             await asyncio.sleep(SWEEP_SECONDS)
             try:
                 await self.sweep()
-            except StepweaveError:
+            except Exception:
                 logger.exception("what is past its time could not be removed")
 
 
@@ -338,9 +292,8 @@ def _record(ticket: Ticket, claim: Claim) -> JobRecord:
         step=job.progress.step,
         total_steps=ticket.steps,
         request={
-            **ticket.parameters.of_image(0),
-            "n": ticket.parameters.n,
-            "output_format": ticket.request.output_format,
+            "values": ticket.parameters.of_image(0),
+            "parameters": ticket.resolved(),
             "response_format": ticket.response_format,
         },
         warnings=[*ticket.warnings, *job.warnings],

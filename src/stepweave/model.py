@@ -47,6 +47,8 @@ class ServedModel:
         self.call_arguments = preset.call
         directory = settings.model_directory()
         self.id = preset.id or (directory.resolve().name if directory else settings.model)
+        own = getattr(pipeline, "scheduler", None)
+        self.scheduler = None if own is None else type(own).__name__
         for name in ("prompt", "num_inference_steps", "generator", *preset.call):
             if name not in self.arguments:
                 raise LoadError(f"{self.pipeline_class} takes no argument {name!r}")

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,13 +27,11 @@ from stepweave.telemetry.metrics import Metrics
 from stepweave.ticket import Means, Ticket
 
 if TYPE_CHECKING:
-    import torch
-
     from stepweave.api.schemas import ImageRequest
     from stepweave.engine import StepEngine
     from stepweave.images.previews import Previewer
-    from stepweave.loading.preset import Preset
     from stepweave.model import ServedModel
+    from stepweave.startup import Loaded, LoadPipeline
     from stepweave.store import FileStore
 
 logger = logging.getLogger(__name__)
@@ -42,8 +40,6 @@ ENCODERS = 2  # threads that encode picture files
 LOADING_RETRY_SECONDS = 5
 DRAINING_RETRY_SECONDS = 10
 ENDING_SECONDS = 30.0  # that jobs have to end in once they were told to: the longest step that is waited for
-
-LoadPipeline = Callable[[Settings, "torch.device", "torch.dtype"], "tuple[Any, Preset]"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +75,9 @@ class Server:
             ready=lambda: self.health().stage == "ready",
         )
         self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="stepweave-encode")
+        self._drawers = ThreadPoolExecutor(
+            1, thread_name_prefix="stepweave-preview"
+        )  # apart: they must not hold up pictures
         self._loader = threading.Thread(target=self._load, name="stepweave-load", daemon=True)
 
     def start(self) -> None:
@@ -86,7 +85,8 @@ class Server:
         try:
             self.jobs = Jobs.open(self.settings, self.tickets)
         except StepweaveError as error:
-            self._fail(error.message)
+            logger.error("%s", error.message)
+            self._fail("the directory of STEPWEAVE_STATE_DIR cannot be used; the log says why")
         else:
             self._loader.start()
 
@@ -129,83 +129,50 @@ class Server:
         if self.engine is not None:
             self.engine.close()
         self._encoders.shutdown(wait=True)
+        self._drawers.shutdown(wait=True, cancel_futures=True)
         if self.jobs is not None:
             self.jobs.close()
 
     def _load(self) -> None:
+        from stepweave.startup import load
+
         began = time.monotonic()
         try:
             assert self.jobs is not None
             self.jobs.resume()
-            self._enter("importing", 0.05, "importing torch and diffusers")
-            from stepweave.engine import StepEngine
-            from stepweave.images.previews import Previewer
-            from stepweave.loading.device import choose_device, choose_dtype, set_cpu_threads
-            from stepweave.loading.loader import load_pipeline
-            from stepweave.loading.switches import apply_switches, check_switches
-            from stepweave.model import ServedModel
-
-            device = choose_device(self.settings)
-            dtype = choose_dtype(self.settings, device)
-            check_switches(self.settings, device)
-            threads = set_cpu_threads(self.settings)
-            self._enter("loading", 0.4, f"loading {self.settings.model} onto {device} in {dtype}")
-            pipeline, preset = (self._load_pipeline or load_pipeline)(self.settings, device, dtype)
-            apply_switches(pipeline, self.settings, device)
-            model = ServedModel(pipeline, preset, self.settings)
-            self.previewer = Previewer.fit(pipeline)
-            engine = self._make_engine(StepEngine, pipeline)
-            try:
-                if self.settings.warmup:
-                    self._enter("warming_up", 0.8, f"first pictures of {model.width}x{model.height}, and certificates")
-                    model.warm_up(engine)
-            except BaseException:
-                engine.close()
-                raise
-            self.device, self.dtype = str(device), str(dtype).removeprefix("torch.")
-            self.metrics.vram.device = self.device
-            self.metrics.model.info(
-                {
-                    "model": model.id,
-                    "pipeline": model.pipeline_class,
-                    "revision": self.settings.revision or "",
-                    "device": self.device,
-                    "dtype": self.dtype,
-                }
-            )
-            self.model = model
+            loaded = load(self.settings, self._load_pipeline, self.metrics.step, self._enter)
         except StepweaveError as error:
             self._fail(error.message)
         except BaseException as error:
             logger.exception("starting failed")
             self._fail(f"starting failed with {type(error).__name__}; the log has the details")
         else:
-            served_at_once = self.settings.threads if self.settings.batching == "threads" else 1
-            self._admission = Admission(
-                served_at_once + self.settings.max_queue,
-                engine.drain,
-                max_wait=self.settings.max_wait,
-            )
-            self.engine = engine
-            try:
-                self._enter("ready", 1.0, f"{model.id} on {device}, {threads} CPU threads")
-                logger.info("ready after %.1f s", time.monotonic() - began)
-            except LoadError:  # closed meanwhile
-                engine.close()
+            self._serve(loaded)
+            logger.info("ready after %.1f s", time.monotonic() - began)
 
-    def _make_engine(self, kind: type[StepEngine], pipeline: Any) -> StepEngine:
-        settings = self.settings
-        return kind(
-            pipeline,
-            settings.batching,
-            settings.max_rows,
-            max_decode_rows=settings.max_decode_rows,
-            max_jobs=settings.max_jobs,
-            threads=settings.threads,
-            cache_bytes=settings.encoder_cache_bytes,
-            policy=settings.policy,
-            on_step=self.metrics.step,
+    def _serve(self, loaded: Loaded) -> None:
+        settings, model = self.settings, loaded.model
+        served_at_once = settings.threads if settings.batching == "threads" else 1
+        self._admission = Admission(
+            served_at_once + settings.max_queue, loaded.engine.drain, max_wait=settings.max_wait
         )
+        self.model, self.previewer = model, loaded.previewer
+        self.device, self.dtype = loaded.device, loaded.dtype
+        self.metrics.vram.device = loaded.device
+        self.metrics.model.info(
+            {
+                "model": model.id,
+                "pipeline": model.pipeline_class,
+                "revision": settings.revision or "",
+                "device": loaded.device,
+                "dtype": loaded.dtype,
+            }
+        )
+        self.engine = loaded.engine
+        try:
+            self._enter("ready", 1.0, f"{model.id} on {loaded.device}, {loaded.threads} CPU threads")
+        except LoadError:  # closed meanwhile
+            loaded.engine.close()
 
     def _enter(self, stage: str, progress: float, message: str) -> None:
         if self.status.stage == "closed" or (self.status.stage == "draining" and stage != "draining"):
@@ -303,6 +270,12 @@ class Server:
         ticket.warnings.extend(warnings)
         return ticket
 
+    def check_place(self) -> None:
+        """Raise what `accept` would if there is no place at all, before anything costly is done. Takes none."""
+        self.ready()
+        assert self._admission is not None
+        self._admission.check()
+
     def _enter_engine(
         self,
         request: ImageRequest,
@@ -315,7 +288,16 @@ class Server:
         served, engine = self.ready()
         admission = self._admission
         assert admission is not None
-        means = Means(served.id, self.metrics, self._encoders, engine.standings, admission.leave, self.previewer)
+        means = Means(
+            model=served.id,
+            metrics=self.metrics,
+            encoders=self._encoders,
+            standings=engine.standings,
+            leave=admission.leave,
+            drawers=self._drawers,
+            previewer=self.previewer,
+            scheduler=served.scheduler,
+        )
         ticket = Ticket(request, parameters, means, previews)
         deadline = None if request.deadline_ms is None else request.deadline_ms / 1000
         options: dict[str, Any] = {"priority": request.priority, "reproducible": parameters.reproducible}

@@ -315,12 +315,12 @@ class Ticket:
                 "steps": parameters.n * self.steps,
                 "pixels": parameters.n * parameters.width * parameters.height,
             },
-            "parameters": self._resolved(),
+            "parameters": self.resolved(),
             "timings": {name: round(seconds, 6) for name, seconds in asdict(generation.timings).items()},
             "warnings": generation.warnings,
         }
 
-    def _resolved(self) -> dict[str, Any]:
+    def resolved(self) -> dict[str, Any]:
         """All that was asked for, defaults filled in."""
         request, parameters = self.request, self.parameters
         resolved = {

@@ -18,8 +18,9 @@ from stepweave.api.disconnect import disconnected
 from stepweave.api.responses import REQUEST_ID, as_stepweave_error
 from stepweave.generation import Answer
 from stepweave.jobs import Followed
+from stepweave.partials import Partial
 from stepweave.store import FileStore
-from stepweave.ticket import Partial, Queued, Update
+from stepweave.ticket import Queued, Update
 
 COMMENT = b": still here\n\n"  # keeps proxies from closing the connection
 SURFACES = {"generation": "image_generation", "edit": "image_edit"}

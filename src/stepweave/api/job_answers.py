@@ -7,7 +7,8 @@ from typing import Any
 
 from stepweave.api.answers import json_answer
 from stepweave.errors import NotFound
-from stepweave.jobs import Followed, KeptJob, values_of
+from stepweave.jobs import Followed
+from stepweave.kept import KeptJob
 from stepweave.store import FileStore
 from stepweave.ticket import Queued, Ticket
 
@@ -47,7 +48,7 @@ def _of_ticket(ticket: Ticket) -> dict[str, Any]:
         "position": position,
         "eta_seconds": None if eta is None else round(eta, 3),
         "created": round(ticket.created, 3),
-        "parameters": {**ticket.parameters.of_image(0), "n": ticket.parameters.n},
+        "parameters": ticket.resolved(),
         "warnings": [*ticket.warnings, *ticket.job.warnings],
         "error": None if ticket.error is None else ticket.error.body()["error"],
         "result": None,
@@ -66,7 +67,7 @@ def _of_record(job: KeptJob) -> dict[str, Any]:
         "position": None,
         "eta_seconds": None,
         "created": round(record.created, 3),
-        "parameters": {**values_of(record), "n": record.request["n"]},
+        "parameters": record.request["parameters"],
         "warnings": list(record.warnings),
         "error": record.error,
         "result": None,

@@ -31,7 +31,7 @@ DRAIN = "/drain"
 KEYLESS = ("/v2/health/live", "/v2/health/ready")  # beside the probes and the drain
 UPLOADS = ("/v1/images/edits", "/edit")
 LOOPBACK = ("127.0.0.1", "::1", "::ffff:127.0.0.1")  # less what proxies beside a server call from, as 127.0.0.6
-FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip", "via")
+FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip", "via", "origin")
 METHODS = ("GET", "POST", "DELETE")
 _SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _DISCARDED = 64 * 1024 * 1024  # bytes over the limit that are read and thrown away, so that the client reads our 413
@@ -104,7 +104,8 @@ class ContractMiddleware:
             host = urlsplit(f"//{headers.get('host', '')}").hostname
         except ValueError:
             host = None
-        forwarded = any(name in FORWARDED or name.startswith("x-envoy-") for name in headers)
+        # nor for a page in a browser here, which may post anywhere
+        forwarded = any(name in FORWARDED or name.startswith(("x-envoy-", "sec-fetch-")) for name in headers)
         if client not in LOOPBACK or host not in (*LOOPBACK, "localhost") or forwarded:
             raise NotFound(f"There is no route {DRAIN!r}.")
         if scope["method"] != "POST":

@@ -38,6 +38,8 @@ def as_stepweave_error(error: Exception, request_id: str) -> StepweaveError:
     if isinstance(error, StepweaveError) and error.status != 500:
         return error
     logger.error("request %s failed", request_id, exc_info=error)
-    message = error.message if isinstance(error, StepweaveError) else "Internal error."
-    message = f"{message} Request id: {request_id}"
-    return OutOfMemory(message) if isinstance(error, OutOfMemory) else StepweaveError(message, code="internal_error")
+    if isinstance(error, OutOfMemory):
+        return OutOfMemory(f"{error.message} Request id: {request_id}")
+    if isinstance(error, StepweaveError):
+        return StepweaveError(f"{error.message} Request id: {request_id}", code=error.code)
+    return StepweaveError(f"Internal error. Request id: {request_id}", code="internal_error")

@@ -50,7 +50,7 @@ def load_pipeline(settings: Settings, device: torch.device, dtype: torch.dtype) 
     except (OSError, ValueError, RuntimeError, ImportError, AttributeError, TypeError, KeyError) as error:
         # to the log whole; the probe's answer must not name paths of the server
         logger.exception("loading %s failed", settings.model)
-        raise LoadError(f"the model {settings.model!r} cannot be loaded: {type(error).__name__}") from error
+        raise LoadError(f"the model {settings.model_name()!r} cannot be loaded: {type(error).__name__}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, preset
 

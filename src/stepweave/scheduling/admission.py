@@ -103,6 +103,12 @@ class Admission:
             self._taken += 1
             return expected
 
+    def check(self) -> None:
+        """Raise Refused if every place is taken. Promises nothing, and keeps no place for who asks."""
+        with self._lock:
+            if self._taken >= self.limit:
+                raise self._full(None, self._clock())
+
     def leave(self) -> None:
         """Give the place back, once for each `enter`."""
         with self._lock:
