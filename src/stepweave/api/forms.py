@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 
+from python_multipart.multipart import parse_options_header
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect, Request
@@ -17,6 +18,7 @@ from stepweave.server import Server
 PICTURES = ("image", "mask")
 MAX_FIELDS = 64
 MAX_FIELD_BYTES = 64 * 1024
+CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")
 
 
 async def read_form(request: Request, files: Sequence[str] = PICTURES) -> tuple[dict[str, str], dict[str, bytes]]:
@@ -24,6 +26,7 @@ async def read_form(request: Request, files: Sequence[str] = PICTURES) -> tuple[
 
     Raises InvalidRequest for a form that cannot be read, a name that comes twice, a field that is a file or the other way round.
     """
+    _check_charset(request.headers.get("content-type", ""))
     texts: dict[str, str] = {}
     found: dict[str, bytes] = {}
     try:
@@ -46,6 +49,13 @@ async def read_form(request: Request, files: Sequence[str] = PICTURES) -> tuple[
         reason = error.message if isinstance(error, MultiPartException) else error.detail
         raise InvalidRequest(f"The form cannot be read: {reason}", code="invalid_form") from None
     return texts, found
+
+
+def _check_charset(content_type: str) -> None:
+    """Python has codecs under names that are no text's, as `undefined`, and the form's reader takes whatever it finds."""
+    charset = parse_options_header(content_type)[1].get(b"charset", b"utf-8").decode("latin-1")
+    if charset.lower() not in CHARSETS:
+        raise InvalidRequest(f"The form's charset is {shown(charset)}; send utf-8.", code="invalid_form")
 
 
 async def read_pictures(files: Mapping[str, bytes], server: Server) -> Sources:

@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from stepweave import __version__
 from stepweave.api.disconnect import read_body, until_disconnect
-from stepweave.api.schemas import ImageRequest, explain, parse, require_json
+from stepweave.api.schemas import ImageRequest, explain, parse_off_loop, require_json
 from stepweave.api.urls import base_url
 from stepweave.errors import InvalidRequest, NotFound, shown
 from stepweave.server import Server
@@ -72,7 +72,7 @@ class LegacyApi:
         settings = self.server.settings
         with self.server.metrics.counted(success=False):
             require_json(request.headers.get("content-type", ""))
-            body = parse(await read_body(request), LegacyRequest)
+            body = await parse_off_loop(await read_body(request), LegacyRequest)
             steps = body.num_inference_steps
             if body.num_images_per_prompt > settings.max_images:
                 raise InvalidRequest(

@@ -21,8 +21,8 @@ from stepweave.api.schemas import (
     ImageRequest,
     NativeEditRequest,
     StreamRequest,
-    parse,
     parse_form,
+    parse_off_loop,
     require_form,
     require_json,
 )
@@ -90,7 +90,7 @@ async def check(request: Request, server: Server) -> None:
     content_type = request.headers.get("content-type", "")
     if request.url.path != "/edit":
         require_json(content_type)
-        parse(await read_body(request), SCHEMAS[request.url.path])
+        await parse_off_loop(await read_body(request), SCHEMAS[request.url.path])
         server.ready()
         return
     server.ready()

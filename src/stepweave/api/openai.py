@@ -28,8 +28,8 @@ from stepweave.api.schemas import (
     EditRequest,
     GenerationRequest,
     OpenAIRequest,
-    parse,
     parse_form,
+    parse_off_loop,
     require_form,
     require_json,
 )
@@ -59,7 +59,7 @@ class OpenAI:
     async def generations(self, request: Request) -> Response:
         with self.server.metrics.counted(success=False):
             require_json(request.headers.get("content-type", ""))
-            body = parse(await read_body(request), GenerationRequest)
+            body = await parse_off_loop(await read_body(request), GenerationRequest)
         return await self._answer(request, body, None, b"")
 
     async def edits(self, request: Request) -> Response:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -14,6 +14,8 @@ from stepweave.generation import MAX_SEED, OutputFormat, PriorityName
 
 MAX_DEADLINE_MS = 24 * 3600 * 1000
 MAX_PARTIAL_IMAGES = 3
+LONG = 32 * 1024  # bytes of a body beyond which it is not read on the event loop
+MANY = 4  # times as many members as there are fields, beyond which they are not validated: each would become an error
 Size = Annotated[str, Field(pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", examples=["64x64"])]
 
 
@@ -124,16 +126,36 @@ RequestT = TypeVar("RequestT", bound=BaseModel)
 def parse(body: bytes, schema: type[RequestT]) -> RequestT:
     """Read a JSON body. Raises InvalidRequest naming the first wrong field, its value and what is allowed."""
     nullable: tuple[str, ...] = getattr(schema, "NULLABLE", ())
-    if nullable and b"null" in body:
-        with contextlib.suppress(ValueError):
-            values = from_json(body)
-            if isinstance(values, dict):
-                absent = [name for name in nullable if name in values and values[name] is None]
-                body = to_json({name: value for name, value in values.items() if name not in absent}) if absent else body
+    if len(body) > LONG or (nullable and b"null" in body):
+        body = _without(nullable, body, schema)
     try:
         return schema.model_validate_json(body)
     except ValidationError as error:
         raise explain(error) from None
+
+
+async def parse_off_loop(body: bytes, schema: type[RequestT]) -> RequestT:
+    """As `parse`, on another thread if the body is long."""
+    return await asyncio.to_thread(parse, body, schema) if len(body) > LONG else parse(body, schema)
+
+
+def _without(nullable: tuple[str, ...], body: bytes, schema: type[BaseModel]) -> bytes:
+    """The body less members that are null and may be. Raises InvalidRequest if it has far too many."""
+    try:
+        values = from_json(body, cache_strings="none")
+    except ValueError:
+        return body  # validation tells what is wrong
+    if not isinstance(values, dict):
+        return body
+    check_members(values, schema)
+    kept = {name: value for name, value in values.items() if value is not None or name not in nullable}
+    return body if len(kept) == len(values) else to_json(kept)
+
+
+def check_members(values: dict[str, Any], schema: type[BaseModel]) -> None:
+    """Raise InvalidRequest naming the first unknown one if an object has far more members than its model has fields."""
+    if len(values) > MANY * len(schema.model_fields):
+        raise _unknown(next(name for name in values if name not in schema.model_fields))
 
 
 def parse_form(fields: Mapping[str, str], schema: type[RequestT]) -> RequestT:
@@ -155,9 +177,13 @@ def _explain(problem: Any) -> InvalidRequest:
     # strings that JSON's reader accepts and UTF-8 does not (lone surrogates) have no field to blame
     param = ".".join(str(part) for part in problem["loc"])[:SHOWN] or None
     if problem["type"] == "extra_forbidden":
-        return InvalidRequest(f"Unknown field {shown(param)}.", code="unknown_field", param=param)
+        return _unknown(param)
     if problem["type"] == "missing":
         return InvalidRequest(f"{param} is missing.", code="missing_field", param=param)
     if param == "size":
         return InvalidRequest(f"size is {shown(problem['input'])}: say WIDTHxHEIGHT in pixels, or auto.", param=param)
     return InvalidRequest(f"{param or 'body'} is {shown(problem['input'])}: {problem['msg']}.", param=param)
+
+
+def _unknown(param: str | None) -> InvalidRequest:
+    return InvalidRequest(f"Unknown field {shown(param)}.", code="unknown_field", param=param and param[:SHOWN])

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
-from stepweave.api.schemas import explain
+from stepweave.api.schemas import check_members, explain
 from stepweave.errors import BodyTooLarge, InvalidRequest, UnsupportedMedia, shown
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -30,6 +30,7 @@ _DTYPES = {
     "FP32": np.dtype("<f4"),
     "FP64": np.dtype("<f8"),
 }
+MAX_TENSORS = 64  # of a message; each name may come once
 _LENGTH = struct.Struct("<I")
 _WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 
@@ -38,6 +39,13 @@ Scalar: TypeAlias = bool | int | float | str
 
 class _Message(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_members(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            check_members(values, cls)
+        return values
 
 
 class InputParameters(_Message):
@@ -48,7 +56,7 @@ class InputTensor(_Message):
     """One input; its elements stand in `data` or, with `binary_data_size`, after the JSON."""
 
     name: str
-    shape: list[Annotated[int, Field(ge=0)]]
+    shape: Annotated[list[Annotated[int, Field(ge=0)]], FailFast()]
     datatype: str
     parameters: InputParameters = InputParameters()
     data: list[Any] | None = None
@@ -70,8 +78,18 @@ class InferenceRequest(_Message):
     model_name: str | None = None
     model_version: str | None = None
     parameters: dict[str, Any] = Field(default_factory=dict)
-    inputs: list[InputTensor]
-    outputs: list[RequestedOutput] | None = None
+    inputs: list[InputTensor] = Field(max_length=MAX_TENSORS)
+    outputs: list[RequestedOutput] | None = Field(None, max_length=MAX_TENSORS)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_tensors(cls, values: Any) -> Any:
+        """Before each of them becomes an error."""
+        for name in ("inputs", "outputs"):
+            given = values.get(name) if isinstance(values, dict) else None
+            if isinstance(given, list) and len(given) > MAX_TENSORS:
+                raise InvalidRequest(f"{name} has {len(given)} elements; the limit is {MAX_TENSORS}.", param=name)
+        return values
 
 
 @dataclass(frozen=True)
@@ -119,7 +137,7 @@ def read_message(body: bytes, header_length: str | None) -> tuple[InferenceReque
             )
         length = given
     try:
-        values = from_json(body[:length], allow_inf_nan=False)
+        values = from_json(body[:length], allow_inf_nan=False, cache_strings="none")
         return InferenceRequest.model_validate(values), body[length:]
     except ValidationError as error:
         raise _explain(error, values) from None
@@ -214,7 +232,16 @@ def _from_json(tensor: InputTensor) -> list[Any]:
             limits = np.iinfo(_DTYPES[tensor.datatype])
             if not limits.min <= element <= limits.max:
                 raise wrong(tensor.name, f"{shown(element)} is out of the range of {tensor.datatype}")
-    return [float(element) for element in tensor.data] if tensor.datatype in FLOATS else list(tensor.data)
+    if tensor.datatype not in FLOATS:
+        return list(tensor.data)
+    return [_float(tensor, element) for element in tensor.data]
+
+
+def _float(tensor: InputTensor, element: float) -> float:
+    try:
+        return float(element)
+    except OverflowError:  # of an integer beyond any float
+        raise wrong(tensor.name, f"{shown(element)} is out of the range of {tensor.datatype}") from None
 
 
 def _from_text(tensor: InputTensor, raw: bytes) -> list[str]:

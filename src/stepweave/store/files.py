@@ -46,6 +46,9 @@ class FileStore(Protocol):
     async def get(self, name: str) -> StoredFile | None:
         """The file of that name, any text; None where there is none, or it has expired."""
 
+    def has(self, name: str) -> bool:
+        """Whether there is a file of that name, any text, that has not expired. Nothing is read."""
+
     async def delete(self, names: Iterable[str]) -> None:
         """Remove files. Names of none are passed over."""
 
@@ -174,8 +177,15 @@ class DirectoryFileStore:
             data = (self._directory / name).read_bytes()
         except FileNotFoundError:
             return None
-        expires_in = entry.created + self._keep_seconds - self._clock()
+        expires_in = self._expires_in(entry)
         return StoredFile(data, MEDIA_TYPES[name.partition(".")[2]], expires_in) if expires_in > 0 else None
+
+    def has(self, name: str) -> bool:
+        entry = self._index.get(name)
+        return entry is not None and self._expires_in(entry) > 0
+
+    def _expires_in(self, entry: _Entry) -> float:
+        return entry.created + self._keep_seconds - self._clock()
 
     async def delete(self, names: Iterable[str]) -> None:
         await self._run(self._writer, self._delete, tuple(names))
