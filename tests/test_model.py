@@ -1,12 +1,14 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from diffusers.guiders import SkipLayerGuidance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,6 +21,7 @@ from stepweave.loading.loader import load_pipeline
 from stepweave.loading.preset import Preset
 from stepweave.loading.sizes import nearest_size
 from stepweave.model import ServedModel
+from tests.conftest import InProcess
 from tests.fake import FakeEdits, FakePipeline
 
 
@@ -95,7 +98,19 @@ def test_an_edit_has_the_size_of_its_source_or_the_nearest_that_is_allowed() -> 
     assert model.resolve(prompt="x", sources=Sources(gradient(24, 24)), size="auto").width == 24
 
 
-@settings(max_examples=300, deadline=None)
+@pytest.mark.parametrize("size", [(4_194_304, 1), (1, 100_000), (8193, 16)])
+def test_a_source_that_would_become_a_thread_is_refused_unless_a_size_is_given(size: tuple[int, int]) -> None:
+    model, source = edits(), mock.Mock(size=size)
+    with pytest.raises(InvalidRequest, match=f"image is {size[0]}x{size[1]}; .* limit is 8192 a side") as caught:
+        model.resolve(prompt="x", sources=Sources(source))
+    assert caught.value.param == "image"
+    assert model.resolve(prompt="x", sources=Sources(source), size="64x64").width == 64
+    assert model.resolve(prompt="x", sources=Sources(mock.Mock(size=(8192, 16)))).width == 8192
+    model.sizes = replace(model.sizes, max_side=512)  # then it has the model's longest side
+    assert max(model.sizes.of_edit(size)) == 512
+
+
+@settings(max_examples=150, deadline=None)
 @given(
     size=st.tuples(st.integers(1, 20_000), st.integers(1, 20_000)),
     multiple=st.sampled_from([8, 16, 32]),
@@ -164,6 +179,23 @@ def test_an_edit_that_fails_at_warm_up_is_not_offered() -> None:
     with StepEngine(pipeline, "off") as engine:
         model.warm_up(engine)
     assert model.edits == ("image_to_image",)
+
+
+def test_an_edit_that_the_engine_does_not_take_is_not_offered(in_process: Callable[..., InProcess]) -> None:
+    """Its calls change modules, so that others may not run beside; found out though nothing is warmed up."""
+
+    class Perturbing(FakeEdits):
+        @property
+        def components(self) -> dict[str, Any]:
+            return super().components | {"guider": SkipLayerGuidance(skip_layer_guidance_layers=[0])}
+
+    pipeline = FakePipeline(edits=True)
+    pipeline.inpaint = Perturbing(pipeline)
+    assert in_process(pipeline, batching="off", warmup=False).server.model.edits == ("image_to_image", "inpainting")
+    app = in_process(pipeline, batching="threads", warmup=False)
+    assert app.server.model.edits == ("image_to_image",)
+    (served,) = app.client.get("/v1/models").json()["data"]
+    assert served["stepweave"]["edits"] == ["image_to_image"]
 
 
 # --- the embedded model ---

@@ -19,7 +19,7 @@ from stepweave.generation import MAX_SEED, Parameters, Sources
 from stepweave.loading.preset import Preset
 from stepweave.loading.schedulers import rehearse, schedulers_of
 from stepweave.loading.siblings import sibling
-from stepweave.loading.sizes import max_side, native_size, nearest_size, size_multiple
+from stepweave.loading.sizes import SizeLimits, max_side, native_size, size_multiple
 
 logger = logging.getLogger(__name__)
 
@@ -56,16 +56,15 @@ class ServedModel:
         self.inpaint = sibling(pipeline, "inpaint")
         self.schedulers = schedulers_of(pipeline)
         self.guidance_range = (0.0, 100.0)
-        own = type(getattr(pipeline, "scheduler", None)).__name__
         self._of_edits = {
-            id(one): [name for name, other in self.schedulers.items() if name == own or rehearse(other, one)]
+            id(one): [name for name, other in self.schedulers.items() if name == self.scheduler or rehearse(other, one)]
             for one in (self.image_to_image, self.inpaint)
             if one is not None
         }
-        self.multiple = size_multiple(pipeline)
         width, height = native_size(pipeline)
         self.width, self.height = preset.width or width, preset.height or height
-        self.max_side = max_side(pipeline)
+        self.multiple, self.max_side = size_multiple(pipeline), max_side(pipeline)
+        self.sizes = SizeLimits(self.multiple, self.max_side, settings.max_pixels)
         self.default_steps = preset.num_inference_steps or self._default("num_inference_steps") or 50
         guidance = preset.guidance_scale if preset.guidance_scale is not None else self._default("guidance_scale")
         self.default_guidance: float | None = guidance if "guidance_scale" in self.arguments else None
@@ -125,7 +124,10 @@ class ServedModel:
             raise InvalidRequest(f"n is {n}; the limit is {most}.", param="n")
         if seed is not None and seed + n - 1 > MAX_SEED:
             raise InvalidRequest(f"seed is {seed} and n is {n}; the limit of seed + n - 1 is {MAX_SEED}.", param="seed")
-        width, height = self._resolve_size(size, sources)
+        if size is not None and size != "auto":
+            width, height = self.sizes.read(size)
+        else:
+            width, height = (self.width, self.height) if sources is None else self.sizes.of_edit(sources.image.size)
         steps = self.default_steps if num_inference_steps is None else num_inference_steps
         if steps > limits.max_steps:
             raise InvalidRequest(
@@ -180,7 +182,7 @@ class ServedModel:
             raise InvalidRequest(
                 f"scheduler is {shown(name)}; {type(pipeline).__name__} takes {choice}.", param="scheduler"
             )
-        return None if name == type(self.pipeline.scheduler).__name__ else name
+        return None if name == self.scheduler else name
 
     def _resolve_strength(
         self, strength: float | None, steps: int, pipeline: Any, sources: Sources | None
@@ -203,24 +205,14 @@ class ServedModel:
             )
         return value
 
-    def _resolve_size(self, size: str | None, sources: Sources | None) -> tuple[int, int]:
-        if size is None or size == "auto":
-            if sources is None:
-                return self.width, self.height
-            return nearest_size(sources.image.size, self.multiple, self.max_side, self.settings.max_pixels)
-        width, height = (int(side) for side in size.split("x"))
-        if width % self.multiple or height % self.multiple or not width or not height:
-            raise InvalidRequest(
-                f"size is {shown(size)}; both sides must be positive multiples of {self.multiple}.", param="size"
-            )
-        if self.max_side is not None and max(width, height) > self.max_side:
-            raise InvalidRequest(f"size is {shown(size)}; the model's limit is {self.max_side} a side.", param="size")
-        if width * height > self.settings.max_pixels:
-            raise InvalidRequest(
-                f"size is {shown(size)}, {width * height} pixels; the limit is {self.settings.max_pixels}.",
-                param="size",
-            )
-        return width, height
+    def drop_edits(self, engine: StepEngine) -> None:
+        """Offer no edits that the engine does not take; to be called before it serves."""
+        for name in ("image_to_image", "inpaint"):
+            pipeline = getattr(self, name)
+            if pipeline is not None and not engine.takes(pipeline):
+                kind = type(pipeline).__name__
+                logger.warning("%s is not offered: batching by %r does not take it", kind, engine.mode)
+                setattr(self, name, None)
 
     def warm_up(self, engine: StepEngine) -> None:
         """Run short jobs of the native size, and of half its sides: one alone, then as many as fill the largest shared step, then
@@ -328,7 +320,7 @@ class ServedModel:
         if sources is None:
             return {}
         image = _resized(sources.image, size)
-        # a picture for each: with one for all, pipelines start some from the noise of the first's encoding
+        # one for each to be made: with one for all, pipelines encode it with the first generator alone, or fail
         pictures: dict[str, Any] = {"image": image if parameters.n == 1 else [image] * parameters.n}
         if sources.mask is not None:
             pictures["mask_image"] = _resized(sources.mask, size)

@@ -64,6 +64,7 @@ def load(settings: Settings, load_pipeline: LoadPipeline | None, on_step: OnStep
         on_step=on_step,
     )
     try:
+        model.drop_edits(engine)
         if settings.warmup:
             enter("warming_up", 0.8, f"first pictures of {model.width}x{model.height}, and certificates")
             model.warm_up(engine)

@@ -202,6 +202,14 @@ class StepEngine:
             self._runner.submit(job)
         return job
 
+    def takes(self, pipeline: Any) -> bool:
+        """Whether `submit` takes this pipeline in place of the engine's."""
+        try:
+            self._runner.scope_of(pipeline)
+        except EngineMisuse:
+            return False
+        return True
+
     @property
     def waiting(self) -> int:
         """Jobs that have not started."""

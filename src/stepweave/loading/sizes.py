@@ -3,7 +3,49 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
+
+from stepweave.errors import InvalidRequest, shown
+
+NARROW = 4  # sides of the largest square that a picture's side may have, where the model itself has no limit
+
+
+@dataclass(frozen=True)
+class SizeLimits:
+    """Both sides are multiples of `multiple` and at most `max_side`, if there is one; their product is at most `max_pixels`."""
+
+    multiple: int
+    max_side: int | None
+    max_pixels: int
+
+    def read(self, size: str) -> tuple[int, int]:
+        """Width and height of WIDTHxHEIGHT. Raises InvalidRequest naming value and limit."""
+        width, height = (int(side) for side in size.split("x"))
+        if width % self.multiple or height % self.multiple or not width or not height:
+            raise InvalidRequest(
+                f"size is {shown(size)}; both sides must be positive multiples of {self.multiple}.", param="size"
+            )
+        if self.max_side is not None and max(width, height) > self.max_side:
+            raise InvalidRequest(f"size is {shown(size)}; the model's limit is {self.max_side} a side.", param="size")
+        if width * height > self.max_pixels:
+            raise InvalidRequest(
+                f"size is {shown(size)}, {width * height} pixels; the limit is {self.max_pixels}.", param="size"
+            )
+        return width, height
+
+    def of_edit(self, source: tuple[int, int]) -> tuple[int, int]:
+        """The size of a picture that starts from one of the size `source`: the nearest.
+
+        Raises InvalidRequest for a source so long that its edit would be a thread.
+        """
+        longest = NARROW * math.isqrt(self.max_pixels)
+        if self.max_side is None and max(source) > longest:
+            width, height = source
+            raise InvalidRequest(
+                f"image is {width}x{height}; unless size is given, the limit is {longest} a side.", param="image"
+            )
+        return nearest_size(source, self.multiple, self.max_side, self.max_pixels)
 
 
 def _denoiser_config(pipeline: Any) -> Any:
