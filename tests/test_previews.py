@@ -6,11 +6,13 @@ import copy
 import logging
 import threading
 from typing import Any
+from unittest import mock
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import CpuOffload, add_hook_to_module
 from diffusers.models.autoencoders.vae import DecoderOutput
 from PIL import Image
 from torch.nn import functional
@@ -325,6 +327,36 @@ def test_the_autoencoder_stays_in_half_precision() -> None:
     assert pipeline.vae.config.force_upcast
     assert Previewer.fit(pipeline) is not None
     assert pipeline.vae.dtype == torch.float16
+
+
+def test_with_cpu_offload_pictures_to_fit_on_go_where_the_autoencoder_will_be() -> None:
+    pipeline = tiny.FAMILIES["stable_diffusion"].build()
+    devices: list[str] = []
+
+    class Watched(linear(pipeline.vae).__class__):  # type: ignore[misc]
+        def encode(self, x: torch.Tensor) -> Any:
+            devices.append(x.device.type)
+            return super().encode(x)
+
+    class Staying(CpuOffload):  # type: ignore[misc]
+        def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+            return args, kwargs
+
+    pipeline.register_modules(vae=Watched.from_config(pipeline.vae.config))
+    for one in tiny.networks(pipeline):
+        add_hook_to_module(one, Staying("meta"))
+    Previewer.fit(pipeline)
+    assert devices[0] == "meta" and pipeline.vae.device.type == "cpu"
+
+
+def test_with_cpu_offload_the_copy_in_full_precision_is_of_the_autoencoder_alone() -> None:
+    pipeline = tiny.FAMILIES["stable_diffusion_xl"].build().to(torch.float16)
+    pipeline.register_modules(vae=linear(pipeline.vae).half())
+    pipeline.enable_model_cpu_offload(device="cpu")
+    hook = pipeline.vae._hf_hook
+    with mock.patch.object(type(pipeline.unet), "__deepcopy__", side_effect=MemoryError, create=True):
+        assert Previewer.fit(pipeline) is not None
+    assert pipeline.vae._hf_hook is hook and pipeline.vae.dtype == torch.float16
 
 
 def test_preview_steps() -> None:

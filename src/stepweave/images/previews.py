@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.hooks import ModelHook, remove_hook_from_module
 from PIL import Image
 from torch import nn
 from torch.nn import functional
@@ -67,7 +68,8 @@ class Previewer:
         began = time.monotonic()
         try:
             with torch.no_grad():
-                fitted, explained = _fit(pipeline.vae, getattr(pipeline, "vae_scale_factor", 8))
+                device = getattr(pipeline, "_execution_device", None)  # where CPU offload brings the autoencoder
+                fitted, explained = _fit(pipeline.vae, getattr(pipeline, "vae_scale_factor", 8), device)
         except Exception as error:
             logger.warning("there will be no previews: %s (%s)", type(error).__name__, str(error).partition("\n")[0])
             return None
@@ -132,11 +134,12 @@ class PixelMap:
         return torch.cat([linear, rectified, torch.ones_like(linear[:, :1])], dim=1)
 
 
-def _fit(vae: Any, factor: int) -> tuple[PixelMap, float]:
+def _fit(vae: Any, factor: int, device: torch.device | None) -> tuple[PixelMap, float]:
     """A map for latents that are `factor` times smaller than the pixels, and the share of the variance that it explains."""
+    device = device or vae.device
     if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
-        vae = copy.deepcopy(vae).float()  # in half precision it overflows
-    latents, pixels = _samples(vae, LATENT_SIDE * factor)
+        vae = _unhooked_copy(vae).to(device, torch.float32)  # in half precision it overflows
+    latents, pixels = _samples(vae, LATENT_SIDE * factor, device)
     latents = normalised(vae, latents)
     factor = pixels.shape[-1] // latents.shape[-1]
     detail = max(one for one in range(1, min(DETAIL, factor) + 1) if factor % one == 0)
@@ -169,14 +172,21 @@ def _solve(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return solution
 
 
-def _samples(vae: Any, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _unhooked_copy(vae: nn.Module) -> nn.Module:
+    """A copy without accelerate's hook, which holds the models that are offloaded before this one."""
+    hook = getattr(vae, "_hf_hook", None)
+    copied = copy.deepcopy(vae, {} if hook is None else {id(hook): ModelHook()})
+    unhooked: nn.Module = remove_hook_from_module(copied)
+    return unhooked
+
+
+def _samples(vae: Any, side: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents of the autoencoder, (pictures, channels, side, side), and their pixels, -1 to 1, float32."""
-    device, dtype = vae.device, vae.dtype
     film = any(isinstance(module, nn.Conv3d) for module in vae.modules())
     latents, pixels = [], []
     pictures = synthetic_pictures(PICTURES, side)
     for start in range(0, PICTURES, TOGETHER):
-        batch = pictures[start : start + TOGETHER].to(device, dtype)
+        batch = pictures[start : start + TOGETHER].to(device, vae.dtype)
         encoded = vae.encode(batch[:, :, None] if film else batch)
         mode = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
         decoded = vae.decode(mode, return_dict=False)[0]
