@@ -23,6 +23,7 @@ from pydantic import BeforeValidator
 from starlette.responses import Response
 
 from stepweave.api import native
+from stepweave.api.disconnect import abort_stalled_connections
 from stepweave.api.http import Api
 from stepweave.api.middleware import ContractMiddleware
 from stepweave.api.schemas import ImageRequest, NativeEditRequest, StreamRequest
@@ -37,6 +38,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # one worker sees every GPU, so that STEPWEAVE_DEVICE=cuda:1 means what it says; BentoML would show it the first alone
 os.environ.setdefault("BENTOML_DISABLE_GPU_ALLOCATION", "1")
 native.drop_timeout_middleware()
+abort_stalled_connections()
 configure_logs()
 try:
     server = Server(Settings.load())

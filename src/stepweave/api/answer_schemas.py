@@ -214,6 +214,10 @@ class PartialImage(BaseModel):
     partial_image_index: int = Field(ge=0)
     image_index: int = Field(ge=0)
     created_at: int
+    size: str
+    output_format: OutputFormat
+    quality: Literal["auto"]
+    background: Literal["auto"]
 
 
 class _Completed(_Outcome):
@@ -221,6 +225,8 @@ class _Completed(_Outcome):
     created_at: int
     size: str
     output_format: OutputFormat
+    quality: Literal["auto"]
+    background: Literal["auto"]
     image_index: int = Field(ge=0)
     seed: int
 

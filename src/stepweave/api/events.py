@@ -20,9 +20,10 @@ from stepweave.generation import Answer
 from stepweave.jobs import Followed
 from stepweave.partials import Partial
 from stepweave.store import FileStore
-from stepweave.ticket import Queued, Update
+from stepweave.ticket import Queued, Ticket, Update
 
 COMMENT = b": still here\n\n"  # keeps proxies from closing the connection
+IGNORED = {"quality": "auto", "background": "auto"}  # what OpenAI's events have beside, and no effect here
 SURFACES = {"generation": "image_generation", "edit": "image_edit"}
 
 
@@ -41,7 +42,8 @@ async def events(
             if update is None:
                 yield COMMENT
             elif isinstance(update, Partial):
-                yield await asyncio.to_thread(_partial, prefix, update)
+                assert isinstance(job, Ticket)  # a kept job has no previews left
+                yield await asyncio.to_thread(_partial, prefix, update, job)
             else:
                 yield _progress(job.id, update)
         answer = await job.result()
@@ -51,7 +53,7 @@ async def events(
         yield event("error", as_stepweave_error(error, request_id).body())
 
 
-def _partial(prefix: str, update: Partial) -> bytes:
+def _partial(prefix: str, update: Partial, ticket: Ticket) -> bytes:
     name = f"{prefix}.partial_image"
     data = {
         "type": name,
@@ -59,6 +61,9 @@ def _partial(prefix: str, update: Partial) -> bytes:
         "partial_image_index": update.number,
         "image_index": update.picture,
         "created_at": int(time.time()),
+        "size": ticket.parameters.of_image(0)["size"],
+        "output_format": ticket.request.output_format,
+        **IGNORED,
     }
     return event(name, data)
 
@@ -86,6 +91,7 @@ async def _completed(prefix: str, answer: Answer, index: int, files: FileStore, 
         "created_at": answer.body["created"],
         "size": parameters["size"],
         "output_format": picture.output_format,
+        **IGNORED,
         "image_index": index,
         "seed": picture.seed,
         "model": answer.body["model"],
@@ -117,8 +123,14 @@ class EventStream(Response):
         self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no", **(headers or {})})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        if scope["method"] == "HEAD":
+            await send(start)
+            await send({"type": "http.response.body", "body": b""})
+            await self._content.aclose()
+            return
         with self._job.held():  # from here, lest it be let go by others that follow it
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send(start)
             sending = asyncio.ensure_future(self._send(send))
             watching = asyncio.ensure_future(disconnected(self._request))
             try:
@@ -128,8 +140,11 @@ class EventStream(Response):
                     if not task.done():
                         task.cancel()
                 await asyncio.wait({sending, watching})
+        failure = None if watching.cancelled() else watching.exception()
         if not sending.cancelled():
             sending.result()
+        elif failure is not None:
+            raise failure
 
     async def _send(self, send: Send) -> None:
         try:

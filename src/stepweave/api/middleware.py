@@ -6,6 +6,7 @@ contract's. Its native APIs get a body that has been read and validated before, 
 
 from __future__ import annotations
 
+import asyncio
 import re
 import uuid
 from collections.abc import Callable
@@ -19,11 +20,12 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stepweave import __version__
+from stepweave.api import disconnect
 from stepweave.api.auth import authorize
 from stepweave.api.native import EDIT, PATHS, check
 from stepweave.api.responses import ERROR_MARK, REQUEST_ID, as_stepweave_error, error_response
 from stepweave.api.stand_in import stand_in
-from stepweave.errors import BodyTooLarge, MethodNotAllowed, NotFound, RequestError, StepweaveError
+from stepweave.errors import BodyTooLarge, Cancelled, MethodNotAllowed, NotFound, RequestError, StepweaveError
 from stepweave.server import Server
 
 PROBES = ("/livez", "/healthz", "/readyz")
@@ -141,17 +143,30 @@ def _is_preflight(scope: Scope) -> bool:
 
 
 def _limited(receive: Receive, scope: Scope, limit: int) -> Receive:
-    """A `receive` that raises BodyTooLarge once the body is over the limit."""
+    """A `receive` that raises BodyTooLarge once the body is over the limit, and Cancelled if the client stops sending it."""
     declared = Headers(scope=scope).get("content-length", "0")
     seen = 0
+    complete = False
+
+    async def following() -> Message:
+        nonlocal complete
+        if complete:
+            return await receive()
+        try:
+            async with asyncio.timeout(disconnect.STALLED_SECONDS):
+                message = await receive()
+        except TimeoutError:
+            raise Cancelled(f"Nothing more of the body came for {disconnect.STALLED_SECONDS:g} s.") from None
+        complete = not message.get("more_body", False)
+        return message
 
     async def limited() -> Message:
         nonlocal seen
-        message = await receive()
+        message = await following()
         seen += len(message.get("body", b""))
         if seen > limit or (declared.isdecimal() and int(declared) > limit):
             while message["type"] == "http.request" and message.get("more_body", False) and seen < _DISCARDED:
-                message = await receive()
+                message = await following()
                 seen += len(message.get("body", b""))
             raise BodyTooLarge(limit, int(declared) if declared.isdecimal() and int(declared) > limit else None)
         return message
@@ -160,7 +175,10 @@ def _limited(receive: Receive, scope: Scope, limit: int) -> Receive:
 
 
 class _Answer:
-    """A `send` that adds the headers of every answer and gives errors the contract's shape."""
+    """A `send` that adds the headers of every answer and gives errors the contract's shape.
+
+    Raises Cancelled if the client does not read.
+    """
 
     def __init__(self, scope: Scope, send: Send, request_id: str) -> None:
         self.scope = scope
@@ -179,7 +197,11 @@ class _Answer:
                 await self._replace(message["status"], headers)
                 return
             self._complete(headers)
-        await self.send(message)
+        try:
+            async with asyncio.timeout(disconnect.STALLED_SECONDS):
+                await self.send(message)
+        except TimeoutError:
+            raise Cancelled(f"The client read nothing for {disconnect.STALLED_SECONDS:g} s.") from None
 
     def _complete(self, headers: MutableHeaders) -> None:
         headers["X-Request-ID"] = self.request_id
