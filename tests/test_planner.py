@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -134,18 +136,28 @@ def test_an_unknown_policy_is_refused_by_name() -> None:
 
 
 def most_rows(seconds: Callable[[int], float], **options: Any) -> int:
-    with StepEngine(slow(seconds), **options) as engine:
-        with held(engine, **seeded()):
-            jobs = [engine.submit(**seeded(i, num_inference_steps=20)) for i in range(8)]
-        for job in jobs:
-            job.result(SECONDS)
-        by_rows = engine.stats().forwards["network"].by_rows
+    """The most rows that forwards had more than a few times, by a clock that only they move: the machine may be busy."""
+    now = 0.0
+
+    def pass_time(rows: int) -> None:
+        nonlocal now
+        now += seconds(rows)
+
+    pipeline = toy()
+    pipeline.network.watch = pass_time
+    with patch("stepweave.engine.timing.time", SimpleNamespace(perf_counter=lambda: now)):
+        with StepEngine(pipeline, **options) as engine:
+            with held(engine, **seeded()):
+                jobs = [engine.submit(**seeded(i, num_inference_steps=20)) for i in range(8)]
+            for job in jobs:
+                job.result(SECONDS)
+            by_rows = engine.stats().forwards["network"].by_rows
     return max(rows for rows, count in by_rows.items() if count > 9)
 
 
 def test_forwards_have_as_many_rows_as_pay() -> None:
     assert most_rows(lambda rows: 0.005) == 8
-    assert most_rows(lambda rows: 0.015 * rows) < 8
+    assert most_rows(lambda rows: 0.005 * rows) < 8
     assert most_rows(lambda rows: 0.005 * rows, knee=False) == 8
 
 
