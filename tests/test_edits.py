@@ -43,6 +43,7 @@ CASES: list[tuple[str, Edit]] = [
     ("qwen_image", "image_to_image"),
     ("qwen_image", "inpaint"),
 ]
+REPEATS = [("stable_diffusion_xl", "inpaint"), ("qwen_image", "inpaint")]  # much like others
 every_case = pytest.mark.parametrize(("name", "edit"), CASES)
 
 
@@ -68,7 +69,7 @@ def right_half() -> Image.Image:
 
 def call(family: Family, i: int, edit: Edit | None, **changes: Any) -> dict[str, Any]:
     """The arguments of the i-th job, an edit or not."""
-    arguments = family.arguments(PROMPTS[i % 4], seed=i, steps=4 + 2 * (i % 3), **changes)
+    arguments = family.arguments(PROMPTS[i % 4], seed=i, steps=3 + i % 3, **changes)
     if edit is None:
         return arguments
     arguments |= {"image": picture(i), "strength": (0.5, 0.8)[i % 2]}
@@ -88,7 +89,9 @@ def expected(name: str, i: int, edit: Edit | None) -> np.ndarray:
 # --- in the engine ---
 
 
-@every_case
+@pytest.mark.parametrize(
+    ("name", "edit"), [pytest.param(*case, marks=[pytest.mark.full] if case in REPEATS else []) for case in CASES]
+)
 def test_edits_share_forwards_with_texts_and_are_as_the_plain_call(name: str, edit: Edit) -> None:
     family, pipeline, other = FAMILIES[name], built(name), sibling_of(name, edit)
     kinds = [None, edit, None, edit, edit]

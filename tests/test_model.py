@@ -204,6 +204,8 @@ def test_an_edit_that_the_engine_does_not_take_is_not_offered(in_process: Callab
 @pytest.fixture(scope="module")
 def shapes() -> Iterator[tuple[ServedModel, StepEngine]]:
     """The embedded model, and a warm engine of it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # this one and the engine's are enough for the cores
     limits = Settings(max_rows=4)
     pipeline, preset = load_pipeline(limits, torch.device("cpu"), torch.float32)
     model = ServedModel(pipeline, preset, limits)
@@ -211,6 +213,7 @@ def shapes() -> Iterator[tuple[ServedModel, StepEngine]]:
         with mock.patch("stepweave.model.PROFILE_SECONDS", 0):
             model.warm_up(engine)
         yield model, engine
+    torch.set_num_threads(threads)
 
 
 def drawn(shapes: tuple[ServedModel, StepEngine], **arguments: Any) -> list[np.ndarray]:
