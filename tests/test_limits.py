@@ -18,19 +18,23 @@ from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent
 from PIL import Image
 from pydantic import ValidationError
 from starlette.requests import Request
-from starlette.types import Message
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http import h11_impl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from stepweave.api import disconnect, schemas, tensors
+from stepweave.api import disconnect, forms, native, schemas, tensors
 from stepweave.api.disconnect import abort_stalled_connections, until_disconnect
 from stepweave.api.events import _partial, events
-from stepweave.api.schemas import ImageRequest
+from stepweave.api.middleware import ContractMiddleware
+from stepweave.api.schemas import ImageRequest, StreamRequest
 from stepweave.errors import BodyTooLarge
 from stepweave.partials import Partial
+from stepweave.server import Server
 from stepweave.store import DirectoryFileStore
 from tests.asgi import GENERATIONS, serving
+from tests.fake import FakePipeline
 
 pytestmark = pytest.mark.anyio
 
@@ -217,10 +221,10 @@ async def test_the_job_of_a_client_that_reads_nothing_ends() -> None:
 
 @pytest.mark.parametrize("path", [GENERATIONS, EDITS, "/generate", "/edit", INFER])
 async def test_a_client_that_sends_no_more_of_its_body_is_not_waited_for(path: str) -> None:
-    form = path in (EDITS, "/edit")
+    is_form = path in (EDITS, "/edit")
     with patch.object(disconnect, "STALLED_SECONDS", STALLED):
         async with serving() as app:
-            kind = "multipart/form-data; boundary=x" if form else "application/json"
+            kind = "multipart/form-data; boundary=x" if is_form else "application/json"
             answer = await app.send("POST", path, None, {"Content-Type": kind, "Content-Length": "100"}).done()
             assert (answer.status, answer.error["code"]) == (499, "cancelled")
 
@@ -293,3 +297,207 @@ async def test_events_have_what_openais_have() -> None:
             assert (values["size"], values["output_format"]) == ("64x64", "webp")
             assert (values["quality"], values["background"]) == ("auto", "auto")
     assert not kinds
+
+
+# --- edits ---
+
+
+def form(picture: bytes, **fields: Any) -> bytes:
+    parts = [
+        f'--x\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
+        for name, value in ({"prompt": "a", "num_inference_steps": 4, "seed": 1} | fields).items()
+    ]
+    head = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
+    return b"".join([*parts, head, picture, b"\r\n--x--\r\n"])
+
+
+def png(side: int = 64) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (side, side), "red").save(file, "PNG")
+    return file.getvalue()
+
+
+FORM = {"Content-Type": "multipart/form-data; boundary=x"}
+
+
+async def test_an_edit_without_a_place_is_refused_before_it_is_read() -> None:
+    async with serving(FakePipeline(edits=True), max_queue=0) as app:
+        app.record.gated = True
+        first = app.send("POST", EDITS, form(png()), {**FORM, "Idempotency-Key": "a"})
+        await app.until(lambda: app.record.running)
+        for path in (EDITS, "/edit"):
+            refused = await app.send("POST", path, None, {**FORM, "Content-Length": "9999999"}).done()
+            assert (refused.status, refused.error["code"]) == (429, "queue_full")
+        same = app.send("POST", EDITS, form(png()), {**FORM, "Idempotency-Key": "a"})
+        other = await app.send("POST", EDITS, form(png(32)), {**FORM, "Idempotency-Key": "a"}).done()
+        assert other.status == 409, "who has a key is compared, which takes no place"
+        app.record.release.set()
+        assert (await first.done()).json()["data"] == (await same.done()).json()["data"]
+
+
+async def test_few_pictures_are_decoded_at_a_time_and_none_for_which_there_is_no_place() -> None:
+    running, most, decoded = 0, 0, 0
+    go, lock = threading.Semaphore(0), threading.Lock()
+
+    def read(*args: Any, real: Any = forms.read_sources, **options: Any) -> Any:
+        nonlocal running, most, decoded
+        with lock:
+            running, decoded = running + 1, decoded + 1
+            most = max(most, running)
+        assert go.acquire(timeout=10)
+        with lock:
+            running -= 1
+        return real(*args, **options)
+
+    async with serving(FakePipeline(edits=True), max_queue=1) as app:
+        app.record.gated = True
+        with patch.object(forms, "read_sources", read):
+            sent = [app.send("POST", EDITS, form(png()), FORM) for _ in range(8)]
+            await app.until(lambda: decoded == 2)
+            await asyncio.sleep(0.05)
+            assert (decoded, most) == (2, 2)
+            await asyncio.wait_for(asyncio.to_thread(lambda: None), 1)  # threads are left for others
+            go.release(2)
+            await app.until(lambda: len(app.server.tickets) == 2 and decoded == 4)
+            go.release(2)
+            await app.until(lambda: sum(one.task.done() for one in sent) >= 6)
+        app.record.release.set()
+        statuses = sorted([(await one.done()).status for one in sent])
+        assert statuses == [200, 200, *[429] * 6]
+        assert (decoded, most) == (4, 2)
+
+
+# --- idempotency keys ---
+
+LEGACY = "/api/diffusers/inference"
+KEYED: dict[str, tuple[bytes, bytes, dict[str, str]]] = {
+    "/generate": (b'{"prompt": "a"}', b'{"prompt": "b"}', JSON),
+    "/generate_stream": (b'{"prompt": "a"}', b'{"prompt": "b"}', JSON),
+    "/edit": (form(png()), form(png(32)), FORM),
+    LEGACY: (b'{"prompt": "a"}', b'{"prompt": "b"}', JSON),
+    INFER: (
+        json.dumps({"inputs": [{**PROMPT, "shape": [2], "data": ["a", "b"]}]}).encode(),
+        json.dumps({"inputs": [PROMPT]}).encode(),
+        JSON,
+    ),
+}
+
+
+@pytest.mark.parametrize("path", KEYED)
+async def test_a_key_is_heard_on_every_post(path: str) -> None:
+    body, other, headers = KEYED[path]
+    key = {**headers, "Idempotency-Key": "a"}
+    async with serving(FakePipeline(edits=True)) as app:
+        asgi = app.asgi
+        if path in native.PATHS:
+            asgi = app.asgi = ContractMiddleware(Native(app.server), app.server)  # type: ignore[assignment]
+        app.record.gated = True
+        sent = [app.send("POST", path, body, key) for _ in range(2)]
+        await app.until(lambda: app.record.running)
+        assert (await app.send("POST", path, other, key).done()).status == 409
+        app.record.release.set()
+        sent.append(await sent[0].done())
+        await app.until(lambda: not app.server.jobs or not app.server.jobs.keeping())
+        sent.append(app.send("POST", path, body, key))
+        contents = {(await one.done()).status: one.content for one in sent}
+        assert list(contents) == [200]
+        if path != "/generate_stream":
+            assert len({one.content for one in sent}) == 1
+        assert len(app.record.calls) == (2 if path == INFER else 1)
+        assert app.outcomes()["invalid"] == 1
+        for bad in ("", "x" * 300):
+            refused = await app.send("POST", path, body, {**headers, "Idempotency-Key": bad}).done()
+            assert (refused.status, refused.error["param"]) == (400, "Idempotency-Key")
+        app.asgi = asgi
+
+
+class Native:
+    """The native routes as the service has them, less BentoML."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request, server = Request(scope, receive), self.server
+
+        async def work() -> Response:
+            if scope["path"] == "/edit":
+                return await native.edit(request, server)
+            fields = await request.json()
+            if scope["path"] == "/generate":
+                return await native.generate(request, server, ImageRequest(**fields))
+            return await native.generate_stream(request, server, StreamRequest(**fields))
+
+        response = await native.answered(request, work)
+        await response(scope, receive, send)
+
+
+async def test_who_joins_by_key_gets_previews_too() -> None:
+    wanted = []
+    async with serving() as app:
+
+        async def accept(*args: Any, real: Any = app.server.accept, **options: Any) -> Any:
+            wanted.append(options["previews"])
+            return await real(*args, **options)
+
+        with patch.object(app.server, "accept", accept):
+            for headers in ({}, {"Idempotency-Key": "a"}):
+                assert (await app.post(headers=headers, partial_images=2).done()).status == 200
+    assert wanted == [0, 2]
+
+
+# --- pages of other origins ---
+
+OWN = {"Host": "pictures.test:3000"}
+SITE = "Sec-Fetch-Site"
+
+
+@pytest.mark.parametrize(
+    ("headers", "allowed"),
+    [
+        ({}, True),
+        ({SITE: "same-origin"}, True),
+        ({SITE: "none"}, True),
+        ({SITE: "same-origin", "Origin": "https://behind.a.proxy"}, True),
+        ({SITE: "cross-site"}, False),
+        ({SITE: "cross-site", "Origin": "null"}, False),
+        ({SITE: "cross-site", "Origin": "http://pictures.test:3000"}, False),
+        ({SITE: "same-site"}, False),
+        ({SITE: "same-site", "Origin": "http://pictures.test:8000"}, False),
+        ({"Origin": "http://pictures.test:3000"}, True),
+        ({"Origin": "http://PICTURES.test:3000"}, True),
+        ({"Origin": "http://pictures.test"}, False),
+        ({"Origin": "https://a.test"}, False),
+        ({"Origin": "https://pictures.test:3000.a.test"}, False),
+        ({"Origin": "null"}, False),
+        ({"Origin": ""}, False),
+        ({"Origin": "http://["}, False),
+        ({"Origin": "http://a:b"}, False),
+        ({SITE: "cross-site", "Origin": "https://allowed.test"}, True),
+        ({"Origin": "https://base.test"}, True),
+        ({"Origin": "https://base.test:443"}, True),
+        ({"Origin": "https://base.test:444"}, False),
+    ],
+)  # fmt: skip
+async def test_what_pages_may_send(headers: dict[str, str], allowed: bool) -> None:
+    async with serving(cors_origins="https://allowed.test", base_url="https://base.test/x") as app:
+        body = json.dumps({"inputs": [PROMPT]}).encode()
+        answers = [
+            await app.send("POST", INFER, body, {**OWN, **headers}).done(),
+            await app.send("POST", EDITS, form(png()), {**OWN, **FORM, **headers}).done(),
+            await app.send("DELETE", "/v1/jobs/x", b"", {**OWN, **headers}).done(),
+            await app.send("POST", "/drain", b"", {**OWN, **headers}).done(),
+        ]
+        if allowed:
+            assert [one.status for one in answers] == [200, 400, 404, 404]
+            assert "cross_site" not in [one.error["code"] for one in answers[1:]]
+        else:
+            assert [(one.status, one.error["code"]) for one in answers] == [(400, "cross_site")] * 4
+            assert all("STEPWEAVE_CORS_ORIGINS" in one.error["message"] for one in answers)
+            assert app.record.calls == []
+        assert (await app.get("/v1/models", {**OWN, **headers})).status == 200
+
+
+async def test_any_page_may_send_where_any_origin_is_allowed() -> None:
+    async with serving(cors_origins="*") as app:
+        assert (await app.post(headers={SITE: "cross-site", "Origin": "https://a.test"}).done()).status == 200

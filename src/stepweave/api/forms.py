@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from python_multipart.multipart import parse_options_header
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect, Request
 
+from stepweave.api.idempotency import joins
 from stepweave.errors import Cancelled, InvalidRequest, shown
 from stepweave.generation import Sources
 from stepweave.images.uploads import read_sources
 from stepweave.server import Server
 
 PICTURES = ("image", "mask")
+READERS = 2  # threads that decode pictures
 MAX_FIELDS = 64
 MAX_FIELD_BYTES = 64 * 1024
 CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")
+_readers = ThreadPoolExecutor(READERS, thread_name_prefix="stepweave-upload")
 
 
 async def read_form(request: Request, files: Sequence[str] = PICTURES) -> tuple[dict[str, str], dict[str, bytes]]:
@@ -58,9 +63,27 @@ def _check_charset(content_type: str) -> None:
         raise InvalidRequest(f"The form's charset is {shown(charset)}; send utf-8.", code="invalid_form")
 
 
-async def read_pictures(files: Mapping[str, bytes], server: Server) -> Sources:
-    """An edit's pictures. Raises InvalidRequest naming the one that is missing, or cannot be read."""
+async def check_place(request: Request, server: Server) -> bool:
+    """Refuse an edit before its pictures are read if admission has no place for it; whether it may join a job instead."""
+    joining = await joins(request, server)
+    if not joining:
+        server.check_place()
+    return joining
+
+
+async def read_pictures(files: Mapping[str, bytes], server: Server, *, joining: bool) -> tuple[Sources, bytes]:
+    """An edit's pictures, and a digest of their files.
+
+    A few at a time; those that wait have not been decoded, and are refused if by then there is no place for them. Raises
+    InvalidRequest naming the one that is missing, or cannot be read.
+    """
     if "image" not in files:
         raise InvalidRequest("image is missing: send it as a file of the form.", code="missing_field", param="image")
-    most = server.settings.max_pixels
-    return await asyncio.to_thread(read_sources, files["image"], files.get("mask"), max_pixels=most)
+
+    def read() -> tuple[Sources, bytes]:
+        if not joining:
+            server.check_place()
+        sources = read_sources(files["image"], files.get("mask"), max_pixels=server.settings.max_pixels)
+        return sources, b"".join(hashlib.sha256(files.get(name, b"")).digest() for name in PICTURES)
+
+    return await asyncio.get_running_loop().run_in_executor(_readers, read)

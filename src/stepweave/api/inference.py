@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import json
 from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,6 +21,7 @@ from starlette.routing import Route
 
 from stepweave import __version__
 from stepweave.api.disconnect import read_body, until_disconnect
+from stepweave.api.idempotency import claim_of, generate
 from stepweave.api.responses import error_response
 from stepweave.api.schemas import ImageRequest, explain
 from stepweave.api.tensors import (
@@ -124,8 +126,13 @@ class InferenceApi:
             # off the loop: a body may be long
             message, images = await asyncio.to_thread(self._read, request, body, model)
             outputs = _requested(message)
-        work = together([self.server.generate(image) for image in images])
-        answers = await until_disconnect(request, work)
+            asked = "\n".join(image.model_dump_json() for image in images)
+            claims = [claim_of(request, asked, part=i) for i in range(len(images))]
+        work = [
+            generate(self.server, claim, functools.partial(self.server.accept, image))
+            for claim, image in zip(claims, images, strict=True)
+        ]
+        answers = await until_disconnect(request, together(work))
         content, length = await asyncio.to_thread(_write, message, outputs, answers)
         if length is None:
             return Response(content, media_type="application/json")

@@ -13,9 +13,11 @@ from starlette.routing import Route
 
 from stepweave import __version__
 from stepweave.api.disconnect import read_body, until_disconnect
+from stepweave.api.idempotency import claim_of, generate
 from stepweave.api.schemas import ImageRequest, explain, parse_off_loop, require_json
 from stepweave.api.urls import base_url
 from stepweave.errors import InvalidRequest, NotFound, shown
+from stepweave.jobs import Claim
 from stepweave.server import Server
 
 DEFAULT_STEPS = 28  # the example server's
@@ -85,14 +87,18 @@ class LegacyApi:
                 num_inference_steps=min(DEFAULT_STEPS, settings.max_steps) if steps is None else steps,
             )
             root = base_url(request, settings)
-        names = await until_disconnect(request, self._generate(image, body))
+            self.server.ready()
+            claim = claim_of(request, body.model_dump_json())
+        names = await until_disconnect(request, self._generate(image, body, claim))
         return JSONResponse({"response": [f"{root}/images/{name}" for name in names]})
 
-    async def _generate(self, image: ImageRequest, body: LegacyRequest) -> list[str]:
+    async def _generate(self, image: ImageRequest, body: LegacyRequest, claim: Claim) -> list[str]:
         """Names of the pictures' files in the store."""
-        answer = await self.server.generate(image, n=body.num_images_per_prompt, model=body.model)
-        stored = (self.server.files.put(picture.data, image.output_format) for picture in answer.pictures)
-        return list(await asyncio.gather(*stored))
+        server = self.server
+        answer = await generate(
+            server, claim, lambda: server.accept(image, n=body.num_images_per_prompt, model=body.model)
+        )
+        return list(await asyncio.gather(*(picture.stored(server.files) for picture in answer.pictures)))
 
     async def image(self, request: Request) -> Response:
         """A stored picture. The name is the key to it: unguessable, and gone with the file."""

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from stepweave import __version__
 from stepweave.api import disconnect
 from stepweave.api.auth import authorize
+from stepweave.api.cross_site import check_site
 from stepweave.api.native import EDIT, PATHS, check
 from stepweave.api.responses import ERROR_MARK, REQUEST_ID, as_stepweave_error, error_response
 from stepweave.api.stand_in import stand_in
@@ -62,6 +63,7 @@ class ContractMiddleware:
         scope[REQUEST_ID] = request_id
         answer = _Answer(scope, send, request_id)
         try:
+            check_site(scope, self.server.settings)
             if scope["path"] in PROBES:
                 await self._probe(scope)(scope, receive, answer)
                 return

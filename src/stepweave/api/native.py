@@ -12,10 +12,11 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stepweave.api.answers import picture_answer
-from stepweave.api.auth import owner_of
 from stepweave.api.disconnect import read_body, until_disconnect
 from stepweave.api.events import EventStream, events, request_id
-from stepweave.api.forms import read_form, read_pictures
+from stepweave.api.forms import check_place, read_form, read_pictures
+from stepweave.api.idempotency import claim_of, start
+from stepweave.api.idempotency import generate as made_once
 from stepweave.api.responses import handle_error
 from stepweave.api.schemas import (
     ImageRequest,
@@ -26,10 +27,10 @@ from stepweave.api.schemas import (
     require_form,
     require_json,
 )
-from stepweave.jobs import Claim
 from stepweave.server import Server
+from stepweave.ticket import Ticket
 
-EDIT = "stepweave.edit"  # key in the ASGI scope: the edit's fields and pictures
+EDIT = "stepweave.edit"  # key in the ASGI scope: the edit's fields and pictures, and a digest of their files
 SCHEMAS: dict[str, type[ImageRequest]] = {"/generate": ImageRequest, "/generate_stream": StreamRequest}
 PATHS = (*SCHEMAS, "/edit")
 
@@ -61,25 +62,28 @@ async def answered(request: Request, work: Callable[[], Coroutine[Any, Any, Resp
 
 async def generate(request: Request, server: Server, body: ImageRequest) -> Response:
     """One picture's file."""
-    return picture_answer(await until_disconnect(request, server.generate(body)))
+    claim = claim_of(request, body.model_dump_json())
+    return picture_answer(await until_disconnect(request, made_once(server, claim, lambda: server.accept(body))))
 
 
 async def generate_stream(request: Request, server: Server, body: StreamRequest) -> Response:
     """Server-sent events."""
     assert server.jobs is not None
-    ticket = await server.jobs.start(
-        Claim(owner_of(request), None, ""), lambda: server.accept(body, previews=body.partial_images)
-    )
-    told = events(ticket, request_id(request), server.jobs.files, verbose=body.events == "all")
-    return EventStream(request, ticket, told, {"X-Stepweave-Job": ticket.id})
+    claim = claim_of(request, body.model_dump_json())
+    job = await start(server, claim, lambda: server.accept(body, previews=body.partial_images))
+    told = events(job, request_id(request), server.jobs.files, verbose=body.events == "all")
+    return EventStream(request, job, told, {"X-Stepweave-Job": job.id})
 
 
 async def edit(request: Request, server: Server) -> Response:
     """One picture's file, by what the middleware has read."""
-    body, sources = request.scope[EDIT]
-    return picture_answer(
-        await until_disconnect(request, server.generate(body, sources=sources, strength=body.strength))
-    )
+    body, sources, digest = request.scope[EDIT]
+    claim = claim_of(request, body.model_dump_json(), digest)
+
+    async def accept() -> Ticket:
+        return await server.accept(body, sources=sources, strength=body.strength)
+
+    return picture_answer(await until_disconnect(request, made_once(server, claim, accept)))
 
 
 async def check(request: Request, server: Server) -> None:
@@ -92,14 +96,15 @@ async def check(request: Request, server: Server) -> None:
         require_json(content_type)
         await parse_off_loop(await read_body(request), SCHEMAS[request.url.path])
         server.ready()
+        claim_of(request, "")  # raises if its key is none
         return
-    server.ready()
     require_form(content_type)
+    joining = await check_place(request, server)
     texts, files = await read_form(request)
     body = parse_form(
         {name: text for name, given in texts.items() if (text := _text(given)) is not None}, NativeEditRequest
     )
-    request.scope[EDIT] = body, await read_pictures(files, server)
+    request.scope[EDIT] = body, *await read_pictures(files, server, joining=joining)
 
 
 def _text(given: str) -> str | None:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
-from collections.abc import Mapping
-
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -19,10 +15,10 @@ from stepweave.api.answers import (
     wants_stream,
     wants_to_come_back,
 )
-from stepweave.api.auth import owner_of
 from stepweave.api.disconnect import read_body, until_disconnect
 from stepweave.api.events import EventStream, events, request_id
-from stepweave.api.forms import PICTURES, read_form, read_pictures
+from stepweave.api.forms import check_place, read_form, read_pictures
+from stepweave.api.idempotency import claim_of, generate, start
 from stepweave.api.job_answers import job_answer
 from stepweave.api.schemas import (
     EditRequest,
@@ -34,14 +30,9 @@ from stepweave.api.schemas import (
     require_json,
 )
 from stepweave.api.urls import base_url
-from stepweave.errors import Conflict, InvalidRequest, shown
-from stepweave.generation import Answer, Sources
-from stepweave.jobs import Claim, Followed
+from stepweave.generation import Sources
 from stepweave.server import Server
-from stepweave.telemetry.metrics import outcome_of
 from stepweave.ticket import Ticket
-
-MAX_KEY = 255  # characters of an idempotency key
 
 
 class OpenAI:
@@ -64,12 +55,11 @@ class OpenAI:
 
     async def edits(self, request: Request) -> Response:
         with self.server.metrics.counted(success=False):
-            self.server.ready()  # before a picture is read that nobody can use
             require_form(request.headers.get("content-type", ""))
+            joining = await check_place(request, self.server)
             fields, files = await read_form(request)
             body = parse_form(fields, EditRequest)
-            sources = await read_pictures(files, self.server)
-            digest = await asyncio.to_thread(_digest, files)
+            sources, digest = await read_pictures(files, self.server, joining=joining)
         return await self._answer(request, body, sources, digest)
 
     async def _answer(self, request: Request, body: OpenAIRequest, sources: Sources | None, digest: bytes) -> Response:
@@ -86,8 +76,7 @@ class OpenAI:
                 one_picture(body.n, picture, body.output_format, "output_format" in body.model_fields_set)
                 body = body.model_copy(update={"output_format": picture})
             base = base_url(request, server.settings) if body.response_format == "url" else None
-            fingerprint = hashlib.sha256(digest + body.model_dump_json().encode()).hexdigest()
-            claim = Claim(owner_of(request), _key(request), fingerprint)
+            claim = claim_of(request, body.model_dump_json(), digest)
 
         async def accept() -> Ticket:
             ticket = await server.accept(
@@ -96,55 +85,25 @@ class OpenAI:
                 model=body.model,
                 sources=sources,
                 strength=body.strength if isinstance(body, EditRequest) else None,
-                previews=body.partial_images if streams or detached else 0,
+                previews=body.partial_images if streams or detached or claim.key is not None else 0,  # another may join
                 warnings=body.ignored(),
             )
             ticket.response_format = body.response_format
             return ticket
 
-        async def start() -> Followed:
-            try:
-                return await jobs.start(claim, accept, detached=detached)
-            except Conflict as error:  # `accept` counts all else
-                server.metrics.requests.labels(outcome_of(error)).inc()
-                raise
-
         if detached:
-            job = await start()
+            job = await start(server, claim, accept, detached=True)
             answered = await job_answer(job, jobs.files, base)
             headers = {"Location": f"/v1/jobs/{job.id}", "Preference-Applied": "respond-async"}
             return Response(answered, 202, headers, "application/json")
         if streams:
-            job = await start()
+            job = await start(server, claim, accept)
             verbose = body.events == "all" or (stream or {}).get("profile") == PROFILE
             told = events(job, request_id(request), jobs.files, verbose=verbose, base=base)
             return EventStream(request, job, told, {"X-Stepweave-Job": job.id})
-
-        async def work() -> Answer:
-            job = await start()
-            with job.held():
-                return await job.result()
-
-        answer = await until_disconnect(request, work())
+        answer = await until_disconnect(request, generate(server, claim, accept))
         if picture is not None:
             return picture_answer(answer)
         return Response(
             await json_answer(answer, body.response_format, base, jobs.files), media_type="application/json"
         )
-
-
-def _digest(files: Mapping[str, bytes]) -> bytes:
-    return b"".join(hashlib.sha256(files.get(name, b"")).digest() for name in PICTURES)
-
-
-def _key(request: Request) -> str | None:
-    """The idempotency key, one for each route. Raises InvalidRequest."""
-    key = request.headers.get("idempotency-key")
-    if key is None:
-        return None
-    if not 1 <= len(key) <= MAX_KEY or not key.isprintable():
-        raise InvalidRequest(
-            f"Idempotency-Key is {shown(key)}; it must have 1 to {MAX_KEY} printable characters.",
-            param="Idempotency-Key",
-        )
-    return f"{request.url.path} {key}"

@@ -10,9 +10,9 @@ from pydantic import BaseModel
 
 from stepweave.api import answer_schemas as bodies
 from stepweave.api.answers import EVENT_STREAM, PICTURES
+from stepweave.api.idempotency import MAX_KEY
 from stepweave.api.jobs import MAX_LIST
 from stepweave.api.legacy import LegacyRequest
-from stepweave.api.openai import MAX_KEY
 from stepweave.api.schemas import EditRequest, GenerationRequest, ImageRequest, NativeEditRequest, StreamRequest
 from stepweave.api.tensors import HEADER_LENGTH, InferenceRequest
 from stepweave.errors import (
@@ -38,8 +38,8 @@ Errors: TypeAlias = tuple[type[StepweaveError], ...]
 
 EVERYWHERE: Errors = (MethodNotAllowed, StepweaveError)
 READING: Errors = (InvalidRequest, BodyTooLarge, UnsupportedMedia)
-WORK: Errors = (*READING, NotFound, Refused, Cancelled, Unavailable, DeadlineExceeded)
-ERRORS: Errors = (*EVERYWHERE, *WORK, Unauthorized, Conflict)
+WORK: Errors = (*READING, NotFound, Conflict, Refused, Cancelled, Unavailable, DeadlineExceeded)
+ERRORS: Errors = (*EVERYWHERE, *WORK, Unauthorized)
 
 REQUESTS: tuple[type[BaseModel], ...] = (
     GenerationRequest, EditRequest, ImageRequest, StreamRequest, NativeEditRequest, LegacyRequest, InferenceRequest,
@@ -129,15 +129,16 @@ INFERENCE = {
 VERSION = _parameter("path", "version", "The model's version.", enum=["1"])
 JOB = _parameter("path", "id", "The job's id.")
 ENCODED = _parameter("header", "Content-Encoding", "Of the body.", enum=["identity", "gzip", "deflate"])
+KEY = _parameter(
+    "header",
+    "Idempotency-Key",
+    "Requests of one key and one body are one job; another body is refused with 409. Printable characters.",
+    minLength=1,
+    maxLength=MAX_KEY,
+    pattern="^[ -~]+$",
+)
 CONTROL = (
-    _parameter(
-        "header",
-        "Idempotency-Key",
-        "Requests of one key and one body are one job; another body is refused with 409. Printable characters.",
-        minLength=1,
-        maxLength=MAX_KEY,
-        pattern="^[ -~]+$",
-    ),
+    KEY,
     _parameter(
         "header", "Prefer", "`respond-async`: answer with 202 and a job at once.", examples=["respond-async"], pattern="^[ -~]*$"
     ),
@@ -179,7 +180,7 @@ def _images(name: str, prefix: str, **values: Any) -> Operation:
         "post",
         f"/v1/images/{name}",
         answers={200: done, 202: accepted},
-        errors=(*WORK, Conflict),
+        errors=WORK,
         parameters=CONTROL,
         tag="Images",
         **values,
@@ -187,7 +188,9 @@ def _images(name: str, prefix: str, **values: Any) -> Operation:
 
 
 def _native(path: str, answer: Answer, **values: Any) -> Operation:
-    return Operation("post", path, answers={200: answer}, tag="BentoML", errors=WORK, elsewhere=True, **values)
+    return Operation(
+        "post", path, answers={200: answer}, tag="BentoML", errors=WORK, parameters=(KEY,), elsewhere=True, **values
+    )
 
 
 def _get(
@@ -231,7 +234,7 @@ def _inference(id: str | None) -> Iterable[Operation]:
             {HEADER_LENGTH: _header("Bytes of the JSON, where tensors follow it.", pattern="^[1-9][0-9]*$")},
         )
         yield Operation("post", f"{path}/infer", f"infer{suffix}", tag, "Make pictures of prompts", {200: done}, WORK,
-                        (*parameters, length, ENCODED), {JSON: InferenceRequest, BYTES: FILE}, INFERENCE)  # fmt: skip
+                        (*parameters, KEY, length, ENCODED), {JSON: InferenceRequest, BYTES: FILE}, INFERENCE)  # fmt: skip
 
 
 def operations(model: str | None) -> list[Operation]:
@@ -271,7 +274,7 @@ def operations(model: str | None) -> list[Operation]:
              {200: Answer("BentoML's own description.", {JSON: {"type": "object"}})}, elsewhere=True),
         *_inference(model),
         Operation("post", "/api/diffusers/inference", "legacyInference", "Diffusers example server", "Text to image",
-                  _json(bodies.LegacyAnswer, "Where the pictures are."), WORK, body={JSON: LegacyRequest},
+                  _json(bodies.LegacyAnswer, "Where the pictures are."), WORK, (KEY,), body={JSON: LegacyRequest},
                   example={"prompt": EXAMPLE["prompt"]}),
         _get("/api/status", "legacyStatus", "Diffusers example server", "What is served, and how much",
              _json(bodies.LegacyStatus, "Status."), Unavailable),
