@@ -133,15 +133,15 @@ class Jobs:
         assert claim.key is not None
         record = await self.store.by_key(claim.owner, claim.key)
         live = None if record is None else self._live(record.id)
-        if record is None or (live.lost if live is not None else not await self._whole(record)):
+        if record is None or (live.lost if live is not None else not self._whole(record)):
             return await self._begin(claim, accept, detached)
         if record.fingerprint != claim.fingerprint:
             raise self._conflict(claim.key)
         return live or KeptJob(record, self.files)
 
-    async def _whole(self, record: JobRecord) -> bool:
+    def _whole(self, record: JobRecord) -> bool:
         """Whether a job's end was noted, and its pictures are still there."""
-        return record.done and None not in [await self.files.get(name) for name in record.files]
+        return record.done and all(map(self.files.has, record.files))
 
     @staticmethod
     def _conflict(key: str) -> Conflict:
