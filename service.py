@@ -69,6 +69,7 @@ def answer(ctx: bentoml.Context, response: Response) -> Response:
     # BentoML's timeout answers but does not stop the work, and its limit of concurrency counts probes: both are ours
     traffic={"timeout": 7 * 24 * 3600},  # not in force: see drop_timeout_middleware
     metrics={"enabled": False},  # /metrics is the mounted app's
+    logging={"access": {"enabled": False}},  # BentoML's lines lack the request's id and who left
 )
 @bentoml.asgi_app(Api(server).app(), path="/")
 class Stepweave:

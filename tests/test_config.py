@@ -29,6 +29,9 @@ def test_defaults_serve_the_embedded_model() -> None:
         ("STEPWEAVE_DTYPE", "int8", "STEPWEAVE_DTYPE='int8'"),
         ("STEPWEAVE_DEVICE", "tpu", "STEPWEAVE_DEVICE='tpu': `auto` (first GPU, else CPU), `cpu`, `cuda`"),
         ("STEPWEAVE_REVISION", "main", "STEPWEAVE_REVISION='main'"),
+        ("STEPWEAVE_API_KEYS", " , ", "STEPWEAVE_API_KEYS=...: there is nothing between the commas"),
+        ("STEPWEAVE_API_KEY", "sk-secret", "STEPWEAVE_API_KEY=...: there is no such setting"),
+        ("STEPWEAVE_BASE_URL", "notaurl", "STEPWEAVE_BASE_URL='notaurl': must be as https://"),
         (
             "STEPWEAVE_MAX_STEP",
             "5",

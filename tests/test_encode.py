@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
+from stepweave.generation import OutputFormat
 from stepweave.images.encode import encode
 
 VALUES: dict[str, Any] = {

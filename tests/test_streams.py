@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -436,7 +437,8 @@ def test_leaving_a_native_stream_of_a_real_server(served: Served) -> None:
     body = {"prompt": "a red circle", "num_inference_steps": 200, "size": "256x256", "events": "all"}
     with httpx.stream("POST", f"{served.url}/generate_stream", json=body, timeout=30) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
-        for line in answer.iter_lines():
+        lines = answer.iter_lines()  # held on to: its end would close the connection
+        for line in lines:
             if line.startswith("data: ") and json.loads(line[6:]).get("step", 0) > 1:
                 break
         assert in_flight()
@@ -444,3 +446,5 @@ def test_leaving_a_native_stream_of_a_real_server(served: Served) -> None:
     while in_flight():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    log = served.log.read_text()
+    assert re.search(r"POST /generate_stream 499 \d+ ms, request " + answer.headers["x-request-id"], log)

@@ -29,6 +29,9 @@ def _given(name: str, value: object) -> str:
     return "..." if re.search("KEY|TOKEN|SECRET|PASSWORD", name.upper()) else shown(value)
 
 
+EXAMPLES = {"base_url": "must be as https://pictures.example.com or http://10.0.0.1:3000/stepweave"}
+
+
 class Quantization(BaseModel):
     """Which components are quantised, and how: arguments of diffusers' `PipelineQuantizationConfig`."""
 
@@ -40,7 +43,12 @@ class Quantization(BaseModel):
 
 
 def _split(value: Any) -> Any:
-    return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    parts = tuple(filter(None, map(str.strip, value.split(","))))
+    if not parts:  # no keys at all would be a server that is open to all
+        raise PydanticCustomError("empty", "there is nothing between the commas")
+    return parts
 
 
 Keys = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
@@ -212,7 +220,8 @@ class Settings(BaseSettings):
                 message = item["msg"].removeprefix("Value error, ")
                 if item["loc"]:
                     if item["type"] == "string_pattern_mismatch":
-                        message = cls.model_fields[str(item["loc"][0])].description or message
+                        field = str(item["loc"][0])
+                        message = EXAMPLES.get(field) or cls.model_fields[field].description or message
                     name = ".".join([f"{PREFIX}{str(item['loc'][0]).upper()}", *map(str, item["loc"][1:])])
                     message = f"{name}={_given(name, item['input'])}: {message}"
                 problems.append(message)

@@ -86,7 +86,7 @@ class Server:
             self.jobs = Jobs.open(self.settings, self.tickets)
         except StepweaveError as error:
             logger.error("%s", error.message)
-            self._fail("the directory of STEPWEAVE_STATE_DIR cannot be used; the log says why")
+            self._fail(f"STEPWEAVE_STATE_DIR: {error.message.rpartition(': ')[2]}")  # less its path
         else:
             self._loader.start()
 

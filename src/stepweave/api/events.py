@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from stepweave.api.answers import EVENT_STREAM, urls
 from stepweave.api.disconnect import disconnected
-from stepweave.api.responses import REQUEST_ID, as_stepweave_error
+from stepweave.api.responses import LEFT, REQUEST_ID, as_stepweave_error
 from stepweave.generation import Answer
 from stepweave.jobs import Followed
 from stepweave.partials import Partial
@@ -145,6 +145,8 @@ class EventStream(Response):
             sending.result()
         elif failure is not None:
             raise failure
+        else:
+            scope.get(LEFT, []).append(True)
 
     async def _send(self, send: Send) -> None:
         try:

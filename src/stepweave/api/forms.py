@@ -39,7 +39,7 @@ async def read_form(request: Request, files: Sequence[str] = PICTURES) -> tuple[
             for name, value in form.multi_items():
                 name = name.removesuffix("[]")
                 if name in texts or name in found:
-                    raise InvalidRequest(f"{name} is given more than once.", param=name)
+                    raise InvalidRequest(f"{name} is given more than once; the limit is one.", param=name)
                 if isinstance(value, str):
                     if name in files:
                         raise InvalidRequest(f"{name} is {shown(value)}; it must be a file.", param=name)

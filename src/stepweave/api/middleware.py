@@ -7,11 +7,13 @@ contract's. Its native APIs get a body that has been read and validated before, 
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
+import time
 import uuid
 from collections.abc import Callable
 from http import HTTPStatus
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
@@ -24,13 +26,17 @@ from stepweave.api import disconnect
 from stepweave.api.auth import authorize
 from stepweave.api.cross_site import check_site
 from stepweave.api.native import EDIT, PATHS, check
-from stepweave.api.responses import ERROR_MARK, REQUEST_ID, as_stepweave_error, error_response
+from stepweave.api.responses import ERROR_MARK, LEFT, REQUEST_ID, as_stepweave_error, error_response
 from stepweave.api.stand_in import stand_in
 from stepweave.errors import BodyTooLarge, Cancelled, MethodNotAllowed, NotFound, RequestError, StepweaveError
 from stepweave.server import Server
 
+logger = logging.getLogger("stepweave.access")
+
 PROBES = ("/livez", "/healthz", "/readyz")
 DRAIN = "/drain"
+UNLOGGED = (*PROBES, "/metrics")  # asked for every few seconds
+LOGGED_PATH = 200  # characters
 KEYLESS = ("/v2/health/live", "/v2/health/ready")  # beside the probes and the drain
 UPLOADS = ("/v1/images/edits", "/edit")
 LOOPBACK = ("127.0.0.1", "::1", "::ffff:127.0.0.1")  # less what proxies beside a server call from, as 127.0.0.6
@@ -61,7 +67,10 @@ class ContractMiddleware:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
         scope[REQUEST_ID] = request_id
+        left: list[bool] = []
+        scope[LEFT] = left
         answer = _Answer(scope, send, request_id)
+        began = time.monotonic()
         try:
             check_site(scope, self.server.settings)
             if scope["path"] in PROBES:
@@ -81,6 +90,12 @@ class ContractMiddleware:
             answer_with = self._shared(error_response(as_stepweave_error(error, request_id)))
             if not answer.started:
                 await answer_with(scope, receive, answer)
+        finally:
+            if scope["path"] not in UNLOGGED:
+                status = 499 if left else answer.status
+                milliseconds = 1000 * (time.monotonic() - began)
+                path = quote(scope["path"])[:LOGGED_PATH]  # which may hold line ends
+                logger.info("%s %s %d %.0f ms, request %s", scope["method"], path, status, milliseconds, request_id)
 
     def _limit(self, path: str) -> int:
         settings = self.server.settings
@@ -188,12 +203,13 @@ class _Answer:
         self.request_id = request_id
         self.started = False
         self.replaced = False
+        self.status = 0  # of the answer, once it has begun
 
     async def __call__(self, message: Message) -> None:
         if self.replaced:
             return
         if message["type"] == "http.response.start":
-            self.started = True
+            self.started, self.status = True, message["status"]
             headers = MutableHeaders(scope=message)
             if message["status"] >= 400 and ERROR_MARK not in headers:
                 await self._replace(message["status"], headers)

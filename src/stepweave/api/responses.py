@@ -13,6 +13,7 @@ from stepweave.errors import OutOfMemory, StepweaveError, Unauthorized
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = "stepweave.request_id"  # key in the ASGI scope
+LEFT = "stepweave.left"  # key in the ASGI scope: a list, to which a stream adds that its client left before its end
 ERROR_MARK = "x-stepweave-error"  # header between a handler and the middleware: the body is in the contract's shape
 
 

@@ -195,7 +195,7 @@ class Job:
         if self._cancelled:
             raise Cancelled
         if self.late:
-            raise DeadlineExceeded(f"The job was not done within its deadline of {round(self._seconds or 0, 2):g} s.")
+            raise DeadlineExceeded(f"The job was not done within its deadline of {self._seconds or 0:.3g} s.")
 
     def check_step(self) -> None:
         """Raise Ending if the job must end."""

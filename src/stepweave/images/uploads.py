@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -55,8 +56,10 @@ def _decode(data: bytes, param: str, max_pixels: int) -> Image.Image:
         raise
     except UnidentifiedImageError:
         raise InvalidRequest(f"{param} is no PNG, JPEG or WebP picture.", param=param) from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise InvalidRequest(f"{param} has too many pixels; the limit is {max_pixels}.", param=param) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        found = re.search(r"\d+", str(error))
+        count = found[0] if found else "too many"
+        raise InvalidRequest(f"{param} has {count} pixels; the limit is {max_pixels}.", param=param) from None
     except Exception as error:  # whatever Pillow's decoders raise of bytes that are wrong
         raise InvalidRequest(f"{param} is corrupt or cut short ({type(error).__name__}).", param=param) from error
 

@@ -116,10 +116,10 @@ class Admission:
 
     def _check(self, expected: Outlook, deadline: float | None, now: float) -> None:
         if deadline is not None and expected.finish > deadline and not self._probes(now):
-            message = f"deadline_ms is {deadline * 1000:.0f}; the picture would be done in {expected.finish:.2g} s"
+            message = f"deadline_ms is {deadline * 1000:.0f}; the picture would be done in {expected.finish:.4g} s"
             if expected.solo > deadline:
                 raise self._refusal(
-                    "deadline", f"{message}, and takes {expected.solo:.2g} s even alone.", IMPOSSIBLE_SECONDS
+                    "deadline", f"{message}, and takes {expected.solo:.4g} s even alone.", IMPOSSIBLE_SECONDS
                 )
             raise self._refusal("deadline", f"{message}.", expected.finish - deadline)
         wait = expected.finish - expected.solo
