@@ -12,6 +12,9 @@ serve: export STEPWEAVE_STATE_DIR ?= $(CURDIR)/build/state-$(PORT)
 serve: .venv/serve.stamp
 	$(BIN)/bentoml serve service.py --port $(PORT)
 
+# Two processes of tests on two cores: a thread of torch each, and none that spins while it waits
+test: export OMP_NUM_THREADS = 1
+test test-full: export OMP_WAIT_POLICY = passive
 test: .venv/dev.stamp .venv-clients/stamp
 	$(BIN)/pytest -m "not full and not gpu" --numprocesses 2 --dist loadfile
 

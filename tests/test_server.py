@@ -306,7 +306,7 @@ def test_steps_are_shared_and_the_certificates_are_shown(served: Served) -> None
     assert shared() - before > 0.5 * sum(20 + seed for seed in range(8))
     (model,) = httpx.get(f"{served.url}/v1/models").json()["data"]
     certified = [one["call"] for one in model["stepweave"]["certificates"] if one["state"] == "certified"]
-    assert set(certified) == {"text_encoder", "text_encoder_2", "transformer", "vae.decode"}
+    assert set(certified) == {"text_encoder", "text_encoder_2", "transformer", "vae.encode", "vae.decode"}
     assert metric(served.url, 'stepweave_certificates{state="certified"}') == len(certified)
 
 

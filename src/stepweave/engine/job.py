@@ -195,7 +195,9 @@ class Job:
         if self._cancelled:
             raise Cancelled
         if self.late:
-            raise DeadlineExceeded(f"The job was not done within its deadline of {self._seconds or 0:.3g} s.")
+            seconds = self._seconds or 0
+            limit = f"{round(seconds, 2):g}" if seconds >= 0.1 else f"{seconds:.2g}"
+            raise DeadlineExceeded(f"The job was not done within its deadline of {limit} s.")
 
     def check_step(self) -> None:
         """Raise Ending if the job must end."""
