@@ -14,6 +14,7 @@ serve: .venv/serve.stamp
 
 # Two processes of tests on two cores: a thread of torch each, and none that spins while it waits
 test: export OMP_NUM_THREADS = 1
+test: export LOKY_MAX_CPU_COUNT = 1
 test test-full: export OMP_WAIT_POLICY = passive
 test: .venv/dev.stamp .venv-clients/stamp
 	$(BIN)/pytest -m "not full and not gpu" --numprocesses 2 --dist loadfile

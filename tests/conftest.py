@@ -40,6 +40,13 @@ def every_row_pays() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def as_many_torch_threads_as_here() -> None:
+    """Threads that a test starts compute as its own does, to the last bit: a server of a test before may have set another
+    number."""
+    torch.set_num_threads(torch.get_num_threads())
+
+
 @pytest.fixture
 def one_torch_thread() -> Iterator[None]:
     """Torch computes on one thread: the threads under test are enough for the cores."""

@@ -50,6 +50,7 @@ def test_threads_follow_the_cgroups_quota(monkeypatch: pytest.MonkeyPatch, quota
     def fake_open(file: Any, *arguments: Any, **options: Any) -> Any:
         return io.StringIO(quota) if file == "/sys/fs/cgroup/cpu.max" else real_open(file, *arguments, **options)
 
+    monkeypatch.delenv("LOKY_MAX_CPU_COUNT", raising=False)
     before = torch.get_num_threads()
     try:
         unlimited = set_cpu_threads(Settings(cpu_threads=0))
