@@ -38,31 +38,6 @@ class Event(NamedTuple):
     data: dict[str, Any]
 
 
-class FakeWithEdits(FakePipeline):
-    """The fake pipeline, with one for image to image that shares its record."""
-
-    class Edits(FakePipeline):
-        def __call__(  # type: ignore[override]
-            self,
-            prompt: str | None = None,
-            image: Any = None,
-            strength: float = 0.6,
-            height: int | None = None,
-            width: int | None = None,
-            num_inference_steps: int = 28,
-            generator: Any = None,
-            output_type: str = "pil",
-        ) -> Any:
-            arguments = {"height": height, "width": width, "num_inference_steps": num_inference_steps}
-            return super().__call__(prompt, **arguments, generator=generator)  # type: ignore[arg-type]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.image_to_image = self.Edits()
-        self.image_to_image.transformer = self.transformer
-        self.image_to_image.record = self.record
-
-
 class Exchange:
     """One request, and what has come of it so far."""
 

@@ -92,21 +92,14 @@ class FakePipeline:
         record.steps_run += 1
 
 
-class FakeEdits:
+class FakeEdits(FakePipeline):
     """A sibling of a fake: its pictures are the source where the mask, if there is one, is black, else the fake's own."""
 
     def __init__(self, pipeline: FakePipeline) -> None:
         self.transformer = pipeline.transformer
         self.record = pipeline.record
 
-    @property
-    def components(self) -> dict[str, Any]:
-        return {"transformer": self.transformer}
-
-    def progress_bar(self, total: int) -> Any:
-        return tqdm(total=total, disable=True)
-
-    def __call__(
+    def __call__(  # type: ignore[override]
         self,
         prompt: str | None = None,
         image: Any = None,
@@ -124,10 +117,8 @@ class FakeEdits:
         images = image if isinstance(image, list) else [image]
         assert all(one.mode == "RGB" and one.size == (width, height) for one in images)
         assert mask_image is None or (mask_image.mode, mask_image.size) == ("L", (width, height))
-        arguments = {name: value for name, value in locals().items() if name not in ("self", "images")}
-        fake = FakePipeline()
-        fake.record, fake.progress_bar = self.record, self.progress_bar  # type: ignore[method-assign]
-        made = fake(
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "images", "__class__")}
+        made = super().__call__(
             prompt, negative_prompt, height, width, max(1, int(num_inference_steps * strength)), guidance_scale,
             num_images_per_prompt, generator, output_type,
         )  # fmt: skip

@@ -14,7 +14,8 @@ import pytest
 from starlette.requests import Request
 
 from stepweave.api.answers import accepted, wants_picture, wants_stream, wants_to_come_back
-from tests.asgi import GENERATIONS, App, FakeWithEdits, serving
+from tests.asgi import GENERATIONS, App, serving
+from tests.fake import FakePipeline
 
 pytestmark = pytest.mark.anyio
 
@@ -319,7 +320,7 @@ async def test_the_drain_is_posted() -> None:
 @contextlib.asynccontextmanager
 async def draining(**settings: Any) -> AsyncIterator[tuple[App, Any, str]]:
     """A server that drains while a stream and a job wait for the test: app, stream, and the job's id."""
-    async with serving(FakeWithEdits(), **settings) as app:
+    async with serving(FakePipeline(edits=True), **settings) as app:
         app.record.gated = True
         stream = app.post(stream=True)
         await stream.until(lambda one: one.messages)

@@ -17,7 +17,8 @@ from stepweave.errors import StepweaveError
 from stepweave.server import Server
 from stepweave.store import DirectoryFileStore, SqliteJobStore
 from stepweave.ticket import Ticket
-from tests.asgi import App, Exchange, FakeWithEdits, serving, started
+from tests.asgi import App, Exchange, serving, started
+from tests.fake import FakePipeline
 
 pytestmark = pytest.mark.anyio
 
@@ -666,14 +667,14 @@ def form(boundary: str, picture: bytes, **fields: str) -> tuple[bytes, dict[str,
 
 
 async def test_edits_are_told_apart_by_what_the_form_holds() -> None:
-    async with serving(FakeWithEdits()) as app:
+    async with serving(FakePipeline(edits=True)) as app:
         picture = base64.b64decode((await app.post().done()).json()["data"][0]["b64_json"])
         other = base64.b64decode((await app.post(seed=2).done()).json()["data"][0]["b64_json"])
         await settled(app)
         steps = app.record.steps_run
 
         def edit(boundary: str, picture: bytes = picture, **fields: str) -> Exchange:
-            fields = {"prompt": "a star", "seed": "3", "num_inference_steps": "4"} | fields
+            fields = {"prompt": "a star", "seed": "3", "num_inference_steps": "4", "strength": "1"} | fields
             body, headers = form(boundary, picture, **fields)
             return app.send("POST", "/v1/images/edits", body, headers | KEY)
 
@@ -704,7 +705,7 @@ async def test_edits_are_told_apart_by_what_the_form_holds() -> None:
     ],
 )
 async def test_forms_that_cannot_be_read(content_type: str, body: bytes) -> None:
-    async with serving(FakeWithEdits()) as app:
+    async with serving(FakePipeline(edits=True)) as app:
         answer = await app.send("POST", "/v1/images/edits", body, {"Content-Type": content_type}).done()
         assert answer.status == 400
         assert answer.error["code"] in ("invalid_form", "missing_field")
