@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from stepweave.errors import InvalidRequest
-from stepweave.images.uploads import read_image, read_sources
+from stepweave.images.uploads import read_sources
 
 LIMIT = 64 * 64
 
@@ -29,7 +29,7 @@ def gradient(mode: str = "RGB") -> Image.Image:
 
 
 def read(data: bytes, limit: int = LIMIT) -> Image.Image:
-    picture = read_image(data, param="image", max_pixels=limit)
+    picture = read_sources(data, None, max_pixels=limit).image
     assert picture.mode == "RGB"
     return picture
 

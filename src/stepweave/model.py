@@ -14,6 +14,7 @@ from PIL import Image
 
 from stepweave.config import Settings
 from stepweave.engine import StepEngine
+from stepweave.engine.shapes import arguments_of
 from stepweave.errors import InvalidRequest, LoadError, RequestError, shown
 from stepweave.generation import MAX_SEED, Parameters, Sources
 from stepweave.loading.preset import Preset
@@ -43,7 +44,7 @@ class ServedModel:
     def __init__(self, pipeline: Any, preset: Preset, settings: Settings) -> None:
         self.pipeline = pipeline
         self.settings = settings
-        self.arguments = inspect.signature(pipeline.__call__).parameters
+        self.arguments = arguments_of(pipeline)
         self.call_arguments = preset.call
         directory = settings.model_directory()
         self.id = preset.id or (directory.resolve().name if directory else settings.model)
@@ -109,7 +110,7 @@ class ServedModel:
         """
         limits = self.settings
         pipeline = self._pipeline_for(sources)
-        arguments = inspect.signature(pipeline.__call__).parameters
+        arguments = arguments_of(pipeline)
         for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
             if text is not None and len(text) > limits.max_prompt_characters:
                 raise InvalidRequest(
@@ -289,7 +290,7 @@ class ServedModel:
         the pictures of an edit, so it may take some time.
         """
         pipeline = self._pipeline_for(parameters.sources)
-        arguments = inspect.signature(pipeline.__call__).parameters
+        arguments = arguments_of(pipeline)
         # on the CPU whatever the device: a seed then gives the same noise everywhere
         generators = [torch.Generator("cpu").manual_seed(parameters.seed + i) for i in range(parameters.n)]
         optional = {
@@ -328,12 +329,12 @@ class ServedModel:
 
 
 def _takes(pipeline: Any, name: str) -> bool:
-    return name in inspect.signature(pipeline.__call__).parameters
+    return name in arguments_of(pipeline)
 
 
 def _default(pipeline: Any, name: str) -> Any:
     """What an argument of the pipeline's call is by default; None where it has none."""
-    parameters = inspect.signature(pipeline.__call__).parameters
+    parameters = arguments_of(pipeline)
     default = parameters[name].default if name in parameters else None
     return None if default is inspect.Parameter.empty else default
 

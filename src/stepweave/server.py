@@ -19,7 +19,7 @@ from stepweave.errors import (
     Unavailable,
     shown,
 )
-from stepweave.generation import Answer, Parameters, Sources
+from stepweave.generation import Parameters, Sources
 from stepweave.images.encode import check_file
 from stepweave.jobs import Jobs
 from stepweave.scheduling.admission import Admission
@@ -209,6 +209,14 @@ class Server:
             raise self.unavailable()
         return self.model, self.engine
 
+    def named(self, model: str, *, param: str | None = None) -> ServedModel:
+        """The model of that name. Raises NotFound, about `param`, if it is not the one served, and Unavailable."""
+        served, _ = self.ready()
+        if model != served.id:
+            message = f"There is no model {shown(model)}; this server has {served.id!r}."
+            raise NotFound(message, code="model_not_found", param=param)
+        return served
+
     def unavailable(self) -> Unavailable:
         """What to answer while the server is not ready."""
         status = self.health()
@@ -240,12 +248,8 @@ class Server:
         with self.metrics.counted(success=False):
             began = time.monotonic()
             served, _ = self.ready()
-            if model is not None and model != served.id:
-                raise NotFound(
-                    f"There is no model {shown(model)}; this server has {served.id!r}.",
-                    code="model_not_found",
-                    param="model",
-                )
+            if model is not None:
+                self.named(model, param="model")
             parameters = served.resolve(
                 prompt=request.prompt,
                 negative_prompt=request.negative_prompt,
@@ -312,12 +316,6 @@ class Server:
         self.tickets[ticket.id] = ticket
         ticket.ended().add_done_callback(lambda _: self.tickets.pop(ticket.id, None))
         return ticket
-
-    async def generate(self, request: ImageRequest, **options: Any) -> Answer:
-        """Accept a request and wait for its pictures. Cancelling the awaiting task cancels the job. `options` are `accept`'s."""
-        ticket = await self.accept(request, **options)
-        with ticket.held():
-            return await ticket.result()
 
 
 def _prepare(served: ServedModel, parameters: Parameters) -> tuple[dict[str, Any], Hashable]:

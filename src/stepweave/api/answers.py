@@ -35,24 +35,21 @@ def accepted(request: Request) -> list[tuple[str, dict[str, str]]]:
     return [(name, parameters) for _, _, name, parameters in sorted(types, key=lambda one: one[:2])]
 
 
+def _preferred(request: Request) -> tuple[str, dict[str, str]]:
+    """Of the types that a generation can be answered with the one that the client likes best, JSON if it names none."""
+    known = ("application/json", "*/*", "application/*", EVENT_STREAM, *PICTURES)
+    return next((one for one in accepted(request) if one[0] in known), ("application/json", {}))
+
+
 def wants_picture(request: Request) -> OutputFormat | None:
     """The format of the picture that the client would rather have than JSON."""
-    for name, _ in accepted(request):
-        if name in PICTURES:
-            return PICTURES[name]
-        if name in ("application/json", "*/*", "application/*", EVENT_STREAM):
-            return None
-    return None
+    return PICTURES.get(_preferred(request)[0])
 
 
 def wants_stream(request: Request) -> dict[str, str] | None:
     """The parameters of the event stream that the client would rather have than JSON."""
-    for name, parameters in accepted(request):
-        if name == EVENT_STREAM:
-            return parameters
-        if name in ("application/json", "*/*", "application/*", *PICTURES):
-            return None
-    return None
+    name, parameters = _preferred(request)
+    return parameters if name == EVENT_STREAM else None
 
 
 def wants_to_come_back(request: Request) -> bool:
@@ -71,12 +68,11 @@ def one_picture(n: int, chosen: OutputFormat, output_format: OutputFormat, forma
         )
 
 
-async def json_answer(answer: Answer, response_format: str, base: str | None, files: FileStore) -> bytes:
-    """The JSON body, pictures in base64, or as URLs that begin with `base`."""
-    if response_format == "url":
-        data = await urls(answer, base or "", files)
-        return json.dumps({**answer.body, "data": data}).encode()
-    return await asyncio.to_thread(_inline, answer)
+async def json_answer(answer: Answer, base: str | None, files: FileStore) -> bytes:
+    """The JSON body, pictures as URLs that begin with `base`, or in base64 without one."""
+    if base is None:
+        return await asyncio.to_thread(_inline, answer)
+    return json.dumps({**answer.body, "data": await urls(answer, base, files)}).encode()
 
 
 async def urls(answer: Answer, base: str, files: FileStore) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from stepweave.api.legacy import LegacyApi
 from stepweave.api.openai import OpenAI
 from stepweave.api.openapi import OpenApi
 from stepweave.api.responses import handle_error
-from stepweave.errors import NotFound, StepweaveError, shown
+from stepweave.errors import StepweaveError
 from stepweave.server import Server
 
 
@@ -57,13 +57,8 @@ class Api:
         return JSONResponse({"object": "list", "data": [self._describe()]})
 
     async def model(self, request: Request) -> Response:
-        description = self._describe()
-        if request.path_params["id"] != description["id"]:
-            raise NotFound(
-                f"There is no model {shown(request.path_params['id'])}; this server has {description['id']!r}.",
-                code="model_not_found",
-            )
-        return JSONResponse(description)
+        self.server.named(request.path_params["id"])
+        return JSONResponse(self._describe())
 
     def _describe(self) -> dict[str, Any]:
         model, engine = self.server.ready()

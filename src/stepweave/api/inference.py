@@ -140,12 +140,8 @@ class InferenceApi:
 
     def _model(self, request: Request) -> ServedModel:
         """The model that the path names. Raises NotFound if it or its version is not the one that is served."""
-        model, _ = self.server.ready()
-        name, version = request.path_params["model"], request.path_params.get("version", VERSION)
-        if name != model.id:
-            raise NotFound(
-                f"There is no model {shown(name)}; this server has {model.id!r}.", code="model_not_found", param="model"
-            )
+        model = self.server.named(request.path_params["model"], param="model")
+        version = request.path_params.get("version", VERSION)
         if version != VERSION:
             raise NotFound(
                 f"There is no version {shown(version)} of {model.id!r}, only {VERSION!r}.",

@@ -25,9 +25,8 @@ async def job_answer(job: Followed, files: FileStore, base: str | None) -> bytes
     """
     described, result = describe(job), b"null"
     if described["state"] == "succeeded":
-        wanted = "url" if base is not None else "b64_json"
         try:
-            result = await json_answer(await job.result(), wanted, base, files)
+            result = await json_answer(await job.result(), base, files)
         except NotFound as error:
             described["warnings"] = [*described["warnings"], error.message]
     del described["result"]

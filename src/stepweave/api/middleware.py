@@ -105,9 +105,7 @@ class ContractMiddleware:
         """Answered from memory alone, never waiting for the device."""
         path = scope["path"]
         if scope["method"] not in ("GET", "HEAD"):
-            response = error_response(MethodNotAllowed(f"{scope['method']} is not allowed on {path}; use GET."))
-            response.headers["Allow"] = "GET, HEAD"
-            return response
+            return _not_allowed(scope, "GET", "GET, HEAD")
         status = self.server.health()
         state = {"stage": status.stage, "progress": status.progress, "message": status.message}
         # a server that cannot load its model never will, nor does a stuck engine move again: let the kubelet restart it
@@ -128,9 +126,7 @@ class ContractMiddleware:
         if client not in LOOPBACK or host not in (*LOOPBACK, "localhost") or forwarded:
             raise NotFound(f"There is no route {DRAIN!r}.")
         if scope["method"] != "POST":
-            response = error_response(MethodNotAllowed(f"{scope['method']} is not allowed on {DRAIN}; use POST."))
-            response.headers["Allow"] = "POST"
-            return response
+            return _not_allowed(scope, "POST", "POST")
         self.server.drain()
         status = self.server.health()
         return JSONResponse({"stage": status.stage, "in_flight": len(self.server.tickets)})
@@ -152,6 +148,12 @@ class ContractMiddleware:
             return messages.pop(0) if messages else await receive()
 
         return again
+
+
+def _not_allowed(scope: Scope, use: str, allow: str) -> JSONResponse:
+    response = error_response(MethodNotAllowed(f"{scope['method']} is not allowed on {scope['path']}; use {use}."))
+    response.headers["Allow"] = allow
+    return response
 
 
 def _is_preflight(scope: Scope) -> bool:

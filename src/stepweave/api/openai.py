@@ -104,6 +104,4 @@ class OpenAI:
         answer = await until_disconnect(request, generate(server, claim, accept))
         if picture is not None:
             return picture_answer(answer)
-        return Response(
-            await json_answer(answer, body.response_format, base, jobs.files), media_type="application/json"
-        )
+        return Response(await json_answer(answer, base, jobs.files), media_type="application/json")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import inspect
 import math
 import threading
 import weakref
@@ -20,6 +19,7 @@ from stepweave.engine.loop import StepLoop
 from stepweave.engine.memory import DeviceMemory
 from stepweave.engine.planner import OnStep, Planner, Standing
 from stepweave.engine.pool import Pool, Runner
+from stepweave.engine.shapes import arguments_of
 from stepweave.engine.stats import Forwards, Stats
 from stepweave.errors import EngineClosed, EngineMisuse
 from stepweave.generation import PriorityName
@@ -176,7 +176,7 @@ class StepEngine:
         runner = self._runner
         scope = runner.scope_of(pipeline)
         seed = None
-        names = list(inspect.signature(scope.pipeline.__call__).parameters)
+        names = list(arguments_of(scope.pipeline))
         index = names.index("generator") if "generator" in names else None  # None: it takes no generator
         if kwargs.get("generator") is None and (index is None or len(args) <= index):
             seed = draw_seed()

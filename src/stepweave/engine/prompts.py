@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from stepweave.engine.job import Job
+from stepweave.engine.shapes import arguments_of
 from stepweave.errors import shown
 from stepweave.scope.cuts import Cut, reporting
 
@@ -54,7 +54,7 @@ def _add(job: Job, name: str, cut: Cut, position: int | None, text: str) -> None
 
 def _arguments(pipeline: Any, job: Job, cut: Cut) -> Iterator[tuple[str, str, int]]:
     """Texts among a job's arguments that the cut text holds and that lost something: name, text, where it begins in it."""
-    names = list(inspect.signature(pipeline.__call__).parameters)
+    names = list(arguments_of(pipeline))
     for name, value in [*zip(names, job.args, strict=False), *job.kwargs.items()]:
         several = isinstance(value, (list, tuple))
         for i, text in enumerate(value if several else [value]):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 from PIL import Image
@@ -11,11 +12,21 @@ from PIL import Image
 from stepweave.scheduling.profiles import Shape
 
 
+def arguments_of(pipeline: Any) -> Mapping[str, inspect.Parameter]:
+    """The parameters of the pipeline's call, in order. Read once for each class: that takes a tenth of a millisecond."""
+    return _arguments_of(type(pipeline).__call__)
+
+
+@functools.lru_cache(maxsize=64)
+def _arguments_of(call: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return dict(list(inspect.signature(call).parameters.items())[1:])
+
+
 def shape_of(
     pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scheduler: Any, reproducible: bool
 ) -> tuple[Shape, Hashable, int]:
     """The shape of a call of `pipeline`, equal for what it may share steps with, and how many steps it has."""
-    parameters = inspect.signature(pipeline.__call__).parameters
+    parameters = arguments_of(pipeline)
     given = {**dict(zip(parameters, args, strict=False)), **kwargs}
     values = {name: one.default for name, one in parameters.items() if one.default is not one.empty} | given
     size, prompt, images = _size(values), values.get("prompt"), values.get("num_images_per_prompt")

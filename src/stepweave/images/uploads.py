@@ -29,16 +29,11 @@ def read_sources(image: bytes, mask: bytes | None, *, max_pixels: int) -> Source
     return Sources(_flat(picture), _holes(stencil) or _flat(stencil).convert("L"))
 
 
-def read_image(data: bytes, *, param: str, max_pixels: int) -> Image.Image:
-    """A picture in RGB as viewers show it: turned as its EXIF says, the first frame of a stereo one, on white.
+def _decode(data: bytes, param: str, max_pixels: int) -> Image.Image:
+    """A picture in RGB or RGBA as viewers show it: turned as its EXIF says, the first frame of a stereo one.
 
     Raises InvalidRequest for what is no still PNG, JPEG or WebP, is corrupt, or has more than `max_pixels`.
     """
-    return _flat(_decode(data, param, max_pixels))
-
-
-def _decode(data: bytes, param: str, max_pixels: int) -> Image.Image:
-    """The picture in RGB or RGBA."""
     if not data:
         raise InvalidRequest(f"{param} is empty; send a PNG, JPEG or WebP file.", param=param)
     try:
