@@ -86,7 +86,7 @@ def test_equal_tables_are_shared_after_a_guess_has_failed() -> None:
 def test_tables_that_are_always_equal_are_never_guessed_at() -> None:
     served = serve(sums_all, jobs(lambda i: torch.ones(6, 4), rows=ROWS))
     check_merged(served)
-    assert served.stats.proofs <= 3
+    assert served.stats.proofs <= 4, "of which audits are all but one"
 
 
 # Rows in the second dimension, as the captions of HiDream, one table for each of its layers

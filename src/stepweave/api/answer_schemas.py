@@ -78,6 +78,14 @@ class Discovery(BaseModel):
     links: dict[str, str]
 
 
+class Unshared(BaseModel):
+    """A module whose calls share no forward, or some of whose do not."""
+
+    call: str = Field(description="The module, or its method.")
+    reason: str = Field(description="One of few codes; `stepweave_unshared_calls_total` counts calls by it.")
+    detail: str
+
+
 class Certificate(BaseModel):
     """Whether calls of a kind may share a forward, and the proof."""
 
@@ -113,6 +121,7 @@ class ModelDetails(BaseModel):
     batching: Literal["off", "threads", "request", "step"]
     switches: dict[str, Any]
     certificates: list[Certificate]
+    unshared: list[Unshared] = Field(description="What runs alone, or takes turns, and why.")
 
 
 class Model(BaseModel):

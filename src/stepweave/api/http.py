@@ -62,7 +62,7 @@ class Api:
 
     def _describe(self) -> dict[str, Any]:
         model, engine = self.server.ready()
-        settings = self.server.settings
+        settings, stats = self.server.settings, engine.stats()
         return {
             "id": model.id,
             "object": "model",
@@ -87,7 +87,8 @@ class Api:
                 "max_prompt_characters": settings.max_prompt_characters,
                 "batching": engine.mode,
                 "switches": settings.switches(),
-                "certificates": engine.stats().certificates,
+                "certificates": stats.certificates,
+                "unshared": stats.unshared,
             },
         }
 

@@ -6,6 +6,7 @@ from stepweave.engine.call import Call
 from stepweave.engine.fiber import Fiber
 from stepweave.engine.given import Given
 from stepweave.engine.job import Job
+from stepweave.engine.own_state import OwnState, OwnTypes
 
 RECOVERY = 20  # jobs that end, before one more may run at a time
 
@@ -29,6 +30,15 @@ class Active:
     def repeatable(self) -> bool:
         """Whether its call can begin anew: it has written to no tensor that it was given."""
         return not self._given.overwritten()
+
+    def own_state(self) -> tuple[str, str] | None:
+        """Why its calls must run alone, if its own code has changed modules that it shares with others: a code and a text."""
+        for one in self.fiber.own:
+            if isinstance(one, OwnState) and one:
+                return self.job.scope.wrote(one, self.job)  # type: ignore[no-any-return]
+            if isinstance(one, OwnTypes) and one:
+                return "cast", "the job's pipeline casts a module for a while"
+        return None
 
     def reset(self) -> None:
         """Have the job be as it was before it started."""

@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -14,6 +14,9 @@ from stepweave.engine.ambient import Ambient
 from stepweave.engine.processors import Processors, Worn
 from stepweave.engine.readings import Guess, Path, Readings
 from stepweave.scheduling.task import Key, Task
+
+if TYPE_CHECKING:
+    from stepweave.engine.state_watch import StateWatch
 
 # A layout says for each argument how calls are merged; nested tuples, the tag first, so that it is hashable.
 Layout = tuple[Any, ...]
@@ -37,12 +40,12 @@ class Target:
     cached: bool = False  # results are remembered: an encoder of prompts or pictures
     processors: Processors | None = None  # where calls swap attention processors
     readings: Readings = field(default_factory=Readings, repr=False)
+    watch: StateWatch | None = field(default=None, repr=False)  # None: not looked after
     names: tuple[str, ...] = field(init=False)
     masks: dict[str, str] = field(init=False)  # argument -> the argument that masks its second dimension
 
     def __post_init__(self) -> None:
-        parameters = inspect.signature(self.function).parameters.values()
-        names = tuple(one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD)
+        names = _named(self.function) or _named(original_of(self.module).forward) or _class_named(self.module)
         masks = {}
         for name in names:
             base, number = re.fullmatch(r"(.*?)(_\d+)?", name).groups()  # type: ignore[union-attr]
@@ -71,6 +74,7 @@ class Call:
     worn: Worn = None  # the attention processors that it is to run with, if they are its job's own
     arguments: dict[str, Any] = field(default_factory=dict)
     rows: int = 1
+    sample: Any = None  # the argument that tells how many
     layout: Layout = ()
     leaves: list[tuple[Any, ...]] = field(
         default_factory=list
@@ -99,6 +103,10 @@ class Call:
     ran_out: bool = False  # of memory, run alone
     overwritten: bool = False  # by an attempt that ran out of memory: it cannot be made again
     retried: bool = False  # whole, since there was more room
+    check: bool = False  # run alone, its fiber looks whether the module keeps something of it
+    spans: dict[int, Any] = field(default_factory=dict)  # of leaves, as far as they are known: see evidence
+    apart: tuple[str, str] = ("", "")  # why it can share no forward: a code and a text
+    own: bool = False  # it is to run on modules that its job's own code has changed
     whole: bool = False  # it must be run as the pipeline made it, neither merged nor divided
 
     def __post_init__(self) -> None:
@@ -108,7 +116,24 @@ class Call:
         """Exactly what the pipeline asked for."""
         return self.target.function(*self.args, **self.kwargs)
 
-    def stand_alone(self) -> None:
-        """Be like no other call."""
+    def stand_alone(self, code: str = "not_comparable", reason: str = "") -> None:
+        """Be like no other call, and why."""
         self.kind = self.key = object()
+        self.apart = (code, reason)
         self.layout, self.leaves, self.guesses, self.cache_key = (), [], [], None
+
+
+def original_of(module: nn.Module) -> nn.Module:
+    """The module that a compiled one was made of, with names for its arguments; any other as it is."""
+    original = getattr(module, "_orig_mod", module)
+    return original if isinstance(original, nn.Module) else module
+
+
+def _named(function: Callable[..., Any]) -> tuple[str, ...]:
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD)
+
+
+def _class_named(module: nn.Module) -> tuple[str, ...]:
+    """The names of the class's own forward, where a patched one passes on whatever it is given."""
+    return _named(type(original_of(module)).forward)[1:]

@@ -1,32 +1,40 @@
 """Certificates: the recorded proof that a kind of call gives the same result merged and alone.
 
 Nothing is merged on trust. The first calls of a kind that could share a forward are run merged and one by one, and compared.
-What the proof did not see is not covered by it: an argument that had the same value in all calls, sizes that did not differ,
-many more rows than were tried. Each such variation is proven when it first occurs, or refused and kept out of merged forwards.
+What the proof did not see is not covered by it: an argument that was the same in all calls or had no clear effect, values beyond
+those tried, sizes that did not differ, many more rows. Each such variation is proven when it first occurs, or kept out of
+merged forwards until it is tried again.
 """
 
 from __future__ import annotations
 
 import logging
+import random
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
 
 from stepweave.engine.call import Call
-from stepweave.engine.compare import compare, told_apart
+from stepweave.engine.compare import Differ, NotFinite, Pair, agree, compare, told_apart
 from stepweave.engine.describe import TIMES
 from stepweave.engine.digests import Digests
+from stepweave.engine.evidence import Span, distance, hull, scalars, span
+from stepweave.engine.proof import Proof, Prover
 from stepweave.engine.readings import Path, Readings
 
 logger = logging.getLogger(__name__)
 
 REACH = 4  # a proof with so many rows covers this many times as many
-ATTEMPTS = 16  # inconclusive proofs, whose calls were too alike to tell apart, before a kind is left alone
+ATTEMPTS = 16  # inconclusive proofs, whose calls were too alike to tell apart, before a kind is left alone for a while
 KEPT = 4096  # certificates; the least recently used goes first
+FIRST_AUDITS = 256  # merged forwards, up to which each power of two is audited
+REST = 128  # chances to merge, after which a kind that failed is tried again; twice as many after each failure
+HELD = 8  # the same for an argument that had no clear effect; twice as many after each try
 
 SLIGHT = 1e-6  # the spread of sizes that differ in shape only
 
@@ -34,7 +42,7 @@ RAGGED = "sizes"  # the variation of calls that differ in size
 
 
 class State(Enum):
-    """`pending` runs alone and is tried again; `failed` runs alone for good."""
+    """`pending` runs alone and is tried again; `failed` runs alone, and is tried again ever more rarely."""
 
     PENDING = "pending"
     CERTIFIED = "certified"
@@ -42,11 +50,24 @@ class State(Enum):
 
 
 class Verdict(Enum):
-    """What to do with calls: run the first alone, run all merged, or run all both ways and compare."""
+    """What to do with calls: run the first alone, run all merged, prove that they may be (the first two run both ways), or audit
+    (two of them)."""
 
     ALONE = "alone"
     MERGE = "merge"
     PROVE = "prove"
+    AUDIT = "audit"
+
+
+@dataclass
+class Held:
+    """An argument that must be equal in merged calls, until it is tried again."""
+
+    reason: str
+    wait: int  # chances to merge between tries
+    again: int  # when the kind has had so many chances
+    tried: Span | None = None  # values, where they are few; twice as wide a span is tried at once
+    apart: float = 0.0  # the largest difference that was tried, where there are more; twice that is tried at once
 
 
 @dataclass
@@ -56,26 +77,53 @@ class Certificate:
     target: str
     sample: str
     state: State = State.PENDING
+    code: str = "untried"  # of the reason: one of few
     reason: str = "not tried yet"
-    error: float = 0.0  # the largest seen, as a share of the largest output
+    error: float = 0.0  # the largest seen, as a share of the spread of the slice that it is in
     rows: int = 0  # the most that a proof has covered
     proofs: int = 0
     merged: int = 0  # forwards
+    chances: int = 0  # decisions on calls that could be merged
     attempts: int = 0
+    failures: int = 0
+    passed: int = 0  # proofs since the last failure
+    resting: int = 0  # until so many chances
+    rests: int = 0  # for want of proofs that could tell calls apart
     ambiguous: bool = False  # whether `repeat` makes a difference
     repeat: bool = True  # see merge
     spread: float = 0.0  # the largest difference in size that is proven, as a share of the larger
-    next_audit: int = 0  # when `merged` gets there
+    next_audit: int = 1  # when `merged` gets there
     proven: set[Any] = field(default_factory=set)
-    refused: set[Any] = field(default_factory=set)
+    spans: dict[int, list[Span]] = field(default_factory=dict)  # of arguments of few numbers, each of one proof
+    held: dict[Any, Held] = field(default_factory=dict)
     divisible: bool | None = None  # whether its rows may be computed apart from each other; None if not known
     readings: Readings = field(default_factory=Readings)
     read: tuple[tuple[Path, str | None], ...] = ()  # how this kind reads its arguments
+    names: tuple[str, ...] = ()  # of the arguments, by their positions among the leaves
+    served: dict[int, Any] = field(
+        default_factory=dict
+    )  # owners that had results of merged forwards since the last check
 
     @property
     def abandoned(self) -> bool:
         """Whether it failed, and the arguments have been read in another way since, which makes another kind."""
         return self.state is State.FAILED and any(self.readings.of(path) != reading for path, reading in self.read)
+
+    @property
+    def alone(self) -> tuple[str, str] | None:
+        """Why its calls run alone, or some of them: a code and a text."""
+        if self.state is not State.CERTIFIED:
+            return None if self.code == "untried" else (self.code, self.reason)
+        if self.held:
+            found = [f"{self.name(variation)}: {held.reason}" for variation, held in self.held.items()]
+            return "must_be_equal", "merged only where equal: " + "; ".join(found)
+        return None
+
+    def name(self, variation: Any) -> str:
+        """What a variation is of."""
+        if isinstance(variation, tuple):
+            return f"types of {self.name(variation[0])}"
+        return variation if isinstance(variation, str) else self.names[variation]
 
     def describe(self) -> dict[str, Any]:
         """As `/v1/models` and `StepEngine.stats` show it."""
@@ -106,8 +154,7 @@ class Certificates:
             found.ambiguous = any(node[0] == "repeated" for _, node in call.layout)
             found.readings, guesses = call.target.readings, dict(call.guesses)
             found.read = tuple((path, guesses.get(path)) for path in guesses.keys() | {path for path, _ in call.paths})
-            # the first audit comes early: most kinds do not live to see a thousand
-            found.next_audit = max(1, self._audit_every // 10)
+            found.names = tuple(".".join(map(str, path)) for path, _ in call.paths)
             if len(self._known) > KEPT:
                 self._known.popitem(last=False)
         else:
@@ -121,50 +168,89 @@ class Certificates:
         found = self.all()
         return {state.value: sum(one.state is state for one in found) for state in State}
 
+    # Decisions
+
     def decide(self, calls: Sequence[Call]) -> tuple[Verdict, list[Call]]:
         """What to do first with calls of one key, the oldest first, and with which of them. The first always is among them."""
         first = calls[0]
-        if len(calls) == 1 or self.of(first).state is State.FAILED:
+        if len(calls) == 1:
             return Verdict.ALONE, [first]
         certificate = self.of(first)
-        alike = list(calls)
-        if certificate.refused:
-            alike = self._not_refused(calls, certificate)
+        certificate.chances += 1
+        if certificate.chances < certificate.resting:
+            return Verdict.ALONE, [first]
+        if certificate.state is State.FAILED or certificate.attempts >= ATTEMPTS:
+            certificate.state, certificate.attempts = State.PENDING, 0
+        alike = self._alike(calls, certificate) if certificate.held else list(calls)
         if len(alike) == 1:
             return Verdict.ALONE, [first]
         if certificate.state is State.PENDING:
-            varied = [(call, self._variations(first, call)) for call in reversed(alike)]
+            varied = [(call, self._variations(first, call, anew=True)) for call in reversed(alike)]
             # best one whose times are of the same type, so that a failure says something of all calls of the kind
             varied.sort(key=lambda pair: bool(_types(pair[1])))
             other = next((call for call, variations in varied if variations), None)
-            if other is None or certificate.attempts >= ATTEMPTS:
+            if other is None:
                 return Verdict.ALONE, [first]  # equal calls prove nothing
             return Verdict.PROVE, [first, other]
         for call in alike[1:]:
             if self._variations(first, call) - certificate.proven:
                 return Verdict.PROVE, [first, call]
+        beyond = self._beyond(alike, certificate)
+        if beyond is not None:
+            return Verdict.PROVE, beyond
         if _spread(alike) > certificate.spread:
-            ends = min(alike, key=lambda call: call.extents), max(alike, key=lambda call: call.extents)
-            return Verdict.PROVE, [call for call in alike if call is first or call in ends]
+            ends = [min(alike, key=lambda call: call.extents), max(alike, key=lambda call: call.extents)]
+            return Verdict.PROVE, [*ends, *([] if any(first is one for one in ends) else [first])]
         if sum(call.rows for call in alike) > REACH * certificate.rows:
-            return Verdict.PROVE, alike
+            return Verdict.AUDIT, alike
         certificate.merged += 1
         if certificate.merged >= certificate.next_audit:
-            certificate.next_audit = certificate.merged + self._audit_every
-            return Verdict.PROVE, alike
+            certificate.next_audit = self._next_audit(certificate.merged)
+            return Verdict.AUDIT, alike
         return Verdict.MERGE, alike
 
-    def _not_refused(self, calls: Sequence[Call], certificate: Certificate) -> list[Call]:
+    def _next_audit(self, merged: int) -> int:
+        if 2 * merged <= FIRST_AUDITS:
+            return min(2 * merged, merged + self._audit_every)
+        return merged + self._audit_every
+
+    def pair(self, calls: Sequence[Call]) -> tuple[Call, Call]:
+        """Two of the calls to audit: those furthest apart, or any two."""
+        some = scalars(calls[0])
+        if some and random.random() < 0.5 and _readable(calls[0], some[0]):
+            line = sorted(calls, key=lambda call: span(call, some[0]).low)
+            return line[0], line[-1]
+        one, other = random.sample(range(len(calls)), 2)
+        return calls[one], calls[other]
+
+    def _alike(self, calls: Sequence[Call], certificate: Certificate) -> list[Call]:
         """The first call, and those that may run with it and with each other."""
-        alike = [calls[0]]
+        first = calls[0]
+        alike = [first]
         for call in calls[1:]:
-            too_far = RAGGED in certificate.refused and _spread([*alike, call]) > certificate.spread
-            if not too_far and not self._variations(calls[0], call) & certificate.refused:
+            if RAGGED in certificate.held and not self._due(certificate, RAGGED, first, call):
+                if _spread([*alike, call]) > certificate.spread:
+                    continue
+            differing = self._variations(first, call, held=True)
+            if not any(one in certificate.held and not self._due(certificate, one, first, call) for one in differing):
                 alike.append(call)
         return alike
 
-    def _variations(self, one: Call, other: Call) -> set[Any]:
-        """In which arguments two calls of a kind differ, as far as that is not proven to be right."""
+    def _due(self, certificate: Certificate, variation: Any, first: Call, call: Call) -> bool:
+        """Whether to try an argument again that was not proven."""
+        held = certificate.held[variation]
+        if certificate.chances >= held.again:
+            return True
+        if not isinstance(variation, int) or not _readable(first, variation):
+            return False
+        if held.tried is None:
+            return held.apart > 0 and distance(first.leaves[variation], call.leaves[variation]) > 2 * held.apart
+        found = hull([span(first, variation), span(call, variation)])
+        return not held.tried.covers(found) and found.width > 2 * held.tried.width
+
+    def _variations(self, one: Call, other: Call, *, held: bool = False, anew: bool = False) -> set[Any]:
+        """In which arguments two calls of a kind differ, as far as that is not proven to be right; or of those that are `held`;
+        or of all, `anew`."""
         certificate = self._known[one.kind]
         found: set[Any] = set()
         if one is other:
@@ -172,91 +258,221 @@ class Certificates:
         if one.ragged != other.ragged and _spread([one, other]) > certificate.spread:
             found.add(RAGGED)
         for i, (leaf, other_leaf) in enumerate(zip(one.leaves, other.leaves, strict=True)):
-            if i not in certificate.proven and self._value(leaf) != self._value(other_leaf):
+            known = i in certificate.proven or i in certificate.spans
+            asked = i in certificate.held if held else anew or not known
+            if asked and self._value(leaf) != self._value(other_leaf):
                 found.add(i)
             types = frozenset((_dtype(leaf), _dtype(other_leaf)))  # of times
-            if len(types) > 1 and (i, types) not in certificate.proven:
+            if len(types) > 1 and (anew or (i, types) not in certificate.proven):
                 found.add((i, types))
         return found
+
+    def _beyond(self, calls: Sequence[Call], certificate: Certificate) -> list[Call] | None:
+        """Calls to prove if an argument of few numbers lies beyond what any one proof has spanned: the ends, and the first."""
+        for i, proven in certificate.spans.items():
+            if i in certificate.held or not _readable(calls[0], i):
+                continue
+            found = hull(span(call, i) for call in calls)
+            if found.width and not any(one.covers(found) for one in proven):
+                low = min(calls, key=lambda call: span(call, i).low)
+                high = max(calls, key=lambda call: span(call, i).high)
+                ends = [low, high] if low is not high else [low, next(one for one in calls if one is not low)]
+                return [*ends, *([] if any(calls[0] is one for one in ends) else [calls[0]])]
+        return None
 
     def _value(self, leaf: tuple[Any, ...]) -> Any:
         values = [self._digests.of(one) if isinstance(one, torch.Tensor) else (type(one), one) for one in leaf]
         return values[0] if len(set(values)) == 1 else values
 
-    def judge(self, calls: Sequence[Call], merged: list[Any] | Exception) -> None:
-        """Record a proof: the calls' own results are in their `output`, the merged forward's (or its error) in `merged`."""
-        certificate = self.of(calls[0])
-        if any(call.failed for call in calls):
-            return  # it fails alone, too, which says nothing of merging
-        if any(call.wrote for call in calls):
+    # Judgements
+
+    def judge(self, proof: Proof, prover: Prover) -> bool:
+        """Record a proof, after the pair has been run a second time. False: what was merged must not be used."""
+        certificate = self.of(proof.calls[0])
+        try:
+            right = self._judge(proof, prover, certificate)
+        except Exception as error:  # an attempt like another, so that it is not made for ever
+            logger.exception("a proof of %s %s could not be judged", certificate.target, certificate.sample)
+            self._inconclusive(certificate, f"it could not be judged: {type(error).__name__}", "error")
+            return False
+        if right:
+            certificate.served.clear()
+        return right
+
+    def _judge(self, proof: Proof, prover: Prover, certificate: Certificate) -> bool:
+        calls, pair = proof.calls, proof.pair
+        if any(call.failed or call.ran_out for call in pair):
+            return False  # it fails alone, too, which says nothing of merging
+        if proof.wrote or any(call.wrote for call in pair):
             certificate.readings.refute(calls[0].guesses)
-            self._fail(certificate, set(), "it writes to its arguments")
-            return
-        if any(call.output is None for call in calls):
-            certificate.attempts += 1
-            certificate.reason = "its results cannot be copied"
-            return
+            self._fail(certificate, set(), "it writes to its arguments", "writes_arguments")
+            return False
+        if proof.drew:
+            self._fail(certificate, set(), "it draws random numbers", "random")
+            return False
+        single = [proof.seconds.get(id(call)) for call in pair]
+        if any(one is None for one in single):
+            self._inconclusive(certificate, "its results cannot be copied", "not_comparable")
+            return False
         variations: set[Any] = set()
         for call in calls[1:]:
             variations |= self._variations(calls[0], call)
         if _spread(calls) > certificate.spread:
             variations.add(RAGGED)
-        rows = sum(call.rows for call in calls)
         certificate.proofs += 1
-        if isinstance(merged, Exception):
-            problem: str | None = f"merged, it raised {type(merged).__name__}: {merged}"[:200]
-        else:
-            error, problem = compare(merged, [call.output for call in calls])
-            certificate.error = max(certificate.error, error)
-        if problem is not None:
-            first_proof = certificate.state is State.PENDING and not (certificate.repeat and certificate.ambiguous)
-            if first_proof and not _types(variations) and _read_anew(calls[0], variations):
-                certificate.state, certificate.reason = State.FAILED, problem
-                logger.info("%s %s: its arguments are read in another way", certificate.target, certificate.sample)
-            else:
-                self._fail(certificate, variations, problem)
+        if isinstance(proof.merged, Exception):
+            error = proof.merged
+            self._disagree(proof, certificate, variations, f"merged, it raised {type(error).__name__}: {error}"[:200])
+            return False
+        merged = [proof.merged_of(call) for call in pair]
+        copies = [partial(prover.copies, proof, call) for call in pair]
+        try:
+            found = compare([Pair(*one) for one in zip(merged, single, copies, strict=True)])
+        except Differ as difference:
+            self._disagree(proof, certificate, variations, str(difference))
+            return False
+        except NotFinite:
+            self._inconclusive(certificate, "results were not finite", "not_finite", attempt=False)
+            return False
+        certificate.error = max(certificate.error, found)
+        rows = sum(call.rows for call in calls)
+        if not told_apart(merged, single):
+            if certificate.state is State.CERTIFIED and not variations - certificate.proven - certificate.spans.keys():
+                certificate.rows = max(certificate.rows, rows)
+                return True
+            self._inconclusive(certificate, "the calls compared were too alike to tell apart", "too_alike")
+            if certificate.state is State.CERTIFIED:
+                self._hold_all(certificate, variations, "without a clear effect on the result")
+            return False
+        self._agree(proof, certificate, variations, rows)
+        return True
+
+    def _agree(self, proof: Proof, certificate: Certificate, variations: set[Any], rows: int) -> None:
+        certificate.passed += 1
+        if certificate.state is State.PENDING and certificate.passed > certificate.failures:
+            certificate.state, certificate.code, certificate.reason = State.CERTIFIED, "", "merged and alone agree"
+            certificate.next_audit = certificate.merged + 1
+        certificate.readings.prove(proof.calls[0].guesses)
+        if all(call.rows == 1 for call in proof.calls) and certificate.divisible is None:
+            certificate.divisible = True
+        certificate.rows = max(certificate.rows, rows)
+        certificate.spread = max(certificate.spread, _spread(proof.calls))
+        if proof.audit:
             return
-        assert not isinstance(merged, Exception)
-        if told_apart(merged, [call.output for call in calls]):
-            certificate.state, certificate.reason = State.CERTIFIED, "merged and alone agree"
-            certificate.readings.prove(calls[0].guesses)
-            if all(call.rows == 1 for call in calls) and certificate.divisible is None:
-                certificate.divisible = True
-            certificate.rows = max(certificate.rows, rows)
-            certificate.proven |= variations - {RAGGED}
-            certificate.spread = max(certificate.spread, _spread(calls))
-        elif certificate.state is State.CERTIFIED and not variations - certificate.proven:
-            certificate.rows = max(certificate.rows, rows)
+        wrong = self._wrong_points(proof)
+        few = set(proof.spans)
+        for variation in variations - {RAGGED}:
+            if isinstance(variation, tuple) or (
+                variation not in few and proof.evident.get(variation, True) is not False
+            ):
+                certificate.proven.add(variation)
+                certificate.held.pop(variation, None)
+            elif variation not in few:
+                a, b = (call.leaves[variation] for call in proof.pair)
+                self._hold(certificate, variation, "without a clear effect on the result", HELD, apart=distance(a, b))
+        for i, tried in proof.spans.items():
+            if i in wrong:
+                self._hold(certificate, i, wrong[i], REST, tried)
+            elif proof.evident.get(i) is False:
+                self._hold(certificate, i, "without a clear effect on the result", HELD, tried)
+            else:
+                certificate.held.pop(i, None)
+                known = certificate.spans.setdefault(i, [])
+                known[:] = [one for one in known if not tried.covers(one)]
+                known.append(tried)
+
+    def _wrong_points(self, proof: Proof) -> dict[int, str]:
+        """The arguments whose values, made up, gave another result merged than alone, and what was wrong."""
+        found: dict[int, str] = {}
+        company = [proof.singles[id(call)] for call in proof.pair]
+        for point in proof.merged_points:
+            if point.leaf is None or point.merged is None:
+                continue
+            if isinstance(point.merged, Exception):
+                found[point.leaf] = f"merged, it raised {type(point.merged).__name__}"
+                continue
+            try:
+                compare([Pair(point.merged, point.single)], company)
+            except Differ as difference:
+                found[point.leaf] = str(difference)
+            except NotFinite:
+                pass
+        return found
+
+    def _disagree(self, proof: Proof, certificate: Certificate, variations: set[Any], problem: str) -> None:
+        first_proof = certificate.state is State.PENDING and not (certificate.repeat and certificate.ambiguous)
+        if first_proof and not _types(variations) and _read_anew(proof.calls[0], variations):
+            certificate.state, certificate.reason, certificate.code = State.FAILED, problem, "failed"
+            certificate.resting = certificate.chances + REST
+            logger.info("%s %s: its arguments are read in another way", certificate.target, certificate.sample)
         else:
-            self._inconclusive(certificate, variations)
+            self._fail(certificate, variations, problem, "failed")
 
-    def _inconclusive(self, certificate: Certificate, variations: set[Any]) -> None:
-        certificate.attempts += 1
+    def _inconclusive(self, certificate: Certificate, reason: str, code: str, *, attempt: bool = True) -> None:
+        certificate.attempts += attempt
         if certificate.state is State.PENDING:
-            certificate.reason = "the calls compared were too alike to tell apart"
-        elif certificate.attempts >= ATTEMPTS:
-            certificate.refused |= variations - certificate.proven
+            certificate.reason, certificate.code = reason, code
+            if certificate.attempts >= ATTEMPTS:
+                certificate.resting = certificate.chances + REST * 2**certificate.rests
+                certificate.rests += 1
 
-    def _fail(self, certificate: Certificate, variations: set[Any], reason: str) -> None:
-        """Refuse what was new in this proof; a kind that fails with nothing new is not to be trusted at all."""
+    def _hold_all(self, certificate: Certificate, variations: set[Any], reason: str) -> None:
+        for variation in variations - certificate.proven:
+            self._hold(certificate, variation, reason, HELD)
+
+    def _hold(
+        self,
+        certificate: Certificate,
+        variation: Any,
+        reason: str,
+        wait: int,
+        tried: Span | None = None,
+        apart: float = 0.0,
+    ) -> None:
+        """Have calls merged only where an argument is equal, until it is tried again."""
+        known = certificate.held.get(variation)
+        wait = wait if known is None else 2 * known.wait
+        certificate.held[variation] = Held(reason, wait, certificate.chances + wait, tried, apart)
+        certificate.spans.pop(variation, None)
+        certificate.proven.discard(variation)
+        if known is None:
+            logger.info(
+                "%s %s: merged only where %s is equal: %s",
+                certificate.target, certificate.sample, certificate.name(variation), reason,
+            )  # fmt: skip
+
+    def _fail(self, certificate: Certificate, variations: set[Any], reason: str, code: str) -> None:
+        """Hold what was new in this proof; a kind that fails with nothing new is not to be trusted at all."""
         certified = certificate.state is State.CERTIFIED
-        new = {RAGGED} if RAGGED in variations else variations if certified else _types(variations)
-        certificate.reason = reason
+        new: set[Any] = {RAGGED} if RAGGED in variations else variations if certified else _types(variations)
         if certificate.state is State.PENDING and certificate.repeat and certificate.ambiguous:
             certificate.repeat = False
+            certificate.reason, certificate.code = reason, code
         elif new:
-            certificate.refused |= new
+            for variation in new:
+                known = certificate.held.get(variation)
+                wait = REST if known is None else 2 * known.wait
+                certificate.held[variation] = Held(reason, wait, certificate.chances + wait)
+                certificate.spans.pop(variation, None)
+            certificate.reason, certificate.code = reason, code
             what = "calls of different sizes" if new == {RAGGED} else "calls that differ in further arguments"
             logger.warning("%s %s: %s are not merged: %s", certificate.target, certificate.sample, what, reason)
         else:
-            certificate.state = State.FAILED
-            logger.warning("%s %s runs alone: %s", certificate.target, certificate.sample, reason)
+            again = certificate.failures > 0
+            certificate.state, certificate.reason, certificate.code = State.FAILED, reason, code
+            certificate.failures += 1
+            certificate.passed = 0
+            certificate.proven.clear()
+            certificate.spans.clear()
+            certificate.resting = certificate.chances + REST * 2 ** (certificate.failures - 1)
+            log = logger.info if again else logger.warning  # once
+            log("%s %s runs alone: %s", certificate.target, certificate.sample, reason)
 
     def judge_parts(self, call: Call, divided: Any) -> None:
         """Record whether a call gave in parts, as `divided`, what it gave as a whole, in its `output`."""
         certificate = self.of(call)
         if certificate.state is State.CERTIFIED and not call.failed and call.output is not None:
-            certificate.divisible = not isinstance(divided, Exception) and compare([divided], [call.output])[1] is None
+            certificate.divisible = not isinstance(divided, Exception) and agree(divided, call.output)
 
     def divisible(self, call: Call) -> bool | None:
         """Whether a call's rows may be computed apart; where its own size was never tried, whether another's may."""
@@ -275,7 +491,7 @@ class Certificates:
 
     def fail(self, call: Call, reason: str) -> None:
         """Withdraw the certificate of a kind."""
-        self._fail(self.of(call), set(), reason)
+        self._fail(self.of(call), set(), reason, "failed")
 
 
 def _read_anew(call: Call, variations: set[Any]) -> bool:
@@ -314,3 +530,9 @@ def _shape_of_sample(call: Call) -> str:
         return ""
     shape = tensor.shape if isinstance(next(iter(call.arguments.values())), list) else tensor.shape[1:]
     return f"{'x'.join(map(str, shape))} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _readable(call: Call, i: int) -> bool:
+    """Whether an argument can be read without waiting for a device."""
+    value = call.leaves[i][0]
+    return not isinstance(value, torch.Tensor) or value.device.type == "cpu"

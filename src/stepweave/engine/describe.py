@@ -30,20 +30,20 @@ class Describer:
         self._digests = digests
 
     def describe(self, call: Call) -> None:
-        """Fill in what the loop and the merge need to know. A call that fits no rule gets a key of its own, and why is lost."""
+        """Fill in what the loop and the merge need to know. A call that fits no rule gets a key of its own."""
         try:
             self._describe(call)
         except Exception as error:
             if not isinstance(error, Unmergeable):
                 logger.exception("a call of %s cannot be described; it runs alone", call.target.name)
-            call.stand_alone()
+            call.stand_alone(reason=str(error) or type(error).__name__)
 
     def _describe(self, call: Call) -> None:
         target = call.target
         call.arguments = target.bind(call.args, call.kwargs)
         if target.module.training or call.ambient.grad:
             raise Unmergeable("gradients, or layers that draw random numbers, may depend on the batch")
-        sample = _sample(call.arguments)
+        sample = call.sample = _sample(call.arguments)
         call.listed = isinstance(sample, list)
         call.rows = len(sample) if call.listed else sample.shape[0]
         call.cost = call.cost._replace(size=_elements(sample) // max(1, call.rows))

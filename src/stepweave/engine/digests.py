@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import weakref
+import zlib
+from typing import Any
 
 import numpy as np
 import torch
 
+QUICK = 4096  # elements that are looked at again each time, on the CPU
 SIZE = 16  # bytes of a digest: two different tensors in 2^64 share one
 
 
@@ -18,7 +21,7 @@ class Digests:
     """
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[weakref.ref[torch.Tensor], int, bytes]] = {}
+        self._known: dict[int, tuple[weakref.ref[torch.Tensor], int, bytes, int | None]] = {}
         self.computed = 0
 
     def of(self, tensor: torch.Tensor) -> bytes:
@@ -31,18 +34,36 @@ class Digests:
             return _digest(tensor)
         key = id(tensor)
         known = self._known.get(key)
-        if known is not None and known[0]() is tensor and known[1] == tensor._version:
+        check = _check(tensor)
+        if known is not None and known[0]() is tensor and known[1] == tensor._version and known[3] == check:
             return known[2]
         self.computed += 1
         digest = _digest(tensor)
         reference = weakref.ref(tensor, lambda _: self._known.pop(key, None))
-        self._known[key] = (reference, tensor._version, digest)
+        self._known[key] = (reference, tensor._version, digest, check)
         return digest
+
+    def recheck(self, tensor: torch.Tensor) -> bool:
+        """Whether what is remembered of a tensor still holds; if not, it is forgotten. Waits for the device."""
+        known = self._known.get(id(tensor))
+        if known is None or known[0]() is not tensor or known[1] != tensor._version or known[2] == _digest(tensor):
+            return True
+        del self._known[id(tensor)]
+        return False
+
+
+def _check(tensor: torch.Tensor) -> int | None:
+    """A quick look at a tensor's bytes, where that waits for no device: `.data`, numpy and the like write past its version."""
+    if tensor.device.type != "cpu" or tensor.layout is not torch.strided or not tensor.numel():
+        return None
+    flat = tensor.detach().reshape(-1)
+    if tensor.numel() > QUICK:
+        flat = flat[:: tensor.numel() // QUICK]
+    return zlib.crc32(_bytes(flat).data)
 
 
 def _digest(tensor: torch.Tensor) -> bytes:
-    # a clone, since contiguous() leaves a stride of 0 to a dimension of size 1, which view refuses
-    flat = tensor.detach().cpu().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8).numpy()
+    flat = _bytes(tensor.detach().cpu())
     rows = tensor.shape[0] if tensor.ndim else 1
     table = flat.reshape(rows, -1) if rows else flat.reshape(0, 0)
     if rows > 1 and np.array_equal(table, np.broadcast_to(table[:1], table.shape)):
@@ -51,3 +72,9 @@ def _digest(tensor: torch.Tensor) -> bytes:
     hasher.update(repr((tensor.dtype, len(table), tuple(tensor.shape[1:]))).encode())
     hasher.update(np.ascontiguousarray(table).data)
     return hasher.digest()
+
+
+def _bytes(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    # a clone, since contiguous() leaves a stride of 0 to a dimension of size 1, which view refuses
+    flat = tensor.clone(memory_format=torch.contiguous_format).reshape(-1)
+    return flat.view(torch.uint8).numpy()

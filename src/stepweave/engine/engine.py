@@ -46,10 +46,13 @@ class EngineStats:
     jobs: Mapping[str, int]  # done, by outcome: succeeded, failed, cancelled
     forwards: Mapping[str, Forwards]
     certificates: list[dict[str, Any]]
+    unshared: list[dict[str, str]]  # what runs alone, or takes turns: `call`, `reason` (one of few) and `detail`
+    unshared_calls: Mapping[str, int]  # calls that ran alone, by `reason`
     cache_hits: int
     cache_misses: int
     cache_bytes: int
     proofs: int  # forwards run both merged and alone, audits included
+    checks: int  # forwards that were run for these, merged ones of audits aside
     retried: int  # merged forwards that failed and were run alone
     out_of_memory: int  # forwards that ran out, and were halved or put off
     divided: int  # calls that were run some rows at a time
@@ -230,10 +233,13 @@ class StepEngine:
             jobs=dict(stats.jobs),
             forwards=dict(stats.forwards),
             certificates=[one.describe() for one in loop.certificates.all()] if loop else [],
+            unshared=loop.unshared_now() if loop else [],
+            unshared_calls=dict(loop.unshared.calls) if loop else {},
             cache_hits=loop.cache.hits if loop else 0,
             cache_misses=loop.cache.misses if loop else 0,
             cache_bytes=loop.cache.bytes if loop else 0,
             proofs=stats.proofs,
+            checks=stats.checks,
             retried=stats.retried,
             out_of_memory=stats.out_of_memory,
             divided=stats.divided,

@@ -49,7 +49,7 @@ class Fiber:
         self._function = function
         self._ambient = ambient
         self._kinds = tuple(kind for kind, _, _ in ambient.autocast)
-        self._own = own
+        self.own = own
         self._greenlet = _Greenlet(self._run)
         self._greenlet.fiber = self
         self._greenlet.gr_context = contextvars.copy_context()
@@ -75,7 +75,7 @@ class Fiber:
         apply(self._ambient, outside)
         try:
             with contextlib.ExitStack() as left:
-                for one in self._own:
+                for one in self.own:
                     one.enter()
                     left.callback(one.leave)
                 return switch(value)

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from stepweave.engine import ambient
 from stepweave.engine.call import Call, Unmergeable
-from stepweave.engine.certify import Certificates, Verdict
-from stepweave.engine.compare import compare, told_apart
-from stepweave.engine.divide import chunk, join, part
+from stepweave.engine.certify import Certificates, State, Verdict
+from stepweave.engine.compare import agree, told_apart
+from stepweave.engine.divide import join, part
 from stepweave.engine.given import Given
 from stepweave.engine.hooks import RunYourself
 from stepweave.engine.memory import DeviceMemory, Room, ran_out
-from stepweave.engine.merge import copied, merge, split
+from stepweave.engine.merge import copied, split
 from stepweave.engine.planner import Planner
+from stepweave.engine.proof import Proof, Prover
+from stepweave.engine.running import run_arguments, run_merged
+from stepweave.engine.state_watch import same, some
 from stepweave.engine.stats import Stats
 from stepweave.engine.textcache import EncoderCache
 from stepweave.engine.timing import Clock
@@ -63,6 +64,7 @@ class Forwarder:
         self._clock = clock
         self._planner = planner
         self._room = Room(memory)
+        self._doubtful: list[Any] = []
 
     def limit(self, call: Call) -> int:
         """The most rows of a forward with this call."""
@@ -83,10 +85,13 @@ class Forwarder:
 
     def run(self, verdict: Verdict, calls: list[Call]) -> None:
         """Do it, and let the calls' owners go on."""
+        watch = calls[0].target.watch
+        if watch is not None and watch.initial is None and not calls[0].own:
+            watch.start(calls[0].target.module)
         if verdict is Verdict.ALONE:
             self._alone(calls)
-        elif verdict is Verdict.PROVE:
-            self._prove(calls)
+        elif verdict is not Verdict.MERGE:
+            self._prove(calls, audit=verdict is Verdict.AUDIT)
         else:
             self._merged(calls)
 
@@ -100,6 +105,8 @@ class Forwarder:
                     continue
             self._stats.forward(call.target.name, call.rows, 1)
             call.keep = call.keep or call.cache_key is not None
+            watch = call.target.watch
+            call.check = watch is not None and not call.own and watch.due(call.kind, call.owner)
             started = self._clock.start()
             with self._room.measured(call.kind, call.rows, call.cost):
                 self._advance(call.owner, RunYourself())
@@ -129,10 +136,24 @@ class Forwarder:
             return
         self._room.fitted(kind)
         self._stats.forward(calls[0].target.name, rows, len(calls))
+        self._deliver(calls, outputs)
+        self._clock.stop(started, partial(self._planner.ran, calls[0].cost, calls[0].cap, rows))
+
+    def _deliver(self, calls: Sequence[Call], outputs: Sequence[Any]) -> None:
+        """Let the calls' owners go on with results of a merged forward."""
+        watch = calls[0].target.watch
+        served = self._certificates.of(calls[0]).served
         for call, output in zip(calls, outputs, strict=True):
+            if watch is not None:
+                watch.users.add(id(call.owner))
+            served[id(call.owner)] = call.owner
             self._remember(call, output)
             self._advance(call.owner, output)
-        self._clock.stop(started, partial(self._planner.ran, calls[0].cost, calls[0].cap, rows))
+
+    def doubtful(self) -> list[Any]:
+        """Owners that had results of merged forwards of a kind that has turned out not to be mergeable, told once."""
+        found, self._doubtful = self._doubtful, []
+        return found
 
     def _retry(self, calls: Sequence[Call], reason: str) -> None:
         """Run alone what failed merged. If all goes well then, merging is to blame."""
@@ -219,8 +240,8 @@ class Forwarder:
             try:
                 pair, *single = (self._part_of(call, a, b) for a, b in ((0, 2), (0, 1), (1, 2)))
                 rows = split(pair, [1, 1], listed=call.listed)
-                agree = compare(rows, single)[1] is None
-                known = (told_apart(rows, single) or None) if agree else False
+                right = all(agree(one, other) for one, other in zip(rows, single, strict=True))
+                known = (told_apart(rows, single) or None) if right else False
             except Exception as error:
                 known = None if ran_out(error) else False
                 logger.info("%s was not divided: %s: %s", call.target.name, type(error).__name__, error)
@@ -240,27 +261,63 @@ class Forwarder:
             raise Unmergeable("it writes to its arguments, or draws random numbers")
         return output
 
-    def _prove(self, calls: Sequence[Call]) -> None:
-        """Run calls merged and one by one; the fibers get their own results."""
+    def _prove(self, calls: Sequence[Call], *, audit: bool) -> None:
+        """Run calls merged, and two of them by themselves, twice; those two get their own results."""
         self._stats.proofs += 1
-        merged: Any = None
+        certificate = self._certificates.of(calls[0])
+        pair = self._certificates.pair(calls) if audit else (calls[0], calls[1])
+        watch = calls[0].target.watch
+        prover = Prover(self._kinds, repeat=certificate.repeat, most_rows=self.limit(calls[0]))
         try:
-            merged = try_merged(calls, self._kinds, repeat=self._certificates.of(calls[0]).repeat)
-        except Exception as error:
-            if not ran_out(error):
-                merged = error.with_traceback(None)  # whose frames hold on to the memory
-        if merged is None:
-            self._ran_out(calls[0], sum(call.rows for call in calls))
-        parts = self._try_parts(calls) if isinstance(merged, list) else None
-        for call in calls:
-            call.keep = merged is not None
-        self._alone(calls)
-        if merged is not None:
-            self._certificates.judge(calls, merged)
+            proof = prover.start(calls, pair, audit=audit)
+        except Exception as error:  # of a single call, which its own fiber will meet; or memory ran out
+            if ran_out(error):
+                del error
+                self._ran_out(calls[0], sum(call.rows for call in calls))
+            self._alone(calls)
+            return
+        finally:
+            self._stats.checks += prover.forwards
+        if proof.left and watch is not None:
+            watch.found = f"a forward changes {some(proof.left)}"
+        if watch is not None and watch.found is not None:
+            watch.users.update(id(call.owner) for call in calls)
+            self._alone(calls)  # whose jobs begin anew
+            return
+        parts = self._try_parts(calls) if isinstance(proof.merged, list) else None
+        if not audit:
+            for call in pair:
+                call.keep = True
+            self._alone(pair[::-1])
+            self._stats.checks += 2
+            proof.seconds = {id(call): call.output for call in pair}
+        self._look_again(calls[0], proof)
+        right = not (watch is not None and watch.found is not None) and self._certificates.judge(proof, prover)
         if parts is not None:
             self._certificates.judge_parts(*parts)
-        for call in calls:
+        if certificate.state is not State.CERTIFIED and certificate.served:
+            self._doubtful += certificate.served.values()
+            certificate.served.clear()
+            self._cache.clear()
+        for call in pair:
             call.output = None
+        rest = [i for i, call in enumerate(calls) if audit or not any(call is one for one in pair)]
+        if right and rest and isinstance(proof.merged, list):
+            self._stats.forward(calls[0].target.name, sum(calls[i].rows for i in rest), len(rest))
+            self._deliver([calls[i] for i in rest], [proof.merged[i] for i in rest])
+        else:
+            self._alone([calls[i] for i in rest])
+
+    def _look_again(self, call: Call, proof: Proof) -> None:
+        """Whether the module keeps something of a call, after each of a pair was run twice."""
+        watch = call.target.watch
+        if watch is None or watch.found is not None or any(one.failed or one.ran_out for one in proof.pair):
+            return
+        if not (proof.drew or proof.wrote):
+            for one in map(id, proof.pair):
+                second = proof.seconds.get(one)
+                if second is not None and not same(proof.singles[one], second, proof.again.get(one)):
+                    watch.found = "the same call gives another result after others"
 
     def _try_parts(self, calls: Sequence[Call]) -> tuple[Call, Any] | None:
         """What a call of several rows gives in halves, to be compared with what it gives as a whole; None if that is known."""
@@ -277,54 +334,6 @@ class Forwarder:
     def _remember(self, call: Call, output: Any) -> None:
         if call.cache_key is not None and output is not None:
             self._cache.put(call.cache_key, output)
-
-
-def run_arguments(call: Call, arguments: dict[str, Any], kinds: tuple[str, ...]) -> Any:
-    """What a call would give of other `arguments`."""
-    here = ambient.current(kinds)
-    ambient.apply(call.ambient, here)
-    try:
-        with _dressed(call):
-            return call.target.function(**arguments)
-    finally:
-        ambient.apply(here, call.ambient)
-
-
-def run_merged(calls: Sequence[Call], kinds: tuple[str, ...], *, repeat: bool, trial: bool = False) -> list[Any]:
-    """The results of calls of one kind, from one forward. `kinds` are the device types whose autocast is theirs, too."""
-    chunks, listed = calls[0].chunks, calls[0].listed
-    # with chunks: all first ones, then all second ones
-    apart = calls if chunks == 1 else [chunk(call, number) for number in range(chunks) for call in calls]
-    arguments = merge(apart, repeat=repeat)
-    output = run_arguments(calls[0], copied(arguments) if trial else arguments, kinds)
-    outputs = split(output, [one.rows for one in apart], listed=listed)
-    if chunks == 1:
-        return outputs
-    every = len(calls)
-    return [join(outputs[i::every], [one.rows for one in apart[i::every]], listed=listed) for i in range(every)]
-
-
-def _dressed(call: Call) -> contextlib.AbstractContextManager[None]:
-    """Within it the call's attention processors are in place."""
-    processors = call.target.processors
-    return contextlib.nullcontext() if processors is None else processors.wearing(call.worn)
-
-
-def try_merged(calls: Sequence[Call], kinds: tuple[str, ...], *, repeat: bool) -> list[Any]:
-    """As `run_merged`, for a proof: it changes nothing that the calls will be run on, one by one.
-
-    Raises Unmergeable if the forward draws from a call's generator. (From torch's default one, which other threads use: then
-    merged and single results differ.)
-    """
-    given = Given(*(value for call in calls for value in call.arguments.values()))
-    try:
-        outputs = run_merged(calls, kinds, repeat=repeat, trial=True)
-    finally:
-        drew = given.drew()
-        given.put_back()
-    if drew:
-        raise Unmergeable("it draws random numbers")
-    return outputs
 
 
 def too_little(call: Call) -> OutOfMemory:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -21,11 +22,14 @@ from stepweave.engine.ambient import current
 from stepweave.engine.call import Call, Target
 from stepweave.engine.fiber import Fiber, Own, current_fiber, suspend, suspendable
 from stepweave.engine.given import Given
+from stepweave.engine.job import Job
 from stepweave.engine.latents import Observed, Tap
 from stepweave.engine.memory import ran_out
 from stepweave.engine.merge import cloned
 from stepweave.engine.offload import Offloading, moves_only, pipelines_in
+from stepweave.engine.own_state import OwnState, OwnTypes, has_code
 from stepweave.engine.processors import Processors, Wardrobe
+from stepweave.engine.state_watch import StateWatch, some
 from stepweave.errors import EngineMisuse
 from stepweave.scope.pipeline import (
     ENGINE_HOOK,
@@ -33,6 +37,7 @@ from stepweave.scope.pipeline import (
     is_autoencoder,
     swaps_processors,
     swaps_state,
+    upcasts,
 )
 from stepweave.scope.proxy import Proxy
 from stepweave.scope.tokenizer import LockedTokenizer
@@ -59,7 +64,7 @@ def call_engine(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any], k
     while isinstance(answer := suspend(call), RunYourself):
         given = Given(*args, *kwargs.values())
         try:
-            output = call.run()
+            output = _run(call)
         except BaseException as error:
             call.failed = True
             if not ran_out(error):
@@ -74,6 +79,20 @@ def call_engine(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any], k
         given.put_back()
         call.overwritten = given.overwritten()
     return answer
+
+
+def _run(call: Call) -> Any:
+    """What a call gives, run by its own fiber."""
+    watch, own = call.target.watch, _own_state()
+    run = call.run
+    if call.check and watch is not None:
+        run = functools.partial(watch.run, call)
+    return run() if own is None else own.during(run)
+
+
+def _own_state() -> OwnState | None:
+    fiber = current_fiber()
+    return None if fiber is None else next((one for one in fiber.own if isinstance(one, OwnState)), None)
 
 
 class SuspendHook(ModelHook):  # type: ignore[misc]
@@ -108,7 +127,14 @@ class SuspendHook(ModelHook):  # type: ignore[misc]
         if self.target is None or self._forward is not forward:  # somebody hooked the module meanwhile
             self._forward = forward
             function = self._offloading.around(module, forward)
-            self.target = Target(self._name, module, function, cached=self._cached, processors=self._processors)
+            self.target = Target(
+                self._name,
+                module,
+                function,
+                cached=self._cached,
+                processors=self._processors,
+                watch=StateWatch(self._name),
+            )
         return call_engine(self.target, args, kwargs, self._kinds)
 
 
@@ -180,6 +206,12 @@ class EngineScope(PrivateScope):
         self._kinds = kinds
         self._offloading = offloading = Offloading(pipeline)
         self._told: set[str] = set()
+        self._keepers: dict[str, str] = {}  # hooks that keep state, by the class of a module
+        self.stateful: dict[str, tuple[nn.Module, str]] = {}  # what keeps state, by its name, and what
+        self._writers: set[type] = set()  # pipelines whose own code changes modules
+        self._looked: set[Hashable] = set()  # kinds of calls of a pipeline that did not
+        names = {id(module): (name, module) for name, module in reversed(list(_modules(pipeline)))}
+        self._every = dict(names.values())
         self.processors = Processors([one for _, one in _modules(pipeline)]) if swaps_processors(pipeline) else None
         self._autoencoders: dict[int, dict[str, Target]] = {}
         self._hooked: list[Any] = []
@@ -193,7 +225,11 @@ class EngineScope(PrivateScope):
             if is_autoencoder(module):
                 self._autoencoders[id(module)] = {
                     method: Target(
-                        f"{name}.{method}", module, offloading.around(module, getattr(module, method)), max_decode_rows
+                        f"{name}.{method}",
+                        module,
+                        offloading.around(module, getattr(module, method)),
+                        max_decode_rows,
+                        watch=StateWatch(name),
                     )
                     for method in ("encode", "decode")
                 }
@@ -208,9 +244,48 @@ class EngineScope(PrivateScope):
             one.__dict__["maybe_free_model_hooks"] = lambda: None  # other jobs may go on with the models
         return view
 
-    def wardrobe(self) -> list[Own]:
-        """What a job's fiber has of its own, where calls swap attention processors."""
-        return [] if self.processors is None else [Wardrobe(self.processors)]
+    def own(self, job: Job) -> list[Own]:
+        """What a job's fiber has of its own: attention processors that it swaps, modules that it casts or changes."""
+        found: list[Own] = [] if self.processors is None else [Wardrobe(self.processors)]
+        if self.takes_turns():
+            return found  # it is the only one
+        if any(upcasts(module) for module in self._every.values()):
+            found.append(OwnTypes(self._every.values()))
+        code = has_code([*job.args, *job.kwargs.values()])
+        if code or type(self.pipeline) in self._writers or self._signature(job) not in self._looked:
+            found.insert(0, OwnState(self._every, weights=code))  # sees what the others leave
+        return found
+
+    def ended(self, job: Job) -> None:
+        """A job has ended well: if its own code had changed modules, that would have been seen."""
+        self._looked.add(self._signature(job))
+
+    def _signature(self, job: Job) -> Hashable:
+        names = frozenset(name for name, value in job.kwargs.items() if value is not None)
+        return type(self.pipeline), len(job.args), names
+
+    def wrote(self, own: OwnState, job: Job) -> tuple[str, str]:
+        """A job's own code has changed modules: its callbacks', or else its pipeline's, whose jobs all do. A code and a text."""
+        kind = type(self.pipeline)
+        code = has_code([*job.args, *job.kwargs.values()])
+        if not code:
+            self._writers.add(kind)
+        what = "a job's callback" if code else f"a call of {kind.__name__}"
+        return "callback" if code else "state", f"{what} changes {some(own.paths)}"
+
+    def takes_turns(self) -> bool:
+        return bool(self.stateful) or super().takes_turns()
+
+    def why_turns(self) -> dict[str, tuple[str, str]]:
+        """Why jobs run one at a time, by what keeps the state: a code and a text. Empty if they do not."""
+        found = {name: ("state", what) for name, (_, what) in self.stateful.items()}
+        found |= {
+            name: ("turns", f"it carries {hook}, which keeps the state of a call")
+            for name, hook in self._keepers.items()
+        }
+        if self._swaps_state():
+            found[type(self.pipeline).__name__] = ("turns", "its calls change the shared modules")
+        return found
 
     def close(self) -> None:
         """Take the hooks away, and offloaded models off the GPU."""
@@ -226,7 +301,7 @@ class EngineScope(PrivateScope):
         self._hooked.clear()
 
     def _swaps_state(self) -> bool:
-        return swaps_state(self.pipeline, apart=self.processors is not None)
+        return swaps_state(self.pipeline, apart=self.processors is not None, casts=False)
 
     def _is_harmless(self, hook: Any) -> bool:
         return moves_only(hook)  # here forwards do not overlap
@@ -235,6 +310,7 @@ class EngineScope(PrivateScope):
         keeper = super()._state_keeper(module)
         if keeper is not None and keeper not in self._told:
             self._told.add(keeper)
+            self._keepers[type(module).__name__] = keeper
             logger.warning("jobs run one at a time: %s carries %s", type(module).__name__, keeper)
         return keeper
 

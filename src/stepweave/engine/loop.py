@@ -9,12 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from stepweave.engine import ambient
 from stepweave.engine.active import Active, Crowd
 from stepweave.engine.ambient import DefaultRandom
 from stepweave.engine.call import Call
-from stepweave.engine.certify import Certificates
+from stepweave.engine.certify import Certificates, Verdict
 from stepweave.engine.describe import Describer
 from stepweave.engine.digests import Digests
 from stepweave.engine.elsewhere import Elsewhere
@@ -23,12 +24,14 @@ from stepweave.engine.forward import Forwarder, Starved, too_little
 from stepweave.engine.hooks import EngineScope, Offload, RunYourself, pictures_elsewhere, track
 from stepweave.engine.job import Ending, Job, enter_engine
 from stepweave.engine.memory import DeviceMemory, memory_of
+from stepweave.engine.module_state import ModuleState
 from stepweave.engine.planner import Planner
 from stepweave.engine.prompts import warned
 from stepweave.engine.queues import CallQueues
 from stepweave.engine.stats import Stats
 from stepweave.engine.textcache import EncoderCache
 from stepweave.engine.timing import clock_of
+from stepweave.engine.unshared import Unshared
 from stepweave.errors import Cancelled, DeadlineExceeded, StepweaveError
 from stepweave.scheduling.task import Demand
 
@@ -63,6 +66,7 @@ class StepLoop:
         self._crowd = Crowd(max_jobs)
         self._describer = Describer(digests)
         self.certificates = Certificates(digests, audit_every)
+        self.unshared = Unshared()
         self.cache = EncoderCache(digests, cache_bytes)
         self.memory = memory or memory_of(device)
         self._planner = planner
@@ -71,6 +75,7 @@ class StepLoop:
         )
         self._queues = CallQueues()
         self._waiting: dict[str, Job] = {}  # oldest first
+        self._as_found: list[tuple[dict[str, nn.Module], ModuleState]] = []  # to be put back when no job runs
         self._returned: deque[tuple[Active, Any]] = deque()  # fibers whose work elsewhere is done
         self._closing = False
         self._wake = threading.Condition()  # guards the three above
@@ -207,7 +212,8 @@ class StepLoop:
         job.start()
         if not self._active:
             self._exclusive = job.scope.takes_turns()
-        own = job.scope.wardrobe()
+        self._keep_as_found()
+        own = job.scope.own(job)
         if job.seed is not None and job.kwargs.get("generator") is None:  # the pipeline takes none
             own.append(DefaultRandom(job.seed, self._device))
         fiber = Fiber(lambda: self._call_pipeline(job), ambient.quiet(self._kinds), own)
@@ -275,6 +281,8 @@ class StepLoop:
     def _forward(self, calls: list[Call]) -> None:
         """Run calls of one key, merged if that is proven, and let their fibers go on."""
         verdict, chosen = self._forwarder.decide(calls)
+        if verdict is Verdict.ALONE:
+            self._note(calls)
         if len(chosen) < len(calls):
             self._planner.runs_alone(chosen[0])
         self._queues.take(chosen)
@@ -282,6 +290,74 @@ class StepLoop:
             call.owner.call = None
             call.owner.job.begin()
         self._forwarder.run(verdict, chosen)
+        for owner in self._forwarder.doubtful():
+            self._begin_anew(owner, "its steps were shared by calls that have turned out not to be")
+        watch = chosen[0].target.watch
+        if watch is not None and watch.found is not None and chosen[0].target.name not in self._scope.stateful:
+            self._take_turns(chosen[0])
+
+    def _note(self, calls: list[Call]) -> None:
+        """Count a call that runs alone though others are there, or that can have no company, and why."""
+        call = calls[0]
+        turns = self._scope.why_turns()
+        if call.apart[0]:
+            self.unshared.note(call.target.name, *call.apart)
+        elif turns:
+            name = call.target.name if call.target.name in turns else next(iter(turns))
+            self.unshared.calls[turns[name][0]] += 1
+        elif len(calls) > 1:
+            alone = self.certificates.of(call).alone
+            if alone is not None:
+                self.unshared.calls[alone[0]] += 1
+
+    def unshared_now(self) -> list[dict[str, str]]:
+        """What runs alone, or takes turns, and why."""
+        return self.unshared.listed(self.certificates.all(), self._scope.why_turns())
+
+    def _take_turns(self, call: Call) -> None:
+        """Have jobs run one at a time from now on, each on the module as it was before all of them; those that may have met what
+        another left in it begin anew."""
+        target, watch, owner = call.target, call.target.watch, call.owner
+        assert watch is not None
+        assert watch.found is not None
+        self._scope.stateful[target.name] = (target.module, watch.found)
+        kind = type(target.module).__name__
+        logger.warning("jobs run one at a time: %s (%s) keeps state: %s", target.name, kind, watch.found)
+        self._exclusive = bool(self._active)
+        if watch.initial is not None:
+            self._as_found.append(({target.name: target.module}, watch.initial))
+        others = [one for one in self._active.values() if one is not owner]
+        if watch.users - {id(owner)}:
+            others = list(self._active.values())
+        for active in sorted(others, key=lambda one: one.job.accepted, reverse=True):
+            self._begin_anew(active, f"{target.name} keeps state of other jobs")
+        self._put_back()
+
+    def _keep_as_found(self) -> None:
+        """Note what modules that keep state hold before a job."""
+        if not self._active and self._scope.stateful:
+            modules = {name: module for name, (module, _) in self._scope.stateful.items()}
+            self._as_found.append((modules, ModuleState(modules, keep=True)))
+
+    def _put_back(self) -> None:
+        """Have modules that keep state hold what they held before the job that has ended."""
+        while not self._active and self._as_found:
+            modules, before = self._as_found.pop()
+            before.change(ModuleState(modules, keep=True)).undo()
+
+    def _begin_anew(self, active: Active, reason: str) -> None:
+        """Have a job begin anew, if it can."""
+        if active.fiber not in self._active or active.evicted:
+            return
+        if not active.repeatable:
+            logger.warning("%r cannot begin anew, though %s", active.job, reason)
+            return
+        logger.info("%r begins anew: %s", active.job, reason)
+        active.evicted = True
+        if not active.elsewhere:
+            if active.call is not None:
+                self._queues.remove(active.call)
+            self._end(active, Ending())
 
     def _advance(self, active: Active, answer: Any) -> None:
         """Let a fiber go on with the answer to what it waited for; one that is starved waits for the others to end."""
@@ -300,6 +376,7 @@ class StepLoop:
         while True:
             if isinstance(request, Done):
                 del self._active[active.fiber]
+                self._put_back()
                 if active.evicted and active.job.ending() is None:
                     active.reset()
                     with self._wake:
@@ -314,7 +391,7 @@ class StepLoop:
                 self._advance(active, self._forwarder.relieve(request))
             else:
                 request.owner, request.task = active, active.job.task
-                known = self._look_up(request, active.job.reproducible)
+                known = self._look_up(request, active)
                 if known is not None:
                     request = active.fiber.resume(known)
                     continue
@@ -323,13 +400,18 @@ class StepLoop:
                 self._queues.add(request)
             return
 
-    def _look_up(self, call: Call, reproducible: bool) -> Any:
+    def _look_up(self, call: Call, active: Active) -> Any:
         """Describe a call; what its result is, if an encoder gave it before."""
         try:
             self._describer.describe(call)
             call.cache_key = self.cache.key(call)
-            if reproducible:  # no forward to share, and none of the results that came of a shared one
+            own = active.own_state()
+            if own is not None:  # the modules are others to this job
+                call.whole, call.own, call.cache_key = True, True, None
+                call.stand_alone(*own)
+            elif active.job.reproducible:  # no forward to share, and none of the results that came of a shared one
                 call.key, call.whole = object(), True
+                call.apart = ("reproducible", "a reproducible job shares no forwards")
                 call.cache_key = call.cache_key and ("reproducible", call.cache_key)
             return None if call.cache_key is None else self.cache.get(call.cache_key)
         except Exception:
@@ -344,6 +426,8 @@ class StepLoop:
             self._wake.notify()
 
     def _finish(self, job: Job, outcome: Any) -> None:
+        if not isinstance(outcome, BaseException):
+            job.scope.ended(job)
         self._planner.leave(job, succeeded=not isinstance(outcome, BaseException))
         if job.finish(outcome):
             self._stats.finished(job)

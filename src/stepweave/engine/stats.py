@@ -32,6 +32,7 @@ class Stats:
         self.jobs: Counter[str] = Counter()
         self.errors = 0
         self.proofs = 0
+        self.checks = 0
         self.retried = 0
         self.out_of_memory = 0
         self.divided = 0

@@ -188,6 +188,8 @@ def _modules(pipeline: Any) -> list[torch.nn.Module]:
 
 
 _SWAPS = r"set_attn_processor\(|\.processor = "
+_CASTS = r"if self\.vae\.config\.force_upcast"
+_HALVES = (torch.float16, torch.bfloat16)
 _SWITCHES = r"enable_fuser\(|register_forward_hook\("
 
 
@@ -212,10 +214,10 @@ def swaps_processors(pipeline: Any) -> bool:
     return hasattr(pipeline, "_set_pag_attn_processor")
 
 
-def swaps_state(pipeline: Any, *, apart: bool = False) -> bool:
+def swaps_state(pipeline: Any, *, apart: bool = False, casts: bool = True) -> bool:
     """Whether a call changes shared modules: attention processors that it swaps, an autoencoder that it casts and casts back.
 
-    With `apart` such processors are kept apart.
+    With `apart` such processors are kept apart; without `casts` autoencoders are.
     """
     pattern = _SWITCHES if apart else f"{_SWAPS}|{_SWITCHES}"
     if not apart and swaps_processors(pipeline) or _writes_to_modules(type(pipeline), pattern):  # type: ignore[arg-type]
@@ -223,10 +225,16 @@ def swaps_state(pipeline: Any, *, apart: bool = False) -> bool:
     for component in pipeline.components.values():
         if isinstance(component, BaseGuidance) and type(component).prepare_models is not BaseGuidance.prepare_models:
             return True
-    return any(
-        getattr(getattr(module, "config", None), "force_upcast", False) and module.dtype != torch.float32
+    return casts and any(
+        upcasts(module) and (module.dtype == torch.float16 or _writes_to_modules(type(pipeline), _CASTS))  # type: ignore[arg-type]
         for module in _modules(pipeline)
     )
+
+
+def upcasts(module: torch.nn.Module) -> bool:
+    """Whether a pipeline may cast an autoencoder to single precision for a while: to decode in float16, and, in pipelines that
+    begin with an image, to encode in any half precision."""
+    return bool(getattr(getattr(module, "config", None), "force_upcast", False)) and module.dtype in _HALVES
 
 
 def set_processor(attention: torch.nn.Module, processor: Any) -> None:

@@ -30,6 +30,10 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series fo
 
 Outcome = Literal["succeeded", "failed", "cancelled", "refused", "late", "invalid", "unavailable"]
 CERTIFICATE_STATES = ("certified", "pending", "failed")
+UNSHARED_REASONS = (
+    "state", "turns", "callback", "cast", "failed", "random", "writes_arguments", "must_be_equal", "too_alike", "not_finite",
+    "not_comparable", "reproducible", "error",
+)  # fmt: skip
 VRAM_KINDS = ("allocated", "reserved", "peak", "free", "total")
 STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -218,6 +222,13 @@ class EngineCollector(Collector):
             rows.add_metric([module], sum(count * number for number, count in by_rows.items()))
             calls.add_metric([module, "yes"], counts.merged_calls)
             calls.add_metric([module, "no"], counts.calls - counts.merged_calls)
+        unshared = CounterMetricFamily(
+            "stepweave_unshared_calls",
+            "Calls that ran alone though others waited, or because they must, by reason; /v1/models has the details.",
+            labels=["reason"],
+        )
+        for reason in UNSHARED_REASONS:
+            unshared.add_metric([reason], stats.unshared_calls.get(reason, 0) if stats else 0)
         lookups = CounterMetricFamily(
             "stepweave_encoder_cache_lookups", "Prompts looked up among remembered encodings.", labels=["result"]
         )
@@ -245,7 +256,7 @@ class EngineCollector(Collector):
             "The median error of the last predicted forwards, as a share of the prediction.",
         )
         error.add_metric([], stats.cost_error if stats else 0)
-        yield from (certificates, forwards, rows, calls, lookups, survived, unfit, backlog, error)
+        yield from (certificates, forwards, rows, calls, unshared, lookups, survived, unfit, backlog, error)
 
 
 class RefusalCollector(Collector):

@@ -1,0 +1,315 @@
+"""Runs calls both ways, merged and alone, without a trace in what they were given."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from stepweave.engine.call import Call
+from stepweave.engine.compare import effect, equal
+from stepweave.engine.evidence import EVIDENT, Span, ends, exchanged, filled, hull, scalars, span, units
+from stepweave.engine.given import Given
+from stepweave.engine.memory import ran_out
+from stepweave.engine.merge import cloned, copied, tensors
+from stepweave.engine.module_state import ModuleState
+from stepweave.engine.running import run_arguments, run_merged
+from stepweave.engine.state_watch import RandomStates, on_a_device
+
+POINTS = 8  # calls made up for one proof, at most, that are run merged
+
+
+@dataclass
+class Point:
+    """A call made up for a proof: another one with a different value in one place, and what it gave."""
+
+    call: Call
+    leaf: int | None  # the argument of few numbers that was changed
+    single: Any
+    merged: Any = None
+
+
+@dataclass
+class Proof:
+    """What came of running calls both ways."""
+
+    calls: Sequence[Call]  # that were merged
+    pair: tuple[Call, Call]  # those of them that were run alone, too
+    audit: bool
+    merged: list[Any] | Exception = field(default_factory=list)
+    singles: dict[int, Any] = field(default_factory=dict)  # of the pair, the first time, by `id` of the call
+    seconds: dict[int, Any] = field(default_factory=dict)  # the same, the second time
+    again: dict[int, Any] = field(default_factory=dict)  # right after that, where the device sums in any order
+    originals: dict[int, Call] = field(default_factory=dict)  # of the pair, with arguments that nobody writes to
+    copies: dict[int, list[Any] | None] = field(default_factory=dict)
+    points: list[Point] = field(default_factory=list)
+    merged_points: list[Point] = field(default_factory=list)  # those, and the first of the pair in their company
+    evident: dict[int, bool | None] = field(default_factory=dict)  # leaves: None if the result does not depend on them
+    spans: dict[int, Span] = field(default_factory=dict)  # of arguments of few numbers, what was tried
+    drew: bool = False  # random numbers
+    wrote: bool = False  # to its arguments
+    left: list[str] = field(default_factory=list)  # what differs in the module after one and after the other
+    failed: bool = False  # a single call did
+
+    def merged_of(self, call: Call) -> Any:
+        assert not isinstance(self.merged, Exception)
+        return self.merged[next(i for i, one in enumerate(self.calls) if one is call)]
+
+
+class Prover:
+    """Runs one proof's forwards. `kinds` as for run_merged."""
+
+    def __init__(self, kinds: tuple[str, ...], *, repeat: bool, most_rows: int) -> None:
+        self._kinds = kinds
+        self._repeat = repeat
+        self._most_rows = most_rows
+        self._runs = self._draws = 0
+        self.forwards = 0  # that served only the proof
+        self.wrote = False
+
+    def start(self, calls: Sequence[Call], pair: tuple[Call, Call], *, audit: bool) -> Proof:
+        """All that is run here; in a proof, the fibers run the calls of the pair themselves for the second time.
+
+        Memory that runs out is raised, as are the errors of single calls.
+        """
+        proof = Proof(calls, pair, audit)
+        module = calls[0].target.module
+        order = [*pair, *pair] if audit else list(pair)
+        merged_first = audit and random.random() < 0.5
+        if audit:
+            random.shuffle(order)
+        for call in pair:
+            proof.originals[id(call)] = dataclasses.replace(call, arguments=copied(call.arguments))
+        look = functools.partial(ModuleState, {calls[0].target.name: module}, keep=True)
+        before = look()
+        if merged_first:
+            self._merge(proof)
+        states: dict[int, ModuleState] = {}
+        for call in order:
+            output = self.alone(call)
+            after = states[id(call)] = look()
+            if len(states) == 1 and before.change(after):  # a table, made once and for all?
+                self.alone(call)
+                proof.left = after.change(look()).paths
+                if proof.left:
+                    return proof
+            if id(call) in proof.singles:
+                proof.seconds[id(call)] = output
+                continue
+            proof.singles[id(call)] = output
+            if on_a_device(output):
+                proof.again[id(call)] = self.alone(call)
+        a, b = pair
+        if a.rows == b.rows and a.ragged == b.ragged:
+            proof.left = proof.left or states[id(a)].change(states[id(b)]).paths
+        if not merged_first:
+            self._merge(proof)
+        if not audit and not isinstance(proof.merged, Exception) and not proof.left:
+            self._gather(proof)
+        proof.drew, proof.wrote = self.drew, self.wrote
+        return proof
+
+    @property
+    def drew(self) -> bool:
+        """Whether every run drew random numbers; if one or another seems to have, that was another thread."""
+        return self._runs > 0 and self._draws == self._runs
+
+    def alone(self, call: Call) -> Any:
+        """What a call gives by itself."""
+        arguments = copied(call.arguments)
+        given, own = Given(*arguments.values()), Given(*call.arguments.values())
+        with self._unnoticed(own):
+            output = cloned(run_arguments(call, arguments, self._kinds))
+        self.forwards += 1
+        # also what was written past the tensors' versions, through `.data` or numpy
+        self.wrote = self.wrote or given.wrote() or not equal(arguments, call.arguments)
+        return output
+
+    def together(self, calls: Sequence[Call]) -> list[Any]:
+        """What calls give in one forward."""
+        own = Given(*(value for call in calls for value in call.arguments.values()))
+        with self._unnoticed(own):
+            outputs = run_merged(calls, self._kinds, repeat=self._repeat, trial=True)
+        self.forwards += 1
+        return outputs
+
+    def copies(self, proof: Proof, call: Call) -> list[Any] | None:
+        """What a call gives in a batch of copies of itself, as large as the proof's; None if that raises."""
+        known = proof.copies.get(id(call), False)
+        if known is False:
+            rows = sum(one.rows for one in proof.calls)
+            count = max(2, min(-(-rows // call.rows), self._most_rows // call.rows))
+            try:
+                known = self.together([proof.originals[id(call)]] * count)
+            except Exception:
+                known = None
+            proof.copies[id(call)] = known
+        return known  # type: ignore[return-value]
+
+    def _unnoticed(self, own: Given) -> _Unnoticed:
+        return _Unnoticed(self, own)
+
+    def _merge(self, proof: Proof) -> None:
+        look = functools.partial(ModuleState, {proof.calls[0].target.name: proof.calls[0].target.module}, keep=True)
+        before = look()
+        try:
+            proof.merged = self.together(proof.calls)
+            after = look()
+            if before.change(after):
+                self.together(proof.calls)
+                proof.left = proof.left or after.change(look()).paths
+            self.forwards -= proof.audit  # which serves all, if it can
+        except Exception as error:
+            if ran_out(error):
+                raise
+            proof.merged = error.with_traceback(None)  # whose frames hold on to the memory
+
+    def _gather(self, proof: Proof) -> None:
+        """Evidence for the arguments in which the pair differs, and for those of few numbers."""
+        a, b = proof.pair
+        few = scalars(a)
+        for i in few:
+            self._try_ends(proof, i)
+        for unit in units(a):
+            i = unit[0]
+            if i in few or a.leaves[i][0] is a.sample or a.leaves[i] is a.sample:
+                continue
+            if any(_differ(a.leaves[j], b.leaves[j]) for j in unit):
+                evident = self._exchange(proof, unit)
+                proof.evident.update(dict.fromkeys(unit, evident))
+        for i in few:
+            if proof.evident.get(i) is None:
+                proof.evident[i] = self._elsewhere(proof, i)
+        self._merge_points(proof)
+
+    def _try_ends(self, proof: Proof, i: int) -> None:
+        """Run the first call with the ends of what an argument may be."""
+        a, b = proof.pair
+        values = [span(one, i) for one in proof.pair]
+        whole = not _is_float(a.leaves[i][0])
+        tried = ends(hull(values), whole)
+        known = set(values[0]) if values[0].width == 0 else set()
+        most: float | None = None
+        for number in dict.fromkeys(tried):
+            if number in known:
+                continue
+            point = self._point(filled(a, i, number), i)
+            if point is not None:
+                proof.points.append(point)
+                most = max(most or 0.0, self._effect(proof, point.single, a))
+        proof.spans[i] = hull([*values, *(Span(n, n) for n in tried if any(p.leaf == i for p in proof.points))])
+        proof.evident[i] = None if not most else most >= EVIDENT
+
+    def _exchange(self, proof: Proof, unit: tuple[int, ...]) -> bool | None:
+        """Whether the other's value of an argument would have changed the results of both; None if it changes nothing."""
+        effects = []
+        for call, other in (proof.pair, proof.pair[::-1]):
+            point = self._point(exchanged(call, other, unit), None)
+            if point is None:
+                return False
+            effects.append(self._effect(proof, point.single, call))
+        if min(effects) >= EVIDENT:
+            return True
+        found: list[float] = []
+        for base in [point for point in proof.points if point.leaf is not None][: POINTS // 2]:
+            point = self._point(exchanged(base.call, proof.pair[1], unit), None)
+            if point is not None:
+                found.append(effect(point.single, base.single, self._company(proof)))
+                if found[-1] >= EVIDENT:
+                    proof.points.append(point)
+        if any(one >= EVIDENT for one in found):
+            return True
+        return None if not any((*effects, *found)) else False
+
+    def _elsewhere(self, proof: Proof, i: int) -> bool | None:
+        """Whether an argument without effect has one where another of few numbers is at an end."""
+        found: list[float] = []
+        for base in [point for point in proof.points if point.leaf not in (None, i)][: POINTS // 2]:
+            for number in dict.fromkeys(proof.spans[i]):
+                point = self._point(filled(base.call, i, number), i)
+                if point is not None:
+                    found.append(effect(point.single, base.single, self._company(proof)))
+                    if found[-1] >= EVIDENT:
+                        proof.points.append(point)
+        return True if any(one >= EVIDENT for one in found) else None if not any(found) else False
+
+    def _point(self, call: Call, leaf: int | None) -> Point | None:
+        """A call made up, and its result; None if it raises or gives what is not finite: it was made up wrongly."""
+        try:
+            output = self.alone(call)
+        except Exception as error:
+            if ran_out(error):
+                raise
+            return None
+        return Point(call, leaf, output) if _finite(output) else None
+
+    def _effect(self, proof: Proof, changed: Any, call: Call) -> float:
+        return effect(changed, proof.singles[id(call)], self._company(proof))
+
+    def _company(self, proof: Proof) -> list[Any]:
+        return [proof.singles[id(one)] for one in proof.pair]
+
+    def _merge_points(self, proof: Proof) -> None:
+        """Run the calls that were made up, merged with the first."""
+        a = proof.pair[0]
+        del proof.points[POINTS:]
+        room = max(1, self._most_rows // a.rows - 1)
+        for start in range(0, len(proof.points), room):
+            batch = proof.points[start : start + room]
+            try:
+                outputs = self.together([a, *(point.call for point in batch)])
+            except Exception as error:
+                if ran_out(error):
+                    raise
+                outputs = [error] * (len(batch) + 1)
+            changed = {point.leaf for point in batch}
+            proof.merged_points += [Point(a, leaf, proof.singles[id(a)], outputs[0]) for leaf in changed]
+            for point, output in zip(batch, outputs[1:], strict=True):
+                point.merged = output
+                proof.merged_points.append(point)
+
+
+class _Unnoticed:
+    """What is run within it draws from no generator, as far as others can tell; and that it drew is noted."""
+
+    def __init__(self, prover: Prover, own: Given) -> None:
+        self._prover = prover
+        self._own = own
+
+    def __enter__(self) -> None:
+        self._states = RandomStates()
+
+    def __exit__(self, *_: object) -> None:
+        drew = self._own.drew()
+        self._own.put_back()
+        if self._states.changed():
+            drew = True
+            self._states.put_back()
+        self._prover._runs += 1
+        self._prover._draws += drew
+
+
+def _differ(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    if len(one) != len(other):
+        return True
+    return any(
+        not (a is b or (a.shape == b.shape and torch.equal(a, b))) if isinstance(a, torch.Tensor) else a != b
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def _is_float(value: Any) -> bool:
+    return value.is_floating_point() if isinstance(value, torch.Tensor) else isinstance(value, float)
+
+
+def _finite(output: Any) -> bool:
+    return all(bool(one.isfinite().all()) for one in _floats(output))
+
+
+def _floats(output: Any) -> Iterator[torch.Tensor]:
+    return (one for one in tensors(output) if one.is_floating_point())

@@ -1,0 +1,1 @@
+"""Random denoisers, harmful and harmless, that the engine must serve right whatever it decides."""
