@@ -28,9 +28,9 @@ from stepweave.loading.preset import Preset
 from stepweave.scheduling.cost import CostModel
 from stepweave.server import Server
 from tests.fake import FakePipeline
+from tests.waiting import SECONDS, wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
-READY_SECONDS = 60
 
 
 @pytest.fixture
@@ -78,13 +78,13 @@ class Served:
     process: subprocess.Popen[bytes]
     log: Path
 
-    def wait_until_ready(self, seconds: float = READY_SECONDS) -> None:
-        deadline = time.monotonic() + seconds
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + SECONDS
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 break
             with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/readyz").status_code == 200:
+                if httpx.get(f"{self.url}/readyz", timeout=SECONDS).status_code == 200:
                     return
             time.sleep(0.1)
         raise AssertionError(f"not ready: {self.log.read_text()}")
@@ -92,7 +92,7 @@ class Served:
     def stop(self) -> int:
         """SIGTERM, as the kubelet sends it; the exit status."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
+        return self.process.wait(SECONDS)
 
 
 @contextlib.contextmanager
@@ -141,6 +141,10 @@ class InProcess:
     def metric(self, name: str, **labels: str) -> float | None:
         return self.server.metrics.registry.get_sample_value(name, labels)
 
+    def until_metric(self, value: float, name: str, **labels: str) -> None:
+        """Wait for a metric to be `value`: what a thread counts, it may do a moment after the answer."""
+        wait_until(lambda: self.metric(name, **labels) == value)
+
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., InProcess]]:
@@ -159,11 +163,8 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., InProc
             client = stack.enter_context(TestClient(app, raise_server_exceptions=False))
             if ready:
                 server.start()
-                deadline = time.monotonic() + READY_SECONDS
-                while server.status.stage != "ready":
-                    assert server.status.stage != "failed", server.status.message
-                    assert time.monotonic() < deadline
-                    time.sleep(0.01)
+                wait_until(lambda: server.status.stage in ("ready", "failed"))
+                assert server.status.stage == "ready", server.status.message
             return InProcess(client, server, pipeline)
 
         yield make

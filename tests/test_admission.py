@@ -12,6 +12,7 @@ import pytest
 
 from stepweave.errors import Refused
 from tests.conftest import InProcess
+from tests.waiting import SECONDS
 
 Make = Callable[..., InProcess]
 
@@ -103,7 +104,7 @@ def test_too_long_a_wait_is_refused_with_the_time_to_come_back(in_process: Make)
     app.pipeline.record.pause = 0.0
     app.pipeline.record.release.set()
     for thread in threads:
-        thread.join(30)
+        thread.join(SECONDS)
     assert [answer.status_code for answer in answers] == [200]
     until(lambda: app.metric("stepweave_backlog_seconds") == 0)
     assert app.metric("stepweave_queue_seconds_count") == 10
@@ -130,7 +131,7 @@ def test_a_place_is_kept_for_one_who_waits_as_told(in_process: Make) -> None:
     admission._taken += 1
     app.pipeline.record.release.set()
     for thread in threads + more:
-        thread.join(30)
+        thread.join(SECONDS)
     assert [answer.status_code for answer in answers + mine] == [200, 200, 200]
 
 

@@ -24,6 +24,7 @@ from stepweave.model import ServedModel
 from tests.conftest import InProcess
 from tests.fake import FakePipeline
 from tests.tiny import FAMILIES
+from tests.waiting import SECONDS
 
 Make = Callable[..., InProcess]
 
@@ -288,7 +289,7 @@ def test_a_model_that_cannot_load_fails_readyz_and_livez(in_process: Make) -> No
     app = in_process(ready=False)
     app.server._load_pipeline = lambda *_: (NoPrompt(), Preset())
     app.server.start()
-    app.server._loader.join(30)
+    app.server._loader.join(SECONDS)
     for path in ("/readyz", "/livez"):
         response = app.client.get(path)
         assert response.status_code == 503
@@ -317,7 +318,7 @@ def test_beyond_the_queue_is_429_with_retry_after(in_process: Make) -> None:
     assert int(refused.headers["Retry-After"]) >= 1
     app.pipeline.record.release.set()
     for thread in threads:
-        thread.join(30)
+        thread.join(SECONDS)
     assert answers == [200, 200, 200]
     assert app.metric("stepweave_requests_in_flight") == 0
     assert app.metric("stepweave_requests_total", outcome="refused") == 1

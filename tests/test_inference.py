@@ -41,6 +41,7 @@ from stepweave.errors import BodyTooLarge, InvalidRequest
 from stepweave.server import Status
 from tests.conftest import InProcess
 from tests.fake import FakePipeline
+from tests.waiting import SECONDS
 
 Make = Callable[..., InProcess]
 INFER = "/v2/models/shapes/infer"
@@ -78,7 +79,7 @@ def outputs(answer: httpx.Response) -> dict[str, Any]:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + SECONDS
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -253,7 +254,7 @@ def test_the_pictures_of_a_request_are_made_at_once(in_process: Make) -> None:
     thread.start()
     wait_until(lambda: record.running == 3)
     record.release.set()
-    thread.join(20)
+    thread.join(SECONDS)
     assert not thread.is_alive()
 
 

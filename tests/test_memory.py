@@ -21,7 +21,8 @@ from stepweave.engine.merge import split
 from stepweave.errors import Cancelled, OutOfMemory
 from tests import tiny
 from tests.test_merge import Describing
-from tests.toy import CLOSE, SECONDS, STEPS, Forward, Toy, call, fresh, honest, module, serve, submit_together
+from tests.toy import CLOSE, STEPS, Forward, Toy, call, fresh, honest, module, serve, submit_together
+from tests.waiting import SECONDS
 
 SD15, SD3 = (tiny.FAMILIES[name] for name in ("stable_diffusion", "stable_diffusion_3"))
 

@@ -23,6 +23,7 @@ from stepweave.loading.sizes import nearest_size
 from stepweave.model import ServedModel
 from tests.conftest import InProcess
 from tests.fake import FakeEdits, FakePipeline
+from tests.waiting import SECONDS
 
 
 def test_a_preset_overrides_the_pipelines_defaults() -> None:
@@ -142,7 +143,7 @@ def test_an_edit_calls_the_sibling_with_pictures_of_the_size() -> None:
     assert [image.size for image in call["image"]] == [(40, 32)] * 2
     assert call["mask_image"].size == (40, 32) and call["strength"] == 0.5 and call["num_images_per_prompt"] == 2
     with StepEngine(model.pipeline, "off") as engine:
-        assert len(engine.submit(**call).result(60).images) == 2
+        assert len(engine.submit(**call).result(SECONDS).images) == 2
     call = model.call(model.resolve(prompt="x", sources=Sources(gradient())))
     assert call["pipeline"] is model.image_to_image
     assert call["strength"] == 0.6  # the sibling's own
@@ -220,7 +221,7 @@ def drawn(shapes: tuple[ServedModel, StepEngine], **arguments: Any) -> list[np.n
     """Its pictures, of floats in [0, 1]."""
     model, engine = shapes
     parameters = model.resolve(**{"num_inference_steps": 10, **arguments})
-    images = engine.submit(**model.call(parameters)).result(60).images
+    images = engine.submit(**model.call(parameters)).result(SECONDS).images
     return [np.asarray(image, float) / 255 for image in images]
 
 

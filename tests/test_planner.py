@@ -19,7 +19,8 @@ from stepweave.engine.planner import REPRICE_SECONDS
 from stepweave.errors import DeadlineExceeded
 from stepweave.scheduling.cost import CostModel
 from stepweave.scheduling.task import Key
-from tests.test_step_engine import SECONDS, Toy, held, seeded, toy, wait_until
+from tests.test_step_engine import Toy, held, seeded, toy
+from tests.waiting import SECONDS, wait_until
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 

@@ -38,6 +38,7 @@ from stepweave.scope import (
     make_view,
 )
 from tests import tiny
+from tests.waiting import SECONDS
 
 THREADS, REQUESTS = 8, 6
 PROMPTS = ["a red circle", "two small dogs on a very long road at night", "x", "blue"]
@@ -280,7 +281,7 @@ def test_one_tokenizer_lock_can_serve_two_pipelines() -> None:
             waiting = pool.submit(scoped.view().tokenizer, "a")
             time.sleep(0.05)
             assert not waiting.done()
-        assert waiting.result(10)
+        assert waiting.result(SECONDS)
 
 
 # --- what is copied, shared or refused ---
@@ -394,7 +395,7 @@ def test_calls_run_side_by_side_after_the_first_one_too() -> None:
     pipeline = family.build()
     scoped = RequestScopedPipeline(pipeline)
     scoped.generate(**family.arguments("x"))
-    both = threading.Barrier(2, timeout=30)
+    both = threading.Barrier(2, timeout=SECONDS)
     real = pipeline.transformer.forward
     pipeline.transformer.forward = lambda *args, **kwargs: (both.wait(), real(*args, **kwargs))[1]
     with ThreadPoolExecutor(2) as pool:

@@ -38,6 +38,7 @@ from benchmarks.serving.mix import DEADLINE, KINDS, Kind, Request, endless, pois
 from benchmarks.serving.report import Recorder
 from benchmarks.simulation.arrivals import read_trace
 from tests.conftest import ROOT
+from tests.waiting import SECONDS
 
 T = TypeVar("T")
 SOLO = {kind: 0.01 * kind.steps for kind in KINDS}
@@ -448,4 +449,4 @@ def test_the_client_imports_no_torch() -> None:
         "import sys; import benchmarks.serving.__main__;"
         "sys.exit(any(name in sys.modules for name in ('torch', 'diffusers', 'locust')))"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=SECONDS)

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 
 from stepweave.config import EMBEDDED_MODEL
 from tests.conftest import ROOT, clean_environment
+from tests.waiting import SECONDS
 from tools.shapes import evaluate
 from tools.shapes.checker import expected, look, wrong_parts
 from tools.shapes.networks import make_tokenizer
@@ -113,7 +114,7 @@ def test_training_resumes_where_it_stood(tmp_path: Path) -> None:
             "--autoencoder-steps", "1", "--scenes", "64", "--decoder-steps", "1", "--transformer-steps", str(transformer_steps),
         ]  # fmt: skip
         environment = clean_environment(OMP_NUM_THREADS="1")
-        subprocess.run(command, cwd=ROOT, check=True, env=environment, capture_output=True, timeout=240)
+        subprocess.run(command, cwd=ROOT, check=True, env=environment, capture_output=True, timeout=SECONDS)
         return target / "transformer" / "diffusion_pytorch_model.safetensors"
 
     whole = train("whole", 3)

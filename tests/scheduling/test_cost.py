@@ -33,7 +33,7 @@ def test_scheduling_imports_no_torch() -> None:
     modules = ("admission", "cost", "forecast", "policy", "profiles", "task")
     imports = ", ".join(f"stepweave.scheduling.{module}" for module in modules)
     code = f"import sys, {imports}; assert not {{'torch', 'numpy', 'diffusers'}} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=SECONDS)
 
 
 @given(SEEN)
