@@ -304,13 +304,8 @@ def test_beyond_the_queue_is_429_with_retry_after(in_process: Make) -> None:
     threads = [threading.Thread(target=lambda: answers.append(app.post().status_code)) for _ in range(3)]
     for thread in threads:
         thread.start()
-    deadline = threading.Event()
-    for _ in range(500):
-        if app.server.engine and app.metric("stepweave_requests_in_flight") == 3:
-            break
-        deadline.wait(0.01)
-    assert app.metric("stepweave_requests_in_flight") == 3
-    assert app.metric("stepweave_requests_waiting") == 2
+    app.until_metric(3, "stepweave_requests_in_flight")
+    app.until_metric(2, "stepweave_requests_waiting")  # the engine's thread takes the third a moment later
     refused = app.post()
     assert refused.status_code == 429
     assert refused.json()["error"]["type"] == "rate_limit_error"
@@ -320,8 +315,8 @@ def test_beyond_the_queue_is_429_with_retry_after(in_process: Make) -> None:
     for thread in threads:
         thread.join(SECONDS)
     assert answers == [200, 200, 200]
-    assert app.metric("stepweave_requests_in_flight") == 0
-    assert app.metric("stepweave_requests_total", outcome="refused") == 1
+    app.until_metric(0, "stepweave_requests_in_flight")
+    app.until_metric(1, "stepweave_requests_total", outcome="refused")
 
 
 def test_an_unknown_field_of_any_length_makes_a_short_answer(in_process: Make) -> None:
@@ -348,7 +343,7 @@ def test_a_client_that_leaves_while_it_sends_the_body_is_cancelled_not_failed(in
         }  # fmt: skip
         anyio.run(app.client.app, scope, receive, send)
     assert {message["status"] for message in sent if "status" in message} == {499}
-    assert app.metric("stepweave_requests_total", outcome="cancelled") == 2
+    app.until_metric(2, "stepweave_requests_total", outcome="cancelled")
     assert app.metric("stepweave_requests_total", outcome="failed") == 0
 
 

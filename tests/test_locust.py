@@ -210,7 +210,7 @@ def scripted() -> Iterator[tuple[str, type[Scripted]]]:
 def test_each_outcome_is_counted_apart(scripted: tuple[str, type[Scripted]], tmp_path: Path) -> None:
     url, _ = scripted
     result = run(
-        "--host", url, "--rates", "20", "--seconds", "1", "--steps", "1,2,3,4,5", "--drain", "4", "--out", str(tmp_path)
+        "--host", url, "--rates", "20", "--seconds", "1", "--steps", "1,2,3,4,5", "--drain", "8", "--out", str(tmp_path)
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     (stage,) = schedule([20], 1, 1, SIZES, [1, 2, 3, 4, 5])

@@ -252,9 +252,9 @@ class Prometheus:
         """The current values of an expression."""
         return [float(sample["value"][1]) for sample in self.get("query", query=expr)["result"]]
 
-    def wait_for(self, expr: str, seconds: float = 60) -> None:
+    def wait_for(self, expr: str) -> None:
         """Wait until an expression has a result."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + SECONDS
         while not self.values(expr):
             assert time.monotonic() < deadline, f"still empty: {expr}"
             time.sleep(0.25)
@@ -299,7 +299,7 @@ def prometheus(binaries: dict[str, str], served: Served, tmp_path: Path) -> Iter
             process.wait()
 
 
-def draw(served: Served, timeout: float = 60, **fields: Any) -> int:
+def draw(served: Served, timeout: float | httpx.Timeout = SECONDS, **fields: Any) -> int:
     body = {"prompt": "a small blue star", "num_inference_steps": 2, **fields}
     return httpx.post(f"{served.url}/v1/images/generations", json=body, timeout=timeout).status_code
 
@@ -317,7 +317,7 @@ def test_every_query_has_data_when_prometheus_scrapes_the_real_server(prometheus
     fields, image = {"prompt": "a small blue star", "num_inference_steps": "2"}, {"image": picture.getvalue()}
     assert httpx.post(f"{served.url}/v1/images/edits", data=fields, files=image, timeout=SECONDS).status_code == 200
     with pytest.raises(httpx.ReadTimeout):  # a client that leaves
-        draw(served, timeout=0.5, num_inference_steps=200, size="256x256")
+        draw(served, timeout=httpx.Timeout(SECONDS, read=0.5), num_inference_steps=200, size="256x256")
     for outcome in ("succeeded", "invalid", "cancelled"):
         prometheus.wait_for(f'rate(stepweave_requests_total{{outcome="{outcome}"}}[{WINDOW}]) > 0')
     prometheus.wait_for(f"rate(stepweave_steps_saved_total[{WINDOW}]) > 0")

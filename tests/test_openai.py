@@ -187,7 +187,7 @@ def test_curl_reads_events_and_saves_pictures(served: Served, drawing: Path) -> 
 
 
 def test_bentomls_client_streams_and_edits(served: Served, drawing: Path) -> None:
-    with bentoml.SyncHTTPClient(served.url) as client:
+    with bentoml.SyncHTTPClient(served.url, timeout=SECONDS) as client:
         told = "".join(client.generate_stream(prompt=PROMPT, partial_images=2, events="all"))
         assert told.count("event: image_generation.partial_image") == 2
         assert told.count("event: image_generation.completed") == 1
@@ -199,7 +199,7 @@ def test_bentomls_asynchronous_client(served: Served, drawing: Path) -> None:
     image = picture_of(drawing.read_bytes())
 
     async def use() -> tuple[Any, str, Any]:
-        async with bentoml.AsyncHTTPClient(served.url) as client:
+        async with bentoml.AsyncHTTPClient(served.url, timeout=SECONDS) as client:
             picture = await client.generate(prompt=PROMPT, seed=7)
             told = [chunk async for chunk in client.generate_stream(prompt=PROMPT)]
             edited = await client.edit(prompt=PROMPT, image=image, strength=0.2)

@@ -482,7 +482,7 @@ def test_rare_refusals_are_as_described(in_process: Make) -> None:
     answered(413, prompt="a" * 2000)
     answered(429, deadline_ms=1)
     app.pipeline.record.pause = 0.2
-    answered(504, deadline_ms=400)
+    answered(504, deadline_ms=2500)
     app.pipeline.record.error = RuntimeError("broken")
     answered(500)
     app.pipeline.record.error = OutOfMemory("Too large.")

@@ -125,7 +125,10 @@ async def test_the_place_in_the_queue_is_told_when_it_changes() -> None:
 async def test_the_first_event_comes_at_once() -> None:
     async with serving() as app:
         app.record.gated = True
-        with patch("stepweave.ticket.PLACE_SECONDS", 2 * SECONDS), patch("stepweave.ticket.SILENT_SECONDS", 2 * SECONDS):
+        with (
+            patch("stepweave.ticket.PLACE_SECONDS", 2 * SECONDS),
+            patch("stepweave.ticket.SILENT_SECONDS", 2 * SECONDS),
+        ):
             for _ in range(3):
                 answer = app.post(headers=VERBOSE)
                 await answer.until(lambda one: one.events)
