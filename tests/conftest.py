@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -31,6 +32,26 @@ from tests.fake import FakePipeline
 from tests.waiting import SECONDS, wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+# whose tests take long, and are dealt out one by one: no two of them need the same of what is slow to make
+APART = {"clients", "docs", "memory", "openapi", "pipelines", "restart", "schedulers", "scope", "server", "switches"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist, which reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say which tests run in one process, where there are several: those of the one real server, and mostly those of a module."""
+    for item in items:
+        if "served" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("served"))
+        elif item.get_closest_marker("full") is None and item.path.stem.removeprefix("test_") not in APART:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays, as nobody needs to find out again: where memory runs out, the engine collects garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

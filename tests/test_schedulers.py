@@ -110,6 +110,7 @@ def test_every_compatible_scheduler_in_one_batch() -> None:
     check(family, [(kind, {}) for kind in compatible(family)])
 
 
+@pytest.mark.full
 def test_two_prediction_types_in_one_batch() -> None:
     family, types = FAMILIES["stable_diffusion_xl"], ("epsilon", "v_prediction")
     kinds = compatible(family)

@@ -45,6 +45,7 @@ FAMILIES = [
     "stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "stable_diffusion_3_dynamic", "flux", "stable_cascade",
     "hunyuan_image",
 ]  # fmt: skip
+QUICK = {"stable_diffusion", "stable_diffusion_3", "flux"}
 
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -104,7 +105,9 @@ def scheduler_of(pipeline: Any, choice: Any) -> Any:
     return cls.from_config(pipeline.scheduler.config, **options)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=[pytest.mark.full]) for name in FAMILIES]
+)
 def test_threads_get_the_pictures_of_plain_calls_and_the_pipeline_stays_as_it_was(name: str, tmp_path: Path) -> None:
     family = tiny.FAMILIES[name]
     requests = requests_of(family)

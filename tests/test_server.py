@@ -243,7 +243,7 @@ def test_it_tells_how_far_loading_is_and_finishes_work_on_sigterm(tmp_path: Path
             stages.add(ready.json()["stage"])
         assert {"importing", "ready"} <= stages
         with ThreadPoolExecutor(1) as pool:
-            body = {"prompt": PROMPT, "num_inference_steps": 200, "size": "128x128"}
+            body = {"prompt": PROMPT, "num_inference_steps": 200}
             answer = pool.submit(httpx.post, f"{server.url}/generate", json=body, timeout=SECONDS)
             wait_until(lambda: metric(server.url, "stepweave_requests_in_flight") or answer.done())
             assert not answer.done()
@@ -270,7 +270,9 @@ def plain_pictures() -> list[tuple[dict[str, Any], np.ndarray]]:
     return pairs
 
 
-@pytest.mark.parametrize("batching", ["step", "request", "threads"])
+@pytest.mark.parametrize(
+    "batching", ["step", *(pytest.param(mode, marks=[pytest.mark.full]) for mode in ("request", "threads"))]
+)
 def test_pictures_made_together_are_those_of_diffusers_own_call(
     served: Served, plain_pictures: list[tuple[dict[str, Any], np.ndarray]], tmp_path: Path, batching: str
 ) -> None:

@@ -140,16 +140,18 @@ def test_the_card_holds_the_evaluation() -> None:
     assert f"| {evaluate.GUIDANCE:g} |" in table
 
 
-def check_quality(pipeline: StableDiffusion3Pipeline, count: int, seed: int) -> None:
+def check_quality(
+    pipeline: StableDiffusion3Pipeline, count: int, seed: int, colours: float = 98, whole: float = 90
+) -> None:
     rng = random.Random(seed)
     prompts = [evaluate.random_prompt(rng) for _ in range(count)]
     shares = evaluate.score(evaluate.generate(pipeline, prompts), prompts)
-    assert shares["colours"] >= 98, shares
-    assert shares["whole"] >= 90, shares
+    assert shares["colours"] >= colours, shares
+    assert shares["whole"] >= whole, shares
 
 
 def test_pictures_obey_their_prompts(pipeline: StableDiffusion3Pipeline) -> None:
-    check_quality(pipeline, 100, seed=1)
+    check_quality(pipeline, 20, seed=1, colours=90, whole=80)  # two pictures may be wrong, and four
 
 
 @pytest.mark.full
@@ -157,11 +159,14 @@ def test_pictures_obey_their_prompts_in_the_evaluation(pipeline: StableDiffusion
     check_quality(pipeline, 400, seed=7)
 
 
-def test_guidance_and_negative_prompt_change_the_picture_as_they_should(pipeline: StableDiffusion3Pipeline) -> None:
-    without, negated = evaluate.negative_prompts(pipeline, each=4)
+@pytest.mark.parametrize(("each", "count"), [(1, 8), pytest.param(4, 40, marks=[pytest.mark.full])])
+def test_guidance_and_negative_prompt_change_the_picture_as_they_should(
+    pipeline: StableDiffusion3Pipeline, each: int, count: int
+) -> None:
+    without, negated = evaluate.negative_prompts(pipeline, each=each)
     assert negated <= without / 2
     rng = random.Random(3)
-    prompts = [evaluate.random_prompt(rng) for _ in range(40)]
+    prompts = [evaluate.random_prompt(rng) for _ in range(count)]
     none, guided = (
         evaluate.score(evaluate.generate(pipeline, prompts, guidance=guidance), prompts)["whole"]
         for guidance in (0.5, 2.0)
@@ -169,6 +174,7 @@ def test_guidance_and_negative_prompt_change_the_picture_as_they_should(pipeline
     assert none < guided
 
 
+@pytest.mark.full
 def test_missing_parts_are_tolerated(pipeline: StableDiffusion3Pipeline) -> None:
     rng = random.Random(1)
     prompts = [evaluate.partial_prompt(rng) for _ in range(40)]

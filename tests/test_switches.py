@@ -69,6 +69,7 @@ def assert_company_agrees(pipeline: Any, family: Family, expected: list[np.ndarr
 
 
 # torch 2.13 itself calls what it deprecates, when its compiler is imported
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_a_compiled_unet_merges_and_draws_the_same() -> None:
     """For real, with inductor: some 20 s of compiling on two cores, unless torch has it in its cache."""
