@@ -22,7 +22,7 @@ from stepweave.errors import Cancelled, OutOfMemory
 from tests import tiny
 from tests.test_merge import Describing
 from tests.toy import CLOSE, STEPS, Forward, Toy, call, fresh, honest, module, serve, submit_together
-from tests.waiting import SECONDS
+from tests.waiting import SECONDS, wait_until
 
 SD15, SD3 = (tiny.FAMILIES[name] for name in ("stable_diffusion", "stable_diffusion_3"))
 
@@ -274,7 +274,7 @@ def test_a_job_that_cannot_fit_gets_an_error_of_its_own(error: Callable[[], Exce
             large.result(SECONDS)
         small = engine.submit(**fresh(call(1)))
         assert torch.equal(small.result(SECONDS), plain(call(1)))
-        assert engine.stats().unfit == 1
+        wait_until(lambda: engine.stats().unfit == 1)
     assert caught.value.code == "out_of_memory"
 
 

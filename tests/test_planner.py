@@ -420,4 +420,4 @@ def test_an_error_where_steps_are_told_costs_no_job() -> None:
     for mode in ("step", "off"):
         with StepEngine(toy(), mode, on_step=fail) as engine:
             assert engine.submit(**seeded()).result(SECONDS)
-            assert engine.stats().jobs == {"succeeded": 1}
+            wait_until(lambda engine=engine: engine.stats().jobs == {"succeeded": 1})

@@ -905,7 +905,7 @@ class TestDirectory:
 
             with state_directory(sys.argv[1]):
                 print("locked", flush=True)
-                time.sleep(60)
+                time.sleep(600)
         """
         with spawn(script, str(tmp_path)) as process:
             assert process.stdout is not None
@@ -938,7 +938,7 @@ class TestDirectory:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
             context = state_directory(None)
             print(context.__enter__(), flush=True)
-            time.sleep(60)
+            time.sleep(600)
         """
         with spawn(script) as process:
             assert process.stdout is not None
