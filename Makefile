@@ -17,7 +17,7 @@ test test-full: export OMP_NUM_THREADS = 1
 test test-full: export LOKY_MAX_CPU_COUNT = 1
 test test-full: export OMP_WAIT_POLICY = passive
 test: .venv/dev.stamp .venv-clients/stamp
-	$(BIN)/pytest -m "not full and not gpu" --numprocesses 2 --dist loadgroup
+	$(BIN)/pytest -m "not full and not gpu" --numprocesses 2 --dist loadscope
 
 # All that `test` leaves out, too, in parts (tests/parts.py): within 100 minutes on two cores. Interrupted, it goes on with the
 # parts that have not passed, unless a file has changed. Or one of them: make test-full PART=pipelines

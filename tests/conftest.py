@@ -21,6 +21,7 @@ import psutil
 import pytest
 import torch
 from starlette.testclient import TestClient
+from xdist.scheduler import LoadScopeScheduling
 
 from stepweave.api.http import Api
 from stepweave.api.middleware import ContractMiddleware
@@ -34,18 +35,28 @@ from tests.waiting import SECONDS, wait_until
 ROOT = Path(__file__).resolve().parents[1]
 
 
-# whose tests take long, and are dealt out one by one: no two of them need the same of what is slow to make
-APART = {"clients", "docs", "memory", "openapi", "pipelines", "restart", "schedulers", "scope", "server", "switches"}
+# modules whose tests ask the one real server, and those whose tests take long and are dealt out one by one
+SERVED = {"clients", "legacy", "locust", "monitoring", "openai", "openapi", "server", "streams"}
+APART = {"docs", "memory", "pipelines", "restart", "schedulers", "scope", "starts", "switches"}
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist, which reads the groups
+class Scheduling(LoadScopeScheduling):
+    """Which tests run in one process, of several: those of the real server, and those of a module but for the slow ones."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.partition("::")[0]
+        name = Path(path).stem.removeprefix("test_")
+        full = self.config.option.markexpr.startswith("full")
+        return "served" if name in SERVED and not full else nodeid if name in APART or full else path
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say which tests run in one process, where there are several: those of the one real server, and mostly those of a module."""
-    for item in items:
-        if "served" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("served"))
-        elif item.get_closest_marker("full") is None and item.path.stem.removeprefix("test_") not in APART:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    asking = {item.path.stem.removeprefix("test_") for item in items if "served" in getattr(item, "fixturenames", ())}
+    assert asking <= SERVED, f"conftest.SERVED lacks {', '.join(asking - SERVED)}: a second server would be started"
 
 
 def pytest_collection_finish() -> None:

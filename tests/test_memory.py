@@ -686,7 +686,7 @@ def test_whatever_runs_out_whenever_results_are_right_and_none_is_lost(seed: int
 
 
 @pytest.mark.full
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 @settings(max_examples=2000, deadline=None)
 @given(seed=st.integers(0, 1_000_000), jobs=st.integers(1, 12), share=st.floats(0, 1))
 def test_thousands_of_faults(seed: int, jobs: int, share: float) -> None:

@@ -454,7 +454,7 @@ def every(cases: Iterable[Any], most: int) -> list[Any]:
 
 @pytest.mark.parametrize(
     ("examples", "coverage", "least"),
-    [(3, 4, 300), pytest.param(32, 24, 2000, marks=[pytest.mark.full, pytest.mark.timeout(900)])],
+    [(3, 4, 300), pytest.param(24, 16, 1500, marks=[pytest.mark.full, pytest.mark.timeout(3600)])],
 )
 def test_a_fuzzer_finds_no_answer_that_is_not_described(
     in_process: Make, examples: int, coverage: int, least: int

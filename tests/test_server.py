@@ -9,8 +9,6 @@ import json
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ import torch
 from PIL import Image
 
 from stepweave.config import EMBEDDED_MODEL
-from tests.conftest import ROOT, Served, clean_environment, free_port, serve
+from tests.conftest import ROOT, Served, clean_environment, serve
 from tests.waiting import SECONDS, wait_until
 from tools.shapes.checker import SHAPE_WORDS as SHAPES
 from tools.shapes.checker import wrong_parts
@@ -225,33 +223,6 @@ def test_a_client_that_leaves_ends_its_job(served: Served, path: str) -> None:
     wait_until(lambda: metric(served.url, "stepweave_requests_in_flight") == 0)
 
 
-def test_it_tells_how_far_loading_is_and_finishes_work_on_sigterm(tmp_path: Path) -> None:
-    with serve(tmp_path / "log.txt", STEPWEAVE_GRACE=f"{SECONDS:g}") as server:
-        stages = set()
-        deadline = time.monotonic() + SECONDS
-        while "ready" not in stages and time.monotonic() < deadline:
-            try:
-                live, ready = (
-                    httpx.get(f"{server.url}/livez", timeout=SECONDS),
-                    httpx.get(f"{server.url}/readyz", timeout=SECONDS),
-                )
-            except httpx.TransportError:
-                time.sleep(0.05)
-                continue
-            assert live.status_code == 200
-            assert ready.status_code == (200 if ready.json()["stage"] == "ready" else 503)
-            stages.add(ready.json()["stage"])
-        assert {"importing", "ready"} <= stages
-        with ThreadPoolExecutor(1) as pool:
-            body = {"prompt": PROMPT, "num_inference_steps": 200}
-            answer = pool.submit(httpx.post, f"{server.url}/generate", json=body, timeout=SECONDS)
-            wait_until(lambda: metric(server.url, "stepweave_requests_in_flight") or answer.done())
-            assert not answer.done()
-            assert server.stop() == 0
-            assert answer.result(SECONDS).status_code == 200
-        assert "Traceback" not in server.log.read_text()
-
-
 @pytest.fixture(scope="module")
 def plain_pictures() -> list[tuple[dict[str, Any], np.ndarray]]:
     """Bodies of requests that differ in everything, and the picture of diffusers' own call for each."""
@@ -309,65 +280,3 @@ def test_steps_are_shared_and_the_certificates_are_shown(served: Served) -> None
     certified = [one["call"] for one in model["stepweave"]["certificates"] if one["state"] == "certified"]
     assert set(certified) == {"text_encoder", "text_encoder_2", "transformer", "vae.encode", "vae.decode"}
     assert metric(served.url, 'stepweave_certificates{state="certified"}') == len(certified)
-
-
-def start_and_fail(**settings: str) -> tuple[int, str]:
-    command = [str(Path(sys.executable).with_name("bentoml")), "serve", "service.py", "--port", str(free_port())]
-    ended = subprocess.run(
-        command, cwd=ROOT, env=clean_environment(**settings), capture_output=True, text=True, timeout=SECONDS
-    )
-    return ended.returncode, ended.stdout + ended.stderr
-
-
-def test_a_wrong_setting_stops_the_start_with_its_name_and_value() -> None:
-    status, output = start_and_fail(STEPWEAVE_MAX_STEPS="lots")
-    assert status != 0
-    assert "STEPWEAVE_MAX_STEPS='lots'" in output
-    assert "Traceback" not in output
-
-
-def test_a_model_that_cannot_be_loaded_says_so(tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    with serve(tmp_path / "log.txt", STEPWEAVE_MODEL=str(tmp_path / "model")) as server:
-        deadline = time.monotonic() + SECONDS
-        while time.monotonic() < deadline:
-            try:
-                response = httpx.get(f"{server.url}/readyz", timeout=SECONDS)
-            except httpx.TransportError:
-                response = None
-            if response is not None and response.json()["stage"] == "failed":
-                break
-            time.sleep(0.1)
-        assert response is not None
-        assert response.status_code == httpx.get(f"{server.url}/livez", timeout=SECONDS).status_code == 503
-        assert "cannot be loaded" in response.json()["error"]["message"]
-
-
-@pytest.fixture(scope="module")
-def bento(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
-    home = tmp_path_factory.mktemp("bentoml")
-    built = subprocess.run(
-        [str(Path(sys.executable).with_name("bentoml")), "build", "--output", "tag"],
-        cwd=ROOT, env=clean_environment(BENTOML_HOME=str(home)), capture_output=True, text=True, timeout=SECONDS,
-    )  # fmt: skip
-    assert built.returncode == 0, built.stderr
-    (tag,) = re.findall(r"stepweave:\w+", built.stdout)
-    yield home, tag
-
-
-def test_the_built_bento_serves_from_an_empty_directory(bento: tuple[Path, str], tmp_path: Path) -> None:
-    home, tag = bento
-    (tmp_path / "empty").mkdir()
-    (folder,) = (home / "bentos" / "stepweave").glob("*/")
-    assert not list(folder.rglob("*.pt"))
-    assert (folder / "src" / "models" / "shapes" / "transformer").is_dir()
-    assert "torch==" in (folder / "env" / "python" / "requirements.txt").read_text()
-    preset = folder / "src" / "models" / "shapes" / "stepweave.json"
-    preset.write_text(preset.read_text().replace('"shapes"', '"copy-in-the-bento"'))
-    with serve(tmp_path / "log.txt", tag, tmp_path / "empty", BENTOML_HOME=str(home), PYTHONPATH="") as server:
-        server.wait_until_ready()
-        response = httpx.post(f"{server.url}/generate", json={"prompt": PROMPT, "seed": 7}, timeout=SECONDS)
-        assert wrong_parts(Image.open(io.BytesIO(response.content)), PROMPT) == []
-        # its own copy, not the one this test runs from
-        assert httpx.get(f"{server.url}/v1/models", timeout=SECONDS).json()["data"][0]["id"] == "copy-in-the-bento"
-        assert server.stop() == 0
