@@ -56,7 +56,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     asking = {item.path.stem.removeprefix("test_") for item in items if "served" in getattr(item, "fixturenames", ())}
-    assert asking <= SERVED, f"conftest.SERVED lacks {', '.join(asking - SERVED)}: a second server would be started"
+    if missing := asking - SERVED:
+        raise pytest.UsageError(f"conftest.SERVED lacks {', '.join(missing)}: a second server would be started")
 
 
 def pytest_collection_finish() -> None:
