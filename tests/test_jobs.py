@@ -70,9 +70,9 @@ async def test_a_job_is_accepted_runs_and_has_its_result() -> None:
         assert answer.headers["preference-applied"] == "respond-async"
         assert {"state", "position", "eta_seconds"} <= set(job)
         assert (job["object"], job["kind"], job["result"], job["error"]) == ("job", "generation", None, None)
+        running = await app.until_state(job["id"], "running")
         waiting = (await app.post(headers=LATER).done()).json()
         assert (waiting["state"], waiting["position"], waiting["step"]) == ("queued", 1, 0)
-        running = await app.until_state(job["id"], "running")
         assert (running["step"], running["total_steps"], running["position"]) == (0, 5, None)
         steps = [0]
         for step in (1, 2, 3):
@@ -731,6 +731,7 @@ async def test_events_from_the_middle_and_after_the_end() -> None:
     async with serving() as app:
         app.record.gated = True
         id = await later(app, num_inference_steps=30)
+        await app.until_state(id, "running")
         queued = await later(app, n=2)
         waiting = app.send("GET", f"/v1/jobs/{queued}/events")
         await waiting.until(lambda one: one.names == ["stepweave.queued"])

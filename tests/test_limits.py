@@ -277,6 +277,7 @@ async def test_the_head_of_a_stream_is_answered_at_once() -> None:
             "text/event-stream; charset=utf-8",
             b"",
         )
+        assert await app.until_state(job, "running", "succeeded", "cancelled", "failed")
         assert (await app.job(job))["state"] == "running", "a look at it ends nothing"
 
 
