@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # modules whose tests ask the one real server, and those whose tests take long and are dealt out one by one
 SERVED = {"clients", "legacy", "locust", "monitoring", "openai", "openapi", "server", "streams"}
-APART = {"docs", "memory", "pipelines", "restart", "schedulers", "scope", "starts", "switches"}
+APART = {"docs", "pipelines", "restart", "schedulers", "scope", "starts", "switches"}
 
 
 class Scheduling(LoadScopeScheduling):
@@ -60,8 +60,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         raise pytest.UsageError(f"conftest.SERVED lacks {', '.join(missing)}: a second server would be started")
 
 
-def pytest_collection_finish() -> None:
-    """What is there now stays, as nobody needs to find out again: where memory runs out, the engine collects garbage."""
+@pytest.fixture(scope="module")
+def quick_garbage() -> None:
+    """What is there now stays, as nobody needs to find out again: where memory runs out, the engine collects garbage, and of all
+    that the tests before have imported and built that takes most of a second."""
     gc.collect()
     gc.freeze()
 

@@ -27,7 +27,7 @@ from tests.waiting import SECONDS, wait_until
 SD15, SD3 = (tiny.FAMILIES[name] for name in ("stable_diffusion", "stable_diffusion_3"))
 
 
-pytestmark = pytest.mark.usefixtures("every_row_pays")
+pytestmark = pytest.mark.usefixtures("every_row_pays", "quick_garbage")
 
 
 def fits(rows: int, error: Callable[[], Exception] = torch.OutOfMemoryError) -> Forward:
