@@ -13,14 +13,16 @@ serve: .venv/serve.stamp
 	$(BIN)/bentoml serve service.py --port $(PORT)
 
 # Two processes of tests on two cores: a thread of torch each, and none that spins while it waits
-test: export OMP_NUM_THREADS = 1
-test: export LOKY_MAX_CPU_COUNT = 1
+test test-full: export OMP_NUM_THREADS = 1
+test test-full: export LOKY_MAX_CPU_COUNT = 1
 test test-full: export OMP_WAIT_POLICY = passive
 test: .venv/dev.stamp .venv-clients/stamp
-	$(BIN)/pytest -m "not full and not gpu" --numprocesses 2 --dist loadfile
+	$(BIN)/pytest -m "not full and not gpu" --numprocesses 2 --dist loadscope
 
+# All that `test` leaves out, too, in parts (tests/parts.py): within 100 minutes on two cores. Interrupted, it goes on with the
+# parts that have not passed, unless a file has changed. Or one of them: make test-full PART=pipelines
 test-full: .venv/dev.stamp .venv-clients/stamp
-	$(BIN)/pytest -m "not gpu"
+	$(BIN)/python -m tests.parts $(PART)
 
 # On a GPU, or in small on the CPU. With BIN=/usr/bin, say, they take what is installed there and install nothing.
 test-gpu bench-gpu: export PYTHONPATH := src$(if $(PYTHONPATH),:$(PYTHONPATH))

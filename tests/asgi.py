@@ -26,9 +26,9 @@ from stepweave.loading.preset import Preset
 from stepweave.server import Server
 from tests.conftest import clean_environment
 from tests.fake import FakePipeline, Record
+from tests.waiting import SECONDS
 
 GENERATIONS = "/v1/images/generations"
-SECONDS = 10.0  # that anything may take
 
 
 class Event(NamedTuple):
@@ -200,6 +200,18 @@ class App:
             while not found():  # noqa: ASYNC110
                 await asyncio.sleep(0.002)
 
+    async def leave(self, exchange: Exchange) -> None:
+        """Have the client of a gated job leave; from then on steps are free to run."""
+        leaving = asyncio.ensure_future(exchange.leave())
+        await self.told_to_end()
+        self.record.release.set()
+        await leaving
+
+    async def told_to_end(self) -> None:
+        """Wait until every job has been told to end. One that is gated can do so no sooner than at its next step."""
+        tickets = self.server.tickets
+        await self.until(lambda: all(one.job.done() or one.job._cancelled for one in tickets.values()))
+
     def outcomes(self) -> dict[str, int]:
         """Requests that were counted, by outcome."""
         samples = next(iter(self.server.metrics.requests.collect())).samples
@@ -232,7 +244,7 @@ async def started(pipeline: Any = None, **settings: Any) -> AsyncIterator[App]:
     server = Server(made, load=lambda *_: (fake, Preset()))
     server.start()
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(SECONDS):
             while server.status.stage != "ready":
                 assert server.status.stage != "failed", server.status.message
                 await asyncio.sleep(0.002)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -20,6 +21,7 @@ import psutil
 import pytest
 import torch
 from starlette.testclient import TestClient
+from xdist.scheduler import LoadScopeScheduling
 
 from stepweave.api.http import Api
 from stepweave.api.middleware import ContractMiddleware
@@ -28,9 +30,42 @@ from stepweave.loading.preset import Preset
 from stepweave.scheduling.cost import CostModel
 from stepweave.server import Server
 from tests.fake import FakePipeline
+from tests.waiting import SECONDS, wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
-READY_SECONDS = 60
+
+
+# modules whose tests ask the one real server, and those whose tests take long and are dealt out one by one
+SERVED = {"clients", "legacy", "locust", "monitoring", "openai", "openapi", "server", "streams"}
+APART = {"docs", "pipelines", "restart", "schedulers", "scope", "starts", "switches"}
+
+
+class Scheduling(LoadScopeScheduling):
+    """Which tests run in one process, of several: those of the real server, and those of a module but for the slow ones."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.partition("::")[0]
+        name = Path(path).stem.removeprefix("test_")
+        full = self.config.option.markexpr.startswith("full")
+        return "served" if name in SERVED and not full else nodeid if name in APART or full else path
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    asking = {item.path.stem.removeprefix("test_") for item in items if "served" in getattr(item, "fixturenames", ())}
+    if missing := asking - SERVED:
+        raise pytest.UsageError(f"conftest.SERVED lacks {', '.join(missing)}: a second server would be started")
+
+
+@pytest.fixture(scope="module")
+def quick_garbage() -> None:
+    """What is there now stays, as nobody needs to find out again: where memory runs out, the engine collects garbage, and of all
+    that the tests before have imported and built that takes most of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
@@ -78,13 +113,13 @@ class Served:
     process: subprocess.Popen[bytes]
     log: Path
 
-    def wait_until_ready(self, seconds: float = READY_SECONDS) -> None:
-        deadline = time.monotonic() + seconds
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + SECONDS
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 break
             with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/readyz").status_code == 200:
+                if httpx.get(f"{self.url}/readyz", timeout=SECONDS).status_code == 200:
                     return
             time.sleep(0.1)
         raise AssertionError(f"not ready: {self.log.read_text()}")
@@ -92,7 +127,7 @@ class Served:
     def stop(self) -> int:
         """SIGTERM, as the kubelet sends it; the exit status."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
+        return self.process.wait(SECONDS)
 
 
 @contextlib.contextmanager
@@ -141,6 +176,10 @@ class InProcess:
     def metric(self, name: str, **labels: str) -> float | None:
         return self.server.metrics.registry.get_sample_value(name, labels)
 
+    def until_metric(self, value: float, name: str, **labels: str) -> None:
+        """Wait for a metric to be `value`: what a thread counts, it may do a moment after the answer."""
+        wait_until(lambda: self.metric(name, **labels) == value)
+
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., InProcess]]:
@@ -159,11 +198,8 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., InProc
             client = stack.enter_context(TestClient(app, raise_server_exceptions=False))
             if ready:
                 server.start()
-                deadline = time.monotonic() + READY_SECONDS
-                while server.status.stage != "ready":
-                    assert server.status.stage != "failed", server.status.message
-                    assert time.monotonic() < deadline
-                    time.sleep(0.01)
+                wait_until(lambda: server.status.stage in ("ready", "failed"))
+                assert server.status.stage == "ready", server.status.message
             return InProcess(client, server, pipeline)
 
         yield make

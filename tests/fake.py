@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from tests.waiting import SECONDS
+
 
 class Record:
     """What happened and what shall happen; views share it, since it copies as itself."""
@@ -23,12 +25,35 @@ class Record:
         self.most_running = 0
         self.error: Exception | None = None
         self.pause = 0.0  # seconds of a step
-        self.gated = False  # with True every step waits for `release`
+        self.gated = False  # with True every step waits for `release`, or for an `allow`
         self.started = threading.Event()
         self.release = threading.Event()
+        self._allowed = threading.Semaphore(0)
+        self._counting = threading.Lock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Record:
         return self
+
+    def allow(self, steps: int) -> None:
+        """Let so many steps go on that are gated; the next one waits."""
+        self._allowed.release(steps)
+
+    def step(self) -> None:
+        self.started.set()
+        end = time.monotonic() + SECONDS
+        while self.gated and not self.release.is_set() and not self._allowed.acquire(timeout=0.005):
+            assert time.monotonic() < end
+        time.sleep(self.pause)
+        if self.error is not None:
+            raise self.error
+        with self._counting:
+            self.steps_run += 1
+
+    def run(self, by: int) -> None:
+        """Count a call that begins, or ends."""
+        with self._counting:
+            self.running += by
+            self.most_running = max(self.most_running, self.running)
 
 
 class FakePipeline:
@@ -70,26 +95,15 @@ class FakePipeline:
         record.calls.append({name: value for name, value in locals().items() if name != "self"})
         assert height and width and generator and len(generator) == num_images_per_prompt
         pixels = [torch.randint(0, 256, (height, width, 3), generator=one, dtype=torch.uint8) for one in generator]
-        record.running += 1
-        record.most_running = max(record.most_running, record.running)
+        record.run(1)
         try:
             with self.progress_bar(total=num_inference_steps) as bar:
                 for _ in range(num_inference_steps):
-                    self._step()
+                    record.step()
                     bar.update()
         finally:
-            record.running -= 1
+            record.run(-1)
         return SimpleNamespace(images=[Image.fromarray(np.asarray(one)) for one in pixels])
-
-    def _step(self) -> None:
-        record = self.record
-        record.started.set()
-        if record.gated:
-            assert record.release.wait(60)
-        time.sleep(record.pause)
-        if record.error is not None:
-            raise record.error
-        record.steps_run += 1
 
 
 class FakeEdits(FakePipeline):

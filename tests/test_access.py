@@ -16,6 +16,7 @@ from starlette.requests import Request
 from stepweave.api.answers import accepted, wants_picture, wants_stream, wants_to_come_back
 from tests.asgi import GENERATIONS, App, serving
 from tests.fake import FakePipeline
+from tests.waiting import SECONDS
 
 pytestmark = pytest.mark.anyio
 
@@ -383,7 +384,7 @@ async def test_after_the_grace_period_what_is_left_ends() -> None:
 async def test_the_end_waits_for_the_grace_period_and_not_longer(tmp_path: Path) -> None:
     async with draining(grace=0.05, state_dir=str(tmp_path)) as (app, stream, _):
         asyncio.get_running_loop().call_later(0.15, app.record.release.set)
-        await asyncio.wait_for(app.server.shut_down(), 10)
+        await asyncio.wait_for(app.server.shut_down(), SECONDS)
         assert app.server.status.stage == "closed"
         assert (await stream.done()).names == ["error"]
         assert app.record.steps_run <= 1

@@ -12,6 +12,7 @@ import pytest
 
 from stepweave.errors import Refused
 from tests.conftest import InProcess
+from tests.waiting import SECONDS, wait_until
 
 Make = Callable[..., InProcess]
 
@@ -22,15 +23,6 @@ def in_background(app: InProcess, count: int, **fields: Any) -> tuple[list[threa
     for thread in threads:
         thread.start()
     return threads, answers
-
-
-def until(condition: Callable[[], bool]) -> None:
-    pause = threading.Event()
-    for _ in range(1000):
-        if condition():
-            return
-        pause.wait(0.01)
-    raise AssertionError("it did not happen")
 
 
 def learn(app: InProcess, pause: float) -> None:
@@ -76,15 +68,15 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once_and_runs_nothing(in_pr
 
 
 def test_a_deadline_that_was_missed_is_504_and_counted(in_process: Make) -> None:
-    app = in_process()
+    app = in_process(warmup=False)
     app.pipeline.record.pause = 0.05  # of which nothing is known yet
     late = app.post(num_inference_steps=100, deadline_ms=200)
     assert late.status_code == 504
     assert late.json()["error"]["code"] == "deadline_exceeded"
     assert "0.2 s" in late.json()["error"]["message"]
     assert app.pipeline.record.steps_run < 20
-    assert app.metric("stepweave_deadline_missed_total") == 1
-    assert app.metric("stepweave_requests_total", outcome="late") == 1
+    app.until_metric(1, "stepweave_deadline_missed_total")
+    app.until_metric(1, "stepweave_requests_total", outcome="late")
     assert app.metric("stepweave_requests_total", outcome="failed") == 0
 
 
@@ -93,7 +85,8 @@ def test_too_long_a_wait_is_refused_with_the_time_to_come_back(in_process: Make)
     learn(app, 0.02)
     app.pipeline.record.gated = True
     threads, answers = in_background(app, 1, num_inference_steps=100)
-    until(lambda: app.metric("stepweave_requests_in_flight") == 1)
+    app.until_metric(1, "stepweave_requests_in_flight")
+    wait_until(lambda: app.pipeline.record.running)
     refused = app.post(num_inference_steps=200)
     assert refused.status_code == 429
     assert refused.json()["error"]["code"] == "wait"
@@ -103,11 +96,11 @@ def test_too_long_a_wait_is_refused_with_the_time_to_come_back(in_process: Make)
     app.pipeline.record.pause = 0.0
     app.pipeline.record.release.set()
     for thread in threads:
-        thread.join(30)
+        thread.join(SECONDS)
     assert [answer.status_code for answer in answers] == [200]
-    until(lambda: app.metric("stepweave_backlog_seconds") == 0)
-    assert app.metric("stepweave_queue_seconds_count") == 10
-    assert app.metric("stepweave_eta_error_seconds_count") == 10
+    app.until_metric(0, "stepweave_backlog_seconds")
+    app.until_metric(10, "stepweave_queue_seconds_count")
+    app.until_metric(10, "stepweave_eta_error_seconds_count")
 
 
 def test_a_place_is_kept_for_one_who_waits_as_told(in_process: Make) -> None:
@@ -115,7 +108,7 @@ def test_a_place_is_kept_for_one_who_waits_as_told(in_process: Make) -> None:
     app = in_process(max_queue=1)
     app.pipeline.record.gated = True
     threads, answers = in_background(app, 2)
-    until(lambda: app.metric("stepweave_requests_in_flight") == 2)
+    app.until_metric(2, "stepweave_requests_in_flight")
     told = app.post(prompt="mine")
     assert told.status_code == 429
     assert told.json()["error"]["code"] == "queue_full"
@@ -126,11 +119,11 @@ def test_a_place_is_kept_for_one_who_waits_as_told(in_process: Make) -> None:
     admission._taken -= 1  # one has left
     assert app.post(prompt="another's").status_code == 429
     more, mine = in_background(app, 1, prompt="mine")
-    until(lambda: app.metric("stepweave_requests_in_flight") == 2)
+    app.until_metric(2, "stepweave_requests_in_flight")
     admission._taken += 1
     app.pipeline.record.release.set()
     for thread in threads + more:
-        thread.join(30)
+        thread.join(SECONDS)
     assert [answer.status_code for answer in answers + mine] == [200, 200, 200]
 
 

@@ -24,6 +24,7 @@ from stepweave.model import ServedModel
 from tests.conftest import InProcess
 from tests.fake import FakePipeline
 from tests.tiny import FAMILIES
+from tests.waiting import SECONDS
 
 Make = Callable[..., InProcess]
 
@@ -288,7 +289,7 @@ def test_a_model_that_cannot_load_fails_readyz_and_livez(in_process: Make) -> No
     app = in_process(ready=False)
     app.server._load_pipeline = lambda *_: (NoPrompt(), Preset())
     app.server.start()
-    app.server._loader.join(30)
+    app.server._loader.join(SECONDS)
     for path in ("/readyz", "/livez"):
         response = app.client.get(path)
         assert response.status_code == 503
@@ -303,13 +304,8 @@ def test_beyond_the_queue_is_429_with_retry_after(in_process: Make) -> None:
     threads = [threading.Thread(target=lambda: answers.append(app.post().status_code)) for _ in range(3)]
     for thread in threads:
         thread.start()
-    deadline = threading.Event()
-    for _ in range(500):
-        if app.server.engine and app.metric("stepweave_requests_in_flight") == 3:
-            break
-        deadline.wait(0.01)
-    assert app.metric("stepweave_requests_in_flight") == 3
-    assert app.metric("stepweave_requests_waiting") == 2
+    app.until_metric(3, "stepweave_requests_in_flight")
+    app.until_metric(2, "stepweave_requests_waiting")  # the engine's thread takes the third a moment later
     refused = app.post()
     assert refused.status_code == 429
     assert refused.json()["error"]["type"] == "rate_limit_error"
@@ -317,10 +313,10 @@ def test_beyond_the_queue_is_429_with_retry_after(in_process: Make) -> None:
     assert int(refused.headers["Retry-After"]) >= 1
     app.pipeline.record.release.set()
     for thread in threads:
-        thread.join(30)
+        thread.join(SECONDS)
     assert answers == [200, 200, 200]
-    assert app.metric("stepweave_requests_in_flight") == 0
-    assert app.metric("stepweave_requests_total", outcome="refused") == 1
+    app.until_metric(0, "stepweave_requests_in_flight")
+    app.until_metric(1, "stepweave_requests_total", outcome="refused")
 
 
 def test_an_unknown_field_of_any_length_makes_a_short_answer(in_process: Make) -> None:
@@ -347,7 +343,7 @@ def test_a_client_that_leaves_while_it_sends_the_body_is_cancelled_not_failed(in
         }  # fmt: skip
         anyio.run(app.client.app, scope, receive, send)
     assert {message["status"] for message in sent if "status" in message} == {499}
-    assert app.metric("stepweave_requests_total", outcome="cancelled") == 2
+    app.until_metric(2, "stepweave_requests_total", outcome="cancelled")
     assert app.metric("stepweave_requests_total", outcome="failed") == 0
 
 

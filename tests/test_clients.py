@@ -16,6 +16,7 @@ from PIL import Image
 
 import stepweave
 from tests.conftest import ROOT, Served, clean_environment
+from tests.waiting import SECONDS
 
 PYTHON = ROOT / ".venv-clients" / "bin" / "python"
 
@@ -28,7 +29,7 @@ def run(script: str, *arguments: str) -> Any:
             pytest.fail(message)
         pytest.skip(message)
     command = [str(PYTHON), str(ROOT / "tests" / "clients" / script), *arguments]
-    done = subprocess.run(command, capture_output=True, timeout=100, env=clean_environment())
+    done = subprocess.run(command, capture_output=True, timeout=SECONDS, env=clean_environment())
     assert done.returncode == 0, done.stderr.decode()
     return json.loads(done.stdout)
 
@@ -52,7 +53,7 @@ def pixels(encoded: str) -> bytes:
 def ours(served: Served, **fields: Any) -> bytes:
     """The picture of the same request on the OpenAI route."""
     fields = {"num_inference_steps": 2, "reproducible": True, **fields}
-    answer = httpx.post(f"{served.url}/v1/images/generations", json=fields, timeout=60)
+    answer = httpx.post(f"{served.url}/v1/images/generations", json=fields, timeout=SECONDS)
     return pixels(answer.json()["data"][0]["b64_json"])
 
 

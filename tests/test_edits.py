@@ -23,9 +23,9 @@ from stepweave.loading.schedulers import rehearse, schedulers_of
 from stepweave.loading.siblings import Edit, sibling, sibling_class
 from tests.test_scope import state_of
 from tests.tiny import FAMILIES, SIDE, Family, networks
+from tests.waiting import SECONDS
 
 TOLERANCE = 1e-4  # of pixels in [0, 1]; measured: 2e-6
-SECONDS = 60
 PROMPTS = ["a red circle", "two small dogs on a road", "x", "three yellow triangles"]
 MERGED = 0.4  # the least share of the denoiser's calls that shared a forward
 

@@ -24,6 +24,7 @@ from stepweave.engine.fiber import Done, Fiber, current_fiber, suspend, suspenda
 from stepweave.engine.hooks import EngineScope, Offload, RunYourself, pictures_elsewhere
 from stepweave.errors import EngineMisuse
 from tests import tiny
+from tests.waiting import SECONDS
 
 KINDS = ("cpu",)
 
@@ -51,7 +52,7 @@ def outcome_of(answer: Any) -> Any:
 def on_another_thread(function: Callable[[], Any]) -> Any:
     """What `function` returns; what it leaves on torch's stacks ends with the thread."""
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(function).result(60)
+        return pool.submit(function).result(SECONDS)
 
 
 # --- values and exceptions, both ways ---

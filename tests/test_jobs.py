@@ -6,19 +6,21 @@ import asyncio
 import base64
 import json
 import shutil
-import time
+import threading
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 
+from stepweave.api import answers
 from stepweave.errors import StepweaveError
 from stepweave.server import Server
 from stepweave.store import DirectoryFileStore, SqliteJobStore
 from stepweave.ticket import Ticket
 from tests.asgi import App, Exchange, serving, started
 from tests.fake import FakePipeline
+from tests.waiting import SECONDS
 
 pytestmark = pytest.mark.anyio
 
@@ -68,17 +70,19 @@ async def test_a_job_is_accepted_runs_and_has_its_result() -> None:
         assert answer.headers["preference-applied"] == "respond-async"
         assert {"state", "position", "eta_seconds"} <= set(job)
         assert (job["object"], job["kind"], job["result"], job["error"]) == ("job", "generation", None, None)
+        running = await app.until_state(job["id"], "running")
         waiting = (await app.post(headers=LATER).done()).json()
         assert (waiting["state"], waiting["position"], waiting["step"]) == ("queued", 1, 0)
-        running = await app.until_state(job["id"], "running")
         assert (running["step"], running["total_steps"], running["position"]) == (0, 5, None)
-        app.record.pause = 0.005
-        app.record.release.set()
         steps = [0]
-        while (state := await app.job(job["id"]))["state"] == "running":
+        for step in (1, 2, 3):
+            app.record.allow(1)
+            while (state := await app.job(job["id"]))["step"] < step:
+                assert (state["state"], state["step"]) == ("running", step - 1)
             steps.append(state["step"])
-        assert steps == sorted(steps)
-        assert set(steps) & {1, 2, 3, 4}
+        assert steps == [0, 1, 2, 3]
+        app.record.release.set()
+        state = await app.until_state(job["id"], "succeeded", "failed")
         assert (state["state"], state["step"], state["error"]) == ("succeeded", 5, None)
         assert state["result"]["data"][0]["seed"] == 1
         assert state["result"]["parameters"] == state["parameters"]
@@ -109,16 +113,19 @@ async def test_results_are_urls_where_the_request_wants_them() -> None:
 
 async def test_a_running_job_is_cancelled_at_its_next_step_and_then_forgotten() -> None:
     async with serving() as app:
-        app.record.pause = 0.01
+        app.record.gated = True
         id = await later(app, num_inference_steps=100)
-        await app.until(lambda: app.record.steps_run > 2)
-        answer = await app.delete(f"/v1/jobs/{id}")
-        steps = app.record.steps_run
+        app.record.allow(3)
+        await app.until(lambda: app.record.steps_run == 3)
+        deleting = app.send("DELETE", f"/v1/jobs/{id}")
+        await app.told_to_end()
+        app.record.release.set()
+        answer = await deleting.done()
         assert (answer.status, answer.json()["state"]) == (200, "cancelled")
         assert answer.json()["error"]["code"] == "cancelled"
         await settled(app)
-        assert app.record.steps_run <= steps + 1
-        assert app.metric("stepweave_steps_saved_total") == 100 - answer.json()["step"] > 90
+        assert app.record.steps_run == answer.json()["step"] == 4
+        assert app.metric("stepweave_steps_saved_total") == 96
         kept = await app.job(id)
         assert (kept["state"], kept["step"]) == ("cancelled", answer.json()["step"])
         assert (await app.delete(f"/v1/jobs/{id}")).json()["state"] == "cancelled"
@@ -294,7 +301,7 @@ async def test_what_a_killed_server_leaves(tmp_path: Path) -> None:
         queued = await later(app)
         await asyncio.to_thread(app.record.started.wait)
         store = app.server.jobs.store  # type: ignore[union-attr]
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(SECONDS):
             while (await store.get(running)).state != "running":  # type: ignore[union-attr]  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
         shutil.copytree(tmp_path / "state", tmp_path / "left")  # as a kill at this moment leaves it
@@ -514,25 +521,20 @@ async def test_the_end_of_a_failed_job_does_not_free_the_key_of_the_next() -> No
             assert (await second.done()).content == (await third.done()).content
 
 
-async def leave_and_count(app: App, exchange: Exchange) -> int:
-    """Steps that are run after a client has left, of a job that is waited for."""
-    steps = app.record.steps_run
-    await exchange.leave()
-    await settled(app)
-    return app.record.steps_run - steps
-
-
 async def test_a_job_lives_as_long_as_one_waits_for_it() -> None:
     async with serving() as app:
-        app.record.pause = 0.005
         for order in ((0, 1), (1, 0)):
+            app.record.gated, app.record.steps_run = True, 0
+            app.record.release.clear()
             pair = [app.post(headers=KEY, num_inference_steps=100, seed=sum(order) * order[0]) for _ in range(2)]
             await joined(app, 2)
             await app.until(lambda: app.record.running)
             await pair[order[0]].leave()
-            steps = app.record.steps_run
-            await app.until(lambda steps=steps: app.record.steps_run > steps + 2)
-            assert await leave_and_count(app, pair[order[1]]) <= 2
+            app.record.allow(3)
+            await app.until(lambda: app.record.steps_run == 3)
+            await app.leave(pair[order[1]])
+            await settled(app)
+            assert app.record.steps_run == 4
         assert app.outcomes() == {"cancelled": 2}
 
 
@@ -558,23 +560,28 @@ async def test_who_is_told_to_come_back_may_rely_on_it() -> None:
         await app.until_state(id, "succeeded")
 
 
-def slow_accept(gate: asyncio.Event) -> Any:
+def slow_accept(gate: asyncio.Event, begun: asyncio.Semaphore, ended: asyncio.Semaphore) -> Any:
     accept = Server.accept
 
     async def slow(server: Server, *args: Any, **kwargs: Any) -> Ticket:
-        await gate.wait()
-        return await accept(server, *args, **kwargs)
+        begun.release()
+        try:
+            await gate.wait()
+            return await accept(server, *args, **kwargs)
+        finally:
+            ended.release()
 
     return patch.object(Server, "accept", slow)
 
 
 async def test_the_first_leaves_while_it_is_accepted() -> None:
     async with serving() as app:
-        gate = asyncio.Event()
+        gate, begun = asyncio.Event(), asyncio.Semaphore(0)
         app.record.gated = True
-        with slow_accept(gate):
+        with slow_accept(gate, begun, asyncio.Semaphore(0)):
             first, second = app.post(headers=KEY), app.post(headers=KEY)
-            await asyncio.sleep(0.01)
+            await begun.acquire()
+            await asyncio.sleep(0.01)  # the second may have found the first meanwhile, or does so later
             await first.leave()
             gate.set()
             await joined(app, 1)
@@ -585,18 +592,23 @@ async def test_the_first_leaves_while_it_is_accepted() -> None:
 
 async def test_all_leave_while_it_is_accepted() -> None:
     async with serving() as app:
-        gate = asyncio.Event()
-        app.record.pause = 0.01
-        with slow_accept(gate):
-            for headers in ({}, KEY):
+        gate, begun, ended = asyncio.Event(), asyncio.Semaphore(0), asyncio.Semaphore(0)
+        app.record.gated = True
+        with slow_accept(gate, begun, ended):
+            for headers, accepted in (({}, 2), (KEY, 1)):
                 both = [app.post(headers=headers, num_inference_steps=100) for _ in range(2)]
+                for _ in range(accepted):
+                    await begun.acquire()
                 await asyncio.sleep(0.01)
                 for one in both:
                     await one.leave()
             gate.set()
-            await app.until(lambda: app.outcomes())
+            for _ in range(3):
+                await ended.acquire()
+            await app.told_to_end()
+            app.record.release.set()
             await settled(app)
-        assert app.record.steps_run < 20, "of 100"
+        assert app.record.steps_run <= 1, "of 100"
         assert set(app.outcomes()) == {"cancelled"}
 
 
@@ -719,16 +731,19 @@ async def test_events_from_the_middle_and_after_the_end() -> None:
     async with serving() as app:
         app.record.gated = True
         id = await later(app, num_inference_steps=30)
+        await app.until_state(id, "running")
         queued = await later(app, n=2)
         waiting = app.send("GET", f"/v1/jobs/{queued}/events")
         await waiting.until(lambda one: one.names == ["stepweave.queued"])
         assert waiting.events[0].data["position"] == 1
-        app.record.pause = 0.002
+        app.record.allow(6)
+        await app.until(lambda: app.record.steps_run == 6)
+        middle = app.send("GET", f"/v1/jobs/{id}/events")
+        await middle.until(lambda one: one.events)
         app.record.release.set()
-        await app.until(lambda: app.record.steps_run > 5)
-        middle = await app.send("GET", f"/v1/jobs/{id}/events").done()
+        await middle.done()
         assert middle.names[0] == "stepweave.progress"
-        assert middle.events[0].data["step"] > 4
+        assert middle.events[0].data["step"] in (5, 6)
         assert middle.names[-1] == "image_generation.completed"
         await waiting.done()
         assert [one.data["image_index"] for one in waiting.events if one.name.endswith("completed")] == [0, 1]
@@ -744,9 +759,10 @@ async def test_events_of_jobs_that_did_not_succeed() -> None:
         id = await later(app)
         told = app.send("GET", f"/v1/jobs/{id}/events")
         await told.until(lambda one: one.events)
+        deleting = app.send("DELETE", f"/v1/jobs/{id}")
+        await app.told_to_end()
         app.record.release.set()
-        app.record.pause = 0.005
-        await app.delete(f"/v1/jobs/{id}")
+        await deleting.done()
         await told.done()
         assert told.events[-1].name == "error"
         assert told.events[-1].data["error"]["code"] == "cancelled"
@@ -761,15 +777,19 @@ async def test_a_job_is_soon_told_of_large_results() -> None:
         id = await later(app)
         await settled(app)
         size = 8_000_000
-        longest, last = 0.0, time.monotonic()
+        inlined: list[bool] = []
+        written: list[int] = []
 
-        def tick() -> None:
-            nonlocal longest, last, handle
-            longest, last = max(longest, time.monotonic() - last), time.monotonic()
-            handle = loop.call_later(0.001, tick)
+        def inline(*args: Any, real: Any = answers._inline) -> Any:
+            inlined.append(threading.current_thread() is threading.main_thread())
+            return real(*args)
 
-        loop = asyncio.get_running_loop()
-        handle = loop.call_soon(tick)
+        def dumps(*args: Any, real: Any = json.dumps, **options: Any) -> str:
+            text: str = real(*args, **options)
+            if threading.current_thread() is threading.main_thread():
+                written.append(len(text))
+            return text
+
         read = DirectoryFileStore._read
 
         def large(store: DirectoryFileStore, name: str) -> Any:
@@ -777,8 +797,12 @@ async def test_a_job_is_soon_told_of_large_results() -> None:
             assert found is not None
             return type(found)(found.data + bytes(size), found.media_type, found.expires_in)
 
-        with patch.object(DirectoryFileStore, "_read", large):
+        with (
+            patch.object(DirectoryFileStore, "_read", large),
+            patch.object(answers, "_inline", inline),
+            patch.object(json, "dumps", dumps),
+        ):
             job = await app.job(id)
-        handle.cancel()
         assert len(job["result"]["data"][0]["b64_json"]) > size
-        assert longest < 0.5
+        assert inlined == [False]
+        assert max(written) < 10_000

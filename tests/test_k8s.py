@@ -35,6 +35,7 @@ from stepweave.errors import ConfigError, InvalidRequest
 from stepweave.server import ENDING_SECONDS, Server
 from tests.conftest import ROOT, InProcess, free_port
 from tests.schemas import validate_custom
+from tests.waiting import SECONDS
 
 Document = dict[str, Any]
 
@@ -63,7 +64,7 @@ STEP = {"cpu": (128 * 128, 0.2), "cuda": (1024 * 1024, 1.0)}
 def _rendered(directory: Path) -> str:
     if shutil.which("kubectl") is None:
         pytest.skip("NOT CHECKED: there is no kubectl on this machine to render the manifests with")
-    result = subprocess.run(["kubectl", "kustomize", str(directory)], capture_output=True, text=True, timeout=60)
+    result = subprocess.run(["kubectl", "kustomize", str(directory)], capture_output=True, text=True, timeout=SECONDS)
     assert result.returncode == 0 and not result.stderr, result.stderr
     return result.stdout
 
@@ -571,7 +572,7 @@ def run_pre_stop(port: int) -> int:
     command[0] = sys.executable
     command[-1] = re.sub(r"sleep\(\d+\)", "sleep(0)", script.replace("3000", str(port)))
     assert str(port) in command[-1]
-    return subprocess.run(command, timeout=30, env={"http_proxy": "http://127.0.0.1:9"}).returncode
+    return subprocess.run(command, timeout=SECONDS, env={"http_proxy": "http://127.0.0.1:9"}).returncode
 
 
 def test_pre_stop_drains_the_server_in_its_pod(in_process: Callable[..., InProcess]) -> None:
@@ -580,8 +581,8 @@ def test_pre_stop_drains_the_server_in_its_pod(in_process: Callable[..., InProce
     thread = threading.Thread(target=runner.run)
     thread.start()
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as client:
-            deadline = time.monotonic() + 10
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=SECONDS) as client:
+            deadline = time.monotonic() + SECONDS
             while not runner.started:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
@@ -594,7 +595,7 @@ def test_pre_stop_drains_the_server_in_its_pod(in_process: Callable[..., InProce
             assert int(refused.headers["retry-after"]) > 0
     finally:
         runner.should_exit = True
-        thread.join(10)
+        thread.join(SECONDS)
 
 
 def test_pre_stop_does_not_fail_when_the_server_is_gone() -> None:
@@ -683,7 +684,7 @@ def test_two_autoscalers_cannot_be_built(tmp_path: Path, resource: str, componen
     both.mkdir()
     content = {"resources": [f"../{resource}"], "components": [f"../../components/{name}" for name in components]}
     (both / "kustomization.yaml").write_text(yaml.safe_dump(content))
-    result = subprocess.run(["kubectl", "kustomize", str(both)], capture_output=True, text=True, timeout=60)
+    result = subprocess.run(["kubectl", "kustomize", str(both)], capture_output=True, text=True, timeout=SECONDS)
     assert result.returncode != 0
     assert "/spec/replicas" in result.stderr
 

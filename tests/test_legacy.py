@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 import threading
-import time
 from collections.abc import Callable
 from html.parser import HTMLParser
 from typing import Any
@@ -20,6 +19,7 @@ from stepweave.config import Settings
 from stepweave.errors import InvalidRequest
 from stepweave.store.files import StoredFile
 from tests.conftest import InProcess, Served
+from tests.waiting import SECONDS, wait_until
 
 Make = Callable[..., InProcess]
 ROUTE = "/api/diffusers/inference"
@@ -43,12 +43,12 @@ def make(in_process: Make) -> Make:
 
 @pytest.mark.parametrize("body", [DOCUMENTED, OF_ITS_TEST])
 def test_the_documented_requests_get_urls_of_pictures(served: Served, body: dict[str, Any]) -> None:
-    answer = httpx.post(f"{served.url}{ROUTE}", json=body, timeout=60)
+    answer = httpx.post(f"{served.url}{ROUTE}", json=body, timeout=SECONDS)
     answer.raise_for_status()
     assert list(answer.json()) == ["response"]
     (url,) = answer.json()["response"]
     assert url.startswith(f"{served.url}/images/")
-    picture = httpx.get(url, timeout=60)
+    picture = httpx.get(url, timeout=SECONDS)
     picture.raise_for_status()
     with Image.open(io.BytesIO(picture.content)) as image:
         assert (image.format, image.size) == ("PNG", (64, 64))
@@ -59,10 +59,10 @@ def test_the_other_example_servers_documented_request(served: Served) -> None:
     """examples/server/README.md; its server ignores the model's name and always answers with URLs."""
     body = {"model": "something", "prompt": "a kitten in front of a fireplace"}
     route = f"{served.url}/v1/images/generations"
-    error = httpx.post(route, json=body).json()["error"]
+    error = httpx.post(route, json=body, timeout=SECONDS).json()["error"]
     assert (error["param"], error["message"]) == ("model", "There is no model 'something'; this server has 'shapes'.")
-    answer = httpx.post(route, json={**body, "model": "shapes", "response_format": "url"}, timeout=60)
-    picture = httpx.get(answer.json()["data"][0]["url"])
+    answer = httpx.post(route, json={**body, "model": "shapes", "response_format": "url"}, timeout=SECONDS)
+    picture = httpx.get(answer.json()["data"][0]["url"], timeout=SECONDS)
     assert Image.open(io.BytesIO(picture.content)).size == (64, 64)
 
 
@@ -173,11 +173,11 @@ def test_status_counts_what_runs_and_what_ran(make: Make) -> None:
     app.pipeline.record.gated = True
     thread = threading.Thread(target=app.client.post, args=(ROUTE,), kwargs={"json": {"prompt": "a star"}})
     thread.start()
-    assert app.pipeline.record.started.wait(10)
+    assert app.pipeline.record.started.wait(SECONDS)
     assert app.client.get("/api/status").json() == {**expected, "active_inferences": 1, "total_requests": 1}
     app.pipeline.record.release.set()
-    thread.join(10)
-    assert app.client.get("/api/status").json() == {**expected, "total_requests": 1}
+    thread.join(SECONDS)
+    wait_until(lambda: app.client.get("/api/status").json() == {**expected, "total_requests": 1})
 
 
 def test_status_of_a_gpu_has_the_example_servers_keys(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,9 +298,6 @@ def test_a_client_that_leaves_ends_its_generation(served: Served) -> None:
         httpx.post(
             f"{served.url}{ROUTE}",
             json={"prompt": "a star", "num_inference_steps": 200, "num_images_per_prompt": 8},
-            timeout=0.3,
+            timeout=httpx.Timeout(SECONDS, read=0.3),
         )
-    deadline = time.monotonic() + 10
-    while httpx.get(f"{served.url}/api/status").json()["active_inferences"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: not httpx.get(f"{served.url}/api/status", timeout=SECONDS).json()["active_inferences"])

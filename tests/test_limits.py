@@ -35,6 +35,7 @@ from stepweave.server import Server
 from stepweave.store import DirectoryFileStore
 from tests.asgi import GENERATIONS, serving
 from tests.fake import FakePipeline
+from tests.waiting import SECONDS
 
 pytestmark = pytest.mark.anyio
 
@@ -144,11 +145,12 @@ async def test_whether_a_file_is_there_is_told_without_reading_it(tmp_path: Path
 # --- clients that stall ---
 
 STALLED = 0.3  # seconds
+PATIENT = 2.0  # seconds in which a client that reads slowly gets to read on a busy machine, too
 
 
 @pytest.fixture
 def impatient() -> Iterator[None]:
-    with patch.object(disconnect, "STALLED_SECONDS", STALLED), patch.object(h11_impl, "FlowControl"):
+    with patch.object(disconnect, "STALLED_SECONDS", PATIENT), patch.object(h11_impl, "FlowControl"):
         abort_stalled_connections()
         yield
 
@@ -193,9 +195,10 @@ async def test_a_client_that_reads_nothing_is_not_waited_for_and_one_that_reads_
             whole = await ask(0.0)
             assert len(whole) > 1_000_000
             with patch.object(disconnect, "STALLED_BYTES", 1000):
-                slow = await ask(2 * STALLED / 100) if not fields else whole
+                slow = await ask(1.5 * PATIENT / 100) if not fields else whole
             assert len(slow) > 1_000_000
-            assert len(await ask(None)) < 500_000
+            with patch.object(disconnect, "STALLED_SECONDS", STALLED):
+                assert len(await ask(None)) < 500_000
             await app.until(lambda: not state.tasks)
             server.close()
             for connection in list(state.connections):
@@ -210,13 +213,14 @@ async def test_the_job_of_a_client_that_reads_nothing_ends() -> None:
             stream = app.post(stream=True, events="all", num_inference_steps=100)
             await app.until(lambda: app.record.running)
             stream.reads.clear()
-            app.record.pause, app.record.gated = 0.01, False
+            app.record.allow(5)
+            await app.told_to_end()
             app.record.release.set()
             await stream.done()
             assert stream.messages[-1].get("more_body", True), "it is not told that it has all"
             await app.until(lambda: not app.server.tickets)
             assert app.outcomes() == {"cancelled": 1}
-            assert app.record.steps_run < 100
+            assert app.record.steps_run <= 6
 
 
 @pytest.mark.parametrize("path", [GENERATIONS, EDITS, "/generate", "/edit", INFER])
@@ -257,7 +261,7 @@ async def test_what_a_client_sends_while_it_waits_is_told_of() -> None:
         raise BodyTooLarge(1)
 
     async def work() -> None:
-        await asyncio.sleep(10)
+        await asyncio.sleep(2 * SECONDS)
 
     with pytest.raises(BodyTooLarge):
         await until_disconnect(Request({"type": "http"}, receive), work())
@@ -273,6 +277,7 @@ async def test_the_head_of_a_stream_is_answered_at_once() -> None:
             "text/event-stream; charset=utf-8",
             b"",
         )
+        assert await app.until_state(job, "running", "succeeded", "cancelled", "failed")
         assert (await app.job(job))["state"] == "running", "a look at it ends nothing"
 
 
@@ -344,7 +349,7 @@ async def test_few_pictures_are_decoded_at_a_time_and_none_for_which_there_is_no
         with lock:
             running, decoded = running + 1, decoded + 1
             most = max(most, running)
-        assert go.acquire(timeout=10)
+        assert go.acquire(timeout=SECONDS)
         with lock:
             running -= 1
         return real(*args, **options)
@@ -356,7 +361,7 @@ async def test_few_pictures_are_decoded_at_a_time_and_none_for_which_there_is_no
             await app.until(lambda: decoded == 2)
             await asyncio.sleep(0.05)
             assert (decoded, most) == (2, 2)
-            await asyncio.wait_for(asyncio.to_thread(lambda: None), 1)  # threads are left for others
+            await asyncio.wait_for(asyncio.to_thread(lambda: None), SECONDS)  # threads are left for others
             go.release(2)
             await app.until(lambda: len(app.server.tickets) == 2)
             go.release(2)  # those that were begun while there was a place yet

@@ -20,6 +20,7 @@ from stepweave.loading.device import choose_device, choose_dtype, set_cpu_thread
 from stepweave.loading.loader import load_pipeline
 from stepweave.loading.preset import read_preset
 from stepweave.model import ServedModel
+from tests.waiting import SECONDS
 
 CPU = torch.device("cpu")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -75,7 +76,7 @@ def test_the_embedded_model_loads_and_obeys_its_seed() -> None:
         def draw(seed: int) -> bytes:
             resolved = model.resolve(prompt="a red star", seed=seed, num_inference_steps=3)
             job = engine.submit(**model.call(resolved))
-            picture: bytes = job.result(60).images[0].tobytes()
+            picture: bytes = job.result(SECONDS).images[0].tobytes()
             assert job.progress == (3, 3)
             return picture
 

@@ -20,6 +20,7 @@ from benchmarks.locust.arguments import parse
 from benchmarks.locust.report import Outcome, summarise
 from benchmarks.locust.schedule import Stage, digest, schedule
 from tests.conftest import ROOT, Served, clean_environment
+from tests.waiting import SECONDS
 
 PICTURE = {"data": [{"b64_json": "iVBORw0KGgoAAAANSUhEUg"}]}
 SIZES, STEPS = ["64x64", "128x128"], [4, 12, 20, 30]
@@ -29,7 +30,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """`python -m benchmarks.locust`, as a user runs it."""
     return subprocess.run(
         [sys.executable, "-m", "benchmarks.locust", *arguments],
-        cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=120,
+        cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=SECONDS,
     )  # fmt: skip
 
 
@@ -112,7 +113,7 @@ def test_the_runner_imports_no_torch() -> None:
         "import sys; from benchmarks.locust import load, plot, report;"
         "sys.exit(any(name in sys.modules for name in ('torch', 'diffusers', 'stepweave')))"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=SECONDS)
 
 
 def test_a_run_against_the_real_server_writes_its_three_reports(served: Served, tmp_path: Path) -> None:
@@ -173,7 +174,7 @@ class Scripted(BaseHTTPRequestHandler):
             case 3:
                 self.answer(500, {"error": {"code": "internal_error", "param": None}})
             case 4:
-                self.over.wait(60)
+                self.over.wait(SECONDS)
             case _:
                 self.answer(200, PICTURE, missing=10)
                 self.close_connection = True
@@ -209,7 +210,7 @@ def scripted() -> Iterator[tuple[str, type[Scripted]]]:
 def test_each_outcome_is_counted_apart(scripted: tuple[str, type[Scripted]], tmp_path: Path) -> None:
     url, _ = scripted
     result = run(
-        "--host", url, "--rates", "20", "--seconds", "1", "--steps", "1,2,3,4,5", "--drain", "4", "--out", str(tmp_path)
+        "--host", url, "--rates", "20", "--seconds", "1", "--steps", "1,2,3,4,5", "--drain", "8", "--out", str(tmp_path)
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     (stage,) = schedule([20], 1, 1, SIZES, [1, 2, 3, 4, 5])

@@ -21,12 +21,13 @@ from stepweave.engine.merge import split
 from stepweave.errors import Cancelled, OutOfMemory
 from tests import tiny
 from tests.test_merge import Describing
-from tests.toy import CLOSE, SECONDS, STEPS, Forward, Toy, call, fresh, honest, module, serve, submit_together
+from tests.toy import CLOSE, STEPS, Forward, Toy, call, fresh, honest, module, serve, submit_together
+from tests.waiting import SECONDS, wait_until
 
 SD15, SD3 = (tiny.FAMILIES[name] for name in ("stable_diffusion", "stable_diffusion_3"))
 
 
-pytestmark = pytest.mark.usefixtures("every_row_pays")
+pytestmark = pytest.mark.usefixtures("every_row_pays", "quick_garbage")
 
 
 def fits(rows: int, error: Callable[[], Exception] = torch.OutOfMemoryError) -> Forward:
@@ -273,7 +274,7 @@ def test_a_job_that_cannot_fit_gets_an_error_of_its_own(error: Callable[[], Exce
             large.result(SECONDS)
         small = engine.submit(**fresh(call(1)))
         assert torch.equal(small.result(SECONDS), plain(call(1)))
-        assert engine.stats().unfit == 1
+        wait_until(lambda: engine.stats().unfit == 1)
     assert caught.value.code == "out_of_memory"
 
 
@@ -685,7 +686,7 @@ def test_whatever_runs_out_whenever_results_are_right_and_none_is_lost(seed: int
 
 
 @pytest.mark.full
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 @settings(max_examples=2000, deadline=None)
 @given(seed=st.integers(0, 1_000_000), jobs=st.integers(1, 12), share=st.floats(0, 1))
 def test_thousands_of_faults(seed: int, jobs: int, share: float) -> None:

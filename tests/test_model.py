@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.guiders import SkipLayerGuidance
+from diffusers.image_processor import VaeImageProcessor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -21,8 +25,10 @@ from stepweave.loading.loader import load_pipeline
 from stepweave.loading.preset import Preset
 from stepweave.loading.sizes import nearest_size
 from stepweave.model import ServedModel
+from stepweave.scheduling.cost import CostModel
 from tests.conftest import InProcess
 from tests.fake import FakeEdits, FakePipeline
+from tests.waiting import SECONDS
 
 
 def test_a_preset_overrides_the_pipelines_defaults() -> None:
@@ -142,7 +148,7 @@ def test_an_edit_calls_the_sibling_with_pictures_of_the_size() -> None:
     assert [image.size for image in call["image"]] == [(40, 32)] * 2
     assert call["mask_image"].size == (40, 32) and call["strength"] == 0.5 and call["num_images_per_prompt"] == 2
     with StepEngine(model.pipeline, "off") as engine:
-        assert len(engine.submit(**call).result(60).images) == 2
+        assert len(engine.submit(**call).result(SECONDS).images) == 2
     call = model.call(model.resolve(prompt="x", sources=Sources(gradient())))
     assert call["pipeline"] is model.image_to_image
     assert call["strength"] == 0.6  # the sibling's own
@@ -220,7 +226,7 @@ def drawn(shapes: tuple[ServedModel, StepEngine], **arguments: Any) -> list[np.n
     """Its pictures, of floats in [0, 1]."""
     model, engine = shapes
     parameters = model.resolve(**{"num_inference_steps": 10, **arguments})
-    images = engine.submit(**model.call(parameters)).result(60).images
+    images = engine.submit(**model.call(parameters)).result(SECONDS).images
     return [np.asarray(image, float) / 255 for image in images]
 
 
@@ -293,10 +299,59 @@ def test_every_scheduler_that_is_allowed_draws_the_same_star(
     assert caught.value.param == "scheduler" and "UniPC" in caught.value.message
 
 
-def test_warm_up_certifies_the_encoding_of_pictures(shapes: tuple[ServedModel, StepEngine]) -> None:
+def certified(engine: StepEngine) -> set[tuple[str, str]]:
+    """The calls that are certified, with the shapes of what they are given."""
+    found = engine.stats().certificates
+    return {(one["call"], one["sample"]) for one in found if one["state"] == "certified"}
+
+
+def test_warm_up_certifies_every_call_at_two_sizes(shapes: tuple[ServedModel, StepEngine]) -> None:
+    """Though there is no time for the cost model, as on a slow machine."""
     model, engine = shapes
-    states = {one["call"]: one["state"] for one in engine.stats().certificates}
-    assert states["vae.encode"] == states["transformer"] == "certified"
+    counts = Counter(call for call, _ in certified(engine))
+    assert counts == {"text_encoder": 1, "text_encoder_2": 1, "transformer": 2, "vae.encode": 1, "vae.decode": 2}
     outlook = engine.outlook(**model.call(model.resolve(prompt="x", sources=Sources(gradient()))))
     assert outlook is not None and outlook.solo > 0
     assert model.edits == ("image_to_image", "inpainting")
+
+
+def test_what_a_warm_up_certifies_does_not_depend_on_the_clock(
+    shapes: tuple[ServedModel, StepEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here no row seems to pay, and pictures are read as slowly as they are on a busy machine, one after the other."""
+    read, lock = VaeImageProcessor.preprocess, threading.Lock()
+
+    def slowly(*args: Any, **kwargs: Any) -> Any:
+        with lock:
+            time.sleep(0.02)
+            return read(*args, **kwargs)
+
+    monkeypatch.setattr(VaeImageProcessor, "preprocess", slowly)
+    monkeypatch.setattr(CostModel, "knee", lambda self, key, most: 1)
+    monkeypatch.setattr("stepweave.model.PROFILE_SECONDS", 0)
+    for rows in (4, 32):
+        limits = Settings(max_rows=rows)
+        pipeline, preset = load_pipeline(limits, torch.device("cpu"), torch.float32)
+        model = ServedModel(pipeline, preset, limits)
+        with StepEngine(pipeline, max_rows=rows) as engine:
+            model.warm_up(engine)
+            assert certified(engine) == certified(shapes[1])
+
+
+def test_the_jobs_of_a_warm_up_start_together() -> None:
+    """Or whether they meet, and are certified, would depend on how fast they are submitted."""
+    pipeline = FakePipeline()
+    model = ServedModel(pipeline, Preset(), Settings(max_rows=8))
+    waiting: list[int] = []
+    with StepEngine(pipeline, "step", max_rows=8) as engine:
+        submit = engine.submit
+
+        def slowly(**call: Any) -> Any:
+            job = submit(**call)
+            time.sleep(0.02)
+            waiting.append(pipeline.record.steps_run)
+            return job
+
+        with mock.patch.object(engine, "submit", slowly):
+            model._run_together(engine, (64, 64), 4)
+    assert waiting == [0] * 4 and pipeline.record.steps_run == 2 + 3 + 4 + 2

@@ -30,6 +30,7 @@ from monitoring import dashboard
 from stepweave.telemetry.metrics import Metrics
 from tests.conftest import ROOT, Served, free_port
 from tests.schemas import validate_custom
+from tests.waiting import SECONDS
 
 MONITORING = ROOT / "monitoring"
 WINDOW = "2m"  # what Grafana's $__rate_interval stands for here
@@ -192,7 +193,9 @@ def test_no_alert_is_about_a_pod_that_drains_within_its_grace() -> None:
 def test_kustomize_takes_the_folder() -> None:
     if shutil.which("kubectl") is None:
         pytest.skip("KUSTOMIZATION NOT BUILT: there is no kubectl")
-    built = subprocess.run(["kubectl", "kustomize", MONITORING], capture_output=True, text=True, check=True, timeout=60)
+    built = subprocess.run(
+        ["kubectl", "kustomize", MONITORING], capture_output=True, text=True, check=True, timeout=SECONDS
+    )
     kinds = {document["kind"]: document for document in yaml.safe_load_all(built.stdout)}
     assert set(kinds) == {"ConfigMap", "PodMonitor", "PrometheusRule"}
     assert kinds["ConfigMap"]["data"] == {"stepweave.json": dashboard.FILE.read_text()}
@@ -203,7 +206,7 @@ def binaries() -> dict[str, str]:
     """Paths of `prometheus` and `promtool`: those of the machine, else Debian's."""
     found = {name: shutil.which(name) for name in ("prometheus", "promtool")}
     if not all(found.values()):
-        script = subprocess.run([MONITORING / "install-prometheus"], capture_output=True, text=True, timeout=240)
+        script = subprocess.run([MONITORING / "install-prometheus"], capture_output=True, text=True, timeout=SECONDS)
         if script.returncode:
             pytest.skip(f"NOT CHECKED WITH PROMETHEUS: it cannot be had here: {script.stderr.strip()}")
         found = {name: str(Path(script.stdout.strip()) / name) for name in found}
@@ -212,7 +215,7 @@ def binaries() -> dict[str, str]:
 
 def promtool(binaries: dict[str, str], *arguments: str | Path, stdin: bytes | None = None) -> None:
     command = [binaries["promtool"], *map(str, arguments)]
-    ended = subprocess.run(command, input=stdin, capture_output=True, timeout=60)
+    ended = subprocess.run(command, input=stdin, capture_output=True, timeout=SECONDS)
     assert ended.returncode == 0, (ended.stdout + ended.stderr).decode()
 
 
@@ -230,7 +233,7 @@ def test_promtool_takes_the_rules_and_each_alert_fires_when_it_should(binaries: 
 
 
 def test_promtool_takes_the_servers_metrics(binaries: dict[str, str], served: Served) -> None:
-    promtool(binaries, "check", "metrics", stdin=httpx.get(f"{served.url}/metrics").content)
+    promtool(binaries, "check", "metrics", stdin=httpx.get(f"{served.url}/metrics", timeout=SECONDS).content)
 
 
 @dataclass
@@ -241,7 +244,7 @@ class Prometheus:
 
     def get(self, path: str, **parameters: str) -> Any:
         """The data of an answer of its API; an expression that it cannot parse is an error."""
-        answer = httpx.get(f"{self.url}/api/v1/{path}", params=parameters, timeout=30).json()
+        answer = httpx.get(f"{self.url}/api/v1/{path}", params=parameters, timeout=SECONDS).json()
         assert answer["status"] == "success", (parameters, answer)
         return answer["data"]
 
@@ -249,9 +252,9 @@ class Prometheus:
         """The current values of an expression."""
         return [float(sample["value"][1]) for sample in self.get("query", query=expr)["result"]]
 
-    def wait_for(self, expr: str, seconds: float = 60) -> None:
+    def wait_for(self, expr: str) -> None:
         """Wait until an expression has a result."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + SECONDS
         while not self.values(expr):
             assert time.monotonic() < deadline, f"still empty: {expr}"
             time.sleep(0.25)
@@ -279,24 +282,24 @@ def prometheus(binaries: dict[str, str], served: Served, tmp_path: Path) -> Iter
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | {"GOMAXPROCS": "1"})
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + SECONDS
         while True:
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"http://{address}/-/ready").status_code == 200:
+                if httpx.get(f"http://{address}/-/ready", timeout=SECONDS).status_code == 200:
                     break
             time.sleep(0.1)
         yield Prometheus(f"http://{address}")
     finally:
         process.terminate()
         try:
-            process.wait(30)
+            process.wait(SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
 
 
-def draw(served: Served, timeout: float = 60, **fields: Any) -> int:
+def draw(served: Served, timeout: float | httpx.Timeout = SECONDS, **fields: Any) -> int:
     body = {"prompt": "a small blue star", "num_inference_steps": 2, **fields}
     return httpx.post(f"{served.url}/v1/images/generations", json=body, timeout=timeout).status_code
 
@@ -312,9 +315,9 @@ def test_every_query_has_data_when_prometheus_scrapes_the_real_server(prometheus
     picture = io.BytesIO()  # an edit, for the forwards that only edits have
     Image.new("RGB", (64, 64)).save(picture, "PNG")
     fields, image = {"prompt": "a small blue star", "num_inference_steps": "2"}, {"image": picture.getvalue()}
-    assert httpx.post(f"{served.url}/v1/images/edits", data=fields, files=image, timeout=60).status_code == 200
+    assert httpx.post(f"{served.url}/v1/images/edits", data=fields, files=image, timeout=SECONDS).status_code == 200
     with pytest.raises(httpx.ReadTimeout):  # a client that leaves
-        draw(served, timeout=0.5, num_inference_steps=200, size="256x256")
+        draw(served, timeout=httpx.Timeout(SECONDS, read=0.5), num_inference_steps=200, size="256x256")
     for outcome in ("succeeded", "invalid", "cancelled"):
         prometheus.wait_for(f'rate(stepweave_requests_total{{outcome="{outcome}"}}[{WINDOW}]) > 0')
     prometheus.wait_for(f"rate(stepweave_steps_saved_total[{WINDOW}]) > 0")

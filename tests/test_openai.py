@@ -21,6 +21,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from tests.conftest import ROOT, Served
+from tests.waiting import SECONDS
 from tools.shapes.checker import wrong_parts
 
 PROMPT = "a large red circle on a blue background"
@@ -70,7 +71,7 @@ def test_generate_with_every_field_of_the_client(client: openai.OpenAI) -> None:
 def test_a_url_is_served_by_the_server_that_gave_it(client: openai.OpenAI) -> None:
     answer = client.images.generate(prompt=PROMPT, response_format="url", extra_body={"seed": 7})
     assert answer.data is not None and answer.data[0].url is not None
-    response = httpx.get(answer.data[0].url)
+    response = httpx.get(answer.data[0].url, timeout=SECONDS)
     assert response.headers["content-type"] == "image/png"
     assert response.headers["cache-control"].startswith("private")
     assert wrong_parts(picture_of(response.content), PROMPT) == []
@@ -141,7 +142,9 @@ def test_an_error_in_a_stream_is_raised_by_the_client(client: openai.OpenAI) -> 
         for event in stream:
             if not ids:
                 ids.append(event.id)  # type: ignore[union-attr]
-                httpx.delete(f"{str(client.base_url).removesuffix('/')}/jobs/{ids[0]}").raise_for_status()
+                httpx.delete(
+                    f"{str(client.base_url).removesuffix('/')}/jobs/{ids[0]}", timeout=SECONDS
+                ).raise_for_status()
 
 
 def test_the_blocks_of_the_document_run_in_order(served: Served, tmp_path: Path) -> None:
@@ -152,7 +155,7 @@ def test_the_blocks_of_the_document_run_in_order(served: Served, tmp_path: Path)
     for language, block in blocks:
         command = ["bash", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
         block = block.replace("http://localhost:3000", served.url).replace("localhost:3000", served.url)
-        run = subprocess.run([*command, block], cwd=tmp_path, check=True, capture_output=True, timeout=120)
+        run = subprocess.run([*command, block], cwd=tmp_path, check=True, capture_output=True, timeout=SECONDS)
         told.append(run.stdout.decode())
     answer = json.loads((tmp_path / "answer.json").read_text())
     assert [item["seed"] for item in answer["data"]] == [7, 8]
@@ -184,7 +187,7 @@ def test_curl_reads_events_and_saves_pictures(served: Served, drawing: Path) -> 
 
 
 def test_bentomls_client_streams_and_edits(served: Served, drawing: Path) -> None:
-    with bentoml.SyncHTTPClient(served.url) as client:
+    with bentoml.SyncHTTPClient(served.url, timeout=SECONDS) as client:
         told = "".join(client.generate_stream(prompt=PROMPT, partial_images=2, events="all"))
         assert told.count("event: image_generation.partial_image") == 2
         assert told.count("event: image_generation.completed") == 1
@@ -196,7 +199,7 @@ def test_bentomls_asynchronous_client(served: Served, drawing: Path) -> None:
     image = picture_of(drawing.read_bytes())
 
     async def use() -> tuple[Any, str, Any]:
-        async with bentoml.AsyncHTTPClient(served.url) as client:
+        async with bentoml.AsyncHTTPClient(served.url, timeout=SECONDS) as client:
             picture = await client.generate(prompt=PROMPT, seed=7)
             told = [chunk async for chunk in client.generate_stream(prompt=PROMPT)]
             edited = await client.edit(prompt=PROMPT, image=image, strength=0.2)
@@ -211,6 +214,6 @@ def test_bentomls_asynchronous_client(served: Served, drawing: Path) -> None:
 def test_nothing_that_a_client_sends_is_fetched(served: Served) -> None:
     """BentoML downloads what a form names as a URL: the middleware lets no such form pass."""
     fields: dict[str, Any] = {"prompt": (None, PROMPT), "image": (None, f"{served.url}/images/x.png")}
-    response = httpx.post(f"{served.url}/edit", files=fields)
+    response = httpx.post(f"{served.url}/edit", files=fields, timeout=SECONDS)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "image"

@@ -33,9 +33,9 @@ from stepweave.engine.job import Job
 from stepweave.errors import Cancelled
 from tests.test_scope import saved, state_of
 from tests.tiny import FAMILIES, Family, networks
+from tests.waiting import SECONDS
 
 TOLERANCE = 1e-4  # of pixels in [0, 1]; measured: 3e-6
-SECONDS = 60
 JOBS = 6
 
 PROMPTS = [

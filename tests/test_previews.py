@@ -22,11 +22,11 @@ from stepweave.config import EMBEDDED_MODEL
 from stepweave.engine import Job, Latents, Mode
 from stepweave.images.previews import LONGEST, Previewer, preview_steps, synthetic_pictures
 from tests import tiny
+from tests.waiting import SECONDS
 from tools.shapes import evaluate
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
-SECONDS = 60
 REACH = 30  # of latents that a colour stands for
 PROMPTS = (
     "a large red circle on a blue background",

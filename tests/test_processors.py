@@ -18,7 +18,8 @@ from stepweave.engine.fiber import Fiber
 from stepweave.engine.processors import Processors
 from stepweave.errors import Cancelled
 from stepweave.scope.pipeline import set_processor
-from tests.toy import CLOSE, SECONDS, honest
+from tests.toy import CLOSE, honest
+from tests.waiting import SECONDS
 
 STEPS = 8
 

@@ -12,6 +12,7 @@ from packaging.version import Version
 
 import stepweave.errors
 from tests.conftest import ROOT, clean_environment
+from tests.waiting import SECONDS
 
 
 def pins(name: str) -> dict[str, str]:
@@ -44,13 +45,13 @@ def test_every_error_stands_in_the_tree_of_its_module() -> None:
 def test_torch_is_not_imported_before_the_background_load() -> None:
     code = "import sys, service; print(sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
     ended = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=SECONDS
     )
     assert ended.stdout.strip() == "[]", ended.stderr
 
 
 def test_modules_can_be_read_in_one_sitting() -> None:
     long = {
-        path.name: n for path in Path(ROOT / "src").rglob("*.py") if (n := len(path.read_text().splitlines())) > 350
+        path.name: n for path in Path(ROOT / "src").rglob("*.py") if (n := len(path.read_text().splitlines())) > 450
     }
     assert not long

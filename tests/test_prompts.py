@@ -18,10 +18,10 @@ from stepweave.engine.job import Job
 from stepweave.engine.prompts import warned
 from stepweave.scope.cuts import Cut, current_report
 from tests.tiny import FAMILIES
+from tests.waiting import SECONDS
 
 pytestmark = pytest.mark.usefixtures("every_row_pays")
 
-SECONDS = 60
 LONG = "a large red circle on a blue background, a large star on a white background"  # CLIP's: 14 tokens and two special ones
 SHORT = "a red circle"
 LOST = "'white background'"

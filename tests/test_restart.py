@@ -12,12 +12,13 @@ import httpx
 import psutil
 
 from tests.conftest import Served, serve
+from tests.waiting import SECONDS
 
 LONG = {"prompt": "a large red circle on a blue background", "num_inference_steps": 200, "n": 8}
 
 
 def post(server: Served, body: dict[str, Any], **headers: str) -> httpx.Response:
-    return httpx.post(f"{server.url}/v1/images/generations", json=body, headers=headers, timeout=60)
+    return httpx.post(f"{server.url}/v1/images/generations", json=body, headers=headers, timeout=SECONDS)
 
 
 def test_jobs_outlive_a_crash_and_the_end_waits_for_no_longer_than_its_grace(tmp_path: Path) -> None:
@@ -27,7 +28,7 @@ def test_jobs_outlive_a_crash_and_the_end_waits_for_no_longer_than_its_grace(tmp
         done = post(server, {**LONG, "n": 1, "num_inference_steps": 1}, **{"Idempotency-Key": "one"}).json()
         left = post(server, LONG, Prefer="respond-async")
         assert left.status_code == 202
-        while httpx.get(server.url + left.headers["location"]).json()["state"] == "queued":
+        while httpx.get(server.url + left.headers["location"], timeout=SECONDS).json()["state"] == "queued":
             time.sleep(0.05)
         # the worker first: without its parent it would be started anew
         for process in (psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(True)):
@@ -36,7 +37,7 @@ def test_jobs_outlive_a_crash_and_the_end_waits_for_no_longer_than_its_grace(tmp
             process.kill()
     with serve(tmp_path / "second.log", **settings) as server:
         server.wait_until_ready()
-        job = httpx.get(server.url + left.headers["location"]).json()
+        job = httpx.get(server.url + left.headers["location"], timeout=SECONDS).json()
         assert (job["state"], job["error"]["code"]) == ("failed", "restarted")
         assert "restarted while the job was" in job["error"]["message"]
         again = post(server, {**LONG, "n": 1, "num_inference_steps": 1}, **{"Idempotency-Key": "one"}).json()
@@ -50,4 +51,4 @@ def test_jobs_outlive_a_crash_and_the_end_waits_for_no_longer_than_its_grace(tmp
                     server.process.send_signal(signal.SIGTERM)
         assert told[-3] == "event: error"
         assert json.loads(told[-2].removeprefix("data: "))["error"]["code"] == "draining"
-        assert server.process.wait(60) == 0
+        assert server.process.wait(SECONDS) == 0

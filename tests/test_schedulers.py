@@ -17,10 +17,10 @@ from diffusers.utils.import_utils import DummyObject
 
 from stepweave import StepEngine
 from tests.tiny import FAMILIES, Family
+from tests.waiting import SECONDS
 
 TOLERANCE = 1e-4  # of pixels in [0, 1]; measured: 3e-6
 MERGED = 0.5  # the least share of the UNet's calls; measured: 0.65 to 0.86
-SECONDS = 120
 
 PROMPTS = ["a red circle", "two small dogs on a road", "x", "", "three yellow triangles"]
 GUIDANCE = [5.0, 1.0, 3.0]
@@ -110,6 +110,7 @@ def test_every_compatible_scheduler_in_one_batch() -> None:
     check(family, [(kind, {}) for kind in compatible(family)])
 
 
+@pytest.mark.full
 def test_two_prediction_types_in_one_batch() -> None:
     family, types = FAMILIES["stable_diffusion_xl"], ("epsilon", "v_prediction")
     kinds = compatible(family)

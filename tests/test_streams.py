@@ -26,6 +26,7 @@ from stepweave.server import Server
 from stepweave.ticket import Ticket
 from tests.asgi import App, Exchange, serving
 from tests.conftest import Served
+from tests.waiting import SECONDS, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -46,6 +47,10 @@ def positions(exchange: Exchange) -> list[int]:
 
 def steps(exchange: Exchange) -> list[int]:
     return [event.data["step"] for event in exchange.events if event.name == "stepweave.progress"]
+
+
+def comments(exchange: Exchange) -> int:
+    return exchange.content.count(b": still here\n\n")
 
 
 # --- what is told ---
@@ -76,8 +81,10 @@ async def test_all_events_in_their_order(asked: dict[str, Any]) -> None:
     async with serving() as app:
         app.record.gated = True
         answer = app.post(**asked, num_inference_steps=20)
-        await answer.until(lambda one: steps(one))
-        app.record.pause = 0.002
+        await answer.until(steps)
+        for step in (1, 2, 3):
+            app.record.allow(1)
+            await answer.until(lambda one, step=step: step in steps(one))
         app.record.release.set()
         await answer.done()
         assert answer.names[-1] == COMPLETED
@@ -118,11 +125,15 @@ async def test_the_place_in_the_queue_is_told_when_it_changes() -> None:
 async def test_the_first_event_comes_at_once() -> None:
     async with serving() as app:
         app.record.gated = True
-        for _ in range(3):
-            answer = app.post(headers=VERBOSE)
-            await answer.until(lambda one: one.events)
-            assert answer.times[1] - answer.began < 0.3
-        app.record.release.set()
+        with (
+            patch("stepweave.ticket.PLACE_SECONDS", 2 * SECONDS),
+            patch("stepweave.ticket.SILENT_SECONDS", 2 * SECONDS),
+        ):
+            for _ in range(3):
+                answer = app.post(headers=VERBOSE)
+                await answer.until(lambda one: one.events)
+            app.record.release.set()
+            await app.idle()
 
 
 async def test_silence_is_broken_by_comments() -> None:
@@ -131,9 +142,8 @@ async def test_silence_is_broken_by_comments() -> None:
         with patch("stepweave.ticket.SILENT_SECONDS", 0.03):
             streams = [app.post(stream=True) for _ in range(2)] + [app.post(headers=VERBOSE)]
             for one in streams:
-                await one.until(lambda one: one.content.count(b": still here\n\n") >= 2)
-                gaps = [b - a for a, b in zip(one.times[1:], one.times[2:], strict=False)]
-                assert min(gaps[-1:]) > 0.02
+                await one.until(lambda one: comments(one) >= 2)
+                assert comments(one) <= (one.times[-1] - one.began) / 0.03, "no more than one in that time"
             app.record.release.set()
             for one in streams:
                 assert (await one.done()).names[-1] == COMPLETED
@@ -144,9 +154,13 @@ async def test_steps_that_a_client_is_not_told_of_do_not_keep_it_waiting() -> No
     async with serving() as app:
         app.record.pause = 0.01
         with patch("stepweave.ticket.SILENT_SECONDS", 0.05):
-            answer = await app.post(stream=True, num_inference_steps=40).done()
+            answer = app.post(stream=True, num_inference_steps=200)
+            await answer.until(lambda one: comments(one) >= 3)
+            assert app.record.steps_run < 200, "while steps are run"
+            app.record.pause = 0.0
+            await answer.done()
         assert answer.names == [COMPLETED]
-        assert 3 <= answer.content.count(b": still here\n\n") <= 12
+        assert comments(answer) <= (answer.times[-1] - answer.began) / 0.05
 
 
 @pytest.mark.parametrize(
@@ -283,12 +297,16 @@ async def test_what_goes_wrong_later_is_an_event_that_clients_raise() -> None:
 
 async def test_a_stream_whose_job_is_deleted_says_so() -> None:
     async with serving() as app:
-        app.record.pause = 0.01
+        app.record.gated = True
         answer = app.post(headers=VERBOSE, num_inference_steps=100)
+        app.record.allow(2)
         await answer.until(lambda one: 2 in steps(one))
         id = answer.headers["x-stepweave-job"]
         assert (await app.job(id))["state"] == "running"
-        assert (await app.delete(f"/v1/jobs/{id}")).json()["state"] == "cancelled"
+        deleted = app.send("DELETE", f"/v1/jobs/{id}")
+        await app.told_to_end()
+        app.record.release.set()
+        assert (await deleted.done()).json()["state"] == "cancelled"
         await answer.done()
         assert answer.events[-1].data == {
             "error": {"message": "The job was cancelled.", "type": "cancelled", "code": "cancelled", "param": None}
@@ -341,15 +359,14 @@ every_way = pytest.mark.parametrize("send", WAYS.values(), ids=WAYS.keys())
 @every_way
 async def test_a_job_ends_at_the_next_step_after_its_client_has_left(send: Send) -> None:
     async with serving() as app:
-        app.record.pause = 0.01
+        app.record.gated = True
         exchange = send(app)
-        await app.until(lambda: app.record.steps_run > 2)
-        before = app.record.steps_run
-        await exchange.leave()
-        await app.until(lambda: not app.server.tickets)
-        assert app.record.steps_run <= before + 2
+        app.record.allow(3)
+        await app.until(lambda: app.record.steps_run == 3)
+        await app.leave(exchange)
         await app.idle()
-        assert app.metric("stepweave_steps_saved_total") >= 90
+        assert app.record.steps_run == 4
+        assert app.metric("stepweave_steps_saved_total") == 96
         assert app.outcomes() == {"cancelled": 1}
 
 
@@ -373,23 +390,30 @@ async def test_a_client_that_leaves_while_it_waits_is_forgotten(send: Send) -> N
 
 @every_way
 async def test_a_client_that_leaves_while_it_is_accepted_is_forgotten(send: Send) -> None:
-    accept, gate = Server.accept, asyncio.Event()
+    accept, entered, gate, ended = Server.accept, asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async def slow(server: Server, *args: Any, **kwargs: Any) -> Ticket:
-        await gate.wait()
-        return await accept(server, *args, **kwargs)
+        entered.set()
+        try:
+            await gate.wait()
+            return await accept(server, *args, **kwargs)
+        finally:
+            ended.set()
 
     async with serving() as app:
-        app.record.pause = 0.01
+        app.record.gated = True
         with patch.object(Server, "accept", slow):
             exchange = send(app)
-            await asyncio.sleep(0.01)
+            await entered.wait()
             leaving = asyncio.ensure_future(exchange.leave())
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)  # it may be noticed meanwhile, or later
             gate.set()
+            await ended.wait()
+            await app.told_to_end()
+            app.record.release.set()
             await leaving
         await app.idle()
-        assert app.record.steps_run < 20, "of 100"
+        assert app.record.steps_run <= 1, "of 100"
 
 
 @every_way
@@ -404,47 +428,48 @@ async def test_who_reads_to_the_end_gets_it(send: Send) -> None:
 
 async def test_a_connection_that_breaks_before_the_first_byte_ends_the_job() -> None:
     async with serving() as app:
-        app.record.pause = 0.005
+        app.record.gated = True
         answer = app.post(stream=True, num_inference_steps=200)
 
         async def broken(message: Any) -> None:
             raise OSError("broken pipe")
 
         answer._send = broken  # type: ignore[method-assign]
+        await app.until(lambda: app.server.tickets)
+        await app.told_to_end()
+        app.record.release.set()
         await answer.done()
         await app.until(lambda: not app.server.tickets)
-        assert app.record.steps_run <= 3
+        assert app.record.steps_run <= 1
         assert app.outcomes() == {"cancelled": 1}
 
 
 async def test_a_stream_can_be_left_while_its_client_reads_nothing() -> None:
     async with serving() as app:
-        app.record.pause = 0.005
+        app.record.gated = True
         answer = app.post(headers=VERBOSE, num_inference_steps=200)
-        await answer.until(lambda one: steps(one))
+        await answer.until(steps)
         answer.reads.clear()
-        await asyncio.sleep(0.02)
-        before = app.record.steps_run
-        await answer.leave()
+        app.record.allow(3)
+        await app.until(lambda: app.record.steps_run == 3)
+        await asyncio.sleep(0.02)  # it may be told of them meanwhile, which it does not read
+        await app.leave(answer)
         await app.until(lambda: not app.server.tickets)
-        assert app.record.steps_run <= before + 2
+        assert app.record.steps_run == 4
 
 
 def test_leaving_a_native_stream_of_a_real_server(served: Served) -> None:
     def in_flight() -> bool:
-        return "stepweave_requests_in_flight 0.0" not in httpx.get(f"{served.url}/metrics").text
+        return "stepweave_requests_in_flight 0.0" not in httpx.get(f"{served.url}/metrics", timeout=SECONDS).text
 
     body = {"prompt": "a red circle", "num_inference_steps": 200, "size": "256x256", "events": "all"}
-    with httpx.stream("POST", f"{served.url}/generate_stream", json=body, timeout=30) as answer:
+    with httpx.stream("POST", f"{served.url}/generate_stream", json=body, timeout=SECONDS) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         lines = answer.iter_lines()  # held on to: its end would close the connection
         for line in lines:
             if line.startswith("data: ") and json.loads(line[6:]).get("step", 0) > 1:
                 break
         assert in_flight()
-    deadline = time.monotonic() + 10
-    while in_flight():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    log = served.log.read_text()
-    assert re.search(r"POST /generate_stream 499 \d+ ms, request " + answer.headers["x-request-id"], log)
+    wait_until(lambda: not in_flight())
+    line = r"POST /generate_stream 499 \d+ ms, request " + answer.headers["x-request-id"]
+    wait_until(lambda: re.search(line, served.log.read_text()))

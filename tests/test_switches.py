@@ -26,11 +26,11 @@ from stepweave.model import ServedModel
 from stepweave.server import Server
 from tests.conftest import InProcess, serve
 from tests.tiny import FAMILIES, Family
+from tests.waiting import SECONDS
 
 pytestmark = pytest.mark.usefixtures("every_row_pays")
 
 CPU = torch.device("cpu")
-SECONDS = 120.0
 TOLERANCE = 1e-4
 PROMPTS = ("a red circle", "ring", "a large blue star on a white background", "cross")
 SD = FAMILIES["stable_diffusion"]
@@ -69,6 +69,7 @@ def assert_company_agrees(pipeline: Any, family: Family, expected: list[np.ndarr
 
 
 # torch 2.13 itself calls what it deprecates, when its compiler is imported
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_a_compiled_unet_merges_and_draws_the_same() -> None:
     """For real, with inductor: some 20 s of compiling on two cores, unless torch has it in its cache."""
@@ -411,7 +412,7 @@ def test_a_server_with_switches_draws_what_a_plain_call_without_does(tmp_path: P
     }  # fmt: skip
     with serve(tmp_path / "log.txt", **switches, STEPWEAVE_MODEL=str(model), STEPWEAVE_MAX_ROWS="4") as server:
         server.wait_until_ready()
-        shown = httpx.get(f"{server.url}/v1/models").json()["data"][0]["stepweave"]["switches"]
+        shown = httpx.get(f"{server.url}/v1/models", timeout=SECONDS).json()["data"][0]["stepweave"]["switches"]
         on = {"attention_backend": "_native_math", "vae_slicing": True, "channels_last": True}
         assert shown == Settings().switches() | on
         for seed, prompt in enumerate(PROMPTS):

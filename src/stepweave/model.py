@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import secrets
+import threading
 import time
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from stepweave.config import Settings
-from stepweave.engine import StepEngine
+from stepweave.engine import Job, Latents, StepEngine
 from stepweave.engine.shapes import arguments_of
 from stepweave.errors import InvalidRequest, LoadError, RequestError, shown
 from stepweave.generation import MAX_SEED, Parameters, Sources
@@ -28,7 +29,7 @@ DRAWN_SEED_BITS = 32  # of a seed the server draws, easy to copy
 
 WARM_UP_STEPS = 2
 WARM_UP_STRENGTH = 0.5
-WARM_UP_EDITS = 2  # jobs of a kind: as many as a certificate needs
+WARM_UP_FEW = 4  # jobs of a kind, of which two have as many steps: as many as a certificate needs
 DEFAULT_STRENGTH = 0.8  # where the pipeline has none of its own
 PROFILE_SECONDS = 10.0  # after which no more is run for the cost model's sake alone: it goes on to learn from requests
 
@@ -216,38 +217,50 @@ class ServedModel:
                 setattr(self, name, None)
 
     def warm_up(self, engine: StepEngine) -> None:
-        """Run short jobs of the native size, and of half its sides: one alone, then as many as fill the largest shared step, then
-        growing numbers for the cost model.
+        """Run short jobs, so that the first requests do not pay for first calls and find certified what the engine may merge.
 
-        So the first requests do not pay for first calls, what the engine may merge is certified, and what steps cost is known
-        before they come. The jobs differ in prompt, seed, steps and guidance, as requests do.
+        One of the native size alone; then, together, as many as fill the largest shared step, a few of half its sides, and a few
+        edits of each kind; at last growing numbers for the cost model, so that what steps cost is known. The jobs differ in
+        prompt, seed, steps and guidance, as requests do. What is certified is decided by counts of jobs, however slow the machine
+        is: only the last part ends after some time.
         """
-        most = 1 if engine.mode in ("off", "threads") else max(2, -(-self.settings.max_rows // 2))
+        most = 1 if engine.mode in ("off", "threads") else max(WARM_UP_FEW, -(-self.settings.max_rows // 2))
+        few = min(most, WARM_UP_FEW)
         native, half = (self.width, self.height), self._half_size()
-        for count in (1, most):
-            self._run_together(engine, native, count)
-        began = time.monotonic()
-        counts = [2**i for i in range(most.bit_length())]
-        rounds = [(native, count) for count in counts] + [(half, count) for count in counts[:3] if half]
-        for size, count in rounds:
-            if size is None or time.monotonic() - began > PROFILE_SECONDS:
-                continue
-            try:
-                self._run_together(engine, size, count)
-            except Exception as error:
-                if size == native:
+        with engine.in_lockstep():
+            for count in (1, most):
+                self._run_together(engine, native, count)
+            if half is not None:
+                try:
+                    self._run_together(engine, half, few)
+                except RequestError:  # the engine was closed
                     raise
-                logger.info("pictures of %dx%d fail (%s); what they cost is not known", *size, type(error).__name__)
+                except Exception as error:
+                    logger.info("pictures of %dx%d fail (%s); what they cost is not known", *half, type(error).__name__)
+                    half = None
+            self._warm_up_edits(engine, native, few)
+        self._profile(engine, native, half, most)
+
+    def _warm_up_edits(self, engine: StepEngine, native: tuple[int, int], count: int) -> None:
+        """Run edits of each kind; what fails is not offered."""
         for name, mask in (("image_to_image", None), ("inpaint", Image.linear_gradient("L").resize(native))):
             if getattr(self, name) is None:
                 continue
             try:
-                self._run_together(engine, native, min(most, WARM_UP_EDITS), edits=True, mask=mask)
+                self._run_together(engine, native, count, edits=True, mask=mask)
             except RequestError:  # the engine was closed
                 raise
             except Exception as error:
                 logger.warning("%s fails (%s); it is not offered", type(getattr(self, name)).__name__, error)
                 setattr(self, name, None)
+
+    def _profile(self, engine: StepEngine, native: tuple[int, int], half: tuple[int, int] | None, most: int) -> None:
+        """Show the cost model what steps of growing numbers of rows take."""
+        began = time.monotonic()
+        counts = [2**i for i in range(most.bit_length())]
+        for size, count in [(native, count) for count in counts] + [(half, count) for count in counts[:3]]:
+            if size is not None and time.monotonic() - began <= PROFILE_SECONDS:
+                self._run_together(engine, size, count)
 
     def _run_together(
         self,
@@ -258,17 +271,21 @@ class ServedModel:
         edits: bool = False,
         mask: Image.Image | None = None,
     ) -> None:
-        jobs = []
-        for i in range(count):
-            parameters = self._warm_up_parameters(i, *size)
-            if edits:
-                picture = Image.linear_gradient("L").rotate(90 * i).resize(size).convert("RGB")
-                sources = Sources(picture, mask)
-                strength = WARM_UP_STRENGTH if _takes(self._pipeline_for(sources), "strength") else None
-                parameters = replace(
-                    parameters, num_inference_steps=WARM_UP_STEPS * 2, strength=strength, sources=sources
-                )
-            jobs.append(engine.submit(**self.call(parameters)))
+        """Run jobs that start in one turn of the engine."""
+        jobs, start = [], _Start()
+        try:
+            for i in range(count):
+                parameters = self._warm_up_parameters(i, *size)
+                if edits:
+                    picture = Image.linear_gradient("L").rotate(90 * i).resize(size).convert("RGB")
+                    sources = Sources(picture, mask)
+                    strength = WARM_UP_STRENGTH if _takes(self._pipeline_for(sources), "strength") else None
+                    parameters = replace(
+                        parameters, num_inference_steps=WARM_UP_STEPS * 2, strength=strength, sources=sources
+                    )
+                jobs.append(engine.submit(**self.call(parameters), observer=None if i else start))
+        finally:
+            start.all_are_there.set()
         for job in jobs:
             job.result()
 
@@ -326,6 +343,22 @@ class ServedModel:
         if sources.mask is not None:
             pictures["mask_image"] = _resized(sources.mask, size)
         return pictures
+
+
+class _Start:
+    """The observer of a job that holds up the engine where it starts, until others are there."""
+
+    def __init__(self) -> None:
+        self.all_are_there = threading.Event()
+
+    def progressed(self, job: Job) -> None:
+        self.all_are_there.wait()
+
+    def wants(self, step: int, total: int) -> bool:
+        return False
+
+    def denoised(self, job: Job, latents: Latents) -> None:
+        pass
 
 
 def _takes(pipeline: Any, name: str) -> bool:

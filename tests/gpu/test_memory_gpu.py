@@ -12,7 +12,8 @@ from stepweave import StepEngine
 from stepweave.engine.memory import CudaMemory, DeviceMemory, UnknownMemory
 from stepweave.errors import OutOfMemory
 from tests.gpu.test_parity_gpu import DEVICE, say  # noqa: F401
-from tests.toy import CLOSE, SECONDS, Toy, call, fresh, honest, submit_together
+from tests.toy import CLOSE, Toy, call, fresh, honest, submit_together
+from tests.waiting import SECONDS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA GPU: its allocator is tested")]
 

@@ -15,6 +15,7 @@ import torch
 
 from stepweave import StepEngine
 from tests.tiny import FAMILIES, Family, networks
+from tests.waiting import SECONDS
 
 pytestmark = pytest.mark.gpu
 
@@ -83,7 +84,7 @@ def alone(pipeline: Any, family: Family) -> list[np.ndarray]:
 
 def in_company(engine: StepEngine, family: Family) -> list[np.ndarray]:
     jobs = [engine.submit(**call) for call in calls(family)]
-    return [job.result(120).images for job in jobs]
+    return [job.result(SECONDS).images for job in jobs]
 
 
 def rms(images: list[np.ndarray], others: list[np.ndarray]) -> float:

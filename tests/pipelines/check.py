@@ -16,6 +16,7 @@ from stepweave.engine.engine import EngineStats
 from stepweave.engine.hooks import _modules
 from stepweave.engine.merge import tensors
 from tests.pipelines.registry import CALLS, Entry
+from tests.waiting import SECONDS
 
 TOLERANCE = 1e-4  # of pixels in [0, 1]; where numbers are larger, of the largest that the plain call puts out
 TAKES_TURNS = "takes turns: a call changes the shared modules"
@@ -55,7 +56,7 @@ def check(entry: Entry) -> Report:
         turns = engine._loop._scope.takes_turns()
         with engine._loop._wake:  # all start at once, so that every run is the same
             jobs = [engine.submit(**entry.arguments(i)) for i in range(CALLS)]
-        results = [_numbers(job.result(300)) for job in jobs]
+        results = [_numbers(job.result(SECONDS)) for job in jobs]
         stats = engine.stats()
     worst = max(_error(one, other) for one, other in zip(results, expected, strict=True))
     return Report(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from stepweave.scheduling.cost import KEYS, CostModel, PriceList
 from stepweave.scheduling.task import Key, Load
+from tests import waiting
 from tests.scheduling.toy import LARGE, QWEN, SMALL
 
 KEY = Key("transformer", 64)
@@ -33,7 +34,7 @@ def test_scheduling_imports_no_torch() -> None:
     modules = ("admission", "cost", "forecast", "policy", "profiles", "task")
     imports = ", ".join(f"stepweave.scheduling.{module}" for module in modules)
     code = f"import sys, {imports}; assert not {{'torch', 'numpy', 'diffusers'}} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=waiting.SECONDS)
 
 
 @given(SEEN)

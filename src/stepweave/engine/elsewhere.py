@@ -19,6 +19,7 @@ class Elsewhere:
 
     def __init__(self, returned: Callable[[Active, Any], None]) -> None:
         self._returned = returned
+        self.here = False  # on the engine's own thread, at once
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="stepweave-pictures")
 
     def run(self, active: Active, work: Offload) -> None:
@@ -33,6 +34,9 @@ class Elsewhere:
                 answer = error
             self._returned(active, answer)
 
+        if self.here:
+            run()
+            return
         try:
             self._threads.submit(run)
         except RuntimeError:  # the interpreter is ending

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import math
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, get_args
@@ -212,6 +213,21 @@ class StepEngine:
         except EngineMisuse:
             return False
         return True
+
+    @contextlib.contextmanager
+    def in_lockstep(self) -> Iterator[None]:
+        """Within it, how fast the machine is has no influence on which calls meet: forwards have as many rows as may be, whether
+        they pay or not, and pictures are read and made on the engine's own thread. For jobs of a warm-up."""
+        elsewhere = None if self._loop is None else self._loop._elsewhere
+        try:
+            self._planner.lavish = True
+            if elsewhere is not None:
+                elsewhere.here = True
+            yield
+        finally:
+            self._planner.lavish = False
+            if elsewhere is not None:
+                elsewhere.here = False
 
     @property
     def waiting(self) -> int:

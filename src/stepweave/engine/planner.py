@@ -78,6 +78,7 @@ class Planner:
         self._merges = merges
         self._whole = whole
         self._knee = knee and policy in ORDERS
+        self.lavish = False  # forwards have as many rows as may be, whether they pay or not
         self.cost = CostModel()
         self._profiles = Profiles()
         self._jobs: dict[str, Job] = {}  # all that are not done
@@ -170,7 +171,7 @@ class Planner:
             most = limit(call)
             knee = knees.get((call.cost, most))
             if knee is None:
-                knee = self.cost.knee(call.cost, most) if self._knee else most
+                knee = self.cost.knee(call.cost, most) if self._knee and not self.lavish else most
                 knees[call.cost, most] = knee = min(most, 2 * knee) if explore else knee
             self._caps[call.cost] = call.cap = knee
             return knee
