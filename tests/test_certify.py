@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import types
 from collections import namedtuple
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from tests.toy import (
     Arguments,
     Call,
     Forward,
+    Outside,
     Served,
     Toy,
     Unseeded,
@@ -647,13 +647,11 @@ def test_a_proof_covers_four_times_its_rows() -> None:
     assert served.certificate["rows"] == 9, "what an audit covered"
 
 
-class Turncoat(types.ModuleType):
-    """A denoiser that goes wrong, in merged forwards only, once it is told to; by something outside of what a module keeps."""
+class Turncoat(Outside):
+    """A denoiser that goes wrong, in merged forwards only, once it is told to."""
 
     def __init__(self) -> None:
-        super().__init__("outside")
-        self.wrong = False
-        self.served_wrong = 0
+        super().__init__(wrong=False, served_wrong=0)
 
     def module(self) -> nn.Module:
         def forward(module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -686,8 +684,7 @@ def test_an_audit_finds_a_module_that_goes_wrong_later(audit_every: int, caplog:
 
 
 def test_with_every_forward_audited_nothing_is_ever_wrong() -> None:
-    outside = types.ModuleType("outside")  # where no one looks for what a module keeps
-    outside.merged = 0  # type: ignore[attr-defined]
+    outside = Outside(merged=0)
 
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         outside.merged += len(x) > 1

@@ -21,7 +21,7 @@ from stepweave.engine.merge import split
 from stepweave.errors import Cancelled, OutOfMemory
 from tests import tiny
 from tests.test_merge import Describing
-from tests.toy import CLOSE, STEPS, Forward, Toy, call, fresh, honest, module, serve, submit_together
+from tests.toy import CLOSE, STEPS, Forward, Outside, Toy, call, fresh, honest, module, serve, submit_together
 from tests.waiting import SECONDS, wait_until
 
 SD15, SD3 = (tiny.FAMILIES[name] for name in ("stable_diffusion", "stable_diffusion_3"))
@@ -164,8 +164,8 @@ def test_pictures_of_one_request_are_decoded_within_the_bound() -> None:
     expected = SD3.build()(**kwargs).images
     pipeline = SD3.build()
     most: list[int] = []
-    decode = pipeline.vae.decode
-    pipeline.vae.decode = lambda z, **kwargs: (most.append(len(z)), decode(z, **kwargs))[1]
+    decode, outside = pipeline.vae.decode, Outside(note=most.append)
+    pipeline.vae.decode = lambda z, **kwargs: (outside.note(len(z)), decode(z, **kwargs))[1]
     with StepEngine(pipeline, max_decode_rows=2) as engine:
         decode_together(engine, SD3)
         most.clear()
@@ -438,19 +438,18 @@ def test_activations_of_a_failed_forward_are_gone_before_its_calls_run_alone() -
     class Activations:
         pass
 
-    alive: list[weakref.ref[Activations]] = []
-    seen: list[int] = []
+    outside = Outside(alive=[], seen=[])
 
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         activations = Activations()
-        seen.append(sum(one() is not None for one in alive))
-        alive.append(weakref.ref(activations))
+        outside.seen.append(sum(one() is not None for one in outside.alive))
+        outside.alive.append(weakref.ref(activations))
         if len(x) > 1:
             raise ValueError("one at a time")
         return honest(x)
 
     serve(forward, [call(seed) for seed in range(4)]).check()
-    assert max(seen) == 0
+    assert max(outside.seen) == 0
 
 
 def test_a_starved_job_can_be_cancelled() -> None:

@@ -26,7 +26,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
 from stepweave import Job, StepEngine
-from stepweave.engine import Mode, Progress, forward
+from stepweave.engine import Mode, Progress, running
 from stepweave.engine.active import Active
 from stepweave.engine.call import Call
 from stepweave.engine.certify import Certificates
@@ -38,6 +38,7 @@ from stepweave.errors import Cancelled, DeadlineExceeded, EngineClosed, EngineMi
 from stepweave.scope import RequestScopedPipeline
 from tests import tiny
 from tests.conftest import ROOT, clean_environment
+from tests.toy import Outside
 
 SECONDS = 60  # that nothing here takes, unless it hangs
 TOLERANCE = 1e-4  # of pixels in [0, 1]
@@ -120,14 +121,13 @@ class Gate:
 class Wave(nn.Module):
     """A network of any width, the cheapest there is. `watch` is called with the rows of every forward, shared ones too."""
 
-    watch: Callable[[int], Any] = staticmethod(lambda rows: None)
-
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(1.5))
+        self.outside = Outside(watch=lambda rows: None)
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        self.watch(sample.shape[0])
+        self.outside.watch(sample.shape[0])
         return torch.sin(self.weight * sample + timestep.reshape(-1, 1))
 
 
@@ -1135,8 +1135,8 @@ PARTS = {
     "key": (EncoderCache, "key"),
     "get": (EncoderCache, "get"),
     "put": (EncoderCache, "put"),
-    "merge": (forward, "merge"),
-    "split": (forward, "split"),
+    "merge": (running, "merge"),
+    "split": (running, "split"),
 }
 
 
@@ -1179,7 +1179,7 @@ def test_a_module_that_fails_merged_is_retried_alone(most: int) -> None:
         if rows > most:
             raise ValueError("too many rows")
 
-    pipeline.network.watch = refuse
+    pipeline.network.outside.watch = refuse
     with StepEngine(pipeline) as engine:
         with held(engine, **seeded(num_inference_steps=1)):
             jobs = [engine.submit(**seeded(i, num_inference_steps=6)) for i in range(6)]
@@ -1206,7 +1206,7 @@ def test_what_does_not_fit_into_memory_is_halved(most: int) -> None:
             with held(engine, **seeded(num_inference_steps=1)):
                 jobs = [engine.submit(**seeded(i, num_inference_steps=10)) for i in range(6)]
                 rows_run.clear()
-                pipeline.network.watch = watch
+                pipeline.network.outside.watch = watch
             for job, sample in zip(jobs, expected, strict=True):
                 assert torch.allclose(job.result(SECONDS)[0], sample, atol=1e-5)
             assert max(rows_run) == (most if watch is refuse else 6)
@@ -1442,7 +1442,7 @@ def test_what_other_threads_draw_during_a_proof_is_drawn_once_and_does_not_fail_
     with ThreadPoolExecutor(1) as pool, StepEngine(pipeline) as engine:
         with held(engine, **seeded(num_inference_steps=1)):
             jobs = [engine.submit(**seeded(i, num_inference_steps=10)) for i in range(3)]
-            pipeline.network.watch = draw_elsewhere
+            pipeline.network.outside.watch = draw_elsewhere
         assert [job.exception(SECONDS) for job in jobs] == [None] * 3
         first = drawn[0] if what == "numbers" else drawn[0].result(SECONDS)[0]
         assert not torch.equal(draw(), first)

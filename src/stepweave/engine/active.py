@@ -14,7 +14,7 @@ RECOVERY = 20  # jobs that end, before one more may run at a time
 class Active:
     """A job that has started: its fiber, and what the fiber waits for."""
 
-    __slots__ = ("_given", "call", "elsewhere", "evicted", "fiber", "job", "starved", "told")
+    __slots__ = ("_given", "call", "elsewhere", "evicted", "fiber", "job", "starved", "told", "__weakref__")
 
     def __init__(self, job: Job, fiber: Fiber) -> None:
         self.job = job

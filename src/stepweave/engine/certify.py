@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -100,8 +101,8 @@ class Certificate:
     readings: Readings = field(default_factory=Readings)
     read: tuple[tuple[Path, str | None], ...] = ()  # how this kind reads its arguments
     names: tuple[str, ...] = ()  # of the arguments, by their positions among the leaves
-    served: dict[int, Any] = field(
-        default_factory=dict
+    served: WeakSet[Any] = field(
+        default_factory=WeakSet
     )  # owners that had results of merged forwards since the last check
 
     @property

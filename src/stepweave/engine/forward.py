@@ -146,7 +146,7 @@ class Forwarder:
         for call, output in zip(calls, outputs, strict=True):
             if watch is not None:
                 watch.users.add(id(call.owner))
-            served[id(call.owner)] = call.owner
+            served.add(call.owner)
             self._remember(call, output)
             self._advance(call.owner, output)
 
@@ -296,7 +296,7 @@ class Forwarder:
         if parts is not None:
             self._certificates.judge_parts(*parts)
         if certificate.state is not State.CERTIFIED and certificate.served:
-            self._doubtful += certificate.served.values()
+            self._doubtful += certificate.served
             certificate.served.clear()
             self._cache.clear()
         for call in pair:

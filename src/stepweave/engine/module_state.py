@@ -18,21 +18,30 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
+from threading import Thread, local
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 DEEPEST = 8  # objects within each other
 WHOLE = 65_536  # elements of a tensor that is compared whole, and can be put back
 SAMPLE = 256  # elements that are compared of a larger one
 MOST = 4096  # entries of a list or a dictionary
+OBJECTS = 20_000  # that are read of one attribute
 
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size})
-_OPAQUE = (type, types.ModuleType, types.BuiltinFunctionType, PretrainedConfig, DiffusionPipeline)
+_OPAQUE = (
+    type, types.ModuleType, types.BuiltinFunctionType, PretrainedConfig, PreTrainedTokenizerBase, DiffusionPipeline, Thread,
+)  # fmt: skip
+# classes of these hold what goes on elsewhere: threads, files, engines; only what a thread has of its own is a module's
+_ELSEWHERE = frozenset(
+    ("stepweave", "threading", "_thread", "concurrent", "asyncio", "logging", "io", "_io", "socket", "queue", "_queue",
+     "selectors", "subprocess", "multiprocessing")
+)  # fmt: skip
 _TORCH_OWN = frozenset(vars(nn.Module()))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _NOT_STATE = _TORCH_OWN | {"_hf_hook", "_diffusers_hook", "_internal_dict", "config"}
@@ -198,12 +207,14 @@ class _Reader:
         self.modules: set[nn.Module] = set()  # that are read as such
         self.keep = keep
         self._undo: list[Callable[[], None]] = []
+        self._left = OBJECTS
         self._path: dict[int, int] = {}  # objects that are being read, by their depth
 
     def mark(self, value: Any, undo: list[Callable[[], None]]) -> Hashable:
         """What is equal for equal values; `undo` is given what puts back what they contain."""
         self._undo = undo
         self._path.clear()
+        self._left = OBJECTS
         return self._mark(value, 0)
 
     def saved(self, value: Any) -> Any:
@@ -220,7 +231,8 @@ class _Reader:
             return _atom(value)
         if id(value) in self._path:
             return ("above", depth - self._path[id(value)])
-        if depth > DEEPEST:
+        self._left -= 1
+        if depth > DEEPEST or self._left < 0:
             return (kind,)
         self._path[id(value)] = depth
         try:
@@ -252,7 +264,7 @@ class _Reader:
             return (kind, *(self._mark(part, depth) for part in parts))
         if isinstance(value, nn.Module) and value in self.modules:
             return id(value)
-        if isinstance(value, _OPAQUE):
+        if isinstance(value, _OPAQUE) or (kind.__module__.partition(".")[0] in _ELSEWHERE and kind is not local):
             return id(value)
         return self._object(value, kind, depth)
 

@@ -275,7 +275,10 @@ class Prover:
 
 
 class _Unnoticed:
-    """What is run within it draws from no generator, as far as others can tell; and that it drew is noted."""
+    """What is run within it draws from no generator that calls were given, as far as others can tell; and that it drew is noted.
+
+    Default generators are left as they are then: other threads draw from them meanwhile, and must not draw the same again.
+    """
 
     def __init__(self, prover: Prover, own: Given) -> None:
         self._prover = prover
@@ -285,11 +288,8 @@ class _Unnoticed:
         self._states = RandomStates()
 
     def __exit__(self, *_: object) -> None:
-        drew = self._own.drew()
+        drew = self._own.drew() or self._states.changed()
         self._own.put_back()
-        if self._states.changed():
-            drew = True
-            self._states.put_back()
         self._prover._runs += 1
         self._prover._draws += drew
 
