@@ -647,6 +647,35 @@ def test_a_proof_covers_four_times_its_rows() -> None:
     assert served.certificate["rows"] == 9, "what an audit covered"
 
 
+def uses_time_and_weights(self: nn.Module, x: Tensor, timestep: Tensor) -> Tensor:
+    self.outside.forwards += 1
+    return honest(x + torch.sin(timestep[:, None] / 300).to(x.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_proofs_and_audits_take_at_most_a_fiftieth_of_the_forwards(dtype: torch.dtype) -> None:
+    """Of 5,000 after a warm-up, single calls of proofs and audits counted one by one."""
+
+    def at(seed: int, steps: int) -> Call:
+        return call(
+            seed, lambda step: {"timestep": torch.tensor([999.0 - 999 * step / steps])}, steps=steps, dtype=dtype
+        )
+
+    denoiser = module(uses_time_and_weights)
+    denoiser.outside = outside = Outside(forwards=0)
+    with StepEngine(Toy(denoiser), knee=False) as engine:
+        run_all(engine, [at(seed, 10 + seed) for seed in range(4)])
+        run_before, checks_before = outside.forwards, engine.stats().checks
+        while outside.forwards - run_before < 5000:
+            run_all(engine, [at(seed, 100 + 20 * seed) for seed in range(8)])
+        stats = engine.stats()
+    share = (stats.checks - checks_before) / (outside.forwards - run_before)
+    assert 0 < share <= 0.02
+    assert stats.forwards["denoiser"].merged_share > 0.9
+    used = sum(stats.forwards["denoiser"].by_rows.values())
+    assert outside.forwards - used <= stats.checks + 2, "forwards that are neither used nor counted as checks"
+
+
 class Turncoat(Outside):
     """A denoiser that goes wrong, in merged forwards only, once it is told to."""
 

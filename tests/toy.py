@@ -78,12 +78,13 @@ class Toy(DiffusionPipeline):
         rows: int = 1,
         steps: int = STEPS,
         generator: torch.Generator | None = None,
+        dtype: torch.dtype = torch.float32,
         gate: threading.Event | None = None,
     ) -> torch.Tensor | None:
         if gate is not None:
             assert gate.wait(SECONDS)
             return None
-        x = torch.randn(rows, WIDTH, generator=generator)
+        x = torch.randn(rows, WIDTH, generator=generator).to(dtype)
         with self.progress_bar(total=steps) as bar:
             for step in range(steps):
                 extra = {} if self.control is None else {"residual": self.control(x)}

@@ -12,21 +12,19 @@ import logging
 import random
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
 from functools import partial
 from typing import Any
-from weakref import WeakSet
 
 import torch
 
 from stepweave.engine.call import Call
+from stepweave.engine.certificate import RAGGED, Certificate, Held, State, Verdict
 from stepweave.engine.compare import Differ, NotFinite, Pair, agree, compare, told_apart
 from stepweave.engine.describe import TIMES
 from stepweave.engine.digests import Digests
 from stepweave.engine.evidence import Span, distance, hull, scalars, span
+from stepweave.engine.merge import tensors
 from stepweave.engine.proof import Proof, Prover
-from stepweave.engine.readings import Path, Readings
 
 logger = logging.getLogger(__name__)
 
@@ -37,107 +35,8 @@ FIRST_AUDITS = 256  # merged forwards, up to which each power of two is audited
 REST = 128  # chances to merge, after which a kind that failed is tried again; twice as many after each failure
 HELD = 8  # the same for an argument that had no clear effect; twice as many after each try
 
+FAINT = 0.05  # an effect that matters to no result, as a share of the error allowed
 SLIGHT = 1e-6  # the spread of sizes that differ in shape only
-
-RAGGED = "sizes"  # the variation of calls that differ in size
-
-
-class State(Enum):
-    """`pending` runs alone and is tried again; `failed` runs alone, and is tried again ever more rarely."""
-
-    PENDING = "pending"
-    CERTIFIED = "certified"
-    FAILED = "failed"
-
-
-class Verdict(Enum):
-    """What to do with calls: run the first alone, run all merged, prove that they may be (the first two run both ways), or audit
-    (two of them)."""
-
-    ALONE = "alone"
-    MERGE = "merge"
-    PROVE = "prove"
-    AUDIT = "audit"
-
-
-@dataclass
-class Held:
-    """An argument that must be equal in merged calls, until it is tried again."""
-
-    reason: str
-    wait: int  # chances to merge between tries
-    again: int  # when the kind has had so many chances
-    tried: Span | None = None  # values, where they are few; twice as wide a span is tried at once
-    apart: float = 0.0  # the largest difference that was tried, where there are more; twice that is tried at once
-
-
-@dataclass
-class Certificate:
-    """What is known of one kind of call. Variations are arguments' positions among the leaves, or RAGGED."""
-
-    target: str
-    sample: str
-    state: State = State.PENDING
-    code: str = "untried"  # of the reason: one of few
-    reason: str = "not tried yet"
-    error: float = 0.0  # the largest seen, as a share of the spread of the slice that it is in
-    rows: int = 0  # the most that a proof has covered
-    proofs: int = 0
-    merged: int = 0  # forwards
-    chances: int = 0  # decisions on calls that could be merged
-    attempts: int = 0
-    failures: int = 0
-    passed: int = 0  # proofs since the last failure
-    resting: int = 0  # until so many chances
-    rests: int = 0  # for want of proofs that could tell calls apart
-    ambiguous: bool = False  # whether `repeat` makes a difference
-    repeat: bool = True  # see merge
-    spread: float = 0.0  # the largest difference in size that is proven, as a share of the larger
-    next_audit: int = 1  # when `merged` gets there
-    proven: set[Any] = field(default_factory=set)
-    spans: dict[int, list[Span]] = field(default_factory=dict)  # of arguments of few numbers, each of one proof
-    held: dict[Any, Held] = field(default_factory=dict)
-    divisible: bool | None = None  # whether its rows may be computed apart from each other; None if not known
-    readings: Readings = field(default_factory=Readings)
-    read: tuple[tuple[Path, str | None], ...] = ()  # how this kind reads its arguments
-    names: tuple[str, ...] = ()  # of the arguments, by their positions among the leaves
-    served: WeakSet[Any] = field(
-        default_factory=WeakSet
-    )  # owners that had results of merged forwards since the last check
-
-    @property
-    def abandoned(self) -> bool:
-        """Whether it failed, and the arguments have been read in another way since, which makes another kind."""
-        return self.state is State.FAILED and any(self.readings.of(path) != reading for path, reading in self.read)
-
-    @property
-    def alone(self) -> tuple[str, str] | None:
-        """Why its calls run alone, or some of them: a code and a text."""
-        if self.state is not State.CERTIFIED:
-            return None if self.code == "untried" else (self.code, self.reason)
-        if self.held:
-            found = [f"{self.name(variation)}: {held.reason}" for variation, held in self.held.items()]
-            return "must_be_equal", "merged only where equal: " + "; ".join(found)
-        return None
-
-    def name(self, variation: Any) -> str:
-        """What a variation is of."""
-        if isinstance(variation, tuple):
-            return f"types of {self.name(variation[0])}"
-        return variation if isinstance(variation, str) else self.names[variation]
-
-    def describe(self) -> dict[str, Any]:
-        """As `/v1/models` and `StepEngine.stats` show it."""
-        return {
-            "call": self.target,
-            "sample": self.sample,
-            "state": self.state.value,
-            "reason": self.reason,
-            "largest_error": float(f"{self.error:.3g}"),
-            "rows": self.rows,
-            "proofs": self.proofs,
-            "merged_forwards": self.merged,
-        }
 
 
 class Certificates:
@@ -194,7 +93,8 @@ class Certificates:
                 return Verdict.ALONE, [first]  # equal calls prove nothing
             return Verdict.PROVE, [first, other]
         for call in alike[1:]:
-            if self._variations(first, call) - certificate.proven:
+            new = self._variations(first, call) - certificate.proven
+            if any(not self._within_slack(certificate, one, first, call) for one in new):
                 return Verdict.PROVE, [first, call]
         beyond = self._beyond(alike, certificate)
         if beyond is not None:
@@ -232,10 +132,20 @@ class Certificates:
             if RAGGED in certificate.held and not self._due(certificate, RAGGED, first, call):
                 if _spread([*alike, call]) > certificate.spread:
                     continue
-            differing = self._variations(first, call, held=True)
-            if not any(one in certificate.held and not self._due(certificate, one, first, call) for one in differing):
+            differing = self._variations(first, call, held=True) & certificate.held.keys()
+            if all(
+                self._due(certificate, one, first, call) or self._within_slack(certificate, one, first, call)
+                for one in differing
+            ):
                 alike.append(call)
         return alike
+
+    def _within_slack(self, certificate: Certificate, variation: Any, first: Call, call: Call) -> bool:
+        """Whether calls differ in a held argument by no more than matters to no result."""
+        held = certificate.held.get(variation)
+        if held is None or not held.slack or not _readable(first, variation):
+            return False
+        return distance(first.leaves[variation], call.leaves[variation]) <= held.slack
 
     def _due(self, certificate: Certificate, variation: Any, first: Call, call: Call) -> bool:
         """Whether to try an argument again that was not proven."""
@@ -302,6 +212,8 @@ class Certificates:
 
     def _judge(self, proof: Proof, prover: Prover, certificate: Certificate) -> bool:
         calls, pair = proof.calls, proof.pair
+        if proof.audit:
+            self._digests.recheck(tensors([call.arguments for call in pair]))
         if any(call.failed or call.ran_out for call in pair):
             return False  # it fails alone, too, which says nothing of merging
         if proof.wrote or any(call.wrote for call in pair):
@@ -369,8 +281,10 @@ class Certificates:
                 certificate.proven.add(variation)
                 certificate.held.pop(variation, None)
             elif variation not in few:
-                a, b = (call.leaves[variation] for call in proof.pair)
-                self._hold(certificate, variation, "without a clear effect on the result", HELD, apart=distance(a, b))
+                apart = distance(*(call.leaves[variation] for call in proof.pair))
+                self._hold(certificate, variation, "without a clear effect on the result", HELD, apart=apart)
+                if proof.effects.get(variation, 1.0) <= FAINT:
+                    certificate.held[variation].slack = apart
         for i, tried in proof.spans.items():
             if i in wrong:
                 self._hold(certificate, i, wrong[i], REST, tried)

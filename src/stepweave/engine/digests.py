@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import weakref
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
+
+logger = logging.getLogger(__name__)
 
 QUICK = 4096  # elements that are looked at again each time, on the CPU
 SIZE = 16  # bytes of a digest: two different tensors in 2^64 share one
@@ -23,13 +27,14 @@ class Digests:
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref[torch.Tensor], int, bytes, int | None]] = {}
         self.computed = 0
+        self._trusted = True
 
     def of(self, tensor: torch.Tensor) -> bytes:
         """Equal for tensors of equal dtype, shape and bytes, except that rows which all are the same count as one.
 
         So a constant that two jobs carry in different numbers of rows is the same constant.
         """
-        if tensor.is_inference():  # such tensors do not say when they are written to
+        if not self._trusted or tensor.is_inference():  # such tensors do not say when they are written to
             self.computed += 1
             return _digest(tensor)
         key = id(tensor)
@@ -43,13 +48,20 @@ class Digests:
         self._known[key] = (reference, tensor._version, digest, check)
         return digest
 
-    def recheck(self, tensor: torch.Tensor) -> bool:
-        """Whether what is remembered of a tensor still holds; if not, it is forgotten. Waits for the device."""
-        known = self._known.get(id(tensor))
-        if known is None or known[0]() is not tensor or known[1] != tensor._version or known[2] == _digest(tensor):
-            return True
-        del self._known[id(tensor)]
-        return False
+    def recheck(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Read tensors again whose digests are remembered. If one has changed meanwhile, none is remembered any more: something
+        writes past the versions, as `.data` does. Waits for the device."""
+        for tensor in tensors:
+            known = self._known.get(id(tensor))
+            if known is None or known[0]() is not tensor or known[1] != tensor._version:
+                continue
+            if known[2] != _digest(tensor):
+                self._trusted = False
+                self._known.clear()
+                logger.warning(
+                    "an argument was written to past its version; arguments are read at every step from now on"
+                )
+                return
 
 
 def _check(tensor: torch.Tensor) -> int | None:

@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any
 
 from stepweave.engine.call import Call, Unmergeable
-from stepweave.engine.certify import Certificates, State, Verdict
+from stepweave.engine.certificate import State, Verdict
+from stepweave.engine.certify import Certificates
 from stepweave.engine.compare import agree, told_apart
 from stepweave.engine.divide import join, part
 from stepweave.engine.given import Given

@@ -15,7 +15,8 @@ from stepweave.engine import ambient
 from stepweave.engine.active import Active, Crowd
 from stepweave.engine.ambient import DefaultRandom
 from stepweave.engine.call import Call
-from stepweave.engine.certify import Certificates, Verdict
+from stepweave.engine.certificate import Verdict
+from stepweave.engine.certify import Certificates
 from stepweave.engine.describe import Describer
 from stepweave.engine.digests import Digests
 from stepweave.engine.elsewhere import Elsewhere
@@ -299,7 +300,7 @@ class StepLoop:
     def _note(self, calls: list[Call]) -> None:
         """Count a call that runs alone though others are there, or that can have no company, and why."""
         call = calls[0]
-        turns = self._scope.why_turns()
+        turns = self._scope.why_turns() if self._exclusive else {}
         if call.apart[0]:
             self.unshared.note(call.target.name, *call.apart)
         elif turns:

@@ -50,6 +50,7 @@ class Proof:
     points: list[Point] = field(default_factory=list)
     merged_points: list[Point] = field(default_factory=list)  # those, and the first of the pair in their company
     evident: dict[int, bool | None] = field(default_factory=dict)  # leaves: None if the result does not depend on them
+    effects: dict[int, float] = field(default_factory=dict)  # of leaves exchanged, as shares of the error allowed
     spans: dict[int, Span] = field(default_factory=dict)  # of arguments of few numbers, what was tried
     drew: bool = False  # random numbers
     wrote: bool = False  # to its arguments
@@ -215,6 +216,7 @@ class Prover:
             effects.append(self._effect(proof, point.single, call))
         if min(effects) >= EVIDENT:
             return True
+        proof.effects.update(dict.fromkeys(unit, max(effects)))
         found: list[float] = []
         for base in [point for point in proof.points if point.leaf is not None][: POINTS // 2]:
             point = self._point(exchanged(base.call, proof.pair[1], unit), None)

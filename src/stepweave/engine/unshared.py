@@ -6,7 +6,7 @@ import logging
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 
-from stepweave.engine.certify import Certificate
+from stepweave.engine.certificate import Certificate
 
 logger = logging.getLogger(__name__)
 
