@@ -146,7 +146,7 @@ class Forwarder:
         served = self._certificates.of(calls[0]).served
         for call, output in zip(calls, outputs, strict=True):
             if watch is not None:
-                watch.users.add(id(call.owner))
+                watch.users.add(call.owner)
             served.add(call.owner)
             self._remember(call, output)
             self._advance(call.owner, output)
@@ -282,7 +282,7 @@ class Forwarder:
         if proof.left and watch is not None:
             watch.found = f"a forward changes {some(proof.left)}"
         if watch is not None and watch.found is not None:
-            watch.users.update(id(call.owner) for call in calls)
+            watch.users.update(call.owner for call in calls)
             self._alone(calls)  # whose jobs begin anew
             return
         parts = self._try_parts(calls) if isinstance(proof.merged, list) else None

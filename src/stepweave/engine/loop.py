@@ -328,7 +328,7 @@ class StepLoop:
         if watch.initial is not None:
             self._as_found.append(({target.name: target.module}, watch.initial))
         others = [one for one in self._active.values() if one is not owner]
-        if watch.users - {id(owner)}:
+        if any(one is not owner for one in watch.users):
             others = list(self._active.values())
         for active in sorted(others, key=lambda one: one.job.accepted, reverse=True):
             self._begin_anew(active, f"{target.name} keeps state of other jobs")

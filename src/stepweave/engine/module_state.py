@@ -8,44 +8,34 @@ State outside of Python objects (in an extension, on a disk) is not covered; onl
 
 from __future__ import annotations
 
-import contextvars
-import copy
 import functools
-import hashlib
-import random
 import types
-import warnings
-from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from threading import Thread, local
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from torch.nn.modules import module as torch_module
 
-DEEPEST = 8  # objects within each other
-WHOLE = 65_536  # elements of a tensor that is compared whole, and can be put back
-SAMPLE = 256  # elements that are compared of a larger one
-MOST = 4096  # entries of a list or a dictionary
-OBJECTS = 20_000  # that are read of one attribute
+from stepweave.engine.values import (
+    ATOMS,
+    LIBRARIES,
+    OPAQUE,
+    TORCH_OWN,
+    WHOLE,
+    Reader,
+    atom,
+    content,
+    of_a_library,
+    version,
+    write,
+)
 
-_ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size})
-_OPAQUE = (
-    type, types.ModuleType, types.BuiltinFunctionType, PretrainedConfig, PreTrainedTokenizerBase, DiffusionPipeline, Thread,
-)  # fmt: skip
-# classes of these hold what goes on elsewhere: threads, files, engines; only what a thread has of its own is a module's
-_ELSEWHERE = frozenset(
-    ("stepweave", "threading", "_thread", "concurrent", "asyncio", "logging", "io", "_io", "socket", "queue", "_queue",
-     "selectors", "subprocess", "multiprocessing")
-)  # fmt: skip
-_TORCH_OWN = frozenset(vars(nn.Module()))
+Place = tuple[int, Any]  # the id of what holds a value, and the key
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_NOT_STATE = _TORCH_OWN | {"_hf_hook", "_diffusers_hook", "_internal_dict", "config"}
-_LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "stepweave")
+_NOT_STATE = TORCH_OWN | {"_hf_hook", "_diffusers_hook", "_internal_dict", "config"}
 
 
 @dataclass(eq=False)
@@ -71,6 +61,18 @@ class _Root:
             self.holder.pop(self.key, None)
 
 
+class _Flat(NamedTuple):
+    """Places of one dictionary whose values need no reading: numbers, strings, weights, submodules."""
+
+    path: str
+    holder: dict[str, Any]
+    marks: dict[str, Any]
+    values: dict[str, Any]
+
+    def root(self, key: str) -> _Root:
+        return _Root(f"{self.path}.{key}", self.holder, key, self.marks[key], self.values[key])
+
+
 class Change:
     """What differs between two snapshots of the same modules."""
 
@@ -92,7 +94,7 @@ class Change:
         return sorted(path + inside for path, inside in found.items())
 
     @property
-    def places(self) -> frozenset[Hashable]:
+    def places(self) -> frozenset[Place]:
         return frozenset((id(one.holder), one.key) for one in (*self._before, *self._after))
 
     def undo(self) -> None:
@@ -109,8 +111,9 @@ class ModuleState:
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], *, keep: bool = False, weights: bool = False) -> None:
-        self._roots: dict[Hashable, _Root] = {}
-        self._reader = _Reader(keep)
+        self._roots: dict[Place, _Root] = {}
+        self._flat: dict[int, _Flat] = {}  # by the ids of their dictionaries
+        self._reader = Reader(keep)
         self._weights = weights
         classes: set[type] = set()
         for prefix, module in modules.items():
@@ -120,60 +123,98 @@ class ModuleState:
                 classes.add(type(part))
         for cls in classes:
             self._read_class(cls)
+        for name in ("_global_forward_hooks", "_global_forward_pre_hooks"):
+            hooks = getattr(torch_module, name, {})
+            for key, value in hooks.items():
+                self._add(f"torch.{name}[{key}]", hooks, key, value)
 
-    def change(self, later: ModuleState, *, within: frozenset[Hashable] | None = None) -> Change:
-        """What is not in `later` as it is here, of all places or of some."""
+    def change(self, later: ModuleState) -> Change:
+        """What is not in `later` as it is here."""
         before, after = [], []
         ours, theirs = self._roots, later._roots
-        for key, root in ours.items():
-            other = theirs.get(key)
-            if (other is None or other.mark != root.mark) and (within is None or key in within):
+        for place, root in ours.items():
+            other = theirs.get(place)
+            if other is None or other.mark != root.mark:
                 before.append(root)
                 after += [] if other is None else [other]
-        if len(theirs) > len(ours) or before:
-            after += [root for key, root in theirs.items() if key not in ours and (within is None or key in within)]
+        after += [root for place, root in theirs.items() if place not in ours]
+        for number in self._flat.keys() | later._flat.keys():
+            flat, new = self._flat.get(number), later._flat.get(number)
+            old_marks, new_marks = flat.marks if flat else {}, new.marks if new else {}
+            if old_marks != new_marks:
+                keys = [key for key in old_marks | new_marks if old_marks.get(key, self) != new_marks.get(key, self)]
+                before += [flat.root(key) for key in keys if flat and key in old_marks]
+                after += [new.root(key) for key in keys if new and key in new_marks]
         return Change(before, after)
 
-    def marks(self, places: frozenset[Hashable]) -> dict[Hashable, Hashable]:
+    def marks(self, places: Iterable[Place]) -> dict[Place, Hashable]:
         """Values of some places, to be compared."""
-        return {place: root.mark for place, root in self._roots.items() if place in places}
+        found: dict[Place, Hashable] = {}
+        for place in places:
+            root, flat = self._roots.get(place), self._flat.get(place[0])
+            if root is not None:
+                found[place] = root.mark
+            elif flat is not None and place[1] in flat.marks:
+                found[place] = flat.marks[place[1]]
+        return found
 
-    def adopt(self, other: ModuleState, places: frozenset[Hashable]) -> None:
+    def adopt(self, other: ModuleState, places: Iterable[Place]) -> None:
         """Be as another snapshot in some places."""
         for place in places:
+            number, key = place
             self._roots.pop(place, None)
             if place in other._roots:
                 self._roots[place] = other._roots[place]
+            ours, theirs = self._flat.get(number), other._flat.get(number)
+            if ours is not None:
+                ours.marks.pop(key, None)
+                if ours.values is not ours.marks:
+                    ours.values.pop(key, None)
+                if theirs is not None and key in theirs.marks:
+                    ours.marks[key], ours.values[key] = theirs.marks[key], theirs.values[key]
 
     def _read(self, part: nn.Module, name: str) -> None:
         attributes = part.__dict__
+        plain: dict[str, Any] = {}
         for key, value in () if _compiled(part) else attributes.items():
             if key not in _NOT_STATE and key != "forward":
-                self._add(f"{name}.{key}", attributes, key, value)
+                if type(value) in ATOMS:
+                    plain[key] = value
+                else:
+                    self._add(f"{name}.{key}", attributes, key, value)
+        self._flat[id(attributes)] = _Flat(name, attributes, plain, plain)
         for holder, key in _patched(part):
             self._add(f"{name}.forward", holder, key, holder[key])
-        for key, value in part._parameters.items():
-            self._roots[id(part._parameters), key] = self._weight(f"{name}.{key}", part._parameters, key, value)
+        self._read_weights(part, name)
         for key, value in part._buffers.items():
             self._add(f"{name}.{key}", part._buffers, key, value)
-        for key, value in part._modules.items():
-            place = (id(part._modules), key)
-            self._roots[place] = _Root(f"{name}.{key}", part._modules, key, id(value), value)
+        if part._modules:
+            children = dict(part._modules)
+            self._flat[id(part._modules)] = _Flat(name, part._modules, children, children)
         for hooks in _HOOKS:
             for key, value in attributes[hooks].items():
                 self._add(f"{name}.{hooks}[{key}]", attributes[hooks], key, value)
 
-    def _weight(self, path: str, holder: Any, key: str, value: nn.Parameter | None) -> _Root:
+    def _read_weights(self, part: nn.Module, name: str) -> None:
+        flat: dict[str, Any] = {}
+        for key, value in part._parameters.items():
+            if value is not None and (self._weights or value.__dict__):
+                self._roots[id(part._parameters), key] = self._weight(f"{name}.{key}", part._parameters, key, value)
+            else:
+                flat[key] = None if value is None else (id(value), version(value))
+        if flat:
+            values = {key: part._parameters[key] for key in flat}
+            self._flat[id(part._parameters)] = _Flat(name, part._parameters, flat, values)
+
+    def _weight(self, path: str, holder: Any, key: str, value: nn.Parameter) -> _Root:
         undo: list[Callable[[], None]] = []
-        mark: Hashable = None
-        if value is not None:
-            mark = (id(value), _version(value))
-            if self._weights:
-                mark = (id(value), _content(value))
-                if self._reader.keep and value.numel() <= WHOLE:
-                    undo.append(functools.partial(_write, value, value.detach().clone()))
-            if value.__dict__:
-                mark = (mark, self._reader.mark(value.__dict__, undo))
+        mark: Hashable = (id(value), version(value))
+        if self._weights:
+            mark = (id(value), content(value))
+            if self._reader.keep and value.numel() <= WHOLE:
+                undo.append(functools.partial(write, value, value.detach().clone()))
+        if value.__dict__:
+            mark = (mark, self._reader.mark(value.__dict__, undo))
         return _Root(path, holder, key, mark, value, undo)
 
     def _read_class(self, cls: type) -> None:
@@ -184,158 +225,23 @@ class ModuleState:
                 if key.startswith("__") or isinstance(value, (property, classmethod, staticmethod)):
                     continue
                 if isinstance(value, types.FunctionType):
-                    if _of_a_library(value):
+                    if of_a_library(value):
                         continue
-                elif type(value) not in _ATOMS and not isinstance(value, (list, dict, set, tuple, torch.Tensor)):
+                elif not base.__module__.startswith(LIBRARIES):
+                    if hasattr(value, "__get__") or isinstance(value, OPAQUE):
+                        continue
+                elif type(value) not in ATOMS and not isinstance(value, (list, dict, set, tuple, torch.Tensor)):
                     continue
                 self._add(f"{base.__qualname__}.{key}", base, key, value)
 
     def _add(self, path: str, holder: Any, key: Any, value: Any) -> None:
-        if type(value) in _ATOMS:
-            root = _Root(path, holder, key, _atom(value), value)
+        if type(value) in ATOMS:
+            root = _Root(path, holder, key, atom(value), value)
         else:
             undo: list[Callable[[], None]] = []
             mark = self._reader.mark(value, undo)
             root = _Root(path, holder, key, mark, self._reader.saved(value), undo)
         self._roots[id(holder), key] = root
-
-
-class _Reader:
-    """Reads values, those that contain others by what they contain."""
-
-    def __init__(self, keep: bool) -> None:
-        self.modules: set[nn.Module] = set()  # that are read as such
-        self.keep = keep
-        self._undo: list[Callable[[], None]] = []
-        self._left = OBJECTS
-        self._path: dict[int, int] = {}  # objects that are being read, by their depth
-
-    def mark(self, value: Any, undo: list[Callable[[], None]]) -> Hashable:
-        """What is equal for equal values; `undo` is given what puts back what they contain."""
-        self._undo = undo
-        self._path.clear()
-        self._left = OBJECTS
-        return self._mark(value, 0)
-
-    def saved(self, value: Any) -> Any:
-        """What to put back in a value's place: an iterator that has gone on cannot be reset, but its copy has not."""
-        if self.keep and type(value).__module__ == "itertools":
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                return copy.copy(value)
-        return value
-
-    def _mark(self, value: Any, depth: int) -> Hashable:
-        kind = type(value)
-        if kind in _ATOMS:
-            return _atom(value)
-        if id(value) in self._path:
-            return ("above", depth - self._path[id(value)])
-        self._left -= 1
-        if depth > DEEPEST or self._left < 0:
-            return (kind,)
-        self._path[id(value)] = depth
-        try:
-            return self._container(value, kind, depth + 1)
-        finally:
-            del self._path[id(value)]
-
-    def _container(self, value: Any, kind: type, depth: int) -> Hashable:
-        if isinstance(value, torch.Tensor):
-            return self._tensor(value)
-        if isinstance(value, (list, deque, tuple, set, frozenset)):
-            if self.keep and not isinstance(value, (tuple, frozenset)):
-                self._restore(_refill, value, list(value))
-            if len(value) > MOST:
-                return (kind, len(value))
-            return (kind, *(self._mark(item, depth) for item in value))
-        if isinstance(value, dict):
-            if self.keep:
-                self._restore(_refill, value, dict(value))
-            if len(value) > MOST:
-                return (kind, len(value))
-            return (kind, *((_key(key), self._mark(item, depth)) for key, item in value.items()))
-        if isinstance(value, types.FunctionType):
-            return self._function(value, depth)
-        if isinstance(value, types.MethodType):
-            return (kind, self._mark(value.__func__, depth), self._mark(value.__self__, depth))
-        if isinstance(value, functools.partial):
-            parts = (value.func, value.args, value.keywords)
-            return (kind, *(self._mark(part, depth) for part in parts))
-        if isinstance(value, nn.Module) and value in self.modules:
-            return id(value)
-        if isinstance(value, _OPAQUE) or (kind.__module__.partition(".")[0] in _ELSEWHERE and kind is not local):
-            return id(value)
-        return self._object(value, kind, depth)
-
-    def _tensor(self, value: torch.Tensor) -> Hashable:
-        if isinstance(value, nn.Parameter):
-            return (id(value), _version(value))
-        if self.keep and value.numel() <= WHOLE and value.device.type != "meta":
-            clone = value.detach().clone()
-            self._restore(_write, value, clone)
-        inside = value.__dict__
-        return (_content(value), self._mark(dict(inside), DEEPEST - 1)) if inside else _content(value)
-
-    def _function(self, value: types.FunctionType, depth: int) -> Hashable:
-        library = _of_a_library(value)
-        cells = []
-        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-            try:
-                content = cell.cell_contents
-            except ValueError:  # not filled yet
-                content = None
-            if self.keep:
-                self._restore(setattr, cell, "cell_contents", self.saved(content))
-            cells.append((name, self._mark(content, depth)))
-        names = []
-        for name in () if library else _names(value.__code__):
-            if name in value.__globals__:
-                content = value.__globals__[name]
-                if isinstance(content, types.FunctionType) and _of_a_library(content):
-                    continue
-                if self.keep and not isinstance(content, (types.FunctionType, *_OPAQUE)):
-                    self._restore(value.__globals__.__setitem__, name, self.saved(content))
-                names.append((name, self._mark(content, depth)))
-        inside = (value.__defaults__, value.__kwdefaults__, value.__dict__)
-        if self.keep:
-            self._restore(setattr, value, "__defaults__", value.__defaults__)
-            self._restore(_refill, value.__dict__, dict(value.__dict__))
-        return (id(value.__code__), *cells, *names, *(self._mark(one, depth) for one in inside if one))
-
-    def _object(self, value: Any, kind: type, depth: int) -> Hashable:
-        if isinstance(value, np.ndarray):
-            if value.size > WHOLE or value.dtype.hasobject:
-                return (kind, value.shape, value.dtype.str)
-            if self.keep:
-                self._restore(np.copyto, value, value.copy())
-            return (kind, value.shape, value.dtype.str, value.tobytes())
-        if isinstance(value, torch.Generator):
-            if self.keep:
-                self._restore(value.set_state, value.get_state())
-            return (kind, value.get_state().numpy().tobytes())
-        if isinstance(value, random.Random):
-            if self.keep:
-                self._restore(value.setstate, value.getstate())
-            return (kind, value.getstate())
-        if isinstance(value, contextvars.ContextVar):
-            return (kind, self._mark(value.get(None), depth))
-        if isinstance(value, types.GeneratorType):
-            frame = value.gi_frame
-            return (kind, None if frame is None else (frame.f_lasti, self._mark(dict(frame.f_locals), depth)))
-        if kind.__module__ == "itertools":
-            return (kind, repr(value))
-        attributes = dict(_attributes(value, kind))
-        if self.keep and hasattr(value, "__dict__"):
-            self._restore(_refill, value.__dict__, dict(value.__dict__))
-        if isinstance(value, nn.Module):  # that is no part of the others
-            attributes = {key: item for key, item in attributes.items() if key not in _TORCH_OWN}
-            attributes |= {f"_buffers.{key}": item for key, item in value._buffers.items()}
-            attributes |= {f"_modules.{key}": item for key, item in value._modules.items()}
-        return (kind, *((key, self._mark(item, depth)) for key, item in attributes.items()))
-
-    def _restore(self, function: Callable[..., Any], *args: Any) -> None:
-        self._undo.append(functools.partial(function, *args))
 
 
 def _where(before: Hashable, after: Hashable) -> str:
@@ -389,62 +295,3 @@ def _compiled(function: Any) -> bool:
     """Whether a function is what torch.compile made, which keeps what it has compiled."""
     names = (str(getattr(function, "__globals__", {}).get("__name__")), type(function).__module__)
     return any(name.startswith("torch._dynamo") for name in names)
-
-
-def _attributes(value: Any, kind: type) -> Iterator[tuple[str, Any]]:
-    yield from list(getattr(value, "__dict__", {}).items())
-    for base in kind.__mro__:
-        slots = vars(base).get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
-                yield name, getattr(value, name)
-
-
-def _of_a_library(function: types.FunctionType) -> bool:
-    """Whether a function comes with torch or a package of its kind: what it keeps is not read, nor the names that it knows."""
-    name = function.__globals__.get("__name__") or ""
-    return name.partition(".")[0] in _LIBRARIES
-
-
-@functools.lru_cache(4096)
-def _names(code: types.CodeType) -> tuple[str, ...]:
-    """Names that a function and the functions in it may look up among the globals."""
-    inner = [name for one in code.co_consts if isinstance(one, types.CodeType) for name in _names(one)]
-    return tuple(dict.fromkeys([*code.co_names, *inner]))
-
-
-def _atom(value: Any) -> Hashable:
-    return (type(value), value if value == value else repr(value))  # NaN is equal to itself here
-
-
-def _key(key: Any) -> Hashable:
-    return key if isinstance(key, (str, int)) else repr(key)
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
-
-
-def _content(tensor: torch.Tensor) -> Hashable:
-    """A tensor's type, shape and numbers, of a large one a sample of these and how often it was written to."""
-    form: tuple[Hashable, ...] = (tensor.dtype, tuple(tensor.shape))
-    try:
-        numbers = tensor.detach()
-        if numbers.numel() > WHOLE:
-            numbers = numbers.reshape(-1)[:: numbers.numel() // SAMPLE]
-            form = (*form, _version(tensor))
-        data = numbers.cpu().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8).numpy()
-    except (RuntimeError, NotImplementedError, TypeError):  # on no device, sparse, quantised
-        return (*form, id(tensor), _version(tensor))
-    return (*form, hashlib.blake2b(data.data, digest_size=16).digest())
-
-
-def _refill(container: Any, items: Any) -> None:
-    container.clear()
-    container.extend(items) if isinstance(container, (list, deque)) else container.update(items)
-
-
-def _write(tensor: torch.Tensor, numbers: torch.Tensor) -> None:
-    with torch.no_grad():
-        if tensor.shape == numbers.shape and not torch.equal(tensor, numbers):
-            tensor.data.copy_(numbers)

@@ -14,6 +14,7 @@ import random
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from stepweave.engine.compare import close, equal
 from stepweave.engine.given import Given
 from stepweave.engine.memory import ran_out
 from stepweave.engine.merge import cloned, copied, tensors
-from stepweave.engine.module_state import ModuleState
+from stepweave.engine.module_state import ModuleState, Place
 
 logger = logging.getLogger(__name__)
 
@@ -66,15 +67,17 @@ class StateWatch:
     def __init__(self, name: str = "module") -> None:
         self.name = name
         self.found: str | None = None  # what it keeps, in words
-        self.users: set[int] = set()  # jobs that had a forward of it, by `id`
+        self.users: WeakSet[Any] = WeakSet()  # jobs that had a forward of it
         self.initial: ModuleState | None = None  # before its first forward here
         self._fresh = True
         self._kinds: OrderedDict[Hashable, int] = OrderedDict()  # how many calls of a kind there were
-        self._left: dict[Hashable, tuple[frozenset[Hashable], Any]] = {}  # places that forwards of a kind wrote to
+        self._left: dict[
+            Hashable, tuple[frozenset[Place], dict[Place, Hashable]]
+        ] = {}  # places that forwards of a kind wrote to
 
-    def due(self, kind: Hashable, user: object) -> bool:
+    def due(self, kind: Hashable, user: Any) -> bool:
         """Note a call run alone; whether to look at it."""
-        self.users.add(id(user))
+        self.users.add(user)
         if self.found is not None:
             return False
         known = isinstance(kind, tuple)  # else it is like no other

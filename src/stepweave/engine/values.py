@@ -1,0 +1,248 @@
+"""Values as marks: what is equal for equal values, however deep they contain others; and how to put their contents back."""
+
+from __future__ import annotations
+
+import contextvars
+import copy
+import functools
+import hashlib
+import random
+import sys
+import types
+import warnings
+from array import array
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator
+from threading import Thread, local
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+DEEPEST = 8  # objects within each other
+WHOLE = 65_536  # elements of a tensor that is compared whole, and can be put back
+SAMPLE = 256  # elements that are compared of a larger one
+MOST = 4096  # entries of a list or a dictionary
+LONGEST = 4096  # characters of an object that is told by how it prints
+OBJECTS = 20_000  # that are read of one attribute
+
+ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size})
+OPAQUE = (
+    type, types.ModuleType, types.BuiltinFunctionType, PretrainedConfig, PreTrainedTokenizerBase, DiffusionPipeline, Thread,
+)  # fmt: skip
+# classes of these hold what goes on elsewhere: threads, files, engines; only what a thread has of its own is a module's
+_ELSEWHERE = frozenset(
+    ("stepweave", "threading", "_thread", "concurrent", "asyncio", "logging", "io", "_io", "socket", "queue", "_queue",
+     "selectors", "subprocess", "multiprocessing")
+)  # fmt: skip
+TORCH_OWN = frozenset(vars(nn.Module()))
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "stepweave")
+
+
+class Reader:
+    """Reads values, those that contain others by what they contain."""
+
+    def __init__(self, keep: bool) -> None:
+        self.modules: set[nn.Module] = set()  # that are read as such
+        self.keep = keep
+        self._undo: list[Callable[[], None]] = []
+        self._left = OBJECTS
+        self._path: dict[int, int] = {}  # objects that are being read, by their depth
+
+    def mark(self, value: Any, undo: list[Callable[[], None]]) -> Hashable:
+        """What is equal for equal values; `undo` is given what puts back what they contain."""
+        self._undo = undo
+        self._path.clear()
+        self._left = OBJECTS
+        return self._mark(value, 0)
+
+    def saved(self, value: Any) -> Any:
+        """What to put back in a value's place: an iterator that has gone on cannot be reset, but its copy has not."""
+        if self.keep and (type(value).__module__ == "itertools" or isinstance(value, (bytearray, array))):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return copy.copy(value)
+        return value
+
+    def _mark(self, value: Any, depth: int) -> Hashable:
+        kind = type(value)
+        if kind in ATOMS:
+            return atom(value)
+        if id(value) in self._path:
+            return ("above", depth - self._path[id(value)])
+        self._left -= 1
+        if depth > DEEPEST or self._left < 0:
+            return (kind,)
+        self._path[id(value)] = depth
+        try:
+            return self._container(value, kind, depth + 1)
+        finally:
+            del self._path[id(value)]
+
+    def _container(self, value: Any, kind: type, depth: int) -> Hashable:
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value)
+        if isinstance(value, (list, deque, tuple, set, frozenset)):
+            if self.keep and not isinstance(value, (tuple, frozenset)):
+                self._restore(_refill, value, list(value))
+            if len(value) > MOST:
+                return (kind, len(value))
+            return (kind, *(self._mark(item, depth) for item in value))
+        if isinstance(value, dict):
+            if self.keep:
+                self._restore(_refill, value, dict(value))
+            if len(value) > MOST:
+                return (kind, len(value))
+            return (kind, *((_key(key), self._mark(item, depth)) for key, item in value.items()))
+        if isinstance(value, types.FunctionType):
+            return self._function(value, depth)
+        if isinstance(value, types.MethodType):
+            return (kind, self._mark(value.__func__, depth), self._mark(value.__self__, depth))
+        if isinstance(value, functools.partial):
+            parts = (value.func, value.args, value.keywords)
+            return (kind, *(self._mark(part, depth) for part in parts))
+        if isinstance(value, nn.Module) and value in self.modules:
+            return id(value)
+        if isinstance(value, OPAQUE) or (kind.__module__.partition(".")[0] in _ELSEWHERE and kind is not local):
+            return id(value)
+        return self._object(value, kind, depth)
+
+    def _tensor(self, value: torch.Tensor) -> Hashable:
+        if isinstance(value, nn.Parameter):
+            return (id(value), version(value))
+        if self.keep and value.numel() <= WHOLE and value.device.type != "meta":
+            clone = value.detach().clone()
+            self._restore(write, value, clone)
+        inside = value.__dict__
+        return (content(value), self._mark(dict(inside), DEEPEST - 1)) if inside else content(value)
+
+    def _function(self, value: types.FunctionType, depth: int) -> Hashable:
+        library = of_a_library(value)
+        cells = []
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+            try:
+                content = cell.cell_contents
+            except ValueError:  # not filled yet
+                content = None
+            if self.keep:
+                self._restore(setattr, cell, "cell_contents", self.saved(content))
+            cells.append((name, self._mark(content, depth)))
+        names = []
+        for name in () if library else _names(value.__code__):
+            if name in value.__globals__:
+                content = value.__globals__[name]
+                if isinstance(content, types.FunctionType) and of_a_library(content):
+                    continue
+                if self.keep and not isinstance(content, (types.FunctionType, *OPAQUE)):
+                    self._restore(value.__globals__.__setitem__, name, self.saved(content))
+                names.append((name, self._mark(content, depth)))
+        inside = (value.__defaults__, value.__kwdefaults__, value.__dict__)
+        if self.keep:
+            self._restore(setattr, value, "__defaults__", value.__defaults__)
+            self._restore(_refill, value.__dict__, dict(value.__dict__))
+        return (id(value.__code__), *cells, *names, *(self._mark(one, depth) for one in inside if one))
+
+    def _object(self, value: Any, kind: type, depth: int) -> Hashable:
+        if isinstance(value, np.ndarray):
+            if value.size > WHOLE or value.dtype.hasobject:
+                return (kind, value.shape, value.dtype.str)
+            if self.keep:
+                self._restore(np.copyto, value, value.copy())
+            return (kind, value.shape, value.dtype.str, value.tobytes())
+        if isinstance(value, torch.Generator):
+            if self.keep:
+                self._restore(value.set_state, value.get_state())
+            return (kind, value.get_state().numpy().tobytes())
+        if isinstance(value, random.Random):
+            if self.keep:
+                self._restore(value.setstate, value.getstate())
+            return (kind, value.getstate())
+        if isinstance(value, contextvars.ContextVar):
+            return (kind, self._mark(value.get(None), depth))
+        if isinstance(value, types.GeneratorType):
+            frame = value.gi_frame
+            return (kind, None if frame is None else (frame.f_lasti, self._mark(dict(frame.f_locals), depth)))
+        if isinstance(value, np.generic):
+            return (kind, value.tobytes())
+        attributes = dict(_attributes(value, kind))
+        if not attributes and kind.__module__ in sys.stdlib_module_names and kind.__repr__ is not object.__repr__:  # type: ignore[comparison-overlap]
+            return (kind, repr(value)[:LONGEST])  # counters of itertools, bytearrays, decimals
+        if self.keep and hasattr(value, "__dict__"):
+            self._restore(_refill, value.__dict__, dict(value.__dict__))
+        if isinstance(value, nn.Module):  # that is no part of the others
+            attributes = {key: item for key, item in attributes.items() if key not in TORCH_OWN}
+            attributes |= {f"_buffers.{key}": item for key, item in value._buffers.items()}
+            attributes |= {f"_modules.{key}": item for key, item in value._modules.items()}
+        return (kind, *((key, self._mark(item, depth)) for key, item in attributes.items()))
+
+    def _restore(self, function: Callable[..., Any], *args: Any) -> None:
+        self._undo.append(functools.partial(function, *args))
+
+
+def _attributes(value: Any, kind: type) -> Iterator[tuple[str, Any]]:
+    yield from list(getattr(value, "__dict__", {}).items())
+    for base in kind.__mro__:
+        slots = vars(base).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+                yield name, getattr(value, name)
+
+
+def of_a_library(function: types.FunctionType) -> bool:
+    """Whether a function comes with torch or a package of its kind: what it keeps is not read, nor the names that it knows."""
+    name = function.__globals__.get("__name__") or ""
+    return name.partition(".")[0] in LIBRARIES
+
+
+@functools.lru_cache(4096)
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    """Names that a function and the functions in it may look up among the globals."""
+    inner = [name for one in code.co_consts if isinstance(one, types.CodeType) for name in _names(one)]
+    return tuple(dict.fromkeys([*code.co_names, *inner]))
+
+
+def atom(value: Any) -> Hashable:
+    return (type(value), value if value == value else repr(value))  # NaN is equal to itself here
+
+
+def _key(key: Any) -> Hashable:
+    return key if isinstance(key, (str, int)) else repr(key)
+
+
+def version(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def content(tensor: torch.Tensor) -> Hashable:
+    """A tensor's type, shape and numbers, of a large one a sample of these and how often it was written to."""
+    form: tuple[Hashable, ...] = (tensor.dtype, tuple(tensor.shape))
+    try:
+        numbers = tensor.detach()
+        if numbers.numel() > WHOLE:
+            numbers = numbers.reshape(-1)[:: numbers.numel() // SAMPLE]
+            form = (*form, version(tensor))
+        data = numbers.cpu().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8).numpy()
+    except (RuntimeError, NotImplementedError, TypeError):  # on no device, sparse, quantised
+        return (*form, id(tensor), version(tensor))
+    return (*form, hashlib.blake2b(data.data, digest_size=16).digest())
+
+
+def _refill(container: Any, items: Any) -> None:
+    """Put items back; what still holds them is left alone, as other threads may be reading it."""
+    if isinstance(container, dict):
+        if len(container) == len(items) and all(container.get(key, items) is value for key, value in items.items()):
+            return
+        container.clear()
+        container.update(items)
+    elif len(container) != len(items) or any(one is not other for one, other in zip(container, items, strict=True)):
+        container.clear()
+        container.extend(items) if isinstance(container, (list, deque)) else container.update(items)
+
+
+def write(tensor: torch.Tensor, numbers: torch.Tensor) -> None:
+    with torch.no_grad():
+        if tensor.shape == numbers.shape and not torch.equal(tensor, numbers):
+            tensor.data.copy_(numbers)
