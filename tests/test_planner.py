@@ -76,7 +76,7 @@ class Clock:
             self.now += seconds(rows)
 
         pipeline = toy(kind)
-        pipeline.network.watch = pass_time
+        pipeline.network.outside.watch = pass_time
         return pipeline
 
 

@@ -104,6 +104,7 @@ class Call:
     overwritten: bool = False  # by an attempt that ran out of memory: it cannot be made again
     retried: bool = False  # whole, since there was more room
     check: bool = False  # run alone, its fiber looks whether the module keeps something of it
+    looked: float = 0.0  # seconds that this took
     spans: dict[int, Any] = field(default_factory=dict)  # of leaves, as far as they are known: see evidence
     apart: tuple[str, str] = ("", "")  # why it can share no forward: a code and a text
     own: bool = False  # it is to run on modules that its job's own code has changed

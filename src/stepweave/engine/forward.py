@@ -112,11 +112,14 @@ class Forwarder:
             with self._room.measured(call.kind, call.rows, call.cost):
                 self._advance(call.owner, RunYourself())
             if not (call.failed or call.ran_out):
-                self._clock.stop(started, partial(self._planner.ran, call.cost, call.cap, call.rows))
+                self._clock.stop(started, partial(self._ran_alone, call))
             if not call.wrote:
                 self._remember(call, call.output)
             if not call.ran_out:
                 self._room.fitted(call.kind)
+
+    def _ran_alone(self, call: Call, seconds: float) -> None:
+        self._planner.ran(call.cost, call.cap, call.rows, max(0.0, seconds - call.looked))
 
     def _merged(self, calls: Sequence[Call]) -> None:
         kind, rows = calls[0].kind, sum(call.rows for call in calls)

@@ -265,13 +265,18 @@ class EngineScope(PrivateScope):
         return type(self.pipeline), len(job.args), names
 
     def wrote(self, own: OwnState, job: Job) -> tuple[str, str]:
-        """A job's own code has changed modules: its callbacks', or else its pipeline's, whose jobs all do. A code and a text."""
-        kind = type(self.pipeline)
-        code = has_code([*job.args, *job.kwargs.values()])
-        if not code:
+        """A job's own code has changed modules: its callbacks', or else its pipeline's, whose jobs all do; or a hook of a whole
+        module has changed something of its own, so that the module keeps state. A code and a text."""
+        kind, paths = type(self.pipeline), own.paths
+        if has_code([*job.args, *job.kwargs.values()]):
+            return "callback", f"a job's callback changes {some(paths)}"
+        hook = next((path for path in paths if "_hooks[" in path and path[-1] != "]"), None)
+        if hook is not None:
+            name = hook.partition(".")[0]
+            self.stateful.setdefault(name, (self._every[name], f"a hook changes {hook}"))
+        else:
             self._writers.add(kind)
-        what = "a job's callback" if code else f"a call of {kind.__name__}"
-        return "callback" if code else "state", f"{what} changes {some(own.paths)}"
+        return "state", f"a call of {kind.__name__} changes {some(paths)}"
 
     def takes_turns(self) -> bool:
         return bool(self.stateful) or super().takes_turns()

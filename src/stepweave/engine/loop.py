@@ -76,6 +76,7 @@ class StepLoop:
         )
         self._queues = CallQueues()
         self._waiting: dict[str, Job] = {}  # oldest first
+        self._told: set[str] = set()  # modules that keep state
         self._as_found: list[tuple[dict[str, nn.Module], ModuleState]] = []  # to be put back when no job runs
         self._returned: deque[tuple[Active, Any]] = deque()  # fibers whose work elsewhere is done
         self._closing = False
@@ -139,6 +140,8 @@ class StepLoop:
 
     def turn(self) -> None:
         """One turn of the loop."""
+        if self._scope.stateful.keys() - self._told:
+            self._start_turns()
         self._admit()
         self._expire()
         self._feed()
@@ -322,16 +325,20 @@ class StepLoop:
         assert watch is not None
         assert watch.found is not None
         self._scope.stateful[target.name] = (target.module, watch.found)
-        kind = type(target.module).__name__
-        logger.warning("jobs run one at a time: %s (%s) keeps state: %s", target.name, kind, watch.found)
-        self._exclusive = bool(self._active)
         if watch.initial is not None:
             self._as_found.append(({target.name: target.module}, watch.initial))
-        others = [one for one in self._active.values() if one is not owner]
-        if any(one is not owner for one in watch.users):
-            others = list(self._active.values())
-        for active in sorted(others, key=lambda one: one.job.accepted, reverse=True):
-            self._begin_anew(active, f"{target.name} keeps state of other jobs")
+        self._start_turns(None if any(one is not owner for one in watch.users) else owner)
+
+    def _start_turns(self, steady: Active | None = None) -> None:
+        """Say which modules have been found to keep state, and have all jobs begin anew but the one that met no other's."""
+        for name, (module, what) in self._scope.stateful.items():
+            if name not in self._told:
+                self._told.add(name)
+                logger.warning("jobs run one at a time: %s (%s) keeps state: %s", name, type(module).__name__, what)
+        self._exclusive = bool(self._active)
+        for active in sorted(self._active.values(), key=lambda one: one.job.accepted, reverse=True):
+            if active is not steady:
+                self._begin_anew(active, "a module keeps state of other jobs")
         self._put_back()
 
     def _keep_as_found(self) -> None:

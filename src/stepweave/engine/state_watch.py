@@ -26,6 +26,7 @@ from stepweave.engine.given import Given
 from stepweave.engine.memory import ran_out
 from stepweave.engine.merge import cloned, copied, tensors
 from stepweave.engine.module_state import ModuleState, Place
+from stepweave.engine.timing import now
 
 logger = logging.getLogger(__name__)
 
@@ -102,12 +103,14 @@ class StateWatch:
     def run(self, call: Call) -> Any:
         """A call's result, with a look at what it leaves behind in the module. What goes wrong in looking costs no result."""
         module, first = call.target.module, self._fresh
-        self._fresh = False
+        self._fresh, began = False, now()
         with _contained("look at"):
             before, states = self.start(module), RandomStates(_device(module))
             given = Given(*call.args, *call.kwargs.values())
             twin = dataclasses.replace(call, args=copied(call.args), kwargs=copied(call.kwargs))
+        call.looked += now() - began
         output = call.run()
+        began = now()
         with _contained("look at"):
             after = self.look(module)
             change = before.change(after)
@@ -116,6 +119,7 @@ class StateWatch:
                 self._again(twin, _Clone(output), after, compare=not drew)
             if change and self.found is None:
                 self._compare_with_the_last(call.kind, before, after)
+        call.looked += now() - began
         return output
 
     def _again(self, call: Call, kept: _Clone, after: ModuleState, *, compare: bool) -> None:

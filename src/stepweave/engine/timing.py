@@ -35,6 +35,11 @@ class HostClock:
         took(time.perf_counter() - started)
 
 
+def now() -> float:
+    """Seconds of the host's clock, to be subtracted from what forwards took."""
+    return time.perf_counter()
+
+
 class CudaClock:
     """Events in the stream: what the GPU took, or the host where the GPU had to wait for it; read once they have come to pass."""
 
