@@ -54,7 +54,7 @@ class Guided(Toy):
 def slow(seconds: Callable[[int], float], kind: type[Toy] = Toy) -> Toy:
     """A pipeline whose forwards take so long, by rows."""
     pipeline = toy(kind)
-    pipeline.network.watch = lambda rows: time.sleep(seconds(rows))
+    pipeline.network.outside.watch = lambda rows: time.sleep(seconds(rows))
     return pipeline
 
 
@@ -249,8 +249,11 @@ def test_a_forecast_comes_true(clock: Clock) -> None:
     """Of jobs of several lengths that all wait, with forwards of known duration."""
     ends: dict[str, float] = {}
     with StepEngine(clock.timed(lambda rows: 0.004, Guided), max_rows=2) as engine:
-        for _ in range(2):
-            engine.submit(prompt="x", num_inference_steps=10).result(SECONDS)
+        engine.submit(prompt="x", num_inference_steps=10).result(SECONDS)
+        with held(engine, prompt="x", num_inference_steps=4):
+            first = [engine.submit(prompt="x", num_inference_steps=80) for _ in range(4)]
+        for job in first:
+            job.result(SECONDS)  # so that what proofs and early audits take is behind
         with held(engine, prompt="x", num_inference_steps=4):
             jobs = [engine.submit(prompt="x", num_inference_steps=10 + 10 * i) for i in range(6)]
             foretold, began = engine.standings(), clock.now

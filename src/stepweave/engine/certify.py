@@ -22,7 +22,7 @@ from stepweave.engine.certificate import RAGGED, Certificate, Held, State, Verdi
 from stepweave.engine.compare import Differ, NotFinite, Pair, agree, compare, told_apart
 from stepweave.engine.describe import TIMES
 from stepweave.engine.digests import Digests
-from stepweave.engine.evidence import Span, distance, hull, scalars, span
+from stepweave.engine.evidence import Span, distance, hull, readable, scalars, span, spread
 from stepweave.engine.merge import tensors
 from stepweave.engine.proof import Proof, Prover
 
@@ -36,7 +36,6 @@ REST = 128  # chances to merge, after which a kind that failed is tried again; t
 HELD = 8  # the same for an argument that had no clear effect; twice as many after each try
 
 FAINT = 0.05  # an effect that matters to no result, as a share of the error allowed
-SLIGHT = 1e-6  # the spread of sizes that differ in shape only
 
 
 class Certificates:
@@ -99,7 +98,7 @@ class Certificates:
         beyond = self._beyond(alike, certificate)
         if beyond is not None:
             return Verdict.PROVE, beyond
-        if _spread(alike) > certificate.spread:
+        if spread(alike) > certificate.spread:
             ends = [min(alike, key=lambda call: call.extents), max(alike, key=lambda call: call.extents)]
             return Verdict.PROVE, [*ends, *([] if any(first is one for one in ends) else [first])]
         if sum(call.rows for call in alike) > REACH * certificate.rows:
@@ -118,7 +117,7 @@ class Certificates:
     def pair(self, calls: Sequence[Call]) -> tuple[Call, Call]:
         """Two of the calls to audit: those furthest apart, or any two."""
         some = scalars(calls[0])
-        if some and random.random() < 0.5 and _readable(calls[0], some[0]):
+        if some and random.random() < 0.5 and readable(calls[0], some[0]):
             line = sorted(calls, key=lambda call: span(call, some[0]).low)
             return line[0], line[-1]
         one, other = random.sample(range(len(calls)), 2)
@@ -130,7 +129,7 @@ class Certificates:
         alike = [first]
         for call in calls[1:]:
             if RAGGED in certificate.held and not self._due(certificate, RAGGED, first, call):
-                if _spread([*alike, call]) > certificate.spread:
+                if spread([*alike, call]) > certificate.spread:
                     continue
             differing = self._variations(first, call, held=True) & certificate.held.keys()
             if all(
@@ -143,7 +142,7 @@ class Certificates:
     def _within_slack(self, certificate: Certificate, variation: Any, first: Call, call: Call) -> bool:
         """Whether calls differ in a held argument by no more than matters to no result."""
         held = certificate.held.get(variation)
-        if held is None or not held.slack or not _readable(first, variation):
+        if held is None or not held.slack or not readable(first, variation):
             return False
         return distance(first.leaves[variation], call.leaves[variation]) <= held.slack
 
@@ -152,7 +151,7 @@ class Certificates:
         held = certificate.held[variation]
         if certificate.chances >= held.again:
             return True
-        if not isinstance(variation, int) or not _readable(first, variation):
+        if not isinstance(variation, int) or not readable(first, variation):
             return False
         if held.tried is None:
             return held.apart > 0 and distance(first.leaves[variation], call.leaves[variation]) > 2 * held.apart
@@ -166,7 +165,7 @@ class Certificates:
         found: set[Any] = set()
         if one is other:
             return found
-        if one.ragged != other.ragged and _spread([one, other]) > certificate.spread:
+        if one.ragged != other.ragged and spread([one, other]) > certificate.spread:
             found.add(RAGGED)
         for i, (leaf, other_leaf) in enumerate(zip(one.leaves, other.leaves, strict=True)):
             known = i in certificate.proven or i in certificate.spans
@@ -181,7 +180,7 @@ class Certificates:
     def _beyond(self, calls: Sequence[Call], certificate: Certificate) -> list[Call] | None:
         """Calls to prove if an argument of few numbers lies beyond what any one proof has spanned: the ends, and the first."""
         for i, proven in certificate.spans.items():
-            if i in certificate.held or not _readable(calls[0], i):
+            if i in certificate.held or not readable(calls[0], i):
                 continue
             found = hull(span(call, i) for call in calls)
             if found.width and not any(one.covers(found) for one in proven):
@@ -230,7 +229,7 @@ class Certificates:
         variations: set[Any] = set()
         for call in calls[1:]:
             variations |= self._variations(calls[0], call)
-        if _spread(calls) > certificate.spread:
+        if spread(calls) > certificate.spread:
             variations.add(RAGGED)
         certificate.proofs += 1
         if isinstance(proof.merged, Exception):
@@ -269,7 +268,7 @@ class Certificates:
         if all(call.rows == 1 for call in proof.calls) and certificate.divisible is None:
             certificate.divisible = True
         certificate.rows = max(certificate.rows, rows)
-        certificate.spread = max(certificate.spread, _spread(proof.calls))
+        certificate.spread = max(certificate.spread, spread(proof.calls))
         if proof.audit:
             return
         wrong = self._wrong_points(proof)
@@ -428,26 +427,9 @@ def _dtype(leaf: tuple[Any, ...]) -> Any:
     return leaf[0].dtype if isinstance(leaf[0], torch.Tensor) else None
 
 
-def _spread(calls: Sequence[Call]) -> float:
-    """How much calls differ in the sizes that may differ, 0 to 1; more than 0 if they differ at all."""
-    if all(call.ragged == calls[0].ragged for call in calls):
-        return 0.0
-    shares = [
-        1 - min(least for least, _ in sizes) / (max(most for _, most in sizes) or 1)
-        for sizes in zip(*(call.extents for call in calls), strict=True)
-    ]
-    return max(*shares, SLIGHT) if shares else SLIGHT
-
-
 def _shape_of_sample(call: Call) -> str:
     tensor = next((leaf[0] for leaf in call.leaves if isinstance(leaf[0], torch.Tensor) and leaf[0].ndim), None)
     if tensor is None:
         return ""
     shape = tensor.shape if isinstance(next(iter(call.arguments.values())), list) else tensor.shape[1:]
     return f"{'x'.join(map(str, shape))} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def _readable(call: Call, i: int) -> bool:
-    """Whether an argument can be read without waiting for a device."""
-    value = call.leaves[i][0]
-    return not isinstance(value, torch.Tensor) or value.device.type == "cpu"

@@ -18,6 +18,7 @@ from stepweave.engine.merge import like
 
 SCALAR = 4  # numbers a row
 EVIDENT = 4.0  # times the error allowed
+SLIGHT = 1e-6  # the spread of sizes that differ in shape only
 
 
 class Span(NamedTuple):
@@ -158,3 +159,20 @@ def distance(one: tuple[Any, ...], other: tuple[Any, ...]) -> float:
             difference = (a.detach().cpu().double() - b.detach().cpu().double()).abs()
             most = max(most, float(difference.nan_to_num(0.0).max()))
     return most if len(one) == len(other) else float("inf")
+
+
+def spread(calls: Sequence[Call]) -> float:
+    """How much calls differ in the sizes that may differ, 0 to 1; more than 0 if they differ at all."""
+    if all(call.ragged == calls[0].ragged for call in calls):
+        return 0.0
+    shares = [
+        1 - min(least for least, _ in sizes) / (max(most for _, most in sizes) or 1)
+        for sizes in zip(*(call.extents for call in calls), strict=True)
+    ]
+    return max(*shares, SLIGHT) if shares else SLIGHT
+
+
+def readable(call: Call, i: int) -> bool:
+    """Whether an argument can be read without waiting for a device."""
+    value = call.leaves[i][0]
+    return not isinstance(value, torch.Tensor) or value.device.type == "cpu"
