@@ -21,6 +21,7 @@ class Record:
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
         self.steps_run = 0
+        self.steps_begun = 0
         self.running = 0
         self.most_running = 0
         self.error: Exception | None = None
@@ -38,7 +39,13 @@ class Record:
         """Let so many steps go on that are gated; the next one waits."""
         self._allowed.release(steps)
 
+    def held_after(self, steps: int) -> bool:
+        """Whether so many steps have run, and the next one waits at the gate: all that follows a step is behind."""
+        return self.steps_run == steps and self.steps_begun == steps + 1
+
     def step(self) -> None:
+        with self._counting:
+            self.steps_begun += 1
         self.started.set()
         end = time.monotonic() + SECONDS
         while self.gated and not self.release.is_set() and not self._allowed.acquire(timeout=0.005):

@@ -222,6 +222,7 @@ CASES = {
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
+@pytest.mark.full
 @every_case
 def test_the_callback_has_an_effect(case: Case) -> None:
     """So that the tests of this module can fail: on its own job, and on later calls of the same pipeline."""
@@ -234,6 +235,7 @@ def test_the_callback_has_an_effect(case: Case) -> None:
     assert difference(numbers(pipeline(**case.plainly(0)())), without) > case.effect
 
 
+@pytest.mark.full
 @every_case
 def test_jobs_without_a_callback_are_right_and_leave_no_trace(case: Case) -> None:
     case.check("pp", "p")
@@ -245,11 +247,13 @@ def test_what_a_callback_writes_to_the_modules_is_its_jobs_alone(case: Case) -> 
     case.check("pp", "pspp", "ppp")
 
 
+@pytest.mark.full
 @every_case
 def test_a_job_with_such_a_callback_may_be_the_first(case: Case) -> None:
     case.check("spp", "p")
 
 
+@pytest.mark.full
 @every_case
 def test_several_jobs_with_such_callbacks_do_not_add_up(case: Case) -> None:
     case.check("ssp", "sp")

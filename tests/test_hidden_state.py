@@ -294,6 +294,7 @@ def check_turns(outcome: Outcome, planted: Planted, hints: tuple[str, ...], capl
     assert any(hint in line for hint in hints), line
 
 
+@pytest.mark.full
 @every_fault
 def test_the_fault_is_one(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the tests of this module can fail: a second call of the same pipeline gives something else."""
@@ -313,6 +314,7 @@ def test_jobs_of_a_module_that_keeps_state_take_turns(
     check_turns(run(planted, four()), planted, fault.hints, caplog)
 
 
+@pytest.mark.full
 @every_fault
 def test_they_do_in_any_order_and_whoever_came_before(
     fault: Fault, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

@@ -116,7 +116,7 @@ async def test_a_running_job_is_cancelled_at_its_next_step_and_then_forgotten() 
         app.record.gated = True
         id = await later(app, num_inference_steps=100)
         app.record.allow(3)
-        await app.until(lambda: app.record.steps_run == 3)
+        await app.until(lambda: app.record.held_after(3))
         deleting = app.send("DELETE", f"/v1/jobs/{id}")
         await app.told_to_end()
         app.record.release.set()
@@ -524,14 +524,14 @@ async def test_the_end_of_a_failed_job_does_not_free_the_key_of_the_next() -> No
 async def test_a_job_lives_as_long_as_one_waits_for_it() -> None:
     async with serving() as app:
         for order in ((0, 1), (1, 0)):
-            app.record.gated, app.record.steps_run = True, 0
+            app.record.gated, app.record.steps_run, app.record.steps_begun = True, 0, 0
             app.record.release.clear()
             pair = [app.post(headers=KEY, num_inference_steps=100, seed=sum(order) * order[0]) for _ in range(2)]
             await joined(app, 2)
             await app.until(lambda: app.record.running)
             await pair[order[0]].leave()
             app.record.allow(3)
-            await app.until(lambda: app.record.steps_run == 3)
+            await app.until(lambda: app.record.held_after(3))
             await app.leave(pair[order[1]])
             await settled(app)
             assert app.record.steps_run == 4
@@ -737,7 +737,7 @@ async def test_events_from_the_middle_and_after_the_end() -> None:
         await waiting.until(lambda one: one.names == ["stepweave.queued"])
         assert waiting.events[0].data["position"] == 1
         app.record.allow(6)
-        await app.until(lambda: app.record.steps_run == 6)
+        await app.until(lambda: app.record.held_after(6))
         middle = app.send("GET", f"/v1/jobs/{id}/events")
         await middle.until(lambda one: one.events)
         app.record.release.set()

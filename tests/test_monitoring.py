@@ -310,7 +310,8 @@ def test_every_query_has_data_when_prometheus_scrapes_the_real_server(prometheus
         assert prometheus.values(expr), f"no data before the first request: {title}: {expr}"
 
     with ThreadPoolExecutor(3) as pool:
-        assert list(pool.map(lambda seed: draw(served, seed=seed), range(6))) == [200] * 6
+        # prompts that were never encoded before, so that the encoders run, too
+        assert list(pool.map(lambda seed: draw(served, seed=seed, prompt=f"a ring, {seed}"), range(6))) == [200] * 6
     assert draw(served, size="65x65") == 400
     picture = io.BytesIO()  # an edit, for the forwards that only edits have
     Image.new("RGB", (64, 64)).save(picture, "PNG")

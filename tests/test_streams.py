@@ -362,7 +362,7 @@ async def test_a_job_ends_at_the_next_step_after_its_client_has_left(send: Send)
         app.record.gated = True
         exchange = send(app)
         app.record.allow(3)
-        await app.until(lambda: app.record.steps_run == 3)
+        await app.until(lambda: app.record.held_after(3))
         await app.leave(exchange)
         await app.idle()
         assert app.record.steps_run == 4
@@ -451,7 +451,7 @@ async def test_a_stream_can_be_left_while_its_client_reads_nothing() -> None:
         await answer.until(steps)
         answer.reads.clear()
         app.record.allow(3)
-        await app.until(lambda: app.record.steps_run == 3)
+        await app.until(lambda: app.record.held_after(3))
         await asyncio.sleep(0.02)  # it may be told of them meanwhile, which it does not read
         await app.leave(answer)
         await app.until(lambda: not app.server.tickets)
