@@ -88,8 +88,9 @@ class Certificate:
         if self.state is not State.CERTIFIED:
             return None if self.code == "untried" else (self.code, self.reason)
         if self.held:
-            found = [f"{self.name(variation)}: {held.reason}" for variation, held in self.held.items()]
-            return "must_be_equal", "merged only where equal: " + "; ".join(found)
+            known = list(self.held.items())  # read on any thread
+            found = [f"{self.name(variation)}: {held.reason}" for variation, held in known if not held.slack]
+            return ("must_be_equal", "merged only where equal: " + "; ".join(found)) if found else None
         return None
 
     def name(self, variation: Any) -> str:

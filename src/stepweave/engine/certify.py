@@ -33,6 +33,7 @@ ATTEMPTS = 16  # inconclusive proofs, whose calls were too alike to tell apart, 
 KEPT = 4096  # certificates; the least recently used goes first
 FIRST_AUDITS = 256  # merged forwards, up to which each power of two is audited
 REST = 128  # chances to merge, after which a kind that failed is tried again; twice as many after each failure
+NOT_FINITE = 4  # the same for a proof that met numbers that are not finite
 HELD = 8  # the same for an argument that had no clear effect; twice as many after each try
 
 FAINT = 0.05  # an effect that matters to no result, as a share of the error allowed
@@ -113,6 +114,16 @@ class Certificates:
         if 2 * merged <= FIRST_AUDITS:
             return min(2 * merged, merged + self._audit_every)
         return merged + self._audit_every
+
+    def differences(self, calls: Sequence[Call]) -> set[Any]:
+        """What a proof of calls is to prove: the arguments in which they differ."""
+        certificate = self.of(calls[0])
+        found: set[Any] = set()
+        for call in calls[1:]:
+            found |= self._variations(calls[0], call)
+        if spread(calls) > certificate.spread:
+            found.add(RAGGED)
+        return found
 
     def pair(self, calls: Sequence[Call]) -> tuple[Call, Call]:
         """Two of the calls to audit: those furthest apart, or any two."""
@@ -226,11 +237,7 @@ class Certificates:
         if any(one is None for one in single):
             self._inconclusive(certificate, "its results cannot be copied", "not_comparable")
             return False
-        variations: set[Any] = set()
-        for call in calls[1:]:
-            variations |= self._variations(calls[0], call)
-        if spread(calls) > certificate.spread:
-            variations.add(RAGGED)
+        variations = proof.variations
         certificate.proofs += 1
         if isinstance(proof.merged, Exception):
             error = proof.merged
@@ -241,10 +248,12 @@ class Certificates:
         try:
             found = compare([Pair(*one) for one in zip(merged, single, copies, strict=True)])
         except Differ as difference:
-            self._disagree(proof, certificate, variations, str(difference))
+            # an audit tries nothing new: what it finds is wrong with the kind
+            self._disagree(proof, certificate, set() if proof.audit else variations, str(difference))
             return False
         except NotFinite:
             self._inconclusive(certificate, "results were not finite", "not_finite", attempt=False)
+            certificate.resting = max(certificate.resting, certificate.chances + NOT_FINITE)
             return False
         certificate.error = max(certificate.error, found)
         rows = sum(call.rows for call in calls)
@@ -254,13 +263,15 @@ class Certificates:
                 return True
             self._inconclusive(certificate, "the calls compared were too alike to tell apart", "too_alike")
             if certificate.state is State.CERTIFIED:
-                self._hold_all(certificate, variations, "without a clear effect on the result")
+                for variation in variations - certificate.proven:
+                    self._hold(certificate, variation, "without a clear effect on the result", HELD)
             return False
         self._agree(proof, certificate, variations, rows)
         return True
 
     def _agree(self, proof: Proof, certificate: Certificate, variations: set[Any], rows: int) -> None:
         certificate.passed += 1
+        certificate.attempts = 0
         if certificate.state is State.PENDING and certificate.passed > certificate.failures:
             certificate.state, certificate.code, certificate.reason = State.CERTIFIED, "", "merged and alone agree"
             certificate.next_audit = certificate.merged + 1
@@ -272,18 +283,18 @@ class Certificates:
         if proof.audit:
             return
         wrong = self._wrong_points(proof)
-        few = set(proof.spans)
-        for variation in variations - {RAGGED}:
-            if isinstance(variation, tuple) or (
-                variation not in few and proof.evident.get(variation, True) is not False
-            ):
+        for variation in variations - {RAGGED} - proof.spans.keys():
+            evident = True if variation in proof.samples else proof.evident.get(variation, False)
+            if isinstance(variation, tuple) or evident:
                 certificate.proven.add(variation)
                 certificate.held.pop(variation, None)
-            elif variation not in few:
-                apart = distance(*(call.leaves[variation] for call in proof.pair))
-                self._hold(certificate, variation, "without a clear effect on the result", HELD, apart=apart)
-                if proof.effects.get(variation, 1.0) <= FAINT:
-                    certificate.held[variation].slack = apart
+            else:
+                apart = distance(*(proof.originals[id(call)].leaves[variation] for call in proof.pair))
+                faint = evident is None or proof.effects.get(variation, 1.0) <= FAINT
+                slack = apart if faint and apart < float("inf") else 0.0
+                self._hold(
+                    certificate, variation, "without a clear effect on the result", HELD, apart=apart, slack=slack
+                )
         for i, tried in proof.spans.items():
             if i in wrong:
                 self._hold(certificate, i, wrong[i], REST, tried)
@@ -323,16 +334,12 @@ class Certificates:
             self._fail(certificate, variations, problem, "failed")
 
     def _inconclusive(self, certificate: Certificate, reason: str, code: str, *, attempt: bool = True) -> None:
-        certificate.attempts += attempt
         if certificate.state is State.PENDING:
+            certificate.attempts += attempt
             certificate.reason, certificate.code = reason, code
             if certificate.attempts >= ATTEMPTS:
                 certificate.resting = certificate.chances + REST * 2**certificate.rests
                 certificate.rests += 1
-
-    def _hold_all(self, certificate: Certificate, variations: set[Any], reason: str) -> None:
-        for variation in variations - certificate.proven:
-            self._hold(certificate, variation, reason, HELD)
 
     def _hold(
         self,
@@ -342,14 +349,15 @@ class Certificates:
         wait: int,
         tried: Span | None = None,
         apart: float = 0.0,
+        slack: float = 0.0,
     ) -> None:
         """Have calls merged only where an argument is equal, until it is tried again."""
         known = certificate.held.get(variation)
         wait = wait if known is None else 2 * known.wait
-        certificate.held[variation] = Held(reason, wait, certificate.chances + wait, tried, apart)
+        certificate.held[variation] = Held(reason, wait, certificate.chances + wait, tried, apart, slack)
         certificate.spans.pop(variation, None)
         certificate.proven.discard(variation)
-        if known is None:
+        if known is None and not slack:
             logger.info(
                 "%s %s: merged only where %s is equal: %s",
                 certificate.target, certificate.sample, certificate.name(variation), reason,
@@ -381,6 +389,13 @@ class Certificates:
             certificate.resting = certificate.chances + REST * 2 ** (certificate.failures - 1)
             log = logger.info if again else logger.warning  # once
             log("%s %s runs alone: %s", certificate.target, certificate.sample, reason)
+
+    def put_off(self, call: Call, reason: str) -> None:
+        """A proof could not be made: try again after a while."""
+        certificate = self.of(call)
+        certificate.resting = certificate.chances + HELD
+        if certificate.state is State.PENDING:
+            certificate.reason, certificate.code = reason, "error"
 
     def judge_parts(self, call: Call, divided: Any) -> None:
         """Record whether a call gave in parts, as `divided`, what it gave as a whole, in its `output`."""

@@ -85,17 +85,13 @@ def filled(call: Call, i: int, number: float) -> Call:
 
 
 def units(call: Call) -> list[tuple[int, ...]]:
-    """The leaves, those that go together in one: an argument of any length, and its mask."""
+    """The leaves, those that are exchanged at once in one: of one argument, and of its mask."""
     masks = {mask: name for name, mask in call.target.masks.items()}
-    by_name = {path[0]: i for i, (path, tag) in enumerate(call.paths) if tag == "padded"}
-    found: dict[int, tuple[int, ...]] = {}
+    found: dict[str, list[int]] = {}
     for i, (path, tag) in enumerate(call.paths):
-        owner = by_name.get(masks.get(str(path[0]), "")) if tag == "mask" else None
-        if owner is None:
-            found.setdefault(i, (i,))
-        else:
-            found[owner] = (*found.get(owner, (owner,)), i)
-    return list(found.values())
+        name = str(path[0])
+        found.setdefault(masks.get(name, name) if tag == "mask" else name, []).append(i)
+    return [tuple(one) for one in found.values()]
 
 
 def exchanged(call: Call, other: Call, unit: Sequence[int]) -> Call:
@@ -150,12 +146,15 @@ def _put(value: Any, path: Sequence[Hashable], new: Any) -> Any:
 
 
 def distance(one: tuple[Any, ...], other: tuple[Any, ...]) -> float:
-    """The largest difference between the numbers of two leaves; infinite where they are of different shapes."""
+    """The largest difference between the numbers of two leaves, of which a single row counts for all; infinite where they are of
+    different shapes."""
     most = 0.0
     for a, b in zip(one, other, strict=False):
         if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor) or a.shape[1:] != b.shape[1:]:
             return float("inf")
-        if a.shape == b.shape and a.numel():
+        if a.shape != b.shape and 1 not in (a.shape[0], b.shape[0]):
+            return float("inf")
+        if a.numel():
             difference = (a.detach().cpu().double() - b.detach().cpu().double()).abs()
             most = max(most, float(difference.nan_to_num(0.0).max()))
     return most if len(one) == len(other) else float("inf")

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from stepweave.engine.call import Call, Unmergeable
-from stepweave.engine.certificate import State, Verdict
+from stepweave.engine.certificate import Certificate, State, Verdict
 from stepweave.engine.certify import Certificates
 from stepweave.engine.compare import agree, told_apart
 from stepweave.engine.divide import join, part
@@ -17,7 +17,7 @@ from stepweave.engine.given import Given
 from stepweave.engine.hooks import RunYourself
 from stepweave.engine.memory import DeviceMemory, Room, ran_out
 from stepweave.engine.merge import copied, split
-from stepweave.engine.planner import Planner
+from stepweave.engine.planner import Planner, contained
 from stepweave.engine.proof import Proof, Prover
 from stepweave.engine.running import run_arguments, run_merged
 from stepweave.engine.state_watch import same, some
@@ -25,7 +25,7 @@ from stepweave.engine.stats import Stats
 from stepweave.engine.textcache import EncoderCache
 from stepweave.engine.timing import Clock
 from stepweave.errors import OutOfMemory
-from stepweave.scheduling.task import Demand
+from stepweave.scheduling.task import Demand, Key
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,8 @@ class Forwarder:
         """Do it, and let the calls' owners go on."""
         watch = calls[0].target.watch
         if watch is not None and watch.initial is None and not calls[0].own:
-            watch.start(calls[0].target.module)
+            with contained("look at a module"):
+                watch.start(calls[0].target.module)
         if verdict is Verdict.ALONE:
             self._alone(calls)
         elif verdict is not Verdict.MERGE:
@@ -112,14 +113,14 @@ class Forwarder:
             with self._room.measured(call.kind, call.rows, call.cost):
                 self._advance(call.owner, RunYourself())
             if not (call.failed or call.ran_out):
-                self._clock.stop(started, partial(self._ran_alone, call))
+                self._clock.stop(started, partial(self._ran_alone, call.cost, call.cap, call.rows, call.looked))
             if not call.wrote:
                 self._remember(call, call.output)
             if not call.ran_out:
                 self._room.fitted(call.kind)
 
-    def _ran_alone(self, call: Call, seconds: float) -> None:
-        self._planner.ran(call.cost, call.cap, call.rows, max(0.0, seconds - call.looked))
+    def _ran_alone(self, key: Key, cap: int, rows: int, looked: float, seconds: float) -> None:
+        self._planner.ran(key, cap, rows, max(0.0, seconds - looked))
 
     def _merged(self, calls: Sequence[Call]) -> None:
         kind, rows = calls[0].kind, sum(call.rows for call in calls)
@@ -149,10 +150,17 @@ class Forwarder:
         served = self._certificates.of(calls[0]).served
         for call, output in zip(calls, outputs, strict=True):
             if watch is not None:
-                watch.users.add(call.owner)
+                watch.used_by(call.owner)
             served.add(call.owner)
             self._remember(call, output)
             self._advance(call.owner, output)
+
+    def _doubt(self, certificate: Certificate) -> None:
+        """Have the jobs begin anew that had results of a kind that has turned out not to be mergeable."""
+        if certificate.served:
+            self._doubtful += certificate.served
+            certificate.served.clear()
+            self._cache.clear()
 
     def doubtful(self) -> list[Any]:
         """Owners that had results of merged forwards of a kind that has turned out not to be mergeable, told once."""
@@ -167,6 +175,7 @@ class Forwarder:
         self._alone(calls)
         if not any(call.failed for call in calls):
             self._certificates.fail(calls[0], reason)
+            self._doubt(self._certificates.of(calls[0]))
 
     def _halve(self, calls: Sequence[Call]) -> None:
         """What does not fit into memory at once is run in halves, down to single calls."""
@@ -272,20 +281,26 @@ class Forwarder:
         pair = self._certificates.pair(calls) if audit else (calls[0], calls[1])
         watch = calls[0].target.watch
         prover = Prover(self._kinds, repeat=certificate.repeat, most_rows=self.limit(calls[0]))
+        variations = self._certificates.differences(calls)
+        proof, short, failed = None, False, ""
         try:
             proof = prover.start(calls, pair, audit=audit)
         except Exception as error:  # of a single call, which its own fiber will meet; or memory ran out
-            if ran_out(error):
-                del error
+            short, failed = ran_out(error), f"{type(error).__name__} in a proof"
+        self._stats.checks += prover.forwards
+        if proof is None:  # outside of the handler, whose error holds on to the memory
+            if short:
                 self._ran_out(calls[0], sum(call.rows for call in calls))
+            elif not prover.in_call:
+                self._certificates.put_off(calls[0], failed)
             self._alone(calls)
             return
-        finally:
-            self._stats.checks += prover.forwards
+        proof.variations = variations
         if proof.left and watch is not None:
             watch.found = f"a forward changes {some(proof.left)}"
         if watch is not None and watch.found is not None:
-            watch.users.update(call.owner for call in calls)
+            for call in calls:
+                watch.used_by(call.owner)
             self._alone(calls)  # whose jobs begin anew
             return
         parts = self._try_parts(calls) if isinstance(proof.merged, list) else None
@@ -299,10 +314,8 @@ class Forwarder:
         right = not (watch is not None and watch.found is not None) and self._certificates.judge(proof, prover)
         if parts is not None:
             self._certificates.judge_parts(*parts)
-        if certificate.state is not State.CERTIFIED and certificate.served:
-            self._doubtful += certificate.served
-            certificate.served.clear()
-            self._cache.clear()
+        if certificate.state is State.FAILED:
+            self._doubt(certificate)
         for call in pair:
             call.output = None
         rest = [i for i, call in enumerate(calls) if audit or not any(call is one for one in pair)]

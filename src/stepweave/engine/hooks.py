@@ -271,8 +271,8 @@ class EngineScope(PrivateScope):
         if has_code([*job.args, *job.kwargs.values()]):
             return "callback", f"a job's callback changes {some(paths)}"
         hook = next((path for path in paths if "_hooks[" in path and path[-1] != "]"), None)
-        if hook is not None:
-            name = hook.partition(".")[0]
+        name = "" if hook is None else hook.partition(".")[0]
+        if name in self._every:
             self.stateful.setdefault(name, (self._every[name], f"a hook changes {hook}"))
         else:
             self._writers.add(kind)

@@ -20,15 +20,16 @@ from stepweave.engine.certify import Certificates
 from stepweave.engine.describe import Describer
 from stepweave.engine.digests import Digests
 from stepweave.engine.elsewhere import Elsewhere
-from stepweave.engine.fiber import Done, Fiber
+from stepweave.engine.fiber import Done, Fiber, Own
 from stepweave.engine.forward import Forwarder, Starved, too_little
 from stepweave.engine.hooks import EngineScope, Offload, RunYourself, pictures_elsewhere, track
 from stepweave.engine.job import Ending, Job, enter_engine
 from stepweave.engine.memory import DeviceMemory, memory_of
 from stepweave.engine.module_state import ModuleState
-from stepweave.engine.planner import Planner
+from stepweave.engine.planner import Planner, contained
 from stepweave.engine.prompts import warned
 from stepweave.engine.queues import CallQueues
+from stepweave.engine.state_watch import name_of
 from stepweave.engine.stats import Stats
 from stepweave.engine.textcache import EncoderCache
 from stepweave.engine.timing import clock_of
@@ -217,7 +218,9 @@ class StepLoop:
         if not self._active:
             self._exclusive = job.scope.takes_turns()
         self._keep_as_found()
-        own = job.scope.own(job)
+        own: list[Own] = []
+        with contained("watch a job's own code"):
+            own = job.scope.own(job)
         if job.seed is not None and job.kwargs.get("generator") is None:  # the pipeline takes none
             own.append(DefaultRandom(job.seed, self._device))
         fiber = Fiber(lambda: self._call_pipeline(job), ambient.quiet(self._kinds), own)
@@ -327,7 +330,7 @@ class StepLoop:
         self._scope.stateful[target.name] = (target.module, watch.found)
         if watch.initial is not None:
             self._as_found.append(({target.name: target.module}, watch.initial))
-        self._start_turns(None if any(one is not owner for one in watch.users) else owner)
+        self._start_turns(None if watch.users - {name_of(owner)} else owner)
 
     def _start_turns(self, steady: Active | None = None) -> None:
         """Say which modules have been found to keep state, and have all jobs begin anew but the one that met no other's."""
@@ -345,13 +348,15 @@ class StepLoop:
         """Note what modules that keep state hold before a job."""
         if not self._active and self._scope.stateful:
             modules = {name: module for name, (module, _) in self._scope.stateful.items()}
-            self._as_found.append((modules, ModuleState(modules, keep=True)))
+            with contained("read what modules hold"):
+                self._as_found.append((modules, ModuleState(modules, keep=True)))
 
     def _put_back(self) -> None:
         """Have modules that keep state hold what they held before the job that has ended."""
         while not self._active and self._as_found:
             modules, before = self._as_found.pop()
-            before.change(ModuleState(modules, keep=True)).undo()
+            with contained("put back what modules hold"):
+                before.change(ModuleState(modules, keep=True)).undo()
 
     def _begin_anew(self, active: Active, reason: str) -> None:
         """Have a job begin anew, if it can."""

@@ -35,7 +35,7 @@ from stepweave.engine.values import (
 Place = tuple[int, Any]  # the id of what holds a value, and the key
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_NOT_STATE = TORCH_OWN | {"_hf_hook", "_diffusers_hook", "_internal_dict", "config"}
+_NOT_STATE = TORCH_OWN | {"_hf_hook", "_diffusers_hook", "_internal_dict", "config", "_compiled_call_impl"}
 
 
 @dataclass(eq=False)

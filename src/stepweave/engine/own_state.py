@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from stepweave.engine.module_state import Change, ModuleState
+from stepweave.engine.planner import contained
 
 T = TypeVar("T")
 
@@ -35,28 +36,35 @@ class OwnState:
         return [] if self._change is None else self._change.paths
 
     def enter(self) -> None:
-        self._base = self._look()
-        if self._change is not None:
-            self._change.redo()
+        self._base = None
+        with contained("read what modules hold"):
+            self._base = self._look()
+            if self._change is not None:
+                self._change.redo()
 
     def leave(self) -> None:
-        assert self._base is not None
-        change = self._base.change(self._look())
-        change.undo()
-        self._change = change or None
+        if self._base is None:
+            return
+        with contained("put back what a job has changed in modules"):
+            change = self._base.change(self._look())
+            change.undo()
+            self._change = change or None
         self._base = None
 
     def during(self, forward: Callable[[], T]) -> T:
         """A forward's result. What it writes to the modules is none of the job's doing, unless they are the job's own by now."""
-        if self._change is not None:
+        if self._change is not None or self._base is None:
             return forward()
-        before = self._look()
+        before: ModuleState | None = None
+        with contained("read what modules hold"):
+            before = self._look()
         try:
             return forward()
         finally:
-            if self._base is not None:
-                after = self._look()
-                self._base.adopt(after, before.change(after).places)
+            with contained("read what modules hold"):
+                if before is not None and self._base is not None:
+                    after = self._look()
+                    self._base.adopt(after, before.change(after).places)
 
     def _look(self) -> ModuleState:
         return ModuleState(self._modules, keep=True, weights=self._weights)

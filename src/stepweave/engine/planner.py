@@ -39,11 +39,11 @@ class Standing(NamedTuple):
 
 @contextlib.contextmanager
 def contained(what: str) -> Iterator[None]:
-    """An error in planning is logged, and costs no job."""
+    """An error in what is not the work itself is logged, and costs no job."""
     try:
         yield
     except Exception:
-        logger.exception("the planner could not %s", what)
+        logger.exception("could not %s", what)
 
 
 class Planner:

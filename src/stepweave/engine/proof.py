@@ -52,10 +52,11 @@ class Proof:
     evident: dict[int, bool | None] = field(default_factory=dict)  # leaves: None if the result does not depend on them
     effects: dict[int, float] = field(default_factory=dict)  # of leaves exchanged, as shares of the error allowed
     spans: dict[int, Span] = field(default_factory=dict)  # of arguments of few numbers, what was tried
+    variations: set[Any] = field(default_factory=set)  # what it is to prove: see Certificates.differences
+    samples: set[int] = field(default_factory=set)  # leaves by which rows are told apart
     drew: bool = False  # random numbers
     wrote: bool = False  # to its arguments
     left: list[str] = field(default_factory=list)  # what differs in the module after one and after the other
-    failed: bool = False  # a single call did
 
     def merged_of(self, call: Call) -> Any:
         assert not isinstance(self.merged, Exception)
@@ -71,6 +72,8 @@ class Prover:
         self._most_rows = most_rows
         self._runs = self._draws = 0
         self.forwards = 0  # that served only the proof
+        self.in_call = False  # an error now is a single call's own
+        self.device: torch.device | None = None
         self.wrote = False
 
     def start(self, calls: Sequence[Call], pair: tuple[Call, Call], *, audit: bool) -> Proof:
@@ -79,13 +82,17 @@ class Prover:
         Memory that runs out is raised, as are the errors of single calls.
         """
         proof = Proof(calls, pair, audit)
+        proof.samples = {
+            i for i, (path, _) in enumerate(pair[0].paths) if pair[0].arguments.get(str(path[0])) is pair[0].sample
+        }
         module = calls[0].target.module
         order = [*pair, *pair] if audit else list(pair)
         merged_first = audit and random.random() < 0.5
         if audit:
             random.shuffle(order)
         for call in pair:
-            proof.originals[id(call)] = dataclasses.replace(call, arguments=copied(call.arguments))
+            proof.originals[id(call)] = _kept(call)
+        self.device = next((one.device for one in tensors(calls[0].arguments)), None)
         look = functools.partial(ModuleState, {calls[0].target.name: module}, keep=True)
         before = look()
         if merged_first:
@@ -124,11 +131,14 @@ class Prover:
         """What a call gives by itself."""
         arguments = copied(call.arguments)
         given, own = Given(*arguments.values()), Given(*call.arguments.values())
+        mine, theirs = tensors(arguments), tensors(call.arguments)  # lists may be emptied, as UNets do
+        self.in_call = True
         with self._unnoticed(own):
             output = cloned(run_arguments(call, arguments, self._kinds))
+        self.in_call = False
         self.forwards += 1
         # also what was written past the tensors' versions, through `.data` or numpy
-        self.wrote = self.wrote or given.wrote() or not equal(arguments, call.arguments)
+        self.wrote = self.wrote or given.wrote() or not equal(mine, theirs)
         return output
 
     def together(self, calls: Sequence[Call]) -> list[Any]:
@@ -178,7 +188,7 @@ class Prover:
             self._try_ends(proof, i)
         for unit in units(a):
             i = unit[0]
-            if i in few or a.leaves[i][0] is a.sample or a.leaves[i] is a.sample:
+            if i in few or i in proof.samples:
                 continue
             if any(_differ(a.leaves[j], b.leaves[j]) for j in unit):
                 evident = self._exchange(proof, unit)
@@ -216,7 +226,6 @@ class Prover:
             effects.append(self._effect(proof, point.single, call))
         if min(effects) >= EVIDENT:
             return True
-        proof.effects.update(dict.fromkeys(unit, max(effects)))
         found: list[float] = []
         for base in [point for point in proof.points if point.leaf is not None][: POINTS // 2]:
             point = self._point(exchanged(base.call, proof.pair[1], unit), None)
@@ -226,7 +235,8 @@ class Prover:
                     proof.points.append(point)
         if any(one >= EVIDENT for one in found):
             return True
-        return None if not any((*effects, *found)) else False
+        proof.effects.update(dict.fromkeys(unit, max((*effects, *found))))
+        return False
 
     def _elsewhere(self, proof: Proof, i: int) -> bool | None:
         """Whether an argument without effect has one where another of few numbers is at an end."""
@@ -247,6 +257,7 @@ class Prover:
         except Exception as error:
             if ran_out(error):
                 raise
+            self.in_call = False
             return None
         return Point(call, leaf, output) if _finite(output) else None
 
@@ -276,6 +287,15 @@ class Prover:
                 proof.merged_points.append(point)
 
 
+def _kept(call: Call) -> Call:
+    """A call with arguments that nobody writes to."""
+    arguments = copied(call.arguments)
+    kept = [
+        tuple(one.clone() if isinstance(one, torch.Tensor) else one for one in leaf) for leaf in call.leaves
+    ]  # as they are before the fiber goes on
+    return dataclasses.replace(call, arguments=arguments, leaves=kept)
+
+
 class _Unnoticed:
     """What is run within it draws from no generator that calls were given, as far as others can tell; and that it drew is noted.
 
@@ -287,7 +307,7 @@ class _Unnoticed:
         self._own = own
 
     def __enter__(self) -> None:
-        self._states = RandomStates()
+        self._states = RandomStates(self._prover.device)
 
     def __exit__(self, *_: object) -> None:
         drew = self._own.drew() or self._states.changed()

@@ -14,7 +14,6 @@ import random
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from typing import Any
-from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -68,7 +67,7 @@ class StateWatch:
     def __init__(self, name: str = "module") -> None:
         self.name = name
         self.found: str | None = None  # what it keeps, in words
-        self.users: WeakSet[Any] = WeakSet()  # jobs that had a forward of it
+        self.users: set[Any] = set()  # jobs that had a forward of it, by their names; not more than two
         self.initial: ModuleState | None = None  # before its first forward here
         self._fresh = True
         self._kinds: OrderedDict[Hashable, int] = OrderedDict()  # how many calls of a kind there were
@@ -78,16 +77,21 @@ class StateWatch:
 
     def due(self, kind: Hashable, user: Any) -> bool:
         """Note a call run alone; whether to look at it."""
-        self.users.add(user)
+        self.used_by(user)
         if self.found is not None:
             return False
-        known = isinstance(kind, tuple)  # else it is like no other
-        number = self._kinds[kind] = self._kinds.get(kind, 0) + 1 if known else 1
+        kind = kind if isinstance(kind, tuple) else None  # of calls that are like no other
+        number = self._kinds[kind] = self._kinds.get(kind, 0) + 1
         self._kinds.move_to_end(kind)
         if len(self._kinds) > KEPT:
             gone, _ = self._kinds.popitem(last=False)
             self._left.pop(gone, None)
         return number & (number - 1) == 0 if number < SELDOM else number % SELDOM == 0
+
+    def used_by(self, user: Any) -> None:
+        """Note a forward for a job."""
+        if len(self.users) < 2:
+            self.users.add(name_of(user))
 
     def start(self, module: nn.Module) -> ModuleState:
         """A snapshot before a forward."""
@@ -166,6 +170,11 @@ def same(first: Any, second: Any, again: Any) -> bool:
 
 def on_a_device(output: Any) -> bool:
     return any(one.device.type != "cpu" for one in tensors(output))
+
+
+def name_of(user: Any) -> Any:
+    """What tells jobs apart, also those that have ended."""
+    return user.job.id if hasattr(user, "job") else id(user)
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -106,6 +106,8 @@ class Reader:
             return (kind, *(self._mark(part, depth) for part in parts))
         if isinstance(value, nn.Module) and value in self.modules:
             return id(value)
+        if kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
+            return id(value)
         if isinstance(value, OPAQUE) or (kind.__module__.partition(".")[0] in _ELSEWHERE and kind is not local):
             return id(value)
         return self._object(value, kind, depth)
@@ -150,7 +152,7 @@ class Reader:
             if value.size > WHOLE or value.dtype.hasobject:
                 return (kind, value.shape, value.dtype.str)
             if self.keep:
-                self._restore(np.copyto, value, value.copy())
+                self._restore(_copy, value, value.copy())
             return (kind, value.shape, value.dtype.str, value.tobytes())
         if isinstance(value, torch.Generator):
             if self.keep:
@@ -231,18 +233,26 @@ def content(tensor: torch.Tensor) -> Hashable:
 
 
 def _refill(container: Any, items: Any) -> None:
-    """Put items back; what still holds them is left alone, as other threads may be reading it."""
+    """Put items back, in place: other threads may be reading what holds them."""
     if isinstance(container, dict):
-        if len(container) == len(items) and all(container.get(key, items) is value for key, value in items.items()):
-            return
-        container.clear()
-        container.update(items)
+        for key, value in items.items():
+            if container.get(key, items) is not value:
+                container[key] = value
+        for key in [key for key in container if key not in items]:
+            del container[key]
+    elif isinstance(container, list):
+        container[:] = items
     elif len(container) != len(items) or any(one is not other for one, other in zip(container, items, strict=True)):
         container.clear()
-        container.extend(items) if isinstance(container, (list, deque)) else container.update(items)
+        container.extend(items) if isinstance(container, deque) else container.update(items)
+
+
+def _copy(array: np.ndarray[Any, Any], numbers: np.ndarray[Any, Any]) -> None:
+    if array.flags.writeable and array.shape == numbers.shape and not np.array_equal(array, numbers):
+        np.copyto(array, numbers)
 
 
 def write(tensor: torch.Tensor, numbers: torch.Tensor) -> None:
     with torch.no_grad():
-        if tensor.shape == numbers.shape and not torch.equal(tensor, numbers):
+        if tensor.shape == numbers.shape and not torch.equal(tensor.cpu(), numbers.cpu()):
             tensor.data.copy_(numbers)
