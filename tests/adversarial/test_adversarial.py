@@ -44,8 +44,8 @@ def check(generator: str, seeds: range) -> None:
     wrong, alone = [], []
     for seed in seeds:
         case, found = outcome(generator, seed)
-        if draws(case):
-            right = found.merged_share == 0
+        if draws(case):  # a hook of the whole module is no part of its forward, which may be merged
+            right = found.merged_share == 0 or "hook, whole" in case.name
         else:
             right = found.error <= 1
         if not right or found.errors:

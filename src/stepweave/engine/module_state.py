@@ -70,7 +70,10 @@ class _Flat(NamedTuple):
     values: dict[str, Any]
 
     def root(self, key: str) -> _Root:
-        return _Root(f"{self.path}.{key}", self.holder, key, self.marks[key], self.values[key])
+        value = self.values[key]
+        # a weight stands here only while it has no attributes of its own
+        undo: list[Callable[[], None]] = [value.__dict__.clear] if isinstance(value, nn.Parameter) else []
+        return _Root(f"{self.path}.{key}", self.holder, key, self.marks[key], value, undo)
 
 
 class Change:
