@@ -16,6 +16,8 @@ from diffusers import StableDiffusionXLImg2ImgPipeline
 from torch import Tensor, nn
 
 from stepweave import StepEngine
+from stepweave.engine import unshared
+from stepweave.telemetry import metrics
 from tests.pipelines.registry import picture
 from tests.reported import (
     SECONDS,
@@ -383,6 +385,11 @@ def test_a_module_in_company_of_one_that_fails_goes_on_sharing() -> None:
 
 def mixed(output: tuple[Tensor]) -> tuple[Tensor]:
     return (output[0] + output[0].mean(0, keepdim=True),)
+
+
+def test_the_metric_has_every_reason() -> None:
+    """It lists them itself, since metrics are served before torch is imported."""
+    assert metrics.UNSHARED_REASONS == unshared.REASONS
 
 
 def test_the_list_is_empty_at_first() -> None:

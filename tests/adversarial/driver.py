@@ -4,34 +4,15 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import nn
 
 from stepweave import StepEngine
+from tests.adversarial.outsider import Case
 from tests.toy import SECONDS, Toy, tensor_of
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest number of the plain result
-
-
-class Case(Protocol):
-    """A denoiser and the jobs that call it; `arguments` takes the number of a job and of a step."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def harmless(self) -> bool: ...
-    def build(self) -> nn.Module: ...
-    def arguments(self, job: int, step: int) -> dict[str, Any]: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def steps(self) -> tuple[int, ...]: ...
-    @property
-    def rows(self) -> tuple[int, ...]: ...
 
 
 class Sized(Toy):

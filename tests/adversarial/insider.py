@@ -8,29 +8,16 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tests.adversarial.outsider import Case
+
 WIDTH, WORDS = 12, 6
 Body = Callable[..., Tensor]
 Fault = Callable[[random.Random, "Network"], None]
-
-
-@dataclass(frozen=True)
-class Case:
-    """As the driver takes it."""
-
-    name: str
-    harmless: bool
-    build: Callable[[], nn.Module]
-    arguments: Callable[[int, int], dict[str, Any]]
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    steps: tuple[int, ...]
-    rows: tuple[int, ...]
 
 
 class Network(nn.Module):

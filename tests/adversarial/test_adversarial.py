@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.adversarial import insider, outsider
-from tests.adversarial.driver import Case, Outcome, run
+from tests.adversarial.driver import Outcome, run
+from tests.adversarial.outsider import Case
 
 GENERATORS = {"insider": insider.generate, "outsider": outsider.generate}
 FEW, MANY = 26, 250  # cases of each generator; half of them are harmless

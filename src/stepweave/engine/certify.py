@@ -85,7 +85,7 @@ class Certificates:
         if len(alike) == 1:
             return Verdict.ALONE, [first]
         if certificate.state is State.PENDING:
-            varied = [(call, self._variations(first, call, anew=True)) for call in reversed(alike)]
+            varied = [(call, self._variations(first, call, every=True)) for call in reversed(alike)]
             # best one whose times are of the same type, so that a failure says something of all calls of the kind
             varied.sort(key=lambda pair: bool(_types(pair[1])))
             other = next((call for call, variations in varied if variations), None)
@@ -169,9 +169,9 @@ class Certificates:
         found = hull([span(first, variation), span(call, variation)])
         return not held.tried.covers(found) and found.width > 2 * held.tried.width
 
-    def _variations(self, one: Call, other: Call, *, held: bool = False, anew: bool = False) -> set[Any]:
+    def _variations(self, one: Call, other: Call, *, held: bool = False, every: bool = False) -> set[Any]:
         """In which arguments two calls of a kind differ, as far as that is not proven to be right; or of those that are `held`;
-        or of all, `anew`."""
+        or with `every`, of all."""
         certificate = self._known[one.kind]
         found: set[Any] = set()
         if one is other:
@@ -180,11 +180,11 @@ class Certificates:
             found.add(RAGGED)
         for i, (leaf, other_leaf) in enumerate(zip(one.leaves, other.leaves, strict=True)):
             known = i in certificate.proven or i in certificate.spans
-            asked = i in certificate.held if held else anew or not known
+            asked = i in certificate.held if held else every or not known
             if asked and self._value(leaf) != self._value(other_leaf):
                 found.add(i)
             types = frozenset((_dtype(leaf), _dtype(other_leaf)))  # of times
-            if len(types) > 1 and (anew or (i, types) not in certificate.proven):
+            if len(types) > 1 and (every or (i, types) not in certificate.proven):
                 found.add((i, types))
         return found
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from stepweave.engine.call import Call
+from stepweave.engine.call import Call, Target
 from stepweave.engine.compare import effect, equal
 from stepweave.engine.evidence import EVIDENT, Span, ends, exchanged, filled, hull, scalars, span, units
 from stepweave.engine.given import Given
@@ -85,7 +84,7 @@ class Prover:
         proof.samples = {
             i for i, (path, _) in enumerate(pair[0].paths) if pair[0].arguments.get(str(path[0])) is pair[0].sample
         }
-        module = calls[0].target.module
+        target = calls[0].target
         order = [*pair, *pair] if audit else list(pair)
         merged_first = audit and random.random() < 0.5
         if audit:
@@ -93,17 +92,16 @@ class Prover:
         for call in pair:
             proof.originals[id(call)] = _kept(call)
         self.device = next((one.device for one in tensors(calls[0].arguments)), None)
-        look = functools.partial(ModuleState, {calls[0].target.name: module}, keep=True)
-        before = look()
+        before = _look(target)
         if merged_first:
             self._merge(proof)
         states: dict[int, ModuleState] = {}
         for call in order:
             output = self.alone(call)
-            after = states[id(call)] = look()
+            after = states[id(call)] = _look(target)
             if len(states) == 1 and before.change(after):  # a table, made once and for all?
                 self.alone(call)
-                proof.left = after.change(look()).paths
+                proof.left = after.change(_look(target)).paths
                 if proof.left:
                     return proof
             if id(call) in proof.singles:
@@ -133,7 +131,7 @@ class Prover:
         given, own = Given(*arguments.values()), Given(*call.arguments.values())
         mine, theirs = tensors(arguments), tensors(call.arguments)  # lists may be emptied, as UNets do
         self.in_call = True
-        with self._unnoticed(own):
+        with _Unnoticed(self, own):
             output = cloned(run_arguments(call, arguments, self._kinds))
         self.in_call = False
         self.forwards += 1
@@ -144,7 +142,7 @@ class Prover:
     def together(self, calls: Sequence[Call]) -> list[Any]:
         """What calls give in one forward."""
         own = Given(*(value for call in calls for value in call.arguments.values()))
-        with self._unnoticed(own):
+        with _Unnoticed(self, own):
             outputs = run_merged(calls, self._kinds, repeat=self._repeat, trial=True)
         self.forwards += 1
         return outputs
@@ -162,18 +160,15 @@ class Prover:
             proof.copies[id(call)] = known
         return known  # type: ignore[return-value]
 
-    def _unnoticed(self, own: Given) -> _Unnoticed:
-        return _Unnoticed(self, own)
-
     def _merge(self, proof: Proof) -> None:
-        look = functools.partial(ModuleState, {proof.calls[0].target.name: proof.calls[0].target.module}, keep=True)
-        before = look()
+        target = proof.calls[0].target
+        before = _look(target)
         try:
             proof.merged = self.together(proof.calls)
-            after = look()
+            after = _look(target)
             if before.change(after):
                 self.together(proof.calls)
-                proof.left = proof.left or after.change(look()).paths
+                proof.left = proof.left or after.change(_look(target)).paths
             self.forwards -= proof.audit  # which serves all, if it can
         except Exception as error:
             if ran_out(error):
@@ -287,6 +282,10 @@ class Prover:
                 proof.merged_points.append(point)
 
 
+def _look(target: Target) -> ModuleState:
+    return ModuleState({target.name: target.module})
+
+
 def _kept(call: Call) -> Call:
     """A call with arguments that nobody writes to."""
     arguments = copied(call.arguments)
@@ -330,8 +329,4 @@ def _is_float(value: Any) -> bool:
 
 
 def _finite(output: Any) -> bool:
-    return all(bool(one.isfinite().all()) for one in _floats(output))
-
-
-def _floats(output: Any) -> Iterator[torch.Tensor]:
-    return (one for one in tensors(output) if one.is_floating_point())
+    return all(bool(one.isfinite().all()) for one in tensors(output) if one.is_floating_point())

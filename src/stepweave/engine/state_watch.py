@@ -7,12 +7,10 @@ last bit. Anything else is state, and jobs whose calls take turns within it woul
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
 import random
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
@@ -25,9 +23,8 @@ from stepweave.engine.given import Given
 from stepweave.engine.memory import ran_out
 from stepweave.engine.merge import cloned, copied, tensors
 from stepweave.engine.module_state import ModuleState, Place
+from stepweave.engine.planner import contained
 from stepweave.engine.timing import now
-
-logger = logging.getLogger(__name__)
 
 KEPT = 1024  # kinds of calls
 SELDOM = 1024  # calls of a kind, after which it is looked at each time that many have come
@@ -108,14 +105,14 @@ class StateWatch:
         """A call's result, with a look at what it leaves behind in the module. What goes wrong in looking costs no result."""
         module, first = call.target.module, self._fresh
         self._fresh, began = False, now()
-        with _contained("look at"):
+        with contained("look at a forward"):
             before, states = self.start(module), RandomStates(_device(module))
             given = Given(*call.args, *call.kwargs.values())
             twin = dataclasses.replace(call, args=copied(call.args), kwargs=copied(call.kwargs))
         call.looked += now() - began
         output = call.run()
         began = now()
-        with _contained("look at"):
+        with contained("look at a forward"):
             after = self.look(module)
             change = before.change(after)
             if change or first:
@@ -179,14 +176,6 @@ def name_of(user: Any) -> Any:
 
 def _device(module: nn.Module) -> torch.device:
     return next((one.device for one in module.parameters()), torch.device("cpu"))
-
-
-@contextlib.contextmanager
-def _contained(what: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception:
-        logger.exception("could not %s a forward", what)
 
 
 class _Clone:
