@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,39 @@ def test_tables_that_are_always_equal_are_never_guessed_at() -> None:
     served = serve(sums_all, jobs(lambda i: torch.ones(6, 4), rows=ROWS))
     check_merged(served)
     assert served.stats.proofs <= 4, "of which audits are all but one"
+
+
+# Lists with an entry for each row, of which some have as many rows as there are, by chance; and lists of tensors of all rows
+
+
+def means_of_entries(self: nn.Module, x: Tensor, extra: list[Tensor]) -> Tensor:
+    return honest(x) + torch.stack([one.mean() for one in extra])[:, None]
+
+
+def means_of_rows(self: nn.Module, x: Tensor, extra: list[Tensor]) -> Tensor:
+    return honest(x) + torch.stack([one.mean(1) for one in extra]).mean(0)[:, None]
+
+
+def lists(i: int, count: int, lengths: Sequence[int]) -> list[Tensor]:
+    return [numbers(10 * i + k, lengths[(i + k) % len(lengths)], 4) for k in range(count)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_entries_that_happen_to_have_as_many_rows_run_with_the_others(count: int) -> None:
+    lengths = (count, count, 3 * count + 1, 4 * count)
+    served = serve(means_of_entries, *[jobs(lambda i: lists(i, count, lengths), rows=count)] * 3)
+    check_merged(served)
+    assert max(served.by_rows) >= 4 * count
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_entries_that_all_happen_to_have_as_many_rows_are_told_by_a_proof(count: int) -> None:
+    check_merged(serve(means_of_entries, *[jobs(lambda i: lists(i, count, [count]), rows=count)] * 3))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_tensors_of_all_rows_in_a_list_of_as_many_are_merged(count: int) -> None:
+    check_merged(serve(means_of_rows, *[jobs(lambda i: lists(i, count, [count]), rows=count)] * 3))
 
 
 # Rows in the second dimension, as the captions of HiDream, one table for each of its layers

@@ -25,6 +25,7 @@ from stepweave.engine.digests import Digests
 from stepweave.engine.evidence import Span, distance, hull, readable, scalars, span, spread
 from stepweave.engine.merge import tensors
 from stepweave.engine.proof import Proof, Prover
+from stepweave.engine.readings import made
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +53,7 @@ class Certificates:
         if found is None:
             found = self._known[call.kind] = Certificate(call.target.name, _shape_of_sample(call))
             found.ambiguous = any(node[0] == "repeated" for _, node in call.layout)
-            found.readings, guesses = call.target.readings, dict(call.guesses)
-            found.read = tuple((path, guesses.get(path)) for path in guesses.keys() | {path for path, _ in call.paths})
+            found.readings, found.read = call.target.readings, made(call.paths, call.guesses)
             found.names = tuple(".".join(map(str, path)) for path, _ in call.paths)
             if len(self._known) > KEPT:
                 self._known.popitem(last=False)
@@ -326,7 +326,7 @@ class Certificates:
 
     def _disagree(self, proof: Proof, certificate: Certificate, variations: set[Any], problem: str) -> None:
         first_proof = certificate.state is State.PENDING and not (certificate.repeat and certificate.ambiguous)
-        if first_proof and not _types(variations) and _read_anew(proof.calls[0], variations):
+        if first_proof and not _types(variations) and _read_in_another_way(proof.calls[0], variations):
             certificate.state, certificate.reason, certificate.code = State.FAILED, problem, "failed"
             certificate.resting = certificate.chances + REST
             logger.info("%s %s: its arguments are read in another way", certificate.target, certificate.sample)
@@ -354,6 +354,8 @@ class Certificates:
         """Have calls merged only where an argument is equal, until it is tried again."""
         known = certificate.held.get(variation)
         wait = wait if known is None else 2 * known.wait
+        if known is not None and slack and known.slack > slack:  # it was tried with values further apart
+            apart = slack = known.slack
         certificate.held[variation] = Held(reason, wait, certificate.chances + wait, tried, apart, slack)
         certificate.spans.pop(variation, None)
         certificate.proven.discard(variation)
@@ -423,14 +425,11 @@ class Certificates:
         self._fail(self.of(call), set(), reason, "failed")
 
 
-def _read_anew(call: Call, variations: set[Any]) -> bool:
+def _read_in_another_way(call: Call, variations: set[Any]) -> bool:
     """Whether there is another way to read the arguments of calls whose first proof failed, in which they differ so."""
-    readings = call.target.readings
-    if call.guesses:  # what is supposed to be shared is so since it failed as rows
-        return readings.refute(call.guesses) and any(reading != "shared" for _, reading in call.guesses)
     rows = [path for i, (path, tag) in enumerate(call.paths) if tag == "rows" and i not in variations]
     equal = [path for path in rows if path[0] not in TIMES]  # they are equal at the first step only
-    return readings.suppose(equal, "shared")
+    return call.target.readings.another(call.guesses, equal)
 
 
 def _types(variations: set[Any]) -> set[Any]:

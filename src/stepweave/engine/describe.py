@@ -13,7 +13,7 @@ import torch
 from stepweave.engine.call import Call, Layout, Unmergeable
 from stepweave.engine.digests import Digests
 from stepweave.engine.given import DEEPEST, is_holder
-from stepweave.engine.readings import Guess, Path
+from stepweave.engine.readings import ITEMS, PER_ROW, Guess, Path
 from stepweave.scope.view import is_plain
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,12 @@ class _Walk:
     def _tensors(self, values: list[torch.Tensor], path: Path) -> Layout:
         batches = all(value.ndim and value.shape[0] == self._rows for value in values)
         if batches and not isinstance(self._sample, list):
-            return self.node(values, path)
+            if self._readings.of(path) != PER_ROW:
+                self.guesses.append((path, ITEMS))
+                return self.node(values, path)
+            self.guesses.append((path, PER_ROW))
+        elif values is not self._sample:
+            self._readings.suppose([path], PER_ROW)  # of calls whose entries happen to have as many rows, too
         self._leaf(path, "per row", *values)
         shapes = tuple(value.shape for value in values)
         if values is self._sample:

@@ -1,7 +1,8 @@
 """Readings: what an argument is taken for where its shape leaves a choice.
 
 A tensor of eight rows beside a sample of two may be a constant, or hold four entries for each row; one of a single row may be
-the only row's, or a constant. The likeliest reading comes first. Another is tried when calls part over the argument's values, or
+the only row's, or a constant; a list of as many tensors as there are rows, each with as many rows, may hold one for each row, or
+be a list of constant length. The likeliest reading comes first. Another is tried when calls part over the argument's values, or
 when a proof fails; and a proof tells whether it was right.
 """
 
@@ -12,6 +13,8 @@ from collections.abc import Hashable, Iterable, Sequence
 
 Path = tuple[Hashable, ...]  # an argument's name, then indices and keys down to the tensor
 Guess = tuple[Path, str]
+
+ITEMS, PER_ROW = "items", "per row"  # of a list: each of its tensors has all rows, or there is one for each row
 
 SEEN = 256  # values remembered, to notice that an argument varies
 
@@ -70,8 +73,25 @@ class Readings:
                 del self._chosen[path]
         return bool(wrong)
 
+    def another(self, guesses: Sequence[Guess], equal: Iterable[Path]) -> bool:
+        """Whether there is another way to read calls whose first proof failed, and that made these guesses; `equal` are the
+        arguments of theirs that had rows, and did not differ."""
+        if self.suppose([path for path, reading in guesses if reading == ITEMS], PER_ROW):
+            return True
+        if others := [(path, reading) for path, reading in guesses if reading != ITEMS]:
+            # what is supposed to be shared is so since it failed as rows
+            return self.refute(others) and any(reading != "shared" for _, reading in others)
+        return self.suppose(equal, "shared")
+
     def _choose(self, path: Path, others: Sequence[str]) -> None:
         for reading in others:
             if (path, reading) not in self._refuted:
                 self._chosen[path] = reading
                 return
+
+
+def made(paths: Iterable[tuple[Path, str]], guesses: Iterable[Guess]) -> tuple[tuple[Path, str | None], ...]:
+    """How arguments are read, None for the first reading; `paths` go with how each is merged."""
+    found: dict[Path, str | None] = {path: None for path, merged in paths if merged != PER_ROW}
+    found |= {path: None if reading == ITEMS else reading for path, reading in guesses}
+    return tuple(found.items())
