@@ -85,7 +85,8 @@ class Call:
     chunks: int = 1  # parts of the rows, of which those of all calls lie together when merged
     holds: bool = False  # an argument is an object taken for what it holds
     kind: Hashable = None  # what a certificate is for
-    key: Hashable = None  # what calls of one group have in common
+    constants: Hashable = None  # what is no leaf: a certificate covers every value of it
+    key: Hashable = None  # what calls of one group have in common: the kind and the constants
     listed: bool = False  # the sample is a list with an entry for each row
     opaque: bool = False  # an argument is told from others by its identity only
     ragged: Hashable = None  # sizes in which calls of one group may differ, where a certificate allows it

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 from weakref import WeakSet
 
-from stepweave.engine.evidence import Span
+from stepweave.engine.call import Call
+from stepweave.engine.evidence import Span, distance, hull, readable, span
 from stepweave.engine.readings import Path, Readings
 
+CONSTANTS = 8  # with so many different constants an argument is tried at once that was not proven
 RAGGED = "sizes"  # the variation of calls that differ in size
 
 
@@ -40,7 +43,40 @@ class Held:
     again: int  # when the kind has had so many chances
     tried: Span | None = None  # values, where they are few; twice as wide a span is tried at once
     apart: float = 0.0  # the largest difference that was tried, where there are more; twice that is tried at once
-    slack: float = 0.0  # a difference that matters to no result, like rounding; calls that differ by no more are merged
+    # differences that matter to no result, like rounding, by the constants of the calls that showed it (`Call.constants`): calls
+    # that differ by no more are merged. A constant such as a scale of 0 may be all that keeps an argument from mattering.
+    slack: dict[Hashable, float] | None = None
+
+    def within(self, first: Call, call: Call, variation: Any) -> bool:
+        """Whether calls differ in this argument by no more than matters to no result."""
+        slack = 0.0 if self.slack is None else self.slack.get(first.constants, 0.0)
+        if slack == float("inf"):
+            return True
+        if not slack or not readable(first, variation):
+            return False
+        if self.tried is not None and not self.tried.covers(hull([span(first, variation), span(call, variation)])):
+            return False
+        return distance(first.leaves[variation], call.leaves[variation]) <= slack
+
+    def due(self, first: Call, call: Call, variation: Any, chances: int) -> bool:
+        """Whether to try the argument again."""
+        if chances >= self.again:
+            return True
+        if not isinstance(variation, int):
+            return False
+        if self.slack is not None and first.constants not in self.slack and len(self.slack) < CONSTANTS:
+            return True
+        if not readable(first, variation):
+            return False
+        if self.tried is None:
+            return self.apart > 0 and distance(first.leaves[variation], call.leaves[variation]) > 2 * self.apart
+        found = hull([span(first, variation), span(call, variation)])
+        return not self.tried.covers(found) and found.width > 2 * self.tried.width
+
+    @property
+    def matters(self) -> bool:
+        """Whether there were calls in which it may make a difference."""
+        return self.slack is None or not all(self.slack.values())
 
 
 @dataclass
@@ -89,9 +125,33 @@ class Certificate:
             return None if self.code == "untried" else (self.code, self.reason)
         if self.held:
             known = list(self.held.items())  # read on any thread
-            found = [f"{self.name(variation)}: {held.reason}" for variation, held in known if not held.slack]
+            found = [f"{self.name(variation)}: {held.reason}" for variation, held in known if held.matters]
             return ("must_be_equal", "merged only where equal: " + "; ".join(found)) if found else None
         return None
+
+    def within_slack(self, variation: Any, first: Call, call: Call) -> bool:
+        """Whether calls differ in a held argument by no more than matters to no result."""
+        held = self.held.get(variation)
+        return held is not None and held.within(first, call, variation)
+
+    def ready(self, variation: Any, first: Call, call: Call) -> bool:
+        """Whether calls that differ in a held argument may run together all the same, or are to be tried."""
+        held = self.held[variation]
+        return held.due(first, call, variation, self.chances) or held.within(first, call, variation)
+
+    def hold(self, variation: Any, reason: str, wait: int, call: Call, slack: float = 0.0, **tried: Any) -> Held:
+        """Have calls merged only where an argument is equal, or within `slack`, until it is tried again. Twice as long after each
+        try. `tried`: as in Held."""
+        known = self.held.get(variation)
+        found = {} if known is None or known.slack is None else dict(known.slack)
+        if slack:
+            slack = max(slack, found.get(call.constants, 0.0))  # it may have been tried with values further apart
+        found[call.constants] = slack
+        wait = wait if known is None else 2 * known.wait
+        held = self.held[variation] = Held(reason, wait, self.chances + wait, slack=found, **tried)
+        self.spans.pop(variation, None)
+        self.proven.discard(variation)
+        return held
 
     def name(self, variation: Any) -> str:
         """What a variation is of."""

@@ -22,7 +22,7 @@ from stepweave.engine.certificate import RAGGED, Certificate, Held, State, Verdi
 from stepweave.engine.compare import Differ, NotFinite, Pair, agree, compare, told_apart
 from stepweave.engine.describe import TIMES
 from stepweave.engine.digests import Digests
-from stepweave.engine.evidence import Span, distance, hull, readable, scalars, span, spread
+from stepweave.engine.evidence import distance, hull, readable, scalars, span, spread
 from stepweave.engine.merge import tensors
 from stepweave.engine.proof import Proof, Prover
 from stepweave.engine.readings import made
@@ -37,6 +37,7 @@ REST = 128  # chances to merge, after which a kind that failed is tried again; t
 NOT_FINITE = 4  # the same for a proof that met numbers that are not finite
 HELD = 8  # the same for an argument that had no clear effect; twice as many after each try
 
+UNCLEAR = "without a clear effect on the result"
 FAINT = 0.05  # an effect that matters to no result, as a share of the error allowed
 
 
@@ -94,7 +95,7 @@ class Certificates:
             return Verdict.PROVE, [first, other]
         for call in alike[1:]:
             new = self._variations(first, call) - certificate.proven
-            if any(not self._within_slack(certificate, one, first, call) for one in new):
+            if any(not certificate.within_slack(one, first, call) for one in new):
                 return Verdict.PROVE, [first, call]
         beyond = self._beyond(alike, certificate)
         if beyond is not None:
@@ -139,35 +140,13 @@ class Certificates:
         first = calls[0]
         alike = [first]
         for call in calls[1:]:
-            if RAGGED in certificate.held and not self._due(certificate, RAGGED, first, call):
+            if RAGGED in certificate.held and not certificate.ready(RAGGED, first, call):
                 if spread([*alike, call]) > certificate.spread:
                     continue
             differing = self._variations(first, call, held=True) & certificate.held.keys()
-            if all(
-                self._due(certificate, one, first, call) or self._within_slack(certificate, one, first, call)
-                for one in differing
-            ):
+            if all(certificate.ready(one, first, call) for one in differing):
                 alike.append(call)
         return alike
-
-    def _within_slack(self, certificate: Certificate, variation: Any, first: Call, call: Call) -> bool:
-        """Whether calls differ in a held argument by no more than matters to no result."""
-        held = certificate.held.get(variation)
-        if held is None or not held.slack or not readable(first, variation):
-            return False
-        return distance(first.leaves[variation], call.leaves[variation]) <= held.slack
-
-    def _due(self, certificate: Certificate, variation: Any, first: Call, call: Call) -> bool:
-        """Whether to try an argument again that was not proven."""
-        held = certificate.held[variation]
-        if certificate.chances >= held.again:
-            return True
-        if not isinstance(variation, int) or not readable(first, variation):
-            return False
-        if held.tried is None:
-            return held.apart > 0 and distance(first.leaves[variation], call.leaves[variation]) > 2 * held.apart
-        found = hull([span(first, variation), span(call, variation)])
-        return not held.tried.covers(found) and found.width > 2 * held.tried.width
 
     def _variations(self, one: Call, other: Call, *, held: bool = False, every: bool = False) -> set[Any]:
         """In which arguments two calls of a kind differ, as far as that is not proven to be right; or of those that are `held`;
@@ -264,12 +243,12 @@ class Certificates:
             self._inconclusive(certificate, "the calls compared were too alike to tell apart", "too_alike")
             if certificate.state is State.CERTIFIED:
                 for variation in variations - certificate.proven:
-                    self._hold(certificate, variation, "without a clear effect on the result", HELD)
+                    self._hold(certificate, variation, UNCLEAR, HELD, calls[0])
             return False
-        self._agree(proof, certificate, variations, rows)
+        self._agree(proof, prover, certificate, variations, rows)
         return True
 
-    def _agree(self, proof: Proof, certificate: Certificate, variations: set[Any], rows: int) -> None:
+    def _agree(self, proof: Proof, prover: Prover, certificate: Certificate, variations: set[Any], rows: int) -> None:
         certificate.passed += 1
         certificate.attempts = 0
         if certificate.state is State.PENDING and certificate.passed > certificate.failures:
@@ -282,46 +261,51 @@ class Certificates:
         certificate.spread = max(certificate.spread, spread(proof.calls))
         if proof.audit:
             return
-        wrong = self._wrong_points(proof)
+        first, wrong = proof.calls[0], self._wrong_points(proof, prover)
         for variation in variations - {RAGGED} - proof.spans.keys():
             evident = True if variation in proof.samples else proof.evident.get(variation, False)
-            if isinstance(variation, tuple) or evident:
+            if variation in wrong:
+                self._hold(certificate, variation, wrong[variation], REST, first)
+            elif isinstance(variation, tuple) or evident:
                 certificate.proven.add(variation)
                 certificate.held.pop(variation, None)
             else:
                 apart = distance(*(proof.originals[id(call)].leaves[variation] for call in proof.pair))
-                faint = evident is None or proof.effects.get(variation, 1.0) <= FAINT
-                slack = apart if faint and apart < float("inf") else 0.0
-                self._hold(
-                    certificate, variation, "without a clear effect on the result", HELD, apart=apart, slack=slack
-                )
+                faint = proof.effects.get(variation, 1.0) <= FAINT and apart < float("inf")
+                slack = float("inf") if evident is None else apart if faint else 0.0
+                self._hold(certificate, variation, UNCLEAR, HELD, first, slack, apart=max(apart, slack))
         for i, tried in proof.spans.items():
             if i in wrong:
-                self._hold(certificate, i, wrong[i], REST, tried)
+                self._hold(certificate, i, wrong[i], REST, first, tried=tried)
             elif proof.evident.get(i) is False:
-                self._hold(certificate, i, "without a clear effect on the result", HELD, tried)
+                slack = tried.width if proof.effects.get(i, 1.0) <= FAINT else 0.0
+                self._hold(certificate, i, UNCLEAR, HELD, first, slack, tried=tried)
             else:
                 certificate.held.pop(i, None)
                 known = certificate.spans.setdefault(i, [])
                 known[:] = [one for one in known if not tried.covers(one)]
                 known.append(tried)
 
-    def _wrong_points(self, proof: Proof) -> dict[int, str]:
+    def _wrong_points(self, proof: Proof, prover: Prover) -> dict[int, str]:
         """The arguments whose values, made up, gave another result merged than alone, and what was wrong."""
         found: dict[int, str] = {}
         company = [proof.singles[id(call)] for call in proof.pair]
         for point in proof.merged_points:
-            if point.leaf is None or point.merged is None:
+            if point.merged is None:
                 continue
+            problem = ""
             if isinstance(point.merged, Exception):
-                found[point.leaf] = f"merged, it raised {type(point.merged).__name__}"
-                continue
-            try:
-                compare([Pair(point.merged, point.single)], company)
-            except Differ as difference:
-                found[point.leaf] = str(difference)
-            except NotFinite:
-                pass
+                problem = f"merged, it raised {type(point.merged).__name__}"
+            else:
+                try:
+                    copies = partial(prover.copies, proof, point.call, point.rows)
+                    compare([Pair(point.merged, point.single, copies)], company)
+                except Differ as difference:
+                    problem = str(difference)
+                except NotFinite:
+                    pass
+            if problem:
+                found.update(dict.fromkeys(point.changed, problem))
         return found
 
     def _disagree(self, proof: Proof, certificate: Certificate, variations: set[Any], problem: str) -> None:
@@ -347,19 +331,13 @@ class Certificates:
         variation: Any,
         reason: str,
         wait: int,
-        tried: Span | None = None,
-        apart: float = 0.0,
+        call: Call,
         slack: float = 0.0,
+        **tried: Any,
     ) -> None:
-        """Have calls merged only where an argument is equal, until it is tried again."""
-        known = certificate.held.get(variation)
-        wait = wait if known is None else 2 * known.wait
-        if known is not None and slack and known.slack > slack:  # it was tried with values further apart
-            apart = slack = known.slack
-        certificate.held[variation] = Held(reason, wait, certificate.chances + wait, tried, apart, slack)
-        certificate.spans.pop(variation, None)
-        certificate.proven.discard(variation)
-        if known is None and not slack:
+        first = variation not in certificate.held
+        held = certificate.hold(variation, reason, wait, call, slack, **tried)
+        if first and held.matters:
             logger.info(
                 "%s %s: merged only where %s is equal: %s",
                 certificate.target, certificate.sample, certificate.name(variation), reason,

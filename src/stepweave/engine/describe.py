@@ -70,7 +70,8 @@ class Describer:
         # processors may cut a batch in parts; with a chunk for each row, parts of all calls lie together, however many they are
         call.chunks = 1 if call.look is None else call.rows
         call.kind = (target, call.layout, tuple(walk.sizes), call.ambient, call.chunks, call.look)
-        call.key = (call.kind, tuple(walk.exact))
+        call.constants = tuple(walk.exact)
+        call.key = (call.kind, call.constants)
         call.ragged = tuple(walk.ragged)
 
 

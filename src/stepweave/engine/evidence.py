@@ -84,6 +84,20 @@ def filled(call: Call, i: int, number: float) -> Call:
     return _with(call, {i: (new,)})
 
 
+def flooded(call: Call, i: int, number: float) -> Call:
+    """The call with one number throughout an argument of many. Whole ones, which may be indices of a table, are 0 or as large as
+    its largest; masks let nothing through for 0, everything for another number."""
+    leaf = []
+    for value in call.leaves[i]:
+        if value.dtype is torch.bool:
+            leaf.append(torch.full_like(value, bool(number)))
+        elif value.is_floating_point() or value.is_complex():
+            leaf.append(torch.full_like(value, number))
+        else:
+            leaf.append(torch.full_like(value, int(value.max()) if number and value.numel() else 0))
+    return _with(call, {i: tuple(leaf)})
+
+
 def units(call: Call) -> list[tuple[int, ...]]:
     """The leaves, those that are exchanged at once in one: of one argument, and of its mask."""
     masks = {mask: name for name, mask in call.target.masks.items()}

@@ -8,6 +8,7 @@ State outside of Python objects (in an extension, on a disk) is not covered; onl
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
@@ -146,6 +147,7 @@ class ModuleState:
             old_marks, new_marks = flat.marks if flat else {}, new.marks if new else {}
             if old_marks != new_marks:
                 keys = [key for key in old_marks | new_marks if old_marks.get(key, self) != new_marks.get(key, self)]
+                keys = [key for key in keys if not (flat and new and _made_again(flat, new, key))]
                 before += [flat.root(key) for key in keys if flat and key in old_marks]
                 after += [new.root(key) for key in keys if new and key in new_marks]
         return Change(before, after)
@@ -245,6 +247,23 @@ class ModuleState:
             mark = self._reader.mark(value, undo)
             root = _Root(path, holder, key, mark, self._reader.saved(value), undo)
         self._roots[id(holder), key] = root
+
+
+def _made_again(before: _Flat, after: _Flat, key: str) -> bool:
+    """Whether a weight was replaced by another object for the same numbers: `self.mean = nn.Parameter(self.mean.to(device))`."""
+    old, new = before.values.get(key), after.values.get(key)
+    if old is new or not isinstance(old, nn.Parameter) or not isinstance(new, nn.Parameter):
+        return False
+    if (id(old), version(old)) != before.marks[key] or (old.shape, old.dtype, old.device) != (
+        new.shape,
+        new.dtype,
+        new.device,
+    ):
+        return False  # nothing can be told of what was written to since
+    with contextlib.suppress(RuntimeError, NotImplementedError):  # of tensors without memory of their own
+        if old.data_ptr() and old.data_ptr() == new.data_ptr() and old.stride() == new.stride():
+            return version(new) == version(old)
+    return old.numel() <= WHOLE and content(old) == content(new)
 
 
 def _where(before: Hashable, after: Hashable) -> str:

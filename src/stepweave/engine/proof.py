@@ -12,7 +12,7 @@ import torch
 
 from stepweave.engine.call import Call, Target
 from stepweave.engine.compare import effect, equal
-from stepweave.engine.evidence import EVIDENT, Span, ends, exchanged, filled, hull, scalars, span, units
+from stepweave.engine.evidence import EVIDENT, Span, ends, exchanged, filled, flooded, hull, scalars, span, units
 from stepweave.engine.given import Given
 from stepweave.engine.memory import ran_out
 from stepweave.engine.merge import cloned, copied, tensors
@@ -20,17 +20,23 @@ from stepweave.engine.module_state import ModuleState
 from stepweave.engine.running import run_arguments, run_merged
 from stepweave.engine.state_watch import RandomStates, on_a_device
 
-POINTS = 8  # calls made up for one proof, at most, that are run merged
+FAR = 1e4  # within half precision
+POINTS = 16  # calls made up for one proof in search of an effect, at most, that are run merged
+BASES = 4  # calls that are changed in search of one
+PLAIN = 32.0  # times what merging changed: an effect that shows whose value was used, however small it is
+LEAST = 1e-3  # what merging changed, at least, as a share of the error allowed
 
 
 @dataclass
 class Point:
-    """A call made up for a proof: another one with a different value in one place, and what it gave."""
+    """A call made up for a proof: another one with different values in some places, and what it gave."""
 
     call: Call
-    leaf: int | None  # the argument of few numbers that was changed
+    changed: tuple[int, ...]  # the leaves with other values
     single: Any
     merged: Any = None
+    rows: int = 0  # of the batch that it was merged in
+    sought: bool = False  # made up beside others in search of an effect
 
 
 @dataclass
@@ -45,11 +51,14 @@ class Proof:
     seconds: dict[int, Any] = field(default_factory=dict)  # the same, the second time
     again: dict[int, Any] = field(default_factory=dict)  # right after that, where the device sums in any order
     originals: dict[int, Call] = field(default_factory=dict)  # of the pair, with arguments that nobody writes to
-    copies: dict[int, list[Any] | None] = field(default_factory=dict)
+    copies: dict[tuple[int, int], list[Any] | None] = field(default_factory=dict)
     points: list[Point] = field(default_factory=list)
     merged_points: list[Point] = field(default_factory=list)  # those, and the first of the pair in their company
     evident: dict[int, bool | None] = field(default_factory=dict)  # leaves: None if the result does not depend on them
-    effects: dict[int, float] = field(default_factory=dict)  # of leaves exchanged, as shares of the error allowed
+    effects: dict[int, float] = field(
+        default_factory=dict
+    )  # of leaves exchanged, the largest, as shares of the error allowed
+    least: dict[int, float] = field(default_factory=dict)  # the same, of that call of the pair that it changes least
     spans: dict[int, Span] = field(default_factory=dict)  # of arguments of few numbers, what was tried
     variations: set[Any] = field(default_factory=set)  # what it is to prove: see Certificates.differences
     samples: set[int] = field(default_factory=set)  # leaves by which rows are told apart
@@ -147,17 +156,17 @@ class Prover:
         self.forwards += 1
         return outputs
 
-    def copies(self, proof: Proof, call: Call) -> list[Any] | None:
-        """What a call gives in a batch of copies of itself, as large as the proof's; None if that raises."""
-        known = proof.copies.get(id(call), False)
+    def copies(self, proof: Proof, call: Call, rows: int = 0) -> list[Any] | None:
+        """What a call gives in a batch of copies of itself, as large as the proof's or of so many rows; None if that raises."""
+        rows = rows or sum(one.rows for one in proof.calls)
+        known = proof.copies.get((id(call), rows), False)
         if known is False:
-            rows = sum(one.rows for one in proof.calls)
             count = max(2, min(-(-rows // call.rows), self._most_rows // call.rows))
             try:
-                known = self.together([proof.originals[id(call)]] * count)
+                known = self.together([proof.originals.get(id(call), call)] * count)
             except Exception:
                 known = None
-            proof.copies[id(call)] = known
+            proof.copies[id(call), rows] = known
         return known  # type: ignore[return-value]
 
     def _merge(self, proof: Proof) -> None:
@@ -181,10 +190,8 @@ class Prover:
         few = scalars(a)
         for i in few:
             self._try_ends(proof, i)
-        for unit in units(a):
-            i = unit[0]
-            if i in few or i in proof.samples:
-                continue
+        for every in units(a):
+            unit = tuple(i for i in every if i not in few and i not in proof.samples)
             if any(_differ(a.leaves[j], b.leaves[j]) for j in unit):
                 evident = self._exchange(proof, unit)
                 proof.evident.update(dict.fromkeys(unit, evident))
@@ -192,6 +199,10 @@ class Prover:
             if proof.evident.get(i) is None:
                 proof.evident[i] = self._elsewhere(proof, i)
         self._merge_points(proof)
+        small = [i for i, evident in proof.evident.items() if evident is False and i in proof.least]
+        if small:
+            error = max(self._error(proof), LEAST)
+            proof.evident.update((i, True) for i in small if proof.least[i] >= PLAIN * error)
 
     def _try_ends(self, proof: Proof, i: int) -> None:
         """Run the first call with the ends of what an argument may be."""
@@ -204,48 +215,66 @@ class Prover:
         for number in dict.fromkeys(tried):
             if number in known:
                 continue
-            point = self._point(filled(a, i, number), i)
+            point = self._point(filled(a, i, number), (i,))
             if point is not None:
                 proof.points.append(point)
                 most = max(most or 0.0, self._effect(proof, point.single, a))
-        proof.spans[i] = hull([*values, *(Span(n, n) for n in tried if any(p.leaf == i for p in proof.points))])
+        proof.spans[i] = hull(
+            [*values, *(Span(n, n) for n in tried if any(point.changed == (i,) for point in proof.points))]
+        )
         proof.evident[i] = None if not most else most >= EVIDENT
+        if most:
+            proof.least[i] = proof.effects[i] = most
 
     def _exchange(self, proof: Proof, unit: tuple[int, ...]) -> bool | None:
         """Whether the other's value of an argument would have changed the results of both; None if it changes nothing."""
         effects = []
         for call, other in (proof.pair, proof.pair[::-1]):
-            point = self._point(exchanged(call, other, unit), None)
+            point = self._point(exchanged(call, other, unit), unit)
             if point is None:
                 return False
             effects.append(self._effect(proof, point.single, call))
         if min(effects) >= EVIDENT:
             return True
-        found: list[float] = []
-        for base in [point for point in proof.points if point.leaf is not None][: POINTS // 2]:
-            point = self._point(exchanged(base.call, proof.pair[1], unit), None)
+        found = []
+        for base in [point for point in proof.points if not point.sought][:BASES]:
+            point = self._point(exchanged(base.call, proof.pair[1], unit), unit)
             if point is not None:
                 found.append(effect(point.single, base.single, self._company(proof)))
-                if found[-1] >= EVIDENT:
-                    proof.points.append(point)
-        if any(one >= EVIDENT for one in found):
-            return True
+                if found[-1] >= EVIDENT and self._add(proof, point):
+                    return True
+        if not any((*effects, *found)):
+            return self._unused(proof, unit)
         proof.effects.update(dict.fromkeys(unit, max((*effects, *found))))
+        proof.least.update(dict.fromkeys(unit, min(effects)))
         return False
+
+    def _unused(self, proof: Proof, unit: tuple[int, ...]) -> bool | None:
+        """Whether an argument without effect has one with numbers far from those of both calls; None if nothing depends on it."""
+        base, found = proof.pair[0], []
+        for number in (0.0, FAR, -FAR):
+            call = base
+            for i in unit:
+                call = flooded(call, i, number)
+            point = self._point(call, unit)
+            if point is None or not self._add(proof, point):
+                return False
+            found.append(self._effect(proof, point.single, base))
+        return None if not any(found) else max(found) >= EVIDENT
 
     def _elsewhere(self, proof: Proof, i: int) -> bool | None:
         """Whether an argument without effect has one where another of few numbers is at an end."""
-        found: list[float] = []
-        for base in [point for point in proof.points if point.leaf not in (None, i)][: POINTS // 2]:
+        found = []
+        for base in [point for point in proof.points if not point.sought and i not in point.changed][:BASES]:
             for number in dict.fromkeys(proof.spans[i]):
-                point = self._point(filled(base.call, i, number), i)
+                point = self._point(filled(base.call, i, number), (i,))
                 if point is not None:
                     found.append(effect(point.single, base.single, self._company(proof)))
-                    if found[-1] >= EVIDENT:
-                        proof.points.append(point)
-        return True if any(one >= EVIDENT for one in found) else None if not any(found) else False
+                    if found[-1] >= EVIDENT and self._add(proof, point):
+                        return True
+        return False if any(found) else None
 
-    def _point(self, call: Call, leaf: int | None) -> Point | None:
+    def _point(self, call: Call, changed: tuple[int, ...]) -> Point | None:
         """A call made up, and its result; None if it raises or gives what is not finite: it was made up wrongly."""
         try:
             output = self.alone(call)
@@ -254,7 +283,22 @@ class Prover:
                 raise
             self.in_call = False
             return None
-        return Point(call, leaf, output) if _finite(output) else None
+        return Point(call, changed, output) if _finite(output) else None
+
+    def _add(self, proof: Proof, point: Point) -> bool:
+        """Have a call run merged, too, without which it is no evidence. False if there are enough."""
+        room = sum(one.sought for one in proof.points) < POINTS
+        if room:
+            proof.points.append(dataclasses.replace(point, sought=True))
+        return room
+
+    def _error(self, proof: Proof) -> float:
+        """What merging changed, at most, as a share of the error allowed; infinite where it raised."""
+        results = [(proof.merged_of(call), proof.singles[id(call)]) for call in proof.pair]
+        results += [(point.merged, point.single) for point in proof.merged_points]
+        if any(isinstance(merged, Exception) for merged, _ in results):
+            return float("inf")
+        return max(effect(merged, single, self._company(proof)) for merged, single in results)
 
     def _effect(self, proof: Proof, changed: Any, call: Call) -> float:
         return effect(changed, proof.singles[id(call)], self._company(proof))
@@ -265,7 +309,6 @@ class Prover:
     def _merge_points(self, proof: Proof) -> None:
         """Run the calls that were made up, merged with the first."""
         a = proof.pair[0]
-        del proof.points[POINTS:]
         room = max(1, self._most_rows // a.rows - 1)
         for start in range(0, len(proof.points), room):
             batch = proof.points[start : start + room]
@@ -275,10 +318,11 @@ class Prover:
                 if ran_out(error):
                     raise
                 outputs = [error] * (len(batch) + 1)
-            changed = {point.leaf for point in batch}
-            proof.merged_points += [Point(a, leaf, proof.singles[id(a)], outputs[0]) for leaf in changed]
+            changed = {point.changed for point in batch}
+            rows = a.rows * (len(batch) + 1)
+            proof.merged_points += [Point(a, one, proof.singles[id(a)], outputs[0], rows) for one in changed]
             for point, output in zip(batch, outputs[1:], strict=True):
-                point.merged = output
+                point.merged, point.rows = output, rows
                 proof.merged_points.append(point)
 
 
