@@ -331,7 +331,18 @@ def made(kind: type[StableDiffusion3Pipeline]) -> Callable[[], Any]:
     return build
 
 
-OWN = {kind.__name__: Case(made(kind), asked, lambda: {"flag": 0.5}) for kind in (Flagging, Scaling)}
+class Reweighing(StableDiffusion3Pipeline):  # type: ignore[misc]
+    """Replaces a weight of its transformer by another object, for the same numbers or for others."""
+
+    def __call__(self, *args: Any, flag: float | None = None, **kwargs: Any) -> Any:
+        projection = self.transformer.proj_out
+        same = projection.weight.to(self.device)
+        projection.weight = torch.nn.Parameter(same if flag is None else flag * same)
+        projection.bias = torch.nn.Parameter(projection.bias.clone())
+        return super().__call__(*args, **kwargs)
+
+
+OWN = {kind.__name__: Case(made(kind), asked, lambda: {"flag": 0.5}) for kind in (Flagging, Scaling, Reweighing)}
 every_own = pytest.mark.parametrize("case", OWN.values(), ids=OWN)
 
 
@@ -348,6 +359,18 @@ def test_such_a_pipeline_changes_later_calls(case: Case) -> None:
 @pytest.mark.parametrize("rounds", [("pp", "pspp", "ppp"), ("spp", "p"), ("ssp", "sp")], ids="-".join)
 def test_what_a_pipeline_writes_to_its_modules_is_its_jobs_alone(case: Case, rounds: tuple[str, ...]) -> None:
     case.check(*rounds)
+
+
+def test_a_weight_replaced_by_another_object_for_the_same_numbers_is_no_change() -> None:
+    """As StableUnCLIP's pipelines do with the mean and the deviation of their normaliser."""
+    case = OWN["Reweighing"]
+    requests = [case.plainly(i) for i in range(4)]
+    with StepEngine(case.build(), knee=False) as engine:
+        found = [numbers(job.result(SECONDS)) for _ in range(2) for job in submit_together(engine, requests)]
+        stats = engine.stats()
+    assert max(map(difference, found, 2 * plain(case.build, requests))) <= TOLERANCE
+    assert stats.forwards["transformer"].merged_share > 0.5
+    assert not stats.unshared
 
 
 def test_jobs_that_each_set_a_value_of_their_own_get_it() -> None:

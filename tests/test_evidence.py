@@ -59,7 +59,10 @@ def wrong_if_merged(build: Build, requests: list[Request]) -> float:
     for step in range(max(call.get("steps", 6) for call in calls)):
         running = [i for i, call in enumerate(calls) if step < call.get("steps", 6)]
         given = [calls[i].get("arguments", lambda step: {})(step) for i in running]
-        arguments = {name: torch.cat([one[name] for one in given]) for name in given[0]}
+        arguments = {
+            name: torch.cat([one[name] for one in given]) if isinstance(value, Tensor) else value
+            for name, value in given[0].items()
+        }
         predictions = module(torch.cat([samples[i] for i in running]), **arguments)
         for i, prediction in zip(running, predictions.split(1), strict=True):
             samples[i] = 0.9 * samples[i] + 0.3 * prediction[:, :WIDTH].to(samples[i].dtype)
@@ -255,6 +258,97 @@ def test_captions_of_each_row_are_merged_though_they_hardly_differed_at_first(dt
 @mixes_captions
 def test_mixed_captions_would_be_wrong(forward: Forward, dtype: torch.dtype) -> None:
     assert wrong_if_merged(looped(forward), captioned(2.0, 3, dtype, 2)) > 2 * tolerance(dtype)
+
+
+# Arguments that matter little, in some calls only, or not at all
+
+
+def scaled_caption(self: nn.Module, x: Tensor, encoder_hidden_states: Tensor, scale: float) -> Tensor:
+    return honest(x + scale * encoder_hidden_states.mean(1))
+
+
+def scaled_mean_caption(self: nn.Module, x: Tensor, encoder_hidden_states: Tensor, scale: float) -> Tensor:
+    return honest(x + scale * encoder_hidden_states.mean((0, 1)))
+
+
+def scaled(scale: float, count: int, seed: int, size: float = 1.0) -> list[Request]:
+    def given(number: int) -> dict[str, Any]:
+        caption = size * torch.randn(1, 5, WIDTH, generator=torch.Generator().manual_seed(number))
+        return {"encoder_hidden_states": caption, "scale": scale}
+
+    return [request(seed + i, constant(lambda i=i: given(seed + i)), steps=10) for i in range(count)]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("least", [0.0, 1e-7, 1e-5])
+def test_a_scale_of_almost_nothing_proves_nothing_of_a_larger_one(least: float) -> None:
+    rounds = [scaled(least, 4, 0), scaled(1.0, 4, 4), scaled(least, 4, 8), scaled(0.5, 4, 12)]
+    run(looped(scaled_mean_caption), *rounds).check()
+
+
+@pytest.mark.parametrize("least", [0.0, 1e-5])
+def test_captions_of_each_row_are_merged_whatever_their_scale(least: float) -> None:
+    rounds = [scaled(least, 4, 0), scaled(1.0, 4, 4), scaled(least, 4, 8), scaled(0.5, 4, 12)]
+    run(looped(scaled_caption), *rounds).check_merged(share=0.8)
+
+
+def test_mixed_captions_of_some_scale_would_be_wrong() -> None:
+    assert wrong_if_merged(looped(scaled_mean_caption), scaled(1.0, 3, 0)) > 2e-3
+
+
+def test_an_effect_below_the_error_allowed_is_evidence_where_merging_changes_far_less() -> None:
+    outcome = run(looped(scaled_caption), scaled(2e-4, 4, 0), scaled(2e-4, 4, 4))
+    outcome.check_merged(share=0.8)
+    assert not outcome.stats.unshared
+
+
+def without_caption(self: nn.Module, x: Tensor, encoder_hidden_states: Tensor, scale: float) -> Tensor:
+    return honest(x)
+
+
+def loud_caption(self: nn.Module, x: Tensor, encoder_hidden_states: Tensor, scale: float) -> Tensor:
+    return honest(x + float((encoder_hidden_states.abs() > 20).any()))
+
+
+def test_an_argument_that_nothing_depends_on_may_differ() -> None:
+    outcome = run(looped(without_caption), scaled(1.0, 4, 0), scaled(1.0, 4, 4, size=30.0))
+    outcome.check_merged(share=0.8)
+    assert not outcome.stats.unshared
+
+
+def test_an_argument_that_nothing_depended_on_so_far_may_not() -> None:
+    run(looped(loud_caption), scaled(1.0, 4, 0), [*scaled(1.0, 3, 4), *scaled(1.0, 2, 8, size=30.0)]).check()
+
+
+def test_an_argument_that_matters_beyond_a_bound_would_be_wrong() -> None:
+    calls = [*scaled(1.0, 3, 4), *scaled(1.0, 2, 8, size=30.0)]
+    assert wrong_if_merged(looped(loud_caption), calls) > 2e-3
+
+
+def of_many_numbers(self: nn.Module, x: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, e: Tensor) -> Tensor:
+    return honest(x + torch.stack([a, b, c, d]).cos().sum(0)[:, None] / 4 + torch.cos(e)[:, None])
+
+
+def of_the_first_of_the_last(
+    self: nn.Module, x: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, e: Tensor
+) -> Tensor:
+    return honest(x + torch.stack([a, b, c, d]).cos().sum(0)[:, None] / 4 + torch.cos(e[0]))
+
+
+def scalars(seed: int, count: int, alike: bool) -> list[Request]:
+    """Calls of five arguments of one number; `alike` in the last of them."""
+
+    def given(number: int) -> dict[str, Tensor]:
+        return {
+            name: torch.tensor([1.0 + (0 if alike and name == "e" else number) + k]) for k, name in enumerate("abcde")
+        }
+
+    return [request(seed + i, constant(lambda i=i: given(seed + i)), steps=10) for i in range(count)]  # type: ignore[misc]
+
+
+def test_the_last_of_many_arguments_is_tried_as_the_first() -> None:
+    """It is the same in the calls of the first proof, and different later."""
+    run(looped(of_the_first_of_the_last), scalars(0, 4, alike=True), scalars(0, 4, alike=False)).check()
+    run(looped(of_many_numbers), scalars(0, 4, alike=True), scalars(0, 4, alike=False)).check_merged(share=0.8)
 
 
 # Yardsticks
