@@ -311,7 +311,9 @@ class Forwarder:
             self._stats.checks += 2
             proof.seconds = {id(call): call.output for call in pair}
         self._look_again(calls[0], proof)
+        counted = prover.forwards
         right = not (watch is not None and watch.found is not None) and self._certificates.judge(proof, prover)
+        self._stats.checks += prover.forwards - counted  # batches of copies
         if parts is not None:
             self._certificates.judge_parts(*parts)
         if certificate.state is State.FAILED:
@@ -343,6 +345,7 @@ class Forwarder:
             return None
         middle = call.rows // 2
         try:
+            self._stats.checks += 2
             halves = [self._part_of(call, a, b) for a, b in ((0, middle), (middle, call.rows))]
             return call, join(halves, [middle, call.rows - middle], listed=call.listed)
         except Exception as error:
