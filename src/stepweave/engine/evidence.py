@@ -59,7 +59,7 @@ def span(call: Call, i: int) -> Span:
     if known is None:
         value = call.leaves[i][0]
         if isinstance(value, torch.Tensor):
-            numbers = value.detach().cpu().double().reshape(-1).tolist()
+            numbers = value.reshape(-1).tolist()
             known = Span(min(numbers), max(numbers)) if numbers else Span(0.0, 0.0)
         else:
             known = Span(float(value), float(value))
