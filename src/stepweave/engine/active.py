@@ -14,7 +14,7 @@ RECOVERY = 20  # jobs that end, before one more may run at a time
 class Active:
     """A job that has started: its fiber, and what the fiber waits for."""
 
-    __slots__ = ("_given", "call", "elsewhere", "evicted", "fiber", "job", "starved", "told", "__weakref__")
+    __slots__ = ("_given", "call", "elsewhere", "evicted", "fiber", "job", "refused", "starved", "told", "__weakref__")
 
     def __init__(self, job: Job, fiber: Fiber) -> None:
         self.job = job
@@ -22,8 +22,9 @@ class Active:
         self.call: Call | None = None  # that stands in a queue
         self.elsewhere = False  # its work is on another thread
         self.starved: Call | None = None  # that waits for other jobs to leave the memory
-        self.evicted = False  # it ends, to begin anew once there is more room
+        self.evicted = False  # it ends, to start again: for want of memory, or since what it was given is in doubt
         self.told = 0  # to end, so many times
+        self.refused = False  # the modules are no longer as they were
         self._given = Given(*job.args, *job.kwargs.values())
 
     @property

@@ -22,9 +22,9 @@ from stepweave.engine.certificate import RAGGED, Certificate, Held, State, Verdi
 from stepweave.engine.compare import Differ, NotFinite, Pair, agree, compare, told_apart
 from stepweave.engine.describe import TIMES
 from stepweave.engine.digests import Digests
-from stepweave.engine.evidence import distance, hull, readable, scalars, span, spread
+from stepweave.engine.evidence import Span, distance, hull, is_whole, readable, scalars, span, spread
 from stepweave.engine.merge import tensors
-from stepweave.engine.proof import Proof, Prover
+from stepweave.engine.proof import FAR, Proof, Prover
 from stepweave.engine.readings import made
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,8 @@ class Certificates:
             found.ambiguous = any(node[0] == "repeated" for _, node in call.layout)
             found.readings, found.read = call.target.readings, made(call.paths, call.guesses)
             found.names = tuple(".".join(map(str, path)) for path, _ in call.paths)
+            samples = (i for i, (path, _) in enumerate(call.paths) if call.arguments.get(str(path[0])) is call.sample)
+            found.samples, found.value = frozenset(samples), self._value
             if len(self._known) > KEPT:
                 self._known.popitem(last=False)
         else:
@@ -95,7 +97,7 @@ class Certificates:
             return Verdict.PROVE, [first, other]
         for call in alike[1:]:
             new = self._variations(first, call) - certificate.proven
-            if any(not certificate.within_slack(one, first, call) for one in new):
+            if any(certificate.due(one, first, call) or not certificate.within_slack(one, first, call) for one in new):
                 return Verdict.PROVE, [first, call]
         beyond = self._beyond(alike, certificate)
         if beyond is not None:
@@ -103,13 +105,18 @@ class Certificates:
         if spread(alike) > certificate.spread:
             ends = [min(alike, key=lambda call: call.extents), max(alike, key=lambda call: call.extents)]
             return Verdict.PROVE, [*ends, *([] if any(first is one for one in ends) else [first])]
+        unseen = certificate.is_new(alike)
         if sum(call.rows for call in alike) > REACH * certificate.rows:
             return Verdict.AUDIT, alike
         certificate.merged += 1
         if certificate.merged >= certificate.next_audit:
             certificate.next_audit = self._next_audit(certificate.merged)
             return Verdict.AUDIT, alike
-        return Verdict.MERGE, alike
+        return Verdict.LOOK if unseen else Verdict.MERGE, alike
+
+    def known(self, calls: Sequence[Call]) -> set[int]:
+        """The leaves that need no evidence any more."""
+        return {one for one in self.of(calls[0]).proven if isinstance(one, int)}
 
     def _next_audit(self, merged: int) -> int:
         if 2 * merged <= FIRST_AUDITS:
@@ -182,7 +189,7 @@ class Certificates:
 
     def _value(self, leaf: tuple[Any, ...]) -> Any:
         values = [self._digests.of(one) if isinstance(one, torch.Tensor) else (type(one), one) for one in leaf]
-        return values[0] if len(set(values)) == 1 else values
+        return values[0] if len(set(values)) == 1 else tuple(values)
 
     # Judgements
 
@@ -194,6 +201,7 @@ class Certificates:
         except Exception as error:  # an attempt like another, so that it is not made for ever
             logger.exception("a proof of %s %s could not be judged", certificate.target, certificate.sample)
             self._inconclusive(certificate, f"it could not be judged: {type(error).__name__}", "error")
+            self._hold_new(proof, certificate, "it could not be judged")
             return False
         if right:
             certificate.served.clear()
@@ -232,25 +240,23 @@ class Certificates:
             return False
         except NotFinite:
             self._inconclusive(certificate, "results were not finite", "not_finite", attempt=False)
-            certificate.resting = max(certificate.resting, certificate.chances + NOT_FINITE)
+            self._rest(certificate, NOT_FINITE)
             return False
         certificate.error = max(certificate.error, found)
         rows = sum(call.rows for call in calls)
         if not told_apart(merged, single):
             if certificate.state is State.CERTIFIED and not variations - certificate.proven - certificate.spans.keys():
                 certificate.rows = max(certificate.rows, rows)
+                self._hold_new(proof, certificate, UNCLEAR)
                 return True
             self._inconclusive(certificate, "the calls compared were too alike to tell apart", "too_alike")
-            if certificate.state is State.CERTIFIED:
-                for variation in variations - certificate.proven:
-                    self._hold(certificate, variation, UNCLEAR, HELD, calls[0])
+            self._hold_new(proof, certificate, UNCLEAR)
             return False
-        self._agree(proof, prover, certificate, variations, rows)
-        return True
+        return self._agree(proof, prover, certificate, variations, rows)
 
-    def _agree(self, proof: Proof, prover: Prover, certificate: Certificate, variations: set[Any], rows: int) -> None:
+    def _agree(self, proof: Proof, prover: Prover, certificate: Certificate, variations: set[Any], rows: int) -> bool:
         certificate.passed += 1
-        certificate.attempts = 0
+        certificate.attempts = certificate.rests = 0
         if certificate.state is State.PENDING and certificate.passed > certificate.failures:
             certificate.state, certificate.code, certificate.reason = State.CERTIFIED, "", "merged and alone agree"
             certificate.next_audit = certificate.merged + 1
@@ -260,8 +266,11 @@ class Certificates:
         certificate.rows = max(certificate.rows, rows)
         certificate.spread = max(certificate.spread, spread(proof.calls))
         if proof.audit:
-            return
-        first, wrong = proof.calls[0], self._wrong_points(proof, prover)
+            return True
+        first, wrong = proof.calls[0], prover.wrong(proof)
+        if sample := wrong.keys() & proof.samples:
+            self._disagree(proof, certificate, set(), f"with another sample, {wrong[min(sample)]}")
+            return False
         for variation in variations - {RAGGED} - proof.spans.keys():
             evident = True if variation in proof.samples else proof.evident.get(variation, False)
             if variation in wrong:
@@ -270,43 +279,45 @@ class Certificates:
                 certificate.proven.add(variation)
                 certificate.held.pop(variation, None)
             else:
-                apart = distance(*(proof.originals[id(call)].leaves[variation] for call in proof.pair))
-                faint = proof.effects.get(variation, 1.0) <= FAINT and apart < float("inf")
-                slack = float("inf") if evident is None else apart if faint else 0.0
-                self._hold(certificate, variation, UNCLEAR, HELD, first, slack, apart=max(apart, slack))
+                self._hold_unclear(proof, certificate, variation, evident)
         for i, tried in proof.spans.items():
             if i in wrong:
                 self._hold(certificate, i, wrong[i], REST, first, tried=tried)
-            elif proof.evident.get(i) is False:
-                slack = tried.width if proof.effects.get(i, 1.0) <= FAINT else 0.0
-                self._hold(certificate, i, UNCLEAR, HELD, first, slack, tried=tried)
-            else:
+            elif proof.evident.get(i) or i in proof.plain:
                 certificate.held.pop(i, None)
                 known = certificate.spans.setdefault(i, [])
                 known[:] = [one for one in known if not tried.covers(one)]
                 known.append(tried)
+            elif not any(one.covers(tried) for one in certificate.spans.get(i, [])):
+                faint = proof.evident.get(i) is None or proof.effects.get(i, 1.0) <= FAINT
+                self._hold(certificate, i, UNCLEAR, HELD, first, tried.width if faint else 0.0, tried=tried)
+        return True
 
-    def _wrong_points(self, proof: Proof, prover: Prover) -> dict[int, str]:
-        """The arguments whose values, made up, gave another result merged than alone, and what was wrong."""
-        found: dict[int, str] = {}
-        company = [proof.singles[id(call)] for call in proof.pair]
-        for point in proof.merged_points:
-            if point.merged is None:
-                continue
-            problem = ""
-            if isinstance(point.merged, Exception):
-                problem = f"merged, it raised {type(point.merged).__name__}"
-            else:
-                try:
-                    copies = partial(prover.copies, proof, point.call, point.rows)
-                    compare([Pair(point.merged, point.single, copies)], company)
-                except Differ as difference:
-                    problem = str(difference)
-                except NotFinite:
-                    pass
-            if problem:
-                found.update(dict.fromkeys(point.changed, problem))
-        return found
+    def _hold_unclear(self, proof: Proof, certificate: Certificate, variation: int, evident: bool | None) -> None:
+        """Hold an argument of many numbers whose effect is small, as far as it was tried, or free it where it has none."""
+        pair = [proof.originals[id(call)] for call in proof.pair]
+        apart = distance(*(call.leaves[variation] for call in pair))
+        tried = hull(span(call, variation) for call in pair)
+        slack = 0.0
+        if evident is None and all(is_whole(value) for call in pair for value in call.leaves[variation]):
+            tried = Span(min(0.0, tried.low), tried.high)  # between which it may be anything, as far as that was tried
+            apart = slack = tried.width
+        elif evident is None:
+            tried, slack = Span(min(-FAR, tried.low), max(FAR, tried.high)), float("inf")
+        elif apart < float("inf") and variation in proof.plain:
+            slack, tried = 2 * apart, Span(tried.low - apart, tried.high + apart)
+        elif apart < float("inf") and proof.effects.get(variation, 1.0) <= FAINT:
+            slack = apart
+        self._hold(certificate, variation, UNCLEAR, HELD, proof.calls[0], slack, apart=max(apart, slack), tried=tried)
+
+    def _hold_new(self, proof: Proof, certificate: Certificate, reason: str) -> None:
+        """Hold what a proof of a certified kind was to show, and did not."""
+        if certificate.state is State.CERTIFIED:
+            for variation in proof.variations - certificate.proven:
+                self._hold(certificate, variation, reason, HELD, proof.calls[0])
+            for i, tried in proof.spans.items():
+                if i in certificate.spans and not any(one.covers(tried) for one in certificate.spans[i]):
+                    self._hold(certificate, i, reason, HELD, proof.calls[0], tried=tried)
 
     def _disagree(self, proof: Proof, certificate: Certificate, variations: set[Any], problem: str) -> None:
         first_proof = certificate.state is State.PENDING and not (certificate.repeat and certificate.ambiguous)
@@ -322,8 +333,13 @@ class Certificates:
             certificate.attempts += attempt
             certificate.reason, certificate.code = reason, code
             if certificate.attempts >= ATTEMPTS:
-                certificate.resting = certificate.chances + REST * 2**certificate.rests
-                certificate.rests += 1
+                self._rest(certificate, REST)
+                logger.warning("%s %s runs alone: %s", certificate.target, certificate.sample, reason)
+
+    def _rest(self, certificate: Certificate, chances: int) -> None:
+        """Try a kind again only after a while, twice as long each time until a proof succeeds."""
+        certificate.resting = max(certificate.resting, certificate.chances + chances * 2**certificate.rests)
+        certificate.rests += 1
 
     def _hold(
         self,
@@ -363,17 +379,20 @@ class Certificates:
             again = certificate.failures > 0
             certificate.state, certificate.reason, certificate.code = State.FAILED, reason, code
             certificate.failures += 1
-            certificate.passed = 0
-            certificate.proven.clear()
-            certificate.spans.clear()
+            certificate.forget()
             certificate.resting = certificate.chances + REST * 2 ** (certificate.failures - 1)
             log = logger.info if again else logger.warning  # once
             log("%s %s runs alone: %s", certificate.target, certificate.sample, reason)
 
-    def put_off(self, call: Call, reason: str) -> None:
+    def put_off(self, call: Call, error: Exception) -> None:
         """A proof could not be made: try again after a while."""
         certificate = self.of(call)
-        certificate.resting = certificate.chances + HELD
+        reason = f"{type(error).__name__} in a proof"
+        if certificate.rests == 0:
+            logger.warning(
+                "%s %s could not be tried: %s", certificate.target, certificate.sample, reason, exc_info=error
+            )
+        self._rest(certificate, HELD)
         if certificate.state is State.PENDING:
             certificate.reason, certificate.code = reason, "error"
 

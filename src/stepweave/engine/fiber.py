@@ -52,7 +52,15 @@ class Fiber:
         self.own = own
         self._greenlet = _Greenlet(self._run)
         self._greenlet.fiber = self
+        self._outside = contextvars.copy_context()
         self._greenlet.gr_context = contextvars.copy_context()
+
+    @property
+    def variables(self) -> list[str]:
+        """The context variables that its function has set, by name, while it is suspended; the engine's own aside."""
+        inside = self._greenlet.gr_context or contextvars.Context()
+        own = [one for one in inside if one not in self._outside or self._outside[one] is not inside[one]]
+        return [one.name for one in own if not one.name.startswith("stepweave_")]
 
     @property
     def finished(self) -> bool:

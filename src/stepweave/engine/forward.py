@@ -17,7 +17,7 @@ from stepweave.engine.given import Given
 from stepweave.engine.hooks import RunYourself
 from stepweave.engine.memory import DeviceMemory, Room, ran_out
 from stepweave.engine.merge import copied, split
-from stepweave.engine.planner import Planner, contained
+from stepweave.engine.planner import Planner
 from stepweave.engine.proof import Proof, Prover
 from stepweave.engine.running import run_arguments, run_merged
 from stepweave.engine.state_watch import same, some
@@ -87,13 +87,12 @@ class Forwarder:
     def run(self, verdict: Verdict, calls: list[Call]) -> None:
         """Do it, and let the calls' owners go on."""
         watch = calls[0].target.watch
-        if watch is not None and watch.initial is None and not calls[0].own:
-            with contained("look at a module"):
-                watch.start(calls[0].target.module)
+        if watch is not None and not calls[0].own:
+            watch.begin(calls[0].target.module)
         if verdict is Verdict.ALONE:
             self._alone(calls)
         elif verdict is not Verdict.MERGE:
-            self._prove(calls, audit=verdict is Verdict.AUDIT)
+            self._prove(calls, audit=verdict is not Verdict.PROVE, brief=verdict is Verdict.LOOK)
         else:
             self._merged(calls)
 
@@ -274,25 +273,26 @@ class Forwarder:
             raise Unmergeable("it writes to its arguments, or draws random numbers")
         return output
 
-    def _prove(self, calls: Sequence[Call], *, audit: bool) -> None:
-        """Run calls merged, and two of them by themselves, twice; those two get their own results."""
+    def _prove(self, calls: Sequence[Call], *, audit: bool, brief: bool = False) -> None:
+        """Run calls merged, and two of them by themselves, twice unless `brief`; in a proof these two get their own results."""
         self._stats.proofs += 1
         certificate = self._certificates.of(calls[0])
         pair = self._certificates.pair(calls) if audit else (calls[0], calls[1])
         watch = calls[0].target.watch
         prover = Prover(self._kinds, repeat=certificate.repeat, most_rows=self.limit(calls[0]))
         variations = self._certificates.differences(calls)
-        proof, short, failed = None, False, ""
+        proof, short = None, False
         try:
-            proof = prover.start(calls, pair, audit=audit)
+            known = self._certificates.known(calls)
+            proof = prover.start(calls, pair, audit=audit, known=known, brief=brief)
         except Exception as error:  # of a single call, which its own fiber will meet; or memory ran out
-            short, failed = ran_out(error), f"{type(error).__name__} in a proof"
+            short = ran_out(error)
+            if not short and not prover.in_call:
+                self._certificates.put_off(calls[0], error)
         self._stats.checks += prover.forwards
         if proof is None:  # outside of the handler, whose error holds on to the memory
             if short:
                 self._ran_out(calls[0], sum(call.rows for call in calls))
-            elif not prover.in_call:
-                self._certificates.put_off(calls[0], failed)
             self._alone(calls)
             return
         proof.variations = variations

@@ -208,6 +208,7 @@ class EngineScope(PrivateScope):
         self._told: set[str] = set()
         self._keepers: dict[str, str] = {}  # hooks that keep state, by the class of a module
         self.stateful: dict[str, tuple[nn.Module, str]] = {}  # what keeps state, by its name, and what
+        self.spoilt: list[str] = []  # weights that a job's own code has written to, which cannot be put back
         self._writers: set[type] = set()  # pipelines whose own code changes modules
         self._looked: set[Hashable] = set()  # kinds of calls of a pipeline that did not
         names = {id(module): (name, module) for name, module in reversed(list(_modules(pipeline)))}
@@ -254,11 +255,13 @@ class EngineScope(PrivateScope):
         code = has_code([*job.args, *job.kwargs.values()])
         if code or type(self.pipeline) in self._writers or self._signature(job) not in self._looked:
             found.insert(0, OwnState(self._every, weights=code))  # sees what the others leave
+            job.watched = True
         return found
 
     def ended(self, job: Job) -> None:
-        """A job has ended well: if its own code had changed modules, that would have been seen."""
-        self._looked.add(self._signature(job))
+        """A job has ended well: if its own code had changed modules, that would have been seen, if it was watched."""
+        if job.watched:
+            self._looked.add(self._signature(job))
 
     def _signature(self, job: Job) -> Hashable:
         names = frozenset(name for name, value in job.kwargs.items() if value is not None)
@@ -268,6 +271,7 @@ class EngineScope(PrivateScope):
         """A job's own code has changed modules: its callbacks', or else its pipeline's, whose jobs all do; or a hook of a whole
         module has changed something of its own, so that the module keeps state. A code and a text."""
         kind, paths = type(self.pipeline), own.paths
+        self.spoilt += [path for path in own.lost if path not in self.spoilt]
         if has_code([*job.args, *job.kwargs.values()]):
             return "callback", f"a job's callback changes {some(paths)}"
         hook = next((path for path in paths if "_hooks[" in path and path[-1] != "]"), None)
@@ -283,10 +287,10 @@ class EngineScope(PrivateScope):
 
     def why_turns(self) -> dict[str, tuple[str, str]]:
         """Why jobs run one at a time, by what keeps the state: a code and a text. Empty if they do not."""
-        found = {name: ("state", what) for name, (_, what) in self.stateful.items()}
+        found = {name: ("state", what) for name, (_, what) in list(self.stateful.items())}  # read on any thread
         found |= {
             name: ("turns", f"it carries {hook}, which keeps the state of a call")
-            for name, hook in self._keepers.items()
+            for name, hook in list(self._keepers.items())
         }
         if self._swaps_state():
             found[type(self.pipeline).__name__] = ("turns", "its calls change the shared modules")

@@ -104,6 +104,7 @@ class Job:
             seed  # of the generator that it was given where the caller gave none, or of a default one of its own
         )
         self.reproducible = reproducible  # its calls share no forward with others
+        self.watched = False  # whether its own code changes modules has been looked at
         self.priority = priority
         self.task = Task()  # as the planner sees it, as are the next two: what it is like, and the calls it makes
         self.shape: Shape | None = None

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from stepweave.engine import ambient
 from stepweave.engine.active import Active, Crowd
@@ -25,16 +24,16 @@ from stepweave.engine.forward import Forwarder, Starved, too_little
 from stepweave.engine.hooks import EngineScope, Offload, RunYourself, pictures_elsewhere, track
 from stepweave.engine.job import Ending, Job, enter_engine
 from stepweave.engine.memory import DeviceMemory, memory_of
-from stepweave.engine.module_state import ModuleState
 from stepweave.engine.planner import Planner, contained
 from stepweave.engine.prompts import warned
 from stepweave.engine.queues import CallQueues
-from stepweave.engine.state_watch import name_of
+from stepweave.engine.state_watch import name_of, some
 from stepweave.engine.stats import Stats
 from stepweave.engine.textcache import EncoderCache
 from stepweave.engine.timing import clock_of
+from stepweave.engine.turns import Turns, spoilt
 from stepweave.engine.unshared import Unshared
-from stepweave.errors import Cancelled, DeadlineExceeded, StepweaveError
+from stepweave.errors import Cancelled, StepweaveError
 from stepweave.scheduling.task import Demand
 
 logger = logging.getLogger(__name__)
@@ -77,11 +76,10 @@ class StepLoop:
         )
         self._queues = CallQueues()
         self._waiting: dict[str, Job] = {}  # oldest first
-        self._told: set[str] = set()  # modules that keep state
-        self._as_found: list[tuple[dict[str, nn.Module], ModuleState]] = []  # to be put back when no job runs
+        self._turns = Turns(self._scope)
         self._returned: deque[tuple[Active, Any]] = deque()  # fibers whose work elsewhere is done
         self._closing = False
-        self._wake = threading.Condition()  # guards the three above
+        self._wake = threading.Condition()  # guards _waiting, _returned and _closing
         self._elsewhere = Elsewhere(self._return)
         self.threads = [threading.Thread(target=self._run, name="stepweave-engine", daemon=True)]
         self.threads[0].start()
@@ -141,8 +139,9 @@ class StepLoop:
 
     def turn(self) -> None:
         """One turn of the loop."""
-        if self._scope.stateful.keys() - self._told:
+        if self._turns.due:
             self._start_turns()
+        self._refuse_all()
         self._admit()
         self._expire()
         self._feed()
@@ -211,21 +210,45 @@ class StepLoop:
     def _start(self, job: Job) -> None:
         try:
             job.check()
-        except (Cancelled, DeadlineExceeded) as error:
+            if self._scope.spoilt:
+                raise spoilt(self._scope.spoilt)
+        except StepweaveError as error:
             self._finish(job, error)
             return
+        try:
+            active = self._made_active(job)
+        except Exception as error:
+            self._stats.errors += 1
+            logger.exception("%r cannot be started", job)
+            self._finish(job, StepweaveError(f"The engine failed ({type(error).__name__}).", code="engine_failed"))
+            return
+        self._switch(active, active.fiber.resume, None)
+
+    def _refuse_all(self) -> None:
+        """Have jobs fail rather than run on weights that another job's own code has spoilt for good."""
+        if not self._scope.spoilt:
+            return
+        for active in list(self._active.values()):
+            if active.own_state() is None and (active.call or active.starved) and not active.refused:
+                if active.call is not None:
+                    self._queues.remove(active.call)
+                active.call = active.starved = None
+                active.refused = True
+                self._switch(active, active.fiber.throw, spoilt(self._scope.spoilt))
+
+    def _made_active(self, job: Job) -> Active:
         job.start()
         if not self._active:
             self._exclusive = job.scope.takes_turns()
-        self._keep_as_found()
+            self._turns.keep()
         own: list[Own] = []
         with contained("watch a job's own code"):
             own = job.scope.own(job)
         if job.seed is not None and job.kwargs.get("generator") is None:  # the pipeline takes none
             own.append(DefaultRandom(job.seed, self._device))
         fiber = Fiber(lambda: self._call_pipeline(job), ambient.quiet(self._kinds), own)
-        self._active[fiber] = active = Active(job, fiber)
-        self._switch(active, fiber.resume, None)
+        active = self._active[fiber] = Active(job, fiber)
+        return active
 
     def _call_pipeline(self, job: Job) -> Any:
         with job.scope.lease(job.scheduler) as view, warned(view, [job]):
@@ -299,9 +322,10 @@ class StepLoop:
         self._forwarder.run(verdict, chosen)
         for owner in self._forwarder.doubtful():
             self._begin_anew(owner, "its steps were shared by calls that have turned out not to be")
-        watch = chosen[0].target.watch
-        if watch is not None and watch.found is not None and chosen[0].target.name not in self._scope.stateful:
-            self._take_turns(chosen[0])
+        if self._turns.found(chosen[0]):
+            owner, watch = chosen[0].owner, chosen[0].target.watch
+            met_another = watch is None or watch.users - {name_of(owner)}
+            self._start_turns(None if met_another else owner)
 
     def _note(self, calls: list[Call]) -> None:
         """Count a call that runs alone though others are there, or that can have no company, and why."""
@@ -321,42 +345,17 @@ class StepLoop:
         """What runs alone, or takes turns, and why."""
         return self.unshared.listed(self.certificates.all(), self._scope.why_turns())
 
-    def _take_turns(self, call: Call) -> None:
-        """Have jobs run one at a time from now on, each on the module as it was before all of them; those that may have met what
-        another left in it begin anew."""
-        target, watch, owner = call.target, call.target.watch, call.owner
-        assert watch is not None
-        assert watch.found is not None
-        self._scope.stateful[target.name] = (target.module, watch.found)
-        if watch.initial is not None:
-            self._as_found.append(({target.name: target.module}, watch.initial))
-        self._start_turns(None if watch.users - {name_of(owner)} else owner)
-
     def _start_turns(self, steady: Active | None = None) -> None:
-        """Say which modules have been found to keep state, and have all jobs begin anew but the one that met no other's."""
-        for name, (module, what) in self._scope.stateful.items():
-            if name not in self._told:
-                self._told.add(name)
-                logger.warning("jobs run one at a time: %s (%s) keeps state: %s", name, type(module).__name__, what)
+        """Have jobs run one at a time from now on; those that may have met what another left in a module start again, which are
+        all but the `steady` one."""
+        self._turns.tell()
+        self.cache.clear()
         self._exclusive = bool(self._active)
         for active in sorted(self._active.values(), key=lambda one: one.job.accepted, reverse=True):
             if active is not steady:
                 self._begin_anew(active, "a module keeps state of other jobs")
-        self._put_back()
-
-    def _keep_as_found(self) -> None:
-        """Note what modules that keep state hold before a job."""
-        if not self._active and self._scope.stateful:
-            modules = {name: module for name, (module, _) in self._scope.stateful.items()}
-            with contained("read what modules hold"):
-                self._as_found.append((modules, ModuleState(modules, keep=True)))
-
-    def _put_back(self) -> None:
-        """Have modules that keep state hold what they held before the job that has ended."""
-        while not self._active and self._as_found:
-            modules, before = self._as_found.pop()
-            with contained("put back what modules hold"):
-                before.change(ModuleState(modules, keep=True)).undo()
+        if not self._active:
+            self._turns.put_back()
 
     def _begin_anew(self, active: Active, reason: str) -> None:
         """Have a job begin anew, if it can."""
@@ -388,8 +387,10 @@ class StepLoop:
         request = switch(value)
         while True:
             if isinstance(request, Done):
+                active.own_state()  # what it did after its last call
                 del self._active[active.fiber]
-                self._put_back()
+                if not self._active:
+                    self._turns.put_back()
                 if active.evicted and active.job.ending() is None:
                     active.reset()
                     with self._wake:
@@ -417,11 +418,15 @@ class StepLoop:
         """Describe a call; what its result is, if an encoder gave it before."""
         try:
             self._describer.describe(call)
-            call.cache_key = self.cache.key(call)
+            stateful = any(module is call.target.module for module, _ in self._scope.stateful.values())
+            call.cache_key = None if stateful else self.cache.key(call)
             own = active.own_state()
             if own is not None:  # the modules are others to this job
                 call.whole, call.own, call.cache_key = True, True, None
                 call.stand_alone(*own)
+            elif names := active.fiber.variables:  # which a forward on behalf of others would not find
+                call.whole, call.cache_key = True, None
+                call.stand_alone("state", f"a job sets context variables: {some(names)}")
             elif active.job.reproducible:  # no forward to share, and none of the results that came of a shared one
                 call.key, call.whole = object(), True
                 call.apart = ("reproducible", "a reproducible job shares no forwards")

@@ -8,10 +8,10 @@ State outside of Python objects (in an extension, on a disk) is not covered; onl
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import logging
 import types
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -26,17 +26,19 @@ from stepweave.engine.values import (
     TORCH_OWN,
     WHOLE,
     Reader,
-    atom,
     content,
     of_a_library,
+    rebind,
     version,
     write,
 )
 
+logger = logging.getLogger(__name__)
+
 Place = tuple[int, Any]  # the id of what holds a value, and the key
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_NOT_STATE = TORCH_OWN | {"_hf_hook", "_diffusers_hook", "_internal_dict", "config", "_compiled_call_impl"}
+_NOT_STATE = TORCH_OWN | {"_hf_hook", "_diffusers_hook", "config", "_compiled_call_impl"}
 
 
 @dataclass(eq=False)
@@ -49,6 +51,8 @@ class _Root:
     mark: Hashable  # equal for equal values
     value: Any
     undo: list[Callable[[], None]] = field(default_factory=list)  # puts back what the value contains
+    owner: int = 0  # the id of the attributes of the module, or of the class, that it is in
+    written: tuple[int, Hashable, int] | None = None  # of a weight that is not kept: version, numbers seen, address
 
     def put_back(self) -> None:
         _assign(self.holder, self.key, self.value)
@@ -58,7 +62,7 @@ class _Root:
     def remove(self) -> None:
         if isinstance(self.holder, type):
             delattr(self.holder, self.key)
-        else:
+        elif not isinstance(self.holder, nn.Module):
             self.holder.pop(self.key, None)
 
 
@@ -69,25 +73,31 @@ class _Flat(NamedTuple):
     holder: dict[str, Any]
     marks: dict[str, Any]
     values: dict[str, Any]
+    owner: int
 
     def root(self, key: str) -> _Root:
         value = self.values[key]
         # a weight stands here only while it has no attributes of its own
-        undo: list[Callable[[], None]] = [value.__dict__.clear] if isinstance(value, nn.Parameter) else []
-        return _Root(f"{self.path}.{key}", self.holder, key, self.marks[key], value, undo)
+        undo: list[Callable[[], None]] = []
+        if isinstance(value, nn.Parameter):
+            undo = [value.__dict__.clear, functools.partial(setattr, value, "requires_grad", self.marks[key][2])]
+        written = (self.marks[key][1], None, 0) if isinstance(value, nn.Parameter) else None
+        return _Root(f"{self.path}.{key}", self.holder, key, self.marks[key], value, undo, self.owner, written)
 
 
 class Change:
-    """What differs between two snapshots of the same modules."""
+    """What differs between two snapshots of the same modules. `common`: the owners that both have read. From others, such as
+    submodules that were replaced, nothing is taken away."""
 
-    def __init__(self, before: list[_Root], after: list[_Root]) -> None:
+    def __init__(self, before: list[_Root], after: list[_Root], common: Set[int]) -> None:
         self._before = before
         self._after = after
+        self._common = common
 
     def __bool__(self) -> bool:
         return bool(self._before or self._after)
 
-    @property
+    @functools.cached_property
     def paths(self) -> list[str]:
         """What changed, each with the names of what it is in, as far as they are known."""
         later = {(id(one.holder), one.key): one for one in self._after}
@@ -97,15 +107,29 @@ class Change:
             found[one.path] = "" if other is None else _where(one.mark, other.mark)
         return sorted(path + inside for path, inside in found.items())
 
+    @functools.cached_property
+    def lost(self) -> list[str]:
+        """Weights that were written to in place and cannot be put back, since they were not copied."""
+        later = {(id(one.holder), one.key): one for one in self._after}
+        found = []
+        for one in self._before:
+            other = later.get((id(one.holder), one.key))
+            if one.written is None or other is None or other.written is None or other.value is not one.value:
+                continue
+            (version, numbers, address), (new_version, new_numbers, new_address) = one.written, other.written
+            if version != new_version or (numbers != new_numbers and address == new_address):
+                found.append(one.path)
+        return found
+
     @property
     def places(self) -> frozenset[Place]:
         return frozenset((id(one.holder), one.key) for one in (*self._before, *self._after))
 
     def undo(self) -> None:
-        _exchange(self._after, self._before)
+        _exchange(self._after, self._before, self._common)
 
     def redo(self) -> None:
-        _exchange(self._before, self._after)
+        _exchange(self._before, self._after, self._common)
 
 
 class ModuleState:
@@ -117,14 +141,19 @@ class ModuleState:
     def __init__(self, modules: Mapping[str, nn.Module], *, keep: bool = False, weights: bool = False) -> None:
         self._roots: dict[Place, _Root] = {}
         self._flat: dict[int, _Flat] = {}  # by the ids of their dictionaries
+        self._owners = {0}  # ids of the attributes of modules, and 0 for what is in none
+        self._owner = 0  # that is being read
         self._reader = Reader(keep)
-        self._weights = weights
+        self.weights = weights
         classes: set[type] = set()
         for prefix, module in modules.items():
             parts = list(module.named_modules(memo=self._reader.modules, prefix=prefix))
             for name, part in parts:
+                self._owner = id(part.__dict__)
+                self._owners.add(self._owner)
                 self._read(part, name)
                 classes.add(type(part))
+        self._owner = 0
         for cls in classes:
             self._read_class(cls)
         for name in ("_global_forward_hooks", "_global_forward_pre_hooks"):
@@ -150,7 +179,7 @@ class ModuleState:
                 keys = [key for key in keys if not (flat and new and _made_again(flat, new, key))]
                 before += [flat.root(key) for key in keys if flat and key in old_marks]
                 after += [new.root(key) for key in keys if new and key in new_marks]
-        return Change(before, after)
+        return Change(before, after, self._owners & later._owners)
 
     def marks(self, places: Iterable[Place]) -> dict[Place, Hashable]:
         """Values of some places, to be compared."""
@@ -187,50 +216,62 @@ class ModuleState:
                     plain[key] = value
                 else:
                     self._add(f"{name}.{key}", attributes, key, value)
-        self._flat[id(attributes)] = _Flat(name, attributes, plain, plain)
-        for holder, key in _patched(part):
+        self._flat[id(attributes)] = _Flat(name, attributes, plain, plain, self._owner)
+        patched = list(_patched(part))
+        for holder, key in patched:
             self._add(f"{name}.forward", holder, key, holder[key])
+        if "forward" in attributes and all(holder is not attributes for holder, _ in patched):
+            function = attributes["forward"]  # what hooks have put there is told by its identity
+            self._put(f"{name}.forward", attributes, "forward", ("forward", id(function)), function)
+        self._put(f"{name}.__class__", part, "__class__", id(type(part)), type(part))
         self._read_weights(part, name)
         for key, value in part._buffers.items():
             self._add(f"{name}.{key}", part._buffers, key, value)
         if part._modules:
             children = dict(part._modules)
-            self._flat[id(part._modules)] = _Flat(name, part._modules, children, children)
+            self._flat[id(part._modules)] = _Flat(name, part._modules, children, children, self._owner)
         for hooks in _HOOKS:
             for key, value in attributes[hooks].items():
                 self._add(f"{name}.{hooks}[{key}]", attributes[hooks], key, value)
 
+    def _put(self, path: str, holder: Any, key: str, mark: Hashable, value: Any) -> None:
+        self._roots[id(holder), key] = _Root(path, holder, key, mark, value, [], self._owner)
+
     def _read_weights(self, part: nn.Module, name: str) -> None:
         flat: dict[str, Any] = {}
         for key, value in part._parameters.items():
-            if value is not None and (self._weights or value.__dict__):
+            if value is not None and (self.weights or value.__dict__):
                 self._roots[id(part._parameters), key] = self._weight(f"{name}.{key}", part._parameters, key, value)
             else:
-                flat[key] = None if value is None else (id(value), version(value))
+                flat[key] = None if value is None else (id(value), version(value), value.requires_grad)
         if flat:
             values = {key: part._parameters[key] for key in flat}
-            self._flat[id(part._parameters)] = _Flat(name, part._parameters, flat, values)
+            self._flat[id(part._parameters)] = _Flat(name, part._parameters, flat, values, self._owner)
 
     def _weight(self, path: str, holder: Any, key: str, value: nn.Parameter) -> _Root:
-        undo: list[Callable[[], None]] = []
-        mark: Hashable = (id(value), version(value))
-        if self._weights:
-            mark = (id(value), content(value))
-            if self._reader.keep and value.numel() <= WHOLE:
-                undo.append(functools.partial(write, value, value.detach().clone()))
+        undo: list[Callable[[], None]] = [functools.partial(setattr, value, "requires_grad", value.requires_grad)]
+        numbers, small = content(value) if self.weights else None, value.numel() <= WHOLE
+        mark: Hashable = (id(value), numbers if self.weights else version(value), value.requires_grad)
+        if self.weights and self._reader.keep:
+            kept = value.detach().clone() if small else value.detach()
+            undo.append(functools.partial(write if small else rebind, value, kept))
         if value.__dict__:
             mark = (mark, self._reader.mark(value.__dict__, undo))
-        return _Root(path, holder, key, mark, value, undo)
+        written = None if self.weights and small else (version(value), numbers, _address(value))
+        return _Root(path, holder, key, mark, value, undo, self._owner, written)
 
     def _read_class(self, cls: type) -> None:
         for base in cls.__mro__:
             if base is nn.Module or base is object:
                 break
+            self._owner = id(base)
+            self._owners.add(self._owner)
             for key, value in vars(base).items():
-                if key.startswith("__") or isinstance(value, (property, classmethod, staticmethod)):
+                if key.startswith("__"):
                     continue
-                if isinstance(value, types.FunctionType):
-                    if of_a_library(value):
+                function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+                if isinstance(function, types.FunctionType):
+                    if of_a_library(function):
                         continue
                 elif not base.__module__.startswith(LIBRARIES):
                     if hasattr(value, "__get__") or isinstance(value, OPAQUE):
@@ -238,15 +279,24 @@ class ModuleState:
                 elif type(value) not in ATOMS and not isinstance(value, (list, dict, set, tuple, torch.Tensor)):
                     continue
                 self._add(f"{base.__qualname__}.{key}", base, key, value)
+        self._owner = 0
 
     def _add(self, path: str, holder: Any, key: Any, value: Any) -> None:
-        if type(value) in ATOMS:
-            root = _Root(path, holder, key, atom(value), value)
-        else:
-            undo: list[Callable[[], None]] = []
+        undo: list[Callable[[], None]] = []
+        try:
             mark = self._reader.mark(value, undo)
-            root = _Root(path, holder, key, mark, self._reader.saved(value), undo)
-        self._roots[id(holder), key] = root
+            saved = self._reader.saved(value)
+        except Exception as error:  # an object that cannot be read is what it is
+            logger.debug("%s cannot be read: %r", path, error)
+            mark, saved = (type(value), id(value)), value
+        self._roots[id(holder), key] = _Root(path, holder, key, mark, saved, undo, self._owner)
+
+
+def _address(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except (RuntimeError, NotImplementedError):  # it has no memory of its own
+        return 0
 
 
 def _made_again(before: _Flat, after: _Flat, key: str) -> bool:
@@ -254,15 +304,14 @@ def _made_again(before: _Flat, after: _Flat, key: str) -> bool:
     old, new = before.values.get(key), after.values.get(key)
     if old is new or not isinstance(old, nn.Parameter) or not isinstance(new, nn.Parameter):
         return False
-    if (id(old), version(old)) != before.marks[key] or (old.shape, old.dtype, old.device) != (
+    if (id(old), version(old), new.requires_grad) != before.marks[key] or (old.shape, old.dtype, old.device) != (
         new.shape,
         new.dtype,
         new.device,
     ):
         return False  # nothing can be told of what was written to since
-    with contextlib.suppress(RuntimeError, NotImplementedError):  # of tensors without memory of their own
-        if old.data_ptr() and old.data_ptr() == new.data_ptr() and old.stride() == new.stride():
-            return version(new) == version(old)
+    if _address(old) and _address(old) == _address(new) and old.stride() == new.stride():
+        return version(new) == version(old)
     return old.numel() <= WHOLE and content(old) == content(new)
 
 
@@ -282,11 +331,11 @@ def _where(before: Hashable, after: Hashable) -> str:
     return ""
 
 
-def _exchange(here: list[_Root], there: list[_Root]) -> None:
+def _exchange(here: list[_Root], there: list[_Root], common: Set[int]) -> None:
     """Put the values `there` in the place of those `here`."""
     wanted = {(id(one.holder), one.key) for one in there}
     for one in here:
-        if (id(one.holder), one.key) not in wanted:
+        if (id(one.holder), one.key) not in wanted and one.owner in common:
             one.remove()
     for one in there:
         one.put_back()
@@ -296,6 +345,9 @@ def _assign(holder: Any, key: Any, value: Any) -> None:
     if isinstance(holder, type):
         if vars(holder).get(key) is not value:
             setattr(holder, key, value)
+    elif isinstance(holder, nn.Module):
+        if type(holder) is not value:
+            holder.__class__ = value
     elif holder.get(key, holder) is not value:
         holder[key] = value
 

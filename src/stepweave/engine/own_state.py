@@ -6,6 +6,7 @@ precision and back. Such a change is taken out of the modules whenever the job's
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from stepweave.engine.module_state import Change, ModuleState
 from stepweave.engine.planner import contained
+from stepweave.engine.values import LIBRARIES
 
 T = TypeVar("T")
 
@@ -34,6 +36,11 @@ class OwnState:
     @property
     def paths(self) -> list[str]:
         return [] if self._change is None else self._change.paths
+
+    @property
+    def lost(self) -> list[str]:
+        """Weights that it has written to in place, and that cannot be put back."""
+        return [] if self._change is None else self._change.lost
 
     def enter(self) -> None:
         self._base = None
@@ -106,4 +113,12 @@ def has_code(value: Any, depth: int = 3) -> bool:
         return depth > 0 and any(has_code(item, depth - 1) for item in value)
     if isinstance(value, dict):
         return depth > 0 and any(has_code(item, depth - 1) for item in value.values())
-    return callable(value) and not isinstance(value, (type, nn.Module))
+    if isinstance(value, (type, nn.Module)):
+        return False
+    return callable(value) or not comes_with_a_library(type(value))
+
+
+def comes_with_a_library(cls: type) -> bool:
+    """Whether a class is of Python's or an installed package's: an object of any other class is somebody's own code."""
+    name = cls.__module__.partition(".")[0]
+    return name in sys.stdlib_module_names or name in (*LIBRARIES, "PIL", "builtins")

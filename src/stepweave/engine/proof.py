@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from stepweave.engine.call import Call, Target
-from stepweave.engine.compare import effect, equal
-from stepweave.engine.evidence import EVIDENT, Span, ends, exchanged, filled, flooded, hull, scalars, span, units
+from stepweave.engine.compare import Differ, NotFinite, Pair, compare, effect, equal
+from stepweave.engine.evidence import (
+    EVIDENT,
+    Span,
+    ends,
+    exchanged,
+    filled,
+    flooded,
+    hull,
+    is_whole,
+    scalars,
+    scaled,
+    span,
+    units,
+)
 from stepweave.engine.given import Given
 from stepweave.engine.memory import ran_out
 from stepweave.engine.merge import cloned, copied, tensors
@@ -22,6 +36,7 @@ from stepweave.engine.state_watch import RandomStates, on_a_device
 
 FAR = 1e4  # within half precision
 POINTS = 16  # calls made up for one proof in search of an effect, at most, that are run merged
+LOUDER = 2.0  # times which a sample is tried: modules may clip what is large
 BASES = 4  # calls that are changed in search of one
 PLAIN = 32.0  # times what merging changed: an effect that shows whose value was used, however small it is
 LEAST = 1e-3  # what merging changed, at least, as a share of the error allowed
@@ -58,10 +73,12 @@ class Proof:
     effects: dict[int, float] = field(
         default_factory=dict
     )  # of leaves exchanged, the largest, as shares of the error allowed
+    plain: set[int] = field(default_factory=set)  # leaves with a small effect, far larger than what merging changed
     least: dict[int, float] = field(default_factory=dict)  # the same, of that call of the pair that it changes least
     spans: dict[int, Span] = field(default_factory=dict)  # of arguments of few numbers, what was tried
     variations: set[Any] = field(default_factory=set)  # what it is to prove: see Certificates.differences
     samples: set[int] = field(default_factory=set)  # leaves by which rows are told apart
+    known: frozenset[int] = frozenset()  # leaves that are proven already
     drew: bool = False  # random numbers
     wrote: bool = False  # to its arguments
     left: list[str] = field(default_factory=list)  # what differs in the module after one and after the other
@@ -84,17 +101,26 @@ class Prover:
         self.device: torch.device | None = None
         self.wrote = False
 
-    def start(self, calls: Sequence[Call], pair: tuple[Call, Call], *, audit: bool) -> Proof:
-        """All that is run here; in a proof, the fibers run the calls of the pair themselves for the second time.
+    def start(
+        self,
+        calls: Sequence[Call],
+        pair: tuple[Call, Call],
+        *,
+        audit: bool,
+        known: Iterable[int] = (),
+        brief: bool = False,
+    ) -> Proof:
+        """All that is run here; in a proof, the fibers run the calls of the pair themselves for the second time. A `brief` audit
+        runs each of them once only.
 
         Memory that runs out is raised, as are the errors of single calls.
         """
-        proof = Proof(calls, pair, audit)
+        proof = Proof(calls, pair, audit, known=frozenset(known))
         proof.samples = {
             i for i, (path, _) in enumerate(pair[0].paths) if pair[0].arguments.get(str(path[0])) is pair[0].sample
         }
         target = calls[0].target
-        order = [*pair, *pair] if audit else list(pair)
+        order = [*pair, *pair] if audit and not brief else list(pair)
         merged_first = audit and random.random() < 0.5
         if audit:
             random.shuffle(order)
@@ -117,10 +143,12 @@ class Prover:
                 proof.seconds[id(call)] = output
                 continue
             proof.singles[id(call)] = output
+            if brief:
+                proof.seconds[id(call)] = output
             if on_a_device(output):
                 proof.again[id(call)] = self.alone(call)
         a, b = pair
-        if a.rows == b.rows and a.ragged == b.ragged:
+        if not brief and a.rows == b.rows and a.ragged == b.ragged:
             proof.left = proof.left or states[id(a)].change(states[id(b)]).paths
         if not merged_first:
             self._merge(proof)
@@ -169,6 +197,26 @@ class Prover:
             proof.copies[id(call), rows] = known
         return known  # type: ignore[return-value]
 
+    def wrong(self, proof: Proof) -> dict[int, str]:
+        """The arguments whose values, made up, gave another result merged than alone, and what was wrong."""
+        found: dict[int, str] = {}
+        company = self._company(proof)
+        for point in proof.merged_points:
+            problem = ""
+            if isinstance(point.merged, Exception):
+                problem = f"merged, it raised {type(point.merged).__name__}"
+            else:
+                try:
+                    copies = functools.partial(self.copies, proof, point.call, point.rows)
+                    compare([Pair(point.merged, point.single, copies)], company)
+                except Differ as difference:
+                    problem = str(difference)
+                except NotFinite:
+                    pass
+            if problem:
+                found.update(dict.fromkeys(point.changed, problem))
+        return found
+
     def _merge(self, proof: Proof) -> None:
         target = proof.calls[0].target
         before = _look(target)
@@ -190,9 +238,13 @@ class Prover:
         few = scalars(a)
         for i in few:
             self._try_ends(proof, i)
+        for i in proof.samples:
+            louder = self._point(scaled(a, i, LOUDER), (i,)) if _is_float(a.leaves[i][0]) else None
+            if louder is not None:
+                proof.points.append(louder)
         for every in units(a):
             unit = tuple(i for i in every if i not in few and i not in proof.samples)
-            if any(_differ(a.leaves[j], b.leaves[j]) for j in unit):
+            if not proof.known.issuperset(unit) and any(_differ(a.leaves[j], b.leaves[j]) for j in unit):
                 evident = self._exchange(proof, unit)
                 proof.evident.update(dict.fromkeys(unit, evident))
         for i in few:
@@ -202,27 +254,28 @@ class Prover:
         small = [i for i, evident in proof.evident.items() if evident is False and i in proof.least]
         if small:
             error = max(self._error(proof), LEAST)
-            proof.evident.update((i, True) for i in small if proof.least[i] >= PLAIN * error)
+            proof.plain = {i for i in small if proof.least[i] >= PLAIN * error}
 
     def _try_ends(self, proof: Proof, i: int) -> None:
         """Run the first call with the ends of what an argument may be."""
         a, b = proof.pair
         values = [span(one, i) for one in proof.pair]
-        whole = not _is_float(a.leaves[i][0])
-        tried = ends(hull(values), whole)
+        whole = all(is_whole(one.leaves[i][0]) for one in proof.pair)
         known = set(values[0]) if values[0].width == 0 else set()
-        most: float | None = None
-        for number in dict.fromkeys(tried):
+        found: dict[float, float] = {}  # effects, by what was tried
+        failed = False
+        for number in dict.fromkeys([*ends(hull(values), whole), *values[1]]):
             if number in known:
                 continue
             point = self._point(filled(a, i, number), (i,))
-            if point is not None:
+            if point is None:
+                failed = True
+            else:
                 proof.points.append(point)
-                most = max(most or 0.0, self._effect(proof, point.single, a))
-        proof.spans[i] = hull(
-            [*values, *(Span(n, n) for n in tried if any(point.changed == (i,) for point in proof.points))]
-        )
-        proof.evident[i] = None if not most else most >= EVIDENT
+                found[number] = self._effect(proof, point.single, a)
+        proof.spans[i] = hull([*values, *(Span(number, number) for number in found)])
+        most = max(found.values(), default=0.0)
+        proof.evident[i] = most >= EVIDENT if most or failed else None
         if most:
             proof.least[i] = proof.effects[i] = most
 
@@ -252,10 +305,10 @@ class Prover:
     def _unused(self, proof: Proof, unit: tuple[int, ...]) -> bool | None:
         """Whether an argument without effect has one with numbers far from those of both calls; None if nothing depends on it."""
         base, found = proof.pair[0], []
-        for number in (0.0, FAR, -FAR):
+        for number, noise in ((0.0, False), (FAR, False), (-FAR, False), (1.0, True), (FAR, True)):
             call = base
             for i in unit:
-                call = flooded(call, i, number)
+                call = flooded(call, i, number, noise=noise)
             point = self._point(call, unit)
             if point is None or not self._add(proof, point):
                 return False
@@ -369,7 +422,7 @@ def _differ(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
 
 
 def _is_float(value: Any) -> bool:
-    return value.is_floating_point() if isinstance(value, torch.Tensor) else isinstance(value, float)
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _finite(output: Any) -> bool:

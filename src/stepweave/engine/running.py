@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from stepweave.engine import ambient
-from stepweave.engine.call import Call
+from stepweave.engine.call import Call, Unmergeable
 from stepweave.engine.divide import chunk, join
+from stepweave.engine.given import Given
 from stepweave.engine.merge import copied, merge, split
 
 
@@ -29,7 +30,10 @@ def run_merged(calls: Sequence[Call], kinds: tuple[str, ...], *, repeat: bool, t
     # with chunks: all first ones, then all second ones
     apart = calls if chunks == 1 else [chunk(call, number) for number in range(chunks) for call in calls]
     arguments = merge(apart, repeat=repeat)
+    given = Given(*arguments.values())
     output = run_arguments(calls[0], copied(arguments) if trial else arguments, kinds)
+    if not trial and given.wrote():
+        raise Unmergeable("it writes to its arguments")
     outputs = split(output, [one.rows for one in apart], listed=listed)
     if chunks == 1:
         return outputs

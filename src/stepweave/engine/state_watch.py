@@ -67,6 +67,7 @@ class StateWatch:
         self.users: set[Any] = set()  # jobs that had a forward of it, by their names; not more than two
         self.initial: ModuleState | None = None  # before its first forward here
         self._fresh = True
+        self._begun = False
         self._kinds: OrderedDict[Hashable, int] = OrderedDict()  # how many calls of a kind there were
         self._left: dict[
             Hashable, tuple[frozenset[Place], dict[Place, Hashable]]
@@ -77,7 +78,7 @@ class StateWatch:
         self.used_by(user)
         if self.found is not None:
             return False
-        kind = kind if isinstance(kind, tuple) else None  # of calls that are like no other
+        kind = _kind(kind)
         number = self._kinds[kind] = self._kinds.get(kind, 0) + 1
         self._kinds.move_to_end(kind)
         if len(self._kinds) > KEPT:
@@ -97,6 +98,13 @@ class StateWatch:
             self.initial = before
         return before
 
+    def begin(self, module: nn.Module) -> None:
+        """Note what the module holds before its first forward here; tried once."""
+        if not self._begun:
+            self._begun = True
+            with contained("look at a module"):
+                self.start(module)
+
     def look(self, module: nn.Module) -> ModuleState:
         """A snapshot."""
         return ModuleState({self.name: module}, keep=True)
@@ -105,12 +113,16 @@ class StateWatch:
         """A call's result, with a look at what it leaves behind in the module. What goes wrong in looking costs no result."""
         module, first = call.target.module, self._fresh
         self._fresh, began = False, now()
+        before: ModuleState | None = None
         with contained("look at a forward"):
-            before, states = self.start(module), RandomStates(_device(module))
+            states = RandomStates(_device(module))
             given = Given(*call.args, *call.kwargs.values())
             twin = dataclasses.replace(call, args=copied(call.args), kwargs=copied(call.kwargs))
+            before = self.start(module)
         call.looked += now() - began
         output = call.run()
+        if before is None:
+            return output
         began = now()
         with contained("look at a forward"):
             after = self.look(module)
@@ -119,7 +131,7 @@ class StateWatch:
                 drew = states.changed() or given.drew()
                 self._again(twin, _Clone(output), after, compare=not drew)
             if change and self.found is None:
-                self._compare_with_the_last(call.kind, before, after)
+                self._compare_with_the_last(_kind(call.kind), before, after)
         call.looked += now() - began
         return output
 
@@ -167,6 +179,11 @@ def same(first: Any, second: Any, again: Any) -> bool:
 
 def on_a_device(output: Any) -> bool:
     return any(one.device.type != "cpu" for one in tensors(output))
+
+
+def _kind(kind: Hashable) -> Hashable:
+    """The kind of a call; one for all calls that are like no other."""
+    return kind if isinstance(kind, tuple) else None
 
 
 def name_of(user: Any) -> Any:

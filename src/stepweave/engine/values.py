@@ -31,14 +31,14 @@ OBJECTS = 20_000  # that are read of one attribute
 
 ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size})
 OPAQUE = (
-    type, types.ModuleType, types.BuiltinFunctionType, PretrainedConfig, PreTrainedTokenizerBase, DiffusionPipeline, Thread,
+    types.ModuleType, types.BuiltinFunctionType, PretrainedConfig, PreTrainedTokenizerBase, DiffusionPipeline, Thread,
 )  # fmt: skip
 # classes of these hold what goes on elsewhere: threads, files, engines; only what a thread has of its own is a module's
 _ELSEWHERE = frozenset(
     ("stepweave", "threading", "_thread", "concurrent", "asyncio", "logging", "io", "_io", "socket", "queue", "_queue",
      "selectors", "subprocess", "multiprocessing")
 )  # fmt: skip
-TORCH_OWN = frozenset(vars(nn.Module()))
+TORCH_OWN = frozenset(vars(nn.Module())) - {"training"}
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "stepweave")
 
 
@@ -51,11 +51,13 @@ class Reader:
         self._undo: list[Callable[[], None]] = []
         self._left = OBJECTS
         self._path: dict[int, int] = {}  # objects that are being read, by their depth
+        self._classes: dict[type, Hashable] = {}  # that were read within one attribute
 
     def mark(self, value: Any, undo: list[Callable[[], None]]) -> Hashable:
         """What is equal for equal values; `undo` is given what puts back what they contain."""
         self._undo = undo
         self._path.clear()
+        self._classes.clear()
         self._left = OBJECTS
         return self._mark(value, 0)
 
@@ -90,7 +92,8 @@ class Reader:
                 self._restore(_refill, value, list(value))
             if len(value) > MOST:
                 return (kind, len(value))
-            return (kind, *(self._mark(item, depth) for item in value))
+            marks = [self._mark(item, depth) for item in value]
+            return (kind, frozenset(marks)) if isinstance(value, (set, frozenset)) else (kind, *marks)
         if isinstance(value, dict):
             if self.keep:
                 self._restore(_refill, value, dict(value))
@@ -99,6 +102,11 @@ class Reader:
             return (kind, *((_key(key), self._mark(item, depth)) for key, item in value.items()))
         if isinstance(value, types.FunctionType):
             return self._function(value, depth)
+        if isinstance(value, (property, classmethod, staticmethod)):
+            function = value.fget if isinstance(value, property) else value.__func__
+            return (kind, self._mark(function, depth))
+        if isinstance(value, type):
+            return self._class(value, depth)
         if isinstance(value, types.MethodType):
             return (kind, self._mark(value.__func__, depth), self._mark(value.__self__, depth))
         if isinstance(value, functools.partial):
@@ -178,7 +186,27 @@ class Reader:
             attributes = {key: item for key, item in attributes.items() if key not in TORCH_OWN}
             attributes |= {f"_buffers.{key}": item for key, item in value._buffers.items()}
             attributes |= {f"_modules.{key}": item for key, item in value._modules.items()}
-        return (kind, *((key, self._mark(item, depth)) for key, item in attributes.items()))
+        inside = self._class(kind, depth) if kind.__module__ not in ("builtins", "__builtin__") else kind
+        return (inside, *((key, self._mark(item, depth)) for key, item in attributes.items()))
+
+    def _class(self, cls: type, depth: int) -> Hashable:
+        """A class by the attributes that it and its bases have, unless a library made it."""
+        known = self._classes.get(cls)
+        if known is not None:
+            return known
+        self._classes[cls] = id(cls)  # of one that refers to itself
+        found: list[Hashable] = []
+        for base in cls.__mro__:
+            if _is_given(base):
+                continue
+            for key, value in list(vars(base).items()):
+                if key.startswith("__") or hasattr(value, "__get__") or isinstance(value, OPAQUE):
+                    continue
+                if self.keep:
+                    self._restore(_set_attribute, base, key, self.saved(value))
+                found.append((key, self._mark(value, depth)))
+        self._classes[cls] = (id(cls), *found)
+        return self._classes[cls]
 
     def _restore(self, function: Callable[..., Any], *args: Any) -> None:
         self._undo.append(functools.partial(function, *args))
@@ -189,8 +217,21 @@ def _attributes(value: Any, kind: type) -> Iterator[tuple[str, Any]]:
     for base in kind.__mro__:
         slots = vars(base).get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
+            if name.startswith("__") and not name.endswith("__"):
+                name = f"_{base.__name__.lstrip('_')}{name}"  # as Python does within the class
             if name not in ("__dict__", "__weakref__") and hasattr(value, name):
                 yield name, getattr(value, name)
+
+
+def _is_given(cls: type) -> bool:
+    """Whether a class comes with Python, torch or a package of its kind: what it keeps is not read."""
+    name = cls.__module__.partition(".")[0]
+    return name in LIBRARIES or name in sys.stdlib_module_names
+
+
+def _set_attribute(cls: type, name: str, value: Any) -> None:
+    if vars(cls).get(name) is not value:
+        setattr(cls, name, value)
 
 
 def of_a_library(function: types.FunctionType) -> bool:
@@ -254,5 +295,15 @@ def _copy(array: np.ndarray[Any, Any], numbers: np.ndarray[Any, Any]) -> None:
 
 def write(tensor: torch.Tensor, numbers: torch.Tensor) -> None:
     with torch.no_grad():
-        if tensor.shape == numbers.shape and not torch.equal(tensor.cpu(), numbers.cpu()):
+        if tensor.dtype is not numbers.dtype:
+            tensor.data = numbers.to(tensor.device, copy=True)
+        elif tensor.shape == numbers.shape and not torch.equal(tensor.cpu(), numbers.cpu()):
             tensor.data.copy_(numbers)
+
+
+def rebind(tensor: torch.Tensor, numbers: torch.Tensor) -> None:
+    """Have a tensor be of its old memory again, if it was cast or given other memory on the same device."""
+    if tensor.dtype is not numbers.dtype or (
+        tensor.device == numbers.device and tensor.data_ptr() != numbers.data_ptr()
+    ):
+        tensor.data = numbers
