@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from stepweave import StepEngine
-from stepweave.engine import certify, memory
+from stepweave.engine import certify, memory, proof
 from tests.test_scope import state_of
 from tests.toy import (
     SECONDS,
@@ -73,7 +73,7 @@ def test_an_honest_module_is_certified_by_one_proof_and_audited_soon_and_merged(
     served.check()
     assert served.state == "certified"
     assert served.certificate["largest_error"] < 1e-6
-    assert served.stats.proofs == served.certificate["proofs"] == 4, "a proof, and audits of forwards 1, 2 and 4"
+    assert served.stats.proofs == served.certificate["proofs"] == 5, "a proof, audits of 1, 2 and 4, a look at 2 rows"
     assert served.merged_share > 0.85
     assert max(served.by_rows) == 4
     assert refusals(caplog) == []
@@ -153,7 +153,8 @@ def test_it_would_be_wrong_if_nothing_were_certified(forward: Forward, monkeypat
 
 @every_mixer
 def test_it_would_be_wrong_if_every_proof_passed(forward: Forward, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(certify, "compare", lambda pairs, rows=(): 0.0)
+    for where in (certify, proof):
+        monkeypatch.setattr(where, "compare", lambda pairs, rows=(): 0.0)
     monkeypatch.setattr(certify, "told_apart", lambda merged, single: True)
     assert serve(forward, others(rows=2)).wrong()
 
@@ -268,7 +269,7 @@ def test_lengths_that_lie_further_apart_than_any_was_from_the_first_are_kept_apa
     )
     served.check()
     assert served.state == "certified"
-    assert served.stats.proofs <= 8, "of which audits are most"
+    assert served.stats.proofs <= 10, "of which audits are most"
     assert served.merged_share > 0.4
 
 
@@ -635,7 +636,7 @@ def test_a_module_that_is_wrong_from_nine_rows_on_is_found_before_it_serves_nine
     served = serve(forward, others(2), others(jobs))
     served.check()
     assert served.state == "failed"
-    assert served.certificate["rows"] == 2
+    assert served.certificate["rows"] == 0, "nothing is believed any more"
     assert max(served.by_rows) == 2
     assert len(refusals(caplog)) == 1
 
@@ -644,7 +645,19 @@ def test_a_proof_covers_four_times_its_rows() -> None:
     served = serve(each_row, others(2), others(8), others(9), others(32))
     served.check()
     assert served.state == "certified"
-    assert served.certificate["rows"] == 9, "what an audit covered"
+    assert served.certificate["rows"] == 32, "what a look covered"
+
+
+@pytest.mark.parametrize("wrong", [5, 6, 7])
+def test_a_number_of_rows_that_was_never_merged_is_looked_at(wrong: int) -> None:
+    """As of a module that takes its rows in threes where it can."""
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        return honest(x) + (len(x) == wrong)
+
+    served = serve(forward, others(4), *[others(4)] * 4, others(wrong))
+    served.check()
+    assert served.merged_share > 0.5
 
 
 def uses_time_and_weights(self: nn.Module, x: Tensor, timestep: Tensor) -> Tensor:
@@ -858,12 +871,15 @@ def test_a_module_that_raises_when_merged_runs_alone(caplog: pytest.LogCaptureFi
 
 
 def test_a_certified_module_that_raises_when_merged_is_run_alone_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    outside = Outside(merged=0)
+
     def forward(self: nn.Module, x: Tensor) -> Tensor:
-        if len(x) == 3:
-            raise ValueError("not three")
+        outside.merged += len(x) > 1
+        if len(x) > 1 and outside.merged > 20:
+            raise ValueError("not any more")
         return honest(x)
 
-    served = serve(forward, others(4), others(3))
+    served = serve(forward, *[others(4)] * 6)
     served.check()
     assert served.state == "failed"
     assert served.stats.retried == 1

@@ -87,7 +87,7 @@ def test_equal_tables_are_shared_after_a_guess_has_failed() -> None:
 def test_tables_that_are_always_equal_are_never_guessed_at() -> None:
     served = serve(sums_all, jobs(lambda i: torch.ones(6, 4), rows=ROWS))
     check_merged(served)
-    assert served.stats.proofs <= 4, "of which audits are all but one"
+    assert served.stats.proofs <= 5, "of which audits are all but one"
 
 
 # Lists with an entry for each row, of which some have as many rows as there are, by chance; and lists of tensors of all rows

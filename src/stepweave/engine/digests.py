@@ -68,9 +68,14 @@ def _check(tensor: torch.Tensor) -> int | None:
     """A quick look at a tensor's bytes, where that waits for no device: `.data`, numpy and the like write past its version."""
     if tensor.device.type != "cpu" or tensor.layout is not torch.strided or not tensor.numel():
         return None
-    flat = tensor.detach().reshape(-1)
     if tensor.numel() > QUICK:
-        flat = flat[:: tensor.numel() // QUICK]
+        step = tensor.numel() // QUICK
+        if tensor.is_contiguous():
+            flat = tensor.detach().reshape(-1)[::step]
+        else:  # to flatten it would copy all of it
+            flat = tensor.detach()[torch.unravel_index(torch.arange(0, tensor.numel(), step), tensor.shape)]
+    else:
+        flat = tensor.detach().reshape(-1)
     return zlib.crc32(_bytes(flat).data)
 
 

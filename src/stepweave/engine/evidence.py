@@ -17,6 +17,7 @@ from stepweave.engine.call import Call
 from stepweave.engine.merge import like
 
 SCALAR = 4  # numbers a row
+FEW = 64  # numbers that are read one by one
 EVIDENT = 4.0  # times the error allowed
 SLIGHT = 1e-6  # the spread of sizes that differ in shape only
 
@@ -54,17 +55,22 @@ def scalars(call: Call) -> tuple[int, ...]:
 
 
 def span(call: Call, i: int) -> Span:
-    """The numbers of one argument. Waits for the device."""
+    """The least and the largest number of one argument. Waits for the device."""
     known = call.spans.get(i)
     if known is None:
-        value = call.leaves[i][0]
-        if isinstance(value, torch.Tensor):
-            numbers = value.reshape(-1).tolist()
-            known = Span(min(numbers), max(numbers)) if numbers else Span(0.0, 0.0)
-        else:
-            known = Span(float(value), float(value))
-        call.spans[i] = known
+        known = call.spans[i] = hull(_span(value) for value in call.leaves[i])
     return known
+
+
+def _span(value: Any) -> Span:
+    if not isinstance(value, torch.Tensor):
+        return Span(float(value), float(value))
+    if value.numel() <= FEW:
+        numbers = value.reshape(-1).tolist()
+        return Span(min(numbers), max(numbers)) if numbers else Span(0.0, 0.0)
+    plain = torch.view_as_real(value) if value.is_complex() else value.byte() if value.dtype is torch.bool else value
+    low, high = torch.aminmax(plain.detach())
+    return Span(float(low), float(high))
 
 
 def ends(seen: Span, whole: bool) -> Span:
@@ -80,22 +86,41 @@ def ends(seen: Span, whole: bool) -> Span:
 def filled(call: Call, i: int, number: float) -> Call:
     """The call with this number throughout an argument."""
     value = call.leaves[i][0]
-    new = torch.full_like(value, number) if isinstance(value, torch.Tensor) else type(value)(number)
+    new: Any = torch.full_like(value, number) if isinstance(value, torch.Tensor) else type(value)(number)
     return _with(call, {i: (new,)})
 
 
-def flooded(call: Call, i: int, number: float) -> Call:
-    """The call with one number throughout an argument of many. Whole ones, which may be indices of a table, are 0 or as large as
-    its largest; masks let nothing through for 0, everything for another number."""
+def flooded(call: Call, i: int, number: float, *, noise: bool = False) -> Call:
+    """The call with one number throughout an argument of many, or with noise of its size. Whole ones, which may be indices of a
+    table, are 0 or as large as its largest; masks let nothing through for 0, everything for another number."""
     leaf = []
     for value in call.leaves[i]:
         if value.dtype is torch.bool:
-            leaf.append(torch.full_like(value, bool(number)))
-        elif value.is_floating_point() or value.is_complex():
-            leaf.append(torch.full_like(value, number))
+            new = torch.full_like(value, bool(number))
+        elif is_whole(value):
+            new = torch.full_like(value, value.max() if number and value.numel() else 0)
+        elif noise:
+            new = number * torch.randn(value.shape, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+            new = new.to(value.device, value.dtype)
         else:
-            leaf.append(torch.full_like(value, int(value.max()) if number and value.numel() else 0))
+            new = torch.full_like(value, number)
+        leaf.append(new)
     return _with(call, {i: tuple(leaf)})
+
+
+def scaled(call: Call, i: int, factor: float) -> Call:
+    """The call with an argument so many times as large."""
+    return _with(call, {i: tuple(factor * value for value in call.leaves[i])})
+
+
+def is_whole(value: Any) -> bool:
+    """Whether numbers may be indices of a table, beyond whose end nothing is tried. On a GPU, where that would end the process,
+    floats without fractions may be so, too."""
+    if not isinstance(value, torch.Tensor):
+        return isinstance(value, int)
+    if value.is_complex() or not value.is_floating_point():
+        return not value.is_complex()
+    return value.device.type != "cpu" and bool((value == value.round()).all())
 
 
 def units(call: Call) -> list[tuple[int, ...]]:
