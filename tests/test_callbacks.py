@@ -17,9 +17,12 @@ from diffusers import StableDiffusion3Pipeline
 from diffusers.callbacks import IPAdapterScaleCutoffCallback, PipelineCallback
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor
+from torch.nn.utils.parametrize import register_parametrization
 from transformers import PreTrainedModel
 
 from stepweave import StepEngine
+from stepweave.engine import module_state, values
+from stepweave.errors import StepweaveError
 from tests.pipelines.adapters import hint, stable_diffusion_ip_adapter_text
 from tests.reported import SECONDS, TOLERANCE, Request, difference, numbers, plain, submit_together
 from tests.test_scope import state_of
@@ -201,6 +204,86 @@ def patch_forward(pipeline: Any) -> None:
     layer.forward = lambda x: 0.5 * original(x)
 
 
+def train(pipeline: Any) -> None:
+    pipeline.transformer.train()
+
+
+def droppy() -> Any:
+    """Its transformer drops numbers when it trains."""
+    pipeline = SD3.build()
+    for part in pipeline.transformer.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.3
+    return pipeline
+
+
+def cast(pipeline: Any) -> None:
+    pipeline.transformer.proj_out.to(torch.bfloat16).to(torch.float32)
+
+
+def patch_forward_of_the_whole(pipeline: Any) -> None:
+    transformer = pipeline.transformer
+    original = transformer.forward
+    transformer.forward = lambda *args, **kwargs: (0.5 * original(*args, **kwargs)[0],)
+
+
+def configure(pipeline: Any) -> None:
+    pipeline.vae.register_to_config(scaling_factor=0.5)
+
+
+class Settings:
+    strength = 1.0
+
+
+def heeding() -> Any:
+    """Its transformer heeds an attribute of a class."""
+    pipeline = SD3.build()
+    transformer = pipeline.transformer
+    original = transformer.forward
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return original(hidden_states * Settings.strength, *args, **kwargs)
+
+    Settings.strength = 1.0
+    transformer.forward = forward
+    return pipeline
+
+
+def set_class_attribute(pipeline: Any) -> None:
+    Settings.strength = 0.5
+
+
+class Wrapper(torch.nn.Module):
+    """A class that no snapshot has seen before a callback makes one of it."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * self.inner(x)
+
+
+def wrap(pipeline: Any) -> None:
+    pipeline.transformer.proj_out = Wrapper(pipeline.transformer.proj_out)
+
+
+READY = torch.nn.Linear(SD3.build().transformer.proj_out.in_features, SD3.build().transformer.proj_out.out_features)
+
+
+def put_in_a_ready_module(pipeline: Any) -> None:
+    pipeline.transformer.proj_out = READY
+
+
+class Halving(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * x
+
+
+def parametrize(pipeline: Any) -> None:
+    register_parametrization(pipeline.transformer.proj_out, "weight", Halving())
+
+
 CASES = {
     "ip_adapter_cutoff": ADAPTER,
     "ip_adapter_scale": SCALED,
@@ -218,6 +301,14 @@ CASES = {
     "hook": Case(SD3.build, asked, callback(hook_module)),
     "submodule": Case(SD3.build, asked, callback(replace_submodule)),
     "forward": Case(SD3.build, asked, callback(patch_forward)),
+    "forward_of_the_whole": Case(SD3.build, asked, callback(patch_forward_of_the_whole)),
+    "training": Case(droppy, asked, callback(train), kept=False),
+    "cast": Case(SD3.build, asked, callback(cast), effect=1e-6, kept=False),
+    "config": Case(SD3.build, asked, callback(configure)),
+    "class_attribute": Case(heeding, asked, callback(set_class_attribute), kept=False),
+    "wrapper": Case(SD3.build, asked, callback(wrap)),
+    "ready_module": Case(SD3.build, asked, callback(put_in_a_ready_module)),
+    "parametrization": Case(SD3.build, asked, callback(parametrize)),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -283,6 +374,38 @@ def test_a_job_that_ends_early_leaves_nothing_behind(name: str) -> None:
     assert state(pipeline) == before
 
 
+@pytest.mark.parametrize("rounds", [("pssp", "ps"), ("s", "s", "p")], ids="-".join)
+def test_what_a_callback_put_in_is_as_it_was(rounds: tuple[str, ...]) -> None:
+    """Also for other pipelines: its weights, and the methods of its class."""
+    weights = {name: one.clone() for name, one in READY.state_dict().items()}
+    CASES["ready_module"].check(*rounds)
+    CASES["wrapper"].check(*rounds)
+    assert all(torch.equal(weights[name], one) for name, one in READY.state_dict().items())
+    assert weights.keys() == READY.state_dict().keys()
+    assert torch.equal(Wrapper(torch.nn.Identity())(torch.ones(2)), torch.full((2,), 0.5))
+
+
+def test_weights_that_cannot_be_put_back_have_all_other_jobs_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those written to in place of which there is no copy, since they are too large."""
+    for module in (module_state, values):
+        monkeypatch.setattr(module, "WHOLE", 16)
+    monkeypatch.setattr(values, "SAMPLE", 8)
+    case = CASES["scaled_weight"]
+    requests = [case.plainly(0), case.specially(1), case.plainly(2)]
+    with StepEngine(SD3.build(), knee=False) as engine:
+        jobs = submit_together(engine, requests)
+        errors = [job.exception(SECONDS) for job in jobs]
+        after = engine.submit(**case.plainly(3)()).exception(SECONDS)
+    assert errors[1] is None, "what its callback did is what the job asked for"
+    for error in (*filter(None, errors), after):
+        assert isinstance(error, StepweaveError)
+        assert error.code == "engine_failed"
+        assert "transformer.proj_out.weight" in str(error)
+    done = [i for i in (0, 2) if errors[i] is None]
+    expected = plain(case.build, [requests[i] for i in done])
+    assert all(difference(numbers(jobs[i].result()), one) <= TOLERANCE for i, one in zip(done, expected, strict=True))
+
+
 def test_jobs_whose_callbacks_only_look_share_forwards() -> None:
     def look(pipeline: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
         assert pipeline.transformer.config.in_channels == 4
@@ -342,7 +465,21 @@ class Reweighing(StableDiffusion3Pipeline):  # type: ignore[misc]
         return super().__call__(*args, **kwargs)
 
 
+class Choosing(StableDiffusion3Pipeline):  # type: ignore[misc]
+    """Writes to its transformer for some values of an argument only."""
+
+    def __call__(self, *args: Any, flag: float = 1.0, **kwargs: Any) -> Any:
+        if flag != 1.0:
+            self.transformer.strength = flag
+        return super().__call__(*args, **kwargs)
+
+
+def choosing(seed: int) -> dict[str, Any]:
+    return asked(seed) | {"flag": 1.0}
+
+
 OWN = {kind.__name__: Case(made(kind), asked, lambda: {"flag": 0.5}) for kind in (Flagging, Scaling, Reweighing)}
+OWN["Choosing"] = Case(made(Choosing), choosing, lambda: {"flag": 0.5})
 every_own = pytest.mark.parametrize("case", OWN.values(), ids=OWN)
 
 

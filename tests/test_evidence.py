@@ -8,6 +8,7 @@ type, hides what leaks from row to row. Wherever rows mix there is a twin in whi
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -349,6 +350,100 @@ def test_the_last_of_many_arguments_is_tried_as_the_first() -> None:
     """It is the same in the calls of the first proof, and different later."""
     run(looped(of_the_first_of_the_last), scalars(0, 4, alike=True), scalars(0, 4, alike=False)).check()
     run(looped(of_many_numbers), scalars(0, 4, alike=True), scalars(0, 4, alike=False)).check_merged(share=0.8)
+
+
+# What else may keep an argument from mattering, or rows apart
+
+
+def rescaled(self: nn.Module, x: Tensor, rescale: float) -> Tensor:
+    y = honest(x)
+    return y + rescale * (y - y.mean(0))
+
+
+def gated(self: nn.Module, x: Tensor, gate: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+    return honest(x + gate * encoder_hidden_states.mean((0, 1)))
+
+
+def clipped(self: nn.Module, x: Tensor) -> Tensor:
+    """Dynamic thresholding, over all rows at once."""
+    return honest(x / x.abs().amax().clamp(min=4.0))
+
+
+def each_clipped(self: nn.Module, x: Tensor) -> Tensor:
+    return honest(x / x.abs().amax(1, keepdim=True).clamp(min=4.0))
+
+
+def leaks_a_little(self: nn.Module, x: Tensor) -> Tensor:
+    return honest(x) + 5e-5 * x.mean(0)
+
+
+def opened(gate: float, seed: int, count: int = 4) -> list[Request]:
+    def given(number: int) -> dict[str, Tensor]:
+        caption = torch.randn(1, 5, WIDTH, generator=torch.Generator().manual_seed(number))
+        return {"gate": torch.full((1, WIDTH), gate), "encoder_hidden_states": caption}
+
+    return [request(seed + i, constant(lambda i=i: given(seed + i)), steps=10) for i in range(count)]  # type: ignore[misc]
+
+
+def constantly(seed: int, count: int = 4, **given: Any) -> list[Request]:
+    return [request(seed + i, constant(lambda: given), steps=10) for i in range(count)]
+
+
+def test_a_constant_that_was_never_merged_is_looked_at() -> None:
+    run(looped(rescaled), constantly(0, rescale=0.0), constantly(4, rescale=0.7), constantly(8, rescale=0.3)).check()
+
+
+def test_an_argument_that_did_not_matter_beside_another_is_tried_when_that_differs() -> None:
+    run(looped(gated), opened(0.0, 0), opened(1.0, 4), opened(0.0, 8), opened(0.5, 12)).check()
+
+
+def test_samples_larger_than_any_before_are_foreseen() -> None:
+    """A sample twice as large is tried in the proof; these grow by a third."""
+    calls = [request(i, constant(dict), steps=10) for i in range(8)]
+    run(looped(clipped), calls[:4], calls[4:], calls).check()
+    run(looped(each_clipped), calls[:4], calls[4:], calls).check_merged()
+
+
+def test_a_yardstick_of_the_spread_hides_no_small_leak() -> None:
+    """Of 2e-5 of the mean over rows, which a loop that amplifies it makes visible."""
+    outcome = run(looped(leaks_a_little), [request(i, constant(dict), steps=10) for i in range(4)])
+    outcome.check(1e-6)
+
+
+class Unreadable:
+    """Raises whatever it is asked for."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        raise KeyError(name)
+
+
+def test_an_attribute_that_cannot_be_read_costs_no_shared_forward(caplog: pytest.LogCaptureFixture) -> None:
+    def build() -> Any:
+        pipeline = looped(lambda self, x: honest(x))()
+        pipeline.denoiser.odd = Unreadable()
+        return pipeline
+
+    outcome = run(build, [request(i, constant(dict), steps=10) for i in range(4)])
+    outcome.check_merged()
+    assert not [one for one in caplog.records if one.levelno >= logging.WARNING and one.name.startswith("stepweave")]
+
+
+def with_nothing_in_one_channel(self: nn.Module, x: Tensor) -> Tensor:
+    y = honest(x)
+    y[:, 0] = float("nan")
+    return y
+
+
+def test_results_that_are_never_finite_are_proven_ever_more_rarely() -> None:
+    outcome = run(
+        looped(with_nothing_in_one_channel),
+        *[[request(i, constant(dict), steps=20) for i in range(4)] for _ in range(4)],
+    )
+    outcome.check_alone()
+    assert outcome.stats.proofs <= 8
+    assert [one["reason"] for one in outcome.stats.unshared] == ["not_finite"]
 
 
 # Yardsticks

@@ -234,6 +234,63 @@ def attribute_of_a_processor(pipeline: Any, patch: pytest.MonkeyPatch) -> Peek:
     return lambda: counting.turns
 
 
+class Namespace:
+    turns = 0
+
+
+def attribute_of_a_class_that_is_no_module(pipeline: Any, patch: pytest.MonkeyPatch) -> Peek:
+    Namespace.turns = 0
+    original = pipeline.transformer.forward
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        Namespace.turns += 1
+        return original(hidden_states * (1 + 0.2 * Namespace.turns), *args, **kwargs)
+
+    pipeline.transformer.forward = forward
+    return lambda: Namespace.turns
+
+
+def global_of_a_static_method(pipeline: Any, patch: pytest.MonkeyPatch) -> Peek:
+    COUNTED.clear()
+
+    class Counting(type(pipeline.transformer)):  # type: ignore[misc]
+        @staticmethod
+        def strength() -> float:
+            COUNTED["calls"] = COUNTED.get("calls", 0) + 1
+            return 1 + 0.2 * COUNTED["calls"]
+
+        def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(hidden_states * self.strength(), *args, **kwargs)
+
+    pipeline.transformer.__class__ = Counting
+    return lambda: dict(COUNTED)
+
+
+class Slotted:
+    __slots__ = ("__turns",)
+
+    def __init__(self) -> None:
+        self.__turns = 0
+
+    def next(self) -> int:
+        self.__turns += 1
+        return self.__turns
+
+    def now(self) -> int:
+        return self.__turns
+
+
+def private_slot(pipeline: Any, patch: pytest.MonkeyPatch) -> Peek:
+    pipeline.transformer.counter = counter = Slotted()
+    original = pipeline.transformer.forward
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return original(hidden_states * (1 + 0.2 * counter.next()), *args, **kwargs)
+
+    pipeline.transformer.forward = forward
+    return counter.now
+
+
 @dataclass(frozen=True)
 class Fault:
     plant: Plant
@@ -253,6 +310,9 @@ FAULTS = [
     Fault(global_dictionary, ("COUNTED", "calls")),
     Fault(closure_of_a_hook_deep_within, ("history",)),
     Fault(attribute_of_a_processor, ("turns",)),
+    Fault(attribute_of_a_class_that_is_no_module, ("turns",)),
+    Fault(global_of_a_static_method, ("COUNTED", "calls")),
+    Fault(private_slot, ("turns",)),
 ]
 every_fault = pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.plant.__name__)
 
@@ -528,3 +588,30 @@ def test_nor_are_those_that_a_later_size_makes(
     outcome = run(Planted(plant, monkeypatch), *rounds)
     outcome.check_merged("transformer", 0.6)
     assert warnings_of(caplog) == []
+
+
+# Results that are remembered
+
+
+def test_what_an_encoder_gave_another_job_is_not_given_to_a_job_once_it_keeps_state() -> None:
+    """It counts its calls; all prompts are the same."""
+
+    def build() -> Any:
+        pipeline = SD3.build()
+        layer = pipeline.text_encoder.text_model.final_layer_norm
+        original = layer.forward
+        layer.turns = 0
+
+        def forward(x: Tensor) -> Tensor:
+            layer.turns += 1
+            return original(x) * (1 + 0.2 * layer.turns)
+
+        layer.forward = forward
+        return pipeline
+
+    prompts = ["a red circle", "x", "a red circle", "x"]
+    requests: list[Request] = [
+        lambda i=i, prompt=prompt: SD3.arguments(prompt, seed=i, steps=3)  # type: ignore[misc]
+        for i, prompt in enumerate(prompts)
+    ]
+    run(build, requests, requests, requests).check()

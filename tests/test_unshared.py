@@ -5,6 +5,7 @@ Plain calls are of untouched pipelines, each built anew.
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import logging
 from collections.abc import Callable, Iterator
@@ -395,3 +396,37 @@ def test_the_metric_has_every_reason() -> None:
 def test_the_list_is_empty_at_first() -> None:
     with StepEngine(looped(nn.Module.forward)()) as engine:  # type: ignore[arg-type]
         assert engine.stats().unshared == []
+
+
+# Context variables
+
+SCALE: contextvars.ContextVar[float] = contextvars.ContextVar("scale", default=1.0)
+
+
+class Setting(Loop):
+    """Sets a context variable for the length of a call, which its denoiser reads."""
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, strength: float = 1.0, **kwargs: Any) -> Tensor:
+        token = SCALE.set(strength) if strength != 1.0 else None
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            if token is not None:
+                SCALE.reset(token)
+
+
+def heeds_the_context(self: nn.Module, x: Tensor) -> Tensor:
+    return honest(SCALE.get() * x)
+
+
+def test_jobs_that_set_context_variables_run_alone_and_find_them(caplog: pytest.LogCaptureFixture) -> None:
+    def build() -> Any:
+        return Setting(looped(heeds_the_context)().denoiser)
+
+    ordinary = [request(i) for i in range(4)]
+    special = [request(i, strength=0.5 + 0.1 * i) for i in range(4)]
+    outcome = run(build, ordinary, [*special, *ordinary], ordinary)
+    outcome.check()
+    assert outcome.merged_share() > 0.3, "of the ordinary ones"
+    assert ["scale" in one["detail"] for one in outcome.stats.unshared if one["reason"] == "state"] == [True]

@@ -233,7 +233,8 @@ class Certificates:
         merged = [proof.merged_of(call) for call in pair]
         copies = [partial(prover.copies, proof, call) for call in pair]
         try:
-            found = compare([Pair(*one) for one in zip(merged, single, copies, strict=True)])
+            alike = all(call.ragged == calls[0].ragged for call in calls)
+            found = compare([Pair(*one, alike=alike) for one in zip(merged, single, copies, strict=True)])
         except Differ as difference:
             # an audit tries nothing new: what it finds is wrong with the kind
             self._disagree(proof, certificate, set() if proof.audit else variations, str(difference))

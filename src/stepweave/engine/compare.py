@@ -17,6 +17,7 @@ import torch
 from stepweave.engine.merge import leaves, tensors
 
 SHARE = 1e-4  # of a slice's spread over rows
+STRICT = 64  # roundings of the slice's largest number, beyond which a call's own noise must explain an error
 APART = 10.0  # how much closer a row must be to its own single result than to any other's
 NOISY = 2.0  # times the call's own noise, in the mean of a slice; four times as much in one number
 LOUDEST = {torch.float16: 4e-2, torch.bfloat16: 4e-2}  # noise itself, as a share of the slice's largest number
@@ -33,6 +34,7 @@ class Pair:
     merged: Any
     single: Any
     copies: Copies = lambda: None
+    alike: bool = False  # whether calls were merged that do not differ in size, so that copies make the same noise
 
 
 class Differ(Exception):
@@ -64,8 +66,10 @@ def compare(pairs: Sequence[Pair], rows: Sequence[Any] = ()) -> float:
                 if not torch.equal(a, b):
                     raise Differ("merged and alone give different whole numbers")
             elif not torch.equal(a, b):
-                others = [other[i] for other in company if i < len(other) and isinstance(other[i], torch.Tensor)]
-                error, whole = _tensor(a, b, [one for one in others if one.shape[1:] == b.shape[1:]], noise, i)
+                others = [_numbers(other[i]) for other in company if i < len(other)]
+                others = [one for one in others if isinstance(one, torch.Tensor)]
+                others = [_numbers(one) for one in others if one.shape[1:] == b.shape[1:]]
+                error, whole = _tensor(a, b, others, noise, i)
                 worst, finite = max(worst, error), finite and whole
     if not finite:
         raise NotFinite
@@ -97,9 +101,16 @@ def equal(one: Any, other: Any) -> bool:
 def close(one: Any, other: Any, again: Any) -> bool:
     """Whether two results of one call differ by no more than `again`, had at once after `other`, does from that: on devices
     whose sums come in any order."""
-    for a, b, c in zip(tensors(one), tensors(other), tensors(again), strict=True):
-        if a.is_floating_point() and a.shape == b.shape == c.shape:
-            first, second, third = _wide(a), _wide(b), _wide(c)
+    if not [_form(leaf) for leaf in leaves(one)] == [_form(leaf) for leaf in leaves(other)]:
+        return False
+    for a, b, c in zip(tensors(one), tensors(other), tensors(again), strict=False):
+        if not _is_inexact(a):
+            if not torch.equal(a, b):
+                return False
+        elif a.shape == c.shape:
+            if not torch.equal(a.isfinite(), b.isfinite()):
+                return False
+            first, second, third = (_wide(one).nan_to_num(0.0, 0.0, 0.0) for one in (a, b, c))
             noise = float((third - second).abs().max()) if third.numel() else 0.0
             step = torch.finfo(a.dtype).eps * float(second.abs().max() if second.numel() else 0.0)
             if not float((first - second).abs().max() if first.numel() else 0.0) <= 4 * noise + step:
@@ -111,21 +122,25 @@ def effect(changed: Any, base: Any, others: Sequence[Any]) -> float:
     """How many times the error allowed two results differ by, where they differ most; infinite if in shape. `others` tell the
     spread over rows, as for `compare`."""
     most = 0.0
-    company = [leaves(one) for one in (base, *others)]
+    company = [[_numbers(leaf) for leaf in leaves(one)] for one in (base, *others)]
     for i, (a, b) in enumerate(zip(map(_numbers, leaves(changed)), map(_numbers, leaves(base)), strict=False)):
-        if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor) or not b.dtype.is_floating_point:
+        if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor) or not _is_inexact(b):
             most = max(most, 0.0 if type(a) is type(b) and equal(a, b) else float("inf"))
         elif a.shape != b.shape:
             return float("inf")
         elif not torch.equal(a, b):
             first, second = _wide(a), _wide(b)
-            rows = torch.cat([_wide(one[i]) for one in company if one[i].shape[1:] == b.shape[1:]])
+            rows = torch.cat([_wide(one[i]) for one in company if i < len(one) and one[i].shape[1:] == b.shape[1:]])
             difference = torch.nan_to_num((first - second).abs(), nan=0.0, posinf=0.0)
             spreads = _slices((rows.amax(0) - rows.amin(0)).nan_to_num(0.0, 0.0)[None])
             for moved, spread, level in zip(_slices(difference), spreads, _slices(second.abs()), strict=True):
                 allowed = _allowed(b.dtype, spread.amax(-1), level.amax(-1))
                 most = max(most, float((moved.amax(-1) / allowed).nan_to_num(0.0).max()) if moved.numel() else 0.0)
     return most
+
+
+def _is_inexact(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _allowed(dtype: torch.dtype, spread: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
@@ -164,6 +179,7 @@ class _Noise:
 
     def __init__(self, pair: Pair) -> None:
         self._pair = pair
+        self.alike = pair.alike
         self._had = False
         self._copies: list[list[Any]] | None = None
 
@@ -200,12 +216,17 @@ def _tensor(
         if half:
             doubtful = doubtful or bool((off > 0).any())
         else:
-            doubtful = doubtful or bool((off > torch.maximum(SHARE * span, rounding)).any())
+            allowed = torch.maximum(SHARE * span, rounding)
+            if noise.alike:
+                allowed = torch.minimum(allowed, STRICT * eps * largest)
+            doubtful = doubtful or bool((off > allowed).any())
         held = torch.maximum(span, largest) if half else torch.where(span > 0, span, largest)
         share = off / torch.where(held > 0, held, torch.ones_like(held))
         worst = max(worst, float(share.max()) if share.numel() else 0.0)
     if doubtful:
-        _hold_against_noise(ours, alone, noise.of(i), single.dtype, SHARE * (rows.amax(0) - rows.amin(0)), worst)
+        _hold_against_noise(
+            ours, alone, noise.of(i), single.dtype, SHARE * (rows.amax(0) - rows.amin(0)), worst, noise.alike
+        )
     return worst, whole
 
 
@@ -216,6 +237,7 @@ def _hold_against_noise(
     dtype: torch.dtype,
     allowed: torch.Tensor,
     worst: float,
+    alike: bool,
 ) -> None:
     """Raises Differ if a call's result depends on its company by more than its own noise."""
     half = dtype in LOUDEST
@@ -223,7 +245,7 @@ def _hold_against_noise(
     loudest = LOUDEST.get(dtype, LOUDEST_OTHERS)
     message = f"merged and alone differ by {worst:.2g} of the results' spread"
     if copies is None:  # not to be had: the company's part cannot be told from the noise
-        copies = [alone]
+        copies, alike = [alone], False
         if half:
             eps = LOUDEST[dtype] / 2
     copies = [one.where(one.isfinite(), 0.0) for one in copies if one.shape == alone.shape]
@@ -243,6 +265,8 @@ def _hold_against_noise(
         largest, mean = level.amax(-1), level.square().mean(-1).sqrt()
         floor = ROUNDINGS * eps * largest
         share = torch.zeros_like(largest) if half else spread.amax(-1)
+        if alike:
+            share = torch.minimum(share, STRICT * eps * largest)
         too_loud = size.amax(-1) > torch.maximum(loudest * largest, torch.maximum(share, floor))
         noise = torch.maximum(size.square().mean(-1).sqrt(), loud * mean)
         peak = torch.maximum(size.amax(-1), 4 * noise)
@@ -279,9 +303,9 @@ def told_apart(merged: Sequence[Any], single: Sequence[Any]) -> bool:
 
 def _rows(output: Any) -> torch.Tensor:
     """All numbers of a result, as (rows, numbers)."""
-    found = [t for t in tensors(output) if t.ndim and t.dtype.is_floating_point]
+    found = [t for t in map(_numbers, leaves(output)) if isinstance(t, torch.Tensor) and t.ndim and _is_inexact(t)]
     if not found:
         return torch.empty(0, 0)
     rows = found[0].shape[0]
-    flat = [_wide(t).reshape(rows, -1) for t in found if t.shape[0] == rows]
+    flat = [_wide(t).nan_to_num(0.0, 0.0, 0.0).reshape(rows, -1) for t in found if t.shape[0] == rows]
     return torch.cat(flat, dim=1)

@@ -27,7 +27,7 @@ from stepweave.engine.latents import Observed, Tap
 from stepweave.engine.memory import ran_out
 from stepweave.engine.merge import cloned
 from stepweave.engine.offload import Offloading, moves_only, pipelines_in
-from stepweave.engine.own_state import OwnState, OwnTypes, has_code
+from stepweave.engine.own_state import OwnState, OwnTypes, comes_with_a_library, has_code
 from stepweave.engine.processors import Processors, Wardrobe
 from stepweave.engine.state_watch import StateWatch, some
 from stepweave.errors import EngineMisuse
@@ -44,6 +44,10 @@ from stepweave.scope.tokenizer import LockedTokenizer
 from stepweave.scope.view import _offload_only
 
 logger = logging.getLogger(__name__)
+
+LOOKED = 4096  # kinds of calls of a pipeline that are known to change no module
+SMALL = (bool, int, float, str)  # values that may decide what a pipeline does
+LONG = 64  # characters of a value, from which on it is a prompt rather
 
 
 @dataclass(frozen=True)
@@ -260,12 +264,21 @@ class EngineScope(PrivateScope):
 
     def ended(self, job: Job) -> None:
         """A job has ended well: if its own code had changed modules, that would have been seen, if it was watched."""
-        if job.watched:
+        if job.watched and len(self._looked) < LOOKED:
             self._looked.add(self._signature(job))
 
     def _signature(self, job: Job) -> Hashable:
+        """What jobs have in common that run the same code of their pipeline, as far as can be told: of one that comes with
+        diffusers the names of the arguments, of any other small values, too."""
+        kind = type(self.pipeline)
         names = frozenset(name for name, value in job.kwargs.items() if value is not None)
-        return type(self.pipeline), len(job.args), names
+        if comes_with_a_library(kind):
+            return kind, len(job.args), names
+        values = [*enumerate(job.args), *job.kwargs.items()]
+        small = frozenset(
+            (name, repr(value)) for name, value in values if isinstance(value, SMALL) and len(repr(value)) <= LONG
+        )
+        return kind, len(job.args), names, small
 
     def wrote(self, own: OwnState, job: Job) -> tuple[str, str]:
         """A job's own code has changed modules: its callbacks', or else its pipeline's, whose jobs all do; or a hook of a whole

@@ -28,19 +28,15 @@ class OwnState:
         self._weights = weights
         self._base: ModuleState | None = None  # of the others, while the fiber runs
         self._change: Change | None = None
+        self.lost: list[str] = []  # weights that it has written to in place, and that cannot be put back
 
     def __bool__(self) -> bool:
         """Whether the job has changed anything."""
-        return self._change is not None
+        return self._change is not None or bool(self.lost)
 
     @property
     def paths(self) -> list[str]:
-        return [] if self._change is None else self._change.paths
-
-    @property
-    def lost(self) -> list[str]:
-        """Weights that it has written to in place, and that cannot be put back."""
-        return [] if self._change is None else self._change.lost
+        return self.lost if self._change is None else self._change.paths
 
     def enter(self) -> None:
         self._base = None
@@ -56,6 +52,7 @@ class OwnState:
             change = self._base.change(self._look())
             change.undo()
             self._change = change or None
+            self.lost += [path for path in change.lost if path not in self.lost]
         self._base = None
 
     def during(self, forward: Callable[[], T]) -> T:

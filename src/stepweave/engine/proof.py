@@ -208,7 +208,7 @@ class Prover:
             else:
                 try:
                     copies = functools.partial(self.copies, proof, point.call, point.rows)
-                    compare([Pair(point.merged, point.single, copies)], company)
+                    compare([Pair(point.merged, point.single, copies, alike=True)], company)
                 except Differ as difference:
                     problem = str(difference)
                 except NotFinite:

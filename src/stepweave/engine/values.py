@@ -180,8 +180,12 @@ class Reader:
         attributes = dict(_attributes(value, kind))
         if not attributes and kind.__module__ in sys.stdlib_module_names and kind.__repr__ is not object.__repr__:  # type: ignore[comparison-overlap]
             return (kind, repr(value)[:LONGEST])  # counters of itertools, bytearrays, decimals
-        if self.keep and hasattr(value, "__dict__"):
-            self._restore(_refill, value.__dict__, dict(value.__dict__))
+        if self.keep:
+            held = getattr(value, "__dict__", {})
+            if held or hasattr(value, "__dict__"):
+                self._restore(_refill, held, dict(held))
+            for name in attributes.keys() - held.keys():  # of slots
+                self._restore(_set_slot, value, name, self.saved(attributes[name]))
         if isinstance(value, nn.Module):  # that is no part of the others
             attributes = {key: item for key, item in attributes.items() if key not in TORCH_OWN}
             attributes |= {f"_buffers.{key}": item for key, item in value._buffers.items()}
@@ -227,6 +231,11 @@ def _is_given(cls: type) -> bool:
     """Whether a class comes with Python, torch or a package of its kind: what it keeps is not read."""
     name = cls.__module__.partition(".")[0]
     return name in LIBRARIES or name in sys.stdlib_module_names
+
+
+def _set_slot(value: Any, name: str, item: Any) -> None:
+    if getattr(value, name, None) is not item:
+        object.__setattr__(value, name, item)
 
 
 def _set_attribute(cls: type, name: str, value: Any) -> None:
