@@ -44,6 +44,7 @@ class Held:
     wait: int  # chances to merge between tries
     again: int  # when the kind has had so many chances
     tried: Span | None = None  # values, where they are few; twice as wide a span is tried at once
+    bounded: bool = False  # whether numbers beyond those tried may matter, such as those of words
     apart: float = 0.0  # the largest difference that was tried, where there are more; twice that is tried at once
     # differences that matter to no result, like rounding, by what showed it (`Certificate.conditions`): calls that differ by no
     # more are merged. A constant such as a scale of 0, or another argument, may be all that keeps an argument from mattering.
@@ -55,7 +56,7 @@ class Held:
         if not slack or not isinstance(variation, int):
             return False
         if not readable(first, variation):
-            return slack == float("inf")
+            return slack == float("inf") and not self.bounded
         if self.tried is not None and not self.tried.covers(hull([span(first, variation), span(call, variation)])):
             return False
         return slack == float("inf") or distance(first.leaves[variation], call.leaves[variation]) <= slack
@@ -70,7 +71,7 @@ class Held:
             return True
         if not readable(first, variation):
             return False
-        if 0 < self.apart < distance(first.leaves[variation], call.leaves[variation]) / 2:
+        if 0 < 2 * self.apart < distance(first.leaves[variation], call.leaves[variation]) < float("inf"):
             return True
         if self.tried is None:
             return False

@@ -299,17 +299,19 @@ class Certificates:
         pair = [proof.originals[id(call)] for call in proof.pair]
         apart = distance(*(call.leaves[variation] for call in pair))
         tried = hull(span(call, variation) for call in pair)
-        slack = 0.0
-        if evident is None and all(is_whole(value) for call in pair for value in call.leaves[variation]):
-            tried = Span(min(0.0, tried.low), tried.high)  # between which it may be anything, as far as that was tried
-            apart = slack = tried.width
-        elif evident is None:
-            tried, slack = Span(min(-FAR, tried.low), max(FAR, tried.high)), float("inf")
+        slack, bounded = 0.0, False
+        if evident is None:
+            slack = float("inf")
+            bounded = all(is_whole(value) for call in pair for value in call.leaves[variation])
+            tried = hull([tried, Span(0.0, 0.0) if bounded else Span(-FAR, FAR)])
         elif apart < float("inf") and variation in proof.plain:
             slack, tried = 2 * apart, Span(tried.low - apart, tried.high + apart)
         elif apart < float("inf") and proof.effects.get(variation, 1.0) <= FAINT:
             slack = apart
-        self._hold(certificate, variation, UNCLEAR, HELD, proof.calls[0], slack, apart=max(apart, slack), tried=tried)
+        apart = max(apart, slack)
+        self._hold(
+            certificate, variation, UNCLEAR, HELD, proof.calls[0], slack, apart=apart, tried=tried, bounded=bounded
+        )
 
     def _hold_new(self, proof: Proof, certificate: Certificate, reason: str) -> None:
         """Hold what a proof of a certified kind was to show, and did not."""

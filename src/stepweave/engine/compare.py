@@ -17,7 +17,7 @@ import torch
 from stepweave.engine.merge import leaves, tensors
 
 SHARE = 1e-4  # of a slice's spread over rows
-STRICT = 64  # roundings of the slice's largest number, beyond which a call's own noise must explain an error
+STRICT = 64  # roundings of a slice's spread or largest number, beyond which a call's own noise must explain an error
 APART = 10.0  # how much closer a row must be to its own single result than to any other's
 NOISY = 2.0  # times the call's own noise, in the mean of a slice; four times as much in one number
 LOUDEST = {torch.float16: 4e-2, torch.bfloat16: 4e-2}  # noise itself, as a share of the slice's largest number
@@ -218,7 +218,7 @@ def _tensor(
         else:
             allowed = torch.maximum(SHARE * span, rounding)
             if noise.alike:
-                allowed = torch.minimum(allowed, STRICT * eps * largest)
+                allowed = torch.minimum(allowed, STRICT * eps * torch.maximum(span, largest))
             doubtful = doubtful or bool((off > allowed).any())
         held = torch.maximum(span, largest) if half else torch.where(span > 0, span, largest)
         share = off / torch.where(held > 0, held, torch.ones_like(held))
@@ -266,7 +266,7 @@ def _hold_against_noise(
         floor = ROUNDINGS * eps * largest
         share = torch.zeros_like(largest) if half else spread.amax(-1)
         if alike:
-            share = torch.minimum(share, STRICT * eps * largest)
+            share = torch.minimum(share, STRICT * eps * torch.maximum(share / SHARE, largest))
         too_loud = size.amax(-1) > torch.maximum(loudest * largest, torch.maximum(share, floor))
         noise = torch.maximum(size.square().mean(-1).sqrt(), loud * mean)
         peak = torch.maximum(size.amax(-1), 4 * noise)
