@@ -257,6 +257,8 @@ class ModuleState:
             undo.append(functools.partial(write if small else rebind, value, kept))
         if value.__dict__:
             mark = (mark, self._reader.mark(value.__dict__, undo))
+        else:
+            undo.append(value.__dict__.clear)
         written = None if self.weights and small else (version(value), numbers, _address(value))
         return _Root(path, holder, key, mark, value, undo, self._owner, written)
 

@@ -281,6 +281,9 @@ class Prover:
 
     def _exchange(self, proof: Proof, unit: tuple[int, ...]) -> bool | None:
         """Whether the other's value of an argument would have changed the results of both; None if it changes nothing."""
+        ordinary = self._point(self._flooded(proof, unit, 1.0, noise=True), unit)
+        if ordinary is not None:
+            self._add(proof, ordinary)  # what is true of calls that are blank may not be true of others
         effects = []
         for call, other in (proof.pair, proof.pair[::-1]):
             point = self._point(exchanged(call, other, unit), unit)
@@ -296,24 +299,29 @@ class Prover:
                 found.append(effect(point.single, base.single, self._company(proof)))
                 if found[-1] >= EVIDENT and self._add(proof, point):
                     return True
-        if not any((*effects, *found)):
-            return self._unused(proof, unit)
+        elsewhere = self._flood(proof, unit)
+        if elsewhere or not any((*effects, *found)):
+            return elsewhere
         proof.effects.update(dict.fromkeys(unit, max((*effects, *found))))
         proof.least.update(dict.fromkeys(unit, min(effects)))
         return False
 
-    def _unused(self, proof: Proof, unit: tuple[int, ...]) -> bool | None:
-        """Whether an argument without effect has one with numbers far from those of both calls; None if nothing depends on it."""
+    def _flood(self, proof: Proof, unit: tuple[int, ...]) -> bool | None:
+        """Whether an argument without a clear effect has one with numbers far from those of both; None if nothing depends on
+        it."""
         base, found = proof.pair[0], []
         for number, noise in ((0.0, False), (FAR, False), (-FAR, False), (1.0, True), (FAR, True)):
-            call = base
-            for i in unit:
-                call = flooded(call, i, number, noise=noise)
-            point = self._point(call, unit)
+            point = self._point(self._flooded(proof, unit, number, noise=noise), unit)
             if point is None or not self._add(proof, point):
                 return False
             found.append(self._effect(proof, point.single, base))
         return None if not any(found) else max(found) >= EVIDENT
+
+    def _flooded(self, proof: Proof, unit: tuple[int, ...], number: float, *, noise: bool) -> Call:
+        call = proof.pair[0]
+        for i in unit:
+            call = flooded(call, i, number, noise=noise)
+        return call
 
     def _elsewhere(self, proof: Proof, i: int) -> bool | None:
         """Whether an argument without effect has one where another of few numbers is at an end."""
