@@ -229,11 +229,9 @@ class StepLoop:
         if not self._scope.spoilt:
             return
         for active in list(self._active.values()):
-            if active.own_state() is None and (active.call or active.starved) and not active.refused:
-                if active.call is not None:
-                    self._queues.remove(active.call)
-                active.call = active.starved = None
-                active.refused = True
+            if active.own_state() is None and active.call and not active.refused:
+                self._queues.remove(active.call)
+                active.call, active.refused = None, True
                 self._switch(active, active.fiber.throw, spoilt(self._scope.spoilt))
 
     def _made_active(self, job: Job) -> Active:

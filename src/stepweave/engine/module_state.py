@@ -52,7 +52,16 @@ class _Root:
     value: Any
     undo: list[Callable[[], None]] = field(default_factory=list)  # puts back what the value contains
     owner: int = 0  # the id of the attributes of the module, or of the class, that it is in
-    written: tuple[int, Hashable, int] | None = None  # of a weight that is not kept: version, numbers seen, address
+    seen: tuple[Hashable, int] | None = (
+        None  # of a weight that was read and not kept: a sample of its numbers, and its address
+    )
+
+    def is_lost(self, later: _Root | None) -> bool:
+        """Whether it is a weight that has other numbers `later`, in the same memory."""
+        if later is None or later.value is not self.value or self.seen is None or later.seen is None:
+            return False
+        (numbers, address), (new_numbers, new_address) = self.seen, later.seen
+        return numbers != new_numbers and address == new_address
 
     def put_back(self) -> None:
         _assign(self.holder, self.key, self.value)
@@ -81,8 +90,7 @@ class _Flat(NamedTuple):
         undo: list[Callable[[], None]] = []
         if isinstance(value, nn.Parameter):
             undo = [value.__dict__.clear, functools.partial(setattr, value, "requires_grad", self.marks[key][2])]
-        written = (self.marks[key][1], None, 0) if isinstance(value, nn.Parameter) else None
-        return _Root(f"{self.path}.{key}", self.holder, key, self.marks[key], value, undo, self.owner, written)
+        return _Root(f"{self.path}.{key}", self.holder, key, self.marks[key], value, undo, self.owner)
 
 
 class Change:
@@ -111,15 +119,7 @@ class Change:
     def lost(self) -> list[str]:
         """Weights that were written to in place and cannot be put back, since they were not copied."""
         later = {(id(one.holder), one.key): one for one in self._after}
-        found = []
-        for one in self._before:
-            other = later.get((id(one.holder), one.key))
-            if one.written is None or other is None or other.written is None or other.value is not one.value:
-                continue
-            (version, numbers, address), (new_version, new_numbers, new_address) = one.written, other.written
-            if version != new_version or (numbers != new_numbers and address == new_address):
-                found.append(one.path)
-        return found
+        return [one.path for one in self._before if one.is_lost(later.get((id(one.holder), one.key)))]
 
     @property
     def places(self) -> frozenset[Place]:
@@ -259,8 +259,8 @@ class ModuleState:
             mark = (mark, self._reader.mark(value.__dict__, undo))
         else:
             undo.append(value.__dict__.clear)
-        written = None if self.weights and small else (version(value), numbers, _address(value))
-        return _Root(path, holder, key, mark, value, undo, self._owner, written)
+        seen = None if small or not self.weights else (_without_version(numbers), _address(value))
+        return _Root(path, holder, key, mark, value, undo, self._owner, seen)
 
     def _read_class(self, cls: type) -> None:
         for base in cls.__mro__:
@@ -292,6 +292,11 @@ class ModuleState:
             logger.debug("%s cannot be read: %r", path, error)
             mark, saved = (type(value), id(value)), value
         self._roots[id(holder), key] = _Root(path, holder, key, mark, saved, undo, self._owner)
+
+
+def _without_version(numbers: Any) -> Hashable:
+    """What `content` gives of a large tensor, but for how often that was written to."""
+    return (*numbers[:2], numbers[-1])
 
 
 def _address(tensor: torch.Tensor) -> int:

@@ -204,7 +204,7 @@ class Prover:
         for point in proof.merged_points:
             problem = ""
             if isinstance(point.merged, Exception):
-                problem = f"merged, it raised {type(point.merged).__name__}"
+                problem = f"merged, it raised {type(point.merged).__name__}: {point.merged}"[:200]
             else:
                 try:
                     copies = functools.partial(self.copies, proof, point.call, point.rows)
