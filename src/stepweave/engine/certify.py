@@ -22,7 +22,7 @@ from stepweave.engine.certificate import RAGGED, Certificate, Held, State, Verdi
 from stepweave.engine.compare import Differ, NotFinite, Pair, agree, compare, told_apart
 from stepweave.engine.describe import TIMES
 from stepweave.engine.digests import Digests
-from stepweave.engine.evidence import Span, distance, hull, is_whole, readable, scalars, span, spread
+from stepweave.engine.evidence import Span, distance, hull, is_whole, readable, samples, scalars, span, spread
 from stepweave.engine.merge import tensors
 from stepweave.engine.proof import FAR, Proof, Prover
 from stepweave.engine.readings import made
@@ -56,8 +56,7 @@ class Certificates:
             found.ambiguous = any(node[0] == "repeated" for _, node in call.layout)
             found.readings, found.read = call.target.readings, made(call.paths, call.guesses)
             found.names = tuple(".".join(map(str, path)) for path, _ in call.paths)
-            samples = (i for i, (path, _) in enumerate(call.paths) if call.arguments.get(str(path[0])) is call.sample)
-            found.samples, found.value = frozenset(samples), self._value
+            found.samples, found.value = samples(call), self._value
             if len(self._known) > KEPT:
                 self._known.popitem(last=False)
         else:

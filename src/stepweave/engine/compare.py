@@ -68,8 +68,7 @@ def compare(pairs: Sequence[Pair], rows: Sequence[Any] = ()) -> float:
             elif not torch.equal(a, b):
                 others = [_numbers(other[i]) for other in company if i < len(other)]
                 others = [one for one in others if isinstance(one, torch.Tensor)]
-                others = [_numbers(one) for one in others if one.shape[1:] == b.shape[1:]]
-                error, whole = _tensor(a, b, others, noise, i)
+                error, whole = _tensor(a, b, [one for one in others if one.shape[1:] == b.shape[1:]], noise, i)
                 worst, finite = max(worst, error), finite and whole
     if not finite:
         raise NotFinite

@@ -41,6 +41,11 @@ def hull(spans: Iterable[Span]) -> Span:
     return Span(min(one.low for one in known), max(one.high for one in known))
 
 
+def samples(call: Call) -> frozenset[int]:
+    """The places among the leaves of the sample, by which rows are told apart."""
+    return frozenset(i for i, (path, _) in enumerate(call.paths) if call.arguments.get(str(path[0])) is call.sample)
+
+
 def scalars(call: Call) -> tuple[int, ...]:
     """The places among the leaves of arguments of few numbers a row, but for the sample."""
     found = []

@@ -27,9 +27,10 @@ from stepweave.engine.latents import Observed, Tap
 from stepweave.engine.memory import ran_out
 from stepweave.engine.merge import cloned
 from stepweave.engine.offload import Offloading, moves_only, pipelines_in
-from stepweave.engine.own_state import OwnState, OwnTypes, comes_with_a_library, has_code
+from stepweave.engine.own_state import OwnState, OwnTypes, has_code
 from stepweave.engine.processors import Processors, Wardrobe
 from stepweave.engine.state_watch import StateWatch, some
+from stepweave.engine.values import comes_with_a_library
 from stepweave.errors import EngineMisuse
 from stepweave.scope.pipeline import (
     ENGINE_HOOK,

@@ -52,9 +52,7 @@ class _Root:
     value: Any
     undo: list[Callable[[], None]] = field(default_factory=list)  # puts back what the value contains
     owner: int = 0  # the id of the attributes of the module, or of the class, that it is in
-    seen: tuple[Hashable, int] | None = (
-        None  # of a weight that was read and not kept: a sample of its numbers, and its address
-    )
+    seen: tuple[Hashable, int] | None = None  # a sample of the numbers, and the address, of a weight that is not kept
 
     def is_lost(self, later: _Root | None) -> bool:
         """Whether it is a weight that has other numbers `later`, in the same memory."""

@@ -6,7 +6,6 @@ precision and back. Such a change is taken out of the modules whenever the job's
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -15,7 +14,7 @@ from torch import nn
 
 from stepweave.engine.module_state import Change, ModuleState
 from stepweave.engine.planner import contained
-from stepweave.engine.values import LIBRARIES
+from stepweave.engine.values import comes_with_a_library
 
 T = TypeVar("T")
 
@@ -112,10 +111,4 @@ def has_code(value: Any, depth: int = 3) -> bool:
         return depth > 0 and any(has_code(item, depth - 1) for item in value.values())
     if isinstance(value, (type, nn.Module)):
         return False
-    return callable(value) or not comes_with_a_library(type(value))
-
-
-def comes_with_a_library(cls: type) -> bool:
-    """Whether a class is of Python's or an installed package's: an object of any other class is somebody's own code."""
-    name = cls.__module__.partition(".")[0]
-    return name in sys.stdlib_module_names or name in (*LIBRARIES, "PIL", "builtins")
+    return callable(value) or not (comes_with_a_library(type(value)) or type(value).__module__.startswith("PIL."))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from stepweave.engine.evidence import (
     flooded,
     hull,
     is_whole,
+    samples,
     scalars,
     scaled,
     span,
@@ -77,7 +79,7 @@ class Proof:
     least: dict[int, float] = field(default_factory=dict)  # the same, of that call of the pair that it changes least
     spans: dict[int, Span] = field(default_factory=dict)  # of arguments of few numbers, what was tried
     variations: set[Any] = field(default_factory=set)  # what it is to prove: see Certificates.differences
-    samples: set[int] = field(default_factory=set)  # leaves by which rows are told apart
+    samples: frozenset[int] = frozenset()  # leaves by which rows are told apart
     known: frozenset[int] = frozenset()  # leaves that are proven already
     drew: bool = False  # random numbers
     wrote: bool = False  # to its arguments
@@ -116,9 +118,7 @@ class Prover:
         Memory that runs out is raised, as are the errors of single calls.
         """
         proof = Proof(calls, pair, audit, known=frozenset(known))
-        proof.samples = {
-            i for i, (path, _) in enumerate(pair[0].paths) if pair[0].arguments.get(str(path[0])) is pair[0].sample
-        }
+        proof.samples = samples(pair[0])
         target = calls[0].target
         order = [*pair, *pair] if audit and not brief else list(pair)
         merged_first = audit and random.random() < 0.5
@@ -281,9 +281,9 @@ class Prover:
 
     def _exchange(self, proof: Proof, unit: tuple[int, ...]) -> bool | None:
         """Whether the other's value of an argument would have changed the results of both; None if it changes nothing."""
-        ordinary = self._point(self._flooded(proof, unit, 1.0, noise=True), unit)
-        if ordinary is not None:
-            self._add(proof, ordinary)  # what is true of calls that are blank may not be true of others
+        ordinary = self._flooded(
+            proof, unit, 1.0, noise=True
+        )  # what is true of calls that are blank may not be of others
         effects = []
         for call, other in (proof.pair, proof.pair[::-1]):
             point = self._point(exchanged(call, other, unit), unit)
@@ -299,29 +299,31 @@ class Prover:
                 found.append(effect(point.single, base.single, self._company(proof)))
                 if found[-1] >= EVIDENT and self._add(proof, point):
                     return True
-        elsewhere = self._flood(proof, unit)
+        elsewhere = self._flood(proof, unit, ordinary)
         if elsewhere or not any((*effects, *found)):
             return elsewhere
         proof.effects.update(dict.fromkeys(unit, max((*effects, *found))))
         proof.least.update(dict.fromkeys(unit, min(effects)))
         return False
 
-    def _flood(self, proof: Proof, unit: tuple[int, ...]) -> bool | None:
+    def _flood(self, proof: Proof, unit: tuple[int, ...], ordinary: Point | None) -> bool | None:
         """Whether an argument without a clear effect has one with numbers far from those of both; None if nothing depends on
         it."""
-        base, found = proof.pair[0], []
-        for number, noise in ((0.0, False), (FAR, False), (-FAR, False), (1.0, True), (FAR, True)):
-            point = self._point(self._flooded(proof, unit, number, noise=noise), unit)
-            if point is None or not self._add(proof, point):
+        numbers = ((0.0, False), (FAR, False), (-FAR, False), (FAR, True))
+        found = []
+        for point in itertools.chain([ordinary], (self._flooded(proof, unit, n, noise=noise) for n, noise in numbers)):
+            if point is None:
                 return False
-            found.append(self._effect(proof, point.single, base))
+            found.append(self._effect(proof, point.single, proof.pair[0]))
         return None if not any(found) else max(found) >= EVIDENT
 
-    def _flooded(self, proof: Proof, unit: tuple[int, ...], number: float, *, noise: bool) -> Call:
+    def _flooded(self, proof: Proof, unit: tuple[int, ...], number: float, *, noise: bool) -> Point | None:
+        """The first call with such numbers in these leaves; None if it cannot be had, or not be run merged."""
         call = proof.pair[0]
         for i in unit:
             call = flooded(call, i, number, noise=noise)
-        return call
+        point = self._point(call, unit)
+        return point if point is not None and self._add(proof, point) else None
 
     def _elsewhere(self, proof: Proof, i: int) -> bool | None:
         """Whether an argument without effect has one where another of few numbers is at an end."""

@@ -30,9 +30,9 @@ def run_merged(calls: Sequence[Call], kinds: tuple[str, ...], *, repeat: bool, t
     # with chunks: all first ones, then all second ones
     apart = calls if chunks == 1 else [chunk(call, number) for number in range(chunks) for call in calls]
     arguments = merge(apart, repeat=repeat)
-    given = Given(*arguments.values())
+    given = None if trial else Given(*arguments.values())
     output = run_arguments(calls[0], copied(arguments) if trial else arguments, kinds)
-    if not trial and given.wrote():
+    if given is not None and given.wrote():
         raise Unmergeable("it writes to its arguments")
     outputs = split(output, [one.rows for one in apart], listed=listed)
     if chunks == 1:

@@ -47,9 +47,8 @@ class Unshared:
     def listed(self, certificates: Iterable[Certificate], turns: dict[str, tuple[str, str]]) -> list[dict[str, str]]:
         """All reasons, as `StepEngine.stats` and `/v1/models` show them; `turns`: why jobs run one at a time, by module."""
         found = {(name, code, detail): None for name, (code, detail) in turns.items()}
-        found |= {
-            (name, code, detail): None for (name, code), detail in list(self._known.items())
-        }  # read on any thread
+        known = list(self._known.items())  # read on any thread
+        found |= {(name, code, detail): None for (name, code), detail in known}
         for one in certificates:
             if one.alone is not None and one.target not in turns:
                 code, detail = one.alone

@@ -181,17 +181,16 @@ class Reader:
         if not attributes and kind.__module__ in sys.stdlib_module_names and kind.__repr__ is not object.__repr__:  # type: ignore[comparison-overlap]
             return (kind, repr(value)[:LONGEST])  # counters of itertools, bytearrays, decimals
         if self.keep:
-            held = getattr(value, "__dict__", {})
-            if held or hasattr(value, "__dict__"):
+            held = getattr(value, "__dict__", None)
+            if held is not None:
                 self._restore(_refill, held, dict(held))
-            for name in attributes.keys() - held.keys():  # of slots
+            for name in attributes.keys() - (held or {}).keys():  # of slots
                 self._restore(_set_slot, value, name, self.saved(attributes[name]))
         if isinstance(value, nn.Module):  # that is no part of the others
             attributes = {key: item for key, item in attributes.items() if key not in TORCH_OWN}
             attributes |= {f"_buffers.{key}": item for key, item in value._buffers.items()}
             attributes |= {f"_modules.{key}": item for key, item in value._modules.items()}
-        inside = self._class(kind, depth) if kind.__module__ not in ("builtins", "__builtin__") else kind
-        return (inside, *((key, self._mark(item, depth)) for key, item in attributes.items()))
+        return (self._class(kind, depth), *((key, self._mark(item, depth)) for key, item in attributes.items()))
 
     def _class(self, cls: type, depth: int) -> Hashable:
         """A class by the attributes that it and its bases have, unless a library made it."""
@@ -201,7 +200,7 @@ class Reader:
         self._classes[cls] = id(cls)  # of one that refers to itself
         found: list[Hashable] = []
         for base in cls.__mro__:
-            if _is_given(base):
+            if comes_with_a_library(base):
                 continue
             for key, value in list(vars(base).items()):
                 if key.startswith("__") or hasattr(value, "__get__") or isinstance(value, OPAQUE):
@@ -227,7 +226,7 @@ def _attributes(value: Any, kind: type) -> Iterator[tuple[str, Any]]:
                 yield name, getattr(value, name)
 
 
-def _is_given(cls: type) -> bool:
+def comes_with_a_library(cls: type) -> bool:
     """Whether a class comes with Python, torch or a package of its kind: what it keeps is not read."""
     name = cls.__module__.partition(".")[0]
     return name in LIBRARIES or name in sys.stdlib_module_names
