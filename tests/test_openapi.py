@@ -302,6 +302,16 @@ CHECKED = (
 )
 
 
+@st.composite
+def made(draw: st.DrawFn, strategy: st.SearchStrategy[Any]) -> Any:
+    """What schemathesis makes. Some bodies with a file it breaks in a way that its own validator cannot look at: another one."""
+    try:
+        return draw(strategy)
+    except ValueError as error:
+        hypothesis.assume("Unsupported type: 'Binary'" not in str(error))
+        raise
+
+
 class Fuzzer:
     """Sends what schemathesis makes of some paths of a document, and counts what comes back."""
 
@@ -358,7 +368,7 @@ class Fuzzer:
             suppress_health_check=list(hypothesis.HealthCheck),
             phases=[hypothesis.Phase.generate],
         )
-        settings(hypothesis.given(strategy, st.sampled_from(range(TURNS)))(self.send))()
+        settings(hypothesis.given(made(strategy), st.sampled_from(range(TURNS)))(self.send))()
 
     def send(self, case: Any, turn: int) -> None:
         """Send one request. The turn decides what headers say, and whether an id is one that exists."""
