@@ -21,7 +21,8 @@ from stepweave.engine import ambient
 from stepweave.engine.ambient import DefaultRandom
 from stepweave.engine.call import Call
 from stepweave.engine.fiber import Done, Fiber, current_fiber, suspend, suspendable
-from stepweave.engine.hooks import EngineScope, Offload, RunYourself, pictures_elsewhere
+from stepweave.engine.hooks import EngineScope, Offload, RunYourself
+from stepweave.engine.pipeline_call import pictures_elsewhere
 from stepweave.errors import EngineMisuse
 from tests import tiny
 from tests.waiting import SECONDS
@@ -541,12 +542,13 @@ def scope() -> Iterator[EngineScope]:
 
 def uses_of(scope: EngineScope) -> list[Callable[[], Any]]:
     view, sample = scope.view(), torch.zeros(1)
-    pictures_elsewhere(view)
+    elsewhere = pictures_elsewhere(view)
+    elsewhere.__enter__()
     return [
         lambda: view.layer(sample),
         lambda: view.vae.encode(sample),
         lambda: view.vae.decode(sample),
-        lambda: view.image_processor.postprocess(sample),
+        lambda elsewhere=elsewhere: view.image_processor.postprocess(sample),  # which holds it open
     ]
 
 

@@ -181,8 +181,8 @@ class Unavailable(RequestError):
 class EngineClosed(Unavailable):
     """The engine has been closed and takes no more jobs."""
 
-    def __init__(self) -> None:
-        super().__init__("The engine is closed.", code="draining", retry_after=10)
+    def __init__(self, message: str = "The engine is closed.") -> None:
+        super().__init__(message, code="draining", retry_after=10)
 
 
 class DeadlineExceeded(RequestError):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
 
 import torch
 
-from stepweave.engine.hooks import track
 from stepweave.engine.job import Ending, Job
 from stepweave.engine.latents import Latents
 from stepweave.engine.merge import split
+from stepweave.engine.pipeline_call import track
 from stepweave.engine.prompts import warned
-from stepweave.errors import Cancelled, DeadlineExceeded
+from stepweave.outcome import Outcome
 from stepweave.scope import RequestScopedPipeline
 
 _CONSTANTS = (bool, int, float, str, type(None))
@@ -42,7 +41,7 @@ def images_of(job: Job) -> int:
     return count if isinstance(count, int) else 1  # what is no number fails in the pipeline's call
 
 
-def run_batch(scope: RequestScopedPipeline, jobs: list[Job]) -> list[Any]:
+def run_batch(scope: RequestScopedPipeline, jobs: list[Job]) -> list[Outcome]:
     """Run jobs of one key in one call; the outcome of each."""
     first = jobs[0].kwargs
     kwargs = {
@@ -52,14 +51,13 @@ def run_batch(scope: RequestScopedPipeline, jobs: list[Job]) -> list[Any]:
     kwargs["generator"] = generators = [one for job in jobs for one in _generators(job)]
     before = [one.get_state() for one in generators]
     try:
-        with scope.lease() as view, warned(view, jobs):
-            track(view, _Together(jobs))
+        with scope.lease() as view, warned(view, jobs), track(view, _Together(jobs)):
             outcomes = split(view(**kwargs), [images_of(job) for job in jobs])
     except BaseException:
         for generator, state in zip(generators, before, strict=True):
             generator.set_state(state)  # so that each can still be run alone
         raise
-    return [_checked(job) or outcome for job, outcome in zip(jobs, outcomes, strict=True)]
+    return [Outcome(outcome, job.end()) for job, outcome in zip(jobs, outcomes, strict=True)]
 
 
 def _is_prompt(name: str) -> bool:
@@ -69,14 +67,6 @@ def _is_prompt(name: str) -> bool:
 def _generators(job: Job) -> list[torch.Generator]:
     generator = job.kwargs["generator"]
     return generator if isinstance(generator, list) else [generator]
-
-
-def _checked(job: Job) -> Exception | None:
-    try:
-        job.check()
-    except (Cancelled, DeadlineExceeded) as error:
-        return error
-    return None
 
 
 class _Together:
@@ -112,6 +102,5 @@ class _Together:
             job.advance(steps)
 
     def check_step(self) -> None:
-        errors = [_checked(job) for job in self._jobs]
-        if all(errors):
+        if all(job.end() is not None for job in self._jobs):
             raise Ending

@@ -2,45 +2,61 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 from stepweave.engine.active import Active
-from stepweave.engine.hooks import Offload
+from stepweave.engine.ambient import DefaultRandom
+from stepweave.engine.hooks import Offload, RunYourself
+from stepweave.engine.own_state import OwnState, OwnTypes
+from stepweave.threads import DaemonExecutor
 
 THREADS = 2
 
 
 class Elsewhere:
-    """Runs it; `returned` is called on one of its threads with what came of it."""
+    """Runs it; `returned` is called on one of its threads with what came of it, or on the engine's with RunYourself."""
 
     def __init__(self, returned: Callable[[Active, Any], None]) -> None:
         self._returned = returned
-        self.here = False  # on the engine's own thread, at once
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="stepweave-pictures")
+        self.here = False  # on the engine's own thread
+        self._threads = DaemonExecutor(THREADS, "stepweave-pictures")
 
     def run(self, active: Active, work: Offload) -> None:
         active.elsewhere = True
-
-        def run() -> None:
-            answer: Any
-            try:
-                with torch.no_grad():
-                    answer = work.function()
-            except BaseException as error:
-                answer = error
-            self._returned(active, answer)
-
-        if self.here:
-            run()
+        if self.here or not _may_move(active, work):
+            self._returned(active, RunYourself())
             return
-        try:
-            self._threads.submit(run)
-        except RuntimeError:  # the interpreter is ending
-            run()
+        self._threads.submit(_run, [active], work.function, _cuda_device(), self._returned)
 
-    def close(self) -> None:
-        self._threads.shutdown()
+    def end(self, seconds: float) -> bool:
+        """Take no more work; whether all is done within some seconds."""
+        return self._threads.end(seconds)
+
+
+def _may_move(active: Active, work: Offload) -> bool:
+    """Whether it would find on another thread what it finds on the engine's: nothing that is the whole process's is the job's
+    own. Where it is looked for what a job's own code leaves in the modules, code that is not known stays, too."""
+    fiber = active.fiber
+    if fiber.dtype != torch.get_default_dtype() or any(
+        isinstance(one, (OwnState, OwnTypes)) and one for one in fiber.own
+    ):
+        return False
+    return work.known or not any(isinstance(one, (OwnState, DefaultRandom)) for one in fiber.own)
+
+
+def _cuda_device() -> int | None:
+    """The current device of the engine's thread, which each thread has its own of."""
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+
+
+def _run(
+    held: list[Active], function: Callable[[], Any], device: int | None, returned: Callable[[Active, Any], None]
+) -> None:
+    active = held.pop()  # so that nothing on this thread keeps it
+    with contextlib.nullcontext() if device is None else torch.cuda.device(device):
+        outcome = active.fiber.beside(function)
+    returned(active, outcome)

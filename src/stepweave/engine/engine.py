@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import math
 import threading
 import weakref
@@ -28,6 +29,8 @@ from stepweave.scheduling.admission import Outlook
 from stepweave.scheduling.policy import POLICIES
 from stepweave.scheduling.task import Key, Priority
 
+logger = logging.getLogger(__name__)
+
 Mode = Literal["off", "threads", "request", "step"]
 
 MAX_ROWS = 32
@@ -35,6 +38,7 @@ MAX_DECODE_ROWS = 4
 MAX_JOBS = 64
 CACHE_BYTES = 256 * 2**20
 AUDIT_EVERY = 1000
+CLOSE_SECONDS = 30.0  # that steps under way may take when the engine is closed
 
 
 @dataclass(frozen=True)
@@ -313,11 +317,17 @@ class StepEngine:
         """Seconds of a forward that were measured, by module and size, and by rows."""
         return self._planner.cost.curves()
 
-    def close(self) -> None:
+    def close(self, timeout: float = CLOSE_SECONDS) -> None:
         """Cancel what is left, running jobs at their next step, and leave the pipeline as it was. Then it takes no more jobs.
+
+        Waits for the steps under way for at most about `timeout` seconds. Then the jobs that are left fail with EngineClosed, and
+        what hangs is logged. While it is a forward, the modules keep their hooks, which the engine's thread takes away once it
+        ends; until then no other engine can be made of them.
 
         Raises EngineMisuse in a callback of one of its jobs, which would wait for itself.
         """
+        if not timeout >= 0:
+            raise ValueError(f"timeout is {timeout!r}; it must be at least 0 seconds")
         if inside_engine(self._runner):
             raise EngineMisuse("A job's callback cannot close its own engine.")
         with self._lock:
@@ -325,7 +335,14 @@ class StepEngine:
                 return
             self._closed = True
         atexit.unregister(self._at_exit)
-        self._runner.close()
+        left = self._runner.close(timeout)
+        jobs = self._planner.jobs()
+        if left or jobs:
+            logger.error("the engine is closed, but after %g s there is left: %s", timeout, "; ".join(left) or jobs)
+        for job in jobs:
+            self._runner.abandon(
+                job, EngineClosed(f"The engine was closed, and the job had not ended {timeout:g} s later.")
+            )
 
     def __enter__(self) -> StepEngine:
         return self

@@ -16,6 +16,7 @@ import torch
 
 from stepweave.engine.ambient import Ambient, apply, current
 from stepweave.errors import EngineMisuse
+from stepweave.outcome import Outcome
 
 
 class Own(Protocol):
@@ -35,7 +36,7 @@ class Done:
 
 
 class _Greenlet(greenlet.greenlet):
-    fiber: Fiber
+    fiber: Fiber | None = None  # until it has ended
 
 
 class Fiber:
@@ -46,7 +47,7 @@ class Fiber:
     """
 
     def __init__(self, function: Callable[[], Any], ambient: Ambient, own: Sequence[Own] = ()) -> None:
-        self._function = function
+        self._function: Callable[[], Any] | None = function  # until it begins
         self._ambient = ambient
         self._kinds = tuple(kind for kind, _, _ in ambient.autocast)
         self.own = own
@@ -90,10 +91,38 @@ class Fiber:
         finally:
             self._ambient = current(self._kinds)
             apply(outside, self._ambient)
+            if self._greenlet.dead:
+                self._greenlet.fiber = None
+
+    def beside(self, function: Callable[[], Any]) -> Outcome:
+        """What comes of a call on another thread, while the fiber is suspended; as if the fiber had made it.
+
+        It sees the fiber's context variables, gradient mode and autocast, and what it sets of these the fiber has. Not the
+        default dtype: that is the whole process's.
+        """
+        apart = greenlet.greenlet(lambda: Outcome.of(function))
+        apart.gr_context = self._greenlet.gr_context
+        outside = current(self._kinds)
+        apply(self._ambient._replace(dtype=outside.dtype), outside)
+        try:
+            outcome: Outcome = apart.switch()
+        finally:
+            after = current(self._kinds)
+            self._ambient = after._replace(dtype=self._ambient.dtype)
+            apply(outside._replace(dtype=after.dtype), after)
+        outcome.let_go()
+        return outcome
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The default dtype that it runs under."""
+        return self._ambient.dtype
 
     def _run(self, _: Any) -> Done:
+        function, self._function = self._function, None
+        assert function is not None
         try:
-            return Done(self._function())
+            return Done(function())
         except BaseException as error:  # also SystemExit, which must not end the engine's thread
             return Done(error)
 

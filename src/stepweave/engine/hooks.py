@@ -10,11 +10,8 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
-import torch
 from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.image_processor import InpaintProcessor, VaeImageProcessor
-from PIL import Image
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,7 +20,6 @@ from stepweave.engine.call import Call, Target
 from stepweave.engine.fiber import Fiber, Own, current_fiber, suspend, suspendable
 from stepweave.engine.given import Given
 from stepweave.engine.job import Job
-from stepweave.engine.latents import Observed, Tap
 from stepweave.engine.memory import ran_out
 from stepweave.engine.merge import cloned
 from stepweave.engine.offload import Offloading, moves_only, pipelines_in
@@ -53,13 +49,14 @@ LONG = 64  # characters of a value, from which on it is a prompt rather
 
 @dataclass(frozen=True)
 class Offload:
-    """A fiber's wish to have `function` run on another thread."""
+    """A fiber's wish to have `function` run on another thread; whether its code is `known`, as that of diffusers is."""
 
     function: Callable[[], Any]
+    known: bool = True
 
 
 class RunYourself:
-    """The answer to a call that is to run in its own fiber."""
+    """The answer to what is to run in its own fiber."""
 
 
 def call_engine(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any], kinds: tuple[str, ...]) -> Any:
@@ -359,81 +356,3 @@ def _modules(pipeline: Any) -> Iterator[tuple[str, nn.Module]]:
             yield name, component
         elif isinstance(component, DiffusionPipeline):
             yield from _modules(component)
-
-
-# What a view reports
-
-
-class _Bar(Proxy):
-    """A progress bar that tells the job, too, and ends it if it must end."""
-
-    def __init__(self, bar: Any, job: Observed | Tap) -> None:
-        super().__init__(bar)
-        self._self_job = job
-        job.check_step()
-        job.open(int(bar.total or 0))
-
-    def update(self, n: float | None = 1) -> Any:
-        result = self.__wrapped__.update(n)
-        self._self_job.advance(int(n or 1))
-        self._self_job.check_step()
-        return result
-
-    def __iter__(self) -> Iterator[Any]:
-        for item in self.__wrapped__:
-            yield item
-            self._self_job.advance(1)
-            self._self_job.check_step()
-
-    def __enter__(self) -> _Bar:
-        self.__wrapped__.__enter__()
-        return self
-
-
-def track(view: Any, job: Observed) -> None:
-    """Have the job told of the view's progress, which every pipeline of diffusers shows on a bar, and its observer of latents."""
-    told = Tap(view, job) if job.observed else job
-    for one in pipelines_in(view):
-        make = getattr(one, "progress_bar", None)
-        if make is not None:
-            one.__dict__["progress_bar"] = lambda *args, make=make, **kwargs: _Bar(make(*args, **kwargs), told)
-
-
-def pictures_elsewhere(view: Any) -> None:
-    """Have the view's image processors read and make pictures on another thread: PIL images, copies from the device."""
-    for one in pipelines_in(view):
-        for processor in list(vars(one).values()):
-            if isinstance(processor, (nn.Module, DiffusionPipeline)):
-                continue
-            ours = isinstance(processor, (VaeImageProcessor, InpaintProcessor))  # others may be shared with other views
-            for name in ("preprocess", "preprocess_video") if ours else ():
-                method = getattr(processor, name, None)
-                if callable(method):
-                    processor.__dict__[name] = _elsewhere(_each_once(method))
-            for name in ("postprocess", "postprocess_video"):
-                method = getattr(processor, name, None)
-                if callable(method):
-                    processor.__dict__[name] = _elsewhere(method)
-
-
-def _elsewhere(method: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if current_fiber() is None or torch.is_grad_enabled() or not suspendable():
-            return method(*args, **kwargs)
-        return suspend(Offload(lambda: method(*args, **kwargs)))
-
-    return run
-
-
-def _each_once(method: Callable[..., Any]) -> Callable[..., Any]:
-    """`preprocess`, which reads a picture that is given for each of several ones to be made but once."""
-    if getattr(method, "__func__", None) is not VaeImageProcessor.preprocess:
-        return method
-
-    def run(image: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        count = len(image) if isinstance(image, list) else 1
-        alike = count > 1 and isinstance(image[0], Image.Image) and all(one is image[0] for one in image)
-        read: torch.Tensor = method(image[:1] if alike else image, *args, **kwargs)
-        return read.repeat(count, *[1] * (read.ndim - 1)) if alike else read
-
-    return run

@@ -12,7 +12,8 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from stepweave.engine.memory import ran_out
-from stepweave.errors import Cancelled, DeadlineExceeded, EngineMisuse, OutOfMemory, StepweaveError
+from stepweave.errors import Cancelled, DeadlineExceeded, EngineMisuse, OutOfMemory
+from stepweave.outcome import Outcome, carried
 from stepweave.scheduling.profiles import Recorder, Shape
 from stepweave.scheduling.task import Priority, Task
 
@@ -61,16 +62,18 @@ class Observer(Protocol):
         """The step `job.progress.step` has run, from these latents; after `progressed`."""
 
 
-class _Result(Future[Any]):
-    """Cancelling it, as asyncio does when an awaiting task is cancelled, asks the job to end."""
+class _Result(Future[Outcome]):
+    """Cancelling it, as asyncio does when an awaiting task is cancelled, asks the job to end. It has results only, no errors."""
 
     def __init__(self, job: Job) -> None:
         super().__init__()
-        self._job = job
+        self.job: Job | None = job  # until it is done
         self.set_running_or_notify_cancel()
 
     def cancel(self) -> bool:
-        self._job.cancel()
+        job = self.job
+        if job is not None:
+            job.cancel()
         return False
 
 
@@ -127,6 +130,7 @@ class Job:
         self._on_cancel = on_cancel
         self._observer = observer
         self._observer_failed = False
+        self._finishing = threading.Lock()
         self._future = _Result(self)
 
     @property
@@ -151,30 +155,43 @@ class Job:
     def result(self, timeout: float | None = None) -> Any:
         """What the pipeline's call returned.
 
-        Raises TimeoutError after `timeout` seconds, Cancelled, DeadlineExceeded, EngineClosed, or what the call raised.
+        Raises TimeoutError after `timeout` seconds, Cancelled, DeadlineExceeded, EngineClosed, or what the call raised; a
+        StepweaveError, whose cause that is, in place of a StopIteration and whatever else would mean something to who waits.
         """
         self._check_misuse()
-        return self._future.result(timeout)
+        try:
+            return self._future.result(timeout).get()
+        finally:
+            del self  # which an error's traceback would hold, and it that
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """The error that ended the job, or None."""
+        """The error that ended the job, or None. Raises TimeoutError after `timeout` seconds."""
         self._check_misuse()
-        return self._future.exception(timeout)
+        return self._future.result(timeout).error
 
     def add_done_callback(self, function: Callable[[Job], None]) -> None:
         """Call `function` with the job once it is done, on the engine's thread; at once if it is. What it raises is logged."""
 
+        held = [(self, function)]  # until it is called; the future keeps what it has called
+
         def call(_: Future[Any]) -> None:
+            job, function = held.pop()
             try:
-                function(self)
+                function(job)
             except BaseException:  # SystemExit would end the engine's thread
-                logger.exception("a callback of %r failed", self)
+                logger.exception("a callback of %r failed", job)
 
         self._future.add_done_callback(call)
 
     def __await__(self) -> Generator[Any, None, Any]:
         """Cancelling the task that awaits it cancels the job."""
-        return asyncio.wrap_future(self._future).__await__()
+        return self._get().__await__()
+
+    async def _get(self) -> Any:
+        try:
+            return (await asyncio.wrap_future(self._future)).get()
+        finally:
+            del self  # as in `result`
 
     def __repr__(self) -> str:
         state = "done" if self.done() else "waiting" if self.started is None else "running"
@@ -193,12 +210,19 @@ class Job:
 
     def check(self) -> None:
         """Raise Cancelled or DeadlineExceeded if the job must end."""
+        error = self.end()
+        if error is not None:
+            raise error
+
+    def end(self) -> Cancelled | DeadlineExceeded | None:
+        """Why the job must end, if it must."""
         if self._cancelled:
-            raise Cancelled
+            return Cancelled()
         if self.late:
             seconds = self._seconds or 0
             limit = f"{round(seconds, 2):g}" if seconds >= 0.1 else f"{seconds:.2g}"
-            raise DeadlineExceeded(f"The job was not done within its deadline of {limit} s.")
+            return DeadlineExceeded(f"The job was not done within its deadline of {limit} s.")
+        return None
 
     def check_step(self) -> None:
         """Raise Ending if the job must end."""
@@ -208,12 +232,11 @@ class Job:
 
     def ending(self) -> Ending | None:
         """What to raise in the job's call if it must end, else None. Once told so it has ended, whatever its pipeline does."""
-        try:
-            self.check()
-        except (Cancelled, DeadlineExceeded) as error:
-            self._ended = error
-            return Ending()
-        return None
+        error = self.end()
+        if error is None:
+            return None
+        self._ended = error
+        return Ending()
 
     def start(self, at: float | None = None) -> None:
         """Note that its call begins, now or at a time."""
@@ -281,31 +304,27 @@ class Job:
                 logger.exception("an observer of %r failed", self)
             return None
 
-    def finish(self, outcome: Any) -> bool:
-        """Deliver a result, or an error; False if the job was done already."""
-        if self._future.done():
-            return False
-        self.finished = time.monotonic()
-        outcome = self._told(outcome)
-        if isinstance(outcome, Exception):
-            self._future.set_exception(outcome)
-        else:
-            self._future.set_result(outcome)
+    def finish(self, outcome: Outcome) -> bool:
+        """Deliver a result, or an error; False if the job was done already. Raises nothing."""
+        with self._finishing:
+            if self._future.done() or self.finished is not None:
+                return False
+            self.finished = time.monotonic()
+        outcome.let_go()
+        if self._ended is not None or outcome.error is not None:
+            outcome = Outcome(error=self._ended or self._told(outcome.error))
+        self._observer = None
+        self._future.set_result(outcome)
+        self._future.job = None
         return True
 
-    def _told(self, outcome: Any) -> Any:
+    def _told(self, error: BaseException | None) -> Exception:
         """What the caller is told."""
-        if self._ended is not None:
-            return self._ended
-        if isinstance(outcome, BaseException) and ran_out(outcome):
+        assert error is not None
+        if ran_out(error):
             too_little = OutOfMemory(
                 "There is not enough memory for this job: ask for a smaller size, or fewer pictures."
             )
-            too_little.__cause__ = outcome.with_traceback(None)  # whose frames hold on to the memory
+            too_little.__cause__ = error
             return too_little
-        if isinstance(outcome, BaseException) and not isinstance(outcome, Exception):
-            # as it is, it would end the thread that waits for the result
-            failure = StepweaveError(f"The pipeline raised {type(outcome).__name__}.", code="generation_failed")
-            failure.__cause__ = outcome
-            return failure
-        return outcome
+        return carried(error, "The pipeline")

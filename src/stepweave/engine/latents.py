@@ -124,10 +124,17 @@ class Tap:
         self._job = job
         self._latents: Latents | None = None
         self._told = False
+        self._wrapped: list[Any] = []
         for one in pipelines_in(view):
             for scheduler in list(vars(one).values()):
                 if hasattr(scheduler, "set_timesteps") and "step" not in vars(scheduler):
                     self._wrap(scheduler)
+
+    def end(self) -> None:
+        """Take the wrappers away, which hold on to what holds them."""
+        for scheduler in self._wrapped:
+            scheduler.__dict__.pop("step", None)
+        self._wrapped.clear()
 
     def check_step(self) -> None:
         self._job.check_step()
@@ -157,6 +164,7 @@ class Tap:
 
         # a method and no closure: a pipeline's deep copy of its scheduler must step the copy
         scheduler.__dict__["step"] = types.MethodType(step, scheduler)
+        self._wrapped.append(scheduler)
 
     def _take(self, scheduler: Any, arguments: dict[str, Any], after: torch.Tensor) -> None:
         own = clone_scheduler(scheduler)

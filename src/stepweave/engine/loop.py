@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,23 +23,26 @@ from stepweave.engine.digests import Digests
 from stepweave.engine.elsewhere import Elsewhere
 from stepweave.engine.fiber import Done, Fiber, Own
 from stepweave.engine.forward import Forwarder, Starved, too_little
-from stepweave.engine.hooks import EngineScope, Offload, RunYourself, pictures_elsewhere, track
+from stepweave.engine.hooks import EngineScope, Offload, RunYourself
 from stepweave.engine.job import Ending, Job, enter_engine
+from stepweave.engine.lookup import LookUp
 from stepweave.engine.memory import DeviceMemory, memory_of
+from stepweave.engine.pipeline_call import call_pipeline
 from stepweave.engine.planner import Planner, contained
-from stepweave.engine.prompts import warned
 from stepweave.engine.queues import CallQueues
-from stepweave.engine.state_watch import name_of, some
+from stepweave.engine.state_watch import name_of
 from stepweave.engine.stats import Stats
 from stepweave.engine.textcache import EncoderCache
 from stepweave.engine.timing import clock_of
 from stepweave.engine.turns import Turns, spoilt
 from stepweave.engine.unshared import Unshared
 from stepweave.errors import Cancelled, StepweaveError
+from stepweave.outcome import Outcome
 from stepweave.scheduling.task import Demand
 
 logger = logging.getLogger(__name__)
 
+LEAVING_SECONDS = 1.0  # that the thread has to end in once nothing but work elsewhere is left
 INSISTENCE = 100  # times a job that must end is told so again, where its pipeline goes on regardless
 
 
@@ -65,10 +70,10 @@ class StepLoop:
         digests = Digests()
         self._exclusive = False  # the job that runs must be the only one
         self._crowd = Crowd(max_jobs)
-        self._describer = Describer(digests)
         self.certificates = Certificates(digests, audit_every)
         self.unshared = Unshared()
         self.cache = EncoderCache(digests, cache_bytes)
+        self._look_up = LookUp(Describer(digests), self._scope, self.cache, stats)
         self.memory = memory or memory_of(device)
         self._planner = planner
         self._forwarder = Forwarder(
@@ -78,8 +83,8 @@ class StepLoop:
         self._waiting: dict[str, Job] = {}  # oldest first
         self._turns = Turns(self._scope)
         self._returned: deque[tuple[Active, Any]] = deque()  # fibers whose work elsewhere is done
-        self._closing = False
-        self._wake = threading.Condition()  # guards _waiting, _returned and _closing
+        self._closing = self._abandoned = self._ended = False
+        self._wake = threading.Condition()  # guards _waiting, _returned and the three above
         self._elsewhere = Elsewhere(self._return)
         self.threads = [threading.Thread(target=self._run, name="stepweave-engine", daemon=True)]
         self.threads[0].start()
@@ -111,18 +116,35 @@ class StepLoop:
         if waited is not None:
             self._finish(job, Cancelled())
 
+    def abandon(self, job: Job, error: Exception) -> None:
+        """Let go of a job that has not ended."""
+        self._finish(job, error)
+
     def fits(self, demand: Demand) -> bool:
         """Whether the memory that is left is enough for a job's calls, as far as is known."""
         return self._forwarder.fits(demand)
 
-    def close(self) -> None:
-        """End every job at its next step, then the thread; leave the pipeline as it was."""
+    def close(self, seconds: float) -> list[str]:
+        """End every job at its next step, then the thread; leave the pipeline as it was. What has not ended after some seconds:
+        while a forward has not, its hooks stay; the thread takes them away when it has."""
+        until, thread = time.monotonic() + seconds, self.threads[0]
         with self._wake:
             self._closing = True
             self._wake.notify()
-        self.threads[0].join()
-        self._elsewhere.close()
-        self._scope.close()
+        thread.join(seconds)
+        with self._wake:
+            self._abandoned = not self._ended
+            self._wake.notify()
+            left = [f"work on images of {one.job!r}" for one in list(self._active.values()) if one.elsewhere]
+        thread.join(LEAVING_SECONDS)
+        if thread.is_alive():
+            left.append(
+                f"a forward or a callback; the hooks of {type(self._scope.pipeline).__name__} stay until it ends"
+            )
+        elif not self._abandoned:
+            self._scope.close()
+        self._elsewhere.end(max(0.0, until - time.monotonic()))
+        return left
 
     # On the engine's thread
 
@@ -136,6 +158,11 @@ class StepLoop:
                 self._stats.errors += 1
                 logger.exception("the engine's loop failed; it goes on")
                 self._rescue()
+        with self._wake:
+            self._ended = True
+        if self._abandoned:
+            with contained("take the hooks away"):
+                self._scope.close()
 
     def turn(self) -> None:
         """One turn of the loop."""
@@ -170,8 +197,10 @@ class StepLoop:
             waiting, self._waiting = list(self._waiting.values()), {}
             for one in self._active.values():
                 one.job.cancel()
-            while self._active and not self._can_go_on():
+            while self._active and not (self._can_go_on() or self._abandoned):
                 self._wake.wait()
+            if not self._can_go_on():
+                self._active.clear()
         for job in waiting:
             self._finish(job, Cancelled())
         return bool(self._active)
@@ -244,15 +273,9 @@ class StepLoop:
             own = job.scope.own(job)
         if job.seed is not None and job.kwargs.get("generator") is None:  # the pipeline takes none
             own.append(DefaultRandom(job.seed, self._device))
-        fiber = Fiber(lambda: self._call_pipeline(job), ambient.quiet(self._kinds), own)
+        fiber = Fiber(partial(call_pipeline, job, elsewhere=True), ambient.quiet(self._kinds), own)
         active = self._active[fiber] = Active(job, fiber)
         return active
-
-    def _call_pipeline(self, job: Job) -> Any:
-        with job.scope.lease(job.scheduler) as view, warned(view, [job]):
-            track(view, job)
-            pictures_elsewhere(view)
-            return view(*job.args, **job.kwargs)
 
     def _expire(self) -> None:
         """Throw out the jobs that must end."""
@@ -310,7 +333,7 @@ class StepLoop:
         """Run calls of one key, merged if that is proven, and let their fibers go on."""
         verdict, chosen = self._forwarder.decide(calls)
         if verdict is Verdict.ALONE:
-            self._note(calls)
+            self.unshared.met(calls, self.certificates, self._scope.why_turns() if self._exclusive else {})
         if len(chosen) < len(calls):
             self._planner.runs_alone(chosen[0])
         self._queues.take(chosen)
@@ -324,20 +347,6 @@ class StepLoop:
             owner, watch = chosen[0].owner, chosen[0].target.watch
             met_another = watch is None or watch.users - {name_of(owner)}
             self._start_turns(None if met_another else owner)
-
-    def _note(self, calls: list[Call]) -> None:
-        """Count a call that runs alone though others are there, or that can have no company, and why."""
-        call = calls[0]
-        turns = self._scope.why_turns() if self._exclusive else {}
-        if call.apart[0]:
-            self.unshared.note(call.target.name, *call.apart)
-        elif turns:
-            name = call.target.name if call.target.name in turns else next(iter(turns))
-            self.unshared.calls[turns[name][0]] += 1
-        elif len(calls) > 1:
-            alone = self.certificates.of(call).alone
-            if alone is not None:
-                self.unshared.calls[alone[0]] += 1
 
     def unshared_now(self) -> list[dict[str, str]]:
         """What runs alone, or takes turns, and why."""
@@ -385,6 +394,8 @@ class StepLoop:
         request = switch(value)
         while True:
             if isinstance(request, Done):
+                outcome: Outcome = request.outcome
+                outcome.let_go()
                 active.own_state()  # what it did after its last call
                 del self._active[active.fiber]
                 if not self._active:
@@ -394,7 +405,7 @@ class StepLoop:
                     with self._wake:
                         self._waiting = {active.job.id: active.job, **self._waiting}
                 else:
-                    self._finish(active.job, request.outcome)
+                    self._finish(active.job, outcome)
             elif active.evicted:  # its pipeline goes on regardless
                 self._end(active, Ending())
             elif isinstance(request, Offload):
@@ -403,7 +414,7 @@ class StepLoop:
                 self._advance(active, self._forwarder.relieve(request))
             else:
                 request.owner, request.task = active, active.job.task
-                known = self._look_up(request, active)
+                known = self._look_up.known(request, active)
                 if known is not None:
                     request = active.fiber.resume(known)
                     continue
@@ -412,39 +423,17 @@ class StepLoop:
                 self._queues.add(request)
             return
 
-    def _look_up(self, call: Call, active: Active) -> Any:
-        """Describe a call; what its result is, if an encoder gave it before."""
-        try:
-            self._describer.describe(call)
-            stateful = any(module is call.target.module for module, _ in self._scope.stateful.values())
-            call.cache_key = None if stateful else self.cache.key(call)
-            own = active.own_state()
-            if own is not None:  # the modules are others to this job
-                call.whole, call.own, call.cache_key = True, True, None
-                call.stand_alone(*own)
-            elif names := active.fiber.variables:  # which a forward on behalf of others would not find
-                call.whole, call.cache_key = True, None
-                call.stand_alone("state", f"a job sets context variables: {some(names)}")
-            elif active.job.reproducible:  # no forward to share, and none of the results that came of a shared one
-                call.key, call.whole = object(), True
-                call.apart = ("reproducible", "a reproducible job shares no forwards")
-                call.cache_key = call.cache_key and ("reproducible", call.cache_key)
-            return None if call.cache_key is None else self.cache.get(call.cache_key)
-        except Exception:
-            self._stats.errors += 1
-            logger.exception("a call of %s cannot be looked up; it runs alone", call.target.name)
-            call.stand_alone()
-            return None
-
     def _return(self, active: Active, answer: Any) -> None:
         with self._wake:
             self._returned.append((active, answer))
             self._wake.notify()
 
-    def _finish(self, job: Job, outcome: Any) -> None:
-        if not isinstance(outcome, BaseException):
+    def _finish(self, job: Job, outcome: Outcome | Exception) -> None:
+        if isinstance(outcome, Exception):
+            outcome = Outcome(error=outcome)
+        if outcome.error is None:
             job.scope.ended(job)
-        self._planner.leave(job, succeeded=not isinstance(outcome, BaseException))
+        self._planner.leave(job, succeeded=outcome.error is None)
         if job.finish(outcome):
             self._stats.finished(job)
             self._crowd.ended()

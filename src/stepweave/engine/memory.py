@@ -32,7 +32,10 @@ def ran_out(error: BaseException | None) -> bool:
         return True
     if not isinstance(error, RuntimeError):
         return False
-    return should_reduce_batch_size(error) or any(words in str(error) for words in _WORDS)
+    try:
+        return should_reduce_batch_size(error) or any(words in str(error) for words in _WORDS)
+    except Exception:  # an error of somebody's own, which cannot even say what it is
+        return False
 
 
 class DeviceMemory(Protocol):

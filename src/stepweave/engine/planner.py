@@ -103,6 +103,10 @@ class Planner:
             with contained("learn what a job asked for"):
                 self._learn(job, job.recorder.demand(job.progress.total))
 
+    def jobs(self) -> list[Job]:
+        """All that are not done."""
+        return list(self._jobs.values())
+
     def saw(self, job: Job, call: Call) -> None:
         """A job waits for a forward."""
         task, (step, total) = job.task, job.progress

@@ -8,12 +8,13 @@ import time
 from typing import Any, Protocol
 
 from stepweave.engine.batch import batch_key, images_of, run_batch
-from stepweave.engine.hooks import PrivateScope, track
+from stepweave.engine.hooks import PrivateScope
 from stepweave.engine.job import Ending, Job, enter_engine
+from stepweave.engine.pipeline_call import call_pipeline
 from stepweave.engine.planner import Planner
-from stepweave.engine.prompts import warned
 from stepweave.engine.stats import Stats
-from stepweave.errors import Cancelled, EngineMisuse
+from stepweave.errors import Cancelled, EngineMisuse, StepweaveError
+from stepweave.outcome import Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,8 @@ class Runner(Protocol):
     def scope_of(self, pipeline: Any) -> PrivateScope: ...
     def submit(self, job: Job) -> None: ...
     def cancel(self, job: Job) -> None: ...
-    def close(self) -> None: ...
+    def close(self, seconds: float) -> list[str]: ...
+    def abandon(self, job: Job, error: Exception) -> None: ...
 
 
 class Pool:
@@ -81,10 +83,11 @@ class Pool:
         with self._changed:
             waited = self._waiting.pop(job.id, None)
         if waited is not None:
-            self._finish(job, Cancelled())
+            self._finish(job, Outcome(error=Cancelled()))
 
-    def close(self) -> None:
-        """End every job, running ones at their next step, and then the threads."""
+    def close(self, seconds: float) -> list[str]:
+        """End every job, running ones at their next step, and then the threads. What has not ended after some seconds."""
+        until = time.monotonic() + seconds
         with self._changed:
             self._closed = True
             left = [*self._running.values(), *self._waiting.values()]
@@ -92,34 +95,41 @@ class Pool:
         for job in left:
             job.cancel()
         for thread in self.threads:
-            thread.join()
+            thread.join(max(0.0, until - time.monotonic()))
+        return [f"the call of {job!r}" for job in list(self._running.values())]
+
+    def abandon(self, job: Job, error: Exception) -> None:
+        """Let go of a job that has not ended."""
+        self._finish(job, Outcome(error=error))
 
     def _work(self) -> None:
         """One thread: serve until closed."""
         enter_engine(self)
-        while self._serve():
-            pass
+        while (jobs := self._next_jobs()) is not None:
+            self._serve(jobs)
+            del jobs
 
-    def _serve(self) -> bool:
-        """Take the oldest waiting job, and those that can share its call; run them. False once closed."""
+    def _next_jobs(self) -> list[Job] | None:
+        """The oldest waiting job, and those that can share its call. None once closed."""
         with self._changed:
             while not self._waiting and not self._closed:
                 self._changed.wait()
-            if self._closed:
-                return False
-            jobs = self._take()
+            return None if self._closed else self._take()
+
+    def _serve(self, jobs: list[Job]) -> None:
+        """Run jobs to their ends."""
         try:
             outcomes = self._run(jobs)
         except BaseException as error:  # nothing may end this thread: jobs would hang
             self._stats.errors += 1
             logger.exception("the engine failed; it goes on")
-            outcomes = [error] * len(jobs)
+            failure = StepweaveError(f"The engine failed ({type(error).__name__}).", code="engine_failed")
+            outcomes = [Outcome(error=failure)] * len(jobs)
         with self._changed:
             for job in jobs:
                 del self._running[job.id]
         for job, outcome in zip(jobs, outcomes, strict=True):
             self._finish(job, outcome)
-        return True
 
     def _take(self) -> list[Job]:
         jobs = [self._waiting.pop(self._planner.next(self._waiting).id)]
@@ -136,42 +146,36 @@ class Pool:
             self._running[job.id] = job
         return jobs
 
-    def _run(self, jobs: list[Job]) -> list[Any]:
-        """The outcome of each job: what its call returned, or an error."""
+    def _run(self, jobs: list[Job]) -> list[Outcome]:
+        """The outcome of each job."""
         now = time.monotonic()
         beside = min(len(self.threads), len(self._running)) if self._together == 1 else 1
         for job in jobs:
             job.start(now)
             job.begin()
         if len(jobs) > 1:
-            try:
-                outcomes = run_batch(jobs[0].scope, jobs)
+            together = Outcome.apart(run_batch, jobs[0].scope, jobs)
+            if together.error is None:
                 self._planner.called(jobs, time.monotonic() - now, beside)
-                return outcomes
-            except Ending:
-                pass  # all of them; each finds its own error below
-            except Exception as error:
+                return together.value  # type: ignore[no-any-return]
+            if not isinstance(together.error, Ending):  # of all of them; each finds its own error below
                 self._stats.retried += 1
-                logger.warning(
-                    "a batch of %d jobs failed; each runs alone (%s: %s)", len(jobs), type(error).__name__, error
-                )
+                logger.warning("a batch of %d jobs failed; each runs alone", len(jobs), exc_info=together.error)
             for job in jobs:
                 job.restart()
         return [self._run_alone(job, beside) for job in jobs]
 
-    def _run_alone(self, job: Job, beside: int) -> Any:
+    def _run_alone(self, job: Job, beside: int) -> Outcome:
         began = time.monotonic()
-        try:
-            job.check()
-            with job.scope.lease(job.scheduler) as view, warned(view, [job]):
-                track(view, job)
-                output = view(*job.args, **job.kwargs)
+        ended = job.end()
+        if ended is not None:
+            return Outcome(error=ended)
+        outcome: Outcome = Outcome.apart(call_pipeline, job).value
+        if outcome.error is None:
             self._planner.called([job], time.monotonic() - began, beside)
-            return output
-        except BaseException as error:
-            return error
+        return outcome
 
-    def _finish(self, job: Job, outcome: Any) -> None:
-        self._planner.leave(job, succeeded=not isinstance(outcome, BaseException))
+    def _finish(self, job: Job, outcome: Outcome) -> None:
+        self._planner.leave(job, succeeded=outcome.error is None)
         if job.finish(outcome):
             self._stats.finished(job)

@@ -59,7 +59,7 @@ class Stats:
 
     def finished(self, job: Job) -> None:
         error = job.exception(0)
-        state = "cancelled" if isinstance(error, Cancelled) else "failed" if error else "succeeded"
+        state = "succeeded" if error is None else "cancelled" if isinstance(error, Cancelled) else "failed"
         with self._lock:
             self.jobs[state] += 1
             self.unfit += isinstance(error, OutOfMemory)

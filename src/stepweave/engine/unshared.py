@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
+from stepweave.engine.call import Call
 from stepweave.engine.certificate import Certificate
+from stepweave.engine.certify import Certificates
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,20 @@ class Unshared:
         self._known[name, code] = detail
         level = logging.INFO if code in ("reproducible", "cast") else logging.WARNING
         logger.log(level, "calls of %s run alone (%s): %s", name, code, detail)
+
+    def met(self, calls: Sequence[Call], certificates: Certificates, turns: Mapping[str, tuple[str, str]]) -> None:
+        """Count a call, the first, that runs alone though others are there, or that can have no company, and why; `turns`: why
+        jobs run one at a time, by module, if they do now."""
+        call = calls[0]
+        if call.apart[0]:
+            self.note(call.target.name, *call.apart)
+        elif turns:
+            name = call.target.name if call.target.name in turns else next(iter(turns))
+            self.calls[turns[name][0]] += 1
+        elif len(calls) > 1:
+            alone = certificates.of(call).alone
+            if alone is not None:
+                self.calls[alone[0]] += 1
 
     def listed(self, certificates: Iterable[Certificate], turns: dict[str, tuple[str, str]]) -> list[dict[str, str]]:
         """All reasons, as `StepEngine.stats` and `/v1/models` show them; `turns`: why jobs run one at a time, by module."""

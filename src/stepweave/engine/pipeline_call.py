@@ -1,0 +1,145 @@
+"""One job's call of its pipeline: what its view reports, and where it reads and makes pictures."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import InpaintProcessor, VaeImageProcessor
+from PIL import Image
+from torch import nn
+
+from stepweave.engine.fiber import current_fiber, suspend, suspendable
+from stepweave.engine.hooks import Offload, RunYourself
+from stepweave.engine.job import Job
+from stepweave.engine.latents import Observed, Tap
+from stepweave.engine.offload import pipelines_in
+from stepweave.engine.prompts import warned
+from stepweave.engine.values import comes_with_a_library
+from stepweave.outcome import Outcome
+from stepweave.scope.proxy import Proxy
+
+
+def call_pipeline(job: Job, *, elsewhere: bool = False) -> Outcome:
+    """What comes of the pipeline's own call on a view of the job's own; with `elsewhere` other threads work on its pictures."""
+    try:
+        with job.scope.lease(job.scheduler) as view, warned(view, [job]), track(view, job):
+            if not elsewhere:
+                return Outcome.of(view, *job.args, **job.kwargs)  # in here: not every exception passes context managers
+            with pictures_elsewhere(view):
+                return Outcome.of(view, *job.args, **job.kwargs)
+    except BaseException as error:
+        return Outcome(error=error)
+
+
+class _Bar(Proxy):
+    """A progress bar that tells the job, too, and ends it if it must end."""
+
+    def __init__(self, bar: Any, job: Observed | Tap) -> None:
+        super().__init__(bar)
+        self._self_job = job
+        job.check_step()
+        job.open(int(bar.total or 0))
+
+    def update(self, n: float | None = 1) -> Any:
+        result = self.__wrapped__.update(n)
+        self._self_job.advance(int(n or 1))
+        self._self_job.check_step()
+        return result
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self.__wrapped__:
+            yield item
+            self._self_job.advance(1)
+            self._self_job.check_step()
+
+    def __enter__(self) -> _Bar:
+        self.__wrapped__.__enter__()
+        return self
+
+
+@contextlib.contextmanager
+def track(view: Any, job: Observed) -> Iterator[None]:
+    """Within it the job is told of the view's progress, which every pipeline of diffusers shows on a bar, and its observer of
+    latents."""
+    tap = Tap(view, job) if job.observed else None
+    told = tap or job
+    with contextlib.ExitStack() as left:
+        if tap is not None:
+            left.callback(tap.end)
+        for one in pipelines_in(view):
+            make = getattr(one, "progress_bar", None)
+            if make is not None:
+                bar = lambda *args, make=make, **kwargs: _Bar(make(*args, **kwargs), told)  # noqa: E731
+                left.callback(_replaced(one, "progress_bar", bar))
+        yield
+
+
+def _replaced(owner: Any, name: str, value: Any) -> Callable[[], None]:
+    """Set an attribute, and what takes it back: a method of its own, which is bound to it, would be a reference cycle."""
+    before = owner.__dict__.get(name)
+    owner.__dict__[name] = value
+
+    def put_back() -> None:
+        if owner.__dict__.get(name) is value:
+            del owner.__dict__[name]
+            if before is not None:
+                owner.__dict__[name] = before
+
+    return put_back
+
+
+@contextlib.contextmanager
+def pictures_elsewhere(view: Any) -> Iterator[None]:
+    """Within it the view's image processors read and make pictures on another thread: PIL images, copies from the device."""
+    with contextlib.ExitStack() as left:
+        for owner, name, method in _picture_methods(view):
+            known = comes_with_a_library(type(owner))
+            left.callback(_replaced(owner, name, _elsewhere(method, known)))
+        yield
+
+
+def _picture_methods(view: Any) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
+    """The methods of a view's image processors that read and make pictures: of what, the name, and what to call."""
+    for one in pipelines_in(view):
+        for processor in list(vars(one).values()):
+            if isinstance(processor, (nn.Module, DiffusionPipeline)):
+                continue
+            ours = isinstance(processor, (VaeImageProcessor, InpaintProcessor))  # others may be shared with other views
+            for name in ("preprocess", "preprocess_video") if ours else ():
+                method = getattr(processor, name, None)
+                if callable(method):
+                    yield processor, name, _each_once(method)
+            for name in ("postprocess", "postprocess_video"):
+                method = getattr(processor, name, None)
+                if callable(method):
+                    yield processor, name, method
+
+
+def _elsewhere(method: Callable[..., Any], known: bool) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if current_fiber() is None or torch.is_grad_enabled() or not suspendable():
+            return method(*args, **kwargs)
+        answer = suspend(Offload(lambda: method(*args, **kwargs), known))
+        if isinstance(answer, RunYourself):
+            return method(*args, **kwargs)
+        return answer.get() if isinstance(answer, Outcome) else answer
+
+    return run
+
+
+def _each_once(method: Callable[..., Any]) -> Callable[..., Any]:
+    """`preprocess`, which reads a picture that is given for each of several ones to be made but once."""
+    if getattr(method, "__func__", None) is not VaeImageProcessor.preprocess:
+        return method
+
+    def run(image: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        count = len(image) if isinstance(image, list) else 1
+        alike = count > 1 and isinstance(image[0], Image.Image) and all(one is image[0] for one in image)
+        read: torch.Tensor = method(image[:1] if alike else image, *args, **kwargs)
+        return read.repeat(count, *[1] * (read.ndim - 1)) if alike else read
+
+    return run

@@ -1,0 +1,106 @@
+"""What came of a call, as it is carried between threads and tasks.
+
+Futures, generators and event loops take some exceptions for signals of their own: asyncio's futures refuse a StopIteration,
+a CancelledError looks like a cancelled task, a SystemExit ends the event loop. So nothing but an `Outcome`, which means nothing
+to them, travels, and what an error becomes for who waits is said in one place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import contextvars
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import greenlet
+
+from stepweave.errors import StepweaveError
+
+# exceptions that mean something to what carries them, besides all that are no Exception
+_SIGNALS = (
+    StopIteration,
+    StopAsyncIteration,
+    TimeoutError,  # as of a wait that may be repeated
+    concurrent.futures.CancelledError,
+    concurrent.futures.InvalidStateError,
+    asyncio.InvalidStateError,
+)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Outcome:
+    """A value, whatever it is, or an error."""
+
+    value: Any = None
+    error: BaseException | None = None
+
+    @classmethod
+    def of(cls, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Outcome:
+        """What comes of a call."""
+        try:
+            return cls(function(*args, **kwargs))
+        except BaseException as error:
+            return cls(error=error)
+
+    @classmethod
+    def apart(cls, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Outcome:
+        """The same, of a call whose error shall outlive it: it holds on to nothing that the caller or the call works with.
+
+        Context variables that the call sets are its own.
+        """
+        apart = greenlet.greenlet(lambda: cls.of(function, *args, **kwargs))  # whose frames know of none outside
+        apart.gr_context = contextvars.copy_context()
+        outcome: Outcome = apart.switch()
+        outcome.let_go()
+        return outcome
+
+    def let_go(self) -> None:
+        """Have the error's traceback hold on to no variables: tensors, and what holds the error itself. Once the call is over."""
+        if self.error is not None:
+            _clear(self.error)
+
+    def get(self) -> Any:
+        """The value. Raises the error."""
+        if self.error is None:
+            return self.value
+        try:
+            raise self.error
+        finally:
+            del self  # which the traceback would hold, and it the error
+
+
+def carried(error: BaseException, source: str) -> Exception:
+    """The error, or one of ours in place of one that would mean something to what carries it, or to who waits: it names the
+    `source` and has the error for its cause."""
+    if isinstance(error, Exception) and not isinstance(error, _SIGNALS):
+        return error
+    failure = StepweaveError(f"{source} raised {type(error).__name__}.", code="generation_failed")
+    failure.__cause__ = error
+    return failure
+
+
+def _clear(error: BaseException) -> None:
+    """Clear the frames of an error's traceback, those that called them, and those of the errors that it came of."""
+    errors: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while errors:
+        one = errors.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        errors += [one.__cause__, one.__context__]
+        if isinstance(one, BaseExceptionGroup):
+            errors += one.exceptions
+        entry = one.__traceback__
+        while entry is not None:
+            frame: FrameType | None = entry.tb_frame
+            while frame is not None and id(frame) not in seen:
+                seen.add(id(frame))
+                with contextlib.suppress(RuntimeError):  # it runs, or waits in a greenlet
+                    frame.clear()
+                frame = frame.f_back
+            entry = entry.tb_next
