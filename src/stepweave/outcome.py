@@ -52,9 +52,9 @@ class Outcome:
 
         Context variables that the call sets are its own.
         """
-        apart = greenlet.greenlet(lambda: cls.of(function, *args, **kwargs))  # whose frames know of none outside
+        apart = greenlet.greenlet(cls.of)  # whose frames know of none outside; no closure, which a frame would hold on to
         apart.gr_context = contextvars.copy_context()
-        outcome: Outcome = apart.switch()
+        outcome: Outcome = apart.switch(function, *args, **kwargs)
         outcome.let_go()
         return outcome
 
@@ -102,5 +102,6 @@ def _clear(error: BaseException) -> None:
                 seen.add(id(frame))
                 with contextlib.suppress(RuntimeError):  # it runs, or waits in a greenlet
                     frame.clear()
+                    dict(frame.f_locals)  # has it forget what `locals()` gave, which diffusers calls
                 frame = frame.f_back
             entry = entry.tb_next

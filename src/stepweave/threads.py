@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 from stepweave.outcome import Outcome, carried
@@ -33,7 +34,7 @@ class DaemonExecutor(Executor):
         with self._lock:
             if self._closed:
                 raise RuntimeError("The executor is shut down.")
-            self._work.put((future, lambda: function(*args, **kwargs)))
+            self._work.put((future, partial(function, *args, **kwargs)))
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -86,7 +87,7 @@ async def on_thread(executor: Executor | None, function: Callable[P, T], /, *arg
     To be used in place of `run_in_executor` and `asyncio.to_thread`, which never return where the call raises StopIteration.
     """
     loop = asyncio.get_running_loop()
-    outcome = await loop.run_in_executor(executor, lambda: Outcome.apart(function, *args, **kwargs))
+    outcome = await loop.run_in_executor(executor, partial(Outcome.apart, function, *args, **kwargs))
     try:
         if outcome.error is not None:
             raise carried(outcome.error, f"{getattr(function, '__name__', 'a call')}()")

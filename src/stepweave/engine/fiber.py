@@ -100,12 +100,12 @@ class Fiber:
         It sees the fiber's context variables, gradient mode and autocast, and what it sets of these the fiber has. Not the
         default dtype: that is the whole process's.
         """
-        apart = greenlet.greenlet(lambda: Outcome.of(function))
+        apart = greenlet.greenlet(Outcome.of)
         apart.gr_context = self._greenlet.gr_context
         outside = current(self._kinds)
         apply(self._ambient._replace(dtype=outside.dtype), outside)
         try:
-            outcome: Outcome = apart.switch()
+            outcome: Outcome = apart.switch(function)
         finally:
             after = current(self._kinds)
             self._ambient = after._replace(dtype=self._ambient.dtype)

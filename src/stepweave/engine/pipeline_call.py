@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -123,7 +124,7 @@ def _elsewhere(method: Callable[..., Any], known: bool) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         if current_fiber() is None or torch.is_grad_enabled() or not suspendable():
             return method(*args, **kwargs)
-        answer = suspend(Offload(lambda: method(*args, **kwargs), known))
+        answer = suspend(Offload(partial(method, *args, **kwargs), known))
         if isinstance(answer, RunYourself):
             return method(*args, **kwargs)
         return answer.get() if isinstance(answer, Outcome) else answer
