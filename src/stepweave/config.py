@@ -157,7 +157,10 @@ class Settings(BaseSettings):
         300, ge=0, description="Seconds after a drain, or at the end, that what runs may take to finish."
     )
     stuck_seconds: float = Field(
-        600, gt=0, description="Seconds of one forward after which the engine counts as stuck, and `/livez` fails."
+        600,
+        gt=0,
+        description="Seconds of one forward after which the engine counts as stuck, and `/livez` fails; and seconds after which "
+        "a request fails whose job is done but not answered.",
     )
 
     @field_validator("quantization", mode="before")

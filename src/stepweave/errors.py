@@ -23,7 +23,7 @@ StepweaveError (500)
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 SHOWN = 80  # characters of an offending value that a message repeats
 
@@ -53,6 +53,12 @@ class StepweaveError(Exception):
         self.code = code or type(self).__name__.lower()
         self.param = param
         self.retry_after = None if retry_after is None else max(1, math.ceil(retry_after))
+
+    def again(self) -> Self:
+        """The same, to be raised once more: an error's traceback holds on to all who raise it."""
+        twin = type(self).__new__(type(self), *self.args)
+        twin.__dict__.update(self.__dict__)
+        return twin
 
     def body(self) -> dict[str, Any]:
         """The body of the answer, in OpenAI's error shape."""

@@ -7,7 +7,6 @@ to them, travels, and what an error becomes for who waits is said in one place.
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import contextlib
 import contextvars
@@ -21,14 +20,7 @@ import greenlet
 from stepweave.errors import StepweaveError
 
 # exceptions that mean something to what carries them, besides all that are no Exception
-_SIGNALS = (
-    StopIteration,
-    StopAsyncIteration,
-    TimeoutError,  # as of a wait that may be repeated
-    concurrent.futures.CancelledError,
-    concurrent.futures.InvalidStateError,
-    asyncio.InvalidStateError,
-)
+_SIGNALS = (StopIteration, StopAsyncIteration, concurrent.futures.CancelledError)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -52,7 +44,9 @@ class Outcome:
 
         Context variables that the call sets are its own.
         """
-        apart = greenlet.greenlet(cls.of)  # whose frames know of none outside; no closure, which a frame would hold on to
+        apart = greenlet.greenlet(
+            cls.of
+        )  # whose frames know of none outside; no closure, which a frame would hold on to
         apart.gr_context = contextvars.copy_context()
         outcome: Outcome = apart.switch(function, *args, **kwargs)
         outcome.let_go()
@@ -73,10 +67,10 @@ class Outcome:
             del self  # which the traceback would hold, and it the error
 
 
-def carried(error: BaseException, source: str) -> Exception:
-    """The error, or one of ours in place of one that would mean something to what carries it, or to who waits: it names the
-    `source` and has the error for its cause."""
-    if isinstance(error, Exception) and not isinstance(error, _SIGNALS):
+def carried(error: BaseException, source: str, *signals: type[Exception]) -> Exception:
+    """The error, or one of ours in place of one that would mean something to what carries it, or is of `signals`, which do to who
+    waits: it names the `source` and has the error for its cause."""
+    if isinstance(error, Exception) and not isinstance(error, (*_SIGNALS, *signals)):
         return error
     failure = StepweaveError(f"{source} raised {type(error).__name__}.", code="generation_failed")
     failure.__cause__ = error

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from stepweave.generation import OutputFormat, Parameters
 from stepweave.images.encode import encode
+from stepweave.threads import on_thread
 
 if TYPE_CHECKING:
     from stepweave.engine import Latents
@@ -80,11 +81,12 @@ class Partials:
         self.end()
 
     def end(self) -> None:
-        """Make no more."""
+        """Make no more, and let go of who is told of them."""
         self._over = True
+        self._notify = lambda: None
 
     async def _make(self, latents: Latents, before: asyncio.Future[None] | None) -> None:
-        made = asyncio.get_running_loop().run_in_executor(self._pool, self._files, latents)
+        made = on_thread(self._pool, self._files, latents)
         try:
             if before is not None:
                 await before  # another thread may take longer for it

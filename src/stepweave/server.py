@@ -7,7 +7,6 @@ import logging
 import threading
 import time
 from collections.abc import Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from stepweave.images.encode import check_file
 from stepweave.jobs import Jobs
 from stepweave.scheduling.admission import Admission
 from stepweave.telemetry.metrics import Metrics
+from stepweave.threads import DaemonExecutor, on_thread
 from stepweave.ticket import Means, Ticket
 
 if TYPE_CHECKING:
@@ -39,7 +39,10 @@ logger = logging.getLogger(__name__)
 ENCODERS = 2  # threads that encode picture files
 LOADING_RETRY_SECONDS = 5
 DRAINING_RETRY_SECONDS = 10
-ENDING_SECONDS = 30.0  # that jobs have to end in once they were told to: the longest step that is waited for
+ENDING_SECONDS = (
+    30.0  # that jobs have to end in once they were told to, their results to be kept, and the process to end
+)
+KEEPING_SECONDS = 5.0  # of these, left for what comes after the longest step that is waited for
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,10 @@ class Server:
             engine=lambda: self.engine.stats() if self.engine else None,
             ready=lambda: self.health().stage == "ready",
         )
-        self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="stepweave-encode")
-        self._drawers = ThreadPoolExecutor(
-            1, thread_name_prefix="stepweave-preview"
-        )  # apart: they must not hold up pictures
+        self._encoders = DaemonExecutor(ENCODERS, "stepweave-encode")
+        self._drawers = DaemonExecutor(1, "stepweave-preview")  # apart: they must not hold up pictures
+        self._closers = DaemonExecutor(2, "stepweave-close")
+        self._ending_at: float | None = None  # when what is left is told to end, in seconds of the monotonic clock
         self._loader = threading.Thread(target=self._load, name="stepweave-load", daemon=True)
 
     def start(self) -> None:
@@ -95,7 +98,16 @@ class Server:
         if self.status.stage in ("draining", "failed", "closed"):
             return
         self._enter("draining", 1.0, f"{len(self.tickets)} requests are left")
-        asyncio.get_running_loop().call_later(self.settings.grace, self._end)
+        self._ending_at = time.monotonic() + self.settings.grace
+        loop = asyncio.get_running_loop()
+        loop.call_later(self.settings.grace, self._end)
+        # connections wait for their answers, and the hook that shuts down for the connections
+        loop.call_later(self.settings.grace + ENDING_SECONDS - KEEPING_SECONDS, self._cut_off)
+
+    def _cut_off(self) -> None:
+        """Have the requests fail that hang."""
+        if self.tickets and self.engine is not None:
+            self._closers.submit(self.engine.close, 0.0)
 
     def _end(self) -> None:
         for ticket in list(self.tickets.values()):
@@ -108,28 +120,45 @@ class Server:
             )
 
     async def shut_down(self) -> None:
-        """Drain, wait for what was accepted, keep its results, and close."""
+        """Drain, wait for what was accepted, keep its results, and close: at most `ENDING_SECONDS` after the grace period."""
         self.drain()
-        if await self._wait(self.settings.grace):
+        ending = time.monotonic() if self._ending_at is None else self._ending_at
+        if await self._wait(ending):
             self._end()
-            await self._wait(ENDING_SECONDS)
-        await asyncio.to_thread(self.close)
+            until = max(ending + ENDING_SECONDS, time.monotonic() + KEEPING_SECONDS)
+        else:
+            until = time.monotonic() + ENDING_SECONDS
+        await self._wait(until - KEEPING_SECONDS)
+        if self.engine is not None:
+            left = max(0.0, until - KEEPING_SECONDS - time.monotonic())
+            await on_thread(self._closers, self.engine.close, left)
+        await self._wait(until - KEEPING_SECONDS / 2)
+        closing = asyncio.ensure_future(on_thread(self._closers, self.close, until))
+        if not (await asyncio.wait({closing}, timeout=max(0.0, until - time.monotonic())))[0]:
+            logger.error("the stores of jobs and pictures could not be closed in time")
+        else:
+            closing.result()
 
-    async def _wait(self, seconds: float) -> bool:
-        """Wait until all work has been delivered and kept; whether some is left."""
-        until = time.monotonic() + seconds
+    async def _wait(self, until: float) -> bool:
+        """Wait until all work has been delivered and kept, or to a time of the monotonic clock; whether some is left."""
         while left := [one.ended() for one in self.tickets.values()] + (self.jobs.keeping() if self.jobs else []):
             if (await asyncio.wait(left, timeout=max(0.0, until - time.monotonic())))[1]:
                 return True
         return False
 
-    def close(self) -> None:
-        """End the engine. What is still running ends at its next step with an error."""
+    def close(self, until: float | None = None) -> None:
+        """End the engine. What is still running ends at its next step with an error; what hangs is left behind, at a time of the
+        monotonic clock, `ENDING_SECONDS` from now if None."""
+        until = time.monotonic() + ENDING_SECONDS if until is None else until
+
+        def left() -> float:
+            return max(0.0, until - time.monotonic())
+
         self.status = Status("closed", 0.0, "the server has shut down")
         if self.engine is not None:
-            self.engine.close()
-        self._encoders.shutdown(wait=True)
-        self._drawers.shutdown(wait=True, cancel_futures=True)
+            self.engine.close(left())
+        if not self._drawers.end(left(), cancel_futures=True) or not self._encoders.end(left()):
+            logger.error("pictures or previews are still being encoded; they are left behind")
         if self.jobs is not None:
             self.jobs.close()
 
@@ -267,7 +296,7 @@ class Server:
             # an edit's pictures are brought to its size
             edit = sources is not None
             call, pictures = (
-                await asyncio.to_thread(_prepare, served, parameters) if edit else _prepare(served, parameters)
+                await on_thread(None, _prepare, served, parameters) if edit else _prepare(served, parameters)
             )
             token = hash((request.model_dump_json(), n, strength, pictures))
             ticket = self._enter_engine(request, parameters, call, token, previews, began)
@@ -301,6 +330,8 @@ class Server:
             drawers=self._drawers,
             previewer=self.previewer,
             scheduler=served.scheduler,
+            holds=engine.holds,
+            answer_seconds=self.settings.stuck_seconds,
         )
         ticket = Ticket(request, parameters, means, previews)
         deadline = None if request.deadline_ms is None else request.deadline_ms / 1000

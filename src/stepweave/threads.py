@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor, Future
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
@@ -15,18 +17,20 @@ from stepweave.outcome import Outcome, carried
 
 P = ParamSpec("P")
 T = TypeVar("T")
+_Work = queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
 
 
 class DaemonExecutor(Executor):
     """As the standard library's ThreadPoolExecutor, whose threads Python joins before it ends, however long that takes."""
 
     def __init__(self, threads: int, name: str) -> None:
-        self._work: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._work: _Work = queue.SimpleQueue()
+        self._most = threads
+        self._name = name
         self._closed = False
         self._lock = threading.Lock()
-        self._threads = [threading.Thread(target=self._serve, name=f"{name}_{i}", daemon=True) for i in range(threads)]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []  # begun as there is work
+        weakref.finalize(self, self._work.put, None)
 
     def submit(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Raises RuntimeError once it is shut down."""
@@ -35,6 +39,10 @@ class DaemonExecutor(Executor):
             if self._closed:
                 raise RuntimeError("The executor is shut down.")
             self._work.put((future, partial(function, *args, **kwargs)))
+            if len(self._threads) < self._most:
+                name = f"{self._name}_{len(self._threads)}"
+                self._threads.append(threading.Thread(target=_serve, args=[self._work], name=name, daemon=True))
+                self._threads[-1].start()
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -60,38 +68,50 @@ class DaemonExecutor(Executor):
                 return
             self._closed = True
             if cancel_futures:
-                while not self._work.empty():
-                    item = self._work.get()
-                    if item is not None:
+                with contextlib.suppress(queue.Empty):
+                    while (item := self._work.get_nowait()) is not None:
                         item[0].cancel()
-            for _ in self._threads:
-                self._work.put(None)
-
-    def _serve(self) -> None:
-        while (item := self._work.get()) is not None:
-            future, function = item
-            del item
-            if future.set_running_or_notify_cancel():
-                outcome = Outcome.apart(function)
-                if outcome.error is None:
-                    future.set_result(outcome.value)
-                else:
-                    future.set_exception(outcome.error)
-                del outcome
-            del future, function
+            self._work.put(None)
 
 
-async def on_thread(executor: Executor | None, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """What a call gives on a thread of the executor, or of the event loop's own. Raises what it raises, as `carried`.
+def _serve(work: _Work) -> None:
+    while (item := work.get()) is not None:
+        future, function = item
+        del item
+        if future.set_running_or_notify_cancel():
+            outcome = Outcome.apart(function)
+            if outcome.error is None:
+                future.set_result(outcome.value)
+            else:
+                future.set_exception(outcome.error)
+            del outcome
+        del future, function  # before the next one comes
+    work.put(None)  # for the other threads
 
-    To be used in place of `run_in_executor` and `asyncio.to_thread`, which never return where the call raises StopIteration.
+
+_common = DaemonExecutor(32, "stepweave-work")
+
+
+def on_thread(
+    executor: Executor | None, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+) -> Coroutine[Any, Any, T]:
+    """What a call gives on a thread of the executor, or of one for all; it is submitted at once. Raises what it raises, as
+    `carried`.
+
+    In place of `run_in_executor` and `asyncio.to_thread`, which never return where the call raises StopIteration, and whose
+    threads hold up the end of the process.
     """
-    loop = asyncio.get_running_loop()
-    outcome = await loop.run_in_executor(executor, partial(Outcome.apart, function, *args, **kwargs))
+    work = partial(Outcome.apart, function, *args, **kwargs)
+    return _got(asyncio.get_running_loop().run_in_executor(executor or _common, work), function)
+
+
+async def _got(future: asyncio.Future[Outcome], function: Callable[..., T]) -> T:
+    outcome = await future
+    del future
     try:
         if outcome.error is not None:
             raise carried(outcome.error, f"{getattr(function, '__name__', 'a call')}()")
         value: T = outcome.value
         return value
     finally:
-        del outcome
+        del outcome  # which an error's traceback would hold, and it that

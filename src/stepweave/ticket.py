@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from stepweave.errors import Cancelled, DeadlineExceeded, OutOfMemory, RequestError, StepweaveError
 from stepweave.generation import Answer, Generation, Parameters, PictureFile, Timings
 from stepweave.images.encode import encode
+from stepweave.outcome import Outcome
 from stepweave.partials import Partial, Partials
-from stepweave.telemetry.metrics import Metrics
+from stepweave.telemetry.metrics import Metrics, outcome_of
+from stepweave.threads import on_thread
 
 if TYPE_CHECKING:
     from stepweave.api.schemas import ImageRequest
@@ -28,6 +30,7 @@ logger = logging.getLogger(__name__)
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 ResponseFormat = Literal["b64_json", "url"]
 PLACE_SECONDS = 0.5  # between two looks at the place in the queue
+WATCH_SECONDS = 1.0  # between two looks whether a job is done
 SILENT_SECONDS = 15.0  # after which a follower is told that there is nothing new
 
 
@@ -63,6 +66,8 @@ class Means:
     drawers: Executor  # of previews
     previewer: Previewer | None = None
     scheduler: str | None = None  # the pipeline's own
+    holds: Callable[[Job], bool] = lambda job: True  # whether the engine has the job
+    answer_seconds: float = 600.0  # after a job is done
 
 
 class Ticket:
@@ -94,13 +99,16 @@ class Ticket:
         self._changed = asyncio.Event()
         self._reason: StepweaveError | None = None
         self._job: Job | None = None
-        self._task: asyncio.Task[Answer] | None = None
+        self._task: asyncio.Task[Answer | None] | None = None
+        self._over: float | None = None  # since when its job is done, as far as was seen
+        self._overdue = False
+        self._watching: asyncio.TimerHandle | None = None
 
     def begin(self, job: Job, due: float | None) -> None:
         """The engine has taken its job, which is expected to be done at `due`, in seconds of the monotonic clock."""
         self._job = job
         self._task = asyncio.create_task(self._run(due))
-        self._task.add_done_callback(lambda task: task.cancelled() or task.exception())  # somebody else may tell of it
+        self._watch()
 
     @property
     def job(self) -> Job:
@@ -176,7 +184,12 @@ class Ticket:
     async def result(self) -> Answer:
         """Raises what ended it. Cancelling the awaiting task leaves it as it is."""
         assert self._task is not None
-        return await asyncio.shield(self._task)
+        await asyncio.wait({self._task})
+        if self.error is not None:
+            raise self.error.again()
+        answer = self._task.result()
+        assert answer is not None
+        return answer
 
     async def updates(self, *, progress: bool = True) -> AsyncIterator[Update | None]:
         """What happens from now on, till the end: place and progress when they change, and all previews in their order.
@@ -237,38 +250,72 @@ class Ticket:
             self._placed = False
             self._means.leave()
 
-    async def _run(self, due: float | None) -> Answer:
-        job, metrics = self.job, self._means.metrics
+    def _watch(self) -> None:
+        """Have it fail if its job is done and nothing comes of that for too long: whatever it waits for, its place must come
+        back."""
+        if self.done:
+            return
+        now, limit = time.monotonic(), self._means.answer_seconds
+        if self._over is None and (self.job.finished is not None or not self._means.holds(self.job)):
+            self._over = now
+        if self._over is not None and now - self._over >= limit:
+            assert self._task is not None
+            self._overdue = True
+            self._task.cancel()
+        self._watching = self._loop.call_later(min(WATCH_SECONDS, limit), self._watch)
+
+    async def _run(self, due: float | None) -> Answer | None:
+        """Its answer; None if it fails, with `error`."""
+        answer = None
         try:
-            with metrics.counted():
-                output = await self._output()
-                metrics.generated(job, due)
-                warnings = [*self.warnings, *job.warnings]
-                generation = Generation(self.parameters, output.images, Timings.of(job), warnings)
-                if self._partials is not None:
-                    await self._partials.settle()
-                pictures = await self._encode(generation)
-        except (RequestError, OutOfMemory) as error:
-            self.error = error
-            if isinstance(error, (Cancelled, DeadlineExceeded)) or error is self._reason:
-                metrics.steps_saved.inc(max(0, self.steps - job.progress.step))
-            raise
-        except asyncio.CancelledError:  # the loop ends
-            self.error = Cancelled()
-            raise
-        except Exception as error:
-            values = {name: value for name, value in self.parameters.of_image(0).items() if "prompt" not in name}
-            logger.exception("a job failed: %r, %s", job, values)
-            failure = f"The generation failed ({type(error).__name__})."
-            self.error = StepweaveError(failure, code="generation_failed")
-            raise self.error from error
+            answer = await self._answer(due)
+        except (Exception, asyncio.CancelledError) as error:
+            self.error = self._told(error)
         finally:
             if not self.kept:
                 self.leave()
+            if self._partials is not None:
+                self._partials.end()
+            if self._watching is not None:
+                self._watching.cancel()
             self._tell(self._notify)
+            self._means.metrics.requests.labels("succeeded" if self.error is None else outcome_of(self.error)).inc()
+            Outcome(error=self.error).let_go()
+            del self  # which the error's traceback would hold
+        return answer
+
+    async def _answer(self, due: float | None) -> Answer:
+        job, metrics = self.job, self._means.metrics
+        output = await self._output()
+        metrics.generated(job, due)
+        warnings = [*self.warnings, *job.warnings]
+        generation = Generation(self.parameters, output.images, Timings.of(job), warnings)
+        if self._partials is not None:
+            await self._partials.settle()
+        pictures = await self._encode(generation)
         generation.timings.total = time.monotonic() - self._began
         metrics.request_seconds.observe(generation.timings.total)
         return Answer(self._body(generation), pictures)
+
+    def _told(self, error: BaseException) -> StepweaveError:
+        """What to tell of an error that ends it."""
+        values = {name: value for name, value in self.parameters.of_image(0).items() if "prompt" not in name}
+        if self._overdue:
+            limit = self._means.answer_seconds
+            logger.error("nothing came of a job for %g s after it was done: %r, %s", limit, self.job, values)
+            message = f"The images were made, but not delivered within {limit:g} s."
+            return StepweaveError(message, code="not_delivered")
+        if isinstance(error, asyncio.CancelledError):  # the loop ends
+            return Cancelled()
+        if isinstance(error, (RequestError, OutOfMemory)):
+            if isinstance(error, (Cancelled, DeadlineExceeded)) or error is self._reason:
+                self._means.metrics.steps_saved.inc(max(0, self.steps - self.job.progress.step))
+            return error
+        logger.error("a job failed: %r, %s", self.job, values, exc_info=error)
+        cause = error.__cause__ if isinstance(error, StepweaveError) and error.__cause__ is not None else error
+        failure = StepweaveError(f"The generation failed ({type(cause).__name__}).", code="generation_failed")
+        failure.__cause__ = error
+        return failure
 
     async def _output(self) -> Any:
         try:
@@ -287,7 +334,7 @@ class Ticket:
         values = [generation.parameters.of_image(i) for i in range(len(generation.images))]
         encoded = await asyncio.gather(
             *(
-                self._loop.run_in_executor(
+                on_thread(
                     self._means.encoders,
                     encode,
                     image,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
 from typing import Any
@@ -13,6 +12,7 @@ from starlette.responses import Response
 from stepweave.errors import InvalidRequest, shown
 from stepweave.generation import Answer, OutputFormat
 from stepweave.store import FileStore
+from stepweave.threads import on_thread
 
 MAX_WARNINGS_HEADER = 4096  # bytes; proxies refuse headers of 8 KB
 EVENT_STREAM = "text/event-stream"
@@ -71,7 +71,7 @@ def one_picture(n: int, chosen: OutputFormat, output_format: OutputFormat, forma
 async def json_answer(answer: Answer, base: str | None, files: FileStore) -> bytes:
     """The JSON body, pictures as URLs that begin with `base`, or in base64 without one."""
     if base is None:
-        return await asyncio.to_thread(_inline, answer)
+        return await on_thread(None, _inline, answer)
     return json.dumps({**answer.body, "data": await urls(answer, base, files)}).encode()
 
 

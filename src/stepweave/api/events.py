@@ -20,6 +20,7 @@ from stepweave.generation import Answer
 from stepweave.jobs import Followed
 from stepweave.partials import Partial
 from stepweave.store import FileStore
+from stepweave.threads import on_thread
 from stepweave.ticket import Queued, Ticket, Update
 
 COMMENT = b": still here\n\n"  # keeps proxies from closing the connection
@@ -43,7 +44,7 @@ async def events(
                 yield COMMENT
             elif isinstance(update, Partial):
                 assert isinstance(job, Ticket)  # a kept job has no previews left
-                yield await asyncio.to_thread(_partial, prefix, update, job)
+                yield await on_thread(None, _partial, prefix, update, job)
             else:
                 yield _progress(job.id, update)
         answer = await job.result()
@@ -81,7 +82,7 @@ def _progress(id: str, update: Update) -> bytes:
 async def _completed(prefix: str, answer: Answer, index: int, files: FileStore, base: str | None) -> bytes:
     name, picture = f"{prefix}.completed", answer.pictures[index]
     if base is None:
-        content = {"b64_json": (await asyncio.to_thread(base64.b64encode, picture.data)).decode()}
+        content = {"b64_json": (await on_thread(None, base64.b64encode, picture.data)).decode()}
     else:
         content = {"url": (await urls(Answer(answer.body, [picture]), base, files))[0]["url"]}
     parameters = answer.body["parameters"]
@@ -100,7 +101,7 @@ async def _completed(prefix: str, answer: Answer, index: int, files: FileStore, 
         "timings": answer.body["timings"],
         "warnings": answer.body["warnings"],
     }
-    return await asyncio.to_thread(event, name, data)
+    return await on_thread(None, event, name, data)
 
 
 class EventStream(Response):

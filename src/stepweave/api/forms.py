@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from python_multipart.multipart import parse_options_header
 from starlette.exceptions import HTTPException
@@ -17,13 +15,14 @@ from stepweave.errors import Cancelled, InvalidRequest, shown
 from stepweave.generation import Sources
 from stepweave.images.uploads import read_sources
 from stepweave.server import Server
+from stepweave.threads import DaemonExecutor, on_thread
 
 PICTURES = ("image", "mask")
 READERS = 2  # threads that decode pictures
 MAX_FIELDS = 64
 MAX_FIELD_BYTES = 64 * 1024
 CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")
-_readers = ThreadPoolExecutor(READERS, thread_name_prefix="stepweave-upload")
+_readers = DaemonExecutor(READERS, "stepweave-upload")
 
 
 async def read_form(request: Request, files: Sequence[str] = PICTURES) -> tuple[dict[str, str], dict[str, bytes]]:
@@ -86,4 +85,4 @@ async def read_pictures(files: Mapping[str, bytes], server: Server, *, joining: 
         sources = read_sources(files["image"], files.get("mask"), max_pixels=server.settings.max_pixels)
         return sources, b"".join(hashlib.sha256(files.get(name, b"")).digest() for name in PICTURES)
 
-    return await asyncio.get_running_loop().run_in_executor(_readers, read)
+    return await on_thread(_readers, read)

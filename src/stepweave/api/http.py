@@ -21,6 +21,7 @@ from stepweave.api.openapi import OpenApi
 from stepweave.api.responses import handle_error
 from stepweave.errors import StepweaveError
 from stepweave.server import Server
+from stepweave.threads import on_thread
 
 
 class Api:
@@ -94,5 +95,5 @@ class Api:
 
     async def metrics(self, request: Request) -> Response:
         # off the loop: CUDA's memory query may wait for the driver
-        content = await asyncio.to_thread(self.server.metrics.render)
+        content = await on_thread(None, self.server.metrics.render)
         return Response(content, headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -39,6 +39,7 @@ from stepweave.api.tensors import (
 )
 from stepweave.errors import InvalidRequest, NotFound, UnsupportedMedia, shown
 from stepweave.server import Server
+from stepweave.threads import on_thread
 
 if TYPE_CHECKING:
     from stepweave.generation import Answer
@@ -124,7 +125,7 @@ class InferenceApi:
                 )
             body = await read_body(request)
             # off the loop: a body may be long
-            message, images = await asyncio.to_thread(self._read, request, body, model)
+            message, images = await on_thread(None, self._read, request, body, model)
             outputs = _requested(message)
             asked = "\n".join(image.model_dump_json() for image in images)
             claims = [claim_of(request, asked, part=i) for i in range(len(images))]
@@ -133,7 +134,7 @@ class InferenceApi:
             for claim, image in zip(claims, images, strict=True)
         ]
         answers = await until_disconnect(request, together(work))
-        content, length = await asyncio.to_thread(_write, message, outputs, answers)
+        content, length = await on_thread(None, _write, message, outputs, answers)
         if length is None:
             return Response(content, media_type="application/json")
         return Response(content, media_type="application/octet-stream", headers={HEADER_LENGTH: str(length)})

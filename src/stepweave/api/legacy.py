@@ -19,6 +19,7 @@ from stepweave.api.urls import base_url
 from stepweave.errors import InvalidRequest, NotFound, shown
 from stepweave.jobs import Claim
 from stepweave.server import Server
+from stepweave.threads import on_thread
 
 DEFAULT_STEPS = 28  # the example server's
 TYPE = "t2im"  # what it calls text to image
@@ -114,7 +115,7 @@ class LegacyApi:
         if model is None:
             raise self.server.unavailable()
         # off the loop: CUDA's memory query may wait for the driver
-        counts, memory = await asyncio.to_thread(self._measure)
+        counts, memory = await on_thread(None, self._measure)
         return JSONResponse({"current_model": model.id, "type_models": TYPE, "memory": memory, **counts})
 
     def _measure(self) -> tuple[dict[str, int], dict[str, Any]]:

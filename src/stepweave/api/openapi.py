@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import functools
 import inspect
@@ -35,6 +34,7 @@ from stepweave.api.operations import (
 from stepweave.api.schemas import EditRequest, GenerationRequest, NativeEditRequest
 from stepweave.errors import MethodNotAllowed, Refused, StepweaveError, Unauthorized, Unavailable
 from stepweave.server import Server
+from stepweave.threads import on_thread
 
 REF = "#/components/schemas/{model}"
 DIALECT = "https://spec.openapis.org/oas/3.1/dialect/base"
@@ -64,7 +64,7 @@ class OpenApi:
 
     async def document(self, request: Request) -> Response:
         mounted = {route.path_format for route in request.app.routes if isinstance(route, Route)}
-        content = await asyncio.to_thread(lambda: json.dumps(make_document(self.server, mounted)))
+        content = await on_thread(None, lambda: json.dumps(make_document(self.server, mounted)))
         return Response(content, media_type=JSON)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -11,6 +10,7 @@ from pydantic_core import from_json, to_json
 
 from stepweave.errors import SHOWN, InvalidRequest, UnsupportedMedia, shown
 from stepweave.generation import MAX_SEED, OutputFormat, PriorityName
+from stepweave.threads import on_thread
 
 MAX_DEADLINE_MS = 24 * 3600 * 1000
 MAX_PARTIAL_IMAGES = 3
@@ -136,7 +136,7 @@ def parse(body: bytes, schema: type[RequestT]) -> RequestT:
 
 async def parse_off_loop(body: bytes, schema: type[RequestT]) -> RequestT:
     """As `parse`, on another thread if the body is long."""
-    return await asyncio.to_thread(parse, body, schema) if len(body) > LONG else parse(body, schema)
+    return await on_thread(None, parse, body, schema) if len(body) > LONG else parse(body, schema)
 
 
 def _without(nullable: tuple[str, ...], body: bytes, schema: type[BaseModel]) -> bytes:

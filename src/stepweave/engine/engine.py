@@ -296,6 +296,10 @@ class StepEngine:
             fits=self._loop.fits if self._loop else lambda demand: True,
         )
 
+    def holds(self, job: Job) -> bool:
+        """Whether a job is not done."""
+        return self._planner.has(job)
+
     def standings(self) -> dict[str, Standing]:
         """Position and seconds to go of each job that is not done, by its id."""
         return self._planner.standings()

@@ -327,4 +327,4 @@ class Job:
             )
             too_little.__cause__ = error
             return too_little
-        return carried(error, "The pipeline")
+        return carried(error, "The pipeline", TimeoutError)  # as `result` raises that is not done

@@ -107,6 +107,9 @@ class Planner:
         """All that are not done."""
         return list(self._jobs.values())
 
+    def has(self, job: Job) -> bool:
+        return job.id in self._jobs
+
     def saw(self, job: Job, call: Call) -> None:
         """A job waits for a forward."""
         task, (step, total) = job.task, job.progress

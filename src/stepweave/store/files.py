@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import os
@@ -10,12 +9,12 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, ParamSpec, Protocol, TypeVar
 
 from stepweave.errors import StepweaveError, shown
+from stepweave.threads import DaemonExecutor, on_thread
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +97,8 @@ class DirectoryFileStore:
         self._bytes = 0
         self._gone: list[str] = []  # made room since the last sweep
         self._closed = False
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="file-writer")
-        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="file-reader")
+        self._writer = DaemonExecutor(1, "file-writer")
+        self._readers = DaemonExecutor(READERS, "file-reader")
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._read_directory()
@@ -209,15 +208,15 @@ class DirectoryFileStore:
     async def close(self) -> None:
         if not self._closed:
             self._closed = True
-            await asyncio.get_running_loop().run_in_executor(self._writer, lambda: None)  # behind all that was begun
+            await on_thread(self._writer, lambda: None)  # behind all that was begun
             self._writer.shutdown(wait=False)
             self._readers.shutdown(wait=False)
 
-    async def _run(self, executor: ThreadPoolExecutor, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def _run(self, executor: DaemonExecutor, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         if self._closed:
             raise StepweaveError("The file store is closed.", code="store_failed")
         try:
-            return await asyncio.get_running_loop().run_in_executor(executor, lambda: work(*args, **kwargs))
+            return await on_thread(executor, work, *args, **kwargs)
         except OSError as error:
             raise self._failure(error) from error
 

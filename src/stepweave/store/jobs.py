@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import math
@@ -11,12 +10,12 @@ import re
 import sqlite3
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 from stepweave.errors import InvalidRequest, StepweaveError, shown
+from stepweave.threads import DaemonExecutor, on_thread
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +174,7 @@ class SqliteJobStore:
         self._keep_records = keep_records
         self._clock = clock
         self._closed = False
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="job-store")
+        self._thread = DaemonExecutor(1, "job-store")
         try:
             self._connection = self._thread.submit(self._open).result()
         except (OSError, sqlite3.Error) as error:
@@ -276,7 +275,7 @@ class SqliteJobStore:
     async def close(self) -> None:
         if not self._closed:
             self._closed = True
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._connection.close)
+            await on_thread(self._thread, self._connection.close)
             self._thread.shutdown(wait=False)
 
     async def _one(self, query: str, arguments: tuple[Any, ...]) -> JobRecord | None:
@@ -300,7 +299,7 @@ class SqliteJobStore:
                 return work(connection)
 
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, transaction)
+            return await on_thread(self._thread, transaction)
         except sqlite3.Error as error:
             raise self._failure(error) from error
 
