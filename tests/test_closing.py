@@ -60,9 +60,9 @@ class Processor:
 class Pipeline(DiffusionPipeline):  # type: ignore[misc]
     """Hangs in its module's second forward, or in work on its images."""
 
-    def __init__(self) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.register_modules(network=Hanging().eval())
+        self.register_modules(network=network)
         self.set_progress_bar_config(disable=True)
         self.image_processor = Processor(self.network.outside)
 
@@ -76,7 +76,7 @@ class Pipeline(DiffusionPipeline):  # type: ignore[misc]
 
 @pytest.fixture
 def pipeline() -> Iterator[Pipeline]:
-    pipeline = Pipeline()
+    pipeline = Pipeline(Hanging().eval())
     yield pipeline
     pipeline.network.outside.let_go.set()
 
@@ -223,7 +223,7 @@ from tests.waiting import SECONDS
 def hang(what):
     if what == "server":
         return asyncio.run(server())
-    pipeline = test_closing.Pipeline()
+    pipeline = test_closing.Pipeline(test_closing.Hanging().eval())
     engine = StepEngine(pipeline, mode="step" if what != "threads" else what)
     engine.submit(1 if what == "images" else 3)
     assert pipeline.network.outside.hangs.wait(SECONDS)

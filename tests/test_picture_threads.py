@@ -61,11 +61,10 @@ class Known(VaeImageProcessor):  # type: ignore[misc]
 
 
 class Pipeline(DiffusionPipeline):  # type: ignore[misc]
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.register_modules(network=nn.Linear(2, 2).eval())
+        self.register_modules(network=network)
         self.set_progress_bar_config(disable=True)
-        self.image_processor = processor
 
     @torch.no_grad()
     def __call__(
@@ -93,6 +92,12 @@ class Pipeline(DiffusionPipeline):  # type: ignore[misc]
         return found, after, name
 
 
+def made(kind: type[Pipeline], processor: Any) -> Pipeline:
+    pipeline = kind(nn.Linear(2, 2).eval())
+    pipeline.image_processor = processor
+    return pipeline
+
+
 CALLS: dict[str, dict[str, Any]] = {
     "nothing": {},
     "variables": {"value": "mine"},
@@ -108,7 +113,7 @@ def plainly(processor: Any, **arguments: Any) -> Any:
     """A plain call's result; what it sets ends with it."""
     grad, autocast = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
     try:
-        return contextvars.copy_context().run(Pipeline(processor), **arguments)
+        return contextvars.copy_context().run(made(Pipeline, processor), **arguments)
     finally:
         torch.set_grad_enabled(grad)
         torch.set_autocast_enabled("cpu", autocast)
@@ -122,7 +127,7 @@ def test_work_on_images_finds_what_it_finds_in_the_plain_call(name: str, known: 
     expected = plainly(processor, **arguments, seed=7)
     with (
         patch("stepweave.engine.pipeline_call.comes_with_a_library", lambda kind: known),
-        StepEngine(Pipeline(processor)) as engine,
+        StepEngine(made(Pipeline, processor)) as engine,
     ):
         for _ in range(3):  # the first ones of a kind are looked at
             found, after, thread = engine.submit(**arguments, seed=7).result(SECONDS)
@@ -145,7 +150,7 @@ def test_work_on_images_of_somebodys_own_moves_where_nothing_is_the_jobs_own() -
         def __call__(self, generator: Any = None, **arguments: Any) -> Any:
             return super().__call__(**arguments)
 
-    with StepEngine(Seeded(Reading())) as engine:
+    with StepEngine(made(Seeded, Reading())) as engine:
         threads = [engine.submit(value="mine", autocast=True).result(SECONDS)[2] for _ in range(4)]
         found, after, _ = engine.submit(value="mine", autocast=True).result(SECONDS)
     assert threads[-1].startswith("stepweave-pictures")
@@ -169,7 +174,7 @@ def test_work_on_images_may_reset_a_variable_that_its_job_has_set() -> None:
             found, name = self.image_processor.postprocess()
             return found["variables"], before.get(), name
 
-    with torch.no_grad(), StepEngine(Setting(Resetting())) as engine:
+    with torch.no_grad(), StepEngine(made(Setting, Resetting())) as engine:
         for _ in range(3):
             variables, after, name = engine.submit().result(SECONDS)
             assert (variables, after) == (("unset", "unset"), "unset")
@@ -187,7 +192,7 @@ def test_work_on_images_in_a_context_of_its_own_sees_that() -> None:
             (found, name), after = contextvars.copy_context().run(run)
             return found["variables"], after, before.get(), name
 
-    with torch.no_grad(), StepEngine(Within(Reading())) as engine:
+    with torch.no_grad(), StepEngine(made(Within, Reading())) as engine:
         for _ in range(3):
             variables, after, outside, _ = engine.submit().result(SECONDS)
             assert (variables, after, outside) == (("within", "unset"), "set within", "unset")
@@ -216,7 +221,7 @@ def test_threads_use_the_engines_cuda_device() -> None:
         patch("torch.cuda.device", Device),
         torch.no_grad(),
         patch("stepweave.engine.pipeline_call.Offload", lambda function, known: Offload(function, True)),
-        StepEngine(Seeded(Reading())) as engine,
+        StepEngine(made(Seeded, Reading())) as engine,
     ):
         name = engine.submit().result(SECONDS)[1]
     assert used == [(3, name), "left"]

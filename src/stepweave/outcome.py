@@ -20,7 +20,12 @@ import greenlet
 from stepweave.errors import StepweaveError
 
 # exceptions that mean something to what carries them, besides all that are no Exception
-_SIGNALS = (StopIteration, StopAsyncIteration, concurrent.futures.CancelledError)
+_SIGNALS = (
+    StopIteration,
+    StopAsyncIteration,
+    concurrent.futures.CancelledError,
+    concurrent.futures.InvalidStateError,
+)
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -304,11 +304,11 @@ class Job:
                 logger.exception("an observer of %r failed", self)
             return None
 
-    def finish(self, outcome: Outcome) -> bool:
-        """Deliver a result, or an error; False if the job was done already. Raises nothing."""
+    def finish(self, outcome: Outcome) -> Outcome | None:
+        """Deliver a result, or an error, and give what was told; None if the job was done already."""
         with self._finishing:
             if self._future.done() or self.finished is not None:
-                return False
+                return None
             self.finished = time.monotonic()
         outcome.let_go()
         if self._ended is not None or outcome.error is not None:
@@ -316,7 +316,7 @@ class Job:
         self._observer = None
         self._future.set_result(outcome)
         self._future.job = None
-        return True
+        return outcome
 
     def _told(self, error: BaseException | None) -> Exception:
         """What the caller is told."""

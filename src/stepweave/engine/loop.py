@@ -434,6 +434,7 @@ class StepLoop:
         if outcome.error is None:
             job.scope.ended(job)
         self._planner.leave(job, succeeded=outcome.error is None)
-        if job.finish(outcome):
-            self._stats.finished(job)
+        told = job.finish(outcome)
+        if told is not None:
+            self._stats.finished(told)
             self._crowd.ended()

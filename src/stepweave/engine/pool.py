@@ -106,7 +106,11 @@ class Pool:
         """One thread: serve until closed."""
         enter_engine(self)
         while (jobs := self._next_jobs()) is not None:
-            self._serve(jobs)
+            try:
+                self._serve(jobs)
+            except BaseException:  # nothing may end this thread: jobs would hang
+                self._stats.errors += 1
+                logger.exception("the engine failed; it goes on")
             del jobs
 
     def _next_jobs(self) -> list[Job] | None:
@@ -177,5 +181,6 @@ class Pool:
 
     def _finish(self, job: Job, outcome: Outcome) -> None:
         self._planner.leave(job, succeeded=outcome.error is None)
-        if job.finish(outcome):
-            self._stats.finished(job)
+        told = job.finish(outcome)
+        if told is not None:
+            self._stats.finished(told)

@@ -6,8 +6,8 @@ import threading
 from collections import Counter
 from dataclasses import dataclass, field
 
-from stepweave.engine.job import Job
 from stepweave.errors import Cancelled, OutOfMemory
+from stepweave.outcome import Outcome
 
 
 @dataclass
@@ -57,8 +57,9 @@ class Stats:
             found = self.forwards[target] = Forwards()
         return found
 
-    def finished(self, job: Job) -> None:
-        error = job.exception(0)
+    def finished(self, told: Outcome) -> None:
+        """Count a job by what was told of it."""
+        error = told.error
         state = "succeeded" if error is None else "cancelled" if isinstance(error, Cancelled) else "failed"
         with self._lock:
             self.jobs[state] += 1
