@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import threading
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from PIL import Image
 from torch import nn
 
 from stepweave import Job, StepEngine
@@ -250,27 +252,45 @@ def test_no_tensor_is_left_of_a_job_that_starts_again(no_collector: None) -> Non
 class Making(FakePipeline):
     """A fake whose result holds a tensor beside its pictures."""
 
+    @functools.wraps(FakePipeline.__call__)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         made = super().__call__(*args, **kwargs)
         made.latents = torch.zeros(3)
-        if self.record.error is not None:
-            raise self.record.error
         return made
+
+
+class Previewing:
+    """Makes previews of tensors."""
+
+    def __init__(self) -> None:
+        self.made = 0
+
+    def picture(self, latents: torch.Tensor, width: int, height: int, row: int) -> Image.Image:
+        self.made += 1
+        return Image.fromarray(latents.expand(height, width, 3).numpy())
 
 
 @pytest.mark.parametrize("how", ["succeeds", "fails", "is kept", "streams", "leaves"])
 async def test_no_tensor_is_left_of_a_request(how: str, no_collector: None) -> None:
     async with serving(Making()) as app:
+        app.server.previewer = previewing = Previewing()  # type: ignore[assignment]
 
         async def ask() -> None:
-            app.record.gated = how == "leaves"
+            app.record.gated = how in ("leaves", "streams")
             app.record.release.clear()
+            begun = app.record.steps_begun
             headers = {"Prefer": "respond-async"} if how == "is kept" else {}
-            answer = app.post(
-                headers=headers, stream=how == "streams", **({"partial_images": 2} if how == "streams" else {})
-            )
-            if how == "leaves":
-                await app.until(lambda: app.record.steps_begun)
+            answer = app.post(headers=headers, **({"stream": True, "partial_images": 2} if how == "streams" else {}))
+            if app.record.gated:
+                await app.until(lambda: app.record.steps_begun > begun)
+            if how == "streams":
+                [ticket] = app.server.tickets.values()
+                assert any(ticket.wants(step, 4) for step in range(1, 5))
+                ticket.denoised(ticket.job, torch.full((1, 1, 1), 7, dtype=torch.uint8))  # type: ignore[arg-type]
+                await answer.until(lambda one: one.events)
+                app.record.release.set()
+                del ticket
+            elif how == "leaves":
                 await app.leave(answer)
             await answer.done()
             await app.until(lambda: not app.server.tickets and not app.server.jobs.keeping())  # type: ignore[union-attr]
@@ -279,9 +299,12 @@ async def test_no_tensor_is_left_of_a_request(how: str, no_collector: None) -> N
         app.record.error = Own("made up") if how == "fails" else None
         await ask()
         await ask()
+        app.record.calls.clear()
         before = tensors()
         await ask()
+        app.record.calls.clear()
         await app.until(lambda: not tensors() - before)
+        assert previewing.made == (3 if how == "streams" else 0)
 
 
 pytestmark = pytest.mark.anyio
