@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepweave.config import Settings
 from stepweave.errors import (
+    DeviceFailed,
     LoadError,
     NotFound,
     StepweaveError,
@@ -193,10 +194,13 @@ class Server:
         return self.jobs.files
 
     def health(self) -> Status:
-        """Where the server stands; an engine that is stuck, or has ended, is `stuck`. Never waits for the device."""
+        """Where the server stands; an engine that is stuck, or has ended, is `stuck`, one whose device has failed `failed`. Never
+        waits for the device."""
         status, engine = self.status, self.engine
         if engine is None or status.stage not in ("ready", "draining"):
             return status
+        if engine.failure is not None:
+            return Status("failed", 0.0, f"the device has failed: {engine.failure}")
         seconds = engine.stalled()
         if seconds <= self.settings.stuck_seconds:
             return status
@@ -205,7 +209,7 @@ class Server:
 
     def ready(self) -> tuple[ServedModel, StepEngine]:
         """The model and its engine. Raises Unavailable while there are none."""
-        if self.model is None or self.engine is None or self.status.stage != "ready":
+        if self.model is None or self.engine is None or self.status.stage != "ready" or self.engine.failure is not None:
             raise self.unavailable()
         return self.model, self.engine
 
@@ -219,7 +223,9 @@ class Server:
 
     def unavailable(self) -> Unavailable:
         """What to answer while the server is not ready."""
-        status = self.health()
+        status, engine = self.health(), self.engine
+        if status.stage == "failed" and engine is not None and engine.failure is not None:
+            return DeviceFailed(engine.failure)
         code = {"failed": "load_failed", "draining": "draining", "closed": "draining", "stuck": "engine_stuck"}
         seconds = {"failed": None, "stuck": None, "draining": DRAINING_RETRY_SECONDS}
         return Unavailable(

@@ -12,7 +12,7 @@ from stepweave.engine.job import Ending, Job
 from stepweave.engine.latents import Latents
 from stepweave.engine.merge import split
 from stepweave.engine.prompts import warned
-from stepweave.errors import Cancelled, DeadlineExceeded
+from stepweave.errors import Cancelled, DeadlineExceeded, DeviceFailed
 from stepweave.scope import RequestScopedPipeline
 
 _CONSTANTS = (bool, int, float, str, type(None))
@@ -74,7 +74,7 @@ def _generators(job: Job) -> list[torch.Generator]:
 def _checked(job: Job) -> Exception | None:
     try:
         job.check()
-    except (Cancelled, DeadlineExceeded) as error:
+    except (Cancelled, DeviceFailed, DeadlineExceeded) as error:
         return error
     return None
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from stepweave.engine.active import Active
+from stepweave.engine.ambient import use_device
 from stepweave.engine.hooks import Offload
 
 THREADS = 2
@@ -17,10 +18,12 @@ THREADS = 2
 class Elsewhere:
     """Runs it; `returned` is called on one of its threads with what came of it."""
 
-    def __init__(self, returned: Callable[[Active, Any], None]) -> None:
+    def __init__(self, returned: Callable[[Active, Any], None], device: torch.device) -> None:
         self._returned = returned
         self.here = False  # on the engine's own thread, at once
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="stepweave-pictures")
+        self._threads = ThreadPoolExecutor(
+            THREADS, thread_name_prefix="stepweave-pictures", initializer=use_device, initargs=(device,)
+        )
 
     def run(self, active: Active, work: Offload) -> None:
         active.elsewhere = True

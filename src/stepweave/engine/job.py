@@ -12,11 +12,20 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from stepweave.engine.memory import ran_out
-from stepweave.errors import Cancelled, DeadlineExceeded, EngineMisuse, OutOfMemory, StepweaveError
+from stepweave.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    DeviceFailed,
+    EngineMisuse,
+    OutOfMemory,
+    RequestError,
+    StepweaveError,
+)
 from stepweave.scheduling.profiles import Recorder, Shape
 from stepweave.scheduling.task import Priority, Task
 
 if TYPE_CHECKING:
+    from stepweave.engine.health import DeviceHealth
     from stepweave.engine.latents import Latents
 
 logger = logging.getLogger(__name__)
@@ -95,6 +104,7 @@ class Job:
         owner: object = None,
         on_cancel: Callable[[Job], None] = lambda job: None,
         observer: Observer | None = None,
+        health: DeviceHealth | None = None,
     ) -> None:
         self.args = args
         self.kwargs = kwargs
@@ -127,6 +137,7 @@ class Job:
         self._on_cancel = on_cancel
         self._observer = observer
         self._observer_failed = False
+        self._health = health
         self._future = _Result(self)
 
     @property
@@ -192,9 +203,11 @@ class Job:
         return self.deadline is not None and time.monotonic() > self.deadline
 
     def check(self) -> None:
-        """Raise Cancelled or DeadlineExceeded if the job must end."""
+        """Raise Cancelled, DeviceFailed or DeadlineExceeded if the job must end."""
         if self._cancelled:
             raise Cancelled
+        if self._health is not None:
+            self._health.check()
         if self.late:
             seconds = self._seconds or 0
             limit = f"{round(seconds, 2):g}" if seconds >= 0.1 else f"{seconds:.2g}"
@@ -210,7 +223,7 @@ class Job:
         """What to raise in the job's call if it must end, else None. Once told so it has ended, whatever its pipeline does."""
         try:
             self.check()
-        except (Cancelled, DeadlineExceeded) as error:
+        except (Cancelled, DeviceFailed, DeadlineExceeded) as error:
             self._ended = error
             return Ending()
         return None
@@ -297,6 +310,10 @@ class Job:
         """What the caller is told."""
         if self._ended is not None:
             return self._ended
+        if isinstance(outcome, BaseException) and not isinstance(outcome, RequestError) and self._health is not None:
+            failed = self._health.examine(outcome)
+            if failed is not None:
+                return failed
         if isinstance(outcome, BaseException) and ran_out(outcome):
             too_little = OutOfMemory(
                 "There is not enough memory for this job: ask for a smaller size, or fewer pictures."

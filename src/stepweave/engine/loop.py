@@ -12,7 +12,6 @@ import torch
 
 from stepweave.engine import ambient
 from stepweave.engine.active import Active, Crowd
-from stepweave.engine.ambient import DefaultRandom
 from stepweave.engine.call import Call
 from stepweave.engine.certificate import Verdict
 from stepweave.engine.certify import Certificates
@@ -21,6 +20,7 @@ from stepweave.engine.digests import Digests
 from stepweave.engine.elsewhere import Elsewhere
 from stepweave.engine.fiber import Done, Fiber, Own
 from stepweave.engine.forward import Forwarder, Starved, too_little
+from stepweave.engine.health import DeviceHealth
 from stepweave.engine.hooks import EngineScope, Offload, RunYourself, pictures_elsewhere, track
 from stepweave.engine.job import Ending, Job, enter_engine
 from stepweave.engine.memory import DeviceMemory, memory_of
@@ -56,12 +56,13 @@ class StepLoop:
         memory: DeviceMemory | None,
         planner: Planner,
         stats: Stats,
+        health: DeviceHealth,
     ) -> None:
-        self._device = device = torch.device(getattr(pipeline, "_execution_device", "cpu"))
+        self._health, device = health, health.device
         self._kinds = kinds = ("cpu",) if device.type == "cpu" else ("cpu", device.type)
         self._stats = stats
         self._active: dict[Fiber, Active] = {}
-        self._scope = EngineScope(pipeline, self._active.__contains__, kinds, max_decode_rows)
+        self._scope = EngineScope(pipeline, self._active.__contains__, kinds, max_decode_rows, health)
         digests = Digests()
         self._exclusive = False  # the job that runs must be the only one
         self._crowd = Crowd(max_jobs)
@@ -80,7 +81,7 @@ class StepLoop:
         self._returned: deque[tuple[Active, Any]] = deque()  # fibers whose work elsewhere is done
         self._closing = False
         self._wake = threading.Condition()  # guards _waiting, _returned and _closing
-        self._elsewhere = Elsewhere(self._return)
+        self._elsewhere = Elsewhere(self._return, device)
         self.threads = [threading.Thread(target=self._run, name="stepweave-engine", daemon=True)]
         self.threads[0].start()
 
@@ -128,13 +129,15 @@ class StepLoop:
 
     def _run(self) -> None:
         torch.set_grad_enabled(False)
+        ambient.use_device(self._health.device)
         enter_engine(self)
         while self._wait():
             try:
                 self.turn()
-            except BaseException:  # nothing may end this thread: jobs would hang
-                self._stats.errors += 1
-                logger.exception("the engine's loop failed; it goes on")
+            except BaseException as error:  # nothing may end this thread: jobs would hang
+                if self._health.examine(error) is None:
+                    self._stats.errors += 1
+                    logger.exception("the engine's loop failed; it goes on")
                 self._rescue()
 
     def turn(self) -> None:
@@ -243,7 +246,7 @@ class StepLoop:
         with contained("watch a job's own code"):
             own = job.scope.own(job)
         if job.seed is not None and job.kwargs.get("generator") is None:  # the pipeline takes none
-            own.append(DefaultRandom(job.seed, self._device))
+            own.append(ambient.DefaultRandom(job.seed, self._health.device))
         fiber = Fiber(lambda: self._call_pipeline(job), ambient.quiet(self._kinds), own)
         active = self._active[fiber] = Active(job, fiber)
         return active
@@ -332,12 +335,9 @@ class StepLoop:
         if call.apart[0]:
             self.unshared.note(call.target.name, *call.apart)
         elif turns:
-            name = call.target.name if call.target.name in turns else next(iter(turns))
-            self.unshared.calls[turns[name][0]] += 1
-        elif len(calls) > 1:
-            alone = self.certificates.of(call).alone
-            if alone is not None:
-                self.unshared.calls[alone[0]] += 1
+            self.unshared.calls[(turns.get(call.target.name) or next(iter(turns.values())))[0]] += 1
+        elif len(calls) > 1 and (alone := self.certificates.of(call).alone) is not None:
+            self.unshared.calls[alone[0]] += 1
 
     def unshared_now(self) -> list[dict[str, str]]:
         """What runs alone, or takes turns, and why."""

@@ -7,7 +7,9 @@ import threading
 import time
 from typing import Any, Protocol
 
+from stepweave.engine.ambient import use_device
 from stepweave.engine.batch import batch_key, images_of, run_batch
+from stepweave.engine.health import DeviceHealth
 from stepweave.engine.hooks import PrivateScope, track
 from stepweave.engine.job import Ending, Job, enter_engine
 from stepweave.engine.planner import Planner
@@ -36,10 +38,13 @@ class Runner(Protocol):
 class Pool:
     """Starts jobs in the planner's order, `threads` of them at a time; with `together`, up to so many equal ones in one call."""
 
-    def __init__(self, pipeline: Any, *, threads: int, stats: Stats, planner: Planner, together: int = 1) -> None:
+    def __init__(
+        self, pipeline: Any, *, threads: int, stats: Stats, planner: Planner, health: DeviceHealth, together: int = 1
+    ) -> None:
         self._scope = PrivateScope(pipeline)
         self._stats = stats
         self._planner = planner
+        self._health = health
         self._together = together
         self._running: dict[str, Job] = {}
         self._waiting: dict[str, Job] = {}  # oldest first
@@ -96,6 +101,7 @@ class Pool:
 
     def _work(self) -> None:
         """One thread: serve until closed."""
+        use_device(self._health.device)
         enter_engine(self)
         while self._serve():
             pass
@@ -143,7 +149,7 @@ class Pool:
         for job in jobs:
             job.start(now)
             job.begin()
-        if len(jobs) > 1:
+        if len(jobs) > 1 and self._health.failure is None:
             try:
                 outcomes = run_batch(jobs[0].scope, jobs)
                 self._planner.called(jobs, time.monotonic() - now, beside)
@@ -151,10 +157,11 @@ class Pool:
             except Ending:
                 pass  # all of them; each finds its own error below
             except Exception as error:
-                self._stats.retried += 1
-                logger.warning(
-                    "a batch of %d jobs failed; each runs alone (%s: %s)", len(jobs), type(error).__name__, error
-                )
+                if self._health.examine(error) is None:
+                    self._stats.retried += 1
+                    logger.warning(
+                        "a batch of %d jobs failed; each runs alone (%s: %s)", len(jobs), type(error).__name__, error
+                    )
             for job in jobs:
                 job.restart()
         return [self._run_alone(job, beside) for job in jobs]
