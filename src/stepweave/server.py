@@ -76,9 +76,8 @@ class Server:
             ready=lambda: self.health().stage == "ready",
         )
         self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="stepweave-encode")
-        self._drawers = ThreadPoolExecutor(
-            1, thread_name_prefix="stepweave-preview"
-        )  # apart: they must not hold up pictures
+        # apart: they must not hold up pictures
+        self._drawers = ThreadPoolExecutor(1, "stepweave-preview", self._use_device)
         self._loader = threading.Thread(target=self._load, name="stepweave-load", daemon=True)
 
     def start(self) -> None:
@@ -174,6 +173,14 @@ class Server:
             self._enter("ready", 1.0, f"{model.id} on {loaded.device}, {loaded.threads} CPU threads")
         except LoadError:  # closed meanwhile
             loaded.engine.close()
+
+    def _use_device(self) -> None:
+        """Make the model's device the calling thread's."""
+        import torch
+
+        from stepweave.engine.ambient import use_device
+
+        use_device(torch.device(self.device or "cpu"))
 
     def _enter(self, stage: str, progress: float, message: str) -> None:
         if self.status.stage == "closed" or (self.status.stage == "draining" and stage != "draining"):

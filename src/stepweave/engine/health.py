@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from stepweave.engine.ambient import use_device
+from stepweave.engine.ambient import on_device
 from stepweave.engine.job import Ending
 from stepweave.engine.memory import ran_out
 from stepweave.errors import DeviceFailed
@@ -93,8 +93,7 @@ class DeviceHealth:
 
 def probe_of(device: torch.device) -> None:
     """Have a device compute a product and a convolution, each by a library of its own, and wait for them. Raises what it does."""
-    use_device(device)
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with on_device(device), torch.no_grad(), torch.autocast(device.type, enabled=False):
         ones = torch.ones(1, 8, 8, 8, device=device, dtype=torch.float32)
         product = ones @ ones
         folded = torch.nn.functional.conv2d(ones, torch.ones(1, 8, 3, 3, device=device, dtype=torch.float32))
