@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stepweave.engine.ambient import current, on_device
 from stepweave.engine.call import Call, Target
+from stepweave.engine.digests import Digests, followed
 from stepweave.engine.fiber import Fiber, Own, current_fiber, suspend, suspendable
 from stepweave.engine.given import Given
 from stepweave.engine.health import DeviceHealth
@@ -133,13 +134,9 @@ class SuspendHook(ModelHook):  # type: ignore[misc]
         if self.target is None or self._forward is not forward:  # somebody hooked the module meanwhile
             self._forward = forward
             function = self._around(module, forward)
+            watch = StateWatch(self._name)
             self.target = Target(
-                self._name,
-                module,
-                function,
-                cached=self._cached,
-                processors=self._processors,
-                watch=StateWatch(self._name),
+                self._name, module, function, cached=self._cached, processors=self._processors, watch=watch
             )
         return call_engine(self.target, args, kwargs, self._kinds)
 
@@ -172,6 +169,7 @@ class PrivateScope(RequestScopedPipeline):
         super().__init__(pipeline, wrap_scheduler=False)
         self._tokenizers: dict[int, tuple[Any, int, Any]] = {}
         self._home = pipeline
+        self._tokenized: Callable[[Any], Any] = lambda output: output
         self._shared = {id(module): module for _, module in _modules(pipeline)}
 
     def sibling(self, pipeline: Any) -> Self:
@@ -198,7 +196,7 @@ class PrivateScope(RequestScopedPipeline):
             ):  # textual inversion adds tokens
                 known = self._tokenizers[id(component)] = (component, len(component), copy.deepcopy(component))
             names = (name for name, value in vars(self.pipeline).items() if value is component)
-            return LockedTokenizer(known[2], self._tokenizer_lock, next(names, "tokenizer"))
+            return LockedTokenizer(known[2], self._tokenizer_lock, next(names, "tokenizer"), self._tokenized)
         return super()._wrap(component)
 
 
@@ -212,8 +210,11 @@ class EngineScope(PrivateScope):
         kinds: tuple[str, ...],
         max_decode_rows: int,
         health: DeviceHealth | None = None,
+        digests: Digests | None = None,
     ) -> None:
         super().__init__(pipeline)
+        if digests is not None and health is not None and health.device.type != "cpu":
+            self._tokenized = functools.partial(followed, digests=digests)
         self._kinds = kinds
         self._health = health or DeviceHealth(torch.device("cpu"))
         self._offloading = Offloading(pipeline)

@@ -62,8 +62,8 @@ class StepLoop:
         self._kinds = kinds = ("cpu",) if device.type == "cpu" else ("cpu", device.type)
         self._stats = stats
         self._active: dict[Fiber, Active] = {}
-        self._scope = EngineScope(pipeline, self._active.__contains__, kinds, max_decode_rows, health)
         digests = Digests()
+        self._scope = EngineScope(pipeline, self._active.__contains__, kinds, max_decode_rows, health, digests)
         self._exclusive = False  # the job that runs must be the only one
         self._crowd = Crowd(max_jobs)
         self._describer = Describer(digests)
