@@ -24,6 +24,7 @@ from stepweave.engine.digests import Digests, followed
 from stepweave.engine.fiber import Fiber, Own, current_fiber, suspend, suspendable
 from stepweave.engine.given import Given
 from stepweave.engine.health import DeviceHealth
+from stepweave.engine.host_times import keep_times_on_the_host
 from stepweave.engine.job import Job
 from stepweave.engine.latents import Observed, Tap
 from stepweave.engine.memory import ran_out
@@ -257,6 +258,8 @@ class EngineScope(PrivateScope):
         view = super().view(scheduler)
         for one in pipelines_in(view):
             one.__dict__["maybe_free_model_hooks"] = lambda: None  # other jobs may go on with the models
+            for component in vars(one).values() if self._health.device.type != "cpu" else ():
+                keep_times_on_the_host(component)
         return view
 
     def own(self, job: Job) -> list[Own]:
