@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import weakref
@@ -76,20 +77,21 @@ class TokenIds(torch.Tensor):
     """Token ids, or their mask, on the CPU. What `to` brings to a device need not be read back to be told from others."""
 
     digests: Digests
-    __torch_function__ = torch._C._disabled_torch_function_impl  # all that is made of them are plain tensors
+    # all that is made of them are plain tensors
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         plain = self.as_subclass(torch.Tensor)
         moved = torch.Tensor.to(plain, *args, **kwargs)
         if moved.device.type != "cpu":
             self.digests.note(moved, _digest(plain.to(moved.dtype)))
         return moved
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        return self.as_subclass(torch.Tensor).__deepcopy__(memo)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.as_subclass(torch.Tensor), memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)
+        return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 def followed(output: Any, digests: Digests) -> Any:

@@ -37,7 +37,7 @@ READERS: frozenset[type] = frozenset(
 def keep_times_on_the_host(scheduler: Any) -> None:
     """Have a view's own scheduler, if it is one of `READERS`, step with times on the CPU. Its timesteps stay where they are."""
     if type(scheduler) in READERS:
-        scheduler.__class__ = _with_times_on_the_host(type(scheduler))
+        scheduler.__class__ = _with_times_on_the_host(type(scheduler))  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -86,5 +86,5 @@ def _twin(time: Any, there: torch.Tensor, here: torch.Tensor) -> Any:
     if not isinstance(time, torch.Tensor) or time.ndim or time._base is None:
         return time
     base = there if there._base is None else there._base
-    index, rest = divmod(time.storage_offset() - there.storage_offset(), there.stride(0) or 1)
+    index, rest = divmod(int(time.storage_offset()) - int(there.storage_offset()), int(there.stride(0)) or 1)
     return here[index] if time._base is base and not rest and 0 <= index < len(here) else time

@@ -136,7 +136,7 @@ def _split(output: Any, starts: list[int]) -> list[Any]:
             raise Unmergeable(f"a result of shape {tuple(output.shape)} does not have {total} rows")
         if output.stride(0) == 0:  # rows that share memory must not share it between jobs
             output = output.contiguous()
-        return [output[a:b] for a, b in spans]
+        return [output.narrow(0, a, b - a) for a, b in spans]
     if isinstance(output, np.ndarray) and output.ndim and output.shape[0] == total:
         return [output[a:b] for a, b in spans]
     if is_constant(output):
