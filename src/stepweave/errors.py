@@ -17,7 +17,8 @@ StepweaveError (500)
     ├── Cancelled (499)         the caller left or cancelled
     ├── DeadlineExceeded (504)  the job was not done in the time it was given
     └── Unavailable (503)       loading, draining or failed; `retry_after` says when to come back
-        └── EngineClosed        the engine has been closed
+        ├── EngineClosed        the engine has been closed
+        └── DeviceFailed        the device has failed, until the process is started again
 """
 
 from __future__ import annotations
@@ -189,6 +190,18 @@ class EngineClosed(Unavailable):
 
     def __init__(self, message: str = "The engine is closed.") -> None:
         super().__init__(message, code="draining", retry_after=10)
+
+
+class DeviceFailed(Unavailable):
+    """The device has failed for good, as `reason` says; only another process can use it again."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            f"The server's device has failed ({reason}); send the request again, to another server.",
+            code="device_failed",
+            retry_after=10,
+        )
 
 
 class DeadlineExceeded(RequestError):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepweave.config import Settings
 from stepweave.errors import (
+    DeviceFailed,
     LoadError,
     NotFound,
     StepweaveError,
@@ -78,7 +79,8 @@ class Server:
             ready=lambda: self.health().stage == "ready",
         )
         self._encoders = DaemonExecutor(ENCODERS, "stepweave-encode")
-        self._drawers = DaemonExecutor(1, "stepweave-preview")  # apart: they must not hold up pictures
+        # apart: they must not hold up pictures
+        self._drawers = DaemonExecutor(1, "stepweave-preview", self._use_device)
         self._closers = DaemonExecutor(2, "stepweave-close")
         self._ending_at: float | None = None  # when what is left is told to end, in seconds of the monotonic clock
         self._loader = threading.Thread(target=self._load, name="stepweave-load", daemon=True)
@@ -203,6 +205,14 @@ class Server:
         except LoadError:  # closed meanwhile
             loaded.engine.close()
 
+    def _use_device(self) -> None:
+        """Make the model's device the calling thread's."""
+        import torch
+
+        from stepweave.engine.ambient import use_device
+
+        use_device(torch.device(self.device or "cpu"))
+
     def _enter(self, stage: str, progress: float, message: str) -> None:
         if self.status.stage == "closed" or (self.status.stage == "draining" and stage != "draining"):
             raise LoadError("the server was told to end while it was loading")
@@ -222,10 +232,13 @@ class Server:
         return self.jobs.files
 
     def health(self) -> Status:
-        """Where the server stands; an engine that is stuck, or has ended, is `stuck`. Never waits for the device."""
+        """Where the server stands; an engine that is stuck, or has ended, is `stuck`, one whose device has failed `failed`. Never
+        waits for the device."""
         status, engine = self.status, self.engine
         if engine is None or status.stage not in ("ready", "draining"):
             return status
+        if engine.failure is not None:
+            return Status("failed", 0.0, f"the device has failed: {engine.failure}")
         seconds = engine.stalled()
         if seconds <= self.settings.stuck_seconds:
             return status
@@ -234,7 +247,7 @@ class Server:
 
     def ready(self) -> tuple[ServedModel, StepEngine]:
         """The model and its engine. Raises Unavailable while there are none."""
-        if self.model is None or self.engine is None or self.status.stage != "ready":
+        if self.model is None or self.engine is None or self.status.stage != "ready" or self.engine.failure is not None:
             raise self.unavailable()
         return self.model, self.engine
 
@@ -248,7 +261,9 @@ class Server:
 
     def unavailable(self) -> Unavailable:
         """What to answer while the server is not ready."""
-        status = self.health()
+        status, engine = self.health(), self.engine
+        if status.stage == "failed" and engine is not None and engine.failure is not None:
+            return DeviceFailed(engine.failure)
         code = {"failed": "load_failed", "draining": "draining", "closed": "draining", "stuck": "engine_stuck"}
         seconds = {"failed": None, "stuck": None, "draining": DRAINING_RETRY_SECONDS}
         return Unavailable(

@@ -37,6 +37,7 @@ def load(settings: Settings, load_pipeline: LoadPipeline | None, on_step: OnStep
     """Load and warm up, telling `enter` of each stage. Raises LoadError, and what torch and diffusers do."""
     enter("importing", 0.05, "importing torch and diffusers")
     from stepweave.engine import StepEngine
+    from stepweave.engine.ambient import use_device
     from stepweave.images.previews import Previewer
     from stepweave.loading import loader
     from stepweave.loading.device import choose_device, choose_dtype, set_cpu_threads
@@ -44,6 +45,7 @@ def load(settings: Settings, load_pipeline: LoadPipeline | None, on_step: OnStep
     from stepweave.model import ServedModel
 
     device = choose_device(settings)
+    use_device(device)
     dtype = choose_dtype(settings, device)
     check_switches(settings, device)
     threads = set_cpu_threads(settings)

@@ -21,12 +21,16 @@ _Work = queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
 
 
 class DaemonExecutor(Executor):
-    """As the standard library's ThreadPoolExecutor, whose threads Python joins before it ends, however long that takes."""
+    """As the standard library's ThreadPoolExecutor, whose threads Python joins before it ends, however long that takes.
 
-    def __init__(self, threads: int, name: str) -> None:
+    Each thread calls `begin` first.
+    """
+
+    def __init__(self, threads: int, name: str, begin: Callable[[], None] = lambda: None) -> None:
         self._work: _Work = queue.SimpleQueue()
         self._most = threads
         self._name = name
+        self._begin = begin
         self._closed = False
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []  # begun as there is work
@@ -41,7 +45,9 @@ class DaemonExecutor(Executor):
             self._work.put((future, partial(function, *args, **kwargs)))
             if len(self._threads) < self._most:
                 name = f"{self._name}_{len(self._threads)}"
-                self._threads.append(threading.Thread(target=_serve, args=[self._work], name=name, daemon=True))
+                self._threads.append(
+                    threading.Thread(target=_serve, args=[self._work, self._begin], name=name, daemon=True)
+                )
                 self._threads[-1].start()
         return future
 
@@ -74,7 +80,9 @@ class DaemonExecutor(Executor):
             self._work.put(None)
 
 
-def _serve(work: _Work) -> None:
+def _serve(work: _Work, begin: Callable[[], None]) -> None:
+    with contextlib.suppress(Exception):  # what it could not set, the work fails for, and says so
+        begin()
     while (item := work.get()) is not None:
         future, function = item
         del item

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -44,6 +45,17 @@ def apply(ambient: Ambient, instead_of: Ambient) -> None:
 def quiet(device_types: tuple[str, ...]) -> Ambient:
     """What a thread of the engine runs under between fibers: no gradients."""
     return current(device_types)._replace(grad=False)
+
+
+def use_device(device: torch.device) -> None:
+    """Make a GPU the calling thread's own: a thread begins with the first one, and what it does may open a context there."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The same within a block, on a thread that is not the engine's own."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 _swapping = threading.Lock()

@@ -135,7 +135,7 @@ class Certificates:
     def pair(self, calls: Sequence[Call]) -> tuple[Call, Call]:
         """Two of the calls to audit: those furthest apart, or any two."""
         some = scalars(calls[0])
-        if some and random.random() < 0.5 and readable(calls[0], some[0]):
+        if some and random.random() < 0.5 and all(readable(call, some[0]) for call in calls):
             line = sorted(calls, key=lambda call: span(call, some[0]).low)
             return line[0], line[-1]
         one, other = random.sample(range(len(calls)), 2)
@@ -176,7 +176,7 @@ class Certificates:
     def _beyond(self, calls: Sequence[Call], certificate: Certificate) -> list[Call] | None:
         """Calls to prove if an argument of few numbers lies beyond what any one proof has spanned: the ends, and the first."""
         for i, proven in certificate.spans.items():
-            if i in certificate.held or not readable(calls[0], i):
+            if i in certificate.held or not all(readable(call, i) for call in calls):
                 continue
             found = hull(span(call, i) for call in calls)
             if found.width and not any(one.covers(found) for one in proven):

@@ -82,6 +82,7 @@ class _Walk:
         self._call = call
         self._rows = call.rows
         self._sample = sample
+        self._device = (sample[0] if isinstance(sample, list) else sample).device
         self._digests = digests
         self._readings = call.target.readings
         self._depth = 0
@@ -110,7 +111,7 @@ class _Walk:
 
     def number(self, value: float, path: Path) -> Layout:
         self._leaf(path, "number", value)
-        return ("number", type(value) is float)
+        return ("number", type(value) is float, self._device)
 
     def mask(self, value: torch.Tensor | None, path: Path) -> Layout:
         if value is None:
@@ -200,7 +201,8 @@ class _Walk:
         dtype: Any = "time" if value.dtype in _TIME_TYPES and path[0] in TIMES else value.dtype
         if value.ndim == 0:
             self._leaf(path, "scalar", value)
-            return ("scalar", dtype, value.device)
+            # one on the CPU goes with tensors of any device, as one with a row for each call would not
+            return ("scalar", dtype, self._device if value.device.type == "cpu" else value.device)
         reading = self._readings.of(path)
         if value.shape[0] in (1, self._rows):
             shared = reading == "shared" and value is not self._sample

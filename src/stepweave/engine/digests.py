@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import weakref
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 import numpy as np
@@ -37,16 +38,24 @@ class Digests:
         if not self._trusted or tensor.is_inference():  # such tensors do not say when they are written to
             self.computed += 1
             return _digest(tensor)
-        key = id(tensor)
-        known = self._known.get(key)
+        known = self._known.get(id(tensor))
         check = _check(tensor)
         if known is not None and known[0]() is tensor and known[1] == tensor._version and known[3] == check:
             return known[2]
         self.computed += 1
         digest = _digest(tensor)
+        self._remember(tensor, digest, check)
+        return digest
+
+    def note(self, tensor: torch.Tensor, digest: bytes) -> None:
+        """Remember the digest of a tensor on a device, that of the tensor on the CPU which it was copied from."""
+        if not tensor.is_inference():
+            self._remember(tensor, digest, _check(tensor))
+
+    def _remember(self, tensor: torch.Tensor, digest: bytes, check: int | None) -> None:
+        key = id(tensor)
         reference = weakref.ref(tensor, lambda _: self._known.pop(key, None))
         self._known[key] = (reference, tensor._version, digest, check)
-        return digest
 
     def recheck(self, tensors: Iterable[torch.Tensor]) -> None:
         """Read tensors again whose digests are remembered. If one has changed meanwhile, none is remembered any more: something
@@ -62,6 +71,38 @@ class Digests:
                     "an argument was written to past its version; arguments are read at every step from now on"
                 )
                 return
+
+
+class TokenIds(torch.Tensor):
+    """Token ids, or their mask, on the CPU. What `to` brings to a device need not be read back to be told from others."""
+
+    digests: Digests
+    # all that is made of them are plain tensors
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        plain = self.as_subclass(torch.Tensor)
+        moved = torch.Tensor.to(plain, *args, **kwargs)
+        if moved.device.type != "cpu":
+            self.digests.note(moved, _digest(plain.to(moved.dtype)))
+        return moved
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.as_subclass(torch.Tensor), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+def followed(output: Any, digests: Digests) -> Any:
+    """A tokenizer's output, with tensors that `digests` knows once they are on a device."""
+    if isinstance(output, MutableMapping):
+        for name, value in output.items():
+            output[name] = followed(value, digests)
+    elif type(output) is torch.Tensor and output.device.type == "cpu":
+        output = output.as_subclass(TokenIds)
+        output.digests = digests
+    return output
 
 
 def _check(tensor: torch.Tensor) -> int | None:

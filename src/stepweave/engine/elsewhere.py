@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from stepweave.engine.active import Active
-from stepweave.engine.ambient import DefaultRandom
+from stepweave.engine.ambient import DefaultRandom, on_device
 from stepweave.engine.hooks import Offload, RunYourself
 from stepweave.engine.own_state import OwnState, OwnTypes
 from stepweave.threads import DaemonExecutor
@@ -20,8 +19,9 @@ THREADS = 2
 class Elsewhere:
     """Runs it; `returned` is called on one of its threads with what came of it, or on the engine's with RunYourself."""
 
-    def __init__(self, returned: Callable[[Active, Any], None]) -> None:
+    def __init__(self, returned: Callable[[Active, Any], None], device: torch.device) -> None:
         self._returned = returned
+        self._device = device
         self.here = False  # on the engine's own thread
         self._threads = DaemonExecutor(THREADS, "stepweave-pictures")
 
@@ -30,7 +30,7 @@ class Elsewhere:
         if self.here or not _may_move(active, work):
             self._returned(active, RunYourself())
             return
-        self._threads.submit(_run, [active], work.function, _cuda_device(), self._returned)
+        self._threads.submit(_run, [active], work.function, self._device, self._returned)
 
     def end(self, seconds: float) -> bool:
         """Take no more work; whether all is done within some seconds."""
@@ -48,15 +48,10 @@ def _may_move(active: Active, work: Offload) -> bool:
     return work.known or not any(isinstance(one, (OwnState, DefaultRandom)) for one in fiber.own)
 
 
-def _cuda_device() -> int | None:
-    """The current device of the engine's thread, which each thread has its own of."""
-    return torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-
-
 def _run(
-    held: list[Active], function: Callable[[], Any], device: int | None, returned: Callable[[Active, Any], None]
+    held: list[Active], function: Callable[[], Any], device: torch.device, returned: Callable[[Active, Any], None]
 ) -> None:
     active = held.pop()  # so that nothing on this thread keeps it
-    with contextlib.nullcontext() if device is None else torch.cuda.device(device):
+    with on_device(device):
         outcome = active.fiber.beside(function)
     returned(active, outcome)

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from stepweave.engine.ambient import draw_seed
+from stepweave.engine.health import DeviceHealth
 from stepweave.engine.job import Job, Observer, inside_engine
 from stepweave.engine.loop import StepLoop
 from stepweave.engine.memory import DeviceMemory
@@ -125,6 +126,7 @@ class StepEngine:
         self.pipeline = pipeline
         self.mode = mode
         self._stats = Stats()
+        self._health = health = DeviceHealth(torch.device(getattr(pipeline, "_execution_device", "cpu")))
         self._closed = False
         self._lock = threading.Lock()
         self._loop: StepLoop | None = None
@@ -149,11 +151,14 @@ class StepEngine:
                 memory=memory,
                 planner=planner,
                 stats=self._stats,
+                health=health,
             )
         else:
             workers = threads if mode == "threads" else 1
             together = rows if mode == "request" else 1
-            self._runner = Pool(pipeline, threads=workers, stats=self._stats, planner=planner, together=together)
+            self._runner = Pool(
+                pipeline, threads=workers, stats=self._stats, planner=planner, health=health, together=together
+            )
         self._at_exit = _close_at_exit(self)
 
     def submit(
@@ -177,8 +182,10 @@ class StepEngine:
         of the plain call, in any company: its forwards are its own, and take turns with the others'. The `observer` is told how
         the job goes. It and callbacks run on the engine's thread and hold up every job meanwhile.
 
-        Raises EngineClosed, or EngineMisuse for a pipeline that has modules of its own.
+        Raises EngineClosed, DeviceFailed once the device has failed for good, or EngineMisuse for a pipeline that has modules of
+        its own.
         """
+        self._health.check()
         if deadline is not None and not deadline > 0:
             raise ValueError(f"deadline is {deadline!r}; it must be more than 0 seconds")
         runner = self._runner
@@ -202,6 +209,7 @@ class StepEngine:
             owner=runner,
             on_cancel=runner.cancel,
             observer=observer,
+            health=self._health,
         )
         with self._lock:
             if self._closed:
@@ -209,6 +217,12 @@ class StepEngine:
             self._planner.enter(job)
             self._runner.submit(job)
         return job
+
+    @property
+    def failure(self) -> str | None:
+        """Why no job can run any more in this process: what the device's library said of it; None while it works."""
+        failed = self._health.failure
+        return None if failed is None else failed.reason
 
     def takes(self, pipeline: Any) -> bool:
         """Whether `submit` takes this pipeline in place of the engine's."""

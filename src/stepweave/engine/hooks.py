@@ -10,23 +10,27 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stepweave.engine.ambient import current
+from stepweave.engine.ambient import current, on_device
 from stepweave.engine.call import Call, Target
+from stepweave.engine.digests import Digests, followed
 from stepweave.engine.fiber import Fiber, Own, current_fiber, suspend, suspendable
 from stepweave.engine.given import Given
+from stepweave.engine.health import DeviceHealth
+from stepweave.engine.host_times import keep_times_on_the_host
 from stepweave.engine.job import Job
 from stepweave.engine.memory import ran_out
 from stepweave.engine.merge import cloned
 from stepweave.engine.offload import Offloading, moves_only, pipelines_in
-from stepweave.engine.own_state import OwnState, OwnTypes, has_code
+from stepweave.engine.own_state import OwnState, OwnTypes, has_code, signature
+from stepweave.engine.planner import contained
 from stepweave.engine.processors import Processors, Wardrobe
 from stepweave.engine.state_watch import StateWatch, some
-from stepweave.engine.values import comes_with_a_library
 from stepweave.errors import EngineMisuse
 from stepweave.scope.pipeline import (
     ENGINE_HOOK,
@@ -42,9 +46,9 @@ from stepweave.scope.view import _offload_only
 
 logger = logging.getLogger(__name__)
 
+Around = Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]
+
 LOOKED = 4096  # kinds of calls of a pipeline that are known to change no module
-SMALL = (bool, int, float, str)  # values that may decide what a pipeline does
-LONG = 64  # characters of a value, from which on it is a prompt rather
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ class SuspendHook(ModelHook):  # type: ignore[misc]
         cached: bool,
         owns: Callable[[Fiber], bool],
         kinds: tuple[str, ...],
-        offloading: Offloading,
+        around: Around,
         processors: Processors | None,
     ) -> None:
         super().__init__()
@@ -114,7 +118,7 @@ class SuspendHook(ModelHook):  # type: ignore[misc]
         self._cached = cached
         self._owns = owns
         self._kinds = kinds
-        self._offloading = offloading
+        self._around = around
         self._processors = processors
         self._forward: Callable[..., Any] | None = None
         self.target: Target | None = None
@@ -128,14 +132,10 @@ class SuspendHook(ModelHook):  # type: ignore[misc]
             return forward(*args, **kwargs)
         if self.target is None or self._forward is not forward:  # somebody hooked the module meanwhile
             self._forward = forward
-            function = self._offloading.around(module, forward)
+            function = self._around(module, forward)
+            watch = StateWatch(self._name)
             self.target = Target(
-                self._name,
-                module,
-                function,
-                cached=self._cached,
-                processors=self._processors,
-                watch=StateWatch(self._name),
+                self._name, module, function, cached=self._cached, processors=self._processors, watch=watch
             )
         return call_engine(self.target, args, kwargs, self._kinds)
 
@@ -168,6 +168,7 @@ class PrivateScope(RequestScopedPipeline):
         super().__init__(pipeline, wrap_scheduler=False)
         self._tokenizers: dict[int, tuple[Any, int, Any]] = {}
         self._home = pipeline
+        self._tokenized: Callable[[Any], Any] = lambda output: output
         self._shared = {id(module): module for _, module in _modules(pipeline)}
 
     def sibling(self, pipeline: Any) -> Self:
@@ -194,7 +195,7 @@ class PrivateScope(RequestScopedPipeline):
             ):  # textual inversion adds tokens
                 known = self._tokenizers[id(component)] = (component, len(component), copy.deepcopy(component))
             names = (name for name, value in vars(self.pipeline).items() if value is component)
-            return LockedTokenizer(known[2], self._tokenizer_lock, next(names, "tokenizer"))
+            return LockedTokenizer(known[2], self._tokenizer_lock, next(names, "tokenizer"), self._tokenized)
         return super()._wrap(component)
 
 
@@ -202,11 +203,20 @@ class EngineScope(PrivateScope):
     """Views whose modules suspend: installs the hooks, and removes them without a trace."""
 
     def __init__(
-        self, pipeline: Any, owns: Callable[[Fiber], bool], kinds: tuple[str, ...], max_decode_rows: int
+        self,
+        pipeline: Any,
+        owns: Callable[[Fiber], bool],
+        kinds: tuple[str, ...],
+        max_decode_rows: int,
+        health: DeviceHealth | None = None,
+        digests: Digests | None = None,
     ) -> None:
         super().__init__(pipeline)
+        if digests is not None and health is not None and health.device.type != "cpu":
+            self._tokenized = functools.partial(followed, digests=digests)
         self._kinds = kinds
-        self._offloading = offloading = Offloading(pipeline)
+        self._health = health or DeviceHealth(torch.device("cpu"))
+        self._offloading = Offloading(pipeline)
         self._told: set[str] = set()
         self._keepers: dict[str, str] = {}  # hooks that keep state, by the class of a module
         self.stateful: dict[str, tuple[nn.Module, str]] = {}  # what keeps state, by its name, and what
@@ -230,14 +240,15 @@ class EngineScope(PrivateScope):
                     method: Target(
                         f"{name}.{method}",
                         module,
-                        offloading.around(module, getattr(module, method)),
+                        self._around(module, getattr(module, method)),
                         max_decode_rows,
                         watch=StateWatch(name),
                     )
                     for method in ("encode", "decode")
                 }
             else:
-                hook = SuspendHook(name, isinstance(module, PreTrainedModel), owns, kinds, offloading, self.processors)
+                cached = isinstance(module, PreTrainedModel)
+                hook = SuspendHook(name, cached, owns, kinds, self._around, self.processors)
                 HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, ENGINE_HOOK)
                 self._hooked.append(module)
 
@@ -245,6 +256,8 @@ class EngineScope(PrivateScope):
         view = super().view(scheduler)
         for one in pipelines_in(view):
             one.__dict__["maybe_free_model_hooks"] = lambda: None  # other jobs may go on with the models
+            for component in vars(one).values() if self._health.device.type != "cpu" else ():
+                keep_times_on_the_host(component)
         return view
 
     def own(self, job: Job) -> list[Own]:
@@ -266,17 +279,7 @@ class EngineScope(PrivateScope):
             self._looked.add(self._signature(job))
 
     def _signature(self, job: Job) -> Hashable:
-        """What jobs have in common that run the same code of their pipeline, as far as can be told: of one that comes with
-        diffusers the names of the arguments, of any other small values, too."""
-        kind = type(self.pipeline)
-        names = frozenset(name for name, value in job.kwargs.items() if value is not None)
-        if comes_with_a_library(kind):
-            return kind, len(job.args), names
-        values = [*enumerate(job.args), *job.kwargs.items()]
-        small = frozenset(
-            (name, repr(value)) for name, value in values if isinstance(value, SMALL) and len(repr(value)) <= LONG
-        )
-        return kind, len(job.args), names, small
+        return signature(type(self.pipeline), job.args, job.kwargs)
 
     def wrote(self, own: OwnState, job: Job) -> tuple[str, str]:
         """A job's own code has changed modules: its callbacks', or else its pipeline's, whose jobs all do; or a hook of a whole
@@ -308,8 +311,10 @@ class EngineScope(PrivateScope):
         return found
 
     def close(self) -> None:
-        """Take the hooks away, and offloaded models off the GPU."""
-        self._offloading.offload()
+        """Take the hooks away, and offloaded models off the GPU, unless it has failed."""
+        if self._health.failure is None:
+            with contained("take models off the GPU"), on_device(self._health.device):
+                self._offloading.offload()
         for module in self._hooked:
             registry = module._diffusers_hook
             _remove(registry)
@@ -319,6 +324,10 @@ class EngineScope(PrivateScope):
             if not registry.hooks:
                 del module._diffusers_hook
         self._hooked.clear()
+
+    def _around(self, module: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
+        """What stands for a heavy function of a module in every forward of jobs, alone or shared."""
+        return self._health.guarded(self._offloading.around(module, function))
 
     def _swaps_state(self) -> bool:
         return swaps_state(self.pipeline, apart=self.processors is not None, casts=False)

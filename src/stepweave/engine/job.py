@@ -12,12 +12,20 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from stepweave.engine.memory import ran_out
-from stepweave.errors import Cancelled, DeadlineExceeded, EngineMisuse, OutOfMemory
+from stepweave.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    DeviceFailed,
+    EngineMisuse,
+    OutOfMemory,
+    RequestError,
+)
 from stepweave.outcome import Outcome, carried
 from stepweave.scheduling.profiles import Recorder, Shape
 from stepweave.scheduling.task import Priority, Task
 
 if TYPE_CHECKING:
+    from stepweave.engine.health import DeviceHealth
     from stepweave.engine.latents import Latents
 
 logger = logging.getLogger(__name__)
@@ -98,6 +106,7 @@ class Job:
         owner: object = None,
         on_cancel: Callable[[Job], None] = lambda job: None,
         observer: Observer | None = None,
+        health: DeviceHealth | None = None,
     ) -> None:
         self.args = args
         self.kwargs = kwargs
@@ -131,6 +140,7 @@ class Job:
         self._observer = observer
         self._observer_failed = False
         self._finishing = threading.Lock()
+        self._health = health
         self._future = _Result(self)
 
     @property
@@ -209,15 +219,17 @@ class Job:
         return self.deadline is not None and time.monotonic() > self.deadline
 
     def check(self) -> None:
-        """Raise Cancelled or DeadlineExceeded if the job must end."""
+        """Raise Cancelled, DeviceFailed or DeadlineExceeded if the job must end."""
         error = self.end()
         if error is not None:
             raise error
 
-    def end(self) -> Cancelled | DeadlineExceeded | None:
+    def end(self) -> Cancelled | DeviceFailed | DeadlineExceeded | None:
         """Why the job must end, if it must."""
         if self._cancelled:
             return Cancelled()
+        if self._health is not None and self._health.failure is not None:
+            return DeviceFailed(self._health.failure.reason)
         if self.late:
             seconds = self._seconds or 0
             limit = f"{round(seconds, 2):g}" if seconds >= 0.1 else f"{seconds:.2g}"
@@ -321,6 +333,10 @@ class Job:
     def _told(self, error: BaseException | None) -> Exception:
         """What the caller is told."""
         assert error is not None
+        if not isinstance(error, RequestError) and self._health is not None:
+            failed = self._health.examine(error)
+            if failed is not None:
+                return failed
         if ran_out(error):
             too_little = OutOfMemory(
                 "There is not enough memory for this job: ask for a smaller size, or fewer pictures."

@@ -14,7 +14,6 @@ import torch
 
 from stepweave.engine import ambient
 from stepweave.engine.active import Active, Crowd
-from stepweave.engine.ambient import DefaultRandom
 from stepweave.engine.call import Call
 from stepweave.engine.certificate import Verdict
 from stepweave.engine.certify import Certificates
@@ -23,6 +22,7 @@ from stepweave.engine.digests import Digests
 from stepweave.engine.elsewhere import Elsewhere
 from stepweave.engine.fiber import Done, Fiber, Own
 from stepweave.engine.forward import Forwarder, Starved, too_little
+from stepweave.engine.health import DeviceHealth
 from stepweave.engine.hooks import EngineScope, Offload, RunYourself
 from stepweave.engine.job import Ending, Job, enter_engine
 from stepweave.engine.lookup import LookUp
@@ -61,13 +61,14 @@ class StepLoop:
         memory: DeviceMemory | None,
         planner: Planner,
         stats: Stats,
+        health: DeviceHealth,
     ) -> None:
-        self._device = device = torch.device(getattr(pipeline, "_execution_device", "cpu"))
+        self._health, device = health, health.device
         self._kinds = kinds = ("cpu",) if device.type == "cpu" else ("cpu", device.type)
         self._stats = stats
         self._active: dict[Fiber, Active] = {}
-        self._scope = EngineScope(pipeline, self._active.__contains__, kinds, max_decode_rows)
         digests = Digests()
+        self._scope = EngineScope(pipeline, self._active.__contains__, kinds, max_decode_rows, health, digests)
         self._exclusive = False  # the job that runs must be the only one
         self._crowd = Crowd(max_jobs)
         self.certificates = Certificates(digests, audit_every)
@@ -85,7 +86,7 @@ class StepLoop:
         self._returned: deque[tuple[Active, Any]] = deque()  # fibers whose work elsewhere is done
         self._closing = self._abandoned = self._ended = False
         self._wake = threading.Condition()  # guards _waiting, _returned and the three above
-        self._elsewhere = Elsewhere(self._return)
+        self._elsewhere = Elsewhere(self._return, device)
         self.threads = [threading.Thread(target=self._run, name="stepweave-engine", daemon=True)]
         self.threads[0].start()
 
@@ -150,13 +151,15 @@ class StepLoop:
 
     def _run(self) -> None:
         torch.set_grad_enabled(False)
+        ambient.use_device(self._health.device)
         enter_engine(self)
         while self._wait():
             try:
                 self.turn()
-            except BaseException:  # nothing may end this thread: jobs would hang
-                self._stats.errors += 1
-                logger.exception("the engine's loop failed; it goes on")
+            except BaseException as error:  # nothing may end this thread: jobs would hang
+                if self._health.examine(error) is None:
+                    self._stats.errors += 1
+                    logger.exception("the engine's loop failed; it goes on")
                 self._rescue()
         with self._wake:
             self._ended = True
@@ -272,7 +275,7 @@ class StepLoop:
         with contained("watch a job's own code"):
             own = job.scope.own(job)
         if job.seed is not None and job.kwargs.get("generator") is None:  # the pipeline takes none
-            own.append(DefaultRandom(job.seed, self._device))
+            own.append(ambient.DefaultRandom(job.seed, self._health.device))
         fiber = Fiber(partial(call_pipeline, job, elsewhere=True), ambient.quiet(self._kinds), own)
         active = self._active[fiber] = Active(job, fiber)
         return active

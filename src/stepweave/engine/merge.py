@@ -52,10 +52,10 @@ def _merge(node: Layout, values: list[Any], rows: list[int]) -> Any:
     if tag == "across":
         return torch.cat(values, dim=1)
     if tag == "scalar":
-        return torch.cat([v.reshape(1).expand(r) for v, r in zip(values, rows, strict=True)])
+        return _placed([v.reshape(1).expand(r) for v, r in zip(values, rows, strict=True)], node[2])
     if tag == "number":
         dtype = torch.float32 if node[1] else torch.int64
-        return torch.tensor([v for v, r in zip(values, rows, strict=True) for _ in range(r)], dtype=dtype)
+        return _placed([torch.tensor([v] * r, dtype=dtype) for v, r in zip(values, rows, strict=True)], node[2])
     if tag == "per row":
         return list(itertools.chain.from_iterable(values))
     if tag == "repeated":
@@ -71,6 +71,13 @@ def _merge(node: Layout, values: list[Any], rows: list[int]) -> Any:
     kind, children = node[1], node[2:]
     items = [_merge(child, [value[i] for value in values], rows) for i, child in enumerate(children)]
     return kind(*items) if hasattr(kind, "_fields") else kind(items)
+
+
+def _placed(values: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Values of a number a row as one tensor on a device, which is not waited for: the host's memory is read at once."""
+    if any(value.device == device for value in values):
+        return torch.cat([value.to(device, non_blocking=True) for value in values])
+    return torch.cat(values).to(device, non_blocking=True)
 
 
 def _padded(values: list[torch.Tensor], masks: list[torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -129,7 +136,7 @@ def _split(output: Any, starts: list[int]) -> list[Any]:
             raise Unmergeable(f"a result of shape {tuple(output.shape)} does not have {total} rows")
         if output.stride(0) == 0:  # rows that share memory must not share it between jobs
             output = output.contiguous()
-        return [output[a:b] for a, b in spans]
+        return [output.narrow(0, a, b - a) for a, b in spans]
     if isinstance(output, np.ndarray) and output.ndim and output.shape[0] == total:
         return [output[a:b] for a, b in spans]
     if is_constant(output):

@@ -6,7 +6,7 @@ precision and back. Such a change is taken out of the modules whenever the job's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +15,9 @@ from torch import nn
 from stepweave.engine.module_state import Change, ModuleState
 from stepweave.engine.planner import contained
 from stepweave.engine.values import comes_with_a_library
+
+SMALL = (bool, int, float, str)  # values that may decide what a pipeline does
+LONG = 64  # characters of a value, from which on it is a prompt rather
 
 T = TypeVar("T")
 
@@ -112,3 +115,16 @@ def has_code(value: Any, depth: int = 3) -> bool:
     if isinstance(value, (type, nn.Module)):
         return False
     return callable(value) or not (comes_with_a_library(type(value)) or type(value).__module__.startswith("PIL."))
+
+
+def signature(kind: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
+    """What calls have in common that run the same code of a pipeline of this class, as far as can be told: of one that comes with
+    diffusers the names of the arguments, of any other small values, too."""
+    names = frozenset(name for name, value in kwargs.items() if value is not None)
+    if comes_with_a_library(kind):
+        return kind, len(args), names
+    values = [*enumerate(args), *kwargs.items()]
+    small = frozenset(
+        (name, repr(value)) for name, value in values if isinstance(value, SMALL) and len(repr(value)) <= LONG
+    )
+    return kind, len(args), names, small

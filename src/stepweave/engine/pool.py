@@ -7,7 +7,9 @@ import threading
 import time
 from typing import Any, Protocol
 
+from stepweave.engine.ambient import use_device
 from stepweave.engine.batch import batch_key, images_of, run_batch
+from stepweave.engine.health import DeviceHealth
 from stepweave.engine.hooks import PrivateScope
 from stepweave.engine.job import Ending, Job, enter_engine
 from stepweave.engine.pipeline_call import call_pipeline
@@ -38,10 +40,13 @@ class Runner(Protocol):
 class Pool:
     """Starts jobs in the planner's order, `threads` of them at a time; with `together`, up to so many equal ones in one call."""
 
-    def __init__(self, pipeline: Any, *, threads: int, stats: Stats, planner: Planner, together: int = 1) -> None:
+    def __init__(
+        self, pipeline: Any, *, threads: int, stats: Stats, planner: Planner, health: DeviceHealth, together: int = 1
+    ) -> None:
         self._scope = PrivateScope(pipeline)
         self._stats = stats
         self._planner = planner
+        self._health = health
         self._together = together
         self._running: dict[str, Job] = {}
         self._waiting: dict[str, Job] = {}  # oldest first
@@ -104,6 +109,7 @@ class Pool:
 
     def _work(self) -> None:
         """One thread: serve until closed."""
+        use_device(self._health.device)
         enter_engine(self)
         while (jobs := self._next_jobs()) is not None:
             try:
@@ -157,12 +163,13 @@ class Pool:
         for job in jobs:
             job.start(now)
             job.begin()
-        if len(jobs) > 1:
+        if len(jobs) > 1 and self._health.failure is None:
             together = Outcome.apart(run_batch, jobs[0].scope, jobs)
             if together.error is None:
                 self._planner.called(jobs, time.monotonic() - now, beside)
                 return together.value  # type: ignore[no-any-return]
-            if not isinstance(together.error, Ending):  # of all of them; each finds its own error below
+            # an Ending is of all of them; each finds its own error below
+            if not isinstance(together.error, Ending) and self._health.examine(together.error) is None:
                 self._stats.retried += 1
                 logger.warning("a batch of %d jobs failed; each runs alone", len(jobs), exc_info=together.error)
             for job in jobs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from stepweave.scope.cuts import current_report, cuts_of
@@ -15,21 +16,25 @@ class LockedTokenizer(Proxy):
     """A transparent proxy that lets one thread at a time tokenize, and reports texts that are cut (`cuts.reporting`).
 
     Fast tokenizers set padding and truncation on a shared Rust object before each call: without the lock, threads corrupt each
-    other's padding, and lengths that should be equal differ. `name` is the tokenizer's in its pipeline.
+    other's padding, and lengths that should be equal differ. `name` is the tokenizer's in its pipeline; `made` is given what it
+    makes, and what it returns is given on.
 
     >>> tokenizer = LockedTokenizer(pipeline.tokenizer, threading.RLock())
     """
 
-    def __init__(self, tokenizer: Any, lock: Any, name: str = "tokenizer") -> None:
+    def __init__(
+        self, tokenizer: Any, lock: Any, name: str = "tokenizer", made: Callable[[Any], Any] = lambda output: output
+    ) -> None:
         super().__init__(tokenizer.__wrapped__ if isinstance(tokenizer, LockedTokenizer) else tokenizer)
         self._self_lock = lock
         self._self_name = name
+        self._self_made = made
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self._self_lock:
             output = self.__wrapped__(*args, **kwargs)
             self._self_check("__call__", output, args, kwargs)
-            return output
+            return self._self_made(output)
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
@@ -40,7 +45,7 @@ class LockedTokenizer(Proxy):
             with self._self_lock:
                 output = value(*args, **kwargs)
                 self._self_check(name, output, args, kwargs)
-                return output
+                return self._self_made(output)
 
         return call
 

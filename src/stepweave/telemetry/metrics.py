@@ -303,7 +303,8 @@ class VramCollector(Collector):
         import torch
 
         try:
-            free, total = torch.cuda.mem_get_info(self.device)
+            with torch.cuda.device(self.device):  # this thread's own may be another, on which nothing shall be opened
+                free, total = torch.cuda.mem_get_info(self.device)
         except RuntimeError:
             return ()  # a broken device must not take the other metrics with it
         stats = self._stats()  # the engine resets torch's own peak when it measures a forward

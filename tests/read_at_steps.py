@@ -1,0 +1,60 @@
+"""Counts how often each of diffusers' schedulers reads from the device at a step: `python -m tests.read_at_steps`."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import diffusers
+import torch
+
+from stepweave.engine.host_times import keep_times_on_the_host
+from tests.fake_device import CUDA, FakeDevice, fake_device
+
+STEPS = 8
+
+
+def kinds() -> Iterator[Any]:
+    """All classes of schedulers that diffusers exports and that have timesteps."""
+    for name in dir(diffusers):
+        kind = getattr(diffusers, name)
+        if inspect.isclass(kind) and name.endswith("Scheduler") and hasattr(kind, "set_timesteps"):
+            yield kind
+
+
+def reads(scheduler: Any, device: FakeDevice, steps: int = STEPS) -> tuple[torch.Tensor, list[int]]:
+    """The sample after all steps with an output made up, and how often the device was read in each."""
+    scheduler.set_timesteps(steps, device=CUDA)
+    sample = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)).to(CUDA)
+    given = inspect.signature(scheduler.step).parameters
+    extra = {"generator": torch.Generator().manual_seed(0)} if "generator" in given else {}
+    torch.default_generator.manual_seed(0)  # of those that draw without one
+    found = []
+    for time in scheduler.timesteps:
+        device.reads.clear()
+        sample = scheduler.scale_model_input(sample, time) if hasattr(scheduler, "scale_model_input") else sample
+        output = torch.tanh(sample) / 10
+        arguments = (output, None, time, None, sample) if "timestep_back" in given else (output, time, sample)
+        sample = scheduler.step(*arguments, **extra)[0]
+        found.append(len(device.reads))
+    return sample, found
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    for kind in kinds():
+        try:
+            with fake_device() as device:
+                plain, ours = kind(), kind()
+                keep_times_on_the_host(ours)
+                line = f"{kind.__name__}: {reads(plain, device)[1]}, in an engine {reads(ours, device)[1]}"
+        except Exception as error:
+            line = f"{kind.__name__}: not measured: {type(error).__name__}: {str(error).partition(chr(10))[0][:80]}"
+        sys.stdout.write(f"{line}\n")
+
+
+if __name__ == "__main__":
+    main()
