@@ -301,6 +301,7 @@ class Server:
             drawers=self._drawers,
             previewer=self.previewer,
             scheduler=served.scheduler,
+            refuse_flagged=self.settings.flagged_images == "refuse",
         )
         ticket = Ticket(request, parameters, means, previews)
         deadline = None if request.deadline_ms is None else request.deadline_ms / 1000

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from stepweave.engine.finite import FiniteImages
 from stepweave.engine.hooks import track
 from stepweave.engine.job import Ending, Job
 from stepweave.engine.latents import Latents
@@ -54,7 +55,8 @@ def run_batch(scope: RequestScopedPipeline, jobs: list[Job]) -> list[Any]:
     try:
         with scope.lease() as view, warned(view, jobs):
             track(view, _Together(jobs))
-            outcomes = split(view(**kwargs), [images_of(job) for job in jobs])
+            output = FiniteImages(view).checked(view(**kwargs))
+            outcomes = split(output, [images_of(job) for job in jobs])
     except BaseException:
         for generator, state in zip(generators, before, strict=True):
             generator.set_state(state)  # so that each can still be run alone

@@ -21,11 +21,11 @@ from stepweave.engine.digests import Digests
 from stepweave.engine.elsewhere import Elsewhere
 from stepweave.engine.fiber import Done, Fiber, Own
 from stepweave.engine.forward import Forwarder, Starved, too_little
-from stepweave.engine.hooks import EngineScope, Offload, RunYourself, pictures_elsewhere, track
+from stepweave.engine.hooks import EngineScope, Offload, RunYourself
 from stepweave.engine.job import Ending, Job, enter_engine
 from stepweave.engine.memory import DeviceMemory, memory_of
+from stepweave.engine.pipeline_call import call_pipeline
 from stepweave.engine.planner import Planner, contained
-from stepweave.engine.prompts import warned
 from stepweave.engine.queues import CallQueues
 from stepweave.engine.state_watch import name_of, some
 from stepweave.engine.stats import Stats
@@ -244,15 +244,9 @@ class StepLoop:
             own = job.scope.own(job)
         if job.seed is not None and job.kwargs.get("generator") is None:  # the pipeline takes none
             own.append(DefaultRandom(job.seed, self._device))
-        fiber = Fiber(lambda: self._call_pipeline(job), ambient.quiet(self._kinds), own)
+        fiber = Fiber(lambda: call_pipeline(job, suspends=True), ambient.quiet(self._kinds), own)
         active = self._active[fiber] = Active(job, fiber)
         return active
-
-    def _call_pipeline(self, job: Job) -> Any:
-        with job.scope.lease(job.scheduler) as view, warned(view, [job]):
-            track(view, job)
-            pictures_elsewhere(view)
-            return view(*job.args, **job.kwargs)
 
     def _expire(self) -> None:
         """Throw out the jobs that must end."""

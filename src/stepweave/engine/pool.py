@@ -8,10 +8,10 @@ import time
 from typing import Any, Protocol
 
 from stepweave.engine.batch import batch_key, images_of, run_batch
-from stepweave.engine.hooks import PrivateScope, track
+from stepweave.engine.hooks import PrivateScope
 from stepweave.engine.job import Ending, Job, enter_engine
+from stepweave.engine.pipeline_call import call_pipeline
 from stepweave.engine.planner import Planner
-from stepweave.engine.prompts import warned
 from stepweave.engine.stats import Stats
 from stepweave.errors import Cancelled, EngineMisuse
 
@@ -163,9 +163,7 @@ class Pool:
         began = time.monotonic()
         try:
             job.check()
-            with job.scope.lease(job.scheduler) as view, warned(view, [job]):
-                track(view, job)
-                output = view(*job.args, **job.kwargs)
+            output = call_pipeline(job, suspends=False)
             self._planner.called([job], time.monotonic() - began, beside)
             return output
         except BaseException as error:
