@@ -263,6 +263,13 @@ def dashboard() -> model.Dashboard:
                 (rate("stepweave_out_of_memory_failures_total", "job"), "failed for want of memory"),
             ),
             graph(
+                "Images by result",
+                "Images per second: ok; of one colour throughout; flagged by the pipeline's safety checker; NaN or infinite, "
+                "whose requests failed.",
+                "cps",
+                (rate("stepweave_images_total", "result"), "{{result}}"),
+            ),
+            graph(
                 "Forwards by module",
                 "Forwards per second.",
                 "cps",

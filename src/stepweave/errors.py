@@ -5,8 +5,10 @@ StepweaveError (500)
 ├── LoadError                   the model cannot be loaded
 ├── EngineMisuse                the engine is used in a way that cannot work
 ├── OutOfMemory                 the device's memory is too small for the job, even by itself
+├── NonFinite                   the model gave NaN or infinite values
 └── RequestError                the caller's request cannot be served
     ├── InvalidRequest (400)    a value is not allowed; `param` names the field
+    ├── ContentFlagged (400)    the pipeline's safety checker flagged an image, and such are refused
     ├── Unauthorized (401)      keys are set, and the request bears none of them
     ├── NotFound (404)          no such route, model, job or picture
     ├── MethodNotAllowed (405)
@@ -85,6 +87,19 @@ class OutOfMemory(StepweaveError):
         super().__init__(message, code="out_of_memory")
 
 
+_NON_FINITE = (
+    "The result is not finite: the model gave NaN or infinite values. Other parameters may work; if all requests fail, the "
+    "weights are damaged, or overflow in the server's STEPWEAVE_DTYPE (try bfloat16 or float32)."
+)
+
+
+class NonFinite(StepweaveError):
+    """The model gave NaN or infinite values, of which no image can be made."""
+
+    def __init__(self, message: str = _NON_FINITE) -> None:
+        super().__init__(message, code="non_finite")
+
+
 class RequestError(StepweaveError):
     """The caller's request cannot be served."""
 
@@ -97,6 +112,17 @@ class InvalidRequest(RequestError):
 
     def __init__(self, message: str, *, code: str = "invalid_value", param: str | None = None) -> None:
         super().__init__(message, code=code, param=param)
+
+
+class ContentFlagged(RequestError):
+    """The pipeline's safety checker flagged an image, and the server refuses such images."""
+
+    def __init__(self, index: int, names: list[str]) -> None:
+        super().__init__(
+            f"Image {index} was flagged by the pipeline ({', '.join(names)}); this server does not return flagged images. "
+            "Another prompt or seed may pass.",
+            code="content_policy_violation",
+        )
 
 
 class Unauthorized(RequestError):

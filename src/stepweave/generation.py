@@ -87,12 +87,13 @@ class Timings:
 
 @dataclass(frozen=True)
 class Generation:
-    """The outcome of a job: n pictures, first seed first."""
+    """The outcome of a job: n images, first seed first, and what the pipeline returned beside them."""
 
     parameters: Parameters
     images: list[Image.Image]
     timings: Timings = field(default_factory=Timings)
-    warnings: list[str] = field(default_factory=list)
+    flagged: list[bool] = field(default_factory=list)  # each image, by the pipeline's safety checker
+    outputs: dict[str, Any] = field(default_factory=dict)  # what else it returned, JSON-able
 
 
 @dataclass(eq=False)
@@ -104,6 +105,7 @@ class PictureFile:
     values: dict[str, Any]
     output_format: OutputFormat
     name: str | None = None
+    flagged: bool = False  # by the pipeline's safety checker
     _storing: asyncio.Task[str] | None = field(default=None, init=False, repr=False)
 
     async def stored(self, files: FileStore) -> str:
@@ -121,7 +123,8 @@ async def _put(files: FileStore, data: bytes, suffix: OutputFormat) -> str:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a generation is answered with. `body` is JSON-able: created, model, usage, parameters, timings, warnings."""
+    """What a generation is answered with. `body` is JSON-able: created, model, usage, parameters, timings, warnings, and outputs
+    where the pipeline returned more than images."""
 
     body: dict[str, Any]
     pictures: list[PictureFile]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from stepweave.config import Settings
 from stepweave.errors import Conflict, NotFound, StepweaveError, shown
-from stepweave.kept import KeptJob
+from stepweave.kept import FLAGGED, KeptJob
 from stepweave.store import DirectoryFileStore, FileStore, JobRecord, JobStore, SqliteJobStore, state_directory
 from stepweave.ticket import Progressed, Ticket
 
@@ -220,7 +220,12 @@ class Jobs:
             await self.store.put(replace(record, state="failed", error=error.body()["error"]))
         else:
             await self.store.put(
-                replace(record, response=answer.body, files=tuple(names), warnings=answer.body["warnings"])
+                replace(
+                    record,
+                    response={**answer.body, FLAGGED: [picture.flagged for picture in answer.pictures]},
+                    files=tuple(names),
+                    warnings=answer.body["warnings"],
+                )
             )
 
     def keeping(self) -> list[asyncio.Task[None]]:
@@ -296,7 +301,7 @@ def _record(ticket: Ticket, claim: Claim) -> JobRecord:
             "parameters": ticket.resolved(),
             "response_format": ticket.response_format,
         },
-        warnings=[*ticket.warnings, *job.warnings],
+        warnings=ticket.all_warnings,
         idempotency_key=claim.key,
         fingerprint=claim.fingerprint,
     )

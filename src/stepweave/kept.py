@@ -12,6 +12,8 @@ from stepweave.generation import Answer, PictureFile
 from stepweave.store import FileStore, JobRecord
 from stepweave.ticket import ResponseFormat, Update
 
+FLAGGED = "flagged"  # in a record's response: for each picture, whether the pipeline flagged it
+
 
 class KeptJob:
     """A job whose process of making is over: followed as a ticket is, but all is there at once."""
@@ -40,7 +42,8 @@ class KeptJob:
         record = self.record
         if record.error is not None:
             raise _Kept(record.error)
-        body = record.response or {}
+        body = dict(record.response or {})
+        flagged = body.pop(FLAGGED, [False] * len(record.files))  # those of older servers have none
         pictures = []
         for i, name in enumerate(record.files):
             file = await self._files.get(name)
@@ -48,7 +51,9 @@ class KeptJob:
                 raise NotFound(f"The pictures of job {self.id} have expired.", code="expired")
             values = {**record.request["values"], "seed": record.request["values"]["seed"] + i}
             pictures.append(
-                PictureFile(file.data, values["seed"], values, record.request["parameters"]["output_format"], name)
+                PictureFile(
+                    file.data, values["seed"], values, record.request["parameters"]["output_format"], name, flagged[i]
+                )
             )
         return Answer(body, pictures)
 

@@ -16,7 +16,7 @@ from PIL import Image
 from stepweave.config import Settings
 from stepweave.engine import Job, Latents, StepEngine
 from stepweave.engine.shapes import arguments_of
-from stepweave.errors import InvalidRequest, LoadError, RequestError, shown
+from stepweave.errors import InvalidRequest, LoadError, NonFinite, RequestError, shown
 from stepweave.generation import MAX_SEED, Parameters, Sources
 from stepweave.loading.preset import Preset
 from stepweave.loading.schedulers import rehearse, schedulers_of
@@ -233,7 +233,7 @@ class ServedModel:
             if half is not None:
                 try:
                     self._run_together(engine, half, few)
-                except RequestError:  # the engine was closed
+                except (RequestError, NonFinite):  # the engine was closed; or no request of this size would succeed
                     raise
                 except Exception as error:
                     logger.info("pictures of %dx%d fail (%s); what they cost is not known", *half, type(error).__name__)
@@ -248,7 +248,7 @@ class ServedModel:
                 continue
             try:
                 self._run_together(engine, native, count, edits=True, mask=mask)
-            except RequestError:  # the engine was closed
+            except (RequestError, NonFinite):
                 raise
             except Exception as error:
                 logger.warning("%s fails (%s); it is not offered", type(getattr(self, name)).__name__, error)

@@ -347,6 +347,7 @@ class Server:
             scheduler=served.scheduler,
             holds=engine.holds,
             answer_seconds=self.settings.stuck_seconds,
+            refuse_flagged=self.settings.flagged_images == "refuse",
         )
         ticket = Ticket(request, parameters, means, previews)
         deadline = None if request.deadline_ms is None else request.deadline_ms / 1000

@@ -53,7 +53,8 @@ def load(settings: Settings, load_pipeline: LoadPipeline | None, on_step: OnStep
     pipeline, preset = (load_pipeline or loader.load_pipeline)(settings, device, dtype)
     apply_switches(pipeline, settings, device)
     model = ServedModel(pipeline, preset, settings)
-    previewer = Previewer.fit(pipeline)  # before the engine hooks the modules
+    # before the engine hooks the modules; a preview would show what a safety checker takes out of the picture
+    previewer = None if getattr(pipeline, "safety_checker", None) is not None else Previewer.fit(pipeline)
     engine = StepEngine(
         pipeline,
         settings.batching,

@@ -11,9 +11,20 @@ from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from stepweave.errors import Cancelled, DeadlineExceeded, OutOfMemory, RequestError, StepweaveError
+from PIL import Image
+
+from stepweave.errors import (
+    Cancelled,
+    ContentFlagged,
+    DeadlineExceeded,
+    NonFinite,
+    OutOfMemory,
+    RequestError,
+    StepweaveError,
+)
 from stepweave.generation import Answer, Generation, Parameters, PictureFile, Timings
 from stepweave.images.encode import encode
+from stepweave.images.outputs import is_constant, outputs_of
 from stepweave.outcome import Outcome
 from stepweave.partials import Partial, Partials
 from stepweave.telemetry.metrics import Metrics, outcome_of
@@ -68,6 +79,7 @@ class Means:
     scheduler: str | None = None  # the pipeline's own
     holds: Callable[[Job], bool] = lambda job: True  # whether the engine has the job
     answer_seconds: float = 600.0  # after a job is done
+    refuse_flagged: bool = False  # images that the pipeline's safety checker flags
 
 
 class Ticket:
@@ -83,6 +95,7 @@ class Ticket:
         self.detached = False
         self.response_format: ResponseFormat = "b64_json"  # in which its result is wanted, if it is asked for later
         self.warnings: list[str] = []  # of the request; those of its prompts come with the job
+        self._of_result: list[str] = []
         self.error: StepweaveError | None = None
         self.kept = False  # by whom it is kept, that one gives its place back
         self._means = means
@@ -134,6 +147,11 @@ class Ticket:
         if self.error is None:
             return "succeeded"
         return "cancelled" if isinstance(self.error, Cancelled) else "failed"
+
+    @property
+    def all_warnings(self) -> list[str]:
+        """Of the request, its prompts and its images, as far as they are known."""
+        return [*self.warnings, *self.job.warnings, *self._of_result]
 
     @property
     def lost(self) -> bool:
@@ -288,8 +306,7 @@ class Ticket:
         job, metrics = self.job, self._means.metrics
         output = await self._output()
         metrics.generated(job, due)
-        warnings = [*self.warnings, *job.warnings]
-        generation = Generation(self.parameters, output.images, Timings.of(job), warnings)
+        generation = self._generation(output)
         if self._partials is not None:
             await self._partials.settle()
         pictures = await self._encode(generation)
@@ -299,19 +316,21 @@ class Ticket:
 
     def _told(self, error: BaseException) -> StepweaveError:
         """What to tell of an error that ends it."""
-        values = {name: value for name, value in self.parameters.of_image(0).items() if "prompt" not in name}
         if self._overdue:
             limit = self._means.answer_seconds
-            logger.error("nothing came of a job for %g s after it was done: %r, %s", limit, self.job, values)
+            logger.error("nothing came of a job for %g s after it was done: %r, %s", limit, self.job, self._values())
             message = f"The images were made, but not delivered within {limit:g} s."
             return StepweaveError(message, code="not_delivered")
         if isinstance(error, asyncio.CancelledError):  # the loop ends
             return Cancelled()
-        if isinstance(error, (RequestError, OutOfMemory)):
+        if isinstance(error, NonFinite):
+            logger.warning("a job's result is not finite: %r, %s", self.job, self._values())
+            self._means.metrics.images.labels("non_finite").inc(self.parameters.n)
+        if isinstance(error, (RequestError, OutOfMemory, NonFinite)):
             if isinstance(error, (Cancelled, DeadlineExceeded)) or error is self._reason:
                 self._means.metrics.steps_saved.inc(max(0, self.steps - self.job.progress.step))
             return error
-        logger.error("a job failed: %r, %s", self.job, values, exc_info=error)
+        logger.error("a job failed: %r, %s", self.job, self._values(), exc_info=error)
         cause = error.__cause__ if isinstance(error, StepweaveError) and error.__cause__ is not None else error
         failure = StepweaveError(f"The generation failed ({type(cause).__name__}).", code="generation_failed")
         failure.__cause__ = error
@@ -328,6 +347,20 @@ class Ticket:
             self._means.metrics.deadline_missed.inc()
             raise
 
+    def _values(self) -> dict[str, Any]:
+        """The parameters that a log may have."""
+        return {name: value for name, value in self.parameters.of_image(0).items() if "prompt" not in name}
+
+    def _generation(self, output: Any) -> Generation:
+        """What a job gave. Raises ContentFlagged."""
+        outputs = outputs_of(output, len(output.images))
+        if any(outputs.flagged) and self._means.refuse_flagged:
+            self._means.metrics.images.labels("flagged").inc(sum(outputs.flagged))
+            index = outputs.flagged.index(True)
+            raise ContentFlagged(index, outputs.flags[index])
+        self._of_result += outputs.warnings
+        return Generation(self.parameters, output.images, Timings.of(self.job), outputs.flagged, outputs.others)
+
     async def _encode(self, generation: Generation) -> list[PictureFile]:
         began = time.monotonic()
         request, model = self.request, self._means.model
@@ -336,7 +369,7 @@ class Ticket:
             *(
                 on_thread(
                     self._means.encoders,
-                    encode,
+                    _file,
                     image,
                     request.output_format,
                     value if request.metadata else None,
@@ -347,10 +380,14 @@ class Ticket:
             )
         )
         generation.timings.encode_image = time.monotonic() - began
-        return [
-            PictureFile(data, value["seed"], value, request.output_format)
-            for data, value in zip(encoded, values, strict=True)
-        ]
+        pictures = []
+        for i, ((data, constant), value) in enumerate(zip(encoded, values, strict=True)):
+            flagged = generation.flagged[i]
+            if constant and not flagged:
+                self._of_result.append(f"image {i} has one colour throughout; the model may not have worked.")
+            self._means.metrics.images.labels("flagged" if flagged else "constant" if constant else "ok").inc()
+            pictures.append(PictureFile(data, value["seed"], value, request.output_format, flagged=flagged))
+        return pictures
 
     def _body(self, generation: Generation) -> dict[str, Any]:
         parameters = generation.parameters
@@ -364,7 +401,8 @@ class Ticket:
             },
             "parameters": self.resolved(),
             "timings": {name: round(seconds, 6) for name, seconds in asdict(generation.timings).items()},
-            "warnings": generation.warnings,
+            "warnings": self.all_warnings,
+            **({"outputs": generation.outputs} if generation.outputs else {}),
         }
 
     def resolved(self) -> dict[str, Any]:
@@ -381,3 +419,8 @@ class Ticket:
             "output_compression": request.output_compression,
         }
         return {name: value for name, value in resolved.items() if value is not None}
+
+
+def _file(image: Image.Image, *args: Any) -> tuple[bytes, bool]:
+    """An image's file, and whether the image has one colour throughout."""
+    return encode(image, *args), is_constant(image)

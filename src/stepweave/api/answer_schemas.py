@@ -161,12 +161,14 @@ class ResolvedParameters(BaseModel):
 class InlinePicture(BaseModel):
     b64_json: str = Field(json_schema_extra={"contentEncoding": "base64"})
     seed: int
+    flagged: bool = Field(description="Whether the pipeline's safety checker flagged it.")
     revised_prompt: None
 
 
 class LinkedPicture(BaseModel):
     url: str = Field(description="Where the picture is, for a while.")
     seed: int
+    flagged: bool = Field(description="Whether the pipeline's safety checker flagged it.")
     revised_prompt: None
 
 
@@ -182,6 +184,9 @@ class _Outcome(BaseModel):
     parameters: ResolvedParameters
     timings: Timings
     warnings: list[str]
+    outputs: dict[str, Any] = Field(
+        default_factory=_absent, description="What the pipeline returned beside images, where that is text or numbers."
+    )
 
 
 class Generation(_Outcome):
@@ -238,6 +243,7 @@ class _Completed(_Outcome):
     background: Literal["auto"]
     image_index: int = Field(ge=0)
     seed: int
+    flagged: bool = Field(description="Whether the pipeline's safety checker flagged it.")
 
 
 class CompletedInline(_Completed):

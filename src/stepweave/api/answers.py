@@ -79,7 +79,7 @@ async def urls(answer: Answer, base: str, files: FileStore) -> list[dict[str, An
     """The pictures as OpenAI's API has them, each stored if it is not yet."""
     names = [await one.stored(files) for one in answer.pictures]
     return [
-        {"url": f"{base}/images/{name}", "seed": one.seed, "revised_prompt": None}
+        {"url": f"{base}/images/{name}", "seed": one.seed, "flagged": one.flagged, "revised_prompt": None}
         for name, one in zip(names, answer.pictures, strict=True)
     ]
 
@@ -89,7 +89,8 @@ def _inline(answer: Answer) -> bytes:
     pieces = [json.dumps(answer.body)[:-1].encode(), b', "data": [']
     for i, file in enumerate(answer.pictures):
         pieces += [b", " if i else b"", b'{"b64_json": "', base64.b64encode(file.data)]
-        pieces.append(f'", "seed": {file.seed}, "revised_prompt": null}}'.encode())
+        flagged = json.dumps(file.flagged)
+        pieces.append(f'", "seed": {file.seed}, "flagged": {flagged}, "revised_prompt": null}}'.encode())
     return b"".join([*pieces, b"]}"])
 
 
@@ -97,7 +98,8 @@ def picture_answer(answer: Answer) -> Response:
     """The first picture's file.
 
     The parameters stand in headers, but for the prompts: they may be longer than proxies let a header be, and the file has them.
-    Warnings, if there are any, stand in `X-Stepweave-Warnings`.
+    `X-Stepweave-Flagged` is "true" for one that the pipeline's safety checker flagged. Warnings, if there are any, stand in
+    `X-Stepweave-Warnings`.
     """
     file = answer.pictures[0]
     headers = {
@@ -105,6 +107,8 @@ def picture_answer(answer: Answer) -> Response:
         for name, value in file.values.items()
         if "prompt" not in name
     }
+    if file.flagged:
+        headers["X-Stepweave-Flagged"] = "true"
     if answer.body["warnings"]:
         headers["X-Stepweave-Warnings"] = warnings_header(answer.body["warnings"])
     return Response(file.data, media_type=f"image/{file.output_format}", headers=headers)

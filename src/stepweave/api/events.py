@@ -95,11 +95,13 @@ async def _completed(prefix: str, answer: Answer, index: int, files: FileStore, 
         **IGNORED,
         "image_index": index,
         "seed": picture.seed,
+        "flagged": picture.flagged,
         "model": answer.body["model"],
         "usage": answer.body["usage"],
         "parameters": parameters,
         "timings": answer.body["timings"],
         "warnings": answer.body["warnings"],
+        **({"outputs": answer.body["outputs"]} if "outputs" in answer.body else {}),
     }
     return await on_thread(None, event, name, data)
 

@@ -271,7 +271,9 @@ def _write(
                 **answer.pictures[0].values,
                 "output_format": output_format,
                 "model": body["model"],
+                "flagged": answer.pictures[0].flagged,
                 "warnings": answer.body["warnings"],
+                **({"outputs": answer.body["outputs"]} if "outputs" in answer.body else {}),
             }
         )
         for answer in answers

@@ -48,7 +48,7 @@ def _of_ticket(ticket: Ticket) -> dict[str, Any]:
         "eta_seconds": None if eta is None else round(eta, 3),
         "created": round(ticket.created, 3),
         "parameters": ticket.resolved(),
-        "warnings": [*ticket.warnings, *ticket.job.warnings],
+        "warnings": ticket.all_warnings,
         "error": None if ticket.error is None else ticket.error.body()["error"],
         "result": None,
     }

@@ -12,6 +12,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from stepweave import __version__
+from stepweave.api.answers import warnings_header
 from stepweave.api.disconnect import read_body, until_disconnect
 from stepweave.api.idempotency import claim_of, generate
 from stepweave.api.schemas import ImageRequest, explain, parse_off_loop, require_json
@@ -90,16 +91,18 @@ class LegacyApi:
             root = base_url(request, settings)
             self.server.ready()
             claim = claim_of(request, body.model_dump_json())
-        names = await until_disconnect(request, self._generate(image, body, claim))
-        return JSONResponse({"response": [f"{root}/images/{name}" for name in names]})
+        names, warnings = await until_disconnect(request, self._generate(image, body, claim))
+        headers = {"X-Stepweave-Warnings": warnings_header(warnings)} if warnings else {}
+        return JSONResponse({"response": [f"{root}/images/{name}" for name in names]}, headers=headers)
 
-    async def _generate(self, image: ImageRequest, body: LegacyRequest, claim: Claim) -> list[str]:
-        """Names of the pictures' files in the store."""
+    async def _generate(self, image: ImageRequest, body: LegacyRequest, claim: Claim) -> tuple[list[str], list[str]]:
+        """Names of the pictures' files in the store, and warnings."""
         server = self.server
         answer = await generate(
             server, claim, lambda: server.accept(image, n=body.num_images_per_prompt, model=body.model)
         )
-        return list(await asyncio.gather(*(picture.stored(server.files) for picture in answer.pictures)))
+        names = await asyncio.gather(*(picture.stored(server.files) for picture in answer.pictures))
+        return names, answer.body["warnings"]
 
     async def image(self, request: Request) -> Response:
         """A stored picture. The name is the key to it: unguessable, and gone with the file."""

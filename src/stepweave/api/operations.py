@@ -94,6 +94,9 @@ def _json(model: type[BaseModel], description: str) -> dict[int, Answer]:
     return {200: Answer(description, {JSON: model})}
 
 
+WARNINGS_HEADER = {"X-Stepweave-Warnings": _header("A JSON list of texts, in ASCII.", pattern=r"^\[.*\]$")}
+
+
 def picture_headers() -> dict[str, Any]:
     """The headers beside a picture: what decides its pixels, less prompts, and warnings."""
     prompts, others = (
@@ -106,7 +109,8 @@ def picture_headers() -> dict[str, Any]:
         for name in bodies.ResolvedParameters.model_fields
         if name not in (*prompts, *others)
     }  # fmt: skip
-    return headers | {"X-Stepweave-Warnings": _header("A JSON list of texts, in ASCII.", pattern=r"^\[.*\]$")}
+    flagged = _header("Of a picture that the pipeline's safety checker flagged.", const="true")
+    return headers | {"X-Stepweave-Flagged": flagged} | WARNINGS_HEADER
 
 
 FILE: dict[str, Any] = {"type": "string", "format": "binary"}
@@ -274,7 +278,8 @@ def operations(model: str | None) -> list[Operation]:
              {200: Answer("BentoML's own description.", {JSON: {"type": "object"}})}, elsewhere=True),
         *_inference(model),
         Operation("post", "/api/diffusers/inference", "legacyInference", "Diffusers example server", "Text to image",
-                  _json(bodies.LegacyAnswer, "Where the pictures are."), WORK, (KEY,), body={JSON: LegacyRequest},
+                  {200: Answer("Where the pictures are.", {JSON: bodies.LegacyAnswer}, WARNINGS_HEADER)}, WORK, (KEY,),
+                  body={JSON: LegacyRequest},
                   example={"prompt": EXAMPLE["prompt"]}),
         _get("/api/status", "legacyStatus", "Diffusers example server", "What is served, and how much",
              _json(bodies.LegacyStatus, "Status."), Unavailable),

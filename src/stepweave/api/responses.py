@@ -8,7 +8,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from stepweave.errors import OutOfMemory, StepweaveError, Unauthorized
+from stepweave.errors import NonFinite, OutOfMemory, StepweaveError, Unauthorized
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def error_response(error: StepweaveError, **extra: Any) -> JSONResponse:
         headers["Retry-After"] = str(error.retry_after)
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
-    if isinstance(error, OutOfMemory):  # OpenAI's clients repeat what failed with a 500 unless told not to
+    if isinstance(error, (OutOfMemory, NonFinite)):  # OpenAI's clients repeat what failed with a 500 unless told not to
         headers["X-Should-Retry"] = "false"
     return JSONResponse({**error.body(), **extra}, status_code=error.status, headers=headers)
 
@@ -39,8 +39,8 @@ def as_stepweave_error(error: Exception, request_id: str) -> StepweaveError:
     if isinstance(error, StepweaveError) and error.status != 500:
         return error
     logger.error("request %s failed", request_id, exc_info=error)
-    if isinstance(error, OutOfMemory):
-        return OutOfMemory(f"{error.message} Request id: {request_id}")
+    if isinstance(error, (OutOfMemory, NonFinite)):
+        return type(error)(f"{error.message} Request id: {request_id}")
     if isinstance(error, StepweaveError):
         return StepweaveError(f"{error.message} Request id: {request_id}", code=error.code)
     return StepweaveError(f"Internal error. Request id: {request_id}", code="internal_error")

@@ -6,6 +6,7 @@ from collections.abc import Hashable
 
 import torch
 
+from stepweave.engine.finite import FiniteImages
 from stepweave.engine.job import Ending, Job
 from stepweave.engine.latents import Latents
 from stepweave.engine.merge import split
@@ -51,8 +52,8 @@ def run_batch(scope: RequestScopedPipeline, jobs: list[Job]) -> list[Outcome]:
     kwargs["generator"] = generators = [one for job in jobs for one in _generators(job)]
     before = [one.get_state() for one in generators]
     try:
-        with scope.lease() as view, warned(view, jobs), track(view, _Together(jobs)):
-            outcomes = split(view(**kwargs), [images_of(job) for job in jobs])
+        with scope.lease() as view, warned(view, jobs), track(view, _Together(jobs)), FiniteImages(view) as images:
+            outcomes = split(images.checked(view(**kwargs)), [images_of(job) for job in jobs])
     except BaseException:
         for generator, state in zip(generators, before, strict=True):
             generator.set_state(state)  # so that each can still be run alone

@@ -51,6 +51,7 @@ class Fiber:
         self._ambient = ambient
         self._kinds = tuple(kind for kind, _, _ in ambient.autocast)
         self.own = own
+        self.last: Any = None  # what the last call of a model gave it
         self._greenlet = _Greenlet(self._run)
         self._greenlet.fiber = self
         self._outside = contextvars.copy_context()

@@ -65,6 +65,14 @@ class RunYourself:
 
 def call_engine(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any], kinds: tuple[str, ...]) -> Any:
     """Suspend the running fiber with a call of `target` and give its result."""
+    output = _answer(target, args, kwargs, kinds)
+    fiber = current_fiber()
+    if fiber is not None and not target.cached:
+        fiber.last = output
+    return output
+
+
+def _answer(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any], kinds: tuple[str, ...]) -> Any:
     worn = None if target.processors is None else target.processors.worn()
     call = Call(target, args, kwargs, current(kinds), worn)
     while isinstance(answer := suspend(call), RunYourself):

@@ -13,7 +13,9 @@ from diffusers.image_processor import InpaintProcessor, VaeImageProcessor
 from PIL import Image
 from torch import nn
 
+from stepweave.engine.attributes import replaced
 from stepweave.engine.fiber import current_fiber, suspend, suspendable
+from stepweave.engine.finite import FiniteImages
 from stepweave.engine.hooks import Offload, RunYourself
 from stepweave.engine.job import Job
 from stepweave.engine.latents import Observed, Tap
@@ -27,13 +29,23 @@ from stepweave.scope.proxy import Proxy
 def call_pipeline(job: Job, *, elsewhere: bool = False) -> Outcome:
     """What comes of the pipeline's own call on a view of the job's own; with `elsewhere` other threads work on its pictures."""
     try:
-        with job.scope.lease(job.scheduler) as view, warned(view, [job]), track(view, job):
+        with (
+            job.scope.lease(job.scheduler) as view,
+            warned(view, [job]),
+            track(view, job),
+            FiniteImages(view) as images,
+        ):
+            # in here: not every exception passes context managers
             if not elsewhere:
-                return Outcome.of(view, *job.args, **job.kwargs)  # in here: not every exception passes context managers
+                return Outcome.of(_call, view, job, images)
             with pictures_elsewhere(view):
-                return Outcome.of(view, *job.args, **job.kwargs)
+                return Outcome.of(_call, view, job, images)
     except BaseException as error:
         return Outcome(error=error)
+
+
+def _call(view: Any, job: Job, images: FiniteImages) -> Any:
+    return images.checked(view(*job.args, **job.kwargs))
 
 
 class _Bar(Proxy):
@@ -75,22 +87,8 @@ def track(view: Any, job: Observed) -> Iterator[None]:
             make = getattr(one, "progress_bar", None)
             if make is not None:
                 bar = lambda *args, make=make, **kwargs: _Bar(make(*args, **kwargs), told)  # noqa: E731
-                left.callback(_replaced(one, "progress_bar", bar))
+                left.callback(replaced(one, "progress_bar", bar))
         yield
-
-
-def _replaced(owner: Any, name: str, value: Any) -> Callable[[], None]:
-    """Set an attribute, and what takes it back: a method of its own, which is bound to it, would be a reference cycle."""
-    before = owner.__dict__.get(name)
-    owner.__dict__[name] = value
-
-    def put_back() -> None:
-        if owner.__dict__.get(name) is value:
-            del owner.__dict__[name]
-            if before is not None:
-                owner.__dict__[name] = before
-
-    return put_back
 
 
 @contextlib.contextmanager
@@ -99,7 +97,7 @@ def pictures_elsewhere(view: Any) -> Iterator[None]:
     with contextlib.ExitStack() as left:
         for owner, name, method in _picture_methods(view):
             known = comes_with_a_library(type(owner))
-            left.callback(_replaced(owner, name, _elsewhere(method, known)))
+            left.callback(replaced(owner, name, _elsewhere(method, known)))
         yield
 
 

@@ -34,6 +34,7 @@ UNSHARED_REASONS = (
     "state", "turns", "callback", "cast", "failed", "random", "writes_arguments", "must_be_equal", "too_alike", "not_finite",
     "not_comparable", "reproducible", "error",
 )  # fmt: skip
+IMAGE_RESULTS = ("ok", "constant", "flagged", "non_finite")
 VRAM_KINDS = ("allocated", "reserved", "peak", "free", "total")
 STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -122,6 +123,15 @@ class Metrics:
             "Denoising steps that were not run since their job was cancelled, its client left, or its deadline passed.",
             registry=self.registry,
         )
+        self.images = Counter(
+            "stepweave_images_total",
+            "Images by result: ok, constant (one colour throughout), flagged (by the pipeline's safety checker) or non_finite "
+            "(NaN or infinite values: their request failed).",
+            ["result"],
+            registry=self.registry,
+        )
+        for result in IMAGE_RESULTS:
+            self.images.labels(result)
         self._of_module: dict[str, tuple[Histogram, Histogram, Histogram]] = {}
         self.model = Info("stepweave_model", "The pipeline that is served.", registry=self.registry)
         Gauge(

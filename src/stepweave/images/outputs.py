@@ -1,0 +1,98 @@
+"""What a pipeline returns beside its images: flags of a safety checker, and whatever else."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from PIL import Image
+
+_FLAG = re.compile(r"nsfw|unsafe|harmful|flagged|blocked|detected", re.IGNORECASE)
+_SAFE = re.compile(r"^(is_)?safe$", re.IGNORECASE)  # which says the opposite
+MOST = 1000  # entries of a list, and characters of a text, that are passed on
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """`flags` are the names of what the pipeline says against each image; `others` goes into JSON as it is."""
+
+    flags: list[list[str]]
+    others: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def flagged(self) -> list[bool]:
+        return [bool(names) for names in self.flags]
+
+
+def outputs_of(output: Any, count: int) -> Outputs:
+    """What an output says beside its `count` images. What is neither a flag nor fit for JSON is named in a warning."""
+    found = Outputs([[] for _ in range(count)])
+    for name, value in _members(output).items():
+        if name == "images" or value is None:
+            continue
+        plain = _plain(value)
+        verdicts = _verdicts(name, plain, count)
+        if verdicts is not None:
+            for names, verdict in zip(found.flags, verdicts, strict=True):
+                if verdict:
+                    names.append(name)
+        elif _fits(plain):
+            found.others[name] = plain
+        else:
+            found.warnings.append(
+                f"The pipeline also returned {name!r} ({type(value).__name__}), which is not passed on."
+            )
+    for index, names in enumerate(found.flags):
+        if names:
+            found.warnings.append(
+                f"image {index} was flagged by the pipeline ({', '.join(names)}); it may have been blacked out."
+            )
+    return found
+
+
+def is_constant(image: Image.Image) -> bool:
+    """Whether all pixels of an image have one colour."""
+    extrema: Any = image.getextrema()
+    bands = extrema if isinstance(extrema[0], tuple) else (extrema,)
+    return all(low == high for low, high in bands)
+
+
+def _members(output: Any) -> Mapping[str, Any]:
+    if is_dataclass(output) and not isinstance(output, type):
+        return {one.name: getattr(output, one.name, None) for one in fields(output)}
+    return output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy and torch, tensors, and sequences of them, as Python's own."""
+    if callable(tolist := getattr(value, "tolist", None)):  # without an import of torch: this module comes before it
+        return tolist() if math.prod(getattr(value, "shape", ())) <= MOST else value
+    if isinstance(value, (list, tuple)) and len(value) <= MOST:
+        return [_plain(item) for item in value]
+    return value
+
+
+def _verdicts(name: str, value: Any, count: int) -> list[bool] | None:
+    """Whether each image is flagged; None if this is no flag."""
+    safe = _SAFE.search(name) is not None
+    if not safe and not _FLAG.search(name):
+        return None
+    verdicts = value if isinstance(value, list) else [value] * count
+    if len(verdicts) != count or not all(isinstance(one, (bool, int, type(None))) for one in verdicts):
+        return None
+    return [one is not None and bool(one) != safe for one in verdicts]
+
+
+def _fits(value: Any) -> bool:
+    """Whether a value goes into JSON, and is small."""
+    if isinstance(value, str):
+        return len(value) <= MOST
+    if isinstance(value, float):
+        return value == value and abs(value) != float("inf")
+    if isinstance(value, list):
+        return all(_fits(item) for item in value)
+    return isinstance(value, (bool, int, type(None)))
