@@ -19,7 +19,8 @@ from stepweave.engine.shapes import arguments_of
 from stepweave.errors import InvalidRequest, LoadError, NonFinite, RequestError, shown
 from stepweave.generation import MAX_SEED, Parameters, Sources
 from stepweave.loading.preset import Preset
-from stepweave.loading.schedulers import rehearse, schedulers_of
+from stepweave.loading.rehearsal import Course
+from stepweave.loading.schedulers import Rehearsals
 from stepweave.loading.siblings import sibling
 from stepweave.loading.sizes import SizeLimits, max_side, native_size, size_multiple
 
@@ -56,13 +57,7 @@ class ServedModel:
                 raise LoadError(f"{self.pipeline_class} takes no argument {name!r}")
         self.image_to_image = sibling(pipeline, "image_to_image")
         self.inpaint = sibling(pipeline, "inpaint")
-        self.schedulers = schedulers_of(pipeline)
         self.guidance_range = (0.0, 100.0)
-        self._of_edits = {
-            id(one): [name for name, other in self.schedulers.items() if name == self.scheduler or rehearse(other, one)]
-            for one in (self.image_to_image, self.inpaint)
-            if one is not None
-        }
         width, height = native_size(pipeline)
         self.width, self.height = preset.width or width, preset.height or height
         self.multiple, self.max_side = size_multiple(pipeline), max_side(pipeline)
@@ -76,6 +71,14 @@ class ServedModel:
         ):
             if default > limit:
                 raise LoadError(f"STEPWEAVE_{setting}={limit} is less than the model's own default, {default}")
+        like = Course(self.default_steps, None, self._tokens(self.width, self.height))
+        rehearsals = Rehearsals.of(pipeline, like, settings.max_steps)
+        self.schedulers = rehearsals.schedulers
+        self._rehearsals = {id(pipeline): rehearsals}
+        for one in (self.image_to_image, self.inpaint):
+            if one is not None and one is not pipeline:
+                strength = _default_strength(one) if _takes(one, "strength") else None
+                self._rehearsals[id(one)] = rehearsals.of_edits(one, replace(like, strength=strength))
 
     @property
     def pipeline_class(self) -> str:
@@ -104,10 +107,12 @@ class ServedModel:
         scheduler: str | None = None,
         strength: float | None = None,
         sources: Sources | None = None,
+        rehearse: bool = True,
     ) -> Parameters:
         """Fill in the defaults and hold every value against the limits. Raises InvalidRequest naming value and limit.
 
         With `sources` it is an edit, by default of the size of the picture it starts from, or the nearest that is allowed.
+        Without `rehearse`, `check_steps` is left to be called.
         """
         limits = self.settings
         pipeline = self._pipeline_for(sources)
@@ -139,7 +144,7 @@ class ServedModel:
             if value is not None and name not in arguments:
                 kind = type(pipeline).__name__
                 raise InvalidRequest(f"{name} is {shown(value)}, but {kind} has no {name}.", param=name)
-        return Parameters(
+        parameters = Parameters(
             prompt=prompt,
             negative_prompt=negative_prompt,
             width=width,
@@ -153,6 +158,9 @@ class ServedModel:
             strength=self._resolve_strength(strength, steps, pipeline, sources),
             sources=sources,
         )
+        if rehearse:
+            self.check_steps(parameters)
+        return parameters
 
     def _pipeline_for(self, sources: Sources | None) -> Any:
         """The pipeline that a request is for. Raises InvalidRequest for an edit that the model cannot make."""
@@ -178,7 +186,7 @@ class ServedModel:
         """The name of a scheduler that is not the pipeline's own."""
         if name is None:
             return None
-        allowed = self._of_edits.get(id(pipeline), list(self.schedulers))
+        allowed = self._rehearsals[id(pipeline)].schedulers
         if name not in allowed:
             choice = ", ".join(allowed) or "no other than its own"
             raise InvalidRequest(
@@ -195,8 +203,7 @@ class ServedModel:
         if not takes:
             reason = "no image is given" if sources is None else f"{type(pipeline).__name__} has no strength"
             raise InvalidRequest(f"strength is {strength}, but {reason}.", param="strength")
-        default = _default(pipeline, "strength")
-        value = float((DEFAULT_STRENGTH if default is None else default) if strength is None else strength)
+        value = _default_strength(pipeline) if strength is None else float(strength)
         if not 0 < value <= 1:
             raise InvalidRequest(f"strength is {value}; it must be more than 0 and at most 1.", param="strength")
         if int(steps * value) < 1:
@@ -206,6 +213,39 @@ class ServedModel:
                 param="strength",
             )
         return value
+
+    def _tokens(self, width: int, height: int) -> int:
+        return (width // self.multiple) * (height // self.multiple)
+
+    def _course(self, parameters: Parameters) -> Course:
+        tokens = self._tokens(parameters.width, parameters.height)
+        return Course(parameters.num_inference_steps, parameters.strength, tokens)
+
+    def knows_steps(self, parameters: Parameters) -> bool:
+        """Whether `check_steps` answers at once; else it takes some 0.1 ms a step."""
+        rehearsals = self._rehearsals[id(self._pipeline_for(parameters.sources))]
+        return rehearsals.knows(parameters.scheduler, self._course(parameters))
+
+    @property
+    def scheduler_steps(self) -> dict[str, dict[str, list[int]]]:
+        """Of schedulers that run with some numbers of steps only, those numbers that were tried: `works` and `fails`."""
+        tried = {name: self._rehearsals[id(self.pipeline)].tried(name) for name in self.schedulers}
+        return {name: {"works": works, "fails": fails} for name, (works, fails) in tried.items() if works and fails}
+
+    def check_steps(self, parameters: Parameters) -> None:
+        """Raise InvalidRequest where the scheduler does not run with the number of steps, as a rehearsal tells."""
+        rehearsals = self._rehearsals[id(self._pipeline_for(parameters.sources))]
+        if rehearsals.runs(parameters.scheduler, self._course(parameters)):
+            return
+        given = f"num_inference_steps is {parameters.num_inference_steps}"
+        if parameters.strength is not None:
+            given += f" and strength is {parameters.strength}"
+        works = ", ".join(map(str, rehearsals.tried(parameters.scheduler)[0]))
+        raise InvalidRequest(
+            f"{given}; {parameters.scheduler or self.scheduler} does not run so at {parameters.width}x{parameters.height}. "
+            f"What was tried by default, and works: {works} steps.",
+            param="num_inference_steps",
+        )
 
     def drop_edits(self, engine: StepEngine) -> None:
         """Offer no edits that the engine does not take; to be called before it serves."""
@@ -370,6 +410,11 @@ def _default(pipeline: Any, name: str) -> Any:
     parameters = arguments_of(pipeline)
     default = parameters[name].default if name in parameters else None
     return None if default is inspect.Parameter.empty else default
+
+
+def _default_strength(pipeline: Any) -> float:
+    default = _default(pipeline, "strength")
+    return float(DEFAULT_STRENGTH if default is None else default)
 
 
 def _resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:

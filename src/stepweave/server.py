@@ -306,7 +306,12 @@ class Server:
                 scheduler=request.scheduler,
                 strength=strength,
                 sources=sources,
+                rehearse=False,
             )
+            if served.knows_steps(parameters):
+                served.check_steps(parameters)
+            else:
+                await asyncio.to_thread(served.check_steps, parameters)
             check_file(request.output_format, request.output_compression, parameters.width, parameters.height)
             # an edit's pictures are brought to its size
             edit = sources is not None

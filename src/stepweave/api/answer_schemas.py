@@ -99,6 +99,13 @@ class Certificate(BaseModel):
     merged_forwards: int
 
 
+class SchedulerSteps(BaseModel):
+    """Values of `num_inference_steps` that were tried with a scheduler. Every other one is tried when it is first asked for."""
+
+    works: list[int] = Field(description="It runs with these.")
+    fails: list[int] = Field(description="It does not run with these; they are refused.")
+
+
 class ModelDetails(BaseModel):
     """What the model takes, and how it is run."""
 
@@ -114,6 +121,9 @@ class ModelDetails(BaseModel):
     default_guidance_scale: float | None
     guidance_range: tuple[float, float]
     schedulers: list[str] = Field(description="What `scheduler` may name.")
+    scheduler_steps: dict[str, SchedulerSteps] = Field(
+        description="Of those that run with some values of `num_inference_steps` only."
+    )
     edits: list[Literal["image_to_image", "inpainting"]]
     previews: bool = Field(description="Whether streams have previews.")
     max_images: int

@@ -82,6 +82,7 @@ class Api:
                 "default_guidance_scale": model.default_guidance,
                 "guidance_range": list(model.guidance_range),
                 "schedulers": sorted(model.schedulers),
+                "scheduler_steps": model.scheduler_steps,
                 "edits": list(model.edits),
                 "previews": self.server.previewer is not None,
                 "max_images": settings.max_images,

@@ -54,7 +54,7 @@ class Latents:
         timestep = torch.as_tensor(self.timestep).reshape(-1)[:1].cpu()
         signal, noise = noise_level(scheduler, timestep)
         sample, output = self.sample.float(), self.output.float()
-        prediction = _prediction(scheduler) if output.shape == sample.shape else None
+        prediction = prediction_of(scheduler) if output.shape == sample.shape else None
         clean: torch.Tensor
         if prediction == "epsilon":
             clean = (sample - noise * output) / signal
@@ -81,13 +81,15 @@ class Latents:
 
 def noise_level(scheduler: Any, timestep: torch.Tensor) -> tuple[float, float]:
     """The factors of picture and noise in a sample of `timestep` (1,), by a scheduler whose step index is not set."""
-    one, zero = torch.ones(1, 1), torch.zeros(1, 1)
+    picture, noise = torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [1.0]])
     if hasattr(scheduler, "scale_noise"):
-        return float(scheduler.scale_noise(one, timestep, zero)), float(scheduler.scale_noise(zero, timestep, one))
-    return float(scheduler.add_noise(one, zero, timestep)), float(scheduler.add_noise(zero, one, timestep))
+        levels = scheduler.scale_noise(picture, timestep, noise)
+    else:
+        levels = scheduler.add_noise(picture, noise, timestep)
+    return float(levels[0]), float(levels[1])
 
 
-def _prediction(scheduler: Any) -> str | None:
+def prediction_of(scheduler: Any) -> str | None:
     """What the model's output is; None if only the scheduler knows."""
     if hasattr(scheduler, "precondition_outputs"):
         return None

@@ -1,29 +1,35 @@
-"""Schedulers that a pipeline may be called with in place of its own: those that a rehearsal without the model proves to run."""
+"""Schedulers that a pipeline may be called with in place of its own, and the numbers of steps that each of them runs with.
+
+Both are found by rehearsals without the model: at some numbers of steps to begin with, at every other one when it is asked for.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import inspect
+import itertools
 import logging
-import re
+import math
+import threading
 import warnings
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
+from diffusers import SchedulerMixin
 from diffusers.utils.import_utils import DummyObject
 
+from stepweave.loading.rehearsal import CHANGES, Course, problem_of, takes_shift
 from stepweave.scope.scheduler import clone_scheduler
 
 logger = logging.getLogger(__name__)
 
-STEPS = 4  # of a rehearsal
-SHAPE = (1, 4, 8, 8)  # of its latents; schedulers work on each number by itself
-_OPTIONAL = ("init_noise_sigma", "scale_model_input", "scale_noise", "add_noise")  # that not all schedulers have
+STEPS = 4  # where none are asked for
+FIRST = (1, 2, 3, 11, 20)  # numbers of steps that are tried to begin with, besides the default and the most
+LONGEST = 1000  # of those; a longer one is tried when it is asked for
+REMEMBERED = 4096  # rehearsals
+DRAWS = "a seed would not decide its noise"
 
 
 def schedulers_of(pipeline: Any) -> dict[str, Any]:
@@ -31,15 +37,145 @@ def schedulers_of(pipeline: Any) -> dict[str, Any]:
 
     They are made of the own one's configuration: what diffusers calls compatible, and for flow matching those with flow sigmas.
     """
-    own = getattr(pipeline, "scheduler", None)
-    if not isinstance(own, SchedulerMixin):
-        return {}
-    found = {type(own).__name__: clone_scheduler(own)}
+    return Rehearsals.of(pipeline, Course(STEPS), max(FIRST)).schedulers
+
+
+def rehearse(scheduler: Any, pipeline: Any, steps: int = STEPS, strength: float | None = None) -> bool:
+    """Whether calls of the pipeline run with a scheduler, and again the same with the same generator.
+
+    All steps are taken from noise, as the pipeline's code sets them; for an edit, those that its strength leaves, or all from the
+    second one. Not while others draw from torch's global generator: whether the scheduler does is seen there.
+    """
+    return _rehearsed(scheduler, pipeline, Course(steps, strength)) is None
+
+
+def _rehearsed(scheduler: Any, pipeline: Any, course: Course) -> str | None:
+    verbosity = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity_error()  # of schedulers that change their configuration for a number of steps
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")
+            before = torch.get_rng_state()
+            problem = problem_of(scheduler, pipeline, course)
+            return problem if torch.equal(torch.get_rng_state(), before) else DRAWS
+    finally:
+        diffusers.utils.logging.set_verbosity(verbosity)
+
+
+class Rehearsals:
+    """Which numbers of steps a pipeline runs with which schedulers: some tried at once, every other one when first asked for.
+
+    `like` is what calls are like by default. `schedulers` are those that run with some number, and the pipeline's own, by class
+    name. Threads may share it.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        candidates: Iterable[Any],
+        own: str | None,
+        counts: Sequence[int],
+        like: Course,
+    ) -> None:
+        self.schedulers: dict[str, Any] = {}
+        self._pipeline = pipeline
+        self._own = own
+        self._shifts = takes_shift(pipeline)
+        self._tried: dict[str, dict[int, bool]] = {}  # to begin with, the fewest steps first
+        self._found: dict[Hashable, bool] = {}  # when asked for, the oldest first
+        self._lock = threading.Lock()
+        for one in candidates:
+            name = type(one).__name__
+            if name in self.schedulers:
+                continue
+            tried = _try(one, pipeline, counts, like)
+            if name == own or any(tried.values()):
+                self.schedulers[name], self._tried[name] = one, tried
+                self._found |= {self._key(name, replace(like, steps=steps)): runs for steps, runs in tried.items()}
+        self.schedulers = dict(sorted(self.schedulers.items()))
+
+    @classmethod
+    def of(cls, pipeline: Any, like: Course, most: int) -> Rehearsals:
+        """Of all that may take the place of the pipeline's own scheduler, to begin with at numbers of steps up to `most`."""
+        own = getattr(pipeline, "scheduler", None)
+        if not isinstance(own, SchedulerMixin):
+            return cls(pipeline, (), None, (), like)
+        counts = {steps for steps in (*FIRST, like.steps, min(most, LONGEST)) if steps <= most}
+        return cls(pipeline, _made_of(own), type(own).__name__, sorted(counts), like)
+
+    def of_edits(self, pipeline: Any, like: Course) -> Rehearsals:
+        """Of the same schedulers with a pipeline for edits."""
+        counts = {steps for steps in (*FIRST, like.steps) if like.strength is None or int(steps * like.strength)}
+        return Rehearsals(pipeline, self.schedulers.values(), self._own, sorted(counts), like)
+
+    def runs(self, name: str | None, course: Course) -> bool:
+        """Whether calls run with a scheduler of `schedulers`, None for the own one; the first time it is tried.
+
+        The own one is not doubted where no rehearsal of it is to be trusted: none has run.
+        """
+        name = name or self._own
+        if name is None or (name == self._own and not any(self._tried[name].values())):
+            return True
+        key = self._key(name, course)
+        if (found := self._found.get(key)) is not None:
+            return found
+        with self._lock:  # one at a time, whatever is asked for
+            if key not in self._found:
+                problem = problem_of(self.schedulers[name], self._pipeline, course)
+                if problem is not None:
+                    logger.info("%s with %s: %s does not run: %s", type(self._pipeline).__name__, name, course, problem)
+                if len(self._found) >= REMEMBERED:
+                    del self._found[next(iter(self._found))]
+                self._found[key] = problem is None
+            return self._found[key]
+
+    def knows(self, name: str | None, course: Course) -> bool:
+        """Whether `runs` answers at once; a rehearsal takes about 0.1 ms a step."""
+        name = name or self._own
+        known = name is None or name not in self.schedulers or not any(self._tried[name].values())
+        return known or self._key(str(name), course) in self._found
+
+    def tried(self, name: str | None) -> tuple[list[int], list[int]]:
+        """The numbers of steps that were tried to begin with: those with which a scheduler runs, and the others."""
+        tried = self._tried.get(name or self._own or "", {})
+        return [steps for steps, runs in tried.items() if runs], [steps for steps, runs in tried.items() if not runs]
+
+    def _key(self, name: str, course: Course) -> Hashable:
+        """What decides which steps run: of steps times strength, pipelines take the whole part, or the next whole number."""
+        whole = None if course.strength is None else course.steps * course.strength
+        begin = None if whole is None else (math.floor(whole), math.ceil(whole))
+        return (name, course.steps, begin, course.tokens if self._shifts else None)
+
+
+def _try(scheduler: Any, pipeline: Any, counts: Sequence[int], like: Course) -> dict[int, bool]:
+    """Whether some numbers of steps run, and, between two that differ in this, up to where; none does of what no seed decides."""
+    problems: dict[int, str | None] = {}
+
+    def runs(steps: int) -> bool:
+        if steps not in problems:
+            problems[steps] = _rehearsed(scheduler, pipeline, replace(like, steps=steps))
+        return problems[steps] is None
+
+    for steps in counts:
+        if not runs(steps) and problems[steps] in (CHANGES, DRAWS):  # it may with any number
+            return dict.fromkeys(counts, False)
+    for fewer, more in itertools.pairwise(counts):
+        while runs(fewer) != runs(more) and more - fewer > 1:
+            middle = (fewer + more) // 2
+            fewer, more = (middle, more) if runs(middle) == runs(fewer) else (fewer, middle)
+    return {steps: runs(steps) for steps in sorted(problems)}
+
+
+def _made_of(own: Any) -> Iterator[Any]:
+    """The own scheduler's copy, and the others that its configuration makes."""
+    yield clone_scheduler(own)
     for kind, changes in _candidates(own):
-        with contextlib.suppress(Exception):  # a package is missing, or it does not take this configuration
-            if kind.__name__ not in found and rehearse(one := _made(kind, own, changes), pipeline):
-                found[kind.__name__] = one
-    return dict(sorted(found.items()))
+        try:
+            one = _made(kind, own, changes)
+        except Exception as error:  # a package is missing, or it does not take this configuration
+            logger.debug("%s cannot take the place of %s: %s", kind.__name__, type(own).__name__, error)
+        else:
+            yield one
 
 
 def _candidates(own: Any) -> list[tuple[Any, dict[str, Any]]]:
@@ -68,77 +204,3 @@ def _made(kind: Any, own: Any, changes: dict[str, Any]) -> Any:
     if changes or kind not in own.compatibles:
         config = {name: value for name, value in config.items() if name in known}
     return kind.from_config(config, **changes)
-
-
-def rehearse(scheduler: Any, pipeline: Any) -> bool:
-    """Whether calls of the pipeline run with a scheduler, and again the same with the same generator.
-
-    Timesteps are set as the pipeline's code does, and all steps are taken from noise; for an edit, from the second timestep.
-    """
-    code = _code(type(pipeline))  # type: ignore[arg-type]
-    if any(f"scheduler.{name}" in code and not hasattr(scheduler, name) for name in _OPTIONAL):
-        return False
-    try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad():
-            warnings.simplefilter("ignore")
-            before = torch.get_rng_state()
-            finite = _run(clone_scheduler(scheduler), code)
-            return finite and torch.equal(torch.get_rng_state(), before)  # a seed would not decide its noise
-    except Exception as error:
-        logger.debug("%s does not run with %s: %s", type(scheduler).__name__, type(pipeline).__name__, error)
-        return False
-
-
-def _run(scheduler: Any, code: str) -> bool:
-    config = scheduler.config  # which all requests share
-    before = dict(vars(config))
-    timesteps, _ = retrieve_timesteps(scheduler, STEPS, "cpu", **_timestep_arguments(scheduler, code))
-    if vars(config) != before:
-        return False
-    generator = torch.Generator().manual_seed(0)
-    sample, noise = (torch.randn(SHAPE, generator=generator) for _ in range(2))
-    begin = 0
-    if noising := re.search(r"scheduler\.(add_noise|scale_noise)\(", code):
-        begin = scheduler.order
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(begin)
-        first = timesteps[begin : begin + 1]
-        order = (sample, noise, first) if noising[1] == "add_noise" else (sample, first, noise)
-        sample = getattr(scheduler, noising[1])(*order)
-    arguments: dict[str, Any] = {"return_dict": False}
-    if "prepare_extra_step_kwargs" in code and "generator" in inspect.signature(scheduler.step).parameters:
-        arguments["generator"] = generator
-    for timestep in timesteps[begin:]:
-        model_input = sample
-        if "scheduler.scale_model_input" in code:
-            model_input = scheduler.scale_model_input(sample, timestep)
-        sample = scheduler.step(model_input * 0.5, timestep, sample, **arguments)[0]
-    return bool(sample.isfinite().all())
-
-
-def _timestep_arguments(scheduler: Any, code: str) -> dict[str, Any]:
-    """What the pipeline gives `set_timesteps` besides the number of steps. Raises ValueError for what cannot be told."""
-    if re.search(r"\btimesteps = \(?\s*(np|torch)\.", code):
-        raise ValueError("the pipeline has timesteps of its own")
-    arguments: dict[str, Any] = {}
-    own_sigmas = "use_flow_sigmas" in code and scheduler.config.get("use_flow_sigmas")
-    if re.search(r"\bsigmas = (?!None\b)", code) and not own_sigmas:
-        arguments["sigmas"] = np.linspace(1.0, 1 / STEPS, STEPS)
-    if re.search(r"\bmu=mu\b|\"mu\"", code):
-        if "use_dynamic_shifting" not in code or scheduler.config.get("use_dynamic_shifting"):
-            arguments["mu"] = 0.5
-    return arguments
-
-
-@functools.cache
-def _code(kind: type[Any]) -> str:
-    """The source of those of a pipeline's own methods that use its scheduler."""
-    lines = []
-    for cls in kind.__mro__:
-        if issubclass(cls, DiffusionPipeline) and cls is not DiffusionPipeline:
-            for function in filter(inspect.isfunction, vars(cls).values()):
-                if "scheduler" not in inspect.unwrap(function).__code__.co_names:
-                    continue
-                with contextlib.suppress(OSError, TypeError):
-                    lines.append(re.sub(r'r?"""[\s\S]*?"""', "", inspect.getsource(function)))
-    return "\n".join(lines)
