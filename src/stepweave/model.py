@@ -17,6 +17,7 @@ from stepweave.config import Settings
 from stepweave.engine import Job, Latents, StepEngine
 from stepweave.engine.shapes import arguments_of
 from stepweave.errors import InvalidRequest, LoadError, RequestError, shown
+from stepweave.first_images import check_images
 from stepweave.generation import MAX_SEED, Parameters, Sources
 from stepweave.loading.preset import Preset
 from stepweave.loading.schedulers import rehearse, schedulers_of
@@ -228,8 +229,12 @@ class ServedModel:
         few = min(most, WARM_UP_FEW)
         native, half = (self.width, self.height), self._half_size()
         with engine.in_lockstep():
-            for count in (1, most):
-                self._run_together(engine, native, count)
+            # the first with results of text encoders of its own, so that these are run again, too
+            [alone] = self._run_together(engine, native, 1, reproducible=True)
+            together = self._run_together(engine, native, most)
+            check_images(
+                alone, together, _dtype(self.pipeline), lambda: self._run_together(engine, native, WARM_UP_FEW)
+            )
             if half is not None:
                 try:
                     self._run_together(engine, half, few)
@@ -270,8 +275,9 @@ class ServedModel:
         *,
         edits: bool = False,
         mask: Image.Image | None = None,
-    ) -> None:
-        """Run jobs that start in one turn of the engine."""
+        reproducible: bool = False,
+    ) -> list[Any]:
+        """Run jobs that start in one turn of the engine; the first image of each."""
         jobs, start = [], _Start()
         try:
             for i in range(count):
@@ -283,11 +289,11 @@ class ServedModel:
                     parameters = replace(
                         parameters, num_inference_steps=WARM_UP_STEPS * 2, strength=strength, sources=sources
                     )
-                jobs.append(engine.submit(**self.call(parameters), observer=None if i else start))
+                options: dict[str, Any] = {"observer": None if i else start, "reproducible": reproducible}
+                jobs.append(engine.submit(**self.call(parameters), **options))
         finally:
             start.all_are_there.set()
-        for job in jobs:
-            job.result()
+        return [job.result().images[0] for job in jobs]
 
     def _half_size(self) -> tuple[int, int] | None:
         width, height = (side // 2 // self.multiple * self.multiple for side in (self.width, self.height))
@@ -363,6 +369,12 @@ class _Start:
 
 def _takes(pipeline: Any, name: str) -> bool:
     return name in arguments_of(pipeline)
+
+
+def _dtype(pipeline: Any) -> torch.dtype:
+    """What the pipeline computes in; float32 for one that is not of diffusers."""
+    dtype = getattr(pipeline, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32
 
 
 def _default(pipeline: Any, name: str) -> Any:
