@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import logging
 import secrets
@@ -19,7 +20,7 @@ from stepweave.engine.shapes import arguments_of
 from stepweave.errors import InvalidRequest, LoadError, RequestError, shown
 from stepweave.first_images import check_images
 from stepweave.generation import MAX_SEED, Parameters, Sources
-from stepweave.loading.preset import Preset
+from stepweave.loading.preset import FILE_NAME, Preset
 from stepweave.loading.schedulers import rehearse, schedulers_of
 from stepweave.loading.siblings import sibling
 from stepweave.loading.sizes import SizeLimits, max_side, native_size, size_multiple
@@ -52,9 +53,14 @@ class ServedModel:
         self.id = preset.id or (directory.resolve().name if directory else settings.model)
         own = getattr(pipeline, "scheduler", None)
         self.scheduler = None if own is None else type(own).__name__
-        for name in ("prompt", "num_inference_steps", "generator", *preset.call):
+        for name in ("prompt", "num_inference_steps", "generator"):
             if name not in self.arguments:
-                raise LoadError(f"{self.pipeline_class} takes no argument {name!r}")
+                raise LoadError(f"{self.pipeline_class} takes no argument {name!r}: it makes no images of prompts")
+        for name in preset.call:
+            if name not in self.arguments:
+                close = difflib.get_close_matches(name, self.arguments, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(self.arguments)}"
+                raise LoadError(f"{FILE_NAME}: call.{name}: {self.pipeline_class} takes no argument {name!r} ({hint})")
         self.image_to_image = sibling(pipeline, "image_to_image")
         self.inpaint = sibling(pipeline, "inpaint")
         self.schedulers = schedulers_of(pipeline)
