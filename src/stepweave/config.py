@@ -108,6 +108,9 @@ class Settings(BaseSettings):
         268_435_456, ge=0, description="Bound of remembered prompt encodings; 0 remembers none."
     )
     warmup: bool = Field(True, description="Run and certify short generations before the server turns ready.")
+    exit_on_failure: bool = Field(
+        False, description="Exit with status 1 if the model cannot be loaded; else the probes go on to tell the reason."
+    )
     max_queue: int = Field(
         64,
         ge=0,
