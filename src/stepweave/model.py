@@ -235,8 +235,8 @@ class ServedModel:
         few = min(most, WARM_UP_FEW)
         native, half = (self.width, self.height), self._half_size()
         with engine.in_lockstep():
-            # the first with results of text encoders of its own, so that these are run again, too
-            [alone] = self._run_together(engine, native, 1, reproducible=True)
+            [alone] = self._run_together(engine, native, 1)
+            engine.forget_encodings()  # so that text encoders, too, run the job again
             together = self._run_together(engine, native, most)
             check_images(
                 alone, together, _dtype(self.pipeline), lambda: self._run_together(engine, native, WARM_UP_FEW)
@@ -281,7 +281,6 @@ class ServedModel:
         *,
         edits: bool = False,
         mask: Image.Image | None = None,
-        reproducible: bool = False,
     ) -> list[Any]:
         """Run jobs that start in one turn of the engine; the first image of each."""
         jobs, start = [], _Start()
@@ -295,8 +294,7 @@ class ServedModel:
                     parameters = replace(
                         parameters, num_inference_steps=WARM_UP_STEPS * 2, strength=strength, sources=sources
                     )
-                options: dict[str, Any] = {"observer": None if i else start, "reproducible": reproducible}
-                jobs.append(engine.submit(**self.call(parameters), **options))
+                jobs.append(engine.submit(**self.call(parameters), observer=None if i else start))
         finally:
             start.all_are_there.set()
         return [job.result().images[0] for job in jobs]
