@@ -31,6 +31,7 @@ from stepweave.config import Settings
 from stepweave.errors import ConfigError
 from stepweave.server import Server
 from stepweave.signals import on_signals
+from stepweave.supervisor import prepare_command, report_failure
 from stepweave.telemetry.logs import configure_logs
 
 # OpenMP's threads must not spin while they wait: with another busy process beside it, a picture takes 20 times as long
@@ -41,9 +42,10 @@ native.drop_timeout_middleware()
 abort_stalled_connections()
 configure_logs()
 try:
-    server = Server(Settings.load())
+    settings = Settings.load()
 except ConfigError as error:
     raise SystemExit(f"stepweave: {error.message}") from None
+server = Server(settings, on_failure=report_failure if settings.exit_on_failure else None)
 
 
 Text = Annotated[str, BeforeValidator(lambda value: value if isinstance(value, str) else json.dumps(value))]
@@ -74,6 +76,10 @@ def answer(ctx: bentoml.Context, response: Response) -> Response:
 @bentoml.asgi_app(Api(server).app(), path="/")
 class Stepweave:
     """Text-to-image generation by any diffusers pipeline."""
+
+    @bentoml.on_deployment
+    def prepare() -> None:
+        prepare_command(settings.exit_on_failure)
 
     @bentoml.on_startup
     async def start(self) -> None:

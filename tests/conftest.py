@@ -130,6 +130,14 @@ class Served:
         return self.process.wait(SECONDS)
 
 
+def kill_tree(process: subprocess.Popen[Any]) -> None:
+    """Kill a `bentoml serve` that is still there, and its worker: that has a process group of its own."""
+    for one in [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else ():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.wait()
+
+
 @contextlib.contextmanager
 def serve(log: Path, target: str = "service.py", directory: Path = ROOT, **settings: str) -> Iterator[Served]:
     """Run `bentoml serve` as a user does; killed at the end if it is still there."""
@@ -142,13 +150,7 @@ def serve(log: Path, target: str = "service.py", directory: Path = ROOT, **setti
         try:
             yield Served(f"http://127.0.0.1:{port}", port, process, log)
         finally:
-            # the worker has a process group of its own, so that killing the parent alone would leave it behind
-            for one in (
-                [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else ()
-            ):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    one.kill()
-            process.wait()
+            kill_tree(process)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import builtins
 import io
-import json
 import logging
 import os
 import shutil
@@ -110,8 +109,22 @@ def test_only_safetensors_are_read(tmp_path: Path) -> None:
 
 def test_presets_are_read_strictly(tmp_path: Path) -> None:
     assert read_preset(tmp_path).id is None
-    (tmp_path / "stepweave.json").write_text(json.dumps({"id": "mine", "stepz": 4}))
-    with pytest.raises(LoadError, match="stepz"):
+    for content, told in (
+        ('{"id": "mine", "stepz": 4}', "there is no 'stepz' (it may have id, width, height, num_inference_steps, "),
+        ('{"guidance": 4}', "there is no 'guidance' (did you mean 'guidance_scale'?)"),
+        ('{"id": "mine",', "not JSON, EOF while parsing a value at line 1 column 14"),
+        ("", "not JSON, EOF while parsing"),
+        ("[]", "it is []: Input should be an object"),
+        ('{"width": "wide"}', "width is 'wide': Input should be a valid integer"),
+        ('{"width": 4, "height": 7}', "width is 4: Input should be greater than or equal to 8; height is 7: Input"),
+    ):
+        (tmp_path / "stepweave.json").write_text(content)
+        with pytest.raises(LoadError) as caught:
+            read_preset(tmp_path)
+        assert caught.value.message.startswith(f"stepweave.json: {told}"), caught.value.message
+    (tmp_path / "stepweave.json").unlink()
+    (tmp_path / "stepweave.json").mkdir()
+    with pytest.raises(LoadError, match="stepweave.json: Is a directory"):
         read_preset(tmp_path)
 
 

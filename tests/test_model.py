@@ -45,8 +45,14 @@ def test_a_presets_call_arguments_reach_the_call_and_must_exist() -> None:
     model = ServedModel(pipeline, Preset(call={"negative_prompt": "blue"}), Settings())
     pipeline(**model.call(model.resolve(prompt="x")))
     assert pipeline.record.calls[0]["negative_prompt"] == "blue"
-    with pytest.raises(LoadError, match="takes no argument 'max_sequence_length'"):
-        ServedModel(pipeline, Preset(call={"max_sequence_length": 1}), Settings())
+    for name, hint in (
+        ("max_sequence_length", "it takes prompt, negative_prompt"),
+        ("negative", "did you mean 'negative_"),
+    ):
+        with pytest.raises(LoadError) as caught:
+            ServedModel(pipeline, Preset(call={name: 1}), Settings())
+        told = f"stepweave.json: call.{name}: FakePipeline takes no argument {name!r} ({hint}"
+        assert caught.value.message.startswith(told), caught.value.message
 
 
 def test_what_a_pipeline_lacks_is_refused_not_dropped() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +17,8 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.conftest import ROOT, clean_environment, free_port, serve
+from stepweave.config import EMBEDDED_MODEL
+from tests.conftest import ROOT, clean_environment, free_port, kill_tree, serve
 from tests.test_server import PROMPT, metric
 from tests.waiting import SECONDS, wait_until
 from tools.shapes.checker import wrong_parts
@@ -47,12 +50,27 @@ def test_it_tells_how_far_loading_is_and_finishes_work_on_sigterm(tmp_path: Path
         assert "Traceback" not in server.log.read_text()
 
 
-def start_and_fail(**settings: str) -> tuple[int, str]:
-    command = [str(Path(sys.executable).with_name("bentoml")), "serve", "service.py", "--port", str(free_port())]
-    ended = subprocess.run(
-        command, cwd=ROOT, env=clean_environment(**settings), capture_output=True, text=True, timeout=SECONDS
-    )
-    return ended.returncode, ended.stdout + ended.stderr
+def start_and_fail(port: int | None = None, **settings: str) -> tuple[int, str]:
+    command = [
+        str(Path(sys.executable).with_name("bentoml")),
+        "serve",
+        "service.py",
+        "--port",
+        str(port or free_port()),
+    ]
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=clean_environment(**settings),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=SECONDS)
+        finally:
+            kill_tree(process)
+    return process.returncode, output
 
 
 def test_a_wrong_setting_stops_the_start_with_its_name_and_value() -> None:
@@ -60,6 +78,36 @@ def test_a_wrong_setting_stops_the_start_with_its_name_and_value() -> None:
     assert status != 0
     assert "STEPWEAVE_MAX_STEPS='lots'" in output
     assert "Traceback" not in output
+
+
+def test_a_port_in_use_is_told_in_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        status, output = start_and_fail(port, BENTOML_HOST="127.0.0.1")
+    assert status == 1
+    assert output.splitlines()[-1] == (
+        f"stepweave: port {port} of 127.0.0.1 is in use by another process; stop that, or choose another port "
+        "(`bentoml serve --port N`, `make serve PORT=N`)"
+    )
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("what", ["model", "state"])
+def test_a_server_that_cannot_start_ends_the_command_where_a_setting_says_so(tmp_path: Path, what: str) -> None:
+    """A process manager would restart it, and shows the last line."""
+    settings = {"STEPWEAVE_EXIT_ON_FAILURE": "true"}
+    if what == "model":
+        shutil.copytree(EMBEDDED_MODEL, tmp_path / "shapes")
+        (tmp_path / "shapes" / "vae" / "config.json").unlink()
+        settings["STEPWEAVE_MODEL"] = str(tmp_path / "shapes")
+        told = "the model 'shapes' cannot be loaded: vae/config.json is missing"
+    else:
+        (tmp_path / "file").touch()
+        settings["STEPWEAVE_STATE_DIR"] = str(tmp_path / "file" / "state")
+        told = "STEPWEAVE_STATE_DIR: the directory cannot be made or written to (Not a directory)"
+    status, output = start_and_fail(**settings)
+    assert status == 1, output
+    assert output.splitlines()[-1] == f"stepweave: the server cannot start: {told}"
 
 
 def test_a_model_that_cannot_be_loaded_says_so(tmp_path: Path) -> None:
@@ -75,7 +123,12 @@ def test_a_model_that_cannot_be_loaded_says_so(tmp_path: Path) -> None:
 
         wait_until(failed)
         assert response.status_code == httpx.get(f"{server.url}/livez", timeout=SECONDS).status_code == 503
-        assert "cannot be loaded" in response.json()["error"]["message"]
+        message = response.json()["error"]["message"]
+        assert message == (
+            "The server is not ready: failed, the model 'model' cannot be loaded: model_index.json is missing: the model's "
+            "directory is not that of a diffusers pipeline; `save_pretrained` writes one."
+        )
+        assert message.split("failed, ")[1].rstrip(".") in server.log.read_text().splitlines()[-1]
 
 
 @pytest.fixture(scope="module")

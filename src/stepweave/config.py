@@ -63,6 +63,10 @@ class Settings(BaseSettings):
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = Field(
         None, description="Commit of the hub repository, 40 hex digits; needed with a hub id."
     )
+    variant: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] | None = Field(
+        None,
+        description="Variant of the weights, as `fp16`; if unset, files without one, or else the one variant that is whole.",
+    )
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = Field(
         "auto", description="`auto` (first GPU, else CPU), `cpu`, `cuda`, `cuda:N` or `mps`."
     )
@@ -104,6 +108,9 @@ class Settings(BaseSettings):
         268_435_456, ge=0, description="Bound of remembered prompt encodings; 0 remembers none."
     )
     warmup: bool = Field(True, description="Run and certify short generations before the server turns ready.")
+    exit_on_failure: bool = Field(
+        False, description="Exit with status 1 if the model cannot be loaded; else the probes go on to tell the reason."
+    )
     max_queue: int = Field(
         64,
         ge=0,

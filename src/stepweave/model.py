@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import logging
 import secrets
@@ -17,8 +18,9 @@ from stepweave.config import Settings
 from stepweave.engine import Job, Latents, StepEngine
 from stepweave.engine.shapes import arguments_of
 from stepweave.errors import InvalidRequest, LoadError, NonFinite, RequestError, shown
+from stepweave.first_images import check_images
 from stepweave.generation import MAX_SEED, Parameters, Sources
-from stepweave.loading.preset import Preset
+from stepweave.loading.preset import FILE_NAME, Preset
 from stepweave.loading.rehearsal import Course
 from stepweave.loading.schedulers import Rehearsals
 from stepweave.loading.siblings import sibling
@@ -52,9 +54,14 @@ class ServedModel:
         self.id = preset.id or (directory.resolve().name if directory else settings.model)
         own = getattr(pipeline, "scheduler", None)
         self.scheduler = None if own is None else type(own).__name__
-        for name in ("prompt", "num_inference_steps", "generator", *preset.call):
+        for name in ("prompt", "num_inference_steps", "generator"):
             if name not in self.arguments:
-                raise LoadError(f"{self.pipeline_class} takes no argument {name!r}")
+                raise LoadError(f"{self.pipeline_class} takes no argument {name!r}: it makes no images of prompts")
+        for name in preset.call:
+            if name not in self.arguments:
+                close = difflib.get_close_matches(name, self.arguments, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(self.arguments)}"
+                raise LoadError(f"{FILE_NAME}: call.{name}: {self.pipeline_class} takes no argument {name!r} ({hint})")
         self.image_to_image = sibling(pipeline, "image_to_image")
         self.inpaint = sibling(pipeline, "inpaint")
         self.guidance_range = (0.0, 100.0)
@@ -268,8 +275,12 @@ class ServedModel:
         few = min(most, WARM_UP_FEW)
         native, half = (self.width, self.height), self._half_size()
         with engine.in_lockstep():
-            for count in (1, most):
-                self._run_together(engine, native, count)
+            [alone] = self._run_together(engine, native, 1)
+            engine.forget_encodings()  # so that text encoders, too, run the job again
+            together = self._run_together(engine, native, most)
+            check_images(
+                alone, together, _dtype(self.pipeline), lambda: self._run_together(engine, native, WARM_UP_FEW)
+            )
             if half is not None:
                 try:
                     self._run_together(engine, half, few)
@@ -310,8 +321,8 @@ class ServedModel:
         *,
         edits: bool = False,
         mask: Image.Image | None = None,
-    ) -> None:
-        """Run jobs that start in one turn of the engine."""
+    ) -> list[Any]:
+        """Run jobs that start in one turn of the engine; the first image of each."""
         jobs, start = [], _Start()
         try:
             for i in range(count):
@@ -326,8 +337,7 @@ class ServedModel:
                 jobs.append(engine.submit(**self.call(parameters), observer=None if i else start))
         finally:
             start.all_are_there.set()
-        for job in jobs:
-            job.result()
+        return [job.result().images[0] for job in jobs]
 
     def _half_size(self) -> tuple[int, int] | None:
         width, height = (side // 2 // self.multiple * self.multiple for side in (self.width, self.height))
@@ -403,6 +413,12 @@ class _Start:
 
 def _takes(pipeline: Any, name: str) -> bool:
     return name in arguments_of(pipeline)
+
+
+def _dtype(pipeline: Any) -> torch.dtype:
+    """What the pipeline computes in; float32 for one that is not of diffusers."""
+    dtype = getattr(pipeline, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32
 
 
 def _default(pipeline: Any, name: str) -> Any:

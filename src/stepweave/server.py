@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from stepweave.errors import (
 from stepweave.generation import Parameters, Sources
 from stepweave.images.encode import check_file
 from stepweave.jobs import Jobs
+from stepweave.reasons import reason_of
 from stepweave.scheduling.admission import Admission
 from stepweave.telemetry.metrics import Metrics
 from stepweave.threads import DaemonExecutor, on_thread
@@ -56,11 +57,21 @@ class Status:
 
 
 class Server:
-    """One model, one engine, one set of metrics. `load` may be replaced, to serve a pipeline that is made in code."""
+    """One model, one engine, one set of metrics.
 
-    def __init__(self, settings: Settings, load: LoadPipeline | None = None) -> None:
+    `load` may be replaced, to serve a pipeline that is made in code. `on_failure` is called, on whatever thread, with the reason
+    why the server cannot start.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        load: LoadPipeline | None = None,
+        on_failure: Callable[[str], None] | None = None,
+    ) -> None:
         self.settings = settings
         self._load_pipeline = load
+        self._on_failure = on_failure
         self.status = Status("starting", 0.0)
         self.created = int(time.time())
         self.model: ServedModel | None = None
@@ -92,6 +103,9 @@ class Server:
         except StepweaveError as error:
             logger.error("%s", error.message)
             self._fail(f"STEPWEAVE_STATE_DIR: {error.message.rpartition(': ')[2]}")  # less its path
+        except Exception as error:  # of the database, or the disk
+            logger.exception("opening the state directory failed")
+            self._fail(f"STEPWEAVE_STATE_DIR: {reason_of(error)}")
         else:
             self._loader.start()
 
@@ -176,7 +190,7 @@ class Server:
             self._fail(error.message)
         except BaseException as error:
             logger.exception("starting failed")
-            self._fail(f"starting failed with {type(error).__name__}; the log has the details")
+            self._fail(f"{self.status.stage} failed: {reason_of(error, self.settings.model_directory())}")
         else:
             self._serve(loaded)
             logger.info("ready after %.1f s", time.monotonic() - began)
@@ -223,6 +237,8 @@ class Server:
         if self.status.stage not in ("closed", "draining"):
             self.status = Status("failed", 0.0, message)
             logger.error("the server cannot start: %s", message)
+            if self._on_failure is not None:
+                self._on_failure(message)
 
     @property
     def files(self) -> FileStore:

@@ -247,6 +247,11 @@ class StepEngine:
             if elsewhere is not None:
                 elsewhere.here = False
 
+    def forget_encodings(self) -> None:
+        """Forget what encoders gave for inputs seen before. To be called while no job runs."""
+        if self._loop is not None:
+            self._loop.cache.clear()
+
     @property
     def waiting(self) -> int:
         """Jobs that have not started."""

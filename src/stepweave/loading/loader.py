@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
+import time
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -12,10 +15,19 @@ from diffusers import DiffusionPipeline
 
 from stepweave.config import Settings
 from stepweave.errors import LoadError
+from stepweave.loading.components import absent_components, components_of, read_index
+from stepweave.loading.files import check_vocabularies, files_of, find_damage
+from stepweave.loading.hub import fetch
 from stepweave.loading.preset import Preset, read_preset
 from stepweave.loading.quantization import pipeline_quantization
+from stepweave.loading.reading import Reading, check_placed
+from stepweave.loading.tokenizers import check_tokenizers
+from stepweave.loading.variants import choose_variant
+from stepweave.reasons import reason_of
 
 logger = logging.getLogger(__name__)
+
+_ADVICE = re.compile(r" If you want to instead overwrite .*")  # to go on with weights at random
 
 
 def load_pipeline(settings: Settings, device: torch.device, dtype: torch.dtype) -> tuple[DiffusionPipeline, Preset]:
@@ -25,10 +37,9 @@ def load_pipeline(settings: Settings, device: torch.device, dtype: torch.dtype) 
     With it comes the preset in its directory, an empty one where there is none.
 
     Only safetensors weights are read and no code from the model's repository runs. A private or gated hub repository
-    needs `HF_TOKEN` in the environment (read by huggingface_hub). Raises LoadError.
+    needs `HF_TOKEN` in the environment (read by huggingface_hub). Raises LoadError, naming component and file, for a model that
+    cannot be read whole: every tensor of its models, and the vocabularies of its tokenizers.
     """
-    source: str = str(settings.model_directory() or settings.model)
-    hub: dict[str, Any] = {} if settings.model_directory() else {"revision": settings.revision}
     preset = read_preset(settings.model_directory())
     # advice to install torchvision, which nothing here needs
     transformers.utils.logging.set_verbosity_error()
@@ -38,32 +49,61 @@ def load_pipeline(settings: Settings, device: torch.device, dtype: torch.dtype) 
     for handler in logging.getLogger("diffusers").handlers:
         handler.addFilter(_without_prompts)
     try:
-        index = DiffusionPipeline.load_config(source, **hub)
-        changes: dict[str, Any] = dict(_absent_components(index))
-        if settings.quantization is not None:
-            changes["quantization_config"] = pipeline_quantization(settings.quantization, index, dtype)
-        pipeline = DiffusionPipeline.from_pretrained(
-            source, **hub, **changes, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
-        if settings.offload == "off":
-            pipeline.to(device)
-    except (OSError, ValueError, RuntimeError, ImportError, AttributeError, TypeError, KeyError) as error:
-        # to the log whole; the probe's answer must not name paths of the server
-        logger.exception("loading %s failed", settings.model)
-        raise LoadError(f"the model {settings.model_name()!r} cannot be loaded: {type(error).__name__}") from error
+        if (folder := settings.model_directory()) is not None:
+            variant = choose_variant(read_index(folder), files_of(folder), settings.variant)
+        else:
+            folder, variant = fetch(settings.model, settings.revision, settings.variant)
+        pipeline = _read(settings, folder, variant, device, dtype)
+    except LoadError as error:
+        raise LoadError(f"the model {settings.model_name()!r} cannot be loaded: {error.message}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, preset
+
+
+def _read(
+    settings: Settings, folder: Path, variant: str | None, device: torch.device, dtype: torch.dtype
+) -> DiffusionPipeline:
+    """The pipeline of a directory. Raises LoadError unless all of it was read."""
+    index, sizes = read_index(folder), files_of(folder)
+    components = components_of(index)
+    check_vocabularies(components, sizes)
+    changes: dict[str, Any] = dict(absent_components(index))
+    if settings.quantization is not None:
+        changes["quantization_config"] = pipeline_quantization(settings.quantization, index, dtype)
+    reading = Reading(folder, components)
+    try:
+        with reading.watched():
+            pipeline = DiffusionPipeline.from_pretrained(
+                str(folder), variant=variant, **changes, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
+        check_placed(pipeline.components)
+        began = time.monotonic()
+        tokenizers = check_tokenizers(pipeline.components)
+        seconds = time.monotonic() - began
+        if settings.offload == "off":
+            pipeline.to(device)
+    except LoadError:
+        raise
+    except Exception as error:
+        raise LoadError(_explained(error, folder, reading.failed(error), device)) from error
+    logger.info(
+        "self-check: read all %d tensors of %s from the files; %s tell prompts apart (%.2f s)",
+        sum(reading.tensors.values()), ", ".join(reading.tensors), ", ".join(tokenizers) or "no tokenizers", seconds,
+    )  # fmt: skip
+    return pipeline
+
+
+def _explained(error: Exception, folder: Path, component: str | None, device: torch.device) -> str:
+    """Why loading failed: the file that cannot be read if there is one, else what was said against it."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return f"it does not fit into the memory of {device}; see STEPWEAVE_DTYPE, STEPWEAVE_QUANTIZATION and STEPWEAVE_OFFLOAD"
+    if damage := find_damage(folder, component):
+        return damage
+    logger.error("loading failed", exc_info=error)  # to the log whole, since no file is to blame
+    reason = _ADVICE.sub("", reason_of(error, folder))
+    return f"{component}/: {reason}" if component else reason
 
 
 def _without_prompts(record: logging.LogRecord) -> bool:
     """Whether a record does not quote a prompt, as diffusers does of those that it cuts; answers warn of that."""
     return "input was truncated because" not in record.getMessage()
-
-
-def _absent_components(index: dict[str, Any]) -> dict[str, None]:
-    """Components that model_index.json has as [null, null]; `from_pretrained` demands that they be passed as None."""
-    return {
-        name: None
-        for name, entry in index.items()
-        if not name.startswith("_") and isinstance(entry, (list, tuple)) and list(entry) == [None, None]
-    }

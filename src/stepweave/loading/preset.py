@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
-from stepweave.errors import LoadError
+from stepweave.errors import LoadError, shown
+from stepweave.reasons import reason_of
 
 FILE_NAME = "stepweave.json"
 
@@ -26,12 +29,24 @@ class Preset(BaseModel):
 
 
 def read_preset(directory: Path | None) -> Preset:
-    """The preset in a model's directory, or an empty one. Raises LoadError if the file is not a valid preset."""
+    """The preset in a model's directory, or an empty one. Raises LoadError, naming file and key, if it is not a valid preset."""
     path = directory / FILE_NAME if directory else None
-    if path is None or not path.is_file():
+    if path is None or not path.exists():
         return Preset()
     try:
         return Preset.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise LoadError(f"{FILE_NAME} of the model: {problems}") from None
+        raise LoadError(f"{FILE_NAME}: {'; '.join(map(_problem, error.errors()))}") from None
+    except OSError as error:
+        raise LoadError(reason_of(error, directory)) from None
+
+
+def _problem(item: ErrorDetails) -> str:
+    key = ".".join(map(str, item["loc"]))
+    if item["type"] == "json_invalid":
+        return f"not JSON, {item['msg'].removeprefix('Invalid JSON: ')}"
+    if item["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(key, Preset.model_fields, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"it may have {', '.join(Preset.model_fields)}"
+        return f"there is no {shown(key)} ({hint})"
+    return f"{key} is {shown(item['input'])}: {item['msg']}" if key else f"it is {shown(item['input'])}: {item['msg']}"

@@ -1,0 +1,70 @@
+"""Whether the images that a server makes before it is ready look like those of a model that was read whole."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from stepweave.errors import LoadError
+
+logger = logging.getLogger(__name__)
+
+Pixels = npt.NDArray[np.float64]
+
+# Mean difference of the pixels, in [0, 1], of two runs of one job, of which one shares forwards: merging allows a hundredth of it
+MOST_APART = 0.01
+MOST_APART_IN_HALF_PRECISION = 0.1
+
+
+def check_images(
+    alone: Any, together: Sequence[Any], dtype: torch.dtype, more: Callable[[], Sequence[Any]] = tuple
+) -> None:
+    """Check images of different jobs, made together; the first is also given as it came `alone`.
+
+    `more` makes others, and is called if there is but one job and its image is constant. Raises LoadError if the two runs of
+    a job differ, if pixels are not finite, or if all images are constant. One that is constant may be right, and is logged.
+    """
+    first, *others = (_pixels(image) for image in (alone, *together))
+    constant = [_is_constant(image) for image in others]
+    if len(others) == 1 and all(constant):
+        constant += [_is_constant(_pixels(image)) for image in more()]
+    if all(constant):
+        raise LoadError(
+            f"all {len(constant)} first images, of different prompts and seeds, are of one colour: the weights are not those "
+            f"of a trained model, or {str(dtype).removeprefix('torch.')} is not precise enough for them (STEPWEAVE_DTYPE)"
+        )
+    if any(constant):
+        logger.warning("%d of %d first images are of one colour", sum(constant), len(constant))
+    apart = _apart(first, others[0])
+    if apart > (MOST_APART if torch.finfo(dtype).bits >= 32 else MOST_APART_IN_HALF_PRECISION):
+        raise LoadError(
+            f"two runs of one job with one seed differ by {apart:.1%} of the pixels' range: something in the pipeline draws "
+            "random numbers that no seed decides, as a module in training mode or a scheduler with noise of its own"
+        )
+    logger.info(
+        "self-check: two runs of a job agree (their pixels differ by %.2g on average), %d images are finite, %d of one colour",
+        apart, len(others), sum(constant),
+    )  # fmt: skip
+
+
+def _pixels(image: Any) -> Pixels:
+    """In [0, 1]. Raises LoadError for what is not finite."""
+    values = np.asarray(image.cpu().float() if isinstance(image, torch.Tensor) else image)
+    pixels = np.atleast_3d(values.astype(np.float64) / (255 if values.dtype == np.uint8 else 1))
+    if not np.isfinite(pixels).all():
+        raise LoadError("the first images have pixels that are not finite; see STEPWEAVE_DTYPE")
+    return pixels
+
+
+def _is_constant(pixels: Pixels) -> bool:
+    """Whether no channel has more than one level, but for rounding."""
+    return bool((np.ptp(pixels.reshape(-1, pixels.shape[-1]), axis=0) <= 1.01 / 255).all())
+
+
+def _apart(one: Pixels, other: Pixels) -> float:
+    return float(np.abs(one - other).mean()) if one.shape == other.shape else 1.0

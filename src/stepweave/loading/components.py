@@ -1,0 +1,138 @@
+"""What a `model_index.json` says that a model is made of, and whether that exists here."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import transformers
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from transformers import FeatureExtractionMixin, ImageProcessingMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_NAME
+
+from stepweave.errors import LoadError, shown
+from stepweave.reasons import reason_of
+
+INDEX = "model_index.json"
+_LIBRARIES = ("diffusers", "transformers")
+_CONFIGS: tuple[tuple[Any, str], ...] = (
+    (PreTrainedModel, CONFIG_NAME),
+    (ImageProcessingMixin, IMAGE_PROCESSOR_NAME),
+    (FeatureExtractionMixin, FEATURE_EXTRACTOR_NAME),
+)  # others have theirs as an attribute
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part of a pipeline. `kind` is its class; None where only `from_pretrained` can tell."""
+
+    name: str
+    kind: Any
+
+    @property
+    def weights(self) -> str | None:
+        """The name of its file of weights where there is one, without a variant; None for what has none."""
+        if self.is_a(ModelMixin):
+            return str(SAFETENSORS_WEIGHTS_NAME)
+        return str(SAFE_WEIGHTS_NAME) if self.is_a(PreTrainedModel) else None
+
+    @property
+    def config(self) -> str | None:
+        """The name of the file that describes it; None where that cannot be told."""
+        known = [file for kind, file in _CONFIGS if self.is_a(kind)]
+        name = known[0] if known else getattr(self.kind, "config_name", None)
+        return name if isinstance(name, str) else None
+
+    @property
+    def is_tokenizer(self) -> bool:
+        return self.is_a(PreTrainedTokenizerBase)
+
+    def is_a(self, kind: Any) -> bool:
+        return isinstance(self.kind, type) and issubclass(self.kind, kind)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The `model_index.json` of a model's directory. Raises LoadError."""
+    try:
+        index = json.loads((folder / INDEX).read_bytes())
+    except FileNotFoundError:
+        raise LoadError(
+            f"{INDEX} is missing: the model's directory is not that of a diffusers pipeline; `save_pretrained` writes one"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{INDEX}: {'not JSON, ' if isinstance(error, ValueError) else ''}{reason_of(error)}") from None
+    if not isinstance(index, dict):
+        raise LoadError(f"{INDEX} is {shown(index)}; it must be a JSON object")
+    return index
+
+
+def pipeline_class(index: dict[str, Any]) -> Any:
+    """The pipeline's class. Raises LoadError for one that diffusers does not have, or that needs what is not installed."""
+    name = index.get("_class_name")
+    if isinstance(name, (list, tuple)):
+        raise LoadError(f"{INDEX}: _class_name is {shown(name)}, code of the model's own, which is not run")
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if kind is None:
+        raise LoadError(
+            f"{INDEX}: _class_name is {shown(name)}, which diffusers {diffusers.__version__} does not have; correct it, "
+            "or install a diffusers that has it"
+        )
+    _check_installed(kind, "_class_name")
+    if not (isinstance(kind, type) and issubclass(kind, DiffusionPipeline)):
+        raise LoadError(f"{INDEX}: _class_name is {shown(name)}, which is not a pipeline")
+    return kind
+
+
+def components_of(index: dict[str, Any]) -> list[Component]:
+    """The components that are read from files. Raises LoadError for a class that does not exist or cannot be used here."""
+    pipeline = pipeline_class(index)
+    # as diffusers has it: what has a default otherwise is an option, even where it is a model
+    parameters = list(inspect.signature(pipeline.__init__).parameters.values())[1:]
+    needed = {one.name for one in parameters if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD}
+    names = needed.union(pipeline._optional_components)
+    if absent := sorted(needed.difference(index, pipeline._optional_components)):
+        raise LoadError(f"{INDEX} lacks {', '.join(absent)}, which {pipeline.__name__} needs")
+    entries = {name: entry for name, entry in index.items() if name in names and isinstance(entry, (list, tuple))}
+    return [
+        Component(name, _component_class(name, *entry))
+        for name, entry in entries.items()
+        if len(entry) == 2 and all(isinstance(one, str) for one in entry)
+    ]
+
+
+def absent_components(index: dict[str, Any]) -> dict[str, None]:
+    """Components that model_index.json has as [null, null]; `from_pretrained` demands that they be passed as None."""
+    return {
+        name: None
+        for name, entry in index.items()
+        if not name.startswith("_") and isinstance(entry, (list, tuple)) and list(entry) == [None, None]
+    }
+
+
+def _component_class(name: str, library: str, kind: str) -> Any:
+    module = getattr(diffusers.pipelines, library, None)
+    if module is None:
+        module = importlib.import_module(library) if library in _LIBRARIES else None
+    found = getattr(module, kind, None)
+    if found is None and module not in (None, transformers):  # of which from_pretrained knows former names
+        raise LoadError(
+            f"{INDEX}: {name} is {shown([library, kind])}, which diffusers {diffusers.__version__} does not have; correct it, "
+            "or install a diffusers that has it"
+        )
+    if found is not None:
+        _check_installed(found, name)
+    return found
+
+
+def _check_installed(kind: Any, name: str) -> None:
+    """Raise LoadError for what stands in for a class where a package is missing."""
+    if type(kind).__name__ != "DummyObject":
+        return
+    backends = ", ".join(one for one in kind._backends if one not in ("torch", "transformers"))
+    raise LoadError(f"{INDEX}: {name} is {kind.__name__}, which needs packages that are not installed: {backends}")

@@ -1,0 +1,69 @@
+"""A model's files from the hub, in its cache."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from stepweave.errors import LoadError
+from stepweave.loading.components import INDEX, absent_components, read_index
+from stepweave.loading.files import files_of
+from stepweave.loading.variants import choose_variant
+from stepweave.reasons import reason_of
+
+logger = logging.getLogger(__name__)
+
+
+def fetch(repository: str, revision: str | None, wanted: str | None) -> tuple[Path, str | None]:
+    """Download what a pipeline needs of a repository: its directory, and the variant of its weights, None for those without one.
+
+    Where the hub cannot be reached, what is in its cache must do. Raises LoadError.
+    """
+    try:
+        snapshot = Path(hf_hub_download(repository, INDEX, revision=revision)).parent
+        index = read_index(snapshot)
+        try:
+            files = HfApi().list_repo_files(repository, revision=revision)
+        except Exception as error:
+            logger.info(
+                "the files of %s cannot be listed (%s): those in the cache are taken", repository, reason_of(error)
+            )
+            files = list(files_of(snapshot))
+        variant = choose_variant(index, files, wanted)
+        folder = DiffusionPipeline.download(
+            repository, revision=revision, variant=variant, **absent_components(index), use_safetensors=True,
+            trust_remote_code=False,
+        )  # fmt: skip
+    except LoadError:
+        raise
+    except Exception as error:
+        raise LoadError(_explained(error, revision)) from error
+    return Path(folder), variant
+
+
+def _explained(error: BaseException, revision: str | None) -> str:
+    if isinstance(error, GatedRepoError):  # a RepositoryNotFoundError, too
+        return "its repository is gated: accept its terms on the hub, and set HF_TOKEN"
+    if isinstance(error, RepositoryNotFoundError):
+        return "the hub has no such repository, or none that HF_TOKEN may read"
+    if isinstance(error, RevisionNotFoundError):
+        return f"its repository has no commit STEPWEAVE_REVISION={revision!r}"
+    if isinstance(error, RemoteEntryNotFoundError):
+        return f"its repository has no {INDEX}: it is not that of a diffusers pipeline"
+    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+        return (
+            "the hub cannot be reached, and its cache does not hold the model at STEPWEAVE_REVISION: see HF_HUB_OFFLINE, "
+            "HF_ENDPOINT and HF_HOME"
+        )
+    return f"it cannot be fetched from the hub: {reason_of(error)}"

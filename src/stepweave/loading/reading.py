@@ -1,0 +1,128 @@
+"""What `from_pretrained` reads of each component, and what of it the files do not have."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusers import ModelMixin
+from torch import nn
+from transformers import PreTrainedModel
+
+from stepweave.errors import LoadError
+from stepweave.loading.components import Component
+
+NAMED = 3  # keys that a message names; of more it says how many
+_MODELS = (PreTrainedModel, ModelMixin)
+
+
+class Reading:
+    """Watches the components of one model being loaded, on the thread that makes it.
+
+    DiffusionPipeline asks none of its models what they did not find in their files, and transformers draws that at random: while
+    `watched`, each model is asked, and one that lacks something is refused.
+    """
+
+    def __init__(self, folder: Path, components: Iterable[Component]) -> None:
+        self._folder = folder
+        self._names = {
+            one.kind: one.name for one in components if one.kind is not None
+        }  # of those in no folder of their own
+        self._kinds = {one.kind for one in components if isinstance(one.kind, type)}
+        self._thread = threading.get_ident()
+        self._failed: list[tuple[BaseException, str]] = []
+        self.tensors: dict[str, int] = {}  # read, by component
+
+    def failed(self, error: BaseException | None) -> str | None:
+        """The component whose loading an exception ended; None if it was none's."""
+        while error is not None:
+            for other, name in self._failed:
+                if other is error:
+                    return name
+            error = error.__cause__ or error.__context__
+        return None
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Have every `from_pretrained` of this thread watched, until the end."""
+        with contextlib.ExitStack() as stack:
+            for kind in _MODELS:
+                stack.enter_context(self._replaced(kind, self._read))
+            for kind in self._kinds.difference(_MODELS):
+                if callable(getattr(kind, "from_pretrained", None)):
+                    stack.enter_context(self._replaced(kind, self._attribute))
+            yield
+
+    @contextlib.contextmanager
+    def _replaced(self, kind: Any, watch: Any) -> Iterator[None]:
+        own = vars(kind).get("from_pretrained")
+        original = inspect.getattr_static(kind, "from_pretrained")
+
+        def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            load = original.__get__(None, cls)
+            if threading.get_ident() != self._thread or not args:  # diffusers gives the folder by position
+                return load(*args, **kwargs)
+            return watch(cls, load, *args, **kwargs)
+
+        kind.from_pretrained = classmethod(from_pretrained)
+        try:
+            yield
+        finally:
+            if own is None:
+                del kind.from_pretrained
+            else:
+                kind.from_pretrained = own
+
+    def _name(self, kind: Any, path: Any) -> str:
+        place = Path(path)
+        return self._names.get(kind, place.name) if place == self._folder else place.name
+
+    def _attribute(self, kind: Any, load: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return load(path, *args, **kwargs)
+        except Exception as error:
+            self._failed.append((error, self._name(kind, path)))
+            raise
+
+    def _read(self, kind: Any, load: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("output_loading_info"):
+            return load(path, *args, **kwargs)
+        if issubclass(kind, PreTrainedModel):  # it would refuse what is of another shape without naming it
+            kwargs.setdefault("ignore_mismatched_sizes", True)
+        model, info = self._attribute(kind, load, path, *args, output_loading_info=True, **kwargs)
+        name = self._name(kind, path)
+        count = len(model.state_dict())
+        _check(name, kind.__name__, count, info)
+        self.tensors[name] = self.tensors.get(name, 0) + count
+        return model
+
+
+def _check(name: str, kind: str, count: int, info: dict[str, Any]) -> None:
+    """Raise LoadError for what a model has and its files have not, or of another shape."""
+    missing, unknown = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if missing:
+        instead = f"; they have {_listed(unknown)}, which it does not know" if unknown else ""
+        raise LoadError(
+            f"{name}/: its weights lack {len(missing)} of the {count} tensors of {kind}: {_listed(missing)}{instead}"
+        )
+    if mismatched := sorted(info["mismatched_keys"]):
+        keys = [f"{key} is {tuple(found)}, not {tuple(wanted)}" for key, found, wanted in mismatched]
+        raise LoadError(f"{name}/: its weights are not those of its config.json: {_listed(keys)}")
+
+
+def check_placed(components: dict[str, Any]) -> None:
+    """Raise LoadError for a component with tensors that nothing was read into."""
+    for name, model in components.items():
+        if isinstance(model, nn.Module):
+            tensors = [*model.named_parameters(), *model.named_buffers()]
+            if absent := [key for key, tensor in tensors if tensor.is_meta]:
+                raise LoadError(f"{name}/: no weights were read for {_listed(absent)}")
+
+
+def _listed(keys: Sequence[str]) -> str:
+    rest = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
+    return ", ".join(keys[:NAMED]) + rest

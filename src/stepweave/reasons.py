@@ -1,0 +1,35 @@
+"""Why something failed, in one line that may leave the server: an exception's own words, without the server's paths."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+LONGEST = 400  # characters of a reason
+
+# an absolute path with at least one folder; not what follows a scheme, as in https://
+_PATH = re.compile(r"(?<![\w.:/~-])~?(?:/[\w.@+%=,-]+)+/([\w.@+%=,-]+)")
+
+
+def reason_of(error: BaseException, folder: Path | None = None) -> str:
+    """What an exception says, on one line and cut to a sane length; its class where it says nothing.
+
+    Paths in `folder`, a model's directory, become relative to it; of other absolute ones the last name is left.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        name = public(str(error.filename), folder) if error.filename else ""
+        text = f"{name}: {error.strerror}" if name else error.strerror
+    else:
+        text = public(str(error), folder)
+    text = " ".join(text.split()) or type(error).__name__
+    if isinstance(error, KeyError):
+        text = f"there is no {text}"
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+
+
+def public(text: str, folder: Path | None = None) -> str:
+    """A text without the server's paths."""
+    for place in () if folder is None else sorted({str(folder), os.path.realpath(folder)}, key=len, reverse=True):
+        text = text.replace(f"{place}/", "").replace(place, "the model's directory")
+    return _PATH.sub(r"\1", text)
