@@ -327,7 +327,7 @@ class Server:
             if served.knows_steps(parameters):
                 served.check_steps(parameters)
             else:
-                await asyncio.to_thread(served.check_steps, parameters)
+                await on_thread(None, served.check_steps, parameters)
             check_file(request.output_format, request.output_compression, parameters.width, parameters.height)
             # an edit's pictures are brought to its size
             edit = sources is not None
