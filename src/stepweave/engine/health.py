@@ -104,15 +104,23 @@ def probe_of(device: torch.device) -> None:
 
 def _in_short(error: BaseException) -> str:
     """An error's first line, without paths of the server."""
-    line = re.sub(r"\S*/\S+", "...", str(error).strip().partition("\n")[0])
+    line = re.sub(r"\S*/\S+", "...", _words(error).strip().partition("\n")[0])
     return line[:LONGEST] or type(error).__name__
+
+
+def _words(error: BaseException) -> str:
+    """What an error says; nothing if it is one of somebody's own that cannot."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
 
 
 def _of_the_device(error: BaseException) -> BaseException | None:
     """The first of an error's causes that a device's library raised, but for want of memory."""
     found = None
     for one in _causes(error):
-        kind = isinstance(one, torch.AcceleratorError) or (isinstance(one, RuntimeError) and _WORDS.search(str(one)))
+        kind = isinstance(one, torch.AcceleratorError) or (isinstance(one, RuntimeError) and _WORDS.search(_words(one)))
         if kind and not ran_out(one):
             found = one
     return found
@@ -125,4 +133,5 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         if one is None:
             return
         yield one
-        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
+        cause = one.__cause__
+        one = cause if cause is not None or one.__suppress_context__ else one.__context__
