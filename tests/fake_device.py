@@ -90,6 +90,10 @@ class OnDevice(torch.Tensor):
     def __index__(self) -> int:
         return int(self.item())
 
+    def copy_(self, other: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        copied: torch.Tensor = aten.copy_(self, other, non_blocking)
+        return copied
+
     def tolist(self) -> Any:
         return self.cpu().tolist()
 

@@ -79,9 +79,11 @@ def test_the_fake_refuses_tensors_of_two_devices_and_notes_what_is_read(device: 
 # Times on the sample's device
 
 
+TARGET = Target("denoiser", nn.Identity().eval(), lambda sample, timestep=None, scale=None: sample)
+
+
 def _call(sample: torch.Tensor, **arguments: Any) -> Call:
-    made = Target("denoiser", nn.Identity().eval(), lambda sample, timestep=None, scale=None: sample)
-    described = Call(made, (sample,), arguments, ambient.quiet(("cpu",)))
+    described = Call(TARGET, (sample,), arguments, ambient.quiet(("cpu",)))
     Describer(Digests()).describe(described)
     return described
 
@@ -195,14 +197,16 @@ def test_so_do_the_servers(in_process: Callable[..., InProcess], monkeypatch: py
 # What is read
 
 
-def _reads_of(engine: StepEngine, device: FakeDevice, family: tiny.Family, steps: int, jobs: int = 3) -> list[Read]:
+def _reads_of(
+    engine: StepEngine, device: FakeDevice, family: tiny.Family, steps: int, number: int, jobs: int = 3
+) -> list[Read]:
     """What is read while jobs of so many steps run, once all certificates are there; audits aside, which read."""
     loop = engine._loop
     assert loop is not None
     for certificate in loop.certificates.all():
         certificate.next_audit = 10**9
     device.reads.clear()
-    prompts = [f"{steps} {i} red circle" for i in range(jobs)]
+    prompts = [f"{number} {i} red circle" for i in range(jobs)]  # of one length: a new one would be proven
     running = [engine.submit(**family.arguments(prompts[i], seed=i, steps=steps)) for i in range(jobs)]
     for job in running:
         job.result(SECONDS)
@@ -213,10 +217,10 @@ def _reads_of(engine: StepEngine, device: FakeDevice, family: tiny.Family, steps
 def test_a_step_reads_nothing_and_a_joining_job_its_token_ids_at_most_once(name: str, device: FakeDevice) -> None:
     family, jobs = tiny.FAMILIES[name], 3
     with device.engine(family.build().to(CUDA), knee=False) as engine:
-        for steps in (4, 5, 6, 7):  # while certificates are granted
-            _reads_of(engine, device, family, steps)
-        few = _reads_of(engine, device, family, 8)
-        many = _reads_of(engine, device, family, 16)
+        for number, steps in enumerate((8, 16, 8, 16)):  # while certificates are granted
+            _reads_of(engine, device, family, steps, number)
+        few = _reads_of(engine, device, family, 8, 4)
+        many = _reads_of(engine, device, family, 16, 5)
         stats = engine.stats()
     denoiser = stats.forwards.get("unet") or stats.forwards["transformer"]
     assert denoiser.merged_share > 0.8 and stats.errors == 0, stats
