@@ -31,6 +31,7 @@ from stepweave.engine.elsewhere import Elsewhere
 from stepweave.engine.hooks import Offload
 from stepweave.engine.host_times import READERS, keep_times_on_the_host
 from stepweave.engine.merge import merge, split
+from stepweave.outcome import Outcome
 from tests import tiny
 from tests.conftest import InProcess
 from tests.fake_device import CUDA, FakeDevice, OnDevice, Read, fake_device
@@ -162,9 +163,10 @@ def test_every_thread_of_an_engine_makes_the_device_its_own() -> None:
         used.clear()
         done = threading.Event()
         elsewhere = Elsewhere(lambda active, answer: done.set(), second)
-        elsewhere.run(SimpleNamespace(), Offload(lambda: None))  # type: ignore[arg-type]
+        fiber = SimpleNamespace(dtype=torch.get_default_dtype(), own=(), beside=Outcome.of)
+        elsewhere.run(SimpleNamespace(fiber=fiber), Offload(lambda: None))  # type: ignore[arg-type]
         assert done.wait(SECONDS)
-        elsewhere.close()
+        assert elsewhere.end(SECONDS)
         assert list(used.values()) == [second] and "picture" in next(iter(used))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, get_args
 
 import pytest
@@ -18,7 +19,7 @@ from stepweave import StepEngine
 from stepweave.engine import Mode
 from stepweave.engine import health as health_of
 from stepweave.engine.health import DeviceHealth
-from stepweave.engine.hooks import _elsewhere
+from stepweave.engine.pipeline_call import _elsewhere
 from stepweave.engine.timing import HostClock
 from stepweave.errors import DeviceFailed, OutOfMemory, StepweaveError
 from tests.conftest import InProcess
@@ -234,7 +235,9 @@ def test_every_mode_ends_its_jobs(mode: Mode) -> None:
     assert device.refused <= (2 if mode == "threads" else 1)
 
 
-@pytest.mark.parametrize("where", [lambda method: method, _elsewhere], ids=["own code", "another thread"])
+@pytest.mark.parametrize(
+    "where", [lambda method: method, partial(_elsewhere, known=True)], ids=["own code", "another thread"]
+)
 def test_it_may_show_in_a_pipelines_own_code_or_where_pictures_are_made(where: Callable[..., Any]) -> None:
     device = Device(1)
     make = where(lambda x: device.ask())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from stepweave.engine.active import Active
-from stepweave.engine.ambient import DefaultRandom, on_device
+from stepweave.engine.ambient import DefaultRandom, use_device
 from stepweave.engine.hooks import Offload, RunYourself
 from stepweave.engine.own_state import OwnState, OwnTypes
 from stepweave.threads import DaemonExecutor
@@ -21,16 +22,15 @@ class Elsewhere:
 
     def __init__(self, returned: Callable[[Active, Any], None], device: torch.device) -> None:
         self._returned = returned
-        self._device = device
         self.here = False  # on the engine's own thread
-        self._threads = DaemonExecutor(THREADS, "stepweave-pictures")
+        self._threads = DaemonExecutor(THREADS, "stepweave-pictures", partial(use_device, device))
 
     def run(self, active: Active, work: Offload) -> None:
         active.elsewhere = True
         if self.here or not _may_move(active, work):
             self._returned(active, RunYourself())
             return
-        self._threads.submit(_run, [active], work.function, self._device, self._returned)
+        self._threads.submit(_run, [active], work.function, self._returned)
 
     def end(self, seconds: float) -> bool:
         """Take no more work; whether all is done within some seconds."""
@@ -48,10 +48,6 @@ def _may_move(active: Active, work: Offload) -> bool:
     return work.known or not any(isinstance(one, (OwnState, DefaultRandom)) for one in fiber.own)
 
 
-def _run(
-    held: list[Active], function: Callable[[], Any], device: torch.device, returned: Callable[[Active, Any], None]
-) -> None:
+def _run(held: list[Active], function: Callable[[], Any], returned: Callable[[Active, Any], None]) -> None:
     active = held.pop()  # so that nothing on this thread keeps it
-    with on_device(device):
-        outcome = active.fiber.beside(function)
-    returned(active, outcome)
+    returned(active, active.fiber.beside(function))
