@@ -272,7 +272,7 @@ def test_it_may_show_where_the_engine_itself_asks_the_device(place: str, monkeyp
         elif place == "digest":
             monkeypatch.setattr("stepweave.engine.digests._digest", broken)
         elif place == "describe":
-            monkeypatch.setattr(loop._describer, "_describe", broken)
+            monkeypatch.setattr(loop._look_up._describer, "_describe", broken)
         else:
             monkeypatch.setattr(loop._forwarder._room, "measured", broken)
         jobs = submit_together(engine, [fresh(one) for one in others(3)])

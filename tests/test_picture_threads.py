@@ -15,7 +15,6 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import nn
 
 from stepweave import StepEngine
-from stepweave.engine.hooks import Offload
 from tests.waiting import SECONDS
 
 before = contextvars.ContextVar("before", default="unset")
@@ -196,32 +195,3 @@ def test_work_on_images_in_a_context_of_its_own_sees_that() -> None:
         for _ in range(3):
             variables, after, outside, _ = engine.submit().result(SECONDS)
             assert (variables, after, outside) == (("within", "unset"), "set within", "unset")
-
-
-def test_threads_use_the_engines_cuda_device() -> None:
-    used: list[Any] = []
-
-    class Device:
-        def __init__(self, index: int) -> None:
-            self.index = index
-
-        def __enter__(self) -> None:
-            used.append((self.index, threading.current_thread().name))
-
-        def __exit__(self, *_: Any) -> None:
-            used.append("left")
-
-    class Seeded(Pipeline):
-        def __call__(self, generator: Any = None) -> Any:
-            return self.image_processor.postprocess()
-
-    with (
-        patch("torch.cuda.is_initialized", lambda: True),
-        patch("torch.cuda.current_device", lambda: 3),
-        patch("torch.cuda.device", Device),
-        torch.no_grad(),
-        patch("stepweave.engine.pipeline_call.Offload", lambda function, known: Offload(function, True)),
-        StepEngine(made(Seeded, Reading())) as engine,
-    ):
-        name = engine.submit().result(SECONDS)[1]
-    assert used == [(3, name), "left"]

@@ -26,13 +26,18 @@ def check_images(
 ) -> None:
     """Check images of different jobs, made together; the first is also given as it came `alone`.
 
-    `more` makes others, and is called if there is but one job and its image is constant. Raises LoadError if the two runs of
-    a job differ, if pixels are not finite, or if all images are constant. One that is constant may be right, and is logged.
+    `more` makes others, and is called if there is but one job and its image is constant. Images that are None, since a safety
+    checker has blacked them out, tell nothing. Raises LoadError if the two runs of a job differ, if pixels are not finite, or if
+    all images are constant. One that is constant may be right, and is logged.
     """
+    if alone is None or together[0] is None:
+        logger.warning("self-check: a safety checker flagged the first image, so that two runs could not be compared")
+        return
+    together = [image for image in together if image is not None]
     first, *others = (_pixels(image) for image in (alone, *together))
     constant = [_is_constant(image) for image in others]
     if len(others) == 1 and all(constant):
-        constant += [_is_constant(_pixels(image)) for image in more()]
+        constant += [_is_constant(_pixels(image)) for image in more() if image is not None]
     if all(constant):
         raise LoadError(
             f"all {len(constant)} first images, of different prompts and seeds, are of one colour: the weights are not those "

@@ -20,6 +20,7 @@ from stepweave.engine.shapes import arguments_of
 from stepweave.errors import InvalidRequest, LoadError, NonFinite, RequestError, shown
 from stepweave.first_images import check_images
 from stepweave.generation import MAX_SEED, Parameters, Sources
+from stepweave.images.outputs import outputs_of
 from stepweave.loading.preset import FILE_NAME, Preset
 from stepweave.loading.rehearsal import Course
 from stepweave.loading.schedulers import Rehearsals
@@ -322,7 +323,7 @@ class ServedModel:
         edits: bool = False,
         mask: Image.Image | None = None,
     ) -> list[Any]:
-        """Run jobs that start in one turn of the engine; the first image of each."""
+        """Run jobs that start in one turn of the engine; the first image of each, None if a safety checker flags it."""
         jobs, start = [], _Start()
         try:
             for i in range(count):
@@ -337,7 +338,8 @@ class ServedModel:
                 jobs.append(engine.submit(**self.call(parameters), observer=None if i else start))
         finally:
             start.all_are_there.set()
-        return [job.result().images[0] for job in jobs]
+        outputs = [job.result() for job in jobs]
+        return [None if any(outputs_of(one, 1).flagged) else one.images[0] for one in outputs]
 
     def _half_size(self) -> tuple[int, int] | None:
         width, height = (side // 2 // self.multiple * self.multiple for side in (self.width, self.height))
