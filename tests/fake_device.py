@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_iter, tree_map
 
 from stepweave import StepEngine
-from stepweave.engine import hooks, loop
+from stepweave.engine import hooks, loop, pipeline_call
 from stepweave.engine.memory import UnknownMemory
 from stepweave.engine.timing import HostClock
 
@@ -252,10 +252,12 @@ class FakeDevice:
                 run(self)
 
         # a mode could not be carried across a suspension; this one stays on the thread
-        with patch.object(loop.StepLoop, "_run", under_the_mode), patch.object(hooks, "suspendable", lambda: True):
-            with patch.object(loop, "clock_of", lambda device: HostClock()):
-                with StepEngine(pipeline, memory=UnknownMemory(), **options) as engine:
-                    yield engine
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(patch.object(loop.StepLoop, "_run", under_the_mode))
+            stack.enter_context(patch.object(loop, "clock_of", lambda device: HostClock()))
+            for one in (hooks, pipeline_call):
+                stack.enter_context(patch.object(one, "suspendable", lambda: True))
+            yield stack.enter_context(StepEngine(pipeline, memory=UnknownMemory(), **options))
 
     def own_reads(self) -> list[Read]:
         """Those that Stepweave's code made, not diffusers' or transformers'."""

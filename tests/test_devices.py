@@ -124,7 +124,9 @@ def test_times_keep_their_values_and_numbers_of_other_arguments_go_along(device:
     assert merged["scale"].tolist() == [0.5, 0.5, 1.5, 1.5]
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ddim", "ldm", "ldm_text"])
+@pytest.mark.parametrize(
+    "name", ["ddpm", "ddim", *(pytest.param(name, marks=pytest.mark.full) for name in ("ldm", "ldm_text"))]
+)
 def test_pipelines_that_give_times_as_numbers_or_on_the_cpu_share_forwards(name: str, device: FakeDevice) -> None:
     entry = entries()[name]
     pipeline = entry.build().to(CUDA)
@@ -215,7 +217,7 @@ def _reads_of(
     return list(device.reads)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.full) for name in NAMES[1:])])
 def test_a_step_reads_nothing_and_a_joining_job_its_token_ids_at_most_once(name: str, device: FakeDevice) -> None:
     family, jobs = tiny.FAMILIES[name], 3
     with device.engine(family.build().to(CUDA), knee=False) as engine:

@@ -209,7 +209,7 @@ def test_a_picture_and_all_its_parameters_as_json(in_process: Make) -> None:
     assert resolved(answer) == [
         {
             "prompt": "a red circle", "negative_prompt": "blue", "seed": 7, "size": "32x48", "num_inference_steps": 3,
-            "guidance_scale": 2.5, "output_format": "png", "model": "shapes", "warnings": [],
+            "guidance_scale": 2.5, "output_format": "png", "model": "shapes", "flagged": False, "warnings": [],
         }
     ]  # fmt: skip
     same = app.post(seed=7, size="32x48").json()["data"][0]["b64_json"]

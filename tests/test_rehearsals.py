@@ -16,7 +16,7 @@ from PIL import Image
 
 from stepweave import StepEngine
 from stepweave.config import Settings
-from stepweave.errors import InvalidRequest
+from stepweave.errors import InvalidRequest, NonFinite
 from stepweave.generation import Parameters, Sources
 from stepweave.loading import rehearsal, schedulers
 from stepweave.loading.preset import Preset
@@ -65,7 +65,7 @@ def fails(engine: StepEngine, model: ServedModel, parameters: Parameters) -> boo
     """Whether a call raises, or gives a picture of one colour, as it does where latents are not finite."""
     try:
         images = engine.submit(**model.call(parameters)).result(SECONDS).images
-    except (ValueError, IndexError, AssertionError, RuntimeError, TypeError):
+    except (ValueError, IndexError, AssertionError, RuntimeError, TypeError, NonFinite):
         return True
     return any(np.ptp(np.asarray(image)) == 0 for image in images)
 
