@@ -305,7 +305,7 @@ class Server:
         come with the prompts. Raises Unavailable, NotFound if `model` is given and not the one served, Refused if admission does
         not let it in, and what `ServedModel.resolve` raises.
         """
-        with self.metrics.counted(success=False):
+        with self.metrics.counted():
             began = time.monotonic()
             served, _ = self.ready()
             if model is not None:

@@ -116,7 +116,7 @@ class InferenceApi:
         )
 
     async def infer(self, request: Request) -> Response:
-        with self.server.metrics.counted(success=False):
+        with self.server.metrics.counted():
             model = self._model(request)
             content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
             if content_type not in CONTENT_TYPES:

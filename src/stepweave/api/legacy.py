@@ -74,7 +74,7 @@ class LegacyApi:
 
     async def inference(self, request: Request) -> Response:
         settings = self.server.settings
-        with self.server.metrics.counted(success=False):
+        with self.server.metrics.counted():
             require_json(request.headers.get("content-type", ""))
             body = await parse_off_loop(await read_body(request), LegacyRequest)
             steps = body.num_inference_steps

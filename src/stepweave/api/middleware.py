@@ -83,7 +83,7 @@ class ContractMiddleware:
                 authorize(scope, self.server.settings.api_keys)
             receive = _limited(receive, scope, self._limit(scope["path"]))
             if scope["method"] == "POST" and scope["path"] in PATHS:
-                with self.server.metrics.counted(success=False):
+                with self.server.metrics.counted():
                     receive = await self._checked(scope, receive)
             await self.app(scope, receive, answer)
         except Exception as error:

@@ -48,13 +48,13 @@ class OpenAI:
         ]
 
     async def generations(self, request: Request) -> Response:
-        with self.server.metrics.counted(success=False):
+        with self.server.metrics.counted():
             require_json(request.headers.get("content-type", ""))
             body = await parse_off_loop(await read_body(request), GenerationRequest)
         return await self._answer(request, body, None, b"")
 
     async def edits(self, request: Request) -> Response:
-        with self.server.metrics.counted(success=False):
+        with self.server.metrics.counted():
             require_form(request.headers.get("content-type", ""))
             joining = await check_place(request, self.server)
             fields, files = await read_form(request)
@@ -65,7 +65,7 @@ class OpenAI:
     async def _answer(self, request: Request, body: OpenAIRequest, sources: Sources | None, digest: bytes) -> Response:
         """`digest` is of the pictures' files."""
         server = self.server
-        with server.metrics.counted(success=False):
+        with server.metrics.counted():
             server.ready()
             jobs = server.jobs
             assert jobs is not None

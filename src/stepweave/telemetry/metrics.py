@@ -168,17 +168,13 @@ class Metrics:
             self.deadline_missed.inc()
 
     @contextlib.contextmanager
-    def counted(self, *, success: bool = True) -> Iterator[None]:
-        """Count one request by how the block ends; with `success` False only if it raises."""
-        outcome: Outcome | None = "succeeded" if success else None
+    def counted(self) -> Iterator[None]:
+        """Count one request if the block raises: it is not accepted. One that is counts when it ends."""
         try:
             yield
         except BaseException as error:
-            outcome = outcome_of(error)
+            self.requests.labels(outcome_of(error)).inc()
             raise
-        finally:
-            if outcome is not None:
-                self.requests.labels(outcome).inc()
 
     def render(self) -> bytes:
         """The exposition, in Prometheus's text format 0.0.4."""
