@@ -47,8 +47,12 @@ class DeviceHealth:
 
     def check(self) -> None:
         """Raise DeviceFailed once the device has failed."""
-        if self.failure is not None:
-            raise DeviceFailed(self.failure.reason)
+        if (failed := self.error()) is not None:
+            raise failed
+
+    def error(self) -> DeviceFailed | None:
+        """What ends a job once the device has failed: one of its own, which its traceback does not tie to others."""
+        return None if self.failure is None else DeviceFailed(self.failure.reason)
 
     def examine(self, error: BaseException) -> DeviceFailed | None:
         """What ends all jobs, if this error shows that the device has failed for good, or if that is known already.
@@ -63,7 +67,7 @@ class DeviceHealth:
                     logger.critical(
                         "the device has failed, and so do all jobs: %s", self.failure.reason, exc_info=error
                     )
-        return None if self.failure is None else DeviceFailed(self.failure.reason)
+        return self.error()
 
     def _stays(self) -> bool:
         if self._probe is None:

@@ -228,8 +228,8 @@ class Job:
         """Why the job must end, if it must."""
         if self._cancelled:
             return Cancelled()
-        if self._health is not None and self._health.failure is not None:
-            return DeviceFailed(self._health.failure.reason)
+        if self._health is not None and (failed := self._health.error()) is not None:
+            return failed
         if self.late:
             seconds = self._seconds or 0
             limit = f"{round(seconds, 2):g}" if seconds >= 0.1 else f"{seconds:.2g}"
