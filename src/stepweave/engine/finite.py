@@ -8,10 +8,8 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
-from torch import nn
 
-from stepweave.engine.attributes import replaced
+from stepweave.engine.attributes import POSTPROCESS, Method, methods_of_processors, replaced
 from stepweave.engine.fiber import current_fiber
 from stepweave.engine.offload import pipelines_in
 from stepweave.errors import NonFinite
@@ -29,8 +27,8 @@ class FiniteImages:
         self._fiber = current_fiber()
         self._seen: Any = None  # the last result of a model, of which images were made
         self._left = contextlib.ExitStack()
-        for owner, name in _makers(view):
-            self._left.callback(replaced(owner, name, self._looking(getattr(owner, name))))
+        for owner, name, method in _makers(view):
+            self._left.callback(replaced(owner, name, self._looking(method)))
 
     def __enter__(self) -> Self:
         return self
@@ -65,15 +63,12 @@ class FiniteImages:
             self._finite = self._finite and bool(numbers.isfinite().all())
 
 
-def _makers(view: Any) -> Iterator[tuple[Any, str]]:
-    """The methods of a view by which images are made of numbers: whose, and the name."""
+def _makers(view: Any) -> Iterator[Method]:
+    """The methods of a view by which images are made of numbers."""
     for one in pipelines_in(view):
-        if callable(getattr(one, "numpy_to_pil", None)):
-            yield one, "numpy_to_pil"
-        for processor in list(vars(one).values()):
-            if not isinstance(processor, (nn.Module, DiffusionPipeline)):
-                names = ("postprocess", "postprocess_video")
-                yield from ((processor, name) for name in names if callable(getattr(processor, name, None)))
+        if callable(method := getattr(one, "numpy_to_pil", None)):
+            yield one, "numpy_to_pil", method
+    yield from methods_of_processors(view, POSTPROCESS)
 
 
 def _numbers(value: Any) -> Iterator[torch.Tensor]:

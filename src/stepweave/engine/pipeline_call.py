@@ -8,12 +8,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.image_processor import InpaintProcessor, VaeImageProcessor
 from PIL import Image
-from torch import nn
 
-from stepweave.engine.attributes import replaced
+from stepweave.engine.attributes import POSTPROCESS, Method, methods_of_processors, replaced
 from stepweave.engine.fiber import current_fiber, suspend, suspendable
 from stepweave.engine.finite import FiniteImages
 from stepweave.engine.hooks import Offload, RunYourself
@@ -101,21 +99,12 @@ def pictures_elsewhere(view: Any) -> Iterator[None]:
         yield
 
 
-def _picture_methods(view: Any) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
-    """The methods of a view's image processors that read and make pictures: of what, the name, and what to call."""
-    for one in pipelines_in(view):
-        for processor in list(vars(one).values()):
-            if isinstance(processor, (nn.Module, DiffusionPipeline)):
-                continue
-            ours = isinstance(processor, (VaeImageProcessor, InpaintProcessor))  # others may be shared with other views
-            for name in ("preprocess", "preprocess_video") if ours else ():
-                method = getattr(processor, name, None)
-                if callable(method):
-                    yield processor, name, _each_once(method)
-            for name in ("postprocess", "postprocess_video"):
-                method = getattr(processor, name, None)
-                if callable(method):
-                    yield processor, name, method
+def _picture_methods(view: Any) -> Iterator[Method]:
+    """The methods of a view's image processors that read and make pictures, to be called so."""
+    ours = (VaeImageProcessor, InpaintProcessor)  # others may be shared with other views
+    for owner, name, method in methods_of_processors(view, ("preprocess", "preprocess_video"), ours):
+        yield owner, name, _each_once(method)
+    yield from methods_of_processors(view, POSTPROCESS)
 
 
 def _elsewhere(method: Callable[..., Any], known: bool) -> Callable[..., Any]:
