@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import diffusers
@@ -25,22 +26,30 @@ def kinds() -> Iterator[Any]:
             yield kind
 
 
-def reads(scheduler: Any, device: FakeDevice, steps: int = STEPS) -> tuple[torch.Tensor, list[int]]:
-    """The sample after all steps with an output made up, and how often the device was read in each."""
-    scheduler.set_timesteps(steps, device=CUDA)
-    sample = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)).to(CUDA)
+def steps_of(
+    scheduler: Any, steps: int, device: torch.device, around: Callable[[], Any] = lambda: None
+) -> torch.Tensor:
+    """The sample after all steps with an output made up; `around` is called before each of them and after the last."""
+    scheduler.set_timesteps(steps, device=device)
+    sample = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)).to(device)
     given = inspect.signature(scheduler.step).parameters
     extra = {"generator": torch.Generator().manual_seed(0)} if "generator" in given else {}
     torch.default_generator.manual_seed(0)  # of those that draw without one
-    found = []
     for time in scheduler.timesteps:
-        device.reads.clear()
+        around()
         sample = scheduler.scale_model_input(sample, time) if hasattr(scheduler, "scale_model_input") else sample
         output = torch.tanh(sample) / 10
         arguments = (output, None, time, None, sample) if "timestep_back" in given else (output, time, sample)
         sample = scheduler.step(*arguments, **extra)[0]
-        found.append(len(device.reads))
-    return sample, found
+    around()
+    return sample
+
+
+def reads(scheduler: Any, device: FakeDevice, steps: int = STEPS) -> tuple[torch.Tensor, list[int]]:
+    """The sample after all steps, and how often the device was read in each."""
+    found: list[int] = []
+    sample = steps_of(scheduler, steps, CUDA, lambda: found.append(len(device.reads)))
+    return sample, [after - before for before, after in itertools.pairwise(found)]
 
 
 def main() -> None:

@@ -83,7 +83,7 @@ def test_the_fake_refuses_tensors_of_two_devices_and_notes_what_is_read(device: 
 TARGET = Target("denoiser", nn.Identity().eval(), lambda sample, timestep=None, scale=None: sample)
 
 
-def _call(sample: torch.Tensor, **arguments: Any) -> Call:
+def call_of(sample: torch.Tensor, **arguments: Any) -> Call:
     described = Call(TARGET, (sample,), arguments, ambient.quiet(("cpu",)))
     Describer(Digests()).describe(described)
     return described
@@ -105,7 +105,7 @@ def _call(sample: torch.Tensor, **arguments: Any) -> Call:
 def test_times_are_merged_onto_the_samples_device(times: Callable[[int], Any], rows: int) -> None:
     """torch's fake tensors raise where a value is read."""
     with FakeTensorMode(), patch.object(torch.cuda, "_lazy_init", lambda: None):
-        calls = [_call(torch.ones(rows, 4, 8, 8, device=CUDA), timestep=times(i)) for i in range(3)]
+        calls = [call_of(torch.ones(rows, 4, 8, 8, device=CUDA), timestep=times(i)) for i in range(3)]
         assert len({one.kind for one in calls}) == len({one.key for one in calls}) == 1, "they may meet"
         merged = merge(calls)
         assert merged["sample"].device == merged["timestep"].device == CUDA
@@ -115,7 +115,7 @@ def test_times_are_merged_onto_the_samples_device(times: Callable[[int], Any], r
 
 
 def test_times_keep_their_values_and_numbers_of_other_arguments_go_along(device: FakeDevice) -> None:
-    calls = [_call(torch.ones(2, 4, device=CUDA), timestep=7 + i, scale=torch.tensor(0.5 + i)) for i in range(2)]
+    calls = [call_of(torch.ones(2, 4, device=CUDA), timestep=7 + i, scale=torch.tensor(0.5 + i)) for i in range(2)]
     device.reads.clear()
     merged = merge(calls)
     assert not device.reads, "nothing is waited for"
