@@ -23,6 +23,7 @@ NOISY = 2.0  # times the call's own noise, in the mean of a slice; four times as
 LOUDEST = {torch.float16: 4e-2, torch.bfloat16: 4e-2}  # noise itself, as a share of the slice's largest number
 LOUDEST_OTHERS = 1e-4
 ROUNDINGS = 8  # of the slice's largest number, which are no error
+FEWEST = 16  # numbers of a slice that tell how large it is and how noisy: of fewer, all may by chance be near zero
 
 Copies = Callable[[], Sequence[Any] | None]  # a call's results in a batch of copies of itself; None: it cannot be had
 
@@ -259,22 +260,28 @@ def _hold_against_noise(
         _slices(allowed[None].expand(1, *allowed.shape)),
         strict=True,
     )
-    loud = float((steady - alone).square().mean().sqrt() / (alone.square().mean().sqrt() + 1e-300))
+    loud = float(_rms((steady - alone).flatten()) / (_rms(alone.flatten()) + 1e-300))
     for company, size, place, level, spread in by_axis:
-        largest, mean = level.amax(-1), level.square().mean(-1).sqrt()
+        largest, mean, off_by = level.amax(-1), _rms(level), _rms(size)
+        if half and level.shape[-1] < FEWEST:  # as those of a pooled embedding: a number each
+            largest, mean, off_by = (one.clamp(min=one.median()) for one in (largest, mean, off_by))
         floor = ROUNDINGS * eps * largest
         share = torch.zeros_like(largest) if half else spread.amax(-1)
         if alike:
             share = torch.minimum(share, STRICT * eps * torch.maximum(share / SHARE, largest))
         too_loud = size.amax(-1) > torch.maximum(loudest * largest, torch.maximum(share, floor))
-        noise = torch.maximum(size.square().mean(-1).sqrt(), loud * mean)
+        noise = torch.maximum(off_by, loud * mean)
         peak = torch.maximum(size.amax(-1), 4 * noise)
         small = eps * mean / 4 if half else floor
         for moved in (company, place):
-            off = moved.square().mean(-1).sqrt() > torch.maximum(NOISY * noise + small, share)
+            off = _rms(moved) > torch.maximum(NOISY * noise + small, share)
             high = moved.amax(-1) > torch.maximum(4 * NOISY * peak + 4 * small, share)
             if bool((off | high | too_loud).any()):
                 raise Differ(message)
+
+
+def _rms(numbers: torch.Tensor) -> torch.Tensor:
+    return numbers.square().mean(-1).sqrt()
 
 
 def told_apart(merged: Sequence[Any], single: Sequence[Any]) -> bool:
