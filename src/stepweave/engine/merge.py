@@ -185,7 +185,11 @@ def like(value: Any, attributes: dict[str, Any]) -> Any:
 
 def _selected(cache: Cache, start: int, stop: int) -> Cache:
     selected = copy.deepcopy(cache)
-    selected.batch_select_indices(torch.arange(start, stop))
+    devices = {one.device for one in tensors(cache)}
+    indices = torch.arange(
+        start, stop, device=devices.pop() if len(devices) == 1 else None
+    )  # else each layer waits for a copy
+    selected.batch_select_indices(indices)
     return selected
 
 
