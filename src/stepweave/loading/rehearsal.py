@@ -98,12 +98,17 @@ def _run(scheduler: Any, pipeline: Any, code: str, course: Course, bounded: bool
     sample = torch.randn(SHAPE, generator=generator)
     sample[0, 0, 0, :2] = torch.tensor([-LARGEST, LARGEST])
     answer = _oracle(scheduler, timesteps, clean, MOST if bounded else math.inf)
-    begin = 0
+    begin, begins = (
+        0,
+        "scheduler.set_begin_index" in code,
+    )  # else it looks for the first timestep, which may be there twice
     noising = re.search(r"scheduler\.(add_noise|scale_noise)\(", code)
     if noising:
+        begins = True
         begin = _begin(scheduler, pipeline, course)
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(begin)
+    if begins and hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(begin)
+    if noising:
         first = timesteps[begin : begin + 1]
         order = (clean, sample, first) if noising[1] == "add_noise" else (clean, first, sample)
         sample = getattr(scheduler, noising[1])(*order)
