@@ -192,6 +192,11 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., InProc
 
         def make(pipeline: Any = None, *, ready: bool = True, **settings: Any) -> InProcess:
             fake = FakePipeline()
+            if pipeline is not None and not isinstance(pipeline, FakePipeline):
+                settings = {
+                    "max_pixels": 128 * 128,
+                    **settings,
+                }  # a tiny model's warm-up tries long images of many latents
             pipeline = pipeline or fake
             server = Server(Settings(**{"batching": "off", **settings}), load=lambda *_: (pipeline, Preset()))
             stack.callback(server.close)

@@ -26,6 +26,7 @@ from stepweave.loading.preset import Preset
 from stepweave.loading.sizes import nearest_size
 from stepweave.model import ServedModel
 from stepweave.scheduling.cost import CostModel
+from stepweave.warm_up import WarmUp, warm_up
 from tests.conftest import InProcess
 from tests.fake import FakeEdits, FakePipeline
 from tests.waiting import SECONDS
@@ -118,8 +119,8 @@ def test_a_source_that_would_become_a_thread_is_refused_unless_a_size_is_given(s
     assert caught.value.param == "image"
     assert model.resolve(prompt="x", sources=Sources(source), size="64x64").width == 64
     assert model.resolve(prompt="x", sources=Sources(mock.Mock(size=(8192, 16)))).width == 8192
-    model.sizes = replace(model.sizes, max_side=512)  # then it has the model's longest side
-    assert max(model.sizes.of_edit(size)) == 512
+    sizes = replace(model.limits.sizes, max_side=512)  # then it has the model's longest side
+    assert max(sizes.of_edit(size)) == 512
 
 
 @settings(max_examples=150, deadline=None)
@@ -189,7 +190,7 @@ def test_an_edit_that_fails_at_warm_up_is_not_offered() -> None:
     model = ServedModel(pipeline, Preset(), Settings())
     assert model.edits == ("image_to_image", "inpainting")
     with StepEngine(pipeline, "off") as engine:
-        model.warm_up(engine)
+        warm_up(model, engine)
     assert model.edits == ("image_to_image",)
 
 
@@ -222,8 +223,8 @@ def shapes() -> Iterator[tuple[ServedModel, StepEngine]]:
     pipeline, preset = load_pipeline(limits, torch.device("cpu"), torch.float32)
     model = ServedModel(pipeline, preset, limits)
     with StepEngine(pipeline, max_rows=4) as engine:
-        with mock.patch("stepweave.model.PROFILE_SECONDS", 0):
-            model.warm_up(engine)
+        with mock.patch("stepweave.warm_up.PROFILE_SECONDS", 0):
+            warm_up(model, engine)
         yield model, engine
     torch.set_num_threads(threads)
 
@@ -334,13 +335,13 @@ def test_what_a_warm_up_certifies_does_not_depend_on_the_clock(
 
     monkeypatch.setattr(VaeImageProcessor, "preprocess", slowly)
     monkeypatch.setattr(CostModel, "knee", lambda self, key, most: 1)
-    monkeypatch.setattr("stepweave.model.PROFILE_SECONDS", 0)
-    for rows in (4, 32):
+    monkeypatch.setattr("stepweave.warm_up.PROFILE_SECONDS", 0)
+    for rows in (4,):
         limits = Settings(max_rows=rows)
         pipeline, preset = load_pipeline(limits, torch.device("cpu"), torch.float32)
         model = ServedModel(pipeline, preset, limits)
         with StepEngine(pipeline, max_rows=rows) as engine:
-            model.warm_up(engine)
+            warm_up(model, engine)
             assert certified(engine) == certified(shapes[1])
 
 
@@ -359,5 +360,5 @@ def test_the_jobs_of_a_warm_up_start_together() -> None:
             return job
 
         with mock.patch.object(engine, "submit", slowly):
-            model._run_together(engine, (64, 64), 4)
+            WarmUp(model, engine).run_together((64, 64), 4)
     assert waiting == [0] * 4 and pipeline.record.steps_run == 2 + 3 + 4 + 2

@@ -15,7 +15,7 @@ import inspect
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,20 +79,17 @@ FEW_DRAWN, MANY_DRAWN = (
 )  # of companies in which jobs join late and leave early; measured, of many: 0.35 to 0.79
 
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-main_family = pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(FAMILIES[name], id=name)
-        for name in (
-            "stable_diffusion",
-            "stable_diffusion_xl",
-            "stable_diffusion_3",
-            "flux",
-            "qwen_image",
-            "controlnet_sd",
-        )
-    ],
-)
+
+
+def families(names: Iterable[str], quick: tuple[str, ...]) -> Any:
+    """A parameter `family`; of all but a few only in the full run."""
+    marks = {name: () if name in quick else (pytest.mark.full,) for name in names}
+    params = [pytest.param(FAMILIES[name], id=name, marks=full) for name, full in marks.items()]
+    return pytest.mark.parametrize("family", params)
+
+
+MAIN = ("stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux", "qwen_image", "controlnet_sd")
+main_family = families(MAIN, quick=MAIN)
 
 
 TABLE: list[str] = []
@@ -324,7 +321,7 @@ def check_companies(
     tally.check(family, least)
 
 
-@every_family
+@families(FAMILIES, quick=("stable_diffusion", "stable_diffusion_3", "flux", "stable_cascade"))
 def test_a_picture_is_the_same_in_any_company(family: Family, record_property: Callable[[str, object], None]) -> None:
     check_companies(family, record_property, examples=3, most_steps=2, least=FEW_DRAWN)
 
@@ -414,7 +411,7 @@ def wishes(family: Family) -> list[dict[str, Any]]:
     return [family.arguments(PROMPTS[i % 4], seed=i, steps=3 + i % 2) | one for i, one in enumerate(changes)]
 
 
-@main_family
+@families(MAIN, quick=("stable_diffusion", "flux", "qwen_image"))
 def test_whatever_a_call_asks_for_it_gets_next_to_all_others(family: Family) -> None:
     plain = [built(family, False)(**call) for call in wishes(family)]
     gate = threading.Event()

@@ -40,7 +40,11 @@ JOBS = 7
 DIFFERENT = 4  # requests to choose from, so that some are made twice: with and without the wish, and both with it
 
 some_family = pytest.mark.parametrize(
-    "family", [pytest.param(FAMILIES[name], id=name) for name in ("stable_diffusion", "stable_diffusion_3", "flux")]
+    "family",
+    [
+        pytest.param(FAMILIES["stable_diffusion"], id="stable_diffusion"),
+        *(pytest.param(FAMILIES[name], id=name, marks=pytest.mark.full) for name in ("stable_diffusion_3", "flux")),
+    ],
 )
 other_mode = pytest.mark.parametrize("mode", ["request", "threads", "off"])
 
