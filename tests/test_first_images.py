@@ -20,6 +20,7 @@ from stepweave.first_images import check_images
 from stepweave.loading.preset import Preset
 from stepweave.model import ServedModel
 from stepweave.server import Server
+from stepweave.warm_up import WarmUp
 from tests.fake import FakePipeline
 from tests.tiny import FAMILIES, SIDE
 from tests.waiting import wait_until
@@ -97,7 +98,7 @@ def warm_up(pipeline: Any, mode: Any) -> None:
     settings = Settings(max_rows=8, batching=mode)
     model = ServedModel(pipeline, Preset(width=SIDE, height=SIDE), settings)
     with StepEngine(pipeline, mode, max_rows=8) as engine:
-        model.warm_up(engine)
+        WarmUp(model, engine).run()
 
 
 def noisy(module: torch.nn.Module) -> None:

@@ -67,7 +67,7 @@ def test_the_embedded_model_loads_and_obeys_its_seed() -> None:
     settings = Settings()
     model = ServedModel(*load_pipeline(settings, CPU, torch.float32), settings)
     assert model.pipeline_class == "StableDiffusion3Pipeline"
-    assert (model.id, model.width, model.height, model.multiple) == ("shapes", 64, 64, 8)
+    assert (model.id, model.width, model.height, model.limits.sizes.multiple) == ("shapes", 64, 64, 8)
     assert (model.default_steps, model.default_guidance) == (20, 2.0)
     assert all(parameter.dtype is torch.float32 for parameter in model.pipeline.transformer.parameters())
     with StepEngine(model.pipeline, "off") as engine:

@@ -6,6 +6,7 @@ StepweaveError (500)
 ├── EngineMisuse                the engine is used in a way that cannot work
 ├── OutOfMemory                 the device's memory is too small for the job, even by itself
 ├── NonFinite                   the model gave NaN or infinite values
+├── WrongNumber                 the pipeline made more or fewer images than were asked for
 └── RequestError                the caller's request cannot be served
     ├── InvalidRequest (400)    a value is not allowed; `param` names the field
     ├── ContentFlagged (400)    the pipeline's safety checker flagged an image, and such are refused
@@ -98,6 +99,13 @@ class NonFinite(StepweaveError):
 
     def __init__(self, message: str = _NON_FINITE) -> None:
         super().__init__(message, code="non_finite")
+
+
+class WrongNumber(StepweaveError):
+    """The pipeline made more or fewer images than were asked for."""
+
+    def __init__(self, made: int, asked: int) -> None:
+        super().__init__(f"The pipeline made {made} images, not the {asked} asked for.", code="generation_failed")
 
 
 class RequestError(StepweaveError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import traceback
 from pathlib import Path
 
 LONGEST = 400  # characters of a reason
@@ -26,6 +27,21 @@ def reason_of(error: BaseException, folder: Path | None = None) -> str:
     if isinstance(error, KeyError):
         text = f"there is no {text}"
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+
+
+def refusal_of(error: BaseException) -> str | None:
+    """What a pipeline's own check of its arguments says; None if an error is no such refusal.
+
+    It is raised by `check_inputs`, as diffusers calls it, or by a pipeline's call itself.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if not isinstance(error, (ValueError, TypeError)) or not frames:
+        return None
+    code = frames[-1].f_code
+    checks = code.co_name == "check_inputs" or (
+        code.co_name == "__call__" and "num_inference_steps" in code.co_varnames
+    )
+    return reason_of(error) if checks else None
 
 
 def public(text: str, folder: Path | None = None) -> str:

@@ -43,6 +43,7 @@ def load(settings: Settings, load_pipeline: LoadPipeline | None, on_step: OnStep
     from stepweave.loading.device import choose_device, choose_dtype, set_cpu_threads
     from stepweave.loading.switches import apply_switches, check_switches
     from stepweave.model import ServedModel
+    from stepweave.warm_up import warm_up
 
     device = choose_device(settings)
     use_device(device)
@@ -70,7 +71,7 @@ def load(settings: Settings, load_pipeline: LoadPipeline | None, on_step: OnStep
         model.drop_edits(engine)
         if settings.warmup:
             enter("warming_up", 0.8, f"first pictures of {model.width}x{model.height}, and certificates")
-            model.warm_up(engine)
+            warm_up(model, engine)
     except BaseException:
         engine.close()
         raise

@@ -17,16 +17,19 @@ from stepweave.errors import (
     Cancelled,
     ContentFlagged,
     DeadlineExceeded,
+    InvalidRequest,
     NonFinite,
     OutOfMemory,
     RequestError,
     StepweaveError,
+    WrongNumber,
 )
 from stepweave.generation import Answer, Generation, Parameters, PictureFile, Timings
 from stepweave.images.encode import encode
 from stepweave.images.outputs import is_constant, outputs_of
 from stepweave.outcome import Outcome
 from stepweave.partials import Partial, Partials
+from stepweave.reasons import refusal_of
 from stepweave.telemetry.metrics import Metrics, outcome_of
 from stepweave.threads import on_thread
 
@@ -326,12 +329,16 @@ class Ticket:
         if isinstance(error, NonFinite):
             logger.warning("a job's result is not finite: %r, %s", self.job, self._values())
             self._means.metrics.images.labels("non_finite").inc(self.parameters.n)
-        if isinstance(error, (RequestError, OutOfMemory, NonFinite)):
+        if isinstance(error, (RequestError, OutOfMemory, NonFinite, WrongNumber)):
             if isinstance(error, (Cancelled, DeadlineExceeded)) or error is self._reason:
                 self._means.metrics.steps_saved.inc(max(0, self.steps - self.job.progress.step))
             return error
-        logger.error("a job failed: %r, %s", self.job, self._values(), exc_info=error)
         cause = error.__cause__ if isinstance(error, StepweaveError) and error.__cause__ is not None else error
+        refusal = refusal_of(cause)
+        if refusal is not None and not self.job.progress.step:
+            logger.warning("a pipeline refused its arguments: %s; %r, %s", refusal, self.job, self._values())
+            return InvalidRequest(f"The pipeline refuses these values: {refusal}")
+        logger.error("a job failed: %r, %s", self.job, self._values(), exc_info=error)
         failure = StepweaveError(f"The generation failed ({type(cause).__name__}).", code="generation_failed")
         failure.__cause__ = error
         return failure
@@ -352,8 +359,18 @@ class Ticket:
         return {name: value for name, value in self.parameters.of_image(0).items() if "prompt" not in name}
 
     def _generation(self, output: Any) -> Generation:
-        """What a job gave. Raises ContentFlagged."""
-        outputs = outputs_of(output, len(output.images))
+        """What a job gave. Raises ContentFlagged and WrongNumber."""
+        parameters, count = self.parameters, len(output.images)
+        if count != parameters.n:
+            raise WrongNumber(count, parameters.n)
+        outputs = outputs_of(output, count)
+        size = parameters.width, parameters.height
+        for index, image in enumerate(output.images):
+            if image.size != size:
+                made = "{}x{}".format(*image.size)
+                self._of_result.append(
+                    f"image {index} is {made}, not {size[0]}x{size[1]} as asked for: the pipeline made it so."
+                )
         if any(outputs.flagged) and self._means.refuse_flagged:
             self._means.metrics.images.labels("flagged").inc(sum(outputs.flagged))
             index = outputs.flagged.index(True)

@@ -106,28 +106,39 @@ class SchedulerSteps(BaseModel):
     fails: list[int] = Field(description="It does not run with these; they are refused.")
 
 
-class ModelDetails(BaseModel):
+class Limits(BaseModel):
+    """What requests may ask for. The ends of each range were tried before the server was ready."""
+
+    size_multiple: int = Field(description="Both sides of an image are multiples of it.")
+    min_side: int
+    max_side: int
+    only_size: str | None = Field(
+        description="The one size that there is, where others fail or come out in another size."
+    )
+    min_num_inference_steps: int
+    guidance_range: tuple[float, float]
+    max_images: int
+    max_prompt_characters: int
+
+
+class ModelDetails(Limits):
     """What the model takes, and how it is run."""
 
     pipeline: str = Field(description="Class of the diffusers pipeline.")
     device: str
     dtype: str
     native_size: str
-    size_multiple: int = Field(description="Both sides of a picture are multiples of it.")
-    max_side: int | None
     max_pixels: int
     default_num_inference_steps: int
     max_num_inference_steps: int
     default_guidance_scale: float | None
-    guidance_range: tuple[float, float]
     schedulers: list[str] = Field(description="What `scheduler` may name.")
     scheduler_steps: dict[str, SchedulerSteps] = Field(
         description="Of those that run with some values of `num_inference_steps` only."
     )
     edits: list[Literal["image_to_image", "inpainting"]]
+    limits_of_edits: dict[str, Limits] = Field(description="Of those edits whose limits differ from the others.")
     previews: bool = Field(description="Whether streams have previews.")
-    max_images: int
-    max_prompt_characters: int
     batching: Literal["off", "threads", "request", "step"]
     switches: dict[str, Any]
     certificates: list[Certificate]

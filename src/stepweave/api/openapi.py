@@ -150,16 +150,19 @@ def _limit(schemas: dict[str, Any], server: Server) -> None:
     absent: set[str] = set()  # what the model does not have
     sizes = f"At most {settings.max_pixels} pixels."
     if model is not None:
-        several = "num_images_per_prompt" in model.arguments
         for name in ("n", "num_images_per_prompt"):
-            limits[name]["maximum"] = settings.max_images if several else 1
+            limits[name]["maximum"] = model.limits.images
+        for name in ("prompt", "negative_prompt"):
+            limits[name]["maxLength"] = model.limits.prompt_characters
+        limits["num_inference_steps"]["minimum"] = model.limits.least_steps
+        low, high = model.limits.guidance
+        limits["guidance_scale"] = {"minimum": low, "maximum": high}
         limits["model"] = limits["model_name"] = {"enum": [model.id]}
         limits["scheduler"] = {"enum": sorted(model.schedulers)}
         absent = {name for name in ("negative_prompt", "guidance_scale") if name not in model.arguments}
         absent |= set() if model.schedulers else {"scheduler"}
         limits["size"] = {"examples": [f"{model.width}x{model.height}"]}
-        sizes += f" Both sides are multiples of {model.multiple}"
-        sizes += f", and at most {model.max_side}." if model.max_side is not None else "."
+        sizes += f" {model.limits.sizes}"
     for request in REQUESTS:
         properties = schemas[request.__name__]["properties"]
         for name in properties.keys() & limits.keys():

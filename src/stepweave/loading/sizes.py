@@ -13,21 +13,41 @@ NARROW = 4  # sides of the largest square that a picture's side may have, where 
 
 @dataclass(frozen=True)
 class SizeLimits:
-    """Both sides are multiples of `multiple` and at most `max_side`, if there is one; their product is at most `max_pixels`."""
+    """Both sides are multiples of `multiple`, at least `min_side`, and at most `max_side`, if there is one.
+
+    Their product is at most `max_pixels`. Or there is `only` one size, width and height.
+    """
 
     multiple: int
     max_side: int | None
     max_pixels: int
+    min_side: int = 1
+    only: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        if self.only is not None:
+            return "{}x{} only.".format(*self.only)
+        return f"Both sides are multiples of {self.multiple}, at least {self.min_side} and at most {self.longest}."
 
     def read(self, size: str) -> tuple[int, int]:
         """Width and height of WIDTHxHEIGHT. Raises InvalidRequest naming value and limit."""
         width, height = (int(side) for side in size.split("x"))
+        if self.only is not None:
+            if (width, height) != self.only:
+                only = "{}x{}".format(*self.only)
+                raise InvalidRequest(f"size is {shown(size)}; the model makes images of {only} only.", param="size")
+            return self.only
         if width % self.multiple or height % self.multiple or not width or not height:
             raise InvalidRequest(
                 f"size is {shown(size)}; both sides must be positive multiples of {self.multiple}.", param="size"
             )
-        if self.max_side is not None and max(width, height) > self.max_side:
-            raise InvalidRequest(f"size is {shown(size)}; the model's limit is {self.max_side} a side.", param="size")
+        if min(width, height) < self.min_side:
+            raise InvalidRequest(
+                f"size is {shown(size)}; the model makes images of at least {self.min_side} a side.", param="size"
+            )
+        if max(width, height) > self.longest:
+            whose = "limit" if self.max_side is None else "model's limit"
+            raise InvalidRequest(f"size is {shown(size)}; the {whose} is {self.longest} a side.", param="size")
         if width * height > self.max_pixels:
             raise InvalidRequest(
                 f"size is {shown(size)}, {width * height} pixels; the limit is {self.max_pixels}.", param="size"
@@ -39,13 +59,19 @@ class SizeLimits:
 
         Raises InvalidRequest for a source so long that its edit would be a thread.
         """
-        longest = NARROW * math.isqrt(self.max_pixels)
-        if self.max_side is None and max(source) > longest:
+        if self.only is not None:
+            return self.only
+        if self.max_side is None and max(source) > self.longest:
             width, height = source
             raise InvalidRequest(
-                f"image is {width}x{height}; unless size is given, the limit is {longest} a side.", param="image"
+                f"image is {width}x{height}; unless size is given, the limit is {self.longest} a side.", param="image"
             )
-        return nearest_size(source, self.multiple, self.max_side, self.max_pixels)
+        return nearest_size(source, self.multiple, self.max_side, self.max_pixels, self.min_side)
+
+    @property
+    def longest(self) -> int:
+        """The longest side; where the model itself has no limit, so long that an image is a narrow band."""
+        return NARROW * math.isqrt(self.max_pixels) if self.max_side is None else self.max_side
 
 
 def _denoiser_config(pipeline: Any) -> Any:
@@ -86,20 +112,23 @@ def native_size(pipeline: Any) -> tuple[int, int]:
     return int(width or 64) * scale, int(height or 64) * scale
 
 
-def nearest_size(size: tuple[int, int], multiple: int, max_side: int | None, max_pixels: int) -> tuple[int, int]:
-    """The allowed size nearest to a picture's: as large if it may be, else smaller, in proportion but for rounding.
+def nearest_size(
+    size: tuple[int, int], multiple: int, max_side: int | None, max_pixels: int, min_side: int = 1
+) -> tuple[int, int]:
+    """The allowed size nearest to an image's: as large if it may be, else smaller, in proportion but for rounding.
 
-    Sides are multiples of `multiple` and at most `max_side`, their product is at most `max_pixels`.
+    Sides are multiples of `multiple`, at least `min_side` and at most `max_side`; their product is at most `max_pixels`.
     """
     width, height = size
     scale = min(1.0, math.sqrt(max_pixels / (width * height)), (max_side or math.inf) / max(width, height))
     ideal = [side * scale / multiple for side in size]
+    least = max(1, -(-min_side // multiple))
     most, room = (max_side or multiple * max_pixels) // multiple, max_pixels // multiple**2
-    columns, rows = ([max(1, math.floor(count)), max(1, math.ceil(count))] for count in ideal)
+    columns, rows = ([max(least, math.floor(count)), max(least, math.ceil(count))] for count in ideal)
     allowed = [(a, b) for a in columns for b in rows if max(a, b) <= most and a * b <= room]
-    if not allowed:  # it is so narrow that one multiple is too wide
-        long = min(max(columns[0], rows[0]), most, room)
-        allowed = [(long, 1) if width > height else (1, long)]
+    if not allowed:  # it is so narrow that the least is too wide
+        long = min(max(columns[0], rows[0]), most, room // least)
+        allowed = [(long, least) if width > height else (least, long)]
     best = min(
         allowed, key=lambda one: (_apart(one[0] * height, one[1] * width), _apart(math.prod(one), math.prod(ideal)))
     )

@@ -1,0 +1,212 @@
+"""What a model runs before it serves: first images, the proofs that let jobs share forwards, and trials of what it offers."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from PIL import Image
+
+from stepweave.engine import Job, Latents, StepEngine
+from stepweave.engine.shapes import arguments_of
+from stepweave.errors import NonFinite, RequestError
+from stepweave.first_images import check_images
+from stepweave.generation import Parameters, Sources
+from stepweave.images.outputs import outputs_of
+from stepweave.model import ServedModel
+from stepweave.trials import Fault, Size, narrowed
+
+logger = logging.getLogger(__name__)
+
+STEPS = 2
+STRENGTH = 0.5
+FEW = 4  # jobs of a kind, of which two have as many steps: as many as a certificate needs
+PROFILE_SECONDS = 10.0  # after which no more is run for the cost model's sake alone: it goes on to learn from requests
+
+
+def warm_up(model: ServedModel, engine: StepEngine) -> None:
+    """Run short jobs, so that the first requests do not pay for first calls and find certified what the engine may merge.
+
+    One of the native size alone; then, together, as many as fill the largest shared step, a few of half its sides, and a few
+    edits of each kind; then jobs at the ends of what the model seems to take, one at a time; at last growing numbers for the
+    cost model, so that what steps cost is known. The jobs differ in prompt, seed, steps and guidance, as requests do. What is
+    certified is decided by counts of jobs, however slow the machine is: only the last part ends after some time.
+
+    What fails of edits and trials is not offered. Raises LoadError if no image of the native size is one to serve.
+    """
+    WarmUp(model, engine).run()
+
+
+class WarmUp:
+    """One model that warms up on one engine."""
+
+    def __init__(self, model: ServedModel, engine: StepEngine) -> None:
+        self._model = model
+        self._engine = engine
+        self._native = model.width, model.height
+
+    def run(self) -> None:
+        settings, engine, native = self._model.settings, self._engine, self._native
+        most = 1 if engine.mode in ("off", "threads") else max(FEW, -(-settings.max_rows // 2))
+        few, half = min(most, FEW), self._model.half_size()
+        with engine.in_lockstep():
+            [alone] = self.run_together(native, 1)
+            engine.forget_encodings()  # so that text encoders, too, run the job again
+            together = self.run_together(native, most)
+            check_images(alone, together, _dtype(self._model.pipeline), lambda: self.run_together(native, FEW))
+            if half is not None:
+                try:
+                    self.run_together(half, few)
+                except (RequestError, NonFinite):  # the engine was closed; or no request of this size would succeed
+                    raise
+                except Exception as error:
+                    logger.info("images of %dx%d fail (%s); what they cost is not known", *half, type(error).__name__)
+                    half = None
+            self._edits(few)
+            self.trials()
+        self._profile(half, most)
+
+    def _edits(self, count: int) -> None:
+        """Run edits of each kind; what fails is not offered."""
+        for name, mask in (("image_to_image", None), ("inpaint", _mask(self._native))):
+            pipeline = getattr(self._model, name)
+            if pipeline is None:
+                continue
+            try:
+                self.run_together(self._native, count, edits=True, mask=mask)
+            except (RequestError, NonFinite):
+                raise
+            except Exception as error:
+                logger.warning("%s fails (%s); it is not offered", type(pipeline).__name__, error)
+                setattr(self._model, name, None)
+
+    def trials(self) -> None:
+        """Try the ends of what is offered, and leave out what fails."""
+        began = time.monotonic()
+        for sources in self._kinds_of_sources():
+            pipeline = self._model.pipeline_for(sources)
+            attempt = functools.partial(self._attempt, sources=sources)
+            guidance, limits = self._model.default_guidance, self._model.limits_of(pipeline)
+            like = None if sources is None else self._model.limits
+            found = narrowed(limits, self._native, guidance, attempt, type(pipeline).__name__, like)
+            self._model.keep_to(pipeline, found)
+        logger.info(
+            "self-check: tried the limits of sizes, steps, guidance, prompts and numbers of images (%.1f s)",
+            time.monotonic() - began,
+        )
+
+    def _kinds_of_sources(self) -> Iterator[Sources | None]:
+        yield None
+        if self._model.image_to_image is not None:
+            yield Sources(_picture(self._native))
+        if self._model.inpaint is not None:
+            yield Sources(_picture(self._native), _mask(self._native))
+
+    def _attempt(
+        self,
+        size: Size,
+        *,
+        sources: Sources | None,
+        images: int = 1,
+        guidance: float | None = None,
+        characters: int | None = None,
+        steps: int | None = None,
+    ) -> Fault | None:
+        """Run one job. Raises RequestError if the engine was closed, or its device has failed."""
+        model = self._model
+        arguments = arguments_of(model.pipeline_for(sources))
+        prompt = ("to warm up, " * (characters or 1))[:characters]
+        extreme = images > 1 or guidance is not None
+        parameters = Parameters(
+            prompt=prompt,
+            negative_prompt="nothing" if extreme and "negative_prompt" in arguments else None,
+            width=size[0],
+            height=size[1],
+            n=images,
+            seed=0,
+            num_inference_steps=steps or (STEPS if sources is None else 2 * STEPS),
+            guidance_scale=model.default_guidance if guidance is None else guidance,
+            strength=STRENGTH if sources is not None and "strength" in arguments else None,
+            sources=sources,
+        )
+        if steps is not None and not model.runs(parameters):
+            return None  # what the scheduler refuses is refused with it
+        try:
+            made = self._engine.submit(**model.call(parameters)).result().images
+            sizes = [one.size for one in made]
+        except RequestError:
+            raise
+        except Exception as error:
+            return Fault(f"{type(error).__name__}: {error}")
+        if len(made) != images:
+            return Fault(f"{len(made)} images in place of {images}")
+        return next((Fault(f"{one} in place of {size}", one) for one in sizes if one != size), None)
+
+    def _profile(self, half: Size | None, most: int) -> None:
+        """Show the cost model what steps of growing numbers of rows take."""
+        began = time.monotonic()
+        counts = [2**i for i in range(most.bit_length())]
+        for size, count in [(self._native, count) for count in counts] + [(half, count) for count in counts[:3]]:
+            if size is not None and time.monotonic() - began <= PROFILE_SECONDS:
+                self.run_together(size, count)
+
+    def run_together(
+        self, size: Size, count: int, *, edits: bool = False, mask: Image.Image | None = None
+    ) -> list[Any]:
+        """Run jobs that start in one turn of the engine; the first image of each, None if a safety checker flags it."""
+        jobs, start = [], _Start()
+        try:
+            for i in range(count):
+                parameters = self._parameters(i, *size)
+                if edits:
+                    sources = Sources(_picture(size, 90 * i), mask)
+                    strength = STRENGTH if "strength" in arguments_of(self._model.pipeline_for(sources)) else None
+                    parameters = replace(parameters, num_inference_steps=STEPS * 2, strength=strength, sources=sources)
+                jobs.append(self._engine.submit(**self._model.call(parameters), observer=None if i else start))
+        finally:
+            start.all_are_there.set()
+        outputs = [job.result() for job in jobs]
+        return [None if any(outputs_of(one, 1).flagged) else one.images[0] for one in outputs]
+
+    def _parameters(self, index: int, width: int, height: int) -> Parameters:
+        guidance = self._model.default_guidance
+        if guidance is not None and index % 4 == 3:
+            guidance = guidance * 1.5
+        prompt = f"{index}, to warm up"  # differs in its first token: encoders cut long prompts
+        return Parameters(prompt, None, width, height, 1, index, STEPS + index % 3, guidance)
+
+
+class _Start:
+    """The observer of a job that holds up the engine where it starts, until others are there."""
+
+    def __init__(self) -> None:
+        self.all_are_there = threading.Event()
+
+    def progressed(self, job: Job) -> None:
+        self.all_are_there.wait()
+
+    def wants(self, step: int, total: int) -> bool:
+        return False
+
+    def denoised(self, job: Job, latents: Latents) -> None:
+        pass
+
+
+def _picture(size: Size, angle: int = 0) -> Image.Image:
+    return Image.linear_gradient("L").rotate(angle).resize(size).convert("RGB")
+
+
+def _mask(size: Size) -> Image.Image:
+    return Image.linear_gradient("L").resize(size)
+
+
+def _dtype(pipeline: Any) -> torch.dtype:
+    """What the pipeline computes in; float32 for one that is not of diffusers."""
+    dtype = getattr(pipeline, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32
