@@ -251,7 +251,6 @@ FAILED: dict[str, Callable[[Limits], bool]] = {
         limits.least_steps == 2 and limits.sizes.multiple == 8
     ),  # one step wants another scheduler
     "hunyuan_image_text": lambda limits: limits.sizes.min_side == 4,
-    "kandinsky_v22_combined_text": lambda limits: limits.images == 1,  # with a negative prompt
 }
 QUICK = ("z_image", "aura_flow", "flux_kontext", "prx", "pixart_alpha")
 

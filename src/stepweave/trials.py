@@ -79,10 +79,11 @@ def narrowed(
 ) -> Limits:
     """Of a pipeline's limits those that jobs bear out. `native` and `guidance` are its defaults, which work.
 
-    Of steps, guidance and prompts another pipeline of the same modules may have shown what works: `like`. What is left out is
-    logged, with the `name` of the pipeline.
+    Another pipeline of the same modules may have shown what works: `like`. Then steps, guidance and prompts are not tried again,
+    and its sizes are tried first. What is left out is logged, with the `name` of the pipeline.
     """
-    sizes = _sizes(limits.sizes, native, attempt)
+    sizes = _same_sizes(like.sizes, attempt) if like is not None and like.sizes.only is None else None
+    sizes = sizes or _sizes(limits.sizes, native, attempt)
     small = sizes.only or (sizes.min_side, sizes.min_side)
     images = _most(limits.images, 1, lambda count: attempt(small, images=count))
     if like is None:
@@ -100,6 +101,14 @@ def narrowed(
                 "%s: %s is %s, not %s as it seems: the rest was tried and fails", name, key, value, before[key]
             )
     return found
+
+
+def _same_sizes(sizes: SizeLimits, attempt: Attempt) -> SizeLimits | None:
+    """The same, if an image near the smallest works, and a long one."""
+    least, multiple = sizes.min_side, sizes.multiple
+    longest = min(sizes.longest, sizes.max_pixels // least) // multiple * multiple
+    works = attempt((least + multiple, least + 3 * multiple)) is None and attempt((longest, least)) is None
+    return sizes if works else None
 
 
 def _sizes(sizes: SizeLimits, native: Size, attempt: Attempt) -> SizeLimits:

@@ -122,10 +122,9 @@ class WarmUp:
         model = self._model
         arguments = arguments_of(model.pipeline_for(sources))
         prompt = ("to warm up, " * (characters or 1))[:characters]
-        extreme = images > 1 or guidance is not None
         parameters = Parameters(
             prompt=prompt,
-            negative_prompt="nothing" if extreme and "negative_prompt" in arguments else None,
+            negative_prompt=None,
             width=size[0],
             height=size[1],
             n=images,
