@@ -128,7 +128,7 @@ def test_output_formats(in_process: Make, output_format: str) -> None:
         ({"seed": -1}, "seed", "-1"),
         ({"seed": MAX_SEED + 1}, "seed", str(MAX_SEED)),
         ({"seed": MAX_SEED, "n": 2}, "seed", str(MAX_SEED)),
-        ({"size": "16384x8"}, "size", "the limit is 8192 a side"),
+        ({"size": "16384x8"}, "size", "the model's limit is 8192 a side"),
         ({"seed": True}, "seed", "True"),
         ({"n": 0}, "n", "0"),
         ({"n": 9}, "n", "the limit is 8"),

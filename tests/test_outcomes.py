@@ -6,10 +6,12 @@ import ast
 import asyncio
 import concurrent.futures
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 from unittest.mock import patch
 
@@ -26,6 +28,8 @@ from stepweave.errors import StepweaveError
 from stepweave.outcome import Outcome
 from stepweave.threads import DaemonExecutor, on_thread
 from tests.asgi import App, serving
+from tests.conftest import InProcess
+from tests.fake import FakePipeline
 from tests.waiting import SECONDS, wait_until
 
 pytestmark = pytest.mark.anyio
@@ -372,3 +376,58 @@ def test_an_executor_that_nobody_has_ends() -> None:
     for thread in threads:
         thread.join(SECONDS)
         assert not thread.is_alive()
+
+
+class Unspeakable(ValueError):
+    """Cannot even say what it is."""
+
+    raised: type[BaseException] = KeyError
+
+    def __str__(self) -> str:
+        raise self.raised("x")
+
+
+@pytest.mark.parametrize("raised", [KeyError, KeyboardInterrupt, SystemExit])
+def test_an_error_that_cannot_be_told_is_one_all_the_same(
+    in_process: Callable[..., InProcess], raised: type[BaseException]
+) -> None:
+    app = in_process(warmup=False)
+    app.pipeline.record.error = type("Mute", (Unspeakable,), {"raised": raised})()
+    for _ in range(2):
+        answer = app.post()
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "generation_failed")
+    app.until_metric(2, "stepweave_requests_total", outcome="failed")
+    app.until_metric(0, "stepweave_requests_in_flight")
+    assert not app.metric("stepweave_requests_total", outcome="succeeded")
+    job = app.client.post("/v1/images/generations", json={"prompt": "x"}, headers={"Prefer": "respond-async"}).json()
+    wait_until(lambda: app.client.get(f"/v1/jobs/{job['id']}").json()["state"] == "failed")
+
+
+def test_what_a_pipeline_returns_is_looked_at_apart_from_the_loop(in_process: Callable[..., InProcess]) -> None:
+    class Ends(list[Any]):
+        def __len__(self) -> int:
+            raise SystemExit
+
+    class Odd(FakePipeline):
+        @functools.wraps(FakePipeline.__call__)
+        def __call__(self, *args: Any, **kwargs: Any) -> SimpleNamespace:
+            super().__call__(*args, **kwargs)
+            return SimpleNamespace(images=Ends())
+
+    app = in_process(Odd(), warmup=False)
+    assert app.post().status_code == 500
+    assert app.client.get("/livez").status_code == 200
+
+
+def test_encoders_that_hang_are_told_by_the_probes(
+    in_process: Callable[..., InProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, gate = in_process(warmup=False, stuck_seconds=0.2), threading.Event()
+    try:
+        for _ in range(2):
+            app.server._encoders.submit(gate.wait, SECONDS)
+        wait_until(lambda: app.client.get("/livez").status_code == 503)
+        assert "encoders of images" in app.client.get("/readyz").text
+    finally:
+        gate.set()
+    wait_until(lambda: app.client.get("/livez").status_code == 200)

@@ -291,7 +291,7 @@ def test_how_far_dynamic_shifting_goes_is_told_from_the_size() -> None:
     assert flux.resolve(**asked, size="512x512").num_inference_steps == 60
     model = served(FAMILIES["stable_diffusion_3_dynamic"].build())
     limits = model.limits
-    model.keep_to(model.pipeline, dataclasses.replace(limits, sizes=dataclasses.replace(limits.sizes, max_side=None)))
+    model.keep_to(None, dataclasses.replace(limits, sizes=dataclasses.replace(limits.sizes, max_side=None)))
     assert model.resolve(**asked, size="256x256").num_inference_steps == 60
     with pytest.raises(InvalidRequest, match="num_inference_steps is 60; UniPCMultistepScheduler .* at 512x512"):
         model.resolve(**asked, size="512x512")

@@ -106,6 +106,44 @@ def test_a_pipeline_that_makes_images_its_own_way(in_process: Make) -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "non_finite")
 
 
+def test_numbers_beside_the_images_hide_nothing(in_process: Make) -> None:
+    class Scored(diffusers.StableDiffusionPipeline):  # type: ignore[misc]
+        @torch.no_grad()
+        @functools.wraps(diffusers.StableDiffusionPipeline.__call__)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            made = super().__call__(*args, **kwargs)
+            return SimpleNamespace(images=made.images, scores=np.array([0.5]))
+
+    app = in_process(tiny(Scored), batching="step", max_rows=4)
+    assert app.post(**FEW).json()["outputs"] == {"scores": [0.5]}
+    DAMAGES["NaN of the autoencoder"](app.pipeline)
+    answer = app.post(**FEW)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "non_finite")
+
+
+class Floats(FakePipeline):
+    """Its images are of floating-point numbers."""
+
+    value = 0.5
+
+    @functools.wraps(FakePipeline.__call__)
+    def __call__(self, *args: Any, **kwargs: Any) -> SimpleNamespace:
+        made = super().__call__(*args, **kwargs)
+        pixels = np.zeros((64, 64), np.float32)
+        pixels[1:] = self.value
+        return SimpleNamespace(images=[Image.fromarray(pixels) for _ in made.images])
+
+
+@pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
+def test_images_of_floating_point_numbers(in_process: Make, output_format: str) -> None:
+    app = in_process(Floats(), warmup=False)
+    app.pipeline.value = 200.0
+    assert app.post(size="64x64", output_format=output_format).status_code == 200
+    app.pipeline.value = float("nan")
+    answer = app.post(size="64x64", output_format=output_format)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "non_finite")
+
+
 def test_pixels_without_an_autoencoder() -> None:
     """A pipeline whose denoiser makes the pixels, which it clamps: infinity would be white."""
     pipeline = diffusers.DDPMPipeline(
@@ -292,6 +330,23 @@ def test_other_outputs_are_passed_on_or_named(in_process: Make) -> None:
     [warning] = answer["warnings"]
     assert "'depth'" in warning
     assert answer["data"][0]["flagged"] is False
+
+
+@pytest.mark.parametrize("value", [np.array([1.0]), [[True]], torch.ones(1), [1.0]])
+def test_a_flag_of_other_types_is_one_too(value: Any) -> None:
+    assert outputs_of(SimpleNamespace(images=[None], nsfw_content_detected=value), 1).flagged == [True]
+
+
+@pytest.mark.parametrize("value", [["yes"], "blocked", [[True, False]]])
+def test_what_may_be_a_flag_and_cannot_be_read_is_a_warning(value: Any) -> None:
+    found = outputs_of(SimpleNamespace(images=[None], nsfw_content_detected=value), 1)
+    assert found.flagged == [False] and "nsfw_content_detected" in found.warnings[0]
+
+
+@pytest.mark.parametrize("value", [10**5000, "\ud800", -(2**60)], ids=["huge", "half", "large"])
+def test_what_json_cannot_carry_is_named(value: Any) -> None:
+    found = outputs_of(SimpleNamespace(images=[None], extra=value), 1)
+    assert found.others == {} and "extra" in found.warnings[0]
 
 
 def test_a_verdict_of_another_length_is_no_verdict_on_single_images() -> None:

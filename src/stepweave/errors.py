@@ -104,8 +104,8 @@ class NonFinite(StepweaveError):
 class WrongNumber(StepweaveError):
     """The pipeline made more or fewer images than were asked for."""
 
-    def __init__(self, made: int, asked: int) -> None:
-        super().__init__(f"The pipeline made {made} images, not the {asked} asked for.", code="generation_failed")
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="generation_failed")
 
 
 class RequestError(StepweaveError):

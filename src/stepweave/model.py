@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 DRAWN_SEED_BITS = 32  # of a seed the server draws, easy to copy
 
+TEXT_TO_IMAGE = "text_to_image"  # a kind of request
 GUIDANCE = (0.0, 100.0)
 DEFAULT_STRENGTH = 0.8  # where the pipeline has none of its own
 
@@ -61,8 +62,8 @@ class ServedModel:
         self.inpaint = sibling(pipeline, "inpaint")
         width, height = native_size(pipeline)
         self.width, self.height = preset.width or width, preset.height or height
-        self._multiple = size_multiple(pipeline)
-        sizes = SizeLimits(self._multiple, max_side(pipeline), settings.max_pixels, min_side=self._multiple)
+        self._multiple, self._native = size_multiple(pipeline), (self.width, self.height)
+        sizes = SizeLimits(self._multiple, max_side(pipeline), settings.max_pixels, self._multiple, native=self._native)
         self.default_steps = preset.num_inference_steps or self._default("num_inference_steps") or 50
         guidance = preset.guidance_scale if preset.guidance_scale is not None else self._default("guidance_scale")
         self.default_guidance: float | None = guidance if "guidance_scale" in self.arguments else None
@@ -81,16 +82,19 @@ class ServedModel:
                 strength = _default_strength(one) if _takes(one, "strength") else None
                 self._rehearsals[id(one)] = rehearsals.of_edits(one, replace(like, strength=strength))
         self._limits = {
-            id(one): Limits(
+            kind: Limits(
                 sizes,
                 GUIDANCE,
-                1,
                 settings.max_images if _takes(one, "num_images_per_prompt") else 1,
                 settings.max_prompt_characters,
             )
-            for one in (pipeline, self.image_to_image, self.inpaint)
-            if one is not None
+            for kind, one in self._pipelines().items()
         }
+
+    def _pipelines(self) -> dict[str, Any]:
+        """The pipeline of each kind of request, of those that there are."""
+        kinds = {TEXT_TO_IMAGE: self.pipeline, "image_to_image": self.image_to_image, "inpainting": self.inpaint}
+        return {kind: pipeline for kind, pipeline in kinds.items() if pipeline is not None}
 
     @property
     def pipeline_class(self) -> str:
@@ -99,27 +103,35 @@ class ServedModel:
     @property
     def limits(self) -> Limits:
         """Those of images that start from nothing."""
-        return self.limits_of(self.pipeline)
+        return self._limits[TEXT_TO_IMAGE]
 
     @property
     def limits_of_edits(self) -> dict[str, Limits]:
         """Those of `edits`."""
-        pipelines = {"image_to_image": self.image_to_image, "inpainting": self.inpaint}
-        return {name: self._limits[id(pipelines[name])] for name in self.edits}
+        return {name: self._limits[name] for name in self.edits}
 
-    def limits_of(self, pipeline: Any) -> Limits:
-        """Those of requests for one of its pipelines."""
-        return self._limits[id(pipeline)]
+    def limits_for(self, sources: Sources | None) -> Limits:
+        """Those of requests that start from such sources."""
+        return self._limits[_kind(sources)]
 
-    def keep_to(self, pipeline: Any, limits: Limits) -> None:
-        """Have the requests for one of its pipelines keep to other limits."""
-        self._limits[id(pipeline)] = limits
+    def keep_to(self, sources: Sources | None, limits: Limits) -> None:
+        """Have requests that start from such sources keep to other limits."""
+        self._limits[_kind(sources)] = limits
+
+    def refuse_scheduler(self, name: str | None, steps: int | None = None) -> None:
+        """Offer a scheduler, None for the own one, no more, or not with this number of steps."""
+        if steps is None and name is not None:
+            logger.warning("%s is not offered: %s fails with it", name, self.pipeline_class)
+            self.schedulers.pop(name)
+            for rehearsals in self._rehearsals.values():
+                rehearsals.schedulers.pop(name, None)
+        elif steps is not None:
+            self._rehearsals[id(self.pipeline)].refuse(name, steps)
 
     @property
     def edits(self) -> tuple[str, ...]:
         """What edits it makes, among `image_to_image` and `inpainting`."""
-        kinds = (("image_to_image", self.image_to_image), ("inpainting", self.inpaint))
-        return tuple(name for name, pipeline in kinds if pipeline is not None)
+        return tuple(kind for kind in self._pipelines() if kind != TEXT_TO_IMAGE)
 
     def _default(self, name: str) -> Any:
         return _default(self.pipeline, name)
@@ -146,7 +158,7 @@ class ServedModel:
         Without `rehearse`, `check_steps` is left to be called.
         """
         pipeline = self.pipeline_for(sources)
-        limits, arguments = self._limits[id(pipeline)], arguments_of(pipeline)
+        limits, arguments = self.limits_for(sources), arguments_of(pipeline)
         for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
             if text is not None and len(text) > limits.prompt_characters:
                 raise InvalidRequest(
@@ -165,11 +177,6 @@ class ServedModel:
         else:
             width, height = (self.width, self.height) if sources is None else limits.sizes.of_edit(sources.image.size)
         steps = self.default_steps if num_inference_steps is None else num_inference_steps
-        if steps < limits.least_steps:
-            raise InvalidRequest(
-                f"num_inference_steps is {steps}; the model runs with at least {limits.least_steps}.",
-                param="num_inference_steps",
-            )
         if steps > self.settings.max_steps:
             raise InvalidRequest(
                 f"num_inference_steps is {steps}; the limit is {self.settings.max_steps}.", param="num_inference_steps"
@@ -354,6 +361,10 @@ class ServedModel:
         if sources.mask is not None:
             pictures["mask_image"] = _resized(sources.mask, size)
         return pictures
+
+
+def _kind(sources: Sources | None) -> str:
+    return TEXT_TO_IMAGE if sources is None else "image_to_image" if sources.mask is None else "inpainting"
 
 
 def _takes(pipeline: Any, name: str) -> bool:

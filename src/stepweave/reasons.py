@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dis
 import os
 import re
-import traceback
 from pathlib import Path
 
 LONGEST = 400  # characters of a reason
 
 # an absolute path with at least one folder; not what follows a scheme, as in https://
-_PATH = re.compile(r"(?<![\w.:/~-])~?(?:/[\w.@+%=,-]+)+/([\w.@+%=,-]+)")
+_PATH = re.compile(
+    r"(?<![\w./~-])~?(?:/(?!/)[\w.@+%=,-]+)+/([\w.@+%=,-]+)|\b[A-Za-z]:(?:\\[\w.@+%=,-]+)+\\([\w.@+%=,-]+)"
+)
 
 
 def reason_of(error: BaseException, folder: Path | None = None) -> str:
@@ -22,30 +24,42 @@ def reason_of(error: BaseException, folder: Path | None = None) -> str:
         name = public(str(error.filename), folder) if error.filename else ""
         text = f"{name}: {error.strerror}" if name else error.strerror
     else:
-        text = public(str(error), folder)
+        text = public(_words(error), folder)
+    text = "".join(one if one.isprintable() else " " for one in text)  # nor half a surrogate pair
     text = " ".join(text.split()) or type(error).__name__
     if isinstance(error, KeyError):
         text = f"there is no {text}"
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
+def _words(error: BaseException) -> str:
+    """What an error says; nothing if it is one of somebody's own that cannot."""
+    try:
+        return str(error)
+    except BaseException:
+        return ""
+
+
 def refusal_of(error: BaseException) -> str | None:
     """What a pipeline's own check of its arguments says; None if an error is no such refusal.
 
-    It is raised by `check_inputs`, as diffusers calls it, or by a pipeline's call itself.
+    It is a ValueError that `check_inputs`, as diffusers calls it, or a pipeline's call itself raises, and nothing that they call.
     """
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    if not isinstance(error, (ValueError, TypeError)) or not frames:
+    if not isinstance(error, ValueError) or error.__traceback__ is None:
         return None
-    code = frames[-1].f_code
+    last = error.__traceback__
+    while last.tb_next is not None:
+        last = last.tb_next
+    code = last.tb_frame.f_code
     checks = code.co_name == "check_inputs" or (
         code.co_name == "__call__" and "num_inference_steps" in code.co_varnames
     )
-    return reason_of(error) if checks else None
+    raises = code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return reason_of(error) if checks and raises else None
 
 
 def public(text: str, folder: Path | None = None) -> str:
     """A text without the server's paths."""
     for place in () if folder is None else sorted({str(folder), os.path.realpath(folder)}, key=len, reverse=True):
         text = text.replace(f"{place}/", "").replace(place, "the model's directory")
-    return _PATH.sub(r"\1", text)
+    return _PATH.sub(lambda found: found[1] or found[2], re.sub(r"\bfile:/+", "/", text))

@@ -255,11 +255,14 @@ class Server:
             return status
         if engine.failure is not None:
             return Status("failed", 0.0, f"the device has failed: {engine.failure}")
-        seconds = engine.stalled()
-        if seconds <= self.settings.stuck_seconds:
-            return status
         limit = self.settings.stuck_seconds
-        return Status("stuck", 0.0, f"the engine has not moved for {seconds:.0f} s; the limit is {limit:g} s")
+        for what, seconds in (
+            ("the engine has", engine.stalled()),
+            ("encoders of images have", self._encoders.stalled()),
+        ):
+            if seconds > limit:
+                return Status("stuck", 0.0, f"{what} not moved for {seconds:.0f} s; the limit is {limit:g} s")
+        return status
 
     def ready(self) -> tuple[ServedModel, StepEngine]:
         """The model and its engine. Raises Unavailable while there are none."""

@@ -34,6 +34,9 @@ class DaemonExecutor(Executor):
         self._closed = False
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []  # begun as there is work
+        self._running: dict[
+            int, float
+        ] = {}  # since when each of them has had what it has, in seconds of the monotonic clock
         weakref.finalize(self, self._work.put, None)
 
     def submit(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
@@ -46,10 +49,17 @@ class DaemonExecutor(Executor):
             if len(self._threads) < self._most:
                 name = f"{self._name}_{len(self._threads)}"
                 self._threads.append(
-                    threading.Thread(target=_serve, args=[self._work, self._begin], name=name, daemon=True)
+                    threading.Thread(
+                        target=_serve, args=[self._work, self._begin, self._running], name=name, daemon=True
+                    )
                 )
                 self._threads[-1].start()
         return future
+
+    def stalled(self) -> float:
+        """Seconds for which all of its threads have been at the same work; 0 while one is free."""
+        since = list(self._running.values())
+        return time.monotonic() - max(since) if len(since) == self._most else 0.0
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more work; `wait` until what was submitted is done."""
@@ -80,19 +90,21 @@ class DaemonExecutor(Executor):
             self._work.put(None)
 
 
-def _serve(work: _Work, begin: Callable[[], None]) -> None:
+def _serve(work: _Work, begin: Callable[[], None], running: dict[int, float]) -> None:
     with contextlib.suppress(Exception):  # what it could not set, the work fails for, and says so
         begin()
     while (item := work.get()) is not None:
         future, function = item
         del item
         if future.set_running_or_notify_cancel():
+            running[threading.get_ident()] = time.monotonic()
             outcome = Outcome.apart(function)
             if outcome.error is None:
                 future.set_result(outcome.value)
             else:
                 future.set_exception(outcome.error)
             del outcome
+            running.pop(threading.get_ident(), None)
         del future, function  # before the next one comes
     work.put(None)  # for the other threads
 

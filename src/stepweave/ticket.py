@@ -291,6 +291,7 @@ class Ticket:
         try:
             answer = await self._answer(due)
         except (Exception, asyncio.CancelledError) as error:
+            self.error = StepweaveError("The generation failed.", code="generation_failed")
             self.error = self._told(error)
         finally:
             if not self.kept:
@@ -309,7 +310,8 @@ class Ticket:
         job, metrics = self.job, self._means.metrics
         output = await self._output()
         metrics.generated(job, due)
-        generation = self._generation(output)
+        # apart from the loop: what a pipeline returns may run code of its own
+        generation = await on_thread(self._means.encoders, self._generation, output)
         if self._partials is not None:
             await self._partials.settle()
         pictures = await self._encode(generation)
@@ -336,7 +338,7 @@ class Ticket:
         cause = error.__cause__ if isinstance(error, StepweaveError) and error.__cause__ is not None else error
         refusal = refusal_of(cause)
         if refusal is not None and not self.job.progress.step:
-            logger.warning("a pipeline refused its arguments: %s; %r, %s", refusal, self.job, self._values())
+            logger.warning("a pipeline refused its arguments: %r, %s", self.job, self._values(), exc_info=error)
             return InvalidRequest(f"The pipeline refuses these values: {refusal}")
         logger.error("a job failed: %r, %s", self.job, self._values(), exc_info=error)
         failure = StepweaveError(f"The generation failed ({type(cause).__name__}).", code="generation_failed")
@@ -362,7 +364,7 @@ class Ticket:
         """What a job gave. Raises ContentFlagged and WrongNumber."""
         parameters, count = self.parameters, len(output.images)
         if count != parameters.n:
-            raise WrongNumber(count, parameters.n)
+            raise WrongNumber(f"The pipeline made {count} images, not the {parameters.n} asked for.")
         outputs = outputs_of(output, count)
         size = parameters.width, parameters.height
         for index, image in enumerate(output.images):
@@ -381,7 +383,10 @@ class Ticket:
     async def _encode(self, generation: Generation) -> list[PictureFile]:
         began = time.monotonic()
         request, model = self.request, self._means.model
-        values = [generation.parameters.of_image(i) for i in range(len(generation.images))]
+        values = [
+            {**generation.parameters.of_image(i), "size": "{}x{}".format(*image.size)}
+            for i, image in enumerate(generation.images)
+        ]
         encoded = await asyncio.gather(
             *(
                 on_thread(
@@ -414,7 +419,7 @@ class Ticket:
             "usage": {
                 "images": parameters.n,
                 "steps": parameters.n * self.steps,
-                "pixels": parameters.n * parameters.width * parameters.height,
+                "pixels": sum(image.width * image.height for image in generation.images),
             },
             "parameters": self.resolved(),
             "timings": {name: round(seconds, 6) for name, seconds in asdict(generation.timings).items()},

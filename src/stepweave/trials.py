@@ -10,8 +10,9 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
+from stepweave.errors import LoadError
 from stepweave.loading.sizes import SizeLimits
 
 logger = logging.getLogger(__name__)
@@ -19,30 +20,30 @@ logger = logging.getLogger(__name__)
 Size = tuple[int, int]  # width and height in pixels
 
 SLIGHT = 1.01  # guidance that is hardly any: where pipelines compute it but not without any
-LARGER = 4  # times the number of pixels asked for, from which on a pipeline goes by a size of its own
+LARGER = (
+    4  # times the number of pixels asked for, from which on, near the native one, a pipeline goes by a size of its own
+)
 FINER = 16  # times the multiple that the configuration tells, up to which multiples are tried
-FEW_STEPS = 3  # that a pipeline has been seen to take
-SHORT = 64  # characters of a prompt that every pipeline has been seen to take
+SHORT = 64  # characters of a prompt, which are taken to work
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What requests for a pipeline may ask for. `guidance` is least and most, `least_steps` of denoising."""
+    """What requests of one kind may ask for. `guidance` is least and most."""
 
     sizes: SizeLimits
     guidance: tuple[float, float]
-    least_steps: int
     images: int
     prompt_characters: int
 
     def as_json(self) -> dict[str, object]:
         """As they are told to clients."""
+        only = self.sizes.only
         return {
             "size_multiple": self.sizes.multiple,
-            "min_side": self.sizes.min_side,
-            "max_side": self.sizes.longest,
-            "only_size": None if self.sizes.only is None else "{}x{}".format(*self.sizes.only),
-            "min_num_inference_steps": self.least_steps,
+            "min_side": self.sizes.min_side if only is None else min(only),
+            "max_side": self.sizes.longest if only is None else max(only),
+            "only_size": None if only is None else "{}x{}".format(*only),
             "guidance_range": list(self.guidance),
             "max_images": self.images,
             "max_prompt_characters": self.prompt_characters,
@@ -58,19 +59,13 @@ class Fault:
 
 
 class Attempt(Protocol):
-    """Runs a job of a few steps. None if it gave as many images as were asked for, of that size.
+    """Runs a job of a few steps. None if it gave as many images as were asked for; Fault.made tells of those of another size.
 
-    `guidance` is the pipeline's default where it is None, `characters` the length of the prompt. With few `steps` it runs those.
+    `guidance` is the pipeline's default where it is None, `characters` the length of the prompt.
     """
 
     def __call__(
-        self,
-        size: Size,
-        *,
-        images: int = 1,
-        guidance: float | None = None,
-        characters: int | None = None,
-        steps: int | None = None,
+        self, size: Size, *, images: int = 1, guidance: float | None = None, characters: int | None = None
     ) -> Fault | None: ...
 
 
@@ -79,26 +74,46 @@ def narrowed(
 ) -> Limits:
     """Of a pipeline's limits those that jobs bear out. `native` and `guidance` are its defaults, which work.
 
-    Another pipeline of the same modules may have shown what works: `like`. Then steps, guidance and prompts are not tried again,
-    and its sizes are tried first. What is left out is logged, with the `name` of the pipeline.
+    Those of another pipeline of the same modules may be known: `like`. Then guidance and prompts are not tried again, its sizes
+    are tried first, and no size is the only one, since edits may go by the shape of their source: then sizes are about the native
+    one. What is left out is logged, with the `name` of the pipeline.
     """
-    sizes = _same_sizes(like.sizes, attempt) if like is not None and like.sizes.only is None else None
-    sizes = sizes or _sizes(limits.sizes, native, attempt)
-    small = sizes.only or (sizes.min_side, sizes.min_side)
-    images = _most(limits.images, 1, lambda count: attempt(small, images=count))
+    own = attempt(native)
+    if own is not None and own.made is None:
+        raise LoadError(f"{name} fails with an image of its own size, {native[0]}x{native[1]}: {own.reason}")
+
+    def fails(size: Size, **what: Any) -> bool:
+        """Whether it fails at what is no question of sizes."""
+        fault = attempt(size, **what)
+        return fault is not None and fault.made is None
+
+    sizes = limits.sizes
+    if own is None:  # else all of its sizes are its own, and are told with the images
+        same = like is not None and like.sizes.only is None and _same_sizes(like.sizes, attempt)
+        sizes = like.sizes if like is not None and same else _sizes(limits.sizes, native, attempt)
+    if like is not None and sizes.only is not None:
+        sizes = _about(limits.sizes, native)
+    least, multiple = sizes.min_side, sizes.multiple
+    free = sizes.only is None and own is None
+    small = (least, least) if free else native
+    uneven = (least + multiple, least + 3 * multiple) if free else native  # where a wrong size would show
+    images = _most(
+        limits.images, 1, lambda count: not fails(small, images=count) if own else attempt(uneven, images=count) is None
+    )
     if like is None:
         like = replace(
             limits,
-            least_steps=next((steps for steps in (1, 2) if attempt(small, steps=steps) is None), FEW_STEPS),
-            guidance=limits.guidance if guidance is None else _guidance(limits.guidance, guidance, small, attempt),
-            prompt_characters=_most(limits.prompt_characters, SHORT, lambda count: attempt(small, characters=count)),
+            guidance=_guidance(limits.guidance, guidance, lambda value: not fails(small, guidance=value)),
+            prompt_characters=_most(limits.prompt_characters, SHORT, lambda count: not fails(small, characters=count)),
         )
+        if images > 1 and guidance is not None and fails(small, images=2, guidance=like.guidance[0]):
+            images = 1  # not without guidance
     found = replace(like, sizes=sizes, images=images)
     before, after = limits.as_json(), found.as_json()
     for key, value in after.items():
-        if value != before[key] and key != "min_side":
+        if value != before[key]:
             logger.warning(
-                "%s: %s is %s, not %s as it seems: the rest was tried and fails", name, key, value, before[key]
+                "%s: %s is %s, not %s as it seems: what was tried beyond fails", name, key, value, before[key]
             )
     return found
 
@@ -111,6 +126,12 @@ def _same_sizes(sizes: SizeLimits, attempt: Attempt) -> SizeLimits | None:
     return sizes if works else None
 
 
+def _about(sizes: SizeLimits, native: Size) -> SizeLimits:
+    """From half to twice the native sides: whatever size is made of them, its shape is no band."""
+    least = max(sizes.multiple, min(native) // 2 // sizes.multiple * sizes.multiple)
+    return replace(sizes, min_side=least, max_side=min(sizes.longest, 2 * max(native)))
+
+
 def _sizes(sizes: SizeLimits, native: Size, attempt: Attempt) -> SizeLimits:
     fixed = replace(sizes, only=native)
     multiple = sizes.multiple
@@ -120,7 +141,8 @@ def _sizes(sizes: SizeLimits, native: Size, attempt: Attempt) -> SizeLimits:
             fault = attempt((side, side))
             if fault is None:
                 break
-            if fault.made is not None and math.prod(fault.made) >= LARGER * side * side:
+            made = 0 if fault.made is None else math.prod(fault.made)
+            if made >= LARGER * side * side and 2 * made >= math.prod(native):
                 return fixed  # it goes by a size of its own, however small the one asked for
             side *= 2
         else:
@@ -135,19 +157,24 @@ def _long_sides(sizes: SizeLimits, native: Size, attempt: Attempt) -> SizeLimits
     """With the longest sides that work, both ways, in images as narrow as may be."""
     least, multiple = sizes.min_side, sizes.multiple
     first = longest = min(sizes.longest, sizes.max_pixels // least) // multiple * multiple
-    while longest > max(native):
+    while longest > min(native):
         if attempt((longest, least)) is None and attempt((least, longest)) is None:
             return sizes if longest == first else replace(sizes, max_side=longest)
         longest = longest // 2 // multiple * multiple
-    return replace(sizes, max_side=max(native))
+    side = min(native)
+    while least < side and (attempt((side, least)) is not None or attempt((least, side)) is not None):
+        least *= 2
+    return replace(sizes, min_side=min(least, side), max_side=side)
 
 
-def _guidance(limits: tuple[float, float], default: float, size: Size, attempt: Attempt) -> tuple[float, float]:
-    def works(value: float) -> bool:
-        return attempt(size, guidance=value) is None
-
+def _guidance(
+    limits: tuple[float, float], default: float | None, works: Callable[[float], bool]
+) -> tuple[float, float]:
+    """From the least to the most that works, of few that are tried. Without a default it is taken to be 1."""
+    if default is None:
+        default = 1.0
     least, most = limits
-    low, high = default, max(default, most)
+    low, high = min(default, most), most
     for value in (1.0, least):
         if value < low:
             if works(value):
@@ -162,8 +189,11 @@ def _guidance(limits: tuple[float, float], default: float, size: Size, attempt: 
     return low, high
 
 
-def _most(most: int, least: int, attempt: Callable[[int], Fault | None]) -> int:
-    """The largest of `most`, its half, its quarter and so on that works, `least` if none does."""
-    while most > least and attempt(most) is not None:
-        most = max(least, most // 2)
-    return most
+def _most(most: int, least: int, works: Callable[[int], bool]) -> int:
+    """The most that works, but for a sixteenth of it; `least`, which is taken to work, if no more does."""
+    if most <= least or works(most):
+        return most
+    while most - least > max(1, least // 16):
+        middle = (least + most) // 2
+        least, most = (middle, most) if works(middle) else (least, middle)
+    return least

@@ -10,23 +10,29 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from PIL import Image
 
 from stepweave.engine import Job, Latents, StepEngine
 from stepweave.engine.shapes import arguments_of
-from stepweave.errors import NonFinite, RequestError
+from stepweave.errors import DeviceFailed, LoadError, NonFinite, OutOfMemory, RequestError
 from stepweave.first_images import check_images
 from stepweave.generation import Parameters, Sources
 from stepweave.images.outputs import outputs_of
 from stepweave.model import ServedModel
+from stepweave.reasons import reason_of
 from stepweave.trials import Fault, Size, narrowed
 
 logger = logging.getLogger(__name__)
 
 STEPS = 2
 STRENGTH = 0.5
+SCHEDULER_STEPS = 5  # with which each scheduler is run, if it runs with them
 FEW = 4  # jobs of a kind, of which two have as many steps: as many as a certificate needs
+DENSE = "7\u753b"  # characters of which each is a token, or several
+TRIAL_SECONDS = 120.0  # after which no more is tried, and what is left is offered as the configuration tells
 PROFILE_SECONDS = 10.0  # after which no more is run for the cost model's sake alone: it goes on to learn from requests
 
 
@@ -50,6 +56,7 @@ class WarmUp:
         self._model = model
         self._engine = engine
         self._native = model.width, model.height
+        self._until = time.monotonic() + TRIAL_SECONDS
 
     def run(self) -> None:
         settings, engine, native = self._model.settings, self._engine, self._native
@@ -69,6 +76,7 @@ class WarmUp:
                     logger.info("images of %dx%d fail (%s); what they cost is not known", *half, type(error).__name__)
                     half = None
             self._edits(few)
+            self._until = time.monotonic() + TRIAL_SECONDS
             self.trials()
         self._profile(half, most)
 
@@ -87,26 +95,52 @@ class WarmUp:
                 setattr(self._model, name, None)
 
     def trials(self) -> None:
-        """Try the ends of what is offered, and leave out what fails."""
-        began = time.monotonic()
-        for sources in self._kinds_of_sources():
-            pipeline = self._model.pipeline_for(sources)
-            attempt = functools.partial(self._attempt, sources=sources)
-            guidance, limits = self._model.default_guidance, self._model.limits_of(pipeline)
-            like = None if sources is None else self._model.limits
-            found = narrowed(limits, self._native, guidance, attempt, type(pipeline).__name__, like)
-            self._model.keep_to(pipeline, found)
+        """Try the ends of what is offered, and leave out what fails. Raises LoadError if the native size does."""
+        model, began = self._model, time.monotonic()
+        verbosity = diffusers.utils.logging.get_verbosity(), transformers.utils.logging.get_verbosity()
+        diffusers.utils.logging.set_verbosity_error()  # of prompts that are cut
+        transformers.utils.logging.set_verbosity_error()
+        try:
+            for sources in self._kinds_of_sources():
+                name = type(model.pipeline_for(sources)).__name__
+                attempt = functools.partial(self._attempt, sources=sources)
+                like = None if sources is None else model.limits
+                limits = narrowed(model.limits_for(sources), self._native, model.default_guidance, attempt, name, like)
+                model.keep_to(sources, limits)
+            self._schedulers()
+        finally:
+            diffusers.utils.logging.set_verbosity(verbosity[0])
+            transformers.utils.logging.set_verbosity(verbosity[1])
         logger.info(
             "self-check: tried the limits of sizes, steps, guidance, prompts and numbers of images (%.1f s)",
             time.monotonic() - began,
         )
 
+    def _schedulers(self) -> None:
+        """Run the model with each scheduler that rehearses well: some pipelines call them in a way of their own.
+
+        What fails is not offered. A single step is tried by itself: where there is one, some take another scheduler's results.
+        """
+        model = self._model
+        sizes = model.limits.sizes
+        small = self._native if sizes.only is not None else (sizes.min_side, sizes.min_side)
+        for name in (None, *(name for name in model.schedulers if name != model.scheduler)):
+            for steps in (1,) if name is None else (SCHEDULER_STEPS, 1):
+                parameters = replace(self._trial(small), num_inference_steps=steps, scheduler=name)
+                if steps == model.default_steps or not model.runs(parameters) or time.monotonic() > self._until:
+                    continue
+                fault = self._run(parameters)
+                if fault is not None and fault.made is None:
+                    model.refuse_scheduler(name, None if steps > 1 else steps)
+                    if steps > 1:
+                        break
+
     def _kinds_of_sources(self) -> Iterator[Sources | None]:
         yield None
         if self._model.image_to_image is not None:
-            yield Sources(_picture(self._native))
+            yield Sources(_image(self._native))
         if self._model.inpaint is not None:
-            yield Sources(_picture(self._native), _mask(self._native))
+            yield Sources(_image(self._native), _mask(self._native))
 
     def _attempt(
         self,
@@ -116,36 +150,64 @@ class WarmUp:
         images: int = 1,
         guidance: float | None = None,
         characters: int | None = None,
-        steps: int | None = None,
     ) -> Fault | None:
-        """Run one job. Raises RequestError if the engine was closed, or its device has failed."""
-        model = self._model
-        arguments = arguments_of(model.pipeline_for(sources))
-        prompt = ("to warm up, " * (characters or 1))[:characters]
-        parameters = Parameters(
-            prompt=prompt,
+        """Run one job. Raises LoadError if the device fails at it, and RequestError if the engine was closed.
+
+        For want of memory, or of time, what is tried is taken to work.
+        """
+        if time.monotonic() > self._until:
+            return None
+        parameters = self._trial(size, sources)
+        if characters is not None:
+            parameters = replace(parameters, prompt=(parameters.prompt + DENSE * characters)[:characters])
+        if guidance is not None:
+            parameters = replace(parameters, guidance_scale=guidance)
+        return self._run(replace(parameters, n=images))
+
+    def _trial(self, size: Size, sources: Sources | None = None) -> Parameters:
+        takes_strength = sources is not None and "strength" in arguments_of(self._model.pipeline_for(sources))
+        return Parameters(
+            prompt="to warm up",
             negative_prompt=None,
             width=size[0],
             height=size[1],
-            n=images,
+            n=1,
             seed=0,
-            num_inference_steps=steps or (STEPS if sources is None else 2 * STEPS),
-            guidance_scale=model.default_guidance if guidance is None else guidance,
-            strength=STRENGTH if sources is not None and "strength" in arguments else None,
+            num_inference_steps=STEPS if sources is None else 2 * STEPS,
+            guidance_scale=self._model.default_guidance,
+            strength=STRENGTH if takes_strength else None,
             sources=sources,
         )
-        if steps is not None and not model.runs(parameters):
-            return None  # what the scheduler refuses is refused with it
+
+    def _run(self, parameters: Parameters) -> Fault | None:
+        size, count = (parameters.width, parameters.height), parameters.n
+        what = (
+            f"{count} of {size[0]}x{size[1]}, guidance {parameters.guidance_scale}, {len(parameters.prompt)} characters"
+        )
         try:
-            made = self._engine.submit(**model.call(parameters)).result().images
-            sizes = [one.size for one in made]
+            made = list(self._engine.submit(**self._model.call(parameters)).result().images)
+            sizes = [one.size if isinstance(one, Image.Image) else None for one in made]
+        except DeviceFailed as error:
+            raise LoadError(
+                f"the device failed when what requests may ask for was tried ({what}): {error.reason}; lower "
+                "STEPWEAVE_MAX_PIXELS or STEPWEAVE_MAX_PROMPT_CHARACTERS, or set STEPWEAVE_WARMUP=false"
+            ) from error
         except RequestError:
             raise
+        except OutOfMemory:
+            return None
         except Exception as error:
-            return Fault(f"{type(error).__name__}: {error}")
-        if len(made) != images:
-            return Fault(f"{len(made)} images in place of {images}")
-        return next((Fault(f"{one} in place of {size}", one) for one in sizes if one != size), None)
+            fault = Fault(reason_of(error))
+        else:
+            if len(made) != count or None in sizes:
+                fault = Fault(f"{len(made)} images in place of {count}, or not all are PIL's")
+            else:
+                wrong = next((one for one in sizes if one != size), None)
+                if wrong is None:
+                    return None
+                fault = Fault("{}x{} in place of it".format(*wrong), wrong)
+        logger.info("tried, and failed: %s: %s", what, fault.reason)
+        return fault
 
     def _profile(self, half: Size | None, most: int) -> None:
         """Show the cost model what steps of growing numbers of rows take."""
@@ -164,7 +226,7 @@ class WarmUp:
             for i in range(count):
                 parameters = self._parameters(i, *size)
                 if edits:
-                    sources = Sources(_picture(size, 90 * i), mask)
+                    sources = Sources(_image(size, 90 * i), mask)
                     strength = STRENGTH if "strength" in arguments_of(self._model.pipeline_for(sources)) else None
                     parameters = replace(parameters, num_inference_steps=STEPS * 2, strength=strength, sources=sources)
                 jobs.append(self._engine.submit(**self._model.call(parameters), observer=None if i else start))
@@ -197,7 +259,7 @@ class _Start:
         pass
 
 
-def _picture(size: Size, angle: int = 0) -> Image.Image:
+def _image(size: Size, angle: int = 0) -> Image.Image:
     return Image.linear_gradient("L").rotate(angle).resize(size).convert("RGB")
 
 

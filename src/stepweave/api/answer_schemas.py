@@ -115,7 +115,6 @@ class Limits(BaseModel):
     only_size: str | None = Field(
         description="The one size that there is, where others fail or come out in another size."
     )
-    min_num_inference_steps: int
     guidance_range: tuple[float, float]
     max_images: int
     max_prompt_characters: int

@@ -78,9 +78,10 @@ class LegacyApi:
             require_json(request.headers.get("content-type", ""))
             body = await parse_off_loop(await read_body(request), LegacyRequest)
             steps = body.num_inference_steps
-            if body.num_images_per_prompt > settings.max_images:
+            model, _ = self.server.ready()
+            if body.num_images_per_prompt > model.limits.images:
                 raise InvalidRequest(
-                    f"num_images_per_prompt is {body.num_images_per_prompt}; the limit is {settings.max_images}.",
+                    f"num_images_per_prompt is {body.num_images_per_prompt}; the limit is {model.limits.images}.",
                     param="num_images_per_prompt",
                 )
             image = _image_request(

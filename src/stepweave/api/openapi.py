@@ -154,7 +154,6 @@ def _limit(schemas: dict[str, Any], server: Server) -> None:
             limits[name]["maximum"] = model.limits.images
         for name in ("prompt", "negative_prompt"):
             limits[name]["maxLength"] = model.limits.prompt_characters
-        limits["num_inference_steps"]["minimum"] = model.limits.least_steps
         low, high = model.limits.guidance
         limits["guidance_scale"] = {"minimum": low, "maximum": high}
         limits["model"] = limits["model_name"] = {"enum": [model.id]}
@@ -163,17 +162,23 @@ def _limit(schemas: dict[str, Any], server: Server) -> None:
         absent |= set() if model.schedulers else {"scheduler"}
         limits["size"] = {"examples": [f"{model.width}x{model.height}"]}
         sizes += f" {model.limits.sizes}"
+    of_edits = {} if model is None else model.limits_of_edits
     for request in REQUESTS:
         properties = schemas[request.__name__]["properties"]
         for name in properties.keys() & limits.keys():
             _first_type(properties[name]).update(limits[name])
+        if request in FORMS and of_edits:  # of which some may take more than others
+            for name in properties.keys() & {"n", "num_images_per_prompt"}:
+                _first_type(properties[name])["maximum"] = max(one.images for one in of_edits.values())
         for name in properties.keys() & absent:
             if request in FORMS:
                 del properties[name]
             else:
                 properties[name] = {"type": "null", "description": "This model has none."}
         if "size" in properties:
-            properties["size"]["description"] += f" {sizes}"
+            kinds = {f"{name}: {one.sizes}" for name, one in of_edits.items() if model and one != model.limits}
+            more = sorted(kinds) if request in FORMS else []
+            properties["size"]["description"] += " ".join(["", sizes, *more])
 
 
 def _first_type(schema: dict[str, Any]) -> dict[str, Any]:

@@ -8,10 +8,11 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from stepweave.errors import NonFinite, OutOfMemory, StepweaveError, Unauthorized
+from stepweave.errors import NonFinite, OutOfMemory, StepweaveError, Unauthorized, WrongNumber
 
 logger = logging.getLogger(__name__)
 
+LASTING = (OutOfMemory, NonFinite, WrongNumber)  # errors that would come again
 REQUEST_ID = "stepweave.request_id"  # key in the ASGI scope
 LEFT = "stepweave.left"  # key in the ASGI scope: a list, to which a stream adds that its client left before its end
 ERROR_MARK = "x-stepweave-error"  # header between a handler and the middleware: the body is in the contract's shape
@@ -24,7 +25,9 @@ def error_response(error: StepweaveError, **extra: Any) -> JSONResponse:
         headers["Retry-After"] = str(error.retry_after)
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
-    if isinstance(error, (OutOfMemory, NonFinite)):  # OpenAI's clients repeat what failed with a 500 unless told not to
+    if isinstance(
+        error, (OutOfMemory, NonFinite, WrongNumber)
+    ):  # OpenAI's clients repeat what failed with a 500 unless told not to
         headers["X-Should-Retry"] = "false"
     return JSONResponse({**error.body(), **extra}, status_code=error.status, headers=headers)
 
@@ -39,7 +42,7 @@ def as_stepweave_error(error: Exception, request_id: str) -> StepweaveError:
     if isinstance(error, StepweaveError) and error.status != 500:
         return error
     logger.error("request %s failed", request_id, exc_info=error)
-    if isinstance(error, (OutOfMemory, NonFinite)):
+    if isinstance(error, LASTING):
         return type(error)(f"{error.message} Request id: {request_id}")
     if isinstance(error, StepweaveError):
         return StepweaveError(f"{error.message} Request id: {request_id}", code=error.code)

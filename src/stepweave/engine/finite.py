@@ -41,8 +41,12 @@ class FiniteImages:
 
     def checked(self, output: Any) -> Any:
         """What the call returned. Raises NonFinite where that hides numbers that are not finite."""
-        if next(_numbers(output), None) is not None:
+        made = getattr(output, "images", output[0] if isinstance(output, tuple) and output else output)
+        if next(_numbers(made), None) is not None:
             return output
+        for image in made if isinstance(made, (list, tuple)) else ():
+            if getattr(image, "mode", None) == "F":
+                self._look(np.array(image))
         if self._fiber is not None and self._fiber.last is not self._seen:
             self._look(self._fiber.last)
         if not self._finite:

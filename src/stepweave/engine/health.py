@@ -116,7 +116,7 @@ def _words(error: BaseException) -> str:
     """What an error says; nothing if it is one of somebody's own that cannot."""
     try:
         return str(error)
-    except Exception:
+    except BaseException:
         return ""
 
 

@@ -34,7 +34,7 @@ def ran_out(error: BaseException | None) -> bool:
         return False
     try:
         return should_reduce_batch_size(error) or any(words in str(error) for words in _WORDS)
-    except Exception:  # an error of somebody's own, which cannot even say what it is
+    except BaseException:  # an error of somebody's own, which cannot even say what it is
         return False
 
 

@@ -59,6 +59,8 @@ def encode(
     and ImageDescription (JSON). `quality` is 0 to 100; PNG has none.
     """
     buffer = io.BytesIO()
+    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):  # PNG has none of floating point, nor of print
+        image = image.convert("RGB")
     if output_format == "png":
         info = PngInfo()
         if values is not None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 _FLAG = re.compile(r"nsfw|unsafe|harmful|flagged|blocked|detected", re.IGNORECASE)
 _SAFE = re.compile(r"^(is_)?safe$", re.IGNORECASE)  # which says the opposite
+LARGEST = 2**53 - 1  # of whole numbers that every JSON client reads
 MOST = 1000  # entries of a list, and characters of a text, that are passed on
 
 
@@ -42,6 +43,10 @@ def outputs_of(output: Any, count: int) -> Outputs:
                     names.append(name)
         elif _fits(plain):
             found.others[name] = plain
+            if _FLAG.search(name) and plain != []:
+                found.warnings.append(
+                    f"The pipeline also returned {name!r}, which tells of no single image; see outputs."
+                )
         else:
             found.warnings.append(
                 f"The pipeline also returned {name!r} ({type(value).__name__}), which is not passed on."
@@ -81,16 +86,23 @@ def _verdicts(name: str, value: Any, count: int) -> list[bool] | None:
     safe = _SAFE.search(name) is not None
     if not safe and not _FLAG.search(name):
         return None
-    verdicts = value if isinstance(value, list) else [value] * count
-    if len(verdicts) != count or not all(isinstance(one, (bool, int, type(None))) for one in verdicts):
+    verdicts = [_single(one) for one in value] if isinstance(value, list) else [value] * count
+    if len(verdicts) != count or not all(isinstance(one, (bool, int, float, type(None))) for one in verdicts):
         return None
     return [one is not None and bool(one) != safe for one in verdicts]
 
 
+def _single(value: Any) -> Any:
+    """What a list of one entry holds."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
 def _fits(value: Any) -> bool:
-    """Whether a value goes into JSON, and is small."""
+    """Whether a value goes into JSON, as every client reads it, and is small."""
     if isinstance(value, str):
-        return len(value) <= MOST
+        return len(value) <= MOST and not any("\ud800" <= one <= "\udfff" for one in value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) <= LARGEST
     if isinstance(value, float):
         return value == value and abs(value) != float("inf")
     if isinstance(value, list):

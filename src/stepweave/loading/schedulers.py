@@ -82,6 +82,7 @@ class Rehearsals:
         self._own = own
         self._shifts = takes_shift(pipeline)
         self._tried: dict[str, dict[int, bool]] = {}  # to begin with, the fewest steps first
+        self._refused: set[tuple[str | None, int]] = set()  # names and numbers of steps
         self._found: dict[Hashable, bool] = {}  # when asked for, the oldest first
         self._lock = threading.Lock()
         for one in candidates:
@@ -114,6 +115,8 @@ class Rehearsals:
         The own one is not doubted where no rehearsal of it is to be trusted: none has run.
         """
         name = name or self._own
+        if (name, course.steps) in self._refused:
+            return False
         if name is None or (name == self._own and not any(self._tried[name].values())):
             return True
         key = self._key(name, course)
@@ -128,6 +131,13 @@ class Rehearsals:
                     del self._found[next(iter(self._found))]
                 self._found[key] = problem is None
             return self._found[key]
+
+    def refuse(self, name: str | None, steps: int) -> None:
+        """Take it that calls do not run so, whatever a rehearsal says: the pipeline itself has failed."""
+        name = name or self._own
+        if name is not None:
+            self._refused.add((name, steps))
+            self._tried[name] = {**self._tried.get(name, {}), steps: False}
 
     def knows(self, name: str | None, course: Course) -> bool:
         """Whether `runs` answers at once; a rehearsal takes about 0.1 ms a step."""

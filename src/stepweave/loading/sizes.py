@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from stepweave.errors import InvalidRequest, shown
 
 NARROW = 4  # sides of the largest square that a picture's side may have, where the model itself has no limit
@@ -15,7 +17,7 @@ NARROW = 4  # sides of the largest square that a picture's side may have, where 
 class SizeLimits:
     """Both sides are multiples of `multiple`, at least `min_side`, and at most `max_side`, if there is one.
 
-    Their product is at most `max_pixels`. Or there is `only` one size, width and height.
+    Their product is at most `max_pixels`. Or there is `only` one size, width and height. `native` is allowed whatever it is.
     """
 
     multiple: int
@@ -23,6 +25,7 @@ class SizeLimits:
     max_pixels: int
     min_side: int = 1
     only: tuple[int, int] | None = None
+    native: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         if self.only is not None:
@@ -32,11 +35,11 @@ class SizeLimits:
     def read(self, size: str) -> tuple[int, int]:
         """Width and height of WIDTHxHEIGHT. Raises InvalidRequest naming value and limit."""
         width, height = (int(side) for side in size.split("x"))
+        if (width, height) in (self.native, self.only):
+            return width, height
         if self.only is not None:
-            if (width, height) != self.only:
-                only = "{}x{}".format(*self.only)
-                raise InvalidRequest(f"size is {shown(size)}; the model makes images of {only} only.", param="size")
-            return self.only
+            only = "{}x{}".format(*self.only)
+            raise InvalidRequest(f"size is {shown(size)}; the model makes images of {only} only.", param="size")
         if width % self.multiple or height % self.multiple or not width or not height:
             raise InvalidRequest(
                 f"size is {shown(size)}; both sides must be positive multiples of {self.multiple}.", param="size"
@@ -46,8 +49,7 @@ class SizeLimits:
                 f"size is {shown(size)}; the model makes images of at least {self.min_side} a side.", param="size"
             )
         if max(width, height) > self.longest:
-            whose = "limit" if self.max_side is None else "model's limit"
-            raise InvalidRequest(f"size is {shown(size)}; the {whose} is {self.longest} a side.", param="size")
+            raise InvalidRequest(f"size is {shown(size)}; the model's limit is {self.longest} a side.", param="size")
         if width * height > self.max_pixels:
             raise InvalidRequest(
                 f"size is {shown(size)}, {width * height} pixels; the limit is {self.max_pixels}.", param="size"
@@ -66,12 +68,13 @@ class SizeLimits:
             raise InvalidRequest(
                 f"image is {width}x{height}; unless size is given, the limit is {self.longest} a side.", param="image"
             )
-        return nearest_size(source, self.multiple, self.max_side, self.max_pixels, self.min_side)
+        return nearest_size(source, self.multiple, self.longest, self.max_pixels, self.min_side)
 
     @property
     def longest(self) -> int:
         """The longest side; where the model itself has no limit, so long that an image is a narrow band."""
-        return NARROW * math.isqrt(self.max_pixels) if self.max_side is None else self.max_side
+        side = NARROW * math.isqrt(self.max_pixels) if self.max_side is None else self.max_side
+        return side // self.multiple * self.multiple
 
 
 def _denoiser_config(pipeline: Any) -> Any:
@@ -86,7 +89,8 @@ def _vae_scale(pipeline: Any) -> int:
 
 def _patch_size(pipeline: Any) -> int:
     """Latent pixels to a token of the denoiser, along one axis; the largest where the axes differ."""
-    patch = getattr(_denoiser_config(pipeline), "patch_size", None) or 1
+    config = _denoiser_config(pipeline)
+    patch = getattr(config, "patch_size", None) or getattr(config, "all_patch_size", None) or 1
     return int(max(patch) if isinstance(patch, (list, tuple)) else patch)
 
 
@@ -99,8 +103,22 @@ def size_multiple(pipeline: Any) -> int:
 
 
 def max_side(pipeline: Any) -> int | None:
-    """The longest side in pixels that the denoiser's table of positions covers, None where there is no such table."""
-    positions = getattr(_denoiser_config(pipeline), "pos_embed_max_size", None)
+    """The longest side in pixels that the denoiser's tables of positions cover, None where there is no such table.
+
+    On a GPU what lies beyond must not be tried: a table that is read past its end breaks the device for good.
+    """
+    config = _denoiser_config(pipeline)
+    positions = getattr(config, "pos_embed_max_size", None)
+    lengths = getattr(config, "axes_lens", None)  # of frames or tokens, rows and columns
+    if isinstance(positions, int):
+        embed = getattr(getattr(pipeline, "transformer", None), "pos_embed", None)
+        table = getattr(embed, "pos_embed", None)
+        if (
+            isinstance(table, torch.Tensor) and table.ndim == 3
+        ):  # of a square, which AuraFlow's configuration counts in positions
+            positions = min(positions, math.isqrt(table.shape[1]))
+    elif isinstance(lengths, (list, tuple)) and len(lengths) == 3:
+        positions = min(lengths[1:])
     return positions * _patch_size(pipeline) * _vae_scale(pipeline) if isinstance(positions, int) else None
 
 
