@@ -330,6 +330,7 @@ def test_schedulers_that_are_allowed_run(name: str) -> None:
     check_schedulers(name)
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")  # DEIS, of tensors
 def test_compatible_schedulers_that_are_allowed_run() -> None:
     names = check_schedulers("stable_diffusion")

@@ -288,8 +288,26 @@ class Tally:
 # Parity in company
 
 
-@pytest.mark.parametrize(("swap", "least"), [(False, ONE_SCHEDULER), (True, MANY_SCHEDULERS)], ids=["one", "many"])
-@every_family
+MIXED = (
+    "stable_diffusion",
+    "stable_diffusion_3",
+    "flux",
+    "stable_cascade",
+)  # whose schedulers are mixed in the quick run
+
+
+@pytest.mark.parametrize(
+    ("family", "swap", "least"),
+    [
+        *(pytest.param(family, False, ONE_SCHEDULER, id=f"{name}-one") for name, family in FAMILIES.items()),
+        *(
+            pytest.param(
+                family, True, MANY_SCHEDULERS, id=f"{name}-many", marks=() if name in MIXED else pytest.mark.full
+            )
+            for name, family in FAMILIES.items()
+        ),
+    ],
+)
 def test_six_different_jobs_together_get_their_plain_pictures_and_share_forwards(
     family: Family, swap: bool, least: float, record_property: Callable[[str, object], None]
 ) -> None:
@@ -321,7 +339,7 @@ def check_companies(
     tally.check(family, least)
 
 
-@families(FAMILIES, quick=("stable_diffusion", "stable_diffusion_3", "flux", "stable_cascade"))
+@families(FAMILIES, quick=("stable_diffusion", "flux", "stable_cascade"))
 def test_a_picture_is_the_same_in_any_company(family: Family, record_property: Callable[[str, object], None]) -> None:
     check_companies(family, record_property, examples=3, most_steps=2, least=FEW_DRAWN)
 
@@ -411,7 +429,7 @@ def wishes(family: Family) -> list[dict[str, Any]]:
     return [family.arguments(PROMPTS[i % 4], seed=i, steps=3 + i % 2) | one for i, one in enumerate(changes)]
 
 
-@families(MAIN, quick=("stable_diffusion", "flux", "qwen_image"))
+@families(MAIN, quick=("stable_diffusion", "flux"))
 def test_whatever_a_call_asks_for_it_gets_next_to_all_others(family: Family) -> None:
     plain = [built(family, False)(**call) for call in wishes(family)]
     gate = threading.Event()

@@ -25,6 +25,7 @@ from tests.tiny import FAMILIES, SIDE, WIDTH
 from tests.waiting import SECONDS, wait_until
 
 Make = Callable[..., InProcess]
+QUICK = (("step", 2), ("step", 3))  # modes, and numbers of damages, besides all modes with the first
 MODES = ("off", "threads", "request", "step")
 SIZE = f"{SIDE}x{SIDE}"
 FEW = {"num_inference_steps": 2, "size": SIZE}
@@ -80,7 +81,7 @@ def tiny(kind: Any = diffusers.StableDiffusionPipeline, **parts: Any) -> Any:
 @pytest.mark.parametrize(
     ("damage", "mode"),
     [
-        pytest.param(damage, mode, marks=() if mode == "step" or number == 0 else pytest.mark.full)
+        pytest.param(damage, mode, marks=() if (mode, number) in QUICK or number == 0 else pytest.mark.full)
         for number, damage in enumerate(DAMAGES)
         for mode in MODES
     ],

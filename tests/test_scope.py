@@ -45,7 +45,7 @@ FAMILIES = [
     "stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "stable_diffusion_3_dynamic", "flux", "stable_cascade",
     "hunyuan_image",
 ]  # fmt: skip
-QUICK = {"stable_diffusion", "stable_diffusion_3", "flux"}
+QUICK = {"stable_diffusion", "flux"}
 
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")

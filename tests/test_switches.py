@@ -208,6 +208,7 @@ def test_models_without_2d_convolutions_are_left_alone() -> None:
 # Quantisation
 
 
+@pytest.mark.full
 def test_the_quantised_embedded_model_draws_nearly_the_same_and_merges() -> None:
     settings = Settings(quantization=INT8)
     exact, _ = load_pipeline(Settings(), CPU, torch.float32)

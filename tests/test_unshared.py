@@ -190,6 +190,7 @@ def compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("compiler")
 def test_a_module_that_is_compiled_whole_shares_forwards() -> None:
     """Stable Diffusion XL gives its UNet the sample and the time by position, and a compiled one has no names for them."""
