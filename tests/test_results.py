@@ -87,7 +87,7 @@ def tiny(kind: Any = diffusers.StableDiffusionPipeline, **parts: Any) -> Any:
     ],
 )
 def test_numbers_that_are_not_finite_fail_the_request(in_process: Make, mode: str, damage: str) -> None:
-    app = in_process(tiny(), batching=mode, max_rows=4)
+    app = in_process(tiny(), batching=mode, max_rows=4, warmup=False)
     assert app.post(**FEW).status_code == 200
     DAMAGES[damage](app.pipeline)
     answer = app.post(**FEW, n=2)
@@ -100,7 +100,7 @@ def test_numbers_that_are_not_finite_fail_the_request(in_process: Make, mode: st
 
 
 def test_a_pipeline_that_makes_images_its_own_way(in_process: Make) -> None:
-    app = in_process(tiny(OwnWay), batching="step", max_rows=4)
+    app = in_process(tiny(OwnWay), batching="step", max_rows=4, warmup=False)
     assert app.post(**FEW).status_code == 200
     DAMAGES["NaN of the autoencoder"](app.pipeline)
     answer = app.post(**FEW)
@@ -115,7 +115,7 @@ def test_numbers_beside_the_images_hide_nothing(in_process: Make) -> None:
             made = super().__call__(*args, **kwargs)
             return SimpleNamespace(images=made.images, scores=np.array([0.5]))
 
-    app = in_process(tiny(Scored), batching="step", max_rows=4)
+    app = in_process(tiny(Scored), batching="step", max_rows=4, warmup=False)
     assert app.post(**FEW).json()["outputs"] == {"scores": [0.5]}
     DAMAGES["NaN of the autoencoder"](app.pipeline)
     answer = app.post(**FEW)
@@ -202,7 +202,7 @@ def test_only_the_job_whose_numbers_overflow_fails(mode: Any) -> None:
 
 
 def test_every_surface_says_so(in_process: Make) -> None:
-    app = in_process(tiny(), batching="step", max_rows=4, base_url="http://testserver")
+    app = in_process(tiny(), batching="step", max_rows=4, warmup=False, base_url="http://testserver")
     DAMAGES["NaN of the autoencoder"](app.pipeline)
     body = {"prompt": "a circle", **FEW}
     for path, answer in {
@@ -378,11 +378,15 @@ def checker(threshold: float) -> Any:
 @pytest.mark.parametrize("mode", [*(pytest.param(mode, marks=pytest.mark.full) for mode in MODES[:-1]), "step"])
 def test_a_real_safety_checker_blacks_out_and_says_so(in_process: Make, mode: str) -> None:
     features = transformers.CLIPImageProcessorPil(size=SIDE, crop_size=SIDE)
-    app = in_process(tiny(safety_checker=checker(-2.0), feature_extractor=features), batching=mode, max_rows=4)
+    app = in_process(
+        tiny(safety_checker=checker(-2.0), feature_extractor=features), batching=mode, max_rows=4, warmup=False
+    )
     answer = app.post(**FEW, n=2).json()
     assert [one["flagged"] for one in answer["data"]] == [True, True]
     assert all("nsfw_content_detected" in one for one in answer["warnings"])
-    harmless = in_process(tiny(safety_checker=checker(2.0), feature_extractor=features), batching=mode, max_rows=4)
+    harmless = in_process(
+        tiny(safety_checker=checker(2.0), feature_extractor=features), batching=mode, max_rows=4, warmup=False
+    )
     answer = harmless.post(**FEW).json()
     assert answer["data"][0]["flagged"] is False
     assert answer["warnings"] == []
@@ -390,7 +394,9 @@ def test_a_real_safety_checker_blacks_out_and_says_so(in_process: Make, mode: st
 
 def test_no_preview_shows_what_a_safety_checker_would_take_out(in_process: Make) -> None:
     features = transformers.CLIPImageProcessorPil(size=SIDE, crop_size=SIDE)
-    app = in_process(tiny(safety_checker=checker(-2.0), feature_extractor=features), batching="step", max_rows=4)
+    app = in_process(
+        tiny(safety_checker=checker(-2.0), feature_extractor=features), batching="step", max_rows=4, warmup=False
+    )
     assert app.client.get("/v1/models").json()["data"][0]["stepweave"]["previews"] is False
     body = {"prompt": "a circle", **FEW, "stream": True, "partial_images": 2}
     names = [one.name for one in read_events(app.client.post("/v1/images/generations", json=body).text)]

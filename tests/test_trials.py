@@ -343,6 +343,7 @@ def test_what_is_offered_of_other_families_works(name: str) -> None:
     check(name)
 
 
+@pytest.mark.full
 def test_schedulers_with_which_the_pipeline_itself_fails_are_not_offered() -> None:
     """Kandinsky gives each the generator, which not all take; their rehearsal does not."""
     model, engine = model_of("kandinsky3_text")
