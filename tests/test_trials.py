@@ -145,7 +145,7 @@ def test_so_are_images_and_prompts(caplog: pytest.LogCaptureFixture) -> None:
     limits = found(Told(images=3, characters=700))
     assert limits.images == 3 and 656 <= limits.prompt_characters <= 700
     assert "Told: max_images is 3, not 8 as it seems" in caplog.text
-    assert found(Told(images=1, characters=1)) == replace(SEEMING, images=1, prompt_characters=64)
+    assert found(Told(images=1, characters=1)) == replace(SEEMING, images=1, prompt_characters=10)
 
 
 def test_images_of_a_size_of_their_own_say_nothing_of_other_limits() -> None:
@@ -330,7 +330,7 @@ def test_a_single_step_is_refused_with_the_schedulers_that_fail_at_it() -> None:
     [
         "stable_diffusion_3",
         "flux",
-        "qwen_image",
+        "qwen_image_text",
         "sana",
         "cogview4",
         "chroma",

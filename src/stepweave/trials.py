@@ -24,7 +24,7 @@ LARGER = (
     4  # times the number of pixels asked for, from which on, near the native one, a pipeline goes by a size of its own
 )
 FINER = 16  # times the multiple that the configuration tells, up to which multiples are tried
-SHORT = 64  # characters of a prompt, which are taken to work
+SHORT = 10  # characters of a prompt that the warm-up has shown to work
 
 
 @dataclass(frozen=True)
