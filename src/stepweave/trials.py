@@ -78,7 +78,7 @@ def narrowed(
     are tried first, and no size is the only one, since edits may go by the shape of their source: then sizes are about the native
     one. What is left out is logged, with the `name` of the pipeline.
     """
-    own = attempt(native)
+    own = attempt(native) if like is None else None  # edits of the native size have just been run
     if own is not None and own.made is None:
         raise LoadError(f"{name} fails with an image of its own size, {native[0]}x{native[1]}: {own.reason}")
 
