@@ -11,9 +11,17 @@ from typing import Any
 
 import diffusers
 import torch
+from torch import nn
 
+from stepweave import StepEngine
+from stepweave.engine import ambient
+from stepweave.engine.call import Call, Target
+from stepweave.engine.describe import Describer
+from stepweave.engine.digests import Digests
 from stepweave.engine.host_times import keep_times_on_the_host
 from tests.fake_device import CUDA, FakeDevice, fake_device
+from tests.tiny import Family
+from tests.waiting import SECONDS
 
 STEPS = 8
 
@@ -50,6 +58,26 @@ def reads(scheduler: Any, device: FakeDevice, steps: int = STEPS) -> tuple[torch
     found: list[int] = []
     sample = steps_of(scheduler, steps, CUDA, lambda: found.append(len(device.reads)))
     return sample, [after - before for before, after in itertools.pairwise(found)]
+
+
+TARGET = Target("denoiser", nn.Identity().eval(), lambda sample, timestep=None, scale=None: sample)
+
+
+def call_of(sample: torch.Tensor, **arguments: Any) -> Call:
+    described = Call(TARGET, (sample,), arguments, ambient.quiet(("cpu",)))
+    Describer(Digests()).describe(described)
+    return described
+
+
+def run_settled(engine: StepEngine, family: Family, steps: int, number: int, jobs: int) -> None:
+    """Run jobs of so many steps, once all certificates are there; audits aside, which read."""
+    assert engine._loop is not None
+    for certificate in engine._loop.certificates.all():
+        certificate.next_audit = 10**9
+    prompts = [f"{number} {i} red circle" for i in range(jobs)]  # of one length: a new one would be proven
+    running = [engine.submit(**family.arguments(prompts[i], seed=i, steps=steps)) for i in range(jobs)]
+    for job in running:
+        job.result(SECONDS)
 
 
 def main() -> None:

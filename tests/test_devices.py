@@ -18,14 +18,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import BatchEncoding
 
 from stepweave import StepEngine
 from stepweave.engine import ambient
-from stepweave.engine.call import Call, Target
-from stepweave.engine.describe import Describer
 from stepweave.engine.digests import Digests, followed
 from stepweave.engine.elsewhere import Elsewhere
 from stepweave.engine.hooks import Offload
@@ -36,7 +33,7 @@ from tests import tiny
 from tests.conftest import InProcess
 from tests.fake_device import CUDA, FakeDevice, OnDevice, Read, fake_device
 from tests.pipelines.catalog import entries
-from tests.read_at_steps import reads
+from tests.read_at_steps import call_of, reads, run_settled
 from tests.toy import Toy, call, fresh, honest, module
 from tests.waiting import SECONDS
 
@@ -78,15 +75,6 @@ def test_the_fake_refuses_tensors_of_two_devices_and_notes_what_is_read(device: 
 
 
 # Times on the sample's device
-
-
-TARGET = Target("denoiser", nn.Identity().eval(), lambda sample, timestep=None, scale=None: sample)
-
-
-def call_of(sample: torch.Tensor, **arguments: Any) -> Call:
-    described = Call(TARGET, (sample,), arguments, ambient.quiet(("cpu",)))
-    Describer(Digests()).describe(described)
-    return described
 
 
 @pytest.mark.parametrize(
@@ -205,15 +193,8 @@ def _reads_of(
     engine: StepEngine, device: FakeDevice, family: tiny.Family, steps: int, number: int, jobs: int = 3
 ) -> list[Read]:
     """What is read while jobs of so many steps run, once all certificates are there; audits aside, which read."""
-    loop = engine._loop
-    assert loop is not None
-    for certificate in loop.certificates.all():
-        certificate.next_audit = 10**9
     device.reads.clear()
-    prompts = [f"{number} {i} red circle" for i in range(jobs)]  # of one length: a new one would be proven
-    running = [engine.submit(**family.arguments(prompts[i], seed=i, steps=steps)) for i in range(jobs)]
-    for job in running:
-        job.result(SECONDS)
+    run_settled(engine, family, steps, number, jobs)
     return list(device.reads)
 
 

@@ -25,8 +25,7 @@ from stepweave.engine.merge import merge
 from stepweave.errors import DeviceFailed
 from tests.gpu.test_parity_gpu import DEVICE, TOLERANCE, full_float32, say  # noqa: F401
 from tests.pipelines.catalog import entries
-from tests.read_at_steps import steps_of
-from tests.test_devices import call_of
+from tests.read_at_steps import call_of, run_settled, steps_of
 from tests.tiny import FAMILIES, Family
 from tests.toy import Toy, call, fresh, honest, module
 from tests.waiting import SECONDS
@@ -76,14 +75,8 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
 
 def _waits_of(engine: StepEngine, waits: Waits, family: Family, steps: int, number: int, jobs: int = 3) -> Waits:
     """What waits while jobs of so many steps run; audits aside, which wait."""
-    assert engine._loop is not None
-    for certificate in engine._loop.certificates.all():
-        certificate.next_audit = 10**9
     waits.found.clear()
-    prompts = [f"{number} {i} red circle" for i in range(jobs)]  # of one length: a new one would be proven
-    running = [engine.submit(**family.arguments(prompts[i], seed=i, steps=steps)) for i in range(jobs)]
-    for job in running:
-        job.result(SECONDS)
+    run_settled(engine, family, steps, number, jobs)
     found = Waits()
     found.found = list(waits.found)
     return found
@@ -172,8 +165,7 @@ FAILS = """
 import time, torch
 from stepweave import StepEngine
 from stepweave.errors import DeviceFailed
-from tests.read_at_steps import steps_of
-from tests.test_devices import call_of
+from tests.read_at_steps import call_of, run_settled, steps_of
 from tests.tiny import FAMILIES
 
 family = FAMILIES["stable_diffusion"]
