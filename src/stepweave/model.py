@@ -62,8 +62,8 @@ class ServedModel:
         self.inpaint = sibling(pipeline, "inpaint")
         width, height = native_size(pipeline)
         self.width, self.height = preset.width or width, preset.height or height
-        self._multiple, self._native = size_multiple(pipeline), (self.width, self.height)
-        sizes = SizeLimits(self._multiple, max_side(pipeline), settings.max_pixels, self._multiple, native=self._native)
+        self._multiple, native = size_multiple(pipeline), (self.width, self.height)
+        sizes = SizeLimits(self._multiple, max_side(pipeline), settings.max_pixels, self._multiple, native=native)
         self.default_steps = preset.num_inference_steps or self._default("num_inference_steps") or 50
         guidance = preset.guidance_scale if preset.guidance_scale is not None else self._default("guidance_scale")
         self.default_guidance: float | None = guidance if "guidance_scale" in self.arguments else None
@@ -118,15 +118,15 @@ class ServedModel:
         """Have requests that start from such sources keep to other limits."""
         self._limits[_kind(sources)] = limits
 
-    def refuse_scheduler(self, name: str | None, steps: int | None = None) -> None:
-        """Offer a scheduler, None for the own one, no more, or not with this number of steps."""
-        if steps is None and name is not None:
-            logger.warning("%s is not offered: %s fails with it", name, self.pipeline_class)
-            self.schedulers.pop(name)
-            for rehearsals in self._rehearsals.values():
-                rehearsals.schedulers.pop(name, None)
-        elif steps is not None:
-            self._rehearsals[id(self.pipeline)].refuse(name, steps)
+    def drop_scheduler(self, name: str) -> None:
+        """Offer a scheduler no more, for edits neither."""
+        logger.warning("%s is not offered: %s fails with it", name, self.pipeline_class)
+        for rehearsals in self._rehearsals.values():  # `schedulers` is the first's
+            rehearsals.schedulers.pop(name, None)
+
+    def refuse_steps(self, name: str | None, steps: int) -> None:
+        """Refuse this number of steps with a scheduler, None for the own one, where images start from nothing."""
+        self._rehearsals[id(self.pipeline)].refuse(name, steps)
 
     @property
     def edits(self) -> tuple[str, ...]:

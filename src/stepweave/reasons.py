@@ -24,7 +24,7 @@ def reason_of(error: BaseException, folder: Path | None = None) -> str:
         name = public(str(error.filename), folder) if error.filename else ""
         text = f"{name}: {error.strerror}" if name else error.strerror
     else:
-        text = public(_words(error), folder)
+        text = public(words_of(error), folder)
     text = "".join(one if one.isprintable() else " " for one in text)  # nor half a surrogate pair
     text = " ".join(text.split()) or type(error).__name__
     if isinstance(error, KeyError):
@@ -32,7 +32,7 @@ def reason_of(error: BaseException, folder: Path | None = None) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
-def _words(error: BaseException) -> str:
+def words_of(error: BaseException) -> str:
     """What an error says; nothing if it is one of somebody's own that cannot."""
     try:
         return str(error)

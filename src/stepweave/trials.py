@@ -20,9 +20,7 @@ logger = logging.getLogger(__name__)
 Size = tuple[int, int]  # width and height in pixels
 
 SLIGHT = 1.01  # guidance that is hardly any: where pipelines compute it but not without any
-LARGER = (
-    4  # times the number of pixels asked for, from which on, near the native one, a pipeline goes by a size of its own
-)
+LARGER = 4  # times the pixels asked for: from there on, near its native number, a pipeline goes by a size of its own
 FINER = 16  # times the multiple that the configuration tells, up to which multiples are tried
 SHORT = 10  # characters of a prompt that the warm-up has shown to work
 
@@ -93,10 +91,9 @@ def narrowed(
         sizes = like.sizes if like is not None and same else _sizes(limits.sizes, native, attempt)
     if like is not None and sizes.only is not None:
         sizes = _about(limits.sizes, native)
-    least, multiple = sizes.min_side, sizes.multiple
     free = sizes.only is None and own is None
-    small = (least, least) if free else native
-    uneven = (least + multiple, least + 3 * multiple) if free else native  # where a wrong size would show
+    small = (sizes.min_side, sizes.min_side) if free else native
+    uneven = _uneven(sizes) if free else native  # where a wrong size would show
     images = _most(
         limits.images, 1, lambda count: not fails(small, images=count) if own else attempt(uneven, images=count) is None
     )
@@ -120,10 +117,18 @@ def narrowed(
 
 def _same_sizes(sizes: SizeLimits, attempt: Attempt) -> SizeLimits | None:
     """The same, if an image near the smallest works, and a long one."""
-    least, multiple = sizes.min_side, sizes.multiple
-    longest = min(sizes.longest, sizes.max_pixels // least) // multiple * multiple
-    works = attempt((least + multiple, least + 3 * multiple)) is None and attempt((longest, least)) is None
+    works = attempt(_uneven(sizes)) is None and attempt((_longest(sizes), sizes.min_side)) is None
     return sizes if works else None
+
+
+def _uneven(sizes: SizeLimits) -> Size:
+    """Near the smallest, not square, and no multiples of twice as much."""
+    return sizes.min_side + sizes.multiple, sizes.min_side + 3 * sizes.multiple
+
+
+def _longest(sizes: SizeLimits) -> int:
+    """The longest side of an image as narrow as may be."""
+    return min(sizes.longest, sizes.max_pixels // sizes.min_side) // sizes.multiple * sizes.multiple
 
 
 def _about(sizes: SizeLimits, native: Size) -> SizeLimits:
@@ -147,8 +152,9 @@ def _sizes(sizes: SizeLimits, native: Size, attempt: Attempt) -> SizeLimits:
             side *= 2
         else:
             return fixed
-        if attempt((side + multiple, side + 3 * multiple)) is None:  # no multiples of twice as much
-            return _long_sides(replace(sizes, multiple=multiple, min_side=side), native, attempt)
+        tried = replace(sizes, multiple=multiple, min_side=side)
+        if attempt(_uneven(tried)) is None:
+            return _long_sides(tried, native, attempt)
         multiple *= 2
     return fixed
 
@@ -156,7 +162,7 @@ def _sizes(sizes: SizeLimits, native: Size, attempt: Attempt) -> SizeLimits:
 def _long_sides(sizes: SizeLimits, native: Size, attempt: Attempt) -> SizeLimits:
     """With the longest sides that work, both ways, in images as narrow as may be."""
     least, multiple = sizes.min_side, sizes.multiple
-    first = longest = min(sizes.longest, sizes.max_pixels // least) // multiple * multiple
+    first = longest = _longest(sizes)
     while longest > min(native):
         if attempt((longest, least)) is None and attempt((least, longest)) is None:
             return sizes if longest == first else replace(sizes, max_side=longest)

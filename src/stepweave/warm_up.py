@@ -130,10 +130,13 @@ class WarmUp:
                 if steps == model.default_steps or not model.runs(parameters) or time.monotonic() > self._until:
                     continue
                 fault = self._run(parameters)
-                if fault is not None and fault.made is None:
-                    model.refuse_scheduler(name, None if steps > 1 else steps)
-                    if steps > 1:
-                        break
+                if fault is None or fault.made is not None:
+                    continue
+                if steps == 1:
+                    model.refuse_steps(name, steps)
+                elif name is not None:
+                    model.drop_scheduler(name)
+                    break
 
     def _kinds_of_sources(self) -> Iterator[Sources | None]:
         yield None
@@ -165,7 +168,6 @@ class WarmUp:
         return self._run(replace(parameters, n=images))
 
     def _trial(self, size: Size, sources: Sources | None = None) -> Parameters:
-        takes_strength = sources is not None and "strength" in arguments_of(self._model.pipeline_for(sources))
         return Parameters(
             prompt="to warm up",
             negative_prompt=None,
@@ -175,9 +177,14 @@ class WarmUp:
             seed=0,
             num_inference_steps=STEPS if sources is None else 2 * STEPS,
             guidance_scale=self._model.default_guidance,
-            strength=STRENGTH if takes_strength else None,
+            strength=self._strength(sources),
             sources=sources,
         )
+
+    def _strength(self, sources: Sources | None) -> float | None:
+        if sources is None or "strength" not in arguments_of(self._model.pipeline_for(sources)):
+            return None
+        return STRENGTH
 
     def _run(self, parameters: Parameters) -> Fault | None:
         size, count = (parameters.width, parameters.height), parameters.n
@@ -227,8 +234,9 @@ class WarmUp:
                 parameters = self._parameters(i, *size)
                 if edits:
                     sources = Sources(_image(size, 90 * i), mask)
-                    strength = STRENGTH if "strength" in arguments_of(self._model.pipeline_for(sources)) else None
-                    parameters = replace(parameters, num_inference_steps=STEPS * 2, strength=strength, sources=sources)
+                    parameters = replace(
+                        parameters, num_inference_steps=2 * STEPS, strength=self._strength(sources), sources=sources
+                    )
                 jobs.append(self._engine.submit(**self._model.call(parameters), observer=None if i else start))
         finally:
             start.all_are_there.set()

@@ -25,9 +25,7 @@ def error_response(error: StepweaveError, **extra: Any) -> JSONResponse:
         headers["Retry-After"] = str(error.retry_after)
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
-    if isinstance(
-        error, (OutOfMemory, NonFinite, WrongNumber)
-    ):  # OpenAI's clients repeat what failed with a 500 unless told not to
+    if isinstance(error, LASTING):  # OpenAI's clients repeat what failed with a 500 unless told not to
         headers["X-Should-Retry"] = "false"
     return JSONResponse({**error.body(), **extra}, status_code=error.status, headers=headers)
 

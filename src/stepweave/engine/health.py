@@ -19,6 +19,7 @@ from stepweave.engine.ambient import on_device
 from stepweave.engine.job import Ending
 from stepweave.engine.memory import ran_out
 from stepweave.errors import DeviceFailed
+from stepweave.reasons import words_of
 
 logger = logging.getLogger(__name__)
 
@@ -108,23 +109,17 @@ def probe_of(device: torch.device) -> None:
 
 def _in_short(error: BaseException) -> str:
     """An error's first line, without paths of the server."""
-    line = re.sub(r"\S*/\S+", "...", _words(error).strip().partition("\n")[0])
+    line = re.sub(r"\S*/\S+", "...", words_of(error).strip().partition("\n")[0])
     return line[:LONGEST] or type(error).__name__
-
-
-def _words(error: BaseException) -> str:
-    """What an error says; nothing if it is one of somebody's own that cannot."""
-    try:
-        return str(error)
-    except BaseException:
-        return ""
 
 
 def _of_the_device(error: BaseException) -> BaseException | None:
     """The first of an error's causes that a device's library raised, but for want of memory."""
     found = None
     for one in _causes(error):
-        kind = isinstance(one, torch.AcceleratorError) or (isinstance(one, RuntimeError) and _WORDS.search(_words(one)))
+        kind = isinstance(one, torch.AcceleratorError) or (
+            isinstance(one, RuntimeError) and _WORDS.search(words_of(one))
+        )
         if kind and not ran_out(one):
             found = one
     return found

@@ -98,16 +98,10 @@ def _run(scheduler: Any, pipeline: Any, code: str, course: Course, bounded: bool
     sample = torch.randn(SHAPE, generator=generator)
     sample[0, 0, 0, :2] = torch.tensor([-LARGEST, LARGEST])
     answer = _oracle(scheduler, timesteps, clean, MOST if bounded else math.inf)
-    begin, begins = (
-        0,
-        "scheduler.set_begin_index" in code,
-    )  # else it looks for the first timestep, which may be there twice
     noising = re.search(r"scheduler\.(add_noise|scale_noise)\(", code)
-    if noising:
-        begins = True
-        begin = _begin(scheduler, pipeline, course)
-    if begins and hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(begin)
+    begin = _begin(scheduler, pipeline, course) if noising else 0
+    if hasattr(scheduler, "set_begin_index") and (noising or "scheduler.set_begin_index" in code):
+        scheduler.set_begin_index(begin)  # else it looks for the first timestep, which may be there twice
     if noising:
         first = timesteps[begin : begin + 1]
         order = (clean, sample, first) if noising[1] == "add_noise" else (clean, first, sample)

@@ -113,9 +113,8 @@ def max_side(pipeline: Any) -> int | None:
     if isinstance(positions, int):
         embed = getattr(getattr(pipeline, "transformer", None), "pos_embed", None)
         table = getattr(embed, "pos_embed", None)
-        if (
-            isinstance(table, torch.Tensor) and table.ndim == 3
-        ):  # of a square, which AuraFlow's configuration counts in positions
+        if isinstance(table, torch.Tensor) and table.ndim == 3:
+            # it is of a square; AuraFlow's configuration counts its positions, others those of a side
             positions = min(positions, math.isqrt(table.shape[1]))
     elif isinstance(lengths, (list, tuple)) and len(lengths) == 3:
         positions = min(lengths[1:])
