@@ -217,10 +217,13 @@ class WarmUp:
         return fault
 
     def _profile(self, half: Size | None, most: int) -> None:
-        """Show the cost model what steps of growing numbers of rows take."""
+        """Show the cost model what steps of growing numbers of rows take.
+
+        Some of the jobs end sooner than others, so that what a step of half as many takes is seen as well.
+        """
         began = time.monotonic()
-        counts = [2**i for i in range(most.bit_length())]
-        for size, count in [(self._native, count) for count in counts] + [(half, count) for count in counts[:3]]:
+        counts = sorted({*(FEW**i for i in range(most.bit_length()) if FEW**i <= most), most})
+        for size, count in [(self._native, count) for count in counts] + [(half, count) for count in counts[:2]]:
             if size is not None and time.monotonic() - began <= PROFILE_SECONDS:
                 self.run_together(size, count)
 
