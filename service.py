@@ -23,7 +23,7 @@ from pydantic import BeforeValidator
 from starlette.responses import Response
 
 from stepweave.api import native
-from stepweave.api.disconnect import abort_stalled_connections
+from stepweave.api.connections import Connections
 from stepweave.api.http import Api
 from stepweave.api.middleware import ContractMiddleware
 from stepweave.api.schemas import ImageRequest, NativeEditRequest, StreamRequest
@@ -39,13 +39,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # one worker sees every GPU, so that STEPWEAVE_DEVICE=cuda:1 means what it says; BentoML would show it the first alone
 os.environ.setdefault("BENTOML_DISABLE_GPU_ALLOCATION", "1")
 native.drop_timeout_middleware()
-abort_stalled_connections()
 configure_logs()
 try:
     settings = Settings.load()
 except ConfigError as error:
     raise SystemExit(f"stepweave: {error.message}") from None
 server = Server(settings, on_failure=report_failure if settings.exit_on_failure else None)
+connections = Connections(settings.max_connections)
+connections.install()
+server.leaving.listeners.append(connections.close_idle)
 
 
 Text = Annotated[str, BeforeValidator(lambda value: value if isinstance(value, str) else json.dumps(value))]
@@ -85,7 +87,7 @@ class Stepweave:
     async def start(self) -> None:
         server.start()
         # the hook below is called once all connections have ended, which a stream may put off beyond the grace period
-        on_signals(server.drain, signal.SIGTERM, signal.SIGINT)
+        on_signals(server.terminate, signal.SIGTERM, signal.SIGINT)
 
     @bentoml.on_shutdown
     async def stop(self) -> None:

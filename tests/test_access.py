@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -273,60 +274,106 @@ async def test_a_picture_is_answered_with_its_file_and_its_parameters() -> None:
 # --- the drain ---
 
 
-@pytest.mark.parametrize("host", ["localhost:3000", "127.0.0.1:3000", "localhost", "[::1]:3000", "[::1]", "LOCALHOST"])
-async def test_the_drain_is_for_this_machine(host: str) -> None:
-    async with serving() as app:
-        answer = await app.send("POST", "/drain", b"", {"Host": host}, client="::1").done()
-        assert (answer.status, answer.json()) == (200, {"stage": "draining", "in_flight": 0})
-        again = await app.send("POST", "/drain").done()
-        assert again.status == 200
+async def test_the_drain_is_for_who_reads_the_state_directory(tmp_path: Path) -> None:
+    async with serving(state_dir=str(tmp_path), api_keys="secret") as app:
+        file = tmp_path / "drain-token"
+        assert file.stat().st_mode & 0o777 == 0o600
+        assert not [name for name in os.listdir(tmp_path) if "partial" in name]
+        nowhere = await app.get("/nope", {"Authorization": "Bearer secret"})
+        for given in (
+            {},
+            {"Authorization": "Bearer secret"},
+            {"Authorization": f"Basic {file.read_text()}"},
+            {"Authorization": "Bearer "},
+            {"Authorization": f"Bearer {file.read_text()[:-1]}"},
+            {"Authorization": "Bearer \u00e9"},
+        ):
+            for method in ("POST", "DELETE", "GET", "PUT"):
+                for client in ("127.0.0.1", "::1", "10.0.0.7"):
+                    headers = {"Host": "localhost:3000", **given}
+                    answer = await app.send(method, "/drain", b"", headers, client=client).done()
+                    assert answer.status == 404
+                    assert answer.error["message"] == nowhere.error["message"].replace("/nope", "/drain")
+        assert app.server.health().stage == "ready"
+        for method in ("GET", "PUT"):
+            answer = await app.drain(method)
+            assert (answer.status, answer.headers["allow"]) == (405, "POST, DELETE")
+        forwarded = await app.drain(Host="stepweave.example.com", **{"X-Forwarded-For": "10.0.0.7"})
+        assert (forwarded.status, forwarded.json()) == (200, {"stage": "draining", "in_flight": 0})
+        assert (await app.drain()).status == 200, "once more"
+        before = file.read_text()
+    async with serving(state_dir=str(tmp_path)) as app:
+        assert file.read_text() != before, "a new one at each start"
+        assert (await app.drain("POST", Authorization=f"Bearer {before}")).status == 404
 
 
-@pytest.mark.parametrize(
-    ("client", "headers"),
-    [
-        ("10.0.0.7", {}),
-        ("", {}),
-        ("fe80::1", {}),
-        ("testclient", {}),
-        ("127.0.0.1", {"Host": "stepweave.example.com"}),
-        ("127.0.0.1", {"Host": "localhost.evil.test"}),
-        ("127.0.0.1", {"Host": ""}),
-        ("127.0.0.1", {"Host": "["}),
-        ("127.0.0.1", {"Forwarded": "for=10.0.0.7"}),
-        ("127.0.0.1", {"X-Forwarded-For": "10.0.0.7"}),
-        ("127.0.0.1", {"X-Real-IP": "10.0.0.7"}),
-        ("127.0.0.1", {"Via": "1.1 proxy"}),
-    ],
-)
-async def test_others_find_no_drain(client: str, headers: dict[str, str]) -> None:
-    async with serving() as app:
-        for method in ("POST", "GET"):
-            answer = await app.send(method, "/drain", b"", headers, client=client).done()
-            assert answer.status == 404
-        nowhere = await app.get("/nope")
-        assert answer.error == nowhere.error | {"message": nowhere.error["message"].replace("/nope", "/drain")}
-        assert app.server.status.stage == "ready"
+async def test_work_is_taken_until_load_balancers_have_heard_of_a_drain() -> None:
+    async with serving(drain_notice=SECONDS) as app:
+        told: list[bool] = []
+        app.server.leaving.listeners.append(told.append)
+        assert "connection" not in (await app.get("/readyz")).headers
+        assert (await app.drain()).status == 200
+        assert told == [True]
+        ready = await app.get("/readyz")
+        assert (ready.status, ready.error["code"], ready.headers["connection"]) == (503, "draining", "close")
+        assert app.metric("stepweave_ready") == 0
+        for one in (
+            app.post(),
+            app.post(stream=True),
+            app.post(headers={"Prefer": "respond-async"}),
+            app.post(prompt=""),
+            app.post("/generate"),
+            app.send("GET", "/v1/models"),
+            app.send("GET", "/nope"),
+        ):
+            await one.done()
+            assert one.status in (200, 202, 400, 404)
+            assert one.headers["connection"] == "close"
 
 
-async def test_the_drain_is_posted() -> None:
-    async with serving(api_keys="secret") as app:
-        for method in ("GET", "PUT", "DELETE"):
-            answer = await app.send(method, "/drain").done()
-            assert (answer.status, answer.headers["allow"]) == (405, "POST")
-        assert app.server.status.stage == "ready"
-        assert (await app.send("POST", "/drain").done()).status == 200, "the hook has no key"
+async def test_a_drain_can_be_taken_back_until_the_process_is_told_to_end() -> None:
+    async with serving(drain_notice=0, grace=SECONDS) as app:
+        told: list[bool] = []
+        app.server.leaving.listeners.append(told.append)
+        assert (await app.drain("DELETE")).json() == {"stage": "ready", "in_flight": 0}, "there is none"
+        await app.drain()
+        refused = await app.post().done()
+        assert (refused.status, refused.error["code"], refused.headers["retry-after"]) == (503, "draining", "1")
+        back = await app.drain("DELETE")
+        assert (back.status, back.json()["stage"], "connection" in back.headers) == (200, "ready", False)
+        assert (await app.post().done()).status == 200
+        assert (await app.get("/readyz")).status == 200
+        await app.drain()
+        app.server.terminate()
+        late = await app.drain("DELETE")
+        assert (late.status, late.error["code"], late.error["param"]) == (409, "terminating", None)
+        assert (await app.post().done()).status == 503
+        assert told == [True, False, True]
+
+
+async def test_a_drained_server_that_nothing_ends_is_not_alive() -> None:
+    async with serving(drain_notice=0, grace=0.01) as app:
+        await app.drain()
+        await app.until(lambda: app.server.leaving.overdue)
+        for path in ("/livez", "/healthz", "/v2/health/live"):
+            assert (await app.get(path)).status == 503
+        assert "nothing told the process to end" in (await app.get("/livez")).json()["message"]
+        await app.drain("DELETE")
+        assert (await app.get("/livez")).status == 200
+        await app.drain()
+        app.server.terminate()
+        assert (await app.get("/livez")).status == 200, "it ends"
 
 
 @contextlib.asynccontextmanager
 async def draining(**settings: Any) -> AsyncIterator[tuple[App, Any, str]]:
     """A server that drains while a stream and a job wait for the test: app, stream, and the job's id."""
-    async with serving(FakePipeline(edits=True), **settings) as app:
+    async with serving(FakePipeline(edits=True), **{"drain_notice": 0, **settings}) as app:
         app.record.gated = True
         stream = app.post(stream=True)
         await stream.until(lambda one: one.messages)
         id = (await app.post(headers={"Prefer": "respond-async"}).done()).json()["id"]
-        assert (await app.send("POST", "/drain").done()).json() == {"stage": "draining", "in_flight": 2}
+        assert (await app.drain()).json() == {"stage": "draining", "in_flight": 2}
         yield app, stream, id
 
 
@@ -356,7 +403,7 @@ async def test_a_draining_server_finishes_what_it_has_and_takes_nothing_more() -
         for one in refused:
             await one.done()
             assert one.status == 503, one.scope["path"]
-            assert int(one.headers["retry-after"]) >= 1
+            assert (one.headers["retry-after"], one.headers["connection"]) == ("1", "close")
         assert all(one.error["code"] == "draining" for one in refused[:8])
         assert app.outcomes() == {"unavailable": len(refused)}
         assert (await app.job(id))["state"] == "queued"
@@ -404,7 +451,7 @@ async def test_a_stuck_engine_is_neither_ready_nor_alive(seconds: float) -> None
                 assert (answer.status, answer.json()["error"]["code"]) == (503, "engine_stuck")
                 assert answer.json()["stage"] == "stuck"
             assert app.metric("stepweave_ready") == 0
-            app.server.drain()
+            app.server.terminate()
             assert (await app.get("/livez")).status == 503, "also while it drains"
         with patch.object(app.server.engine, "stalled", lambda: 599.0):
             assert (await app.get("/livez")).status == 200

@@ -185,7 +185,7 @@ async def test_requests_end_before_the_hook_that_shuts_down() -> None:
         answer = app.post()
         await app.until(lambda: app.record.steps_begun)
         with soon():
-            app.server.drain()
+            app.server.terminate()
             assert (await answer.done()).status == 503
             await asyncio.wait_for(app.server.shut_down(), SECONDS)
 

@@ -31,6 +31,7 @@ from starlette.requests import Request
 from stepweave.api.middleware import DRAIN
 from stepweave.api.urls import base_url
 from stepweave.config import Settings
+from stepweave.draining import TOKEN_FILE
 from stepweave.errors import ConfigError, InvalidRequest
 from stepweave.server import ENDING_SECONDS, Server
 from tests.conftest import ROOT, InProcess, free_port
@@ -47,6 +48,7 @@ VERSIONS = (
 )  # the first with unhealthyPodEvictionPolicy on by default, and the last that the validator knows
 
 GPU = "nvidia.com/gpu"
+REFUSING_SECONDS = 4  # between the end of a drain's notice and SIGTERM
 USER = 1034  # of images that `bentoml containerize` builds
 MODEL_MOUNT = "/mnt/models"  # where KServe puts a storageUri
 KEDA_TRIGGERS = {"prometheus", "cron", "cpu", "memory", "metrics-api", "external", "kubernetes-workload"}
@@ -241,14 +243,19 @@ def pre_stop_seconds(work: Workload) -> int:
 
 def drain_problems(work: Workload) -> Iterator[str]:
     script = pre_stop_script(work)
-    if f'"POST", "{DRAIN}"' not in script:
+    asking = f'"POST", "{DRAIN}"'
+    if asking not in script:
         yield "preStop does not drain the server"
         return
-    before, after = (sum(map(int, re.findall(r"sleep\((\d+)\)", part))) for part in script.split(DRAIN))
+    before, after = (sum(map(int, re.findall(r"sleep\((\d+)\)", part))) for part in script.split(asking))
     probe = work.container["readinessProbe"]
     noticed = probe["periodSeconds"]  # by who asks for /readyz himself, as often as the kubelet does
-    if after < noticed or before + after > 30:
+    settings = settings_of(work)
+    if after < max(noticed, settings.drain_notice + REFUSING_SECONDS) or before + after > 30:
         yield f"preStop sleeps {before} s and {after} s: too short for proxies to notice, or too long to wait"
+    path = f'open("{work.env.get("STEPWEAVE_STATE_DIR")}/{TOKEN_FILE}")'
+    if path not in script or 'headers={"Authorization": f"Bearer {token}"}' not in script:
+        yield f"preStop does not bear the token of the state directory, as by {path}"
     for port in {port["containerPort"] for port in work.container["ports"] if port["name"] == "http"}:
         if f'HTTPConnection("127.0.0.1", {port}, timeout=' not in script:
             yield f"preStop does not ask port {port} of this pod, or without a timeout"
@@ -565,18 +572,20 @@ def test_both_pods_drain_alike() -> None:
     assert own == kserve
 
 
-def run_pre_stop(port: int) -> int:
-    """The manifest's own command, but for its sleeps and with the given port; its exit status."""
+def run_pre_stop(port: int, state: Path) -> int:
+    """The manifest's own command, but for its sleeps and with the given port and state directory; its exit status."""
     (work,) = workloads(overlay("gpu"))
     *_, script = command = list(work.container["lifecycle"]["preStop"]["exec"]["command"])
     command[0] = sys.executable
     command[-1] = re.sub(r"sleep\(\d+\)", "sleep(0)", script.replace("3000", str(port)))
+    assert "/var/lib/stepweave/" in command[-1]
+    command[-1] = command[-1].replace("/var/lib/stepweave/", f"{state}/")
     assert str(port) in command[-1]
     return subprocess.run(command, timeout=SECONDS, env={"http_proxy": "http://127.0.0.1:9"}).returncode
 
 
-def test_pre_stop_drains_the_server_in_its_pod(in_process: Callable[..., InProcess]) -> None:
-    made, port = in_process(), free_port()
+def test_pre_stop_drains_the_server_in_its_pod(in_process: Callable[..., InProcess], tmp_path: Path) -> None:
+    made, port = in_process(state_dir=str(tmp_path), drain_notice=0), free_port()
     runner = uvicorn.Server(uvicorn.Config(made.client.app, "127.0.0.1", port, lifespan="off", log_level="warning"))
     thread = threading.Thread(target=runner.run)
     thread.start()
@@ -587,7 +596,7 @@ def test_pre_stop_drains_the_server_in_its_pod(in_process: Callable[..., InProce
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             assert client.get("/readyz").status_code == 200
-            assert run_pre_stop(port) == 0
+            assert run_pre_stop(port, tmp_path) == 0
             assert client.get("/readyz").status_code == 503
             assert client.get("/livez").status_code == 200
             refused = client.post("/v1/images/generations", json={"prompt": "a red circle"})
@@ -598,8 +607,8 @@ def test_pre_stop_drains_the_server_in_its_pod(in_process: Callable[..., InProce
         thread.join(SECONDS)
 
 
-def test_pre_stop_does_not_fail_when_the_server_is_gone() -> None:
-    assert run_pre_stop(free_port()) == 0
+def test_pre_stop_does_not_fail_when_the_server_is_gone(tmp_path: Path) -> None:
+    assert run_pre_stop(free_port(), tmp_path) == 0
 
 
 def blocks_of_the_readme() -> list[Document]:
@@ -836,8 +845,10 @@ def test_a_wrong_variable_is_reported(setting: str, value: str, problem: str) ->
 @pytest.mark.parametrize(
     ("old", "new", "problem"),
     [
-        ("sleep(7)", "sleep(2)", "preStop sleeps 3 s and 2 s: too short"),
-        ("sleep(3)", "sleep(60)", "preStop sleeps 60 s and 7 s: too short for proxies to notice, or too long"),
+        ("sleep(10)", "sleep(9)", "preStop sleeps 0 s and 9 s: too short"),
+        ("/var/lib/stepweave/drain", "/tmp/drain", "does not bear the token"),
+        ("Bearer {token}", "Basic {token}", "does not bear the token"),
+        ("sleep(10)", "sleep(60)", "preStop sleeps 0 s and 60 s: too short for proxies to notice, or too long"),
         ("3000", "8000", "does not ask port 3000"),
         (", timeout=5", "", "without a timeout"),
         ("/drain", "/readyz", "does not drain"),

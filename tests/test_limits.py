@@ -20,12 +20,11 @@ from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
-from uvicorn.protocols.http import h11_impl
-from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from stepweave.api import disconnect, forms, native, schemas, tensors
-from stepweave.api.disconnect import abort_stalled_connections, until_disconnect
+from stepweave.api.connections import Connection, Connections
+from stepweave.api.disconnect import until_disconnect
 from stepweave.api.events import _partial, events
 from stepweave.api.middleware import ContractMiddleware
 from stepweave.api.schemas import ImageRequest, StreamRequest
@@ -150,8 +149,7 @@ PATIENT = 2.0  # seconds in which a client that reads slowly gets to read on a b
 
 @pytest.fixture
 def impatient() -> Iterator[None]:
-    with patch.object(disconnect, "STALLED_SECONDS", PATIENT), patch.object(h11_impl, "FlowControl"):
-        abort_stalled_connections()
+    with patch.object(disconnect, "STALLED_SECONDS", PATIENT):
         yield
 
 
@@ -165,7 +163,8 @@ async def test_a_client_that_reads_nothing_is_not_waited_for_and_one_that_reads_
         with socket.socket() as listening:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
             listening.bind(("127.0.0.1", 0))
-            server = await loop.create_server(lambda: H11Protocol(config, state, {}), sock=listening)
+            held = Connections(10)
+            server = await loop.create_server(lambda: Connection(held, config, state, {}), sock=listening)
             body = json.dumps({"prompt": "a", "size": "512x512", "num_inference_steps": 1, "seed": 1} | fields).encode()
             head = f"POST {GENERATIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body

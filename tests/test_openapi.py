@@ -22,7 +22,6 @@ from PIL import Image
 from schemathesis.checks import CHECKS, load_all_checks
 from schemathesis.core.failures import FailureGroup
 from starlette.routing import Route
-from starlette.testclient import TestClient
 
 from stepweave.api.http import Api
 from stepweave.api.middleware import DRAIN, KEYLESS, PROBES
@@ -271,17 +270,20 @@ def _picture(found: Document, path: str, answer: httpx.Response) -> None:
 
 
 def test_the_drain_is_as_described(in_process: Make) -> None:
-    app = in_process()
+    app = in_process(drain_notice=0)
     found = document(app)
     elsewhere = app.client.post(DRAIN)
     assert elsewhere.status_code == NotFound.status
     validate(found, "Error", elsewhere.json())
-    here = TestClient(app.client.app, base_url="http://localhost", client=("127.0.0.1", 50000))
-    wrong = here.get(DRAIN)
-    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+    token = app.server.drain_token
+    assert token is not None
+    bearer = {"Authorization": f"Bearer {token.path.read_text()}"}
+    wrong = app.client.get(DRAIN, headers=bearer)
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST, DELETE")
     validate(found, "Error", wrong.json())
-    drained = here.post(DRAIN)
-    assert drained.status_code == 200
+    for method in ("DELETE", "POST"):
+        drained = app.client.request(method, DRAIN, headers=bearer)
+        assert drained.status_code == 200
     validate(found, "Drained", drained.json())
     for refused, schema in ((app.post(), "Error"), (app.client.get("/readyz"), "Unhealthy")):
         assert refused.status_code == 503

@@ -137,6 +137,12 @@ class Settings(BaseSettings):
     max_upload_bytes: int = Field(
         16_777_216, ge=1024, description="Largest body of a request with pictures, of an edit."
     )
+    max_connections: int = Field(
+        1000,
+        ge=1,
+        le=100_000,
+        description="Connections that may be open; one more takes an idle one's place, or gets 503.",
+    )
     api_keys: Keys = Field(
         (),
         repr=False,
@@ -151,7 +157,8 @@ class Settings(BaseSettings):
         description="Hosts, comma-separated, that requests may name for the URLs of pictures; `*.example.com`, or `*` for any.",
     )
     trust_forwarded: bool = Field(
-        False, description="Believe `X-Forwarded-Host` and `X-Forwarded-Proto`; for servers that only a proxy reaches."
+        False,
+        description="Believe `X-Forwarded-For`, `-Host`, `-Proto` and `-Prefix`; for servers that only a proxy reaches.",
     )
     cors_origins: Keys = Field(
         (), description="Origins, comma-separated, whose pages may call the server; `*` for any."
@@ -164,6 +171,11 @@ class Settings(BaseSettings):
     keep_seconds: float = Field(3600, gt=0, description="Seconds that finished jobs and stored pictures are kept.")
     keep_bytes: int = Field(1_073_741_824, ge=1_048_576, description="Bound of stored pictures; the oldest go first.")
     keep_jobs: int = Field(10_000, ge=1, description="Bound of finished jobs that are kept; the oldest go first.")
+    drain_notice: float = Field(
+        6,
+        ge=0,
+        description="Seconds after `POST /drain` in which work is still taken, until load balancers have heard of it.",
+    )
     grace: float = Field(
         300, ge=0, description="Seconds after a drain, or at the end, that what runs may take to finish."
     )

@@ -13,7 +13,7 @@ StepweaveError (500)
     ├── Unauthorized (401)      keys are set, and the request bears none of them
     ├── NotFound (404)          no such route, model, job or picture
     ├── MethodNotAllowed (405)
-    ├── Conflict (409)          the idempotency key belongs to another request
+    ├── Conflict (409)          the idempotency key belongs to another request; or the process ends
     ├── BodyTooLarge (413)
     ├── UnsupportedMedia (415)
     ├── Refused (429)           admission refused it; `retry_after` says when to come back
@@ -162,12 +162,14 @@ class MethodNotAllowed(RequestError):
 
 
 class Conflict(RequestError):
-    """The idempotency key belongs to another request."""
+    """The request does not go with what there is: its idempotency key belongs to another request, or the process ends."""
 
     status = 409
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, code="idempotency_conflict", param="Idempotency-Key")
+    def __init__(
+        self, message: str, *, code: str = "idempotency_conflict", param: str | None = "Idempotency-Key"
+    ) -> None:
+        super().__init__(message, code=code, param=param)
 
 
 class BodyTooLarge(RequestError):

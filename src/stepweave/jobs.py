@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from stepweave.config import Settings
 from stepweave.errors import Conflict, NotFound, StepweaveError, shown
@@ -61,9 +62,10 @@ class _Opening:
 class Jobs:
     """The jobs of one server: `tickets` are those under way, the stores have the others."""
 
-    def __init__(self, store: JobStore, files: FileStore, tickets: Mapping[str, Ticket]) -> None:
+    def __init__(self, store: JobStore, files: FileStore, tickets: Mapping[str, Ticket], directory: Path) -> None:
         self.store = store
         self.files = files
+        self.directory = directory  # of both
         self._tickets = tickets
         self._owners: dict[str, str | None] = {}  # of tickets that are kept, by id
         self._open: dict[tuple[str | None, str], _Opening] = {}  # by owner and key, until kept
@@ -78,7 +80,7 @@ class Jobs:
             directory = exits.enter_context(state_directory(settings.state_dir))
             files = DirectoryFileStore(directory / "pictures", settings.keep_seconds, settings.keep_bytes)
             store = SqliteJobStore(directory / "jobs.sqlite", settings.keep_seconds, settings.keep_jobs)
-            jobs = cls(store, files, tickets)
+            jobs = cls(store, files, tickets, directory)
             jobs._exits = exits.pop_all()
         return jobs
 

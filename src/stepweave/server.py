@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stepweave.config import Settings
+from stepweave.draining import Drain, DrainToken
 from stepweave.errors import (
     DeviceFailed,
     LoadError,
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 ENCODERS = 2  # threads that encode picture files
 LOADING_RETRY_SECONDS = 5
-DRAINING_RETRY_SECONDS = 10
+DRAINING_RETRY_SECONDS = 1  # another server takes it at once
 ENDING_SECONDS = (
     30.0  # that jobs have to end in once they were told to, their results to be kept, and the process to end
 )
@@ -80,6 +81,8 @@ class Server:
         self.engine: StepEngine | None = None
         self.previewer: Previewer | None = None
         self.jobs: Jobs | None = None  # once started
+        self.leaving = Drain(settings.drain_notice, settings.grace, self._end)
+        self.drain_token: DrainToken | None = None  # once started
         self.tickets: dict[str, Ticket] = {}  # accepted and not yet done, by id
         self._admission: Admission | None = None
         self.metrics = Metrics(
@@ -93,13 +96,13 @@ class Server:
         # apart: they must not hold up pictures
         self._drawers = DaemonExecutor(1, "stepweave-preview", self._use_device)
         self._closers = DaemonExecutor(2, "stepweave-close")
-        self._ending_at: float | None = None  # when what is left is told to end, in seconds of the monotonic clock
         self._loader = threading.Thread(target=self._load, name="stepweave-load", daemon=True)
 
     def start(self) -> None:
         """Begin to load in the background; `status` tells how far it is."""
         try:
             self.jobs = Jobs.open(self.settings, self.tickets)
+            self.drain_token = DrainToken(self.jobs.directory)
         except StepweaveError as error:
             logger.error("%s", error.message)
             self._fail(f"STEPWEAVE_STATE_DIR: {error.message.rpartition(': ')[2]}")  # less its path
@@ -107,18 +110,31 @@ class Server:
             logger.exception("opening the state directory failed")
             self._fail(f"STEPWEAVE_STATE_DIR: {reason_of(error)}")
         else:
+            logger.info("the token of POST /drain is in %s", self.drain_token.path)
             self._loader.start()
 
     def drain(self) -> None:
+        """Announce that the server leaves, and take work for `STEPWEAVE_DRAIN_NOTICE` seconds more; may be taken back."""
+        if not self.leaving.announced:
+            logger.info("draining: new work is refused in %g s", self.settings.drain_notice)
+        self.leaving.announce()
+
+    def take_back_drain(self) -> None:
+        """Take work as before. Raises Conflict once the process was told to end."""
+        if self.leaving.announced:
+            self.leaving.take_back()
+            logger.info("the drain was taken back")
+
+    def terminate(self) -> None:
         """Take no more work, for good, and let what was accepted finish; what has not after the grace period is ended."""
-        if self.status.stage in ("draining", "failed", "closed"):
+        if self.leaving.terminated:
             return
-        self._enter("draining", 1.0, f"{len(self.tickets)} requests are left")
-        self._ending_at = time.monotonic() + self.settings.grace
-        loop = asyncio.get_running_loop()
-        loop.call_later(self.settings.grace, self._end)
+        self.leaving.terminate()
+        logger.info("terminating: %d requests are left", len(self.tickets))
         # connections wait for their answers, and the hook that shuts down for the connections
-        loop.call_later(self.settings.grace + ENDING_SECONDS - KEEPING_SECONDS, self._cut_off)
+        assert self.leaving.ending_at is not None
+        left = max(0.0, self.leaving.ending_at - time.monotonic())
+        asyncio.get_running_loop().call_later(left + ENDING_SECONDS - KEEPING_SECONDS, self._cut_off)
 
     def _cut_off(self) -> None:
         """Have the requests fail that hang."""
@@ -136,9 +152,9 @@ class Server:
             )
 
     async def shut_down(self) -> None:
-        """Drain, wait for what was accepted, keep its results, and close: at most `ENDING_SECONDS` after the grace period."""
-        self.drain()
-        ending = time.monotonic() if self._ending_at is None else self._ending_at
+        """Terminate, wait for what was accepted, keep its results, and close: at most `ENDING_SECONDS` after the grace period."""
+        self.terminate()
+        ending = time.monotonic() if self.leaving.ending_at is None else self.leaving.ending_at
         if await self._wait(ending):
             self._end()
             until = max(ending + ENDING_SECONDS, time.monotonic() + KEEPING_SECONDS)
@@ -228,13 +244,13 @@ class Server:
         use_device(torch.device(self.device or "cpu"))
 
     def _enter(self, stage: str, progress: float, message: str) -> None:
-        if self.status.stage == "closed" or (self.status.stage == "draining" and stage != "draining"):
+        if self.status.stage == "closed" or self.leaving.terminated:
             raise LoadError("the server was told to end while it was loading")
         self.status = Status(stage, progress, message)
         logger.info("%s: %s", stage, message)
 
     def _fail(self, message: str) -> None:
-        if self.status.stage not in ("closed", "draining"):
+        if self.status.stage != "closed" and not self.leaving.terminated:
             self.status = Status("failed", 0.0, message)
             logger.error("the server cannot start: %s", message)
             if self._on_failure is not None:
@@ -251,22 +267,38 @@ class Server:
         """Where the server stands; an engine that is stuck, or has ended, is `stuck`, one whose device has failed `failed`. Never
         waits for the device."""
         status, engine = self.status, self.engine
-        if engine is None or status.stage not in ("ready", "draining"):
-            return status
-        if engine.failure is not None:
-            return Status("failed", 0.0, f"the device has failed: {engine.failure}")
-        limit = self.settings.stuck_seconds
-        for what, seconds in (
-            ("the engine has", engine.stalled()),
-            ("encoders of images have", self._encoders.stalled()),
-        ):
-            if seconds > limit:
-                return Status("stuck", 0.0, f"{what} not moved for {seconds:.0f} s; the limit is {limit:g} s")
+        if engine is not None and status.stage == "ready":
+            if engine.failure is not None:
+                return Status("failed", 0.0, f"the device has failed: {engine.failure}")
+            limit = self.settings.stuck_seconds
+            for what, seconds in (
+                ("the engine has", engine.stalled()),
+                ("encoders of images have", self._encoders.stalled()),
+            ):
+                if seconds > limit:
+                    return Status("stuck", 0.0, f"{what} not moved for {seconds:.0f} s; the limit is {limit:g} s")
+        if self.leaving.announced and status.stage not in ("failed", "closed"):
+            ended = "; its grace period is over, and nothing told the process to end" if self.leaving.overdue else ""
+            return Status("draining", 1.0, f"{len(self.tickets)} requests are left{ended}")
         return status
 
+    def alive(self) -> bool:
+        """Whether the process is of use: it is, or may yet be, ready, or finishes what it accepted.
+
+        A server that cannot load its model never will, nor does a stuck engine move again, nor does one that has drained and was
+        not told to end take work: the kubelet is to start another.
+        """
+        return self.health().stage not in ("failed", "stuck") and not self.leaving.overdue
+
     def ready(self) -> tuple[ServedModel, StepEngine]:
-        """The model and its engine. Raises Unavailable while there are none."""
-        if self.model is None or self.engine is None or self.status.stage != "ready" or self.engine.failure is not None:
+        """The model and its engine, also within the notice of a drain. Raises Unavailable while there are none."""
+        if (
+            self.model is None
+            or self.engine is None
+            or self.status.stage != "ready"
+            or self.engine.failure is not None
+            or self.leaving.refusing
+        ):
             raise self.unavailable()
         return self.model, self.engine
 

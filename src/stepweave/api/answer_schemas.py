@@ -56,7 +56,7 @@ class Unhealthy(Error, Health):
 
 
 class Drained(BaseModel):
-    """The server takes no more work."""
+    """The server leaves, or stays after all."""
 
     stage: str = Field(json_schema_extra={"enum": list(STAGES)})
     in_flight: int = Field(ge=0, description="Requests accepted and not yet done.")

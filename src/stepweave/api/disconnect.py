@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import importlib
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
-from uvicorn.protocols.http.flow_control import FlowControl
 
 from stepweave.errors import Cancelled
 
 STALLED_SECONDS = 60.0  # that a client may take for the next message of an answer, or of its body
+LEAST_BYTES = 32 * 1024  # of a body, in each second on average
 STALLED_BYTES = 256 * 1024  # that a client reads meanwhile of what it was sent, if there is as much
 
 T = TypeVar("T")
@@ -50,39 +48,3 @@ async def disconnected(request: Request) -> None:
     """Return once the client has left."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def abort_stalled_connections() -> None:
-    """Have uvicorn abort the connection of a client that does not read what it is sent.
-
-    An app cannot: uvicorn takes a whole picture at once, holds it for as long as the client likes, and does not even close the
-    connection before it has been read.
-    """
-    for name in ("h11_impl", "httptools_impl"):
-        with contextlib.suppress(ImportError):  # of httptools, which is optional
-            vars(importlib.import_module(f"uvicorn.protocols.http.{name}"))["FlowControl"] = ImpatientFlowControl
-
-
-class ImpatientFlowControl(FlowControl):
-    """Aborts the connection once a full buffer has not been read for a while."""
-
-    _timer: asyncio.TimerHandle | None = None
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._watch()
-
-    def resume_writing(self) -> None:  # also when the connection is lost
-        super().resume_writing()
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def _watch(self) -> None:
-        left = self._transport.get_write_buffer_size()
-        self._timer = asyncio.get_running_loop().call_later(STALLED_SECONDS, self._look, left)
-
-    def _look(self, before: int) -> None:
-        if before - self._transport.get_write_buffer_size() < STALLED_BYTES:
-            self._transport.abort()
-        else:
-            self._watch()

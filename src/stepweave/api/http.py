@@ -32,7 +32,7 @@ class Api:
 
     def app(self) -> Starlette:
         surfaces = (OpenAI, JobRoutes, InferenceApi, LegacyApi, OpenApi)
-        return Starlette(
+        app = Starlette(
             routes=[
                 *(route for surface in surfaces for route in surface(self.server).routes()),
                 Route("/v1/models", self.models, methods=["GET"]),
@@ -42,6 +42,8 @@ class Api:
             exception_handlers={StepweaveError: handle_error},
             lifespan=self.lifespan,
         )
+        app.router.redirect_slashes = False  # it would send clients to whatever host their request names
+        return app
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:

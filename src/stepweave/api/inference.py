@@ -85,7 +85,7 @@ class InferenceApi:
         return JSONResponse({"name": "stepweave", "version": __version__, "extensions": ["binary_tensor_data"]})
 
     async def live(self, request: Request) -> Response:
-        if self.server.health().stage in ("failed", "stuck"):
+        if not self.server.alive():
             return error_response(self.server.unavailable(), live=False)
         return JSONResponse({"live": True})
 

@@ -16,7 +16,7 @@ from stepweave.api.answers import warnings_header
 from stepweave.api.disconnect import read_body, until_disconnect
 from stepweave.api.idempotency import claim_of, generate
 from stepweave.api.schemas import ImageRequest, explain, parse_off_loop, require_json
-from stepweave.api.urls import base_url
+from stepweave.api.urls import base_url, reference
 from stepweave.errors import InvalidRequest, NotFound, shown
 from stepweave.jobs import Claim
 from stepweave.server import Server
@@ -144,7 +144,9 @@ class LegacyApi:
             if isinstance(route, Route)
         ]
         mounted = {route["path"] for route in routes}
-        links = {name: path for name, path in LINKS.items() if path in mounted}
+        links = {
+            name: reference(request, self.server.settings, path) for name, path in LINKS.items() if path in mounted
+        }
         accepted = [one.partition(";")[0].strip() for one in request.headers.get("accept", "").split(",")]
         if "text/html" in accepted:
             return HTMLResponse(_page(model, stage, routes, links), headers=_PAGE_HEADERS)

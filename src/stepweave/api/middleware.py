@@ -13,22 +13,39 @@ import time
 import uuid
 from collections.abc import Callable
 from http import HTTPStatus
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stepweave import __version__
 from stepweave.api import disconnect
 from stepweave.api.auth import authorize
+from stepweave.api.connections import FULL
 from stepweave.api.cross_site import check_site
 from stepweave.api.native import EDIT, PATHS, check
 from stepweave.api.responses import ERROR_MARK, LEFT, REQUEST_ID, as_stepweave_error, error_response
 from stepweave.api.stand_in import stand_in
-from stepweave.errors import BodyTooLarge, Cancelled, MethodNotAllowed, NotFound, RequestError, StepweaveError
+from stepweave.api.targets import (
+    has_two_lengths,
+    is_of_the_server,
+    normalize_path,
+    take_forwarded_client,
+    to_origin_form,
+)
+from stepweave.draining import Drain
+from stepweave.errors import (
+    BodyTooLarge,
+    Cancelled,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    RequestError,
+    StepweaveError,
+)
 from stepweave.server import Server
 
 logger = logging.getLogger("stepweave.access")
@@ -39,8 +56,7 @@ UNLOGGED = (*PROBES, "/metrics")  # asked for every few seconds
 LOGGED_PATH = 200  # characters
 KEYLESS = ("/v2/health/live", "/v2/health/ready")  # beside the probes and the drain
 UPLOADS = ("/v1/images/edits", "/edit")
-LOOPBACK = ("127.0.0.1", "::1", "::ffff:127.0.0.1")  # less what proxies beside a server call from, as 127.0.0.6
-FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip", "via", "origin")
+REDIRECTS = (301, 302, 303, 307, 308)
 METHODS = ("GET", "POST", "DELETE")
 _SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _DISCARDED = 64 * 1024 * 1024  # bytes over the limit that are read and thrown away, so that the client reads our 413
@@ -69,9 +85,23 @@ class ContractMiddleware:
         scope[REQUEST_ID] = request_id
         left: list[bool] = []
         scope[LEFT] = left
-        answer = _Answer(scope, send, request_id)
+        answer = _Answer(scope, send, request_id, self.server.leaving)
+        # what is refused since its length is ambiguous ends where nobody knows
+        answer.closes = FULL in scope.get("state", {}) or has_two_lengths(scope)
         began = time.monotonic()
         try:
+            if is_of_the_server(scope):
+                await Response(headers={"Allow": ", ".join((*METHODS, "HEAD", "OPTIONS"))})(scope, receive, answer)
+                return
+            to_origin_form(scope)
+            normalize_path(scope, self.server.settings.base_url)
+            if self.server.settings.trust_forwarded:
+                take_forwarded_client(scope)
+            if has_two_lengths(scope):
+                raise InvalidRequest(
+                    "The request has both Content-Length and Transfer-Encoding; send one of them.",
+                    code="ambiguous_length",
+                )
             check_site(scope, self.server.settings)
             if scope["path"] in PROBES:
                 await self._probe(scope)(scope, receive, answer)
@@ -79,6 +109,8 @@ class ContractMiddleware:
             if scope["path"] == DRAIN:
                 await self._drain(scope)(scope, receive, answer)
                 return
+            if FULL in scope.get("state", {}):
+                raise scope["state"][FULL]
             if scope["path"] not in KEYLESS and not _is_preflight(scope):
                 authorize(scope, self.server.settings.api_keys)
             receive = _limited(receive, scope, self._limit(scope["path"]))
@@ -108,26 +140,24 @@ class ContractMiddleware:
             return _not_allowed(scope, "GET", "GET, HEAD")
         status = self.server.health()
         state = {"stage": status.stage, "progress": status.progress, "message": status.message}
-        # a server that cannot load its model never will, nor does a stuck engine move again: let the kubelet restart it
-        if status.stage in ("failed", "stuck") or (path == "/readyz" and status.stage != "ready"):
+        if not self.server.alive() or (path == "/readyz" and status.stage != "ready"):
             return error_response(self.server.unavailable(), **state)
         return JSONResponse(state)
 
     def _drain(self, scope: Scope) -> JSONResponse:
-        """Only for who is on this machine, as a pod's preStop hook is, and is no proxy. Others find no such route."""
-        headers = Headers(scope=scope)
-        client = (scope.get("client") or ("", 0))[0]
-        try:
-            host = urlsplit(f"//{headers.get('host', '')}").hostname
-        except ValueError:
-            host = None
-        # nor for a page in a browser here, which may post anywhere
-        forwarded = any(name in FORWARDED or name.startswith(("x-envoy-", "sec-fetch-")) for name in headers)
-        if client not in LOOPBACK or host not in (*LOOPBACK, "localhost") or forwarded:
+        """Only for who bears the token of the state directory, as a pod's preStop hook does. Others find no such route.
+
+        From where a request comes proves nothing: a proxy, or a tunnel, beside the server calls from its machine, too.
+        """
+        token = self.server.drain_token
+        if token is None or not token.matches(Headers(scope=scope).get("authorization", "")):
             raise NotFound(f"There is no route {DRAIN!r}.")
-        if scope["method"] != "POST":
-            return _not_allowed(scope, "POST", "POST")
-        self.server.drain()
+        if scope["method"] == "POST":
+            self.server.drain()
+        elif scope["method"] == "DELETE":
+            self.server.take_back_drain()
+        else:
+            return _not_allowed(scope, "POST or DELETE", "POST, DELETE")
         status = self.server.health()
         return JSONResponse({"stage": status.stage, "in_flight": len(self.server.tickets)})
 
@@ -162,31 +192,37 @@ def _is_preflight(scope: Scope) -> bool:
 
 
 def _limited(receive: Receive, scope: Scope, limit: int) -> Receive:
-    """A `receive` that raises BodyTooLarge once the body is over the limit, and Cancelled if the client stops sending it."""
+    """A `receive` that raises BodyTooLarge once the body is over the limit, and Cancelled if the client stops sending it, or
+    sends it drop by drop."""
     declared = Headers(scope=scope).get("content-length", "0")
     seen = 0
     complete = False
+    began: float | None = None
 
     async def following() -> Message:
-        nonlocal complete
+        nonlocal complete, seen, began
         if complete:
             return await receive()
+        began = began or time.monotonic()
+        stalled = disconnect.STALLED_SECONDS
+        left = began + stalled + seen / disconnect.LEAST_BYTES - time.monotonic()
         try:
-            async with asyncio.timeout(disconnect.STALLED_SECONDS):
+            async with asyncio.timeout(min(stalled, left)):
                 message = await receive()
         except TimeoutError:
-            raise Cancelled(f"Nothing more of the body came for {disconnect.STALLED_SECONDS:g} s.") from None
+            raise Cancelled(
+                f"The body came too slowly: {seen} bytes in {time.monotonic() - began:.0f} s. At least "
+                f"{disconnect.LEAST_BYTES} bytes a second must come, and some within {stalled:g} s."
+            ) from None
         complete = not message.get("more_body", False)
+        seen += len(message.get("body", b""))
         return message
 
     async def limited() -> Message:
-        nonlocal seen
         message = await following()
-        seen += len(message.get("body", b""))
         if seen > limit or (declared.isdecimal() and int(declared) > limit):
             while message["type"] == "http.request" and message.get("more_body", False) and seen < _DISCARDED:
                 message = await following()
-                seen += len(message.get("body", b""))
             raise BodyTooLarge(limit, int(declared) if declared.isdecimal() and int(declared) > limit else None)
         return message
 
@@ -199,12 +235,14 @@ class _Answer:
     Raises Cancelled if the client does not read.
     """
 
-    def __init__(self, scope: Scope, send: Send, request_id: str) -> None:
+    def __init__(self, scope: Scope, send: Send, request_id: str, leaving: Drain) -> None:
         self.scope = scope
+        self.leaving = leaving
         self.send = send
         self.request_id = request_id
         self.started = False
         self.replaced = False
+        self.closes = False  # the connection
         self.status = 0  # of the answer, once it has begun
 
     async def __call__(self, message: Message) -> None:
@@ -213,8 +251,13 @@ class _Answer:
         if message["type"] == "http.response.start":
             self.started, self.status = True, message["status"]
             headers = MutableHeaders(scope=message)
-            if message["status"] >= 400 and ERROR_MARK not in headers:
-                await self._replace(message["status"], headers)
+            status = message["status"]
+            if status >= 400 and ERROR_MARK not in headers:
+                await self._replace(status, headers)
+                return
+            if status in REDIRECTS:  # no route of ours has any: they would lead to whatever host the request names
+                self.status = 404
+                await self._replace(404, headers)
                 return
             self._complete(headers)
         try:
@@ -227,6 +270,8 @@ class _Answer:
         headers["X-Request-ID"] = self.request_id
         headers["Server"] = f"stepweave/{__version__}"
         del headers[ERROR_MARK]
+        if self.closes or self.leaving.announced:  # then clients are to connect to another server
+            headers["Connection"] = "close"
 
     async def _replace(self, status: int, headers: MutableHeaders) -> None:
         self.replaced = True

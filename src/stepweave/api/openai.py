@@ -29,7 +29,7 @@ from stepweave.api.schemas import (
     require_form,
     require_json,
 )
-from stepweave.api.urls import base_url
+from stepweave.api.urls import base_url, reference
 from stepweave.generation import Sources
 from stepweave.server import Server
 from stepweave.ticket import Ticket
@@ -94,7 +94,10 @@ class OpenAI:
         if detached:
             job = await start(server, claim, accept, detached=True)
             answered = await job_answer(job, jobs.files, base)
-            headers = {"Location": f"/v1/jobs/{job.id}", "Preference-Applied": "respond-async"}
+            headers = {
+                "Location": reference(request, server.settings, f"/v1/jobs/{job.id}"),
+                "Preference-Applied": "respond-async",
+            }
             return Response(answered, 202, headers, "application/json")
         if streams:
             job = await start(server, claim, accept)

@@ -32,6 +32,7 @@ from stepweave.api.operations import (
     operations,
 )
 from stepweave.api.schemas import EditRequest, GenerationRequest, NativeEditRequest
+from stepweave.api.urls import base_url, reference
 from stepweave.errors import MethodNotAllowed, Refused, StepweaveError, Unauthorized, Unavailable
 from stepweave.server import Server
 from stepweave.threads import on_thread
@@ -64,12 +65,14 @@ class OpenApi:
 
     async def document(self, request: Request) -> Response:
         mounted = {route.path_format for route in request.app.routes if isinstance(route, Route)}
-        content = await on_thread(None, lambda: json.dumps(make_document(self.server, mounted)))
+        settings = self.server.settings
+        place = base_url(request, settings) if settings.base_url else reference(request, settings, "") or "/"
+        content = await on_thread(None, lambda: json.dumps(make_document(self.server, mounted, place)))
         return Response(content, media_type=JSON)
 
 
-def make_document(server: Server, mounted: Collection[str]) -> dict[str, Any]:
-    """The document of a server whose app has routes of the paths `mounted`."""
+def make_document(server: Server, mounted: Collection[str], place: str = "/") -> dict[str, Any]:
+    """The document of a server whose app has routes of the paths `mounted`; `place` is the URL of its root."""
     secured = bool(server.settings.api_keys)
     paths: dict[str, dict[str, Any]] = {}
     for one in operations(None if server.model is None else server.model.id):
@@ -87,7 +90,7 @@ def make_document(server: Server, mounted: Collection[str]) -> dict[str, Any]:
             "license": {"name": "Apache 2.0", "identifier": "Apache-2.0"},
         },
         "jsonSchemaDialect": DIALECT,
-        "servers": [{"url": server.settings.base_url.rstrip("/") if server.settings.base_url else "/"}],
+        "servers": [{"url": place}],
         "paths": paths,
         "components": components,
     }

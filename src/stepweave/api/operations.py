@@ -94,6 +94,10 @@ def _json(model: type[BaseModel], description: str) -> dict[int, Answer]:
     return {200: Answer(description, {JSON: model})}
 
 
+_TOKEN = (
+    "Only with `Authorization: Bearer TOKEN`, of the file `drain-token` in the server's state directory; without it there is no "
+    "such route."
+)
 WARNINGS_HEADER = {"X-Stepweave-Warnings": _header("A JSON list of texts, in ASCII.", pattern=r"^\[.*\]$")}
 
 
@@ -121,7 +125,7 @@ FILE_HEADERS = {
     "X-Content-Type-Options": _header("It is a picture, whatever it looks like.", required=True, const="nosniff"),
 }
 ACCEPTED_HEADERS = {
-    "Location": _header("The job.", required=True, pattern="^/v1/jobs/[0-9a-f]{32}$"),
+    "Location": _header("The job.", required=True, pattern="^(/[^/?#]+)*/v1/jobs/[0-9a-f]{32}$"),
     "Preference-Applied": _header("What `Prefer` asked for.", required=True, const="respond-async"),
 }
 JOB_HEADER = {"X-Stepweave-Job": _header("Of a stream: the job's id.", pattern="^[0-9a-f]{32}$")}
@@ -298,8 +302,11 @@ def operations(model: str | None) -> list[Operation]:
         _probe("/livez", "livez", "Is the process alive?"),
         _probe("/healthz", "healthz", "Is the process alive?"),
         _probe("/readyz", "readyz", "Does it take work?"),
-        Operation("post", "/drain", "drain", "Operation", "Take no more work, for good",
+        Operation("post", "/drain", "drain", "Operation", "Announce that the server leaves",
                   _json(bodies.Drained, "What is left."), (NotFound,), keyless=True, elsewhere=True,
-                  description="For a pod's preStop hook: served to who is on the same machine alone; to others there is no such "
-                  "route."),
+                  description="`/readyz` is 503 from now on, and new work is refused `STEPWEAVE_DRAIN_NOTICE` seconds later. "
+                  f"{_TOKEN}"),
+        Operation("delete", "/drain", "take_back_drain", "Operation", "Take a drain back",
+                  _json(bodies.Drained, "What is left."), (NotFound, Conflict), keyless=True, elsewhere=True,
+                  description=f"Until the process was told to end (409, code `terminating`). {_TOKEN}"),
     ]  # fmt: skip

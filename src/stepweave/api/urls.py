@@ -1,8 +1,9 @@
-"""Where clients reach the server, for the URLs of pictures: configured, or as the request names it if that host is trusted."""
+"""Where clients reach the server: configured, or as the request names it if that host is trusted. All URLs are made here."""
 
 from __future__ import annotations
 
 import re
+from urllib.parse import urlsplit
 
 from starlette.requests import Request
 
@@ -10,6 +11,7 @@ from stepweave.config import Settings
 from stepweave.errors import InvalidRequest, shown
 
 _HOST = re.compile(r"(?P<name>[a-z0-9_]([a-z0-9._-]{0,252})|\[[0-9a-f:.]{2,45}\])(:(?P<port>[0-9]{1,5}))?", re.ASCII)
+_PREFIX = re.compile(r"(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*){1,16}/?")  # no "..", and no "//", which begins a host
 _MAX_PORT = 65_535
 
 
@@ -21,22 +23,38 @@ def base_url(request: Request, settings: Settings) -> str:
     """
     if settings.base_url is not None:
         return settings.base_url.rstrip("/")
-    host, scheme = request.headers.get("host", ""), request.url.scheme
-    if settings.trust_forwarded:
-        # proxies append: the first is the one that the client asked for
-        host = request.headers.get("x-forwarded-host", host).partition(",")[0].strip()
-        scheme = request.headers.get("x-forwarded-proto", scheme).partition(",")[0].strip().lower()
+    host = _forwarded(request, settings, "host") or request.headers.get("host", "")
+    scheme = (_forwarded(request, settings, "proto") or request.url.scheme).lower()
     found = _HOST.fullmatch(host.lower())
     port = found["port"] if found else None
     trusted = found is not None and int(port or 0) <= _MAX_PORT and _matches(found["name"], settings.trusted_hosts)
     if not trusted or scheme not in ("http", "https"):
         raise InvalidRequest(
-            f"No URL can be made for a picture: the request names the host {shown(host)}"
+            f"No URL can be made for an image: the request names the host {shown(host)}"
             f"{'' if scheme in ('http', 'https') else f' and the scheme {shown(scheme)}'}, which is not trusted. Set "
             "STEPWEAVE_BASE_URL to where clients reach this server, or name the host in STEPWEAVE_TRUSTED_HOSTS.",
             code="no_base_url",
         )
-    return f"{scheme}://{host.lower()}"
+    return f"{scheme}://{host.lower()}{prefix(request, settings)}"
+
+
+def prefix(request: Request, settings: Settings) -> str:
+    """The path that a proxy puts before the server's own, without a slash at its end; empty for none."""
+    if settings.base_url is not None:
+        return urlsplit(settings.base_url).path.rstrip("/")
+    given = _forwarded(request, settings, "prefix")
+    return given.rstrip("/") if _PREFIX.fullmatch(given) else ""
+
+
+def reference(request: Request, settings: Settings, path: str) -> str:
+    """A reference to one of the server's paths, for who has just reached it: no host is named (RFC 3986, 4.2)."""
+    return f"{prefix(request, settings)}{path}"
+
+
+def _forwarded(request: Request, settings: Settings, name: str) -> str:
+    """What proxies say in `X-Forwarded-NAME`, if they are to be believed: the first says what the client asked for."""
+    given = request.headers.get(f"x-forwarded-{name}", "") if settings.trust_forwarded else ""
+    return given.partition(",")[0].strip()
 
 
 def _matches(name: str, patterns: str) -> bool:

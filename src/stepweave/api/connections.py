@@ -1,0 +1,256 @@
+"""The connections that uvicorn keeps: bounded in number, in how long they may send nothing, and in what they may leave unread.
+
+An app cannot see to that: uvicorn holds a connection that sends no request for ever, takes a whole image at once, holds it for as
+long as the client likes, and does not even close the connection before it has been read. Its own limits count every connection
+alike, probes too, and answer in a shape of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import logging
+import os
+import resource
+import time
+from typing import Any
+
+import h11
+import wrapt
+from uvicorn.protocols.http import auto
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from stepweave.api import disconnect
+from stepweave.errors import InvalidRequest, StepweaveError, Unavailable
+
+logger = logging.getLogger(__name__)
+
+HEAD_SECONDS = 20.0  # that a client may take for a request's head, from when it connects, or begins with the next one
+KEPT_SECONDS = (
+    75.0  # that a connection is kept between two requests: longer than proxies keep theirs, so that they close first
+)
+LINGER_SECONDS = (
+    10.0  # that a client may go on sending a body once it has its answer, on a connection that ends with it
+)
+IDLE_SECONDS = 1.0  # after which a connection without a request counts as idle
+LOOK_SECONDS = 0.25  # between two looks for idle connections, while the server leaves
+RESERVE = 64  # connections over the limit that are read, so that probes are answered and others refused in the contract's shape
+FILES = 256  # that a process opens besides connections
+FULL = "stepweave.full"  # key in the ASGI scope's state: the connection is over the limit
+FORWARDED_ALLOW_IPS = "FORWARDED_ALLOW_IPS"  # of uvicorn: from where it believes X-Forwarded-* headers
+
+
+class Connections:
+    """The open connections of one process, at most `limit`.
+
+    One that comes when there are as many takes the place of the one that has been idle for longest; if none is, it is answered
+    with 503, but for probes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = _limit(limit)
+        self._open: set[Connection] = set()
+        self._closing: asyncio.TimerHandle | None = None
+
+    def install(self) -> None:
+        """Have uvicorn serve each connection by `Connection`, and leave `X-Forwarded-*` headers to the server's own setting."""
+        auto.AutoHTTPProtocol = functools.partial(Connection, self)  # type: ignore[assignment]
+        os.environ[FORWARDED_ALLOW_IPS] = ""
+
+    def close_idle(self, wanted: bool) -> None:
+        """From now on close each connection that is idle, those that become so as well; or no longer."""
+        if self._closing is not None:
+            self._closing.cancel()
+            self._closing = None
+        if wanted:
+            self._close_idle()
+
+    def _close_idle(self) -> None:
+        for connection in [one for one in self._open if one.idle_seconds >= IDLE_SECONDS]:
+            connection.shutdown()
+        self._closing = asyncio.get_running_loop().call_later(LOOK_SECONDS, self._close_idle)
+
+    def enter(self, connection: Connection) -> StepweaveError | None:
+        """Take a connection; the reason if it is over the limit."""
+        error = None
+        if len(self._open) >= self.limit:
+            idlest = max(self._open, key=lambda one: one.idle_seconds)
+            if idlest.idle_seconds >= IDLE_SECONDS:
+                idlest.shutdown()
+                self._open.discard(idlest)
+            else:
+                message = f"{len(self._open)} connections are open; the limit is {self.limit}."
+                error = Unavailable(message, code="too_many_connections", retry_after=1)
+        self._open.add(connection)
+        return error
+
+    def leave(self, connection: Connection) -> None:
+        self._open.discard(connection)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether there are too many even to be refused one by one."""
+        return len(self._open) > self.limit + RESERVE
+
+
+class Connection(H11Protocol):
+    """One of them."""
+
+    def __init__(self, connections: Connections, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._connections = connections
+        self._waiting_since = time.monotonic()  # for a request
+        self._head_timer: asyncio.TimerHandle | None = None
+        self.lingers = False
+        self.timeout_keep_alive = int(KEPT_SECONDS)
+        self.ws_protocol_class = None  # no route speaks it
+
+    @property
+    def idle_seconds(self) -> float:
+        """For how long it has had no request and sent nothing of one."""
+        return time.monotonic() - self._waiting_since if self._waits and not self._head_begun else 0.0
+
+    @property
+    def _waits(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    @property
+    def _head_begun(self) -> bool:
+        return bool(self.conn.trailing_data[0])
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.transport = _Transport(transport, self)  # type: ignore[assignment]  # it has all of one
+        self.flow = ImpatientFlowControl(transport)
+        error = self._connections.enter(self)
+        if error is not None:
+            self.app_state = {**self.app_state, FULL: error}
+        if error is not None and self._connections.crowded:
+            self._answer(error)
+        else:
+            self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._connections.leave(self)
+        self.lingers = True  # there is nothing to close any more
+        self._stop_expecting()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.lingers:
+            return
+        if self._waits:
+            self._expect_head()
+        super().data_received(data)
+        self._look()
+
+    def on_response_complete(self) -> None:
+        self._waiting_since = time.monotonic()
+        super().on_response_complete()  # which begins with the next request, if it is there
+        self._look()
+
+    def ends_early(self) -> bool:
+        """Whether the client still sends the body of a request that has been answered."""
+        return self.conn.their_state is h11.SEND_BODY and not self.lingers and self.transport.can_write_eof()
+
+    def linger(self) -> None:
+        """Send no more, but read on: closed at once, the connection would be reset, and the client not see its answer."""
+        self.lingers = True
+        self._stop_expecting()
+        self.transport.write_eof()
+        self.flow.resume_reading()
+        self.loop.call_later(LINGER_SECONDS, self.transport.abort)
+
+    def _look(self) -> None:
+        if not self._waits:
+            self._stop_expecting()
+
+    def _expect_head(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+
+    def _stop_expecting(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def send_400_response(self, msg: str) -> None:
+        """To what is no HTTP."""
+        self._answer(InvalidRequest("What was sent is no HTTP request.", code="invalid_http"))
+
+    def _answer(self, error: StepweaveError) -> None:
+        """Answer and close, without a request that has been read."""
+        self._stop_expecting()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else another answer is under way
+            body = json.dumps(error.body()).encode()
+            headers = [
+                ("Content-Type", "application/json"),
+                ("Content-Length", str(len(body))),
+                ("Connection", "close"),
+            ]
+            if error.retry_after is not None:
+                headers.append(("Retry-After", str(error.retry_after)))
+            for event in (
+                h11.Response(status_code=error.status, headers=headers),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+
+class _Transport(wrapt.ObjectProxy[asyncio.Transport]):
+    """A connection's transport, which lingers where it closes too early."""
+
+    def __init__(self, transport: asyncio.Transport, connection: Connection) -> None:
+        super().__init__(transport)
+        self._self_connection = connection
+
+    def close(self) -> None:
+        if self._self_connection.ends_early():
+            self._self_connection.linger()
+        else:
+            self.__wrapped__.close()
+
+    def is_closing(self) -> bool:
+        return self._self_connection.lingers or bool(self.__wrapped__.is_closing())
+
+
+class ImpatientFlowControl(FlowControl):
+    """Aborts the connection once a full buffer has not been read for a while."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch()
+
+    def resume_writing(self) -> None:  # also when the connection is lost
+        super().resume_writing()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _watch(self) -> None:
+        left = self._transport.get_write_buffer_size()
+        self._timer = asyncio.get_running_loop().call_later(disconnect.STALLED_SECONDS, self._look, left)
+
+    def _look(self, before: int) -> None:
+        if before - self._transport.get_write_buffer_size() < disconnect.STALLED_BYTES:
+            self._transport.abort()
+        else:
+            self._watch()
+
+
+def _limit(wanted: int) -> int:
+    """As many connections as this process may have, having raised its own limit of open files if it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted + RESERVE + FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        if soft < needed:
+            logger.warning("STEPWEAVE_MAX_CONNECTIONS=%d: this process may open %d files only", wanted, soft)
+            return max(1, soft - RESERVE - FILES)
+    return wanted

@@ -1,0 +1,63 @@
+"""What a request asks for, whichever form its target has (RFC 9112, 3.2), and whatever proxies leave in front of it."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import unquote, urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import Scope
+
+from stepweave.errors import InvalidRequest, shown
+
+_ABSOLUTE = re.compile(r"https?://(?P<host>[^/?#@]+)(?P<path>/[^?#]*)?", re.IGNORECASE)
+
+
+def is_of_the_server(scope: Scope) -> bool:
+    """Whether the request is `OPTIONS *`, about the server as a whole."""
+    return (scope["method"], scope["path"]) == ("OPTIONS", "*")
+
+
+def to_origin_form(scope: Scope) -> None:
+    """Have the scope's path be one, and its Host that of the target. Raises InvalidRequest for a target that names no path."""
+    if scope["path"].startswith("/"):
+        return
+    target = scope.get("raw_path", b"").decode("latin-1")
+    found = _ABSOLUTE.fullmatch(target)
+    if found is None:
+        raise InvalidRequest(f"The request's target is {shown(target)}; send a path.", code="invalid_target")
+    _set_path(scope, found["path"] or "/")
+    headers = MutableHeaders(raw=list(scope["headers"]))
+    headers["Host"] = found["host"]
+    scope["headers"] = headers.raw
+
+
+def normalize_path(scope: Scope, base_url: str | None) -> None:
+    """Take the path of STEPWEAVE_BASE_URL off the request's, which some proxies leave on, and a slash off its end.
+
+    For the latter Starlette would redirect to whatever host the request names.
+    """
+    prefix = "" if base_url is None else urlsplit(base_url).path.rstrip("/")
+    raw = scope.get("raw_path", b"").decode("latin-1") or scope["path"]
+    path = raw.removeprefix(prefix) if raw == prefix or raw.startswith(f"{prefix}/") else raw
+    path = path.rstrip("/") or "/"
+    if path != raw:
+        _set_path(scope, path)
+
+
+def take_forwarded_client(scope: Scope) -> None:
+    """Have the scope's client be the one that the proxy names: the last of X-Forwarded-For, since it appends whom it sees."""
+    given = ",".join(Headers(scope=scope).getlist("x-forwarded-for")).rpartition(",")[2].strip()
+    if given:
+        scope["client"] = (given, 0)
+
+
+def has_two_lengths(scope: Scope) -> bool:
+    """Whether the length of the body is told in two ways, of which a proxy may have gone by the other (RFC 9112, 6.1)."""
+    headers = Headers(scope=scope)
+    return "content-length" in headers and "transfer-encoding" in headers
+
+
+def _set_path(scope: Scope, path: str) -> None:
+    scope["raw_path"] = path.encode("latin-1")
+    scope["path"] = unquote(path)
