@@ -113,6 +113,11 @@ class Exchange:
         await self.done()
 
     @property
+    def has_sent(self) -> bool:
+        """Whether the app has taken the body."""
+        return self._body is None
+
+    @property
     def status(self) -> int:
         return int(self.messages[0]["status"])
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from stepweave.errors import Cancelled
 
@@ -34,14 +34,6 @@ async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
                 await asyncio.wait({pending})
             if not pending.cancelled():
                 pending.exception()  # has been told of, or is of a client that has its answer
-
-
-async def read_body(request: Request) -> bytes:
-    """The request's body. Raises Cancelled if the client leaves meanwhile."""
-    try:
-        return await request.body()
-    except ClientDisconnect:
-        raise Cancelled("The client left while it sent the body.") from None
 
 
 async def disconnected(request: Request) -> None:

@@ -20,7 +20,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from stepweave import __version__
-from stepweave.api.disconnect import read_body, until_disconnect
+from stepweave.api.bodies import whole_body
+from stepweave.api.disconnect import until_disconnect
 from stepweave.api.idempotency import claim_of, generate
 from stepweave.api.responses import error_response
 from stepweave.api.schemas import ImageRequest, explain
@@ -123,9 +124,9 @@ class InferenceApi:
                 raise UnsupportedMedia(
                     f"The content type is {shown(content_type)}; send application/json or application/octet-stream."
                 )
-            body = await read_body(request)
-            # off the loop: a body may be long
-            message, images = await on_thread(None, self._read, request, body, model)
+            async with whole_body(request) as body:
+                # off the loop: a body may be long
+                message, images = await on_thread(None, self._read, request, body, model)
             outputs = _requested(message)
             asked = "\n".join(image.model_dump_json() for image in images)
             claims = [claim_of(request, asked, part=i) for i in range(len(images))]

@@ -13,7 +13,8 @@ from starlette.routing import Route
 
 from stepweave import __version__
 from stepweave.api.answers import warnings_header
-from stepweave.api.disconnect import read_body, until_disconnect
+from stepweave.api.bodies import whole_body
+from stepweave.api.disconnect import until_disconnect
 from stepweave.api.idempotency import claim_of, generate
 from stepweave.api.schemas import ImageRequest, explain, parse_off_loop, require_json
 from stepweave.api.urls import base_url, reference
@@ -76,7 +77,8 @@ class LegacyApi:
         settings = self.server.settings
         with self.server.metrics.counted():
             require_json(request.headers.get("content-type", ""))
-            body = await parse_off_loop(await read_body(request), LegacyRequest)
+            async with whole_body(request) as content:
+                body = await parse_off_loop(content, LegacyRequest)
             steps = body.num_inference_steps
             model, _ = self.server.ready()
             if body.num_images_per_prompt > model.limits.images:

@@ -24,11 +24,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from stepweave import __version__
 from stepweave.api import disconnect
 from stepweave.api.auth import authorize
+from stepweave.api.bodies import WAITING, body_turns
 from stepweave.api.connections import FULL
 from stepweave.api.cross_site import check_site
-from stepweave.api.native import EDIT, PATHS, check
+from stepweave.api.native import EDIT, PATHS, READ, check
 from stepweave.api.responses import ERROR_MARK, LEFT, REQUEST_ID, as_stepweave_error, error_response
-from stepweave.api.stand_in import stand_in
+from stepweave.api.stand_in import stand_in, stand_in_form
 from stepweave.api.targets import (
     has_two_lengths,
     is_of_the_server,
@@ -68,6 +69,7 @@ class ContractMiddleware:
     def __init__(self, app: ASGIApp, server: Server) -> None:
         self.server = server
         self.app = self._shared(app)
+        self.body_turns = body_turns()
 
     def _shared(self, app: ASGIApp) -> ASGIApp:
         """The app, for pages of the origins that are allowed too."""
@@ -85,6 +87,7 @@ class ContractMiddleware:
         scope[REQUEST_ID] = request_id
         left: list[bool] = []
         scope[LEFT] = left
+        scope[WAITING] = self.body_turns
         answer = _Answer(scope, send, request_id, self.server.leaving)
         # what is refused since its length is ambiguous ends where nobody knows
         answer.closes = FULL in scope.get("state", {}) or has_two_lengths(scope)
@@ -162,22 +165,11 @@ class ContractMiddleware:
         return JSONResponse({"stage": status.stage, "in_flight": len(self.server.tickets)})
 
     async def _checked(self, scope: Scope, receive: Receive) -> Receive:
-        """Have the body of a native API read and checked, and return a `receive` that gives it once more."""
-        messages: list[Message] = []
-
-        async def kept() -> Message:
-            message = await receive()
-            messages.append(message)
-            return message
-
-        await check(Request(scope, kept), self.server)
+        """Have the body of a native API read and checked, and return a `receive` that gives BentoML a short one instead."""
+        await check(Request(scope, receive), self.server)
         if EDIT in scope:
-            return stand_in(scope, receive)
-
-        async def again() -> Message:
-            return messages.pop(0) if messages else await receive()
-
-        return again
+            return stand_in_form(scope, receive)
+        return stand_in(scope, receive, "application/json", scope[READ].model_dump_json(exclude_unset=True).encode())
 
 
 def _not_allowed(scope: Scope, use: str, allow: str) -> JSONResponse:

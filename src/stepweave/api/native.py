@@ -12,7 +12,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stepweave.api.answers import picture_answer
-from stepweave.api.disconnect import read_body, until_disconnect
+from stepweave.api.bodies import whole_body
+from stepweave.api.disconnect import until_disconnect
 from stepweave.api.events import EventStream, events, request_id
 from stepweave.api.forms import check_place, read_form, read_pictures
 from stepweave.api.idempotency import claim_of, start
@@ -30,6 +31,7 @@ from stepweave.api.schemas import (
 from stepweave.server import Server
 from stepweave.ticket import Ticket
 
+READ = "stepweave.read"  # key in the ASGI scope: the body of any other
 EDIT = "stepweave.edit"  # key in the ASGI scope: the edit's fields and pictures, and a digest of their files
 SCHEMAS: dict[str, type[ImageRequest]] = {"/generate": ImageRequest, "/generate_stream": StreamRequest}
 PATHS = (*SCHEMAS, "/edit")
@@ -89,22 +91,24 @@ async def edit(request: Request, server: Server) -> Response:
 async def check(request: Request, server: Server) -> None:
     """Read and check the body of a native API before BentoML does, which tells no value and no limit, and fetches URLs.
 
-    An edit's stays in the scope.
+    What was read stays in the scope.
     """
     content_type = request.headers.get("content-type", "")
     if request.url.path != "/edit":
         require_json(content_type)
-        await parse_off_loop(await read_body(request), SCHEMAS[request.url.path])
+        async with whole_body(request) as content:
+            body = await parse_off_loop(content, SCHEMAS[request.url.path])
+        request.scope[READ] = body
         server.ready()
         claim_of(request, "")  # raises if its key is none
         return
     require_form(content_type)
     joining = await check_place(request, server)
     texts, files = await read_form(request)
-    body = parse_form(
+    edit = parse_form(
         {name: text for name, given in texts.items() if (text := _text(given)) is not None}, NativeEditRequest
     )
-    request.scope[EDIT] = body, *await read_pictures(files, server, joining=joining)
+    request.scope[EDIT] = edit, *await read_pictures(files, server, joining=joining)
 
 
 def _text(given: str) -> str | None:

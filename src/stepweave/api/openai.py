@@ -15,7 +15,8 @@ from stepweave.api.answers import (
     wants_stream,
     wants_to_come_back,
 )
-from stepweave.api.disconnect import read_body, until_disconnect
+from stepweave.api.bodies import whole_body
+from stepweave.api.disconnect import until_disconnect
 from stepweave.api.events import EventStream, events, request_id
 from stepweave.api.forms import check_place, read_form, read_pictures
 from stepweave.api.idempotency import claim_of, generate, start
@@ -50,7 +51,8 @@ class OpenAI:
     async def generations(self, request: Request) -> Response:
         with self.server.metrics.counted():
             require_json(request.headers.get("content-type", ""))
-            body = await parse_off_loop(await read_body(request), GenerationRequest)
+            async with whole_body(request) as content:
+                body = await parse_off_loop(content, GenerationRequest)
         return await self._answer(request, body, None, b"")
 
     async def edits(self, request: Request) -> Response:

@@ -1,6 +1,6 @@
-"""A small form in place of an edit's, for BentoML.
+"""A short body in place of a native API's own, for BentoML.
 
-By then the edit's own has been read. BentoML would decode its pictures once more, by the types that the client declares, and
+By then the own one has been read. BentoML would decode an edit's images once more, by the types that the client declares, and
 answer 500 for an `image/jpg`, which is none, or a PNG that is called WebP.
 """
 
@@ -30,11 +30,16 @@ def _form() -> bytes:
     )
 
 
-def stand_in(scope: Scope, receive: Receive) -> Receive:
-    """A `receive` that gives the small form, then what `receive` has; the scope's headers change to its own."""
+def stand_in_form(scope: Scope, receive: Receive) -> Receive:
+    """As `stand_in`, with a form of a prompt and an image of one pixel."""
+    return stand_in(scope, receive, f"multipart/form-data; boundary={BOUNDARY}", _form())
+
+
+def stand_in(scope: Scope, receive: Receive, content_type: str, body: bytes) -> Receive:
+    """A `receive` that gives the body, then what `receive` has; the scope's headers change to its own."""
     headers = MutableHeaders(raw=list(scope["headers"]))
-    headers["Content-Type"] = f"multipart/form-data; boundary={BOUNDARY}"
-    headers["Content-Length"] = str(len(_form()))
+    headers["Content-Type"] = content_type
+    headers["Content-Length"] = str(len(body))
     del headers["Transfer-Encoding"]
     scope["headers"] = headers.raw
     given = False
@@ -44,6 +49,6 @@ def stand_in(scope: Scope, receive: Receive) -> Receive:
         if given:
             return await receive()
         given = True
-        return {"type": "http.request", "body": _form(), "more_body": False}
+        return {"type": "http.request", "body": body, "more_body": False}
 
     return again
