@@ -139,9 +139,11 @@ def kill_tree(process: subprocess.Popen[Any]) -> None:
 
 
 @contextlib.contextmanager
-def serve(log: Path, target: str = "service.py", directory: Path = ROOT, **settings: str) -> Iterator[Served]:
-    """Run `bentoml serve` as a user does; killed at the end if it is still there."""
-    port = free_port()
+def serve(
+    log: Path, target: str = "service.py", directory: Path = ROOT, port: int | None = None, **settings: str
+) -> Iterator[Served]:
+    """Run `bentoml serve` as a user does, on a free port; killed at the end if it is still there."""
+    port = port or free_port()
     command = [str(Path(sys.executable).with_name("bentoml")), "serve", target, "--port", str(port)]
     with log.open("wb") as output:
         process = subprocess.Popen(
