@@ -7,6 +7,7 @@ import contextlib
 import io
 import itertools
 import queue
+import sys
 import threading
 import time
 from collections import Counter
@@ -209,6 +210,6 @@ def test_a_rolling_update_loses_nothing(through: str, exits: contextlib.ExitStac
         deadline = time.monotonic() + 600
         while clients.sent < REQUESTS and time.monotonic() < deadline:
             time.sleep(0.2)
-    print(f"{through}: {clients.sent} requests at {rate:.2f} a second, sent at most {clients.late:.1f} s late")
+    sys.stdout.write(f"{through}: {clients.sent} requests, {rate:.2f} a second, at most {clients.late:.1f} s late\n")
     assert not clients.lost, f"{len(clients.lost)} of {clients.sent} lost: {clients.lost[:5]}"
     assert clients.sent >= REQUESTS
