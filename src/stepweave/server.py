@@ -20,6 +20,7 @@ from stepweave.errors import (
     shown,
 )
 from stepweave.generation import Parameters, Sources
+from stepweave.images.decoders import Decoders
 from stepweave.images.encode import check_file
 from stepweave.jobs import Jobs
 from stepweave.reasons import reason_of
@@ -93,6 +94,7 @@ class Server:
         # apart: they must not hold up pictures
         self._drawers = DaemonExecutor(1, "stepweave-preview", self._use_device)
         self._closers = DaemonExecutor(2, "stepweave-close")
+        self.decoders = Decoders(settings.max_pixels)
         self._ending_at: float | None = None  # when what is left is told to end, in seconds of the monotonic clock
         self._loader = threading.Thread(target=self._load, name="stepweave-load", daemon=True)
 
@@ -171,6 +173,7 @@ class Server:
             return max(0.0, until - time.monotonic())
 
         self.status = Status("closed", 0.0, "the server has shut down")
+        self.decoders.close()
         if self.engine is not None:
             self.engine.close(left())
         if not self._drawers.end(left(), cancel_futures=True) or not self._encoders.end(left()):
