@@ -25,7 +25,7 @@ from stepweave import __version__
 from stepweave.api import disconnect
 from stepweave.api.auth import authorize
 from stepweave.api.cross_site import check_site
-from stepweave.api.native import EDIT, PATHS, check
+from stepweave.api.native import EDIT, PATHS, check, let_go
 from stepweave.api.responses import ERROR_MARK, LEFT, REQUEST_ID, as_stepweave_error, error_response
 from stepweave.api.stand_in import stand_in
 from stepweave.errors import BodyTooLarge, Cancelled, MethodNotAllowed, NotFound, RequestError, StepweaveError
@@ -91,6 +91,7 @@ class ContractMiddleware:
             if not answer.started:
                 await answer_with(scope, receive, answer)
         finally:
+            let_go(scope)
             if scope["path"] not in UNLOGGED:
                 status = 499 if left else answer.status
                 milliseconds = 1000 * (time.monotonic() - began)
