@@ -150,6 +150,7 @@ USUAL = {
     "tables and data": JPEG[:2] + b"\xff\xe2\xff\xff" + bytes(0xFFFF - 2) + JPEG[2:],
     "scans in a thumbnail and after the end": JPEG[:2] + b"\xff\xe1\x04\x00" + b"\xff\xda" * 511 + JPEG[2:] + b"\xff\xda" * 999,
     "restarts": file_of(noise(), "JPEG", restart_marker_blocks=1),
+    "fill bytes": JPEG[:-2] + b"\xff" * 2_000_000 + b"\xff\xd9",
     "many parts of data": png_with(chunk(b"IDAT", b"")),
     "text": png_with(*[chunk(b"tEXt", b"a\0b")] * 100),
     "webp with exif": file_of(noise(), "WEBP", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0"),

@@ -21,7 +21,7 @@ MAX_COMPRESSED_CHUNKS = 64  # of a PNG beside its data, each of which Pillow dec
 MAX_EXIF_BYTES = 1 << 18
 CODE = "image_too_complex"
 
-_MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")  # but restarts and stuffed bytes, which are within a scan
+_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # but restarts and stuffed bytes, which are within a scan
 _SOF = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _SOS, _SOI, _EOI, _APP1 = 0xDA, 0xD8, 0xD9, 0xE1
 _ALONE = {*range(0x01, 0xC0), _SOI}  # markers without a length
