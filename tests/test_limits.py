@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -22,17 +24,20 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from stepweave.api import disconnect, forms, native, schemas, tensors
+from stepweave.api import disconnect, native, schemas, tensors
 from stepweave.api.connections import Connection, Connections
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.events import _partial, events
+from stepweave.api.http import Api
 from stepweave.api.middleware import ContractMiddleware
 from stepweave.api.schemas import ImageRequest, StreamRequest
 from stepweave.errors import BodyTooLarge
+from stepweave.images import decoders
 from stepweave.partials import Partial
+from stepweave.scheduling.admission import Admission
 from stepweave.server import Server
 from stepweave.store import DirectoryFileStore
-from tests.asgi import GENERATIONS, serving
+from tests.asgi import GENERATIONS, App, serving
 from tests.fake import FakePipeline
 from tests.waiting import SECONDS
 
@@ -343,7 +348,7 @@ async def test_few_pictures_are_decoded_at_a_time_and_none_for_which_there_is_no
     running, most, decoded = 0, 0, 0
     go, lock = threading.Semaphore(0), threading.Lock()
 
-    def read(*args: Any, real: Any = forms.read_sources, **options: Any) -> Any:
+    def decode(*args: Any, real: Any = decoders._Process.decode) -> Any:
         nonlocal running, most, decoded
         with lock:
             running, decoded = running + 1, decoded + 1
@@ -351,24 +356,147 @@ async def test_few_pictures_are_decoded_at_a_time_and_none_for_which_there_is_no
         assert go.acquire(timeout=SECONDS)
         with lock:
             running -= 1
-        return real(*args, **options)
+        return real(*args)
 
-    async with serving(FakePipeline(edits=True), max_queue=1) as app:
+    async with serving(FakePipeline(edits=True), max_queue=3) as app:
         app.record.gated = True
-        with patch.object(forms, "read_sources", read):
+        with patch.object(decoders._Process, "decode", decode):
             sent = [app.send("POST", EDITS, form(png()), FORM) for _ in range(8)]
             await app.until(lambda: decoded == 2)
+            await app.until(lambda: sum(one.task.done() for one in sent) == 4)  # refused before they are read
             await asyncio.sleep(0.05)
             assert (decoded, most) == (2, 2)
             await asyncio.wait_for(asyncio.to_thread(lambda: None), SECONDS)  # threads are left for others
-            go.release(2)
-            await app.until(lambda: len(app.server.tickets) == 2)
-            go.release(2)  # those that were begun while there was a place yet
-            await app.until(lambda: sum(one.task.done() for one in sent) >= 6)
+            go.release(4)
+            await app.until(lambda: len(app.server.tickets) == 4)
         app.record.release.set()
         statuses = sorted([(await one.done()).status for one in sent])
-        assert statuses == [200, 200, *[429] * 6]
-        assert decoded <= 4 and most == 2
+        assert statuses == [*[200] * 4, *[429] * 4]
+        assert (decoded, most) == (4, 2)
+
+
+BOTH = (EDITS, "/edit")
+
+
+def natively(app: App) -> None:
+    app.asgi = ContractMiddleware(Native(app.server), app.server)  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("path", BOTH)
+async def test_of_two_edits_for_the_last_place_one_is_read(path: str) -> None:
+    async with serving(FakePipeline(edits=True), max_queue=0) as app:
+        if path == "/edit":
+            natively(app)
+        first = app.send("POST", path, None, {**FORM, "Content-Length": "9999999"})
+        await app.until(lambda: admission_of(app).in_flight == 1)
+        second = await app.send("POST", path, None, {**FORM, "Content-Length": "9999999"}).done()
+        assert (second.status, second.error["code"]) == (429, "queue_full")
+        assert not first.messages
+        await first.leave()
+        assert admission_of(app).in_flight == 0
+
+
+def admission_of(app: App) -> Admission:
+    assert app.server._admission is not None
+    return app.server._admission
+
+
+@pytest.mark.parametrize("path", BOTH)
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (form(b"no image"), 400),
+        (form(png(), size="no size"), 400),
+        (form(png(), num_inference_steps=10**6), 400),
+        (b"no form", 400),
+        (b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na\r\n--x--\r\n', 400),
+    ],
+)
+async def test_the_place_of_an_edit_that_is_wrong_comes_back(path: str, body: bytes, status: int) -> None:
+    async with serving(FakePipeline(edits=True), max_queue=0) as app:
+        if path == "/edit":
+            natively(app)
+        for _ in range(3):
+            assert (await app.send("POST", path, body, FORM).done()).status == status
+            assert admission_of(app).in_flight == 0
+        assert (await app.send("POST", path, form(png()), FORM).done()).status == 200
+
+
+@pytest.mark.parametrize("path", BOTH)
+async def test_the_place_of_an_edit_comes_back_where_it_never_gets_to_its_handler(path: str) -> None:
+    async def fails(scope: Any, receive: Any, send: Any) -> None:
+        raise ZeroDivisionError
+
+    async with serving(FakePipeline(edits=True), max_queue=0) as app:
+        app.asgi = ContractMiddleware(fails, app.server)  # type: ignore[assignment]
+        for _ in range(3):
+            assert (await app.send("POST", path, form(png()), FORM).done()).status == 500
+            assert admission_of(app).in_flight == 0
+
+
+@pytest.mark.parametrize("path", BOTH)
+async def test_a_client_that_leaves_ends_the_decoding_of_its_edit(path: str) -> None:
+    async with serving(FakePipeline(edits=True), max_queue=0) as app:
+        if path == "/edit":
+            natively(app)
+        assert (await app.send("POST", path, form(png()), FORM).done()).status == 200
+        (process,) = app.server.decoders._all
+        os.kill(process._process.pid, signal.SIGSTOP)
+        sent = app.send("POST", path, form(png()), FORM)
+        await app.until(lambda: not app.server.decoders._idle)
+        await sent.leave()
+        assert admission_of(app).in_flight == 0
+        await app.until(lambda: not process.alive)
+        assert (await app.send("POST", path, form(png()), FORM).done()).status == 200
+
+
+async def test_edits_of_one_new_key_hold_one_place_between_them() -> None:
+    async with serving(FakePipeline(edits=True), max_queue=2) as app:
+        app.record.gated = True
+        headers = {**FORM, "Idempotency-Key": "a"}
+        sent = [app.send("POST", EDITS, form(png()), headers) for _ in range(3)]
+        await app.until(lambda: len(app.server.tickets) == 1 and admission_of(app).in_flight == 1)
+        app.record.release.set()
+        assert len({str((await one.done()).json()["data"]) for one in sent}) == 1
+
+
+async def test_an_edit_that_was_refused_unread_is_promised_a_place() -> None:
+    async with serving(FakePipeline(edits=True), max_queue=1) as app:
+        app.record.gated = True
+        sent = [app.send("POST", EDITS, form(png(), seed=seed), FORM) for seed in range(2)]
+        await app.until(lambda: len(app.server.tickets) == 2)
+        mine = {**FORM, "Content-Length": str(len(form(png())))}
+        refused = await app.send("POST", EDITS, form(png()), mine, "1.2.3.4").done()
+        assert refused.status == 429
+        admission = admission_of(app)
+        now = admission._clock() + int(refused.headers["Retry-After"])
+        with patch.object(admission, "_clock", lambda: now):
+            admission._taken -= 1  # one has left
+            for client in ("5.6.7.8", "1.2.3.40"):
+                assert (await app.send("POST", EDITS, form(png()), mine, client).done()).status == 429
+            edit = app.send("POST", EDITS, form(png()), mine, "1.2.3.4")
+            await app.until(lambda: len(app.server.tickets) == 3)
+        admission._taken += 1
+        app.record.release.set()
+        assert [(await one.done()).status for one in [*sent, edit]] == [200] * 3
+
+
+async def test_equal_requests_of_two_addresses_do_not_share_a_promise() -> None:
+    async with serving(max_queue=1) as app:
+        app.record.gated = True
+        sent = [app.post() for _ in range(2)]
+        await app.until(lambda: len(app.server.tickets) == 2)
+        for path, body in KEYED.items():
+            if body[2] == JSON:
+                for client in ("1.1.1.1", "2.2.2.2"):
+                    app.asgi = ContractMiddleware(
+                        Native(app.server) if path in native.PATHS else Api(app.server).app(), app.server
+                    )  # type: ignore[assignment]
+                    assert (await app.send("POST", path, body[0], JSON, client).done()).status == 429
+        clients = {one.client for one in admission_of(app)._promised}
+        assert clients == {("address", "1.1.1.1"), ("address", "2.2.2.2")}
+        app.record.release.set()
+        assert [(await one.done()).status for one in sent] == [200] * 2
 
 
 # --- idempotency keys ---

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from stepweave.config import Settings
@@ -21,10 +22,11 @@ from stepweave.errors import (
     shown,
 )
 from stepweave.generation import Parameters, Sources
+from stepweave.images.decoders import Decoders
 from stepweave.images.encode import check_file
 from stepweave.jobs import Jobs
 from stepweave.reasons import reason_of
-from stepweave.scheduling.admission import Admission
+from stepweave.scheduling.admission import Admission, Outlook, Reservation
 from stepweave.telemetry.metrics import Metrics
 from stepweave.threads import DaemonExecutor, on_thread
 from stepweave.ticket import Means, Ticket
@@ -96,6 +98,7 @@ class Server:
         # apart: they must not hold up pictures
         self._drawers = DaemonExecutor(1, "stepweave-preview", self._use_device)
         self._closers = DaemonExecutor(2, "stepweave-close")
+        self.decoders = Decoders(settings.max_pixels)
         self._loader = threading.Thread(target=self._load, name="stepweave-load", daemon=True)
 
     def start(self) -> None:
@@ -187,6 +190,7 @@ class Server:
             return max(0.0, until - time.monotonic())
 
         self.status = Status("closed", 0.0, "the server has shut down")
+        self.decoders.close()
         if self.engine is not None:
             self.engine.close(left())
         if not self._drawers.end(left(), cancel_futures=True) or not self._encoders.end(left()):
@@ -333,16 +337,21 @@ class Server:
         sources: Sources | None = None,
         previews: int = 0,
         warnings: Sequence[str] = (),
+        client: Hashable = None,
+        reservation: Reservation | None = None,
     ) -> Ticket:
         """Let a request in, and have the engine begin with it.
 
         `sources` and `strength` are an edit's. `previews` are as many as are wanted on the way; `warnings` go before those that
-        come with the prompts. Raises Unavailable, NotFound if `model` is given and not the one served, Refused if admission does
+        come with the prompts. `client` is who asks, to whom a place is promised if there is none; `reservation` what it has
+        reserved. Raises Unavailable, NotFound if `model` is given and not the one served, Refused if admission does
         not let it in, and what `ServedModel.resolve` raises.
         """
         with self.metrics.counted():
             began = time.monotonic()
             served, _ = self.ready()
+            admission = self._admission
+            assert admission is not None
             if model is not None:
                 self.named(model, param="model")
             parameters = served.resolve(
@@ -370,22 +379,26 @@ class Server:
                 await on_thread(None, _prepare, served, parameters) if edit else _prepare(served, parameters)
             )
             token = hash((request.model_dump_json(), n, strength, pictures))
-            ticket = self._enter_engine(request, parameters, call, token, previews, began)
+            enter = partial(admission.enter, token, client=client, reservation=reservation)
+            ticket = self._enter_engine(request, parameters, call, enter, previews, began)
         ticket.warnings.extend(warnings)
         return ticket
 
-    def check_place(self) -> None:
-        """Raise what `accept` would if there is no place at all, before anything costly is done. Takes none."""
+    def reserve(self, token: Hashable, client: Hashable) -> Reservation:
+        """A place for a request of `client`, before its body is read; `token` tells it from others, as far as is known then.
+
+        Raises what `accept` would if there is no place.
+        """
         self.ready()
         assert self._admission is not None
-        self._admission.check()
+        return self._admission.reserve(token, client)
 
     def _enter_engine(
         self,
         request: ImageRequest,
         parameters: Parameters,
         call: dict[str, Any],
-        token: Hashable,
+        enter: Callable[..., Outlook | None],
         previews: int,
         began: float,
     ) -> Ticket:
@@ -408,7 +421,7 @@ class Server:
         ticket = Ticket(request, parameters, means, previews)
         deadline = None if request.deadline_ms is None else request.deadline_ms / 1000
         options: dict[str, Any] = {"priority": request.priority, "reproducible": parameters.reproducible}
-        expected = admission.enter(token, lambda: engine.outlook(**call, **options, deadline=deadline), deadline)
+        expected = enter(outlook=lambda: engine.outlook(**call, **options, deadline=deadline), deadline=deadline)
         due = None if expected is None else time.monotonic() + expected.finish
         try:
             left = None if deadline is None else max(1e-3, deadline - (time.monotonic() - began))

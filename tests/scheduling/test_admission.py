@@ -8,12 +8,21 @@ from collections.abc import Hashable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from stepweave.errors import Refused
 from stepweave.scheduling import admission
-from stepweave.scheduling.admission import GRACE, REASONS, UNKNOWN_SECONDS, Admission, Outlook
+from stepweave.scheduling.admission import (
+    GRACE,
+    NEW_PROMISES,
+    REASONS,
+    RESERVED_SECONDS,
+    UNKNOWN_SECONDS,
+    Admission,
+    Outlook,
+    Reservation,
+)
 
 
 class Door:
@@ -24,11 +33,16 @@ class Door:
         self.admission = Admission(limit, lambda: self.drain, max_wait=max_wait, clock=lambda: self.now)
 
     def comes(
-        self, token: Hashable = None, outlook: Outlook | None = None, deadline: float | None = None
+        self,
+        token: Hashable = None,
+        outlook: Outlook | None = None,
+        deadline: float | None = None,
+        client: Hashable = None,
+        reservation: Reservation | None = None,
     ) -> float | None:
         """None if let in, else the Retry-After."""
         try:
-            self.admission.enter(token, lambda: outlook, deadline)
+            self.admission.enter(token, lambda: outlook, deadline, client=client, reservation=reservation)
         except Refused as refused:
             assert refused.retry_after is not None
             return refused.retry_after
@@ -305,10 +319,171 @@ def test_of_two_that_were_promised_places_the_first_is_not_kept_out_by_the_secon
     assert door.comes("a") is None
 
 
+@pytest.mark.parametrize("clients", [1, 30, 1000])
+@pytest.mark.parametrize("limit", [1, 2, 16, 65])
+def test_refusals_of_clients_that_do_not_come_back_hardly_put_off_others(limit: int, clients: int) -> None:
+    """A thousand in a second, and a place a second is free."""
+    door = Door(limit, max_wait=600.0)
+    for number in range(limit):
+        assert door.comes(number) is None
+    door.drain = float(limit)
+    for number in range(1000):
+        assert door.comes(number, client=("elsewhere", number % clients)) is not None
+        door.now += 0.001
+    told = door.comes("mine", client="honest")
+    assert told is not None and told <= NEW_PROMISES + 1
+    waited = 0.0
+    while told is not None:
+        for _ in range(int(told)):
+            door.now += 1
+            door.leaves()
+            if told := door.comes("mine", client="honest") if _ == int(told) - 1 else told:
+                fresh(door)
+        waited += 1
+        assert waited < 2 * NEW_PROMISES
+    assert door.admission.in_flight <= limit
+
+
+def test_clients_that_do_come_back_are_promised_places_as_late_as_these_become_free() -> None:
+    """A crowd that is refused at once, each of which comes when told: all get in, and nobody much later than in turn."""
+    door, crowd = Door(4, max_wait=600.0), 60
+    for _ in range(4):
+        door.comes()
+    door.drain = 4.0
+    start = door.now
+    due = {client: door.now + (door.comes("equal", client=client) or 0.0) for client in range(crowd)}
+    asked = crowd
+    while due:
+        door.now += 1
+        door.leaves()
+        for client in [one for one, at in due.items() if at <= door.now]:
+            asked += 1
+            told = door.comes("equal", client=client)
+            if told is None:
+                del due[client]
+            else:
+                due[client] = door.now + told
+    assert door.now - start <= crowd + 2 * NEW_PROMISES
+    assert asked <= 4 * crowd
+
+
+def test_equal_requests_of_two_clients_do_not_share_a_promise() -> None:
+    door = Door(2, drain=20.0)
+    door.comes(), door.comes()
+    assert door.comes("a", client="first") == 10
+    door.now += 10
+    door.leaves()
+    assert door.comes("a", client="second") is not None
+    assert door.comes("a", client="first") is None
+
+
+@pytest.mark.parametrize(
+    ("outlook", "deadline"), [(Outlook(9.0, 1.0), 2.0), (Outlook(45.0, 1.0), None), (Outlook(3.0, 1.0, False), None)]
+)
+def test_who_comes_as_told_and_is_refused_for_another_reason_keeps_its_place(
+    outlook: Outlook, deadline: float | None
+) -> None:
+    door = Door(2, drain=20.0, max_wait=40.0)
+    door.comes(), door.comes()
+    assert door.comes("a", client="told") == 10
+    door.now += 10
+    door.leaves()
+    again = door.comes("a", outlook, deadline, client="told")
+    assert again is not None
+    door.now += again
+    assert door.comes("b", client="another") is not None
+    assert door.comes("a", client="told") is None
+
+
+def test_no_place_is_kept_for_a_deadline_that_can_never_be_met() -> None:
+    door = Door(2, drain=20.0)
+    door.comes(), door.comes()
+    assert door.comes("a") == 10
+    door.now += 10
+    door.leaves()
+    hopeless = door.comes("a", Outlook(9.0, 5.0), 2.0)
+    assert hopeless is not None
+    door.now += hopeless
+    assert fresh(door) is None
+
+
+# Reservations
+
+
+def test_of_two_that_want_the_last_place_one_reserves_it() -> None:
+    door = Door(2)
+    door.comes()
+    place = door.admission.reserve()
+    with pytest.raises(Refused):
+        door.admission.reserve()
+    assert door.comes() is not None
+    assert door.comes("x", reservation=place) is None
+    assert door.admission.in_flight == 2
+    place.release()
+    assert door.admission.in_flight == 2, "it is the request's now"
+
+
+@pytest.mark.parametrize("outlook", [Outlook(9.0, 1.0), None])
+def test_a_reserved_place_comes_back_however_the_request_ends(outlook: Outlook | None) -> None:
+    door = Door(2)
+    with door.admission.reserve() as place:
+        if outlook is not None:
+            assert door.comes("x", outlook, 2.0, reservation=place) is not None
+    place.release()
+    assert door.admission.in_flight == 0
+    with pytest.raises(ZeroDivisionError), door.admission.reserve():
+        raise ZeroDivisionError
+    assert door.admission.in_flight == 0
+    assert door.comes("x", reservation=place) is None, "one that was released is none"
+    assert door.admission.in_flight == 1
+
+
+def test_a_reserved_place_is_promised_and_kept_as_any() -> None:
+    door = Door(1, drain=10.0)
+    door.comes()
+    with pytest.raises(Refused):
+        door.admission.reserve("an edit", "mine")
+    door.now += 10
+    with pytest.raises(Refused):
+        door.admission.reserve("an edit", "another's")
+    door.leaves()
+    door.comes()  # the idle server lets in anybody
+    with pytest.raises(Refused):
+        door.admission.reserve("an edit", "mine")
+    assert [one.returning for one in door.admission._promised] == [False, True]
+    door.now += 10
+    door.leaves()
+    place = door.admission.reserve("an edit", "mine")
+    refused = door.comes("x", Outlook(19.0, 1.0), 2.0, reservation=place)
+    assert refused == 17
+    last = door.admission._promised[-1]
+    assert (last.client, last.due, last.returning) == ("mine", door.now + 17, True)
+
+
+def test_a_place_that_is_reserved_for_too_long_is_free_for_others() -> None:
+    """A client must not hold one by sending slowly."""
+    door = Door(1)
+    place = door.admission.reserve()
+    door.now += RESERVED_SECONDS - 1
+    assert door.comes() is not None
+    door.now += 1
+    assert door.comes() is None
+    with pytest.raises(Refused):
+        place.settle()
+    assert door.comes("x", reservation=place) is not None
+    door.leaves()
+    place.settle()
+    door.now += 10 * RESERVED_SECONDS
+    assert door.comes() is not None
+    assert door.comes("x", reservation=place) is None
+    assert door.admission.in_flight == 1
+
+
 CLIENTS = 12  # more than there are places
 
 
 @given(st.integers(1, 5), st.floats(0.1, 30.0), st.lists(st.sampled_from(("due", "leaves", "comes")), max_size=40))
+@example(2, 0.5, ["comes"] * 3 + ["due"] * 2 + ["comes", "due", "comes"] + ["due"] * 4 + ["leaves", "due"])
 def test_whoever_was_promised_the_first_place_gets_it(limit: int, interval: float, events: list[str]) -> None:
     """Clients come when they were told to, and find a place if one is free and nobody's turn is before theirs."""
     door = Door(limit)
@@ -320,7 +495,8 @@ def test_whoever_was_promised_the_first_place_gets_it(limit: int, interval: floa
         if event == "leaves" and door.admission.in_flight:
             door.leaves()
         elif event == "due" and due:
-            client = min(due, key=lambda one: due[one])
+            # not the first that was told so: what clients are told is rounded up
+            client = next(one.token for one in door.admission._promised if one.token in due)
             door.now = max(door.now, due.pop(client))
             free = door.admission.in_flight < limit
             wait = door.comes(client)

@@ -29,6 +29,14 @@ def authorize(scope: Scope, keys: Sequence[str]) -> None:
     scope[OWNER] = hashlib.sha256(key).hexdigest()[:32]
 
 
+def client_of(request: Request) -> tuple[str, str]:
+    """Who asks, as far as the server can tell: the owner of the request's key, without keys its address."""
+    owner = owner_of(request)
+    if owner is not None:
+        return "key", owner
+    return "address", request.client.host if request.client is not None else ""
+
+
 def owner_of(request: Request) -> str | None:
     """A digest of the request's key; None without keys."""
     owner: str | None = request.scope.get(OWNER)

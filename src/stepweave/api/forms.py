@@ -10,19 +10,19 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect, Request
 
+from stepweave.api.auth import client_of
+from stepweave.api.disconnect import until_disconnect
 from stepweave.api.idempotency import joins
 from stepweave.errors import Cancelled, InvalidRequest, shown
 from stepweave.generation import Sources
-from stepweave.images.uploads import read_sources
+from stepweave.scheduling.admission import Reservation
 from stepweave.server import Server
-from stepweave.threads import DaemonExecutor, on_thread
+from stepweave.threads import on_thread
 
 PICTURES = ("image", "mask")
-READERS = 2  # threads that decode pictures
 MAX_FIELDS = 64
 MAX_FIELD_BYTES = 64 * 1024
 CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")
-_readers = DaemonExecutor(READERS, "stepweave-upload")
 
 
 async def read_form(request: Request, files: Sequence[str] = PICTURES) -> tuple[dict[str, str], dict[str, bytes]]:
@@ -62,27 +62,31 @@ def _check_charset(content_type: str) -> None:
         raise InvalidRequest(f"The form's charset is {shown(charset)}; send utf-8.", code="invalid_form")
 
 
-async def check_place(request: Request, server: Server) -> bool:
-    """Refuse an edit before its pictures are read if admission has no place for it; whether it may join a job instead."""
-    joining = await joins(request, server)
-    if not joining:
-        server.check_place()
-    return joining
+async def reserve(request: Request, server: Server) -> Reservation:
+    """A place for an edit, before its body is read. One that may join a job by its key has none.
+
+    Raises Refused if there is no place; one is promised to a request of the same client, key and length.
+    """
+    if await joins(request, server):
+        return Reservation()
+    told = tuple(request.headers.get(name) for name in ("content-length", "idempotency-key"))
+    return server.reserve((request.url.path, *told), client_of(request))
 
 
-async def read_pictures(files: Mapping[str, bytes], server: Server, *, joining: bool) -> tuple[Sources, bytes]:
-    """An edit's pictures, and a digest of their files.
+async def read_pictures(
+    request: Request, files: Mapping[str, bytes], server: Server, place: Reservation
+) -> tuple[Sources, bytes]:
+    """An edit's images, and a digest of their files. The request's body must have been read.
 
-    A few at a time; those that wait have not been decoded, and are refused if by then there is no place for them. Raises
-    InvalidRequest naming the one that is missing, or cannot be read.
+    A few are decoded at a time, in processes of their own that end if the client leaves. Raises InvalidRequest naming the one
+    that is missing, or cannot be read; Refused if the place has lapsed while the body was sent; Cancelled if the client leaves.
     """
     if "image" not in files:
         raise InvalidRequest("image is missing: send it as a file of the form.", code="missing_field", param="image")
+    place.settle()
+    sources = await until_disconnect(request, server.decoders.read_sources(files["image"], files.get("mask")))
+    return sources, await on_thread(None, _digest, files)
 
-    def read() -> tuple[Sources, bytes]:
-        if not joining:
-            server.check_place()
-        sources = read_sources(files["image"], files.get("mask"), max_pixels=server.settings.max_pixels)
-        return sources, b"".join(hashlib.sha256(files.get(name, b"")).digest() for name in PICTURES)
 
-    return await on_thread(_readers, read)
+def _digest(files: Mapping[str, bytes]) -> bytes:
+    return b"".join(hashlib.sha256(files.get(name, b"")).digest() for name in PICTURES)

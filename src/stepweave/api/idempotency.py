@@ -11,6 +11,7 @@ from stepweave.api.auth import owner_of
 from stepweave.errors import Conflict, InvalidRequest, shown
 from stepweave.generation import Answer
 from stepweave.jobs import Claim, Followed
+from stepweave.scheduling.admission import Reservation
 from stepweave.server import Server
 from stepweave.telemetry.metrics import outcome_of
 from stepweave.ticket import Ticket
@@ -28,20 +29,37 @@ def claim_of(request: Request, asked: str, digest: bytes = b"", part: int | None
 
 
 async def start(
-    server: Server, claim: Claim, accept: Callable[[], Awaitable[Ticket]], *, detached: bool = False
+    server: Server,
+    claim: Claim,
+    accept: Callable[[], Awaitable[Ticket]],
+    *,
+    detached: bool = False,
+    reservation: Reservation | None = None,
 ) -> Followed:
-    """As `Jobs.start`; a Conflict is counted, as `accept` counts all else."""
+    """As `Jobs.start`; a Conflict is counted, as `accept` counts all else.
+
+    A request that joins another needs no place, and gives back what it has reserved.
+    """
     assert server.jobs is not None
     try:
         return await server.jobs.start(claim, accept, detached=detached)
     except Conflict as error:
         server.metrics.requests.labels(outcome_of(error)).inc()
         raise
+    finally:
+        if reservation is not None:
+            reservation.release()
 
 
-async def generate(server: Server, claim: Claim, accept: Callable[[], Awaitable[Ticket]]) -> Answer:
+async def generate(
+    server: Server,
+    claim: Claim,
+    accept: Callable[[], Awaitable[Ticket]],
+    *,
+    reservation: Reservation | None = None,
+) -> Answer:
     """Start a request or join the first of its key, and wait for its pictures. Cancelling the awaiting task lets go of it."""
-    job = await start(server, claim, accept)
+    job = await start(server, claim, accept, reservation=reservation)
     with job.held():
         return await job.result()
 

@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from stepweave import __version__
+from stepweave.api.auth import client_of
 from stepweave.api.bodies import whole_body
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.idempotency import claim_of, generate
@@ -131,7 +132,7 @@ class InferenceApi:
             asked = "\n".join(image.model_dump_json() for image in images)
             claims = [claim_of(request, asked, part=i) for i in range(len(images))]
         work = [
-            generate(self.server, claim, functools.partial(self.server.accept, image))
+            generate(self.server, claim, functools.partial(self.server.accept, image, client=client_of(request)))
             for claim, image in zip(claims, images, strict=True)
         ]
         answers = await until_disconnect(request, together(work))

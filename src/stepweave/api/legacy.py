@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import html
 from typing import Any
 
@@ -13,6 +14,7 @@ from starlette.routing import Route
 
 from stepweave import __version__
 from stepweave.api.answers import warnings_header
+from stepweave.api.auth import client_of
 from stepweave.api.bodies import whole_body
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.idempotency import claim_of, generate
@@ -94,16 +96,19 @@ class LegacyApi:
             root = base_url(request, settings)
             self.server.ready()
             claim = claim_of(request, body.model_dump_json())
-        names, warnings = await until_disconnect(request, self._generate(image, body, claim))
+        names, warnings = await until_disconnect(request, self._generate(request, image, body, claim))
         headers = {"X-Stepweave-Warnings": warnings_header(warnings)} if warnings else {}
         return JSONResponse({"response": [f"{root}/images/{name}" for name in names]}, headers=headers)
 
-    async def _generate(self, image: ImageRequest, body: LegacyRequest, claim: Claim) -> tuple[list[str], list[str]]:
+    async def _generate(
+        self, request: Request, image: ImageRequest, body: LegacyRequest, claim: Claim
+    ) -> tuple[list[str], list[str]]:
         """Names of the pictures' files in the store, and warnings."""
         server = self.server
-        answer = await generate(
-            server, claim, lambda: server.accept(image, n=body.num_images_per_prompt, model=body.model)
+        accept = functools.partial(
+            server.accept, image, n=body.num_images_per_prompt, model=body.model, client=client_of(request)
         )
+        answer = await generate(server, claim, accept)
         names = await asyncio.gather(*(picture.stored(server.files) for picture in answer.pictures))
         return names, answer.body["warnings"]
 

@@ -27,7 +27,7 @@ from stepweave.api.auth import authorize
 from stepweave.api.bodies import WAITING, body_turns
 from stepweave.api.connections import FULL
 from stepweave.api.cross_site import check_site
-from stepweave.api.native import EDIT, PATHS, READ, check
+from stepweave.api.native import EDIT, PATHS, READ, check, let_go
 from stepweave.api.responses import ERROR_MARK, LEFT, REQUEST_ID, as_stepweave_error, error_response
 from stepweave.api.stand_in import stand_in, stand_in_form
 from stepweave.api.targets import (
@@ -126,6 +126,7 @@ class ContractMiddleware:
             if not answer.started:
                 await answer_with(scope, receive, answer)
         finally:
+            let_go(scope)
             if scope["path"] not in UNLOGGED:
                 status = 499 if left else answer.status
                 milliseconds = 1000 * (time.monotonic() - began)

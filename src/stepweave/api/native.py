@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, NamedTuple
 
 from bentoml._internal.server.http import traffic
 from starlette.requests import Request
@@ -12,10 +12,11 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stepweave.api.answers import picture_answer
+from stepweave.api.auth import client_of
 from stepweave.api.bodies import whole_body
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.events import EventStream, events, request_id
-from stepweave.api.forms import check_place, read_form, read_pictures
+from stepweave.api.forms import read_form, read_pictures, reserve
 from stepweave.api.idempotency import claim_of, start
 from stepweave.api.idempotency import generate as made_once
 from stepweave.api.responses import handle_error
@@ -28,13 +29,24 @@ from stepweave.api.schemas import (
     require_form,
     require_json,
 )
+from stepweave.generation import Sources
+from stepweave.scheduling.admission import Reservation
 from stepweave.server import Server
 from stepweave.ticket import Ticket
 
 READ = "stepweave.read"  # key in the ASGI scope: the body of any other
-EDIT = "stepweave.edit"  # key in the ASGI scope: the edit's fields and pictures, and a digest of their files
+EDIT = "stepweave.edit"  # key in the ASGI scope: an Edit
 SCHEMAS: dict[str, type[ImageRequest]] = {"/generate": ImageRequest, "/generate_stream": StreamRequest}
 PATHS = (*SCHEMAS, "/edit")
+
+
+class Edit(NamedTuple):
+    """What has been read of a request."""
+
+    body: NativeEditRequest
+    sources: Sources
+    digest: bytes  # of the images' files
+    place: Reservation
 
 
 def drop_timeout_middleware() -> None:
@@ -65,33 +77,44 @@ async def answered(request: Request, work: Callable[[], Coroutine[Any, Any, Resp
 async def generate(request: Request, server: Server, body: ImageRequest) -> Response:
     """One picture's file."""
     claim = claim_of(request, body.model_dump_json())
-    return picture_answer(await until_disconnect(request, made_once(server, claim, lambda: server.accept(body))))
+
+    async def accept() -> Ticket:
+        return await server.accept(body, client=client_of(request))
+
+    return picture_answer(await until_disconnect(request, made_once(server, claim, accept)))
 
 
 async def generate_stream(request: Request, server: Server, body: StreamRequest) -> Response:
     """Server-sent events."""
     assert server.jobs is not None
     claim = claim_of(request, body.model_dump_json())
-    job = await start(server, claim, lambda: server.accept(body, previews=body.partial_images))
+
+    async def accept() -> Ticket:
+        return await server.accept(body, previews=body.partial_images, client=client_of(request))
+
+    job = await start(server, claim, accept)
     told = events(job, request_id(request), server.jobs.files, verbose=body.events == "all")
     return EventStream(request, job, told, {"X-Stepweave-Job": job.id})
 
 
 async def edit(request: Request, server: Server) -> Response:
     """One picture's file, by what the middleware has read."""
-    body, sources, digest = request.scope[EDIT]
-    claim = claim_of(request, body.model_dump_json(), digest)
+    edit: Edit = request.scope[EDIT]
+    body, place = edit.body, edit.place
+    claim = claim_of(request, body.model_dump_json(), edit.digest)
 
     async def accept() -> Ticket:
-        return await server.accept(body, sources=sources, strength=body.strength)
+        return await server.accept(
+            body, sources=edit.sources, strength=body.strength, client=client_of(request), reservation=place
+        )
 
-    return picture_answer(await until_disconnect(request, made_once(server, claim, accept)))
+    return picture_answer(await until_disconnect(request, made_once(server, claim, accept, reservation=place)))
 
 
 async def check(request: Request, server: Server) -> None:
     """Read and check the body of a native API before BentoML does, which tells no value and no limit, and fetches URLs.
 
-    What was read stays in the scope.
+    What was read stays in the scope, an edit with its place: `let_go` gives that back if BentoML does not come to the edit.
     """
     content_type = request.headers.get("content-type", "")
     if request.url.path != "/edit":
@@ -103,12 +126,22 @@ async def check(request: Request, server: Server) -> None:
         claim_of(request, "")  # raises if its key is none
         return
     require_form(content_type)
-    joining = await check_place(request, server)
-    texts, files = await read_form(request)
-    edit = parse_form(
-        {name: text for name, given in texts.items() if (text := _text(given)) is not None}, NativeEditRequest
-    )
-    request.scope[EDIT] = edit, *await read_pictures(files, server, joining=joining)
+    place = await reserve(request, server)
+    try:
+        texts, files = await read_form(request)
+        body = parse_form(
+            {name: text for name, given in texts.items() if (text := _text(given)) is not None}, NativeEditRequest
+        )
+        request.scope[EDIT] = Edit(body, *await read_pictures(request, files, server, place), place)
+    except BaseException:
+        place.release()
+        raise
+
+
+def let_go(scope: Scope) -> None:
+    """Give back the place of an edit that `check` has read, if it was not used."""
+    if EDIT in scope:
+        scope[EDIT].place.release()
 
 
 def _text(given: str) -> str | None:

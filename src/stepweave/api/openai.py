@@ -15,10 +15,11 @@ from stepweave.api.answers import (
     wants_stream,
     wants_to_come_back,
 )
+from stepweave.api.auth import client_of
 from stepweave.api.bodies import whole_body
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.events import EventStream, events, request_id
-from stepweave.api.forms import check_place, read_form, read_pictures
+from stepweave.api.forms import read_form, read_pictures, reserve
 from stepweave.api.idempotency import claim_of, generate, start
 from stepweave.api.job_answers import job_answer
 from stepweave.api.schemas import (
@@ -32,6 +33,7 @@ from stepweave.api.schemas import (
 )
 from stepweave.api.urls import base_url, reference
 from stepweave.generation import Sources
+from stepweave.scheduling.admission import Reservation
 from stepweave.server import Server
 from stepweave.ticket import Ticket
 
@@ -53,19 +55,28 @@ class OpenAI:
             require_json(request.headers.get("content-type", ""))
             async with whole_body(request) as content:
                 body = await parse_off_loop(content, GenerationRequest)
-        return await self._answer(request, body, None, b"")
+        return await self._answer(request, body)
 
     async def edits(self, request: Request) -> Response:
         with self.server.metrics.counted():
             require_form(request.headers.get("content-type", ""))
-            joining = await check_place(request, self.server)
-            fields, files = await read_form(request)
-            body = parse_form(fields, EditRequest)
-            sources, digest = await read_pictures(files, self.server, joining=joining)
-        return await self._answer(request, body, sources, digest)
+            place = await reserve(request, self.server)
+        with place:
+            with self.server.metrics.counted():
+                fields, files = await read_form(request)
+                body = parse_form(fields, EditRequest)
+                sources, digest = await read_pictures(request, files, self.server, place)
+            return await self._answer(request, body, sources, digest, place)
 
-    async def _answer(self, request: Request, body: OpenAIRequest, sources: Sources | None, digest: bytes) -> Response:
-        """`digest` is of the pictures' files."""
+    async def _answer(
+        self,
+        request: Request,
+        body: OpenAIRequest,
+        sources: Sources | None = None,
+        digest: bytes = b"",
+        place: Reservation | None = None,
+    ) -> Response:
+        """`digest` is of the images' files."""
         server = self.server
         with server.metrics.counted():
             server.ready()
@@ -89,12 +100,14 @@ class OpenAI:
                 strength=body.strength if isinstance(body, EditRequest) else None,
                 previews=body.partial_images if streams or detached or claim.key is not None else 0,  # another may join
                 warnings=body.ignored(),
+                client=client_of(request),
+                reservation=place,
             )
             ticket.response_format = body.response_format
             return ticket
 
         if detached:
-            job = await start(server, claim, accept, detached=True)
+            job = await start(server, claim, accept, detached=True, reservation=place)
             answered = await job_answer(job, jobs.files, base)
             headers = {
                 "Location": reference(request, server.settings, f"/v1/jobs/{job.id}"),
@@ -102,11 +115,11 @@ class OpenAI:
             }
             return Response(answered, 202, headers, "application/json")
         if streams:
-            job = await start(server, claim, accept)
+            job = await start(server, claim, accept, reservation=place)
             verbose = body.events == "all" or (stream or {}).get("profile") == PROFILE
             told = events(job, request_id(request), jobs.files, verbose=verbose, base=base)
             return EventStream(request, job, told, {"X-Stepweave-Job": job.id})
-        answer = await until_disconnect(request, generate(server, claim, accept))
+        answer = await until_disconnect(request, generate(server, claim, accept, reservation=place))
         if picture is not None:
             return picture_answer(answer)
         return Response(await json_answer(answer, base, jobs.files), media_type="application/json")

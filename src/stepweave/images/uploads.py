@@ -11,6 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from stepweave.errors import InvalidRequest
 from stepweave.generation import Sources
+from stepweave.images import scan
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 SIXTEEN_BITS = 257  # of a sample, for one of 8 bits
@@ -32,23 +33,25 @@ def read_sources(image: bytes, mask: bytes | None, *, max_pixels: int) -> Source
 def _decode(data: bytes, param: str, max_pixels: int) -> Image.Image:
     """A picture in RGB or RGBA as viewers show it: turned as its EXIF says, the first frame of a stereo one.
 
-    Raises InvalidRequest for what is no still PNG, JPEG or WebP, is corrupt, or has more than `max_pixels`.
+    Raises InvalidRequest for what is no still PNG, JPEG or WebP, is corrupt, has more than `max_pixels`, or costs more to decode
+    than these should.
     """
     if not data:
         raise InvalidRequest(f"{param} is empty; send a PNG, JPEG or WebP file.", param=param)
+    scan.check(data, param, max_pixels)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            width, height = picture.size  # of the header: nothing is decoded yet
-            if width * height > max_pixels:
-                raise InvalidRequest(
-                    f"{param} is {width}x{height}, {width * height} pixels; the limit is {max_pixels}.", param=param
-                )
+            scan.check_pixels(*picture.size, max_pixels, param)  # of the header: nothing is decoded yet
             if picture.format != "MPO" and getattr(picture, "is_animated", False):
                 raise InvalidRequest(f"{param} has several frames; send a still picture.", param=param)
             picture.load()
+            scan.check_exif(len(picture.info.get("exif") or b""), param)
             return _in_colours(_turned(picture))
     except InvalidRequest:
         raise
+    except MemoryError:
+        message = f"{param} takes more memory to decode than an image of {max_pixels} pixels should."
+        raise InvalidRequest(message, code=scan.CODE, param=param) from None
     except UnidentifiedImageError:
         raise InvalidRequest(f"{param} is no PNG, JPEG or WebP picture.", param=param) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

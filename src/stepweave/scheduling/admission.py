@@ -7,15 +7,13 @@ import time
 from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, field
+from typing import Literal, Self, get_args
 
 from stepweave.errors import Refused
 
 Reason = Literal["queue_full", "wait", "deadline", "memory"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
-
-Promise = tuple[float, int, Hashable]  # when a place will be free, a number that tells equals apart, whose it is
 
 UNKNOWN_SECONDS = 5.0  # Retry-After before anything has been timed
 IMPOSSIBLE_SECONDS = 60.0  # Retry-After of a deadline shorter than what the job takes alone
@@ -25,7 +23,12 @@ PROBE_SECONDS = (
 LEARNING = 0.1  # weight of the last promise in the share of those that were kept
 LEAD = 4  # places on average that become free while one is kept: their ends come unevenly
 PROMISES = 1024  # at most
+NEW_PROMISES = (
+    8  # to clients that have not come back yet, as far as they put off the next one; more as clients do come back
+)
+NEW_OF_ONE = 8  # promises that one client may have before it has come back for any of them
 GRACE = 5.0  # seconds that a place is kept for a client that is late
+RESERVED_SECONDS = 60.0  # that a place is reserved for a request whose body is still being sent
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,62 @@ class Outlook:
     fits: bool = True  # into the memory that is left
 
 
+@dataclass(frozen=True, order=True)
+class _Promise:
+    """A place that is kept for a refused request."""
+
+    due: float  # when a place will be free
+    number: int  # tells equals apart
+    token: Hashable = field(compare=False)
+    client: Hashable = field(compare=False)
+    returning: bool = field(compare=False)  # whether its client has come back before, as it was told
+
+
+class Reservation:
+    """A place that a request holds from before its body is read; a context, which gives the place back unless `enter` took it.
+
+    While the body is being sent the place is the request's for `RESERVED_SECONDS`: a client must not hold one by sending slowly.
+    After that others may take it, and `settle` looks for another. One without an admission holds no place.
+    """
+
+    def __init__(self, admission: Admission | None = None, token: Hashable = None, client: Hashable = None) -> None:
+        self._admission = admission
+        self.token = token
+        self.client = client
+        self.until: float | None = None  # when it lapses; None if it does not
+        self.promise: _Promise | None = None  # that it has taken up
+
+    def settle(self) -> None:
+        """The body has been read: from now on the place does not lapse. Raises Refused if it has, and there is no other."""
+        if self._admission is not None:
+            self._admission.settle(self)
+
+    def release(self) -> None:
+        """Give the place back, if it still has one; it may be called more than once."""
+        if self._admission is not None:
+            self._admission.release(self)
+            self._admission = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
 class Admission:
     """Places for requests, up to a limit. A request holds its place until its picture files are encoded.
 
     `drain` gives the predicted seconds until all that are in flight are done, or None if that is unknown. A request that finds
-    no place is told when one will be free, and a place is kept for it then: for the same request, by its `token`, which others
-    cannot take unless the server were idle. Otherwise, under steady overload, those who wait as told would be overtaken by those
-    who come at random. Nothing is promised for later than `max_wait`. No more than half of the places are kept at a time, and
-    the fewer the more clients do not come back.
+    no place is told when one will be free, and a place is kept for it then: for the same request of the same client, by its
+    `token` and `client`, which others cannot take unless the server were idle. Otherwise, under steady overload, those who wait
+    as told would be overtaken by those who come at random. Nothing is promised for later than `max_wait`. No more than half of
+    the places are kept at a time, and the fewer the more clients do not come back.
+
+    A refusal costs a client nothing, so promises to clients that have not come back yet put off others by a few places only, at
+    first `NEW_PROMISES`: promises beyond that fall on the same time. As a congestion window that number grows by one with each
+    client that comes back as told, shrinks with each that does not, and is the first again once nothing is promised. A client
+    that comes back and finds no place has shown that it waits, and queues behind all others that have.
     """
 
     def __init__(
@@ -61,22 +112,52 @@ class Admission:
         self._drain = drain
         self._clock = clock
         self._taken = 0
-        self._promised: list[Promise] = []  # the earliest first
+        self._reserved: list[Reservation] = []  # of the places that are taken
+        self._promised: list[_Promise] = []  # the earliest first
         self._number = 0
-        self._redeemed = 1.0  # share of the last promises whose owners came
+        self._redeemed = {False: 1.0, True: 1.0}  # share of the last promises whose owners came; of those returning
+        self._window = float(NEW_PROMISES)  # promises to clients that have not come back yet that put off others
         self._probed = clock()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     @property
     def in_flight(self) -> int:
-        """Requests accepted and not yet answered: waiting, running, or being encoded."""
+        """Requests accepted and not yet answered, waiting, running, or being encoded, and places reserved for bodies."""
         return self._taken
+
+    def reserve(self, token: Hashable = None, client: Hashable = None) -> Reservation:
+        """A place for a request whose body has not been read. `token` tells of it what is known before, as in `enter`.
+
+        Raises Refused if there is no place.
+        """
+        reservation = Reservation(self, token, client)
+        with self._lock:
+            self._reserve(reservation)
+            reservation.until = self._clock() + RESERVED_SECONDS
+        return reservation
+
+    def settle(self, reservation: Reservation) -> None:
+        """See `Reservation.settle`."""
+        with self._lock:
+            if reservation not in self._reserved:
+                self._reserve(reservation)
+            reservation.until = None
+
+    def release(self, reservation: Reservation) -> None:
+        """See `Reservation.release`."""
+        with self._lock:
+            if reservation in self._reserved:
+                self._reserved.remove(reservation)
+                self._taken -= 1
 
     def enter(
         self,
         token: Hashable = None,
         outlook: Callable[[], Outlook | None] = lambda: None,
         deadline: float | None = None,
+        *,
+        client: Hashable = None,
+        reservation: Reservation | None = None,
     ) -> Outlook | None:
         """Take a place; what was expected of it.
 
@@ -84,35 +165,82 @@ class Admission:
             token: what the same request will have when it comes again; None if that cannot be told.
             outlook: predicts what the request would meet; asked only if there is a place.
             deadline: seconds from now.
+            client: who asks; None counts as somebody else each time.
+            reservation: the request's place becomes this one's, unless that has been released.
 
         Raises Refused, with the predicted wait, if there is no place, the wait would exceed `max_wait`, the deadline cannot be
-        met, or the memory that is left is too little while others use it.
+        met, or the memory that is left is too little while others use it. One that came as told is then promised a place for when
+        it is to come again.
         """
         with self._lock:
-            now = self._clock()
-            self._lapse(now)
-            if self._taken and self._taken + self._kept(token, now) >= self.limit:
-                raise self._full(token, now)
-            own = self._own(token)
-            if own is not None:
-                self._promised.remove(own)
-                self._redeemed += LEARNING * (1 - self._redeemed)
+            now = self._now()
+            if reservation is not None and reservation in self._reserved:
+                self.release(reservation)
+                token, client, own = reservation.token, reservation.client, reservation.promise
+            else:
+                own = self._find_place(token, client, now)
             expected = outlook()
             if expected is not None:
-                self._check(expected, deadline, now)
+                try:
+                    self._check(expected, deadline, now)
+                except Refused as refused:
+                    later = refused.retry_after or 0.0
+                    if own is not None:
+                        self._take_up(own)
+                        hopeless = deadline is not None and expected.solo > deadline
+                        if later <= self.max_wait and not hopeless:
+                            self._promise(own.token, own.client, now + later, returning=True)
+                    raise
+            if own is not None:
+                self._take_up(own)
             self._taken += 1
             return expected
-
-    def check(self) -> None:
-        """Raise Refused if every place is taken. Promises nothing, and keeps no place for who asks."""
-        with self._lock:
-            if self._taken >= self.limit:
-                raise self._full(None, self._clock())
 
     def leave(self) -> None:
         """Give the place back, once for each `enter`."""
         with self._lock:
             self._taken -= 1
+
+    def _now(self) -> float:
+        """The time; what has lapsed by then is gone."""
+        now = self._clock()
+        for late in [one for one in self._reserved if one.until is not None and one.until <= now]:
+            self.release(late)
+        while self._promised and self._promised[0].due + GRACE < now:
+            self._learn(self._promised.pop(0), came=False)
+        if not self._promised:
+            self._window = float(NEW_PROMISES)
+        return now
+
+    def _learn(self, promise: _Promise, *, came: bool) -> None:
+        kind = promise.returning
+        self._redeemed[kind] += LEARNING * (came - self._redeemed[kind])
+        if not kind:
+            self._window = self._window + 1 if came else self._window * (1 - LEARNING)
+
+    def _reserve(self, reservation: Reservation) -> None:
+        own = self._find_place(reservation.token, reservation.client, self._now())
+        if own is not None:
+            self._take_up(own)
+            reservation.promise = own
+        self._reserved.append(reservation)
+        self._taken += 1
+
+    def _find_place(self, token: Hashable, client: Hashable, now: float) -> _Promise | None:
+        """The promise to a request, if any, that now finds a place. Raises Refused if it finds none."""
+        own = self._own(token, client)
+        if self._taken and self._taken + self._kept(own, now) >= self.limit:
+            raise self._full(token, client, own, now)
+        return own
+
+    def _take_up(self, promise: _Promise) -> None:
+        if promise in self._promised:  # else it was taken up with a reservation
+            self._promised.remove(promise)
+            self._learn(promise, came=True)
+
+    def _promise(self, token: Hashable, client: Hashable, due: float, *, returning: bool) -> None:
+        self._number += 1
+        insort(self._promised, _Promise(due, self._number, token, client, returning))
 
     def _check(self, expected: Outlook, deadline: float | None, now: float) -> None:
         if deadline is not None and expected.finish > deadline and not self._probes(now):
@@ -136,26 +264,47 @@ class Admission:
         self._probed = now
         return True
 
-    def _full(self, token: Hashable, now: float) -> Refused:
-        own = self._own(token)
-        if own is not None and own[0] > now + 1:
+    def _full(self, token: Hashable, client: Hashable, own: _Promise | None, now: float) -> Refused:
+        if own is not None and own.due > now + 1:
             own = None  # too early to be the one that was told so: another with the same request
-        ahead = len(self._promised)
-        last = self._promised[-1][0] if self._promised else now
-        seconds = self._interval() + (max(last - now, 0.0) if own is None else max(own[0] - now, 0.0))
+        new = sum(not one.returning for one in self._promised)
+        interval = self._interval()
+        if own is not None:
+            wait = max(own.due - now, 0.0, self._behind(own, now, interval))
+        else:
+            wait = max(self._promised[-1].due - now, 0.0) if self._promised else 0.0
+            if new > self._window:
+                wait = min(wait, (len(self._promised) - new + self._window) * interval)
+        seconds = interval + wait
         refusal = self._refusal(
             "queue_full", f"{self._taken} requests are in flight; the limit is {self.limit}.", seconds
         )
         if own is not None:
-            self._promised.remove(own)
-        if token is not None and (own or (ahead < PROMISES and seconds <= self.max_wait)):
-            self._number += 1
-            insort(self._promised, (now + seconds, self._number, token))
+            self._take_up(own)
+            self._promise(own.token, client, now + seconds, returning=True)
+        elif token is not None and self._may_promise(client) and seconds <= self.max_wait:
+            self._promise(token, client, now + seconds, returning=False)
         return refusal
 
-    def _own(self, token: Hashable) -> Promise | None:
-        """The earliest promise to a token."""
-        return None if token is None else next((one for one in self._promised if one[2] == token), None)
+    def _behind(self, own: _Promise, now: float, interval: float) -> float:
+        """Seconds until the places that become free are not all promised to others that have come back, too."""
+        others = [one.due for one in self._promised if one.returning and one is not own]
+        for place, due in enumerate(others, 1):
+            if due > now + place * interval + 1e-6:  # of rounding
+                return (place - 1) * interval
+        return len(others) * interval
+
+    def _may_promise(self, client: Hashable) -> bool:
+        """Whether one more place may be promised to a client that does not come back for one."""
+        if len(self._promised) >= PROMISES:
+            return False
+        return client is None or NEW_OF_ONE > sum(not one.returning and one.client == client for one in self._promised)
+
+    def _own(self, token: Hashable, client: Hashable) -> _Promise | None:
+        """The earliest promise to a request of a client."""
+        if token is None:
+            return None
+        return next((one for one in self._promised if one.token == token and one.client == client), None)
 
     def _refusal(self, reason: Reason, message: str, seconds: float) -> Refused:
         self.refused[reason] += 1
@@ -164,18 +313,15 @@ class Admission:
     def _interval(self) -> float:
         """Seconds until a place will be free, on average."""
         drain = self._drain()
-        return UNKNOWN_SECONDS if drain is None else drain / max(1, self._taken)
+        return UNKNOWN_SECONDS if drain is None else drain / max(1, self._taken - len(self._reserved))
 
-    def _kept(self, token: Hashable, now: float) -> int:
+    def _kept(self, own: _Promise | None, now: float) -> int:
         """Places that are kept now, for others with older promises: each from shortly before its owner comes, to be free then."""
         if not self._promised:
             return 0
-        own, lead = self._own(token), 1 + LEAD * self._interval()
-        before = own[0] if own is not None else float("inf")
-        kept = sum(due - lead <= now for due, _, _ in self._promised if due < before)
-        return min(self.limit // 2, round(kept * self._redeemed))
-
-    def _lapse(self, now: float) -> None:
-        while self._promised and self._promised[0][0] + GRACE < now:
-            self._promised.pop(0)
-            self._redeemed -= LEARNING * self._redeemed
+        lead = 1 + LEAD * self._interval()
+        before = own.due if own is not None else float("inf")
+        kept = sum(
+            self._redeemed[one.returning] for one in self._promised if one.due - lead <= now and one.due < before
+        )
+        return min(self.limit // 2, round(kept))

@@ -1,0 +1,70 @@
+"""The process that decodes uploads: `python -m stepweave.images.decoder_process DESCRIPTOR MAX_PIXELS`.
+
+It imports Pillow and numpy, and answers over a socket: requests and answers are a message in JSON, and one for each file or image
+as bytes. Nothing is unpickled, so a decoder that a file has taken over cannot reach the server that way. It ends when its
+socket is closed, however the server ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from stepweave.errors import InvalidRequest
+from stepweave.images.uploads import read_sources
+
+READY = b"ready"
+MEMORY_BYTES = 1 << 30  # of address space, for the interpreter and its libraries
+MEMORY_BYTES_OF_PIXEL = 128  # and for each pixel of an image and a mask: planes, coefficients, copies in other modes
+LAST_SECONDS = 20  # after which it ends itself, where the server cannot
+
+
+def main(descriptor: int, max_pixels: int) -> None:
+    """Answer until the other end closes the connection."""
+    _confine(MEMORY_BYTES + MEMORY_BYTES_OF_PIXEL * max_pixels)
+    connection = Connection(descriptor)
+    connection.send_bytes(READY)
+    with contextlib.suppress(EOFError, OSError):  # the server has ended, or does not want the answer
+        while True:
+            asked = json.loads(connection.recv_bytes())
+            image = connection.recv_bytes()
+            mask = connection.recv_bytes() if asked["mask"] else None
+            signal.alarm(LAST_SECONDS)
+            for message in _answer(image, mask, max_pixels):
+                connection.send_bytes(message)
+            signal.alarm(0)
+
+
+def _answer(image: bytes, mask: bytes | None, max_pixels: int) -> list[bytes]:
+    try:
+        sources = read_sources(image, mask, max_pixels=max_pixels)
+    except InvalidRequest as error:
+        told: dict[str, Any] = {"error": {"message": error.message, "code": error.code, "param": error.param}}
+        return [json.dumps(told).encode()]
+    images = [one for one in (sources.image, sources.mask) if one is not None]
+    return [json.dumps({"images": [_about(one) for one in images]}).encode(), *(one.tobytes() for one in images)]
+
+
+def _about(image: Image.Image) -> dict[str, Any]:
+    return {"mode": image.mode, "size": image.size}
+
+
+def _confine(memory: int) -> None:
+    """Bound the address space, and have the kernel end this process before the server where memory runs out."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # there is no such limit, or a lower one
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

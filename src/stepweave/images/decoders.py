@@ -1,0 +1,234 @@
+"""Processes that decode uploads: decoding can be ended, and takes no time of the server's own threads.
+
+The standard library's and anyio's pools of processes do not fit: they run the main module of the server in each process, and the
+former cannot end one call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from PIL import Image
+
+import stepweave
+from stepweave.errors import Cancelled, InvalidRequest, StepweaveError, Unavailable
+from stepweave.generation import Sources
+from stepweave.images.decoder_process import READY
+from stepweave.threads import DaemonExecutor, on_thread
+
+DECODERS = 2  # processes
+SECONDS = 10.0  # that decoding the files of a request may take
+START_SECONDS = 60.0  # that a process may take to start, on a busy machine
+
+
+class Decoders:
+    """At most `DECODERS` processes, begun as they are needed and used again. Usable from any event loop."""
+
+    def __init__(self, max_pixels: int) -> None:
+        self._max_pixels = max_pixels
+        self._idle: list[_Process] = []  # the one that was used last is last
+        self._all: set[_Process] = set()
+        self._closed = False
+        self._lock = threading.Lock()
+        self._threads = DaemonExecutor(DECODERS, "stepweave-decode")  # each waits for one process
+
+    async def read_sources(self, image: bytes, mask: bytes | None) -> Sources:
+        """As `uploads.read_sources`, in a process that is ended if the awaiting task is cancelled.
+
+        Raises also InvalidRequest, code `image_too_slow`, for what is not decoded within `SECONDS`, StepweaveError, code
+        `decoder_failed`, if the process dies or cannot be started, and Unavailable once it is closed.
+        """
+        task = _Task(image, mask)
+        try:
+            return await on_thread(self._threads, self._run, task)
+        except asyncio.CancelledError:
+            task.end("cancelled")
+            raise
+
+    def close(self) -> None:
+        """End all processes, and what they do."""
+        with self._lock:
+            self._closed = True
+            processes = list(self._all)
+        self._threads.shutdown(wait=False)
+        for one in processes:
+            one.kill()
+        for one in processes:
+            one.reap()
+
+    def _run(self, task: _Task) -> Sources:
+        if task.ended is not None:
+            raise Cancelled()
+        process = self._take()
+        try:
+            return task.run(process)
+        finally:
+            if process.usable:
+                with self._lock:
+                    self._idle.append(process)
+            else:
+                self._end(process)
+
+    def _take(self) -> _Process:
+        with self._lock:
+            self._check_open()
+            idle = self._idle.pop() if self._idle else None
+        if idle is not None:
+            if idle.alive:
+                return idle
+            self._end(idle)  # it died meanwhile
+        try:
+            process = _Process(self._max_pixels)
+        except OSError as error:
+            message = f"The process that decodes images could not be started ({error.strerror})."
+            raise StepweaveError(message, code="decoder_failed") from error
+        try:
+            with self._lock:
+                self._all.add(process)
+                self._check_open()
+            process.wait_until_ready()
+        except BaseException:
+            self._end(process)
+            raise
+        return process
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Unavailable("The server has shut down.", code="draining", retry_after=None)
+
+    def _end(self, process: _Process) -> None:
+        process.kill()
+        process.reap()
+        with self._lock:
+            self._all.discard(process)
+
+
+class _Task:
+    """The files of a request. It may be ended from any thread."""
+
+    def __init__(self, image: bytes, mask: bytes | None) -> None:
+        self._image = image
+        self._mask = mask
+        self.ended: str | None = None  # why, if it was: cancelled or slow
+        self._process: _Process | None = None  # that runs it
+        self._lock = threading.Lock()
+
+    def end(self, reason: str) -> None:
+        """Kill the process that runs it."""
+        with self._lock:
+            self.ended = self.ended or reason
+            if self._process is not None:
+                self._process.kill()
+
+    def run(self, process: _Process) -> Sources:
+        with self._lock:
+            self._process = process
+            if self.ended is not None:
+                raise Cancelled()
+        timer = threading.Timer(SECONDS, self.end, ["slow"])
+        timer.daemon = True
+        timer.start()
+        try:
+            return process.decode(self._image, self._mask)
+        except (EOFError, OSError):
+            raise self._died(process) from None
+        finally:
+            timer.cancel()
+            with self._lock:  # from here on nobody kills the process
+                self._process = None
+
+    def _died(self, process: _Process) -> StepweaveError:
+        if self.ended == "cancelled":
+            return Cancelled()
+        if self.ended == "slow":
+            files = "image" if self._mask is None else "image and mask"
+            message = f"{files} took more than {SECONDS:g} s to decode; the limit is {SECONDS:g} s."
+            return InvalidRequest(message, code="image_too_slow", param="image")
+        status = process.kill_and_wait()
+        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+        return StepweaveError(f"The process that decodes images ended with {how}.", code="decoder_failed")
+
+
+class _Process:
+    """One decoder process, and the connection to it. `decode` is for one thread at a time, `kill` for any."""
+
+    def __init__(self, max_pixels: int) -> None:
+        ours, its = socket.socketpair()
+        with its:
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-W", "ignore", "-m", "stepweave.images.decoder_process", str(its.fileno()),
+                     str(max_pixels)],
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[its.fileno()], env=_environment(),
+                    start_new_session=True,  # Ctrl-C in a terminal is the server's, which lets work finish
+                )  # fmt: skip
+            except BaseException:
+                ours.close()
+                raise
+        self._connection = Connection(ours.detach())
+        self.usable = False  # for another task
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def wait_until_ready(self) -> None:
+        """Raises StepweaveError if it does not come up."""
+        with contextlib.suppress(EOFError, OSError):
+            if self._connection.poll(START_SECONDS) and self._connection.recv_bytes() == READY:
+                self.usable = True
+                return
+        raise StepweaveError("The process that decodes images did not start.", code="decoder_failed")
+
+    def decode(self, image: bytes, mask: bytes | None) -> Sources:
+        """Raises what the process tells of; EOFError or OSError if it dies."""
+        self.usable = False
+        connection = self._connection
+        connection.send_bytes(json.dumps({"mask": mask is not None}).encode())
+        for file in (image, mask):
+            if file is not None:
+                connection.send_bytes(file)
+        answer = json.loads(connection.recv_bytes())
+        images = [_image(one["mode"], one["size"], connection.recv_bytes()) for one in answer.get("images", ())]
+        self.usable = True
+        if "error" in answer:
+            error = answer["error"]
+            raise InvalidRequest(error["message"], code=error["code"], param=error["param"])
+        return Sources(*images)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def kill_and_wait(self) -> int:
+        """Its exit status, negative for a signal."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(1)  # it has closed its connection, so it is about to end
+        self._process.kill()
+        return self._process.wait()
+
+    def reap(self) -> None:
+        """Wait for one that was killed, so that no zombie is left."""
+        self._process.wait()
+        self._connection.close()
+
+
+def _image(mode: str, size: list[int], data: bytes) -> Image.Image:
+    return Image.frombytes(mode, (size[0], size[1]), data)
+
+
+def _environment() -> dict[str, str]:
+    """The server's, with its modules and without its settings, of which some are secret; one thread for numpy."""
+    root = str(Path(stepweave.__file__).resolve().parents[1])
+    path = os.pathsep.join([root, *filter(None, sys.path)])
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("STEPWEAVE_")}
+    return kept | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}

@@ -1,0 +1,146 @@
+"""What an uploaded file asks of a decoder, counted in its bytes before anything is decoded.
+
+The size of an image bounds the pixels, not the work: a JPEG may go over them in thousands of scans, a PNG may have a million
+chunks, each of which is decompressed, a WebP may have frames and a canvas of gigabytes. Counting stops at the limits, so it is
+cheap whatever the bytes are. What is no such file, or is cut short, is left to the decoder to refuse.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator
+
+from stepweave.errors import InvalidRequest
+
+MAX_SCANS = 100  # of a JPEG: progressive ones have about 10
+MAX_SEGMENTS = 1000  # of a JPEG between its scans: tables, profiles of up to 255 parts, application data
+MAX_CHUNKS = 20_000  # of a PNG: data may come in parts of 4 KB, and less
+MAX_OTHER_CHUNKS = 1000  # of a PNG beside its data; of a WebP
+MAX_COMPRESSED_CHUNKS = 64  # of a PNG beside its data, each of which Pillow decompresses to at most 1 MiB
+MAX_EXIF_BYTES = 1 << 18
+CODE = "image_too_complex"
+
+_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # but restarts and stuffed bytes, which are within a scan
+_SOF = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_SOS, _SOI, _EOI, _APP1 = 0xDA, 0xD8, 0xD9, 0xE1
+_ALONE = {*range(0x01, 0xC0), _SOI}  # markers without a length
+_COMPRESSED = (b"zTXt", b"iTXt", b"iCCP")
+
+
+def check(data: bytes, param: str, max_pixels: int) -> None:
+    """Raise InvalidRequest if decoding would take more than an image of so many pixels needs; it names value and limit."""
+    if data.startswith(b"\xff\xd8\xff"):
+        _check_jpeg(data, param)
+    elif data.startswith(b"\x89PNG\r\n\x1a\n"):
+        _check_png(data, param)
+    elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        _check_webp(data, param, max_pixels)
+
+
+def check_exif(length: int, param: str) -> None:
+    """Raise InvalidRequest if so many bytes of EXIF are too many."""
+    _bound(length, MAX_EXIF_BYTES, "bytes of EXIF data", param)
+
+
+def _bound(count: int, limit: int, what: str, param: str) -> None:
+    if count > limit:
+        raise InvalidRequest(f"{param} has {count} {what}; the limit is {limit}.", code=CODE, param=param)
+
+
+def _check_jpeg(data: bytes, param: str) -> None:
+    """As libjpeg reads it: segments by their lengths, scans to their next marker, all to the first end of an image."""
+    scans = segments = headers = exif = 0
+    for marker, start, end in _segments(data):
+        scans += marker == _SOS
+        segments += marker != _SOS
+        headers += marker in _SOF
+        if marker == _APP1 and data[start : start + 4] == b"Exif":
+            exif += end - start
+        if scans > MAX_SCANS:
+            # how many it has in all: no more than this, and a count that costs nothing
+            _bound(max(scans, data.count(b"\xff\xda")), MAX_SCANS, "scans", param)
+        _bound(segments, MAX_SEGMENTS, "or more segments", param)
+        _bound(headers, 1, "or more frame headers", param)
+        check_exif(exif, param)
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Each marker of a JPEG that has a length, and where its content begins and ends."""
+    at = 2
+    while found := _MARKER.search(data, at):
+        marker, at = found[1][0], found.end()
+        if marker == _EOI:
+            return
+        if marker in _ALONE:
+            yield marker, at, at
+            continue
+        if at + 2 > len(data):
+            return
+        length = int.from_bytes(data[at : at + 2])
+        yield marker, at + 2, at + length
+        at += max(length, 2)
+
+
+def _check_png(data: bytes, param: str) -> None:
+    chunks = others = compressed = 0
+    at = 8
+    while at + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        if kind == b"IEND":
+            return
+        chunks += 1
+        others += kind != b"IDAT"
+        compressed += kind in _COMPRESSED
+        if kind == b"eXIf":
+            check_exif(length, param)
+        if kind == b"acTL":
+            _check_frames(int.from_bytes(data[at + 8 : at + 12]), param)
+        _bound(compressed, MAX_COMPRESSED_CHUNKS, "or more compressed text and profile chunks", param)
+        _bound(others, MAX_OTHER_CHUNKS, "or more chunks beside its data", param)
+        _bound(chunks, MAX_CHUNKS, "or more chunks", param)
+        at += 12 + length
+
+
+def _check_webp(data: bytes, param: str, max_pixels: int) -> None:
+    chunks = frames = 0
+    at = 12
+    while at + 8 <= len(data):
+        kind, length = struct.unpack_from("<4sI", data, at)
+        content = data[at + 8 : at + 18]
+        size = _webp_size(kind, content)
+        if size is not None:
+            check_pixels(*size, max_pixels, param)
+        chunks += 1
+        frames += kind == b"ANMF"
+        if kind == b"EXIF":
+            check_exif(length, param)
+        _check_frames(frames, param)
+        _bound(chunks, MAX_OTHER_CHUNKS, "or more chunks", param)
+        at += 8 + length + length % 2
+
+
+def _webp_size(kind: bytes, content: bytes) -> tuple[int, int] | None:
+    """The size that a chunk tells, for which libwebp makes room before it looks at anything else."""
+    if kind == b"VP8X" and len(content) == 10:
+        return int.from_bytes(content[4:7], "little") + 1, int.from_bytes(content[7:10], "little") + 1
+    if kind == b"VP8L" and len(content) >= 5 and content[0] == 0x2F:
+        bits = int.from_bytes(content[1:5], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if kind == b"VP8 " and len(content) == 10 and content[3:6] == b"\x9d\x01\x2a":
+        width, height = struct.unpack_from("<HH", content, 6)
+        return width & 0x3FFF, height & 0x3FFF
+    return None
+
+
+def check_pixels(width: int, height: int, max_pixels: int, param: str) -> None:
+    """Raise InvalidRequest if an image of that size has more than `max_pixels`."""
+    if width * height > max_pixels:
+        raise InvalidRequest(
+            f"{param} is {width}x{height}, {width * height} pixels; the limit is {max_pixels}.", param=param
+        )
+
+
+def _check_frames(frames: int, param: str) -> None:
+    if frames > 1:
+        raise InvalidRequest(f"{param} has several frames ({frames} or more); send a still image, of 1.", param=param)
