@@ -43,9 +43,9 @@ abort_stalled_connections()
 configure_logs()
 try:
     settings = Settings.load()
+    server = Server(settings, on_failure=report_failure if settings.exit_on_failure else None)
 except ConfigError as error:
     raise SystemExit(f"stepweave: {error.message}") from None
-server = Server(settings, on_failure=report_failure if settings.exit_on_failure else None)
 
 
 Text = Annotated[str, BeforeValidator(lambda value: value if isinstance(value, str) else json.dumps(value))]

@@ -22,6 +22,7 @@ from stepweave.errors import (
 from stepweave.generation import Parameters, Sources
 from stepweave.images.encode import check_file
 from stepweave.jobs import Jobs
+from stepweave.keys import ApiKeys
 from stepweave.reasons import reason_of
 from stepweave.scheduling.admission import Admission
 from stepweave.telemetry.metrics import Metrics
@@ -79,6 +80,7 @@ class Server:
         self.dtype = ""
         self.engine: StepEngine | None = None
         self.previewer: Previewer | None = None
+        self.keys = ApiKeys(settings.api_keys, settings.api_keys_file)
         self.jobs: Jobs | None = None  # once started
         self.tickets: dict[str, Ticket] = {}  # accepted and not yet done, by id
         self._admission: Admission | None = None

@@ -37,8 +37,11 @@ class JobRoutes:
         ]
 
     async def list(self, request: Request) -> Response:
-        if not self.server.settings.api_keys:
-            raise NotFound("The list of jobs is off while no keys are set (STEPWEAVE_API_KEYS).", code="list_is_off")
+        if not self.server.keys.required:
+            raise NotFound(
+                "The list of jobs is off while no keys are set (STEPWEAVE_API_KEYS_FILE, STEPWEAVE_API_KEYS).",
+                code="list_is_off",
+            )
         for name in request.query_params:
             if name not in ("limit", "before"):
                 raise InvalidRequest(f"Unknown parameter {shown(name)}.", code="unknown_field", param=name)

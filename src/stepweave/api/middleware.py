@@ -80,7 +80,7 @@ class ContractMiddleware:
                 await self._drain(scope)(scope, receive, answer)
                 return
             if scope["path"] not in KEYLESS and not _is_preflight(scope):
-                authorize(scope, self.server.settings.api_keys)
+                authorize(scope, self.server.keys)
             receive = _limited(receive, scope, self._limit(scope["path"]))
             if scope["method"] == "POST" and scope["path"] in PATHS:
                 with self.server.metrics.counted():
