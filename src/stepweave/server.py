@@ -310,37 +310,34 @@ class Server:
         come with the prompts. Raises Unavailable, NotFound if `model` is given and not the one served, Refused if admission does
         not let it in, and what `ServedModel.resolve` raises.
         """
-        with self.metrics.counted():
-            began = time.monotonic()
-            served, _ = self.ready()
-            if model is not None:
-                self.named(model, param="model")
-            parameters = served.resolve(
-                prompt=request.prompt,
-                negative_prompt=request.negative_prompt,
-                size=request.size,
-                n=n,
-                seed=request.seed,
-                num_inference_steps=request.num_inference_steps,
-                guidance_scale=request.guidance_scale,
-                reproducible=request.reproducible,
-                scheduler=request.scheduler,
-                strength=strength,
-                sources=sources,
-                rehearse=False,
-            )
-            if served.knows_steps(parameters):
-                served.check_steps(parameters)
-            else:
-                await on_thread(None, served.check_steps, parameters)
-            check_file(request.output_format, request.output_compression, parameters.width, parameters.height)
-            # an edit's pictures are brought to its size
-            edit = sources is not None
-            call, pictures = (
-                await on_thread(None, _prepare, served, parameters) if edit else _prepare(served, parameters)
-            )
-            token = hash((request.model_dump_json(), n, strength, pictures))
-            ticket = self._enter_engine(request, parameters, call, token, previews, began)
+        began = time.monotonic()
+        served, _ = self.ready()
+        if model is not None:
+            self.named(model, param="model")
+        parameters = served.resolve(
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            size=request.size,
+            n=n,
+            seed=request.seed,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            reproducible=request.reproducible,
+            scheduler=request.scheduler,
+            strength=strength,
+            sources=sources,
+            rehearse=False,
+        )
+        if served.knows_steps(parameters):
+            served.check_steps(parameters)
+        else:
+            await on_thread(None, served.check_steps, parameters)
+        check_file(request.output_format, request.output_compression, parameters.width, parameters.height)
+        # an edit's pictures are brought to its size
+        edit = sources is not None
+        call, pictures = await on_thread(None, _prepare, served, parameters) if edit else _prepare(served, parameters)
+        token = hash((request.model_dump_json(), n, strength, pictures))
+        ticket = self._enter_engine(request, parameters, call, token, previews, began)
         ticket.warnings.extend(warnings)
         return ticket
 

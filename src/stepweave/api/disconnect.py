@@ -9,6 +9,7 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
+from starlette.types import Message, Receive
 from uvicorn.protocols.http.flow_control import FlowControl
 
 from stepweave.errors import Cancelled
@@ -50,6 +51,18 @@ async def disconnected(request: Request) -> None:
     """Return once the client has left."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+async def has_left(receive: Receive) -> bool:
+    """Whether the client has left already. The request's body must have been read."""
+    asking: asyncio.Future[Message] = asyncio.ensure_future(receive())
+    try:
+        await asyncio.wait({asking}, timeout=0)
+    finally:
+        if not asking.done():
+            asking.cancel()
+            await asyncio.wait({asking})
+    return not asking.cancelled() and asking.exception() is None and asking.result()["type"] == "http.disconnect"
 
 
 def abort_stalled_connections() -> None:

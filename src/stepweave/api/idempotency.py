@@ -8,11 +8,10 @@ from collections.abc import Awaitable, Callable
 from starlette.requests import Request
 
 from stepweave.api.auth import owner_of
-from stepweave.errors import Conflict, InvalidRequest, shown
+from stepweave.errors import InvalidRequest, shown
 from stepweave.generation import Answer
-from stepweave.jobs import Claim, Followed
+from stepweave.jobs import Claim
 from stepweave.server import Server
-from stepweave.telemetry.metrics import outcome_of
 from stepweave.ticket import Ticket
 
 MAX_KEY = 255  # characters of an idempotency key
@@ -27,21 +26,10 @@ def claim_of(request: Request, asked: str, digest: bytes = b"", part: int | None
     return Claim(owner_of(request), _key(request, part), hashlib.sha256(digest + asked.encode()).hexdigest())
 
 
-async def start(
-    server: Server, claim: Claim, accept: Callable[[], Awaitable[Ticket]], *, detached: bool = False
-) -> Followed:
-    """As `Jobs.start`; a Conflict is counted, as `accept` counts all else."""
-    assert server.jobs is not None
-    try:
-        return await server.jobs.start(claim, accept, detached=detached)
-    except Conflict as error:
-        server.metrics.requests.labels(outcome_of(error)).inc()
-        raise
-
-
 async def generate(server: Server, claim: Claim, accept: Callable[[], Awaitable[Ticket]]) -> Answer:
     """Start a request or join the first of its key, and wait for its pictures. Cancelling the awaiting task lets go of it."""
-    job = await start(server, claim, accept)
+    assert server.jobs is not None
+    job = await server.jobs.start(claim, accept)
     with job.held():
         return await job.result()
 

@@ -116,19 +116,18 @@ class InferenceApi:
         )
 
     async def infer(self, request: Request) -> Response:
-        with self.server.metrics.counted():
-            model = self._model(request)
-            content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-            if content_type not in CONTENT_TYPES:
-                raise UnsupportedMedia(
-                    f"The content type is {shown(content_type)}; send application/json or application/octet-stream."
-                )
-            body = await read_body(request)
-            # off the loop: a body may be long
-            message, images = await on_thread(None, self._read, request, body, model)
-            outputs = _requested(message)
-            asked = "\n".join(image.model_dump_json() for image in images)
-            claims = [claim_of(request, asked, part=i) for i in range(len(images))]
+        model = self._model(request)
+        content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if content_type not in CONTENT_TYPES:
+            raise UnsupportedMedia(
+                f"The content type is {shown(content_type)}; send application/json or application/octet-stream."
+            )
+        body = await read_body(request)
+        # off the loop: a body may be long
+        message, images = await on_thread(None, self._read, request, body, model)
+        outputs = _requested(message)
+        asked = "\n".join(image.model_dump_json() for image in images)
+        claims = [claim_of(request, asked, part=i) for i in range(len(images))]
         work = [
             generate(self.server, claim, functools.partial(self.server.accept, image))
             for claim, image in zip(claims, images, strict=True)

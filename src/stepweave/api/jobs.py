@@ -10,7 +10,7 @@ from starlette.routing import Route
 
 from stepweave.api.auth import owner_of
 from stepweave.api.disconnect import read_body
-from stepweave.api.events import EventStream, events, request_id
+from stepweave.api.events import EventStream, events
 from stepweave.api.job_answers import describe, job_answer
 from stepweave.api.urls import base_url
 from stepweave.errors import Cancelled, InvalidRequest, NotFound, shown
@@ -71,7 +71,7 @@ class JobRoutes:
         """From where the job stands now: its previews so far, its progress, and its end."""
         await read_body(request)  # which a GET may have: from here on, all that comes is that the client leaves
         job, jobs = await self._job(request), self._jobs()
-        told = events(job, request_id(request), jobs.files, verbose=True, base=self._base(request, job))
+        told = events(job, request, jobs.files, verbose=True, base=self._base(request, job))
         return EventStream(request, job, told)
 
     def _jobs(self) -> Jobs:

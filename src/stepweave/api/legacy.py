@@ -74,24 +74,23 @@ class LegacyApi:
 
     async def inference(self, request: Request) -> Response:
         settings = self.server.settings
-        with self.server.metrics.counted():
-            require_json(request.headers.get("content-type", ""))
-            body = await parse_off_loop(await read_body(request), LegacyRequest)
-            steps = body.num_inference_steps
-            model, _ = self.server.ready()
-            if body.num_images_per_prompt > model.limits.images:
-                raise InvalidRequest(
-                    f"num_images_per_prompt is {body.num_images_per_prompt}; the limit is {model.limits.images}.",
-                    param="num_images_per_prompt",
-                )
-            image = _image_request(
-                prompt=body.prompt,
-                negative_prompt=body.negative_prompt or None,  # to the example server both mean none
-                num_inference_steps=min(DEFAULT_STEPS, settings.max_steps) if steps is None else steps,
+        require_json(request.headers.get("content-type", ""))
+        body = await parse_off_loop(await read_body(request), LegacyRequest)
+        steps = body.num_inference_steps
+        model, _ = self.server.ready()
+        if body.num_images_per_prompt > model.limits.images:
+            raise InvalidRequest(
+                f"num_images_per_prompt is {body.num_images_per_prompt}; the limit is {model.limits.images}.",
+                param="num_images_per_prompt",
             )
-            root = base_url(request, settings)
-            self.server.ready()
-            claim = claim_of(request, body.model_dump_json())
+        image = _image_request(
+            prompt=body.prompt,
+            negative_prompt=body.negative_prompt or None,  # to the example server both mean none
+            num_inference_steps=min(DEFAULT_STEPS, settings.max_steps) if steps is None else steps,
+        )
+        root = base_url(request, settings)
+        self.server.ready()
+        claim = claim_of(request, body.model_dump_json())
         names, warnings = await until_disconnect(request, self._generate(image, body, claim))
         headers = {"X-Stepweave-Warnings": warnings_header(warnings)} if warnings else {}
         return JSONResponse({"response": [f"{root}/images/{name}" for name in names]}, headers=headers)
@@ -124,11 +123,9 @@ class LegacyApi:
 
     def _measure(self) -> tuple[dict[str, int], dict[str, Any]]:
         metrics = self.server.metrics
-        names = ("stepweave_requests_in_flight", "stepweave_requests_total")
-        samples = [one for family in metrics.registry.restricted_registry(names).collect() for one in family.samples]
-        in_flight, answered = (sum(int(one.value) for one in samples if one.name == name) for name in names)
+        in_flight = metrics.registry.get_sample_value("stepweave_requests_in_flight") or 0
         # the example server counts requests as they begin
-        counts = {"active_inferences": in_flight, "total_requests": answered + in_flight}
+        counts = {"active_inferences": int(in_flight), "total_requests": metrics.requests_begun}
         vram = {one.labels["kind"]: one.value for family in metrics.vram.collect() for one in family.samples}
         if not self.server.device.startswith("cuda") or not vram:
             return counts, {}

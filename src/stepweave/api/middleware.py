@@ -23,8 +23,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stepweave import __version__
 from stepweave.api import disconnect
-from stepweave.api.auth import authorize
+from stepweave.api.auth import authorize, client_of
+from stepweave.api.counting import COUNT, Count
 from stepweave.api.cross_site import check_site
+from stepweave.api.disconnect import has_left
 from stepweave.api.native import EDIT, PATHS, check
 from stepweave.api.responses import ERROR_MARK, LEFT, REQUEST_ID, as_stepweave_error, error_response
 from stepweave.api.stand_in import stand_in
@@ -69,7 +71,8 @@ class ContractMiddleware:
         scope[REQUEST_ID] = request_id
         left: list[bool] = []
         scope[LEFT] = left
-        answer = _Answer(scope, send, request_id)
+        count = scope[COUNT] = Count(scope, self.server.metrics)
+        answer = _Answer(scope, send, request_id, left)
         began = time.monotonic()
         try:
             check_site(scope, self.server.settings)
@@ -81,18 +84,18 @@ class ContractMiddleware:
                 return
             if scope["path"] not in KEYLESS and not _is_preflight(scope):
                 authorize(scope, self.server.keys)
-            receive = _limited(receive, scope, self._limit(scope["path"]))
+            receive = _limited(receive, scope, self._limit(scope["path"]), answer)
             if scope["method"] == "POST" and scope["path"] in PATHS:
-                with self.server.metrics.counted():
-                    receive = await self._checked(scope, receive)
+                receive = await self._checked(scope, receive)
             await self.app(scope, receive, answer)
         except Exception as error:
             answer_with = self._shared(error_response(as_stepweave_error(error, request_id)))
             if not answer.started:
                 await answer_with(scope, receive, answer)
         finally:
+            status = 499 if left else answer.status if answer.whole else 500
+            count.close(status, client_of(scope))
             if scope["path"] not in UNLOGGED:
-                status = 499 if left else answer.status
                 milliseconds = 1000 * (time.monotonic() - began)
                 path = quote(scope["path"])[:LOGGED_PATH]  # which may hold line ends
                 logger.info("%s %s %d %.0f ms, request %s", scope["method"], path, status, milliseconds, request_id)
@@ -161,8 +164,11 @@ def _is_preflight(scope: Scope) -> bool:
     return scope["method"] == "OPTIONS" and "access-control-request-method" in Headers(scope=scope)
 
 
-def _limited(receive: Receive, scope: Scope, limit: int) -> Receive:
-    """A `receive` that raises BodyTooLarge once the body is over the limit, and Cancelled if the client stops sending it."""
+def _limited(receive: Receive, scope: Scope, limit: int, answer: _Answer) -> Receive:
+    """A `receive` that raises BodyTooLarge once the body is over the limit, and Cancelled if the client stops sending it.
+
+    The answer is told once the body has been read.
+    """
     declared = Headers(scope=scope).get("content-length", "0")
     seen = 0
     complete = False
@@ -177,6 +183,8 @@ def _limited(receive: Receive, scope: Scope, limit: int) -> Receive:
         except TimeoutError:
             raise Cancelled(f"Nothing more of the body came for {disconnect.STALLED_SECONDS:g} s.") from None
         complete = not message.get("more_body", False)
+        if complete:
+            answer.receive = receive
         return message
 
     async def limited() -> Message:
@@ -199,19 +207,24 @@ class _Answer:
     Raises Cancelled if the client does not read.
     """
 
-    def __init__(self, scope: Scope, send: Send, request_id: str) -> None:
+    def __init__(self, scope: Scope, send: Send, request_id: str, left: list[bool]) -> None:
         self.scope = scope
         self.send = send
         self.request_id = request_id
+        self.left = left  # to which it is added that the client left before the answer's end
+        self.receive: Receive | None = None  # once the body has been read
         self.started = False
         self.replaced = False
         self.status = 0  # of the answer, once it has begun
+        self.whole = False  # once it has been sent to its end
 
     async def __call__(self, message: Message) -> None:
         if self.replaced:
             return
         if message["type"] == "http.response.start":
             self.started, self.status = True, message["status"]
+            if self.receive is not None and await has_left(self.receive):
+                self.left.append(True)
             headers = MutableHeaders(scope=message)
             if message["status"] >= 400 and ERROR_MARK not in headers:
                 await self._replace(message["status"], headers)
@@ -221,7 +234,12 @@ class _Answer:
             async with asyncio.timeout(disconnect.STALLED_SECONDS):
                 await self.send(message)
         except TimeoutError:
+            self.left.append(True)
             raise Cancelled(f"The client read nothing for {disconnect.STALLED_SECONDS:g} s.") from None
+        except OSError:  # of the connection
+            self.left.append(True)
+            raise Cancelled("The client left.") from None
+        self.whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 
     def _complete(self, headers: MutableHeaders) -> None:
         headers["X-Request-ID"] = self.request_id
@@ -238,6 +256,7 @@ class _Answer:
                 response.headers[name] = value
         await self.send({"type": "http.response.start", "status": status, "headers": response.raw_headers})
         await self.send({"type": "http.response.body", "body": bytes(response.body)})
+        self.whole = True
 
     def _error_for(self, status: int) -> StepweaveError:
         method, path = self.scope["method"], self.scope["path"]

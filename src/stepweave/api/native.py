@@ -13,9 +13,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stepweave.api.answers import picture_answer
 from stepweave.api.disconnect import read_body, until_disconnect
-from stepweave.api.events import EventStream, events, request_id
+from stepweave.api.events import EventStream, events
 from stepweave.api.forms import check_place, read_form, read_pictures
-from stepweave.api.idempotency import claim_of, start
+from stepweave.api.idempotency import claim_of
 from stepweave.api.idempotency import generate as made_once
 from stepweave.api.responses import handle_error
 from stepweave.api.schemas import (
@@ -70,8 +70,8 @@ async def generate_stream(request: Request, server: Server, body: StreamRequest)
     """Server-sent events."""
     assert server.jobs is not None
     claim = claim_of(request, body.model_dump_json())
-    job = await start(server, claim, lambda: server.accept(body, previews=body.partial_images))
-    told = events(job, request_id(request), server.jobs.files, verbose=body.events == "all")
+    job = await server.jobs.start(claim, lambda: server.accept(body, previews=body.partial_images))
+    told = events(job, request, server.jobs.files, verbose=body.events == "all")
     return EventStream(request, job, told, {"X-Stepweave-Job": job.id})
 
 

@@ -15,10 +15,11 @@ from stepweave.api.answers import (
     wants_stream,
     wants_to_come_back,
 )
+from stepweave.api.counting import count_of
 from stepweave.api.disconnect import read_body, until_disconnect
-from stepweave.api.events import EventStream, events, request_id
+from stepweave.api.events import EventStream, events
 from stepweave.api.forms import check_place, read_form, read_pictures
-from stepweave.api.idempotency import claim_of, generate, start
+from stepweave.api.idempotency import claim_of, generate
 from stepweave.api.job_answers import job_answer
 from stepweave.api.schemas import (
     EditRequest,
@@ -48,35 +49,32 @@ class OpenAI:
         ]
 
     async def generations(self, request: Request) -> Response:
-        with self.server.metrics.counted():
-            require_json(request.headers.get("content-type", ""))
-            body = await parse_off_loop(await read_body(request), GenerationRequest)
+        require_json(request.headers.get("content-type", ""))
+        body = await parse_off_loop(await read_body(request), GenerationRequest)
         return await self._answer(request, body, None, b"")
 
     async def edits(self, request: Request) -> Response:
-        with self.server.metrics.counted():
-            require_form(request.headers.get("content-type", ""))
-            joining = await check_place(request, self.server)
-            fields, files = await read_form(request)
-            body = parse_form(fields, EditRequest)
-            sources, digest = await read_pictures(files, self.server, joining=joining)
+        require_form(request.headers.get("content-type", ""))
+        joining = await check_place(request, self.server)
+        fields, files = await read_form(request)
+        body = parse_form(fields, EditRequest)
+        sources, digest = await read_pictures(files, self.server, joining=joining)
         return await self._answer(request, body, sources, digest)
 
     async def _answer(self, request: Request, body: OpenAIRequest, sources: Sources | None, digest: bytes) -> Response:
         """`digest` is of the pictures' files."""
         server = self.server
-        with server.metrics.counted():
-            server.ready()
-            jobs = server.jobs
-            assert jobs is not None
-            detached, stream = wants_to_come_back(request), wants_stream(request)
-            streams = body.stream or stream is not None
-            picture = None if detached or streams else wants_picture(request)
-            if picture is not None:
-                one_picture(body.n, picture, body.output_format, "output_format" in body.model_fields_set)
-                body = body.model_copy(update={"output_format": picture})
-            base = base_url(request, server.settings) if body.response_format == "url" else None
-            claim = claim_of(request, body.model_dump_json(), digest)
+        server.ready()
+        jobs = server.jobs
+        assert jobs is not None
+        detached, stream = wants_to_come_back(request), wants_stream(request)
+        streams = body.stream or stream is not None
+        picture = None if detached or streams else wants_picture(request)
+        if picture is not None:
+            one_picture(body.n, picture, body.output_format, "output_format" in body.model_fields_set)
+            body = body.model_copy(update={"output_format": picture})
+        base = base_url(request, server.settings) if body.response_format == "url" else None
+        claim = claim_of(request, body.model_dump_json(), digest)
 
         async def accept() -> Ticket:
             ticket = await server.accept(
@@ -92,14 +90,15 @@ class OpenAI:
             return ticket
 
         if detached:
-            job = await start(server, claim, accept, detached=True)
+            job = await jobs.start(claim, accept, detached=True)
             answered = await job_answer(job, jobs.files, base)
             headers = {"Location": f"/v1/jobs/{job.id}", "Preference-Applied": "respond-async"}
+            count_of(request).job = job
             return Response(answered, 202, headers, "application/json")
         if streams:
-            job = await start(server, claim, accept)
+            job = await jobs.start(claim, accept)
             verbose = body.events == "all" or (stream or {}).get("profile") == PROFILE
-            told = events(job, request_id(request), jobs.files, verbose=verbose, base=base)
+            told = events(job, request, jobs.files, verbose=verbose, base=base)
             return EventStream(request, job, told, {"X-Stepweave-Job": job.id})
         answer = await until_disconnect(request, generate(server, claim, accept))
         if picture is not None:
