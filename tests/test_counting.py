@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import importlib
 import io
 import json
+import logging
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import httpx
 import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
+from stepweave.telemetry.metrics import Metrics
+from tests.asgi import serving
 from tests.conftest import Served, serve
 from tests.waiting import SECONDS, wait_until
 
@@ -330,3 +336,124 @@ def test_a_server_that_drains_has_counted_every_request(counted: Counted) -> Non
     for surface in SURFACES:
         with counted.counting("unavailable"):
             assert counted.ask(surface) == 503
+
+
+# --- what no client can bring about at will ---
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@contextlib.contextmanager
+def held(target: str) -> Iterator[tuple[asyncio.Event, asyncio.Event]]:
+    """A function that waits within the block: what is set once it is called, and what lets it go on."""
+    called, go = asyncio.Event(), asyncio.Event()
+    module, _, name = target.rpartition(".")
+    real = getattr(importlib.import_module(module), name)
+
+    async def waits(*args: Any, **options: Any) -> Any:
+        called.set()
+        await go.wait()
+        return await real(*args, **options)
+
+    with patch(target, waits):
+        yield called, go
+
+
+@pytest.mark.anyio
+async def test_a_client_that_leaves_between_the_images_and_the_answer(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "stepweave.access")
+    async with serving() as app:
+        with held("stepweave.api.openai.json_answer") as (called, go):
+            exchange = app.post()
+            await asyncio.wait_for(called.wait(), SECONDS)
+            leaving = asyncio.ensure_future(exchange.leave())
+            await asyncio.sleep(0)
+            go.set()
+            await leaving
+        assert app.outcomes() == {"cancelled": 1}
+        assert "generations 499 " in caplog.text
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("fields", [{}, {"stream": True}], ids=["answer", "stream"])
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), BrokenPipeError(32, "broken"), OSError()])
+async def test_a_connection_that_fails_is_of_a_client_that_left(fields: Fields, error: OSError) -> None:
+    async with serving() as app:
+        exchange = app.post(**fields)
+
+        async def fails(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                raise error
+
+        exchange._send = fails  # type: ignore[method-assign]
+        with contextlib.suppress(Exception):  # whatever comes of it for the server
+            await exchange.done()
+        assert app.outcomes() == {"cancelled": 1}
+
+
+@pytest.mark.anyio
+async def test_an_answer_that_cannot_be_made_failed() -> None:
+    async with serving() as app:
+        with patch("stepweave.api.openai.json_answer", side_effect=TypeError("x")):
+            assert (await app.post().done()).status == 500
+        with patch("stepweave.api.events._completed", side_effect=TypeError("x")):
+            assert (await app.post(stream=True).done()).names == ["error"]
+        assert app.outcomes() == {"failed": 2}
+
+
+@pytest.mark.anyio
+async def test_an_answer_that_breaks_off_failed(caplog: pytest.LogCaptureFixture) -> None:
+    """Its status has been sent by then."""
+    caplog.set_level(logging.INFO, "stepweave.access")
+    async with serving() as app:
+        with (
+            patch("stepweave.api.events._completed", side_effect=TypeError("x")),
+            patch("stepweave.api.events._failed", side_effect=TypeError("y")),
+        ):
+            exchange = await app.post(stream=True).done()
+        assert exchange.status == 200
+        assert app.outcomes() == {"failed": 1}
+        assert "generations 500 " in caplog.text
+
+
+@pytest.mark.anyio
+async def test_a_request_that_the_server_cuts_off_failed() -> None:
+    async with serving() as app:
+        app.record.gated = True
+        exchange = app.post()
+        await app.until(lambda: app.record.running)
+        exchange.task.cancel()
+        app.record.release.set()
+        with pytest.raises(asyncio.CancelledError):
+            await exchange.task
+        app.exchanges.remove(exchange)
+        assert app.outcomes() == {"failed": 1}
+
+
+@pytest.mark.anyio
+async def test_clients_of_keys_without_names_are_told_apart() -> None:
+    async with serving(api_keys="the-first-of-two-keys,the-second-of-two-keys") as app:
+        for key in ("first", "second", "second", "third"):
+            await app.post(headers={"Authorization": f"Bearer the-{key}-of-two-keys"}).done()
+        samples = next(iter(app.server.metrics.requests.collect())).samples
+        counts = {(one.labels["client"], one.labels["outcome"]): one.value for one in samples if one.value}
+        assert counts == {("key1", "succeeded"): 1, ("key2", "succeeded"): 2, ("", "invalid"): 1}
+
+
+def test_ever_new_names_do_not_become_ever_more_series() -> None:
+    metrics = Metrics(in_flight=lambda: 0, waiting=lambda: 0)
+    with patch("stepweave.telemetry.metrics.MAX_CLIENT_LABELS", 3):
+        for number in range(10):
+            metrics.answered(200, f"client{number}")
+        metrics.answered(429, "client1")
+        metrics.answered(401)
+    samples = next(iter(metrics.requests.collect())).samples
+    assert {one.labels["client"] for one in samples} == {"", "client0", "client1", "(other)"}
+    counts = {(one.labels["client"], one.labels["outcome"]): one.value for one in samples if one.value}
+    assert counts == {
+        ("client0", "succeeded"): 1, ("client1", "succeeded"): 1, ("(other)", "succeeded"): 8, ("client1", "refused"): 1,
+        ("", "invalid"): 1,
+    }  # fmt: skip
