@@ -42,9 +42,9 @@ native.drop_timeout_middleware()
 configure_logs()
 try:
     settings = Settings.load()
+    server = Server(settings, on_failure=report_failure if settings.exit_on_failure else None)
 except ConfigError as error:
     raise SystemExit(f"stepweave: {error.message}") from None
-server = Server(settings, on_failure=report_failure if settings.exit_on_failure else None)
 connections = Connections(settings.max_connections)
 connections.install()
 server.leaving.listeners.append(connections.close_idle)

@@ -186,9 +186,15 @@ def dashboard() -> model.Dashboard:
             ),
             graph(
                 "Rate by outcome",
-                "Generation requests answered per second: done, or how they ended otherwise.",
+                "Requests for images per second, by what they were answered with.",
                 "reqps",
                 (outcome_rate, "{{outcome}}"),
+            ),
+            graph(
+                "Requests by client",
+                "Requests for images per second, by the name of the API key; those without a valid key have no name.",
+                "reqps",
+                (rate("stepweave_requests_total", "client"), "{{client}}"),
             ),
             graph(
                 "Refused and failed",

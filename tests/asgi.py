@@ -227,7 +227,11 @@ class App:
     def outcomes(self) -> dict[str, int]:
         """Requests that were counted, by outcome."""
         samples = next(iter(self.server.metrics.requests.collect())).samples
-        return {one.labels["outcome"]: int(one.value) for one in samples if one.value}
+        counts: dict[str, int] = {}
+        for one in samples:
+            if one.value:
+                counts[one.labels["outcome"]] = counts.get(one.labels["outcome"], 0) + int(one.value)
+        return counts
 
     def metric(self, name: str) -> float:
         value = self.server.metrics.registry.get_sample_value(name)

@@ -289,6 +289,16 @@ def secret_problems(work: Workload) -> Iterator[str]:
     references = {item["name"]: item.get("valueFrom", {}).get("secretKeyRef") for item in work.container["env"]}
     if not references.get("STEPWEAVE_API_KEYS"):
         yield "API keys do not come from a Secret"
+    path = Path(work.env.get("STEPWEAVE_API_KEYS_FILE", ""))
+    mounts = [mount for mount in work.container["volumeMounts"] if mount["mountPath"] == str(path.parent)]
+    volumes = [volume for volume in work.pod["volumes"] if volume["name"] in [mount["name"] for mount in mounts]]
+    secrets = [volume["secret"] for volume in volumes if "secret" in volume]
+    if not secrets or path.name not in [item["path"] for item in secrets[0].get("items", [])]:
+        yield "the file of API keys is not a Secret's alone"  # then the directory would not be empty without it
+    elif not secrets[0].get("optional"):
+        yield "without its Secret for STEPWEAVE_API_KEYS_FILE the pod does not start"
+    if any("subPath" in mount for mount in mounts):
+        yield "the file of API keys does not follow its Secret"
     for name, reference in references.items():
         if reference and not reference.get("optional"):
             yield f"without its Secret for {name} the pod does not start"
@@ -871,6 +881,29 @@ def test_a_secret_that_must_be_there_is_reported() -> None:
     environment = at(documents, "Deployment", *SERVER, "env")
     environment[:] = [item for item in environment if item["name"] != "STEPWEAVE_API_KEYS"]
     assert "API keys do not come from a Secret" in problems(documents)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "pod"), [("gpu", "Deployment", POD), ("kserve", "ClusterServingRuntime", ("spec",))]
+)
+def test_a_file_of_keys_that_does_not_follow_an_optional_secret_is_reported(
+    name: str, kind: str, pod: tuple[str, ...]
+) -> None:
+    def found(change: Callable[[Document, Document], object]) -> list[str]:
+        documents = overlay(name)
+        (mount,) = [one for one in at(documents, kind, *pod, "containers", 0, "volumeMounts") if one["name"] == "keys"]
+        (volume,) = [one for one in at(documents, kind, *pod, "volumes") if one["name"] == "keys"]
+        change(mount, volume)
+        return problems(documents)
+
+    assert found(lambda mount, volume: None) == []
+    for change, problem in (
+        (lambda mount, volume: mount.update(subPath="clients"), "does not follow its Secret"),
+        (lambda mount, volume: mount.update(mountPath="/etc/other"), "not a Secret's alone"),
+        (lambda mount, volume: volume["secret"].pop("items"), "not a Secret's alone"),
+        (lambda mount, volume: volume["secret"].pop("optional"), "the pod does not start"),
+    ):
+        assert any(problem in one for one in found(change)), problem
 
 
 @pytest.mark.parametrize("query", ["a", "sum(a) by (b)", "sum by (b) (a)", "max(a) + sum(b)", "sum(a) or vector(0)"])

@@ -159,13 +159,13 @@ def test_metrics_of_a_real_process(served: Served) -> None:
     assert metric(served.url, "stepweave_process_resident_bytes") > 100e6
     wait_until(lambda: metric(served.url, "stepweave_requests_in_flight") == 0)  # others' clients may have left
     assert 'stepweave_model_info{device="' in httpx.get(f"{served.url}/metrics", timeout=SECONDS).text
-    before = metric(served.url, 'stepweave_requests_total{outcome="succeeded"}')
+    before = metric(served.url, 'stepweave_requests_total{client="",outcome="succeeded"}')
     httpx.post(
         f"{served.url}/generate", json={"prompt": PROMPT, "num_inference_steps": 1}, timeout=SECONDS
     ).raise_for_status()
     httpx.post(f"{served.url}/generate", json={"prompt": "", "num_inference_steps": 1}, timeout=SECONDS)
-    wait_until(lambda: metric(served.url, 'stepweave_requests_total{outcome="succeeded"}') == before + 1)
-    wait_until(lambda: metric(served.url, 'stepweave_requests_total{outcome="invalid"}') >= 1)
+    wait_until(lambda: metric(served.url, 'stepweave_requests_total{client="",outcome="succeeded"}') == before + 1)
+    wait_until(lambda: metric(served.url, 'stepweave_requests_total{client="",outcome="invalid"}') >= 1)
     for kind in ("allocated", "reserved", "peak", "free", "total"):
         assert f'kind="{kind}"}}' in httpx.get(f"{served.url}/metrics", timeout=SECONDS).text
 
@@ -215,11 +215,11 @@ def test_sizes_beyond_the_models_positions_are_refused(served: Served) -> None:
 @pytest.mark.parametrize("path", ["/generate", "/v1/images/generations"])
 def test_a_client_that_leaves_ends_its_job(served: Served, path: str) -> None:
     wait_until(lambda: metric(served.url, "stepweave_requests_in_flight") == 0)
-    before = metric(served.url, 'stepweave_requests_total{outcome="cancelled"}')
+    before = metric(served.url, 'stepweave_requests_total{client="",outcome="cancelled"}')
     with pytest.raises(httpx.ReadTimeout):
         body = {"prompt": PROMPT, "num_inference_steps": 200, "size": "256x256"}
         httpx.post(f"{served.url}{path}", json=body, timeout=httpx.Timeout(SECONDS, read=0.5))
-    wait_until(lambda: metric(served.url, 'stepweave_requests_total{outcome="cancelled"}') == before + 1)
+    wait_until(lambda: metric(served.url, 'stepweave_requests_total{client="",outcome="cancelled"}') == before + 1)
     wait_until(lambda: metric(served.url, "stepweave_requests_in_flight") == 0)
 
 

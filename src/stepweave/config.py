@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError, from_json
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from stepweave.errors import ConfigError, shown
+from stepweave.keys import Client, clients_of_setting
 
 PREFIX = "STEPWEAVE_"
 EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "models" / "shapes"
@@ -51,13 +52,24 @@ def _split(value: Any) -> Any:
     return parts
 
 
-Keys = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+def _clients(value: Any) -> Any:
+    """The clients of keys: the settings keep no key itself."""
+    try:
+        return clients_of_setting(_split(value)) if isinstance(value, str) else value
+    except ValueError as error:
+        raise PydanticCustomError("keys", "{reason}", {"reason": str(error)}) from None
+
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Clients = Annotated[tuple[Client, ...], NoDecode, BeforeValidator(_clients)]
 
 
 class Settings(BaseSettings):
     """Settings of one server process, from environment variables with the prefix `STEPWEAVE_`."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid", hide_input_in_errors=True
+    )
 
     model: str = Field("shapes", min_length=1, description="Directory or hub id of the pipeline; `shapes` is embedded.")
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = Field(
@@ -143,10 +155,17 @@ class Settings(BaseSettings):
         le=100_000,
         description="Connections that may be open; one more takes an idle one's place, or gets 503.",
     )
-    api_keys: Keys = Field(
+    api_keys: Clients = Field(
         (),
         repr=False,
-        description="Keys, comma-separated, one of which every request but probes must bear; without, all are served.",
+        description="Comma-separated API keys, of the clients `key1`, `key2`, ... If set, every request except health probes "
+        "must send one. With neither this nor a file of keys: no authentication.",
+    )
+    api_keys_file: str | None = Field(
+        None,
+        min_length=1,
+        description="File of API keys, one client a line: `name: KEY` or `name: sha256:HEX`, with ` admin` after it for an "
+        "administrator. Read again when it changes.",
     )
     base_url: Annotated[str, Field(pattern=r"^https?://[^/?#\s]+(/[^?#\s]*)?$")] | None = Field(
         None,
@@ -160,7 +179,7 @@ class Settings(BaseSettings):
         False,
         description="Believe `X-Forwarded-For`, `-Host`, `-Proto` and `-Prefix`; for servers that only a proxy reaches.",
     )
-    cors_origins: Keys = Field(
+    cors_origins: Names = Field(
         (), description="Origins, comma-separated, whose pages may call the server; `*` for any."
     )
     state_dir: str | None = Field(

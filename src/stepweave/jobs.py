@@ -12,7 +12,7 @@ from pathlib import Path
 
 from stepweave.config import Settings
 from stepweave.errors import Conflict, NotFound, StepweaveError, shown
-from stepweave.kept import FLAGGED, KeptJob
+from stepweave.kept import FLAGGED, LOST, KeptJob
 from stepweave.store import DirectoryFileStore, FileStore, JobRecord, JobStore, SqliteJobStore, state_directory
 from stepweave.ticket import Progressed, Ticket
 
@@ -70,7 +70,7 @@ class Jobs:
         self._owners: dict[str, str | None] = {}  # of tickets that are kept, by id
         self._open: dict[tuple[str | None, str], _Opening] = {}  # by owner and key, until kept
         self._under_way: dict[str, Ticket] = {}  # those to be kept, until they are
-        self._keeping: dict[str, asyncio.Task[None]] = {}  # theirs, by id
+        self._keeping: dict[str, asyncio.Task[StepweaveError | None]] = {}  # theirs, by id
         self._exits = contextlib.ExitStack()
 
     @classmethod
@@ -174,7 +174,8 @@ class Jobs:
         noting = asyncio.ensure_future(self.store.put(record))
         self._owners[ticket.id] = claim.owner
         self._under_way[ticket.id] = ticket
-        self._keeping[ticket.id] = asyncio.ensure_future(self._keep(ticket, record, claim, noting))
+        ticket.keeping = asyncio.ensure_future(self._keep(ticket, record, claim, noting))
+        self._keeping[ticket.id] = ticket.keeping
         try:
             await asyncio.shield(noting)  # before it is answered: what was promised must not be lost
         except BaseException:
@@ -183,8 +184,10 @@ class Jobs:
             raise
         return ticket
 
-    async def _keep(self, ticket: Ticket, record: JobRecord, claim: Claim, noting: Awaitable[None]) -> None:
-        """Have the store know how a ticket goes, once it knows of it, and what came of it."""
+    async def _keep(
+        self, ticket: Ticket, record: JobRecord, claim: Claim, noting: Awaitable[None]
+    ) -> StepweaveError | None:
+        """Have the store know how a ticket goes, once it knows of it, and what came of it; the error that is kept, if any."""
         try:
             await noting
             async for update in ticket.updates():
@@ -194,25 +197,25 @@ class Jobs:
                         await self.store.put(record)
             for wait in KEEP_AGAIN_SECONDS:
                 try:
-                    await self._keep_result(ticket, claim)
-                    break
+                    return await self._keep_result(ticket, claim)
                 except StepweaveError:  # a full disk may have room again
                     logger.warning("job %s could not be kept; once more in %g s", ticket.id, wait)
                     await asyncio.sleep(wait)
-            else:
-                await self._keep_result(ticket, claim)
+            return await self._keep_result(ticket, claim)
         except Exception:
             logger.exception("job %s could not be kept", ticket.id)
+            return LOST
         finally:
             ticket.leave()  # only now: results that wait for a slow disk are bounded, too
             del self._under_way[ticket.id], self._keeping[ticket.id]
             self._owners.pop(ticket.id, None)
 
-    async def _keep_result(self, ticket: Ticket, claim: Claim) -> None:
+    async def _keep_result(self, ticket: Ticket, claim: Claim) -> StepweaveError | None:
+        """The error that is kept, if any."""
         record = _record(ticket, claim)
         if ticket.error is not None:
             await self.store.put(replace(record, state=ticket.state, error=ticket.error.body()["error"]))
-            return
+            return ticket.error
         answer = await ticket.result()
         try:
             names = [await picture.stored(self.files) for picture in answer.pictures]
@@ -220,17 +223,18 @@ class Jobs:
             if error.code != "file_too_large":
                 raise
             await self.store.put(replace(record, state="failed", error=error.body()["error"]))
-        else:
-            await self.store.put(
-                replace(
-                    record,
-                    response={**answer.body, FLAGGED: [picture.flagged for picture in answer.pictures]},
-                    files=tuple(names),
-                    warnings=answer.body["warnings"],
-                )
+            return error
+        await self.store.put(
+            replace(
+                record,
+                response={**answer.body, FLAGGED: [picture.flagged for picture in answer.pictures]},
+                files=tuple(names),
+                warnings=answer.body["warnings"],
             )
+        )
+        return None
 
-    def keeping(self) -> list[asyncio.Task[None]]:
+    def keeping(self) -> list[asyncio.Task[StepweaveError | None]]:
         """What is done once the results of jobs under way are kept."""
         return list(self._keeping.values())
 

@@ -12,6 +12,7 @@ from stepweave.generation import Answer, PictureFile
 from stepweave.store import FileStore, JobRecord
 from stepweave.ticket import ResponseFormat, Update
 
+LOST = StepweaveError("What came of the job could not be stored.", code="store_failed")
 FLAGGED = "flagged"  # in a record's response: for each picture, whether the pipeline flagged it
 
 
@@ -20,7 +21,7 @@ class KeptJob:
 
     def __init__(self, record: JobRecord, files: FileStore) -> None:
         if not record.done:  # its end could not be noted
-            record = replace(record, state="failed", error=_LOST.body()["error"])
+            record = replace(record, state="failed", error=LOST.body()["error"])
         self.record = record
         self.id = record.id
         self.kind = record.kind
@@ -56,9 +57,6 @@ class KeptJob:
                 )
             )
         return Answer(body, pictures)
-
-
-_LOST = StepweaveError("What came of the job could not be stored.", code="store_failed")
 
 
 class _Kept(RequestError):

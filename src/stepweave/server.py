@@ -25,6 +25,7 @@ from stepweave.generation import Parameters, Sources
 from stepweave.images.decoders import Decoders
 from stepweave.images.encode import check_file
 from stepweave.jobs import Jobs
+from stepweave.keys import ApiKeys
 from stepweave.reasons import reason_of
 from stepweave.scheduling.admission import Admission, Outlook, Reservation
 from stepweave.telemetry.metrics import Metrics
@@ -82,6 +83,7 @@ class Server:
         self.dtype = ""
         self.engine: StepEngine | None = None
         self.previewer: Previewer | None = None
+        self.keys = ApiKeys(settings.api_keys, settings.api_keys_file)
         self.jobs: Jobs | None = None  # once started
         self.leaving = Drain(settings.drain_notice, settings.grace, self._end)
         self.drain_token: DrainToken | None = None  # once started
@@ -347,40 +349,37 @@ class Server:
         reserved. Raises Unavailable, NotFound if `model` is given and not the one served, Refused if admission does
         not let it in, and what `ServedModel.resolve` raises.
         """
-        with self.metrics.counted():
-            began = time.monotonic()
-            served, _ = self.ready()
-            admission = self._admission
-            assert admission is not None
-            if model is not None:
-                self.named(model, param="model")
-            parameters = served.resolve(
-                prompt=request.prompt,
-                negative_prompt=request.negative_prompt,
-                size=request.size,
-                n=n,
-                seed=request.seed,
-                num_inference_steps=request.num_inference_steps,
-                guidance_scale=request.guidance_scale,
-                reproducible=request.reproducible,
-                scheduler=request.scheduler,
-                strength=strength,
-                sources=sources,
-                rehearse=False,
-            )
-            if served.knows_steps(parameters):
-                served.check_steps(parameters)
-            else:
-                await on_thread(None, served.check_steps, parameters)
-            check_file(request.output_format, request.output_compression, parameters.width, parameters.height)
-            # an edit's pictures are brought to its size
-            edit = sources is not None
-            call, pictures = (
-                await on_thread(None, _prepare, served, parameters) if edit else _prepare(served, parameters)
-            )
-            token = hash((request.model_dump_json(), n, strength, pictures))
-            enter = partial(admission.enter, token, client=client, reservation=reservation)
-            ticket = self._enter_engine(request, parameters, call, enter, previews, began)
+        began = time.monotonic()
+        served, _ = self.ready()
+        admission = self._admission
+        assert admission is not None
+        if model is not None:
+            self.named(model, param="model")
+        parameters = served.resolve(
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            size=request.size,
+            n=n,
+            seed=request.seed,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            reproducible=request.reproducible,
+            scheduler=request.scheduler,
+            strength=strength,
+            sources=sources,
+            rehearse=False,
+        )
+        if served.knows_steps(parameters):
+            served.check_steps(parameters)
+        else:
+            await on_thread(None, served.check_steps, parameters)
+        check_file(request.output_format, request.output_compression, parameters.width, parameters.height)
+        # an edit's images are brought to its size
+        edit = sources is not None
+        call, pictures = await on_thread(None, _prepare, served, parameters) if edit else _prepare(served, parameters)
+        token = hash((request.model_dump_json(), n, strength, pictures))
+        enter = partial(admission.enter, token, client=client, reservation=reservation)
+        ticket = self._enter_engine(request, parameters, call, enter, previews, began)
         ticket.warnings.extend(warnings)
         return ticket
 

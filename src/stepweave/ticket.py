@@ -30,7 +30,7 @@ from stepweave.images.outputs import is_constant, outputs_of
 from stepweave.outcome import Outcome
 from stepweave.partials import Partial, Partials
 from stepweave.reasons import refusal_of
-from stepweave.telemetry.metrics import Metrics, outcome_of
+from stepweave.telemetry.metrics import Metrics
 from stepweave.threads import on_thread
 
 if TYPE_CHECKING:
@@ -101,6 +101,9 @@ class Ticket:
         self._of_result: list[str] = []
         self.error: StepweaveError | None = None
         self.kept = False  # by whom it is kept, that one gives its place back
+        self.keeping: asyncio.Task[StepweaveError | None] | None = (
+            None  # if it is kept: done once it is, as what it failed with
+        )
         self._means = means
         self._partials = (
             None
@@ -301,7 +304,6 @@ class Ticket:
             if self._watching is not None:
                 self._watching.cancel()
             self._tell(self._notify)
-            self._means.metrics.requests.labels("succeeded" if self.error is None else outcome_of(self.error)).inc()
             Outcome(error=self.error).let_go()
             del self  # which the error's traceback would hold
         return answer

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-from collections.abc import Sequence
-
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import Scope
 
 from stepweave.errors import Unauthorized
+from stepweave.keys import ApiKeys, Client
 
-OWNER = "stepweave.owner"  # key in the ASGI scope
+CLIENT = "stepweave.client"  # key in the ASGI scope
 
 
-def authorize(scope: Scope, keys: Sequence[str]) -> None:
-    """Note whose request it is. Raises Unauthorized if keys are set and it bears none of them."""
-    if not keys:
+def authorize(scope: Scope, keys: ApiKeys) -> None:
+    """Note which client sends the request. Raises Unauthorized if keys are required and it has none of them."""
+    if not keys.required:
         return
     scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
     if not given:
         raise Unauthorized("The request bears no API key; send it as `Authorization: Bearer KEY`.")
-    key = given.strip().encode("latin-1")  # the bytes that were sent
-    known = [hmac.compare_digest(key, one.encode()) for one in keys]  # all, whichever it is
-    if scheme.lower() != "bearer" or not any(known):
+    client = keys.find(given.strip(" \t").encode("latin-1"))  # the bytes that were sent
+    if scheme.lower() != "bearer" or client is None:
         raise Unauthorized("The API key is not one of this server's.")
-    scope[OWNER] = hashlib.sha256(key).hexdigest()[:32]
+    scope[CLIENT] = client
 
 
-def client_of(request: Request) -> tuple[str, str]:
+def client_of(scope: Scope) -> Client | None:
+    """The client that sends a request; None without keys, and before its key was looked at."""
+    client: Client | None = scope.get(CLIENT)
+    return client
+
+
+def asker_of(request: Request) -> tuple[str, str]:
     """Who asks, as far as the server can tell: the owner of the request's key, without keys its address."""
     owner = owner_of(request)
     if owner is not None:
@@ -38,6 +40,12 @@ def client_of(request: Request) -> tuple[str, str]:
 
 
 def owner_of(request: Request) -> str | None:
-    """A digest of the request's key; None without keys."""
-    owner: str | None = request.scope.get(OWNER)
-    return owner
+    """What the client's jobs are stored under; None without keys."""
+    client = client_of(request.scope)
+    return None if client is None else client.owner
+
+
+def is_admin(request: Request) -> bool:
+    """Whether the client is marked `admin` in the file of keys."""
+    client = client_of(request.scope)
+    return client is not None and client.admin

@@ -7,6 +7,7 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import Request
+from starlette.types import Message, Receive
 
 from stepweave.errors import Cancelled
 
@@ -40,3 +41,15 @@ async def disconnected(request: Request) -> None:
     """Return once the client has left."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+async def has_left(receive: Receive) -> bool:
+    """Whether the client has left already. The request's body must have been read."""
+    asking: asyncio.Future[Message] = asyncio.ensure_future(receive())
+    try:
+        await asyncio.wait({asking}, timeout=0)
+    finally:
+        if not asking.done():
+            asking.cancel()
+            await asyncio.wait({asking})
+    return not asking.cancelled() and asking.exception() is None and asking.result()["type"] == "http.disconnect"

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from stepweave.api.answers import EVENT_STREAM, urls
+from stepweave.api.counting import count_of
 from stepweave.api.disconnect import disconnected
 from stepweave.api.responses import LEFT, REQUEST_ID, as_stepweave_error
 from stepweave.generation import Answer
@@ -34,9 +35,10 @@ def event(name: str, data: dict[str, Any]) -> bytes:
 
 
 async def events(
-    job: Followed, request_id: str, files: FileStore, *, verbose: bool, base: str | None = None
+    job: Followed, request: Request, files: FileStore, *, verbose: bool, base: str | None = None
 ) -> AsyncGenerator[bytes, None]:
-    """What happens to a job, until it ends, and its end: the pictures (as URLs that begin with `base`, if given), or an error."""
+    """What happens to a job, until it ends, and its end: the pictures (as URLs that begin with `base`, if given), or an error,
+    as which the request is counted."""
     prefix = SURFACES[job.kind]
     try:
         async for update in job.updates(progress=verbose):
@@ -51,7 +53,13 @@ async def events(
         for i in range(len(answer.pictures)):
             yield await _completed(prefix, answer, i, files, base)
     except Exception as error:
-        yield event("error", as_stepweave_error(error, request_id).body())
+        yield _failed(request, error)
+
+
+def _failed(request: Request, error: Exception) -> bytes:
+    failure = as_stepweave_error(error, request.scope[REQUEST_ID])
+    count_of(request).failed = failure.status
+    return event("error", failure.body())
 
 
 def _partial(prefix: str, update: Partial, ticket: Ticket) -> bytes:
@@ -158,8 +166,3 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             await self._content.aclose()
-
-
-def request_id(request: Request) -> str:
-    """The request's id, as its answer has it."""
-    return str(request.scope[REQUEST_ID])

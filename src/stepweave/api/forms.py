@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect, Request
 
-from stepweave.api.auth import client_of
+from stepweave.api.auth import asker_of
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.idempotency import joins
 from stepweave.errors import Cancelled, InvalidRequest, shown
@@ -70,7 +70,7 @@ async def reserve(request: Request, server: Server) -> Reservation:
     if await joins(request, server):
         return Reservation()
     told = tuple(request.headers.get(name) for name in ("content-length", "idempotency-key"))
-    return server.reserve((request.url.path, *told), client_of(request))
+    return server.reserve((request.url.path, *told), asker_of(request))
 
 
 async def read_pictures(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -20,8 +21,11 @@ from stepweave.api.openai import OpenAI
 from stepweave.api.openapi import OpenApi
 from stepweave.api.responses import handle_error
 from stepweave.errors import StepweaveError
+from stepweave.keys import LOOK_SECONDS
 from stepweave.server import Server
 from stepweave.threads import on_thread
+
+logger = logging.getLogger(__name__)
 
 
 class Api:
@@ -47,14 +51,23 @@ class Api:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        """While the app serves, what is past its time is removed."""
+        """While the app serves, what is past its time is removed, and the file of API keys is watched."""
         jobs = self.server.jobs
-        sweeping = None if jobs is None else asyncio.create_task(jobs.sweep_for_ever())
+        work = [self._watch_keys(), *([] if jobs is None else [jobs.sweep_for_ever()])]
+        tasks = [asyncio.create_task(one) for one in work]
         try:
             yield
         finally:
-            if sweeping is not None:
-                sweeping.cancel()
+            for task in tasks:
+                task.cancel()
+
+    async def _watch_keys(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            try:
+                await on_thread(None, self.server.keys.look)
+            except Exception:
+                logger.exception("the file of API keys could not be looked at")
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._describe()]})

@@ -8,12 +8,11 @@ from collections.abc import Awaitable, Callable
 from starlette.requests import Request
 
 from stepweave.api.auth import owner_of
-from stepweave.errors import Conflict, InvalidRequest, shown
+from stepweave.errors import InvalidRequest, shown
 from stepweave.generation import Answer
 from stepweave.jobs import Claim, Followed
 from stepweave.scheduling.admission import Reservation
 from stepweave.server import Server
-from stepweave.telemetry.metrics import outcome_of
 from stepweave.ticket import Ticket
 
 MAX_KEY = 255  # characters of an idempotency key
@@ -36,16 +35,10 @@ async def start(
     detached: bool = False,
     reservation: Reservation | None = None,
 ) -> Followed:
-    """As `Jobs.start`; a Conflict is counted, as `accept` counts all else.
-
-    A request that joins another needs no place, and gives back what it has reserved.
-    """
+    """As `Jobs.start`. A request that joins another needs no place, and gives back what it has reserved."""
     assert server.jobs is not None
     try:
         return await server.jobs.start(claim, accept, detached=detached)
-    except Conflict as error:
-        server.metrics.requests.labels(outcome_of(error)).inc()
-        raise
     finally:
         if reservation is not None:
             reservation.release()
@@ -58,7 +51,7 @@ async def generate(
     *,
     reservation: Reservation | None = None,
 ) -> Answer:
-    """Start a request or join the first of its key, and wait for its pictures. Cancelling the awaiting task lets go of it."""
+    """Start a request or join the first of its key, and wait for its images. Cancelling the awaiting task lets go of it."""
     job = await start(server, claim, accept, reservation=reservation)
     with job.held():
         return await job.result()

@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from stepweave import __version__
-from stepweave.api.auth import client_of
+from stepweave.api.auth import asker_of
 from stepweave.api.bodies import whole_body
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.idempotency import claim_of, generate
@@ -118,21 +118,20 @@ class InferenceApi:
         )
 
     async def infer(self, request: Request) -> Response:
-        with self.server.metrics.counted():
-            model = self._model(request)
-            content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-            if content_type not in CONTENT_TYPES:
-                raise UnsupportedMedia(
-                    f"The content type is {shown(content_type)}; send application/json or application/octet-stream."
-                )
-            async with whole_body(request) as body:
-                # off the loop: a body may be long
-                message, images = await on_thread(None, self._read, request, body, model)
-            outputs = _requested(message)
-            asked = "\n".join(image.model_dump_json() for image in images)
-            claims = [claim_of(request, asked, part=i) for i in range(len(images))]
+        model = self._model(request)
+        content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if content_type not in CONTENT_TYPES:
+            raise UnsupportedMedia(
+                f"The content type is {shown(content_type)}; send application/json or application/octet-stream."
+            )
+        async with whole_body(request) as body:
+            # off the loop: a body may be long
+            message, images = await on_thread(None, self._read, request, body, model)
+        outputs = _requested(message)
+        asked = "\n".join(image.model_dump_json() for image in images)
+        claims = [claim_of(request, asked, part=i) for i in range(len(images))]
         work = [
-            generate(self.server, claim, functools.partial(self.server.accept, image, client=client_of(request)))
+            generate(self.server, claim, functools.partial(self.server.accept, image, client=asker_of(request)))
             for claim, image in zip(claims, images, strict=True)
         ]
         answers = await until_disconnect(request, together(work))

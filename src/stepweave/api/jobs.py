@@ -10,7 +10,7 @@ from starlette.routing import Route
 
 from stepweave.api.auth import owner_of
 from stepweave.api.bodies import pass_over_body
-from stepweave.api.events import EventStream, events, request_id
+from stepweave.api.events import EventStream, events
 from stepweave.api.job_answers import describe, job_answer
 from stepweave.api.urls import base_url
 from stepweave.errors import Cancelled, InvalidRequest, NotFound, shown
@@ -37,8 +37,11 @@ class JobRoutes:
         ]
 
     async def list(self, request: Request) -> Response:
-        if not self.server.settings.api_keys:
-            raise NotFound("The list of jobs is off while no keys are set (STEPWEAVE_API_KEYS).", code="list_is_off")
+        if not self.server.keys.required:
+            raise NotFound(
+                "The list of jobs is off while no keys are set (STEPWEAVE_API_KEYS_FILE, STEPWEAVE_API_KEYS).",
+                code="list_is_off",
+            )
         for name in request.query_params:
             if name not in ("limit", "before"):
                 raise InvalidRequest(f"Unknown parameter {shown(name)}.", code="unknown_field", param=name)
@@ -68,7 +71,7 @@ class JobRoutes:
         """From where the job stands now: its previews so far, its progress, and its end."""
         await pass_over_body(request)  # which a GET may have: from here on, all that comes is that the client leaves
         job, jobs = await self._job(request), self._jobs()
-        told = events(job, request_id(request), jobs.files, verbose=True, base=self._base(request, job))
+        told = events(job, request, jobs.files, verbose=True, base=self._base(request, job))
         return EventStream(request, job, told)
 
     def _jobs(self) -> Jobs:

@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from stepweave import __version__
 from stepweave.api.answers import warnings_header
-from stepweave.api.auth import client_of
+from stepweave.api.auth import asker_of
 from stepweave.api.bodies import whole_body
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.idempotency import claim_of, generate
@@ -77,25 +77,24 @@ class LegacyApi:
 
     async def inference(self, request: Request) -> Response:
         settings = self.server.settings
-        with self.server.metrics.counted():
-            require_json(request.headers.get("content-type", ""))
-            async with whole_body(request) as content:
-                body = await parse_off_loop(content, LegacyRequest)
-            steps = body.num_inference_steps
-            model, _ = self.server.ready()
-            if body.num_images_per_prompt > model.limits.images:
-                raise InvalidRequest(
-                    f"num_images_per_prompt is {body.num_images_per_prompt}; the limit is {model.limits.images}.",
-                    param="num_images_per_prompt",
-                )
-            image = _image_request(
-                prompt=body.prompt,
-                negative_prompt=body.negative_prompt or None,  # to the example server both mean none
-                num_inference_steps=min(DEFAULT_STEPS, settings.max_steps) if steps is None else steps,
+        require_json(request.headers.get("content-type", ""))
+        async with whole_body(request) as content:
+            body = await parse_off_loop(content, LegacyRequest)
+        steps = body.num_inference_steps
+        model, _ = self.server.ready()
+        if body.num_images_per_prompt > model.limits.images:
+            raise InvalidRequest(
+                f"num_images_per_prompt is {body.num_images_per_prompt}; the limit is {model.limits.images}.",
+                param="num_images_per_prompt",
             )
-            root = base_url(request, settings)
-            self.server.ready()
-            claim = claim_of(request, body.model_dump_json())
+        image = _image_request(
+            prompt=body.prompt,
+            negative_prompt=body.negative_prompt or None,  # to the example server both mean none
+            num_inference_steps=min(DEFAULT_STEPS, settings.max_steps) if steps is None else steps,
+        )
+        root = base_url(request, settings)
+        self.server.ready()
+        claim = claim_of(request, body.model_dump_json())
         names, warnings = await until_disconnect(request, self._generate(request, image, body, claim))
         headers = {"X-Stepweave-Warnings": warnings_header(warnings)} if warnings else {}
         return JSONResponse({"response": [f"{root}/images/{name}" for name in names]}, headers=headers)
@@ -106,7 +105,7 @@ class LegacyApi:
         """Names of the pictures' files in the store, and warnings."""
         server = self.server
         accept = functools.partial(
-            server.accept, image, n=body.num_images_per_prompt, model=body.model, client=client_of(request)
+            server.accept, image, n=body.num_images_per_prompt, model=body.model, client=asker_of(request)
         )
         answer = await generate(server, claim, accept)
         names = await asyncio.gather(*(picture.stored(server.files) for picture in answer.pictures))
@@ -131,11 +130,9 @@ class LegacyApi:
 
     def _measure(self) -> tuple[dict[str, int], dict[str, Any]]:
         metrics = self.server.metrics
-        names = ("stepweave_requests_in_flight", "stepweave_requests_total")
-        samples = [one for family in metrics.registry.restricted_registry(names).collect() for one in family.samples]
-        in_flight, answered = (sum(int(one.value) for one in samples if one.name == name) for name in names)
+        in_flight = metrics.registry.get_sample_value("stepweave_requests_in_flight") or 0
         # the example server counts requests as they begin
-        counts = {"active_inferences": in_flight, "total_requests": answered + in_flight}
+        counts = {"active_inferences": int(in_flight), "total_requests": metrics.requests_begun}
         vram = {one.labels["kind"]: one.value for family in metrics.vram.collect() for one in family.samples}
         if not self.server.device.startswith("cuda") or not vram:
             return counts, {}

@@ -23,10 +23,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stepweave import __version__
 from stepweave.api import disconnect
-from stepweave.api.auth import authorize
+from stepweave.api.auth import authorize, client_of
 from stepweave.api.bodies import WAITING, body_turns
 from stepweave.api.connections import FULL
+from stepweave.api.counting import COUNT, Count
 from stepweave.api.cross_site import check_site
+from stepweave.api.disconnect import has_left
 from stepweave.api.native import EDIT, PATHS, READ, check, let_go
 from stepweave.api.responses import ERROR_MARK, LEFT, REQUEST_ID, as_stepweave_error, error_response
 from stepweave.api.stand_in import stand_in, stand_in_form
@@ -88,7 +90,8 @@ class ContractMiddleware:
         left: list[bool] = []
         scope[LEFT] = left
         scope[WAITING] = self.body_turns
-        answer = _Answer(scope, send, request_id, self.server.leaving)
+        count: Count | None = None
+        answer = _Answer(scope, send, request_id, left, self.server.leaving)
         # what is refused since its length is ambiguous ends where nobody knows
         answer.closes = FULL in scope.get("state", {}) or has_two_lengths(scope)
         began = time.monotonic()
@@ -98,6 +101,7 @@ class ContractMiddleware:
                 return
             to_origin_form(scope)
             normalize_path(scope, self.server.settings.base_url)
+            count = scope[COUNT] = Count(scope, self.server.metrics)
             if self.server.settings.trust_forwarded:
                 take_forwarded_client(scope)
             if has_two_lengths(scope):
@@ -115,11 +119,10 @@ class ContractMiddleware:
             if FULL in scope.get("state", {}):
                 raise scope["state"][FULL]
             if scope["path"] not in KEYLESS and not _is_preflight(scope):
-                authorize(scope, self.server.settings.api_keys)
-            receive = _limited(receive, scope, self._limit(scope["path"]))
+                authorize(scope, self.server.keys)
+            receive = _limited(receive, scope, self._limit(scope["path"]), answer)
             if scope["method"] == "POST" and scope["path"] in PATHS:
-                with self.server.metrics.counted():
-                    receive = await self._checked(scope, receive)
+                receive = await self._checked(scope, receive)
             await self.app(scope, receive, answer)
         except Exception as error:
             answer_with = self._shared(error_response(as_stepweave_error(error, request_id)))
@@ -127,8 +130,10 @@ class ContractMiddleware:
                 await answer_with(scope, receive, answer)
         finally:
             let_go(scope)
+            status = 499 if left else answer.status if answer.whole else 500
+            if count is not None:
+                count.close(status, client_of(scope))
             if scope["path"] not in UNLOGGED:
-                status = 499 if left else answer.status
                 milliseconds = 1000 * (time.monotonic() - began)
                 path = quote(scope["path"])[:LOGGED_PATH]  # which may hold line ends
                 logger.info("%s %s %d %.0f ms, request %s", scope["method"], path, status, milliseconds, request_id)
@@ -184,9 +189,9 @@ def _is_preflight(scope: Scope) -> bool:
     return scope["method"] == "OPTIONS" and "access-control-request-method" in Headers(scope=scope)
 
 
-def _limited(receive: Receive, scope: Scope, limit: int) -> Receive:
+def _limited(receive: Receive, scope: Scope, limit: int, answer: _Answer) -> Receive:
     """A `receive` that raises BodyTooLarge once the body is over the limit, and Cancelled if the client stops sending it, or
-    sends it drop by drop."""
+    sends it drop by drop. The answer is told once the body has been read."""
     declared = Headers(scope=scope).get("content-length", "0")
     seen = 0
     complete = False
@@ -209,6 +214,8 @@ def _limited(receive: Receive, scope: Scope, limit: int) -> Receive:
             ) from None
         complete = not message.get("more_body", False)
         seen += len(message.get("body", b""))
+        if complete:
+            answer.receive = receive
         return message
 
     async def limited() -> Message:
@@ -228,21 +235,26 @@ class _Answer:
     Raises Cancelled if the client does not read.
     """
 
-    def __init__(self, scope: Scope, send: Send, request_id: str, leaving: Drain) -> None:
+    def __init__(self, scope: Scope, send: Send, request_id: str, left: list[bool], leaving: Drain) -> None:
         self.scope = scope
         self.leaving = leaving
         self.send = send
         self.request_id = request_id
+        self.left = left  # to which it is added that the client left before the answer's end
+        self.receive: Receive | None = None  # once the body has been read
         self.started = False
         self.replaced = False
         self.closes = False  # the connection
         self.status = 0  # of the answer, once it has begun
+        self.whole = False  # once it has been sent to its end
 
     async def __call__(self, message: Message) -> None:
         if self.replaced:
             return
         if message["type"] == "http.response.start":
             self.started, self.status = True, message["status"]
+            if self.receive is not None and await has_left(self.receive):
+                self.left.append(True)
             headers = MutableHeaders(scope=message)
             status = message["status"]
             if status >= 400 and ERROR_MARK not in headers:
@@ -257,7 +269,12 @@ class _Answer:
             async with asyncio.timeout(disconnect.STALLED_SECONDS):
                 await self.send(message)
         except TimeoutError:
+            self.left.append(True)
             raise Cancelled(f"The client read nothing for {disconnect.STALLED_SECONDS:g} s.") from None
+        except OSError:  # of the connection
+            self.left.append(True)
+            raise Cancelled("The client left.") from None
+        self.whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 
     def _complete(self, headers: MutableHeaders) -> None:
         headers["X-Request-ID"] = self.request_id
@@ -276,6 +293,7 @@ class _Answer:
                 response.headers[name] = value
         await self.send({"type": "http.response.start", "status": status, "headers": response.raw_headers})
         await self.send({"type": "http.response.body", "body": bytes(response.body)})
+        self.whole = True
 
     def _error_for(self, status: int) -> StepweaveError:
         method, path = self.scope["method"], self.scope["path"]

@@ -12,10 +12,10 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stepweave.api.answers import picture_answer
-from stepweave.api.auth import client_of
+from stepweave.api.auth import asker_of
 from stepweave.api.bodies import whole_body
 from stepweave.api.disconnect import until_disconnect
-from stepweave.api.events import EventStream, events, request_id
+from stepweave.api.events import EventStream, events
 from stepweave.api.forms import read_form, read_pictures, reserve
 from stepweave.api.idempotency import claim_of, start
 from stepweave.api.idempotency import generate as made_once
@@ -79,7 +79,7 @@ async def generate(request: Request, server: Server, body: ImageRequest) -> Resp
     claim = claim_of(request, body.model_dump_json())
 
     async def accept() -> Ticket:
-        return await server.accept(body, client=client_of(request))
+        return await server.accept(body, client=asker_of(request))
 
     return picture_answer(await until_disconnect(request, made_once(server, claim, accept)))
 
@@ -90,10 +90,10 @@ async def generate_stream(request: Request, server: Server, body: StreamRequest)
     claim = claim_of(request, body.model_dump_json())
 
     async def accept() -> Ticket:
-        return await server.accept(body, previews=body.partial_images, client=client_of(request))
+        return await server.accept(body, previews=body.partial_images, client=asker_of(request))
 
     job = await start(server, claim, accept)
-    told = events(job, request_id(request), server.jobs.files, verbose=body.events == "all")
+    told = events(job, request, server.jobs.files, verbose=body.events == "all")
     return EventStream(request, job, told, {"X-Stepweave-Job": job.id})
 
 
@@ -105,7 +105,7 @@ async def edit(request: Request, server: Server) -> Response:
 
     async def accept() -> Ticket:
         return await server.accept(
-            body, sources=edit.sources, strength=body.strength, client=client_of(request), reservation=place
+            body, sources=edit.sources, strength=body.strength, client=asker_of(request), reservation=place
         )
 
     return picture_answer(await until_disconnect(request, made_once(server, claim, accept, reservation=place)))

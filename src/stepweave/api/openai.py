@@ -15,10 +15,11 @@ from stepweave.api.answers import (
     wants_stream,
     wants_to_come_back,
 )
-from stepweave.api.auth import client_of
+from stepweave.api.auth import asker_of
 from stepweave.api.bodies import whole_body
+from stepweave.api.counting import count_of
 from stepweave.api.disconnect import until_disconnect
-from stepweave.api.events import EventStream, events, request_id
+from stepweave.api.events import EventStream, events
 from stepweave.api.forms import read_form, read_pictures, reserve
 from stepweave.api.idempotency import claim_of, generate, start
 from stepweave.api.job_answers import job_answer
@@ -51,21 +52,17 @@ class OpenAI:
         ]
 
     async def generations(self, request: Request) -> Response:
-        with self.server.metrics.counted():
-            require_json(request.headers.get("content-type", ""))
-            async with whole_body(request) as content:
-                body = await parse_off_loop(content, GenerationRequest)
+        require_json(request.headers.get("content-type", ""))
+        async with whole_body(request) as content:
+            body = await parse_off_loop(content, GenerationRequest)
         return await self._answer(request, body)
 
     async def edits(self, request: Request) -> Response:
-        with self.server.metrics.counted():
-            require_form(request.headers.get("content-type", ""))
-            place = await reserve(request, self.server)
-        with place:
-            with self.server.metrics.counted():
-                fields, files = await read_form(request)
-                body = parse_form(fields, EditRequest)
-                sources, digest = await read_pictures(request, files, self.server, place)
+        require_form(request.headers.get("content-type", ""))
+        with await reserve(request, self.server) as place:
+            fields, files = await read_form(request)
+            body = parse_form(fields, EditRequest)
+            sources, digest = await read_pictures(request, files, self.server, place)
             return await self._answer(request, body, sources, digest, place)
 
     async def _answer(
@@ -78,18 +75,17 @@ class OpenAI:
     ) -> Response:
         """`digest` is of the images' files."""
         server = self.server
-        with server.metrics.counted():
-            server.ready()
-            jobs = server.jobs
-            assert jobs is not None
-            detached, stream = wants_to_come_back(request), wants_stream(request)
-            streams = body.stream or stream is not None
-            picture = None if detached or streams else wants_picture(request)
-            if picture is not None:
-                one_picture(body.n, picture, body.output_format, "output_format" in body.model_fields_set)
-                body = body.model_copy(update={"output_format": picture})
-            base = base_url(request, server.settings) if body.response_format == "url" else None
-            claim = claim_of(request, body.model_dump_json(), digest)
+        server.ready()
+        jobs = server.jobs
+        assert jobs is not None
+        detached, stream = wants_to_come_back(request), wants_stream(request)
+        streams = body.stream or stream is not None
+        picture = None if detached or streams else wants_picture(request)
+        if picture is not None:
+            one_picture(body.n, picture, body.output_format, "output_format" in body.model_fields_set)
+            body = body.model_copy(update={"output_format": picture})
+        base = base_url(request, server.settings) if body.response_format == "url" else None
+        claim = claim_of(request, body.model_dump_json(), digest)
 
         async def accept() -> Ticket:
             ticket = await server.accept(
@@ -100,7 +96,7 @@ class OpenAI:
                 strength=body.strength if isinstance(body, EditRequest) else None,
                 previews=body.partial_images if streams or detached or claim.key is not None else 0,  # another may join
                 warnings=body.ignored(),
-                client=client_of(request),
+                client=asker_of(request),
                 reservation=place,
             )
             ticket.response_format = body.response_format
@@ -113,11 +109,12 @@ class OpenAI:
                 "Location": reference(request, server.settings, f"/v1/jobs/{job.id}"),
                 "Preference-Applied": "respond-async",
             }
+            count_of(request).job = job
             return Response(answered, 202, headers, "application/json")
         if streams:
             job = await start(server, claim, accept, reservation=place)
             verbose = body.events == "all" or (stream or {}).get("profile") == PROFILE
-            told = events(job, request_id(request), jobs.files, verbose=verbose, base=base)
+            told = events(job, request, jobs.files, verbose=verbose, base=base)
             return EventStream(request, job, told, {"X-Stepweave-Job": job.id})
         answer = await until_disconnect(request, generate(server, claim, accept, reservation=place))
         if picture is not None:

@@ -73,7 +73,7 @@ class OpenApi:
 
 def make_document(server: Server, mounted: Collection[str], place: str = "/") -> dict[str, Any]:
     """The document of a server whose app has routes of the paths `mounted`; `place` is the URL of its root."""
-    secured = bool(server.settings.api_keys)
+    secured = server.keys.required
     paths: dict[str, dict[str, Any]] = {}
     for one in operations(None if server.model is None else server.model.id):
         if one.elsewhere or one.path in mounted:

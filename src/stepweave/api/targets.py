@@ -8,9 +8,11 @@ from urllib.parse import unquote, urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Scope
 
-from stepweave.errors import InvalidRequest, shown
+from stepweave.errors import InvalidRequest, NotFound, shown
 
 _ABSOLUTE = re.compile(r"https?://(?P<host>[^/?#@]+)(?P<path>/[^?#]*)?", re.IGNORECASE)
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 def is_of_the_server(scope: Scope) -> bool:
@@ -19,7 +21,12 @@ def is_of_the_server(scope: Scope) -> bool:
 
 
 def to_origin_form(scope: Scope) -> None:
-    """Have the scope's path be one, and its Host that of the target. Raises InvalidRequest for a target that names no path."""
+    """Have the scope's path be one, and its Host that of the target.
+
+    Raises InvalidRequest for a target that names no path, and NotFound for a path with control characters.
+    """
+    if _CONTROL.search(scope["path"]):  # patterns of routes take a line end for the end of a path
+        raise NotFound(f"There is no route {shown(scope['path'])}.")
     if scope["path"].startswith("/"):
         return
     target = scope.get("raw_path", b"").decode("latin-1")

@@ -30,7 +30,7 @@ class JobRecord:
     """What is known of a job. Times are Unix seconds; dicts and lists hold what JSON can."""
 
     id: str  # 32 hex digits
-    owner: str | None  # digest of the API key; None without keys
+    owner: str | None  # the client whose it is (`Client.owner`); None without keys
     kind: Kind
     state: State
     created: float

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import psutil
@@ -20,7 +18,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from stepweave.errors import Cancelled, DeadlineExceeded, Refused, StepweaveError, Unavailable
+from stepweave.keys import MAX_CLIENTS
 from stepweave.scheduling.admission import REASONS
 
 if TYPE_CHECKING:
@@ -29,6 +27,9 @@ if TYPE_CHECKING:
 disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series for each counter, which nothing here reads
 
 Outcome = Literal["succeeded", "failed", "cancelled", "refused", "late", "invalid", "unavailable"]
+_OUTCOMES: dict[int, Outcome] = {499: "cancelled", 429: "refused", 504: "late", 503: "unavailable"}
+MAX_CLIENT_LABELS = 2 * MAX_CLIENTS  # those that a server may have, as many that it had, and the empty one
+OTHER_CLIENT = "(other)"  # no client's name
 CERTIFICATE_STATES = ("certified", "pending", "failed")
 UNSHARED_REASONS = (
     "state", "turns", "callback", "cast", "failed", "random", "writes_arguments", "must_be_equal", "too_alike", "not_finite",
@@ -72,12 +73,16 @@ class Metrics:
         ).set_function(waiting)
         self.requests = Counter(
             "stepweave_requests_total",
-            "Generation requests answered, by outcome.",
-            ["outcome"],
+            "HTTP requests for images, each counted once, by what it was answered with (one with Prefer: respond-async when its "
+            "job is over, by what is kept): succeeded; failed (500, or an answer that broke off); cancelled (the client left "
+            "first, or the job was cancelled); refused (429); late (504); invalid (any other 4xx); unavailable (503). `client` "
+            "is the name of the API key, empty without one.",
+            ["outcome", "client"],
             registry=self.registry,
         )
-        for outcome in get_args(Outcome):
-            self.requests.labels(outcome)  # present at 0, so that a rate exists from the first scrape
+        self.requests_begun = 0
+        self._clients: set[str] = set()
+        self._client("")
         self.request_seconds = Histogram(
             "stepweave_request_seconds",
             "Seconds from a generation request's acceptance to its finished picture files.",
@@ -167,33 +172,32 @@ class Metrics:
         if job.deadline is not None and job.finished > job.deadline:  # in its last forward
             self.deadline_missed.inc()
 
-    @contextlib.contextmanager
-    def counted(self) -> Iterator[None]:
-        """Count one request if the block raises: it is not accepted. One that is counts when it ends."""
-        try:
-            yield
-        except BaseException as error:
-            self.requests.labels(outcome_of(error)).inc()
-            raise
+    def answered(self, status: int, client: str = "") -> None:
+        """A request for images, of the client of that name, was answered with a status."""
+        self.requests.labels(outcome_of(status), self._client(client)).inc()
+
+    def _client(self, name: str) -> str:
+        """The client's label. Keys may be replaced under ever new names, and each keeps its series until the process ends."""
+        if name not in self._clients:
+            if len(self._clients) >= MAX_CLIENT_LABELS:
+                name = OTHER_CLIENT
+            self._clients.add(name)
+            for outcome in get_args(Outcome):
+                self.requests.labels(outcome, name)  # present at 0, so that a rate exists from the first scrape
+        return name
 
     def render(self) -> bytes:
         """The exposition, in Prometheus's text format 0.0.4."""
         return generate_latest(self.registry)
 
 
-def outcome_of(error: BaseException) -> Outcome:
-    """The outcome that an error is counted as."""
-    if isinstance(error, (Cancelled, asyncio.CancelledError)):
-        return "cancelled"
-    if isinstance(error, Refused):
-        return "refused"
-    if isinstance(error, DeadlineExceeded):
-        return "late"
-    if isinstance(error, Unavailable):
-        return "unavailable"
-    if isinstance(error, StepweaveError) and 400 <= error.status < 500:
-        return "invalid"
-    return "failed"
+def outcome_of(status: int) -> Outcome:
+    """The outcome that an answer's status is counted as."""
+    if status < 400:
+        return "succeeded"
+    if status in _OUTCOMES:
+        return _OUTCOMES[status]
+    return "invalid" if status < 500 else "failed"
 
 
 class EngineCollector(Collector):
