@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -88,6 +89,8 @@ class Server:
             waiting=lambda: self.engine.waiting if self.engine else 0,
             engine=lambda: self.engine.stats() if self.engine else None,
             ready=lambda: self.health().stage == "ready",
+            stores=lambda: self.jobs.stores() if self.jobs else {},
+            free_bytes=lambda: self.jobs.free_bytes() if self.jobs else math.nan,
         )
         self._encoders = DaemonExecutor(ENCODERS, "stepweave-encode")
         # apart: they must not hold up pictures

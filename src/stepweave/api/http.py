@@ -45,14 +45,14 @@ class Api:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        """While the app serves, what is past its time is removed."""
+        """While the app serves, what is past its time is removed, and stores that failed are tried again."""
         jobs = self.server.jobs
-        sweeping = None if jobs is None else asyncio.create_task(jobs.sweep_for_ever())
+        tending = None if jobs is None else asyncio.create_task(jobs.look_after())
         try:
             yield
         finally:
-            if sweeping is not None:
-                sweeping.cancel()
+            if tending is not None:
+                tending.cancel()
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._describe()]})

@@ -107,7 +107,13 @@ class ContractMiddleware:
         if scope["method"] not in ("GET", "HEAD"):
             return _not_allowed(scope, "GET", "GET, HEAD")
         status = self.server.health()
-        state = {"stage": status.stage, "progress": status.progress, "message": status.message}
+        jobs = self.server.jobs
+        state = {
+            "stage": status.stage,
+            "progress": status.progress,
+            "message": status.message,
+            "store": None if jobs is None else jobs.problem,
+        }
         # a server that cannot load its model never will, nor does a stuck engine move again: let the kubelet restart it
         if status.stage in ("failed", "stuck") or (path == "/readyz" and status.stage != "ready"):
             return error_response(self.server.unavailable(), **state)
