@@ -367,7 +367,7 @@ class Server:
             model=served.id,
             metrics=self.metrics,
             encoders=self._encoders,
-            standings=engine.standings,
+            standing=engine.standing,
             leave=admission.leave,
             drawers=self._drawers,
             previewer=self.previewer,
