@@ -139,10 +139,13 @@ def kill_tree(process: subprocess.Popen[Any]) -> None:
 
 
 @contextlib.contextmanager
-def serve(log: Path, target: str = "service.py", directory: Path = ROOT, **settings: str) -> Iterator[Served]:
-    """Run `bentoml serve` as a user does; killed at the end if it is still there."""
+def serve(
+    log: Path, target: str = "service.py", directory: Path = ROOT, host: str | None = "127.0.0.1", **settings: str
+) -> Iterator[Served]:
+    """Run `bentoml serve` as a user does, with no `--host` if None; killed at the end if it is still there."""
     port = free_port()
     command = [str(Path(sys.executable).with_name("bentoml")), "serve", target, "--port", str(port)]
+    command += [] if host is None else ["--host", host]
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, cwd=directory, env=clean_environment(**settings), stdout=output, stderr=subprocess.STDOUT
