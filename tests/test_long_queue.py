@@ -157,6 +157,15 @@ async def test_a_forecast_that_fails_is_made_again(monkeypatch: pytest.MonkeyPat
         assert len(engine.standings()) == 3 * planner.FEW
 
 
+async def test_jobs_that_nobody_asks_about_leave_nothing_behind() -> None:
+    with StepEngine(FakePipeline(), "off") as engine:
+        for _ in range(20):
+            for job in [engine.submit(**call(1)) for _ in range(50)]:
+                job.result(SECONDS)
+        assert len(engine._planner._plan.standings()) <= 2 * (planner.FEW + 50) + 1
+        wait_until(lambda: engine.standings() == {})
+
+
 async def test_no_more_are_let_in_than_may_be_however_many_wait() -> None:
     async with serving(max_queue=2 * planner.FEW) as app:
         await app.post().done()

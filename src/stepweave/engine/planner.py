@@ -83,7 +83,7 @@ class Planner:
         self._caps: dict[Key, int] = {}  # rows that a step was last allowed
         self._cut = 0
         self._priced, self._prices = 0.0, PriceList(self.cost)
-        self._plan = Plan(-math.inf, (), (), (), self._order)
+        self._plan = self._no_plan()
         self._planning = False  # on its thread
         self._entered: list[list[Job]] = []  # for each plan that is being made, since its jobs were taken down
         self._forecaster = DaemonExecutor(1, "stepweave-forecast")
@@ -99,6 +99,8 @@ class Planner:
         job.task = self._task(job.shape, group, steps, job.accepted, job.priority, job.deadline)
         with self._plan_lock:
             self._jobs[job.id] = job
+            if self._plan.later > 2 * (FEW + len(self._jobs)):  # nobody asks for another
+                self._plan = self._no_plan()
             self._add(job, self._plan, time.monotonic())
             for entered in self._entered:
                 entered.append(job)
@@ -281,6 +283,9 @@ class Planner:
     def backlog(self) -> float:
         """Seconds until all that are not done would be."""
         return self._latest().backlog(time.monotonic())
+
+    def _no_plan(self) -> Plan:
+        return Plan(-math.inf, (), (), (), self._order)
 
     def _latest(self) -> Plan:
         """The forecast of all jobs. Where they are few it is a fresh one, else the last, and another is begun if that is old."""

@@ -82,6 +82,11 @@ class Plan:
             return known
         return Standing(known.position, max(1e-9, known.eta - (now - self.made)))
 
+    @property
+    def later(self) -> int:
+        """Jobs that came since it was made."""
+        return len(self._later)
+
     def foresees(self) -> bool:
         """Whether something is known of every job's work."""
         return self._complete
