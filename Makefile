@@ -1,4 +1,5 @@
 # `make serve` and `make test` do all of their own set-up, in .venv.
+HOST ?= 127.0.0.1
 PORT ?= 3000
 PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$python && break; done)
@@ -10,7 +11,7 @@ export BENTOML_DO_NOT_TRACK = True
 
 serve: export STEPWEAVE_STATE_DIR ?= $(CURDIR)/build/state-$(PORT)
 serve: .venv/serve.stamp
-	$(BIN)/bentoml serve service.py --port $(PORT)
+	$(BIN)/bentoml serve service.py --host $(HOST) --port $(PORT)
 
 # Two processes of tests on two cores: a thread of torch each, and none that spins while it waits
 test test-full: export OMP_NUM_THREADS = 1

@@ -29,6 +29,7 @@ from stepweave.api.middleware import ContractMiddleware
 from stepweave.api.schemas import ImageRequest, NativeEditRequest, StreamRequest
 from stepweave.config import Settings
 from stepweave.errors import ConfigError
+from stepweave.listening import listening, log_addresses
 from stepweave.server import Server
 from stepweave.signals import on_signals
 from stepweave.supervisor import prepare_command, report_failure
@@ -85,6 +86,7 @@ class Stepweave:
 
     @bentoml.on_startup
     async def start(self) -> None:
+        log_addresses(listening(), keys=server.keys.required)
         server.start()
         # the hook below is called once all connections have ended, which a stream may put off beyond the grace period
         on_signals(server.terminate, signal.SIGTERM, signal.SIGINT)

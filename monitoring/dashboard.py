@@ -341,6 +341,27 @@ def dashboard() -> model.Dashboard:
                 (f"max by (pod, instance) ({series('stepweave_process_resident_bytes')})", "{{pod}} {{instance}}"),
             ),
         ],
+        "Storage": [
+            graph(
+                "Failures of the stores",
+                "Calls per second that failed, of the stores of jobs and of image files: full, busy (another process has it "
+                "locked) or failed otherwise.",
+                "cps",
+                (rate("stepweave_store_failures_total", "store, reason"), "{{store}} {{reason}}"),
+            ),
+            graph(
+                "Free bytes of the stores",
+                "Room that is left where jobs and image files are stored.",
+                "bytes",
+                (f"min by (pod, instance) ({series('stepweave_store_free_bytes')})", "{{pod}} {{instance}}"),
+            ),
+            graph(
+                "Writable stores",
+                "1 while writes to a store work; 0 while its disk is full, read-only or gone, or its file is locked.",
+                "none",
+                (f"min by (pod, instance, store) ({series('stepweave_store_writable')})", "{{store}} {{pod}} {{instance}}"),
+            ),
+        ],
         "Servers": [models()],
     }  # fmt: skip
     result = (

@@ -140,11 +140,17 @@ def kill_tree(process: subprocess.Popen[Any]) -> None:
 
 @contextlib.contextmanager
 def serve(
-    log: Path, target: str = "service.py", directory: Path = ROOT, port: int | None = None, **settings: str
+    log: Path,
+    target: str = "service.py",
+    directory: Path = ROOT,
+    host: str | None = "127.0.0.1",
+    port: int | None = None,
+    **settings: str,
 ) -> Iterator[Served]:
-    """Run `bentoml serve` as a user does, on a free port; killed at the end if it is still there."""
+    """Run `bentoml serve` as a user does, on a free port, with no `--host` if None; killed at the end if it is still there."""
     port = port or free_port()
     command = [str(Path(sys.executable).with_name("bentoml")), "serve", target, "--port", str(port)]
+    command += [] if host is None else ["--host", host]
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, cwd=directory, env=clean_environment(**settings), stdout=output, stderr=subprocess.STDOUT

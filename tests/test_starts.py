@@ -50,11 +50,32 @@ def test_it_tells_how_far_loading_is_and_finishes_work_on_sigterm(tmp_path: Path
         assert "Traceback" not in server.log.read_text()
 
 
+@pytest.mark.parametrize(
+    ("host", "settings", "bound"),
+    [("0.0.0.0", {}, "0.0.0.0"), (None, {"BENTOML_HOST": "127.0.0.1"}, "127.0.0.1")],
+)
+def test_the_log_names_the_address_that_is_bound_and_warns_where_it_is_open(
+    host: str | None, settings: dict[str, str], bound: str, tmp_path: Path
+) -> None:
+    with serve(tmp_path / "log.txt", host=host, **settings) as server:
+        wait_until(lambda: server.process.poll() is not None or "listening on " in server.log.read_text())
+        # what follows it, once the model is being loaded
+        wait_until(lambda: server.process.poll() is not None or "importing:" in server.log.read_text())
+        log = server.log.read_text()
+    assert f"[stepweave.listening] listening on {bound}:{server.port}\n" in log, log
+    warning = (
+        f"{bound}:{server.port} is open to other machines, and no keys are set: set STEPWEAVE_API_KEYS, or listen with"
+    )
+    assert (warning in log) == (bound == "0.0.0.0"), log
+
+
 def start_and_fail(port: int | None = None, **settings: str) -> tuple[int, str]:
     command = [
         str(Path(sys.executable).with_name("bentoml")),
         "serve",
         "service.py",
+        "--host",
+        "127.0.0.1",
         "--port",
         str(port or free_port()),
     ]
@@ -83,7 +104,7 @@ def test_a_wrong_setting_stops_the_start_with_its_name_and_value() -> None:
 def test_a_port_in_use_is_told_in_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        status, output = start_and_fail(port, BENTOML_HOST="127.0.0.1")
+        status, output = start_and_fail(port)
     assert status == 1
     assert output.splitlines()[-1] == (
         f"stepweave: port {port} of 127.0.0.1 is in use by another process; stop that, or choose another port "

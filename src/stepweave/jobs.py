@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
@@ -13,13 +14,23 @@ from pathlib import Path
 from stepweave.config import Settings
 from stepweave.errors import Conflict, NotFound, StepweaveError, shown
 from stepweave.kept import FLAGGED, LOST, KeptJob
-from stepweave.store import DirectoryFileStore, FileStore, JobRecord, JobStore, SqliteJobStore, state_directory
+from stepweave.store import (
+    DirectoryFileStore,
+    FileStore,
+    FreeBytes,
+    JobRecord,
+    JobStore,
+    SqliteJobStore,
+    StoreHealth,
+    state_directory,
+)
 from stepweave.ticket import Progressed, Ticket
 
 logger = logging.getLogger(__name__)
 
 SWEEP_SECONDS = 60.0
-KEEP_AGAIN_SECONDS = (0.2, 1.0, 5.0)  # after which a result that could not be stored is stored once more
+PROBE_SECONDS = 5.0  # between two looks whether a store that could not be written to can be
+KEEP_AGAIN_SECONDS = (0.2, 1.0, 5.0, 10.0)  # after which a result that could not be stored is stored once more
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,7 @@ class Jobs:
         self._under_way: dict[str, Ticket] = {}  # those to be kept, until they are
         self._keeping: dict[str, asyncio.Task[StepweaveError | None]] = {}  # theirs, by id
         self._exits = contextlib.ExitStack()
+        self.free_bytes: Callable[[], float] = lambda: math.nan  # where the stores are; not for the event loop's thread
 
     @classmethod
     def open(cls, settings: Settings, tickets: Mapping[str, Ticket]) -> Jobs:
@@ -81,6 +93,7 @@ class Jobs:
             files = DirectoryFileStore(directory / "pictures", settings.keep_seconds, settings.keep_bytes)
             store = SqliteJobStore(directory / "jobs.sqlite", settings.keep_seconds, settings.keep_jobs)
             jobs = cls(store, files, tickets, directory)
+            jobs.free_bytes = FreeBytes(directory)
             jobs._exits = exits.pop_all()
         return jobs
 
@@ -266,6 +279,25 @@ class Jobs:
             await asyncio.shield(keeping)
         await self.files.delete(await self.store.delete(id))
 
+    # How the stores fare
+
+    def stores(self) -> dict[str, StoreHealth]:
+        """What fails in the stores, by name: `jobs` and `files`."""
+        return {"jobs": self.store.health, "files": self.files.health}
+
+    @property
+    def problem(self) -> str | None:
+        """Why jobs and URLs cannot be kept, as "files full: No space left on device"; None while they can."""
+        problems = [f"{name} {one.problem}" for name, one in self.stores().items() if one.problem is not None]
+        return "; ".join(problems) or None
+
+    async def probe(self) -> None:
+        """Try to write where that failed last: nobody else may, and it may work again."""
+        for store in (self.store, self.files):
+            if not store.health.writable:
+                with contextlib.suppress(StepweaveError):  # logged, and counted
+                    await store.probe()
+
     # Retention
 
     async def sweep(self) -> None:
@@ -274,13 +306,18 @@ class Jobs:
         await self.files.delete(await self.store.sweep(now))
         await self.files.delete(await self.store.forget(await self.files.sweep(now)))
 
-    async def sweep_for_ever(self) -> None:
+    async def look_after(self) -> None:
+        """Sweep and probe, for ever."""
+        swept = time.monotonic()
         while True:
-            await asyncio.sleep(SWEEP_SECONDS)
-            try:
-                await self.sweep()
-            except Exception:
-                logger.exception("what is past its time could not be removed")
+            await asyncio.sleep(min(PROBE_SECONDS, SWEEP_SECONDS))
+            await self.probe()
+            if time.monotonic() - swept >= SWEEP_SECONDS:
+                swept = time.monotonic()
+                try:
+                    await self.sweep()
+                except Exception:
+                    logger.exception("what is past its time could not be removed")
 
 
 def _record(ticket: Ticket, claim: Claim) -> JobRecord:

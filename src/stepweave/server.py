@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -95,6 +96,8 @@ class Server:
             waiting=lambda: self.engine.waiting if self.engine else 0,
             engine=lambda: self.engine.stats() if self.engine else None,
             ready=lambda: self.health().stage == "ready",
+            stores=lambda: self.jobs.stores() if self.jobs else {},
+            free_bytes=lambda: self.jobs.free_bytes() if self.jobs else math.nan,
         )
         self._encoders = DaemonExecutor(ENCODERS, "stepweave-encode")
         # apart: they must not hold up pictures
@@ -408,7 +411,7 @@ class Server:
             model=served.id,
             metrics=self.metrics,
             encoders=self._encoders,
-            standings=engine.standings,
+            standing=engine.standing,
             leave=admission.leave,
             drawers=self._drawers,
             previewer=self.previewer,

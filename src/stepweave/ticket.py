@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,8 +36,8 @@ from stepweave.threads import on_thread
 if TYPE_CHECKING:
     from stepweave.api.schemas import ImageRequest
     from stepweave.engine import Job, Latents
-    from stepweave.engine.planner import Standing
     from stepweave.images.previews import Previewer
+    from stepweave.scheduling.plan import Standing
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class Means:
     model: str
     metrics: Metrics
     encoders: Executor
-    standings: Callable[[], Mapping[str, Standing]]
+    standing: Callable[[str], Standing | None]  # of a job, by its id
     leave: Callable[[], None]  # gives the place back that admission gave
     drawers: Executor  # of previews
     previewer: Previewer | None = None
@@ -171,7 +171,7 @@ class Ticket:
 
     def standing(self) -> Queued | Progressed:
         """Where it stands now."""
-        standing = self._means.standings().get(self.id)
+        standing = self._means.standing(self.id)
         eta = None if standing is None or standing.eta <= 0 else standing.eta
         if self.job.begun is None:
             return Queued(1 if standing is None else max(1, standing.position), eta)

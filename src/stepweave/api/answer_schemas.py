@@ -49,6 +49,9 @@ class Health(BaseModel):
     stage: str = Field(json_schema_extra={"enum": list(STAGES)})
     progress: float = Field(ge=0, le=1, description="Share of the way to `ready`.")
     message: str
+    store: str | None = Field(
+        description="Why jobs and URLs of images cannot be stored, as `files full: No space left on device`; null while they can."
+    )
 
 
 class Unhealthy(Error, Health):

@@ -51,9 +51,10 @@ class Api:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        """While the app serves, what is past its time is removed, and the file of API keys is watched."""
+        """While the app serves, what is past its time is removed, stores that failed are tried again, and the file of API keys is
+        watched."""
         jobs = self.server.jobs
-        work = [self._watch_keys(), *([] if jobs is None else [jobs.sweep_for_ever()])]
+        work = [self._watch_keys(), *([] if jobs is None else [jobs.look_after()])]
         tasks = [asyncio.create_task(one) for one in work]
         try:
             yield

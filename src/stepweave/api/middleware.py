@@ -148,7 +148,13 @@ class ContractMiddleware:
         if scope["method"] not in ("GET", "HEAD"):
             return _not_allowed(scope, "GET", "GET, HEAD")
         status = self.server.health()
-        state = {"stage": status.stage, "progress": status.progress, "message": status.message}
+        jobs = self.server.jobs
+        state = {
+            "stage": status.stage,
+            "progress": status.progress,
+            "message": status.message,
+            "store": None if jobs is None else jobs.problem,
+        }
         if not self.server.alive() or (path == "/readyz" and status.stage != "ready"):
             return error_response(self.server.unavailable(), **state)
         return JSONResponse(state)

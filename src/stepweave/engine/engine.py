@@ -20,13 +20,14 @@ from stepweave.engine.health import DeviceHealth
 from stepweave.engine.job import Job, Observer, inside_engine
 from stepweave.engine.loop import StepLoop
 from stepweave.engine.memory import DeviceMemory
-from stepweave.engine.planner import OnStep, Planner, Standing
+from stepweave.engine.planner import OnStep, Planner
 from stepweave.engine.pool import Pool, Runner
 from stepweave.engine.shapes import arguments_of
 from stepweave.engine.stats import Forwards, Stats
 from stepweave.errors import EngineClosed, EngineMisuse
 from stepweave.generation import PriorityName
 from stepweave.scheduling.admission import Outlook
+from stepweave.scheduling.plan import Standing
 from stepweave.scheduling.policy import POLICIES
 from stepweave.scheduling.task import Key, Priority
 
@@ -322,6 +323,10 @@ class StepEngine:
     def standings(self) -> dict[str, Standing]:
         """Position and seconds to go of each job that is not done, by its id."""
         return self._planner.standings()
+
+    def standing(self, id: str) -> Standing | None:
+        """The same of one job; None once it is done."""
+        return self._planner.standing(id)
 
     def backlog(self) -> float:
         """Predicted seconds of work submitted and not yet done."""

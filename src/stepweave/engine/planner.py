@@ -4,37 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from stepweave.engine.call import Call
 from stepweave.engine.job import Job
 from stepweave.engine.shapes import shape_of
 from stepweave.scheduling.admission import Outlook
 from stepweave.scheduling.cost import KEYS, CostModel, PriceList
-from stepweave.scheduling.forecast import ORDERS, by_arrival, forecast
+from stepweave.scheduling.forecast import ORDERS, by_arrival, forecast, step_seconds
+from stepweave.scheduling.plan import Plan, Standing
 from stepweave.scheduling.policy import POLICIES, Rank, patience
 from stepweave.scheduling.profiles import Profiles, Shape
 from stepweave.scheduling.task import Demand, Key, Load, Priority, Task
+from stepweave.threads import DaemonExecutor
 
 logger = logging.getLogger(__name__)
 
 REPRICE_SECONDS = 0.2
-FRESH = 0.1  # seconds that a forecast is good for
+FRESH = 0.1  # seconds that a forecast is good for ...
+FRESH_TIMES = 10  # ... or, of many jobs, so many times what it took to make: it must leave the processor to others
+FEW = 128  # jobs that are forecast where that is asked for, in a millisecond or two; of more, on a thread of its own
 EXPLORE_EVERY = 64  # groups that were cut off at the knee, before one is let grow to twice that
 WHOLE_CALL = "call"  # the module of a job whose steps are not seen one by one
 
 OnStep = Callable[[str, int, int, float], None]  # module, rows, the most rows that were allowed, seconds
-
-
-class Standing(NamedTuple):
-    """Where a job stands: `position` 0 once it runs, else 1 for the first of those that wait; seconds until it will be done."""
-
-    position: int
-    eta: float
 
 
 @contextlib.contextmanager
@@ -85,7 +83,11 @@ class Planner:
         self._caps: dict[Key, int] = {}  # rows that a step was last allowed
         self._cut = 0
         self._priced, self._prices = 0.0, PriceList(self.cost)
-        self._standings: tuple[float, dict[str, Standing]] = (-FRESH, {})
+        self._plan = self._no_plan()
+        self._planning = False  # on its thread
+        self._entered: list[list[Job]] = []  # for each plan that is being made, since its jobs were taken down
+        self._forecaster = DaemonExecutor(1, "stepweave-forecast")
+        self._plan_lock = threading.Lock()  # guards these, and who comes
         self._moved = 0.0  # when a forward was last chosen, or done
         self._lock = threading.Lock()  # guards the profiles
 
@@ -95,7 +97,13 @@ class Planner:
         """Work out what a job will ask for."""
         job.shape, group, steps = shape_of(job.scope.pipeline, job.args, job.kwargs, job.scheduler, job.reproducible)
         job.task = self._task(job.shape, group, steps, job.accepted, job.priority, job.deadline)
-        self._jobs[job.id] = job
+        with self._plan_lock:
+            self._jobs[job.id] = job
+            if self._plan.later > 2 * (FEW + len(self._jobs)):  # nobody asks for another
+                self._plan = self._no_plan()
+            self._add(job, self._plan, time.monotonic())
+            for entered in self._entered:
+                entered.append(job)
 
     def leave(self, job: Job, *, succeeded: bool) -> None:
         """A job is done. What it asked for is known, if it got to its end."""
@@ -233,50 +241,125 @@ class Planner:
         reproducible: bool = False,
         fits: Callable[[Demand], bool] = lambda demand: True,
     ) -> Outlook | None:
-        """What a job would meet if it were submitted now; None if no job like it has run."""
+        """What a job would meet if it were submitted now; None if no job like it has run, or the first forecast of many is still
+        being made.
+
+        With more than `FEW` others it is fitted into what was last foreseen.
+        """
         now = time.monotonic()
         called = self._pipeline if pipeline is None else pipeline
         shape, group, steps = shape_of(called, args, kwargs, scheduler, reproducible)
-        self._refresh(now)
+        few = len(self._jobs) <= FEW
+        if few:
+            self._refresh(now)
         task = self._task(shape, group, steps, now, priority, None if deadline is None else now + deadline)
         if not task.solo:
             return None
-        tasks = [job.task for job in list(self._jobs.values())]
-        return Outlook(self._forecast([*tasks, task], now)[-1], task.solo, fits(task.demand))
+        if few:
+            tasks = [job.task for job in list(self._jobs.values())]
+            finish = self._forecast([*tasks, task], now)[-1]
+        else:
+            plan = self._latest()
+            if not self._tells(plan):
+                return None
+            finish = plan.finish(task, self._in_company(task, plan), now)
+        return Outlook(finish, task.solo, fits(task.demand))
+
+    def _in_company(self, task: Task, plan: Plan) -> float:
+        """Seconds that a job takes whose steps others share, if there are such."""
+        rows = self._cap(task.demand) if plan.has_kind(task.kind) else 0
+        if rows <= task.demand.rows:
+            return task.solo
+        return task.before + task.left * step_seconds(task.demand, rows, self.cost) + task.after
 
     def standings(self) -> dict[str, Standing]:
         """Where each job stands, by its id."""
-        now = time.monotonic()
-        at, known = self._standings
-        if now - at < FRESH:
-            return known
-        jobs = list(self._jobs.values())
-        tasks = [job.task for job in jobs]
-        ends = self._forecast(tasks, now)
-        line = sorted((task.begun is False, self._order(task, now), i) for i, task in enumerate(tasks))
-        running = sum(not waits for waits, _, _ in line)
-        known = {jobs[i].id: Standing(max(0, place - running + 1), ends[i]) for place, (_, _, i) in enumerate(line)}
-        self._standings = (now, known)
-        return known
+        return self._latest().standings()
+
+    def standing(self, id: str) -> Standing | None:
+        """Where a job stands; None if it is done."""
+        return self._latest().standing(id, time.monotonic())
 
     def backlog(self) -> float:
         """Seconds until all that are not done would be."""
-        return max((one.eta for one in self.standings().values()), default=0.0)
+        return self._latest().backlog(time.monotonic())
+
+    def _no_plan(self) -> Plan:
+        return Plan(-math.inf, (), (), (), self._order)
+
+    def _latest(self) -> Plan:
+        """The forecast of all jobs. Where they are few it is a fresh one, else the last, and another is begun if that is old."""
+        plan, now = self._plan, time.monotonic()
+        if now - plan.made < FRESH:
+            return plan
+        jobs = len(self._jobs)
+        if jobs <= FEW or (jobs <= 2 * FEW and not self._tells(plan)):
+            return self._make_plan()
+        if now - plan.made >= FRESH_TIMES * plan.took:
+            with self._plan_lock:
+                begin, self._planning = not self._planning, True
+            if begin:
+                self._forecaster.submit(self._make_plan_apart)
+        return self._plan
+
+    def _add(self, job: Job, plan: Plan, now: float) -> None:
+        with contained("fit a job into the forecast"):
+            plan.add(job.id, job.task, self._in_company(job.task, plan), now)
+
+    def _tells(self, plan: Plan) -> bool:
+        """Whether a plan is of enough jobs to tell what others do in their company."""
+        return plan.size >= FEW // 2
+
+    def _make_plan_apart(self) -> None:
+        try:
+            with contained("foresee when jobs will be done"):
+                self._refresh(time.monotonic())
+                # each time it lets other threads run, which else wait for 5 ms whenever they have waited for anything
+                self._make_plan(lambda: time.sleep(0))
+        finally:
+            self._planning = False
+
+    def _make_plan(self, breathe: Callable[[], object] = lambda: None) -> Plan:
+        now = time.monotonic()
+        entered: list[Job] = []
+        with self._plan_lock:
+            self._entered.append(entered)
+            jobs = list(self._jobs.values())
+        try:
+            tasks = [job.task for job in jobs]
+            ends = self._forecast(tasks, now, breathe)
+            took = time.monotonic() - now
+            plan = Plan(now, [job.id for job in jobs], tasks, ends, self._order, took=took, breathe=breathe)
+            added = 0
+            while len(entered) - added > FEW:  # most of them without holding up those that come
+                self._add(entered[added], plan, now)
+                added += 1
+            with self._plan_lock:
+                for job in entered[added:]:
+                    self._add(job, plan, now)
+                if plan.made >= self._plan.made:
+                    self._plan = plan
+        finally:
+            with self._plan_lock:
+                self._entered = [one for one in self._entered if one is not entered]
+        return plan
 
     def stalled(self) -> float:
         """Seconds since a forward was chosen or done, a step was counted, or the first of the jobs came."""
         jobs = list(self._jobs.values())
         if not jobs:
             return 0.0
-        moved = max(self._moved, min(job.accepted for job in jobs), *(job.stepped or 0.0 for job in jobs))
+        moved = max(self._moved, jobs[0].accepted, *[job.stepped or 0.0 for job in jobs])
         return time.monotonic() - moved
 
     def foresees(self) -> bool:
         """Whether something is known of every job's work."""
+        if len(self._jobs) > FEW:
+            return self._latest().foresees()
         return all(job.task.solo for job in list(self._jobs.values()))
 
-    def _forecast(self, tasks: Sequence[Task], now: float) -> list[float]:
-        return forecast(tasks, now, self.cost, self._cap, self._order)
+    def _forecast(self, tasks: Sequence[Task], now: float, breathe: Callable[[], object] = lambda: None) -> list[float]:
+        return forecast(tasks, now, self.cost, self._cap, self._order, breathe)
 
     def _cap(self, demand: Demand) -> int:
         """The most rows of a step that such jobs share, by the rows of its first module."""

@@ -17,16 +17,38 @@ def by_arrival(task: Task, now: float) -> Rank:
     return (task.arrived,)
 
 
+RUN = 2000  # ranks that are sorted at a time
+BREATH = (
+    16  # jobs whose ends are found at a time, in less than a millisecond: to let others run may take a tenth of one
+)
+
 ORDERS: dict[str, Order] = {"thrifty": rank, "aged": aged_rank}  # the others' is by arrival
 
 
-def forecast(tasks: Sequence[Task], now: float, cost: CostModel, cap: RowCap, order: Order = rank) -> list[float]:
+def in_order(ranks: Sequence[Rank], breathe: Callable[[], object] = lambda: None) -> list[int]:
+    """The indices of ranks, lowest first. Python's sort holds up all threads, so runs are sorted, and at last merged, by it."""
+    runs: list[int] = []
+    for begin in range(0, len(ranks), RUN):
+        runs += sorted(range(begin, min(begin + RUN, len(ranks))), key=ranks.__getitem__)
+        breathe()
+    return sorted(runs, key=ranks.__getitem__)
+
+
+def forecast(
+    tasks: Sequence[Task],
+    now: float,
+    cost: CostModel,
+    cap: RowCap,
+    order: Order = rank,
+    breathe: Callable[[], object] = lambda: None,
+) -> list[float]:
     """Seconds from now until each task is done, as many as tasks, if no others come.
 
     The order is taken as it is now. The first in it runs with those after it that share its steps, up to the cap, until one of
-    them is done; then the group is filled up again. O(tasks x rows of a step).
+    them is done; then the group is filled up again. O(tasks x rows of a step). `breathe` is called now and then, to let other
+    threads run.
     """
-    ordered = sorted(range(len(tasks)), key=lambda i: order(tasks[i], now))
+    ordered = in_order([order(task, now) for task in tasks], breathe)
     # taken down now: an engine's thread may change the tasks meanwhile
     demands = [task.demand for task in tasks]
     left = [task.left for task in tasks]
@@ -39,7 +61,9 @@ def forecast(tasks: Sequence[Task], now: float, cost: CostModel, cap: RowCap, or
         queues.setdefault(kind, []).append(i)
         least[kind] = min(demands[i].rows, least.get(kind, demands[i].rows))
     time = 0.0
-    for first in ordered:
+    for number, first in enumerate(ordered):
+        if number % BREATH == 0:
+            breathe()
         demand = demands[first]
         queue, most, smallest = queues[demand.kind], cap(demand), least[demand.kind]
         while not ends[first]:
@@ -50,7 +74,7 @@ def forecast(tasks: Sequence[Task], now: float, cost: CostModel, cap: RowCap, or
                     time += tasks[i].before
             steps = min(left[i] for i in group)
             if steps:
-                time += steps * _step_seconds(demand, rows, cost)
+                time += steps * step_seconds(demand, rows, cost)
             for i in group:
                 left[i] -= steps
                 if left[i] <= 0:
@@ -71,7 +95,7 @@ def _group(queue: Sequence[int], demands: Sequence[Demand], most: int, smallest:
     return group, rows
 
 
-def _step_seconds(demand: Demand, rows: int, cost: CostModel) -> float:
+def step_seconds(demand: Demand, rows: int, cost: CostModel) -> float:
     """Of a step of so many rows in all: calls that a job makes one after another are shared one after another."""
     own = demand.rows
     return sum(load.calls * cost.seconds(load.key, max(1, rows * load.rows // own)) for load in demand.step)

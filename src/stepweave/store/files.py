@@ -8,12 +8,13 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, ParamSpec, Protocol, TypeVar
 
 from stepweave.errors import StepweaveError, shown
+from stepweave.store.health import StoreHealth, words_of
 from stepweave.threads import DaemonExecutor, on_thread
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ T = TypeVar("T")
 Suffix = Literal["png", "jpeg", "webp"]
 MEDIA_TYPES: dict[str, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 READERS = 4  # threads
+PROBE_BYTES = 64 * 1024  # of a file that tells whether there is room: an empty one may find some on a full disk
 _NAME = re.compile(r"[0-9a-f]{32}\.(png|jpeg|webp)")
 _PARTIAL = re.compile(rf"\.{_NAME.pattern}\.partial")
 
@@ -38,6 +40,13 @@ class StoredFile:
 
 class FileStore(Protocol):
     """Where picture files are kept. Every method raises StepweaveError (code `store_failed`) where the store fails."""
+
+    @property
+    def health(self) -> StoreHealth:
+        """What failed so far, and whether writes work."""
+
+    async def probe(self) -> None:
+        """Write a file and remove it, to find out whether writes work."""
 
     async def put(self, data: bytes, suffix: Suffix) -> str:
         """Keep a file; returns its name. Raises StepweaveError (code `file_too_large`) for one that is over the bound."""
@@ -97,6 +106,7 @@ class DirectoryFileStore:
         self._bytes = 0
         self._gone: list[str] = []  # made room since the last sweep
         self._closed = False
+        self._health = StoreHealth()
         self._writer = DaemonExecutor(1, "file-writer")
         self._readers = DaemonExecutor(READERS, "file-reader")
         try:
@@ -104,7 +114,7 @@ class DirectoryFileStore:
             self._read_directory()
             self._make_room(0)
         except OSError as error:
-            raise self._failure(error) from error
+            raise self._failure(error, writing=True) from error
 
     def _read_directory(self) -> None:
         now, found = self._clock(), []
@@ -123,6 +133,10 @@ class DirectoryFileStore:
             self._bytes += size
 
     @property
+    def health(self) -> StoreHealth:
+        return self._health
+
+    @property
     def count(self) -> int:
         return len(self._index)
 
@@ -132,23 +146,39 @@ class DirectoryFileStore:
         if len(data) > self._max_bytes:
             message = f"The picture's file has {len(data)} bytes; the file store takes {self._max_bytes} in all."
             raise StepweaveError(message, code="file_too_large")
-        return await self._run(self._writer, self._write, data, suffix)
+        name = await self._run(self._writer, self._write, data, suffix)
+        self._health.wrote()
+        return name
 
-    def _write(self, data: bytes, suffix: Suffix) -> str:
-        name, created = f"{secrets.token_hex(16)}.{suffix}", self._clock()
+    async def probe(self) -> None:
+        await self._run(self._writer, self._write_and_remove)
+        self._health.wrote()
+
+    def _write_and_remove(self) -> None:
+        with self._partial(f"{secrets.token_hex(16)}.png", bytes(PROBE_BYTES)) as partial:
+            partial.unlink()
+
+    @contextlib.contextmanager
+    def _partial(self, name: str, data: bytes) -> Iterator[Path]:
+        """A file under another name than its own, whole and on the disk. It is removed if the block fails."""
         partial = self._directory / f".{name}.partial"
-        self._make_room(len(data))
         try:
             with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())  # else a lost power supply could leave the name without its data
-            os.utime(partial, (created, created))
-            os.replace(partial, self._directory / name)
+            yield partial
         except BaseException:
             with contextlib.suppress(OSError):
                 partial.unlink()
             raise
+
+    def _write(self, data: bytes, suffix: Suffix) -> str:
+        name, created = f"{secrets.token_hex(16)}.{suffix}", self._clock()
+        self._make_room(len(data))
+        with self._partial(name, data) as partial:
+            os.utime(partial, (created, created))
+            os.replace(partial, self._directory / name)
         self._index[name] = _Entry(len(data), created)
         self._bytes += len(data)
         return name
@@ -218,11 +248,12 @@ class DirectoryFileStore:
         try:
             return await on_thread(executor, work, *args, **kwargs)
         except OSError as error:
-            raise self._failure(error) from error
+            raise self._failure(error, writing=executor is self._writer) from error
 
-    def _failure(self, error: OSError) -> StepweaveError:
+    def _failure(self, error: OSError, *, writing: bool) -> StepweaveError:
         logger.error("the file store in %s failed: %s", self._directory, error)
-        return StepweaveError(f"The file store failed ({error.strerror or type(error).__name__}).", code="store_failed")
+        self._health.failed(error, writing=writing)
+        return StepweaveError(f"The file store failed ({words_of(error)}).", code="store_failed")
 
     @property
     def bytes(self) -> int:

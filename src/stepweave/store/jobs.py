@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 from stepweave.errors import InvalidRequest, StepweaveError, shown
+from stepweave.store.health import StoreHealth, words_of
 from stepweave.threads import DaemonExecutor, on_thread
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,13 @@ class JobStore(Protocol):
     Calls of one event loop take effect in their order. One whose task was cancelled may have taken effect.
     """
 
+    @property
+    def health(self) -> StoreHealth:
+        """What failed so far, and whether writes work."""
+
+    async def probe(self) -> None:
+        """Write something that changes nothing, to find out whether writes work."""
+
     async def put(self, record: JobRecord) -> None:
         """Insert the record, or replace the one of the same id."""
 
@@ -96,6 +104,8 @@ class JobStore(Protocol):
         """
 
 
+BUSY_SECONDS = 2.0  # from a call's submission, after which it fails if another process has the file locked
+START_SECONDS = 30.0  # the same of the one call that a start depends on
 JOURNAL_BYTES = 16 * 2**20  # of the write-ahead log, which else keeps the largest size that it ever had
 SCHEMA_VERSION = 1
 _SCHEMA = """
@@ -156,6 +166,9 @@ class _Unusable(Exception):
 class SqliteJobStore:
     """A JobStore in one SQLite file, on a thread of its own.
 
+    While another process has the file locked, each call fails `BUSY_SECONDS` after it was submitted, whatever waits before it,
+    so that those that wait do not add up; the first one after the lock is gone works again.
+
     What `put` has acknowledged outlives a killed process; a lost power supply may take the last ones. A file that is corrupt,
     or of another version of the schema, is set aside (one of each kind), and a new one begun. `clock` gives Unix seconds.
     """
@@ -174,12 +187,31 @@ class SqliteJobStore:
         self._keep_records = keep_records
         self._clock = clock
         self._closed = False
+        self._health = StoreHealth()
         self._thread = DaemonExecutor(1, "job-store")
+        self._connection: sqlite3.Connection | None = None  # for the thread only
         try:
-            self._connection = self._thread.submit(self._open).result()
+            self._thread.submit(self._connected).result()
         except (OSError, sqlite3.Error) as error:
             self._thread.shutdown(wait=False)
-            raise self._failure(error) from error
+            raise self._failure(error, writing=True) from error
+
+    @property
+    def health(self) -> StoreHealth:
+        return self._health
+
+    def _connected(self, writing: bool = True) -> sqlite3.Connection:
+        """The connection. A file that was removed under it is begun anew, if its directory is there: what is written to the old
+        one would be gone with this process."""
+        if writing and self._connection is not None and not self._path.exists():
+            os.stat(self._path.parent)
+            logger.warning("%s was removed; a new one is begun", self._path)
+            self._disconnect()
+            for part in ("-wal", "-shm"):  # of the old file, and left there, since that is not where it was
+                Path(f"{self._path}{part}").unlink(missing_ok=True)
+        if self._connection is None:
+            self._connection = self._open()
+        return self._connection
 
     def _open(self) -> sqlite3.Connection:
         try:
@@ -191,7 +223,7 @@ class SqliteJobStore:
     def _connect(self) -> sqlite3.Connection:
         # SQLite gives the files beside it the mode of this one
         os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
-        connection = sqlite3.connect(self._path)
+        connection = sqlite3.connect(self._path, timeout=BUSY_SECONDS)
         try:
             self._prepare(connection)
         except BaseException as error:
@@ -230,7 +262,12 @@ class SqliteJobStore:
         def work(connection: sqlite3.Connection) -> None:
             connection.execute(_PUT, row)
 
-        await self._run(work)
+        await self._run(work, writes=True)
+        self._health.wrote()
+
+    async def probe(self) -> None:
+        await self._run(lambda connection: connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}"), writes=True)
+        self._health.wrote()
 
     async def get(self, id: str) -> JobRecord | None:
         if not _ID.fullmatch(id):
@@ -270,13 +307,18 @@ class SqliteJobStore:
                 ).rowcount
             return changed
 
-        return await self._run(work)
+        return await self._run(work, writes=True, patience=START_SECONDS)
 
     async def close(self) -> None:
         if not self._closed:
             self._closed = True
-            await on_thread(self._thread, self._connection.close)
+            await on_thread(self._thread, self._disconnect)
             self._thread.shutdown(wait=False)
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
 
     async def _one(self, query: str, arguments: tuple[Any, ...]) -> JobRecord | None:
         row = await self._run(lambda connection: connection.execute(query, arguments).fetchone())
@@ -287,26 +329,32 @@ class SqliteJobStore:
             dropped = connection.execute(f"DELETE FROM jobs WHERE {condition} RETURNING files", arguments).fetchall()
             return [name for (names,) in dropped for name in json.loads(names)]
 
-        return await self._run(work)
+        return await self._run(work, writes=True)
 
-    async def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Do the work on the store's thread, as one transaction."""
+    async def _run(
+        self, work: Callable[[sqlite3.Connection], T], *, writes: bool = False, patience: float | None = None
+    ) -> T:
+        """Do the work on the store's thread, as one transaction. It waits `patience` seconds from now, `BUSY_SECONDS` if None."""
         if self._closed:
             raise StepweaveError("The job store is closed.", code="store_failed")
+        until = time.monotonic() + (BUSY_SECONDS if patience is None else patience)
 
         def transaction() -> T:
-            with self._connection as connection:
+            connected = self._connected(writes)
+            left = max(0.0, until - time.monotonic())
+            connected.execute(f"PRAGMA busy_timeout = {int(1000 * left)}")
+            with connected as connection:
                 return work(connection)
 
         try:
             return await on_thread(self._thread, transaction)
-        except sqlite3.Error as error:
-            raise self._failure(error) from error
+        except (OSError, sqlite3.Error) as error:
+            raise self._failure(error, writing=writes) from error
 
-    def _failure(self, error: Exception) -> StepweaveError:
+    def _failure(self, error: OSError | sqlite3.Error, *, writing: bool) -> StepweaveError:
         logger.error("the job store %s failed: %s", self._path, error)
-        reason = error.strerror if isinstance(error, OSError) else error  # neither has the path
-        return StepweaveError(f"The job store failed ({reason}).", code="store_failed")
+        self._health.failed(error, writing=writing)
+        return StepweaveError(f"The job store failed ({words_of(error)}).", code="store_failed")
 
     async def list(self, owner: str | None, limit: int, before: str | None = None) -> list[JobRecord]:
         condition = "owner IS ?"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -20,9 +21,11 @@ from prometheus_client.registry import Collector
 
 from stepweave.keys import MAX_CLIENTS
 from stepweave.scheduling.admission import REASONS
+from stepweave.store import REASONS as STORE_REASONS
 
 if TYPE_CHECKING:
     from stepweave.engine import EngineStats, Job
+    from stepweave.store import StoreHealth
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series for each counter, which nothing here reads
 
@@ -36,6 +39,7 @@ UNSHARED_REASONS = (
     "not_comparable", "reproducible", "error",
 )  # fmt: skip
 IMAGE_RESULTS = ("ok", "constant", "flagged", "non_finite")
+STORES = ("jobs", "files")
 VRAM_KINDS = ("allocated", "reserved", "peak", "free", "total")
 STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -48,7 +52,8 @@ class Metrics:
     """Counters that the server feeds, and gauges that are read when scraped.
 
     The arguments are called at each scrape; `engine` gives the engine's statistics, or None while there is none; `refused` how
-    many requests admission refused, by reason.
+    many requests admission refused, by reason; `stores` how each of the stores fares, `free_bytes` the room that they have, or
+    NaN.
     """
 
     def __init__(
@@ -58,6 +63,8 @@ class Metrics:
         engine: Callable[[], EngineStats | None] = lambda: None,
         refused: Callable[[], Mapping[Any, int]] = dict,
         ready: Callable[[], bool] = lambda: True,
+        stores: Callable[[], Mapping[str, StoreHealth]] = dict,
+        free_bytes: Callable[[], float] = lambda: math.nan,
     ) -> None:
         self.registry = CollectorRegistry()
         Gauge("stepweave_ready", "1 while the server takes work, else 0.", registry=self.registry).set_function(ready)
@@ -146,6 +153,12 @@ class Metrics:
         ).set_function(lambda: psutil.Process().memory_info().rss)
         self.registry.register(EngineCollector(engine))
         self.registry.register(RefusalCollector(refused))
+        self.registry.register(StoreCollector(stores))
+        Gauge(
+            "stepweave_store_free_bytes",
+            "Bytes that are free where jobs and image files are stored; NaN if that cannot be told.",
+            registry=self.registry,
+        ).set_function(free_bytes)
         self.vram = VramCollector(engine)
         self.registry.register(self.vram)
 
@@ -285,6 +298,30 @@ class RefusalCollector(Collector):
         for reason in REASONS:
             family.add_metric([reason], counts.get(reason, 0))
         yield family
+
+
+class StoreCollector(Collector):
+    """`stepweave_store_failures_total{store, reason}` and `stepweave_store_writable{store}`."""
+
+    def __init__(self, stores: Callable[[], Mapping[str, StoreHealth]]) -> None:
+        self._stores = stores
+
+    def collect(self) -> Iterable[Metric]:
+        failures = CounterMetricFamily(
+            "stepweave_store_failures",
+            "Calls of a store (jobs, or image files) that failed: no room is left, another process has the file locked, or else.",
+            labels=["store", "reason"],
+        )
+        writable = GaugeMetricFamily(
+            "stepweave_store_writable", "1 while writes to a store work, else 0; 0 before it is open.", labels=["store"]
+        )
+        stores = self._stores()
+        for name in STORES:
+            health = stores.get(name)
+            for reason in STORE_REASONS:
+                failures.add_metric([name, reason], health.failures[reason] if health else 0)
+            writable.add_metric([name], health is not None and health.writable)
+        yield from (failures, writable)
 
 
 class VramCollector(Collector):

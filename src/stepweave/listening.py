@@ -1,0 +1,41 @@
+"""Where this process listens, as its sockets tell: what was asked of a command may be another address."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+
+import psutil
+
+logger = logging.getLogger(__name__)
+
+Address = tuple[str, int]
+
+
+def listening() -> list[Address]:
+    """Address and port of each TCP socket on which this process listens, those that it was given included; none if the system
+    does not tell."""
+    try:
+        found = psutil.Process().net_connections(kind="tcp")
+    except (psutil.Error, OSError, NotImplementedError):
+        return []
+    return sorted({(one.laddr.ip, one.laddr.port) for one in found if one.status == psutil.CONN_LISTEN})
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    address = ipaddress.ip_address(host.partition("%")[0])  # less its zone
+    mapped = getattr(address, "ipv4_mapped", None)
+    return bool((mapped or address).is_loopback)
+
+
+def log_addresses(addresses: list[Address], *, keys: bool) -> None:
+    """Log where the server listens, and a warning if others than this machine reach it while it asks for no `keys`."""
+    for host, port in addresses:
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        logger.info("listening on %s", address)
+        if not keys and not is_loopback(host):
+            logger.warning(
+                "%s is open to other machines, and no keys are set: set STEPWEAVE_API_KEYS, or listen with --host 127.0.0.1",
+                address,
+            )
