@@ -179,6 +179,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Counted]:
         "STEPWEAVE_STATE_DIR": str(directory / "state"),
         "STEPWEAVE_BATCHING": "off",
         "STEPWEAVE_WARMUP": "false",
+        "STEPWEAVE_DRAIN_NOTICE": "0",
         "STEPWEAVE_MAX_QUEUE": "1",  # two prompts, or one that leaves and one that comes
         "STEPWEAVE_MAX_STEPS": str(STEPS),
         "STEPWEAVE_MAX_BODY_BYTES": str(MAX_BODY),
@@ -332,7 +333,8 @@ def test_who_is_refused_is_counted_as_such(counted: Counted) -> None:
 
 
 def test_a_server_that_drains_has_counted_every_request(counted: Counted) -> None:
-    assert httpx.post(f"{counted.url}/drain").status_code == 200
+    bearer = {"Authorization": f"Bearer {(counted.state / 'drain-token').read_text()}"}
+    assert httpx.post(f"{counted.url}/drain", headers=bearer).status_code == 200
     for surface in SURFACES:
         with counted.counting("unavailable"):
             assert counted.ask(surface) == 503

@@ -250,8 +250,8 @@ def drain_problems(work: Workload) -> Iterator[str]:
     before, after = (sum(map(int, re.findall(r"sleep\((\d+)\)", part))) for part in script.split(asking))
     probe = work.container["readinessProbe"]
     noticed = probe["periodSeconds"]  # by who asks for /readyz himself, as often as the kubelet does
-    settings = settings_of(work)
-    if after < max(noticed, settings.drain_notice + REFUSING_SECONDS) or before + after > 30:
+    notice = float(work.env.get("STEPWEAVE_DRAIN_NOTICE", Settings.model_fields["drain_notice"].default))
+    if after < max(noticed, notice + REFUSING_SECONDS) or before + after > 30:
         yield f"preStop sleeps {before} s and {after} s: too short for proxies to notice, or too long to wait"
     path = f'open("{work.env.get("STEPWEAVE_STATE_DIR")}/{TOKEN_FILE}")'
     if path not in script or 'headers={"Authorization": f"Bearer {token}"}' not in script:

@@ -115,7 +115,11 @@ def test_it_has_every_route_and_no_other(in_process: Make) -> None:
         for method in route.methods or ()
         if method != "HEAD"
     }
-    elsewhere = {*((path, "POST") for path in (*PATHS, DRAIN)), *((path, "GET") for path in (*PROBES, "/schema.json"))}
+    elsewhere = {
+        (DRAIN, "DELETE"),
+        *((path, "POST") for path in (*PATHS, DRAIN)),
+        *((path, "GET") for path in (*PROBES, "/schema.json")),
+    }
     found = document(app)
     described = {(path, method.upper()) for path, item in found["paths"].items() for method in item}
     assert described == mounted | elsewhere

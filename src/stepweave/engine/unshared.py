@@ -66,7 +66,8 @@ class Unshared:
         known = list(self._known.items())  # read on any thread
         found |= {(name, code, detail): None for (name, code), detail in known}
         for one in certificates:
-            if one.alone is not None and one.target not in turns:
-                code, detail = one.alone
+            alone = one.alone  # once: meanwhile the engine's thread may find that they need not
+            if alone is not None and one.target not in turns:
+                code, detail = alone
                 found[one.target, code, f"{one.sample}: {detail}" if one.sample else detail] = None
         return [{"call": name, "reason": code, "detail": detail} for name, code, detail in found]
