@@ -33,6 +33,16 @@ def test_every_dependency_is_bounded_tested_and_explained() -> None:
     assert all(name.removesuffix("-client") in readme for name, _ in runtime)
 
 
+def test_the_tests_that_documents_name_are_there() -> None:
+    named = {
+        (file, name)
+        for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+        for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", path.read_text())
+    }
+    assert len(named) > 20
+    assert not [one for one in sorted(named) if f"def {one[1]}(" not in (ROOT / one[0]).read_text()]
+
+
 def test_every_error_stands_in_the_tree_of_its_module() -> None:
     tree = stepweave.errors.__doc__ or ""
     classes = [value for value in vars(stepweave.errors).values() if isinstance(value, type)]
