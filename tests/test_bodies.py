@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import tracemalloc
 from collections.abc import Iterator
+from unittest.mock import patch
 
 import pytest
 
 from stepweave.api.bodies import SPOOLED, TURNS
+from stepweave.errors import InvalidRequest
+from stepweave.images.decoders import Decoders
 from tests.asgi import serving
+from tests.fake import FakePipeline
+from tests.waiting import SECONDS
 
 pytestmark = pytest.mark.anyio
 MEGABYTE = 1024 * 1024
@@ -57,6 +63,32 @@ async def test_long_bodies_wait_on_disk(path: str) -> None:
         for one in waiting:
             assert (await one.done()).status == (404 if path == "/generate" else 400)  # BentoML is not there
         assert not app.asgi.body_turns.locked()
+
+
+@pytest.mark.parametrize("path", ["/v1/images/edits", "/edit"])
+@pytest.mark.usefixtures("traced")
+async def test_uploads_that_wait_to_be_decoded_are_on_disk(path: str) -> None:
+    let_go, decoding = threading.Event(), threading.Semaphore(0)
+
+    def run(self: Decoders, task: object) -> None:
+        decoding.release()
+        assert let_go.wait(SECONDS)
+        raise InvalidRequest("It was let go.")
+
+    head = b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na\r\n--x\r\n'
+    file = b'Content-Disposition: form-data; name="image"; filename="a"\r\n\r\n' + bytes(2 * MEGABYTE)
+    form, kind = head + file + b"\r\n--x--\r\n", {"Content-Type": "multipart/form-data; boundary=x"}
+    with patch.object(Decoders, "_run", run):
+        async with serving(FakePipeline(edits=True)) as app:
+            before = tracemalloc.get_traced_memory()[0]
+            waiting = [app.send("POST", path, form, kind) for _ in range(MANY)]
+            await app.until(lambda: app.server.decoders.waiting == MANY)
+            assert decoding.acquire(timeout=SECONDS)
+            assert tracemalloc.get_traced_memory()[0] - before < MANY * MEGABYTE / 8
+            let_go.set()
+            for one in waiting:
+                assert (await one.done()).status == 400
+            assert app.metric("stepweave_requests_in_flight") == 0
 
 
 async def test_a_turn_is_given_back_whatever_comes_of_it() -> None:

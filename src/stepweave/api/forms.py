@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import BinaryIO
 
 from python_multipart.multipart import parse_options_header
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from stepweave.api.auth import asker_of
+from stepweave.api.bodies import SPOOLED
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.idempotency import joins
 from stepweave.errors import Cancelled, InvalidRequest, shown
@@ -22,17 +25,22 @@ from stepweave.threads import on_thread
 PICTURES = ("image", "mask")
 MAX_FIELDS = 64
 MAX_FIELD_BYTES = 64 * 1024
+MultiPartParser.spool_max_size = SPOOLED  # of a file of a form, in bytes: the rest goes to disk
 CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")
 
 
-async def read_form(request: Request, files: Sequence[str] = PICTURES) -> tuple[dict[str, str], dict[str, bytes]]:
-    """The fields and the files of a multipart form. `image[]`, as OpenAI's clients name several, may hold one.
+@contextlib.asynccontextmanager
+async def read_form(
+    request: Request, files: Sequence[str] = PICTURES
+) -> AsyncIterator[tuple[dict[str, str], dict[str, BinaryIO]]]:
+    """The fields and the files of a multipart form. `image[]`, as OpenAI's clients name several, may hold one. The files are on
+    disk if they are long, and end with the block.
 
     Raises InvalidRequest for a form that cannot be read, a name that comes twice, a field that is a file or the other way round.
     """
     _check_charset(request.headers.get("content-type", ""))
     texts: dict[str, str] = {}
-    found: dict[str, bytes] = {}
+    found: dict[str, BinaryIO] = {}
     try:
         async with request.form(max_files=len(files), max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES) as form:
             for name, value in form.multi_items():
@@ -44,15 +52,15 @@ async def read_form(request: Request, files: Sequence[str] = PICTURES) -> tuple[
                         raise InvalidRequest(f"{name} is {shown(value)}; it must be a file.", param=name)
                     texts[name] = value
                 elif name in files:
-                    found[name] = await value.read()
+                    found[name] = value.file
                 else:
                     raise InvalidRequest(f"{shown(name)} is a file; only {' and '.join(files)} may be.", param=name)
+            yield texts, found
     except ClientDisconnect:
         raise Cancelled("The client left while it sent the body.") from None
     except (MultiPartException, HTTPException) as error:  # within an app Starlette makes the one into the other
         reason = error.message if isinstance(error, MultiPartException) else error.detail
         raise InvalidRequest(f"The form cannot be read: {reason}", code="invalid_form") from None
-    return texts, found
 
 
 def _check_charset(content_type: str) -> None:
@@ -74,7 +82,7 @@ async def reserve(request: Request, server: Server) -> Reservation:
 
 
 async def read_pictures(
-    request: Request, files: Mapping[str, bytes], server: Server, place: Reservation
+    request: Request, files: Mapping[str, BinaryIO], server: Server, place: Reservation
 ) -> tuple[Sources, bytes]:
     """An edit's images, and a digest of their files. The request's body must have been read.
 
@@ -84,9 +92,13 @@ async def read_pictures(
     if "image" not in files:
         raise InvalidRequest("image is missing: send it as a file of the form.", code="missing_field", param="image")
     place.settle()
-    sources = await until_disconnect(request, server.decoders.read_sources(files["image"], files.get("mask")))
-    return sources, await on_thread(None, _digest, files)
+    digest = await on_thread(None, _digest, files)
+    return await until_disconnect(request, server.decoders.read_sources(files["image"], files.get("mask"))), digest
 
 
-def _digest(files: Mapping[str, bytes]) -> bytes:
-    return b"".join(hashlib.sha256(files.get(name, b"")).digest() for name in PICTURES)
+def _digest(files: Mapping[str, BinaryIO]) -> bytes:
+    digests = {name: hashlib.sha256() for name in PICTURES}
+    for name, file in files.items():
+        while chunk := file.read(SPOOLED):
+            digests[name].update(chunk)
+    return b"".join(one.digest() for one in digests.values())

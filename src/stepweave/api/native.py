@@ -128,11 +128,10 @@ async def check(request: Request, server: Server) -> None:
     require_form(content_type)
     place = await reserve(request, server)
     try:
-        texts, files = await read_form(request)
-        body = parse_form(
-            {name: text for name, given in texts.items() if (text := _text(given)) is not None}, NativeEditRequest
-        )
-        request.scope[EDIT] = Edit(body, *await read_pictures(request, files, server, place), place)
+        async with read_form(request) as (texts, files):
+            fields = {name: text for name, given in texts.items() if (text := _text(given)) is not None}
+            edit = parse_form(fields, NativeEditRequest)
+            request.scope[EDIT] = Edit(edit, *await read_pictures(request, files, server, place), place)
     except BaseException:
         place.release()
         raise

@@ -60,9 +60,9 @@ class OpenAI:
     async def edits(self, request: Request) -> Response:
         require_form(request.headers.get("content-type", ""))
         with await reserve(request, self.server) as place:
-            fields, files = await read_form(request)
-            body = parse_form(fields, EditRequest)
-            sources, digest = await read_pictures(request, files, self.server, place)
+            async with read_form(request) as (fields, files):
+                body = parse_form(fields, EditRequest)
+                sources, digest = await read_pictures(request, files, self.server, place)
             return await self._answer(request, body, sources, digest, place)
 
     async def _answer(

@@ -17,6 +17,7 @@ import sys
 import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image
 
@@ -41,19 +42,25 @@ class Decoders:
         self._closed = False
         self._lock = threading.Lock()
         self._threads = DaemonExecutor(DECODERS, "stepweave-decode")  # each waits for one process
+        self.waiting = 0  # requests whose files are being decoded, or wait for that
 
-    async def read_sources(self, image: bytes, mask: bytes | None) -> Sources:
+    async def read_sources(self, image: bytes | BinaryIO, mask: bytes | BinaryIO | None) -> Sources:
         """As `uploads.read_sources`, in a process that is ended if the awaiting task is cancelled.
+
+        Files are read once there is a process for them, so that those that wait are not in memory.
 
         Raises also InvalidRequest, code `image_too_slow`, for what is not decoded within `SECONDS`, StepweaveError, code
         `decoder_failed`, if the process dies or cannot be started, and Unavailable once it is closed.
         """
         task = _Task(image, mask)
+        self.waiting += 1
         try:
             return await on_thread(self._threads, self._run, task)
         except asyncio.CancelledError:
             task.end("cancelled")
             raise
+        finally:
+            self.waiting -= 1
 
     def close(self) -> None:
         """End all processes, and what they do."""
@@ -116,7 +123,7 @@ class Decoders:
 class _Task:
     """The files of a request. It may be ended from any thread."""
 
-    def __init__(self, image: bytes, mask: bytes | None) -> None:
+    def __init__(self, image: bytes | BinaryIO, mask: bytes | BinaryIO | None) -> None:
         self._image = image
         self._mask = mask
         self.ended: str | None = None  # why, if it was: cancelled or slow
@@ -190,14 +197,14 @@ class _Process:
                 return
         raise StepweaveError("The process that decodes images did not start.", code="decoder_failed")
 
-    def decode(self, image: bytes, mask: bytes | None) -> Sources:
+    def decode(self, image: bytes | BinaryIO, mask: bytes | BinaryIO | None) -> Sources:
         """Raises what the process tells of; EOFError or OSError if it dies."""
         self.usable = False
         connection = self._connection
         connection.send_bytes(json.dumps({"mask": mask is not None}).encode())
         for file in (image, mask):
             if file is not None:
-                connection.send_bytes(file)
+                connection.send_bytes(file if isinstance(file, bytes) else _whole(file))
         answer = json.loads(connection.recv_bytes())
         images = [_image(one["mode"], one["size"], connection.recv_bytes()) for one in answer.get("images", ())]
         self.usable = True
@@ -220,6 +227,11 @@ class _Process:
         """Wait for one that was killed, so that no zombie is left."""
         self._process.wait()
         self._connection.close()
+
+
+def _whole(file: BinaryIO) -> bytes:
+    file.seek(0)
+    return file.read()
 
 
 def _image(mode: str, size: list[int], data: bytes) -> Image.Image:
