@@ -234,8 +234,35 @@ async def test_a_crowd_is_refused_without_being_read() -> None:
             crowd = [await port.connect() for _ in range(8)]
             status, body = await crowd[-1].answer()
             assert (status, json.loads(body)["error"]["code"]) == (503, "too_many_connections")
-            await crowd[-1].ended()
-            assert len(port.state.connections) <= 4
+            assert await crowd[-1].ended() == b""
+            await port.app.until(lambda: len(port.state.connections) <= 4)
+
+
+async def test_heads_that_are_not_whole_keep_no_probe_out() -> None:
+    with patch.object(connections, "IDLE_SECONDS", 0.0):
+        async with listening(limit=3) as port:
+            crowd = [await port.connect() for _ in range(6)]
+            for one in crowd[3:]:
+                one.writer.write(b"GET /livez HTTP/1.1\r\nHost")
+            await port.app.until(lambda: sum(bool(one.conn.trailing_data[0]) for one in port.seen) == 3)
+            probe = await port.connect()
+            probe.send("/livez")
+            assert (await probe.answer())[0] == 200
+            assert await crowd[3].ended() == b""
+
+
+async def test_answers_that_nobody_reads_are_bounded_over_all() -> None:
+    with patch.object(connections, "UNREAD_BYTES", 1_500_000):
+        async with listening() as port:
+            clients = []
+            for _ in range(4):
+                client = Client(*await asyncio.open_connection(*port.address, limit=1024))
+                port.clients.append(client)
+                client.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.post(size="512x512", n=4)  # some megabytes, of which the kernel takes two or three
+                clients.append(client)
+            await port.app.until(lambda: port.app.server.engine and not port.app.server.tickets)
+            await port.app.until(lambda: len(port.state.connections) < 4)
 
 
 # --- how they end ---
@@ -376,6 +403,16 @@ async def test_two_lengths_close_the_connection(size: str) -> None:
         assert (status, json.loads(body)["error"]["code"]) == (400, "ambiguous_length")
         assert client.head["connection"] == "close"
         assert await client.ended() == b""
+
+
+async def test_a_chunk_that_is_none_is_counted_as_it_is_answered() -> None:
+    async with listening() as port:
+        client = await port.connect()
+        client.send(GENERATIONS, "Content-Type: application/json", "Transfer-Encoding: chunked", method="POST")
+        client.writer.write(b"2\r\n{}\r\nno chunk\r\n")
+        status, body = await client.answer()
+        assert (status, json.loads(body)["error"]["code"]) == (400, "invalid_http")
+        await port.app.until(lambda: port.app.outcomes() == {"invalid": 1})
 
 
 async def test_what_is_no_http_has_the_contracts_error() -> None:

@@ -198,7 +198,7 @@ def _reads_of(
     return list(device.reads)
 
 
-@pytest.mark.parametrize("name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.full) for name in NAMES[1:])])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.full) for name in NAMES])
 def test_a_step_reads_nothing_and_a_joining_job_its_token_ids_at_most_once(name: str, device: FakeDevice) -> None:
     family, jobs = tiny.FAMILIES[name], 3
     with device.engine(family.build().to(CUDA), knee=False) as engine:
@@ -217,6 +217,7 @@ def test_a_step_reads_nothing_and_a_joining_job_its_token_ids_at_most_once(name:
     assert everything[0] == everything[1], "nor do the pipelines' own schedulers"
 
 
+@pytest.mark.full
 def test_the_same_prompt_is_known_again_without_being_read(device: FakeDevice) -> None:
     family = tiny.FAMILIES["stable_diffusion"]
     with device.engine(family.build().to(CUDA)) as engine:

@@ -339,7 +339,7 @@ def check_companies(
     tally.check(family, least)
 
 
-@families(FAMILIES, quick=("stable_diffusion", "flux", "stable_cascade"))
+@families(FAMILIES, quick=("stable_diffusion", "flux"))
 def test_a_picture_is_the_same_in_any_company(family: Family, record_property: Callable[[str, object], None]) -> None:
     check_companies(family, record_property, examples=3, most_steps=2, least=FEW_DRAWN)
 

@@ -297,7 +297,7 @@ def test_how_far_dynamic_shifting_goes_is_told_from_the_size() -> None:
         model.resolve(**asked, size="512x512")
 
 
-@pytest.mark.parametrize("steps", [34, 50])
+@pytest.mark.parametrize("steps", [34, pytest.param(50, marks=pytest.mark.full)])
 def test_equal_timesteps_do_no_harm_where_the_pipeline_says_which_is_the_first(steps: int) -> None:
     model = served(beta())
     for name in model.schedulers:

@@ -81,7 +81,7 @@ def tiny(kind: Any = diffusers.StableDiffusionPipeline, **parts: Any) -> Any:
 @pytest.mark.parametrize(
     ("damage", "mode"),
     [
-        pytest.param(damage, mode, marks=() if (mode, number) in QUICK or number == 0 else pytest.mark.full)
+        pytest.param(damage, mode, marks=() if (mode, number) in QUICK else pytest.mark.full)
         for number, damage in enumerate(DAMAGES)
         for mode in MODES
     ],

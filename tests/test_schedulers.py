@@ -105,6 +105,7 @@ def check(family: Family, schedulers: list[tuple[type, dict[str, Any]]]) -> None
     assert apart > 100 * TOLERANCE
 
 
+@pytest.mark.full
 def test_every_compatible_scheduler_in_one_batch() -> None:
     family = FAMILIES["stable_diffusion"]
     check(family, [(kind, {}) for kind in compatible(family)])

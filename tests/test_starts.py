@@ -164,6 +164,7 @@ def bento(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]
     yield home, tag
 
 
+@pytest.mark.full
 def test_the_built_bento_serves_from_an_empty_directory(bento: tuple[Path, str], tmp_path: Path) -> None:
     home, tag = bento
     (tmp_path / "empty").mkdir()

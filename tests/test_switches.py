@@ -303,7 +303,7 @@ class Recorder:
         return take
 
 
-@pytest.mark.parametrize("name", ["stable_diffusion_xl", "controlnet_sd", "flux"])
+@pytest.mark.parametrize("name", ["stable_diffusion_xl", pytest.param("controlnet_sd", marks=pytest.mark.full), "flux"])
 def test_jobs_merge_with_model_offload_and_no_more_is_on_the_gpu_than_with_one(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -408,6 +408,7 @@ def test_the_server_refuses_a_switch_that_its_model_does_not_have() -> None:
     server.close()
 
 
+@pytest.mark.full
 def test_a_server_with_switches_draws_what_a_plain_call_without_does(tmp_path: Path) -> None:
     model = tmp_path / "flux"
     FLUX.build().save_pretrained(model)

@@ -246,7 +246,9 @@ def by_object(original: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", ["transformer", "unet"])
-@pytest.mark.parametrize("wrap", [by_lambda, by_function, by_wraps, by_partial, by_object])
+@pytest.mark.parametrize(
+    "wrap", [by_lambda, pytest.param(by_function, marks=pytest.mark.full), by_wraps, by_partial, by_object]
+)
 def test_a_module_whose_forward_is_passed_on_shares_forwards(wrap: Callable[[Any], Any], name: str) -> None:
     """The UNet is given its sample and its time by position."""
     family, ask = (XL, drawn) if name == "unet" else (SD3, asked)

@@ -6,6 +6,7 @@ import time
 from typing import Any
 from unittest.mock import patch
 
+from stepweave import jobs
 from stepweave.engine import StepEngine
 from stepweave.loading.preset import Preset
 from stepweave.server import Server
@@ -37,6 +38,7 @@ def _server(*args: Any, **options: Any) -> Server:
 
 # what prompts say cannot be foreseen, so deadlines are missed rather than refused
 StepEngine.outlook = lambda *_, **__: None  # type: ignore[method-assign,assignment,return-value]
+jobs.KEEP_AGAIN_SECONDS = (0.2, 0.2, 0.2, 0.2)
 with patch("stepweave.server.Server", _server):
     from service import Stepweave
 

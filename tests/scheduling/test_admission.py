@@ -18,6 +18,7 @@ from stepweave.scheduling.admission import (
     NEW_PROMISES,
     REASONS,
     RESERVED_SECONDS,
+    SENDING_SECONDS,
     UNKNOWN_SECONDS,
     Admission,
     Outlook,
@@ -458,6 +459,25 @@ def test_a_reserved_place_is_promised_and_kept_as_any() -> None:
     assert refused == 17
     last = door.admission._promised[-1]
     assert (last.client, last.due, last.returning) == ("mine", door.now + 17, True)
+
+
+def test_bodies_that_do_not_come_leave_half_of_the_places_to_requests_that_are_there() -> None:
+    door = Door(4, drain=0.0)
+    places = [door.admission.reserve() for _ in range(4)]
+    assert door.comes() == UNKNOWN_SECONDS, "a burst of uploads has its places, and nobody knows until when"
+    door.now += SENDING_SECONDS
+    with pytest.raises(Refused):
+        door.admission.reserve()  # has shown no more than they
+    assert [door.comes() for _ in range(2)] == [None, None]
+    assert door.comes() is not None, "half of them are left"
+    assert door.admission.in_flight == 4
+    with pytest.raises(Refused):
+        places[0].settle()
+    places[3].settle()
+    assert door.comes("x", reservation=places[3]) is None
+    for place in places:
+        place.release()
+    assert door.admission.in_flight == 3
 
 
 def test_a_place_that_is_reserved_for_too_long_is_free_for_others() -> None:

@@ -14,6 +14,7 @@ import logging
 import os
 import resource
 import time
+from collections.abc import Callable
 from typing import Any
 
 import h11
@@ -37,7 +38,10 @@ LINGER_SECONDS = (
 IDLE_SECONDS = 1.0  # after which a connection without a request counts as idle
 LOOK_SECONDS = 0.25  # between two looks for idle connections, while the server leaves
 RESERVE = 64  # connections over the limit that are read, so that probes are answered and others refused in the contract's shape
+CROWD_SECONDS = 1.0  # that one of those beyond has to read why it is refused
+UNREAD_BYTES = 512 * 1024 * 1024  # of answers that clients have not read, over all connections
 FILES = 256  # that a process opens besides connections
+MALFORMED = "stepweave.malformed"  # key in the ASGI scope: the request's body was no HTTP, and is answered with 400
 FULL = "stepweave.full"  # key in the ASGI scope's state: the connection is over the limit
 FORWARDED_ALLOW_IPS = "FORWARDED_ALLOW_IPS"  # of uvicorn: from where it believes X-Forwarded-* headers
 
@@ -45,8 +49,9 @@ FORWARDED_ALLOW_IPS = "FORWARDED_ALLOW_IPS"  # of uvicorn: from where it believe
 class Connections:
     """The open connections of one process, at most `limit`.
 
-    One that comes when there are as many takes the place of the one that has been idle for longest; if none is, it is answered
-    with 503, but for probes.
+    One that comes when there are as many takes the place of the one that has waited for a request for longest, whether some of it
+    has come or nothing; if none has for a second, it is answered with 503, but for probes. Answers that are not read are
+    bounded over all.
     """
 
     def __init__(self, limit: int) -> None:
@@ -76,15 +81,25 @@ class Connections:
         """Take a connection; the reason if it is over the limit."""
         error = None
         if len(self._open) >= self.limit:
-            idlest = max(self._open, key=lambda one: one.idle_seconds)
-            if idlest.idle_seconds >= IDLE_SECONDS:
-                idlest.shutdown()
-                self._open.discard(idlest)
+            longest = max(self._open, key=lambda one: one.waiting_seconds)
+            if longest.waiting_seconds >= IDLE_SECONDS:
+                longest.shutdown()
+                self._open.discard(longest)
             else:
                 message = f"{len(self._open)} connections are open; the limit is {self.limit}."
                 error = Unavailable(message, code="too_many_connections", retry_after=1)
         self._open.add(connection)
         return error
+
+    def bound_unread(self) -> None:
+        """Abort those that have not read their answers for longest, until what is left of all of them is within the bound."""
+        unread = {one: one.transport.get_write_buffer_size() for one in self._open if one.flow.write_paused}
+        total = sum(unread.values())
+        for one in sorted(unread, key=lambda one: one.flow.paused_at):
+            if total <= UNREAD_BYTES:
+                break
+            total -= unread[one]
+            one.transport.abort()
 
     def leave(self, connection: Connection) -> None:
         self._open.discard(connection)
@@ -93,6 +108,11 @@ class Connections:
     def crowded(self) -> bool:
         """Whether there are too many even to be refused one by one."""
         return len(self._open) > self.limit + RESERVE
+
+    @property
+    def overrun(self) -> bool:
+        """Whether there are too many to be refused at all."""
+        return len(self._open) > self.limit + 4 * RESERVE
 
 
 class Connection(H11Protocol):
@@ -108,9 +128,14 @@ class Connection(H11Protocol):
         self.ws_protocol_class = None  # no route speaks it
 
     @property
+    def waiting_seconds(self) -> float:
+        """For how long it has had no whole head of a request."""
+        return time.monotonic() - self._waiting_since if self._waits else 0.0
+
+    @property
     def idle_seconds(self) -> float:
-        """For how long it has had no request and sent nothing of one."""
-        return time.monotonic() - self._waiting_since if self._waits and not self._head_begun else 0.0
+        """The same of one that has sent nothing of it."""
+        return 0.0 if self._head_begun else self.waiting_seconds
 
     @property
     def _waits(self) -> bool:
@@ -123,11 +148,13 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.transport = _Transport(transport, self)  # type: ignore[assignment]  # it has all of one
-        self.flow = ImpatientFlowControl(transport)
+        self.flow: ImpatientFlowControl = ImpatientFlowControl(transport, self._connections.bound_unread)
         error = self._connections.enter(self)
         if error is not None:
             self.app_state = {**self.app_state, FULL: error}
-        if error is not None and self._connections.crowded:
+        if self._connections.overrun:
+            self.transport.abort()
+        elif error is not None and self._connections.crowded:
             self._answer(error)
         else:
             self._expect_head()
@@ -136,6 +163,7 @@ class Connection(H11Protocol):
         self._connections.leave(self)
         self.lingers = True  # there is nothing to close any more
         self._stop_expecting()
+        self._unset_keepalive_if_required()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -150,18 +178,20 @@ class Connection(H11Protocol):
         self._waiting_since = time.monotonic()
         super().on_response_complete()  # which begins with the next request, if it is there
         self._look()
+        if self._waits and self._head_begun:
+            self._expect_head()
 
     def ends_early(self) -> bool:
         """Whether the client still sends the body of a request that has been answered."""
         return self.conn.their_state is h11.SEND_BODY and not self.lingers and self.transport.can_write_eof()
 
-    def linger(self) -> None:
+    def linger(self, seconds: float | None = None) -> None:
         """Send no more, but read on: closed at once, the connection would be reset, and the client not see its answer."""
         self.lingers = True
         self._stop_expecting()
         self.transport.write_eof()
         self.flow.resume_reading()
-        self.loop.call_later(LINGER_SECONDS, self.transport.abort)
+        self.loop.call_later(LINGER_SECONDS if seconds is None else seconds, self.transport.abort)
 
     def _look(self) -> None:
         if not self._waits:
@@ -177,7 +207,9 @@ class Connection(H11Protocol):
             self._head_timer = None
 
     def send_400_response(self, msg: str) -> None:
-        """To what is no HTTP."""
+        """To what is no HTTP, also in the middle of a body."""
+        if self.cycle is not None and not self._waits:
+            self.cycle.scope[MALFORMED] = True  # type: ignore[literal-required]
         self._answer(InvalidRequest("What was sent is no HTTP request.", code="invalid_http"))
 
     def _answer(self, error: StepweaveError) -> None:
@@ -198,7 +230,10 @@ class Connection(H11Protocol):
                 h11.EndOfMessage(),
             ):
                 self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
+        if self.transport.can_write_eof() and not self.lingers:
+            self.linger(CROWD_SECONDS)
+        else:
+            self.transport.close()
 
 
 class _Transport(wrapt.ObjectProxy[asyncio.Transport]):
@@ -219,13 +254,20 @@ class _Transport(wrapt.ObjectProxy[asyncio.Transport]):
 
 
 class ImpatientFlowControl(FlowControl):
-    """Aborts the connection once a full buffer has not been read for a while."""
+    """Aborts the connection once a full buffer has not been read for a while. `fills` is called when one is full."""
 
     _timer: asyncio.TimerHandle | None = None
 
+    def __init__(self, transport: asyncio.Transport, fills: Callable[[], None]) -> None:
+        super().__init__(transport)
+        self.paused_at = 0.0  # in seconds of the monotonic clock
+        self._fills = fills
+
     def pause_writing(self) -> None:
         super().pause_writing()
+        self.paused_at = time.monotonic()
         self._watch()
+        self._fills()
 
     def resume_writing(self) -> None:  # also when the connection is lost
         super().resume_writing()

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import BinaryIO
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO, Self
 
 from python_multipart.multipart import parse_options_header
-from starlette.exceptions import HTTPException
+from starlette.datastructures import FormData
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from stepweave.api.auth import asker_of
 from stepweave.api.bodies import SPOOLED
-from stepweave.api.disconnect import until_disconnect
 from stepweave.api.idempotency import joins
 from stepweave.errors import Cancelled, InvalidRequest, shown
 from stepweave.generation import Sources
@@ -25,42 +24,91 @@ from stepweave.threads import on_thread
 PICTURES = ("image", "mask")
 MAX_FIELDS = 64
 MAX_FIELD_BYTES = 64 * 1024
-MultiPartParser.spool_max_size = SPOOLED  # of a file of a form, in bytes: the rest goes to disk
 CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")
 
 
-@contextlib.asynccontextmanager
-async def read_form(
-    request: Request, files: Sequence[str] = PICTURES
-) -> AsyncIterator[tuple[dict[str, str], dict[str, BinaryIO]]]:
-    """The fields and the files of a multipart form. `image[]`, as OpenAI's clients name several, may hold one. The files are on
-    disk if they are long, and end with the block.
+class Form:
+    """A multipart form. Its files are on disk if they are long; `close` it once it is not needed any more."""
+
+    def __init__(self, texts: dict[str, str], files: dict[str, BinaryIO]) -> None:
+        self.texts = texts
+        self.files = files
+        self._users = 0
+        self._closed = False
+
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """Within the block its files stay open."""
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if self._closed:
+                self.close()
+
+    def close(self) -> None:
+        self._closed = True
+        if not self._users:
+            for file in self.files.values():
+                file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Parser(MultiPartParser):
+    """Starlette's, which takes a form that is cut short for a whole one."""
+
+    spool_max_size = SPOOLED
+    ended = False
+
+    def on_end(self) -> None:
+        self.ended = True
+
+
+async def read_form(request: Request, files: Sequence[str] = PICTURES) -> Form:
+    """A multipart form. `image[]`, as OpenAI's clients name several, may hold one.
 
     Raises InvalidRequest for a form that cannot be read, a name that comes twice, a field that is a file or the other way round.
     """
     _check_charset(request.headers.get("content-type", ""))
-    texts: dict[str, str] = {}
-    found: dict[str, BinaryIO] = {}
+    limits = {"max_files": len(files), "max_fields": MAX_FIELDS, "max_part_size": MAX_FIELD_BYTES}
+    parser = _Parser(request.headers, request.stream(), **limits)
     try:
-        async with request.form(max_files=len(files), max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES) as form:
-            for name, value in form.multi_items():
-                name = name.removesuffix("[]")
-                if name in texts or name in found:
-                    raise InvalidRequest(f"{name} is given more than once; the limit is one.", param=name)
-                if isinstance(value, str):
-                    if name in files:
-                        raise InvalidRequest(f"{name} is {shown(value)}; it must be a file.", param=name)
-                    texts[name] = value
-                elif name in files:
-                    found[name] = value.file
-                else:
-                    raise InvalidRequest(f"{shown(name)} is a file; only {' and '.join(files)} may be.", param=name)
-            yield texts, found
+        data = await parser.parse()
     except ClientDisconnect:
         raise Cancelled("The client left while it sent the body.") from None
-    except (MultiPartException, HTTPException) as error:  # within an app Starlette makes the one into the other
-        reason = error.message if isinstance(error, MultiPartException) else error.detail
-        raise InvalidRequest(f"The form cannot be read: {reason}", code="invalid_form") from None
+    except MultiPartException as error:
+        raise InvalidRequest(f"The form cannot be read: {error.message}", code="invalid_form") from None
+    try:
+        if not parser.ended:
+            raise InvalidRequest("The form is cut short: its closing boundary is missing.", code="invalid_form")
+        return _sorted(data, files)
+    except BaseException:
+        await data.close()
+        raise
+
+
+def _sorted(data: FormData, files: Sequence[str]) -> Form:
+    texts: dict[str, str] = {}
+    found: dict[str, BinaryIO] = {}
+    for name, value in data.multi_items():
+        name = name.removesuffix("[]")
+        if name in texts or name in found:
+            raise InvalidRequest(f"{name} is given more than once; the limit is one.", param=name)
+        if isinstance(value, str):
+            if name in files:
+                raise InvalidRequest(f"{name} is {shown(value)}; it must be a file.", param=name)
+            texts[name] = value
+        elif name in files:
+            found[name] = value.file
+        else:
+            raise InvalidRequest(f"{shown(name)} is a file; only {' and '.join(files)} may be.", param=name)
+    return Form(texts, found)
 
 
 def _check_charset(content_type: str) -> None:
@@ -81,24 +129,26 @@ async def reserve(request: Request, server: Server) -> Reservation:
     return server.reserve((request.url.path, *told), asker_of(request))
 
 
-async def read_pictures(
-    request: Request, files: Mapping[str, BinaryIO], server: Server, place: Reservation
-) -> tuple[Sources, bytes]:
-    """An edit's images, and a digest of their files. The request's body must have been read.
-
-    A few are decoded at a time, in processes of their own that end if the client leaves. Raises InvalidRequest naming the one
-    that is missing, or cannot be read; Refused if the place has lapsed while the body was sent; Cancelled if the client leaves.
-    """
-    if "image" not in files:
+async def digest_of(form: Form) -> bytes:
+    """A digest of an edit's files. Raises InvalidRequest if the one that it needs is missing."""
+    if "image" not in form.files:
         raise InvalidRequest("image is missing: send it as a file of the form.", code="missing_field", param="image")
-    place.settle()
-    digest = await on_thread(None, _digest, files)
-    return await until_disconnect(request, server.decoders.read_sources(files["image"], files.get("mask"))), digest
+
+    def digest() -> bytes:
+        digests = {name: hashlib.sha256() for name in PICTURES}
+        for name, file in form.files.items():
+            while chunk := file.read(SPOOLED):
+                digests[name].update(chunk)
+        return b"".join(one.digest() for one in digests.values())
+
+    with form.used():
+        return await on_thread(None, digest)
 
 
-def _digest(files: Mapping[str, BinaryIO]) -> bytes:
-    digests = {name: hashlib.sha256() for name in PICTURES}
-    for name, file in files.items():
-        while chunk := file.read(SPOOLED):
-            digests[name].update(chunk)
-    return b"".join(one.digest() for one in digests.values())
+async def read_pictures(form: Form, server: Server) -> Sources:
+    """An edit's images. A few are decoded at a time, in processes of their own that end if the awaiting task is cancelled.
+
+    Raises InvalidRequest naming the one that cannot be read.
+    """
+    with form.used():
+        return await server.decoders.read_sources(form.files["image"], form.files.get("mask"))

@@ -21,11 +21,14 @@ from stepweave.api.openai import OpenAI
 from stepweave.api.openapi import OpenApi
 from stepweave.api.responses import handle_error
 from stepweave.errors import StepweaveError
+from stepweave.heap import Heap
 from stepweave.keys import LOOK_SECONDS
 from stepweave.server import Server
 from stepweave.threads import on_thread
 
 logger = logging.getLogger(__name__)
+
+TRIM_SECONDS = 30.0  # between two looks whether the heap has grown
 
 
 class Api:
@@ -51,16 +54,22 @@ class Api:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        """While the app serves, what is past its time is removed, stores that failed are tried again, and the file of API keys is
-        watched."""
+        """While the app serves, what is past its time is removed, stores that failed are tried again, the file of API keys is
+        watched, and memory that was freed is given back."""
         jobs = self.server.jobs
-        work = [self._watch_keys(), *([] if jobs is None else [jobs.look_after()])]
+        work = [self._watch_keys(), self._trim_heap(), *([] if jobs is None else [jobs.look_after()])]
         tasks = [asyncio.create_task(one) for one in work]
         try:
             yield
         finally:
             for task in tasks:
                 task.cancel()
+
+    async def _trim_heap(self) -> None:
+        heap = Heap()
+        while True:
+            await asyncio.sleep(TRIM_SECONDS)
+            await on_thread(None, heap.look)
 
     async def _watch_keys(self) -> None:
         while True:

@@ -25,7 +25,7 @@ from stepweave import __version__
 from stepweave.api import disconnect
 from stepweave.api.auth import authorize, client_of
 from stepweave.api.bodies import WAITING, body_turns
-from stepweave.api.connections import FULL
+from stepweave.api.connections import FULL, MALFORMED
 from stepweave.api.counting import COUNT, Count
 from stepweave.api.cross_site import check_site
 from stepweave.api.disconnect import has_left
@@ -131,6 +131,8 @@ class ContractMiddleware:
         finally:
             let_go(scope)
             status = 499 if left else answer.status if answer.whole else 500
+            if MALFORMED in scope:
+                status = InvalidRequest.status
             if count is not None:
                 count.close(status, client_of(scope))
             if scope["path"] not in UNLOGGED:
@@ -199,6 +201,8 @@ def _limited(receive: Receive, scope: Scope, limit: int, answer: _Answer) -> Rec
     """A `receive` that raises BodyTooLarge once the body is over the limit, and Cancelled if the client stops sending it, or
     sends it drop by drop. The answer is told once the body has been read."""
     declared = Headers(scope=scope).get("content-length", "0")
+    if declared.isdecimal() and int(declared) > limit:  # before a place is taken for it
+        raise BodyTooLarge(limit, int(declared))
     seen = 0
     complete = False
     began: float | None = None
@@ -226,10 +230,10 @@ def _limited(receive: Receive, scope: Scope, limit: int, answer: _Answer) -> Rec
 
     async def limited() -> Message:
         message = await following()
-        if seen > limit or (declared.isdecimal() and int(declared) > limit):
+        if seen > limit:
             while message["type"] == "http.request" and message.get("more_body", False) and seen < _DISCARDED:
                 message = await following()
-            raise BodyTooLarge(limit, int(declared) if declared.isdecimal() and int(declared) > limit else None)
+            raise BodyTooLarge(limit)
         return message
 
     return limited

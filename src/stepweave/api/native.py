@@ -16,7 +16,7 @@ from stepweave.api.auth import asker_of
 from stepweave.api.bodies import whole_body
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.events import EventStream, events
-from stepweave.api.forms import read_form, read_pictures, reserve
+from stepweave.api.forms import Form, digest_of, read_form, read_pictures, reserve
 from stepweave.api.idempotency import claim_of, start
 from stepweave.api.idempotency import generate as made_once
 from stepweave.api.responses import handle_error
@@ -29,7 +29,6 @@ from stepweave.api.schemas import (
     require_form,
     require_json,
 )
-from stepweave.generation import Sources
 from stepweave.scheduling.admission import Reservation
 from stepweave.server import Server
 from stepweave.ticket import Ticket
@@ -44,8 +43,8 @@ class Edit(NamedTuple):
     """What has been read of a request."""
 
     body: NativeEditRequest
-    sources: Sources
-    digest: bytes  # of the images' files
+    form: Form
+    digest: bytes  # of its files
     place: Reservation
 
 
@@ -104,8 +103,9 @@ async def edit(request: Request, server: Server) -> Response:
     claim = claim_of(request, body.model_dump_json(), edit.digest)
 
     async def accept() -> Ticket:
+        sources = await read_pictures(edit.form, server)
         return await server.accept(
-            body, sources=edit.sources, strength=body.strength, client=asker_of(request), reservation=place
+            body, sources=sources, strength=body.strength, client=asker_of(request), reservation=place
         )
 
     return picture_answer(await until_disconnect(request, made_once(server, claim, accept, reservation=place)))
@@ -128,19 +128,25 @@ async def check(request: Request, server: Server) -> None:
     require_form(content_type)
     place = await reserve(request, server)
     try:
-        async with read_form(request) as (texts, files):
-            fields = {name: text for name, given in texts.items() if (text := _text(given)) is not None}
+        form = await read_form(request)
+        try:
+            place.settle()
+            fields = {name: text for name, given in form.texts.items() if (text := _text(given)) is not None}
             edit = parse_form(fields, NativeEditRequest)
-            request.scope[EDIT] = Edit(edit, *await read_pictures(request, files, server, place), place)
+            request.scope[EDIT] = Edit(edit, form, await digest_of(form), place)
+        except BaseException:
+            form.close()
+            raise
     except BaseException:
         place.release()
         raise
 
 
 def let_go(scope: Scope) -> None:
-    """Give back the place of an edit that `check` has read, if it was not used."""
+    """Give back the place of an edit that `check` has read, if it was not used, and its files."""
     if EDIT in scope:
         scope[EDIT].place.release()
+        scope[EDIT].form.close()
 
 
 def _text(given: str) -> str | None:

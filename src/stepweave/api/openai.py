@@ -20,7 +20,7 @@ from stepweave.api.bodies import whole_body
 from stepweave.api.counting import count_of
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.events import EventStream, events
-from stepweave.api.forms import read_form, read_pictures, reserve
+from stepweave.api.forms import Form, digest_of, read_form, read_pictures, reserve
 from stepweave.api.idempotency import claim_of, generate, start
 from stepweave.api.job_answers import job_answer
 from stepweave.api.schemas import (
@@ -33,7 +33,6 @@ from stepweave.api.schemas import (
     require_json,
 )
 from stepweave.api.urls import base_url, reference
-from stepweave.generation import Sources
 from stepweave.scheduling.admission import Reservation
 from stepweave.server import Server
 from stepweave.ticket import Ticket
@@ -60,20 +59,19 @@ class OpenAI:
     async def edits(self, request: Request) -> Response:
         require_form(request.headers.get("content-type", ""))
         with await reserve(request, self.server) as place:
-            async with read_form(request) as (fields, files):
-                body = parse_form(fields, EditRequest)
-                sources, digest = await read_pictures(request, files, self.server, place)
-            return await self._answer(request, body, sources, digest, place)
+            with await read_form(request) as form:
+                place.settle()
+                body = parse_form(form.texts, EditRequest)
+                return await self._answer(request, body, form, place)
 
     async def _answer(
         self,
         request: Request,
         body: OpenAIRequest,
-        sources: Sources | None = None,
-        digest: bytes = b"",
+        form: Form | None = None,
         place: Reservation | None = None,
     ) -> Response:
-        """`digest` is of the images' files."""
+        """`form` and `place` are an edit's."""
         server = self.server
         server.ready()
         jobs = server.jobs
@@ -85,9 +83,11 @@ class OpenAI:
             one_picture(body.n, picture, body.output_format, "output_format" in body.model_fields_set)
             body = body.model_copy(update={"output_format": picture})
         base = base_url(request, server.settings) if body.response_format == "url" else None
-        claim = claim_of(request, body.model_dump_json(), digest)
+        claim = claim_of(request, body.model_dump_json(), b"" if form is None else await digest_of(form))
 
         async def accept() -> Ticket:
+            # only here: one that joins another, or does not go with it, costs no decoding
+            sources = None if form is None else await read_pictures(form, server)
             ticket = await server.accept(
                 body,
                 n=body.n,
@@ -112,7 +112,7 @@ class OpenAI:
             count_of(request).job = job
             return Response(answered, 202, headers, "application/json")
         if streams:
-            job = await start(server, claim, accept, reservation=place)
+            job = await until_disconnect(request, start(server, claim, accept, reservation=place))
             verbose = body.events == "all" or (stream or {}).get("profile") == PROFILE
             told = events(job, request, jobs.files, verbose=verbose, base=base)
             return EventStream(request, job, told, {"X-Stepweave-Job": job.id})

@@ -15,6 +15,7 @@ from stepweave.errors import InvalidRequest
 
 MAX_SCANS = 100  # of a JPEG: progressive ones have about 10
 MAX_SEGMENTS = 1000  # of a JPEG between its scans: tables, profiles of up to 255 parts, application data
+MAX_FILL = 4096  # bytes of a JPEG between its segments, which Pillow reads one by one
 MAX_CHUNKS = 20_000  # of a PNG: data may come in parts of 4 KB, and less
 MAX_OTHER_CHUNKS = 1000  # of a PNG beside its data; of a WebP
 MAX_COMPRESSED_CHUNKS = 64  # of a PNG beside its data, each of which Pillow decompresses to at most 1 MiB
@@ -50,8 +51,12 @@ def _bound(count: int, limit: int, what: str, param: str) -> None:
 
 def _check_jpeg(data: bytes, param: str) -> None:
     """As libjpeg reads it: segments by their lengths, scans to their next marker, all to the first end of an image."""
-    scans = segments = headers = exif = 0
-    for marker, start, end in _segments(data):
+    scans = segments = headers = exif = fill = 0
+    scanning = False
+    for marker, start, end, skipped in _segments(data):
+        fill += 0 if scanning else skipped
+        scanning = marker == _SOS
+        _bound(fill, MAX_FILL, "bytes between its segments", param)
         scans += marker == _SOS
         segments += marker != _SOS
         headers += marker in _SOF
@@ -65,20 +70,20 @@ def _check_jpeg(data: bytes, param: str) -> None:
         check_exif(exif, param)
 
 
-def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Each marker of a JPEG that has a length, and where its content begins and ends."""
+def _segments(data: bytes) -> Iterator[tuple[int, int, int, int]]:
+    """Each marker of a JPEG, where its content begins and ends, and how many bytes were skipped before it."""
     at = 2
     while found := _MARKER.search(data, at):
-        marker, at = found[1][0], found.end()
+        skipped, marker, at = found.start() - at, found[1][0], found.end()
         if marker == _EOI:
             return
         if marker in _ALONE:
-            yield marker, at, at
+            yield marker, at, at, skipped
             continue
         if at + 2 > len(data):
             return
         length = int.from_bytes(data[at : at + 2])
-        yield marker, at + 2, at + length
+        yield marker, at + 2, at + length, skipped
         at += max(length, 2)
 
 

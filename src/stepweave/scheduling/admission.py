@@ -28,6 +28,7 @@ NEW_PROMISES = (
 )
 NEW_OF_ONE = 8  # promises that one client may have before it has come back for any of them
 GRACE = 5.0  # seconds that a place is kept for a client that is late
+SENDING_SECONDS = 5.0  # after which such a place may go to a request that is there, if most places are held so
 RESERVED_SECONDS = 60.0  # that a place is reserved for a request whose body is still being sent
 
 
@@ -132,7 +133,7 @@ class Admission:
         """
         reservation = Reservation(self, token, client)
         with self._lock:
-            self._reserve(reservation)
+            self._reserve(reservation, displaces=False)
             reservation.until = self._clock() + RESERVED_SECONDS
         return reservation
 
@@ -140,7 +141,7 @@ class Admission:
         """See `Reservation.settle`."""
         with self._lock:
             if reservation not in self._reserved:
-                self._reserve(reservation)
+                self._reserve(reservation, displaces=True)
             reservation.until = None
 
     def release(self, reservation: Reservation) -> None:
@@ -178,7 +179,7 @@ class Admission:
                 self.release(reservation)
                 token, client, own = reservation.token, reservation.client, reservation.promise
             else:
-                own = self._find_place(token, client, now)
+                own = self._find_place(token, client, now, displaces=True)
             expected = outlook()
             if expected is not None:
                 try:
@@ -218,20 +219,34 @@ class Admission:
         if not kind:
             self._window = self._window + 1 if came else self._window * (1 - LEARNING)
 
-    def _reserve(self, reservation: Reservation) -> None:
-        own = self._find_place(reservation.token, reservation.client, self._now())
+    def _reserve(self, reservation: Reservation, *, displaces: bool) -> None:
+        own = self._find_place(reservation.token, reservation.client, self._now(), displaces=displaces)
         if own is not None:
             self._take_up(own)
             reservation.promise = own
         self._reserved.append(reservation)
         self._taken += 1
 
-    def _find_place(self, token: Hashable, client: Hashable, now: float) -> _Promise | None:
-        """The promise to a request, if any, that now finds a place. Raises Refused if it finds none."""
+    def _find_place(self, token: Hashable, client: Hashable, now: float, *, displaces: bool) -> _Promise | None:
+        """The promise to a request, if any, that now finds a place. Raises Refused if it finds none.
+
+        One that is there as a whole `displaces` another whose body has not come, if there are many of these.
+        """
         own = self._own(token, client)
-        if self._taken and self._taken + self._kept(own, now) >= self.limit:
+        if self._taken and self._taken + self._kept(own, now) >= self.limit and not (displaces and self._displace(now)):
             raise self._full(token, client, own, now)
         return own
+
+    def _displace(self, now: float) -> bool:
+        """Have a place lapse whose request's body has not come for a while, if such have more than half of them."""
+        sending = [one for one in self._reserved if one.until is not None]
+        first = min(sending, key=lambda one: one.until or 0.0, default=None)
+        if first is None or first.until is None or len(sending) <= max(1, self.limit // 2):
+            return False
+        if first.until - RESERVED_SECONDS + SENDING_SECONDS > now:
+            return False
+        self.release(first)
+        return True
 
     def _take_up(self, promise: _Promise) -> None:
         if promise in self._promised:  # else it was taken up with a reservation
@@ -312,8 +327,10 @@ class Admission:
 
     def _interval(self) -> float:
         """Seconds until a place will be free, on average."""
-        drain = self._drain()
-        return UNKNOWN_SECONDS if drain is None else drain / max(1, self._taken - len(self._reserved))
+        drain, running = self._drain(), self._taken - len(self._reserved)
+        if drain is None or (self._reserved and not running):  # nobody knows when those who send bodies have sent them
+            return UNKNOWN_SECONDS
+        return drain / max(1, running)
 
     def _kept(self, own: _Promise | None, now: float) -> int:
         """Places that are kept now, for others with older promises: each from shortly before its owner comes, to be free then."""

@@ -1,0 +1,27 @@
+"""The heap of the C library."""
+
+from __future__ import annotations
+
+from unittest.mock import Mock, patch
+
+from stepweave import heap
+from stepweave.heap import Heap
+
+
+def test_it_is_trimmed_when_it_has_grown_and_not_again_while_that_is_in_use() -> None:
+    made, trims = Heap(), []
+    resident = iter([100, 90, 400, 360, 390, 700, 120, 390, 380])  # bytes: the trims leave 360, 120 and 380
+    made._process = Mock(memory_info=lambda: Mock(rss=next(resident)))
+    made._trim = lambda size: trims.append(size.value)
+    made._least = 100
+    with patch.object(heap, "SLACK_BYTES", 200):
+        for expected in (0, 0, 1, 1, 2, 3):
+            made.look()
+            assert len(trims) == expected
+
+
+def test_memory_that_was_freed_is_given_back() -> None:
+    made = Heap()
+    with patch.object(heap, "SLACK_BYTES", 0):
+        made._least = 0
+        made.look()  # the real one raises nothing
