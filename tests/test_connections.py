@@ -83,13 +83,16 @@ class Port:
 
 
 @contextlib.asynccontextmanager
-async def listening(limit: int = 100, **settings: Any) -> AsyncIterator[Port]:
+async def listening(limit: int = 100, sent_bytes: int | None = None, **settings: Any) -> AsyncIterator[Port]:
+    """`sent_bytes` are those that the kernel takes of what is sent, but for some."""
     async with serving(**settings) as app:
         loop, state, held = asyncio.get_running_loop(), ServerState(), Connections(limit)
         app.server.leaving.listeners.append(held.close_idle)
         config = uvicorn.Config(app.asgi, log_config=None, access_log=False)
         config.load()
         with socket.socket() as own:
+            if sent_bytes is not None:
+                own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, sent_bytes)
             own.bind(("127.0.0.1", 0))
             port = Port(app, held, state, own.getsockname())
 
@@ -252,17 +255,18 @@ async def test_heads_that_are_not_whole_keep_no_probe_out() -> None:
 
 
 async def test_answers_that_nobody_reads_are_bounded_over_all() -> None:
-    with patch.object(connections, "UNREAD_BYTES", 1_500_000):
-        async with listening() as port:
-            clients = []
-            for _ in range(4):
-                client = Client(*await asyncio.open_connection(*port.address, limit=1024))
+    with patch.object(connections, "UNREAD_BYTES", 1_500_000), patch.object(disconnect, "STALLED_SECONDS", 9 * SECONDS):
+        async with listening(sent_bytes=4096) as port:
+            for _ in range(3):
+                with socket.socket() as own:
+                    own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                    own.connect(port.address)
+                    client = Client(*await asyncio.open_connection(sock=own.dup(), limit=1024))
                 port.clients.append(client)
-                client.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-                client.post(size="512x512", n=4)  # some megabytes, of which the kernel takes two or three
-                clients.append(client)
-            await port.app.until(lambda: port.app.server.engine and not port.app.server.tickets)
-            await port.app.until(lambda: len(port.state.connections) < 4)
+                client.post(size="512x512")  # a megabyte
+                await port.app.until(lambda: port.open.unread or len(port.state.connections) < len(port.clients))
+            await port.app.until(lambda: len(port.state.connections) == 1)
+            assert port.open.unread <= 1_500_000
 
 
 # --- how they end ---

@@ -278,5 +278,6 @@ def test_steps_are_shared_and_the_certificates_are_shown(served: Served) -> None
     assert shared() - before > 0.25 * sum(100 + seed for seed in range(8))
     (model,) = httpx.get(f"{served.url}/v1/models", timeout=SECONDS).json()["data"]
     certified = [one["call"] for one in model["stepweave"]["certificates"] if one["state"] == "certified"]
-    assert set(certified) == {"text_encoder", "text_encoder_2", "transformer", "vae.encode", "vae.decode"}
+    expected = {"text_encoder", "text_encoder_2", "transformer", "vae.encode", "vae.decode"}
+    assert set(certified) == expected, model["stepweave"]["certificates"]
     assert metric(served.url, 'stepweave_certificates{state="certified"}') == len(certified)

@@ -93,13 +93,18 @@ class Connections:
 
     def bound_unread(self) -> None:
         """Abort those that have not read their answers for longest, until what is left of all of them is within the bound."""
-        unread = {one: one.transport.get_write_buffer_size() for one in self._open if one.flow.write_paused}
-        total = sum(unread.values())
-        for one in sorted(unread, key=lambda one: one.flow.paused_at):
-            if total <= UNREAD_BYTES:
+        stalled = sorted((one for one in self._open if one.flow.write_paused), key=lambda one: one.flow.paused_at)
+        left = self.unread
+        for one in stalled:
+            if left <= UNREAD_BYTES:
                 break
-            total -= unread[one]
+            left -= one.transport.get_write_buffer_size()
             one.transport.abort()
+
+    @property
+    def unread(self) -> int:
+        """Bytes of answers that clients have not read, and the kernel has not taken."""
+        return sum(one.transport.get_write_buffer_size() for one in self._open)
 
     def leave(self, connection: Connection) -> None:
         self._open.discard(connection)
