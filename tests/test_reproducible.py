@@ -117,6 +117,7 @@ def check_companies(family: Family, mode: Mode, examples: int) -> None:
     assert mode != "step" or tally["merged"] > 0.05 * tally["calls"]
 
 
+@pytest.mark.full
 @some_family
 def test_reproducible_jobs_are_bitwise_those_of_plain_calls(family: Family) -> None:
     check_companies(family, "step", 8)

@@ -113,7 +113,7 @@ def test_a_port_in_use_is_told_in_one_line() -> None:
     assert "Traceback" not in output
 
 
-@pytest.mark.parametrize("what", ["model", "state"])
+@pytest.mark.parametrize("what", [pytest.param("model", marks=pytest.mark.full), "state"])
 def test_a_server_that_cannot_start_ends_the_command_where_a_setting_says_so(tmp_path: Path, what: str) -> None:
     """A process manager would restart it, and shows the last line."""
     settings = {"STEPWEAVE_EXIT_ON_FAILURE": "true"}
