@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
+from stepweave.api.urls import forwarded
 from stepweave.config import Settings
 from stepweave.errors import InvalidRequest, shown
 
@@ -40,9 +41,7 @@ def check_site(scope: Scope, settings: Settings) -> None:
 
 def _is_own(origin: str, headers: Headers, settings: Settings) -> bool:
     """Whether an origin is this server's, by the names that it is reached by."""
-    hosts = [headers.get("host", ""), urlsplit(settings.base_url or "").netloc]
-    if settings.trust_forwarded:
-        hosts.append(headers.get("x-forwarded-host", "").partition(",")[0].strip())
+    hosts = [headers.get("host", ""), urlsplit(settings.base_url or "").netloc, forwarded(headers, settings, "host")]
     try:
         scheme = urlsplit(origin).scheme
         return bool(scheme) and _place(origin) in [_place(f"{scheme}://{host}") for host in hosts if host]

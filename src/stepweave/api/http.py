@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -57,27 +57,14 @@ class Api:
         """While the app serves, what is past its time is removed, stores that failed are tried again, the file of API keys is
         watched, and memory that was freed is given back."""
         jobs = self.server.jobs
-        work = [self._watch_keys(), self._trim_heap(), *([] if jobs is None else [jobs.look_after()])]
+        work = [_repeat(LOOK_SECONDS, self.server.keys.look), _repeat(TRIM_SECONDS, Heap().look)]
+        work += [] if jobs is None else [jobs.look_after()]
         tasks = [asyncio.create_task(one) for one in work]
         try:
             yield
         finally:
             for task in tasks:
                 task.cancel()
-
-    async def _trim_heap(self) -> None:
-        heap = Heap()
-        while True:
-            await asyncio.sleep(TRIM_SECONDS)
-            await on_thread(None, heap.look)
-
-    async def _watch_keys(self) -> None:
-        while True:
-            await asyncio.sleep(LOOK_SECONDS)
-            try:
-                await on_thread(None, self.server.keys.look)
-            except Exception:
-                logger.exception("the file of API keys could not be looked at")
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._describe()]})
@@ -122,3 +109,13 @@ class Api:
         # off the loop: CUDA's memory query may wait for the driver
         content = await on_thread(None, self.server.metrics.render)
         return Response(content, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+async def _repeat(seconds: float, look: Callable[[], None]) -> None:
+    """Call it on a thread every so often, for ever, whatever it raises."""
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            await on_thread(None, look)
+        except Exception:
+            logger.exception("%s failed; it is called again in %g s", look.__qualname__, seconds)

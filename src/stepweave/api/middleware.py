@@ -92,19 +92,19 @@ class ContractMiddleware:
         scope[WAITING] = self.body_turns
         count: Count | None = None
         answer = _Answer(scope, send, request_id, left, self.server.leaving)
-        # what is refused since its length is ambiguous ends where nobody knows
-        answer.closes = FULL in scope.get("state", {}) or has_two_lengths(scope)
+        full, ambiguous = scope.get("state", {}).get(FULL), has_two_lengths(scope)
+        answer.closes = full is not None or ambiguous  # nobody knows where a body of two lengths ends
         began = time.monotonic()
         try:
             if is_of_the_server(scope):
                 await Response(headers={"Allow": ", ".join((*METHODS, "HEAD", "OPTIONS"))})(scope, receive, answer)
                 return
             to_origin_form(scope)
-            normalize_path(scope, self.server.settings.base_url)
+            normalize_path(scope, self.server.settings)
             count = scope[COUNT] = Count(scope, self.server.metrics)
             if self.server.settings.trust_forwarded:
                 take_forwarded_client(scope)
-            if has_two_lengths(scope):
+            if ambiguous:
                 raise InvalidRequest(
                     "The request has both Content-Length and Transfer-Encoding; send one of them.",
                     code="ambiguous_length",
@@ -116,8 +116,8 @@ class ContractMiddleware:
             if scope["path"] == DRAIN:
                 await self._drain(scope)(scope, receive, answer)
                 return
-            if FULL in scope.get("state", {}):
-                raise scope["state"][FULL]
+            if full is not None:
+                raise full
             if scope["path"] not in KEYLESS and not _is_preflight(scope):
                 authorize(scope, self.server.keys)
             receive = _limited(receive, scope, self._limit(scope["path"]), answer)
@@ -262,17 +262,14 @@ class _Answer:
         if self.replaced:
             return
         if message["type"] == "http.response.start":
-            self.started, self.status = True, message["status"]
+            self.started, status = True, message["status"]
+            # no route of ours redirects: it would lead to whatever host the request names
+            self.status = status = 404 if status in REDIRECTS else status
             if self.receive is not None and await has_left(self.receive):
                 self.left.append(True)
             headers = MutableHeaders(scope=message)
-            status = message["status"]
             if status >= 400 and ERROR_MARK not in headers:
                 await self._replace(status, headers)
-                return
-            if status in REDIRECTS:  # no route of ours has any: they would lead to whatever host the request names
-                self.status = 404
-                await self._replace(404, headers)
                 return
             self._complete(headers)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple
@@ -46,6 +47,7 @@ class Edit(NamedTuple):
     form: Form
     digest: bytes  # of its files
     place: Reservation
+    exits: contextlib.ExitStack  # of both
 
 
 def drop_timeout_middleware() -> None:
@@ -126,27 +128,19 @@ async def check(request: Request, server: Server) -> None:
         claim_of(request, "")  # raises if its key is none
         return
     require_form(content_type)
-    place = await reserve(request, server)
-    try:
-        form = await read_form(request)
-        try:
-            place.settle()
-            fields = {name: text for name, given in form.texts.items() if (text := _text(given)) is not None}
-            edit = parse_form(fields, NativeEditRequest)
-            request.scope[EDIT] = Edit(edit, form, await digest_of(form), place)
-        except BaseException:
-            form.close()
-            raise
-    except BaseException:
-        place.release()
-        raise
+    with contextlib.ExitStack() as exits:
+        place = exits.enter_context(await reserve(request, server))
+        form = exits.enter_context(await read_form(request))
+        place.settle()
+        fields = {name: text for name, given in form.texts.items() if (text := _text(given)) is not None}
+        edit = parse_form(fields, NativeEditRequest)
+        request.scope[EDIT] = Edit(edit, form, await digest_of(form), place, exits.pop_all())
 
 
 def let_go(scope: Scope) -> None:
     """Give back the place of an edit that `check` has read, if it was not used, and its files."""
     if EDIT in scope:
-        scope[EDIT].place.release()
-        scope[EDIT].form.close()
+        scope[EDIT].exits.close()
 
 
 def _text(given: str) -> str | None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Scope
 
+from stepweave.api.urls import configured_prefix
+from stepweave.config import Settings
 from stepweave.errors import InvalidRequest, NotFound, shown
 
 _ABSOLUTE = re.compile(r"https?://(?P<host>[^/?#@]+)(?P<path>/[^?#]*)?", re.IGNORECASE)
-
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -39,12 +40,12 @@ def to_origin_form(scope: Scope) -> None:
     scope["headers"] = headers.raw
 
 
-def normalize_path(scope: Scope, base_url: str | None) -> None:
+def normalize_path(scope: Scope, settings: Settings) -> None:
     """Take the path of STEPWEAVE_BASE_URL off the request's, which some proxies leave on, and a slash off its end.
 
     For the latter Starlette would redirect to whatever host the request names.
     """
-    prefix = "" if base_url is None else urlsplit(base_url).path.rstrip("/")
+    prefix = configured_prefix(settings)
     raw = scope.get("raw_path", b"").decode("latin-1") or scope["path"]
     path = raw.removeprefix(prefix) if raw == prefix or raw.startswith(f"{prefix}/") else raw
     path = path.rstrip("/") or "/"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from urllib.parse import urlsplit
 
+from starlette.datastructures import Headers
 from starlette.requests import Request
 
 from stepweave.config import Settings
@@ -23,8 +24,8 @@ def base_url(request: Request, settings: Settings) -> str:
     """
     if settings.base_url is not None:
         return settings.base_url.rstrip("/")
-    host = _forwarded(request, settings, "host") or request.headers.get("host", "")
-    scheme = (_forwarded(request, settings, "proto") or request.url.scheme).lower()
+    host = forwarded(request.headers, settings, "host") or request.headers.get("host", "")
+    scheme = (forwarded(request.headers, settings, "proto") or request.url.scheme).lower()
     found = _HOST.fullmatch(host.lower())
     port = found["port"] if found else None
     trusted = found is not None and int(port or 0) <= _MAX_PORT and _matches(found["name"], settings.trusted_hosts)
@@ -41,9 +42,14 @@ def base_url(request: Request, settings: Settings) -> str:
 def prefix(request: Request, settings: Settings) -> str:
     """The path that a proxy puts before the server's own, without a slash at its end; empty for none."""
     if settings.base_url is not None:
-        return urlsplit(settings.base_url).path.rstrip("/")
-    given = _forwarded(request, settings, "prefix")
+        return configured_prefix(settings)
+    given = forwarded(request.headers, settings, "prefix")
     return given.rstrip("/") if _PREFIX.fullmatch(given) else ""
+
+
+def configured_prefix(settings: Settings) -> str:
+    """The path of STEPWEAVE_BASE_URL, without a slash at its end; empty for none."""
+    return urlsplit(settings.base_url or "").path.rstrip("/")
 
 
 def reference(request: Request, settings: Settings, path: str) -> str:
@@ -51,9 +57,9 @@ def reference(request: Request, settings: Settings, path: str) -> str:
     return f"{prefix(request, settings)}{path}"
 
 
-def _forwarded(request: Request, settings: Settings, name: str) -> str:
+def forwarded(headers: Headers, settings: Settings, name: str) -> str:
     """What proxies say in `X-Forwarded-NAME`, if they are to be believed: the first says what the client asked for."""
-    given = request.headers.get(f"x-forwarded-{name}", "") if settings.trust_forwarded else ""
+    given = headers.get(f"x-forwarded-{name}", "") if settings.trust_forwarded else ""
     return given.partition(",")[0].strip()
 
 
