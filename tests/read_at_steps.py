@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 import itertools
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 from stepweave import StepEngine
-from stepweave.engine import Job, Latents, ambient
+from stepweave.engine import ambient
 from stepweave.engine.call import Call, Target
 from stepweave.engine.describe import Describer
 from stepweave.engine.digests import Digests
 from stepweave.engine.host_times import keep_times_on_the_host
 from tests.fake_device import CUDA, FakeDevice, fake_device
+from tests.reported import submit_together
 from tests.tiny import Family
 from tests.waiting import SECONDS
 
@@ -70,35 +71,15 @@ def call_of(sample: torch.Tensor, **arguments: Any) -> Call:
     return described
 
 
-class Start:
-    """The observer of a job that holds up the engine where it starts, until others are there."""
-
-    def __init__(self) -> None:
-        self.all_are_there = threading.Event()
-
-    def progressed(self, job: Job) -> None:
-        assert self.all_are_there.wait(SECONDS)
-
-    def wants(self, step: int, total: int) -> bool:
-        return False
-
-    def denoised(self, job: Job, latents: Latents) -> None:
-        raise AssertionError("it wants nothing")
-
-
 def run_settled(engine: StepEngine, family: Family, steps: int, number: int, jobs: int) -> None:
     """Run jobs of so many steps, once all certificates are there; audits aside, which read."""
     assert engine._loop is not None
     for certificate in engine._loop.certificates.all():
         certificate.next_audit = 10**9
     prompts = [f"{number} {i} red circle" for i in range(jobs)]  # of one length: a new one would be proven
-    start = Start()  # in one turn: a machine that is busy would else share other steps each time, and prove what is new
-    running = [
-        engine.submit(**family.arguments(prompts[i], seed=i, steps=steps), observer=None if i else start)
-        for i in range(jobs)
-    ]
-    start.all_are_there.set()
-    for job in running:
+    requests = [partial(family.arguments, prompts[i], seed=i, steps=steps) for i in range(jobs)]
+    # in one turn: a machine that is busy would else share other steps each time, and prove what is new
+    for job in submit_together(engine, requests):
         job.result(SECONDS)
 
 

@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 
 from stepweave.errors import ConfigError, InvalidRequest, StepweaveError
 from stepweave.store import DirectoryFileStore, JobRecord, SqliteJobStore, state_directory
+from tests.records import record
 from tests.waiting import SECONDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,14 +48,6 @@ class Clock:
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
-
-
-def record(number: int = 0, **changes: Any) -> JobRecord:
-    values: dict[str, Any] = {
-        "id": f"{number:032x}", "owner": None, "kind": "generation", "state": "queued", "created": 1000.0 + number,
-        "updated": 1000.0 + number, "total_steps": 20, "request": {"prompt": "a red circle"}, "warnings": [],
-    }  # fmt: skip
-    return JobRecord(**values | changes)
 
 
 def finished(number: int = 0, **changes: Any) -> JobRecord:

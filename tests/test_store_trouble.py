@@ -19,9 +19,10 @@ from unittest.mock import patch
 import pytest
 
 from stepweave.errors import StepweaveError
-from stepweave.store import DirectoryFileStore, FreeBytes, JobRecord, SqliteJobStore
+from stepweave.store import DirectoryFileStore, FreeBytes, SqliteJobStore
 from stepweave.store.health import StoreHealth, reason_of
 from tests.asgi import App, serving
+from tests.records import record
 from tests.waiting import SECONDS, wait_until
 
 pytestmark = pytest.mark.anyio
@@ -33,14 +34,6 @@ LATER = {"Prefer": "respond-async"}
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
-
-
-def record(number: int = 0, **changes: Any) -> JobRecord:
-    values: dict[str, Any] = {
-        "id": f"{number:032x}", "owner": None, "kind": "generation", "state": "queued", "created": 1000.0 + number,
-        "updated": 1000.0 + number, "total_steps": 20, "request": {"prompt": "a red circle"}, "warnings": [],
-    }  # fmt: skip
-    return JobRecord(**values | changes)
 
 
 @contextlib.asynccontextmanager
