@@ -253,7 +253,9 @@ async def test_a_database_without_room(tmp_path: Path) -> None:
     async with job_store(tmp_path / "jobs.sqlite") as store:
 
         def at_most(pages: int) -> None:
-            store._thread.submit(lambda: store._connected().execute(f"PRAGMA max_page_count = {pages}")).result()
+            store._thread.submit(
+                lambda: store._connected(math.inf).execute(f"PRAGMA max_page_count = {pages}")
+            ).result()
 
         at_most(1)  # SQLite makes that as many as there are
         large = record(1, request={"prompt": "x" * 100_000})

@@ -191,7 +191,7 @@ class SqliteJobStore:
         self._thread = DaemonExecutor(1, "job-store")
         self._connection: sqlite3.Connection | None = None  # for the thread only
         try:
-            self._thread.submit(self._connected).result()
+            self._thread.submit(self._connected, time.monotonic() + BUSY_SECONDS).result()
         except (OSError, sqlite3.Error) as error:
             self._thread.shutdown(wait=False)
             raise self._failure(error, writing=True) from error
@@ -200,9 +200,12 @@ class SqliteJobStore:
     def health(self) -> StoreHealth:
         return self._health
 
-    def _connected(self, writing: bool = True) -> sqlite3.Connection:
-        """The connection. A file that was removed under it is begun anew, if its directory is there: what is written to the old
-        one would be gone with this process."""
+    def _connected(self, until: float, writing: bool = True) -> sqlite3.Connection:
+        """The connection; one that has to be made waits for locks to `until`, in seconds of the monotonic clock.
+
+        A file that was removed under it is begun anew, if its directory is there: what is written to the old one would be gone
+        with this process.
+        """
         if writing and self._connection is not None and not self._path.exists():
             os.stat(self._path.parent)
             logger.warning("%s was removed; a new one is begun", self._path)
@@ -210,20 +213,20 @@ class SqliteJobStore:
             for part in ("-wal", "-shm"):  # of the old file, and left there, since that is not where it was
                 Path(f"{self._path}{part}").unlink(missing_ok=True)
         if self._connection is None:
-            self._connection = self._open()
+            self._connection = self._open(until)
         return self._connection
 
-    def _open(self) -> sqlite3.Connection:
+    def _open(self, until: float) -> sqlite3.Connection:
         try:
-            return self._connect()
+            return self._connect(until)
         except _Unusable as error:
             self._set_aside(error.suffix, error.reason)
-        return self._connect()
+        return self._connect(until)
 
-    def _connect(self) -> sqlite3.Connection:
+    def _connect(self, until: float) -> sqlite3.Connection:
         # SQLite gives the files beside it the mode of this one
         os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
-        connection = sqlite3.connect(self._path, timeout=BUSY_SECONDS)
+        connection = sqlite3.connect(self._path, timeout=max(0.0, until - time.monotonic()))
         try:
             self._prepare(connection)
         except BaseException as error:
@@ -340,7 +343,7 @@ class SqliteJobStore:
         until = time.monotonic() + (BUSY_SECONDS if patience is None else patience)
 
         def transaction() -> T:
-            connected = self._connected(writes)
+            connected = self._connected(until, writes)
             left = max(0.0, until - time.monotonic())
             connected.execute(f"PRAGMA busy_timeout = {int(1000 * left)}")
             with connected as connection:
