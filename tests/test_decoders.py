@@ -96,6 +96,9 @@ COSTLY = {
     "fill bytes": (JPEG[:2] + b"\xff" * 5000 + JPEG[2:], "image has 5000 bytes between its segments; the limit is 4096"),
     "stuffed bytes": (JPEG[:2] + b"\xff\x00" * 2100 + JPEG[2:], "image has 4200 bytes between its segments"),
     "bytes between": (JPEG[:20] + bytes(4097) + JPEG[20:], "image has 4097 bytes between its segments"),
+    "an end of the image before it begins": (b"\xff\xd8\xff\xd9" + b"\xff" * 5000, "5000 bytes between its segments"),
+    "segments after such an end": (JPEG[:2] + b"\xff\xd9" + SEGMENT * 1001 + JPEG[2:], "or more segments; the limit is"),
+    "nothing but fill bytes": (b"\xff\xd8" + b"\xff" * 5000, "image has 5000 bytes between its segments"),
     "frame headers": (
         JPEG[:2] + JPEG[JPEG.index(b"\xff\xc0") : JPEG.index(b"\xff\xc0") + 19] + JPEG[2:],
         "image has 2 or more frame headers; the limit is 1",

@@ -25,7 +25,7 @@ CODE = "image_too_complex"
 _MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # but restarts and stuffed bytes, which are within a scan
 _SOF = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _SOS, _SOI, _EOI, _APP1 = 0xDA, 0xD8, 0xD9, 0xE1
-_ALONE = {*range(0x01, 0xC0), _SOI}  # markers without a length
+_ALONE = {*range(0x01, 0xC0), _SOI, _EOI}  # markers without a length
 _COMPRESSED = (b"zTXt", b"iTXt", b"iCCP")
 
 
@@ -50,7 +50,10 @@ def _bound(count: int, limit: int, what: str, param: str) -> None:
 
 
 def _check_jpeg(data: bytes, param: str) -> None:
-    """As libjpeg reads it: segments by their lengths, scans to their next marker, all to the first end of an image."""
+    """As Pillow and libjpeg read it: segments by their lengths, scans to their next marker, all to the first end of an image.
+
+    Before the first scan Pillow looks for segments whatever comes, an end of the image too, byte by byte.
+    """
     scans = segments = headers = exif = fill = 0
     scanning = False
     for marker, start, end, skipped in _segments(data):
@@ -58,7 +61,7 @@ def _check_jpeg(data: bytes, param: str) -> None:
         scanning = marker == _SOS
         _bound(fill, MAX_FILL, "bytes between its segments", param)
         scans += marker == _SOS
-        segments += marker != _SOS
+        segments += marker not in (_SOS, None)
         headers += marker in _SOF
         if marker == _APP1 and data[start : start + 4] == b"Exif":
             exif += end - start
@@ -70,21 +73,23 @@ def _check_jpeg(data: bytes, param: str) -> None:
         check_exif(exif, param)
 
 
-def _segments(data: bytes) -> Iterator[tuple[int, int, int, int]]:
-    """Each marker of a JPEG, where its content begins and ends, and how many bytes were skipped before it."""
+def _segments(data: bytes) -> Iterator[tuple[int | None, int, int, int]]:
+    """Each marker of a JPEG, where its content begins and ends, and how many bytes were skipped before it; None at the end of
+    the data."""
     at = 2
+    scanned = False
     while found := _MARKER.search(data, at):
         skipped, marker, at = found.start() - at, found[1][0], found.end()
-        if marker == _EOI:
+        if marker == _EOI and scanned:
             return
+        scanned = scanned or marker == _SOS
         if marker in _ALONE:
             yield marker, at, at, skipped
             continue
-        if at + 2 > len(data):
-            return
         length = int.from_bytes(data[at : at + 2])
         yield marker, at + 2, at + length, skipped
         at += max(length, 2)
+    yield None, len(data), len(data), max(0, len(data) - at)
 
 
 def _check_png(data: bytes, param: str) -> None:
