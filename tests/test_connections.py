@@ -183,6 +183,21 @@ async def test_a_body_that_comes_too_slowly_is_not_waited_for() -> None:
             dripping.cancel()
 
 
+async def test_the_rest_of_a_body_that_was_answered_leaves_the_connection_its_time() -> None:
+    with patch.object(connections, "HEAD_SECONDS", 0.4):
+        async with listening() as port:
+            client = await port.connect()
+            client.send("/livez", "Content-Length: 6", method="GET")
+            assert (await client.answer())[0] == 200
+            for part in (b"abc", b"def"):
+                await asyncio.sleep(0.1)
+                client.writer.write(part)
+            await asyncio.sleep(0.8)
+            client.send("/livez")
+            assert (await client.answer())[0] == 200
+            assert len(port.state.connections) == 1
+
+
 # --- how many ---
 
 
@@ -269,6 +284,23 @@ async def test_answers_that_nobody_reads_are_bounded_over_all() -> None:
             assert port.open.unread <= 1_500_000
 
 
+async def test_one_that_has_an_answer_to_read_is_neither_idle_nor_forgotten() -> None:
+    with patch.object(connections, "IDLE_SECONDS", 0.0), patch.object(disconnect, "STALLED_SECONDS", 9 * SECONDS):
+        async with listening(limit=2, sent_bytes=4096) as port:
+            with socket.socket() as own:
+                own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                own.connect(port.address)
+                reading = Client(*await asyncio.open_connection(sock=own.dup(), limit=1024))
+            port.clients.append(reading)
+            reading.post(size="512x512")
+            await port.app.until(lambda: port.open.unread > 100_000)
+            idle = await port.connect()
+            await port.connect()
+            assert await idle.ended() == b""
+            assert port.open.unread > 100_000
+            assert {one for one in port.seen if one.transport.get_write_buffer_size()} <= port.open._open
+
+
 # --- how they end ---
 
 
@@ -320,6 +352,21 @@ async def test_a_client_that_still_sends_its_body_reads_why_it_is_refused() -> N
                 await client.writer.drain()  # all of it was taken
             client.writer.close()
         await port.app.until(lambda: not port.state.connections)
+
+
+async def test_a_slow_upload_that_is_refused_in_a_drain_has_its_time_to_read_why() -> None:
+    with patch.object(connections, "IDLE_SECONDS", 0.5), patch.object(connections, "LOOK_SECONDS", 0.02):
+        async with listening(drain_notice=0) as port:
+            await port.app.drain()
+            client = await port.connect()
+            kind, length = "Content-Type: multipart/form-data; boundary=x", "Content-Length: 9999999"
+            client.send("/v1/images/edits", kind, length, method="POST")
+            await port.app.until(lambda: port.seen[-1].lingers)
+            for _ in range(50):
+                client.writer.write(b"x" * 1000)
+                await client.writer.drain()
+                await asyncio.sleep(0.02)
+            assert (await client.answer())[0] == 503
 
 
 async def test_a_client_that_never_ends_its_body_is_not_read_for_ever() -> None:

@@ -57,6 +57,7 @@ class Connections:
     def __init__(self, limit: int) -> None:
         self.limit = _limit(limit)
         self._open: set[Connection] = set()
+        self._evicted: set[Connection] = set()  # which end once the client has read what was sent
         self._closing: asyncio.TimerHandle | None = None
 
     def install(self) -> None:
@@ -83,8 +84,9 @@ class Connections:
         if len(self._open) >= self.limit:
             longest = max(self._open, key=lambda one: one.waiting_seconds)
             if longest.waiting_seconds >= IDLE_SECONDS:
-                longest.shutdown()
                 self._open.discard(longest)
+                self._evicted.add(longest)
+                longest.shutdown()
             else:
                 message = f"{len(self._open)} connections are open; the limit is {self.limit}."
                 error = Unavailable(message, code="too_many_connections", retry_after=1)
@@ -93,7 +95,7 @@ class Connections:
 
     def bound_unread(self) -> None:
         """Abort those that have not read their answers for longest, until what is left of all of them is within the bound."""
-        stalled = sorted((one for one in self._open if one.flow.write_paused), key=lambda one: one.flow.paused_at)
+        stalled = sorted((one for one in self._all if one.flow.write_paused), key=lambda one: one.flow.paused_at)
         left = self.unread
         for one in stalled:
             if left <= UNREAD_BYTES:
@@ -104,20 +106,25 @@ class Connections:
     @property
     def unread(self) -> int:
         """Bytes of answers that clients have not read, and the kernel has not taken."""
-        return sum(one.transport.get_write_buffer_size() for one in self._open)
+        return sum(one.transport.get_write_buffer_size() for one in self._all)
 
     def leave(self, connection: Connection) -> None:
         self._open.discard(connection)
+        self._evicted.discard(connection)
+
+    @property
+    def _all(self) -> set[Connection]:
+        return self._open | self._evicted
 
     @property
     def crowded(self) -> bool:
         """Whether there are too many even to be refused one by one."""
-        return len(self._open) > self.limit + RESERVE
+        return len(self._open) + len(self._evicted) > self.limit + RESERVE
 
     @property
     def overrun(self) -> bool:
         """Whether there are too many to be refused at all."""
-        return len(self._open) > self.limit + 4 * RESERVE
+        return len(self._open) + len(self._evicted) > self.limit + 4 * RESERVE
 
 
 class Connection(H11Protocol):
@@ -134,8 +141,10 @@ class Connection(H11Protocol):
 
     @property
     def waiting_seconds(self) -> float:
-        """For how long it has had no whole head of a request."""
-        return time.monotonic() - self._waiting_since if self._waits else 0.0
+        """For how long it has had no whole head of a request; 0 while the client has yet to read an answer."""
+        if not self._waits or self.lingers or self.transport.get_write_buffer_size():
+            return 0.0
+        return time.monotonic() - self._waiting_since
 
     @property
     def idle_seconds(self) -> float:
@@ -149,6 +158,12 @@ class Connection(H11Protocol):
     @property
     def _head_begun(self) -> bool:
         return bool(self.conn.trailing_data[0])
+
+    @property
+    def _kept(self) -> bool:
+        """Whether it waits for a further request, of which nothing has come."""
+        between = self.cycle is not None and self.cycle.response_complete and self.conn.their_state is h11.IDLE
+        return between and not self._head_begun and not self.lingers
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -178,6 +193,12 @@ class Connection(H11Protocol):
             self._expect_head()
         super().data_received(data)
         self._look()
+        if self._kept:  # what came was the rest of a body that was answered already
+            self._stop_expecting()
+            self._unset_keepalive_if_required()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def on_response_complete(self) -> None:
         self._waiting_since = time.monotonic()
