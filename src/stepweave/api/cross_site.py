@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from stepweave.api.urls import forwarded
+from stepweave.api.urls import forwarded, is_address, is_trusted
 from stepweave.config import Settings
 from stepweave.errors import InvalidRequest, shown
 
@@ -25,17 +25,40 @@ def check_site(scope: Scope, settings: Settings) -> None:
         return
     headers = Headers(scope=scope)
     origin, site = headers.get("origin"), headers.get("sec-fetch-site")
-    if site in ("same-origin", "none") or (site is None and origin is None):
+    if site is None and origin is None:
         return
-    if origin is not None:
-        allowed = origin in settings.cors_origins or "*" in settings.cors_origins
-        if allowed or (site != "cross-site" and _is_own(origin, headers, settings)):
-            return
+    if origin is not None and (origin in settings.cors_origins or "*" in settings.cors_origins):
+        return
+    own = origin is not None and site != "cross-site" and _is_own(origin, headers, settings)
+    if own or site in ("same-origin", "none"):
+        _check_host(headers, settings)
+        return
     raise InvalidRequest(
         f"The request was sent by a page of another origin, {shown(origin or site)}; those that may are named in "
         "STEPWEAVE_CORS_ORIGINS.",
         code="cross_site",
         param="Origin",
+    )
+
+
+def _check_host(headers: Headers, settings: Settings) -> None:
+    """Raise InvalidRequest (code `untrusted_host`) for a name that anybody may have lead here.
+
+    The page's own name then is one that its owner lets point to this server (DNS rebinding): to the browser it is the same
+    origin. An address cannot be led elsewhere; and a server with keys asks for one, which such a page has not.
+    """
+    host = headers.get("host", "")
+    if settings.base_url is not None and host.lower() == urlsplit(settings.base_url).netloc.lower():
+        return
+    if settings.api_keys or settings.api_keys_file or settings.trust_forwarded:
+        return
+    if is_address(host) or is_trusted(host, settings):
+        return
+    raise InvalidRequest(
+        f"A page asks for the host {shown(host)}, which is not trusted without API keys; trusted hosts are named in "
+        "STEPWEAVE_TRUSTED_HOSTS.",
+        code="untrusted_host",
+        param="Host",
     )
 
 

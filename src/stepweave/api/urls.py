@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -26,10 +27,7 @@ def base_url(request: Request, settings: Settings) -> str:
         return settings.base_url.rstrip("/")
     host = forwarded(request.headers, settings, "host") or request.headers.get("host", "")
     scheme = (forwarded(request.headers, settings, "proto") or request.url.scheme).lower()
-    found = _HOST.fullmatch(host.lower())
-    port = found["port"] if found else None
-    trusted = found is not None and int(port or 0) <= _MAX_PORT and _matches(found["name"], settings.trusted_hosts)
-    if not trusted or scheme not in ("http", "https"):
+    if not is_trusted(host, settings) or scheme not in ("http", "https"):
         raise InvalidRequest(
             f"No URL can be made for an image: the request names the host {shown(host)}"
             f"{'' if scheme in ('http', 'https') else f' and the scheme {shown(scheme)}'}, which is not trusted. Set "
@@ -37,6 +35,23 @@ def base_url(request: Request, settings: Settings) -> str:
             code="no_base_url",
         )
     return f"{scheme}://{host.lower()}{prefix(request, settings)}"
+
+
+def is_trusted(host: str, settings: Settings) -> bool:
+    """Whether a `Host` header is well-formed and names one of `STEPWEAVE_TRUSTED_HOSTS`."""
+    found = _HOST.fullmatch(host.lower())
+    return (
+        found is not None and int(found["port"] or 0) <= _MAX_PORT and _matches(found["name"], settings.trusted_hosts)
+    )
+
+
+def is_address(host: str) -> bool:
+    """Whether a `Host` header is an IP address, perhaps with a port."""
+    try:
+        ip_address(urlsplit(f"//{host}").hostname or "")
+    except ValueError:
+        return False
+    return True
 
 
 def prefix(request: Request, settings: Settings) -> str:
