@@ -28,6 +28,7 @@ GENERATIONS = "/v1/images/generations"
 LOAD = 0.7  # of what one replica makes while the other loads
 REQUESTS = 300  # at least
 CLIENTS = 24
+EDITS = 4  # one request in so many is an edit
 SEEDS = 12
 PRE_STOP_SECONDS = 10  # from the announcement to SIGTERM, as in the manifests
 CLOSE = 2  # of 255: shared steps differ from single ones in the last bits
@@ -36,6 +37,14 @@ CLOSE = 2  # of 255: shared steps differ from single ones in the last bits
 def body_of(seed: int) -> dict[str, object]:
     colour = ("red", "green", "blue")[seed % 3]
     return {"prompt": f"a large {colour} circle on a white background", "seed": seed, "num_inference_steps": 6}
+
+
+def send(client: httpx.Client, url: str, seed: int, edits: bytes | None = None) -> httpx.Response:
+    """A request for an image; of that seed, or an edit of `edits`."""
+    if edits is None:
+        return client.post(f"{url}{GENERATIONS}", json=body_of(seed))
+    fields = {"prompt": "a large yellow circle on a blue background", "seed": str(seed), "num_inference_steps": "6"}
+    return client.post(f"{url}/v1/images/edits", data=fields, files={"image": edits})
 
 
 def image_of(answer: httpx.Response) -> np.ndarray:
@@ -71,12 +80,17 @@ class Replica:
 class Clients:
     """Send requests at a rate, each when it is due, whatever became of those before; the images are compared with `expected`."""
 
-    def __init__(self, where: Callable[[], str], expected: list[np.ndarray], rate: float, keep: bool) -> None:
+    def __init__(
+        self, where: Callable[[], str], expected: list[np.ndarray], edits: list[bytes | None], rate: float, keep: bool
+    ) -> None:
         self.sent = 0
+        self.answered = 0
+        self.connections = 0  # that were opened
         self.lost: list[str] = []
         self.late = 0.0  # seconds by which a request was sent after it was due, at most
         self._where = where
         self._expected = expected
+        self._edits = edits  # by seed
         self._rate = rate
         self._keep = keep
         self._due: queue.SimpleQueue[tuple[int, float] | None] = queue.SimpleQueue()
@@ -92,6 +106,7 @@ class Clients:
         self._ending.set()
         for thread in self._threads:
             thread.join(SECONDS)
+            assert not thread.is_alive()
 
     def _pace(self) -> None:
         began = time.monotonic()
@@ -105,20 +120,29 @@ class Clients:
             self._due.put(None)
 
     def _work(self) -> None:
-        limits = httpx.Limits(max_keepalive_connections=10 if self._keep else 0)
-        with httpx.Client(timeout=SECONDS, limits=limits) as client:  # which keeps its connections to each replica
+        # kept for as long as the replica keeps it
+        limits = httpx.Limits(max_keepalive_connections=10 if self._keep else 0, keepalive_expiry=None)
+        with httpx.Client(timeout=SECONDS, limits=limits, event_hooks={"request": [self._trace]}) as client:
             while (item := self._due.get()) is not None:
                 number, due = item
                 self.late = max(self.late, time.monotonic() - due)
                 seed, where = number % SEEDS, self._where()
                 try:
-                    answer = client.post(f"{where}{GENERATIONS}", json=body_of(seed))
+                    answer = send(client, where, seed, self._edits[seed])
                     if answer.status_code != 200:
                         self.lost.append(f"{where}: {answer.status_code} {answer.text[:200]}")
                     elif np.abs(image_of(answer) - self._expected[seed]).max() > CLOSE:
                         self.lost.append(f"{where}: another image for seed {seed}")
+                    else:
+                        self.answered += 1
                 except Exception as error:
                     self.lost.append(f"{where}: {error!r}")
+
+    def _trace(self, request: httpx.Request) -> None:
+        def seen(event: str, _: object) -> None:
+            self.connections += event == "connection.connect_tcp.complete"
+
+        request.extensions["trace"] = seen
 
 
 def made_while(url: str, loading: Callable[[], bool]) -> float:
@@ -178,10 +202,10 @@ def test_a_rolling_update_loses_nothing(through: str, exits: contextlib.ExitStac
         return True
 
     rate = LOAD * made_while(replicas[0].url, loading)
-    expected = [
-        image_of(httpx.post(f"{replicas[1].url}{GENERATIONS}", json=body_of(seed), timeout=SECONDS))
-        for seed in range(SEEDS)
-    ]
+    with httpx.Client(timeout=SECONDS) as client:
+        source = base64.b64decode(send(client, replicas[1].url, 0).json()["data"][0]["b64_json"])
+        edits = [source if seed % EDITS == 1 else None for seed in range(SEEDS)]
+        expected = [image_of(send(client, replicas[1].url, seed, edits[seed])) for seed in range(SEEDS)]
     rotation, turn = list(replicas), itertools.count()
     proxy = exits.enter_context(nginx(tmp_path / "nginx", PROXY, upstream(rotation))) if through == "nginx" else None
 
@@ -198,7 +222,7 @@ def test_a_rolling_update_loses_nothing(through: str, exits: contextlib.ExitStac
         serving = rotation
         return serving[next(turn) % len(serving)].url
 
-    with Clients(where, expected, rate, keep=proxy is None) as clients:
+    with Clients(where, expected, edits, rate, keep=proxy is None) as clients:
         for i, replica in enumerate(replicas):
             replica.announce()
             rotate([one for one in replicas if one is not replica])
@@ -210,6 +234,11 @@ def test_a_rolling_update_loses_nothing(through: str, exits: contextlib.ExitStac
         deadline = time.monotonic() + 600
         while clients.sent < REQUESTS and time.monotonic() < deadline:
             time.sleep(0.2)
-    sys.stdout.write(f"{through}: {clients.sent} requests, {rate:.2f} a second, at most {clients.late:.1f} s late\n")
+    sys.stdout.write(
+        f"{through}: {clients.sent} requests over {clients.connections} connections, {rate:.2f} a second, at most "
+        f"{clients.late:.1f} s late\n"
+    )
     assert not clients.lost, f"{len(clients.lost)} of {clients.sent} lost: {clients.lost[:5]}"
-    assert clients.sent >= REQUESTS
+    assert clients.answered == clients.sent >= REQUESTS
+    if proxy is None:
+        assert clients.connections < clients.sent / 2, "most went over connections that had been used before"
