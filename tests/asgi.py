@@ -50,7 +50,7 @@ class Exchange:
         headers: Sequence[tuple[str, str]] = (),
         client: str = "127.0.0.1",
     ) -> None:
-        """A `body` of None is never sent to its end."""
+        """A `body` of None is sent once `send_body` is told to, or never."""
         path, _, query = path.partition("?")
         raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers]
         if not any(name == b"host" for name, _ in raw):
@@ -67,6 +67,7 @@ class Exchange:
         self.reads.set()
         self._body = body
         self._left = asyncio.Event()
+        self._comes = asyncio.Event()  # the body, or that the client leaves
         self._news = asyncio.Condition()
         self.task = asyncio.ensure_future(self._run(app))
 
@@ -78,10 +79,12 @@ class Exchange:
                 self._news.notify_all()
 
     async def _receive(self) -> dict[str, Any]:
-        body, self._body = self._body, None
-        if body is not None:
-            return {"type": "http.request", "body": body, "more_body": False}
-        await self._left.wait()
+        while not self._left.is_set():
+            body, self._body = self._body, None
+            if body is not None:
+                return {"type": "http.request", "body": body, "more_body": False}
+            await self._comes.wait()
+            self._comes.clear()
         return {"type": "http.disconnect"}
 
     async def _send(self, message: Any) -> None:
@@ -106,9 +109,15 @@ class Exchange:
         await asyncio.wait_for(asyncio.shield(self.task), SECONDS)
         return self
 
+    def send_body(self, body: bytes) -> None:
+        """Send the body that has not been sent."""
+        self._body = body
+        self._comes.set()
+
     async def leave(self) -> None:
         """The client closes the connection; returns once the app has noticed."""
         self._left.set()
+        self._comes.set()
         self.reads.set()
         await self.done()
 

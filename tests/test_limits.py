@@ -34,6 +34,7 @@ from stepweave.api.schemas import ImageRequest, StreamRequest
 from stepweave.errors import BodyTooLarge
 from stepweave.images import decoders
 from stepweave.partials import Partial
+from stepweave.scheduling import admission as admissions
 from stepweave.scheduling.admission import Admission
 from stepweave.server import Server
 from stepweave.store import DirectoryFileStore
@@ -396,6 +397,64 @@ async def test_of_two_edits_for_the_last_place_one_is_read(path: str) -> None:
         assert admission_of(app).in_flight == 0
 
 
+@pytest.mark.parametrize("path", BOTH)
+async def test_an_edit_that_has_its_place_before_work_is_refused_is_done(path: str) -> None:
+    async with serving(FakePipeline(edits=True), drain_notice=0.2) as app:
+        if path == "/edit":
+            natively(app)
+        early = app.send("POST", path, None, FORM)
+        await app.until(lambda: admission_of(app).in_flight == 1)
+        await app.drain()
+        await app.until(lambda: app.server.leaving.refusing)
+        late = await app.send("POST", path, form(png()), FORM).done()
+        assert (late.status, late.error["code"]) == (503, "draining")
+        early.send_body(form(png()))
+        assert (await early.done()).status == 200
+
+
+async def test_once_what_is_left_is_ended_such_an_edit_is_refused() -> None:
+    async with serving(FakePipeline(edits=True), drain_notice=0, grace=0.2) as app:
+        early = app.send("POST", EDITS, None, FORM)
+        await app.until(lambda: admission_of(app).in_flight == 1)
+        await app.drain()
+        await app.until(lambda: app.server.leaving.ended)
+        early.send_body(form(png()))
+        assert (await early.done()).status == 503
+
+
+@pytest.mark.parametrize("path", BOTH)
+async def test_few_edits_are_read_without_a_place_since_they_may_join(path: str) -> None:
+    key = {"Idempotency-Key": "k"}
+    async with serving(FakePipeline(edits=True), max_queue=0) as app:
+        if path == "/edit":
+            natively(app)
+        first = await app.send("POST", path, form(png()), FORM | key).done()
+        assert first.status == 200
+        await app.until(lambda: not admission_of(app).in_flight)
+        with patch.object(admissions, "JOINING", 2):
+            joining = [app.send("POST", path, None, FORM | key) for _ in range(2)]
+            await app.until(lambda: len(admission_of(app)._joining) == 2)
+            assert admission_of(app).in_flight == 0
+            third = app.send("POST", path, None, FORM | key)
+            await app.until(lambda: admission_of(app).in_flight == 1)
+            fourth = await app.send("POST", path, None, FORM | key).done()
+            assert (fourth.status, fourth.error["code"]) == (429, "queue_full")
+            for one in (*joining, third):
+                one.send_body(form(png()))
+                assert (await one.done()).status == 200
+                assert one.content == first.content
+            assert not admission_of(app)._joining
+        assert len(app.record.calls) == 1
+
+
+async def test_the_fields_of_a_form_are_bounded_together() -> None:
+    async with serving(FakePipeline(edits=True)) as app:
+        texts = {f"field_{i}": "x" * 60_000 for i in range(3)}
+        answer = await app.send("POST", EDITS, form(png(), **texts), FORM).done()
+        assert (answer.status, answer.error["code"]) == (400, "invalid_form")
+        assert "128KB in all" in answer.error["message"]
+
+
 def admission_of(app: App) -> Admission:
     assert app.server._admission is not None
     return app.server._admission
@@ -612,7 +671,12 @@ SITE = "Sec-Fetch-Site"
     ],
 )  # fmt: skip
 async def test_what_pages_may_send(headers: dict[str, str], allowed: bool) -> None:
-    async with serving(cors_origins="https://allowed.test", base_url="https://base.test/x") as app:
+    settings = {
+        "cors_origins": "https://allowed.test",
+        "base_url": "https://base.test/x",
+        "trusted_hosts": "pictures.test",
+    }
+    async with serving(**settings) as app:
         body = json.dumps({"inputs": [PROMPT]}).encode()
         answers = [
             await app.send("POST", INFER, body, {**OWN, **headers}).done(),
@@ -628,6 +692,37 @@ async def test_what_pages_may_send(headers: dict[str, str], allowed: bool) -> No
             assert all("STEPWEAVE_CORS_ORIGINS" in one.error["message"] for one in answers)
             assert app.record.calls == []
         assert (await app.get("/v1/models", {**OWN, **headers})).status == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "settings", "allowed"),
+    [
+        ("localhost:3000", {}, True),
+        ("127.0.0.1:3000", {}, True),
+        ("192.168.1.5:3000", {}, True),
+        ("[fe80::1]:3000", {}, True),
+        ("evil.test:3000", {}, False),
+        ("localhost.evil.test", {}, False),
+        ("127.0.0.1.evil.test", {}, False),
+        ("", {}, False),
+        ("pictures.test", {"trusted_hosts": "pictures.test"}, True),
+        ("pictures.test", {"base_url": "https://pictures.test/x"}, True),
+        ("evil.test", {"api_keys": "secret"}, True),
+    ],
+)
+async def test_a_page_whose_name_was_led_here_may_send_nothing(
+    host: str, settings: dict[str, str], allowed: bool
+) -> None:
+    """Such a page is of the same origin, to the browser: its owner had the name point to this server after it was loaded."""
+    async with serving(**settings) as app:
+        given = {"Host": host, "Content-Type": "application/json", "Authorization": "Bearer secret"}
+        body = json.dumps({"prompt": "a", "num_inference_steps": 1}).encode()
+        for said in ({SITE: "same-origin", "Origin": f"http://{host}"}, {"Origin": f"http://{host}"}, {SITE: "none"}):
+            answer = await app.send("POST", GENERATIONS, body, given | said).done()
+            assert answer.status == (200 if allowed else 400)
+            if not allowed:
+                assert answer.error["code"] in ("untrusted_host", "cross_site")
+        assert (await app.send("POST", GENERATIONS, body, given).done()).status == 200, "it is no page's"
 
 
 async def test_any_page_may_send_where_any_origin_is_allowed() -> None:

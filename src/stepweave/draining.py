@@ -43,9 +43,14 @@ class Drain:
         return self._refusing_at is not None and (self.terminated or time.monotonic() >= self._refusing_at)
 
     @property
+    def ended(self) -> bool:
+        """Whether what was left has been told to end."""
+        return self.ending_at is not None and time.monotonic() >= self.ending_at
+
+    @property
     def overdue(self) -> bool:
         """Whether what was left has been ended, and the process was not told to end: nobody else will do that."""
-        return self.ending_at is not None and not self.terminated and time.monotonic() >= self.ending_at
+        return self.ended and not self.terminated
 
     def announce(self) -> None:
         """No effect once announced."""

@@ -299,21 +299,26 @@ class Server:
         """
         return self.health().stage not in ("failed", "stuck") and not self.leaving.overdue
 
-    def ready(self) -> tuple[ServedModel, StepEngine]:
-        """The model and its engine, also within the notice of a drain. Raises Unavailable while there are none."""
+    def ready(self, reservation: Reservation | None = None) -> tuple[ServedModel, StepEngine]:
+        """The model and its engine, also within the notice of a drain, and after it for a request that holds a place since then.
+
+        Raises Unavailable while there are none.
+        """
+        leaving = self.leaving
+        accepted = reservation is not None and reservation.held
         if (
             self.model is None
             or self.engine is None
             or self.status.stage != "ready"
             or self.engine.failure is not None
-            or self.leaving.refusing
+            or (leaving.ended if accepted else leaving.refusing)
         ):
             raise self.unavailable()
         return self.model, self.engine
 
-    def named(self, model: str, *, param: str | None = None) -> ServedModel:
+    def named(self, model: str, *, param: str | None = None, reservation: Reservation | None = None) -> ServedModel:
         """The model of that name. Raises NotFound, about `param`, if it is not the one served, and Unavailable."""
-        served, _ = self.ready()
+        served, _ = self.ready(reservation)
         if model != served.id:
             message = f"There is no model {shown(model)}; this server has {served.id!r}."
             raise NotFound(message, code="model_not_found", param=param)
@@ -353,11 +358,11 @@ class Server:
         not let it in, and what `ServedModel.resolve` raises.
         """
         began = time.monotonic()
-        served, _ = self.ready()
+        served, _ = self.ready(reservation)
         admission = self._admission
         assert admission is not None
         if model is not None:
-            self.named(model, param="model")
+            self.named(model, param="model", reservation=reservation)
         parameters = served.resolve(
             prompt=request.prompt,
             negative_prompt=request.negative_prompt,
@@ -381,8 +386,9 @@ class Server:
         edit = sources is not None
         call, pictures = await on_thread(None, _prepare, served, parameters) if edit else _prepare(served, parameters)
         token = hash((request.model_dump_json(), n, strength, pictures))
+        ready = self.ready(reservation)
         enter = partial(admission.enter, token, client=client, reservation=reservation)
-        ticket = self._enter_engine(request, parameters, call, enter, previews, began)
+        ticket = self._enter_engine(ready, request, parameters, call, enter, previews, began)
         ticket.warnings.extend(warnings)
         return ticket
 
@@ -395,8 +401,13 @@ class Server:
         assert self._admission is not None
         return self._admission.reserve(token, client)
 
+    def reserve_join(self) -> Reservation | None:
+        """For a request that may join a job and then needs no place; None if `JOINING` such are being read already."""
+        return None if self._admission is None else self._admission.reserve_join()
+
     def _enter_engine(
         self,
+        ready: tuple[ServedModel, StepEngine],
         request: ImageRequest,
         parameters: Parameters,
         call: dict[str, Any],
@@ -404,7 +415,7 @@ class Server:
         previews: int,
         began: float,
     ) -> Ticket:
-        served, engine = self.ready()
+        served, engine = ready
         admission = self._admission
         assert admission is not None
         means = Means(

@@ -24,6 +24,7 @@ from stepweave.threads import on_thread
 PICTURES = ("image", "mask")
 MAX_FIELDS = 64
 MAX_FIELD_BYTES = 64 * 1024
+MAX_TEXT_BYTES = 128 * 1024  # of all fields of a form, which are in memory
 CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")
 
 
@@ -65,6 +66,14 @@ class _Parser(MultiPartParser):
 
     spool_max_size = SPOOLED
     ended = False
+    _texts = 0  # bytes
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        if self._current_part.file is None:
+            self._texts += end - start
+            if self._texts > MAX_TEXT_BYTES:
+                raise MultiPartException(f"Fields exceeded the maximum size of {MAX_TEXT_BYTES // 1024}KB in all.")
+        super().on_part_data(data, start, end)
 
     def on_end(self) -> None:
         self.ended = True
@@ -119,12 +128,12 @@ def _check_charset(content_type: str) -> None:
 
 
 async def reserve(request: Request, server: Server) -> Reservation:
-    """A place for an edit, before its body is read. One that may join a job by its key has none.
+    """A place for an edit, before its body is read. One that may join a job by its key has none, if few such are being read.
 
     Raises Refused if there is no place; one is promised to a request of the same client, key and length.
     """
-    if await joins(request, server):
-        return Reservation()
+    if await joins(request, server) and (place := server.reserve_join()) is not None:
+        return place
     told = tuple(request.headers.get(name) for name in ("content-length", "idempotency-key"))
     return server.reserve((request.url.path, *told), asker_of(request))
 

@@ -73,7 +73,7 @@ class OpenAI:
     ) -> Response:
         """`form` and `place` are an edit's."""
         server = self.server
-        server.ready()
+        server.ready(place)
         jobs = server.jobs
         assert jobs is not None
         detached, stream = wants_to_come_back(request), wants_stream(request)

@@ -28,8 +28,9 @@ NEW_PROMISES = (
 )
 NEW_OF_ONE = 8  # promises that one client may have before it has come back for any of them
 GRACE = 5.0  # seconds that a place is kept for a client that is late
-SENDING_SECONDS = 5.0  # after which such a place may go to a request that is there, if most places are held so
+SENDING_SECONDS = 1.0  # after which the place of a body that is still being sent may go to another, if most are held so
 RESERVED_SECONDS = 60.0  # that a place is reserved for a request whose body is still being sent
+JOINING = 8  # requests at a time that hold no place while their body is sent, as they may join a job
 
 
 @dataclass(frozen=True)
@@ -56,19 +57,27 @@ class Reservation:
     """A place that a request holds from before its body is read; a context, which gives the place back unless `enter` took it.
 
     While the body is being sent the place is the request's for `RESERVED_SECONDS`: a client must not hold one by sending slowly.
-    After that others may take it, and `settle` looks for another. One without an admission holds no place.
+    After that others may take it, and `settle` looks for another. One that `joins` holds no place.
     """
 
-    def __init__(self, admission: Admission | None = None, token: Hashable = None, client: Hashable = None) -> None:
-        self._admission = admission
+    def __init__(
+        self, admission: Admission, token: Hashable = None, client: Hashable = None, *, joins: bool = False
+    ) -> None:
+        self._admission: Admission | None = admission
+        self.joins = joins
         self.token = token
         self.client = client
         self.until: float | None = None  # when it lapses; None if it does not
         self.promise: _Promise | None = None  # that it has taken up
 
+    @property
+    def held(self) -> bool:
+        """Whether it was given a place and has not given that back, though it may have lapsed."""
+        return self._admission is not None and not self.joins
+
     def settle(self) -> None:
         """The body has been read: from now on the place does not lapse. Raises Refused if it has, and there is no other."""
-        if self._admission is not None:
+        if self._admission is not None and not self.joins:
             self._admission.settle(self)
 
     def release(self) -> None:
@@ -114,6 +123,7 @@ class Admission:
         self._clock = clock
         self._taken = 0
         self._reserved: list[Reservation] = []  # of the places that are taken
+        self._joining: list[Reservation] = []  # without a place
         self._promised: list[_Promise] = []  # the earliest first
         self._number = 0
         self._redeemed = {False: 1.0, True: 1.0}  # share of the last promises whose owners came; of those returning
@@ -133,15 +143,24 @@ class Admission:
         """
         reservation = Reservation(self, token, client)
         with self._lock:
-            self._reserve(reservation, displaces=False)
+            self._reserve(reservation)
             reservation.until = self._clock() + RESERVED_SECONDS
         return reservation
+
+    def reserve_join(self) -> Reservation | None:
+        """For a request that may join a job, by which it needs no place; None while `JOINING` such are being read."""
+        with self._lock:
+            if len(self._joining) >= JOINING:
+                return None
+            reservation = Reservation(self, joins=True)
+            self._joining.append(reservation)
+            return reservation
 
     def settle(self, reservation: Reservation) -> None:
         """See `Reservation.settle`."""
         with self._lock:
             if reservation not in self._reserved:
-                self._reserve(reservation, displaces=True)
+                self._reserve(reservation)
             reservation.until = None
 
     def release(self, reservation: Reservation) -> None:
@@ -150,6 +169,8 @@ class Admission:
             if reservation in self._reserved:
                 self._reserved.remove(reservation)
                 self._taken -= 1
+            elif reservation in self._joining:
+                self._joining.remove(reservation)
 
     def enter(
         self,
@@ -179,7 +200,7 @@ class Admission:
                 self.release(reservation)
                 token, client, own = reservation.token, reservation.client, reservation.promise
             else:
-                own = self._find_place(token, client, now, displaces=True)
+                own = self._find_place(token, client, now)
             expected = outlook()
             if expected is not None:
                 try:
@@ -219,21 +240,18 @@ class Admission:
         if not kind:
             self._window = self._window + 1 if came else self._window * (1 - LEARNING)
 
-    def _reserve(self, reservation: Reservation, *, displaces: bool) -> None:
-        own = self._find_place(reservation.token, reservation.client, self._now(), displaces=displaces)
+    def _reserve(self, reservation: Reservation) -> None:
+        own = self._find_place(reservation.token, reservation.client, self._now())
         if own is not None:
             self._take_up(own)
             reservation.promise = own
         self._reserved.append(reservation)
         self._taken += 1
 
-    def _find_place(self, token: Hashable, client: Hashable, now: float, *, displaces: bool) -> _Promise | None:
-        """The promise to a request, if any, that now finds a place. Raises Refused if it finds none.
-
-        One that is there as a whole `displaces` another whose body has not come, if there are many of these.
-        """
+    def _find_place(self, token: Hashable, client: Hashable, now: float) -> _Promise | None:
+        """The promise to a request, if any, that now finds a place. Raises Refused if it finds none."""
         own = self._own(token, client)
-        if self._taken and self._taken + self._kept(own, now) >= self.limit and not (displaces and self._displace(now)):
+        if self._taken and self._taken + self._kept(own, now) >= self.limit and not self._displace(now):
             raise self._full(token, client, own, now)
         return own
 
