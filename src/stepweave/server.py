@@ -392,18 +392,13 @@ class Server:
         ticket.warnings.extend(warnings)
         return ticket
 
-    def reserve(self, token: Hashable, client: Hashable) -> Reservation:
-        """A place for a request of `client`, before its body is read; `token` tells it from others, as far as is known then.
-
-        Raises what `accept` would if there is no place.
-        """
-        self.ready()
-        assert self._admission is not None
-        return self._admission.reserve(token, client)
-
-    def reserve_join(self) -> Reservation | None:
-        """For a request that may join a job and then needs no place; None if `JOINING` such are being read already."""
-        return None if self._admission is None else self._admission.reserve_join()
+    def reserve(self, token: Hashable, client: Hashable, *, joins: bool = False) -> Reservation:
+        """See `Admission.reserve`. Raises what `accept` would if there is no place."""
+        if not joins:  # what it joins may be served though the server takes nothing new
+            self.ready()
+        if self._admission is None:
+            raise self.unavailable()
+        return self._admission.reserve(token, client, joins=joins)
 
     def _enter_engine(
         self,

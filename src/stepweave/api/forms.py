@@ -132,10 +132,9 @@ async def reserve(request: Request, server: Server) -> Reservation:
 
     Raises Refused if there is no place; one is promised to a request of the same client, key and length.
     """
-    if await joins(request, server) and (place := server.reserve_join()) is not None:
-        return place
     told = tuple(request.headers.get(name) for name in ("content-length", "idempotency-key"))
-    return server.reserve((request.url.path, *told), asker_of(request))
+    token = (request.url.path, *told)
+    return server.reserve(token, asker_of(request), joins=await joins(request, server))
 
 
 async def digest_of(form: Form) -> bytes:

@@ -136,25 +136,20 @@ class Admission:
         """Requests accepted and not yet answered, waiting, running, or being encoded, and places reserved for bodies."""
         return self._taken
 
-    def reserve(self, token: Hashable = None, client: Hashable = None) -> Reservation:
+    def reserve(self, token: Hashable = None, client: Hashable = None, *, joins: bool = False) -> Reservation:
         """A place for a request whose body has not been read. `token` tells of it what is known before, as in `enter`.
 
+        A request that may join a job `joins`: it then needs no place and has none, unless `JOINING` such are being read.
         Raises Refused if there is no place.
         """
-        reservation = Reservation(self, token, client)
         with self._lock:
-            self._reserve(reservation)
-            reservation.until = self._clock() + RESERVED_SECONDS
+            reservation = Reservation(self, token, client, joins=joins and len(self._joining) < JOINING)
+            if reservation.joins:
+                self._joining.append(reservation)
+            else:
+                self._reserve(reservation)
+                reservation.until = self._clock() + RESERVED_SECONDS
         return reservation
-
-    def reserve_join(self) -> Reservation | None:
-        """For a request that may join a job, by which it needs no place; None while `JOINING` such are being read."""
-        with self._lock:
-            if len(self._joining) >= JOINING:
-                return None
-            reservation = Reservation(self, joins=True)
-            self._joining.append(reservation)
-            return reservation
 
     def settle(self, reservation: Reservation) -> None:
         """See `Reservation.settle`."""
