@@ -218,6 +218,15 @@ def test_primaries_without_a_profile_are_warned_of() -> None:
     assert "image" in warning and "cHRM" in warning
 
 
+def of_elements(count: int) -> bytes:
+    """All of them are the same three curves, so that few bytes ask for much work."""
+    curve = b"curf\0\0\0\0" + struct.pack(">HH4sIHHfff", 1, 0, b"parf", 0, 0, 0, 1.0001, 1, 0) + bytes(4)
+    element = b"cvst\0\0\0\0" + struct.pack(">HH", 3, 3) + struct.pack(">II", 36, len(curve)) * 3 + curve
+    table = struct.pack(">II", 16 + 8 * count, len(element)) * count
+    tag = b"mpet\0\0\0\0" + struct.pack(">HHI", 3, 3, count) + table + element
+    return profiles.profile(b"RGB ", {b"D2B0": tag, b"D2B1": tag}, version=4)
+
+
 def of_class(kind: bytes) -> bytes:
     return profiles.P3[:12] + kind + profiles.P3[16:]
 
@@ -232,6 +241,7 @@ UNUSABLE = {
     "cut": (profiles.P3[:300], "it is damaged"),
     "of no profile": (b"x" * 500, "it is damaged"),
     "of tags beyond its end": (profiles.P3[:128] + b"\xff" * 400, "it is damaged"),
+    "of elements that take minutes": (of_elements(20_000), "it is of multi-process elements"),
     "without tags": (profiles.profile(b"RGB ", {}), "it is damaged"),
 }
 

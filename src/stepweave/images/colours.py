@@ -15,6 +15,7 @@ INTENT = ImageCms.Intent.RELATIVE_COLORIMETRIC  # what both spaces have stays as
 SAME = 1  # of 255: what a conversion may change at most to count as none
 _SPACES = {"L": b"GRAY", "RGB": b"RGB ", "CMYK": b"CMYK"}
 _CLASSES = (b"scnr", b"mntr", b"prtr", b"spac")  # profiles of colours; not of links between devices, nor of names
+COSTLY = b"mpet"  # type of the tags of multi-process elements, of which 240 KB may take lcms minutes, and a gigabyte
 _HEADER = 128  # bytes of a profile before its tags
 
 
@@ -61,6 +62,8 @@ def _by_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
         raise _Unusable(f"it is of class {_text(kind)}, which describes no image")
     if space != wanted:
         raise _Unusable(f"it is for {_text(space)}, the image is {_text(wanted)}")
+    if COSTLY in profile:
+        raise _Unusable("it is of multi-process elements, which are not read")
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), image.mode, "RGB", INTENT)
