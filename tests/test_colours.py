@@ -135,6 +135,15 @@ def test_sixteen_bits_with_a_profile_become_srgb() -> None:
     assert apart(read(png_of_16_bits(np.asarray(patches(GREYS)).astype(np.uint16) * 257)), GREYS[:, None]) == 0
 
 
+def test_a_colour_of_16_bits_that_is_transparent_is() -> None:
+    deep = np.asarray(patches(COLOURS)).astype(np.uint16) * 257
+    for samples, colour, at in ((deep, COLOURS[6], 6), (deep, COLOURS[5], 5), (deep[..., 0], COLOURS[6, :1], 6)):
+        transparent = chunk(b"tRNS", (colour.astype(">u2") * 257).tobytes())
+        mask = read(png_of_16_bits(samples, transparent)).mask
+        assert mask is not None
+        assert centres(mask).tolist() == [255 * (one == at) for one in range(len(COLOURS))]
+
+
 GREYS = np.array([0, 10, 60, 128, 200, 255], np.uint8)
 
 

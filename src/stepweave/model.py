@@ -217,8 +217,9 @@ class ServedModel:
         param, pipeline = ("mask", self.inpaint) if masked else ("image", self.image_to_image)
         if pipeline is None:
             what = "inpainting" if masked else "image to image"
+            given = "mask is given, or image is transparent in part" if masked else "image is given"
             raise InvalidRequest(
-                f"{param} is given, but {self.pipeline_class} has no pipeline for {what}.",
+                f"{given}, but {self.pipeline_class} has no pipeline for {what}.",
                 param=param,
                 code="unsupported",
             )
