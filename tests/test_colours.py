@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from stepweave.errors import InvalidRequest
@@ -287,6 +289,27 @@ def test_warnings_name_the_mask_that_they_are_of() -> None:
     image, mask = file_of(patches(COLOURS)), patches(GREYS).resize(patches(COLOURS).size)
     sources = read_sources(image, file_of(mask, icc_profile=profiles.P3[:200]), max_pixels=LIMIT)
     assert [warning[:26] for warning in sources.warnings] == ["mask: its colour profile i"]
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    which=st.sampled_from(
+        [("RGB", profiles.P3), ("RGB", profiles.ADOBE), ("L", profiles.GREY), ("CMYK", profiles.PRESS)]
+    ),
+    changes=st.lists(st.tuples(st.integers(0, 600), st.integers(0, 255)), min_size=1, max_size=8),
+    end=st.none() | st.integers(0, 600),
+)
+def test_whatever_a_profile_holds_the_image_is_read(
+    which: tuple[str, bytes], changes: list[tuple[int, int]], end: int | None
+) -> None:
+    mode, profile = which
+    damaged = bytearray(profile)
+    for at, value in changes:
+        damaged[at % len(damaged)] = value
+    image = Image.new(mode, (16, 16), 77)
+    sources = read(file_of(image, "JPEG", icc_profile=bytes(damaged[:end])))
+    assert sources.image.mode == "RGB" and sources.image.size == (16, 16)
+    assert all(warning.startswith("image: ") for warning in sources.warnings)
 
 
 def test_the_bytes_of_a_profile_are_bounded() -> None:
