@@ -10,6 +10,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import zlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -21,7 +22,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from stepweave.errors import Cancelled, InvalidRequest, StepweaveError, Unavailable
+from stepweave.errors import Cancelled, InvalidRequest, StepweaveError, Unavailable, UnsupportedMedia
 from stepweave.images import decoders, scan
 from stepweave.images.decoders import DECODERS, Decoders
 from stepweave.images.uploads import read_sources
@@ -107,6 +108,10 @@ COSTLY = {
         JPEG[:2] + (b"\xff\xe1\xff\xffExif\0\0" + bytes(0xFFFF - 8)) * 5 + JPEG[2:],
         "bytes of EXIF data; the limit is 262144",
     ),
+    "a profile in parts": (
+        JPEG[:2] + (b"\xff\xe2\xff\xffICC_PROFILE\0\1\x46" + bytes(0xFFFF - 16)) * 70 + JPEG[2:],
+        "bytes of colour profile; the limit is 4194304",
+    ),
     "chunks": (png_with(*[chunk(b"gAMA", bytes(4))] * 1001), "chunks beside its data; the limit is 1000"),
     "empty data": (png_with(*[chunk(b"IDAT", b"")] * 20_001), "or more chunks; the limit is 20000"),
     "text": (png_with(*[chunk(b"zTXt", b"a\0\0" + DENSE)] * 65), "has 65 or more compressed .* limit is 64"),
@@ -130,6 +135,9 @@ COSTLY = {
         webp_of(webp_chunk(b"VP8L", b"\x2f" + b"\xff" * 20)), "image is 16384x16384, 268435456 pixels"
     ),
     "webp's chunks": (webp_of(canvas(64, 64), *[webp_chunk(b"ABCD", b"")] * 1001, BITMAP), "chunks; the limit is 1000"),
+    "profile of a webp": (
+        webp_of(canvas(64, 64, 32), webp_chunk(b"ICCP", bytes(5 << 20)), BITMAP), "5242880 bytes of colour profile; the limit is"
+    ),
     "exif of a webp": (
         webp_of(canvas(64, 64, 8), BITMAP, webp_chunk(b"EXIF", bytes(1 << 19))), "bytes of EXIF data; the limit is"
     ),
@@ -244,6 +252,66 @@ async def test_a_process_gives_what_reading_here_does() -> None:
             )  # fmt: skip
             assert told.param == param
         assert len(processes()) == 1
+
+
+async def test_what_was_done_to_the_files_is_told() -> None:
+    async with decoding() as pool:
+        answered = await read(pool, file_of(noise().convert("CMYK"), "JPEG"), file_of(Image.new("L", (128, 128))))
+    assert [warning.split(":")[0] for warning in answered.warnings] == ["image", "mask", "mask"]
+
+
+async def test_other_kinds_of_files_are_unsupported_media() -> None:
+    async with decoding() as pool:
+        for _ in range(2):
+            with pytest.raises(UnsupportedMedia, match="a GIF image") as caught:
+                await read(pool, file_of(noise(), "GIF"))
+            assert (caught.value.code, caught.value.param) == ("unsupported_image", "image")
+        assert len(processes()) == 1
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+async def test_only_the_size_that_is_wanted_comes_back(format: str) -> None:
+    asked = []
+
+    def fit(size: tuple[int, int], masked: bool) -> tuple[int, int]:
+        asked.append((size, masked, threading.current_thread().name.startswith("stepweave-decode")))
+        return 32, 16
+
+    async with decoding() as pool:
+        mask = file_of(Image.new("L", (80, 80), 255))
+        sources = await asyncio.wait_for(pool.read_sources(file_of(noise(), format), mask, fit), SECONDS)
+        assert sources.image.size == sources.mask.size == (32, 16)
+        assert asked == [((64, 64), True, True)]
+        here = read_sources(file_of(noise(), format), mask, max_pixels=LIMIT, fit=fit)
+        assert sources.image.tobytes() == here.image.tobytes() and sources.warnings == here.warnings
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG"])
+async def test_a_size_that_is_refused_is_raised_and_the_process_used_again(format: str) -> None:
+    def fit(size: tuple[int, int], masked: bool) -> tuple[int, int]:
+        raise error
+
+    async with decoding() as pool:
+        for error in (InvalidRequest("no such size", param="size"), ZeroDivisionError("a fault of ours")):
+            with pytest.raises(type(error)):
+                await asyncio.wait_for(pool.read_sources(file_of(noise(), format), None, fit), SECONDS)
+            assert (await read(pool, JPEG)).image.size == (64, 64)
+        assert len(processes()) == 1
+
+
+async def test_a_process_that_dies_before_it_is_told_the_size_fails_its_request_alone() -> None:
+    async with decoding() as pool:
+
+        def fit(size: tuple[int, int], masked: bool) -> tuple[int, int]:
+            (process,) = processes()
+            process.kill()
+            wait_until(lambda: process.status() == psutil.STATUS_ZOMBIE)
+            return size
+
+        with pytest.raises(StepweaveError, match="SIGKILL") as caught:
+            await asyncio.wait_for(pool.read_sources(JPEG, None, fit), SECONDS)
+        assert caught.value.code == "decoder_failed"
+        assert (await read(pool, JPEG)).image.size == (64, 64)
 
 
 async def test_no_process_before_the_first_upload_and_a_few_for_many() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections import Counter
@@ -80,6 +81,11 @@ def edits() -> ServedModel:
     return ServedModel(FakePipeline(edits=True), Preset(), Settings())
 
 
+@functools.cache
+def edits_once() -> ServedModel:
+    return edits()
+
+
 def gradient(width: int = 64, height: int = 64) -> Image.Image:
     return Image.linear_gradient("L").resize((width, height)).convert("RGB")
 
@@ -103,12 +109,42 @@ def test_an_edit_has_the_size_of_its_source_or_the_nearest_that_is_allowed() -> 
         ((41, 30), (40, 32)),
         ((1, 100), (8, 104)),
         ((3000, 3000), (2048, 2048)),
+        ((4000, 3000), (2360, 1768)),  # a phone's 12 megapixels: the largest of these proportions
+        ((3024, 4032), (1768, 2360)),
+        ((9248, 6936), (2360, 1768)),
     ):
         resolved = model.resolve(prompt="x", sources=Sources(gradient(*size)))
         assert (resolved.width, resolved.height) == expected, size
     resolved = model.resolve(prompt="x", sources=Sources(gradient(41, 30)), size="16x64")
     assert (resolved.width, resolved.height) == (16, 64)
     assert model.resolve(prompt="x", sources=Sources(gradient(24, 24)), size="auto").width == 24
+
+
+@settings(max_examples=150, deadline=None)
+@given(size=st.tuples(st.integers(1, 20_000), st.integers(1, 20_000)), masked=st.booleans())
+def test_the_size_of_an_edit_is_that_of_an_edit_of_it(size: tuple[int, int], masked: bool) -> None:
+    """Sources are scaled before they are resolved."""
+    model = edits_once()
+    try:
+        wanted = model.size_of_edit(size, None, masked=masked)
+    except InvalidRequest as error:
+        assert max(size) > 16 * min(size) and error.param == "image"
+    else:
+        assert model.size_of_edit(wanted, None, masked=masked) == wanted
+    assert model.size_of_edit(size, "64x32", masked=masked) == (64, 32)
+
+
+def test_the_size_of_an_edit_that_the_model_cannot_make_is_refused() -> None:
+    model = edits_once()
+    with pytest.raises(InvalidRequest, match="size is '63x64'") as caught:
+        model.size_of_edit((64, 64), "63x64", masked=False)
+    assert caught.value.param == "size"
+    model = edits()
+    model.inpaint = None
+    assert model.size_of_edit((64, 64), "auto", masked=False) == (64, 64)
+    with pytest.raises(InvalidRequest, match="no pipeline for inpainting") as caught:
+        model.size_of_edit((64, 64), None, masked=True)
+    assert (caught.value.param, caught.value.code) == ("mask", "unsupported")
 
 
 @pytest.mark.parametrize("size", [(4_194_304, 1), (1, 100_000), (8193, 16)])

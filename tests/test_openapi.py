@@ -45,6 +45,8 @@ SMALL: dict[str, Any] = {
 NOT_HERE = (*PATHS, "/schema.json")  # BentoML's own
 PNG = io.BytesIO()
 Image.new("RGB", (64, 64), "teal").save(PNG, "PNG")
+MASK = io.BytesIO()
+Image.new("L", (64, 64), "white").save(MASK, "PNG")
 
 
 def document(app: InProcess, path: str = "/openapi.json", **headers: str) -> Document:
@@ -257,7 +259,7 @@ def test_native_answers_are_as_described(served: Served) -> None:
 
 @pytest.mark.parametrize("declared", ["image/jpg", "image/webp", "image/svg+xml", "application/octet-stream", ""])
 def test_a_native_edit_goes_by_what_a_file_holds(served: Served, declared: str) -> None:
-    files = {"image": ("a.png", PNG.getvalue(), declared), "mask": ("b.png", PNG.getvalue(), declared)}
+    files = {"image": ("a.png", PNG.getvalue(), declared), "mask": ("b.png", MASK.getvalue(), declared)}
     fields = {"prompt": "a star", "seed": "7", "num_inference_steps": "2"}
     answer = httpx.post(f"{served.url}/edit", data=fields, files=files, timeout=SECONDS)
     assert answer.status_code == 200, answer.text
@@ -431,7 +433,7 @@ class Fuzzer:
             "output_compression": None,
         }
         if case.media_type == "multipart/form-data":
-            changes |= {"image": PNG.getvalue(), "mask": PNG.getvalue()}
+            changes |= {"image": PNG.getvalue(), "mask": MASK.getvalue()}
             body = {name: value for name, value in body.items() if name != "output_compression"}
         if "inputs" in body:
             changes |= {"inputs": INFERENCE["inputs"], "parameters": {}, "outputs": None}

@@ -140,6 +140,12 @@ class Settings(BaseSettings):
     max_images: int = Field(8, ge=1, le=64, description="Largest `n` of a request.")
     max_steps: int = Field(200, ge=1, le=10_000, description="Largest `num_inference_steps` of a request.")
     max_pixels: int = Field(2048 * 2048, ge=64 * 64, description="Largest width times height of a picture.")
+    max_input_pixels: int = Field(
+        8192 * 8192,
+        ge=64 * 64,
+        le=178_956_970,  # beyond, Pillow takes it for a bomb
+        description="Largest width times height of an image, or mask, that is sent. Larger ones than the model makes are scaled.",
+    )
     flagged_images: Literal["mark", "refuse"] = Field(
         "mark",
         description="Images that the pipeline's safety checker flags: `mark` returns them with `flagged`, `refuse` answers 400.",
@@ -147,7 +153,7 @@ class Settings(BaseSettings):
     max_prompt_characters: int = Field(4000, ge=1, le=7000, description="Longest prompt or negative prompt.")
     max_body_bytes: int = Field(1_048_576, ge=1024, description="Largest body of a request without a picture.")
     max_upload_bytes: int = Field(
-        16_777_216, ge=1024, description="Largest body of a request with pictures, of an edit."
+        33_554_432, ge=1024, description="Largest body of a request with pictures, of an edit."
     )
     max_connections: int = Field(
         1000,

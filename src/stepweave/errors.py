@@ -183,12 +183,12 @@ class BodyTooLarge(RequestError):
 
 
 class UnsupportedMedia(RequestError):
-    """The request's content type is not one that the route reads."""
+    """The request's content type is not one that the route reads, or a file of it is of a kind that is not read."""
 
     status = 415
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, code="unsupported_media_type")
+    def __init__(self, message: str, *, code: str = "unsupported_media_type", param: str | None = None) -> None:
+        super().__init__(message, code=code, param=param)
 
 
 class Refused(RequestError):

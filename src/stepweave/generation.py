@@ -19,10 +19,14 @@ MAX_SEED = 2**53 - 1  # the largest integer that every JSON client reads exactly
 
 @dataclass(frozen=True)
 class Sources:
-    """What an edit starts from: an RGB picture, and an L mask of the same size, white where it is to be painted anew."""
+    """What an edit starts from: an RGB image, and an L mask of the same size, white where it is to be painted anew.
+
+    `warnings` tell what was done to the files that they come from.
+    """
 
     image: Image.Image
     mask: Image.Image | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 DRAWN_SEED_BITS = 32  # of a seed the server draws, easy to copy
 
-TEXT_TO_IMAGE = "text_to_image"  # a kind of request
+TEXT_TO_IMAGE, IMAGE_TO_IMAGE, INPAINTING = "text_to_image", "image_to_image", "inpainting"  # kinds of requests
 GUIDANCE = (0.0, 100.0)
 DEFAULT_STRENGTH = 0.8  # where the pipeline has none of its own
 
@@ -93,7 +93,7 @@ class ServedModel:
 
     def _pipelines(self) -> dict[str, Any]:
         """The pipeline of each kind of request, of those that there are."""
-        kinds = {TEXT_TO_IMAGE: self.pipeline, "image_to_image": self.image_to_image, "inpainting": self.inpaint}
+        kinds = {TEXT_TO_IMAGE: self.pipeline, IMAGE_TO_IMAGE: self.image_to_image, INPAINTING: self.inpaint}
         return {kind: pipeline for kind, pipeline in kinds.items() if pipeline is not None}
 
     @property
@@ -172,10 +172,7 @@ class ServedModel:
             raise InvalidRequest(f"n is {n}; the limit is {limits.images}.", param="n")
         if seed is not None and seed + n - 1 > MAX_SEED:
             raise InvalidRequest(f"seed is {seed} and n is {n}; the limit of seed + n - 1 is {MAX_SEED}.", param="seed")
-        if size is not None and size != "auto":
-            width, height = limits.sizes.read(size)
-        else:
-            width, height = (self.width, self.height) if sources is None else limits.sizes.of_edit(sources.image.size)
+        width, height = self._size(size, limits, None if sources is None else sources.image.size)
         steps = self.default_steps if num_inference_steps is None else num_inference_steps
         if steps > self.settings.max_steps:
             raise InvalidRequest(
@@ -203,18 +200,36 @@ class ServedModel:
             self.check_steps(parameters)
         return parameters
 
+    def size_of_edit(self, source: tuple[int, int], size: str | None, *, masked: bool) -> tuple[int, int]:
+        """Width and height of an edit of an image of the size `source`: `size`, else the nearest that the model makes.
+
+        Raises InvalidRequest for a size, or a kind of edit, that it does not make.
+        """
+        self._pipeline_of_edits(masked=masked)
+        return self._size(size, self._limits[INPAINTING if masked else IMAGE_TO_IMAGE], source)
+
+    def _size(self, size: str | None, limits: Limits, source: tuple[int, int] | None) -> tuple[int, int]:
+        if size is not None and size != "auto":
+            return limits.sizes.read(size)
+        return (self.width, self.height) if source is None else limits.sizes.of_edit(source)
+
+    def _pipeline_of_edits(self, *, masked: bool) -> Any:
+        param, pipeline = ("mask", self.inpaint) if masked else ("image", self.image_to_image)
+        if pipeline is None:
+            what = "inpainting" if masked else "image to image"
+            given = "mask is given, or image is transparent in part" if masked else "image is given"
+            raise InvalidRequest(
+                f"{given}, but {self.pipeline_class} has no pipeline for {what}.",
+                param=param,
+                code="unsupported",
+            )
+        return pipeline
+
     def pipeline_for(self, sources: Sources | None) -> Any:
         """The pipeline that a request is for. Raises InvalidRequest for an edit that the model cannot make."""
         if sources is None:
             return self.pipeline
-        param, pipeline = ("image", self.image_to_image) if sources.mask is None else ("mask", self.inpaint)
-        if pipeline is None:
-            what = "image to image" if sources.mask is None else "inpainting"
-            raise InvalidRequest(
-                f"{param} is given, but {self.pipeline_class} has no pipeline for {what}.",
-                param=param,
-                code="unsupported",
-            )
+        pipeline = self._pipeline_of_edits(masked=sources.mask is not None)
         if sources.mask is not None and sources.mask.size != sources.image.size:
             (width, height), (other_width, other_height) = sources.mask.size, sources.image.size
             raise InvalidRequest(
@@ -364,7 +379,7 @@ class ServedModel:
 
 
 def _kind(sources: Sources | None) -> str:
-    return TEXT_TO_IMAGE if sources is None else "image_to_image" if sources.mask is None else "inpainting"
+    return TEXT_TO_IMAGE if sources is None else IMAGE_TO_IMAGE if sources.mask is None else INPAINTING
 
 
 def _takes(pipeline: Any, name: str) -> bool:

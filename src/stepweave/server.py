@@ -103,7 +103,7 @@ class Server:
         # apart: they must not hold up pictures
         self._drawers = DaemonExecutor(1, "stepweave-preview", self._use_device)
         self._closers = DaemonExecutor(2, "stepweave-close")
-        self.decoders = Decoders(settings.max_pixels)
+        self.decoders = Decoders(settings.max_input_pixels)
         self._loader = threading.Thread(target=self._load, name="stepweave-load", daemon=True)
 
     def start(self) -> None:
@@ -389,7 +389,7 @@ class Server:
         ready = self.ready(reservation)
         enter = partial(admission.enter, token, client=client, reservation=reservation)
         ticket = self._enter_engine(ready, request, parameters, call, enter, previews, began)
-        ticket.warnings.extend(warnings)
+        ticket.warnings.extend([*warnings, *(() if sources is None else sources.warnings)])
         return ticket
 
     def reserve(self, token: Hashable, client: Hashable, *, joins: bool = False) -> Reservation:

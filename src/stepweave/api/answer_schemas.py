@@ -131,6 +131,7 @@ class ModelDetails(Limits):
     dtype: str
     native_size: str
     max_pixels: int
+    max_input_pixels: int = Field(description="Of an image, or a mask, that is sent.")
     default_num_inference_steps: int
     max_num_inference_steps: int
     default_guidance_scale: float | None

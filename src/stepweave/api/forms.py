@@ -153,10 +153,16 @@ async def digest_of(form: Form) -> bytes:
         return await on_thread(None, digest)
 
 
-async def read_pictures(form: Form, server: Server) -> Sources:
-    """An edit's images. A few are decoded at a time, in processes of their own that end if the awaiting task is cancelled.
+async def read_pictures(form: Form, server: Server, size: str | None) -> Sources:
+    """An edit's images, of the size that it makes, `size` or the nearest to the image's own. A few are decoded at a time, in
+    processes of their own that end if the awaiting task is cancelled.
 
-    Raises InvalidRequest naming the one that cannot be read.
+    Raises InvalidRequest or UnsupportedMedia naming the one that cannot be read, and what `ServedModel.size_of_edit` does.
     """
+    served, _ = server.ready()
+
+    def fit(source: tuple[int, int], masked: bool) -> tuple[int, int]:
+        return served.size_of_edit(source, size, masked=masked)
+
     with form.used():
-        return await server.decoders.read_sources(form.files["image"], form.files.get("mask"))
+        return await server.decoders.read_sources(form.files["image"], form.files.get("mask"), fit)

@@ -88,6 +88,7 @@ class Api:
                 "native_size": f"{model.width}x{model.height}",
                 **model.limits.as_json(),
                 "max_pixels": settings.max_pixels,
+                "max_input_pixels": settings.max_input_pixels,
                 "default_num_inference_steps": model.default_steps,
                 "max_num_inference_steps": settings.max_steps,
                 "default_guidance_scale": model.default_guidance,

@@ -253,8 +253,10 @@ def operations(model: str | None) -> list[Operation]:
                 body={JSON: GenerationRequest}, example=EXAMPLE),
         _images("edits", "image_edit", id="createImageEdit", summary="Image to image and inpainting",
                 body={FORM: EditRequest},
-                description="`image` is what to start from, `mask` is white where it is to be painted anew. `image[]`, as "
-                "OpenAI's clients name several, is taken for `image`."),
+                description="`image` is what to start from. `mask` is transparent where it is to be repainted, or, if its "
+                "alpha is the same throughout, white there; it has the proportions of `image`. Both are PNG, JPEG or WebP, are "
+                "turned as their EXIF says, converted to sRGB, and scaled to the size of the result. `image[]`, as OpenAI's "
+                "clients name several, is taken for `image`."),
         _get("/v1/models", "listModels", "Models", "The model that is served", _json(bodies.ModelList, "One."), Unavailable),
         _get("/v1/models/{id}", "getModel", "Models", "What the model takes", _json(bodies.Model, "It."), NotFound, Unavailable,
              parameters=(_model("id", model),)),

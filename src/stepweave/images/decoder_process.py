@@ -1,8 +1,9 @@
 """The process that decodes uploads: `python -m stepweave.images.decoder_process DESCRIPTOR MAX_PIXELS`.
 
 It imports Pillow and numpy, and answers over a socket: requests and answers are a message in JSON, and one for each file or image
-as bytes. Nothing is unpickled, so a decoder that a file has taken over cannot reach the server that way. It ends when its
-socket is closed, however the server ends.
+as bytes. Once it knows how large an image is it asks what size is wanted, so that only what an edit needs comes over the socket.
+Nothing is unpickled, so a decoder that a file has taken over cannot reach the server that way. It ends when its socket is closed,
+however the server ends.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from typing import Any
 
 from PIL import Image
 
-from stepweave.errors import InvalidRequest
-from stepweave.images.uploads import read_sources
+from stepweave.errors import InvalidRequest, UnsupportedMedia
+from stepweave.images.uploads import NotWanted, Size, read_sources
 
 READY = b"ready"
 MEMORY_BYTES = 1 << 30  # of address space, for the interpreter and its libraries
-MEMORY_BYTES_OF_PIXEL = 128  # and for each pixel of an image and a mask: planes, coefficients, copies in other modes
+MEMORY_BYTES_OF_PIXEL = 32  # and for each pixel of an image: planes, coefficients, copies in other modes
 LAST_SECONDS = 20  # after which it ends itself, where the server cannot
 
 
@@ -37,19 +38,29 @@ def main(descriptor: int, max_pixels: int) -> None:
             image = connection.recv_bytes()
             mask = connection.recv_bytes() if asked["mask"] else None
             signal.alarm(LAST_SECONDS)
-            for message in _answer(image, mask, max_pixels):
+            for message in _answer(connection, image, mask, max_pixels):
                 connection.send_bytes(message)
             signal.alarm(0)
 
 
-def _answer(image: bytes, mask: bytes | None, max_pixels: int) -> list[bytes]:
+def _answer(connection: Connection, image: bytes, mask: bytes | None, max_pixels: int) -> list[bytes]:
+    def fit(size: Size, masked: bool) -> Size:
+        connection.send_bytes(json.dumps({"size": size, "masked": masked}).encode())
+        wanted = json.loads(connection.recv_bytes())["size"]
+        if wanted is None:
+            raise NotWanted
+        return (wanted[0], wanted[1])
+
     try:
-        sources = read_sources(image, mask, max_pixels=max_pixels)
-    except InvalidRequest as error:
-        told: dict[str, Any] = {"error": {"message": error.message, "code": error.code, "param": error.param}}
-        return [json.dumps(told).encode()]
+        sources = read_sources(image, mask, max_pixels=max_pixels, fit=fit)
+    except NotWanted:  # the server refuses the size, or the kind of edit, and knows why
+        return []
+    except (InvalidRequest, UnsupportedMedia) as error:
+        told: dict[str, Any] = {"message": error.message, "code": error.code, "param": error.param}
+        return [json.dumps({"error": told, "status": error.status}).encode()]
     images = [one for one in (sources.image, sources.mask) if one is not None]
-    return [json.dumps({"images": [_about(one) for one in images]}).encode(), *(one.tobytes() for one in images)]
+    told = {"images": [_about(one) for one in images], "warnings": sources.warnings}
+    return [json.dumps(told).encode(), *(one.tobytes() for one in images)]
 
 
 def _about(image: Image.Image) -> dict[str, Any]:

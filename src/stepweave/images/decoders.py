@@ -17,14 +17,15 @@ import sys
 import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from PIL import Image
 
 import stepweave
-from stepweave.errors import Cancelled, InvalidRequest, StepweaveError, Unavailable
+from stepweave.errors import Cancelled, InvalidRequest, StepweaveError, Unavailable, UnsupportedMedia
 from stepweave.generation import Sources
 from stepweave.images.decoder_process import READY
+from stepweave.images.uploads import Fit, Size
 from stepweave.threads import DaemonExecutor, on_thread
 
 DECODERS = 2  # processes
@@ -32,8 +33,16 @@ SECONDS = 10.0  # that decoding the files of a request may take
 START_SECONDS = 60.0  # that a process may take to start, on a busy machine
 
 
+def as_it_is(size: Size, masked: bool) -> Size:
+    """Keeps an image's size."""
+    return size
+
+
 class Decoders:
-    """At most `DECODERS` processes, begun as they are needed and used again. Usable from any event loop."""
+    """At most `DECODERS` processes, begun as they are needed and used again. Usable from any event loop.
+
+    `max_pixels` is the limit of each image that is sent.
+    """
 
     def __init__(self, max_pixels: int) -> None:
         self._max_pixels = max_pixels
@@ -44,15 +53,17 @@ class Decoders:
         self._threads = DaemonExecutor(DECODERS, "stepweave-decode")  # each waits for one process
         self.waiting = 0  # requests whose files are being decoded, or wait for that
 
-    async def read_sources(self, image: bytes | BinaryIO, mask: bytes | BinaryIO | None) -> Sources:
+    async def read_sources(
+        self, image: bytes | BinaryIO, mask: bytes | BinaryIO | None, fit: Fit = as_it_is
+    ) -> Sources:
         """As `uploads.read_sources`, in a process that is ended if the awaiting task is cancelled.
 
-        Files are read once there is a process for them, so that those that wait are not in memory.
+        Files are read once there is a process for them, so that those that wait are not in memory. `fit` is called on a thread.
 
         Raises also InvalidRequest, code `image_too_slow`, for what is not decoded within `SECONDS`, StepweaveError, code
         `decoder_failed`, if the process dies or cannot be started, and Unavailable once it is closed.
         """
-        task = _Task(image, mask)
+        task = _Task(image, mask, fit)
         self.waiting += 1
         try:
             return await on_thread(self._threads, self._run, task)
@@ -123,9 +134,10 @@ class Decoders:
 class _Task:
     """The files of a request. It may be ended from any thread."""
 
-    def __init__(self, image: bytes | BinaryIO, mask: bytes | BinaryIO | None) -> None:
+    def __init__(self, image: bytes | BinaryIO, mask: bytes | BinaryIO | None, fit: Fit = as_it_is) -> None:
         self._image = image
         self._mask = mask
+        self._fit = fit
         self.ended: str | None = None  # why, if it was: cancelled or slow
         self._process: _Process | None = None  # that runs it
         self._lock = threading.Lock()
@@ -146,7 +158,7 @@ class _Task:
         timer.daemon = True
         timer.start()
         try:
-            return process.decode(self._image, self._mask)
+            return process.decode(self._image, self._mask, self._fit)
         except (EOFError, OSError):
             raise self._died(process) from None
         finally:
@@ -197,8 +209,8 @@ class _Process:
                 return
         raise StepweaveError("The process that decodes images did not start.", code="decoder_failed")
 
-    def decode(self, image: bytes | BinaryIO, mask: bytes | BinaryIO | None) -> Sources:
-        """Raises what the process tells of; EOFError or OSError if it dies."""
+    def decode(self, image: bytes | BinaryIO, mask: bytes | BinaryIO | None, fit: Fit) -> Sources:
+        """Raises what the process tells of, and what `fit` does; EOFError or OSError if it dies."""
         self.usable = False
         connection = self._connection
         connection.send_bytes(json.dumps({"mask": mask is not None}).encode())
@@ -206,12 +218,27 @@ class _Process:
             if file is not None:
                 connection.send_bytes(file if isinstance(file, bytes) else _whole(file))
         answer = json.loads(connection.recv_bytes())
+        if "size" in answer:
+            self._tell_size(answer, fit)
+            answer = json.loads(connection.recv_bytes())
         images = [_image(one["mode"], one["size"], connection.recv_bytes()) for one in answer.get("images", ())]
         self.usable = True
         if "error" in answer:
             error = answer["error"]
-            raise InvalidRequest(error["message"], code=error["code"], param=error["param"])
-        return Sources(*images)
+            kind = UnsupportedMedia if answer["status"] == UnsupportedMedia.status else InvalidRequest
+            raise kind(error["message"], code=error["code"], param=error["param"])
+        image_read, mask_read = images if len(images) == 2 else (images[0], None)
+        return Sources(image_read, mask_read, tuple(answer["warnings"]))
+
+    def _tell_size(self, asked: dict[str, Any], fit: Fit) -> None:
+        width, height = asked["size"]
+        try:
+            wanted = fit((width, height), asked["masked"])
+        except BaseException:
+            self._connection.send_bytes(json.dumps({"size": None}).encode())
+            self.usable = True  # it answers nothing more
+            raise
+        self._connection.send_bytes(json.dumps({"size": wanted}).encode())
 
     def kill(self) -> None:
         self._process.kill()

@@ -20,11 +20,14 @@ MAX_CHUNKS = 20_000  # of a PNG: data may come in parts of 4 KB, and less
 MAX_OTHER_CHUNKS = 1000  # of a PNG beside its data; of a WebP
 MAX_COMPRESSED_CHUNKS = 64  # of a PNG beside its data, each of which Pillow decompresses to at most 1 MiB
 MAX_EXIF_BYTES = 1 << 18
+MAX_PROFILE_BYTES = (
+    1 << 22
+)  # of a colour profile: those of printing presses have up to 3 MB. In a PNG Pillow allows 1 MiB
 CODE = "image_too_complex"
 
 _MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # but restarts and stuffed bytes, which are within a scan
 _SOF = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
-_SOS, _SOI, _EOI, _APP1 = 0xDA, 0xD8, 0xD9, 0xE1
+_SOS, _SOI, _EOI, _APP1, _APP2 = 0xDA, 0xD8, 0xD9, 0xE1, 0xE2
 _ALONE = {*range(0x01, 0xC0), _SOI, _EOI}  # markers without a length
 _COMPRESSED = (b"zTXt", b"iTXt", b"iCCP")
 
@@ -44,6 +47,10 @@ def check_exif(length: int, param: str) -> None:
     _bound(length, MAX_EXIF_BYTES, "bytes of EXIF data", param)
 
 
+def _check_profile(length: int, param: str) -> None:
+    _bound(length, MAX_PROFILE_BYTES, "bytes of colour profile", param)
+
+
 def _bound(count: int, limit: int, what: str, param: str) -> None:
     if count > limit:
         raise InvalidRequest(f"{param} has {count} {what}; the limit is {limit}.", code=CODE, param=param)
@@ -54,7 +61,7 @@ def _check_jpeg(data: bytes, param: str) -> None:
 
     Before the first scan Pillow looks for segments whatever comes, an end of the image too, byte by byte.
     """
-    scans = segments = headers = exif = fill = 0
+    scans = segments = headers = exif = profile = fill = 0
     scanning = False
     for marker, start, end, skipped in _segments(data):
         fill += 0 if scanning else skipped
@@ -65,12 +72,15 @@ def _check_jpeg(data: bytes, param: str) -> None:
         headers += marker in _SOF
         if marker == _APP1 and data[start : start + 4] == b"Exif":
             exif += end - start
+        if marker == _APP2 and data[start : start + 11] == b"ICC_PROFILE":
+            profile += end - start
         if scans > MAX_SCANS:
             # how many it has in all: no more than this, and a count that costs nothing
             _bound(max(scans, data.count(b"\xff\xda")), MAX_SCANS, "scans", param)
         _bound(segments, MAX_SEGMENTS, "or more segments", param)
         _bound(headers, 1, "or more frame headers", param)
         check_exif(exif, param)
+        _check_profile(profile, param)
 
 
 def _segments(data: bytes) -> Iterator[tuple[int | None, int, int, int]]:
@@ -125,6 +135,8 @@ def _check_webp(data: bytes, param: str, max_pixels: int) -> None:
         frames += kind == b"ANMF"
         if kind == b"EXIF":
             check_exif(length, param)
+        if kind == b"ICCP":
+            _check_profile(length, param)
         _check_frames(frames, param)
         _bound(chunks, MAX_OTHER_CHUNKS, "or more chunks", param)
         at += 8 + length + length % 2

@@ -57,14 +57,15 @@ class SizeLimits:
         return width, height
 
     def of_edit(self, source: tuple[int, int]) -> tuple[int, int]:
-        """The size of a picture that starts from one of the size `source`: the nearest.
+        """The size of an image that starts from one of the size `source`: the nearest, its own if it may be.
 
         Raises InvalidRequest for a source so long that its edit would be a thread.
         """
         if self.only is not None:
             return self.only
-        if self.max_side is None and max(source) > self.longest:
-            width, height = source
+        width, height = source
+        scale = min(1.0, math.sqrt(self.max_pixels / (width * height)))
+        if self.max_side is None and max(source) * scale > self.longest:
             raise InvalidRequest(
                 f"image is {width}x{height}; unless size is given, the limit is {self.longest} a side.", param="image"
             )
