@@ -153,13 +153,13 @@ async def digest_of(form: Form) -> bytes:
         return await on_thread(None, digest)
 
 
-async def read_pictures(form: Form, server: Server, size: str | None) -> Sources:
+async def read_pictures(form: Form, server: Server, size: str | None, place: Reservation | None) -> Sources:
     """An edit's images, of the size that it makes, `size` or the nearest to the image's own. A few are decoded at a time, in
-    processes of their own that end if the awaiting task is cancelled.
+    processes of their own that end if the awaiting task is cancelled. `place` is the edit's.
 
     Raises InvalidRequest or UnsupportedMedia naming the one that cannot be read, and what `ServedModel.size_of_edit` does.
     """
-    served, _ = server.ready()
+    served, _ = server.ready(place)
 
     def fit(source: tuple[int, int], masked: bool) -> tuple[int, int]:
         return served.size_of_edit(source, size, masked=masked)

@@ -105,7 +105,7 @@ async def edit(request: Request, server: Server) -> Response:
     claim = claim_of(request, body.model_dump_json(), edit.digest)
 
     async def accept() -> Ticket:
-        sources = await read_pictures(edit.form, server, body.size)
+        sources = await read_pictures(edit.form, server, body.size, place)
         return await server.accept(
             body, sources=sources, strength=body.strength, client=asker_of(request), reservation=place
         )

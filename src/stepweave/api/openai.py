@@ -87,7 +87,7 @@ class OpenAI:
 
         async def accept() -> Ticket:
             # only here: one that joins another, or does not go with it, costs no decoding
-            sources = None if form is None else await read_pictures(form, server, body.size)
+            sources = None if form is None else await read_pictures(form, server, body.size, place)
             ticket = await server.accept(
                 body,
                 n=body.n,

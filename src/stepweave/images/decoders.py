@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -31,6 +32,8 @@ from stepweave.threads import DaemonExecutor, on_thread
 DECODERS = 2  # processes
 SECONDS = 10.0  # that decoding the files of a request may take
 START_SECONDS = 60.0  # that a process may take to start, on a busy machine
+ANSWER_BYTES = 1 << 20  # of what a process may tell beside images
+KEPT = re.compile(r"PATH|HOME|LANG|LC_\w+|TZ|TMPDIR|LD_LIBRARY_PATH|PYTHON\w+")  # environment variables
 
 
 def as_it_is(size: Size, masked: bool) -> Size:
@@ -63,6 +66,8 @@ class Decoders:
         Raises also InvalidRequest, code `image_too_slow`, for what is not decoded within `SECONDS`, StepweaveError, code
         `decoder_failed`, if the process dies or cannot be started, and Unavailable once it is closed.
         """
+        with self._lock:
+            self._check_open()
         task = _Task(image, mask, fit)
         self.waiting += 1
         try:
@@ -194,6 +199,7 @@ class _Process:
             except BaseException:
                 ours.close()
                 raise
+        self._max_pixels = max_pixels
         self._connection = Connection(ours.detach())
         self.usable = False  # for another task
 
@@ -217,11 +223,13 @@ class _Process:
         for file in (image, mask):
             if file is not None:
                 connection.send_bytes(file if isinstance(file, bytes) else _whole(file))
-        answer = json.loads(connection.recv_bytes())
+        answer = json.loads(connection.recv_bytes(ANSWER_BYTES))
         if "size" in answer:
             self._tell_size(answer, fit)
-            answer = json.loads(connection.recv_bytes())
-        images = [_image(one["mode"], one["size"], connection.recv_bytes()) for one in answer.get("images", ())]
+            answer = json.loads(connection.recv_bytes(ANSWER_BYTES))
+        # bounded, as is what it may tell: a file that has taken the process over must not fill the server's memory
+        most = len("RGBA") * self._max_pixels
+        images = [_image(one["mode"], one["size"], connection.recv_bytes(most)) for one in answer.get("images", ())]
         self.usable = True
         if "error" in answer:
             error = answer["error"]
@@ -266,8 +274,8 @@ def _image(mode: str, size: list[int], data: bytes) -> Image.Image:
 
 
 def _environment() -> dict[str, str]:
-    """The server's, with its modules and without its settings, of which some are secret; one thread for numpy."""
+    """What Python needs of the server's, with its modules; the rest may be secret. One thread for numpy."""
     root = str(Path(stepweave.__file__).resolve().parents[1])
     path = os.pathsep.join([root, *filter(None, sys.path)])
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("STEPWEAVE_")}
+    kept = {name: value for name, value in os.environ.items() if KEPT.fullmatch(name)}
     return kept | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
