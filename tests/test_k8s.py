@@ -304,6 +304,8 @@ def grace_problems(work: Workload) -> Iterator[str]:
         yield f"STEPWEAVE_MAX_PIXELS={settings.max_pixels}, but the grace period is worked out for {pixels}"
     if settings.batching != "step":
         yield f"STEPWEAVE_BATCHING={settings.batching}, but the grace period is worked out for shared steps"
+    if (settings.max_queue + 1) * 2 < settings.max_rows:
+        yield f"{settings.max_queue + 1} requests of one image never fill a step of {settings.max_rows} rows"
     # what was accepted before the drain is finished: the jobs that run and a full queue
     accepted = full_queue(settings)
     if settings.grace < accepted:
@@ -403,8 +405,9 @@ def url_problems(work: Workload) -> Iterator[str]:
     """Images are answered as URLs to who calls the Service by any of its names."""
     rests = ("", f".{work.namespace}", f".{work.namespace}.svc", f".{work.namespace}.svc.cluster.local")
     names = [f"{work.name}{rest}" for rest in rests]
-    if work.document["kind"] == "InferenceService":  # by KServe's own domainTemplate and ingressDomain
-        names.append(f"{work.document['metadata']['name']}-{work.namespace}.example.com")
+    if work.document["kind"] == "InferenceService":  # the last by KServe's own domainTemplate and ingressDomain
+        name = work.document["metadata"]["name"]
+        names += [*(f"{name}{rest}" for rest in rests), f"{name}-{work.namespace}.example.com"]
     with contextlib.suppress(ConfigError):
         settings = settings_of(work)
         for name in names:
@@ -752,6 +755,17 @@ def test_the_overlays_are_those_of_the_readme_and_use_every_component() -> None:
 def test_both_pods_drain_alike() -> None:
     own, kserve = (workloads(overlay(name))[0].container["lifecycle"] for name in ("gpu", "kserve"))
     assert own == kserve
+
+
+def test_a_rollout_of_the_demo_finds_room_on_a_node_of_two_cores() -> None:
+    """Its pods beside each other, and as much as Kubernetes itself asks for on such a node."""
+    (work,) = workloads(overlay("cpu-demo"))
+    rolling = work.document["spec"]["strategy"]["rollingUpdate"]
+    assert (rolling["maxSurge"], rolling["maxUnavailable"]) == (1, 0)
+    requests = work.container["resources"]["requests"]
+    pods = work.document["spec"]["replicas"] + rolling["maxSurge"]
+    assert pods * quantity(requests["cpu"]) + 1 <= 2
+    assert pods * quantity(requests["memory"]) <= quantity("2Gi")
 
 
 def run_pre_stop(port: int, state: Path) -> int:
@@ -1239,14 +1253,8 @@ def test_a_real_server_has_what_the_manifests_name(tmp_path: Path) -> None:
         assert client.post(f"{server.url}/v2/models/other/infer", json=inputs).status_code == 404
 
         body = {"prompt": "a red circle", "model": name, "num_inference_steps": 2, "response_format": "url"}
-        short = f"{name}-predictor"
-        hosts = [
-            short,
-            f"{short}.{work.namespace}",
-            f"{short}.{work.namespace}.svc",
-            f"{name}-{work.namespace}.example.com",
-        ]
-        for host in [*hosts, f"{short}.{work.namespace}.svc.cluster.local:80"]:
+        short, space = f"{name}-predictor", work.namespace
+        for host in (name, short, f"{short}.{space}", f"{short}.{space}.svc:80", f"{name}-{space}.example.com"):
             answer = client.post(f"{server.url}/v1/images/generations", json=body, headers={"Host": host})
             assert answer.status_code == 200, answer.text
             assert answer.json()["data"][0]["url"].startswith(f"http://{host}/")
@@ -1434,6 +1442,7 @@ def test_a_mistake_is_reported(name: str, kind: str, path: tuple[str | int, ...]
         ("STEPWEAVE_MAX_ROWS", "8", "STEPWEAVE_GRACE 500 < 936 s of accepted work"),
         ("STEPWEAVE_MAX_IMAGES", "4", "STEPWEAVE_GRACE 500 < 972 s of accepted work"),
         ("STEPWEAVE_BATCHING", "threads", "worked out for shared steps"),
+        ("STEPWEAVE_MAX_QUEUE", "4", "5 requests of one image never fill a step of 16 rows"),
         ("STEPWEAVE_GRACE", "300", "STEPWEAVE_GRACE 300 < 486 s of accepted work"),
         ("STEPWEAVE_EXIT_ON_FAILURE", "false", "does not end the container"),
         ("HF_HUB_OFFLINE", "0", "there is no way out to the hub"),
