@@ -52,6 +52,7 @@ GPU = "nvidia.com/gpu"
 POD_SECONDS = 30  # that a pod has to end in where nothing is said
 REFUSING_SECONDS = 4  # between the end of a drain's notice and SIGTERM
 USER = 1034  # of images that `bentoml containerize` builds
+KSERVE_TIMEOUT = 60  # seconds of a request through its gateway where nothing is said
 MODEL_MOUNT = "/mnt/models"  # where KServe puts a storageUri
 KEDA_TRIGGERS = {"prometheus", "cron", "cpu", "memory", "metrics-api", "external", "kubernetes-workload"}
 KSERVE_AUTOSCALERS = {"hpa", "keda", "external", "none"}
@@ -405,9 +406,10 @@ def url_problems(work: Workload) -> Iterator[str]:
     """Images are answered as URLs to who calls the Service by any of its names."""
     rests = ("", f".{work.namespace}", f".{work.namespace}.svc", f".{work.namespace}.svc.cluster.local")
     names = [f"{work.name}{rest}" for rest in rests]
-    if work.document["kind"] == "InferenceService":  # the last by KServe's own domainTemplate and ingressDomain
+    if work.document["kind"] == "InferenceService":  # the last two by KServe's own domainTemplate and ingressDomain
         name = work.document["metadata"]["name"]
-        names += [*(f"{name}{rest}" for rest in rests), f"{name}-{work.namespace}.example.com"]
+        names += [f"{name}{rest}" for rest in rests]
+        names += [f"{host}-{work.namespace}.example.com" for host in (name, work.name)]
     with contextlib.suppress(ConfigError):
         settings = settings_of(work)
         for name in names:
@@ -681,7 +683,17 @@ def kserve_problems(documents: list[Document]) -> Iterator[str]:
             != (runtime["spec"]["containers"][0]["readinessProbe"])
         ):
             yield "the InferenceService's readinessProbe is not the runtime's"
+        for work in workloads([service, *runtimes]) if runtime else ():
+            yield from route_problems(service, work)
         yield from storage_problems(service, of_kind(documents, "ClusterStorageContainer"))
+
+
+def route_problems(service: Document, work: Workload) -> Iterator[str]:
+    """KServe's HTTPRoute ends an answer after `timeout`: one that waits for a full queue must not be ended."""
+    given = service["spec"]["predictor"].get("timeout", KSERVE_TIMEOUT)
+    with contextlib.suppress(ConfigError):
+        if given < settings_of(work).grace:
+            yield f"KServe's gateway ends a request after {given} s"
 
 
 def storage_problems(service: Document, containers: list[Document]) -> Iterator[str]:
@@ -1418,6 +1430,7 @@ EXTERNAL = {"metrics": [{"type": "External", "external": {"metric": {}, "target"
         ("kserve", "InferenceService", (*MODEL, "storageUri"), ABSENT, "STEPWEAVE_MODEL=/mnt/models is not mounted"),
         ("kserve", "InferenceService", (*MODEL, "readinessProbe"), {"tcpSocket": {}}, "is not the runtime's"),
         ("kserve", "InferenceService", ("spec", "predictor", "terminationGracePeriodSeconds"), 30, "30 < preStop"),
+        ("kserve", "InferenceService", ("spec", "predictor", "timeout"), ABSENT, "ends a request after 60 s"),
         ("kserve", "ClusterServingRuntime", ("metadata", "namespace"), "a", "has the namespace a"),
         ("kserve-keda", "InferenceService", ("metadata", "annotations", CLASS), "none", "ScaledObjects disagree"),
     ],
