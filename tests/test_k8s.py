@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import json
+import math
 import os
 import re
 import shutil
@@ -23,6 +25,7 @@ from typing import Any
 import httpx
 import jsonschema
 import kubernetes_validate
+import promql_parser
 import pytest
 import uvicorn
 import yaml
@@ -30,33 +33,35 @@ from starlette.requests import Request
 
 from stepweave.api.middleware import DRAIN
 from stepweave.api.urls import base_url
-from stepweave.config import Settings
+from stepweave.config import EMBEDDED_MODEL, Settings
 from stepweave.draining import TOKEN_FILE
 from stepweave.errors import ConfigError, InvalidRequest
-from stepweave.server import ENDING_SECONDS, Server
-from tests.conftest import ROOT, InProcess, free_port
-from tests.schemas import validate_custom
+from stepweave.server import ENDING_SECONDS, KEEPING_SECONDS, Server
+from tests.conftest import ROOT, InProcess, free_port, serve
+from tests.schemas import SCHEMAS, validate_custom
 from tests.waiting import SECONDS
 
 Document = dict[str, Any]
 
 K8S = ROOT / "k8s"
 OVERLAYS = sorted(path.parent.name for path in K8S.glob("overlays/*/kustomization.yaml"))
-VERSIONS = (
-    "1.27",
-    "1.37",
-)  # the first with unhealthyPodEvictionPolicy on by default, and the last that the validator knows
+# the first with unhealthyPodEvictionPolicy and matchLabelKeys on by default, and the last that the validator knows
+VERSIONS = tuple(f"1.{minor}" for minor in range(27, 38))
 
 GPU = "nvidia.com/gpu"
+POD_SECONDS = 30  # that a pod has to end in where nothing is said
 REFUSING_SECONDS = 4  # between the end of a drain's notice and SIGTERM
 USER = 1034  # of images that `bentoml containerize` builds
+KSERVE_TIMEOUT = 60  # seconds of a request through its gateway where nothing is said
 MODEL_MOUNT = "/mnt/models"  # where KServe puts a storageUri
 KEDA_TRIGGERS = {"prometheus", "cron", "cpu", "memory", "metrics-api", "external", "kubernetes-workload"}
 KSERVE_AUTOSCALERS = {"hpa", "keda", "external", "none"}
-CLUSTER_SCOPED = {"Namespace", "ClusterServingRuntime"}
-# Seconds that one step of one picture is given, by device, and the pixels that this holds up to. On two busy cores the
-# embedded model takes 0.05 at 128x128. A GPU's second is a budget: a slower card needs a longer grace period or lower limits.
-STEP = {"cpu": (128 * 128, 0.2), "cuda": (1024 * 1024, 1.0)}
+CLUSTER_SCOPED = {"Namespace", "ClusterServingRuntime", "ClusterStorageContainer"}
+THRESHOLD = "stepweave/scale-at-backlog-seconds"  # the annotation
+STARTING = 120  # seconds that a replica takes to start, its scrape and the autoscaler included
+EXCESS = 0.5  # of what the replicas serve, that comes beyond it meanwhile
+USUAL_STEPS = 30  # of a request; the most are for the grace period
+INITIALIZER_MEMORY = "8Gi"  # at least, where a model of tens of GB is downloaded
 
 
 # --- rendering and schemas ---
@@ -80,16 +85,33 @@ def overlay(name: str) -> list[Document]:
     return render(f"overlays/{name}")
 
 
+def built(directory: Path, kustomizations: dict[str, Document]) -> list[Document]:
+    """What is rendered of the first of kustomizations, by folder, beside a copy of the project's in `directory`."""
+    render("base")  # skips where there is no kubectl
+    for folder in ("k8s", "monitoring"):
+        shutil.copytree(ROOT / folder, directory / folder)
+    for folder, content in kustomizations.items():
+        (directory / folder).mkdir(exist_ok=True)
+        (directory / folder / "kustomization.yaml").write_text(yaml.safe_dump(content))
+    return list(yaml.safe_load_all(_rendered(directory / next(iter(kustomizations)))))
+
+
 def is_custom(document: Document) -> bool:
     return any(group in document["apiVersion"] for group in ("keda.sh/", "serving.kserve.io/"))
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("directory", ["base", *(f"overlays/{name}" for name in OVERLAYS)])
-def test_built_in_kinds_are_valid(directory: str, version: str) -> None:
+@pytest.mark.parametrize("directory", ["base", "models", *(f"overlays/{name}" for name in OVERLAYS)])
+def test_built_in_kinds_are_valid(directory: str) -> None:
     for document in render(directory):
         if not is_custom(document):
-            assert kubernetes_validate.validate(document, version, strict=True) == version
+            for version in VERSIONS:
+                assert kubernetes_validate.validate(document, version, strict=True) == version
+
+
+def test_the_readmes_name_the_first_version_that_is_tested() -> None:
+    for readme in (ROOT / "README.md", K8S / "README.md"):
+        assert f"Kubernetes {VERSIONS[0]} or newer" in readme.read_text()
+    assert f"schemas of {VERSIONS[0]} to {VERSIONS[-1]}" in (K8S / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["gpu-keda", "kserve", "kserve-keda"])
@@ -104,10 +126,42 @@ def test_custom_kinds_are_valid(name: str) -> None:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What a device is given, at most. A slower card needs fewer rows, or a longer grace period."""
+
+    pixels: int  # of an image
+    step: float  # seconds of a step that has STEPWEAVE_MAX_ROWS rows
+    decode: float  # seconds to decode an image
+
+
+# on two busy cores the embedded model takes 0.025 s for a row at 128x128
+BUDGETS = {"cpu": Budget(128 * 128, 0.8, 0.05), "cuda": Budget(1024 * 1024, 1.0, 0.5)}
+
+
+def budget_of(settings: Settings) -> Budget:
+    return BUDGETS["cpu" if settings.device == "cpu" else "cuda"]
+
+
+def full_queue(settings: Settings) -> float:
+    """Seconds of work that a server has accepted at most: the formula of k8s/README.md."""
+    budget = budget_of(settings)
+    images = (settings.max_queue + 1) * settings.max_images
+    batches = math.ceil(images * 2 / settings.max_rows)  # guidance takes two rows
+    return batches * settings.max_steps * budget.step + images * budget.decode
+
+
+def bridged(settings: Settings, threshold: float) -> float:
+    """Usual requests of one image that have come until another replica has started."""
+    seconds = min(USUAL_STEPS, settings.max_steps) * budget_of(settings).step  # of a full batch
+    return settings.max_rows / 2 / seconds * (threshold + EXCESS * STARTING)
+
+
+@dataclass(frozen=True)
 class Workload:
     """A Deployment, or the one that KServe will make of an InferenceService."""
 
     name: str
+    namespace: str
     labels: dict[str, str]
     pod: Document
     document: Document
@@ -139,19 +193,52 @@ def of_kind(documents: list[Document], *kinds: str) -> list[Document]:
 def workloads(documents: list[Document]) -> list[Workload]:
     found = []
     for document in of_kind(documents, "Deployment"):
-        template = document["spec"]["template"]
-        found.append(Workload(document["metadata"]["name"], template["metadata"]["labels"], template["spec"], document))
-    runtimes = {runtime["metadata"]["name"]: runtime["spec"] for runtime in of_kind(documents, "ClusterServingRuntime")}
-    for document in of_kind(documents, "InferenceService"):
-        name = document["metadata"]["name"]
-        predictor = {key: value for key, value in document["spec"]["predictor"].items() if key != "model"}
-        model = document["spec"]["predictor"]["model"]
-        pod = merge(copy.deepcopy(runtimes[model["runtime"]]), predictor)
-        (server,) = [container for container in pod["containers"] if container["name"] == "kserve-container"]
-        pod["containers"] = [merge(server, model)]
-        labels = {"app": f"isvc.{name}-predictor", "serving.kserve.io/inferenceservice": name}
-        found.append(Workload(f"{name}-predictor", labels, pod, document))
-    return found
+        meta, template = document["metadata"], document["spec"]["template"]
+        found.append(
+            Workload(
+                meta["name"], meta["namespace"], template["metadata"]["labels"], template["spec"], document
+            )
+        )  # fmt: skip
+    runtimes = of_kind(documents, "ClusterServingRuntime")
+    return found + [predictor_of(document, runtimes) for document in of_kind(documents, "InferenceService")]
+
+
+def runtime_of(service: Document, runtimes: list[Document]) -> Document | None:
+    """Which runtime KServe takes, as its GetSupportingRuntimes does."""
+    model = service["spec"]["predictor"]["model"]
+    for runtime in runtimes:
+        named, spec = model.get("runtime") == runtime["metadata"]["name"], runtime["spec"]
+        labels = {(one["name"], version) for one in spec["supportedModelFormats"] for version in (None, one.get("version"))
+                  if named or one.get("autoSelect")}  # fmt: skip
+        speaks = model.get("protocolVersion", "v1") in spec["protocolVersions"] or (
+            named and "protocolVersion" not in model
+        )
+        if (
+            (named or "runtime" not in model)
+            and speaks
+            and (model["modelFormat"]["name"], model["modelFormat"].get("version")) in labels
+        ):
+            return runtime
+    return None
+
+
+def predictor_of(document: Document, runtimes: list[Document]) -> Workload:
+    """The Deployment that KServe makes in Standard mode: the InferenceService's pod over the runtime's."""
+    name, namespace = document["metadata"]["name"], document["metadata"]["namespace"]
+    predictor = {key: value for key, value in document["spec"]["predictor"].items() if key != "model"}
+    model = document["spec"]["predictor"]["model"]
+    runtime = runtime_of(document, runtimes) or runtimes[0]  # that none supports it is a problem, told elsewhere
+    # nothing else of a runtime's pod is taken
+    kept = ("nodeSelector", "affinity", "tolerations", "volumes", "imagePullSecrets", "schedulerName")
+    pod = {key: value for key, value in copy.deepcopy(runtime["spec"]).items() if key in kept}
+    (server,) = [one for one in runtime["spec"]["containers"] if one["name"] == "kserve-container"]
+    text = json.dumps(merge(copy.deepcopy(server), model))
+    container = json.loads(text.replace("{{.Name}}", name).replace("{{.Namespace}}", namespace))
+    container["env"] = [*container["env"], {"name": "INFERENCE_SERVICE_NAME", "value": name}]
+    labels = {"app": f"isvc.{name}-predictor", "serving.kserve.io/inferenceservice": name}
+    return Workload(
+        f"{name}-predictor", namespace, labels, merge(pod, predictor) | {"containers": [container]}, document
+    )
 
 
 def quantity(text: str) -> float:
@@ -213,21 +300,32 @@ def grace_problems(work: Workload) -> Iterator[str]:
     except ConfigError as error:
         yield f"settings: {error.message}"
         return
-    pixels, seconds = STEP["cpu" if settings.device == "cpu" else "cuda"]
+    pixels = budget_of(settings).pixels
     if settings.max_pixels > pixels:
         yield f"STEPWEAVE_MAX_PIXELS={settings.max_pixels}, but the grace period is worked out for {pixels}"
+    if settings.batching != "step":
+        yield f"STEPWEAVE_BATCHING={settings.batching}, but the grace period is worked out for shared steps"
+    if (settings.max_queue + 1) * 2 < settings.max_rows:
+        yield f"{settings.max_queue + 1} requests of one image never fill a step of {settings.max_rows} rows"
     # what was accepted before the drain is finished: the jobs that run and a full queue
-    at_once = settings.threads if settings.batching == "threads" else 1
-    accepted = (settings.max_queue + at_once) * settings.max_images * settings.max_steps * seconds
+    accepted = full_queue(settings)
     if settings.grace < accepted:
         yield f"STEPWEAVE_GRACE {settings.grace:g} < {accepted:.0f} s of accepted work"
     # the grace begins with the drain or, if that found no ear, after the whole of preStop
-    pause, given = pre_stop_seconds(work), work.pod.get("terminationGracePeriodSeconds", 30)
+    pause, given = pre_stop_seconds(work), work.pod.get("terminationGracePeriodSeconds", POD_SECONDS)
     if given < pause + settings.grace + ENDING_SECONDS:
         yield (
             f"terminationGracePeriodSeconds {given} < preStop {pause} + STEPWEAVE_GRACE {settings.grace:g} + "
             f"{ENDING_SECONDS:g} s for the last step"
         )
+
+
+def failure_problems(work: Workload) -> Iterator[str]:
+    """A start that fails ends the container, and the end of its log is where `kubectl describe` shows it."""
+    if work.env.get("STEPWEAVE_EXIT_ON_FAILURE") != "true":
+        yield "a model that cannot be loaded does not end the container"
+    if work.container.get("terminationMessagePolicy") != "FallbackToLogsOnError":
+        yield "the cause of a start that fails is in the log only"
 
 
 def pre_stop_script(work: Workload) -> str:
@@ -304,17 +402,31 @@ def secret_problems(work: Workload) -> Iterator[str]:
             yield f"without its Secret for {name} the pod does not start"
 
 
-def url_problems(work: Workload, documents: list[Document]) -> Iterator[str]:
-    """Pictures are answered as URLs to who calls the Service by any of its names."""
-    spaces = [namespace["metadata"]["name"] for namespace in of_kind(documents, "Namespace")]
+def url_problems(work: Workload) -> Iterator[str]:
+    """Images are answered as URLs to who calls the Service by any of its names."""
+    rests = ("", f".{work.namespace}", f".{work.namespace}.svc", f".{work.namespace}.svc.cluster.local")
+    names = [f"{work.name}{rest}" for rest in rests]
+    if work.document["kind"] == "InferenceService":  # the last two by KServe's own domainTemplate and ingressDomain
+        name = work.document["metadata"]["name"]
+        names += [f"{name}{rest}" for rest in rests]
+        names += [f"{host}-{work.namespace}.example.com" for host in (name, work.name)]
     with contextlib.suppress(ConfigError):
         settings = settings_of(work)
-        for name in [f"{work.name}.{space}{rest}" for space in spaces for rest in (".svc", ".svc.cluster.local")]:
+        for name in names:
             scope = {"type": "http", "scheme": "http", "path": "/", "headers": [(b"host", name.encode())]}
             try:
                 base_url(Request(scope), settings)
             except InvalidRequest:
-                yield f"no URL of a picture for who calls {name}"
+                yield f"no URL of an image for who calls {name}"
+
+
+def account_problems(pod: Document, documents: list[Document]) -> Iterator[str]:
+    accounts = {one["metadata"]["name"]: one for one in of_kind(documents, "ServiceAccount")}
+    account = accounts.get(pod.get("serviceAccountName", "default"))
+    if account is None:
+        yield "security: no ServiceAccount of its own"
+    elif account.get("automountServiceAccountToken") is not False or "secrets" in account:
+        yield "security: the ServiceAccount has a token, or a Secret that must be there"
 
 
 def security_problems(work: Workload) -> Iterator[str]:
@@ -340,22 +452,32 @@ def volume_problems(work: Workload, documents: list[Document]) -> Iterator[str]:
     mounts = {mount["mountPath"]: mount["name"] for mount in work.container["volumeMounts"]}
     if set(mounts.values()) != set(volumes):
         yield f"mounted {sorted(mounts.values())}, but the volumes are {sorted(volumes)}"
+    writable = [mount["mountPath"] for mount in work.container["volumeMounts"] if not mount.get("readOnly")]
     for name in ("HOME", "BENTOML_HOME", "TMPDIR", "HF_HOME"):
         path = Path(work.env.get(name, "/tmp"))
-        if not any(path.is_relative_to(mount) for mount in mounts):
+        if not any(path.is_relative_to(mount) for mount in writable):
             yield f"{name} is {path}, where nothing can be written"
+    if "/" in work.env.get("STEPWEAVE_MODEL", "shapes"):
+        cache = Path(work.env.get("HF_HUB_CACHE", MODEL_MOUNT))
+        if work.env.get("HF_HUB_OFFLINE") != "1" or not any(
+            cache.is_relative_to(one) for one in [*mounts, MODEL_MOUNT]
+        ):
+            yield "the model is not brought by others: there is no way out to the hub"
     model = work.env.get("STEPWEAVE_MODEL", "")
     brought = [MODEL_MOUNT] if "storageUri" in work.container else []
     if model.startswith("/") and model not in [*mounts, *brought]:
         yield f"STEPWEAVE_MODEL={model} is not mounted"
-    claims = {claim["metadata"]["name"]: claim for claim in of_kind(documents, "PersistentVolumeClaim")}
+    known = [*documents, *render("models")]
+    claims = {claim["metadata"]["name"]: claim for claim in of_kind(known, "PersistentVolumeClaim")}
     for volume in volumes.values():
         if "persistentVolumeClaim" in volume:
             claim = claims.get(volume["persistentVolumeClaim"]["claimName"])
             if claim is None:
                 yield f"there is no claim {volume['persistentVolumeClaim']['claimName']}"
-            elif claim["spec"]["accessModes"] != ["ReadWriteMany"]:
-                yield "a second pod on another node could not mount the claim: it is not ReadWriteMany"
+            elif not all(
+                mount.get("readOnly") for mount in work.container["volumeMounts"] if mount["name"] == volume["name"]
+            ):
+                yield "the servers may write to a volume that they share"
 
 
 def resource_problems(work: Workload) -> Iterator[str]:
@@ -364,8 +486,12 @@ def resource_problems(work: Workload) -> Iterator[str]:
         for key in ("cpu", "memory"):
             if key not in requests or quantity(requests[key]) > quantity(limits.get(key, requests[key])):
                 yield f"{key} has no request, or one over its limit"
-        for volume in work.pod["volumes"]:
-            quantity(volume.get("emptyDir", {}).get("sizeLimit", "1"))
+        disks = [
+            one["emptyDir"] for one in work.pod["volumes"] if "emptyDir" in one and "medium" not in one["emptyDir"]
+        ]
+        scratch = sum(quantity(disk.get("sizeLimit", "1")) for disk in disks)
+        if quantity(requests.get("ephemeral-storage", "0")) < scratch:
+            yield f"ephemeral-storage is requested for less than {scratch:.0f} bytes, the emptyDirs' limits"
         if "memory" not in limits:
             yield "memory has no limit"
         if requests.get(GPU) != limits.get(GPU):
@@ -373,7 +499,7 @@ def resource_problems(work: Workload) -> Iterator[str]:
     except ValueError as error:
         yield str(error)
     if work.env.get("STEPWEAVE_DEVICE") != "cuda":
-        if GPU in requests:
+        if GPU in requests and work.env.get("STEPWEAVE_DEVICE") != "auto":
             yield f"a {GPU} that STEPWEAVE_DEVICE does not use"
         return
     if requests.get(GPU) != "1":
@@ -398,6 +524,8 @@ def companion_problems(work: Workload, documents: list[Document]) -> Iterator[st
     spread = work.pod.get("topologySpreadConstraints", [])
     if not spread or not all(selects(constraint["labelSelector"], work.labels) for constraint in spread):
         yield "no topology spread of these pods"
+    if any(constraint.get("matchLabelKeys") != ["pod-template-hash"] for constraint in spread):
+        yield "in a rollout the topology spread counts the old pods"
     budgets = [budget["spec"] for budget in of_kind(documents, "PodDisruptionBudget")]
     if not any(selects(budget["selector"], work.labels) for budget in budgets):
         yield "no PodDisruptionBudget selects these pods"
@@ -410,8 +538,12 @@ def companion_problems(work: Workload, documents: list[Document]) -> Iterator[st
     opened = {port["port"] for policy in policies for rule in policy["ingress"] for port in rule["ports"]}
     if not opened <= ports:
         yield f"a NetworkPolicy opens {opened}, but the ports are {ports}"
-    fetches = "/" in work.env.get("STEPWEAVE_MODEL", "shapes")
-    out = {port["port"] for policy in policies for rule in policy["egress"] for port in rule["ports"]}
+    fetches = "storageUri" in work.container  # the initializer, in the same pod
+    if any(policy.get("egress") == [] for policy in policies):
+        yield "an empty egress is dropped by the API server, and each diff shows it"
+    if any("Egress" not in policy["policyTypes"] for policy in policies):
+        yield "a NetworkPolicy lets everything out"
+    out = {port["port"] for policy in policies for rule in policy.get("egress", []) for port in rule["ports"]}
     if out != ({53, 443} if fetches else set()):
         yield f"a NetworkPolicy lets out to {out or 'nothing'}"
     for service in of_kind(documents, "Service"):
@@ -446,16 +578,39 @@ def autoscaler_problems(documents: list[Document]) -> Iterator[str]:
             ]
         if not 1 <= least <= most:
             yield f"{least} to {most} replicas"
+        if "pollingInterval" in spec:
+            yield "KEDA warns of a pollingInterval that at least one replica makes useless"
+        annotations = work.document["metadata"].get("annotations", {})
         if None in values:
             yield f"a metric of the {scaler['kind']} has no target value"
-        elif max(map(quantity, values)) > int(work.env["STEPWEAVE_MAX_QUEUE"]):
-            yield f"requests are refused before the {scaler['kind']} adds a replica"
+        elif set(values) != {annotations.get(THRESHOLD)}:
+            yield f"the {scaler['kind']}'s thresholds are {values}, not those of the annotation {THRESHOLD}"
+        else:
+            yield from threshold_problems(work, quantity(values[0]))
+        for service in of_kind(documents, "Service"):
+            kept = service["spec"].get("sessionAffinityConfig", {}).get("clientIP", {}).get("timeoutSeconds", 10_800)
+            if (
+                service["spec"].get("sessionAffinity") != "ClientIP"
+                or kept < Settings.model_fields["keep_seconds"].default
+            ):
+                yield "a job is not found again among several replicas"
         for policy in behavior["scaleDown"]["policies"]:
             if (policy["type"], policy["value"]) != ("Pods", 1) or policy["periodSeconds"] < 300:
                 yield "scales down faster than one pod per 5 minutes"
         if work.document["kind"] == "Deployment" and "replicas" in work.document["spec"]:
             yield "the Deployment's replicas undo the autoscaler's at each apply"
     yield from (f"two autoscalers of {name!r}" for name in set(targets) if targets.count(name) > 1)
+
+
+def threshold_problems(work: Workload, threshold: float) -> Iterator[str]:
+    """A full batch must not buy a second GPU, and the queue bridges the other replica's start."""
+    with contextlib.suppress(ConfigError):
+        settings = settings_of(work)
+        longest = settings.max_steps * budget_of(settings).step
+        if threshold < longest:
+            yield f"a replica is added at {threshold:g} s, less than one full batch's {longest:g} s"
+        if bridged(settings, threshold) > settings.max_queue:
+            yield f"{bridged(settings, threshold):.0f} requests come before a replica has started: they are refused"
 
 
 def scaled_object_problems(scaler: Document, work: Workload, names: set[str]) -> Iterator[str]:
@@ -472,8 +627,8 @@ def scaled_object_problems(scaler: Document, work: Workload, names: set[str]) ->
         if not is_one_series(query):
             yield f"not one series: {query}"
         labels = dict(re.findall(r'(\w+)=~?"([^"]*)"', query))
-        if labels.get("namespace") != scaler["metadata"]["namespace"]:
-            yield f"the query's namespace is not {scaler['metadata']['namespace']!r}"
+        if labels.get("namespace") != work.namespace:
+            yield f"the query's namespace is not {work.namespace!r}"
         chosen = {
             name for name in names | {"stepweave", "stepweave-predictor"} if pod_matches(labels.get("pod", ""), name)
         }
@@ -493,7 +648,7 @@ def pod_matches(pattern: str, deployment: str) -> bool:
 def kserve_problems(documents: list[Document]) -> Iterator[str]:
     """KServe's own rules, which its CRD does not hold."""
     scaled = {scaler["spec"]["scaleTargetRef"]["name"] for scaler in of_kind(documents, "ScaledObject")}
-    runtimes = {runtime["metadata"]["name"]: runtime["spec"] for runtime in of_kind(documents, "ClusterServingRuntime")}
+    runtimes = of_kind(documents, "ClusterServingRuntime")
     for service in of_kind(documents, "InferenceService"):
         annotations, predictor = service["metadata"].get("annotations", {}), service["spec"]["predictor"]
         mode = annotations.get("serving.kserve.io/deploymentMode")
@@ -514,21 +669,52 @@ def kserve_problems(documents: list[Document]) -> Iterator[str]:
                     yield f"an External metric does not go with autoscalerClass {scaling}"
                 if not metric["external"]["metric"].get("query"):
                     yield "an External metric has no query"
+                if scaling == "keda" and "value" not in metric["external"]["target"]:
+                    yield "KServe passes on nothing but target.value"
         if predictor.get("minReplicas", 1) > predictor.get("maxReplicas", predictor.get("minReplicas", 1)):
             yield "minReplicas > maxReplicas"
         if (scaling == "external") != (f"{service['metadata']['name']}-predictor" in scaled):
             yield f"autoscalerClass {scaling} and the ScaledObjects disagree"
-        runtime = runtimes[predictor["model"]["runtime"]]
-        if predictor["model"]["modelFormat"]["name"] not in {item["name"] for item in runtime["supportedModelFormats"]}:
-            yield "the runtime does not support the model's format"
-        if predictor["model"]["protocolVersion"] not in runtime["protocolVersions"]:
-            yield "the runtime does not speak the protocol"
-        if predictor["model"].get("readinessProbe") != runtime["containers"][0]["readinessProbe"]:
+        runtime = runtime_of(service, runtimes)
+        if runtime is None:
+            yield "no runtime supports the model's format and protocol"
+        elif (
+            predictor["model"].get("readinessProbe", runtime["spec"]["containers"][0]["readinessProbe"])
+            != (runtime["spec"]["containers"][0]["readinessProbe"])
+        ):
             yield "the InferenceService's readinessProbe is not the runtime's"
+        for work in workloads([service, *runtimes]) if runtime else ():
+            yield from route_problems(service, work)
+        yield from storage_problems(service, of_kind(documents, "ClusterStorageContainer"))
+
+
+def route_problems(service: Document, work: Workload) -> Iterator[str]:
+    """KServe's HTTPRoute ends an answer after `timeout`: one that waits for a full queue must not be ended."""
+    given = service["spec"]["predictor"].get("timeout", KSERVE_TIMEOUT)
+    with contextlib.suppress(ConfigError):
+        if given < settings_of(work).grace:
+            yield f"KServe's gateway ends a request after {given} s"
+
+
+def storage_problems(service: Document, containers: list[Document]) -> Iterator[str]:
+    predictor = service["spec"]["predictor"]
+    uri = predictor["model"].get("storageUri", "pvc://")
+    if uri.startswith("pvc://"):
+        return
+    named = {one["metadata"]["name"]: one["spec"] for one in containers}
+    spec = named.get(predictor.get("storageContainerName", ""))
+    if spec is None:
+        yield "KServe's own storage initializer has 1 GiB of memory"
+        return
+    if not any(uri.startswith(one["prefix"]) for one in spec["supportedUriFormats"]):
+        yield f"the ClusterStorageContainer does not know {uri}"
+    if quantity(spec["container"]["resources"]["limits"]["memory"]) < quantity(INITIALIZER_MEMORY):
+        yield f"the storage initializer has less than {INITIALIZER_MEMORY} of memory"
 
 
 def scope_problems(documents: list[Document]) -> Iterator[str]:
     spaces = {namespace["metadata"]["name"] for namespace in of_kind(documents, "Namespace")}
+    spaces = spaces or {document["metadata"]["namespace"] for document in of_kind(documents, "Deployment")}
     for document in documents:
         given = document["metadata"].get("namespace")
         if (given is not None) if document["kind"] in CLUSTER_SCOPED else ({given} != spaces):
@@ -555,7 +741,8 @@ def problems(documents: list[Document]) -> list[str]:
     for work in workloads(documents):
         found += [*probe_problems(work), *grace_problems(work), *security_problems(work), *resource_problems(work)]
         found += [*volume_problems(work, documents), *companion_problems(work, documents)]
-        found += [*drain_problems(work), *state_problems(work), *secret_problems(work), *url_problems(work, documents)]
+        found += [*failure_problems(work), *account_problems(work.pod, documents)]
+        found += [*drain_problems(work), *state_problems(work), *secret_problems(work), *url_problems(work)]
     named = {name for text in strings(documents) for name in re.findall(r"\bstepweave_\w+", text)}
     return found + [f"the server exposes no {name}" for name in sorted(named - exposed())]
 
@@ -572,14 +759,25 @@ def test_an_overlay_has_no_problem(name: str) -> None:
 
 def test_the_overlays_are_those_of_the_readme_and_use_every_component() -> None:
     readme = (K8S / "README.md").read_text()
-    assert set(re.findall(r"^\| `([\w-]+)`", readme, re.MULTILINE)) == set(OVERLAYS)
-    texts = "".join(path.read_text() for path in K8S.glob("overlays/*/kustomization.yaml"))
-    assert all(f"components/{path.name}\n" in texts for path in K8S.glob("components/*"))
+    assert set(re.findall(r"^\| `([a-z-]+)` \| ", readme, re.MULTILINE)) == set(OVERLAYS)
+    texts = readme + "".join(path.read_text() for path in K8S.glob("overlays/*/kustomization.yaml"))
+    assert all(re.search(rf"components/{path.name}(\?.*)?\n", texts) for path in K8S.glob("components/*"))
 
 
 def test_both_pods_drain_alike() -> None:
     own, kserve = (workloads(overlay(name))[0].container["lifecycle"] for name in ("gpu", "kserve"))
     assert own == kserve
+
+
+def test_a_rollout_of_the_demo_finds_room_on_a_node_of_two_cores() -> None:
+    """Its pods beside each other, and as much as Kubernetes itself asks for on such a node."""
+    (work,) = workloads(overlay("cpu-demo"))
+    rolling = work.document["spec"]["strategy"]["rollingUpdate"]
+    assert (rolling["maxSurge"], rolling["maxUnavailable"]) == (1, 0)
+    requests = work.container["resources"]["requests"]
+    pods = work.document["spec"]["replicas"] + rolling["maxSurge"]
+    assert pods * quantity(requests["cpu"]) + 1 <= 2
+    assert pods * quantity(requests["memory"]) <= quantity("2Gi")
 
 
 def run_pre_stop(port: int, state: Path) -> int:
@@ -645,23 +843,51 @@ def test_the_readmes_ingress_lets_through_what_the_server_takes() -> None:
     assert int(said["proxy-read-timeout"]) >= settings.grace
 
 
+def test_the_readmes_route_lets_through_what_the_server_takes() -> None:
+    (route,) = of_kind(blocks_of_the_readme(), "HTTPRoute")
+    (ingress,) = of_kind(blocks_of_the_readme(), "Ingress")
+    if (SCHEMAS / "httproute-gateway.networking.k8s.io-v1.json").exists():
+        validate_custom(route)
+    assert route["spec"]["hostnames"] == [rule["host"] for rule in ingress["spec"]["rules"]]
+    (service,) = of_kind(overlay("gpu"), "Service")
+    (rule,) = route["spec"]["rules"]
+    (backend,) = rule["backendRefs"]
+    assert (backend["name"], route["metadata"]["namespace"]) == ("stepweave", service["metadata"]["namespace"])
+    assert backend["port"] in {port["port"] for port in service["spec"]["ports"]}
+    # a limit would end a stream; 0s is none (GEP-2257)
+    assert rule["timeouts"] == {"request": "0s", "backendRequest": "0s"}
+
+
+def of_the_readme(text: str) -> Document:
+    """The one block that has `text` in it, its resources and components taken from this project."""
+    (block,) = [block for block in blocks_of_the_readme() if text in json.dumps(block)]
+    for key in ("resources", "components"):
+        block[key] = [re.sub(r"https://[^?]*//([^?]*)(\?ref=main)?", r"../\1", one) for one in block.get(key, [])]
+    return block
+
+
 def test_the_readmes_patch_gives_the_ingress_urls(tmp_path: Path) -> None:
     (ingress,) = of_kind(blocks_of_the_readme(), "Ingress")
-    (block,) = [block for block in blocks_of_the_readme() if "STEPWEAVE_BASE_URL" in str(block)]
-    block["resources"] = ["k8s/overlays/gpu"]
-    shutil.copytree(K8S, tmp_path / "k8s")
-    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(block))
-    documents = list(yaml.safe_load_all(_rendered(tmp_path)))
+    documents = built(tmp_path, {"mine": of_the_readme("STEPWEAVE_BASE_URL")})
     assert problems(documents) == []
     assert settings_of(workloads(documents)[0]).base_url == f"https://{ingress['spec']['rules'][0]['host']}"
 
 
+def test_the_readmes_own_overlay_is_sound_and_the_autoscaler_follows_it(tmp_path: Path) -> None:
+    mine, scaled = of_the_readme("nodeSelector"), of_the_readme("../mine")
+    documents = built(tmp_path, {"mine-keda": scaled, "mine": mine})
+    assert problems(documents) == []
+    (deployment,), (scaler,) = (of_kind(documents, kind) for kind in ("Deployment", "ScaledObject"))
+    threshold = deployment["metadata"]["annotations"][THRESHOLD]
+    assert scaler["spec"]["triggers"][0]["metadata"]["threshold"] == threshold != "60"
+    assert deployment["spec"]["template"]["spec"]["nodeSelector"]
+    assert deployment["spec"]["template"]["spec"]["containers"][0]["image"].startswith(
+        "registry.example.org/stepweave:"
+    )
+
+
 def test_the_readmes_patch_has_prometheus_bear_a_key_of_the_same_secret(tmp_path: Path) -> None:
-    (block,) = [block for block in blocks_of_the_readme() if "authorization" in str(block)]
-    block["resources"] = ["monitoring"]
-    shutil.copytree(ROOT / "monitoring", tmp_path / "monitoring")
-    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(block))
-    documents = list(yaml.safe_load_all(_rendered(tmp_path)))
+    documents = built(tmp_path, {"mine": of_the_readme("authorization")})
     (secret,) = {
         item["valueFrom"]["secretKeyRef"]["name"]
         for name in ("gpu", "kserve")
@@ -675,6 +901,292 @@ def test_the_readmes_patch_has_prometheus_bear_a_key_of_the_same_secret(tmp_path
         assert given["credentials"]["name"] == secret
         assert f"--from-literal {given['credentials']['key']}=" in (K8S / "README.md").read_text()
         validate_custom(monitor)
+
+
+@pytest.mark.parametrize("name", ["cpu-demo", "gpu", "kserve"])
+def test_the_readmes_numbers_are_those_of_the_manifests(name: str) -> None:
+    table = re.findall(r"^\|(.*)\|$", (K8S / "README.md").read_text().split("## Queue")[1], re.MULTILINE)
+    rows = [[cell.strip() for cell in line.split("|")] for line in table]
+    column = rows[0].index(f"`{name}`")
+    told = [row[column] for row in rows[2:]]
+    (work,) = workloads(overlay(name))
+    settings = settings_of(work)
+    threshold = float(work.document["metadata"]["annotations"][THRESHOLD])
+    numbers = [
+        settings.max_rows, budget_of(settings).step, budget_of(settings).decode, settings.max_images, settings.max_steps,
+        settings.max_queue, math.ceil(full_queue(settings)), settings.grace, work.pod["terminationGracePeriodSeconds"],
+    ]  # fmt: skip
+    if name != "cpu-demo":  # which no autoscaler is meant for
+        numbers.append(bridged(settings, threshold))
+    assert told == [f"{number:g}" for number in numbers] + [""] * (name == "cpu-demo")
+
+
+def test_the_readmes_worked_example_is_that_of_the_gpu_overlay() -> None:
+    (work,) = workloads(overlay("gpu"))
+    one, budget, text = (
+        settings_of(work),
+        budget_of(settings_of(work)),
+        " ".join((K8S / "README.md").read_text().split()),
+    )
+    images = (one.max_queue + 1) * one.max_images
+    batches = math.ceil(images * 2 / one.max_rows)
+    assert (
+        f"{one.max_queue + 1} x {one.max_images} = {images} images, {images} x 2 / {one.max_rows} = {batches} batches, "
+        f"{batches} x {one.max_steps} x {budget.step:g} s + {images} x {budget.decode:g} s = {full_queue(one):g} s"
+    ) in text
+    threshold = float(work.document["metadata"]["annotations"][THRESHOLD])
+    rate = one.max_rows / 2 / (USUAL_STEPS * budget.step)
+    assert f"more than {threshold:g} s of predicted work" in text
+    assert f"(50 steps of {budget.step:g} s)" in text
+    assert one.max_steps == 50
+    assert f"({STARTING} s) that a replica takes to start" in text
+    assert (
+        f"serves {one.max_rows // 2} in {USUAL_STEPS} s; {threshold:g} s of work are {rate * threshold:g} requests"
+        in text
+    )
+    assert (
+        f"half as many come in {STARTING} s again beyond what is served: {rate * EXCESS * STARTING:g}. Together "
+        f"{bridged(one, threshold):g}, and the queue takes {one.max_queue}"
+    ) in text
+    assert EXCESS == 0.5
+
+
+# --- the models ---
+
+
+def job_of(documents: list[Document]) -> tuple[Document, Document]:
+    """The Job's pod and container."""
+    (job,) = of_kind(documents, "Job")
+    pod = job["spec"]["template"]["spec"]
+    return pod, pod["containers"][0]
+
+
+def test_the_job_brings_what_the_servers_read() -> None:
+    pod, container = job_of(render("models"))
+    (work,) = workloads(overlay("gpu"))
+    theirs = {item["name"]: item.get("value") for item in container["env"]}
+    for name in ("STEPWEAVE_MODEL", "STEPWEAVE_REVISION", "STEPWEAVE_VARIANT", "HF_HUB_CACHE"):
+        assert theirs.get(name) == work.env.get(name), name
+    claims = [[one for one in each["volumes"] if "persistentVolumeClaim" in one] for each in (pod, work.pod)]
+    assert claims[0] == claims[1] != []
+    paths = [
+        [mount["mountPath"] for mount in each["volumeMounts"] if mount["name"] == claims[0][0]["name"]]
+        for each in (container, work.container)
+    ]
+    assert paths[0] == paths[1]
+    assert container["image"] == work.container["image"]
+    assert "HF_HUB_OFFLINE" not in theirs
+
+
+def test_the_job_is_as_restricted_as_the_servers_and_reaches_the_hub() -> None:
+    documents = render("models")
+    pod, container = job_of(documents)
+    server = workloads(overlay("gpu"))[0]
+    assert pod["securityContext"] == server.pod["securityContext"]
+    assert container["securityContext"] == server.container["securityContext"]
+    assert list(account_problems(pod, documents)) == list(scope_problems(documents)) == []
+    (policy,), (job,) = (of_kind(documents, kind) for kind in ("NetworkPolicy", "Job"))
+    labels = job["spec"]["template"]["metadata"]["labels"]
+    assert selects(policy["spec"]["podSelector"], labels)
+    assert "ingress" not in policy["spec"]
+    assert {port["port"] for rule in policy["spec"]["egress"] for port in rule["ports"]} == {53, 443}
+    (service,) = of_kind(overlay("gpu"), "Service")
+    assert not selects({"matchLabels": service["spec"]["selector"]}, labels)  # else it would be sent requests
+    assert {"ephemeral-storage", "cpu", "memory"} <= set(container["resources"]["requests"])
+    assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
+
+
+def test_deleting_a_gpu_overlay_keeps_the_models_and_the_namespace() -> None:
+    kept = {(one["kind"], one["metadata"]["name"]) for one in render("models")}
+    assert {("Namespace", "stepweave"), ("PersistentVolumeClaim", "stepweave-models")} <= kept
+    names = [name for name in OVERLAYS if name.startswith("gpu")]
+    assert names
+    for name in names:
+        assert not kept & {(one["kind"], one["metadata"]["name"]) for one in overlay(name)}
+
+
+def run_job(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The Job's own command and variables, with another cache."""
+    _, container = job_of(render("models"))
+    given = {item["name"]: item["value"] for item in container["env"] if "value" in item}
+    given |= {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT / "src"), "HOME": str(tmp_path), **environment}
+    command = [sys.executable, *container["command"][1:]]
+    return subprocess.run(command, env=given, cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS)
+
+
+def test_the_job_finds_a_model_that_is_there_already_as_the_servers_do(tmp_path: Path) -> None:
+    """No hub is in reach here: the cache holds it."""
+    _, container = job_of(render("models"))
+    named = {item["name"]: item.get("value", "") for item in container["env"]}
+    folder = f"models--{named['STEPWEAVE_MODEL'].replace('/', '--')}"
+    snapshot = tmp_path / "hub" / folder / "snapshots" / named["STEPWEAVE_REVISION"]
+    shutil.copytree(EMBEDDED_MODEL, snapshot)
+    ended = run_job(tmp_path, HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[-1] == f"{named['STEPWEAVE_MODEL']} is in {snapshot}"
+
+
+def test_a_job_that_cannot_write_says_who_owns_the_volume(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    ended = run_job(tmp_path, HF_HUB_CACHE=str(tmp_path / "file" / "hub"))
+    assert ended.returncode == 1
+    owner = (tmp_path / "file").stat()
+    assert ended.stderr.splitlines()[-1] == (
+        f"stepweave: the cache {tmp_path}/file/hub cannot be written to (Not a directory): this is user {os.getuid()}, and "
+        f"{tmp_path}/file belongs to {owner.st_uid}:{owner.st_gid} with mode {owner.st_mode & 0o777:o}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"STEPWEAVE_MODEL": "shapes", "STEPWEAVE_REVISION": ""}, "STEPWEAVE_MODEL='shapes' is a directory"),
+        ({"STEPWEAVE_REVISION": "main"}, "STEPWEAVE_REVISION='main'"),
+        ({"HF_HUB_OFFLINE": "1"}, "the hub cannot be reached, and its cache does not hold the model"),
+    ],
+)
+def test_a_job_that_cannot_bring_the_model_ends_with_the_cause(
+    settings: dict[str, str], told: str, tmp_path: Path
+) -> None:
+    ended = run_job(tmp_path, HF_HUB_CACHE=str(tmp_path / "hub"), **settings)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith("stepweave: ")
+    assert told in ended.stderr.splitlines()[-1]
+
+
+def test_a_volume_of_roots_is_given_to_the_user_of_the_image(tmp_path: Path) -> None:
+    documents = built(tmp_path, {"mine": of_the_readme("components/chown")})
+    for document in documents:
+        for version in VERSIONS:
+            kubernetes_validate.validate(document, version, strict=True)
+    (claim,), (namespace,) = (of_kind(documents, kind) for kind in ("PersistentVolumeClaim", "Namespace"))
+    assert claim["spec"]["accessModes"] == ["ReadWriteOnce"]
+    assert namespace["metadata"]["labels"] == {"pod-security.kubernetes.io/enforce": "baseline"}
+    pod, container = job_of(documents)
+    (chown,) = pod["initContainers"]
+    (mount,) = chown["volumeMounts"]
+    assert mount in container["volumeMounts"]
+    assert chown["command"] == ["chown", f"{USER}:{USER}", mount["mountPath"]]
+    assert chown["securityContext"]["runAsUser"] == 0
+    assert chown["securityContext"]["capabilities"] == {
+        "drop": ["ALL"],
+        "add": ["CHOWN"],
+    }  # of those that baseline allows
+
+
+def test_one_secret_has_the_token_of_the_hub() -> None:
+    _, container = job_of(render("models"))
+    (storage,) = of_kind(overlay("kserve"), "ClusterStorageContainer")
+    references = [
+        [item["valueFrom"]["secretKeyRef"] for item in each["env"] if item["name"] == "HF_TOKEN"]
+        for each in (container, storage["spec"]["container"])
+    ]
+    assert references[0] == references[1] == [{"name": "huggingface", "key": "HF_TOKEN", "optional": True}]
+    assert "create secret generic huggingface --from-literal HF_TOKEN=" in (K8S / "README.md").read_text()
+
+
+# --- KServe ---
+
+
+def own_services() -> dict[str, Document]:
+    """The README's InferenceServices, in a namespace each."""
+    found = {one["metadata"]["name"]: one for one in of_kind(blocks_of_the_readme(), "InferenceService")}
+    for document in found.values():
+        document["metadata"].setdefault("namespace", "default")
+    return found
+
+
+def test_a_minimal_inference_service_finds_the_runtime_and_ends_in_its_time() -> None:
+    documents = overlay("kserve")
+    runtimes, service = of_kind(documents, "ClusterServingRuntime"), own_services()["small"]
+    validate_custom(service)
+    assert set(service["spec"]["predictor"]["model"]) == {"modelFormat", "storageUri"}
+    assert runtime_of(service, runtimes) == runtimes[0]
+    assert not list(kserve_problems([service, *runtimes]))
+    work = predictor_of(service, runtimes)
+    assert "terminationGracePeriodSeconds" not in work.pod
+    settings = settings_of(work)
+    # what runs is told to end before the kubelet kills it, with the time that is left for a step and its results
+    assert pre_stop_seconds(work) + settings.grace + KEEPING_SECONDS <= POD_SECONDS
+    for found in (probe_problems, drain_problems, failure_problems, state_problems, secret_problems, url_problems):
+        assert not list(found(work)), found
+    requests = work.container["resources"]["requests"]
+    assert GPU not in requests
+    assert settings.device == "auto"
+
+
+def test_a_runtime_of_v2_alone_is_found_by_no_minimal_inference_service() -> None:
+    (runtime,) = of_kind(overlay("kserve"), "ClusterServingRuntime")
+    service = own_services()["small"]
+    for protocols, model, found in (
+        (["v2"], {}, False),
+        (["v2"], {"protocolVersion": "v2"}, True),
+        (["v2"], {"runtime": "stepweave"}, True),
+        (["v1", "v2"], {"modelFormat": {"name": "diffusers", "version": "2"}}, False),
+    ):
+        changed, other = copy.deepcopy(service), copy.deepcopy(runtime)
+        other["spec"]["protocolVersions"] = protocols
+        changed["spec"]["predictor"]["model"] |= model
+        assert (runtime_of(changed, [other]) is not None) == found, (protocols, model)
+
+
+def test_the_readmes_inference_service_is_sound() -> None:
+    documents = overlay("kserve")
+    shipped = of_kind(documents, "ClusterServingRuntime", "ClusterStorageContainer")
+    service = own_services()["painter"]
+    validate_custom(service)
+    assert not list(kserve_problems([service, *shipped]))
+    (work,) = workloads([service, *shipped])
+    for found in (
+        probe_problems,
+        grace_problems,
+        failure_problems,
+        security_problems,
+        resource_problems,
+        drain_problems,
+    ):
+        assert not list(found(work)), found
+    assert not [*state_problems(work), *secret_problems(work), *url_problems(work)]
+    (metric,) = service["spec"]["predictor"]["autoScaling"]["metrics"]
+    query = metric["external"]["metric"]["query"]
+    assert is_one_series(query)
+    assert f'namespace="{work.namespace}"' in query
+    assert pod_matches(re.findall(r'pod=~"([^"]*)"', query)[0], work.name)
+    assert set(re.findall(r"stepweave_\w+", query)) <= exposed()
+    assert not list(threshold_problems(work, float(metric["external"]["target"]["value"])))
+
+
+def test_the_storage_initializer_is_kserves_own_but_for_what_is_said() -> None:
+    """It is laid over KServe's own container, whose name it must have; an image would pin a version of KServe."""
+    (storage,) = of_kind(overlay("kserve"), "ClusterStorageContainer")
+    container = storage["spec"]["container"]
+    assert container["name"] == "storage-initializer"
+    assert "image" not in container
+    assert storage["spec"]["workloadType"] == "initContainer"
+
+
+# --- the autoscalers' metric ---
+
+
+def test_the_adapters_rule_serves_the_metric_that_the_hpa_asks_for() -> None:
+    values = yaml.safe_load((K8S / "components" / "hpa" / "prometheus-adapter.yaml").read_text())
+    (rule,) = values["rules"]["custom"]
+    (hpa,) = of_kind(overlay("gpu-hpa"), "HorizontalPodAutoscaler")
+    (metric,) = hpa["spec"]["metrics"]
+    assert rule["name"] == {"as": metric["pods"]["metric"]["name"]}
+    assert set(rule["resources"]["overrides"]) == {"namespace", "pod"}
+    found = promql_parser.parse(rule["seriesQuery"])
+    assert found.name in exposed()
+    # as the adapter fills it in, for the pods that the HPA asks for
+    query = rule["metricsQuery"]
+    for placeholder, text in (
+        ("Series", found.name), ("LabelMatchers", 'namespace="stepweave",pod=~"a|b"'), ("GroupBy", "pod"),
+    ):  # fmt: skip
+        assert f"<<.{placeholder}>>" in query
+        query = query.replace(f"<<.{placeholder}>>", text)
+    parsed = promql_parser.parse(query)
+    assert (str(parsed.op), parsed.modifier.labels, parsed.expr.name) == ("sum", ["pod"], found.name)
+    assert "components/hpa/prometheus-adapter.yaml" in (K8S / "README.md").read_text()
 
 
 @pytest.mark.parametrize("path", sorted(K8S.rglob("*.yaml")), ids=lambda path: str(path.relative_to(K8S)))
@@ -706,6 +1218,78 @@ def test_two_autoscalers_cannot_be_built(tmp_path: Path, resource: str, componen
     result = subprocess.run(["kubectl", "kustomize", str(both)], capture_output=True, text=True, timeout=SECONDS)
     assert result.returncode != 0
     assert "/spec/replicas" in result.stderr
+
+
+# --- what they name is there ---
+
+
+def environment_of(work: Workload, folder: Path, model: Path) -> dict[str, str]:
+    """What the container is given, with this machine's folders in place of its volumes'."""
+    environment = dict(work.env)
+    for name, value in work.env.items():
+        if value == MODEL_MOUNT:
+            environment[name] = str(model)
+        elif value.startswith("/"):
+            (folder / name).mkdir()
+            environment[name] = str(folder / name / "clients" if name.endswith("_FILE") else folder / name)
+    return environment
+
+
+def metrics_named() -> set[str]:
+    """By all overlays, the adapter's rule and the README."""
+    texts = [_rendered(K8S / "overlays" / name) for name in OVERLAYS]
+    texts += [(K8S / "components" / "hpa" / "prometheus-adapter.yaml").read_text(), (K8S / "README.md").read_text()]
+    return {name for text in texts for name in re.findall(r"\bstepweave_\w+", text)}
+
+
+def test_a_real_server_has_what_the_manifests_name(tmp_path: Path) -> None:
+    """Started with the pod's own environment, as KServe makes it of a minimal InferenceService, and asked by its names."""
+    service = own_services()["small"]
+    work = predictor_of(service, of_kind(overlay("kserve"), "ClusterServingRuntime"))
+    environment = environment_of(work, tmp_path, EMBEDDED_MODEL)
+    name = service["metadata"]["name"]
+    with serve(tmp_path / "log.txt", host="0.0.0.0", **environment) as server, httpx.Client(timeout=SECONDS) as client:
+        server.wait_until_ready()
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            answer = client.get(f"{server.url}{work.container[probe]['httpGet']['path']}")
+            assert answer.status_code == 200, probe
+        # before any request: an autoscaler's query must find a series at 0
+        samples = set(re.findall(r"^(stepweave_\w+)", client.get(f"{server.url}/metrics").text, re.MULTILINE))
+        assert metrics_named() <= samples
+        assert "stepweave_backlog_seconds" in metrics_named()
+
+        inputs = {"inputs": [{"name": "prompt", "datatype": "BYTES", "shape": [1], "data": ["a red circle"]}]}
+        assert client.get(f"{server.url}/v2/models/{name}/ready").status_code == 200
+        answer = client.post(f"{server.url}/v2/models/{name}/infer", json=inputs)
+        assert (answer.status_code, answer.json().get("model_name")) == (200, name), answer.text
+        assert client.post(f"{server.url}/v2/models/other/infer", json=inputs).status_code == 404
+
+        body = {"prompt": "a red circle", "model": name, "num_inference_steps": 2, "response_format": "url"}
+        short, space = f"{name}-predictor", work.namespace
+        for host in (name, short, f"{short}.{space}", f"{short}.{space}.svc:80", f"{name}-{space}.example.com"):
+            answer = client.post(f"{server.url}/v1/images/generations", json=body, headers={"Host": host})
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["data"][0]["url"].startswith(f"http://{host}/")
+        for host in (f"{name}-other.example.com", "other-predictor", f"{short}.other"):
+            answer = client.post(f"{server.url}/v1/images/generations", json=body, headers={"Host": host})
+            assert answer.json()["error"]["code"] == "no_base_url"
+
+        assert run_pre_stop(server.port, Path(environment["STEPWEAVE_STATE_DIR"])) == 0
+        assert client.get(f"{server.url}/readyz").status_code == 503
+        assert client.get(f"{server.url}/livez").status_code == 200
+        assert server.stop() == 0
+
+
+def test_a_failed_start_tells_kubectl_describe_its_cause(tmp_path: Path) -> None:
+    """With FallbackToLogsOnError the kubelet shows the last 80 lines of the log, of these the last 2048 bytes."""
+    (work,) = workloads(overlay("kserve"))
+    (tmp_path / "model").mkdir()
+    environment = environment_of(work, tmp_path, tmp_path / "model") | {"STEPWEAVE_DEVICE": "cpu"}
+    with serve(tmp_path / "log.txt", **environment) as server:
+        assert server.process.wait(SECONDS) == 1
+    shown = b"".join(server.log.read_bytes().splitlines(keepends=True)[-80:])[-2048:].decode()
+    assert shown.splitlines()[-1].startswith("stepweave: the server cannot start: the model 'model' cannot be loaded: ")
+    assert "model_index.json is missing" in shown.splitlines()[-1]
 
 
 # --- the checks can fail ---
@@ -740,7 +1324,7 @@ EXTERNAL = {"metrics": [{"type": "External", "external": {"metric": {}, "target"
         ("gpu", "Deployment", (*SERVER, "lifecycle", "preStop", "exec", "command", 0), "curl", "does not drain"),
         ("gpu", "Deployment", (*SERVER, "ports", 0, "containerPort"), 8000, "does not ask port 8000"),
         ("gpu", "Deployment", (*SERVER, "args", 2), "127.0.0.1", "does not listen"),
-        ("gpu", "Deployment", (*SERVER, "volumeMounts", 1, "mountPath"), "/scratch", "nothing can be written"),
+        ("gpu", "Deployment", (*SERVER, "volumeMounts", 2, "mountPath"), "/scratch", "nothing can be written"),
         ("gpu", "Deployment", (*SERVER, "volumeMounts", 0, "name"), "tmp", "/dev/shm is not memory"),
         ("gpu", "Deployment", (*SERVER, "securityContext", "readOnlyRootFilesystem"), False, "readOnlyRootFilesystem"),
         (
@@ -755,6 +1339,14 @@ EXTERNAL = {"metrics": [{"type": "External", "external": {"metric": {}, "target"
         ("gpu", "Deployment", (*POD, "volumes", -1, "emptyDir"), ABSENT, "not one pod's alone"),
         ("gpu", "Deployment", (*SERVER, "volumeMounts", -1, "name"), "tmp", "not one pod's alone"),
         ("gpu", "Deployment", (*SERVER, "volumeMounts", -1, "mountPath"), "/srv", "is no volume of its own"),
+        ("gpu", "Deployment", (*SERVER, "volumeMounts", 1, "readOnly"), False, "may write to a volume that they share"),
+        ("gpu", "Deployment", (*SERVER, "terminationMessagePolicy"), "File", "in the log only"),
+        ("gpu", "Deployment", (*POD, "serviceAccountName"), ABSENT, "no ServiceAccount of its own"),
+        ("gpu", "ServiceAccount", ("automountServiceAccountToken",), True, "the ServiceAccount has a token"),
+        ("gpu", "ServiceAccount", ("secrets",), [{"name": "huggingface"}], "a Secret that must be there"),
+        ("gpu", "Deployment", (*SERVER, "resources", "requests", "ephemeral-storage"), "3Gi", "less than 4294967296"),
+        ("gpu", "Deployment", (*SERVER, "resources", "requests", "ephemeral-storage"), ABSENT, "ephemeral-storage"),
+        ("gpu", "Deployment", (*POD, "topologySpreadConstraints", 0, "matchLabelKeys"), ABSENT, "counts the old pods"),
         ("gpu", "Deployment", (*POD, "enableServiceLinks"), True, "enableServiceLinks"),
         ("gpu", "Deployment", (*POD, "tolerations"), [], "no toleration"),
         ("gpu", "Deployment", (*POD, "topologySpreadConstraints"), [], "no topology spread"),
@@ -764,11 +1356,22 @@ EXTERNAL = {"metrics": [{"type": "External", "external": {"metric": {}, "target"
         ("gpu", "PodDisruptionBudget", ("spec", "minAvailable"), 1, "one of minAvailable and maxUnavailable"),
         ("gpu", "PodDisruptionBudget", ("spec", "maxUnavailable"), ABSENT, "one of minAvailable and maxUnavailable"),
         ("gpu", "PodDisruptionBudget", ("spec", "selector", "matchLabels", "a"), "b", "no PodDisruptionBudget"),
-        ("gpu", "NetworkPolicy", ("spec", "egress"), [], "lets out to nothing"),
+        ("gpu", "NetworkPolicy", ("spec", "egress"), [], "each diff shows it"),
+        ("gpu", "NetworkPolicy", ("spec", "egress"), [{"ports": [{"port": 443}]}], "lets out to {443}"),
+        ("gpu", "NetworkPolicy", ("spec", "policyTypes"), ["Ingress"], "lets everything out"),
         ("gpu", "NetworkPolicy", ("spec", "ingress", 0, "ports", 0, "port"), "web", "NetworkPolicy opens"),
-        ("gpu", "PersistentVolumeClaim", ("spec", "accessModes"), ["ReadWriteOnce"], "not ReadWriteMany"),
-        ("gpu", "PersistentVolumeClaim", ("metadata", "name"), "other", "there is no claim"),
-        ("gpu", "PersistentVolumeClaim", ("metadata", "namespace"), "other", "has the namespace other"),
+        (
+            "gpu",
+            "Deployment",
+            (*POD, "volumes", 1, "persistentVolumeClaim", "claimName"),
+            "other",
+            "there is no claim other",
+        ),
+        ("gpu", "Service", ("metadata", "namespace"), "other", "has the namespace other"),
+        ("gpu-hpa", "Service", ("spec", "sessionAffinity"), "None", "not found again among several replicas"),
+        ("gpu-keda", "Service", ("spec", "sessionAffinityConfig", "clientIP", "timeoutSeconds"), 60, "not found again"),
+        ("gpu-keda", "Deployment", ("metadata", "annotations", THRESHOLD), "30", "not those of the annotation"),
+        ("gpu-keda", "ScaledObject", ("spec", "pollingInterval"), 15, "pollingInterval"),
         ("gpu-hpa", "Deployment", ("spec", "replicas"), 1, "undo the autoscaler's"),
         ("gpu-hpa", "HorizontalPodAutoscaler", ("spec", "minReplicas"), 9, "9 to 4 replicas"),
         ("gpu-hpa", "HorizontalPodAutoscaler", ("spec", "scaleTargetRef", "name"), "other", "which is not there"),
@@ -784,7 +1387,7 @@ EXTERNAL = {"metrics": [{"type": "External", "external": {"metric": {}, "target"
             "HorizontalPodAutoscaler",
             ("spec", "metrics", 0, "pods", "target", "averageValue"),
             "5",
-            "refused before",
+            "not those of the annotation",
         ),
         (
             "gpu-hpa",
@@ -806,10 +1409,28 @@ EXTERNAL = {"metrics": [{"type": "External", "external": {"metric": {}, "target"
         ("kserve", "InferenceService", ("spec", "predictor", "autoScaling"), EXTERNAL, "has no query"),
         ("kserve", "InferenceService", ("spec", "predictor", "autoScaling"), EXTERNAL, "with autoscalerClass none"),
         ("kserve", "InferenceService", ("spec", "predictor", "maxReplicas"), 0, "minReplicas > maxReplicas"),
-        ("kserve", "InferenceService", (*MODEL, "modelFormat", "name"), "onnx", "does not support"),
+        ("kserve", "InferenceService", (*MODEL, "modelFormat", "name"), "onnx", "no runtime supports"),
+        ("kserve", "InferenceService", (*MODEL, "protocolVersion"), "grpc-v2", "no runtime supports"),
+        (
+            "kserve",
+            "ClusterServingRuntime",
+            ("spec", "supportedModelFormats", 0, "name"),
+            "onnx",
+            "no runtime supports",
+        ),
+        ("kserve", "InferenceService", ("spec", "predictor", "storageContainerName"), ABSENT, "has 1 GiB of memory"),
+        ("kserve", "InferenceService", (*MODEL, "storageUri"), "abfs://a/b", "does not know abfs://a/b"),
+        (
+            "kserve",
+            "ClusterStorageContainer",
+            ("spec", "container", "resources", "limits", "memory"),
+            "1Gi",
+            "less than 8Gi of memory",
+        ),
         ("kserve", "InferenceService", (*MODEL, "storageUri"), ABSENT, "STEPWEAVE_MODEL=/mnt/models is not mounted"),
         ("kserve", "InferenceService", (*MODEL, "readinessProbe"), {"tcpSocket": {}}, "is not the runtime's"),
         ("kserve", "InferenceService", ("spec", "predictor", "terminationGracePeriodSeconds"), 30, "30 < preStop"),
+        ("kserve", "InferenceService", ("spec", "predictor", "timeout"), ABSENT, "ends a request after 60 s"),
         ("kserve", "ClusterServingRuntime", ("metadata", "namespace"), "a", "has the namespace a"),
         ("kserve-keda", "InferenceService", ("metadata", "annotations", CLASS), "none", "ScaledObjects disagree"),
     ],
@@ -830,15 +1451,21 @@ def test_a_mistake_is_reported(name: str, kind: str, path: tuple[str | int, ...]
         ("STEPWEAVE_MAX_STEP", "50", "there is no such setting (did you mean STEPWEAVE_MAX_STEPS?)"),
         ("STEPWEAVE_MAX_STEPS", "many", "STEPWEAVE_MAX_STEPS='many'"),
         ("STEPWEAVE_REVISION", "main", "STEPWEAVE_REVISION='main'"),
-        ("STEPWEAVE_MAX_STEPS", "100", "STEPWEAVE_GRACE 500 < 1000 s of accepted work"),
-        ("STEPWEAVE_BATCHING", "threads", "STEPWEAVE_GRACE 500 < 800 s of accepted work"),
-        ("STEPWEAVE_GRACE", "300", "STEPWEAVE_GRACE 300 < 500 s of accepted work"),
+        ("STEPWEAVE_MAX_STEPS", "100", "STEPWEAVE_GRACE 500 < 936 s of accepted work"),
+        ("STEPWEAVE_MAX_ROWS", "8", "STEPWEAVE_GRACE 500 < 936 s of accepted work"),
+        ("STEPWEAVE_MAX_IMAGES", "4", "STEPWEAVE_GRACE 500 < 972 s of accepted work"),
+        ("STEPWEAVE_BATCHING", "threads", "worked out for shared steps"),
+        ("STEPWEAVE_MAX_QUEUE", "4", "5 requests of one image never fill a step of 16 rows"),
+        ("STEPWEAVE_GRACE", "300", "STEPWEAVE_GRACE 300 < 486 s of accepted work"),
+        ("STEPWEAVE_EXIT_ON_FAILURE", "false", "does not end the container"),
+        ("HF_HUB_OFFLINE", "0", "there is no way out to the hub"),
+        ("HF_HUB_CACHE", "/srv", "there is no way out to the hub"),
         ("STEPWEAVE_GRACE", "600", "terminationGracePeriodSeconds 600 < preStop 15 + STEPWEAVE_GRACE 600"),
         ("STEPWEAVE_STATE_DIR", "/var/lib/other", "STEPWEAVE_STATE_DIR /var/lib/other is no volume of its own"),
         ("STEPWEAVE_KEEP_BYTES", "2147483648", "smaller than 2147483648 bytes of pictures"),
         ("STEPWEAVE_KEEP_JOBS", "20000", "smaller than 1073741824 bytes of pictures and 1920000000 of jobs"),
         ("STEPWEAVE_API_KEYS", "secret", "API keys are written into the manifest"),
-        ("STEPWEAVE_TRUSTED_HOSTS", "localhost", "no URL of a picture for who calls stepweave.stepweave.svc"),
+        ("STEPWEAVE_TRUSTED_HOSTS", "localhost", "no URL of an image for who calls stepweave.stepweave.svc"),
         ("STEPWEAVE_MAX_PIXELS", "4194304", "worked out for 1048576"),
         ("STEPWEAVE_DEVICE", "cpu", f"a {GPU} that STEPWEAVE_DEVICE does not use"),
         ("HOME", "/home/bentoml", "HOME is /home/bentoml"),
@@ -877,7 +1504,7 @@ def test_a_secret_that_must_be_there_is_reported() -> None:
     documents = overlay("gpu")
     for item in at(documents, "Deployment", *SERVER, "env"):
         item.get("valueFrom", {}).get("secretKeyRef", {}).pop("optional", None)
-    assert "without its Secret for HF_TOKEN the pod does not start" in problems(documents)
+    assert "without its Secret for STEPWEAVE_API_KEYS the pod does not start" in problems(documents)
     environment = at(documents, "Deployment", *SERVER, "env")
     environment[:] = [item for item in environment if item["name"] != "STEPWEAVE_API_KEYS"]
     assert "API keys do not come from a Secret" in problems(documents)
@@ -912,6 +1539,21 @@ def test_a_query_of_more_than_one_series_or_an_invented_zero_is_reported(query: 
     documents = overlay("gpu-keda")
     at(documents, "ScaledObject", *TRIGGER, "metadata")["query"] = query
     assert any("not one series" in found for found in problems(documents))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "problem"),
+    [
+        ("STEPWEAVE_MAX_QUEUE", "4", "32 requests come before a replica has started"),
+        ("STEPWEAVE_MAX_STEPS", "200", "a replica is added at 60 s, less than one full batch's 200 s"),
+    ],
+)
+def test_a_queue_or_threshold_that_does_not_go_with_batches_is_reported(setting: str, value: str, problem: str) -> None:
+    for name in ("gpu-hpa", "gpu-keda"):
+        documents = overlay(name)
+        environment = at(documents, "Deployment", *SERVER, "env")
+        environment[:] = [item for item in environment if item["name"] != setting] + [{"name": setting, "value": value}]
+        assert any(problem in found for found in problems(documents)), problems(documents)
 
 
 def test_a_second_autoscaler_is_reported() -> None:

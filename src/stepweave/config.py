@@ -120,6 +120,7 @@ class Settings(BaseSettings):
         268_435_456, ge=0, description="Bound of remembered prompt encodings; 0 remembers none."
     )
     warmup: bool = Field(True, description="Run and certify short generations before the server turns ready.")
+    model_names: Names = Field((), description="Names that requests may give as the model; the first is the one told.")
     exit_on_failure: bool = Field(
         False, description="Exit with status 1 if the model cannot be loaded; else the probes go on to tell the reason."
     )

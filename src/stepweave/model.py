@@ -47,7 +47,8 @@ class ServedModel:
         self.arguments = arguments_of(pipeline)
         self.call_arguments = preset.call
         directory = settings.model_directory()
-        self.id = preset.id or (directory.resolve().name if directory else settings.model)
+        own_id = preset.id or (directory.resolve().name if directory else settings.model)
+        self.id = settings.model_names[0] if settings.model_names else own_id
         own = getattr(pipeline, "scheduler", None)
         self.scheduler = None if own is None else type(own).__name__
         for name in ("prompt", "num_inference_steps", "generator"):
