@@ -21,6 +21,7 @@ from starlette.datastructures import Headers
 
 from stepweave.api.http import Api
 from stepweave.api.middleware import ContractMiddleware
+from stepweave.api.responses import is_of_protocol
 from stepweave.config import Settings
 from stepweave.loading.preset import Preset
 from stepweave.server import Server
@@ -143,9 +144,13 @@ class Exchange:
 
     @property
     def error(self) -> Any:
-        body = self.json()
-        assert set(body["error"]) == {"message", "type", "code", "param"}
-        return body["error"]
+        """Its members; of the Open Inference Protocol, whose errors are texts, the message and the code of the header."""
+        error = self.json()["error"]
+        if is_of_protocol(self.scope["path"]):
+            assert isinstance(error, str)
+            return {"message": error, "code": self.headers["x-stepweave-code"]}
+        assert set(error) == {"message", "type", "code", "param"}
+        return error
 
     @property
     def events(self) -> list[Event]:

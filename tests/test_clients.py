@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import functools
 import io
 import json
 import os
@@ -10,8 +12,10 @@ import subprocess
 import sys
 from typing import Any
 
+import bentoml
 import httpx
 import pytest
+from bentoml.exceptions import BentoMLException, InvalidArgument
 from PIL import Image
 
 import stepweave
@@ -21,6 +25,7 @@ from tests.waiting import SECONDS
 PYTHON = ROOT / ".venv-clients" / "bin" / "python"
 
 
+@functools.cache
 def run(script: str, *arguments: str) -> Any:
     """What a script of tests/clients finds."""
     if not PYTHON.exists():
@@ -66,9 +71,9 @@ def test_tritons_client_gets_the_pictures_of_its_seeds(served: Served) -> None:
     ]
     sync = found["sync"]
     assert (sync["live"], sync["ready"], sync["model_ready"]) == (True, True, [True, True, False, False])
-    assert sync["metadata"] == {
-        "name": "stepweave", "version": stepweave.__version__, "extensions": ["binary_tensor_data"],
-    }  # fmt: skip
+    assert sync["metadata"]["name"] == "stepweave"
+    assert sync["metadata"]["version"] == stepweave.__version__
+    assert "binary_tensor_data" in sync["metadata"]["extensions"]
     assert sync["model_metadata"]["inputs"][0] == {"name": "prompt", "datatype": "BYTES", "shape": [-1]}
     for answer, identifier in (
         *((sync[kind], "42") for kind in ("binary", "json", "gzip", "deflate")),
@@ -81,10 +86,41 @@ def test_tritons_client_gets_the_pictures_of_its_seeds(served: Served) -> None:
         assert {(one["num_inference_steps"], one["guidance_scale"]) for one in values} == {(2, 3.5)}
     assert sync["only"] == ["parameters"]
     bad, unknown, version = sync["errors"]
-    assert (bad[0], bad[1]["param"]) == ("400", "seed")
-    assert (unknown[0], unknown[1]["code"], version[0]) == ("404", "model_not_found", "404")
+    lost = "There is no model 'nothing'; this server has 'shapes'."
+    assert (bad[0], bad[2]) == ("400", f"[400] {bad[1]}")
+    assert bad[1].startswith("seed is -1: ")
+    assert unknown == ["404", lost, f"[404] {lost}"]
+    assert version[1] == "There is no version '9' of 'shapes', only '1'."
+    assert [pixels(image) for image in sync["columns"]["images"]] == expected
+    assert "'more'" in sync["columns"]["parameters"][0]["warnings"][0]
     assert found["async"]["ready"] is True
-    assert found["async"]["error"][0] == "404"
+    assert found["async"]["error"] == ["404", lost, f"[404] {lost}"]
+
+
+def test_each_method_of_tritons_client_answers_or_says_why_not(served: Served) -> None:
+    found = run("triton.py", f"127.0.0.1:{served.port}", "shapes")
+    sync, others = found["sync"], dict(found["sync"]["others"])
+    assert sync["not called"] == []
+    ready = [{"name": "shapes", "version": "1", "state": "READY", "reason": ""}]
+    assert others.pop("get_model_repository_index") == found["async"]["index"] == ready
+    for name in ("get_model_config", "get_model_config version"):
+        told = others.pop(name)
+        assert (told["name"], told["max_batch_size"]) == ("shapes", 0)
+        assert told["input"][0] == {"name": "prompt", "data_type": "TYPE_STRING", "dims": [-1], "optional": False}
+    reasons = {
+        "load_model": "explicit model load / unload is not allowed",
+        "unload_model": "explicit model load / unload is not allowed",
+        "get_inference_statistics": "GET /metrics",
+        "get_trace_settings": "no tracing",
+        "update_trace_settings": "no tracing",
+        "get_log_settings": "the log",
+        "update_log_settings": "the log",
+        "async_infer": "There is no model 'nothing'",
+    }
+    for name, (status, text) in others.items():
+        assert status in ("404", "405"), name
+        assert reasons.get(name.partition(" ")[0], "no shared memory") in text, name
+        assert text.startswith(f"[{status}] "), name
 
 
 def test_kserves_client_gets_the_pictures_of_its_seeds(served: Served) -> None:
@@ -98,6 +134,45 @@ def test_kserves_client_gets_the_pictures_of_its_seeds(served: Served) -> None:
         assert (answer["id"], answer["model"]) == ("44", "shapes")
         assert [pixels(image) for image in answer["image"]] == expected
         assert [json.loads(one)["seed"] for one in answer["parameters"]] == [5, 6]
-    status, message = found["error"]
-    assert status == 404
-    assert "There is no model 'nothing'; this server has 'shapes'." in message
+    (status, message), (wrong, why) = found["errors"]
+    assert (status, wrong) == (404, 400)
+    assert message.startswith("There is no model 'nothing'; this server has 'shapes'., '404 Not Found' for url")
+    assert why.startswith("Tensor 'seed': it is given as an input and as a parameter., '400 Bad Request' for url")
+
+
+ASKED: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": "a star", "size": "65x65"}, "size is '65x65'"),
+    ({"prompt": "ein Stern", "scheduler": "größer"}, "scheduler is 'größer'"),
+    ({"prompt": "", "seed": 1}, "prompt is ''"),
+]
+
+
+@pytest.mark.parametrize(("fields", "told"), ASKED)
+def test_bentomls_clients_raise_what_the_server_says(served: Served, fields: dict[str, Any], told: str) -> None:
+    errors: list[BentoMLException] = []
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "PNG")
+    with bentoml.SyncHTTPClient(served.url, timeout=SECONDS) as client:
+        for call in (
+            lambda: client.generate(**fields),
+            lambda: next(client.generate_stream(**fields)),
+            lambda: client.edit(image=Image.open(file), **fields),
+        ):
+            with pytest.raises(BentoMLException) as caught:
+                call()
+            errors.append(caught.value)
+
+    async def use() -> None:
+        async with bentoml.AsyncHTTPClient(served.url, timeout=SECONDS) as client:
+            with pytest.raises(BentoMLException) as caught:
+                await client.generate(**fields)
+            errors.append(caught.value)
+            with pytest.raises(BentoMLException) as caught:
+                await anext(client.generate_stream(**fields))
+            errors.append(caught.value)
+
+    asyncio.run(use())
+    for error in errors:
+        assert (type(error), error.error_code) == (InvalidArgument, 400)
+        assert told in str(error) or "prompt is missing" in str(error), str(error)
+        assert json.loads(str(error))["error"]["param"] in fields

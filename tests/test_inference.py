@@ -31,12 +31,11 @@ from stepweave.api.tensors import (
     InputParameters,
     InputTensor,
     OutputTensor,
-    decompress,
     read_inputs,
     read_message,
     write_message,
 )
-from stepweave.errors import BodyTooLarge, InvalidRequest
+from stepweave.errors import InvalidRequest
 from stepweave.server import Status
 from tests.conftest import InProcess
 from tests.fake import FakePipeline
@@ -81,6 +80,16 @@ def resolved(answer: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(text) for text in outputs(answer)["parameters"]["data"]]
 
 
+def refused(answer: httpx.Response, **beside: bool) -> tuple[int, str, str]:
+    """Status, code and text of an error in the protocol's shape."""
+    body = answer.json()
+    text = body.pop("error")
+    assert body == beside
+    assert isinstance(text, str)
+    assert answer.headers["x-request-id"]
+    return answer.status_code, answer.headers["x-stepweave-code"], text
+
+
 def pixels(data: bytes | str) -> bytes:
     return Image.open(io.BytesIO(base64.b64decode(data) if isinstance(data, str) else data)).tobytes()
 
@@ -90,7 +99,8 @@ def pixels(data: bytes | str) -> bytes:
 
 def test_the_server_tells_what_it_is(in_process: Make) -> None:
     assert in_process(ready=False).client.get("/v2").json() == {
-        "name": "stepweave", "version": __version__, "extensions": ["binary_tensor_data"],
+        "name": "stepweave", "version": __version__,
+        "extensions": ["binary_tensor_data", "model_configuration", "model_repository"],
     }  # fmt: skip
 
 
@@ -132,7 +142,8 @@ def test_inputs_that_the_pipeline_lacks_are_not_there(in_process: Make) -> None:
     metadata = app.client.get("/v2/models/shapes").json()
     assert [one["name"] for one in metadata["inputs"]] == ["prompt", "size", "seed", "num_inference_steps"]
     answer = infer(app, PROMPT, tensor("guidance_scale", "FP32", [3.0]))
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "guidance_scale")
+    assert refused(answer)[0] == 400
+    assert "Tensor 'guidance_scale': there is no such input" in refused(answer)[2]
     assert infer(app, PROMPT).status_code == 200
 
 
@@ -141,22 +152,22 @@ def test_health_before_during_and_after(in_process: Make) -> None:
 
     def get(path: str) -> tuple[int, Any]:
         answer = app.client.get(path)
-        assert answer.status_code == 200 or set(answer.json()["error"]) == {"message", "type", "code", "param"}
-        return answer.status_code, answer.json()
+        if answer.status_code == 200:
+            return 200, answer.json()
+        name = path.rpartition("/")[2]
+        return refused(answer, **({name: False} if path.startswith("/v2/health/") else {}))[:2]
 
     assert get("/v2/health/live") == (200, {"live": True})
     for path in ("/v2/health/ready", "/v2/models/shapes/ready", "/v2/models/shapes"):
-        status, body = get(path)
-        assert (status, body["error"]["code"]) == (503, "loading")
+        assert get(path) == (503, "loading")
         assert app.client.get(path).headers["retry-after"] == "5"
-    assert get("/v2/health/ready")[1]["ready"] is False
     assert infer(app, PROMPT).status_code == 503
     app.server.status = Status("failed", 0.0, "no such file")
     assert [get(f"/v2/health/{name}")[0] for name in ("live", "ready")] == [503, 503]
     app = in_process(warmup=False)
     with mock.patch.object(app.server, "health", lambda: Status("stuck", 0.0)):
         paths = ("/v2/health/live", "/v2/health/ready", "/v2/models/shapes/ready")
-        assert [get(path)[1]["error"]["code"] for path in paths] == ["engine_stuck"] * 3
+        assert [get(path)[1] for path in paths] == ["engine_stuck"] * 3
     with mock.patch.object(app.server, "health", lambda: Status("draining", 0.0)):
         assert [get(path)[0] for path in paths] == [200, 503, 503]
     assert get("/v2/health/ready") == (200, {"ready": True})
@@ -171,7 +182,7 @@ def test_other_models_and_versions_are_not_found(in_process: Make, path: str) ->
     app = in_process(warmup=False)
     answers = [app.client.get(f"/v2/{path}"), app.client.get(f"/v2/{path}/ready")]
     answers.append(app.client.post(f"/v2/{path}/infer", json={"inputs": [PROMPT]}))
-    assert {(answer.status_code, answer.json()["error"]["code"]) for answer in answers} == {(404, "model_not_found")}
+    assert {refused(answer)[:2] for answer in answers} == {(404, "model_not_found")}
 
 
 def test_a_models_id_may_have_a_slash(in_process: Make) -> None:
@@ -337,6 +348,156 @@ def test_integers_of_every_type(in_process: Make, datatype: str) -> None:
     assert resolved(answer)[0]["seed"] == 9
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_second_dimension_of_one_is_none(in_process: Make, nested: bool) -> None:
+    app = in_process(warmup=False)
+
+    def column(name: str, datatype: str, data: list[Any]) -> dict[str, Any]:
+        return tensor(name, datatype, [[one] for one in data] if nested else data, shape=[len(data), 1])
+
+    answer = infer(
+        app,
+        column("prompt", "BYTES", ["a", "b"]),
+        column("seed", "INT64", [5, 6]),
+        column("guidance_scale", "FP32", [2.5]),
+        tensor("num_inference_steps", "INT32", [3]),
+    )
+    found = [(one["prompt"], one["seed"], one["guidance_scale"]) for one in resolved(answer)]
+    assert found == [("a", 5, 2.5), ("b", 6, 2.5)]
+    raw = packed(b"a", b"b")
+    described = {
+        "name": "prompt",
+        "datatype": "BYTES",
+        "shape": [2, 1, 1],
+        "parameters": {"binary_data_size": len(raw)},
+    }
+    assert [one["prompt"] for one in resolved(infer_binary(app, (described, raw)))] == ["a", "b"]
+
+
+def test_parameters_that_are_not_known_are_ignored_with_a_warning(in_process: Make) -> None:
+    app = in_process(warmup=False)
+    answer = infer(
+        app,
+        PROMPT | {"parameters": {"more": 1, **{f"x{i}": i for i in range(100)}}},
+        tensor("num_inference_steps", "INT32", [3]) | {"parameters": None},
+        parameters={"steps": 3, "prompt": "b", "sequence_id": 7, "seed": 4, "priority": None, "reproducible": None},
+        outputs=[
+            {"name": name, "parameters": {"classification": 1, "shared_memory_region": "a"}}
+            for name in ("image", "parameters")
+        ],
+    )
+    (found,) = resolved(answer)
+    assert (found["prompt"], found["seed"]) == ("a red circle", 4)
+    assert "data" in outputs(answer)["image"]
+    (warning,) = found["warnings"]
+    assert warning.startswith(
+        "Unknown parameters are ignored: 'steps', 'prompt', 'sequence_id'. Those that are known are "
+    )
+    many = infer(app, PROMPT, parameters={f"{'x' * 500}{i}": i for i in range(1000)})
+    assert len(resolved(many)[0]["warnings"][0]) < 1500
+    nothing = infer(app, PROMPT, parameters=None, outputs=None, id=None)
+    assert resolved(nothing)[0]["warnings"] == []
+    assert "id" not in nothing.json()
+
+
+def test_json_after_a_byte_order_mark(in_process: Make) -> None:
+    app = in_process(warmup=False)
+    body = b"\xef\xbb\xbf" + json.dumps({"inputs": [PROMPT]}).encode()
+    assert resolved(app.client.post(INFER, content=body))[0]["prompt"] == "a red circle"
+    described, raw = binary("prompt", "BYTES", packed(b"abc"))
+    head = b"\xef\xbb\xbf" + json.dumps({"inputs": [described]}).encode()
+    answer = app.client.post(INFER, content=head + raw, headers={LENGTH: str(len(head))})
+    assert resolved(answer)[0]["prompt"] == "abc"
+
+
+# What Triton's and KServe's clients ask beside
+
+
+def test_the_model_is_listed(in_process: Make) -> None:
+    loading = in_process(ready=False).client
+    assert refused(loading.get("/v2/models"))[:2] == (503, "loading")
+    assert refused(loading.post("/v2/repository/index"))[:2] == (503, "loading")
+    app = in_process(warmup=False)
+    assert app.client.get("/v2/models").json() == {"models": ["shapes"]}
+    ready = [{"name": "shapes", "version": "1", "state": "READY", "reason": ""}]
+    for body in (b"", b"{}", b'{"ready": true}', b'{"ready": false}', b'{"ready": null}'):
+        assert app.client.post("/v2/repository/index", content=body).json() == ready
+    with mock.patch.object(app.server, "health", lambda: Status("stuck", 0.0, "no step for an hour")):
+        (listed,) = app.client.post("/v2/repository/index").json()
+        assert (listed["state"], "no step for an hour" in listed["reason"]) == ("UNAVAILABLE", True)
+        assert app.client.post("/v2/repository/index", json={"ready": True}).json() == []
+    for body in (b"[]", b"{", b'{"ready": "yes"}', b'{"more": 1}'):
+        assert refused(app.client.post("/v2/repository/index", content=body))[0] == 400
+    assert refused(app.client.get("/v2/repository/index"))[:2] == (405, "method_not_allowed")
+
+
+def test_the_models_configuration_is_told_as_triton_does(in_process: Make) -> None:
+    app = in_process(Plain(), warmup=False)
+    for path in ("/v2/models/shapes/config", "/v2/models/shapes/versions/1/config"):
+        told = app.client.get(path).json()
+        assert (told["name"], told["max_batch_size"]) == ("shapes", 0)
+        assert {one["name"]: (one["data_type"], one["optional"]) for one in told["input"]} == {
+            "prompt": ("TYPE_STRING", False), "size": ("TYPE_STRING", True), "seed": ("TYPE_INT64", True),
+            "num_inference_steps": ("TYPE_INT32", True),
+        }  # fmt: skip
+        assert [one["name"] for one in told["output"]] == ["image", "parameters"]
+    assert refused(app.client.get("/v2/models/other/config"))[:2] == (404, "model_not_found")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "shown"),
+    [
+        ("POST", "repository/models/shapes/load", "explicit model load / unload is not allowed"),
+        ("POST", "repository/models/owner/name/unload", "explicit model load / unload is not allowed"),
+        ("POST", "repository/other/index", "POST /v2/repository/index"),
+        ("GET", "models/stats", "GET /metrics"),
+        ("GET", "models/shapes/stats", "GET /metrics"),
+        ("GET", "models/shapes/versions/1/stats", "GET /metrics"),
+        ("GET", "models/shapes/trace/setting", "no tracing"),
+        ("GET", "trace/setting", "no tracing"),
+        ("POST", "trace/setting", "no tracing"),
+        ("GET", "logging", "the log"),
+        ("POST", "logging", "the log"),
+        ("GET", "systemsharedmemory/status", "no shared memory"),
+        ("POST", "systemsharedmemory/region/a/register", "no shared memory"),
+        ("POST", "cudasharedmemory/unregister", "no shared memory"),
+        ("GET", "cudasharedmemory/region/a/status", "no shared memory"),
+        ("GET", "nothing", "There is no route '/v2/nothing'"),
+    ],
+)
+def test_what_triton_has_and_this_server_does_not_is_refused_with_a_reason(
+    in_process: Make, method: str, path: str, shown: str
+) -> None:
+    answer = in_process(warmup=False).client.request(method, f"/v2/{path}", json={"a": 1} if method == "POST" else None)
+    assert refused(answer)[0] == 404
+    assert shown in refused(answer)[2]
+
+
+def test_every_error_is_a_text(in_process: Make) -> None:
+    """Those of the middleware and of Starlette too."""
+    app = in_process(warmup=False, api_keys="secret", max_body_bytes=1024)
+    key = {"Authorization": "Bearer secret"}
+    unauthorized = app.client.get("/v2")
+    assert refused(unauthorized)[:2] == (401, "invalid_api_key")
+    assert unauthorized.headers["www-authenticate"] == "Bearer"
+    wrong = app.client.post("/v2/health/ready", headers=key)
+    assert refused(wrong)[:2] == (405, "method_not_allowed")
+    assert wrong.headers["allow"]
+    asked = app.client.get(INFER, headers=key)
+    assert refused(asked) == (405, "method_not_allowed", f"GET is not allowed on {INFER}.")
+    assert asked.headers["allow"] == "POST"
+    long = app.client.post(INFER, content=b"x" * 2000, headers=key)
+    assert refused(long)[:2] == (413, "body_too_large")
+    encoded = app.client.post(INFER, content=b"x", headers={**key, "Content-Encoding": "br"})
+    assert refused(encoded)[:2] == (415, "unsupported_media_type")
+    assert encoded.headers["accept-encoding"] == "gzip, deflate, identity"
+    page = app.client.post(INFER, json={}, headers={**key, "Origin": "https://evil.test"})
+    assert refused(page)[:2] == (400, "cross_site")
+    app.pipeline.record.pause = 0.2
+    late = app.client.post(INFER, json={"inputs": [PROMPT], "parameters": {"deadline_ms": 500}}, headers=key)
+    assert refused(late)[0] in (429, 504)
+
+
 # What is refused
 
 
@@ -353,14 +514,19 @@ def test_integers_of_every_type(in_process: Make, datatype: str) -> None:
         ({"inputs": [PROMPT, tensor("guidance_scale", "INT32", [1])]}, "guidance_scale", "FP32, FP64 would do"),
         ({"inputs": [tensor("prompt", "STRING", ["a"])]}, "prompt", "BYTES would do"),
         ({"inputs": [PROMPT | {"shape": [2]}]}, "prompt", "its shape is [2], but it has 1 elements"),
-        ({"inputs": [PROMPT | {"shape": []}]}, "prompt", "one dimension"),
-        ({"inputs": [PROMPT | {"shape": [1, 1]}]}, "prompt", "one dimension"),
+        ({"inputs": [PROMPT | {"shape": []}]}, "prompt", "its shape is []; it must be [n] or [n, 1]"),
+        ({"inputs": [PROMPT | {"shape": [1, 2]}]}, "prompt", "its shape is [1, 2]; it must be [n] or [n, 1]"),
+        ({"inputs": [PROMPT | {"shape": [1, 0]}]}, "prompt", "[1, 0]"),
+        ({"inputs": [PROMPT | {"shape": [2, 1]}]}, "prompt", "its shape is [2, 1], but it has 1 elements"),
+        ({"inputs": [PROMPT | {"shape": [1, 1], "data": [["a", "b"]]}]}, "prompt", "['a', 'b'] is no BYTES"),
+        ({"inputs": [PROMPT | {"shape": [1, 1], "data": [[["a"]]]}]}, "prompt", "['a'] is no BYTES"),
         ({"inputs": [PROMPT | {"shape": [-1]}]}, "prompt", "-1"),
         ({"inputs": [PROMPT | {"shape": [1.5]}]}, "prompt", "1.5"),
         ({"inputs": [PROMPT | {"shape": [True]}]}, "prompt", "True"),
         ({"inputs": [PROMPT | {"shape": "1"}]}, "prompt", "'1'"),
         ({"inputs": [PROMPT | {"more": 1}]}, "prompt", "Unknown field"),
-        ({"inputs": [PROMPT | {"parameters": {"shared_memory_region": "a"}}]}, "prompt", "shared_memory_region"),
+        ({"inputs": [{"name": "prompt", "shape": [1], "datatype": "BYTES", "parameters": {"shared_memory_region": "a"}}]},
+         "prompt", "there is no shared memory here"),
         ({"inputs": [{"name": "prompt", "shape": [1], "data": ["a"]}]}, "prompt", "datatype is missing"),
         ({"inputs": [{"name": "prompt", "shape": [1], "datatype": "BYTES"}]}, "prompt", "either in data or"),
         ({"inputs": [PROMPT | {"parameters": {"binary_data_size": 4}}]}, "prompt", "either in data or"),
@@ -382,9 +548,8 @@ def test_integers_of_every_type(in_process: Make, datatype: str) -> None:
         ({"inputs": [PROMPT, tensor("size", "BYTES", ["big"])]}, "size", "WIDTHxHEIGHT"),
         ({"inputs": [PROMPT], "outputs": [{"name": "mask"}]}, "mask", "the outputs are image, parameters"),
         ({"inputs": [PROMPT], "outputs": [{"name": "image"}, {"name": "image"}]}, "image", "twice"),
-        ({"inputs": [PROMPT], "outputs": [{"name": "image", "parameters": {"classification": 1}}]}, "image", "classification"),
-        ({"inputs": [PROMPT], "parameters": {"steps": 3}}, "steps", "the parameters are negative_prompt, "),
-        ({"inputs": [PROMPT], "parameters": {"prompt": "a"}}, "prompt", "Unknown parameter"),
+        ({"inputs": [PROMPT], "outputs": [{"name": "image", "parameters": {"binary_data": 1}}]}, "image", "binary_data"),
+        ({"inputs": [PROMPT], "parameters": []}, "parameters", "[]"),
         ({"inputs": [PROMPT], "parameters": {"seed": [1]}}, "seed", "[1]"),
         ({"inputs": [PROMPT], "parameters": {"seed": "1"}}, "seed", "'1'"),
         ({"inputs": [PROMPT], "parameters": {"output_format": "gif"}}, "output_format", "'gif'"),
@@ -401,11 +566,10 @@ def test_integers_of_every_type(in_process: Make, datatype: str) -> None:
 def test_json_that_is_wrong(in_process: Make, body: Any, param: str | None, shown: str) -> None:
     app = in_process(warmup=False)
     answer = app.client.post(INFER, json=body)
-    error = answer.json()["error"]
-    assert (answer.status_code, error["param"]) == (400, param)
-    assert shown in error["message"]
-    if param in INPUTS:
-        assert param in error["message"]
+    status, _, text = refused(answer)
+    assert status == 400
+    assert shown in text
+    assert (param or "") in text
     assert app.pipeline.record.calls == []
     assert app.metric("stepweave_requests_total", outcome="invalid") >= 1
 
@@ -418,8 +582,9 @@ def test_numbers_that_are_none(in_process: Make, number: str, place: str) -> Non
     body = body.replace(', "SCALE"', f", {scale}" if scale else "").replace("0.5", number)
     body = body if place == "parameters" else body.replace(f', "parameters": {{"guidance_scale": {number}}}', "")
     answer = in_process(warmup=False).client.post(INFER, content=body.encode())
-    assert answer.status_code == 400
-    assert re.search("guidance_scale|not valid", answer.json()["error"]["message"])
+    status, _, text = refused(answer)
+    assert status == 400
+    assert re.search("guidance_scale|not valid", text)
 
 
 @pytest.mark.parametrize(
@@ -443,17 +608,18 @@ def test_numbers_that_are_none(in_process: Make, number: str, place: str) -> Non
 def test_binary_tensors_that_are_wrong(in_process: Make, name: str, datatype: str, raw: bytes, shown: str) -> None:
     others = () if name == "prompt" else ((PROMPT, b""),)
     answer = infer_binary(in_process(warmup=False), *others, binary(name, datatype, raw))
-    error = answer.json()["error"]
-    assert (answer.status_code, error["param"]) == (400, name)
-    assert shown in error["message"]
-    assert name in error["message"]
+    status, _, text = refused(answer)
+    assert status == 400
+    assert shown in text
+    assert name in text
 
 
 @pytest.mark.parametrize("size", [-1, 6, 8, 2**70, "7", 7.0, True])
 def test_sizes_of_binary_tensors_that_are_wrong(in_process: Make, size: Any) -> None:
     described, raw = binary("prompt", "BYTES", packed(b"abc"))
     answer = infer_binary(in_process(warmup=False), (described | {"parameters": {"binary_data_size": size}}, raw))
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+    assert refused(answer)[0] == 400
+    assert "Tensor 'prompt'" in refused(answer)[2]
 
 
 @pytest.mark.parametrize("length", ["0", "-1", "100000", "x", "", "1e2", "\u00b2", "9" * 30])
@@ -461,13 +627,14 @@ def test_lengths_of_the_json_that_are_wrong(in_process: Make, length: str) -> No
     body = json.dumps({"inputs": [PROMPT]}).encode()
     headers = {LENGTH.encode(): length.encode("latin-1")}
     answer = in_process(warmup=False).client.post(INFER, content=body, headers=headers)
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, LENGTH)
+    assert refused(answer)[0] == 400
+    assert LENGTH in refused(answer)[2]
 
 
 def test_bytes_that_belong_to_no_tensor(in_process: Make) -> None:
     answer = infer_binary(in_process(warmup=False), (PROMPT, b"xyz"))
-    assert answer.status_code == 400
-    assert "3 bytes after the JSON" in answer.json()["error"]["message"]
+    assert refused(answer)[0] == 400
+    assert "3 bytes after the JSON" in refused(answer)[2]
 
 
 @pytest.mark.parametrize(
@@ -475,8 +642,8 @@ def test_bytes_that_belong_to_no_tensor(in_process: Make) -> None:
 )
 def test_bodies_that_are_no_json_object(in_process: Make, body: bytes) -> None:
     answer = in_process(warmup=False).client.post(INFER, content=body)
-    assert answer.status_code == 400
-    assert len(answer.json()["error"]["message"]) < 400
+    assert refused(answer)[0] == 400
+    assert len(refused(answer)[2]) < 400
 
 
 @pytest.mark.parametrize(
@@ -484,6 +651,7 @@ def test_bodies_that_are_no_json_object(in_process: Make, body: bytes) -> None:
     [
         ("application/json; charset=utf-8", 200),
         ("application/octet-stream", 200),
+        ("application/json; charset=utf-16", 415),
         ("text/plain", 415),
         ("multipart/form-data", 415),
     ],
@@ -499,7 +667,8 @@ def test_a_prompt_that_the_model_refuses_ends_the_others(in_process: Make) -> No
     record = app.pipeline.record
     record.pause = 0.05
     answer = infer(app, tensor("prompt", "BYTES", ["a", " "]), parameters={"num_inference_steps": 200})
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+    assert refused(answer)[0] == 400
+    assert "element 1" in refused(answer)[2] or "prompt" in refused(answer)[2]
     wait_until(lambda: record.running == 0)
     assert record.steps_run < 150
 
@@ -536,14 +705,7 @@ def test_compressed_requests(in_process: Make, encoding: str, pack: Callable[[by
 )
 def test_compressed_bodies_that_are_wrong(in_process: Make, encoding: str, body: bytes, status: int, code: str) -> None:
     answer = in_process(warmup=False).client.post(INFER, content=body, headers={"Content-Encoding": encoding})
-    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
-
-
-def test_the_limit_is_of_what_comes_out() -> None:
-    for pack, encoding in ((gzip.compress, "gzip"), (zlib.compress, "deflate")):
-        assert decompress(pack(b"x" * 1000), encoding, 1000) == b"x" * 1000
-        with pytest.raises(BodyTooLarge):
-            decompress(pack(b"x" * 1001), encoding, 1000)
+    assert refused(answer)[:2] == (status, code)
 
 
 # Errors and cancellation
@@ -554,7 +716,7 @@ def test_one_that_is_refused_ends_the_others(in_process: Make) -> None:
     record = app.pipeline.record
     record.pause = 0.05
     answer = infer(app, tensor("prompt", "BYTES", ["a", "b"]), parameters={"num_inference_steps": 200})
-    assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
+    assert refused(answer)[:2] == (429, "queue_full")
     assert int(answer.headers["retry-after"]) >= 1
     wait_until(lambda: record.running == 0)
     assert record.steps_run < 150
@@ -564,9 +726,9 @@ def test_a_failed_generation_is_a_500(in_process: Make) -> None:
     app = in_process(warmup=False)
     app.pipeline.record.error = RuntimeError("secret")
     answer = infer(app, PROMPT)
-    assert answer.status_code == 500
+    assert refused(answer)[0] == 500
     assert "secret" not in answer.text
-    assert answer.headers["x-request-id"] in answer.json()["error"]["message"]
+    assert answer.headers["x-request-id"] in refused(answer)[2]
 
 
 def test_a_client_that_leaves_ends_all_its_generations(in_process: Make) -> None:

@@ -103,7 +103,6 @@ def test_defaults_are_the_example_servers(make: Make, settings: dict[str, Any], 
         ({"num_inference_steps": "30"}, 400, "num_inference_steps", "'30'"),
         ({"num_images_per_prompt": 0}, 400, "num_images_per_prompt", "0"),
         ({"num_images_per_prompt": 9}, 400, "num_images_per_prompt", "the limit is 8"),
-        ({"model": "stabilityai/stable-diffusion-3-medium"}, 404, "model", "this server has 'shapes'"),
         ({"steps": 3}, 400, "steps", "Unknown field"),
     ],
 )
@@ -113,8 +112,34 @@ def test_what_is_refused(make: Make, body: dict[str, Any], status: int, param: s
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (status, param)
     assert shown in error["message"]
+    assert answer.json()["detail"] == error["message"], "what clients of FastAPI's servers read"
     assert app.pipeline.record.calls == []
     assert app.metric("stepweave_requests_total", outcome="invalid") == 1
+
+
+def test_the_models_name_is_ignored_as_the_example_server_does(make: Make) -> None:
+    app = make(warmup=False)
+    for model in ("stabilityai/stable-diffusion-3-medium", "", None):
+        assert app.client.post(ROUTE, json={"prompt": "a star", "model": model}).status_code == 200
+
+
+def test_errors_have_the_detail_that_clients_of_the_example_server_read(make: Make) -> None:
+    app = make(warmup=False, api_keys="secret", max_body_bytes=1024)
+    key = {"Authorization": "Bearer secret"}
+    for answer, status in (
+        (app.client.get("/images/x.png"), 401),
+        (app.client.get("/images/x.png", headers=key), 404),
+        (app.client.get("/images", headers=key), 404),
+        (app.client.get(ROUTE, headers=key), 405),
+        (app.client.post("/api/status", headers=key), 405),
+        (app.client.post(ROUTE, content=b"x" * 2000, headers=key), 413),
+        (app.client.post(ROUTE, content=b"{}", headers=key), 415),
+        (app.client.post(ROUTE, json={}, headers=key), 400),
+    ):
+        body = answer.json()
+        assert answer.status_code == status
+        assert set(body) == {"error"} | ({"detail"} if answer.url.path != "/images" else set())
+        assert body.get("detail", body["error"]["message"]) == body["error"]["message"]
 
 
 def test_only_json_is_read(make: Make) -> None:

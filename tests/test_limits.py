@@ -111,7 +111,8 @@ async def test_a_number_beyond_any_float(datatype: str) -> None:
     async with serving() as app:
         body = json.dumps({"inputs": [PROMPT, scale]}).encode()
         answer = await app.send("POST", INFER, body, JSON).done()
-        assert (answer.status, answer.error["param"]) == (400, "guidance_scale")
+        assert answer.status == 400
+        assert answer.error["message"].startswith("Tensor 'guidance_scale': ")
         assert answer.error["message"].endswith(f"is out of the range of {datatype}.")
 
 
@@ -598,7 +599,8 @@ async def test_a_key_is_heard_on_every_post(path: str) -> None:
         assert app.outcomes()["invalid"] == 1
         for bad in ("", "x" * 300):
             refused = await app.send("POST", path, body, {**headers, "Idempotency-Key": bad}).done()
-            assert (refused.status, refused.error["param"]) == (400, "Idempotency-Key")
+            assert refused.status == 400
+            assert "Idempotency-Key" in refused.error["message"]
         app.asgi = asgi
 
 

@@ -150,7 +150,7 @@ def test_an_error_in_a_stream_is_raised_by_the_client(client: openai.OpenAI) -> 
 def test_the_blocks_of_the_document_run_in_order(served: Served, tmp_path: Path) -> None:
     text = (ROOT / "docs" / "http.md").read_text()
     blocks = re.findall(r"^```(bash|python)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert [language for language, _ in blocks] == ["bash", "bash", "bash", "python"]
+    assert [language for language, _ in blocks] == ["bash", "bash", "bash", "python", "bash", "bash"]
     told = []
     for language, block in blocks:
         command = ["bash", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
@@ -162,6 +162,9 @@ def test_the_blocks_of_the_document_run_in_order(served: Served, tmp_path: Path)
     assert picture_of((tmp_path / "edited.png").read_bytes()).size == (64, 64)
     assert told[2].count("partial_image") == 2 and "stepweave.queued" in told[2]
     assert told[3].startswith(("202 queued", "202 running")) and "succeeded 20 20" in told[3]
+    tensors = json.loads((tmp_path / "tensors.json").read_text())
+    assert [(one["name"], one["shape"]) for one in tensors["outputs"]] == [("image", [1]), ("parameters", [1])]
+    assert picture_of((tmp_path / "circle.png").read_bytes()).size == (64, 64)
 
 
 def curl(*arguments: str) -> bytes:

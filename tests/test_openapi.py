@@ -194,7 +194,8 @@ def test_keys_are_asked_for_only_where_they_are_needed(in_process: Make) -> None
             answer = app.client.request(method, path.replace("{", "").replace("}", ""))
             assert answer.status_code == 401
             assert answer.headers["www-authenticate"] == "Bearer"
-            validate(found, "Error", answer.json())
+            body = "ProtocolError" if path.startswith("/v2") else "Error"
+            validate(found, "ExamplesError" if path.startswith(("/api/", "/images/")) else body, answer.json())
 
 
 def test_events_are_as_described(in_process: Make) -> None:
@@ -410,8 +411,9 @@ class Fuzzer:
     def _was_allowed(self, case: Any, body: Any) -> None:
         """What was accepted is what the document allows."""
         if case.media_type == "application/json":
-            described = self.document["paths"][case.operation.path][case.operation.method]["requestBody"]["content"]
-            validate(self.document, described[case.media_type]["schema"], json.loads(body))
+            described = self.document["paths"][case.operation.path][case.operation.method]["requestBody"]
+            if body or described["required"]:
+                validate(self.document, described["content"][case.media_type]["schema"], json.loads(body))
 
     def _aim(self, case: Any, turn: int) -> None:
         """Let the request name a job or a picture that is there, a size that is one, files that are pictures, few steps."""

@@ -16,6 +16,7 @@ StepweaveError (500)
     ├── Conflict (409)          the idempotency key belongs to another request; or the process ends
     ├── BodyTooLarge (413)
     ├── UnsupportedMedia (415)
+    │   └── UnsupportedEncoding its content encoding is not one that is undone
     ├── Refused (429)           admission refused it; `retry_after` says when to come back
     ├── Cancelled (499)         the caller left or cancelled
     ├── DeadlineExceeded (504)  the job was not done in the time it was given
@@ -177,8 +178,10 @@ class BodyTooLarge(RequestError):
 
     status = 413
 
-    def __init__(self, limit: int, size: int | None = None) -> None:
+    def __init__(self, limit: int, size: int | None = None, *, encoding: str | None = None) -> None:
+        """`encoding` is the one that it came in, if its size is that of what comes out."""
         body = "The request's body" if size is None else f"The request's body of {size} bytes"
+        body += "" if encoding is None else f", decoded from {encoding},"
         super().__init__(f"{body} is over the limit of {limit} bytes.", code="body_too_large")
 
 
@@ -189,6 +192,15 @@ class UnsupportedMedia(RequestError):
 
     def __init__(self, message: str, *, code: str = "unsupported_media_type", param: str | None = None) -> None:
         super().__init__(message, code=code, param=param)
+
+
+class UnsupportedEncoding(UnsupportedMedia):
+    """The request's content encoding is not one that is undone; the answer names those that are (RFC 9110, 15.5.16)."""
+
+    TAKEN = "gzip, deflate, identity"
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__(f"The content encoding is {shown(encoding)}; send gzip, deflate or none.")
 
 
 class Refused(RequestError):

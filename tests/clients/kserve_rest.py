@@ -39,10 +39,13 @@ async def main(url: str, model: str) -> dict[str, Any]:
             answer = await client.infer(url, request(model, binary), model_name=model)
             outputs = {output.name: output.as_numpy().tolist() for output in answer.outputs}
             found["answers"].append({"id": answer.id, "model": answer.model_name, **outputs})
-        try:
-            await client.infer(url, request("nothing", True), model_name="nothing")
-        except httpx.HTTPStatusError as error:
-            found["error"] = [error.response.status_code, str(error)]
+        found["errors"] = []
+        for name, asked in (("nothing", request("nothing", True)), (model, request(model, True))):
+            asked.parameters = {"seed": -1}
+            try:
+                await client.infer(url, asked, model_name=name)
+            except httpx.HTTPStatusError as error:
+                found["errors"].append([error.response.status_code, str(error)])
     return found
 
 

@@ -71,8 +71,62 @@ def sync(url: str, model: str) -> dict[str, Any]:
             try:
                 server.infer(name, inputs[:1], **wrong)
             except InferenceServerException as error:
-                found["errors"].append([error.status(), error.message()])
+                found["errors"].append([error.status(), error.message(), str(error)])
+        columns = tensors(client.InferInput, binary=True)
+        for one in columns[:3]:
+            one.set_shape([*one.shape(), 1])
+        found["columns"] = read(server.infer(model, columns, parameters={"reproducible": True, "more": 1}), binary=True)
+        found["others"] = {name: outcome(server, name, arguments) for name, arguments in others(model).items()}
+    called = {"close", "infer", *(name.partition(" ")[0] for name in others(model))}
+    of_the_client_alone = {
+        "generate_request_body",
+        "parse_response_body",
+        "plugin",
+        "register_plugin",
+        "unregister_plugin",
+    }
+    public = {name for name in dir(client.InferenceServerClient) if not name.startswith("_")}
+    found["not called"] = sorted(
+        public - called - of_the_client_alone - {"is_server_live", "is_server_ready", "is_model_ready", "get_server_metadata"}
+        - {"get_model_metadata"}
+    )  # fmt: skip
     return found
+
+
+def others(model: str) -> dict[str, tuple[Any, ...]]:
+    """Arguments of the client's other methods, by name; a word after it says what is asked."""
+    return {
+        "get_model_config": (model,),
+        "get_model_config version": (model, "1"),
+        "get_model_repository_index": (),
+        "load_model": (model,),
+        "unload_model": (model,),
+        "get_inference_statistics": (),
+        "get_inference_statistics model": (model,),
+        "get_inference_statistics version": (model, "1"),
+        "get_trace_settings": (),
+        "get_trace_settings model": (model,),
+        "update_trace_settings": (None, {"trace_level": ["OFF"]}),
+        "update_trace_settings model": (model, {"trace_level": ["OFF"]}),
+        "get_log_settings": (),
+        "update_log_settings": ({"log_verbose_level": 1},),
+        "get_system_shared_memory_status": (),
+        "register_system_shared_memory": ("a", "/a", 4),
+        "unregister_system_shared_memory": (),
+        "get_cuda_shared_memory_status": ("a",),
+        "register_cuda_shared_memory": ("a", b"handle", 0, 4),
+        "unregister_cuda_shared_memory": ("a",),
+        "async_infer": ("nothing", tensors(client.InferInput, binary=True)),
+    }
+
+
+def outcome(server: Any, name: str, arguments: tuple[Any, ...]) -> Any:
+    """What a method returns, or `[status, text]` of what it raises."""
+    try:
+        found = getattr(server, name.partition(" ")[0])(*arguments)
+        return found.get_result() if name == "async_infer" else found
+    except InferenceServerException as error:
+        return [error.status(), str(error)]
 
 
 async def asynchronous(url: str, model: str) -> dict[str, Any]:
@@ -83,7 +137,8 @@ async def asynchronous(url: str, model: str) -> dict[str, Any]:
         try:
             await server.infer("nothing", tensors(aio.InferInput, binary=True))
         except InferenceServerException as error:
-            found["error"] = [error.status(), error.message()]
+            found["error"] = [error.status(), error.message(), str(error)]
+        found["index"] = await server.get_model_repository_index()
     return found
 
 

@@ -43,6 +43,18 @@ class Error(BaseModel):
     error: ErrorDetail
 
 
+class ExamplesError(Error):
+    """The same on the routes of diffusers' example servers, whose clients read `detail`."""
+
+    detail: str = Field(description="The message.")
+
+
+class ProtocolError(BaseModel):
+    """The body of every refusal and failure of the Open Inference Protocol."""
+
+    error: str = Field(description="For people: the offending value, and the limit.")
+
+
 class Health(BaseModel):
     """Where the server stands."""
 
@@ -313,7 +325,7 @@ class Live(BaseModel):
     live: Literal[True]
 
 
-class NotLive(Error):
+class NotLive(ProtocolError):
     live: Literal[False]
 
 
@@ -321,7 +333,7 @@ class Ready(BaseModel):
     ready: Literal[True]
 
 
-class NotReady(Error):
+class NotReady(ProtocolError):
     ready: Literal[False]
 
 
@@ -343,6 +355,47 @@ class ModelMetadata(BaseModel):
     platform: str
     inputs: list[TensorMetadata]
     outputs: list[TensorMetadata]
+
+
+class ServedModels(BaseModel):
+    """Names of the models, as KServe's servers list them."""
+
+    models: list[str]
+
+
+class IndexedModel(BaseModel):
+    """A model of the repository, as Triton's servers list them."""
+
+    name: str
+    version: str
+    state: Literal["READY", "UNAVAILABLE"]
+    reason: str = Field(description="Why it is not ready.")
+
+
+class TensorConfiguration(BaseModel):
+    name: str
+    data_type: str
+    dims: list[int]
+
+
+class InputConfiguration(TensorConfiguration):
+    optional: bool
+
+
+class TransactionPolicy(BaseModel):
+    decoupled: Literal[False]
+
+
+class ModelConfiguration(BaseModel):
+    """The model's tensors, as Triton's servers tell of them."""
+
+    name: str
+    platform: str
+    backend: Literal["stepweave"]
+    max_batch_size: Literal[0]
+    input: list[InputConfiguration]
+    output: list[TensorConfiguration]
+    model_transaction_policy: TransactionPolicy
 
 
 class ReturnedTensor(TensorMetadata):
@@ -374,7 +427,8 @@ class LegacyStatus(BaseModel):
 
 
 ANSWERS: tuple[type[BaseModel], ...] = (
-    Error, Health, Unhealthy, Drained, Discovery, Model, ModelList, Generation, Job, JobList, PartialImage, CompletedInline,
+    Error, ExamplesError, ProtocolError,
+    Health, Unhealthy, Drained, Discovery, Model, ModelList, Generation, Job, JobList, PartialImage, CompletedInline,
     CompletedLinked, QueuedEvent, ProgressEvent, ProtocolMetadata, Live, NotLive, Ready, NotReady, ModelReady, ModelMetadata,
-    InferenceAnswer, LegacyAnswer, LegacyStatus,
+    ServedModels, IndexedModel, ModelConfiguration, InferenceAnswer, LegacyAnswer, LegacyStatus,
 )  # fmt: skip

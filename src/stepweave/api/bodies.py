@@ -1,20 +1,25 @@
-"""Bodies of requests: on their way they spool to disk, and few of the long ones are in memory at a time."""
+"""Bodies of requests: on their way they are decoded and spool to disk, and few of the long ones are in memory at a time."""
 
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
+import zlib
 from collections.abc import AsyncIterator
 from tempfile import SpooledTemporaryFile
 
+from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect, Request
+from starlette.types import Message, Receive, Scope
 
-from stepweave.errors import Cancelled
+from stepweave.errors import BodyTooLarge, Cancelled, InvalidRequest, UnsupportedEncoding
 from stepweave.threads import on_thread
 
 SPOOLED = 64 * 1024  # bytes of a body beyond which it goes to disk; about what a connection's own buffer takes
 TURNS = 8  # long bodies in memory
 WAITING = "stepweave.bodies"  # key in the ASGI scope: the semaphore of long bodies
+_WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 
 
 def body_turns() -> asyncio.Semaphore:
@@ -23,8 +28,11 @@ def body_turns() -> asyncio.Semaphore:
 
 
 @contextlib.asynccontextmanager
-async def whole_body(request: Request) -> AsyncIterator[bytes]:
-    """The request's body, for as long as it is needed to be parsed. Raises Cancelled if the client leaves meanwhile."""
+async def whole_body(request: Request, *, text: bool = True) -> AsyncIterator[bytes]:
+    """The request's body, for as long as it is needed to be parsed; of a text, without UTF-8's byte order mark.
+
+    Raises Cancelled if the client leaves meanwhile.
+    """
     with SpooledTemporaryFile(SPOOLED) as file:
         size = 0
         async for chunk in _chunks(request):
@@ -34,6 +42,9 @@ async def whole_body(request: Request) -> AsyncIterator[bytes]:
             else:
                 file.write(chunk)
         file.seek(0)
+        mark = codecs.BOM_UTF8 if text else b""
+        if file.read(len(mark)) != mark:
+            file.seek(0)
         if size <= SPOOLED:
             yield file.read()
             return
@@ -53,3 +64,70 @@ async def _chunks(request: Request) -> AsyncIterator[bytes]:
             yield chunk
     except ClientDisconnect:
         raise Cancelled("The client left while it sent the body.") from None
+
+
+def decoded(receive: Receive, scope: Scope, limit: int) -> Receive:
+    """A `receive` that gives the body without its Content-Encoding, which is taken off the scope's headers.
+
+    It raises BodyTooLarge as soon as more than `limit` bytes come out, and InvalidRequest for what is not encoded as the header
+    says. Raises UnsupportedEncoding for an encoding that is not undone, or for several.
+    """
+    headers = MutableHeaders(raw=list(scope["headers"]))
+    given = ", ".join(headers.getlist("content-encoding"))
+    encodings = [name for one in given.split(",") if (name := one.strip().lower()) not in ("", "identity")]
+    if not encodings:
+        return receive
+    if len(encodings) > 1 or encodings[0] not in _WINDOWS:
+        raise UnsupportedEncoding(given)
+    del headers["content-encoding"]
+    scope["headers"] = headers.raw
+    return _Decoded(receive, encodings[0], limit)
+
+
+class _Decoded:
+    """A `receive` of what a compressed body holds, in pieces of at most SPOOLED bytes: however well it is compressed, no more of
+    it is in memory."""
+
+    def __init__(self, receive: Receive, encoding: str, limit: int) -> None:
+        self._receive = receive
+        self._encoding = encoding
+        self._limit = limit
+        self._reader = zlib.decompressobj(_WINDOWS[encoding])
+        self._taken = b""  # of the body, not decoded yet
+        self._more = False  # whether more comes out without another message
+        self._last = False  # whether no other message is to come
+        self._size = 0  # of what came out
+        self._ended = False
+
+    async def __call__(self) -> Message:
+        while not self._ended:
+            if not self._more:
+                message = await self._receive()
+                if message["type"] != "http.request":
+                    return message
+                self._taken, self._last = message.get("body", b""), not message.get("more_body", False)
+            piece = await on_thread(None, self._next_piece)
+            self._ended = self._last and not self._more
+            if self._ended and not self._reader.eof:
+                raise self._wrong("is cut short")
+            if piece or self._ended:
+                return {"type": "http.request", "body": piece, "more_body": not self._ended}
+        return await self._receive()
+
+    def _next_piece(self) -> bytes:
+        if self._reader.eof and self._taken:
+            raise self._wrong("goes on after its end")
+        try:
+            piece = self._reader.decompress(self._taken, SPOOLED)
+        except zlib.error:
+            message = f"The body is not {self._encoding}, as its content encoding says."
+            raise InvalidRequest(message, code="invalid_encoding") from None
+        self._taken = self._reader.unused_data if self._reader.eof else self._reader.unconsumed_tail
+        self._more = bool(self._taken) or len(piece) == SPOOLED  # zlib itself may hold back some
+        self._size += len(piece)
+        if self._size > self._limit:
+            raise BodyTooLarge(self._limit, encoding=self._encoding)
+        return piece
+
+    def _wrong(self, what: str) -> InvalidRequest:
+        return InvalidRequest(f"The {self._encoding} data of the body {what}.", code="invalid_encoding")

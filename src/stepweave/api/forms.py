@@ -8,14 +8,15 @@ from collections.abc import Iterator, Sequence
 from typing import BinaryIO, Self
 
 from python_multipart.multipart import parse_options_header
-from starlette.datastructures import FormData
+from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from stepweave.api.auth import asker_of
 from stepweave.api.bodies import SPOOLED
 from stepweave.api.idempotency import joins
-from stepweave.errors import Cancelled, InvalidRequest, shown
+from stepweave.api.schemas import CHARSETS
+from stepweave.errors import SHOWN, Cancelled, InvalidRequest, shown
 from stepweave.generation import Sources
 from stepweave.scheduling.admission import Reservation
 from stepweave.server import Server
@@ -25,7 +26,8 @@ PICTURES = ("image", "mask")
 MAX_FIELDS = 64
 MAX_FIELD_BYTES = 64 * 1024
 MAX_TEXT_BYTES = 128 * 1024  # of all fields of a form, which are in memory
-CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")
+MAX_FILES = 8  # those without content included, as browsers send where none was chosen
+BYTE_ORDER_MARK = "\ufeff"
 
 
 class Form:
@@ -62,7 +64,7 @@ class Form:
 
 
 class _Parser(MultiPartParser):
-    """Starlette's, which takes a form that is cut short for a whole one."""
+    """Starlette's, which takes a form that is cut short for a whole one, and reads all files of one name."""
 
     spool_max_size = SPOOLED
     ended = False
@@ -75,17 +77,26 @@ class _Parser(MultiPartParser):
                 raise MultiPartException(f"Fields exceeded the maximum size of {MAX_TEXT_BYTES // 1024}KB in all.")
         super().on_part_data(data, start, end)
 
+    def on_headers_finished(self) -> None:
+        super().on_headers_finished()
+        part = self._current_part
+        if part.file is not None and part.file.filename:
+            name = _name(part.field_name)
+            if any(isinstance(one, UploadFile) and one.filename and _name(other) == name for other, one in self.items):
+                raise _twice(name)
+
     def on_end(self) -> None:
         self.ended = True
 
 
 async def read_form(request: Request, files: Sequence[str] = PICTURES) -> Form:
-    """A multipart form. `image[]`, as OpenAI's clients name several, may hold one.
+    """A multipart form. `image[]`, as OpenAI's clients name several, may hold one. What is empty counts as absent: a text, and a
+    file without a name, as browsers send what was not filled in.
 
     Raises InvalidRequest for a form that cannot be read, a name that comes twice, a field that is a file or the other way round.
     """
     _check_charset(request.headers.get("content-type", ""))
-    limits = {"max_files": len(files), "max_fields": MAX_FIELDS, "max_part_size": MAX_FIELD_BYTES}
+    limits = {"max_files": MAX_FILES, "max_fields": MAX_FIELDS, "max_part_size": MAX_FIELD_BYTES}
     parser = _Parser(request.headers, request.stream(), **limits)
     try:
         data = await parser.parse()
@@ -105,10 +116,17 @@ async def read_form(request: Request, files: Sequence[str] = PICTURES) -> Form:
 def _sorted(data: FormData, files: Sequence[str]) -> Form:
     texts: dict[str, str] = {}
     found: dict[str, BinaryIO] = {}
-    for name, value in data.multi_items():
-        name = name.removesuffix("[]")
+    for given, value in data.multi_items():
+        name = _name(given)
+        if isinstance(value, str):
+            value = value.removeprefix(BYTE_ORDER_MARK)
+            if not value:
+                continue
+        elif not value.filename and not value.size:
+            value.file.close()
+            continue
         if name in texts or name in found:
-            raise InvalidRequest(f"{name} is given more than once; the limit is one.", param=name)
+            raise _twice(name)
         if isinstance(value, str):
             if name in files:
                 raise InvalidRequest(f"{name} is {shown(value)}; it must be a file.", param=name)
@@ -118,6 +136,14 @@ def _sorted(data: FormData, files: Sequence[str]) -> Form:
         else:
             raise InvalidRequest(f"{shown(name)} is a file; only {' and '.join(files)} may be.", param=name)
     return Form(texts, found)
+
+
+def _name(given: str) -> str:
+    return given.removesuffix("[]")
+
+
+def _twice(name: str) -> InvalidRequest:
+    return InvalidRequest(f"{name[:SHOWN]} is given more than once; the limit is one.", param=name[:SHOWN])
 
 
 def _check_charset(content_type: str) -> None:

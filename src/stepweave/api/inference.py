@@ -15,6 +15,7 @@ from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -25,21 +26,22 @@ from stepweave.api.bodies import whole_body
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.idempotency import claim_of, generate
 from stepweave.api.responses import error_response
-from stepweave.api.schemas import ImageRequest, explain
+from stepweave.api.schemas import ImageRequest, explain, parse_off_loop, require_json
 from stepweave.api.tensors import (
     FLOATS,
     HEADER_LENGTH,
     INTEGERS,
     TEXTS,
+    IndexRequest,
     InferenceRequest,
     OutputTensor,
-    decompress,
     read_inputs,
     read_message,
     write_message,
     wrong,
 )
-from stepweave.errors import InvalidRequest, NotFound, UnsupportedMedia, shown
+from stepweave.api.triton import EXTENSIONS, configuration, index, unsupported
+from stepweave.errors import InvalidRequest, NotFound, shown
 from stepweave.server import Server
 from stepweave.threads import on_thread
 
@@ -56,10 +58,12 @@ INPUTS = {
     "num_inference_steps": ("INT32", *(name for name in INTEGERS if name != "INT32")),
     "guidance_scale": FLOATS,
 }
+REQUIRED = ("prompt",)
 OUTPUTS = ("image", "parameters")
 PARAMETERS = tuple(name for name in ImageRequest.model_fields if name != "prompt")
-CONTENT_TYPES = ("", "application/json", "application/octet-stream")
+OTHER_TYPES = ("", "application/octet-stream")
 TRITON_PRIORITIES = {1: "high", 2: "normal", 3: "low"}
+MOST_NAMED = 5  # of parameters that are ignored
 MICROSECONDS = 1000  # in a millisecond
 
 T = TypeVar("T")
@@ -76,24 +80,46 @@ class InferenceApi:
         version = f"{model}/versions/{{version}}"
         return [
             Route("/v2", self.metadata, methods=["GET"]),
+            Route("/v2/models", self.models, methods=["GET"]),
+            Route("/v2/repository/index", self.index, methods=["POST"]),
             Route("/v2/health/live", self.live, methods=["GET"]),
             Route("/v2/health/ready", self.ready, methods=["GET"]),
             *(Route(f"{one}/infer", self.infer, methods=["POST"]) for one in (version, model)),
+            *(Route(f"{one}/config", self.configuration, methods=["GET"]) for one in (version, model)),
             *(Route(f"{one}/ready", self.model_ready, methods=["GET"]) for one in (version, model)),
             *(Route(one, self.model_metadata, methods=["GET"]) for one in (version, model)),
         ]
 
     async def metadata(self, request: Request) -> Response:
-        return JSONResponse({"name": "stepweave", "version": __version__, "extensions": ["binary_tensor_data"]})
+        return JSONResponse({"name": "stepweave", "version": __version__, "extensions": list(EXTENSIONS)})
+
+    async def models(self, request: Request) -> Response:
+        """As KServe's servers list theirs."""
+        model, _ = self.server.ready()
+        return JSONResponse({"models": [model.id]})
+
+    async def index(self, request: Request) -> Response:
+        """The body may be empty, and any content type will do: Triton's client sends neither."""
+        async with whole_body(request) as body:
+            asked = await parse_off_loop(body or b"{}", IndexRequest)
+        model = self.server.model
+        if model is None:
+            raise self.server.unavailable()
+        unready = None if self.server.health().stage == "ready" else self.server.unavailable().message
+        return JSONResponse(index(model.id, VERSION, unready, bool(asked.ready)))
+
+    async def configuration(self, request: Request) -> Response:
+        model = self._model(request)
+        return JSONResponse(configuration(model.id, _platform(model), _accepted(model), REQUIRED, OUTPUTS))
 
     async def live(self, request: Request) -> Response:
         if not self.server.alive():
-            return error_response(self.server.unavailable(), live=False)
+            return error_response(self.server.unavailable(), request.scope["path"], live=False)
         return JSONResponse({"live": True})
 
     async def ready(self, request: Request) -> Response:
         if self.server.health().stage != "ready":
-            return error_response(self.server.unavailable(), ready=False)
+            return error_response(self.server.unavailable(), request.scope["path"], ready=False)
         return JSONResponse({"ready": True})
 
     async def model_ready(self, request: Request) -> Response:
@@ -109,7 +135,7 @@ class InferenceApi:
             {
                 "name": model.id,
                 "versions": [VERSION],
-                "platform": f"diffusers_{model.pipeline_class}",
+                "platform": _platform(model),
                 "inputs": [
                     {"name": name, "datatype": datatypes[0], "shape": [-1]} for name, datatypes in accepted.items()
                 ],
@@ -119,19 +145,19 @@ class InferenceApi:
 
     async def infer(self, request: Request) -> Response:
         model = self._model(request)
-        content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if content_type not in CONTENT_TYPES:
-            raise UnsupportedMedia(
-                f"The content type is {shown(content_type)}; send application/json or application/octet-stream."
-            )
-        async with whole_body(request) as body:
+        require_json(request.headers.get("content-type", ""), *OTHER_TYPES)
+        async with whole_body(request, text=False) as body:
             # off the loop: a body may be long
             message, images = await on_thread(None, self._read, request, body, model)
-        outputs = _requested(message)
+        outputs, warnings = _requested(message), _ignored(message)
         asked = "\n".join(image.model_dump_json() for image in images)
         claims = [claim_of(request, asked, part=i) for i in range(len(images))]
         work = [
-            generate(self.server, claim, functools.partial(self.server.accept, image, client=asker_of(request)))
+            generate(
+                self.server,
+                claim,
+                functools.partial(self.server.accept, image, warnings=warnings, client=asker_of(request)),
+            )
             for claim, image in zip(claims, images, strict=True)
         ]
         answers = await until_disconnect(request, together(work))
@@ -142,7 +168,13 @@ class InferenceApi:
 
     def _model(self, request: Request) -> ServedModel:
         """The model that the path names. Raises NotFound if it or its version is not the one that is served."""
-        model = self.server.named(request.path_params["model"], param="model")
+        try:
+            model = self.server.named(request.path_params["model"], param="model")
+        except NotFound as error:  # /v2/models/{model} takes in what is below a model
+            path = request.scope["path"]
+            if path.endswith("/infer") and request.method != "POST":
+                raise HTTPException(405, headers={"Allow": "POST"}) from None
+            raise unsupported(path) or error from None
         version = request.path_params.get("version", VERSION)
         if version != VERSION:
             raise NotFound(
@@ -153,8 +185,6 @@ class InferenceApi:
         return model
 
     def _read(self, request: Request, body: bytes, model: ServedModel) -> tuple[InferenceRequest, list[ImageRequest]]:
-        encoding = request.headers.get("content-encoding", "")
-        body = decompress(body, encoding, self.server.settings.max_body_bytes)
         message, tail = read_message(body, request.headers.get(HEADER_LENGTH))
         for name, given, served in (
             ("model_name", message.model_name, model.id),
@@ -163,7 +193,11 @@ class InferenceApi:
             if given not in (None, "", served):
                 raise InvalidRequest(f"{name} is {shown(given)}, but the path says {served!r}.", param=name)
         fields = read_inputs(message, tail, _accepted(model))
-        return message, _image_requests(fields, _parameters(message.parameters), self.server.settings.max_images)
+        return message, _image_requests(fields, _parameters(message.parameters or {}), self.server.settings.max_images)
+
+
+def _platform(model: ServedModel) -> str:
+    return f"diffusers_{model.pipeline_class}"
 
 
 def _accepted(model: ServedModel) -> dict[str, Sequence[str]]:
@@ -174,7 +208,7 @@ def _accepted(model: ServedModel) -> dict[str, Sequence[str]]:
 
 def _parameters(given: dict[str, Any]) -> dict[str, Any]:
     """The request's parameters as fields of an ImageRequest. Triton's own `priority` and `timeout` are taken as it means them."""
-    values = {name: value for name, value in given.items() if name != "binary_data_output"}
+    values = {name: value for name, value in given.items() if value is not None and name in (*PARAMETERS, "timeout")}
     timeout = values.pop("timeout", None)
     if timeout is not None:
         if type(timeout) is not int or timeout < 1:
@@ -191,15 +225,17 @@ def _parameters(given: dict[str, Any]) -> dict[str, Any]:
                 param="priority",
             )
         values["priority"] = TRITON_PRIORITIES[values["priority"]]
-    for name in values:
-        if name not in PARAMETERS:
-            raise InvalidRequest(
-                f"Unknown parameter {shown(name)}; the parameters are {', '.join(PARAMETERS)}, timeout and "
-                "binary_data_output.",
-                code="unknown_field",
-                param=name[:80],
-            )
     return values
+
+
+def _ignored(message: InferenceRequest) -> list[str]:
+    """A warning of parameters that the server does not know, which the protocol has it ignore."""
+    known = (*PARAMETERS, "timeout", "binary_data_output")
+    unknown = [name for name in message.parameters or () if name not in known]
+    if not unknown:
+        return []
+    named = ", ".join(shown(name) for name in unknown[:MOST_NAMED]) + ("" if len(unknown) <= MOST_NAMED else ", ...")
+    return [f"Unknown parameters are ignored: {named}. Those that are known are {', '.join(known)}."]
 
 
 def _image_requests(fields: dict[str, list[Any]], shared: dict[str, Any], most: int) -> list[ImageRequest]:
@@ -229,7 +265,8 @@ def _image_requests(fields: dict[str, list[Any]], shared: dict[str, Any], most: 
 
 def _requested(message: InferenceRequest) -> dict[str, bool]:
     """The outputs that are asked for, by whether they are to be binary."""
-    default = message.parameters.get("binary_data_output", False)
+    default = (message.parameters or {}).get("binary_data_output")
+    default = False if default is None else default
     if type(default) is not bool:
         raise InvalidRequest(f"binary_data_output is {shown(default)}; say true or false.", param="binary_data_output")
     if not message.outputs:
@@ -241,7 +278,7 @@ def _requested(message: InferenceRequest) -> dict[str, bool]:
             raise wrong(output.name, problem, code="unknown_field")
         if output.name in asked:
             raise wrong(output.name, "it is asked for twice")
-        binary = output.parameters.binary_data
+        binary = None if output.parameters is None else output.parameters.binary_data
         asked[output.name] = default if binary is None else binary
     return asked
 

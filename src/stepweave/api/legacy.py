@@ -58,7 +58,7 @@ class LegacyRequest(BaseModel):
         None, description=f"Denoising steps; {DEFAULT_STEPS} if absent, or the server's limit if that is less."
     )
     num_images_per_prompt: int = Field(1, ge=1, description="Number of pictures.")
-    model: str | None = Field(None, description="Id of the model, if given.")
+    model: str | None = Field(None, description="Ignored, as the example server does: this one has one model.")
 
 
 class LegacyApi:
@@ -104,9 +104,7 @@ class LegacyApi:
     ) -> tuple[list[str], list[str]]:
         """Names of the pictures' files in the store, and warnings."""
         server = self.server
-        accept = functools.partial(
-            server.accept, image, n=body.num_images_per_prompt, model=body.model, client=asker_of(request)
-        )
+        accept = functools.partial(server.accept, image, n=body.num_images_per_prompt, client=asker_of(request))
         answer = await generate(server, claim, accept)
         names = await asyncio.gather(*(picture.stored(server.files) for picture in answer.pictures))
         return names, answer.body["warnings"]

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from stepweave import __version__
 from stepweave.api import disconnect
 from stepweave.api.auth import authorize, client_of
-from stepweave.api.bodies import WAITING, body_turns
+from stepweave.api.bodies import WAITING, body_turns, decoded
 from stepweave.api.connections import FULL, MALFORMED
 from stepweave.api.counting import COUNT, Count
 from stepweave.api.cross_site import check_site
@@ -39,6 +39,7 @@ from stepweave.api.targets import (
     take_forwarded_client,
     to_origin_form,
 )
+from stepweave.api.triton import unsupported
 from stepweave.draining import Drain
 from stepweave.errors import (
     BodyTooLarge,
@@ -120,12 +121,15 @@ class ContractMiddleware:
                 raise full
             if scope["path"] not in KEYLESS and not _is_preflight(scope):
                 authorize(scope, self.server.keys)
-            receive = _limited(receive, scope, self._limit(scope["path"]), answer)
+            limit = self._limit(scope["path"])
+            receive = _limited(receive, scope, limit, answer)
+            if scope["method"] == "POST":
+                receive = decoded(receive, scope, limit)
             if scope["method"] == "POST" and scope["path"] in PATHS:
                 receive = await self._checked(scope, receive)
             await self.app(scope, receive, answer)
         except Exception as error:
-            answer_with = self._shared(error_response(as_stepweave_error(error, request_id)))
+            answer_with = self._shared(error_response(as_stepweave_error(error, request_id), scope["path"]))
             if not answer.started:
                 await answer_with(scope, receive, answer)
         finally:
@@ -158,7 +162,7 @@ class ContractMiddleware:
             "store": None if jobs is None else jobs.problem,
         }
         if not self.server.alive() or (path == "/readyz" and status.stage != "ready"):
-            return error_response(self.server.unavailable(), **state)
+            return error_response(self.server.unavailable(), path, **state)
         return JSONResponse(state)
 
     def _drain(self, scope: Scope) -> JSONResponse:
@@ -292,7 +296,7 @@ class _Answer:
 
     async def _replace(self, status: int, headers: MutableHeaders) -> None:
         self.replaced = True
-        response = error_response(self._error_for(status))
+        response = error_response(self._error_for(status), self.scope["path"])
         response.status_code = status
         self._complete(response.headers)
         for name, value in headers.items():
@@ -305,8 +309,8 @@ class _Answer:
     def _error_for(self, status: int) -> StepweaveError:
         method, path = self.scope["method"], self.scope["path"]
         known: dict[int, Callable[[], StepweaveError]] = {
-            404: lambda: NotFound(f"There is no route {path[:200]!r}."),
-            405: lambda: MethodNotAllowed(f"{method} is not allowed on {path[:200]}."),
+            404: lambda: unsupported(path) or NotFound(f"There is no route {path[:200]!r}."),
+            405: lambda: unsupported(path) or MethodNotAllowed(f"{method} is not allowed on {path[:200]}."),
         }
         if status in known:
             return known[status]()

@@ -132,7 +132,7 @@ async def check(request: Request, server: Server) -> None:
         place = exits.enter_context(await reserve(request, server))
         form = exits.enter_context(await read_form(request))
         place.settle()
-        fields = {name: text for name, given in form.texts.items() if (text := _text(given)) is not None}
+        fields = {name: text for name, given in form.texts.items() if (text := _text(given))}
         edit = parse_form(fields, NativeEditRequest)
         request.scope[EDIT] = Edit(edit, form, await digest_of(form), place, exits.pop_all())
 

@@ -16,8 +16,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from stepweave import __version__
-from stepweave.api.answer_schemas import ANSWERS, Error
+from stepweave.api.answer_schemas import ANSWERS, Error, ExamplesError, ProtocolError
 from stepweave.api.answers import EVENT_STREAM, PICTURES
+from stepweave.api.legacy import LegacyRequest
 from stepweave.api.operations import (
     ERRORS,
     EVERYWHERE,
@@ -31,9 +32,18 @@ from stepweave.api.operations import (
     Operation,
     operations,
 )
+from stepweave.api.responses import CODE, is_of_examples, is_of_protocol
 from stepweave.api.schemas import EditRequest, GenerationRequest, NativeEditRequest
 from stepweave.api.urls import base_url, reference
-from stepweave.errors import MethodNotAllowed, Refused, StepweaveError, Unauthorized, Unavailable
+from stepweave.errors import (
+    MethodNotAllowed,
+    Refused,
+    StepweaveError,
+    Unauthorized,
+    Unavailable,
+    UnsupportedEncoding,
+    UnsupportedMedia,
+)
 from stepweave.server import Server
 from stepweave.threads import on_thread
 
@@ -47,10 +57,13 @@ REQUEST_ID = {
 ALWAYS = {"X-Request-ID": {"$ref": "#/components/headers/RequestId"}}
 RETRY_AFTER = {"description": "Seconds after which it may be accepted.", "schema": {"type": "integer", "minimum": 1}}
 FORMS = (EditRequest, NativeEditRequest)
+PROTOCOL, EXAMPLES = "Protocol", "Examples"  # surfaces whose errors have another body
+BODIES: dict[str, type[BaseModel]] = {"": Error, PROTOCOL: ProtocolError, EXAMPLES: ExamplesError}
 DESCRIPTION = (
-    "Diffusion models, batched by denoising steps. Every error has one shape; its message names the offending value and the "
-    "limit. Fields that are not listed are refused. Limits are this server's; what depends on the model is there once it is "
-    "loaded. HEAD is answered wherever GET is."
+    "Diffusion models, batched by denoising steps. Every error's message names the offending value and the limit. Bodies of "
+    "POST may be compressed, with `Content-Encoding: gzip` or `deflate`; their limit is of what comes out. Fields that are not "
+    "listed are refused. Limits are this server's; what depends on the model is there once it is loaded. HEAD is answered "
+    "wherever GET is."
 )
 
 
@@ -168,7 +181,7 @@ def _limit(schemas: dict[str, Any], server: Server) -> None:
     of_edits = {} if model is None else model.limits_of_edits
     for request in REQUESTS:
         properties = schemas[request.__name__]["properties"]
-        for name in properties.keys() & limits.keys():
+        for name in properties.keys() & limits.keys() - ({"model"} if request is LegacyRequest else set()):
             _first_type(properties[name]).update(limits[name])
         if request in FORMS and of_edits:  # of which some may take more than others
             for name in properties.keys() & {"n", "num_images_per_prompt"}:
@@ -193,7 +206,8 @@ def _operation(one: Operation, secured: bool) -> dict[str, Any]:
     responses = {str(status): _response(answer) for status, answer in one.answers.items()}
     errors: Errors = (*one.errors, *EVERYWHERE, *((Unauthorized,) if secured and not one.keyless else ()))
     for error in sorted(errors, key=lambda error: error.status):
-        responses.setdefault(str(error.status), {"$ref": f"#/components/responses/{error.__name__}"})
+        name = f"{_surface(one.path)}{error.__name__}"
+        responses.setdefault(str(error.status), {"$ref": f"#/components/responses/{name}"})
     operation: dict[str, Any] = {
         "operationId": one.id,
         "tags": [one.tag],
@@ -205,7 +219,7 @@ def _operation(one: Operation, secured: bool) -> dict[str, Any]:
     if one.parameters:
         operation["parameters"] = list(one.parameters)
     if one.body:
-        operation["requestBody"] = {"required": True, "content": _content(one.body)}
+        operation["requestBody"] = {"required": one.body_required, "content": _content(one.body)}
         if one.example:
             operation["requestBody"]["content"][JSON]["example"] = dict(one.example)
     if secured and one.keyless:
@@ -255,12 +269,21 @@ def _schema(given: Any) -> dict[str, Any]:
 
 
 def _refusals() -> dict[str, Any]:
-    """The responses of errors, by the name of their class."""
-    return {error.__name__: _refusal(error) for error in ERRORS}
+    """The responses of errors, by the surface that they are answered on and the name of their class."""
+    return {f"{surface}{error.__name__}": _refusal(error, surface) for surface in BODIES for error in ERRORS}
 
 
-def _refusal(error: type[StepweaveError]) -> dict[str, Any]:
+def _surface(path: str) -> str:
+    return PROTOCOL if is_of_protocol(path) else EXAMPLES if is_of_examples(path) else ""
+
+
+def _refusal(error: type[StepweaveError], surface: str) -> dict[str, Any]:
     headers: dict[str, Any] = dict(ALWAYS)
+    if surface == PROTOCOL:
+        headers[CODE] = {"description": "For programs.", "required": True, "schema": {"type": "string"}}
+    if error is UnsupportedMedia:
+        encodings = {"description": "Where the content encoding is the reason: those that would do."}
+        headers["Accept-Encoding"] = {**encodings, "schema": {"const": UnsupportedEncoding.TAKEN}}
     if issubclass(error, (Refused, Unavailable)):
         headers["Retry-After"] = {**RETRY_AFTER, "required": issubclass(error, Refused)}
     if issubclass(error, Unauthorized):
@@ -271,4 +294,8 @@ def _refusal(error: type[StepweaveError]) -> dict[str, Any]:
     if error is StepweaveError:
         headers["X-Should-Retry"] = {"description": "`false` where it would fail again.", "schema": {"const": "false"}}
     description = "It failed; the log has the request's id." if error is StepweaveError else inspect.getdoc(error) or ""
-    return {"description": description.partition("\n")[0], "headers": headers, "content": _content({JSON: Error})}
+    return {
+        "description": description.partition("\n")[0],
+        "headers": headers,
+        "content": _content({JSON: BODIES[surface]}),
+    }

@@ -14,7 +14,7 @@ from stepweave.api.idempotency import MAX_KEY
 from stepweave.api.jobs import MAX_LIST
 from stepweave.api.legacy import LegacyRequest
 from stepweave.api.schemas import EditRequest, GenerationRequest, ImageRequest, NativeEditRequest, StreamRequest
-from stepweave.api.tensors import HEADER_LENGTH, InferenceRequest
+from stepweave.api.tensors import HEADER_LENGTH, IndexRequest, InferenceRequest
 from stepweave.errors import (
     BodyTooLarge,
     Cancelled,
@@ -43,6 +43,7 @@ ERRORS: Errors = (*EVERYWHERE, *WORK, Unauthorized)
 
 REQUESTS: tuple[type[BaseModel], ...] = (
     GenerationRequest, EditRequest, ImageRequest, StreamRequest, NativeEditRequest, LegacyRequest, InferenceRequest,
+    IndexRequest,
 )  # fmt: skip
 
 
@@ -74,6 +75,7 @@ class Operation:
     description: str = ""
     keyless: bool = False
     elsewhere: bool = False
+    body_required: bool = True
 
 
 def _parameter(place: str, name: str, description: str, required: bool | None = None, **schema: Any) -> dict[str, Any]:
@@ -223,6 +225,12 @@ def _model(name: str, id: str | None) -> dict[str, Any]:
 def _inference(id: str | None) -> Iterable[Operation]:
     tag, model, named = "Open Inference Protocol", "/v2/models/{model}", _model("model", id)
     yield _get("/v2", "serverMetadata", tag, "The server", _json(bodies.ProtocolMetadata, "Its metadata."))
+    yield _get("/v2/models", "listServedModels", tag, "The name of the model that is served",
+               _json(bodies.ServedModels, "One."), Unavailable)  # fmt: skip
+    indexed = {"type": "array", "items": {"$ref": f"#/components/schemas/{bodies.IndexedModel.__name__}"}}
+    yield Operation("post", "/v2/repository/index", "repositoryIndex", tag, "The repository's models, for Triton's clients",
+                    {200: Answer("One, or none.", {JSON: indexed})}, (*READING, Cancelled, Unavailable),
+                    body={JSON: IndexRequest}, body_required=False)  # fmt: skip
     for name, yes, no in (("live", bodies.Live, bodies.NotLive), ("ready", bodies.Ready, bodies.NotReady)):
         statuses = {200: Answer("Yes.", {JSON: yes}), 503: Answer("No.", {JSON: no})}
         yield _get(f"/v2/health/{name}", f"server{name.title()}", tag, f"Is the server {name}?", statuses, keyless=True)
@@ -233,6 +241,8 @@ def _inference(id: str | None) -> Iterable[Operation]:
         lost = (NotFound, Unavailable)
         yield _get(path, f"model{suffix}Metadata", tag, "The model's tensors",
                    _json(bodies.ModelMetadata, "Its metadata."), *lost, parameters=parameters)  # fmt: skip
+        yield _get(f"{path}/config", f"model{suffix}Configuration", tag, "The model's tensors, for Triton's clients",
+                   _json(bodies.ModelConfiguration, "Its configuration."), *lost, parameters=parameters)  # fmt: skip
         yield _get(f"{path}/ready", f"model{suffix}Ready", tag, "Is the model ready?",
                    _json(bodies.ModelReady, "Yes."), *lost, parameters=parameters)  # fmt: skip
         length = _parameter("header", HEADER_LENGTH, "Bytes of the JSON, where tensors follow it.", pattern="^[0-9]+$")

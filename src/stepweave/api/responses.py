@@ -8,31 +8,58 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from stepweave.errors import NonFinite, OutOfMemory, StepweaveError, Unauthorized, WrongNumber
+from stepweave.errors import (
+    NonFinite,
+    OutOfMemory,
+    StepweaveError,
+    Unauthorized,
+    UnsupportedEncoding,
+    WrongNumber,
+)
 
 logger = logging.getLogger(__name__)
 
 LASTING = (OutOfMemory, NonFinite, WrongNumber)  # errors that would come again
 REQUEST_ID = "stepweave.request_id"  # key in the ASGI scope
 LEFT = "stepweave.left"  # key in the ASGI scope: a list, to which a stream adds that its client left before its end
+CODE = "X-Stepweave-Code"  # header of the Open Inference Protocol's errors, whose body has no place for it
 ERROR_MARK = "x-stepweave-error"  # header between a handler and the middleware: the body is in the contract's shape
 
 
-def error_response(error: StepweaveError, **extra: Any) -> JSONResponse:
-    """The answer for an error: its body (and `extra` members beside it), status and Retry-After."""
+def is_of_protocol(path: str) -> bool:
+    """Whether a path is the Open Inference Protocol's, whose errors are `{"error": "text"}`."""
+    return path == "/v2" or path.startswith("/v2/")
+
+
+def is_of_examples(path: str) -> bool:
+    """Whether a path is one of diffusers' example servers, whose clients read an error's `detail`, as of any FastAPI server."""
+    return path.startswith(("/api/", "/images/"))
+
+
+def error_response(error: StepweaveError, path: str = "", **extra: Any) -> JSONResponse:
+    """The answer for an error of a request to `path`: its body (and `extra` members beside it) as that path's clients read one,
+    status and Retry-After."""
+    body = error.body()
     headers = {ERROR_MARK: "1"}
+    if is_of_protocol(path):
+        body = {"error": error.message}
+        headers[CODE] = error.code
+    elif is_of_examples(path):
+        body["detail"] = error.message
     if error.retry_after is not None:
         headers["Retry-After"] = str(error.retry_after)
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, UnsupportedEncoding):
+        headers["Accept-Encoding"] = error.TAKEN
     if isinstance(error, LASTING):  # OpenAI's clients repeat what failed with a 500 unless told not to
         headers["X-Should-Retry"] = "false"
-    return JSONResponse({**error.body(), **extra}, status_code=error.status, headers=headers)
+    return JSONResponse({**body, **extra}, status_code=error.status, headers=headers)
 
 
 def handle_error(request: Request, error: Exception) -> JSONResponse:
     """Starlette's exception handler; whatever is not the caller's fault goes to the log with the request's id."""
-    return error_response(as_stepweave_error(error, request.scope[REQUEST_ID]))
+    return error_response(as_stepweave_error(error, request.scope[REQUEST_ID]), request.scope["path"])
 
 
 def as_stepweave_error(error: Exception, request_id: str) -> StepweaveError:

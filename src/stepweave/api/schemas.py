@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json, to_json
+from python_multipart.multipart import parse_options_header
 
 from stepweave.errors import SHOWN, InvalidRequest, UnsupportedMedia, shown
 from stepweave.generation import MAX_SEED, OutputFormat, PriorityName
@@ -14,6 +15,7 @@ from stepweave.threads import on_thread
 
 MAX_DEADLINE_MS = 24 * 3600 * 1000
 MAX_PARTIAL_IMAGES = 3
+CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")  # of JSON and forms
 LONG = 32 * 1024  # bytes of a body beyond which it is not read on the event loop
 MANY = 4  # times as many members as there are fields, beyond which they are not validated: each would become an error
 Size = Annotated[str, Field(pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", examples=["64x64"])]
@@ -105,19 +107,26 @@ class NativeEditRequest(Edit, ImageRequest):
     """Fields of `POST /edit` less its files, `image` and `mask`."""
 
 
-def require_json(content_type: str) -> None:
-    """Raise UnsupportedMedia unless the content type is JSON."""
-    _require(content_type, "application/json")
+def require_json(content_type: str, *others: str) -> None:
+    """Raise UnsupportedMedia unless the content type is JSON in UTF-8, or one of `others`; empty is none."""
+    kind, parameters = parse_options_header(content_type)
+    if kind.decode("latin-1") in others:
+        return
+    if kind != b"application/json" and not (kind.startswith(b"application/") and kind.endswith(b"+json")):
+        told = " (curl -d sends it unless told otherwise)" if kind == b"application/x-www-form-urlencoded" else ""
+        wanted = " or ".join(["application/json", *filter(None, others)])
+        raise UnsupportedMedia(
+            f"The content type is {shown(content_type)}{told}; send the header `Content-Type: {wanted}`."
+        )
+    charset = parameters.get(b"charset", b"").decode("latin-1") or CHARSETS[0]
+    if charset.lower() not in CHARSETS:
+        raise UnsupportedMedia(f"The charset of the content type is {shown(charset)}; send JSON in utf-8.")
 
 
 def require_form(content_type: str) -> None:
     """Raise UnsupportedMedia unless the content type is that of a form with files."""
-    _require(content_type, "multipart/form-data")
-
-
-def _require(content_type: str, wanted: str) -> None:
-    if content_type.partition(";")[0].strip().lower() != wanted:
-        raise UnsupportedMedia(f"The content type is {shown(content_type)}; send {wanted}.")
+    if parse_options_header(content_type)[0] != b"multipart/form-data":
+        raise UnsupportedMedia(f"The content type is {shown(content_type)}; send multipart/form-data.")
 
 
 RequestT = TypeVar("RequestT", bound=BaseModel)

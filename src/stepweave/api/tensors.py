@@ -1,4 +1,4 @@
-"""Messages of the Open Inference Protocol v2: JSON, with the binary tensor data extension and compressed requests.
+"""Messages of the Open Inference Protocol v2: JSON, with the binary tensor data extension.
 
 Protocol: https://github.com/kserve/open-inference-protocol/blob/main/specification/protocol/inference_rest.md. Extension: a
 message may be JSON followed by tensors as bytes, little-endian, in the order in which the JSON names them; the header
@@ -7,9 +7,9 @@ message may be JSON followed by tensors as bytes, little-endian, in the order in
 
 from __future__ import annotations
 
+import codecs
 import json
 import struct
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias
@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, mo
 from pydantic_core import from_json
 
 from stepweave.api.schemas import check_members, explain
-from stepweave.errors import BodyTooLarge, InvalidRequest, UnsupportedMedia, shown
+from stepweave.errors import InvalidRequest, shown
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 TEXTS = ("BYTES",)
@@ -30,9 +30,9 @@ _DTYPES = {
     "FP32": np.dtype("<f4"),
     "FP64": np.dtype("<f8"),
 }
+SHARED_MEMORY = "there is no shared memory here; send the elements in the request"
 MAX_TENSORS = 64  # of a message; each name may come once
 _LENGTH = struct.Struct("<I")
-_WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 
 Scalar: TypeAlias = bool | int | float | str
 
@@ -48,8 +48,17 @@ class _Message(BaseModel):
         return values
 
 
-class InputParameters(_Message):
+class _Parameters(BaseModel):
+    """Of a tensor. Any other is ignored, as the protocol has it."""
+
+    model_config = ConfigDict(
+        extra="ignore", strict=True, frozen=True, json_schema_extra={"additionalProperties": True}
+    )
+
+
+class InputParameters(_Parameters):
     binary_data_size: int | None = Field(None, ge=0, description="Bytes of the tensor after the JSON.")
+    shared_memory_region: Any = Field(None, description="Refused: elements must be in the request.")
 
 
 class InputTensor(_Message):
@@ -58,17 +67,17 @@ class InputTensor(_Message):
     name: str
     shape: Annotated[list[Annotated[int, Field(ge=0)]], FailFast()]
     datatype: str
-    parameters: InputParameters = InputParameters()
-    data: list[Any] | None = None
+    parameters: InputParameters | None = None
+    data: list[Any] | None = Field(None, description="Flat, or nested as the shape is.")
 
 
-class OutputParameters(_Message):
+class OutputParameters(_Parameters):
     binary_data: bool | None = Field(None, description="Return it after the JSON; else as `binary_data_output` says.")
 
 
 class RequestedOutput(_Message):
     name: str
-    parameters: OutputParameters = OutputParameters()
+    parameters: OutputParameters | None = None
 
 
 class InferenceRequest(_Message):
@@ -77,7 +86,7 @@ class InferenceRequest(_Message):
     id: str | None = Field(None, max_length=256, description="Echoed.")
     model_name: str | None = None
     model_version: str | None = None
-    parameters: dict[str, Any] = Field(default_factory=dict)
+    parameters: dict[str, Any] | None = Field(None, description="Those that are not known are ignored, with a warning.")
     inputs: list[InputTensor] = Field(max_length=MAX_TENSORS)
     outputs: list[RequestedOutput] | None = Field(None, max_length=MAX_TENSORS)
 
@@ -92,6 +101,12 @@ class InferenceRequest(_Message):
         return values
 
 
+class IndexRequest(_Message):
+    """Body of `POST /v2/repository/index`."""
+
+    ready: bool | None = Field(None, description="List it only if it is ready.")
+
+
 @dataclass(frozen=True)
 class OutputTensor:
     """A BYTES tensor of one dimension; as JSON each element is the text that `texts` holds for it."""
@@ -101,28 +116,6 @@ class OutputTensor:
     texts: Sequence[str]
     binary: bool
     parameters: Mapping[str, Scalar]
-
-
-def decompress(body: bytes, encoding: str, limit: int) -> bytes:
-    """Undo a Content-Encoding. Raises BodyTooLarge as soon as more than `limit` bytes come out."""
-    encoding = encoding.strip().lower()
-    if encoding in ("", "identity"):
-        return body
-    if encoding not in _WINDOWS:
-        raise UnsupportedMedia(f"The content encoding is {shown(encoding)}; send gzip, deflate or none.")
-    reader = zlib.decompressobj(_WINDOWS[encoding])
-    try:
-        data = reader.decompress(body, limit + 1)
-    except zlib.error:
-        raise InvalidRequest(
-            f"The body is not {encoding}, as its content encoding says.", code="invalid_encoding"
-        ) from None
-    if len(data) > limit:
-        raise BodyTooLarge(limit)
-    if not reader.eof or reader.unused_data:
-        what = "goes on after its end" if reader.eof else "is cut short"
-        raise InvalidRequest(f"The {encoding} data of the body {what}.", code="invalid_encoding")
-    return data
 
 
 def read_message(body: bytes, header_length: str | None) -> tuple[InferenceRequest, bytes]:
@@ -137,7 +130,8 @@ def read_message(body: bytes, header_length: str | None) -> tuple[InferenceReque
             )
         length = given
     try:
-        values = from_json(body[:length], allow_inf_nan=False, cache_strings="none")
+        text = body[:length].removeprefix(codecs.BOM_UTF8)
+        values = from_json(text, allow_inf_nan=False, cache_strings="none")
         return InferenceRequest.model_validate(values), body[length:]
     except ValidationError as error:
         raise _explain(error, values) from None
@@ -146,7 +140,8 @@ def read_message(body: bytes, header_length: str | None) -> tuple[InferenceReque
 
 
 def read_inputs(message: InferenceRequest, tail: bytes, accepted: Mapping[str, Sequence[str]]) -> dict[str, list[Any]]:
-    """The elements of each input by name: texts, integers or numbers. `accepted` maps names to datatypes.
+    """The elements of each input by name: texts, integers or numbers; of shape [n, 1] as those of [n]. `accepted` maps names to
+    datatypes.
 
     Raises InvalidRequest naming the tensor and what is wrong with it.
     """
@@ -162,10 +157,13 @@ def read_inputs(message: InferenceRequest, tail: bytes, accepted: Mapping[str, S
         if tensor.datatype not in accepted[tensor.name]:
             names = ", ".join(accepted[tensor.name])
             raise wrong(tensor.name, f"its datatype is {shown(tensor.datatype)}; {names} would do")
-        if len(tensor.shape) != 1:
-            raise wrong(tensor.name, f"its shape is {shown(tensor.shape)}; it must have one dimension")
-        size = tensor.parameters.binary_data_size
+        if not tensor.shape or any(length != 1 for length in tensor.shape[1:]):
+            raise wrong(tensor.name, f"its shape is {shown(tensor.shape)}; it must be [n] or [n, 1]")
+        parameters = tensor.parameters or InputParameters()
+        size = parameters.binary_data_size
         if (size is None) == (tensor.data is None):
+            if parameters.shared_memory_region is not None:
+                raise wrong(tensor.name, f"{SHARED_MEMORY} (shared_memory_region)")
             raise wrong(tensor.name, "its elements must stand either in data or after the JSON, with binary_data_size")
         if size is None:
             elements = _from_json(tensor)
@@ -225,7 +223,8 @@ def _from_json(tensor: InputTensor) -> list[Any]:
         kind = (int,)
     elif tensor.datatype in FLOATS:
         kind = (int, float)
-    for element in tensor.data:
+    data = _flat(tensor.data, tensor.shape)
+    for element in data:
         if type(element) not in kind:  # a bool is an int to isinstance
             raise wrong(tensor.name, f"{shown(element)} is no {tensor.datatype}")
         if tensor.datatype in INTEGERS:
@@ -233,8 +232,17 @@ def _from_json(tensor: InputTensor) -> list[Any]:
             if not limits.min <= element <= limits.max:
                 raise wrong(tensor.name, f"{shown(element)} is out of the range of {tensor.datatype}")
     if tensor.datatype not in FLOATS:
-        return list(tensor.data)
-    return [_float(tensor, element) for element in tensor.data]
+        return data
+    return [_float(tensor, element) for element in data]
+
+
+def _flat(data: list[Any], shape: Sequence[int]) -> list[Any]:
+    """The elements of [[a], [b]], where the shape has a second dimension; JSON may nest them or not."""
+    for _ in shape[1:]:
+        if not all(isinstance(one, list) and len(one) == 1 for one in data):
+            break
+        data = [one[0] for one in data]
+    return data
 
 
 def _float(tensor: InputTensor, element: float) -> float:
