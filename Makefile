@@ -10,6 +10,8 @@ export BENTOML_DO_NOT_TRACK = True
 .PHONY: serve test test-full test-gpu bench-gpu check format model evaluate bento dashboard load clean
 
 serve: export STEPWEAVE_STATE_DIR ?= $(CURDIR)/build/state-$(PORT)
+# Any name of a model: there is one, and the clients at hand have the name of another wired in
+serve: export STEPWEAVE_MODEL_NAMES ?= *
 serve: .venv/serve.stamp
 	$(BIN)/bentoml serve service.py --host $(HOST) --port $(PORT)
 

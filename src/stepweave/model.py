@@ -21,7 +21,8 @@ from stepweave.loading.preset import FILE_NAME, Preset
 from stepweave.loading.rehearsal import Course
 from stepweave.loading.schedulers import Rehearsals
 from stepweave.loading.siblings import sibling
-from stepweave.loading.sizes import SizeLimits, max_side, native_size, size_multiple
+from stepweave.loading.sizes import SizeLimits, latent_positions, max_side, native_size, size_multiple
+from stepweave.names import ModelNames
 from stepweave.trials import Limits
 
 logger = logging.getLogger(__name__)
@@ -47,9 +48,10 @@ class ServedModel:
         self.arguments = arguments_of(pipeline)
         self.call_arguments = preset.call
         directory = settings.model_directory()
-        self.id = preset.id or (directory.resolve().name if directory else settings.model)
-        own = getattr(pipeline, "scheduler", None)
-        self.scheduler = None if own is None else type(own).__name__
+        own = preset.id or (directory.resolve().name if directory else settings.model)
+        self.names = ModelNames(settings.model_names, own)
+        scheduler = getattr(pipeline, "scheduler", None)
+        self.scheduler = None if scheduler is None else type(scheduler).__name__
         for name in ("prompt", "num_inference_steps", "generator"):
             if name not in self.arguments:
                 raise LoadError(f"{self.pipeline_class} takes no argument {name!r}: it makes no images of prompts")
@@ -95,6 +97,11 @@ class ServedModel:
         """The pipeline of each kind of request, of those that there are."""
         kinds = {TEXT_TO_IMAGE: self.pipeline, "image_to_image": self.image_to_image, "inpainting": self.inpaint}
         return {kind: pipeline for kind, pipeline in kinds.items() if pipeline is not None}
+
+    @property
+    def id(self) -> str:
+        """What answers call the model."""
+        return self.names.told
 
     @property
     def pipeline_class(self) -> str:
@@ -303,6 +310,10 @@ class ServedModel:
             f"What was tried by default, and works: {works} steps.",
             param="num_inference_steps",
         )
+
+    def latent_positions(self, width: int, height: int) -> int:
+        """Positions of the latents of an image of so many pixels, before they are packed or made into patches."""
+        return latent_positions(self.pipeline, width, height)
 
     def drop_edits(self, engine: StepEngine) -> None:
         """Offer no edits that the engine does not take; to be called before it serves."""

@@ -15,7 +15,8 @@ from starlette.requests import ClientDisconnect, Request
 from stepweave.api.auth import asker_of
 from stepweave.api.bodies import SPOOLED
 from stepweave.api.idempotency import joins
-from stepweave.errors import Cancelled, InvalidRequest, shown
+from stepweave.api.schemas import EditRequest, refuse_known
+from stepweave.errors import SHOWN, Cancelled, InvalidRequest, shown
 from stepweave.generation import Sources
 from stepweave.scheduling.admission import Reservation
 from stepweave.server import Server
@@ -24,6 +25,7 @@ from stepweave.threads import on_thread
 PICTURES = ("image", "mask")
 MAX_FIELDS = 64
 MAX_FIELD_BYTES = 64 * 1024
+MAX_FILES = 8  # that are read, lest those that are refused say so by a bare number
 CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")
 
 
@@ -76,7 +78,7 @@ async def read_form(request: Request, files: Sequence[str] = PICTURES) -> Form:
     Raises InvalidRequest for a form that cannot be read, a name that comes twice, a field that is a file or the other way round.
     """
     _check_charset(request.headers.get("content-type", ""))
-    limits = {"max_files": len(files), "max_fields": MAX_FIELDS, "max_part_size": MAX_FIELD_BYTES}
+    limits = {"max_files": MAX_FILES, "max_fields": MAX_FIELDS, "max_part_size": MAX_FIELD_BYTES}
     parser = _Parser(request.headers, request.stream(), **limits)
     try:
         data = await parser.parse()
@@ -99,7 +101,7 @@ def _sorted(data: FormData, files: Sequence[str]) -> Form:
     for name, value in data.multi_items():
         name = name.removesuffix("[]")
         if name in texts or name in found:
-            raise InvalidRequest(f"{name} is given more than once; the limit is one.", param=name)
+            raise _twice(name)
         if isinstance(value, str):
             if name in files:
                 raise InvalidRequest(f"{name} is {shown(value)}; it must be a file.", param=name)
@@ -107,8 +109,14 @@ def _sorted(data: FormData, files: Sequence[str]) -> Form:
         elif name in files:
             found[name] = value.file
         else:
+            refuse_known(name, EditRequest)
             raise InvalidRequest(f"{shown(name)} is a file; only {' and '.join(files)} may be.", param=name)
     return Form(texts, found)
+
+
+def _twice(name: str) -> InvalidRequest:
+    more = "; an edit starts from one image: send that, or put them together into one" if name == "image" else ""
+    return InvalidRequest(f"{name[:SHOWN]} is given more than once; the limit is one{more}.", param=name[:SHOWN])
 
 
 def _check_charset(content_type: str) -> None:

@@ -156,12 +156,12 @@ class InferenceApi:
         encoding = request.headers.get("content-encoding", "")
         body = decompress(body, encoding, self.server.settings.max_body_bytes)
         message, tail = read_message(body, request.headers.get(HEADER_LENGTH))
-        for name, given, served in (
-            ("model_name", message.model_name, model.id),
+        for name, given, of_path in (
+            ("model_name", message.model_name, request.path_params["model"]),
             ("model_version", message.model_version, VERSION),
         ):
-            if given not in (None, "", served):
-                raise InvalidRequest(f"{name} is {shown(given)}, but the path says {served!r}.", param=name)
+            if given not in (None, "", of_path):
+                raise InvalidRequest(f"{name} is {shown(given)}, but the path says {shown(of_path)}.", param=name)
         fields = read_inputs(message, tail, _accepted(model))
         return message, _image_requests(fields, _parameters(message.parameters), self.server.settings.max_images)
 
