@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 # modules whose tests ask the one real server, and those whose tests take long and are dealt out one by one
-SERVED = {"clients", "legacy", "locust", "monitoring", "openai", "openapi", "server", "streams"}
+SERVED = {"clients", "legacy", "locust", "monitoring", "openai", "openai_types", "openapi", "server", "streams"}
 APART = {"docs", "pipelines", "restart", "schedulers", "scope", "starts", "switches"}
 
 

@@ -39,7 +39,12 @@ def test_a_generation_echoes_everything_it_resolved(in_process: Make) -> None:
         "prompt": "a red circle", "negative_prompt": "blue", "seed": 7, "size": "32x48", "num_inference_steps": 3,
         "guidance_scale": 2.0, "n": 2, "output_format": "png", "priority": "normal", "reproducible": False,
     }  # fmt: skip
-    assert answer["usage"] == {"images": 2, "steps": 6, "pixels": 2 * 32 * 48}
+    assert answer["usage"] == {
+        "input_tokens": 0, "input_tokens_details": {"text_tokens": 0, "image_tokens": 0}, "output_tokens": 2 * 4 * 6,
+        "output_tokens_details": {"text_tokens": 0, "image_tokens": 2 * 4 * 6}, "total_tokens": 2 * 4 * 6,
+        "images": 2, "steps": 6, "pixels": 2 * 32 * 48,
+    }  # fmt: skip
+    assert (answer["size"], answer["output_format"], answer["background"]) == ("32x48", "png", "opaque")
     timings = answer["timings"]
     assert list(timings) == ["queued", "encode", "denoise", "decode", "encode_image", "total"]
     assert all(seconds > 0 for seconds in timings.values())

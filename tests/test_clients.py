@@ -3,33 +3,57 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
 
 import httpx
 import pytest
+import uvicorn
 from PIL import Image
 
 import stepweave
-from tests.conftest import ROOT, Served, clean_environment
-from tests.waiting import SECONDS
+from tests.conftest import ROOT, InProcess, Served, clean_environment, free_port
+from tests.waiting import SECONDS, wait_until
 
 PYTHON = ROOT / ".venv-clients" / "bin" / "python"
+NODE = ROOT / ".venv-node"  # where npm has installed what tests/clients/node asks for
+PROMPT = "a large red circle on a blue background"
+
+
+def not_checked(what: str) -> NoReturn:
+    """Where a client is not there: a failure in CI, else a reason that says what to do."""
+    message = f"NOT CHECKED: there is no {what}; `make {what}/stamp` makes it"
+    if os.environ.get("CI"):
+        pytest.fail(message)
+    pytest.skip(message)
 
 
 def run(script: str, *arguments: str) -> Any:
     """What a script of tests/clients finds."""
     if not PYTHON.exists():
-        message = "NOT CHECKED: there is no .venv-clients; `make .venv-clients/stamp` makes it"
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
-    command = [str(PYTHON), str(ROOT / "tests" / "clients" / script), *arguments]
-    done = subprocess.run(command, capture_output=True, timeout=SECONDS, env=clean_environment())
+        not_checked(".venv-clients")
+    return found_by([str(PYTHON), str(ROOT / "tests" / "clients" / script), *arguments])
+
+
+def run_on_node(script: str, *arguments: str) -> Any:
+    """What a script of tests/clients/node finds: Node looks for its packages where it is started."""
+    if shutil.which("node") is None or not (NODE / "node_modules").exists():
+        not_checked(".venv-node")
+    with (ROOT / "tests" / "clients" / "node" / script).open("rb") as source:
+        return found_by(["node", "--input-type=module", "-", *arguments], cwd=NODE, stdin=source)
+
+
+def found_by(command: list[str], **options: Any) -> Any:
+    done = subprocess.run(command, capture_output=True, timeout=SECONDS, env=clean_environment(), **options)
     assert done.returncode == 0, done.stderr.decode()
     return json.loads(done.stdout)
 
@@ -40,8 +64,11 @@ def test_without_their_environment_clients_are_not_passed_over_in_silence(
 ) -> None:
     monkeypatch.setenv("CI", ci)
     monkeypatch.setattr(sys.modules[__name__], "PYTHON", ROOT / "nowhere")
+    monkeypatch.setattr(sys.modules[__name__], "NODE", ROOT / "nowhere")
     with pytest.raises(outcome, match=r"NOT CHECKED: .* `make .venv-clients/stamp`"):
         run("triton.py")
+    with pytest.raises(outcome, match=r"NOT CHECKED: .* `make .venv-node/stamp`"):
+        run_on_node("images.mjs")
 
 
 def pixels(encoded: str) -> bytes:
@@ -101,3 +128,70 @@ def test_kserves_client_gets_the_pictures_of_its_seeds(served: Served) -> None:
     status, message = found["error"]
     assert status == 404
     assert "There is no model 'nothing'; this server has 'shapes'." in message
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    """The path of an image to be edited."""
+    Image.new("RGB", (64, 64), (40, 60, 220)).save(tmp_path / "source.png")
+    return str(tmp_path / "source.png")
+
+
+def test_litellm_reads_generations_and_edits(served: Served, source: str) -> None:
+    found = run("lite_llm.py", served.url, source)
+    images = [pixels(one["b64_json"]) for one in found["generation"]["images"]]
+    assert images == [ours(served, prompt=PROMPT, seed=seed) for seed in (5, 6)]
+    usage = found["generation"]["usage"]
+    assert (usage["output_tokens"], usage["total_tokens"]) == (2 * 64, usage["input_tokens"] + 2 * 64)
+    assert usage["input_tokens_details"] == {"image_tokens": 0, "text_tokens": usage["input_tokens"]}
+    assert [len(pixels(one["b64_json"])) for one in found["edit"]["images"]] == [3 * 64 * 64]
+    assert found["edit"]["usage"]["input_tokens_details"]["image_tokens"] == 64
+    assert found["generation"]["size"] == found["edit"]["size"] == "64x64"
+    (bad, limit), (unknown, names) = found["errors"]
+    assert (bad, unknown) == ("BadRequestError", "NotFoundError")
+    assert "n is 99; the limit is 8." in limit and "STEPWEAVE_MODEL_NAMES" in names
+
+
+@contextlib.contextmanager
+def listening(app: InProcess) -> Iterator[str]:
+    """The URL of an app in this process."""
+    port = free_port()
+    runner = uvicorn.Server(uvicorn.Config(app.client.app, "127.0.0.1", port, lifespan="off", log_level="warning"))
+    thread = threading.Thread(target=runner.run)
+    thread.start()
+    try:
+        wait_until(lambda: runner.started)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        runner.should_exit = True
+        thread.join(SECONDS)
+
+
+def test_langchains_wrapper_gets_the_url_that_it_expects(in_process: Callable[..., InProcess]) -> None:
+    """It has `dall-e-3` wired in, and does not say that it wants URLs."""
+    with listening(in_process(model_names="*", response_format="url")) as url:
+        image = httpx.get(run("langchain_dalle.py", url), timeout=SECONDS)
+    assert (image.status_code, image.headers["content-type"]) == (200, "image/png")
+
+
+@pytest.mark.full
+def test_openais_client_for_node(served: Served, source: str) -> None:
+    found = run_on_node("images.mjs", served.url, source)
+    images = [pixels(one["b64_json"]) for one in found["generation"]["images"]]
+    assert images == [ours(served, prompt=PROMPT, seed=seed, num_inference_steps=4) for seed in (5, 6)]
+    linked = httpx.get(found["url"]["images"][0]["url"], timeout=SECONDS)
+    assert pixels(base64.b64encode(linked.content).decode()) == images[0]
+    assert found["edit"]["usage"]["input_tokens_details"]["image_tokens"] == found["edit"]["usage"]["output_tokens"] == 64
+    assert [len(pixels(one["b64_json"])) for one in found["edit"]["images"]] == [3 * 64 * 64]
+    for name, kind, previews in (("stream", "image_generation", 2), ("edit_stream", "image_edit", 1)):
+        assert [event["type"] for event in found[name]] == [f"{kind}.partial_image"] * previews + [f"{kind}.completed"]
+        assert {(event["size"], event["quality"]) for event in found[name]} == {("64x64", "auto")}
+        assert found[name][-1]["usage"]["output_tokens"] == 64
+    assert found["models"] == ["shapes"]
+    told = [(error["name"], error["status"], error["code"], error["param"]) for error in found["errors"]]
+    assert told == [
+        ("BadRequestError", 400, "invalid_value", "n"),
+        ("NotFoundError", 404, "model_not_found", "model"),
+        ("BadRequestError", 400, "invalid_value", "image"),
+        ("BadRequestError", 400, "unsupported", None),
+    ]
