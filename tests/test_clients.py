@@ -181,7 +181,9 @@ def test_openais_client_for_node(served: Served, source: str) -> None:
     assert images == [ours(served, prompt=PROMPT, seed=seed, num_inference_steps=4) for seed in (5, 6)]
     linked = httpx.get(found["url"]["images"][0]["url"], timeout=SECONDS)
     assert pixels(base64.b64encode(linked.content).decode()) == images[0]
-    assert found["edit"]["usage"]["input_tokens_details"]["image_tokens"] == found["edit"]["usage"]["output_tokens"] == 64
+    assert (
+        found["edit"]["usage"]["input_tokens_details"]["image_tokens"] == found["edit"]["usage"]["output_tokens"] == 64
+    )
     assert [len(pixels(one["b64_json"])) for one in found["edit"]["images"]] == [3 * 64 * 64]
     for name, kind, previews in (("stream", "image_generation", 2), ("edit_stream", "image_edit", 1)):
         assert [event["type"] for event in found[name]] == [f"{kind}.partial_image"] * previews + [f"{kind}.completed"]

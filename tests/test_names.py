@@ -100,7 +100,11 @@ def test_jobs_are_stored_under_the_name_that_is_told(in_process: Make) -> None:
 
 def test_urls_where_a_setting_says_so_and_the_request_does_not(in_process: Make) -> None:
     app = in_process(FakePipeline(edits=True), response_format="url", trusted_hosts="testserver")
-    for fields, form in (({}, "url"), ({"response_format": None}, "url"), ({"response_format": "b64_json"}, "b64_json")):
+    for fields, form in (
+        ({}, "url"),
+        ({"response_format": None}, "url"),
+        ({"response_format": "b64_json"}, "b64_json"),
+    ):
         assert form in app.post(**fields).json()["data"][0]
     streamed = app.post(stream=True).text
     done = json.loads(next(line for line in streamed.splitlines() if line.startswith("data: "))[6:])

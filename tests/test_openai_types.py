@@ -50,7 +50,9 @@ def ask(served: Served, png: bytes | None, **fields: Any) -> httpx.Response:
     fields = {"prompt": PROMPT, "num_inference_steps": 4, **fields}
     if png is None:
         return httpx.post(f"{served.url}/v1/images/generations", json=fields, timeout=SECONDS)
-    texts = {name: (None, str(value).lower() if isinstance(value, bool) else str(value)) for name, value in fields.items()}
+    texts = {
+        name: (None, str(value).lower() if isinstance(value, bool) else str(value)) for name, value in fields.items()
+    }
     files: dict[str, Any] = {**texts, "image": ("x.png", png, "image/png")}
     return httpx.post(f"{served.url}/v1/images/edits", files=files, timeout=SECONDS)
 
@@ -159,7 +161,9 @@ def problem(client: openai.OpenAI, png: bytes, name: str, value: Any, edit: bool
         if error.status_code not in (400, 404) or error.code == "unknown_field":
             return f"{error.status_code} {error.code}: {error.message}"
         what_to_do = "STEPWEAVE_MODEL_NAMES" if name == "model" else ""
-        return None if error.param == name and len(error.message) > 30 and what_to_do in error.message else error.message
+        return (
+            None if error.param == name and len(error.message) > 30 and what_to_do in error.message else error.message
+        )
     warned = any(warning.startswith(f"{name}:") for warning in warnings)
     effect = name in HAVE_AN_EFFECT or value in (None, "auto")
     return None if warned is not effect else f"taken with the warnings {warnings}"

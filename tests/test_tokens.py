@@ -62,7 +62,9 @@ def test_without_a_mask_padding_is_told_by_its_token() -> None:
     tokenizer = transformers.ByT5Tokenizer()
     found: list[Reading] = []
     with counting(found.append):
-        LockedTokenizer(tokenizer, threading.RLock())("abc", padding="max_length", max_length=9, return_attention_mask=False)
+        LockedTokenizer(tokenizer, threading.RLock())(
+            "abc", padding="max_length", max_length=9, return_attention_mask=False
+        )
     assert [one.tokens for one in found] == [4]
 
 
