@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import httpx
 import pytest
-import uvicorn
 from PIL import Image
 
 import stepweave
-from tests.conftest import ROOT, InProcess, Served, clean_environment, free_port
-from tests.waiting import SECONDS, wait_until
+from tests.conftest import ROOT, InProcess, Served, clean_environment, listening
+from tests.waiting import SECONDS
 
 PYTHON = ROOT / ".venv-clients" / "bin" / "python"
 NODE = ROOT / ".venv-node"  # where npm has installed what tests/clients/node asks for
@@ -150,21 +147,6 @@ def test_litellm_reads_generations_and_edits(served: Served, source: str) -> Non
     (bad, limit), (unknown, names) = found["errors"]
     assert (bad, unknown) == ("BadRequestError", "NotFoundError")
     assert "n is 99; the limit is 8." in limit and "STEPWEAVE_MODEL_NAMES" in names
-
-
-@contextlib.contextmanager
-def listening(app: InProcess) -> Iterator[str]:
-    """The URL of an app in this process."""
-    port = free_port()
-    runner = uvicorn.Server(uvicorn.Config(app.client.app, "127.0.0.1", port, lifespan="off", log_level="warning"))
-    thread = threading.Thread(target=runner.run)
-    thread.start()
-    try:
-        wait_until(lambda: runner.started)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        runner.should_exit = True
-        thread.join(SECONDS)
 
 
 def test_langchains_wrapper_gets_the_url_that_it_expects(in_process: Callable[..., InProcess]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import io
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -26,7 +26,8 @@ from PIL import Image
 from pydantic import BaseModel
 from typing_extensions import is_typeddict
 
-from tests.conftest import Served
+from tests.conftest import InProcess, Served, listening
+from tests.fake import FakePipeline
 from tests.waiting import SECONDS
 
 PROMPT = "a large red circle on a blue background"
@@ -178,24 +179,30 @@ def problem(client: openai.OpenAI, png: bytes, name: str, value: Any, edit: bool
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("edit", [False, True])
-def test_every_field_and_value_is_taken_or_refused_with_a_reason(served: Served, png: bytes, edit: bool) -> None:
+def test_every_field_and_value_is_taken_or_refused_with_a_reason(
+    in_process: Callable[..., InProcess], png: bytes, edit: bool
+) -> None:
     module: Any = image_edit_params if edit else image_generate_params
     name = "ImageEditParams" if edit else "ImageGenerateParams"
     params = [getattr(module, f"{name}{kind}") for kind in ("Base", "NonStreaming", "Streaming")]
     asked = fields(*params, png=png)
     assert len({name for name, _ in asked}) > 15
     with (
-        openai.OpenAI(base_url=f"{served.url}/v1", api_key="unused", max_retries=0) as client,
-        ThreadPoolExecutor(8) as pool,  # they share steps
+        listening(in_process(FakePipeline(edits=True), trusted_hosts="127.0.0.1")) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client,
+        ThreadPoolExecutor(8) as pool,
     ):
         found = list(pool.map(lambda pair: problem(client, png, *pair, edit), asked))
     assert [(pair, wrong) for pair, wrong in zip(asked, found, strict=True) if wrong is not None] == []
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_refusals_are_the_clients_own_errors(served: Served, tmp_path: Path, png: bytes) -> None:
+def test_refusals_are_the_clients_own_errors(in_process: Callable[..., InProcess], tmp_path: Path, png: bytes) -> None:
     (tmp_path / "x.png").write_bytes(png)
-    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="unused", max_retries=0) as client:
+    with (
+        listening(in_process(FakePipeline(edits=True))) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client,
+    ):
         with pytest.raises(openai.BadRequestError, match="/v1/images/edits") as caught:
             client.images.create_variation(image=tmp_path / "x.png")
         assert caught.value.code == "unsupported"
