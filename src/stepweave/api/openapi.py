@@ -54,8 +54,8 @@ OBJECTS: tuple[type[BaseModel], ...] = (  # of JSON, whose members may be null, 
 )  # fmt: skip
 DESCRIPTION = (
     "Diffusion models, batched by denoising steps. Every error has one shape; its message names the offending value and the "
-    "limit. Fields that are not listed are refused. Limits are this server's; what depends on the model is there once it is "
-    "loaded. HEAD is answered wherever GET is."
+    "limit. Fields that are not listed are refused; a member that is null counts as absent. Limits are this server's; what "
+    "depends on the model is there once it is loaded. HEAD is answered wherever GET is."
 )
 
 
