@@ -84,7 +84,7 @@ clean:
 # Clients whose dependencies conflict with ours; tests run them from here.
 .venv-clients/stamp: tests/clients/requirements.txt
 	@test -n "$(PYTHON)" || { echo "The tests' clients need Python 3.11 or 3.12; name one with PYTHON=..." >&2; exit 1; }
-	@echo "Installing other makers' clients into .venv-clients: 0.3 GB and half a minute, once."
+	@echo "Installing other makers' clients into .venv-clients: 0.5 GB and half a minute, once."
 	$(PYTHON) -m venv --clear .venv-clients
 	.venv-clients/bin/pip install --quiet --no-deps --no-compile --requirement $<
 	touch $@

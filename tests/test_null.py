@@ -92,8 +92,18 @@ def test_an_empty_field_of_a_form_is_absent(in_process: Make) -> None:
     app = in_process(FakePipeline(edits=True))
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64)).save(buffer, "PNG")
-    fields = {"prompt": "a", "n": "", "quality": "", "seed": "", "svg": ""}
+    fields = {
+        "prompt": "null",
+        "negative_prompt": "",
+        "n": "",
+        "quality": "null",
+        "seed": "",
+        "svg": "",
+        "user": "null",
+    }
     answer = app.client.post(
         "/v1/images/edits", data=fields, files={"image": ("a.png", buffer.getvalue(), "image/png")}
     )
     assert (answer.status_code, answer.json()["warnings"]) == (200, [])
+    assert answer.json()["parameters"]["prompt"] == "null"
+    assert "negative_prompt" not in answer.json()["parameters"]

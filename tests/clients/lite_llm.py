@@ -28,6 +28,7 @@ def told(answer: Any) -> dict[str, Any]:
 
 
 def main(url: str, image: str) -> dict[str, Any]:
+    litellm.suppress_debug_info = True  # which it prints to stdout
     common: dict[str, Any] = {"api_base": f"{url}/v1", "api_key": "unused", "model": "openai/shapes"}
     common |= {"prompt": PROMPT, "extra_body": {"seed": 5, "num_inference_steps": 2, "reproducible": True}}
     found = {"generation": told(litellm.image_generation(**common, n=2, size="64x64"))}

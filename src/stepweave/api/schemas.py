@@ -17,6 +17,7 @@ MAX_DEADLINE_MS = 24 * 3600 * 1000
 MAX_PARTIAL_IMAGES = 3
 LONG = 32 * 1024  # bytes of a body beyond which it is not read on the event loop
 MANY = 4  # times as many members as there are fields, beyond which they are not validated: each would become an error
+PROMPTS = ("prompt", "negative_prompt")
 Size = Annotated[str, Field(pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", examples=["64x64"])]
 
 
@@ -178,12 +179,14 @@ def check_members(values: dict[str, Any], schema: type[BaseModel]) -> None:
 
 
 def parse_form(fields: Mapping[str, str], schema: type[RequestT]) -> RequestT:
-    """Read the fields of a form, whose values are all texts; an empty one is absent, as which OpenAI's clients send null.
+    """Read the fields of a form, whose values are all texts. One that is empty or `null` is absent: so OpenAI's clients for
+    Python and for Node send null. Only of prompts `null` is a word.
 
     Raises as `parse` does.
     """
+    given = {name: text for name, text in fields.items() if text and (text != "null" or name in PROMPTS)}
     try:
-        return schema.model_validate_strings({name: text for name, text in fields.items() if text})
+        return schema.model_validate_strings(given)
     except ValidationError as error:
         raise explain(error, schema) from None
 

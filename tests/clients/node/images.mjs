@@ -10,6 +10,7 @@ const prompt = "a large red circle on a blue background";
 const ours = { seed: 5, num_inference_steps: 4, reproducible: true };
 const source = async () => toFile(createReadStream(image), "source.png", { type: "image/png" });
 
+// in forms this client sends null as the text "null", and takes no other
 const told = (answer) => ({
   images: answer.data.map((one) => ({ b64_json: one.b64_json ?? null, url: one.url ?? null })),
   usage: answer.usage,
@@ -38,7 +39,7 @@ const found = {
   generation: told(await client.images.generate({ prompt, n: 2, size: "64x64", quality: null, style: null, ...ours })),
   url: told(await client.images.generate({ prompt, response_format: "url", ...ours })),
   stream: await events(await client.images.generate({ prompt, stream: true, partial_images: 2, ...ours })),
-  edit: told(await client.images.edit({ image: [await source()], mask: await source(), prompt, quality: null, ...ours })),
+  edit: told(await client.images.edit({ image: [await source()], mask: await source(), prompt, quality: "null", ...ours })),
   edit_stream: await events(await client.images.edit({ image: await source(), prompt, stream: true, partial_images: 1, ...ours })),
   models: (await client.models.list()).data.map((one) => one.id),
   errors: [
