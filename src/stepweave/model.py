@@ -50,6 +50,7 @@ class ServedModel:
         directory = settings.model_directory()
         own = preset.id or (directory.resolve().name if directory else settings.model)
         self.names = ModelNames(settings.model_names, own)
+        self.id = self.names.told
         scheduler = getattr(pipeline, "scheduler", None)
         self.scheduler = None if scheduler is None else type(scheduler).__name__
         for name in ("prompt", "num_inference_steps", "generator"):
@@ -97,11 +98,6 @@ class ServedModel:
         """The pipeline of each kind of request, of those that there are."""
         kinds = {TEXT_TO_IMAGE: self.pipeline, "image_to_image": self.image_to_image, "inpainting": self.inpaint}
         return {kind: pipeline for kind, pipeline in kinds.items() if pipeline is not None}
-
-    @property
-    def id(self) -> str:
-        """What answers call the model."""
-        return self.names.told
 
     @property
     def pipeline_class(self) -> str:

@@ -32,6 +32,7 @@ from stepweave.partials import Partial, Partials
 from stepweave.reasons import refusal_of
 from stepweave.telemetry.metrics import Metrics
 from stepweave.threads import on_thread
+from stepweave.usage import usage_of
 
 if TYPE_CHECKING:
     from stepweave.api.schemas import ImageRequest
@@ -421,28 +422,11 @@ class Ticket:
             "size": "{}x{}".format(*generation.images[0].size),
             "output_format": self.request.output_format,
             "background": "opaque",  # OpenAI's type has no `auto` here, and `quality` no value that would be true
-            "usage": self._usage(generation),
+            "usage": usage_of(generation, self.steps, self.job.tokens, self._means.positions),
             "parameters": self.resolved(),
             "timings": {name: round(seconds, 6) for name, seconds in asdict(generation.timings).items()},
             "warnings": self.all_warnings,
             **({"outputs": generation.outputs} if generation.outputs else {}),
-        }
-
-    def _usage(self, generation: Generation) -> dict[str, Any]:
-        """OpenAI's members, in tokens of the prompts and positions of latents, and what that was in images, steps, pixels."""
-        parameters, images = generation.parameters, generation.images
-        text, positions = self.job.tokens, self._means.positions
-        source = 0 if parameters.sources is None else positions(parameters.width, parameters.height)
-        made = sum(positions(*image.size) for image in images)
-        return {
-            "input_tokens": text + source,
-            "input_tokens_details": {"text_tokens": text, "image_tokens": source},
-            "output_tokens": made,
-            "output_tokens_details": {"text_tokens": 0, "image_tokens": made},
-            "total_tokens": text + source + made,
-            "images": parameters.n,
-            "steps": parameters.n * self.steps,
-            "pixels": sum(image.width * image.height for image in images),
         }
 
     def resolved(self) -> dict[str, Any]:
