@@ -10,6 +10,8 @@ export BENTOML_DO_NOT_TRACK = True
 .PHONY: serve test test-full test-gpu bench-gpu check format model evaluate bento dashboard load clean
 
 serve: export STEPWEAVE_STATE_DIR ?= $(CURDIR)/build/state-$(PORT)
+# Any name of a model: there is one, and the clients at hand have the name of another wired in
+serve: export STEPWEAVE_MODEL_NAMES ?= *
 serve: .venv/serve.stamp
 	$(BIN)/bentoml serve service.py --host $(HOST) --port $(PORT)
 
@@ -22,7 +24,7 @@ test: .venv/dev.stamp .venv-clients/stamp
 
 # All that `test` leaves out, too, in parts (tests/parts.py): within 100 minutes on two cores. Interrupted, it goes on with the
 # parts that have not passed, unless a file has changed. Or one of them: make test-full PART=pipelines
-test-full: .venv/dev.stamp .venv-clients/stamp
+test-full: .venv/dev.stamp .venv-clients/stamp .venv-node/stamp
 	$(BIN)/python -m tests.parts $(PART)
 
 # On a GPU, or in small on the CPU. With BIN=/usr/bin, say, they take what is installed there and install nothing.
@@ -63,7 +65,7 @@ load: .venv/dev.stamp
 	$(BIN)/python -m benchmarks.locust --host http://localhost:$(PORT) $(LOAD)
 
 clean:
-	rm -rf .venv .venv-clients build .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-clients .venv-node build .mypy_cache .ruff_cache .pytest_cache
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "Stepweave needs Python 3.11 or 3.12; name one with PYTHON=..." >&2; exit 1; }
@@ -82,7 +84,13 @@ clean:
 # Clients whose dependencies conflict with ours; tests run them from here.
 .venv-clients/stamp: tests/clients/requirements.txt
 	@test -n "$(PYTHON)" || { echo "The tests' clients need Python 3.11 or 3.12; name one with PYTHON=..." >&2; exit 1; }
-	@echo "Installing other makers' clients into .venv-clients: 0.3 GB and half a minute, once."
+	@echo "Installing other makers' clients into .venv-clients: 0.5 GB and half a minute, once."
 	$(PYTHON) -m venv --clear .venv-clients
 	.venv-clients/bin/pip install --quiet --no-deps --no-compile --requirement $<
 	touch $@
+
+# OpenAI's client for Node. Without npm it is not there, and the test that asks it says so.
+.venv-node/stamp: tests/clients/node/package.json tests/clients/node/package-lock.json
+	@command -v npm >/dev/null || echo "There is no npm: OpenAI's client for Node will not be checked." >&2
+	@if command -v npm >/dev/null; then mkdir -p .venv-node && cp $^ .venv-node \
+		&& npm ci --prefix .venv-node --ignore-scripts --no-audit --no-fund --loglevel error && touch $@; fi

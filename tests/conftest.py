@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import httpx
 import psutil
 import pytest
 import torch
+import uvicorn
 from starlette.testclient import TestClient
 from xdist.scheduler import LoadScopeScheduling
 
@@ -36,7 +38,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 # modules whose tests ask the one real server, and those whose tests take long and are dealt out one by one
-SERVED = {"clients", "edit_images", "legacy", "locust", "monitoring", "openai", "openapi", "server", "streams"}
+SERVED = {
+    "clients", "edit_images", "legacy", "locust", "monitoring", "openai", "openai_types", "openapi", "server", "streams",
+}  # fmt: skip
 APART = {"docs", "pipelines", "restart", "schedulers", "scope", "starts", "switches"}
 
 
@@ -191,6 +195,21 @@ class InProcess:
     def until_metric(self, value: float, name: str, **labels: str) -> None:
         """Wait for a metric to be `value`: what a thread counts, it may do a moment after the answer."""
         wait_until(lambda: self.metric(name, **labels) == value)
+
+
+@contextlib.contextmanager
+def listening(app: InProcess) -> Iterator[str]:
+    """The URL of an app in this process."""
+    port = free_port()
+    runner = uvicorn.Server(uvicorn.Config(app.client.app, "127.0.0.1", port, lifespan="off", log_level="warning"))
+    thread = threading.Thread(target=runner.run)
+    thread.start()
+    try:
+        wait_until(lambda: runner.started)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        runner.should_exit = True
+        thread.join(SECONDS)
 
 
 @pytest.fixture

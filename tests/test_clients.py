@@ -8,9 +8,12 @@ import functools
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
 
 import bentoml
 import httpx
@@ -19,22 +22,40 @@ from bentoml.exceptions import BentoMLException, InvalidArgument
 from PIL import Image
 
 import stepweave
-from tests.conftest import ROOT, Served, clean_environment
+from tests.conftest import ROOT, InProcess, Served, clean_environment, listening
 from tests.waiting import SECONDS
 
 PYTHON = ROOT / ".venv-clients" / "bin" / "python"
+NODE = ROOT / ".venv-node"  # where npm has installed what tests/clients/node asks for
+PROMPT = "a large red circle on a blue background"
+
+
+def not_checked(what: str) -> NoReturn:
+    """Where a client is not there: a failure in CI, else a reason that says what to do."""
+    message = f"NOT CHECKED: there is no {what}; `make {what}/stamp` makes it"
+    if os.environ.get("CI"):
+        pytest.fail(message)
+    pytest.skip(message)
 
 
 @functools.cache
 def run(script: str, *arguments: str) -> Any:
     """What a script of tests/clients finds."""
     if not PYTHON.exists():
-        message = "NOT CHECKED: there is no .venv-clients; `make .venv-clients/stamp` makes it"
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
-    command = [str(PYTHON), str(ROOT / "tests" / "clients" / script), *arguments]
-    done = subprocess.run(command, capture_output=True, timeout=SECONDS, env=clean_environment())
+        not_checked(".venv-clients")
+    return found_by([str(PYTHON), str(ROOT / "tests" / "clients" / script), *arguments])
+
+
+def run_on_node(script: str, *arguments: str) -> Any:
+    """What a script of tests/clients/node finds: Node looks for its packages where it is started."""
+    if shutil.which("node") is None or not (NODE / "node_modules").exists():
+        not_checked(".venv-node")
+    with (ROOT / "tests" / "clients" / "node" / script).open("rb") as source:
+        return found_by(["node", "--input-type=module", "-", *arguments], cwd=NODE, stdin=source)
+
+
+def found_by(command: list[str], **options: Any) -> Any:
+    done = subprocess.run(command, capture_output=True, timeout=SECONDS, env=clean_environment(), **options)
     assert done.returncode == 0, done.stderr.decode()
     return json.loads(done.stdout)
 
@@ -45,8 +66,11 @@ def test_without_their_environment_clients_are_not_passed_over_in_silence(
 ) -> None:
     monkeypatch.setenv("CI", ci)
     monkeypatch.setattr(sys.modules[__name__], "PYTHON", ROOT / "nowhere")
+    monkeypatch.setattr(sys.modules[__name__], "NODE", ROOT / "nowhere")
     with pytest.raises(outcome, match=r"NOT CHECKED: .* `make .venv-clients/stamp`"):
         run("triton.py")
+    with pytest.raises(outcome, match=r"NOT CHECKED: .* `make .venv-node/stamp`"):
+        run_on_node("images.mjs")
 
 
 def pixels(encoded: str) -> bytes:
@@ -136,7 +160,8 @@ def test_kserves_client_gets_the_pictures_of_its_seeds(served: Served) -> None:
         assert [json.loads(one)["seed"] for one in answer["parameters"]] == [5, 6]
     (status, message), (wrong, why) = found["errors"]
     assert (status, wrong) == (404, 400)
-    assert message.startswith("There is no model 'nothing'; this server has 'shapes'., '404 Not Found' for url")
+    assert message.startswith("There is no model 'nothing'; this server has 'shapes'.")
+    assert ", '404 Not Found' for url" in message
     assert why.startswith("Tensor 'seed': it is given as an input and as a parameter., '400 Bad Request' for url")
 
 
@@ -176,3 +201,57 @@ def test_bentomls_clients_raise_what_the_server_says(served: Served, fields: dic
         assert (type(error), error.error_code) == (InvalidArgument, 400)
         assert told in str(error) or "prompt is missing" in str(error), str(error)
         assert json.loads(str(error))["error"]["param"] in fields
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    """The path of an image to be edited."""
+    Image.new("RGB", (64, 64), (40, 60, 220)).save(tmp_path / "source.png")
+    return str(tmp_path / "source.png")
+
+
+def test_litellm_reads_generations_and_edits(served: Served, source: str) -> None:
+    found = run("lite_llm.py", served.url, source)
+    images = [pixels(one["b64_json"]) for one in found["generation"]["images"]]
+    assert images == [ours(served, prompt=PROMPT, seed=seed) for seed in (5, 6)]
+    usage = found["generation"]["usage"]
+    assert (usage["output_tokens"], usage["total_tokens"]) == (2 * 64, usage["input_tokens"] + 2 * 64)
+    assert usage["input_tokens_details"] == {"image_tokens": 0, "text_tokens": usage["input_tokens"]}
+    assert [len(pixels(one["b64_json"])) for one in found["edit"]["images"]] == [3 * 64 * 64]
+    assert found["edit"]["usage"]["input_tokens_details"]["image_tokens"] == 64
+    assert found["generation"]["size"] == found["edit"]["size"] == "64x64"
+    (bad, limit), (unknown, names) = found["errors"]
+    assert (bad, unknown) == ("BadRequestError", "NotFoundError")
+    assert "n is 99; the limit is 8." in limit and "STEPWEAVE_MODEL_NAMES" in names
+
+
+def test_langchains_wrapper_gets_the_url_that_it_expects(in_process: Callable[..., InProcess]) -> None:
+    """It has `dall-e-3` wired in, and does not say that it wants URLs."""
+    with listening(in_process(model_names="*", response_format="url")) as url:
+        image = httpx.get(run("langchain_dalle.py", url), timeout=SECONDS)
+    assert (image.status_code, image.headers["content-type"]) == (200, "image/png")
+
+
+@pytest.mark.full
+def test_openais_client_for_node(served: Served, source: str) -> None:
+    found = run_on_node("images.mjs", served.url, source)
+    images = [pixels(one["b64_json"]) for one in found["generation"]["images"]]
+    assert images == [ours(served, prompt=PROMPT, seed=seed, num_inference_steps=4) for seed in (5, 6)]
+    linked = httpx.get(found["url"]["images"][0]["url"], timeout=SECONDS)
+    assert pixels(base64.b64encode(linked.content).decode()) == images[0]
+    assert (
+        found["edit"]["usage"]["input_tokens_details"]["image_tokens"] == found["edit"]["usage"]["output_tokens"] == 64
+    )
+    assert [len(pixels(one["b64_json"])) for one in found["edit"]["images"]] == [3 * 64 * 64]
+    for name, kind, previews in (("stream", "image_generation", 2), ("edit_stream", "image_edit", 1)):
+        assert [event["type"] for event in found[name]] == [f"{kind}.partial_image"] * previews + [f"{kind}.completed"]
+        assert {(event["size"], event["quality"]) for event in found[name]} == {("64x64", "auto")}
+        assert found[name][-1]["usage"]["output_tokens"] == 64
+    assert found["models"] == ["shapes"]
+    told = [(error["name"], error["status"], error["code"], error["param"]) for error in found["errors"]]
+    assert told == [
+        ("BadRequestError", 400, "invalid_value", "n"),
+        ("NotFoundError", 404, "model_not_found", "model"),
+        ("BadRequestError", 400, "invalid_value", "image"),
+        ("BadRequestError", 400, "unsupported", None),
+    ]

@@ -78,9 +78,9 @@ async def test_a_body_that_is_wrong_everywhere_is_told_of_one_problem(case: str)
     async with serving() as app:
         built: list[int] = []
 
-        def explain(error: ValidationError, real: Any = schemas.explain) -> Any:
+        def explain(error: ValidationError, *args: Any, real: Any = schemas.explain) -> Any:
             built.append(error.error_count())
-            return real(error)
+            return real(error, *args)
 
         with patch.object(schemas, "explain", explain), patch.object(tensors, "explain", explain):
             answer = await app.send("POST", path, json.dumps(body).encode(), JSON).done()

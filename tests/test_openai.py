@@ -65,7 +65,7 @@ def test_generate_with_every_field_of_the_client(client: openai.OpenAI) -> None:
     assert all(picture.format == "WEBP" for picture in pictures)
     assert wrong_parts(pictures[0], PROMPT) == []
     warnings: list[str] = answer.warnings  # type: ignore[attr-defined]
-    assert [warning.split(":")[0] for warning in warnings] == ["quality", "style", "background", "moderation"]
+    assert [warning.split(":")[0] for warning in warnings] == ["quality", "style", "background", "moderation", "user"]
 
 
 def test_a_url_is_served_by_the_server_that_gave_it(client: openai.OpenAI) -> None:

@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from stepweave.errors import ConfigError, shown
 from stepweave.keys import Client, clients_of_setting
+from stepweave.names import ANY, MAX_NAME, NAME
 
 PREFIX = "STEPWEAVE_"
 EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "models" / "shapes"
@@ -60,7 +61,20 @@ def _clients(value: Any) -> Any:
         raise PydanticCustomError("keys", "{reason}", {"reason": str(error)}) from None
 
 
+def _model_names(value: Any) -> Any:
+    names = _split(value)
+    for name in names if isinstance(names, tuple) else ():
+        if name != ANY and not re.fullmatch(NAME, name):
+            raise PydanticCustomError(
+                "name",
+                "{name} is no name of a model: 1 to {limit} letters, digits and ._/- (a colon is reserved), or *",
+                {"name": shown(name), "limit": MAX_NAME},
+            )
+    return names
+
+
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+ModelNames = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_model_names)]
 Clients = Annotated[tuple[Client, ...], NoDecode, BeforeValidator(_clients)]
 
 
@@ -78,6 +92,12 @@ class Settings(BaseSettings):
     variant: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] | None = Field(
         None,
         description="Variant of the weights, as `fp16`; if unset, files without one, or else the one variant that is whole.",
+    )
+    model_names: ModelNames = Field(
+        (),
+        max_length=64,
+        description="Names, comma-separated, that requests may call the model by: answers have the first, `*` takes any without "
+        "a colon. If unset, the model's own.",
     )
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = Field(
         "auto", description="`auto` (first GPU, else CPU), `cpu`, `cuda`, `cuda:N` or `mps`."
@@ -120,7 +140,6 @@ class Settings(BaseSettings):
         268_435_456, ge=0, description="Bound of remembered prompt encodings; 0 remembers none."
     )
     warmup: bool = Field(True, description="Run and certify short generations before the server turns ready.")
-    model_names: Names = Field((), description="Names that requests may give as the model; the first is the one told.")
     exit_on_failure: bool = Field(
         False, description="Exit with status 1 if the model cannot be loaded; else the probes go on to tell the reason."
     )
@@ -146,6 +165,9 @@ class Settings(BaseSettings):
         ge=64 * 64,
         le=178_956_970,  # beyond, Pillow takes it for a bomb
         description="Largest width times height of an image, or mask, that is sent. Larger ones than the model makes are scaled.",
+    )
+    response_format: Literal["b64_json", "url"] = Field(
+        "b64_json", description="How images are returned to requests for OpenAI's routes that do not say."
     )
     flagged_images: Literal["mark", "refuse"] = Field(
         "mark",

@@ -21,7 +21,8 @@ from stepweave.loading.preset import FILE_NAME, Preset
 from stepweave.loading.rehearsal import Course
 from stepweave.loading.schedulers import Rehearsals
 from stepweave.loading.siblings import sibling
-from stepweave.loading.sizes import SizeLimits, max_side, native_size, size_multiple
+from stepweave.loading.sizes import SizeLimits, latent_positions, max_side, native_size, size_multiple
+from stepweave.names import ModelNames
 from stepweave.trials import Limits
 
 logger = logging.getLogger(__name__)
@@ -47,10 +48,11 @@ class ServedModel:
         self.arguments = arguments_of(pipeline)
         self.call_arguments = preset.call
         directory = settings.model_directory()
-        own_id = preset.id or (directory.resolve().name if directory else settings.model)
-        self.id = settings.model_names[0] if settings.model_names else own_id
-        own = getattr(pipeline, "scheduler", None)
-        self.scheduler = None if own is None else type(own).__name__
+        own = preset.id or (directory.resolve().name if directory else settings.model)
+        self.names = ModelNames(settings.model_names, own)
+        self.id = self.names.told
+        scheduler = getattr(pipeline, "scheduler", None)
+        self.scheduler = None if scheduler is None else type(scheduler).__name__
         for name in ("prompt", "num_inference_steps", "generator"):
             if name not in self.arguments:
                 raise LoadError(f"{self.pipeline_class} takes no argument {name!r}: it makes no images of prompts")
@@ -319,6 +321,10 @@ class ServedModel:
             f"What was tried by default, and works: {works} steps.",
             param="num_inference_steps",
         )
+
+    def latent_positions(self, width: int, height: int) -> int:
+        """Positions of the latents of an image of so many pixels, before they are packed or made into patches."""
+        return latent_positions(self.pipeline, width, height)
 
     def drop_edits(self, engine: StepEngine) -> None:
         """Offer no edits that the engine does not take; to be called before it serves."""

@@ -20,7 +20,6 @@ from stepweave.errors import (
     NotFound,
     StepweaveError,
     Unavailable,
-    shown,
 )
 from stepweave.generation import Parameters, Sources
 from stepweave.images.decoders import Decoders
@@ -317,11 +316,10 @@ class Server:
         return self.model, self.engine
 
     def named(self, model: str, *, param: str | None = None, reservation: Reservation | None = None) -> ServedModel:
-        """The model of that name. Raises NotFound, about `param`, if it is not the one served, and Unavailable."""
+        """The model of that name. Raises NotFound, about `param`, if it is none of the served one's, and Unavailable."""
         served, _ = self.ready(reservation)
-        if model != served.id:
-            message = f"There is no model {shown(model)}; this server has {served.id!r}."
-            raise NotFound(message, code="model_not_found", param=param)
+        if not served.names.take(model):
+            raise NotFound(served.names.refusal(model), code="model_not_found", param=param)
         return served
 
     def unavailable(self) -> Unavailable:
@@ -419,6 +417,7 @@ class Server:
             encoders=self._encoders,
             standing=engine.standing,
             leave=admission.leave,
+            positions=served.latent_positions,
             drawers=self._drawers,
             previewer=self.previewer,
             scheduler=served.scheduler,

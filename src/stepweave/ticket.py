@@ -32,6 +32,7 @@ from stepweave.partials import Partial, Partials
 from stepweave.reasons import refusal_of
 from stepweave.telemetry.metrics import Metrics
 from stepweave.threads import on_thread
+from stepweave.usage import usage_of
 
 if TYPE_CHECKING:
     from stepweave.api.schemas import ImageRequest
@@ -77,6 +78,7 @@ class Means:
     encoders: Executor
     standing: Callable[[str], Standing | None]  # of a job, by its id
     leave: Callable[[], None]  # gives the place back that admission gave
+    positions: Callable[[int, int], int]  # of the latents of an image of so many pixels, width and height
     drawers: Executor  # of previews
     previewer: Previewer | None = None
     scheduler: str | None = None  # the pipeline's own
@@ -414,15 +416,13 @@ class Ticket:
         return pictures
 
     def _body(self, generation: Generation) -> dict[str, Any]:
-        parameters = generation.parameters
         return {
             "created": int(time.time()),
             "model": self._means.model,
-            "usage": {
-                "images": parameters.n,
-                "steps": parameters.n * self.steps,
-                "pixels": sum(image.width * image.height for image in generation.images),
-            },
+            "size": "{}x{}".format(*generation.images[0].size),
+            "output_format": self.request.output_format,
+            "background": "opaque",  # OpenAI's type has no `auto` here, and `quality` no value that would be true
+            "usage": usage_of(generation, self.steps, self.job.tokens, self._means.positions),
             "parameters": self.resolved(),
             "timings": {name: round(seconds, 6) for name, seconds in asdict(generation.timings).items()},
             "warnings": self.all_warnings,

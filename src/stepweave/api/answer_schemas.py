@@ -208,7 +208,22 @@ class LinkedPicture(BaseModel):
     revised_prompt: None
 
 
+class TokenDetails(BaseModel):
+    text_tokens: int = Field(ge=0)
+    image_tokens: int = Field(ge=0)
+
+
 class Usage(BaseModel):
+    """Of the whole request. Of an image, tokens are positions of its latents, before these are packed or made into patches."""
+
+    input_tokens: int = Field(ge=0)
+    input_tokens_details: TokenDetails = Field(
+        description="Tokens that the model's tokenizers read of the prompts, padding left out (0 where it has no tokenizer); "
+        "positions of the image that an edit starts from."
+    )
+    output_tokens: int = Field(ge=0)
+    output_tokens_details: TokenDetails = Field(description="Of all images together; there is no text.")
+    total_tokens: int = Field(ge=0, description="Of input and output.")
     images: int
     steps: int = Field(description="Denoising steps of all pictures.")
     pixels: int
@@ -229,6 +244,9 @@ class Generation(_Outcome):
     """Pictures, and everything about their making."""
 
     created: int = Field(description="Unix seconds.")
+    size: str = Field(pattern=r"^[1-9][0-9]*x[1-9][0-9]*$", description="Of the images, as they were made.")
+    output_format: OutputFormat
+    background: Literal["opaque"]
     data: list[InlinePicture | LinkedPicture]
 
 
@@ -270,8 +288,12 @@ class PartialImage(BaseModel):
     background: Literal["auto"]
 
 
-class _Completed(_Outcome):
+class Completed(_Outcome):
+    """Event: an image is done. With `response_format` `url` it is stored, too."""
+
     type: Literal["image_generation.completed", "image_edit.completed"]
+    b64_json: str = Field(json_schema_extra={"contentEncoding": "base64"})
+    url: str = Field(default_factory=_absent, description="Where the image is, for a while.")
     created_at: int
     size: str
     output_format: OutputFormat
@@ -280,18 +302,6 @@ class _Completed(_Outcome):
     image_index: int = Field(ge=0)
     seed: int
     flagged: bool = Field(description="Whether the pipeline's safety checker flagged it.")
-
-
-class CompletedInline(_Completed):
-    """Event: a picture is done."""
-
-    b64_json: str = Field(json_schema_extra={"contentEncoding": "base64"})
-
-
-class CompletedLinked(_Completed):
-    """Event: a picture is done, and stored."""
-
-    url: str
 
 
 class QueuedEvent(BaseModel):
@@ -428,7 +438,7 @@ class LegacyStatus(BaseModel):
 
 ANSWERS: tuple[type[BaseModel], ...] = (
     Error, ExamplesError, ProtocolError,
-    Health, Unhealthy, Drained, Discovery, Model, ModelList, Generation, Job, JobList, PartialImage, CompletedInline,
-    CompletedLinked, QueuedEvent, ProgressEvent, ProtocolMetadata, Live, NotLive, Ready, NotReady, ModelReady, ModelMetadata,
+    Health, Unhealthy, Drained, Discovery, Model, ModelList, Generation, Job, JobList, PartialImage, Completed,
+    QueuedEvent, ProgressEvent, ProtocolMetadata, Live, NotLive, Ready, NotReady, ModelReady, ModelMetadata,
     ServedModels, IndexedModel, ModelConfiguration, InferenceAnswer, LegacyAnswer, LegacyStatus,
 )  # fmt: skip

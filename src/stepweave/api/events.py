@@ -37,8 +37,8 @@ def event(name: str, data: dict[str, Any]) -> bytes:
 async def events(
     job: Followed, request: Request, files: FileStore, *, verbose: bool, base: str | None = None
 ) -> AsyncGenerator[bytes, None]:
-    """What happens to a job, until it ends, and its end: the pictures (as URLs that begin with `base`, if given), or an error,
-    as which the request is counted."""
+    """What happens to a job, until it ends, and its end: the pictures (with URLs that begin with `base`, if given), or an
+    error, as which the request is counted."""
     prefix = SURFACES[job.kind]
     try:
         async for update in job.updates(progress=verbose):
@@ -89,16 +89,17 @@ def _progress(id: str, update: Update) -> bytes:
 
 async def _completed(prefix: str, answer: Answer, index: int, files: FileStore, base: str | None) -> bytes:
     name, picture = f"{prefix}.completed", answer.pictures[index]
-    if base is None:
-        content = {"b64_json": (await on_thread(None, base64.b64encode, picture.data)).decode()}
-    else:
-        content = {"url": (await urls(Answer(answer.body, [picture]), base, files))[0]["url"]}
+    content = {
+        "b64_json": (await on_thread(None, base64.b64encode, picture.data)).decode()
+    }  # as OpenAI's type requires
+    if base is not None:
+        content["url"] = (await urls(Answer(answer.body, [picture]), base, files))[0]["url"]
     parameters = answer.body["parameters"]
     data = {
         "type": name,
         **content,
         "created_at": answer.body["created"],
-        "size": parameters["size"],
+        "size": picture.values["size"],
         "output_format": picture.output_format,
         **IGNORED,
         "image_index": index,

@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from stepweave.api.auth import asker_of
 from stepweave.api.bodies import SPOOLED
 from stepweave.api.idempotency import joins
-from stepweave.api.schemas import CHARSETS
+from stepweave.api.schemas import CHARSETS, EditRequest, refuse_known
 from stepweave.errors import SHOWN, Cancelled, InvalidRequest, shown
 from stepweave.generation import Sources
 from stepweave.scheduling.admission import Reservation
@@ -26,7 +26,7 @@ PICTURES = ("image", "mask")
 MAX_FIELDS = 64
 MAX_FIELD_BYTES = 64 * 1024
 MAX_TEXT_BYTES = 128 * 1024  # of all fields of a form, which are in memory
-MAX_FILES = 8  # those without content included, as browsers send where none was chosen
+MAX_FILES = 8  # that are read, those without content included, as browsers send where none was chosen
 BYTE_ORDER_MARK = "\ufeff"
 
 
@@ -134,6 +134,7 @@ def _sorted(data: FormData, files: Sequence[str]) -> Form:
         elif name in files:
             found[name] = value.file
         else:
+            refuse_known(name, EditRequest)
             raise InvalidRequest(f"{shown(name)} is a file; only {' and '.join(files)} may be.", param=name)
     return Form(texts, found)
 
@@ -143,7 +144,8 @@ def _name(given: str) -> str:
 
 
 def _twice(name: str) -> InvalidRequest:
-    return InvalidRequest(f"{name[:SHOWN]} is given more than once; the limit is one.", param=name[:SHOWN])
+    more = "; an edit starts from one image: send that, or put them together into one" if name == "image" else ""
+    return InvalidRequest(f"{name[:SHOWN]} is given more than once; the limit is one{more}.", param=name[:SHOWN])
 
 
 def _check_charset(content_type: str) -> None:

@@ -186,12 +186,12 @@ class InferenceApi:
 
     def _read(self, request: Request, body: bytes, model: ServedModel) -> tuple[InferenceRequest, list[ImageRequest]]:
         message, tail = read_message(body, request.headers.get(HEADER_LENGTH))
-        for name, given, served in (
-            ("model_name", message.model_name, model.id),
+        for name, given, of_path in (
+            ("model_name", message.model_name, request.path_params["model"]),
             ("model_version", message.model_version, VERSION),
         ):
-            if given not in (None, "", served):
-                raise InvalidRequest(f"{name} is {shown(given)}, but the path says {served!r}.", param=name)
+            if given not in (None, "", of_path):
+                raise InvalidRequest(f"{name} is {shown(given)}, but the path says {shown(of_path)}.", param=name)
         fields = read_inputs(message, tail, _accepted(model))
         return message, _image_requests(fields, _parameters(message.parameters or {}), self.server.settings.max_images)
 

@@ -16,7 +16,7 @@ from stepweave.api.answers import (
     wants_to_come_back,
 )
 from stepweave.api.auth import asker_of
-from stepweave.api.bodies import whole_body
+from stepweave.api.bodies import pass_over_body, whole_body
 from stepweave.api.counting import count_of
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.events import EventStream, events
@@ -33,6 +33,7 @@ from stepweave.api.schemas import (
     require_json,
 )
 from stepweave.api.urls import base_url, reference
+from stepweave.errors import InvalidRequest
 from stepweave.scheduling.admission import Reservation
 from stepweave.server import Server
 from stepweave.ticket import Ticket
@@ -48,6 +49,7 @@ class OpenAI:
         return [
             Route("/v1/images/generations", self.generations, methods=["POST"]),
             Route("/v1/images/edits", self.edits, methods=["POST"]),
+            Route("/v1/images/variations", self.variations, methods=["POST"]),
         ]
 
     async def generations(self, request: Request) -> Response:
@@ -63,6 +65,14 @@ class OpenAI:
                 place.settle()
                 body = parse_form(form.texts, EditRequest)
                 return await self._answer(request, body, form, place)
+
+    async def variations(self, request: Request) -> Response:
+        """OpenAI has retired them, and its clients still have the call."""
+        await pass_over_body(request)  # else its client may fail to send it before it reads the answer
+        raise InvalidRequest(
+            "There are no variations here: send the image to /v1/images/edits, with a prompt and a strength.",
+            code="unsupported",
+        )
 
     async def _answer(
         self,
@@ -82,7 +92,9 @@ class OpenAI:
         if picture is not None:
             one_picture(body.n, picture, body.output_format, "output_format" in body.model_fields_set)
             body = body.model_copy(update={"output_format": picture})
-        base = base_url(request, server.settings) if body.response_format == "url" else None
+        response_format = body.response_format or server.settings.response_format
+        linked = response_format == "url" and (picture is None or body.response_format is not None)
+        base = base_url(request, server.settings) if linked else None
         claim = claim_of(request, body.model_dump_json(), b"" if form is None else await digest_of(form))
 
         async def accept() -> Ticket:
@@ -99,7 +111,7 @@ class OpenAI:
                 client=asker_of(request),
                 reservation=place,
             )
-            ticket.response_format = body.response_format
+            ticket.response_format = response_format
             return ticket
 
         if detached:

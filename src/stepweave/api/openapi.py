@@ -30,10 +30,12 @@ from stepweave.api.operations import (
     Content,
     Errors,
     Operation,
+    name_of_model,
     operations,
 )
 from stepweave.api.responses import CODE, is_of_examples, is_of_protocol
-from stepweave.api.schemas import EditRequest, GenerationRequest, NativeEditRequest
+from stepweave.api.schemas import EditRequest, NativeEditRequest
+from stepweave.api.tensors import InputParameters, InputTensor, OutputParameters, RequestedOutput
 from stepweave.api.urls import base_url, reference
 from stepweave.errors import (
     MethodNotAllowed,
@@ -59,11 +61,14 @@ RETRY_AFTER = {"description": "Seconds after which it may be accepted.", "schema
 FORMS = (EditRequest, NativeEditRequest)
 PROTOCOL, EXAMPLES = "Protocol", "Examples"  # surfaces whose errors have another body
 BODIES: dict[str, type[BaseModel]] = {"": Error, PROTOCOL: ProtocolError, EXAMPLES: ExamplesError}
+OBJECTS: tuple[type[BaseModel], ...] = (  # of JSON, whose members may be null, as if they were absent
+    *(one for one in REQUESTS if one not in FORMS), InputTensor, InputParameters, RequestedOutput, OutputParameters,
+)  # fmt: skip
 DESCRIPTION = (
     "Diffusion models, batched by denoising steps. Every error's message names the offending value and the limit. Bodies of "
     "POST may be compressed, with `Content-Encoding: gzip` or `deflate`; their limit is of what comes out. Fields that are not "
-    "listed are refused. Limits are this server's; what depends on the model is there once it is loaded. HEAD is answered "
-    "wherever GET is."
+    "listed are refused; a member that is null counts as absent. Limits are this server's; what depends on the model is there "
+    "once it is loaded. HEAD is answered wherever GET is."
 )
 
 
@@ -88,7 +93,7 @@ def make_document(server: Server, mounted: Collection[str], place: str = "/") ->
     """The document of a server whose app has routes of the paths `mounted`; `place` is the URL of its root."""
     secured = server.keys.required
     paths: dict[str, dict[str, Any]] = {}
-    for one in operations(None if server.model is None else server.model.id):
+    for one in operations(None if server.model is None else server.model.names):
         if one.elsewhere or one.path in mounted:
             paths.setdefault(one.path, {})[one.method] = _operation(one, secured)
     schemas = copy.deepcopy(_schemas())
@@ -130,15 +135,18 @@ def _schemas() -> dict[str, Any]:
     models += [(one, "serialization") for one in ANSWERS]
     _, found = models_json_schema(models, ref_template=REF, schema_generator=_Generator)
     schemas: dict[str, Any] = found["$defs"]
-    for model in (GenerationRequest, EditRequest):
-        for name in model.NULLABLE:
-            schemas[model.__name__]["properties"][name] = _or_null(schemas[model.__name__]["properties"][name])
+    for one in OBJECTS:
+        schema = schemas[one.__name__]
+        for name in schema["properties"].keys() - set(schema.get("required", ())):
+            schema["properties"][name] = _or_null(schema["properties"][name])
     for form in FORMS:
         schemas[form.__name__] = _as_form(schemas[form.__name__])
     return schemas
 
 
 def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    if {"type": "null"} in schema.get("anyOf", ()):
+        return schema
     outer: dict[str, Any] = {name: schema[name] for name in ("description", "default") if name in schema}
     return {"anyOf": [{key: value for key, value in schema.items() if key not in outer}, {"type": "null"}], **outer}
 
@@ -172,7 +180,7 @@ def _limit(schemas: dict[str, Any], server: Server) -> None:
             limits[name]["maxLength"] = model.limits.prompt_characters
         low, high = model.limits.guidance
         limits["guidance_scale"] = {"minimum": low, "maximum": high}
-        limits["model"] = limits["model_name"] = {"enum": [model.id]}
+        limits["model"] = limits["model_name"] = name_of_model(model.names)
         limits["scheduler"] = {"enum": sorted(model.schedulers)}
         absent = {name for name in ("negative_prompt", "guidance_scale") if name not in model.arguments}
         absent |= set() if model.schedulers else {"scheduler"}
@@ -191,6 +199,8 @@ def _limit(schemas: dict[str, Any], server: Server) -> None:
                 del properties[name]
             else:
                 properties[name] = {"type": "null", "description": "This model has none."}
+        if "response_format" in properties:
+            properties["response_format"]["default"] = settings.response_format
         if "size" in properties:
             kinds = {f"{name}: {one.sizes}" for name, one in of_edits.items() if model and one != model.limits}
             more = sorted(kinds) if request in FORMS else []

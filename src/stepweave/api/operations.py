@@ -29,6 +29,7 @@ from stepweave.errors import (
     Unavailable,
     UnsupportedMedia,
 )
+from stepweave.names import MAX_NAME, ModelNames
 
 JSON = "application/json"
 FORM = "multipart/form-data"
@@ -153,7 +154,6 @@ CONTROL = (
         "header", "Prefer", "`respond-async`: answer with 202 and a job at once.", examples=["respond-async"], pattern="^[ -~]*$"
     ),
 )  # fmt: skip
-COMPLETED = (bodies.CompletedInline, bodies.CompletedLinked)
 COMMON_EVENTS: Content = {
     "stepweave.queued": bodies.QueuedEvent,
     "stepweave.progress": bodies.ProgressEvent,
@@ -164,7 +164,7 @@ COMMON_EVENTS: Content = {
 def _events(*prefixes: str) -> Content:
     pictures: Content = {}
     for prefix in prefixes:
-        pictures |= {f"{prefix}.partial_image": bodies.PartialImage, f"{prefix}.completed": COMPLETED}
+        pictures |= {f"{prefix}.partial_image": bodies.PartialImage, f"{prefix}.completed": bodies.Completed}
     return pictures | COMMON_EVENTS
 
 
@@ -217,13 +217,19 @@ def _probe(path: str, id: str, summary: str) -> Operation:
     return _get(path, id, "Operation", summary, statuses, keyless=True, elsewhere=True)
 
 
-def _model(name: str, id: str | None) -> dict[str, Any]:
-    known: dict[str, Any] = {} if id is None else {"enum": [id]}
-    return _parameter("path", name, "The model's id.", **known)
+def name_of_model(names: ModelNames) -> dict[str, Any]:
+    """The schema of a name that requests may call the model by."""
+    if not names.any:
+        return {"enum": list(names.listed)}
+    return {"pattern": "^[^:]+$", "minLength": 1, "maxLength": MAX_NAME, "examples": [names.told]}
 
 
-def _inference(id: str | None) -> Iterable[Operation]:
-    tag, model, named = "Open Inference Protocol", "/v2/models/{model}", _model("model", id)
+def _model(name: str, names: ModelNames | None) -> dict[str, Any]:
+    return _parameter("path", name, "A name of the model.", **({} if names is None else name_of_model(names)))
+
+
+def _inference(names: ModelNames | None) -> Iterable[Operation]:
+    tag, model, named = "Open Inference Protocol", "/v2/models/{model}", _model("model", names)
     yield _get("/v2", "serverMetadata", tag, "The server", _json(bodies.ProtocolMetadata, "Its metadata."))
     yield _get("/v2/models", "listServedModels", tag, "The name of the model that is served",
                _json(bodies.ServedModels, "One."), Unavailable)  # fmt: skip
@@ -255,8 +261,8 @@ def _inference(id: str | None) -> Iterable[Operation]:
                         (*parameters, KEY, length, ENCODED), {JSON: InferenceRequest, BYTES: FILE}, INFERENCE)  # fmt: skip
 
 
-def operations(model: str | None) -> list[Operation]:
-    """All of them, for a server whose model has the id `model`, if it is loaded."""
+def operations(names: ModelNames | None) -> list[Operation]:
+    """All of them, for a server whose model has these names, if it is loaded."""
     job_events = _events("image_generation", "image_edit")
     return [
         _images("generations", "image_generation", id="createImage", summary="Text to image",
@@ -267,9 +273,11 @@ def operations(model: str | None) -> list[Operation]:
                 "alpha is the same throughout, white there; it has the proportions of `image`. Both are PNG, JPEG or WebP, are "
                 "turned as their EXIF says, converted to sRGB, and scaled to the size of the result. `image[]`, as OpenAI's "
                 "clients name several, is taken for `image`."),
+        Operation("post", "/v1/images/variations", "createImageVariation", "Images", "Refused: send the image to be edited", {},
+                  (InvalidRequest, BodyTooLarge), body={FORM: {"type": "object"}}),
         _get("/v1/models", "listModels", "Models", "The model that is served", _json(bodies.ModelList, "One."), Unavailable),
         _get("/v1/models/{id}", "getModel", "Models", "What the model takes", _json(bodies.Model, "It."), NotFound, Unavailable,
-             parameters=(_model("id", model),)),
+             parameters=(_model("id", names),)),
         _get("/v1/jobs", "listJobs", "Jobs", "Jobs that are kept, newest first",
              _json(bodies.JobList, "Theirs whose key it is."), InvalidRequest, NotFound, Unavailable,
              parameters=(_parameter("query", "limit", "How many at most.", type="integer", minimum=1, maximum=MAX_LIST,
@@ -292,7 +300,7 @@ def operations(model: str | None) -> list[Operation]:
                 body={FORM: NativeEditRequest}),
         _get("/schema.json", "bentomlSchema", "BentoML", "The native API, for BentoML's clients",
              {200: Answer("BentoML's own description.", {JSON: {"type": "object"}})}, elsewhere=True),
-        *_inference(model),
+        *_inference(names),
         Operation("post", "/api/diffusers/inference", "legacyInference", "Diffusers example server", "Text to image",
                   {200: Answer("Where the pictures are.", {JSON: bodies.LegacyAnswer}, WARNINGS_HEADER)}, WORK, (KEY,),
                   body={JSON: LegacyRequest},

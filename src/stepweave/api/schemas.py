@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -18,6 +19,7 @@ MAX_PARTIAL_IMAGES = 3
 CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")  # of JSON and forms
 LONG = 32 * 1024  # bytes of a body beyond which it is not read on the event loop
 MANY = 4  # times as many members as there are fields, beyond which they are not validated: each would become an error
+PROMPTS = ("prompt", "negative_prompt")
 Size = Annotated[str, Field(pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", examples=["64x64"])]
 
 
@@ -61,23 +63,34 @@ class StreamRequest(ImageRequest):
 class OpenAIRequest(StreamRequest):
     """What OpenAI's Images API has beside; what a diffusion model has no use for is taken and ignored, with a warning."""
 
-    IGNORED: ClassVar[tuple[str, ...]] = ("quality", "style", "background", "moderation")
-    NULLABLE: ClassVar[tuple[str, ...]] = ("n", "response_format", "output_format", "stream", "partial_images")
+    IGNORED: ClassVar[tuple[str, ...]] = ("quality", "style", "background", "moderation", "complexity")
+    IGNORED_NAMES: ClassVar[tuple[str, ...]] = ("safety_identifier", "user")  # of people: warnings do not repeat them
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        "svg": "this server makes no SVG; leave it out, and let output_format be png, jpeg or webp",
+        "frame_count": "an image has one frame; leave it out",
+        "frame_duration_ms": "an image has one frame; leave it out",
+        "markup": "draw it into image, or send as mask what is to be painted anew",
+    }
 
-    model: str | None = Field(None, description="Id of the model, if given.")
+    model: str | None = Field(None, description="Name of the model, if given.")
     n: int = Field(1, ge=1, description="Number of pictures; picture i has seed + i.")
-    response_format: Literal["b64_json", "url"] = Field("b64_json", description="How pictures are returned.")
+    response_format: Literal["b64_json", "url"] | None = Field(None, description="How pictures are returned.")
     stream: bool = Field(False, description="Answer with server-sent events.")
-    user: str | None = Field(None, max_length=512, description="Taken from OpenAI's clients; has no effect.")
-    quality: Literal["auto", "standard", "hd", "low", "medium", "high"] | None = Field(None, description="Ignored.")
+    user: str | None = Field(None, max_length=512, description="Ignored.")
+    safety_identifier: str | None = Field(None, max_length=512, description="Ignored.")
+    quality: Literal["auto", "standard", "hd", "low", "medium", "high", "xhigh", "max"] | None = Field(
+        None, description="Ignored."
+    )
     style: Literal["vivid", "natural"] | None = Field(None, description="Ignored.")
     background: Literal["auto", "transparent", "opaque"] | None = Field(None, description="Ignored.")
     moderation: Literal["auto", "low"] | None = Field(None, description="Ignored.")
+    complexity: Literal["low", "medium", "high"] | None = Field(None, description="Ignored.")
 
     def ignored(self) -> list[str]:
         """A warning for each field that is ignored and does not say `auto`."""
         given = ((name, getattr(self, name)) for name in self.IGNORED)
-        return [f"{name}: {value!r} has no effect here." for name, value in given if value not in (None, "auto")]
+        warnings = [f"{name}: {value!r} has no effect here." for name, value in given if value not in (None, "auto")]
+        return warnings + [f"{name}: it has no effect here." for name in self.IGNORED_NAMES if getattr(self, name)]
 
 
 class GenerationRequest(OpenAIRequest):
@@ -133,14 +146,16 @@ RequestT = TypeVar("RequestT", bound=BaseModel)
 
 
 def parse(body: bytes, schema: type[RequestT]) -> RequestT:
-    """Read a JSON body. Raises InvalidRequest naming the first wrong field, its value and what is allowed."""
-    nullable: tuple[str, ...] = getattr(schema, "NULLABLE", ())
-    if len(body) > LONG or (nullable and b"null" in body):
-        body = _without(nullable, body, schema)
+    """Read a JSON body, in which a member that is null is absent, whatever its name.
+
+    Raises InvalidRequest naming the first wrong field, its value and what is allowed.
+    """
+    if len(body) > LONG or b"null" in body:
+        body = _without_nulls(body, schema)
     try:
         return schema.model_validate_json(body)
     except ValidationError as error:
-        raise explain(error) from None
+        raise explain(error, schema) from None
 
 
 async def parse_off_loop(body: bytes, schema: type[RequestT]) -> RequestT:
@@ -148,17 +163,22 @@ async def parse_off_loop(body: bytes, schema: type[RequestT]) -> RequestT:
     return await on_thread(None, parse, body, schema) if len(body) > LONG else parse(body, schema)
 
 
-def _without(nullable: tuple[str, ...], body: bytes, schema: type[BaseModel]) -> bytes:
-    """The body less members that are null and may be. Raises InvalidRequest if it has far too many."""
+def _without_nulls(body: bytes, schema: type[BaseModel]) -> bytes:
+    """The body less members that are null. Raises InvalidRequest if it has far too many members."""
     try:
         values = from_json(body, cache_strings="none")
     except ValueError:
         return body  # validation tells what is wrong
-    if not isinstance(values, dict):
-        return body
-    check_members(values, schema)
-    kept = {name: value for name, value in values.items() if value is not None or name not in nullable}
-    return body if len(kept) == len(values) else to_json(kept)
+    if isinstance(values, dict):
+        check_members(values, schema)
+    return to_json(without_nulls(values)) if b"null" in body else body
+
+
+def without_nulls(value: Any) -> Any:
+    """JSON less the members of objects that are null, however deep they stand. Elements of arrays stay."""
+    if isinstance(value, dict):
+        return {name: without_nulls(one) for name, one in value.items() if one is not None}
+    return [without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def check_members(values: dict[str, Any], schema: type[BaseModel]) -> None:
@@ -168,25 +188,43 @@ def check_members(values: dict[str, Any], schema: type[BaseModel]) -> None:
 
 
 def parse_form(fields: Mapping[str, str], schema: type[RequestT]) -> RequestT:
-    """Read the fields of a form, whose values are all texts. Raises as `parse` does."""
+    """Read the fields of a form, whose values are all texts. One that is empty or `null` is absent: so OpenAI's clients for
+    Python and for Node send null. Only of prompts `null` is a word.
+
+    Raises as `parse` does.
+    """
+    given = {name: text for name, text in fields.items() if text and (text != "null" or name in PROMPTS)}
     try:
-        return schema.model_validate_strings(fields)
+        return schema.model_validate_strings(given)
     except ValidationError as error:
-        raise explain(error) from None
+        raise explain(error, schema) from None
 
 
-def explain(error: ValidationError) -> InvalidRequest:
-    """The first problem, as the caller is told of it."""
-    return _explain(error.errors(include_url=False)[0])
+def explain(error: ValidationError, schema: type[BaseModel] | None = None) -> InvalidRequest:
+    """The first problem, as the caller is told of it; `schema` tells of fields that are known, and why they are refused."""
+    return _explain(error.errors(include_url=False)[0], getattr(schema, "REFUSED", {}))
 
 
-def _explain(problem: Any) -> InvalidRequest:
+def refuse_known(name: str, schema: type[BaseModel]) -> None:
+    """Raise InvalidRequest saying what to do instead if a field, or a member of it, is one that the schema refuses by name."""
+    if (refusal := _refusal(name, getattr(schema, "REFUSED", {}))) is not None:
+        raise refusal
+
+
+def _refusal(name: str, refused: Mapping[str, str]) -> InvalidRequest | None:
+    known = re.split(r"[\[.]", name, maxsplit=1)[0]  # forms have members as `svg[model]`
+    if known not in refused:
+        return None
+    return InvalidRequest(f"{known} is not taken: {refused[known]}.", code="unsupported", param=known)
+
+
+def _explain(problem: Any, refused: Mapping[str, str]) -> InvalidRequest:
     if problem["type"] == "json_invalid":
         return InvalidRequest(f"The body is not valid JSON: {problem['ctx']['error']}.", code="invalid_json")
     # strings that JSON's reader accepts and UTF-8 does not (lone surrogates) have no field to blame
     param = ".".join(str(part) for part in problem["loc"])[:SHOWN] or None
     if problem["type"] == "extra_forbidden":
-        return _unknown(param)
+        return _refusal(param or "", refused) or _unknown(param)
     if problem["type"] == "missing":
         return InvalidRequest(f"{param} is missing.", code="missing_field", param=param)
     if param == "size":

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
-from stepweave.api.schemas import check_members, explain
+from stepweave.api.schemas import check_members, explain, without_nulls
 from stepweave.errors import InvalidRequest, shown
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -131,7 +131,7 @@ def read_message(body: bytes, header_length: str | None) -> tuple[InferenceReque
         length = given
     try:
         text = body[:length].removeprefix(codecs.BOM_UTF8)
-        values = from_json(text, allow_inf_nan=False, cache_strings="none")
+        values = without_nulls(from_json(text, allow_inf_nan=False, cache_strings="none"))
         return InferenceRequest.model_validate(values), body[length:]
     except ValidationError as error:
         raise _explain(error, values) from None

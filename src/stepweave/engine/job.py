@@ -135,6 +135,7 @@ class Job:
         self._cancelled = False
         self._ended: Exception | None = None
         self._warnings: dict[Hashable, str] = {}
+        self._tokens: dict[Hashable, int] = {}  # of each text that a tokenizer read
         self._owner = owner
         self._on_cancel = on_cancel
         self._observer = observer
@@ -151,6 +152,14 @@ class Job:
     def warnings(self) -> list[str]:
         """What the caller should know of the result, in order: which prompts the text encoders did not read to their end."""
         return list(self._warnings.values())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the pipeline's tokenizers read of its prompts, special ones included, padding and what was cut off not.
+
+        A text counts once for each tokenizer that read it, however often that did. 0 where the pipeline has no tokenizer.
+        """
+        return sum(self._tokens.values())
 
     def done(self) -> bool:
         """Whether the result, or the error, is there."""
@@ -270,6 +279,10 @@ class Job:
     def warn(self, key: Hashable, message: str) -> None:
         """Have the caller know; once for each key."""
         self._warnings.setdefault(key, message)
+
+    def read(self, key: Hashable, tokens: int) -> None:
+        """Note how many tokens of a text a tokenizer read. Pipelines read a text once more, whole, to tell what they cut."""
+        self._tokens[key] = min(tokens, self._tokens.get(key, tokens))
 
     def restart(self) -> None:
         """Note that the call begins anew."""

@@ -1,4 +1,4 @@
-"""Warnings of prompts that a text encoder does not read to their end."""
+"""What text encoders read of prompts: warnings of those that they do not read to their end, and numbers of tokens."""
 
 from __future__ import annotations
 
@@ -10,19 +10,31 @@ from stepweave.engine.job import Job
 from stepweave.engine.shapes import arguments_of
 from stepweave.errors import shown
 from stepweave.scope.cuts import Cut, reporting
+from stepweave.scope.tokens import Reading, counting
 
 
 @contextlib.contextmanager
 def warned(pipeline: Any, jobs: Sequence[Job]) -> Iterator[None]:
-    """Have jobs warned of their prompts that are cut within the block, in which one call of the pipeline serves them all."""
-    with reporting(lambda cut: _warn(pipeline, jobs, cut)):
+    """Have jobs told of their prompts' tokens, and warned of those that are cut, within the block, in which one call of the
+    pipeline serves them all."""
+    with reporting(lambda cut: _warn(pipeline, jobs, cut)), counting(lambda reading: _count(jobs, reading)):
         yield
+
+
+def _count(jobs: Sequence[Job], reading: Reading) -> None:
+    owner = _owner(jobs, reading)
+    for job in jobs if owner is None else (owner,):  # one text for all of them was read for each
+        job.read((reading.tokenizer, reading.text), reading.tokens)
+
+
+def _owner(jobs: Sequence[Job], text: Cut | Reading) -> Job | None:
+    """Whose text of a tokenizer's call it is: a call of several jobs has one text for each, or as many."""
+    return jobs[text.index % len(jobs)] if text.count % len(jobs) == 0 else None
 
 
 def _warn(pipeline: Any, jobs: Sequence[Job], cut: Cut) -> None:
     """Warn the jobs whose text was cut, each of what it gave itself, never of another's."""
-    # a call of several jobs has one text for each, or as many
-    owner = jobs[cut.index % len(jobs)] if cut.count % len(jobs) == 0 else None
+    owner = _owner(jobs, cut)
     found = [
         (len(text), job, name, text, start) for job in jobs for name, text, start in _arguments(pipeline, job, cut)
     ]

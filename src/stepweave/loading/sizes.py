@@ -103,6 +103,13 @@ def size_multiple(pipeline: Any) -> int:
     return _vae_scale(pipeline) * patch
 
 
+def latent_positions(pipeline: Any, width: int, height: int) -> int:
+    """Positions of the latents of an image of so many pixels: height x width by the VAE's scale, before they are packed or made
+    into the denoiser's patches."""
+    scale = _vae_scale(pipeline)
+    return -(-width // scale) * -(-height // scale)
+
+
 def max_side(pipeline: Any) -> int | None:
     """The longest side in pixels that the denoiser's tables of positions cover, None where there is no such table.
 

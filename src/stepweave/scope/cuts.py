@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -68,6 +68,11 @@ def cuts_of(tokenizer: Any, name: str, output: Any, args: Sequence[Any], kwargs:
 
 _SIGNATURE = inspect.signature(PreTrainedTokenizerBase.__call__)
 _Found = Iterator[tuple[str, int | None, str, int]]
+
+
+def texts_of(tokenizer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    """The texts of a tokenizer's call, each with the one it is paired with, or None."""
+    return _texts(_SIGNATURE.bind(tokenizer, *args, **kwargs).arguments)
 
 
 def _texts(given: dict[str, Any]) -> list[tuple[Any, Any]]:

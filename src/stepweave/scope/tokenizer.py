@@ -8,12 +8,14 @@ from typing import Any
 
 from stepweave.scope.cuts import current_report, cuts_of
 from stepweave.scope.proxy import Proxy
+from stepweave.scope.tokens import current_count, readings_of
 
 logger = logging.getLogger(__name__)
 
 
 class LockedTokenizer(Proxy):
-    """A transparent proxy that lets one thread at a time tokenize, and reports texts that are cut (`cuts.reporting`).
+    """A transparent proxy that lets one thread at a time tokenize, and reports texts that are cut (`cuts.reporting`)
+    and how many tokens it reads (`tokens.counting`).
 
     Fast tokenizers set padding and truncation on a shared Rust object before each call: without the lock, threads corrupt each
     other's padding, and lengths that should be equal differ. `name` is the tokenizer's in its pipeline; `made` is given what it
@@ -33,7 +35,7 @@ class LockedTokenizer(Proxy):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self._self_lock:
             output = self.__wrapped__(*args, **kwargs)
-            self._self_check("__call__", output, args, kwargs)
+            self._self_report("__call__", output, args, kwargs)
             return self._self_made(output)
 
     def __getattr__(self, name: str) -> Any:
@@ -44,13 +46,27 @@ class LockedTokenizer(Proxy):
         def call(*args: Any, **kwargs: Any) -> Any:
             with self._self_lock:
                 output = value(*args, **kwargs)
-                self._self_check(name, output, args, kwargs)
+                self._self_report(name, output, args, kwargs)
                 return self._self_made(output)
 
         return call
 
+    def _self_report(self, method: str, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Report what a call read and what it cut, if anybody wants to know of it."""
+        self._self_count(method, output, args, kwargs)
+        self._self_check(method, output, args, kwargs)
+
+    def _self_count(self, method: str, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        count = current_count()
+        if count is None or method not in _CUTTING:
+            return
+        try:
+            for reading in readings_of(self.__wrapped__, self._self_name, method, output, args, kwargs):
+                count(reading)
+        except Exception:  # as below
+            logger.warning("cannot tell how many tokens %s read", self._self_name, exc_info=True)
+
     def _self_check(self, method: str, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Report the cuts of a call, if anybody wants to know of them."""
         report = current_report()
         if report is None or method not in _CUTTING:
             return
