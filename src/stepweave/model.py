@@ -17,6 +17,7 @@ from stepweave.engine import StepEngine
 from stepweave.engine.shapes import arguments_of
 from stepweave.errors import InvalidRequest, LoadError, shown
 from stepweave.generation import MAX_SEED, Parameters, Sources
+from stepweave.loading.kinds import check_served
 from stepweave.loading.preset import FILE_NAME, Preset
 from stepweave.loading.rehearsal import Course
 from stepweave.loading.schedulers import Rehearsals
@@ -44,15 +45,13 @@ class ServedModel:
     def __init__(self, pipeline: Any, preset: Preset, settings: Settings) -> None:
         self.pipeline = pipeline
         self.settings = settings
+        check_served(type(pipeline), preset.call)
         self.arguments = arguments_of(pipeline)
         self.call_arguments = preset.call
         directory = settings.model_directory()
         self.id = preset.id or (directory.resolve().name if directory else settings.model)
         own = getattr(pipeline, "scheduler", None)
         self.scheduler = None if own is None else type(own).__name__
-        for name in ("prompt", "num_inference_steps", "generator"):
-            if name not in self.arguments:
-                raise LoadError(f"{self.pipeline_class} takes no argument {name!r}: it makes no images of prompts")
         for name in preset.call:
             if name not in self.arguments:
                 close = difflib.get_close_matches(name, self.arguments, n=1)
