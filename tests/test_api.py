@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import inspect
 import io
 import json
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -24,7 +26,7 @@ from stepweave.model import ServedModel
 from tests.conftest import InProcess
 from tests.fake import FakePipeline
 from tests.tiny import FAMILIES
-from tests.waiting import SECONDS
+from tests.waiting import SECONDS, wait_until
 
 Make = Callable[..., InProcess]
 
@@ -306,7 +308,59 @@ def test_a_model_that_cannot_load_fails_readyz_and_livez(in_process: Make) -> No
         response = app.client.get(path)
         assert response.status_code == 503
         assert response.json()["error"]["code"] == "load_failed"
-        assert "NoPrompt takes no argument 'prompt'" in response.json()["message"]
+        assert "NoPrompt makes no images of prompts (it takes no argument 'prompt')" in response.json()["message"]
+
+
+class Films(FakePipeline):
+    """Whose class does not tell that it makes no images."""
+
+    films = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        made = super().__call__(*args, **kwargs)
+        return SimpleNamespace(frames=[made.images]) if self.films else made
+
+
+# as `inspect` would find it, were it written out
+Films.__call__.__signature__ = inspect.signature(FakePipeline.__call__)  # type: ignore[attr-defined]
+
+
+def test_what_makes_no_images_fails_its_warm_up(in_process: Make) -> None:
+    app = in_process(ready=False)
+    app.server._load_pipeline = lambda *_: (Films(), Preset())
+    app.server.start()
+    wait_until(lambda: app.server.status.stage in ("ready", "failed"))
+    assert app.server.status.stage == "failed"
+    assert "Films makes no images of prompts: it returned frames (list)" in app.client.get("/readyz").json()["message"]
+
+
+def test_without_a_warm_up_the_first_request_tells_and_the_server_serves_no_more(in_process: Make) -> None:
+    app = in_process(Films(), warmup=False)
+    assert app.client.get("/readyz").status_code == 200
+    told = "Films makes no images of prompts: it returned frames (list), and no list of images"
+    error = app.post()
+    assert error.status_code == 500
+    assert error.json()["error"]["code"] == "no_images"
+    assert told in error.json()["error"]["message"]
+    for path in ("/readyz", "/livez"):
+        response = app.client.get(path)
+        assert response.status_code == 503
+        assert told in response.json()["message"]
+    refused = app.post()
+    assert refused.status_code == 503
+    assert refused.json()["error"]["code"] == "load_failed"
+
+
+def test_a_model_that_has_made_images_is_not_given_up_for_one_result(in_process: Make) -> None:
+    pipeline = Films()
+    pipeline.films = False
+    app = in_process(pipeline, warmup=False)
+    assert app.post().status_code == 200
+    pipeline.films = True
+    assert app.post().json()["error"]["code"] == "no_images"
+    assert app.client.get("/readyz").status_code == 200
+    pipeline.films = False
+    assert app.post().status_code == 200
 
 
 def test_beyond_the_queue_is_429_with_retry_after(in_process: Make) -> None:

@@ -8,7 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from torch import nn
 
 from stepweave.config import EMBEDDED_MODEL, Settings
 from stepweave.errors import LoadError
+from stepweave.loading.kinds import Kind
 from stepweave.loading.loader import load_pipeline
 from stepweave.loading.tokenizers import check_tokenizers
 from tests.pipelines.catalog import entries
@@ -31,6 +32,12 @@ from tests.waiting import SECONDS
 CPU = torch.device("cpu")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 DAMAGED = ("stable_diffusion", "flux", "qwen_image")
+
+
+@pytest.fixture
+def every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pipelines that are not served are read, too: how whole is another question."""
+    monkeypatch.setattr("stepweave.loading.kinds.SERVED", frozenset(get_args(Kind)))
 
 
 def load(folder: Path, **settings: Any) -> DiffusionPipeline:
@@ -300,6 +307,7 @@ def test_from_pretrained_is_as_it_was_afterwards_and_for_other_threads(saved: Ca
 # What is whole
 
 
+@pytest.mark.usefixtures("every_kind")
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"stable_cascade"}))
 def test_what_diffusers_has_saved_loads(saved: Callable[[str], Path], family: str) -> None:
     assert_read(load(saved(family)), FAMILIES[family].build())
@@ -321,6 +329,7 @@ WHOLE = (
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("every_kind")
 @pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.parametrize("layout", ["plain", "variant", "sharded", "sharded_variant"])
 def test_more_families_load_whole_however_they_were_saved(tmp_path: Path, name: str, layout: str) -> None:

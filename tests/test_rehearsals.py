@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import io
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -341,3 +343,42 @@ def test_a_rehearsal_does_not_hold_up_the_event_loop(sdxl: InProcess, monkeypatc
     assert threads == [True]
     assert sdxl.post(num_inference_steps=17, size="16x16").status_code == 200
     assert threads == [True]
+
+
+# What diffusers says of it
+
+
+FOREIGN = {**NOISE_SCHEDULE, "of_another_kind": 1}
+
+
+def test_rehearsals_log_nothing_and_other_threads_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    [handler] = (one for one in logging.getLogger("diffusers").handlers if type(one) is logging.StreamHandler)
+    monkeypatch.setattr(handler, "stream", io.StringIO())
+    # of the model's own configuration it is told once, when that is read, and not again of each scheduler that is made of it
+    pipeline = with_scheduler("stable_diffusion", diffusers.PNDMScheduler.from_config(FOREIGN))
+    assert "{'of_another_kind': 1} were passed to PNDMScheduler, but are not expected" in handler.stream.getvalue()
+    monkeypatch.setattr(handler, "stream", io.StringIO())
+
+    inside, told = threading.Event(), threading.Event()
+
+    def hold(*args: Any) -> str | None:
+        inside.set()
+        assert told.wait(SECONDS)
+        return problem_of(*args)
+
+    def tell() -> None:
+        assert inside.wait(SECONDS)
+        logging.getLogger("diffusers.pipelines").warning("another thread's")
+        told.set()
+
+    other = threading.Thread(target=tell)
+    other.start()
+    with mock.patch.object(schedulers, "problem_of", hold):
+        found = Rehearsals.of(pipeline, Course(4), 5)
+        assert "DPMSolverSinglestepScheduler" in found.schedulers  # which changes its configuration
+        for name in found.schedulers:
+            found.runs(name, Course(7, 0.5))
+    other.join(SECONDS)
+    assert handler.stream.getvalue().splitlines() == ["another thread's"]
+    logging.getLogger("diffusers.pipelines").warning("afterwards")
+    assert handler.stream.getvalue().splitlines()[-1] == "afterwards"

@@ -36,6 +36,17 @@ def readme_blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
+# What the installed libraries say of each other: of torchao, which only tests of quantisation need, and of Triton
+OF_LIBRARIES = re.compile(r"torchao|_pytree\.py|triton", re.IGNORECASE)
+OURS = re.compile(r"\d{4}-\d\d-\d\dT\S+ \[(INFO|WARNING)\] \[(stepweave\.[\w.]+|cli|entry_service:stepweave:\d+)\] ")
+
+
+def test_a_start_prints_nothing_but_our_lines(served: Served) -> None:
+    lines = served.log.read_text().splitlines()
+    [ready] = (number for number, line in enumerate(lines) if "[stepweave.server] ready after" in line)
+    assert [line for line in lines[:ready] if not OURS.match(line) and not OF_LIBRARIES.search(line)] == []
+
+
 @pytest.mark.parametrize("language", ["bash", "python"])
 def test_the_readmes_clients_get_what_they_asked_for(served: Served, tmp_path: Path, language: str) -> None:
     blocks = readme_blocks(language)

@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from stepweave.errors import ConfigError, shown
 from stepweave.keys import Client, clients_of_setting
+from stepweave.loading.preset import SETTING, Preset, preset_of_setting
 from stepweave.names import ANY, MAX_NAME, NAME
 
 PREFIX = "STEPWEAVE_"
@@ -73,6 +74,13 @@ def _model_names(value: Any) -> Any:
     return names
 
 
+def _preset(value: Any) -> Any:
+    try:
+        return preset_of_setting(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise PydanticCustomError("preset", "{reason}", {"reason": str(error)}) from None
+
+
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 ModelNames = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_model_names)]
 Clients = Annotated[tuple[Client, ...], NoDecode, BeforeValidator(_clients)]
@@ -98,6 +106,10 @@ class Settings(BaseSettings):
         max_length=64,
         description="Names, comma-separated, that requests may call the model by: answers have the first, `*` takes any without "
         "a colon. If unset, the model's own.",
+    )
+    preset: Annotated[Preset | None, NoDecode, BeforeValidator(_preset)] = Field(
+        None,
+        description="Defaults of requests, as in `stepweave.json`: a JSON object, or the path of a file with one.",
     )
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = Field(
         "auto", description="`auto` (first GPU, else CPU), `cpu`, `cuda`, `cuda:N` or `mps`."
@@ -259,6 +271,19 @@ class Settings(BaseSettings):
                 f"STEPWEAVE_REVISION={shown(self.revision)} pins a hub commit, but "
                 f"STEPWEAVE_MODEL={shown(self.model)} is a directory"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _preset_is_within_limits(self) -> Settings:
+        preset = self.preset or Preset()
+        steps, pixels = preset.num_inference_steps or 0, (preset.width or 8) * (preset.height or 8)
+        if steps > self.max_steps:
+            raise ValueError(f"{SETTING}: num_inference_steps is {steps}; STEPWEAVE_MAX_STEPS is {self.max_steps}")
+        if pixels > self.max_pixels:
+            size = " and ".join(
+                f"{name} is {value}" for name, value in preset.given().items() if name in ("width", "height")
+            )
+            raise ValueError(f"{SETTING}: {size}; STEPWEAVE_MAX_PIXELS is {self.max_pixels}")
         return self
 
     def model_directory(self) -> Path | None:

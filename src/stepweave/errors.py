@@ -7,6 +7,7 @@ StepweaveError (500)
 ├── OutOfMemory                 the device's memory is too small for the job, even by itself
 ├── NonFinite                   the model gave NaN or infinite values
 ├── WrongNumber                 the pipeline made more or fewer images than were asked for
+│   └── NoImages                it made something else than images
 └── RequestError                the caller's request cannot be served
     ├── InvalidRequest (400)    a value is not allowed; `param` names the field
     ├── ContentFlagged (400)    the pipeline's safety checker flagged an image, and such are refused
@@ -107,6 +108,14 @@ class WrongNumber(StepweaveError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, code="generation_failed")
+
+
+class NoImages(WrongNumber):
+    """The pipeline made something else than images."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.code = "no_images"
 
 
 class RequestError(StepweaveError):

@@ -17,7 +17,8 @@ from stepweave.engine import StepEngine
 from stepweave.engine.shapes import arguments_of
 from stepweave.errors import InvalidRequest, LoadError, shown
 from stepweave.generation import MAX_SEED, Parameters, Sources
-from stepweave.loading.preset import FILE_NAME, Preset
+from stepweave.loading.kinds import check_served
+from stepweave.loading.preset import Preset
 from stepweave.loading.rehearsal import Course
 from stepweave.loading.schedulers import Rehearsals
 from stepweave.loading.siblings import sibling
@@ -39,34 +40,32 @@ class ServedModel:
 
     `image_to_image` and `inpaint` are pipelines, or None; `schedulers` are those that requests may name.
 
-    Raises LoadError if the pipeline cannot serve text to image or the preset names arguments that its call lacks.
+    `settings.preset` has precedence over `preset`. Raises LoadError if the pipeline does not make images of prompts, or if a
+    preset says what the model does not take.
     """
 
     def __init__(self, pipeline: Any, preset: Preset, settings: Settings) -> None:
         self.pipeline = pipeline
         self.settings = settings
+        self.preset = preset if settings.preset is None else settings.preset.over(preset)
+        preset = self.preset
+        check_served(type(pipeline), preset.call)
         self.arguments = arguments_of(pipeline)
-        self.call_arguments = preset.call
+        self.call_arguments = {name: value for name, value in preset.call.items() if value is not None}
         directory = settings.model_directory()
         own = preset.id or (directory.resolve().name if directory else settings.model)
         self.names = ModelNames(settings.model_names, own)
         self.id = self.names.told
         scheduler = getattr(pipeline, "scheduler", None)
         self.scheduler = None if scheduler is None else type(scheduler).__name__
-        for name in ("prompt", "num_inference_steps", "generator"):
-            if name not in self.arguments:
-                raise LoadError(f"{self.pipeline_class} takes no argument {name!r}: it makes no images of prompts")
-        for name in preset.call:
-            if name not in self.arguments:
-                close = difflib.get_close_matches(name, self.arguments, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(self.arguments)}"
-                raise LoadError(f"{FILE_NAME}: call.{name}: {self.pipeline_class} takes no argument {name!r} ({hint})")
+        self._check_call()
         self.image_to_image = sibling(pipeline, "image_to_image")
         self.inpaint = sibling(pipeline, "inpaint")
         width, height = native_size(pipeline)
         self.width, self.height = preset.width or width, preset.height or height
         self._multiple, native = size_multiple(pipeline), (self.width, self.height)
         sizes = SizeLimits(self._multiple, max_side(pipeline), settings.max_pixels, self._multiple, native=native)
+        self._check_size((width, height), sizes)
         self.default_steps = preset.num_inference_steps or self._default("num_inference_steps") or 50
         guidance = preset.guidance_scale if preset.guidance_scale is not None else self._default("guidance_scale")
         self.default_guidance: float | None = guidance if "guidance_scale" in self.arguments else None
@@ -76,6 +75,11 @@ class ServedModel:
         ):
             if default > limit:
                 raise LoadError(f"STEPWEAVE_{setting}={limit} is less than the model's own default, {default}")
+        if said := preset.given():
+            logger.info(
+                "defaults: %s; others are the pipeline's own",
+                ", ".join(f"{name}={shown(value)} ({preset.source(name)})" for name, value in said.items()),
+            )
         like = Course(self.default_steps, None, self._tokens(self.width, self.height))
         rehearsals = Rehearsals.of(pipeline, like, settings.max_steps)
         self.schedulers = rehearsals.schedulers
@@ -93,6 +97,36 @@ class ServedModel:
             )
             for kind, one in self._pipelines().items()
         }
+
+    def _check_call(self) -> None:
+        """Raise LoadError for what the preset would give the pipeline's call, and that has no such argument."""
+        preset = self.preset
+        for name in preset.call:
+            if name not in self.arguments:
+                close = difflib.get_close_matches(name, self.arguments, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(self.arguments)}"
+                raise LoadError(
+                    f"{preset.source(f'call.{name}')}: call.{name}: {self.pipeline_class} takes no argument {name!r} ({hint})"
+                )
+        if preset.guidance_scale is not None and "guidance_scale" not in self.arguments:
+            raise LoadError(
+                f"{preset.source('guidance_scale')}: guidance_scale is {preset.guidance_scale:g}, but {self.pipeline_class} has "
+                "no guidance_scale"
+            )
+
+    def _check_size(self, own: tuple[int, int], sizes: SizeLimits) -> None:
+        """Raise LoadError if the preset has a size, other than the pipeline's `own`, that the model does not make."""
+        size = self.width, self.height
+        for name, side, own_side in zip(("width", "height"), size, own, strict=True):
+            if side == own_side:
+                continue
+            value, source = f"{name} is {side}", self.preset.source(name)
+            if name not in self.arguments:
+                raise LoadError(f"{source}: {value}, but {self.pipeline_class} has no {name}: it is always {own_side}")
+            if side % sizes.multiple:
+                raise LoadError(f"{source}: {value}; it must be a multiple of {sizes.multiple}")
+            if side > sizes.longest:
+                raise LoadError(f"{source}: {value}; the model's limit is {sizes.longest} a side")
 
     def _pipelines(self) -> dict[str, Any]:
         """The pipeline of each kind of request, of those that there are."""

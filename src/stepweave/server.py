@@ -14,13 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepweave.config import Settings
 from stepweave.draining import Drain, DrainToken
-from stepweave.errors import (
-    DeviceFailed,
-    LoadError,
-    NotFound,
-    StepweaveError,
-    Unavailable,
-)
+from stepweave.errors import DeviceFailed, LoadError, NoImages, NotFound, StepweaveError, Unavailable
 from stepweave.generation import Parameters, Sources
 from stepweave.images.decoders import Decoders
 from stepweave.images.encode import check_file
@@ -103,6 +97,7 @@ class Server:
         self._drawers = DaemonExecutor(1, "stepweave-preview", self._use_device)
         self._closers = DaemonExecutor(2, "stepweave-close")
         self.decoders = Decoders(settings.max_input_pixels)
+        self._has_images = settings.warmup  # whether the model is known to make images
         self._loader = threading.Thread(target=self._load, name="stepweave-load", daemon=True)
 
     def start(self) -> None:
@@ -259,8 +254,8 @@ class Server:
 
     def _fail(self, message: str) -> None:
         if self.status.stage != "closed" and not self.leaving.terminated:
+            logger.error("the server cannot %s: %s", "serve" if self.status.stage == "ready" else "start", message)
             self.status = Status("failed", 0.0, message)
-            logger.error("the server cannot start: %s", message)
             if self._on_failure is not None:
                 self._on_failure(message)
 
@@ -421,6 +416,7 @@ class Server:
             drawers=self._drawers,
             previewer=self.previewer,
             scheduler=served.scheduler,
+            pipeline=served.pipeline_class,
             holds=engine.holds,
             answer_seconds=self.settings.stuck_seconds,
             refuse_flagged=self.settings.flagged_images == "refuse",
@@ -437,8 +433,16 @@ class Server:
             admission.leave()
             raise
         self.tickets[ticket.id] = ticket
-        ticket.ended().add_done_callback(lambda _: self.tickets.pop(ticket.id, None))
+        ticket.ended().add_done_callback(lambda _: self._over(ticket))
         return ticket
+
+    def _over(self, ticket: Ticket) -> None:
+        """Forget a ticket that is over; and where its was the first result ever and no image, serve no more."""
+        self.tickets.pop(ticket.id, None)
+        if ticket.error is None:
+            self._has_images = True
+        elif isinstance(ticket.error, NoImages) and not self._has_images and self.status.stage == "ready":
+            self._fail(ticket.error.message)
 
 
 def _prepare(served: ServedModel, parameters: Parameters) -> tuple[dict[str, Any], Hashable]:

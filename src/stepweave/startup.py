@@ -36,6 +36,10 @@ class Loaded:
 def load(settings: Settings, load_pipeline: LoadPipeline | None, on_step: OnStep, enter: Enter) -> Loaded:
     """Load and warm up, telling `enter` of each stage. Raises LoadError, and what torch and diffusers do."""
     enter("importing", 0.05, "importing torch and diffusers")
+    import transformers
+
+    # before diffusers, whose import makes it advise to install torchvision, which nothing here needs
+    transformers.utils.logging.set_verbosity_error()
     from stepweave.engine import StepEngine
     from stepweave.engine.ambient import use_device
     from stepweave.images.previews import Previewer

@@ -26,7 +26,7 @@ from stepweave.errors import (
 )
 from stepweave.generation import Answer, Generation, Parameters, PictureFile, Timings
 from stepweave.images.encode import encode
-from stepweave.images.outputs import is_constant, outputs_of
+from stepweave.images.outputs import images_of, is_constant, outputs_of
 from stepweave.outcome import Outcome
 from stepweave.partials import Partial, Partials
 from stepweave.reasons import refusal_of
@@ -82,6 +82,7 @@ class Means:
     drawers: Executor  # of previews
     previewer: Previewer | None = None
     scheduler: str | None = None  # the pipeline's own
+    pipeline: str = "The pipeline"  # its class
     holds: Callable[[Job], bool] = lambda job: True  # whether the engine has the job
     answer_seconds: float = 600.0  # after a job is done
     refuse_flagged: bool = False  # images that the pipeline's safety checker flags
@@ -103,9 +104,8 @@ class Ticket:
         self._of_result: list[str] = []
         self.error: StepweaveError | None = None
         self.kept = False  # by whom it is kept, that one gives its place back
-        self.keeping: asyncio.Task[StepweaveError | None] | None = (
-            None  # if it is kept: done once it is, as what it failed with
-        )
+        # if it is kept: done once it is, as what it failed with
+        self.keeping: asyncio.Task[StepweaveError | None] | None = None
         self._means = means
         self._partials = (
             None
@@ -366,12 +366,12 @@ class Ticket:
 
     def _generation(self, output: Any) -> Generation:
         """What a job gave. Raises ContentFlagged and WrongNumber."""
-        parameters, count = self.parameters, len(output.images)
-        if count != parameters.n:
+        parameters, images = self.parameters, images_of(output, self._means.pipeline)
+        if (count := len(images)) != parameters.n:
             raise WrongNumber(f"The pipeline made {count} images, not the {parameters.n} asked for.")
         outputs = outputs_of(output, count)
         size = parameters.width, parameters.height
-        for index, image in enumerate(output.images):
+        for index, image in enumerate(images):
             if image.size != size:
                 made = "{}x{}".format(*image.size)
                 self._of_result.append(
@@ -382,7 +382,7 @@ class Ticket:
             index = outputs.flagged.index(True)
             raise ContentFlagged(index, outputs.flags[index])
         self._of_result += outputs.warnings
-        return Generation(self.parameters, output.images, Timings.of(self.job), outputs.flagged, outputs.others)
+        return Generation(self.parameters, images, Timings.of(self.job), outputs.flagged, outputs.others)
 
     async def _encode(self, generation: Generation) -> list[PictureFile]:
         began = time.monotonic()

@@ -20,7 +20,7 @@ from stepweave.engine.shapes import arguments_of
 from stepweave.errors import DeviceFailed, LoadError, NonFinite, OutOfMemory, RequestError
 from stepweave.first_images import check_images
 from stepweave.generation import Parameters, Sources
-from stepweave.images.outputs import outputs_of
+from stepweave.images.outputs import images_of, outputs_of
 from stepweave.model import ServedModel
 from stepweave.reasons import reason_of
 from stepweave.trials import Fault, Size, narrowed
@@ -192,8 +192,8 @@ class WarmUp:
             f"{count} of {size[0]}x{size[1]}, guidance {parameters.guidance_scale}, {len(parameters.prompt)} characters"
         )
         try:
-            made = list(self._engine.submit(**self._model.call(parameters)).result().images)
-            sizes = [one.size if isinstance(one, Image.Image) else None for one in made]
+            made = self._images(self._engine.submit(**self._model.call(parameters)).result())
+            sizes = [one.size for one in made]
         except DeviceFailed as error:
             raise LoadError(
                 f"the device failed when what requests may ask for was tried ({what}): {error.reason}; lower "
@@ -206,8 +206,8 @@ class WarmUp:
         except Exception as error:
             fault = Fault(reason_of(error))
         else:
-            if len(made) != count or None in sizes:
-                fault = Fault(f"{len(made)} images in place of {count}, or not all are PIL's")
+            if len(made) != count:
+                fault = Fault(f"{len(made)} images in place of {count}")
             else:
                 wrong = next((one for one in sizes if one != size), None)
                 if wrong is None:
@@ -244,7 +244,10 @@ class WarmUp:
         finally:
             start.all_are_there.set()
         outputs = [job.result() for job in jobs]
-        return [None if any(outputs_of(one, 1).flagged) else one.images[0] for one in outputs]
+        return [None if any(outputs_of(one, 1).flagged) else self._images(one)[0] for one in outputs]
+
+    def _images(self, output: Any) -> list[Image.Image]:
+        return images_of(output, self._model.pipeline_class)
 
     def _parameters(self, index: int, width: int, height: int) -> Parameters:
         guidance = self._model.default_guidance

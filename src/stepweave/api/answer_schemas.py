@@ -147,6 +147,9 @@ class ModelDetails(Limits):
     default_num_inference_steps: int
     max_num_inference_steps: int
     default_guidance_scale: float | None
+    presets: list[str] = Field(
+        description="Where defaults come from, the strongest first, if not from the pipeline itself."
+    )
     schedulers: list[str] = Field(description="What `scheduler` may name.")
     scheduler_steps: dict[str, SchedulerSteps] = Field(
         description="Of those that run with some values of `num_inference_steps` only."

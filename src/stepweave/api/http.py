@@ -92,6 +92,7 @@ class Api:
                 "default_num_inference_steps": model.default_steps,
                 "max_num_inference_steps": settings.max_steps,
                 "default_guidance_scale": model.default_guidance,
+                "presets": model.preset.sources(),
                 "schedulers": sorted(model.schedulers),
                 "scheduler_steps": model.scheduler_steps,
                 "edits": list(model.edits),

@@ -10,6 +10,9 @@ from typing import Any
 
 from PIL import Image
 
+from stepweave.errors import NoImages
+
+IMAGES = ("images", "image")  # what pipelines call their images
 _FLAG = re.compile(r"nsfw|unsafe|harmful|flagged|blocked|detected", re.IGNORECASE)
 _SAFE = re.compile(r"^(is_)?safe$", re.IGNORECASE)  # which says the opposite
 LARGEST = 2**53 - 1  # of whole numbers that every JSON client reads
@@ -29,11 +32,27 @@ class Outputs:
         return [bool(names) for names in self.flags]
 
 
+def images_of(output: Any, pipeline: str = "The pipeline") -> list[Image.Image]:
+    """The images in what a pipeline returned. Raises NoImages, naming the class `pipeline` and its results, if that has none."""
+    images = next((found for name in IMAGES if (found := getattr(output, name, None)) is not None), None)
+    if isinstance(images, Image.Image):
+        images = [images]
+    if isinstance(images, (list, tuple)) and all(isinstance(one, Image.Image) for one in images):
+        return list(images)
+    found = ", ".join(
+        f"{name} ({type(value).__name__})" for name, value in _members(output).items() if value is not None
+    )
+    raise NoImages(
+        f"{pipeline} makes no images of prompts: it returned {found or type(output).__name__}, and no list of images; this "
+        "server serves text-to-image pipelines only"
+    )
+
+
 def outputs_of(output: Any, count: int) -> Outputs:
     """What an output says beside its `count` images. What is neither a flag nor fit for JSON is named in a warning."""
     found = Outputs([[] for _ in range(count)])
     for name, value in _members(output).items():
-        if name == "images" or value is None:
+        if name in IMAGES or value is None:
             continue
         plain = _plain(value)
         verdicts = _verdicts(name, plain, count)

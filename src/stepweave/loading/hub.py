@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
@@ -17,22 +18,27 @@ from huggingface_hub.errors import (
 )
 
 from stepweave.errors import LoadError
-from stepweave.loading.components import INDEX, absent_components, read_index
+from stepweave.loading.components import INDEX, absent_components, pipeline_class, read_index
 from stepweave.loading.files import files_of
+from stepweave.loading.kinds import check_served
 from stepweave.loading.variants import choose_variant
 from stepweave.reasons import reason_of
 
 logger = logging.getLogger(__name__)
 
 
-def fetch(repository: str, revision: str | None, wanted: str | None) -> tuple[Path, str | None]:
+def fetch(
+    repository: str, revision: str | None, wanted: str | None, given: Collection[str] = ()
+) -> tuple[Path, str | None]:
     """Download what a pipeline needs of a repository: its directory, and the variant of its weights, None for those without one.
 
-    Where the hub cannot be reached, what is in its cache must do. Raises LoadError.
+    Where the hub cannot be reached, what is in its cache must do. Raises LoadError, before the weights are fetched for a pipeline
+    that is not served where its calls are `given` such arguments.
     """
     try:
         snapshot = Path(hf_hub_download(repository, INDEX, revision=revision)).parent
         index = read_index(snapshot)
+        check_served(pipeline_class(index), given)
         try:
             files = HfApi().list_repo_files(repository, revision=revision)
         except Exception as error:

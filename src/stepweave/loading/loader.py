@@ -15,9 +15,11 @@ from diffusers import DiffusionPipeline
 
 from stepweave.config import Settings
 from stepweave.errors import LoadError
-from stepweave.loading.components import absent_components, components_of, read_index
+from stepweave.loading.builtin import recognise
+from stepweave.loading.components import absent_components, components_of, pipeline_class, read_index
 from stepweave.loading.files import check_vocabularies, files_of, find_damage
 from stepweave.loading.hub import fetch
+from stepweave.loading.kinds import check_served
 from stepweave.loading.preset import Preset, read_preset
 from stepweave.loading.quantization import pipeline_quantization
 from stepweave.loading.reading import Reading, check_placed
@@ -34,13 +36,15 @@ def load_pipeline(settings: Settings, device: torch.device, dtype: torch.dtype) 
     """Load the pipeline that `settings.model` names onto `device`, its class chosen by its `model_index.json`.
 
     Where weights are offloaded it stays on the CPU.
-    With it comes the preset in its directory, an empty one where there is none.
+    With it comes what `stepweave.json` in its directory and the preset of ours for its layout say, as far as there are such.
 
     Only safetensors weights are read and no code from the model's repository runs. A private or gated hub repository
     needs `HF_TOKEN` in the environment (read by huggingface_hub). Raises LoadError, naming component and file, for a model that
-    cannot be read whole: every tensor of its models, and the vocabularies of its tokenizers.
+    cannot be read whole: every tensor of its models, and the vocabularies of its tokenizers; and, before the weights are read,
+    for a pipeline that does not make images of prompts.
     """
     preset = read_preset(settings.model_directory())
+    given = {*preset.call, *(settings.preset.call if settings.preset else ())}
     # advice to install torchvision, which nothing here needs
     transformers.utils.logging.set_verbosity_error()
     # bars of a few lines' worth, garbled in a log
@@ -50,9 +54,17 @@ def load_pipeline(settings: Settings, device: torch.device, dtype: torch.dtype) 
         handler.addFilter(_without_prompts)
     try:
         if (folder := settings.model_directory()) is not None:
-            variant = choose_variant(read_index(folder), files_of(folder), settings.variant)
+            index = read_index(folder)
+            check_served(pipeline_class(index), given)
+            variant = choose_variant(index, files_of(folder), settings.variant)
         else:
-            folder, variant = fetch(settings.model, settings.revision, settings.variant)
+            folder, variant = fetch(settings.model, settings.revision, settings.variant, given)
+        if (found := recognise(folder, settings.model_name())) is not None:
+            logger.info(
+                "built-in preset %s: %s (see %s); STEPWEAVE_PRESET and a stepweave.json have precedence",
+                found.built_in.name, found.signs, found.built_in.card,
+            )  # fmt: skip
+            preset = preset.over(found.preset)
         pipeline = _read(settings, folder, variant, device, dtype)
     except LoadError as error:
         raise LoadError(f"the model {settings.model_name()!r} cannot be loaded: {error.message}") from error

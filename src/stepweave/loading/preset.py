@@ -1,31 +1,83 @@
-"""What a model should be called with when the request does not say: `stepweave.json` in its directory."""
+"""What a model should be called with when the request does not say.
+
+Four sources, the strongest first: the setting `STEPWEAVE_PRESET`, the file `stepweave.json` in the model's directory, a preset of
+ours for a layout that is known (`loading.builtin`), and the pipeline's own `__call__`. They are merged member by member, and
+`call` argument by argument.
+"""
 
 from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from stepweave.errors import LoadError, shown
 from stepweave.reasons import reason_of
 
 FILE_NAME = "stepweave.json"
+SETTING = "STEPWEAVE_PRESET"
+
+_MEMBERS = ("width", "height", "num_inference_steps", "guidance_scale")  # which are arguments of the call, too
+_OURS = ("prompt", "generator", "output_type", "return_dict", "num_images_per_prompt")  # that the server gives
 
 
 class Preset(BaseModel):
-    """Optional defaults of a model. What is absent comes from the pipeline's own `__call__`."""
+    """Optional defaults of a model. What is absent, or null, comes from a weaker source."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     id: str | None = Field(None, min_length=1, max_length=200, description="Name the API serves it under.")
     width: int | None = Field(None, ge=8, description="Native width in pixels.")
     height: int | None = Field(None, ge=8, description="Native height in pixels.")
     num_inference_steps: int | None = Field(None, ge=1, description="Default number of steps.")
-    guidance_scale: float | None = Field(None, ge=0, description="Default guidance.")
+    guidance_scale: float | None = Field(None, ge=0, le=100, description="Default guidance.")
     call: dict[str, Any] = Field(default_factory=dict, description="Further keyword arguments of every call.")
+    _sources: dict[str, str] = PrivateAttr(default_factory=dict)  # of members, and of arguments as `call.NAME`
+
+    @field_validator("call")
+    @classmethod
+    def _are_further_ones(cls, call: dict[str, Any]) -> dict[str, Any]:
+        for name in call:
+            if name in _MEMBERS:
+                raise PydanticCustomError("member", "{name} is a member of its own, beside call", {"name": name})
+            if name in _OURS:
+                raise PydanticCustomError("ours", "{name} is given by the server", {"name": name})
+        return call
+
+    def given(self) -> dict[str, Any]:
+        """What it says, by the names of members and of `call.ARGUMENT`."""
+        members = {name: value for name, value in self if name != "call" and value is not None}
+        return members | {f"call.{name}": value for name, value in self.call.items()}
+
+    def named(self, source: str) -> Self:
+        """The same, all of it from one source."""
+        return self._with_sources(dict.fromkeys(self.given(), source))
+
+    def over(self, weaker: Preset) -> Preset:
+        """Merged with a weaker one, which says what this one does not."""
+        members = {name: value for one in (weaker, self) for name, value in one if name != "call" and value is not None}
+        merged = Preset(**members, call={**weaker.call, **self.call})
+        return merged._with_sources({**weaker._all_sources(), **self._all_sources()})
+
+    def source(self, name: str) -> str:
+        """Where a member, or `call.ARGUMENT`, comes from."""
+        return self._sources.get(name, FILE_NAME)
+
+    def sources(self) -> list[str]:
+        """Where what it says comes from, the strongest first."""
+        found = set(self._all_sources().values())
+        return sorted(found, key=lambda one: (one != SETTING, one != FILE_NAME, one))
+
+    def _all_sources(self) -> dict[str, str]:
+        return {name: self.source(name) for name in self.given()}
+
+    def _with_sources(self, sources: dict[str, str]) -> Self:
+        copy = self.model_copy()
+        copy._sources = sources
+        return copy
 
 
 def read_preset(directory: Path | None) -> Preset:
@@ -34,11 +86,34 @@ def read_preset(directory: Path | None) -> Preset:
     if path is None or not path.exists():
         return Preset()
     try:
-        return Preset.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise LoadError(f"{FILE_NAME}: {'; '.join(map(_problem, error.errors()))}") from None
+        return parsed(path.read_bytes()).named(FILE_NAME)
+    except ValueError as error:
+        raise LoadError(f"{FILE_NAME}: {error}") from None
     except OSError as error:
         raise LoadError(reason_of(error, directory)) from None
+
+
+def preset_of_setting(text: str) -> Preset:
+    """The preset that the setting gives: a JSON object, or the path of a file with one. Raises ValueError, naming the member."""
+    if text.lstrip().startswith("{"):
+        return parsed(text).named(SETTING)
+    try:
+        content = Path(text).expanduser().read_bytes()
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"it must be a JSON object, or the path of a file with one ({why})") from None
+    try:
+        return parsed(content).named(SETTING)
+    except ValueError as error:
+        raise ValueError(f"in the file, {error}") from None
+
+
+def parsed(content: bytes | str) -> Preset:
+    """The preset that a JSON text is. Raises ValueError, naming each member that is wrong, its value and what is allowed."""
+    try:
+        return Preset.model_validate_json(content)
+    except ValidationError as error:
+        raise ValueError("; ".join(map(_problem, error.errors()))) from None
 
 
 def _problem(item: ErrorDetails) -> str:
@@ -49,4 +124,6 @@ def _problem(item: ErrorDetails) -> str:
         close = difflib.get_close_matches(key, Preset.model_fields, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"it may have {', '.join(Preset.model_fields)}"
         return f"there is no {shown(key)} ({hint})"
+    if item["type"] in ("member", "ours"):
+        return f"call.{item['msg']}"
     return f"{key} is {shown(item['input'])}: {item['msg']}" if key else f"it is {shown(item['input'])}: {item['msg']}"

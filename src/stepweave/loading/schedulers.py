@@ -20,6 +20,7 @@ import torch
 from diffusers import SchedulerMixin
 from diffusers.utils.import_utils import DummyObject
 
+from stepweave.loading.quiet import quiet
 from stepweave.loading.rehearsal import CHANGES, Course, problem_of, takes_shift
 from stepweave.scope.scheduler import clone_scheduler
 
@@ -50,16 +51,11 @@ def rehearse(scheduler: Any, pipeline: Any, steps: int = STEPS, strength: float 
 
 
 def _rehearsed(scheduler: Any, pipeline: Any, course: Course) -> str | None:
-    verbosity = diffusers.utils.logging.get_verbosity()
-    diffusers.utils.logging.set_verbosity_error()  # of schedulers that change their configuration for a number of steps
-    try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("ignore")
-            before = torch.get_rng_state()
-            problem = problem_of(scheduler, pipeline, course)
-            return problem if torch.equal(torch.get_rng_state(), before) else DRAWS
-    finally:
-        diffusers.utils.logging.set_verbosity(verbosity)
+    with quiet(), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        before = torch.get_rng_state()
+        problem = problem_of(scheduler, pipeline, course)
+        return problem if torch.equal(torch.get_rng_state(), before) else DRAWS
 
 
 class Rehearsals:
@@ -124,7 +120,8 @@ class Rehearsals:
             return found
         with self._lock:  # one at a time, whatever is asked for
             if key not in self._found:
-                problem = problem_of(self.schedulers[name], self._pipeline, course)
+                with quiet():
+                    problem = problem_of(self.schedulers[name], self._pipeline, course)
                 if problem is not None:
                     logger.info("%s with %s: %s does not run: %s", type(self._pipeline).__name__, name, course, problem)
                 if len(self._found) >= REMEMBERED:
@@ -181,7 +178,8 @@ def _made_of(own: Any) -> Iterator[Any]:
     yield clone_scheduler(own)
     for kind, changes in _candidates(own):
         try:
-            one = _made(kind, own, changes)
+            with quiet():  # of what the other scheduler's configuration has beyond this one's
+                one = _made(kind, own, changes)
         except Exception as error:  # a package is missing, or it does not take this configuration
             logger.debug("%s cannot take the place of %s: %s", kind.__name__, type(own).__name__, error)
         else:

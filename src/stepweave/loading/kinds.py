@@ -1,0 +1,129 @@
+"""What a pipeline makes, and whether a prompt is all that it needs: told from its class, before any weights are read."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import diffusers
+
+from stepweave.errors import LoadError
+
+Kind = Literal["text_to_image", "edit", "video", "audio", "text", "3d", "other"]
+SERVED: frozenset[Kind] = frozenset({"text_to_image"})
+
+# members of what a call returns
+_IMAGES = ("images", "image")
+_RESULTS: dict[str, Kind] = {
+    "frames": "video", "video": "video", "videos": "video", "audios": "audio", "audio": "audio", "texts": "text",
+    "sequences": "text",
+}  # fmt: skip
+# arguments that tell what is made where that is also called `images`
+_MAKING: dict[str, Kind] = {"video_length": "video", "num_frames": "video", "frame_size": "3d"}
+
+_TAKES_IMAGES = re.compile(r"(?:^|_)(?:images?|masks?|hint)$")
+_NO_SOURCE = re.compile(r"ip_adapter|attention_mask|embeds_mask|phrases_mask")  # embeddings, and masks of tokens
+# Pipelines that need an image, though nearly all have None for its default: diffusers names them so
+_NEEDS_IMAGES = re.compile(
+    r"Img2Img|I2I|Inpaint|Upscal|SuperResolution|Control|Adapter|Fill|Depth2Img|Pix2Pix|Refiner|Layered|Variation|DiffEdit"
+    r"|CycleDiffusion|LongCatImageEdit"
+)
+_MAY_NEED_IMAGES = re.compile(r"Edit")  # unless the image is documented to be optional
+
+
+@dataclass(frozen=True)
+class Makes:
+    """What a pipeline class makes, and a clause that says why it is taken for that."""
+
+    kind: Kind
+    why: str = ""
+
+
+def kind_of(pipeline: type[Any], given: Collection[str] = ()) -> Makes:
+    """What a pipeline class makes of a prompt. `given` are arguments of its call that every call has, as a preset gives them.
+
+    What cannot be told is taken for text to image: the first run will tell.
+    """
+    arguments = _arguments_of(pipeline)
+    if arguments is None:
+        return Makes("other", "its class has no call")
+    members = _results_of(pipeline)  # type: ignore[arg-type]
+    results = ", ".join(members)
+    if members and not set(members) & set(_IMAGES):
+        kinds = [_RESULTS[name] for name in members if name in _RESULTS]
+        return Makes(kinds[0] if kinds else "other", f"its results are {results}")
+    for name, kind in _MAKING.items():
+        if name in arguments:
+            return Makes(kind, f"it takes {name}")
+    for name in ("prompt", "num_inference_steps", "generator"):
+        if name not in arguments:
+            return Makes("other", f"it takes no argument {name!r}")
+    images = [name for name in arguments if _TAKES_IMAGES.search(name) and not _NO_SOURCE.search(name)]
+    needed = [
+        name
+        for name, one in arguments.items()
+        if one.default is one.empty and one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
+        and name != "prompt" and name not in given
+    ]  # fmt: skip
+    if needed:
+        edits = set(needed) & set(images) or _NEEDS_IMAGES.search(pipeline.__name__)
+        return Makes("edit" if edits else "other", f"it needs {', '.join(needed)}")
+    if images and (_NEEDS_IMAGES.search(pipeline.__name__) or _edits_only(pipeline, images)):
+        return Makes("edit", f"it needs {', '.join(images)}")
+    return Makes("text_to_image")
+
+
+_SAID: dict[Kind, str] = {
+    "edit": "makes images from images, not from a prompt alone",
+    "video": "makes videos, not images",
+    "audio": "makes sound, not images",
+    "text": "writes text, and makes no images",
+    "3d": "makes three-dimensional shapes, not images",
+    "other": "makes no images of prompts",
+}
+
+
+def check_served(pipeline: type[Any], given: Collection[str] = ()) -> None:
+    """Raise LoadError, naming the class and why, for a pipeline that is not one of those `SERVED`."""
+    makes = kind_of(pipeline, given)
+    if makes.kind not in SERVED:
+        raise LoadError(
+            f"{pipeline.__name__} {_SAID[makes.kind]} ({makes.why}); this server serves text-to-image pipelines only"
+        )
+
+
+def _arguments_of(pipeline: type[Any]) -> Mapping[str, inspect.Parameter] | None:
+    """The parameters of a class's call; None where it has none, and the name leads to that of `type`."""
+    if not any("__call__" in vars(one) for one in pipeline.__mro__):
+        return None
+    return dict(list(inspect.signature(pipeline.__call__).parameters.items())[1:])
+
+
+@functools.cache
+def _results_of(pipeline: type[Any]) -> tuple[str, ...]:
+    """The members of what a class's call returns, as its code says, or else its documentation; none where neither tells."""
+    call = inspect.unwrap(pipeline.__call__)
+    known = getattr(call, "__globals__", {})
+    try:
+        code = re.sub(r'r?"""[\s\S]*?"""', "", inspect.getsource(call))
+    except (OSError, TypeError):
+        code = ""
+    names = [*re.findall(r"return (\w+Output)\(", code), *re.findall(r"\b(\w+Output)`", inspect.getdoc(call) or "")]
+    for name in names:
+        kind = known.get(name) or getattr(diffusers, name, None)
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            return tuple(one.name for one in dataclasses.fields(kind))
+    return ()
+
+
+def _edits_only(pipeline: type[Any], images: Collection[str]) -> bool:
+    """Whether a class is named for edits, and does not document its images as optional."""
+    if not _MAY_NEED_IMAGES.search(pipeline.__name__):
+        return False
+    text = inspect.getdoc(pipeline.__call__) or ""
+    return not any(re.search(rf"^\s*{name} \(.*\*optional\*", text, re.MULTILINE) for name in images)
