@@ -33,7 +33,7 @@ from stepweave.api.operations import (
 )
 from stepweave.api.schemas import EditRequest, GenerationRequest, NativeEditRequest
 from stepweave.api.urls import base_url, reference
-from stepweave.errors import MethodNotAllowed, Refused, StepweaveError, Unauthorized, Unavailable
+from stepweave.errors import DeadlineExceeded, MethodNotAllowed, Refused, StepweaveError, Unauthorized, Unavailable
 from stepweave.server import Server
 from stepweave.threads import on_thread
 
@@ -268,7 +268,8 @@ def _refusal(error: type[StepweaveError]) -> dict[str, Any]:
     if issubclass(error, MethodNotAllowed):
         allowed = {"description": "Methods that the path has.", "schema": {"type": "string"}}
         headers["Allow"] = {**allowed, "required": True}
-    if error is StepweaveError:
-        headers["X-Should-Retry"] = {"description": "`false` where it would fail again.", "schema": {"const": "false"}}
+    if error in (StepweaveError, DeadlineExceeded):
+        lasting = {"description": "`false` where it would fail again, or too late.", "schema": {"const": "false"}}
+        headers["X-Should-Retry"] = {**lasting, "required": error is DeadlineExceeded}
     description = "It failed; the log has the request's id." if error is StepweaveError else inspect.getdoc(error) or ""
     return {"description": description.partition("\n")[0], "headers": headers, "content": _content({JSON: Error})}

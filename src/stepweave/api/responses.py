@@ -8,7 +8,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from stepweave.errors import NonFinite, OutOfMemory, StepweaveError, Unauthorized, WrongNumber
+from stepweave.errors import DeadlineExceeded, NonFinite, OutOfMemory, StepweaveError, Unauthorized, WrongNumber
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,8 @@ def error_response(error: StepweaveError, **extra: Any) -> JSONResponse:
         headers["Retry-After"] = str(error.retry_after)
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
-    if isinstance(error, LASTING):  # OpenAI's clients repeat what failed with a 500 unless told not to
+    # OpenAI's clients repeat what failed with a 5xx unless told not to; of a deadline the time is up
+    if isinstance(error, (*LASTING, DeadlineExceeded)):
         headers["X-Should-Retry"] = "false"
     return JSONResponse({**error.body(), **extra}, status_code=error.status, headers=headers)
 

@@ -162,7 +162,7 @@ class Pool:
         beside = min(len(self.threads), len(self._running)) if self._together == 1 else 1
         for job in jobs:
             job.start(now)
-            job.begin()
+            self._planner.begin(job)
         if len(jobs) > 1 and self._health.failure is None:
             together = Outcome.apart(run_batch, jobs[0].scope, jobs)
             if together.error is None:

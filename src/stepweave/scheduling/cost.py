@@ -100,6 +100,11 @@ class CostModel:
         knee = next(rows for rows, rate in zip(counts, rates, strict=True) if best < (1 + GAIN) * rate)
         return bound if tried <= knee else knee
 
+    @property
+    def timed(self) -> bool:
+        """Whether any forward has run."""
+        return bool(self._curves)
+
     def known(self, key: Key) -> bool:
         """Whether forwards of the key, or of its module in another size, have run."""
         return bool(self._modules.get(key.module))
