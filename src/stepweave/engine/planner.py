@@ -118,13 +118,20 @@ class Planner:
             job.begin()
 
     def leave(self, job: Job, *, succeeded: bool) -> None:
-        """A job is done. What it asked for is known, if it got to its end."""
+        """A job is done. What it asked for is known, if it got to its end; else its steps, if those of none have been seen."""
         with self._plan_lock:
             known = self._jobs.pop(job.id, None)
             self._line.leave(job.id)
-        if known is not None and succeeded:
-            with contained("learn what a job asked for"):
-                self._learn(job, job.recorder.demand(job.progress.total))
+        if known is None:
+            return
+        with contained("learn what a job asked for"):
+            step, total = job.progress
+            if succeeded:
+                self._learn(job, job.recorder.demand(total))
+            elif step and not job.task.demand.step:
+                seen = job.recorder.demand(step)
+                if seen.step:
+                    self._learn(job, Demand(total, seen.before, seen.step))
 
     def jobs(self) -> list[Job]:
         """All that are not done."""

@@ -182,8 +182,12 @@ class Pool:
         if ended is not None:
             return Outcome(error=ended)
         outcome: Outcome = Outcome.apart(call_pipeline, job).value
-        if outcome.error is None:
-            self._planner.called([job], time.monotonic() - began, beside)
+        steps = job.task.demand.steps if outcome.error is None else job.progress.step
+        if outcome.error is None or (
+            steps and not self._planner.timed
+        ):  # else nothing would be known while all end early
+            seconds = time.monotonic() - began
+            self._planner.called([job], seconds * job.task.demand.steps / max(1, steps), beside)
         return outcome
 
     def _finish(self, job: Job, outcome: Outcome) -> None:

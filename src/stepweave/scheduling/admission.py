@@ -329,8 +329,9 @@ class Admission:
             if new > self._window:
                 wait = min(wait, (len(self._promised) - new + self._window) * interval)
         seconds = interval + wait
+        guess = " How long they take is not known yet: Retry-After is a guess." if self._drain() is None else ""
         refusal = self._refusal(
-            "queue_full", f"{self._taken} requests are in flight; the limit is {self.limit}.", seconds
+            "queue_full", f"{self._taken} requests are in flight; the limit is {self.limit}.{guess}", seconds
         )
         if own is not None:
             self._take_up(own)
