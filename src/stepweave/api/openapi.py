@@ -269,7 +269,7 @@ def _refusal(error: type[StepweaveError]) -> dict[str, Any]:
         allowed = {"description": "Methods that the path has.", "schema": {"type": "string"}}
         headers["Allow"] = {**allowed, "required": True}
     if error in (StepweaveError, DeadlineExceeded):
-        lasting = {"description": "`false` where it would fail again, or too late.", "schema": {"const": "false"}}
-        headers["X-Should-Retry"] = {**lasting, "required": error is DeadlineExceeded}
+        lasting = "`false` where it would fail again, or come too late."
+        headers["X-Should-Retry"] = {"description": lasting, "schema": {"const": "false"}}
     description = "It failed; the log has the request's id." if error is StepweaveError else inspect.getdoc(error) or ""
     return {"description": description.partition("\n")[0], "headers": headers, "content": _content({JSON: Error})}

@@ -16,7 +16,7 @@ from stepweave.engine.job import Job
 from stepweave.engine.shapes import shape_of
 from stepweave.scheduling.admission import Outlook
 from stepweave.scheduling.cost import KEYS, CostModel, PriceList
-from stepweave.scheduling.forecast import BREATH, ORDERS, by_arrival, forecast, in_order, step_seconds
+from stepweave.scheduling.forecast import BREATH, ORDERS, Order, by_arrival, forecast, in_order, step_seconds
 from stepweave.scheduling.line import Line
 from stepweave.scheduling.plan import Plan, Standing
 from stepweave.scheduling.policy import POLICIES, Rank, patience
@@ -34,6 +34,11 @@ EXPLORE_EVERY = 64  # groups that were cut off at the knee, before one is let gr
 WHOLE_CALL = "call"  # the module of a job whose steps are not seen one by one
 
 OnStep = Callable[[str, int, int, float], None]  # module, rows, the most rows that were allowed, seconds
+
+
+def _running_first(order: Order) -> Order:
+    """The order of whole calls: one that runs is not interrupted."""
+    return lambda task, now: (not task.begun, *order(task, now))
 
 
 @contextlib.contextmanager
@@ -71,7 +76,7 @@ class Planner:
     ) -> None:
         self._pipeline = pipeline
         self._policy = POLICIES[policy]
-        self._order = ORDERS.get(policy, by_arrival)
+        self._order = _running_first(ORDERS.get(policy, by_arrival)) if whole else ORDERS.get(policy, by_arrival)
         self._max_rows = max_rows
         self._on_step = on_step
         self._merges = merges
@@ -89,6 +94,7 @@ class Planner:
         self._entered: list[list[Job]] = []  # for each plan that is being made, since its jobs were taken down
         self._forecaster = DaemonExecutor(1, "stepweave-forecast")
         self._line = Line()
+        self._changed = False  # since the last forecast was begun a job has come, begun or left
         self._plan_lock = threading.Lock()  # guards these, and who comes and begins
         self._moved = 0.0  # when a forward was last chosen, or done
         self._lock = threading.Lock()  # guards the profiles
@@ -102,6 +108,7 @@ class Planner:
         with self._plan_lock:
             self._jobs[job.id] = job
             self._line.join(job.id, self._turn(job.task, job.accepted))
+            self._changed = True
             if self._plan.later > 2 * (FEW + len(self._jobs)):  # nobody asks for another
                 self._plan = self._no_plan()
             self._add(job, self._plan, time.monotonic())
@@ -115,6 +122,7 @@ class Planner:
             return
         with self._plan_lock:  # from one moment on it runs, and waits no longer
             self._line.leave(job.id)
+            self._changed = True
             job.begin()
 
     def leave(self, job: Job, *, succeeded: bool) -> None:
@@ -122,6 +130,7 @@ class Planner:
         with self._plan_lock:
             known = self._jobs.pop(job.id, None)
             self._line.leave(job.id)
+            self._changed = True
         if known is None:
             return
         with contained("learn what a job asked for"):
@@ -350,9 +359,9 @@ class Planner:
     def _latest(self) -> Plan:
         """The forecast of all jobs. Where they are few it is a fresh one, else the last, and another is begun if that is old."""
         plan, now = self._plan, time.monotonic()
-        if now - plan.made < FRESH:
-            return plan
         jobs = len(self._jobs)
+        if now - plan.made < FRESH and not (self._changed and jobs <= FEW):
+            return plan
         if jobs <= FEW or (jobs <= 2 * FEW and not self._tells(plan)):
             return self._make_plan()
         if now - plan.made >= FRESH_TIMES * plan.took:
@@ -385,6 +394,7 @@ class Planner:
         with self._plan_lock:
             self._entered.append(entered)
             jobs = list(self._jobs.values())
+            self._changed = False
         try:
             tasks = [job.task for job in jobs]
             ends = self._forecast(tasks, now, breathe)

@@ -130,7 +130,7 @@ class PriceList:
 
     def alone(self, loads: tuple[Load, ...]) -> float:
         seconds = self._known.get(loads)
-        if seconds is None:
+        if not seconds:  # what nothing was known of may be known by now: at 0 a job would go before all others
             seconds = self._known[loads] = self._cost.alone(loads)
         return seconds
 
