@@ -31,7 +31,7 @@ def learnt(points: dict[int, float], times: int = 9, key: Key = KEY) -> CostMode
 
 
 def test_scheduling_imports_no_torch() -> None:
-    modules = ("admission", "cost", "forecast", "plan", "policy", "profiles", "task")
+    modules = ("admission", "cost", "forecast", "line", "plan", "policy", "profiles", "task")
     imports = ", ".join(f"stepweave.scheduling.{module}" for module in modules)
     code = f"import sys, {imports}; assert not {{'torch', 'numpy', 'diffusers'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=waiting.SECONDS)
