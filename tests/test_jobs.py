@@ -156,7 +156,7 @@ async def test_a_first_burst_of_a_real_pipeline_is_told_what_is_true_to_its_end(
 async def test_the_first_job_ever_is_foreseen_by_its_own_pace() -> None:
     async with serving() as app:
         app.record.gated = True
-        id = await later(app, num_inference_steps=1000)
+        id = await later(app, num_inference_steps=200)
         assert (await app.until_state(id, "running"))["eta_seconds"] is None
         app.record.pause = 0.01
         app.record.allow(3)
