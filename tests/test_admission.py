@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -55,29 +56,87 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once_and_runs_nothing(in_pr
     app = in_process()
     learn(app, 0.01)
     ran = app.pipeline.record.steps_run
-    refused = app.post(num_inference_steps=100, deadline_ms=100)
-    assert refused.status_code == 429
-    error = refused.json()["error"]
-    assert error["code"] == "deadline"
-    assert "deadline_ms is 100" in error["message"]
-    assert int(refused.headers["Retry-After"]) >= 1
+    for _ in range(2):
+        refused = app.post(num_inference_steps=100, deadline_ms=100)
+        assert refused.status_code == 400
+        error = refused.json()["error"]
+        assert (error["code"], error["param"]) == ("deadline_too_short", "deadline_ms")
+        assert error["message"].startswith("deadline_ms is 100; the image takes ")
+        assert "Retry-After" not in refused.headers
     assert app.pipeline.record.steps_run == ran
-    assert app.metric("stepweave_refused_total", reason="deadline") == 1
+    assert app.metric("stepweave_refused_total", reason="deadline") == 2
     assert app.post(num_inference_steps=10, deadline_ms=60_000).status_code == 200
     assert app.metric("stepweave_deadline_missed_total") == 0
 
 
-def test_a_deadline_that_was_missed_is_504_and_counted(in_process: Make) -> None:
-    app = in_process(warmup=False)
+@pytest.mark.parametrize("batching", ["off", "threads", "request"])
+def test_a_deadline_that_was_missed_is_504_and_counted(in_process: Make, batching: str) -> None:
+    app = in_process(warmup=False, batching=batching)
     app.pipeline.record.pause = 0.05  # of which nothing is known yet
-    late = app.post(num_inference_steps=100, deadline_ms=200)
+    late = app.post(num_inference_steps=100, deadline_ms=500)
     assert late.status_code == 504
-    assert late.json()["error"]["code"] == "deadline_exceeded"
-    assert "0.2 s" in late.json()["error"]["message"]
-    assert app.pipeline.record.steps_run < 20
+    assert "Retry-After" not in late.headers
+    assert late.headers["X-Should-Retry"] == "false", "the time is up"
+    error = late.json()["error"]
+    assert error["code"] == "deadline_exceeded"
+    done = app.pipeline.record.steps_run
+    assert error["message"].startswith("deadline_ms is 500, which has passed: ")
+    assert (f"it had done {done} of its 100 steps" if done else "none of its 100 steps") in error["message"]
+    assert "nothing of this model had been timed when it came" in error["message"]
+    assert done < 20
     app.until_metric(1, "stepweave_deadline_missed_total")
     app.until_metric(1, "stepweave_requests_total", outcome="late")
     assert app.metric("stepweave_requests_total", outcome="failed") == 0
+    if done:  # from then on something is known, though no job has ever been done
+        assert app.post(num_inference_steps=200, deadline_ms=500).status_code == 400
+        assert app.pipeline.record.steps_run == done
+
+
+def test_a_first_request_whose_deadline_could_not_be_checked_says_so(in_process: Make) -> None:
+    app = in_process(warmup=False)
+    unforeseen = "deadline_ms could not be checked beforehand: nothing of this model had been timed yet."
+    assert app.post(deadline_ms=10**7).json()["warnings"] == [unforeseen]
+    assert app.post(deadline_ms=10**7).json()["warnings"] == []
+    fresh = in_process(warmup=False)
+    assert fresh.post().json()["warnings"] == []
+
+
+def test_a_deadline_that_the_queue_is_in_the_way_of_is_told_when_to_come_back(in_process: Make) -> None:
+    app = in_process()
+    learn(app, 0.02)
+    app.pipeline.record.gated = True
+    threads, _ = in_background(app, 1, num_inference_steps=200)
+    wait_until(lambda: app.pipeline.record.running)
+    refused = app.post(num_inference_steps=20, deadline_ms=2000)
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"]) == (429, "deadline")
+    told = re.fullmatch(
+        r"deadline_ms is 2000; the image would be done in ([0-9.]+) s, of which it takes ([0-9.]+) s itself\.",
+        error["message"],
+    )
+    assert told is not None, error["message"]
+    assert float(told[1]) > 2 >= float(told[2])
+    assert int(refused.headers["Retry-After"]) >= float(told[1]) - 2 - 0.1
+    app.pipeline.record.pause = 0.0
+    app.pipeline.record.release.set()
+    for thread in threads:
+        thread.join(SECONDS)
+
+
+def test_a_full_server_tells_nobody_to_come_back_who_cannot_be_served_either(in_process: Make) -> None:
+    app = in_process(max_queue=0)
+    learn(app, 0.02)
+    app.pipeline.record.gated = True
+    threads, _ = in_background(app, 1)
+    wait_until(lambda: app.pipeline.record.running)
+    hopeless, full = app.post(num_inference_steps=200, deadline_ms=50), app.post(num_inference_steps=5)
+    assert (hopeless.status_code, hopeless.json()["error"]["code"]) == (400, "deadline_too_short")
+    assert "Retry-After" not in hopeless.headers
+    assert (full.status_code, full.json()["error"]["code"]) == (429, "queue_full")
+    assert int(full.headers["Retry-After"]) >= 1
+    app.pipeline.record.release.set()
+    for thread in threads:
+        thread.join(SECONDS)
 
 
 def test_too_long_a_wait_is_refused_with_the_time_to_come_back(in_process: Make) -> None:

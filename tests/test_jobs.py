@@ -20,6 +20,7 @@ from stepweave.store import DirectoryFileStore, SqliteJobStore
 from stepweave.ticket import Ticket
 from tests.asgi import App, Exchange, serving, started
 from tests.fake import FakePipeline
+from tests.test_step_engine import SD3
 from tests.waiting import SECONDS
 
 pytestmark = pytest.mark.anyio
@@ -92,6 +93,83 @@ async def test_a_job_is_accepted_runs_and_has_its_result() -> None:
         await settled(app)
         assert await app.job(job["id"]) == state, "kept, it is what it was"
         assert app.outcomes() == {"succeeded": 2}
+
+
+async def test_each_of_a_first_burst_has_its_own_place() -> None:
+    """Of a server that has never timed anything: their ends cannot be foreseen, their order can."""
+    alice, keys = {"Authorization": "Bearer 0123456789abcdef"}, "0123456789abcdef"
+    async with serving(api_keys=keys) as app:
+        app.record.gated = True
+        posts = [app.post(headers=LATER | alice, seed=i) for i in range(8)]
+        accepted = [(await post.done()).json() for post in posts]
+        await app.until(lambda: app.record.running)
+
+        async def places() -> dict[str, int | None]:
+            listed = (await app.get("/v1/jobs", alice)).json()["data"]
+            found = {job["id"]: job["position"] for job in listed if job["state"] in ("queued", "running")}
+            assert found == {id: (await app.job(id, **alice))["position"] for id in found}
+            assert {job["eta_seconds"] for job in listed} == {None}
+            return found
+
+        found = await places()
+        [first] = [id for id, place in found.items() if place is None]
+        waiting = sorted((id for id in found if id != first), key=lambda id: found[id] or 0)
+        assert [found[id] for id in waiting] == list(range(1, 8))
+        assert sorted(job["position"] or 0 for job in accepted) in (list(range(8)), list(range(1, 9)))
+        followed = app.send("GET", f"/v1/jobs/{waiting[5]}/events", headers=alice)
+        await followed.until(lambda one: one.events)
+        assert followed.events[0].data["position"] == 6
+        await app.delete(f"/v1/jobs/{waiting.pop(2)}", alice)
+        assert await places() == {first: None} | {id: place for place, id in enumerate(waiting, 1)}
+        await followed.until(lambda one: len(one.events) > 1)
+        assert (followed.events[1].data["position"], followed.events[1].data["eta_seconds"]) == (5, None)
+        urgent = (await app.post(headers=LATER | alice, priority="high").done()).json()
+        assert urgent["position"] == 1
+        assert (await places())[waiting[0]] == 2
+        app.record.release.set()
+        await settled(app)
+
+
+async def test_a_first_burst_of_a_real_pipeline_is_told_what_is_true_to_its_end() -> None:
+    async with serving(SD3.build(), batching="step", max_jobs=2, max_pixels=128 * 128) as app:
+        engine = app.server.engine
+        assert engine is not None
+        posts = [app.post(headers=LATER, seed=i, n=1 + i % 2, num_inference_steps=20 + i) for i in range(8)]
+        accepted = [(await post.done()).json() for post in posts]
+        assert {post.status for post in posts} == {202}
+        foreseen = 0
+        while any(ticket.state in ("queued", "running") for ticket in list(app.server.tickets.values())):
+            standings = engine.standings()
+            places = [one.position for one in standings.values() if one.position]
+            assert places == list(range(1, len(places) + 1))
+            for job in [await app.job(one["id"]) for one in accepted]:
+                assert (job["position"] is None) == (job["state"] != "queued")
+                assert job["eta_seconds"] is None or job["eta_seconds"] > 0
+                foreseen += job["eta_seconds"] is not None
+            await asyncio.sleep(0.002)
+        assert foreseen
+        await settled(app)
+        hopeless = await app.post(deadline_ms=1, num_inference_steps=40).done()
+        assert (hopeless.status, hopeless.error["code"]) == (400, "deadline_too_short")
+
+
+async def test_the_first_job_ever_is_foreseen_by_its_own_pace() -> None:
+    async with serving() as app:
+        app.record.gated = True
+        id = await later(app, num_inference_steps=200)
+        assert (await app.until_state(id, "running"))["eta_seconds"] is None
+        app.record.pause = 0.01
+        app.record.allow(3)
+        await app.until(lambda: app.record.held_after(3))
+        job = await app.job(id)
+        assert (job["step"], job["position"]) == (3, None)
+        assert job["eta_seconds"] > 0
+        followed = app.send("GET", f"/v1/jobs/{id}/events")
+        await followed.until(lambda one: one.events)
+        assert followed.events[0].data["eta_seconds"] > 0
+        with patch("stepweave.ticket.time.monotonic", lambda: 1e12):  # long after it was expected to be done
+            assert app.server.tickets[id].standing().eta == 0.001, "it still runs"
+        await app.delete(f"/v1/jobs/{id}")
 
 
 async def test_results_are_urls_where_the_request_wants_them() -> None:

@@ -18,7 +18,7 @@ from stepweave.engine.planner import REPRICE_SECONDS
 from stepweave.errors import DeadlineExceeded
 from stepweave.scheduling.cost import CostModel
 from stepweave.scheduling.task import Key
-from tests.test_step_engine import Toy, held, seeded, toy
+from tests.test_step_engine import Gate, Toy, held, seeded, toy
 from tests.waiting import SECONDS, wait_until
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -276,6 +276,87 @@ def test_forwards_are_reported_with_what_they_took(clock: Clock) -> None:
         assert engine.curves()[Key("network", 4)][1] == pytest.approx(0.003)
     assert [step[:2] for step in seen] == [("network", 1)] * 4
     assert all(step[2] >= 1 and step[3] == pytest.approx(0.003) for step in seen)
+
+
+def test_nothing_is_told_to_be_done_sooner_than_alone(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though steps have turned out to be cheaper, or dearer, since jobs were priced."""
+    with StepEngine(clock.timed(lambda rows: 0.01, Guided), max_rows=1) as engine:
+        engine.submit(prompt="x", num_inference_steps=10).result(SECONDS)
+        assert engine.outlook(prompt="x") is not None
+        monkeypatch.setattr("stepweave.engine.planner.REPRICE_SECONDS", float("inf"))
+        for seconds in (0.002, 0.05):
+            [key] = engine.curves()
+            for _ in range(9):
+                engine._planner.cost.observe(key, 1, seconds)
+            outlook = engine.outlook(prompt="x", num_inference_steps=30)
+            assert outlook is not None
+            assert outlook.finish >= outlook.solo > 0
+            assert outlook.wait == pytest.approx(outlook.finish - outlook.solo)
+            assert engine.alone(prompt="x", num_inference_steps=30) == pytest.approx(30 * seconds)
+
+
+def test_an_eta_is_no_less_than_what_is_left_takes_alone(clock: Clock) -> None:
+    with StepEngine(clock.timed(lambda rows: 100.0, Guided), max_rows=1) as engine:
+        engine.submit(prompt="x", num_inference_steps=2).result(SECONDS)
+        time.sleep(REPRICE_SECONDS)
+        with held(engine, prompt="x", num_inference_steps=5):
+            waiting = engine.submit(prompt="x", num_inference_steps=5)
+            standing = engine.standing(waiting.id)
+            assert standing is not None and standing.eta is not None
+            assert (standing.position, standing.eta >= waiting.task.remaining) == (1, True)
+            plan = engine._planner._plan
+            plan.made -= 10**6  # it was made long ago
+            told = engine._planner._eta(waiting, plan, time.monotonic())
+            assert told == waiting.task.remaining > 400
+            waiting.cancel()
+
+
+@every_mode
+def test_each_that_waits_has_its_own_place_also_before_anything_was_timed(mode: Mode) -> None:
+    gate = threading.Event()
+    pipeline = toy(Guided)
+    pipeline.network.outside.watch = lambda rows: gate.wait(SECONDS)
+    with StepEngine(pipeline, mode, 1, max_jobs=3, threads=1) as engine:
+        try:
+            assert not engine.timed
+            jobs = [engine.submit(prompt="x", num_inference_steps=5) for _ in range(9)]
+            wait_until(lambda: jobs[0].begun)
+            high = engine.submit(prompt="x", num_inference_steps=5, priority="high")
+
+            def places(*expected: Job) -> None:
+                standings = engine.standings()
+                order = [id for id, one in standings.items() if one.position]
+                assert order == [job.id for job in expected]
+                assert [standings[id].position for id in order] == list(range(1, len(order) + 1))
+                assert standings == {id: engine.standing(id) for id in standings}
+                assert {one.eta for one in standings.values()} == {None}
+
+            started = [job for job in jobs if job.begun]
+            assert started == jobs[: len(started)]
+            rest = [job for job in jobs if job not in started]
+            places(high, *rest)
+            rest[2].cancel()
+            if mode != "step":  # where it may have been taken in
+                assert rest[2].exception(SECONDS) is not None
+                places(high, *rest[:2], *rest[3:])
+        finally:
+            gate.set()
+        for job in [high, *jobs]:
+            job.exception(SECONDS)
+        wait_until(lambda: not engine.standings())
+        assert engine.timed
+
+
+def test_the_steps_of_one_that_ended_early_are_known_if_no_others_are(clock: Clock) -> None:
+    with StepEngine(clock.timed(lambda rows: 0.01, Guided), max_rows=1) as engine:
+        gate = Gate()
+        late = engine.submit(prompt="x", num_inference_steps=10, callback_on_step_end=gate)
+        gate.wait()
+        late.cancel()
+        gate.open()
+        assert late.exception(SECONDS) is not None
+        wait_until(lambda: engine.running == 0)
+        assert engine.alone(prompt="x", num_inference_steps=20) == pytest.approx(0.2)
 
 
 # --- other ends ---

@@ -74,6 +74,22 @@ def test_the_openai_client_raises_its_own_errors(served: Served) -> None:
             client.images.generate(prompt=PROMPT, model="dall-e-3")
 
 
+def test_a_deadline_that_nothing_can_meet_is_refused_before_it_runs(served: Served) -> None:
+    """Of a model that has warmed up, also for numbers of steps and images that never ran; its client does not try again."""
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="unused") as client:
+        for n in (1, 4):
+            with pytest.raises(openai.BadRequestError) as caught:
+                client.images.generate(
+                    prompt=PROMPT, n=n, extra_body={"num_inference_steps": 97, "deadline_ms": 1}
+                )  # fmt: skip
+            assert (caught.value.code, caught.value.param) == ("deadline_too_short", "deadline_ms")
+            assert re.search(
+                r"deadline_ms is 1; the image takes [0-9.]+ s even if nothing else runs", str(caught.value)
+            )
+            assert "Retry-After" not in caught.value.response.headers
+        assert client.images.generate(prompt=PROMPT, extra_body={"deadline_ms": 10**7}).data
+
+
 def test_same_seed_same_picture_on_both_surfaces(served: Served, tmp_path: Path) -> None:
     with bentoml.SyncHTTPClient(served.url, timeout=SECONDS) as client:
         native = client.generate(prompt=PROMPT, seed=11)

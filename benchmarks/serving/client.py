@@ -98,6 +98,8 @@ async def send(client: httpx.AsyncClient, body: bytes, start: float) -> Attempt:
             if response.status_code == 429:
                 status = "refused"
                 retry_after = float(response.headers["Retry-After"]) if "Retry-After" in response.headers else None
+            elif code == "deadline_too_short":
+                status = "refused"
             elif response.status_code == 504:
                 status = "missed"
             else:

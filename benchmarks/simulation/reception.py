@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 
 from benchmarks.simulation.curves import Curves, knees
-from stepweave.errors import Refused
+from stepweave.errors import DeadlineTooShort, Refused
 from stepweave.scheduling.admission import Admission, Outlook
 from stepweave.scheduling.forecast import Order, forecast
 from stepweave.scheduling.task import Demand, Task
@@ -27,6 +28,8 @@ class Reception:
         deadline = None if task.deadline is None else task.deadline - now
         try:
             self._admission.enter(token, lambda: self._outlook(task), deadline)
+        except DeadlineTooShort:
+            return math.inf
         except Refused as refused:
             return refused.retry_after
         return None

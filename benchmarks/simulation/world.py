@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -66,7 +67,8 @@ class Door(Protocol):
     """Admission."""
 
     def enter(self, token: Hashable, task: Task, inside: Sequence[Task], now: float) -> float | None:
-        """Let a task in (None), or say after how many seconds to come again; the token is the same then."""
+        """Let a task in (None), or say after how many seconds to come again, infinitely many for never; the token is the same
+        then."""
 
     def leave(self) -> None:
         """One of those inside is done."""
@@ -130,7 +132,7 @@ class World:
                 self._outcome[task] = outcome
                 self._calls[task] = _calls(task)
                 self._advance(task, now)
-            else:
+            elif math.isfinite(wait):
                 outcome.promised.append(wait)
                 if len(outcome.asked) < self._attempts:
                     heapq.heappush(self._due, (now + wait, number, outcome))

@@ -10,6 +10,7 @@ StepweaveError (500)
 │   └── NoImages                it made something else than images
 └── RequestError                the caller's request cannot be served
     ├── InvalidRequest (400)    a value is not allowed; `param` names the field
+    │   └── DeadlineTooShort    no server like this one could meet it, however idle
     ├── ContentFlagged (400)    the pipeline's safety checker flagged an image, and such are refused
     ├── Unauthorized (401)      keys are set, and the request bears none of them
     ├── NotFound (404)          no such route, model, job or picture
@@ -38,6 +39,15 @@ def shown(value: object) -> str:
     """The value as a message repeats it: its repr, cut to a sane length."""
     text = repr(value[: 2 * SHOWN]) if isinstance(value, (str, bytes)) else repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a message tells them, to three digits and rounded up: what is longer than a limit never looks shorter, nor a
+    wait like none."""
+    seconds = max(seconds, 1e-3)
+    unit = 10.0 ** min(0, math.floor(math.log10(seconds)) - 2)
+    rounded = math.ceil(round(seconds / unit, 6)) * unit
+    return f"{rounded:.10g} s"
 
 
 class StepweaveError(Exception):
@@ -130,6 +140,13 @@ class InvalidRequest(RequestError):
 
     def __init__(self, message: str, *, code: str = "invalid_value", param: str | None = None) -> None:
         super().__init__(message, code=code, param=param)
+
+
+class DeadlineTooShort(InvalidRequest):
+    """The job takes longer than its deadline even if it is the only one: nothing was run, and coming back would not help."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="deadline_too_short", param="deadline_ms")
 
 
 class ContentFlagged(RequestError):

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ENCODERS = 2  # threads that encode picture files
+UNCHECKED_DEADLINE = "deadline_ms could not be checked beforehand: no forecast was ready."
+UNFORESEEN_DEADLINE = "deadline_ms could not be checked beforehand: nothing of this model had been timed yet."
 LOADING_RETRY_SECONDS = 5
 DRAINING_RETRY_SECONDS = 1  # another server takes it at once
 ENDING_SECONDS = (
@@ -347,8 +349,8 @@ class Server:
 
         `sources` and `strength` are an edit's. `previews` are as many as are wanted on the way; `warnings` go before those that
         come with the prompts. `client` is who asks, to whom a place is promised if there is none; `reservation` what it has
-        reserved. Raises Unavailable, NotFound if `model` is given and not the one served, Refused if admission does
-        not let it in, and what `ServedModel.resolve` raises.
+        reserved. Raises Unavailable, NotFound if `model` is given and not the one served, Refused or DeadlineTooShort if
+        admission does not let it in, and what `ServedModel.resolve` raises.
         """
         began = time.monotonic()
         served, _ = self.ready(reservation)
@@ -423,15 +425,22 @@ class Server:
         )
         ticket = Ticket(request, parameters, means, previews)
         deadline = None if request.deadline_ms is None else request.deadline_ms / 1000
-        options: dict[str, Any] = {"priority": request.priority, "reproducible": parameters.reproducible}
-        expected = enter(outlook=lambda: engine.outlook(**call, **options, deadline=deadline), deadline=deadline)
-        due = None if expected is None else time.monotonic() + expected.finish
+        own: dict[str, Any] = {**call, "reproducible": parameters.reproducible}
+        options: dict[str, Any] = {**own, "priority": request.priority}
+        timed = engine.timed
+        expected = enter(
+            outlook=lambda: engine.outlook(**options, deadline=deadline),
+            deadline=deadline,
+            alone=lambda: engine.alone(**own),
+        )
         try:
             left = None if deadline is None else max(1e-3, deadline - (time.monotonic() - began))
-            ticket.begin(engine.submit(**call, **options, deadline=left, observer=ticket), due)
+            ticket.begin(engine.submit(**options, deadline=left, observer=ticket), expected, timed=timed)
         except BaseException:
             admission.leave()
             raise
+        if deadline is not None and expected is None:
+            ticket.warnings.append(UNCHECKED_DEADLINE if timed else UNFORESEEN_DEADLINE)
         self.tickets[ticket.id] = ticket
         ticket.ended().add_done_callback(lambda _: self._over(ticket))
         return ticket

@@ -23,6 +23,7 @@ from stepweave.errors import (
     RequestError,
     StepweaveError,
     WrongNumber,
+    duration,
 )
 from stepweave.generation import Answer, Generation, Parameters, PictureFile, Timings
 from stepweave.images.encode import encode
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from stepweave.api.schemas import ImageRequest
     from stepweave.engine import Job, Latents
     from stepweave.images.previews import Previewer
+    from stepweave.scheduling.admission import Outlook
     from stepweave.scheduling.plan import Standing
 
 logger = logging.getLogger(__name__)
@@ -46,14 +48,18 @@ State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 ResponseFormat = Literal["b64_json", "url"]
 PLACE_SECONDS = 0.5  # between two looks at the place in the queue
 WATCH_SECONDS = 1.0  # between two looks whether a job is done
+LEAST_ETA = 1e-3  # of what is not done yet; etas are told in as many digits
 SILENT_SECONDS = 15.0  # after which a follower is told that there is nothing new
 
 
 @dataclass(frozen=True)
 class Queued:
-    """Its place among those that wait, 1 for the first, and the seconds until it will be done, if they can be foreseen."""
+    """Its place among those that wait, 1 for the first, and the seconds until it will be done, if they can be foreseen.
 
-    position: int
+    It has no place once it has been told to end.
+    """
+
+    position: int | None
     eta: float | None
 
 
@@ -120,15 +126,18 @@ class Ticket:
         self._changed = asyncio.Event()
         self._reason: StepweaveError | None = None
         self._job: Job | None = None
+        self._expected: Outlook | None = None
+        self._timed = True
         self._task: asyncio.Task[Answer | None] | None = None
         self._over: float | None = None  # since when its job is done, as far as was seen
         self._overdue = False
         self._watching: asyncio.TimerHandle | None = None
 
-    def begin(self, job: Job, due: float | None) -> None:
-        """The engine has taken its job, which is expected to be done at `due`, in seconds of the monotonic clock."""
+    def begin(self, job: Job, expected: Outlook | None = None, *, timed: bool = True) -> None:
+        """The engine has taken its job. `expected` is what was foreseen of it; `timed` whether anything could be, of any job."""
         self._job = job
-        self._task = asyncio.create_task(self._run(due))
+        self._expected, self._timed = expected, timed
+        self._task = asyncio.create_task(self._run(None if expected is None else time.monotonic() + expected.finish))
         self._watch()
 
     @property
@@ -174,10 +183,19 @@ class Ticket:
     def standing(self) -> Queued | Progressed:
         """Where it stands now."""
         standing = self._means.standing(self.id)
-        eta = None if standing is None or standing.eta <= 0 else standing.eta
+        eta = None if standing is None else standing.eta
+        if standing is not None and standing.position:
+            return Queued(standing.position, _rounded(eta))
         if self.job.begun is None:
-            return Queued(1 if standing is None else max(1, standing.position), eta)
-        return Progressed(self.job.progress.step, self.steps, eta)
+            return Queued(None, None)
+        return Progressed(self.job.progress.step, self.steps, _rounded(self._pace() if eta is None else eta))
+
+    def _pace(self) -> float | None:
+        """Seconds that its steps still take if they go on as they went, which is all that is known of the first job ever."""
+        job, (step, total) = self.job, self.job.progress
+        if job.opened is None or job.stepped is None or not step:
+            return None
+        return max(0.0, (total - step) * (job.stepped - job.opened) / step - (time.monotonic() - job.stepped))
 
     def cancel(self, reason: StepweaveError | None = None) -> None:
         """End it at its next step, with `reason`. No effect once it is done."""
@@ -234,7 +252,7 @@ class Ticket:
                 return
             standing = self.standing()
             place = (standing.position,) if isinstance(standing, Queued) else (standing.step, standing.total)
-            if progress and place != last:
+            if progress and place not in (last, (None,)):
                 last, told = place, time.monotonic()
                 yield standing
             elif time.monotonic() - told >= SILENT_SECONDS:
@@ -338,7 +356,7 @@ class Ticket:
         if isinstance(error, (RequestError, OutOfMemory, NonFinite, WrongNumber)):
             if isinstance(error, (Cancelled, DeadlineExceeded)) or error is self._reason:
                 self._means.metrics.steps_saved.inc(max(0, self.steps - self.job.progress.step))
-            return error
+            return self._missed() if isinstance(error, DeadlineExceeded) else error
         cause = error.__cause__ if isinstance(error, StepweaveError) and error.__cause__ is not None else error
         refusal = refusal_of(cause)
         if refusal is not None and not self.job.progress.step:
@@ -348,6 +366,26 @@ class Ticket:
         failure = StepweaveError(f"The generation failed ({type(cause).__name__}).", code="generation_failed")
         failure.__cause__ = error
         return failure
+
+    def _missed(self) -> DeadlineExceeded:
+        """Its deadline as it was sent, how far it came, and what had been expected."""
+        step = self.job.progress.step
+        if self.job.begun is None:
+            came = "the job was still waiting for its turn"
+        elif not step:
+            came = f"it had begun, and done none of its {self.steps} steps"
+        else:
+            came = f"it had done {step} of its {self.steps} steps"
+        expected = self._expected
+        if expected is not None:
+            foreseen = f"It was expected to take {duration(expected.finish)}, or {duration(expected.solo)} alone."
+        elif self._timed:
+            foreseen = "How long it would take could not be foreseen when it came."
+        else:
+            foreseen = (
+                "How long it would take could not be foreseen: nothing of this model had been timed when it came."
+            )
+        return DeadlineExceeded(f"deadline_ms is {self.request.deadline_ms}, which has passed: {came}. {foreseen}")
 
     async def _output(self) -> Any:
         try:
@@ -443,6 +481,11 @@ class Ticket:
             "output_compression": request.output_compression,
         }
         return {name: value for name, value in resolved.items() if value is not None}
+
+
+def _rounded(eta: float | None) -> float | None:
+    """An eta as it is told: never 0 of what is not done."""
+    return None if eta is None else max(LEAST_ETA, round(eta, 3))
 
 
 def _file(image: Image.Image, *args: Any) -> tuple[bytes, bool]:

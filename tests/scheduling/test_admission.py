@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import threading
 from collections.abc import Hashable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from stepweave.errors import Refused
+from stepweave.errors import DeadlineTooShort, InvalidRequest, Refused
 from stepweave.scheduling import admission
 from stepweave.scheduling.admission import (
     GRACE,
@@ -19,6 +20,7 @@ from stepweave.scheduling.admission import (
     REASONS,
     RESERVED_SECONDS,
     SENDING_SECONDS,
+    TRUST_SECONDS,
     UNKNOWN_SECONDS,
     Admission,
     Outlook,
@@ -40,10 +42,16 @@ class Door:
         deadline: float | None = None,
         client: Hashable = None,
         reservation: Reservation | None = None,
+        alone: float | None = None,
     ) -> float | None:
-        """None if let in, else the Retry-After."""
+        """None if let in, else the Retry-After; infinite where coming back would not help."""
         try:
-            self.admission.enter(token, lambda: outlook, deadline, client=client, reservation=reservation)
+            self.admission.enter(
+                token, lambda: outlook, deadline, client=client, reservation=reservation, alone=lambda: alone
+            )
+        except DeadlineTooShort as error:
+            assert error.retry_after is None
+            return math.inf
         except Refused as refused:
             assert refused.retry_after is not None
             return refused.retry_after
@@ -148,6 +156,9 @@ def test_before_anything_was_timed_retry_after_is_a_guess() -> None:
     door = Door(1, drain=None)
     door.comes()
     assert door.comes("x") == UNKNOWN_SECONDS
+    assert refusal(door, Outlook(1.0, 1.0)).message.endswith("Retry-After is a guess.")
+    door.drain = 3.0
+    assert refusal(door, Outlook(1.0, 1.0)).message.endswith("the limit is 1.")
 
 
 def test_a_client_that_comes_too_early_may_still_come_when_it_was_told_first() -> None:
@@ -193,22 +204,62 @@ def test_at_most_half_of_the_places_are_kept() -> None:
     assert fresh(door) is not None
 
 
-def test_an_idle_server_tries_now_and_then_what_it_thinks_too_slow() -> None:
-    """What it has learnt may be wrong, and nothing would correct it."""
-    door, slow = Door(2), Outlook(finish=3.0, solo=3.0)
-    assert door.comes("a", slow, deadline=1.0) is not None
-    door.now += 31
-    assert door.comes("a", slow, deadline=1.0) is None
-    assert door.comes("b", slow, deadline=1.0) is not None
-    door.leaves()
-    assert door.comes("b", slow, deadline=1.0) is not None
+@given(st.floats(1.01, 100), st.integers(0, 1))
+def test_the_longer_nothing_ran_the_less_sure_it_is_that_a_deadline_is_too_short(times: float, busy: int) -> None:
+    """What was learnt may have become wrong, and where all requests have deadlines nothing would correct it."""
+    door, slow = Door(3), Outlook(finish=3.0, solo=3.0)
+    for _ in range(busy):
+        door.comes()
+    assert door.comes("a", slow, deadline=3.0 / times) == math.inf
+    door.now += 0.99 * (times - 1) * TRUST_SECONDS
+    assert door.comes("a", slow, deadline=3.0 / times) == math.inf
+    door.now += 0.02 * times * TRUST_SECONDS
+    assert door.comes("a", slow, deadline=3.0 / times) == (math.inf if busy else None)
+    assert door.comes("b", slow, deadline=3.0 / times) == math.inf, "one runs, and will tell"
+    while door.admission.in_flight:
+        door.leaves()
+    assert door.comes("b", slow, deadline=3.0 / times) == math.inf, "one has just told"
 
 
-def test_a_deadline_shorter_than_the_time_alone_is_said_to_be() -> None:
-    refused = refusal(Door(2), Outlook(finish=9.0, solo=3.0), deadline=1.0)
-    assert "takes 3 s even alone" in refused.message
-    assert refused.retry_after is not None
-    assert refused.retry_after >= 60
+@pytest.mark.parametrize("deadline", [0.001, 0.3, 1.0, 7.36, 7.3649])
+@pytest.mark.parametrize("full", [False, True])
+def test_a_deadline_that_nothing_can_meet_is_said_to_be_and_not_to_come_back(deadline: float, full: bool) -> None:
+    """By a full server, too: there a client would wait for a place that does not help it."""
+    door = Door(2)
+    for _ in range(2 if full else 1):
+        door.comes()
+    with pytest.raises(DeadlineTooShort) as refused:
+        door.admission.enter("x", lambda: Outlook(9.0, 7.365), deadline, alone=lambda: 7.365)
+    error = refused.value
+    assert isinstance(error, InvalidRequest)
+    assert (error.status, error.code, error.param) == (400, "deadline_too_short", "deadline_ms")
+    assert error.retry_after is None
+    assert f"deadline_ms is {deadline * 1000:g}; the image takes 7.37 s even if nothing else runs" in error.message
+    assert door.admission.in_flight == (2 if full else 1)
+    assert not door.admission._promised
+
+
+@given(
+    st.floats(0, 1e4),
+    st.floats(0, 1e4),
+    st.integers(1, 10**7),
+)
+def test_what_is_told_of_a_deadline_is_consistent(finish: float, solo: float, deadline_ms: int) -> None:
+    """Estimates of two moments: the time alone is never more than the whole, and neither fits into the deadline."""
+    door, outlook, deadline = Door(4), Outlook(finish, solo), deadline_ms / 1000
+    assert outlook.wait >= 0
+    try:
+        door.admission.enter("x", lambda: outlook, deadline, alone=lambda: solo)
+    except (Refused, DeadlineTooShort) as error:
+        told = [float(one) for one in re.findall(r"([0-9.]+) s\b", error.message)]
+        assert f"deadline_ms is {deadline_ms};" in error.message
+        if isinstance(error, Refused):
+            assert told[0] >= told[1]
+            assert error.retry_after is not None and error.retry_after >= max(finish, solo) - deadline
+        assert told[0] >= max(0.001, deadline * (1 - 1e-9))
+        assert isinstance(error, DeadlineTooShort) == (solo > deadline)
+    else:
+        assert max(finish, solo) <= deadline
 
 
 # Promises
@@ -402,10 +453,18 @@ def test_no_place_is_kept_for_a_deadline_that_can_never_be_met() -> None:
     assert door.comes("a") == 10
     door.now += 10
     door.leaves()
-    hopeless = door.comes("a", Outlook(9.0, 5.0), 2.0)
-    assert hopeless is not None
-    door.now += hopeless
+    assert door.comes("a", Outlook(9.0, 5.0), 2.0) == math.inf
+    assert not door.admission._promised
     assert fresh(door) is None
+
+
+def test_a_reserved_place_comes_back_from_a_deadline_that_can_never_be_met() -> None:
+    door = Door(2)
+    door.comes()
+    with door.admission.reserve("x", "me") as place:
+        assert door.comes("x", None, 2.0, client="me", reservation=place, alone=5.0) == math.inf
+        assert door.admission.in_flight == 1
+    assert door.admission.in_flight == 1
 
 
 # Reservations
@@ -543,7 +602,8 @@ def test_a_deadline_that_cannot_be_met_is_refused_and_one_that_can_is_not() -> N
 
 
 def test_a_deadline_is_refused_by_the_idle_server_too() -> None:
-    assert refusal(Door(4), Outlook(3.0, 3.0), deadline=2.0).code == "deadline"
+    assert Door(4).comes("x", Outlook(3.0, 3.0), 2.0) == math.inf
+    assert Door(4).comes("x", Outlook(3.0, 3.0), 3.0) is None
 
 
 def test_a_wait_beyond_the_limit_is_refused() -> None:
@@ -562,6 +622,7 @@ def test_too_little_memory_is_refused_while_others_use_it() -> None:
 
 def test_a_request_of_which_nothing_is_known_is_let_in() -> None:
     assert Door(1, max_wait=0.0).comes("x", None, deadline=0.001) is None
+    assert Door(1, max_wait=0.0).comes("x", None, deadline=0.001, alone=None) is None
 
 
 def test_refusals_are_counted_by_reason() -> None:
@@ -570,12 +631,13 @@ def test_refusals_are_counted_by_reason() -> None:
     assert dict(door.admission.refused) == {}
     for _ in range(2):
         refusal(door, Outlook(50.0, 1.0), deadline=5.0)
+    assert door.comes("x", Outlook(50.0, 6.0), 5.0) == math.inf
     refusal(door, Outlook(50.0, 1.0))
     refusal(door, Outlook(1.0, 1.0, fits=False))
     door.comes()
     for _ in range(3):
         refusal(door, Outlook(1.0, 1.0))
-    assert dict(door.admission.refused) == {"deadline": 2, "wait": 1, "memory": 1, "queue_full": 3}
+    assert dict(door.admission.refused) == {"deadline": 3, "wait": 1, "memory": 1, "queue_full": 3}
     assert set(REASONS) == set(door.admission.refused)
 
 

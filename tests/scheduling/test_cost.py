@@ -31,7 +31,7 @@ def learnt(points: dict[int, float], times: int = 9, key: Key = KEY) -> CostMode
 
 
 def test_scheduling_imports_no_torch() -> None:
-    modules = ("admission", "cost", "forecast", "plan", "policy", "profiles", "task")
+    modules = ("admission", "cost", "forecast", "line", "plan", "policy", "profiles", "task")
     imports = ", ".join(f"stepweave.scheduling.{module}" for module in modules)
     code = f"import sys, {imports}; assert not {{'torch', 'numpy', 'diffusers'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=waiting.SECONDS)
@@ -270,3 +270,15 @@ def test_a_price_list_keeps_its_prices() -> None:
         model.observe(KEY, 1, 7.0)
     assert prices.alone(loads) == 2.0
     assert PriceList(model).alone(loads) == 14.0
+
+
+def test_a_price_list_has_what_has_become_known_since() -> None:
+    """Else a job that comes next would be taken for the shortest of all, and nothing be told of its end."""
+    cost = CostModel()
+    prices, loads = PriceList(cost), (Load(Key("transformer", 64), 1, 3),)
+    assert prices.alone(loads) == 0
+    cost.observe(loads[0].key, 1, 0.5)
+    assert prices.alone(loads) == pytest.approx(1.5)
+    for _ in range(9):
+        cost.observe(loads[0].key, 1, 5.0)
+    assert prices.alone(loads) == pytest.approx(1.5), "equal jobs have equal prices"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from statistics import median
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from stepweave.scheduling.cost import CostModel
 from stepweave.scheduling.forecast import ORDERS, RUN, by_arrival, forecast, in_order, step_seconds
-from stepweave.scheduling.plan import Plan, Standing
+from stepweave.scheduling.plan import Plan
 from stepweave.scheduling.policy import rank
 from stepweave.scheduling.task import Key, Load, Priority, Task
 from tests.scheduling.toy import task
@@ -56,19 +57,14 @@ def test_it_tells_what_was_forecast() -> None:
     for one in tasks[:5]:
         one.begun = True
     plan, ends = plan_of(tasks)
-    found = plan.standings()
-    assert [found[str(i)].eta for i in range(60)] == ends
-    assert [found[str(i)].position for i in range(5)] == [0] * 5
-    waiting = sorted(range(5, 60), key=lambda i: rank(tasks[i], 1.0))
-    assert [found[str(i)].position for i in waiting] == list(range(1, 56))
+    assert [plan.eta(str(i), 1.0) for i in range(60)] == ends
     assert plan.backlog(1.0) == max(ends)
     assert plan.backlog(1.0 + 1e6) == 0
     assert plan.foresees()
-    aged = plan.standing("9", 1.5)
-    assert aged is not None and aged.eta == pytest.approx(ends[9] - 0.5)
-    late = plan.standing("9", 1e6)
-    assert late is not None and 0 < late.eta < 1e-6, "it is not done yet"
-    assert plan.standing("60", 1.0) is None
+    assert plan.eta("9", 1.5) == pytest.approx(ends[9] - 0.5)
+    assert plan.eta("9", 1e6) == 0
+    assert plan.eta("60", 1.0) is None
+    assert len(plan) == 60
 
 
 @pytest.mark.parametrize("order", [*ORDERS.values(), by_arrival])
@@ -94,10 +90,9 @@ def test_those_that_came_count_for_the_next() -> None:
         one.arrived = 1.0 + 1e-3 * i
         plan.add(f"later {i}", one, own(one), 1.0)
     whole, ends = plan_of([*tasks, *later])
-    # positions are exact as those before it have them, and those that came after it do not count
-    line = sorted(range(200 + 60), key=lambda i: rank([*tasks, *later][i], 1.0))
-    last = plan.standing("later 59", 1.0)
-    assert last is not None and last.position == line.index(259) + 1
+    assert plan.eta("later 59", 1.0) == pytest.approx(ends[259], rel=0.15)
+    told = plan.eta("later 0", 1.0)
+    assert told is not None and plan.eta("later 0", 1.25) == pytest.approx(told - 0.25)
     assert plan.backlog(1.0) == pytest.approx(max(ends), rel=0.15)
     one = task(COST, Load(A, 1), count=41)
     one.arrived, one.priority = 9.0, Priority.LOW
@@ -108,7 +103,25 @@ def test_those_that_came_count_for_the_next() -> None:
 
 def test_jobs_of_which_nothing_is_known() -> None:
     plan, _ = plan_of([])
-    assert (plan.backlog(1.0), plan.standings(), plan.foresees()) == (0.0, {}, True)
+    assert (plan.backlog(1.0), len(plan), plan.foresees()) == (0.0, 0, True)
     plan.add("x", Task(arrived=1.0), 0.0, 1.0)
-    assert plan.standing("x", 2.0) == Standing(1, 0.0)
+    assert (len(plan), plan.eta("x", 2.0)) == (1, None)
     assert not plan.foresees()
+    assert plan_of([Task()])[0].eta("0", 1.0) is None
+
+
+def test_a_plan_that_was_never_made_foretells_nothing() -> None:
+    plan = Plan(-math.inf, (), (), (), rank)
+    plan.add("x", jobs(random.Random(1), 1)[0], 1.0, 5.0)
+    assert plan.eta("x", 6.0) is None
+
+
+@given(st.integers(0, 40), st.randoms(use_true_random=False), st.floats(0, 100))
+def test_nobody_is_told_to_end_before_it_would_alone(count: int, dice: random.Random, later: float) -> None:
+    tasks = jobs(dice, count)
+    plan, _ = plan_of(tasks)
+    one = jobs(dice, 1)[0]
+    told = plan.finish(one, own(one), 1.0 + later)
+    assert told >= one.solo * (1 - 1e-9)
+    plan.add("one", one, own(one), 1.0 + later)
+    assert plan.eta("one", 1.0 + later) == pytest.approx(told)

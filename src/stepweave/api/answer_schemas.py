@@ -262,8 +262,11 @@ class Job(BaseModel):
     state: State
     step: int = Field(ge=0)
     total_steps: int = Field(ge=0)
-    position: int | None = Field(description="Place among those that wait, 1 for the first.")
-    eta_seconds: float | None = Field(description="Seconds until it will be done, if they can be foreseen.")
+    position: int | None = Field(description="Place among all that wait, 1 for the first; null once it runs.")
+    eta_seconds: float | None = Field(
+        gt=0,
+        description="Seconds until it will be done; null once it is, and while nothing of the model has been timed.",
+    )
     created: float = Field(description="Unix seconds.")
     parameters: ResolvedParameters
     warnings: list[str]
@@ -313,7 +316,7 @@ class QueuedEvent(BaseModel):
     type: Literal["stepweave.queued"]
     id: str
     position: int = Field(ge=1)
-    eta_seconds: float | None
+    eta_seconds: float | None = Field(gt=0)
 
 
 class ProgressEvent(BaseModel):
@@ -323,7 +326,7 @@ class ProgressEvent(BaseModel):
     id: str
     step: int = Field(ge=0)
     total_steps: int = Field(ge=0)
-    eta_seconds: float | None
+    eta_seconds: float | None = Field(gt=0)
 
 
 class ProtocolMetadata(BaseModel):

@@ -36,16 +36,16 @@ async def job_answer(job: Followed, files: FileStore, base: str | None) -> bytes
 def _of_ticket(ticket: Ticket) -> dict[str, Any]:
     standing = None if ticket.done else ticket.standing()
     position = standing.position if isinstance(standing, Queued) else None
-    eta = standing.eta if standing is not None else None
     return {
         "id": ticket.id,
         "object": "job",
         "kind": ticket.kind,
-        "state": ticket.state,
+        # of one moment with the place
+        "state": ticket.state if standing is None else "queued" if isinstance(standing, Queued) else "running",
         "step": ticket.job.progress.step,
         "total_steps": ticket.steps,
         "position": position,
-        "eta_seconds": None if eta is None else round(eta, 3),
+        "eta_seconds": None if standing is None else standing.eta,
         "created": round(ticket.created, 3),
         "parameters": ticket.resolved(),
         "warnings": ticket.all_warnings,

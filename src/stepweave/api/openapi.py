@@ -38,6 +38,7 @@ from stepweave.api.schemas import EditRequest, NativeEditRequest
 from stepweave.api.tensors import InputParameters, InputTensor, OutputParameters, RequestedOutput
 from stepweave.api.urls import base_url, reference
 from stepweave.errors import (
+    DeadlineExceeded,
     MethodNotAllowed,
     Refused,
     StepweaveError,
@@ -301,8 +302,9 @@ def _refusal(error: type[StepweaveError], surface: str) -> dict[str, Any]:
     if issubclass(error, MethodNotAllowed):
         allowed = {"description": "Methods that the path has.", "schema": {"type": "string"}}
         headers["Allow"] = {**allowed, "required": True}
-    if error is StepweaveError:
-        headers["X-Should-Retry"] = {"description": "`false` where it would fail again.", "schema": {"const": "false"}}
+    if error in (StepweaveError, DeadlineExceeded):
+        lasting = "`false` where it would fail again, or come too late."
+        headers["X-Should-Retry"] = {"description": lasting, "schema": {"const": "false"}}
     description = "It failed; the log has the request's id." if error is StepweaveError else inspect.getdoc(error) or ""
     return {
         "description": description.partition("\n")[0],

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from stepweave.errors import (
+    DeadlineExceeded,
     NonFinite,
     OutOfMemory,
     StepweaveError,
@@ -52,7 +53,8 @@ def error_response(error: StepweaveError, path: str = "", **extra: Any) -> JSONR
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, UnsupportedEncoding):
         headers["Accept-Encoding"] = error.TAKEN
-    if isinstance(error, LASTING):  # OpenAI's clients repeat what failed with a 500 unless told not to
+    # OpenAI's clients repeat what failed with a 5xx unless told not to; of a deadline the time is up
+    if isinstance(error, (*LASTING, DeadlineExceeded)):
         headers["X-Should-Retry"] = "false"
     return JSONResponse({**body, **extra}, status_code=error.status, headers=headers)
 

@@ -41,8 +41,8 @@ class ImageRequest(BaseModel):
         None,
         ge=1,
         le=MAX_DEADLINE_MS,
-        description="Milliseconds from now within which the picture must be made: refused with 429 if it cannot be, ended "
-        "with 504 at the first step after.",
+        description="Milliseconds from now within which the picture must be made: refused with 400 if it takes longer even "
+        "alone, with 429 if others are in the way, ended with 504 at the first step after.",
     )
     output_format: OutputFormat = Field("png", description="File format of the picture.")
     output_compression: int | None = Field(

@@ -316,6 +316,17 @@ class StepEngine:
             fits=self._loop.fits if self._loop else lambda demand: True,
         )
 
+    def alone(
+        self, *args: Any, scheduler: Any = None, reproducible: bool = False, pipeline: Any = None, **kwargs: Any
+    ) -> float | None:
+        """Seconds that a job with these arguments of `submit` would take by itself; None if none like it has run."""
+        return self._planner.alone(args, kwargs, pipeline=pipeline, scheduler=scheduler, reproducible=reproducible)
+
+    @property
+    def timed(self) -> bool:
+        """Whether anything is known of what jobs take: before, their ends cannot be foreseen."""
+        return self._planner.timed
+
     def holds(self, job: Job) -> bool:
         """Whether a job is not done."""
         return self._planner.has(job)

@@ -19,6 +19,7 @@ from stepweave.errors import (
     EngineMisuse,
     OutOfMemory,
     RequestError,
+    duration,
 )
 from stepweave.outcome import Outcome, carried
 from stepweave.scheduling.profiles import Recorder, Shape
@@ -240,9 +241,7 @@ class Job:
         if self._health is not None and (failed := self._health.error()) is not None:
             return failed
         if self.late:
-            seconds = self._seconds or 0
-            limit = f"{round(seconds, 2):g}" if seconds >= 0.1 else f"{seconds:.2g}"
-            return DeadlineExceeded(f"The job was not done within its deadline of {limit} s.")
+            return DeadlineExceeded(f"The job was not done within its deadline of {duration(self._seconds or 0)}.")
         return None
 
     def check_step(self) -> None:
@@ -266,9 +265,8 @@ class Job:
 
     def begin(self) -> None:
         """Note that it is given a forward."""
-        if self.begun is None:
-            self.begun = time.monotonic()
-            self.task.begun = True
+        self.begun = self.begun or time.monotonic()
+        self.task.begun = True
 
     def open(self, total: int) -> None:
         """Note that a denoising loop of `total` steps begins."""

@@ -342,7 +342,7 @@ class StepLoop:
         self._queues.take(chosen)
         for call in chosen:
             call.owner.call = None
-            call.owner.job.begin()
+            self._planner.begin(call.owner.job)
         self._forwarder.run(verdict, chosen)
         for owner in self._forwarder.doubtful():
             self._begin_anew(owner, "its steps were shared by calls that have turned out not to be")

@@ -16,7 +16,8 @@ from stepweave.engine.job import Job
 from stepweave.engine.shapes import shape_of
 from stepweave.scheduling.admission import Outlook
 from stepweave.scheduling.cost import KEYS, CostModel, PriceList
-from stepweave.scheduling.forecast import ORDERS, by_arrival, forecast, step_seconds
+from stepweave.scheduling.forecast import BREATH, ORDERS, Order, by_arrival, forecast, in_order, step_seconds
+from stepweave.scheduling.line import Line
 from stepweave.scheduling.plan import Plan, Standing
 from stepweave.scheduling.policy import POLICIES, Rank, patience
 from stepweave.scheduling.profiles import Profiles, Shape
@@ -33,6 +34,11 @@ EXPLORE_EVERY = 64  # groups that were cut off at the knee, before one is let gr
 WHOLE_CALL = "call"  # the module of a job whose steps are not seen one by one
 
 OnStep = Callable[[str, int, int, float], None]  # module, rows, the most rows that were allowed, seconds
+
+
+def _running_first(order: Order) -> Order:
+    """The order of whole calls: one that runs is not interrupted."""
+    return lambda task, now: (not task.begun, *order(task, now))
 
 
 @contextlib.contextmanager
@@ -70,7 +76,7 @@ class Planner:
     ) -> None:
         self._pipeline = pipeline
         self._policy = POLICIES[policy]
-        self._order = ORDERS.get(policy, by_arrival)
+        self._order = _running_first(ORDERS.get(policy, by_arrival)) if whole else ORDERS.get(policy, by_arrival)
         self._max_rows = max_rows
         self._on_step = on_step
         self._merges = merges
@@ -87,7 +93,9 @@ class Planner:
         self._planning = False  # on its thread
         self._entered: list[list[Job]] = []  # for each plan that is being made, since its jobs were taken down
         self._forecaster = DaemonExecutor(1, "stepweave-forecast")
-        self._plan_lock = threading.Lock()  # guards these, and who comes
+        self._line = Line()
+        self._changed = False  # since the last forecast was begun a job has come, begun or left
+        self._plan_lock = threading.Lock()  # guards these, and who comes and begins
         self._moved = 0.0  # when a forward was last chosen, or done
         self._lock = threading.Lock()  # guards the profiles
 
@@ -99,17 +107,40 @@ class Planner:
         job.task = self._task(job.shape, group, steps, job.accepted, job.priority, job.deadline)
         with self._plan_lock:
             self._jobs[job.id] = job
+            self._line.join(job.id, self._turn(job.task, job.accepted))
+            self._changed = True
             if self._plan.later > 2 * (FEW + len(self._jobs)):  # nobody asks for another
                 self._plan = self._no_plan()
             self._add(job, self._plan, time.monotonic())
             for entered in self._entered:
                 entered.append(job)
 
+    def begin(self, job: Job) -> None:
+        """A job is given a forward, or its whole call."""
+        if job.begun is not None:  # it has begun anew
+            job.begin()
+            return
+        with self._plan_lock:  # from one moment on it runs, and waits no longer
+            self._line.leave(job.id)
+            self._changed = True
+            job.begin()
+
     def leave(self, job: Job, *, succeeded: bool) -> None:
-        """A job is done. What it asked for is known, if it got to its end."""
-        if self._jobs.pop(job.id, None) is not None and succeeded:
-            with contained("learn what a job asked for"):
-                self._learn(job, job.recorder.demand(job.progress.total))
+        """A job is done. What it asked for is known, if it got to its end; else its steps, if those of none have been seen."""
+        with self._plan_lock:
+            known = self._jobs.pop(job.id, None)
+            self._line.leave(job.id)
+            self._changed = True
+        if known is None:
+            return
+        with contained("learn what a job asked for"):
+            step, total = job.progress
+            if succeeded:
+                self._learn(job, job.recorder.demand(total))
+            elif step and not job.task.demand.step:
+                seen = job.recorder.demand(step)
+                if seen.step:
+                    self._learn(job, Demand(total, seen.before, seen.step))
 
     def jobs(self) -> list[Job]:
         """All that are not done."""
@@ -156,14 +187,16 @@ class Planner:
         now = time.monotonic()
 
         def order(job: Job) -> Rank:
-            if job.late or job.task.lost(now) > patience(job.task):
-                return (-1 - job.late, job.accepted)
-            return (0, *self._order(job.task, now))
+            return (-2, job.accepted) if job.late else self._turn(job.task, now)
 
         with contained("choose a job"):
             self._refresh(now)
             return min(waiting.values(), key=order)
         return next(iter(waiting.values()))
+
+    def _turn(self, task: Task, now: float) -> Rank:
+        """When it is a job's turn to start: those that lost too much time, the oldest first, then all in order."""
+        return (-1, task.arrived) if task.lost(now) > patience(task) else (0, *self._order(task, now))
 
     # Forwards
 
@@ -272,13 +305,49 @@ class Planner:
             return task.solo
         return task.before + task.left * step_seconds(task.demand, rows, self.cost) + task.after
 
+    def alone(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        pipeline: Any = None,
+        scheduler: Any = None,
+        reproducible: bool = False,
+    ) -> float | None:
+        """Seconds that a job would take by itself; None if no job like it has run. Hardly any work, however many there are."""
+        called = self._pipeline if pipeline is None else pipeline
+        shape, group, steps = shape_of(called, args, kwargs, scheduler, reproducible)
+        task = self._task(shape, group, steps, 0.0, Priority.NORMAL, None)
+        task.price(self.cost)  # as of now: nobody may have asked for other prices since the last job
+        return task.solo or None
+
+    @property
+    def timed(self) -> bool:
+        """Whether any forward, or whole call, has been timed."""
+        return self.cost.timed
+
     def standings(self) -> dict[str, Standing]:
-        """Where each job stands, by its id."""
-        return self._latest().standings()
+        """Where each job stands, by its id; those that wait in the order in which they would start."""
+        plan = self._latest()
+        with self._plan_lock:
+            places = self._line.places()
+            jobs = dict(self._jobs)
+        now = time.monotonic()
+        running = {id: 0 for id in jobs if id not in places}
+        return {id: Standing(place, self._eta(jobs[id], plan, now)) for id, place in (running | places).items()}
 
     def standing(self, id: str) -> Standing | None:
         """Where a job stands; None if it is done."""
-        return self._latest().standing(id, time.monotonic())
+        plan = self._latest()
+        with self._plan_lock:
+            job, place = self._jobs.get(id), self._line.place(id)
+        return None if job is None else Standing(place, self._eta(job, plan, time.monotonic()))
+
+    @staticmethod
+    def _eta(job: Job, plan: Plan, now: float) -> float | None:
+        """No less than what is left of it would take alone."""
+        eta = plan.eta(job.id, now)
+        return None if eta is None else max(eta, job.task.remaining)
 
     def backlog(self) -> float:
         """Seconds until all that are not done would be."""
@@ -290,9 +359,9 @@ class Planner:
     def _latest(self) -> Plan:
         """The forecast of all jobs. Where they are few it is a fresh one, else the last, and another is begun if that is old."""
         plan, now = self._plan, time.monotonic()
-        if now - plan.made < FRESH:
-            return plan
         jobs = len(self._jobs)
+        if now - plan.made < FRESH and not (self._changed and jobs <= FEW):
+            return plan
         if jobs <= FEW or (jobs <= 2 * FEW and not self._tells(plan)):
             return self._make_plan()
         if now - plan.made >= FRESH_TIMES * plan.took:
@@ -325,11 +394,13 @@ class Planner:
         with self._plan_lock:
             self._entered.append(entered)
             jobs = list(self._jobs.values())
+            self._changed = False
         try:
             tasks = [job.task for job in jobs]
             ends = self._forecast(tasks, now, breathe)
             took = time.monotonic() - now
             plan = Plan(now, [job.id for job in jobs], tasks, ends, self._order, took=took, breathe=breathe)
+            turns = self._turns(jobs, now, breathe)
             added = 0
             while len(entered) - added > FEW:  # most of them without holding up those that come
                 self._add(entered[added], plan, now)
@@ -339,10 +410,21 @@ class Planner:
                     self._add(job, plan, now)
                 if plan.made >= self._plan.made:
                     self._plan = plan
+                    self._line.arrange(turns)
         finally:
             with self._plan_lock:
                 self._entered = [one for one in self._entered if one is not entered]
         return plan
+
+    def _turns(self, jobs: Sequence[Job], now: float, breathe: Callable[[], object]) -> list[tuple[str, Rank]]:
+        """The jobs that wait, in the order in which they would start."""
+        waiting = [job for job in jobs if job.begun is None]
+        ranks: list[Rank] = []
+        for number, job in enumerate(waiting):
+            if number % BREATH == 0:
+                breathe()
+            ranks.append(self._turn(job.task, now))
+        return [(waiting[i].id, ranks[i]) for i in in_order(ranks, breathe)]
 
     def stalled(self) -> float:
         """Seconds since a forward was chosen or done, a step was counted, or the first of the jobs came."""

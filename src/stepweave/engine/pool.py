@@ -162,7 +162,7 @@ class Pool:
         beside = min(len(self.threads), len(self._running)) if self._together == 1 else 1
         for job in jobs:
             job.start(now)
-            job.begin()
+            self._planner.begin(job)
         if len(jobs) > 1 and self._health.failure is None:
             together = Outcome.apart(run_batch, jobs[0].scope, jobs)
             if together.error is None:
@@ -182,8 +182,12 @@ class Pool:
         if ended is not None:
             return Outcome(error=ended)
         outcome: Outcome = Outcome.apart(call_pipeline, job).value
-        if outcome.error is None:
-            self._planner.called([job], time.monotonic() - began, beside)
+        steps = job.task.demand.steps if outcome.error is None else job.progress.step
+        if outcome.error is None or (
+            steps and not self._planner.timed
+        ):  # else nothing would be known while all end early
+            seconds = time.monotonic() - began
+            self._planner.called([job], seconds * job.task.demand.steps / max(1, steps), beside)
         return outcome
 
     def _finish(self, job: Job, outcome: Outcome) -> None:

@@ -10,15 +10,14 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Literal, Self, get_args
 
-from stepweave.errors import Refused
+from stepweave.errors import DeadlineTooShort, Refused, duration
 
 Reason = Literal["queue_full", "wait", "deadline", "memory"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
 UNKNOWN_SECONDS = 5.0  # Retry-After before anything has been timed
-IMPOSSIBLE_SECONDS = 60.0  # Retry-After of a deadline shorter than what the job takes alone
-PROBE_SECONDS = (
-    30.0  # in which an idle server lets in one deadline that it thinks too short: what it learnt may be wrong
+TRUST_SECONDS = (
+    900.0  # for which an idle server halves how sure it is that a deadline is too short: it may be faster by now
 )
 LEARNING = 0.1  # weight of the last promise in the share of those that were kept
 LEAD = 4  # places on average that become free while one is kept: their ends come unevenly
@@ -35,11 +34,20 @@ JOINING = 8  # requests at a time that hold no place while their body is sent, a
 
 @dataclass(frozen=True)
 class Outlook:
-    """What a request would meet if it were let in now, in seconds."""
+    """What a request would meet if it were let in now, in seconds. It is never done sooner than it would be alone."""
 
     finish: float  # until it is done
     solo: float  # what it takes alone; 0 if unknown
     fits: bool = True  # into the memory that is left
+
+    def __post_init__(self) -> None:
+        # of two estimates, which may be made of what was known at two moments
+        object.__setattr__(self, "finish", max(self.finish, self.solo))
+
+    @property
+    def wait(self) -> float:
+        """For others."""
+        return self.finish - self.solo
 
 
 @dataclass(frozen=True, order=True)
@@ -128,7 +136,7 @@ class Admission:
         self._number = 0
         self._redeemed = {False: 1.0, True: 1.0}  # share of the last promises whose owners came; of those returning
         self._window = float(NEW_PROMISES)  # promises to clients that have not come back yet that put off others
-        self._probed = clock()
+        self._informed = clock()  # when something last ran, as far as is seen here
         self._lock = threading.RLock()
 
     @property
@@ -173,6 +181,7 @@ class Admission:
         outlook: Callable[[], Outlook | None] = lambda: None,
         deadline: float | None = None,
         *,
+        alone: Callable[[], float | None] = lambda: None,
         client: Hashable = None,
         reservation: Reservation | None = None,
     ) -> Outlook | None:
@@ -182,41 +191,43 @@ class Admission:
             token: what the same request will have when it comes again; None if that cannot be told.
             outlook: predicts what the request would meet; asked only if there is a place.
             deadline: seconds from now.
+            alone: predicts the seconds that the request takes by itself, None if unknown; asked of all that have a deadline.
             client: who asks; None counts as somebody else each time.
             reservation: the request's place becomes this one's, unless that has been released.
 
-        Raises Refused, with the predicted wait, if there is no place, the wait would exceed `max_wait`, the deadline cannot be
-        met, or the memory that is left is too little while others use it. One that came as told is then promised a place for when
-        it is to come again.
+        Raises DeadlineTooShort if the deadline could not be met by an idle server either; Refused, with the predicted wait, if
+        there is no place, the wait would exceed `max_wait`, the deadline cannot be met now, or the memory that is left is too
+        little while others use it. One that came as told is then promised a place for when it is to come again.
         """
         with self._lock:
             now = self._now()
-            if reservation is not None and reservation in self._reserved:
-                self.release(reservation)
-                token, client, own = reservation.token, reservation.client, reservation.promise
-            else:
-                own = self._find_place(token, client, now)
-            expected = outlook()
-            if expected is not None:
-                try:
-                    self._check(expected, deadline, now)
-                except Refused as refused:
-                    later = refused.retry_after or 0.0
-                    if own is not None:
-                        self._take_up(own)
-                        hopeless = deadline is not None and expected.solo > deadline
-                        if later <= self.max_wait and not hopeless:
-                            self._promise(own.token, own.client, now + later, returning=True)
-                    raise
+            held = reservation if reservation is not None and reservation in self._reserved else None
+            if held is not None:
+                self.release(held)
+                token, client = held.token, held.client
+            try:
+                if deadline is not None:
+                    self._check_alone(alone() or 0.0, deadline, now)
+                own = held.promise if held is not None else self._find_place(token, client, now)
+                expected = outlook()
+                if expected is not None:
+                    self._check(expected, deadline, now, own)
+            except DeadlineTooShort:
+                own = held.promise if held is not None else self._own(token, client)
+                if own is not None:
+                    self._take_up(own)
+                raise
             if own is not None:
                 self._take_up(own)
             self._taken += 1
+            self._informed = now
             return expected
 
     def leave(self) -> None:
         """Give the place back, once for each `enter`."""
         with self._lock:
             self._taken -= 1
+            self._informed = self._clock()
 
     def _now(self) -> float:
         """The time; what has lapsed by then is gone."""
@@ -270,27 +281,54 @@ class Admission:
         self._number += 1
         insort(self._promised, _Promise(due, self._number, token, client, returning))
 
-    def _check(self, expected: Outlook, deadline: float | None, now: float) -> None:
-        if deadline is not None and expected.finish > deadline and not self._probes(now):
-            message = f"deadline_ms is {deadline * 1000:.0f}; the picture would be done in {expected.finish:.4g} s"
-            if expected.solo > deadline:
-                raise self._refusal(
-                    "deadline", f"{message}, and takes {expected.solo:.4g} s even alone.", IMPOSSIBLE_SECONDS
-                )
-            raise self._refusal("deadline", f"{message}.", expected.finish - deadline)
-        wait = expected.finish - expected.solo
-        if wait > self.max_wait:
-            raise self._refusal(
-                "wait", f"The request would wait {wait:.0f} s; the limit is {self.max_wait:g} s.", wait - self.max_wait
+    def _check(self, expected: Outlook, deadline: float | None, now: float, own: _Promise | None) -> None:
+        """Raise what `enter` does if the outlook is not good enough; a promise to it is put off till it is."""
+        if deadline is not None:
+            self._check_alone(expected.solo, deadline, now)
+        refused = self._refused(expected, deadline)
+        if refused is None:
+            return
+        later = refused.retry_after or 0.0
+        if own is not None:
+            self._take_up(own)
+            if later <= self.max_wait:
+                self._promise(own.token, own.client, now + later, returning=True)
+        raise refused
+
+    def _refused(self, expected: Outlook, deadline: float | None) -> Refused | None:
+        """Why it is to come back later, if it is."""
+        if deadline is not None and expected.finish > deadline >= expected.solo:
+            return self._refusal(
+                "deadline",
+                f"deadline_ms is {_milliseconds(deadline)}; the image would be done in {duration(expected.finish)}, of which it "
+                f"takes {duration(expected.solo)} itself.",
+                expected.finish - deadline,
+            )
+        if expected.wait > self.max_wait:
+            return self._refusal(
+                "wait",
+                f"The request would wait {duration(expected.wait)}; the limit is {self.max_wait:g} s.",
+                expected.wait - self.max_wait,
             )
         if not expected.fits and self._taken:
-            raise self._refusal("memory", "There is not enough memory left for it beside the others.", self._interval())
+            return self._refusal(
+                "memory", "There is not enough memory left for it beside the others.", self._interval()
+            )
+        return None
 
-    def _probes(self, now: float) -> bool:
-        if self._taken or now - self._probed < PROBE_SECONDS:
-            return False
-        self._probed = now
-        return True
+    def _check_alone(self, solo: float, deadline: float, now: float) -> None:
+        """Raise DeadlineTooShort if a deadline is shorter than what the request takes alone.
+
+        What it takes is told from what ran last. If nothing has for a while, one that is nearly long enough is let in, and shows
+        whether that still holds: else nothing would, where all requests have deadlines.
+        """
+        idle = 0.0 if self._taken else max(0.0, now - self._informed)
+        if solo > deadline * (1 + idle / TRUST_SECONDS):
+            self.refused["deadline"] += 1
+            raise DeadlineTooShort(
+                f"deadline_ms is {_milliseconds(deadline)}; the image takes {duration(solo)} even if nothing else runs. Fewer "
+                "steps, fewer images or a smaller size take less."
+            )
 
     def _full(self, token: Hashable, client: Hashable, own: _Promise | None, now: float) -> Refused:
         if own is not None and own.due > now + 1:
@@ -304,8 +342,9 @@ class Admission:
             if new > self._window:
                 wait = min(wait, (len(self._promised) - new + self._window) * interval)
         seconds = interval + wait
+        guess = " How long they take is not known yet: Retry-After is a guess." if self._drain() is None else ""
         refusal = self._refusal(
-            "queue_full", f"{self._taken} requests are in flight; the limit is {self.limit}.", seconds
+            "queue_full", f"{self._taken} requests are in flight; the limit is {self.limit}.{guess}", seconds
         )
         if own is not None:
             self._take_up(own)
@@ -355,3 +394,8 @@ class Admission:
             self._redeemed[one.returning] for one in self._promised if one.due - lead <= now and one.due < before
         )
         return min(self.limit // 2, round(kept))
+
+
+def _milliseconds(deadline: float) -> str:
+    """A deadline as it was sent."""
+    return f"{deadline * 1000:.10g}"

@@ -100,6 +100,11 @@ class CostModel:
         knee = next(rows for rows, rate in zip(counts, rates, strict=True) if best < (1 + GAIN) * rate)
         return bound if tried <= knee else knee
 
+    @property
+    def timed(self) -> bool:
+        """Whether any forward has run."""
+        return bool(self._curves)
+
     def known(self, key: Key) -> bool:
         """Whether forwards of the key, or of its module in another size, have run."""
         return bool(self._modules.get(key.module))
@@ -125,7 +130,7 @@ class PriceList:
 
     def alone(self, loads: tuple[Load, ...]) -> float:
         seconds = self._known.get(loads)
-        if seconds is None:
+        if not seconds:  # what nothing was known of may be known by now: at 0 a job would go before all others
             seconds = self._known[loads] = self._cost.alone(loads)
         return seconds
 

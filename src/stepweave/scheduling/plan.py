@@ -1,7 +1,8 @@
-"""A forecast that is kept: where each job stands, and where one that comes later fits in, without playing all through again."""
+"""A forecast that is kept: when each job ends, and where one that comes later fits in, without playing all through again."""
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Sequence
 from itertools import accumulate
@@ -13,10 +14,11 @@ from stepweave.scheduling.task import Task
 
 
 class Standing(NamedTuple):
-    """Where a job stands: `position` 0 once it runs, else 1 for the first of those that wait; seconds until it will be done."""
+    """Where a job stands: `position` 0 once it runs, else 1 for the first of those that wait; seconds until it will be done, None
+    while nothing is known of what such jobs take."""
 
     position: int
-    eta: float
+    eta: float | None
 
 
 class Plan:
@@ -48,11 +50,7 @@ class Plan:
         self._order = order
         ranks = [order(task, made) for task in tasks]
         ordered = in_order(ranks, breathe)
-        waiting = [i for i in ordered if not tasks[i].begun]
-        self._known = dict.fromkeys(ids, Standing(0, 0.0))
-        self._known |= {ids[i]: Standing(0, ends[i]) for i in ordered if tasks[i].begun}
-        self._known |= {ids[i]: Standing(place, ends[i]) for place, i in enumerate(waiting, 1)}
-        self._waiting = [ranks[i] for i in waiting]
+        self._ends = {id: end if task.solo else None for id, task, end in zip(ids, tasks, ends, strict=True)}
         self._ranks = [ranks[i] for i in ordered]
         self._ended = list(accumulate((ends[i] for i in ordered), max))  # when all up to each in order are done
         self._kinds: set[Hashable] = {task.kind for task in tasks}
@@ -71,16 +69,13 @@ class Plan:
         self._later: list[Rank] = []  # of jobs that came since, in order
         self._later_work: list[float] = []  # seconds that each takes, in company
 
-    def standings(self) -> dict[str, Standing]:
-        """Of each job by its id, as of when the plan was made."""
-        return dict(self._known)
+    def __len__(self) -> int:
+        return len(self._ends)
 
-    def standing(self, id: str, now: float) -> Standing | None:
-        """Where a job stands now; None if the plan does not know it."""
-        known = self._known.get(id)
-        if known is None or known.eta <= 0:
-            return known
-        return Standing(known.position, max(1e-9, known.eta - (now - self.made)))
+    def eta(self, id: str, now: float) -> float | None:
+        """Seconds until a job will be done, at least 0; None if the plan does not know it, or nothing of what it takes."""
+        end = self._ends.get(id)
+        return None if end is None else max(0.0, end - (now - self.made))
 
     @property
     def later(self) -> int:
@@ -119,9 +114,10 @@ class Plan:
     def add(self, id: str, task: Task, own: float, now: float) -> None:
         """A job has come, as for `finish`."""
         rank = self._order(task, now)
-        place, later = bisect_right(self._waiting, rank), bisect_right(self._later, rank)
+        later = bisect_right(self._later, rank)
         work = self._sharing * task.solo
-        self._known[id] = Standing(1 + place + later, self.finish(task, own, now) if task.solo else 0.0)
+        known = task.solo > 0 and math.isfinite(self.made)
+        self._ends[id] = self.finish(task, own, now) + now - self.made if known else None
         self._complete = self._complete and task.solo > 0
         self._later_work.insert(later, work)  # first, so that others find none missing
         self._later.insert(later, rank)
