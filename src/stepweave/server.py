@@ -91,8 +91,10 @@ class Server:
         self.tickets: dict[str, Ticket] = {}  # accepted and not yet done, by id
         self._admission: Admission | None = None
         self.metrics = Metrics(
+            model_name=settings.model_name(),
+            clients=self.keys.names,
             refused=lambda: self._admission.refused if self._admission else {},
-            in_flight=lambda: self._admission.in_flight if self._admission else 0,
+            in_flight=lambda: self.in_flight,
             waiting=lambda: self.engine.waiting if self.engine else 0,
             engine=lambda: self.engine.stats() if self.engine else None,
             ready=lambda: self.health().stage == "ready",
@@ -108,6 +110,7 @@ class Server:
 
     def start(self) -> None:
         """Begin to load in the background; `status` tells how far it is."""
+        self.metrics.load_times.enter("starting")
         try:
             self.jobs = Jobs.open(self.settings, self.tickets)
             self.drain_token = DrainToken(self.jobs.directory)
@@ -210,7 +213,8 @@ class Server:
         try:
             assert self.jobs is not None
             self.jobs.resume()
-            loaded = load(self.settings, self._load_pipeline, self.metrics.step, self._enter)
+            with self.metrics.load_times.timed():
+                loaded = load(self.settings, self._load_pipeline, self.metrics.step, self._enter)
         except StepweaveError as error:
             self._fail(error.message)
         except BaseException as error:
@@ -231,7 +235,6 @@ class Server:
         self.metrics.vram.device = loaded.device
         self.metrics.model.info(
             {
-                "model": model.id,
                 "pipeline": model.pipeline_class,
                 "revision": settings.revision or "",
                 "device": loaded.device,
@@ -256,9 +259,11 @@ class Server:
         if self.status.stage == "closed" or self.leaving.terminated:
             raise LoadError("the server was told to end while it was loading")
         self.status = Status(stage, progress, message)
+        self.metrics.load_times.enter(stage)
         logger.info("%s: %s", stage, message)
 
     def _fail(self, message: str) -> None:
+        self.metrics.load_times.enter(None)
         if self.status.stage != "closed" and not self.leaving.terminated:
             self.status = Status("failed", 0.0, message)
             logger.error("the server cannot start: %s", message)
@@ -290,6 +295,11 @@ class Server:
             ended = "; its grace period is over, and nothing told the process to end" if self.leaving.overdue else ""
             return Status("draining", 1.0, f"{len(self.tickets)} requests are left{ended}")
         return status
+
+    @property
+    def in_flight(self) -> int:
+        """Requests for images that were accepted and are not yet answered."""
+        return self._admission.in_flight if self._admission else 0
 
     def alive(self) -> bool:
         """Whether the process is of use: it is, or may yet be, ready, or finishes what it accepted.

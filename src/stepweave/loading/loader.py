@@ -24,6 +24,7 @@ from stepweave.loading.reading import Reading, check_placed
 from stepweave.loading.tokenizers import check_tokenizers
 from stepweave.loading.variants import choose_variant
 from stepweave.reasons import reason_of
+from stepweave.telemetry.stages import enter_stage
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,9 @@ def load_pipeline(settings: Settings, device: torch.device, dtype: torch.dtype) 
         if (folder := settings.model_directory()) is not None:
             variant = choose_variant(read_index(folder), files_of(folder), settings.variant)
         else:
+            enter_stage("downloading")
             folder, variant = fetch(settings.model, settings.revision, settings.variant)
+            enter_stage("loading")
         pipeline = _read(settings, folder, variant, device, dtype)
     except LoadError as error:
         raise LoadError(f"the model {settings.model_name()!r} cannot be loaded: {error.message}") from error
