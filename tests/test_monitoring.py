@@ -314,6 +314,26 @@ def test_every_series_names_the_model_and_no_metric_is_exposed_twice(served: Ser
         assert family.documentation and "picture" not in family.documentation
 
 
+def test_the_document_lists_every_metric_with_its_type_and_labels(served: Served) -> None:
+    document = (ROOT / "docs/metrics.md").read_text()
+    listed = {
+        name: (kind, set(re.findall(r"`(\w+)`", labels)))
+        for name, kind, labels in re.findall(r"^\| `(stepweave_\w+)` \| (\w+) \| (.*?) \|", document, re.MULTILINE)
+    }
+    exposed: dict[str, tuple[str, set[str]]] = {}
+    for family in text_string_to_metric_families(httpx.get(f"{served.url}/metrics", timeout=SECONDS).text):
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        labels = {label for sample in family.samples for label in sample.labels}
+        exposed[name] = family.type, labels - {"model_name", "le"}
+    ours = {name: value for name, value in exposed.items() if name.startswith("stepweave_")}
+    assert listed == ours
+    for name in re.findall(r"`((?:stepweave|process|python)_\w+?)(?:\{|`)", document):
+        assert name in exposed, name
+    table = re.search(r"^\| alert \|.*?\n\n", document, re.MULTILINE | re.DOTALL)
+    assert table is not None
+    assert set(re.findall(r"`(Stepweave\w+)`", table[0])) == set(ALERTS)
+
+
 def test_running_and_waiting_requests_are_always_those_in_flight() -> None:
     def counts(in_flight: int, waiting: int) -> list[float | None]:
         registry = Metrics(lambda: in_flight, lambda: waiting, "shapes").registry
