@@ -94,7 +94,7 @@ class Server:
             model_name=settings.model_name(),
             clients=self.keys.names,
             refused=lambda: self._admission.refused if self._admission else {},
-            in_flight=lambda: self.in_flight,
+            in_flight=lambda: self._admission.in_flight if self._admission else 0,
             waiting=lambda: self.engine.waiting if self.engine else 0,
             engine=lambda: self.engine.stats() if self.engine else None,
             ready=lambda: self.health().stage == "ready",
@@ -232,15 +232,7 @@ class Server:
         )
         self.model, self.previewer = model, loaded.previewer
         self.device, self.dtype = loaded.device, loaded.dtype
-        self.metrics.vram.device = loaded.device
-        self.metrics.model.info(
-            {
-                "pipeline": model.pipeline_class,
-                "revision": settings.revision or "",
-                "device": loaded.device,
-                "dtype": loaded.dtype,
-            }
-        )
+        self.metrics.loaded(model.pipeline_class, settings.revision, loaded.device, loaded.dtype)
         self.engine = loaded.engine
         try:
             self._enter("ready", 1.0, f"{model.id} on {loaded.device}, {loaded.threads} CPU threads")
@@ -295,11 +287,6 @@ class Server:
             ended = "; its grace period is over, and nothing told the process to end" if self.leaving.overdue else ""
             return Status("draining", 1.0, f"{len(self.tickets)} requests are left{ended}")
         return status
-
-    @property
-    def in_flight(self) -> int:
-        """Requests for images that were accepted and are not yet answered."""
-        return self._admission.in_flight if self._admission else 0
 
     def alive(self) -> bool:
         """Whether the process is of use: it is, or may yet be, ready, or finishes what it accepted.

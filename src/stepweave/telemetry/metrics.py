@@ -72,6 +72,7 @@ class Metrics:
         free_bytes: Callable[[], float] = lambda: math.nan,
         clients: Callable[[], Iterable[str]] = tuple,
     ) -> None:
+        self.in_flight = in_flight
         self.registry = CollectorRegistry()
         series = CollectorRegistry()
         # the exposition is UTF-8, which the name of a directory need not be
@@ -148,7 +149,7 @@ class Metrics:
         for result in IMAGE_RESULTS:
             self.images.labels(result)
         self._of_module: dict[str, tuple[Histogram, Histogram, Histogram]] = {}
-        self.model = Info("stepweave_model", "The pipeline that is served.", registry=series)
+        self._model = Info("stepweave_model", "The pipeline that is served.", registry=series)
         self.load_times = StageTimes()
         series.register(LoadCollector(self.load_times))
         ProcessCollector(registry=series)
@@ -164,6 +165,11 @@ class Metrics:
         ).set_function(free_bytes)
         self.vram = VramCollector(engine)
         series.register(self.vram)
+
+    def loaded(self, pipeline: str, revision: str | None, device: str, dtype: str) -> None:
+        """The model was loaded: the class of its pipeline, its commit on the hub if it is from there, and where it is."""
+        self.vram.device = device
+        self._model.info({"pipeline": pipeline, "revision": revision or "", "device": device, "dtype": dtype})
 
     def step(self, module: str, rows: int, cap: int, seconds: float) -> None:
         """A forward was run. Called on the engine's thread."""
