@@ -7,7 +7,7 @@ BIN := .venv/bin
 SET_UP := $(if $(filter .venv/bin,$(BIN)),.venv/dev.stamp)
 export BENTOML_DO_NOT_TRACK = True
 
-.PHONY: serve test test-full test-gpu bench-gpu check format model evaluate bento dashboard load clean
+.PHONY: serve test test-full test-gpu bench-gpu check format model evaluate bento dashboard draw load clean
 
 serve: export STEPWEAVE_STATE_DIR ?= $(CURDIR)/build/state-$(PORT)
 # Any name of a model: there is one, and the clients at hand have the name of another wired in
@@ -59,6 +59,10 @@ bento: .venv/serve.stamp
 # Write the Grafana dashboard anew from its code.
 dashboard: .venv/dev.stamp
 	$(BIN)/python monitoring/dashboard.py
+
+# Draw the dashboard from a server, a load and a Prometheus that it starts: build/dashboard.png. Other options: make draw DRAW=--help
+draw: .venv/dev.stamp
+	$(BIN)/python -m monitoring.draw $(DRAW)
 
 # Open-loop capacity test of a running server: make load LOAD="--rates 1,2,4 --seconds 20"
 load: .venv/dev.stamp

@@ -24,7 +24,7 @@ GENERATIONS = "/v1/images/generations"
 PROBES = ("/livez", "/readyz", "/metrics")
 TICK = 0.01  # seconds between two probes
 CANCELLED_STEPS = 150  # of a job that is to be cancelled
-SAVED = re.compile(r"^stepweave_steps_saved_total (\S+)", re.MULTILINE)
+SAVED = re.compile(r"^stepweave_steps_saved_total\S* (\S+)", re.MULTILINE)
 
 
 def body(number: int, **fields: object) -> dict[str, object]:

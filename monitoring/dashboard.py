@@ -19,7 +19,8 @@ from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
 FILE = Path(__file__).with_name("dashboard.json")
 SOURCE = model.DataSourceRef(type_val="prometheus", uid="${datasource}")
-SELECTED = 'namespace=~"$namespace", job=~"$job", pod=~"$pod"'
+SELECTED = 'model_name=~"$model_name", namespace=~"$namespace", job=~"$job", pod=~"$pod"'
+OF_SERVERS = 'model_name!=""'  # of metrics that other programs expose, too
 WINDOW = "$__rate_interval"
 
 
@@ -34,7 +35,7 @@ def share(part: str, whole: str) -> str:
     return f"{rates[0]} / clamp_min({rates[1]}, 1e-9)"
 
 
-def percentile(q: float, metric: str = "stepweave_request_seconds", *by: str) -> str:
+def percentile(q: float, metric: str = "stepweave_request_duration_seconds", *by: str) -> str:
     labels = ", ".join(("le", *by))
     return f"histogram_quantile({q}, sum by ({labels}) (rate({series(f'{metric}_bucket')}[{WINDOW}])))"
 
@@ -62,7 +63,7 @@ def ratio(part: str, whole: str) -> str:
 READY = series("stepweave_ready")
 REFUSED_SHARE = share('outcome=~"refused|unavailable"', 'outcome!="invalid"')
 FAILED_SHARE = share('outcome="failed"', 'outcome=~"succeeded|failed"')
-# memory that torch has reserved and not allocated is free for the next picture
+# memory that torch has reserved and not allocated is free for the next image
 VRAM_SHARE = f"({vram('total|allocated')} - {vram('free|reserved')}) / clamp_min({vram('total')}, 1)"
 
 
@@ -119,7 +120,7 @@ def graph(title: str, description: str, unit: str, *queries: tuple[str, str], si
 
 
 def models() -> table.Panel:
-    expr = f"max by (pod, instance, model, pipeline, revision, device, dtype) ({series('stepweave_model_info')})"
+    expr = f"max by (pod, instance, model_name, pipeline, revision, device, dtype) ({series('stepweave_model_info')})"
     hidden = {"Time": True, "Value": True}
     return (
         table.Panel()
@@ -160,7 +161,7 @@ def dashboard() -> model.Dashboard:
                 (None, "red"), (1, "green"),
             ).span(4),
             number(
-                "Requests in flight", "Generation requests accepted and not yet answered, running or waiting.", "none",
+                "Requests in flight", "Requests for images accepted and not yet answered, running or waiting.", "none",
                 f"sum({series('stepweave_requests_in_flight')})",
             ).span(5),
             number(
@@ -172,16 +173,16 @@ def dashboard() -> model.Dashboard:
                 percentile(0.95),
             ).span(5),
             number(
-                "VRAM in use", "Of the fullest GPU, what the next picture cannot have; 0 without a GPU.",
+                "VRAM in use", "Of the fullest GPU, what the next image cannot have; 0 without a GPU.",
                 "percentunit", f"max({VRAM_SHARE})", (None, "green"), (0.9, "orange"), (0.95, "red"),
             ).span(5),
         ],
         "Traffic": [
             graph(
-                "In flight and waiting",
-                "Requests accepted and not yet answered, and those of them that wait. A queue that stays calls for replicas.",
+                "Running and waiting",
+                "Accepted requests that the engine has begun, and those that it has not. A queue that stays calls for replicas.",
                 "none",
-                (f"sum({series('stepweave_requests_in_flight')})", "in flight"),
+                (f"sum({series('stepweave_requests_running')})", "running"),
                 (f"sum({series('stepweave_requests_waiting')})", "waiting"),
             ),
             graph(
@@ -205,7 +206,7 @@ def dashboard() -> model.Dashboard:
             ),
             graph(
                 "Latency percentiles",
-                "From acceptance to finished picture files, waiting included; of requests that succeeded.",
+                "From acceptance to finished image files, waiting included; of requests that succeeded.",
                 "s",
                 *((percentile(q), f"p{q * 100:.0f}") for q in (0.5, 0.95, 0.99)),
             ),
@@ -226,7 +227,7 @@ def dashboard() -> model.Dashboard:
         "Engine": [
             graph(
                 "Rows per forward",
-                "Mean rows of a module's forwards: how well steps are batched. Guidance takes two rows a picture.",
+                "Mean rows of a module's forwards: how well steps are batched. Guidance takes two rows an image.",
                 "none",
                 (
                     ratio(rate("stepweave_forward_rows_total", "module"), rate("stepweave_forwards_total", "module")),
@@ -293,13 +294,13 @@ def dashboard() -> model.Dashboard:
                 "Wait for the first forward",
                 "From a job's acceptance to its first forward; of jobs that succeeded.",
                 "s",
-                *((percentile(q, "stepweave_queue_seconds"), f"p{q * 100:.0f}") for q in (0.5, 0.95, 0.99)),
+                *((percentile(q, "stepweave_queue_duration_seconds"), f"p{q * 100:.0f}") for q in (0.5, 0.95, 0.99)),
             ),
             graph(
                 "Seconds of a step",
                 "Median of a module's forwards with what follows each, until all its jobs wait again.",
                 "s",
-                (percentile(0.5, "stepweave_step_seconds", "module"), "{{module}}"),
+                (percentile(0.5, "stepweave_step_duration_seconds", "module"), "{{module}}"),
             ),
             graph(
                 "Rows of a batch, and fill",
@@ -327,7 +328,7 @@ def dashboard() -> model.Dashboard:
                 signed=True,
             ),
         ],
-        "Memory": [
+        "Process": [
             graph(
                 "VRAM by kind",
                 "Allocated, reserved and peak are the process's own; free and total the device's. 0 without a GPU.",
@@ -338,7 +339,19 @@ def dashboard() -> model.Dashboard:
                 "Resident memory",
                 "Main memory of each server process; one that only grows will be killed at the pod's limit.",
                 "bytes",
-                (f"max by (pod, instance) ({series('stepweave_process_resident_bytes')})", "{{pod}} {{instance}}"),
+                (f"max by (pod, instance) ({series('process_resident_memory_bytes', OF_SERVERS)})", "{{pod}} {{instance}}"),
+            ),
+            graph(
+                "CPU",
+                "CPU cores that each server process keeps busy.",
+                "none",
+                (rate("process_cpu_seconds_total", "pod, instance", OF_SERVERS), "{{pod}} {{instance}}"),
+            ),
+            graph(
+                "Seconds of the last start, by stage",
+                "What each server's start took, of the running stage so far; the stages add up to the whole.",
+                "s",
+                (f"max by (pod, instance, stage) ({series('stepweave_model_load_seconds')})", "{{stage}} {{pod}} {{instance}}"),
             ),
         ],
         "Storage": [
@@ -376,7 +389,8 @@ def dashboard() -> model.Dashboard:
         .with_variable(build.DatasourceVariable("datasource").label("Data source").type("prometheus"))
         .with_variable(label_variable("namespace").label("Namespace"))
         .with_variable(label_variable("job", '{namespace=~"$namespace"}').label("Server"))
-        .with_variable(label_variable("pod", '{namespace=~"$namespace", job=~"$job"}').label("Pod"))
+        .with_variable(label_variable("model_name", '{namespace=~"$namespace", job=~"$job"}').label("Model"))
+        .with_variable(label_variable("pod", f"{{{SELECTED.rpartition(', ')[0]}}}").label("Pod"))
     )
     ids = count(1)
     for title, panels in rows.items():

@@ -247,8 +247,9 @@ class App:
                 counts[one.labels["outcome"]] = counts.get(one.labels["outcome"], 0) + int(one.value)
         return counts
 
-    def metric(self, name: str) -> float:
-        value = self.server.metrics.registry.get_sample_value(name)
+    def metric(self, name: str, **labels: str) -> float:
+        labels = {"model_name": self.server.settings.model_name(), **labels}
+        value = self.server.metrics.registry.get_sample_value(name, labels)
         assert value is not None
         return value
 

@@ -188,6 +188,7 @@ class InProcess:
         )
 
     def metric(self, name: str, **labels: str) -> float | None:
+        labels = {"model_name": self.server.settings.model_name(), **labels}
         if name == "stepweave_requests_total":
             labels = {"client": "", **labels}
         return self.server.metrics.registry.get_sample_value(name, labels)

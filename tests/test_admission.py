@@ -158,7 +158,7 @@ def test_too_long_a_wait_is_refused_with_the_time_to_come_back(in_process: Make)
         thread.join(SECONDS)
     assert [answer.status_code for answer in answers] == [200]
     app.until_metric(0, "stepweave_backlog_seconds")
-    app.until_metric(10, "stepweave_queue_seconds_count")
+    app.until_metric(10, "stepweave_queue_duration_seconds_count")
     app.until_metric(10, "stepweave_eta_error_seconds_count")
 
 

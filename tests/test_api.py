@@ -281,8 +281,8 @@ def test_a_job_that_does_not_fit_into_memory_says_so_and_is_not_sent_again(in_pr
     assert "GiB" not in error["message"]
     assert response.headers["X-Should-Retry"] == "false"
     metrics = app.client.get("/metrics").text
-    assert "stepweave_out_of_memory_failures_total 1.0" in metrics
-    assert 'stepweave_requests_total{client="",outcome="failed"} 1.0' in metrics
+    assert 'stepweave_out_of_memory_failures_total{model_name="shapes"} 1.0' in metrics
+    assert 'stepweave_requests_total{client="",model_name="shapes",outcome="failed"} 1.0' in metrics
 
 
 def test_while_loading_everything_is_503_but_livez(in_process: Make) -> None:

@@ -445,6 +445,15 @@ async def test_clients_of_keys_without_names_are_told_apart() -> None:
         assert counts == {("key1", "succeeded"): 1, ("key2", "succeeded"): 2, ("", "invalid"): 1}
 
 
+@pytest.mark.anyio
+async def test_each_client_that_has_a_key_has_its_series_from_the_first_scrape() -> None:
+    async with serving(api_keys="the-first-of-two-keys,the-second-of-two-keys") as app:
+        app.server.metrics.render()
+        for client in ("", "key1", "key2"):
+            for outcome in ("succeeded", "failed", "refused"):
+                assert app.metric("stepweave_requests_total", client=client, outcome=outcome) == 0
+
+
 def test_ever_new_names_do_not_become_ever_more_series() -> None:
     metrics = Metrics(in_flight=lambda: 0, waiting=lambda: 0)
     with patch("stepweave.telemetry.metrics.MAX_CLIENT_LABELS", 3):

@@ -141,13 +141,12 @@ def database(app: App) -> Path:
     return store._path
 
 
-def failures(app: App, store: str, reason: str) -> float | None:
-    labels = {"store": store, "reason": reason}
-    return app.server.metrics.registry.get_sample_value("stepweave_store_failures_total", labels)
+def failures(app: App, store: str, reason: str) -> float:
+    return app.metric("stepweave_store_failures_total", store=store, reason=reason)
 
 
-def writable(app: App, store: str) -> float | None:
-    return app.server.metrics.registry.get_sample_value("stepweave_store_writable", {"store": store})
+def writable(app: App, store: str) -> float:
+    return app.metric("stepweave_store_writable", store=store)
 
 
 async def probed(app: App) -> Any:

@@ -26,6 +26,7 @@ from stepweave.server import Server
 from stepweave.ticket import Ticket
 from tests.asgi import App, Exchange, serving
 from tests.conftest import Served
+from tests.test_server import metric
 from tests.waiting import SECONDS, wait_until
 
 pytestmark = pytest.mark.anyio
@@ -460,7 +461,7 @@ async def test_a_stream_can_be_left_while_its_client_reads_nothing() -> None:
 
 def test_leaving_a_native_stream_of_a_real_server(served: Served) -> None:
     def in_flight() -> bool:
-        return "stepweave_requests_in_flight 0.0" not in httpx.get(f"{served.url}/metrics", timeout=SECONDS).text
+        return metric(served.url, "stepweave_requests_in_flight") != 0
 
     body = {"prompt": "a red circle", "num_inference_steps": 200, "size": "256x256", "events": "all"}
     with httpx.stream("POST", f"{served.url}/generate_stream", json=body, timeout=SECONDS) as answer:

@@ -156,6 +156,10 @@ class ApiKeys:
         found = [one for one in self._clients if hmac.compare_digest(digest, one.digest)]
         return found[0] if found else None
 
+    def names(self) -> list[str]:
+        """The names of the clients that have a key."""
+        return [one.name for one in self._clients]
+
     def look(self) -> None:
         """Read the file again if it has changed; not for the event loop. What is wrong with it is logged once."""
         if self._path is None:

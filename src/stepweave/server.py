@@ -86,6 +86,8 @@ class Server:
         self.tickets: dict[str, Ticket] = {}  # accepted and not yet done, by id
         self._admission: Admission | None = None
         self.metrics = Metrics(
+            model_name=settings.model_name(),
+            clients=self.keys.names,
             refused=lambda: self._admission.refused if self._admission else {},
             in_flight=lambda: self._admission.in_flight if self._admission else 0,
             waiting=lambda: self.engine.waiting if self.engine else 0,
@@ -104,6 +106,7 @@ class Server:
 
     def start(self) -> None:
         """Begin to load in the background; `status` tells how far it is."""
+        self.metrics.load_times.enter("starting")
         try:
             self.jobs = Jobs.open(self.settings, self.tickets)
             self.drain_token = DrainToken(self.jobs.directory)
@@ -206,7 +209,8 @@ class Server:
         try:
             assert self.jobs is not None
             self.jobs.resume()
-            loaded = load(self.settings, self._load_pipeline, self.metrics.step, self._enter)
+            with self.metrics.load_times.timed():
+                loaded = load(self.settings, self._load_pipeline, self.metrics.step, self._enter)
         except StepweaveError as error:
             self._fail(error.message)
         except BaseException as error:
@@ -224,16 +228,7 @@ class Server:
         )
         self.model, self.previewer = model, loaded.previewer
         self.device, self.dtype = loaded.device, loaded.dtype
-        self.metrics.vram.device = loaded.device
-        self.metrics.model.info(
-            {
-                "model": model.id,
-                "pipeline": model.pipeline_class,
-                "revision": settings.revision or "",
-                "device": loaded.device,
-                "dtype": loaded.dtype,
-            }
-        )
+        self.metrics.loaded(model.pipeline_class, settings.revision, loaded.device, loaded.dtype)
         self.engine = loaded.engine
         try:
             self._enter("ready", 1.0, f"{model.id} on {loaded.device}, {loaded.threads} CPU threads")
@@ -252,9 +247,11 @@ class Server:
         if self.status.stage == "closed" or self.leaving.terminated:
             raise LoadError("the server was told to end while it was loading")
         self.status = Status(stage, progress, message)
+        self.metrics.load_times.enter(stage)
         logger.info("%s: %s", stage, message)
 
     def _fail(self, message: str) -> None:
+        self.metrics.load_times.enter(None)
         if self.status.stage != "closed" and not self.leaving.terminated:
             logger.error("the server cannot %s: %s", "serve" if self.status.stage == "ready" else "start", message)
             self.status = Status("failed", 0.0, message)

@@ -23,6 +23,7 @@ from stepweave.generation import Parameters, Sources
 from stepweave.images.outputs import images_of, outputs_of
 from stepweave.model import ServedModel
 from stepweave.reasons import reason_of
+from stepweave.telemetry.stages import enter_stage
 from stepweave.trials import Fault, Size, narrowed
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class WarmUp:
         with engine.in_lockstep():
             [alone] = self.run_together(native, 1)
             engine.forget_encodings()  # so that text encoders, too, run the job again
+            enter_stage("certifying")
             together = self.run_together(native, most)
             check_images(alone, together, _dtype(self._model.pipeline), lambda: self.run_together(native, FEW))
             if half is not None:
@@ -77,7 +79,9 @@ class WarmUp:
                     half = None
             self._edits(few)
             self._until = time.monotonic() + TRIAL_SECONDS
+            enter_stage("trying_limits")
             self.trials()
+        enter_stage("profiling")
         self._profile(half, most)
 
     def _edits(self, count: int) -> None:

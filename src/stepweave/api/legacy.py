@@ -128,9 +128,8 @@ class LegacyApi:
 
     def _measure(self) -> tuple[dict[str, int], dict[str, Any]]:
         metrics = self.server.metrics
-        in_flight = metrics.registry.get_sample_value("stepweave_requests_in_flight") or 0
         # the example server counts requests as they begin
-        counts = {"active_inferences": int(in_flight), "total_requests": metrics.requests_begun}
+        counts = {"active_inferences": metrics.in_flight(), "total_requests": metrics.requests_begun}
         vram = {one.labels["kind"]: one.value for family in metrics.vram.collect() for one in family.samples}
         if not self.server.device.startswith("cuda") or not vram:
             return counts, {}

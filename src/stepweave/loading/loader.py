@@ -26,6 +26,7 @@ from stepweave.loading.reading import Reading, check_placed
 from stepweave.loading.tokenizers import check_tokenizers
 from stepweave.loading.variants import choose_variant
 from stepweave.reasons import reason_of
+from stepweave.telemetry.stages import enter_stage
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,9 @@ def load_pipeline(settings: Settings, device: torch.device, dtype: torch.dtype) 
             check_served(pipeline_class(index), given)
             variant = choose_variant(index, files_of(folder), settings.variant)
         else:
+            enter_stage("downloading")
             folder, variant = fetch(settings.model, settings.revision, settings.variant, given)
+            enter_stage("loading")
         if (found := recognise(folder, settings.model_name())) is not None:
             logger.info(
                 "built-in preset %s: %s (see %s); STEPWEAVE_PRESET and a stepweave.json have precedence",

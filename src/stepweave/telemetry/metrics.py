@@ -6,13 +6,15 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import psutil
 from prometheus_client import (
     CollectorRegistry,
     Counter,
     Gauge,
+    GCCollector,
     Histogram,
     Info,
+    PlatformCollector,
+    ProcessCollector,
     disable_created_metrics,
     generate_latest,
 )
@@ -22,6 +24,7 @@ from prometheus_client.registry import Collector
 from stepweave.keys import MAX_CLIENTS
 from stepweave.scheduling.admission import REASONS
 from stepweave.store import REASONS as STORE_REASONS
+from stepweave.telemetry.stages import StageTimes
 
 if TYPE_CHECKING:
     from stepweave.engine import EngineStats, Job
@@ -49,35 +52,34 @@ SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
 
 
 class Metrics:
-    """Counters that the server feeds, and gauges that are read when scraped.
+    """Counters that the server feeds, and gauges that are read when scraped. Each series has the label `model_name`.
 
-    The arguments are called at each scrape; `engine` gives the engine's statistics, or None while there is none; `refused` how
-    many requests admission refused, by reason; `stores` how each of the stores fares, `free_bytes` the room that they have, or
-    NaN.
+    The other arguments are called at each scrape: `in_flight` and `waiting` count requests, the latter among the former;
+    `engine` gives the engine's statistics, or None while there is none; `refused` how many requests admission refused, by
+    reason; `stores` how each of the stores fares, `free_bytes` the room that they have, or NaN; `clients` the names of the
+    clients that have an API key.
     """
 
     def __init__(
         self,
         in_flight: Callable[[], int],
         waiting: Callable[[], int],
+        model_name: str = "",
         engine: Callable[[], EngineStats | None] = lambda: None,
         refused: Callable[[], Mapping[Any, int]] = dict,
         ready: Callable[[], bool] = lambda: True,
         stores: Callable[[], Mapping[str, StoreHealth]] = dict,
         free_bytes: Callable[[], float] = lambda: math.nan,
+        clients: Callable[[], Iterable[str]] = tuple,
     ) -> None:
+        self.in_flight = in_flight
         self.registry = CollectorRegistry()
-        Gauge("stepweave_ready", "1 while the server takes work, else 0.", registry=self.registry).set_function(ready)
-        Gauge(
-            "stepweave_requests_in_flight",
-            "Generation requests accepted and not yet answered, running or waiting.",
-            registry=self.registry,
-        ).set_function(in_flight)
-        Gauge(
-            "stepweave_requests_waiting",
-            "Generation requests accepted that do not run yet.",
-            registry=self.registry,
-        ).set_function(waiting)
+        series = CollectorRegistry()
+        # the exposition is UTF-8, which the name of a directory need not be
+        label = model_name.encode("utf-8", "replace").decode()
+        self.registry.register(LabelledCollector(series, {"model_name": label}))
+        Gauge("stepweave_ready", "1 while the server takes work, else 0.", registry=series).set_function(ready)
+        series.register(RequestCollector(in_flight, waiting))
         self.requests = Counter(
             "stepweave_requests_total",
             "HTTP requests for images, each counted once, by what it was answered with (one with Prefer: respond-async when its "
@@ -85,82 +87,89 @@ class Metrics:
             "first, or the job was cancelled); refused (429); late (504); invalid (any other 4xx); unavailable (503). `client` "
             "is the name of the API key, empty without one.",
             ["outcome", "client"],
-            registry=self.registry,
+            registry=series,
         )
         self.requests_begun = 0
+        self._named_clients = clients
         self._clients: set[str] = set()
         self._client("")
         self.request_seconds = Histogram(
-            "stepweave_request_seconds",
-            "Seconds from a generation request's acceptance to its finished picture files.",
+            "stepweave_request_duration_seconds",
+            "Seconds from the acceptance of a request for images to its finished image files, waiting included; of requests "
+            "that succeeded.",
             buckets=SECONDS,
-            registry=self.registry,
+            registry=series,
         )
         self.queue_seconds = Histogram(
-            "stepweave_queue_seconds",
-            "Seconds from a job's acceptance to its first forward.",
+            "stepweave_queue_duration_seconds",
+            "Seconds from a job's acceptance to its first forward; of jobs that succeeded.",
             buckets=SECONDS,
-            registry=self.registry,
+            registry=series,
         )
         self.step_seconds = Histogram(
-            "stepweave_step_seconds",
-            "Seconds of a forward with what follows it, until all its jobs wait again.",
+            "stepweave_step_duration_seconds",
+            "Seconds of a forward of a module with what follows it, until all its jobs wait for their next one.",
             ["module"],
             buckets=STEP_SECONDS,
-            registry=self.registry,
+            registry=series,
         )
         self.batch_rows = Histogram(
-            "stepweave_batch_rows", "Rows of a forward.", ["module"], buckets=ROWS, registry=self.registry
+            "stepweave_batch_rows", "Rows of a forward.", ["module"], buckets=ROWS, registry=series
         )
         self.batch_fill_ratio = Histogram(
             "stepweave_batch_fill_ratio",
             "Rows of a forward as a share of those it was allowed, by the knee and by memory.",
             ["module"],
             buckets=RATIOS,
-            registry=self.registry,
+            registry=series,
         )
         self.eta_error = Histogram(
             "stepweave_eta_error_seconds",
             "Seconds by which a job ended later (or, below zero, earlier) than was predicted when it was accepted.",
             buckets=ERROR_SECONDS,
-            registry=self.registry,
+            registry=series,
         )
         self.deadline_missed = Counter(
             "stepweave_deadline_missed_total",
             "Jobs that were let in and did not meet their deadline, those among them whose last forward was under way.",
-            registry=self.registry,
+            registry=series,
         )
         self.steps_saved = Counter(
             "stepweave_steps_saved_total",
             "Denoising steps that were not run since their job was cancelled, its client left, or its deadline passed.",
-            registry=self.registry,
+            registry=series,
         )
         self.images = Counter(
             "stepweave_images_total",
             "Images by result: ok, constant (one colour throughout), flagged (by the pipeline's safety checker) or non_finite "
             "(NaN or infinite values: their request failed).",
             ["result"],
-            registry=self.registry,
+            registry=series,
         )
         for result in IMAGE_RESULTS:
             self.images.labels(result)
         self._of_module: dict[str, tuple[Histogram, Histogram, Histogram]] = {}
-        self.model = Info("stepweave_model", "The pipeline that is served.", registry=self.registry)
-        Gauge(
-            "stepweave_process_resident_bytes",
-            "Resident memory of the server process.",
-            registry=self.registry,
-        ).set_function(lambda: psutil.Process().memory_info().rss)
-        self.registry.register(EngineCollector(engine))
-        self.registry.register(RefusalCollector(refused))
-        self.registry.register(StoreCollector(stores))
+        self._model = Info("stepweave_model", "The pipeline that is served.", registry=series)
+        self.load_times = StageTimes()
+        series.register(LoadCollector(self.load_times))
+        ProcessCollector(registry=series)
+        PlatformCollector(registry=series)
+        GCCollector(registry=series)
+        series.register(EngineCollector(engine))
+        series.register(RefusalCollector(refused))
+        series.register(StoreCollector(stores))
         Gauge(
             "stepweave_store_free_bytes",
             "Bytes that are free where jobs and image files are stored; NaN if that cannot be told.",
-            registry=self.registry,
+            registry=series,
         ).set_function(free_bytes)
         self.vram = VramCollector(engine)
-        self.registry.register(self.vram)
+        series.register(self.vram)
+
+    def loaded(self, pipeline: str, revision: str | None, device: str, dtype: str) -> None:
+        """The model was loaded: the class of its pipeline, its commit on the hub if it is from there, and where it is."""
+        self.vram.device = device
+        self._model.info({"pipeline": pipeline, "revision": revision or "", "device": device, "dtype": dtype})
 
     def step(self, module: str, rows: int, cap: int, seconds: float) -> None:
         """A forward was run. Called on the engine's thread."""
@@ -201,6 +210,8 @@ class Metrics:
 
     def render(self) -> bytes:
         """The exposition, in Prometheus's text format 0.0.4."""
+        for name in self._named_clients():
+            self._client(name)
         return generate_latest(self.registry)
 
 
@@ -211,6 +222,61 @@ def outcome_of(status: int) -> Outcome:
     if status in _OUTCOMES:
         return _OUTCOMES[status]
     return "invalid" if status < 500 else "failed"
+
+
+class LabelledCollector(Collector):
+    """What another registry has, each series with the same labels besides its own."""
+
+    def __init__(self, registry: CollectorRegistry, labels: Mapping[str, str]) -> None:
+        self._registry = registry
+        self._labels = labels
+
+    def collect(self) -> Iterable[Metric]:
+        for family in self._registry.collect():
+            labelled = Metric(family.name, family.documentation, family.type, family.unit)
+            labelled.samples = [one._replace(labels={**one.labels, **self._labels}) for one in family.samples]
+            yield labelled
+
+
+class RequestCollector(Collector):
+    """Requests in flight, as running and as waiting: of one moment, so that these are always the sum."""
+
+    def __init__(self, in_flight: Callable[[], int], waiting: Callable[[], int]) -> None:
+        self._in_flight = in_flight
+        self._waiting = waiting
+
+    def collect(self) -> Iterable[Metric]:
+        in_flight = self._in_flight()
+        waiting = min(self._waiting(), in_flight)  # one may have come since
+        for name, documentation, value in (
+            (
+                "running",
+                "Accepted requests for images that the engine has begun, whose upload is being read or whose images are being "
+                "encoded.",
+                in_flight - waiting,
+            ),
+            ("waiting", "Accepted requests for images that the engine has not begun.", waiting),
+            ("in_flight", "Accepted requests for images that are not yet answered: running and waiting.", in_flight),
+        ):
+            yield GaugeMetricFamily(f"stepweave_requests_{name}", documentation, value)
+
+
+class LoadCollector(Collector):
+    """`stepweave_model_load_seconds{stage}`: what the start took."""
+
+    def __init__(self, times: StageTimes) -> None:
+        self._times = times
+
+    def collect(self) -> Iterable[Metric]:
+        family = GaugeMetricFamily(
+            "stepweave_model_load_seconds",
+            "Seconds that each stage of the start took, the running one so far; 0 before it and where there is none. They add "
+            "up to the whole start.",
+            labels=["stage"],
+        )
+        for stage, seconds in self._times.seconds().items():
+            family.add_metric([stage], seconds)
+        yield family
 
 
 class EngineCollector(Collector):

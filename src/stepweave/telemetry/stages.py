@@ -1,0 +1,60 @@
+"""How long the stages of a start take: `stepweave_model_load_seconds{stage}`."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+STAGES = ("starting", "importing", "downloading", "loading", "warming_up", "certifying", "trying_limits", "profiling")
+
+
+class StageTimes:
+    """Seconds of each of `STAGES`. They add up to the start's: one stage runs at a time.
+
+    Written by the thread that loads, read by any.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._seconds = dict.fromkeys(STAGES, 0.0)
+        self._running: str | None = None
+        self._since = 0.0
+        self._lock = threading.Lock()
+
+    def enter(self, stage: str | None) -> None:
+        """End the running stage and begin another one, or none, as for any name that is not in `STAGES`."""
+        with self._lock:
+            now = self._clock()
+            if self._running is not None:
+                self._seconds[self._running] += now - self._since
+            self._running, self._since = stage if stage in self._seconds else None, now
+
+    def seconds(self) -> Mapping[str, float]:
+        """Of each stage, of the running one so far; 0 before it."""
+        with self._lock:
+            found = dict(self._seconds)
+            if self._running is not None:
+                found[self._running] += self._clock() - self._since
+        return found
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        """Within it, on this thread, `enter_stage` is told to these times."""
+        token = _times.set(self)
+        try:
+            yield
+        finally:
+            _times.reset(token)
+
+
+_times: contextvars.ContextVar[StageTimes | None] = contextvars.ContextVar("stepweave_stage_times", default=None)
+
+
+def enter_stage(name: str) -> None:
+    """What follows is the stage `name`, of `STAGES`, of the start that is timed on this thread, if one is."""
+    times = _times.get()
+    if times is not None:
+        times.enter(name)
