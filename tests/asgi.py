@@ -24,6 +24,7 @@ from stepweave.api.middleware import ContractMiddleware
 from stepweave.api.responses import is_of_protocol
 from stepweave.config import Settings
 from stepweave.loading.preset import Preset
+from stepweave.names import told_name
 from stepweave.server import Server
 from tests.conftest import clean_environment
 from tests.fake import FakePipeline, Record
@@ -248,7 +249,7 @@ class App:
         return counts
 
     def metric(self, name: str, **labels: str) -> float:
-        labels = {"model_name": self.server.settings.model_name(), **labels}
+        labels = {"model_name": told_name(self.server.settings), **labels}
         value = self.server.metrics.registry.get_sample_value(name, labels)
         assert value is not None
         return value

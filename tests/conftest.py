@@ -29,6 +29,7 @@ from stepweave.api.http import Api
 from stepweave.api.middleware import ContractMiddleware
 from stepweave.config import Settings
 from stepweave.loading.preset import Preset
+from stepweave.names import told_name
 from stepweave.scheduling.cost import CostModel
 from stepweave.server import Server
 from tests.fake import FakePipeline
@@ -188,7 +189,7 @@ class InProcess:
         )
 
     def metric(self, name: str, **labels: str) -> float | None:
-        labels = {"model_name": self.server.settings.model_name(), **labels}
+        labels = {"model_name": told_name(self.server.settings), **labels}
         if name == "stepweave_requests_total":
             labels = {"client": "", **labels}
         return self.server.metrics.registry.get_sample_value(name, labels)

@@ -23,7 +23,7 @@ from stepweave.loading.rehearsal import Course
 from stepweave.loading.schedulers import Rehearsals
 from stepweave.loading.siblings import sibling
 from stepweave.loading.sizes import SizeLimits, latent_positions, max_side, native_size, size_multiple
-from stepweave.names import ModelNames
+from stepweave.names import names_of
 from stepweave.trials import Limits
 
 logger = logging.getLogger(__name__)
@@ -52,9 +52,7 @@ class ServedModel:
         check_served(type(pipeline), preset.call)
         self.arguments = arguments_of(pipeline)
         self.call_arguments = {name: value for name, value in preset.call.items() if value is not None}
-        directory = settings.model_directory()
-        own = preset.id or (directory.resolve().name if directory else settings.model)
-        self.names = ModelNames(settings.model_names, own)
+        self.names = names_of(settings, preset)
         self.id = self.names.told
         scheduler = getattr(pipeline, "scheduler", None)
         self.scheduler = None if scheduler is None else type(scheduler).__name__

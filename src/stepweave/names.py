@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from stepweave.errors import shown
+from stepweave.errors import LoadError, shown
+from stepweave.loading.preset import Preset, read_preset
+
+if TYPE_CHECKING:
+    from stepweave.config import Settings
 
 ANY = "*"
 MAX_NAME = 200  # characters
@@ -38,6 +43,20 @@ class ModelNames:
             f"There is no model {shown(name)}; this server has {self.told!r}{others}. STEPWEAVE_MODEL_NAMES sets the names that "
             "it answers to, * any."
         )
+
+
+def names_of(settings: Settings, preset: Preset) -> ModelNames:
+    """The names of the model that a server is to serve, with the `preset` that is in force."""
+    return ModelNames(settings.model_names, preset.id or settings.model_name())
+
+
+def told_name(settings: Settings) -> str:
+    """The name that answers have, before anything is loaded; of a model made in code that is the directory's."""
+    try:
+        preset = read_preset(settings.model_directory())
+    except LoadError:
+        preset = Preset()
+    return names_of(settings, preset if settings.preset is None else settings.preset.over(preset)).told
 
 
 _WHAT_ANY_IS = f"STEPWEAVE_MODEL_NAMES has *, any name of 1 to {MAX_NAME} characters that has no colon"

@@ -8,7 +8,6 @@ import math
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +19,10 @@ from stepweave.images.decoders import Decoders
 from stepweave.images.encode import check_file
 from stepweave.jobs import Jobs
 from stepweave.keys import ApiKeys
+from stepweave.names import told_name
 from stepweave.reasons import reason_of
 from stepweave.scheduling.admission import Admission, Outlook, Reservation
+from stepweave.status import DRAINING_RETRY_SECONDS, Status
 from stepweave.telemetry.metrics import Metrics
 from stepweave.threads import DaemonExecutor, on_thread
 from stepweave.ticket import Means, Ticket
@@ -39,21 +40,10 @@ logger = logging.getLogger(__name__)
 ENCODERS = 2  # threads that encode picture files
 UNCHECKED_DEADLINE = "deadline_ms could not be checked beforehand: no forecast was ready."
 UNFORESEEN_DEADLINE = "deadline_ms could not be checked beforehand: nothing of this model had been timed yet."
-LOADING_RETRY_SECONDS = 5
-DRAINING_RETRY_SECONDS = 1  # another server takes it at once
 ENDING_SECONDS = (
     30.0  # that jobs have to end in once they were told to, their results to be kept, and the process to end
 )
 KEEPING_SECONDS = 5.0  # of these, left for what comes after the longest step that is waited for
-
-
-@dataclass(frozen=True)
-class Status:
-    """Where the server stands. `progress` is the share of the way to `ready`, 0 to 1."""
-
-    stage: str  # starting, importing, loading, warming_up, ready, draining, closed or failed
-    progress: float
-    message: str = ""
 
 
 class Server:
@@ -86,7 +76,7 @@ class Server:
         self.tickets: dict[str, Ticket] = {}  # accepted and not yet done, by id
         self._admission: Admission | None = None
         self.metrics = Metrics(
-            model_name=settings.model_name(),
+            model_name=told_name(settings),
             clients=self.keys.names,
             refused=lambda: self._admission.refused if self._admission else {},
             in_flight=lambda: self._admission.in_flight if self._admission else 0,
@@ -321,13 +311,7 @@ class Server:
         status, engine = self.health(), self.engine
         if status.stage == "failed" and engine is not None and engine.failure is not None:
             return DeviceFailed(engine.failure)
-        code = {"failed": "load_failed", "draining": "draining", "closed": "draining", "stuck": "engine_stuck"}
-        seconds = {"failed": None, "stuck": None, "draining": DRAINING_RETRY_SECONDS}
-        return Unavailable(
-            f"The server is not ready: {status.stage}, {status.message or 'please wait'}.",
-            code=code.get(status.stage, "loading"),
-            retry_after=seconds.get(status.stage, LOADING_RETRY_SECONDS),
-        )
+        return status.unavailable()
 
     async def accept(
         self,

@@ -8,14 +8,11 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
-
-from PIL import Image
 
 from stepweave.errors import (
     Cancelled,
-    ContentFlagged,
     DeadlineExceeded,
     InvalidRequest,
     NonFinite,
@@ -25,15 +22,13 @@ from stepweave.errors import (
     WrongNumber,
     duration,
 )
-from stepweave.generation import Answer, Generation, Parameters, PictureFile, Timings
-from stepweave.images.encode import encode
-from stepweave.images.outputs import images_of, is_constant, outputs_of
+from stepweave.generation import Answer, Parameters
 from stepweave.outcome import Outcome
 from stepweave.partials import Partial, Partials
 from stepweave.reasons import refusal_of
+from stepweave.results import Results
 from stepweave.telemetry.metrics import Metrics
 from stepweave.threads import on_thread
-from stepweave.usage import usage_of
 
 if TYPE_CHECKING:
     from stepweave.api.schemas import ImageRequest
@@ -107,12 +102,12 @@ class Ticket:
         self.detached = False
         self.response_format: ResponseFormat = "b64_json"  # in which its result is wanted, if it is asked for later
         self.warnings: list[str] = []  # of the request; those of its prompts come with the job
-        self._of_result: list[str] = []
         self.error: StepweaveError | None = None
         self.kept = False  # by whom it is kept, that one gives its place back
         # if it is kept: done once it is, as what it failed with
         self.keeping: asyncio.Task[StepweaveError | None] | None = None
         self._means = means
+        self._results = Results(request, parameters, means)
         self._partials = (
             None
             if means.previewer is None or not previews
@@ -168,7 +163,7 @@ class Ticket:
     @property
     def all_warnings(self) -> list[str]:
         """Of the request, its prompts and its images, as far as they are known."""
-        return [*self.warnings, *self.job.warnings, *self._of_result]
+        return [*self.warnings, *self.job.warnings, *self._results.warnings]
 
     @property
     def lost(self) -> bool:
@@ -333,13 +328,14 @@ class Ticket:
         output = await self._output()
         metrics.generated(job, due)
         # apart from the loop: what a pipeline returns may run code of its own
-        generation = await on_thread(self._means.encoders, self._generation, output)
+        generation = await on_thread(self._means.encoders, self._results.of, output, job)
         if self._partials is not None:
             await self._partials.settle()
-        pictures = await self._encode(generation)
+        pictures = await self._results.encode(generation)
         generation.timings.total = time.monotonic() - self._began
         metrics.request_seconds.observe(generation.timings.total)
-        return Answer(self._body(generation), pictures)
+        body = self._results.body(generation, job, self.steps)
+        return Answer({**body, "warnings": self.all_warnings}, pictures)
 
     def _told(self, error: BaseException) -> StepweaveError:
         """What to tell of an error that ends it."""
@@ -387,6 +383,10 @@ class Ticket:
             )
         return DeadlineExceeded(f"deadline_ms is {self.request.deadline_ms}, which has passed: {came}. {foreseen}")
 
+    def resolved(self) -> dict[str, Any]:
+        """All that was asked for, defaults filled in."""
+        return self._results.resolved()
+
     async def _output(self) -> Any:
         try:
             return await self.job
@@ -402,92 +402,7 @@ class Ticket:
         """The parameters that a log may have."""
         return {name: value for name, value in self.parameters.of_image(0).items() if "prompt" not in name}
 
-    def _generation(self, output: Any) -> Generation:
-        """What a job gave. Raises ContentFlagged and WrongNumber."""
-        parameters, images = self.parameters, images_of(output, self._means.pipeline)
-        if (count := len(images)) != parameters.n:
-            raise WrongNumber(f"The pipeline made {count} images, not the {parameters.n} asked for.")
-        outputs = outputs_of(output, count)
-        size = parameters.width, parameters.height
-        for index, image in enumerate(images):
-            if image.size != size:
-                made = "{}x{}".format(*image.size)
-                self._of_result.append(
-                    f"image {index} is {made}, not {size[0]}x{size[1]} as asked for: the pipeline made it so."
-                )
-        if any(outputs.flagged) and self._means.refuse_flagged:
-            self._means.metrics.images.labels("flagged").inc(sum(outputs.flagged))
-            index = outputs.flagged.index(True)
-            raise ContentFlagged(index, outputs.flags[index])
-        self._of_result += outputs.warnings
-        return Generation(self.parameters, images, Timings.of(self.job), outputs.flagged, outputs.others)
-
-    async def _encode(self, generation: Generation) -> list[PictureFile]:
-        began = time.monotonic()
-        request, model = self.request, self._means.model
-        values = [
-            {**generation.parameters.of_image(i), "size": "{}x{}".format(*image.size)}
-            for i, image in enumerate(generation.images)
-        ]
-        encoded = await asyncio.gather(
-            *(
-                on_thread(
-                    self._means.encoders,
-                    _file,
-                    image,
-                    request.output_format,
-                    value if request.metadata else None,
-                    model,
-                    request.output_compression,
-                )
-                for image, value in zip(generation.images, values, strict=True)
-            )
-        )
-        generation.timings.encode_image = time.monotonic() - began
-        pictures = []
-        for i, ((data, constant), value) in enumerate(zip(encoded, values, strict=True)):
-            flagged = generation.flagged[i]
-            if constant and not flagged:
-                self._of_result.append(f"image {i} has one colour throughout; the model may not have worked.")
-            self._means.metrics.images.labels("flagged" if flagged else "constant" if constant else "ok").inc()
-            pictures.append(PictureFile(data, value["seed"], value, request.output_format, flagged=flagged))
-        return pictures
-
-    def _body(self, generation: Generation) -> dict[str, Any]:
-        return {
-            "created": int(time.time()),
-            "model": self._means.model,
-            "size": "{}x{}".format(*generation.images[0].size),
-            "output_format": self.request.output_format,
-            "background": "opaque",  # OpenAI's type has no `auto` here, and `quality` no value that would be true
-            "usage": usage_of(generation, self.steps, self.job.tokens, self._means.positions),
-            "parameters": self.resolved(),
-            "timings": {name: round(seconds, 6) for name, seconds in asdict(generation.timings).items()},
-            "warnings": self.all_warnings,
-            **({"outputs": generation.outputs} if generation.outputs else {}),
-        }
-
-    def resolved(self) -> dict[str, Any]:
-        """All that was asked for, defaults filled in."""
-        request, parameters = self.request, self.parameters
-        resolved = {
-            "reproducible": parameters.reproducible,
-            "scheduler": self._means.scheduler,
-            **parameters.of_image(0),
-            "n": parameters.n,
-            "priority": request.priority,
-            "deadline_ms": request.deadline_ms,
-            "output_format": request.output_format,
-            "output_compression": request.output_compression,
-        }
-        return {name: value for name, value in resolved.items() if value is not None}
-
 
 def _rounded(eta: float | None) -> float | None:
     """An eta as it is told: never 0 of what is not done."""
     return None if eta is None else max(LEAST_ETA, round(eta, 3))
-
-
-def _file(image: Image.Image, *args: Any) -> tuple[bytes, bool]:
-    """An image's file, and whether the image has one colour throughout."""
-    return encode(image, *args), is_constant(image)

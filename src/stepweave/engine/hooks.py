@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stepweave.engine.ambient import current, on_device
 from stepweave.engine.call import Call, Target
+from stepweave.engine.contained import contained
 from stepweave.engine.digests import Digests, followed
 from stepweave.engine.fiber import Fiber, Own, current_fiber, suspend, suspendable
 from stepweave.engine.given import Given
@@ -28,7 +29,6 @@ from stepweave.engine.memory import ran_out
 from stepweave.engine.merge import cloned
 from stepweave.engine.offload import Offloading, moves_only, pipelines_in
 from stepweave.engine.own_state import OwnState, OwnTypes, has_code, signature
-from stepweave.engine.planner import contained
 from stepweave.engine.processors import Processors, Wardrobe
 from stepweave.engine.state_watch import StateWatch, some
 from stepweave.errors import EngineMisuse

@@ -17,6 +17,7 @@ from stepweave.engine.active import Active, Crowd
 from stepweave.engine.call import Call
 from stepweave.engine.certificate import Verdict
 from stepweave.engine.certify import Certificates
+from stepweave.engine.contained import contained
 from stepweave.engine.describe import Describer
 from stepweave.engine.digests import Digests
 from stepweave.engine.elsewhere import Elsewhere
@@ -28,7 +29,7 @@ from stepweave.engine.job import Ending, Job, enter_engine
 from stepweave.engine.lookup import LookUp
 from stepweave.engine.memory import DeviceMemory, memory_of
 from stepweave.engine.pipeline_call import call_pipeline
-from stepweave.engine.planner import Planner, contained
+from stepweave.engine.planner import Planner
 from stepweave.engine.queues import CallQueues
 from stepweave.engine.state_watch import name_of
 from stepweave.engine.stats import Stats

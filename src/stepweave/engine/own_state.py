@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from stepweave.engine.contained import contained
 from stepweave.engine.module_state import Change, ModuleState
-from stepweave.engine.planner import contained
 from stepweave.engine.values import comes_with_a_library
 
 SMALL = (bool, int, float, str)  # values that may decide what a pipeline does

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from stepweave.engine.call import Call
+from stepweave.engine.contained import contained
 from stepweave.engine.job import Job
 from stepweave.engine.shapes import shape_of
 from stepweave.scheduling.admission import Outlook
 from stepweave.scheduling.cost import KEYS, CostModel, PriceList
-from stepweave.scheduling.forecast import BREATH, ORDERS, Order, by_arrival, forecast, in_order, step_seconds
+from stepweave.scheduling.forecast import (
+    BREATH,
+    ORDERS,
+    by_arrival,
+    forecast,
+    in_order,
+    running_first,
+    step_seconds,
+)
 from stepweave.scheduling.line import Line
 from stepweave.scheduling.plan import Plan, Standing
 from stepweave.scheduling.policy import POLICIES, Rank, patience
 from stepweave.scheduling.profiles import Profiles, Shape
 from stepweave.scheduling.task import Demand, Key, Load, Priority, Task
 from stepweave.threads import DaemonExecutor
-
-logger = logging.getLogger(__name__)
 
 REPRICE_SECONDS = 0.2
 FRESH = 0.1  # seconds that a forecast is good for ...
@@ -34,20 +39,6 @@ EXPLORE_EVERY = 64  # groups that were cut off at the knee, before one is let gr
 WHOLE_CALL = "call"  # the module of a job whose steps are not seen one by one
 
 OnStep = Callable[[str, int, int, float], None]  # module, rows, the most rows that were allowed, seconds
-
-
-def _running_first(order: Order) -> Order:
-    """The order of whole calls: one that runs is not interrupted."""
-    return lambda task, now: (not task.begun, *order(task, now))
-
-
-@contextlib.contextmanager
-def contained(what: str) -> Iterator[None]:
-    """An error in what is not the work itself is logged, and costs no job."""
-    try:
-        yield
-    except Exception:
-        logger.exception("could not %s", what)
 
 
 class Planner:
@@ -76,7 +67,7 @@ class Planner:
     ) -> None:
         self._pipeline = pipeline
         self._policy = POLICIES[policy]
-        self._order = _running_first(ORDERS.get(policy, by_arrival)) if whole else ORDERS.get(policy, by_arrival)
+        self._order = running_first(ORDERS.get(policy, by_arrival)) if whole else ORDERS.get(policy, by_arrival)
         self._max_rows = max_rows
         self._on_step = on_step
         self._merges = merges

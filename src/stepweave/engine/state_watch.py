@@ -19,11 +19,11 @@ from torch import nn
 
 from stepweave.engine.call import Call
 from stepweave.engine.compare import close, equal
+from stepweave.engine.contained import contained
 from stepweave.engine.given import Given
 from stepweave.engine.memory import ran_out
 from stepweave.engine.merge import cloned, copied, tensors
 from stepweave.engine.module_state import ModuleState, Place
-from stepweave.engine.planner import contained
 from stepweave.engine.timing import now
 
 KEPT = 1024  # kinds of calls

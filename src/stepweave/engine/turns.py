@@ -7,9 +7,9 @@ import logging
 from torch import nn
 
 from stepweave.engine.call import Call
+from stepweave.engine.contained import contained
 from stepweave.engine.hooks import EngineScope
 from stepweave.engine.module_state import ModuleState
-from stepweave.engine.planner import contained
 from stepweave.engine.state_watch import some
 from stepweave.engine.values import WHOLE
 from stepweave.errors import StepweaveError

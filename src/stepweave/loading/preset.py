@@ -7,6 +7,7 @@ ours for a layout that is known (`loading.builtin`), and the pipeline's own `__c
 
 from __future__ import annotations
 
+import codecs
 import difflib
 from pathlib import Path
 from typing import Any, Self
@@ -86,7 +87,7 @@ def read_preset(directory: Path | None) -> Preset:
     if path is None or not path.exists():
         return Preset()
     try:
-        return parsed(path.read_bytes()).named(FILE_NAME)
+        return parsed(path.read_bytes().removeprefix(codecs.BOM_UTF8)).named(FILE_NAME)
     except ValueError as error:
         raise LoadError(f"{FILE_NAME}: {error}") from None
     except OSError as error:

@@ -25,6 +25,11 @@ BREATH = (
 ORDERS: dict[str, Order] = {"thrifty": rank, "aged": aged_rank}  # the others' is by arrival
 
 
+def running_first(order: Order) -> Order:
+    """The order of whole calls: one that runs is not interrupted."""
+    return lambda task, now: (not task.begun, *order(task, now))
+
+
 def in_order(ranks: Sequence[Rank], breathe: Callable[[], object] = lambda: None) -> list[int]:
     """The indices of ranks, lowest first. Python's sort holds up all threads, so runs are sorted, and at last merged, by it."""
     runs: list[int] = []
