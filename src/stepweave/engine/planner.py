@@ -271,8 +271,7 @@ class Planner:
         With more than `FEW` others it is fitted into what was last foreseen.
         """
         now = time.monotonic()
-        called = self._pipeline if pipeline is None else pipeline
-        shape, group, steps = shape_of(called, args, kwargs, scheduler, reproducible)
+        shape, group, steps = shape_of(pipeline or self._pipeline, args, kwargs, scheduler, reproducible)
         few = len(self._jobs) <= FEW
         if few:
             self._refresh(now)
@@ -297,17 +296,10 @@ class Planner:
         return task.before + task.left * step_seconds(task.demand, rows, self.cost) + task.after
 
     def alone(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *,
-        pipeline: Any = None,
-        scheduler: Any = None,
-        reproducible: bool = False,
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, pipeline: Any, scheduler: Any, reproducible: bool
     ) -> float | None:
         """Seconds that a job would take by itself; None if no job like it has run. Hardly any work, however many there are."""
-        called = self._pipeline if pipeline is None else pipeline
-        shape, group, steps = shape_of(called, args, kwargs, scheduler, reproducible)
+        shape, group, steps = shape_of(pipeline or self._pipeline, args, kwargs, scheduler, reproducible)
         task = self._task(shape, group, steps, 0.0, Priority.NORMAL, None)
         task.price(self.cost)  # as of now: nobody may have asked for other prices since the last job
         return task.solo or None
