@@ -382,7 +382,7 @@ def test_parameters_that_are_not_known_are_ignored_with_a_warning(in_process: Ma
         tensor("num_inference_steps", "INT32", [3]) | {"parameters": None},
         parameters={"steps": 3, "prompt": "b", "sequence_id": 7, "seed": 4, "priority": None, "reproducible": None},
         outputs=[
-            {"name": name, "parameters": {"classification": 1, "shared_memory_region": "a"}}
+            {"name": name, "parameters": {"classification": 1, "shared_memory_offset": 1}}
             for name in ("image", "parameters")
         ],
     )
@@ -444,9 +444,11 @@ def test_the_models_configuration_is_told_as_triton_does(in_process: Make) -> No
     assert refused(app.client.get("/v2/models/other/config"))[:2] == (404, "model_not_found")
 
 
+@pytest.mark.parametrize("names", [(), ("*",)])
 @pytest.mark.parametrize(
     ("method", "path", "shown"),
     [
+        ("GET", "models/shapes/nothing", "nothing"),
         ("POST", "repository/models/shapes/load", "explicit model load / unload is not allowed"),
         ("POST", "repository/models/owner/name/unload", "explicit model load / unload is not allowed"),
         ("POST", "repository/other/index", "POST /v2/repository/index"),
@@ -466,11 +468,41 @@ def test_the_models_configuration_is_told_as_triton_does(in_process: Make) -> No
     ],
 )
 def test_what_triton_has_and_this_server_does_not_is_refused_with_a_reason(
-    in_process: Make, method: str, path: str, shown: str
+    in_process: Make, method: str, path: str, shown: str, names: tuple[str, ...]
 ) -> None:
-    answer = in_process(warmup=False).client.request(method, f"/v2/{path}", json={"a": 1} if method == "POST" else None)
+    client = in_process(warmup=False, model_names=names).client
+    answer = client.request(method, f"/v2/{path}", json={"a": 1} if method == "POST" else None)
     assert refused(answer)[0] == 404
     assert shown in refused(answer)[2]
+
+
+@pytest.mark.parametrize("names", [(), ("*",)])
+def test_a_request_that_is_to_be_posted_is_405(in_process: Make, names: tuple[str, ...]) -> None:
+    answer = in_process(warmup=False, model_names=names).client.get("/v2/models/shapes/infer")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+
+
+def test_zero_is_tritons_default(in_process: Make) -> None:
+    app = in_process(warmup=False)
+    infer(app, PROMPT, parameters={"priority": 0, "timeout": 0})
+    assert len(app.pipeline.record.calls) == 1
+
+
+def test_more_prompts_than_there_are_places_is_no_matter_of_time(in_process: Make) -> None:
+    app = in_process(warmup=False, max_queue=1, batching="off")
+    body = {"inputs": [{**PROMPT, "shape": [3], "data": ["a", "b", "c"]}]}
+    answer = app.client.post(INFER, json=body)
+    assert refused(answer)[0] == 400
+    assert "the limit is 1 to 2 elements" in refused(answer)[2]
+    assert "retry-after" not in answer.headers
+
+
+def test_a_timeout_that_has_passed_is_named_as_it_was_sent(in_process: Make) -> None:
+    app = in_process(warmup=False)
+    app.pipeline.record.pause = 0.05
+    answer = app.client.post(INFER, json={"inputs": [PROMPT], "parameters": {"timeout": 1500}})
+    assert refused(answer)[0] == 504
+    assert "timeout is 1500 microseconds" in refused(answer)[2]
 
 
 def test_every_error_is_a_text(in_process: Make) -> None:
@@ -554,8 +586,12 @@ def test_every_error_is_a_text(in_process: Make) -> None:
         ({"inputs": [PROMPT], "parameters": {"seed": "1"}}, "seed", "'1'"),
         ({"inputs": [PROMPT], "parameters": {"output_format": "gif"}}, "output_format", "'gif'"),
         ({"inputs": [PROMPT], "parameters": {"binary_data_output": 1}}, "binary_data_output", "true or false"),
-        ({"inputs": [PROMPT], "parameters": {"priority": 0}}, "priority", "3 (low)"),
-        ({"inputs": [PROMPT], "parameters": {"timeout": 0}}, "timeout", "microseconds"),
+        ({"inputs": [PROMPT], "parameters": {"priority": 4}}, "priority", "3 (low)"),
+        ({"inputs": [PROMPT], "parameters": {"timeout": -1}}, "timeout", "microseconds"),
+        (
+            {"inputs": [PROMPT], "outputs": [{"name": "image", "parameters": {"shared_memory_region": "a"}}]},
+            "image", "no shared memory",
+        ),
         ({"inputs": [PROMPT], "parameters": {"timeout": 1, "deadline_ms": 1}}, "timeout", "both"),
         ({"inputs": [PROMPT, tensor("seed", "INT8", [1])], "parameters": {"seed": 1}}, "seed", "as a parameter"),
         ({"inputs": [PROMPT], "model_name": "other"}, "model_name", "the path says 'shapes'"),
@@ -712,10 +748,14 @@ def test_compressed_bodies_that_are_wrong(in_process: Make, encoding: str, body:
 
 
 def test_one_that_is_refused_ends_the_others(in_process: Make) -> None:
-    app = in_process(warmup=False, max_queue=0)
+    app = in_process(warmup=False, max_queue=1)
     record = app.pipeline.record
     record.pause = 0.05
+    admission = app.server._admission
+    assert admission is not None
+    admission.enter()  # as another request does
     answer = infer(app, tensor("prompt", "BYTES", ["a", "b"]), parameters={"num_inference_steps": 200})
+    admission.leave()
     assert refused(answer)[:2] == (429, "queue_full")
     assert int(answer.headers["retry-after"]) >= 1
     wait_until(lambda: record.running == 0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from typing import Any
 
 import numpy as np
@@ -208,3 +210,14 @@ def test_one_transparent_pixel_of_a_large_mask_makes_alpha_decide() -> None:
     mask.putpixel((0, 0), (0, 0, 0, 0))
     sources = read_sources(file_of(photo()), file_of(mask), max_pixels=640 * 320)
     assert sources.mask is not None and sources.mask.getextrema()[1] < 128 and NOTHING in sources.warnings
+
+
+@pytest.mark.parametrize("value", [60, 127, 128, 200])
+def test_the_values_of_a_mask_are_no_colours(value: int) -> None:
+    """A profile, or gamma, says how bright they look, not how much is repainted."""
+    grey = Image.new("L", SIZE, value)
+    mask = file_of(grey)
+    gamma = b"gAMA" + struct.pack(">I", 100_000)
+    mask = mask[:33] + struct.pack(">I", 4) + gamma + struct.pack(">I", zlib.crc32(gamma)) + mask[33:]
+    assert same(read(mask), Image.new("L", SIZE, 255 if value >= 128 else 0)) or same(read(mask), grey)
+    assert same(read(mask), read(grey).mask)

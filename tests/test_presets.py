@@ -17,7 +17,7 @@ from stepweave.config import EMBEDDED_MODEL, Settings
 from stepweave.errors import ConfigError, LoadError
 from stepweave.loading.builtin import BUILT_IN, recognise, recognise_configs
 from stepweave.loading.loader import load_pipeline
-from stepweave.loading.preset import Preset, preset_of_setting
+from stepweave.loading.preset import FILE_NAME, Preset, preset_of_setting, read_preset
 from stepweave.model import ServedModel
 from tests.conftest import ROOT, InProcess
 from tests.fake import FakePipeline
@@ -402,3 +402,10 @@ def test_the_document_is_the_code() -> None:
         )
         for one in BUILT_IN
     ]
+
+
+def test_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    text = '\ufeff{"num_inference_steps": 7}'
+    (tmp_path / FILE_NAME).write_text(text)
+    for preset in (read_preset(tmp_path), preset_of_setting(text), preset_of_setting(str(tmp_path / FILE_NAME))):
+        assert preset.num_inference_steps == 7

@@ -368,6 +368,13 @@ class Server:
         ticket.warnings.extend([*warnings, *(() if sources is None else sources.warnings)])
         return ticket
 
+    @property
+    def places(self) -> int:
+        """Requests that may be in flight at a time. Raises Unavailable before the server is ready."""
+        if self._admission is None:
+            raise self.unavailable()
+        return self._admission.limit
+
     def reserve(self, token: Hashable, client: Hashable, *, joins: bool = False) -> Reservation:
         """See `Admission.reserve`. Raises what `accept` would if there is no place."""
         if not joins:  # what it joins may be served though the server takes nothing new

@@ -97,6 +97,7 @@ class _Decoded:
         self._more = False  # whether more comes out without another message
         self._last = False  # whether no other message is to come
         self._size = 0  # of what came out
+        self._begun = False
         self._ended = False
 
     async def __call__(self) -> Message:
@@ -116,7 +117,14 @@ class _Decoded:
 
     def _next_piece(self) -> bytes:
         if self._reader.eof and self._taken:
-            raise self._wrong("goes on after its end")
+            if self._encoding == "deflate":
+                raise self._wrong("goes on after its end")
+            self._reader = zlib.decompressobj(
+                _WINDOWS[self._encoding]
+            )  # gzip's may have several members (RFC 1952, 2.2)
+        elif not self._begun and self._taken and self._encoding == "deflate" and not _has_zlib_header(self._taken):
+            self._reader = zlib.decompressobj(-zlib.MAX_WBITS)
+        self._begun = self._begun or bool(self._taken)
         try:
             piece = self._reader.decompress(self._taken, SPOOLED)
         except zlib.error:
@@ -131,3 +139,8 @@ class _Decoded:
 
     def _wrong(self, what: str) -> InvalidRequest:
         return InvalidRequest(f"The {self._encoding} data of the body {what}.", code="invalid_encoding")
+
+
+def _has_zlib_header(data: bytes) -> bool:
+    """Whether deflated data begins as RFC 1950 has it; some clients send it without (RFC 9110, 8.4.1.2)."""
+    return data[0] & 0x0F == 8 and (len(data) < 2 or int.from_bytes(data[:2]) % 31 == 0)

@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from stepweave.api.auth import asker_of
 from stepweave.api.bodies import SPOOLED
 from stepweave.api.idempotency import joins
-from stepweave.api.schemas import CHARSETS, EditRequest, refuse_known
+from stepweave.api.schemas import CHARSETS, NULL, EditRequest, refuse_known
 from stepweave.errors import SHOWN, Cancelled, InvalidRequest, shown
 from stepweave.generation import Sources
 from stepweave.scheduling.admission import Reservation
@@ -23,6 +23,7 @@ from stepweave.server import Server
 from stepweave.threads import on_thread
 
 PICTURES = ("image", "mask")
+REQUIRED = ("image",)
 MAX_FIELDS = 64
 MAX_FIELD_BYTES = 64 * 1024
 MAX_TEXT_BYTES = 128 * 1024  # of all fields of a form, which are in memory
@@ -33,9 +34,10 @@ BYTE_ORDER_MARK = "\ufeff"
 class Form:
     """A multipart form. Its files are on disk if they are long; `close` it once it is not needed any more."""
 
-    def __init__(self, texts: dict[str, str], files: dict[str, BinaryIO]) -> None:
+    def __init__(self, texts: dict[str, str], files: dict[str, BinaryIO], warnings: Sequence[str] = ()) -> None:
         self.texts = texts
         self.files = files
+        self.warnings = warnings  # of what was taken for absent
         self._users = 0
         self._closed = False
 
@@ -116,14 +118,17 @@ async def read_form(request: Request, files: Sequence[str] = PICTURES) -> Form:
 def _sorted(data: FormData, files: Sequence[str]) -> Form:
     texts: dict[str, str] = {}
     found: dict[str, BinaryIO] = {}
+    warnings: list[str] = []
     for given, value in data.multi_items():
         name = _name(given)
         if isinstance(value, str):
             value = value.removeprefix(BYTE_ORDER_MARK)
-            if not value:
+            if not value or (name in files and value == NULL):
                 continue
-        elif not value.filename and not value.size:
+        elif not value.size and (not value.filename or name not in REQUIRED):
             value.file.close()
+            if value.filename and name in files:
+                warnings.append(f"{name}: the file is empty, which counts as none.")
             continue
         if name in texts or name in found:
             raise _twice(name)
@@ -136,7 +141,7 @@ def _sorted(data: FormData, files: Sequence[str]) -> Form:
         else:
             refuse_known(name, EditRequest)
             raise InvalidRequest(f"{shown(name)} is a file; only {' and '.join(files)} may be.", param=name)
-    return Form(texts, found)
+    return Form(texts, found, warnings)
 
 
 def _name(given: str) -> str:

@@ -41,7 +41,7 @@ from stepweave.api.tensors import (
     wrong,
 )
 from stepweave.api.triton import EXTENSIONS, configuration, index, unsupported
-from stepweave.errors import InvalidRequest, NotFound, shown
+from stepweave.errors import InvalidRequest, NotFound, StepweaveError, shown
 from stepweave.server import Server
 from stepweave.threads import on_thread
 
@@ -160,7 +160,10 @@ class InferenceApi:
             )
             for claim, image in zip(claims, images, strict=True)
         ]
-        answers = await until_disconnect(request, together(work))
+        try:
+            answers = await until_disconnect(request, together(work))
+        except StepweaveError as error:
+            raise _as_sent(error, message, images[0]) from None
         content, length = await on_thread(None, _write, message, outputs, answers)
         if length is None:
             return Response(content, media_type="application/json")
@@ -168,13 +171,16 @@ class InferenceApi:
 
     def _model(self, request: Request) -> ServedModel:
         """The model that the path names. Raises NotFound if it or its version is not the one that is served."""
-        try:
-            model = self.server.named(request.path_params["model"], param="model")
-        except NotFound as error:  # /v2/models/{model} takes in what is below a model
-            path = request.scope["path"]
+        name, path = request.path_params["model"], request.scope["path"]
+        served, _ = self.server.ready()
+        if name not in served.names.listed:  # the route takes in what is below a model, and `*` any name
             if path.endswith("/infer") and request.method != "POST":
-                raise HTTPException(405, headers={"Allow": "POST"}) from None
-            raise unsupported(path) or error from None
+                raise HTTPException(405, headers={"Allow": "POST"})
+            if (reason := unsupported(path)) is not None:
+                raise reason
+            if name.startswith(tuple(f"{one}/" for one in served.names.listed)):
+                raise NotFound(f"There is nothing at {shown(path)}.", code="model_not_found")
+        model = self.server.named(name, param="model")
         version = request.path_params.get("version", VERSION)
         if version != VERSION:
             raise NotFound(
@@ -193,7 +199,8 @@ class InferenceApi:
             if given not in (None, "", of_path):
                 raise InvalidRequest(f"{name} is {shown(given)}, but the path says {shown(of_path)}.", param=name)
         fields = read_inputs(message, tail, _accepted(model))
-        return message, _image_requests(fields, _parameters(message.parameters or {}), self.server.settings.max_images)
+        most = min(self.server.settings.max_images, self.server.places)
+        return message, _image_requests(fields, _parameters(message.parameters or {}), most)
 
 
 def _platform(model: ServedModel) -> str:
@@ -209,11 +216,14 @@ def _accepted(model: ServedModel) -> dict[str, Sequence[str]]:
 def _parameters(given: dict[str, Any]) -> dict[str, Any]:
     """The request's parameters as fields of an ImageRequest. Triton's own `priority` and `timeout` are taken as it means them."""
     values = {name: value for name, value in given.items() if value is not None and name in (*PARAMETERS, "timeout")}
+    for name in ("timeout", "priority"):
+        if type(values.get(name)) is int and values[name] == 0:  # Triton's default
+            del values[name]
     timeout = values.pop("timeout", None)
     if timeout is not None:
         if type(timeout) is not int or timeout < 1:
             raise InvalidRequest(
-                f"timeout is {shown(timeout)}; it is a number of microseconds, at least 1.", param="timeout"
+                f"timeout is {shown(timeout)}; it is a number of microseconds, or 0 for none.", param="timeout"
             )
         if "deadline_ms" in values:
             raise InvalidRequest("timeout and deadline_ms are both given; they mean the same.", param="timeout")
@@ -221,11 +231,22 @@ def _parameters(given: dict[str, Any]) -> dict[str, Any]:
     if type(values.get("priority")) is int:
         if values["priority"] not in TRITON_PRIORITIES:
             raise InvalidRequest(
-                f"priority is {values['priority']}; as a number it is 1 (high), 2 (normal) or 3 (low).",
+                f"priority is {values['priority']}; as a number it is 1 (high), 2 (normal), 3 (low) or 0 for the default.",
                 param="priority",
             )
         values["priority"] = TRITON_PRIORITIES[values["priority"]]
     return values
+
+
+def _as_sent(error: StepweaveError, message: InferenceRequest, image: ImageRequest) -> StepweaveError:
+    """The error, naming `timeout` where that is what was sent."""
+    timeout = (message.parameters or {}).get("timeout")
+    told = f"deadline_ms is {image.deadline_ms}"
+    if timeout and told in error.message:
+        error = error.again()
+        error.message = error.message.replace(told, f"timeout is {timeout} microseconds")
+        error.param = error.param and "timeout"
+    return error
 
 
 def _ignored(message: InferenceRequest) -> list[str]:
@@ -278,6 +299,8 @@ def _requested(message: InferenceRequest) -> dict[str, bool]:
             raise wrong(output.name, problem, code="unknown_field")
         if output.name in asked:
             raise wrong(output.name, "it is asked for twice")
+        if output.parameters is not None and output.parameters.shared_memory_region is not None:
+            raise wrong(output.name, "there is no shared memory here; read the elements from the answer")
         binary = None if output.parameters is None else output.parameters.binary_data
         asked[output.name] = default if binary is None else binary
     return asked

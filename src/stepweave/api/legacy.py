@@ -28,6 +28,7 @@ from stepweave.threads import on_thread
 DEFAULT_STEPS = 28  # the example server's
 TYPE = "t2im"  # what it calls text to image
 GIGABYTE = 1024**3
+MOST_NAMED = 5  # of fields that are ignored
 LINKS = {
     "playground": "/ui",
     "openapi": "/openapi.json",
@@ -50,9 +51,11 @@ _STYLE = (
 class LegacyRequest(BaseModel):
     """Body of `POST /api/diffusers/inference`."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(
+        extra="allow", frozen=True
+    )  # as the example server: lax, and ignoring what it does not know
 
-    prompt: str = Field(description="What the picture should show.")
+    prompt: str = Field(description="What the image should show.")
     negative_prompt: str | None = Field(None, description="What it should not show.")
     num_inference_steps: int | None = Field(
         None, description=f"Denoising steps; {DEFAULT_STEPS} if absent, or the server's limit if that is less."
@@ -96,6 +99,9 @@ class LegacyApi:
         self.server.ready()
         claim = claim_of(request, body.model_dump_json())
         names, warnings = await until_disconnect(request, self._generate(request, image, body, claim))
+        if body.model_extra:
+            named = ", ".join(shown(name) for name in list(body.model_extra)[:MOST_NAMED])
+            warnings = [*warnings, f"Unknown fields are ignored: {named}."]
         headers = {"X-Stepweave-Warnings": warnings_header(warnings)} if warnings else {}
         return JSONResponse({"response": [f"{root}/images/{name}" for name in names]}, headers=headers)
 

@@ -107,7 +107,12 @@ async def edit(request: Request, server: Server) -> Response:
     async def accept() -> Ticket:
         sources = await read_pictures(edit.form, server, body.size, place)
         return await server.accept(
-            body, sources=sources, strength=body.strength, client=asker_of(request), reservation=place
+            body,
+            sources=sources,
+            strength=body.strength,
+            warnings=edit.form.warnings,
+            client=asker_of(request),
+            reservation=place,
         )
 
     return picture_answer(await until_disconnect(request, made_once(server, claim, accept, reservation=place)))

@@ -103,11 +103,11 @@ class OpenAI:
             ticket = await server.accept(
                 body,
                 n=body.n,
-                model=body.model,
+                model=body.model or None,  # empty is absent
                 sources=sources,
                 strength=body.strength if isinstance(body, EditRequest) else None,
                 previews=body.partial_images if streams or detached or claim.key is not None else 0,  # another may join
-                warnings=body.ignored(),
+                warnings=[*body.ignored(), *(form.warnings if form is not None else ())],
                 client=asker_of(request),
                 reservation=place,
             )

@@ -16,6 +16,7 @@ from stepweave.threads import on_thread
 
 MAX_DEADLINE_MS = 24 * 3600 * 1000
 MAX_PARTIAL_IMAGES = 3
+NULL = "null"  # as a text of a form, of what is absent
 CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")  # of JSON and forms
 LONG = 32 * 1024  # bytes of a body beyond which it is not read on the event loop
 MANY = 4  # times as many members as there are fields, beyond which they are not validated: each would become an error
@@ -193,7 +194,7 @@ def parse_form(fields: Mapping[str, str], schema: type[RequestT]) -> RequestT:
 
     Raises as `parse` does.
     """
-    given = {name: text for name, text in fields.items() if text and (text != "null" or name in PROMPTS)}
+    given = {name: text for name, text in fields.items() if text and (text != NULL or name in PROMPTS)}
     try:
         return schema.model_validate_strings(given)
     except ValidationError as error:

@@ -73,6 +73,7 @@ class InputTensor(_Message):
 
 class OutputParameters(_Parameters):
     binary_data: bool | None = Field(None, description="Return it after the JSON; else as `binary_data_output` says.")
+    shared_memory_region: Any = Field(None, description="Refused: elements come in the answer.")
 
 
 class RequestedOutput(_Message):

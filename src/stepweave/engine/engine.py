@@ -325,7 +325,7 @@ class StepEngine:
     @property
     def timed(self) -> bool:
         """Whether anything is known of what jobs take: before, their ends cannot be foreseen."""
-        return self._planner.timed
+        return self._planner.cost.timed
 
     def holds(self, job: Job) -> bool:
         """Whether a job is not done."""

@@ -279,8 +279,7 @@ class Planner:
         if not task.solo:
             return None
         if few:
-            tasks = [job.task for job in list(self._jobs.values())]
-            finish = self._forecast([*tasks, task], now)[-1]
+            finish = self._forecast([*self._tasks(list(self._jobs.values())), task], now)[-1]
         else:
             plan = self._latest()
             if not self._tells(plan):
@@ -304,11 +303,6 @@ class Planner:
         task.price(self.cost)  # as of now: nobody may have asked for other prices since the last job
         return task.solo or None
 
-    @property
-    def timed(self) -> bool:
-        """Whether any forward, or whole call, has been timed."""
-        return self.cost.timed
-
     def standings(self) -> dict[str, Standing]:
         """Where each job stands, by its id; those that wait in the order in which they would start."""
         plan = self._latest()
@@ -326,9 +320,16 @@ class Planner:
             job, place = self._jobs.get(id), self._line.place(id)
         return None if job is None else Standing(place, self._eta(job, plan, time.monotonic()))
 
-    @staticmethod
-    def _eta(job: Job, plan: Plan, now: float) -> float | None:
+    def _tasks(self, jobs: Sequence[Job]) -> list[Task]:
+        """The jobs' tasks; how far whole calls are is told by nothing but their jobs."""
+        for job in jobs if self._whole else ():
+            step, total = job.progress
+            job.task.done = job.task.demand.steps * step // total if total else 0
+        return [job.task for job in jobs]
+
+    def _eta(self, job: Job, plan: Plan, now: float) -> float | None:
         """No less than what is left of it would take alone."""
+        self._tasks([job])
         eta = plan.eta(job.id, now)
         return None if eta is None else max(eta, job.task.remaining)
 
@@ -379,7 +380,7 @@ class Planner:
             jobs = list(self._jobs.values())
             self._changed = False
         try:
-            tasks = [job.task for job in jobs]
+            tasks = self._tasks(jobs)
             ends = self._forecast(tasks, now, breathe)
             took = time.monotonic() - now
             plan = Plan(now, [job.id for job in jobs], tasks, ends, self._order, took=took, breathe=breathe)

@@ -184,7 +184,7 @@ class Pool:
         outcome: Outcome = Outcome.apart(call_pipeline, job).value
         steps = job.task.demand.steps if outcome.error is None else job.progress.step
         if outcome.error is None or (
-            steps and not self._planner.timed
+            steps and not self._planner.cost.timed
         ):  # else nothing would be known while all end early
             seconds = time.monotonic() - began
             self._planner.called([job], seconds * job.task.demand.steps / max(1, steps), beside)

@@ -43,6 +43,11 @@ def to_srgb(image: Image.Image, param: str) -> tuple[Image.Image, list[str]]:
     return image.convert("RGB"), []
 
 
+def unconverted(image: Image.Image) -> Image.Image:
+    """The same in RGB or RGBA with its values as they are, whatever its profile."""
+    return image.convert("RGBA" if image.mode in ("LA", "RGBA") else "RGB")
+
+
 class _Unusable(Exception):
     """Says why a profile is."""
 

@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import MAX_TEXT_CHUNK
 from stepweave.errors import InvalidRequest, RequestError
 from stepweave.generation import Sources
 from stepweave.images import foreign, masks, scan
-from stepweave.images.colours import to_srgb
+from stepweave.images.colours import to_srgb, unconverted
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 DRAFTS = ("JPEG", "MPO")  # formats that are decoded smaller, where that is wanted
@@ -163,7 +163,8 @@ def _read(image: Image.Image, param: str, fit: Fit) -> _Upload:
         pixels = pixels.resize(stored, Image.Resampling.LANCZOS, box=box)
     if turn is not None:
         pixels = pixels.transpose(turn)
-    colours, warnings = to_srgb(pixels, param)
+    # the values of a mask are no colours, but say how much
+    colours, warnings = (unconverted(pixels), []) if param == "mask" else to_srgb(pixels, param)
     return _Upload(colours, size, alpha, warnings)  # type: ignore[arg-type]
 
 

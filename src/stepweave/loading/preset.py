@@ -87,7 +87,7 @@ def read_preset(directory: Path | None) -> Preset:
     if path is None or not path.exists():
         return Preset()
     try:
-        return parsed(path.read_bytes().removeprefix(codecs.BOM_UTF8)).named(FILE_NAME)
+        return parsed(path.read_bytes()).named(FILE_NAME)
     except ValueError as error:
         raise LoadError(f"{FILE_NAME}: {error}") from None
     except OSError as error:
@@ -96,8 +96,9 @@ def read_preset(directory: Path | None) -> Preset:
 
 def preset_of_setting(text: str) -> Preset:
     """The preset that the setting gives: a JSON object, or the path of a file with one. Raises ValueError, naming the member."""
+    text = text.removeprefix("\ufeff")
     if text.lstrip().startswith("{"):
-        return parsed(text).named(SETTING)
+        return parsed(text.encode()).named(SETTING)
     try:
         content = Path(text).expanduser().read_bytes()
     except (OSError, ValueError) as error:
@@ -109,10 +110,10 @@ def preset_of_setting(text: str) -> Preset:
         raise ValueError(f"in the file, {error}") from None
 
 
-def parsed(content: bytes | str) -> Preset:
+def parsed(content: bytes) -> Preset:
     """The preset that a JSON text is. Raises ValueError, naming each member that is wrong, its value and what is allowed."""
     try:
-        return Preset.model_validate_json(content)
+        return Preset.model_validate_json(content.removeprefix(codecs.BOM_UTF8))
     except ValidationError as error:
         raise ValueError("; ".join(map(_problem, error.errors()))) from None
 
