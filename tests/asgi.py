@@ -81,12 +81,12 @@ class Exchange:
                 self._news.notify_all()
 
     async def _receive(self) -> dict[str, Any]:
-        while not self._left.is_set():
-            body, self._body = self._body, None
-            if body is not None:
-                return {"type": "http.request", "body": body, "more_body": False}
+        while self._body is None and not self._left.is_set():
             await self._comes.wait()
             self._comes.clear()
+        body, self._body = self._body, None
+        if body is not None:
+            return {"type": "http.request", "body": body, "more_body": False}
         return {"type": "http.disconnect"}
 
     async def _send(self, message: Any) -> None:

@@ -199,7 +199,7 @@ async def test_a_server_ends_though_an_encoder_hangs() -> None:
         return b""
 
     async with started(grace=0) as app:
-        with patch("stepweave.ticket.encode", encode), soon():
+        with patch("stepweave.results.encode", encode), soon():
             answer = app.post()
             await app.until(encoding.is_set)
             await asyncio.wait_for(app.server.shut_down(), SECONDS)
@@ -229,7 +229,7 @@ async def server():
     async with test_closing.started(grace=0) as app:
         app.record.gated = True
         hung = threading.Event()
-        with patch("stepweave.ticket.encode", lambda *_: hung.wait()), test_closing.soon():
+        with patch("stepweave.results.encode", lambda *_: hung.wait()), test_closing.soon():
             app.post()
             await app.until(lambda: app.record.steps_begun)
             await app.server.shut_down()

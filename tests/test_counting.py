@@ -88,7 +88,7 @@ STREAMS: dict[str, Make] = {
     "generate_stream": json_of("/generate_stream", events="all"),
 }
 SURFACES = ANSWERS | STREAMS
-WITH_MODEL = [name for name in SURFACES if name.startswith(("generations", "edits", "infer"))]
+WITH_MODEL = [name for name in SURFACES if name.startswith(("generations", "edits", "infer")) and name != "inference"]
 WITH_URLS = [name for name in SURFACES if "urls" in name or name == "inference"]
 WITH_DEADLINE = [name for name in SURFACES if name != "inference"]
 

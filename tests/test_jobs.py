@@ -271,7 +271,7 @@ async def test_a_failed_job_says_so_without_a_traceback(caplog: pytest.LogCaptur
 
 async def test_a_picture_that_cannot_be_encoded_fails_the_job() -> None:
     async with serving() as app:
-        with patch("stepweave.ticket.encode", side_effect=OSError("encoder error -2")):
+        with patch("stepweave.results.encode", side_effect=OSError("encoder error -2")):
             id = await later(app, headers=KEY)
             job = await app.until_state(id, "failed", "succeeded")
             direct = await app.post().done()

@@ -68,7 +68,7 @@ def test_every_route_takes_every_name_and_tells_the_first(in_process: Make) -> N
     assert infer(app, "sdxl", model_name="gpt-image-1").status_code == 400
     assert [one["id"] for one in app.client.get("/v1/models").json()["data"]] == ["gpt-image-1"]
     assert app.client.get("/api/status").json()["current_model"] == "gpt-image-1"
-    labels = {"model": "gpt-image-1", "pipeline": "FakePipeline", "revision": "", "device": "cpu", "dtype": "float32"}
+    labels = {"pipeline": "FakePipeline", "revision": "", "device": "cpu", "dtype": "float32"}
     assert app.metric("stepweave_model_info", **labels) == 1
     for refused in (app.post(model="shapes"), app.client.get("/v1/models/shapes")):
         error = refused.json()["error"]
