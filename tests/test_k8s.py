@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,9 @@ from stepweave.config import EMBEDDED_MODEL, Settings
 from stepweave.draining import TOKEN_FILE
 from stepweave.errors import ConfigError, InvalidRequest
 from stepweave.server import ENDING_SECONDS, KEEPING_SECONDS, Server
-from tests.conftest import ROOT, InProcess, free_port, serve
+from tests.conftest import ROOT, InProcess, Served, free_port, serve
 from tests.schemas import SCHEMAS, validate_custom
-from tests.waiting import SECONDS
+from tests.waiting import SECONDS, wait_until
 
 Document = dict[str, Any]
 
@@ -825,8 +826,8 @@ def test_deleting_an_overlay_takes_nothing_from_others(name: str) -> None:
 
 
 def test_both_pods_drain_alike() -> None:
-    own, kserve = (workloads(overlay(name))[0].container["lifecycle"] for name in ("gpu", "kserve"))
-    assert own == kserve
+    demo, own, kserve = (workloads(overlay(name))[0].container["lifecycle"] for name in ("cpu-demo", "gpu", "kserve"))
+    assert demo == own == kserve
 
 
 def test_a_rollout_of_the_demo_finds_room_on_a_node_of_two_cores() -> None:
@@ -840,12 +841,14 @@ def test_a_rollout_of_the_demo_finds_room_on_a_node_of_two_cores() -> None:
     assert pods * quantity(requests["memory"]) <= quantity("2Gi")
 
 
-def run_pre_stop(port: int, state: Path) -> int:
-    """The manifest's own command, but for its sleeps and with the given port and state directory; its exit status."""
+def run_pre_stop(port: int, state: Path, *, sleeps: bool = False) -> int:
+    """The manifest's own command with the given port and state directory, and without its sleeps if so; its exit status."""
     (work,) = workloads(overlay("gpu"))
     *_, script = command = list(work.container["lifecycle"]["preStop"]["exec"]["command"])
     command[0] = sys.executable
-    command[-1] = re.sub(r"sleep\(\d+\)", "sleep(0)", script.replace("3000", str(port)))
+    command[-1] = script.replace("3000", str(port))
+    if not sleeps:
+        command[-1] = re.sub(r"sleep\(\d+\)", "sleep(0)", command[-1])
     assert "/var/lib/stepweave/" in command[-1]
     command[-1] = command[-1].replace("/var/lib/stepweave/", f"{state}/")
     assert str(port) in command[-1]
@@ -1351,44 +1354,181 @@ def metrics_named() -> set[str]:
     return {name for text in texts for name in re.findall(r"\bstepweave_\w+", text)}
 
 
-def test_a_real_server_has_what_the_manifests_name(tmp_path: Path) -> None:
-    """Started with the pod's own environment, as KServe makes it of a minimal InferenceService, and asked by its names."""
+def listens_on(work: Workload) -> str:
+    """The address that the container's arguments say."""
+    arguments = work.container["args"]
+    return str(arguments[arguments.index("--host") + 1])
+
+
+def check_probes_and_metrics(work: Workload, client: httpx.Client) -> None:
+    """Of a server that is ready and has had no request yet."""
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert client.get(work.container[probe]["httpGet"]["path"]).status_code == 200, probe
+    # before any request: an autoscaler's query must find a series at 0
+    samples = set(re.findall(r"^(stepweave_\w+)", client.get("/metrics").text, re.MULTILINE))
+    assert metrics_named() <= samples
+    assert "stepweave_backlog_seconds" in metrics_named()
+
+
+def check_limits(work: Workload, client: httpx.Client) -> dict[str, Any]:
+    """That the limits of the pod's environment are told and kept; returns a request at all of them."""
+    named = {name: int(value) for name, value in work.env.items() if re.fullmatch(r"STEPWEAVE_MAX_\w+", name)}
+    told = client.get("/v1/models").json()["data"][0]["stepweave"]
+    assert told["max_num_inference_steps"] == named["STEPWEAVE_MAX_STEPS"]
+    assert told["max_images"] == named["STEPWEAVE_MAX_IMAGES"]
+    assert told["max_pixels"] == named["STEPWEAVE_MAX_PIXELS"]
+    assert told["max_input_pixels"] == named.get("STEPWEAVE_MAX_INPUT_PIXELS", told["max_input_pixels"])
+    side = min(math.isqrt(told["max_pixels"]), told["max_side"])
+    most = {
+        "prompt": "a red circle",
+        "num_inference_steps": told["max_num_inference_steps"],
+        "n": told["max_images"],
+        "size": f"{side}x{side}",
+    }
+    beyond: dict[str, Any] = {
+        "num_inference_steps": told["max_num_inference_steps"] + 1,
+        "n": told["max_images"] + 1,
+        "size": f"{2 * side}x{side}",
+    }
+    for name, value in beyond.items():
+        answer = client.post("/v1/images/generations", json=most | {name: value})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, name), answer.text
+    return most
+
+
+def check_queue(work: Workload, client: httpx.Client, body: dict[str, Any]) -> list[str]:
+    """That as many requests are taken as the pod's environment says, and no more; the jobs of those taken."""
+    most, taken = int(work.env["STEPWEAVE_MAX_QUEUE"]) + 1, []
+    for _ in range(10 * most):  # some may be done meanwhile
+        answer = client.post("/v1/images/generations", json=body, headers={"Prefer": "respond-async"})
+        if answer.status_code != 202:
+            break
+        taken.append(answer.headers["Location"])
+    assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full"), answer.text
+    assert f"the limit is {most}." in answer.json()["error"]["message"]
+    assert int(answer.headers["retry-after"]) > 0
+    assert len(taken) >= most
+    return taken
+
+
+def check_end(work: Workload, environment: dict[str, str], server: Served, client: httpx.Client, job: str) -> None:
+    """preStop with its own times, while a job runs: work is taken for as long as is announced, then refused; then SIGTERM."""
+    notice = float(environment.get("STEPWEAVE_DRAIN_NOTICE", Settings.model_fields["drain_notice"].default))
+    body = {"prompt": "a red circle", "num_inference_steps": 1}
+    began = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        ending = pool.submit(run_pre_stop, server.port, Path(environment["STEPWEAVE_STATE_DIR"]), sleeps=True)
+        wait_until(lambda: client.get("/readyz").status_code == 503)
+        assert client.get("/livez").status_code == 200
+        while True:
+            answer = client.post("/v1/images/generations", json=body)
+            assert answer.headers["connection"] == "close"
+            if answer.status_code != 200:
+                break
+        assert time.monotonic() - began >= notice, "refused before the notice was over"
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining"), answer.text
+        assert int(answer.headers["retry-after"]) > 0
+        wait_until(lambda: client.get(job).json()["state"] not in ("queued", "running"))
+        assert client.get(job).json()["state"] == "succeeded"
+        assert ending.result(SECONDS) == 0
+    assert server.stop() == 0
+
+
+def test_a_real_server_has_what_the_demo_names(tmp_path: Path) -> None:
+    """Started with the Deployment's own environment, and asked by its names, to its limits and to its end."""
+    (work,) = workloads(overlay("cpu-demo"))
+    environment = environment_of(work, tmp_path, EMBEDDED_MODEL)
+    with (
+        serve(tmp_path / "log.txt", host=listens_on(work), **environment) as server,
+        httpx.Client(base_url=server.url, timeout=SECONDS) as client,
+    ):
+        server.wait_until_ready()
+        check_probes_and_metrics(work, client)
+        body = {"prompt": "a red circle", "num_inference_steps": 1, "response_format": "url"}
+        for host, status in ((f"{work.name}.{work.namespace}.svc:80", 200), (f"{work.name}.other", 400)):
+            answer = client.post("/v1/images/generations", json=body, headers={"Host": host})
+            assert answer.status_code == status, answer.text
+        assert answer.json()["error"]["code"] == "no_base_url"
+        kept, *jobs = check_queue(work, client, check_limits(work, client))
+        for job in jobs:
+            assert client.delete(job).is_success
+        check_end(work, environment, server, client, kept)
+
+
+@pytest.mark.full
+def test_a_real_server_reads_the_model_of_the_volume_which_it_cannot_write_to(tmp_path: Path) -> None:
+    """The environment of the GPU's Deployment but for the device, with the embedded model under the other's name, offline."""
+    wrapper: list[str] = []
+    if os.geteuid() == 0:  # whom no mode keeps from writing, but for this
+        wrapper = ["setpriv", "--bounding-set=-dac_override"]
+        if shutil.which("setpriv") is None:
+            pytest.skip("NOT CHECKED: this is root, and there is no setpriv to have it respect modes")
+    (work,) = workloads(overlay("gpu"))
+    environment = environment_of(work, tmp_path, EMBEDDED_MODEL)
+    environment |= {"STEPWEAVE_DEVICE": "cpu", "STEPWEAVE_CPU_THREADS": "1"}
+    cache = Path(environment["HF_HUB_CACHE"])
+    folder = cache / f"models--{environment['STEPWEAVE_MODEL'].replace('/', '--')}"
+    shutil.copytree(EMBEDDED_MODEL, folder / "snapshots" / environment["STEPWEAVE_REVISION"])
+    places = [cache, *cache.rglob("*")]
+    for place in places:
+        place.chmod(0o555 if place.is_dir() else 0o444)
+    try:
+        touched = subprocess.run([*wrapper, "touch", str(folder / "file")], capture_output=True, timeout=SECONDS)
+        assert touched.returncode != 0
+        with (
+            serve(tmp_path / "log.txt", host=listens_on(work), wrapper=wrapper, **environment) as server,
+            httpx.Client(base_url=server.url, timeout=SECONDS) as client,
+        ):
+            server.wait_until_ready()
+            check_probes_and_metrics(work, client)
+            (model,) = client.get("/v1/models").json()["data"]
+            assert model["id"] == environment["STEPWEAVE_MODEL"]
+            for job in check_queue(work, client, {"prompt": "a red circle", "num_inference_steps": 50}):
+                assert client.delete(job).is_success
+            assert server.stop() == 0
+        assert [cache, *cache.rglob("*")] == places
+    finally:
+        for place in places:
+            place.chmod(0o755)
+
+
+@pytest.mark.full
+def test_a_real_server_has_what_a_minimal_inference_service_names(tmp_path: Path) -> None:
+    """Started with the pod's own environment, as KServe makes it, and asked by its names."""
     service = own_services()["small"]
     work = predictor_of(service, of_kind(overlay("kserve"), "ClusterServingRuntime"))
     environment = environment_of(work, tmp_path, EMBEDDED_MODEL)
     name = service["metadata"]["name"]
-    with serve(tmp_path / "log.txt", host="0.0.0.0", **environment) as server, httpx.Client(timeout=SECONDS) as client:
+    with (
+        serve(tmp_path / "log.txt", host=listens_on(work), **environment) as server,
+        httpx.Client(base_url=server.url, timeout=SECONDS) as client,
+    ):
         server.wait_until_ready()
-        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-            answer = client.get(f"{server.url}{work.container[probe]['httpGet']['path']}")
-            assert answer.status_code == 200, probe
-        # before any request: an autoscaler's query must find a series at 0
-        samples = set(re.findall(r"^(stepweave_\w+)", client.get(f"{server.url}/metrics").text, re.MULTILINE))
-        assert metrics_named() <= samples
-        assert "stepweave_backlog_seconds" in metrics_named()
+        check_probes_and_metrics(work, client)
 
         inputs = {"inputs": [{"name": "prompt", "datatype": "BYTES", "shape": [1], "data": ["a red circle"]}]}
-        assert client.get(f"{server.url}/v2/models/{name}/ready").status_code == 200
-        answer = client.post(f"{server.url}/v2/models/{name}/infer", json=inputs)
+        assert client.get(f"/v2/models/{name}/ready").status_code == 200
+        answer = client.post(f"/v2/models/{name}/infer", json=inputs)
         assert (answer.status_code, answer.json().get("model_name")) == (200, name), answer.text
-        assert client.post(f"{server.url}/v2/models/other/infer", json=inputs).status_code == 404
+        assert client.post("/v2/models/other/infer", json=inputs).status_code == 404
 
         body = {"prompt": "a red circle", "model": name, "num_inference_steps": 2, "response_format": "url"}
         short, space = f"{name}-predictor", work.namespace
         for host in (name, short, f"{short}.{space}", f"{short}.{space}.svc:80", f"{name}-{space}.example.com"):
-            answer = client.post(f"{server.url}/v1/images/generations", json=body, headers={"Host": host})
+            answer = client.post("/v1/images/generations", json=body, headers={"Host": host})
             assert answer.status_code == 200, answer.text
             assert answer.json()["data"][0]["url"].startswith(f"http://{host}/")
         for host in (f"{name}-other.example.com", "other-predictor", f"{short}.other"):
-            answer = client.post(f"{server.url}/v1/images/generations", json=body, headers={"Host": host})
+            answer = client.post("/v1/images/generations", json=body, headers={"Host": host})
             assert answer.json()["error"]["code"] == "no_base_url"
 
         assert run_pre_stop(server.port, Path(environment["STEPWEAVE_STATE_DIR"])) == 0
-        assert client.get(f"{server.url}/readyz").status_code == 503
-        assert client.get(f"{server.url}/livez").status_code == 200
+        assert client.get("/readyz").status_code == 503
+        assert client.get("/livez").status_code == 200
         assert server.stop() == 0
 
 
+@pytest.mark.full
 def test_a_failed_start_tells_kubectl_describe_its_cause(tmp_path: Path) -> None:
     """With FallbackToLogsOnError the kubelet shows the last 80 lines of the log, of these the last 2048 bytes."""
     (work,) = workloads(overlay("kserve"))
