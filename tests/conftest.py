@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,11 +150,15 @@ def serve(
     directory: Path = ROOT,
     host: str | None = "127.0.0.1",
     port: int | None = None,
+    wrapper: Sequence[str] = (),
     **settings: str,
 ) -> Iterator[Served]:
-    """Run `bentoml serve` as a user does, on a free port, with no `--host` if None; killed at the end if it is still there."""
+    """Run `bentoml serve` as a user does, on a free port, with no `--host` if None; killed at the end if it is still there.
+
+    `wrapper` is a command that becomes the one that follows it, as `nice` does.
+    """
     port = port or free_port()
-    command = [str(Path(sys.executable).with_name("bentoml")), "serve", target, "--port", str(port)]
+    command = [*wrapper, str(Path(sys.executable).with_name("bentoml")), "serve", target, "--port", str(port)]
     command += [] if host is None else ["--host", host]
     with log.open("wb") as output:
         process = subprocess.Popen(

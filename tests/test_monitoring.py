@@ -186,10 +186,15 @@ def test_one_pod_monitor_selects_each_kind_of_pod() -> None:
         "serving.kserve.io/inferenceservice": "shapes",
         **runtime_labels(),
     }
+    # an InferenceService's own labels go over its runtime's
+    usual = {
+        f"app.kubernetes.io/{name}": "shop" for name in ("name", "instance", "part-of", "component", "managed-by")
+    } | {"app.kubernetes.io/version": "1"}
     for labels, expected in (
         (own, ["stepweave"]),
         (kserve, ["stepweave-kserve"]),
         (own | kserve, ["stepweave-kserve"]),
+        (kserve | usual, ["stepweave-kserve"]),
     ):
         assert [name for name, spec in monitors.items() if selects(spec["selector"], labels)] == expected
     sklearn = {"component": "predictor", "serving.kserve.io/inferenceservice": "iris"}
@@ -203,7 +208,7 @@ def test_one_pod_monitor_selects_each_kind_of_pod() -> None:
 
 def runtime_labels() -> dict[str, str]:
     """The labels that KServe puts on the pods of our runtime."""
-    runtime = yaml.safe_load((ROOT / "k8s/overlays/kserve/clusterservingruntime.yaml").read_text())
+    runtime = yaml.safe_load((ROOT / "k8s/kserve/clusterservingruntime.yaml").read_text())
     labels: dict[str, str] = runtime["spec"]["labels"]
     return labels
 
