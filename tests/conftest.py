@@ -27,7 +27,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 from stepweave.api.http import Api
 from stepweave.api.middleware import ContractMiddleware
-from stepweave.config import Settings
+from stepweave.config import PREFIX, Settings
 from stepweave.loading.preset import Preset
 from stepweave.names import told_name
 from stepweave.scheduling.cost import CostModel
@@ -94,6 +94,13 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment has none of the server's settings, nor other variables with their prefix."""
+    for name in [name for name in os.environ if name.startswith(PREFIX)]:
+        monkeypatch.delenv(name)
 
 
 def clean_environment(**changes: str) -> dict[str, str]:

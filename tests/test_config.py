@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
@@ -10,11 +9,7 @@ from stepweave.config import EMBEDDED_MODEL, PREFIX, Settings
 from stepweave.errors import ConfigError
 from tests.conftest import ROOT
 
-
-@pytest.fixture(autouse=True)
-def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith(PREFIX)]:
-        monkeypatch.delenv(name)
+pytestmark = pytest.mark.usefixtures("no_settings")
 
 
 def test_defaults_serve_the_embedded_model() -> None:

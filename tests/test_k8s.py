@@ -1111,6 +1111,7 @@ def run_job(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, env=given, cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS)
 
 
+@pytest.mark.full
 def test_the_job_finds_a_model_that_is_there_already_as_the_servers_do(tmp_path: Path) -> None:
     """No hub is in reach here: the cache holds it."""
     _, container = job_of(render("models"))
@@ -1139,7 +1140,11 @@ def test_a_job_that_cannot_write_says_who_owns_the_volume(tmp_path: Path) -> Non
     [
         ({"STEPWEAVE_MODEL": "shapes", "STEPWEAVE_REVISION": ""}, "STEPWEAVE_MODEL='shapes' is a directory"),
         ({"STEPWEAVE_REVISION": "main"}, "STEPWEAVE_REVISION='main'"),
-        ({"HF_HUB_OFFLINE": "1"}, "the hub cannot be reached, and its cache does not hold the model"),
+        pytest.param(
+            {"HF_HUB_OFFLINE": "1"},
+            "the hub cannot be reached, and its cache does not hold the model",
+            marks=pytest.mark.full,
+        ),
     ],
 )
 def test_a_job_that_cannot_bring_the_model_ends_with_the_cause(

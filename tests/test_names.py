@@ -15,6 +15,8 @@ from stepweave.names import MAX_NAME, ModelNames
 from tests.conftest import InProcess
 from tests.fake import FakePipeline
 
+pytestmark = pytest.mark.usefixtures("no_settings")
+
 Make = Callable[..., InProcess]
 PROMPTS = {"inputs": [{"name": "prompt", "datatype": "BYTES", "shape": [1], "data": ["a red circle"]}]}
 

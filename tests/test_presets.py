@@ -22,6 +22,8 @@ from stepweave.model import ServedModel
 from tests.conftest import ROOT, InProcess
 from tests.fake import FakePipeline
 
+pytestmark = pytest.mark.usefixtures("no_settings")
+
 CPU = torch.device("cpu")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 BUILT_INS = {one.name: one for one in BUILT_IN}

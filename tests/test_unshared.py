@@ -50,7 +50,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecated:FutureWarning"),  # diffusers' own call of it
 ]
 
-every_type = pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
+every_type = pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(one, marks=[pytest.mark.full] if one is torch.float16 else []) for one in TYPES.values()],
+    ids=TYPES,
+)
 
 
 # Autoencoders that calls cast
