@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stepweave.loading.preset import Preset
 from tests import profiles
 from tests.conftest import InProcess, Served
 from tests.fake import FakePipeline
@@ -72,9 +73,9 @@ def corners(image: Image.Image) -> list[tuple[int, ...]]:
     return [image.getpixel(place) for place in places]  # type: ignore[misc]
 
 
-def test_a_phones_portrait_is_turned_and_scaled_to_the_largest_size_of_its_proportions(in_process: Make) -> None:
+def test_a_phones_portrait_is_turned_and_scaled_to_as_many_pixels_as_the_model_makes_itself(in_process: Make) -> None:
     """A mask that keeps all shows what the pipeline was given."""
-    app = in_process(FakePipeline(edits=True), max_pixels=PHONES)
+    app = in_process(FakePipeline(edits=True), max_pixels=PHONES, preset=Preset(width=768, height=1024))
     response = edit(app, portrait(), keeps_all((300, 400)))
     assert response.status_code == 200, response.text
     answer = response.json()
@@ -92,7 +93,7 @@ def test_a_phones_portrait_is_turned_and_scaled_to_the_largest_size_of_its_propo
 
 
 def test_a_photo_of_a_wide_gamut_is_edited_in_srgb(in_process: Make) -> None:
-    app = in_process(FakePipeline(edits=True), max_pixels=PHONES)
+    app = in_process(FakePipeline(edits=True), max_pixels=PHONES, preset=Preset(width=768, height=1024))
     answer = edit(app, portrait(profiles.P3), keeps_all((30, 40))).json()
     expected = profiles.in_srgb(np.array([(200, 0, 0), (0, 200, 0), (0, 0, 200)]), profiles.DISPLAY_P3, profiles.linear)
     assert np.abs(np.array(corners(image_of(answer))) - expected).max() <= 4  # JPEG's rounding, enlarged by the matrix
@@ -169,7 +170,7 @@ def test_a_phones_photo_is_edited_on_every_surface(served: Served, path: str) ->
     assert response.status_code == 200, response.text
     warnings = json.loads(response.headers["X-Stepweave-Warnings"])
     with Image.open(io.BytesIO(response.content)) as image:
-        assert abs(image.width / image.height - 3 / 4) < 0.02 and image.width > 64
+        assert image.size == (56, 72), "as many pixels as the model makes itself"
         assert warnings[0] == f"image: it is 3000x4000, and was scaled to {image.width}x{image.height}."
         (red, _, green), (above, grass, _), (_, _, sky) = corners(image.convert("RGB"))
         assert red > 150 and grass > 150 and sky > 150 and green < 100 and above < 100, "it is the right way up"

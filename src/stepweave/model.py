@@ -246,7 +246,8 @@ class ServedModel:
     def _size(self, size: str | None, limits: Limits, source: tuple[int, int] | None) -> tuple[int, int]:
         if size is not None and size != "auto":
             return limits.sizes.read(size)
-        return (self.width, self.height) if source is None else limits.sizes.of_edit(source)
+        own = self.width, self.height
+        return own if source is None else limits.sizes.of_edit(source, own[0] * own[1])
 
     def _pipeline_of_edits(self, *, masked: bool) -> Any:
         param, pipeline = ("mask", self.inpaint) if masked else ("image", self.image_to_image)

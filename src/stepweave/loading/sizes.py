@@ -56,8 +56,11 @@ class SizeLimits:
             )
         return width, height
 
-    def of_edit(self, source: tuple[int, int]) -> tuple[int, int]:
-        """The size of an image that starts from one of the size `source`: the nearest, its own if it may be.
+    def of_edit(self, source: tuple[int, int], native: int | None = None) -> tuple[int, int]:
+        """The size of an image that starts from one of the size `source`: its own, or the nearest.
+
+        Where the source is larger than may be, it has at most `native` pixels, those of the model's own size: beyond these most
+        models make worse images, and take longer. None for as many as may be.
 
         Raises InvalidRequest for a source so long that its edit would be a thread.
         """
@@ -69,7 +72,9 @@ class SizeLimits:
             raise InvalidRequest(
                 f"image is {width}x{height}; unless size is given, the limit is {self.longest} a side.", param="image"
             )
-        return nearest_size(source, self.multiple, self.longest, self.max_pixels, self.min_side)
+        larger = scale < 1 or max(source) > self.longest
+        pixels = min(self.max_pixels, native) if native is not None and larger else self.max_pixels
+        return nearest_size(source, self.multiple, self.longest, pixels, self.min_side)
 
     @property
     def longest(self) -> int:
