@@ -234,8 +234,9 @@ def test_langchains_wrapper_gets_the_url_that_it_expects(in_process: Callable[..
 
 
 @pytest.mark.full
-def test_openais_client_for_node(served: Served, source: str) -> None:
-    found = run_on_node("images.mjs", served.url, source)
+def test_openais_client_for_node(served: Served, source: str, tmp_path: Path) -> None:
+    Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
+    found = run_on_node("images.mjs", served.url, source, str(tmp_path / "mask.png"))
     images = [pixels(one["b64_json"]) for one in found["generation"]["images"]]
     assert images == [ours(served, prompt=PROMPT, seed=seed, num_inference_steps=4) for seed in (5, 6)]
     linked = httpx.get(found["url"]["images"][0]["url"], timeout=SECONDS)

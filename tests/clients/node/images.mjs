@@ -1,14 +1,15 @@
-// What OpenAI's client for Node makes of the server: `node --input-type=module - URL IMAGE < images.mjs`, in the directory in
-// which it is installed, writes what it found to stdout, as JSON. IMAGE is the file to be edited.
+// What OpenAI's client for Node makes of the server: `node --input-type=module - URL IMAGE MASK < images.mjs`, in the directory
+// in which it is installed, writes what it found to stdout, as JSON. IMAGE is the file to be edited.
 
 import { createReadStream } from "node:fs";
 import OpenAI, { toFile } from "openai";
 
-const [url, image] = process.argv.slice(2);
+const [url, image, mask] = process.argv.slice(2);
 const client = new OpenAI({ baseURL: `${url}/v1`, apiKey: "unused", maxRetries: 0 });
 const prompt = "a large red circle on a blue background";
 const ours = { seed: 5, num_inference_steps: 4, reproducible: true };
-const source = async () => toFile(createReadStream(image), "source.png", { type: "image/png" });
+const file = async (path) => toFile(createReadStream(path), "file.png", { type: "image/png" });
+const source = async () => file(image);
 
 // in forms this client sends null as the text "null", and takes no other
 const told = (answer) => ({
@@ -39,7 +40,7 @@ const found = {
   generation: told(await client.images.generate({ prompt, n: 2, size: "64x64", quality: null, style: null, ...ours })),
   url: told(await client.images.generate({ prompt, response_format: "url", ...ours })),
   stream: await events(await client.images.generate({ prompt, stream: true, partial_images: 2, ...ours })),
-  edit: told(await client.images.edit({ image: [await source()], mask: await source(), prompt, quality: "null", ...ours })),
+  edit: told(await client.images.edit({ image: [await source()], mask: await file(mask), prompt, quality: "null", ...ours })),
   edit_stream: await events(await client.images.edit({ image: await source(), prompt, stream: true, partial_images: 1, ...ours })),
   models: (await client.models.list()).data.map((one) => one.id),
   errors: [
