@@ -59,6 +59,11 @@ def test_names_of_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Settings.load().model_names == ("gpt-image-1", "black-forest-labs/FLUX.1-dev", "*")
 
 
+def test_where_any_name_is_first_the_models_own_is_known_like_those_that_follow() -> None:
+    names = ModelNames(("*", "sdxl"), "own")
+    assert (names.told, names.listed, names.any) == ("own", ("own", "sdxl"), True)
+
+
 def test_every_route_takes_every_name_and_tells_the_first(in_process: Make) -> None:
     app = in_process(model_names=("gpt-image-1", "sdxl"))
     for name in ("gpt-image-1", "sdxl"):

@@ -286,6 +286,10 @@ class Settings(BaseSettings):
             raise ValueError(f"{SETTING}: {size}; STEPWEAVE_MAX_PIXELS is {self.max_pixels}")
         return self
 
+    def preset_over(self, preset: Preset) -> Preset:
+        """What a model's own preset and the setting, which has precedence, say."""
+        return preset if self.preset is None else self.preset.over(preset)
+
     def model_directory(self) -> Path | None:
         """The model's local directory, or None for a hub id."""
         if self.model == "shapes":

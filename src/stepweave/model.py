@@ -47,8 +47,7 @@ class ServedModel:
     def __init__(self, pipeline: Any, preset: Preset, settings: Settings) -> None:
         self.pipeline = pipeline
         self.settings = settings
-        self.preset = preset if settings.preset is None else settings.preset.over(preset)
-        preset = self.preset
+        self.preset = preset = settings.preset_over(preset)
         check_served(type(pipeline), preset.call)
         self.arguments = arguments_of(pipeline)
         self.call_arguments = {name: value for name, value in preset.call.items() if value is not None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from stepweave.errors import LoadError, shown
+from stepweave.errors import LoadError, NotFound, shown
 from stepweave.loading.preset import Preset, read_preset
 
 if TYPE_CHECKING:
@@ -13,35 +13,40 @@ if TYPE_CHECKING:
 
 ANY = "*"
 MAX_NAME = 200  # characters
-NAME = (
-    rf"[A-Za-z0-9](?:[A-Za-z0-9._/-]{{0,{MAX_NAME - 2}}}[A-Za-z0-9_])?"  # of a setting; a colon is kept for later use
-)
+# of a setting; a colon is kept for later use
+NAME = rf"[A-Za-z0-9](?:[A-Za-z0-9._/-]{{0,{MAX_NAME - 2}}}[A-Za-z0-9_])?"
 
 
 class ModelNames:
     """The names of `STEPWEAVE_MODEL_NAMES`, or the model's `own` where there are none.
 
-    `told` is the one that answers have: the first, or the model's own where that is `*`. With `*` among them any name is taken
-    that has no colon and at most `MAX_NAME` characters.
+    `listed` has those that are known, the first of which is `told` in answers: where `*` is first, that is the model's own. With
+    `*` among them any name is taken that has no colon and at most `MAX_NAME` characters.
     """
 
     def __init__(self, names: Sequence[str], own: str) -> None:
-        self.listed = tuple(dict.fromkeys(name for name in names if name != ANY)) or (own,)
+        first = [own] if not names or names[0] == ANY else []
+        self.listed = tuple(dict.fromkeys([*first, *(name for name in names if name != ANY)]))
         self.any = ANY in names
-        self.told = own if names and names[0] == ANY else self.listed[0]
+        self.told = self.listed[0]
 
     def take(self, name: str) -> bool:
         """Whether a request may call the model so."""
-        return name in (self.told, *self.listed) or (self.any and is_any_name(name))
+        return name in self.listed or (self.any and is_any_name(name))
+
+    def check(self, name: str, param: str | None = None) -> None:
+        """Raise NotFound, about `param`, unless a request may call the model so."""
+        if not self.take(name):
+            raise NotFound(self.refusal(name), code="model_not_found", param=param)
 
     def refusal(self, name: str) -> str:
         """Why a request may not, and what to do."""
         if self.any:
             return f"There is no model {shown(name)}: {_WHAT_ANY_IS}."
-        others = "".join(f", {one!r}" for one in self.listed if one != self.told)
+        listed = ", ".join(map(repr, self.listed))
         return (
-            f"There is no model {shown(name)}; this server has {self.told!r}{others}. STEPWEAVE_MODEL_NAMES sets the names that "
-            "it answers to, * any."
+            f"There is no model {shown(name)}; this server has {listed}. STEPWEAVE_MODEL_NAMES sets the names that it answers "
+            "to, * any."
         )
 
 
@@ -56,7 +61,7 @@ def told_name(settings: Settings) -> str:
         preset = read_preset(settings.model_directory())
     except LoadError:
         preset = Preset()
-    return names_of(settings, preset if settings.preset is None else settings.preset.over(preset)).told
+    return names_of(settings, settings.preset_over(preset)).told
 
 
 _WHAT_ANY_IS = f"STEPWEAVE_MODEL_NAMES has *, any name of 1 to {MAX_NAME} characters that has no colon"

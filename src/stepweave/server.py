@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepweave.config import Settings
 from stepweave.draining import Drain, DrainToken
-from stepweave.errors import DeviceFailed, LoadError, NoImages, NotFound, StepweaveError, Unavailable
+from stepweave.errors import DeviceFailed, LoadError, NoImages, StepweaveError, Unavailable
 from stepweave.generation import Parameters, Sources
 from stepweave.images.decoders import Decoders
 from stepweave.images.encode import check_file
@@ -299,11 +299,10 @@ class Server:
             raise self.unavailable()
         return self.model, self.engine
 
-    def named(self, model: str, *, param: str | None = None, reservation: Reservation | None = None) -> ServedModel:
+    def named(self, model: str, *, param: str | None = None) -> ServedModel:
         """The model of that name. Raises NotFound, about `param`, if it is none of the served one's, and Unavailable."""
-        served, _ = self.ready(reservation)
-        if not served.names.take(model):
-            raise NotFound(served.names.refusal(model), code="model_not_found", param=param)
+        served, _ = self.ready()
+        served.names.check(model, param)
         return served
 
     def unavailable(self) -> Unavailable:
@@ -338,7 +337,7 @@ class Server:
         admission = self._admission
         assert admission is not None
         if model is not None:
-            self.named(model, param="model", reservation=reservation)
+            served.names.check(model, "model")
         parameters = served.resolve(
             prompt=request.prompt,
             negative_prompt=request.negative_prompt,

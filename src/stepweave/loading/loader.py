@@ -45,7 +45,7 @@ def load_pipeline(settings: Settings, device: torch.device, dtype: torch.dtype) 
     for a pipeline that does not make images of prompts.
     """
     preset = read_preset(settings.model_directory())
-    given = {*preset.call, *(settings.preset.call if settings.preset else ())}
+    given = settings.preset_over(preset).call
     # advice to install torchvision, which nothing here needs
     transformers.utils.logging.set_verbosity_error()
     # bars of a few lines' worth, garbled in a log
