@@ -26,7 +26,7 @@ from stepweave.api.bodies import whole_body
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.idempotency import claim_of, generate
 from stepweave.api.responses import error_response
-from stepweave.api.schemas import ImageRequest, explain, parse_off_loop, require_json
+from stepweave.api.schemas import ImageRequest, explain, parse_off_loop, require_json, some_of
 from stepweave.api.tensors import (
     FLOATS,
     HEADER_LENGTH,
@@ -63,7 +63,6 @@ OUTPUTS = ("image", "parameters")
 PARAMETERS = tuple(name for name in ImageRequest.model_fields if name != "prompt")
 OTHER_TYPES = ("", "application/octet-stream")
 TRITON_PRIORITIES = {1: "high", 2: "normal", 3: "low"}
-MOST_NAMED = 5  # of parameters that are ignored
 MICROSECONDS = 1000  # in a millisecond
 
 T = TypeVar("T")
@@ -255,8 +254,7 @@ def _ignored(message: InferenceRequest) -> list[str]:
     unknown = [name for name in message.parameters or () if name not in known]
     if not unknown:
         return []
-    named = ", ".join(shown(name) for name in unknown[:MOST_NAMED]) + ("" if len(unknown) <= MOST_NAMED else ", ...")
-    return [f"Unknown parameters are ignored: {named}. Those that are known are {', '.join(known)}."]
+    return [f"Unknown parameters are ignored: {some_of(unknown)}. Those that are known are {', '.join(known)}."]
 
 
 def _image_requests(fields: dict[str, list[Any]], shared: dict[str, Any], most: int) -> list[ImageRequest]:

@@ -18,7 +18,7 @@ from stepweave.api.auth import asker_of
 from stepweave.api.bodies import whole_body
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.idempotency import claim_of, generate
-from stepweave.api.schemas import ImageRequest, explain, parse_off_loop, require_json
+from stepweave.api.schemas import ImageRequest, explain, parse_off_loop, require_json, some_of
 from stepweave.api.urls import base_url, reference
 from stepweave.errors import InvalidRequest, NotFound, shown
 from stepweave.jobs import Claim
@@ -28,7 +28,6 @@ from stepweave.threads import on_thread
 DEFAULT_STEPS = 28  # the example server's
 TYPE = "t2im"  # what it calls text to image
 GIGABYTE = 1024**3
-MOST_NAMED = 5  # of fields that are ignored
 LINKS = {
     "playground": "/ui",
     "openapi": "/openapi.json",
@@ -51,9 +50,8 @@ _STYLE = (
 class LegacyRequest(BaseModel):
     """Body of `POST /api/diffusers/inference`."""
 
-    model_config = ConfigDict(
-        extra="allow", frozen=True
-    )  # as the example server: lax, and ignoring what it does not know
+    # as the example server: lax, and ignoring what it does not know
+    model_config = ConfigDict(extra="allow", frozen=True)
 
     prompt: str = Field(description="What the image should show.")
     negative_prompt: str | None = Field(None, description="What it should not show.")
@@ -100,8 +98,7 @@ class LegacyApi:
         claim = claim_of(request, body.model_dump_json())
         names, warnings = await until_disconnect(request, self._generate(request, image, body, claim))
         if body.model_extra:
-            named = ", ".join(shown(name) for name in list(body.model_extra)[:MOST_NAMED])
-            warnings = [*warnings, f"Unknown fields are ignored: {named}."]
+            warnings = [*warnings, f"Unknown fields are ignored: {some_of(list(body.model_extra))}."]
         headers = {"X-Stepweave-Warnings": warnings_header(warnings)} if warnings else {}
         return JSONResponse({"response": [f"{root}/images/{name}" for name in names]}, headers=headers)
 

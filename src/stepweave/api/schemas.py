@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -21,6 +21,7 @@ CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")  # of JSON and forms
 LONG = 32 * 1024  # bytes of a body beyond which it is not read on the event loop
 MANY = 4  # times as many members as there are fields, beyond which they are not validated: each would become an error
 PROMPTS = ("prompt", "negative_prompt")
+MOST_NAMED = 5  # of what is ignored
 Size = Annotated[str, Field(pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", examples=["64x64"])]
 
 
@@ -180,6 +181,11 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: without_nulls(one) for name, one in value.items() if one is not None}
     return [without_nulls(one) for one in value] if isinstance(value, list) else value
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first of names that clients sent, as a warning repeats them."""
+    return ", ".join([*map(shown, names[:MOST_NAMED]), *(["..."] if len(names) > MOST_NAMED else [])])
 
 
 def check_members(values: dict[str, Any], schema: type[BaseModel]) -> None:
