@@ -119,9 +119,8 @@ class _Decoded:
         if self._reader.eof and self._taken:
             if self._encoding == "deflate":
                 raise self._wrong("goes on after its end")
-            self._reader = zlib.decompressobj(
-                _WINDOWS[self._encoding]
-            )  # gzip's may have several members (RFC 1952, 2.2)
+            # gzip's may have several members (RFC 1952, 2.2)
+            self._reader = zlib.decompressobj(_WINDOWS[self._encoding])
         elif not self._begun and self._taken and self._encoding == "deflate" and not _has_zlib_header(self._taken):
             self._reader = zlib.decompressobj(-zlib.MAX_WBITS)
         self._begun = self._begun or bool(self._taken)

@@ -89,9 +89,8 @@ def _progress(id: str, update: Update) -> bytes:
 
 async def _completed(prefix: str, answer: Answer, index: int, files: FileStore, base: str | None) -> bytes:
     name, picture = f"{prefix}.completed", answer.pictures[index]
-    content = {
-        "b64_json": (await on_thread(None, base64.b64encode, picture.data)).decode()
-    }  # as OpenAI's type requires
+    # as OpenAI's type requires, also beside a URL
+    content = {"b64_json": (await on_thread(None, base64.b64encode, picture.data)).decode()}
     if base is not None:
         content["url"] = (await urls(Answer(answer.body, [picture]), base, files))[0]["url"]
     parameters = answer.body["parameters"]

@@ -15,15 +15,7 @@ from stepweave.engine.job import Job
 from stepweave.engine.shapes import shape_of
 from stepweave.scheduling.admission import Outlook
 from stepweave.scheduling.cost import KEYS, CostModel, PriceList
-from stepweave.scheduling.forecast import (
-    BREATH,
-    ORDERS,
-    by_arrival,
-    forecast,
-    in_order,
-    running_first,
-    step_seconds,
-)
+from stepweave.scheduling.forecast import BREATH, ORDERS, by_arrival, forecast, in_order, running_first, step_seconds
 from stepweave.scheduling.line import Line
 from stepweave.scheduling.plan import Plan, Standing
 from stepweave.scheduling.policy import POLICIES, Rank, patience
@@ -271,7 +263,8 @@ class Planner:
         With more than `FEW` others it is fitted into what was last foreseen.
         """
         now = time.monotonic()
-        shape, group, steps = shape_of(pipeline or self._pipeline, args, kwargs, scheduler, reproducible)
+        called = self._pipeline if pipeline is None else pipeline
+        shape, group, steps = shape_of(called, args, kwargs, scheduler, reproducible)
         few = len(self._jobs) <= FEW
         if few:
             self._refresh(now)
@@ -298,7 +291,8 @@ class Planner:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], *, pipeline: Any, scheduler: Any, reproducible: bool
     ) -> float | None:
         """Seconds that a job would take by itself; None if no job like it has run. Hardly any work, however many there are."""
-        shape, group, steps = shape_of(pipeline or self._pipeline, args, kwargs, scheduler, reproducible)
+        called = self._pipeline if pipeline is None else pipeline
+        shape, group, steps = shape_of(called, args, kwargs, scheduler, reproducible)
         task = self._task(shape, group, steps, 0.0, Priority.NORMAL, None)
         task.price(self.cost)  # as of now: nobody may have asked for other prices since the last job
         return task.solo or None
@@ -329,9 +323,9 @@ class Planner:
 
     def _eta(self, job: Job, plan: Plan, now: float) -> float | None:
         """No less than what is left of it would take alone."""
-        self._tasks([job])
+        (task,) = self._tasks([job])
         eta = plan.eta(job.id, now)
-        return None if eta is None else max(eta, job.task.remaining)
+        return None if eta is None else max(eta, task.remaining)
 
     def backlog(self) -> float:
         """Seconds until all that are not done would be."""

@@ -183,9 +183,8 @@ class Pool:
             return Outcome(error=ended)
         outcome: Outcome = Outcome.apart(call_pipeline, job).value
         steps = job.task.demand.steps if outcome.error is None else job.progress.step
-        if outcome.error is None or (
-            steps and not self._planner.cost.timed
-        ):  # else nothing would be known while all end early
+        # of one that ended early, too, while nothing else is known: else nothing would be while all do
+        if outcome.error is None or (steps and not self._planner.cost.timed):
             seconds = time.monotonic() - began
             self._planner.called([job], seconds * job.task.demand.steps / max(1, steps), beside)
         return outcome

@@ -20,9 +20,8 @@ MAX_CHUNKS = 20_000  # of a PNG: data may come in parts of 4 KB, and less
 MAX_OTHER_CHUNKS = 1000  # of a PNG beside its data; of a WebP
 MAX_COMPRESSED_CHUNKS = 64  # of a PNG beside its data, each of which Pillow decompresses to at most 1 MiB
 MAX_EXIF_BYTES = 1 << 18
-MAX_PROFILE_BYTES = (
-    1 << 22
-)  # of a colour profile: those of printing presses have up to 3 MB. In a PNG Pillow allows 1 MiB
+# of a colour profile: those of printing presses have up to 3 MB. In a PNG Pillow allows 1 MiB
+MAX_PROFILE_BYTES = 1 << 22
 CODE = "image_too_complex"
 
 _MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # but restarts and stuffed bytes, which are within a scan

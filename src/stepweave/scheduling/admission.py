@@ -16,9 +16,8 @@ Reason = Literal["queue_full", "wait", "deadline", "memory"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
 UNKNOWN_SECONDS = 5.0  # Retry-After before anything has been timed
-TRUST_SECONDS = (
-    900.0  # for which an idle server halves how sure it is that a deadline is too short: it may be faster by now
-)
+# for which an idle server halves how sure it is that a deadline is too short: it may be faster by now
+TRUST_SECONDS = 900.0
 LEARNING = 0.1  # weight of the last promise in the share of those that were kept
 LEAD = 4  # places on average that become free while one is kept: their ends come unevenly
 PROMISES = 1024  # at most
