@@ -12,7 +12,8 @@ from typing import Annotated, Optional
 
 # neither `bentoml serve` nor a built bento puts the project's src folder on the path
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
-# `bentoml serve stepweave:TAG` first tries a module of that name: an installed copy must not stand in for the bento's own
+# `bentoml serve stepweave:TAG` first tries a module of that name: an installed copy must not stand
+# in for the bento's own
 sys.modules.pop("stepweave", None)
 
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")  # before the import, which reads it
@@ -35,9 +36,11 @@ from stepweave.signals import on_signals
 from stepweave.supervisor import prepare_command, report_failure
 from stepweave.telemetry.logs import configure_logs
 
-# OpenMP's threads must not spin while they wait: with another busy process beside it, a picture takes 20 times as long
+# OpenMP's threads must not spin while they wait: with another busy process beside it, a picture
+# takes 20 times as long
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# one worker sees every GPU, so that STEPWEAVE_DEVICE=cuda:1 means what it says; BentoML would show it the first alone
+# one worker sees every GPU, so that STEPWEAVE_DEVICE=cuda:1 means what it says; BentoML would show
+# it the first alone
 os.environ.setdefault("BENTOML_DISABLE_GPU_ALLOCATION", "1")
 native.drop_timeout_middleware()
 configure_logs()
@@ -51,11 +54,14 @@ connections.install()
 server.leaving.listeners.append(connections.close_idle)
 
 
-Text = Annotated[str, BeforeValidator(lambda value: value if isinstance(value, str) else json.dumps(value))]
+Text = Annotated[
+    str, BeforeValidator(lambda value: value if isinstance(value, str) else json.dumps(value))
+]
 
 
 class EditInput(NativeEditRequest, strict=False, arbitrary_types_allowed=True):
-    """An edit as BentoML reads it from a form, after the middleware has: it takes a prompt of digits for a number."""
+    """An edit as BentoML reads it from a form, after the middleware has: it takes a prompt of
+    digits for a number."""
 
     prompt: Text
     image: Image
@@ -63,7 +69,8 @@ class EditInput(NativeEditRequest, strict=False, arbitrary_types_allowed=True):
 
 
 def answer(ctx: bentoml.Context, response: Response) -> Response:
-    ctx.response.status_code = response.status_code  # BentoML overwrites the response's with this one
+    # BentoML overwrites the response's with this one
+    ctx.response.status_code = response.status_code
     return response
 
 
@@ -71,7 +78,8 @@ def answer(ctx: bentoml.Context, response: Response) -> Response:
     name="stepweave",
     resources={"gpu": 1},
     workers=1,  # one process holds the one copy of the model
-    # BentoML's timeout answers but does not stop the work, and its limit of concurrency counts probes: both are ours
+    # BentoML's timeout answers but does not stop the work, and its limit of concurrency counts
+    # probes: both are ours
     traffic={"timeout": 7 * 24 * 3600},  # not in force: see drop_timeout_middleware
     metrics={"enabled": False},  # /metrics is the mounted app's
     logging={"access": {"enabled": False}},  # BentoML's lines lack the request's id and who left
@@ -88,7 +96,8 @@ class Stepweave:
     async def start(self) -> None:
         log_addresses(listening(), keys=server.keys.required)
         server.start()
-        # the hook below is called once all connections have ended, which a stream may put off beyond the grace period
+        # the hook below is called once all connections have ended, which a stream may put off
+        # beyond the grace period
         on_signals(server.terminate, signal.SIGTERM, signal.SIGINT)
 
     @bentoml.on_shutdown
@@ -101,23 +110,35 @@ class Stepweave:
     async def generate(self, ctx: bentoml.Context, **fields: object) -> Image:
         """One picture; its parameters come back in `X-Stepweave-*` headers and in the file."""
         body = ImageRequest.model_validate(fields)
-        return answer(ctx, await native.answered(ctx.request, lambda: native.generate(ctx.request, server, body)))
+        return answer(
+            ctx,
+            await native.answered(ctx.request, lambda: native.generate(ctx.request, server, body)),
+        )
 
     @bentoml.api(input_spec=StreamRequest)
-    async def generate_stream(self, ctx: bentoml.Context, **fields: object) -> AsyncGenerator[str, None]:
-        """The same as server-sent events, with previews and, with `events` "all", the place in the queue and progress."""
+    async def generate_stream(
+        self, ctx: bentoml.Context, **fields: object
+    ) -> AsyncGenerator[str, None]:
+        """The same as server-sent events, with previews and, with `events` "all", the place in the
+        queue and progress."""
         body = StreamRequest.model_validate(fields)
         return answer(
-            ctx, await native.answered(ctx.request, lambda: native.generate_stream(ctx.request, server, body))
+            ctx,
+            await native.answered(
+                ctx.request, lambda: native.generate_stream(ctx.request, server, body)
+            ),
         )
 
     @bentoml.api(input_spec=EditInput)
     async def edit(self, ctx: bentoml.Context, **fields: object) -> Image:
         """One picture made from another, within a mask if one is given."""
-        return answer(ctx, await native.answered(ctx.request, lambda: native.edit(ctx.request, server)))
+        return answer(
+            ctx, await native.answered(ctx.request, lambda: native.edit(ctx.request, server))
+        )
 
 
-# It returns a whole response, so that a refusal has its own status, and is no generator; its clients shall read it as one
+# It returns a whole response, so that a refusal has its own status, and is no generator; its
+# clients shall read it as one
 Stepweave.apis["generate_stream"].is_stream = True
 Stepweave.apis["generate_stream"].output_spec.media_type = "text/event-stream"
 Stepweave.add_asgi_middleware(ContractMiddleware, server=server)

@@ -1,4 +1,5 @@
-"""What contestants are made of: prompts, a pipeline's twin, jobs run together. It imports the engine alone, not the server."""
+"""What contestants are made of: prompts, a pipeline's twin, jobs run together. It imports the
+engine alone, not the server."""
 
 from __future__ import annotations
 
@@ -29,12 +30,17 @@ def prompt(number: int) -> str:
     background = colours[(colours.index(colour) + shift) % len(colours)]
     place = " ".join(word for word in (vertical, horizontal) if word)
     article = "an" if background == "orange" else "a"
-    return f"a {size} {colour} {shape} on {article} {background} background" + (f", {place}" if place else "")
+    return f"a {size} {colour} {shape} on {article} {background} background" + (
+        f", {place}" if place else ""
+    )
 
 
 def twin(pipeline: Any) -> Any:
-    """The pipeline with modules of its own around the same weights: an engine's hooks on one do not slow the other."""
-    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    """The pipeline with modules of its own around the same weights: an engine's hooks on one do not
+    slow the other."""
+    modules = {
+        name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)
+    }
     tensors = itertools.chain(*((*one.parameters(), *one.buffers()) for one in modules.values()))
     memo = {id(tensor): tensor for tensor in tensors}
     twins = {name: copy.deepcopy(module, memo) for name, module in modules.items()}

@@ -1,7 +1,9 @@
-"""What the engine costs and what it gains, on the embedded model and this machine's CPU: `python -m benchmarks.engine`.
+"""What the engine costs and what it gains, on the embedded model and this machine's CPU: `python -m
+benchmarks.engine`.
 
-Every figure is a ratio of contestants that take turns in one run, with its spread: absolute times say more about the machine.
-It measures and is no test: its exit status is 0 whatever comes out. `wanted` is what the project wants of the median.
+Every figure is a ratio of contestants that take turns in one run, with its spread: absolute times
+say more about the machine. It measures and is no test: its exit status is 0 whatever comes out.
+`wanted` is what the project wants of the median.
 """
 
 from __future__ import annotations
@@ -58,14 +60,16 @@ class Scale:
 def engines(shapes: Shapes, warm_up: int) -> Iterator[dict[str, StepEngine]]:
     """An engine of each mode, certificates granted by `warm_up` jobs at once.
 
-    They remember no encoder's results: with guidance every call of this model encodes the empty prompt, too, and a bare
-    pipeline does so anew each time.
+    They remember no encoder's results: with guidance every call of this model encodes the empty
+    prompt, too, and a bare pipeline does so anew each time.
     """
     with contextlib.ExitStack() as stack:
         opened: dict[str, StepEngine] = {}
         for mode in MODES:
             pipeline = twin(shapes.pipeline) if mode == "step" else shapes.pipeline
-            engine = StepEngine(pipeline, mode=mode, max_rows=2 * BATCH, threads=THREADS, cache_bytes=0)
+            engine = StepEngine(
+                pipeline, mode=mode, max_rows=2 * BATCH, threads=THREADS, cache_bytes=0
+            )
             opened[mode] = stack.enter_context(engine)
         for engine in opened.values():
             for again in range(2):
@@ -94,7 +98,14 @@ def alone(shapes: Shapes, scale: Scale) -> Part:
         "One job alone, with a new prompt and seed each time. No encoder's results are remembered.",
         (
             seconds(timings),
-            [ratio("time: step / bare pipeline", timings["step"], timings["bare pipeline"], "<= 1.03")],
+            [
+                ratio(
+                    "time: step / bare pipeline",
+                    timings["step"],
+                    timings["bare pipeline"],
+                    "<= 1.03",
+                )
+            ],
         ),
     )
 
@@ -116,8 +127,10 @@ def batch16(shapes: Shapes, scale: Scale) -> Part:
         timings = alternate(contestants, scale.rounds)
     step = timings["step"]
     return Part(
-        f"{BATCH} jobs of {scale.batch_steps} steps that differ in prompt and seed, submitted at once, against one call of the "
-        "bare pipeline with the same prompts and generators as a ready-made batch, which no stream of requests gives.",
+        f"{BATCH} jobs of {scale.batch_steps} steps that differ in prompt and seed, submitted at "
+        f"once, against one call of the "
+        "bare pipeline with the same prompts and generators as a ready-made batch, which no stream "
+        "of requests gives.",
         (
             seconds(timings),
             [
@@ -138,8 +151,10 @@ def join(shapes: Shapes, scale: Scale) -> Part:
         }
         timings = alternate(contestants, scale.join_rounds)
     return Part(
-        f"The latency of a job of {SHORT_STEPS} steps that arrives among {LONG_JOBS} of {scale.long_steps}. CPU is what the "
-        "process spends meanwhile. In `request` the first long job runs alone and the others in a second call.",
+        f"The latency of a job of {SHORT_STEPS} steps that arrives among {LONG_JOBS} of "
+        f"{scale.long_steps}. CPU is what the "
+        "process spends meanwhile. In `request` the first long job runs alone and the others in a "
+        "second call.",
         (
             seconds(timings),
             [
@@ -150,7 +165,9 @@ def join(shapes: Shapes, scale: Scale) -> Part:
     )
 
 
-def _latency_of_a_short_job(shapes: Shapes, engine: StepEngine, long_steps: int, number: int) -> Timing:
+def _latency_of_a_short_job(
+    shapes: Shapes, engine: StepEngine, long_steps: int, number: int
+) -> Timing:
     first = FRESH + (LONG_JOBS + 1) * number
     long = [engine.submit(**call) for call in shapes.calls(first, LONG_JOBS, long_steps)]
     at_once = {"off": 1, "threads": THREADS, "request": 1, "step": LONG_JOBS}[engine.mode]
@@ -181,11 +198,19 @@ def memory(shapes: Shapes, scale: Scale) -> Part:
             gc.collect()
             resident = process.memory_info().rss / MEBIBYTE
             first = first or resident
-            rows.append({"jobs": done, "resident MiB": round(resident, 1), "of the first": f"{resident / first:.1%}"})
+            rows.append(
+                {
+                    "jobs": done,
+                    "resident MiB": round(resident, 1),
+                    "of the first": f"{resident / first:.1%}",
+                }
+            )
         cache = engine.stats().cache_bytes / MEBIBYTE
     return Part(
-        f"Resident memory after so many jobs of 2 steps in mode `step`, {BATCH} at a time, all prompts and seeds different. "
-        f"The encoder cache is bounded at 4 MiB and full before the first figure ({cache:.1f} MiB in the end). Wanted: flat.",
+        f"Resident memory after so many jobs of 2 steps in mode `step`, {BATCH} at a time, all "
+        f"prompts and seeds different. "
+        f"The encoder cache is bounded at 4 MiB and full before the first figure ({cache:.1f} MiB "
+        f"in the end). Wanted: flat.",
         (rows,),
     )
 
@@ -200,11 +225,17 @@ PARTS: dict[str, Callable[[Shapes, Scale], Part]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=__doc__.partition(":")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.engine", description=__doc__.partition(":")[0]
+    )
     parser.add_argument("--parts", default=",".join(PARTS), help="some of %(default)s")
     parser.add_argument("--repeats", type=int, default=5, help="rounds (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="a minute's worth, to see that it works")
-    parser.add_argument("--json", type=Path, default=Path("build/engine.json"), help="(default: %(default)s)")
+    parser.add_argument(
+        "--quick", action="store_true", help="a minute's worth, to see that it works"
+    )
+    parser.add_argument(
+        "--json", type=Path, default=Path("build/engine.json"), help="(default: %(default)s)"
+    )
     arguments = parser.parse_args()
     wanted = set(arguments.parts.split(","))
     if unknown := wanted - PARTS.keys():

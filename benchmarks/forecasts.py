@@ -1,4 +1,5 @@
-"""How long forecasts of many jobs take, and how long they hold up an event loop: `python -m benchmarks.forecasts`."""
+"""How long forecasts of many jobs take, and how long they hold up an event loop: `python -m
+benchmarks.forecasts`."""
 
 from __future__ import annotations
 
@@ -18,7 +19,12 @@ from stepweave.threads import DaemonExecutor, on_thread
 COUNTS = (64, 128, 1000, 5000, 20_000)
 ROWS = 32
 KEYS = Key("transformer", 64), Key("transformer", 256)
-COST = CostModel.of({KEYS[0]: {1: 0.1, 2: 0.12, 4: 0.2, 8: 0.35, 16: 0.6, 32: 1.2}, KEYS[1]: {1: 0.2, 4: 0.7, 8: 1.4}})
+COST = CostModel.of(
+    {
+        KEYS[0]: {1: 0.1, 2: 0.12, 4: 0.2, 8: 0.35, 16: 0.6, 32: 1.2},
+        KEYS[1]: {1: 0.2, 4: 0.7, 8: 1.4},
+    }
+)
 
 
 def jobs(count: int, seed: int = 1) -> list[Task]:
@@ -27,7 +33,11 @@ def jobs(count: int, seed: int = 1) -> list[Task]:
     made = []
     for i in range(count):
         key = dice.choice(KEYS)
-        made.append(Task(Demand(dice.randint(4, 50), step=(Load(key, 2),), group=key.size), arrived=i * 1e-6))
+        made.append(
+            Task(
+                Demand(dice.randint(4, 50), step=(Load(key, 2),), group=key.size), arrived=i * 1e-6
+            )
+        )
         made[-1].price(COST)
     return made
 
@@ -54,13 +64,19 @@ async def held(work: Callable[[], object]) -> float:
 
 def main() -> None:
     """Print a table, in milliseconds."""
-    print("| jobs | forecast | the loop is away at most | without it | one fitted in | its error, median |")
+    print(
+        "| jobs | forecast | the loop is away at most | without it | one fitted in | its error, "
+        "median |"
+    )
     print("| --- | --- | --- | --- | --- | --- |")
     for count in COUNTS:
         tasks, later = jobs(count), jobs(20, seed=2)
         for one in later:
             one.arrived = 1.0
-        own = [one.before + one.left * step_seconds(one.demand, ROWS, COST) + one.after for one in later]
+        own = [
+            one.before + one.left * step_seconds(one.demand, ROWS, COST) + one.after
+            for one in later
+        ]
         began = time.perf_counter()
         plan = plan_of(tasks)
         whole = time.perf_counter() - began
@@ -72,7 +88,8 @@ def main() -> None:
         away = asyncio.run(held(partial(plan_of, tasks)))
         otherwise = asyncio.run(held(partial(time.sleep, whole)))
         print(
-            f"| {count} | {1e3 * whole:.1f} | {1e3 * away:.1f} | {1e3 * otherwise:.1f} | {1e3 * fitted:.3f} | {errors[2]:.1%} |"
+            f"| {count} | {1e3 * whole:.1f} | {1e3 * away:.1f} | {1e3 * otherwise:.1f} | "
+            f"{1e3 * fitted:.3f} | {errors[2]:.1%} |"
         )
 
 

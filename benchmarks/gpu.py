@@ -1,7 +1,8 @@
 """Stable Diffusion 1.5 and XL at 512x512 on a GPU, by mode: `python -m benchmarks.gpu`; minutes.
 
-Random weights of the public models' shapes in bfloat16, so nothing is downloaded. On a machine without a GPU the same code
-runs on tiny models, to see that it works. Writes docs/benchmarks/<device>.json, or build/gpu.json without a GPU.
+Random weights of the public models' shapes in bfloat16, so nothing is downloaded. On a machine
+without a GPU the same code runs on tiny models, to see that it works. Writes
+docs/benchmarks/<device>.json, or build/gpu.json without a GPU.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ GIBIBYTE = 2**30
 
 
 class Subject:
-    """A model and how to call it. Each of its calls has a prompt and a seed that no other number's has."""
+    """A model and how to call it. Each of its calls has a prompt and a seed that no other number's
+    has."""
 
     def __init__(self, name: str, build: Callable[[], Any], steps: int, side: int) -> None:
         self.name = name
@@ -62,8 +64,18 @@ def subjects(device: torch.device) -> list[Subject]:
         from benchmarks import stable_diffusion as full
 
         return [
-            Subject("Stable Diffusion 1.5", lambda: full.stable_diffusion_1_5(device, torch.bfloat16), 20, 512),
-            Subject("Stable Diffusion XL", lambda: full.stable_diffusion_xl(device, torch.bfloat16), 20, 512),
+            Subject(
+                "Stable Diffusion 1.5",
+                lambda: full.stable_diffusion_1_5(device, torch.bfloat16),
+                20,
+                512,
+            ),
+            Subject(
+                "Stable Diffusion XL",
+                lambda: full.stable_diffusion_xl(device, torch.bfloat16),
+                20,
+                512,
+            ),
         ]
     from tests.tiny import FAMILIES, SIDE
 
@@ -108,7 +120,9 @@ def modes(subject: Subject, pipeline: Any, rounds: int) -> Part:
         contestants: dict[str, Contestant] = {}
         for mode in MODES:
             own = twin(pipeline) if mode == "step" else pipeline
-            contestants[mode] = Contestant(subject, stack.enter_context(StepEngine(own, mode=mode, threads=THREADS)))
+            contestants[mode] = Contestant(
+                subject, stack.enter_context(StepEngine(own, mode=mode, threads=THREADS))
+            )
         for contestant in contestants.values():
             contestant.warm_up()
         timings = alternate(contestants, rounds)
@@ -127,21 +141,32 @@ def modes(subject: Subject, pipeline: Any, rounds: int) -> Part:
             }
         )
     forwards: list[Row] = [
-        {"shared in step": name, "forwards": sum(one.by_rows.values()), "calls that shared": f"{one.merged_share:.1%}"}
+        {
+            "shared in step": name,
+            "forwards": sum(one.by_rows.values()),
+            "calls that shared": f"{one.merged_share:.1%}",
+        }
         for name, one in step.forwards.items()
     ]
     ratios = [
-        ratio(f"throughput: step / {mode}", timings[mode], timings["step"]) for mode in ("off", "threads", "request")
+        ratio(f"throughput: step / {mode}", timings[mode], timings["step"])
+        for mode in ("off", "threads", "request")
     ]
     return Part(
-        f"{JOBS} jobs of {subject.steps} steps with guidance, {subject.side}x{subject.side}, that differ in prompt and seed, "
-        f"submitted at once; `threads` has {THREADS}, `step` its encoder cache. Uncertified: {_uncertified(step.certificates)}.",
+        f"{JOBS} jobs of {subject.steps} steps with guidance, {subject.side}x{subject.side}, that "
+        f"differ in prompt and seed, "
+        f"submitted at once; `threads` has {THREADS}, `step` its encoder cache. Uncertified: "
+        f"{_uncertified(step.certificates)}.",
         (figures, ratios, forwards),
     )
 
 
 def _uncertified(certificates: list[dict[str, Any]]) -> str:
-    left = [f"{one['call']} {one['sample']} ({one['reason']})" for one in certificates if one["state"] != "certified"]
+    left = [
+        f"{one['call']} {one['sample']} ({one['reason']})"
+        for one in certificates
+        if one["state"] != "certified"
+    ]
     return ", ".join(left) or "no kind of call"
 
 
@@ -186,7 +211,9 @@ def _wait() -> None:
 def _denoiser_call(subject: Subject, pipeline: Any) -> tuple[Any, Any]:
     """The arguments of the denoiser in a call of one step, of two rows."""
     seen: list[tuple[Any, Any]] = []
-    handle = pipeline.unet.register_forward_pre_hook(lambda _, *call: seen.append(call), with_kwargs=True)
+    handle = pipeline.unet.register_forward_pre_hook(
+        lambda _, *call: seen.append(call), with_kwargs=True
+    )
     try:
         pipeline(**subject.calls(0, 1, steps=1)[0])
     finally:
@@ -197,16 +224,24 @@ def _denoiser_call(subject: Subject, pipeline: Any) -> tuple[Any, Any]:
 def _tiled(value: Any, rows: int) -> Any:
     """The first row of everything that has two, `rows` times."""
     if isinstance(value, torch.Tensor):
-        return value[:1].repeat(rows, *[1] * (value.ndim - 1)) if value.ndim and len(value) == 2 else value
+        return (
+            value[:1].repeat(rows, *[1] * (value.ndim - 1))
+            if value.ndim and len(value) == 2
+            else value
+        )
     if isinstance(value, dict):
         return {name: _tiled(item, rows) for name, item in value.items()}
     return tuple(_tiled(item, rows) for item in value) if isinstance(value, tuple) else value
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.partition(":")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__.partition(":")[0]
+    )
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="(default: docs/benchmarks/<device>.json on a GPU)")
+    parser.add_argument(
+        "--json", type=Path, help="(default: docs/benchmarks/<device>.json on a GPU)"
+    )
     arguments = parser.parse_args()
     if arguments.rounds < 1:
         parser.error(f"--rounds is {arguments.rounds}; it must be at least 1")
@@ -215,7 +250,8 @@ def main() -> None:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     path = arguments.json or Path("build/gpu.json")
     if arguments.json is None and device.type == "cuda":
-        path = Path(f"docs/benchmarks/{re.sub(r'[^a-z0-9]+', '-', torch.cuda.get_device_name(device).lower())}.json")
+        name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower())
+        path = Path(f"docs/benchmarks/{name}.json")
     report = Report(path, device, rounds=arguments.rounds)
     for subject in subjects(device):
         pipeline = subject.build()

@@ -1,4 +1,5 @@
-"""Contestants side by side: rounds in turn, wall and CPU seconds, medians with their spread, ratios round by round.
+"""Contestants side by side: rounds in turn, wall and CPU seconds, medians with their spread, ratios
+round by round.
 
 It imports no torch: what measures servers or simulates has none.
 """
@@ -41,8 +42,11 @@ def clock(function: Callable[[], object]) -> Timing:
     return Timing(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def alternate(contestants: Mapping[str, Callable[[int], Timing]], rounds: int) -> dict[str, list[Timing]]:
-    """Each contestant once in every round, given the round's number: A B A B ..., so that all meet the same conditions."""
+def alternate(
+    contestants: Mapping[str, Callable[[int], Timing]], rounds: int
+) -> dict[str, list[Timing]]:
+    """Each contestant once in every round, given the round's number: A B A B ..., so that all meet
+    the same conditions."""
     timings: dict[str, list[Timing]] = {name: [] for name in contestants}
     for number in range(rounds):
         for name, contestant in contestants.items():
@@ -73,9 +77,12 @@ class Spread:
         return cls.of(found) if found else None
 
     def __str__(self) -> str:
-        """The median and the quartiles, or the extremes of fewer than five values, or the value if all are equal."""
+        """The median and the quartiles, or the extremes of fewer than five values, or the value if
+        all are equal."""
         low, high = (self.low, self.high) if self.count < FEW else (self.q1, self.q3)
-        return _short(self.median) + (f" ({_short(low)} to {_short(high)})" if self.low < self.high else "")
+        return _short(self.median) + (
+            f" ({_short(low)} to {_short(high)})" if self.low < self.high else ""
+        )
 
 
 # A part's figures: what the Markdown tables show, and the JSON file keeps whole
@@ -109,7 +116,8 @@ def seconds(timings: Mapping[str, Sequence[Timing]]) -> list[Row]:
 
 
 def ratio(what: str, above: Sequence[Timing], below: Sequence[Timing], wanted: str = "") -> Row:
-    """A row of a table of ratios: `above` over `below`, round by round, so that what slows a whole round slows both."""
+    """A row of a table of ratios: `above` over `below`, round by round, so that what slows a whole
+    round slows both."""
     pairs = list(zip(above, below, strict=True))
     return {
         "ratio": what,
@@ -121,7 +129,11 @@ def ratio(what: str, above: Sequence[Timing], below: Sequence[Timing], wanted: s
 
 def _markdown(table: Table) -> str:
     columns = list(table[0])
-    lines = [columns, ["---"] * len(columns), *([_cell(row[column]) for column in columns] for row in table)]
+    lines = [
+        columns,
+        ["---"] * len(columns),
+        *([_cell(row[column]) for column in columns] for row in table),
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -138,11 +150,14 @@ def _short(value: float) -> str:
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
-    """Hardware and versions, and nothing that names an installation; threads where torch is in use."""
+    """Hardware and versions, and nothing that names an installation; threads where torch is in
+    use."""
     found: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 2),  # of the minute before: what else is running
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
@@ -195,8 +210,13 @@ class Report:
 
         The file is written anew each time: a run that is interrupted leaves what it has.
         """
-        self._content["parts"][name] = {"sections": [dataclasses.asdict(one) for one in sections], **kept}
-        print(f"## {name}", *(one.markdown() for one in sections), sep="\n\n", end="\n\n", flush=True)
+        self._content["parts"][name] = {
+            "sections": [dataclasses.asdict(one) for one in sections],
+            **kept,
+        }
+        print(
+            f"## {name}", *(one.markdown() for one in sections), sep="\n\n", end="\n\n", flush=True
+        )
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.write_text(json.dumps(self._content, indent=2) + "\n")
 

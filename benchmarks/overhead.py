@@ -31,9 +31,11 @@ class Forward(NamedTuple):
 
 
 class Watch(types.ModuleType):
-    """Times a module's forwards. Put it on before an engine puts its hook on, which is then outside of what is timed.
+    """Times a module's forwards. Put it on before an engine puts its hook on, which is then outside
+    of what is timed.
 
-    The engine does not look into Python's modules; a list in a closure it would take for state that the forward keeps.
+    The engine does not look into Python's modules; a list in a closure it would take for state that
+    the forward keeps.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -87,10 +89,17 @@ def overhead(shapes: Shapes, rounds: int) -> Part:
                 run(engine, calls)
                 found.add(watch.forwards, 2 * jobs)
     return Part(
-        "Between a forward of the transformer and the next, in microseconds, while all jobs run: the pipeline's own Python "
-        "(guidance, scheduler, progress), once for each job, and the engine's. The pipeline's own is measured on bare calls "
+        "Between a forward of the transformer and the next, in microseconds, while all jobs run: "
+        "the pipeline's own Python "
+        "(guidance, scheduler, progress), once for each job, and the engine's. The pipeline's own "
+        "is measured on bare calls "
         "and taken once for each job; what is beyond it is the engine's.",
-        ([_row(1, bare, bare, "bare"), *(_row(jobs, found, bare, "step") for jobs, found in samples.items())],),
+        (
+            [
+                _row(1, bare, bare, "bare"),
+                *(_row(jobs, found, bare, "step") for jobs, found in samples.items()),
+            ],
+        ),
     )
 
 

@@ -1,4 +1,5 @@
-"""What previews cost, and how much they resemble the pictures, on the embedded model: `python -m benchmarks.previews`."""
+"""What previews cost, and how much they resemble the pictures, on the embedded model: `python -m
+benchmarks.previews`."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ PROMPTS = 48
 class Watcher:
     """Has pictures made of the steps it is for, on the threads of a pool."""
 
-    def __init__(self, steps: list[int], make: Callable[[int, Latents], object], pool: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, steps: list[int], make: Callable[[int, Latents], object], pool: ThreadPoolExecutor
+    ) -> None:
         self._steps = steps
         self._make = make
         self._pool = pool
@@ -46,7 +49,8 @@ class Watcher:
 
 
 def cost(shapes: Shapes, previewer: Previewer, rounds: int) -> Part:
-    """Jobs with previews, PNG files included as a server makes them, and jobs without, in turn through one engine."""
+    """Jobs with previews, PNG files included as a server makes them, and jobs without, in turn
+    through one engine."""
     steps = preview_steps(shapes.steps, COUNT)
     made: list[int] = []
 
@@ -67,13 +71,11 @@ def cost(shapes: Shapes, previewer: Previewer, rounds: int) -> Part:
 
             return clock(through)
 
-        contestants = {
-            f"{jobs} job{'s' if jobs > 1 else ''}, {'previews' if watched else 'none'}": functools.partial(
-                run, jobs, watched
-            )
-            for jobs in (1, JOBS)
-            for watched in (True, False)
-        }
+        contestants = {}
+        for jobs in (1, JOBS):
+            for watched in (True, False):
+                name = f"{jobs} job{'s' if jobs > 1 else ''}, {'previews' if watched else 'none'}"
+                contestants[name] = functools.partial(run, jobs, watched)
         for contestant in contestants.values():
             contestant(-1)
         made.clear()
@@ -81,7 +83,8 @@ def cost(shapes: Shapes, previewer: Previewer, rounds: int) -> Part:
     assert len(made) == rounds * (1 + JOBS) * COUNT
     one, one_none, many, many_none = timings.values()
     return Part(
-        f"{COUNT} previews of each picture of {shapes.steps} steps, made into PNG files, against none; the same calls.",
+        f"{COUNT} previews of each picture of {shapes.steps} steps, made into PNG files, against "
+        f"none; the same calls.",
         (
             seconds(timings),
             [
@@ -103,7 +106,8 @@ def likeness(shapes: Shapes, previewer: Previewer, prompts: int, sheet: Path | N
     with StepEngine(shapes.pipeline) as engine, ThreadPoolExecutor(1) as pool:
         jobs = [
             engine.submit(
-                **shapes.call(STRIDE * number), observer=Watcher(steps, functools.partial(keep, number), pool)
+                **shapes.call(STRIDE * number),
+                observer=Watcher(steps, functools.partial(keep, number), pool),
             )
             for number in range(prompts)
         ]
@@ -111,17 +115,25 @@ def likeness(shapes: Shapes, previewer: Previewer, prompts: int, sheet: Path | N
     chosen = preview_steps(shapes.steps, COUNT)
     if sheet is not None:
         _draw(
-            [[*(found[step] for step in chosen), picture] for found, picture in zip(previews, pictures, strict=True)],
+            [
+                [*(found[step] for step in chosen), picture]
+                for found, picture in zip(previews, pictures, strict=True)
+            ],
             sheet,
         )
     rows = []
     for step in steps:
-        found = [_correlation(one[step], picture) for one, picture in zip(previews, pictures, strict=True)]
+        found = [
+            _correlation(one[step], picture)
+            for one, picture in zip(previews, pictures, strict=True)
+        ]
         tenth = float(np.percentile(found, 10))
         rows.append({"step": step, "correlation": Spread.of(found), "of nine in ten above": tenth})
     return Part(
-        f"Pearson's correlation over the RGB values of preview and picture, {prompts} prompts. {COUNT} previews are made after "
-        f"steps {', '.join(map(str, chosen))}. The map explains {previewer.explained:.0%} of unseen pixels.",
+        f"Pearson's correlation over the RGB values of preview and picture, {prompts} prompts. "
+        f"{COUNT} previews are made after "
+        f"steps {', '.join(map(str, chosen))}. The map explains {previewer.explained:.0%} of "
+        f"unseen pixels.",
         (rows,),
     )
 
@@ -143,11 +155,19 @@ def _draw(rows: list[list[Image.Image]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.previews", description=__doc__.partition(":")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.previews", description=__doc__.partition(":")[0]
+    )
     parser.add_argument("--repeats", type=int, default=15, help="rounds (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="a few seconds' worth, to see that it works")
-    parser.add_argument("--sheet", type=Path, help="where to draw previews beside their pictures, as a PNG file")
-    parser.add_argument("--json", type=Path, default=Path("build/previews.json"), help="(default: %(default)s)")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few seconds' worth, to see that it works"
+    )
+    parser.add_argument(
+        "--sheet", type=Path, help="where to draw previews beside their pictures, as a PNG file"
+    )
+    parser.add_argument(
+        "--json", type=Path, default=Path("build/previews.json"), help="(default: %(default)s)"
+    )
     arguments = parser.parse_args()
     if arguments.repeats < 1:
         parser.error(f"--repeats is {arguments.repeats}; it must be at least 1")
@@ -157,7 +177,9 @@ def main() -> None:
     previewer = Previewer.fit(shapes.pipeline)
     assert previewer is not None
     report = Report(arguments.json, repeats=arguments.repeats, quick=arguments.quick)
-    report.add("likeness", likeness(shapes, previewer, 8 if arguments.quick else PROMPTS, arguments.sheet))
+    report.add(
+        "likeness", likeness(shapes, previewer, 8 if arguments.quick else PROMPTS, arguments.sheet)
+    )
     report.add("cost", cost(shapes, previewer, 2 if arguments.quick else arguments.repeats))
     report.close()
 

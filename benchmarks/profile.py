@@ -1,8 +1,10 @@
-"""The step-time curves of the embedded model on this machine, for `python -m benchmarks.simulate --curve`.
+"""The step-time curves of the embedded model on this machine, for `python -m benchmarks.simulate
+--curve`.
 
     python -m benchmarks.profile --out build/curve.json
 
-Each size has an engine of its own: one job alone tells which calls a job makes, growing numbers of jobs what they cost by rows.
+Each size has an engine of its own: one job alone tells which calls a job makes, growing numbers of
+jobs what they cost by rows.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ Step = tuple[str, int]  # module, rows
 def run(engine: StepEngine, model: ServedModel, size: str, count: int, first: int) -> None:
     """Jobs with prompts of their own, since encodings are remembered."""
     parameters = [
-        model.resolve(prompt=f"{first + i} red rings", size=size, num_inference_steps=STEPS) for i in range(count)
+        model.resolve(prompt=f"{first + i} red rings", size=size, num_inference_steps=STEPS)
+        for i in range(count)
     ]
     for job in [engine.submit(**model.call(one)) for one in parameters]:
         job.result()
@@ -40,18 +43,26 @@ def run(engine: StepEngine, model: ServedModel, size: str, count: int, first: in
 def calls_of(steps: list[Step], sizes: dict[str, int]) -> dict[str, list[dict[str, Any]]]:
     """What a job that ran alone called before its first step, in each, and after the last."""
     places = [i for i, (module, _) in enumerate(steps) if module == DENOISER]
-    parts = {"before": steps[: places[0]], "step": [steps[places[0]]], "after": steps[places[-1] + 1 :]}
+    parts = {
+        "before": steps[: places[0]],
+        "step": [steps[places[0]]],
+        "after": steps[places[-1] + 1 :],
+    }
     return {
         part: [{"module": module, "size": sizes[module], "rows": rows} for module, rows in found]
         for part, found in parts.items()
     }
 
 
-def profile(model: ServedModel, size: str, rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def profile(
+    model: ServedModel, size: str, rounds: int
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Curves of a size, and a job's calls."""
     seen: list[Step] = []
     with StepEngine(
-        model.pipeline, knee=False, on_step=lambda module, rows, cap, took: seen.append((module, rows))
+        model.pipeline,
+        knee=False,
+        on_step=lambda module, rows, cap, took: seen.append((module, rows)),
     ) as engine:
         for count in COUNTS:  # certificates, first calls
             run(engine, model, size, count, 100 * count)
@@ -75,7 +86,9 @@ def profile(model: ServedModel, size: str, rounds: int) -> tuple[list[dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", default="64x64,128x128")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("build/curve.json"))
@@ -87,7 +100,10 @@ def main() -> None:
     facts = environment()
     content: dict[str, Any] = {
         "name": f"the embedded model, {facts['cpu']}, {facts['torch_threads']} threads",
-        "source": f"measured by benchmarks/profile.py: {', '.join(f'{name} {value}' for name, value in facts.items())}",
+        "source": (
+            f"measured by benchmarks/profile.py: "
+            f"{', '.join(f'{name} {value}' for name, value in facts.items())}"
+        ),
         "curves": [],
         "jobs": {},
     }

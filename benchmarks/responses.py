@@ -1,4 +1,5 @@
-"""How soon the server tells and obeys, busy and idle: first events, probes, cancellation: `python -m benchmarks.responses`."""
+"""How soon the server tells and obeys, busy and idle: first events, probes, cancellation: `python
+-m benchmarks.responses`."""
 
 from __future__ import annotations
 
@@ -28,7 +29,11 @@ SAVED = re.compile(r"^stepweave_steps_saved_total\S* (\S+)", re.MULTILINE)
 
 
 def body(number: int, **fields: object) -> dict[str, object]:
-    return {"prompt": f"a large red circle on a blue background, {number}", "seed": number, **fields}
+    return {
+        "prompt": f"a large red circle on a blue background, {number}",
+        "seed": number,
+        **fields,
+    }
 
 
 @contextlib.asynccontextmanager
@@ -37,7 +42,9 @@ async def busy(client: httpx.AsyncClient, jobs: int) -> AsyncIterator[None]:
 
     async def one(number: int) -> None:
         while True:
-            answer = await client.post(GENERATIONS, json=body(number, num_inference_steps=BUSY_STEPS))
+            answer = await client.post(
+                GENERATIONS, json=body(number, num_inference_steps=BUSY_STEPS)
+            )
             answer.raise_for_status()
             number += jobs
 
@@ -57,14 +64,20 @@ async def busy(client: httpx.AsyncClient, jobs: int) -> AsyncIterator[None]:
 
 async def first_events(client: httpx.AsyncClient, count: int) -> dict[str, Spread]:
     """Seconds from the request to the first event, the first preview, and the picture."""
-    found: dict[str, list[float]] = {"stepweave.queued": [], "image_generation.partial_image": [], "completed": []}
+    found: dict[str, list[float]] = {
+        "stepweave.queued": [],
+        "image_generation.partial_image": [],
+        "completed": [],
+    }
     for number in range(count):
         began, seen = time.perf_counter(), set()
         asked = body(10_000 + number, stream=True, partial_images=3, events="all")
         async with client.stream("POST", GENERATIONS, json=asked) as answer:
             answer.raise_for_status()
             async for line in answer.aiter_lines():
-                name = line.removeprefix("event: ").replace("image_generation.completed", "completed")
+                name = line.removeprefix("event: ").replace(
+                    "image_generation.completed", "completed"
+                )
                 if line.startswith("event: ") and name in found and name not in seen:
                     seen.add(name)
                     found[name].append(time.perf_counter() - began)
@@ -84,12 +97,15 @@ async def probes(client: httpx.AsyncClient, count: int) -> dict[str, list[float]
 
 
 async def cancellations(client: httpx.AsyncClient, count: int) -> dict[str, tuple[Spread, Spread]]:
-    """Steps that ran after the last one that was told when it was cancelled, and seconds until it had ended."""
+    """Steps that ran after the last one that was told when it was cancelled, and seconds until it
+    had ended."""
     found: dict[str, list[tuple[float, float]]] = {"DELETE": [], "disconnect": []}
     for number in range(count):
         for way, taken in found.items():
             saved = await _saved(client)
-            asked = body(20_000 + number, stream=True, events="all", num_inference_steps=CANCELLED_STEPS)
+            asked = body(
+                20_000 + number, stream=True, events="all", num_inference_steps=CANCELLED_STEPS
+            )
             async with client.stream("POST", GENERATIONS, json=asked) as answer:
                 answer.raise_for_status()
                 step = 0
@@ -100,12 +116,17 @@ async def cancellations(client: httpx.AsyncClient, count: int) -> dict[str, tupl
                         break
                 began = time.perf_counter()
                 if way == "DELETE":
-                    (await client.delete(f"/v1/jobs/{answer.headers['x-stepweave-job']}")).raise_for_status()
+                    (
+                        await client.delete(f"/v1/jobs/{answer.headers['x-stepweave-job']}")
+                    ).raise_for_status()
             while (now := await _saved(client)) == saved:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
             taken.append((CANCELLED_STEPS - (now - saved) - step, time.perf_counter() - began))
     return {
-        way: (Spread.of([steps for steps, _ in taken]), Spread.of([seconds for _, seconds in taken]))
+        way: (
+            Spread.of([steps for steps, _ in taken]),
+            Spread.of([seconds for _, seconds in taken]),
+        )
         for way, taken in found.items()
     }
 
@@ -118,7 +139,9 @@ async def _saved(client: httpx.AsyncClient) -> float:
 
 async def measure(url: str, repeats: int, report: Report) -> None:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=2 * BUSY_JOBS)
-    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits, trust_env=False) as client:
+    async with httpx.AsyncClient(
+        base_url=url, timeout=300, limits=limits, trust_env=False
+    ) as client:
         await client.post(GENERATIONS, json=body(0))
         events: list[dict[str, Value]] = []
         probed: list[dict[str, Value]] = []
@@ -133,11 +156,20 @@ async def measure(url: str, repeats: int, report: Report) -> None:
                 for path, seconds in found.items():
                     median, p99, most = np.percentile(seconds, (50, 99, 100)).tolist()
                     probed.append(
-                        {"beside": f"{jobs} jobs", "route": path, "median ms": 1e3 * median, "p99 ms": 1e3 * p99,
-                         "most ms": 1e3 * most, "requests": len(seconds)}
-                    )  # fmt: skip
+                        {
+                            "beside": f"{jobs} jobs",
+                            "route": path,
+                            "median ms": 1e3 * median,
+                            "p99 ms": 1e3 * p99,
+                            "most ms": 1e3 * most,
+                            "requests": len(seconds),
+                        }
+                    )
                     if jobs:
-                        ratio = {q: float(np.percentile(seconds, q) / np.percentile(idle[path], q)) for q in (50, 99)}
+                        ratio = {
+                            q: float(np.percentile(seconds, q) / np.percentile(idle[path], q))
+                            for q in (50, 99)
+                        }
                         ratios.append({"busy / idle": path, "median": ratio[50], "p99": ratio[99]})
                 idle = idle or found
                 for way, (steps, waited) in (await cancellations(client, repeats)).items():
@@ -152,23 +184,36 @@ async def measure(url: str, repeats: int, report: Report) -> None:
                     )
     about = f"jobs of {BUSY_STEPS} steps beside; client and server share the cores."
     report.add(
-        "first events", Part(f"From the request until an event has come; 20 steps, 3 previews; {about}", (events,))
+        "first events",
+        Part(f"From the request until an event has come; 20 steps, 3 previews; {about}", (events,)),
     )
     report.add(
-        "probes", Part(f"One request after the other, {TICK * 1e3:.0f} ms between rounds; {about}", (probed, ratios))
+        "probes",
+        Part(
+            f"One request after the other, {TICK * 1e3:.0f} ms between rounds; {about}",
+            (probed, ratios),
+        ),
     )
     report.add(
         "cancel",
         Part(
-            f"Denoising steps run after the last one that the client knew of, of {CANCELLED_STEPS}; {about}", (ended,)
+            f"Denoising steps run after the last one that the client knew of, of "
+            f"{CANCELLED_STEPS}; {about}",
+            (ended,),
         ),
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.responses", description=__doc__.partition(":")[0])
-    parser.add_argument("--repeats", type=int, default=15, help="of each measurement (default: %(default)s)")
-    parser.add_argument("--json", type=Path, default=Path("build/responses.json"), help="(default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.responses", description=__doc__.partition(":")[0]
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=15, help="of each measurement (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--json", type=Path, default=Path("build/responses.json"), help="(default: %(default)s)"
+    )
     arguments = parser.parse_args()
     if arguments.repeats < 1:
         parser.error(f"--repeats is {arguments.repeats}; it must be at least 1")

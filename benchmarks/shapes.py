@@ -33,7 +33,12 @@ class Shapes:
         """The arguments of call `number`, whose prompt and seed no other number has."""
         generator = torch.Generator().manual_seed(number)
         steps = steps or self.steps
-        return {"prompt": prompt(number), "num_inference_steps": steps, "generator": generator, **self._defaults}
+        return {
+            "prompt": prompt(number),
+            "num_inference_steps": steps,
+            "generator": generator,
+            **self._defaults,
+        }
 
     def calls(self, first: int, count: int, steps: int | None = None) -> list[Call]:
         return [self.call(number, steps) for number in range(first, first + count)]

@@ -1,8 +1,8 @@
 """Which policy is better, without a model: `python -m benchmarks.simulate`.
 
-Discrete events, the policies of `stepweave.scheduling` themselves, and seconds of forwards from a curve. All policies get the
-same arrivals, so ratios are taken seed by seed. Load 1 is the rate at which every row would have to run in the group that is
-best for throughput; no policy sustains it.
+Discrete events, the policies of `stepweave.scheduling` themselves, and seconds of forwards from a
+curve. All policies get the same arrivals, so ratios are taken seed by seed. Load 1 is the rate at
+which every row would have to run in the group that is best for throughput; no policy sustains it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Part, Report, Row, Spread
-from benchmarks.simulation.arrivals import Arrival, arrivals, capacity, parse_mix, read_trace, with_deadlines
+from benchmarks.simulation.arrivals import (
+    Arrival,
+    arrivals,
+    capacity,
+    parse_mix,
+    read_trace,
+    with_deadlines,
+)
 from benchmarks.simulation.bound import least_mean_latency
 from benchmarks.simulation.curves import Curves
 from benchmarks.simulation.figures import Figures
@@ -54,22 +61,27 @@ class Case:
     seed: int
     jobs: int
     burst: float = 1
-    deadlines: tuple[float, float] = (0, 1)  # share of jobs that have one, and how many times their solo time
+    # share of jobs that have one, and how many times their solo time
+    deadlines: tuple[float, float] = (0, 1)
     trace: Path | None = None
     limit: int | None = None  # requests in flight
-    max_wait: float = float("inf")  # seconds that a job may wait inside, and that a promise may be ahead
+    # seconds that a job may wait inside, and that a promise may be ahead
+    max_wait: float = float("inf")
     attempts: int = 1  # of a client, each when it was told
 
     def arrivals(self, curves: Curves) -> list[Arrival]:
         if self.trace is not None:
             return read_trace(self.trace)
         mix, cost = parse_mix(self.mix), curves.model()
-        drawn = arrivals(mix, self.load * capacity(mix, curves, cost), self.jobs, self.seed, self.burst)
+        drawn = arrivals(
+            mix, self.load * capacity(mix, curves, cost), self.jobs, self.seed, self.burst
+        )
         return with_deadlines(drawn, curves, cost, *self.deadlines, self.seed)
 
 
 def policy(name: str) -> tuple[Policy, int | None]:
-    """A policy and its cap, by name: `thrifty` at the knees, `thrifty@3` at 3 rows whatever the key."""
+    """A policy and its cap, by name: `thrifty` at the knees, `thrifty@3` at 3 rows whatever the
+    key."""
     known = {**POLICIES, **VARIANTS}
     bare, _, cap = name.partition("@")
     if bare not in known:
@@ -78,7 +90,8 @@ def policy(name: str) -> tuple[Policy, int | None]:
 
 
 def order(name: str) -> Order:
-    """In which jobs are forecast with a policy: by arrival where it goes by that, variants as the default."""
+    """In which jobs are forecast with a policy: by arrival where it goes by that, variants as the
+    default."""
     bare = name.partition("@")[0]
     return ORDERS.get(bare, rank if bare in VARIANTS else by_arrival)
 
@@ -111,12 +124,16 @@ def ratios(runs: list[dict[str, Figures]], name: str, bounds: list[float]) -> Ro
         pairs = [(getattr(figures[name], key), getattr(figures[BASELINE], key)) for figures in runs]
         row[f"{key} / {BASELINE}"] = Spread.of([one / max(other, 1e-9) for one, other in pairs])
     means = [figures[name].mean for figures in runs]
-    row["mean / bound"] = Spread.of([mean / bound for mean, bound in zip(means, bounds, strict=True)])
+    row["mean / bound"] = Spread.of(
+        [mean / bound for mean, bound in zip(means, bounds, strict=True)]
+    )
     return row
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.simulate", description=__doc__.partition(":")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.simulate", description=__doc__.partition(":")[0]
+    )
     parser.add_argument("--curve", type=Path, default=CURVE, help="JSON (default: %(default)s)")
     parser.add_argument("--mix", default=MIX, help="size:steps:share,... (default: %(default)s)")
     parser.add_argument("--loads", default="0.6,0.8,0.9,1.5", help="(default: %(default)s)")
@@ -126,18 +143,29 @@ def main() -> None:
         help="name, or name@rows for another cap than the knee (default: %(default)s)",
     )
     parser.add_argument("--seeds", type=int, default=10, help="(default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=1000, help="of each seed (default: %(default)s)")
     parser.add_argument(
-        "--burst", type=float, default=1, help="mean number that come at one moment (default: %(default)s)"
+        "--jobs", type=int, default=1000, help="of each seed (default: %(default)s)"
     )
     parser.add_argument(
-        "--deadlines", default="0:1", help="share of jobs with one, and how many times their time alone"
+        "--burst",
+        type=float,
+        default=1,
+        help="mean number that come at one moment (default: %(default)s)",
     )
     parser.add_argument(
-        "--trace", type=Path, help="arrivals from a file instead; see benchmarks/simulation/arrivals.py"
+        "--deadlines",
+        default="0:1",
+        help="share of jobs with one, and how many times their time alone",
     )
     parser.add_argument(
-        "--limit", type=int, help="of requests in flight; others are refused and told when to come again"
+        "--trace",
+        type=Path,
+        help="arrivals from a file instead; see benchmarks/simulation/arrivals.py",
+    )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        help="of requests in flight; others are refused and told when to come again",
     )
     parser.add_argument(
         "--max-wait",
@@ -145,8 +173,12 @@ def main() -> None:
         default=600,
         help="seconds; with --limit, as STEPWEAVE_MAX_WAIT (default: %(default)s)",
     )
-    parser.add_argument("--attempts", type=int, default=3, help="of a client that is refused (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("build/simulate"), help="(default: %(default)s)")
+    parser.add_argument(
+        "--attempts", type=int, default=3, help="of a client that is refused (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("build/simulate"), help="(default: %(default)s)"
+    )
     arguments = parser.parse_args()
 
     names = tuple(dict.fromkeys(arguments.policies.split(",")))
@@ -207,7 +239,9 @@ def main() -> None:
 
 def _shown(arguments: argparse.Namespace) -> dict[str, Any]:
     """Without what names a place on this machine."""
-    return {name: str(value) for name, value in vars(arguments).items() if name not in ("curve", "out")}
+    return {
+        name: str(value) for name, value in vars(arguments).items() if name not in ("curve", "out")
+    }
 
 
 if __name__ == "__main__":

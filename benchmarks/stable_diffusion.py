@@ -1,4 +1,5 @@
-"""Stable Diffusion 1.5 and XL in full size with random weights: the configurations of the public models, nothing downloaded.
+"""Stable Diffusion 1.5 and XL in full size with random weights: the configurations of the public
+models, nothing downloaded.
 
 Their pictures are noise, and take as long as any.
 """
@@ -18,7 +19,11 @@ from tools.shapes.networks import make_tokenizer
 TOKENS = 77
 VOCABULARY = 49408
 
-NOISE_SCHEDULE: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+NOISE_SCHEDULE: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
 
 # stable-diffusion-v1-5: unet/config.json, less what are the class's defaults
 UNET_1_5: dict[str, Any] = {
@@ -49,7 +54,8 @@ AUTOENCODER: dict[str, Any] = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
-    # bfloat16 decodes as it is; what may be cast to float32 by a call would have to be taken in turns
+    # bfloat16 decodes as it is; what may be cast to float32 by a call would have to be taken in
+    # turns
     "force_upcast": False,
 }
 CLIP_L: dict[str, Any] = {
@@ -101,7 +107,9 @@ def stable_diffusion_xl(device: torch.device, dtype: torch.dtype) -> Any:
         diffusers.StableDiffusionXLPipeline(
             unet=unet,
             vae=vae,
-            scheduler=diffusers.EulerDiscreteScheduler(**NOISE_SCHEDULE, steps_offset=1, timestep_spacing="leading"),
+            scheduler=diffusers.EulerDiscreteScheduler(
+                **NOISE_SCHEDULE, steps_offset=1, timestep_spacing="leading"
+            ),
             text_encoder=text_encoder,
             tokenizer=_tokenizer(),
             text_encoder_2=text_encoder_2,
@@ -113,7 +121,8 @@ def stable_diffusion_xl(device: torch.device, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def _made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Weights are drawn where and as they are used: quickly, and with no float32 copy of them; the same ones every time."""
+    """Weights are drawn where and as they are used: quickly, and with no float32 copy of them; the
+    same ones every time."""
     before = torch.get_default_dtype()
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
@@ -126,8 +135,14 @@ def _made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 def _clip(kind: type, config: dict[str, Any]) -> Any:
     tokenizer = make_tokenizer()
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return kind(transformers.CLIPTextConfig(**config, **special, vocab_size=VOCABULARY, max_position_embeddings=TOKENS))
+    special = {
+        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    return kind(
+        transformers.CLIPTextConfig(
+            **config, **special, vocab_size=VOCABULARY, max_position_embeddings=TOKENS
+        )
+    )
 
 
 def _tokenizer() -> Any:

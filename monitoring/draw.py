@@ -1,7 +1,7 @@
 """Draw the dashboard's panels from a Prometheus's data: `python -m monitoring.draw`.
 
-Without `--prometheus` it starts a server, a Prometheus that scrapes it, and a load of its own: two clients, a burst that the
-queue does not hold, clients that leave, an edit, a malformed request.
+Without `--prometheus` it starts a server, a Prometheus that scrapes it, and a load of its own: two
+clients, a burst that the queue does not hold, clients that leave, an edit, a malformed request.
 """
 
 from __future__ import annotations
@@ -45,12 +45,17 @@ DPI = 80
 COLOURS = 256  # of the file
 LEGEND = 8  # entries at most
 Sample = dict[str, Any]  # of Prometheus's API: `metric`, and `value` or `values`
-KEYS = {"alice": "alice-draws-with-this-key", "bob": "bob-draws-with-this-key", "prometheus": "prometheus-scrapes"}
+KEYS = {
+    "alice": "alice-draws-with-this-key",
+    "bob": "bob-draws-with-this-key",
+    "prometheus": "prometheus-scrapes",
+}
 
 
 @dataclass(frozen=True)
 class Span:
-    """What is drawn: seconds since 1970, and the values of the dashboard's variables, `.*` for those not named."""
+    """What is drawn: seconds since 1970, and the values of the dashboard's variables, `.*` for
+    those not named."""
 
     start: float
     end: float
@@ -80,21 +85,28 @@ def formatted(value: float, unit: str) -> str:
 
 
 def legend_of(template: str, metric: Mapping[str, str]) -> str:
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: metric.get(match[1], ""), template).strip() or "(none)"
+    return (
+        re.sub(r"\{\{(\w+)\}\}", lambda match: metric.get(match[1], ""), template).strip()
+        or "(none)"
+    )
 
 
 def draw(source: Prometheus, out: Path, span: Span, rows: Sequence[str] = ()) -> list[str]:
-    """Write a PNG of the dashboard, or of some of its rows, and return the titles of panels that have no data at all."""
+    """Write a PNG of the dashboard, or of some of its rows, and return the titles of panels that
+    have no data at all."""
     panels = json.loads(dashboard.FILE.read_text())["panels"]
     titles = [panel["title"] for panel in panels if panel["type"] == "row"]
     if unknown := set(rows) - set(titles):
-        raise SystemExit(f"there is no row {', '.join(sorted(unknown))}; the rows are {', '.join(titles)}")
+        raise SystemExit(
+            f"there is no row {', '.join(sorted(unknown))}; the rows are {', '.join(titles)}"
+        )
     chosen, row = [], ""
     for panel in panels:
         row = panel["title"] if panel["type"] == "row" else row
         if not rows or row in rows:
             chosen.append(panel)
-    tops: dict[float, float] = {}  # where what begins there is drawn: rows that are left out leave no gap
+    # where what begins there is drawn: rows that are left out leave no gap
+    tops: dict[float, float] = {}
     height = 0.0
     for top in sorted({panel["gridPos"]["y"] for panel in chosen}):
         tops[top] = height
@@ -106,7 +118,9 @@ def draw(source: Prometheus, out: Path, span: Span, rows: Sequence[str] = ()) ->
         left, width = grid["x"] / COLUMNS, grid["w"] / COLUMNS
         bottom, tall = 1 - (tops[grid["y"]] + grid["h"]) / height, grid["h"] / height
         if panel["type"] == "row":
-            figure.text(left + 0.008, bottom + tall / 2, panel["title"], weight="bold", va="center", size=12)
+            figure.text(
+                left + 0.008, bottom + tall / 2, panel["title"], weight="bold", va="center", size=12
+            )
             continue
         inches = width * COLUMNS * UNIT[0], tall * height * UNIT[1]
         line = panel["type"] == "timeseries"
@@ -125,7 +139,9 @@ def draw(source: Prometheus, out: Path, span: Span, rows: Sequence[str] = ()) ->
             )
         )
         axes.set_title(panel["title"], size=9, loc="left")
-        if not {"timeseries": _lines, "stat": _number, "table": _table}[panel["type"]](axes, panel, source, span):
+        if not {"timeseries": _lines, "stat": _number, "table": _table}[panel["type"]](
+            axes, panel, source, span
+        ):
             empty.append(panel["title"])
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=DPI)
@@ -154,14 +170,17 @@ def _ranges(panel: dict[str, Any], source: Prometheus, span: Span) -> Iterator[t
 def _lines(axes: Axes, panel: dict[str, Any], source: Prometheus, span: Span) -> bool:
     unit, drawn, highest = panel["fieldConfig"]["defaults"]["unit"], 0, 0.0
     for legend, sample in _ranges(panel, source, span):
-        times, values = zip(*((at - span.start, float(value)) for at, value in sample["values"]), strict=True)
+        times, values = zip(
+            *((at - span.start, float(value)) for at, value in sample["values"]), strict=True
+        )
         drawn += 1
         highest = max([highest, *(value for value in values if math.isfinite(value))])
         last = next((value for value in reversed(values) if not math.isnan(value)), math.nan)
         label = f"{legend}: {formatted(last, unit)}" if drawn <= LEGEND else None
         axes.plot(times, values, linewidth=1.2, label=label)
     axes.set_xlim(0, span.end - span.start)
-    if "min" in panel["fieldConfig"]["defaults"]:  # as in Grafana, from 0; what is never more fills the panel
+    # as in Grafana, from 0; what is never more fills the panel
+    if "min" in panel["fieldConfig"]["defaults"]:
         axes.set_ylim(0, 1.08 * highest if highest > 0 else 1)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: formatted(value, unit)))
     axes.yaxis.set_major_locator(MaxNLocator(4))
@@ -180,14 +199,22 @@ def _number(axes: Axes, panel: dict[str, Any], source: Prometheus, span: Span) -
         values = [float(value) for _, value in sample["values"]]
         last = next((value for value in reversed(values) if not math.isnan(value)), math.nan)
         steps = defaults["thresholds"]["steps"]
-        colour = [one["color"] for one in steps if one["value"] is None or last >= one["value"]] or ["text"]
+        colour = [
+            one["color"] for one in steps if one["value"] is None or last >= one["value"]
+        ] or ["text"]
         background = axes.inset_axes((0, 0, 1, 0.5))
         background.fill_between(range(len(values)), values, alpha=0.2)
         background.set_axis_off()
         axes.text(
-            0.5, 0.55, formatted(last, defaults["unit"]), size=18, ha="center", va="center", transform=axes.transAxes,
+            0.5,
+            0.55,
+            formatted(last, defaults["unit"]),
+            size=18,
+            ha="center",
+            va="center",
+            transform=axes.transAxes,
             color={"text": "black"}.get(colour[-1], colour[-1]),
-        )  # fmt: skip
+        )
         return True
     return False
 
@@ -215,18 +242,36 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def serve(folder: Path) -> Iterator[int]:
-    """Run the embedded model's server, with a small queue, until the block ends; its port. It need not be ready yet."""
+    """Run the embedded model's server, with a small queue, until the block ends; its port. It need
+    not be ready yet."""
     clients = folder / "clients"
     clients.write_text("".join(f"{name}: {key}\n" for name, key in KEYS.items()))
     port, log = free_port(), folder / "server.log"
     settings = {
-        "STEPWEAVE_API_KEYS_FILE": str(clients), "STEPWEAVE_MAX_QUEUE": "8", "STEPWEAVE_STATE_DIR": str(folder / "state"),
-        "BENTOML_DO_NOT_TRACK": "True", "OMP_WAIT_POLICY": "passive",
-    }  # fmt: skip
-    others = {name: value for name, value in os.environ.items() if not name.startswith("STEPWEAVE_")}
-    command = [sys.executable, "-m", "bentoml", "serve", "service.py", "--port", str(port), "--host", "127.0.0.1"]
+        "STEPWEAVE_API_KEYS_FILE": str(clients),
+        "STEPWEAVE_MAX_QUEUE": "8",
+        "STEPWEAVE_STATE_DIR": str(folder / "state"),
+        "BENTOML_DO_NOT_TRACK": "True",
+        "OMP_WAIT_POLICY": "passive",
+    }
+    others = {
+        name: value for name, value in os.environ.items() if not name.startswith("STEPWEAVE_")
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "bentoml",
+        "serve",
+        "service.py",
+        "--port",
+        str(port),
+        "--host",
+        "127.0.0.1",
+    ]
     with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=ROOT, env=others | settings, stdout=output, stderr=output)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=others | settings, stdout=output, stderr=output
+        )
     try:
         yield port
     finally:
@@ -244,13 +289,19 @@ def load(url: str, seconds: float) -> None:
     begun = time.monotonic()
 
     def generate(number: int, client: str, **fields: Any) -> None:
-        body = {"prompt": f"a large red circle on a blue background, {number % 7}", "seed": number, **fields}
+        body = {
+            "prompt": f"a large red circle on a blue background, {number % 7}",
+            "seed": number,
+            **fields,
+        }
         with contextlib.suppress(httpx.ReadTimeout):  # a client that leaves
             httpx.post(
                 f"{url}/v1/images/generations",
                 json=body,
                 headers={"Authorization": f"Bearer {KEYS[client]}"},
-                timeout=httpx.Timeout(prometheus.SECONDS, read=1 if number % 9 == 8 else prometheus.SECONDS),
+                timeout=httpx.Timeout(
+                    prometheus.SECONDS, read=1 if number % 9 == 8 else prometheus.SECONDS
+                ),
                 trust_env=False,
             )
 
@@ -273,7 +324,8 @@ def load(url: str, seconds: float) -> None:
 
 
 def draw_own(out: Path, seconds: float, rows: Sequence[str]) -> list[str]:
-    """Start everything, send load for some seconds, and draw from before the server was ready to the end."""
+    """Start everything, send load for some seconds, and draw from before the server was ready to
+    the end."""
     program = prometheus.binaries()["prometheus"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -292,14 +344,31 @@ def draw_own(out: Path, seconds: float, rows: Sequence[str]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prometheus", metavar="URL", help="draw what it has; nothing is started then")
-    parser.add_argument("--minutes", type=float, default=60, help="with --prometheus: how far back (60)")
-    parser.add_argument("--seconds", type=float, default=60, help="without: how long the load lasts (60)")
-    parser.add_argument(
-        "--rows", type=lambda text: text.split(","), default=[], help="comma-separated; all if left out"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--set", metavar="NAME=VALUE", action="append", default=[], help="a variable of the dashboard")
+    parser.add_argument(
+        "--prometheus", metavar="URL", help="draw what it has; nothing is started then"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=60, help="with --prometheus: how far back (60)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="without: how long the load lasts (60)"
+    )
+    parser.add_argument(
+        "--rows",
+        type=lambda text: text.split(","),
+        default=[],
+        help="comma-separated; all if left out",
+    )
+    parser.add_argument(
+        "--set",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="a variable of the dashboard",
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "dashboard.png")
     options = parser.parse_args()
     if options.prometheus:
@@ -309,7 +378,10 @@ def main() -> None:
         empty = draw(Prometheus(options.prometheus), options.out, span, options.rows)
     else:
         empty = draw_own(options.out, options.seconds, options.rows)
-    print(f"{options.out}: {options.out.stat().st_size} bytes; panels without data: {', '.join(empty) or 'none'}")
+    print(
+        f"{options.out}: {options.out.stat().st_size} bytes; panels without data: "
+        f"{', '.join(empty) or 'none'}"
+    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ class NoPrometheusError(Exception):
 
 
 def binaries() -> dict[str, str]:
-    """Paths of `prometheus` and `promtool`: those of the machine, else Debian's. Raises NoPrometheusError."""
+    """Paths of `prometheus` and `promtool`: those of the machine, else Debian's. Raises
+    NoPrometheusError."""
     found = {name: shutil.which(name) for name in ("prometheus", "promtool")}
     if not all(found.values()):
         script = Path(__file__).with_name("install-prometheus")
@@ -41,8 +42,11 @@ class Prometheus:
     url: str
 
     def get(self, path: str, **parameters: str) -> Any:
-        """The data of an answer of its API. Raises ValueError for an expression that it cannot parse."""
-        answer = httpx.get(f"{self.url}/api/v1/{path}", params=parameters, timeout=SECONDS, trust_env=False).json()
+        """The data of an answer of its API. Raises ValueError for an expression that it cannot
+        parse."""
+        answer = httpx.get(
+            f"{self.url}/api/v1/{path}", params=parameters, timeout=SECONDS, trust_env=False
+        ).json()
         if answer["status"] != "success":
             raise ValueError(f"{parameters}: {answer}")
         return answer["data"]
@@ -62,11 +66,17 @@ class Prometheus:
 
 @contextlib.contextmanager
 def run(
-    program: str, folder: Path, port: int, scrape: Sequence[Mapping[str, Any]], rules: Sequence[Path] = ()
+    program: str,
+    folder: Path,
+    port: int,
+    scrape: Sequence[Mapping[str, Any]],
+    rules: Sequence[Path] = (),
 ) -> Iterator[Prometheus]:
-    """Run `program` on a port, with its data in a folder, until the block ends. It scrapes each second.
+    """Run `program` on a port, with its data in a folder, until the block ends. It scrapes each
+    second.
 
-    `scrape` are the configuration's `scrape_configs`, `rules` files of rules. Raises RuntimeError if it does not start.
+    `scrape` are the configuration's `scrape_configs`, `rules` files of rules. Raises RuntimeError
+    if it does not start.
     """
     config = folder / "prometheus.yaml"
     config.write_text(
@@ -87,14 +97,21 @@ def run(
         "--log.level=warn",
     ]
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | {"GOMAXPROCS": "1"})
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env=os.environ | {"GOMAXPROCS": "1"}
+        )
     try:
         deadline = time.monotonic() + SECONDS
         while True:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"Prometheus does not start: {log.read_text()}")
             with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"http://{address}/-/ready", timeout=SECONDS, trust_env=False).status_code == 200:
+                if (
+                    httpx.get(
+                        f"http://{address}/-/ready", timeout=SECONDS, trust_env=False
+                    ).status_code
+                    == 200
+                ):
                     break
             time.sleep(0.1)
         yield Prometheus(f"http://{address}")

@@ -1,4 +1,5 @@
-"""The app in the test's own event loop: clients that read, wait and leave at the moment a test says.
+"""The app in the test's own event loop: clients that read, wait and leave at the moment a test
+says.
 
 async with serving() as app:
     first = app.post(prompt="a star")
@@ -58,10 +59,19 @@ class Exchange:
         if not any(name == b"host" for name, _ in raw):
             raw.append((b"host", b"localhost:3000"))
         self.scope = {
-            "type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": query.encode(),
-            "root_path": "", "headers": raw, "http_version": "1.1", "scheme": "http", "server": ("127.0.0.1", 3000),
-            "client": (client, 50_000), "asgi": {"version": "3.0"},
-        }  # fmt: skip
+            "type": "http",
+            "method": method,
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": query.encode(),
+            "root_path": "",
+            "headers": raw,
+            "http_version": "1.1",
+            "scheme": "http",
+            "server": ("127.0.0.1", 3000),
+            "client": (client, 50_000),
+            "asgi": {"version": "3.0"},
+        }
         self.began = time.monotonic()
         self.messages: list[Any] = []
         self.times: list[float] = []  # when each came
@@ -145,7 +155,8 @@ class Exchange:
 
     @property
     def error(self) -> Any:
-        """Its members; of the Open Inference Protocol, whose errors are texts, the message and the code of the header."""
+        """Its members; of the Open Inference Protocol, whose errors are texts, the message and the
+        code of the header."""
         error = self.json()["error"]
         if is_of_protocol(self.scope["path"]):
             assert isinstance(error, str)
@@ -199,10 +210,16 @@ class App:
         given = {"Authorization": f"Bearer {token.path.read_text()}"} | headers
         return await self.send(method, "/drain", b"", given).done()
 
-    def post(self, path: str = GENERATIONS, headers: Mapping[str, str] | None = None, **fields: Any) -> Exchange:
+    def post(
+        self, path: str = GENERATIONS, headers: Mapping[str, str] | None = None, **fields: Any
+    ) -> Exchange:
         """A request in JSON, of 4 steps unless it says otherwise."""
-        body = json.dumps({"prompt": "a red circle", "num_inference_steps": 4, "seed": 1} | fields).encode()
-        return self.send("POST", path, body, {"Content-Type": "application/json", **(headers or {})})
+        body = json.dumps(
+            {"prompt": "a red circle", "num_inference_steps": 4, "seed": 1} | fields
+        ).encode()
+        return self.send(
+            "POST", path, body, {"Content-Type": "application/json", **(headers or {})}
+        )
 
     async def get(self, path: str, headers: Mapping[str, str] | None = None) -> Exchange:
         return await self.send("GET", path, headers=headers or {}).done()
@@ -235,9 +252,12 @@ class App:
         await leaving
 
     async def told_to_end(self) -> None:
-        """Wait until every job has been told to end. One that is gated can do so no sooner than at its next step."""
+        """Wait until every job has been told to end. One that is gated can do so no sooner than at
+        its next step."""
         tickets = self.server.tickets
-        await self.until(lambda: all(one.job.done() or one.job._cancelled for one in tickets.values()))
+        await self.until(
+            lambda: all(one.job.done() or one.job._cancelled for one in tickets.values())
+        )
 
     def outcomes(self) -> dict[str, int]:
         """Requests that were counted, by outcome."""
@@ -245,7 +265,9 @@ class App:
         counts: dict[str, int] = {}
         for one in samples:
             if one.value:
-                counts[one.labels["outcome"]] = counts.get(one.labels["outcome"], 0) + int(one.value)
+                counts[one.labels["outcome"]] = counts.get(one.labels["outcome"], 0) + int(
+                    one.value
+                )
         return counts
 
     def metric(self, name: str, **labels: str) -> float:
@@ -262,7 +284,9 @@ class App:
         for exchange in self.exchanges:
             await exchange.done()
         await self.until(lambda: not self.server.tickets)
-        await self.until(lambda: not any((jobs._owners, jobs._open, jobs._under_way, jobs._keeping)))
+        await self.until(
+            lambda: not any((jobs._owners, jobs._open, jobs._under_way, jobs._keeping))
+        )
         await self.until(lambda: asyncio.all_tasks() <= self._tasks)
         assert (admission.in_flight, self.record.running) == (0, 0)
 
@@ -288,7 +312,8 @@ async def started(pipeline: Any = None, **settings: Any) -> AsyncIterator[App]:
 
 @contextlib.asynccontextmanager
 async def serving(pipeline: Any = None, **settings: Any) -> AsyncIterator[App]:
-    """A server that is ready; at the end of the block nothing may be left of any request, and no error untold."""
+    """A server that is ready; at the end of the block nothing may be left of any request, and no
+    error untold."""
     untold: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: untold.append(context))
     async with started(pipeline, **settings) as app:

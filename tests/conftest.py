@@ -1,4 +1,5 @@
-"""Shared fixtures: a real server in a process of its own, and an app in this one around a fake pipeline."""
+"""Shared fixtures: a real server in a process of its own, and an app in this one around a fake
+pipeline."""
 
 from __future__ import annotations
 
@@ -38,21 +39,34 @@ from tests.waiting import SECONDS, wait_until
 ROOT = Path(__file__).resolve().parents[1]
 
 
-# modules whose tests ask the one real server, and those whose tests take long and are dealt out one by one
+# modules whose tests ask the one real server, and those whose tests take long and are dealt out one
+# by one
 SERVED = {
-    "clients", "edit_images", "legacy", "locust", "monitoring", "openai", "openai_types", "openapi", "server", "streams",
-}  # fmt: skip
+    "clients",
+    "edit_images",
+    "legacy",
+    "locust",
+    "monitoring",
+    "openai",
+    "openai_types",
+    "openapi",
+    "server",
+    "streams",
+}
 APART = {"docs", "pipelines", "restart", "schedulers", "scope", "starts", "switches"}
 
 
 class Scheduling(LoadScopeScheduling):
-    """Which tests run in one process, of several: those of the real server, and those of a module but for the slow ones."""
+    """Which tests run in one process, of several: those of the real server, and those of a module
+    but for the slow ones."""
 
     def _split_scope(self, nodeid: str) -> str:
         path = nodeid.partition("::")[0]
         name = Path(path).stem.removeprefix("test_")
         full = self.config.option.markexpr.startswith("full")
-        return "served" if name in SERVED and not full else nodeid if name in APART or full else path
+        return (
+            "served" if name in SERVED and not full else nodeid if name in APART or full else path
+        )
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
@@ -60,30 +74,38 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    asking = {item.path.stem.removeprefix("test_") for item in items if "served" in getattr(item, "fixturenames", ())}
+    asking = {
+        item.path.stem.removeprefix("test_")
+        for item in items
+        if "served" in getattr(item, "fixturenames", ())
+    }
     if missing := asking - SERVED:
-        raise pytest.UsageError(f"conftest.SERVED lacks {', '.join(missing)}: a second server would be started")
+        raise pytest.UsageError(
+            f"conftest.SERVED lacks {', '.join(missing)}: a second server would be started"
+        )
 
 
 @pytest.fixture(scope="module")
 def quick_garbage() -> None:
-    """What is there now stays, as nobody needs to find out again: where memory runs out, the engine collects garbage, and of all
-    that the tests before have imported and built that takes most of a second."""
+    """What is there now stays, as nobody needs to find out again: where memory runs out, the engine
+    collects garbage, and of all that the tests before have imported and built that takes most of a
+    second."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture
 def every_row_pays() -> Iterator[None]:
-    """Forwards are shared as far as they may be: on tiny modules, what pays is a matter of chance."""
+    """Forwards are shared as far as they may be: on tiny modules, what pays is a matter of
+    chance."""
     with patch.object(CostModel, "knee", lambda self, key, most: most):
         yield
 
 
 @pytest.fixture(autouse=True)
 def as_many_torch_threads_as_here() -> None:
-    """Threads that a test starts compute as its own does, to the last bit: a server of a test before may have set another
-    number."""
+    """Threads that a test starts compute as its own does, to the last bit: a server of a test
+    before may have set another number."""
     torch.set_num_threads(torch.get_num_threads())
 
 
@@ -104,8 +126,11 @@ def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def clean_environment(**changes: str) -> dict[str, str]:
-    """The environment less the project's settings and with threads that do not spin, plus `changes`."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("STEPWEAVE_")}
+    """The environment less the project's settings and with threads that do not spin, plus
+    `changes`."""
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("STEPWEAVE_")
+    }
     return environment | {"BENTOML_DO_NOT_TRACK": "True", "OMP_WAIT_POLICY": "passive"} | changes
 
 
@@ -143,8 +168,13 @@ class Served:
 
 
 def kill_tree(process: subprocess.Popen[Any]) -> None:
-    """Kill a `bentoml serve` that is still there, and its worker: that has a process group of its own."""
-    for one in [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else ():
+    """Kill a `bentoml serve` that is still there, and its worker: that has a process group of its
+    own."""
+    for one in (
+        [*psutil.Process(process.pid).children(recursive=True), process]
+        if process.poll() is None
+        else ()
+    ):
         with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
     process.wait()
@@ -160,17 +190,29 @@ def serve(
     wrapper: Sequence[str] = (),
     **settings: str,
 ) -> Iterator[Served]:
-    """Run `bentoml serve` as a user does, on a free port, with no `--host` if None; killed at the end if it is still there.
+    """Run `bentoml serve` as a user does, on a free port, with no `--host` if None; killed at the
+    end if it is still there.
 
     `wrapper` is a command that becomes the one that follows it, as `nice` does.
     """
     port = port or free_port()
-    command = [*wrapper, str(Path(sys.executable).with_name("bentoml")), "serve", target, "--port", str(port)]
+    command = [
+        *wrapper,
+        str(Path(sys.executable).with_name("bentoml")),
+        "serve",
+        target,
+        "--port",
+        str(port),
+    ]
     command += [] if host is None else ["--host", host]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, cwd=directory, env=clean_environment(**settings), stdout=output, stderr=subprocess.STDOUT
-        )  # fmt: skip
+            command,
+            cwd=directory,
+            env=clean_environment(**settings),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
         try:
             yield Served(f"http://127.0.0.1:{port}", port, process, log)
         finally:
@@ -179,7 +221,8 @@ def serve(
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """One real server with the embedded model for the whole session; it must end cleanly on SIGTERM."""
+    """One real server with the embedded model for the whole session; it must end cleanly on
+    SIGTERM."""
     with serve(tmp_path_factory.mktemp("serve") / "log.txt") as server:
         server.wait_until_ready()
         yield server
@@ -196,7 +239,8 @@ class InProcess:
 
     def post(self, body: Any = None, **fields: Any) -> httpx.Response:
         return self.client.post(
-            "/v1/images/generations", json={"prompt": "a red circle", **fields} if body is None else body
+            "/v1/images/generations",
+            json={"prompt": "a red circle", **fields} if body is None else body,
         )
 
     def metric(self, name: str, **labels: str) -> float | None:
@@ -206,7 +250,8 @@ class InProcess:
         return self.server.metrics.registry.get_sample_value(name, labels)
 
     def until_metric(self, value: float, name: str, **labels: str) -> None:
-        """Wait for a metric to be `value`: what a thread counts, it may do a moment after the answer."""
+        """Wait for a metric to be `value`: what a thread counts, it may do a moment after the
+        answer."""
         wait_until(lambda: self.metric(name, **labels) == value)
 
 
@@ -214,7 +259,9 @@ class InProcess:
 def listening(app: InProcess) -> Iterator[str]:
     """The URL of an app in this process."""
     port = free_port()
-    runner = uvicorn.Server(uvicorn.Config(app.client.app, "127.0.0.1", port, lifespan="off", log_level="warning"))
+    runner = uvicorn.Server(
+        uvicorn.Config(app.client.app, "127.0.0.1", port, lifespan="off", log_level="warning")
+    )
     thread = threading.Thread(target=runner.run)
     thread.start()
     try:
@@ -240,7 +287,9 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., InProc
                     **settings,
                 }  # a tiny model's warm-up tries long images of many latents
             pipeline = pipeline or fake
-            server = Server(Settings(**{"batching": "off", **settings}), load=lambda *_: (pipeline, Preset()))
+            server = Server(
+                Settings(**{"batching": "off", **settings}), load=lambda *_: (pipeline, Preset())
+            )
             stack.callback(server.close)
             stack.callback(fake.record.release.set)  # before close: nothing may wait for ever
             app = ContractMiddleware(Api(server).app(), server)

@@ -1,4 +1,5 @@
-"""A pipeline without weights: its pictures tell seed and steps, and tests decide when it moves, fails or hangs."""
+"""A pipeline without weights: its pictures tell seed and steps, and tests decide when it moves,
+fails or hangs."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ class Record:
         self._allowed.release(steps)
 
     def held_after(self, steps: int) -> bool:
-        """Whether so many steps have run, and the next one waits at the gate: all that follows a step is behind."""
+        """Whether so many steps have run, and the next one waits at the gate: all that follows a
+        step is behind."""
         return self.steps_run == steps and self.steps_begun == steps + 1
 
     def step(self) -> None:
@@ -64,7 +66,8 @@ class Record:
 
 
 class FakePipeline:
-    """Has the signature of a diffusers text-to-image pipeline, 64x64 natively, sizes in multiples of 8.
+    """Has the signature of a diffusers text-to-image pipeline, 64x64 natively, sizes in multiples
+    of 8.
 
     With `edits` it has siblings for image to image and inpainting; they share its record.
     """
@@ -101,7 +104,10 @@ class FakePipeline:
         record = self.record
         record.calls.append({name: value for name, value in locals().items() if name != "self"})
         assert height and width and generator and len(generator) == num_images_per_prompt
-        pixels = [torch.randint(0, 256, (height, width, 3), generator=one, dtype=torch.uint8) for one in generator]
+        pixels = [
+            torch.randint(0, 256, (height, width, 3), generator=one, dtype=torch.uint8)
+            for one in generator
+        ]
         record.run(1)
         try:
             with self.progress_bar(total=num_inference_steps) as bar:
@@ -114,7 +120,8 @@ class FakePipeline:
 
 
 class FakeEdits(FakePipeline):
-    """A sibling of a fake: its pictures are the source where the mask, if there is one, is black, else the fake's own."""
+    """A sibling of a fake: its pictures are the source where the mask, if there is one, is black,
+    else the fake's own."""
 
     def __init__(self, pipeline: FakePipeline) -> None:
         self.transformer = pipeline.transformer
@@ -138,14 +145,28 @@ class FakeEdits(FakePipeline):
         images = image if isinstance(image, list) else [image]
         assert all(one.mode == "RGB" and one.size == (width, height) for one in images)
         assert mask_image is None or (mask_image.mode, mask_image.size) == ("L", (width, height))
-        arguments = {name: value for name, value in locals().items() if name not in ("self", "images", "__class__")}
+        arguments = {
+            name: value
+            for name, value in locals().items()
+            if name not in ("self", "images", "__class__")
+        }
         made = super().__call__(
-            prompt, negative_prompt, height, width, max(1, int(num_inference_steps * strength)), guidance_scale,
-            num_images_per_prompt, generator, output_type,
-        )  # fmt: skip
+            prompt,
+            negative_prompt,
+            height,
+            width,
+            max(1, int(num_inference_steps * strength)),
+            guidance_scale,
+            num_images_per_prompt,
+            generator,
+            output_type,
+        )
         self.record.calls[-1] = arguments
         if mask_image is None:
             return made
         return SimpleNamespace(
-            images=[Image.composite(new, old, mask_image) for new, old in zip(made.images, images, strict=True)]
+            images=[
+                Image.composite(new, old, mask_image)
+                for new, old in zip(made.images, images, strict=True)
+            ]
         )

@@ -1,4 +1,5 @@
-"""A GPU that is not there: tensors say that they are on it, are computed on the CPU, and what is read from it is noted.
+"""A GPU that is not there: tensors say that they are on it, are computed on the CPU, and what is
+read from it is noted.
 
     with fake_device() as device:
         pipeline = tiny.FAMILIES["flux"].build().to(CUDA)
@@ -6,8 +7,9 @@
             engine.submit(...).result()
         print(device.reads)
 
-Operations refuse tensors of two devices, as a GPU's do. `device.engine` makes an engine whose thread is under the mode that does
-all this. What is known of it is placement, and who waits for values; not numbers of a GPU, nor memory, streams and threads.
+Operations refuse tensors of two devices, as a GPU's do. `device.engine` makes an engine whose
+thread is under the mode that does all this. What is known of it is placement, and who waits for
+values; not numbers of a GPU, nor memory, streams and threads.
 """
 
 from __future__ import annotations
@@ -35,9 +37,18 @@ aten = torch.ops.aten
 
 # operations whose result, or its size, the host has to know
 WAITING = {
-    "_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "masked_select", "_unique2", "unique_dim",
-    "unique_consecutive", "nonzero_numpy",
-}  # fmt: skip
+    "_local_scalar_dense",
+    "item",
+    "is_nonzero",
+    "equal",
+    "allclose",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "nonzero_numpy",
+}
 ACROSS = {
     "_to_copy",
     "copy_",
@@ -74,8 +85,14 @@ class OnDevice(torch.Tensor):
 
     # torch's own ways want a guard of the device, which a build without CUDA lacks
 
-    def contiguous(self, *, memory_format: torch.memory_format = torch.contiguous_format) -> torch.Tensor:  # type: ignore[override]
-        return self if self.is_contiguous(memory_format=memory_format) else self.clone(memory_format=memory_format)
+    def contiguous(
+        self, *, memory_format: torch.memory_format = torch.contiguous_format
+    ) -> torch.Tensor:  # type: ignore[override]
+        return (
+            self
+            if self.is_contiguous(memory_format=memory_format)
+            else self.clone(memory_format=memory_format)
+        )
 
     def nonzero(self, *, as_tuple: bool = False) -> Any:  # type: ignore[override]
         found = aten.nonzero(self)
@@ -102,9 +119,13 @@ class OnDevice(torch.Tensor):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         if isinstance(key, torch.Tensor) and key.ndim:
-            aten.index_put_(self, [key], torch.as_tensor(value, dtype=self.dtype, device=self.device))
+            aten.index_put_(
+                self, [key], torch.as_tensor(value, dtype=self.dtype, device=self.device)
+            )
         else:
-            _indexed(self, key).copy_(value) if isinstance(value, torch.Tensor) else _indexed(self, key).fill_(value)
+            _indexed(self, key).copy_(value) if isinstance(value, torch.Tensor) else _indexed(
+                self, key
+            ).fill_(value)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -114,8 +135,14 @@ class OnDevice(torch.Tensor):
 def _indexed(tensor: torch.Tensor, key: Any) -> Any:
     """`tensor[key]`, made of other operations."""
     keys = list(key) if isinstance(key, tuple) else [key]
-    masks = (one for one in keys if isinstance(one, torch.Tensor) and one.dtype is torch.bool and one.ndim)
-    taken = sum(one is not None and one is not Ellipsis for one in keys) + sum(mask.ndim - 1 for mask in masks)
+    masks = (
+        one
+        for one in keys
+        if isinstance(one, torch.Tensor) and one.dtype is torch.bool and one.ndim
+    )
+    taken = sum(one is not None and one is not Ellipsis for one in keys) + sum(
+        mask.ndim - 1 for mask in masks
+    )
     if not any(one is Ellipsis for one in keys):
         keys.append(Ellipsis)
     at = next(i for i, one in enumerate(keys) if one is Ellipsis)
@@ -126,18 +153,28 @@ def _indexed(tensor: torch.Tensor, key: Any) -> Any:
         if one is None:
             tensor = tensor.unsqueeze(dimension)
         elif isinstance(one, slice):
-            tensor = aten.slice(tensor, dimension, one.start, one.stop, one.step or 1) if one != slice(None) else tensor
+            tensor = (
+                aten.slice(tensor, dimension, one.start, one.stop, one.step or 1)
+                if one != slice(None)
+                else tensor
+            )
         elif isinstance(one, torch.Tensor) and one.dtype is torch.bool and one.ndim:
             indices += one.nonzero().unbind(1)
             continue
-        elif isinstance(one, (list, torch.Tensor)) and not (isinstance(one, torch.Tensor) and not one.ndim):
+        elif isinstance(one, (list, torch.Tensor)) and not (
+            isinstance(one, torch.Tensor) and not one.ndim
+        ):
             indices.append(torch.as_tensor(one))
             continue
         else:
             tensor = tensor.select(dimension, int(one))  # a tensor's number is waited for
             continue
         indices.append(None)
-    return aten.index(tensor, indices) if any(one is not None for one in indices) else aten.alias(tensor)
+    return (
+        aten.index(tensor, indices)
+        if any(one is not None for one in indices)
+        else aten.alias(tensor)
+    )
 
 
 @dataclass(frozen=True)
@@ -161,9 +198,14 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     given = [one for one in tree_iter((args, kwargs)) if isinstance(one, torch.Tensor)]
     there = [one for one in given if isinstance(one, OnDevice)]
     wanted = kwargs.get("device")
-    if there and name not in ACROSS and any(one.ndim and not isinstance(one, OnDevice) for one in given):
+    if (
+        there
+        and name not in ACROSS
+        and any(one.ndim and not isinstance(one, OnDevice) for one in given)
+    ):
         raise RuntimeError(
-            f"Expected all tensors to be on the same device, but {name} found at least two devices, cuda:0 and cpu!"
+            f"Expected all tensors to be on the same device, but {name} found at least two "
+            f"devices, cuda:0 and cpu!"
         )
     on_device = bool(there) if wanted is None else torch.device(wanted).type == "cuda"
     if name in ("copy_", "index_put_", "_index_put_impl_"):
@@ -173,7 +215,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     elif name in WAITING and there or (there and not on_device):
         _note(name, there[0])
     elif name == "index" and any(
-        isinstance(one, OnDevice) and one.dtype in (torch.bool, torch.uint8) for one in args[1] if one is not None
+        isinstance(one, OnDevice) and one.dtype in (torch.bool, torch.uint8)
+        for one in args[1]
+        if one is not None
     ):
         _note(name, there[0])
     if wanted is not None:
@@ -216,7 +260,8 @@ class Mode(TorchDispatchMode):
 
     def __enter__(self) -> Mode:
         self._lifts = torch._C._only_lift_cpu_tensors()
-        torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor(..., device=...)` makes one here and brings it there
+        # `torch.tensor(..., device=...)` makes one here and brings it there
+        torch._C._set_only_lift_cpu_tensors(True)
         super().__enter__()
         return self
 

@@ -19,7 +19,8 @@ import pytest
 from tests.conftest import ROOT, free_port
 from tests.waiting import SECONDS
 
-# Of Debian's nginx.conf what decides how requests are passed on: nothing; all of it is nginx's own default
+# Of Debian's nginx.conf what decides how requests are passed on: nothing; all of it is nginx's own
+# default
 CONFIGURATION = """
 daemon off;
 {user}
@@ -74,13 +75,16 @@ class Nginx:
         self.process.send_signal(signal.SIGHUP)
 
     def _write(self, server: str, before: str) -> None:
-        user = f"user {getpass.getuser()};" if os.getuid() == 0 else ""  # who may write to the directory
+        # who may write to the directory
+        user = f"user {getpass.getuser()};" if os.getuid() == 0 else ""
         text = CONFIGURATION.format(port=self.port, server=server, before=before, user=user)
         (self.directory / "nginx.conf").write_text(text)
 
 
 @contextlib.contextmanager
-def nginx(directory: Path, server: str, before: str = "", port: int | None = None) -> Iterator[Nginx]:
+def nginx(
+    directory: Path, server: str, before: str = "", port: int | None = None
+) -> Iterator[Nginx]:
     """Run nginx with these lines of its `server`, and those `before` it."""
     directory.mkdir(parents=True, exist_ok=True)
     made = Nginx(port or free_port(), directory, None)  # type: ignore[arg-type]
@@ -91,9 +95,14 @@ def nginx(directory: Path, server: str, before: str = "", port: int | None = Non
         try:
             deadline = time.monotonic() + SECONDS
             while True:
-                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", made.port)):
+                with (
+                    contextlib.suppress(OSError),
+                    socket.create_connection(("127.0.0.1", made.port)),
+                ):
                     break
-                assert made.process.poll() is None and time.monotonic() < deadline, (directory / "log.txt").read_text()
+                assert made.process.poll() is None and time.monotonic() < deadline, (
+                    directory / "log.txt"
+                ).read_text()
                 time.sleep(0.02)
             yield made
         finally:

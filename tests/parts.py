@@ -1,6 +1,8 @@
-"""The parts of the full test run: `make test-full` runs them one after the other, `make test-full PART=memory` runs one.
+"""The parts of the full test run: `make test-full` runs them one after the other, `make test-full
+PART=memory` runs one.
 
-A part that has passed is not run again while no file has changed, so that an interrupted run goes on where it stood.
+A part that has passed is not run again while no file has changed, so that an interrupted run goes
+on where it stood.
 """
 
 from __future__ import annotations
@@ -16,7 +18,12 @@ FOLDER = ROOT / "build" / "test-full"
 FULL = ("-m", "full and not gpu")
 NAMED = {
     "pipelines": ["tests/test_pipelines.py"],
-    "parity": ["tests/test_parity.py", "tests/test_reproducible.py", "tests/test_edits.py", "tests/test_schedulers.py"],
+    "parity": [
+        "tests/test_parity.py",
+        "tests/test_reproducible.py",
+        "tests/test_edits.py",
+        "tests/test_schedulers.py",
+    ],
     "memory": ["tests/test_memory.py"],
     "openapi": ["tests/test_openapi.py"],
     "shapes": ["tests/test_shapes.py"],
@@ -33,13 +40,19 @@ NO_TESTS = 5  # pytest's exit status where it has found none
 
 
 def state() -> str:
-    """A name for what all files hold, of those that git does not ignore, committed or not; for nothing else than it."""
+    """A name for what all files hold, of those that git does not ignore, committed or not; for
+    nothing else than it."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"GIT_INDEX_FILE": str(FOLDER / f"index-{os.getpid()}")}
     try:
         for command in (["add", "--all"], ["write-tree"]):
             ended = subprocess.run(
-                ["git", *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+                ["git", *command],
+                cwd=ROOT,
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=True,
             )
         return ended.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -53,7 +66,9 @@ def run(name: str, options: list[str]) -> int:
     paths = [argument for argument in PARTS[name] if argument.startswith("tests/")]
     if paths and not any((ROOT / path).exists() for path in paths):
         return 0
-    status = subprocess.call([sys.executable, "-m", "pytest", *PROCESSES, *PARTS[name], *options], cwd=ROOT)
+    status = subprocess.call(
+        [sys.executable, "-m", "pytest", *PROCESSES, *PARTS[name], *options], cwd=ROOT
+    )
     return 0 if status == NO_TESTS else status
 
 

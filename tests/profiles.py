@@ -1,4 +1,5 @@
-"""ICC profiles written by hand (ICC.1:2010), and what colours mean in them, computed without lcms."""
+"""ICC profiles written by hand (ICC.1:2010), and what colours mean in them, computed without
+lcms."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ DISPLAY_P3: Primaries = ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060))
 ADOBE_RGB: Primaries = ((0.64, 0.33), (0.21, 0.71), (0.15, 0.06))
 D65, D50 = np.array([0.95047, 1.0, 1.08883]), np.array([0.9642, 1.0, 0.8249])
 ADOBE_GAMMA = 563 / 256
-BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
+BRADFORD = np.array(
+    [[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]]
+)
 INKS = np.array(
     [[-20.0, -18.0, -4.0, -45.0], [-25.0, 45.0, -3.0, 0.0], [-28.0, -4.0, 55.0, 0.0]]
 )  # Lab of an ink, of paper
@@ -73,31 +76,53 @@ def _gamma(gamma: float) -> bytes:
     return b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
 
 
-CURVE_OF_SRGB = b"para\0\0\0\0" + struct.pack(">HH", 3, 0) + _fixed(2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+CURVE_OF_SRGB = (
+    b"para\0\0\0\0"
+    + struct.pack(">HH", 3, 0)
+    + _fixed(2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+)
 
 
 def profile(
-    space: bytes, tags: dict[bytes, bytes], kind: bytes = b"mntr", version: int = 2, pcs: bytes = b"XYZ "
+    space: bytes,
+    tags: dict[bytes, bytes],
+    kind: bytes = b"mntr",
+    version: int = 2,
+    pcs: bytes = b"XYZ ",
 ) -> bytes:
     """The bytes of a profile with these tags and those that all must have."""
     text = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + bytes(78)
     if version == 4:
-        text = b"mluc\0\0\0\0" + struct.pack(">II2s2sII", 1, 12, b"en", b"US", 8, 28) + "test".encode("utf-16-be")
-    tags = {b"desc": text, b"cprt": text if version == 4 else b"text\0\0\0\0none\0", b"wtpt": _xyz(D50), **tags}
+        text = (
+            b"mluc\0\0\0\0"
+            + struct.pack(">II2s2sII", 1, 12, b"en", b"US", 8, 28)
+            + "test".encode("utf-16-be")
+        )
+    tags = {
+        b"desc": text,
+        b"cprt": text if version == 4 else b"text\0\0\0\0none\0",
+        b"wtpt": _xyz(D50),
+        **tags,
+    }
     at, table, content = 128 + 4 + 12 * len(tags), b"", b""
     for name, data in tags.items():
         table += name + struct.pack(">II", at + len(content), len(data))
         content += data + bytes(-len(data) % 4)
-    header = struct.pack(">I4sBBH4s4s4s12s4s", at + len(content), b"", version, 0, 0, kind, space, pcs, b"", b"acsp")
+    header = struct.pack(
+        ">I4sBBH4s4s4s12s4s", at + len(content), b"", version, 0, 0, kind, space, pcs, b"", b"acsp"
+    )
     header += bytes(28) + _fixed(*D50)
     return header.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + content
 
 
 def of_rgb(primaries: Primaries, curve: bytes, version: int = 2) -> bytes:
     columns = {
-        name: _xyz(column) for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), matrix(primaries).T, strict=True)
+        name: _xyz(column)
+        for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), matrix(primaries).T, strict=True)
     }
-    return profile(b"RGB ", {**columns, **dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)}, version=version)
+    return profile(
+        b"RGB ", {**columns, **dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)}, version=version
+    )
 
 
 def of_grey(gamma: float) -> bytes:
@@ -105,10 +130,14 @@ def of_grey(gamma: float) -> bytes:
 
 
 def of_inks() -> bytes:
-    """Of a press whose inks add up in Lab, as `INKS` says: a table of 2 points an ink, which interpolates exactly."""
-    points = np.stack(np.meshgrid(*[[0.0, 1.0]] * 4, indexing="ij"), -1).reshape(-1, 4)  # the last ink varies fastest
+    """Of a press whose inks add up in Lab, as `INKS` says: a table of 2 points an ink, which
+    interpolates exactly."""
+    # the last ink varies fastest
+    points = np.stack(np.meshgrid(*[[0.0, 1.0]] * 4, indexing="ij"), -1).reshape(-1, 4)
     lab = np.array([100.0, 0, 0]) + points @ INKS.T
-    codes = np.stack([lab[:, 0] / 100 * 0xFF00, (lab[:, 1] + 128) * 256, (lab[:, 2] + 128) * 256], -1).round()
+    codes = np.stack(
+        [lab[:, 0] / 100 * 0xFF00, (lab[:, 1] + 128) * 256, (lab[:, 2] + 128) * 256], -1
+    ).round()
     line = struct.pack(">HH", 0, 0xFFFF)
     table = b"mft2\0\0\0\0" + struct.pack(">BBBB", 4, 3, 2, 0) + _fixed(1, 0, 0, 0, 1, 0, 0, 0, 1)
     table += struct.pack(">HH", 2, 2) + 4 * line + codes.astype(">u2").tobytes() + 3 * line

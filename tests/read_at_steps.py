@@ -1,4 +1,5 @@
-"""Counts how often each of diffusers' schedulers reads from the device at a step: `python -m tests.read_at_steps`."""
+"""Counts how often each of diffusers' schedulers reads from the device at a step: `python -m
+tests.read_at_steps`."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def kinds() -> Iterator[Any]:
 def steps_of(
     scheduler: Any, steps: int, device: torch.device, around: Callable[[], Any] = lambda: None
 ) -> torch.Tensor:
-    """The sample after all steps with an output made up; `around` is called before each of them and after the last."""
+    """The sample after all steps with an output made up; `around` is called before each of them and
+    after the last."""
     scheduler.set_timesteps(steps, device=device)
     sample = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)).to(device)
     given = inspect.signature(scheduler.step).parameters
@@ -47,9 +49,17 @@ def steps_of(
     torch.default_generator.manual_seed(0)  # of those that draw without one
     for time in scheduler.timesteps:
         around()
-        sample = scheduler.scale_model_input(sample, time) if hasattr(scheduler, "scale_model_input") else sample
+        sample = (
+            scheduler.scale_model_input(sample, time)
+            if hasattr(scheduler, "scale_model_input")
+            else sample
+        )
         output = torch.tanh(sample) / 10
-        arguments = (output, None, time, None, sample) if "timestep_back" in given else (output, time, sample)
+        arguments = (
+            (output, None, time, None, sample)
+            if "timestep_back" in given
+            else (output, time, sample)
+        )
         sample = scheduler.step(*arguments, **extra)[0]
     around()
     return sample
@@ -76,9 +86,11 @@ def run_settled(engine: StepEngine, family: Family, steps: int, number: int, job
     assert engine._loop is not None
     for certificate in engine._loop.certificates.all():
         certificate.next_audit = 10**9
-    prompts = [f"{number} {i} red circle" for i in range(jobs)]  # of one length: a new one would be proven
+    # of one length: a new one would be proven
+    prompts = [f"{number} {i} red circle" for i in range(jobs)]
     requests = [partial(family.arguments, prompts[i], seed=i, steps=steps) for i in range(jobs)]
-    # in one turn: a machine that is busy would else share other steps each time, and prove what is new
+    # in one turn: a machine that is busy would else share other steps each time, and prove what is
+    # new
     for job in submit_together(engine, requests):
         job.result(SECONDS)
 
@@ -90,9 +102,15 @@ def main() -> None:
             with fake_device() as device:
                 plain, ours = kind(), kind()
                 keep_times_on_the_host(ours)
-                line = f"{kind.__name__}: {reads(plain, device)[1]}, in an engine {reads(ours, device)[1]}"
+                line = (
+                    f"{kind.__name__}: {reads(plain, device)[1]}, in an engine "
+                    f"{reads(ours, device)[1]}"
+                )
         except Exception as error:
-            line = f"{kind.__name__}: not measured: {type(error).__name__}: {str(error).partition(chr(10))[0][:80]}"
+            line = (
+                f"{kind.__name__}: not measured: {type(error).__name__}: "
+                f"{str(error).partition(chr(10))[0][:80]}"
+            )
         sys.stdout.write(f"{line}\n")
 
 

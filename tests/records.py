@@ -9,7 +9,14 @@ from stepweave.store import JobRecord
 
 def record(number: int = 0, **changes: Any) -> JobRecord:
     values: dict[str, Any] = {
-        "id": f"{number:032x}", "owner": None, "kind": "generation", "state": "queued", "created": 1000.0 + number,
-        "updated": 1000.0 + number, "total_steps": 20, "request": {"prompt": "a red circle"}, "warnings": [],
-    }  # fmt: skip
+        "id": f"{number:032x}",
+        "owner": None,
+        "kind": "generation",
+        "state": "queued",
+        "created": 1000.0 + number,
+        "updated": 1000.0 + number,
+        "total_steps": 20,
+        "request": {"prompt": "a red circle"},
+        "warnings": [],
+    }
     return JobRecord(**values | changes)

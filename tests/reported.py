@@ -1,4 +1,5 @@
-"""What the tests of reported faults share: jobs that start together, held against plain calls of fresh pipelines.
+"""What the tests of reported faults share: jobs that start together, held against plain calls of
+fresh pipelines.
 
 outcome = run(build, [request(seed) for seed in range(4)])
 outcome.check()
@@ -36,7 +37,9 @@ Arguments = Callable[[int], dict[str, Any]]  # of one step, besides the sample
 def numbers(output: Any) -> Tensor:
     """What a call gave, as one tensor of doubles on its own memory."""
     value = output if isinstance(output, Tensor) else output[0]
-    return (value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))).double().clone()
+    return (
+        (value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))).double().clone()
+    )
 
 
 def difference(one: Tensor, other: Tensor) -> float:
@@ -87,7 +90,9 @@ class Outcome:
 
     @property
     def differences(self) -> list[float]:
-        return [difference(one, other) for one, other in zip(self.results, self.expected, strict=True)]
+        return [
+            difference(one, other) for one, other in zip(self.results, self.expected, strict=True)
+        ]
 
     def merged_share(self, name: str = "denoiser") -> float:
         return self.stats.forwards[name].merged_share
@@ -95,7 +100,9 @@ class Outcome:
     def check(self, tolerance: float = TOLERANCE) -> None:
         """Every job got what a plain call gives, and the engine made no error."""
         found = [f"{one:.2g}" for one in self.differences]
-        assert all(one <= tolerance for one in self.differences), f"jobs differ from plain calls by {found}"
+        assert all(one <= tolerance for one in self.differences), (
+            f"jobs differ from plain calls by {found}"
+        )
         assert self.stats.errors == 0, f"the engine made {self.stats.errors} errors"
 
     def check_alone(self, name: str = "denoiser", tolerance: float = TOLERANCE) -> None:
@@ -103,11 +110,15 @@ class Outcome:
         self.check(tolerance)
         assert self.merged_share(name) == 0, f"{self.merged_share(name):.0%} of calls were merged"
 
-    def check_merged(self, name: str = "denoiser", share: float = 0.6, tolerance: float = TOLERANCE) -> None:
+    def check_merged(
+        self, name: str = "denoiser", share: float = 0.6, tolerance: float = TOLERANCE
+    ) -> None:
         """The same, and so many of this module's calls shared a forward."""
         self.check(tolerance)
         found = self.stats.certificates
-        assert self.merged_share(name) >= share, f"{self.merged_share(name):.0%} of calls were merged: {found}"
+        assert self.merged_share(name) >= share, (
+            f"{self.merged_share(name):.0%} of calls were merged: {found}"
+        )
 
 
 def plain(build: Build, requests: Sequence[Request]) -> list[Tensor]:
@@ -116,7 +127,8 @@ def plain(build: Build, requests: Sequence[Request]) -> list[Tensor]:
 
 
 def run(build: Build, *rounds: Sequence[Request], **options: Any) -> Outcome:
-    """Plain calls, and then jobs of a pipeline that is built last; those of a round start together."""
+    """Plain calls, and then jobs of a pipeline that is built last; those of a round start
+    together."""
     expected = [one for requests in rounds for one in plain(build, requests)]
     results = []
     with StepEngine(build(), knee=False, **options) as engine:
@@ -127,7 +139,11 @@ def run(build: Build, *rounds: Sequence[Request], **options: Any) -> Outcome:
 
 def warnings_of(caplog: pytest.LogCaptureFixture, name: str = "") -> list[str]:
     """The lines in which the project's loggers warn of something of this name, or of anything."""
-    records = [one for one in caplog.records if one.name.startswith("stepweave") and one.levelno >= logging.WARNING]
+    records = [
+        one
+        for one in caplog.records
+        if one.name.startswith("stepweave") and one.levelno >= logging.WARNING
+    ]
     return [line for line in (one.getMessage() for one in records) if name in line]
 
 
@@ -135,8 +151,8 @@ def warnings_of(caplog: pytest.LogCaptureFixture, name: str = "") -> list[str]:
 
 
 class Loop(DiffusionPipeline):
-    """A loop around a denoiser, whose results may have more channels than its samples. Gives the samples of all steps, side by
-    side: what goes wrong at one is not forgotten at later ones.
+    """A loop around a denoiser, whose results may have more channels than its samples. Gives the
+    samples of all steps, side by side: what goes wrong at one is not forgotten at later ones.
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
@@ -187,6 +203,8 @@ def request(seed: int, make: Callable[[], Arguments] | None = None, **changes: A
     return functools.partial(_request, seed, make, changes)
 
 
-def _request(seed: int, make: Callable[[], Arguments] | None, changes: dict[str, Any]) -> dict[str, Any]:
+def _request(
+    seed: int, make: Callable[[], Arguments] | None, changes: dict[str, Any]
+) -> dict[str, Any]:
     arguments = {} if make is None else {"arguments": make()}
     return {"generator": torch.Generator().manual_seed(seed), **arguments, **changes}

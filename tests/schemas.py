@@ -26,5 +26,8 @@ def validate_custom(document: dict[str, Any]) -> None:
     """Raises jsonschema.ValidationError; skips where the schemas are not."""
     group, version = document["apiVersion"].split("/")
     if not SCHEMAS.is_dir():
-        pytest.skip(f"NOT CHECKED: no schemas of custom kinds in {SCHEMAS}; STEPWEAVE_K8S_SCHEMAS names another place")
+        pytest.skip(
+            f"NOT CHECKED: no schemas of custom kinds in {SCHEMAS}; STEPWEAVE_K8S_SCHEMAS names "
+            f"another place"
+        )
     _validator(f"{document['kind'].lower()}-{group}-{version}.json").validate(document)

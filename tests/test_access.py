@@ -26,11 +26,29 @@ JSON = {"Content-Type": "application/json"}
 GIVEN = {"Authorization": "Bearer secret"}
 OPEN = ("/livez", "/readyz", "/healthz", "/v2/health/live", "/v2/health/ready")
 CLOSED = (
-    "/", "/metrics", "/v1/models", "/v1/models/shapes", "/v1/jobs", "/v1/jobs/x", "/v1/jobs/x/events", "/images/x.png",
-    "/api/status", "/v2", "/v2/models/shapes", "/nope", "/openapi.json",
-)  # fmt: skip
-POSTED = (GENERATIONS, "/v1/images/edits", "/generate", "/generate_stream", "/edit", "/api/diffusers/inference",
-          "/v2/models/shapes/infer")  # fmt: skip
+    "/",
+    "/metrics",
+    "/v1/models",
+    "/v1/models/shapes",
+    "/v1/jobs",
+    "/v1/jobs/x",
+    "/v1/jobs/x/events",
+    "/images/x.png",
+    "/api/status",
+    "/v2",
+    "/v2/models/shapes",
+    "/nope",
+    "/openapi.json",
+)
+POSTED = (
+    GENERATIONS,
+    "/v1/images/edits",
+    "/generate",
+    "/generate_stream",
+    "/edit",
+    "/api/diffusers/inference",
+    "/v2/models/shapes/infer",
+)
 
 
 @pytest.fixture
@@ -43,10 +61,27 @@ def anyio_backend() -> str:
 
 @pytest.mark.parametrize(
     "header",
-    [None, "", "secret", "Bearer", "Bearer ", "Bearer wrong", "Bearer secret2", "Bearer secre", "Bearer secret,other",
-     "Bearer  ", "Basic secret", "Basic c2VjcmV0", "Bearer sécret", "Bearer \x00", "Bearer \xff\xfe", "Token secret",
-     "bearersecret", "Bearer secret x"],
-)  # fmt: skip
+    [
+        None,
+        "",
+        "secret",
+        "Bearer",
+        "Bearer ",
+        "Bearer wrong",
+        "Bearer secret2",
+        "Bearer secre",
+        "Bearer secret,other",
+        "Bearer  ",
+        "Basic secret",
+        "Basic c2VjcmV0",
+        "Bearer sécret",
+        "Bearer \x00",
+        "Bearer \xff\xfe",
+        "Token secret",
+        "bearersecret",
+        "Bearer secret x",
+    ],
+)
 async def test_without_a_right_key_there_is_one_answer(header: str | None) -> None:
     headers = {} if header is None else {"Authorization": header}
     async with serving(api_keys="other,secret") as app:
@@ -54,7 +89,10 @@ async def test_without_a_right_key_there_is_one_answer(header: str | None) -> No
             assert (await app.get(path, headers)).status == 200
         exchanges = [app.send("GET", path, headers=headers) for path in CLOSED]
         exchanges += [app.send("POST", path, b"{}", {**headers, **JSON}) for path in POSTED]
-        exchanges += [app.send("DELETE", "/v1/jobs/x", headers=headers), app.send("OPTIONS", GENERATIONS, b"", headers)]
+        exchanges += [
+            app.send("DELETE", "/v1/jobs/x", headers=headers),
+            app.send("OPTIONS", GENERATIONS, b"", headers),
+        ]
         for one in exchanges:
             await one.done()
             assert (one.status, one.error["code"]) == (401, "invalid_api_key"), one.scope["path"]
@@ -72,7 +110,9 @@ async def test_without_a_right_key_there_is_one_answer(header: str | None) -> No
         assert app.record.calls == []
 
 
-@pytest.mark.parametrize("header", ["Bearer secret", "bearer secret", "BEARER  secret ", "Bearer other"])
+@pytest.mark.parametrize(
+    "header", ["Bearer secret", "bearer secret", "BEARER  secret ", "Bearer other"]
+)
 async def test_a_right_key_opens_everything(header: str) -> None:
     async with serving(api_keys=" other , secret ,") as app:
         assert (await app.post(headers={"Authorization": header}).done()).status == 200
@@ -82,7 +122,8 @@ async def test_a_right_key_opens_everything(header: str) -> None:
 
 async def test_a_key_beyond_ascii() -> None:
     async with serving(api_keys="schlüssel") as app:
-        sent = "Bearer " + "schlüssel".encode().decode("latin-1")  # as UTF-8, which is what clients send
+        # as UTF-8, which is what clients send
+        sent = "Bearer " + "schlüssel".encode().decode("latin-1")
         assert (await app.get("/v1/models", {"Authorization": sent})).status == 200
         assert (await app.get("/v1/models", {"Authorization": "Bearer schlüssel"})).status == 401
 
@@ -94,7 +135,16 @@ async def test_without_keys_everybody_may() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["Accept", "Prefer", "Idempotency-Key", "X-Request-ID", "Origin", "Authorization", "X-Forwarded-Host", "Cookie"],
+    [
+        "Accept",
+        "Prefer",
+        "Idempotency-Key",
+        "X-Request-ID",
+        "Origin",
+        "Authorization",
+        "X-Forwarded-Host",
+        "Cookie",
+    ],
 )
 @pytest.mark.parametrize("value", ["\xff\xe9 ü", "\x80;q=\xb2,,;=;\xa0", "a" * 8000])
 async def test_odd_headers_are_no_failure_of_the_server(name: str, value: str) -> None:
@@ -110,7 +160,9 @@ async def test_odd_headers_are_no_failure_of_the_server(name: str, value: str) -
 
 
 def shared(answer: Any) -> dict[str, str]:
-    return {name: value for name, value in answer.headers.items() if name.startswith("access-control-")}
+    return {
+        name: value for name, value in answer.headers.items() if name.startswith("access-control-")
+    }
 
 
 def preflight(origin: str, method: str = "POST") -> dict[str, str]:
@@ -133,12 +185,16 @@ async def test_pages_of_other_origins_may_nothing_by_default() -> None:
 
 
 async def test_pages_of_allowed_origins_may_ask_and_see_errors() -> None:
-    async with serving(cors_origins="https://a.test, https://b.test", api_keys="secret", max_queue=0) as app:
+    async with serving(
+        cors_origins="https://a.test, https://b.test", api_keys="secret", max_queue=0
+    ) as app:
         asked = await app.send("OPTIONS", GENERATIONS, headers=preflight("https://a.test")).done()
         assert asked.status == 200
         assert shared(asked)["access-control-allow-origin"] == "https://a.test"
         assert "idempotency-key" in shared(asked)["access-control-allow-headers"]
-        assert {"GET", "POST", "DELETE"} <= set(shared(asked)["access-control-allow-methods"].split(", "))
+        assert {"GET", "POST", "DELETE"} <= set(
+            shared(asked)["access-control-allow-methods"].split(", ")
+        )
         assert asked.headers["x-request-id"]
         origin = {"Origin": "https://b.test"}
         given = GIVEN | origin | JSON
@@ -166,16 +222,27 @@ async def test_pages_of_allowed_origins_may_ask_and_see_errors() -> None:
         app.record.error = RuntimeError("x")
         app.record.release.set()
         await first.done()
-        assert (first.status, shared(first)["access-control-allow-origin"]) == (500, "https://b.test")
+        assert (first.status, shared(first)["access-control-allow-origin"]) == (
+            500,
+            "https://b.test",
+        )
 
 
 async def test_other_origins_are_told_so() -> None:
     async with serving(cors_origins="https://a.test", api_keys="secret") as app:
-        asked = await app.send("OPTIONS", GENERATIONS, headers=preflight("https://evil.test")).done()
+        asked = await app.send(
+            "OPTIONS", GENERATIONS, headers=preflight("https://evil.test")
+        ).done()
         assert asked.status == 400
         assert "access-control-allow-origin" not in shared(asked)
         assert asked.error
-        for origin in ("https://evil.test", "https://a.test.evil.test", "null", "https://A.test", "http://a.test"):
+        for origin in (
+            "https://evil.test",
+            "https://a.test.evil.test",
+            "null",
+            "https://A.test",
+            "http://a.test",
+        ):
             answer = await app.post(headers=GIVEN | {"Origin": origin}).done()
             assert (answer.status, answer.error["code"]) == (400, "cross_site")
             assert "access-control-allow-origin" not in shared(answer)
@@ -239,8 +306,15 @@ def test_what_is_accepted(accept: str | list[str], picture: str | None, stream: 
 
 def test_types_are_in_the_order_of_liking() -> None:
     request = asking(accept=["a/a;q=0.1, B/B; Level=1 ; q=0.5", "c/c, d/d;q=1.000;x"])
-    assert accepted(request) == [("c/c", {}), ("d/d", {"x": ""}), ("b/b", {"level": "1"}), ("a/a", {})]
-    assert wants_stream(asking(accept='text/event-stream;profile="stepweave"')) == {"profile": "stepweave"}
+    assert accepted(request) == [
+        ("c/c", {}),
+        ("d/d", {"x": ""}),
+        ("b/b", {"level": "1"}),
+        ("a/a", {}),
+    ]
+    assert wants_stream(asking(accept='text/event-stream;profile="stepweave"')) == {
+        "profile": "stepweave"
+    }
 
 
 @pytest.mark.parametrize(
@@ -263,7 +337,9 @@ def test_who_prefers_to_come_back(prefer: str | list[str], later: bool) -> None:
 async def test_a_picture_is_answered_with_its_file_and_its_parameters() -> None:
     async with serving() as app:
         for kind in ("png", "jpeg", "webp"):
-            answer = await app.post(headers={"Accept": f"image/{kind}, */*;q=0.1"}, quality="high").done()
+            answer = await app.post(
+                headers={"Accept": f"image/{kind}, */*;q=0.1"}, quality="high"
+            ).done()
             assert (answer.status, answer.headers["content-type"]) == (200, f"image/{kind}")
             assert answer.headers["x-stepweave-seed"] == "1"
             assert answer.headers["x-stepweave-size"] == "64x64"
@@ -272,8 +348,12 @@ async def test_a_picture_is_answered_with_its_file_and_its_parameters() -> None:
         for fields, param in (({"n": 2}, "n"), ({"output_format": "webp"}, "output_format")):
             refused = await app.post(headers={"Accept": "image/png"}, **fields).done()
             assert (refused.status, refused.error["param"]) == (400, param)
-        assert (await app.post(headers={"Accept": "image/webp"}, output_format="webp").done()).status == 200
-        later = await app.post(headers={"Accept": "image/png", "Prefer": "respond-async"}, n=2).done()
+        assert (
+            await app.post(headers={"Accept": "image/webp"}, output_format="webp").done()
+        ).status == 200
+        later = await app.post(
+            headers={"Accept": "image/png", "Prefer": "respond-async"}, n=2
+        ).done()
         assert later.status == 202, "what comes later is JSON"
         assert app.outcomes()["invalid"] == 2
 
@@ -300,7 +380,9 @@ async def test_the_drain_is_for_who_reads_the_state_directory(tmp_path: Path) ->
                     headers = {"Host": "localhost:3000", **given}
                     answer = await app.send(method, "/drain", b"", headers, client=client).done()
                     assert answer.status == 404
-                    assert answer.error["message"] == nowhere.error["message"].replace("/nope", "/drain")
+                    assert answer.error["message"] == nowhere.error["message"].replace(
+                        "/nope", "/drain"
+                    )
         assert app.server.health().stage == "ready"
         for method in ("GET", "PUT"):
             answer = await app.drain(method)
@@ -322,7 +404,11 @@ async def test_work_is_taken_until_load_balancers_have_heard_of_a_drain() -> Non
         assert (await app.drain()).status == 200
         assert told == [True]
         ready = await app.get("/readyz")
-        assert (ready.status, ready.error["code"], ready.headers["connection"]) == (503, "draining", "close")
+        assert (ready.status, ready.error["code"], ready.headers["connection"]) == (
+            503,
+            "draining",
+            "close",
+        )
         assert app.metric("stepweave_ready") == 0
         for one in (
             app.post(),
@@ -342,12 +428,22 @@ async def test_a_drain_can_be_taken_back_until_the_process_is_told_to_end() -> N
     async with serving(drain_notice=0, grace=SECONDS) as app:
         told: list[bool] = []
         app.server.leaving.listeners.append(told.append)
-        assert (await app.drain("DELETE")).json() == {"stage": "ready", "in_flight": 0}, "there is none"
+        assert (await app.drain("DELETE")).json() == {"stage": "ready", "in_flight": 0}, (
+            "there is none"
+        )
         await app.drain()
         refused = await app.post().done()
-        assert (refused.status, refused.error["code"], refused.headers["retry-after"]) == (503, "draining", "1")
+        assert (refused.status, refused.error["code"], refused.headers["retry-after"]) == (
+            503,
+            "draining",
+            "1",
+        )
         back = await app.drain("DELETE")
-        assert (back.status, back.json()["stage"], "connection" in back.headers) == (200, "ready", False)
+        assert (back.status, back.json()["stage"], "connection" in back.headers) == (
+            200,
+            "ready",
+            False,
+        )
         assert (await app.post().done()).status == 200
         assert (await app.get("/readyz")).status == 200
         await app.drain()
@@ -374,7 +470,8 @@ async def test_a_drained_server_that_nothing_ends_is_not_alive() -> None:
 
 @contextlib.asynccontextmanager
 async def draining(**settings: Any) -> AsyncIterator[tuple[App, Any, str]]:
-    """A server that drains while a stream and a job wait for the test: app, stream, and the job's id."""
+    """A server that drains while a stream and a job wait for the test: app, stream, and the job's
+    id."""
     async with serving(FakePipeline(edits=True), **{"drain_notice": 0, **settings}) as app:
         app.record.gated = True
         stream = app.post(stream=True)
@@ -393,8 +490,13 @@ async def test_a_draining_server_finishes_what_it_has_and_takes_nothing_more() -
         assert (await app.get("/v2/health/ready")).status != 200
         assert app.metric("stepweave_ready") == 0
         form = {"Content-Type": "multipart/form-data; boundary=x"}
-        picture = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\nx\r\n--x--\r\n'
-        inputs = b'{"inputs": [{"name": "prompt", "shape": [1], "datatype": "BYTES", "data": ["a"]}]}'
+        picture = (
+            b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\nx'
+            b"\r\n--x--\r\n"
+        )
+        inputs = (
+            b'{"inputs": [{"name": "prompt", "shape": [1], "datatype": "BYTES", "data": ["a"]}]}'
+        )
         refused = [
             app.post(),
             app.post(stream=True),

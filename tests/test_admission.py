@@ -18,9 +18,13 @@ from tests.waiting import SECONDS, wait_until
 Make = Callable[..., InProcess]
 
 
-def in_background(app: InProcess, count: int, **fields: Any) -> tuple[list[threading.Thread], list[httpx.Response]]:
+def in_background(
+    app: InProcess, count: int, **fields: Any
+) -> tuple[list[threading.Thread], list[httpx.Response]]:
     answers: list[httpx.Response] = []
-    threads = [threading.Thread(target=lambda: answers.append(app.post(**fields))) for _ in range(count)]
+    threads = [
+        threading.Thread(target=lambda: answers.append(app.post(**fields))) for _ in range(count)
+    ]
     for thread in threads:
         thread.start()
     return threads, answers
@@ -44,7 +48,9 @@ def learn(app: InProcess, pause: float) -> None:
         ({"deadline_ms": 10**12}, "deadline_ms"),
     ],
 )
-def test_bad_classes_and_deadlines_are_400(in_process: Make, fields: dict[str, Any], param: str) -> None:
+def test_bad_classes_and_deadlines_are_400(
+    in_process: Make, fields: dict[str, Any], param: str
+) -> None:
     response = in_process().post(**fields)
     assert response.status_code == 400
     error = response.json()["error"]
@@ -52,7 +58,9 @@ def test_bad_classes_and_deadlines_are_400(in_process: Make, fields: dict[str, A
     assert str(next(iter(fields.values()))) in error["message"]
 
 
-def test_a_deadline_that_cannot_be_met_is_refused_at_once_and_runs_nothing(in_process: Make) -> None:
+def test_a_deadline_that_cannot_be_met_is_refused_at_once_and_runs_nothing(
+    in_process: Make,
+) -> None:
     app = in_process()
     learn(app, 0.01)
     ran = app.pipeline.record.steps_run
@@ -81,7 +89,9 @@ def test_a_deadline_that_was_missed_is_504_and_counted(in_process: Make, batchin
     assert error["code"] == "deadline_exceeded"
     done = app.pipeline.record.steps_run
     assert error["message"].startswith("deadline_ms is 500, which has passed: ")
-    assert (f"it had done {done} of its 100 steps" if done else "none of its 100 steps") in error["message"]
+    assert (f"it had done {done} of its 100 steps" if done else "none of its 100 steps") in error[
+        "message"
+    ]
     assert "nothing of this model had been timed when it came" in error["message"]
     assert done < 20
     app.until_metric(1, "stepweave_deadline_missed_total")
@@ -94,14 +104,18 @@ def test_a_deadline_that_was_missed_is_504_and_counted(in_process: Make, batchin
 
 def test_a_first_request_whose_deadline_could_not_be_checked_says_so(in_process: Make) -> None:
     app = in_process(warmup=False)
-    unforeseen = "deadline_ms could not be checked beforehand: nothing of this model had been timed yet."
+    unforeseen = (
+        "deadline_ms could not be checked beforehand: nothing of this model had been timed yet."
+    )
     assert app.post(deadline_ms=10**7).json()["warnings"] == [unforeseen]
     assert app.post(deadline_ms=10**7).json()["warnings"] == []
     fresh = in_process(warmup=False)
     assert fresh.post().json()["warnings"] == []
 
 
-def test_a_deadline_that_the_queue_is_in_the_way_of_is_told_when_to_come_back(in_process: Make) -> None:
+def test_a_deadline_that_the_queue_is_in_the_way_of_is_told_when_to_come_back(
+    in_process: Make,
+) -> None:
     app = in_process()
     learn(app, 0.02)
     app.pipeline.record.gated = True
@@ -111,7 +125,8 @@ def test_a_deadline_that_the_queue_is_in_the_way_of_is_told_when_to_come_back(in
     error = refused.json()["error"]
     assert (refused.status_code, error["code"]) == (429, "deadline")
     told = re.fullmatch(
-        r"deadline_ms is 2000; the image would be done in ([0-9.]+) s, of which it takes ([0-9.]+) s itself\.",
+        r"deadline_ms is 2000; the image would be done in ([0-9.]+) s, of which it takes ([0-9.]+) "
+        r"s itself\.",
         error["message"],
     )
     assert told is not None, error["message"]
@@ -123,13 +138,18 @@ def test_a_deadline_that_the_queue_is_in_the_way_of_is_told_when_to_come_back(in
         thread.join(SECONDS)
 
 
-def test_a_full_server_tells_nobody_to_come_back_who_cannot_be_served_either(in_process: Make) -> None:
+def test_a_full_server_tells_nobody_to_come_back_who_cannot_be_served_either(
+    in_process: Make,
+) -> None:
     app = in_process(max_queue=0)
     learn(app, 0.02)
     app.pipeline.record.gated = True
     threads, _ = in_background(app, 1)
     wait_until(lambda: app.pipeline.record.running)
-    hopeless, full = app.post(num_inference_steps=200, deadline_ms=50), app.post(num_inference_steps=5)
+    hopeless, full = (
+        app.post(num_inference_steps=200, deadline_ms=50),
+        app.post(num_inference_steps=5),
+    )
     assert (hopeless.status_code, hopeless.json()["error"]["code"]) == (400, "deadline_too_short")
     assert "Retry-After" not in hopeless.headers
     assert (full.status_code, full.json()["error"]["code"]) == (429, "queue_full")
@@ -186,7 +206,9 @@ def test_a_place_is_kept_for_one_who_waits_as_told(in_process: Make) -> None:
     assert [answer.status_code for answer in answers + mine] == [200, 200, 200]
 
 
-def test_a_refusal_takes_no_time_of_the_model_and_hardly_any_of_the_servers(in_process: Make) -> None:
+def test_a_refusal_takes_no_time_of_the_model_and_hardly_any_of_the_servers(
+    in_process: Make,
+) -> None:
     """With as many in flight as are let in by default."""
     app = in_process()
     assert app.post().status_code == 200

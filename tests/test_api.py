@@ -33,20 +33,39 @@ Make = Callable[..., InProcess]
 
 def test_a_generation_echoes_everything_it_resolved(in_process: Make) -> None:
     app = in_process()
-    response = app.post(seed=7, n=2, size="32x48", num_inference_steps=3, guidance_scale=2, negative_prompt="blue")
+    response = app.post(
+        seed=7, n=2, size="32x48", num_inference_steps=3, guidance_scale=2, negative_prompt="blue"
+    )
     assert response.status_code == 200
     answer = response.json()
     assert [item["seed"] for item in answer["data"]] == [7, 8]
     assert answer["parameters"] == {
-        "prompt": "a red circle", "negative_prompt": "blue", "seed": 7, "size": "32x48", "num_inference_steps": 3,
-        "guidance_scale": 2.0, "n": 2, "output_format": "png", "priority": "normal", "reproducible": False,
-    }  # fmt: skip
+        "prompt": "a red circle",
+        "negative_prompt": "blue",
+        "seed": 7,
+        "size": "32x48",
+        "num_inference_steps": 3,
+        "guidance_scale": 2.0,
+        "n": 2,
+        "output_format": "png",
+        "priority": "normal",
+        "reproducible": False,
+    }
     assert answer["usage"] == {
-        "input_tokens": 0, "input_tokens_details": {"text_tokens": 0, "image_tokens": 0}, "output_tokens": 2 * 4 * 6,
-        "output_tokens_details": {"text_tokens": 0, "image_tokens": 2 * 4 * 6}, "total_tokens": 2 * 4 * 6,
-        "images": 2, "steps": 6, "pixels": 2 * 32 * 48,
-    }  # fmt: skip
-    assert (answer["size"], answer["output_format"], answer["background"]) == ("32x48", "png", "opaque")
+        "input_tokens": 0,
+        "input_tokens_details": {"text_tokens": 0, "image_tokens": 0},
+        "output_tokens": 2 * 4 * 6,
+        "output_tokens_details": {"text_tokens": 0, "image_tokens": 2 * 4 * 6},
+        "total_tokens": 2 * 4 * 6,
+        "images": 2,
+        "steps": 6,
+        "pixels": 2 * 32 * 48,
+    }
+    assert (answer["size"], answer["output_format"], answer["background"]) == (
+        "32x48",
+        "png",
+        "opaque",
+    )
     timings = answer["timings"]
     assert list(timings) == ["queued", "encode", "denoise", "decode", "encode_image", "total"]
     assert all(seconds > 0 for seconds in timings.values())
@@ -93,7 +112,9 @@ def test_the_wish_to_be_reproducible_is_echoed_and_passed_on(in_process: Make) -
 def test_answers_warn_of_prompts_that_are_cut(in_process: Make) -> None:
     family = FAMILIES["stable_diffusion"]
     app = in_process(family.build(), warmup=False, batching="step")
-    answer = app.post(prompt="a red circle " * 6, negative_prompt="a star " * 9, num_inference_steps=1).json()
+    answer = app.post(
+        prompt="a red circle " * 6, negative_prompt="a star " * 9, num_inference_steps=1
+    ).json()
     assert [warning.split(";")[0] for warning in answer["warnings"]] == [
         "prompt: the text encoder (tokenizer) reads 16 tokens",
         "negative_prompt: the text encoder (tokenizer) reads 16 tokens",
@@ -175,7 +196,9 @@ def test_bad_values_are_named_with_their_limit(
     assert app.metric("stepweave_requests_total", outcome="invalid") == 1
 
 
-@pytest.mark.parametrize(("image_format", "size", "most"), [("jpeg", "8x65536", 65500), ("webp", "16384x8", 16383)])
+@pytest.mark.parametrize(
+    ("image_format", "size", "most"), [("jpeg", "8x65536", 65500), ("webp", "16384x8", 16383)]
+)
 def test_a_size_that_the_format_does_not_take_is_refused(
     in_process: Make, image_format: str, size: str, most: int
 ) -> None:
@@ -202,7 +225,9 @@ def test_a_size_that_the_format_does_not_take_is_refused(
 )
 @pytest.mark.parametrize("path", ["/v1/images/generations", "/generate"])
 def test_broken_bodies_are_400(in_process: Make, path: str, body: bytes, code: str) -> None:
-    response = in_process().client.post(path, content=body, headers={"Content-Type": "application/json"})
+    response = in_process().client.post(
+        path, content=body, headers={"Content-Type": "application/json"}
+    )
     assert response.status_code == 400
     assert response.json()["error"]["code"] == code
     assert len(response.content) < 1000
@@ -237,7 +262,10 @@ def test_unknown_routes_methods_and_models(in_process: Make) -> None:
     assert refused.status_code == 405
     assert "GET" in refused.headers["Allow"]
     assert client.get("/v1/models/other").json()["error"]["code"] == "model_not_found"
-    assert client.post("/v1/images/generations", json={"prompt": "x", "model": "other"}).status_code == 404
+    assert (
+        client.post("/v1/images/generations", json={"prompt": "x", "model": "other"}).status_code
+        == 404
+    )
 
 
 def test_models_tell_the_limits(in_process: Make) -> None:
@@ -250,16 +278,24 @@ def test_models_tell_the_limits(in_process: Make) -> None:
 
 def test_request_ids(in_process: Make) -> None:
     client = in_process().client
-    assert client.get("/livez", headers={"X-Request-ID": "mine-1"}).headers["X-Request-ID"] == "mine-1"
+    assert (
+        client.get("/livez", headers={"X-Request-ID": "mine-1"}).headers["X-Request-ID"] == "mine-1"
+    )
     for bad in ("x" * 129, "a b", "é".encode("latin-1")):
         assert client.get("/nope", headers={"X-Request-ID": bad}).headers["X-Request-ID"] != bad
-    assert client.get("/livez").headers["X-Request-ID"] != client.get("/livez").headers["X-Request-ID"]
+    assert (
+        client.get("/livez").headers["X-Request-ID"] != client.get("/livez").headers["X-Request-ID"]
+    )
 
 
-def test_a_failure_is_500_with_an_id_that_is_in_the_log(in_process: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failure_is_500_with_an_id_that_is_in_the_log(
+    in_process: Make, caplog: pytest.LogCaptureFixture
+) -> None:
     app = in_process()
     app.pipeline.record.error = RuntimeError("secret detail")
-    response = app.client.post("/v1/images/generations", json={"prompt": "x"}, headers={"X-Request-ID": "abc"})
+    response = app.client.post(
+        "/v1/images/generations", json={"prompt": "x"}, headers={"X-Request-ID": "abc"}
+    )
     assert response.status_code == 500
     assert "abc" in response.json()["error"]["message"]
     assert "secret" not in response.text
@@ -269,9 +305,13 @@ def test_a_failure_is_500_with_an_id_that_is_in_the_log(in_process: Make, caplog
     assert app.post().status_code == 200, "one failure must not hurt the next request"
 
 
-def test_a_job_that_does_not_fit_into_memory_says_so_and_is_not_sent_again(in_process: Make) -> None:
+def test_a_job_that_does_not_fit_into_memory_says_so_and_is_not_sent_again(
+    in_process: Make,
+) -> None:
     app = in_process()
-    app.pipeline.record.error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+    app.pipeline.record.error = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 20.00 GiB."
+    )
     response = app.client.post("/v1/images/generations", json={"prompt": "x"})
     assert response.status_code == 500
     error = response.json()["error"]
@@ -308,7 +348,10 @@ def test_a_model_that_cannot_load_fails_readyz_and_livez(in_process: Make) -> No
         response = app.client.get(path)
         assert response.status_code == 503
         assert response.json()["error"]["code"] == "load_failed"
-        assert "NoPrompt makes no images of prompts (it takes no argument 'prompt')" in response.json()["message"]
+        assert (
+            "NoPrompt makes no images of prompts (it takes no argument 'prompt')"
+            in response.json()["message"]
+        )
 
 
 class Films(FakePipeline):
@@ -331,10 +374,15 @@ def test_what_makes_no_images_fails_its_warm_up(in_process: Make) -> None:
     app.server.start()
     wait_until(lambda: app.server.status.stage in ("ready", "failed"))
     assert app.server.status.stage == "failed"
-    assert "Films makes no images of prompts: it returned frames (list)" in app.client.get("/readyz").json()["message"]
+    assert (
+        "Films makes no images of prompts: it returned frames (list)"
+        in app.client.get("/readyz").json()["message"]
+    )
 
 
-def test_without_a_warm_up_the_first_request_tells_and_the_server_serves_no_more(in_process: Make) -> None:
+def test_without_a_warm_up_the_first_request_tells_and_the_server_serves_no_more(
+    in_process: Make,
+) -> None:
     app = in_process(Films(), warmup=False)
     assert app.client.get("/readyz").status_code == 200
     told = "Films makes no images of prompts: it returned frames (list), and no list of images"
@@ -367,11 +415,14 @@ def test_beyond_the_queue_is_429_with_retry_after(in_process: Make) -> None:
     app = in_process(max_queue=2)
     app.pipeline.record.gated = True
     answers: list[int] = []
-    threads = [threading.Thread(target=lambda: answers.append(app.post().status_code)) for _ in range(3)]
+    threads = [
+        threading.Thread(target=lambda: answers.append(app.post().status_code)) for _ in range(3)
+    ]
     for thread in threads:
         thread.start()
     app.until_metric(3, "stepweave_requests_in_flight")
-    app.until_metric(2, "stepweave_requests_waiting")  # the engine's thread takes the third a moment later
+    # the engine's thread takes the third a moment later
+    app.until_metric(2, "stepweave_requests_waiting")
     refused = app.post()
     assert refused.status_code == 429
     assert refused.json()["error"]["type"] == "rate_limit_error"
@@ -391,7 +442,9 @@ def test_an_unknown_field_of_any_length_makes_a_short_answer(in_process: Make) -
     assert len(response.content) < 1000
 
 
-def test_a_client_that_leaves_while_it_sends_the_body_is_cancelled_not_failed(in_process: Make) -> None:
+def test_a_client_that_leaves_while_it_sends_the_body_is_cancelled_not_failed(
+    in_process: Make,
+) -> None:
     app = in_process()
     sent: list[Any] = []
 
@@ -403,10 +456,19 @@ def test_a_client_that_leaves_while_it_sends_the_body_is_cancelled_not_failed(in
 
     for path in ("/v1/images/generations", "/generate"):
         scope = {
-            "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
-            "headers": [(b"content-type", b"application/json")], "http_version": "1.1", "scheme": "http",
-            "server": ("testserver", 80), "client": ("testclient", 1), "asgi": {"version": "3.0"},
-        }  # fmt: skip
+            "type": "http",
+            "method": "POST",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": [(b"content-type", b"application/json")],
+            "http_version": "1.1",
+            "scheme": "http",
+            "server": ("testserver", 80),
+            "client": ("testclient", 1),
+            "asgi": {"version": "3.0"},
+        }
         anyio.run(app.client.app, scope, receive, send)
     assert {message["status"] for message in sent if "status" in message} == {499}
     app.until_metric(2, "stepweave_requests_total", outcome="cancelled")
@@ -415,9 +477,14 @@ def test_a_client_that_leaves_while_it_sends_the_body_is_cancelled_not_failed(in
 
 @pytest.mark.parametrize(("setting", "value"), [("max_steps", 27), ("max_pixels", 4096 - 1)])
 def test_a_limit_below_the_models_default_fails_the_start(setting: str, value: int) -> None:
-    with pytest.raises((LoadError, ValueError), match=f"STEPWEAVE_{setting.upper()}={value}|greater than or equal"):
+    with pytest.raises(
+        (LoadError, ValueError), match=f"STEPWEAVE_{setting.upper()}={value}|greater than or equal"
+    ):
         ServedModel(FakePipeline(), Preset(), Settings(**{setting: value}))
 
 
 def test_the_shortest_limits_still_start(in_process: Make) -> None:
-    assert in_process(max_steps=28, max_prompt_characters=1, max_images=1).post(prompt="x").status_code == 200
+    assert (
+        in_process(max_steps=28, max_prompt_characters=1, max_images=1).post(prompt="x").status_code
+        == 200
+    )

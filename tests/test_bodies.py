@@ -41,7 +41,8 @@ def long_body(size: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/images/generations", "/generate", "/api/diffusers/inference", "/v2/models/shapes/infer"]
+    "path",
+    ["/v1/images/generations", "/generate", "/api/diffusers/inference", "/v2/models/shapes/infer"],
 )
 @pytest.mark.usefixtures("traced")
 async def test_long_bodies_wait_on_disk(path: str) -> None:
@@ -51,7 +52,9 @@ async def test_long_bodies_wait_on_disk(path: str) -> None:
         for _ in range(TURNS):
             await app.asgi.body_turns.acquire()
         before = tracemalloc.get_traced_memory()[0]
-        waiting = [app.send("POST", path, body, {"Content-Type": "application/json"}) for _ in range(MANY)]
+        waiting = [
+            app.send("POST", path, body, {"Content-Type": "application/json"}) for _ in range(MANY)
+        ]
         await app.until(lambda: sum(one.has_sent for one in waiting) == MANY)
         short = await app.post(path).done() if path == "/v1/images/generations" else None
         await asyncio.sleep(0.2)
@@ -61,7 +64,8 @@ async def test_long_bodies_wait_on_disk(path: str) -> None:
         for _ in range(TURNS):
             app.asgi.body_turns.release()
         for one in waiting:
-            assert (await one.done()).status == (404 if path == "/generate" else 400)  # BentoML is not there
+            # BentoML is not there
+            assert (await one.done()).status == (404 if path == "/generate" else 400)
         assert not app.asgi.body_turns.locked()
 
 
@@ -75,7 +79,9 @@ async def test_uploads_that_wait_to_be_decoded_are_on_disk() -> None:
         raise InvalidRequest("It was let go.")
 
     head = b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na\r\n--x\r\n'
-    file = b'Content-Disposition: form-data; name="image"; filename="a"\r\n\r\n' + bytes(2 * MEGABYTE)
+    file = b'Content-Disposition: form-data; name="image"; filename="a"\r\n\r\n' + bytes(
+        2 * MEGABYTE
+    )
     form, kind = head + file + b"\r\n--x--\r\n", {"Content-Type": "multipart/form-data; boundary=x"}
     with patch.object(Decoders, "_run", run):
         async with serving(FakePipeline(edits=True)) as app:
@@ -100,7 +106,12 @@ async def test_a_turn_is_given_back_whatever_comes_of_it() -> None:
                 assert answer.status == 400
         for _ in range(TURNS):
             await app.asgi.body_turns.acquire()
-        gone = app.send("POST", "/v1/images/generations", long_body(2 * SPOOLED), {"Content-Type": "application/json"})
+        gone = app.send(
+            "POST",
+            "/v1/images/generations",
+            long_body(2 * SPOOLED),
+            {"Content-Type": "application/json"},
+        )
         await app.until(lambda: gone.has_sent)
         gone.task.cancel()
         await asyncio.wait({gone.task})

@@ -1,7 +1,9 @@
-"""What a job's own code writes to the shared modules is the job's: callbacks, and pipelines whose calls do so themselves.
+"""What a job's own code writes to the shared modules is the job's: callbacks, and pipelines whose
+calls do so themselves.
 
-The job with the callback gets what a plain call with it gives, all others, before, beside and after it, what plain calls without
-it give; and when the engine is closed, the caller's modules are as they were.
+The job with the callback gets what a plain call with it gives, all others, before, beside and after
+it, what plain calls without it give; and when the engine is closed, the caller's modules are as
+they were.
 """
 
 from __future__ import annotations
@@ -37,12 +39,16 @@ Callback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 
 
 def state(pipeline: Any) -> Any:
-    """The pipeline's, and what its modules have besides weights. Not of text encoders, to which transformers adds hooks of its
-    own at their first call.
+    """The pipeline's, and what its modules have besides weights. Not of text encoders, to which
+    transformers adds hooks of its own at their first call.
     """
-    kept = {name: one for name, one in vars(pipeline).items() if not isinstance(one, PreTrainedModel)}
+    kept = {
+        name: one for name, one in vars(pipeline).items() if not isinstance(one, PreTrainedModel)
+    }
     own = {
-        f"{component}.{name}": {key: _shown(value) for key, value in vars(module).items() if key not in APART}
+        f"{component}.{name}": {
+            key: _shown(value) for key, value in vars(module).items() if key not in APART
+        }
         for component, network in kept.items()
         if isinstance(network, torch.nn.Module)
         for name, module in network.named_modules()
@@ -62,13 +68,18 @@ def _shown(value: Any) -> Any:
         return {key: _shown(item) for key, item in value.items()}
     if callable(value) and not hasattr(value, "__dict__"):
         return type(value).__name__
-    plain_ones = {k: v for k, v in getattr(value, "__dict__", {}).items() if isinstance(v, (bool, int, float, list))}
+    plain_ones = {
+        k: v
+        for k, v in getattr(value, "__dict__", {}).items()
+        if isinstance(v, (bool, int, float, list))
+    }
     return type(value).__name__, plain_ones
 
 
 @dataclass
 class Case:
-    """A pipeline, a call of it, and a callback that writes to its modules; `special` are the arguments of jobs with it."""
+    """A pipeline, a call of it, and a callback that writes to its modules; `special` are the
+    arguments of jobs with it."""
 
     build: Callable[[], Any]
     ask: Callable[..., dict[str, Any]]
@@ -83,9 +94,13 @@ class Case:
         return lambda: self.ask(seed) | self.special()
 
     def check(self, *rounds: str) -> None:
-        """Serve rounds of jobs, `p` plain ones and `s` special ones, whose seeds are their places."""
+        """Serve rounds of jobs, `p` plain ones and `s` special ones, whose seeds are their
+        places."""
         asked = [
-            [(kind, (self.specially if kind == "s" else self.plainly)(seed)) for seed, kind in enumerate(kinds)]
+            [
+                (kind, (self.specially if kind == "s" else self.plainly)(seed))
+                for seed, kind in enumerate(kinds)
+            ]
             for kinds in rounds
         ]
         pipeline = self.build()
@@ -95,7 +110,9 @@ class Case:
             for number, requests in enumerate(asked):
                 jobs = submit_together(engine, [request for _, request in requests])
                 found = [numbers(job.result(SECONDS)) for job in jobs]
-                for place, ((kind, request), result) in enumerate(zip(requests, found, strict=True)):
+                for place, ((kind, request), result) in enumerate(
+                    zip(requests, found, strict=True)
+                ):
                     if kind == "s" and not self.kept:
                         continue
                     [expected] = plain(self.build, [request])
@@ -109,7 +126,9 @@ class Case:
 def callback(function: Callable[[Any], None], at: int = 1) -> Callable[[], dict[str, Any]]:
     """Arguments of a job that does this to its pipeline after one of its steps."""
 
-    def on_step_end(pipeline: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+    def on_step_end(
+        pipeline: Any, step: int, timestep: Any, given: dict[str, Any]
+    ) -> dict[str, Any]:
         if step == at:
             function(pipeline)
         return given
@@ -126,13 +145,25 @@ def official(kind: type[PipelineCallback], at: int) -> Callable[[], dict[str, An
 
 def pictured(seed: int) -> dict[str, Any]:
     return {
-        "prompt": "a red circle", "ip_adapter_image": hint(seed), "num_inference_steps": STEPS, "output_type": "np",
-        "height": 16, "width": 16, "guidance_scale": 5.0, "generator": torch.Generator().manual_seed(seed),
-    }  # fmt: skip
+        "prompt": "a red circle",
+        "ip_adapter_image": hint(seed),
+        "num_inference_steps": STEPS,
+        "output_type": "np",
+        "height": 16,
+        "width": 16,
+        "guidance_scale": 5.0,
+        "generator": torch.Generator().manual_seed(seed),
+    }
 
 
-ADAPTER = Case(stable_diffusion_ip_adapter_text, pictured, official(IPAdapterScaleCutoffCallback, 1))
-SCALED = Case(stable_diffusion_ip_adapter_text, pictured, callback(lambda pipeline: pipeline.set_ip_adapter_scale(2.0)))
+ADAPTER = Case(
+    stable_diffusion_ip_adapter_text, pictured, official(IPAdapterScaleCutoffCallback, 1)
+)
+SCALED = Case(
+    stable_diffusion_ip_adapter_text,
+    pictured,
+    callback(lambda pipeline: pipeline.set_ip_adapter_scale(2.0)),
+)
 
 
 # Stable Diffusion 3
@@ -268,7 +299,9 @@ def wrap(pipeline: Any) -> None:
     pipeline.transformer.proj_out = Wrapper(pipeline.transformer.proj_out)
 
 
-READY = torch.nn.Linear(SD3.build().transformer.proj_out.in_features, SD3.build().transformer.proj_out.out_features)
+READY = torch.nn.Linear(
+    SD3.build().transformer.proj_out.in_features, SD3.build().transformer.proj_out.out_features
+)
 
 
 def put_in_a_ready_module(pipeline: Any) -> None:
@@ -288,10 +321,14 @@ CASES = {
     "ip_adapter_cutoff": ADAPTER,
     "ip_adapter_scale": SCALED,
     "vae_tiling": Case(
-        tiling, functools.partial(asked, side=48), callback(lambda pipeline: pipeline.vae.enable_tiling())
+        tiling,
+        functools.partial(asked, side=48),
+        callback(lambda pipeline: pipeline.vae.enable_tiling()),
     ),
     "vae_tiling_at_the_last_step": Case(
-        tiling, functools.partial(asked, side=48), callback(lambda pipeline: pipeline.vae.enable_tiling(), STEPS - 1)
+        tiling,
+        functools.partial(asked, side=48),
+        callback(lambda pipeline: pipeline.vae.enable_tiling(), STEPS - 1),
     ),
     "attribute": Case(flagged, asked, callback(set_attribute)),
     "processor": Case(SD3.build, asked, callback(replace_processor)),
@@ -316,7 +353,8 @@ every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.full
 @every_case
 def test_the_callback_has_an_effect(case: Case) -> None:
-    """So that the tests of this module can fail: on its own job, and on later calls of the same pipeline."""
+    """So that the tests of this module can fail: on its own job, and on later calls of the same
+    pipeline."""
     without, special = plain(case.build, [case.plainly(0), case.specially(0)])
     assert difference(without, special) > case.effect
     pipeline = case.build()
@@ -364,7 +402,11 @@ def test_a_job_that_ends_early_leaves_nothing_behind(name: str) -> None:
 
     pipeline = case.build()
     before = state(pipeline)
-    requests = [case.plainly(0), lambda: case.ask(1) | {"callback_on_step_end": failing}, case.plainly(2)]
+    requests = [
+        case.plainly(0),
+        lambda: case.ask(1) | {"callback_on_step_end": failing},
+        case.plainly(2),
+    ]
     with StepEngine(pipeline, knee=False) as engine:
         jobs = submit_together(engine, requests)
         assert str(jobs[1].exception(SECONDS)) == "enough"
@@ -387,7 +429,9 @@ def test_what_a_callback_put_in_is_as_it_was(rounds: tuple[str, ...]) -> None:
     assert torch.equal(Wrapper(torch.nn.Identity())(torch.ones(2)), torch.full((2,), 0.5))
 
 
-def test_weights_that_cannot_be_put_back_have_all_other_jobs_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_cannot_be_put_back_have_all_other_jobs_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Those written to in place of which there is no copy, since they are too large."""
     for module in (module_state, values):
         monkeypatch.setattr(module, "WHOLE", 16)
@@ -405,7 +449,10 @@ def test_weights_that_cannot_be_put_back_have_all_other_jobs_refused(monkeypatch
         assert "transformer.proj_out.weight" in str(error)
     done = [i for i in (0, 2) if errors[i] is None]
     expected = plain(case.build, [requests[i] for i in done])
-    assert all(difference(numbers(jobs[i].result()), one) <= TOLERANCE for i, one in zip(done, expected, strict=True))
+    assert all(
+        difference(numbers(jobs[i].result()), one) <= TOLERANCE
+        for i, one in zip(done, expected, strict=True)
+    )
 
 
 def test_jobs_whose_callbacks_only_look_share_forwards() -> None:
@@ -414,7 +461,9 @@ def test_jobs_whose_callbacks_only_look_share_forwards() -> None:
         assert not pipeline.vae.use_tiling
         return given
 
-    requests: list[Request] = [lambda i=i: asked(i) | {"callback_on_step_end": look} for i in range(4)]  # type: ignore
+    requests: list[Request] = [
+        lambda i=i: asked(i) | {"callback_on_step_end": look} for i in range(4)
+    ]  # type: ignore
     with StepEngine(SD3.build(), knee=False) as engine:
         found = [numbers(job.result(SECONDS)) for job in submit_together(engine, requests)]
     assert max(map(difference, found, plain(SD3.build, requests))) <= TOLERANCE
@@ -457,7 +506,8 @@ def made(kind: type[StableDiffusion3Pipeline]) -> Callable[[], Any]:
 
 
 class Reweighing(StableDiffusion3Pipeline):  # type: ignore[misc]
-    """Replaces a weight of its transformer by another object, for the same numbers or for others."""
+    """Replaces a weight of its transformer by another object, for the same numbers or for
+    others."""
 
     def __call__(self, *args: Any, flag: float | None = None, **kwargs: Any) -> Any:
         projection = self.transformer.proj_out
@@ -480,7 +530,10 @@ def choosing(seed: int) -> dict[str, Any]:
     return asked(seed) | {"flag": 1.0}
 
 
-OWN = {kind.__name__: Case(made(kind), asked, lambda: {"flag": 0.5}) for kind in (Flagging, Scaling, Reweighing)}
+OWN = {
+    kind.__name__: Case(made(kind), asked, lambda: {"flag": 0.5})
+    for kind in (Flagging, Scaling, Reweighing)
+}
 OWN["Choosing"] = Case(made(Choosing), choosing, lambda: {"flag": 0.5})
 every_own = pytest.mark.parametrize("case", OWN.values(), ids=OWN)
 
@@ -495,8 +548,12 @@ def test_such_a_pipeline_changes_later_calls(case: Case) -> None:
 
 
 @every_own
-@pytest.mark.parametrize("rounds", [("pp", "pspp", "ppp"), ("spp", "p"), ("ssp", "sp")], ids="-".join)
-def test_what_a_pipeline_writes_to_its_modules_is_its_jobs_alone(case: Case, rounds: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "rounds", [("pp", "pspp", "ppp"), ("spp", "p"), ("ssp", "sp")], ids="-".join
+)
+def test_what_a_pipeline_writes_to_its_modules_is_its_jobs_alone(
+    case: Case, rounds: tuple[str, ...]
+) -> None:
     case.check(*rounds)
 
 
@@ -505,7 +562,11 @@ def test_a_weight_replaced_by_another_object_for_the_same_numbers_is_no_change()
     case = OWN["Reweighing"]
     requests = [case.plainly(i) for i in range(4)]
     with StepEngine(case.build(), knee=False) as engine:
-        found = [numbers(job.result(SECONDS)) for _ in range(2) for job in submit_together(engine, requests)]
+        found = [
+            numbers(job.result(SECONDS))
+            for _ in range(2)
+            for job in submit_together(engine, requests)
+        ]
         stats = engine.stats()
     assert max(map(difference, found, 2 * plain(case.build, requests))) <= TOLERANCE
     assert stats.forwards["transformer"].merged_share > 0.5

@@ -1,4 +1,5 @@
-"""Clients of other makers against the real server, in an environment of their own: their dependencies conflict with ours."""
+"""Clients of other makers against the real server, in an environment of their own: their
+dependencies conflict with ours."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def run(script: str, *arguments: str) -> Any:
 
 
 def run_on_node(script: str, *arguments: str) -> Any:
-    """What a script of tests/clients/node finds: Node looks for its packages where it is started."""
+    """What a script of tests/clients/node finds: Node looks for its packages where it is
+    started."""
     if shutil.which("node") is None or not (NODE / "node_modules").exists():
         not_checked(".venv-node")
     with (ROOT / "tests" / "clients" / "node" / script).open("rb") as source:
@@ -55,12 +57,16 @@ def run_on_node(script: str, *arguments: str) -> Any:
 
 
 def found_by(command: list[str], **options: Any) -> Any:
-    done = subprocess.run(command, capture_output=True, timeout=SECONDS, env=clean_environment(), **options)
+    done = subprocess.run(
+        command, capture_output=True, timeout=SECONDS, env=clean_environment(), **options
+    )
     assert done.returncode == 0, done.stderr.decode()
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize(("ci", "outcome"), [("true", pytest.fail.Exception), ("", pytest.skip.Exception)])
+@pytest.mark.parametrize(
+    ("ci", "outcome"), [("true", pytest.fail.Exception), ("", pytest.skip.Exception)]
+)
 def test_without_their_environment_clients_are_not_passed_over_in_silence(
     monkeypatch: pytest.MonkeyPatch, ci: str, outcome: type[BaseException]
 ) -> None:
@@ -94,16 +100,28 @@ def test_tritons_client_gets_the_pictures_of_its_seeds(served: Served) -> None:
         ours(served, prompt=second, seed=6, guidance_scale=3.5),
     ]
     sync = found["sync"]
-    assert (sync["live"], sync["ready"], sync["model_ready"]) == (True, True, [True, True, False, False])
+    assert (sync["live"], sync["ready"], sync["model_ready"]) == (
+        True,
+        True,
+        [True, True, False, False],
+    )
     assert sync["metadata"]["name"] == "stepweave"
     assert sync["metadata"]["version"] == stepweave.__version__
     assert "binary_tensor_data" in sync["metadata"]["extensions"]
-    assert sync["model_metadata"]["inputs"][0] == {"name": "prompt", "datatype": "BYTES", "shape": [-1]}
+    assert sync["model_metadata"]["inputs"][0] == {
+        "name": "prompt",
+        "datatype": "BYTES",
+        "shape": [-1],
+    }
     for answer, identifier in (
         *((sync[kind], "42") for kind in ("binary", "json", "gzip", "deflate")),
         (found["async"]["binary"], "43"),
     ):
-        assert answer["response"] == {"model_name": "shapes", "model_version": "1", "id": identifier}
+        assert answer["response"] == {
+            "model_name": "shapes",
+            "model_version": "1",
+            "id": identifier,
+        }
         assert [pixels(image) for image in answer["images"]] == expected
         values = answer["parameters"]
         assert [(one["prompt"], one["seed"]) for one in values] == [(first, 5), (second, 6)]
@@ -131,7 +149,12 @@ def test_each_method_of_tritons_client_answers_or_says_why_not(served: Served) -
     for name in ("get_model_config", "get_model_config version"):
         told = others.pop(name)
         assert (told["name"], told["max_batch_size"]) == ("shapes", 0)
-        assert told["input"][0] == {"name": "prompt", "data_type": "TYPE_STRING", "dims": [-1], "optional": False}
+        assert told["input"][0] == {
+            "name": "prompt",
+            "data_type": "TYPE_STRING",
+            "dims": [-1],
+            "optional": False,
+        }
     reasons = {
         "load_model": "explicit model load / unload is not allowed",
         "unload_model": "explicit model load / unload is not allowed",
@@ -163,7 +186,9 @@ def test_kserves_client_gets_the_pictures_of_its_seeds(served: Served) -> None:
     assert (status, wrong) == (404, 400)
     assert message.startswith("There is no model 'nothing'; this server has 'shapes'.")
     assert ", '404 Not Found' for url" in message
-    assert why.startswith("Tensor 'seed': it is given as an input and as a parameter., '400 Bad Request' for url")
+    assert why.startswith(
+        "Tensor 'seed': it is given as an input and as a parameter., '400 Bad Request' for url"
+    )
 
 
 ASKED: list[tuple[dict[str, Any], str]] = [
@@ -174,7 +199,9 @@ ASKED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("fields", "told"), ASKED)
-def test_bentomls_clients_raise_what_the_server_says(served: Served, fields: dict[str, Any], told: str) -> None:
+def test_bentomls_clients_raise_what_the_server_says(
+    served: Served, fields: dict[str, Any], told: str
+) -> None:
     errors: list[BentoMLException] = []
     file = io.BytesIO()
     Image.new("RGB", (64, 64)).save(file, "PNG")
@@ -216,8 +243,14 @@ def test_litellm_reads_generations_and_edits(served: Served, source: str) -> Non
     images = [pixels(one["b64_json"]) for one in found["generation"]["images"]]
     assert images == [ours(served, prompt=PROMPT, seed=seed) for seed in (5, 6)]
     usage = found["generation"]["usage"]
-    assert (usage["output_tokens"], usage["total_tokens"]) == (2 * 64, usage["input_tokens"] + 2 * 64)
-    assert usage["input_tokens_details"] == {"image_tokens": 0, "text_tokens": usage["input_tokens"]}
+    assert (usage["output_tokens"], usage["total_tokens"]) == (
+        2 * 64,
+        usage["input_tokens"] + 2 * 64,
+    )
+    assert usage["input_tokens_details"] == {
+        "image_tokens": 0,
+        "text_tokens": usage["input_tokens"],
+    }
     assert [len(pixels(one["b64_json"])) for one in found["edit"]["images"]] == [3 * 64 * 64]
     assert found["edit"]["usage"]["input_tokens_details"]["image_tokens"] == 64
     assert found["generation"]["size"] == found["edit"]["size"] == "64x64"
@@ -226,7 +259,9 @@ def test_litellm_reads_generations_and_edits(served: Served, source: str) -> Non
     assert "n is 99; the limit is 8." in limit and "STEPWEAVE_MODEL_NAMES" in names
 
 
-def test_langchains_wrapper_gets_the_url_that_it_expects(in_process: Callable[..., InProcess]) -> None:
+def test_langchains_wrapper_gets_the_url_that_it_expects(
+    in_process: Callable[..., InProcess],
+) -> None:
     """It has `dall-e-3` wired in, and does not say that it wants URLs."""
     with listening(in_process(model_names="*", response_format="url")) as url:
         image = httpx.get(run("langchain_dalle.py", url), timeout=SECONDS)
@@ -238,19 +273,30 @@ def test_openais_client_for_node(served: Served, source: str, tmp_path: Path) ->
     Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
     found = run_on_node("images.mjs", served.url, source, str(tmp_path / "mask.png"))
     images = [pixels(one["b64_json"]) for one in found["generation"]["images"]]
-    assert images == [ours(served, prompt=PROMPT, seed=seed, num_inference_steps=4) for seed in (5, 6)]
+    assert images == [
+        ours(served, prompt=PROMPT, seed=seed, num_inference_steps=4) for seed in (5, 6)
+    ]
     linked = httpx.get(found["url"]["images"][0]["url"], timeout=SECONDS)
     assert pixels(base64.b64encode(linked.content).decode()) == images[0]
     assert (
-        found["edit"]["usage"]["input_tokens_details"]["image_tokens"] == found["edit"]["usage"]["output_tokens"] == 64
+        found["edit"]["usage"]["input_tokens_details"]["image_tokens"]
+        == found["edit"]["usage"]["output_tokens"]
+        == 64
     )
     assert [len(pixels(one["b64_json"])) for one in found["edit"]["images"]] == [3 * 64 * 64]
-    for name, kind, previews in (("stream", "image_generation", 2), ("edit_stream", "image_edit", 1)):
-        assert [event["type"] for event in found[name]] == [f"{kind}.partial_image"] * previews + [f"{kind}.completed"]
+    for name, kind, previews in (
+        ("stream", "image_generation", 2),
+        ("edit_stream", "image_edit", 1),
+    ):
+        assert [event["type"] for event in found[name]] == [f"{kind}.partial_image"] * previews + [
+            f"{kind}.completed"
+        ]
         assert {(event["size"], event["quality"]) for event in found[name]} == {("64x64", "auto")}
         assert found[name][-1]["usage"]["output_tokens"] == 64
     assert found["models"] == ["shapes"]
-    told = [(error["name"], error["status"], error["code"], error["param"]) for error in found["errors"]]
+    told = [
+        (error["name"], error["status"], error["code"], error["param"]) for error in found["errors"]
+    ]
     assert told == [
         ("BadRequestError", 400, "invalid_value", "n"),
         ("NotFoundError", 404, "model_not_found", "model"),

@@ -100,11 +100,15 @@ def test_a_forward_that_hangs_does_not_hold_up_the_end(
     engine.close(timeout=0.05)
     for job in (hanging, waiting):
         error = job.exception(0)
-        assert isinstance(error, (EngineClosed, Cancelled)) and (job is waiting or "0.05 s" in error.message)
+        assert isinstance(error, (EngineClosed, Cancelled)) and (
+            job is waiting or "0.05 s" in error.message
+        )
     waiter.join(SECONDS)
     assert not waiter.is_alive() and woken == [hanging]
     assert sum(engine.stats().jobs.values()) == 2
-    [line] = [record.getMessage() for record in caplog.records if "there is left" in record.getMessage()]
+    [line] = [
+        record.getMessage() for record in caplog.records if "there is left" in record.getMessage()
+    ]
     if mode == "step":
         assert "hooks" in line and hooked(pipeline), "its forward is under way"
         with pytest.raises(EngineMisuse, match="belongs to another engine"):

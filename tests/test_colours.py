@@ -1,4 +1,5 @@
-"""Uploads in other colour spaces: what they are in sRGB is computed by hand, in tests/profiles.py."""
+"""Uploads in other colour spaces: what they are in sRGB is computed by hand, in
+tests/profiles.py."""
 
 from __future__ import annotations
 
@@ -25,18 +26,34 @@ EXACT = 2.0  # of 255
 PATCH = 16  # pixels; so large that JPEG keeps them
 COLOURS = np.array(
     [
-        (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (128, 128, 128), (200, 100, 50), (30, 180, 90),
-        (60, 70, 220), (250, 240, 10), (12, 15, 20), (180, 40, 160),
+        (255, 0, 0),
+        (0, 255, 0),
+        (0, 0, 255),
+        (255, 255, 255),
+        (0, 0, 0),
+        (128, 128, 128),
+        (200, 100, 50),
+        (30, 180, 90),
+        (60, 70, 220),
+        (250, 240, 10),
+        (12, 15, 20),
+        (180, 40, 160),
     ],
     np.uint8,
-)  # fmt: skip
+)
 INKS = np.array(
     [
-        (0, 0, 0, 0), (0, 0, 0, 255), (40, 30, 20, 10), (90, 0, 60, 0), (0, 100, 60, 20), (60, 60, 60, 60), (10, 20, 130, 0),
+        (0, 0, 0, 0),
+        (0, 0, 0, 255),
+        (40, 30, 20, 10),
+        (90, 0, 60, 0),
+        (0, 100, 60, 20),
+        (60, 60, 60, 60),
+        (10, 20, 130, 0),
         (120, 90, 10, 40),
     ],
     np.uint8,
-)  # fmt: skip
+)
 
 
 def patches(colours: np.ndarray, mode: str | None = None) -> Image.Image:
@@ -50,7 +67,10 @@ def centres(image: Image.Image) -> np.ndarray:
 
 def file_of(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
-    exact = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True, "exact": True}}.get(format, {})
+    exact = {
+        "JPEG": {"quality": 100, "subsampling": 0},
+        "WEBP": {"lossless": True, "exact": True},
+    }.get(format, {})
     image.save(buffer, format, **{**exact, **options})
     return buffer.getvalue()
 
@@ -70,7 +90,10 @@ def stored(data: bytes) -> np.ndarray:
 
 
 WIDE: dict[str, tuple[bytes, Callable[[np.ndarray], np.ndarray]]] = {
-    "display p3": (profiles.P3, lambda it: profiles.in_srgb(it, profiles.DISPLAY_P3, profiles.linear)),
+    "display p3": (
+        profiles.P3,
+        lambda it: profiles.in_srgb(it, profiles.DISPLAY_P3, profiles.linear),
+    ),
     "adobe rgb": (
         profiles.ADOBE,
         lambda it: profiles.in_srgb(it, profiles.ADOBE_RGB, profiles.power(profiles.ADOBE_GAMMA)),
@@ -134,12 +157,21 @@ def test_sixteen_bits_with_a_profile_become_srgb() -> None:
     assert apart(read(png_of_16_bits(deep, iccp(profile))), convert(COLOURS)) <= EXACT
     assert apart(read(png_of_16_bits(deep)), COLOURS) == 0
     # and the 8 bits that are nearest, not those above
-    assert apart(read(png_of_16_bits(np.asarray(patches(GREYS)).astype(np.uint16) * 257)), GREYS[:, None]) == 0
+    assert (
+        apart(
+            read(png_of_16_bits(np.asarray(patches(GREYS)).astype(np.uint16) * 257)), GREYS[:, None]
+        )
+        == 0
+    )
 
 
 def test_a_colour_of_16_bits_that_is_transparent_is() -> None:
     deep = np.asarray(patches(COLOURS)).astype(np.uint16) * 257
-    for samples, colour, at in ((deep, COLOURS[6], 6), (deep, COLOURS[5], 5), (deep[..., 0], COLOURS[6, :1], 6)):
+    for samples, colour, at in (
+        (deep, COLOURS[6], 6),
+        (deep, COLOURS[5], 5),
+        (deep[..., 0], COLOURS[6, :1], 6),
+    ):
         transparent = chunk(b"tRNS", (colour.astype(">u2") * 257).tobytes())
         mask = read(png_of_16_bits(samples, transparent)).mask
         assert mask is not None
@@ -181,9 +213,14 @@ def test_cmyk_goes_by_its_profile() -> None:
 
 def test_what_is_srgb_stays_exactly_as_it_is() -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    for profile in (profiles.PLAIN_SRGB, ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()):
+    for profile in (
+        profiles.PLAIN_SRGB,
+        ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
+    ):
         sources = read(file_of(noise, icc_profile=profile))
-        assert np.array_equal(np.asarray(sources.image), np.asarray(noise)) and sources.warnings == ()
+        assert (
+            np.array_equal(np.asarray(sources.image), np.asarray(noise)) and sources.warnings == ()
+        )
     usual, light = (chunk(b"gAMA", struct.pack(">I", gamma)) for gamma in (45_455, 100_000))
     for chunks in ((usual,), (chunk(b"sRGB", b"\0"), light)):
         assert np.array_equal(np.asarray(read(png_with(noise, *chunks)).image), np.asarray(noise))
@@ -202,7 +239,9 @@ def test_a_scaled_image_becomes_srgb_and_a_turned_one_too() -> None:
 @pytest.mark.parametrize("gamma", [1.0, 1 / 1.8])
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
 def test_a_png_of_another_gamma_becomes_srgb(gamma: float, mode: str) -> None:
-    image = patches(COLOURS).convert("L").convert(mode) if mode in ("L", "RGBA") else patches(COLOURS)
+    image = (
+        patches(COLOURS).convert("L").convert(mode) if mode in ("L", "RGBA") else patches(COLOURS)
+    )
     samples = centres(image.convert("RGB"))
     if mode == "P":
         image = image.quantize(32)
@@ -222,7 +261,12 @@ def test_primaries_without_a_profile_are_warned_of() -> None:
         return chunk(b"cHRM", struct.pack(">8I", *(round(value * 100_000) for value in values)))
 
     gamma = chunk(b"gAMA", struct.pack(">I", 45455))
-    assert read(png_with(patches(COLOURS), gamma, of(0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06))).warnings == ()
+    assert (
+        read(
+            png_with(patches(COLOURS), gamma, of(0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06))
+        ).warnings
+        == ()
+    )
     (warning,) = read(
         png_with(patches(COLOURS), gamma, of(0.3127, 0.329, 0.68, 0.32, 0.265, 0.69, 0.15, 0.06))
     ).warnings
@@ -231,8 +275,14 @@ def test_primaries_without_a_profile_are_warned_of() -> None:
 
 def of_elements(count: int) -> bytes:
     """All of them are the same three curves, so that few bytes ask for much work."""
-    curve = b"curf\0\0\0\0" + struct.pack(">HH4sIHHfff", 1, 0, b"parf", 0, 0, 0, 1.0001, 1, 0) + bytes(4)
-    element = b"cvst\0\0\0\0" + struct.pack(">HH", 3, 3) + struct.pack(">II", 36, len(curve)) * 3 + curve
+    curve = (
+        b"curf\0\0\0\0"
+        + struct.pack(">HH4sIHHfff", 1, 0, b"parf", 0, 0, 0, 1.0001, 1, 0)
+        + bytes(4)
+    )
+    element = (
+        b"cvst\0\0\0\0" + struct.pack(">HH", 3, 3) + struct.pack(">II", 36, len(curve)) * 3 + curve
+    )
     table = struct.pack(">II", 16 + 8 * count, len(element)) * count
     tag = b"mpet\0\0\0\0" + struct.pack(">HHI", 3, 3, count) + table + element
     return profiles.profile(b"RGB ", {b"D2B0": tag, b"D2B1": tag}, version=4)
@@ -267,7 +317,9 @@ def test_a_profile_that_cannot_be_used_is_ignored_with_a_warning(kind: str, form
     assert warning.startswith("image: its colour profile is ignored") and says in warning
 
 
-def test_a_profile_whose_parts_are_missing_or_cannot_be_inflated_is_ignored_with_a_warning() -> None:
+def test_a_profile_whose_parts_are_missing_or_cannot_be_inflated_is_ignored_with_a_warning() -> (
+    None
+):
     jpeg = file_of(patches(COLOURS), "JPEG", icc_profile=profiles.P3)
     part = jpeg.index(b"ICC_PROFILE\0") + 12
     for data in (
@@ -295,7 +347,12 @@ def test_warnings_name_the_mask_that_they_are_of() -> None:
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     which=st.sampled_from(
-        [("RGB", profiles.P3), ("RGB", profiles.ADOBE), ("L", profiles.GREY), ("CMYK", profiles.PRESS)]
+        [
+            ("RGB", profiles.P3),
+            ("RGB", profiles.ADOBE),
+            ("L", profiles.GREY),
+            ("CMYK", profiles.PRESS),
+        ]
     ),
     changes=st.lists(st.tuples(st.integers(0, 600), st.integers(0, 255)), min_size=1, max_size=8),
     end=st.none() | st.integers(0, 600),
@@ -321,7 +378,9 @@ def test_the_bytes_of_a_profile_are_bounded() -> None:
         ) as caught:
             read(file_of(patches(COLOURS), format, icc_profile=big))
         assert (caught.value.code, caught.value.param) == (scan.CODE, "image")
-    with pytest.raises(InvalidRequest, match="compressed text or colour profile of more than 1048576 bytes") as caught:
+    with pytest.raises(
+        InvalidRequest, match="compressed text or colour profile of more than 1048576 bytes"
+    ) as caught:
         read(file_of(patches(COLOURS), icc_profile=big))
     assert (caught.value.code, caught.value.param) == (scan.CODE, "image")
     usual = profiles.P3 + bytes(900_000)

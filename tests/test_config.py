@@ -20,11 +20,23 @@ def test_defaults_serve_the_embedded_model() -> None:
     ("name", "value", "expected"),
     [
         ("STEPWEAVE_MAX_STEPS", "many", "STEPWEAVE_MAX_STEPS='many'"),
-        ("STEPWEAVE_MAX_STEPS", "0", "STEPWEAVE_MAX_STEPS='0': Input should be greater than or equal to 1"),
+        (
+            "STEPWEAVE_MAX_STEPS",
+            "0",
+            "STEPWEAVE_MAX_STEPS='0': Input should be greater than or equal to 1",
+        ),
         ("STEPWEAVE_DTYPE", "int8", "STEPWEAVE_DTYPE='int8'"),
-        ("STEPWEAVE_DEVICE", "tpu", "STEPWEAVE_DEVICE='tpu': `auto` (first GPU, else CPU), `cpu`, `cuda`"),
+        (
+            "STEPWEAVE_DEVICE",
+            "tpu",
+            "STEPWEAVE_DEVICE='tpu': `auto` (first GPU, else CPU), `cpu`, `cuda`",
+        ),
         ("STEPWEAVE_REVISION", "main", "STEPWEAVE_REVISION='main'"),
-        ("STEPWEAVE_API_KEYS", " , ", "STEPWEAVE_API_KEYS=...: there is nothing between the commas"),
+        (
+            "STEPWEAVE_API_KEYS",
+            " , ",
+            "STEPWEAVE_API_KEYS=...: there is nothing between the commas",
+        ),
         ("STEPWEAVE_API_KEY", "sk-secret", "STEPWEAVE_API_KEY=...: there is no such setting"),
         ("STEPWEAVE_BASE_URL", "notaurl", "STEPWEAVE_BASE_URL='notaurl': must be as https://"),
         (
@@ -33,7 +45,11 @@ def test_defaults_serve_the_embedded_model() -> None:
             r"STEPWEAVE_MAX_STEP='5': there is no such setting (did you mean STEPWEAVE_MAX_STEPS?)",
         ),
         ("stepweave_modell", "x", "stepweave_modell='x': there is no such setting"),
-        ("STEPWEAVE_MODEL", "/no/such/place", "STEPWEAVE_MODEL='/no/such/place' is no directory here and no hub id"),
+        (
+            "STEPWEAVE_MODEL",
+            "/no/such/place",
+            "STEPWEAVE_MODEL='/no/such/place' is no directory here and no hub id",
+        ),
         ("STEPWEAVE_MODEL", "owner/name", "STEPWEAVE_REVISION must pin its commit"),
         ("STEPWEAVE_REVISION", "0" * 40, "is a directory"),
     ],
@@ -78,7 +94,11 @@ def test_kubernetes_service_links_are_not_settings(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_table_in_the_readme_is_the_code() -> None:
-    rows = re.findall(r"^\| `(STEPWEAVE_\w+)` \| (.*?) \| (.*?) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| `(STEPWEAVE_\w+)` \| (.*?) \| (.*?) \|$",
+        (ROOT / "README.md").read_text(),
+        re.MULTILINE,
+    )
     fields = Settings.model_fields.items()
     assert rows == [
         (

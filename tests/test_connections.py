@@ -1,4 +1,5 @@
-"""Real connections: how many, how long they may send nothing, how they end, and what their requests' targets are."""
+"""Real connections: how many, how long they may send nothing, how they end, and what their
+requests' targets are."""
 
 from __future__ import annotations
 
@@ -37,9 +38,18 @@ class Client:
     writer: asyncio.StreamWriter
     head: dict[str, str] = field(default_factory=dict)
 
-    def send(self, target: str, *lines: str, method: str = "GET", body: bytes = b"", host: str = "localhost") -> None:
+    def send(
+        self,
+        target: str,
+        *lines: str,
+        method: str = "GET",
+        body: bytes = b"",
+        host: str = "localhost",
+    ) -> None:
         length = [f"Content-Length: {len(body)}"] if body else []
-        head = "\r\n".join([f"{method} {target} HTTP/1.1", f"Host: {host}", *length, *lines, "", ""])
+        head = "\r\n".join(
+            [f"{method} {target} HTTP/1.1", f"Host: {host}", *length, *lines, "", ""]
+        )
         self.writer.write(head.encode() + body)
 
     def post(self, **fields: Any) -> None:
@@ -50,8 +60,13 @@ class Client:
         """The next answer's status and body, of a length that its head tells."""
         async with asyncio.timeout(SECONDS):
             head = (await self.reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
-            self.head = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:-2])}
-            return int(head[0].split()[1]), await self.reader.readexactly(int(self.head["content-length"]))
+            self.head = {
+                name.lower(): value
+                for name, _, value in (line.partition(": ") for line in head[1:-2])
+            }
+            return int(head[0].split()[1]), await self.reader.readexactly(
+                int(self.head["content-length"])
+            )
 
     async def ended(self) -> bytes:
         """What is left until the server ends the connection."""
@@ -83,7 +98,9 @@ class Port:
 
 
 @contextlib.asynccontextmanager
-async def listening(limit: int = 100, sent_bytes: int | None = None, **settings: Any) -> AsyncIterator[Port]:
+async def listening(
+    limit: int = 100, sent_bytes: int | None = None, **settings: Any
+) -> AsyncIterator[Port]:
     """`sent_bytes` are those that the kernel takes of what is sent, but for some."""
     async with serving(**settings) as app:
         loop, state, held = asyncio.get_running_loop(), ServerState(), Connections(limit)
@@ -117,7 +134,9 @@ async def listening(limit: int = 100, sent_bytes: int | None = None, **settings:
 # --- how long ---
 
 
-@pytest.mark.parametrize("sent", [b"", b"GET /livez HT", b"GET /livez HTTP/1.1\r\nHost: a\r\nX-A: b\r\n"])
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET /livez HT", b"GET /livez HTTP/1.1\r\nHost: a\r\nX-A: b\r\n"]
+)
 async def test_a_connection_without_a_whole_head_is_closed(sent: bytes) -> None:
     with patch.object(connections, "HEAD_SECONDS", 0.3):
         async with listening() as port:
@@ -166,10 +185,18 @@ async def test_a_kept_connection_has_longer_between_two_requests_than_for_a_head
 
 
 async def test_a_body_that_comes_too_slowly_is_not_waited_for() -> None:
-    with patch.object(disconnect, "STALLED_SECONDS", 0.5), patch.object(disconnect, "LEAST_BYTES", 1000):
+    with (
+        patch.object(disconnect, "STALLED_SECONDS", 0.5),
+        patch.object(disconnect, "LEAST_BYTES", 1000),
+    ):
         async with listening() as port:
             client = await port.connect()
-            client.send(GENERATIONS, "Content-Type: application/json", "Content-Length: 100000", method="POST")
+            client.send(
+                GENERATIONS,
+                "Content-Type: application/json",
+                "Content-Length: 100000",
+                method="POST",
+            )
 
             async def drip() -> None:
                 while True:
@@ -232,7 +259,11 @@ async def test_if_none_is_idle_it_is_refused_but_for_probes() -> None:
         one_more.post()
         status, body = await one_more.answer()
         error = json.loads(body)["error"]
-        assert (status, error["code"], error["type"]) == (503, "too_many_connections", "unavailable")
+        assert (status, error["code"], error["type"]) == (
+            503,
+            "too_many_connections",
+            "unavailable",
+        )
         assert "the limit is 2" in error["message"]
         assert one_more.head["retry-after"] == "1"
         assert await one_more.ended() == b""
@@ -262,7 +293,9 @@ async def test_heads_that_are_not_whole_keep_no_probe_out() -> None:
             crowd = [await port.connect() for _ in range(6)]
             for one in crowd[3:]:
                 one.writer.write(b"GET /livez HTTP/1.1\r\nHost")
-            await port.app.until(lambda: sum(bool(one.conn.trailing_data[0]) for one in port.seen) == 3)
+            await port.app.until(
+                lambda: sum(bool(one.conn.trailing_data[0]) for one in port.seen) == 3
+            )
             probe = await port.connect()
             probe.send("/livez")
             assert (await probe.answer())[0] == 200
@@ -270,7 +303,10 @@ async def test_heads_that_are_not_whole_keep_no_probe_out() -> None:
 
 
 async def test_answers_that_nobody_reads_are_bounded_over_all() -> None:
-    with patch.object(connections, "UNREAD_BYTES", 1_500_000), patch.object(disconnect, "STALLED_SECONDS", 9 * SECONDS):
+    with (
+        patch.object(connections, "UNREAD_BYTES", 1_500_000),
+        patch.object(disconnect, "STALLED_SECONDS", 9 * SECONDS),
+    ):
         async with listening(sent_bytes=4096) as port:
             for _ in range(3):
                 with socket.socket() as own:
@@ -279,13 +315,18 @@ async def test_answers_that_nobody_reads_are_bounded_over_all() -> None:
                     client = Client(*await asyncio.open_connection(sock=own.dup(), limit=1024))
                 port.clients.append(client)
                 client.post(size="512x512")  # a megabyte
-                await port.app.until(lambda: port.open.unread or len(port.state.connections) < len(port.clients))
+                await port.app.until(
+                    lambda: port.open.unread or len(port.state.connections) < len(port.clients)
+                )
             await port.app.until(lambda: len(port.state.connections) == 1)
             assert port.open.unread <= 1_500_000
 
 
 async def test_one_that_has_an_answer_to_read_is_neither_idle_nor_forgotten() -> None:
-    with patch.object(connections, "IDLE_SECONDS", 0.0), patch.object(disconnect, "STALLED_SECONDS", 9 * SECONDS):
+    with (
+        patch.object(connections, "IDLE_SECONDS", 0.0),
+        patch.object(disconnect, "STALLED_SECONDS", 9 * SECONDS),
+    ):
         async with listening(limit=2, sent_bytes=4096) as port:
             with socket.socket() as own:
                 own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -298,7 +339,9 @@ async def test_one_that_has_an_answer_to_read_is_neither_idle_nor_forgotten() ->
             await port.connect()
             assert await idle.ended() == b""
             assert port.open.unread > 100_000
-            assert {one for one in port.seen if one.transport.get_write_buffer_size()} <= port.open._open
+            assert {
+                one for one in port.seen if one.transport.get_write_buffer_size()
+            } <= port.open._open
 
 
 # --- how they end ---
@@ -326,7 +369,10 @@ async def test_a_drain_closes_idle_connections_and_answers_the_others() -> None:
 
 
 async def test_a_drain_that_is_taken_back_closes_no_more() -> None:
-    with patch.object(connections, "IDLE_SECONDS", 0.2), patch.object(connections, "LOOK_SECONDS", 0.05):
+    with (
+        patch.object(connections, "IDLE_SECONDS", 0.2),
+        patch.object(connections, "LOOK_SECONDS", 0.05),
+    ):
         async with listening() as port:
             await port.app.drain()
             first = await port.connect()
@@ -344,7 +390,9 @@ async def test_a_client_that_still_sends_its_body_reads_why_it_is_refused() -> N
         body = b"x" * 8_000_000  # more than the kernel holds
         for path in ("/v1/images/edits", GENERATIONS):
             client = await port.connect()
-            kind = "multipart/form-data; boundary=x" if path.endswith("edits") else "application/json"
+            kind = (
+                "multipart/form-data; boundary=x" if path.endswith("edits") else "application/json"
+            )
             client.send(path, f"Content-Type: {kind}", method="POST", body=body)
             status, answer = await client.answer()
             assert status in (413, 503), answer
@@ -355,11 +403,17 @@ async def test_a_client_that_still_sends_its_body_reads_why_it_is_refused() -> N
 
 
 async def test_a_slow_upload_that_is_refused_in_a_drain_has_its_time_to_read_why() -> None:
-    with patch.object(connections, "IDLE_SECONDS", 0.5), patch.object(connections, "LOOK_SECONDS", 0.02):
+    with (
+        patch.object(connections, "IDLE_SECONDS", 0.5),
+        patch.object(connections, "LOOK_SECONDS", 0.02),
+    ):
         async with listening(drain_notice=0) as port:
             await port.app.drain()
             client = await port.connect()
-            kind, length = "Content-Type: multipart/form-data; boundary=x", "Content-Length: 9999999"
+            kind, length = (
+                "Content-Type: multipart/form-data; boundary=x",
+                "Content-Length: 9999999",
+            )
             client.send("/v1/images/edits", kind, length, method="POST")
             await port.app.until(lambda: port.seen[-1].lingers)
             for _ in range(50):
@@ -389,7 +443,8 @@ async def test_a_client_that_never_ends_its_body_is_not_read_for_ever() -> None:
 
 
 @pytest.mark.parametrize(
-    "target", ["http://localhost/livez", "HTTP://other.test:81/livez", "https://localhost/livez?a=b"]
+    "target",
+    ["http://localhost/livez", "HTTP://other.test:81/livez", "https://localhost/livez?a=b"],
 )
 async def test_the_absolute_form_is_served(target: str) -> None:
     async with listening() as port:
@@ -405,8 +460,12 @@ async def test_the_absolute_form_names_the_host() -> None:
             (f"http://evil.test{GENERATIONS}", "localhost", 400),
         ):
             client = await port.connect()
-            body = json.dumps({"prompt": "a", "num_inference_steps": 1, "response_format": "url"}).encode()
-            client.send(target, "Content-Type: application/json", method="POST", body=body, host=host)
+            body = json.dumps(
+                {"prompt": "a", "num_inference_steps": 1, "response_format": "url"}
+            ).encode()
+            client.send(
+                target, "Content-Type: application/json", method="POST", body=body, host=host
+            )
             status, answer = await client.answer()
             assert status == expected, answer
             if status == 200:
@@ -459,7 +518,12 @@ async def test_two_lengths_close_the_connection(size: str) -> None:
 async def test_a_chunk_that_is_none_is_counted_as_it_is_answered() -> None:
     async with listening() as port:
         client = await port.connect()
-        client.send(GENERATIONS, "Content-Type: application/json", "Transfer-Encoding: chunked", method="POST")
+        client.send(
+            GENERATIONS,
+            "Content-Type: application/json",
+            "Transfer-Encoding: chunked",
+            method="POST",
+        )
         client.writer.write(b"2\r\n{}\r\nno chunk\r\n")
         status, body = await client.answer()
         assert (status, json.loads(body)["error"]["code"]) == (400, "invalid_http")

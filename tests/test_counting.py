@@ -1,4 +1,5 @@
-"""Each request for images is counted once, by what it was answered with, on every surface of the real server."""
+"""Each request for images is counted once, by what it was answered with, on every surface of the
+real server."""
 
 from __future__ import annotations
 
@@ -52,8 +53,15 @@ def form_of(path: str, **always: str) -> Make:
 
 
 def tensors_of(path: str, prompts: int) -> Make:
-    def make(url: str, headers: dict[str, str], prompt: str, model: str = "shapes", **fields: Any) -> httpx.Request:
-        given = {"name": "prompt", "datatype": "BYTES", "shape": [prompts], "data": [prompt] * prompts}
+    def make(
+        url: str, headers: dict[str, str], prompt: str, model: str = "shapes", **fields: Any
+    ) -> httpx.Request:
+        given = {
+            "name": "prompt",
+            "datatype": "BYTES",
+            "shape": [prompts],
+            "data": [prompt] * prompts,
+        }
         body = {"inputs": [given], "parameters": fields}
         return httpx.Request("POST", url + path.format(model=model), json=body, headers=headers)
 
@@ -80,7 +88,9 @@ ANSWERS: dict[str, Make] = {
 }
 STREAMS: dict[str, Make] = {
     "generations, a stream": json_of(GENERATIONS, stream=True, events="all"),
-    "generations, a stream of urls": json_of(GENERATIONS, stream=True, events="all", response_format="url"),
+    "generations, a stream of urls": json_of(
+        GENERATIONS, stream=True, events="all", response_format="url"
+    ),
     "generations, a stream by its type": with_header(
         "Accept", "text/event-stream; profile=stepweave", json_of(GENERATIONS)
     ),
@@ -88,7 +98,11 @@ STREAMS: dict[str, Make] = {
     "generate_stream": json_of("/generate_stream", events="all"),
 }
 SURFACES = ANSWERS | STREAMS
-WITH_MODEL = [name for name in SURFACES if name.startswith(("generations", "edits", "infer")) and name != "inference"]
+WITH_MODEL = [
+    name
+    for name in SURFACES
+    if name.startswith(("generations", "edits", "infer")) and name != "inference"
+]
 WITH_URLS = [name for name in SURFACES if "urls" in name or name == "inference"]
 WITH_DEADLINE = [name for name in SURFACES if name != "inference"]
 
@@ -133,7 +147,9 @@ class Counted:
         values = {"num_inference_steps": 2, **fields}
         return SURFACES[surface](self.url, self.headers | (headers or {}), prompt=prompt, **values)
 
-    def ask(self, surface: str, prompt: str = "a star", headers: Fields | None = None, **fields: Any) -> int:
+    def ask(
+        self, surface: str, prompt: str = "a star", headers: Fields | None = None, **fields: Any
+    ) -> int:
         """The status, or that of the error which a stream ends with."""
         answer = self.client.send(self.request(surface, prompt, headers, **fields))
         if answer.status_code != 200 or surface not in STREAMS:
@@ -148,7 +164,8 @@ class Counted:
 
     @contextlib.contextmanager
     def following(self, surface: str = "generations, a stream") -> Iterator[None]:
-        """A client that has read the beginning of a stream that lasts, and leaves at the end of the block."""
+        """A client that has read the beginning of a stream that lasts, and leaves at the end of the
+        block."""
         request = self.request(surface, "it lasts", num_inference_steps=STEPS)
         with contextlib.closing(httpx.Client(timeout=SECONDS)) as client:
             answer = client.send(request, stream=True)
@@ -217,7 +234,9 @@ def test_what_is_answered_is_what_is_counted(counted: Counted, surface: str) -> 
             assert counted.ask(surface, model="another") == 404
     if surface in WITH_DEADLINE:
         with counted.counting("late"):
-            assert counted.ask(surface, "it lasts", num_inference_steps=STEPS, deadline_ms=100) == 504
+            assert (
+                counted.ask(surface, "it lasts", num_inference_steps=STEPS, deadline_ms=100) == 504
+            )
     if surface in WITH_URLS:
         with counted.counting("failed"), counted.without_files():
             assert counted.ask(surface) == 500
@@ -230,7 +249,9 @@ def test_a_client_that_leaves_is_counted_as_such(counted: Counted, surface: str)
     with counted.counting("cancelled"):
         request = counted.request(surface, "it lasts", num_inference_steps=STEPS)
         # the answer would take minutes
-        request.extensions = {"timeout": {"connect": SECONDS, "write": SECONDS, "pool": SECONDS, "read": 0.5}}
+        request.extensions = {
+            "timeout": {"connect": SECONDS, "write": SECONDS, "pool": SECONDS, "read": 0.5}
+        }
         with httpx.Client() as client:
             if surface in STREAMS:
                 client.send(request, stream=True)
@@ -245,7 +266,9 @@ def test_a_client_that_leaves_is_counted_as_such(counted: Counted, surface: str)
 @pytest.mark.parametrize("surface", ["generations, urls", "edits"])
 def test_a_job_is_counted_when_it_is_over_by_what_is_kept(counted: Counted, surface: str) -> None:
     def later(prompt: str, **fields: Any) -> str:
-        request = counted.request(surface, prompt, {"Prefer": "respond-async", **fields.pop("headers", {})}, **fields)
+        request = counted.request(
+            surface, prompt, {"Prefer": "respond-async", **fields.pop("headers", {})}, **fields
+        )
         answer = counted.client.send(request)
         assert answer.status_code == 202, answer.text
         return str(answer.json()["id"])
@@ -259,9 +282,12 @@ def test_a_job_is_counted_when_it_is_over_by_what_is_kept(counted: Counted, surf
     with counted.counting("failed"), counted.without_files():
         before = counted.counts()
         later("a star")
-        wait_until(lambda: counted.counts() != before)  # the files are away until it has been given up
+        # the files are away until it has been given up
+        wait_until(lambda: counted.counts() != before)
     with counted.counting("invalid"):
-        assert counted.ask(surface, headers={"Prefer": "respond-async"}, num_inference_steps=0) == 400
+        assert (
+            counted.ask(surface, headers={"Prefer": "respond-async"}, num_inference_steps=0) == 400
+        )
     with counted.counting("cancelled"):
         id = later("it lasts", num_inference_steps=STEPS)
         before = counted.counts()
@@ -284,7 +310,9 @@ def job(counted: Counted, id: str) -> Any:
 
 
 def test_a_store_that_is_locked_fails_what_it_was_to_keep(counted: Counted) -> None:
-    with contextlib.closing(sqlite3.connect(counted.state / "jobs.sqlite", isolation_level=None)) as other:
+    with contextlib.closing(
+        sqlite3.connect(counted.state / "jobs.sqlite", isolation_level=None)
+    ) as other:
         for surface, headers in (
             ("generations", {"Prefer": "respond-async"}),
             ("generations, a stream", {"Idempotency-Key": "locked"}),
@@ -299,26 +327,44 @@ def test_a_store_that_is_locked_fails_what_it_was_to_keep(counted: Counted) -> N
 def test_nothing_else_is_counted(counted: Counted) -> None:
     with counted.counting():
         for method, path in (
-            ("GET", GENERATIONS), ("PUT", "/generate"), ("OPTIONS", EDITS), ("POST", "/nope"), ("POST", "/v1/models"),
-            ("GET", "/v1/models"), ("GET", "/v1/jobs"), ("GET", "/images/x.png"), ("POST", "/v2/models/shapes"),
-            ("GET", "/v1/jobs/x/events"), ("GET", "/api/status"), ("GET", "/readyz"),
-        ):  # fmt: skip
+            ("GET", GENERATIONS),
+            ("PUT", "/generate"),
+            ("OPTIONS", EDITS),
+            ("POST", "/nope"),
+            ("POST", "/v1/models"),
+            ("GET", "/v1/models"),
+            ("GET", "/v1/jobs"),
+            ("GET", "/images/x.png"),
+            ("POST", "/v2/models/shapes"),
+            ("GET", "/v1/jobs/x/events"),
+            ("GET", "/api/status"),
+            ("GET", "/readyz"),
+        ):
             counted.client.request(method, counted.url + path, headers=counted.headers)
 
 
 def test_every_route_that_makes_images_is_counted(counted: Counted) -> None:
     """Of the document's POSTs all are, but these."""
     others = ("/drain", "/v1/images/variations", "/v2/repository/index")
-    paths = counted.client.get(f"{counted.url}/openapi.json", headers=counted.headers).json()["paths"]
-    for path in [path for path, methods in paths.items() if "post" in methods and path not in others]:
+    paths = counted.client.get(f"{counted.url}/openapi.json", headers=counted.headers).json()[
+        "paths"
+    ]
+    for path in [
+        path for path, methods in paths.items() if "post" in methods and path not in others
+    ]:
         with counted.counting("invalid"):
             url = counted.url + path.replace("{model}", "shapes").replace("{version}", "1")
-            assert counted.client.post(url, content=b"-", headers=counted.headers).status_code in (400, 415)
+            assert counted.client.post(url, content=b"-", headers=counted.headers).status_code in (
+                400,
+                415,
+            )
 
 
 def test_requests_are_counted_as_they_begin_where_the_example_server_does(counted: Counted) -> None:
     def total() -> Any:
-        return counted.client.get(f"{counted.url}/api/status", headers=counted.headers).json()["total_requests"]
+        return counted.client.get(f"{counted.url}/api/status", headers=counted.headers).json()[
+            "total_requests"
+        ]
 
     before = total()
     with counted.counting("cancelled"), counted.following():
@@ -351,7 +397,8 @@ def anyio_backend() -> str:
 
 @contextlib.contextmanager
 def held(target: str) -> Iterator[tuple[asyncio.Event, asyncio.Event]]:
-    """A function that waits within the block: what is set once it is called, and what lets it go on."""
+    """A function that waits within the block: what is set once it is called, and what lets it go
+    on."""
     called, go = asyncio.Event(), asyncio.Event()
     module, _, name = target.rpartition(".")
     real = getattr(importlib.import_module(module), name)
@@ -366,7 +413,9 @@ def held(target: str) -> Iterator[tuple[asyncio.Event, asyncio.Event]]:
 
 
 @pytest.mark.anyio
-async def test_a_client_that_leaves_between_the_images_and_the_answer(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_client_that_leaves_between_the_images_and_the_answer(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     caplog.set_level(logging.INFO, "stepweave.access")
     async with serving() as app:
         with held("stepweave.api.openai.json_answer") as (called, go):
@@ -382,8 +431,12 @@ async def test_a_client_that_leaves_between_the_images_and_the_answer(caplog: py
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("fields", [{}, {"stream": True}], ids=["answer", "stream"])
-@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), BrokenPipeError(32, "broken"), OSError()])
-async def test_a_connection_that_fails_is_of_a_client_that_left(fields: Fields, error: OSError) -> None:
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(104, "reset"), BrokenPipeError(32, "broken"), OSError()]
+)
+async def test_a_connection_that_fails_is_of_a_client_that_left(
+    fields: Fields, error: OSError
+) -> None:
     async with serving() as app:
         exchange = app.post(**fields)
 
@@ -442,7 +495,9 @@ async def test_clients_of_keys_without_names_are_told_apart() -> None:
         for key in ("first", "second", "second", "third"):
             await app.post(headers={"Authorization": f"Bearer the-{key}-of-two-keys"}).done()
         samples = next(iter(app.server.metrics.requests.collect())).samples
-        counts = {(one.labels["client"], one.labels["outcome"]): one.value for one in samples if one.value}
+        counts = {
+            (one.labels["client"], one.labels["outcome"]): one.value for one in samples if one.value
+        }
         assert counts == {("key1", "succeeded"): 1, ("key2", "succeeded"): 2, ("", "invalid"): 1}
 
 
@@ -464,8 +519,13 @@ def test_ever_new_names_do_not_become_ever_more_series() -> None:
         metrics.answered(401)
     samples = next(iter(metrics.requests.collect())).samples
     assert {one.labels["client"] for one in samples} == {"", "client0", "client1", "(other)"}
-    counts = {(one.labels["client"], one.labels["outcome"]): one.value for one in samples if one.value}
+    counts = {
+        (one.labels["client"], one.labels["outcome"]): one.value for one in samples if one.value
+    }
     assert counts == {
-        ("client0", "succeeded"): 1, ("client1", "succeeded"): 1, ("(other)", "succeeded"): 8, ("client1", "refused"): 1,
+        ("client0", "succeeded"): 1,
+        ("client1", "succeeded"): 1,
+        ("(other)", "succeeded"): 8,
+        ("client1", "refused"): 1,
         ("", "invalid"): 1,
-    }  # fmt: skip
+    }

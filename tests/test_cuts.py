@@ -54,9 +54,12 @@ def cuts() -> Iterator[list[Cut]]:
 every_kind = pytest.mark.parametrize("kind", MAKERS)
 
 
-@pytest.mark.parametrize(("kind", "position"), [("clip", 63), ("qwen", 17), ("t5", 14), ("byt5", 15)])
+@pytest.mark.parametrize(
+    ("kind", "position"), [("clip", 63), ("qwen", 17), ("t5", 14), ("byt5", 15)]
+)
 def test_a_cut_says_where(kind: str, position: int, cuts: list[Cut]) -> None:
-    """CLIP reads 14 words and signs; T5 an end token and marks of where words begin, too; the others are of bytes."""
+    """CLIP reads 14 words and signs; T5 an end token and marks of where words begin, too; the
+    others are of bytes."""
     locked(kind)(["x", TEXT], padding=kind != "qwen", **LONG)
     assert cuts == [Cut(TEXT, 1, 2, "right", position, TEXT[position:], LIMIT, f"the {kind}")]
 
@@ -64,12 +67,18 @@ def test_a_cut_says_where(kind: str, position: int, cuts: list[Cut]) -> None:
 @every_kind
 @settings(max_examples=100, deadline=None, database=None)
 @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=3))
-def test_every_cut_is_reported_and_the_output_is_the_tokenizers_own(kind: str, texts: list[str]) -> None:
+def test_every_cut_is_reported_and_the_output_is_the_tokenizers_own(
+    kind: str, texts: list[str]
+) -> None:
     tokenizer, found = plain(kind), []
     with reporting(found.append):
         output = locked(kind)(texts, **LONG)
     assert output == tokenizer(texts, **LONG)
-    longer = [i for i, text in enumerate(texts) if len(tokenizer(text, verbose=False)["input_ids"]) > LIMIT]
+    longer = [
+        i
+        for i, text in enumerate(texts)
+        if len(tokenizer(text, verbose=False)["input_ids"]) > LIMIT
+    ]
     assert [cut.index for cut in found] == longer
     for cut in found:
         assert cut.text == texts[cut.index]
@@ -93,12 +102,16 @@ def test_what_is_not_truncated_is_not_cut(kind: str, cuts: list[Cut]) -> None:
 
 def test_with_nobody_to_tell_nothing_is_tokenized_twice() -> None:
     for kind in MAKERS:
-        with mock.patch.object(type(plain(kind)), "_encode_plus", autospec=True, side_effect=AssertionError) as encode:
+        with mock.patch.object(
+            type(plain(kind)), "_encode_plus", autospec=True, side_effect=AssertionError
+        ) as encode:
             with pytest.raises(AssertionError):
                 locked(kind)(TEXT, **LONG)
         assert encode.call_count == 1
         encode = type(plain(kind))._encode_plus
-        with mock.patch.object(type(plain(kind)), "_encode_plus", autospec=True, side_effect=encode) as counted:
+        with mock.patch.object(
+            type(plain(kind)), "_encode_plus", autospec=True, side_effect=encode
+        ) as counted:
             locked(kind)(TEXT, **LONG)
             assert counted.call_count == 1
             with reporting(lambda cut: None):
@@ -118,7 +131,9 @@ def test_pairs_words_and_numbers_alone(cuts: list[Cut]) -> None:
     words = TEXT.split()
     tokenizer(words, is_split_into_words=True, **LONG)
     tokenizer([["a"], words], is_split_into_words=True, **LONG)
-    assert [(cut.text, cut.index, cut.position) for cut in cuts] == [(" ".join(words), i, 62) for i in (0, 1)]
+    assert [(cut.text, cut.index, cut.position) for cut in cuts] == [
+        (" ".join(words), i, 62) for i in (0, 1)
+    ]
     cuts.clear()
     for kind in MAKERS:
         assert locked(kind).encode(TEXT, **LONG) == plain(kind).encode(TEXT, **LONG)

@@ -1,4 +1,5 @@
-"""Processes that decode uploads: what they refuse, how they end, and that nothing of them is left."""
+"""Processes that decode uploads: what they refuse, how they end, and that nothing of them is
+left."""
 
 from __future__ import annotations
 
@@ -22,7 +23,13 @@ import psutil
 import pytest
 from PIL import Image
 
-from stepweave.errors import Cancelled, InvalidRequest, StepweaveError, Unavailable, UnsupportedMedia
+from stepweave.errors import (
+    Cancelled,
+    InvalidRequest,
+    StepweaveError,
+    Unavailable,
+    UnsupportedMedia,
+)
 from stepweave.images import decoders, scan
 from stepweave.images.decoders import DECODERS, Decoders
 from stepweave.images.uploads import read_sources
@@ -92,14 +99,38 @@ COSTLY = {
         with_scans(200).replace(b"\xff\xda", b"\xff\xfe\x00\x04\xff\xd9\xff\xda"),
         "scans; the limit is 100",
     ),
-    "segments": (JPEG[:2] + SEGMENT * 1001 + JPEG[2:], "image has 1001 or more segments; the limit is 1000"),
-    "restarts and segments": (JPEG[:-2] + b"\xff\xd0" * 9 + SEGMENT * 1001 + b"\xff\xd9", "limit is 1000"),
-    "fill bytes": (JPEG[:2] + b"\xff" * 5000 + JPEG[2:], "image has 5000 bytes between its segments; the limit is 4096"),
-    "stuffed bytes": (JPEG[:2] + b"\xff\x00" * 2100 + JPEG[2:], "image has 4200 bytes between its segments"),
-    "bytes between": (JPEG[:20] + bytes(4097) + JPEG[20:], "image has 4097 bytes between its segments"),
-    "an end of the image before it begins": (b"\xff\xd8\xff\xd9" + b"\xff" * 5000, "5000 bytes between its segments"),
-    "segments after such an end": (JPEG[:2] + b"\xff\xd9" + SEGMENT * 1001 + JPEG[2:], "or more segments; the limit is"),
-    "nothing but fill bytes": (b"\xff\xd8" + b"\xff" * 5000, "image has 5000 bytes between its segments"),
+    "segments": (
+        JPEG[:2] + SEGMENT * 1001 + JPEG[2:],
+        "image has 1001 or more segments; the limit is 1000",
+    ),
+    "restarts and segments": (
+        JPEG[:-2] + b"\xff\xd0" * 9 + SEGMENT * 1001 + b"\xff\xd9",
+        "limit is 1000",
+    ),
+    "fill bytes": (
+        JPEG[:2] + b"\xff" * 5000 + JPEG[2:],
+        "image has 5000 bytes between its segments; the limit is 4096",
+    ),
+    "stuffed bytes": (
+        JPEG[:2] + b"\xff\x00" * 2100 + JPEG[2:],
+        "image has 4200 bytes between its segments",
+    ),
+    "bytes between": (
+        JPEG[:20] + bytes(4097) + JPEG[20:],
+        "image has 4097 bytes between its segments",
+    ),
+    "an end of the image before it begins": (
+        b"\xff\xd8\xff\xd9" + b"\xff" * 5000,
+        "5000 bytes between its segments",
+    ),
+    "segments after such an end": (
+        JPEG[:2] + b"\xff\xd9" + SEGMENT * 1001 + JPEG[2:],
+        "or more segments; the limit is",
+    ),
+    "nothing but fill bytes": (
+        b"\xff\xd8" + b"\xff" * 5000,
+        "image has 5000 bytes between its segments",
+    ),
     "frame headers": (
         JPEG[:2] + JPEG[JPEG.index(b"\xff\xc0") : JPEG.index(b"\xff\xc0") + 19] + JPEG[2:],
         "image has 2 or more frame headers; the limit is 1",
@@ -112,36 +143,60 @@ COSTLY = {
         JPEG[:2] + (b"\xff\xe2\xff\xffICC_PROFILE\0\1\x46" + bytes(0xFFFF - 16)) * 70 + JPEG[2:],
         "bytes of colour profile; the limit is 4194304",
     ),
-    "chunks": (png_with(*[chunk(b"gAMA", bytes(4))] * 1001), "chunks beside its data; the limit is 1000"),
+    "chunks": (
+        png_with(*[chunk(b"gAMA", bytes(4))] * 1001),
+        "chunks beside its data; the limit is 1000",
+    ),
     "empty data": (png_with(*[chunk(b"IDAT", b"")] * 20_001), "or more chunks; the limit is 20000"),
-    "text": (png_with(*[chunk(b"zTXt", b"a\0\0" + DENSE)] * 65), "has 65 or more compressed .* limit is 64"),
-    "profiles": (png_with(*[chunk(b"iCCP", b"a\0\0" + DENSE)] * 65), "has 65 or more compressed .* limit is 64"),
+    "text": (
+        png_with(*[chunk(b"zTXt", b"a\0\0" + DENSE)] * 65),
+        "has 65 or more compressed .* limit is 64",
+    ),
+    "profiles": (
+        png_with(*[chunk(b"iCCP", b"a\0\0" + DENSE)] * 65),
+        "has 65 or more compressed .* limit is 64",
+    ),
     "chunks after the data": (
         file_of(noise())[:-12] + chunk(b"iTXt", b"a\0\1\0\0\0" + DENSE) * 65 + chunk(b"IEND", b""),
         "has 65 or more compressed .* limit is 64",
     ),
-    "exif of a png": (png_with(chunk(b"eXIf", bytes(1 << 19))), "524288 bytes of EXIF data; the limit is 262144"),
-    "frames of a png": (png_with(chunk(b"acTL", struct.pack(">II", 9, 0))), "several frames .9 or more"),
+    "exif of a png": (
+        png_with(chunk(b"eXIf", bytes(1 << 19))),
+        "524288 bytes of EXIF data; the limit is 262144",
+    ),
+    "frames of a png": (
+        png_with(chunk(b"acTL", struct.pack(">II", 9, 0))),
+        "several frames .9 or more",
+    ),
     "frames of a webp": (
         webp_of(canvas(64, 64, 2), *[webp_chunk(b"ANMF", bytes(16) + BITMAP)] * 3),
         "image has several frames .2 or more",
     ),
-    "canvas": (webp_of(canvas(16_000, 16_000), BITMAP), "image is 16000x16000, 256000000 pixels; the limit is 65536"),
+    "canvas": (
+        webp_of(canvas(16_000, 16_000), BITMAP),
+        "image is 16000x16000, 256000000 pixels; the limit is 65536",
+    ),
     "canvas of a frame": (
         webp_of(canvas(1 << 24, 100, 2), webp_chunk(b"ANMF", bytes(16) + BITMAP)),
         "image is 16777216x100",
     ),
     "bitmap": (
-        webp_of(webp_chunk(b"VP8L", b"\x2f" + b"\xff" * 20)), "image is 16384x16384, 268435456 pixels"
+        webp_of(webp_chunk(b"VP8L", b"\x2f" + b"\xff" * 20)),
+        "image is 16384x16384, 268435456 pixels",
     ),
-    "webp's chunks": (webp_of(canvas(64, 64), *[webp_chunk(b"ABCD", b"")] * 1001, BITMAP), "chunks; the limit is 1000"),
+    "webp's chunks": (
+        webp_of(canvas(64, 64), *[webp_chunk(b"ABCD", b"")] * 1001, BITMAP),
+        "chunks; the limit is 1000",
+    ),
     "profile of a webp": (
-        webp_of(canvas(64, 64, 32), webp_chunk(b"ICCP", bytes(5 << 20)), BITMAP), "5242880 bytes of colour profile; the limit is"
+        webp_of(canvas(64, 64, 32), webp_chunk(b"ICCP", bytes(5 << 20)), BITMAP),
+        "5242880 bytes of colour profile; the limit is",
     ),
     "exif of a webp": (
-        webp_of(canvas(64, 64, 8), BITMAP, webp_chunk(b"EXIF", bytes(1 << 19))), "bytes of EXIF data; the limit is"
+        webp_of(canvas(64, 64, 8), BITMAP, webp_chunk(b"EXIF", bytes(1 << 19))),
+        "bytes of EXIF data; the limit is",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", COSTLY)
@@ -153,7 +208,9 @@ def test_what_would_cost_more_than_its_pixels_is_refused_before_it_is_decoded(ki
     ):
         read_sources(data, None, max_pixels=LIMIT)
     assert caught.value.param == "image"
-    assert caught.value.code == scan.CODE or "pixels" in says or "frames" in says or "image is" in says
+    assert (
+        caught.value.code == scan.CODE or "pixels" in says or "frames" in says or "image is" in says
+    )
     with pytest.raises(InvalidRequest) as caught:
         read_sources(file_of(noise()), data, max_pixels=LIMIT)
     assert caught.value.param == "mask"
@@ -162,16 +219,21 @@ def test_what_would_cost_more_than_its_pixels_is_refused_before_it_is_decoded(ki
 USUAL = {
     "progressive": with_scans(50),
     "tables and data": JPEG[:2] + b"\xff\xe2\xff\xff" + bytes(0xFFFF - 2) + JPEG[2:],
-    "scans in a thumbnail and after the end": JPEG[:2] + b"\xff\xe1\x04\x00" + b"\xff\xda" * 511 + JPEG[2:] + b"\xff\xda" * 999,
+    "scans in a thumbnail and after the end": JPEG[:2]
+    + b"\xff\xe1\x04\x00"
+    + b"\xff\xda" * 511
+    + JPEG[2:]
+    + b"\xff\xda" * 999,
     "restarts": file_of(noise(), "JPEG", restart_marker_blocks=1),
     "fill bytes": JPEG[:-2] + b"\xff" * 2_000_000 + b"\xff\xd9",
     "many parts of data": png_with(chunk(b"IDAT", b"")),
     "text": png_with(*[chunk(b"tEXt", b"a\0b")] * 100),
     "webp with exif": file_of(noise(), "WEBP", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0"),
     "one frame": png_with(
-        chunk(b"acTL", struct.pack(">II", 1, 0)), chunk(b"fcTL", struct.pack(">IIIIIHHBB", 0, 64, 64, 0, 0, 1, 1, 0, 0))
+        chunk(b"acTL", struct.pack(">II", 1, 0)),
+        chunk(b"fcTL", struct.pack(">IIIIIHHBB", 0, 64, 64, 0, 0, 1, 1, 0, 0)),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", USUAL)
@@ -185,7 +247,9 @@ def test_a_png_of_many_small_parts_is_decoded() -> None:
     begin = whole.index(b"IDAT") - 4
     data = zlib.compress(zlib.decompress(b"".join(parts_of(whole))))
     small = b"".join(chunk(b"IDAT", data[at : at + 100]) for at in range(0, len(data), 100))
-    assert read_sources(whole[:begin] + small + chunk(b"IEND", b""), None, max_pixels=LIMIT).image.size == (256, 256)
+    assert read_sources(
+        whole[:begin] + small + chunk(b"IEND", b""), None, max_pixels=LIMIT
+    ).image.size == (256, 256)
 
 
 def parts_of(png: bytes) -> list[bytes]:
@@ -235,7 +299,11 @@ async def one_process() -> psutil.Process:
 async def test_a_process_gives_what_reading_here_does() -> None:
     white = Image.new("L", (64, 64), 255)
     async with decoding() as pool:
-        for image, mask in ((file_of(noise()), None), (file_of(noise(), "WEBP"), file_of(white)), (JPEG, None)):
+        for image, mask in (
+            (file_of(noise()), None),
+            (file_of(noise(), "WEBP"), file_of(white)),
+            (JPEG, None),
+        ):
             there, here = await read(pool, image, mask), read_sources(image, mask, max_pixels=LIMIT)
             for a, b in ((there.image, here.image), (there.mask, here.mask)):
                 assert (a is None) == (b is None)
@@ -256,7 +324,9 @@ async def test_a_process_gives_what_reading_here_does() -> None:
 
 async def test_what_was_done_to_the_files_is_told() -> None:
     async with decoding() as pool:
-        answered = await read(pool, file_of(noise().convert("CMYK"), "JPEG"), file_of(Image.new("L", (128, 128))))
+        answered = await read(
+            pool, file_of(noise().convert("CMYK"), "JPEG"), file_of(Image.new("L", (128, 128)))
+        )
     assert [warning.split(":")[0] for warning in answered.warnings] == ["image", "mask", "mask"]
 
 
@@ -279,7 +349,9 @@ async def test_only_the_size_that_is_wanted_comes_back(format: str) -> None:
 
     async with decoding() as pool:
         mask = file_of(Image.new("L", (80, 80), 255))
-        sources = await asyncio.wait_for(pool.read_sources(file_of(noise(), format), mask, fit), SECONDS)
+        sources = await asyncio.wait_for(
+            pool.read_sources(file_of(noise(), format), mask, fit), SECONDS
+        )
         assert sources.image.size == sources.mask.size == (32, 16)
         assert asked == [((64, 64), True, True)]
         here = read_sources(file_of(noise(), format), mask, max_pixels=LIMIT, fit=fit)
@@ -292,9 +364,14 @@ async def test_a_size_that_is_refused_is_raised_and_the_process_used_again(forma
         raise error
 
     async with decoding() as pool:
-        for error in (InvalidRequest("no such size", param="size"), ZeroDivisionError("a fault of ours")):
+        for error in (
+            InvalidRequest("no such size", param="size"),
+            ZeroDivisionError("a fault of ours"),
+        ):
             with pytest.raises(type(error)):
-                await asyncio.wait_for(pool.read_sources(file_of(noise(), format), None, fit), SECONDS)
+                await asyncio.wait_for(
+                    pool.read_sources(file_of(noise(), format), None, fit), SECONDS
+                )
             assert (await read(pool, JPEG)).image.size == (64, 64)
         assert len(processes()) == 1
 
@@ -323,15 +400,27 @@ async def test_no_process_before_the_first_upload_and_a_few_for_many() -> None:
 
 
 async def test_it_imports_neither_torch_nor_bentoml_nor_the_main_module() -> None:
-    code = "import sys, stepweave.images.decoder_process; print({'torch', 'bentoml', 'service'} & set(sys.modules))"
+    code = (
+        "import sys, stepweave.images.decoder_process; print({'torch', 'bentoml', 'service'} & "
+        "set(sys.modules))"
+    )
     done = await asyncio.to_thread(
-        subprocess.run, [sys.executable, "-c", code], capture_output=True, text=True, timeout=SECONDS, check=True
+        subprocess.run,
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=True,
     )
     assert done.stdout.strip() == "set()"
 
 
 async def test_its_environment_has_no_secrets() -> None:
-    secrets = {"STEPWEAVE_API_KEYS": "secret", "HF_TOKEN": "secret", "AWS_SECRET_ACCESS_KEY": "secret"}
+    secrets = {
+        "STEPWEAVE_API_KEYS": "secret",
+        "HF_TOKEN": "secret",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+    }
     with patch.dict(os.environ, secrets):
         async with decoding() as pool:
             await read(pool, file_of(noise()))
@@ -355,7 +444,9 @@ async def test_what_takes_too_long_is_refused_and_its_process_replaced() -> None
         process = await one_process()
         with patch.object(decoders, "SECONDS", 0.2):
             process.suspend()
-            with pytest.raises(InvalidRequest, match=r"image took more than 0.2 s .*the limit is 0.2 s") as caught:
+            with pytest.raises(
+                InvalidRequest, match=r"image took more than 0.2 s .*the limit is 0.2 s"
+            ) as caught:
                 await read(pool, JPEG)
         assert (caught.value.code, caught.value.param) == ("image_too_slow", "image")
         await asyncio.to_thread(wait_until, lambda: not process.is_running())
@@ -368,7 +459,9 @@ async def test_a_process_ends_with_the_task_that_waits_for_it() -> None:
         await read(pool, JPEG)
         process = await one_process()
         process.suspend()
-        waiting = [asyncio.ensure_future(pool.read_sources(JPEG, None)) for _ in range(2 * DECODERS)]
+        waiting = [
+            asyncio.ensure_future(pool.read_sources(JPEG, None)) for _ in range(2 * DECODERS)
+        ]
         await asyncio.to_thread(wait_until, lambda: len(processes()) == DECODERS)
         for one in waiting:
             one.cancel()
@@ -403,7 +496,9 @@ async def test_a_process_that_died_while_it_was_idle_is_replaced() -> None:
         assert (await read(pool, JPEG)).image.size == (64, 64)
 
 
-@pytest.mark.parametrize("command", [["no such file"], [sys.executable, "-c", "raise SystemExit(3)"]])
+@pytest.mark.parametrize(
+    "command", [["no such file"], [sys.executable, "-c", "raise SystemExit(3)"]]
+)
 async def test_a_process_that_cannot_be_started_fails_the_request(command: list[str]) -> None:
     real = subprocess.Popen
     async with decoding() as pool:
@@ -429,7 +524,9 @@ async def test_its_memory_is_bounded() -> None:
         soft, hard = process.rlimit(psutil.RLIMIT_AS)
         assert 0 < soft == hard < 2**31
         process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms + (1 << 22), hard))
-        with pytest.raises(InvalidRequest, match="image takes more memory .* 4194304 pixels") as caught:
+        with pytest.raises(
+            InvalidRequest, match="image takes more memory .* 4194304 pixels"
+        ) as caught:
             await read(pool, big)
         assert (caught.value.code, caught.value.param) == (scan.CODE, "image")
         process.rlimit(psutil.RLIMIT_AS, (hard, hard))
@@ -468,7 +565,10 @@ def test_a_process_ends_when_its_server_is_killed(tmp_path: Path) -> None:
     file.write_bytes(JPEG)
     environment = clean_environment(PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
     with subprocess.Popen(
-        [sys.executable, "-c", ORPHAN, str(file)], stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", ORPHAN, str(file)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
     ) as server:
         assert server.stdout is not None
         decoder = psutil.Process(int(server.stdout.readline()))

@@ -1,5 +1,6 @@
-"""What an engine does on a GPU that can be told without one: on which device things are, who waits for values, which threads
-make the device their own. `tests/fake_device.py` has the GPU; what it cannot tell stands in docs/engine.md."""
+"""What an engine does on a GPU that can be told without one: on which device things are, who waits
+for values, which threads make the device their own. `tests/fake_device.py` has the GPU; what it
+cannot tell stands in docs/engine.md."""
 
 from __future__ import annotations
 
@@ -62,10 +63,17 @@ def test_the_fake_refuses_tensors_of_two_devices_and_notes_what_is_read(device: 
     one.add_(1)
     assert one._version == 1
     reading: list[Callable[[], Any]] = [
-        one.cpu, one.sum().item, lambda: bool(one[0] > 0), lambda: torch.equal(one, one), one.nonzero, one.tolist,
+        one.cpu,
+        one.sum().item,
+        lambda: bool(one[0] > 0),
+        lambda: torch.equal(one, one),
+        one.nonzero,
+        one.tolist,
         lambda: other.copy_(one),
-        lambda: torch.arange(9)[one[0].long()], lambda: one[one > 0], lambda: one.to("cpu", torch.int64),
-    ]  # fmt: skip
+        lambda: torch.arange(9)[one[0].long()],
+        lambda: one[one > 0],
+        lambda: one.to("cpu", torch.int64),
+    ]
     for i, read in enumerate(reading):
         before = len(device.reads)
         read()
@@ -93,8 +101,12 @@ def test_the_fake_refuses_tensors_of_two_devices_and_notes_what_is_read(device: 
 def test_times_are_merged_onto_the_samples_device(times: Callable[[int], Any], rows: int) -> None:
     """torch's fake tensors raise where a value is read."""
     with FakeTensorMode(), patch.object(torch.cuda, "_lazy_init", lambda: None):
-        calls = [call_of(torch.ones(rows, 4, 8, 8, device=CUDA), timestep=times(i)) for i in range(3)]
-        assert len({one.kind for one in calls}) == len({one.key for one in calls}) == 1, "they may meet"
+        calls = [
+            call_of(torch.ones(rows, 4, 8, 8, device=CUDA), timestep=times(i)) for i in range(3)
+        ]
+        assert len({one.kind for one in calls}) == len({one.key for one in calls}) == 1, (
+            "they may meet"
+        )
         merged = merge(calls)
         assert merged["sample"].device == merged["timestep"].device == CUDA
         assert merged["timestep"].shape == (3 * rows,)
@@ -102,8 +114,13 @@ def test_times_are_merged_onto_the_samples_device(times: Callable[[int], Any], r
         assert [part.device for part in parts] == [CUDA] * 3
 
 
-def test_times_keep_their_values_and_numbers_of_other_arguments_go_along(device: FakeDevice) -> None:
-    calls = [call_of(torch.ones(2, 4, device=CUDA), timestep=7 + i, scale=torch.tensor(0.5 + i)) for i in range(2)]
+def test_times_keep_their_values_and_numbers_of_other_arguments_go_along(
+    device: FakeDevice,
+) -> None:
+    calls = [
+        call_of(torch.ones(2, 4, device=CUDA), timestep=7 + i, scale=torch.tensor(0.5 + i))
+        for i in range(2)
+    ]
     device.reads.clear()
     merged = merge(calls)
     assert not device.reads, "nothing is waited for"
@@ -113,9 +130,12 @@ def test_times_keep_their_values_and_numbers_of_other_arguments_go_along(device:
 
 
 @pytest.mark.parametrize(
-    "name", ["ddim", *(pytest.param(name, marks=pytest.mark.full) for name in ("ddpm", "ldm", "ldm_text"))]
+    "name",
+    ["ddim", *(pytest.param(name, marks=pytest.mark.full) for name in ("ddpm", "ldm", "ldm_text"))],
 )
-def test_pipelines_that_give_times_as_numbers_or_on_the_cpu_share_forwards(name: str, device: FakeDevice) -> None:
+def test_pipelines_that_give_times_as_numbers_or_on_the_cpu_share_forwards(
+    name: str, device: FakeDevice
+) -> None:
     entry = entries()[name]
     pipeline = entry.build().to(CUDA)
     pipeline.set_progress_bar_config(disable=True)
@@ -160,19 +180,25 @@ def test_every_thread_of_an_engine_makes_the_device_its_own() -> None:
         assert list(used.values()) == [second] and "picture" in next(iter(used))
 
 
-def test_the_step_engines_threads_do_and_close_does_for_as_long_as_it_takes(device: FakeDevice) -> None:
+def test_the_step_engines_threads_do_and_close_does_for_as_long_as_it_takes(
+    device: FakeDevice,
+) -> None:
     family = tiny.FAMILIES["stable_diffusion"]
     with device.engine(family.build().to(CUDA)) as engine:
         engine.submit(**family.arguments("a red circle", seed=1)).result(SECONDS)
         assert device.used["stepweave-engine"] == CUDA
-        assert {one for name, one in device.used.items() if name.startswith("stepweave-pictures")} == {CUDA}
+        assert {
+            one for name, one in device.used.items() if name.startswith("stepweave-pictures")
+        } == {CUDA}
         here = threading.current_thread().name
         device.used.pop(here, None)
         engine.close()
         assert device.used[here] == CUDA
 
 
-def test_so_do_the_servers(in_process: Callable[..., InProcess], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_so_do_the_servers(
+    in_process: Callable[..., InProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
     used: dict[str, torch.device] = {}
 
     def use(device: torch.device) -> None:
@@ -183,23 +209,33 @@ def test_so_do_the_servers(in_process: Callable[..., InProcess], monkeypatch: py
     assert used["stepweave-load"] == torch.device("cpu")
     app.server._drawers.submit(lambda: None).result(SECONDS)
     app.server._drawers.submit(lambda: None).result(SECONDS)
-    assert [one for name, one in used.items() if name.startswith("stepweave-preview")] == [torch.device("cpu")]
+    assert [one for name, one in used.items() if name.startswith("stepweave-preview")] == [
+        torch.device("cpu")
+    ]
 
 
 # What is read
 
 
 def _reads_of(
-    engine: StepEngine, device: FakeDevice, family: tiny.Family, steps: int, number: int, jobs: int = 3
+    engine: StepEngine,
+    device: FakeDevice,
+    family: tiny.Family,
+    steps: int,
+    number: int,
+    jobs: int = 3,
 ) -> list[Read]:
-    """What is read while jobs of so many steps run, once all certificates are there; audits aside, which read."""
+    """What is read while jobs of so many steps run, once all certificates are there; audits aside,
+    which read."""
     device.reads.clear()
     run_settled(engine, family, steps, number, jobs)
     return list(device.reads)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.full) for name in NAMES])
-def test_a_step_reads_nothing_and_a_joining_job_its_token_ids_at_most_once(name: str, device: FakeDevice) -> None:
+def test_a_step_reads_nothing_and_a_joining_job_its_token_ids_at_most_once(
+    name: str, device: FakeDevice
+) -> None:
     family, jobs = tiny.FAMILIES[name], 3
     with device.engine(family.build().to(CUDA), knee=False) as engine:
         for number, steps in enumerate((8, 16, 8, 16)):  # while certificates are granted
@@ -209,9 +245,16 @@ def test_a_step_reads_nothing_and_a_joining_job_its_token_ids_at_most_once(name:
         stats = engine.stats()
     denoiser = stats.forwards.get("unet") or stats.forwards["transformer"]
     assert denoiser.merged_share > 0.8 and stats.errors == 0, stats
-    ours = [Counter((one.operation, one.place) for one in reads if one.package == "stepweave") for reads in (few, many)]
+    ours = [
+        Counter((one.operation, one.place) for one in reads if one.package == "stepweave")
+        for reads in (few, many)
+    ]
     assert ours[0] == ours[1], "twice as many steps read as much"
-    tokens = [one for one in many if one.package == "stepweave" and one.dtype == torch.int64 and "digest" in one.place]
+    tokens = [
+        one
+        for one in many
+        if one.package == "stepweave" and one.dtype == torch.int64 and "digest" in one.place
+    ]
     assert len(tokens) <= jobs, tokens
     everything = [sum(one.package != "tests" for one in reads) for reads in (few, many)]
     assert everything[0] == everything[1], "nor do the pipelines' own schedulers"
@@ -239,14 +282,19 @@ def test_token_ids_are_known_once_they_are_on_the_device(device: FakeDevice) -> 
     digests = Digests()
     plain = torch.tensor([[1, 2, 3], [4, 5, 6]])
     output = followed(
-        BatchEncoding({"input_ids": plain.clone(), "attention_mask": torch.ones(2, 3, dtype=torch.int64)}), digests
+        BatchEncoding(
+            {"input_ids": plain.clone(), "attention_mask": torch.ones(2, 3, dtype=torch.int64)}
+        ),
+        digests,
     )
     there = output.input_ids.to(CUDA)
     assert type(there) is OnDevice
     device.reads.clear()
     assert digests.of(there) == Digests().of(plain)
     assert not device.reads
-    assert digests.of(output.to(CUDA)["attention_mask"]) == Digests().of(torch.ones(2, 3, dtype=torch.int64))
+    assert digests.of(output.to(CUDA)["attention_mask"]) == Digests().of(
+        torch.ones(2, 3, dtype=torch.int64)
+    )
     assert not device.reads
     half = followed(plain.clone(), digests).to(device=CUDA, dtype=torch.float16)
     assert digests.of(half) == Digests().of(plain.half()) and not device.reads
@@ -291,7 +339,9 @@ def _stepped(scheduler: Any, device: FakeDevice, steps: int) -> tuple[torch.Tens
     return sample, sum(found)
 
 
-@pytest.mark.parametrize("kind", sorted(READERS, key=lambda one: one.__name__), ids=lambda one: one.__name__)
+@pytest.mark.parametrize(
+    "kind", sorted(READERS, key=lambda one: one.__name__), ids=lambda one: one.__name__
+)
 @pytest.mark.parametrize("steps", [4, 11])
 def test_a_view_steps_with_times_on_the_host(kind: Any, steps: int, device: FakeDevice) -> None:
     expected, more = _stepped(kind(), device, steps)
@@ -304,8 +354,12 @@ def test_a_view_steps_with_times_on_the_host(kind: Any, steps: int, device: Fake
     assert fewer == 1, "the timesteps, once a job"
     assert more >= 2 * steps - 1
     assert scheduler.timesteps.device == CUDA, "where the pipeline wants them"
-    assert torch.equal(_stepped(scheduler, device, steps + 1)[0], _stepped(kind(), device, steps + 1)[0]), "used again"
-    assert torch.equal(_stepped(copy.deepcopy(scheduler), device, steps)[0], expected), "a copy steps itself"
+    assert torch.equal(
+        _stepped(scheduler, device, steps + 1)[0], _stepped(kind(), device, steps + 1)[0]
+    ), "used again"
+    assert torch.equal(_stepped(copy.deepcopy(scheduler), device, steps)[0], expected), (
+        "a copy steps itself"
+    )
 
 
 def test_times_from_elsewhere_are_used_as_they_are(device: FakeDevice) -> None:
@@ -316,10 +370,15 @@ def test_times_from_elsewhere_are_used_as_they_are(device: FakeDevice) -> None:
     for scheduler in (plain, ours):
         scheduler.set_timesteps(10, device=CUDA)
     cases: list[Callable[[Any], Any]] = [
-        lambda one: one.timesteps[4:][1], lambda one: one.timesteps[-1], lambda one: one.timesteps[3].clone(),
-        lambda one: 500, lambda one: torch.tensor(500), lambda one: torch.tensor(500, device=CUDA),
-        lambda one: one.timesteps[::2][2], lambda one: (one.timesteps + 1)[3],
-    ]  # fmt: skip
+        lambda one: one.timesteps[4:][1],
+        lambda one: one.timesteps[-1],
+        lambda one: one.timesteps[3].clone(),
+        lambda one: 500,
+        lambda one: torch.tensor(500),
+        lambda one: torch.tensor(500, device=CUDA),
+        lambda one: one.timesteps[::2][2],
+        lambda one: (one.timesteps + 1)[3],
+    ]
     for i, time in enumerate(cases):
         results = [one.step(sample / 2, time(one), sample)[0] for one in (plain, ours)]
         assert torch.equal(*results), i

@@ -11,13 +11,16 @@ from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize(
-    ("document", "count", "images"), [("docs/scope.md", 6, 8), ("docs/engine.md", 5, 4), ("docs/scheduling.md", 1, 2)]
+    ("document", "count", "images"),
+    [("docs/scope.md", 6, 8), ("docs/engine.md", 5, 4), ("docs/scheduling.md", 1, 2)],
 )
 def test_the_blocks_of_a_document_run_in_order(
     document: str, count: int, images: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    blocks = re.findall(r"^```python\n(.*?)^```$", Path(document).read_text(), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(
+        r"^```python\n(.*?)^```$", Path(document).read_text(), re.MULTILINE | re.DOTALL
+    )
     assert len(blocks) == count
     names: dict[str, object] = {"__name__": document}
     for block in blocks:

@@ -69,13 +69,21 @@ def image_of(answer: Any) -> Image.Image:
 def corners(image: Image.Image) -> list[tuple[int, ...]]:
     """The middles of its upper left, upper right and lower half."""
     width, height = image.size
-    places = ((width // 4, height // 4), (3 * width // 4, height // 4), (width // 2, 3 * height // 4))
+    places = (
+        (width // 4, height // 4),
+        (3 * width // 4, height // 4),
+        (width // 2, 3 * height // 4),
+    )
     return [image.getpixel(place) for place in places]  # type: ignore[misc]
 
 
-def test_a_phones_portrait_is_turned_and_scaled_to_as_many_pixels_as_the_model_makes_itself(in_process: Make) -> None:
+def test_a_phones_portrait_is_turned_and_scaled_to_as_many_pixels_as_the_model_makes_itself(
+    in_process: Make,
+) -> None:
     """A mask that keeps all shows what the pipeline was given."""
-    app = in_process(FakePipeline(edits=True), max_pixels=PHONES, preset=Preset(width=768, height=1024))
+    app = in_process(
+        FakePipeline(edits=True), max_pixels=PHONES, preset=Preset(width=768, height=1024)
+    )
     response = edit(app, portrait(), keeps_all((300, 400)))
     assert response.status_code == 200, response.text
     answer = response.json()
@@ -93,10 +101,15 @@ def test_a_phones_portrait_is_turned_and_scaled_to_as_many_pixels_as_the_model_m
 
 
 def test_a_photo_of_a_wide_gamut_is_edited_in_srgb(in_process: Make) -> None:
-    app = in_process(FakePipeline(edits=True), max_pixels=PHONES, preset=Preset(width=768, height=1024))
+    app = in_process(
+        FakePipeline(edits=True), max_pixels=PHONES, preset=Preset(width=768, height=1024)
+    )
     answer = edit(app, portrait(profiles.P3), keeps_all((30, 40))).json()
-    expected = profiles.in_srgb(np.array([(200, 0, 0), (0, 200, 0), (0, 0, 200)]), profiles.DISPLAY_P3, profiles.linear)
-    assert np.abs(np.array(corners(image_of(answer))) - expected).max() <= 4  # JPEG's rounding, enlarged by the matrix
+    expected = profiles.in_srgb(
+        np.array([(200, 0, 0), (0, 200, 0), (0, 0, 200)]), profiles.DISPLAY_P3, profiles.linear
+    )
+    # JPEG's rounding, enlarged by the matrix
+    assert np.abs(np.array(corners(image_of(answer))) - expected).max() <= 4
     assert not [warning for warning in answer["warnings"] if "profile" in warning]
 
 
@@ -114,11 +127,16 @@ def test_an_image_that_needs_no_change_gets_none_and_no_warning(in_process: Make
 def test_inputs_have_a_limit_of_their_own(in_process: Make) -> None:
     app = in_process(FakePipeline(edits=True), max_pixels=64 * 64, max_input_pixels=200 * 100)
     assert edit(app, file_of(scene((200, 100)))).status_code == 200
-    for files in ((file_of(scene((201, 100))), None), (file_of(scene((100, 50))), keeps_all((202, 101)))):
+    for files in (
+        (file_of(scene((201, 100))), None),
+        (file_of(scene((100, 50))), keeps_all((202, 101))),
+    ):
         response = edit(app, *files)
         assert response.status_code == 400
         error = response.json()["error"]
-        assert "the limit is 20000." in error["message"] and error["param"] == ("mask" if files[1] else "image")
+        assert "the limit is 20000." in error["message"] and error["param"] == (
+            "mask" if files[1] else "image"
+        )
     described = app.client.get("/v1/models").json()["data"][0]["stepweave"]
     assert (described["max_pixels"], described["max_input_pixels"]) == (64 * 64, 200 * 100)
 
@@ -129,13 +147,19 @@ def test_a_size_that_is_not_made_is_refused_as_without_an_image(in_process: Make
         refused, like = edit(app, file_of(scene((64, 64))), size=size), app.post(size=size)
         assert refused.status_code == 400 and refused.json() == like.json()
     thread = edit(app, file_of(Image.new("RGB", (1, 20_000))))
-    assert thread.status_code == 400 and "image is 1x20000; unless size is given" in thread.json()["error"]["message"]
+    assert (
+        thread.status_code == 400
+        and "image is 1x20000; unless size is given" in thread.json()["error"]["message"]
+    )
     assert edit(app, file_of(Image.new("RGB", (1, 20_000))), size="64x64").status_code == 200
 
 
 def test_warnings_of_the_files_come_with_every_kind_of_answer(in_process: Make) -> None:
     app = in_process(FakePipeline(edits=True))
-    image, says = file_of(scene((300, 100)).convert("CMYK"), "JPEG"), "image: it is CMYK without a colour profile"
+    image, says = (
+        file_of(scene((300, 100)).convert("CMYK"), "JPEG"),
+        "image: it is CMYK without a colour profile",
+    )
     form = {"data": {"prompt": "x", "size": "64x64"}, "files": {"image": ("x", image)}}
     direct = app.client.post(EDITS, headers={"Accept": "image/png"}, **form)  # type: ignore[arg-type]
     assert says in direct.headers["X-Stepweave-Warnings"]
@@ -155,9 +179,15 @@ def test_what_is_of_another_kind_is_415_on_every_surface(served: Served, path: s
         form = {name: ("x.heic", data, "image/heic") for name, data in files.items()}
         response = httpx.post(served.url + path, data={"prompt": "x"}, files=form, timeout=SECONDS)
         error = response.json()["error"]
-        assert (response.status_code, error["code"], error["param"]) == (415, "unsupported_image", param)
+        assert (response.status_code, error["code"], error["param"]) == (
+            415,
+            "unsupported_image",
+            param,
+        )
         assert "HEIC" in error["message"] and "PNG, JPEG or WebP" in error["message"]
-    garbage = httpx.post(served.url + path, data={"prompt": "x"}, files={"image": ("x", b"garbage")}, timeout=SECONDS)
+    garbage = httpx.post(
+        served.url + path, data={"prompt": "x"}, files={"image": ("x", b"garbage")}, timeout=SECONDS
+    )
     assert garbage.status_code == 400
 
 
@@ -166,11 +196,18 @@ def test_a_phones_photo_is_edited_on_every_surface(served: Served, path: str) ->
     fields = {"prompt": "a red circle", "num_inference_steps": "2", "strength": "0.5", "seed": "1"}
     files = {"image": ("x.jpg", portrait(profiles.P3)), "mask": ("x.png", keeps_all((300, 400)))}
     headers = {"Accept": "image/png"}
-    response = httpx.post(served.url + path, data=fields, files=files, headers=headers, timeout=SECONDS)
+    response = httpx.post(
+        served.url + path, data=fields, files=files, headers=headers, timeout=SECONDS
+    )
     assert response.status_code == 200, response.text
     warnings = json.loads(response.headers["X-Stepweave-Warnings"])
     with Image.open(io.BytesIO(response.content)) as image:
         assert image.size == (56, 72), "as many pixels as the model makes itself"
-        assert warnings[0] == f"image: it is 3000x4000, and was scaled to {image.width}x{image.height}."
+        assert (
+            warnings[0]
+            == f"image: it is 3000x4000, and was scaled to {image.width}x{image.height}."
+        )
         (red, _, green), (above, grass, _), (_, _, sky) = corners(image.convert("RGB"))
-        assert red > 150 and grass > 150 and sky > 150 and green < 100 and above < 100, "it is the right way up"
+        assert red > 150 and grass > 150 and sky > 150 and green < 100 and above < 100, (
+            "it is the right way up"
+        )

@@ -1,4 +1,5 @@
-"""Image to image and inpainting: pipelines that share the modules of the engine's own, and its forwards."""
+"""Image to image and inpainting: pipelines that share the modules of the engine's own, and its
+forwards."""
 
 from __future__ import annotations
 
@@ -90,7 +91,8 @@ def expected(name: str, i: int, edit: Edit | None) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("name", "edit"), [pytest.param(*case, marks=[pytest.mark.full] if case in REPEATS else []) for case in CASES]
+    ("name", "edit"),
+    [pytest.param(*case, marks=[pytest.mark.full] if case in REPEATS else []) for case in CASES],
 )
 def test_edits_share_forwards_with_texts_and_are_as_the_plain_call(name: str, edit: Edit) -> None:
     family, pipeline, other = FAMILIES[name], built(name), sibling_of(name, edit)
@@ -105,7 +107,8 @@ def test_edits_share_forwards_with_texts_and_are_as_the_plain_call(name: str, ed
 
     with StepEngine(pipeline) as engine:
         alone = engine.submit(pipeline=other, **call(family, 1, edit)).result(SECONDS)[0]
-        first = engine.submit(**family.arguments("", steps=1, callback_on_step_end=wait))  # so that all start at once
+        # so that all start at once
+        first = engine.submit(**family.arguments("", steps=1, callback_on_step_end=wait))
         jobs = [
             engine.submit(pipeline=None if kind is None else other, **call(family, i, kind))
             for i, kind in enumerate(kinds)
@@ -115,7 +118,10 @@ def test_edits_share_forwards_with_texts_and_are_as_the_plain_call(name: str, ed
         first.result(SECONDS)
         stats = engine.stats()
     assert np.abs(alone - plain[1]).max() <= TOLERANCE
-    assert max(float(np.abs(one - two).max()) for one, two in zip(results, plain, strict=True)) <= TOLERANCE
+    assert (
+        max(float(np.abs(one - two).max()) for one, two in zip(results, plain, strict=True))
+        <= TOLERANCE
+    )
     assert np.abs(plain[1] - plain[3]).max() > 100 * TOLERANCE
     denoiser = "unet" if "unet" in stats.forwards else "transformer"
     assert stats.forwards[denoiser].merged_share >= MERGED
@@ -124,14 +130,20 @@ def test_edits_share_forwards_with_texts_and_are_as_the_plain_call(name: str, ed
     assert all(job.progress.step == job.progress.total > 0 for job in jobs)
 
 
-def test_pictures_are_read_on_another_thread_once_each_and_hold_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_are_read_on_another_thread_once_each_and_hold_up_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     name: str = "stable_diffusion"
     edit: Edit = "inpaint"
     family, other = FAMILIES[name], sibling_of(name, edit)
 
     def several() -> dict[str, Any]:
         generators = [torch.Generator().manual_seed(i) for i in range(3)]
-        return call(family, 1, edit) | {"image": [picture(1)] * 3, "num_images_per_prompt": 3, "generator": generators}
+        return call(family, 1, edit) | {
+            "image": [picture(1)] * 3,
+            "num_images_per_prompt": 3,
+            "generator": generators,
+        }
 
     plain, beside = other(**several())[0], expected(name, 0, None)
     reading, go_on = threading.Event(), threading.Event()
@@ -186,7 +198,9 @@ def test_request_batching_keeps_pipelines_apart() -> None:
     with StepEngine(pipeline, "request") as engine:
         first = engine.submit(**family.arguments("x", steps=30))
         jobs = [
-            engine.submit(pipeline=one, **family.arguments("x", seed=i)) for i in (1, 2) for one in (None, inverted)
+            engine.submit(pipeline=one, **family.arguments("x", seed=i))
+            for i in (1, 2)
+            for one in (None, inverted)
         ]
         first.result(SECONDS)
         images = [job.result(SECONDS)[0] for job in jobs]
@@ -200,7 +214,9 @@ def test_a_pipeline_with_modules_of_its_own_is_refused_by_name(mode: Mode) -> No
     parts = {**pipeline.components, "unet": stranger.unet}
     mixed = diffusers.StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
     with StepEngine(pipeline, mode) as engine:
-        with pytest.raises(EngineMisuse, match=r"StableDiffusionImg2ImgPipeline\.unet is no module of the Stable"):
+        with pytest.raises(
+            EngineMisuse, match=r"StableDiffusionImg2ImgPipeline\.unet is no module of the Stable"
+        ):
             engine.submit(pipeline=mixed, **call(FAMILIES["stable_diffusion"], 1, "image_to_image"))
         assert engine.waiting == engine.running == 0
 
@@ -228,7 +244,9 @@ def test_a_sibling_whose_calls_change_modules_waits_for_its_turn() -> None:
             assert job.started is not None and job.finished is not None
             spans[name] = (job.started, job.finished)
     begun, ended = spans.pop("changing")
-    assert all(other_end <= begun or ended <= other_begun for other_begun, other_end in spans.values())
+    assert all(
+        other_end <= begun or ended <= other_begun for other_begun, other_end in spans.values()
+    )
     with (
         StepEngine(pipeline, "threads") as engine,
         pytest.raises(EngineMisuse, match="Calls of Casting change modules"),
@@ -237,20 +255,27 @@ def test_a_sibling_whose_calls_change_modules_waits_for_its_turn() -> None:
 
 
 def test_what_is_foretold_of_an_edit_is_of_its_kind_size_and_steps() -> None:
-    family, pipeline, other = FAMILIES["stable_diffusion"], built("stable_diffusion"), sibling_of(*CASES[0])
+    family, pipeline, other = (
+        FAMILIES["stable_diffusion"],
+        built("stable_diffusion"),
+        sibling_of(*CASES[0]),
+    )
     arguments = call(family, 1, "image_to_image") | {"num_inference_steps": 10, "strength": 0.25}
     edit, group, steps = shape_of(other, (), arguments, None, False)
     text, text_group, _ = shape_of(pipeline, (), family.arguments("x"), None, False)
     assert steps == 2
     assert shape_of(other, (), {**arguments, "strength": 0.05}, None, False)[2] == 1
-    assert shape_of(other, (), {"num_inference_steps": 10}, None, False)[2] == 8  # the call's own strength
+    # the call's own strength
+    assert shape_of(other, (), {"num_inference_steps": 10}, None, False)[2] == 8
     assert "width" not in arguments and edit.pixels == text.pixels == SIDE * SIDE
     assert group == text_group and edit.kind != text.kind
     with StepEngine(pipeline) as engine:
         engine.submit(**family.arguments("x", seed=1, steps=6)).result(SECONDS)
         engine.submit(pipeline=other, **call(family, 1, "image_to_image")).result(SECONDS)
         solo = [
-            engine.outlook(pipeline=other, **{**arguments, "num_inference_steps": 100, "strength": strength})
+            engine.outlook(
+                pipeline=other, **{**arguments, "num_inference_steps": 100, "strength": strength}
+            )
             for strength in (0.2, 0.9)
         ]
     assert solo[0] is not None and solo[1] is not None
@@ -288,9 +313,14 @@ def test_making_a_sibling_leaves_everything_as_it_was(name: str, edit: Edit) -> 
     assert state_of_bfloat16(pipeline) == before
     assert all(network.dtype == torch.bfloat16 for network in networks(other))
     assert all(
-        one is getattr(pipeline, name) for name, one in other.components.items() if isinstance(one, torch.nn.Module)
+        one is getattr(pipeline, name)
+        for name, one in other.components.items()
+        if isinstance(one, torch.nn.Module)
     )
-    assert other.scheduler is not pipeline.scheduler and other.scheduler.config == pipeline.scheduler.config
+    assert (
+        other.scheduler is not pipeline.scheduler
+        and other.scheduler.config == pipeline.scheduler.config
+    )
     assert other._progress_bar_config == {"disable": True}
 
 
@@ -300,8 +330,13 @@ def state_of_bfloat16(pipeline: Any) -> Any:
         name: (
             id(one),
             str(getattr(one, "dtype", "")),
-            str(dict(one.config)) if hasattr(one, "config") and hasattr(one.config, "items") else "",
-            [(key, str(tensor.dtype), tensor.data_ptr()) for key, tensor in one.state_dict().items()]
+            str(dict(one.config))
+            if hasattr(one, "config") and hasattr(one.config, "items")
+            else "",
+            [
+                (key, str(tensor.dtype), tensor.data_ptr())
+                for key, tensor in one.state_dict().items()
+            ]
             if isinstance(one, torch.nn.Module)
             else None,
         )
@@ -309,13 +344,21 @@ def state_of_bfloat16(pipeline: Any) -> Any:
     }
 
 
-def test_there_is_no_sibling_where_components_are_missing_or_of_another_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_there_is_no_sibling_where_components_are_missing_or_of_another_kind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pipeline = built("stable_diffusion")
-    for kind in (diffusers.StableDiffusionControlNetImg2ImgPipeline, diffusers.StableDiffusion3Img2ImgPipeline):
-        monkeypatch.setattr("stepweave.loading.siblings.sibling_class", lambda name, edit, kind=kind: kind)
+    for kind in (
+        diffusers.StableDiffusionControlNetImg2ImgPipeline,
+        diffusers.StableDiffusion3Img2ImgPipeline,
+    ):
+        monkeypatch.setattr(
+            "stepweave.loading.siblings.sibling_class", lambda name, edit, kind=kind: kind
+        )
         assert sibling(pipeline, "image_to_image") is None
     monkeypatch.setattr(
-        "stepweave.loading.siblings.sibling_class", lambda name, edit: diffusers.StableDiffusionImg2ImgPipeline
+        "stepweave.loading.siblings.sibling_class",
+        lambda name, edit: diffusers.StableDiffusionImg2ImgPipeline,
     )
     assert sibling(pipeline, "inpaint") is None  # it takes no mask
 
@@ -324,14 +367,16 @@ def test_there_is_no_sibling_where_components_are_missing_or_of_another_kind(mon
 
 
 @pytest.mark.parametrize(
-    "name", ["stable_diffusion_3", "stable_diffusion_3_dynamic", "flux", "qwen_image", "hunyuan_image"]
+    "name",
+    ["stable_diffusion_3", "stable_diffusion_3_dynamic", "flux", "qwen_image", "hunyuan_image"],
 )
 def test_schedulers_that_are_allowed_run(name: str) -> None:
     check_schedulers(name)
 
 
 @pytest.mark.full
-@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")  # DEIS, of tensors
+# DEIS, of tensors
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")
 def test_compatible_schedulers_that_are_allowed_run() -> None:
     names = check_schedulers("stable_diffusion")
     assert len(names) >= 12

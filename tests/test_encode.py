@@ -12,10 +12,17 @@ from stepweave.generation import OutputFormat
 from stepweave.images.encode import encode
 
 VALUES: dict[str, Any] = {
-    "prompt": "a red circle", "seed": 7, "negative_prompt": "blue", "size": "64x48", "num_inference_steps": 20,
+    "prompt": "a red circle",
+    "seed": 7,
+    "negative_prompt": "blue",
+    "size": "64x48",
+    "num_inference_steps": 20,
     "guidance_scale": 4.0,
-}  # fmt: skip
-A1111 = "a red circle\nNegative prompt: blue\nSteps: 20, CFG scale: 4.0, Seed: 7, Size: 64x48, Model: shapes, Version: stepweave"
+}
+A1111 = (
+    "a red circle\nNegative prompt: blue\nSteps: 20, CFG scale: 4.0, Seed: 7, Size: 64x48, Model: "
+    "shapes, Version: stepweave"
+)
 
 
 @pytest.fixture
@@ -39,7 +46,9 @@ def test_png_is_lossless_and_carries_the_parameters(picture: Image.Image) -> Non
 
 @pytest.mark.parametrize("output_format", ["jpeg", "webp"])
 @pytest.mark.parametrize("prompt", ["a red circle", "ein roter Kreis — 赤い円 🔴"])
-def test_exif_carries_the_parameters(picture: Image.Image, output_format: OutputFormat, prompt: str) -> None:
+def test_exif_carries_the_parameters(
+    picture: Image.Image, output_format: OutputFormat, prompt: str
+) -> None:
     values = {**VALUES, "prompt": prompt}
     file = reopen(encode(picture, output_format, values, "shapes"))
     exif = file.getexif()

@@ -1,4 +1,5 @@
-"""Bodies as clients and browsers send them: compressed, with a byte order mark, of content types and forms that hardly differ."""
+"""Bodies as clients and browsers send them: compressed, with a byte order mark, of content types
+and forms that hardly differ."""
 
 from __future__ import annotations
 
@@ -47,8 +48,16 @@ def anyio_backend() -> str:
 
 def part(name: str, content: bytes, filename: str | None = None) -> bytes:
     """As a browser writes it: a file always has a name, if only an empty one, and a type."""
-    file = "" if filename is None else f'; filename="{filename}"\r\nContent-Type: application/octet-stream'
-    return f'--x\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'.encode() + content + b"\r\n"
+    file = (
+        ""
+        if filename is None
+        else f'; filename="{filename}"\r\nContent-Type: application/octet-stream'
+    )
+    return (
+        f'--x\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'.encode()
+        + content
+        + b"\r\n"
+    )
 
 
 def form(*parts: bytes) -> bytes:
@@ -82,7 +91,9 @@ async def post(app: App, path: str, body: bytes, headers: dict[str, str]) -> Any
 async def test_a_compressed_body_is_read_on_every_route(path: str, encoding: str) -> None:
     async with serving(FakePipeline(edits=True)) as app:
         body, headers = request(path)
-        answer = await post(app, path, PACKS[encoding](body), {**headers, "Content-Encoding": encoding})
+        answer = await post(
+            app, path, PACKS[encoding](body), {**headers, "Content-Encoding": encoding}
+        )
         assert answer.status == 200, answer.content
         assert app.record.calls[-1]["prompt"] == "a"
 
@@ -113,7 +124,10 @@ async def test_what_is_not_compressed_as_it_says_is_refused(path: str) -> None:
             (packed + b"xyz", "is not gzip"),
         ):
             refused = await post(app, path, wrong, {**headers, "Content-Encoding": "gzip"})
-            assert (refused.status, refused.error["code"]) == (400, "invalid_encoding"), (refused.content, told)
+            assert (refused.status, refused.error["code"]) == (400, "invalid_encoding"), (
+                refused.content,
+                told,
+            )
             assert told in refused.error["message"]
         assert app.record.calls == []
 
@@ -168,7 +182,10 @@ async def test_gzip_may_have_several_members_and_deflate_no_header(cut: int) -> 
     data = bytes(i % 251 for i in range(2 * SPOOLED + 3))
     raw = zlib.compressobj(wbits=-zlib.MAX_WBITS)
     for encoding, packed in (
-        ("gzip", b"".join(gzip.compress(data[i : i + 50_000]) for i in range(0, len(data), 50_000))),
+        (
+            "gzip",
+            b"".join(gzip.compress(data[i : i + 50_000]) for i in range(0, len(data), 50_000)),
+        ),
         ("deflate", raw.compress(data) + raw.flush()),
     ):
         pieces = [packed[i : i + cut] for i in range(0, len(packed), cut)]
@@ -182,13 +199,16 @@ async def test_gzip_may_have_several_members_and_deflate_no_header(cut: int) -> 
 async def inflated(pieces: list[bytes], encoding: str, limit: int) -> bytes:
     """What comes out of a body that comes in pieces."""
     messages: Iterator[Message] = iter(
-        {"type": "http.request", "body": piece, "more_body": i < len(pieces) - 1} for i, piece in enumerate(pieces)
+        {"type": "http.request", "body": piece, "more_body": i < len(pieces) - 1}
+        for i, piece in enumerate(pieces)
     )
 
     async def receive() -> Message:
         return next(messages, {"type": "http.disconnect"})
 
-    scope: dict[str, Any] = {"headers": [(b"content-encoding", encoding.encode()), (b"x-other", b"1")]}
+    scope: dict[str, Any] = {
+        "headers": [(b"content-encoding", encoding.encode()), (b"x-other", b"1")]
+    }
     reading, found = decoded(receive, scope, limit), []
     assert scope["headers"] == [(b"x-other", b"1")]
     more = True
@@ -268,7 +288,11 @@ async def test_content_types_of_json(path: str, content_type: str, status: int) 
         if status == 415:
             told = answer.error["message"]
             assert content_type.rpartition("=")[2] in told
-            assert "utf-8" in told if "charset" in content_type else "`Content-Type: application/json" in told
+            assert (
+                "utf-8" in told
+                if "charset" in content_type
+                else "`Content-Type: application/json" in told
+            )
             assert ("curl -d" in told) == ("urlencoded" in content_type)
 
 
@@ -278,8 +302,18 @@ async def test_content_types_of_json(path: str, content_type: str, status: int) 
 @pytest.mark.parametrize("path", FORMS)
 async def test_what_is_not_filled_in_is_absent(path: str) -> None:
     async with serving(FakePipeline(edits=True)) as app:
-        empty = [part(name, b"") for name in ("negative_prompt", "size", "guidance_scale", "strength", "output_format")]
-        body = form(PROMPT, IMAGE, part("mask", b"", ""), part("image", b"", ""), *empty, part("image[]", b""))
+        empty = [
+            part(name, b"")
+            for name in ("negative_prompt", "size", "guidance_scale", "strength", "output_format")
+        ]
+        body = form(
+            PROMPT,
+            IMAGE,
+            part("mask", b"", ""),
+            part("image", b"", ""),
+            *empty,
+            part("image[]", b""),
+        )
         answer = await post(app, path, body, FORM)
         assert answer.status == 200, answer.content
         call = app.record.calls[-1]
@@ -299,7 +333,11 @@ async def test_what_is_required_and_not_filled_in_is_missing(path: str) -> None:
             ((part("prompt", MARK), IMAGE), "prompt"),
         ):
             refused = await post(app, path, form(*parts), FORM)
-            assert (refused.status, refused.error["code"], refused.error["param"]) == (400, "missing_field", param)
+            assert (refused.status, refused.error["code"], refused.error["param"]) == (
+                400,
+                "missing_field",
+                param,
+            )
             assert refused.error["message"].startswith(f"{param} is missing")
         refused = await post(app, path, form(PROMPT, part("image", b"", "empty.png")), FORM)
         assert (refused.status, refused.error["param"]) == (400, "image")
@@ -307,27 +345,45 @@ async def test_what_is_required_and_not_filled_in_is_missing(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", FORMS)
-@pytest.mark.parametrize("mask", [part("mask", b"", "empty.png"), part("mask", b"", "blob"), part("mask", b"null")])
+@pytest.mark.parametrize(
+    "mask", [part("mask", b"", "empty.png"), part("mask", b"", "blob"), part("mask", b"null")]
+)
 async def test_an_optional_file_that_is_empty_is_absent(path: str, mask: bytes) -> None:
     async with serving(FakePipeline(edits=True)) as app:
         answer = await post(app, path, form(PROMPT, IMAGE, mask), FORM)
         assert answer.status == 200, answer.content
-        told = answer.headers.get("x-stepweave-warnings", "") if path == "/edit" else str(answer.json()["warnings"])
+        told = (
+            answer.headers.get("x-stepweave-warnings", "")
+            if path == "/edit"
+            else str(answer.json()["warnings"])
+        )
         assert ("the file is empty, which counts as none" in told) == (b"filename" in mask)
 
 
 @pytest.mark.parametrize("path", FORMS)
 async def test_one_image_is_taken_by_either_name_and_no_more(path: str) -> None:
     async with serving(FakePipeline(edits=True)) as app:
-        assert (await post(app, path, form(PROMPT, part("image[]", png(), "a.png")), FORM)).status == 200
-        assert (await post(app, path, form(PROMPT, part("image", png(), "")), FORM)).status == 200, "it has content"
+        assert (
+            await post(app, path, form(PROMPT, part("image[]", png(), "a.png")), FORM)
+        ).status == 200
+        assert (
+            await post(app, path, form(PROMPT, part("image", png(), "")), FORM)
+        ).status == 200, "it has content"
         calls = len(app.record.calls)
-        for names in (["image[]"] * 2, ["image[]"] * 16, ["image", "image[]"], ["image", "mask", "image"]):
+        for names in (
+            ["image[]"] * 2,
+            ["image[]"] * 16,
+            ["image", "image[]"],
+            ["image", "mask", "image"],
+        ):
             for filename in ("a.png", ""):
                 if filename or len(names) < 16:
                     files = [part(name, png(), filename) for name in names]
                     refused = await post(app, path, form(PROMPT, *files), FORM)
-                    assert (refused.status, refused.error["param"]) == (400, "image"), (names, refused.content)
+                    assert (refused.status, refused.error["param"]) == (400, "image"), (
+                        names,
+                        refused.content,
+                    )
                     assert refused.error["message"].startswith(
                         "image is given more than once; the limit is one; an edit"
                     )
@@ -339,7 +395,11 @@ async def test_one_image_is_taken_by_either_name_and_no_more(path: str) -> None:
 @pytest.mark.parametrize("path", FORMS)
 async def test_a_text_of_a_form_may_begin_with_a_byte_order_mark(path: str) -> None:
     async with serving(FakePipeline(edits=True)) as app:
-        body = form(part("prompt", MARK + "ein grünes Dreieck".encode()), part("guidance_scale", MARK + b"2.5"), IMAGE)
+        body = form(
+            part("prompt", MARK + "ein grünes Dreieck".encode()),
+            part("guidance_scale", MARK + b"2.5"),
+            IMAGE,
+        )
         answer = await post(app, path, body, FORM)
         assert answer.status == 200, answer.content
         call = app.record.calls[-1]

@@ -1,8 +1,9 @@
-"""Evidence: what a proof must have seen before calls are merged, how its results are held against each other, and for how long
-a failed one counts.
+"""Evidence: what a proof must have seen before calls are merged, how its results are held against
+each other, and for how long a failed one counts.
 
-A proof of calls whose arguments hardly differ says nothing of calls in which they differ much; one large channel, or a coarse
-type, hides what leaks from row to row. Wherever rows mix there is a twin in which they do not, and which must be merged.
+A proof of calls whose arguments hardly differ says nothing of calls in which they differ much; one
+large channel, or a coarse type, hides what leaks from row to row. Wherever rows mix there is a twin
+in which they do not, and which must be merged.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ from tests.reported import (
 from tests.toy import Unseeded
 
 BFLOAT = torch.bfloat16
-COARSE = 0.05  # of results around 1 in bfloat16, which has 8 bits; what is wrong is so by more than a tenth
+# of results around 1 in bfloat16, which has 8 bits; what is wrong is so by more than a tenth
+COARSE = 0.05
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "every_row_pays")
 
@@ -51,10 +53,12 @@ def tolerance(dtype: torch.dtype) -> float:
 
 @torch.no_grad()
 def wrong_if_merged(build: Build, requests: list[Request]) -> float:
-    """The largest difference if the calls ran in step and all their rows were put together at each."""
+    """The largest difference if the calls ran in step and all their rows were put together at
+    each."""
     module, calls = build().denoiser, [request() for request in requests]
     samples = [
-        torch.randn(1, WIDTH, generator=call["generator"]).to(call.get("dtype", torch.float32)) for call in calls
+        torch.randn(1, WIDTH, generator=call["generator"]).to(call.get("dtype", torch.float32))
+        for call in calls
     ]
     paths: list[list[Tensor]] = [[] for _ in calls]
     for step in range(max(call.get("steps", 6) for call in calls)):
@@ -114,18 +118,24 @@ def falling(steps: int, offset: float = 0.0) -> Callable[[], Arguments]:
 
 
 def over(steps: list[int], dtype: torch.dtype, seed: int = 0) -> list[Request]:
-    return [request(seed + i, falling(count), steps=count, dtype=dtype) for i, count in enumerate(steps)]
+    return [
+        request(seed + i, falling(count), steps=count, dtype=dtype) for i, count in enumerate(steps)
+    ]
 
 
 NEAR, FAR = [28, 29, 28, 29], [12, 100, 12, 100]
-mixes_times = pytest.mark.parametrize("forward", [first_time, last_time, mean_time, all_below_half, any_below_half])
+mixes_times = pytest.mark.parametrize(
+    "forward", [first_time, last_time, mean_time, all_below_half, any_below_half]
+)
 keeps_times_apart = pytest.mark.parametrize("forward", [every_time, each_below_half])
 both_types = pytest.mark.parametrize("dtype", [torch.float32, BFLOAT], ids=["float32", "bfloat16"])
 
 
 @both_types
 @mixes_times
-def test_times_that_hardly_differ_prove_nothing_of_others(forward: Forward, dtype: torch.dtype) -> None:
+def test_times_that_hardly_differ_prove_nothing_of_others(
+    forward: Forward, dtype: torch.dtype
+) -> None:
     """28 beside 29 steps, and then 12 beside 100."""
     run(looped(forward), over(NEAR[:2], dtype), over(FAR[:2], dtype, 4)).check(tolerance(dtype))
 
@@ -159,7 +169,9 @@ def test_times_a_hair_apart_prove_nothing_of_others(forward: Forward) -> None:
 
 
 @keeps_times_apart
-def test_times_of_each_row_are_merged_though_they_were_a_hair_apart_at_first(forward: Forward) -> None:
+def test_times_of_each_row_are_merged_though_they_were_a_hair_apart_at_first(
+    forward: Forward,
+) -> None:
     near = [beside(seed, 2e-5 * seed) for seed in range(4)]
     far = [beside(2, 0.0), beside(3, 0.3), beside(4, 0.1), beside(5, 0.2)]
     run(looped(forward), near, far).check_merged()
@@ -189,20 +201,29 @@ def largest_guidance(self: nn.Module, x: Tensor, guidance: Tensor) -> Tensor:
 
 def guided(scales: list[float], dtype: torch.dtype, seed: int) -> list[Request]:
     return [
-        request(seed + i, constant(lambda scale=scale: {"guidance": torch.tensor([scale])}), steps=10, dtype=dtype)
+        request(
+            seed + i,
+            constant(lambda scale=scale: {"guidance": torch.tensor([scale])}),
+            steps=10,
+            dtype=dtype,
+        )
         for i, scale in enumerate(scales)
     ]
 
 
 @both_types
 @pytest.mark.parametrize("forward", [first_guidance, largest_guidance])
-def test_guidance_that_hardly_differs_proves_nothing_of_other(forward: Forward, dtype: torch.dtype) -> None:
+def test_guidance_that_hardly_differs_proves_nothing_of_other(
+    forward: Forward, dtype: torch.dtype
+) -> None:
     near, far = guided([3.5, 3.5001], dtype, 0), guided([1.0, 7.0, 4.0], dtype, 2)
     run(looped(forward), near, far).check(tolerance(dtype))
 
 
 @both_types
-def test_guidance_of_each_row_is_merged_though_it_hardly_differed_at_first(dtype: torch.dtype) -> None:
+def test_guidance_of_each_row_is_merged_though_it_hardly_differed_at_first(
+    dtype: torch.dtype,
+) -> None:
     near, far = guided([3.5, 3.5001], dtype, 0), guided([1.0, 7.0, 4.0, 2.0], dtype, 2)
     run(looped(every_guidance), near, far).check_merged(tolerance=tolerance(dtype))
 
@@ -210,7 +231,9 @@ def test_guidance_of_each_row_is_merged_though_it_hardly_differed_at_first(dtype
 @both_types
 @pytest.mark.parametrize("forward", [first_guidance, largest_guidance])
 def test_mixed_guidance_would_be_wrong(forward: Forward, dtype: torch.dtype) -> None:
-    assert wrong_if_merged(looped(forward), guided([1.0, 7.0, 4.0], dtype, 2)) > 2 * tolerance(dtype)
+    assert wrong_if_merged(looped(forward), guided([1.0, 7.0, 4.0], dtype, 2)) > 2 * tolerance(
+        dtype
+    )
 
 
 def every_caption(self: nn.Module, x: Tensor, encoder_hidden_states: Tensor) -> Tensor:
@@ -229,7 +252,10 @@ def captioned(scale: float, count: int, dtype: torch.dtype, seed: int) -> list[R
     """Captions that differ by so much, from one and the same."""
 
     def caption(number: int) -> dict[str, Tensor]:
-        base, own = (torch.randn(1, 5, WIDTH, generator=torch.Generator().manual_seed(n)) for n in (99, number))
+        base, own = (
+            torch.randn(1, 5, WIDTH, generator=torch.Generator().manual_seed(n))
+            for n in (99, number)
+        )
         return {"encoder_hidden_states": (base + scale * own).to(dtype)}
 
     return [
@@ -244,13 +270,17 @@ mixes_captions = pytest.mark.parametrize("forward", [first_caption, mean_caption
 
 @both_types
 @mixes_captions
-def test_captions_that_hardly_differ_prove_nothing_of_others(forward: Forward, dtype: torch.dtype) -> None:
+def test_captions_that_hardly_differ_prove_nothing_of_others(
+    forward: Forward, dtype: torch.dtype
+) -> None:
     near, far = captioned(SLIGHT[dtype], 2, dtype, 0), captioned(2.0, 3, dtype, 2)
     run(looped(forward), near, far).check(tolerance(dtype))
 
 
 @both_types
-def test_captions_of_each_row_are_merged_though_they_hardly_differed_at_first(dtype: torch.dtype) -> None:
+def test_captions_of_each_row_are_merged_though_they_hardly_differed_at_first(
+    dtype: torch.dtype,
+) -> None:
     near, far = captioned(SLIGHT[dtype], 2, dtype, 0), captioned(2.0, 4, dtype, 2)
     run(looped(every_caption), near, far).check_merged(tolerance=tolerance(dtype))
 
@@ -264,11 +294,15 @@ def test_mixed_captions_would_be_wrong(forward: Forward, dtype: torch.dtype) -> 
 # Arguments that matter little, in some calls only, or not at all
 
 
-def scaled_caption(self: nn.Module, x: Tensor, encoder_hidden_states: Tensor, scale: float) -> Tensor:
+def scaled_caption(
+    self: nn.Module, x: Tensor, encoder_hidden_states: Tensor, scale: float
+) -> Tensor:
     return honest(x + scale * encoder_hidden_states.mean(1))
 
 
-def scaled_mean_caption(self: nn.Module, x: Tensor, encoder_hidden_states: Tensor, scale: float) -> Tensor:
+def scaled_mean_caption(
+    self: nn.Module, x: Tensor, encoder_hidden_states: Tensor, scale: float
+) -> Tensor:
     return honest(x + scale * encoder_hidden_states.mean((0, 1)))
 
 
@@ -277,7 +311,9 @@ def scaled(scale: float, count: int, seed: int, size: float = 1.0) -> list[Reque
         caption = size * torch.randn(1, 5, WIDTH, generator=torch.Generator().manual_seed(number))
         return {"encoder_hidden_states": caption, "scale": scale}
 
-    return [request(seed + i, constant(lambda i=i: given(seed + i)), steps=10) for i in range(count)]  # type: ignore[misc]
+    return [
+        request(seed + i, constant(lambda i=i: given(seed + i)), steps=10) for i in range(count)
+    ]  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("least", [0.0, 1e-7, 1e-5])
@@ -302,7 +338,9 @@ def test_an_effect_below_the_error_allowed_is_evidence_where_merging_changes_far
     assert not outcome.stats.unshared
 
 
-def without_caption(self: nn.Module, x: Tensor, encoder_hidden_states: Tensor, scale: float) -> Tensor:
+def without_caption(
+    self: nn.Module, x: Tensor, encoder_hidden_states: Tensor, scale: float
+) -> Tensor:
     return honest(x)
 
 
@@ -317,7 +355,9 @@ def test_an_argument_that_nothing_depends_on_may_differ() -> None:
 
 
 def test_an_argument_that_nothing_depended_on_so_far_may_not() -> None:
-    run(looped(loud_caption), scaled(1.0, 4, 0), [*scaled(1.0, 3, 4), *scaled(1.0, 2, 8, size=30.0)]).check()
+    run(
+        looped(loud_caption), scaled(1.0, 4, 0), [*scaled(1.0, 3, 4), *scaled(1.0, 2, 8, size=30.0)]
+    ).check()
 
 
 def test_an_argument_that_matters_beyond_a_bound_would_be_wrong() -> None:
@@ -325,7 +365,9 @@ def test_an_argument_that_matters_beyond_a_bound_would_be_wrong() -> None:
     assert wrong_if_merged(looped(loud_caption), calls) > 2e-3
 
 
-def of_many_numbers(self: nn.Module, x: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, e: Tensor) -> Tensor:
+def of_many_numbers(
+    self: nn.Module, x: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, e: Tensor
+) -> Tensor:
     return honest(x + torch.stack([a, b, c, d]).cos().sum(0)[:, None] / 4 + torch.cos(e)[:, None])
 
 
@@ -340,16 +382,23 @@ def scalars(seed: int, count: int, alike: bool) -> list[Request]:
 
     def given(number: int) -> dict[str, Tensor]:
         return {
-            name: torch.tensor([1.0 + (0 if alike and name == "e" else number) + k]) for k, name in enumerate("abcde")
+            name: torch.tensor([1.0 + (0 if alike and name == "e" else number) + k])
+            for k, name in enumerate("abcde")
         }
 
-    return [request(seed + i, constant(lambda i=i: given(seed + i)), steps=10) for i in range(count)]  # type: ignore[misc]
+    return [
+        request(seed + i, constant(lambda i=i: given(seed + i)), steps=10) for i in range(count)
+    ]  # type: ignore[misc]
 
 
 def test_the_last_of_many_arguments_is_tried_as_the_first() -> None:
     """It is the same in the calls of the first proof, and different later."""
-    run(looped(of_the_first_of_the_last), scalars(0, 4, alike=True), scalars(0, 4, alike=False)).check()
-    run(looped(of_many_numbers), scalars(0, 4, alike=True), scalars(0, 4, alike=False)).check_merged(share=0.8)
+    run(
+        looped(of_the_first_of_the_last), scalars(0, 4, alike=True), scalars(0, 4, alike=False)
+    ).check()
+    run(
+        looped(of_many_numbers), scalars(0, 4, alike=True), scalars(0, 4, alike=False)
+    ).check_merged(share=0.8)
 
 
 # What else may keep an argument from mattering, or rows apart
@@ -382,7 +431,9 @@ def opened(gate: float, seed: int, count: int = 4) -> list[Request]:
         caption = torch.randn(1, 5, WIDTH, generator=torch.Generator().manual_seed(number))
         return {"gate": torch.full((1, WIDTH), gate), "encoder_hidden_states": caption}
 
-    return [request(seed + i, constant(lambda i=i: given(seed + i)), steps=10) for i in range(count)]  # type: ignore[misc]
+    return [
+        request(seed + i, constant(lambda i=i: given(seed + i)), steps=10) for i in range(count)
+    ]  # type: ignore[misc]
 
 
 def constantly(seed: int, count: int = 4, **given: Any) -> list[Request]:
@@ -390,7 +441,12 @@ def constantly(seed: int, count: int = 4, **given: Any) -> list[Request]:
 
 
 def test_a_constant_that_was_never_merged_is_looked_at() -> None:
-    run(looped(rescaled), constantly(0, rescale=0.0), constantly(4, rescale=0.7), constantly(8, rescale=0.3)).check()
+    run(
+        looped(rescaled),
+        constantly(0, rescale=0.0),
+        constantly(4, rescale=0.7),
+        constantly(8, rescale=0.3),
+    ).check()
 
 
 def test_an_argument_that_did_not_matter_beside_another_is_tried_when_that_differs() -> None:
@@ -419,7 +475,9 @@ class Unreadable:
         raise KeyError(name)
 
 
-def test_an_attribute_that_cannot_be_read_costs_no_shared_forward(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_attribute_that_cannot_be_read_costs_no_shared_forward(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     def build() -> Any:
         pipeline = looped(lambda self, x: honest(x))()
         pipeline.denoiser.odd = Unreadable()
@@ -427,7 +485,11 @@ def test_an_attribute_that_cannot_be_read_costs_no_shared_forward(caplog: pytest
 
     outcome = run(build, [request(i, constant(dict), steps=10) for i in range(4)])
     outcome.check_merged()
-    assert not [one for one in caplog.records if one.levelno >= logging.WARNING and one.name.startswith("stepweave")]
+    assert not [
+        one
+        for one in caplog.records
+        if one.levelno >= logging.WARNING and one.name.startswith("stepweave")
+    ]
 
 
 def with_nothing_in_one_channel(self: nn.Module, x: Tensor) -> Tensor:
@@ -485,12 +547,16 @@ def test_a_module_with_one_large_channel_is_merged() -> None:
     run(looped(outlier_alone), many(), many()).check_merged()
 
 
-@pytest.mark.parametrize("forward", [outlier_hides_a_leak, outlier_hides_the_next_row, outlier_hides_the_count])
+@pytest.mark.parametrize(
+    "forward", [outlier_hides_a_leak, outlier_hides_the_next_row, outlier_hides_the_count]
+)
 def test_one_large_channel_hides_no_mixing_of_the_others(forward: Forward) -> None:
     run(looped(forward), many(), many()).check_alone()
 
 
-@pytest.mark.parametrize("forward", [outlier_hides_a_leak, outlier_hides_the_next_row, outlier_hides_the_count])
+@pytest.mark.parametrize(
+    "forward", [outlier_hides_a_leak, outlier_hides_the_next_row, outlier_hides_the_count]
+)
 def test_mixing_behind_a_large_channel_would_be_wrong(forward: Forward) -> None:
     assert wrong_if_merged(looped(forward), many()) > 1e-3
 
@@ -503,9 +569,14 @@ class Layers(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             self.layers = nn.Sequential(
-                nn.Linear(WIDTH, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(),
+                nn.Linear(WIDTH, 64),
+                nn.SiLU(),
+                nn.Linear(64, 64),
+                nn.SiLU(),
+                nn.Linear(64, 64),
+                nn.SiLU(),
                 nn.Linear(64, WIDTH),
-            )  # fmt: skip
+            )
             for parameter in self.layers.parameters():
                 parameter.data.mul_(1.5)
         self.to(dtype)
@@ -548,12 +619,17 @@ def test_a_leak_in_bfloat16_would_be_wrong(leak: float) -> None:
 
 
 class ByRows(Layers):
-    """Layers whose products are summed up in another order for another number of rows, as libraries of GPUs do."""
+    """Layers whose products are summed up in another order for another number of rows, as libraries
+    of GPUs do."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = x
         for layer in self.layers:
-            y = summed_up(layer, y, parts=1 if len(x) < 2 else 8) if isinstance(layer, nn.Linear) else layer(y)
+            y = (
+                summed_up(layer, y, parts=1 if len(x) < 2 else 8)
+                if isinstance(layer, nn.Linear)
+                else layer(y)
+            )
         y = torch.tanh(y)
         return leaking(y, self.leak) if self.leak else y
 
@@ -571,8 +647,11 @@ def by_rows(leak: float) -> Build:
 
 
 def test_noise_of_numbers_near_zero_does_not_keep_a_module_alone() -> None:
-    """A number by itself, as a pooled embedding has them, says nothing of noise: it may be near zero by chance."""
-    run(by_rows(0.0), many(dtype=BFLOAT), many(dtype=BFLOAT)).check_merged(tolerance=tolerance(BFLOAT))
+    """A number by itself, as a pooled embedding has them, says nothing of noise: it may be near
+    zero by chance."""
+    run(by_rows(0.0), many(dtype=BFLOAT), many(dtype=BFLOAT)).check_merged(
+        tolerance=tolerance(BFLOAT)
+    )
 
 
 def test_such_noise_hides_no_leak() -> None:
@@ -587,7 +666,9 @@ def draws(scale: float) -> Forward:
 
 
 def drops(scale: float) -> Forward:
-    return lambda self, x: honest(x) * (1 + scale * torch.dropout(torch.ones(len(x), 1), 0.5, train=True))
+    return lambda self, x: (
+        honest(x) * (1 + scale * torch.dropout(torch.ones(len(x), 1), 0.5, train=True))
+    )
 
 
 def draws_late(self: nn.Module, x: Tensor, timestep: Tensor) -> Tensor:
@@ -596,13 +677,16 @@ def draws_late(self: nn.Module, x: Tensor, timestep: Tensor) -> Tensor:
 
 
 def chances(forward: Forward, **arguments: Any) -> Outcome:
-    """Of jobs of a pipeline that takes no generator: whatever is drawn must be the job's own, in the order of a plain call."""
+    """Of jobs of a pipeline that takes no generator: whatever is drawn must be the job's own, in
+    the order of a plain call."""
 
     def build() -> Unseeded:
         return Unseeded(looped(forward)().denoiser)
 
     with StepEngine(build(), knee=False) as engine:
-        jobs = [job for _ in range(2) for job in submit_together(engine, [lambda: dict(arguments)] * 4)]
+        jobs = [
+            job for _ in range(2) for job in submit_together(engine, [lambda: dict(arguments)] * 4)
+        ]
         results = [numbers(job.result(SECONDS)) for job in jobs]
     expected = []
     with torch.random.fork_rng(devices=[]):
@@ -621,7 +705,9 @@ def test_a_module_that_draws_numbers_however_small_runs_alone(
 
 
 def test_a_module_that_draws_numbers_at_late_steps_only_gets_its_jobs_own() -> None:
-    chances(draws_late, arguments=lambda step: {"timestep": torch.tensor([1 - step / 6])}).check(1e-6)
+    chances(draws_late, arguments=lambda step: {"timestep": torch.tensor([1 - step / 6])}).check(
+        1e-6
+    )
 
 
 # Tables that are written to in ways that a tensor's version does not tell
@@ -658,7 +744,9 @@ def values(shape: tuple[int, ...], number: int, step: int) -> Tensor:
 
 @ways
 @pytest.mark.parametrize("shape", [(WIDTH,), (5, WIDTH)], ids=["vector", "table"])
-def test_a_table_that_a_loop_writes_to_is_read_as_it_is_now(write: Callable[..., None], shape: tuple[int, ...]) -> None:
+def test_a_table_that_a_loop_writes_to_is_read_as_it_is_now(
+    write: Callable[..., None], shape: tuple[int, ...]
+) -> None:
     """Each job has a table of its own, which it writes to before every step."""
 
     def ask(number: int) -> Request:
@@ -685,11 +773,18 @@ def test_a_table_that_a_callback_writes_to_is_read_as_it_is_now(write: Callable[
         def make() -> dict[str, Any]:
             table = values(shape, 0, 0)
 
-            def callback(pipeline: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+            def callback(
+                pipeline: Any, step: int, timestep: Any, given: dict[str, Any]
+            ) -> dict[str, Any]:
                 write(table, values(shape, number, step + 1))
                 return given
 
-            return request(number, steps=8, callback_on_step_end=callback, arguments=lambda step: {"table": table})()
+            return request(
+                number,
+                steps=8,
+                callback_on_step_end=callback,
+                arguments=lambda step: {"table": table},
+            )()
 
         return make
 
@@ -714,10 +809,15 @@ def overflows(self: nn.Module, x: Tensor, shift: Tensor) -> Tensor:
 @pytest.mark.parametrize("audit_every", [1, 2, 1000])
 @pytest.mark.parametrize("since", [0, 3])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_job_that_turns_to_no_numbers_takes_nothing_from_others(bad: float, since: int, audit_every: int) -> None:
+def test_a_job_that_turns_to_no_numbers_takes_nothing_from_others(
+    bad: float, since: int, audit_every: int
+) -> None:
     """Whether the proof meets it or an audit: results that are no numbers prove nothing."""
     build = looped(overflows)
-    first = [request(0, going_to(bad, since)), *(request(seed, going_to(0.2, 2)) for seed in (1, 2, 3))]
+    first = [
+        request(0, going_to(bad, since)),
+        *(request(seed, going_to(0.2, 2)) for seed in (1, 2, 3)),
+    ]
     then = [request(seed, going_to(0.2, 2)) for seed in (4, 5, 6, 7)]
     expected = plain(build, first), plain(build, then)
     assert not expected[0][0].isfinite().all()
@@ -732,7 +832,8 @@ def test_a_job_that_turns_to_no_numbers_takes_nothing_from_others(bad: float, si
         stats = engine.stats()
     after = stats.forwards["denoiser"]
     assert all(one["state"] != "failed" for one in stats.certificates), stats.certificates
-    if audit_every > 1:  # else every merged forward is an audit, whose results are those of single calls
+    # else every merged forward is an audit, whose results are those of single calls
+    if audit_every > 1:
         share = (after.merged_calls - before.merged_calls) / (after.calls - before.calls)
         assert share >= (0.6 if audit_every > 2 else 0.3), stats.certificates
     assert stats.errors == 0
@@ -788,7 +889,8 @@ def test_a_kind_that_fails_again_stays_alone() -> None:
 
 
 def test_a_kind_that_failed_an_audit_by_chance_is_merged_again() -> None:
-    """It was certified, and went wrong once. Between the fault and the audit nobody can know; later all is right."""
+    """It was certified, and went wrong once. Between the fault and the audit nobody can know; later
+    all is right."""
     mixing, build = mixing_meanwhile()
     requests = many(steps=50)
     expected = plain(build, requests)
@@ -796,7 +898,9 @@ def test_a_kind_that_failed_an_audit_by_chance_is_merged_again() -> None:
 
         def serve() -> int:
             """How many calls were merged."""
-            before = engine.stats().forwards["denoiser"].merged_calls if engine.stats().forwards else 0
+            before = (
+                engine.stats().forwards["denoiser"].merged_calls if engine.stats().forwards else 0
+            )
             found = [numbers(job.result(SECONDS)) for job in submit_together(engine, requests)]
             assert mixing.is_set() or max(map(difference, found, expected)) <= 1e-4
             return engine.stats().forwards["denoiser"].merged_calls - before

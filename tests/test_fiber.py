@@ -1,4 +1,5 @@
-"""Fibers: pipelines' calls that are suspended and go on, and nothing of torch's or Python's state that leaks between them."""
+"""Fibers: pipelines' calls that are suspended and go on, and nothing of torch's or Python's state
+that leaks between them."""
 
 from __future__ import annotations
 
@@ -201,7 +202,9 @@ def test_an_error_being_handled_in_one_fiber_is_not_seen_in_another() -> None:
     assert outcome_of(one.resume()) is LookupError
 
 
-@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit, greenlet.GreenletExit])
+@pytest.mark.parametrize(
+    "kind", [SystemExit, KeyboardInterrupt, GeneratorExit, greenlet.GreenletExit]
+)
 def test_what_would_end_the_thread_ends_the_fiber_only(kind: type[BaseException]) -> None:
     def function() -> None:
         suspend(1)
@@ -250,7 +253,8 @@ def test_gradient_mode_is_a_fibers_own(grad: bool) -> None:
 
 
 def test_a_block_that_is_left_in_another_order_than_entered_turns_no_gradients_on() -> None:
-    """Without care: the first saves True, the second False, and the first's end turns gradients on within the second."""
+    """Without care: the first saves True, the second False, and the first's end turns gradients on
+    within the second."""
 
     def block() -> bool:
         with torch.no_grad():
@@ -258,7 +262,9 @@ def test_a_block_that_is_left_in_another_order_than_entered_turns_no_gradients_o
         suspend(2)
         return torch.is_grad_enabled()
 
-    first, second = (Fiber(block, ambient.current(KINDS)._replace(grad=grad)) for grad in (True, False))
+    first, second = (
+        Fiber(block, ambient.current(KINDS)._replace(grad=grad)) for grad in (True, False)
+    )
     for _ in range(2):
         first.resume()
         second.resume()
@@ -299,7 +305,9 @@ def test_autocast_is_a_fibers_own() -> None:
             suspend(torch.ones(2, 2) @ torch.ones(2, 2))
 
     outside = state()
-    fibers = [fiber_of(function) for function in (casting(torch.bfloat16), plain, casting(torch.float16))]
+    fibers = [
+        fiber_of(function) for function in (casting(torch.bfloat16), plain, casting(torch.float16))
+    ]
     found = []
     for _ in range(4):
         found.append([fiber.resume().dtype for fiber in fibers])
@@ -312,7 +320,8 @@ def test_weights_that_change_while_a_fiber_under_autocast_is_suspended_are_cast_
     weight = nn.Parameter(torch.ones(2, 2))
 
     def function() -> Any:
-        with torch.enable_grad(), torch.autocast("cpu", dtype=torch.bfloat16):  # where casts of leaves are kept
+        # where casts of leaves are kept
+        with torch.enable_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
             suspend((torch.ones(1, 2) @ weight).detach()[0, 0].item())
             return (torch.ones(1, 2) @ weight).detach()[0, 0].item()
 
@@ -346,7 +355,10 @@ def draws() -> list[float]:
 
 def test_the_default_generator_is_a_fibers_own_where_asked_for() -> None:
     torch.manual_seed(7)
-    expected = {seed: torch.rand(3, generator=torch.Generator().manual_seed(seed)).tolist() for seed in (1, 2)}
+    expected = {
+        seed: torch.rand(3, generator=torch.Generator().manual_seed(seed)).tolist()
+        for seed in (1, 2)
+    }
     torch.manual_seed(7)
     outside = torch.rand(3).tolist()
     torch.manual_seed(7)
@@ -383,7 +395,10 @@ def test_a_seed_set_in_a_fiber_stays_there() -> None:
     fiber = fiber_of(function, seed=1)
     fiber.resume()
     assert torch.rand(1).item() == expected
-    assert outcome_of(fiber.resume()) == torch.rand(1, generator=torch.Generator().manual_seed(3)).item()
+    assert (
+        outcome_of(fiber.resume())
+        == torch.rand(1, generator=torch.Generator().manual_seed(3)).item()
+    )
 
 
 def test_an_error_leaves_the_default_generator_as_it_was() -> None:
@@ -434,9 +449,13 @@ def test_only_a_fiber_can_be_suspended() -> None:
         inside.switch()
 
     def function() -> Any:
-        return greenlet.greenlet(lambda: ((current_fiber() is not None), current_fiber(), suspend(1))).switch()
+        return greenlet.greenlet(
+            lambda: ((current_fiber() is not None), current_fiber(), suspend(1))
+        ).switch()
 
-    assert isinstance(outcome_of(fiber_of(function).resume()), EngineMisuse), "a greenlet within a fiber is none"
+    assert isinstance(outcome_of(fiber_of(function).resume()), EngineMisuse), (
+        "a greenlet within a fiber is none"
+    )
 
 
 def test_a_fiber_that_has_ended_cannot_go_on() -> None:
@@ -489,7 +508,11 @@ def test_a_fiber_within_a_fiber_suspends_to_it() -> None:
 
     fiber = fiber_of(outer)
     assert fiber.resume() == "from the outer"
-    assert outcome_of(fiber.resume("to the outer")) == ["from the inner", "to the outer", "to the inner"]
+    assert outcome_of(fiber.resume("to the outer")) == [
+        "from the inner",
+        "to the outer",
+        "to the inner",
+    ]
 
 
 # --- where fibers are not suspended ---
@@ -535,7 +558,9 @@ class Holder(DiffusionPipeline):  # type: ignore[misc]
 
 @pytest.fixture
 def scope() -> Iterator[EngineScope]:
-    scope = EngineScope(Holder(Layer(), Autoencoder()), lambda fiber: True, KINDS, max_decode_rows=4)
+    scope = EngineScope(
+        Holder(Layer(), Autoencoder()), lambda fiber: True, KINDS, max_decode_rows=4
+    )
     yield scope
     scope.close()
 
@@ -552,7 +577,9 @@ def uses_of(scope: EngineScope) -> list[Callable[[], Any]]:
     ]
 
 
-def test_a_fiber_is_suspended_in_modules_autoencoders_and_postprocessing(scope: EngineScope) -> None:
+def test_a_fiber_is_suspended_in_modules_autoencoders_and_postprocessing(
+    scope: EngineScope,
+) -> None:
     uses = uses_of(scope)
     fiber = fiber_of(lambda: [float(use()) for use in uses])
     request, names = fiber.resume(), []
@@ -566,7 +593,9 @@ def test_a_fiber_is_suspended_in_modules_autoencoders_and_postprocessing(scope: 
 
 @pytest.mark.parametrize("use", range(4), ids=["module", "encode", "decode", "postprocess"])
 @pytest.mark.parametrize("mode", MODES, ids=[mode.__name__ for mode in MODES])
-def test_nothing_is_suspended_in_a_mode_that_belongs_to_the_thread(scope: EngineScope, mode: Any, use: int) -> None:
+def test_nothing_is_suspended_in_a_mode_that_belongs_to_the_thread(
+    scope: EngineScope, mode: Any, use: int
+) -> None:
     function = uses_of(scope)[use]
 
     def run() -> tuple[bool, float]:
@@ -584,7 +613,9 @@ def test_outside_of_fibers_hooks_pass_through(scope: EngineScope) -> None:
 
 def test_a_fiber_of_others_passes_through_the_hooks_of_an_engine() -> None:
     owned: list[Fiber] = []
-    scope = EngineScope(Holder(Layer(), Autoencoder()), owned.__contains__, KINDS, max_decode_rows=4)
+    scope = EngineScope(
+        Holder(Layer(), Autoencoder()), owned.__contains__, KINDS, max_decode_rows=4
+    )
     try:
         layer = scope.pipeline.layer
         assert float(outcome_of(fiber_of(lambda: layer(torch.zeros(1))).resume())) == 1

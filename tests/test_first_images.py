@@ -37,7 +37,9 @@ def red() -> Image.Image:
 
 
 @pytest.fixture
-def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+def log(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> pytest.LogCaptureFixture:
     monkeypatch.setattr(logging.getLogger("stepweave"), "propagate", True)
     caplog.set_level(logging.INFO, "stepweave")
     return caplog
@@ -46,7 +48,10 @@ def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> py
 def test_images_that_agree_and_vary_pass_with_one_line(log: pytest.LogCaptureFixture) -> None:
     check_images(image(0), [image(0), image(1)], FLOAT32)
     (line,) = log.messages
-    assert "two runs of a job agree (their pixels differ by 0 on average), 2 images are finite, 0 of one colour" in line
+    assert (
+        "two runs of a job agree (their pixels differ by 0 on average), 2 images are finite, 0 of "
+        "one colour" in line
+    )
 
 
 def test_one_image_of_one_colour_is_logged_and_passes(log: pytest.LogCaptureFixture) -> None:
@@ -55,7 +60,9 @@ def test_one_image_of_one_colour_is_logged_and_passes(log: pytest.LogCaptureFixt
 
 
 def test_images_that_are_all_of_one_colour_are_refused() -> None:
-    with pytest.raises(LoadError, match=r"all 2 first images.*one colour.*bfloat16 is not precise.*STEPWEAVE_DTYPE"):
+    with pytest.raises(
+        LoadError, match=r"all 2 first images.*one colour.*bfloat16 is not precise.*STEPWEAVE_DTYPE"
+    ):
         check_images(red(), [red(), Image.new("L", (8, 8))], torch.bfloat16)
 
 
@@ -76,13 +83,17 @@ def test_images_that_are_not_finite_are_refused() -> None:
 @pytest.mark.parametrize(("by", "dtype", "agree"), [
     (1, FLOAT32, True), (8, FLOAT32, False), (8, torch.bfloat16, True), (40, torch.float16, False),
 ])  # fmt: skip
-def test_two_runs_may_differ_a_little_and_more_in_half_precision(by: int, dtype: torch.dtype, agree: bool) -> None:
+def test_two_runs_may_differ_a_little_and_more_in_half_precision(
+    by: int, dtype: torch.dtype, agree: bool
+) -> None:
     one = np.asarray(image(0)) // 2
     other = (one + by).astype(np.uint8)
     if agree:
         check_images(Image.fromarray(one), [Image.fromarray(other)], dtype)
     else:
-        with pytest.raises(LoadError, match=r"two runs of one job with one seed differ by \d+\.\d% .*random"):
+        with pytest.raises(
+            LoadError, match=r"two runs of one job with one seed differ by \d+\.\d% .*random"
+        ):
             check_images(Image.fromarray(one), [Image.fromarray(other)], dtype)
 
 
@@ -103,7 +114,9 @@ def warm_up(pipeline: Any, mode: Any) -> None:
 
 def noisy(module: torch.nn.Module) -> None:
     """As a layer of dropout in a module that was left in training mode."""
-    module.register_forward_hook(lambda module, args, output: torch.nn.functional.dropout(output, 0.5))
+    module.register_forward_hook(
+        lambda module, args, output: torch.nn.functional.dropout(output, 0.5)
+    )
 
 
 def test_a_whole_model_warms_up(mode: Any) -> None:
@@ -111,7 +124,9 @@ def test_a_whole_model_warms_up(mode: Any) -> None:
 
 
 @pytest.mark.parametrize("where", ["unet", "text_encoder"])
-def test_a_module_that_draws_random_numbers_keeps_a_model_from_serving(mode: Any, where: str) -> None:
+def test_a_module_that_draws_random_numbers_keeps_a_model_from_serving(
+    mode: Any, where: str
+) -> None:
     pipeline = FAMILIES["stable_diffusion"].build()
     noisy(pipeline.unet.conv_in if where == "unet" else pipeline.text_encoder.embeddings)
     with pytest.raises(LoadError, match="two runs of one job with one seed differ"):
@@ -120,7 +135,8 @@ def test_a_module_that_draws_random_numbers_keeps_a_model_from_serving(mode: Any
 
 @pytest.mark.parametrize("value", [0.0, torch.nan])
 def test_a_model_that_makes_nothing_but_one_colour_does_not_serve(mode: Any, value: float) -> None:
-    """Of numbers that are not finite, too, which come as black: the conversion to bytes warns of it at most."""
+    """Of numbers that are not finite, too, which come as black: the conversion to bytes warns of it
+    at most."""
     pipeline = FAMILIES["stable_diffusion"].build()
     with torch.no_grad():
         for parameter in pipeline.vae.decoder.conv_out.parameters():

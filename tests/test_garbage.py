@@ -1,4 +1,5 @@
-"""What a job held is gone with it: no tensor waits for the garbage collector, which runs when it likes."""
+"""What a job held is gone with it: no tensor waits for the garbage collector, which runs when it
+likes."""
 
 from __future__ import annotations
 
@@ -47,12 +48,13 @@ def no_collector() -> Iterator[None]:
 
 
 def tensors() -> set[int]:
-    return {id(one) for one in gc.get_objects() if issubclass(type(one), torch.Tensor)}  # proxies warn
+    # proxies warn
+    return {id(one) for one in gc.get_objects() if issubclass(type(one), torch.Tensor)}
 
 
 def left_by(work: Callable[[], Any]) -> int:
-    """Tensors that are there after the work and were not before, a moment of the engine's threads granted. The first time it may
-    fill tables that stay."""
+    """Tensors that are there after the work and were not before, a moment of the engine's threads
+    granted. The first time it may fill tables that stay."""
     work()
     gc.collect()
     before = tensors()
@@ -90,7 +92,9 @@ def ends_well(engine: StepEngine) -> None:
 
 def is_watched(engine: StepEngine) -> None:
     watching = Watching()
-    assert engine.submit(**SD3.arguments("a red circle"), observer=watching).exception(SECONDS) is None
+    assert (
+        engine.submit(**SD3.arguments("a red circle"), observer=watching).exception(SECONDS) is None
+    )
     assert watching.seen
 
 
@@ -117,7 +121,9 @@ def fails_in_its_callback(engine: StepEngine) -> None:
 def fails_in_a_module(engine: StepEngine) -> None:
     family = SD3.arguments("a red circle")
     wrong = {name: value for name, value in family.items() if name != "prompt"}
-    job = engine.submit(prompt_embeds=torch.zeros(1, 7, 3), pooled_prompt_embeds=torch.zeros(1, 5), **wrong)
+    job = engine.submit(
+        prompt_embeds=torch.zeros(1, 7, 3), pooled_prompt_embeds=torch.zeros(1, 5), **wrong
+    )
     assert isinstance(job.exception(SECONDS), (RuntimeError, ValueError))
 
 
@@ -145,7 +151,9 @@ def is_late(engine: StepEngine) -> None:
         wait_until(lambda: job[0].late)
         return values
 
-    job.append(engine.submit(**SD3.arguments("a red circle", callback_on_step_end=wait), deadline=0.5))
+    job.append(
+        engine.submit(**SD3.arguments("a red circle", callback_on_step_end=wait), deadline=0.5)
+    )
     submitted.set()
     assert isinstance(job[0].exception(SECONDS), DeadlineExceeded)
     job.clear()
@@ -161,9 +169,16 @@ def several_at_once(engine: StepEngine) -> None:
 
 
 ENDS = [
-    ends_well, is_watched, is_awaited, fails_in_its_callback, fails_in_a_module, is_cancelled, is_late, makes_pictures,
+    ends_well,
+    is_watched,
+    is_awaited,
+    fails_in_its_callback,
+    fails_in_a_module,
+    is_cancelled,
+    is_late,
+    makes_pictures,
     several_at_once,
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("work", ENDS, ids=lambda work: work.__name__)
@@ -206,7 +221,9 @@ class Pipeline(DiffusionPipeline):  # type: ignore[misc]
 
 
 @every_mode
-def test_no_tensor_is_left_of_a_job_that_fails_in_the_denoiser(mode: Mode, no_collector: None) -> None:
+def test_no_tensor_is_left_of_a_job_that_fails_in_the_denoiser(
+    mode: Mode, no_collector: None
+) -> None:
     def work() -> None:
         jobs = [engine.submit(start) for start in (float("nan"), 1.0, float("nan"))]
         errors = [job.exception(SECONDS) for job in jobs]
@@ -236,7 +253,8 @@ def test_an_error_that_is_kept_holds_no_tensors(mode: Mode, no_collector: None) 
 def test_no_tensor_is_left_of_a_job_that_starts_again(no_collector: None) -> None:
     class Stateful(Fragile):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            self.calls = getattr(self, "calls", 0) + 1  # it keeps state, so jobs start again, one at a time
+            # it keeps state, so jobs start again, one at a time
+            self.calls = getattr(self, "calls", 0) + 1
             return 2 * x
 
     pipeline = Pipeline(Stateful().eval())
@@ -280,7 +298,10 @@ async def test_no_tensor_is_left_of_a_request(how: str, no_collector: None) -> N
             app.record.release.clear()
             begun = app.record.steps_begun
             headers = {"Prefer": "respond-async"} if how == "is kept" else {}
-            answer = app.post(headers=headers, **({"stream": True, "partial_images": 2} if how == "streams" else {}))
+            answer = app.post(
+                headers=headers,
+                **({"stream": True, "partial_images": 2} if how == "streams" else {}),
+            )
             if app.record.gated:
                 await app.until(lambda: app.record.steps_begun > begun)
             if how == "streams":

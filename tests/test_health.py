@@ -1,6 +1,8 @@
-"""A device that fails for good: jobs end at once with what they can act on, nothing is tried any more, and the server says so.
+"""A device that fails for good: jobs end at once with what they can act on, nothing is tried any
+more, and the server says so.
 
-There is no GPU here: what torch and its libraries say of one is raised by modules, and by what else of the engine asks a device.
+There is no GPU here: what torch and its libraries say of one is raised by modules, and by what else
+of the engine asks a device.
 """
 
 from __future__ import annotations
@@ -31,14 +33,18 @@ pytestmark = pytest.mark.usefixtures("every_row_pays")
 
 ILLEGAL = "CUDA error: an illegal memory access was encountered"
 DETAILS = (
-    "\nCUDA kernel errors might be asynchronously reported at some other API call.\nCompile with `TORCH_USE_CUDA_DSA`."
+    "\nCUDA kernel errors might be asynchronously reported at some other API call.\nCompile with "
+    "`TORCH_USE_CUDA_DSA`."
 )
 STICKY: list[tuple[type[Exception], str]] = [
     (torch.AcceleratorError, ILLEGAL + DETAILS),
     (torch.AcceleratorError, "CUDA error: device-side assert triggered"),
     (torch.AcceleratorError, "a device that nobody has heard of has failed"),
     (RuntimeError, "CUDA error: unspecified launch failure" + DETAILS),
-    (RuntimeError, "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm( handle, opa, opb)`"),
+    (
+        RuntimeError,
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm( handle, opa, opb)`",
+    ),
     (RuntimeError, "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
     (RuntimeError, "cuFFT error: CUFFT_INTERNAL_ERROR"),
     (RuntimeError, "HIP error: an illegal memory access was encountered"),
@@ -49,17 +55,24 @@ PASSING: list[tuple[type[Exception], str]] = [
     (torch.AcceleratorError, "CUDA error: out of memory"),
     (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     (RuntimeError, "mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"),
-    (RuntimeError, "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"),
+    (
+        RuntimeError,
+        "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and "
+        "cpu!",
+    ),
     (ValueError, ILLEGAL),
     (KeyError, "prompt"),
 ]
 
 
 class Device:
-    """A device that breaks at its `at`th operation, and stays broken; it counts what is asked of it then."""
+    """A device that breaks at its `at`th operation, and stays broken; it counts what is asked of it
+    then."""
 
     def __init__(
-        self, at: int = 1, error: Callable[[], Exception] = lambda: torch.AcceleratorError(ILLEGAL + DETAILS)
+        self,
+        at: int = 1,
+        error: Callable[[], Exception] = lambda: torch.AcceleratorError(ILLEGAL + DETAILS),
     ) -> None:
         self.at = at
         self.error = error
@@ -138,16 +151,25 @@ def test_what_an_error_was_raised_from_counts() -> None:
 
 def test_paths_of_the_server_are_not_told() -> None:
     health = DeviceHealth(torch.device("cpu"))
-    failed = health.examine(RuntimeError("CUDA error (/tmp/build/flash/launch.cu:88): an illegal memory access"))
-    assert failed is not None and "/tmp" not in failed.message and "illegal memory access" in failed.message
+    failed = health.examine(
+        RuntimeError("CUDA error (/tmp/build/flash/launch.cu:88): an illegal memory access")
+    )
+    assert (
+        failed is not None
+        and "/tmp" not in failed.message
+        and "illegal memory access" in failed.message
+    )
 
 
 def test_an_error_is_held_against_the_device() -> None:
-    """What a caller raises, and what a kernel refuses without harm, is no reason to end all jobs."""
+    """What a caller raises, and what a kernel refuses without harm, is no reason to end all
+    jobs."""
     asked = []
     health = DeviceHealth(torch.device("cuda", 1), probe=lambda: asked.append(True))
     assert health.examine(RuntimeError(ILLEGAL)) is None
-    assert health.examine(torch.AcceleratorError("CUDA error: invalid configuration argument")) is None
+    assert (
+        health.examine(torch.AcceleratorError("CUDA error: invalid configuration argument")) is None
+    )
     assert health.examine(ValueError("anything else")) is None
     assert len(asked) == 2, "the device is asked where an error is of a device only"
     health.check()
@@ -173,11 +195,15 @@ def test_the_probe_computes() -> None:
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 4, 5, 6, 7, 9, 12, 17, 25, 40])
-def test_no_forward_is_tried_after_one_that_shows_it(at: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_forward_is_tried_after_one_that_shows_it(
+    at: int, caplog: pytest.LogCaptureFixture
+) -> None:
     """Alone, merged, in proofs, in audits: wherever the operation that fails happens to be."""
     device = Device(at)
     with StepEngine(Toy(module(device.forward)), audit_every=2) as engine:
-        jobs = submit_together(engine, [fresh(one) for one in [*others(5), call(5, rows=3), call(6, rows=2, steps=30)]])
+        jobs = submit_together(
+            engine, [fresh(one) for one in [*others(5), call(5, rows=3), call(6, rows=2, steps=30)]]
+        )
         jobs += [engine.submit(**fresh(call(seed))) for seed in range(3) if engine.failure is None]
         check_failed(engine, [job for job in jobs if job.exception(SECONDS) is not None])
         assert any(job.exception(SECONDS) is not None for job in jobs)
@@ -236,9 +262,13 @@ def test_every_mode_ends_its_jobs(mode: Mode) -> None:
 
 
 @pytest.mark.parametrize(
-    "where", [lambda method: method, partial(_elsewhere, known=True)], ids=["own code", "another thread"]
+    "where",
+    [lambda method: method, partial(_elsewhere, known=True)],
+    ids=["own code", "another thread"],
 )
-def test_it_may_show_in_a_pipelines_own_code_or_where_pictures_are_made(where: Callable[..., Any]) -> None:
+def test_it_may_show_in_a_pipelines_own_code_or_where_pictures_are_made(
+    where: Callable[..., Any],
+) -> None:
     device = Device(1)
     make = where(lambda x: device.ask())
 
@@ -252,8 +282,11 @@ def test_it_may_show_in_a_pipelines_own_code_or_where_pictures_are_made(where: C
 
 
 @pytest.mark.parametrize("place", ["clock", "digest", "describe", "memory"])
-def test_it_may_show_where_the_engine_itself_asks_the_device(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error shows at whatever operation comes next, not where it was made: here at the engine's own."""
+def test_it_may_show_where_the_engine_itself_asks_the_device(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error shows at whatever operation comes next, not where it was made: here at the engine's
+    own."""
     outside = Outside(device=Device(10**9))
 
     def forward(self: nn.Module, x: Tensor) -> Tensor:
@@ -359,7 +392,9 @@ def test_a_server_whose_device_has_failed_asks_to_be_restarted(app: InProcess) -
 def _begun(app: InProcess) -> str:
     """The id of a job that nobody waits for."""
     body = {"prompt": "a red circle"}
-    job = app.client.post("/v1/images/generations", json=body, headers={"Prefer": "respond-async"}).json()
+    job = app.client.post(
+        "/v1/images/generations", json=body, headers={"Prefer": "respond-async"}
+    ).json()
     return str(job["id"])
 
 
@@ -373,7 +408,9 @@ def test_jobs_that_are_kept_say_why_and_what_was_made_stays(app: InProcess) -> N
     assert app.client.get(f"/v1/jobs/{done}").json()["state"] == "succeeded"
 
 
-def test_one_that_fails_while_it_warms_up_never_turns_ready(in_process: Callable[..., InProcess]) -> None:
+def test_one_that_fails_while_it_warms_up_never_turns_ready(
+    in_process: Callable[..., InProcess],
+) -> None:
     pipeline = FakePipeline()
     pipeline.record.error = torch.AcceleratorError(ILLEGAL)
     app = in_process(pipeline, ready=False, batching="off", warmup=True)

@@ -10,7 +10,8 @@ from stepweave.heap import Heap
 
 def test_it_is_trimmed_when_it_has_grown_and_not_again_while_that_is_in_use() -> None:
     made, trims = Heap(), []
-    resident = iter([100, 90, 400, 360, 390, 700, 120, 390, 380])  # bytes: the trims leave 360, 120 and 380
+    # bytes: the trims leave 360, 120 and 380
+    resident = iter([100, 90, 400, 360, 390, 700, 120, 390, 380])
     made._process = Mock(memory_info=lambda: Mock(rss=next(resident)))
     made._trim = lambda size: trims.append(size.value)
     made._least = 100

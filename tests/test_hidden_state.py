@@ -1,7 +1,9 @@
-"""State that is no argument: what a module keeps from one forward to the next belongs to one call of the pipeline.
+"""State that is no argument: what a module keeps from one forward to the next belongs to one call
+of the pipeline.
 
-Each fault is planted in a pipeline by its user, in ways that code on the hub has: caches of residuals, counters, buffers.
-Jobs get what a plain call of a pipeline gives in which it was planted just now, and the caller's modules are left as they were.
+Each fault is planted in a pipeline by its user, in ways that code on the hub has: caches of
+residuals, counters, buffers. Jobs get what a plain call of a pipeline gives in which it was planted
+just now, and the caller's modules are left as they were.
 """
 
 from __future__ import annotations
@@ -97,7 +99,9 @@ def counter_in_a_pre_hook(pipeline: Any, patch: pytest.MonkeyPatch) -> Peek:
     def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         nonlocal count
         count += 1
-        return args, kwargs | {"hidden_states": kwargs["hidden_states"] * (0.5 if count % 3 == 0 else 1)}
+        return args, kwargs | {
+            "hidden_states": kwargs["hidden_states"] * (0.5 if count % 3 == 0 else 1)
+        }
 
     pipeline.transformer.register_forward_pre_hook(hook, with_kwargs=True)
     return lambda: count
@@ -156,7 +160,8 @@ def attribute_of_a_submodule(pipeline: Any, patch: pytest.MonkeyPatch) -> Peek:
 
 
 def class_attribute_shadowed(pipeline: Any, patch: pytest.MonkeyPatch) -> Peek:
-    """As TeaCache's own code does: the class has the start, and the first forward gives the module its own."""
+    """As TeaCache's own code does: the class has the start, and the first forward gives the module
+    its own."""
     kind = SD3Transformer2DModel
     original = ORIGINAL
 
@@ -340,14 +345,18 @@ class Planted:
 
 def asked(seed: int, steps: int, side: int = 16) -> Request:
     """Without guidance, so that a forward has one row."""
-    return lambda: SD3.arguments(PROMPTS[seed % 4], seed=seed, steps=steps, guidance_scale=1.0, height=side, width=side)
+    return lambda: SD3.arguments(
+        PROMPTS[seed % 4], seed=seed, steps=steps, guidance_scale=1.0, height=side, width=side
+    )
 
 
 def four(steps: tuple[int, ...] = SIXES) -> list[Request]:
     return [asked(seed, count) for seed, count in enumerate(steps)]
 
 
-def check_turns(outcome: Outcome, planted: Planted, hints: tuple[str, ...], caplog: pytest.LogCaptureFixture) -> None:
+def check_turns(
+    outcome: Outcome, planted: Planted, hints: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
     outcome.check_alone("transformer")
     assert planted.now == planted.before, "the caller's module has another state than before"
     [line] = warnings_of(caplog, "transformer")
@@ -357,7 +366,8 @@ def check_turns(outcome: Outcome, planted: Planted, hints: tuple[str, ...], capl
 @pytest.mark.full
 @every_fault
 def test_the_fault_is_one(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that the tests of this module can fail: a second call of the same pipeline gives something else."""
+    """So that the tests of this module can fail: a second call of the same pipeline gives something
+    else."""
     planted = Planted(fault.plant, monkeypatch)
     [once] = plain(planted, [asked(0, 5)])
     pipeline = planted()
@@ -387,7 +397,12 @@ def test_they_do_in_any_order_and_whoever_came_before(
 
 @pytest.mark.parametrize(
     "plant",
-    [residual_in_a_closure, counter_in_a_pre_hook, buffer_written_in_place, closure_of_a_hook_deep_within],
+    [
+        residual_in_a_closure,
+        counter_in_a_pre_hook,
+        buffer_written_in_place,
+        closure_of_a_hook_deep_within,
+    ],
 )
 def test_state_does_not_leak_between_jobs_that_are_never_merged(
     plant: Plant, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -406,7 +421,9 @@ def test_jobs_with_guidance_take_turns_too(plant: Plant, monkeypatch: pytest.Mon
     """Two rows, and jobs of one row beside them."""
     planted = Planted(plant, monkeypatch)
     requests: list[Request] = [
-        functools.partial(SD3.arguments, PROMPTS[i], seed=i, steps=5 + i % 2, guidance_scale=(5.0, 1.0)[i // 2])
+        functools.partial(
+            SD3.arguments, PROMPTS[i], seed=i, steps=5 + i % 2, guidance_scale=(5.0, 1.0)[i // 2]
+        )
         for i in range(4)
     ]
     run(planted, requests).check_alone("transformer")
@@ -430,7 +447,9 @@ def test_a_job_that_is_cancelled_leaves_no_state_behind(monkeypatch: pytest.Monk
     assert planted.now == planted.before
 
 
-def test_what_the_caller_had_counted_is_where_every_job_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_caller_had_counted_is_where_every_job_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """State as at the start is not that of a new module."""
 
     def build() -> Any:
@@ -445,20 +464,28 @@ def test_what_the_caller_had_counted_is_where_every_job_starts(monkeypatch: pyte
 
 @functools.cache
 def embedded() -> Any:
-    pipeline = StableDiffusion3Pipeline.from_pretrained(EMBEDDED_MODEL, text_encoder_3=None, tokenizer_3=None)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        EMBEDDED_MODEL, text_encoder_3=None, tokenizer_3=None
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-@pytest.mark.parametrize("plant", [residual_in_a_closure, counter_in_a_pre_hook, class_attribute_shadowed])
+@pytest.mark.parametrize(
+    "plant", [residual_in_a_closure, counter_in_a_pre_hook, class_attribute_shadowed]
+)
 def test_jobs_of_the_embedded_model_take_turns(
     plant: Plant, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ask(seed: int) -> Request:
         return lambda: {
-            "prompt": f"a large red {('star', 'ring', 'cross')[seed]}", "num_inference_steps": 5, "output_type": "np",
-            "max_sequence_length": 1, "guidance_scale": 1.0, "generator": torch.Generator().manual_seed(seed),
-        }  # fmt: skip
+            "prompt": f"a large red {('star', 'ring', 'cross')[seed]}",
+            "num_inference_steps": 5,
+            "output_type": "np",
+            "max_sequence_length": 1,
+            "guidance_scale": 1.0,
+            "generator": torch.Generator().manual_seed(seed),
+        }
 
     planted = Planted(plant, monkeypatch, build=lambda: copy.deepcopy(embedded()))
     outcome = run(planted, [ask(seed) for seed in range(3)])
@@ -493,7 +520,9 @@ def tables_by_rows_too(pipeline: Any, patch: pytest.MonkeyPatch) -> Peek:
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         shape = hidden_states.shape
         if shape not in transformer.tables:
-            transformer.tables[shape] = torch.linspace(0, 0.5, shape[1:].numel()).reshape(shape[1:]).expand(shape)
+            transformer.tables[shape] = (
+                torch.linspace(0, 0.5, shape[1:].numel()).reshape(shape[1:]).expand(shape)
+            )
         return original(hidden_states + transformer.tables[shape], *args, **kwargs)
 
     transformer.forward = forward
@@ -506,7 +535,9 @@ def buffer_made_when_needed(pipeline: Any, patch: pytest.MonkeyPatch) -> Peek:
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not hasattr(transformer, "ramp"):
-            transformer.register_buffer("ramp", torch.linspace(0, 0.5, hidden_states.shape[-1]), persistent=False)
+            transformer.register_buffer(
+                "ramp", torch.linspace(0, 0.5, hidden_states.shape[-1]), persistent=False
+            )
         return original(hidden_states + transformer.ramp, *args, **kwargs)
 
     transformer.forward = forward
@@ -543,7 +574,8 @@ def remembered_function(pipeline: Any, patch: pytest.MonkeyPatch) -> Peek:
 
 
 def table_that_grows(pipeline: Any, patch: pytest.MonkeyPatch) -> Peek:
-    """As tables of rotary positions: made anew where a longer one is needed, the same as far as the shorter one went."""
+    """As tables of rotary positions: made anew where a longer one is needed, the same as far as the
+    shorter one went."""
     transformer = pipeline.transformer
     original = transformer.forward
     transformer.positions = torch.empty(0)
@@ -580,7 +612,9 @@ def test_tables_that_the_first_forward_makes_are_no_such_state(
     assert warnings_of(caplog) == []
 
 
-@pytest.mark.parametrize("plant", [tables_by_shape, tables_by_rows_too, remembered_function, table_that_grows])
+@pytest.mark.parametrize(
+    "plant", [tables_by_shape, tables_by_rows_too, remembered_function, table_that_grows]
+)
 def test_nor_are_those_that_a_later_size_makes(
     plant: Plant, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

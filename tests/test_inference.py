@@ -58,14 +58,21 @@ def packed(*elements: bytes) -> bytes:
 
 
 def binary(name: str, datatype: str, raw: bytes, count: int = 1) -> tuple[dict[str, Any], bytes]:
-    return {"name": name, "datatype": datatype, "shape": [count], "parameters": {"binary_data_size": len(raw)}}, raw
+    return {
+        "name": name,
+        "datatype": datatype,
+        "shape": [count],
+        "parameters": {"binary_data_size": len(raw)},
+    }, raw
 
 
 def infer(app: InProcess, *inputs: dict[str, Any], **more: Any) -> httpx.Response:
     return app.client.post(INFER, json={"inputs": list(inputs), **more})
 
 
-def infer_binary(app: InProcess, *tensors: tuple[dict[str, Any], bytes], **more: Any) -> httpx.Response:
+def infer_binary(
+    app: InProcess, *tensors: tuple[dict[str, Any], bytes], **more: Any
+) -> httpx.Response:
     head = json.dumps({"inputs": [one for one, _ in tensors], **more}).encode()
     body = head + b"".join(raw for _, raw in tensors)
     return app.client.post(INFER, content=body, headers={LENGTH: str(len(head))})
@@ -91,7 +98,9 @@ def refused(answer: httpx.Response, **beside: bool) -> tuple[int, str, str]:
 
 
 def pixels(data: bytes | str) -> bytes:
-    return Image.open(io.BytesIO(base64.b64decode(data) if isinstance(data, str) else data)).tobytes()
+    return Image.open(
+        io.BytesIO(base64.b64decode(data) if isinstance(data, str) else data)
+    ).tobytes()
 
 
 # Metadata and health
@@ -112,9 +121,13 @@ def test_the_model_tells_what_it_takes(in_process: Make) -> None:
             "name": "shapes", "versions": ["1"], "platform": "diffusers_FakePipeline",
         }  # fmt: skip
         assert {one["name"]: one["datatype"] for one in metadata["inputs"]} == {
-            "prompt": "BYTES", "negative_prompt": "BYTES", "size": "BYTES", "seed": "INT64", "num_inference_steps": "INT32",
+            "prompt": "BYTES",
+            "negative_prompt": "BYTES",
+            "size": "BYTES",
+            "seed": "INT64",
+            "num_inference_steps": "INT32",
             "guidance_scale": "FP32",
-        }  # fmt: skip
+        }
         assert {one["name"]: one["datatype"] for one in metadata["outputs"]} == {
             "image": "BYTES",
             "parameters": "BYTES",
@@ -134,13 +147,20 @@ class Plain(FakePipeline):
         generator: Any = None,
         output_type: str = "pil",
     ) -> Any:
-        return super().__call__(prompt, None, height, width, num_inference_steps, generator=generator)
+        return super().__call__(
+            prompt, None, height, width, num_inference_steps, generator=generator
+        )
 
 
 def test_inputs_that_the_pipeline_lacks_are_not_there(in_process: Make) -> None:
     app = in_process(Plain(), warmup=False)
     metadata = app.client.get("/v2/models/shapes").json()
-    assert [one["name"] for one in metadata["inputs"]] == ["prompt", "size", "seed", "num_inference_steps"]
+    assert [one["name"] for one in metadata["inputs"]] == [
+        "prompt",
+        "size",
+        "seed",
+        "num_inference_steps",
+    ]
     answer = infer(app, PROMPT, tensor("guidance_scale", "FP32", [3.0]))
     assert refused(answer)[0] == 400
     assert "Tensor 'guidance_scale': there is no such input" in refused(answer)[2]
@@ -176,7 +196,8 @@ def test_health_before_during_and_after(in_process: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["models/nothing", "models/shapes/versions/2", "models/shapes/versions/", "models/SHAPES"]
+    "path",
+    ["models/nothing", "models/shapes/versions/2", "models/shapes/versions/", "models/SHAPES"],
 )
 def test_other_models_and_versions_are_not_found(in_process: Make, path: str) -> None:
     app = in_process(warmup=False)
@@ -219,10 +240,18 @@ def test_a_picture_and_all_its_parameters_as_json(in_process: Make) -> None:
     assert (image["datatype"], image["shape"]) == ("BYTES", [1])
     assert resolved(answer) == [
         {
-            "prompt": "a red circle", "negative_prompt": "blue", "seed": 7, "size": "32x48", "num_inference_steps": 3,
-            "guidance_scale": 2.5, "output_format": "png", "model": "shapes", "flagged": False, "warnings": [],
+            "prompt": "a red circle",
+            "negative_prompt": "blue",
+            "seed": 7,
+            "size": "32x48",
+            "num_inference_steps": 3,
+            "guidance_scale": 2.5,
+            "output_format": "png",
+            "model": "shapes",
+            "flagged": False,
+            "warnings": [],
         }
-    ]  # fmt: skip
+    ]
     same = app.post(seed=7, size="32x48").json()["data"][0]["b64_json"]
     assert pixels(image["data"][0]) == pixels(same)
 
@@ -241,7 +270,8 @@ def test_each_prompt_is_a_picture_with_values_of_its_own(in_process: Make) -> No
         tensor("guidance_scale", "FP64", [1.5]),
     )
     values = [
-        (one["prompt"], one["seed"], one["num_inference_steps"], one["guidance_scale"]) for one in resolved(answer)
+        (one["prompt"], one["seed"], one["num_inference_steps"], one["guidance_scale"])
+        for one in resolved(answer)
     ]
     assert values == [("a", 3, 2, 1.5), ("b", 2, 3, 1.5), ("c", 1, 4, 1.5)]
     images = outputs(answer)["image"]["data"]
@@ -284,7 +314,11 @@ def test_binary_tensors_both_ways(in_process: Make) -> None:
     assert size + parameters["parameters"]["binary_data_size"] == len(tail)
     values = json.loads(tail[size + 4 : size + 4 + struct.unpack_from("<I", tail, size)[0]])
     # 7.3 in single precision is 7.30000019...; the caller said 7.3
-    assert (values["prompt"], values["seed"], values["guidance_scale"]) == ("ein weißer Stern", 5, 7.3)
+    assert (values["prompt"], values["seed"], values["guidance_scale"]) == (
+        "ein weißer Stern",
+        5,
+        7.3,
+    )
 
 
 def test_json_and_binary_tensors_may_be_mixed(in_process: Make) -> None:
@@ -353,7 +387,9 @@ def test_a_second_dimension_of_one_is_none(in_process: Make, nested: bool) -> No
     app = in_process(warmup=False)
 
     def column(name: str, datatype: str, data: list[Any]) -> dict[str, Any]:
-        return tensor(name, datatype, [[one] for one in data] if nested else data, shape=[len(data), 1])
+        return tensor(
+            name, datatype, [[one] for one in data] if nested else data, shape=[len(data), 1]
+        )
 
     answer = infer(
         app,
@@ -380,7 +416,14 @@ def test_parameters_that_are_not_known_are_ignored_with_a_warning(in_process: Ma
         app,
         PROMPT | {"parameters": {"more": 1, **{f"x{i}": i for i in range(100)}}},
         tensor("num_inference_steps", "INT32", [3]) | {"parameters": None},
-        parameters={"steps": 3, "prompt": "b", "sequence_id": 7, "seed": 4, "priority": None, "reproducible": None},
+        parameters={
+            "steps": 3,
+            "prompt": "b",
+            "sequence_id": 7,
+            "seed": 4,
+            "priority": None,
+            "reproducible": None,
+        },
         outputs=[
             {"name": name, "parameters": {"classification": 1, "shared_memory_offset": 1}}
             for name in ("image", "parameters")
@@ -391,7 +434,8 @@ def test_parameters_that_are_not_known_are_ignored_with_a_warning(in_process: Ma
     assert "data" in outputs(answer)["image"]
     (warning,) = found["warnings"]
     assert warning.startswith(
-        "Unknown parameters are ignored: 'steps', 'prompt', 'sequence_id'. Those that are known are "
+        "Unknown parameters are ignored: 'steps', 'prompt', 'sequence_id'. Those that are known "
+        "are "
     )
     many = infer(app, PROMPT, parameters={f"{'x' * 500}{i}": i for i in range(1000)})
     assert len(resolved(many)[0]["warnings"][0]) < 1500
@@ -422,7 +466,9 @@ def test_the_model_is_listed(in_process: Make) -> None:
     ready = [{"name": "shapes", "version": "1", "state": "READY", "reason": ""}]
     for body in (b"", b"{}", b'{"ready": true}', b'{"ready": false}', b'{"ready": null}'):
         assert app.client.post("/v2/repository/index", content=body).json() == ready
-    with mock.patch.object(app.server, "health", lambda: Status("stuck", 0.0, "no step for an hour")):
+    with mock.patch.object(
+        app.server, "health", lambda: Status("stuck", 0.0, "no step for an hour")
+    ):
         (listed,) = app.client.post("/v2/repository/index").json()
         assert (listed["state"], "no step for an hour" in listed["reason"]) == ("UNAVAILABLE", True)
         assert app.client.post("/v2/repository/index", json={"ready": True}).json() == []
@@ -437,9 +483,11 @@ def test_the_models_configuration_is_told_as_triton_does(in_process: Make) -> No
         told = app.client.get(path).json()
         assert (told["name"], told["max_batch_size"]) == ("shapes", 0)
         assert {one["name"]: (one["data_type"], one["optional"]) for one in told["input"]} == {
-            "prompt": ("TYPE_STRING", False), "size": ("TYPE_STRING", True), "seed": ("TYPE_INT64", True),
+            "prompt": ("TYPE_STRING", False),
+            "size": ("TYPE_STRING", True),
+            "seed": ("TYPE_INT64", True),
             "num_inference_steps": ("TYPE_INT32", True),
-        }  # fmt: skip
+        }
         assert [one["name"] for one in told["output"]] == ["image", "parameters"]
     assert refused(app.client.get("/v2/models/other/config"))[:2] == (404, "model_not_found")
 
@@ -450,7 +498,11 @@ def test_the_models_configuration_is_told_as_triton_does(in_process: Make) -> No
     [
         ("GET", "models/shapes/nothing", "nothing"),
         ("POST", "repository/models/shapes/load", "explicit model load / unload is not allowed"),
-        ("POST", "repository/models/owner/name/unload", "explicit model load / unload is not allowed"),
+        (
+            "POST",
+            "repository/models/owner/name/unload",
+            "explicit model load / unload is not allowed",
+        ),
         ("POST", "repository/other/index", "POST /v2/repository/index"),
         ("GET", "models/stats", "GET /metrics"),
         ("GET", "models/shapes/stats", "GET /metrics"),
@@ -526,7 +578,9 @@ def test_every_error_is_a_text(in_process: Make) -> None:
     page = app.client.post(INFER, json={}, headers={**key, "Origin": "https://evil.test"})
     assert refused(page)[:2] == (400, "cross_site")
     app.pipeline.record.pause = 0.2
-    late = app.client.post(INFER, json={"inputs": [PROMPT], "parameters": {"deadline_ms": 500}}, headers=key)
+    late = app.client.post(
+        INFER, json={"inputs": [PROMPT], "parameters": {"deadline_ms": 500}}, headers=key
+    )
     assert refused(late)[0] in (429, 504)
 
 
@@ -542,63 +596,151 @@ def test_every_error_is_a_text(in_process: Make) -> None:
         ({"inputs": [tensor("seed", "INT64", [1])]}, "prompt", "missing"),
         ({"inputs": [PROMPT, PROMPT]}, "prompt", "given twice"),
         ({"inputs": [PROMPT, tensor("steps", "INT64", [1])]}, "steps", "the inputs are prompt, "),
-        ({"inputs": [PROMPT, tensor("seed", "FP32", [1.0])]}, "seed", "its datatype is 'FP32'; INT64"),
-        ({"inputs": [PROMPT, tensor("guidance_scale", "INT32", [1])]}, "guidance_scale", "FP32, FP64 would do"),
+        (
+            {"inputs": [PROMPT, tensor("seed", "FP32", [1.0])]},
+            "seed",
+            "its datatype is 'FP32'; INT64",
+        ),
+        (
+            {"inputs": [PROMPT, tensor("guidance_scale", "INT32", [1])]},
+            "guidance_scale",
+            "FP32, FP64 would do",
+        ),
         ({"inputs": [tensor("prompt", "STRING", ["a"])]}, "prompt", "BYTES would do"),
-        ({"inputs": [PROMPT | {"shape": [2]}]}, "prompt", "its shape is [2], but it has 1 elements"),
-        ({"inputs": [PROMPT | {"shape": []}]}, "prompt", "its shape is []; it must be [n] or [n, 1]"),
-        ({"inputs": [PROMPT | {"shape": [1, 2]}]}, "prompt", "its shape is [1, 2]; it must be [n] or [n, 1]"),
+        (
+            {"inputs": [PROMPT | {"shape": [2]}]},
+            "prompt",
+            "its shape is [2], but it has 1 elements",
+        ),
+        (
+            {"inputs": [PROMPT | {"shape": []}]},
+            "prompt",
+            "its shape is []; it must be [n] or [n, 1]",
+        ),
+        (
+            {"inputs": [PROMPT | {"shape": [1, 2]}]},
+            "prompt",
+            "its shape is [1, 2]; it must be [n] or [n, 1]",
+        ),
         ({"inputs": [PROMPT | {"shape": [1, 0]}]}, "prompt", "[1, 0]"),
-        ({"inputs": [PROMPT | {"shape": [2, 1]}]}, "prompt", "its shape is [2, 1], but it has 1 elements"),
-        ({"inputs": [PROMPT | {"shape": [1, 1], "data": [["a", "b"]]}]}, "prompt", "['a', 'b'] is no BYTES"),
-        ({"inputs": [PROMPT | {"shape": [1, 1], "data": [[["a"]]]}]}, "prompt", "['a'] is no BYTES"),
+        (
+            {"inputs": [PROMPT | {"shape": [2, 1]}]},
+            "prompt",
+            "its shape is [2, 1], but it has 1 elements",
+        ),
+        (
+            {"inputs": [PROMPT | {"shape": [1, 1], "data": [["a", "b"]]}]},
+            "prompt",
+            "['a', 'b'] is no BYTES",
+        ),
+        (
+            {"inputs": [PROMPT | {"shape": [1, 1], "data": [[["a"]]]}]},
+            "prompt",
+            "['a'] is no BYTES",
+        ),
         ({"inputs": [PROMPT | {"shape": [-1]}]}, "prompt", "-1"),
         ({"inputs": [PROMPT | {"shape": [1.5]}]}, "prompt", "1.5"),
         ({"inputs": [PROMPT | {"shape": [True]}]}, "prompt", "True"),
         ({"inputs": [PROMPT | {"shape": "1"}]}, "prompt", "'1'"),
         ({"inputs": [PROMPT | {"more": 1}]}, "prompt", "Unknown field"),
-        ({"inputs": [{"name": "prompt", "shape": [1], "datatype": "BYTES", "parameters": {"shared_memory_region": "a"}}]},
-         "prompt", "there is no shared memory here"),
-        ({"inputs": [{"name": "prompt", "shape": [1], "data": ["a"]}]}, "prompt", "datatype is missing"),
-        ({"inputs": [{"name": "prompt", "shape": [1], "datatype": "BYTES"}]}, "prompt", "either in data or"),
-        ({"inputs": [PROMPT | {"parameters": {"binary_data_size": 4}}]}, "prompt", "either in data or"),
-        ({"inputs": [{"shape": [1], "datatype": "BYTES", "data": ["a"]}]}, "inputs.0.name", "missing"),
+        (
+            {
+                "inputs": [
+                    {
+                        "name": "prompt",
+                        "shape": [1],
+                        "datatype": "BYTES",
+                        "parameters": {"shared_memory_region": "a"},
+                    }
+                ]
+            },
+            "prompt",
+            "there is no shared memory here",
+        ),
+        (
+            {"inputs": [{"name": "prompt", "shape": [1], "data": ["a"]}]},
+            "prompt",
+            "datatype is missing",
+        ),
+        (
+            {"inputs": [{"name": "prompt", "shape": [1], "datatype": "BYTES"}]},
+            "prompt",
+            "either in data or",
+        ),
+        (
+            {"inputs": [PROMPT | {"parameters": {"binary_data_size": 4}}]},
+            "prompt",
+            "either in data or",
+        ),
+        (
+            {"inputs": [{"shape": [1], "datatype": "BYTES", "data": ["a"]}]},
+            "inputs.0.name",
+            "missing",
+        ),
         ({"inputs": [3]}, "inputs.0", "3"),
         ({"inputs": [tensor("prompt", "BYTES", [3])]}, "prompt", "3 is no BYTES"),
         ({"inputs": [tensor("prompt", "BYTES", [["a"]])]}, "prompt", "is no BYTES"),
         ({"inputs": [tensor("prompt", "BYTES", [])]}, "prompt", "the limit is 1 to 8 elements"),
         ({"inputs": [tensor("prompt", "BYTES", ["a"] * 9)]}, "prompt", "its shape is [9]"),
         ({"inputs": [tensor("prompt", "BYTES", ["a", ""])]}, "prompt", "element 1: "),
-        ({"inputs": [PROMPT, tensor("seed", "INT64", [1, 2])]}, "seed", "its shape is [2]; it must be [1]"),
+        (
+            {"inputs": [PROMPT, tensor("seed", "INT64", [1, 2])]},
+            "seed",
+            "its shape is [2]; it must be [1]",
+        ),
         ({"inputs": [PROMPT, tensor("seed", "INT64", [True])]}, "seed", "True is no INT64"),
         ({"inputs": [PROMPT, tensor("seed", "INT64", [1.0])]}, "seed", "1.0 is no INT64"),
         ({"inputs": [PROMPT, tensor("seed", "INT64", [-1])]}, "seed", "-1"),
         ({"inputs": [PROMPT, tensor("seed", "UINT8", [256])]}, "seed", "out of the range of UINT8"),
         ({"inputs": [PROMPT, tensor("seed", "INT64", [2**53])]}, "seed", str(2**53)),
-        ({"inputs": [PROMPT, tensor("num_inference_steps", "INT32", [201])]}, "num_inference_steps", "limit is 200"),
+        (
+            {"inputs": [PROMPT, tensor("num_inference_steps", "INT32", [201])]},
+            "num_inference_steps",
+            "limit is 200",
+        ),
         ({"inputs": [PROMPT, tensor("size", "BYTES", ["7x7"])]}, "size", "multiples of 8"),
         ({"inputs": [PROMPT, tensor("size", "BYTES", ["big"])]}, "size", "WIDTHxHEIGHT"),
-        ({"inputs": [PROMPT], "outputs": [{"name": "mask"}]}, "mask", "the outputs are image, parameters"),
+        (
+            {"inputs": [PROMPT], "outputs": [{"name": "mask"}]},
+            "mask",
+            "the outputs are image, parameters",
+        ),
         ({"inputs": [PROMPT], "outputs": [{"name": "image"}, {"name": "image"}]}, "image", "twice"),
-        ({"inputs": [PROMPT], "outputs": [{"name": "image", "parameters": {"binary_data": 1}}]}, "image", "binary_data"),
+        (
+            {"inputs": [PROMPT], "outputs": [{"name": "image", "parameters": {"binary_data": 1}}]},
+            "image",
+            "binary_data",
+        ),
         ({"inputs": [PROMPT], "parameters": []}, "parameters", "[]"),
         ({"inputs": [PROMPT], "parameters": {"seed": [1]}}, "seed", "[1]"),
         ({"inputs": [PROMPT], "parameters": {"seed": "1"}}, "seed", "'1'"),
         ({"inputs": [PROMPT], "parameters": {"output_format": "gif"}}, "output_format", "'gif'"),
-        ({"inputs": [PROMPT], "parameters": {"binary_data_output": 1}}, "binary_data_output", "true or false"),
+        (
+            {"inputs": [PROMPT], "parameters": {"binary_data_output": 1}},
+            "binary_data_output",
+            "true or false",
+        ),
         ({"inputs": [PROMPT], "parameters": {"priority": 4}}, "priority", "3 (low)"),
         ({"inputs": [PROMPT], "parameters": {"timeout": -1}}, "timeout", "microseconds"),
         (
-            {"inputs": [PROMPT], "outputs": [{"name": "image", "parameters": {"shared_memory_region": "a"}}]},
-            "image", "no shared memory",
+            {
+                "inputs": [PROMPT],
+                "outputs": [{"name": "image", "parameters": {"shared_memory_region": "a"}}],
+            },
+            "image",
+            "no shared memory",
         ),
         ({"inputs": [PROMPT], "parameters": {"timeout": 1, "deadline_ms": 1}}, "timeout", "both"),
-        ({"inputs": [PROMPT, tensor("seed", "INT8", [1])], "parameters": {"seed": 1}}, "seed", "as a parameter"),
+        (
+            {"inputs": [PROMPT, tensor("seed", "INT8", [1])], "parameters": {"seed": 1}},
+            "seed",
+            "as a parameter",
+        ),
         ({"inputs": [PROMPT], "model_name": "other"}, "model_name", "the path says 'shapes'"),
         ({"inputs": [PROMPT], "id": 42}, "id", "42"),
         ({"inputs": [PROMPT], "more": 1}, "more", "Unknown field"),
     ],
-)  # fmt: skip
+)
 def test_json_that_is_wrong(in_process: Make, body: Any, param: str | None, shown: str) -> None:
     app = in_process(warmup=False)
     answer = app.client.post(INFER, json=body)
@@ -616,7 +758,11 @@ def test_numbers_that_are_none(in_process: Make, number: str, place: str) -> Non
     scale = json.dumps(tensor("guidance_scale", "FP32", [0.5])) if place == "inputs" else ""
     body = json.dumps({"inputs": [PROMPT, "SCALE"], "parameters": {"guidance_scale": 0.5}})
     body = body.replace(', "SCALE"', f", {scale}" if scale else "").replace("0.5", number)
-    body = body if place == "parameters" else body.replace(f', "parameters": {{"guidance_scale": {number}}}', "")
+    body = (
+        body
+        if place == "parameters"
+        else body.replace(f', "parameters": {{"guidance_scale": {number}}}', "")
+    )
     answer = in_process(warmup=False).client.post(INFER, content=body.encode())
     status, _, text = refused(answer)
     assert status == 400
@@ -641,7 +787,9 @@ def test_numbers_that_are_none(in_process: Make, number: str, place: str) -> Non
         ("guidance_scale", "FP64", struct.pack("<d", -1.0), "-1.0"),
     ],
 )
-def test_binary_tensors_that_are_wrong(in_process: Make, name: str, datatype: str, raw: bytes, shown: str) -> None:
+def test_binary_tensors_that_are_wrong(
+    in_process: Make, name: str, datatype: str, raw: bytes, shown: str
+) -> None:
     others = () if name == "prompt" else ((PROMPT, b""),)
     answer = infer_binary(in_process(warmup=False), *others, binary(name, datatype, raw))
     status, _, text = refused(answer)
@@ -653,7 +801,9 @@ def test_binary_tensors_that_are_wrong(in_process: Make, name: str, datatype: st
 @pytest.mark.parametrize("size", [-1, 6, 8, 2**70, "7", 7.0, True])
 def test_sizes_of_binary_tensors_that_are_wrong(in_process: Make, size: Any) -> None:
     described, raw = binary("prompt", "BYTES", packed(b"abc"))
-    answer = infer_binary(in_process(warmup=False), (described | {"parameters": {"binary_data_size": size}}, raw))
+    answer = infer_binary(
+        in_process(warmup=False), (described | {"parameters": {"binary_data_size": size}}, raw)
+    )
     assert refused(answer)[0] == 400
     assert "Tensor 'prompt'" in refused(answer)[2]
 
@@ -674,7 +824,16 @@ def test_bytes_that_belong_to_no_tensor(in_process: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"\xff", b"[" * 5000, b'{"inputs": "\\ud800"}', b"null", b'{"a": ' + b"9" * 9000 + b"}"]
+    "body",
+    [
+        b"",
+        b"{",
+        b"\xff",
+        b"[" * 5000,
+        b'{"inputs": "\\ud800"}',
+        b"null",
+        b'{"a": ' + b"9" * 9000 + b"}",
+    ],
 )
 def test_bodies_that_are_no_json_object(in_process: Make, body: bytes) -> None:
     answer = in_process(warmup=False).client.post(INFER, content=body)
@@ -695,14 +854,19 @@ def test_bodies_that_are_no_json_object(in_process: Make, body: bytes) -> None:
 def test_content_types(in_process: Make, content_type: str, status: int) -> None:
     body = json.dumps({"inputs": [PROMPT]}).encode()
     headers = {"Content-Type": content_type}
-    assert in_process(warmup=False).client.post(INFER, content=body, headers=headers).status_code == status
+    assert (
+        in_process(warmup=False).client.post(INFER, content=body, headers=headers).status_code
+        == status
+    )
 
 
 def test_a_prompt_that_the_model_refuses_ends_the_others(in_process: Make) -> None:
     app = in_process(warmup=False)
     record = app.pipeline.record
     record.pause = 0.05
-    answer = infer(app, tensor("prompt", "BYTES", ["a", " "]), parameters={"num_inference_steps": 200})
+    answer = infer(
+        app, tensor("prompt", "BYTES", ["a", " "]), parameters={"num_inference_steps": 200}
+    )
     assert refused(answer)[0] == 400
     assert "element 1" in refused(answer)[2] or "prompt" in refused(answer)[2]
     wait_until(lambda: record.running == 0)
@@ -714,9 +878,16 @@ def test_a_prompt_that_the_model_refuses_ends_the_others(in_process: Make) -> No
 
 @pytest.mark.parametrize(
     ("encoding", "pack"),
-    [("gzip", gzip.compress), ("deflate", zlib.compress), ("identity", bytes), ("GZIP", gzip.compress)],
+    [
+        ("gzip", gzip.compress),
+        ("deflate", zlib.compress),
+        ("identity", bytes),
+        ("GZIP", gzip.compress),
+    ],
 )
-def test_compressed_requests(in_process: Make, encoding: str, pack: Callable[[bytes], bytes]) -> None:
+def test_compressed_requests(
+    in_process: Make, encoding: str, pack: Callable[[bytes], bytes]
+) -> None:
     described, raw = binary("prompt", "BYTES", packed(b"abc"))
     head = json.dumps({"inputs": [described]}).encode()
     headers = {"Content-Encoding": encoding, LENGTH: str(len(head))}
@@ -735,12 +906,21 @@ def test_compressed_requests(in_process: Make, encoding: str, pack: Callable[[by
         ("deflate", gzip.compress(b"{}", mtime=0), 400, "invalid_encoding"),
         ("gzip", b"", 400, "invalid_encoding"),
         ("br", b"{}", 415, "unsupported_media_type"),
-        ("gzip, gzip", gzip.compress(gzip.compress(b"{}", mtime=0), mtime=0), 415, "unsupported_media_type"),
+        (
+            "gzip, gzip",
+            gzip.compress(gzip.compress(b"{}", mtime=0), mtime=0),
+            415,
+            "unsupported_media_type",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_compressed_bodies_that_are_wrong(in_process: Make, encoding: str, body: bytes, status: int, code: str) -> None:
-    answer = in_process(warmup=False).client.post(INFER, content=body, headers={"Content-Encoding": encoding})
+def test_compressed_bodies_that_are_wrong(
+    in_process: Make, encoding: str, body: bytes, status: int, code: str
+) -> None:
+    answer = in_process(warmup=False).client.post(
+        INFER, content=body, headers={"Content-Encoding": encoding}
+    )
     assert refused(answer)[:2] == (status, code)
 
 
@@ -754,7 +934,9 @@ def test_one_that_is_refused_ends_the_others(in_process: Make) -> None:
     admission = app.server._admission
     assert admission is not None
     admission.enter()  # as another request does
-    answer = infer(app, tensor("prompt", "BYTES", ["a", "b"]), parameters={"num_inference_steps": 200})
+    answer = infer(
+        app, tensor("prompt", "BYTES", ["a", "b"]), parameters={"num_inference_steps": 200}
+    )
     admission.leave()
     assert refused(answer)[:2] == (429, "queue_full")
     assert int(answer.headers["retry-after"]) >= 1
@@ -775,8 +957,13 @@ def test_a_client_that_leaves_ends_all_its_generations(in_process: Make) -> None
     app = in_process(warmup=False, batching="threads", threads=2)
     record = app.pipeline.record
     record.pause = 0.05
-    fields = {"inputs": [tensor("prompt", "BYTES", ["a", "b"])], "parameters": {"num_inference_steps": 200}}
-    messages = iter([{"type": "http.request", "body": json.dumps(fields).encode(), "more_body": False}])
+    fields = {
+        "inputs": [tensor("prompt", "BYTES", ["a", "b"])],
+        "parameters": {"num_inference_steps": 200},
+    }
+    messages = iter(
+        [{"type": "http.request", "body": json.dumps(fields).encode(), "more_body": False}]
+    )
 
     async def receive() -> dict[str, Any]:
         message = next(messages, None)
@@ -790,10 +977,19 @@ def test_a_client_that_leaves_ends_all_its_generations(in_process: Make) -> None
         sent.append(message)
 
     scope = {
-        "type": "http", "method": "POST", "path": INFER, "raw_path": INFER.encode(), "query_string": b"", "root_path": "",
-        "headers": [], "http_version": "1.1", "scheme": "http", "server": ("testserver", 80), "client": ("testclient", 1),
+        "type": "http",
+        "method": "POST",
+        "path": INFER,
+        "raw_path": INFER.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": [],
+        "http_version": "1.1",
+        "scheme": "http",
+        "server": ("testserver", 80),
+        "client": ("testclient", 1),
         "asgi": {"version": "3.0"},
-    }  # fmt: skip
+    }
     anyio.run(app.client.app, scope, receive, send)
     assert sent[0]["status"] == 499
     wait_until(lambda: record.running == 0)
@@ -828,13 +1024,15 @@ JSON = st.recursive(
     max_leaves=12,
 )
 ANY = st.fixed_dictionaries(
-    {"inputs": st.lists(JSON, max_size=3)}, optional={"outputs": JSON, "id": JSON, "parameters": JSON}
+    {"inputs": st.lists(JSON, max_size=3)},
+    optional={"outputs": JSON, "id": JSON, "parameters": JSON},
 )
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    body=ANY.map(json.dumps).map(str.encode) | st.binary(max_size=60), length=st.none() | st.integers(-1, 80).map(str)
+    body=ANY.map(json.dumps).map(str.encode) | st.binary(max_size=60),
+    length=st.none() | st.integers(-1, 80).map(str),
 )
 def test_any_message_is_read_or_refused(body: bytes, length: str | None) -> None:
     try:
@@ -845,11 +1043,21 @@ def test_any_message_is_read_or_refused(body: bytes, length: str | None) -> None
 
 
 @settings(max_examples=60, deadline=None)
-@given(raw=st.binary(max_size=40), name=st.sampled_from(list(INPUTS)), shape=st.integers(0, 6), data=st.data())
-def test_any_binary_tensor_is_read_or_refused(raw: bytes, name: str, shape: int, data: st.DataObject) -> None:
+@given(
+    raw=st.binary(max_size=40),
+    name=st.sampled_from(list(INPUTS)),
+    shape=st.integers(0, 6),
+    data=st.data(),
+)
+def test_any_binary_tensor_is_read_or_refused(
+    raw: bytes, name: str, shape: int, data: st.DataObject
+) -> None:
     datatype = data.draw(st.sampled_from(INPUTS[name]))
     described = InputTensor(
-        name=name, shape=[shape], datatype=datatype, parameters=InputParameters(binary_data_size=len(raw))
+        name=name,
+        shape=[shape],
+        datatype=datatype,
+        parameters=InputParameters(binary_data_size=len(raw)),
     )
     try:
         found = read_inputs(InferenceRequest(inputs=[described]), raw, INPUTS)

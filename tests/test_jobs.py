@@ -65,13 +65,20 @@ def files_of(app: App) -> int:
 async def test_a_job_is_accepted_runs_and_has_its_result() -> None:
     async with serving() as app:
         app.record.gated = True
-        answer = await app.post(headers={"Prefer": "wait=5, Respond-Async; x=1"}, num_inference_steps=5).done()
+        answer = await app.post(
+            headers={"Prefer": "wait=5, Respond-Async; x=1"}, num_inference_steps=5
+        ).done()
         assert answer.status == 202
         job = answer.json()
         assert answer.headers["location"] == f"/v1/jobs/{job['id']}"
         assert answer.headers["preference-applied"] == "respond-async"
         assert {"state", "position", "eta_seconds"} <= set(job)
-        assert (job["object"], job["kind"], job["result"], job["error"]) == ("job", "generation", None, None)
+        assert (job["object"], job["kind"], job["result"], job["error"]) == (
+            "job",
+            "generation",
+            None,
+            None,
+        )
         running = await app.until_state(job["id"], "running")
         waiting = (await app.post(headers=LATER).done()).json()
         assert (waiting["state"], waiting["position"], waiting["step"]) == ("queued", 1, 0)
@@ -106,7 +113,11 @@ async def test_each_of_a_first_burst_has_its_own_place() -> None:
 
         async def places() -> dict[str, int | None]:
             listed = (await app.get("/v1/jobs", alice)).json()["data"]
-            found = {job["id"]: job["position"] for job in listed if job["state"] in ("queued", "running")}
+            found = {
+                job["id"]: job["position"]
+                for job in listed
+                if job["state"] in ("queued", "running")
+            }
             assert found == {id: (await app.job(id, **alice))["position"] for id in found}
             assert {job["eta_seconds"] for job in listed} == {None}
             return found
@@ -115,14 +126,20 @@ async def test_each_of_a_first_burst_has_its_own_place() -> None:
         [first] = [id for id, place in found.items() if place is None]
         waiting = sorted((id for id in found if id != first), key=lambda id: found[id] or 0)
         assert [found[id] for id in waiting] == list(range(1, 8))
-        assert sorted(job["position"] or 0 for job in accepted) in (list(range(8)), list(range(1, 9)))
+        assert sorted(job["position"] or 0 for job in accepted) in (
+            list(range(8)),
+            list(range(1, 9)),
+        )
         followed = app.send("GET", f"/v1/jobs/{waiting[5]}/events", headers=alice)
         await followed.until(lambda one: one.events)
         assert followed.events[0].data["position"] == 6
         await app.delete(f"/v1/jobs/{waiting.pop(2)}", alice)
         assert await places() == {first: None} | {id: place for place, id in enumerate(waiting, 1)}
         await followed.until(lambda one: len(one.events) > 1)
-        assert (followed.events[1].data["position"], followed.events[1].data["eta_seconds"]) == (5, None)
+        assert (followed.events[1].data["position"], followed.events[1].data["eta_seconds"]) == (
+            5,
+            None,
+        )
         urgent = (await app.post(headers=LATER | alice, priority="high").done()).json()
         assert urgent["position"] == 1
         assert (await places())[waiting[0]] == 2
@@ -134,11 +151,16 @@ async def test_a_first_burst_of_a_real_pipeline_is_told_what_is_true_to_its_end(
     async with serving(SD3.build(), batching="step", max_jobs=2, max_pixels=128 * 128) as app:
         engine = app.server.engine
         assert engine is not None
-        posts = [app.post(headers=LATER, seed=i, n=1 + i % 2, num_inference_steps=20 + i) for i in range(8)]
+        posts = [
+            app.post(headers=LATER, seed=i, n=1 + i % 2, num_inference_steps=20 + i)
+            for i in range(8)
+        ]
         accepted = [(await post.done()).json() for post in posts]
         assert {post.status for post in posts} == {202}
         foreseen = 0
-        while any(ticket.state in ("queued", "running") for ticket in list(app.server.tickets.values())):
+        while any(
+            ticket.state in ("queued", "running") for ticket in list(app.server.tickets.values())
+        ):
             standings = engine.standings()
             places = [one.position for one in standings.values() if one.position]
             assert places == list(range(1, len(places) + 1))
@@ -167,7 +189,8 @@ async def test_the_first_job_ever_is_foreseen_by_its_own_pace() -> None:
         followed = app.send("GET", f"/v1/jobs/{id}/events")
         await followed.until(lambda one: one.events)
         assert followed.events[0].data["eta_seconds"] > 0
-        with patch("stepweave.ticket.time.monotonic", lambda: 1e12):  # long after it was expected to be done
+        # long after it was expected to be done
+        with patch("stepweave.ticket.time.monotonic", lambda: 1e12):
             assert app.server.tickets[id].standing().eta == 0.001, "it still runs"
         await app.delete(f"/v1/jobs/{id}")
 
@@ -263,7 +286,11 @@ async def test_a_failed_job_says_so_without_a_traceback(caplog: pytest.LogCaptur
         kept = await app.get(f"/v1/jobs/{id}")
         assert kept.json() == job
         assert job["error"]["code"] == "generation_failed"
-        assert (job["error"]["type"], job["error"]["param"], job["result"]) == ("server_error", None, None)
+        assert (job["error"]["type"], job["error"]["param"], job["result"]) == (
+            "server_error",
+            None,
+            None,
+        )
         assert b"secret" not in kept.content
         assert "secret" in caplog.text
         assert app.outcomes() == {"failed": 1}
@@ -351,8 +378,19 @@ async def test_the_list_has_ones_own_jobs_newest_first() -> None:
                 answer = await app.send(method, f"/v1/jobs/{id}{path}", headers=key).done()
                 assert (answer.status, answer.error["code"]) == (404, "job_not_found")
         assert (await app.job(foreign, **two))["state"] == "succeeded"
-        for query in ("limit=0", "limit=101", "limit=-1", "limit=x", "limit=", "limit=%C2%B2", "limit=1e1", "before=x",
-                      "before=nan_" + "0" * 32, "before=", "order=asc"):  # fmt: skip
+        for query in (
+            "limit=0",
+            "limit=101",
+            "limit=-1",
+            "limit=x",
+            "limit=",
+            "limit=%C2%B2",
+            "limit=1e1",
+            "before=x",
+            "before=nan_" + "0" * 32,
+            "before=",
+            "order=asc",
+        ):
             answer = await app.get(f"/v1/jobs?{query}", one)
             assert answer.status == 400
             assert answer.error["param"] == query.partition("=")[0]
@@ -393,7 +431,9 @@ async def test_what_a_killed_server_leaves(tmp_path: Path) -> None:
             assert (job["state"], job["error"]["code"]) == ("failed", "restarted")
             assert was in job["error"]["message"]
             told = await app.get(f"/v1/jobs/{id}/events")
-            assert [(one.name, one.data["error"]) for one in told.events] == [("error", job["error"])]
+            assert [(one.name, one.data["error"]) for one in told.events] == [
+                ("error", job["error"])
+            ]
         again = await app.post(headers={"Idempotency-Key": "done"}, n=2).done()
         assert again.json() == before["result"]
         assert app.record.steps_run == 0, "it was not made once more"
@@ -458,7 +498,9 @@ async def test_a_store_that_fails_for_a_while_keeps_the_result() -> None:
 
 async def test_a_job_that_cannot_be_noted_is_not_promised() -> None:
     async with serving() as app:
-        with patch.object(SqliteJobStore, "put", side_effect=StepweaveError("full", code="store_failed")):
+        with patch.object(
+            SqliteJobStore, "put", side_effect=StepweaveError("full", code="store_failed")
+        ):
             app.record.gated = True
             answer = await app.post(headers=LATER).done()
             assert answer.status == 500
@@ -537,7 +579,9 @@ async def test_another_media_type_is_another_request() -> None:
         again = await app.post(headers=KEY | {"Accept": "image/webp"}).done()
         assert again.content == picture.content
         assert again.headers["content-type"] == "image/webp"
-        assert (await app.post(headers=KEY).done()).status == 409, "it would be given a WebP file for a PNG"
+        assert (await app.post(headers=KEY).done()).status == 409, (
+            "it would be given a WebP file for a PNG"
+        )
 
 
 async def test_a_failed_or_cancelled_job_frees_its_key() -> None:
@@ -606,7 +650,10 @@ async def test_a_job_lives_as_long_as_one_waits_for_it() -> None:
         for order in ((0, 1), (1, 0)):
             app.record.gated, app.record.steps_run, app.record.steps_begun = True, 0, 0
             app.record.release.clear()
-            pair = [app.post(headers=KEY, num_inference_steps=100, seed=sum(order) * order[0]) for _ in range(2)]
+            pair = [
+                app.post(headers=KEY, num_inference_steps=100, seed=sum(order) * order[0])
+                for _ in range(2)
+            ]
             await joined(app, 2)
             await app.until(lambda: app.record.running)
             await pair[order[0]].leave()
@@ -661,7 +708,8 @@ async def test_the_first_leaves_while_it_is_accepted() -> None:
         with slow_accept(gate, begun, asyncio.Semaphore(0)):
             first, second = app.post(headers=KEY), app.post(headers=KEY)
             await begun.acquire()
-            await asyncio.sleep(0.01)  # the second may have found the first meanwhile, or does so later
+            # the second may have found the first meanwhile, or does so later
+            await asyncio.sleep(0.01)
             await first.leave()
             gate.set()
             await joined(app, 1)
@@ -714,7 +762,9 @@ async def test_keys_are_their_owners() -> None:
         answers = []
         for seed, key in enumerate(("one", "two")):
             headers = KEY | {"Authorization": f"Bearer {key}"}
-            answers.append((await app.post(headers=headers, seed=seed).done()).json()["data"][0]["seed"])
+            answers.append(
+                (await app.post(headers=headers, seed=seed).done()).json()["data"][0]["seed"]
+            )
         assert answers == [0, 1]
 
 
@@ -750,11 +800,22 @@ async def test_a_key_whose_pictures_have_expired_makes_them_anew() -> None:
 
 def form(boundary: str, picture: bytes, **fields: str) -> tuple[bytes, dict[str, str]]:
     """A multipart body and its headers."""
-    parts = [f'Content-Disposition: form-data; name="{name}"\r\n\r\n{text}'.encode() for name, text in fields.items()]
-    head = b'Content-Disposition: form-data; name="image"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n'
+    parts = [
+        f'Content-Disposition: form-data; name="{name}"\r\n\r\n{text}'.encode()
+        for name, text in fields.items()
+    ]
+    head = (
+        b'Content-Disposition: form-data; name="image"; filename="a.png"\r\nContent-Type: '
+        b"image/png\r\n\r\n"
+    )
     parts.append(head + picture)
     mark = boundary.encode()
-    body = b"".join(b"--" + mark + b"\r\n" + part + b"\r\n" for part in parts) + b"--" + mark + b"--\r\n"
+    body = (
+        b"".join(b"--" + mark + b"\r\n" + part + b"\r\n" for part in parts)
+        + b"--"
+        + mark
+        + b"--\r\n"
+    )
     return body, {"Content-Type": f"multipart/form-data; boundary={boundary}"}
 
 
@@ -766,7 +827,12 @@ async def test_edits_are_told_apart_by_what_the_form_holds() -> None:
         steps = app.record.steps_run
 
         def edit(boundary: str, picture: bytes = picture, **fields: str) -> Exchange:
-            fields = {"prompt": "a star", "seed": "3", "num_inference_steps": "4", "strength": "1"} | fields
+            fields = {
+                "prompt": "a star",
+                "seed": "3",
+                "num_inference_steps": "4",
+                "strength": "1",
+            } | fields
             body, headers = form(boundary, picture, **fields)
             return app.send("POST", "/v1/images/edits", body, headers | KEY)
 
@@ -781,7 +847,9 @@ async def test_edits_are_told_apart_by_what_the_form_holds() -> None:
         assert app.record.steps_run == steps + 4
         generation = await app.post(headers=KEY).done()
         assert generation.status == 200, "the key of another route is another"
-        id = (await app.send("POST", "/v1/images/edits", *form("x", picture, prompt="a")).done()).json()
+        id = (
+            await app.send("POST", "/v1/images/edits", *form("x", picture, prompt="a")).done()
+        ).json()
         assert id["parameters"]["prompt"] == "a"
 
 
@@ -790,7 +858,10 @@ async def test_edits_are_told_apart_by_what_the_form_holds() -> None:
     [
         ("multipart/form-data", b"--x--"),
         ("multipart/form-data; boundary=x", b"garbage"),
-        ("multipart/form-data; boundary=x", b"--x\r\nContent-Disposition: form-data\r\n\r\na\r\n--x--\r\n"),
+        (
+            "multipart/form-data; boundary=x",
+            b"--x\r\nContent-Disposition: form-data\r\n\r\na\r\n--x--\r\n",
+        ),
         ("multipart/form-data; boundary=x", b"--x\r\n\x00\xff: a\r\n\r\na\r\n--x--\r\n"),
         ("multipart/form-data; boundary=x", form("x", PNG, **{f"f{i}": "" for i in range(70)})[0]),
         ("multipart/form-data; boundary=x", form("x", PNG, prompt="x" * 70_000)[0]),
@@ -798,7 +869,9 @@ async def test_edits_are_told_apart_by_what_the_form_holds() -> None:
 )
 async def test_forms_that_cannot_be_read(content_type: str, body: bytes) -> None:
     async with serving(FakePipeline(edits=True)) as app:
-        answer = await app.send("POST", "/v1/images/edits", body, {"Content-Type": content_type}).done()
+        answer = await app.send(
+            "POST", "/v1/images/edits", body, {"Content-Type": content_type}
+        ).done()
         assert answer.status == 400
         assert answer.error["code"] in ("invalid_form", "missing_field")
         assert app.outcomes() == {"invalid": 1}
@@ -826,7 +899,9 @@ async def test_events_from_the_middle_and_after_the_end() -> None:
         assert middle.events[0].data["step"] in (5, 6)
         assert middle.names[-1] == "image_generation.completed"
         await waiting.done()
-        assert [one.data["image_index"] for one in waiting.events if one.name.endswith("completed")] == [0, 1]
+        assert [
+            one.data["image_index"] for one in waiting.events if one.name.endswith("completed")
+        ] == [0, 1]
         await settled(app)
         after = await app.get(f"/v1/jobs/{id}/events")
         assert after.events == middle.events[-1:]
@@ -852,7 +927,8 @@ async def test_events_of_jobs_that_did_not_succeed() -> None:
 
 
 async def test_a_job_is_soon_told_of_large_results() -> None:
-    """What is asked for later is not read and written as JSON on the loop: that would hold up all others."""
+    """What is asked for later is not read and written as JSON on the loop: that would hold up all
+    others."""
     async with serving() as app:
         id = await later(app)
         await settled(app)

@@ -1,6 +1,7 @@
 """The Kubernetes manifests: rendered, validated strictly, and checked for what no schema says.
 
-Each check is a generator of problems, so that the last tests can show that it finds the mistake that it is there for.
+Each check is a generator of problems, so that the last tests can show that it finds the mistake
+that it is there for.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ Document = dict[str, Any]
 
 K8S = ROOT / "k8s"
 OVERLAYS = sorted(path.parent.name for path in K8S.glob("overlays/*/kustomization.yaml"))
-# the first with unhealthyPodEvictionPolicy and matchLabelKeys on by default, and the last that the validator knows
+# the first with unhealthyPodEvictionPolicy and matchLabelKeys on by default, and the last that the
+# validator knows
 VERSIONS = tuple(f"1.{minor}" for minor in range(27, 38))
 
 GPU = "nvidia.com/gpu"
@@ -55,7 +57,15 @@ REFUSING_SECONDS = 4  # between the end of a drain's notice and SIGTERM
 USER = 1034  # of images that `bentoml containerize` builds
 KSERVE_TIMEOUT = 60  # seconds of a request through its gateway where nothing is said
 MODEL_MOUNT = "/mnt/models"  # where KServe puts a storageUri
-KEDA_TRIGGERS = {"prometheus", "cron", "cpu", "memory", "metrics-api", "external", "kubernetes-workload"}
+KEDA_TRIGGERS = {
+    "prometheus",
+    "cron",
+    "cpu",
+    "memory",
+    "metrics-api",
+    "external",
+    "kubernetes-workload",
+}
 KSERVE_AUTOSCALERS = {"hpa", "keda", "external", "none"}
 CLUSTER_SCOPED = {"Namespace", "ClusterServingRuntime", "ClusterStorageContainer"}
 THRESHOLD = "stepweave/scale-at-backlog-seconds"  # the annotation
@@ -74,7 +84,9 @@ INITIALIZER_REQUEST = {"cpu": "100m", "memory": "100Mi"}  # of KServe's own
 def _rendered(directory: Path) -> str:
     if shutil.which("kubectl") is None:
         pytest.skip("NOT CHECKED: there is no kubectl on this machine to render the manifests with")
-    result = subprocess.run(["kubectl", "kustomize", str(directory)], capture_output=True, text=True, timeout=SECONDS)
+    result = subprocess.run(
+        ["kubectl", "kustomize", str(directory)], capture_output=True, text=True, timeout=SECONDS
+    )
     assert result.returncode == 0 and not result.stderr, result.stderr
     return result.stdout
 
@@ -86,18 +98,24 @@ def render(directory: str) -> list[Document]:
 
 def first_of(name: str) -> list[str]:
     """What the README's table has applied before an overlay, in order."""
-    (row,) = re.findall(rf"^\| `{name}` \| .* \| (.*) \|$", (K8S / "README.md").read_text(), re.MULTILINE)
+    (row,) = re.findall(
+        rf"^\| `{name}` \| .* \| (.*) \|$", (K8S / "README.md").read_text(), re.MULTILINE
+    )
     return re.findall(r"`k8s/([a-z-]+)`", row)
 
 
 def overlay(name: str) -> list[Document]:
     """An overlay, and what of KServe's kinds is applied before it for the whole cluster."""
     before = [document for folder in first_of(name) for document in render(folder)]
-    return [*of_kind(before, "ClusterServingRuntime", "ClusterStorageContainer"), *render(f"overlays/{name}")]
+    return [
+        *of_kind(before, "ClusterServingRuntime", "ClusterStorageContainer"),
+        *render(f"overlays/{name}"),
+    ]
 
 
 def built(directory: Path, kustomizations: dict[str, Document]) -> list[Document]:
-    """What is rendered of the first of kustomizations, by folder, beside a copy of the project's in `directory`."""
+    """What is rendered of the first of kustomizations, by folder, beside a copy of the project's in
+    `directory`."""
     render("base")  # skips where there is no kubectl
     for folder in ("k8s", "monitoring"):
         shutil.copytree(ROOT / folder, directory / folder)
@@ -111,7 +129,9 @@ def is_custom(document: Document) -> bool:
     return any(group in document["apiVersion"] for group in ("keda.sh/", "serving.kserve.io/"))
 
 
-@pytest.mark.parametrize("directory", ["base", "models", "kserve", *(f"overlays/{name}" for name in OVERLAYS)])
+@pytest.mark.parametrize(
+    "directory", ["base", "models", "kserve", *(f"overlays/{name}" for name in OVERLAYS)]
+)
 def test_built_in_kinds_are_valid(directory: str) -> None:
     for document in render(directory):
         if not is_custom(document):
@@ -166,7 +186,9 @@ def bridged(work: Workload, threshold: float) -> float:
     settings = settings_of(work)
     seconds = min(USUAL_STEPS, settings.max_steps) * budget_of(settings).step  # of a full batch
     fetches = not work.container.get("storageUri", "pvc://").startswith("pvc://")
-    return settings.max_rows / 2 / seconds * (threshold + EXCESS * (FETCHING if fetches else STARTING))
+    return (
+        settings.max_rows / 2 / seconds * (threshold + EXCESS * (FETCHING if fetches else STARTING))
+    )
 
 
 @dataclass(frozen=True)
@@ -191,11 +213,19 @@ class Workload:
 def merge(under: Any, over: Any) -> Any:
     """`over` laid onto `under` as the API's strategic merge does it, by the lists' keys."""
     if isinstance(under, dict) and isinstance(over, dict):
-        return under | {key: merge(under[key], value) if key in under else value for key, value in over.items()}
-    if isinstance(under, list) and isinstance(over, list) and all(isinstance(item, dict) for item in under + over):
+        return under | {
+            key: merge(under[key], value) if key in under else value for key, value in over.items()
+        }
+    if (
+        isinstance(under, list)
+        and isinstance(over, list)
+        and all(isinstance(item, dict) for item in under + over)
+    ):
         key = "mountPath" if any("mountPath" in item for item in under + over) else "name"
         names = {item[key]: item for item in under}
-        return list((names | {item[key]: merge(names.get(item[key], {}), item) for item in over}).values())
+        return list(
+            (names | {item[key]: merge(names.get(item[key], {}), item) for item in over}).values()
+        )
     return over
 
 
@@ -209,11 +239,17 @@ def workloads(documents: list[Document]) -> list[Workload]:
         meta, template = document["metadata"], document["spec"]["template"]
         found.append(
             Workload(
-                meta["name"], meta["namespace"], template["metadata"]["labels"], template["spec"], document
+                meta["name"],
+                meta["namespace"],
+                template["metadata"]["labels"],
+                template["spec"],
+                document,
             )
-        )  # fmt: skip
+        )
     runtimes = of_kind(documents, "ClusterServingRuntime")
-    return found + [predictor_of(document, runtimes) for document in of_kind(documents, "InferenceService")]
+    return found + [
+        predictor_of(document, runtimes) for document in of_kind(documents, "InferenceService")
+    ]
 
 
 def runtime_of(service: Document, runtimes: list[Document]) -> Document | None:
@@ -221,8 +257,12 @@ def runtime_of(service: Document, runtimes: list[Document]) -> Document | None:
     model = service["spec"]["predictor"]["model"]
     for runtime in runtimes:
         named, spec = model.get("runtime") == runtime["metadata"]["name"], runtime["spec"]
-        labels = {(one["name"], version) for one in spec["supportedModelFormats"] for version in (None, one.get("version"))
-                  if named or one.get("autoSelect")}  # fmt: skip
+        labels = {
+            (one["name"], version)
+            for one in spec["supportedModelFormats"]
+            for version in (None, one.get("version"))
+            if named or one.get("autoSelect")
+        }
         speaks = model.get("protocolVersion", "v1") in spec["protocolVersions"] or (
             named and "protocolVersion" not in model
         )
@@ -236,13 +276,24 @@ def runtime_of(service: Document, runtimes: list[Document]) -> Document | None:
 
 
 def predictor_of(document: Document, runtimes: list[Document]) -> Workload:
-    """The Deployment that KServe makes in Standard mode: the InferenceService's pod over the runtime's."""
+    """The Deployment that KServe makes in Standard mode: the InferenceService's pod over the
+    runtime's."""
     name, namespace = document["metadata"]["name"], document["metadata"]["namespace"]
-    predictor = {key: value for key, value in document["spec"]["predictor"].items() if key != "model"}
+    predictor = {
+        key: value for key, value in document["spec"]["predictor"].items() if key != "model"
+    }
     model = document["spec"]["predictor"]["model"]
-    runtime = runtime_of(document, runtimes) or runtimes[0]  # that none supports it is a problem, told elsewhere
+    # that none supports it is a problem, told elsewhere
+    runtime = runtime_of(document, runtimes) or runtimes[0]
     # nothing else of a runtime's pod is taken
-    kept = ("nodeSelector", "affinity", "tolerations", "volumes", "imagePullSecrets", "schedulerName")
+    kept = (
+        "nodeSelector",
+        "affinity",
+        "tolerations",
+        "volumes",
+        "imagePullSecrets",
+        "schedulerName",
+    )
     pod = {key: value for key, value in copy.deepcopy(runtime["spec"]).items() if key in kept}
     (server,) = [one for one in runtime["spec"]["containers"] if one["name"] == "kserve-container"]
     text = json.dumps(merge(copy.deepcopy(server), model))
@@ -250,7 +301,11 @@ def predictor_of(document: Document, runtimes: list[Document]) -> Workload:
     container["env"] = [*container["env"], {"name": "INFERENCE_SERVICE_NAME", "value": name}]
     labels = {"app": f"isvc.{name}-predictor", "serving.kserve.io/inferenceservice": name}
     return Workload(
-        f"{name}-predictor", namespace, labels, merge(pod, predictor) | {"containers": [container]}, document
+        f"{name}-predictor",
+        namespace,
+        labels,
+        merge(pod, predictor) | {"containers": [container]},
+        document,
     )
 
 
@@ -261,7 +316,10 @@ def quantity(text: str) -> float:
         raise ValueError(f"{text!r} is no quantity")
     number, unit = match.groups()
     powers = {"m": 1e-3, None: 1, "k": 1e3} | {u: 1000.0 ** (i + 2) for i, u in enumerate("MGTPE")}
-    return float(number) * (powers | {f"{u}i": 1024.0 ** (i + 1) for i, u in enumerate("KMGTPE")})[unit]
+    return (
+        float(number)
+        * (powers | {f"{u}i": 1024.0 ** (i + 1) for i, u in enumerate("KMGTPE")})[unit]
+    )
 
 
 def selects(selector: Document, labels: dict[str, str]) -> bool:
@@ -294,7 +352,11 @@ def settings_of(work: Workload) -> Settings:
 
 def probe_problems(work: Workload) -> Iterator[str]:
     ports = {port["name"]: port["containerPort"] for port in work.container["ports"]}
-    for probe, path in (("startupProbe", "/livez"), ("readinessProbe", "/readyz"), ("livenessProbe", "/livez")):
+    for probe, path in (
+        ("startupProbe", "/livez"),
+        ("readinessProbe", "/readyz"),
+        ("livenessProbe", "/livez"),
+    ):
         spec = work.container.get(probe, {})
         if spec.get("httpGet", {}).get("path") != path:
             yield f"{probe} does not get {path}"
@@ -315,26 +377,40 @@ def grace_problems(work: Workload) -> Iterator[str]:
         return
     pixels = budget_of(settings).pixels
     if settings.max_pixels > pixels:
-        yield f"STEPWEAVE_MAX_PIXELS={settings.max_pixels}, but the grace period is worked out for {pixels}"
+        yield (
+            f"STEPWEAVE_MAX_PIXELS={settings.max_pixels}, but the grace period is worked out for "
+            f"{pixels}"
+        )
     if settings.batching != "step":
-        yield f"STEPWEAVE_BATCHING={settings.batching}, but the grace period is worked out for shared steps"
+        yield (
+            f"STEPWEAVE_BATCHING={settings.batching}, but the grace period is worked out for "
+            f"shared steps"
+        )
     if (settings.max_queue + 1) * 2 < settings.max_rows:
-        yield f"{settings.max_queue + 1} requests of one image never fill a step of {settings.max_rows} rows"
+        yield (
+            f"{settings.max_queue + 1} requests of one image never fill a step of "
+            f"{settings.max_rows} rows"
+        )
     # what was accepted before the drain is finished: the jobs that run and a full queue
     accepted = full_queue(settings)
     if settings.grace < accepted:
         yield f"STEPWEAVE_GRACE {settings.grace:g} < {accepted:.0f} s of accepted work"
     # the grace begins with the drain or, if that found no ear, after the whole of preStop
-    pause, given = pre_stop_seconds(work), work.pod.get("terminationGracePeriodSeconds", POD_SECONDS)
+    pause, given = (
+        pre_stop_seconds(work),
+        work.pod.get("terminationGracePeriodSeconds", POD_SECONDS),
+    )
     if given < pause + settings.grace + ENDING_SECONDS:
         yield (
-            f"terminationGracePeriodSeconds {given} < preStop {pause} + STEPWEAVE_GRACE {settings.grace:g} + "
+            f"terminationGracePeriodSeconds {given} < preStop {pause} + STEPWEAVE_GRACE "
+            f"{settings.grace:g} + "
             f"{ENDING_SECONDS:g} s for the last step"
         )
 
 
 def failure_problems(work: Workload) -> Iterator[str]:
-    """A start that fails ends the container, and the end of its log is where `kubectl describe` shows it."""
+    """A start that fails ends the container, and the end of its log is where `kubectl describe`
+    shows it."""
     if work.env.get("STEPWEAVE_EXIT_ON_FAILURE") != "true":
         yield "a model that cannot be loaded does not end the container"
     if work.container.get("terminationMessagePolicy") != "FallbackToLogsOnError":
@@ -342,8 +418,11 @@ def failure_problems(work: Workload) -> Iterator[str]:
 
 
 def pre_stop_script(work: Workload) -> str:
-    command = work.container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [""])
-    # isolated and without site-packages: nothing in the image or the environment can break it, or slow it down
+    command = (
+        work.container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [""])
+    )
+    # isolated and without site-packages: nothing in the image or the environment can break it, or
+    # slow it down
     return command[-1] if command[:-1] == ["python3", "-IS", "-c"] else ""
 
 
@@ -358,16 +437,26 @@ def drain_problems(work: Workload) -> Iterator[str]:
     if asking not in script:
         yield "preStop does not drain the server"
         return
-    before, after = (sum(map(int, re.findall(r"sleep\((\d+)\)", part))) for part in script.split(asking))
+    before, after = (
+        sum(map(int, re.findall(r"sleep\((\d+)\)", part))) for part in script.split(asking)
+    )
     probe = work.container["readinessProbe"]
-    noticed = probe["periodSeconds"]  # by who asks for /readyz himself, as often as the kubelet does
-    notice = float(work.env.get("STEPWEAVE_DRAIN_NOTICE", Settings.model_fields["drain_notice"].default))
+    # by who asks for /readyz himself, as often as the kubelet does
+    noticed = probe["periodSeconds"]
+    notice = float(
+        work.env.get("STEPWEAVE_DRAIN_NOTICE", Settings.model_fields["drain_notice"].default)
+    )
     if after < max(noticed, notice + REFUSING_SECONDS) or before + after > 30:
-        yield f"preStop sleeps {before} s and {after} s: too short for proxies to notice, or too long to wait"
+        yield (
+            f"preStop sleeps {before} s and {after} s: too short for proxies to notice, or too "
+            f"long to wait"
+        )
     path = f'open("{work.env.get("STEPWEAVE_STATE_DIR")}/{TOKEN_FILE}")'
     if path not in script or 'headers={"Authorization": f"Bearer {token}"}' not in script:
         yield f"preStop does not bear the token of the state directory, as by {path}"
-    for port in {port["containerPort"] for port in work.container["ports"] if port["name"] == "http"}:
+    for port in {
+        port["containerPort"] for port in work.container["ports"] if port["name"] == "http"
+    }:
         if f'HTTPConnection("127.0.0.1", {port}, timeout=' not in script:
             yield f"preStop does not ask port {port} of this pod, or without a timeout"
 
@@ -380,7 +469,10 @@ def state_problems(work: Workload) -> Iterator[str]:
     directory = work.env.get("STEPWEAVE_STATE_DIR")
     mounts = {mount["mountPath"]: mount["name"] for mount in work.container["volumeMounts"]}
     if directory not in mounts:
-        yield f"STEPWEAVE_STATE_DIR {directory} is no volume of its own: a restart of the container forgets it"
+        yield (
+            f"STEPWEAVE_STATE_DIR {directory} is no volume of its own: a restart of the container "
+            f"forgets it"
+        )
         return
     (volume,) = [volume for volume in work.pod["volumes"] if volume["name"] == mounts[directory]]
     if list(mounts.values()).count(volume["name"]) > 1 or "emptyDir" not in volume:
@@ -388,24 +480,38 @@ def state_problems(work: Workload) -> Iterator[str]:
         return
     if volume["emptyDir"].get("medium") == "Memory":
         yield "the state's volume counts as the container's memory"
-    # a record has both prompts twice, as asked for and as answered, each character at most 6 bytes of JSON
+    # a record has both prompts twice, as asked for and as answered, each character at most 6 bytes
+    # of JSON
     records = settings.keep_jobs * 2 * 2 * settings.max_prompt_characters * 6
     if quantity(volume["emptyDir"].get("sizeLimit", "0")) < settings.keep_bytes + records:
-        yield f"the state's volume is smaller than {settings.keep_bytes} bytes of pictures and {records} of jobs"
+        yield (
+            f"the state's volume is smaller than {settings.keep_bytes} bytes of pictures and "
+            f"{records} of jobs"
+        )
 
 
 def secret_problems(work: Workload) -> Iterator[str]:
     if "STEPWEAVE_API_KEYS" in work.env:
         yield "API keys are written into the manifest"
-    references = {item["name"]: item.get("valueFrom", {}).get("secretKeyRef") for item in work.container["env"]}
+    references = {
+        item["name"]: item.get("valueFrom", {}).get("secretKeyRef")
+        for item in work.container["env"]
+    }
     if not references.get("STEPWEAVE_API_KEYS"):
         yield "API keys do not come from a Secret"
     path = Path(work.env.get("STEPWEAVE_API_KEYS_FILE", ""))
-    mounts = [mount for mount in work.container["volumeMounts"] if mount["mountPath"] == str(path.parent)]
-    volumes = [volume for volume in work.pod["volumes"] if volume["name"] in [mount["name"] for mount in mounts]]
+    mounts = [
+        mount for mount in work.container["volumeMounts"] if mount["mountPath"] == str(path.parent)
+    ]
+    volumes = [
+        volume
+        for volume in work.pod["volumes"]
+        if volume["name"] in [mount["name"] for mount in mounts]
+    ]
     secrets = [volume["secret"] for volume in volumes if "secret" in volume]
     if not secrets or path.name not in [item["path"] for item in secrets[0].get("items", [])]:
-        yield "the file of API keys is not a Secret's alone"  # then the directory would not be empty without it
+        # then the directory would not be empty without it
+        yield "the file of API keys is not a Secret's alone"
     elif not secrets[0].get("optional"):
         yield "without its Secret for STEPWEAVE_API_KEYS_FILE the pod does not start"
     if any("subPath" in mount for mount in mounts):
@@ -417,16 +523,27 @@ def secret_problems(work: Workload) -> Iterator[str]:
 
 def url_problems(work: Workload) -> Iterator[str]:
     """Images are answered as URLs to who calls the Service by any of its names."""
-    rests = ("", f".{work.namespace}", f".{work.namespace}.svc", f".{work.namespace}.svc.cluster.local")
+    rests = (
+        "",
+        f".{work.namespace}",
+        f".{work.namespace}.svc",
+        f".{work.namespace}.svc.cluster.local",
+    )
     names = [f"{work.name}{rest}" for rest in rests]
-    if work.document["kind"] == "InferenceService":  # the last two by KServe's own domainTemplate and ingressDomain
+    # the last two by KServe's own domainTemplate and ingressDomain
+    if work.document["kind"] == "InferenceService":
         name = work.document["metadata"]["name"]
         names += [f"{name}{rest}" for rest in rests]
         names += [f"{host}-{work.namespace}.example.com" for host in (name, work.name)]
     with contextlib.suppress(ConfigError):
         settings = settings_of(work)
         for name in names:
-            scope = {"type": "http", "scheme": "http", "path": "/", "headers": [(b"host", name.encode())]}
+            scope = {
+                "type": "http",
+                "scheme": "http",
+                "path": "/",
+                "headers": [(b"host", name.encode())],
+            }
             try:
                 base_url(Request(scope), settings)
             except InvalidRequest:
@@ -454,7 +571,11 @@ def security_problems(work: Workload) -> Iterator[str]:
         "capabilities": {"drop": ["ALL"]},
         "seccompProfile": {"type": "RuntimeDefault"},
     }
-    yield from (f"security: {key} is not {value}" for key, value in wanted.items() if context.get(key) != value)
+    yield from (
+        f"security: {key} is not {value}"
+        for key, value in wanted.items()
+        if context.get(key) != value
+    )
     for key in ("automountServiceAccountToken", "enableServiceLinks"):
         if work.pod.get(key) is not False:
             yield f"security: {key} is not false"
@@ -465,7 +586,9 @@ def volume_problems(work: Workload, documents: list[Document]) -> Iterator[str]:
     mounts = {mount["mountPath"]: mount["name"] for mount in work.container["volumeMounts"]}
     if set(mounts.values()) != set(volumes):
         yield f"mounted {sorted(mounts.values())}, but the volumes are {sorted(volumes)}"
-    writable = [mount["mountPath"] for mount in work.container["volumeMounts"] if not mount.get("readOnly")]
+    writable = [
+        mount["mountPath"] for mount in work.container["volumeMounts"] if not mount.get("readOnly")
+    ]
     for name in ("HOME", "BENTOML_HOME", "TMPDIR", "HF_HOME"):
         path = Path(work.env.get(name, "/tmp"))
         if not any(path.is_relative_to(mount) for mount in writable):
@@ -488,7 +611,9 @@ def volume_problems(work: Workload, documents: list[Document]) -> Iterator[str]:
             if claim is None:
                 yield f"there is no claim {volume['persistentVolumeClaim']['claimName']}"
             elif not all(
-                mount.get("readOnly") for mount in work.container["volumeMounts"] if mount["name"] == volume["name"]
+                mount.get("readOnly")
+                for mount in work.container["volumeMounts"]
+                if mount["name"] == volume["name"]
             ):
                 yield "the servers may write to a volume that they share"
 
@@ -497,14 +622,21 @@ def resource_problems(work: Workload) -> Iterator[str]:
     requests, limits = (work.container["resources"].get(key, {}) for key in ("requests", "limits"))
     try:
         for key in ("cpu", "memory"):
-            if key not in requests or quantity(requests[key]) > quantity(limits.get(key, requests[key])):
+            if key not in requests or quantity(requests[key]) > quantity(
+                limits.get(key, requests[key])
+            ):
                 yield f"{key} has no request, or one over its limit"
         disks = [
-            one["emptyDir"] for one in work.pod["volumes"] if "emptyDir" in one and "medium" not in one["emptyDir"]
+            one["emptyDir"]
+            for one in work.pod["volumes"]
+            if "emptyDir" in one and "medium" not in one["emptyDir"]
         ]
         scratch = sum(quantity(disk.get("sizeLimit", "1")) for disk in disks)
         if quantity(requests.get("ephemeral-storage", "0")) < scratch:
-            yield f"ephemeral-storage is requested for less than {scratch:.0f} bytes, the emptyDirs' limits"
+            yield (
+                f"ephemeral-storage is requested for less than {scratch:.0f} bytes, the emptyDirs' "
+                f"limits"
+            )
         if "memory" not in limits:
             yield "memory has no limit"
         if requests.get(GPU) != limits.get(GPU):
@@ -517,25 +649,40 @@ def resource_problems(work: Workload) -> Iterator[str]:
         return
     if requests.get(GPU) != "1":
         yield f"one process drives one GPU, but {requests.get(GPU)} are requested"
-    if not any(item["key"] == GPU and item["operator"] == "Exists" for item in work.pod.get("tolerations", [])):
+    if not any(
+        item["key"] == GPU and item["operator"] == "Exists"
+        for item in work.pod.get("tolerations", [])
+    ):
         yield f"no toleration of {GPU}"
     if work.env.get("PYTORCH_CUDA_ALLOC_CONF") != "expandable_segments:True":
         yield "PYTORCH_CUDA_ALLOC_CONF lets memory fragment"
-    shared = [mount["name"] for mount in work.container["volumeMounts"] if mount["mountPath"] == "/dev/shm"]
-    memory = [volume["name"] for volume in work.pod["volumes"] if volume.get("emptyDir", {}).get("medium") == "Memory"]
+    shared = [
+        mount["name"]
+        for mount in work.container["volumeMounts"]
+        if mount["mountPath"] == "/dev/shm"
+    ]
+    memory = [
+        volume["name"]
+        for volume in work.pod["volumes"]
+        if volume.get("emptyDir", {}).get("medium") == "Memory"
+    ]
     if not shared or not set(shared) <= set(memory):
         yield "/dev/shm is not memory"
 
 
 def deployment_problems(deployment: Document) -> Iterator[str]:
-    if not selects(deployment["spec"]["selector"], deployment["spec"]["template"]["metadata"]["labels"]):
+    if not selects(
+        deployment["spec"]["selector"], deployment["spec"]["template"]["metadata"]["labels"]
+    ):
         yield "the Deployment's selector is not in its pods' labels"
 
 
 def companion_problems(work: Workload, documents: list[Document]) -> Iterator[str]:
     """What must stand beside every workload and point at its pods."""
     spread = work.pod.get("topologySpreadConstraints", [])
-    if not spread or not all(selects(constraint["labelSelector"], work.labels) for constraint in spread):
+    if not spread or not all(
+        selects(constraint["labelSelector"], work.labels) for constraint in spread
+    ):
         yield "no topology spread of these pods"
     if any(constraint.get("matchLabelKeys") != ["pod-template-hash"] for constraint in spread):
         yield "in a rollout the topology spread counts the old pods"
@@ -548,7 +695,9 @@ def companion_problems(work: Workload, documents: list[Document]) -> Iterator[st
     policies = [policy["spec"] for policy in of_kind(documents, "NetworkPolicy")]
     if not any(selects(policy["podSelector"], work.labels) for policy in policies):
         yield "no NetworkPolicy selects these pods"
-    opened = {port["port"] for policy in policies for rule in policy["ingress"] for port in rule["ports"]}
+    opened = {
+        port["port"] for policy in policies for rule in policy["ingress"] for port in rule["ports"]
+    }
     if not opened <= ports:
         yield f"a NetworkPolicy opens {opened}, but the ports are {ports}"
     fetches = "storageUri" in work.container  # the initializer, in the same pod
@@ -556,7 +705,12 @@ def companion_problems(work: Workload, documents: list[Document]) -> Iterator[st
         yield "an empty egress is dropped by the API server, and each diff shows it"
     if any("Egress" not in policy["policyTypes"] for policy in policies):
         yield "a NetworkPolicy lets everything out"
-    out = {port["port"] for policy in policies for rule in policy.get("egress", []) for port in rule["ports"]}
+    out = {
+        port["port"]
+        for policy in policies
+        for rule in policy.get("egress", [])
+        for port in rule["ports"]
+    }
     if out != ({53, 443} if fetches else set()):
         yield f"a NetworkPolicy lets out to {out or 'nothing'}"
     for service in of_kind(documents, "Service"):
@@ -584,9 +738,13 @@ def autoscaler_problems(documents: list[Document]) -> Iterator[str]:
             yield from scaled_object_problems(scaler, work, set(works))
         else:
             least, most, behavior = spec["minReplicas"], spec["maxReplicas"], spec["behavior"]
-            metrics = [metric[metric["type"][0].lower() + metric["type"][1:]] for metric in spec["metrics"]]
+            metrics = [
+                metric[metric["type"][0].lower() + metric["type"][1:]] for metric in spec["metrics"]
+            ]
             values = [
-                metric["target"].get(metric["target"]["type"][0].lower() + metric["target"]["type"][1:])
+                metric["target"].get(
+                    metric["target"]["type"][0].lower() + metric["target"]["type"][1:]
+                )
                 for metric in metrics
             ]
         if not 1 <= least <= most:
@@ -597,11 +755,19 @@ def autoscaler_problems(documents: list[Document]) -> Iterator[str]:
         if None in values:
             yield f"a metric of the {scaler['kind']} has no target value"
         elif set(values) != {annotations.get(THRESHOLD)}:
-            yield f"the {scaler['kind']}'s thresholds are {values}, not those of the annotation {THRESHOLD}"
+            yield (
+                f"the {scaler['kind']}'s thresholds are {values}, not those of the annotation "
+                f"{THRESHOLD}"
+            )
         else:
             yield from threshold_problems(work, quantity(values[0]))
         for service in of_kind(documents, "Service"):
-            kept = service["spec"].get("sessionAffinityConfig", {}).get("clientIP", {}).get("timeoutSeconds", 10_800)
+            kept = (
+                service["spec"]
+                .get("sessionAffinityConfig", {})
+                .get("clientIP", {})
+                .get("timeoutSeconds", 10_800)
+            )
             if (
                 service["spec"].get("sessionAffinity") != "ClientIP"
                 or kept < Settings.model_fields["keep_seconds"].default
@@ -623,7 +789,10 @@ def threshold_problems(work: Workload, threshold: float) -> Iterator[str]:
         if threshold < longest:
             yield f"a replica is added at {threshold:g} s, less than one full batch's {longest:g} s"
         if bridged(work, threshold) > settings.max_queue:
-            yield f"{bridged(work, threshold):.0f} requests come before a replica has started: they are refused"
+            yield (
+                f"{bridged(work, threshold):.0f} requests come before a replica has started: they "
+                f"are refused"
+            )
 
 
 def scaled_object_problems(scaler: Document, work: Workload, names: set[str]) -> Iterator[str]:
@@ -643,14 +812,17 @@ def scaled_object_problems(scaler: Document, work: Workload, names: set[str]) ->
         if labels.get("namespace") != work.namespace:
             yield f"the query's namespace is not {work.namespace!r}"
         chosen = {
-            name for name in names | {"stepweave", "stepweave-predictor"} if pod_matches(labels.get("pod", ""), name)
+            name
+            for name in names | {"stepweave", "stepweave-predictor"}
+            if pod_matches(labels.get("pod", ""), name)
         }
         if chosen != {work.name}:
             yield f"the query's pods are those of {sorted(chosen)}, not of {work.name!r}"
 
 
 def is_one_series(query: str) -> bool:
-    """Whether the query is a plain sum, which is one series without labels and there as soon as one pod is scraped."""
+    """Whether the query is a plain sum, which is one series without labels and there as soon as one
+    pod is scraped."""
     return re.fullmatch(r"sum\(\w+(\{[^{}]*(\{\d+\})?[^{}]*\})?\)", query) is not None
 
 
@@ -660,16 +832,25 @@ def pod_matches(pattern: str, deployment: str) -> bool:
 
 def kserve_problems(documents: list[Document]) -> Iterator[str]:
     """KServe's own rules, which its CRD does not hold."""
-    scaled = {scaler["spec"]["scaleTargetRef"]["name"] for scaler in of_kind(documents, "ScaledObject")}
+    scaled = {
+        scaler["spec"]["scaleTargetRef"]["name"] for scaler in of_kind(documents, "ScaledObject")
+    }
     runtimes = of_kind(documents, "ClusterServingRuntime")
     for service in of_kind(documents, "InferenceService"):
-        annotations, predictor = service["metadata"].get("annotations", {}), service["spec"]["predictor"]
+        annotations, predictor = (
+            service["metadata"].get("annotations", {}),
+            service["spec"]["predictor"],
+        )
         mode = annotations.get("serving.kserve.io/deploymentMode")
         scaling = annotations.get("serving.kserve.io/autoscalerClass", "hpa")
         if mode not in {"Standard", "Knative"}:
             yield f"KServe has no deploymentMode {mode!r}"
         if mode == "Standard":
-            yield from (f"{key} is Knative's" for key in ("containerConcurrency", "scaleTarget") if key in predictor)
+            yield from (
+                f"{key} is Knative's"
+                for key in ("containerConcurrency", "scaleTarget")
+                if key in predictor
+            )
             if predictor.get("scaleMetric") in {"concurrency", "rps"}:
                 yield f"scaleMetric {predictor['scaleMetric']} is Knative's"
         if scaling not in KSERVE_AUTOSCALERS:
@@ -684,7 +865,9 @@ def kserve_problems(documents: list[Document]) -> Iterator[str]:
                     yield "an External metric has no query"
                 if scaling == "keda" and "value" not in metric["external"]["target"]:
                     yield "KServe passes on nothing but target.value"
-        if predictor.get("minReplicas", 1) > predictor.get("maxReplicas", predictor.get("minReplicas", 1)):
+        if predictor.get("minReplicas", 1) > predictor.get(
+            "maxReplicas", predictor.get("minReplicas", 1)
+        ):
             yield "minReplicas > maxReplicas"
         if (scaling == "external") != (f"{service['metadata']['name']}-predictor" in scaled):
             yield f"autoscalerClass {scaling} and the ScaledObjects disagree"
@@ -692,7 +875,9 @@ def kserve_problems(documents: list[Document]) -> Iterator[str]:
         if runtime is None:
             yield "no runtime supports the model's format and protocol"
         elif (
-            predictor["model"].get("readinessProbe", runtime["spec"]["containers"][0]["readinessProbe"])
+            predictor["model"].get(
+                "readinessProbe", runtime["spec"]["containers"][0]["readinessProbe"]
+            )
             != (runtime["spec"]["containers"][0]["readinessProbe"])
         ):
             yield "the InferenceService's readinessProbe is not the runtime's"
@@ -702,7 +887,8 @@ def kserve_problems(documents: list[Document]) -> Iterator[str]:
 
 
 def route_problems(service: Document, work: Workload) -> Iterator[str]:
-    """KServe's HTTPRoute ends an answer after `timeout`: one that waits for a full queue must not be ended."""
+    """KServe's HTTPRoute ends an answer after `timeout`: one that waits for a full queue must not
+    be ended."""
     given = service["spec"]["predictor"].get("timeout", KSERVE_TIMEOUT)
     with contextlib.suppress(ConfigError):
         if given < settings_of(work).grace:
@@ -718,7 +904,9 @@ def storage_problems(service: Document, containers: list[Document]) -> Iterator[
     spec = {one["metadata"]["name"]: one["spec"] for one in containers}.get(name or "")
     if name is not None and spec is None:
         yield f"there is no ClusterStorageContainer {name}"
-    elif spec is not None and not any(uri.startswith(one["prefix"]) for one in spec["supportedUriFormats"]):
+    elif spec is not None and not any(
+        uri.startswith(one["prefix"]) for one in spec["supportedUriFormats"]
+    ):
         yield f"the ClusterStorageContainer does not know {uri}"
     if uri.startswith(("pvc://", "oci://")):  # mounted
         return
@@ -729,14 +917,20 @@ def storage_problems(service: Document, containers: list[Document]) -> Iterator[
         yield f"the storage initializer has less than {INITIALIZER_MEMORY} of memory"
     given = {item["name"]: item.get("value") for item in spec["container"]["env"]}
     if given.get("HF_XET_HIGH_PERFORMANCE") != "0":
-        yield "the storage initializer buffers 16 GB and more: KServe sets HF_XET_HIGH_PERFORMANCE where it is not set"
+        yield (
+            "the storage initializer buffers 16 GB and more: KServe sets HF_XET_HIGH_PERFORMANCE "
+            "where it is not set"
+        )
     match = re.fullmatch(r"(\d+)gb", given.get("HF_XET_RECONSTRUCTION_DOWNLOAD_BUFFER_LIMIT") or "")
     if match is None or int(match[1]) * 2e9 > quantity(INITIALIZER_MEMORY):
         yield "the storage initializer's buffers may take more than half of its memory"
 
 
 def scope_problems(documents: list[Document]) -> Iterator[str]:
-    spaces = {one["metadata"]["namespace"] for one in of_kind(documents, "Deployment", "InferenceService", "Job")}
+    spaces = {
+        one["metadata"]["namespace"]
+        for one in of_kind(documents, "Deployment", "InferenceService", "Job")
+    }
     for document in documents:
         given = document["metadata"].get("namespace")
         if (given is not None) if document["kind"] in CLUSTER_SCOPED else ({given} != spaces):
@@ -757,14 +951,28 @@ def exposed() -> frozenset[str]:
 
 def problems(documents: list[Document]) -> list[str]:
     """Everything wrong with what one `kubectl apply -k` would bring."""
-    found = [*scope_problems(documents), *autoscaler_problems(documents), *kserve_problems(documents)]
+    found = [
+        *scope_problems(documents),
+        *autoscaler_problems(documents),
+        *kserve_problems(documents),
+    ]
     for deployment in of_kind(documents, "Deployment"):
         found += deployment_problems(deployment)
     for work in workloads(documents):
-        found += [*probe_problems(work), *grace_problems(work), *security_problems(work), *resource_problems(work)]
+        found += [
+            *probe_problems(work),
+            *grace_problems(work),
+            *security_problems(work),
+            *resource_problems(work),
+        ]
         found += [*volume_problems(work, documents), *companion_problems(work, documents)]
         found += [*failure_problems(work), *account_problems(work.pod, documents)]
-        found += [*drain_problems(work), *state_problems(work), *secret_problems(work), *url_problems(work)]
+        found += [
+            *drain_problems(work),
+            *state_problems(work),
+            *secret_problems(work),
+            *url_problems(work),
+        ]
     named = {name for text in strings(documents) for name in re.findall(r"\bstepweave_\w+", text)}
     return found + [f"the server exposes no {name}" for name in sorted(named - exposed())]
 
@@ -783,18 +991,28 @@ def test_the_overlays_are_those_of_the_readme_and_use_every_component() -> None:
     readme = (K8S / "README.md").read_text()
     assert set(re.findall(r"^\| `([a-z-]+)` \| ", readme, re.MULTILINE)) == set(OVERLAYS)
     texts = readme + "".join(path.read_text() for path in K8S.glob("overlays/*/kustomization.yaml"))
-    assert all(re.search(rf"components/{path.name}(\?.*)?\n", texts) for path in K8S.glob("components/*"))
+    assert all(
+        re.search(rf"components/{path.name}(\?.*)?\n", texts) for path in K8S.glob("components/*")
+    )
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_an_overlay_has_all_that_it_names_once_what_the_readme_says_is_applied(name: str) -> None:
-    own, before = render(f"overlays/{name}"), [one for folder in first_of(name) for one in render(folder)]
-    there = {(one["kind"], one["metadata"].get("namespace"), one["metadata"]["name"]) for one in [*before, *own]}
+    own, before = (
+        render(f"overlays/{name}"),
+        [one for folder in first_of(name) for one in render(folder)],
+    )
+    there = {
+        (one["kind"], one["metadata"].get("namespace"), one["metadata"]["name"])
+        for one in [*before, *own]
+    }
     for document in [one for one in [*before, *own] if one["kind"] not in CLUSTER_SCOPED]:
         assert ("Namespace", None, document["metadata"]["namespace"]) in there, document
     (work,) = workloads(overlay(name))
     claims = [
-        one["persistentVolumeClaim"]["claimName"] for one in work.pod["volumes"] if "persistentVolumeClaim" in one
+        one["persistentVolumeClaim"]["claimName"]
+        for one in work.pod["volumes"]
+        if "persistentVolumeClaim" in one
     ]
     assert {("PersistentVolumeClaim", work.namespace, claim) for claim in claims} <= there
     for service in of_kind(own, "InferenceService"):
@@ -804,29 +1022,46 @@ def test_an_overlay_has_all_that_it_names_once_what_the_readme_says_is_applied(n
     # the steps to follow say the same, in that order
     for readme in (ROOT / "README.md", K8S / "README.md"):
         text = readme.read_text()
-        steps = [text.find(f"kubectl apply -k k8s/{step}") for step in [*first_of(name), f"overlays/{name}"]]
+        steps = [
+            text.find(f"kubectl apply -k k8s/{step}")
+            for step in [*first_of(name), f"overlays/{name}"]
+        ]
         assert -1 not in steps[:-1]
-        assert [step for step in steps if step != -1] == sorted(step for step in steps if step != -1)
+        assert [step for step in steps if step != -1] == sorted(
+            step for step in steps if step != -1
+        )
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_deleting_an_overlay_takes_nothing_from_others(name: str) -> None:
-    """Neither models nor keys, nor anything that another kustomization brings or uses, nor what is the cluster's."""
+    """Neither models nor keys, nor anything that another kustomization brings or uses, nor what is
+    the cluster's."""
     mine = render(f"overlays/{name}")
-    assert not of_kind(mine, "PersistentVolumeClaim", "Secret", "ClusterServingRuntime", "ClusterStorageContainer")
+    assert not of_kind(
+        mine, "PersistentVolumeClaim", "Secret", "ClusterServingRuntime", "ClusterStorageContainer"
+    )
     spaces = {one["metadata"]["name"] for one in of_kind(mine, "Namespace")}
-    parts = {path.parent for path in K8S.glob("*/kustomization.yaml")} - {K8S / "base", K8S / "namespace"}
+    parts = {path.parent for path in K8S.glob("*/kustomization.yaml")} - {
+        K8S / "base",
+        K8S / "namespace",
+    }
     for other in [*parts, *(K8S / "overlays" / one for one in OVERLAYS if one != name)]:
         for document in yaml.safe_load_all(_rendered(other)):
             assert document["metadata"].get("namespace") not in spaces, other
-            assert document["kind"] != "Namespace" or document["metadata"]["name"] not in spaces, other
+            assert document["kind"] != "Namespace" or document["metadata"]["name"] not in spaces, (
+                other
+            )
     kept = {(one["kind"], one["metadata"].get("namespace"), one["metadata"]["name"])
             for folder in parts for one in yaml.safe_load_all(_rendered(folder))}  # fmt: skip
-    assert not kept & {(one["kind"], one["metadata"].get("namespace"), one["metadata"]["name"]) for one in mine}
+    assert not kept & {
+        (one["kind"], one["metadata"].get("namespace"), one["metadata"]["name"]) for one in mine
+    }
 
 
 def test_both_pods_drain_alike() -> None:
-    demo, own, kserve = (workloads(overlay(name))[0].container["lifecycle"] for name in ("cpu-demo", "gpu", "kserve"))
+    demo, own, kserve = (
+        workloads(overlay(name))[0].container["lifecycle"] for name in ("cpu-demo", "gpu", "kserve")
+    )
     assert demo == own == kserve
 
 
@@ -842,7 +1077,8 @@ def test_a_rollout_of_the_demo_finds_room_on_a_node_of_two_cores() -> None:
 
 
 def run_pre_stop(port: int, state: Path, *, sleeps: bool = False) -> int:
-    """The manifest's own command with the given port and state directory, and without its sleeps if so; its exit status."""
+    """The manifest's own command with the given port and state directory, and without its sleeps if
+    so; its exit status."""
     (work,) = workloads(overlay("gpu"))
     *_, script = command = list(work.container["lifecycle"]["preStop"]["exec"]["command"])
     command[0] = sys.executable
@@ -852,12 +1088,18 @@ def run_pre_stop(port: int, state: Path, *, sleeps: bool = False) -> int:
     assert "/var/lib/stepweave/" in command[-1]
     command[-1] = command[-1].replace("/var/lib/stepweave/", f"{state}/")
     assert str(port) in command[-1]
-    return subprocess.run(command, timeout=SECONDS, env={"http_proxy": "http://127.0.0.1:9"}).returncode
+    return subprocess.run(
+        command, timeout=SECONDS, env={"http_proxy": "http://127.0.0.1:9"}
+    ).returncode
 
 
-def test_pre_stop_drains_the_server_in_its_pod(in_process: Callable[..., InProcess], tmp_path: Path) -> None:
+def test_pre_stop_drains_the_server_in_its_pod(
+    in_process: Callable[..., InProcess], tmp_path: Path
+) -> None:
     made, port = in_process(state_dir=str(tmp_path), drain_notice=0), free_port()
-    runner = uvicorn.Server(uvicorn.Config(made.client.app, "127.0.0.1", port, lifespan="off", log_level="warning"))
+    runner = uvicorn.Server(
+        uvicorn.Config(made.client.app, "127.0.0.1", port, lifespan="off", log_level="warning")
+    )
     thread = threading.Thread(target=runner.run)
     thread.start()
     try:
@@ -883,7 +1125,9 @@ def test_pre_stop_does_not_fail_when_the_server_is_gone(tmp_path: Path) -> None:
 
 
 def blocks_of_the_readme() -> list[Document]:
-    texts = re.findall(r"^```yaml\n(.*?)^```", (K8S / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    texts = re.findall(
+        r"^```yaml\n(.*?)^```", (K8S / "README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
     return [document for text in texts for document in yaml.safe_load_all(text)]
 
 
@@ -913,7 +1157,10 @@ def test_the_readmes_route_lets_through_what_the_server_takes() -> None:
     (service,) = of_kind(overlay("gpu"), "Service")
     (rule,) = route["spec"]["rules"]
     (backend,) = rule["backendRefs"]
-    assert (backend["name"], route["metadata"]["namespace"]) == ("stepweave", service["metadata"]["namespace"])
+    assert (backend["name"], route["metadata"]["namespace"]) == (
+        "stepweave",
+        service["metadata"]["namespace"],
+    )
     assert backend["port"] in {port["port"] for port in service["spec"]["ports"]}
     # a limit would end a stream; 0s is none (GEP-2257)
     assert rule["timeouts"] == {"request": "0s", "backendRequest": "0s"}
@@ -928,10 +1175,18 @@ def test_the_readmes_route_fits_its_schema() -> None:
 
 
 def of_the_readme(*texts: str) -> Document:
-    """The one block that has all `texts` in it, its resources and components taken from this project."""
-    (block,) = [block for block in blocks_of_the_readme() if all(text in json.dumps(block) for text in texts)]
+    """The one block that has all `texts` in it, its resources and components taken from this
+    project."""
+    (block,) = [
+        block
+        for block in blocks_of_the_readme()
+        if all(text in json.dumps(block) for text in texts)
+    ]
     for key in ("resources", "components"):
-        block[key] = [re.sub(r"https://[^?]*//([^?]*)(\?ref=main)?", r"../\1", one) for one in block.get(key, [])]
+        block[key] = [
+            re.sub(r"https://[^?]*//([^?]*)(\?ref=main)?", r"../\1", one)
+            for one in block.get(key, [])
+        ]
     return block
 
 
@@ -939,7 +1194,10 @@ def test_the_readmes_patch_gives_the_ingress_urls(tmp_path: Path) -> None:
     (ingress,) = of_kind(blocks_of_the_readme(), "Ingress")
     documents = built(tmp_path, {"mine": of_the_readme("STEPWEAVE_BASE_URL")})
     assert problems(documents) == []
-    assert settings_of(workloads(documents)[0]).base_url == f"https://{ingress['spec']['rules'][0]['host']}"
+    assert (
+        settings_of(workloads(documents)[0]).base_url
+        == f"https://{ingress['spec']['rules'][0]['host']}"
+    )
 
 
 def test_the_readmes_own_overlay_is_sound_and_the_autoscaler_follows_it(tmp_path: Path) -> None:
@@ -974,7 +1232,9 @@ def test_the_readmes_patch_has_prometheus_bear_a_key_of_the_same_secret(tmp_path
 
 @pytest.mark.parametrize("name", ["cpu-demo", "gpu", "kserve"])
 def test_the_readmes_numbers_are_those_of_the_manifests(name: str) -> None:
-    table = re.findall(r"^\|(.*)\|$", (K8S / "README.md").read_text().split("## Queue")[1], re.MULTILINE)
+    table = re.findall(
+        r"^\|(.*)\|$", (K8S / "README.md").read_text().split("## Queue")[1], re.MULTILINE
+    )
     rows = [[cell.strip() for cell in line.split("|")] for line in table]
     column = rows[0].index(f"`{name}`")
     told = [row[column] for row in rows[2:]]
@@ -982,9 +1242,16 @@ def test_the_readmes_numbers_are_those_of_the_manifests(name: str) -> None:
     settings = settings_of(work)
     threshold = float(work.document["metadata"]["annotations"][THRESHOLD])
     numbers = [
-        settings.max_rows, budget_of(settings).step, budget_of(settings).decode, settings.max_images, settings.max_steps,
-        settings.max_queue, math.ceil(full_queue(settings)), settings.grace, work.pod["terminationGracePeriodSeconds"],
-    ]  # fmt: skip
+        settings.max_rows,
+        budget_of(settings).step,
+        budget_of(settings).decode,
+        settings.max_images,
+        settings.max_steps,
+        settings.max_queue,
+        math.ceil(full_queue(settings)),
+        settings.grace,
+        work.pod["terminationGracePeriodSeconds"],
+    ]
     if name != "cpu-demo":  # which no autoscaler is meant for
         numbers.append(bridged(work, threshold))
     assert told == [f"{number:g}" for number in numbers] + [""] * (name == "cpu-demo")
@@ -1000,8 +1267,10 @@ def test_the_readmes_worked_example_is_that_of_the_gpu_overlay() -> None:
     images = (one.max_queue + 1) * one.max_images
     batches = math.ceil(images * 2 / one.max_rows)
     assert (
-        f"{one.max_queue + 1} x {one.max_images} = {images} images, {images} x 2 / {one.max_rows} = {batches} batches, "
-        f"{batches} x {one.max_steps} x {budget.step:g} s + {images} x {budget.decode:g} s = {full_queue(one):g} s"
+        f"{one.max_queue + 1} x {one.max_images} = {images} images, {images} x 2 / {one.max_rows} "
+        f"= {batches} batches, "
+        f"{batches} x {one.max_steps} x {budget.step:g} s + {images} x {budget.decode:g} s = "
+        f"{full_queue(one):g} s"
     ) in text
     threshold = float(work.document["metadata"]["annotations"][THRESHOLD])
     rate = one.max_rows / 2 / (USUAL_STEPS * budget.step)
@@ -1010,11 +1279,12 @@ def test_the_readmes_worked_example_is_that_of_the_gpu_overlay() -> None:
     assert one.max_steps == 50
     assert f"({STARTING} s) that a replica takes to start" in text
     assert (
-        f"serves {one.max_rows // 2} in {USUAL_STEPS} s; {threshold:g} s of work are {rate * threshold:g} requests"
-        in text
+        f"serves {one.max_rows // 2} in {USUAL_STEPS} s; {threshold:g} s of work are "
+        f"{rate * threshold:g} requests" in text
     )
     assert (
-        f"half as many come in {STARTING} s again beyond what is served: {rate * EXCESS * STARTING:g}. Together "
+        f"half as many come in {STARTING} s again beyond what is served: "
+        f"{rate * EXCESS * STARTING:g}. Together "
         f"{bridged(work, threshold):g}, and the queue takes {one.max_queue}"
     ) in text
     assert EXCESS == 0.5
@@ -1026,9 +1296,12 @@ def test_the_readmes_example_of_a_model_that_each_pod_fetches_is_that_of_kserve(
     threshold = float(work.document["metadata"]["annotations"][THRESHOLD])
     rate = one.max_rows / 2 / (USUAL_STEPS * budget_of(one).step)
     assert (
-        f"({FETCHING} s), as 21 GB take 170 s at 1 Gbit/s. One replica serves {one.max_rows // 2} in {USUAL_STEPS} s; "
-        f"{threshold:g} s of work are {rate * threshold:g} requests, and half as many come in {FETCHING} s again: "
-        f"{rate * EXCESS * FETCHING:g}. Together {bridged(work, threshold):g}, and the queue takes {one.max_queue}"
+        f"({FETCHING} s), as 21 GB take 170 s at 1 Gbit/s. One replica serves {one.max_rows // 2} "
+        f"in {USUAL_STEPS} s; "
+        f"{threshold:g} s of work are {rate * threshold:g} requests, and half as many come in "
+        f"{FETCHING} s again: "
+        f"{rate * EXCESS * FETCHING:g}. Together {bridged(work, threshold):g}, and the queue takes "
+        f"{one.max_queue}"
     ) in text
     assert one.max_images == 1
     assert work.container["storageUri"].startswith("hf://")
@@ -1051,10 +1324,17 @@ def test_the_job_brings_what_the_servers_read() -> None:
     theirs = {item["name"]: item.get("value") for item in container["env"]}
     for name in ("STEPWEAVE_MODEL", "STEPWEAVE_REVISION", "STEPWEAVE_VARIANT", "HF_HUB_CACHE"):
         assert theirs.get(name) == work.env.get(name), name
-    claims = [[one for one in each["volumes"] if "persistentVolumeClaim" in one] for each in (pod, work.pod)]
+    claims = [
+        [one for one in each["volumes"] if "persistentVolumeClaim" in one]
+        for each in (pod, work.pod)
+    ]
     assert claims[0] == claims[1] != []
     paths = [
-        [mount["mountPath"] for mount in each["volumeMounts"] if mount["name"] == claims[0][0]["name"]]
+        [
+            mount["mountPath"]
+            for mount in each["volumeMounts"]
+            if mount["name"] == claims[0][0]["name"]
+        ]
         for each in (container, work.container)
     ]
     assert paths[0] == paths[1]
@@ -1073,16 +1353,25 @@ def test_the_job_is_as_restricted_as_the_servers_and_reaches_the_hub() -> None:
     labels = job["spec"]["template"]["metadata"]["labels"]
     assert selects(policy["spec"]["podSelector"], labels)
     assert "ingress" not in policy["spec"]
-    assert {port["port"] for rule in policy["spec"]["egress"] for port in rule["ports"]} == {53, 443}
+    assert {port["port"] for rule in policy["spec"]["egress"] for port in rule["ports"]} == {
+        53,
+        443,
+    }
     (service,) = of_kind(overlay("gpu"), "Service")
-    assert not selects({"matchLabels": service["spec"]["selector"]}, labels)  # else it would be sent requests
+    # else it would be sent requests
+    assert not selects({"matchLabels": service["spec"]["selector"]}, labels)
     assert {"ephemeral-storage", "cpu", "memory"} <= set(container["resources"]["requests"])
     assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
 
 
 def test_the_readmes_models_are_those_of_its_own_overlay(tmp_path: Path) -> None:
-    documents = built(tmp_path, {"my-models": of_the_readme("registry.example.org/stepweave", "batch/v1"),
-                                 "mine": of_the_readme("registry.example.org/stepweave", "apps/v1")})  # fmt: skip
+    documents = built(
+        tmp_path,
+        {
+            "my-models": of_the_readme("registry.example.org/stepweave", "batch/v1"),
+            "mine": of_the_readme("registry.example.org/stepweave", "apps/v1"),
+        },
+    )
     pod, container = job_of(documents)
     (work,) = workloads(list(yaml.safe_load_all(_rendered(tmp_path / "mine"))))
     theirs = {item["name"]: item.get("value") for item in container["env"]}
@@ -1106,9 +1395,16 @@ def run_job(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[s
     """The Job's own command and variables, with another cache."""
     _, container = job_of(render("models"))
     given = {item["name"]: item["value"] for item in container["env"] if "value" in item}
-    given |= {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT / "src"), "HOME": str(tmp_path), **environment}
+    given |= {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(ROOT / "src"),
+        "HOME": str(tmp_path),
+        **environment,
+    }
     command = [sys.executable, *container["command"][1:]]
-    return subprocess.run(command, env=given, cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS)
+    return subprocess.run(
+        command, env=given, cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS
+    )
 
 
 @pytest.mark.full
@@ -1130,15 +1426,20 @@ def test_a_job_that_cannot_write_says_who_owns_the_volume(tmp_path: Path) -> Non
     assert ended.returncode == 1
     owner = (tmp_path / "file").stat()
     assert ended.stderr.splitlines()[-1] == (
-        f"stepweave: the cache {tmp_path}/file/hub cannot be written to (Not a directory): this is user {os.getuid()}, and "
-        f"{tmp_path}/file belongs to {owner.st_uid}:{owner.st_gid} with mode {owner.st_mode & 0o777:o}"
+        f"stepweave: the cache {tmp_path}/file/hub cannot be written to (Not a directory): this is "
+        f"user {os.getuid()}, and "
+        f"{tmp_path}/file belongs to {owner.st_uid}:{owner.st_gid} with mode "
+        f"{owner.st_mode & 0o777:o}"
     )
 
 
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"STEPWEAVE_MODEL": "shapes", "STEPWEAVE_REVISION": ""}, "STEPWEAVE_MODEL='shapes' is a directory"),
+        (
+            {"STEPWEAVE_MODEL": "shapes", "STEPWEAVE_REVISION": ""},
+            "STEPWEAVE_MODEL='shapes' is a directory",
+        ),
         ({"STEPWEAVE_REVISION": "main"}, "STEPWEAVE_REVISION='main'"),
         pytest.param(
             {"HF_HUB_OFFLINE": "1"},
@@ -1161,7 +1462,9 @@ def test_a_volume_of_roots_is_given_to_the_user_of_the_image(tmp_path: Path) -> 
     for document in documents:
         for version in VERSIONS:
             kubernetes_validate.validate(document, version, strict=True)
-    (claim,), (namespace,) = (of_kind(documents, kind) for kind in ("PersistentVolumeClaim", "Namespace"))
+    (claim,), (namespace,) = (
+        of_kind(documents, kind) for kind in ("PersistentVolumeClaim", "Namespace")
+    )
     assert claim["spec"]["accessModes"] == ["ReadWriteOnce"]
     assert namespace["metadata"]["labels"] == {"pod-security.kubernetes.io/enforce": "baseline"}
     pod, container = job_of(documents)
@@ -1183,8 +1486,15 @@ def test_one_secret_has_the_token_of_the_hub() -> None:
         [item["valueFrom"]["secretKeyRef"] for item in each["env"] if item["name"] == "HF_TOKEN"]
         for each in (container, storage["spec"]["container"])
     ]
-    assert references[0] == references[1] == [{"name": "huggingface", "key": "HF_TOKEN", "optional": True}]
-    assert "create secret generic huggingface --from-literal HF_TOKEN=" in (K8S / "README.md").read_text()
+    assert (
+        references[0]
+        == references[1]
+        == [{"name": "huggingface", "key": "HF_TOKEN", "optional": True}]
+    )
+    assert (
+        "create secret generic huggingface --from-literal HF_TOKEN="
+        in (K8S / "README.md").read_text()
+    )
 
 
 # --- KServe ---
@@ -1192,7 +1502,9 @@ def test_one_secret_has_the_token_of_the_hub() -> None:
 
 def own_services() -> dict[str, Document]:
     """The README's InferenceServices, in a namespace each."""
-    found = {one["metadata"]["name"]: one for one in of_kind(blocks_of_the_readme(), "InferenceService")}
+    found = {
+        one["metadata"]["name"]: one for one in of_kind(blocks_of_the_readme(), "InferenceService")
+    }
     for document in found.values():
         document["metadata"].setdefault("namespace", "default")
     return found
@@ -1208,9 +1520,17 @@ def test_a_minimal_inference_service_finds_the_runtime_and_ends_in_its_time() ->
     work = predictor_of(service, runtimes)
     assert "terminationGracePeriodSeconds" not in work.pod
     settings = settings_of(work)
-    # what runs is told to end before the kubelet kills it, with the time that is left for a step and its results
+    # what runs is told to end before the kubelet kills it, with the time that is left for a step
+    # and its results
     assert pre_stop_seconds(work) + settings.grace + KEEPING_SECONDS <= POD_SECONDS
-    for found in (probe_problems, drain_problems, failure_problems, state_problems, secret_problems, url_problems):
+    for found in (
+        probe_problems,
+        drain_problems,
+        failure_problems,
+        state_problems,
+        secret_problems,
+        url_problems,
+    ):
         assert not list(found(work)), found
     requests = work.container["resources"]["requests"]
     assert GPU not in requests
@@ -1259,7 +1579,8 @@ def test_the_readmes_inference_service_is_sound() -> None:
 
 
 def test_the_storage_initializer_is_kserves_own_but_for_what_is_said() -> None:
-    """It is laid over KServe's own container, whose name it must have; an image would pin a version of KServe."""
+    """It is laid over KServe's own container, whose name it must have; an image would pin a version
+    of KServe."""
     (storage,) = of_kind(overlay("kserve"), "ClusterStorageContainer")
     container = storage["spec"]["container"]
     assert container["name"] == "storage-initializer"
@@ -1267,15 +1588,22 @@ def test_the_storage_initializer_is_kserves_own_but_for_what_is_said() -> None:
     assert storage["spec"]["workloadType"] == "initContainer"
     # others may get it, too
     assert container["resources"]["requests"] == INITIALIZER_REQUEST
-    (said,) = re.findall(r"It is not for ours alone.*?KServe's own\.", (K8S / "README.md").read_text(), re.DOTALL)
-    downloaded = {one["prefix"] for one in storage["spec"]["supportedUriFormats"]} - {"pvc://", "oci://"}
+    (said,) = re.findall(
+        r"It is not for ours alone.*?KServe's own\.", (K8S / "README.md").read_text(), re.DOTALL
+    )
+    downloaded = {one["prefix"] for one in storage["spec"]["supportedUriFormats"]} - {
+        "pvc://",
+        "oci://",
+    }
     assert set(re.findall(r"`(\w+://)`", said)) == downloaded
 
 
 @pytest.mark.parametrize(
     "uri", ["hf://a/b", "s3://a/b", "gs://a/b", "pvc://models/a", "oci://registry.example.org/a:1"]
 )
-def test_the_storage_container_can_be_named_with_whatever_the_runtime_says_it_brings(uri: str) -> None:
+def test_the_storage_container_can_be_named_with_whatever_the_runtime_says_it_brings(
+    uri: str,
+) -> None:
     documents = overlay("kserve")
     at(documents, "InferenceService", *MODEL)["storageUri"] = uri
     assert not list(kserve_problems(documents))
@@ -1296,7 +1624,11 @@ def test_the_readme_names_what_kserves_own_scaled_object_lacks() -> None:
     (scaler,) = of_kind(overlay("kserve-keda"), "ScaledObject")
     text = " ".join((K8S / "README.md").read_text().split("## With KServe")[1].split())
     assert scaler["spec"]["triggers"][0]["metadata"]["ignoreNullValues"] == "false"
-    for lacking in ("a fallback for a Prometheus that is down", "one pod less per five minutes", "`ignoreNullValues`"):
+    for lacking in (
+        "a fallback for a Prometheus that is down",
+        "one pod less per five minutes",
+        "`ignoreNullValues`",
+    ):
         assert lacking in text
 
 
@@ -1315,18 +1647,26 @@ def test_the_adapters_rule_serves_the_metric_that_the_hpa_asks_for() -> None:
     # as the adapter fills it in, for the pods that the HPA asks for
     query = rule["metricsQuery"]
     for placeholder, text in (
-        ("Series", found.name), ("LabelMatchers", 'namespace="stepweave",pod=~"a|b"'), ("GroupBy", "pod"),
-    ):  # fmt: skip
+        ("Series", found.name),
+        ("LabelMatchers", 'namespace="stepweave",pod=~"a|b"'),
+        ("GroupBy", "pod"),
+    ):
         assert f"<<.{placeholder}>>" in query
         query = query.replace(f"<<.{placeholder}>>", text)
     parsed = promql_parser.parse(query)
-    assert (str(parsed.op), parsed.modifier.labels, parsed.expr.name) == ("sum", ["pod"], found.name)
+    assert (str(parsed.op), parsed.modifier.labels, parsed.expr.name) == (
+        "sum",
+        ["pod"],
+        found.name,
+    )
     readme = " ".join((K8S / "README.md").read_text().split())
     assert "components/hpa/prometheus-adapter.yaml" in readme
     assert "Helm replaces lists" in readme  # so it would take one's own rules away
 
 
-@pytest.mark.parametrize("path", sorted(K8S.rglob("*.yaml")), ids=lambda path: str(path.relative_to(K8S)))
+@pytest.mark.parametrize(
+    "path", sorted(K8S.rglob("*.yaml")), ids=lambda path: str(path.relative_to(K8S))
+)
 def test_every_file_begins_with_its_reason(path: Path) -> None:
     assert path.read_text().startswith("# ")
 
@@ -1336,23 +1676,34 @@ def test_the_two_autoscalers_scale_alike() -> None:
     (keda,) = of_kind(overlay("gpu-keda"), "ScaledObject")
     hpa, keda = hpa["spec"], keda["spec"]
     assert keda["advanced"]["horizontalPodAutoscalerConfig"]["behavior"] == hpa["behavior"]
-    assert (keda["minReplicaCount"], keda["maxReplicaCount"]) == (hpa["minReplicas"], hpa["maxReplicas"])
+    assert (keda["minReplicaCount"], keda["maxReplicaCount"]) == (
+        hpa["minReplicas"],
+        hpa["maxReplicas"],
+    )
     metric = hpa["metrics"][0]["pods"]
     assert metric["target"]["averageValue"] == keda["triggers"][0]["metadata"]["threshold"]
     assert f"sum({metric['metric']['name']}{{" in keda["triggers"][0]["metadata"]["query"]
 
 
 @pytest.mark.parametrize(
-    ("resource", "components"), [("gpu", ["hpa", "keda"]), ("gpu-hpa", ["keda"]), ("gpu-keda", ["hpa"])]
+    ("resource", "components"),
+    [("gpu", ["hpa", "keda"]), ("gpu-hpa", ["keda"]), ("gpu-keda", ["hpa"])],
 )
-def test_two_autoscalers_cannot_be_built(tmp_path: Path, resource: str, components: list[str]) -> None:
+def test_two_autoscalers_cannot_be_built(
+    tmp_path: Path, resource: str, components: list[str]
+) -> None:
     render("overlays/gpu")  # skips where there is no kubectl
     shutil.copytree(K8S, tmp_path / "k8s")
     both = tmp_path / "k8s" / "overlays" / "both"
     both.mkdir()
-    content = {"resources": [f"../{resource}"], "components": [f"../../components/{name}" for name in components]}
+    content = {
+        "resources": [f"../{resource}"],
+        "components": [f"../../components/{name}" for name in components],
+    }
     (both / "kustomization.yaml").write_text(yaml.safe_dump(content))
-    result = subprocess.run(["kubectl", "kustomize", str(both)], capture_output=True, text=True, timeout=SECONDS)
+    result = subprocess.run(
+        ["kubectl", "kustomize", str(both)], capture_output=True, text=True, timeout=SECONDS
+    )
     assert result.returncode != 0
     assert "/spec/replicas" in result.stderr
 
@@ -1368,14 +1719,19 @@ def environment_of(work: Workload, folder: Path, model: Path) -> dict[str, str]:
             environment[name] = str(model)
         elif value.startswith("/"):
             (folder / name).mkdir()
-            environment[name] = str(folder / name / "clients" if name.endswith("_FILE") else folder / name)
+            environment[name] = str(
+                folder / name / "clients" if name.endswith("_FILE") else folder / name
+            )
     return environment
 
 
 def metrics_named() -> set[str]:
     """By all overlays, the adapter's rule and the README."""
     texts = [_rendered(K8S / "overlays" / name) for name in OVERLAYS]
-    texts += [(K8S / "components" / "hpa" / "prometheus-adapter.yaml").read_text(), (K8S / "README.md").read_text()]
+    texts += [
+        (K8S / "components" / "hpa" / "prometheus-adapter.yaml").read_text(),
+        (K8S / "README.md").read_text(),
+    ]
     return {name for text in texts for name in re.findall(r"\bstepweave_\w+", text)}
 
 
@@ -1396,13 +1752,20 @@ def check_probes_and_metrics(work: Workload, client: httpx.Client) -> None:
 
 
 def check_limits(work: Workload, client: httpx.Client) -> dict[str, Any]:
-    """That the limits of the pod's environment are told and kept; returns a request at all of them."""
-    named = {name: int(value) for name, value in work.env.items() if re.fullmatch(r"STEPWEAVE_MAX_\w+", name)}
+    """That the limits of the pod's environment are told and kept; returns a request at all of
+    them."""
+    named = {
+        name: int(value)
+        for name, value in work.env.items()
+        if re.fullmatch(r"STEPWEAVE_MAX_\w+", name)
+    }
     told = client.get("/v1/models").json()["data"][0]["stepweave"]
     assert told["max_num_inference_steps"] == named["STEPWEAVE_MAX_STEPS"]
     assert told["max_images"] == named["STEPWEAVE_MAX_IMAGES"]
     assert told["max_pixels"] == named["STEPWEAVE_MAX_PIXELS"]
-    assert told["max_input_pixels"] == named.get("STEPWEAVE_MAX_INPUT_PIXELS", told["max_input_pixels"])
+    assert told["max_input_pixels"] == named.get(
+        "STEPWEAVE_MAX_INPUT_PIXELS", told["max_input_pixels"]
+    )
     side = min(math.isqrt(told["max_pixels"]), told["max_side"])
     most = {
         "prompt": "a red circle",
@@ -1422,10 +1785,13 @@ def check_limits(work: Workload, client: httpx.Client) -> dict[str, Any]:
 
 
 def check_queue(work: Workload, client: httpx.Client, body: dict[str, Any]) -> list[str]:
-    """That as many requests are taken as the pod's environment says, and no more; the jobs of those taken."""
+    """That as many requests are taken as the pod's environment says, and no more; the jobs of those
+    taken."""
     most, taken = int(work.env["STEPWEAVE_MAX_QUEUE"]) + 1, []
     for _ in range(10 * most):  # some may be done meanwhile
-        answer = client.post("/v1/images/generations", json=body, headers={"Prefer": "respond-async"})
+        answer = client.post(
+            "/v1/images/generations", json=body, headers={"Prefer": "respond-async"}
+        )
         if answer.status_code != 202:
             break
         taken.append(answer.headers["Location"])
@@ -1436,13 +1802,20 @@ def check_queue(work: Workload, client: httpx.Client, body: dict[str, Any]) -> l
     return taken
 
 
-def check_end(work: Workload, environment: dict[str, str], server: Served, client: httpx.Client, job: str) -> None:
-    """preStop with its own times, while a job runs: work is taken for as long as is announced, then refused; then SIGTERM."""
-    notice = float(environment.get("STEPWEAVE_DRAIN_NOTICE", Settings.model_fields["drain_notice"].default))
+def check_end(
+    work: Workload, environment: dict[str, str], server: Served, client: httpx.Client, job: str
+) -> None:
+    """preStop with its own times, while a job runs: work is taken for as long as is announced, then
+    refused; then SIGTERM."""
+    notice = float(
+        environment.get("STEPWEAVE_DRAIN_NOTICE", Settings.model_fields["drain_notice"].default)
+    )
     body = {"prompt": "a red circle", "num_inference_steps": 1}
     began = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
-        ending = pool.submit(run_pre_stop, server.port, Path(environment["STEPWEAVE_STATE_DIR"]), sleeps=True)
+        ending = pool.submit(
+            run_pre_stop, server.port, Path(environment["STEPWEAVE_STATE_DIR"]), sleeps=True
+        )
         wait_until(lambda: client.get("/readyz").status_code == 503)
         assert client.get("/livez").status_code == 200
         while True:
@@ -1451,7 +1824,9 @@ def check_end(work: Workload, environment: dict[str, str], server: Served, clien
             if answer.status_code != 200:
                 break
         assert time.monotonic() - began >= notice, "refused before the notice was over"
-        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining"), answer.text
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining"), (
+            answer.text
+        )
         assert int(answer.headers["retry-after"]) > 0
         wait_until(lambda: client.get(job).json()["state"] not in ("queued", "running"))
         assert client.get(job).json()["state"] == "succeeded"
@@ -1460,7 +1835,8 @@ def check_end(work: Workload, environment: dict[str, str], server: Served, clien
 
 
 def test_a_real_server_has_what_the_demo_names(tmp_path: Path) -> None:
-    """Started with the Deployment's own environment, and asked by its names, to its limits and to its end."""
+    """Started with the Deployment's own environment, and asked by its names, to its limits and to
+    its end."""
     (work,) = workloads(overlay("cpu-demo"))
     environment = environment_of(work, tmp_path, EMBEDDED_MODEL)
     with (
@@ -1470,7 +1846,10 @@ def test_a_real_server_has_what_the_demo_names(tmp_path: Path) -> None:
         server.wait_until_ready()
         check_probes_and_metrics(work, client)
         body = {"prompt": "a red circle", "num_inference_steps": 1, "response_format": "url"}
-        for host, status in ((f"{work.name}.{work.namespace}.svc:80", 200), (f"{work.name}.other", 400)):
+        for host, status in (
+            (f"{work.name}.{work.namespace}.svc:80", 200),
+            (f"{work.name}.other", 400),
+        ):
             answer = client.post("/v1/images/generations", json=body, headers={"Host": host})
             assert answer.status_code == status, answer.text
         assert answer.json()["error"]["code"] == "no_base_url"
@@ -1481,13 +1860,18 @@ def test_a_real_server_has_what_the_demo_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_a_real_server_reads_the_model_of_the_volume_which_it_cannot_write_to(tmp_path: Path) -> None:
-    """The environment of the GPU's Deployment but for the device, with the embedded model under the other's name, offline."""
+def test_a_real_server_reads_the_model_of_the_volume_which_it_cannot_write_to(
+    tmp_path: Path,
+) -> None:
+    """The environment of the GPU's Deployment but for the device, with the embedded model under the
+    other's name, offline."""
     wrapper: list[str] = []
     if os.geteuid() == 0:  # whom no mode keeps from writing, but for this
         wrapper = ["setpriv", "--bounding-set=-dac_override"]
         if shutil.which("setpriv") is None:
-            pytest.skip("NOT CHECKED: this is root, and there is no setpriv to have it respect modes")
+            pytest.skip(
+                "NOT CHECKED: this is root, and there is no setpriv to have it respect modes"
+            )
     (work,) = workloads(overlay("gpu"))
     environment = environment_of(work, tmp_path, EMBEDDED_MODEL)
     environment |= {"STEPWEAVE_DEVICE": "cpu", "STEPWEAVE_CPU_THREADS": "1"}
@@ -1498,17 +1882,23 @@ def test_a_real_server_reads_the_model_of_the_volume_which_it_cannot_write_to(tm
     for place in places:
         place.chmod(0o555 if place.is_dir() else 0o444)
     try:
-        touched = subprocess.run([*wrapper, "touch", str(folder / "file")], capture_output=True, timeout=SECONDS)
+        touched = subprocess.run(
+            [*wrapper, "touch", str(folder / "file")], capture_output=True, timeout=SECONDS
+        )
         assert touched.returncode != 0
         with (
-            serve(tmp_path / "log.txt", host=listens_on(work), wrapper=wrapper, **environment) as server,
+            serve(
+                tmp_path / "log.txt", host=listens_on(work), wrapper=wrapper, **environment
+            ) as server,
             httpx.Client(base_url=server.url, timeout=SECONDS) as client,
         ):
             server.wait_until_ready()
             check_probes_and_metrics(work, client)
             (model,) = client.get("/v1/models").json()["data"]
             assert model["id"] == environment["STEPWEAVE_MODEL"]
-            for job in check_queue(work, client, {"prompt": "a red circle", "num_inference_steps": 50}):
+            for job in check_queue(
+                work, client, {"prompt": "a red circle", "num_inference_steps": 50}
+            ):
                 assert client.delete(job).is_success
             assert server.stop() == 0
         assert [cache, *cache.rglob("*")] == places
@@ -1531,15 +1921,30 @@ def test_a_real_server_has_what_a_minimal_inference_service_names(tmp_path: Path
         server.wait_until_ready()
         check_probes_and_metrics(work, client)
 
-        inputs = {"inputs": [{"name": "prompt", "datatype": "BYTES", "shape": [1], "data": ["a red circle"]}]}
+        inputs = {
+            "inputs": [
+                {"name": "prompt", "datatype": "BYTES", "shape": [1], "data": ["a red circle"]}
+            ]
+        }
         assert client.get(f"/v2/models/{name}/ready").status_code == 200
         answer = client.post(f"/v2/models/{name}/infer", json=inputs)
         assert (answer.status_code, answer.json().get("model_name")) == (200, name), answer.text
         assert client.post("/v2/models/other/infer", json=inputs).status_code == 404
 
-        body = {"prompt": "a red circle", "model": name, "num_inference_steps": 2, "response_format": "url"}
+        body = {
+            "prompt": "a red circle",
+            "model": name,
+            "num_inference_steps": 2,
+            "response_format": "url",
+        }
         short, space = f"{name}-predictor", work.namespace
-        for host in (name, short, f"{short}.{space}", f"{short}.{space}.svc:80", f"{name}-{space}.example.com"):
+        for host in (
+            name,
+            short,
+            f"{short}.{space}",
+            f"{short}.{space}.svc:80",
+            f"{name}-{space}.example.com",
+        ):
             answer = client.post("/v1/images/generations", json=body, headers={"Host": host})
             assert answer.status_code == 200, answer.text
             assert answer.json()["data"][0]["url"].startswith(f"http://{host}/")
@@ -1555,14 +1960,17 @@ def test_a_real_server_has_what_a_minimal_inference_service_names(tmp_path: Path
 
 @pytest.mark.full
 def test_a_failed_start_tells_kubectl_describe_its_cause(tmp_path: Path) -> None:
-    """With FallbackToLogsOnError the kubelet shows the last 80 lines of the log, of these the last 2048 bytes."""
+    """With FallbackToLogsOnError the kubelet shows the last 80 lines of the log, of these the last
+    2048 bytes."""
     (work,) = workloads(overlay("kserve"))
     (tmp_path / "model").mkdir()
     environment = environment_of(work, tmp_path, tmp_path / "model") | {"STEPWEAVE_DEVICE": "cpu"}
     with serve(tmp_path / "log.txt", **environment) as server:
         assert server.process.wait(SECONDS) == 1
     shown = b"".join(server.log.read_bytes().splitlines(keepends=True)[-80:])[-2048:].decode()
-    assert shown.splitlines()[-1].startswith("stepweave: the server cannot start: the model 'model' cannot be loaded: ")
+    assert shown.splitlines()[-1].startswith(
+        "stepweave: the server cannot start: the model 'model' cannot be loaded: "
+    )
     assert "model_index.json is missing" in shown.splitlines()[-1]
 
 
@@ -1582,25 +1990,95 @@ TRIGGER = ("spec", "triggers", 0)
 MODEL = ("spec", "predictor", "model")
 ABSENT = object()
 CLASS = "serving.kserve.io/autoscalerClass"
-EXTERNAL = {"metrics": [{"type": "External", "external": {"metric": {}, "target": {"type": "Value", "value": "2"}}}]}
+EXTERNAL = {
+    "metrics": [
+        {"type": "External", "external": {"metric": {}, "target": {"type": "Value", "value": "2"}}}
+    ]
+}
 
 
 @pytest.mark.parametrize(
     ("name", "kind", "path", "value", "problem"),
     [
         ("gpu", "Deployment", (*SERVER, "resources", "requests", GPU), "2", "is not limit 1"),
-        ("gpu", "Deployment", (*SERVER, "resources", "requests", "memory"), "32Gi", "over its limit"),
-        ("gpu", "Deployment", (*SERVER, "resources", "limits", "memory"), "24 GB", "'24 GB' is no quantity"),
-        ("gpu", "Deployment", (*SERVER, "readinessProbe", "httpGet", "port"), "web", "no port named 'web'"),
-        ("gpu", "Deployment", (*SERVER, "readinessProbe", "httpGet", "path"), "/livez", "does not get /readyz"),
-        ("gpu", "Deployment", (*SERVER, "startupProbe"), ABSENT, "startupProbe does not get /livez"),
-        ("gpu", "Deployment", (*SERVER, "lifecycle", "preStop"), {"sleep": {"seconds": 10}}, "does not drain"),
-        ("gpu", "Deployment", (*SERVER, "lifecycle", "preStop", "exec", "command", 0), "curl", "does not drain"),
-        ("gpu", "Deployment", (*SERVER, "ports", 0, "containerPort"), 8000, "does not ask port 8000"),
+        (
+            "gpu",
+            "Deployment",
+            (*SERVER, "resources", "requests", "memory"),
+            "32Gi",
+            "over its limit",
+        ),
+        (
+            "gpu",
+            "Deployment",
+            (*SERVER, "resources", "limits", "memory"),
+            "24 GB",
+            "'24 GB' is no quantity",
+        ),
+        (
+            "gpu",
+            "Deployment",
+            (*SERVER, "readinessProbe", "httpGet", "port"),
+            "web",
+            "no port named 'web'",
+        ),
+        (
+            "gpu",
+            "Deployment",
+            (*SERVER, "readinessProbe", "httpGet", "path"),
+            "/livez",
+            "does not get /readyz",
+        ),
+        (
+            "gpu",
+            "Deployment",
+            (*SERVER, "startupProbe"),
+            ABSENT,
+            "startupProbe does not get /livez",
+        ),
+        (
+            "gpu",
+            "Deployment",
+            (*SERVER, "lifecycle", "preStop"),
+            {"sleep": {"seconds": 10}},
+            "does not drain",
+        ),
+        (
+            "gpu",
+            "Deployment",
+            (*SERVER, "lifecycle", "preStop", "exec", "command", 0),
+            "curl",
+            "does not drain",
+        ),
+        (
+            "gpu",
+            "Deployment",
+            (*SERVER, "ports", 0, "containerPort"),
+            8000,
+            "does not ask port 8000",
+        ),
         ("gpu", "Deployment", (*SERVER, "args", 2), "127.0.0.1", "does not listen"),
-        ("gpu", "Deployment", (*SERVER, "volumeMounts", 2, "mountPath"), "/scratch", "nothing can be written"),
-        ("gpu", "Deployment", (*SERVER, "volumeMounts", 0, "name"), "tmp", "/dev/shm is not memory"),
-        ("gpu", "Deployment", (*SERVER, "securityContext", "readOnlyRootFilesystem"), False, "readOnlyRootFilesystem"),
+        (
+            "gpu",
+            "Deployment",
+            (*SERVER, "volumeMounts", 2, "mountPath"),
+            "/scratch",
+            "nothing can be written",
+        ),
+        (
+            "gpu",
+            "Deployment",
+            (*SERVER, "volumeMounts", 0, "name"),
+            "tmp",
+            "/dev/shm is not memory",
+        ),
+        (
+            "gpu",
+            "Deployment",
+            (*SERVER, "securityContext", "readOnlyRootFilesystem"),
+            False,
+            "readOnlyRootFilesystem",
+        ),
         (
             "gpu",
             "Deployment",
@@ -1608,32 +2086,122 @@ EXTERNAL = {"metrics": [{"type": "External", "external": {"metric": {}, "target"
             540,
             "540 < preStop 15 + STEPWEAVE_GRACE 500 + 30",
         ),
-        ("gpu", "Deployment", (*POD, "volumes", -1, "emptyDir", "sizeLimit"), "1Gi", "state's volume is smaller"),
-        ("gpu", "Deployment", (*POD, "volumes", -1, "emptyDir", "medium"), "Memory", "the container's memory"),
+        (
+            "gpu",
+            "Deployment",
+            (*POD, "volumes", -1, "emptyDir", "sizeLimit"),
+            "1Gi",
+            "state's volume is smaller",
+        ),
+        (
+            "gpu",
+            "Deployment",
+            (*POD, "volumes", -1, "emptyDir", "medium"),
+            "Memory",
+            "the container's memory",
+        ),
         ("gpu", "Deployment", (*POD, "volumes", -1, "emptyDir"), ABSENT, "not one pod's alone"),
         ("gpu", "Deployment", (*SERVER, "volumeMounts", -1, "name"), "tmp", "not one pod's alone"),
-        ("gpu", "Deployment", (*SERVER, "volumeMounts", -1, "mountPath"), "/srv", "is no volume of its own"),
-        ("gpu", "Deployment", (*SERVER, "volumeMounts", 1, "readOnly"), False, "may write to a volume that they share"),
+        (
+            "gpu",
+            "Deployment",
+            (*SERVER, "volumeMounts", -1, "mountPath"),
+            "/srv",
+            "is no volume of its own",
+        ),
+        (
+            "gpu",
+            "Deployment",
+            (*SERVER, "volumeMounts", 1, "readOnly"),
+            False,
+            "may write to a volume that they share",
+        ),
         ("gpu", "Deployment", (*SERVER, "terminationMessagePolicy"), "File", "in the log only"),
         ("gpu", "Deployment", (*POD, "serviceAccountName"), ABSENT, "no ServiceAccount of its own"),
-        ("gpu", "ServiceAccount", ("automountServiceAccountToken",), True, "the ServiceAccount has a token"),
-        ("gpu", "ServiceAccount", ("secrets",), [{"name": "huggingface"}], "a Secret that must be there"),
-        ("gpu", "Deployment", (*SERVER, "resources", "requests", "ephemeral-storage"), "3Gi", "less than 4294967296"),
-        ("gpu", "Deployment", (*SERVER, "resources", "requests", "ephemeral-storage"), ABSENT, "ephemeral-storage"),
-        ("gpu", "Deployment", (*POD, "topologySpreadConstraints", 0, "matchLabelKeys"), ABSENT, "counts the old pods"),
+        (
+            "gpu",
+            "ServiceAccount",
+            ("automountServiceAccountToken",),
+            True,
+            "the ServiceAccount has a token",
+        ),
+        (
+            "gpu",
+            "ServiceAccount",
+            ("secrets",),
+            [{"name": "huggingface"}],
+            "a Secret that must be there",
+        ),
+        (
+            "gpu",
+            "Deployment",
+            (*SERVER, "resources", "requests", "ephemeral-storage"),
+            "3Gi",
+            "less than 4294967296",
+        ),
+        (
+            "gpu",
+            "Deployment",
+            (*SERVER, "resources", "requests", "ephemeral-storage"),
+            ABSENT,
+            "ephemeral-storage",
+        ),
+        (
+            "gpu",
+            "Deployment",
+            (*POD, "topologySpreadConstraints", 0, "matchLabelKeys"),
+            ABSENT,
+            "counts the old pods",
+        ),
         ("gpu", "Deployment", (*POD, "enableServiceLinks"), True, "enableServiceLinks"),
         ("gpu", "Deployment", (*POD, "tolerations"), [], "no toleration"),
         ("gpu", "Deployment", (*POD, "topologySpreadConstraints"), [], "no topology spread"),
-        ("gpu", "Deployment", ("spec", "selector", "matchLabels", "tier"), "gpu", "Deployment's selector"),
+        (
+            "gpu",
+            "Deployment",
+            ("spec", "selector", "matchLabels", "tier"),
+            "gpu",
+            "Deployment's selector",
+        ),
         ("gpu", "Service", ("spec", "selector", "tier"), "gpu", "Service's selector"),
         ("gpu", "Service", ("spec", "ports", 0, "targetPort"), "web", "Service's targetPort"),
-        ("gpu", "PodDisruptionBudget", ("spec", "minAvailable"), 1, "one of minAvailable and maxUnavailable"),
-        ("gpu", "PodDisruptionBudget", ("spec", "maxUnavailable"), ABSENT, "one of minAvailable and maxUnavailable"),
-        ("gpu", "PodDisruptionBudget", ("spec", "selector", "matchLabels", "a"), "b", "no PodDisruptionBudget"),
+        (
+            "gpu",
+            "PodDisruptionBudget",
+            ("spec", "minAvailable"),
+            1,
+            "one of minAvailable and maxUnavailable",
+        ),
+        (
+            "gpu",
+            "PodDisruptionBudget",
+            ("spec", "maxUnavailable"),
+            ABSENT,
+            "one of minAvailable and maxUnavailable",
+        ),
+        (
+            "gpu",
+            "PodDisruptionBudget",
+            ("spec", "selector", "matchLabels", "a"),
+            "b",
+            "no PodDisruptionBudget",
+        ),
         ("gpu", "NetworkPolicy", ("spec", "egress"), [], "each diff shows it"),
-        ("gpu", "NetworkPolicy", ("spec", "egress"), [{"ports": [{"port": 443}]}], "lets out to {443}"),
+        (
+            "gpu",
+            "NetworkPolicy",
+            ("spec", "egress"),
+            [{"ports": [{"port": 443}]}],
+            "lets out to {443}",
+        ),
         ("gpu", "NetworkPolicy", ("spec", "policyTypes"), ["Ingress"], "lets everything out"),
-        ("gpu", "NetworkPolicy", ("spec", "ingress", 0, "ports", 0, "port"), "web", "NetworkPolicy opens"),
+        (
+            "gpu",
+            "NetworkPolicy",
+            ("spec", "ingress", 0, "ports", 0, "port"),
+            "web",
+            "NetworkPolicy opens",
+        ),
         (
             "gpu",
             "Deployment",
@@ -1642,13 +2210,37 @@ EXTERNAL = {"metrics": [{"type": "External", "external": {"metric": {}, "target"
             "there is no claim other",
         ),
         ("gpu", "Service", ("metadata", "namespace"), "other", "has the namespace other"),
-        ("gpu-hpa", "Service", ("spec", "sessionAffinity"), "None", "not found again among several replicas"),
-        ("gpu-keda", "Service", ("spec", "sessionAffinityConfig", "clientIP", "timeoutSeconds"), 60, "not found again"),
-        ("gpu-keda", "Deployment", ("metadata", "annotations", THRESHOLD), "30", "not those of the annotation"),
+        (
+            "gpu-hpa",
+            "Service",
+            ("spec", "sessionAffinity"),
+            "None",
+            "not found again among several replicas",
+        ),
+        (
+            "gpu-keda",
+            "Service",
+            ("spec", "sessionAffinityConfig", "clientIP", "timeoutSeconds"),
+            60,
+            "not found again",
+        ),
+        (
+            "gpu-keda",
+            "Deployment",
+            ("metadata", "annotations", THRESHOLD),
+            "30",
+            "not those of the annotation",
+        ),
         ("gpu-keda", "ScaledObject", ("spec", "pollingInterval"), 15, "pollingInterval"),
         ("gpu-hpa", "Deployment", ("spec", "replicas"), 1, "undo the autoscaler's"),
         ("gpu-hpa", "HorizontalPodAutoscaler", ("spec", "minReplicas"), 9, "9 to 4 replicas"),
-        ("gpu-hpa", "HorizontalPodAutoscaler", ("spec", "scaleTargetRef", "name"), "other", "which is not there"),
+        (
+            "gpu-hpa",
+            "HorizontalPodAutoscaler",
+            ("spec", "scaleTargetRef", "name"),
+            "other",
+            "which is not there",
+        ),
         (
             "gpu-hpa",
             "HorizontalPodAutoscaler",
@@ -1672,19 +2264,79 @@ EXTERNAL = {"metrics": [{"type": "External", "external": {"metric": {}, "target"
         ),
         ("gpu-keda", "ScaledObject", (*TRIGGER, "type"), "prometheuss", "no trigger 'prometheuss'"),
         ("gpu-keda", "ScaledObject", (*TRIGGER, "metricType"), "Value", "needs AverageValue"),
-        ("gpu-keda", "ScaledObject", (*TRIGGER, "metadata", "ignoreNullValues"), "true", "count as no load"),
-        ("gpu-keda", "ScaledObject", (*TRIGGER, "metadata", "threshold"), ABSENT, "no target value"),
-        ("gpu-keda", "ScaledObject", (*TRIGGER, "metadata", "query"), "sum(up)", "not of 'stepweave'"),
+        (
+            "gpu-keda",
+            "ScaledObject",
+            (*TRIGGER, "metadata", "ignoreNullValues"),
+            "true",
+            "count as no load",
+        ),
+        (
+            "gpu-keda",
+            "ScaledObject",
+            (*TRIGGER, "metadata", "threshold"),
+            ABSENT,
+            "no target value",
+        ),
+        (
+            "gpu-keda",
+            "ScaledObject",
+            (*TRIGGER, "metadata", "query"),
+            "sum(up)",
+            "not of 'stepweave'",
+        ),
         ("gpu-keda", "ScaledObject", ("spec", "fallback"), ABSENT, "no fallback"),
         ("gpu-keda", "ScaledObject", ("spec", "minReplicaCount"), 0, "0 to 4 replicas"),
-        ("kserve", "InferenceService", ("metadata", "annotations", CLASS), "magic", "no autoscalerClass 'magic'"),
+        (
+            "kserve",
+            "InferenceService",
+            ("metadata", "annotations", CLASS),
+            "magic",
+            "no autoscalerClass 'magic'",
+        ),
         ("kserve", "InferenceService", ("metadata", "annotations"), {}, "no deploymentMode None"),
-        ("kserve", "InferenceService", ("spec", "predictor", "containerConcurrency"), 4, "is Knative's"),
-        ("kserve", "InferenceService", ("spec", "predictor", "autoScaling"), EXTERNAL, "has no query"),
-        ("kserve", "InferenceService", ("spec", "predictor", "autoScaling"), EXTERNAL, "with autoscalerClass none"),
-        ("kserve", "InferenceService", ("spec", "predictor", "maxReplicas"), 0, "minReplicas > maxReplicas"),
-        ("kserve", "InferenceService", (*MODEL, "modelFormat", "name"), "onnx", "no runtime supports"),
-        ("kserve", "InferenceService", (*MODEL, "protocolVersion"), "grpc-v2", "no runtime supports"),
+        (
+            "kserve",
+            "InferenceService",
+            ("spec", "predictor", "containerConcurrency"),
+            4,
+            "is Knative's",
+        ),
+        (
+            "kserve",
+            "InferenceService",
+            ("spec", "predictor", "autoScaling"),
+            EXTERNAL,
+            "has no query",
+        ),
+        (
+            "kserve",
+            "InferenceService",
+            ("spec", "predictor", "autoScaling"),
+            EXTERNAL,
+            "with autoscalerClass none",
+        ),
+        (
+            "kserve",
+            "InferenceService",
+            ("spec", "predictor", "maxReplicas"),
+            0,
+            "minReplicas > maxReplicas",
+        ),
+        (
+            "kserve",
+            "InferenceService",
+            (*MODEL, "modelFormat", "name"),
+            "onnx",
+            "no runtime supports",
+        ),
+        (
+            "kserve",
+            "InferenceService",
+            (*MODEL, "protocolVersion"),
+            "grpc-v2",
+            "no runtime supports",
+        ),
         (
             "kserve",
             "ClusterServingRuntime",
@@ -1692,11 +2344,41 @@ EXTERNAL = {"metrics": [{"type": "External", "external": {"metric": {}, "target"
             "onnx",
             "no runtime supports",
         ),
-        ("kserve", "InferenceService", ("spec", "predictor", "storageContainerName"), ABSENT, "has 1 GiB of memory"),
-        ("kserve", "InferenceService", ("spec", "predictor", "storageContainerName"), "own", "StorageContainer own"),
-        ("kserve", "InferenceService", (*MODEL, "storageUri"), "abfs://a/b", "does not know abfs://a/b"),
-        ("kserve", "ClusterStorageContainer", ("spec", "container", "env", 1), {"name": "A"}, "buffers 16 GB and more"),
-        ("kserve", "ClusterStorageContainer", ("spec", "container", "env", 2, "value"), "8gb", "half of its memory"),
+        (
+            "kserve",
+            "InferenceService",
+            ("spec", "predictor", "storageContainerName"),
+            ABSENT,
+            "has 1 GiB of memory",
+        ),
+        (
+            "kserve",
+            "InferenceService",
+            ("spec", "predictor", "storageContainerName"),
+            "own",
+            "StorageContainer own",
+        ),
+        (
+            "kserve",
+            "InferenceService",
+            (*MODEL, "storageUri"),
+            "abfs://a/b",
+            "does not know abfs://a/b",
+        ),
+        (
+            "kserve",
+            "ClusterStorageContainer",
+            ("spec", "container", "env", 1),
+            {"name": "A"},
+            "buffers 16 GB and more",
+        ),
+        (
+            "kserve",
+            "ClusterStorageContainer",
+            ("spec", "container", "env", 2, "value"),
+            "8gb",
+            "half of its memory",
+        ),
         (
             "kserve",
             "ClusterStorageContainer",
@@ -1704,16 +2386,54 @@ EXTERNAL = {"metrics": [{"type": "External", "external": {"metric": {}, "target"
             "1Gi",
             "less than 8Gi of memory",
         ),
-        ("kserve", "InferenceService", (*MODEL, "storageUri"), ABSENT, "STEPWEAVE_MODEL=/mnt/models is not mounted"),
-        ("kserve", "InferenceService", (*MODEL, "readinessProbe"), {"tcpSocket": {}}, "is not the runtime's"),
-        ("kserve", "InferenceService", ("spec", "predictor", "terminationGracePeriodSeconds"), 30, "30 < preStop"),
-        ("kserve", "InferenceService", ("spec", "predictor", "timeout"), ABSENT, "ends a request after 60 s"),
+        (
+            "kserve",
+            "InferenceService",
+            (*MODEL, "storageUri"),
+            ABSENT,
+            "STEPWEAVE_MODEL=/mnt/models is not mounted",
+        ),
+        (
+            "kserve",
+            "InferenceService",
+            (*MODEL, "readinessProbe"),
+            {"tcpSocket": {}},
+            "is not the runtime's",
+        ),
+        (
+            "kserve",
+            "InferenceService",
+            ("spec", "predictor", "terminationGracePeriodSeconds"),
+            30,
+            "30 < preStop",
+        ),
+        (
+            "kserve",
+            "InferenceService",
+            ("spec", "predictor", "timeout"),
+            ABSENT,
+            "ends a request after 60 s",
+        ),
         ("kserve", "ClusterServingRuntime", ("metadata", "namespace"), "a", "has the namespace a"),
-        ("kserve-keda", "InferenceService", ("metadata", "annotations", CLASS), "none", "ScaledObjects disagree"),
-        ("kserve-keda", "InferenceService", (*MODEL, "env", 3, "value"), "27", "28 requests come before a replica"),
+        (
+            "kserve-keda",
+            "InferenceService",
+            ("metadata", "annotations", CLASS),
+            "none",
+            "ScaledObjects disagree",
+        ),
+        (
+            "kserve-keda",
+            "InferenceService",
+            (*MODEL, "env", 3, "value"),
+            "27",
+            "28 requests come before a replica",
+        ),
     ],
 )
-def test_a_mistake_is_reported(name: str, kind: str, path: tuple[str | int, ...], value: Any, problem: str) -> None:
+def test_a_mistake_is_reported(
+    name: str, kind: str, path: tuple[str | int, ...], value: Any, problem: str
+) -> None:
     documents = overlay(name)
     holder = at(documents, kind, *path[:-1])
     if value is ABSENT:
@@ -1726,7 +2446,11 @@ def test_a_mistake_is_reported(name: str, kind: str, path: tuple[str | int, ...]
 @pytest.mark.parametrize(
     ("setting", "value", "problem"),
     [
-        ("STEPWEAVE_MAX_STEP", "50", "there is no such setting (did you mean STEPWEAVE_MAX_STEPS?)"),
+        (
+            "STEPWEAVE_MAX_STEP",
+            "50",
+            "there is no such setting (did you mean STEPWEAVE_MAX_STEPS?)",
+        ),
         ("STEPWEAVE_MAX_STEPS", "many", "STEPWEAVE_MAX_STEPS='many'"),
         ("STEPWEAVE_REVISION", "main", "STEPWEAVE_REVISION='main'"),
         ("STEPWEAVE_MAX_STEPS", "100", "STEPWEAVE_GRACE 500 < 936 s of accepted work"),
@@ -1738,12 +2462,28 @@ def test_a_mistake_is_reported(name: str, kind: str, path: tuple[str | int, ...]
         ("STEPWEAVE_EXIT_ON_FAILURE", "false", "does not end the container"),
         ("HF_HUB_OFFLINE", "0", "there is no way out to the hub"),
         ("HF_HUB_CACHE", "/srv", "there is no way out to the hub"),
-        ("STEPWEAVE_GRACE", "600", "terminationGracePeriodSeconds 600 < preStop 15 + STEPWEAVE_GRACE 600"),
-        ("STEPWEAVE_STATE_DIR", "/var/lib/other", "STEPWEAVE_STATE_DIR /var/lib/other is no volume of its own"),
+        (
+            "STEPWEAVE_GRACE",
+            "600",
+            "terminationGracePeriodSeconds 600 < preStop 15 + STEPWEAVE_GRACE 600",
+        ),
+        (
+            "STEPWEAVE_STATE_DIR",
+            "/var/lib/other",
+            "STEPWEAVE_STATE_DIR /var/lib/other is no volume of its own",
+        ),
         ("STEPWEAVE_KEEP_BYTES", "2147483648", "smaller than 2147483648 bytes of pictures"),
-        ("STEPWEAVE_KEEP_JOBS", "20000", "smaller than 1073741824 bytes of pictures and 1920000000 of jobs"),
+        (
+            "STEPWEAVE_KEEP_JOBS",
+            "20000",
+            "smaller than 1073741824 bytes of pictures and 1920000000 of jobs",
+        ),
         ("STEPWEAVE_API_KEYS", "secret", "API keys are written into the manifest"),
-        ("STEPWEAVE_TRUSTED_HOSTS", "localhost", "no URL of an image for who calls stepweave.stepweave.svc"),
+        (
+            "STEPWEAVE_TRUSTED_HOSTS",
+            "localhost",
+            "no URL of an image for who calls stepweave.stepweave.svc",
+        ),
         ("STEPWEAVE_MAX_PIXELS", "4194304", "worked out for 1048576"),
         ("STEPWEAVE_DEVICE", "cpu", f"a {GPU} that STEPWEAVE_DEVICE does not use"),
         ("HOME", "/home/bentoml", "HOME is /home/bentoml"),
@@ -1753,7 +2493,9 @@ def test_a_mistake_is_reported(name: str, kind: str, path: tuple[str | int, ...]
 def test_a_wrong_variable_is_reported(setting: str, value: str, problem: str) -> None:
     documents = overlay("gpu")
     environment = at(documents, "Deployment", *SERVER, "env")
-    environment[:] = [item for item in environment if item["name"] != setting] + [{"name": setting, "value": value}]
+    environment[:] = [item for item in environment if item["name"] != setting] + [
+        {"name": setting, "value": value}
+    ]
     assert any(problem in found for found in problems(documents)), problems(documents)
 
 
@@ -1763,7 +2505,11 @@ def test_a_wrong_variable_is_reported(setting: str, value: str, problem: str) ->
         ("sleep(10)", "sleep(9)", "preStop sleeps 0 s and 9 s: too short"),
         ("/var/lib/stepweave/drain", "/tmp/drain", "does not bear the token"),
         ("Bearer {token}", "Basic {token}", "does not bear the token"),
-        ("sleep(10)", "sleep(60)", "preStop sleeps 0 s and 60 s: too short for proxies to notice, or too long"),
+        (
+            "sleep(10)",
+            "sleep(60)",
+            "preStop sleeps 0 s and 60 s: too short for proxies to notice, or too long",
+        ),
         ("3000", "8000", "does not ask port 3000"),
         (", timeout=5", "", "without a timeout"),
         ("/drain", "/readyz", "does not drain"),
@@ -1789,14 +2535,19 @@ def test_a_secret_that_must_be_there_is_reported() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "pod"), [("gpu", "Deployment", POD), ("kserve", "ClusterServingRuntime", ("spec",))]
+    ("name", "kind", "pod"),
+    [("gpu", "Deployment", POD), ("kserve", "ClusterServingRuntime", ("spec",))],
 )
 def test_a_file_of_keys_that_does_not_follow_an_optional_secret_is_reported(
     name: str, kind: str, pod: tuple[str, ...]
 ) -> None:
     def found(change: Callable[[Document, Document], object]) -> list[str]:
         documents = overlay(name)
-        (mount,) = [one for one in at(documents, kind, *pod, "containers", 0, "volumeMounts") if one["name"] == "keys"]
+        (mount,) = [
+            one
+            for one in at(documents, kind, *pod, "containers", 0, "volumeMounts")
+            if one["name"] == "keys"
+        ]
         (volume,) = [one for one in at(documents, kind, *pod, "volumes") if one["name"] == "keys"]
         change(mount, volume)
         return problems(documents)
@@ -1811,7 +2562,9 @@ def test_a_file_of_keys_that_does_not_follow_an_optional_secret_is_reported(
         assert any(problem in one for one in found(change)), problem
 
 
-@pytest.mark.parametrize("query", ["a", "sum(a) by (b)", "sum by (b) (a)", "max(a) + sum(b)", "sum(a) or vector(0)"])
+@pytest.mark.parametrize(
+    "query", ["a", "sum(a) by (b)", "sum by (b) (a)", "max(a) + sum(b)", "sum(a) or vector(0)"]
+)
 def test_a_query_of_more_than_one_series_or_an_invented_zero_is_reported(query: str) -> None:
     assert not is_one_series(query)
     documents = overlay("gpu-keda")
@@ -1823,14 +2576,22 @@ def test_a_query_of_more_than_one_series_or_an_invented_zero_is_reported(query: 
     ("setting", "value", "problem"),
     [
         ("STEPWEAVE_MAX_QUEUE", "4", "32 requests come before a replica has started"),
-        ("STEPWEAVE_MAX_STEPS", "200", "a replica is added at 60 s, less than one full batch's 200 s"),
+        (
+            "STEPWEAVE_MAX_STEPS",
+            "200",
+            "a replica is added at 60 s, less than one full batch's 200 s",
+        ),
     ],
 )
-def test_a_queue_or_threshold_that_does_not_go_with_batches_is_reported(setting: str, value: str, problem: str) -> None:
+def test_a_queue_or_threshold_that_does_not_go_with_batches_is_reported(
+    setting: str, value: str, problem: str
+) -> None:
     for name in ("gpu-hpa", "gpu-keda"):
         documents = overlay(name)
         environment = at(documents, "Deployment", *SERVER, "env")
-        environment[:] = [item for item in environment if item["name"] != setting] + [{"name": setting, "value": value}]
+        environment[:] = [item for item in environment if item["name"] != setting] + [
+            {"name": setting, "value": value}
+        ]
         assert any(problem in found for found in problems(documents)), problems(documents)
 
 
@@ -1859,11 +2620,17 @@ def test_an_unknown_field_of_a_built_in_kind_is_invalid() -> None:
     ("name", "kind", "change"),
     [
         ("gpu-keda", "ScaledObject", lambda document: document["spec"].update(minReplicas=1)),
-        ("kserve", "InferenceService", lambda document: document["spec"]["predictor"].update(replicas=1)),
+        (
+            "kserve",
+            "InferenceService",
+            lambda document: document["spec"]["predictor"].update(replicas=1),
+        ),
         ("kserve", "ClusterServingRuntime", lambda document: document["spec"].pop("containers")),
     ],
 )
-def test_a_mistake_in_a_custom_kind_is_invalid(name: str, kind: str, change: Callable[[Document], object]) -> None:
+def test_a_mistake_in_a_custom_kind_is_invalid(
+    name: str, kind: str, change: Callable[[Document], object]
+) -> None:
     (document,) = of_kind(overlay(name), kind)
     change(document)
     with pytest.raises(jsonschema.ValidationError):

@@ -30,7 +30,9 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture
-def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+def log(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> pytest.LogCaptureFixture:
     monkeypatch.setattr(logging.getLogger("stepweave"), "propagate", True)
     caplog.set_level(logging.INFO, "stepweave")
     return caplog
@@ -96,7 +98,9 @@ def test_a_line_is_a_client() -> None:
         ("a: SECRET\x7f", "characters that no header may have"),
     ],
 )
-def test_a_malformed_line_is_named_by_its_number_alone(line: str, problem: str, tmp_path: Path) -> None:
+def test_a_malformed_line_is_named_by_its_number_alone(
+    line: str, problem: str, tmp_path: Path
+) -> None:
     file = tmp_path / "keys"
     file.write_text(f"# clients\nfirst: {ALICE}\n\n{line}\n")
     with pytest.raises(ConfigError) as caught:
@@ -116,11 +120,16 @@ def test_a_malformed_line_is_named_by_its_number_alone(line: str, problem: str, 
         (b"a: one\nb: one", "line 1 and line 2 have the same key"),
         (f"a: one\nb: sha256:{sha256('one')}".encode(), "line 1 and line 2 have the same key"),
         (b"a: one\nb: \xff\xfe", "line 2: it is not UTF-8"),
-        (b"\n".join(b"c%d: k%d" % (i, i) for i in range(MAX_CLIENTS + 1)), f"there are {MAX_CLIENTS + 1} keys; the limit is"),
+        (
+            b"\n".join(b"c%d: k%d" % (i, i) for i in range(MAX_CLIENTS + 1)),
+            f"there are {MAX_CLIENTS + 1} keys; the limit is",
+        ),
         (b"#" * (MAX_FILE_BYTES + 1), f"it has more than {MAX_FILE_BYTES} bytes"),
     ],
-)  # fmt: skip
-def test_a_file_that_cannot_be_used_ends_the_start(content: bytes, problem: str, tmp_path: Path) -> None:
+)
+def test_a_file_that_cannot_be_used_ends_the_start(
+    content: bytes, problem: str, tmp_path: Path
+) -> None:
     file = tmp_path / "keys"
     file.write_bytes(content)
     with pytest.raises(ConfigError, match="STEPWEAVE_API_KEYS_FILE: ") as caught:
@@ -149,9 +158,16 @@ def test_as_many_clients_as_are_allowed(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("\n".join(f"client-{i}: the-key-of-client-{i}" for i in range(MAX_CLIENTS)))
     keys = ApiKeys((), str(file))
-    assert names(keys, "the-key-of-client-0", f"the-key-of-client-{MAX_CLIENTS - 1}", f"the-key-of-client-{MAX_CLIENTS}") == [
-        "client-0", f"client-{MAX_CLIENTS - 1}", None,
-    ]  # fmt: skip
+    assert names(
+        keys,
+        "the-key-of-client-0",
+        f"the-key-of-client-{MAX_CLIENTS - 1}",
+        f"the-key-of-client-{MAX_CLIENTS}",
+    ) == [
+        "client-0",
+        f"client-{MAX_CLIENTS - 1}",
+        None,
+    ]
 
 
 def test_both_places_together(tmp_path: Path) -> None:
@@ -159,7 +175,10 @@ def test_both_places_together(tmp_path: Path) -> None:
     file.write_text(f"carol: {CAROL}")
     settings = Settings(api_keys=f"{ALICE}, {BOB}", api_keys_file=str(file))
     assert names(Server(settings).keys, ALICE, BOB, CAROL, "x") == ["key1", "key2", "carol", None]
-    for content, problem in ((f"key2: {CAROL}", "the same name"), (f"carol: {BOB}", "the same key")):
+    for content, problem in (
+        (f"key2: {CAROL}", "the same name"),
+        (f"carol: {BOB}", "the same key"),
+    ):
         file.write_text(content)
         with pytest.raises(ConfigError, match=problem):
             Server(settings)
@@ -191,7 +210,9 @@ def test_jobs_of_keys_without_names_belong_to_the_key() -> None:
     assert second.owner == moved.owner == sha256(BOB)[:32] != first.owner
 
 
-def test_short_keys_are_warned_of_and_not_named(log: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+def test_short_keys_are_warned_of_and_not_named(
+    log: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     file = tmp_path / "keys"
     file.write_text(f"alice: {ALICE}\nbob: fifteen-letters\ncarol: sixteen--letters")
     ApiKeys(clients_of_setting(["short", ALICE + "2"]), str(file))
@@ -239,7 +260,9 @@ def test_a_file_that_rests_is_not_read(tmp_path: Path, monkeypatch: pytest.Monke
     file.write_text(f"alice: {ALICE}")
     os.utime(file, (1e9, 1e9))
     keys = ApiKeys((), str(file))
-    monkeypatch.setattr("stepweave.keys.clients_of_file", lambda content: pytest.fail("it was read"))
+    monkeypatch.setattr(
+        "stepweave.keys.clients_of_file", lambda content: pytest.fail("it was read")
+    )
     keys.look()
     assert names(keys, ALICE) == ["alice"]
 
@@ -269,7 +292,10 @@ def test_kubernetes_swaps_a_link(tmp_path: Path) -> None:
         (lambda file: file.unlink(), "cannot be read (No such file"),
         (lambda file: (file.unlink(), file.mkdir()), "it is no regular file"),
         (lambda file: (file.unlink(), os.mkfifo(file)), "it is no regular file"),
-        (lambda file: (file.unlink(), file.symlink_to(file)), "cannot be read (Too many levels of symbolic links)"),
+        (
+            lambda file: (file.unlink(), file.symlink_to(file)),
+            "cannot be read (Too many levels of symbolic links)",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_used_any_more_leaves_the_last_good_keys(
@@ -284,7 +310,9 @@ def test_a_file_that_cannot_be_used_any_more_leaves_the_last_good_keys(
         keys.look()
     assert keys.required
     assert names(keys, ALICE, BOB, CAROL) == ["alice", "key1", None]
-    assert [(record.levelname, problem in record.message) for record in log.records] == [("ERROR", True)]
+    assert [(record.levelname, problem in record.message) for record in log.records] == [
+        ("ERROR", True)
+    ]
     if file.is_dir():
         file.rmdir()
     swap(file, f"carol: {CAROL}")

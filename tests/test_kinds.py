@@ -1,4 +1,5 @@
-"""Which of diffusers' pipelines make images of prompts, and that others are refused before their weights are read."""
+"""Which of diffusers' pipelines make images of prompts, and that others are refused before their
+weights are read."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ from tests.tiny import FAMILIES
 CPU = torch.device("cpu")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
-# Of diffusers 0.42: all that make images of a prompt and nothing else, or may do without the image that they take
+# Of diffusers 0.42: all that make images of a prompt and nothing else, or may do without the image
+# that they take
 TEXT_TO_IMAGE = """
     AltDiffusion Amused AuraFlow BriaFibo2 BriaFiboEdit BriaFibo Bria Chroma CogView3Plus CogView4 Cosmos2TextToImage
     DreamLiteMobile DreamLite ErnieImage Flux2KleinKV Flux2Klein Flux2 FluxKontext Flux GlmImage HiDreamImage
@@ -37,19 +39,24 @@ TEXT_TO_IMAGE = """
     StableDiffusionPAG StableDiffusionPanorama StableDiffusionParadigms StableDiffusion StableDiffusionPix2PixZero
     StableDiffusionSAG StableDiffusionXLPAG StableDiffusionXL StableUnCLIP UniDiffuser VQDiffusion
     VersatileDiffusionTextToImage WuerstchenCombined ZImageOmni ZImage
-""".split()  # fmt: skip
+""".split()
 OTHERS: dict[Kind, str] = {
-    "edit": "StableDiffusionImg2Img StableDiffusionInpaint StableDiffusionUpscale StableDiffusionControlNet FluxFill FluxControl "
-    "FluxControlNet QwenImageEdit QwenImageEditPlus QwenImageControlNet LongCatImageEdit Kandinsky5I2I KandinskyImg2ImgCombined "
-    "StableDiffusionXLInstructPix2Pix StableDiffusionAdapter StableDiffusionXLControlNetUnion HunyuanImageRefiner "
-    "IFSuperResolution StableDiffusionDiffEdit CycleDiffusion BlipDiffusion QwenImageLayered SanaSprintImg2Img ZImageInpaint",
-    "video": "Wan AnimateDiff CogVideoX LTX LTX2 HunyuanVideo Mochi StableVideoDiffusion TextToVideoZero TextToVideoZeroSDXL "
-    "Cosmos3Omni Latte SanaVideo Kandinsky5T2V Kandinsky6TI2VA WanAnimate LucyEdit SkyReelsV2",
+    "edit": "StableDiffusionImg2Img StableDiffusionInpaint StableDiffusionUpscale "
+    "StableDiffusionControlNet FluxFill FluxControl FluxControlNet QwenImageEdit "
+    "QwenImageEditPlus QwenImageControlNet LongCatImageEdit Kandinsky5I2I "
+    "KandinskyImg2ImgCombined StableDiffusionXLInstructPix2Pix StableDiffusionAdapter "
+    "StableDiffusionXLControlNetUnion HunyuanImageRefiner IFSuperResolution "
+    "StableDiffusionDiffEdit CycleDiffusion BlipDiffusion QwenImageLayered "
+    "SanaSprintImg2Img ZImageInpaint",
+    "video": "Wan AnimateDiff CogVideoX LTX LTX2 HunyuanVideo Mochi StableVideoDiffusion "
+    "TextToVideoZero TextToVideoZeroSDXL Cosmos3Omni Latte SanaVideo Kandinsky5T2V "
+    "Kandinsky6TI2VA WanAnimate LucyEdit SkyReelsV2",
     "audio": "AudioLDM AudioLDM2 StableAudio MusicLDM DanceDiffusion AceStep LongCatAudioDiT",
     "text": "LLaDA2 DiffusionGemma",
     "3d": "ShapE ShapEImg2Img",
-    "other": "DDPM DiT StableDiffusionLDM3D FluxPriorRedux KandinskyPrior StableCascadePrior StableCascadeDecoder MarigoldDepth "
-    "StableDiffusionAttendAndExcite StableDiffusionImageVariation UnCLIP VersatileDiffusion PaintByExample RFD4Proteina",
+    "other": "DDPM DiT StableDiffusionLDM3D FluxPriorRedux KandinskyPrior StableCascadePrior "
+    "StableCascadeDecoder MarigoldDepth StableDiffusionAttendAndExcite "
+    "StableDiffusionImageVariation UnCLIP VersatileDiffusion PaintByExample RFD4Proteina",
 }
 
 
@@ -58,7 +65,8 @@ def kind(name: str) -> Kind:
 
 
 def test_exactly_these_classes_of_diffusers_make_images_of_prompts() -> None:
-    """A class that is new here: is it one of them? Then its name belongs above, else into `OTHERS` if it is of a new sort."""
+    """A class that is new here: is it one of them? Then its name belongs above, else into `OTHERS`
+    if it is of a new sort."""
     found = {name for name in exported() if kind(name) == "text_to_image"}
     assert found == {f"{name}Pipeline" for name in TEXT_TO_IMAGE} | {"StableDiffusionPipelineSafe"}
 
@@ -70,7 +78,11 @@ def test_others_are_told_apart(expected: Kind) -> None:
 
 
 def test_every_family_of_the_tests_but_controlnets_is_served() -> None:
-    refused = {name for name, family in FAMILIES.items() if kind_of(type(family.build())).kind != "text_to_image"}
+    refused = {
+        name
+        for name, family in FAMILIES.items()
+        if kind_of(type(family.build())).kind != "text_to_image"
+    }
     assert refused == {"controlnet_sd"}
 
 
@@ -91,7 +103,10 @@ def test_they_are_refused_before_anything_but_the_index_is_read(
     name: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = json.dumps({"_class_name": name})  # no component, no weights
-    folder, snapshot = tmp_path / "mine", tmp_path / "hub" / "models--owner--name" / "snapshots" / COMMIT
+    folder, snapshot = (
+        tmp_path / "mine",
+        tmp_path / "hub" / "models--owner--name" / "snapshots" / COMMIT,
+    )
     for one in (folder, snapshot):
         one.mkdir(parents=True)
         (one / "model_index.json").write_text(index)
@@ -104,7 +119,8 @@ def test_they_are_refused_before_anything_but_the_index_is_read(
         with pytest.raises(LoadError) as caught:
             load_pipeline(settings, CPU, torch.float32)
         assert caught.value.message == (
-            f"the model {model!r} cannot be loaded: {name} {told}; this server serves text-to-image pipelines only"
+            f"the model {model!r} cannot be loaded: {name} {told}; this server serves "
+            f"text-to-image pipelines only"
         )
 
 
@@ -117,11 +133,14 @@ def test_what_a_call_needs_may_come_from_a_preset() -> None:
 
 def test_pipelines_that_are_made_in_code_are_held_to_it_too() -> None:
     class Needing(FakePipeline):
-        def __call__(self, prompt: str, image: Any, num_inference_steps: int = 4, generator: Any = None) -> Any:  # type: ignore[override]
+        def __call__(
+            self, prompt: str, image: Any, num_inference_steps: int = 4, generator: Any = None
+        ) -> Any:  # type: ignore[override]
             raise AssertionError("never called")
 
     with pytest.raises(
-        LoadError, match=r"Needing makes images from images, not from a prompt alone \(it needs image\)"
+        LoadError,
+        match=r"Needing makes images from images, not from a prompt alone \(it needs image\)",
     ):
         ServedModel(Needing(), Preset(), Settings())
 
@@ -133,7 +152,10 @@ def test_images_are_found_under_either_name_and_nothing_else_is_one() -> None:
     assert images_of(diffusers.ImagePipelineOutput(images=[image, image])) == [image, image]
     assert images_of(diffusers.ImagePipelineOutput(images=[])) == []
     films = diffusers.pipelines.wan.pipeline_output.WanPipelineOutput(frames=[[image]])
-    with pytest.raises(NoImages, match=r"Wan makes no images of prompts: it returned frames \(list\), and no list of"):
+    with pytest.raises(
+        NoImages,
+        match=r"Wan makes no images of prompts: it returned frames \(list\), and no list of",
+    ):
         images_of(films, "Wan")
     for wrong in (diffusers.ImagePipelineOutput(images=[[image]]), torch.zeros(1), (image,)):
         with pytest.raises(NoImages):

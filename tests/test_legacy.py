@@ -1,4 +1,5 @@
-"""The surface of the diffusers example servers, as their READMEs' clients use it, and the URLs of pictures."""
+"""The surface of the diffusers example servers, as their READMEs' clients use it, and the URLs of
+pictures."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ OF_ITS_TEST = {  # examples/server-async/test.py
 @pytest.fixture
 def make(in_process: Make) -> Make:
     """Apps that Starlette's test client reaches at a host that is trusted."""
-    return lambda *args, **settings: in_process(*args, **{"trusted_hosts": "testserver", **settings})
+    return lambda *args, **settings: in_process(
+        *args, **{"trusted_hosts": "testserver", **settings}
+    )
 
 
 @pytest.mark.parametrize("body", [DOCUMENTED, OF_ITS_TEST])
@@ -57,7 +60,8 @@ def test_the_documented_requests_get_urls_of_pictures(served: Served, body: dict
 
 
 def test_the_other_example_servers_documented_request(make: Make) -> None:
-    """Of examples/server, as it stands: its server ignores the model's name and always answers with URLs."""
+    """Of examples/server, as it stands: its server ignores the model's name and always answers with
+    URLs."""
     app = make(model_names="*", response_format="url")
     body = {"model": "something", "prompt": "a kitten in front of a fireplace"}
     answer = app.client.post("/v1/images/generations", json=body)
@@ -76,7 +80,11 @@ def test_everything_that_the_route_takes(make: Make) -> None:
     }
     urls = app.client.post(ROUTE, json=body).json()["response"]
     call = app.pipeline.record.calls[-1]
-    assert (call["prompt"], call["negative_prompt"], call["num_inference_steps"]) == ("a star", "blue", 3)
+    assert (call["prompt"], call["negative_prompt"], call["num_inference_steps"]) == (
+        "a star",
+        "blue",
+        3,
+    )
     assert len(set(urls)) == call["num_images_per_prompt"] == 3
     assert all(re.fullmatch(r"http://testserver/images/[0-9a-f]{32}\.png", url) for url in urls)
     assert len({app.client.get(url).content for url in urls}) == 3
@@ -85,9 +93,15 @@ def test_everything_that_the_route_takes(make: Make) -> None:
 @pytest.mark.parametrize(("settings", "steps"), [({}, 28), ({"max_steps": 100}, 28)])
 def test_defaults_are_the_example_servers(make: Make, settings: dict[str, Any], steps: int) -> None:
     app = make(**settings)
-    assert app.client.post(ROUTE, json={"prompt": "a star", "negative_prompt": ""}).status_code == 200
+    assert (
+        app.client.post(ROUTE, json={"prompt": "a star", "negative_prompt": ""}).status_code == 200
+    )
     call = app.pipeline.record.calls[-1]
-    assert (call["num_inference_steps"], call["num_images_per_prompt"], call["negative_prompt"]) == (steps, 1, None)
+    assert (
+        call["num_inference_steps"],
+        call["num_images_per_prompt"],
+        call["negative_prompt"],
+    ) == (steps, 1, None)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +118,9 @@ def test_defaults_are_the_example_servers(make: Make, settings: dict[str, Any], 
         ({"num_images_per_prompt": 9}, 400, "num_images_per_prompt", "the limit is 8"),
     ],
 )
-def test_what_is_refused(make: Make, body: dict[str, Any], status: int, param: str, shown: str) -> None:
+def test_what_is_refused(
+    make: Make, body: dict[str, Any], status: int, param: str, shown: str
+) -> None:
     app = make(warmup=False)
     answer = app.client.post(ROUTE, json={"prompt": "a star", **body} if body else {})
     error = answer.json()["error"]
@@ -122,7 +138,9 @@ def test_numbers_may_be_texts_and_what_is_unknown_is_ignored_with_a_warning(make
     answer = app.client.post(ROUTE, json=body)
     assert answer.status_code == 200, answer.text
     assert app.pipeline.record.calls[-1]["num_inference_steps"] == 3
-    assert "Unknown fields are ignored: 'seed', 'steps'." in json.loads(answer.headers["X-Stepweave-Warnings"])
+    assert "Unknown fields are ignored: 'seed', 'steps'." in json.loads(
+        answer.headers["X-Stepweave-Warnings"]
+    )
 
 
 def test_the_models_name_is_ignored_as_the_example_server_does(make: Make) -> None:
@@ -151,7 +169,10 @@ def test_errors_have_the_detail_that_clients_of_the_example_server_read(make: Ma
 
 
 def test_only_json_is_read(make: Make) -> None:
-    assert make().client.post(ROUTE, content=b"{}", headers={"Content-Type": "text/plain"}).status_code == 415
+    assert (
+        make().client.post(ROUTE, content=b"{}", headers={"Content-Type": "text/plain"}).status_code
+        == 415
+    )
 
 
 def test_no_picture_is_made_that_could_not_be_fetched(in_process: Make) -> None:
@@ -188,7 +209,10 @@ def test_a_picture_tells_how_long_it_is_there(make: Make, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(app.server.files, "get", get)
     answer = app.client.get("/images/soon")
-    assert (answer.headers["content-type"], answer.headers["cache-control"]) == ("image/webp", "private, max-age=12")
+    assert (answer.headers["content-type"], answer.headers["cache-control"]) == (
+        "image/webp",
+        "private, max-age=12",
+    )
     gone = app.client.get("/images/gone")
     assert (gone.status_code, gone.json()["error"]["code"]) == (404, "image_not_found")
 
@@ -204,16 +228,24 @@ def test_status_counts_what_runs_and_what_ran(make: Make) -> None:
     }
     assert app.client.get("/api/status").json() == expected
     app.pipeline.record.gated = True
-    thread = threading.Thread(target=app.client.post, args=(ROUTE,), kwargs={"json": {"prompt": "a star"}})
+    thread = threading.Thread(
+        target=app.client.post, args=(ROUTE,), kwargs={"json": {"prompt": "a star"}}
+    )
     thread.start()
     assert app.pipeline.record.started.wait(SECONDS)
-    assert app.client.get("/api/status").json() == {**expected, "active_inferences": 1, "total_requests": 1}
+    assert app.client.get("/api/status").json() == {
+        **expected,
+        "active_inferences": 1,
+        "total_requests": 1,
+    }
     app.pipeline.record.release.set()
     thread.join(SECONDS)
     wait_until(lambda: app.client.get("/api/status").json() == {**expected, "total_requests": 1})
 
 
-def test_status_of_a_gpu_has_the_example_servers_keys(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_of_a_gpu_has_the_example_servers_keys(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     app = make(warmup=False)
     monkeypatch.setattr(app.server, "device", "cuda:0")
     monkeypatch.setattr(app.server.metrics.vram, "_values", lambda: (3 * 2**29, 2**31, 0, 0, 0))
@@ -265,8 +297,19 @@ def test_the_root_is_json_for_others(in_process: Make, accept: str) -> None:
 
 
 def request(scheme: str = "http", **headers: str) -> Request:
-    named = [(name.replace("_", "-").encode(), value.encode("latin-1")) for name, value in headers.items()]
-    return Request({"type": "http", "scheme": scheme, "server": ("10.0.0.1", 80), "path": "/", "headers": named})
+    named = [
+        (name.replace("_", "-").encode(), value.encode("latin-1"))
+        for name, value in headers.items()
+    ]
+    return Request(
+        {
+            "type": "http",
+            "scheme": scheme,
+            "server": ("10.0.0.1", 80),
+            "path": "/",
+            "headers": named,
+        }
+    )
 
 
 @pytest.mark.parametrize(
@@ -276,14 +319,30 @@ def request(scheme: str = "http", **headers: str) -> Request:
         ({}, {"host": "127.0.0.1"}, "http://127.0.0.1"),
         ({}, {"host": "[::1]:3000"}, "http://[::1]:3000"),
         ({}, {"host": "LOCALHOST"}, "http://localhost"),
-        ({"base_url": "https://pictures.example.com/a/"}, {"host": "evil.test"}, "https://pictures.example.com/a"),
-        ({"trusted_hosts": "a.test, *.example.com"}, {"host": "x.y.example.com:81"}, "http://x.y.example.com:81"),
+        (
+            {"base_url": "https://pictures.example.com/a/"},
+            {"host": "evil.test"},
+            "https://pictures.example.com/a",
+        ),
+        (
+            {"trusted_hosts": "a.test, *.example.com"},
+            {"host": "x.y.example.com:81"},
+            "http://x.y.example.com:81",
+        ),
         ({"trusted_hosts": "*"}, {"host": "anything.test"}, "http://anything.test"),
         ({"trusted_hosts": "A.test"}, {"host": "a.test"}, "http://a.test"),
-        ({}, {"host": "localhost", "x_forwarded_host": "evil.test", "x_forwarded_proto": "https"}, "http://localhost"),
+        (
+            {},
+            {"host": "localhost", "x_forwarded_host": "evil.test", "x_forwarded_proto": "https"},
+            "http://localhost",
+        ),
         (
             {"trust_forwarded": True, "trusted_hosts": "a.test"},
-            {"host": "10.0.0.1", "x_forwarded_host": "a.test, b.test", "x_forwarded_proto": "https,http"},
+            {
+                "host": "10.0.0.1",
+                "x_forwarded_host": "a.test, b.test",
+                "x_forwarded_proto": "https,http",
+            },
             "https://a.test",
         ),
         ({"trust_forwarded": True}, {"host": "localhost"}, "http://localhost"),
@@ -321,7 +380,9 @@ def test_urls_have_the_requests_scheme() -> None:
     ],
 )
 def test_hosts_that_no_url_is_made_of(settings: dict[str, Any], headers: dict[str, str]) -> None:
-    with pytest.raises(InvalidRequest, match=r"STEPWEAVE_BASE_URL .* STEPWEAVE_TRUSTED_HOSTS") as caught:
+    with pytest.raises(
+        InvalidRequest, match=r"STEPWEAVE_BASE_URL .* STEPWEAVE_TRUSTED_HOSTS"
+    ) as caught:
         base_url(request(**headers), Settings(**settings))
     assert caught.value.code == "no_base_url"
 
@@ -333,4 +394,8 @@ def test_a_client_that_leaves_ends_its_generation(served: Served) -> None:
             json={"prompt": "a star", "num_inference_steps": 200, "num_images_per_prompt": 8},
             timeout=httpx.Timeout(SECONDS, read=0.3),
         )
-    wait_until(lambda: not httpx.get(f"{served.url}/api/status", timeout=SECONDS).json()["active_inferences"])
+    wait_until(
+        lambda: (
+            not httpx.get(f"{served.url}/api/status", timeout=SECONDS).json()["active_inferences"]
+        )
+    )

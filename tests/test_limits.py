@@ -1,4 +1,5 @@
-"""What one client may cost: time on the event loop, threads, memory, and connections that it leaves lying."""
+"""What one client may cost: time on the event loop, threads, memory, and connections that it leaves
+lying."""
 
 from __future__ import annotations
 
@@ -66,10 +67,18 @@ WIDE: dict[str, tuple[str, Any, str]] = {
     "fields": (GENERATIONS, {"prompt": "a", **members(60_000)}, "Unknown field 'x0'."),
     "nested": (GENERATIONS, {"prompt": {"a": members(60_000)}}, "prompt is "),
     "tensors": (INFER, {"inputs": [{}] * 100_000}, "inputs"),
-    "members of a tensor": (INFER, {"inputs": [{**PROMPT, **members(60_000)}]}, "Unknown field 'x0'."),
-    "shape": (INFER, {"inputs": [{**PROMPT, "shape": ["a"] * 100_000}]}, "Tensor 'prompt': inputs.0.shape.0 is 'a'"),
+    "members of a tensor": (
+        INFER,
+        {"inputs": [{**PROMPT, **members(60_000)}]},
+        "Unknown field 'x0'.",
+    ),
+    "shape": (
+        INFER,
+        {"inputs": [{**PROMPT, "shape": ["a"] * 100_000}]},
+        "Tensor 'prompt': inputs.0.shape.0 is 'a'",
+    ),
     "outputs": (INFER, {"inputs": [PROMPT], "outputs": [{}] * 100_000}, "outputs"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", WIDE)
@@ -162,7 +171,9 @@ def impatient() -> Iterator[None]:
 
 @pytest.mark.parametrize("fields", [{}, {"stream": True}], ids=["answer", "stream"])
 @pytest.mark.usefixtures("impatient")
-async def test_a_client_that_reads_nothing_is_not_waited_for_and_one_that_reads_slowly_is(fields: Any) -> None:
+async def test_a_client_that_reads_nothing_is_not_waited_for_and_one_that_reads_slowly_is(
+    fields: Any,
+) -> None:
     async with serving() as app:
         loop, state = asyncio.get_running_loop(), ServerState()
         config = uvicorn.Config(app.asgi, log_config=None, access_log=False)
@@ -171,13 +182,21 @@ async def test_a_client_that_reads_nothing_is_not_waited_for_and_one_that_reads_
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
             listening.bind(("127.0.0.1", 0))
             held = Connections(10)
-            server = await loop.create_server(lambda: Connection(held, config, state, {}), sock=listening)
-            body = json.dumps({"prompt": "a", "size": "512x512", "num_inference_steps": 1, "seed": 1} | fields).encode()
-            head = f"POST {GENERATIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            server = await loop.create_server(
+                lambda: Connection(held, config, state, {}), sock=listening
+            )
+            body = json.dumps(
+                {"prompt": "a", "size": "512x512", "num_inference_steps": 1, "seed": 1} | fields
+            ).encode()
+            head = (
+                f"POST {GENERATIONS} HTTP/1.1\r\nHost: localhost\r\n"
+                "Content-Type: application/json\r\n"
+            )
             request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
             async def ask(pause: float | None) -> bytes:
-                """All that comes, read with pauses, or none of it before the server has ended the connection."""
+                """All that comes, read with pauses, or none of it before the server has ended the
+                connection."""
                 with socket.socket() as client:
                     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
                     client.setblocking(False)
@@ -235,7 +254,9 @@ async def test_a_client_that_sends_no_more_of_its_body_is_not_waited_for(path: s
     with patch.object(disconnect, "STALLED_SECONDS", STALLED):
         async with serving() as app:
             kind = "multipart/form-data; boundary=x" if is_form else "application/json"
-            answer = await app.send("POST", path, None, {"Content-Type": kind, "Content-Length": "100"}).done()
+            answer = await app.send(
+                "POST", path, None, {"Content-Type": kind, "Content-Length": "100"}
+            ).done()
             assert (answer.status, answer.error["code"]) == (499, "cancelled")
 
 
@@ -337,10 +358,14 @@ async def test_an_edit_without_a_place_is_refused_before_it_is_read() -> None:
         first = app.send("POST", EDITS, form(png()), {**FORM, "Idempotency-Key": "a"})
         await app.until(lambda: app.record.running)
         for path in (EDITS, "/edit"):
-            refused = await app.send("POST", path, None, {**FORM, "Content-Length": "9999999"}).done()
+            refused = await app.send(
+                "POST", path, None, {**FORM, "Content-Length": "9999999"}
+            ).done()
             assert (refused.status, refused.error["code"]) == (429, "queue_full")
         same = app.send("POST", EDITS, form(png()), {**FORM, "Idempotency-Key": "a"})
-        other = await app.send("POST", EDITS, form(png(32)), {**FORM, "Idempotency-Key": "a"}).done()
+        other = await app.send(
+            "POST", EDITS, form(png(32)), {**FORM, "Idempotency-Key": "a"}
+        ).done()
         assert other.status == 409, "who has a key is compared, which takes no place"
         app.record.release.set()
         assert (await first.done()).json()["data"] == (await same.done()).json()["data"]
@@ -365,10 +390,12 @@ async def test_few_pictures_are_decoded_at_a_time_and_none_for_which_there_is_no
         with patch.object(decoders._Process, "decode", decode):
             sent = [app.send("POST", EDITS, form(png()), FORM) for _ in range(8)]
             await app.until(lambda: decoded == 2)
-            await app.until(lambda: sum(one.task.done() for one in sent) == 4)  # refused before they are read
+            # refused before they are read
+            await app.until(lambda: sum(one.task.done() for one in sent) == 4)
             await asyncio.sleep(0.05)
             assert (decoded, most) == (2, 2)
-            await asyncio.wait_for(asyncio.to_thread(lambda: None), SECONDS)  # threads are left for others
+            # threads are left for others
+            await asyncio.wait_for(asyncio.to_thread(lambda: None), SECONDS)
             go.release(4)
             await app.until(lambda: len(app.server.tickets) == 4)
         app.record.release.set()
@@ -472,7 +499,9 @@ def admission_of(app: App) -> Admission:
         (b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na\r\n--x--\r\n', 400),
     ],
 )
-async def test_the_place_of_an_edit_that_is_wrong_comes_back(path: str, body: bytes, status: int) -> None:
+async def test_the_place_of_an_edit_that_is_wrong_comes_back(
+    path: str, body: bytes, status: int
+) -> None:
     async with serving(FakePipeline(edits=True), max_queue=0) as app:
         if path == "/edit":
             natively(app)
@@ -483,7 +512,9 @@ async def test_the_place_of_an_edit_that_is_wrong_comes_back(path: str, body: by
 
 
 @pytest.mark.parametrize("path", BOTH)
-async def test_the_place_of_an_edit_comes_back_where_it_never_gets_to_its_handler(path: str) -> None:
+async def test_the_place_of_an_edit_comes_back_where_it_never_gets_to_its_handler(
+    path: str,
+) -> None:
     async def fails(scope: Any, receive: Any, send: Any) -> None:
         raise ZeroDivisionError
 
@@ -533,7 +564,9 @@ async def test_an_edit_that_was_refused_unread_is_promised_a_place() -> None:
         with patch.object(admission, "_clock", lambda: now):
             admission._taken -= 1  # one has left
             for client in ("5.6.7.8", "1.2.3.40"):
-                assert (await app.send("POST", EDITS, form(png()), mine, client).done()).status == 429
+                assert (
+                    await app.send("POST", EDITS, form(png()), mine, client).done()
+                ).status == 429
             edit = app.send("POST", EDITS, form(png()), mine, "1.2.3.4")
             await app.until(lambda: len(app.server.tickets) == 3)
         admission._taken += 1
@@ -550,9 +583,12 @@ async def test_equal_requests_of_two_addresses_do_not_share_a_promise() -> None:
             if body[2] == JSON:
                 for client in ("1.1.1.1", "2.2.2.2"):
                     app.asgi = ContractMiddleware(
-                        Native(app.server) if path in native.PATHS else Api(app.server).app(), app.server
+                        Native(app.server) if path in native.PATHS else Api(app.server).app(),
+                        app.server,
                     )  # type: ignore[assignment]
-                    assert (await app.send("POST", path, body[0], JSON, client).done()).status == 429
+                    assert (
+                        await app.send("POST", path, body[0], JSON, client).done()
+                    ).status == 429
         clients = {one.client for one in admission_of(app)._promised}
         assert clients == {("address", "1.1.1.1"), ("address", "2.2.2.2")}
         app.record.release.set()
@@ -715,18 +751,27 @@ async def test_what_pages_may_send(headers: dict[str, str], allowed: bool) -> No
 async def test_a_page_whose_name_was_led_here_may_send_nothing(
     host: str, settings: dict[str, str], allowed: bool
 ) -> None:
-    """Such a page is of the same origin, to the browser: its owner had the name point to this server after it was loaded."""
+    """Such a page is of the same origin, to the browser: its owner had the name point to this
+    server after it was loaded."""
     async with serving(**settings) as app:
         given = {"Host": host, "Content-Type": "application/json", "Authorization": "Bearer secret"}
         body = json.dumps({"prompt": "a", "num_inference_steps": 1}).encode()
-        for said in ({SITE: "same-origin", "Origin": f"http://{host}"}, {"Origin": f"http://{host}"}, {SITE: "none"}):
+        for said in (
+            {SITE: "same-origin", "Origin": f"http://{host}"},
+            {"Origin": f"http://{host}"},
+            {SITE: "none"},
+        ):
             answer = await app.send("POST", GENERATIONS, body, given | said).done()
             assert answer.status == (200 if allowed else 400)
             if not allowed:
                 assert answer.error["code"] in ("untrusted_host", "cross_site")
-        assert (await app.send("POST", GENERATIONS, body, given).done()).status == 200, "it is no page's"
+        assert (await app.send("POST", GENERATIONS, body, given).done()).status == 200, (
+            "it is no page's"
+        )
 
 
 async def test_any_page_may_send_where_any_origin_is_allowed() -> None:
     async with serving(cors_origins="*") as app:
-        assert (await app.post(headers={SITE: "cross-site", "Origin": "https://a.test"}).done()).status == 200
+        assert (
+            await app.post(headers={SITE: "cross-site", "Origin": "https://a.test"}).done()
+        ).status == 200

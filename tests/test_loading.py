@@ -36,7 +36,9 @@ def test_auto_is_a_gpu_where_there_is_one() -> None:
 
 
 def test_devices_and_dtypes_that_cannot_be_are_refused() -> None:
-    with pytest.raises(LoadError, match=r"STEPWEAVE_DEVICE='cuda:99': this machine has \d+ CUDA devices"):
+    with pytest.raises(
+        LoadError, match=r"STEPWEAVE_DEVICE='cuda:99': this machine has \d+ CUDA devices"
+    ):
         choose_device(Settings(device="cuda:99"))
     with pytest.raises(LoadError, match="float16"):
         choose_dtype(Settings(dtype="float16"), CPU)
@@ -44,18 +46,26 @@ def test_devices_and_dtypes_that_cannot_be_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("quota", "most"), [("50000 100000", 1), ("max 100000", None)])
-def test_threads_follow_the_cgroups_quota(monkeypatch: pytest.MonkeyPatch, quota: str, most: int | None) -> None:
+def test_threads_follow_the_cgroups_quota(
+    monkeypatch: pytest.MonkeyPatch, quota: str, most: int | None
+) -> None:
     real_open = builtins.open
 
     def fake_open(file: Any, *arguments: Any, **options: Any) -> Any:
-        return io.StringIO(quota) if file == "/sys/fs/cgroup/cpu.max" else real_open(file, *arguments, **options)
+        return (
+            io.StringIO(quota)
+            if file == "/sys/fs/cgroup/cpu.max"
+            else real_open(file, *arguments, **options)
+        )
 
     monkeypatch.delenv("LOKY_MAX_CPU_COUNT", raising=False)
     before = torch.get_num_threads()
     try:
         unlimited = set_cpu_threads(Settings(cpu_threads=0))
         real_exists = os.path.exists
-        monkeypatch.setattr("os.path.exists", lambda path: path == "/sys/fs/cgroup/cpu.max" or real_exists(path))
+        monkeypatch.setattr(
+            "os.path.exists", lambda path: path == "/sys/fs/cgroup/cpu.max" or real_exists(path)
+        )
         monkeypatch.setattr(builtins, "open", fake_open)
         assert set_cpu_threads(Settings()) == torch.get_num_threads() == (most or unlimited)
         assert set_cpu_threads(Settings(cpu_threads=3)) == torch.get_num_threads() == 3
@@ -67,9 +77,16 @@ def test_the_embedded_model_loads_and_obeys_its_seed() -> None:
     settings = Settings()
     model = ServedModel(*load_pipeline(settings, CPU, torch.float32), settings)
     assert model.pipeline_class == "StableDiffusion3Pipeline"
-    assert (model.id, model.width, model.height, model.limits.sizes.multiple) == ("shapes", 64, 64, 8)
+    assert (model.id, model.width, model.height, model.limits.sizes.multiple) == (
+        "shapes",
+        64,
+        64,
+        8,
+    )
     assert (model.default_steps, model.default_guidance) == (20, 2.0)
-    assert all(parameter.dtype is torch.float32 for parameter in model.pipeline.transformer.parameters())
+    assert all(
+        parameter.dtype is torch.float32 for parameter in model.pipeline.transformer.parameters()
+    )
     with StepEngine(model.pipeline, "off") as engine:
 
         def draw(seed: int) -> bytes:
@@ -82,8 +99,11 @@ def test_the_embedded_model_loads_and_obeys_its_seed() -> None:
         assert draw(1) == draw(1) != draw(2)
 
 
-def test_a_hub_repository_is_loaded_at_its_pinned_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real hub code path, answered from the hub's own cache layout, since no hub is in reach."""
+def test_a_hub_repository_is_loaded_at_its_pinned_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real hub code path, answered from the hub's own cache layout, since no hub is in
+    reach."""
     snapshot = tmp_path / "models--owner--shapes" / "snapshots" / COMMIT
     shutil.copytree(EMBEDDED_MODEL, snapshot)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -101,7 +121,8 @@ def test_only_safetensors_are_read(tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(EMBEDDED_MODEL, model)
     weights = model / "vae" / "diffusion_pytorch_model.safetensors"
-    torch.save(load_file(weights), weights.with_suffix(".bin"))  # what would load, were pickles allowed
+    # what would load, were pickles allowed
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
     weights.unlink()
     with pytest.raises(LoadError, match="cannot be loaded"):
         load_pipeline(Settings(model=str(model)), CPU, torch.float32)
@@ -110,13 +131,19 @@ def test_only_safetensors_are_read(tmp_path: Path) -> None:
 def test_presets_are_read_strictly(tmp_path: Path) -> None:
     assert read_preset(tmp_path).id is None
     for content, told in (
-        ('{"id": "mine", "stepz": 4}', "there is no 'stepz' (it may have id, width, height, num_inference_steps, "),
+        (
+            '{"id": "mine", "stepz": 4}',
+            "there is no 'stepz' (it may have id, width, height, num_inference_steps, ",
+        ),
         ('{"guidance": 4}', "there is no 'guidance' (did you mean 'guidance_scale'?)"),
         ('{"id": "mine",', "not JSON, EOF while parsing a value at line 1 column 14"),
         ("", "not JSON, EOF while parsing"),
         ("[]", "it is []: Input should be an object"),
         ('{"width": "wide"}', "width is 'wide': Input should be a valid integer"),
-        ('{"width": 4, "height": 7}', "width is 4: Input should be greater than or equal to 8; height is 7: Input"),
+        (
+            '{"width": 4, "height": 7}',
+            "width is 4: Input should be greater than or equal to 8; height is 7: Input",
+        ),
     ):
         (tmp_path / "stepweave.json").write_text(content)
         with pytest.raises(LoadError) as caught:
@@ -130,7 +157,9 @@ def test_presets_are_read_strictly(tmp_path: Path) -> None:
 
 def test_no_prompt_is_quoted_in_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline, _ = load_pipeline(Settings(), CPU, torch.float32)
-    [handler] = (one for one in logging.getLogger("diffusers").handlers if type(one) is logging.StreamHandler)
+    [handler] = (
+        one for one in logging.getLogger("diffusers").handlers if type(one) is logging.StreamHandler
+    )
     monkeypatch.setattr(handler, "stream", io.StringIO())
     logging.getLogger("diffusers.pipelines").warning("something else")
     pipeline("a secret plan " * 20, num_inference_steps=1)

@@ -1,4 +1,5 @@
-"""The capacity test: its schedule, its arguments, and runs in a process of its own (Locust must not meet torch)."""
+"""The capacity test: its schedule, its arguments, and runs in a process of its own (Locust must not
+meet torch)."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ def test_the_same_seed_gives_the_same_requests_at_the_same_offsets() -> None:
     assert stages == schedule([2, 5], 10, 7, SIZES, STEPS)
     assert schedule([2, 5, 9], 10, 7, SIZES, STEPS)[:2] == stages
     assert (
-        digest(stages) == digest(schedule([2, 5], 10, 7, SIZES, STEPS)) != digest(schedule([2, 5], 10, 8, SIZES, STEPS))
+        digest(stages)
+        == digest(schedule([2, 5], 10, 7, SIZES, STEPS))
+        != digest(schedule([2, 5], 10, 8, SIZES, STEPS))
     )
 
 
@@ -48,9 +51,12 @@ def test_arrivals_are_a_poisson_process_of_the_stated_rate() -> None:
     offsets = [arrival.offset for arrival in stage.arrivals]
     assert offsets == sorted(offsets) and 0 < offsets[0] and offsets[-1] < 500
     assert len(offsets) == pytest.approx(10_000, abs=400)  # four standard deviations
-    # of a Poisson process, counts of a second vary as much as their mean, and gaps as much as theirs
+    # of a Poisson process, counts of a second vary as much as their mean, and gaps as much as
+    # theirs
     counts = Counter(int(offset) for offset in offsets)
-    assert sum((counts[second] - 20) ** 2 for second in range(500)) / 500 == pytest.approx(20, rel=0.25)
+    assert sum((counts[second] - 20) ** 2 for second in range(500)) / 500 == pytest.approx(
+        20, rel=0.25
+    )
     gaps = [after - before for before, after in zip(offsets, offsets[1:], strict=False)]
     assert sum((gap - 0.05) ** 2 for gap in gaps) / len(gaps) == pytest.approx(0.05**2, rel=0.15)
 
@@ -63,7 +69,9 @@ def test_the_mix_is_even_and_every_prompt_of_the_grammar() -> None:
     assert all(n == pytest.approx(len(bodies) / 8, rel=0.15) for n in kinds.values())
     assert len({body["seed"] for body in bodies}) > 0.99 * len(bodies)
     for body in bodies:
-        match = re.fullmatch(r"a (small|large) (\w+) \w+ on (?:a|an) (\w+) background", str(body["prompt"]))
+        match = re.fullmatch(
+            r"a (small|large) (\w+) \w+ on (?:a|an) (\w+) background", str(body["prompt"])
+        )
         assert match and match[2] != match[3]
 
 
@@ -71,8 +79,15 @@ def test_the_mix_is_even_and_every_prompt_of_the_grammar() -> None:
     ("name", "value"),
     [
         *(("--rates", value) for value in ("0", "-1", "nan", "inf", "", "1,,2", "fast")),
-        *((name, value) for name in ("--seconds", "--target", "--drain") for value in ("0", "nan", "x")),
-        *(("--host", value) for value in ("localhost:3000", "http://", "http://localhost:x", "ftp://localhost")),
+        *(
+            (name, value)
+            for name in ("--seconds", "--target", "--drain")
+            for value in ("0", "nan", "x")
+        ),
+        *(
+            ("--host", value)
+            for value in ("localhost:3000", "http://", "http://localhost:x", "ftp://localhost")
+        ),
         ("--seed", "-1"),
         ("--sizes", "64"),
         ("--steps", "0"),
@@ -80,7 +95,9 @@ def test_the_mix_is_even_and_every_prompt_of_the_grammar() -> None:
         ("--rate", "1"),
     ],
 )
-def test_a_bad_argument_is_refused_by_name(capsys: pytest.CaptureFixture[str], name: str, value: str) -> None:
+def test_a_bad_argument_is_refused_by_name(
+    capsys: pytest.CaptureFixture[str], name: str, value: str
+) -> None:
     with pytest.raises(SystemExit) as caught:
         parse([f"{name}={value}"])
     assert caught.value.code == 2
@@ -94,16 +111,32 @@ def test_a_test_without_end_is_refused(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_the_figures_of_a_stage_follow_from_its_outcomes() -> None:
-    outcomes = [Outcome("succeeded", lag=0.001, latency=float(latency)) for latency in range(1, 101)]
+    outcomes = [
+        Outcome("succeeded", lag=0.001, latency=float(latency)) for latency in range(1, 101)
+    ]
     outcomes += [Outcome("refused", lag=0.001, latency=0.01)] * 20
     outcomes += [Outcome("failed", lag=0.003, latency=0.02, reason="HTTP 500 internal_error")] * 10
     outcomes += [Outcome("unfinished", lag=0.001)] * 30 + [Outcome("dropped")] * 40
     figures = summarise(Stage(4, 50, ()), outcomes, elapsed=80, target=10)
-    assert figures["counts"] == {"succeeded": 100, "refused": 20, "failed": 10, "unfinished": 30, "dropped": 40}
-    assert figures["share"] == {"succeeded": 0.5, "refused": 0.1, "failed": 0.05, "unfinished": 0.15, "dropped": 0.2}
+    assert figures["counts"] == {
+        "succeeded": 100,
+        "refused": 20,
+        "failed": 10,
+        "unfinished": 30,
+        "dropped": 40,
+    }
+    assert figures["share"] == {
+        "succeeded": 0.5,
+        "refused": 0.1,
+        "failed": 0.05,
+        "unfinished": 0.15,
+        "dropped": 0.2,
+    }
     assert (figures["offered_rate"], figures["arrival_rate"]) == (4, 4)
     assert (figures["throughput"], figures["goodput"]) == (100 / 80, 10 / 80)
-    assert figures["latency_seconds"] == pytest.approx({"mean": 50.5, "p50": 50.5, "p95": 95.05, "p99": 99.01})
+    assert figures["latency_seconds"] == pytest.approx(
+        {"mean": 50.5, "p50": 50.5, "p95": 95.05, "p99": 99.01}
+    )
     assert figures["send_lag_seconds"] == pytest.approx({"p50": 0.001, "p95": 0.003, "p99": 0.003})
     assert figures["failures"] == {"HTTP 500 internal_error": 10}
 
@@ -116,14 +149,31 @@ def test_the_runner_imports_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=SECONDS)
 
 
-def test_a_run_against_the_real_server_writes_its_three_reports(served: Served, tmp_path: Path) -> None:
+def test_a_run_against_the_real_server_writes_its_three_reports(
+    served: Served, tmp_path: Path
+) -> None:
     out = tmp_path / "reports"
     result = run(
-        "--host", served.url, "--rates", "1,2", "--seconds", "2", "--seed", "4", "--steps", "2,4", "--out", str(out)
-    )  # fmt: skip
+        "--host",
+        served.url,
+        "--rates",
+        "1,2",
+        "--seconds",
+        "2",
+        "--seed",
+        "4",
+        "--steps",
+        "2,4",
+        "--out",
+        str(out),
+    )
     assert result.returncode == 0, result.stderr
     assert "MonkeyPatchWarning" not in result.stderr and "Traceback" not in result.stderr
-    assert sorted(path.name for path in out.iterdir()) == ["report.html", "report.json", "report.png"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "report.html",
+        "report.json",
+        "report.png",
+    ]
 
     report = json.loads((out / "report.json").read_text())
     stages = schedule([1, 2], 2, 4, SIZES, [2, 4])
@@ -135,7 +185,13 @@ def test_a_run_against_the_real_server_writes_its_three_reports(served: Served, 
         count = len(stage.arrivals)
         assert count > 0
         assert figures["count"] == figures["counts"]["succeeded"] == count
-        assert figures["share"] == {"succeeded": 1, "refused": 0, "failed": 0, "unfinished": 0, "dropped": 0}
+        assert figures["share"] == {
+            "succeeded": 1,
+            "refused": 0,
+            "failed": 0,
+            "unfinished": 0,
+            "dropped": 0,
+        }
         latency = figures["latency_seconds"]
         assert 0 < latency["p50"] <= latency["p95"] <= latency["p99"]
         assert 0 < latency["mean"] <= latency["p99"] or count == 1
@@ -143,7 +199,9 @@ def test_a_run_against_the_real_server_writes_its_three_reports(served: Served, 
         assert figures["goodput"] <= figures["throughput"] <= figures["arrival_rate"]
 
     html = (out / "report.html").read_text()
-    statistics = json.loads(html.partition("window.templateArgs = ")[2].partition("\n")[0].rstrip("; "))
+    statistics = json.loads(
+        html.partition("window.templateArgs = ")[2].partition("\n")[0].rstrip("; ")
+    )
     requests = {row["name"]: row["num_requests"] for row in statistics["requests_statistics"]}
     assert requests == {
         "stage 1: 1/s": len(stages[0].arrivals),
@@ -156,13 +214,16 @@ def test_a_run_against_the_real_server_writes_its_three_reports(served: Served, 
 
 
 class Scripted(BaseHTTPRequestHandler):
-    """Answers by the number of steps asked for: 1 with a picture, 2 with 429, 3 with 500, 4 never, 5 with a broken body."""
+    """Answers by the number of steps asked for: 1 with a picture, 2 with 429, 3 with 500, 4 never,
+    5 with a broken body."""
 
     over: threading.Event
     ready: bool
 
     def do_GET(self) -> None:
-        self.answer(200 if self.ready or self.path != "/readyz" else 503, {"data": [{"id": "scripted"}]})
+        self.answer(
+            200 if self.ready or self.path != "/readyz" else 503, {"data": [{"id": "scripted"}]}
+        )
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -207,20 +268,40 @@ def scripted() -> Iterator[tuple[str, type[Scripted]]]:
         thread.join()
 
 
-def test_each_outcome_is_counted_apart(scripted: tuple[str, type[Scripted]], tmp_path: Path) -> None:
+def test_each_outcome_is_counted_apart(
+    scripted: tuple[str, type[Scripted]], tmp_path: Path
+) -> None:
     url, _ = scripted
     result = run(
-        "--host", url, "--rates", "20", "--seconds", "1", "--steps", "1,2,3,4,5", "--drain", "8", "--out", str(tmp_path)
-    )  # fmt: skip
+        "--host",
+        url,
+        "--rates",
+        "20",
+        "--seconds",
+        "1",
+        "--steps",
+        "1,2,3,4,5",
+        "--drain",
+        "8",
+        "--out",
+        str(tmp_path),
+    )
     assert result.returncode == 0, result.stderr
     (stage,) = schedule([20], 1, 1, SIZES, [1, 2, 3, 4, 5])
     steps = Counter(arrival.body["num_inference_steps"] for arrival in stage.arrivals)
     assert all(steps[n] for n in range(1, 6))
     (figures,) = json.loads((tmp_path / "report.json").read_text())["stages"]
     assert figures["counts"] == {
-        "succeeded": steps[1], "refused": steps[2], "failed": steps[3] + steps[5], "unfinished": steps[4], "dropped": 0
-    }  # fmt: skip
-    assert figures["failures"] == {"HTTP 500 internal_error": steps[3], "HTTP 200 with a broken body": steps[5]}
+        "succeeded": steps[1],
+        "refused": steps[2],
+        "failed": steps[3] + steps[5],
+        "unfinished": steps[4],
+        "dropped": 0,
+    }
+    assert figures["failures"] == {
+        "HTTP 500 internal_error": steps[3],
+        "HTTP 200 with a broken body": steps[5],
+    }
     assert f"HTTP 500 internal_error x{steps[3]}" in result.stderr
 
 

@@ -28,7 +28,8 @@ def anyio_backend() -> str:
 
 
 class Forecasts:
-    """The forecasts that are made: of how many jobs, on which threads, and how many at a time. Those of many wait for `go`."""
+    """The forecasts that are made: of how many jobs, on which threads, and how many at a time.
+    Those of many wait for `go`."""
 
     def __init__(self, forecast: Callable[..., Any]) -> None:
         self.go = threading.Event()
@@ -51,7 +52,9 @@ class Forecasts:
 
     def inline(self) -> int:
         """Jobs of the largest one that was made on this thread."""
-        return max((jobs for jobs, thread in self.made if thread == threading.get_ident()), default=0)
+        return max(
+            (jobs for jobs, thread in self.made if thread == threading.get_ident()), default=0
+        )
 
 
 @pytest.fixture
@@ -63,8 +66,12 @@ def forecasts(monkeypatch: pytest.MonkeyPatch) -> Forecasts:
 
 def call(steps: int = 4) -> dict[str, Any]:
     return {
-        "prompt": "x", "height": 64, "width": 64, "num_inference_steps": steps, "generator": [torch.Generator().manual_seed(1)],
-    }  # fmt: skip
+        "prompt": "x",
+        "height": 64,
+        "width": 64,
+        "num_inference_steps": steps,
+        "generator": [torch.Generator().manual_seed(1)],
+    }
 
 
 @contextmanager
@@ -118,20 +125,31 @@ async def test_the_loop_goes_on_while_many_jobs_are_forecast(forecasts: Forecast
         assert forecasts.most == 1, "one forecast at a time, for all who ask"
         ends = engine.standings()
         assert len(ends) == MANY
-        assert sorted(one.position for one in ends.values()) in (list(range(MANY)), list(range(1, MANY + 1)))
+        assert sorted(one.position for one in ends.values()) in (
+            list(range(MANY)),
+            list(range(1, MANY + 1)),
+        )
         waiting = [(one.position, one.eta) for one in ends.values() if one.position]
-        assert waiting == sorted(waiting), "one at a time, nobody is done before those whose turn is first"
+        assert waiting == sorted(waiting), (
+            "one at a time, nobody is done before those whose turn is first"
+        )
         first, *_, last = (id for id, one in ends.items() if one.position)
         job = next(one for one in jobs if one.id == first)
         job.cancel()
         assert job.exception(SECONDS) is not None
         moved = engine.standing(last)
-        assert moved is not None and moved.position == ends[last].position - 1, "at once, without another forecast"
+        assert moved is not None and moved.position == ends[last].position - 1, (
+            "at once, without another forecast"
+        )
         outlook = engine.outlook(**call())
         assert outlook is not None
         # the shortest go first, and it is the last of these
-        alike = [engine.standing(job.id) for job in jobs[1:] if job.kwargs["num_inference_steps"] == 4]
-        assert outlook.finish == pytest.approx(max(one.eta or 0.0 for one in alike if one is not None), rel=0.5)
+        alike = [
+            engine.standing(job.id) for job in jobs[1:] if job.kwargs["num_inference_steps"] == 4
+        ]
+        assert outlook.finish == pytest.approx(
+            max(one.eta or 0.0 for one in alike if one is not None), rel=0.5
+        )
 
 
 async def test_a_job_that_comes_during_a_forecast_is_not_lost(forecasts: Forecasts) -> None:
@@ -145,7 +163,9 @@ async def test_a_job_that_comes_during_a_forecast_is_not_lost(forecasts: Forecas
         forecasts.go.set()
         wait_until(lambda: engine.outlook(**call()) is not None)
         found = [engine.standing(job.id) for job in later]
-        assert [one.position for one in found if one is not None] == sorted(one.position for one in found if one)
+        assert [one.position for one in found if one is not None] == sorted(
+            one.position for one in found if one
+        )
         assert len({one.position for one in found if one is not None}) == len(later)
 
 
@@ -188,4 +208,6 @@ async def test_no_more_are_let_in_than_may_be_however_many_wait() -> None:
         app.record.release.set()
         for post in posts:
             await post.done()
-        assert [post.status for post in posts if post not in refused] == [200] * (2 * planner.FEW + 1)
+        assert [post.status for post in posts if post not in refused] == [200] * (
+            2 * planner.FEW + 1
+        )

@@ -17,7 +17,10 @@ from stepweave.images.uploads import read_sources
 
 LIMIT = 256 * 256
 SIZE = (64, 32)
-NOTHING = "mask: nothing is repainted: no pixel is at least half transparent, or else at least half white."
+NOTHING = (
+    "mask: nothing is repainted: no pixel is at least half transparent, or else at least half "
+    "white."
+)
 
 
 def file_of(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
@@ -58,7 +61,9 @@ def same(sources: Sources, mask: Image.Image) -> bool:
     return np.array_equal(np.asarray(sources.mask), np.asarray(mask))
 
 
-def two_colours(first: tuple[int, ...] = (0, 0, 0), second: tuple[int, ...] = (255, 255, 255)) -> Image.Image:
+def two_colours(
+    first: tuple[int, ...] = (0, 0, 0), second: tuple[int, ...] = (255, 255, 255)
+) -> Image.Image:
     """The right half, of a palette."""
     mask = Image.new("P", SIZE, 0)
     mask.putpalette([*first, *second])
@@ -85,7 +90,9 @@ def test_white_is_repainted_where_alpha_is_the_same_throughout(kind: str) -> Non
     assert same(sources, right_half()) and sources.warnings == ()
 
 
-NOISE = Image.fromarray(np.random.default_rng(2).integers(0, 256, (SIZE[1], SIZE[0], 3), dtype=np.uint8))
+NOISE = Image.fromarray(
+    np.random.default_rng(2).integers(0, 256, (SIZE[1], SIZE[0], 3), dtype=np.uint8)
+)
 TRANSPARENT = {
     "black": with_alpha(Image.new("RGB", SIZE), inverse(right_half())),
     "white": with_alpha(Image.new("RGB", SIZE, "white"), inverse(right_half())),
@@ -101,7 +108,9 @@ TRANSPARENT = {
 
 @pytest.mark.parametrize("kind", TRANSPARENT)
 def test_transparency_is_repainted_whatever_its_colours(kind: str) -> None:
-    options = {"of a palette": {"transparency": 1}, "of 16 bits": {"transparency": 255}}.get(kind, {})
+    options = {"of a palette": {"transparency": 1}, "of 16 bits": {"transparency": 255}}.get(
+        kind, {}
+    )
     file = file_of(TRANSPARENT[kind], "WEBP" if kind == "of WebP" else "PNG", **options)
     sources = read(file)
     assert same(sources, right_half()) and sources.warnings == ()
@@ -118,7 +127,8 @@ def brush() -> Image.Image:
 
 @pytest.mark.parametrize("most", [255, 200, 128, 127, 60])
 def test_soft_brushes_count_by_how_transparent_they_are(most: int) -> None:
-    """Also those that are nowhere wholly transparent; what is at least half so is repainted, as pipelines cut masks."""
+    """Also those that are nowhere wholly transparent; what is at least half so is repainted, as
+    pipelines cut masks."""
     soft = brush().point(lambda value: min(value, most))
     for mask in (with_alpha(photo(), inverse(soft)), soft):
         sources = read(mask)
@@ -134,7 +144,9 @@ def test_soft_brushes_count_by_how_transparent_they_are(most: int) -> None:
 def test_pipelines_cut_masks_where_it_is_documented() -> None:
     from diffusers.image_processor import VaeImageProcessor
 
-    processor = VaeImageProcessor(vae_scale_factor=1, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
+    processor = VaeImageProcessor(
+        vae_scale_factor=1, do_normalize=False, do_binarize=True, do_convert_grayscale=True
+    )
     mask = Image.linear_gradient("L")
     cut = processor.preprocess(mask)[0, 0].numpy()
     assert np.array_equal(cut, np.asarray(mask) >= 128)
@@ -150,7 +162,11 @@ def test_a_mask_that_is_wholly_transparent_repaints_all(colour: tuple[int, int, 
 
 
 def test_a_mask_that_repaints_nothing_is_taken_with_a_warning() -> None:
-    for mask in (Image.new("L", SIZE, 0), Image.new("RGBA", SIZE, (0, 0, 0, 255)), Image.new("L", SIZE, 127)):
+    for mask in (
+        Image.new("L", SIZE, 0),
+        Image.new("RGBA", SIZE, (0, 0, 0, 255)),
+        Image.new("L", SIZE, 127),
+    ):
         sources = read(mask)
         assert sources.mask is not None and sources.warnings == (NOTHING,)
     assert read(Image.new("L", SIZE, 128)).warnings == ()
@@ -200,7 +216,9 @@ def test_an_opaque_mask_in_colours_is_refused_by_name(kind: str, format: str) ->
 
 
 def test_a_mask_that_is_nearly_grey_is_taken() -> None:
-    tinted = Image.merge("RGB", (right_half(), right_half().point(lambda value: round(value * 0.94)), right_half()))
+    tinted = Image.merge(
+        "RGB", (right_half(), right_half().point(lambda value: round(value * 0.94)), right_half())
+    )
     assert same(read(tinted), tinted.convert("L"))
 
 
@@ -209,7 +227,11 @@ def test_one_transparent_pixel_of_a_large_mask_makes_alpha_decide() -> None:
     mask = with_alpha(Image.new("RGB", (640, 320), "white"), 255)
     mask.putpixel((0, 0), (0, 0, 0, 0))
     sources = read_sources(file_of(photo()), file_of(mask), max_pixels=640 * 320)
-    assert sources.mask is not None and sources.mask.getextrema()[1] < 128 and NOTHING in sources.warnings
+    assert (
+        sources.mask is not None
+        and sources.mask.getextrema()[1] < 128
+        and NOTHING in sources.warnings
+    )
 
 
 @pytest.mark.parametrize("value", [60, 127, 128, 200])
@@ -218,6 +240,10 @@ def test_the_values_of_a_mask_are_no_colours(value: int) -> None:
     grey = Image.new("L", SIZE, value)
     mask = file_of(grey)
     gamma = b"gAMA" + struct.pack(">I", 100_000)
-    mask = mask[:33] + struct.pack(">I", 4) + gamma + struct.pack(">I", zlib.crc32(gamma)) + mask[33:]
-    assert same(read(mask), Image.new("L", SIZE, 255 if value >= 128 else 0)) or same(read(mask), grey)
+    mask = (
+        mask[:33] + struct.pack(">I", 4) + gamma + struct.pack(">I", zlib.crc32(gamma)) + mask[33:]
+    )
+    assert same(read(mask), Image.new("L", SIZE, 255 if value >= 128 else 0)) or same(
+        read(mask), grey
+    )
     assert same(read(mask), read(grey).mask)

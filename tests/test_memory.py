@@ -1,4 +1,5 @@
-"""Memory that runs out: no job is lost, none is wrong, and what does not fit is not tried again and again."""
+"""Memory that runs out: no job is lost, none is wrong, and what does not fit is not tried again and
+again."""
 
 from __future__ import annotations
 
@@ -21,7 +22,19 @@ from stepweave.engine.merge import split
 from stepweave.errors import Cancelled, OutOfMemory
 from tests import tiny
 from tests.test_merge import Describing
-from tests.toy import CLOSE, STEPS, Forward, Outside, Toy, call, fresh, honest, module, serve, submit_together
+from tests.toy import (
+    CLOSE,
+    STEPS,
+    Forward,
+    Outside,
+    Toy,
+    call,
+    fresh,
+    honest,
+    module,
+    serve,
+    submit_together,
+)
 from tests.waiting import SECONDS, wait_until
 
 SD15, SD3 = (tiny.FAMILIES[name] for name in ("stable_diffusion", "stable_diffusion_3"))
@@ -82,7 +95,9 @@ def test_a_call_is_divided_down_to_one_row_once_that_is_proven(rows: int) -> Non
         for job in submit_together(engine, [fresh(one) for one in calls]):
             job.result(SECONDS)
         room[0] = 1
-        results = [job.result(SECONDS) for job in submit_together(engine, [fresh(one) for one in calls])]
+        results = [
+            job.result(SECONDS) for job in submit_together(engine, [fresh(one) for one in calls])
+        ]
         stats = engine.stats()
     for result, one in zip(results, calls, strict=True):
         assert (result - plain(one)).abs().max() <= CLOSE
@@ -109,7 +124,9 @@ def test_what_was_learnt_is_not_tried_again() -> None:
 def test_jobs_of_several_rows_in_company_are_divided_too(rows: int) -> None:
     calls = [call(seed, rows=rows) for seed in range(6)]
     with StepEngine(Toy(module(fits(2)))) as engine:
-        results = [job.result(SECONDS) for job in submit_together(engine, [fresh(one) for one in calls])]
+        results = [
+            job.result(SECONDS) for job in submit_together(engine, [fresh(one) for one in calls])
+        ]
         stats = engine.stats()
     for result, one in zip(results, calls, strict=True):
         assert (result - plain(one)).abs().max() <= CLOSE
@@ -144,7 +161,8 @@ def test_a_reproducible_call_is_not_divided() -> None:
 
 
 def decode_together(engine: StepEngine, family: tiny.Family) -> None:
-    """Two jobs that come to their ends in one step: of the second round, since the first is one of proofs."""
+    """Two jobs that come to their ends in one step: of the second round, since the first is one of
+    proofs."""
     for _ in range(2):
         gate = threading.Event()
 
@@ -170,7 +188,9 @@ def test_pictures_of_one_request_are_decoded_within_the_bound() -> None:
         decode_together(engine, SD3)
         most.clear()
         images = (
-            engine.submit(**SD3.arguments("a red circle", seed=3) | {"num_images_per_prompt": 5}).result(SECONDS).images
+            engine.submit(**SD3.arguments("a red circle", seed=3) | {"num_images_per_prompt": 5})
+            .result(SECONDS)
+            .images
         )
     assert most
     assert max(most) <= 2
@@ -184,7 +204,9 @@ def test_more_pictures_than_the_autoencoder_decodes_at_a_time(family: tiny.Famil
     expected = family.build()(**family.arguments("a red circle", seed=3) | many).images
     with StepEngine(family.build()) as engine:
         decode_together(engine, family)
-        images = engine.submit(**family.arguments("a red circle", seed=3) | many).result(SECONDS).images
+        images = (
+            engine.submit(**family.arguments("a red circle", seed=3) | many).result(SECONDS).images
+        )
         assert engine.stats().divided == 1
     assert abs(images - expected).max() <= 1e-4
 
@@ -207,7 +229,9 @@ def fills_list(x: Tensor, extra: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(("fill", "make"), [(fills_object, Box), (fills_list, list)])
-def test_what_a_call_leaves_in_its_arguments_is_not_lost(fill: Any, make: Callable[[], Any]) -> None:
+def test_what_a_call_leaves_in_its_arguments_is_not_lost(
+    fill: Any, make: Callable[[], Any]
+) -> None:
     """It is not divided, then."""
 
     def forward(self: nn.Module, x: Tensor, extra: Any) -> Tensor:
@@ -262,12 +286,15 @@ def test_parts_of_lists_are_put_together_entry_by_entry() -> None:
         MemoryError,
         lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
         lambda: RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"
+            "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate "
+            "memory"
         ),
     ],
 )
 @pytest.mark.parametrize("mode", ["step", "off", "threads", "request"])
-def test_a_job_that_cannot_fit_gets_an_error_of_its_own(error: Callable[[], Exception], mode: Mode) -> None:
+def test_a_job_that_cannot_fit_gets_an_error_of_its_own(
+    error: Callable[[], Exception], mode: Mode
+) -> None:
     with StepEngine(Toy(module(fits(1, error))), mode=mode) as engine:
         large = engine.submit(**fresh(call(0, rows=2)))
         with pytest.raises(OutOfMemory, match="not enough memory") as caught:
@@ -296,7 +323,9 @@ def test_jobs_that_fit_only_by_themselves_wait_for_each_other(jobs: int, most: i
 
     engine = StepEngine(Toy(module(forward)))
     with engine:
-        results = [job.result(SECONDS) for job in submit_together(engine, [fresh(one) for one in calls])]
+        results = [
+            job.result(SECONDS) for job in submit_together(engine, [fresh(one) for one in calls])
+        ]
     stats = engine.stats()
     for result, one in zip(results, calls, strict=True):
         assert (result - plain(one)).abs().max() <= CLOSE
@@ -367,7 +396,10 @@ def test_a_call_that_wrote_to_its_arguments_is_not_made_again() -> None:
     assert expected is not None
     with StepEngine(Toy(module(forward))) as engine:
         crowd.append(engine)
-        outcomes = [job.exception(SECONDS) or job.result(0) for job in submit_together(engine, [one(), one()])]
+        outcomes = [
+            job.exception(SECONDS) or job.result(0)
+            for job in submit_together(engine, [one(), one()])
+        ]
     assert all(isinstance(one, OutOfMemory) or torch.equal(one, expected) for one in outcomes)
 
 
@@ -570,8 +602,12 @@ def test_a_first_forward_that_tries_out_kernels_does_not_count_for_good() -> Non
     assert room.limit("kind", 64) == 10
 
 
-@pytest.mark.parametrize(("fraction", "available"), [(1.0, 40 + 5 - 5), (0.5, 50 - 20 - 5), (0.2, 0)])
-def test_a_gpu_tells_what_is_left_of_it(fraction: float, available: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("fraction", "available"), [(1.0, 40 + 5 - 5), (0.5, 50 - 20 - 5), (0.2, 0)]
+)
+def test_a_gpu_tells_what_is_left_of_it(
+    fraction: float, available: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As torch's functions tell it; tests/gpu has the real thing."""
     figures = {"allocated": 20, "reserved": 25, "most": 30}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40, 100))
@@ -579,7 +615,11 @@ def test_a_gpu_tells_what_is_left_of_it(fraction: float, available: int, monkeyp
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: figures["reserved"])
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: fraction)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: figures["most"])
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: figures.update(most=figures["allocated"]))
+    monkeypatch.setattr(
+        torch.cuda,
+        "reset_peak_memory_stats",
+        lambda device: figures.update(most=figures["allocated"]),
+    )
     gpu = CudaMemory(torch.device("cuda", 0))
     assert gpu.available() == available
     gpu.start()
@@ -591,7 +631,9 @@ def test_a_gpu_tells_what_is_left_of_it(fraction: float, available: int, monkeyp
 # What is learnt, and forgotten
 
 
-def test_a_cap_rises_slowly_and_more_slowly_after_each_fall(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cap_rises_slowly_and_more_slowly_after_each_fall(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     room = Room(UnknownMemory())
 
     def forwards_until_it_rises() -> int:
@@ -639,9 +681,14 @@ def test_parts_put_together_are_what_was_taken_apart() -> None:
 
 def test_a_row_is_part_of_every_kind_of_argument() -> None:
     described = Describing()(
-        x=torch.arange(8.0).reshape(4, 2), t=torch.tensor(5), single=torch.ones(1, 3), table=torch.ones(7, 7),
-        names=["a", "a", "a", "a"], nested={"y": (torch.arange(4), 3)}, n=2,
-    )  # fmt: skip
+        x=torch.arange(8.0).reshape(4, 2),
+        t=torch.tensor(5),
+        single=torch.ones(1, 3),
+        table=torch.ones(7, 7),
+        names=["a", "a", "a", "a"],
+        nested={"y": (torch.arange(4), 3)},
+        n=2,
+    )
     got = part(described, 1, 3)
     assert torch.equal(got["x"], torch.tensor([[2.0, 3.0], [4.0, 5.0]]))
     assert got["t"] == 5
@@ -680,7 +727,9 @@ def check_faults(seed: int, jobs: int, share: float) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10_000), jobs=st.integers(1, 9), share=st.floats(0, 0.9))
-def test_whatever_runs_out_whenever_results_are_right_and_none_is_lost(seed: int, jobs: int, share: float) -> None:
+def test_whatever_runs_out_whenever_results_are_right_and_none_is_lost(
+    seed: int, jobs: int, share: float
+) -> None:
     check_faults(seed, jobs, share)
 
 

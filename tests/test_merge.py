@@ -1,4 +1,5 @@
-"""Describing calls, putting them together and taking results apart; and digests, which tell equal tensors."""
+"""Describing calls, putting them together and taking results apart; and digests, which tell equal
+tensors."""
 
 from __future__ import annotations
 
@@ -46,7 +47,10 @@ def masked(
 
 
 def masked_by_attention(
-    self: nn.Module, x: Tensor, encoder_hidden_states: Any = None, encoder_attention_mask: Tensor | None = None
+    self: nn.Module,
+    x: Tensor,
+    encoder_hidden_states: Any = None,
+    encoder_attention_mask: Tensor | None = None,
 ) -> Any: ...
 
 
@@ -185,7 +189,9 @@ def test_an_argument_left_out_is_not_one_that_is_none(describe: Describing) -> N
 
 
 def test_names_do_not_matter_where_the_position_says_them(describe: Describing) -> None:
-    assert mergeable(describe(rows(1), torch.tensor(1)), describe(x=rows(2), timestep=torch.tensor(1)))
+    assert mergeable(
+        describe(rows(1), torch.tensor(1)), describe(x=rows(2), timestep=torch.tensor(1))
+    )
 
 
 def test_samples_of_other_sizes_are_another_kind(describe: Describing) -> None:
@@ -193,7 +199,9 @@ def test_samples_of_other_sizes_are_another_kind(describe: Describing) -> None:
     assert describe([torch.zeros(4, 2)]).kind != describe([torch.zeros(4, 3)]).kind
 
 
-def test_what_a_certificate_covers_every_value_of_is_in_the_key_and_not_in_the_kind(describe: Describing) -> None:
+def test_what_a_certificate_covers_every_value_of_is_in_the_key_and_not_in_the_kind(
+    describe: Describing,
+) -> None:
     one, other = describe(rows(1), scale=0.5), describe(rows(1), scale=0.6)
     assert one.kind == other.kind
     assert one.key != other.key
@@ -242,7 +250,9 @@ def test_what_makes_a_call_depend_on_more_than_its_arguments_keeps_it_alone() ->
     assert describe(rows(1)).layout == ()
     describe.target.module.eval()
     assert describe(rows(1)).layout != ()
-    with_gradients = Call(describe.target, (rows(1),), {}, ambient.current(("cpu",))._replace(grad=True))
+    with_gradients = Call(
+        describe.target, (rows(1),), {}, ambient.current(("cpu",))._replace(grad=True)
+    )
     Describer(describe.digests).describe(with_gradients)
     assert with_gradients.layout == ()
 
@@ -262,7 +272,9 @@ def merged(*calls: Call) -> dict[str, Any]:
     return merge(calls)
 
 
-def test_rows_are_joined_in_order_and_single_ones_given_to_all_rows_of_their_call(describe: Describing) -> None:
+def test_rows_are_joined_in_order_and_single_ones_given_to_all_rows_of_their_call(
+    describe: Describing,
+) -> None:
     together = merged(
         describe(rows(1), torch.tensor(10), ids=rows(1)),
         describe(rows(2, 3), torch.tensor(20), ids=rows(2, 3)),
@@ -275,7 +287,9 @@ def test_rows_are_joined_in_order_and_single_ones_given_to_all_rows_of_their_cal
 
 
 @pytest.mark.parametrize(("time", "dtype"), [(7, torch.int64), (7.5, torch.float32)])
-def test_a_time_that_is_a_number_becomes_a_tensor(time: float, dtype: torch.dtype, describe: Describing) -> None:
+def test_a_time_that_is_a_number_becomes_a_tensor(
+    time: float, dtype: torch.dtype, describe: Describing
+) -> None:
     together = merged(describe(rows(1), time), describe(rows(2, 3), time + 1))
     assert together["timestep"].tolist() == [time, time + 1, time + 1]
     assert together["timestep"].dtype == dtype
@@ -292,7 +306,12 @@ def test_times_that_are_numbers_are_told_apart_by_certificates(describe: Describ
 
 def test_what_has_no_rows_is_given_once(describe: Describing) -> None:
     table = torch.ones(5, 2)
-    call = {"table": table, "scale": 0.5, "settings": {"scale": 2.0, "ids": rows(1)}, "nothing": None}
+    call = {
+        "table": table,
+        "scale": 0.5,
+        "settings": {"scale": 2.0, "ids": rows(1)},
+        "nothing": None,
+    }
     together = merged(describe(rows(1), **call), describe(rows(2), **call))
     assert torch.equal(together["table"], table)
     assert together["scale"] == 0.5
@@ -337,16 +356,26 @@ def test_lists_of_samples_are_chained_also_where_a_sample_has_as_many_channels_a
 
 
 def test_a_setting_repeated_for_each_row_is_repeated_for_all(describe: Describing) -> None:
-    together = merged(describe(rows(1), shapes=[(1, 4, 4)]), describe(rows(2, 3), shapes=[(1, 4, 4), (1, 4, 4)]))
+    together = merged(
+        describe(rows(1), shapes=[(1, 4, 4)]), describe(rows(2, 3), shapes=[(1, 4, 4), (1, 4, 4)])
+    )
     assert together["shapes"] == [(1, 4, 4)] * 3
 
 
-@pytest.mark.parametrize("entries", [[1.0, 2.0], [1, 2], ["a", "b"], [(1,), (2, 3)], [[1], [2]], [np.float32(1), 2.0]])
-def test_a_list_as_long_as_there_are_rows_keeps_its_entries(entries: list[Any], describe: Describing) -> None:
-    """Whether they are the rows' or mere settings nobody can know; the first entry is not all of them, in any case."""
+@pytest.mark.parametrize(
+    "entries", [[1.0, 2.0], [1, 2], ["a", "b"], [(1,), (2, 3)], [[1], [2]], [np.float32(1), 2.0]]
+)
+def test_a_list_as_long_as_there_are_rows_keeps_its_entries(
+    entries: list[Any], describe: Describing
+) -> None:
+    """Whether they are the rows' or mere settings nobody can know; the first entry is not all of
+    them, in any case."""
     together = merged(describe(rows(1, 2), entries=entries), describe(rows(3, 4), entries=entries))
     assert together["entries"] in (entries, entries * 2)
-    assert describe(rows(1, 2), entries=entries).kind != describe(rows(1, 2), entries=[entries[0]] * 2).kind
+    assert (
+        describe(rows(1, 2), entries=entries).kind
+        != describe(rows(1, 2), entries=[entries[0]] * 2).kind
+    )
 
 
 def test_a_list_of_pairs_of_rows_as_long_as_there_are_rows_is_joined(describe: Describing) -> None:
@@ -363,11 +392,17 @@ def caption(length: int, value: float = 1.0, count: int = 1) -> Tensor:
 
 
 @pytest.mark.parametrize("forward", [masked, masked_by_attention])
-def test_captions_without_masks_are_padded_and_the_padding_masked(forward: Callable[..., Any]) -> None:
+def test_captions_without_masks_are_padded_and_the_padding_masked(
+    forward: Callable[..., Any],
+) -> None:
     describe = Describing(forward)
     mask = next(iter(describe.target.masks.values()))
     together = merged(describe(rows(1), caption(2)), describe(rows(2, 3), caption(4, 5.0, 2)))
-    assert together["encoder_hidden_states"][:, :, 0].tolist() == [[1, 1, 0, 0], [5, 5, 5, 5], [5, 5, 5, 5]]
+    assert together["encoder_hidden_states"][:, :, 0].tolist() == [
+        [1, 1, 0, 0],
+        [5, 5, 5, 5],
+        [5, 5, 5, 5],
+    ]
     assert together[mask].tolist() == [[True, True, False, False], [True] * 4, [True] * 4]
     equal = merged(describe(rows(1), caption(2)), describe(rows(2), caption(2)))
     assert mask not in equal, "a module may be faster, and its rounding another, without one"
@@ -397,7 +432,9 @@ def test_what_a_mask_cannot_mask_is_not_padded() -> None:
     describe = Describing(masked)
     assert not mergeable(describe(rows(1), torch.zeros(1, 3)), describe(rows(2), torch.zeros(1, 4)))
     odd = torch.ones(1, 1, 3)  # an attention mask of its own kind
-    assert not mergeable(describe(rows(1), caption(3), odd), describe(rows(2), caption(4), torch.ones(1, 1, 4)))
+    assert not mergeable(
+        describe(rows(1), caption(3), odd), describe(rows(2), caption(4), torch.ones(1, 1, 4))
+    )
     assert not mergeable(describe(rows(1), caption(3)), describe(rows(2), torch.zeros(1, 3, 5)))
 
 
@@ -444,7 +481,10 @@ def test_what_holds_tensors_is_taken_apart_and_made_anew() -> None:
         (OrderedDict(sample=y), lambda part: part["sample"]),
         (Output(sample=y, extra=(y, [y])), lambda part: part.extra[1][0]),
         (Transformer2DModelOutput(sample=y), lambda part: part.sample),
-        (BaseModelOutputWithPooling(last_hidden_state=y, hidden_states=(y, y)), lambda part: part.hidden_states[1]),
+        (
+            BaseModelOutputWithPooling(last_hidden_state=y, hidden_states=(y, y)),
+            lambda part: part.hidden_states[1],
+        ),
     ]:
         parts = split(output, [1, 2])
         assert [type(part) for part in parts] == [type(output)] * 2
@@ -498,7 +538,16 @@ def test_a_cache_of_keys_and_values_is_taken_apart() -> None:
         iter([1]),
         {1, 2, 3},
     ],
-    ids=["number", "other rows", "a loss beside it", "in a dict", "array", "object", "iterator", "set"],
+    ids=[
+        "number",
+        "other rows",
+        "a loss beside it",
+        "in a dict",
+        "array",
+        "object",
+        "iterator",
+        "set",
+    ],
 )
 def test_what_has_no_rows_cannot_be_taken_apart(output: Any) -> None:
     with pytest.raises(Unmergeable):
@@ -526,7 +575,9 @@ def test_tensors_are_found_wherever_they_are_and_copies_share_none() -> None:
     copy = cloned(output)
     assert type(copy) is Output
     assert type(copy.extra) is Pair
-    assert [torch.equal(a, b) for a, b in zip(tensors(copy), tensors(output), strict=True)] == [True] * 3
+    assert [torch.equal(a, b) for a, b in zip(tensors(copy), tensors(output), strict=True)] == [
+        True
+    ] * 3
     y.zero_()
     assert all(tensor.any() for tensor in tensors(copy))
     assert len(tensors(DiagonalGaussianDistribution(torch.zeros(2, 4, 2, 2)))) > 0
@@ -546,10 +597,22 @@ def test_equal_tensors_have_equal_digests_and_others_do_not() -> None:
     digests = Digests()
     one = torch.arange(6.0).reshape(2, 3)
     assert digests.of(one) == digests.of(one.clone())
-    assert digests.of(one) == digests.of(one.t().contiguous().t()), "the layout in memory does not matter"
-    for other in (one + 1e-7, one.double(), one.reshape(3, 2), one.flatten(), one[:1], one.to(torch.int32), -one):
+    assert digests.of(one) == digests.of(one.t().contiguous().t()), (
+        "the layout in memory does not matter"
+    )
+    for other in (
+        one + 1e-7,
+        one.double(),
+        one.reshape(3, 2),
+        one.flatten(),
+        one[:1],
+        one.to(torch.int32),
+        -one,
+    ):
         assert digests.of(one) != digests.of(other)
-    assert digests.of(torch.zeros(2)) != digests.of(-torch.zeros(2)), "zero and minus zero are different numbers"
+    assert digests.of(torch.zeros(2)) != digests.of(-torch.zeros(2)), (
+        "zero and minus zero are different numbers"
+    )
 
 
 @pytest.mark.parametrize(
@@ -647,7 +710,8 @@ def computed_by(calls: Sequence[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 
 
 def apart(seed: int, steps: int) -> dict[str, Any]:
-    """A call whose arguments all differ from other jobs', those without rows aside, and are new tensors at every step."""
+    """A call whose arguments all differ from other jobs', those without rows aside, and are new
+    tensors at every step."""
     table = torch.full((5, WIDTH), 0.1)
     return call(
         seed,
@@ -660,7 +724,9 @@ def apart(seed: int, steps: int) -> dict[str, Any]:
     )
 
 
-def test_arguments_that_are_proven_to_vary_are_not_read_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_that_are_proven_to_vary_are_not_read_at_every_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Reading a tensor waits for the device: how often must not depend on the number of steps."""
     short = computed_by([apart(seed, STEPS) for seed in range(4)], monkeypatch).computed
     monkeypatch.undo()

@@ -59,9 +59,21 @@ def test_a_presets_call_arguments_reach_the_call_and_must_exist() -> None:
 
 def test_what_a_pipeline_lacks_is_refused_not_dropped() -> None:
     class Plain(FakePipeline):
-        def __call__(self, prompt, num_inference_steps=4, generator=None, height=64, width=64, output_type="pil"):  # type: ignore[no-untyped-def,override]
+        def __call__(
+            self,
+            prompt,
+            num_inference_steps=4,
+            generator=None,
+            height=64,
+            width=64,
+            output_type="pil",
+        ):  # type: ignore[no-untyped-def,override]
             return super().__call__(
-                prompt, num_inference_steps=num_inference_steps, generator=generator, height=height, width=width
+                prompt,
+                num_inference_steps=num_inference_steps,
+                generator=generator,
+                height=height,
+                width=width,
             )
 
     model = ServedModel(Plain(), Preset(), Settings())
@@ -149,9 +161,13 @@ def test_the_size_of_an_edit_that_the_model_cannot_make_is_refused() -> None:
 
 
 @pytest.mark.parametrize("size", [(4_194_304, 1), (1, 100_000), (8193, 16)])
-def test_a_source_that_would_become_a_thread_is_refused_unless_a_size_is_given(size: tuple[int, int]) -> None:
+def test_a_source_that_would_become_a_thread_is_refused_unless_a_size_is_given(
+    size: tuple[int, int],
+) -> None:
     model, source = edits(), mock.Mock(size=size)
-    with pytest.raises(InvalidRequest, match=f"image is {size[0]}x{size[1]}; .* limit is 8192 a side") as caught:
+    with pytest.raises(
+        InvalidRequest, match=f"image is {size[0]}x{size[1]}; .* limit is 8192 a side"
+    ) as caught:
         model.resolve(prompt="x", sources=Sources(source))
     assert caught.value.param == "image"
     assert model.resolve(prompt="x", sources=Sources(source), size="64x64").width == 64
@@ -187,10 +203,16 @@ def test_an_edit_calls_the_sibling_with_pictures_of_the_size() -> None:
     model = edits()
     mask = Image.new("L", (41, 30))
     mask.paste(255, (20, 0, 41, 30))
-    call = model.call(model.resolve(prompt="x", n=2, strength=0.5, sources=Sources(gradient(41, 30), mask)))
+    call = model.call(
+        model.resolve(prompt="x", n=2, strength=0.5, sources=Sources(gradient(41, 30), mask))
+    )
     assert call["pipeline"] is model.inpaint
     assert [image.size for image in call["image"]] == [(40, 32)] * 2
-    assert call["mask_image"].size == (40, 32) and call["strength"] == 0.5 and call["num_images_per_prompt"] == 2
+    assert (
+        call["mask_image"].size == (40, 32)
+        and call["strength"] == 0.5
+        and call["num_images_per_prompt"] == 2
+    )
     with StepEngine(model.pipeline, "off") as engine:
         assert len(engine.submit(**call).result(SECONDS).images) == 2
     call = model.call(model.resolve(prompt="x", sources=Sources(gradient())))
@@ -205,13 +227,27 @@ def test_an_edit_calls_the_sibling_with_pictures_of_the_size() -> None:
         ({"strength": 0.0}, "strength", r"strength is 0\.0; it must be more than 0 and at most 1"),
         ({"strength": 1.01}, "strength", r"strength is 1\.01"),
         ({"strength": float("nan")}, "strength", "strength is nan"),
-        ({"strength": 0.3, "num_inference_steps": 3}, "strength", r"strength is 0\.3 and num_inference_steps is 3"),
-        ({"sources": Sources(gradient(), Image.new("L", (64, 32)))}, "mask", "mask is 64x32 and image 64x64"),
+        (
+            {"strength": 0.3, "num_inference_steps": 3},
+            "strength",
+            r"strength is 0\.3 and num_inference_steps is 3",
+        ),
+        (
+            {"sources": Sources(gradient(), Image.new("L", (64, 32)))},
+            "mask",
+            "mask is 64x32 and image 64x64",
+        ),
         ({"size": "65x64"}, "size", "size is '65x64'"),
-        ({"scheduler": "os.system"}, "scheduler", "scheduler is 'os.system'; FakeEdits takes no other than its own"),
+        (
+            {"scheduler": "os.system"},
+            "scheduler",
+            "scheduler is 'os.system'; FakeEdits takes no other than its own",
+        ),
     ],
 )
-def test_what_an_edit_cannot_have_is_named(arguments: dict[str, Any], param: str, says: str) -> None:
+def test_what_an_edit_cannot_have_is_named(
+    arguments: dict[str, Any], param: str, says: str
+) -> None:
     with pytest.raises(InvalidRequest, match=says) as caught:
         edits().resolve(**{"prompt": "x", "sources": Sources(gradient()), **arguments})
     assert caught.value.param == param
@@ -219,7 +255,9 @@ def test_what_an_edit_cannot_have_is_named(arguments: dict[str, Any], param: str
 
 def test_an_edit_that_fails_at_warm_up_is_not_offered() -> None:
     class Failing(FakeEdits):
-        def __call__(self, *args: Any, mask_image: Any = None, image: Any = None, **kwargs: Any) -> Any:
+        def __call__(
+            self, *args: Any, mask_image: Any = None, image: Any = None, **kwargs: Any
+        ) -> Any:
             raise ValueError("of 16 channels or none")
 
     pipeline = FakePipeline(edits=True)
@@ -231,17 +269,25 @@ def test_an_edit_that_fails_at_warm_up_is_not_offered() -> None:
     assert model.edits == ("image_to_image",)
 
 
-def test_an_edit_that_the_engine_does_not_take_is_not_offered(in_process: Callable[..., InProcess]) -> None:
-    """Its calls change modules, so that others may not run beside; found out though nothing is warmed up."""
+def test_an_edit_that_the_engine_does_not_take_is_not_offered(
+    in_process: Callable[..., InProcess],
+) -> None:
+    """Its calls change modules, so that others may not run beside; found out though nothing is
+    warmed up."""
 
     class Perturbing(FakeEdits):
         @property
         def components(self) -> dict[str, Any]:
-            return super().components | {"guider": SkipLayerGuidance(skip_layer_guidance_layers=[0])}
+            return super().components | {
+                "guider": SkipLayerGuidance(skip_layer_guidance_layers=[0])
+            }
 
     pipeline = FakePipeline(edits=True)
     pipeline.inpaint = Perturbing(pipeline)
-    assert in_process(pipeline, batching="off", warmup=False).server.model.edits == ("image_to_image", "inpainting")
+    assert in_process(pipeline, batching="off", warmup=False).server.model.edits == (
+        "image_to_image",
+        "inpainting",
+    )
     app = in_process(pipeline, batching="threads", warmup=False)
     assert app.server.model.edits == ("image_to_image",)
     (served,) = app.client.get("/v1/models").json()["data"]
@@ -289,7 +335,12 @@ def test_image_to_image_goes_as_far_from_its_source_as_its_strength(
 ) -> None:
     source = np.asarray(star, float) / 255
     far = [
-        apart(drawn(shapes, prompt="a large blue ring", seed=2, strength=strength, sources=Sources(star))[0], source)
+        apart(
+            drawn(
+                shapes, prompt="a large blue ring", seed=2, strength=strength, sources=Sources(star)
+            )[0],
+            source,
+        )
         for strength in (0.1, 0.4, 0.9)
     ]
     assert far[0] < 0.03  # 0.014, of which the autoencoder makes as much
@@ -302,7 +353,9 @@ def test_inpainting_keeps_what_the_mask_does_not_cover(
     mask = Image.new("L", star.size)
     mask.paste(255, (32, 0, 64, 64))
     source = np.asarray(star, float) / 255
-    (result,) = drawn(shapes, prompt="a large blue ring", seed=2, strength=1.0, sources=Sources(star, mask))
+    (result,) = drawn(
+        shapes, prompt="a large blue ring", seed=2, strength=1.0, sources=Sources(star, mask)
+    )
     assert apart(result[:, :24], source[:, :24]) < 0.03
     assert apart(result[:, 36:], source[:, 36:]) > 0.08
 
@@ -312,7 +365,11 @@ def test_each_picture_of_an_edit_is_that_of_its_own_seed(
 ) -> None:
     mask = Image.new("L", star.size, 255)
     for sources in (Sources(star), Sources(star, mask)):
-        arguments: dict[str, Any] = {"prompt": "blue ring", "num_inference_steps": 4, "sources": sources}
+        arguments: dict[str, Any] = {
+            "prompt": "blue ring",
+            "num_inference_steps": 4,
+            "sources": sources,
+        }
         together = drawn(shapes, **arguments, seed=5, n=2)
         for i in range(2):
             assert apart(together[i], drawn(shapes, **arguments, seed=5 + i)[0]) < 1e-3
@@ -336,7 +393,13 @@ def test_every_scheduler_that_is_allowed_draws_the_same_star(
         assert model.resolve(prompt="x", scheduler=name).scheduler == name
         (result,) = drawn(shapes, prompt="a large red star", seed=1, scheduler=name)
         assert 0 < apart(result, source) < 0.02, name
-    (edit,) = drawn(shapes, prompt="x", strength=0.1, scheduler="FlowMatchHeunDiscreteScheduler", sources=Sources(star))
+    (edit,) = drawn(
+        shapes,
+        prompt="x",
+        strength=0.1,
+        scheduler="FlowMatchHeunDiscreteScheduler",
+        sources=Sources(star),
+    )
     assert apart(edit, source) < 0.03
     with pytest.raises(InvalidRequest, match="FlowMatchEuler.*FlowMatchHeun") as caught:
         model.resolve(prompt="x", scheduler="UniPCMultistepScheduler", sources=Sources(star))
@@ -353,7 +416,13 @@ def test_warm_up_certifies_every_call_at_two_sizes(shapes: tuple[ServedModel, St
     """Though there is no time for the cost model, as on a slow machine."""
     model, engine = shapes
     counts = Counter(call for call, _ in certified(engine))
-    assert counts == {"text_encoder": 1, "text_encoder_2": 1, "transformer": 2, "vae.encode": 1, "vae.decode": 2}
+    assert counts == {
+        "text_encoder": 1,
+        "text_encoder_2": 1,
+        "transformer": 2,
+        "vae.encode": 1,
+        "vae.decode": 2,
+    }
     outlook = engine.outlook(**model.call(model.resolve(prompt="x", sources=Sources(gradient()))))
     assert outlook is not None and outlook.solo > 0
     assert model.edits == ("image_to_image", "inpainting")
@@ -362,7 +431,8 @@ def test_warm_up_certifies_every_call_at_two_sizes(shapes: tuple[ServedModel, St
 def test_what_a_warm_up_certifies_does_not_depend_on_the_clock(
     shapes: tuple[ServedModel, StepEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Here no row seems to pay, and pictures are read as slowly as they are on a busy machine, one after the other."""
+    """Here no row seems to pay, and pictures are read as slowly as they are on a busy machine, one
+    after the other."""
     read, lock = VaeImageProcessor.preprocess, threading.Lock()
 
     def slowly(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,5 @@
-"""monitoring/: checked by the kinds' schemas, by promtool and by a Prometheus that scrapes the real server."""
+"""monitoring/: checked by the kinds' schemas, by promtool and by a Prometheus that scrapes the real
+server."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ from tests.waiting import SECONDS
 MONITORING = ROOT / "monitoring"
 WINDOW = "2m"  # what Grafana's $__rate_interval stands for here
 LABELS = {"namespace": "art", "pod": "stepweave-0"}  # what the PodMonitor adds in a cluster
-JOBS: dict[str, dict[str, str]] = {"stepweave-shapes": LABELS, "stepweave": {}}  # in a cluster, and outside of one
+# in a cluster, and outside of one
+JOBS: dict[str, dict[str, str]] = {"stepweave-shapes": LABELS, "stepweave": {}}
 OF_SERVERS = re.compile("(process|python)_.*")  # other programs expose them, too
 
 
@@ -54,15 +56,24 @@ def rule_groups() -> dict[str, Any]:
 
 
 ALERTS = {rule["alert"]: rule for group in rule_groups()["groups"] for rule in group["rules"]}
-PANELS = [panel for panel in json.loads(dashboard.FILE.read_text())["panels"] if panel["type"] != "row"]
-VARIABLES = {"model_name": "shapes", "namespace": "art", "job": "stepweave-shapes", "pod": "stepweave-0"}
+PANELS = [
+    panel for panel in json.loads(dashboard.FILE.read_text())["panels"] if panel["type"] != "row"
+]
+VARIABLES = {
+    "model_name": "shapes",
+    "namespace": "art",
+    "job": "stepweave-shapes",
+    "pod": "stepweave-0",
+}
 
 
 def queries(chosen: dict[str, str] = {}) -> dict[str, str]:  # noqa: B006
     """The dashboard's expressions, with some of its variables chosen and "All" of the others."""
     values = {"__rate_interval": WINDOW, **dict.fromkeys(VARIABLES, ".*"), **chosen}
     return {
-        f"{panel['title']} {target['refId']}": re.sub(r"\$(\w+)", lambda match: values[match[1]], target["expr"])
+        f"{panel['title']} {target['refId']}": re.sub(
+            r"\$(\w+)", lambda match: values[match[1]], target["expr"]
+        )
         for panel in PANELS
         for target in panel["targets"]
     }
@@ -104,12 +115,20 @@ def test_every_alert_is_explained() -> None:
         assert name.startswith("Stepweave")
         assert alert["for"], name
         assert alert["labels"]["severity"] in {"critical", "warning"}, name
-        assert all(alert["annotations"][text].endswith(".") for text in ("summary", "description")), name
+        assert all(
+            alert["annotations"][text].endswith(".") for text in ("summary", "description")
+        ), name
 
 
 def test_the_variables_are_those_that_every_query_filters_by() -> None:
     written = json.loads(dashboard.FILE.read_text())["templating"]["list"]
-    assert [one["name"] for one in written] == ["datasource", "namespace", "job", "model_name", "pod"]
+    assert [one["name"] for one in written] == [
+        "datasource",
+        "namespace",
+        "job",
+        "model_name",
+        "pod",
+    ]
     for one in written[1:]:
         assert one["allValue"] == ".*", "a server without the label would be left out"
         assert one["current"]["value"] == "$__all"
@@ -138,7 +157,9 @@ def selectors(node: promql.Expr | None) -> Iterator[promql.VectorSelector]:
         case promql.Call():
             for argument in node.args:
                 yield from selectors(argument)
-        case promql.AggregateExpr() | promql.ParenExpr() | promql.UnaryExpr() | promql.SubqueryExpr():
+        case (
+            promql.AggregateExpr() | promql.ParenExpr() | promql.UnaryExpr() | promql.SubqueryExpr()
+        ):
             yield from selectors(node.expr)
         case promql.NumberLiteral() | promql.StringLiteral():
             pass
@@ -173,12 +194,15 @@ def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
         "DoesNotExist": lambda key, _: key not in labels,
     }
     return selector.get("matchLabels", {}).items() <= labels.items() and all(
-        test[rule["operator"]](rule["key"], rule.get("values", [])) for rule in selector.get("matchExpressions", [])
+        test[rule["operator"]](rule["key"], rule.get("values", []))
+        for rule in selector.get("matchExpressions", [])
     )
 
 
 def test_one_pod_monitor_selects_each_kind_of_pod() -> None:
-    monitors = {monitor["metadata"]["name"]: monitor["spec"] for monitor in documents("podmonitor.yaml")}
+    monitors = {
+        monitor["metadata"]["name"]: monitor["spec"] for monitor in documents("podmonitor.yaml")
+    }
     own = {"app.kubernetes.io/name": "stepweave", "pod-template-hash": "5f7"}
     kserve = {
         "app": "isvc.shapes-predictor",
@@ -188,7 +212,8 @@ def test_one_pod_monitor_selects_each_kind_of_pod() -> None:
     }
     # an InferenceService's own labels go over its runtime's
     usual = {
-        f"app.kubernetes.io/{name}": "shop" for name in ("name", "instance", "part-of", "component", "managed-by")
+        f"app.kubernetes.io/{name}": "shop"
+        for name in ("name", "instance", "part-of", "component", "managed-by")
     } | {"app.kubernetes.io/version": "1"}
     for labels, expected in (
         (own, ["stepweave"]),
@@ -196,12 +221,16 @@ def test_one_pod_monitor_selects_each_kind_of_pod() -> None:
         (own | kserve, ["stepweave-kserve"]),
         (kserve | usual, ["stepweave-kserve"]),
     ):
-        assert [name for name, spec in monitors.items() if selects(spec["selector"], labels)] == expected
+        assert [
+            name for name, spec in monitors.items() if selects(spec["selector"], labels)
+        ] == expected
     sklearn = {"component": "predictor", "serving.kserve.io/inferenceservice": "iris"}
     for other in ({"app": "other"}, sklearn):
         assert not any(selects(spec["selector"], other) for spec in monitors.values())
     for spec in monitors.values():
-        assert spec["namespaceSelector"] == {"any": True}, "pods of other namespaces would not be scraped"
+        assert spec["namespaceSelector"] == {"any": True}, (
+            "pods of other namespaces would not be scraped"
+        )
         assert spec["podMetricsEndpoints"][0]["port"] == "http"
         assert all(endpoint["path"] == "/metrics" for endpoint in spec["podMetricsEndpoints"])
 
@@ -213,7 +242,7 @@ def runtime_labels() -> dict[str, str]:
     return labels
 
 
-def test_pods_are_scraped_whatever_their_image_is_called_and_each_workload_is_a_job_that_the_alerts_know() -> None:
+def test_pods_are_scraped_whatever_their_image_and_the_alerts_know_each_workload() -> None:
     (job,) = re.findall(r'job=~"([^"]+)"', ALERTS["StepweaveNotReady"]["expr"])
     assert re.fullmatch(job, "stepweave")
     for monitor in documents("podmonitor.yaml"):
@@ -224,7 +253,9 @@ def test_pods_are_scraped_whatever_their_image_is_called_and_each_workload_is_a_
 
 
 def test_no_alert_is_about_a_pod_that_drains_within_its_grace() -> None:
-    patience = re.findall(r"max_over_time\(stepweave_ready\[(\d+)m\]\)", ALERTS["StepweaveNoneReady"]["expr"])
+    patience = re.findall(
+        r"max_over_time\(stepweave_ready\[(\d+)m\]\)", ALERTS["StepweaveNoneReady"]["expr"]
+    )
     longest = max(
         int(seconds)
         for path in (ROOT / "k8s").rglob("*.yaml")
@@ -238,7 +269,11 @@ def test_kustomize_takes_the_folder() -> None:
     if shutil.which("kubectl") is None:
         pytest.skip("KUSTOMIZATION NOT BUILT: there is no kubectl")
     built = subprocess.run(
-        ["kubectl", "kustomize", MONITORING], capture_output=True, text=True, check=True, timeout=SECONDS
+        ["kubectl", "kustomize", MONITORING],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=SECONDS,
     )
     kinds = {document["kind"]: document for document in yaml.safe_load_all(built.stdout)}
     assert set(kinds) == {"ConfigMap", "PodMonitor", "PrometheusRule"}
@@ -264,7 +299,9 @@ def test_every_alert_is_of_a_namespace_and_a_job() -> None:
     tests = yaml.safe_load((MONITORING / "alerts.test.yaml").read_text())["tests"]
     namespaces: dict[str, set[str]] = {name: set() for name in ALERTS}
     for test in tests:
-        seen = set(re.findall(r'namespace="(\w+)"', json.dumps(test["input_series"]).replace("\\", "")))
+        seen = set(
+            re.findall(r'namespace="(\w+)"', json.dumps(test["input_series"]).replace("\\", ""))
+        )
         for case in test.get("alert_rule_test", []):
             for fired in case.get("exp_alerts", []):
                 assert "job" in fired["exp_labels"], case
@@ -279,17 +316,23 @@ def promtool(binaries: dict[str, str], *arguments: str | Path, stdin: bytes | No
     assert ended.returncode == 0, (ended.stdout + ended.stderr).decode()
 
 
-def test_promtool_takes_the_rules_and_each_alert_fires_when_it_should(binaries: dict[str, str], tmp_path: Path) -> None:
+def test_promtool_takes_the_rules_and_each_alert_fires_when_it_should(
+    binaries: dict[str, str], tmp_path: Path
+) -> None:
     rules = tmp_path / "alerts.yaml"
     rules.write_text(yaml.safe_dump(rule_groups()))
     promtool(binaries, "check", "rules", rules)
     tests = shutil.copy(MONITORING / "alerts.test.yaml", tmp_path)
     promtool(binaries, "test", "rules", tests)
     cases = [
-        case for test in yaml.safe_load(Path(tests).read_text())["tests"] for case in test.get("alert_rule_test", [])
+        case
+        for test in yaml.safe_load(Path(tests).read_text())["tests"]
+        for case in test.get("alert_rule_test", [])
     ]
     for fires in (True, False):
-        assert {case["alertname"] for case in cases if ("exp_alerts" in case) == fires} == set(ALERTS)
+        assert {case["alertname"] for case in cases if ("exp_alerts" in case) == fires} == set(
+            ALERTS
+        )
 
 
 def test_promtool_takes_the_servers_metrics(binaries: dict[str, str], served: Served) -> None:
@@ -323,10 +366,14 @@ def test_the_document_lists_every_metric_with_its_type_and_labels(served: Served
     document = (ROOT / "docs/metrics.md").read_text()
     listed = {
         name: (kind, set(re.findall(r"`(\w+)`", labels)))
-        for name, kind, labels in re.findall(r"^\| `(stepweave_\w+)` \| (\w+) \| (.*?) \|", document, re.MULTILINE)
+        for name, kind, labels in re.findall(
+            r"^\| `(stepweave_\w+)` \| (\w+) \| (.*?) \|", document, re.MULTILINE
+        )
     }
     exposed: dict[str, tuple[str, set[str]]] = {}
-    for family in text_string_to_metric_families(httpx.get(f"{served.url}/metrics", timeout=SECONDS).text):
+    for family in text_string_to_metric_families(
+        httpx.get(f"{served.url}/metrics", timeout=SECONDS).text
+    ):
         name = f"{family.name}_total" if family.type == "counter" else family.name
         labels = {label for sample in family.samples for label in sample.labels}
         exposed[name] = family.type, labels - {"model_name", "le"}
@@ -356,11 +403,21 @@ def test_the_stages_of_a_start_add_up_to_it() -> None:
     times = StageTimes(lambda: now)
     assert times.seconds() == dict.fromkeys(STAGES, 0)
     with times.timed():
-        for stage, seconds in (("starting", 1.0), ("loading", 2.0), ("downloading", 3.0), ("loading", 4.0)):
+        for stage, seconds in (
+            ("starting", 1.0),
+            ("loading", 2.0),
+            ("downloading", 3.0),
+            ("loading", 4.0),
+        ):
             enter_stage(stage)
             now += seconds
     enter_stage("importing")  # of no start that is timed
-    assert times.seconds() == {**dict.fromkeys(STAGES, 0), "starting": 1, "downloading": 3, "loading": 6}
+    assert times.seconds() == {
+        **dict.fromkeys(STAGES, 0),
+        "starting": 1,
+        "downloading": 3,
+        "loading": 6,
+    }
     times.enter("ready")
     now += 5
     assert sum(times.seconds().values()) == 10
@@ -369,13 +426,23 @@ def test_the_stages_of_a_start_add_up_to_it() -> None:
 def test_the_stages_of_a_real_start_are_told(served: Served) -> None:
     times = {
         sample.labels["stage"]: sample.value
-        for family in text_string_to_metric_families(httpx.get(f"{served.url}/metrics", timeout=SECONDS).text)
+        for family in text_string_to_metric_families(
+            httpx.get(f"{served.url}/metrics", timeout=SECONDS).text
+        )
         for sample in family.samples
         if family.name == "stepweave_model_load_seconds"
     }
     assert set(times) == set(STAGES)
     assert times["downloading"] == 0  # the embedded model is there
-    for stage in ("starting", "importing", "loading", "warming_up", "certifying", "trying_limits", "profiling"):
+    for stage in (
+        "starting",
+        "importing",
+        "loading",
+        "warming_up",
+        "certifying",
+        "trying_limits",
+        "profiling",
+    ):
         assert times[stage] > 0, stage
     (ready,) = re.findall(r"ready after ([\d.]+) s", served.log.read_text())
     assert sum(times.values()) - times["starting"] <= float(ready) + 0.1  # as it is rounded
@@ -385,11 +452,15 @@ def test_the_stages_of_a_real_start_are_told(served: Served) -> None:
 
 @pytest.fixture
 def prometheus(binaries: dict[str, str], served: Served, tmp_path: Path) -> Iterator[Prometheus]:
-    """Prometheus with the alerts, scraping the real server each second: as in a cluster, and as outside of one."""
+    """Prometheus with the alerts, scraping the real server each second: as in a cluster, and as
+    outside of one."""
     rules = tmp_path / "alerts.yaml"
     rules.write_text(yaml.safe_dump(rule_groups()))
     jobs = [
-        {"job_name": job, "static_configs": [{"targets": [f"127.0.0.1:{served.port}"], "labels": labels}]}
+        {
+            "job_name": job,
+            "static_configs": [{"targets": [f"127.0.0.1:{served.port}"], "labels": labels}],
+        }
         for job, labels in JOBS.items()
     ]
     with local.run(binaries["prometheus"], tmp_path, free_port(), jobs, [rules]) as prometheus:
@@ -407,25 +478,46 @@ def test_every_query_has_data_when_prometheus_scrapes_the_real_server(
     begun = time.time()
     outside = {"job": "stepweave"}  # without the labels of a cluster
     for job in JOBS:
-        prometheus.wait_for(f'rate(stepweave_request_duration_seconds_count{{job="{job}"}}[{WINDOW}])')  # two scrapes
+        # two scrapes
+        prometheus.wait_for(
+            f'rate(stepweave_request_duration_seconds_count{{job="{job}"}}[{WINDOW}])'
+        )
     for chosen in ({}, VARIABLES, outside):
         for title, expr in queries(chosen).items():
             assert prometheus.values(expr), f"no data before the first request: {title}: {expr}"
     for variable, value in VARIABLES.items():
         for title, expr in queries({variable: "another"}).items():
             if "vector(0)" not in expr:
-                assert not prometheus.values(expr), f"not filtered by {variable}={value}: {title}: {expr}"
+                assert not prometheus.values(expr), (
+                    f"not filtered by {variable}={value}: {title}: {expr}"
+                )
 
     with ThreadPoolExecutor(3) as pool:
         # prompts that were never encoded before, so that the encoders run, too
-        assert list(pool.map(lambda seed: draw(served, seed=seed, prompt=f"a ring, {seed}"), range(6))) == [200] * 6
+        assert (
+            list(pool.map(lambda seed: draw(served, seed=seed, prompt=f"a ring, {seed}"), range(6)))
+            == [200] * 6
+        )
     assert draw(served, size="65x65") == 400
     picture = io.BytesIO()  # an edit, for the forwards that only edits have
     Image.new("RGB", (64, 64)).save(picture, "PNG")
-    fields, image = {"prompt": "a small blue star", "num_inference_steps": "2"}, {"image": picture.getvalue()}
-    assert httpx.post(f"{served.url}/v1/images/edits", data=fields, files=image, timeout=SECONDS).status_code == 200
+    fields, image = (
+        {"prompt": "a small blue star", "num_inference_steps": "2"},
+        {"image": picture.getvalue()},
+    )
+    assert (
+        httpx.post(
+            f"{served.url}/v1/images/edits", data=fields, files=image, timeout=SECONDS
+        ).status_code
+        == 200
+    )
     with pytest.raises(httpx.ReadTimeout):  # a client that leaves
-        draw(served, timeout=httpx.Timeout(SECONDS, read=0.5), num_inference_steps=200, size="256x256")
+        draw(
+            served,
+            timeout=httpx.Timeout(SECONDS, read=0.5),
+            num_inference_steps=200,
+            size="256x256",
+        )
     for outcome in ("succeeded", "invalid", "cancelled"):
         prometheus.wait_for(f'rate(stepweave_requests_total{{outcome="{outcome}"}}[{WINDOW}]) > 0')
     prometheus.wait_for(f"rate(stepweave_steps_saved_total[{WINDOW}]) > 0")
@@ -442,7 +534,9 @@ def test_every_query_has_data_when_prometheus_scrapes_the_real_server(
     with Image.open(drawn) as image:
         assert len(image.convert("RGB").getcolors(1 << 16) or ()) > 8
     # of nothing
-    assert "Resident memory" in draw_panels(prometheus, drawn, Span(begun, time.time(), {"model_name": "another"}))
+    assert "Resident memory" in draw_panels(
+        prometheus, drawn, Span(begun, time.time(), {"model_name": "another"})
+    )
 
     # a comparison keeps only the samples that alert: what it compares must exist while all is well
     compared = 0
@@ -457,5 +551,7 @@ def test_every_query_has_data_when_prometheus_scrapes_the_real_server(
     rules = [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
     assert {rule["name"]: rule["health"] for rule in rules} == dict.fromkeys(ALERTS, "ok")
     for variable, value in VARIABLES.items():
-        found = prometheus.get(f"label/{variable}/values", **{"match[]": "stepweave_requests_in_flight"})
+        found = prometheus.get(
+            f"label/{variable}/values", **{"match[]": "stepweave_requests_in_flight"}
+        )
         assert found == (sorted(JOBS) if variable == "job" else [value])

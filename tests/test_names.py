@@ -1,4 +1,5 @@
-"""What requests may call the model by, and in which form images come back to those that do not say."""
+"""What requests may call the model by, and in which form images come back to those that do not
+say."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ from tests.fake import FakePipeline
 pytestmark = pytest.mark.usefixtures("no_settings")
 
 Make = Callable[..., InProcess]
-PROMPTS = {"inputs": [{"name": "prompt", "datatype": "BYTES", "shape": [1], "data": ["a red circle"]}]}
+PROMPTS = {
+    "inputs": [{"name": "prompt", "datatype": "BYTES", "shape": [1], "data": ["a red circle"]}]
+}
 
 
 def infer(app: InProcess, model: str, **fields: Any) -> httpx.Response:
@@ -30,12 +33,19 @@ def infer(app: InProcess, model: str, **fields: Any) -> httpx.Response:
     [
         ((), "own", ["own"], ["other", "*", "", "own:x"]),
         (("a", "b"), "a", ["a", "b"], ["own", "*", "a,b"]),
-        (("a", "*"), "a", ["a", "own", "anything at all", "*", "n" * MAX_NAME], ["a:b", ":", "", "n" * (MAX_NAME + 1)]),
+        (
+            ("a", "*"),
+            "a",
+            ["a", "own", "anything at all", "*", "n" * MAX_NAME],
+            ["a:b", ":", "", "n" * (MAX_NAME + 1)],
+        ),
         (("*",), "own", ["own", "gpt-image-1", "black-forest-labs/FLUX.1-dev"], ["own:x"]),
         (("*", "a"), "own", ["own", "a", "b"], ["a:b"]),
     ],
 )
-def test_names_that_are_taken(names: tuple[str, ...], told: str, taken: list[str], refused: list[str]) -> None:
+def test_names_that_are_taken(
+    names: tuple[str, ...], told: str, taken: list[str], refused: list[str]
+) -> None:
     known = ModelNames(names, "own")
     assert known.told == told
     assert [name for name in taken if not known.take(name)] == []
@@ -47,7 +57,9 @@ def test_an_own_name_with_a_colon_is_the_models_own() -> None:
     assert ModelNames((), "a:b").take("a:b") and ModelNames(("*",), "a:b").take("a:b")
 
 
-@pytest.mark.parametrize("wrong", ["a:b", "a b", "*,a:b", "-a", "a/", "ü", "n" * (MAX_NAME + 1), ",", "**"])
+@pytest.mark.parametrize(
+    "wrong", ["a:b", "a b", "*,a:b", "-a", "a/", "ü", "n" * (MAX_NAME + 1), ",", "**"]
+)
 def test_a_setting_that_is_no_name_is_refused(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
     monkeypatch.setenv("STEPWEAVE_MODEL_NAMES", wrong)
     with pytest.raises(ConfigError, match="STEPWEAVE_MODEL_NAMES"):
@@ -70,7 +82,10 @@ def test_every_route_takes_every_name_and_tells_the_first(in_process: Make) -> N
         assert app.post(model=name).json()["model"] == "gpt-image-1"
         assert app.client.get(f"/v1/models/{name}").json()["id"] == "gpt-image-1"
         assert app.client.get(f"/v2/models/{name}").json()["name"] == "gpt-image-1"
-        assert app.client.get(f"/v2/models/{name}/ready").json() == {"name": "gpt-image-1", "ready": True}
+        assert app.client.get(f"/v2/models/{name}/ready").json() == {
+            "name": "gpt-image-1",
+            "ready": True,
+        }
         assert infer(app, name, model_name=name).json()["model_name"] == "gpt-image-1"
     assert infer(app, "sdxl", model_name="gpt-image-1").status_code == 400
     assert [one["id"] for one in app.client.get("/v1/models").json()["data"]] == ["gpt-image-1"]
@@ -80,7 +95,10 @@ def test_every_route_takes_every_name_and_tells_the_first(in_process: Make) -> N
     for refused in (app.post(model="shapes"), app.client.get("/v1/models/shapes")):
         error = refused.json()["error"]
         assert (refused.status_code, error["code"]) == (404, "model_not_found")
-        assert "'gpt-image-1', 'sdxl'" in error["message"] and "STEPWEAVE_MODEL_NAMES" in error["message"]
+        assert (
+            "'gpt-image-1', 'sdxl'" in error["message"]
+            and "STEPWEAVE_MODEL_NAMES" in error["message"]
+        )
     assert infer(app, "shapes").status_code == 404
 
 
@@ -92,7 +110,9 @@ def test_a_star_takes_any_name_and_no_colon(in_process: Make) -> None:
     refused = app.post(model="shapes:lora").json()["error"]
     assert (refused["code"], refused["param"]) == ("model_not_found", "model")
     assert "colon" in refused["message"]
-    names = app.client.get("/openapi.json").json()["components"]["schemas"]["GenerationRequest"]["properties"]["model"]
+    names = app.client.get("/openapi.json").json()["components"]["schemas"]["GenerationRequest"][
+        "properties"
+    ]["model"]
     assert names["anyOf"][0]["pattern"] == "^[^:]+$"
 
 
@@ -100,7 +120,10 @@ def test_jobs_are_stored_under_the_name_that_is_told(in_process: Make) -> None:
     app = in_process(model_names=("first", "second"))
     body = {"prompt": "a red circle", "model": "second"}
     headers = {"Idempotency-Key": "once"}
-    answers = [app.client.post("/v1/images/generations", json=body, headers=headers).json() for _ in range(2)]
+    answers = [
+        app.client.post("/v1/images/generations", json=body, headers=headers).json()
+        for _ in range(2)
+    ]
     assert [answer["model"] for answer in answers] == ["first", "first"]
     assert answers[0]["data"] == answers[1]["data"]
 
@@ -116,7 +139,9 @@ def test_urls_where_a_setting_says_so_and_the_request_does_not(in_process: Make)
     streamed = app.post(stream=True).text
     done = json.loads(next(line for line in streamed.splitlines() if line.startswith("data: "))[6:])
     assert done["url"].startswith("http://testserver/images/") and done["b64_json"]
-    job = app.client.post("/v1/images/generations", json={"prompt": "x"}, headers={"Prefer": "respond-async"}).json()
+    job = app.client.post(
+        "/v1/images/generations", json={"prompt": "x"}, headers={"Prefer": "respond-async"}
+    ).json()
     for line in app.client.get(f"/v1/jobs/{job['id']}/events").text.splitlines():
         assert not line.startswith("event: error")
     assert "url" in app.client.get(f"/v1/jobs/{job['id']}").json()["result"]["data"][0]
@@ -127,6 +152,8 @@ def test_urls_where_a_setting_says_so_and_the_request_does_not(in_process: Make)
 
 def test_an_image_as_it_is_needs_no_trusted_host(in_process: Make) -> None:
     app = in_process(response_format="url")
-    answer = app.client.post("/v1/images/generations", json={"prompt": "x"}, headers={"Accept": "image/png"})
+    answer = app.client.post(
+        "/v1/images/generations", json={"prompt": "x"}, headers={"Accept": "image/png"}
+    )
     assert (answer.status_code, answer.headers["content-type"]) == (200, "image/png")
     assert app.post().status_code == 400  # nobody said that URLs may begin with this host

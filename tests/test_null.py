@@ -14,7 +14,14 @@ from PIL import Image
 from pydantic import BaseModel
 
 from stepweave.api.legacy import LegacyRequest
-from stepweave.api.schemas import LONG, GenerationRequest, ImageRequest, StreamRequest, parse, without_nulls
+from stepweave.api.schemas import (
+    LONG,
+    GenerationRequest,
+    ImageRequest,
+    StreamRequest,
+    parse,
+    without_nulls,
+)
 from stepweave.errors import InvalidRequest
 from tests.conftest import InProcess
 from tests.fake import FakePipeline
@@ -74,14 +81,30 @@ def test_what_stands_beside_a_null_is_checked_as_ever(body: bytes) -> None:
 @pytest.mark.parametrize(
     ("route", "body"),
     [
-        ("/v1/images/generations", {"prompt": "a", "seed": None, "stream": None, "svg": None, "whatever": None}),
+        (
+            "/v1/images/generations",
+            {"prompt": "a", "seed": None, "stream": None, "svg": None, "whatever": None},
+        ),
         ("/api/diffusers/inference", {"prompt": "a", "num_images_per_prompt": None, "model": None}),
-        ("/v2/models/shapes/infer", {
-            "id": None, "outputs": None, "parameters": {"seed": None, "reproducible": None},
-            "inputs": [{"name": "prompt", "datatype": "BYTES", "shape": [1], "parameters": None, "data": ["a"]}],
-        }),
+        (
+            "/v2/models/shapes/infer",
+            {
+                "id": None,
+                "outputs": None,
+                "parameters": {"seed": None, "reproducible": None},
+                "inputs": [
+                    {
+                        "name": "prompt",
+                        "datatype": "BYTES",
+                        "shape": [1],
+                        "parameters": None,
+                        "data": ["a"],
+                    }
+                ],
+            },
+        ),
     ],
-)  # fmt: skip
+)
 def test_null_on_every_route(in_process: Make, route: str, body: dict[str, Any]) -> None:
     app = in_process(trusted_hosts="testserver")
     answer = app.client.post(route, json=body)

@@ -1,4 +1,5 @@
-"""OpenAI's own client, curl and BentoML's clients against the real server: what they document works unchanged."""
+"""OpenAI's own client, curl and BentoML's clients against the real server: what they document works
+unchanged."""
 
 from __future__ import annotations
 
@@ -39,7 +40,10 @@ def picture_of(data: str | bytes) -> Image.Image:
 
 def likeness(one: Image.Image, other: Image.Image) -> float:
     """Pearson's correlation of the pixels."""
-    first, second = (np.asarray(image.convert("RGB").resize((64, 64)), dtype=float).ravel() for image in (one, other))
+    first, second = (
+        np.asarray(image.convert("RGB").resize((64, 64)), dtype=float).ravel()
+        for image in (one, other)
+    )
     return float(np.corrcoef(first, second)[0, 1])
 
 
@@ -55,17 +59,33 @@ def drawing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_generate_with_every_field_of_the_client(client: openai.OpenAI) -> None:
     answer = client.images.generate(
-        prompt=PROMPT, model="shapes", n=2, size="64x64", quality="hd", style="natural", background="opaque",
-        moderation="low", user="someone", output_format="webp", output_compression=80, response_format="b64_json",
+        prompt=PROMPT,
+        model="shapes",
+        n=2,
+        size="64x64",
+        quality="hd",
+        style="natural",
+        background="opaque",
+        moderation="low",
+        user="someone",
+        output_format="webp",
+        output_compression=80,
+        response_format="b64_json",
         extra_body={"seed": 7, "num_inference_steps": 12},
-    )  # fmt: skip
+    )
     assert answer.data is not None
     assert [item.seed for item in answer.data] == [7, 8]  # type: ignore[attr-defined]
     pictures = [picture_of(item.b64_json or "") for item in answer.data]
     assert all(picture.format == "WEBP" for picture in pictures)
     assert wrong_parts(pictures[0], PROMPT) == []
     warnings: list[str] = answer.warnings  # type: ignore[attr-defined]
-    assert [warning.split(":")[0] for warning in warnings] == ["quality", "style", "background", "moderation", "user"]
+    assert [warning.split(":")[0] for warning in warnings] == [
+        "quality",
+        "style",
+        "background",
+        "moderation",
+        "user",
+    ]
 
 
 def test_a_url_is_served_by_the_server_that_gave_it(client: openai.OpenAI) -> None:
@@ -78,9 +98,13 @@ def test_a_url_is_served_by_the_server_that_gave_it(client: openai.OpenAI) -> No
 
 
 def test_a_stream_with_previews_of_what_is_to_come(client: openai.OpenAI) -> None:
-    stream = client.images.generate(prompt=PROMPT, stream=True, partial_images=3, extra_body={"seed": 7})
+    stream = client.images.generate(
+        prompt=PROMPT, stream=True, partial_images=3, extra_body={"seed": 7}
+    )
     events = list(stream)
-    assert [event.type for event in events] == ["image_generation.partial_image"] * 3 + ["image_generation.completed"]
+    assert [event.type for event in events] == ["image_generation.partial_image"] * 3 + [
+        "image_generation.completed"
+    ]
     assert [event.partial_image_index for event in events[:3]] == [0, 1, 2]  # type: ignore[union-attr]
     pictures = [picture_of(event.b64_json) for event in events]
     assert {picture.size for picture in pictures} == {(64, 64)}
@@ -108,7 +132,9 @@ def test_an_edit_keeps_what_the_mask_leaves_out(client: openai.OpenAI, drawing: 
     )  # fmt: skip
     assert half.data is not None
     after = picture_of(half.data[0].b64_json or "").convert("RGB")
-    change = np.abs(np.asarray(after, dtype=float) - np.asarray(before, dtype=float)).mean(axis=(0, 2))
+    change = np.abs(np.asarray(after, dtype=float) - np.asarray(before, dtype=float)).mean(
+        axis=(0, 2)
+    )
     assert change[:28].mean() > 5 * change[36:].mean()
 
 
@@ -150,12 +176,25 @@ def test_an_error_in_a_stream_is_raised_by_the_client(client: openai.OpenAI) -> 
 def test_the_blocks_of_the_document_run_in_order(served: Served, tmp_path: Path) -> None:
     text = (ROOT / "docs" / "http.md").read_text()
     blocks = re.findall(r"^```(bash|python)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert [language for language, _ in blocks] == ["bash", "bash", "bash", "python", "bash", "bash"]
+    assert [language for language, _ in blocks] == [
+        "bash",
+        "bash",
+        "bash",
+        "python",
+        "bash",
+        "bash",
+    ]
     told = []
     for language, block in blocks:
-        command = ["bash", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
-        block = block.replace("http://localhost:3000", served.url).replace("localhost:3000", served.url)
-        run = subprocess.run([*command, block], cwd=tmp_path, check=True, capture_output=True, timeout=SECONDS)
+        command = (
+            ["bash", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
+        )
+        block = block.replace("http://localhost:3000", served.url).replace(
+            "localhost:3000", served.url
+        )
+        run = subprocess.run(
+            [*command, block], cwd=tmp_path, check=True, capture_output=True, timeout=SECONDS
+        )
         told.append(run.stdout.decode())
     answer = json.loads((tmp_path / "answer.json").read_text())
     assert [item["seed"] for item in answer["data"]] == [7, 8]
@@ -163,29 +202,48 @@ def test_the_blocks_of_the_document_run_in_order(served: Served, tmp_path: Path)
     assert told[2].count("partial_image") == 2 and "stepweave.queued" in told[2]
     assert told[3].startswith(("202 queued", "202 running")) and "succeeded 20 20" in told[3]
     tensors = json.loads((tmp_path / "tensors.json").read_text())
-    assert [(one["name"], one["shape"]) for one in tensors["outputs"]] == [("image", [1]), ("parameters", [1])]
+    assert [(one["name"], one["shape"]) for one in tensors["outputs"]] == [
+        ("image", [1]),
+        ("parameters", [1]),
+    ]
     assert picture_of((tmp_path / "circle.png").read_bytes()).size == (64, 64)
 
 
 def curl(*arguments: str) -> bytes:
-    return subprocess.run(["curl", "-sSN", "--fail-with-body", *arguments], check=True, capture_output=True).stdout
+    return subprocess.run(
+        ["curl", "-sSN", "--fail-with-body", *arguments], check=True, capture_output=True
+    ).stdout
 
 
 def test_curl_reads_events_and_saves_pictures(served: Served, drawing: Path) -> None:
     url, body = f"{served.url}/v1/images/generations", json.dumps({"prompt": PROMPT, "seed": 7})
     json_type = ("-H", "Content-Type: application/json")
-    told = curl(url, *json_type, "-d", body, "-H", "Accept: text/event-stream; profile=stepweave").decode()
-    names = [line.removeprefix("event: ") for line in told.splitlines() if line.startswith("event: ")]
+    told = curl(
+        url, *json_type, "-d", body, "-H", "Accept: text/event-stream; profile=stepweave"
+    ).decode()
+    names = [
+        line.removeprefix("event: ") for line in told.splitlines() if line.startswith("event: ")
+    ]
     assert names[0] == "stepweave.queued" and names[-1] == "image_generation.completed"
     steps = [
-        json.loads(line[6:]) for line in told.splitlines() if '"stepweave.progress"' in line and line[:5] == "data:"
+        json.loads(line[6:])
+        for line in told.splitlines()
+        if '"stepweave.progress"' in line and line[:5] == "data:"
     ]
     assert steps[-1]["step"] == steps[-1]["total_steps"] == 20
     for accept, kind in (("image/png", "PNG"), ("image/jpeg", "JPEG"), ("image/webp", "WEBP")):
         picture = picture_of(curl(url, *json_type, "-d", body, "-H", f"Accept: {accept}"))
         assert picture.format == kind
         assert wrong_parts(picture, PROMPT) == []
-    edited = curl(f"{served.url}/edit", "-F", f"image=@{drawing}", "-F", f"prompt={PROMPT}", "-F", "strength=0.2")
+    edited = curl(
+        f"{served.url}/edit",
+        "-F",
+        f"image=@{drawing}",
+        "-F",
+        f"prompt={PROMPT}",
+        "-F",
+        "strength=0.2",
+    )
     assert likeness(picture_of(edited), picture_of(drawing.read_bytes())) > 0.9
 
 
@@ -216,7 +274,10 @@ def test_bentomls_asynchronous_client(served: Served, drawing: Path) -> None:
 
 def test_nothing_that_a_client_sends_is_fetched(served: Served) -> None:
     """BentoML downloads what a form names as a URL: the middleware lets no such form pass."""
-    fields: dict[str, Any] = {"prompt": (None, PROMPT), "image": (None, f"{served.url}/images/x.png")}
+    fields: dict[str, Any] = {
+        "prompt": (None, PROMPT),
+        "image": (None, f"{served.url}/images/x.png"),
+    }
     response = httpx.post(f"{served.url}/edit", files=fields, timeout=SECONDS)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "image"

@@ -1,5 +1,5 @@
-"""What the installed `openai` package says of the Images API: answers are as its types have them, in strict mode, and each field
-and value that its types have is taken, or refused with a reason."""
+"""What the installed `openai` package says of the Images API: answers are as its types have them,
+in strict mode, and each field and value that its types have is taken, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def ask(served: Served, png: bytes | None, **fields: Any) -> httpx.Response:
     if png is None:
         return httpx.post(f"{served.url}/v1/images/generations", json=fields, timeout=SECONDS)
     texts = {
-        name: (None, str(value).lower() if isinstance(value, bool) else str(value)) for name, value in fields.items()
+        name: (None, str(value).lower() if isinstance(value, bool) else str(value))
+        for name, value in fields.items()
     }
     files: dict[str, Any] = {**texts, "image": ("x.png", png, "image/png")}
     return httpx.post(f"{served.url}/v1/images/edits", files=files, timeout=SECONDS)
@@ -66,16 +67,34 @@ def ask(served: Served, png: bytes | None, **fields: Any) -> httpx.Response:
 def test_answers_are_as_the_types_have_them(
     served: Served, png: bytes, edit: bool, response_format: str, output_format: str
 ) -> None:
-    answer = ask(served, png if edit else None, n=2, response_format=response_format, output_format=output_format)
+    answer = ask(
+        served,
+        png if edit else None,
+        n=2,
+        response_format=response_format,
+        output_format=output_format,
+    )
     read = ImagesResponse.model_validate_json(answer.text, strict=True)
-    assert read.data is not None and read.usage is not None and read.usage.output_tokens_details is not None
-    assert (read.size, read.output_format, read.background, len(read.data)) == ("64x64", output_format, "opaque", 2)
+    assert (
+        read.data is not None
+        and read.usage is not None
+        and read.usage.output_tokens_details is not None
+    )
+    assert (read.size, read.output_format, read.background, len(read.data)) == (
+        "64x64",
+        output_format,
+        "opaque",
+        2,
+    )
     assert all((one.url is None) == (response_format == "b64_json") for one in read.data)
     usage = read.usage
     # the prompt's eight words, the empty negative prompt, and two special ones of each
     assert usage.input_tokens_details.text_tokens == TOKENIZERS * (8 + 2 + 2)
     assert usage.input_tokens_details.image_tokens == (POSITIONS if edit else 0)
-    assert usage.input_tokens == usage.input_tokens_details.text_tokens + usage.input_tokens_details.image_tokens
+    assert (
+        usage.input_tokens
+        == usage.input_tokens_details.text_tokens + usage.input_tokens_details.image_tokens
+    )
     assert usage.output_tokens == usage.output_tokens_details.image_tokens == 2 * POSITIONS
     assert usage.total_tokens == usage.input_tokens + usage.output_tokens
     beside = {"images": 2, "pixels": 2 * 64 * 64}
@@ -84,14 +103,30 @@ def test_answers_are_as_the_types_have_them(
 
 @pytest.mark.parametrize("edit", [False, True])
 @pytest.mark.parametrize("response_format", ["b64_json", "url"])
-def test_events_are_as_the_types_have_them(served: Served, png: bytes, edit: bool, response_format: str) -> None:
-    asked = {"stream": True, "partial_images": 2, "response_format": response_format, "strength": 1.0}
+def test_events_are_as_the_types_have_them(
+    served: Served, png: bytes, edit: bool, response_format: str
+) -> None:
+    asked = {
+        "stream": True,
+        "partial_images": 2,
+        "response_format": response_format,
+        "strength": 1.0,
+    }
     told = ask(served, png if edit else None, **(asked if edit else {**asked, "strength": None}))
-    data = [line.removeprefix("data: ") for line in told.text.splitlines() if line.startswith("data: ")]
-    names = [line.removeprefix("event: ") for line in told.text.splitlines() if line.startswith("event: ")]
+    data = [
+        line.removeprefix("data: ") for line in told.text.splitlines() if line.startswith("data: ")
+    ]
+    names = [
+        line.removeprefix("event: ")
+        for line in told.text.splitlines()
+        if line.startswith("event: ")
+    ]
     kind = "image_edit" if edit else "image_generation"
     assert names == [f"{kind}.partial_image"] * 2 + [f"{kind}.completed"]
-    events = [EVENTS[name].model_validate_json(one, strict=True) for name, one in zip(names, data, strict=True)]
+    events = [
+        EVENTS[name].model_validate_json(one, strict=True)
+        for name, one in zip(names, data, strict=True)
+    ]
     assert [event.type for event in events] == names  # type: ignore[attr-defined]
     completed: Any = events[-1]
     assert (completed.usage.output_tokens, completed.usage.input_tokens_details.image_tokens) == (
@@ -103,9 +138,18 @@ def test_events_are_as_the_types_have_them(served: Served, png: bytes, edit: boo
 # What the client may send
 
 HAVE_AN_EFFECT = {
-    "prompt", "image", "mask", "model", "n", "size", "stream", "response_format", "output_format", "output_compression",
+    "prompt",
+    "image",
+    "mask",
+    "model",
+    "n",
+    "size",
+    "stream",
+    "response_format",
+    "output_format",
+    "output_compression",
     "partial_images",
-}  # fmt: skip
+}
 TEXTS = {"size": ["64x64"], "model": ["shapes"]}  # one of the values where any text is right
 
 
@@ -139,21 +183,30 @@ def fields(*params: Any, png: bytes) -> list[tuple[str, Any]]:
         files = {name for name, hint in one.__annotations__.items() if "FileTypes" in str(hint)}
         for name in files:
             several = "Sequence" in str(one.__annotations__[name])
-            found += [(name, value) for value in ([file, [file], [file, file]] if several else [file])]
+            found += [
+                (name, value) for value in ([file, [file], [file, file]] if several else [file])
+            ]
         hints = get_type_hints(one)
-        found += [(name, value) for name in hints.keys() - files for value in values(name, hints[name])]
+        found += [
+            (name, value) for name in hints.keys() - files for value in values(name, hints[name])
+        ]
     return sorted({repr(pair): pair for pair in found}.values(), key=lambda pair: pair[0])
 
 
 def holds_anything(value: Any) -> bool:
     """Whether there is anything in it that a form has a field for."""
-    return any(map(holds_anything, value.values())) if isinstance(value, dict) else value is not None
+    return (
+        any(map(holds_anything, value.values())) if isinstance(value, dict) else value is not None
+    )
 
 
 def problem(client: openai.OpenAI, png: bytes, name: str, value: Any, edit: bool) -> str | None:
     """What is wrong with how a value is answered; None if nothing is."""
     # the least that there is of all else
-    asked: dict[str, Any] = {"prompt": PROMPT, "extra_body": {"num_inference_steps": 1, "strength": 1.0}}
+    asked: dict[str, Any] = {
+        "prompt": PROMPT,
+        "extra_body": {"num_inference_steps": 1, "strength": 1.0},
+    }
     if edit:
         asked["image"] = ("x.png", png, "image/png")
     else:
@@ -170,10 +223,14 @@ def problem(client: openai.OpenAI, png: bytes, name: str, value: Any, edit: bool
             return f"{error.status_code} {error.code}: {error.message}"
         what_to_do = "STEPWEAVE_MODEL_NAMES" if name == "model" else ""
         return (
-            None if error.param == name and len(error.message) > 30 and what_to_do in error.message else error.message
+            None
+            if error.param == name and len(error.message) > 30 and what_to_do in error.message
+            else error.message
         )
     warned = any(warning.startswith(f"{name}:") for warning in warnings)
-    effect = name in HAVE_AN_EFFECT or value in (None, "auto") or (edit and not holds_anything(value))
+    effect = (
+        name in HAVE_AN_EFFECT or value in (None, "auto") or (edit and not holds_anything(value))
+    )
     return None if warned is not effect else f"taken with the warnings {warnings}"
 
 
@@ -193,11 +250,15 @@ def test_every_field_and_value_is_taken_or_refused_with_a_reason(
         ThreadPoolExecutor(8) as pool,
     ):
         found = list(pool.map(lambda pair: problem(client, png, *pair, edit), asked))
-    assert [(pair, wrong) for pair, wrong in zip(asked, found, strict=True) if wrong is not None] == []
+    assert [
+        (pair, wrong) for pair, wrong in zip(asked, found, strict=True) if wrong is not None
+    ] == []
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_refusals_are_the_clients_own_errors(in_process: Callable[..., InProcess], tmp_path: Path, png: bytes) -> None:
+def test_refusals_are_the_clients_own_errors(
+    in_process: Callable[..., InProcess], tmp_path: Path, png: bytes
+) -> None:
     (tmp_path / "x.png").write_bytes(png)
     with (
         listening(in_process(FakePipeline(edits=True))) as url,

@@ -1,4 +1,5 @@
-"""The OpenAPI document is true: of every route, every answer that a fuzzer gets, and this server's own limits."""
+"""The OpenAPI document is true: of every route, every answer that a fuzzer gets, and this server's
+own limits."""
 
 from __future__ import annotations
 
@@ -75,7 +76,9 @@ def validate(found: Document, schema: Any, instance: Any) -> None:
     """Hold an answer against a schema of the document, or the one of that name."""
     if isinstance(schema, str):
         schema = {"$ref": f"#/components/schemas/{schema}"}
-    jsonschema.Draft202012Validator({**schema, "components": closed(found)["components"]}).validate(instance)
+    jsonschema.Draft202012Validator({**schema, "components": closed(found)["components"]}).validate(
+        instance
+    )
 
 
 def test_the_document_is_valid(in_process: Make) -> None:
@@ -94,8 +97,12 @@ def test_the_document_is_valid(in_process: Make) -> None:
             place: Any = found
             for name in reference.removeprefix("#/").split("/"):
                 place = place[name]
-        named = {reference for reference in references if reference.startswith("#/components/schemas/")}
-        assert {name for name in found["components"]["schemas"]} == {reference.split("/")[3] for reference in named}
+        named = {
+            reference for reference in references if reference.startswith("#/components/schemas/")
+        }
+        assert {name for name in found["components"]["schemas"]} == {
+            reference.split("/")[3] for reference in named
+        }
 
 
 def _references(value: Any) -> Iterator[str]:
@@ -153,7 +160,10 @@ def test_limits_are_the_servers(in_process: Make) -> None:
         assert request_schema(found, name, "prompt")["maxLength"] == 200, name
         assert request_schema(found, name, "negative_prompt")["maxLength"] == 200, name
     assert request_schema(found, "GenerationRequest", "n")["maximum"] == 2
-    assert "4096 pixels" in found["components"]["schemas"]["GenerationRequest"]["properties"]["size"]["description"]
+    assert (
+        "4096 pixels"
+        in found["components"]["schemas"]["GenerationRequest"]["properties"]["size"]["description"]
+    )
     assert "enum" not in request_schema(found, "GenerationRequest", "model")
 
 
@@ -167,7 +177,9 @@ def test_what_the_model_takes_is_there_once_it_is_loaded(in_process: Make) -> No
     assert request_schema(found, "GenerationRequest", "model")["enum"] == [app.server.model.id]
     size = found["components"]["schemas"]["GenerationRequest"]["properties"]["size"]
     assert "multiples of 8" in size["description"]
-    assert found["paths"]["/v2/models/{model}"]["get"]["parameters"][0]["schema"]["enum"] == [app.server.model.id]
+    assert found["paths"]["/v2/models/{model}"]["get"]["parameters"][0]["schema"]["enum"] == [
+        app.server.model.id
+    ]
     app.server.model.schedulers = {}
     found = document(app)
     assert request_schema(found, "GenerationRequest", "scheduler")["type"] == "null"
@@ -178,13 +190,21 @@ def test_keys_are_asked_for_only_where_they_are_needed(in_process: Make) -> None
     open_to_all = document(in_process(ready=False))
     assert "security" not in open_to_all and "securitySchemes" not in open_to_all["components"]
     assert not [
-        path for path, item in open_to_all["paths"].items() for one in item.values() if "401" in one["responses"]
+        path
+        for path, item in open_to_all["paths"].items()
+        for one in item.values()
+        if "401" in one["responses"]
     ]
     app = in_process(ready=False, api_keys="secret")
     found = document(app, **KEY)
     assert found["security"] == [{"key": []}]
     assert found["components"]["securitySchemes"]["key"] == {"type": "http", "scheme": "bearer"}
-    keyless = {path for path, item in found["paths"].items() for one in item.values() if one.get("security") == []}
+    keyless = {
+        path
+        for path, item in found["paths"].items()
+        for one in item.values()
+        if one.get("security") == []
+    }
     assert keyless == {*PROBES, *KEYLESS, DRAIN}
     for path, item in found["paths"].items():
         for method, one in item.items():
@@ -195,7 +215,11 @@ def test_keys_are_asked_for_only_where_they_are_needed(in_process: Make) -> None
             assert answer.status_code == 401
             assert answer.headers["www-authenticate"] == "Bearer"
             body = "ProtocolError" if path.startswith("/v2") else "Error"
-            validate(found, "ExamplesError" if path.startswith(("/api/", "/images/")) else body, answer.json())
+            validate(
+                found,
+                "ExamplesError" if path.startswith(("/api/", "/images/")) else body,
+                answer.json(),
+            )
 
 
 def test_events_are_as_described(in_process: Make) -> None:
@@ -204,13 +228,21 @@ def test_events_are_as_described(in_process: Make) -> None:
     described = _described_events(found, "/v1/images/generations", "post")
     fields = {"prompt": "a star", "stream": True, "events": "all", "num_inference_steps": 3}
     seen = set()
-    for extra, error in (({}, None), ({"response_format": "url"}, None), ({}, RuntimeError("broken"))):
+    for extra, error in (
+        ({}, None),
+        ({"response_format": "url"}, None),
+        ({}, RuntimeError("broken")),
+    ):
         app.pipeline.record.error = error
-        for name, data in _events(app.client.post("/v1/images/generations", json={**fields, **extra}).text):
+        for name, data in _events(
+            app.client.post("/v1/images/generations", json={**fields, **extra}).text
+        ):
             validate(found, described[name], data)
             seen.add(name)
     app.pipeline.record.error = None
-    job = app.client.post("/v1/images/generations", json={"prompt": "a"}, headers={"Prefer": "respond-async"})
+    job = app.client.post(
+        "/v1/images/generations", json={"prompt": "a"}, headers={"Prefer": "respond-async"}
+    )
     assert job.status_code == 202
     validate(found, "Job", job.json())
     following = _described_events(found, "/v1/jobs/{id}/events", "get")
@@ -235,7 +267,9 @@ def _events(text: str) -> Iterator[tuple[str, Any]]:
 
 def test_native_answers_are_as_described(served: Served) -> None:
     found = httpx.get(f"{served.url}/openapi.json", timeout=SECONDS).json()
-    picture = httpx.post(f"{served.url}/generate", json={"prompt": "a star", "seed": 7}, timeout=SECONDS)
+    picture = httpx.post(
+        f"{served.url}/generate", json={"prompt": "a star", "seed": 7}, timeout=SECONDS
+    )
     _picture(found, "/generate", picture)
     refused = httpx.post(f"{served.url}/generate", json={"prompt": ""}, timeout=SECONDS)
     assert refused.status_code == 400
@@ -243,7 +277,9 @@ def test_native_answers_are_as_described(served: Served) -> None:
     described = _described_events(found, "/generate_stream", "post")
     body = {"prompt": "a star", "partial_images": 2, "events": "all"}
     seen = set()
-    for name, data in _events(httpx.post(f"{served.url}/generate_stream", json=body, timeout=SECONDS).text):
+    for name, data in _events(
+        httpx.post(f"{served.url}/generate_stream", json=body, timeout=SECONDS).text
+    ):
         validate(found, described[name], data)
         seen.add(name)
     assert seen >= {"image_generation.completed", "stepweave.progress"}
@@ -254,13 +290,22 @@ def test_native_answers_are_as_described(served: Served) -> None:
         timeout=SECONDS,
     )
     _picture(found, "/edit", edited)
-    for name, path in (("Health", "/readyz"), ("ModelList", "/v1/models"), ("LegacyStatus", "/api/status")):
+    for name, path in (
+        ("Health", "/readyz"),
+        ("ModelList", "/v1/models"),
+        ("LegacyStatus", "/api/status"),
+    ):
         validate(found, name, httpx.get(f"{served.url}{path}", timeout=SECONDS).json())
 
 
-@pytest.mark.parametrize("declared", ["image/jpg", "image/webp", "image/svg+xml", "application/octet-stream", ""])
+@pytest.mark.parametrize(
+    "declared", ["image/jpg", "image/webp", "image/svg+xml", "application/octet-stream", ""]
+)
 def test_a_native_edit_goes_by_what_a_file_holds(served: Served, declared: str) -> None:
-    files = {"image": ("a.png", PNG.getvalue(), declared), "mask": ("b.png", MASK.getvalue(), declared)}
+    files = {
+        "image": ("a.png", PNG.getvalue(), declared),
+        "mask": ("b.png", MASK.getvalue(), declared),
+    }
     fields = {"prompt": "a star", "seed": "7", "num_inference_steps": "2"}
     answer = httpx.post(f"{served.url}/edit", data=fields, files=files, timeout=SECONDS)
     assert answer.status_code == 200, answer.text
@@ -299,10 +344,17 @@ def test_the_drain_is_as_described(in_process: Make) -> None:
     assert document(app)["paths"] == found["paths"]
 
 
-# The fuzzer: requests that the document allows, and others, none of which may be answered otherwise than it says
+# The fuzzer: requests that the document allows, and others, none of which may be answered otherwise
+# than it says
 
 TURNS = 4 * 5 * 7 * 11
-ACCEPTS = ("application/json", "image/png", "image/webp;q=0.9, image/jpeg", "text/event-stream", "*/*")
+ACCEPTS = (
+    "application/json",
+    "image/png",
+    "image/webp;q=0.9, image/jpeg",
+    "text/event-stream",
+    "*/*",
+)
 CHECKED = (
     "status_code_conformance",
     "content_type_conformance",
@@ -313,7 +365,8 @@ CHECKED = (
 
 @st.composite
 def made(draw: st.DrawFn, strategy: st.SearchStrategy[Any]) -> Any:
-    """What schemathesis makes. Some bodies with a file it breaks in a way that its own validator cannot look at: another one."""
+    """What schemathesis makes. Some bodies with a file it breaks in a way that its own validator
+    cannot look at: another one."""
     try:
         return draw(strategy)
     except ValueError as error:
@@ -324,8 +377,11 @@ def made(draw: st.DrawFn, strategy: st.SearchStrategy[Any]) -> Any:
 class Fuzzer:
     """Sends what schemathesis makes of some paths of a document, and counts what comes back."""
 
-    def __init__(self, client: Any, found: Document, paths: Iterable[str], failing: int = 504) -> None:
-        """Of all failures only the status `failing` may come: a deadline that has passed is the client's own wish."""
+    def __init__(
+        self, client: Any, found: Document, paths: Iterable[str], failing: int = 504
+    ) -> None:
+        """Of all failures only the status `failing` may come: a deadline that has passed is the
+        client's own wish."""
         load_all_checks()
         self.failing = failing
         self.client = client
@@ -340,7 +396,8 @@ class Fuzzer:
         self.failures: list[str] = []
 
     def run(self, examples: int, coverage: int) -> None:
-        """At most `coverage` requests at the limits of each operation's values, and `examples` of each kind at random.
+        """At most `coverage` requests at the limits of each operation's values, and `examples` of
+        each kind at random.
 
         Operations with a body get four times as many.
         """
@@ -360,7 +417,9 @@ class Fuzzer:
                 with contextlib.suppress(
                     hypothesis.errors.Unsatisfiable
                 ):  # what takes nothing can be given nothing wrong
-                    self._attempt(self._explore, operation.as_strategy(generation_mode=kind), times * examples)
+                    self._attempt(
+                        self._explore, operation.as_strategy(generation_mode=kind), times * examples
+                    )
 
     def _attempt(self, work: Callable[..., None], *arguments: Any) -> None:
         try:
@@ -380,13 +439,18 @@ class Fuzzer:
         settings(hypothesis.given(made(strategy), st.sampled_from(range(TURNS)))(self.send))()
 
     def send(self, case: Any, turn: int) -> None:
-        """Send one request. The turn decides what headers say, and whether an id is one that exists."""
+        """Send one request. The turn decides what headers say, and whether an id is one that
+        exists."""
         positive = case.meta is None or case.meta.generation.mode.is_positive
         if positive:
             self._aim(case, turn)
         arguments = case.as_transport_kwargs(self.base, {"Accept": ACCEPTS[turn % len(ACCEPTS)]})
         prepared = requests.Request(**arguments).prepare()
-        headers = {name: value for name, value in prepared.headers.items() if name.lower() != "authorization"}
+        headers = {
+            name: value
+            for name, value in prepared.headers.items()
+            if name.lower() != "authorization"
+        }
         headers |= {} if turn % 11 == 5 else KEY
         headers |= {"Prefer": "respond-async"} if turn % 7 == 6 else {}
         self.sent += 1
@@ -405,26 +469,45 @@ class Fuzzer:
         except (AssertionError, FailureGroup) as error:
             body = repr(prepared.body)[:500]
             raise AssertionError(
-                f"{prepared.method} {prepared.url} {headers} {body}\n-> {answer.status_code}: {error}"
+                f"{prepared.method} {prepared.url} {headers} {body}\n-> {answer.status_code}: "
+                f"{error}"
             ) from None
 
     def _was_allowed(self, case: Any, body: Any) -> None:
         """What was accepted is what the document allows."""
         if case.media_type == "application/json":
-            described = self.document["paths"][case.operation.path][case.operation.method]["requestBody"]
+            described = self.document["paths"][case.operation.path][case.operation.method][
+                "requestBody"
+            ]
             if body or described["required"]:
-                validate(self.document, described["content"][case.media_type]["schema"], json.loads(body))
+                validate(
+                    self.document, described["content"][case.media_type]["schema"], json.loads(body)
+                )
 
     def _aim(self, case: Any, turn: int) -> None:
-        """Let the request name a job or a picture that is there, a size that is one, files that are pictures, few steps."""
+        """Let the request name a job or a picture that is there, a size that is one, files that are
+        pictures, few steps."""
         path, body = case.operation.path, case.body
         known = turn % 4 != 3
-        if known and path.startswith("/v1/jobs/{id}") and (made := self._made({"Prefer": "respond-async"})):
+        if (
+            known
+            and path.startswith("/v1/jobs/{id}")
+            and (made := self._made({"Prefer": "respond-async"}))
+        ):
             case.path_parameters = {**case.path_parameters, "id": made["id"]}
-        if known and path.startswith("/images/") and (made := self._made({}, response_format="url")):
-            case.path_parameters = {**case.path_parameters, "filename": made["data"][0]["url"].rpartition("/")[2]}
+        if (
+            known
+            and path.startswith("/images/")
+            and (made := self._made({}, response_format="url"))
+        ):
+            case.path_parameters = {
+                **case.path_parameters,
+                "filename": made["data"][0]["url"].rpartition("/")[2],
+            }
         if turn % 2:
-            case.headers = {name: value for name, value in case.headers.items() if name != "Idempotency-Key"}
+            case.headers = {
+                name: value for name, value in case.headers.items() if name != "Idempotency-Key"
+            }
         if not isinstance(body, dict):
             return
         changes: dict[str, Any] = {
@@ -452,21 +535,27 @@ class Fuzzer:
     def report(self) -> str:
         """What each operation answered with and how often, and what was wrong with it."""
         rows = [
-            f"{label:60} " + ", ".join(f"{status}: {count}" for status, count in sorted(counts.items()))
+            f"{label:60} "
+            + ", ".join(f"{status}: {count}" for status, count in sorted(counts.items()))
             for label, counts in sorted(self.statuses.items())
         ]
         return "\n".join([f"{self.sent} requests", *rows, *self.failures])
 
     def judge(self) -> None:
-        """Raise unless all went as described, and each operation both refused and, unless it only ever does, succeeded."""
+        """Raise unless all went as described, and each operation both refused and, unless it only
+        ever does, succeeded."""
         assert not self.failures, self.report()
         for operation in self.operations:
             label = operation.label
             described = self.document["paths"][operation.path][operation.method]["responses"]
             succeeds = any(status.startswith("2") for status in described)
             succeeded = any(status < 300 for status in self.statuses[label])
-            assert succeeded is succeeds, f"{'no' if succeeds else 'a'} success: {label}\n{self.report()}"
-            assert any(status >= 400 for status in self.statuses[label]), f"no refusal: {label}\n{self.report()}"
+            assert succeeded is succeeds, (
+                f"{'no' if succeeds else 'a'} success: {label}\n{self.report()}"
+            )
+            assert any(status >= 400 for status in self.statuses[label]), (
+                f"no refusal: {label}\n{self.report()}"
+            )
 
 
 def every(cases: Iterable[Any], most: int) -> list[Any]:
@@ -501,7 +590,9 @@ def test_rare_refusals_are_as_described(in_process: Make) -> None:
         body = {"prompt": "a", **fields}
         answer = app.client.post(route, json=body)
         assert answer.status_code == status, answer.text
-        operation.Case(body=body, media_type="application/json").validate_response(answer, checks=fuzzer.checks)
+        operation.Case(body=body, media_type="application/json").validate_response(
+            answer, checks=fuzzer.checks
+        )
 
     answered(413, prompt="a" * 2000)
     answered(400, deadline_ms=1)
@@ -525,7 +616,12 @@ def test_nor_while_the_model_is_loaded(in_process: Make) -> None:
     fuzzer.run(1, 1)
     assert not fuzzer.failures, fuzzer.report()
     refusing = {label for label, counts in fuzzer.statuses.items() if 503 in counts}
-    assert {"POST /v1/images/generations", "GET /readyz", "GET /v2/health/ready", "GET /v1/models"} <= refusing
+    assert {
+        "POST /v1/images/generations",
+        "GET /readyz",
+        "GET /v2/health/ready",
+        "GET /v1/models",
+    } <= refusing
     assert not refusing & {"GET /openapi.json", "GET /livez", "GET /metrics", "GET /"}
 
 
@@ -533,14 +629,19 @@ def test_nor_while_the_model_is_loaded(in_process: Make) -> None:
     ("place", "value"),
     [
         (("paths", "/v1/models/{id}", "get", "responses", "404"), None),
-        (("paths", "/v1/models/{id}", "get", "responses", "200", "content", "application/json"), None),
+        (
+            ("paths", "/v1/models/{id}", "get", "responses", "200", "content", "application/json"),
+            None,
+        ),
         (("components", "schemas", "Model", "properties", "created", "type"), "string"),
         (("components", "schemas", "ErrorDetail", "properties", "code", "type"), "integer"),
         (("components", "schemas", "ErrorDetail", "properties", "type", "enum"), ["server_error"]),
         (("components", "headers", "RequestId", "schema", "pattern"), "^never$"),
     ],
 )
-def test_the_fuzzer_sees_what_is_not_true(in_process: Make, place: tuple[str, ...], value: Any) -> None:
+def test_the_fuzzer_sees_what_is_not_true(
+    in_process: Make, place: tuple[str, ...], value: Any
+) -> None:
     app = in_process()
     found = document(app)
     item = found

@@ -1,4 +1,5 @@
-"""Results and errors reach who waits, whatever they are: nothing that carries them takes them for a signal of its own."""
+"""Results and errors reach who waits, whatever they are: nothing that carries them takes them for a
+signal of its own."""
 
 from __future__ import annotations
 
@@ -88,7 +89,9 @@ ERRORS: list[Callable[[], BaseException]] = [
     asyncio.InvalidStateError,
     lambda: ExceptionGroup("several", [StopIteration(), ValueError()]),
 ]
-every_error = pytest.mark.parametrize("error", [*SIGNALS, *ERRORS], ids=lambda make: type(make()).__name__)
+every_error = pytest.mark.parametrize(
+    "error", [*SIGNALS, *ERRORS], ids=lambda make: type(make()).__name__
+)
 
 
 class Double(nn.Module):
@@ -112,7 +115,10 @@ class Pipeline(DiffusionPipeline):  # type: ignore[misc]
 
     @torch.no_grad()
     def __call__(
-        self, finish: Callable[[], Any] = lambda: "done", processed: bool = False, generator: Any = None
+        self,
+        finish: Callable[[], Any] = lambda: "done",
+        processed: bool = False,
+        generator: Any = None,
     ) -> Any:
         x = torch.ones(1, 2)
         for _ in self.progress_bar(range(2)):
@@ -133,7 +139,9 @@ def raising(error: BaseException) -> Callable[[], Any]:
 
 @every_error
 @every_mode
-async def test_an_error_of_any_kind_reaches_all_who_wait(mode: Mode, error: Callable[[], BaseException]) -> None:
+async def test_an_error_of_any_kind_reaches_all_who_wait(
+    mode: Mode, error: Callable[[], BaseException]
+) -> None:
     with StepEngine(made(), mode=mode) as engine:
         for processed in (False, True):
             raised = error()
@@ -154,7 +162,8 @@ async def test_an_error_of_any_kind_reaches_all_who_wait(mode: Mode, error: Call
             with pytest.raises(type(told)):
                 await asyncio.wait_for(asyncio.to_thread(job.result, SECONDS), SECONDS)
         assert await asyncio.wait_for(_value(engine.submit()), SECONDS) == "done"
-        wait_until(lambda: dict(engine.stats().jobs).get("failed") == 2)  # counted just after they are told
+        # counted just after they are told
+        wait_until(lambda: dict(engine.stats().jobs).get("failed") == 2)
         assert engine.stats().errors == 0
 
 
@@ -184,19 +193,32 @@ class Unlike:
 
 @pytest.mark.parametrize("processed", [False, True])
 @every_mode
-async def test_a_result_is_what_the_call_returned_whatever_that_is(mode: Mode, processed: bool) -> None:
+async def test_a_result_is_what_the_call_returned_whatever_that_is(
+    mode: Mode, processed: bool
+) -> None:
     awaitable: Future[Any] = Future()
     with StepEngine(made(), mode=mode) as engine:
-        for value in (ValueError("returned"), StopIteration(), awaitable, Unlike(), None, Outcome(1), ValueError):
+        for value in (
+            ValueError("returned"),
+            StopIteration(),
+            awaitable,
+            Unlike(),
+            None,
+            Outcome(1),
+            ValueError,
+        ):
             job = engine.submit(lambda value=value: value, processed)
             assert await asyncio.wait_for(_value(job), SECONDS) is value
             assert job.exception(0) is None
-        wait_until(lambda: dict(engine.stats().jobs) == {"succeeded": 7})  # counted just after they are told
+        # counted just after they are told
+        wait_until(lambda: dict(engine.stats().jobs) == {"succeeded": 7})
 
 
 @pytest.mark.parametrize("kind", [StopIteration, KeyboardInterrupt, Frozen])
 @every_mode
-def test_an_error_of_a_module_in_company_fails_the_jobs_alone(mode: Mode, kind: type[BaseException]) -> None:
+def test_an_error_of_a_module_in_company_fails_the_jobs_alone(
+    mode: Mode, kind: type[BaseException]
+) -> None:
     pipeline = made()
     with StepEngine(pipeline, mode=mode) as engine:
         with patch.object(Double, "forward", side_effect=kind):
@@ -211,7 +233,9 @@ def test_an_error_of_a_module_in_company_fails_the_jobs_alone(mode: Mode, kind: 
 
 
 @every_error
-async def test_a_place_comes_back_once_whatever_the_pipeline_raises(error: Callable[[], BaseException]) -> None:
+async def test_a_place_comes_back_once_whatever_the_pipeline_raises(
+    error: Callable[[], BaseException],
+) -> None:
     """Two that never end would leave no place at all."""
     async with serving(max_queue=1) as app:
         admission = app.server._admission
@@ -276,12 +300,17 @@ def impatient(app: App, seconds: float) -> None:
     app.server.settings = app.server.settings.model_copy(update={"stuck_seconds": seconds})
 
 
-@pytest.mark.parametrize("how", ["never told", "told to a future that nobody reads", "the engine forgot it"])
-async def test_a_request_whose_result_is_lost_fails_after_a_while(how: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "how", ["never told", "told to a future that nobody reads", "the engine forgot it"]
+)
+async def test_a_request_whose_result_is_lost_fails_after_a_while(
+    how: str, caplog: pytest.LogCaptureFixture
+) -> None:
     carriers = {
         "never told": patch("stepweave.engine.job._Result.set_result", lambda *_: None),
         "told to a future that nobody reads": patch(
-            "stepweave.engine.job.asyncio.wrap_future", lambda _: asyncio.get_running_loop().create_future()
+            "stepweave.engine.job.asyncio.wrap_future",
+            lambda _: asyncio.get_running_loop().create_future(),
         ),
         "the engine forgot it": patch("stepweave.engine.job.Job.finish", lambda *_: None),
     }
@@ -328,7 +357,8 @@ async def test_a_request_whose_job_takes_long_does_not_fail() -> None:
 
 
 def test_work_goes_to_threads_in_one_way_only() -> None:
-    """Others never return where the work raises StopIteration, or hold up the end of the process."""
+    """Others never return where the work raises StopIteration, or hold up the end of the
+    process."""
     source = Path(stepweave.__file__).parent
     found = {
         (str(path.relative_to(source)), node.attr if isinstance(node, ast.Attribute) else node.id)
@@ -345,11 +375,15 @@ def test_work_goes_to_threads_in_one_way_only() -> None:
     }
 
 
-@pytest.mark.parametrize("error", [StopIteration(), SystemExit(), OSError("disk"), TimeoutError("network")])
+@pytest.mark.parametrize(
+    "error", [StopIteration(), SystemExit(), OSError("disk"), TimeoutError("network")]
+)
 async def test_work_on_a_thread_raises_what_can_be_raised(error: BaseException) -> None:
     with pytest.raises(Exception) as caught:
         await asyncio.wait_for(on_thread(None, raising(error)), SECONDS)
-    assert caught.value is error or (caught.value.__cause__ is error and not isinstance(error, OSError))
+    assert caught.value is error or (
+        caught.value.__cause__ is error and not isinstance(error, OSError)
+    )
 
 
 def test_an_executor_does_its_work_in_order_and_ends() -> None:
@@ -399,11 +433,15 @@ def test_an_error_that_cannot_be_told_is_one_all_the_same(
     app.until_metric(2, "stepweave_requests_total", outcome="failed")
     app.until_metric(0, "stepweave_requests_in_flight")
     assert not app.metric("stepweave_requests_total", outcome="succeeded")
-    job = app.client.post("/v1/images/generations", json={"prompt": "x"}, headers={"Prefer": "respond-async"}).json()
+    job = app.client.post(
+        "/v1/images/generations", json={"prompt": "x"}, headers={"Prefer": "respond-async"}
+    ).json()
     wait_until(lambda: app.client.get(f"/v1/jobs/{job['id']}").json()["state"] == "failed")
 
 
-def test_what_a_pipeline_returns_is_looked_at_apart_from_the_loop(in_process: Callable[..., InProcess]) -> None:
+def test_what_a_pipeline_returns_is_looked_at_apart_from_the_loop(
+    in_process: Callable[..., InProcess],
+) -> None:
     class Ends(list[Any]):
         def __len__(self) -> int:
             raise SystemExit

@@ -1,11 +1,14 @@
-"""Parity: a picture is the same in any company, whoever joins and leaves at whatever step, as from a plain call.
+"""Parity: a picture is the same in any company, whoever joins and leaves at whatever step, as from
+a plain call.
 
-Hypothesis draws the company: which requests, who joins at which step of whom, who is cancelled when. Arrivals are calls of
-`submit` on the engine's own thread, so that an example runs the same way twice. When one fails, hypothesis prints it, and
-`@reproduce_failure(...)` to repeat it; `pytest --hypothesis-seed=N` repeats a whole run.
+Hypothesis draws the company: which requests, who joins at which step of whom, who is cancelled
+when. Arrivals are calls of `submit` on the engine's own thread, so that an example runs the same
+way twice. When one fails, hypothesis prints it, and `@reproduce_failure(...)` to repeat it; `pytest
+--hypothesis-seed=N` repeats a whole run.
 
-Beside the pictures, each family's share of denoiser calls that shared a forward is held to a bound: a family that silently runs
-alone fails. `pytest -s` shows the shares; `record_property` puts them into a JUnit report.
+Beside the pictures, each family's share of denoiser calls that shared a forward is held to a bound:
+a family that silently runs alone fails. `pytest -s` shows the shares; `record_property` puts them
+into a JUnit report.
 """
 
 from __future__ import annotations
@@ -68,9 +71,10 @@ DENOISERS = {
     "hunyuan_image": ["transformer"],
     "qwen_image": ["transformer"],
 }
-# The least shares of a denoiser's calls that shared a forward with another job's. What is missing of the first are the proofs
-# (4 of some 25 calls) and the last steps of the longest job. Schedulers part calls, too: some count time in whole numbers, and
-# some do not, so that six jobs with six schedulers are two groups.
+# The least shares of a denoiser's calls that shared a forward with another job's. What is missing
+# of the first are the proofs (4 of some 25 calls) and the last steps of the longest job. Schedulers
+# part calls, too: some count time in whole numbers, and some do not, so that six jobs with six
+# schedulers are two groups.
 ONE_SCHEDULER = 0.6  # measured: 0.64 to 0.88
 MANY_SCHEDULERS = 0.4  # measured: 0.53 to 0.88
 FEW_DRAWN, MANY_DRAWN = (
@@ -88,7 +92,14 @@ def families(names: Iterable[str], quick: tuple[str, ...]) -> Any:
     return pytest.mark.parametrize("family", params)
 
 
-MAIN = ("stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux", "qwen_image", "controlnet_sd")
+MAIN = (
+    "stable_diffusion",
+    "stable_diffusion_xl",
+    "stable_diffusion_3",
+    "flux",
+    "qwen_image",
+    "controlnet_sd",
+)
 main_family = families(MAIN, quick=MAIN)
 
 
@@ -118,11 +129,14 @@ def takes(family: Family, name: str) -> bool:
 
 
 def request(family: Family, i: int) -> dict[str, Any]:
-    """The i-th request: none is like another in prompt and seed, and hardly any in steps, guidance and scheduler."""
+    """The i-th request: none is like another in prompt and seed, and hardly any in steps, guidance
+    and scheduler."""
     changes: dict[str, Any] = {}
     guidance = GUIDANCE[i % len(GUIDANCE)]
     if guidance is not None:
-        changes = {name: guidance for name in family.call if name.endswith(("guidance_scale", "cfg_scale"))}
+        changes = {
+            name: guidance for name in family.call if name.endswith(("guidance_scale", "cfg_scale"))
+        }
     if i % 3 == 2 and takes(family, "negative_prompt"):
         changes["negative_prompt"] = NEGATIVES[i // 3 % len(NEGATIVES)]
         if takes(family, "true_cfg_scale"):
@@ -170,7 +184,8 @@ class Company:
     """Who is there, and when."""
 
     requests: tuple[int, ...]
-    joins: tuple[tuple[int, int], ...]  # for each but the first: the job and its step at which this one is submitted
+    # for each but the first: the job and its step at which this one is submitted
+    joins: tuple[tuple[int, int], ...]
     leaves: tuple[tuple[int, int], ...] = ()  # jobs that are cancelled, and at which step
     swap: bool = True  # each with a scheduler of its own
 
@@ -180,7 +195,9 @@ def companies(draw: Callable[..., Any], most_steps: int) -> Company:
     chosen = draw(st.permutations(range(len(PROMPTS))))[:JOBS]
     if not set(chosen) & set(ALONE):
         chosen[draw(st.integers(0, JOBS - 1))] = draw(st.sampled_from(ALONE))
-    joins = [(draw(st.integers(0, i - 1)), draw(st.integers(0, most_steps))) for i in range(1, JOBS)]
+    joins = [
+        (draw(st.integers(0, i - 1)), draw(st.integers(0, most_steps))) for i in range(1, JOBS)
+    ]
     leavers = draw(st.lists(st.integers(0, JOBS - 1), max_size=2, unique=True))
     leaves = [(i, draw(st.integers(0, min(STEPS) - 1))) for i in leavers]
     return Company(tuple(chosen), tuple(joins), tuple(leaves))
@@ -209,8 +226,12 @@ class Stage:
         """The jobs, in the company's order, all done."""
         opened, advanced = Job.open, Job.advance
         with (
-            mock.patch.object(Job, "open", lambda job, total: (opened(job, total), self._heard(job))[0]),
-            mock.patch.object(Job, "advance", lambda job, steps: (advanced(job, steps), self._heard(job))[0]),
+            mock.patch.object(
+                Job, "open", lambda job, total: (opened(job, total), self._heard(job))[0]
+            ),
+            mock.patch.object(
+                Job, "advance", lambda job, steps: (advanced(job, steps), self._heard(job))[0]
+            ),
         ):
             self._submit(0)
             jobs = dict(self._submitted.get(timeout=SECONDS) for _ in self._calls)
@@ -220,7 +241,11 @@ class Stage:
 
     def _submit(self, i: int) -> None:
         swap = self._company.swap
-        own = scheduler(self._family, self._engine.pipeline, self._company.requests[i]) if swap else None
+        own = (
+            scheduler(self._family, self._engine.pipeline, self._company.requests[i])
+            if swap
+            else None
+        )
         job = self._engine.submit(scheduler=own, **self._calls[i])
         self._submitted.put((i, job))
         job.add_done_callback(lambda _: self._release(i, None))
@@ -299,10 +324,17 @@ MIXED = (
 @pytest.mark.parametrize(
     ("family", "swap", "least"),
     [
-        *(pytest.param(family, False, ONE_SCHEDULER, id=f"{name}-one") for name, family in FAMILIES.items()),
+        *(
+            pytest.param(family, False, ONE_SCHEDULER, id=f"{name}-one")
+            for name, family in FAMILIES.items()
+        ),
         *(
             pytest.param(
-                family, True, MANY_SCHEDULERS, id=f"{name}-many", marks=() if name in MIXED else pytest.mark.full
+                family,
+                True,
+                MANY_SCHEDULERS,
+                id=f"{name}-many",
+                marks=() if name in MIXED else pytest.mark.full,
             )
             for name, family in FAMILIES.items()
         ),
@@ -319,7 +351,12 @@ def test_six_different_jobs_together_get_their_plain_pictures_and_share_forwards
 
 
 def check_companies(
-    family: Family, record_property: Callable[[str, object], None], *, examples: int, most_steps: int, least: float
+    family: Family,
+    record_property: Callable[[str, object], None],
+    *,
+    examples: int,
+    most_steps: int,
+    least: float,
 ) -> None:
     tally = Tally()
 
@@ -340,7 +377,9 @@ def check_companies(
 
 
 @families(FAMILIES, quick=("stable_diffusion", "flux"))
-def test_a_picture_is_the_same_in_any_company(family: Family, record_property: Callable[[str, object], None]) -> None:
+def test_a_picture_is_the_same_in_any_company(
+    family: Family, record_property: Callable[[str, object], None]
+) -> None:
     check_companies(family, record_property, examples=3, most_steps=2, least=FEW_DRAWN)
 
 
@@ -373,7 +412,8 @@ def difference(one: Any, other: Any) -> float:
     if a.dtype == np.uint8:
         levels = np.abs(a.astype(int) - b.astype(int))
         assert levels.max() <= 1
-        return TOLERANCE * float((levels > 0).mean() > 0.01) * 10  # rounding may go the other way, in single pixels
+        # rounding may go the other way, in single pixels
+        return TOLERANCE * float((levels > 0).mean() > 0.01) * 10
     return float(np.abs(a - b).max() / max(1.0, np.abs(b).max()))
 
 
@@ -397,7 +437,11 @@ def generators(*seeds: int) -> list[torch.Generator]:
 
 def wishes(family: Family) -> list[dict[str, Any]]:
     """Calls that ask for all sorts of things."""
-    negative = {"negative_prompt": NEGATIVES[2], "true_cfg_scale": 3.0} if takes(family, "true_cfg_scale") else {}
+    negative = (
+        {"negative_prompt": NEGATIVES[2], "true_cfg_scale": 3.0}
+        if takes(family, "true_cfg_scale")
+        else {}
+    )
     if takes(family, "negative_prompt"):
         negative.setdefault("negative_prompt", NEGATIVES[2])
     width = 2 * family.call["width"]
@@ -426,7 +470,10 @@ def wishes(family: Family) -> list[dict[str, Any]]:
         wide | {"prompt": PROMPTS[3]},
         several,
     ]
-    return [family.arguments(PROMPTS[i % 4], seed=i, steps=3 + i % 2) | one for i, one in enumerate(changes)]
+    return [
+        family.arguments(PROMPTS[i % 4], seed=i, steps=3 + i % 2) | one
+        for i, one in enumerate(changes)
+    ]
 
 
 @families(MAIN, quick=("stable_diffusion", "flux"))
@@ -453,7 +500,9 @@ def test_whatever_a_call_asks_for_it_gets_next_to_all_others(family: Family) -> 
 
 
 @main_family
-def test_the_callers_pipeline_is_left_as_a_plain_call_leaves_it(family: Family, tmp_path: Path) -> None:
+def test_the_callers_pipeline_is_left_as_a_plain_call_leaves_it(
+    family: Family, tmp_path: Path
+) -> None:
     pipeline = family.build()
     calls = [family.arguments(prompt, seed=i) for i, prompt in enumerate(PROMPTS[:4])]
     plain = pipeline(**family.arguments(PROMPTS[0]))
@@ -461,7 +510,10 @@ def test_the_callers_pipeline_is_left_as_a_plain_call_leaves_it(family: Family, 
     files = saved(pipeline, tmp_path / "before")
     before = fingerprint(pipeline)
     with StepEngine(pipeline) as engine:
-        jobs = [engine.submit(scheduler=scheduler(family, pipeline, i), **call) for i, call in enumerate(calls)]
+        jobs = [
+            engine.submit(scheduler=scheduler(family, pipeline, i), **call)
+            for i, call in enumerate(calls)
+        ]
         cancelled = engine.submit(**family.arguments("", steps=100))
         failing = engine.submit(**family.arguments("", height=-1))
         for job in jobs:
@@ -472,7 +524,9 @@ def test_the_callers_pipeline_is_left_as_a_plain_call_leaves_it(family: Family, 
         past_the_engine = pipeline(**family.arguments(PROMPTS[0]))
         assert np.array_equal(past_the_engine[0], plain[0])
         assert pipeline.scheduler is own
-        assert {p.dtype for network in networks(pipeline) for p in network.parameters()} == {torch.float32}
+        assert {p.dtype for network in networks(pipeline) for p in network.parameters()} == {
+            torch.float32
+        }
     after = fingerprint(pipeline)
     assert [name for name in before | after if before.get(name) != after.get(name)] == []
     assert pipeline.scheduler is own
@@ -481,7 +535,8 @@ def test_the_callers_pipeline_is_left_as_a_plain_call_leaves_it(family: Family, 
 
 
 def fingerprint(pipeline: Any) -> dict[str, Any]:
-    """Everything that a request could leave its mark on: attributes, config, weights, hooks, methods put over the class's own."""
+    """Everything that a request could leave its mark on: attributes, config, weights, hooks,
+    methods put over the class's own."""
     marks: dict[str, Any] = dict(state_of(pipeline))
     for network in networks(pipeline):
         for name, part in network.named_modules():
@@ -490,7 +545,8 @@ def fingerprint(pipeline: Any) -> dict[str, Any]:
             marks[f"{type(network).__name__}.{name}"] = {
                 "attributes": sorted(own),
                 "forward": getattr(forward, "__qualname__", repr(forward)),
-                "hooks": sorted(registry.hooks) if registry else [],  # diffusers leaves empty registries behind
+                # diffusers leaves empty registries behind
+                "hooks": sorted(registry.hooks) if registry else [],
                 "torch hooks": (len(part._forward_hooks), len(part._forward_pre_hooks)),
                 "training": part.training,
             }

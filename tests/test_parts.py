@@ -18,7 +18,9 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     asked: list[str] = []
     monkeypatch.setattr(parts, "FOLDER", tmp_path)
     monkeypatch.setattr(parts, "state", lambda: "now")
-    monkeypatch.setattr(parts, "run", lambda name, options: (asked.append(name), int(name == "memory"))[1])
+    monkeypatch.setattr(
+        parts, "run", lambda name, options: (asked.append(name), int(name == "memory"))[1]
+    )
     return asked
 
 

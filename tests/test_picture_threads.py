@@ -1,4 +1,5 @@
-"""Work on images finds on other threads what it finds in the plain call, and what it sets is there afterwards."""
+"""Work on images finds on other threads what it finds in the plain call, and what it sets is there
+afterwards."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ class Reading:
     def preprocess(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
-    def postprocess(self, sets: str = "", change: Callable[[], None] = lambda: None) -> tuple[dict[str, Any], str]:
+    def postprocess(
+        self, sets: str = "", change: Callable[[], None] = lambda: None
+    ) -> tuple[dict[str, Any], str]:
         found = surroundings()
         if sets:
             inside.set(sets)
@@ -84,7 +87,9 @@ class Pipeline(DiffusionPipeline):  # type: ignore[misc]
                 torch.manual_seed(seed)
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 self.network(torch.ones(1, 2, dtype=torch.float32))
-                found, name = self.image_processor.postprocess(f"{value} too" if value else "", change)
+                found, name = self.image_processor.postprocess(
+                    f"{value} too" if value else "", change
+                )
                 after = surroundings()
         finally:
             torch.set_default_dtype(usual)
@@ -139,7 +144,9 @@ def test_work_on_images_finds_what_it_finds_in_the_plain_call(name: str, known: 
         assert moved == (known and name != "default dtype")
         assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
         found, after, thread = engine.submit(seed=7).result(SECONDS)
-        assert {**found, "drawn": 0} == {**plainly(processor, seed=7)[0], "drawn": 0}, "nothing is left on the threads"
+        assert {**found, "drawn": 0} == {**plainly(processor, seed=7)[0], "drawn": 0}, (
+            "nothing is left on the threads"
+        )
 
 
 def test_work_on_images_of_somebodys_own_moves_where_nothing_is_the_jobs_own() -> None:
@@ -153,7 +160,10 @@ def test_work_on_images_of_somebodys_own_moves_where_nothing_is_the_jobs_own() -
         threads = [engine.submit(value="mine", autocast=True).result(SECONDS)[2] for _ in range(4)]
         found, after, _ = engine.submit(value="mine", autocast=True).result(SECONDS)
     assert threads[-1].startswith("stepweave-pictures")
-    assert found["variables"] == ("mine", "unset") and found["autocast"][:2] == (True, torch.bfloat16)
+    assert found["variables"] == ("mine", "unset") and found["autocast"][:2] == (
+        True,
+        torch.bfloat16,
+    )
     assert after["variables"] == ("mine", "mine too")
     assert found["product"] == torch.bfloat16 and found["gradients"] is False
 

@@ -1,4 +1,5 @@
-"""The pipelines of tests/pipelines: that none is forgotten, that what is written of them is so, and some of them for real."""
+"""The pipelines of tests/pipelines: that none is forgotten, that what is written of them is so, and
+some of them for real."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ LEAST_MERGING = 0.95  # of the classes with a denoiser; measured: 0.98
 
 def test_every_class_that_diffusers_exports_is_built_or_has_a_reason_not_to_be() -> None:
     built = {entry.pipeline for entry in ENTRIES.values()}
-    assert sorted(exported() - built - set(NOT_BUILT)) == []  # write an entry, or say in the catalog why not
+    # write an entry, or say in the catalog why not
+    assert sorted(exported() - built - set(NOT_BUILT)) == []
     assert sorted(built & set(NOT_BUILT)) == []
     assert sorted(set(NOT_BUILT) - exported()) == []
     assert sorted(built - exported()) == []
@@ -43,7 +45,8 @@ def test_every_module_has_its_place_in_the_document() -> None:
 def test_the_document_names_every_entry_and_every_class() -> None:
     text = (ROOT / "docs/pipelines.md").read_text()
     found = {name: kind for kind, name in re.findall(r"^\| `(\w+)` \| `(\w+)`", text, re.MULTILINE)}
-    assert found == {name: entry.pipeline for name, entry in ENTRIES.items()}  # else: python -m tests.pipelines --write
+    # else: python -m tests.pipelines --write
+    assert found == {name: entry.pipeline for name, entry in ENTRIES.items()}
     missing = text.partition("## Not built here")[2]
     assert set(re.findall(r"`(\w+Pipeline\w*)`", missing)) == set(NOT_BUILT)
 
@@ -65,13 +68,18 @@ def made_up() -> dict[str, Entry]:
     }
 
 
-DIFFERING = tuple(f"unet: merged and alone differ by {error} of the largest output" for error in ("0.0013", "2e-4"))
+DIFFERING = tuple(
+    f"unet: merged and alone differ by {error} of the largest output"
+    for error in ("0.0013", "2e-4")
+)
 
 
 def reports(**changes: Report) -> list[Report]:
     made = {
         "plain": Report("plain", "OnePipeline", 0.0, 0.0),
-        "masked": Report("masked", "OnePipeline", 0.834, 3e-7, ("vae.decode: a | b\nc", *DIFFERING)),
+        "masked": Report(
+            "masked", "OnePipeline", 0.834, 3e-7, ("vae.decode: a | b\nc", *DIFFERING)
+        ),
         "swapping": Report("swapping", "TurnsPipeline", 0.0, 0.0, (TAKES_TURNS,)),
         "sounding": Report("sounding", "SoundPipeline", 0.5, 2e-6),
         "crashing": Report("crashing", "CrashPipeline", 0.25, 1e-5),
@@ -82,7 +90,9 @@ def reports(**changes: Report) -> list[Report]:
 
 def rows(text: str) -> dict[str, list[str]]:
     """The tables' rows by their second cell's first word."""
-    lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if line.startswith("| `")]
+    lines = [
+        re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if line.startswith("| `")
+    ]
     cells = [[cell.strip() for cell in line] for line in lines]
     return {line[1].partition("`:")[0].strip("`"): line for line in cells}
 
@@ -100,7 +110,13 @@ def test_what_agrees_is_written_with_its_share_and_a_bound_of_its_error() -> Non
         "`OnePipeline`", "`masked`: With a mask \\| of its own.", "83 %", "1e-6",
         "vae.decode: a \\| b c; unet: merged and alone differ",
     ]  # fmt: skip
-    assert found["plain"] == ["`OnePipeline`", "`plain`", "0 %", "0", "no two calls were of one kind"]
+    assert found["plain"] == [
+        "`OnePipeline`",
+        "`plain`",
+        "0 %",
+        "0",
+        "no two calls were of one kind",
+    ]
     assert found["swapping"][4] == "(takes turns)"
     assert found["embedding"][2] == "no denoiser"
     assert summary(text) == {
@@ -125,8 +141,20 @@ def test_what_differs_and_what_fails_is_shown() -> None:
     failed = Report("crashing", "CrashPipeline", failed="took more than 300 s")
     text = document(reports(sounding=wrong, crashing=failed), made_up(), {}, VERSIONS)
     found = rows(text)
-    assert found["sounding"] == ["`SoundPipeline`", "`sounding`", "50 %", "**3.0e-02**", "**2 errors of the engine**"]
-    assert found["crashing"] == ["`CrashPipeline`", "`crashing`", "", "", "**failed**: took more than 300 s"]
+    assert found["sounding"] == [
+        "`SoundPipeline`",
+        "`sounding`",
+        "50 %",
+        "**3.0e-02**",
+        "**2 errors of the engine**",
+    ]
+    assert found["crashing"] == [
+        "`CrashPipeline`",
+        "`crashing`",
+        "",
+        "",
+        "**failed**: took more than 300 s",
+    ]
     told = summary(text)
     assert told["entries that agree with the plain call"] == "4"
     assert told["entries that do not agree"] == "`sounding`, `crashing`"
@@ -156,11 +184,15 @@ def test_some_agree_and_share_forwards(tmp_path: Path, name: str) -> None:
     assert load("stable_diffusion_xl_text", tmp_path) is None
 
 
-def test_what_crashes_hangs_or_raises_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_crashes_hangs_or_raises_is_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (late,) = run(["ddpm"], tmp_path, seconds=0.001)
     assert late.failed == "took more than 0.001 s"
     assert load("ddpm", tmp_path) == late
-    monkeypatch.setitem(ENTRIES, "gone", Entry("gone", "GonePipeline", "", "unets", lambda: None, {}))
+    monkeypatch.setitem(
+        ENTRIES, "gone", Entry("gone", "GonePipeline", "", "unets", lambda: None, {})
+    )
     (crashed,) = run(["gone"], tmp_path)  # the process does not know it, and ends with a KeyError
     assert crashed.failed == "its process ended with status 1"
     assert "KeyError" in (tmp_path / "gone.log").read_text()
@@ -169,7 +201,9 @@ def test_what_crashes_hangs_or_raises_is_a_row(tmp_path: Path, monkeypatch: pyte
     assert load("ddim", tmp_path) is None
 
 
-def test_reports_of_other_versions_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_of_other_versions_are_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runner._save(Report("ddpm", "DDPMPipeline", 0.5), tmp_path / "ddpm.json")
     assert load("ddpm", tmp_path) == Report("ddpm", "DDPMPipeline", 0.5)
     monkeypatch.setattr(runner, "versions", lambda: {"diffusers": "0.1"})
@@ -197,7 +231,11 @@ def test_every_entry_agrees_with_its_plain_calls(name: str, folder: Path) -> Non
 @pytest.mark.timeout(7200)
 def test_nearly_all_classes_share_forwards(folder: Path, request: pytest.FixtureRequest) -> None:
     test = test_every_entry_agrees_with_its_plain_calls.__name__
-    others = {item.name[len(test) + 1 : -1] for item in request.session.items if item.name.startswith(test)}
+    others = {
+        item.name[len(test) + 1 : -1]
+        for item in request.session.items
+        if item.name.startswith(test)
+    }
     for name in ENTRIES:
         if name in others:  # in this process, or another one that has not got so far
             wait_until(lambda name=name: load(name, folder))

@@ -59,7 +59,8 @@ def slow(seconds: Callable[[int], float], kind: type[Toy] = Toy) -> Toy:
 
 
 class Clock:
-    """What forwards are timed by: only they move it, so that they take what they shall, however busy the machine."""
+    """What forwards are timed by: only they move it, so that they take what they shall, however
+    busy the machine."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -131,7 +132,8 @@ def test_in_order_of_arrival_if_asked(policy: str) -> None:
 
 
 def test_head_of_line_blocking_is_for_comparison(clock: Clock) -> None:
-    """With `fifo` a job of another size waits until all before it are done, with the default it does not."""
+    """With `fifo` a job of another size waits until all before it are done, with the default it
+    does not."""
     ends = {}
     for policy in ("fifo", "aged"):
         with StepEngine(clock.timed(lambda rows: 0.001), policy=policy) as engine:
@@ -150,7 +152,9 @@ def test_jobs_of_which_nothing_is_known_are_not_taken_for_the_shortest(clock: Cl
     steps: list[int] = []
     with StepEngine(clock.timed(lambda rows: 0.002), max_rows=1) as engine:
         with held(engine, **seeded(0, num_inference_steps=10)) as first:
-            unknown = engine.submit(**seeded(1, num_inference_steps=500, width=8), priority="normal")
+            unknown = engine.submit(
+                **seeded(1, num_inference_steps=500, width=8), priority="normal"
+            )
             first.add_done_callback(lambda _: steps.append(unknown.progress.step))
         first.result(SECONDS)
         unknown.cancel()
@@ -271,14 +275,18 @@ def test_a_forecast_comes_true(clock: Clock) -> None:
 
 def test_forwards_are_reported_with_what_they_took(clock: Clock) -> None:
     seen: list[tuple[str, int, int, float]] = []
-    with StepEngine(clock.timed(lambda rows: 0.003), on_step=lambda *step: seen.append(step)) as engine:
+    with StepEngine(
+        clock.timed(lambda rows: 0.003), on_step=lambda *step: seen.append(step)
+    ) as engine:
         engine.submit(**seeded(num_inference_steps=4)).result(SECONDS)
         assert engine.curves()[Key("network", 4)][1] == pytest.approx(0.003)
     assert [step[:2] for step in seen] == [("network", 1)] * 4
     assert all(step[2] >= 1 and step[3] == pytest.approx(0.003) for step in seen)
 
 
-def test_nothing_is_told_to_be_done_sooner_than_alone(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_told_to_be_done_sooner_than_alone(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Though steps have turned out to be cheaper, or dearer, since jobs were priced."""
     with StepEngine(clock.timed(lambda rows: 0.01, Guided), max_rows=1) as engine:
         engine.submit(prompt="x", num_inference_steps=10).result(SECONDS)
@@ -396,7 +404,10 @@ def test_the_plan_can_be_asked_while_the_engine_works() -> None:
         threads = [threading.Thread(target=ask) for _ in range(2)]
         for thread in threads:
             thread.start()
-        jobs = [engine.submit(prompt="x", num_inference_steps=1 + i % 5, width=4 + i % 7) for i in range(150)]
+        jobs = [
+            engine.submit(prompt="x", num_inference_steps=1 + i % 5, width=4 + i % 7)
+            for i in range(150)
+        ]
         for job in jobs:
             job.result(SECONDS)
         stop.set()
@@ -428,7 +439,9 @@ def test_a_job_that_ends_early_teaches_nothing(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("mode", ["off", "request"])
-def test_a_job_that_has_not_started_does_not_wait_for_ever(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_has_not_started_does_not_wait_for_ever(
+    mode: Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("stepweave.scheduling.policy.PATIENCE", 0.2)
     with StepEngine(slow(lambda rows: 0.002), mode, 1) as engine:
         engine.submit(**seeded(num_inference_steps=4)).result(SECONDS)
@@ -462,7 +475,10 @@ def test_jobs_of_different_shape_are_not_foretold_to_share_steps(clock: Clock) -
     with StepEngine(clock.timed(lambda rows: 0.004, Guided)) as engine:
         for width, height in ((4, 8), (8, 4)):
             with held(engine, prompt="x"):
-                jobs = [engine.submit(prompt="x", width=width, height=height, num_inference_steps=10) for _ in range(4)]
+                jobs = [
+                    engine.submit(prompt="x", width=width, height=height, num_inference_steps=10)
+                    for _ in range(4)
+                ]
             for job in jobs:
                 job.result(SECONDS)
         time.sleep(REPRICE_SECONDS)

@@ -94,9 +94,13 @@ def test_each_job_is_given_its_own_rows(mode: Mode) -> None:
     calls = [family.arguments("a red circle", seed=seed, output_type="latent") for seed in range(4)]
     watchers = [Watcher(4), None, Watcher((1, 4)), Watcher()]
     with StepEngine(family.build(), mode) as engine:
-        jobs = [engine.submit(**call, observer=one) for call, one in zip(calls, watchers, strict=True)]
+        jobs = [
+            engine.submit(**call, observer=one) for call, one in zip(calls, watchers, strict=True)
+        ]
         results = [images(job) for job in jobs]
-    for watcher, result, steps in zip(watchers, results, ([1, 2, 3, 4], [], [1, 4], []), strict=True):
+    for watcher, result, steps in zip(
+        watchers, results, ([1, 2, 3, 4], [], [1, 4], []), strict=True
+    ):
         if watcher is not None:
             assert sorted(watcher.latents) == steps
             for step, latents in watcher.latents.items():
@@ -110,7 +114,9 @@ def test_an_observer_changes_neither_the_result_nor_the_forwards() -> None:
     def run(*watchers: Watcher | None) -> tuple[list[Any], dict[str, Any]]:
         with StepEngine(family.build(), cache_bytes=0) as engine:
             jobs = [
-                engine.submit(**family.arguments("a red circle", seed=seed), observer=one, reproducible=True)
+                engine.submit(
+                    **family.arguments("a red circle", seed=seed), observer=one, reproducible=True
+                )
                 for seed, one in enumerate(watchers)
             ]
             return [images(job) for job in jobs], dict(engine.stats().forwards)
@@ -137,7 +143,9 @@ def test_a_failing_observer_fails_no_job(caplog: pytest.LogCaptureFixture) -> No
     with StepEngine(family.build()) as engine:
         engine.submit(**family.arguments("a red circle"), observer=Failing()).result(SECONDS)
         engine.submit(**family.arguments("a red circle")).result(SECONDS)
-    assert [record.message.partition(" of ")[0] for record in caplog.records].count("an observer") == 1
+    assert [record.message.partition(" of ")[0] for record in caplog.records].count(
+        "an observer"
+    ) == 1
 
 
 def test_a_scheduler_that_cannot_be_watched_fails_no_job(caplog: pytest.LogCaptureFixture) -> None:
@@ -171,7 +179,9 @@ def test_a_copy_of_a_watched_scheduler_steps_itself() -> None:
         other = copy.deepcopy(view.scheduler)
         before = view.scheduler.step_index
         if step < 3:
-            other.step(values["latents"], other.timesteps[step + 1], values["latents"], return_dict=False)
+            other.step(
+                values["latents"], other.timesteps[step + 1], values["latents"], return_dict=False
+            )
             indices.append((view.scheduler.step_index - before, other.step_index - before))
         return {}
 
@@ -189,15 +199,25 @@ def test_a_copy_of_a_watched_scheduler_steps_itself() -> None:
 DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULERS: dict[str, Any] = {
     "DDIM": lambda: diffusers.DDIMScheduler(**DIFFUSION, clip_sample=False),
-    "DDIM-v": lambda: diffusers.DDIMScheduler(**DIFFUSION, clip_sample=False, prediction_type="v_prediction"),
-    "DDIM-sample": lambda: diffusers.DDIMScheduler(**DIFFUSION, clip_sample=False, prediction_type="sample"),
+    "DDIM-v": lambda: diffusers.DDIMScheduler(
+        **DIFFUSION, clip_sample=False, prediction_type="v_prediction"
+    ),
+    "DDIM-sample": lambda: diffusers.DDIMScheduler(
+        **DIFFUSION, clip_sample=False, prediction_type="sample"
+    ),
     "PNDM": lambda: diffusers.PNDMScheduler(**DIFFUSION, skip_prk_steps=True),
     "Euler": lambda: diffusers.EulerDiscreteScheduler(**DIFFUSION),
-    "Euler-v": lambda: diffusers.EulerDiscreteScheduler(**DIFFUSION, prediction_type="v_prediction"),
+    "Euler-v": lambda: diffusers.EulerDiscreteScheduler(
+        **DIFFUSION, prediction_type="v_prediction"
+    ),
     "EulerAncestral": lambda: diffusers.EulerAncestralDiscreteScheduler(**DIFFUSION),
     "DPM++2M": lambda: diffusers.DPMSolverMultistepScheduler(**DIFFUSION),
-    "DPM++2M-SDE": lambda: diffusers.DPMSolverMultistepScheduler(**DIFFUSION, algorithm_type="sde-dpmsolver++"),
-    "UniPC-flow": lambda: diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+    "DPM++2M-SDE": lambda: diffusers.DPMSolverMultistepScheduler(
+        **DIFFUSION, algorithm_type="sde-dpmsolver++"
+    ),
+    "UniPC-flow": lambda: diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True
+    ),
     "Heun": lambda: diffusers.HeunDiscreteScheduler(**DIFFUSION),
     "EDM": lambda: diffusers.EDMEulerScheduler(),
     "FlowMatchEuler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -212,7 +232,9 @@ def test_the_clean_latents_are_what_the_model_says(name: str) -> None:
     scheduler.set_timesteps(8)
     generator = torch.Generator().manual_seed(0)
     clean, sample = torch.randn(2, 1, 4, 8, 8, generator=generator)
-    sample = sample * float(scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else 1)
+    sample = sample * float(
+        scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else 1
+    )
     for index, timestep in enumerate(scheduler.timesteps[:-1]):
         signal, noise = levels(scheduler, index, timestep)
         length = (signal**2 + noise**2) ** 0.5
@@ -231,12 +253,16 @@ def test_the_clean_latents_are_what_the_model_says(name: str) -> None:
         before = copy.deepcopy(scheduler)
         after = scheduler.step(output, timestep, sample, return_dict=False)[0]
         found = Latents(sample, output, timestep, after, before).clean()
-        assert torch.allclose(found, clean, atol=1e-3 * max(1.0, noise)), (index, (found - clean).abs().max())
+        assert torch.allclose(found, clean, atol=1e-3 * max(1.0, noise)), (
+            index,
+            (found - clean).abs().max(),
+        )
         sample = after
 
 
 def levels(scheduler: Any, index: int, timestep: Any) -> tuple[float, float]:
-    """The factors of picture and noise, by the tables that each scheduler keeps, another way than the code under test."""
+    """The factors of picture and noise, by the tables that each scheduler keeps, another way than
+    the code under test."""
     if hasattr(scheduler, "scale_noise"):
         noise = float(timestep) / 1000
         return 1 - noise, noise
@@ -260,7 +286,8 @@ def test_without_noise_levels_the_latents_are_taken_as_they_are() -> None:
 
 
 def linear(autoencoder: Any) -> Any:
-    """An autoencoder of the same class and config whose latents are the colours of 2x2 pixels, and their mean."""
+    """An autoencoder of the same class and config whose latents are the colours of 2x2 pixels, and
+    their mean."""
 
     def encode(self: Any, x: torch.Tensor) -> Any:
         small = functional.avg_pool2d(x if x.ndim == 4 else x[:, :, 0], 2) * REACH + 1
@@ -268,7 +295,9 @@ def linear(autoencoder: Any) -> Any:
         return DecoderOutput(latents if x.ndim == 4 else latents[:, :, None])
 
     def decode(self: Any, z: torch.Tensor, return_dict: bool = True, generator: Any = None) -> Any:
-        large = functional.interpolate(((z if z.ndim == 4 else z[:, :, 0])[:, :3] - 1) / REACH, scale_factor=2)
+        large = functional.interpolate(
+            ((z if z.ndim == 4 else z[:, :, 0])[:, :3] - 1) / REACH, scale_factor=2
+        )
         return (large if z.ndim == 4 else large[:, :, None],)
 
     kind = type("Linear", (type(autoencoder),), {"encode": encode, "decode": decode})
@@ -279,11 +308,14 @@ def linear(autoencoder: Any) -> Any:
     "name", ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux", "qwen_image"]
 )
 def test_previews_where_they_can_be_right(name: str) -> None:
-    """Unpacked, scaled, shifted and placed as the pipeline itself does it, the last step's is nearly the picture."""
+    """Unpacked, scaled, shifted and placed as the pipeline itself does it, the last step's is
+    nearly the picture."""
     family = tiny.FAMILIES[name]
     pipeline = family.build()
     if name == "qwen_image":
-        pipeline.vae.register_to_config(latents_mean=[1.0, -2.0, 3.0, 0.0], latents_std=[2.0, 4.0, 1.0, 3.0])
+        pipeline.vae.register_to_config(
+            latents_mean=[1.0, -2.0, 3.0, 0.0], latents_std=[2.0, 4.0, 1.0, 3.0]
+        )
     pipeline.register_modules(vae=linear(pipeline.vae))
     previewer = Previewer.fit(pipeline)
     assert previewer is not None
@@ -308,14 +340,20 @@ def test_a_large_picture_has_a_smaller_preview() -> None:
     assert previewer.picture(latents, 2 * LONGEST, LONGEST, row=1).size == (LONGEST, LONGEST // 2)
     packed = torch.zeros(1, 8, 16)
     with pytest.raises(ValueError, match=r"\(1, 8, 16\); 4 channels"):
-        previewer.picture(Latents(packed, packed, torch.tensor(1), packed, pipeline.scheduler), 16, 8)
+        previewer.picture(
+            Latents(packed, packed, torch.tensor(1), packed, pipeline.scheduler), 16, 8
+        )
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion", "qwen_image"])
-def test_no_previews_where_latents_say_too_little(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_previews_where_latents_say_too_little(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """The decoders of random weights draw noise."""
     assert Previewer.fit(tiny.FAMILIES[name].build()) is None
-    assert [record.message.partition(":")[0] for record in caplog.records] == ["there will be no previews"]
+    assert [record.message.partition(":")[0] for record in caplog.records] == [
+        "there will be no previews"
+    ]
 
 
 def test_no_previews_without_an_autoencoder(caplog: pytest.LogCaptureFixture) -> None:
@@ -356,7 +394,9 @@ def test_with_cpu_offload_the_copy_in_full_precision_is_of_the_autoencoder_alone
     pipeline.register_modules(vae=linear(pipeline.vae).half())
     pipeline.enable_model_cpu_offload(device="cpu")
     hook = pipeline.vae._hf_hook
-    with mock.patch.object(type(pipeline.unet), "__deepcopy__", side_effect=MemoryError, create=True):
+    with mock.patch.object(
+        type(pipeline.unet), "__deepcopy__", side_effect=MemoryError, create=True
+    ):
         assert Previewer.fit(pipeline) is not None
     assert pipeline.vae._hf_hook is hook and pipeline.vae.dtype == torch.float16
 
@@ -381,27 +421,39 @@ def test_pictures_to_fit_on_are_the_same_every_time() -> None:
 
 
 def test_previews_of_the_embedded_model_resemble_its_pictures() -> None:
-    """Over 48 prompts and 20 steps of benchmarks/previews.py the median is 0.93 at the last. No forward is spent on them."""
+    """Over 48 prompts and 20 steps of benchmarks/previews.py the median is 0.93 at the last. No
+    forward is spent on them."""
     pipeline = evaluate.load(EMBEDDED_MODEL)
     pipeline.set_progress_bar_config(disable=True)
     previewer = Previewer.fit(pipeline)
     assert previewer is not None
     steps = preview_steps(10, 3)
     watchers = [Watcher(tuple(steps)) for _ in PROMPTS]
-    call: dict[str, Any] = {"num_inference_steps": 10, "guidance_scale": 2.0, "max_sequence_length": 1}
+    call: dict[str, Any] = {
+        "num_inference_steps": 10,
+        "guidance_scale": 2.0,
+        "max_sequence_length": 1,
+    }
     with StepEngine(pipeline, cache_bytes=0) as engine:
         jobs = [
-            engine.submit(prompt=prompt, **call, generator=torch.Generator().manual_seed(i), observer=watcher)
+            engine.submit(
+                prompt=prompt, **call, generator=torch.Generator().manual_seed(i), observer=watcher
+            )
             for i, (prompt, watcher) in enumerate(zip(PROMPTS, watchers, strict=True))
         ]
         pictures = [job.result(SECONDS).images[0] for job in jobs]
         forwards = engine.stats().forwards
-    calls = {name: forwards[name].calls for name in ("transformer", "vae.decode") if name in forwards}
+    calls = {
+        name: forwards[name].calls for name in ("transformer", "vae.decode") if name in forwards
+    }
     assert calls == {"transformer": 10 * len(PROMPTS), "vae.decode": len(PROMPTS)}
     found = [
         [correlation(previewer.picture(watcher.latents[step], 64, 64), picture) for step in steps]
         for watcher, picture in zip(watchers, pictures, strict=True)
     ]
     assert np.median(found, axis=0)[-1] > 0.87, found
-    others = [correlation(previewer.picture(watchers[i].latents[steps[-1]], 64, 64), pictures[i - 1]) for i in range(6)]
+    others = [
+        correlation(previewer.picture(watchers[i].latents[steps[-1]], 64, 64), pictures[i - 1])
+        for i in range(6)
+    ]
     assert np.median(others) < 0.5, others

@@ -1,4 +1,5 @@
-"""Attention processors that calls swap, and modules that cut their batch into parts: as pipelines with PAG do."""
+"""Attention processors that calls swap, and modules that cut their batch into parts: as pipelines
+with PAG do."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ class Parts:
         self.strength = strength
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.cat([honest(x) * (1 + self.strength * i) for i, x in enumerate(x.chunk(self.parts))])
+        return torch.cat(
+            [honest(x) * (1 + self.strength * i) for i, x in enumerate(x.chunk(self.parts))]
+        )
 
 
 class Attention(nn.Module):
@@ -63,7 +66,8 @@ class Denoiser(nn.Module):
 
 
 class Guided(DiffusionPipeline):
-    """Swaps the first attention's processor for the length of a call; with `parts` 1 it leaves all as it is."""
+    """Swaps the first attention's processor for the length of a call; with `parts` 1 it leaves all
+    as it is."""
 
     def __init__(self, denoiser: nn.Module | None = None) -> None:
         super().__init__()
@@ -240,7 +244,8 @@ def test_a_module_makes_way_for_a_processor_that_is_none_and_comes_back() -> Non
 
 
 def test_parts_that_hardly_differ_are_not_mixed_up_in_half_precision() -> None:
-    """A proof allows 2 % then, and guidance makes more of it: the order of rows must be right from the first."""
+    """A proof allows 2 % then, and guidance makes more of it: the order of rows must be right from
+    the first."""
     strength, guidance = 0.01, 20.0
 
     class Half(Guided):
@@ -258,8 +263,13 @@ def test_parts_that_hardly_differ_are_not_mixed_up_in_half_precision() -> None:
     expected = [Half()(generator=torch.Generator().manual_seed(seed)) for seed in range(6)]
     with StepEngine(Half()) as engine:
         for _ in range(3):
-            jobs = [engine.submit(generator=torch.Generator().manual_seed(seed)) for seed in range(6)]
-            assert all(torch.equal(job.result(SECONDS), one) for job, one in zip(jobs, expected, strict=True))
+            jobs = [
+                engine.submit(generator=torch.Generator().manual_seed(seed)) for seed in range(6)
+            ]
+            assert all(
+                torch.equal(job.result(SECONDS), one)
+                for job, one in zip(jobs, expected, strict=True)
+            )
         assert share(engine) > 0.3
 
 

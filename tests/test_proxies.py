@@ -31,20 +31,26 @@ GENERATIONS = "/v1/images/generations"
 
 
 @contextlib.contextmanager
-def behind(directory: Path, made: InProcess, location: str, port: int | None = None) -> Iterator[Nginx]:
+def behind(
+    directory: Path, made: InProcess, location: str, port: int | None = None
+) -> Iterator[Nginx]:
     """nginx before the server; `{server}` in the location's lines is where that is."""
     own, held = free_port(), Connections(100)
     made.server.leaving.listeners.append(held.close_idle)
     with patch.object(auto, "AutoHTTPProtocol"), patch.dict(os.environ):
         held.install()
-        config = uvicorn.Config(made.client.app, "127.0.0.1", own, lifespan="off", log_level="warning")
+        config = uvicorn.Config(
+            made.client.app, "127.0.0.1", own, lifespan="off", log_level="warning"
+        )
         config.load()
     runner = uvicorn.Server(config)
     thread = threading.Thread(target=runner.run)
     thread.start()
     try:
         wait_until(lambda: runner.started)
-        with nginx(directory, location.replace("SERVER", f"http://127.0.0.1:{own}"), port=port) as proxy:
+        with nginx(
+            directory, location.replace("SERVER", f"http://127.0.0.1:{own}"), port=port
+        ) as proxy:
             yield proxy
     finally:
         runner.should_exit = True
@@ -57,13 +63,22 @@ def client() -> Iterator[httpx.Client]:
         yield made
 
 
-def test_a_plain_proxy_lets_nobody_drain(in_process: Make, client: httpx.Client, tmp_path: Path) -> None:
+def test_a_plain_proxy_lets_nobody_drain(
+    in_process: Make, client: httpx.Client, tmp_path: Path
+) -> None:
     made = in_process(state_dir=str(tmp_path / "state"))
     token = (tmp_path / "state" / "drain-token").read_text()
     with behind(tmp_path / "nginx", made, "location / { proxy_pass SERVER; }") as proxy:
-        for headers in ({}, {"Host": "localhost"}, {"Authorization": "Bearer x"}, {"X-Forwarded-For": "127.0.0.1"}):
+        for headers in (
+            {},
+            {"Host": "localhost"},
+            {"Authorization": "Bearer x"},
+            {"X-Forwarded-For": "127.0.0.1"},
+        ):
             for method in ("POST", "DELETE"):
-                assert client.request(method, f"{proxy.url}/drain", headers=headers).status_code == 404
+                assert (
+                    client.request(method, f"{proxy.url}/drain", headers=headers).status_code == 404
+                )
         assert client.get(f"{proxy.url}/readyz").status_code == 200
         answer = client.post(f"{proxy.url}{GENERATIONS}", json=BODY)
         assert answer.status_code == 200
@@ -74,8 +89,12 @@ def test_a_plain_proxy_lets_nobody_drain(in_process: Make, client: httpx.Client,
         assert client.delete(f"{proxy.url}/drain", headers=bearer).status_code == 200
 
 
-@pytest.mark.parametrize(("told", "passes_it_on"), [("setting", False), ("setting", True), ("header", False)])
-def test_a_path_prefix(in_process: Make, client: httpx.Client, tmp_path: Path, told: str, passes_it_on: bool) -> None:
+@pytest.mark.parametrize(
+    ("told", "passes_it_on"), [("setting", False), ("setting", True), ("header", False)]
+)
+def test_a_path_prefix(
+    in_process: Make, client: httpx.Client, tmp_path: Path, told: str, passes_it_on: bool
+) -> None:
     port = free_port()
     root = f"http://127.0.0.1:{port}/art/work"
     settings = {"base_url": root} if told == "setting" else {"trust_forwarded": True}
@@ -102,10 +121,14 @@ def test_a_path_prefix(in_process: Make, client: httpx.Client, tmp_path: Path, t
         assert client.get(httpx.URL(root).join(links["models"])).status_code == 200
         page = client.get(f"{root}/", headers={"Accept": "text/html"}).text
         assert 'href="/art/work/openapi.json"' in page
-        legacy = client.post(f"{root}/api/diffusers/inference", json={"prompt": "a"}).json()["response"][0]
+        legacy = client.post(f"{root}/api/diffusers/inference", json={"prompt": "a"}).json()[
+            "response"
+        ][0]
         assert client.get(legacy).status_code == 200
         for path in ("/v1/models/", "/generate/", "/nope/", "//evil.test"):
-            assert "location" not in client.get(f"{root}{path}", headers={"Host": "evil.test"}).headers
+            assert (
+                "location" not in client.get(f"{root}{path}", headers={"Host": "evil.test"}).headers
+            )
 
 
 @pytest.mark.parametrize("settings", [{}, {"trust_forwarded": True}])
@@ -114,15 +137,23 @@ def test_forwarded_headers_are_believed_where_the_setting_says_so(
 ) -> None:
     made = in_process(trusted_hosts="127.0.0.1,images.example.com", **settings)
     location = "location / { proxy_pass SERVER; }"  # the client's own headers come through
-    forged = {"X-Forwarded-Host": "images.example.com", "X-Forwarded-Proto": "https", "X-Forwarded-Prefix": "/p"}
+    forged = {
+        "X-Forwarded-Host": "images.example.com",
+        "X-Forwarded-Proto": "https",
+        "X-Forwarded-Prefix": "/p",
+    }
     with behind(tmp_path, made, location) as proxy:
-        url = client.post(f"{proxy.url}{GENERATIONS}", json=BODY | {"response_format": "url"}, headers=forged).json()[
-            "data"
-        ][0]["url"]
-        assert url.startswith("https://images.example.com/p/images/" if settings else "http://127.0.0.1:")
+        url = client.post(
+            f"{proxy.url}{GENERATIONS}", json=BODY | {"response_format": "url"}, headers=forged
+        ).json()["data"][0]["url"]
+        assert url.startswith(
+            "https://images.example.com/p/images/" if settings else "http://127.0.0.1:"
+        )
 
 
-def test_events_come_as_they_happen_through_its_buffers(in_process: Make, client: httpx.Client, tmp_path: Path) -> None:
+def test_events_come_as_they_happen_through_its_buffers(
+    in_process: Make, client: httpx.Client, tmp_path: Path
+) -> None:
     pipeline = FakePipeline()
     made = in_process(pipeline)
     made.pipeline.record.gated = True

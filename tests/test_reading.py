@@ -1,4 +1,5 @@
-"""A model that is not whole is refused, by component and file; whole ones of many families, variants and shards load."""
+"""A model that is not whole is refused, by component and file; whole ones of many families,
+variants and shards load."""
 
 from __future__ import annotations
 
@@ -75,7 +76,8 @@ def copy(saved: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
 
 # Damage
 
-# each takes the folder of a component and returns what the message must hold besides the component's name
+# each takes the folder of a component and returns what the message must hold besides the
+# component's name
 Damage = Callable[[Path], str]
 
 
@@ -86,7 +88,11 @@ def weights(folder: Path) -> Path:
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     file = weights(folder)
-    save_file({name: one.clone() for name, one in change(load_file(file)).items()}, file, metadata={"format": "pt"})
+    save_file(
+        {name: one.clone() for name, one in change(load_file(file)).items()},
+        file,
+        metadata={"format": "pt"},
+    )
 
 
 def first_key(folder: Path) -> str:
@@ -100,7 +106,12 @@ def first_key(folder: Path) -> str:
 
 def key_renamed(folder: Path) -> str:
     key = first_key(folder)
-    rewrite(folder, lambda all_: {("other." + name if name == key else name): one for name, one in all_.items()})
+    rewrite(
+        folder,
+        lambda all_: {
+            ("other." + name if name == key else name): one for name, one in all_.items()
+        },
+    )
     return "lack 1 of the"
 
 
@@ -117,7 +128,9 @@ def no_keys(folder: Path) -> str:
 
 def other_shape(folder: Path) -> str:
     key = first_key(folder)
-    rewrite(folder, lambda all_: {name: one[:-1] if name == key else one for name, one in all_.items()})
+    rewrite(
+        folder, lambda all_: {name: one[:-1] if name == key else one for name, one in all_.items()}
+    )
     return ""
 
 
@@ -138,7 +151,9 @@ def no_weights(folder: Path) -> str:
 
 
 def config_of(folder: Path) -> Path:
-    (file,) = (one for one in folder.glob("*config.json") if one.name not in ("generation_config.json",))
+    (file,) = (
+        one for one in folder.glob("*config.json") if one.name not in ("generation_config.json",)
+    )
     return file
 
 
@@ -209,21 +224,44 @@ def lost_vocabulary(folder: Path) -> str:
 
 
 OF_MODELS: tuple[Damage, ...] = (
-    key_renamed, keys_dropped, no_keys, other_shape, empty_weights, cut_weights, no_weights, no_config, broken_config,
-    empty_config, no_folder,
-)  # fmt: skip
+    key_renamed,
+    keys_dropped,
+    no_keys,
+    other_shape,
+    empty_weights,
+    cut_weights,
+    no_weights,
+    no_config,
+    broken_config,
+    empty_config,
+    no_folder,
+)
 OF_TOKENIZERS: tuple[Damage, ...] = (
     no_vocabulary, empty_vocabulary, cut_vocabulary, lost_vocabulary, no_folder, empty_folder
 )  # fmt: skip
 OF_OTHERS: tuple[Damage, ...] = (no_config, broken_config, empty_config, no_folder, empty_folder)
-KINDS: dict[str, tuple[Damage, ...]] = {"models": OF_MODELS, "tokenizers": OF_TOKENIZERS, "others": OF_OTHERS}
+KINDS: dict[str, tuple[Damage, ...]] = {
+    "models": OF_MODELS,
+    "tokenizers": OF_TOKENIZERS,
+    "others": OF_OTHERS,
+}
 
 
 def parts_of(pipeline: Any, kind: str) -> list[str]:
     def kind_of(one: Any) -> str:
-        return "models" if isinstance(one, nn.Module) else "tokenizers" if hasattr(one, "get_vocab") else "others"
+        return (
+            "models"
+            if isinstance(one, nn.Module)
+            else "tokenizers"
+            if hasattr(one, "get_vocab")
+            else "others"
+        )
 
-    return [name for name, one in pipeline.components.items() if one is not None and kind_of(one) == kind]
+    return [
+        name
+        for name, one in pipeline.components.items()
+        if one is not None and kind_of(one) == kind
+    ]
 
 
 @pytest.mark.parametrize(
@@ -263,9 +301,11 @@ def test_the_keys_of_a_text_encoder_are_named(copy: Callable[..., Path]) -> None
 
     rewrite(folder / "text_encoder", renamed)
     assert refused(folder) == (
-        "text_encoder/: its weights lack 8 of the 36 tensors of CLIPTextModel: encoder.layers.0.mlp.fc1.bias, "
+        "text_encoder/: its weights lack 8 of the 36 tensors of CLIPTextModel: "
+        "encoder.layers.0.mlp.fc1.bias, "
         "encoder.layers.0.mlp.fc1.weight, encoder.layers.0.mlp.fc2.bias and 5 more; they have "
-        "encoder.layers.0.ffn.fc1.bias, encoder.layers.0.ffn.fc1.weight, encoder.layers.0.ffn.fc2.bias and 5 more, which it "
+        "encoder.layers.0.ffn.fc1.bias, encoder.layers.0.ffn.fc1.weight, "
+        "encoder.layers.0.ffn.fc2.bias and 5 more, which it "
         "does not know"
     )
 
@@ -279,8 +319,15 @@ def test_merges_that_are_lost_are_noticed(copy: Callable[..., Path]) -> None:
     )
 
 
-def test_from_pretrained_is_as_it_was_afterwards_and_for_other_threads(saved: Callable[[str], Path]) -> None:
-    kinds = (transformers.PreTrainedModel, ModelMixin, transformers.CLIPTokenizer, transformers.CLIPTextModel)
+def test_from_pretrained_is_as_it_was_afterwards_and_for_other_threads(
+    saved: Callable[[str], Path],
+) -> None:
+    kinds = (
+        transformers.PreTrainedModel,
+        ModelMixin,
+        transformers.CLIPTokenizer,
+        transformers.CLIPTextModel,
+    )
     before = [vars(kind).get("from_pretrained") for kind in kinds]
     found: list[Any] = []
     original = DiffusionPipeline.from_pretrained
@@ -290,7 +337,9 @@ def test_from_pretrained_is_as_it_was_afterwards_and_for_other_threads(saved: Ca
 
         def read() -> None:
             config = transformers.CLIPTextConfig(num_hidden_layers=3, **{})
-            found.append(transformers.CLIPTextModel.from_pretrained(None, config=config, state_dict={}))
+            found.append(
+                transformers.CLIPTextModel.from_pretrained(None, config=config, state_dict={})
+            )
 
         thread = threading.Thread(target=read)
         thread.start()
@@ -319,20 +368,35 @@ def assert_read(pipeline: Any, expected: Any, *, atol: float = 0.0) -> None:
         if isinstance(one, nn.Module):
             state = getattr(pipeline, name).state_dict()
             for key, tensor in one.state_dict().items():
-                assert torch.allclose(state[key].float(), tensor.float(), rtol=0, atol=atol), (name, key)
+                assert torch.allclose(state[key].float(), tensor.float(), rtol=0, atol=atol), (
+                    name,
+                    key,
+                )
 
 
 WHOLE = (
-    "stable_diffusion_2_text", "stable_diffusion_xl_text", "if_text", "kandinsky_v22_text", "pixart_sigma", "lumina2",
-    "aura_flow", "hunyuan_dit", "z_image", "cogview4", "flux2_klein", "animate_diff_text",
-)  # fmt: skip
+    "stable_diffusion_2_text",
+    "stable_diffusion_xl_text",
+    "if_text",
+    "kandinsky_v22_text",
+    "pixart_sigma",
+    "lumina2",
+    "aura_flow",
+    "hunyuan_dit",
+    "z_image",
+    "cogview4",
+    "flux2_klein",
+    "animate_diff_text",
+)
 
 
 @pytest.mark.full
 @pytest.mark.usefixtures("every_kind")
 @pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.parametrize("layout", ["plain", "variant", "sharded", "sharded_variant"])
-def test_more_families_load_whole_however_they_were_saved(tmp_path: Path, name: str, layout: str) -> None:
+def test_more_families_load_whole_however_they_were_saved(
+    tmp_path: Path, name: str, layout: str
+) -> None:
     pipeline = entries()[name].build()
     options: dict[str, Any] = {"variant": "fp16"} if "variant" in layout else {}
     if "sharded" in layout:
@@ -351,7 +415,9 @@ def rename(folder: Path, name: Callable[[str], str]) -> None:
     for file in [*folder.glob("*.safetensors"), *folder.glob("*.index*json")]:
         if "index" in file.name:
             content = json.loads(file.read_text())
-            content["weight_map"] = {key: name(shard) for key, shard in content["weight_map"].items()}
+            content["weight_map"] = {
+                key: name(shard) for key, shard in content["weight_map"].items()
+            }
             file.write_text(json.dumps(content))
         file.rename(folder / name(file.name))
 
@@ -366,12 +432,16 @@ def to_variant(file: str, variant: str = "fp16") -> str:
 
 def to_old_variant(file: str) -> str:
     """As diffusers and transformers named shards before."""
-    return to_variant(file) if ".index." in file else file.replace(".safetensors", ".fp16.safetensors")
+    return (
+        to_variant(file) if ".index." in file else file.replace(".safetensors", ".fp16.safetensors")
+    )
 
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
-    FAMILIES["stable_diffusion"].build().save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    FAMILIES["stable_diffusion"].build().save_pretrained(
+        tmp_path / "sharded", max_shard_size="20KB"
+    )
     assert len(list((tmp_path / "sharded" / "text_encoder").glob("model-0000*"))) > 1
     return tmp_path / "sharded"
 
@@ -384,17 +454,25 @@ def test_the_one_variant_that_is_there_is_loaded(sharded: Path, name: Callable[[
 
 
 @pytest.mark.parametrize("component", ["unet", "text_encoder"])
-def test_a_component_in_another_variant_than_the_others_is_loaded(copy: Callable[..., Path], component: str) -> None:
+def test_a_component_in_another_variant_than_the_others_is_loaded(
+    copy: Callable[..., Path], component: str
+) -> None:
     folder = copy()
     rename(folder / component, to_variant)
     assert_read(load(folder), FAMILIES["stable_diffusion"].build())
 
 
-def test_files_without_a_variant_come_first_and_the_setting_chooses(copy: Callable[..., Path]) -> None:
+def test_files_without_a_variant_come_first_and_the_setting_chooses(
+    copy: Callable[..., Path],
+) -> None:
     folder = copy()
     shutil.copy(weights(folder / "unet"), folder / "unet" / "half.safetensors")
     other = folder / "unet" / "half.safetensors"
-    save_file({key: tensor * 2 for key, tensor in load_file(other).items()}, other, metadata={"format": "pt"})
+    save_file(
+        {key: tensor * 2 for key, tensor in load_file(other).items()},
+        other,
+        metadata={"format": "pt"},
+    )
     other.rename(folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
     expected = FAMILIES["stable_diffusion"].build()
     assert_read(load(folder), expected)
@@ -402,21 +480,27 @@ def test_files_without_a_variant_come_first_and_the_setting_chooses(copy: Callab
     key = "conv_in.weight"
     assert torch.equal(chosen.unet.state_dict()[key], expected.unet.state_dict()[key] * 2)
     assert torch.equal(
-        chosen.vae.state_dict()[key.replace("conv", "encoder.conv")], expected.vae.encoder.conv_in.weight
+        chosen.vae.state_dict()[key.replace("conv", "encoder.conv")],
+        expected.vae.encoder.conv_in.weight,
     )
     assert refused(folder, variant="ema") == (
         "STEPWEAVE_VARIANT='ema': no component of the model has that variant; its variants are fp16"
     )
 
 
-def test_several_variants_that_would_do_are_named_with_the_setting(copy: Callable[..., Path]) -> None:
+def test_several_variants_that_would_do_are_named_with_the_setting(
+    copy: Callable[..., Path],
+) -> None:
     folder = copy()
     file = weights(folder / "vae")
     for variant in ("bf16", "fp16"):
         shutil.copy(file, folder / "vae" / f"diffusion_pytorch_model.{variant}.safetensors")
     file.unlink()
     message = refused(folder)
-    assert "bf16, fp16 would each do; choose one with STEPWEAVE_VARIANT" in message and message.startswith("vae/")
+    assert (
+        "bf16, fp16 would each do; choose one with STEPWEAVE_VARIANT" in message
+        and message.startswith("vae/")
+    )
     assert_read(load(folder, variant="bf16"), FAMILIES["stable_diffusion"].build())
 
 
@@ -447,7 +531,8 @@ def test_weights_as_pickles_only_are_refused_with_what_to_do(copy: Callable[...,
     torch.save(load_file(file), file.with_suffix(".bin"))
     file.unlink()
     assert refused(folder) == (
-        "unet/ has weights as diffusion_pytorch_model.bin only; Stepweave reads safetensors: load the model with diffusers once, "
+        "unet/ has weights as diffusion_pytorch_model.bin only; Stepweave reads safetensors: load "
+        "the model with diffusers once, "
         "and write it with `save_pretrained`"
     )
 
@@ -465,7 +550,9 @@ def test_the_hub_is_asked_for_the_variant_that_its_files_have(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     pipeline, _ = load_pipeline(Settings(model="owner/name", revision=COMMIT), CPU, torch.float32)
     assert_read(pipeline, FAMILIES["stable_diffusion"].build())
-    with pytest.raises(LoadError, match="the hub cannot be reached, and its cache does not hold the model"):
+    with pytest.raises(
+        LoadError, match="the hub cannot be reached, and its cache does not hold the model"
+    ):
         load_pipeline(Settings(model="owner/other", revision=COMMIT), CPU, torch.float32)
 
 
@@ -481,17 +568,38 @@ def changed_index(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"_class_name": "NoSuchPipeline"}, "model_index.json: _class_name is 'NoSuchPipeline', which diffusers 0"),
+        (
+            {"_class_name": "NoSuchPipeline"},
+            "model_index.json: _class_name is 'NoSuchPipeline', which diffusers 0",
+        ),
         ({"_class_name": ["pipeline", "Own"]}, "code of the model's own, which is not run"),
-        ({"_class_name": "UNet2DConditionModel"}, "_class_name is 'UNet2DConditionModel', which is not a pipeline"),
-        ({"_class_name": "SpectrogramDiffusionPipeline"}, "needs packages that are not installed: note_seq"),
-        ({"unet": ["diffusers", "NoSuchModel"]}, "unet is ['diffusers', 'NoSuchModel'], which diffusers 0"),
-        ({"text_encoder": ["transformers", "NoSuchModel"]}, "`transformers` has no class `NoSuchModel`"),
-        ({"scheduler": ["no_such_library", "Scheduler"]}, "no_such_library is not one of the libraries"),
-        ({"scheduler": ...}, "model_index.json lacks scheduler, which StableDiffusionPipeline needs"),
+        (
+            {"_class_name": "UNet2DConditionModel"},
+            "_class_name is 'UNet2DConditionModel', which is not a pipeline",
+        ),
+        (
+            {"_class_name": "SpectrogramDiffusionPipeline"},
+            "needs packages that are not installed: note_seq",
+        ),
+        (
+            {"unet": ["diffusers", "NoSuchModel"]},
+            "unet is ['diffusers', 'NoSuchModel'], which diffusers 0",
+        ),
+        (
+            {"text_encoder": ["transformers", "NoSuchModel"]},
+            "`transformers` has no class `NoSuchModel`",
+        ),
+        (
+            {"scheduler": ["no_such_library", "Scheduler"]},
+            "no_such_library is not one of the libraries",
+        ),
+        (
+            {"scheduler": ...},
+            "model_index.json lacks scheduler, which StableDiffusionPipeline needs",
+        ),
         ({"scheduler": ["diffusers", "OnnxRuntimeModel"]}, "scheduler"),
     ],
-)  # fmt: skip
+)
 def test_an_index_that_names_what_is_not_there_is_refused(
     copy: Callable[..., Path], changes: dict[str, Any], told: str
 ) -> None:
@@ -503,13 +611,19 @@ def test_an_index_that_names_what_is_not_there_is_refused(
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (None, "model_index.json is missing: the model's directory is not that of a diffusers pipeline"),
+        (
+            None,
+            "model_index.json is missing: the model's directory is not that of a diffusers "
+            "pipeline",
+        ),
         ("", "model_index.json: not JSON, Expecting value: line 1 column 1"),
         ('{"_class_name": ', "model_index.json: not JSON, Expecting value"),
         ("[]", "model_index.json is []; it must be a JSON object"),
     ],
 )
-def test_an_index_that_cannot_be_read_is_refused(copy: Callable[..., Path], content: str | None, told: str) -> None:
+def test_an_index_that_cannot_be_read_is_refused(
+    copy: Callable[..., Path], content: str | None, told: str
+) -> None:
     folder = copy()
     (folder / "model_index.json").unlink()
     if content is not None:
@@ -517,13 +631,23 @@ def test_an_index_that_cannot_be_read_is_refused(copy: Callable[..., Path], cont
     assert refused(folder).startswith(told)
 
 
-def test_a_config_of_another_model_is_refused_by_component_and_key(copy: Callable[..., Path]) -> None:
+def test_a_config_of_another_model_is_refused_by_component_and_key(
+    copy: Callable[..., Path],
+) -> None:
     folder = copy()
     file = folder / "unet" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"cross_attention_dim": 8}))
     message = refused(folder)
-    assert message.startswith("unet/: ") and "attn2.to_k.weight" in message and "ignore_mismatched" not in message
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"down_block_types": ["NoSuchBlock", "DownBlock2D"]}))
+    assert (
+        message.startswith("unet/: ")
+        and "attn2.to_k.weight" in message
+        and "ignore_mismatched" not in message
+    )
+    file.write_text(
+        json.dumps(
+            json.loads(file.read_text()) | {"down_block_types": ["NoSuchBlock", "DownBlock2D"]}
+        )
+    )
     assert refused(folder).startswith("unet/: ") and "NoSuchBlock" in refused(folder)
 
 
@@ -534,7 +658,9 @@ def test_what_does_not_fit_into_memory_says_which_settings_help(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB. GPU 0 has ...")
 
     monkeypatch.setattr(DiffusionPipeline, "to", full)
-    assert refused(saved("stable_diffusion")).startswith("it does not fit into the memory of cpu; see STEPWEAVE_DTYPE")
+    assert refused(saved("stable_diffusion")).startswith(
+        "it does not fit into the memory of cpu; see STEPWEAVE_DTYPE"
+    )
 
 
 def test_a_tensor_that_nothing_was_read_into_is_named(
@@ -552,7 +678,9 @@ def test_a_tensor_that_nothing_was_read_into_is_named(
     assert refused(saved("stable_diffusion")) == told
 
 
-def test_files_that_may_not_be_read_are_named(saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_may_not_be_read_are_named(
+    saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As another user would find them; tests may run as root, who may read all."""
     original = open
 
@@ -569,7 +697,10 @@ def test_files_that_may_not_be_read_are_named(saved: Callable[[str], Path], monk
 def test_tokenizers_of_words_that_are_not_english_are_whole() -> None:
     """The embedded model's tells its own words apart; one without them, nothing."""
     pipeline, _ = load_pipeline(Settings(), CPU, torch.float32)
-    assert EMBEDDED_MODEL.is_dir() and check_tokenizers(pipeline.components) == ["tokenizer", "tokenizer_2"]
+    assert EMBEDDED_MODEL.is_dir() and check_tokenizers(pipeline.components) == [
+        "tokenizer",
+        "tokenizer_2",
+    ]
     words = {"<unk>": 0, "rouge": 1, "bleu": 2}
     backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = Whitespace()
@@ -578,5 +709,8 @@ def test_tokenizers_of_words_that_are_not_english_are_whole() -> None:
     empty = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>")), unk_token="<unk>"
     )
-    with pytest.raises(LoadError, match=r"tokenizer/: .*has not got its vocabulary whole: every prompt gives the same"):
+    with pytest.raises(
+        LoadError,
+        match=r"tokenizer/: .*has not got its vocabulary whole: every prompt gives the same",
+    ):
         check_tokenizers({"tokenizer": empty})

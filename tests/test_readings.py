@@ -1,4 +1,5 @@
-"""Arguments whose shape leaves a choice: whatever is guessed, a proof decides, and results are those of plain calls."""
+"""Arguments whose shape leaves a choice: whatever is guessed, a proof decides, and results are
+those of plain calls."""
 
 from __future__ import annotations
 
@@ -75,7 +76,9 @@ def test_what_only_looks_like_several_entries_a_row_is_not_merged(
     served = serve(forward, jobs(lambda i: numbers(i, 6, 4), rows=ROWS))
     served.check(exact=True)
     assert served.merged_share == 0
-    assert not [one for one in caplog.records if one.levelno >= logging.WARNING], "it was a guess, no failure"
+    assert not [one for one in caplog.records if one.levelno >= logging.WARNING], (
+        "it was a guess, no failure"
+    )
 
 
 def test_equal_tables_are_shared_after_a_guess_has_failed() -> None:
@@ -90,7 +93,8 @@ def test_tables_that_are_always_equal_are_never_guessed_at() -> None:
     assert served.stats.proofs <= 5, "of which audits are all but one"
 
 
-# Lists with an entry for each row, of which some have as many rows as there are, by chance; and lists of tensors of all rows
+# Lists with an entry for each row, of which some have as many rows as there are, by chance; and
+# lists of tensors of all rows
 
 
 def means_of_entries(self: nn.Module, x: Tensor, extra: list[Tensor]) -> Tensor:
@@ -115,7 +119,9 @@ def test_entries_that_happen_to_have_as_many_rows_run_with_the_others(count: int
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_entries_that_all_happen_to_have_as_many_rows_are_told_by_a_proof(count: int) -> None:
-    check_merged(serve(means_of_entries, *[jobs(lambda i: lists(i, count, [count]), rows=count)] * 3))
+    check_merged(
+        serve(means_of_entries, *[jobs(lambda i: lists(i, count, [count]), rows=count)] * 3)
+    )
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -154,7 +160,9 @@ def takes_positions(self: nn.Module, x: Tensor, extra: list[Tensor]) -> Tensor:
     return honest(x) + sum(one.float().mean() for one in extra) / 10
 
 
-def test_a_constant_of_one_row_is_shared_where_joining_it_fails(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_constant_of_one_row_is_shared_where_joining_it_fails(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     def extra(i: int) -> list[Tensor]:
         return [torch.arange(1), torch.arange(4), torch.arange(5)]
 
@@ -185,7 +193,10 @@ def test_times_are_not_taken_for_constants_though_they_are_equal_at_the_first_st
         return takes_positions(self, x, extra) + timestep[:, None] / 10
 
     def arguments(step: int) -> dict[str, Any]:
-        return {"timestep": torch.tensor([float(step)]), "extra": [torch.arange(1), torch.arange(4)]}
+        return {
+            "timestep": torch.tensor([float(step)]),
+            "extra": [torch.arange(1), torch.arange(4)],
+        }
 
     # jobs of which each is at a step of its own
     calls = [call(i, lambda step, i=i: arguments(step + i), steps=12) for i in range(4)]
@@ -243,7 +254,9 @@ def test_objects_that_are_written_to_are_not_merged() -> None:
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_objects_whose_tensors_are_written_to_are_not_merged(count: int) -> None:
-    served = serve(adds_to_cache, anew=lambda: [jobs(lambda i: Cache(torch.zeros(count, 4)), rows=count)])
+    served = serve(
+        adds_to_cache, anew=lambda: [jobs(lambda i: Cache(torch.zeros(count, 4)), rows=count)]
+    )
     served.check(exact=True)
     assert served.merged_share == 0
 
@@ -256,7 +269,9 @@ def test_a_cache_is_filled_alone_and_read_together() -> None:
 
 
 def test_objects_in_other_modes_do_not_share() -> None:
-    served = serve(reads_cache, [call(i, lambda step, i=i: {"extra": Cache(mode=f"{i}")}) for i in range(4)])
+    served = serve(
+        reads_cache, [call(i, lambda step, i=i: {"extra": Cache(mode=f"{i}")}) for i in range(4)]
+    )
     served.check(exact=True)
     assert served.merged_share == 0
 
@@ -321,7 +336,11 @@ def test_times_of_either_type_run_together(shape: tuple[int, ...]) -> None:
 
 
 def tells_types_apart(self: nn.Module, x: Tensor, timestep: Tensor) -> Tensor:
-    return honest(x) + timestep.reshape(-1, 1).float() / 100 + (0.5 if timestep.dtype.is_floating_point else 0)
+    return (
+        honest(x)
+        + timestep.reshape(-1, 1).float() / 100
+        + (0.5 if timestep.dtype.is_floating_point else 0)
+    )
 
 
 def of_types(*types: torch.dtype) -> list[dict[str, Any]]:
@@ -332,14 +351,20 @@ def of_types(*types: torch.dtype) -> list[dict[str, Any]]:
 
 
 def test_times_of_another_type_do_not_run_with_a_module_that_tells_them_apart() -> None:
-    served = serve(tells_types_apart, *[of_types(torch.float32, torch.int64)] * 2, *[of_types(torch.int64)] * 3)
+    served = serve(
+        tells_types_apart, *[of_types(torch.float32, torch.int64)] * 2, *[of_types(torch.int64)] * 3
+    )
     served.check()
     assert served.state == "certified"
     assert served.merged_share > 0.3, "calls of one type share"
 
 
 def test_a_pair_of_types_is_proven_for_itself() -> None:
-    served = serve(tells_types_apart, of_types(torch.int32, torch.int64), *[of_types(torch.float32, torch.int64)] * 2)
+    served = serve(
+        tells_types_apart,
+        of_types(torch.int32, torch.int64),
+        *[of_types(torch.float32, torch.int64)] * 2,
+    )
     served.check()
 
 

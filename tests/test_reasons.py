@@ -20,10 +20,19 @@ from tests.waiting import wait_until
             ValueError("/srv/models/mine/unet/config.json is\n  not a valid file"),
             "unet/config.json is not a valid file",
         ),
-        (ValueError("see file:///srv/secret/a.json or at:/srv/secret/c.json"), "see a.json or at:c.json"),
-        (ValueError("https://host/a/b.json is not D:\\models\\secret\\d.json"), "https://host/a/b.json is not d.json"),
+        (
+            ValueError("see file:///srv/secret/a.json or at:/srv/secret/c.json"),
+            "see a.json or at:c.json",
+        ),
+        (
+            ValueError("https://host/a/b.json is not D:\\models\\secret\\d.json"),
+            "https://host/a/b.json is not d.json",
+        ),
         (ValueError("red \x1b[31m, NUL \0, half \ud800"), "red [31m, NUL , half"),
-        (OSError(28, "No space left on device", "/srv/models/mine/a.json"), "a.json: No space left on device"),
+        (
+            OSError(28, "No space left on device", "/srv/models/mine/a.json"),
+            "a.json: No space left on device",
+        ),
         (PermissionError(13, "Permission denied", "/home/me/.cache/hub/x"), "x: Permission denied"),
         (
             RuntimeError("cannot open /opt/secret place/file, nor ~/private/key"),

@@ -1,4 +1,5 @@
-"""What is wrong with a result is said: numbers that are not finite, flags of a safety checker, images of one colour."""
+"""What is wrong with a result is said: numbers that are not finite, flags of a safety checker,
+images of one colour."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ from tests.tiny import FAMILIES, SIDE, WIDTH
 from tests.waiting import SECONDS, wait_until
 
 Make = Callable[..., InProcess]
-QUICK = (("step", 2), ("step", 3))  # modes, and numbers of damages, besides all modes with the first
+# modes, and numbers of damages, besides all modes with the first
+QUICK = (("step", 2), ("step", 3))
 MODES = ("off", "threads", "request", "step")
 SIZE = f"{SIDE}x{SIDE}"
 FEW = {"num_inference_steps": 2, "size": SIZE}
@@ -51,11 +53,19 @@ def one_pixel(value: float) -> Callable[[torch.Tensor], Any]:
 
 
 DAMAGES: dict[str, Callable[[Any], Any]] = {
-    "NaN of the denoiser": lambda pipeline: break_forward(pipeline.unet, lambda one: one.fill_(float("nan"))),
+    "NaN of the denoiser": lambda pipeline: break_forward(
+        pipeline.unet, lambda one: one.fill_(float("nan"))
+    ),
     "infinite noise": lambda pipeline: break_forward(pipeline.unet, one_pixel(float("inf"))),
-    "NaN of the autoencoder": lambda pipeline: break_forward(pipeline.vae.decoder, one_pixel(float("nan"))),
-    "overflow of the autoencoder": lambda pipeline: break_forward(pipeline.vae.decoder, one_pixel(float("-inf"))),
-    "NaN weights": lambda pipeline: nn.init.constant_(pipeline.vae.decoder.conv_out.weight, float("nan")),
+    "NaN of the autoencoder": lambda pipeline: break_forward(
+        pipeline.vae.decoder, one_pixel(float("nan"))
+    ),
+    "overflow of the autoencoder": lambda pipeline: break_forward(
+        pipeline.vae.decoder, one_pixel(float("-inf"))
+    ),
+    "NaN weights": lambda pipeline: nn.init.constant_(
+        pipeline.vae.decoder.conv_out.weight, float("nan")
+    ),
 }
 
 
@@ -86,7 +96,9 @@ def tiny(kind: Any = diffusers.StableDiffusionPipeline, **parts: Any) -> Any:
         for mode in MODES
     ],
 )
-def test_numbers_that_are_not_finite_fail_the_request(in_process: Make, mode: str, damage: str) -> None:
+def test_numbers_that_are_not_finite_fail_the_request(
+    in_process: Make, mode: str, damage: str
+) -> None:
     app = in_process(tiny(), batching=mode, max_rows=4, warmup=False)
     assert app.post(**FEW).status_code == 200
     DAMAGES[damage](app.pipeline)
@@ -163,10 +175,17 @@ def test_pixels_without_an_autoencoder() -> None:
 
 
 @pytest.mark.parametrize("output_type", ["np", "pt", "latent"])
-def test_tensors_that_the_caller_asked_for_are_given_as_the_plain_call_gives_them(output_type: str) -> None:
+def test_tensors_that_the_caller_asked_for_are_given_as_the_plain_call_gives_them(
+    output_type: str,
+) -> None:
     pipeline = tiny()
     DAMAGES["NaN of the denoiser"](pipeline)
-    arguments = {"num_inference_steps": 2, "height": SIDE, "width": SIDE, "output_type": output_type}
+    arguments = {
+        "num_inference_steps": 2,
+        "height": SIDE,
+        "width": SIDE,
+        "output_type": output_type,
+    }
     with StepEngine(pipeline) as engine:
         images = engine.submit("a circle", **arguments).result(SECONDS).images
     assert np.isnan(np.asarray(images)).any()
@@ -202,12 +221,16 @@ def test_only_the_job_whose_numbers_overflow_fails(mode: Any) -> None:
 
 
 def test_every_surface_says_so(in_process: Make) -> None:
-    app = in_process(tiny(), batching="step", max_rows=4, warmup=False, base_url="http://testserver")
+    app = in_process(
+        tiny(), batching="step", max_rows=4, warmup=False, base_url="http://testserver"
+    )
     DAMAGES["NaN of the autoencoder"](app.pipeline)
     body = {"prompt": "a circle", **FEW}
     for path, answer in {
         "json": app.client.post("/v1/images/generations", json=body),
-        "picture": app.client.post("/v1/images/generations", json=body, headers={"Accept": "image/png"}),
+        "picture": app.client.post(
+            "/v1/images/generations", json=body, headers={"Accept": "image/png"}
+        ),
         "example server": app.client.post(
             "/api/diffusers/inference", json={"prompt": "a circle", "num_inference_steps": 2}
         ),
@@ -215,7 +238,9 @@ def test_every_surface_says_so(in_process: Make) -> None:
         assert answer.status_code == 500, path
         assert answer.json()["error"]["code"] == "non_finite", path
     tensor = {"name": "prompt", "datatype": "BYTES", "shape": [1], "data": ["a circle"]}
-    answer = app.client.post(f"/v2/models/{app.server.ready()[0].id}/infer", json={"inputs": [tensor]})
+    answer = app.client.post(
+        f"/v2/models/{app.server.ready()[0].id}/infer", json={"inputs": [tensor]}
+    )
     assert answer.status_code == 500
     assert "not finite" in str(answer.json()["error"])
     streamed = app.client.post("/v1/images/generations", json=body | {"stream": True})
@@ -264,7 +289,9 @@ class Flagging(FakePipeline):
         return output
 
 
-@pytest.mark.parametrize("name", ["nsfw_content_detected", "nsfw_detected", "watermark_detected", "unsafe"])
+@pytest.mark.parametrize(
+    "name", ["nsfw_content_detected", "nsfw_detected", "watermark_detected", "unsafe"]
+)
 def test_flags_come_with_every_image(in_process: Make, name: str) -> None:
     pipeline = Flagging()
     app = in_process(pipeline, base_url="http://testserver")
@@ -279,14 +306,20 @@ def test_flags_come_with_every_image(in_process: Make, name: str) -> None:
     assert [one["flagged"] for one in url["data"]] == [False, True]
 
     pipeline.said = {name: [np.True_]}
-    picture = app.client.post("/v1/images/generations", json={"prompt": "a circle"}, headers={"Accept": "image/png"})
+    picture = app.client.post(
+        "/v1/images/generations", json={"prompt": "a circle"}, headers={"Accept": "image/png"}
+    )
     assert picture.headers["X-Stepweave-Flagged"] == "true"
     assert name in picture.headers["X-Stepweave-Warnings"]
-    streamed = app.client.post("/v1/images/generations", json={"prompt": "a circle", "stream": True})
+    streamed = app.client.post(
+        "/v1/images/generations", json={"prompt": "a circle", "stream": True}
+    )
     [done] = [one for one in read_events(streamed.text) if one.name.endswith("completed")]
     assert done.data["flagged"] is True
     tensor = {"name": "prompt", "datatype": "BYTES", "shape": [1], "data": ["a circle"]}
-    answer = app.client.post(f"/v2/models/{app.server.ready()[0].id}/infer", json={"inputs": [tensor]})
+    answer = app.client.post(
+        f"/v2/models/{app.server.ready()[0].id}/infer", json={"inputs": [tensor]}
+    )
     outputs = {one["name"]: one["data"][0] for one in answer.json()["outputs"]}
     assert json.loads(outputs["parameters"])["flagged"] is True
     legacy = app.client.post("/api/diffusers/inference", json={"prompt": "a circle"})
@@ -297,7 +330,9 @@ def test_flags_of_a_job_are_kept(in_process: Make) -> None:
     pipeline = Flagging()
     app = in_process(pipeline)
     pipeline.said = {"nsfw_content_detected": [True]}
-    job = app.client.post("/v1/images/generations", json={"prompt": "a circle"}, headers={"Prefer": "respond-async"})
+    job = app.client.post(
+        "/v1/images/generations", json={"prompt": "a circle"}, headers={"Prefer": "respond-async"}
+    )
     url = job.headers["Location"]
     wait_until(lambda: app.client.get(url).json()["state"] == "succeeded")
     wait_until(lambda: app.metric("stepweave_requests_in_flight") == 0)  # it is kept now
@@ -325,7 +360,11 @@ def test_flagged_images_are_refused_if_a_setting_says_so(in_process: Make) -> No
 def test_other_outputs_are_passed_on_or_named(in_process: Make) -> None:
     pipeline = Flagging()
     app = in_process(pipeline)
-    pipeline.said = {"applied_safety_concept": "a concept", "scores": torch.tensor([0.5]), "depth": torch.zeros(64, 64)}
+    pipeline.said = {
+        "applied_safety_concept": "a concept",
+        "scores": torch.tensor([0.5]),
+        "depth": torch.zeros(64, 64),
+    }
     answer = app.post().json()
     assert answer["outputs"] == {"applied_safety_concept": "a concept", "scores": [0.5]}
     [warning] = answer["warnings"]
@@ -335,7 +374,9 @@ def test_other_outputs_are_passed_on_or_named(in_process: Make) -> None:
 
 @pytest.mark.parametrize("value", [np.array([1.0]), [[True]], torch.ones(1), [1.0]])
 def test_a_flag_of_other_types_is_one_too(value: Any) -> None:
-    assert outputs_of(SimpleNamespace(images=[None], nsfw_content_detected=value), 1).flagged == [True]
+    assert outputs_of(SimpleNamespace(images=[None], nsfw_content_detected=value), 1).flagged == [
+        True
+    ]
 
 
 @pytest.mark.parametrize("value", [["yes"], "blocked", [[True, False]]])
@@ -359,15 +400,22 @@ def test_a_verdict_of_another_length_is_no_verdict_on_single_images() -> None:
 
 
 def checker(threshold: float) -> Any:
-    """diffusers' own safety checker, which flags what is nearer to its concepts than a threshold."""
+    """diffusers' own safety checker, which flags what is nearer to its concepts than a
+    threshold."""
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
     vision = {
-        "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "image_size": SIDE, "patch_size": 8,
-    }  # fmt: skip
+        "hidden_size": WIDTH,
+        "intermediate_size": WIDTH,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": SIDE,
+        "patch_size": 8,
+    }
     torch.manual_seed(0)
-    made = StableDiffusionSafetyChecker(transformers.CLIPConfig(vision_config=vision, projection_dim=WIDTH))
+    made = StableDiffusionSafetyChecker(
+        transformers.CLIPConfig(vision_config=vision, projection_dim=WIDTH)
+    )
     made.concept_embeds.data = torch.randn(17, WIDTH)
     made.special_care_embeds.data = torch.randn(3, WIDTH)
     made.concept_embeds_weights.data.fill_(threshold)
@@ -375,17 +423,25 @@ def checker(threshold: float) -> Any:
     return made.eval()
 
 
-@pytest.mark.parametrize("mode", [*(pytest.param(mode, marks=pytest.mark.full) for mode in MODES[:-1]), "step"])
+@pytest.mark.parametrize(
+    "mode", [*(pytest.param(mode, marks=pytest.mark.full) for mode in MODES[:-1]), "step"]
+)
 def test_a_real_safety_checker_blacks_out_and_says_so(in_process: Make, mode: str) -> None:
     features = transformers.CLIPImageProcessorPil(size=SIDE, crop_size=SIDE)
     app = in_process(
-        tiny(safety_checker=checker(-2.0), feature_extractor=features), batching=mode, max_rows=4, warmup=False
+        tiny(safety_checker=checker(-2.0), feature_extractor=features),
+        batching=mode,
+        max_rows=4,
+        warmup=False,
     )
     answer = app.post(**FEW, n=2).json()
     assert [one["flagged"] for one in answer["data"]] == [True, True]
     assert all("nsfw_content_detected" in one for one in answer["warnings"])
     harmless = in_process(
-        tiny(safety_checker=checker(2.0), feature_extractor=features), batching=mode, max_rows=4, warmup=False
+        tiny(safety_checker=checker(2.0), feature_extractor=features),
+        batching=mode,
+        max_rows=4,
+        warmup=False,
     )
     answer = harmless.post(**FEW).json()
     assert answer["data"][0]["flagged"] is False
@@ -395,11 +451,16 @@ def test_a_real_safety_checker_blacks_out_and_says_so(in_process: Make, mode: st
 def test_no_preview_shows_what_a_safety_checker_would_take_out(in_process: Make) -> None:
     features = transformers.CLIPImageProcessorPil(size=SIDE, crop_size=SIDE)
     app = in_process(
-        tiny(safety_checker=checker(-2.0), feature_extractor=features), batching="step", max_rows=4, warmup=False
+        tiny(safety_checker=checker(-2.0), feature_extractor=features),
+        batching="step",
+        max_rows=4,
+        warmup=False,
     )
     assert app.client.get("/v1/models").json()["data"][0]["stepweave"]["previews"] is False
     body = {"prompt": "a circle", **FEW, "stream": True, "partial_images": 2}
-    names = [one.name for one in read_events(app.client.post("/v1/images/generations", json=body).text)]
+    names = [
+        one.name for one in read_events(app.client.post("/v1/images/generations", json=body).text)
+    ]
     assert names == ["image_generation.completed"]
 
 
@@ -410,7 +471,9 @@ class Grey(FakePipeline):
     @functools.wraps(FakePipeline.__call__)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = super().__call__(*args, **kwargs)
-        return SimpleNamespace(images=[Image.new("RGB", one.size, (9, 9, 9)) for one in output.images])
+        return SimpleNamespace(
+            images=[Image.new("RGB", one.size, (9, 9, 9)) for one in output.images]
+        )
 
 
 def test_an_image_of_one_colour_is_a_warning_and_counted(in_process: Make) -> None:

@@ -1,4 +1,5 @@
-"""Two replicas that are restarted in turn, as a rolling update does, under load: nothing is lost."""
+"""Two replicas that are restarted in turn, as a rolling update does, under load: nothing is
+lost."""
 
 from __future__ import annotations
 
@@ -36,14 +37,22 @@ CLOSE = 2  # of 255: shared steps differ from single ones in the last bits
 
 def body_of(seed: int) -> dict[str, object]:
     colour = ("red", "green", "blue")[seed % 3]
-    return {"prompt": f"a large {colour} circle on a white background", "seed": seed, "num_inference_steps": 6}
+    return {
+        "prompt": f"a large {colour} circle on a white background",
+        "seed": seed,
+        "num_inference_steps": 6,
+    }
 
 
 def send(client: httpx.Client, url: str, seed: int, edits: bytes | None = None) -> httpx.Response:
     """A request for an image; of that seed, or an edit of `edits`."""
     if edits is None:
         return client.post(f"{url}{GENERATIONS}", json=body_of(seed))
-    fields = {"prompt": "a large yellow circle on a blue background", "seed": str(seed), "num_inference_steps": "6"}
+    fields = {
+        "prompt": "a large yellow circle on a blue background",
+        "seed": str(seed),
+        "num_inference_steps": "6",
+    }
     return client.post(f"{url}/v1/images/edits", data=fields, files={"image": edits})
 
 
@@ -64,7 +73,9 @@ class Replica:
         self.starts += 1
         self.folder.mkdir(exist_ok=True)
         settings = {"STEPWEAVE_STATE_DIR": str(self.folder / "state"), "STEPWEAVE_CPU_THREADS": "1"}
-        return exits.enter_context(serve(self.folder / f"log-{self.starts}.txt", port=self.port, **settings))
+        return exits.enter_context(
+            serve(self.folder / f"log-{self.starts}.txt", port=self.port, **settings)
+        )
 
     def announce(self) -> None:
         """As a preStop hook does."""
@@ -78,10 +89,16 @@ class Replica:
 
 
 class Clients:
-    """Send requests at a rate, each when it is due, whatever became of those before; the images are compared with `expected`."""
+    """Send requests at a rate, each when it is due, whatever became of those before; the images are
+    compared with `expected`."""
 
     def __init__(
-        self, where: Callable[[], str], expected: list[np.ndarray], edits: list[bytes | None], rate: float, keep: bool
+        self,
+        where: Callable[[], str],
+        expected: list[np.ndarray],
+        edits: list[bytes | None],
+        rate: float,
+        keep: bool,
     ) -> None:
         self.sent = 0
         self.answered = 0
@@ -95,7 +112,9 @@ class Clients:
         self._keep = keep
         self._due: queue.SimpleQueue[tuple[int, float] | None] = queue.SimpleQueue()
         self._ending = threading.Event()
-        self._threads = [threading.Thread(target=one) for one in (self._pace, *[self._work] * CLIENTS)]
+        self._threads = [
+            threading.Thread(target=one) for one in (self._pace, *[self._work] * CLIENTS)
+        ]
 
     def __enter__(self) -> Clients:
         for thread in self._threads:
@@ -121,8 +140,12 @@ class Clients:
 
     def _work(self) -> None:
         # kept for as long as the replica keeps it
-        limits = httpx.Limits(max_keepalive_connections=10 if self._keep else 0, keepalive_expiry=None)
-        with httpx.Client(timeout=SECONDS, limits=limits, event_hooks={"request": [self._trace]}) as client:
+        limits = httpx.Limits(
+            max_keepalive_connections=10 if self._keep else 0, keepalive_expiry=None
+        )
+        with httpx.Client(
+            timeout=SECONDS, limits=limits, event_hooks={"request": [self._trace]}
+        ) as client:
             while (item := self._due.get()) is not None:
                 number, due = item
                 self.late = max(self.late, time.monotonic() - due)
@@ -146,7 +169,8 @@ class Clients:
 
 
 def made_while(url: str, loading: Callable[[], bool]) -> float:
-    """Requests a second that a replica answers with a few clients at a time, while the other loads."""
+    """Requests a second that a replica answers with a few clients at a time, while the other
+    loads."""
     done, ending = Counter[str](), threading.Event()
 
     def work() -> None:
@@ -190,7 +214,9 @@ PROXY = """location / {
 @pytest.mark.full
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("through", ["replicas", "nginx"])
-def test_a_rolling_update_loses_nothing(through: str, exits: contextlib.ExitStack, tmp_path: Path) -> None:
+def test_a_rolling_update_loses_nothing(
+    through: str, exits: contextlib.ExitStack, tmp_path: Path
+) -> None:
     replicas = [Replica(tmp_path / name) for name in ("a", "b")]
     servers = [replicas[0].start(exits)]
     servers[0].wait_until_ready()
@@ -205,9 +231,15 @@ def test_a_rolling_update_loses_nothing(through: str, exits: contextlib.ExitStac
     with httpx.Client(timeout=SECONDS) as client:
         source = base64.b64decode(send(client, replicas[1].url, 0).json()["data"][0]["b64_json"])
         edits = [source if seed % EDITS == 1 else None for seed in range(SEEDS)]
-        expected = [image_of(send(client, replicas[1].url, seed, edits[seed])) for seed in range(SEEDS)]
+        expected = [
+            image_of(send(client, replicas[1].url, seed, edits[seed])) for seed in range(SEEDS)
+        ]
     rotation, turn = list(replicas), itertools.count()
-    proxy = exits.enter_context(nginx(tmp_path / "nginx", PROXY, upstream(rotation))) if through == "nginx" else None
+    proxy = (
+        exits.enter_context(nginx(tmp_path / "nginx", PROXY, upstream(rotation)))
+        if through == "nginx"
+        else None
+    )
 
     def rotate(chosen: list[Replica]) -> None:
         """As when an endpoint is removed, or added."""
@@ -235,10 +267,13 @@ def test_a_rolling_update_loses_nothing(through: str, exits: contextlib.ExitStac
         while clients.sent < REQUESTS and time.monotonic() < deadline:
             time.sleep(0.2)
     sys.stdout.write(
-        f"{through}: {clients.sent} requests over {clients.connections} connections, {rate:.2f} a second, at most "
+        f"{through}: {clients.sent} requests over {clients.connections} connections, {rate:.2f} a "
+        f"second, at most "
         f"{clients.late:.1f} s late\n"
     )
     assert not clients.lost, f"{len(clients.lost)} of {clients.sent} lost: {clients.lost[:5]}"
     assert clients.answered == clients.sent >= REQUESTS
     if proxy is None:
-        assert clients.connections < clients.sent / 2, "most went over connections that had been used before"
+        assert clients.connections < clients.sent / 2, (
+            "most went over connections that had been used before"
+        )

@@ -1,4 +1,5 @@
-"""The request-scoped core: many threads, one pipeline, the pictures of plain calls; and the defects of its predecessors."""
+"""The request-scoped core: many threads, one pipeline, the pictures of plain calls; and the defects
+of its predecessors."""
 
 from __future__ import annotations
 
@@ -42,9 +43,14 @@ from tests.waiting import SECONDS
 THREADS, REQUESTS = 8, 6
 PROMPTS = ["a red circle", "two small dogs on a very long road at night", "x", "blue"]
 FAMILIES = [
-    "stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "stable_diffusion_3_dynamic", "flux", "stable_cascade",
+    "stable_diffusion",
+    "stable_diffusion_xl",
+    "stable_diffusion_3",
+    "stable_diffusion_3_dynamic",
+    "flux",
+    "stable_cascade",
     "hunyuan_image",
-]  # fmt: skip
+]
 QUICK = {"stable_diffusion", "flux"}
 
 
@@ -52,12 +58,19 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def state_of(value: Any) -> Any:
-    """A comparable picture of an object: tensors by content, modules by weights, hooks and dtype."""
+    """A comparable picture of an object: tensors by content, modules by weights, hooks and
+    dtype."""
     if isinstance(value, torch.Tensor):
         return hashlib.sha256(value.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
     if isinstance(value, torch.nn.Module):
-        weights = {name: (state_of(tensor), str(tensor.dtype)) for name, tensor in value.state_dict().items()}
-        hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), hasattr(m, "_hf_hook")) for m in value.modules()]
+        weights = {
+            name: (state_of(tensor), str(tensor.dtype))
+            for name, tensor in value.state_dict().items()
+        }
+        hooks = [
+            (len(m._forward_hooks), len(m._forward_pre_hooks), hasattr(m, "_hf_hook"))
+            for m in value.modules()
+        ]
         return weights, hooks, value.training
     if isinstance(value, DiffusionPipeline):
         return {name: state_of(attribute) for name, attribute in vars(value).items()}
@@ -77,7 +90,10 @@ def state_of(value: Any) -> Any:
 def saved(pipeline: Any, folder: Path) -> dict[str, str]:
     pipeline.save_pretrained(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 def requests_of(family: tiny.Family) -> list[dict[str, Any]]:
@@ -106,9 +122,12 @@ def scheduler_of(pipeline: Any, choice: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=[pytest.mark.full]) for name in FAMILIES]
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=[pytest.mark.full]) for name in FAMILIES],
 )
-def test_threads_get_the_pictures_of_plain_calls_and_the_pipeline_stays_as_it_was(name: str, tmp_path: Path) -> None:
+def test_threads_get_the_pictures_of_plain_calls_and_the_pipeline_stays_as_it_was(
+    name: str, tmp_path: Path
+) -> None:
     family = tiny.FAMILIES[name]
     requests = requests_of(family)
     plain = []
@@ -122,7 +141,8 @@ def test_threads_get_the_pictures_of_plain_calls_and_the_pipeline_stays_as_it_wa
 
     pipeline = family.build()
     pipeline.set_progress_bar_config(disable=True)
-    # transformers hangs hooks into a text encoder at its first call and saving notes the path: both are not ours
+    # transformers hangs hooks into a text encoder at its first call and saving notes the path: both
+    # are not ours
     pipeline(**call_of(family, requests[0]))
     files = saved(pipeline, tmp_path / "before")
     before = state_of(pipeline)
@@ -146,7 +166,11 @@ def test_threads_get_the_pictures_of_plain_calls_and_the_pipeline_stays_as_it_wa
 def test_a_stateful_guider_is_a_requests_own() -> None:
     pipeline = tiny.FAMILIES["hunyuan_image"].build()
     view = make_view(pipeline)
-    guiders = [name for name, value in vars(pipeline).items() if type(value).__module__.startswith("diffusers.guiders")]
+    guiders = [
+        name
+        for name, value in vars(pipeline).items()
+        if type(value).__module__.startswith("diffusers.guiders")
+    ]
     assert guiders
     for name in guiders:
         assert getattr(view, name) is not getattr(pipeline, name)
@@ -164,8 +188,12 @@ def test_sub_pipelines_are_views_that_share_the_copies() -> None:
     assert replaced.decoder_pipe.scheduler is replaced.scheduler
 
 
-def test_a_view_costs_one_clone_no_set_timesteps_and_little_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline = StableDiffusion3Pipeline.from_pretrained(EMBEDDED_MODEL, text_encoder_3=None, tokenizer_3=None)
+def test_a_view_costs_one_clone_no_set_timesteps_and_little_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        EMBEDDED_MODEL, text_encoder_3=None, tokenizer_3=None
+    )
     pipeline.set_progress_bar_config(disable=True)
     calls: list[Any] = []
     real = FlowMatchEulerDiscreteScheduler.set_timesteps
@@ -183,7 +211,8 @@ def test_a_view_costs_one_clone_no_set_timesteps_and_little_time(monkeypatch: py
         began = time.perf_counter()
         scoped.view()
         seconds.append(time.perf_counter() - began)
-    assert min(seconds) < 1e-3  # measured: 30 microseconds; on a busy machine the others may be of any length
+    # measured: 30 microseconds; on a busy machine the others may be of any length
+    assert min(seconds) < 1e-3
 
 
 # --- the defects of the predecessors, by their numbers in the list ---
@@ -240,7 +269,9 @@ def test_defect_5_the_scheduler_is_cloned_once(monkeypatch: pytest.MonkeyPatch) 
 
     real = module._Isolation._object
     monkeypatch.setattr(
-        module._Isolation, "_object", lambda self, value, path: (made.append(type(value)), real(self, value, path))[1]
+        module._Isolation,
+        "_object",
+        lambda self, value, path: (made.append(type(value)), real(self, value, path))[1],
     )
     pipeline = tiny.FAMILIES["stable_diffusion_3"].build()
     RequestScopedPipeline(pipeline).view()
@@ -249,9 +280,14 @@ def test_defect_5_the_scheduler_is_cloned_once(monkeypatch: pytest.MonkeyPatch) 
 
 def test_defect_9_shared_weights_keep_their_dtype() -> None:
     pipeline = tiny.FAMILIES["stable_diffusion_3"].build().to(torch.bfloat16)
-    RequestScopedPipeline(pipeline).generate("x", num_inference_steps=1, **tiny.FAMILIES["stable_diffusion_3"].call)
+    RequestScopedPipeline(pipeline).generate(
+        "x", num_inference_steps=1, **tiny.FAMILIES["stable_diffusion_3"].call
+    )
     assert {
-        p.dtype for m in pipeline.components.values() if isinstance(m, torch.nn.Module) for p in m.parameters()
+        p.dtype
+        for m in pipeline.components.values()
+        if isinstance(m, torch.nn.Module)
+        for p in m.parameters()
     } == {torch.bfloat16}
 
 
@@ -266,7 +302,11 @@ def test_defect_10_tokenizers_are_used_by_one_thread_at_a_time() -> None:
         own = scoped.view().tokenizer
         padding = "longest" if i % 2 else "max_length"
         ids = own(
-            ["a", "a b c"], padding=padding, max_length=20 + i % 5, truncation=True, return_tensors="pt"
+            ["a", "a b c"],
+            padding=padding,
+            max_length=20 + i % 5,
+            truncation=True,
+            return_tensors="pt",
         ).input_ids
         return int(ids.shape[1]) if padding == "max_length" else 20 + i % 5
 
@@ -308,7 +348,9 @@ def test_small_mutable_attributes_are_copied_and_large_tensors_shared() -> None:
 def test_detection_can_be_turned_off() -> None:
     pipeline = tiny.FAMILIES["stable_diffusion"].build()
     pipeline.mine, pipeline.other = [1], [2]
-    view = RequestScopedPipeline(pipeline, mutable_attrs=["mine"], auto_detect_mutables=False).view()
+    view = RequestScopedPipeline(
+        pipeline, mutable_attrs=["mine"], auto_detect_mutables=False
+    ).view()
     assert view.mine is not pipeline.mine
     assert view.other is pipeline.other
     assert view.scheduler.scheduler is not pipeline.scheduler
@@ -320,7 +362,9 @@ def test_what_cannot_be_isolated_is_named(tmp_path: Path) -> None:
     pipeline = tiny.FAMILIES["stable_diffusion"].build()
     with (tmp_path / "file").open("w") as file:
         pipeline.journal = {"open": [file]}
-        with pytest.raises(IsolationError, match=r"StableDiffusionPipeline\.journal\['open'\]\[0\]"):
+        with pytest.raises(
+            IsolationError, match=r"StableDiffusionPipeline\.journal\['open'\]\[0\]"
+        ):
             RequestScopedPipeline(pipeline).generate("x")
 
 
@@ -364,7 +408,9 @@ def test_with_cpu_offload_calls_take_turns_and_hooks_stay(monkeypatch: pytest.Mo
     pipeline._all_hooks = [hook]
     pipeline.transformer._hf_hook = hook
     monkeypatch.setattr(
-        DiffusionPipeline, "enable_model_cpu_offload", lambda *_, **__: pytest.fail("hooks were replaced")
+        DiffusionPipeline,
+        "enable_model_cpu_offload",
+        lambda *_, **__: pytest.fail("hooks were replaced"),
     )
     running, most = 0, 0
     real: Callable[..., Any] = pipeline.transformer.forward
@@ -381,7 +427,12 @@ def test_with_cpu_offload_calls_take_turns_and_hooks_stay(monkeypatch: pytest.Mo
     monkeypatch.setattr(pipeline.transformer, "forward", forward)
     scoped = RequestScopedPipeline(pipeline)
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda prompt: scoped.generate(prompt, num_inference_steps=2, **family.call), PROMPTS))
+        list(
+            pool.map(
+                lambda prompt: scoped.generate(prompt, num_inference_steps=2, **family.call),
+                PROMPTS,
+            )
+        )
     assert most == 1
     assert hook.offloads == len(PROMPTS)
     assert pipeline._all_hooks == [hook]
@@ -392,7 +443,8 @@ def test_with_cpu_offload_calls_take_turns_and_hooks_stay(monkeypatch: pytest.Mo
 
 
 def test_calls_run_side_by_side_after_the_first_one_too() -> None:
-    """diffusers leaves an empty hook registry on a model at its first `cache_context`: no reason to take turns."""
+    """diffusers leaves an empty hook registry on a model at its first `cache_context`: no reason to
+    take turns."""
     family = tiny.FAMILIES["flux"]
     pipeline = family.build()
     scoped = RequestScopedPipeline(pipeline)
@@ -401,7 +453,11 @@ def test_calls_run_side_by_side_after_the_first_one_too() -> None:
     real = pipeline.transformer.forward
     pipeline.transformer.forward = lambda *args, **kwargs: (both.wait(), real(*args, **kwargs))[1]
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda seed: scoped.generate(**family.arguments("x", seed=seed, steps=2)), range(2)))
+        list(
+            pool.map(
+                lambda seed: scoped.generate(**family.arguments("x", seed=seed, steps=2)), range(2)
+            )
+        )
 
 
 def test_a_feature_cache_does_not_leak_from_one_request_to_the_next() -> None:
@@ -422,17 +478,26 @@ def test_a_feature_cache_does_not_leak_from_one_request_to_the_next() -> None:
     assert np.abs(pipeline(**family.arguments("blue ring two"))[0] - expected).max() <= 1e-4
 
 
-@pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecated:FutureWarning")  # diffusers' own call of it
-def test_a_half_precision_autoencoder_that_calls_cast_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+# diffusers' own call of it
+@pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecated:FutureWarning")
+def test_a_half_precision_autoencoder_that_calls_cast_is_left_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     family = tiny.FAMILIES["stable_diffusion_xl"]
     pipeline = family.build()
     pipeline.vae.to(torch.float16)
     pipeline.vae.register_to_config(force_upcast=True)
     scoped = RequestScopedPipeline(pipeline)
     with ThreadPoolExecutor(4) as pool:
-        images = list(pool.map(lambda seed: scoped.generate(**family.arguments("x", seed=seed))[0], range(8)))
+        images = list(
+            pool.map(lambda seed: scoped.generate(**family.arguments("x", seed=seed))[0], range(8))
+        )
     assert all(np.isfinite(image).all() for image in images)
-    monkeypatch.setattr(type(pipeline.vae), "decode", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no memory")))
+    monkeypatch.setattr(
+        type(pipeline.vae),
+        "decode",
+        lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no memory")),
+    )
     with pytest.raises(RuntimeError, match="no memory"):
         scoped.generate(**family.arguments("x"))
     assert pipeline.vae.dtype == torch.float16
@@ -472,4 +537,7 @@ def test_proxies_of_a_view_copy_and_pickle() -> None:
     twin = copy.deepcopy(view.tokenizer)
     twin.padding_side = "left"
     assert pipeline.tokenizer.padding_side == "right"
-    assert repr(BaseAsyncScheduler(PNDMScheduler())) == "BaseAsyncScheduler(PNDMScheduler, 0 timesteps)"
+    assert (
+        repr(BaseAsyncScheduler(PNDMScheduler()))
+        == "BaseAsyncScheduler(PNDMScheduler, 0 timesteps)"
+    )

@@ -1,4 +1,5 @@
-"""The benchmark of the real server, less the server: arrivals, clients against a transport that answers as told, figures."""
+"""The benchmark of the real server, less the server: arrivals, clients against a transport that
+answers as told, figures."""
 
 from __future__ import annotations
 
@@ -44,7 +45,15 @@ T = TypeVar("T")
 SOLO = {kind: 0.01 * kind.steps for kind in KINDS}
 SHORT, LONG = KINDS[0], KINDS[-1]
 PICTURE = {"data": [{"b64_json": "/9j/4AAQ"}]}
-MODELS = {"data": [{"stepweave": {"certificates": [{"call": "transformer", "sample": "16", "state": "certified"}]}}]}
+MODELS = {
+    "data": [
+        {
+            "stepweave": {
+                "certificates": [{"call": "transformer", "sample": "16", "state": "certified"}]
+            }
+        }
+    ]
+}
 
 
 def alive() -> None:
@@ -54,7 +63,9 @@ def alive() -> None:
 class Fake:
     """Answers by the request's body; keeps the bodies it was sent."""
 
-    def __init__(self, answer: Callable[[dict[str, Any], int], httpx.Response], seconds: float = 0.0) -> None:
+    def __init__(
+        self, answer: Callable[[dict[str, Any], int], httpx.Response], seconds: float = 0.0
+    ) -> None:
         self.answer = answer
         self.seconds = seconds
         self.bodies: list[bytes] = []
@@ -71,7 +82,8 @@ class Fake:
 
 
 def exposition(count: int) -> str:
-    """A histogram in which a quarter of the errors is between -1 and 1 second, the others between 1 and 2."""
+    """A histogram in which a quarter of the errors is between -1 and 1 second, the others between 1
+    and 2."""
     name = "stepweave_eta_error_seconds"
     counts = {"-1.0": 0, "1.0": count / 4, "2.0": count, "+Inf": count}
     buckets = "".join(f'{name}_bucket{{le="{bound}"}} {n}\n' for bound, n in counts.items())
@@ -96,12 +108,15 @@ def drive(fake: Fake, work: Callable[[httpx.AsyncClient], Coroutine[Any, Any, T]
 
 def burst(count: int, kind: Kind = SHORT, deadline: float | None = None) -> list[Request]:
     bodies = [
-        json.dumps({"seed": i, "num_inference_steps": kind.steps, "size": kind.size}).encode() for i in range(count)
+        json.dumps({"seed": i, "num_inference_steps": kind.steps, "size": kind.size}).encode()
+        for i in range(count)
     ]
     return [Request(0.01 * i, kind, deadline, body) for i, body in enumerate(bodies)]
 
 
-def outcome(status: str, *, kind: Kind = SHORT, offset: float = 0.0, seconds: float = 1.0, **fields: Any) -> Outcome:
+def outcome(
+    status: str, *, kind: Kind = SHORT, offset: float = 0.0, seconds: float = 1.0, **fields: Any
+) -> Outcome:
     request = Request(offset, kind, fields.pop("deadline", None), b"")
     return Outcome(request, [Attempt(status, offset, seconds, **fields)])  # type: ignore[arg-type]
 
@@ -129,7 +144,9 @@ def test_bodies_say_what_the_request_is_and_kinds_are_dealt_evenly() -> None:
         else:
             assert request.deadline == body["deadline_ms"] / 1000
             assert request.deadline == pytest.approx(DEADLINE * SOLO[request.kind], abs=0.001)
-    assert sum(request.deadline is not None for request in requests) / len(requests) == pytest.approx(0.3, abs=0.04)
+    assert sum(request.deadline is not None for request in requests) / len(
+        requests
+    ) == pytest.approx(0.3, abs=0.04)
     assert all(request.deadline is None for request in islice(endless(1), 100))
 
 
@@ -145,14 +162,20 @@ def test_arrivals_do_not_wait_for_answers() -> None:
     assert [one.lag >= 0 for one in outcomes] == [True] * 10
 
 
-def test_every_contestant_is_sent_the_very_same_bodies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_contestant_is_sent_the_very_same_bodies(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     fakes = {"thrifty": Fake(picture), "fifo": Fake(picture, seconds=0.02)}
     scale = Scale(loads=(0.5, 1.0), seeds=(1, 2), seconds=0.5, deadlines=0.3, drain=60)
     report = Recorder(tmp_path / "out.json")
 
     async def run() -> None:
         contestants = [
-            Contestant(name, httpx.AsyncClient(base_url="http://fake", transport=httpx.MockTransport(fake)), alive)
+            Contestant(
+                name,
+                httpx.AsyncClient(base_url="http://fake", transport=httpx.MockTransport(fake)),
+                alive,
+            )
             for name, fake in fakes.items()
         ]
         await parts.policies(contestants, scale, Known(SOLO, 20), report)
@@ -164,11 +187,15 @@ def test_every_contestant_is_sent_the_very_same_bodies(tmp_path: Path, capsys: p
     assert set(runs) == {(load, name) for load in (0.5, 1.0) for name in fakes} and all(
         len(r) == 2 for r in runs.values()
     )
-    assert [one["sent"] for one in runs[1.0, "thrifty"]] == [one["sent"] for one in runs[1.0, "fifo"]]
+    assert [one["sent"] for one in runs[1.0, "thrifty"]] == [
+        one["sent"] for one in runs[1.0, "fifo"]
+    ]
     [forecasts] = content["sections"][-1]["tables"]
     assert [row["within 1 s"] for row in forecasts] == [0.25] * 4
     assert sum(row["jobs"] for row in forecasts) == 2 * len(fakes["thrifty"].bodies)
-    lines = [json.loads(line) for line in (tmp_path / "out.requests.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "out.requests.jsonl").read_text().splitlines()
+    ]
     assert len(lines) == 2 * len(fakes["thrifty"].bodies)
     assert "| fifo / thrifty |" in capsys.readouterr().out
 
@@ -204,23 +231,38 @@ def test_each_answer_is_counted_as_what_it_is() -> None:
 def test_a_refused_client_waits_as_told_and_sends_the_same_body_again() -> None:
     def answer(body: dict[str, Any], again: int) -> httpx.Response:
         """The first is let in at its second try, the second one at its third, the third never."""
-        return picture(body, again) if again > body["seed"] + 1 else error(429, "queue_full", **{"Retry-After": "0.1"})
+        return (
+            picture(body, again)
+            if again > body["seed"] + 1
+            else error(429, "queue_full", **{"Retry-After": "0.1"})
+        )
 
     fake = Fake(answer)
     outcomes = drive(fake, lambda client: offer(client, burst(3), alive, drain=60, returns=2))
     assert [[attempt.status for attempt in one.attempts] for one in outcomes] == [
-        ["refused", "answered"], ["refused", "refused", "answered"], ["refused", "refused", "refused"]
-    ]  # fmt: skip
+        ["refused", "answered"],
+        ["refused", "refused", "answered"],
+        ["refused", "refused", "refused"],
+    ]
     for one in outcomes:
-        gaps = [b.began - a.began - a.seconds for a, b in zip(one.attempts, one.attempts[1:], strict=False)]
+        gaps = [
+            b.began - a.began - a.seconds
+            for a, b in zip(one.attempts, one.attempts[1:], strict=False)
+        ]
         assert min(gaps) >= 0.1
     assert outcomes[1].latency == outcomes[1].finish - outcomes[1].request.offset >= 0.2
     row = returned(outcomes, "queue_full", 2)
-    assert (row["clients"], row["succeeded by return 1"], row["succeeded by return 2"]) == (3, 1 / 3, 2 / 3)
+    assert (row["clients"], row["succeeded by return 1"], row["succeeded by return 2"]) == (
+        3,
+        1 / 3,
+        2 / 3,
+    )
 
 
 def test_what_has_no_answer_in_time_is_cut_off() -> None:
-    outcomes = drive(Fake(picture, seconds=30), lambda client: offer(client, burst(3), alive, drain=0.2))
+    outcomes = drive(
+        Fake(picture, seconds=30), lambda client: offer(client, burst(3), alive, drain=0.2)
+    )
     assert [one.status for one in outcomes] == ["unfinished"] * 3
     assert summarise(outcomes, SOLO, 1)["unfinished"] == 1
 
@@ -232,8 +274,13 @@ def test_a_server_that_dies_ends_the_run_with_the_end_of_its_log(tmp_path: Path)
         process.wait()
     served = Served("fifo", "http://fake", process, log)
     began = time.monotonic()
-    with pytest.raises(BenchmarkError, match=r"'fifo' has ended with status 3.*\n.*first\nSegmentation fault"):
-        drive(Fake(picture, 3 * SECONDS), lambda client: offer(client, burst(3), served.check, drain=2 * SECONDS))
+    with pytest.raises(
+        BenchmarkError, match=r"'fifo' has ended with status 3.*\n.*first\nSegmentation fault"
+    ):
+        drive(
+            Fake(picture, 3 * SECONDS),
+            lambda client: offer(client, burst(3), served.check, drain=2 * SECONDS),
+        )
     with pytest.raises(BenchmarkError, match="status 3"):
         drive(
             Fake(picture, 3 * SECONDS),
@@ -263,21 +310,35 @@ def test_a_worker_that_dies_is_noticed_though_the_server_starts_another(tmp_path
 
 def test_the_closed_loop_counts_the_answers_after_its_ramp() -> None:
     fake = Fake(picture, seconds=0.05)
-    rate = drive(fake, lambda client: saturate(client, endless(1), alive, solo=SOLO, clients=4, ramp=0.2, seconds=0.5))
+    rate = drive(
+        fake,
+        lambda client: saturate(
+            client, endless(1), alive, solo=SOLO, clients=4, ramp=0.2, seconds=0.5
+        ),
+    )
     work = max(SOLO.values()) / (sum(SOLO.values()) / len(SOLO))  # of the dearest kind
     assert 0 < rate <= work * 4 * (0.5 / 0.05 + 1) / 0.5
     shorts = burst(8, SHORT) * 4
     among = {SHORT: 1.0, LONG: 3.0}
-    rate = drive(fake, lambda client: saturate(client, iter(shorts), alive, solo=among, clients=4, ramp=0, seconds=2))
+    rate = drive(
+        fake,
+        lambda client: saturate(
+            client, iter(shorts), alive, solo=among, clients=4, ramp=0, seconds=2
+        ),
+    )
     assert rate == 32 * 0.5 / 2
     with pytest.raises(BenchmarkError, match="refused: queue_full"):
         drive(
             Fake(lambda body, again: error(429, "queue_full")),
-            lambda client: saturate(client, endless(1), alive, solo=SOLO, clients=4, ramp=0, seconds=2),
+            lambda client: saturate(
+                client, endless(1), alive, solo=SOLO, clients=4, ramp=0, seconds=2
+            ),
         )
 
 
-def test_what_comes_first_warms_both_sizes_up_and_finds_solo_times_and_capacity(tmp_path: Path) -> None:
+def test_what_comes_first_warms_both_sizes_up_and_finds_solo_times_and_capacity(
+    tmp_path: Path,
+) -> None:
     fake = Fake(picture, seconds=0.01)
     scale = Scale((0.8,), (1,), 1, 0, ramp=0.05, capacity_seconds=0.2, solo_repeats=2)
 
@@ -293,7 +354,8 @@ def test_what_comes_first_warms_both_sizes_up_and_finds_solo_times_and_capacity(
 
 
 def test_overload_and_trace_are_reported(tmp_path: Path) -> None:
-    """A server with three places and ten pictures a second each; the trace is one that the simulator reads."""
+    """A server with three places and ten pictures a second each; the trace is one that the
+    simulator reads."""
     busy = 0
 
     async def serve(request: httpx.Request) -> httpx.Response:
@@ -321,14 +383,18 @@ def test_overload_and_trace_are_reported(tmp_path: Path) -> None:
 
     asyncio.run(run())
     content = json.loads((tmp_path / "out.json").read_text())["parts"]
-    about, leaving, coming, codes = [section["tables"][0] for section in content["overload"]["sections"]]
+    about, leaving, coming, codes = [
+        section["tables"][0] for section in content["overload"]["sections"]
+    ]
     assert [row["refusals"] > 0 for row in about] == [True, True]
     assert len(leaving) == len(coming) == 6
     assert about[1]["answered"] > about[0]["answered"]
     assert codes[0]["refused with"] == "queue_full"
     assert 0 < codes[0]["succeeded by return 1"] <= codes[0]["succeeded by return 2"] <= 1
     written = json.loads((tmp_path / "trace.json").read_text())
-    requests = poisson(parts.TRACE_LOAD * 30, 0.5, parts.TRACE_SEED, {kind: 1.0 for kind in KINDS}, 0.3)
+    requests = poisson(
+        parts.TRACE_LOAD * 30, 0.5, parts.TRACE_SEED, {kind: 1.0 for kind in KINDS}, 0.3
+    )
     assert [one["steps"] for one in written] == [request.kind.steps for request in requests]
     assert {*written[0]} >= {"offset", "size", "steps", "deadline", "priority", "latency"}
     assert len(read_trace(tmp_path / "trace.json")) == len(requests) > 3
@@ -350,18 +416,30 @@ def test_what_is_refused_or_missed_counts_against_a_contestant() -> None:
     ]
     found = summarise(outcomes, SOLO, 10)
     assert found["sent"] == 8
-    assert found["mean"] == pytest.approx((0.12 + 2.0 + 0.93) / 3) and found["p50"] == pytest.approx(0.93)
+    assert found["mean"] == pytest.approx((0.12 + 2.0 + 0.93) / 3) and found[
+        "p50"
+    ] == pytest.approx(0.93)
     assert found["within 3x solo"] == 1 / 8
     assert found["deadline hits"] == 1 / 5
-    shares = {name: found[name] for name in ("answered", "refused", "missed", "failed", "unfinished")}
-    assert shares == {"answered": 3 / 8, "refused": 2 / 8, "missed": 1 / 8, "failed": 1 / 8, "unfinished": 1 / 8}
+    shares = {
+        name: found[name] for name in ("answered", "refused", "missed", "failed", "unfinished")
+    }
+    assert shares == {
+        "answered": 3 / 8,
+        "refused": 2 / 8,
+        "missed": 1 / 8,
+        "failed": 1 / 8,
+        "unfinished": 1 / 8,
+    }
     assert found["throughput"] == 3 / 10
     assert summarise([outcome("answered", offset=9, seconds=11)], SOLO, 10)["throughput"] == 1 / 20
 
 
 def test_latency_counts_from_the_scheduled_arrival() -> None:
     late = Outcome(Request(1.0, SHORT, 0.5, b""), [Attempt("answered", 1.4, 0.2)])
-    assert late.latency == pytest.approx(0.6) and late.lag == pytest.approx(0.4) and not late.on_time
+    assert (
+        late.latency == pytest.approx(0.6) and late.lag == pytest.approx(0.4) and not late.on_time
+    )
 
 
 def test_figures_of_a_run_without_answers_are_left_out_of_medians() -> None:
@@ -369,12 +447,19 @@ def test_figures_of_a_run_without_answers_are_left_out_of_medians() -> None:
     assert over_seeds(runs, "mean") == Spread.of([2.0, 4.0])
     assert over_seeds([{"mean": None}], "mean") is None
     empty = summarise([], SOLO, 10)
-    assert (empty["sent"], empty["mean"], empty["refused"], empty["throughput"]) == (0, None, None, 0)
+    assert (empty["sent"], empty["mean"], empty["refused"], empty["throughput"]) == (
+        0,
+        None,
+        None,
+        0,
+    )
 
 
 def test_ratios_are_paired_by_seed() -> None:
     """The medians' ratio would be 2; seed by seed it is 1, 3 and 1."""
-    above, below = [[{"mean": mean} for mean in means] for means in ((2.0, 3.0, 10.0), (2.0, 1.0, 10.0))]
+    above, below = [
+        [{"mean": mean} for mean in means] for means in ((2.0, 3.0, 10.0), (2.0, 1.0, 10.0))
+    ]
     assert ratios(above, below, "mean") == Spread.of([1.0, 3.0, 1.0])
     assert ratios([{"mean": None}], [{"mean": 1.0}], "mean") is None
     with pytest.raises(ValueError):
@@ -390,9 +475,12 @@ def test_goodput_over_time_leaves_out_what_was_late() -> None:
     ]
     first, second = over_time(outcomes, 20, 10, capacity=0.1)
     assert first == {
-        "seconds": "0 to 10", "sent / capacity": 2.0, "goodput / capacity": 1.0, "refused / capacity": 0.0,
+        "seconds": "0 to 10",
+        "sent / capacity": 2.0,
+        "goodput / capacity": 1.0,
+        "refused / capacity": 0.0,
         "longest wait s": 5,
-    }  # fmt: skip
+    }
     assert (second["goodput / capacity"], second["refused / capacity"]) == (1.0, 1.0)
 
 
@@ -400,9 +488,12 @@ def test_the_error_of_forecasts_is_read_from_the_histogram() -> None:
     counts = Counter(eta_counts(exposition(40)))
     counts.subtract(eta_counts(exposition(20)))
     assert eta_figures(counts) == {
-        "jobs": 20, "p5 s": pytest.approx(-0.6), "p50 s": pytest.approx(4 / 3), "p95 s": pytest.approx(1 + 14 / 15),
+        "jobs": 20,
+        "p5 s": pytest.approx(-0.6),
+        "p50 s": pytest.approx(4 / 3),
+        "p95 s": pytest.approx(1 + 14 / 15),
         "within 1 s": 0.25,
-    }  # fmt: skip
+    }
     assert eta_counts("# TYPE other gauge\nother 1\n") == {}
     assert eta_figures({}) == {} == eta_figures(eta_counts(exposition(0)))
     assert eta_figures({-1.0: 4.0, 1.0: 4.0, math.inf: 8.0}) == {
@@ -414,25 +505,43 @@ def test_the_error_of_forecasts_is_read_from_the_histogram() -> None:
 
 
 def test_a_spread_says_extremes_of_few_values_and_quartiles_of_more() -> None:
-    shown = [str(Spread.of(values)) for values in ([2.0, 3.0, 10.0], [1.0, 2.0, 3.0, 4.0, 10.0], [3.0, 3.0])]
+    shown = [
+        str(Spread.of(values))
+        for values in ([2.0, 3.0, 10.0], [1.0, 2.0, 3.0, 4.0, 10.0], [3.0, 3.0])
+    ]
     assert shown == ["3 (2 to 10)", "3 (2 to 4)", "3"]
     assert Spread.known([None, 3.0]) == Spread.of([3.0]) and Spread.known([None]) is None
 
 
 def test_a_table_leaves_a_cell_empty_where_nothing_is_known_and_an_empty_one_out() -> None:
     rows: Sequence[Row] = [
-        {"name": "a", "x": 1.23456, "y": None}, {"name": "b", "x": None, "y": Spread.of([1.0, 1.0, 2.0])}
-    ]  # fmt: skip
+        {"name": "a", "x": 1.23456, "y": None},
+        {"name": "b", "x": None, "y": Spread.of([1.0, 1.0, 2.0])},
+    ]
     assert Part("About.", ([], rows)).markdown().splitlines() == [
-        "About.", "", "| name | x | y |", "| --- | --- | --- |", "| a | 1.23 |  |", "| b |  | 1 (1 to 2) |"
-    ]  # fmt: skip
+        "About.",
+        "",
+        "| name | x | y |",
+        "| --- | --- | --- |",
+        "| a | 1.23 |  |",
+        "| b |  | 1 (1 to 2) |",
+    ]
 
 
 @pytest.mark.parametrize(
     "argument",
-    ["--parts=all", "--contestants=fifo", "--contestants=thrifty,lifo", "--loads=0", "--deadlines=2", "--seconds=x"],
+    [
+        "--parts=all",
+        "--contestants=fifo",
+        "--contestants=thrifty,lifo",
+        "--loads=0",
+        "--deadlines=2",
+        "--seconds=x",
+    ],
 )
-def test_a_bad_argument_is_refused_by_name(capsys: pytest.CaptureFixture[str], argument: str) -> None:
+def test_a_bad_argument_is_refused_by_name(
+    capsys: pytest.CaptureFixture[str], argument: str
+) -> None:
     with pytest.raises(SystemExit):
         parse([argument])
     assert argument.partition("=")[0] in capsys.readouterr().err.splitlines()[-1]
@@ -440,10 +549,15 @@ def test_a_bad_argument_is_refused_by_name(capsys: pytest.CaptureFixture[str], a
 
 def test_a_quick_run_is_small_and_the_default_one_has_every_policy_and_mode() -> None:
     quick, whole = scale_of(parse(["--quick"])), scale_of(parse([]))
-    assert len(quick.loads) * len(quick.seeds) == 1 and quick.overload_seconds < whole.overload_seconds
+    assert (
+        len(quick.loads) * len(quick.seeds) == 1 and quick.overload_seconds < whole.overload_seconds
+    )
     assert (whole.loads, len(whole.seeds)) == ((0.6, 0.8), 3)
     assert next(iter(CONTESTANTS)) == DEFAULT and set(parse([]).contestants) == set(CONTESTANTS)
-    assert all(settings.keys() <= {"STEPWEAVE_BATCHING", "STEPWEAVE_POLICY"} for settings in CONTESTANTS.values())
+    assert all(
+        settings.keys() <= {"STEPWEAVE_BATCHING", "STEPWEAVE_POLICY"}
+        for settings in CONTESTANTS.values()
+    )
 
 
 def test_the_client_imports_no_torch() -> None:

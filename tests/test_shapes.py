@@ -55,8 +55,12 @@ def painted(
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("box", "size"), [((11, 11, 53, 53), "large"), ((22, 22, 42, 42), "small")])
-def test_the_checker_sees_what_was_painted(shape: str, box: tuple[int, int, int, int], size: str) -> None:
+@pytest.mark.parametrize(
+    ("box", "size"), [((11, 11, 53, 53), "large"), ((22, 22, 42, 42), "small")]
+)
+def test_the_checker_sees_what_was_painted(
+    shape: str, box: tuple[int, int, int, int], size: str
+) -> None:
     seen = look(painted(shape, box))
     assert (seen.colour, seen.background, seen.shape, seen.size) == ("red", "blue", shape, size)
     assert (seen.horizontal, seen.vertical) == ("", "")
@@ -65,7 +69,10 @@ def test_the_checker_sees_what_was_painted(shape: str, box: tuple[int, int, int,
 def test_the_checker_finds_fault() -> None:
     picture = painted("circle", (4, 40, 24, 60))
     assert wrong_parts(picture, "a small red circle on a blue background, bottom left") == []
-    assert wrong_parts(picture, "a small red circle on a blue background") == ["horizontal", "vertical"]
+    assert wrong_parts(picture, "a small red circle on a blue background") == [
+        "horizontal",
+        "vertical",
+    ]
     assert wrong_parts(picture, "a large green star on a white background, bottom left") == [
         "background", "colour", "shape", "size",
     ]  # fmt: skip
@@ -73,23 +80,44 @@ def test_the_checker_finds_fault() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     assert look(Image.fromarray(noise)).colour == ""
     assert wrong_parts(Image.fromarray(noise), "a large red circle on a blue background")
-    blurred = painted("star", (22, 22, 42, 42)).resize((8, 8), Image.Resampling.BOX).resize((64, 64))
+    blurred = (
+        painted("star", (22, 22, 42, 42)).resize((8, 8), Image.Resampling.BOX).resize((64, 64))
+    )
     assert wrong_parts(blurred, "a small red star on a blue background")
 
 
 def test_expectations_are_read_from_the_prompt() -> None:
     assert expected("a large red circle on a blue background, top left") == {
-        "colour": "red", "background": "blue", "shape": "circle", "size": "large", "horizontal": "left", "vertical": "top",
-    }  # fmt: skip
+        "colour": "red",
+        "background": "blue",
+        "shape": "circle",
+        "size": "large",
+        "horizontal": "left",
+        "vertical": "top",
+    }
     assert "background" not in expected("a red star on a plain background")
-    assert expected("star on an orange") == {"shape": "star", "background": "orange", "horizontal": "", "vertical": ""}
-    assert expected("red star") == {"colour": "red", "shape": "star", "horizontal": "", "vertical": ""}
+    assert expected("star on an orange") == {
+        "shape": "star",
+        "background": "orange",
+        "horizontal": "",
+        "vertical": "",
+    }
+    assert expected("red star") == {
+        "colour": "red",
+        "shape": "star",
+        "horizontal": "",
+        "vertical": "",
+    }
 
 
 def test_training_pictures_satisfy_the_checker() -> None:
     rng = np.random.default_rng(1)
     scenes = [sample_scene(rng) for _ in range(400)]
-    wrong = [scene for scene in scenes if wrong_parts(Image.fromarray(draw(scene)), canonical_prompt(scene))]
+    wrong = [
+        scene
+        for scene in scenes
+        if wrong_parts(Image.fromarray(draw(scene)), canonical_prompt(scene))
+    ]
     assert len(wrong) <= 4
 
 
@@ -98,23 +126,42 @@ def test_every_prompt_fits_into_the_tokens() -> None:
     rng = np.random.default_rng(2)
     prompts = [sample_prompt(sample_scene(rng), rng) for _ in range(3000)]
     assert max(len(ids) for ids in tokenizer(prompts).input_ids) <= tokenizer.model_max_length
-    assert len({tuple(tokenizer(word).input_ids) for word in (*COLOURS, *SHAPES)}) == len(COLOURS) + len(SHAPES)
+    assert len({tuple(tokenizer(word).input_ids) for word in (*COLOURS, *SHAPES)}) == len(
+        COLOURS
+    ) + len(SHAPES)
 
 
 @pytest.mark.full
 @pytest.mark.timeout(3600)  # it trains, in small, several times
 def test_training_resumes_where_it_stood(tmp_path: Path) -> None:
-    """Three stages of a few steps: interrupted in the second and started again, the weights equal those of one go."""
+    """Three stages of a few steps: interrupted in the second and started again, the weights equal
+    those of one go."""
 
     def train(work: str, transformer_steps: int) -> Path:
         target = tmp_path / f"{work}-model"
         command = [
-            sys.executable, "-m", "tools.shapes.train", "--device", "cpu",
-            "--work", str(tmp_path / work), "--output", str(target),
-            "--autoencoder-steps", "1", "--scenes", "64", "--decoder-steps", "1", "--transformer-steps", str(transformer_steps),
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "tools.shapes.train",
+            "--device",
+            "cpu",
+            "--work",
+            str(tmp_path / work),
+            "--output",
+            str(target),
+            "--autoencoder-steps",
+            "1",
+            "--scenes",
+            "64",
+            "--decoder-steps",
+            "1",
+            "--transformer-steps",
+            str(transformer_steps),
+        ]
         environment = clean_environment(OMP_NUM_THREADS="1")
-        subprocess.run(command, cwd=ROOT, check=True, env=environment, capture_output=True, timeout=3 * SECONDS)
+        subprocess.run(
+            command, cwd=ROOT, check=True, env=environment, capture_output=True, timeout=3 * SECONDS
+        )
         return target / "transformer" / "diffusion_pytorch_model.safetensors"
 
     whole = train("whole", 3)
@@ -141,7 +188,11 @@ def test_the_card_holds_the_evaluation() -> None:
 
 
 def check_quality(
-    pipeline: StableDiffusion3Pipeline, count: int, seed: int, colours: float = 98, whole: float = 90
+    pipeline: StableDiffusion3Pipeline,
+    count: int,
+    seed: int,
+    colours: float = 98,
+    whole: float = 90,
 ) -> None:
     rng = random.Random(seed)
     prompts = [evaluate.random_prompt(rng) for _ in range(count)]
@@ -187,5 +238,10 @@ def test_missing_parts_are_tolerated(pipeline: StableDiffusion3Pipeline) -> None
 
 def test_the_default_call_of_diffusers_works_too(pipeline: StableDiffusion3Pipeline) -> None:
     prompt = "a large red circle on a blue background"
-    answer = pipeline(prompt, num_inference_steps=20, guidance_scale=2.0, generator=torch.Generator().manual_seed(0))
+    answer = pipeline(
+        prompt,
+        num_inference_steps=20,
+        guidance_scale=2.0,
+        generator=torch.Generator().manual_seed(0),
+    )
     assert wrong_parts(answer.images[0], prompt) == []

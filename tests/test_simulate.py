@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 
 from benchmarks.simulate import CURVE, MIX, order
-from benchmarks.simulation.arrivals import Arrival, arrivals, capacity, parse_mix, read_trace, with_deadlines
+from benchmarks.simulation.arrivals import (
+    Arrival,
+    arrivals,
+    capacity,
+    parse_mix,
+    read_trace,
+    with_deadlines,
+)
 from benchmarks.simulation.bound import least_mean_latency
 from benchmarks.simulation.curves import Curves, least_work
 from benchmarks.simulation.figures import Figures
@@ -43,26 +50,34 @@ def simulate(requests: list[Arrival], policy: Policy) -> Run:
 
 def test_one_job_takes_its_time_alone() -> None:
     run = simulate([Arrival(3.0, "512x512", 4), Arrival(100.0, "1024x1024", 28)], DEFAULT)
-    assert [one.finished for one in run.outcomes] == pytest.approx([3 + 4 * 0.167, 100 + 28 * 0.243])
+    assert [one.finished for one in run.outcomes] == pytest.approx(
+        [3 + 4 * 0.167, 100 + 28 * 0.243]
+    )
     assert (run.forwards, run.rows, run.switches) == (32, 32, 2)
 
 
 def test_jobs_of_a_kind_share_forwards() -> None:
     run = simulate([Arrival(0.0, "512x512", 4)] * 3, DEFAULT)
     assert [one.finished for one in run.outcomes] == pytest.approx([4 * 0.186] * 3)
-    capped = World([Arrival(0.0, "512x512", 4)] * 3, CURVES, POLICIES["keyed_fifo"], cap=fixed(2)).simulate()
+    capped = World(
+        [Arrival(0.0, "512x512", 4)] * 3, CURVES, POLICIES["keyed_fifo"], cap=fixed(2)
+    ).simulate()
     assert capped.end == pytest.approx(6 * 0.183)
 
 
 def test_a_job_that_comes_during_a_forward_joins_the_next() -> None:
     run = simulate([Arrival(0.0, "512x512", 4), Arrival(0.1, "512x512", 4)], DEFAULT)
-    assert [one.finished for one in run.outcomes] == pytest.approx([0.167 + 3 * 0.183, 0.167 + 3 * 0.183 + 0.167])
+    assert [one.finished for one in run.outcomes] == pytest.approx(
+        [0.167 + 3 * 0.183, 0.167 + 3 * 0.183 + 0.167]
+    )
 
 
 def test_encoders_and_decoders_run_once() -> None:
     encoder, denoiser, decoder = Key("text_encoder", 16), Key("transformer", 64), Key("vae", 64)
     demand = Demand(1, (Load(encoder, 2),), (Load(denoiser, 2),), (Load(decoder, 1),))
-    curves = Curves("", "", {encoder: {2: 0.5}, denoiser: {2: 1.0}, decoder: {1: 0.25}}, {"8x8": demand})
+    curves = Curves(
+        "", "", {encoder: {2: 0.5}, denoiser: {2: 1.0}, decoder: {1: 0.25}}, {"8x8": demand}
+    )
     requests = [Arrival(0.0, "8x8", 3)]
     run = World(requests, curves, DEFAULT).simulate()
     assert run.outcomes[0].latency == run.outcomes[0].solo == pytest.approx(3.75)
@@ -76,7 +91,9 @@ def test_all_are_served_and_none_beats_the_bound(name: str) -> None:
         run = simulate(requests, EVERY[name])
         assert all(one.finished is not None for one in run.outcomes)
         assert run.rows == sum(request.steps for request in requests)
-        assert all(one.latency >= one.solo - 1e-6 for one in run.outcomes if one.latency is not None)
+        assert all(
+            one.latency >= one.solo - 1e-6 for one in run.outcomes if one.latency is not None
+        )
         assert Figures.of(run).mean >= least_mean_latency(requests, CURVES, COST)
         assert run.busy <= run.end
 
@@ -99,12 +116,16 @@ def test_arrivals_come_at_the_rate_asked_for(burst: float) -> None:
     requests = arrivals(SHAPES, 2.0, 20_000, seed=0, burst=burst)
     assert requests[-1].offset == pytest.approx(10_000, rel=0.1)
     assert len({request.offset for request in requests}) == pytest.approx(20_000 / burst, rel=0.1)
-    assert np.mean([request.size == "512x512" for request in requests]) == pytest.approx(0.5, abs=0.02)
+    assert np.mean([request.size == "512x512" for request in requests]) == pytest.approx(
+        0.5, abs=0.02
+    )
 
 
 def test_capacity_is_that_of_the_best_groups() -> None:
     assert capacity(parse_mix("512x512:10:1"), CURVES, COST) == pytest.approx(16 / (10 * 0.832))
-    assert capacity(parse_mix("512x512:10:50,1024x1024:10:50"), CURVES, COST) == pytest.approx(0.2 / (0.052 + 0.237))
+    assert capacity(parse_mix("512x512:10:50,1024x1024:10:50"), CURVES, COST) == pytest.approx(
+        0.2 / (0.052 + 0.237)
+    )
 
 
 def test_traces(tmp_path: Path) -> None:
@@ -129,7 +150,9 @@ def test_deadlines_count_from_the_request() -> None:
 class OneAtATime:
     """Lets in one job; the others are to come again in 1.5 s."""
 
-    def enter(self, token: Hashable, task: Task, inside: Sequence[Task], now: float) -> float | None:
+    def enter(
+        self, token: Hashable, task: Task, inside: Sequence[Task], now: float
+    ) -> float | None:
         return 1.5 if inside else None
 
     def leave(self) -> None:
@@ -145,7 +168,10 @@ def test_refused_clients_come_back_when_told() -> None:
         assert np.diff(one.asked) == pytest.approx(1.5)
     figures = Figures.of(run)
     again = sum(len(one.asked) - 1 for one in run.outcomes)
-    assert figures.retries == sum(len(one.asked) > 1 and one.finished is not None for one in run.outcomes) / again
+    assert (
+        figures.retries
+        == sum(len(one.asked) > 1 and one.finished is not None for one in run.outcomes) / again
+    )
     assert (Figures.of(run, 1.5).kept, Figures.of(run, 1).kept) == (figures.retries, None)
     assert 0 < figures.refused < 1 and figures.told == 1.5
     assert figures.inside == pytest.approx(4 * 0.167) and figures.inside < figures.mean
@@ -153,16 +179,27 @@ def test_refused_clients_come_back_when_told() -> None:
 
 def test_admission_bounds_the_wait_under_overload() -> None:
     requests = poisson(1.5, 300, seed=1)
-    run = World(requests, CURVES, DEFAULT, door=Reception(CURVES, 16, rank, 100), attempts=3).simulate()
+    run = World(
+        requests, CURVES, DEFAULT, door=Reception(CURVES, 16, rank, 100), attempts=3
+    ).simulate()
     figures, unbounded = Figures.of(run), Figures.of(simulate(requests, DEFAULT))
     assert figures.refused > 0.1
     assert figures.inside < unbounded.mean / 2
-    assert sum(one.finished is not None for one in run.outcomes) == round((1 - figures.refused) * 300)
+    assert sum(one.finished is not None for one in run.outcomes) == round(
+        (1 - figures.refused) * 300
+    )
 
 
 def test_jobs_are_forecast_in_the_order_of_their_policy() -> None:
     names = ("thrifty", "aged@3", "sticky", "fifo", "keyed_fifo@4", "round_robin")
-    assert [order(name) for name in names] == [rank, aged_rank, rank, by_arrival, by_arrival, by_arrival]
+    assert [order(name) for name in names] == [
+        rank,
+        aged_rank,
+        rank,
+        by_arrival,
+        by_arrival,
+        by_arrival,
+    ]
 
 
 def test_the_default_beats_head_of_line_blocking() -> None:
@@ -180,13 +217,25 @@ def test_variants_are_the_default_but_for_one_rule() -> None:
     requests = with_deadlines(poisson(1.2, 150, 1), CURVES, COST, 0.3, 4, seed=1)
     same = Figures.of(simulate(requests, changed()))
     assert same == Figures.of(simulate(requests, DEFAULT))
-    assert [name for name, one in VARIANTS.items() if Figures.of(simulate(requests, one)) == same] == []
+    assert [
+        name for name, one in VARIANTS.items() if Figures.of(simulate(requests, one)) == same
+    ] == []
     with pytest.raises(AttributeError, match="PATIENT"):
         changed(PATIENT=1)
 
 
 def test_it_runs_from_the_command_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.simulate", "--loads", "0.5,0.8", "--seeds", "2", "--jobs", "40"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.simulate",
+        "--loads",
+        "0.5,0.8",
+        "--seeds",
+        "2",
+        "--jobs",
+        "40",
+    ]
     command += ["--deadlines", "0.5:3", "--policies", "thrifty,fifo,fifo@8", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True)
     assert "| fifo@8 |" in done.stdout and "published curve" in done.stdout

@@ -30,7 +30,10 @@ def test_it_tells_how_far_loading_is_and_finishes_work_on_sigterm(tmp_path: Path
 
         def look() -> bool:
             try:
-                live, ready = (httpx.get(f"{server.url}{path}", timeout=SECONDS) for path in ("/livez", "/readyz"))
+                live, ready = (
+                    httpx.get(f"{server.url}{path}", timeout=SECONDS)
+                    for path in ("/livez", "/readyz")
+                )
             except httpx.TransportError:
                 return False
             assert live.status_code == 200
@@ -58,13 +61,18 @@ def test_the_log_names_the_address_that_is_bound_and_warns_where_it_is_open(
     host: str | None, settings: dict[str, str], bound: str, tmp_path: Path
 ) -> None:
     with serve(tmp_path / "log.txt", host=host, **settings) as server:
-        wait_until(lambda: server.process.poll() is not None or "listening on " in server.log.read_text())
+        wait_until(
+            lambda: server.process.poll() is not None or "listening on " in server.log.read_text()
+        )
         # what follows it, once the model is being loaded
-        wait_until(lambda: server.process.poll() is not None or "importing:" in server.log.read_text())
+        wait_until(
+            lambda: server.process.poll() is not None or "importing:" in server.log.read_text()
+        )
         log = server.log.read_text()
     assert f"[stepweave.listening] listening on {bound}:{server.port}\n" in log, log
     warning = (
-        f"{bound}:{server.port} is open to other machines, and no keys are set: set STEPWEAVE_API_KEYS, or listen with"
+        f"{bound}:{server.port} is open to other machines, and no keys are set: set "
+        f"STEPWEAVE_API_KEYS, or listen with"
     )
     assert (warning in log) == (bound == "0.0.0.0"), log
 
@@ -107,14 +115,17 @@ def test_a_port_in_use_is_told_in_one_line() -> None:
         status, output = start_and_fail(port)
     assert status == 1
     assert output.splitlines()[-1] == (
-        f"stepweave: port {port} of 127.0.0.1 is in use by another process; stop that, or choose another port "
+        f"stepweave: port {port} of 127.0.0.1 is in use by another process; stop that, or choose "
+        f"another port "
         "(`bentoml serve --port N`, `make serve PORT=N`)"
     )
     assert "Traceback" not in output
 
 
 @pytest.mark.parametrize("what", [pytest.param("model", marks=pytest.mark.full), "state"])
-def test_a_server_that_cannot_start_ends_the_command_where_a_setting_says_so(tmp_path: Path, what: str) -> None:
+def test_a_server_that_cannot_start_ends_the_command_where_a_setting_says_so(
+    tmp_path: Path, what: str
+) -> None:
     """A process manager would restart it, and shows the last line."""
     settings = {"STEPWEAVE_EXIT_ON_FAILURE": "true"}
     if what == "model":
@@ -143,10 +154,15 @@ def test_a_model_that_cannot_be_loaded_says_so(tmp_path: Path) -> None:
             return response.json()["stage"] == "failed"
 
         wait_until(failed)
-        assert response.status_code == httpx.get(f"{server.url}/livez", timeout=SECONDS).status_code == 503
+        assert (
+            response.status_code
+            == httpx.get(f"{server.url}/livez", timeout=SECONDS).status_code
+            == 503
+        )
         message = response.json()["error"]["message"]
         assert message == (
-            "The server is not ready: failed, the model 'model' cannot be loaded: model_index.json is missing: the model's "
+            "The server is not ready: failed, the model 'model' cannot be loaded: model_index.json "
+            "is missing: the model's "
             "directory is not that of a diffusers pipeline; `save_pretrained` writes one."
         )
         assert message.split("failed, ")[1].rstrip(".") in server.log.read_text().splitlines()[-1]
@@ -157,15 +173,21 @@ def bento(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]
     home = tmp_path_factory.mktemp("bentoml")
     built = subprocess.run(
         [str(Path(sys.executable).with_name("bentoml")), "build", "--output", "tag"],
-        cwd=ROOT, env=clean_environment(BENTOML_HOME=str(home)), capture_output=True, text=True, timeout=SECONDS,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=clean_environment(BENTOML_HOME=str(home)),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
     assert built.returncode == 0, built.stderr
     (tag,) = re.findall(r"stepweave:\w+", built.stdout)
     yield home, tag
 
 
 @pytest.mark.full
-def test_the_built_bento_serves_from_an_empty_directory(bento: tuple[Path, str], tmp_path: Path) -> None:
+def test_the_built_bento_serves_from_an_empty_directory(
+    bento: tuple[Path, str], tmp_path: Path
+) -> None:
     home, tag = bento
     (tmp_path / "empty").mkdir()
     (folder,) = (home / "bentos" / "stepweave").glob("*/")
@@ -174,10 +196,17 @@ def test_the_built_bento_serves_from_an_empty_directory(bento: tuple[Path, str],
     assert "torch==" in (folder / "env" / "python" / "requirements.txt").read_text()
     preset = folder / "src" / "models" / "shapes" / "stepweave.json"
     preset.write_text(preset.read_text().replace('"shapes"', '"copy-in-the-bento"'))
-    with serve(tmp_path / "log.txt", tag, tmp_path / "empty", BENTOML_HOME=str(home), PYTHONPATH="") as server:
+    with serve(
+        tmp_path / "log.txt", tag, tmp_path / "empty", BENTOML_HOME=str(home), PYTHONPATH=""
+    ) as server:
         server.wait_until_ready()
-        response = httpx.post(f"{server.url}/generate", json={"prompt": PROMPT, "seed": 7}, timeout=SECONDS)
+        response = httpx.post(
+            f"{server.url}/generate", json={"prompt": PROMPT, "seed": 7}, timeout=SECONDS
+        )
         assert wrong_parts(Image.open(io.BytesIO(response.content)), PROMPT) == []
         # its own copy, not the one this test runs from
-        assert httpx.get(f"{server.url}/v1/models", timeout=SECONDS).json()["data"][0]["id"] == "copy-in-the-bento"
+        assert (
+            httpx.get(f"{server.url}/v1/models", timeout=SECONDS).json()["data"][0]["id"]
+            == "copy-in-the-bento"
+        )
         assert server.stop() == 0

@@ -1,4 +1,5 @@
-"""The step engine and its other modes: results, ends, errors, bounds; nothing lost, nothing left behind."""
+"""The step engine and its other modes: results, ends, errors, bounds; nothing lost, nothing left
+behind."""
 
 from __future__ import annotations
 
@@ -96,7 +97,8 @@ def count(engine: StepEngine, **jobs: int) -> None:
 
 
 class Gate:
-    """A callback that holds its job after its first step until it is opened, and counts the steps."""
+    """A callback that holds its job after its first step until it is opened, and counts the
+    steps."""
 
     def __init__(self, closed: bool = True) -> None:
         self.steps = 0
@@ -105,7 +107,9 @@ class Gate:
         if not closed:
             self._open.set()
 
-    def __call__(self, pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+    def __call__(
+        self, pipeline: Any, step: int, timestep: Any, values: dict[str, Any]
+    ) -> dict[str, Any]:
         self.steps += 1
         self.reached.set()
         assert self._open.wait(SECONDS)
@@ -119,7 +123,8 @@ class Gate:
 
 
 class Wave(nn.Module):
-    """A network of any width, the cheapest there is. `watch` is called with the rows of every forward, shared ones too."""
+    """A network of any width, the cheapest there is. `watch` is called with the rows of every
+    forward, shared ones too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -171,7 +176,8 @@ def seeded(seed: int = 0, **changes: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def held(engine: StepEngine, **arguments: Any) -> Iterator[Job]:
-    """A job that holds the engine's thread within the block, so that jobs submitted there start together at its end."""
+    """A job that holds the engine's thread within the block, so that jobs submitted there start
+    together at its end."""
     gate = Gate()
     job = engine.submit(**arguments, callback_on_step_end=gate)
     gate.wait()
@@ -190,13 +196,18 @@ def test_a_job_returns_exactly_what_the_call_returns(sd3: Any, mode: Mode) -> No
         output = engine.submit(**SD3.arguments("a red circle", seed=3)).result(SECONDS)
         assert type(output) is type(sd3(**SD3.arguments("a red circle", steps=1)))
         assert np.array_equal(output.images, plain(SD3, seed=3))
-        (images,) = engine.submit(**SD3.arguments("a red circle", seed=3, return_dict=False)).result(SECONDS)
+        (images,) = engine.submit(
+            **SD3.arguments("a red circle", seed=3, return_dict=False)
+        ).result(SECONDS)
         assert np.array_equal(images, plain(SD3, seed=3))
 
 
 @every_mode
 def test_jobs_in_company_return_what_the_calls_return(sd3: Any, mode: Mode) -> None:
-    requests = [{"prompt": f"a {'very ' * (i % 3)}red circle", "seed": i, "steps": 2 + i % 3} for i in range(12)]
+    requests = [
+        {"prompt": f"a {'very ' * (i % 3)}red circle", "seed": i, "steps": 2 + i % 3}
+        for i in range(12)
+    ]
     with StepEngine(sd3, mode=mode) as engine:
         jobs = [engine.submit(**SD3.arguments(**request)) for request in requests]
         for job, request in zip(jobs, requests, strict=True):
@@ -213,7 +224,12 @@ def test_arguments_may_be_positional_and_the_scheduler_the_jobs_own(sd3: Any) ->
     del arguments["prompt"]
     expected = plain(family)
     with StepEngine(pipeline) as engine:
-        assert difference(engine.submit("a red circle", **arguments | fresh()).result(SECONDS), expected) == 0
+        assert (
+            difference(
+                engine.submit("a red circle", **arguments | fresh()).result(SECONDS), expected
+            )
+            == 0
+        )
         pipeline.scheduler, theirs = own, pipeline.scheduler
         other = np.asarray(pipeline("a red circle", **arguments | fresh())[0])
         pipeline.scheduler = theirs
@@ -374,7 +390,9 @@ def test_a_running_job_is_cancelled_at_its_next_step(mode: Mode) -> None:
         gate.open()
         assert isinstance(job.exception(SECONDS), Cancelled)
         assert gate.steps == 1
-        assert torch.equal(other.result(SECONDS)[0], pipeline(**seeded(5, num_inference_steps=5))[0])
+        assert torch.equal(
+            other.result(SECONDS)[0], pipeline(**seeded(5, num_inference_steps=5))[0]
+        )
 
 
 @every_mode
@@ -387,7 +405,9 @@ def test_a_running_job_past_its_deadline_ends_at_its_next_step(mode: Mode) -> No
 
     with StepEngine(toy(), mode=mode, threads=1) as engine:
         with held(engine, **seeded()):
-            job = engine.submit(**seeded(num_inference_steps=1000, callback_on_step_end=callback), deadline=1000.0)
+            job = engine.submit(
+                **seeded(num_inference_steps=1000, callback_on_step_end=callback), deadline=1000.0
+            )
         with pytest.raises(DeadlineExceeded, match="1000 s"):
             job.result(SECONDS)
         assert len(steps) == 1
@@ -440,7 +460,9 @@ def test_an_error_of_a_callback_fails_its_own_job_with_its_own_type(sd3: Any, mo
         with held(engine, **SD3.arguments("x")):
             callbacks = [None, fail, None, None, fail, None]
             jobs = [
-                engine.submit(**SD3.arguments("a red circle", seed=i, callback_on_step_end=callback))
+                engine.submit(
+                    **SD3.arguments("a red circle", seed=i, callback_on_step_end=callback)
+                )
                 for i, callback in enumerate(callbacks)
             ]
         for i, (job, callback) in enumerate(zip(jobs, callbacks, strict=True)):
@@ -507,7 +529,9 @@ class DeafLoop(Toy):
 
 @every_mode
 @pytest.mark.parametrize("kind", [Deaf, DeafLoop])
-def test_no_pipeline_that_catches_exceptions_swallows_a_cancellation(mode: Mode, kind: type[Toy]) -> None:
+def test_no_pipeline_that_catches_exceptions_swallows_a_cancellation(
+    mode: Mode, kind: type[Toy]
+) -> None:
     gate = Gate()
     with StepEngine(toy(kind), mode=mode) as engine:
         job = engine.submit(**seeded(num_inference_steps=1000, callback_on_step_end=gate))
@@ -582,7 +606,9 @@ def test_what_would_end_a_thread_ends_the_job_only(mode: Mode, kind: type[BaseEx
             jobs = [engine.submit(**seeded(i)) for i in range(3)]
             leaving = engine.submit(**seeded(callback_on_step_end=leave))
         error = leaving.exception(SECONDS)
-        assert isinstance(error, StepweaveError), "or result() would end the thread that waits for it"
+        assert isinstance(error, StepweaveError), (
+            "or result() would end the thread that waits for it"
+        )
         assert kind.__name__ in error.message
         assert isinstance(error.__cause__, kind)
         for i, job in enumerate([*jobs, engine.submit(**seeded(3))]):
@@ -681,13 +707,17 @@ class Guided(Toy):
 
 
 class GuidedWave(Wave):
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, guide: Any = None) -> torch.Tensor:
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, guide: Any = None
+    ) -> torch.Tensor:
         knot = guide["knot"] if isinstance(guide, dict) else guide
         return super().forward(sample * knot.scale, timestep)
 
 
 @pytest.mark.parametrize("guide", [Knot(), {"knot": Knot()}], ids=["bare", "in a dictionary"])
-def test_arguments_of_any_kind_are_passed_on_and_may_be_shared(guide: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_of_any_kind_are_passed_on_and_may_be_shared(
+    guide: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Guided, "guide", guide, raising=False)
     pipeline = Guided(GuidedWave().eval())
     expected = [pipeline(**seeded(i))[0] for i in range(4)]
@@ -715,7 +745,9 @@ def test_a_callback_may_call_the_pipeline() -> None:
             others = [engine.submit(**seeded(i)) for i in range(3)]
         found.append(job.result(SECONDS)[0])
         assert all(other.exception(SECONDS) is None for other in others)
-    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(found, expected, strict=True))
+    assert all(
+        torch.allclose(one, other, atol=1e-5) for one, other in zip(found, expected, strict=True)
+    )
 
 
 # --- many jobs ---
@@ -776,7 +808,9 @@ def test_nothing_grows_with_the_number_of_jobs(mode: Mode) -> None:
         with held(engine, **seeded()):
             jobs = [engine.submit(**seeded(i, width=4 + i % 2)) for i in range(180)]
             jobs += [engine.submit(**seeded(i, callback_on_step_end=fail)) for i in range(10)]
-            endless = [engine.submit(**seeded(i, num_inference_steps=10_000_000)) for i in range(10)]
+            endless = [
+                engine.submit(**seeded(i, num_inference_steps=10_000_000)) for i in range(10)
+            ]
         wait_until(lambda: endless[0].progress.step)
         for job in endless:
             job.cancel()
@@ -793,9 +827,13 @@ def test_nothing_grows_with_the_number_of_jobs(mode: Mode) -> None:
 
 @every_mode
 def test_in_a_storm_every_job_ends_as_it_should(mode: Mode) -> None:
-    """Submissions, cancellations, deadlines and errors from many threads, and a close in the midst of it."""
+    """Submissions, cancellations, deadlines and errors from many threads, and a close in the midst
+    of it."""
     pipeline = toy()
-    expected = [[pipeline(**seeded(i, width=w, num_inference_steps=5))[0] for i in range(10)] for w in (4, 6)]
+    expected = [
+        [pipeline(**seeded(i, width=w, num_inference_steps=5))[0] for i in range(10)]
+        for w in (4, 6)
+    ]
     ended: list[tuple[Job, int, int, str]] = []
 
     def fail(*_: Any) -> None:
@@ -820,12 +858,20 @@ def test_in_a_storm_every_job_ends_as_it_should(mode: Mode) -> None:
             if chance.random() < 0.3:
                 job.exception(SECONDS)
 
-    with StepEngine(pipeline, mode=mode, max_jobs=8, max_rows=8) as engine, ThreadPoolExecutor(4) as pool:
+    with (
+        StepEngine(pipeline, mode=mode, max_jobs=8, max_rows=8) as engine,
+        ThreadPoolExecutor(4) as pool,
+    ):
         threads = [pool.submit(submit, i) for i in range(4)]
         wait_until(lambda: len(ended) > 400)
         engine.close()
         assert [thread.result(SECONDS) for thread in threads] == [None] * 4
-    fates = {"ends": set(), "fails": {Own}, "is cancelled": {Cancelled}, "is late": {DeadlineExceeded}}
+    fates = {
+        "ends": set(),
+        "fails": {Own},
+        "is cancelled": {Cancelled},
+        "is late": {DeadlineExceeded},
+    }
     for job, seed, width, fate in ended:
         error = job.exception(0)
         if error is None:
@@ -844,7 +890,9 @@ def test_calls_that_cannot_be_described_do_not_pile_up() -> None:
     with StepEngine(pipeline) as engine:
         jobs = [engine.submit(**seeded(i, num_inference_steps=10)) for i in range(5)]
         for i, job in enumerate(jobs):
-            assert torch.equal(job.result(SECONDS)[0], pipeline(**seeded(i, num_inference_steps=10))[0])
+            assert torch.equal(
+                job.result(SECONDS)[0], pipeline(**seeded(i, num_inference_steps=10))[0]
+            )
         assert engine.stats().forwards["network"].merged_calls == 0
         assert len(engine.stats().certificates) <= 1
 
@@ -868,12 +916,15 @@ def attributes(pipeline: Any) -> list[dict[str, int]]:
 @every_mode
 def test_close_ends_every_job_and_leaves_no_trace(mode: Mode) -> None:
     pipeline = SD3.build()
-    pipeline(**SD3.arguments("x", steps=1))  # transformers and diffusers note things at a first call
+    # transformers and diffusers note things at a first call
+    pipeline(**SD3.arguments("x", steps=1))
     before, others = attributes(pipeline), threads()
     engine = StepEngine(pipeline, mode=mode, threads=2, max_jobs=2)
     assert (attributes(pipeline) != before) == (mode == "step")
     gate = Gate()
-    jobs = [engine.submit(**SD3.arguments("x", steps=1000, callback_on_step_end=gate)) for _ in range(6)]
+    jobs = [
+        engine.submit(**SD3.arguments("x", steps=1000, callback_on_step_end=gate)) for _ in range(6)
+    ]
     gate.wait()
     closing = threading.Thread(target=engine.close)
     closing.start()
@@ -888,7 +939,9 @@ def test_close_ends_every_job_and_leaves_no_trace(mode: Mode) -> None:
     assert threads() == others
     assert attributes(pipeline) == before
     assert (engine.waiting, engine.running) == (0, 0)
-    assert np.array_equal(pipeline(**SD3.arguments("a red circle", seed=2)).images, plain(SD3, seed=2))
+    assert np.array_equal(
+        pipeline(**SD3.arguments("a red circle", seed=2)).images, plain(SD3, seed=2)
+    )
     engine.close()
     with pytest.raises(EngineClosed):
         engine.submit(**SD3.arguments("x"))
@@ -937,7 +990,9 @@ class Doubling(ModelHook):  # type: ignore[misc]
 @pytest.mark.parametrize("before", [True, False])
 def test_hooks_of_others_stay_when_the_engine_closes(before: bool) -> None:
     pipeline, expected = toy(), toy()
-    HookRegistry.check_if_exists_or_initialize(expected.network).register_hook(Doubling(), "doubling")
+    HookRegistry.check_if_exists_or_initialize(expected.network).register_hook(
+        Doubling(), "doubling"
+    )
     registry = HookRegistry.check_if_exists_or_initialize(pipeline.network)
     if before:
         registry.register_hook(Doubling(), "doubling")
@@ -954,7 +1009,10 @@ def test_hooks_of_others_stay_when_the_engine_closes(before: bool) -> None:
 def test_closing_while_pictures_are_made_delivers_or_cancels(sd3: Any) -> None:
     for _ in range(5):
         engine = StepEngine(sd3)
-        jobs = [engine.submit(**SD3.arguments("a red circle", steps=1, output_type="pil")) for _ in range(4)]
+        jobs = [
+            engine.submit(**SD3.arguments("a red circle", steps=1, output_type="pil"))
+            for _ in range(4)
+        ]
         jobs[0].exception(SECONDS)
         engine.close()
         assert all(job.done() for job in jobs)
@@ -999,7 +1057,12 @@ def test_a_script_that_ends_while_a_picture_is_decoded_does_not_hang() -> None:
     """By then executors of the standard library take no more work."""
     environment = clean_environment(PYTHONPATH=os.pathsep.join((str(ROOT / "src"), str(ROOT))))
     ended = subprocess.run(
-        [sys.executable, "-c", LEAVING], cwd=ROOT, env=environment, timeout=SECONDS, capture_output=True, check=False
+        [sys.executable, "-c", LEAVING],
+        cwd=ROOT,
+        env=environment,
+        timeout=SECONDS,
+        capture_output=True,
+        check=False,
     )
     assert ended.returncode == 0, ended.stderr.decode()
     assert ended.stdout.decode().split() == ["None"], "the picture is delivered"
@@ -1009,12 +1072,20 @@ def test_a_second_engine_on_the_same_modules_is_refused_by_name(sd3: Any) -> Non
     with StepEngine(sd3) as engine:
         others = threads()
         for pipeline in (sd3, type(sd3)(**sd3.components)):
-            with pytest.raises(EngineMisuse, match=r"StableDiffusion3Pipeline\.\w+ belongs to another engine"):
+            with pytest.raises(
+                EngineMisuse, match=r"StableDiffusion3Pipeline\.\w+ belongs to another engine"
+            ):
                 StepEngine(pipeline)
         assert threads() == others
-        assert difference(engine.submit(**SD3.arguments("a red circle")).result(SECONDS), plain(SD3)) == 0
+        assert (
+            difference(engine.submit(**SD3.arguments("a red circle")).result(SECONDS), plain(SD3))
+            == 0
+        )
     with StepEngine(sd3) as engine:
-        assert difference(engine.submit(**SD3.arguments("a red circle")).result(SECONDS), plain(SD3)) == 0
+        assert (
+            difference(engine.submit(**SD3.arguments("a red circle")).result(SECONDS), plain(SD3))
+            == 0
+        )
 
 
 @pytest.mark.parametrize(
@@ -1041,8 +1112,15 @@ def test_an_option_that_cannot_be_is_named(options: dict[str, Any]) -> None:
 
 
 def test_calls_of_the_pipeline_on_other_threads_pass_straight_through(sd3: Any) -> None:
-    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    embeds = dict(zip(names, sd3.encode_prompt("blue", None, None, max_sequence_length=16), strict=True))
+    names = (
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    )
+    embeds = dict(
+        zip(names, sd3.encode_prompt("blue", None, None, max_sequence_length=16), strict=True)
+    )
     with StepEngine(sd3) as engine:
         jobs = [engine.submit(**SD3.arguments("a red circle", seed=i, steps=8)) for i in range(8)]
         for i in range(10):
@@ -1154,12 +1232,17 @@ def test_a_defect_of_the_engine_is_contained_and_loses_no_job(
                 assert difference(job.result(SECONDS), plain(SD3, seed=i)) <= TOLERANCE
         assert (engine.stats().errors > 0) == (part not in ("merge", "split"))
         wait_until(lambda: engine.running == 0)
-        assert difference(engine.submit(**SD3.arguments("a red circle")).result(SECONDS), plain(SD3)) <= TOLERANCE
+        assert (
+            difference(engine.submit(**SD3.arguments("a red circle")).result(SECONDS), plain(SD3))
+            <= TOLERANCE
+        )
         count(engine, succeeded=6)
 
 
 @pytest.mark.parametrize("mode", ["off", "request"])
-def test_a_defect_of_the_pool_ends_the_job_and_not_the_thread(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_defect_of_the_pool_ends_the_job_and_not_the_thread(
+    mode: Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with StepEngine(toy(), mode=mode) as engine:
         with held(engine, **seeded()):
             monkeypatch.setattr(Pool, "_run", failing(Pool._run, 1))
@@ -1240,7 +1323,10 @@ def test_with_cpu_offload_jobs_are_right_and_share_forwards_but_not_threads(mode
             assert difference(job.result(SECONDS), plain(SD3, seed=i)) <= TOLERANCE
         assert is_alone(engine) is (mode == "threads")
     assert pipeline.transformer.forward is forward
-    assert pipeline.transformer._hf_hook is hooks[tiny.networks(pipeline).index(pipeline.transformer)].hook
+    assert (
+        pipeline.transformer._hf_hook
+        is hooks[tiny.networks(pipeline).index(pipeline.transformer)].hook
+    )
     assert np.array_equal(pipeline(**SD3.arguments("a red circle")).images, plain(SD3))
 
 
@@ -1249,8 +1335,13 @@ def test_with_a_feature_cache_jobs_take_turns_and_are_right(mode: Mode) -> None:
     expected_pipeline, pipeline = FLUX.build(), FLUX.build()
     for one in (expected_pipeline, pipeline):
         one.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e6))
-    expected = [np.asarray(expected_pipeline(**FLUX.arguments("blue ring", seed=i, steps=6))[0]) for i in range(5)]
-    assert difference((expected[0],), plain(FLUX, "blue ring", steps=6)) > TOLERANCE, "the cache does something"
+    expected = [
+        np.asarray(expected_pipeline(**FLUX.arguments("blue ring", seed=i, steps=6))[0])
+        for i in range(5)
+    ]
+    assert difference((expected[0],), plain(FLUX, "blue ring", steps=6)) > TOLERANCE, (
+        "the cache does something"
+    )
     with StepEngine(pipeline, mode=mode) as engine:
         jobs = [engine.submit(**FLUX.arguments("blue ring", seed=i, steps=6)) for i in range(5)]
         for job, images in zip(jobs, expected, strict=True):
@@ -1260,7 +1351,8 @@ def test_with_a_feature_cache_jobs_take_turns_and_are_right(mode: Mode) -> None:
     assert difference(again, expected[3]) == 0
 
 
-@pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecated:FutureWarning")  # diffusers' own call of it
+# diffusers' own call of it
+@pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecated:FutureWarning")
 @pytest.mark.parametrize("mode", ["threads", "step"])
 def test_with_an_autoencoder_that_calls_cast_jobs_are_right(mode: Mode) -> None:
     """While one decodes, the autoencoder is in float32, as if there were no need for turns."""
@@ -1313,11 +1405,16 @@ def test_a_pipeline_in_inference_mode_is_right_and_does_not_infect_the_engine() 
 def test_embeddings_made_in_inference_mode_are_served() -> None:
     pipeline = FLUX.build()
     with torch.inference_mode():
-        embeddings = [pipeline.encode_prompt(word, None, max_sequence_length=16) for word in ("red", "blue ring")]
+        embeddings = [
+            pipeline.encode_prompt(word, None, max_sequence_length=16)
+            for word in ("red", "blue ring")
+        ]
 
     def arguments(i: int) -> dict[str, Any]:
         prompt_embeds, pooled_prompt_embeds, _ = embeddings[i % 2]
-        made = FLUX.arguments("", seed=i, prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds)
+        made = FLUX.arguments(
+            "", seed=i, prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds
+        )
         return made | {"prompt": None}
 
     with StepEngine(pipeline) as engine:
@@ -1334,7 +1431,13 @@ def test_what_a_callback_is_given_can_be_copied(sd3: Any) -> None:
     copies: list[Any] = []
 
     def copying(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        copies.extend((copy.deepcopy(pipeline.vae), copy.copy(pipeline.vae), copy.deepcopy(pipeline.tokenizer)))
+        copies.extend(
+            (
+                copy.deepcopy(pipeline.vae),
+                copy.copy(pipeline.vae),
+                copy.deepcopy(pipeline.tokenizer),
+            )
+        )
         return values
 
     with StepEngine(sd3) as engine:
@@ -1360,7 +1463,9 @@ def test_jobs_without_a_generator_differ_and_can_be_reproduced(sd3: Any, mode: M
     with StepEngine(sd3, mode=mode) as engine:
         first, again = draw(), draw()
     assert np.abs(first[0] - first[1]).max() > TOLERANCE
-    assert all(np.abs(one - other).max() <= TOLERANCE for one, other in zip(first, again, strict=True))
+    assert all(
+        np.abs(one - other).max() <= TOLERANCE for one, other in zip(first, again, strict=True)
+    )
 
 
 @every_mode
@@ -1402,7 +1507,9 @@ def test_the_default_generator_is_as_before_but_for_the_seeds_of_jobs(sd3: Any, 
         assert torch.equal(state_after(16), state_after(32)), "it does not depend on what they drew"
 
 
-def test_the_default_generator_stays_the_other_threads_while_a_job_without_one_runs(sd3: Any) -> None:
+def test_the_default_generator_stays_the_other_threads_while_a_job_without_one_runs(
+    sd3: Any,
+) -> None:
     def draw(disturbed: bool) -> np.ndarray:
         torch.manual_seed(5)
         gate = Gate()
@@ -1424,7 +1531,9 @@ def test_the_default_generator_stays_the_other_threads_while_a_job_without_one_r
 
 
 @pytest.mark.parametrize("what", ["a seed", "numbers"])
-def test_what_other_threads_draw_during_a_proof_is_drawn_once_and_does_not_fail_it(what: str) -> None:
+def test_what_other_threads_draw_during_a_proof_is_drawn_once_and_does_not_fail_it(
+    what: str,
+) -> None:
     pipeline, drawn = toy(), []
 
     def draw() -> torch.Tensor:
@@ -1491,8 +1600,14 @@ IDS = [[1, 5, 2], [1, 6, 2], [1, 5, 6, 2], [1, 6, 5, 2], [1, 7, 2], [1, 8, 2]]
 
 def test_a_prompt_seen_before_is_not_encoded_again_and_the_result_is_right(sd3: Any) -> None:
     with StepEngine(sd3) as engine:
-        assert difference(engine.submit(**SD3.arguments("a red circle")).result(SECONDS), plain(SD3)) == 0
-        misses, forwards = engine.stats().cache_misses, dict(engine.stats().forwards["text_encoder"].by_rows)
+        assert (
+            difference(engine.submit(**SD3.arguments("a red circle")).result(SECONDS), plain(SD3))
+            == 0
+        )
+        misses, forwards = (
+            engine.stats().cache_misses,
+            dict(engine.stats().forwards["text_encoder"].by_rows),
+        )
         assert engine.stats().cache_hits == 0
         jobs = [engine.submit(**SD3.arguments("a red circle", seed=i)) for i in range(3)]
         for i, job in enumerate(jobs):
@@ -1500,7 +1615,10 @@ def test_a_prompt_seen_before_is_not_encoded_again_and_the_result_is_right(sd3: 
         assert engine.stats().cache_misses == misses
         assert engine.stats().cache_hits == 3 * misses
         assert engine.stats().forwards["text_encoder"].by_rows == forwards
-        assert difference(engine.submit(**SD3.arguments("blue")).result(SECONDS), plain(SD3, "blue")) == 0
+        assert (
+            difference(engine.submit(**SD3.arguments("blue")).result(SECONDS), plain(SD3, "blue"))
+            == 0
+        )
         assert engine.stats().cache_misses > misses
 
 
@@ -1566,7 +1684,9 @@ def test_an_encoder_whose_adapters_calls_scale_is_run_at_the_jobs_own_scale() ->
 # --- pictures ---
 
 
-def test_pictures_are_made_on_another_thread_and_hold_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_are_made_on_another_thread_and_hold_up_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pipeline, making, made = SD3.build(), threading.Event(), threading.Event()
     expected = [plain(SD3, seed=seed) for seed in (0, 1)]
     makers: list[str] = []
@@ -1592,7 +1712,9 @@ def test_pictures_are_made_on_another_thread_and_hold_up_nobody(monkeypatch: pyt
     assert all(name.startswith("stepweave-pictures") for name in makers)
 
 
-def test_a_picture_that_cannot_be_made_fails_its_own_job(sd3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_that_cannot_be_made_fails_its_own_job(
+    sd3: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = type(sd3.image_processor).postprocess
 
     def postprocess(self: Any, image: torch.Tensor, output_type: str) -> Any:
@@ -1615,7 +1737,9 @@ def test_a_picture_that_cannot_be_made_fails_its_own_job(sd3: Any, monkeypatch: 
 
 
 @pytest.mark.parametrize(("max_rows", "max_decode_rows"), [(6, 2), (4, 8), (None, 3)])
-def test_forwards_have_no_more_rows_than_allowed(sd3: Any, max_rows: int | None, max_decode_rows: int) -> None:
+def test_forwards_have_no_more_rows_than_allowed(
+    sd3: Any, max_rows: int | None, max_decode_rows: int
+) -> None:
     with StepEngine(sd3, max_rows=max_rows, max_decode_rows=max_decode_rows) as engine:
         for _ in range(3):  # at first proofs reach only a few times as far each
             with held(engine, **SD3.arguments("x", steps=1)):
@@ -1643,9 +1767,13 @@ def test_a_job_of_another_size_is_served_before_the_first_queue_is_empty() -> No
             many = [engine.submit(**seeded(i, num_inference_steps=50)) for i in range(6)]
             other = engine.submit(**seeded(9, width=8, num_inference_steps=5))
             other.add_done_callback(lambda _: found.append([job.progress.step for job in many]))
-        assert torch.equal(other.result(SECONDS)[0], pipeline(**seeded(9, width=8, num_inference_steps=5))[0])
+        assert torch.equal(
+            other.result(SECONDS)[0], pipeline(**seeded(9, width=8, num_inference_steps=5))[0]
+        )
         for i, job in enumerate(many):
-            assert torch.equal(job.result(SECONDS)[0], pipeline(**seeded(i, num_inference_steps=50))[0])
+            assert torch.equal(
+                job.result(SECONDS)[0], pipeline(**seeded(i, num_inference_steps=50))[0]
+            )
     assert sum(found[0]) <= 5 + 1, "every other forward was the other size's"
 
 
@@ -1669,19 +1797,25 @@ def calls_of(pipeline: Any) -> list[int]:
     rows: list[int] = []
     denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
     denoiser.register_forward_pre_hook(
-        lambda _, args, kwargs: rows.append((args or list(kwargs.values()))[0].shape[0]), with_kwargs=True
+        lambda _, args, kwargs: rows.append((args or list(kwargs.values()))[0].shape[0]),
+        with_kwargs=True,
     )
     return rows
 
 
-@pytest.mark.parametrize("name", ["stable_diffusion_3", "stable_diffusion", "flux", "stable_cascade"])
+@pytest.mark.parametrize(
+    "name", ["stable_diffusion_3", "stable_diffusion", "flux", "stable_cascade"]
+)
 def test_equal_jobs_share_one_call(name: str) -> None:
     family = tiny.FAMILIES[name]
     pipeline = family.build()
     prompts = ["a red circle", "blue", "a small blue square", "x"]
     with StepEngine(pipeline, mode="request") as engine:
         with held(engine, **family.arguments("x")):
-            jobs = [engine.submit(**family.arguments(prompt, seed=i)) for i, prompt in enumerate(prompts)]
+            jobs = [
+                engine.submit(**family.arguments(prompt, seed=i))
+                for i, prompt in enumerate(prompts)
+            ]
             other = engine.submit(**family.arguments("x", steps=3))
             last = engine.submit(**family.arguments("a red circle", seed=9))
         for i, (job, prompt) in enumerate(zip(jobs, prompts, strict=True)):
@@ -1701,7 +1835,9 @@ def test_a_shared_call_has_no_more_pictures_than_allowed() -> None:
     with StepEngine(pipeline, mode="request", max_rows=3) as engine:
         with held(engine, **SD3.arguments("x", steps=1)):
             rows = calls_of(pipeline)
-            jobs = [engine.submit(**SD3.arguments("a red circle", seed=i, steps=1)) for i in range(7)]
+            jobs = [
+                engine.submit(**SD3.arguments("a red circle", seed=i, steps=1)) for i in range(7)
+            ]
         for i, job in enumerate(jobs):
             assert difference(job.result(SECONDS), plain(SD3, seed=i, steps=1)) <= TOLERANCE
     assert rows == [6, 6, 2]
@@ -1713,7 +1849,9 @@ def test_a_cancelled_member_of_a_shared_call_ends_and_the_others_go_on() -> None
         with held(engine, **SD3.arguments("x")):
             jobs = [engine.submit(**SD3.arguments("a red circle", seed=i)) for i in range(3)]
             late = engine.submit(**SD3.arguments("a red circle", seed=3), deadline=1000)
-            pipeline.transformer.register_forward_pre_hook(lambda *_: gate(None, 0, None, {}) or None)
+            pipeline.transformer.register_forward_pre_hook(
+                lambda *_: gate(None, 0, None, {}) or None
+            )
         gate.wait()
         jobs[1].cancel()
         late.deadline = 0.0
@@ -1730,8 +1868,12 @@ def test_a_shared_call_ends_when_all_of_its_members_must() -> None:
     pipeline, gate = SD3.build(), Gate()
     with StepEngine(pipeline, mode="request") as engine:
         with held(engine, **SD3.arguments("x", steps=1)):
-            jobs = [engine.submit(**SD3.arguments("a red circle", seed=i, steps=1000)) for i in range(3)]
-            pipeline.transformer.register_forward_pre_hook(lambda *_: gate(None, 0, None, {}) or None)
+            jobs = [
+                engine.submit(**SD3.arguments("a red circle", seed=i, steps=1000)) for i in range(3)
+            ]
+            pipeline.transformer.register_forward_pre_hook(
+                lambda *_: gate(None, 0, None, {}) or None
+            )
         gate.wait()
         for job in jobs:
             job.cancel()

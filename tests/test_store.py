@@ -51,12 +51,21 @@ def clock() -> Clock:
 
 
 def finished(number: int = 0, **changes: Any) -> JobRecord:
-    return record(number, **{"state": "succeeded", "finished": 2000.0 + number, "files": (f"{number}.png",), **changes})
+    return record(
+        number,
+        **{
+            "state": "succeeded",
+            "finished": 2000.0 + number,
+            "files": (f"{number}.png",),
+            **changes,
+        },
+    )
 
 
 @contextlib.contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """No file of this process can grow beyond `size` bytes: as on a full disk, writes fail once they are half done."""
+    """No file of this process can grow beyond `size` bytes: as on a full disk, writes fail once
+    they are half done."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -85,12 +94,17 @@ class TestJobs:
         return tmp_path / "jobs.sqlite3"
 
     @pytest.fixture
-    def run(self, path: Path, clock: Clock) -> Callable[[Callable[[SqliteJobStore], Awaitable[Any]]], Any]:
-        """Do something with a store that is opened for it, so that every call after the first sees what is on the disk."""
+    def run(
+        self, path: Path, clock: Clock
+    ) -> Callable[[Callable[[SqliteJobStore], Awaitable[Any]]], Any]:
+        """Do something with a store that is opened for it, so that every call after the first sees
+        what is on the disk."""
 
         def call(scenario: Callable[[SqliteJobStore], Awaitable[Any]], **changes: Any) -> Any:
             async def main() -> Any:
-                store = SqliteJobStore(path, **{"keep_seconds": HOUR, "keep_records": 100, "clock": clock, **changes})
+                store = SqliteJobStore(
+                    path, **{"keep_seconds": HOUR, "keep_records": 100, "clock": clock, **changes}
+                )
                 try:
                     return await scenario(store)
                 finally:
@@ -102,11 +116,21 @@ class TestJobs:
 
     def test_every_field_comes_back(self, run: Any) -> None:
         full = record(
-            7, owner="d1", kind="edit", state="failed", started=1001.125, finished=1002.1, step=3,
-            request={"prompt": "赤い円 \ud800 🔴", "seed": 2**53 - 1, "guidance_scale": 4.5}, files=("a.png", "b.png"),
-            response={"data": [{"seed": 1}], "usage": {"steps": 20}}, warnings=["cut"], idempotency_key="k", fingerprint="ab",
+            7,
+            owner="d1",
+            kind="edit",
+            state="failed",
+            started=1001.125,
+            finished=1002.1,
+            step=3,
+            request={"prompt": "赤い円 \ud800 🔴", "seed": 2**53 - 1, "guidance_scale": 4.5},
+            files=("a.png", "b.png"),
+            response={"data": [{"seed": 1}], "usage": {"steps": 20}},
+            warnings=["cut"],
+            idempotency_key="k",
+            fingerprint="ab",
             error={"message": "m", "type": "server_error", "code": "c", "param": None},
-        )  # fmt: skip
+        )
 
         async def put(store: SqliteJobStore) -> None:
             for each in (full, record(8)):
@@ -136,7 +160,9 @@ class TestJobs:
 
         run(scenario)
 
-    @pytest.mark.parametrize("id", ["", "0", "G" * 32, "f" * 31, "f" * 32 + "\n", "../" * 11, "' OR 1=1 --", "\ud800"])
+    @pytest.mark.parametrize(
+        "id", ["", "0", "G" * 32, "f" * 31, "f" * 32 + "\n", "../" * 11, "' OR 1=1 --", "\ud800"]
+    )
     def test_ids_that_are_none(self, run: Any, id: str) -> None:
         assert run(lambda store: store.get(id)) is None
 
@@ -145,12 +171,15 @@ class TestJobs:
             for number, owner in enumerate((None, "a", "b", "a", None)):
                 await store.put(record(number, owner=owner))
             for owner, numbers in ((None, [4, 0]), ("a", [3, 1]), ("b", [2]), ("c", [])):
-                assert await store.list(owner, 10) == [record(number, owner=owner) for number in numbers]
+                assert await store.list(owner, 10) == [
+                    record(number, owner=owner) for number in numbers
+                ]
 
         run(scenario)
 
     def test_pages_are_stable(self, run: Any) -> None:
-        """Under equal times, where the last one shown is gone, and where newer ones come meanwhile."""
+        """Under equal times, where the last one shown is gone, and where newer ones come
+        meanwhile."""
 
         async def scenario(store: SqliteJobStore) -> None:
             for number in (3, 0, 4, 1, 2):
@@ -166,7 +195,8 @@ class TestJobs:
         run(scenario)
 
     @pytest.mark.parametrize(
-        "cursor", ["", "_", "1.5", f"nan_{KEY}", f"inf_{KEY}", f"x_{KEY}", "1.5_x", f"1.5_{KEY}0", "'"]
+        "cursor",
+        ["", "_", "1.5", f"nan_{KEY}", f"inf_{KEY}", f"x_{KEY}", "1.5_x", f"1.5_{KEY}0", "'"],
     )
     def test_cursors_that_are_none(self, run: Any, cursor: str) -> None:
         with pytest.raises(InvalidRequest) as caught:
@@ -208,7 +238,12 @@ class TestJobs:
 
     def test_sweeps_drop_the_old(self, run: Any) -> None:
         async def scenario(store: SqliteJobStore) -> None:
-            for each in (finished(1), finished(2, state="failed"), finished(3), record(4, state="running")):
+            for each in (
+                finished(1),
+                finished(2, state="failed"),
+                finished(3),
+                record(4, state="running"),
+            ):
                 await store.put(each)
             assert await store.sweep(2001 + HOUR - 0.5) == []
             assert sorted(await store.sweep(2002 + HOUR)) == ["1.png", "2.png"]
@@ -227,13 +262,19 @@ class TestJobs:
             assert await store.sweep(2000) == []
             for number in range(10, 16):
                 await store.put(record(number))
-            assert sorted(await store.sweep(2000)) == ["3.png", "4.png"]  # what has not finished stays
+            # what has not finished stays
+            assert sorted(await store.sweep(2000)) == ["3.png", "4.png"]
             assert len(await store.list(None, 100)) == 9
 
         run(scenario, keep_records=5)
 
     def test_a_restart_fails_what_was_unfinished(self, run: Any, clock: Clock) -> None:
-        given = [record(1), record(2, state="running", step=5), finished(3), record(4, state="cancelled", finished=5.0)]
+        given = [
+            record(1),
+            record(2, state="running", step=5),
+            finished(3),
+            record(4, state="cancelled", finished=5.0),
+        ]
 
         async def put(store: SqliteJobStore) -> None:
             for each in given:
@@ -251,7 +292,8 @@ class TestJobs:
                 finished=clock.now,
                 updated=clock.now,
                 error={
-                    "message": f"The server was restarted while the job was {each.state}; send it again.",
+                    "message": f"The server was restarted while the job was {each.state}; "
+                    "send it again.",
                     "type": "server_error",
                     "code": "restarted",
                     "param": None,
@@ -281,14 +323,24 @@ class TestJobs:
             store = SqliteJobStore(f"{folder}/jobs", keep_seconds=10, keep_records=3)
             for _ in range(data.draw(st.integers(1, 25))):
                 action = data.draw(
-                    st.sampled_from(["put", "put", "put", "delete", "forget", "sweep", "list", "by_key"])
+                    st.sampled_from(
+                        ["put", "put", "put", "delete", "forget", "sweep", "list", "by_key"]
+                    )
                 )
                 number, owner = data.draw(numbers), data.draw(st.sampled_from([None, "a"]))
                 if action == "put":
                     state = data.draw(states)
-                    one = record(number, owner=owner, state=state, created=data.draw(times), idempotency_key="k")
+                    one = record(
+                        number,
+                        owner=owner,
+                        state=state,
+                        created=data.draw(times),
+                        idempotency_key="k",
+                    )
                     if one.done:
-                        one = replace(one, finished=data.draw(times), files=(f"{number}x", f"{number}y"))
+                        one = replace(
+                            one, finished=data.draw(times), files=(f"{number}x", f"{number}y")
+                        )
                     await store.put(one)
                     kept[one.id] = one
                 elif action == "delete":
@@ -299,25 +351,37 @@ class TestJobs:
                     assert sorted(await store.forget([f"{number}y"])) == gone
                 elif action == "sweep":
                     now = data.draw(times) + 10
-                    done = sorted((each.finished, each.id) for each in kept.values() if each.finished is not None)
+                    done = sorted(
+                        (each.finished, each.id)
+                        for each in kept.values()
+                        if each.finished is not None
+                    )
                     excess = {id for _, id in done[: max(0, len(kept) - 3)]}
                     expired = {id for at, id in done if at <= now - 10}
                     gone = dropped([kept[id] for id in excess | expired])
                     assert sorted(await store.sweep(now)) == gone
                 elif action == "list":
                     pages, size = [], data.draw(st.integers(1, 4))
-                    while page := await store.list(owner, size, pages[-1].cursor if pages else None):
+                    while page := await store.list(
+                        owner, size, pages[-1].cursor if pages else None
+                    ):
                         pages += page
                     assert pages == newest(each for each in kept.values() if each.owner == owner)
                 else:
-                    live = [x for x in kept.values() if x.owner == owner and x.state not in ("failed", "cancelled")]
+                    live = [
+                        x
+                        for x in kept.values()
+                        if x.owner == owner and x.state not in ("failed", "cancelled")
+                    ]
                     assert await store.by_key(owner, "k") == next(iter(newest(live)), None)
             await store.close()
 
         with tempfile.TemporaryDirectory() as folder:
             asyncio.run(main(folder))
 
-    def test_a_killed_process_loses_nothing_that_was_acknowledged(self, run: Any, path: Path, clock: Clock) -> None:
+    def test_a_killed_process_loses_nothing_that_was_acknowledged(
+        self, run: Any, path: Path, clock: Clock
+    ) -> None:
         script = """
             import asyncio, sys
             from stepweave.store import JobRecord, SqliteJobStore
@@ -327,7 +391,8 @@ class TestJobs:
                 async def worker(start):
                     for number in range(start, 1_000_000, 4):
                         await store.put(JobRecord(
-                            id=f"{number:032x}", owner=None, kind="edit", state="running", created=number, updated=number,
+                            id=f"{number:032x}", owner=None, kind="edit", state="running",
+                            created=number, updated=number,
                             request={"prompt": "x" * (number % 5000)}, warnings=[],
                         ))
                         print(number, flush=True)
@@ -467,14 +532,16 @@ class TestJobs:
                 await store.get(record(1).id)
 
         asyncio.run(main())
-        assert sorted(each.name for each in path.parent.iterdir()) == [path.name]  # the log is merged
+        # the log is merged
+        assert sorted(each.name for each in path.parent.iterdir()) == [path.name]
         with contextlib.closing(sqlite3.connect(path)) as connection:
             assert connection.execute("SELECT count(*) FROM jobs").fetchone() == (50,)
 
 
 @pytest.fixture(scope="module")
 def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Any]]:
-    """What an empty file store has under a name; one store for many names, which a property test is quicker with."""
+    """What an empty file store has under a name; one store for many names, which a property test is
+    quicker with."""
     with asyncio.Runner() as runner:
         store = DirectoryFileStore(tmp_path_factory.mktemp("files"), HOUR, 1000)
         yield lambda name: runner.run(store.get(name))
@@ -505,7 +572,9 @@ class TestFiles:
         return call
 
     @pytest.mark.parametrize("suffix", ["png", "jpeg", "webp"])
-    def test_what_is_put_comes_back(self, run: Any, folder: Path, clock: Clock, suffix: Any) -> None:
+    def test_what_is_put_comes_back(
+        self, run: Any, folder: Path, clock: Clock, suffix: Any
+    ) -> None:
         async def put(store: DirectoryFileStore) -> str:
             name = await store.put(b"picture", suffix)
             assert (store.bytes, store.count) == (7, 1)
@@ -518,7 +587,11 @@ class TestFiles:
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         clock.now += 60
         file = run(lambda store: store.get(name))
-        assert (file.data, file.media_type, file.expires_in) == (b"picture", f"image/{suffix}", HOUR - 60)
+        assert (file.data, file.media_type, file.expires_in) == (
+            b"picture",
+            f"image/{suffix}",
+            HOUR - 60,
+        )
 
     def test_other_suffixes_are_refused(self, run: Any, folder: Path) -> None:
         with pytest.raises(ValueError, match=r"suffix is 'png/\.\./x'"):
@@ -534,14 +607,41 @@ class TestFiles:
         (folder / link).symlink_to(secret)
         digits = "٠١٢٣" * 8
         names = [
-            "", ".", "..", "lock", "note.png", link, "sub", f"sub/{KEY}.png", f"../{KEY}.png", f"./../{KEY}.png", str(secret),
-            f"..%2f{KEY}.png", f"{KEY}.png\0", f"{KEY}.png\n", f"{KEY}.PNG", f"{KEY.upper()}.png", f"{digits}.png", f"{KEY}.png/",
-            f"{KEY}.gif", KEY, f"\n{KEY}.png", f".{KEY}.png.partial", "\ud800",
-        ]  # fmt: skip
+            "",
+            ".",
+            "..",
+            "lock",
+            "note.png",
+            link,
+            "sub",
+            f"sub/{KEY}.png",
+            f"../{KEY}.png",
+            f"./../{KEY}.png",
+            str(secret),
+            f"..%2f{KEY}.png",
+            f"{KEY}.png\0",
+            f"{KEY}.png\n",
+            f"{KEY}.PNG",
+            f"{KEY.upper()}.png",
+            f"{digits}.png",
+            f"{KEY}.png/",
+            f"{KEY}.gif",
+            KEY,
+            f"\n{KEY}.png",
+            f".{KEY}.png.partial",
+            "\ud800",
+        ]
 
         async def scenario(store: DirectoryFileStore) -> None:
             own = await store.put(b"own", "png")
-            for name in [*names, f"../files/{own}", f"{own}/", f"{own}\n", own.upper(), own.removesuffix(".png")]:
+            for name in [
+                *names,
+                f"../files/{own}",
+                f"{own}/",
+                f"{own}\n",
+                own.upper(),
+                own.removesuffix(".png"),
+            ]:
                 assert await store.get(name) is None, name
                 await store.delete([name])
             assert (await store.get(own)).data == b"own"
@@ -551,7 +651,10 @@ class TestFiles:
         assert {each.name for each in folder.iterdir()} >= {"note.png", "sub", "lock", link}
 
     @settings(max_examples=50, deadline=None)
-    @given(name=st.text(max_size=60) | st.from_regex(r"[./0-9a-fA-F]{30,34}\.(png|jpeg|webp|svg)", fullmatch=True))
+    @given(
+        name=st.text(max_size=60)
+        | st.from_regex(r"[./0-9a-fA-F]{30,34}\.(png|jpeg|webp|svg)", fullmatch=True)
+    )
     def test_no_name_reaches_the_disk_but_ours(self, ask: Callable[[str], Any], name: str) -> None:
         with patch.object(Path, "read_bytes", side_effect=AssertionError):
             assert ask(name) is None
@@ -576,7 +679,9 @@ class TestFiles:
         assert run(lambda store: store.get(name)) is None  # not after a restart either
         assert run(lambda store: store.sweep(clock.now)) == [name]
 
-    def test_a_clock_that_was_set_back_keeps_no_file_for_longer(self, run: Any, clock: Clock) -> None:
+    def test_a_clock_that_was_set_back_keeps_no_file_for_longer(
+        self, run: Any, clock: Clock
+    ) -> None:
         name = run(lambda store: store.put(b"x", "png"))
         clock.now -= 10 * HOUR
         assert run(lambda store: store.get(name)).expires_in == HOUR
@@ -613,14 +718,18 @@ class TestFiles:
     def test_a_file_over_the_bound_is_refused_and_costs_no_other(self, run: Any) -> None:
         async def scenario(store: DirectoryFileStore) -> None:
             name = await store.put(bytes(1000), "png")
-            with pytest.raises(StepweaveError, match="1001 bytes; the file store takes 1000") as caught:
+            with pytest.raises(
+                StepweaveError, match="1001 bytes; the file store takes 1000"
+            ) as caught:
                 await store.put(bytes(1001), "png")
             assert caught.value.code == "file_too_large"
             assert await store.get(name) is not None
 
         run(scenario)
 
-    def test_a_start_clears_what_was_half_written_and_leaves_others_files(self, run: Any, folder: Path) -> None:
+    def test_a_start_clears_what_was_half_written_and_leaves_others_files(
+        self, run: Any, folder: Path
+    ) -> None:
         folder.mkdir()
         for name in (f".{KEY}.png.partial", ".partial", "x.partial", f"{KEY}.txt", f"{KEY}.webp"):
             (folder / name).write_bytes(b"12345")
@@ -633,7 +742,9 @@ class TestFiles:
             (".partial", "x.partial", f"{KEY}.txt", f"{KEY}.webp")
         )
 
-    def test_files_removed_by_others_are_not_found(self, run: Any, folder: Path, clock: Clock) -> None:
+    def test_files_removed_by_others_are_not_found(
+        self, run: Any, folder: Path, clock: Clock
+    ) -> None:
         async def scenario(store: DirectoryFileStore) -> None:
             name = await store.put(b"x", "png")
             (folder / name).unlink()
@@ -659,7 +770,9 @@ class TestFiles:
             store = DirectoryFileStore(folder, 10, limit, clock=clock)
             for _ in range(data.draw(st.integers(1, 25))):
                 clock.now += data.draw(st.integers(1, 4))
-                action = data.draw(st.sampled_from(["put", "put", "put", "put", "delete", "sweep", "restart"]))
+                action = data.draw(
+                    st.sampled_from(["put", "put", "put", "put", "delete", "sweep", "restart"])
+                )
                 if action == "put":
                     content = secrets.token_bytes(data.draw(st.integers(0, limit + 5)))
                     if len(content) > limit:
@@ -668,7 +781,9 @@ class TestFiles:
                     else:
                         while sum(len(each) for each, _ in kept.values()) + len(content) > limit:
                             remove(next(iter(kept)))
-                        name = await store.put(content, data.draw(st.sampled_from(["png", "jpeg", "webp"])))
+                        name = await store.put(
+                            content, data.draw(st.sampled_from(["png", "jpeg", "webp"]))
+                        )
                         kept[name] = content, clock.now
                         known.append(name)
                 elif action == "delete" and known:
@@ -676,7 +791,9 @@ class TestFiles:
                     await store.delete([name])
                     kept.pop(name, None)
                 elif action == "sweep":
-                    for name in [name for name, (_, created) in kept.items() if created + 10 <= clock.now]:
+                    for name in [
+                        name for name, (_, created) in kept.items() if created + 10 <= clock.now
+                    ]:
                         remove(name)
                     assert await store.sweep(clock.now) == gone
                     gone.clear()
@@ -696,11 +813,13 @@ class TestFiles:
                         assert (file.data, file.expires_in) == (content, created + 10 - clock.now)
             await store.close()
 
-        with tempfile.TemporaryDirectory() as folder, patch("os.fsync"):  # the disk's own time is not under test
+        # the disk's own time is not under test
+        with tempfile.TemporaryDirectory() as folder, patch("os.fsync"):
             asyncio.run(main(Path(folder)))
 
     def test_many_at_once(self, run: Any, folder: Path) -> None:
-        """Whoever reads sees a whole file or none, and the bytes are bounded whenever one is written."""
+        """Whoever reads sees a whole file or none, and the bytes are bounded whenever one is
+        written."""
         size, limit, rename = 100_000, 1_000_000, os.replace
         most: list[int] = []
 
@@ -802,7 +921,12 @@ class TestFiles:
             await store.close()
             await asyncio.gather(*puts)
             await store.close()
-            for call in (store.put(b"x", "png"), store.get(puts[0].result()), store.sweep(0), store.delete([])):
+            for call in (
+                store.put(b"x", "png"),
+                store.get(puts[0].result()),
+                store.sweep(0),
+                store.delete([]),
+            ):
                 with pytest.raises(StepweaveError, match="closed"):
                     await call
 
@@ -836,7 +960,8 @@ def test_jobs_are_forgotten_with_their_files(tmp_path: Path, clock: Clock) -> No
 class TestReadOnly:
     @pytest.fixture(params=["mode", "proc"])
     def folder(self, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-        """A directory that takes no files: by its mode (which does not bind root), or in Linux's /proc."""
+        """A directory that takes no files: by its mode (which does not bind root), or in Linux's
+        /proc."""
         if request.param == "proc":
             if not Path("/proc/self").is_dir():
                 pytest.skip("there is no /proc")
@@ -869,7 +994,9 @@ class TestReadOnly:
         asyncio.run(main())
 
     def test_the_state(self, folder: Path) -> None:
-        with pytest.raises(ConfigError, match="STEPWEAVE_STATE_DIR=.* cannot be made or written to"):
+        with pytest.raises(
+            ConfigError, match="STEPWEAVE_STATE_DIR=.* cannot be made or written to"
+        ):
             state_directory(str(folder)).__enter__()
 
 
@@ -887,7 +1014,10 @@ class TestDirectory:
         with state_directory(str(tmp_path)):
             with pytest.raises(ConfigError) as caught, state_directory(str(tmp_path)):
                 pass
-            assert f"STEPWEAVE_STATE_DIR={str(tmp_path)!r}: another server uses this directory" in caught.value.message
+            assert (
+                f"STEPWEAVE_STATE_DIR={str(tmp_path)!r}: another server uses this directory"
+                in caught.value.message
+            )
         with state_directory(str(tmp_path)):
             pass
 
@@ -912,7 +1042,10 @@ class TestDirectory:
 
     def test_a_path_that_is_no_directory(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
-        with pytest.raises(ConfigError, match="STEPWEAVE_STATE_DIR="), state_directory(str(tmp_path / "file")):
+        with (
+            pytest.raises(ConfigError, match="STEPWEAVE_STATE_DIR="),
+            state_directory(str(tmp_path / "file")),
+        ):
             pass
 
     def test_a_temporary_one_is_removed(self) -> None:
@@ -944,6 +1077,7 @@ class TestDirectory:
 
 def test_the_package_needs_no_torch() -> None:
     script = (
-        "import sys, stepweave.store; print([name for name in sys.modules if name.split('.')[0] in ('torch', 'PIL')])"
+        "import sys, stepweave.store; print([name for name in sys.modules if name.split('.')[0] in "
+        "('torch', 'PIL')])"
     )
     assert json.loads(spawn(script).communicate()[0]) == []

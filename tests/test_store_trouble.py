@@ -1,4 +1,5 @@
-"""Stores in trouble: a file that another process has locked, a disk that is full or gone, and how the server tells of it."""
+"""Stores in trouble: a file that another process has locked, a disk that is full or gone, and how
+the server tells of it."""
 
 from __future__ import annotations
 
@@ -57,7 +58,9 @@ async def file_store(folder: Path) -> Any:
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[sqlite3.Connection]:
     """Another process's lock on the file, until the block ends or it is rolled back."""
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+    with contextlib.closing(
+        sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    ) as other:
         other.execute("BEGIN IMMEDIATE")
         yield other
 
@@ -83,7 +86,9 @@ async def test_what_waits_for_a_locked_file_fails_together(tmp_path: Path) -> No
             async with asyncio.timeout(SECONDS):
                 found = await asyncio.gather(*puts, *drops, return_exceptions=True)
             assert {str(one) for one in found} == {"The job store failed (database is locked)."}
-            assert await store.get(record().id) == record(), "who reads need not wait for who writes"
+            assert await store.get(record().id) == record(), (
+                "who reads need not wait for who writes"
+            )
             assert store.health.failures == {"busy": 180}
             assert store.health.problem == "busy: database is locked"
         assert await store.list(None, 200) == [record()], "what failed has no effect later"
@@ -95,7 +100,9 @@ async def test_readers_fail_together_too(tmp_path: Path) -> None:
     async with job_store(tmp_path / "jobs.sqlite") as store:
         await store.put(record())
         # no process shares a file with one in this mode, nor its log
-        with contextlib.closing(sqlite3.connect(tmp_path / "jobs.sqlite", isolation_level=None)) as other:
+        with contextlib.closing(
+            sqlite3.connect(tmp_path / "jobs.sqlite", isolation_level=None)
+        ) as other:
             other.execute("PRAGMA locking_mode = EXCLUSIVE")
             store._thread.submit(store._disconnect).result()
             other.execute("UPDATE jobs SET step = 1")
@@ -158,7 +165,9 @@ async def probed(app: App) -> Any:
     return ready.json()["store"]
 
 
-async def test_a_server_whose_store_is_locked_serves_what_needs_none_and_recovers(tmp_path: Path) -> None:
+async def test_a_server_whose_store_is_locked_serves_what_needs_none_and_recovers(
+    tmp_path: Path,
+) -> None:
     async with serving(state_dir=str(tmp_path)) as app:
         app.record.gated = True
         accepted = await app.post(headers=LATER).done()
@@ -209,7 +218,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 1 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, text=True
+    )
     if mounted.returncode:
         pytest.skip(f"NOT TRIED ON A FULL DISK: none can be mounted here: {mounted.stderr.strip()}")
     yield disk
@@ -268,7 +279,12 @@ async def test_a_database_without_room(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("number", "reason"),
-    [(errno.ENOSPC, "full"), (errno.EDQUOT, "full"), (errno.EROFS, "failed"), (errno.EIO, "failed")],
+    [
+        (errno.ENOSPC, "full"),
+        (errno.EDQUOT, "full"),
+        (errno.EROFS, "failed"),
+        (errno.EIO, "failed"),
+    ],
 )
 async def test_files_that_cannot_be_written(
     number: int, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -298,9 +314,13 @@ def test_errors_of_sqlite_are_told_apart() -> None:
         return made
 
     codes = {
-        sqlite3.SQLITE_BUSY: "busy", sqlite3.SQLITE_BUSY_SNAPSHOT: "busy", sqlite3.SQLITE_LOCKED: "busy",
-        sqlite3.SQLITE_FULL: "full", sqlite3.SQLITE_IOERR_WRITE: "failed", sqlite3.SQLITE_READONLY: "failed",
-    }  # fmt: skip
+        sqlite3.SQLITE_BUSY: "busy",
+        sqlite3.SQLITE_BUSY_SNAPSHOT: "busy",
+        sqlite3.SQLITE_LOCKED: "busy",
+        sqlite3.SQLITE_FULL: "full",
+        sqlite3.SQLITE_IOERR_WRITE: "failed",
+        sqlite3.SQLITE_READONLY: "failed",
+    }
     assert {code: reason_of(error(code)) for code in codes} == codes
     assert reason_of(sqlite3.ProgrammingError("closed")) == "failed"
 
@@ -317,7 +337,9 @@ async def test_a_directory_that_is_gone(tmp_path: Path) -> None:
         state.rename(tmp_path / "elsewhere")
         answer = await app.post(headers=LATER).done()
         assert answer.status == 500
-        assert answer.error["message"].startswith("The job store failed (No such file or directory).")
+        assert answer.error["message"].startswith(
+            "The job store failed (No such file or directory)."
+        )
         assert (await app.post(response_format="url").done()).status == 500
         gone = "failed: No such file or directory"
         assert await probed(app) == f"jobs {gone}; files {gone}"
@@ -364,7 +386,11 @@ async def test_free_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_health_is_told_by_many_threads() -> None:
     health = StoreHealth()
     threads = [
-        threading.Thread(target=lambda: [health.failed(OSError(errno.EIO, "x"), writing=True) for _ in range(2000)])
+        threading.Thread(
+            target=lambda: [
+                health.failed(OSError(errno.EIO, "x"), writing=True) for _ in range(2000)
+            ]
+        )
         for _ in range(4)
     ]
     for thread in threads:

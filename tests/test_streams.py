@@ -58,20 +58,34 @@ def comments(exchange: Exchange) -> int:
 
 
 @pytest.mark.parametrize(
-    "asked", [{"stream": True}, {"headers": STREAM}, {"stream": True, "headers": {"Accept": "application/json"}}]
+    "asked",
+    [
+        {"stream": True},
+        {"headers": STREAM},
+        {"stream": True, "headers": {"Accept": "application/json"}},
+    ],
 )
-async def test_only_openais_events_are_told_unless_others_are_asked_for(asked: dict[str, Any]) -> None:
+async def test_only_openais_events_are_told_unless_others_are_asked_for(
+    asked: dict[str, Any],
+) -> None:
     async with serving() as app:
         answer = await app.post(**asked, n=2, seed=5, output_format="webp").done()
         assert answer.status == 200
         assert answer.headers["content-type"].startswith("text/event-stream")
-        assert (answer.headers["cache-control"], answer.headers["x-accel-buffering"]) == ("no-store", "no")
+        assert (answer.headers["cache-control"], answer.headers["x-accel-buffering"]) == (
+            "no-store",
+            "no",
+        )
         assert answer.names == [COMPLETED, COMPLETED]
         plain = (await app.post(n=2, seed=5, output_format="webp").done()).json()
         for i, event in enumerate(answer.events):
             assert event.data["type"] == COMPLETED
             assert event.data["b64_json"] == plain["data"][i]["b64_json"]
-            assert (event.data["image_index"], event.data["seed"], event.data["output_format"]) == (i, 5 + i, "webp")
+            assert (event.data["image_index"], event.data["seed"], event.data["output_format"]) == (
+                i,
+                5 + i,
+                "webp",
+            )
             assert event.data["parameters"] == plain["parameters"]
             assert event.data["usage"] == plain["usage"]
         assert app.outcomes() == {"succeeded": 2}
@@ -93,9 +107,17 @@ async def test_all_events_in_their_order(asked: dict[str, Any]) -> None:
         assert told[0] == 0
         assert told == sorted(set(told))
         assert len(told) > 3
-        assert all(event.data["total_steps"] == 20 for event in answer.events if event.name == "stepweave.progress")
-        assert {event.data.get("id") for event in answer.events[:-1]} == {answer.headers["x-stepweave-job"]}
-        assert answer.names.index("stepweave.progress") >= len(positions(answer)), "the queue comes first"
+        assert all(
+            event.data["total_steps"] == 20
+            for event in answer.events
+            if event.name == "stepweave.progress"
+        )
+        assert {event.data.get("id") for event in answer.events[:-1]} == {
+            answer.headers["x-stepweave-job"]
+        }
+        assert answer.names.index("stepweave.progress") >= len(positions(answer)), (
+            "the queue comes first"
+        )
 
 
 async def test_urls_in_a_stream() -> None:
@@ -144,7 +166,9 @@ async def test_silence_is_broken_by_comments() -> None:
             streams = [app.post(stream=True) for _ in range(2)] + [app.post(headers=VERBOSE)]
             for one in streams:
                 await one.until(lambda one: comments(one) >= 2)
-                assert comments(one) <= (one.times[-1] - one.began) / 0.03, "no more than one in that time"
+                assert comments(one) <= (one.times[-1] - one.began) / 0.03, (
+                    "no more than one in that time"
+                )
             app.record.release.set()
             for one in streams:
                 assert (await one.done()).names[-1] == COMPLETED
@@ -194,7 +218,11 @@ class Previewer:
 
 def colours(exchange: Exchange) -> list[tuple[int, int, bytes]]:
     return [
-        (event.data["partial_image_index"], event.data["image_index"], base64.b64decode(event.data["b64_json"]))
+        (
+            event.data["partial_image_index"],
+            event.data["image_index"],
+            base64.b64decode(event.data["b64_json"]),
+        )
         for event in exchange.events
         if event.name == "image_generation.partial_image"
     ]
@@ -217,7 +245,9 @@ async def test_all_followers_see_all_previews_in_their_order() -> None:
         app.record.release.set()
         told = [colours(await one.done()) for one in (first, second, late)]
         assert told[0] == told[1] == told[2]
-        assert [(number, picture) for number, picture, _ in told[0]] == [(i, j) for i in range(3) for j in range(2)]
+        assert [(number, picture) for number, picture, _ in told[0]] == [
+            (i, j) for i in range(3) for j in range(2)
+        ]
         assert len({data for _, _, data in told[0]}) == 6
         assert first.events[-2:] == second.events[-2:]
 
@@ -310,9 +340,16 @@ async def test_a_stream_whose_job_is_deleted_says_so() -> None:
         assert (await deleted.done()).json()["state"] == "cancelled"
         await answer.done()
         assert answer.events[-1].data == {
-            "error": {"message": "The job was cancelled.", "type": "cancelled", "code": "cancelled", "param": None}
+            "error": {
+                "message": "The job was cancelled.",
+                "type": "cancelled",
+                "code": "cancelled",
+                "param": None,
+            }
         }
-        assert (await app.get(f"/v1/jobs/{id}")).status == 404, "only what is asked for later is kept"
+        assert (await app.get(f"/v1/jobs/{id}")).status == 404, (
+            "only what is asked for later is kept"
+        )
 
 
 # --- clients that leave ---
@@ -463,8 +500,15 @@ def test_leaving_a_native_stream_of_a_real_server(served: Served) -> None:
     def in_flight() -> bool:
         return metric(served.url, "stepweave_requests_in_flight") != 0
 
-    body = {"prompt": "a red circle", "num_inference_steps": 200, "size": "256x256", "events": "all"}
-    with httpx.stream("POST", f"{served.url}/generate_stream", json=body, timeout=SECONDS) as answer:
+    body = {
+        "prompt": "a red circle",
+        "num_inference_steps": 200,
+        "size": "256x256",
+        "events": "all",
+    }
+    with httpx.stream(
+        "POST", f"{served.url}/generate_stream", json=body, timeout=SECONDS
+    ) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         lines = answer.iter_lines()  # held on to: its end would close the connection
         for line in lines:

@@ -41,7 +41,9 @@ SD = FAMILIES["stable_diffusion"]
 FLUX = FAMILIES["flux"]
 INT8 = {
     "quant_backend": "torchao",
-    "quant_kwargs": {"quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {}}}},
+    "quant_kwargs": {
+        "quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {}}}
+    },
     "components_to_quantize": ["transformer"],
 }
 
@@ -54,8 +56,11 @@ def alone(pipeline: Any, family: Family) -> list[np.ndarray]:
     return [pipeline(**call).images for call in calls(family)]
 
 
-def assert_company_agrees(pipeline: Any, family: Family, expected: list[np.ndarray], rounds: int = 2) -> None:
-    """Jobs in company draw the expected pictures, and share the denoiser's forwards in the last round."""
+def assert_company_agrees(
+    pipeline: Any, family: Family, expected: list[np.ndarray], rounds: int = 2
+) -> None:
+    """Jobs in company draw the expected pictures, and share the denoiser's forwards in the last
+    round."""
     denoiser = "unet" if hasattr(pipeline, "unet") else "transformer"
     with StepEngine(pipeline) as engine:
         for _ in range(rounds):  # the first while certificates are granted
@@ -66,7 +71,9 @@ def assert_company_agrees(pipeline: Any, family: Family, expected: list[np.ndarr
         stats = engine.stats()
     assert (stats.errors, stats.retried) == (0, 0)
     forwards = stats.forwards[denoiser]
-    assert forwards.merged_calls - before.merged_calls > 0.5 * (forwards.calls - before.calls), stats
+    assert forwards.merged_calls - before.merged_calls > 0.5 * (forwards.calls - before.calls), (
+        stats
+    )
     states = {one["call"]: one["state"] for one in stats.certificates}
     assert states[denoiser] == "certified"
 
@@ -78,7 +85,8 @@ def assert_company_agrees(pipeline: Any, family: Family, expected: list[np.ndarr
 @pytest.mark.full
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_a_compiled_unet_merges_and_draws_the_same() -> None:
-    """For real, with inductor: some 20 s of compiling on two cores, unless torch has it in its cache."""
+    """For real, with inductor: some 20 s of compiling on two cores, unless torch has it in its
+    cache."""
     pipeline = SD.build()
     expected = alone(pipeline, SD)
     apply_switches(pipeline, Settings(compile=True), CPU)
@@ -94,7 +102,10 @@ def test_a_compiled_unet_merges_and_draws_the_same() -> None:
 
 
 def test_what_cannot_be_compiled_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(LoadError, match=r"STEPWEAVE_COMPILE=True .*SD3Transformer2DModel declares no repeated blocks"):
+    with pytest.raises(
+        LoadError,
+        match=r"STEPWEAVE_COMPILE=True .*SD3Transformer2DModel declares no repeated blocks",
+    ):
         apply_switches(FAMILIES["stable_diffusion_3"].build(), Settings(compile=True), CPU)
     monkeypatch.setattr("shutil.which", lambda program: None)
     with pytest.raises(LoadError, match=r"STEPWEAVE_COMPILE needs a compiler, g\+\+ or clang\+\+"):
@@ -113,7 +124,9 @@ def native_again() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("native_again")
-def test_an_attention_backend_computes_the_denoisers_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attention_backend_computes_the_denoisers_attention(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pipeline = FLUX.build()
     expected = alone(pipeline, FLUX)
     backend = AttentionBackendName._NATIVE_MATH
@@ -135,7 +148,10 @@ def test_an_attention_backend_computes_the_denoisers_attention(monkeypatch: pyte
     ("backend", "reason"),
     [
         ("flash", r"STEPWEAVE_ATTENTION_BACKEND='flash' cannot be had: .*install `flash-attn"),
-        ("_native_cudnn", r"STEPWEAVE_ATTENTION_BACKEND='_native_cudnn' cannot be had: No viable backend"),
+        (
+            "_native_cudnn",
+            r"STEPWEAVE_ATTENTION_BACKEND='_native_cudnn' cannot be had: No viable backend",
+        ),
     ],
 )
 def test_an_attention_backend_that_cannot_run_here_is_refused(backend: str, reason: str) -> None:
@@ -145,17 +161,21 @@ def test_an_attention_backend_that_cannot_run_here_is_refused(backend: str, reas
 
 def test_an_attention_backend_that_does_not_exist_is_refused() -> None:
     with pytest.raises(
-        LoadError, match=r"STEPWEAVE_ATTENTION_BACKEND='flush' is not one of flash, .*native, .*xformers"
+        LoadError,
+        match=r"STEPWEAVE_ATTENTION_BACKEND='flush' is not one of flash, .*native, .*xformers",
     ):
         check_switches(Settings(attention_backend="flush"), CPU)
 
 
 @pytest.mark.parametrize(
-    ("family", "model"), [("stable_diffusion", "UNet2DConditionModel"), ("stable_diffusion_3", "SD3Transformer2DModel")]
+    ("family", "model"),
+    [("stable_diffusion", "UNet2DConditionModel"), ("stable_diffusion_3", "SD3Transformer2DModel")],
 )
 def test_models_that_no_attention_backend_reaches_are_refused(family: str, model: str) -> None:
     before = _AttentionBackendRegistry.get_active_backend()
-    with pytest.raises(LoadError, match=f"the attention of {model} does not go through diffusers' dispatcher"):
+    with pytest.raises(
+        LoadError, match=f"the attention of {model} does not go through diffusers' dispatcher"
+    ):
         apply_switches(FAMILIES[family].build(), Settings(attention_backend="native"), CPU)
     assert _AttentionBackendRegistry.get_active_backend() == before
 
@@ -174,7 +194,8 @@ def test_slicing_and_tiling_reach_the_autoencoder() -> None:
 def test_an_autoencoder_without_slicing_is_refused_by_name() -> None:
     pipeline = FAMILIES["stable_cascade"].build()
     with pytest.raises(
-        LoadError, match=r"STEPWEAVE_VAE_SLICING=True cannot be had: PaellaVQModel has no enable_slicing"
+        LoadError,
+        match=r"STEPWEAVE_VAE_SLICING=True cannot be had: PaellaVQModel has no enable_slicing",
     ):
         apply_switches(pipeline, Settings(vae_slicing=True), CPU)
     with pytest.raises(LoadError, match=r"STEPWEAVE_VAE_TILING=True .*has no autoencoder"):
@@ -223,7 +244,11 @@ def test_the_quantised_embedded_model_draws_nearly_the_same_and_merges() -> None
         common = {"num_inference_steps": 10, "height": 64, "width": 64, "output_type": "np"}
         return {**preset.call, **common, "prompt": prompt, "generator": generator}
 
-    requests = [("a large red circle on a blue background", 1), ("a small green star", 2), ("a yellow ring", 3)]
+    requests = [
+        ("a large red circle on a blue background", 1),
+        ("a small green star", 2),
+        ("a yellow ring", 3),
+    ]
     expected = [pipeline(**call(*request)).images for request in requests]
     for request, images in zip(requests, expected, strict=True):
         difference = np.abs(images - exact(**call(*request)).images)
@@ -241,31 +266,47 @@ def test_the_quantised_embedded_model_draws_nearly_the_same_and_merges() -> None
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"quant_backend": "gguf", "quant_kwargs": {}}, "gguf cannot quantise 'transformer': .*pip install gguf"),
+        (
+            {"quant_backend": "gguf", "quant_kwargs": {}},
+            "gguf cannot quantise 'transformer': .*pip install gguf",
+        ),
         ({"quant_backend": "int9"}, "quant_backend is 'int9'; diffusers has .*torchao"),
         (
             {"quant_kwargs": {"bits": 9}},
             "quant_kwargs has 'bits'; TorchAoConfig of diffusers takes quant_type, modules_",
         ),
-        ({"quant_kwargs": {}}, "quant_kwargs lacks 'quant_type', which TorchAoConfig of diffusers needs"),
-        ({"components_to_quantize": ["scheduler"]}, "'scheduler'; the models of StableDiffusion3Pipeline are text_enc"),
+        (
+            {"quant_kwargs": {}},
+            "quant_kwargs lacks 'quant_type', which TorchAoConfig of diffusers needs",
+        ),
+        (
+            {"components_to_quantize": ["scheduler"]},
+            "'scheduler'; the models of StableDiffusion3Pipeline are text_enc",
+        ),
     ],
     ids=["package", "backend", "argument", "lacking", "component"],
 )
-def test_quantisation_that_cannot_be_is_refused_by_name(changes: dict[str, Any], reason: str) -> None:
+def test_quantisation_that_cannot_be_is_refused_by_name(
+    changes: dict[str, Any], reason: str
+) -> None:
     with pytest.raises(LoadError, match=f"STEPWEAVE_QUANTIZATION: .*{reason}"):
         load_pipeline(Settings(quantization=INT8 | changes), CPU, torch.float32)
 
 
 def test_all_models_are_quantised_where_none_is_named() -> None:
-    pipeline, _ = load_pipeline(Settings(quantization=INT8 | {"components_to_quantize": None}), CPU, torch.float32)
-    quantised = {name for name, one in pipeline.components.items() if getattr(one, "hf_quantizer", None)}
+    pipeline, _ = load_pipeline(
+        Settings(quantization=INT8 | {"components_to_quantize": None}), CPU, torch.float32
+    )
+    quantised = {
+        name for name, one in pipeline.components.items() if getattr(one, "hf_quantizer", None)
+    }
     assert quantised == {"transformer", "vae", "text_encoder", "text_encoder_2"}
 
 
 def test_a_pipeline_made_in_code_is_not_quantised_behind_its_back() -> None:
     with pytest.raises(
-        LoadError, match="STEPWEAVE_QUANTIZATION asks for 'transformer', which FluxPipeline was loaded w"
+        LoadError,
+        match="STEPWEAVE_QUANTIZATION asks for 'transformer', which FluxPipeline was loaded w",
     ):
         apply_switches(FLUX.build(), Settings(quantization=INT8), CPU)
 
@@ -303,7 +344,9 @@ class Recorder:
         return take
 
 
-@pytest.mark.parametrize("name", ["stable_diffusion_xl", pytest.param("controlnet_sd", marks=pytest.mark.full), "flux"])
+@pytest.mark.parametrize(
+    "name", ["stable_diffusion_xl", pytest.param("controlnet_sd", marks=pytest.mark.full), "flux"]
+)
 def test_jobs_merge_with_model_offload_and_no_more_is_on_the_gpu_than_with_one(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,15 +354,22 @@ def test_jobs_merge_with_model_offload_and_no_more_is_on_the_gpu_than_with_one(
     pipeline = family.build()
     expected = alone(pipeline, family)
     pipeline.enable_model_cpu_offload(device="cpu")  # all as on a GPU, but that moving is for free
-    forwards = {key: one.forward for key, one in pipeline.components.items() if isinstance(one, nn.Module)}
+    forwards = {
+        key: one.forward for key, one in pipeline.components.items() if isinstance(one, nn.Module)
+    }
     recorder = Recorder(pipeline, monkeypatch)
     alone(pipeline, family)  # and diffusers puts the hooks on anew after each call
     single = recorder.seen
     monkeypatch.undo()
     recorder = Recorder(pipeline, monkeypatch)
-    forwards = {key: one.forward for key, one in pipeline.components.items() if isinstance(one, nn.Module)}
+    forwards = {
+        key: one.forward for key, one in pipeline.components.items() if isinstance(one, nn.Module)
+    }
     assert_company_agrees(pipeline, family, expected)
-    assert all(any(held <= one for one in single) for held in recorder.seen), (recorder.seen, single)
+    assert all(any(held <= one for one in single) for held in recorder.seen), (
+        recorder.seen,
+        single,
+    )
     assert recorder.held == set()
     assert {key: pipeline.components[key].forward for key in forwards} == forwards
     assert all("_diffusers_hook" not in vars(pipeline.components[key]) for key in forwards)
@@ -328,9 +378,12 @@ def test_jobs_merge_with_model_offload_and_no_more_is_on_the_gpu_than_with_one(
         assert np.abs(images - one).max() < TOLERANCE
 
 
-def test_what_keeps_a_calls_state_still_takes_turns_and_is_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_keeps_a_calls_state_still_takes_turns_and_is_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     sequential, grouped, cached = SD.build(), FLUX.build(), FLUX.build()
-    # sequential offload's hook; to take weights off and bring them back, accelerate needs two kinds of devices
+    # sequential offload's hook; to take weights off and bring them back, accelerate needs two kinds
+    # of devices
     add_hook_to_module(sequential.unet.conv_in, AlignDevicesHook(CPU))
     grouped.enable_group_offload(CPU, CPU, offload_type="leaf_level")
     cached.enable_model_cpu_offload(device="cpu")
@@ -353,12 +406,26 @@ def test_what_keeps_a_calls_state_still_takes_turns_and_is_named(caplog: pytest.
 @pytest.mark.parametrize(
     ("settings", "device", "reason"),
     [
-        ({"offload": "model"}, "cpu", "STEPWEAVE_OFFLOAD='model' moves weights to a GPU, but the device is the CPU"),
-        ({"offload": "sequential", "compile": True}, "cuda", "'sequential' excludes STEPWEAVE_COMPILE"),
-        ({"offload": "sequential", "quantization": INT8}, "cuda", "'sequential' excludes STEPWEAVE_QUANTIZATION"),
+        (
+            {"offload": "model"},
+            "cpu",
+            "STEPWEAVE_OFFLOAD='model' moves weights to a GPU, but the device is the CPU",
+        ),
+        (
+            {"offload": "sequential", "compile": True},
+            "cuda",
+            "'sequential' excludes STEPWEAVE_COMPILE",
+        ),
+        (
+            {"offload": "sequential", "quantization": INT8},
+            "cuda",
+            "'sequential' excludes STEPWEAVE_QUANTIZATION",
+        ),
     ],
 )
-def test_offload_that_cannot_be_is_refused(settings: dict[str, Any], device: str, reason: str) -> None:
+def test_offload_that_cannot_be_is_refused(
+    settings: dict[str, Any], device: str, reason: str
+) -> None:
     with pytest.raises(LoadError, match=reason):
         check_switches(Settings(**settings), torch.device(device))
 
@@ -367,7 +434,8 @@ def test_a_pipeline_that_knows_no_offload_is_refused() -> None:
     pipeline = SD.build()
     pipeline.model_cpu_offload_seq = None
     with pytest.raises(
-        LoadError, match=r"STEPWEAVE_OFFLOAD='model' cannot be had: Model CPU offload cannot be enabled"
+        LoadError,
+        match=r"STEPWEAVE_OFFLOAD='model' cannot be had: Model CPU offload cannot be enabled",
     ):
         apply_switches(pipeline, Settings(offload="model"), torch.device("cpu", 0))
 
@@ -376,9 +444,16 @@ def test_a_pipeline_that_knows_no_offload_is_refused() -> None:
 def test_switches_go_together(tmp_path: Path) -> None:
     """All but compiling, which would take minutes here."""
     FLUX.build().save_pretrained(tmp_path)
-    switches = {"channels_last": True, "vae_slicing": True, "vae_tiling": True, "attention_backend": "native"}
+    switches = {
+        "channels_last": True,
+        "vae_slicing": True,
+        "vae_tiling": True,
+        "attention_backend": "native",
+    }
     settings = Settings(model=str(tmp_path), quantization=INT8, offload="model", **switches)
-    expected = alone(load_pipeline(Settings(model=str(tmp_path), quantization=INT8), CPU, torch.float32)[0], FLUX)
+    expected = alone(
+        load_pipeline(Settings(model=str(tmp_path), quantization=INT8), CPU, torch.float32)[0], FLUX
+    )
     pipeline, _ = load_pipeline(settings, CPU, torch.float32)
     apply_switches(pipeline, settings, torch.device("cpu", 0))
     assert len(pipeline._all_hooks) == 4
@@ -403,7 +478,9 @@ def test_the_server_refuses_a_switch_that_its_model_does_not_have() -> None:
     server.start()
     server._loader.join(SECONDS)
     assert server.status.stage == "failed"
-    with pytest.raises(Unavailable, match=r"SD3Transformer2DModel does not go through diffusers' dispatcher"):
+    with pytest.raises(
+        Unavailable, match=r"SD3Transformer2DModel does not go through diffusers' dispatcher"
+    ):
         server.ready()
     server.close()
 
@@ -416,11 +493,17 @@ def test_a_server_with_switches_draws_what_a_plain_call_without_does(tmp_path: P
     settings = Settings(model=str(model))
     plain = ServedModel(*load_pipeline(settings, CPU, torch.float32), settings)
     switches = {
-        "STEPWEAVE_ATTENTION_BACKEND": "_native_math", "STEPWEAVE_VAE_SLICING": "true", "STEPWEAVE_CHANNELS_LAST": "true",
-    }  # fmt: skip
-    with serve(tmp_path / "log.txt", **switches, STEPWEAVE_MODEL=str(model), STEPWEAVE_MAX_ROWS="4") as server:
+        "STEPWEAVE_ATTENTION_BACKEND": "_native_math",
+        "STEPWEAVE_VAE_SLICING": "true",
+        "STEPWEAVE_CHANNELS_LAST": "true",
+    }
+    with serve(
+        tmp_path / "log.txt", **switches, STEPWEAVE_MODEL=str(model), STEPWEAVE_MAX_ROWS="4"
+    ) as server:
         server.wait_until_ready()
-        shown = httpx.get(f"{server.url}/v1/models", timeout=SECONDS).json()["data"][0]["stepweave"]["switches"]
+        shown = httpx.get(f"{server.url}/v1/models", timeout=SECONDS).json()["data"][0][
+            "stepweave"
+        ]["switches"]
         on = {"attention_backend": "_native_math", "vae_slicing": True, "channels_last": True}
         assert shown == Settings().switches() | on
         for seed, prompt in enumerate(PROMPTS):

@@ -1,4 +1,5 @@
-"""The tiny pipelines that other tests build on: the same every time, and sensitive to what a server could mix up."""
+"""The tiny pipelines that other tests build on: the same every time, and sensitive to what a server
+could mix up."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ VISIBLE = 0.01  # of pixels in [0, 1]: a hundred times the tolerance of parity
 
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 every_case = pytest.mark.parametrize(
-    ("family", "scheduler"), [pytest.param(*case, id=f"{case[0].name}-{case[1]}") for case in cases()]
+    ("family", "scheduler"),
+    [pytest.param(*case, id=f"{case[0].name}-{case[1]}") for case in cases()],
 )
 
 
@@ -51,7 +53,9 @@ def test_a_family_is_built_the_same_twice_and_leaves_the_random_state(family: Fa
         weights, others = one.state_dict(), other.state_dict()
         assert weights.keys() == others.keys()
         assert all(torch.equal(tensor, others[name]) for name, tensor in weights.items())
-        assert {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()} == {torch.float32}
+        assert {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()} == {
+            torch.float32
+        }
 
 
 @every_case
@@ -83,7 +87,9 @@ def test_two_prompts_in_one_call_are_the_two_alone(family: Family, scheduler: st
     """So that a difference seen by a test of the server is the server's."""
     draw = drawer(family, scheduler)
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 5)]
-    together = draw.pipeline(**family.arguments("") | {"prompt": [PROMPT, OTHER], "generator": generators}).images
+    together = draw.pipeline(
+        **family.arguments("") | {"prompt": [PROMPT, OTHER], "generator": generators}
+    ).images
     assert difference(together[:1], draw(PROMPT)) < 1e-5
     assert difference(together[1:], draw(OTHER, seed=5)) < 1e-5
 

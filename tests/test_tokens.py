@@ -32,21 +32,27 @@ def plain(kind: str) -> Any:
 def read(kind: str, *args: Any, method: str = "__call__", **kwargs: Any) -> list[Reading]:
     found: list[Reading] = []
     with counting(found.append):
-        getattr(LockedTokenizer(plain(kind), threading.RLock(), f"the {kind}"), method)(*args, **kwargs)
+        getattr(LockedTokenizer(plain(kind), threading.RLock(), f"the {kind}"), method)(
+            *args, **kwargs
+        )
     assert current_count() is None
     return found
 
 
 @every_kind
 @settings(deadline=None, max_examples=25)
-@given(texts=st.lists(st.text("ab c", max_size=20), min_size=1, max_size=3), tensors=st.sampled_from([None, "pt"]))
+@given(
+    texts=st.lists(st.text("ab c", max_size=20), min_size=1, max_size=3),
+    tensors=st.sampled_from([None, "pt"]),
+)
 def test_padding_counts_nothing(kind: str, texts: list[str], tensors: str | None) -> None:
     if plain(kind).pad_token_id is None:
         plain(kind).pad_token = plain(kind).eos_token
     expected = [len(plain(kind)(text)["input_ids"]) for text in texts]
     found = read(kind, texts, padding="max_length", max_length=32, return_tensors=tensors)
     assert [(one.text, one.tokens, one.index, one.count) for one in found] == [
-        (text, tokens, i, len(texts)) for i, (text, tokens) in enumerate(zip(texts, expected, strict=True))
+        (text, tokens, i, len(texts))
+        for i, (text, tokens) in enumerate(zip(texts, expected, strict=True))
     ]
     assert {one.tokenizer for one in found} == {f"the {kind}"}
 
@@ -55,7 +61,9 @@ def test_padding_counts_nothing(kind: str, texts: list[str], tensors: str | None
 def test_what_is_cut_off_counts_nothing(kind: str) -> None:
     long = "a large red circle on a blue background, " * 9
     assert [one.tokens for one in read(kind, long, truncation=True, max_length=16)] == [16]
-    assert [one.tokens for one in read(kind, long, method="encode", truncation=True, max_length=16)] == [16]
+    assert [
+        one.tokens for one in read(kind, long, method="encode", truncation=True, max_length=16)
+    ] == [16]
 
 
 def test_without_a_mask_padding_is_told_by_its_token() -> None:
@@ -77,7 +85,9 @@ def run(mode: Mode, *prompts: str, **arguments: Any) -> list[int]:
     """The tokens of jobs that may share calls."""
     family = FAMILIES["stable_diffusion"]
     with StepEngine(family.build(), mode) as engine:
-        jobs = [engine.submit(**family.arguments(prompt, steps=2, **arguments)) for prompt in prompts]
+        jobs = [
+            engine.submit(**family.arguments(prompt, steps=2, **arguments)) for prompt in prompts
+        ]
         for job in jobs:
             job.result(SECONDS)
     return [job.tokens for job in jobs]
@@ -85,7 +95,8 @@ def run(mode: Mode, *prompts: str, **arguments: Any) -> list[int]:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_each_job_counts_its_own_prompts_once(mode: Mode) -> None:
-    """Two words and two special tokens; the negative prompt, none and two. It is a prompt's tokens, not an image's."""
+    """Two words and two special tokens; the negative prompt, none and two. It is a prompt's tokens,
+    not an image's."""
     assert run(mode, "a circle", "a large red circle") == [4 + 2, 6 + 2]
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
     assert run(mode, "a circle", num_images_per_prompt=3, generator=generators) == [4 + 2]

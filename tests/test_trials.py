@@ -1,4 +1,5 @@
-"""What a model seems to take and does not: tried before it serves, and refused by name afterwards."""
+"""What a model seems to take and does not: tried before it serves, and refused by name
+afterwards."""
 
 from __future__ import annotations
 
@@ -69,7 +70,9 @@ class Told:
     ) -> Fault | None:
         if self.only and size != NATIVE:
             return Fault("another size", NATIVE)
-        if size != NATIVE and any(side % self.multiple or not self.least <= side <= self.most for side in size):
+        if size != NATIVE and any(
+            side % self.multiple or not self.least <= side <= self.most for side in size
+        ):
             return Fault("size")
         if images > self.images or (guidance is not None and not self.low <= guidance <= self.high):
             return Fault("images or guidance")
@@ -94,12 +97,18 @@ def test_multiples_and_smallest_sides_are_found(multiple: int, least: int) -> No
 
 
 @settings(max_examples=100, deadline=None)
-@given(most=st.integers(512, 9000), least=st.sampled_from([8, 16, 64]), own=st.none() | st.integers(65, 1024))
+@given(
+    most=st.integers(512, 9000),
+    least=st.sampled_from([8, 16, 64]),
+    own=st.none() | st.integers(65, 1024),
+)
 def test_the_longest_side_is_one_that_works_and_no_shorter_than_the_native_ones(
     most: int, least: int, own: int | None
 ) -> None:
     told = Told(most=most, least=least)
-    seeming = replace(SEEMING, sizes=replace(SEEMING.sizes, max_side=None if own is None else own * 8))
+    seeming = replace(
+        SEEMING, sizes=replace(SEEMING.sizes, max_side=None if own is None else own * 8)
+    )
     sizes = found(told, seeming=seeming).sizes
     longest = sizes.longest // sizes.multiple * sizes.multiple
     assert told((longest, sizes.min_side)) is None and told((sizes.min_side, longest)) is None
@@ -117,7 +126,9 @@ def test_a_pipeline_that_goes_by_a_size_of_its_own_is_asked_once_and_offered_wit
     limits = narrowed(SEEMING, NATIVE, 5.0, attempt, "Told")
     assert limits.sizes.only == NATIVE and len(asked) - asked.count(NATIVE) == 1
     assert limits.sizes.read("512x512") == NATIVE == limits.sizes.of_edit((100, 7000))
-    with pytest.raises(InvalidRequest, match="size is '256x512'; the model makes images of 512x512 only"):
+    with pytest.raises(
+        InvalidRequest, match="size is '256x512'; the model makes images of 512x512 only"
+    ):
         limits.sizes.read("256x512")
 
 
@@ -167,7 +178,9 @@ def test_edits_of_a_pipeline_that_goes_by_their_sources_shape_keep_their_sizes()
 
 
 def test_a_native_size_that_fails_keeps_a_model_from_serving() -> None:
-    with pytest.raises(LoadError, match="Told fails with an image of its own size, 512x512: 2 images in place of 1"):
+    with pytest.raises(
+        LoadError, match="Told fails with an image of its own size, 512x512: 2 images in place of 1"
+    ):
         narrowed(SEEMING, NATIVE, 5.0, lambda size, **what: Fault("2 images in place of 1"), "Told")
 
 
@@ -184,7 +197,9 @@ def test_the_native_size_is_taken_whatever_its_sides() -> None:
     multiple=st.sampled_from([8, 16, 32]),
     pixels=st.integers(64 * 64, 2048 * 2048),
 )
-def test_an_edit_is_no_longer_than_sizes_that_are_asked_for(source: Size, multiple: int, pixels: int) -> None:
+def test_an_edit_is_no_longer_than_sizes_that_are_asked_for(
+    source: Size, multiple: int, pixels: int
+) -> None:
     sizes = SizeLimits(multiple, None, pixels, min_side=multiple)
     try:
         width, height = sizes.of_edit(source)
@@ -196,14 +211,26 @@ def test_an_edit_is_no_longer_than_sizes_that_are_asked_for(source: Size, multip
 # Pipelines of diffusers. Each is off in its own way, in small or in every size
 
 
-OWN = ("num_inference_steps", "guidance_scale", "height", "width", "num_images_per_prompt", "strength")  # of requests
+# of requests
+OWN = (
+    "num_inference_steps",
+    "guidance_scale",
+    "height",
+    "width",
+    "num_images_per_prompt",
+    "strength",
+)
 
 
 def model_of(name: str) -> tuple[ServedModel, StepEngine]:
     entry = entries()[name]
     pipeline, call = entry.build(), entry.arguments(0)
     pipeline.set_progress_bar_config(disable=True)
-    kept = {name: value for name, value in call.items() if isinstance(value, (bool, int, float)) and name not in OWN}
+    kept = {
+        name: value
+        for name, value in call.items()
+        if isinstance(value, (bool, int, float)) and name not in OWN
+    }
     preset = Preset(call=kept, width=call.get("width"), height=call.get("height"))
     return ServedModel(pipeline, preset, Settings(max_images=3)), StepEngine(pipeline, "off")
 
@@ -212,19 +239,28 @@ def source(size: Size) -> Image.Image:
     return Image.linear_gradient("L").resize(size).convert("RGB")
 
 
-def requests(model: ServedModel, limits: Limits, sources: Sources | None) -> Iterator[dict[str, Any]]:
+def requests(
+    model: ServedModel, limits: Limits, sources: Sources | None
+) -> Iterator[dict[str, Any]]:
     """At the ends of what is offered, and within."""
     sizes = limits.sizes
     native = f"{model.width}x{model.height}"
     if sizes.only is None:
         least, multiple = sizes.min_side, sizes.multiple
         longest = min(sizes.longest, sizes.max_pixels // least) // multiple * multiple
-        for width, height in ((least, least), (least + multiple, least), (longest, least), (least, longest)):
+        for width, height in (
+            (least, least),
+            (least + multiple, least),
+            (longest, least),
+            (least, longest),
+        ):
             yield {"size": f"{width}x{height}"}
     low, high = limits.guidance
     asked = {"size": native} if sizes.only is None and model.width % sizes.multiple == 0 else {}
     if model.default_guidance is not None:
-        for guidance, n in itertools.product((low, min(1.0, high) if low <= 1 else low, high), {1, limits.images}):
+        for guidance, n in itertools.product(
+            (low, min(1.0, high) if low <= 1 else low, high), {1, limits.images}
+        ):
             yield {"guidance_scale": guidance, "n": n, **asked}
     yield {"n": limits.images, **asked}
     yield {"prompt": ("a red ring, " * 400)[: limits.prompt_characters], **asked}
@@ -253,27 +289,43 @@ def refusals(limits: Limits) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def check(name: str) -> ServedModel:
-    """Try what is offered: everything gives as many images as asked for, of that size, none of one colour, no two the same."""
+    """Try what is offered: everything gives as many images as asked for, of that size, none of one
+    colour, no two the same."""
     model, engine = model_of(name)
     with engine:
         warming = WarmUp(model, engine)
         warming._edits(2)
         warming.trials()
         picture = source((model.width, model.height))
-        kinds = {"image_to_image": Sources(picture), "inpainting": Sources(picture, picture.convert("L"))}
+        kinds = {
+            "image_to_image": Sources(picture),
+            "inpainting": Sources(picture, picture.convert("L")),
+        }
         for sources in (None, *(kinds[edit] for edit in model.edits)):
             limits = model.limits_for(sources)
             for asked in requests(model, limits, sources):
                 try:
                     parameters = model.resolve(
-                        **{"prompt": "a red ring", "seed": 1, "num_inference_steps": 3, "sources": sources, **asked}
+                        **{
+                            "prompt": "a red ring",
+                            "seed": 1,
+                            "num_inference_steps": 3,
+                            "sources": sources,
+                            **asked,
+                        }
                     )
                 except InvalidRequest as error:
-                    assert error.param in ("num_inference_steps", "strength"), (asked, error.message)
+                    assert error.param in ("num_inference_steps", "strength"), (
+                        asked,
+                        error.message,
+                    )
                     continue
                 images = engine.submit(**model.call(parameters)).result(SECONDS).images
-                if name != "flux_kontext" or sources is None:  # which goes by its source's shape, and says so
-                    assert [one.size for one in images] == [(parameters.width, parameters.height)] * parameters.n, asked
+                # which goes by its source's shape, and says so
+                if name != "flux_kontext" or sources is None:
+                    assert [one.size for one in images] == [
+                        (parameters.width, parameters.height)
+                    ] * parameters.n, asked
                 assert all(np.ptp(np.asarray(one)) for one in images), asked
                 if math.prod(images[0].size) > 64:
                     assert len({one.tobytes() for one in images}) == parameters.n, asked
@@ -286,8 +338,10 @@ def check(name: str) -> ServedModel:
 
 # Those that were found to fail somewhere, and why
 FAILED: dict[str, Callable[[Limits], bool]] = {
-    "stable_diffusion_text": lambda limits: limits.sizes.multiple == 8,  # though its VAE's scale is 2
-    "z_image": lambda limits: limits.sizes.multiple == 4 and limits.sizes.longest == 128,  # a table of positions
+    # though its VAE's scale is 2
+    "stable_diffusion_text": lambda limits: limits.sizes.multiple == 8,
+    # a table of positions
+    "z_image": lambda limits: limits.sizes.multiple == 4 and limits.sizes.longest == 128,
     "aura_flow": lambda limits: limits.sizes.longest == 32,  # its table is of a square
     "flux_kontext": lambda limits: limits.sizes.only == (16, 16),  # it goes by the number of pixels
     "prx": lambda limits: limits.guidance[0] == 1 and limits.images == 1,
@@ -298,7 +352,9 @@ FAILED: dict[str, Callable[[Limits], bool]] = {
 QUICK = ("z_image", "aura_flow", "prx")
 
 
-@pytest.mark.parametrize("name", [one if one in QUICK else pytest.param(one, marks=pytest.mark.full) for one in FAILED])
+@pytest.mark.parametrize(
+    "name", [one if one in QUICK else pytest.param(one, marks=pytest.mark.full) for one in FAILED]
+)
 def test_what_fails_is_not_offered_and_what_is_offered_works(name: str) -> None:
     assert FAILED[name](check(name).limits), name
 
@@ -315,7 +371,10 @@ def test_a_single_step_is_refused_with_the_schedulers_that_fail_at_it() -> None:
             try:
                 parameters = model.resolve(**asked, num_inference_steps=1)
             except InvalidRequest as error:
-                assert error.param == "num_inference_steps" and "num_inference_steps is 1" in error.message
+                assert (
+                    error.param == "num_inference_steps"
+                    and "num_inference_steps is 1" in error.message
+                )
                 continue
             works.append(name)
             assert engine.submit(**model.call(parameters)).result(SECONDS).images
@@ -355,7 +414,10 @@ def test_schedulers_with_which_the_pipeline_itself_fails_are_not_offered() -> No
         for name in offered:
             parameters = model.resolve(prompt="a red ring", scheduler=name, num_inference_steps=5)
             assert engine.submit(**model.call(parameters)).result(SECONDS).images
-    with pytest.raises(InvalidRequest, match="scheduler is 'UniPCMultistepScheduler'; Kandinsky3Pipeline takes DDIM"):
+    with pytest.raises(
+        InvalidRequest,
+        match="scheduler is 'UniPCMultistepScheduler'; Kandinsky3Pipeline takes DDIM",
+    ):
         model.resolve(prompt="x", scheduler="UniPCMultistepScheduler")
 
 
@@ -369,11 +431,16 @@ def test_a_device_that_fails_at_a_trial_is_told_with_what_was_tried() -> None:
                 raise DeviceFailed("CUDA error: device-side assert triggered")
             return submit(**call)
 
-        with mock.patch.object(engine, "submit", fails), pytest.raises(LoadError, match="1 of 8192x8, .* device-side"):
+        with (
+            mock.patch.object(engine, "submit", fails),
+            pytest.raises(LoadError, match="1 of 8192x8, .* device-side"),
+        ):
             WarmUp(model, engine).run()
 
 
-def test_want_of_memory_or_time_leaves_what_is_offered_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_want_of_memory_or_time_leaves_what_is_offered_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = ServedModel(FakePipeline(), Preset(), Settings())
     before = model.limits
     with StepEngine(model.pipeline, "off") as engine:
@@ -400,7 +467,11 @@ class Odd(FakePipeline):
 
     def __call__(self, prompt: str | None = None, **arguments: Any) -> SimpleNamespace:  # type: ignore[override]
         made = super().__call__(prompt, **arguments)
-        return SimpleNamespace(images=self.small()) if min(arguments["height"], arguments["width"]) < 32 else made
+        return (
+            SimpleNamespace(images=self.small())
+            if min(arguments["height"], arguments["width"]) < 32
+            else made
+        )
 
 
 Odd.__call__.__signature__ = inspect.signature(FakePipeline.__call__)  # type: ignore[attr-defined]
@@ -416,7 +487,8 @@ def fail() -> Any:
 
 
 @pytest.mark.parametrize(
-    "small", [lambda: [np.zeros((8, 8, 3))], lambda: [torch.zeros(3, 8, 8)], lambda: None, list, fail]
+    "small",
+    [lambda: [np.zeros((8, 8, 3))], lambda: [torch.zeros(3, 8, 8)], lambda: None, list, fail],
 )
 def test_whatever_comes_of_a_trial_it_is_left_out(small: Callable[[], Any]) -> None:
     model = ServedModel(Odd(small), Preset(), Settings())
@@ -443,7 +515,9 @@ def test_what_fails_with_narrow_images_only_is_offered_as_far_as_it_works() -> N
 
 
 def test_several_images_without_guidance_are_tried() -> None:
-    def attempt(size: Size, images: int = 1, guidance: float | None = None, **what: Any) -> Fault | None:
+    def attempt(
+        size: Size, images: int = 1, guidance: float | None = None, **what: Any
+    ) -> Fault | None:
         return Fault("both") if images > 1 and guidance is not None and guidance <= 1 else None
 
     assert found_by(attempt).images == 1
@@ -460,7 +534,11 @@ class Narrow(FakePipeline):
     """Fails with several images, without guidance, and where a side is no multiple of 16."""
 
     def __call__(self, prompt: str | None = None, **arguments: Any) -> SimpleNamespace:  # type: ignore[override]
-        if arguments["num_images_per_prompt"] > 1 or arguments["guidance_scale"] < 1 or arguments["height"] % 16:
+        if (
+            arguments["num_images_per_prompt"] > 1
+            or arguments["guidance_scale"] < 1
+            or arguments["height"] % 16
+        ):
             raise RuntimeError("sizes of tensors must match")
         return super().__call__(prompt, **arguments)
 
@@ -481,18 +559,24 @@ def test_clients_are_told_and_refused_with_what_works(in_process: Callable[..., 
     ):
         answer = app.post(**fields)
         assert answer.status_code == 400, answer.text
-        assert answer.json()["error"]["param"] == param and limit in answer.json()["error"]["message"]
+        assert (
+            answer.json()["error"]["param"] == param and limit in answer.json()["error"]["message"]
+        )
     assert app.post(size="16x32", guidance_scale=1).status_code == 200
     schema = app.client.get("/openapi.json").json()["components"]["schemas"]
     bounds = schema["GenerationRequest"]["properties"]["n"]
     assert int(re.search(r"'maximum': (\d+)", str(bounds))[1]) == 1  # type: ignore[index]
 
 
-def test_what_a_pipeline_checks_itself_is_the_clients_error(in_process: Callable[..., InProcess]) -> None:
+def test_what_a_pipeline_checks_itself_is_the_clients_error(
+    in_process: Callable[..., InProcess],
+) -> None:
     class Checks(FakePipeline):
         def check_inputs(self, height: int) -> None:
             if height != 64:
-                raise ValueError(f"`height` has to be 64 but is {height}, says /srv/models/secret/config.json")
+                raise ValueError(
+                    f"`height` has to be 64 but is {height}, says /srv/models/secret/config.json"
+                )
 
         def __call__(self, prompt: str | None = None, **arguments: Any) -> SimpleNamespace:  # type: ignore[override]
             self.check_inputs(arguments["height"])
@@ -503,12 +587,17 @@ def test_what_a_pipeline_checks_itself_is_the_clients_error(in_process: Callable
     answer = app.post(size="64x72")
     assert answer.status_code == 400
     message = answer.json()["error"]["message"]
-    assert message == "The pipeline refuses these values: `height` has to be 64 but is 72, says config.json"
+    assert (
+        message
+        == "The pipeline refuses these values: `height` has to be 64 but is 72, says config.json"
+    )
     assert app.post().status_code == 200
 
 
 @pytest.mark.parametrize("bug", ["mean, std = (1,)", "int('x')", "[].index(1)", "torch.cat(None)"])
-def test_a_bug_in_a_pipelines_call_is_the_servers(in_process: Callable[..., InProcess], bug: str) -> None:
+def test_a_bug_in_a_pipelines_call_is_the_servers(
+    in_process: Callable[..., InProcess], bug: str
+) -> None:
     class Buggy(FakePipeline):
         pass
 
@@ -521,14 +610,18 @@ def test_a_bug_in_a_pipelines_call_is_the_servers(in_process: Callable[..., InPr
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "generation_failed")
 
 
-def test_an_error_of_the_same_kind_from_within_is_the_servers(in_process: Callable[..., InProcess]) -> None:
+def test_an_error_of_the_same_kind_from_within_is_the_servers(
+    in_process: Callable[..., InProcess],
+) -> None:
     app = in_process(warmup=False)
     app.pipeline.record.error = ValueError("from a step")
     answer = app.post()
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "generation_failed")
 
 
-def test_images_of_another_size_or_number_are_not_passed_off(in_process: Callable[..., InProcess]) -> None:
+def test_images_of_another_size_or_number_are_not_passed_off(
+    in_process: Callable[..., InProcess],
+) -> None:
     class Own(FakePipeline):
         many = 1
 
@@ -539,9 +632,14 @@ def test_images_of_another_size_or_number_are_not_passed_off(in_process: Callabl
     Own.__call__.__signature__ = Narrow.__call__.__signature__  # type: ignore[attr-defined]
     app = in_process(Own(), warmup=False)
     answer = app.post(size="64x64").json()
-    assert "image 0 is 40x24, not 64x64 as asked for: the pipeline made it so." in answer["warnings"]
+    assert (
+        "image 0 is 40x24, not 64x64 as asked for: the pipeline made it so." in answer["warnings"]
+    )
     assert answer["usage"]["pixels"] == 40 * 24
     Own.many = 2
     failed = app.post(size="64x64")
     assert failed.headers["X-Should-Retry"] == "false"
-    assert failed.status_code == 500 and "made 2 images, not the 1 asked for" in failed.json()["error"]["message"]
+    assert (
+        failed.status_code == 500
+        and "made 2 images, not the 1 asked for" in failed.json()["error"]["message"]
+    )

@@ -1,4 +1,5 @@
-"""What shares no forward, and whether anybody is told: nothing takes turns that need not, and whatever does is listed with why.
+"""What shares no forward, and whether anybody is told: nothing takes turns that need not, and
+whatever does is listed with why.
 
 Plain calls are of untouched pipelines, each built anew.
 """
@@ -47,12 +48,16 @@ TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 pytestmark = [
     pytest.mark.usefixtures("one_torch_thread", "every_row_pays"),
-    pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecated:FutureWarning"),  # diffusers' own call of it
+    # diffusers' own call of it
+    pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecated:FutureWarning"),
 ]
 
 every_type = pytest.mark.parametrize(
     "dtype",
-    [pytest.param(one, marks=[pytest.mark.full] if one is torch.float16 else []) for one in TYPES.values()],
+    [
+        pytest.param(one, marks=[pytest.mark.full] if one is torch.float16 else [])
+        for one in TYPES.values()
+    ],
     ids=TYPES,
 )
 
@@ -96,8 +101,9 @@ def runs_in(dtype: torch.dtype) -> str | None:
 
 @functools.cache
 def noise(dtype: torch.dtype) -> float:
-    """What rounding makes of the same call by itself, and beside one or three others: the largest difference of pictures, times
-    four. Several prompts in one plain call go through the same modules with as many times the rows.
+    """What rounding makes of the same call by itself, and beside one or three others: the largest
+    difference of pictures, times four. Several prompts in one plain call go through the same
+    modules with as many times the rows.
     """
     largest = 0.0
     for seed, count in ((0, 2), (1, 4), (2, 2), (3, 4)):
@@ -111,18 +117,23 @@ def noise(dtype: torch.dtype) -> float:
 
 
 @every_type
-def test_the_noise_of_half_precision_is_far_less_than_what_tells_pictures_apart(dtype: torch.dtype) -> None:
+def test_the_noise_of_half_precision_is_far_less_than_what_tells_pictures_apart(
+    dtype: torch.dtype,
+) -> None:
     """So that the tests of this module can fail."""
     if reason := runs_in(dtype):
         pytest.skip(reason)
     pictures = plain(lambda: upcasting(dtype), [drawn(seed) for seed in range(3)])
     assert noise(dtype) < 0.15
-    assert min(difference(pictures[i], pictures[j]) for i in range(3) for j in range(i)) > 3 * noise(dtype)
+    assert min(
+        difference(pictures[i], pictures[j]) for i in range(3) for j in range(i)
+    ) > 3 * noise(dtype)
 
 
 @every_type
 def test_jobs_share_forwards_though_the_autoencoder_is_to_be_cast(dtype: torch.dtype) -> None:
-    """In bfloat16 diffusers never casts it to decode; in float16 it does, for each call, and casts it back."""
+    """In bfloat16 diffusers never casts it to decode; in float16 it does, for each call, and casts
+    it back."""
     if reason := runs_in(dtype):
         pytest.skip(reason)
     requests = [drawn(seed) for seed in range(4)]
@@ -138,7 +149,9 @@ def test_jobs_share_forwards_though_the_autoencoder_is_to_be_cast(dtype: torch.d
 
 
 @every_type
-def test_a_reproducible_job_beside_them_is_that_of_a_plain_call_to_the_last_bit(dtype: torch.dtype) -> None:
+def test_a_reproducible_job_beside_them_is_that_of_a_plain_call_to_the_last_bit(
+    dtype: torch.dtype,
+) -> None:
     if reason := runs_in(dtype):
         pytest.skip(reason)
     requests = [drawn(seed) for seed in range(4)]
@@ -197,13 +210,18 @@ def compiler() -> Iterator[None]:
 @pytest.mark.full
 @pytest.mark.usefixtures("compiler")
 def test_a_module_that_is_compiled_whole_shares_forwards() -> None:
-    """Stable Diffusion XL gives its UNet the sample and the time by position, and a compiled one has no names for them."""
+    """Stable Diffusion XL gives its UNet the sample and the time by position, and a compiled one
+    has no names for them."""
     pipeline = XL.build()
     pipeline.unet = compiled = torch.compile(pipeline.unet, backend="eager")
     requests = [drawn(seed) for seed in range(4)]
     expected = plain(XL.build, requests)  # what is compiled does the same
     with StepEngine(pipeline, knee=False) as engine:
-        found = [numbers(job.result(SECONDS)) for _ in range(2) for job in submit_together(engine, requests)]
+        found = [
+            numbers(job.result(SECONDS))
+            for _ in range(2)
+            for job in submit_together(engine, requests)
+        ]
     outcome = Outcome(found, expected * 2, engine.stats())
     outcome.check()
     assert outcome.merged_share("unet") > 0.5
@@ -251,9 +269,12 @@ def by_object(original: Any) -> Any:
 
 @pytest.mark.parametrize("name", ["transformer", "unet"])
 @pytest.mark.parametrize(
-    "wrap", [by_lambda, pytest.param(by_function, marks=pytest.mark.full), by_wraps, by_partial, by_object]
+    "wrap",
+    [by_lambda, pytest.param(by_function, marks=pytest.mark.full), by_wraps, by_partial, by_object],
 )
-def test_a_module_whose_forward_is_passed_on_shares_forwards(wrap: Callable[[Any], Any], name: str) -> None:
+def test_a_module_whose_forward_is_passed_on_shares_forwards(
+    wrap: Callable[[Any], Any], name: str
+) -> None:
     """The UNet is given its sample and its time by position."""
     family, ask = (XL, drawn) if name == "unet" else (SD3, asked)
     requests = [ask(seed) for seed in range(4)]
@@ -270,7 +291,9 @@ def test_a_module_that_is_called_by_position_through_a_lambda_shares_forwards() 
         loop.denoiser.forward = lambda *args, **kwargs: original(*args, **kwargs)
         return loop
 
-    run(build, [request(seed) for seed in range(4)], [request(seed) for seed in range(4)]).check_merged()
+    run(
+        build, [request(seed) for seed in range(4)], [request(seed) for seed in range(4)]
+    ).check_merged()
 
 
 # What is listed
@@ -280,7 +303,11 @@ def listed(outcome: Outcome, name: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = outcome.stats.unshared
     for one in found:
         assert set(one) == {"call", "reason", "detail"}
-        assert one["reason"].isidentifier() and one["reason"] == one["reason"].lower() and len(one["reason"]) <= 40
+        assert (
+            one["reason"].isidentifier()
+            and one["reason"] == one["reason"].lower()
+            and len(one["reason"]) <= 40
+        )
         assert isinstance(one["detail"], str) and one["detail"]
     return [one for one in found if one["call"] == name]
 
@@ -319,7 +346,9 @@ def test_a_module_that_keeps_state_is_listed(caplog: pytest.LogCaptureFixture) -
 
 
 def test_a_module_that_mixes_rows_is_listed(caplog: pytest.LogCaptureFixture) -> None:
-    outcome = run(looped(lambda self, x: honest(x) + x.mean(0, keepdim=True)), four(), four(), four())
+    outcome = run(
+        looped(lambda self, x: honest(x) + x.mean(0, keepdim=True)), four(), four(), four()
+    )
     outcome.check_alone()
     check_listed(outcome, {"failed"}, caplog)
 
@@ -356,12 +385,17 @@ def test_what_shares_forwards_is_not_listed(caplog: pytest.LogCaptureFixture) ->
     assert warnings_of(caplog, "denoiser") == []
 
 
-def test_nothing_is_listed_twice_however_many_sizes_it_has(caplog: pytest.LogCaptureFixture) -> None:
+def test_nothing_is_listed_twice_however_many_sizes_it_has(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """A module that mixes rows fails for each size of its samples: the list stays short."""
     with caplog.at_level(logging.WARNING):
         outcome = run(
             looped(lambda self, x, extra: honest(x) + x.mean(0, keepdim=True) + 0 * extra.sum()),
-            *[[request(seed, functools.partial(sized, size)) for seed in range(4)] for size in range(1, 40)],
+            *[
+                [request(seed, functools.partial(sized, size)) for seed in range(4)]
+                for size in range(1, 40)
+            ],
         )
     outcome.check_alone()
     found = listed(outcome, "denoiser")
@@ -377,10 +411,16 @@ def sized(size: int) -> Callable[[int], dict[str, Any]]:
 def test_a_module_in_company_of_one_that_fails_goes_on_sharing() -> None:
     """Each is told apart by its name."""
     pipeline = SD3.build()
-    mixing = passing_on(pipeline, lambda original: lambda *args, **kwargs: mixed(original(*args, **kwargs)))
+    mixing = passing_on(
+        pipeline, lambda original: lambda *args, **kwargs: mixed(original(*args, **kwargs))
+    )
     with StepEngine(mixing, knee=False) as engine:
         requests = [asked(seed) for seed in range(4)]
-        found = [numbers(job.result(SECONDS)) for _ in range(2) for job in submit_together(engine, requests)]
+        found = [
+            numbers(job.result(SECONDS))
+            for _ in range(2)
+            for job in submit_together(engine, requests)
+        ]
         stats = engine.stats()
     build = functools.partial(
         passing_on, wrap=lambda original: lambda *args, **kwargs: mixed(original(*args, **kwargs))
@@ -427,7 +467,9 @@ def heeds_the_context(self: nn.Module, x: Tensor) -> Tensor:
     return honest(SCALE.get() * x)
 
 
-def test_jobs_that_set_context_variables_run_alone_and_find_them(caplog: pytest.LogCaptureFixture) -> None:
+def test_jobs_that_set_context_variables_run_alone_and_find_them(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     def build() -> Any:
         return Setting(looped(heeds_the_context)().denoiser)
 
@@ -436,4 +478,6 @@ def test_jobs_that_set_context_variables_run_alone_and_find_them(caplog: pytest.
     outcome = run(build, ordinary, [*special, *ordinary], ordinary)
     outcome.check()
     assert outcome.merged_share() > 0.3, "of the ordinary ones"
-    assert ["scale" in one["detail"] for one in outcome.stats.unshared if one["reason"] == "state"] == [True]
+    assert [
+        "scale" in one["detail"] for one in outcome.stats.unshared if one["reason"] == "state"
+    ] == [True]

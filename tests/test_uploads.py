@@ -87,7 +87,9 @@ def test_what_is_transparent_becomes_white() -> None:
 def test_a_mask_of_the_image_s_proportions_is_scaled_with_it(size: tuple[int, int]) -> None:
     mask = Image.new("L", size, 0)
     mask.paste(255, (size[0] // 2, 0, *size))
-    sources = read_sources(file_of(gradient().resize((64, 32))), file_of(mask), max_pixels=4 * LIMIT)
+    sources = read_sources(
+        file_of(gradient().resize((64, 32))), file_of(mask), max_pixels=4 * LIMIT
+    )
     assert sources.mask is not None and sources.mask.size == sources.image.size == (64, 32)
     found = np.asarray(sources.mask)
     assert (found[:, :30] < 30).all() and (found[:, -30:] > 225).all()
@@ -100,12 +102,16 @@ def test_a_mask_of_other_proportions_is_refused_by_both_sizes(size: tuple[int, i
     with pytest.raises(
         InvalidRequest, match=f"mask is {size[0]}x{size[1]} and image 64x32, .* same proportions"
     ) as caught:
-        read_sources(file_of(gradient().resize((64, 32))), file_of(Image.new("L", size)), max_pixels=1 << 20)
+        read_sources(
+            file_of(gradient().resize((64, 32))), file_of(Image.new("L", size)), max_pixels=1 << 20
+        )
     assert caught.value.param == "mask"
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_image_and_mask_are_turned_each_as_its_exif_says_before_they_are_compared(orientation: int) -> None:
+def test_image_and_mask_are_turned_each_as_its_exif_says_before_they_are_compared(
+    orientation: int,
+) -> None:
     """A phone's portrait is stored lying; a mask that was drawn on it stands."""
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
@@ -118,12 +124,18 @@ def test_image_and_mask_are_turned_each_as_its_exif_says_before_they_are_compare
                 files = file_of(image.convert("RGB"), "JPEG", exif=own), file_of(mask, exif=its)
                 sources = read_sources(*files, max_pixels=LIMIT, fit=fit)
                 assert sources.mask is not None
-                wanted = turned if fit is None else turned.resize((turned.width // 2, turned.height // 2))
+                wanted = (
+                    turned
+                    if fit is None
+                    else turned.resize((turned.width // 2, turned.height // 2))
+                )
                 for found in (sources.image.convert("L"), sources.mask):
                     assert found.size == wanted.size
                     assert np.abs(np.asarray(found, float) - np.asarray(wanted, float)).mean() < 4
     if orientation >= 5:
-        with pytest.raises(InvalidRequest, match="mask is 64x32 and image 32x64, turned as their EXIF says"):
+        with pytest.raises(
+            InvalidRequest, match="mask is 64x32 and image 32x64, turned as their EXIF says"
+        ):
             read_sources(file_of(marked, "JPEG", exif=exif), file_of(marked), max_pixels=LIMIT)
 
 
@@ -150,7 +162,9 @@ def test_an_orientation_that_there_is_not_turns_nothing(kind: str, format: str) 
 
 def test_an_image_is_turned_though_the_rest_of_its_exif_is_broken() -> None:
     """As after an editor that moved its parts: only the orientation is to be read."""
-    exif = exif_of(struct.pack(">HHIHH", ORIENTATION, 3, 1, 6, 0), struct.pack(">HHII", 0x8769, 4, 1, 0xFFFFFF))
+    exif = exif_of(
+        struct.pack(">HHIHH", ORIENTATION, 3, 1, 6, 0), struct.pack(">HHII", 0x8769, 4, 1, 0xFFFFFF)
+    )
     assert read(file_of(gradient(), "JPEG", exif=exif)).size == (16, 32)
 
 
@@ -158,10 +172,14 @@ def noise(size: tuple[int, int], mode: str = "RGB") -> Image.Image:
     """With structures of many sizes, so that scaling does something."""
     generator = np.random.default_rng(1)
     layers = [
-        Image.fromarray(generator.integers(0, 256, (size[1] // by, size[0] // by, 4), dtype=np.uint8)).resize(size)
+        Image.fromarray(
+            generator.integers(0, 256, (size[1] // by, size[0] // by, 4), dtype=np.uint8)
+        ).resize(size)
         for by in (4, 16, 64)
     ]
-    return Image.fromarray(np.mean([np.asarray(one) for one in layers], 0).astype(np.uint8)).convert(mode)
+    return Image.fromarray(
+        np.mean([np.asarray(one) for one in layers], 0).astype(np.uint8)
+    ).convert(mode)
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "MPO"])
@@ -222,7 +240,12 @@ def test_what_refuses_the_size_is_raised() -> None:
 def test_images_of_one_pixel_s_width_are_read(size: tuple[int, int], format: str) -> None:
     sources = read_sources(file_of(Image.new("RGB", size, "red"), format), None, max_pixels=LIMIT)
     assert sources.image.size == size
-    scaled = read_sources(file_of(Image.new("RGB", size, "red"), format), None, max_pixels=LIMIT, fit=lambda *_: (8, 8))
+    scaled = read_sources(
+        file_of(Image.new("RGB", size, "red"), format),
+        None,
+        max_pixels=LIMIT,
+        fit=lambda *_: (8, 8),
+    )
     assert scaled.image.size == (8, 8) and scaled.image.getpixel((4, 4))[0] > 240
 
 
@@ -270,14 +293,24 @@ def test_what_is_no_still_picture_is_refused_by_name() -> None:
     refused(b"", "image is empty")
     refused(b"no image at all", "image is no PNG, JPEG or WebP image")
     for format in ("PNG", "WEBP"):
-        refused(file_of(frames[0], format, save_all=True, append_images=frames[1:]), "image has several frames")
+        refused(
+            file_of(frames[0], format, save_all=True, append_images=frames[1:]),
+            "image has several frames",
+        )
         refused(file_of(gradient(), format)[:-60], "image is (corrupt or cut short|no PNG)")
     refused(good, "mask is no PNG", mask=b"x", param="mask")
-    refused(good, "mask is 100x100, 10000 pixels; the limit is 4096", file_of(Image.new("L", (100, 100))), "mask")
+    refused(
+        good,
+        "mask is 100x100, 10000 pixels; the limit is 4096",
+        file_of(Image.new("L", (100, 100))),
+        "mask",
+    )
 
 
 def test_the_first_picture_of_a_stereo_one_is_taken() -> None:
-    data = file_of(gradient(), "MPO", save_all=True, append_images=[Image.new("RGB", (32, 16), "red")])
+    data = file_of(
+        gradient(), "MPO", save_all=True, append_images=[Image.new("RGB", (32, 16), "red")]
+    )
     assert np.abs(np.asarray(read(data), float) - np.asarray(gradient(), float)).mean() < 6
 
 
@@ -285,7 +318,9 @@ def png_of_size(width: int, height: int) -> bytes:
     """A PNG whose header says so, and whose data is a few bytes."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     data = chunk(b"IDAT", zlib.compress(bytes(1000)))
@@ -303,7 +338,9 @@ def png_of_size(width: int, height: int) -> bytes:
         (64, 64, "image is corrupt or cut short"),
     ],
 )
-def test_the_header_is_believed_before_anything_is_decoded(width: int, height: int, says: str) -> None:
+def test_the_header_is_believed_before_anything_is_decoded(
+    width: int, height: int, says: str
+) -> None:
     refused(png_of_size(width, height), says)
 
 
@@ -312,7 +349,9 @@ FILES = [
     file_of(gradient("RGBA")),
     file_of(gradient("P")),
     file_of(gradient("CMYK"), "JPEG"),
-    file_of(gradient(), "JPEG", progressive=True, exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01"),
+    file_of(
+        gradient(), "JPEG", progressive=True, exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01"
+    ),
     file_of(gradient(), "WEBP"),
     file_of(gradient("RGBA"), "WEBP", lossless=True),
 ]

@@ -1,4 +1,5 @@
-"""The real service around a fake pipeline that does what its prompts say: `bentoml serve tests.told_service:Stepweave`."""
+"""The real service around a fake pipeline that does what its prompts say: `bentoml serve
+tests.told_service:Stepweave`."""
 
 from __future__ import annotations
 

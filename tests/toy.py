@@ -30,8 +30,8 @@ Call = dict[str, Any]
 
 
 class Outside(types.ModuleType):
-    """Where a test notes what a forward does. A module that changed something of its own would be taken for one that keeps
-    state; into Python's modules the engine does not look."""
+    """Where a test notes what a forward does. A module that changed something of its own would be
+    taken for one that keeps state; into Python's modules the engine does not look."""
 
     def __init__(self, **noted: Any) -> None:
         super().__init__("outside")
@@ -59,7 +59,8 @@ def tensor_of(output: Any) -> torch.Tensor:
 
 
 class Toy(DiffusionPipeline):
-    """A loop around a denoiser, and before each of its calls a control, if there is one, whose result the denoiser takes.
+    """A loop around a denoiser, and before each of its calls a control, if there is one, whose
+    result the denoiser takes.
 
     `gate` makes a call that only waits: a job that holds up the engine until others are there.
     """
@@ -159,11 +160,14 @@ class Served:
         return [i for i, (a, b) in pairs if a.shape != b.shape or not (a - b).abs().max() <= CLOSE]
 
     def check(self, *, exact: bool = False) -> None:
-        """Every job got what a plain call gives, `exact` to the last bit, and the engine made no error."""
+        """Every job got what a plain call gives, `exact` to the last bit, and the engine made no
+        error."""
         assert not self.wrong(), f"jobs {self.wrong()} did not get what plain calls give"
         if exact:
             unequal = [
-                i for i, (a, b) in enumerate(zip(self.results, self.expected, strict=True)) if not torch.equal(a, b)
+                i
+                for i, (a, b) in enumerate(zip(self.results, self.expected, strict=True))
+                if not torch.equal(a, b)
             ]
             assert not unequal, f"jobs {unequal} did not get what plain calls give to the last bit"
         assert self.stats.errors == 0, f"the engine made {self.stats.errors} errors"
@@ -178,8 +182,11 @@ class Served:
 Rounds = Callable[[], Sequence[Sequence[Call]]]
 
 
-def serve(forward: Forward, *rounds: Sequence[Call], anew: Rounds | None = None, **options: Any) -> Served:
-    """Serve the calls of each round together, one round after the other; and run them plainly, one by one.
+def serve(
+    forward: Forward, *rounds: Sequence[Call], anew: Rounds | None = None, **options: Any
+) -> Served:
+    """Serve the calls of each round together, one round after the other; and run them plainly, one
+    by one.
 
     `anew` makes the rounds, each time, where what the calls are given is written to.
     """
@@ -189,5 +196,8 @@ def serve(forward: Forward, *rounds: Sequence[Call], anew: Rounds | None = None,
         expected += [plain(**fresh(one)) for one in calls]
     with StepEngine(Toy(module(forward)), knee=False, **options) as engine:
         for calls in anew() if anew else rounds:
-            results += [job.result(SECONDS) for job in submit_together(engine, [fresh(one) for one in calls])]
+            results += [
+                job.result(SECONDS)
+                for job in submit_together(engine, [fresh(one) for one in calls])
+            ]
     return Served(results, expected, engine.stats())

@@ -22,7 +22,9 @@ LATE = 0.1  # seconds
 
 def main() -> int:
     arguments = parse()
-    stages = schedule(arguments.rates, arguments.seconds, arguments.seed, arguments.sizes, arguments.steps)
+    stages = schedule(
+        arguments.rates, arguments.seconds, arguments.seed, arguments.sizes, arguments.steps
+    )
     if not any(stage.arrivals for stage in stages):
         return _fail("--rates and --seconds are so low that no request would be sent")
     try:
@@ -47,19 +49,37 @@ def main() -> int:
 
     print(HEADER, flush=True)
     environment = load.run(
-        arguments.host, stages, max_in_flight=arguments.max_in_flight, drain=arguments.drain, finished=finished
+        arguments.host,
+        stages,
+        max_in_flight=arguments.max_in_flight,
+        drain=arguments.drain,
+        finished=finished,
     )
     report["goodput"] = max(stage["goodput"] for stage in report["stages"])
-    (arguments.out / "report.html").write_text(get_html_report(environment, show_download_link=False))
+    (arguments.out / "report.html").write_text(
+        get_html_report(environment, show_download_link=False)
+    )
     (arguments.out / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
     draw(report, arguments.out / "report.png")
-    print(f"highest goodput {report['goodput']:.2f}/s within {arguments.target:g} s; reports in {arguments.out}/")
+    print(
+        f"highest goodput {report['goodput']:.2f}/s within {arguments.target:g} s; reports in "
+        f"{arguments.out}/"
+    )
 
     if any((stage["send_lag_seconds"]["p99"] or 0) > LATE for stage in report["stages"]):
-        print(f"warning: some requests left over {LATE} s late: the testing machine is short of CPU", file=sys.stderr)
-    failures: Counter[str] = sum((Counter(stage["failures"]) for stage in report["stages"]), Counter())
+        print(
+            f"warning: some requests left over {LATE} s late: the testing machine is short of CPU",
+            file=sys.stderr,
+        )
+    failures: Counter[str] = sum(
+        (Counter(stage["failures"]) for stage in report["stages"]), Counter()
+    )
     if failures:
-        print("failures:", "; ".join(f"{reason} x{n}" for reason, n in failures.most_common(5)), file=sys.stderr)
+        print(
+            "failures:",
+            "; ".join(f"{reason} x{n}" for reason, n in failures.most_common(5)),
+            file=sys.stderr,
+        )
     if not any(stage["counts"]["succeeded"] for stage in report["stages"]):
         return _fail("no request succeeded")
     return 0

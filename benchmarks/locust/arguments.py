@@ -18,25 +18,63 @@ T = TypeVar("T")
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.locust",
-        description="Open-loop capacity test: requests arrive at each rate in turn, whatever the server answers.",
+        description="Open-loop capacity test: requests arrive at each rate in turn, whatever the "
+        "server answers.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("--host", type=_url, default="http://localhost:3000", help="server's base URL")
-    add("--rates", type=list_of(positive), default=[0.5, 1.0, 2.0, 4.0], help="requests per second, a stage each")
+    add(
+        "--rates",
+        type=list_of(positive),
+        default=[0.5, 1.0, 2.0, 4.0],
+        help="requests per second, a stage each",
+    )
     add("--seconds", type=positive, default=30.0, help="length of a stage")
     add("--seed", type=_whole(0), default=1, help="of the arrivals and the mix")
-    add("--sizes", type=list_of(_size), default=["64x64", "128x128"], help="of pictures, drawn evenly")
-    add("--steps", type=list_of(_whole(1)), default=[4, 12, 20, 30], help="denoising steps, drawn evenly")
-    add("--target", type=positive, default=2.0, help="seconds; goodput counts the answers that meet it")
-    add("--max-in-flight", type=_whole(1), default=1000, help="requests; an arrival beyond it is dropped and counted")
-    add("--drain", type=positive, default=60.0, help="seconds to wait for the last answers of a stage")
-    add("--out", type=Path, default=Path("build/locust"), help="directory of report.html, report.json and report.png")
+    add(
+        "--sizes",
+        type=list_of(_size),
+        default=["64x64", "128x128"],
+        help="of pictures, drawn evenly",
+    )
+    add(
+        "--steps",
+        type=list_of(_whole(1)),
+        default=[4, 12, 20, 30],
+        help="denoising steps, drawn evenly",
+    )
+    add(
+        "--target",
+        type=positive,
+        default=2.0,
+        help="seconds; goodput counts the answers that meet it",
+    )
+    add(
+        "--max-in-flight",
+        type=_whole(1),
+        default=1000,
+        help="requests; an arrival beyond it is dropped and counted",
+    )
+    add(
+        "--drain",
+        type=positive,
+        default=60.0,
+        help="seconds to wait for the last answers of a stage",
+    )
+    add(
+        "--out",
+        type=Path,
+        default=Path("build/locust"),
+        help="directory of report.html, report.json and report.png",
+    )
     arguments = parser.parse_args(argv)
     expected = sum(arguments.rates) * arguments.seconds
     if expected > MAX_ARRIVALS:
-        parser.error(f"--rates and --seconds make {expected:g} requests; the limit is {MAX_ARRIVALS}")
+        parser.error(
+            f"--rates and --seconds make {expected:g} requests; the limit is {MAX_ARRIVALS}"
+        )
     return arguments
 
 
@@ -47,7 +85,9 @@ def _url(text: str) -> str:
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a URL: {error}") from None
     if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a base URL such as http://localhost:3000")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a base URL such as http://localhost:3000"
+        )
     return text.rstrip("/")
 
 

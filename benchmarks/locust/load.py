@@ -1,7 +1,7 @@
 """The load: a Locust user per arrival, started when it is due.
 
-Importing Locust patches the standard library for gevent, so this module is imported before anything that uses sockets or TLS,
-and never in a process that has imported torch or diffusers.
+Importing Locust patches the standard library for gevent, so this module is imported before anything
+that uses sockets or TLS, and never in a process that has imported torch or diffusers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class Visitor(FastHttpUser):
 
     concurrency = 1
 
-    def __init__(self, environment: Environment, arrival: Arrival, due: float, name: str, outcome: Outcome) -> None:
+    def __init__(
+        self, environment: Environment, arrival: Arrival, due: float, name: str, outcome: Outcome
+    ) -> None:
         super().__init__(environment)
         self.arrival = arrival
         self.due = due
@@ -47,7 +49,9 @@ class Visitor(FastHttpUser):
     def visit(self) -> None:
         outcome = self.outcome
         outcome.lag = time.perf_counter() - self.due
-        with self.client.post(PATH, json=self.arrival.body, name=self.name, catch_response=True) as response:
+        with self.client.post(
+            PATH, json=self.arrival.body, name=self.name, catch_response=True
+        ) as response:
             outcome.latency = time.perf_counter() - self.due
             outcome.status, outcome.reason = judge(response)
             # Locust's own statistics count from the scheduled arrival too, and keep refusals apart
@@ -65,7 +69,8 @@ class Visitor(FastHttpUser):
 
 
 def judge(response: ResponseContextManager) -> tuple[Status, str]:
-    """The status of an answer and, for a failure, a short reason with no part that differs from request to request."""
+    """The status of an answer and, for a failure, a short reason with no part that differs from
+    request to request."""
     if response.status_code == 429:
         return "refused", ""
     error = response.request_meta["exception"]
@@ -91,7 +96,11 @@ def judge(response: ResponseContextManager) -> tuple[Status, str]:
 def require_ready(host: str) -> dict[str, Any]:
     """The server's answer to `GET /v1/models`. Raises NotReady unless it is ready for work."""
     session = FastHttpSession(
-        host, request_event=EventHook(), user=None, connection_timeout=PROBE_SECONDS, network_timeout=PROBE_SECONDS
+        host,
+        request_event=EventHook(),
+        user=None,
+        connection_timeout=PROBE_SECONDS,
+        network_timeout=PROBE_SECONDS,
     )
     for path in ("/readyz", "/v1/models"):
         response = session.get(path)
@@ -99,13 +108,16 @@ def require_ready(host: str) -> dict[str, Any]:
             raise NotReady(f"{host} is not reachable: {getattr(response, 'error', 'no answer')}")
         if response.status_code != 200:
             raise NotReady(
-                f"{host} is not ready: {path} answered {response.status_code}: {(response.text or '')[:300]}"
+                f"{host} is not ready: {path} answered {response.status_code}: "
+                f"{(response.text or '')[:300]}"
             )
     try:
         answer: dict[str, Any] = response.json()
         _ = [str(model["id"]) for model in answer["data"]]
     except (ValueError, LookupError, TypeError):
-        raise NotReady(f"{host} is not an image server: /v1/models answered {(response.text or '')[:300]}") from None
+        raise NotReady(
+            f"{host} is not an image server: /v1/models answered {(response.text or '')[:300]}"
+        ) from None
     return answer
 
 
@@ -117,14 +129,20 @@ def run(
     drain: float,
     finished: Callable[[Stage, list[Outcome], float], None],
 ) -> Environment:
-    """Offer the stages one after the other and tell `finished` of each: its outcomes, and the seconds it took with its drain.
+    """Offer the stages one after the other and tell `finished` of each: its outcomes, and the
+    seconds it took with its drain.
 
-    A stage begins when the one before it has drained, so that its figures are its own. What has no answer `drain` seconds
-    after its stage's end is cut off and stays unfinished. The environment that is returned holds Locust's statistics.
+    A stage begins when the one before it has drained, so that its figures are its own. What has no
+    answer `drain` seconds after its stage's end is cut off and stays unfinished. The environment
+    that is returned holds Locust's statistics.
     """
     # the drain is what ends a request: no socket gives up before it
-    Visitor.network_timeout = Visitor.connection_timeout = 2 * (max(stage.seconds for stage in stages) + drain)
-    environment = Environment(user_classes=[Visitor], host=host, locustfile="benchmarks/locust", catch_exceptions=False)
+    Visitor.network_timeout = Visitor.connection_timeout = 2 * (
+        max(stage.seconds for stage in stages) + drain
+    )
+    environment = Environment(
+        user_classes=[Visitor], host=host, locustfile="benchmarks/locust", catch_exceptions=False
+    )
     runner = environment.create_local_runner()
     runner.start(0, spawn_rate=1)  # no users of its own: the arrivals are the users
     gevent.wait([runner.spawning_greenlet])
@@ -132,7 +150,9 @@ def run(
     try:
         for number, stage in enumerate(stages, 1):
             start = time.perf_counter()
-            outcomes = _offer(runner, stage, start, f"stage {number}: {stage.rate:g}/s", max_in_flight)
+            outcomes = _offer(
+                runner, stage, start, f"stage {number}: {stage.rate:g}/s", max_in_flight
+            )
             runner.user_greenlets.join(timeout=drain)
             runner.user_greenlets.kill()
             finished(stage, outcomes, max(stage.seconds, time.perf_counter() - start))
@@ -142,8 +162,11 @@ def run(
     return environment
 
 
-def _offer(runner: LocalRunner, stage: Stage, start: float, name: str, max_in_flight: int) -> list[Outcome]:
-    """Start each arrival when it is due, in a greenlet of its own, and return at the stage's end with some still running."""
+def _offer(
+    runner: LocalRunner, stage: Stage, start: float, name: str, max_in_flight: int
+) -> list[Outcome]:
+    """Start each arrival when it is due, in a greenlet of its own, and return at the stage's end
+    with some still running."""
     outcomes: list[Outcome] = []
     for arrival in stage.arrivals:
         due = start + arrival.offset

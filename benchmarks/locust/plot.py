@@ -21,13 +21,23 @@ def draw(report: dict[str, Any], path: Path) -> None:
     for name, colour in (("p50", "#2a9d8f"), ("p95", "#e9a03b"), ("p99", "#c8553d")):
         values = [stage["latency_seconds"][name] for stage in stages]  # None leaves a gap
         latency.plot(
-            rates, [float("nan") if value is None else value for value in values], "o-", color=colour, label=name
+            rates,
+            [float("nan") if value is None else value for value in values],
+            "o-",
+            color=colour,
+            label=name,
         )
-    latency.axhline(arguments["target"], color="grey", linestyle=":", label=f"target, {arguments['target']:g} s")
+    latency.axhline(
+        arguments["target"], color="grey", linestyle=":", label=f"target, {arguments['target']:g} s"
+    )
     latency.set(ylabel="Latency of successes (s)", ylim=(0, None))
 
-    flow.plot(rates, [stage["arrival_rate"] for stage in stages], ".--", color="grey", label="arrived")
-    flow.plot(rates, [stage["throughput"] for stage in stages], "s-", color="#8fb8de", label="succeeded")
+    flow.plot(
+        rates, [stage["arrival_rate"] for stage in stages], ".--", color="grey", label="arrived"
+    )
+    flow.plot(
+        rates, [stage["throughput"] for stage in stages], "s-", color="#8fb8de", label="succeeded"
+    )
     flow.plot(
         rates,
         [stage["goodput"] for stage in stages],
@@ -37,13 +47,16 @@ def draw(report: dict[str, Any], path: Path) -> None:
     )
     lost = [stage["arrival_rate"] * (1 - stage["share"]["succeeded"]) for stage in stages]
     flow.plot(rates, lost, "x-", color="#c8553d", label="refused, failed, unfinished or dropped")
-    flow.set(xlabel="Offered rate (requests/s)", ylabel="Requests/s", ylim=(0, None), xlim=(0, None))
+    flow.set(
+        xlabel="Offered rate (requests/s)", ylabel="Requests/s", ylim=(0, None), xlim=(0, None)
+    )
 
     for axes in (latency, flow):
         axes.grid(alpha=0.3)
         axes.legend(loc="upper left")
     figure.suptitle(
-        f"Open-loop capacity of {', '.join(model['id'] for model in report['models']['data'])}, Poisson arrivals\n"
+        f"Open-loop capacity of {', '.join(model['id'] for model in report['models']['data'])}, "
+        f"Poisson arrivals\n"
         f"{', '.join(arguments['sizes'])} pixels; {', '.join(map(str, arguments['steps']))} steps; "
         f"{arguments['seconds']:g} s per rate, seed {arguments['seed']}; {report['date'][:10]}",
         fontsize=11,

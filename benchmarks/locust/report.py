@@ -18,7 +18,8 @@ Status = Literal["succeeded", "refused", "failed", "unfinished", "dropped"]
 
 @dataclass
 class Outcome:
-    """What became of one arrival. Seconds count from the scheduled arrival; `reason` says why it failed."""
+    """What became of one arrival. Seconds count from the scheduled arrival; `reason` says why it
+    failed."""
 
     status: Status = "unfinished"
     lag: float | None = None  # until it was sent
@@ -26,15 +27,21 @@ class Outcome:
     reason: str = ""
 
 
-def summarise(stage: Stage, outcomes: Sequence[Outcome], elapsed: float, target: float) -> dict[str, Any]:
-    """The figures of one stage. Rates are per second, times in seconds from the scheduled arrival, shares of all arrivals.
+def summarise(
+    stage: Stage, outcomes: Sequence[Outcome], elapsed: float, target: float
+) -> dict[str, Any]:
+    """The figures of one stage. Rates are per second, times in seconds from the scheduled arrival,
+    shares of all arrivals.
 
-    Throughput is over `elapsed`, the drain included: the backlog an overloaded server works off after the stage is not free.
-    Latency is of the requests that succeeded; what was refused, failed or cut off is in the counts.
+    Throughput is over `elapsed`, the drain included: the backlog an overloaded server works off
+    after the stage is not free. Latency is of the requests that succeeded; what was refused, failed
+    or cut off is in the counts.
     """
     latencies = [o.latency for o in outcomes if o.status == "succeeded" and o.latency is not None]
     lags = [outcome.lag for outcome in outcomes if outcome.lag is not None]
-    counts = {status: sum(outcome.status == status for outcome in outcomes) for status in get_args(Status)}
+    counts = {
+        status: sum(outcome.status == status for outcome in outcomes) for status in get_args(Status)
+    }
     count = len(outcomes)
     return {
         "offered_rate": stage.rate,
@@ -45,9 +52,14 @@ def summarise(stage: Stage, outcomes: Sequence[Outcome], elapsed: float, target:
         "elapsed_seconds": elapsed,
         "throughput": len(latencies) / elapsed,
         "goodput": sum(latency <= target for latency in latencies) / elapsed,
-        "latency_seconds": {"mean": float(np.mean(latencies)) if latencies else None, **_percentiles(latencies)},
+        "latency_seconds": {
+            "mean": float(np.mean(latencies)) if latencies else None,
+            **_percentiles(latencies),
+        },
         "send_lag_seconds": _percentiles(lags),
-        "failures": dict(Counter(outcome.reason for outcome in outcomes if outcome.reason).most_common(20)),
+        "failures": dict(
+            Counter(outcome.reason for outcome in outcomes if outcome.reason).most_common(20)
+        ),
     }
 
 
@@ -55,18 +67,26 @@ def _percentiles(values: Sequence[float]) -> dict[str, float | None]:
     if not values:
         return {f"p{percentile}": None for percentile in PERCENTILES}
     found = np.percentile(values, PERCENTILES)
-    return {f"p{percentile}": float(value) for percentile, value in zip(PERCENTILES, found, strict=True)}
+    return {
+        f"p{percentile}": float(value) for percentile, value in zip(PERCENTILES, found, strict=True)
+    }
 
 
 def line(stage: dict[str, Any]) -> str:
     """A stage on one line of the console."""
     latency = stage["latency_seconds"]
-    times = " ".join("     -" if latency[name] is None else f"{latency[name]:6.2f}" for name in ("p50", "p95", "p99"))
+    times = " ".join(
+        "     -" if latency[name] is None else f"{latency[name]:6.2f}"
+        for name in ("p50", "p95", "p99")
+    )
     counts = "".join(f"{n:11d}" for n in stage["counts"].values())
-    return f"{stage['offered_rate']:7g} {stage['count']:6d} {stage['throughput']:10.2f} {stage['goodput']:8.2f} {times} {counts}"
+    return (
+        f"{stage['offered_rate']:7g} {stage['count']:6d} {stage['throughput']:10.2f} "
+        f"{stage['goodput']:8.2f} {times} {counts}"
+    )
 
 
 HEADER = (
-    f"{'rate/s':>7} {'count':>6} {'answered/s':>10} {'goodput':>8} {'p50 s':>6} {'p95 s':>6} {'p99 s':>6} "
-    + "".join(f"{status:>11}" for status in get_args(Status))
+    f"{'rate/s':>7} {'count':>6} {'answered/s':>10} {'goodput':>8} {'p50 s':>6} {'p95 s':>6} "
+    f"{'p99 s':>6} " + "".join(f"{status:>11}" for status in get_args(Status))
 )

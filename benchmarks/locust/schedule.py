@@ -1,4 +1,5 @@
-"""What is sent and when, drawn before the test from one seeded generator: the same arguments give the same requests."""
+"""What is sent and when, drawn before the test from one seeded generator: the same arguments give
+the same requests."""
 
 from __future__ import annotations
 
@@ -33,13 +34,17 @@ class Stage:
 def schedule(
     rates: Sequence[float], seconds: float, seed: int, sizes: Sequence[str], steps: Sequence[int]
 ) -> list[Stage]:
-    """One stage per rate; sizes and steps are drawn evenly. A rate added at the end leaves the stages before it as they were."""
+    """One stage per rate; sizes and steps are drawn evenly. A rate added at the end leaves the
+    stages before it as they were."""
     rng = random.Random(seed)
-    return [Stage(rate, seconds, tuple(_arrivals(rng, rate, seconds, sizes, steps))) for rate in rates]
+    return [
+        Stage(rate, seconds, tuple(_arrivals(rng, rate, seconds, sizes, steps))) for rate in rates
+    ]
 
 
 def digest(stages: Sequence[Stage]) -> str:
-    """SHA-256 of a schedule: two reports with the same one are of the very same requests at the very same offsets."""
+    """SHA-256 of a schedule: two reports with the same one are of the very same requests at the
+    very same offsets."""
     arrivals = [[asdict(arrival) for arrival in stage.arrivals] for stage in stages]
     return hashlib.sha256(json.dumps(arrivals).encode()).hexdigest()
 
@@ -47,7 +52,8 @@ def digest(stages: Sequence[Stage]) -> str:
 def _arrivals(
     rng: random.Random, rate: float, seconds: float, sizes: Sequence[str], steps: Sequence[int]
 ) -> list[Arrival]:
-    """A Poisson process: independent exponential gaps, as of many clients who do not know of each other."""
+    """A Poisson process: independent exponential gaps, as of many clients who do not know of each
+    other."""
     arrivals: list[Arrival] = []
     offset = rng.expovariate(rate)
     while offset < seconds:
@@ -66,4 +72,6 @@ def _prompt(rng: random.Random) -> str:
     """A prompt of the embedded model's grammar."""
     colour, background = rng.sample(list(COLOURS), 2)
     article = "an" if background == "orange" else "a"
-    return f"a {rng.choice(SIZES)} {colour} {rng.choice(SHAPES)} on {article} {background} background"
+    return (
+        f"a {rng.choice(SIZES)} {colour} {rng.choice(SHAPES)} on {article} {background} background"
+    )

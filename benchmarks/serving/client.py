@@ -1,4 +1,5 @@
-"""The clients: an open loop of arrivals, and a closed one of clients who wait for their answers. All on one event loop."""
+"""The clients: an open loop of arrivals, and a closed one of clients who wait for their answers.
+All on one event loop."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ class BenchmarkError(Exception):
 
 @dataclass(frozen=True)
 class Attempt:
-    """A body sent once. `began` counts from the start of the run, `seconds` from there to its answer."""
+    """A body sent once. `began` counts from the start of the run, `seconds` from there to its
+    answer."""
 
     status: Status
     began: float
@@ -71,11 +73,17 @@ class Outcome:
 async def connect(
     url: str, seconds: float, transport: httpx.AsyncBaseTransport | None = None
 ) -> AsyncIterator[httpx.AsyncClient]:
-    """A client with a connection for each request, as of many users, that gives up after `seconds`."""
+    """A client with a connection for each request, as of many users, that gives up after
+    `seconds`."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     headers = {"Content-Type": "application/json"}
     async with httpx.AsyncClient(
-        base_url=url, timeout=seconds, limits=limits, headers=headers, transport=transport, trust_env=False
+        base_url=url,
+        timeout=seconds,
+        limits=limits,
+        headers=headers,
+        transport=transport,
+        trust_env=False,
     ) as client:
         yield client
 
@@ -97,7 +105,11 @@ async def send(client: httpx.AsyncClient, body: bytes, start: float) -> Attempt:
             code = _code(response)
             if response.status_code == 429:
                 status = "refused"
-                retry_after = float(response.headers["Retry-After"]) if "Retry-After" in response.headers else None
+                retry_after = (
+                    float(response.headers["Retry-After"])
+                    if "Retry-After" in response.headers
+                    else None
+                )
             elif code == "deadline_too_short":
                 status = "refused"
             elif response.status_code == 504:
@@ -119,8 +131,10 @@ async def offer(
 
     Args:
         check: raises if the server is no longer there.
-        drain: seconds after the last arrival; what has no answer then is cut off, and stays unfinished.
-        returns: how often a client who is refused waits as it is told and sends the same body again.
+        drain: seconds after the last arrival; what has no answer then is cut off, and stays
+            unfinished.
+        returns: how often a client who is refused waits as it is told and sends the same body
+            again.
     """
     outcomes = [Outcome(request) for request in requests]
     pending: set[asyncio.Task[None]] = set()
@@ -152,11 +166,12 @@ async def saturate(
     ramp: float,
     seconds: float,
 ) -> float:
-    """Requests of the mix per second, from `ramp` seconds on, while each client sends its next when its last is answered.
+    """Requests of the mix per second, from `ramp` seconds on, while each client sends its next when
+    its last is answered.
 
-    An answer counts as the share of a mean request that its kind takes alone: policies that put short ones first finish more of
-    them at first, and would seem faster than they can be for long. Raises BenchmarkError if a request is not answered with a
-    picture.
+    An answer counts as the share of a mean request that its kind takes alone: policies that put
+    short ones first finish more of them at first, and would seem faster than they can be for long.
+    Raises BenchmarkError if a request is not answered with a picture.
     """
     start = time.perf_counter()
     mean = sum(solo.values()) / len(solo)
@@ -185,7 +200,9 @@ async def saturate(
 def require(attempt: Attempt) -> None:
     """Raise BenchmarkError unless the answer is a picture."""
     if attempt.status != "answered":
-        raise BenchmarkError(f"a request that should be answered was {attempt.status}: {attempt.code}")
+        raise BenchmarkError(
+            f"a request that should be answered was {attempt.status}: {attempt.code}"
+        )
 
 
 async def _visit(client: httpx.AsyncClient, outcome: Outcome, start: float, returns: int) -> None:

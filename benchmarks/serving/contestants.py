@@ -33,7 +33,11 @@ CONTESTANTS: dict[str, dict[str, str]] = {
     },
     **{name: {"STEPWEAVE_BATCHING": name} for name in ("request", "threads", "off")},
 }
-COMMON = {"STEPWEAVE_CPU_THREADS": "2", "OMP_WAIT_POLICY": "passive", "BENTOML_DO_NOT_TRACK": "True"}
+COMMON = {
+    "STEPWEAVE_CPU_THREADS": "2",
+    "OMP_WAIT_POLICY": "passive",
+    "BENTOML_DO_NOT_TRACK": "True",
+}
 
 
 @dataclass
@@ -47,7 +51,8 @@ class Served:
     workers: list[psutil.Process] = field(default_factory=list)  # once it is ready
 
     def check(self) -> None:
-        """Raise BenchmarkError, with the end of its log, if it has ended, or one of its workers, which BentoML starts anew."""
+        """Raise BenchmarkError, with the end of its log, if it has ended, or one of its workers,
+        which BentoML starts anew."""
         status = self.process.poll()
         if status is not None:
             self._fail(f"has ended with status {status}")
@@ -70,10 +75,14 @@ class Served:
         self._fail(f"is not ready after {READY_SECONDS} s")
 
     def stop(self) -> None:
-        """SIGTERM to the server; what is still there later is killed, its worker too, which has a group of its own."""
+        """SIGTERM to the server; what is still there later is killed, its worker too, which has a
+        group of its own."""
         if self.process.poll() is not None:
             return
-        family = [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]
+        family = [
+            *psutil.Process(self.process.pid).children(recursive=True),
+            psutil.Process(self.process.pid),
+        ]
         self.process.send_signal(signal.SIGTERM)
         try:
             self.process.wait(STOP_SECONDS)
@@ -94,13 +103,19 @@ def serve(name: str, settings: dict[str, str], logs: Path) -> Iterator[Served]:
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"{name}.log"
     port = _free_port()
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("STEPWEAVE_")}
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith("STEPWEAVE_")
+    }
     bentoml = str(Path(sys.executable).with_name("bentoml"))
     command = [bentoml, "serve", "service.py", "--host", "127.0.0.1", "--port", str(port)]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment | COMMON | settings, stdout=output, stderr=subprocess.STDOUT
-        )  # fmt: skip
+            command,
+            cwd=ROOT,
+            env=environment | COMMON | settings,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
     server = Served(name, f"http://127.0.0.1:{port}", process, log)
     try:
         server.wait_until_ready()

@@ -23,11 +23,14 @@ ETA_NEAR = 1.0  # seconds
 Value = float | None
 
 
-def summarise(outcomes: Sequence[Outcome], solo: Mapping[Kind, float], seconds: float) -> dict[str, Value]:
-    """The figures of a run of `seconds`. Times are in seconds from the scheduled arrival, of what was answered with a picture.
+def summarise(
+    outcomes: Sequence[Outcome], solo: Mapping[Kind, float], seconds: float
+) -> dict[str, Value]:
+    """The figures of a run of `seconds`. Times are in seconds from the scheduled arrival, of what
+    was answered with a picture.
 
-    Shares are of all requests, those of deadlines of the requests that have one, so that what is refused counts against a
-    contestant. Throughput is in answers per second, until the last one.
+    Shares are of all requests, those of deadlines of the requests that have one, so that what is
+    refused counts against a contestant. Throughput is in answers per second, until the last one.
     """
     latencies = [outcome.latency for outcome in outcomes if outcome.latency is not None]
     fast = [o.latency is not None and o.latency <= SLOW * solo[o.request.kind] for o in outcomes]
@@ -39,7 +42,10 @@ def summarise(outcomes: Sequence[Outcome], solo: Mapping[Kind, float], seconds: 
         **latency_figures(latencies),
         "within 3x solo": share(fast),
         "deadline hits": share(on_time),
-        **{status: counts[status] / len(outcomes) if outcomes else None for status in get_args(Status)},
+        **{
+            status: counts[status] / len(outcomes) if outcomes else None
+            for status in get_args(Status)
+        },
         "throughput": len(latencies) / elapsed,
         "late sending": max((outcome.lag for outcome in outcomes), default=None),
     }
@@ -63,8 +69,11 @@ def over_seeds(runs: Sequence[Mapping[str, Value]], figure: str) -> Spread | Non
     return Spread.known(run[figure] for run in runs)
 
 
-def ratios(above: Sequence[Mapping[str, Value]], below: Sequence[Mapping[str, Value]], figure: str) -> Spread | None:
-    """`above` over `below`, run by run: the runs are of the same seeds in the same order, and so of the same requests."""
+def ratios(
+    above: Sequence[Mapping[str, Value]], below: Sequence[Mapping[str, Value]], figure: str
+) -> Spread | None:
+    """`above` over `below`, run by run: the runs are of the same seeds in the same order, and so of
+    the same requests."""
     pairs = [(one[figure], other[figure]) for one, other in zip(above, below, strict=True)]
     return Spread.known(one / other for one, other in pairs if one is not None and other)
 
@@ -75,19 +84,26 @@ def ratios(above: Sequence[Mapping[str, Value]], below: Sequence[Mapping[str, Va
 def over_time(
     outcomes: Sequence[Outcome], seconds: float, width: float, capacity: float
 ) -> list[dict[str, float | str | None]]:
-    """Per `width` seconds: arrivals, goodput (pictures on time, of capacity) and refusals per second, and the longest wait."""
+    """Per `width` seconds: arrivals, goodput (pictures on time, of capacity) and refusals per
+    second, and the longest wait."""
     rows: list[dict[str, float | str | None]] = []
     attempts = [attempt for outcome in outcomes for attempt in outcome.attempts]
     for first in np.arange(0, seconds, width).tolist():
         last = min(first + width, seconds)
         answered = [o for o in outcomes if o.status == "answered" and first <= o.finish < last]
-        refused = [a for a in attempts if a.status == "refused" and first <= a.began + a.seconds < last]
+        refused = [
+            a for a in attempts if a.status == "refused" and first <= a.began + a.seconds < last
+        ]
         waits = [outcome.attempts[-1].seconds for outcome in answered]
         rows.append(
             {
                 "seconds": f"{first:.0f} to {last:.0f}",
-                "sent / capacity": sum(first <= a.began < last for a in attempts) / (last - first) / capacity,
-                "goodput / capacity": sum(outcome.on_time for outcome in answered) / (last - first) / capacity,
+                "sent / capacity": sum(first <= a.began < last for a in attempts)
+                / (last - first)
+                / capacity,
+                "goodput / capacity": sum(outcome.on_time for outcome in answered)
+                / (last - first)
+                / capacity,
                 "refused / capacity": len(refused) / (last - first) / capacity,
                 "longest wait s": max(waits, default=None),
             }
@@ -96,19 +112,33 @@ def over_time(
 
 
 def refusals(outcomes: Iterable[Outcome]) -> list[Attempt]:
-    return [attempt for outcome in outcomes for attempt in outcome.attempts if attempt.status == "refused"]
+    return [
+        attempt
+        for outcome in outcomes
+        for attempt in outcome.attempts
+        if attempt.status == "refused"
+    ]
 
 
-def returned(outcomes: Iterable[Outcome], code: str, returns: int) -> dict[str, float | str | Spread | None]:
-    """Of the clients first refused with `code`: how many got a picture in the end, having come back as they were told."""
-    clients = [o for o in outcomes if o.attempts and o.attempts[0].status == "refused" and o.attempts[0].code == code]
+def returned(
+    outcomes: Iterable[Outcome], code: str, returns: int
+) -> dict[str, float | str | Spread | None]:
+    """Of the clients first refused with `code`: how many got a picture in the end, having come back
+    as they were told."""
+    clients = [
+        o
+        for o in outcomes
+        if o.attempts and o.attempts[0].status == "refused" and o.attempts[0].code == code
+    ]
     succeeded = [outcome for outcome in clients if outcome.status == "answered"]
     return {
         "refused with": code,
         "clients": len(clients),
         "told to wait s": Spread.known(o.attempts[0].retry_after for o in clients),
         **{
-            f"succeeded by return {n}": share([o.status == "answered" and len(o.attempts) <= n + 1 for o in clients])
+            f"succeeded by return {n}": share(
+                [o.status == "answered" and len(o.attempts) <= n + 1 for o in clients]
+            )
             for n in range(1, returns + 1)
         },
         "seconds in all": Spread.known(outcome.latency for outcome in succeeded),
@@ -120,7 +150,9 @@ def returned(outcomes: Iterable[Outcome], code: str, returns: int) -> dict[str, 
 
 def in_flight(exposition: str) -> float:
     families = text_string_to_metric_families(exposition)
-    return sum(sample.value for family in families if family.name == IN_FLIGHT for sample in family.samples)
+    return sum(
+        sample.value for family in families if family.name == IN_FLIGHT for sample in family.samples
+    )
 
 
 def eta_counts(exposition: str) -> Counter[float]:
@@ -134,7 +166,8 @@ def eta_counts(exposition: str) -> Counter[float]:
 
 
 def eta_figures(counts: Mapping[float, float]) -> dict[str, Value]:
-    """Percentiles of the error in seconds, interpolated in their buckets; below zero where a job ended earlier than forecast."""
+    """Percentiles of the error in seconds, interpolated in their buckets; below zero where a job
+    ended earlier than forecast."""
     total = counts.get(math.inf, 0)
     if not total:
         return {}
@@ -142,7 +175,10 @@ def eta_figures(counts: Mapping[float, float]) -> dict[str, Value]:
     near = counts[ETA_NEAR] - counts[-ETA_NEAR] if {ETA_NEAR, -ETA_NEAR} <= counts.keys() else None
     return {
         "jobs": total,
-        **{f"p{percentile} s": _quantile(buckets, percentile / 100 * total) for percentile in (5, 50, 95)},
+        **{
+            f"p{percentile} s": _quantile(buckets, percentile / 100 * total)
+            for percentile in (5, 50, 95)
+        },
         f"within {ETA_NEAR:g} s": None if near is None else near / total,
     }
 
@@ -151,5 +187,7 @@ def _quantile(buckets: Sequence[tuple[float, float]], rank: float) -> float:
     """The outermost buckets have one bound each, which is returned for what lies in them."""
     for (low, below), (high, count) in pairwise([(min(0.0, buckets[0][0]), 0.0), *buckets]):
         if count >= rank:
-            return low if math.isinf(high) else low + (high - low) * (rank - below) / (count - below)
+            return (
+                low if math.isinf(high) else low + (high - low) * (rank - below) / (count - below)
+            )
     return buckets[-1][0]

@@ -20,7 +20,8 @@ BURST = 12  # requests at once, to warm up; fewer than the queue of the overload
 BURSTS = 4  # at most
 WARM_UP_SECONDS = 120  # for a burst
 IDLE_SECONDS = 60
-CLIENTS = 24  # of the closed loop: more than the largest shared step holds; the overloaded server lets in as many
+# of the closed loop: more than the largest shared step holds; the overloaded server lets in as many
+CLIENTS = 24
 WARM_UP_SEED, SOLO_SEED, CAPACITY_SEED = 10_000, 20_000, 30_000
 
 
@@ -65,9 +66,13 @@ async def warm_up(contestant: Contestant) -> None:
         require(await send(contestant.client, alone.body, 0))
     for _ in range(BURSTS):
         sizes = [SIZES[i * len(SIZES) // BURST] for i in range(BURST)]
-        drawn = [next(request for request in requests if request.kind.size == size) for size in sizes]
+        drawn = [
+            next(request for request in requests if request.kind.size == size) for size in sizes
+        ]
         burst = [dataclasses.replace(request, offset=0) for request in drawn]
-        for outcome in await offer(contestant.client, burst, contestant.check, drain=WARM_UP_SECONDS):
+        for outcome in await offer(
+            contestant.client, burst, contestant.check, drain=WARM_UP_SECONDS
+        ):
             if not outcome.attempts:
                 raise BenchmarkError(f"{contestant.name} did not answer in {WARM_UP_SECONDS} s")
             require(outcome.attempts[-1])
@@ -101,7 +106,9 @@ async def measure_first(contestant: Contestant, scale: Scale, report: Report) ->
         seconds=scale.capacity_seconds,
     )
     if not rate:
-        raise BenchmarkError(f"no answer in {scale.capacity_seconds:g} s of the closed loop: measure for longer")
+        raise BenchmarkError(
+            f"no answer in {scale.capacity_seconds:g} s of the closed loop: measure for longer"
+        )
     mean = sum(solo.values()) / len(solo)
     capacity: Row = {
         "requests per second": rate,
@@ -110,10 +117,16 @@ async def measure_first(contestant: Contestant, scale: Scale, report: Report) ->
     }
     report.add(
         "first",
-        Part(f"Each kind alone, `{contestant.name}`: the median of {scale.solo_repeats} (and extremes).", (rows,)),
         Part(
-            f"Capacity for the mix, `{contestant.name}`: {CLIENTS} clients who each wait for their answer, over "
-            f"{scale.capacity_seconds:g} s; each answer counts as the share of a mean request that its kind takes alone.",
+            f"Each kind alone, `{contestant.name}`: the median of {scale.solo_repeats} (and "
+            f"extremes).",
+            (rows,),
+        ),
+        Part(
+            f"Capacity for the mix, `{contestant.name}`: {CLIENTS} clients who each wait for their "
+            f"answer, over "
+            f"{scale.capacity_seconds:g} s; each answer counts as the share of a mean request that "
+            f"its kind takes alone.",
             ([capacity],),
         ),
     )
@@ -121,7 +134,8 @@ async def measure_first(contestant: Contestant, scale: Scale, report: Report) ->
 
 
 async def idle(contestant: Contestant) -> str:
-    """Wait until the server has nothing in flight, of clients who left, say. Returns its metrics."""
+    """Wait until the server has nothing in flight, of clients who left, say. Returns its
+    metrics."""
     for _ in range(round(IDLE_SECONDS / CHECK_SECONDS)):
         contestant.check()
         response = await contestant.client.get("/metrics")
@@ -129,11 +143,17 @@ async def idle(contestant: Contestant) -> str:
         if not in_flight(exposition):
             return exposition
         await asyncio.sleep(CHECK_SECONDS)
-    raise BenchmarkError(f"{contestant.name} has requests in flight {IDLE_SECONDS} s after the last client left")
+    raise BenchmarkError(
+        f"{contestant.name} has requests in flight {IDLE_SECONDS} s after the last client left"
+    )
 
 
 async def _unproven(contestant: Contestant) -> list[str]:
     """The calls whose certificates are not granted, by module and sample."""
     response = await contestant.client.get("/v1/models")
     certificates = response.raise_for_status().json()["data"][0]["stepweave"]["certificates"]
-    return [f"{one['call']} {one['sample']} {one['state']}" for one in certificates if one["state"] != "certified"]
+    return [
+        f"{one['call']} {one['sample']} {one['state']}"
+        for one in certificates
+        if one["state"] != "certified"
+    ]

@@ -38,7 +38,8 @@ KINDS = tuple(Kind(size, steps) for size in SIZES for steps in STEPS)
 
 @dataclass(frozen=True)
 class Request:
-    """One request: `offset` in seconds from the start of its run, `deadline` in seconds from its arrival."""
+    """One request: `offset` in seconds from the start of its run, `deadline` in seconds from its
+    arrival."""
 
     offset: float
     kind: Kind
@@ -46,11 +47,14 @@ class Request:
     body: bytes
 
 
-def poisson(rate: float, seconds: float, seed: int, solo: Mapping[Kind, float], share: float) -> list[Request]:
-    """Requests that arrive at `rate` per second. A `share` of them has a deadline, a multiple of what its kind takes alone.
+def poisson(
+    rate: float, seconds: float, seed: int, solo: Mapping[Kind, float], share: float
+) -> list[Request]:
+    """Requests that arrive at `rate` per second. A `share` of them has a deadline, a multiple of
+    what its kind takes alone.
 
-    Kinds are dealt from shuffled decks that hold each kind equally often: drawn one by one, the work of a short run would be
-    far from what its rate says.
+    Kinds are dealt from shuffled decks that hold each kind equally often: drawn one by one, the
+    work of a short run would be far from what its rate says.
     """
     (stage,) = schedule([rate], seconds, seed, SIZES, STEPS)
     rng = random.Random(f"deadlines {seed}")

@@ -37,28 +37,42 @@ TRACE_LOAD = 0.8
 OVERLOAD_SEED, TRACE_SEED = 40_000, 50_000
 
 
-async def policies(contestants: Sequence[Contestant], scale: Scale, known: Known, report: Recorder) -> None:
+async def policies(
+    contestants: Sequence[Contestant], scale: Scale, known: Known, report: Recorder
+) -> None:
     """Every contestant in turn, for each seed and load, on the very same requests."""
     runs: dict[tuple[float, str], list[dict[str, Value]]] = {}
     etas: dict[tuple[float, str], Counter[float]] = {}
     for number, seed in enumerate(scale.seeds):
         for load in scale.loads:
-            requests = poisson(load * known.capacity, scale.seconds, seed, known.solo, scale.deadlines)
+            requests = poisson(
+                load * known.capacity, scale.seconds, seed, known.solo, scale.deadlines
+            )
             # who is first changes from seed to seed
-            for contestant in [*contestants[number % len(contestants) :], *contestants[: number % len(contestants)]]:
+            for contestant in [
+                *contestants[number % len(contestants) :],
+                *contestants[: number % len(contestants)],
+            ]:
                 before = figures.eta_counts(await idle(contestant))
-                outcomes = await offer(contestant.client, requests, contestant.check, drain=scale.drain)
+                outcomes = await offer(
+                    contestant.client, requests, contestant.check, drain=scale.drain
+                )
                 after = figures.eta_counts(await idle(contestant))
                 figures_of_run = figures.summarise(outcomes, known.solo, scale.seconds)
                 runs.setdefault((load, contestant.name), []).append(figures_of_run)
                 difference = Counter({key: value - before[key] for key, value in after.items()})
                 etas.setdefault((load, contestant.name), Counter()).update(difference)
                 report.record(
-                    [_traced(o) for o in outcomes], part="policies", load=load, seed=seed, contestant=contestant.name
+                    [_traced(o) for o in outcomes],
+                    part="policies",
+                    load=load,
+                    seed=seed,
+                    contestant=contestant.name,
                 )
                 mean = figures_of_run["mean"]
                 progress(
-                    f"seed {seed}, load {load:.0%}, {contestant.name}: {len(outcomes)} sent, mean {mean or 0:.2f} s"
+                    f"seed {seed}, load {load:.0%}, {contestant.name}: {len(outcomes)} sent, mean "
+                    f"{mean or 0:.2f} s"
                 )
                 _warn(contestant, outcomes)
     names = [contestant.name for contestant in contestants]
@@ -67,13 +81,19 @@ async def policies(contestants: Sequence[Contestant], scale: Scale, known: Known
         for load in scale.loads
         for table in (
             Part(
-                f"Load {load:.0%} of capacity, {load * known.capacity:.3g} requests per second for {scale.seconds:g} s, "
-                f"{len(scale.seeds)} seeds: medians (and extremes) over the seeds. Seconds from the scheduled arrival, of "
-                f"what was answered; shares of all requests; {scale.deadlines:.0%} of them have a deadline of {DEADLINE}x "
+                f"Load {load:.0%} of capacity, {load * known.capacity:.3g} requests per second for "
+                f"{scale.seconds:g} s, "
+                f"{len(scale.seeds)} seeds: medians (and extremes) over the seeds. Seconds from "
+                f"the scheduled arrival, of "
+                f"what was answered; shares of all requests; {scale.deadlines:.0%} of them have a "
+                f"deadline of {DEADLINE}x "
                 "what their kind takes alone.",
                 (
                     [
-                        {"contestant": name, **{one: figures.over_seeds(runs[load, name], one) for one in SHOWN}}
+                        {
+                            "contestant": name,
+                            **{one: figures.over_seeds(runs[load, name], one) for one in SHOWN},
+                        }
                         for name in names
                     ],
                 ),
@@ -84,7 +104,10 @@ async def policies(contestants: Sequence[Contestant], scale: Scale, known: Known
                     [
                         {
                             "ratio": f"{name} / {names[0]}",
-                            **{one: figures.ratios(runs[load, name], runs[load, names[0]], one) for one in COMPARED},
+                            **{
+                                one: figures.ratios(runs[load, name], runs[load, names[0]], one)
+                                for one in COMPARED
+                            },
                         }
                         for name in names[1:]
                     ],
@@ -97,22 +120,33 @@ async def policies(contestants: Sequence[Contestant], scale: Scale, known: Known
         for (load, name), counts in etas.items()
         if (found := figures.eta_figures(counts))
     ]
-    tables.append(Part(f"Forecasts of the finish against what came (`{figures.ETA}`).", (forecasts,)))
+    tables.append(
+        Part(f"Forecasts of the finish against what came (`{figures.ETA}`).", (forecasts,))
+    )
     report.add(
-        "policies", *tables, runs=[{"load": load, "contestant": name, "runs": of} for (load, name), of in runs.items()]
+        "policies",
+        *tables,
+        runs=[{"load": load, "contestant": name, "runs": of} for (load, name), of in runs.items()],
     )
 
 
 async def overload(contestant: Contestant, scale: Scale, known: Known, report: Recorder) -> None:
-    """More than the server can do: first clients who are refused leave, then they come back as told."""
+    """More than the server can do: first clients who are refused leave, then they come back as
+    told."""
     seconds = scale.overload_seconds
     tables = []
     totals: list[Row] = []
     for returns in (0, RETURNS):
-        fill = [dataclasses.replace(one, offset=0.0) for one in islice(endless(OVERLOAD_SEED), CLIENTS)]
-        requests = fill + poisson(OVERLOAD * known.capacity, seconds, OVERLOAD_SEED, known.solo, scale.deadlines)
+        fill = [
+            dataclasses.replace(one, offset=0.0) for one in islice(endless(OVERLOAD_SEED), CLIENTS)
+        ]
+        requests = fill + poisson(
+            OVERLOAD * known.capacity, seconds, OVERLOAD_SEED, known.solo, scale.deadlines
+        )
         await idle(contestant)
-        outcomes = await offer(contestant.client, requests, contestant.check, drain=2 * scale.drain, returns=returns)
+        outcomes = await offer(
+            contestant.client, requests, contestant.check, drain=2 * scale.drain, returns=returns
+        )
         report.record([_traced(o) for o in outcomes], part="overload", returns=returns)
         _warn(contestant, outcomes)
         who = f"come back as told, at most {returns} times" if returns else "leave"
@@ -131,32 +165,44 @@ async def overload(contestant: Contestant, scale: Scale, known: Known, report: R
                 "sent": len(outcomes),
                 "answered": figures.share([outcome.status == "answered" for outcome in outcomes]),
                 "missed": figures.share([outcome.status == "missed" for outcome in outcomes]),
-                "failed or unfinished": figures.share([o.status in ("failed", "unfinished") for o in outcomes]),
+                "failed or unfinished": figures.share(
+                    [o.status in ("failed", "unfinished") for o in outcomes]
+                ),
                 "goodput / capacity": sum(o.on_time and o.finish < seconds for o in outcomes)
                 / seconds
                 / known.capacity,
-                "longest wait s": max((outcome.attempts[-1].seconds for outcome in answered), default=None),
+                "longest wait s": max(
+                    (outcome.attempts[-1].seconds for outcome in answered), default=None
+                ),
                 "refusals": len(refusals),
                 "refusal ms, p50": figures.latency_figures(milliseconds)["p50"],
                 "p99": figures.latency_figures(milliseconds)["p99"],
             }
         )
         if returns:
-            codes = Counter(o.attempts[0].code for o in outcomes if o.attempts and o.attempts[0].status == "refused")
+            codes = Counter(
+                o.attempts[0].code
+                for o in outcomes
+                if o.attempts and o.attempts[0].status == "refused"
+            )
             tables.append(
                 Part(
-                    "Clients who came back, by what they were first refused with. One who has a deadline has it anew.",
+                    "Clients who came back, by what they were first refused with. One who has a "
+                    "deadline has it anew.",
                     ([figures.returned(outcomes, code, returns) for code in sorted(codes)],),
                 )
             )
     about = (
-        f"{OVERLOAD:.0%} of capacity for {seconds:g} s, after {CLIENTS} requests at once that fill the queue. Goodput: pictures "
+        f"{OVERLOAD:.0%} of capacity for {seconds:g} s, after {CLIENTS} requests at once that fill "
+        f"the queue. Goodput: pictures "
         "within the deadline, if there is one. Waits are from the last sending to the picture."
     )
     report.add("overload", Part(about, (totals,)), *tables)
 
 
-async def trace(contestant: Contestant, scale: Scale, known: Known, report: Recorder, path: Path) -> None:
+async def trace(
+    contestant: Contestant, scale: Scale, known: Known, report: Recorder, path: Path
+) -> None:
     """One run, written so that the simulator can be given the same arrivals."""
     rate = TRACE_LOAD * known.capacity
     requests = poisson(rate, scale.trace_seconds, TRACE_SEED, known.solo, scale.deadlines)
@@ -168,7 +214,8 @@ async def trace(contestant: Contestant, scale: Scale, known: Known, report: Reco
     report.add(
         "trace",
         Part(
-            f"A recorded trace, {path.name}: load {TRACE_LOAD:.0%}, {scale.trace_seconds:g} s, `{contestant.name}`.",
+            f"A recorded trace, {path.name}: load {TRACE_LOAD:.0%}, {scale.trace_seconds:g} s, "
+            f"`{contestant.name}`.",
             ([{"sent": len(outcomes), **{name: found[name] for name in SHOWN}}],),
         ),
     )
@@ -179,7 +226,9 @@ def _warn(contestant: Contestant, outcomes: Sequence[Outcome]) -> None:
     if unfinished := sum(outcome.status == "unfinished" for outcome in outcomes):
         codes["no answer in time"] = unfinished
     if codes:
-        progress(f"{contestant.name}: " + ", ".join(f"{code} x{count}" for code, count in codes.items()))
+        progress(
+            f"{contestant.name}: " + ", ".join(f"{code} x{count}" for code, count in codes.items())
+        )
 
 
 def _traced(outcome: Outcome) -> dict[str, Any]:

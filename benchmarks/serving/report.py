@@ -1,4 +1,5 @@
-"""The report, and what it keeps of every request. Imports no torch: the client shares the servers' cores."""
+"""The report, and what it keeps of every request. Imports no torch: the client shares the servers'
+cores."""
 
 from __future__ import annotations
 

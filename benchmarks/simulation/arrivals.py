@@ -17,7 +17,8 @@ from stepweave.scheduling.task import Demand, Priority, Task
 
 @dataclass(frozen=True)
 class Arrival:
-    """One request: seconds after the start, picture, steps; `deadline` in seconds after the arrival."""
+    """One request: seconds after the start, picture, steps; `deadline` in seconds after the
+    arrival."""
 
     offset: float
     size: str
@@ -28,7 +29,12 @@ class Arrival:
     def task(self, curves: Curves, cost: CostModel, now: float) -> Task:
         """The job of a request that is made, or made again, now."""
         deadline = None if self.deadline is None else now + self.deadline
-        task = Task(curves.demand(self.size, self.steps), arrived=now, priority=self.priority, deadline=deadline)
+        task = Task(
+            curves.demand(self.size, self.steps),
+            arrived=now,
+            priority=self.priority,
+            deadline=deadline,
+        )
         task.price(cost)
         return task
 
@@ -53,13 +59,17 @@ def parse_mix(text: str) -> list[Shape]:
 
 
 def capacity(mix: Mix, curves: Curves, cost: CostModel) -> float:
-    """Jobs per second if every step ran in the group that is best for throughput: load 1. Nothing sustains more."""
-    demands: list[tuple[Demand, float]] = [(curves.demand(shape.size, shape.steps), shape.share) for shape in mix]
+    """Jobs per second if every step ran in the group that is best for throughput: load 1. Nothing
+    sustains more."""
+    demands: list[tuple[Demand, float]] = [
+        (curves.demand(shape.size, shape.steps), shape.share) for shape in mix
+    ]
     return 1 / sum(share * least_work(curves, cost, demand) for demand, share in demands)
 
 
 def arrivals(mix: Mix, rate: float, count: int, seed: int, burst: float = 1) -> list[Arrival]:
-    """`count` requests at `rate` per second, in bursts at one moment, `burst` of them in the mean (geometric); 1 is Poisson.
+    """`count` requests at `rate` per second, in bursts at one moment, `burst` of them in the mean
+    (geometric); 1 is Poisson.
 
     The same seed gives the same requests at any rate, closer together.
     """
@@ -75,7 +85,12 @@ def arrivals(mix: Mix, rate: float, count: int, seed: int, burst: float = 1) -> 
 
 
 def with_deadlines(
-    requests: Sequence[Arrival], curves: Curves, cost: CostModel, share: float, slack: float, seed: int
+    requests: Sequence[Arrival],
+    curves: Curves,
+    cost: CostModel,
+    share: float,
+    slack: float,
+    seed: int,
 ) -> list[Arrival]:
     """Give a share of the requests a deadline of `slack` times what they take alone."""
     random = np.random.default_rng((seed, 1))
@@ -87,10 +102,13 @@ def with_deadlines(
 
 
 def read_trace(path: Path) -> list[Arrival]:
-    """An array, or one object a line, of `offset`, `size`, `steps`, and perhaps `deadline` (seconds) and `priority` (name)."""
+    """An array, or one object a line, of `offset`, `size`, `steps`, and perhaps `deadline`
+    (seconds) and `priority` (name)."""
     text = path.read_text()
     objects = (
-        json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines() if line]
+        json.loads(text)
+        if text.lstrip().startswith("[")
+        else [json.loads(line) for line in text.splitlines() if line]
     )
     return sorted(map(_arrival, objects), key=lambda arrival: arrival.offset)
 

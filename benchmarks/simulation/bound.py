@@ -13,15 +13,16 @@ from stepweave.scheduling.cost import CostModel
 def least_mean_latency(requests: Sequence[Arrival], curves: Curves, cost: CostModel) -> float:
     """A lower bound of the mean latency of all requests, in seconds: the largest of three.
 
-    Count a row of a forward as the least seconds per row that its key ever takes. Then a second of the engine never yields more
-    than one second of that work, and a job needs a fixed amount of it, so any schedule is also one of a single machine of speed 1
-    that may be shared and interrupted, with these amounts as job sizes and the same arrivals. On that machine
+    Count a row of a forward as the least seconds per row that its key ever takes. Then a second of
+    the engine never yields more than one second of that work, and a job needs a fixed amount of it,
+    so any schedule is also one of a single machine of speed 1 that may be shared and interrupted,
+    with these amounts as job sizes and the same arrivals. On that machine
 
-    - shortest remaining time first has the least mean latency (Schrage, A proof of the optimality of the shortest remaining
-      processing time discipline, 1968);
-    - the mean of when a job gets its work, averaged over jobs, is least if the smallest job goes first (Goemans, Improved
-      approximation algorithms for scheduling with release dates, 1997), and a job that takes `solo` seconds alone can end no
-      sooner than half of that after it;
+    - shortest remaining time first has the least mean latency (Schrage, A proof of the optimality
+      of the shortest remaining processing time discipline, 1968);
+    - the mean of when a job gets its work, averaged over jobs, is least if the smallest job goes
+      first (Goemans, Improved approximation algorithms for scheduling with release dates, 1997),
+      and a job that takes `solo` seconds alone can end no sooner than half of that after it;
 
     and no job takes less than it does alone.
     """
@@ -40,7 +41,8 @@ def least_mean_latency(requests: Sequence[Arrival], curves: Curves, cost: CostMo
 def _machine(
     offsets: Sequence[float], work: Sequence[float], order: Callable[[int, float], float]
 ) -> tuple[list[float], list[float]]:
-    """One machine that always works on the job of the lowest order: when each job ends, and the mean time of its work."""
+    """One machine that always works on the job of the lowest order: when each job ends, and the
+    mean time of its work."""
     ends, middles = [0.0] * len(work), [0.0] * len(work)
     left = list(work)
     ready: list[tuple[float, int]] = []

@@ -1,9 +1,9 @@
 """Step-time curves from JSON, and what a mix of jobs costs at most and at least.
 
-A file holds `name`, `source` and `curves`: a list of `module`, `size` ("WIDTHxHEIGHT", or elements) and `seconds` by rows.
-`jobs`, if given, says for each size of picture what its jobs call: lists of `module`, `size`, `rows` (1) and `calls` (1)
-`before` the first step, in each `step` and `after` the last. Without it, a job has one row of `transformer` in each step and
-nothing else.
+A file holds `name`, `source` and `curves`: a list of `module`, `size` ("WIDTHxHEIGHT", or elements)
+and `seconds` by rows. `jobs`, if given, says for each size of picture what its jobs call: lists of
+`module`, `size`, `rows` (1) and `calls` (1) `before` the first step, in each `step` and `after` the
+last. Without it, a job has one row of `transformer` in each step and nothing else.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def elements(size: str | int) -> int:
 
 @dataclass(frozen=True)
 class Curves:
-    """Seconds of a forward by rows, for each key, and the calls of a job by the size of its picture."""
+    """Seconds of a forward by rows, for each key, and the calls of a job by the size of its
+    picture."""
 
     name: str
     source: str
@@ -42,7 +43,9 @@ class Curves:
     def read(cls, path: Path) -> Curves:
         content = json.loads(path.read_text())
         seconds = {
-            Key(curve["module"], elements(curve["size"])): {int(rows): time for rows, time in curve["seconds"].items()}
+            Key(curve["module"], elements(curve["size"])): {
+                int(rows): time for rows, time in curve["seconds"].items()
+            }
             for curve in content["curves"]
         }
         jobs = {
@@ -62,13 +65,18 @@ class Curves:
         return Demand(steps, step=(Load(Key(DENOISER, elements(size)), 1),))
 
     def most_rows(self, key: Key) -> int:
-        """The most rows the curve knows of; sizes that it does not know are bounded by the largest number it knows at all."""
-        return max(self.seconds.get(key) or {rows: 0.0 for curve in self.seconds.values() for rows in curve})
+        """The most rows the curve knows of; sizes that it does not know are bounded by the largest
+        number it knows at all."""
+        return max(
+            self.seconds.get(key)
+            or {rows: 0.0 for curve in self.seconds.values() for rows in curve}
+        )
 
 
 def _loads(parts: Sequence[Mapping[str, Any]]) -> tuple[Load, ...]:
     return tuple(
-        Load(Key(part["module"], elements(part["size"])), part.get("rows", 1), part.get("calls", 1)) for part in parts
+        Load(Key(part["module"], elements(part["size"])), part.get("rows", 1), part.get("calls", 1))
+        for part in parts
     )
 
 

@@ -14,8 +14,8 @@ WITHIN = 3  # times the solo time, for the share of jobs that took no longer
 
 @dataclass(frozen=True)
 class Figures:
-    """Latencies in seconds, of the jobs that were served, from the first time they asked. Jobs still there when the last one
-    has come are served, too, and count."""
+    """Latencies in seconds, of the jobs that were served, from the first time they asked. Jobs
+    still there when the last one has come are served, too, and count."""
 
     mean: float
     p50: float
@@ -23,13 +23,15 @@ class Figures:
     p99: float
     slowdown: float  # mean of latency / time alone
     within: float  # share of jobs
-    hits: float | None  # share of the jobs with a deadline that met it; those that were refused did not
+    # share of the jobs with a deadline that met it; those that were refused did not
+    hits: float | None
     throughput: float  # jobs per second, from the first arrival to the last finish
     refused: float  # share of jobs that were refused for good
     inside: float  # mean latency from when they were let in
     told: float | None  # median Retry-After, in seconds
     retries: float | None  # share of those who came again as told and were let in then
-    kept: float | None  # the same, of those for whom a place was to be kept: they were told no more than `max_wait`
+    # the same, of those for whom a place was to be kept: they were told no more than `max_wait`
+    kept: float | None
     busy: float  # share of the time
     rows: float  # of a forward, mean
     switches: float  # share of forwards of another key than the one before
@@ -60,7 +62,10 @@ class Figures:
             throughput=len(served) / elapsed,
             refused=1 - len(served) / len(run.outcomes),
             inside=float(
-                np.mean([one.finished - one.asked[-1] for one in served if one.finished is not None] or [np.nan])
+                np.mean(
+                    [one.finished - one.asked[-1] for one in served if one.finished is not None]
+                    or [np.nan]
+                )
             ),
             told=float(np.median(told)) if told else None,
             retries=_share([let_in for _, let_in in again]),

@@ -28,8 +28,11 @@ def draw(
     title: str,
     path: Path,
 ) -> None:
-    """`found`: by policy and figure, one value for each load; bars are quartiles over the seeds. The first policy stands out."""
-    figure, panels = plt.subplots(1, len(PANELS), figsize=(4.2 * len(PANELS), 3.9), layout="constrained")
+    """`found`: by policy and figure, one value for each load; bars are quartiles over the seeds.
+    The first policy stands out."""
+    figure, panels = plt.subplots(
+        1, len(PANELS), figsize=(4.2 * len(PANELS), 3.9), layout="constrained"
+    )
     places = range(len(loads))
     for axes, (name, label) in zip(panels, PANELS.items(), strict=True):
         lines = {policy: figures[name] for policy, figures in found.items()}
@@ -45,7 +48,15 @@ def draw(
             style = "k:" if spreads is bounds else "o-"
             width, order = (2.5, 3) if number == 0 else (1.2, 2)
             axes.errorbar(
-                shifted, middles, bars, fmt=style, capsize=2, markersize=4, linewidth=width, zorder=order, label=policy
+                shifted,
+                middles,
+                bars,
+                fmt=style,
+                capsize=2,
+                markersize=4,
+                linewidth=width,
+                zorder=order,
+                label=policy,
             )
         if name != "within":
             axes.set_yscale("log")

@@ -15,7 +15,9 @@ from stepweave.scheduling.task import Demand, Task
 class Reception:
     """Lets in what `Admission` does, with the finish that is forecast for an order of the jobs."""
 
-    def __init__(self, curves: Curves, limit: int, order: Order, max_wait: float = float("inf")) -> None:
+    def __init__(
+        self, curves: Curves, limit: int, order: Order, max_wait: float = float("inf")
+    ) -> None:
         self._cost = curves.model()
         self._knee = knees(curves, self._cost)
         self._order = order
@@ -23,7 +25,9 @@ class Reception:
         self._now = 0.0
         self._admission = Admission(limit, self._drain, max_wait=max_wait, clock=lambda: self._now)
 
-    def enter(self, token: Hashable, task: Task, inside: Sequence[Task], now: float) -> float | None:
+    def enter(
+        self, token: Hashable, task: Task, inside: Sequence[Task], now: float
+    ) -> float | None:
         self._now, self._inside = now, inside
         deadline = None if task.deadline is None else task.deadline - now
         try:

@@ -1,6 +1,7 @@
 """What was tried against the default policy and lost; docs/experiments.md says by how much.
 
-Each is the default's own code with a rule changed: `VARIANTS` gives their names to `python -m benchmarks.simulate --policies`.
+Each is the default's own code with a rule changed: `VARIANTS` gives their names to `python -m
+benchmarks.simulate --policies`.
 """
 
 from __future__ import annotations
@@ -32,8 +33,13 @@ def changed(**rules: Any) -> Policy:
 
 
 def per_completion(group: Sequence[Request], others: int, cap: Cap, cost: CostModel) -> float:
-    """A row's seconds in the group over its seconds alone: the lowest rank has the most completions per second."""
-    return _row_seconds(group, cost) / cost.seconds(group[0].cost, 1) if _in_steps(group[0].task) else 1.0
+    """A row's seconds in the group over its seconds alone: the lowest rank has the most completions
+    per second."""
+    return (
+        _row_seconds(group, cost) / cost.seconds(group[0].cost, 1)
+        if _in_steps(group[0].task)
+        else 1.0
+    )
 
 
 def to_fill(group: Sequence[Request], others: int, cap: Cap, cost: CostModel) -> float:
@@ -64,7 +70,8 @@ def sticky() -> Policy:
 
 
 def idle(queues: Queues[Request], now: float, cap: Cap, cost: CostModel) -> list[Request]:
-    """With nothing else to do, a job waits a while for another to share its first step, if that pays."""
+    """With nothing else to do, a job waits a while for another to share its first step, if that
+    pays."""
     group = thrifty(queues, now, cap, cost)
     task = group[0].task
     waits = len(queues) == 1 and not task.begun and now - task.arrived < IDLE * task.solo
@@ -99,5 +106,6 @@ VARIANTS: dict[str, Policy] = {
     "sticky": sticky(),
     "idle": idle,
     "full_time": changed(OTHERS=0.0),  # the oldest overdue job has all of the time
-    "every_deadline": changed(SLACK=1e9),  # all deadlines that can be met come first, whether they press or not
+    # all deadlines that can be met come first, whether they press or not
+    "every_deadline": changed(SLACK=1e9),
 }

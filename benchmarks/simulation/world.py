@@ -33,7 +33,8 @@ class Outcome:
 
     arrival: Arrival
     solo: float
-    asked: list[float] = field(default_factory=list)  # when it was made, and made again after refusals
+    # when it was made, and made again after refusals
+    asked: list[float] = field(default_factory=list)
     promised: list[float] = field(default_factory=list)  # the Retry-After of each refusal
     finished: float | None = None
 
@@ -43,9 +44,13 @@ class Outcome:
         return None if self.finished is None else self.finished - self.asked[0]
 
     def returns(self) -> list[tuple[float, bool]]:
-        """Each time that it was made again: after how many seconds, as told, and whether it was let in then."""
+        """Each time that it was made again: after how many seconds, as told, and whether it was let
+        in then."""
         count = len(self.asked) - 1
-        return [(told, number == len(self.promised)) for number, told in enumerate(self.promised[:count], 1)]
+        return [
+            (told, number == len(self.promised))
+            for number, told in enumerate(self.promised[:count], 1)
+        ]
 
 
 @dataclass
@@ -66,9 +71,11 @@ class Run:
 class Door(Protocol):
     """Admission."""
 
-    def enter(self, token: Hashable, task: Task, inside: Sequence[Task], now: float) -> float | None:
-        """Let a task in (None), or say after how many seconds to come again, infinitely many for never; the token is the same
-        then."""
+    def enter(
+        self, token: Hashable, task: Task, inside: Sequence[Task], now: float
+    ) -> float | None:
+        """Let a task in (None), or say after how many seconds to come again, infinitely many for
+        never; the token is the same then."""
 
     def leave(self) -> None:
         """One of those inside is done."""
@@ -96,15 +103,19 @@ class World:
         self._attempts = attempts
         self._calls: dict[Task, Iterator[Load]] = {}  # of the tasks that are in
         self._outcome: dict[Task, Outcome] = {}
-        self._queues: OrderedDict[Hashable, list[Request]] = OrderedDict()  # the key that was served longest ago first
-        outcomes = [Outcome(request, request.task(curves, self._cost, 0.0).solo) for request in requests]
+        # the key that was served longest ago first
+        self._queues: OrderedDict[Hashable, list[Request]] = OrderedDict()
+        outcomes = [
+            Outcome(request, request.task(curves, self._cost, 0.0).solo) for request in requests
+        ]
         self._due = [(one.arrival.offset, number, one) for number, one in enumerate(outcomes)]
         heapq.heapify(self._due)
         self._seconds: dict[tuple[Key, int], float] = {}
         self.run = Run(outcomes)
 
     def simulate(self) -> Run:
-        """Until everybody is served or has given up. Policies may pick nothing, and are asked again at the next arrival."""
+        """Until everybody is served or has given up. Policies may pick nothing, and are asked again
+        at the next arrival."""
         now, last = 0.0, None
         while self._queues or self._due:
             picked = self._policy(self._queues, now, self._cap, self._cost) if self._queues else []
@@ -127,7 +138,11 @@ class World:
             now, number, outcome = heapq.heappop(self._due)
             task = outcome.arrival.task(self._curves, self._cost, now)
             outcome.asked.append(now)
-            wait = None if self._door is None else self._door.enter(number, task, list(self._calls), now)
+            wait = (
+                None
+                if self._door is None
+                else self._door.enter(number, task, list(self._calls), now)
+            )
             if wait is None:
                 self._outcome[task] = outcome
                 self._calls[task] = _calls(task)
@@ -168,7 +183,9 @@ class World:
             if self._door is not None:
                 self._door.leave()
         else:
-            self._queues.setdefault(load.key, []).append(Request(load.key, load.rows, load.key, task, now))
+            self._queues.setdefault(load.key, []).append(
+                Request(load.key, load.rows, load.key, task, now)
+            )
 
 
 def _calls(task: Task) -> Iterator[Load]:

@@ -1,7 +1,8 @@
-"""Brings a model from the hub into its cache, for servers that only read it: `python -m stepweave.download`.
+"""Brings a model from the hub into its cache, for servers that only read it: `python -m
+stepweave.download`.
 
-`STEPWEAVE_MODEL`, `STEPWEAVE_REVISION` and `STEPWEAVE_VARIANT` name it, `HF_HUB_CACHE` or `HF_HOME` the cache, and `HF_TOKEN` is
-for gated ones. What is in the cache already is not fetched again.
+`STEPWEAVE_MODEL`, `STEPWEAVE_REVISION` and `STEPWEAVE_VARIANT` name it, `HF_HUB_CACHE` or `HF_HOME`
+the cache, and `HF_TOKEN` is for gated ones. What is in the cache already is not fetched again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ def main() -> None:
         settings = Settings.load()
         if settings.model_directory() is not None:
             raise SystemExit(
-                f"stepweave: STEPWEAVE_MODEL={settings.model!r} is a directory: there is nothing to download"
+                f"stepweave: STEPWEAVE_MODEL={settings.model!r} is a directory: there is nothing "
+                f"to download"
             )
         from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -32,7 +34,9 @@ def main() -> None:
         folder, variant = fetch(settings.model, settings.revision, settings.variant)
     except StepweaveError as error:
         raise SystemExit(f"stepweave: the model cannot be downloaded: {error.message}") from None
-    sys.stdout.write(f"{settings.model}{f', variant {variant},' if variant else ''} is in {folder}\n")
+    sys.stdout.write(
+        f"{settings.model}{f', variant {variant},' if variant else ''} is in {folder}\n"
+    )
 
 
 def check_writable(cache: Path) -> None:
@@ -45,7 +49,8 @@ def check_writable(cache: Path) -> None:
         there = next(folder for folder in (cache, *cache.parents) if folder.exists())
         owner = there.stat()
         raise SystemExit(
-            f"stepweave: the cache {cache} cannot be written to ({error.strerror}): this is user {os.getuid()}, and {there} "
+            f"stepweave: the cache {cache} cannot be written to ({error.strerror}): this is user "
+            f"{os.getuid()}, and {there} "
             f"belongs to {owner.st_uid}:{owner.st_gid} with mode {stat.S_IMODE(owner.st_mode):o}"
         ) from None
 

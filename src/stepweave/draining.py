@@ -1,4 +1,5 @@
-"""How a server leaves: it announces that, still takes work for a while, refuses it, and ends what is left."""
+"""How a server leaves: it announces that, still takes work for a while, refuses it, and ends what
+is left."""
 
 from __future__ import annotations
 
@@ -18,13 +19,15 @@ TOKEN_FILE = "drain-token"  # in the state directory
 class Drain:
     """Whether a server leaves, and how far it is. For the event loop's thread.
 
-    From the announcement on, load balancers are told to send nothing more, and for `notice` seconds, until they have heard,
-    work is still taken. Then it is refused, and `end` is called `grace` seconds later, unless the drain was taken back.
-    A process that is terminated goes straight to refusing. All times are seconds of the monotonic clock.
+    From the announcement on, load balancers are told to send nothing more, and for `notice`
+    seconds, until they have heard, work is still taken. Then it is refused, and `end` is called
+    `grace` seconds later, unless the drain was taken back. A process that is terminated goes
+    straight to refusing. All times are seconds of the monotonic clock.
     """
 
     def __init__(self, notice: float, grace: float, end: Callable[[], None]) -> None:
-        self.listeners: list[Callable[[bool], None]] = []  # told of the announcement, and that it is taken back
+        # told of the announcement, and that it is taken back
+        self.listeners: list[Callable[[bool], None]] = []
         self.ending_at: float | None = None  # when what is left is told to end
         self.terminated = False  # by a signal: not to be taken back
         self._notice = notice
@@ -40,7 +43,9 @@ class Drain:
     @property
     def refusing(self) -> bool:
         """Whether new work is refused."""
-        return self._refusing_at is not None and (self.terminated or time.monotonic() >= self._refusing_at)
+        return self._refusing_at is not None and (
+            self.terminated or time.monotonic() >= self._refusing_at
+        )
 
     @property
     def ended(self) -> bool:
@@ -49,7 +54,8 @@ class Drain:
 
     @property
     def overdue(self) -> bool:
-        """Whether what was left has been ended, and the process was not told to end: nobody else will do that."""
+        """Whether what was left has been ended, and the process was not told to end: nobody else
+        will do that."""
         return self.ended and not self.terminated
 
     def announce(self) -> None:
@@ -58,7 +64,8 @@ class Drain:
             self._begin(self._notice)
 
     def terminate(self) -> None:
-        """The process was told to end. What was accepted has its grace from the end of the notice on, if one was given."""
+        """The process was told to end. What was accepted has its grace from the end of the notice
+        on, if one was given."""
         if self.terminated:
             return
         self.terminated = True
@@ -69,7 +76,9 @@ class Drain:
         """Take work as before. Raises Conflict once the process was told to end."""
         if self.terminated:
             raise Conflict(
-                "The process was told to end: its drain cannot be taken back.", code="terminating", param=None
+                "The process was told to end: its drain cannot be taken back.",
+                code="terminating",
+                param=None,
             )
         self._refusing_at = self.ending_at = None
         if self._timer is not None:
@@ -88,7 +97,8 @@ class Drain:
 
 
 class DrainToken:
-    """What proves that who drains a server may read its state directory: a secret, new at each start, in a file of mode 0600."""
+    """What proves that who drains a server may read its state directory: a secret, new at each
+    start, in a file of mode 0600."""
 
     def __init__(self, directory: Path) -> None:
         """Raises OSError if the file cannot be written."""

@@ -42,8 +42,8 @@ def shown(value: object) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a message tells them, to three digits and rounded up: what is longer than a limit never looks shorter, nor a
-    wait like none."""
+    """Seconds as a message tells them, to three digits and rounded up: what is longer than a limit
+    never looks shorter, nor a wait like none."""
     seconds = max(seconds, 1e-3)
     unit = 10.0 ** min(0, math.floor(math.log10(seconds)) - 2)
     rounded = math.ceil(round(seconds / unit, 6)) * unit
@@ -78,7 +78,14 @@ class StepweaveError(Exception):
 
     def body(self) -> dict[str, Any]:
         """The body of the answer, in OpenAI's error shape."""
-        return {"error": {"message": self.message, "type": self.type, "code": self.code, "param": self.param}}
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.type,
+                "code": self.code,
+                "param": self.param,
+            }
+        }
 
 
 class ConfigError(StepweaveError):
@@ -101,7 +108,8 @@ class OutOfMemory(StepweaveError):
 
 
 _NON_FINITE = (
-    "The result is not finite: the model gave NaN or infinite values. Other parameters may work; if all requests fail, the "
+    "The result is not finite: the model gave NaN or infinite values. Other parameters may work; "
+    "if all requests fail, the "
     "weights are damaged, or overflow in the server's STEPWEAVE_DTYPE (try bfloat16 or float32)."
 )
 
@@ -138,12 +146,15 @@ class RequestError(StepweaveError):
 class InvalidRequest(RequestError):
     """A value of the request is not allowed."""
 
-    def __init__(self, message: str, *, code: str = "invalid_value", param: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, code: str = "invalid_value", param: str | None = None
+    ) -> None:
         super().__init__(message, code=code, param=param)
 
 
 class DeadlineTooShort(InvalidRequest):
-    """The job takes longer than its deadline even if it is the only one: nothing was run, and coming back would not help."""
+    """The job takes longer than its deadline even if it is the only one: nothing was run, and
+    coming back would not help."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, code="deadline_too_short", param="deadline_ms")
@@ -154,7 +165,8 @@ class ContentFlagged(RequestError):
 
     def __init__(self, index: int, names: list[str]) -> None:
         super().__init__(
-            f"Image {index} was flagged by the pipeline ({', '.join(names)}); this server does not return flagged images. "
+            f"Image {index} was flagged by the pipeline ({', '.join(names)}); this server does not "
+            f"return flagged images. "
             "Another prompt or seed may pass.",
             code="content_policy_violation",
         )
@@ -189,12 +201,17 @@ class MethodNotAllowed(RequestError):
 
 
 class Conflict(RequestError):
-    """The request does not go with what there is: its idempotency key belongs to another request, or the process ends."""
+    """The request does not go with what there is: its idempotency key belongs to another request,
+    or the process ends."""
 
     status = 409
 
     def __init__(
-        self, message: str, *, code: str = "idempotency_conflict", param: str | None = "Idempotency-Key"
+        self,
+        message: str,
+        *,
+        code: str = "idempotency_conflict",
+        param: str | None = "Idempotency-Key",
     ) -> None:
         super().__init__(message, code=code, param=param)
 
@@ -212,16 +229,20 @@ class BodyTooLarge(RequestError):
 
 
 class UnsupportedMedia(RequestError):
-    """The request's content type is not one that the route reads, or a file of it is of a kind that is not read."""
+    """The request's content type is not one that the route reads, or a file of it is of a kind that
+    is not read."""
 
     status = 415
 
-    def __init__(self, message: str, *, code: str = "unsupported_media_type", param: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, code: str = "unsupported_media_type", param: str | None = None
+    ) -> None:
         super().__init__(message, code=code, param=param)
 
 
 class UnsupportedEncoding(UnsupportedMedia):
-    """The request's content encoding is not one that is undone; the answer names those that are (RFC 9110, 15.5.16)."""
+    """The request's content encoding is not one that is undone; the answer names those that are
+    (RFC 9110, 15.5.16)."""
 
     TAKEN = "gzip, deflate, identity"
 
@@ -272,7 +293,8 @@ class DeviceFailed(Unavailable):
     def __init__(self, reason: str) -> None:
         self.reason = reason
         super().__init__(
-            f"The server's device has failed ({reason}); send the request again, to another server.",
+            f"The server's device has failed ({reason}); send the request again, to another "
+            f"server.",
             code="device_failed",
             retry_after=10,
         )

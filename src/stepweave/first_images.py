@@ -1,4 +1,5 @@
-"""Whether the images that a server makes before it is ready look like those of a model that was read whole."""
+"""Whether the images that a server makes before it is ready look like those of a model that was
+read whole."""
 
 from __future__ import annotations
 
@@ -16,22 +17,30 @@ logger = logging.getLogger(__name__)
 
 Pixels = npt.NDArray[np.float64]
 
-# Mean difference of the pixels, in [0, 1], of two runs of one job, of which one shares forwards: merging allows a hundredth of it
+# Mean difference of the pixels, in [0, 1], of two runs of one job, of which one shares forwards:
+# merging allows a hundredth of it
 MOST_APART = 0.01
 MOST_APART_IN_HALF_PRECISION = 0.1
 
 
 def check_images(
-    alone: Any, together: Sequence[Any], dtype: torch.dtype, more: Callable[[], Sequence[Any]] = tuple
+    alone: Any,
+    together: Sequence[Any],
+    dtype: torch.dtype,
+    more: Callable[[], Sequence[Any]] = tuple,
 ) -> None:
     """Check images of different jobs, made together; the first is also given as it came `alone`.
 
-    `more` makes others, and is called if there is but one job and its image is constant. Images that are None, since a safety
-    checker has blacked them out, tell nothing. Raises LoadError if the two runs of a job differ, if pixels are not finite, or if
-    all images are constant. One that is constant may be right, and is logged.
+    `more` makes others, and is called if there is but one job and its image is constant. Images
+    that are None, since a safety checker has blacked them out, tell nothing. Raises LoadError if
+    the two runs of a job differ, if pixels are not finite, or if all images are constant. One that
+    is constant may be right, and is logged.
     """
     if alone is None or together[0] is None:
-        logger.warning("self-check: a safety checker flagged the first image, so that two runs could not be compared")
+        logger.warning(
+            "self-check: a safety checker flagged the first image, so that two runs could not be "
+            "compared"
+        )
         return
     together = [image for image in together if image is not None]
     first, *others = (_pixels(image) for image in (alone, *together))
@@ -40,19 +49,24 @@ def check_images(
         constant += [_is_constant(_pixels(image)) for image in more() if image is not None]
     if all(constant):
         raise LoadError(
-            f"all {len(constant)} first images, of different prompts and seeds, are of one colour: the weights are not those "
-            f"of a trained model, or {str(dtype).removeprefix('torch.')} is not precise enough for them (STEPWEAVE_DTYPE)"
+            f"all {len(constant)} first images, of different prompts and seeds, are of one colour: "
+            f"the weights are not those "
+            f"of a trained model, or {str(dtype).removeprefix('torch.')} is not precise enough for "
+            f"them (STEPWEAVE_DTYPE)"
         )
     if any(constant):
         logger.warning("%d of %d first images are of one colour", sum(constant), len(constant))
     apart = _apart(first, others[0])
     if apart > (MOST_APART if torch.finfo(dtype).bits >= 32 else MOST_APART_IN_HALF_PRECISION):
         raise LoadError(
-            f"two runs of one job with one seed differ by {apart:.1%} of the pixels' range: something in the pipeline draws "
-            "random numbers that no seed decides, as a module in training mode or a scheduler with noise of its own"
+            f"two runs of one job with one seed differ by {apart:.1%} of the pixels' range: "
+            f"something in the pipeline draws "
+            "random numbers that no seed decides, as a module in training mode or a scheduler with "
+            "noise of its own"
         )
     logger.info(
-        "self-check: two runs of a job agree (their pixels differ by %.2g on average), %d images are finite, %d of one colour",
+        "self-check: two runs of a job agree (their pixels differ by %.2g on average), %d images "
+        "are finite, %d of one colour",
         apart, len(others), sum(constant),
     )  # fmt: skip
 

@@ -19,7 +19,8 @@ MAX_SEED = 2**53 - 1  # the largest integer that every JSON client reads exactly
 
 @dataclass(frozen=True)
 class Sources:
-    """What an edit starts from: an RGB image, and an L mask of the same size, white where it is to be painted anew.
+    """What an edit starts from: an RGB image, and an L mask of the same size, white where it is to
+    be painted anew.
 
     `warnings` tell what was done to the files that they come from.
     """
@@ -31,7 +32,8 @@ class Sources:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Everything that decides a generation's pixels, defaults filled in. Image i of n uses `seed` + i."""
+    """Everything that decides a generation's pixels, defaults filled in. Image i of n uses `seed` +
+    i."""
 
     prompt: str
     negative_prompt: str | None
@@ -47,11 +49,15 @@ class Parameters:
     sources: Sources | None = None  # of an edit
 
     def of_image(self, index: int) -> dict[str, Any]:
-        """The parameters of one of the n images, as they are echoed and written into its metadata."""
+        """The parameters of one of the n images, as they are echoed and written into its
+        metadata."""
         values: dict[str, Any] = {"prompt": self.prompt, "seed": self.seed + index}
         if self.negative_prompt is not None:
             values["negative_prompt"] = self.negative_prompt
-        values |= {"size": f"{self.width}x{self.height}", "num_inference_steps": self.num_inference_steps}
+        values |= {
+            "size": f"{self.width}x{self.height}",
+            "num_inference_steps": self.num_inference_steps,
+        }
         if self.guidance_scale is not None:
             values["guidance_scale"] = self.guidance_scale
         for name, value in (("scheduler", self.scheduler), ("strength", self.strength)):
@@ -64,8 +70,8 @@ class Parameters:
 
 @dataclass
 class Timings:
-    """Seconds a job spent: waiting to start, before its first denoising step, in its steps, after the last one, and in encoding
-    the picture files."""
+    """Seconds a job spent: waiting to start, before its first denoising step, in its steps, after
+    the last one, and in encoding the picture files."""
 
     queued: float = 0.0
     encode: float = 0.0
@@ -79,7 +85,8 @@ class Timings:
         """Where a finished job's seconds went; those after it are to be added."""
         assert job.started is not None and job.finished is not None
         begun = job.begun or job.started
-        opened = max(job.opened or begun, begun)  # a remembered prompt needs no forward before the first step
+        # a remembered prompt needs no forward before the first step
+        opened = max(job.opened or begun, begun)
         stepped = job.stepped or opened
         return cls(
             queued=begun - job.accepted,
@@ -91,18 +98,21 @@ class Timings:
 
 @dataclass(frozen=True)
 class Generation:
-    """The outcome of a job: n images, first seed first, and what the pipeline returned beside them."""
+    """The outcome of a job: n images, first seed first, and what the pipeline returned beside
+    them."""
 
     parameters: Parameters
     images: list[Image.Image]
     timings: Timings = field(default_factory=Timings)
-    flagged: list[bool] = field(default_factory=list)  # each image, by the pipeline's safety checker
+    # each image, by the pipeline's safety checker
+    flagged: list[bool] = field(default_factory=list)
     outputs: dict[str, Any] = field(default_factory=dict)  # what else it returned, JSON-able
 
 
 @dataclass(eq=False)
 class PictureFile:
-    """One encoded picture and the parameters that made it; its name in the file store, once it is there."""
+    """One encoded picture and the parameters that made it; its name in the file store, once it is
+    there."""
 
     data: bytes
     seed: int
@@ -113,9 +123,12 @@ class PictureFile:
     _storing: asyncio.Task[str] | None = field(default=None, init=False, repr=False)
 
     async def stored(self, files: FileStore) -> str:
-        """Its name in the file store, where it is put once, whoever asks. Raises what the store does."""
+        """Its name in the file store, where it is put once, whoever asks. Raises what the store
+        does."""
         if self.name is None:
-            if self._storing is None or (self._storing.done() and self._storing.exception() is not None):
+            if self._storing is None or (
+                self._storing.done() and self._storing.exception() is not None
+            ):
                 self._storing = asyncio.ensure_future(_put(files, self.data, self.output_format))
             self.name = await asyncio.shield(self._storing)
         return self.name
@@ -127,8 +140,8 @@ async def _put(files: FileStore, data: bytes, suffix: OutputFormat) -> str:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a generation is answered with. `body` is JSON-able: created, model, usage, parameters, timings, warnings, and outputs
-    where the pipeline returned more than images."""
+    """What a generation is answered with. `body` is JSON-able: created, model, usage, parameters,
+    timings, warnings, and outputs where the pipeline returned more than images."""
 
     body: dict[str, Any]
     pictures: list[PictureFile]

@@ -6,14 +6,16 @@ import ctypes
 
 import psutil
 
-SLACK_BYTES = 256 * 1024 * 1024  # of resident memory over the least that was seen, from which on it is worth looking
+# of resident memory over the least that was seen, from which on it is worth looking
+SLACK_BYTES = 256 * 1024 * 1024
 
 
 class Heap:
     """Gives memory that was freed back to the system.
 
-    glibc's malloc keeps what lies between blocks in use, and after many large answers, whose buffers are freed in any order, that
-    may be gigabytes (malloc_trim(3)). Elsewhere nothing is done.
+    glibc's malloc keeps what lies between blocks in use, and after many large answers, whose
+    buffers are freed in any order, that may be gigabytes (malloc_trim(3)). Elsewhere nothing is
+    done.
     """
 
     def __init__(self) -> None:
@@ -22,7 +24,8 @@ class Heap:
         self._least = self._process.memory_info().rss
 
     def look(self) -> None:
-        """Trim the heap if it has grown. Takes milliseconds to tenths of a second; not for the event loop's thread."""
+        """Trim the heap if it has grown. Takes milliseconds to tenths of a second; not for the
+        event loop's thread."""
         resident = self._process.memory_info().rss
         if self._trim is not None and resident > self._least + SLACK_BYTES:
             self._trim(ctypes.c_size_t(0))

@@ -1,4 +1,5 @@
-"""Jobs that outlive their connection: kept in the stores, found again by id or by idempotency key."""
+"""Jobs that outlive their connection: kept in the stores, found again by id or by idempotency
+key."""
 
 from __future__ import annotations
 
@@ -30,12 +31,14 @@ logger = logging.getLogger(__name__)
 
 SWEEP_SECONDS = 60.0
 PROBE_SECONDS = 5.0  # between two looks whether a store that could not be written to can be
-KEEP_AGAIN_SECONDS = (0.2, 1.0, 5.0, 10.0)  # after which a result that could not be stored is stored once more
+# after which a result that could not be stored is stored once more
+KEEP_AGAIN_SECONDS = (0.2, 1.0, 5.0, 10.0)
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What a request says of itself: whose it is, the key that makes it one with others, and what it asks for."""
+    """What a request says of itself: whose it is, the key that makes it one with others, and what
+    it asks for."""
 
     owner: str | None
     key: str | None
@@ -73,7 +76,9 @@ class _Opening:
 class Jobs:
     """The jobs of one server: `tickets` are those under way, the stores have the others."""
 
-    def __init__(self, store: JobStore, files: FileStore, tickets: Mapping[str, Ticket], directory: Path) -> None:
+    def __init__(
+        self, store: JobStore, files: FileStore, tickets: Mapping[str, Ticket], directory: Path
+    ) -> None:
         self.store = store
         self.files = files
         self.directory = directory  # of both
@@ -83,22 +88,28 @@ class Jobs:
         self._under_way: dict[str, Ticket] = {}  # those to be kept, until they are
         self._keeping: dict[str, asyncio.Task[StepweaveError | None]] = {}  # theirs, by id
         self._exits = contextlib.ExitStack()
-        self.free_bytes: Callable[[], float] = lambda: math.nan  # where the stores are; not for the event loop's thread
+        # where the stores are; not for the event loop's thread
+        self.free_bytes: Callable[[], float] = lambda: math.nan
 
     @classmethod
     def open(cls, settings: Settings, tickets: Mapping[str, Ticket]) -> Jobs:
         """The jobs in the settings' directory. Raises StepweaveError if that cannot be used."""
         with contextlib.ExitStack() as exits:
             directory = exits.enter_context(state_directory(settings.state_dir))
-            files = DirectoryFileStore(directory / "pictures", settings.keep_seconds, settings.keep_bytes)
-            store = SqliteJobStore(directory / "jobs.sqlite", settings.keep_seconds, settings.keep_jobs)
+            files = DirectoryFileStore(
+                directory / "pictures", settings.keep_seconds, settings.keep_bytes
+            )
+            store = SqliteJobStore(
+                directory / "jobs.sqlite", settings.keep_seconds, settings.keep_jobs
+            )
             jobs = cls(store, files, tickets, directory)
             jobs.free_bytes = FreeBytes(directory)
             jobs._exits = exits.pop_all()
         return jobs
 
     def resume(self) -> None:
-        """Mark what an earlier process left unfinished as failed. Not for the event loop's thread."""
+        """Mark what an earlier process left unfinished as failed. Not for the event loop's
+        thread."""
         count = asyncio.run(self.store.interrupted())
         if count:
             logger.warning("%d jobs were not done when the server ended; they failed", count)
@@ -115,11 +126,14 @@ class Jobs:
 
     # Requests
 
-    async def start(self, claim: Claim, accept: Callable[[], Awaitable[Ticket]], *, detached: bool = False) -> Followed:
-        """Have a request accepted, or join the one that had its key first, unless that failed or was cancelled.
+    async def start(
+        self, claim: Claim, accept: Callable[[], Awaitable[Ticket]], *, detached: bool = False
+    ) -> Followed:
+        """Have a request accepted, or join the one that had its key first, unless that failed or
+        was cancelled.
 
-        A job that is `detached`, or has a key, is kept. Raises Conflict if the key's first request asked for something else, and
-        what `accept` does.
+        A job that is `detached`, or has a key, is kept. Raises Conflict if the key's first request
+        asked for something else, and what `accept` does.
         """
         if claim.key is None:
             return await self._begin(claim, accept, detached)
@@ -127,7 +141,8 @@ class Jobs:
         opening = self._open.get(slot)
         if opening is None or opening.lost:
             opening = self._open[slot] = _Opening(
-                claim.fingerprint, asyncio.ensure_future(self._find_or_begin(claim, accept, detached))
+                claim.fingerprint,
+                asyncio.ensure_future(self._find_or_begin(claim, accept, detached)),
             )
             opening.followed.add_done_callback(lambda _: self._opened(slot, opening))
         elif opening.fingerprint != claim.fingerprint:
@@ -144,7 +159,9 @@ class Jobs:
             followed.detached = True  # it may have been begun for one that stays
         return followed
 
-    async def _find_or_begin(self, claim: Claim, accept: Callable[[], Awaitable[Ticket]], detached: bool) -> Followed:
+    async def _find_or_begin(
+        self, claim: Claim, accept: Callable[[], Awaitable[Ticket]], detached: bool
+    ) -> Followed:
         assert claim.key is not None
         record = await self.store.by_key(claim.owner, claim.key)
         live = None if record is None else self._live(record.id)
@@ -161,7 +178,8 @@ class Jobs:
     @staticmethod
     def _conflict(key: str) -> Conflict:
         return Conflict(
-            f"Idempotency-Key {shown(key.partition(' ')[2])} belongs to a request that asks for something else."
+            f"Idempotency-Key {shown(key.partition(' ')[2])} belongs to a request that asks for "
+            f"something else."
         )
 
     def _opened(self, slot: tuple[str | None, str], opening: _Opening) -> None:
@@ -176,7 +194,9 @@ class Jobs:
         if self._open.get(slot) is opening:
             del self._open[slot]
 
-    async def _begin(self, claim: Claim, accept: Callable[[], Awaitable[Ticket]], detached: bool) -> Followed:
+    async def _begin(
+        self, claim: Claim, accept: Callable[[], Awaitable[Ticket]], detached: bool
+    ) -> Followed:
         ticket = await accept()
         if not detached and claim.key is None:
             self._owners[ticket.id] = claim.owner
@@ -190,7 +210,8 @@ class Jobs:
         ticket.keeping = asyncio.ensure_future(self._keep(ticket, record, claim, noting))
         self._keeping[ticket.id] = ticket.keeping
         try:
-            await asyncio.shield(noting)  # before it is answered: what was promised must not be lost
+            # before it is answered: what was promised must not be lost
+            await asyncio.shield(noting)
         except BaseException:
             ticket.detached = False
             ticket.let_go()
@@ -200,13 +221,15 @@ class Jobs:
     async def _keep(
         self, ticket: Ticket, record: JobRecord, claim: Claim, noting: Awaitable[None]
     ) -> StepweaveError | None:
-        """Have the store know how a ticket goes, once it knows of it, and what came of it; the error that is kept, if any."""
+        """Have the store know how a ticket goes, once it knows of it, and what came of it; the
+        error that is kept, if any."""
         try:
             await noting
             async for update in ticket.updates():
                 if isinstance(update, Progressed) and record.state == "queued":
                     record = replace(_record(ticket, claim), state="running")
-                    with contextlib.suppress(StepweaveError):  # logged by the store; what comes of it counts
+                    # logged by the store; what comes of it counts
+                    with contextlib.suppress(StepweaveError):
                         await self.store.put(record)
             for wait in KEEP_AGAIN_SECONDS:
                 try:
@@ -227,7 +250,9 @@ class Jobs:
         """The error that is kept, if any."""
         record = _record(ticket, claim)
         if ticket.error is not None:
-            await self.store.put(replace(record, state=ticket.state, error=ticket.error.body()["error"]))
+            await self.store.put(
+                replace(record, state=ticket.state, error=ticket.error.body()["error"])
+            )
             return ticket.error
         answer = await ticket.result()
         try:
@@ -260,14 +285,20 @@ class Jobs:
             return ticket
         record = None if ticket is not None else await self.store.get(id)
         if record is None or record.owner != owner:
-            raise NotFound(f"There is no job {shown(id)}; jobs are kept for a while only.", code="job_not_found")
+            raise NotFound(
+                f"There is no job {shown(id)}; jobs are kept for a while only.",
+                code="job_not_found",
+            )
         return KeptJob(record, self.files)
 
     def _live(self, id: str) -> Ticket | None:
         return self._tickets.get(id) or self._under_way.get(id)
 
-    async def list(self, owner: str | None, limit: int, before: str | None) -> tuple[list[Followed], str | None]:
-        """At most `limit` jobs that are kept or will be, newest first; where the next ones begin."""
+    async def list(
+        self, owner: str | None, limit: int, before: str | None
+    ) -> tuple[list[Followed], str | None]:
+        """At most `limit` jobs that are kept or will be, newest first; where the next ones
+        begin."""
         records = await self.store.list(owner, limit, before)
         jobs: list[Followed] = [self._live(one.id) or KeptJob(one, self.files) for one in records]
         return jobs, records[-1].cursor if len(records) == limit else None
@@ -287,8 +318,13 @@ class Jobs:
 
     @property
     def problem(self) -> str | None:
-        """Why jobs and URLs cannot be kept, as "files full: No space left on device"; None while they can."""
-        problems = [f"{name} {one.problem}" for name, one in self.stores().items() if one.problem is not None]
+        """Why jobs and URLs cannot be kept, as "files full: No space left on device"; None while
+        they can."""
+        problems = [
+            f"{name} {one.problem}"
+            for name, one in self.stores().items()
+            if one.problem is not None
+        ]
         return "; ".join(problems) or None
 
     async def probe(self) -> None:

@@ -53,14 +53,20 @@ class KeptJob:
             values = {**record.request["values"], "seed": record.request["values"]["seed"] + i}
             pictures.append(
                 PictureFile(
-                    file.data, values["seed"], values, record.request["parameters"]["output_format"], name, flagged[i]
+                    file.data,
+                    values["seed"],
+                    values,
+                    record.request["parameters"]["output_format"],
+                    name,
+                    flagged[i],
                 )
             )
         return Answer(body, pictures)
 
 
 class _Kept(RequestError):
-    """An error of a job that is over, as it was told, whatever its status was; it was logged then."""
+    """An error of a job that is over, as it was told, whatever its status was; it was logged
+    then."""
 
     def __init__(self, error: Mapping[str, Any]) -> None:
         super().__init__(error["message"], code=error["code"], param=error["param"])

@@ -1,7 +1,8 @@
-"""API keys: which clients a server has, from its settings and from a file that is read again when it changes.
+"""API keys: which clients a server has, from its settings and from a file that is read again when
+it changes.
 
-Of the keys themselves only SHA-256 digests are kept, and no message repeats a key, nor a name or a path: what stands in their
-place may be a key.
+Of the keys themselves only SHA-256 digests are kept, and no message repeats a key, nor a name or a
+path: what stands in their place may be a key.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ MAX_CLIENTS = 1000
 MAX_FILE_BYTES = 1_048_576  # as Kubernetes allows a Secret
 SHORT_KEY = 16  # characters; a key that has fewer may be guessed
 LOOK_SECONDS = 1.0  # between two looks at the file
-SETTLED_SECONDS = 2.0  # a file changed later than this before it was read may change again without another time or size
+# a file changed later than this before it was read may change again without another time or size
+SETTLED_SECONDS = 2.0
 DIGEST = "sha256:"  # in the file: what follows is the digest of the key, in hex
 ADMIN = "admin"
 _FORM = "`name: KEY` or `name: sha256:HEX`, with ` admin` after it for an administrator"
@@ -51,19 +53,22 @@ class Client:
 def clients_of_setting(keys: Iterable[str]) -> tuple[Client, ...]:
     """The clients `key1`, `key2`, ... of the keys in `STEPWEAVE_API_KEYS`.
 
-    Their jobs belong to the key rather than to its place, which changes when keys are added or removed. Raises ValueError for
-    more than `MAX_CLIENTS` keys, and where two are the same.
+    Their jobs belong to the key rather than to its place, which changes when keys are added or
+    removed. Raises ValueError for more than `MAX_CLIENTS` keys, and where two are the same.
     """
     clients = []
     for number, key in enumerate(keys, 1):
         digest = hashlib.sha256(key.encode()).digest()
-        clients.append(Client(f"key{number}", digest, digest.hex()[:32], short=len(key) < SHORT_KEY))
+        clients.append(
+            Client(f"key{number}", digest, digest.hex()[:32], short=len(key) < SHORT_KEY)
+        )
     _check(clients, [f"key {number}" for number in range(1, len(clients) + 1)])
     return tuple(clients)
 
 
 def clients_of_file(content: bytes) -> tuple[Client, ...]:
-    """The clients of a keys file, one a line. Raises ValueError with the number of the line that is wrong."""
+    """The clients of a keys file, one a line. Raises ValueError with the number of the line that is
+    wrong."""
     clients, places = [], []
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         try:
@@ -109,7 +114,8 @@ def _client_of_line(line: bytes) -> Client | None:
 
 
 def _check(clients: list[Client], places: list[str]) -> None:
-    """Raise ValueError if there are too many clients, or two of one name or key; `places` is where each stands."""
+    """Raise ValueError if there are too many clients, or two of one name or key; `places` is where
+    each stands."""
     if len(clients) > MAX_CLIENTS:
         raise ValueError(f"there are {len(clients)} keys; the limit is {MAX_CLIENTS}")
     names: dict[str, str] = {}
@@ -123,15 +129,18 @@ def _check(clients: list[Client], places: list[str]) -> None:
 
 
 class ApiKeys:
-    """The clients of one server: those of its settings, and those of the file at `path`, if there is one.
+    """The clients of one server: those of its settings, and those of the file at `path`, if there
+    is one.
 
-    Once keys are `required` they stay so, whatever becomes of the file: one that is gone or wrong leaves the last good keys.
+    Once keys are `required` they stay so, whatever becomes of the file: one that is gone or wrong
+    leaves the last good keys.
     """
 
     def __init__(self, fixed: tuple[Client, ...] = (), path: str | None = None) -> None:
         """Read the file. Raises ConfigError if it cannot be used.
 
-        A missing file is an error, too, unless its directory is empty: that is a volume of a Secret that may be absent.
+        A missing file is an error, too, unless its directory is empty: that is a volume of a Secret
+        that may be absent.
         """
         self._fixed = fixed
         self._path = None if path is None else Path(path).expanduser()
@@ -148,7 +157,9 @@ class ApiKeys:
         except (OSError, ValueError) as error:
             raise ConfigError(f"{SETTING}: {_reason(error)}") from None
         if self._stamp is None and not self._clients:
-            logger.warning("%s: there is no such file yet; until there is one, no key is needed", SETTING)
+            logger.warning(
+                "%s: there is no such file yet; until there is one, no key is needed", SETTING
+            )
 
     def find(self, key: bytes) -> Client | None:
         """Whose key it is, if it is one, in a time that does not depend on which."""
@@ -161,7 +172,8 @@ class ApiKeys:
         return [one.name for one in self._clients]
 
     def look(self) -> None:
-        """Read the file again if it has changed; not for the event loop. What is wrong with it is logged once."""
+        """Read the file again if it has changed; not for the event loop. What is wrong with it is
+        logged once."""
         if self._path is None:
             return
         before = self._clients
@@ -204,14 +216,23 @@ class ApiKeys:
             raise ValueError(f"it has more than {MAX_FILE_BYTES} bytes")
         found = clients_of_file(content)
         clients = [*self._fixed, *found]
-        _check(clients, ["one of STEPWEAVE_API_KEYS"] * len(self._fixed) + ["one of the file"] * len(found))
+        _check(
+            clients,
+            ["one of STEPWEAVE_API_KEYS"] * len(self._fixed) + ["one of the file"] * len(found),
+        )
         if stamp != self._stamp:
             _warn_of_short(SETTING, found)
-        self._clients, self._stamp, self._settled, self.required = tuple(clients), stamp, settled, True
+        self._clients, self._stamp, self._settled, self.required = (
+            tuple(clients),
+            stamp,
+            settled,
+            True,
+        )
 
 
 def _is_empty(directory: Path) -> bool:
-    """Whether it is there and holds nothing, besides what Kubernetes keeps for itself (`..data`)."""
+    """Whether it is there and holds nothing, besides what Kubernetes keeps for itself
+    (`..data`)."""
     try:
         return all(name.startswith("..") for name in os.listdir(directory))
     except OSError:

@@ -1,4 +1,5 @@
-"""Where this process listens, as its sockets tell: what was asked of a command may be another address."""
+"""Where this process listens, as its sockets tell: what was asked of a command may be another
+address."""
 
 from __future__ import annotations
 
@@ -13,13 +14,15 @@ Address = tuple[str, int]
 
 
 def listening() -> list[Address]:
-    """Address and port of each TCP socket on which this process listens, those that it was given included; none if the system
-    does not tell."""
+    """Address and port of each TCP socket on which this process listens, those that it was given
+    included; none if the system does not tell."""
     try:
         found = psutil.Process().net_connections(kind="tcp")
     except (psutil.Error, OSError, NotImplementedError):
         return []
-    return sorted({(one.laddr.ip, one.laddr.port) for one in found if one.status == psutil.CONN_LISTEN})
+    return sorted(
+        {(one.laddr.ip, one.laddr.port) for one in found if one.status == psutil.CONN_LISTEN}
+    )
 
 
 def is_loopback(host: str) -> bool:
@@ -30,12 +33,14 @@ def is_loopback(host: str) -> bool:
 
 
 def log_addresses(addresses: list[Address], *, keys: bool) -> None:
-    """Log where the server listens, and a warning if others than this machine reach it while it asks for no `keys`."""
+    """Log where the server listens, and a warning if others than this machine reach it while it
+    asks for no `keys`."""
     for host, port in addresses:
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         logger.info("listening on %s", address)
         if not keys and not is_loopback(host):
             logger.warning(
-                "%s is open to other machines, and no keys are set: set STEPWEAVE_API_KEYS, or listen with --host 127.0.0.1",
+                "%s is open to other machines, and no keys are set: set STEPWEAVE_API_KEYS, or "
+                "listen with --host 127.0.0.1",
                 address,
             )

@@ -20,8 +20,9 @@ NAME = rf"[A-Za-z0-9](?:[A-Za-z0-9._/-]{{0,{MAX_NAME - 2}}}[A-Za-z0-9_])?"
 class ModelNames:
     """The names of `STEPWEAVE_MODEL_NAMES`, or the model's `own` where there are none.
 
-    `listed` has those that are known, the first of which is `told` in answers: where `*` is first, that is the model's own. With
-    `*` among them any name is taken that has no colon and at most `MAX_NAME` characters.
+    `listed` has those that are known, the first of which is `told` in answers: where `*` is first,
+    that is the model's own. With `*` among them any name is taken that has no colon and at most
+    `MAX_NAME` characters.
     """
 
     def __init__(self, names: Sequence[str], own: str) -> None:
@@ -45,7 +46,8 @@ class ModelNames:
             return f"There is no model {shown(name)}: {_WHAT_ANY_IS}."
         listed = ", ".join(map(repr, self.listed))
         return (
-            f"There is no model {shown(name)}; this server has {listed}. STEPWEAVE_MODEL_NAMES sets the names that it answers "
+            f"There is no model {shown(name)}; this server has {listed}. STEPWEAVE_MODEL_NAMES "
+            f"sets the names that it answers "
             "to, * any."
         )
 
@@ -56,7 +58,8 @@ def names_of(settings: Settings, preset: Preset) -> ModelNames:
 
 
 def told_name(settings: Settings) -> str:
-    """The name that answers have, before anything is loaded; of a model made in code that is the directory's."""
+    """The name that answers have, before anything is loaded; of a model made in code that is the
+    directory's."""
     try:
         preset = read_preset(settings.model_directory())
     except LoadError:
@@ -64,7 +67,9 @@ def told_name(settings: Settings) -> str:
     return names_of(settings, settings.preset_over(preset)).told
 
 
-_WHAT_ANY_IS = f"STEPWEAVE_MODEL_NAMES has *, any name of 1 to {MAX_NAME} characters that has no colon"
+_WHAT_ANY_IS = (
+    f"STEPWEAVE_MODEL_NAMES has *, any name of 1 to {MAX_NAME} characters that has no colon"
+)
 
 
 def is_any_name(name: str) -> bool:

@@ -1,8 +1,9 @@
 """What came of a call, as it is carried between threads and tasks.
 
-Futures, generators and event loops take some exceptions for signals of their own: asyncio's futures refuse a StopIteration,
-a CancelledError looks like a cancelled task, a SystemExit ends the event loop. So nothing but an `Outcome`, which means nothing
-to them, travels, and what an error becomes for who waits is said in one place.
+Futures, generators and event loops take some exceptions for signals of their own: asyncio's futures
+refuse a StopIteration, a CancelledError looks like a cancelled task, a SystemExit ends the event
+loop. So nothing but an `Outcome`, which means nothing to them, travels, and what an error becomes
+for who waits is said in one place.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class Outcome:
 
     @classmethod
     def apart(cls, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Outcome:
-        """The same, of a call whose error shall outlive it: it holds on to nothing that the caller or the call works with.
+        """The same, of a call whose error shall outlive it: it holds on to nothing that the caller
+        or the call works with.
 
         Context variables that the call sets are its own.
         """
@@ -58,7 +60,8 @@ class Outcome:
         return outcome
 
     def let_go(self) -> None:
-        """Have the error's traceback hold on to no variables: tensors, and what holds the error itself. Once the call is over."""
+        """Have the error's traceback hold on to no variables: tensors, and what holds the error
+        itself. Once the call is over."""
         if self.error is not None:
             _clear(self.error)
 
@@ -73,8 +76,8 @@ class Outcome:
 
 
 def carried(error: BaseException, source: str, *signals: type[Exception]) -> Exception:
-    """The error, or one of ours in place of one that would mean something to what carries it, or is of `signals`, which do to who
-    waits: it names the `source` and has the error for its cause."""
+    """The error, or one of ours in place of one that would mean something to what carries it, or is
+    of `signals`, which do to who waits: it names the `source` and has the error for its cause."""
     if isinstance(error, Exception) and not isinstance(error, (*_SIGNALS, *signals)):
         return error
     failure = StepweaveError(f"{source} raised {type(error).__name__}.", code="generation_failed")
@@ -83,7 +86,8 @@ def carried(error: BaseException, source: str, *signals: type[Exception]) -> Exc
 
 
 def _clear(error: BaseException) -> None:
-    """Clear the frames of an error's traceback, those that called them, and those of the errors that it came of."""
+    """Clear the frames of an error's traceback, those that called them, and those of the errors
+    that it came of."""
     errors: list[BaseException | None] = [error]
     seen: set[int] = set()
     while errors:
@@ -101,6 +105,7 @@ def _clear(error: BaseException) -> None:
                 seen.add(id(frame))
                 with contextlib.suppress(RuntimeError):  # it runs, or waits in a greenlet
                     frame.clear()
-                    dict(frame.f_locals)  # has it forget what `locals()` gave, which diffusers calls
+                    # has it forget what `locals()` gave, which diffusers calls
+                    dict(frame.f_locals)
                 frame = frame.f_back
             entry = entry.tb_next

@@ -34,7 +34,8 @@ class Partial:
 class Partials:
     """The previews of a picture. `wants` is for the engine's thread, all else for the event loop.
 
-    `count` previews are made after as many steps, on the threads of `pool`; `notify` is called when one is there.
+    `count` previews are made after as many steps, on the threads of `pool`; `notify` is called when
+    one is there.
     """
 
     def __init__(
@@ -54,7 +55,8 @@ class Partials:
         self._pool = pool
         self._notify = notify
         self._last: asyncio.Future[None] | None = None  # the last one that was begun
-        self._reached = 0  # the last step that one was wanted of: a call that begins anew repeats its steps
+        # the last step that one was wanted of: a call that begins anew repeats its steps
+        self._reached = 0
         self._steps: frozenset[int] | None = None
         self._over = False
 
@@ -104,5 +106,8 @@ class Partials:
         if self._over:
             return []
         width, height = self._parameters.width, self._parameters.height
-        pictures = [self._previewer.picture(latents, width, height, row) for row in range(self._parameters.n)]
+        pictures = [
+            self._previewer.picture(latents, width, height, row)
+            for row in range(self._parameters.n)
+        ]
         return [encode(picture, self._output_format, None, "") for picture in pictures]

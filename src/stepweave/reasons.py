@@ -1,4 +1,5 @@
-"""Why something failed, in one line that may leave the server: an exception's own words, without the server's paths."""
+"""Why something failed, in one line that may leave the server: an exception's own words, without
+the server's paths."""
 
 from __future__ import annotations
 
@@ -16,9 +17,11 @@ _PATH = re.compile(
 
 
 def reason_of(error: BaseException, folder: Path | None = None) -> str:
-    """What an exception says, on one line and cut to a sane length; its class where it says nothing.
+    """What an exception says, on one line and cut to a sane length; its class where it says
+    nothing.
 
-    Paths in `folder`, a model's directory, become relative to it; of other absolute ones the last name is left.
+    Paths in `folder`, a model's directory, become relative to it; of other absolute ones the last
+    name is left.
     """
     if isinstance(error, OSError) and error.strerror:
         name = public(str(error.filename), folder) if error.filename else ""
@@ -43,7 +46,8 @@ def words_of(error: BaseException) -> str:
 def refusal_of(error: BaseException) -> str | None:
     """What a pipeline's own check of its arguments says; None if an error is no such refusal.
 
-    It is a ValueError that `check_inputs`, as diffusers calls it, or a pipeline's call itself raises, and nothing that they call.
+    It is a ValueError that `check_inputs`, as diffusers calls it, or a pipeline's call itself
+    raises, and nothing that they call.
     """
     if not isinstance(error, ValueError) or error.__traceback__ is None:
         return None
@@ -60,6 +64,10 @@ def refusal_of(error: BaseException) -> str | None:
 
 def public(text: str, folder: Path | None = None) -> str:
     """A text without the server's paths."""
-    for place in () if folder is None else sorted({str(folder), os.path.realpath(folder)}, key=len, reverse=True):
+    for place in (
+        ()
+        if folder is None
+        else sorted({str(folder), os.path.realpath(folder)}, key=len, reverse=True)
+    ):
         text = text.replace(f"{place}/", "").replace(place, "the model's directory")
     return _PATH.sub(lambda found: found[1] or found[2], re.sub(r"\bfile:/+", "/", text))

@@ -35,14 +35,17 @@ class Results:
         """What a job gave. Raises ContentFlagged and WrongNumber."""
         parameters, images = self.parameters, images_of(output, self._means.pipeline)
         if (count := len(images)) != parameters.n:
-            raise WrongNumber(f"The pipeline made {count} images, not the {parameters.n} asked for.")
+            raise WrongNumber(
+                f"The pipeline made {count} images, not the {parameters.n} asked for."
+            )
         outputs = outputs_of(output, count)
         size = parameters.width, parameters.height
         for index, image in enumerate(images):
             if image.size != size:
                 made = "{}x{}".format(*image.size)
                 self.warnings.append(
-                    f"image {index} is {made}, not {size[0]}x{size[1]} as asked for: the pipeline made it so."
+                    f"image {index} is {made}, not {size[0]}x{size[1]} as asked for: the pipeline "
+                    f"made it so."
                 )
         if any(outputs.flagged) and self._means.refuse_flagged:
             self._means.metrics.images.labels("flagged").inc(sum(outputs.flagged))
@@ -78,9 +81,15 @@ class Results:
         for i, ((data, constant), value) in enumerate(zip(encoded, values, strict=True)):
             flagged = generation.flagged[i]
             if constant and not flagged:
-                self.warnings.append(f"image {i} has one colour throughout; the model may not have worked.")
-            self._means.metrics.images.labels("flagged" if flagged else "constant" if constant else "ok").inc()
-            pictures.append(PictureFile(data, value["seed"], value, request.output_format, flagged=flagged))
+                self.warnings.append(
+                    f"image {i} has one colour throughout; the model may not have worked."
+                )
+            self._means.metrics.images.labels(
+                "flagged" if flagged else "constant" if constant else "ok"
+            ).inc()
+            pictures.append(
+                PictureFile(data, value["seed"], value, request.output_format, flagged=flagged)
+            )
         return pictures
 
     def body(self, generation: Generation, job: Job, steps: int) -> dict[str, Any]:
@@ -90,10 +99,13 @@ class Results:
             "model": self._means.model,
             "size": "{}x{}".format(*generation.images[0].size),
             "output_format": self.request.output_format,
-            "background": "opaque",  # OpenAI's type has no `auto` here, and `quality` no value that would be true
+            # OpenAI's type has no `auto` here, and `quality` no value that would be true
+            "background": "opaque",
             "usage": usage_of(generation, steps, job.tokens, self._means.positions),
             "parameters": self.resolved(),
-            "timings": {name: round(seconds, 6) for name, seconds in asdict(generation.timings).items()},
+            "timings": {
+                name: round(seconds, 6) for name, seconds in asdict(generation.timings).items()
+            },
             **({"outputs": generation.outputs} if generation.outputs else {}),
         }
 

@@ -1,4 +1,5 @@
-"""The server behind every HTTP surface: loads the model in the background, then takes generations."""
+"""The server behind every HTTP surface: loads the model in the background, then takes
+generations."""
 
 from __future__ import annotations
 
@@ -39,9 +40,13 @@ logger = logging.getLogger(__name__)
 
 ENCODERS = 2  # threads that encode picture files
 UNCHECKED_DEADLINE = "deadline_ms could not be checked beforehand: no forecast was ready."
-UNFORESEEN_DEADLINE = "deadline_ms could not be checked beforehand: nothing of this model had been timed yet."
+UNFORESEEN_DEADLINE = (
+    "deadline_ms could not be checked beforehand: nothing of this model had been timed yet."
+)
 ENDING_SECONDS = (
-    30.0  # that jobs have to end in once they were told to, their results to be kept, and the process to end
+    # that jobs have to end in once they were told to, their results to be kept, and the process to
+    # end
+    30.0
 )
 KEEPING_SECONDS = 5.0  # of these, left for what comes after the longest step that is waited for
 
@@ -49,8 +54,8 @@ KEEPING_SECONDS = 5.0  # of these, left for what comes after the longest step th
 class Server:
     """One model, one engine, one set of metrics.
 
-    `load` may be replaced, to serve a pipeline that is made in code. `on_failure` is called, on whatever thread, with the reason
-    why the server cannot start.
+    `load` may be replaced, to serve a pipeline that is made in code. `on_failure` is called, on
+    whatever thread, with the reason why the server cannot start.
     """
 
     def __init__(
@@ -111,7 +116,8 @@ class Server:
             self._loader.start()
 
     def drain(self) -> None:
-        """Announce that the server leaves, and take work for `STEPWEAVE_DRAIN_NOTICE` seconds more; may be taken back."""
+        """Announce that the server leaves, and take work for `STEPWEAVE_DRAIN_NOTICE` seconds more;
+        may be taken back."""
         if not self.leaving.announced:
             logger.info("draining: new work is refused in %g s", self.settings.drain_notice)
         self.leaving.announce()
@@ -123,7 +129,8 @@ class Server:
             logger.info("the drain was taken back")
 
     def terminate(self) -> None:
-        """Take no more work, for good, and let what was accepted finish; what has not after the grace period is ended."""
+        """Take no more work, for good, and let what was accepted finish; what has not after the
+        grace period is ended."""
         if self.leaving.terminated:
             return
         self.leaving.terminate()
@@ -131,7 +138,9 @@ class Server:
         # connections wait for their answers, and the hook that shuts down for the connections
         assert self.leaving.ending_at is not None
         left = max(0.0, self.leaving.ending_at - time.monotonic())
-        asyncio.get_running_loop().call_later(left + ENDING_SECONDS - KEEPING_SECONDS, self._cut_off)
+        asyncio.get_running_loop().call_later(
+            left + ENDING_SECONDS - KEEPING_SECONDS, self._cut_off
+        )
 
     def _cut_off(self) -> None:
         """Have the requests fail that hang."""
@@ -149,7 +158,8 @@ class Server:
             )
 
     async def shut_down(self) -> None:
-        """Terminate, wait for what was accepted, keep its results, and close: at most `ENDING_SECONDS` after the grace period."""
+        """Terminate, wait for what was accepted, keep its results, and close: at most
+        `ENDING_SECONDS` after the grace period."""
         self.terminate()
         ending = time.monotonic() if self.leaving.ending_at is None else self.leaving.ending_at
         if await self._wait(ending):
@@ -169,15 +179,18 @@ class Server:
             closing.result()
 
     async def _wait(self, until: float) -> bool:
-        """Wait until all work has been delivered and kept, or to a time of the monotonic clock; whether some is left."""
-        while left := [one.ended() for one in self.tickets.values()] + (self.jobs.keeping() if self.jobs else []):
+        """Wait until all work has been delivered and kept, or to a time of the monotonic clock;
+        whether some is left."""
+        while left := [one.ended() for one in self.tickets.values()] + (
+            self.jobs.keeping() if self.jobs else []
+        ):
             if (await asyncio.wait(left, timeout=max(0.0, until - time.monotonic())))[1]:
                 return True
         return False
 
     def close(self, until: float | None = None) -> None:
-        """End the engine. What is still running ends at its next step with an error; what hangs is left behind, at a time of the
-        monotonic clock, `ENDING_SECONDS` from now if None."""
+        """End the engine. What is still running ends at its next step with an error; what hangs is
+        left behind, at a time of the monotonic clock, `ENDING_SECONDS` from now if None."""
         until = time.monotonic() + ENDING_SECONDS if until is None else until
 
         def left() -> float:
@@ -205,7 +218,9 @@ class Server:
             self._fail(error.message)
         except BaseException as error:
             logger.exception("starting failed")
-            self._fail(f"{self.status.stage} failed: {reason_of(error, self.settings.model_directory())}")
+            self._fail(
+                f"{self.status.stage} failed: {reason_of(error, self.settings.model_directory())}"
+            )
         else:
             self._serve(loaded)
             logger.info("ready after %.1f s", time.monotonic() - began)
@@ -221,7 +236,9 @@ class Server:
         self.metrics.loaded(model.pipeline_class, settings.revision, loaded.device, loaded.dtype)
         self.engine = loaded.engine
         try:
-            self._enter("ready", 1.0, f"{model.id} on {loaded.device}, {loaded.threads} CPU threads")
+            self._enter(
+                "ready", 1.0, f"{model.id} on {loaded.device}, {loaded.threads} CPU threads"
+            )
         except LoadError:  # closed meanwhile
             loaded.engine.close()
 
@@ -243,7 +260,11 @@ class Server:
     def _fail(self, message: str) -> None:
         self.metrics.load_times.enter(None)
         if self.status.stage != "closed" and not self.leaving.terminated:
-            logger.error("the server cannot %s: %s", "serve" if self.status.stage == "ready" else "start", message)
+            logger.error(
+                "the server cannot %s: %s",
+                "serve" if self.status.stage == "ready" else "start",
+                message,
+            )
             self.status = Status("failed", 0.0, message)
             if self._on_failure is not None:
                 self._on_failure(message)
@@ -256,8 +277,8 @@ class Server:
         return self.jobs.files
 
     def health(self) -> Status:
-        """Where the server stands; an engine that is stuck, or has ended, is `stuck`, one whose device has failed `failed`. Never
-        waits for the device."""
+        """Where the server stands; an engine that is stuck, or has ended, is `stuck`, one whose
+        device has failed `failed`. Never waits for the device."""
         status, engine = self.status, self.engine
         if engine is not None and status.stage == "ready":
             if engine.failure is not None:
@@ -268,22 +289,31 @@ class Server:
                 ("encoders of images have", self._encoders.stalled()),
             ):
                 if seconds > limit:
-                    return Status("stuck", 0.0, f"{what} not moved for {seconds:.0f} s; the limit is {limit:g} s")
+                    return Status(
+                        "stuck",
+                        0.0,
+                        f"{what} not moved for {seconds:.0f} s; the limit is {limit:g} s",
+                    )
         if self.leaving.announced and status.stage not in ("failed", "closed"):
-            ended = "; its grace period is over, and nothing told the process to end" if self.leaving.overdue else ""
+            ended = (
+                "; its grace period is over, and nothing told the process to end"
+                if self.leaving.overdue
+                else ""
+            )
             return Status("draining", 1.0, f"{len(self.tickets)} requests are left{ended}")
         return status
 
     def alive(self) -> bool:
         """Whether the process is of use: it is, or may yet be, ready, or finishes what it accepted.
 
-        A server that cannot load its model never will, nor does a stuck engine move again, nor does one that has drained and was
-        not told to end take work: the kubelet is to start another.
+        A server that cannot load its model never will, nor does a stuck engine move again, nor does
+        one that has drained and was not told to end take work: the kubelet is to start another.
         """
         return self.health().stage not in ("failed", "stuck") and not self.leaving.overdue
 
     def ready(self, reservation: Reservation | None = None) -> tuple[ServedModel, StepEngine]:
-        """The model and its engine, also within the notice of a drain, and after it for a request that holds a place since then.
+        """The model and its engine, also within the notice of a drain, and after it for a request
+        that holds a place since then.
 
         Raises Unavailable while there are none.
         """
@@ -300,7 +330,8 @@ class Server:
         return self.model, self.engine
 
     def named(self, model: str, *, param: str | None = None) -> ServedModel:
-        """The model of that name. Raises NotFound, about `param`, if it is none of the served one's, and Unavailable."""
+        """The model of that name. Raises NotFound, about `param`, if it is none of the served
+        one's, and Unavailable."""
         served, _ = self.ready()
         served.names.check(model, param)
         return served
@@ -327,9 +358,10 @@ class Server:
     ) -> Ticket:
         """Let a request in, and have the engine begin with it.
 
-        `sources` and `strength` are an edit's. `previews` are as many as are wanted on the way; `warnings` go before those that
-        come with the prompts. `client` is who asks, to whom a place is promised if there is none; `reservation` what it has
-        reserved. Raises Unavailable, NotFound if `model` is given and not the one served, Refused or DeadlineTooShort if
+        `sources` and `strength` are an edit's. `previews` are as many as are wanted on the way;
+        `warnings` go before those that come with the prompts. `client` is who asks, to whom a place
+        is promised if there is none; `reservation` what it has reserved. Raises Unavailable,
+        NotFound if `model` is given and not the one served, Refused or DeadlineTooShort if
         admission does not let it in, and what `ServedModel.resolve` raises.
         """
         began = time.monotonic()
@@ -356,10 +388,16 @@ class Server:
             served.check_steps(parameters)
         else:
             await on_thread(None, served.check_steps, parameters)
-        check_file(request.output_format, request.output_compression, parameters.width, parameters.height)
+        check_file(
+            request.output_format, request.output_compression, parameters.width, parameters.height
+        )
         # an edit's images are brought to its size
         edit = sources is not None
-        call, pictures = await on_thread(None, _prepare, served, parameters) if edit else _prepare(served, parameters)
+        call, pictures = (
+            await on_thread(None, _prepare, served, parameters)
+            if edit
+            else _prepare(served, parameters)
+        )
         token = hash((request.model_dump_json(), n, strength, pictures))
         ready = self.ready(reservation)
         enter = partial(admission.enter, token, client=client, reservation=reservation)
@@ -369,7 +407,8 @@ class Server:
 
     @property
     def places(self) -> int:
-        """Requests that may be in flight at a time. Raises Unavailable before the server is ready."""
+        """Requests that may be in flight at a time. Raises Unavailable before the server is
+        ready."""
         if self._admission is None:
             raise self.unavailable()
         return self._admission.limit
@@ -422,7 +461,9 @@ class Server:
         )
         try:
             left = None if deadline is None else max(1e-3, deadline - (time.monotonic() - began))
-            ticket.begin(engine.submit(**options, deadline=left, observer=ticket), expected, timed=timed)
+            ticket.begin(
+                engine.submit(**options, deadline=left, observer=ticket), expected, timed=timed
+            )
         except BaseException:
             admission.leave()
             raise
@@ -433,16 +474,25 @@ class Server:
         return ticket
 
     def _over(self, ticket: Ticket) -> None:
-        """Forget a ticket that is over; and where its was the first result ever and no image, serve no more."""
+        """Forget a ticket that is over; and where its was the first result ever and no image, serve
+        no more."""
         self.tickets.pop(ticket.id, None)
         if ticket.error is None:
             self._has_images = True
-        elif isinstance(ticket.error, NoImages) and not self._has_images and self.status.stage == "ready":
+        elif (
+            isinstance(ticket.error, NoImages)
+            and not self._has_images
+            and self.status.stage == "ready"
+        ):
             self._fail(ticket.error.message)
 
 
 def _prepare(served: ServedModel, parameters: Parameters) -> tuple[dict[str, Any], Hashable]:
     """The engine's arguments, and what tells an edit's pictures from others."""
     sources = parameters.sources
-    pictures = () if sources is None else (one.tobytes() for one in (sources.image, sources.mask) if one is not None)
+    pictures = (
+        ()
+        if sources is None
+        else (one.tobytes() for one in (sources.image, sources.mask) if one is not None)
+    )
     return served.call(parameters), hash(tuple(pictures))

@@ -9,7 +9,8 @@ from types import FrameType
 
 
 def on_signals(function: Callable[[], None], *numbers: int) -> None:
-    """Have the running event loop call `function` when the process gets one of these signals; its handlers are told as ever.
+    """Have the running event loop call `function` when the process gets one of these signals; its
+    handlers are told as ever.
 
     To be called on the main thread.
     """

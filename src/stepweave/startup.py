@@ -1,4 +1,5 @@
-"""From settings to a model that serves: device, weights, previews, engine, first pictures. Imports torch, so it comes late."""
+"""From settings to a model that serves: device, weights, previews, engine, first pictures. Imports
+torch, so it comes late."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from stepweave.model import ServedModel
 
 LoadPipeline = Callable[[Settings, "torch.device", "torch.dtype"], "tuple[Any, Preset]"]
-Enter = Callable[[str, float, str], None]  # stage, share of the way, message; raises LoadError if the server is to end
+# stage, share of the way, message; raises LoadError if the server is to end
+Enter = Callable[[str, float, str], None]
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,16 @@ class Loaded:
     threads: int  # of the CPU
 
 
-def load(settings: Settings, load_pipeline: LoadPipeline | None, on_step: OnStep, enter: Enter) -> Loaded:
-    """Load and warm up, telling `enter` of each stage. Raises LoadError, and what torch and diffusers do."""
+def load(
+    settings: Settings, load_pipeline: LoadPipeline | None, on_step: OnStep, enter: Enter
+) -> Loaded:
+    """Load and warm up, telling `enter` of each stage. Raises LoadError, and what torch and
+    diffusers do."""
     enter("importing", 0.05, "importing torch and diffusers")
     import transformers
 
-    # before diffusers, whose import makes it advise to install torchvision, which nothing here needs
+    # before diffusers, whose import makes it advise to install torchvision, which nothing here
+    # needs
     transformers.utils.logging.set_verbosity_error()
     from stepweave.engine import StepEngine
     from stepweave.engine.ambient import use_device
@@ -58,8 +64,11 @@ def load(settings: Settings, load_pipeline: LoadPipeline | None, on_step: OnStep
     pipeline, preset = (load_pipeline or loader.load_pipeline)(settings, device, dtype)
     apply_switches(pipeline, settings, device)
     model = ServedModel(pipeline, preset, settings)
-    # before the engine hooks the modules; a preview would show what a safety checker takes out of the picture
-    previewer = None if getattr(pipeline, "safety_checker", None) is not None else Previewer.fit(pipeline)
+    # before the engine hooks the modules; a preview would show what a safety checker takes out of
+    # the picture
+    previewer = (
+        None if getattr(pipeline, "safety_checker", None) is not None else Previewer.fit(pipeline)
+    )
     engine = StepEngine(
         pipeline,
         settings.batching,
@@ -74,7 +83,11 @@ def load(settings: Settings, load_pipeline: LoadPipeline | None, on_step: OnStep
     try:
         model.drop_edits(engine)
         if settings.warmup:
-            enter("warming_up", 0.8, f"first pictures of {model.width}x{model.height}, and certificates")
+            enter(
+                "warming_up",
+                0.8,
+                f"first pictures of {model.width}x{model.height}, and certificates",
+            )
             warm_up(model, engine)
     except BaseException:
         engine.close()

@@ -20,7 +20,12 @@ class Status:
 
     def unavailable(self) -> Unavailable:
         """What to answer in it, unless it is ready."""
-        code = {"failed": "load_failed", "draining": "draining", "closed": "draining", "stuck": "engine_stuck"}
+        code = {
+            "failed": "load_failed",
+            "draining": "draining",
+            "closed": "draining",
+            "stuck": "engine_stuck",
+        }
         seconds = {"failed": None, "stuck": None, "draining": DRAINING_RETRY_SECONDS}
         return Unavailable(
             f"The server is not ready: {self.stage}, {self.message or 'please wait'}.",

@@ -1,6 +1,8 @@
-"""The command `bentoml serve`, which binds the port and supervises the process that serves: how it ends when that cannot start.
+"""The command `bentoml serve`, which binds the port and supervises the process that serves: how it
+ends when that cannot start.
 
-It would log a traceback for a port that is in use, and has no exit status for a server that cannot load its model.
+It would log a traceback for a port that is in use, and has no exit status for a server that cannot
+load its model.
 """
 
 from __future__ import annotations
@@ -17,21 +19,25 @@ from pathlib import Path
 import click
 from bentoml._internal.configuration.containers import BentoMLContainer
 
-# In the environment of the serving process: the command's process id, and the file that takes the reason why it is to end
+# In the environment of the serving process: the command's process id, and the file that takes the
+# reason why it is to end
 _COMMAND = "_STEPWEAVE_COMMAND"
 
 _REASONS = {
     errno.EADDRINUSE: "is in use by another process; stop that, or choose another port",
     errno.EACCES: "may not be bound by this user; choose a port above 1023",
-    errno.EADDRNOTAVAIL: "cannot be bound: no interface of this machine has that address; choose another with --host",
+    errno.EADDRNOTAVAIL: (
+        "cannot be bound: no interface of this machine has that address; choose another with --host"
+    ),
 }
 
 
 def prepare_command(exit_on_failure: bool) -> None:
-    """To be called by the command before it binds the port; does nothing where that is another than `bentoml serve`.
+    """To be called by the command before it binds the port; does nothing where that is another than
+    `bentoml serve`.
 
-    Raises SystemExit, which prints one line and makes the status 1, if the port cannot be bound; at the command's end, too, if
-    the serving process has reported that it cannot start.
+    Raises SystemExit, which prints one line and makes the status 1, if the port cannot be bound; at
+    the command's end, too, if the serving process has reported that it cannot start.
     """
     context = click.get_current_context(silent=True)
     if context is None or "port" not in context.params:
@@ -58,12 +64,14 @@ def check_port(host: str, port: int) -> None:
             except OSError as error:
                 reason = _REASONS.get(error.errno or 0, f"cannot be bound: {error.strerror}")
                 raise SystemExit(
-                    f"stepweave: port {port} of {host} {reason} (`bentoml serve --port N`, `make serve PORT=N`)"
+                    f"stepweave: port {port} of {host} {reason} (`bentoml serve --port N`, `make "
+                    f"serve PORT=N`)"
                 ) from None
 
 
 def report_failure(reason: str) -> None:
-    """To be called in the serving process: have the command end with status 1 and this reason as its last line.
+    """To be called in the serving process: have the command end with status 1 and this reason as
+    its last line.
 
     Without a command, as where BentoML's worker is run by itself, this process ends with status 1.
     """

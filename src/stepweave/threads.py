@@ -21,7 +21,8 @@ _Work = queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
 
 
 class DaemonExecutor(Executor):
-    """As the standard library's ThreadPoolExecutor, whose threads Python joins before it ends, however long that takes.
+    """As the standard library's ThreadPoolExecutor, whose threads Python joins before it ends,
+    however long that takes.
 
     Each thread calls `begin` first.
     """
@@ -50,7 +51,10 @@ class DaemonExecutor(Executor):
                 name = f"{self._name}_{len(self._threads)}"
                 self._threads.append(
                     threading.Thread(
-                        target=_serve, args=[self._work, self._begin, self._running], name=name, daemon=True
+                        target=_serve,
+                        args=[self._work, self._begin, self._running],
+                        name=name,
+                        daemon=True,
                     )
                 )
                 self._threads[-1].start()
@@ -115,11 +119,11 @@ _common = DaemonExecutor(32, "stepweave-work")
 def on_thread(
     executor: Executor | None, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
 ) -> Coroutine[Any, Any, T]:
-    """What a call gives on a thread of the executor, or of one for all; it is submitted at once. Raises what it raises, as
-    `carried`.
+    """What a call gives on a thread of the executor, or of one for all; it is submitted at once.
+    Raises what it raises, as `carried`.
 
-    In place of `run_in_executor` and `asyncio.to_thread`, which never return where the call raises StopIteration, and whose
-    threads hold up the end of the process.
+    In place of `run_in_executor` and `asyncio.to_thread`, which never return where the call raises
+    StopIteration, and whose threads hold up the end of the process.
     """
     work = partial(Outcome.apart, function, *args, **kwargs)
     return _got(asyncio.get_running_loop().run_in_executor(executor or _common, work), function)

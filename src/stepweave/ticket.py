@@ -49,7 +49,8 @@ SILENT_SECONDS = 15.0  # after which a follower is told that there is nothing ne
 
 @dataclass(frozen=True)
 class Queued:
-    """Its place among those that wait, 1 for the first, and the seconds until it will be done, if they can be foreseen.
+    """Its place among those that wait, 1 for the first, and the seconds until it will be done, if
+    they can be foreseen.
 
     It has no place once it has been told to end.
     """
@@ -79,7 +80,8 @@ class Means:
     encoders: Executor
     standing: Callable[[str], Standing | None]  # of a job, by its id
     leave: Callable[[], None]  # gives the place back that admission gave
-    positions: Callable[[int, int], int]  # of the latents of an image of so many pixels, width and height
+    # of the latents of an image of so many pixels, width and height
+    positions: Callable[[int, int], int]
     drawers: Executor  # of previews
     previewer: Previewer | None = None
     scheduler: str | None = None  # the pipeline's own
@@ -90,17 +92,22 @@ class Means:
 
 
 class Ticket:
-    """An accepted request; the engine's observer of its job. All but what the engine calls is for the event loop.
+    """An accepted request; the engine's observer of its job. All but what the engine calls is for
+    the event loop.
 
-    Whoever waits for it holds it; when the last one lets go, its job is cancelled, unless it is `detached`.
+    Whoever waits for it holds it; when the last one lets go, its job is cancelled, unless it is
+    `detached`.
     """
 
-    def __init__(self, request: ImageRequest, parameters: Parameters, means: Means, previews: int = 0) -> None:
+    def __init__(
+        self, request: ImageRequest, parameters: Parameters, means: Means, previews: int = 0
+    ) -> None:
         self.request = request
         self.parameters = parameters
         self.created = time.time()
         self.detached = False
-        self.response_format: ResponseFormat = "b64_json"  # in which its result is wanted, if it is asked for later
+        # in which its result is wanted, if it is asked for later
+        self.response_format: ResponseFormat = "b64_json"
         self.warnings: list[str] = []  # of the request; those of its prompts come with the job
         self.error: StepweaveError | None = None
         self.kept = False  # by whom it is kept, that one gives its place back
@@ -111,7 +118,14 @@ class Ticket:
         self._partials = (
             None
             if means.previewer is None or not previews
-            else Partials(means.previewer, previews, parameters, request.output_format, means.drawers, self._notify)
+            else Partials(
+                means.previewer,
+                previews,
+                parameters,
+                request.output_format,
+                means.drawers,
+                self._notify,
+            )
         )
         self._placed = True
         self._holders = 0
@@ -129,10 +143,13 @@ class Ticket:
         self._watching: asyncio.TimerHandle | None = None
 
     def begin(self, job: Job, expected: Outlook | None = None, *, timed: bool = True) -> None:
-        """The engine has taken its job. `expected` is what was foreseen of it; `timed` whether anything could be, of any job."""
+        """The engine has taken its job. `expected` is what was foreseen of it; `timed` whether
+        anything could be, of any job."""
         self._job = job
         self._expected, self._timed = expected, timed
-        self._task = asyncio.create_task(self._run(None if expected is None else time.monotonic() + expected.finish))
+        self._task = asyncio.create_task(
+            self._run(None if expected is None else time.monotonic() + expected.finish)
+        )
         self._watch()
 
     @property
@@ -183,14 +200,20 @@ class Ticket:
             return Queued(standing.position, _rounded(eta))
         if self.job.begun is None:
             return Queued(None, None)
-        return Progressed(self.job.progress.step, self.steps, _rounded(self._pace() if eta is None else eta))
+        return Progressed(
+            self.job.progress.step, self.steps, _rounded(self._pace() if eta is None else eta)
+        )
 
     def _pace(self) -> float | None:
-        """Seconds that its steps still take if they go on as they went, which is all that is known of the first job ever."""
+        """Seconds that its steps still take if they go on as they went, which is all that is known
+        of the first job ever."""
         job, (step, total) = self.job, self.job.progress
         if job.opened is None or job.stepped is None or not step:
             return None
-        return max(0.0, (total - step) * (job.stepped - job.opened) / step - (time.monotonic() - job.stepped))
+        return max(
+            0.0,
+            (total - step) * (job.stepped - job.opened) / step - (time.monotonic() - job.stepped),
+        )
 
     def cancel(self, reason: StepweaveError | None = None) -> None:
         """End it at its next step, with `reason`. No effect once it is done."""
@@ -231,7 +254,8 @@ class Ticket:
         return answer
 
     async def updates(self, *, progress: bool = True) -> AsyncIterator[Update | None]:
-        """What happens from now on, till the end: place and progress when they change, and all previews in their order.
+        """What happens from now on, till the end: place and progress when they change, and all
+        previews in their order.
 
         Without `progress` only the previews. None when nothing else was told for `SILENT_SECONDS`.
         """
@@ -246,7 +270,11 @@ class Ticket:
             if done:
                 return
             standing = self.standing()
-            place = (standing.position,) if isinstance(standing, Queued) else (standing.step, standing.total)
+            place = (
+                (standing.position,)
+                if isinstance(standing, Queued)
+                else (standing.step, standing.total)
+            )
             if progress and place not in (last, (None,)):
                 last, told = place, time.monotonic()
                 yield standing
@@ -257,7 +285,8 @@ class Ticket:
             if progress and isinstance(standing, Queued):
                 wait = min(wait, PLACE_SECONDS)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait):  # wait_for of Python 3.11 may lose that it is cancelled
+                # wait_for of Python 3.11 may lose that it is cancelled
+                async with asyncio.timeout(wait):
                     await changed.wait()
 
     # On the engine's threads
@@ -290,12 +319,14 @@ class Ticket:
             self._means.leave()
 
     def _watch(self) -> None:
-        """Have it fail if its job is done and nothing comes of that for too long: whatever it waits for, its place must come
-        back."""
+        """Have it fail if its job is done and nothing comes of that for too long: whatever it waits
+        for, its place must come back."""
         if self.done:
             return
         now, limit = time.monotonic(), self._means.answer_seconds
-        if self._over is None and (self.job.finished is not None or not self._means.holds(self.job)):
+        if self._over is None and (
+            self.job.finished is not None or not self._means.holds(self.job)
+        ):
             self._over = now
         if self._over is not None and now - self._over >= limit:
             assert self._task is not None
@@ -341,7 +372,12 @@ class Ticket:
         """What to tell of an error that ends it."""
         if self._overdue:
             limit = self._means.answer_seconds
-            logger.error("nothing came of a job for %g s after it was done: %r, %s", limit, self.job, self._values())
+            logger.error(
+                "nothing came of a job for %g s after it was done: %r, %s",
+                limit,
+                self.job,
+                self._values(),
+            )
             message = f"The images were made, but not delivered within {limit:g} s."
             return StepweaveError(message, code="not_delivered")
         if isinstance(error, asyncio.CancelledError):  # the loop ends
@@ -353,13 +389,21 @@ class Ticket:
             if isinstance(error, (Cancelled, DeadlineExceeded)) or error is self._reason:
                 self._means.metrics.steps_saved.inc(max(0, self.steps - self.job.progress.step))
             return self._missed() if isinstance(error, DeadlineExceeded) else error
-        cause = error.__cause__ if isinstance(error, StepweaveError) and error.__cause__ is not None else error
+        cause = (
+            error.__cause__
+            if isinstance(error, StepweaveError) and error.__cause__ is not None
+            else error
+        )
         refusal = refusal_of(cause)
         if refusal is not None and not self.job.progress.step:
-            logger.warning("a pipeline refused its arguments: %r, %s", self.job, self._values(), exc_info=error)
+            logger.warning(
+                "a pipeline refused its arguments: %r, %s", self.job, self._values(), exc_info=error
+            )
             return InvalidRequest(f"The pipeline refuses these values: {refusal}")
         logger.error("a job failed: %r, %s", self.job, self._values(), exc_info=error)
-        failure = StepweaveError(f"The generation failed ({type(cause).__name__}).", code="generation_failed")
+        failure = StepweaveError(
+            f"The generation failed ({type(cause).__name__}).", code="generation_failed"
+        )
         failure.__cause__ = error
         return failure
 
@@ -374,14 +418,20 @@ class Ticket:
             came = f"it had done {step} of its {self.steps} steps"
         expected = self._expected
         if expected is not None:
-            foreseen = f"It was expected to take {duration(expected.finish)}, or {duration(expected.solo)} alone."
+            foreseen = (
+                f"It was expected to take {duration(expected.finish)}, or "
+                f"{duration(expected.solo)} alone."
+            )
         elif self._timed:
             foreseen = "How long it would take could not be foreseen when it came."
         else:
             foreseen = (
-                "How long it would take could not be foreseen: nothing of this model had been timed when it came."
+                "How long it would take could not be foreseen: nothing of this model had been "
+                "timed when it came."
             )
-        return DeadlineExceeded(f"deadline_ms is {self.request.deadline_ms}, which has passed: {came}. {foreseen}")
+        return DeadlineExceeded(
+            f"deadline_ms is {self.request.deadline_ms}, which has passed: {came}. {foreseen}"
+        )
 
     def resolved(self) -> dict[str, Any]:
         """All that was asked for, defaults filled in."""
@@ -400,7 +450,11 @@ class Ticket:
 
     def _values(self) -> dict[str, Any]:
         """The parameters that a log may have."""
-        return {name: value for name, value in self.parameters.of_image(0).items() if "prompt" not in name}
+        return {
+            name: value
+            for name, value in self.parameters.of_image(0).items()
+            if "prompt" not in name
+        }
 
 
 def _rounded(eta: float | None) -> float | None:

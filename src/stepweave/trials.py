@@ -1,7 +1,9 @@
-"""What a pipeline takes of what it seems to take: sizes, guidance, numbers of images, long prompts, tried before it is offered.
+"""What a pipeline takes of what it seems to take: sizes, guidance, numbers of images, long prompts,
+tried before it is offered.
 
-A pipeline's configuration tells the multiples of its sizes, the length of its tables and what its call accepts, and often not the
-whole truth. So jobs of a few steps are run at the ends of each range, of images as small as may be, and what fails is left out.
+A pipeline's configuration tells the multiples of its sizes, the length of its tables and what its
+call accepts, and often not the whole truth. So jobs of a few steps are run at the ends of each
+range, of images as small as may be, and what fails is left out.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ logger = logging.getLogger(__name__)
 Size = tuple[int, int]  # width and height in pixels
 
 SLIGHT = 1.01  # guidance that is hardly any: where pipelines compute it but not without any
-LARGER = 4  # times the pixels asked for: from there on, near its native number, a pipeline goes by a size of its own
+# times the pixels asked for: from there on, near its native number, a pipeline goes by a size of
+# its own
+LARGER = 4
 FINER = 16  # times the multiple that the configuration tells, up to which multiples are tried
 SHORT = 10  # characters of a prompt that the warm-up has shown to work
 
@@ -50,35 +54,51 @@ class Limits:
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a job did not give what was asked for; the size of the images that it gave, if it gave any."""
+    """Why a job did not give what was asked for; the size of the images that it gave, if it gave
+    any."""
 
     reason: str
     made: Size | None = None
 
 
 class Attempt(Protocol):
-    """Runs a job of a few steps. None if it gave as many images as were asked for; Fault.made tells of those of another size.
+    """Runs a job of a few steps. None if it gave as many images as were asked for; Fault.made tells
+    of those of another size.
 
     `guidance` is the pipeline's default where it is None, `characters` the length of the prompt.
     """
 
     def __call__(
-        self, size: Size, *, images: int = 1, guidance: float | None = None, characters: int | None = None
+        self,
+        size: Size,
+        *,
+        images: int = 1,
+        guidance: float | None = None,
+        characters: int | None = None,
     ) -> Fault | None: ...
 
 
 def narrowed(
-    limits: Limits, native: Size, guidance: float | None, attempt: Attempt, name: str, like: Limits | None = None
+    limits: Limits,
+    native: Size,
+    guidance: float | None,
+    attempt: Attempt,
+    name: str,
+    like: Limits | None = None,
 ) -> Limits:
-    """Of a pipeline's limits those that jobs bear out. `native` and `guidance` are its defaults, which work.
+    """Of a pipeline's limits those that jobs bear out. `native` and `guidance` are its defaults,
+    which work.
 
-    Those of another pipeline of the same modules may be known: `like`. Then guidance and prompts are not tried again, its sizes
-    are tried first, and no size is the only one, since edits may go by the shape of their source: then sizes are about the native
-    one. What is left out is logged, with the `name` of the pipeline.
+    Those of another pipeline of the same modules may be known: `like`. Then guidance and prompts
+    are not tried again, its sizes are tried first, and no size is the only one, since edits may go
+    by the shape of their source: then sizes are about the native one. What is left out is logged,
+    with the `name` of the pipeline.
     """
     own = attempt(native) if like is None else None  # edits of the native size have just been run
     if own is not None and own.made is None:
-        raise LoadError(f"{name} fails with an image of its own size, {native[0]}x{native[1]}: {own.reason}")
+        raise LoadError(
+            f"{name} fails with an image of its own size, {native[0]}x{native[1]}: {own.reason}"
+        )
 
     def fails(size: Size, **what: Any) -> bool:
         """Whether it fails at what is no question of sizes."""
@@ -95,22 +115,38 @@ def narrowed(
     small = (sizes.min_side, sizes.min_side) if free else native
     uneven = _uneven(sizes) if free else native  # where a wrong size would show
     images = _most(
-        limits.images, 1, lambda count: not fails(small, images=count) if own else attempt(uneven, images=count) is None
+        limits.images,
+        1,
+        lambda count: (
+            not fails(small, images=count) if own else attempt(uneven, images=count) is None
+        ),
     )
     if like is None:
         like = replace(
             limits,
-            guidance=_guidance(limits.guidance, guidance, lambda value: not fails(small, guidance=value)),
-            prompt_characters=_most(limits.prompt_characters, SHORT, lambda count: not fails(small, characters=count)),
+            guidance=_guidance(
+                limits.guidance, guidance, lambda value: not fails(small, guidance=value)
+            ),
+            prompt_characters=_most(
+                limits.prompt_characters, SHORT, lambda count: not fails(small, characters=count)
+            ),
         )
-        if images > 1 and guidance is not None and fails(small, images=2, guidance=like.guidance[0]):
+        if (
+            images > 1
+            and guidance is not None
+            and fails(small, images=2, guidance=like.guidance[0])
+        ):
             images = 1  # not without guidance
     found = replace(like, sizes=sizes, images=images)
     before, after = limits.as_json(), found.as_json()
     for key, value in after.items():
         if value != before[key]:
             logger.warning(
-                "%s: %s is %s, not %s as it seems: what was tried beyond fails", name, key, value, before[key]
+                "%s: %s is %s, not %s as it seems: what was tried beyond fails",
+                name,
+                key,
+                value,
+                before[key],
             )
     return found
 
@@ -168,7 +204,9 @@ def _long_sides(sizes: SizeLimits, native: Size, attempt: Attempt) -> SizeLimits
             return sizes if longest == first else replace(sizes, max_side=longest)
         longest = longest // 2 // multiple * multiple
     side = min(native)
-    while least < side and (attempt((side, least)) is not None or attempt((least, side)) is not None):
+    while least < side and (
+        attempt((side, least)) is not None or attempt((least, side)) is not None
+    ):
         least *= 2
     return replace(sizes, min_side=min(least, side), max_side=side)
 
@@ -176,7 +214,8 @@ def _long_sides(sizes: SizeLimits, native: Size, attempt: Attempt) -> SizeLimits
 def _guidance(
     limits: tuple[float, float], default: float | None, works: Callable[[float], bool]
 ) -> tuple[float, float]:
-    """From the least to the most that works, of few that are tried. Without a default it is taken to be 1."""
+    """From the least to the most that works, of few that are tried. Without a default it is taken
+    to be 1."""
     if default is None:
         default = 1.0
     least, most = limits
@@ -196,7 +235,8 @@ def _guidance(
 
 
 def _most(most: int, least: int, works: Callable[[int], bool]) -> int:
-    """The most that works, but for a sixteenth of it; `least`, which is taken to work, if no more does."""
+    """The most that works, but for a sixteenth of it; `least`, which is taken to work, if no more
+    does."""
     if most <= least or works(most):
         return most
     while most - least > max(1, least // 16):

@@ -8,11 +8,14 @@ from typing import Any
 from stepweave.generation import Generation
 
 
-def usage_of(generation: Generation, steps: int, tokens: int, positions: Callable[[int, int], int]) -> dict[str, Any]:
-    """OpenAI's members, in tokens of prompts and positions of latents, and what that was in images, steps and pixels.
+def usage_of(
+    generation: Generation, steps: int, tokens: int, positions: Callable[[int, int], int]
+) -> dict[str, Any]:
+    """OpenAI's members, in tokens of prompts and positions of latents, and what that was in images,
+    steps and pixels.
 
-    `steps` are those of one image, `tokens` those that were read of the prompts; `positions` gives those of an image's latents,
-    of its width and height in pixels.
+    `steps` are those of one image, `tokens` those that were read of the prompts; `positions` gives
+    those of an image's latents, of its width and height in pixels.
     """
     parameters, images = generation.parameters, generation.images
     source = 0 if parameters.sources is None else positions(parameters.width, parameters.height)

@@ -1,4 +1,5 @@
-"""What a model runs before it serves: first images, the proofs that let jobs share forwards, and trials of what it offers."""
+"""What a model runs before it serves: first images, the proofs that let jobs share forwards, and
+trials of what it offers."""
 
 from __future__ import annotations
 
@@ -33,19 +34,24 @@ STRENGTH = 0.5
 SCHEDULER_STEPS = 5  # with which each scheduler is run, if it runs with them
 FEW = 4  # jobs of a kind, of which two have as many steps: as many as a certificate needs
 DENSE = "7\u753b"  # characters of which each is a token, or several
-TRIAL_SECONDS = 120.0  # after which no more is tried, and what is left is offered as the configuration tells
-PROFILE_SECONDS = 10.0  # after which no more is run for the cost model's sake alone: it goes on to learn from requests
+# after which no more is tried, and what is left is offered as the configuration tells
+TRIAL_SECONDS = 120.0
+# after which no more is run for the cost model's sake alone: it goes on to learn from requests
+PROFILE_SECONDS = 10.0
 
 
 def warm_up(model: ServedModel, engine: StepEngine) -> None:
-    """Run short jobs, so that the first requests do not pay for first calls and find certified what the engine may merge.
+    """Run short jobs, so that the first requests do not pay for first calls and find certified what
+    the engine may merge.
 
-    One of the native size alone; then, together, as many as fill the largest shared step, a few of half its sides, and a few
-    edits of each kind; then jobs at the ends of what the model seems to take, one at a time; at last growing numbers for the
-    cost model, so that what steps cost is known. The jobs differ in prompt, seed, steps and guidance, as requests do. What is
-    certified is decided by counts of jobs, however slow the machine is: only the last part ends after some time.
+    One of the native size alone; then, together, as many as fill the largest shared step, a few of
+    half its sides, and a few edits of each kind; then jobs at the ends of what the model seems to
+    take, one at a time; at last growing numbers for the cost model, so that what steps cost is
+    known. The jobs differ in prompt, seed, steps and guidance, as requests do. What is certified is
+    decided by counts of jobs, however slow the machine is: only the last part ends after some time.
 
-    What fails of edits and trials is not offered. Raises LoadError if no image of the native size is one to serve.
+    What fails of edits and trials is not offered. Raises LoadError if no image of the native size
+    is one to serve.
     """
     WarmUp(model, engine).run()
 
@@ -68,14 +74,24 @@ class WarmUp:
             engine.forget_encodings()  # so that text encoders, too, run the job again
             enter_stage("certifying")
             together = self.run_together(native, most)
-            check_images(alone, together, _dtype(self._model.pipeline), lambda: self.run_together(native, FEW))
+            check_images(
+                alone,
+                together,
+                _dtype(self._model.pipeline),
+                lambda: self.run_together(native, FEW),
+            )
             if half is not None:
                 try:
                     self.run_together(half, few)
-                except (RequestError, NonFinite):  # the engine was closed; or no request of this size would succeed
+                except (RequestError, NonFinite):
+                    # the engine was closed; or no request of this size would succeed
                     raise
                 except Exception as error:
-                    logger.info("images of %dx%d fail (%s); what they cost is not known", *half, type(error).__name__)
+                    logger.info(
+                        "images of %dx%d fail (%s); what they cost is not known",
+                        *half,
+                        type(error).__name__,
+                    )
                     half = None
             self._edits(few)
             self._until = time.monotonic() + TRIAL_SECONDS
@@ -99,9 +115,13 @@ class WarmUp:
                 setattr(self._model, name, None)
 
     def trials(self) -> None:
-        """Try the ends of what is offered, and leave out what fails. Raises LoadError if the native size does."""
+        """Try the ends of what is offered, and leave out what fails. Raises LoadError if the native
+        size does."""
         model, began = self._model, time.monotonic()
-        verbosity = diffusers.utils.logging.get_verbosity(), transformers.utils.logging.get_verbosity()
+        verbosity = (
+            diffusers.utils.logging.get_verbosity(),
+            transformers.utils.logging.get_verbosity(),
+        )
         diffusers.utils.logging.set_verbosity_error()  # of prompts that are cut
         transformers.utils.logging.set_verbosity_error()
         try:
@@ -109,21 +129,31 @@ class WarmUp:
                 name = type(model.pipeline_for(sources)).__name__
                 attempt = functools.partial(self._attempt, sources=sources)
                 like = None if sources is None else model.limits
-                limits = narrowed(model.limits_for(sources), self._native, model.default_guidance, attempt, name, like)
+                limits = narrowed(
+                    model.limits_for(sources),
+                    self._native,
+                    model.default_guidance,
+                    attempt,
+                    name,
+                    like,
+                )
                 model.keep_to(sources, limits)
             self._schedulers()
         finally:
             diffusers.utils.logging.set_verbosity(verbosity[0])
             transformers.utils.logging.set_verbosity(verbosity[1])
         logger.info(
-            "self-check: tried the limits of sizes, steps, guidance, prompts and numbers of images (%.1f s)",
+            "self-check: tried the limits of sizes, steps, guidance, prompts and numbers of images "
+            "(%.1f s)",
             time.monotonic() - began,
         )
 
     def _schedulers(self) -> None:
-        """Run the model with each scheduler that rehearses well: some pipelines call them in a way of their own.
+        """Run the model with each scheduler that rehearses well: some pipelines call them in a way
+        of their own.
 
-        What fails is not offered. A single step is tried by itself: where there is one, some take another scheduler's results.
+        What fails is not offered. A single step is tried by itself: where there is one, some take
+        another scheduler's results.
         """
         model = self._model
         sizes = model.limits.sizes
@@ -131,7 +161,11 @@ class WarmUp:
         for name in (None, *(name for name in model.schedulers if name != model.scheduler)):
             for steps in (1,) if name is None else (SCHEDULER_STEPS, 1):
                 parameters = replace(self._trial(small), num_inference_steps=steps, scheduler=name)
-                if steps == model.default_steps or not model.runs(parameters) or time.monotonic() > self._until:
+                if (
+                    steps == model.default_steps
+                    or not model.runs(parameters)
+                    or time.monotonic() > self._until
+                ):
                     continue
                 fault = self._run(parameters)
                 if fault is None or fault.made is not None:
@@ -158,7 +192,8 @@ class WarmUp:
         guidance: float | None = None,
         characters: int | None = None,
     ) -> Fault | None:
-        """Run one job. Raises LoadError if the device fails at it, and RequestError if the engine was closed.
+        """Run one job. Raises LoadError if the device fails at it, and RequestError if the engine
+        was closed.
 
         For want of memory, or of time, what is tried is taken to work.
         """
@@ -166,7 +201,9 @@ class WarmUp:
             return None
         parameters = self._trial(size, sources)
         if characters is not None:
-            parameters = replace(parameters, prompt=(parameters.prompt + DENSE * characters)[:characters])
+            parameters = replace(
+                parameters, prompt=(parameters.prompt + DENSE * characters)[:characters]
+            )
         if guidance is not None:
             parameters = replace(parameters, guidance_scale=guidance)
         return self._run(replace(parameters, n=images))
@@ -193,15 +230,18 @@ class WarmUp:
     def _run(self, parameters: Parameters) -> Fault | None:
         size, count = (parameters.width, parameters.height), parameters.n
         what = (
-            f"{count} of {size[0]}x{size[1]}, guidance {parameters.guidance_scale}, {len(parameters.prompt)} characters"
+            f"{count} of {size[0]}x{size[1]}, guidance {parameters.guidance_scale}, "
+            f"{len(parameters.prompt)} characters"
         )
         try:
             made = self._images(self._engine.submit(**self._model.call(parameters)).result())
             sizes = [one.size for one in made]
         except DeviceFailed as error:
             raise LoadError(
-                f"the device failed when what requests may ask for was tried ({what}): {error.reason}; lower "
-                "STEPWEAVE_MAX_PIXELS or STEPWEAVE_MAX_PROMPT_CHARACTERS, or set STEPWEAVE_WARMUP=false"
+                f"the device failed when what requests may ask for was tried ({what}): "
+                f"{error.reason}; lower "
+                "STEPWEAVE_MAX_PIXELS or STEPWEAVE_MAX_PROMPT_CHARACTERS, or set "
+                "STEPWEAVE_WARMUP=false"
             ) from error
         except RequestError:
             raise
@@ -223,18 +263,22 @@ class WarmUp:
     def _profile(self, half: Size | None, most: int) -> None:
         """Show the cost model what steps of growing numbers of rows take.
 
-        Some of the jobs end sooner than others, so that what a step of half as many takes is seen as well.
+        Some of the jobs end sooner than others, so that what a step of half as many takes is seen
+        as well.
         """
         began = time.monotonic()
         counts = sorted({*(FEW**i for i in range(most.bit_length()) if FEW**i <= most), most})
-        for size, count in [(self._native, count) for count in counts] + [(half, count) for count in counts[:2]]:
+        for size, count in [(self._native, count) for count in counts] + [
+            (half, count) for count in counts[:2]
+        ]:
             if size is not None and time.monotonic() - began <= PROFILE_SECONDS:
                 self.run_together(size, count)
 
     def run_together(
         self, size: Size, count: int, *, edits: bool = False, mask: Image.Image | None = None
     ) -> list[Any]:
-        """Run jobs that start in one turn of the engine; the first image of each, None if a safety checker flags it."""
+        """Run jobs that start in one turn of the engine; the first image of each, None if a safety
+        checker flags it."""
         jobs, start = [], _Start()
         try:
             for i in range(count):
@@ -242,13 +286,22 @@ class WarmUp:
                 if edits:
                     sources = Sources(_image(size, 90 * i), mask)
                     parameters = replace(
-                        parameters, num_inference_steps=2 * STEPS, strength=self._strength(sources), sources=sources
+                        parameters,
+                        num_inference_steps=2 * STEPS,
+                        strength=self._strength(sources),
+                        sources=sources,
                     )
-                jobs.append(self._engine.submit(**self._model.call(parameters), observer=None if i else start))
+                jobs.append(
+                    self._engine.submit(
+                        **self._model.call(parameters), observer=None if i else start
+                    )
+                )
         finally:
             start.all_are_there.set()
         outputs = [job.result() for job in jobs]
-        return [None if any(outputs_of(one, 1).flagged) else self._images(one)[0] for one in outputs]
+        return [
+            None if any(outputs_of(one, 1).flagged) else self._images(one)[0] for one in outputs
+        ]
 
     def _images(self, output: Any) -> list[Image.Image]:
         return images_of(output, self._model.pipeline_class)

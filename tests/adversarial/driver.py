@@ -76,7 +76,10 @@ def run(case: Case, rounds: int = 2) -> Outcome:
             shares.append((forwards.calls, forwards.merged_calls))
         stats = engine.stats()
     worst = max(
-        float((ours.double() - plain.double()).abs().max() / (plain.double().abs().max() * TOLERANCE[case.dtype]))
+        float(
+            (ours.double() - plain.double()).abs().max()
+            / (plain.double().abs().max() * TOLERANCE[case.dtype])
+        )
         for one in results
         for ours, plain in zip(one, expected, strict=True)
     )

@@ -1,6 +1,8 @@
-"""Random denoisers aimed at what a proof looks at: the values it tries, the sizes it has seen, the state it can find.
+"""Random denoisers aimed at what a proof looks at: the values it tries, the sizes it has seen, the
+state it can find.
 
-A case is a small honest network and at most one fault. Each fault stands for a way to pass a proof that asks too little.
+A case is a small honest network and at most one fault. Each fault stands for a way to pass a proof
+that asks too little.
 """
 
 from __future__ import annotations
@@ -60,7 +62,9 @@ class Network(nn.Module):
         label: Tensor | None = None,
     ) -> Tensor:
         mood = self.moods(timestep, guidance, len(x))
-        sample = torch.cat([torch.tanh(x[..., :1]), x[..., 1:]], -1) if "outlier" in self.traits else x
+        sample = (
+            torch.cat([torch.tanh(x[..., :1]), x[..., 1:]], -1) if "outlier" in self.traits else x
+        )
         h = self.enter(sample) + mood[:, None] + self.positions(x.shape[1], len(x))
         if label is not None:
             h = h + self.table(label)[:, None]
@@ -68,7 +72,11 @@ class Network(nn.Module):
         hidden = None if encoder_attention_mask is None else ~encoder_attention_mask.bool()
         h = h + self.attend(h, words, words, key_padding_mask=hidden, need_weights=False)[0]
         h = h + self.attend(h, h, h, need_weights=False)[0]
-        h = self.norm(h.transpose(1, 2)).transpose(1, 2) if "group norm" in self.traits else self.norm(h)
+        h = (
+            self.norm(h.transpose(1, 2)).transpose(1, 2)
+            if "group norm" in self.traits
+            else self.norm(h)
+        )
         if "long" in self.traits and x.shape[1] > 8:
             h = h * 0.9
         out = torch.tanh(self.leave(h))
@@ -81,7 +89,9 @@ def around(network: Network, change: Callable[..., Tensor]) -> None:
     """Patch the forward: `change` is given the original one."""
     original = network.forward
 
-    def forward(x: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **others: Any) -> Tensor:
+    def forward(
+        x: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **others: Any
+    ) -> Tensor:
         given = {"timestep": timestep, "encoder_hidden_states": encoder_hidden_states, **others}
         return change(original, x, **given)
 
@@ -92,8 +102,17 @@ def one_row_for_all(rng: random.Random, network: Network) -> None:
     name, row = rng.choice(["timestep", "guidance", "encoder_hidden_states"]), rng.choice([0, -1])
 
     def change(original: Body, x: Tensor, **given: Any) -> Tensor:
-        if given.get(name) is not None and len(x) > 1 and given[name].ndim and len(given[name]) == len(x):
-            given[name] = given[name][row].expand_as(given[name]) if row else given[name][:1].expand_as(given[name])
+        if (
+            given.get(name) is not None
+            and len(x) > 1
+            and given[name].ndim
+            and len(given[name]) == len(x)
+        ):
+            given[name] = (
+                given[name][row].expand_as(given[name])
+                if row
+                else given[name][:1].expand_as(given[name])
+            )
         return original(x, **given)
 
     around(network, change)
@@ -196,7 +215,9 @@ def leaks_a_little(rng: random.Random, network: Network) -> None:
 
     def change(original: Body, x: Tensor, **given: Any) -> Tensor:
         out = original(x, **given)
-        return torch.cat([out[..., :1], out[..., 1:] + share * (out[..., 1:].mean(0) - out[..., 1:])], -1)
+        return torch.cat(
+            [out[..., :1], out[..., 1:] + share * (out[..., 1:].mean(0) - out[..., 1:])], -1
+        )
 
     around(network, change)
 
@@ -215,10 +236,29 @@ def writes(rng: random.Random, network: Network) -> None:
 
 
 FAULTS: tuple[Fault, ...] = (
-    one_row_for_all, branch_for_all, sample_for_all, many_rows, hidden_count, kept_result, momentum, leaks_a_little, draws,
+    one_row_for_all,
+    branch_for_all,
+    sample_for_all,
+    many_rows,
+    hidden_count,
+    kept_result,
+    momentum,
+    leaks_a_little,
+    draws,
     writes,
-)  # fmt: skip
-TRAITS = ("group norm", "memo", "memo with rows", "long", "outlier", "mask", "label", "guidance", "near", "whole times")
+)
+TRAITS = (
+    "group norm",
+    "memo",
+    "memo with rows",
+    "long",
+    "outlier",
+    "mask",
+    "label",
+    "guidance",
+    "near",
+    "whole times",
+)
 
 
 def generate(seed: int) -> Case:
@@ -233,7 +273,8 @@ def generate(seed: int) -> Case:
         traits -= {"outlier"}
     steps = tuple(rng.choice([5, 6, 8, 10]) for _ in range(4))
     rows = tuple(rng.choice([1, 1, 2]) for _ in range(4))
-    near = "near" in traits  # the first steps' times, and guidance, hardly differ, and captions do not
+    # the first steps' times, and guidance, hardly differ, and captions do not
+    near = "near" in traits
     chosen = rng.getrandbits(32)
 
     def build() -> nn.Module:

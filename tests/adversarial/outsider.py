@@ -1,8 +1,10 @@
-"""Random denoisers, half of them dangerous to merge, written without knowledge of how the engine decides.
+"""Random denoisers, half of them dangerous to merge, written without knowledge of how the engine
+decides.
 
-A case is a small network of harmless ingredients; a harmful one gets, besides, one or two harms of a family:
-`rows` (rows see their company), `argument`, `branch`, `state`, `reuse`, `write`, `draw` and `random`.
-All but `random` (the process's own generators) are reproducible: two fresh copies give the same result.
+A case is a small network of harmless ingredients; a harmful one gets, besides, one or two harms of
+a family: `rows` (rows see their company), `argument`, `branch`, `state`, `reuse`, `write`, `draw`
+and `random`. All but `random` (the process's own generators) are reproducible: two fresh copies
+give the same result.
 """
 
 from __future__ import annotations
@@ -25,7 +27,14 @@ from torch.nn import functional as F
 
 Act = Callable[[Tensor], Tensor]
 Slot = tuple[Callable[[], Any], Callable[[Any], None]]
-EXTRAS = ("encoder_hidden_states", "pooled_projections", "guidance", "class_labels", "captions", "added_cond_kwargs")
+EXTRAS = (
+    "encoder_hidden_states",
+    "pooled_projections",
+    "guidance",
+    "class_labels",
+    "captions",
+    "added_cond_kwargs",
+)
 
 
 @dataclass(frozen=True)
@@ -67,12 +76,18 @@ class Plan:
     kept: dict[Any, dict[str, Any]] = field(default_factory=dict)
 
     def made(self, job: int) -> dict[str, Any]:
-        rows, seeded = self.rows[job % len(self.rows)], torch.Generator().manual_seed(997 * self.seed + job)
+        rows, seeded = (
+            self.rows[job % len(self.rows)],
+            torch.Generator().manual_seed(997 * self.seed + job),
+        )
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=seeded).to(self.dtype)
 
-        text, lengths = normal(rows, self.words, 8), torch.randint(1, self.words + 1, (rows, 1), generator=seeded)
+        text, lengths = (
+            normal(rows, self.words, 8),
+            torch.randint(1, self.words + 1, (rows, 1), generator=seeded),
+        )
         if "outlier argument" in self.traits:
             text[..., 0] = 2000 + 500 * text[..., 0]
         tokens = math.prod(self.shape[1:]) if len(self.shape) == 3 else self.shape[0]
@@ -85,13 +100,17 @@ class Plan:
             "class_labels": torch.randint(0, 10, (rows,), generator=seeded),
             "image_rotary_emb": (angles.cos(), angles.sin()),
             "captions": [normal(int(length) + job % 3, 8) for length in lengths],
-            "added_cond_kwargs": {"text_embeds": normal(rows, 8), "sizes": {"time_ids": normal(rows, 4)}},
+            "added_cond_kwargs": {
+                "text_embeds": normal(rows, 8),
+                "sizes": {"time_ids": normal(rows, 4)},
+            },
             "return_dict": False,
         }
         return {name: value for name, value in every.items() if name in self.given}
 
     def arguments(self, job: int, step: int) -> dict[str, Any]:
-        # Objects that live as long as a job are a thread's own: the plain and the served run must not share them.
+        # Objects that live as long as a job are a thread's own: the plain and the served run must
+        # not share them.
         key, count = (threading.get_ident(), job), self.steps[job % len(self.steps)]
         if step == 0 or key not in self.kept:
             self.kept[key] = self.made(job)
@@ -115,11 +134,15 @@ class Block(nn.Module):
         self.kind = kind
         self.norm = nn.GroupNorm(4, dim) if kind == "conv" else nn.LayerNorm(dim)
         self.mood = nn.Linear(dim, 2 * dim)
-        self.inner = nn.Conv2d(dim, dim, 3, padding=1) if kind == "conv" else nn.Linear(dim, 3 * dim)
+        self.inner = (
+            nn.Conv2d(dim, dim, 3, padding=1) if kind == "conv" else nn.Linear(dim, 3 * dim)
+        )
         self.other = nn.Linear(dim, 2 * dim)
         self.outer = nn.Linear(3 * dim if kind == "mlp" else dim, dim)
 
-    def forward(self, h: Tensor, mood: Tensor, text: Any = None, mask: Any = None, table: Any = None) -> Tensor:
+    def forward(
+        self, h: Tensor, mood: Tensor, text: Any = None, mask: Any = None, table: Any = None
+    ) -> Tensor:
         scale, shift = self.mood(mood)[:, None].chunk(2, -1)
         y = self.norm(h.transpose(1, 2)).transpose(1, 2) if self.kind == "conv" else self.norm(h)
         y = y * (1 + scale) + shift
@@ -147,7 +170,9 @@ class Body(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Block(kind, dim) for kind in kinds)
 
-    def forward(self, h: Tensor, mood: Tensor, text: Any = None, mask: Any = None, table: Any = None) -> Tensor:
+    def forward(
+        self, h: Tensor, mood: Tensor, text: Any = None, mask: Any = None, table: Any = None
+    ) -> Tensor:
         for block in self.blocks:
             h = block(h, mood, text, mask, table)
         return h
@@ -172,17 +197,38 @@ def waves(tokens: int, dim: int) -> Tensor:
 class Net(nn.Module):
     def __init__(self, plan: Plan) -> None:
         super().__init__()
-        self.traits, self.output, self.top, self.dim = frozenset(plan.traits), plan.output, plan.top, plan.dim
+        self.traits, self.output, self.top, self.dim = (
+            frozenset(plan.traits),
+            plan.output,
+            plan.top,
+            plan.dim,
+        )
         self.memo: dict[tuple[int, ...], Tensor] = {}
         self.channels = plan.shape[0] if len(plan.shape) == 3 else plan.shape[1]
-        self.enter, self.leave = nn.Linear(self.channels, self.dim), nn.Linear(self.dim, self.channels)
-        self.time, self.look, self.label = nn.Linear(12, self.dim), nn.Embedding(1002, self.dim), nn.Embedding(10, 16)
-        self.context, self.pooled, self.ids = nn.Linear(8, self.dim), nn.Linear(8, self.dim), nn.Linear(4, self.dim)
+        self.enter, self.leave = (
+            nn.Linear(self.channels, self.dim),
+            nn.Linear(self.dim, self.channels),
+        )
+        self.time, self.look, self.label = (
+            nn.Linear(12, self.dim),
+            nn.Embedding(1002, self.dim),
+            nn.Embedding(10, 16),
+        )
+        self.context, self.pooled, self.ids = (
+            nn.Linear(8, self.dim),
+            nn.Linear(8, self.dim),
+            nn.Linear(4, self.dim),
+        )
         self.body, self.tail = Body(plan.blocks, self.dim), nn.Sequential()
-        self.register_buffer("tame", torch.tensor([1 / 2000 if "outlier argument" in plan.traits else 1.0] + [1.0] * 7))
+        self.register_buffer(
+            "tame",
+            torch.tensor([1 / 2000 if "outlier argument" in plan.traits else 1.0] + [1.0] * 7),
+        )
 
     def clock(self, timestep: Any, x: Tensor) -> Tensor:
-        when = timestep if isinstance(timestep, Tensor) else torch.tensor([timestep], device=x.device)
+        when = (
+            timestep if isinstance(timestep, Tensor) else torch.tensor([timestep], device=x.device)
+        )
         when = when.reshape(-1).expand(x.shape[0])
         if "lookup" in self.traits:
             return self.look((when * (1000 / self.top)).long().clamp(0, 1001))
@@ -228,7 +274,9 @@ class Net(nn.Module):
         if pooled_projections is not None:
             mood = mood + self.pooled(pooled_projections)
         if guidance is not None:
-            mood = mood + torch.sin(guidance.float()[:, None] / 4 + torch.arange(self.dim)).to(x.dtype)
+            mood = mood + torch.sin(guidance.float()[:, None] / 4 + torch.arange(self.dim)).to(
+                x.dtype
+            )
         if class_labels is not None:
             mood = mood + self.label(class_labels)
         if captions is not None:
@@ -238,7 +286,11 @@ class Net(nn.Module):
             mood = mood + self.ids(added_cond_kwargs["sizes"]["time_ids"])
         if "row branch" in traits:
             mood = torch.stack([one if float(one[0]) > 0 else -one.roll(1) for one in mood])
-        text = None if encoder_hidden_states is None else self.context(encoder_hidden_states * self.tame)
+        text = (
+            None
+            if encoder_hidden_states is None
+            else self.context(encoder_hidden_states * self.tame)
+        )
         h = self.enter(h) + 0.5 * self.places((*h.shape[:2], self.dim)).to(h.dtype)
         if h.shape[1] > 16 and "long inputs" in traits:
             h = h - h.mean(1, keepdim=True)
@@ -254,8 +306,11 @@ class Net(nn.Module):
             h = torch.cat([(h[..., :1] - 8000) / 1000, h[..., 1:]], -1)
         y = 1.5 * torch.tanh(2 * self.leave(h))
         if "outlier output" in traits:
-            # Every second step undoes it, so that the result is of ordinary size after an even number of them.
-            far = torch.where(first.abs() < 50, first.new_tensor(3000.0), (-3 * first).clamp(-9000, 9000))
+            # Every second step undoes it, so that the result is of ordinary size after an even
+            # number of them.
+            far = torch.where(
+                first.abs() < 50, first.new_tensor(3000.0), (-3 * first).clamp(-9000, 9000)
+            )
             y = torch.cat([far, y[..., 1:]], -1)
         y = y.transpose(1, 2).reshape(x.shape) if image else y
         if not return_dict or self.output == "tuple":
@@ -321,14 +376,24 @@ ROWS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "halves": lambda h, a: h + a * (h.roll(len(h) // 2, 0) if len(h) % 2 == 0 else 0),
     "reshape": lambda h, a: h + a * h.reshape(h.shape[1], len(h), *h.shape[2:]).transpose(0, 1),
     "packed attention": lambda h, a: h + 2 * a * attend(h.reshape(1, -1, h.shape[-1])).view_as(h),
-    "attention over rows": lambda h, a: h + 2 * a * attend(h.flatten(1) / h[0].numel() ** 0.25).view_as(h),
-    "einsum": lambda h, a: h + a * torch.einsum("r...,s->r...", h, h.flatten(1)[:, 0].tanh()) / len(h) ** 0.5,
-    "index_add": lambda h, a: h + a * torch.zeros_like(h[:1]).index_add(0, torch.zeros(len(h)).long(), h),
+    "attention over rows": lambda h, a: (
+        h + 2 * a * attend(h.flatten(1) / h[0].numel() ** 0.25).view_as(h)
+    ),
+    "einsum": lambda h, a: (
+        h + a * torch.einsum("r...,s->r...", h, h.flatten(1)[:, 0].tanh()) / len(h) ** 0.5
+    ),
+    "index_add": lambda h, a: (
+        h + a * torch.zeros_like(h[:1]).index_add(0, torch.zeros(len(h)).long(), h)
+    ),
     "loop": lambda h, a: torch.stack([row + a * h[i - 1] for i, row in enumerate(h)]),
     "numpy": lambda h, a: h + a * torch.from_numpy(h.float().numpy().mean(0)).to(h.dtype),
     "python": lambda h, a: bump(h, 8 * a * (sum(h[:, 0].flatten().tolist()) / h[:, 0].numel())),
-    "strided": lambda h, a: h + a * h.contiguous().as_strided(h.shape, (0, *h.contiguous().stride()[1:])),
-    "storage": lambda h, a: h + a * h.new_empty(0).set_(h.untyped_storage()).view(-1, *h.shape[1:]).mean(0),
+    "strided": lambda h, a: (
+        h + a * h.contiguous().as_strided(h.shape, (0, *h.contiguous().stride()[1:]))
+    ),
+    "storage": lambda h, a: (
+        h + a * h.new_empty(0).set_(h.untyped_storage()).view(-1, *h.shape[1:]).mean(0)
+    ),
 }
 
 
@@ -338,7 +403,11 @@ ROWS: dict[str, Callable[[Tensor, float], Tensor]] = {
 def slot(kind: str, net: Net, name: str) -> Slot:
     if kind == "global":
         space: dict[str, Any] = {}
-        exec("kept = None\ndef get(): return kept\ndef put(value):\n    global kept\n    kept = value", space)
+        exec(
+            "kept = None\ndef get(): return kept\ndef put(value):\n    global kept\n    kept = "
+            "value",
+            space,
+        )
         return space["get"], space["put"]
     if kind in ("buffer", "buffer in place"):
         net.register_buffer(name, None, persistent=False)
@@ -376,7 +445,15 @@ def slot(kind: str, net: Net, name: str) -> Slot:
     return lambda: getattr(owner, name, None), lambda value: setattr(owner, name, value)
 
 
-SLOTS = ("attribute", "class attribute", "parameter attribute", "submodule", "closure", "function attribute", "thread")
+SLOTS = (
+    "attribute",
+    "class attribute",
+    "parameter attribute",
+    "submodule",
+    "closure",
+    "function attribute",
+    "thread",
+)
 SLOTS += ("global", "buffer", "buffer in place", "default argument", "list", "weak dictionary")
 
 
@@ -424,10 +501,14 @@ def place(net: Net, where: str, act: Act) -> nn.Module:
     elif where == "subclass, whole output":
         forward = type(net).forward
         net.__class__ = type(
-            "Late", (type(net),), {"forward": lambda self, *a, **k: change(forward(self, *a, **k), act)}
+            "Late",
+            (type(net),),
+            {"forward": lambda self, *a, **k: change(forward(self, *a, **k), act)},
         )
     elif where.startswith("pre-hook"):
-        part.register_forward_pre_hook(lambda module, args, kw: ((act(args[0]), *args[1:]), kw), with_kwargs=True)
+        part.register_forward_pre_hook(
+            lambda module, args, kw: ((act(args[0]), *args[1:]), kw), with_kwargs=True
+        )
     elif where.startswith("hook"):
         part.register_forward_hook(lambda module, args, output: change(output, act))
     else:
@@ -439,8 +520,21 @@ def place(net: Net, where: str, act: Act) -> nn.Module:
     return net
 
 
-PLACES = ("tail", "subclass, whole output", "pre-hook, whole", "hook, whole", "pre-hook, body", "hook, body")
-PLACES += ("pre-hook, block", "hook, block", "patched body input", "patched body output", "patched block output")
+PLACES = (
+    "tail",
+    "subclass, whole output",
+    "pre-hook, whole",
+    "hook, whole",
+    "pre-hook, body",
+    "hook, body",
+)
+PLACES += (
+    "pre-hook, block",
+    "hook, block",
+    "patched body input",
+    "patched body output",
+    "patched block output",
+)
 PLACES += ("patched whole input", "patched whole output")
 
 
@@ -509,7 +603,9 @@ def tests(top: float, c: float) -> dict[str, Callable[[Tensor, dict[str, Any]], 
         "times differ": lambda x, kw: len(flat(kw["timestep"]).unique()) > 1,
         "times far apart": lambda x, kw: spread(kw["timestep"], top) > c / 4,
         "times smoothly apart": lambda x, kw: min(1, 3 * spread(kw["timestep"], top)) ** 3,
-        "one time": lambda x, kw: not isinstance(kw["timestep"], Tensor) or kw["timestep"].numel() == 1,
+        "one time": lambda x, kw: (
+            not isinstance(kw["timestep"], Tensor) or kw["timestep"].numel() == 1
+        ),
         "large sample": lambda x, kw: bool(x.abs().max() > 2.6 + c),
         "wide sample": lambda x, kw: bool(x.float().std() > 0.8 + 0.5 * c),
         "signed sample": lambda x, kw: x.float().sum().item() > 0,
@@ -540,7 +636,8 @@ Install = Callable[[Net], nn.Module]
 
 
 def harm(rng: random.Random, plan: Plan, family: str) -> tuple[str, Install]:
-    """A harm's name and what puts it into a network. Everything random is drawn here, not when it is built."""
+    """A harm's name and what puts it into a network. Everything random is drawn here, not when it
+    is built."""
     half = plan.dtype is torch.bfloat16
     a, period = math.exp(rng.uniform(math.log(0.06), math.log(0.5))), 2 + rng.randrange(10)
     a = 0.3 + 0.6 * a if half else a
@@ -557,7 +654,10 @@ def harm(rng: random.Random, plan: Plan, family: str) -> tuple[str, Install]:
             where = "patched whole input"
         everywhere = half and rng.random() < 0.4
         if everywhere:  # faint in each place, in the dirt of the format
-            a, kind = rng.uniform(0.01, 0.02), rng.choice(["cumsum", "index_add", "rolled rows", "flipped rows"])
+            a, kind = (
+                rng.uniform(0.01, 0.02),
+                rng.choice(["cumsum", "index_add", "rolled rows", "flipped rows"]),
+            )
 
         def act(h: Tensor) -> Tensor:
             if "outlier" in plan.traits and where == "tail":
@@ -565,14 +665,18 @@ def harm(rng: random.Random, plan: Plan, family: str) -> tuple[str, Install]:
             return ROWS[kind](h, a)
 
         def install(net: Net) -> nn.Module:
-            for one in ("pre-hook, body", "tail", "hook, whole", "pre-hook, whole") if everywhere else ():
+            for one in (
+                ("pre-hook, body", "tail", "hook, whole", "pre-hook, whole") if everywhere else ()
+            ):
                 place(net, one, act)
             return net if everywhere else place(net, where, act)
 
         return f"rows: {kind} {a:.2f} at {'many places' if everywhere else where}", install
     if family == "argument":
         known = plan.given & {*EXTRAS, "encoder_attention_mask"} | {"timestep"}
-        known -= set() if "cross" in plan.blocks else {"encoder_hidden_states", "encoder_attention_mask"}
+        known -= (
+            set() if "cross" in plan.blocks else {"encoder_hidden_states", "encoder_attention_mask"}
+        )
         name = rng.choice(sorted(known))
         pick = rng.choice(sorted(PICKS))
 
@@ -584,16 +688,28 @@ def harm(rng: random.Random, plan: Plan, family: str) -> tuple[str, Install]:
         return f"argument: {pick} of {name} by {by}", lambda net: around(net, wrapped, call)
     if family == "branch":
         c = rng.uniform(0.2, 0.95)
-        needs = {"guidance": "guidance", "pooled": "pooled_projections", "full": "encoder_attention_mask"}
-        every = [name for name in tests(1, c) if needs.get(name.split()[0], "timestep") in plan.given | {"timestep"}]
+        needs = {
+            "guidance": "guidance",
+            "pooled": "pooled_projections",
+            "full": "encoder_attention_mask",
+        }
+        every = [
+            name
+            for name in tests(1, c)
+            if needs.get(name.split()[0], "timestep") in plan.given | {"timestep"}
+        ]
         every = [name for name in every if name != "one time" or plan.clock != "rows"]
         kind, amount, test = (name := rng.choice(every)), max(a, 0.15), tests(plan.top, c)[name]
 
         def call(inner: Any, x: Tensor, timestep: Any, **kw: Any) -> Any:
             on = test(x, {**kw, "timestep": timestep})
-            return change(inner(x, timestep=timestep, **kw), lambda y: bump(y, on * amount) if on else y)
+            return change(
+                inner(x, timestep=timestep, **kw), lambda y: bump(y, on * amount) if on else y
+            )
 
-        return f"branch: {kind} ({c:.2f}) {amount:.2f} by {by}", lambda net: around(net, wrapped, call)
+        return f"branch: {kind} ({c:.2f}) {amount:.2f} by {by}", lambda net: around(
+            net, wrapped, call
+        )
     if family == "state":
         kind, amount = rng.choice(STATES), max(0.2, min(2 * a, 0.9))
 
@@ -607,7 +723,10 @@ def harm(rng: random.Random, plan: Plan, family: str) -> tuple[str, Install]:
         keep = "attribute" if keep == "thread" else keep
 
         def install(net: Net) -> nn.Module:
-            count, old, rest, spent, body = *(slot(keep, net, f"of{i}x{mark}") for i in range(4)), net.body.forward
+            count, old, rest, spent, body = (
+                *(slot(keep, net, f"of{i}x{mark}") for i in range(4)),
+                net.body.forward,
+            )
 
             def forward(h: Tensor, mood: Tensor, *more: Any) -> Tensor:
                 seen, key = old[0](), mood if kind == "same time" else h
@@ -632,12 +751,23 @@ def harm(rng: random.Random, plan: Plan, family: str) -> tuple[str, Install]:
 
         return f"reuse: residual, {kind}, {every_k}, {limit:.2f} in {keep}", install
     if family == "write":
-        known = {"encoder_hidden_states", "pooled_projections", "guidance", "image_rotary_emb"} & plan.given
+        known = {
+            "encoder_hidden_states",
+            "pooled_projections",
+            "guidance",
+            "image_rotary_emb",
+        } & plan.given
         known -= set() if {"cross"} & {*plan.blocks} else {"encoder_hidden_states"}
         known -= set() if {"attention"} & {*plan.blocks} else {"image_rotary_emb"}
-        name, how = rng.choice(["sample", *sorted(known)]), rng.choice(["in place", "data", "numpy", "index"])
+        name, how = (
+            rng.choice(["sample", *sorted(known)]),
+            rng.choice(["in place", "data", "numpy", "index"]),
+        )
         name = "timestep" if plan.clock == "live" and rng.random() < 0.5 else name
-        how, factor = ("data" if how == "index" and name in ("timestep", "guidance") else how), rng.uniform(0.5, 0.8)
+        how, factor = (
+            ("data" if how == "index" and name in ("timestep", "guidance") else how),
+            rng.uniform(0.5, 0.8),
+        )
 
         def call(inner: Any, x: Tensor, timestep: Any, **kw: Any) -> Any:
             output = inner(x, timestep=timestep, **kw)
@@ -648,7 +778,10 @@ def harm(rng: random.Random, plan: Plan, family: str) -> tuple[str, Install]:
         return f"write: {name} {how} {factor:.2f} by {by}", lambda net: around(net, wrapped, call)
     amp = math.exp(rng.uniform(math.log(3e-5), math.log(1e-2)))
     if family == "draw":
-        kind, amount = rng.choice(["own generator", "seeded at each call", "reseeds the default"]), max(a, 0.15)
+        kind, amount = (
+            rng.choice(["own generator", "seeded at each call", "reseeds the default"]),
+            max(a, 0.15),
+        )
 
         def install(net: Net) -> nn.Module:
             own = torch.Generator().manual_seed(plan.seed)
@@ -674,10 +807,28 @@ def harm(rng: random.Random, plan: Plan, family: str) -> tuple[str, Install]:
     return f"random: {kind} {amp:.1e} at {where}", lambda net: place(net, where, noise[kind])
 
 
-FAMILIES = {"rows": 9, "argument": 4, "branch": 5, "state": 6, "reuse": 4, "write": 4, "draw": 2, "random": 2}
+FAMILIES = {
+    "rows": 9,
+    "argument": 4,
+    "branch": 5,
+    "state": 6,
+    "reuse": 4,
+    "write": 4,
+    "draw": 2,
+    "random": 2,
+}
 
 
-TRAITS = ("lookup", "unique", "cached table", "memo", "memo with rows", "row branch", "row loop", "long inputs")
+TRAITS = (
+    "lookup",
+    "unique",
+    "cached table",
+    "memo",
+    "memo with rows",
+    "row branch",
+    "row loop",
+    "long inputs",
+)
 TRAITS += ("double", "outlier argument", "two outputs")
 
 
@@ -692,7 +843,11 @@ def generate(seed: int) -> Case:
         traits.add(rng.choice(["outlier", "outlier output"]))
     given = {one for one in EXTRAS if rng.random() < 0.35}
     given |= {one for one in ("image_rotary_emb", "return_dict") if rng.random() < 0.25}
-    given |= {"encoder_attention_mask"} if "encoder_hidden_states" in given and rng.random() < 0.5 else set()
+    given |= (
+        {"encoder_attention_mask"}
+        if "encoder_hidden_states" in given and rng.random() < 0.5
+        else set()
+    )
     if half:  # a sign that rounding may flip is no harmless branch
         traits -= {"row branch"}
     clock = rng.choices(["number", "0-d", "one", "rows", "live"], [1, 3, 2, 4, 1])[0]
@@ -701,9 +856,20 @@ def generate(seed: int) -> Case:
         seed=seed,
         shape=shape,
         dtype=torch.bfloat16 if half else torch.float32,
-        steps=rng.choice([(5, 6, 8, 8), (6, 10, 10, 4), (8, 6, 12, 12), (12, 4, 8, 10), (6, 8, 8, 8), (11, 12, 4, 12)]),
+        steps=rng.choice(
+            [
+                (5, 6, 8, 8),
+                (6, 10, 10, 4),
+                (8, 6, 12, 12),
+                (12, 4, 8, 10),
+                (6, 8, 8, 8),
+                (11, 12, 4, 12),
+            ]
+        ),
         rows=rng.choice([(1, 2, 1, 2), (1, 1, 2, 1), (2, 1, 1, 2), (1, 1, 1, 1), (1, 2, 2, 1)]),
-        blocks=tuple(rng.choice(["attention", "cross", "conv", "mlp"]) for _ in range(rng.randint(2, 3))),
+        blocks=tuple(
+            rng.choice(["attention", "cross", "conv", "mlp"]) for _ in range(rng.randint(2, 3))
+        ),
         given=given,
         clock=clock,
         integer=integer,
@@ -728,7 +894,10 @@ def generate(seed: int) -> Case:
 
     looks = [*plan.blocks, *sorted(traits), *sorted(given), f"{clock} clock", plan.output]
     looks += ["bf16"] * half + ["same objects"] * plan.same
-    name = f"{seed} {' + '.join(text for text, _ in harms) or 'harmless'} | {'x'.join(map(str, shape))} "
+    name = (
+        f"{seed} {' + '.join(text for text, _ in harms) or 'harmless'} | "
+        f"{'x'.join(map(str, shape))} "
+    )
     name += ", ".join(looks)
     return Case(name, not family, build, plan.arguments, shape, plan.dtype, plan.steps, plan.rows)
 
@@ -737,7 +906,13 @@ def generate(seed: int) -> Case:
 
 
 def tensor_of(output: Any) -> Tensor:
-    output = output["sample"] if isinstance(output, dict) else output[0] if isinstance(output, tuple) else output
+    output = (
+        output["sample"]
+        if isinstance(output, dict)
+        else output[0]
+        if isinstance(output, tuple)
+        else output
+    )
     return output.sample if isinstance(output, Output) else output
 
 
@@ -758,15 +933,22 @@ def merge(values: list[Any], rows: list[int]) -> Any:
             if not isinstance(one, Tensor) or one.ndim == 0:
                 return one
         values = [torch.as_tensor(v) for v in values]
-        values = [v.expand(n, *v.shape[1:]) if v.ndim else v.expand(n) for v, n in zip(values, rows, strict=True)]
+        values = [
+            v.expand(n, *v.shape[1:]) if v.ndim else v.expand(n)
+            for v, n in zip(values, rows, strict=True)
+        ]
     return torch.cat(values)
 
 
 @torch.no_grad()
 def together(case: Case, jobs: list[int], mode: str) -> list[Tensor]:
-    """The jobs' results of one shared module: merged at each tick, the same with late joiners, or in turns."""
+    """The jobs' results of one shared module: merged at each tick, the same with late joiners, or
+    in turns."""
     net, step, late = case.build(), dict.fromkeys(jobs, 0), mode == "staggered"
-    xs = {job: torch.randn(case.rows[job], *case.shape, generator=torch.Generator().manual_seed(job)) for job in jobs}
+    xs = {
+        job: torch.randn(case.rows[job], *case.shape, generator=torch.Generator().manual_seed(job))
+        for job in jobs
+    }
     xs = {job: x.to(case.dtype) for job, x in xs.items()}
     for tick in range(max(case.steps) + len(jobs)):
         now = [job for job in jobs if step[job] < case.steps[job] and (not late or tick >= job)]
@@ -803,7 +985,9 @@ def main(first: int = 0, end: int = 200) -> None:
                 far.append(math.inf)
         bound = 0 if family == "random" else 5e-2 if case.dtype is torch.bfloat16 else 1e-3
         differs = [True, max(far) > bound, *(value > bound for value in far)]
-        by[family] = [total + one for total, one in zip(by.get(family, [0] * 5), differs, strict=True)]
+        by[family] = [
+            total + one for total, one in zip(by.get(family, [0] * 5), differs, strict=True)
+        ]
         if case.harmless:
             worst[case.dtype] = max(worst[case.dtype], *far)
         wrong = {
@@ -817,9 +1001,14 @@ def main(first: int = 0, end: int = 200) -> None:
     say("family: cases, differing, of these merged, merged with late joiners, in turns\n")
     for family, numbers in sorted(by.items()):
         say(f"  {family}: {', '.join(map(str, numbers))}\n")
-    cases, differing = map(sum, list(zip(*(by[one] for one in by if one != "harmless"), strict=True))[:2])
+    cases, differing = map(
+        sum, list(zip(*(by[one] for one in by if one != "harmless"), strict=True))[:2]
+    )
     say(f"{differing} of {cases} harmful cases differ; a harmless one by at most ")
-    say(f"{', '.join(f'{far:.1e}' for far in worst.values())} (float32, bfloat16); slowest {slow:.1f} ms a step\n")
+    say(
+        f"{', '.join(f'{far:.1e}' for far in worst.values())} (float32, bfloat16); slowest "
+        f"{slow:.1f} ms a step\n"
+    )
 
 
 if __name__ == "__main__":

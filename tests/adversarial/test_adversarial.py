@@ -1,6 +1,8 @@
-"""Whatever the engine decides of a module, every job gets what a plain call gives; and what is harmless is merged.
+"""Whatever the engine decides of a module, every job gets what a plain call gives; and what is
+harmless is merged.
 
-Two generators, one written without knowledge of the engine, half of the cases each. `make test-full` runs ten times as many.
+Two generators, one written without knowledge of the engine, half of the cases each. `make
+test-full` runs ten times as many.
 """
 
 from __future__ import annotations

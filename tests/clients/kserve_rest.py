@@ -1,4 +1,5 @@
-"""What KServe's REST client makes of the server: `python kserve_rest.py URL MODEL` writes what it found to stdout, as JSON.
+"""What KServe's REST client makes of the server: `python kserve_rest.py URL MODEL` writes what it
+found to stdout, as JSON.
 
 Runs in an environment of its own, which has kserve and not Stepweave.
 """

@@ -1,8 +1,8 @@
-"""What LangChain's DALL-E wrapper makes of the server: `python langchain_dalle.py URL` writes the URL that it got to stdout, as
-JSON.
+"""What LangChain's DALL-E wrapper makes of the server: `python langchain_dalle.py URL` writes the
+URL that it got to stdout, as JSON.
 
-Runs in an environment of its own, which has langchain-community and not Stepweave. The wrapper asks for `dall-e-3` unless told
-otherwise, wants URLs, and says so nowhere.
+Runs in an environment of its own, which has langchain-community and not Stepweave. The wrapper asks
+for `dall-e-3` unless told otherwise, wants URLs, and says so nowhere.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""What litellm makes of the server: `python lite_llm.py URL IMAGE` writes what it found to stdout, as JSON.
+"""What litellm makes of the server: `python lite_llm.py URL IMAGE` writes what it found to stdout,
+as JSON.
 
-Runs in an environment of its own, which has litellm and not Stepweave. IMAGE is the file to be edited.
+Runs in an environment of its own, which has litellm and not Stepweave. IMAGE is the file to be
+edited.
 """
 
 from __future__ import annotations
@@ -29,8 +31,15 @@ def told(answer: Any) -> dict[str, Any]:
 
 def main(url: str, image: str) -> dict[str, Any]:
     litellm.suppress_debug_info = True  # which it prints to stdout
-    common: dict[str, Any] = {"api_base": f"{url}/v1", "api_key": "unused", "model": "openai/shapes"}
-    common |= {"prompt": PROMPT, "extra_body": {"seed": 5, "num_inference_steps": 2, "reproducible": True}}
+    common: dict[str, Any] = {
+        "api_base": f"{url}/v1",
+        "api_key": "unused",
+        "model": "openai/shapes",
+    }
+    common |= {
+        "prompt": PROMPT,
+        "extra_body": {"seed": 5, "num_inference_steps": 2, "reproducible": True},
+    }
     found = {"generation": told(litellm.image_generation(**common, n=2, size="64x64"))}
     with open(image, "rb") as file:
         found["edit"] = told(litellm.image_edit(**common, image=file))

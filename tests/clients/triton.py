@@ -1,4 +1,5 @@
-"""What tritonclient makes of the server: `python triton.py HOST:PORT MODEL` writes what it found to stdout, as JSON.
+"""What tritonclient makes of the server: `python triton.py HOST:PORT MODEL` writes what it found to
+stdout, as JSON.
 
 Runs in an environment of its own, which has tritonclient and not Stepweave.
 """
@@ -37,7 +38,9 @@ def tensors(kind: Any, binary: bool) -> list[Any]:
 def read(result: Any, binary: bool) -> dict[str, Any]:
     images = result.as_numpy("image").tolist()
     return {
-        "response": {name: value for name, value in result.get_response().items() if name != "outputs"},
+        "response": {
+            name: value for name, value in result.get_response().items() if name != "outputs"
+        },
         "images": [base64.b64encode(one).decode() if binary else one for one in images],
         "parameters": [json.loads(one) for one in result.as_numpy("parameters").tolist()],
     }
@@ -49,7 +52,8 @@ def sync(url: str, model: str) -> dict[str, Any]:
             "live": server.is_server_live(),
             "ready": server.is_server_ready(),
             "model_ready": [
-                server.is_model_ready(*one) for one in ((model,), (model, "1"), (model, "2"), ("nothing",))
+                server.is_model_ready(*one)
+                for one in ((model,), (model, "1"), (model, "2"), ("nothing",))
             ],
             "metadata": server.get_server_metadata(),
             "model_metadata": server.get_model_metadata(model, "1"),
@@ -58,7 +62,9 @@ def sync(url: str, model: str) -> dict[str, Any]:
         inputs = tensors(client.InferInput, binary=True)
         found["binary"] = read(server.infer(model, inputs, **fixed), binary=True)
         for compression in ("gzip", "deflate"):
-            result = server.infer(model, inputs, "1", request_compression_algorithm=compression, **fixed)
+            result = server.infer(
+                model, inputs, "1", request_compression_algorithm=compression, **fixed
+            )
             found[compression] = read(result, binary=True)
         names = ("image", "parameters")
         outputs = [client.InferRequestedOutput(name, binary_data=False) for name in names]
@@ -67,7 +73,11 @@ def sync(url: str, model: str) -> dict[str, Any]:
         only = server.infer(model, inputs, outputs=[client.InferRequestedOutput("parameters")])
         found["only"] = [output["name"] for output in only.get_response()["outputs"]]
         found["errors"] = []
-        for name, wrong in ((model, {"parameters": {"seed": -1}}), ("nothing", {}), (model, {"model_version": "9"})):
+        for name, wrong in (
+            (model, {"parameters": {"seed": -1}}),
+            ("nothing", {}),
+            (model, {"model_version": "9"}),
+        ):
             try:
                 server.infer(name, inputs[:1], **wrong)
             except InferenceServerException as error:
@@ -75,8 +85,12 @@ def sync(url: str, model: str) -> dict[str, Any]:
         columns = tensors(client.InferInput, binary=True)
         for one in columns[:3]:
             one.set_shape([*one.shape(), 1])
-        found["columns"] = read(server.infer(model, columns, parameters={"reproducible": True, "more": 1}), binary=True)
-        found["others"] = {name: outcome(server, name, arguments) for name, arguments in others(model).items()}
+        found["columns"] = read(
+            server.infer(model, columns, parameters={"reproducible": True, "more": 1}), binary=True
+        )
+        found["others"] = {
+            name: outcome(server, name, arguments) for name, arguments in others(model).items()
+        }
     called = {"close", "infer", *(name.partition(" ")[0] for name in others(model))}
     of_the_client_alone = {
         "generate_request_body",
@@ -87,9 +101,12 @@ def sync(url: str, model: str) -> dict[str, Any]:
     }
     public = {name for name in dir(client.InferenceServerClient) if not name.startswith("_")}
     found["not called"] = sorted(
-        public - called - of_the_client_alone - {"is_server_live", "is_server_ready", "is_model_ready", "get_server_metadata"}
+        public
+        - called
+        - of_the_client_alone
+        - {"is_server_live", "is_server_ready", "is_model_ready", "get_server_metadata"}
         - {"get_model_metadata"}
-    )  # fmt: skip
+    )
     return found
 
 
@@ -133,7 +150,9 @@ async def asynchronous(url: str, model: str) -> dict[str, Any]:
     async with aio.InferenceServerClient(url) as server:
         found = {"ready": await server.is_server_ready()}
         fixed = {"parameters": {"reproducible": True}, "request_id": "43"}
-        found["binary"] = read(await server.infer(model, tensors(aio.InferInput, binary=True), **fixed), binary=True)
+        found["binary"] = read(
+            await server.infer(model, tensors(aio.InferInput, binary=True), **fixed), binary=True
+        )
         try:
             await server.infer("nothing", tensors(aio.InferInput, binary=True))
         except InferenceServerException as error:
@@ -143,4 +162,6 @@ async def asynchronous(url: str, model: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    json.dump({"sync": sync(*sys.argv[1:]), "async": asyncio.run(asynchronous(*sys.argv[1:]))}, sys.stdout)
+    json.dump(
+        {"sync": sync(*sys.argv[1:]), "async": asyncio.run(asynchronous(*sys.argv[1:]))}, sys.stdout
+    )

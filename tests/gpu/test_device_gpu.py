@@ -1,4 +1,5 @@
-"""What `tests/fake_device.py` cannot tell: what waits for a real GPU, what its errors look like, and what is left afterwards.
+"""What `tests/fake_device.py` cannot tell: what waits for a real GPU, what its errors look like,
+and what is left afterwards.
 
 On a machine without a GPU most of it is skipped: there is nothing that could be waited for.
 """
@@ -39,7 +40,8 @@ Say = Callable[[str], None]
 
 
 class Waits:
-    """Operations that waited for the GPU, as CUDA's own debug mode reports them, by package and line."""
+    """Operations that waited for the GPU, as CUDA's own debug mode reports them, by package and
+    line."""
 
     def __init__(self) -> None:
         self.found: list[tuple[str, str]] = []
@@ -73,7 +75,9 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def _waits_of(engine: StepEngine, waits: Waits, family: Family, steps: int, number: int, jobs: int = 3) -> Waits:
+def _waits_of(
+    engine: StepEngine, waits: Waits, family: Family, steps: int, number: int, jobs: int = 3
+) -> Waits:
     """What waits while jobs of so many steps run; audits aside, which wait."""
     waits.found.clear()
     run_settled(engine, family, steps, number, jobs)
@@ -97,7 +101,8 @@ def test_a_step_waits_for_nothing(name: str, waits: Waits, say: Say) -> None:  #
     caches = [line for line in many.of("stepweave") if line.startswith("merge.py")]
     own, theirs = sum(few.of("stepweave").values()), sum(many.of("diffusers").values())
     say(
-        f"{name}: {own} waits of ours for {jobs} jobs of 8 steps, diffusers' {theirs} for 16; shared {denoiser.merged_share:.0%}"
+        f"{name}: {own} waits of ours for {jobs} jobs of 8 steps, diffusers' {theirs} for 16; "
+        f"shared {denoiser.merged_share:.0%}"
     )
     for line, count in few.of("stepweave").most_common(6):
         say(f"    {count} {line}")
@@ -123,7 +128,8 @@ def test_times_as_numbers_or_on_the_cpu_share_forwards(name: str, say: Say) -> N
         stats = engine.stats()
     worst = max(float(np.abs(one - other).max()) for one, other in zip(made, plain, strict=True))
     say(
-        f"{name}: {stats.forwards['unet'].merged_share:.0%} of calls shared, the largest difference of a pixel is {worst:.2e}"
+        f"{name}: {stats.forwards['unet'].merged_share:.0%} of calls shared, the largest "
+        f"difference of a pixel is {worst:.2e}"
     )
     assert stats.forwards["unet"].merged_share > 0.5, stats.unshared
     assert (stats.errors, stats.retried) == (0, 0)
@@ -131,7 +137,9 @@ def test_times_as_numbers_or_on_the_cpu_share_forwards(name: str, say: Say) -> N
 
 
 @needs_gpu
-@pytest.mark.parametrize("kind", sorted(READERS, key=lambda one: one.__name__), ids=lambda one: one.__name__)
+@pytest.mark.parametrize(
+    "kind", sorted(READERS, key=lambda one: one.__name__), ids=lambda one: one.__name__
+)
 def test_a_view_of_a_scheduler_waits_once_a_job(kind: Any, waits: Waits, say: Say) -> None:  # noqa: F811
     def waited(scheduler: Any) -> tuple[torch.Tensor, int]:
         waits.found.clear()
@@ -150,8 +158,14 @@ def test_a_view_of_a_scheduler_waits_once_a_job(kind: Any, waits: Waits, say: Sa
 
 @needs_gpu
 def test_times_are_merged_without_waiting(waits: Waits) -> None:
-    for times in (lambda i: 900 + i, lambda i: torch.tensor(900 + i), lambda i: torch.tensor(0.5 + i)):
-        calls = [call_of(torch.ones(2, 4, 8, 8, device=DEVICE), timestep=times(i)) for i in range(3)]
+    for times in (
+        lambda i: 900 + i,
+        lambda i: torch.tensor(900 + i),
+        lambda i: torch.tensor(0.5 + i),
+    ):
+        calls = [
+            call_of(torch.ones(2, 4, 8, 8, device=DEVICE), timestep=times(i)) for i in range(3)
+        ]
         waits.found.clear()
         merged = merge(calls)
         assert not waits.found, waits.found
@@ -199,7 +213,9 @@ print(f"closed after {time.monotonic() - start:.2f} s")
 
 @needs_gpu
 def test_an_assertion_in_a_kernel_ends_all_jobs_and_is_told(say: Say) -> None:  # noqa: F811
-    ran = subprocess.run([sys.executable, "-c", FAILS], cwd=ROOT, capture_output=True, text=True, timeout=180)
+    ran = subprocess.run(
+        [sys.executable, "-c", FAILS], cwd=ROOT, capture_output=True, text=True, timeout=180
+    )
     say(ran.stdout)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("ended by DeviceFailed") == 4, ran.stdout

@@ -1,4 +1,5 @@
-"""Memory of a GPU: what a row takes is measured, and what runs out for real is halved, divided or refused."""
+"""Memory of a GPU: what a row takes is measured, and what runs out for real is halved, divided or
+refused."""
 
 from __future__ import annotations
 
@@ -15,7 +16,10 @@ from tests.gpu.test_parity_gpu import DEVICE, say  # noqa: F401
 from tests.toy import CLOSE, Toy, call, fresh, honest, submit_together
 from tests.waiting import SECONDS
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA GPU: its allocator is tested")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA GPU: its allocator is tested"),
+]
 
 EACH = 256 * 2**20  # bytes that a row takes
 ROWS = 8  # that fit
@@ -40,7 +44,8 @@ def small_gpu() -> Iterator[None]:
 
 
 class Measured(CudaMemory):
-    """Without the share of the whole device that is left to others: it is more than this process has."""
+    """Without the share of the whole device that is left to others: it is more than this process
+    has."""
 
     def available(self) -> int | None:
         total = torch.cuda.get_device_properties(DEVICE).total_memory
@@ -49,18 +54,25 @@ class Measured(CudaMemory):
 
 
 @pytest.mark.usefixtures("small_gpu")
-@pytest.mark.parametrize("memory", [Measured(DEVICE), UnknownMemory()], ids=["measured", "learnt from failures"])
+@pytest.mark.parametrize(
+    "memory", [Measured(DEVICE), UnknownMemory()], ids=["measured", "learnt from failures"]
+)
 def test_jobs_fit_into_what_there_is(memory: DeviceMemory, say: Callable[[str], None]) -> None:  # noqa: F811
     calls = [call(seed, rows=1 + seed % 2, steps=12) for seed in range(16)]
     with StepEngine(Toy(Heavy().eval()), knee=False, memory=memory) as engine:
-        results = [job.result(SECONDS) for job in submit_together(engine, [fresh(one) for one in calls])]
+        results = [
+            job.result(SECONDS) for job in submit_together(engine, [fresh(one) for one in calls])
+        ]
     stats = engine.stats()
     plain = Toy(Heavy().eval())
     for result, one in zip(results, calls, strict=True):
         assert (result - plain(**fresh(one))).abs().max() <= CLOSE
     assert stats.errors == stats.unfit == 0
     assert max(stats.forwards["denoiser"].by_rows) > ROWS / 2
-    say(f"{stats.out_of_memory} forwards ran out, rows {sorted(stats.forwards['denoiser'].by_rows.items())}")
+    say(
+        f"{stats.out_of_memory} forwards ran out, rows "
+        f"{sorted(stats.forwards['denoiser'].by_rows.items())}"
+    )
     if isinstance(memory, Measured):
         assert stats.out_of_memory == 0
     else:

@@ -1,4 +1,5 @@
-"""Jobs in company with model CPU offload, where there is a GPU that models are moved to and from."""
+"""Jobs in company with model CPU offload, where there is a GPU that models are moved to and
+from."""
 
 from __future__ import annotations
 
@@ -26,7 +27,10 @@ pytestmark = pytest.mark.gpu
 
 
 @every_family
-def test_jobs_in_company_are_the_plain_calls_with_model_offload(family: Family, say: Callable[[str], None]) -> None:  # noqa: F811
+def test_jobs_in_company_are_the_plain_calls_with_model_offload(
+    family: Family,
+    say: Callable[[str], None],  # noqa: F811
+) -> None:
     pipeline = build(family, torch.float32)
     expected = alone(pipeline, family)
     pipeline.enable_model_cpu_offload(device=torch.device(DEVICE.type, 0))
@@ -38,8 +42,19 @@ def test_jobs_in_company_are_the_plain_calls_with_model_offload(family: Family, 
                 worst = max(worst, float(np.abs(image - plain).max()))
         assert_merged(engine)
         if DEVICE.type == "cuda":
-            there = [one for one in chain if one is not None and next(one.parameters()).device.type == "cuda"]
+            there = [
+                one
+                for one in chain
+                if one is not None and next(one.parameters()).device.type == "cuda"
+            ]
             assert len(there) == 1  # the last one used
-    assert all(parameter.device.type == "cpu" for network in networks(pipeline) for parameter in network.parameters())
-    say(f"{family.name}, offloaded from {DEVICE.type}: the largest difference of a pixel is {worst:.2e}")
+    assert all(
+        parameter.device.type == "cpu"
+        for network in networks(pipeline)
+        for parameter in network.parameters()
+    )
+    say(
+        f"{family.name}, offloaded from {DEVICE.type}: the largest difference of a pixel is "
+        f"{worst:.2e}"
+    )
     assert worst < TOLERANCE

@@ -1,4 +1,5 @@
-"""Jobs in company against plain calls, on a GPU where there is one: in float32 and, for drift, in bfloat16.
+"""Jobs in company against plain calls, on a GPU where there is one: in float32 and, for drift, in
+bfloat16.
 
 On a machine without a GPU the very same tests run on the CPU, so that they are kept working.
 """
@@ -21,9 +22,10 @@ pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
-# Of pixels in [0, 1]. Without TF32 a product in float32 is good to some 1e-6 of its largest result, whatever kernel cuBLAS
-# or cuDNN choose for the number of rows (Winograd's among them); five steps with guidance 5 amplify that tenfold and more.
-# What a mixed-up row changes is 1e-2 and more (tests/test_tiny.py).
+# Of pixels in [0, 1]. Without TF32 a product in float32 is good to some 1e-6 of its largest result,
+# whatever kernel cuBLAS or cuDNN choose for the number of rows (Winograd's among them); five steps
+# with guidance 5 amplify that tenfold and more. What a mixed-up row changes is 1e-2 and more
+# (tests/test_tiny.py).
 TOLERANCE = 5e-4 if DEVICE.type == "cuda" else 1e-4
 
 PROMPTS = (
@@ -37,7 +39,14 @@ PROMPTS = (
     "a big white square on a blue background, bottom",
 )
 
-NAMES = ("stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux", "qwen_image", "controlnet_sd")
+NAMES = (
+    "stable_diffusion",
+    "stable_diffusion_xl",
+    "stable_diffusion_3",
+    "flux",
+    "qwen_image",
+    "controlnet_sd",
+)
 every_family = pytest.mark.parametrize("family", [FAMILIES[name] for name in NAMES], ids=NAMES)
 
 
@@ -74,7 +83,8 @@ def calls(family: Family) -> list[dict[str, Any]]:
     """Eight that differ in prompt, seed, steps and, where the family has it, guidance."""
     name = next(name for name in ("guidance_scale", "true_cfg_scale") if name in family.call)
     return [
-        family.arguments(prompt, seed=i, steps=3 + i % 3, **{name: 2.0 + i / 2}) for i, prompt in enumerate(PROMPTS)
+        family.arguments(prompt, seed=i, steps=3 + i % 3, **{name: 2.0 + i / 2})
+        for i, prompt in enumerate(PROMPTS)
     ]
 
 
@@ -110,13 +120,18 @@ def test_jobs_in_company_are_the_plain_calls(family: Family, say: Callable[[str]
             for image, plain in zip(in_company(engine, family), expected, strict=True):
                 worst = max(worst, float(np.abs(image - plain).max()))
         assert_merged(engine)
-    say(f"{family.name}, float32 on {DEVICE.type}: the largest difference of a pixel is {worst:.2e}")
+    say(
+        f"{family.name}, float32 on {DEVICE.type}: the largest difference of a pixel is {worst:.2e}"
+    )
     assert worst < TOLERANCE
 
 
 @every_family
-def test_company_changes_less_than_bfloat16_does(family: Family, say: Callable[[str], None]) -> None:
-    """Merged against alone, both in bfloat16, is held against what bfloat16 itself does to the plain call."""
+def test_company_changes_less_than_bfloat16_does(
+    family: Family, say: Callable[[str], None]
+) -> None:
+    """Merged against alone, both in bfloat16, is held against what bfloat16 itself does to the
+    plain call."""
     exact = alone(build(family, torch.float32), family)
     pipeline = build(family, torch.bfloat16)
     expected = alone(pipeline, family)
@@ -126,7 +141,8 @@ def test_company_changes_less_than_bfloat16_does(family: Family, say: Callable[[
         assert_merged(engine)
     drift, rounding = rms(merged, expected), rms(expected, exact)
     say(
-        f"{family.name}, bfloat16 on {DEVICE.type}: company changes a pixel by {drift:.2e} (rms), bfloat16 by {rounding:.2e}, "
+        f"{family.name}, bfloat16 on {DEVICE.type}: company changes a pixel by {drift:.2e} (rms), "
+        f"bfloat16 by {rounding:.2e}, "
         f"ratio {drift / rounding:.2f}"
     )
     assert drift < rounding

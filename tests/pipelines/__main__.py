@@ -16,13 +16,21 @@ DOCUMENT = Path("docs/pipelines.md")
 
 def main() -> int:
     """The exit status: 1 if a report is of a failure or of results that differ."""
-    parser = argparse.ArgumentParser(prog="python -m tests.pipelines", description=pipelines.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.pipelines", description=pipelines.__doc__
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("names", nargs="*", metavar="NAME", help="entries; all if none is named")
-    parser.add_argument("--write", action="store_true", help=f"write {DOCUMENT} of the reports of all entries")
-    parser.add_argument("--resume", action="store_true", help=f"run only what has no report in {FOLDER} yet")
+    parser.add_argument(
+        "--write", action="store_true", help=f"write {DOCUMENT} of the reports of all entries"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help=f"run only what has no report in {FOLDER} yet"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="entries that run at a time (1)")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for one entry (%(default)g)")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="for one entry (%(default)g)"
+    )
     options = parser.parse_args()
     known = entries()
     unknown = [name for name in options.names if name not in known]
@@ -35,7 +43,8 @@ def main() -> int:
     for i, report in enumerate(run(todo, jobs=options.jobs, seconds=options.seconds), start=1):
         share = "none" if report.merged_share is None else f"{report.merged_share:.2f}"
         print(  # noqa: T201
-            f"{i}/{len(todo)} {'ok   ' if report.right else 'WRONG'} {report.name} {report.pipeline} merged {share} "
+            f"{i}/{len(todo)} {'ok   ' if report.right else 'WRONG'} {report.name} "
+            f"{report.pipeline} merged {share} "
             f"error {report.largest_error:.1e} {report.failed or '; '.join(report.alone)}",
             file=sys.stderr,
         )
@@ -44,7 +53,10 @@ def main() -> int:
     if options.write:
         missing = [name for name, report in kept.items() if report is None]
         if missing:
-            parser.error(f"no report in {FOLDER} of {', '.join(missing)}: run without names, or with --resume")
+            parser.error(
+                f"no report in {FOLDER} of {', '.join(missing)}: run without names, or with "
+                f"--resume"
+            )
         DOCUMENT.write_text(document(reports, known, NOT_BUILT, versions()))
     return int(not all(report.right for report in reports))
 

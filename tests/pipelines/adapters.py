@@ -75,17 +75,31 @@ def stable_diffusion_control_net_guess() -> diffusers.StableDiffusionControlNetP
 )
 def stable_diffusion_multi_control_net_text() -> diffusers.StableDiffusionControlNetPipeline:
     """Two ControlNets at once."""
-    return diffusers.StableDiffusionControlNetPipeline(**diffusion(), controlnet=[controlnet(), controlnet()])
+    return diffusers.StableDiffusionControlNetPipeline(
+        **diffusion(), controlnet=[controlnet(), controlnet()]
+    )
 
 
 @entry(**NUMBERS, guidance_scale=5.0, image=picture, control_image=hint, strength=strength)
 def stable_diffusion_control_net_img2img() -> diffusers.StableDiffusionControlNetImg2ImgPipeline:
-    return diffusers.StableDiffusionControlNetImg2ImgPipeline(**diffusion(), controlnet=controlnet())
+    return diffusers.StableDiffusionControlNetImg2ImgPipeline(
+        **diffusion(), controlnet=controlnet()
+    )
 
 
-@entry(**SQUARE, **NUMBERS, guidance_scale=5.0, image=picture, mask_image=mask, control_image=hint, strength=strength)
+@entry(
+    **SQUARE,
+    **NUMBERS,
+    guidance_scale=5.0,
+    image=picture,
+    mask_image=mask,
+    control_image=hint,
+    strength=strength,
+)
 def stable_diffusion_control_net_inpaint() -> diffusers.StableDiffusionControlNetInpaintPipeline:
-    return diffusers.StableDiffusionControlNetInpaintPipeline(**diffusion(in_channels=9), controlnet=controlnet())
+    return diffusers.StableDiffusionControlNetInpaintPipeline(
+        **diffusion(in_channels=9), controlnet=controlnet()
+    )
 
 
 @entry(**SQUARE, **NUMBERS, guidance_scale=5.0, image=hint)
@@ -106,14 +120,26 @@ def stable_diffusion_xl_control_net_text() -> diffusers.StableDiffusionXLControl
 
 
 @entry(**NUMBERS, guidance_scale=5.0, image=picture, control_image=hint, strength=strength)
-def stable_diffusion_xl_control_net_img2img() -> diffusers.StableDiffusionXLControlNetImg2ImgPipeline:
+def stable_diffusion_xl_control_net_img2img() -> (
+    diffusers.StableDiffusionXLControlNetImg2ImgPipeline
+):
     return diffusers.StableDiffusionXLControlNetImg2ImgPipeline(
         **diffusion_xl(), controlnet=controlnet(**XL_BLOCKS), add_watermarker=False
     )
 
 
-@entry(**SQUARE, **NUMBERS, guidance_scale=5.0, image=picture, mask_image=mask, control_image=hint, strength=strength)
-def stable_diffusion_xl_control_net_inpaint() -> diffusers.StableDiffusionXLControlNetInpaintPipeline:
+@entry(
+    **SQUARE,
+    **NUMBERS,
+    guidance_scale=5.0,
+    image=picture,
+    mask_image=mask,
+    control_image=hint,
+    strength=strength,
+)
+def stable_diffusion_xl_control_net_inpaint() -> (
+    diffusers.StableDiffusionXLControlNetInpaintPipeline
+):
     return diffusers.StableDiffusionXLControlNetInpaintPipeline(
         **diffusion_xl(in_channels=9), controlnet=controlnet(**XL_BLOCKS), add_watermarker=False
     )
@@ -121,20 +147,42 @@ def stable_diffusion_xl_control_net_inpaint() -> diffusers.StableDiffusionXLCont
 
 def union() -> diffusers.ControlNetUnionModel:
     return diffusers.ControlNetUnionModel(
-        **DOWN_BLOCKS, **HINTS, **XL_BLOCKS, num_trans_channel=8, num_trans_head=2, num_proj_channel=8
+        **DOWN_BLOCKS,
+        **HINTS,
+        **XL_BLOCKS,
+        num_trans_channel=8,
+        num_trans_head=2,
+        num_proj_channel=8,
     )
 
 
-@entry(**SQUARE, **NUMBERS, guidance_scale=5.0, control_image=hint, control_mode=lambda number: number % 2)
-def stable_diffusion_xl_control_net_union_text() -> diffusers.StableDiffusionXLControlNetUnionPipeline:
+@entry(
+    **SQUARE,
+    **NUMBERS,
+    guidance_scale=5.0,
+    control_image=hint,
+    control_mode=lambda number: number % 2,
+)
+def stable_diffusion_xl_control_net_union_text() -> (
+    diffusers.StableDiffusionXLControlNetUnionPipeline
+):
     """What the picture shows differs: outlines, depth."""
     return diffusers.StableDiffusionXLControlNetUnionPipeline(
         **diffusion_xl(), controlnet=union(), add_watermarker=False
     )
 
 
-@entry(**NUMBERS, guidance_scale=5.0, image=picture, control_image=hint, control_mode=1, strength=strength)
-def stable_diffusion_xl_control_net_union_img2img() -> diffusers.StableDiffusionXLControlNetUnionImg2ImgPipeline:
+@entry(
+    **NUMBERS,
+    guidance_scale=5.0,
+    image=picture,
+    control_image=hint,
+    control_mode=1,
+    strength=strength,
+)
+def stable_diffusion_xl_control_net_union_img2img() -> (
+    diffusers.StableDiffusionXLControlNetUnionImg2ImgPipeline
+):
     return diffusers.StableDiffusionXLControlNetUnionImg2ImgPipeline(
         **diffusion_xl(), controlnet=union(), add_watermarker=False
     )
@@ -150,7 +198,9 @@ def stable_diffusion_xl_control_net_union_img2img() -> diffusers.StableDiffusion
     control_mode=1,
     strength=strength,
 )
-def stable_diffusion_xl_control_net_union_inpaint() -> diffusers.StableDiffusionXLControlNetUnionInpaintPipeline:
+def stable_diffusion_xl_control_net_union_inpaint() -> (
+    diffusers.StableDiffusionXLControlNetUnionInpaintPipeline
+):
     return diffusers.StableDiffusionXLControlNetUnionInpaintPipeline(
         **diffusion_xl(), controlnet=union(), add_watermarker=False
     )
@@ -169,11 +219,17 @@ def control_xs(**config: Any) -> diffusers.ControlNetXSAdapter:
     return diffusers.ControlNetXSAdapter(
         **HINTS,
         **{
-            "block_out_channels": (4, 8), "base_block_out_channels": (8, 16), "num_attention_heads": 2,
-            "cross_attention_dim": WIDTH, "down_block_types": DOWN_BLOCKS["down_block_types"], "sample_size": 8,
-            "max_norm_num_groups": 4, "learn_time_embedding": True,
-        } | config,
-    )  # fmt: skip
+            "block_out_channels": (4, 8),
+            "base_block_out_channels": (8, 16),
+            "num_attention_heads": 2,
+            "cross_attention_dim": WIDTH,
+            "down_block_types": DOWN_BLOCKS["down_block_types"],
+            "sample_size": 8,
+            "max_norm_num_groups": 4,
+            "learn_time_embedding": True,
+        }
+        | config,
+    )
 
 
 # T2I-Adapter
@@ -182,7 +238,8 @@ def control_xs(**config: Any) -> diffusers.ControlNetXSAdapter:
 @entry(**SQUARE, **NUMBERS, guidance_scale=5.0, image=hint)
 def stable_diffusion_adapter_text() -> diffusers.StableDiffusionAdapterPipeline:
     parts = diffusion(
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )
     adapter = diffusers.T2IAdapter(channels=[8, 16], num_res_blocks=1, downscale_factor=2)
     return diffusers.StableDiffusionAdapterPipeline(**parts, adapter=adapter)
@@ -209,7 +266,9 @@ def with_picture(pipeline: Any, scale: float = 0.7) -> DiffusionPipeline:
             continue
         module = network.get_submodule(name.removesuffix(".processor"))
         for part in ("to_k_ip", "to_v_ip"):
-            weights[f"{number}.{part}.weight"] = torch.randn(module.to_k.out_features, width) * width**-0.5
+            weights[f"{number}.{part}.weight"] = (
+                torch.randn(module.to_k.out_features, width) * width**-0.5
+            )
         del processor
     project = {
         "proj.weight": torch.randn(4 * width, WIDTH) * WIDTH**-0.5,
@@ -233,6 +292,9 @@ def stable_diffusion_ip_adapter_text() -> diffusers.StableDiffusionPipeline:
 @entry(**SQUARE, **NUMBERS, guidance_scale=5.0, ip_adapter_image=hint)
 def stable_diffusion_xl_ip_adapter_text() -> diffusers.StableDiffusionXLPipeline:
     pipeline = diffusers.StableDiffusionXLPipeline(
-        **diffusion_xl(), image_encoder=vision(), feature_extractor=features(), add_watermarker=False
+        **diffusion_xl(),
+        image_encoder=vision(),
+        feature_extractor=features(),
+        add_watermarker=False,
     )
     return with_picture(pipeline)

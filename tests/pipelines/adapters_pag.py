@@ -1,4 +1,5 @@
-"""Perturbed attention guidance, whose calls put processors of their own into the shared network, which cut the batch in three."""
+"""Perturbed attention guidance, whose calls put processors of their own into the shared network,
+which cut the batch in three."""
 
 from __future__ import annotations
 
@@ -7,7 +8,16 @@ from typing import Any
 import diffusers
 
 from tests.pipelines.adapters import hint
-from tests.pipelines.parts import NUMBERS, SQUARE, XL_BLOCKS, controlnet, diffusion, diffusion_xl, parts_of, strength
+from tests.pipelines.parts import (
+    NUMBERS,
+    SQUARE,
+    XL_BLOCKS,
+    controlnet,
+    diffusion,
+    diffusion_xl,
+    parts_of,
+    strength,
+)
 from tests.pipelines.registry import entry, mask, picture
 from tests.pipelines.transformers import SANA, hunyuan_dit, pixart_sigma, sana
 from tests.tiny import stable_diffusion_3
@@ -39,12 +49,18 @@ def stable_diffusion_pag_inpaint() -> diffusers.StableDiffusionPAGInpaintPipelin
 
 @entry(**PAG, **SQUARE, image=hint)
 def stable_diffusion_control_net_pag_text() -> diffusers.StableDiffusionControlNetPAGPipeline:
-    return diffusers.StableDiffusionControlNetPAGPipeline(**diffusion(), controlnet=controlnet(), **MID)
+    return diffusers.StableDiffusionControlNetPAGPipeline(
+        **diffusion(), controlnet=controlnet(), **MID
+    )
 
 
 @entry(**PAG, **SQUARE, image=picture, mask_image=mask, control_image=hint, strength=strength)
-def stable_diffusion_control_net_pag_inpaint() -> diffusers.StableDiffusionControlNetPAGInpaintPipeline:
-    return diffusers.StableDiffusionControlNetPAGInpaintPipeline(**diffusion(), controlnet=controlnet(), **MID)
+def stable_diffusion_control_net_pag_inpaint() -> (
+    diffusers.StableDiffusionControlNetPAGInpaintPipeline
+):
+    return diffusers.StableDiffusionControlNetPAGInpaintPipeline(
+        **diffusion(), controlnet=controlnet(), **MID
+    )
 
 
 @entry(**PAG, **SQUARE)
@@ -65,13 +81,19 @@ def stable_diffusion_xl_pag_inpaint() -> diffusers.StableDiffusionXLPAGInpaintPi
 @entry(**PAG, **SQUARE, image=hint)
 def stable_diffusion_xl_control_net_pag_text() -> diffusers.StableDiffusionXLControlNetPAGPipeline:
     parts = diffusion_xl()
-    return diffusers.StableDiffusionXLControlNetPAGPipeline(**parts, controlnet=controlnet(**XL_BLOCKS), **XL)
+    return diffusers.StableDiffusionXLControlNetPAGPipeline(
+        **parts, controlnet=controlnet(**XL_BLOCKS), **XL
+    )
 
 
 @entry(**PAG, image=picture, control_image=hint, strength=strength)
-def stable_diffusion_xl_control_net_pag_img2img() -> diffusers.StableDiffusionXLControlNetPAGImg2ImgPipeline:
+def stable_diffusion_xl_control_net_pag_img2img() -> (
+    diffusers.StableDiffusionXLControlNetPAGImg2ImgPipeline
+):
     parts = diffusion_xl()
-    return diffusers.StableDiffusionXLControlNetPAGImg2ImgPipeline(**parts, controlnet=controlnet(**XL_BLOCKS), **XL)
+    return diffusers.StableDiffusionXLControlNetPAGImg2ImgPipeline(
+        **parts, controlnet=controlnet(**XL_BLOCKS), **XL
+    )
 
 
 def sd3_parts() -> dict[str, Any]:
@@ -89,11 +111,14 @@ def stable_diffusion_3_pag_text() -> diffusers.StableDiffusion3PAGPipeline:
 
 @entry(**PAG, **SQUARE, max_sequence_length=16, image=picture, strength=strength)
 def stable_diffusion_3_pag_img2img() -> diffusers.StableDiffusion3PAGImg2ImgPipeline:
-    return diffusers.StableDiffusion3PAGImg2ImgPipeline(**sd3_parts(), pag_applied_layers="blocks.0")
+    return diffusers.StableDiffusion3PAGImg2ImgPipeline(
+        **sd3_parts(), pag_applied_layers="blocks.0"
+    )
 
 
 @entry(
-    **PAG | {"guidance_scale": lambda number: 3.0 + number},  # without guidance it mixes up its rows
+    # without guidance it mixes up its rows
+    **PAG | {"guidance_scale": lambda number: 3.0 + number},
     height=32,
     width=32,
     use_resolution_binning=False,
@@ -107,7 +132,9 @@ def hunyuan_dit_pag_text() -> diffusers.HunyuanDiTPAGPipeline:
 
 @entry(**PAG, **SQUARE, use_resolution_binning=False, clean_caption=False, max_sequence_length=16)
 def pix_art_sigma_pag_text() -> diffusers.PixArtSigmaPAGPipeline:
-    return diffusers.PixArtSigmaPAGPipeline(**parts_of(pixart_sigma), pag_applied_layers=["blocks.0"])
+    return diffusers.PixArtSigmaPAGPipeline(
+        **parts_of(pixart_sigma), pag_applied_layers=["blocks.0"]
+    )
 
 
 @entry(**PAG | SANA | {"guidance_scale": 5.0})

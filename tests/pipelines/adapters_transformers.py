@@ -24,9 +24,16 @@ def stable_diffusion_3_control_net_text() -> diffusers.StableDiffusion3ControlNe
 
 
 @entry(
-    **SQUARE, **NUMBERS, guidance_scale=5.0, control_image=picture, control_mask=mask, max_sequence_length=16
-)  # fmt: skip
-def stable_diffusion_3_control_net_inpainting() -> diffusers.StableDiffusion3ControlNetInpaintingPipeline:
+    **SQUARE,
+    **NUMBERS,
+    guidance_scale=5.0,
+    control_image=picture,
+    control_mask=mask,
+    max_sequence_length=16,
+)
+def stable_diffusion_3_control_net_inpainting() -> (
+    diffusers.StableDiffusion3ControlNetInpaintingPipeline
+):
     parts = certain(parts_of(stable_diffusion_3))
     control = diffusers.SD3ControlNetModel.from_transformer(
         parts["transformer"], num_layers=1, num_extra_conditioning_channels=1
@@ -37,10 +44,17 @@ def stable_diffusion_3_control_net_inpainting() -> diffusers.StableDiffusion3Con
 def flux_parts(**config: Any) -> dict[str, Any]:
     parts = parts_of(flux)
     control = diffusers.FluxControlNetModel(
-        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, guidance_embeds=True, axes_dims_rope=[4, 4, 8],
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        guidance_embeds=True,
+        axes_dims_rope=[4, 4, 8],
         **config,
-    )  # fmt: skip
+    )
     return {**parts, "controlnet": control}
 
 
@@ -50,19 +64,32 @@ def flux_control_net_text() -> diffusers.FluxControlNetPipeline:
 
 
 @entry(
-    **SQUARE, **NUMBERS, guidance_scale=3.5, control_image=hint, control_mode=lambda number: number % 2,
+    **SQUARE,
+    **NUMBERS,
+    guidance_scale=3.5,
+    control_image=hint,
+    control_mode=lambda number: number % 2,
     max_sequence_length=16,
-)  # fmt: skip
+)
 def flux_control_net_union_text() -> diffusers.FluxControlNetPipeline:
     """One ControlNet for several kinds of pictures."""
     return diffusers.FluxControlNetPipeline(**flux_parts(num_mode=2))
 
 
-FLUX_IMAGE: dict[str, Any] = {"image": picture, "control_image": hint, "strength": strength, "max_sequence_length": 16}
+FLUX_IMAGE: dict[str, Any] = {
+    "image": picture,
+    "control_image": hint,
+    "strength": strength,
+    "max_sequence_length": 16,
+}
 
 
 def flux_image_parts() -> dict[str, Any]:
-    return {name: part for name, part in flux_parts().items() if name not in ("image_encoder", "feature_extractor")}
+    return {
+        name: part
+        for name, part in flux_parts().items()
+        if name not in ("image_encoder", "feature_extractor")
+    }
 
 
 @entry(**SQUARE, **NUMBERS, **FLUX_IMAGE, guidance_scale=3.5)
@@ -89,38 +116,72 @@ def qwen_image_control_net_text() -> diffusers.QwenImageControlNetPipeline:
     return diffusers.QwenImageControlNetPipeline(**qwen_parts())
 
 
-@entry(**SQUARE, **NUMBERS, negative_prompt=" ", true_cfg_scale=4.0, control_image=picture, control_mask=mask)
+@entry(
+    **SQUARE,
+    **NUMBERS,
+    negative_prompt=" ",
+    true_cfg_scale=4.0,
+    control_image=picture,
+    control_mask=mask,
+)
 def qwen_image_control_net_inpaint() -> diffusers.QwenImageControlNetInpaintPipeline:
-    return diffusers.QwenImageControlNetInpaintPipeline(**certain(qwen_parts(extra_condition_channels=4)))
+    return diffusers.QwenImageControlNetInpaintPipeline(
+        **certain(qwen_parts(extra_condition_channels=4))
+    )
 
 
 # HunyuanDiT, Sana
 
 
 @entry(
-    height=32, width=32, output_type="np", guidance_scale=5.0, use_resolution_binning=False, target_size=(32, 32),
+    height=32,
+    width=32,
+    output_type="np",
+    guidance_scale=5.0,
+    use_resolution_binning=False,
+    target_size=(32, 32),
     control_image=lambda number: picture(number, 32),
-)  # fmt: skip
+)
 def hunyuan_dit_control_net() -> diffusers.HunyuanDiTControlNetPipeline:
     parts = certain(parts_of(hunyuan_dit))
-    config = {**parts["transformer"].config, "num_layers": 4}  # the deeper half takes what the ControlNet gives
+    # the deeper half takes what the ControlNet gives
+    config = {**parts["transformer"].config, "num_layers": 4}
     parts["transformer"] = diffusers.HunyuanDiT2DModel.from_config(config)
     control = diffusers.HunyuanDiT2DControlNetModel(
-        sample_size=8, transformer_num_layers=4, patch_size=2, attention_head_dim=8, num_attention_heads=2, in_channels=4,
-        cross_attention_dim=WIDTH, cross_attention_dim_t5=WIDTH, pooled_projection_dim=8, hidden_size=16,
-    )  # fmt: skip
-    return diffusers.HunyuanDiTControlNetPipeline(**parts, controlnet=control, requires_safety_checker=False)
+        sample_size=8,
+        transformer_num_layers=4,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        in_channels=4,
+        cross_attention_dim=WIDTH,
+        cross_attention_dim_t5=WIDTH,
+        pooled_projection_dim=8,
+        hidden_size=16,
+    )
+    return diffusers.HunyuanDiTControlNetPipeline(
+        **parts, controlnet=control, requires_safety_checker=False
+    )
 
 
 @entry(**SANA, control_image=lambda number: picture(number, 32))
 def sana_control_net() -> diffusers.SanaControlNetPipeline:
     parts = parts_of(sana)
-    config = {**parts["transformer"].config, "num_layers": 2}  # the first block takes nothing from the ControlNet
+    # the first block takes nothing from the ControlNet
+    config = {**parts["transformer"].config, "num_layers": 2}
     parts["transformer"] = diffusers.SanaTransformer2DModel.from_config(config)
     control = diffusers.SanaControlNetModel(
-        in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=8, sample_size=4,
-        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=WIDTH,
-    )  # fmt: skip
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        sample_size=4,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=WIDTH,
+    )
     return diffusers.SanaControlNetPipeline(**parts, controlnet=control)
 
 
@@ -129,10 +190,17 @@ def sana_control_net() -> diffusers.SanaControlNetPipeline:
 
 def z_image_control(channels: int) -> dict[str, Any]:
     control = diffusers.ZImageControlNetModel(
-        control_layers_places=[0], control_refiner_layers_places=[0], control_in_dim=channels,
-        all_patch_size=(2,), all_f_patch_size=(1,), dim=16, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+        control_layers_places=[0],
+        control_refiner_layers_places=[0],
+        control_in_dim=channels,
+        all_patch_size=(2,),
+        all_f_patch_size=(1,),
+        dim=16,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
         add_control_noise_refiner="control_layers",
-    )  # fmt: skip
+    )
     return {**z_image_parts(), "controlnet": control}
 
 

@@ -44,17 +44,32 @@ def audio_tokenizer() -> Any:
 
 def clap_text() -> transformers.ClapTextConfig:
     return transformers.ClapTextConfig(
-        vocab_size=len(audio_tokenizer()), hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=1,
-        num_attention_heads=2, projection_dim=WIDTH, max_position_embeddings=40, pad_token_id=1,
-    )  # fmt: skip
+        vocab_size=len(audio_tokenizer()),
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        projection_dim=WIDTH,
+        max_position_embeddings=40,
+        pad_token_id=1,
+    )
 
 
 def clap() -> nn.Module:
     audio = transformers.ClapAudioConfig(
-        spec_size=32, window_size=4, num_mel_bins=16, patch_size=4, patch_stride=[4, 4], patch_embeds_hidden_size=8,
-        depths=[1, 1], num_hidden_layers=2, num_attention_heads=[1, 1], hidden_size=16, projection_dim=WIDTH,
+        spec_size=32,
+        window_size=4,
+        num_mel_bins=16,
+        patch_size=4,
+        patch_stride=[4, 4],
+        patch_embeds_hidden_size=8,
+        depths=[1, 1],
+        num_hidden_layers=2,
+        num_attention_heads=[1, 1],
+        hidden_size=16,
+        projection_dim=WIDTH,
         enable_fusion=False,
-    )  # fmt: skip
+    )
     config = transformers.ClapConfig(
         text_config=clap_text().to_dict(), audio_config=audio.to_dict(), projection_dim=WIDTH
     )
@@ -62,7 +77,9 @@ def clap() -> nn.Module:
 
 
 def listener() -> transformers.ClapFeatureExtractor:
-    return transformers.ClapFeatureExtractor(feature_size=16, sampling_rate=RATE, hop_length=160, max_length_s=1)
+    return transformers.ClapFeatureExtractor(
+        feature_size=16, sampling_rate=RATE, hop_length=160, max_length_s=1
+    )
 
 
 def ddim() -> DDIMScheduler:
@@ -93,15 +110,28 @@ def audio_ldm() -> diffusers.AudioLDMPipeline:
 def audio_ldm2() -> diffusers.AudioLDM2Pipeline:
     """GPT-2 makes of what CLAP and T5 say a caption of its own."""
     config = transformers.GPT2Config(
-        n_embd=WIDTH, n_layer=1, n_head=2, vocab_size=16, n_positions=64, bos_token_id=0, eos_token_id=1
+        n_embd=WIDTH,
+        n_layer=1,
+        n_head=2,
+        vocab_size=16,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=1,
     )
     text = t5_text("_2")
     text["tokenizer_2"].model_max_length = 32
     network = diffusers.AudioLDM2UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, in_channels=4, out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=(None, WIDTH, WIDTH), attention_head_dim=2,
-    )  # fmt: skip
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=(None, WIDTH, WIDTH),
+        attention_head_dim=2,
+    )
     return diffusers.AudioLDM2Pipeline(
         vae=spectrogram(),
         text_encoder=clap(),
@@ -136,9 +166,14 @@ def stable_audio() -> diffusers.StableAudioPipeline:
         global_states_input_dim=2 * WIDTH, cross_attention_input_dim=WIDTH,
     )  # fmt: skip
     vae = diffusers.AutoencoderOobleck(
-        encoder_hidden_size=4, downsampling_ratios=[1, 2], decoder_channels=4, decoder_input_channels=4, audio_channels=2,
-        channel_multiples=[2, 4], sampling_rate=4,
-    )  # fmt: skip
+        encoder_hidden_size=4,
+        downsampling_ratios=[1, 2],
+        decoder_channels=4,
+        decoder_input_channels=4,
+        audio_channels=2,
+        channel_multiples=[2, 4],
+        sampling_rate=4,
+    )
     return diffusers.StableAudioPipeline(
         transformer=transformer,
         vae=vae,

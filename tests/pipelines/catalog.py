@@ -1,4 +1,5 @@
-"""What there is: the entries of all modules, the classes that diffusers exports, and those that no entry builds."""
+"""What there is: the entries of all modules, the classes that diffusers exports, and those that no
+entry builds."""
 
 from __future__ import annotations
 
@@ -26,9 +27,11 @@ _REASONS: dict[str, tuple[str, ...]] = {
         "LEditsPPPipelineStableDiffusion",
         "LEditsPPPipelineStableDiffusionXL",
     ),
-    "broken in diffusers 0.42.1: it reads a setting `guidance_embeds` that Chroma's transformer lacks": (
-        "ChromaInpaintPipeline",
-    ),
+    (
+        "broken in diffusers 0.42.1: it reads a setting `guidance_embeds` that Chroma's "
+        "transformer "
+        "lacks"
+    ): ("ChromaInpaintPipeline",),
     "broken with transformers 5: it takes what CLAP returns for a tensor": ("MusicLDMPipeline",),
     "diffusers has it only where librosa is installed": ("AudioDiffusionPipeline",),
     "diffusers has it only where note_seq is installed": ("SpectrogramDiffusionPipeline",),
@@ -43,7 +46,10 @@ _REASONS: dict[str, tuple[str, ...]] = {
         "NucleusMoEImagePipeline",
         "QwenImage21Pipeline",
     ),
-    _OLD + "it needs BLIP-2's Q-Former": ("BlipDiffusionControlNetPipeline", "BlipDiffusionPipeline"),
+    _OLD + "it needs BLIP-2's Q-Former": (
+        "BlipDiffusionControlNetPipeline",
+        "BlipDiffusionPipeline",
+    ),
     _OLD + "GLIGEN with pictures for phrases": ("StableDiffusionGLIGENTextImagePipeline",),
     _OLD + "it needs a captioner, and takes gradients": ("StableDiffusionPix2PixZeroPipeline",),
     _OLD + "a transformer for pictures and captions": ("UniDiffuserPipeline",),
@@ -54,7 +60,10 @@ _REASONS: dict[str, tuple[str, ...]] = {
         "VersatileDiffusionTextToImagePipeline",
     ),
     _OLD + "its transformer is of codes, with a learnt code for no text": ("VQDiffusionPipeline",),
-    "no entry written: a prior and a renderer of radiance fields": ("ShapEImg2ImgPipeline", "ShapEPipeline"),
+    "no entry written: a prior and a renderer of radiance fields": (
+        "ShapEImg2ImgPipeline",
+        "ShapEPipeline",
+    ),
     _UNWRITTEN: (
         "AceStepPipeline",
         "AnyFlowFARPipeline",
@@ -100,11 +109,16 @@ def entries() -> dict[str, Entry]:
 def entry_modules() -> list[str]:
     """This package's modules, as they are imported."""
     prefix = f"{pipelines.__name__}."
-    return [one.name for one in pkgutil.iter_modules(pipelines.__path__, prefix) if not one.name.endswith("__main__")]
+    return [
+        one.name
+        for one in pkgutil.iter_modules(pipelines.__path__, prefix)
+        if not one.name.endswith("__main__")
+    ]
 
 
 def exported() -> set[str]:
-    """The pipeline classes that diffusers exports, without old names of others, and what runs on JAX or ONNX.
+    """The pipeline classes that diffusers exports, without old names of others, and what runs on
+    JAX or ONNX.
 
     Where a package is missing, diffusers exports stand-ins of the same name; they count.
     """
@@ -115,6 +129,12 @@ def exported() -> set[str]:
 
 def _is_pipeline(name: str) -> bool:
     found = getattr(diffusers, name)
-    if not inspect.isclass(found) or found.__name__ != name or any(other in name for other in _OTHER_RUNTIMES):
+    if (
+        not inspect.isclass(found)
+        or found.__name__ != name
+        or any(other in name for other in _OTHER_RUNTIMES)
+    ):
         return False
-    return isinstance(found, DummyObject) or (issubclass(found, DiffusionPipeline) and found is not DiffusionPipeline)
+    return isinstance(found, DummyObject) or (
+        issubclass(found, DiffusionPipeline) and found is not DiffusionPipeline
+    )

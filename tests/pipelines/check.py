@@ -18,10 +18,13 @@ from stepweave.engine.merge import tensors
 from tests.pipelines.registry import CALLS, Entry
 from tests.waiting import SECONDS
 
-TOLERANCE = 1e-4  # of pixels in [0, 1]; where numbers are larger, of the largest that the plain call puts out
+# of pixels in [0, 1]; where numbers are larger, of the largest that the plain call puts out
+TOLERANCE = 1e-4
 TAKES_TURNS = "takes turns: a call changes the shared modules"
-TIMES = {"timestep", "timesteps", "timestep_ratio", "t", "r"}  # what the forwards of denoisers call their time
-DENOISER = re.compile(r"(prior_)?(transformer|unet|prior|decoder)(_\d+)?")  # by name: not all take a time
+# what the forwards of denoisers call their time
+TIMES = {"timestep", "timesteps", "timestep_ratio", "t", "r"}
+# by name: not all take a time
+DENOISER = re.compile(r"(prior_)?(transformer|unet|prior|decoder)(_\d+)?")
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class Report:
 
 
 def check(entry: Entry) -> Report:
-    """Compare six different calls in company with the same calls made alone, on a pipeline of its own."""
+    """Compare six different calls in company with the same calls made alone, on a pipeline of its
+    own."""
     plain = entry.build()
     assert type(plain).__name__ == entry.pipeline
     expected = [_numbers(plain(**entry.arguments(i))) for i in range(CALLS)]
@@ -71,7 +75,11 @@ def check(entry: Entry) -> Report:
 
 def denoisers(pipeline: Any) -> set[str]:
     """The names of the modules that a denoising loop calls, ControlNets among them."""
-    return {name for name, module in _modules(pipeline) if DENOISER.fullmatch(name) or _takes_time(module)}
+    return {
+        name
+        for name, module in _modules(pipeline)
+        if DENOISER.fullmatch(name) or _takes_time(module)
+    }
 
 
 def _takes_time(module: nn.Module) -> bool:
@@ -96,7 +104,8 @@ def _alone(stats: EngineStats) -> tuple[str, ...]:
 
 
 def _error(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
-    """The largest difference, as a share of the largest number expected where that is more than 1."""
+    """The largest difference, as a share of the largest number expected where that is more than
+    1."""
     assert len(ours) == len(theirs) > 0
     worst = 0.0
     for a, b in zip(ours, theirs, strict=True):

@@ -19,7 +19,11 @@ GROUPS: dict[str, tuple[str, ...]] = {  # title -> modules of this package
     "ControlNets, T2I-Adapters and IP-Adapters": ("adapters", "adapters_transformers"),
     "Variants of Stable Diffusion 1.5": ("unets_variants",),
     "Perturbed attention guidance": ("adapters_pag",),
-    "Kandinsky, Stable Cascade, Wuerstchen and unCLIP": ("unets_priors", "unets_kandinsky", "unets_unclip"),
+    "Kandinsky, Stable Cascade, Wuerstchen and unCLIP": (
+        "unets_priors",
+        "unets_kandinsky",
+        "unets_unclip",
+    ),
     "Pixels without text, and DeepFloyd IF": ("unets_pixels",),
     "Video": ("unets_video", "video", "video_ltx2", "video_more"),
     "Sound": ("audio",),
@@ -59,7 +63,10 @@ code for single pipelines, and proves each kind of call before it merges it.
 
 
 def document(
-    reports: Sequence[Report], entries: Mapping[str, Entry], not_built: Mapping[str, str], versions: Mapping[str, str]
+    reports: Sequence[Report],
+    entries: Mapping[str, Entry],
+    not_built: Mapping[str, str],
+    versions: Mapping[str, str],
 ) -> str:
     """The whole document."""
     parts = [
@@ -72,7 +79,10 @@ def document(
     ]
     for title, modules in GROUPS.items():
         rows = [
-            _row(one, entries[one.name]) for module in modules for one in reports if entries[one.name].module == module
+            _row(one, entries[one.name])
+            for module in modules
+            for one in reports
+            if entries[one.name].module == module
         ]
         if rows:
             parts.append(f"## {title}\n\n{HEADER}\n" + "\n".join(rows) + "\n")
@@ -89,7 +99,8 @@ HEADER = "| class | entry | shared | error | what ran alone |\n| --- | --- | ---
 
 
 def classes(reports: Sequence[Report]) -> dict[str, bool | None]:
-    """Whether a class merges, which it does if it does in any of its entries; None if it has no denoiser."""
+    """Whether a class merges, which it does if it does in any of its entries; None if it has no
+    denoiser."""
     found: dict[str, bool | None] = {}
     for one in reports:
         if one.merged_share is None and not one.failed:
@@ -111,14 +122,20 @@ def _summary(reports: Sequence[Report], not_built: Mapping[str, str]) -> str:
         "entries: classes, and tasks and modes of them": len(reports),
         "entries that agree with the plain call": sum(one.right for one in reports),
         "largest error": f"{max((one.largest_error for one in reports), default=0.0):.0e}",
-        "classes that share forwards": f"{merging} of {denoising} with a denoiser ({_percent(merging / max(denoising, 1))})",
+        "classes that share forwards": (
+            f"{merging} of {denoising} with a denoiser ({_percent(merging / max(denoising, 1))})"
+        ),
         "classes whose calls take turns": len(turns),
         "other classes that share none": ", ".join(f"`{name}`" for name in others) or "none",
     }
     wrong = [f"`{one.name}`" for one in reports if not one.right]
     if wrong:
         rows["entries that do not agree"] = ", ".join(wrong)
-    return "| | |\n| --- | --- |\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items()) + "\n"
+    return (
+        "| | |\n| --- | --- |\n"
+        + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+        + "\n"
+    )
 
 
 def _row(report: Report, entry: Entry) -> str:

@@ -15,7 +15,8 @@ from tests.tiny import WIDTH, qwen
 
 
 class Tokenizer:
-    """Of bytes. ChatGLM's own reads a file of sentencepiece's and was written for transformers 4."""
+    """Of bytes. ChatGLM's own reads a file of sentencepiece's and was written for transformers
+    4."""
 
     def __init__(self) -> None:
         self.tokenizer = qwen()["tokenizer"]
@@ -31,18 +32,31 @@ class Tokenizer:
 
 
 def kolors() -> dict[str, Any]:
-    from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel  # it warns of what torch deprecated
+    # it warns of what torch deprecated
+    from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
 
     tokenizer = Tokenizer()
     config = ChatGLMConfig(
-        num_layers=2, padded_vocab_size=len(tokenizer), hidden_size=WIDTH, ffn_hidden_size=WIDTH, kv_channels=8,
-        num_attention_heads=2, seq_length=32, add_qkv_bias=True, original_rope=True,
-    )  # fmt: skip
+        num_layers=2,
+        padded_vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        ffn_hidden_size=WIDTH,
+        kv_channels=8,
+        num_attention_heads=2,
+        seq_length=32,
+        add_qkv_bias=True,
+        original_rope=True,
+    )
     network = ChatGLMModel(config, empty_init=False)
     for parameter in network.parameters():  # some are left as the memory was
         nn.init.normal_(parameter, std=0.3) if parameter.ndim > 1 else nn.init.ones_(parameter)
     parts = diffusion_xl(
-        **XL_BLOCKS | {"cross_attention_dim": WIDTH, "encoder_hid_dim": WIDTH, "encoder_hid_dim_type": "text_proj"}
+        **XL_BLOCKS
+        | {
+            "cross_attention_dim": WIDTH,
+            "encoder_hid_dim": WIDTH,
+            "encoder_hid_dim_type": "text_proj",
+        }
     )
     kept = {name: part for name, part in parts.items() if name in ("unet", "scheduler", "vae")}
     return {**kept, "text_encoder": network, "tokenizer": tokenizer}

@@ -15,7 +15,8 @@ from tests.tiny import DOWN_BLOCKS, NOISE_SCHEDULE, SIDE, WIDTH, autoencoder, cl
 SQUARE: dict[str, Any] = {"height": SIDE, "width": SIDE}
 NUMBERS: dict[str, Any] = {"output_type": "np"}
 STRENGTHS = (0.6, 0.9, 1.0, 0.8, 0.5, 0.7)
-HINTS: dict[str, Any] = {"conditioning_embedding_out_channels": (4, 8)}  # half the size, as the autoencoder's latents
+# half the size, as the autoencoder's latents
+HINTS: dict[str, Any] = {"conditioning_embedding_out_channels": (4, 8)}
 
 
 def strength(number: int) -> float:
@@ -24,13 +25,15 @@ def strength(number: int) -> float:
 
 
 def parts_of(build: Callable[[], Any]) -> dict[str, Any]:
-    """The components of what a builder of `tests.tiny` or of this package makes, before the networks are enlivened."""
+    """The components of what a builder of `tests.tiny` or of this package makes, before the
+    networks are enlivened."""
     return dict(build.__wrapped__().components)  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
 def certain(parts: dict[str, Any]) -> dict[str, Any]:
-    """The parts, with an autoencoder that encodes without chance: for pipelines that draw it without their generator."""
+    """The parts, with an autoencoder that encodes without chance: for pipelines that draw it
+    without their generator."""
     vae = parts["vae"]
     layer = getattr(vae, "quant_conv", None) or vae.encoder.conv_out
     half = layer.out_channels // 2
@@ -41,7 +44,8 @@ def certain(parts: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def calm(layer: nn.Module, share: float = 0.1) -> None:
-    """Make a last layer's results so small that what becomes of them stays within bounds: clamped, all errors look alike."""
+    """Make a last layer's results so small that what becomes of them stays within bounds: clamped,
+    all errors look alike."""
     for parameter in layer.parameters():
         parameter.mul_(share)
 
@@ -66,7 +70,13 @@ UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")
 def unet(**config: Any) -> diffusers.UNet2DConditionModel:
     """Any part of it may be changed."""
     return diffusers.UNet2DConditionModel(
-        **{"sample_size": SIDE // 2, "up_block_types": UP_BLOCKS, "cross_attention_dim": WIDTH, **DOWN_BLOCKS} | config
+        **{
+            "sample_size": SIDE // 2,
+            "up_block_types": UP_BLOCKS,
+            "cross_attention_dim": WIDTH,
+            **DOWN_BLOCKS,
+        }
+        | config
     )
 
 
@@ -74,7 +84,9 @@ def diffusion(**config: Any) -> dict[str, Any]:
     """Stable Diffusion 1.5 with changes to its UNet."""
     return {
         "unet": unet(**config),
-        "scheduler": diffusers.DDIMScheduler(**NOISE_SCHEDULE, clip_sample=False, set_alpha_to_one=False),
+        "scheduler": diffusers.DDIMScheduler(
+            **NOISE_SCHEDULE, clip_sample=False, set_alpha_to_one=False
+        ),
         "vae": autoencoder(),
         **clip(projection=False),
         "safety_checker": None,
@@ -84,10 +96,13 @@ def diffusion(**config: Any) -> dict[str, Any]:
 
 
 XL_BLOCKS: dict[str, Any] = {
-    "cross_attention_dim": 2 * WIDTH, "use_linear_projection": True, "transformer_layers_per_block": (1, 2),
-    "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+    "cross_attention_dim": 2 * WIDTH,
+    "use_linear_projection": True,
+    "transformer_layers_per_block": (1, 2),
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 6 * 8 + WIDTH,
-}  # fmt: skip
+}
 
 
 def diffusion_xl(**config: Any) -> dict[str, Any]:
@@ -102,17 +117,26 @@ def diffusion_xl(**config: Any) -> dict[str, Any]:
 
 
 def controlnet(**config: Any) -> diffusers.ControlNetModel:
-    return diffusers.ControlNetModel(**DOWN_BLOCKS, **HINTS, **{"cross_attention_dim": WIDTH} | config)
+    return diffusers.ControlNetModel(
+        **DOWN_BLOCKS, **HINTS, **{"cross_attention_dim": WIDTH} | config
+    )
 
 
 def unclip_prior() -> dict[str, Any]:
     """What makes the embedding of a picture of the embedding of a prompt."""
     network = diffusers.PriorTransformer(
-        num_attention_heads=2, attention_head_dim=8, embedding_dim=WIDTH, num_embeddings=16, num_layers=1
+        num_attention_heads=2,
+        attention_head_dim=8,
+        embedding_dim=WIDTH,
+        num_embeddings=16,
+        num_layers=1,
     )
     torch.nn.init.ones_(network.clip_std)
     scheduler = diffusers.UnCLIPScheduler(
-        variance_type="fixed_small_log", prediction_type="sample", num_train_timesteps=1000, clip_sample=True,
+        variance_type="fixed_small_log",
+        prediction_type="sample",
+        num_train_timesteps=1000,
+        clip_sample=True,
         clip_sample_range=5.0,
-    )  # fmt: skip
+    )
     return {"prior": network, "scheduler": scheduler}

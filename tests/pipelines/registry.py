@@ -40,7 +40,8 @@ class Entry:
     call: dict[str, Any]  # constants, or functions of the call's number
 
     def arguments(self, number: int) -> dict[str, Any]:
-        """The keyword arguments of call `number`, 0 to 5, with a fresh generator: all calls differ in all that may differ."""
+        """The keyword arguments of call `number`, 0 to 5, with a fresh generator: all calls differ
+        in all that may differ."""
         given = {
             "prompt": PROMPTS[number],
             "num_inference_steps": STEPS[number],
@@ -50,7 +51,10 @@ class Entry:
         for name in GUIDANCE_NAMES:
             if isinstance(values.get(name), float):
                 values[name] = GUIDANCE[number]
-        values = {name: value(number) if inspect.isfunction(value) else value for name, value in values.items()}
+        values = {
+            name: value(number) if inspect.isfunction(value) else value
+            for name, value in values.items()
+        }
         return {name: value for name, value in values.items() if value is not ABSENT}
 
 
@@ -59,12 +63,15 @@ ENTRIES: dict[str, Entry] = {}
 
 
 def entry(**call: Any) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
-    """Register a builder under its function's name; what it makes is deterministic, in eval mode and quiet.
+    """Register a builder under its function's name; what it makes is deterministic, in eval mode
+    and quiet.
 
-    The function's annotation says the class of what it returns, its docstring, if any, what sets the entry apart.
+    The function's annotation says the class of what it returns, its docstring, if any, what sets
+    the entry apart.
 
-    `call` holds the arguments of every call besides prompt, num_inference_steps and generator, or in place of them: constants,
-    or functions of the call's number; a guidance scale given as a float takes a different value in each call.
+    `call` holds the arguments of every call besides prompt, num_inference_steps and generator, or
+    in place of them: constants, or functions of the call's number; a guidance scale given as a
+    float takes a different value in each call.
     """
 
     def register(build: Callable[[], Any]) -> Callable[[], Any]:

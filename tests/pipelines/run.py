@@ -26,12 +26,17 @@ SECONDS = 900.0  # for one entry, of which most take ten
 
 def versions() -> dict[str, str]:
     """What a report holds for."""
-    found = {name: importlib.metadata.version(name) for name in ("diffusers", "torch", "transformers")}
+    found = {
+        name: importlib.metadata.version(name) for name in ("diffusers", "torch", "transformers")
+    }
     return {"python": platform.python_version(), **found}
 
 
-def run(names: Iterable[str], folder: Path = FOLDER, *, jobs: int = 1, seconds: float = SECONDS) -> Iterator[Report]:
-    """The reports of entries, in their order, `jobs` at a time. One that crashes or takes too long is reported as failed."""
+def run(
+    names: Iterable[str], folder: Path = FOLDER, *, jobs: int = 1, seconds: float = SECONDS
+) -> Iterator[Report]:
+    """The reports of entries, in their order, `jobs` at a time. One that crashes or takes too long
+    is reported as failed."""
     folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, *entry_modules()])
@@ -49,7 +54,11 @@ def run(names: Iterable[str], folder: Path = FOLDER, *, jobs: int = 1, seconds: 
             process.join()
         found = load(name, folder)
         if found is None:
-            why = f"took more than {seconds:g} s" if late else f"its process ended with status {process.exitcode}"
+            why = (
+                f"took more than {seconds:g} s"
+                if late
+                else f"its process ended with status {process.exitcode}"
+            )
             found = Report(name, entries()[name].pipeline, failed=why)
             _save(found, path)
         return found

@@ -61,10 +61,17 @@ FLUX: dict[str, Any] = {**SIZE, "guidance_scale": 3.5, "max_sequence_length": 16
 def flux_parts(in_channels: int = 16, *, guidance: bool = True) -> dict[str, Any]:
     """Guidance as an input, as in FLUX.1-dev, or none, as in FLUX.1-schnell."""
     transformer = diffusers.FluxTransformer2DModel(
-        in_channels=in_channels, out_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, guidance_embeds=guidance,
+        in_channels=in_channels,
+        out_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        guidance_embeds=guidance,
         axes_dims_rope=(4, 4, 8),
-    )  # fmt: skip
+    )
     text = {**clip(projection=False), **t5_text("_2")}
     return {"transformer": transformer, "scheduler": dynamic(), "vae": plain_autoencoder(), **text}
 
@@ -119,7 +126,13 @@ def flux_control_img2img() -> diffusers.FluxControlImg2ImgPipeline:
     return diffusers.FluxControlImg2ImgPipeline(**flux_parts(32))
 
 
-@entry(**FLUX, image=picture, control_image=lambda number: picture(number + 6), mask_image=mask, strength=strength)
+@entry(
+    **FLUX,
+    image=picture,
+    control_image=lambda number: picture(number + 6),
+    mask_image=mask,
+    strength=strength,
+)
 def flux_control_inpaint() -> diffusers.FluxControlInpaintPipeline:
     return diffusers.FluxControlInpaintPipeline(**flux_parts(32))
 
@@ -158,9 +171,15 @@ def reference(number: int) -> Image.Image:
 
 def flux2_parts(**text: Any) -> dict[str, Any]:
     transformer = diffusers.Flux2Transformer2DModel(
-        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=3 * WIDTH, timestep_guidance_channels=8, axes_dims_rope=(4, 4, 4, 4),
-    )  # fmt: skip
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * WIDTH,
+        timestep_guidance_channels=8,
+        axes_dims_rope=(4, 4, 4, 4),
+    )
     return {"transformer": transformer, "scheduler": dynamic(), "vae": flux2_autoencoder(), **text}
 
 
@@ -189,7 +208,9 @@ def flux2_klein_inpaint() -> diffusers.Flux2KleinInpaintPipeline:
     return diffusers.Flux2KleinInpaintPipeline(**flux2_parts(**language_model()))
 
 
-@entry(**{name: value for name, value in FLUX2.items() if name != "guidance_scale"}, image=reference)
+@entry(
+    **{name: value for name, value in FLUX2.items() if name != "guidance_scale"}, image=reference
+)
 def flux2_klein_kv() -> diffusers.Flux2KleinKVPipeline:
     """Remembers the reference's keys and values from the first step on."""
     return diffusers.Flux2KleinKVPipeline(**flux2_parts(**language_model()))
@@ -197,16 +218,33 @@ def flux2_klein_kv() -> diffusers.Flux2KleinKVPipeline:
 
 # Chroma
 
-CHROMA: dict[str, Any] = {**SIZE, "guidance_scale": 5.0, "max_sequence_length": 32, "negative_prompt": "black"}
+CHROMA: dict[str, Any] = {
+    **SIZE,
+    "guidance_scale": 5.0,
+    "max_sequence_length": 32,
+    "negative_prompt": "black",
+}
 
 
 def chroma_parts() -> dict[str, Any]:
     transformer = diffusers.ChromaTransformer2DModel(
-        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=WIDTH, axes_dims_rope=(4, 4, 8), approximator_num_channels=8, approximator_hidden_dim=32,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(4, 4, 8),
+        approximator_num_channels=8,
+        approximator_hidden_dim=32,
         approximator_layers=1,
-    )  # fmt: skip
-    return {"transformer": transformer, "scheduler": dynamic(), "vae": plain_autoencoder(), **t5_text()}
+    )
+    return {
+        "transformer": transformer,
+        "scheduler": dynamic(),
+        "vae": plain_autoencoder(),
+        **t5_text(),
+    }
 
 
 @entry(**CHROMA)

@@ -1,4 +1,5 @@
-"""Further transformers: Bria, Ovis, LongCat, PRX, HiDream, Kandinsky 5, GLM, Ernie, VisualCloze and others."""
+"""Further transformers: Bria, Ovis, LongCat, PRX, HiDream, Kandinsky 5, GLM, Ernie, VisualCloze and
+others."""
 
 from __future__ import annotations
 
@@ -32,9 +33,14 @@ from tests.tiny import WIDTH, qwen, qwen_image, t5
 SIZE: dict[str, Any] = {"height": 16, "width": 16, "output_type": "np"}
 TEXT: dict[str, Any] = {**SIZE, "guidance_scale": 5.0, "max_sequence_length": 48}
 LIKE_FLUX: dict[str, Any] = {
-    "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
-    "joint_attention_dim": WIDTH, "axes_dims_rope": (4, 4, 8),
-}  # fmt: skip
+    "in_channels": 16,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": WIDTH,
+    "axes_dims_rope": (4, 4, 8),
+}
 ALIKE: dict[str, Any] = {
     "prompt": lambda number: f"{number} red rings"
 }  # captions of one length, where they have no mask
@@ -45,14 +51,27 @@ ALIKE: dict[str, Any] = {
 @entry(**TEXT)
 def bria() -> diffusers.BriaPipeline:
     transformer = diffusers.BriaTransformer2DModel(**LIKE_FLUX | {"axes_dims_rope": [4, 4, 8]})
-    return diffusers.BriaPipeline(transformer=transformer, scheduler=dynamic(), vae=plain_autoencoder(), **t5_text())
+    return diffusers.BriaPipeline(
+        transformer=transformer, scheduler=dynamic(), vae=plain_autoencoder(), **t5_text()
+    )
 
 
-FIBO: dict[str, Any] = {**TEXT, "height": 64, "width": 64, **ALIKE, "negative_prompt": "5 red rings"}
+FIBO: dict[str, Any] = {
+    **TEXT,
+    "height": 64,
+    "width": 64,
+    **ALIKE,
+    "negative_prompt": "5 red rings",
+}
 
 
 def bria_fibo_parts() -> dict[str, Any]:
-    config = {**LIKE_FLUX, "in_channels": 4, "joint_attention_dim": 2 * WIDTH, "axes_dims_rope": [4, 4, 8]}
+    config = {
+        **LIKE_FLUX,
+        "in_channels": 4,
+        "joint_attention_dim": 2 * WIDTH,
+        "axes_dims_rope": [4, 4, 8],
+    }
     transformer = diffusers.BriaFiboTransformer2DModel(**config, text_encoder_dim=WIDTH)
     text = language_model("SmolLM3", vocab_size=128_001)  # an empty prompt is the last token
     return {"transformer": transformer, "scheduler": dynamic(), "vae": wan_autoencoder(), **text}
@@ -65,9 +84,11 @@ def bria_fibo() -> diffusers.BriaFiboPipeline:
 
 
 FIBO_EDIT: dict[str, Any] = {
-    **FIBO, "prompt": lambda number: f'{{"edit_instruction": "{number}"}}', "image": lambda number: picture(number, 64),
+    **FIBO,
+    "prompt": lambda number: f'{{"edit_instruction": "{number}"}}',
+    "image": lambda number: picture(number, 64),
     "_auto_resize": False,
-}  # fmt: skip
+}
 
 
 @entry(**FIBO_EDIT)
@@ -111,17 +132,35 @@ def long_cat_image() -> diffusers.LongCatImagePipeline:
 
 def prx_parts(channels: int) -> dict[str, Any]:
     transformer = diffusers.PRXTransformer2DModel(
-        in_channels=channels, patch_size=2, context_in_dim=WIDTH, hidden_size=16, mlp_ratio=2.0, num_heads=2, depth=1,
+        in_channels=channels,
+        patch_size=2,
+        context_in_dim=WIDTH,
+        hidden_size=16,
+        mlp_ratio=2.0,
+        num_heads=2,
+        depth=1,
         axes_dim=[4, 4],
-    )  # fmt: skip
+    )
     tokenizer = chat_tokenizer()
     tokenizer.model_max_length = 48
     config = transformers.T5GemmaModuleConfig(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=1, head_dim=8,
-        num_attention_heads=2, num_key_value_heads=2,
-    )  # fmt: skip
-    encoder = transformers.T5GemmaEncoderModel(transformers.T5GemmaConfig(encoder=config, is_encoder_decoder=False))
-    return {"transformer": transformer, "scheduler": flow(), "text_encoder": encoder.encoder, "tokenizer": tokenizer}
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=1,
+        head_dim=8,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    encoder = transformers.T5GemmaEncoderModel(
+        transformers.T5GemmaConfig(encoder=config, is_encoder_decoder=False)
+    )
+    return {
+        "transformer": transformer,
+        "scheduler": flow(),
+        "text_encoder": encoder.encoder,
+        "tokenizer": tokenizer,
+    }
 
 
 @entry(**SIZE, guidance_scale=5.0, use_resolution_binning=False)
@@ -132,7 +171,9 @@ def prx() -> diffusers.PRXPipeline:
 @entry(**SIZE, guidance_scale=5.0, use_resolution_binning=False)
 def prx_pixel() -> diffusers.PRXPixelPipeline:
     """No autoencoder."""
-    return mended(diffusers.PRXPixelPipeline, prx_parts(3), default_sample_size=16, prompt_max_tokens=48)
+    return mended(
+        diffusers.PRXPixelPipeline, prx_parts(3), default_sample_size=16, prompt_max_tokens=48
+    )
 
 
 def mended(kind: Any, parts: dict[str, Any], **more: Any) -> DiffusionPipeline:
@@ -150,11 +191,22 @@ def mended(kind: Any, parts: dict[str, Any], **more: Any) -> DiffusionPipeline:
 def hi_dream_image() -> diffusers.HiDreamImagePipeline:
     """Four text encoders; its experts are chosen token by token."""
     transformer = diffusers.HiDreamImageTransformer2DModel(
-        patch_size=2, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8,
-        num_attention_heads=2, caption_channels=[WIDTH, WIDTH], text_emb_dim=2 * WIDTH, num_routed_experts=2,
-        num_activated_experts=2, axes_dims_rope=(4, 2, 2), max_resolution=(32, 32), llama_layers=(0, 1),
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_channels=[WIDTH, WIDTH],
+        text_emb_dim=2 * WIDTH,
+        num_routed_experts=2,
+        num_activated_experts=2,
+        axes_dims_rope=(4, 2, 2),
+        max_resolution=(32, 32),
+        llama_layers=(0, 1),
         force_inference_output=True,
-    )  # fmt: skip
+    )
     llama = {f"{name}_4": part for name, part in language_model("Llama").items()}
     llama["tokenizer_4"].pad_token = "<|im_end|>"
     text = {**wide_clip(), **wide_clip("_2"), **t5_text("_3"), **llama}
@@ -168,14 +220,29 @@ def hi_dream_image() -> diffusers.HiDreamImagePipeline:
 # Kandinsky 5, GLM, Ernie
 
 
-KANDINSKY: dict[str, Any] = {**TEXT, "height": 32, "width": 32, **ALIKE, "negative_prompt": "5 red rings"}
+KANDINSKY: dict[str, Any] = {
+    **TEXT,
+    "height": 32,
+    "width": 32,
+    **ALIKE,
+    "negative_prompt": "5 red rings",
+}
 
 
 def kandinsky5(kind: Any, **config: Any) -> DiffusionPipeline:
     transformer = diffusers.Kandinsky5Transformer3DModel(
-        in_visual_dim=4, in_text_dim=WIDTH, in_text_dim2=WIDTH, time_dim=8, out_visual_dim=4, model_dim=16, ff_dim=16,
-        num_text_blocks=1, num_visual_blocks=1, axes_dims=(2, 2, 4), **config,
-    )  # fmt: skip
+        in_visual_dim=4,
+        in_text_dim=WIDTH,
+        in_text_dim2=WIDTH,
+        time_dim=8,
+        out_visual_dim=4,
+        model_dim=16,
+        ff_dim=16,
+        num_text_blocks=1,
+        num_visual_blocks=1,
+        axes_dims=(2, 2, 4),
+        **config,
+    )
     pipeline: Any = mended(
         kind,
         {"transformer": transformer, "scheduler": flow(), "vae": small_autoencoder(blocks=4)},
@@ -206,9 +273,17 @@ def prior_tokens(number: int) -> Any:
 def glm_image() -> diffusers.GlmImagePipeline:
     """With the first draft given, which a language model else makes token by token."""
     transformer = diffusers.GlmImageTransformer2DModel(
-        patch_size=2, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
-        text_embed_dim=WIDTH, time_embed_dim=8, condition_dim=4, prior_vq_quantizer_codebook_size=32,
-    )  # fmt: skip
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        text_embed_dim=WIDTH,
+        time_embed_dim=8,
+        condition_dim=4,
+        prior_vq_quantizer_codebook_size=32,
+    )
     tokenizer = transformers.ByT5Tokenizer()
     return diffusers.GlmImagePipeline(
         transformer=transformer,
@@ -224,21 +299,33 @@ def glm_image() -> diffusers.GlmImagePipeline:
 @entry(**SIZE, guidance_scale=5.0, **ALIKE)
 def ernie_image() -> diffusers.ErnieImagePipeline:
     transformer = diffusers.ErnieImageTransformer2DModel(
-        hidden_size=16, num_attention_heads=2, num_layers=1, ffn_hidden_size=16, in_channels=16, out_channels=16,
-        text_in_dim=WIDTH, rope_axes_dim=(4, 2, 2),
-    )  # fmt: skip
+        hidden_size=16,
+        num_attention_heads=2,
+        num_layers=1,
+        ffn_hidden_size=16,
+        in_channels=16,
+        out_channels=16,
+        text_in_dim=WIDTH,
+        rope_axes_dim=(4, 2, 2),
+    )
     text = language_model("Mistral", "Model")
-    return diffusers.ErnieImagePipeline(transformer=transformer, scheduler=flow(), vae=flux2_autoencoder(), **text)
+    return diffusers.ErnieImagePipeline(
+        transformer=transformer, scheduler=flow(), vae=flux2_autoencoder(), **text
+    )
 
 
 # VisualCloze
 
 
 CLOZE: dict[str, Any] = {
-    "prompt": ABSENT, "task_prompt": "each row is a pair", "content_prompt": lambda number: f"{number} rings",
+    "prompt": ABSENT,
+    "task_prompt": "each row is a pair",
+    "content_prompt": lambda number: f"{number} rings",
     "image": lambda number: [[picture(number), picture(number + 6)], [picture(number + 12), None]],
-    "guidance_scale": 30.0, "max_sequence_length": 320, "output_type": "np",
-}  # fmt: skip
+    "guidance_scale": 30.0,
+    "max_sequence_length": 320,
+    "output_type": "np",
+}
 
 
 @entry(**CLOZE, upsampling_height=16, upsampling_width=16, upsampling_strength=0.4)
@@ -262,12 +349,25 @@ def visual_cloze_generation() -> diffusers.VisualClozeGenerationPipeline:
 def krea2() -> diffusers.Krea2Pipeline:
     """A transformer of its own reads several layers of the language model."""
     transformer = diffusers.Krea2Transformer2DModel(
-        in_channels=16, num_layers=1, attention_head_dim=8, num_attention_heads=2, num_key_value_heads=1,
-        intermediate_size=16, timestep_embed_dim=8, text_hidden_dim=WIDTH, num_text_layers=2, text_num_attention_heads=2,
-        text_num_key_value_heads=2, text_intermediate_size=16, num_layerwise_text_blocks=1, num_refiner_text_blocks=1,
+        in_channels=16,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=16,
+        timestep_embed_dim=8,
+        text_hidden_dim=WIDTH,
+        num_text_layers=2,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=2,
+        text_intermediate_size=16,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
         axes_dims_rope=(4, 2, 2),
-    )  # fmt: skip
-    parts = {name: part for name, part in qwen_image().components.items() if name in ("vae", "scheduler")}
+    )
+    parts = {
+        name: part for name, part in qwen_image().components.items() if name in ("vae", "scheduler")
+    }
     config = transformers.Qwen3VLConfig(
         text_config={**DECODER, "vocab_size": 1000, "rope_parameters": qwen_rope()},
         vision_config={

@@ -1,4 +1,5 @@
-"""Parts that several tiny pipelines share: text encoders, tokenizers and autoencoders besides those of tests.tiny."""
+"""Parts that several tiny pipelines share: text encoders, tokenizers and autoencoders besides those
+of tests.tiny."""
 
 from __future__ import annotations
 
@@ -14,14 +15,23 @@ from tests.tiny import SIDE, WIDTH, autoencoder, clip, qwen, t5
 
 # Skips the system's messages, which would take hundreds of tokens here
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] != 'system' %}<|im_start|>{% if m['content'] is string %}{{ m['content'] }}"
-    "{% else %}{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{% for m in messages %}{% if m['role'] != 'system' %}<|im_start|>{% if m['content'] is string "
+    "%}{{ m['content'] }}"
+    "{% else %}{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% "
+    "endfor %}{% endif %}"
     "<|im_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
 )
 DECODER: dict[str, Any] = {  # of every language model
-    "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 2,
-    "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.5, "bos_token_id": None, "eos_token_id": None,
-}  # fmt: skip
+    "hidden_size": WIDTH,
+    "intermediate_size": WIDTH,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.5,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 
 
 def strength(number: int) -> float:
@@ -51,10 +61,17 @@ def chat_tokenizer() -> Any:
     return tokenizer
 
 
-def language_model(kind: str = "Qwen3", suffix: str = "ForCausalLM", **config: Any) -> dict[str, Any]:
+def language_model(
+    kind: str = "Qwen3", suffix: str = "ForCausalLM", **config: Any
+) -> dict[str, Any]:
     """A decoder of transformers by its prefix, as text_encoder and tokenizer."""
     tokenizer = chat_tokenizer()
-    settings = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **DECODER, **config}
+    settings = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        **DECODER,
+        **config,
+    }
     model = getattr(transformers, kind + suffix)(getattr(transformers, f"{kind}Config")(**settings))
     return {"text_encoder": model, "tokenizer": tokenizer}
 
@@ -76,25 +93,41 @@ def plain_autoencoder(**config: Any) -> diffusers.AutoencoderKL:
 def flux2_autoencoder() -> diffusers.AutoencoderKLFlux2:
     """2x down, 4 channels, and 2x2 of them side by side."""
     return diffusers.AutoencoderKLFlux2(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 8), layers_per_block=1, latent_channels=4, norm_num_groups=2, sample_size=SIDE,
-    )  # fmt: skip
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
+        sample_size=SIDE,
+    )
 
 
 def deep_autoencoder() -> diffusers.AutoencoderDC:
     """4x down, 4 channels."""
     return diffusers.AutoencoderDC(
-        latent_channels=4, attention_head_dim=2, encoder_block_types=("ResBlock", "EfficientViTBlock"),
-        decoder_block_types=("ResBlock", "EfficientViTBlock"), encoder_block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8), encoder_qkv_multiscales=((), (5,)), decoder_qkv_multiscales=((), (5,)),
-        encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), downsample_block_type="conv",
-        upsample_block_type="interpolate", decoder_norm_types="rms_norm", decoder_act_fns="silu", scaling_factor=0.4,
-    )  # fmt: skip
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.4,
+    )
 
 
 @torch.no_grad()
 def without_noise(vae: diffusers.AutoencoderKL) -> diffusers.AutoencoderKL:
-    """Let the encoder's distribution have no width: some pipelines sample it with the global generator."""
+    """Let the encoder's distribution have no width: some pipelines sample it with the global
+    generator."""
     half = vae.quant_conv.out_channels // 2
     vae.quant_conv.weight[half:] = 0
     vae.quant_conv.bias[half:] = -30
@@ -102,7 +135,8 @@ def without_noise(vae: diffusers.AutoencoderKL) -> diffusers.AutoencoderKL:
 
 
 class VisionProcessor:
-    """Text and pictures for Qwen-VL. transformers' own processor wants one of videos, and that torchvision."""
+    """Text and pictures for Qwen-VL. transformers' own processor wants one of videos, and that
+    torchvision."""
 
     def __init__(self, tokenizer: Any, patch: int = 14, **config: Any) -> None:
         self.tokenizer = tokenizer
@@ -111,7 +145,9 @@ class VisionProcessor:
             patch_size=patch, min_pixels=(2 * patch) ** 2, max_pixels=(2 * patch) ** 2, **config
         )
 
-    def __call__(self, text: Any = None, images: Any = None, **options: Any) -> transformers.BatchFeature:
+    def __call__(
+        self, text: Any = None, images: Any = None, **options: Any
+    ) -> transformers.BatchFeature:
         texts = [text] if isinstance(text, str) else list(text)
         found: dict[str, Any] = {}
         if images is not None:
@@ -137,11 +173,15 @@ class VisionProcessor:
 def vision_language() -> dict[str, Any]:
     """Qwen2.5-VL that sees, with its processor."""
     tokenizer = chat_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": list(VISION_TOKENS)}, replace_extra_special_tokens=False)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": list(VISION_TOKENS)}, replace_extra_special_tokens=False
+    )
     ids = {name: tokenizer.convert_tokens_to_ids(token) for token, name in VISION_TOKENS.items()}
     old = qwen()["text_encoder"].config
     text = {**old.text_config.to_dict(), "vocab_size": len(tokenizer)}
-    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=old.vision_config.to_dict(), **ids)
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=text, vision_config=old.vision_config.to_dict(), **ids
+    )
     model = transformers.Qwen2_5_VLForConditionalGeneration(config)
     return {"text_encoder": model, "tokenizer": tokenizer, "processor": VisionProcessor(tokenizer)}
 
@@ -157,10 +197,13 @@ VISION_TOKENS = {
 def small_autoencoder(blocks: int = 2, **config: Any) -> diffusers.AutoencoderKL:
     """4 channels; every block but one halves the size."""
     return diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks,
-        block_out_channels=(4,) * (blocks - 1) + (8,), norm_num_groups=2, sample_size=SIDE,
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=(4,) * (blocks - 1) + (8,),
+        norm_num_groups=2,
+        sample_size=SIDE,
         **{"latent_channels": 4, "shift_factor": 0.1, **config},
-    )  # fmt: skip
+    )
 
 
 def wide_clip(suffix: str = "", *, projection: bool = True) -> dict[str, Any]:

@@ -91,9 +91,19 @@ def qwen_image_layered() -> diffusers.QwenImageLayeredPipeline:
     small_pictures()
     parts = {**qwen_image().components, **vision_language()}
     config = {**parts["transformer"].config}
-    config |= {"in_channels": 32, "out_channels": 8, "use_additional_t_cond": True, "use_layer3d_rope": True}
+    config |= {
+        "in_channels": 32,
+        "out_channels": 8,
+        "use_additional_t_cond": True,
+        "use_layer3d_rope": True,
+    }
     parts["transformer"] = diffusers.QwenImageTransformer2DModel(**config)
-    config = {**parts["vae"].config, "z_dim": 8, "latents_mean": [0.0] * 8, "latents_std": [1.0] * 8}
+    config = {
+        **parts["vae"].config,
+        "z_dim": 8,
+        "latents_mean": [0.0] * 8,
+        "latents_std": [1.0] * 8,
+    }
     parts["vae"] = diffusers.AutoencoderKLQwenImage(**config | {"input_channels": 4})
     return diffusers.QwenImageLayeredPipeline(**parts)
 
@@ -105,9 +115,18 @@ Z: dict[str, Any] = {**SIZE, "guidance_scale": 5.0, "max_sequence_length": 48}
 
 def z_image_parts() -> dict[str, Any]:
     transformer = diffusers.ZImageTransformer2DModel(
-        all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=16, n_layers=1, n_refiner_layers=1, n_heads=2,
-        n_kv_heads=2, cap_feat_dim=WIDTH, axes_dims=[4, 2, 2], axes_lens=[256, 32, 32],
-    )  # fmt: skip
+        all_patch_size=(2,),
+        all_f_patch_size=(1,),
+        in_channels=4,
+        dim=16,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=WIDTH,
+        axes_dims=[4, 2, 2],
+        axes_lens=[256, 32, 32],
+    )
     nn.init.normal_(transformer.x_pad_token)  # which are left as the memory was
     nn.init.normal_(transformer.cap_pad_token)
     text = language_model("Qwen3", "Model")
@@ -151,13 +170,27 @@ def hunyuan_image_distilled() -> diffusers.HunyuanImagePipeline:
 @entry(**SIZE, image=picture, distilled_guidance_scale=3.25)
 def hunyuan_image_refiner() -> diffusers.HunyuanImageRefinerPipeline:
     transformer = diffusers.HunyuanImageTransformer2DModel(
-        in_channels=16, out_channels=8, num_attention_heads=2, attention_head_dim=8, num_layers=1, num_single_layers=1,
-        num_refiner_layers=1, patch_size=(1, 1, 1), text_embed_dim=WIDTH, rope_axes_dim=(4, 2, 2), guidance_embeds=True,
-    )  # fmt: skip
+        in_channels=16,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        patch_size=(1, 1, 1),
+        text_embed_dim=WIDTH,
+        rope_axes_dim=(4, 2, 2),
+        guidance_embeds=True,
+    )
     vae = diffusers.AutoencoderKLHunyuanImageRefiner(
-        latent_channels=4, block_out_channels=(8, 8, 8), layers_per_block=1, spatial_compression_ratio=4,
+        latent_channels=4,
+        block_out_channels=(8, 8, 8),
+        layers_per_block=1,
+        spatial_compression_ratio=4,
         temporal_compression_ratio=2,
-    )  # fmt: skip
-    pipeline = diffusers.HunyuanImageRefinerPipeline(scheduler=flow(), vae=vae, transformer=transformer, **qwen())
+    )
+    pipeline = diffusers.HunyuanImageRefinerPipeline(
+        scheduler=flow(), vae=vae, transformer=transformer, **qwen()
+    )
     pipeline.tokenizer_max_length = 200  # its template takes more tokens here than it drops
     return pipeline

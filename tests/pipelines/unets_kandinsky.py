@@ -15,13 +15,23 @@ from tests.tiny import WIDTH
 
 
 def prompted(**config: Any) -> dict[str, Any]:
-    """`unets_priors.decoder` with the text encoder that has XLM-RoBERTa's shape, and another tokenizer."""
+    """`unets_priors.decoder` with the text encoder that has XLM-RoBERTa's shape, and another
+    tokenizer."""
     tokenizer = t5_tokenizer()
     settings = MCLIPConfig(
-        transformerDimSize=WIDTH, imageDimSize=WIDTH, hidden_size=WIDTH, intermediate_size=WIDTH, num_attention_heads=2,
-        num_hidden_layers=1, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, max_position_embeddings=80,
-    )  # fmt: skip
-    parts = decoder(encoder_hid_dim_type="text_image_proj", addition_embed_type="text_image", **config)
+        transformerDimSize=WIDTH,
+        imageDimSize=WIDTH,
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        max_position_embeddings=80,
+    )
+    parts = decoder(
+        encoder_hid_dim_type="text_image_proj", addition_embed_type="text_image", **config
+    )
     return {**parts, "text_encoder": MultilingualCLIP(settings), "tokenizer": tokenizer}
 
 

@@ -18,11 +18,18 @@ from tests.tiny import SIDE, WIDTH
 def pixels(share: float = 0.1, **config: Any) -> diffusers.UNet2DModel:
     network = diffusers.UNet2DModel(
         **{
-            "sample_size": 8, "in_channels": 3, "out_channels": 3, "block_out_channels": (4, 8), "layers_per_block": 1,
-            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-            "norm_num_groups": 2, "attention_head_dim": 2,
-        } | config
-    )  # fmt: skip
+            "sample_size": 8,
+            "in_channels": 3,
+            "out_channels": 3,
+            "block_out_channels": (4, 8),
+            "layers_per_block": 1,
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+            "norm_num_groups": 2,
+            "attention_head_dim": 2,
+        }
+        | config
+    )
     calm(network.conv_out, share)
     return network
 
@@ -44,24 +51,32 @@ def pndm() -> diffusers.PNDMPipeline:
 
 @entry(**NUMBERS, prompt=ABSENT)
 def consistency_model() -> diffusers.ConsistencyModelPipeline:
-    scheduler = diffusers.CMStochasticIterativeScheduler(num_train_timesteps=40, sigma_min=0.002, sigma_max=80.0)
+    scheduler = diffusers.CMStochasticIterativeScheduler(
+        num_train_timesteps=40, sigma_min=0.002, sigma_max=80.0
+    )
     return diffusers.ConsistencyModelPipeline(unet=pixels(), scheduler=scheduler)
 
 
 @entry(**NUMBERS, prompt=ABSENT, class_labels=lambda number: number)
 def consistency_model_classes() -> diffusers.ConsistencyModelPipeline:
-    scheduler = diffusers.CMStochasticIterativeScheduler(num_train_timesteps=40, sigma_min=0.002, sigma_max=80.0)
+    scheduler = diffusers.CMStochasticIterativeScheduler(
+        num_train_timesteps=40, sigma_min=0.002, sigma_max=80.0
+    )
     return diffusers.ConsistencyModelPipeline(unet=pixels(num_class_embeds=8), scheduler=scheduler)
 
 
 @entry(**NUMBERS, prompt=ABSENT)
 def karras_ve() -> diffusers.KarrasVePipeline:
-    return diffusers.KarrasVePipeline(unet=pixels(), scheduler=diffusers.KarrasVeScheduler(sigma_max=0.5))
+    return diffusers.KarrasVePipeline(
+        unet=pixels(), scheduler=diffusers.KarrasVeScheduler(sigma_max=0.5)
+    )
 
 
 @entry(**NUMBERS, prompt=ABSENT)
 def score_sde_ve() -> diffusers.ScoreSdeVePipeline:
-    return diffusers.ScoreSdeVePipeline(unet=pixels(1.0), scheduler=diffusers.ScoreSdeVeScheduler(sigma_max=0.5))
+    return diffusers.ScoreSdeVePipeline(
+        unet=pixels(1.0), scheduler=diffusers.ScoreSdeVeScheduler(sigma_max=0.5)
+    )
 
 
 @entry(
@@ -73,13 +88,17 @@ def score_sde_ve() -> diffusers.ScoreSdeVePipeline:
     jump_n_sample=2,
 )
 def re_paint() -> diffusers.RePaintPipeline:
-    return diffusers.RePaintPipeline(unet=pixels(sample_size=32), scheduler=diffusers.RePaintScheduler())
+    return diffusers.RePaintPipeline(
+        unet=pixels(sample_size=32), scheduler=diffusers.RePaintScheduler()
+    )
 
 
 @entry(**NUMBERS, prompt=ABSENT)
 def ldm() -> diffusers.LDMPipeline:
     return diffusers.LDMPipeline(
-        vqvae=quantised(), unet=pixels(in_channels=4, out_channels=4), scheduler=diffusers.DDIMScheduler()
+        vqvae=quantised(),
+        unet=pixels(in_channels=4, out_channels=4),
+        scheduler=diffusers.DDIMScheduler(),
     )
 
 
@@ -95,22 +114,36 @@ def ldm_super_resolution() -> diffusers.LDMSuperResolutionPipeline:
 @entry(prompt=ABSENT)
 def dance_diffusion() -> diffusers.DanceDiffusionPipeline:
     network = diffusers.UNet1DModel(
-        block_out_channels=(32, 32, 64), extra_in_channels=64, sample_size=256, sample_rate=16_000, in_channels=2,
-        out_channels=2, flip_sin_to_cos=True, use_timestep_embedding=False, time_embedding_type="fourier",
-        mid_block_type="UNetMidBlock1D", down_block_types=("DownBlock1DNoSkip", "DownBlock1D", "AttnDownBlock1D"),
+        block_out_channels=(32, 32, 64),
+        extra_in_channels=64,
+        sample_size=256,
+        sample_rate=16_000,
+        in_channels=2,
+        out_channels=2,
+        flip_sin_to_cos=True,
+        use_timestep_embedding=False,
+        time_embedding_type="fourier",
+        mid_block_type="UNetMidBlock1D",
+        down_block_types=("DownBlock1DNoSkip", "DownBlock1D", "AttnDownBlock1D"),
         up_block_types=("AttnUpBlock1D", "UpBlock1D", "UpBlock1DNoSkip"),
-    )  # fmt: skip
+    )
     return diffusers.DanceDiffusionPipeline(unet=network, scheduler=diffusers.IPNDMScheduler())
 
 
 def quantised(**config: Any) -> diffusers.VQModel:
     return diffusers.VQModel(
         **{
-            "block_out_channels": (4, 8), "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 2,
-            "num_vq_embeddings": 12, "vq_embed_dim": 4, "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "block_out_channels": (4, 8),
+            "latent_channels": 4,
+            "layers_per_block": 1,
+            "norm_num_groups": 2,
+            "num_vq_embeddings": 12,
+            "vq_embed_dim": 4,
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
             "up_block_types": ("UpDecoderBlock2D",) * 2,
-        } | config
-    )  # fmt: skip
+        }
+        | config
+    )
 
 
 # DeepFloyd IF
@@ -118,23 +151,41 @@ def quantised(**config: Any) -> diffusers.VQModel:
 
 def floyd(channels: int = 3, *, noising: bool = False) -> dict[str, Any]:
     config: dict[str, Any] = {
-        "sample_size": SIDE, "layers_per_block": 1, "block_out_channels": (32, 32), "in_channels": channels,
-        "out_channels": 6, "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn", "norm_num_groups": 4,
-        "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), "cross_attention_dim": 32,
-        "encoder_hid_dim": WIDTH, "attention_head_dim": 4, "addition_embed_type": "text",
-        "addition_embed_type_num_heads": 2, "cross_attention_norm": "group_norm", "act_fn": "gelu",
-        "resnet_time_scale_shift": "scale_shift", "class_embed_type": "timestep" if noising else None,
-    }  # fmt: skip
+        "sample_size": SIDE,
+        "layers_per_block": 1,
+        "block_out_channels": (32, 32),
+        "in_channels": channels,
+        "out_channels": 6,
+        "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "norm_num_groups": 4,
+        "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "cross_attention_dim": 32,
+        "encoder_hid_dim": WIDTH,
+        "attention_head_dim": 4,
+        "addition_embed_type": "text",
+        "addition_embed_type_num_heads": 2,
+        "cross_attention_norm": "group_norm",
+        "act_fn": "gelu",
+        "resnet_time_scale_shift": "scale_shift",
+        "class_embed_type": "timestep" if noising else None,
+    }
     network = diffusers.UNet2DConditionModel(**config)
     calm(network.conv_out)
     parts = {
-        **t5_text(), "unet": network, "safety_checker": None,
+        **t5_text(),
+        "unet": network,
+        "safety_checker": None,
         "scheduler": DDPMScheduler(
-            beta_schedule="squaredcos_cap_v2", thresholding=True, sample_max_value=1.0, variance_type="learned_range",
+            beta_schedule="squaredcos_cap_v2",
+            thresholding=True,
+            sample_max_value=1.0,
+            variance_type="learned_range",
         ),
-        "feature_extractor": None, "watermarker": None, "requires_safety_checker": False,
-    }  # fmt: skip
+        "feature_extractor": None,
+        "watermarker": None,
+        "requires_safety_checker": False,
+    }
     if noising:
         parts["image_noising_scheduler"] = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
     return parts

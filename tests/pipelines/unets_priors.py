@@ -7,7 +7,11 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DDIMScheduler, DDPMWuerstchenScheduler
-from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel, WuerstchenDiffNeXt, WuerstchenPrior
+from diffusers.pipelines.deprecated.wuerstchen import (
+    PaellaVQModel,
+    WuerstchenDiffNeXt,
+    WuerstchenPrior,
+)
 from torch import nn
 
 from tests.pipelines.parts import NUMBERS, calm, features, parts_of, strength, unclip_prior, vision
@@ -42,28 +46,47 @@ def prior() -> dict[str, Any]:
 def decoder(**config: Any) -> dict[str, Any]:
     network = diffusers.UNet2DConditionModel(
         **{
-            "in_channels": 4, "out_channels": 8, "addition_embed_type": "image", "layers_per_block": 1,
-            "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"), "norm_num_groups": 4,
-            "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), "block_out_channels": (8, 16),
-            "mid_block_type": "UNetMidBlock2DSimpleCrossAttn", "encoder_hid_dim": WIDTH,
-            "encoder_hid_dim_type": "image_proj", "cross_attention_dim": WIDTH, "attention_head_dim": 4,
+            "in_channels": 4,
+            "out_channels": 8,
+            "addition_embed_type": "image",
+            "layers_per_block": 1,
+            "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+            "norm_num_groups": 4,
+            "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+            "block_out_channels": (8, 16),
+            "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+            "encoder_hid_dim": WIDTH,
+            "encoder_hid_dim_type": "image_proj",
+            "cross_attention_dim": WIDTH,
+            "attention_head_dim": 4,
             "resnet_time_scale_shift": "scale_shift",
-        } | config
-    )  # fmt: skip
+        }
+        | config
+    )
     calm(network.conv_out)
     scheduler = DDIMScheduler(
-        beta_schedule="linear", beta_start=0.00085, beta_end=0.002, clip_sample=False, set_alpha_to_one=False,
+        beta_schedule="linear",
+        beta_start=0.00085,
+        beta_end=0.002,
+        clip_sample=False,
+        set_alpha_to_one=False,
         steps_offset=1,
-    )  # fmt: skip
+    )
     return {"unet": network, "scheduler": scheduler, "movq": movq()}
 
 
 def movq(blocks: int = 2) -> diffusers.VQModel:
     network = diffusers.VQModel(
-        block_out_channels=(32,) * blocks, latent_channels=4, layers_per_block=1, norm_num_groups=4, norm_type="spatial",
-        num_vq_embeddings=12, vq_embed_dim=4, down_block_types=("DownEncoderBlock2D",) * blocks,
+        block_out_channels=(32,) * blocks,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        norm_type="spatial",
+        num_vq_embeddings=12,
+        vq_embed_dim=4,
+        down_block_types=("DownEncoderBlock2D",) * blocks,
         up_block_types=("UpDecoderBlock2D",) * blocks,
-    )  # fmt: skip
+    )
     calm(network.decoder.conv_out, 0.3)
     return network
 
@@ -73,8 +96,10 @@ def combined(parts: dict[str, Any]) -> dict[str, Any]:
 
 
 EMBEDDED: dict[str, Any] = {
-    "prompt": ABSENT, "image_embeds": embedding, "negative_image_embeds": lambda number: embedding(number + 50)
-}  # fmt: skip
+    "prompt": ABSENT,
+    "image_embeds": embedding,
+    "negative_image_embeds": lambda number: embedding(number + 50),
+}
 PRIOR: dict[str, Any] = {"prior_num_inference_steps": 3, "prior_guidance_scale": 4.0}
 
 
@@ -99,8 +124,13 @@ def kandinsky_v22_img2img() -> diffusers.KandinskyV22Img2ImgPipeline:
 
 
 @entry(
-    **NUMBERS, **CANVAS, **EMBEDDED, guidance_scale=4.0, image=photo, mask_image=lambda number: mask(number, 32)
-)  # fmt: skip
+    **NUMBERS,
+    **CANVAS,
+    **EMBEDDED,
+    guidance_scale=4.0,
+    image=photo,
+    mask_image=lambda number: mask(number, 32),
+)
 def kandinsky_v22_inpaint() -> diffusers.KandinskyV22InpaintPipeline:
     return diffusers.KandinskyV22InpaintPipeline(**decoder(in_channels=9))
 
@@ -143,8 +173,13 @@ def kandinsky_v22_combined_img2img() -> diffusers.KandinskyV22Img2ImgCombinedPip
 
 
 @entry(
-    **NUMBERS, **CANVAS, **PRIOR, guidance_scale=4.0, image=photo, mask_image=lambda number: mask(number, 32)
-)  # fmt: skip
+    **NUMBERS,
+    **CANVAS,
+    **PRIOR,
+    guidance_scale=4.0,
+    image=photo,
+    mask_image=lambda number: mask(number, 32),
+)
 def kandinsky_v22_combined_inpaint() -> diffusers.KandinskyV22InpaintCombinedPipeline:
     return diffusers.KandinskyV22InpaintCombinedPipeline(**combined(decoder(in_channels=9)))
 
@@ -201,14 +236,19 @@ def stable_cascade_prior() -> diffusers.StableCascadePriorPipeline:
 @entry(**NUMBERS, height=84, width=84, guidance_scale=4.0, images=lambda number: [picture(number)])
 def stable_cascade_prior_images() -> diffusers.StableCascadePriorPipeline:
     """Pictures beside the prompt."""
-    return diffusers.StableCascadePriorPipeline(**cascade_prior(), feature_extractor=features(), image_encoder=vision())
+    return diffusers.StableCascadePriorPipeline(
+        **cascade_prior(), feature_extractor=features(), image_encoder=vision()
+    )
 
 
 @entry(**NUMBERS, guidance_scale=4.0, image_embeddings=latent)
 def stable_cascade_decoder() -> diffusers.StableCascadeDecoderPipeline:
     parts = parts_of(stable_cascade)
     return diffusers.StableCascadeDecoderPipeline(
-        **{name: parts[name] for name in ("tokenizer", "text_encoder", "decoder", "scheduler", "vqgan")}
+        **{
+            name: parts[name]
+            for name in ("tokenizer", "text_encoder", "decoder", "scheduler", "vqgan")
+        }
     )
 
 
@@ -228,11 +268,21 @@ def wuerstchen_prior() -> dict[str, Any]:
 
 def wuerstchen_decoder() -> dict[str, Any]:
     network = WuerstchenDiffNeXt(
-        c_cond=WIDTH, c_hidden=[16], nhead=[2], blocks=[1], level_config=["CTA"], clip_embd=WIDTH, effnet_embd=4,
-        c_r=16, inject_effnet=[True],
-    )  # fmt: skip
-    vqgan = PaellaVQModel(embed_dim=8, bottleneck_blocks=1, num_vq_embeddings=16, scale_factor=0.003)
-    nn.init.constant_(vqgan.out_block[0].bias, 0.5)  # the pipeline clamps to [0, 1] and shifts nothing
+        c_cond=WIDTH,
+        c_hidden=[16],
+        nhead=[2],
+        blocks=[1],
+        level_config=["CTA"],
+        clip_embd=WIDTH,
+        effnet_embd=4,
+        c_r=16,
+        inject_effnet=[True],
+    )
+    vqgan = PaellaVQModel(
+        embed_dim=8, bottleneck_blocks=1, num_vq_embeddings=16, scale_factor=0.003
+    )
+    # the pipeline clamps to [0, 1] and shifts nothing
+    nn.init.constant_(vqgan.out_block[0].bias, 0.5)
     return {
         **clip(projection=False), "decoder": network, "scheduler": DDPMWuerstchenScheduler(),
         "vqgan": vqgan,

@@ -1,4 +1,5 @@
-"""Variants of Stable Diffusion 1.5 that change what is done around its UNet, most of them deprecated by diffusers."""
+"""Variants of Stable Diffusion 1.5 that change what is done around its UNet, most of them
+deprecated by diffusers."""
 
 from __future__ import annotations
 
@@ -14,7 +15,10 @@ from diffusers.pipelines.deprecated.alt_diffusion.modeling_roberta_series import
 )
 from diffusers.pipelines.deprecated.paint_by_example import PaintByExampleImageEncoder
 from diffusers.pipelines.deprecated.stable_diffusion_safe import StableDiffusionPipelineSafe
-from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import (
+    LDMBertConfig,
+    LDMBertModel,
+)
 
 from tests.pipelines.parts import NUMBERS, SQUARE, diffusion, features, strength, unet
 from tests.pipelines.registry import ABSENT, PROMPTS, STEPS, entry, mask, picture
@@ -26,7 +30,11 @@ TEXT: dict[str, Any] = {**NUMBERS, **SQUARE, "guidance_scale": 5.0}
 
 def plain(**config: Any) -> dict[str, Any]:
     """For pipelines without a safety checker's switch."""
-    return {name: part for name, part in diffusion(**config).items() if name != "requires_safety_checker"}
+    return {
+        name: part
+        for name, part in diffusion(**config).items()
+        if name != "requires_safety_checker"
+    }
 
 
 @entry(**TEXT, sld_guidance_scale=500.0, sld_warmup_steps=1)
@@ -59,7 +67,11 @@ def stable_diffusion_sag() -> diffusers.StableDiffusionSAGPipeline:
     return diffusers.StableDiffusionSAGPipeline(**diffusion())
 
 
-@entry(**TEXT, gligen_phrases=["ring"], gligen_boxes=lambda number: [[0.1, 0.1, 0.4 + number / 10, 0.6]])
+@entry(
+    **TEXT,
+    gligen_phrases=["ring"],
+    gligen_boxes=lambda number: [[0.1, 0.1, 0.4 + number / 10, 0.6]],
+)
 def stable_diffusion_gligen() -> diffusers.StableDiffusionGLIGENPipeline:
     return diffusers.StableDiffusionGLIGENPipeline(**diffusion(attention_type="gated"))
 
@@ -95,7 +107,14 @@ def stable_diffusion_model_editing() -> diffusers.StableDiffusionModelEditingPip
     return diffusers.StableDiffusionModelEditingPipeline(**diffusion())
 
 
-@entry(**TEXT, prompt="a red circle", token_indices=[2], max_iter_to_alter=2, attn_res=(4, 4), thresholds={0: 0.5})
+@entry(
+    **TEXT,
+    prompt="a red circle",
+    token_indices=[2],
+    max_iter_to_alter=2,
+    attn_res=(4, 4),
+    thresholds={0: 0.5},
+)
 def stable_diffusion_attend_and_excite() -> diffusers.StableDiffusionAttendAndExcitePipeline:
     """Takes gradients through the UNet."""
     return diffusers.StableDiffusionAttendAndExcitePipeline(**diffusion())
@@ -109,12 +128,23 @@ def stable_diffusion_paradigms() -> diffusers.StableDiffusionParadigmsPipeline:
     return diffusers.StableDiffusionParadigmsPipeline(**parts)
 
 
-@entry(**TEXT, prompt=ABSENT, example_image=lambda number: picture(number + 50), image=picture, mask_image=mask)
+@entry(
+    **TEXT,
+    prompt=ABSENT,
+    example_image=lambda number: picture(number + 50),
+    image=picture,
+    mask_image=mask,
+)
 def paint_by_example() -> diffusers.PaintByExamplePipeline:
     config = transformers.CLIPVisionConfig(
-        hidden_size=WIDTH, intermediate_size=WIDTH, projection_dim=WIDTH, num_hidden_layers=5, num_attention_heads=2,
-        image_size=16, patch_size=8,
-    )  # fmt: skip
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=5,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
     return diffusers.PaintByExamplePipeline(
         vae=autoencoder(),
         image_encoder=PaintByExampleImageEncoder(config, proj_size=WIDTH),
@@ -138,7 +168,12 @@ def marigold(channels: int = 4, **config: Any) -> dict[str, Any]:
     return {**{name: parts[name] for name in names}, "default_denoising_steps": 4, **config}
 
 
-MARIGOLD: dict[str, Any] = {**NUMBERS, "prompt": ABSENT, "image": picture, "processing_resolution": 0}
+MARIGOLD: dict[str, Any] = {
+    **NUMBERS,
+    "prompt": ABSENT,
+    "image": picture,
+    "processing_resolution": 0,
+}
 
 
 @entry(**MARIGOLD)
@@ -150,7 +185,9 @@ def marigold_depth() -> diffusers.MarigoldDepthPipeline:
 
 @entry(**MARIGOLD)
 def marigold_normals() -> diffusers.MarigoldNormalsPipeline:
-    return diffusers.MarigoldNormalsPipeline(**marigold(prediction_type="normals", use_full_z_range=True))
+    return diffusers.MarigoldNormalsPipeline(
+        **marigold(prediction_type="normals", use_full_z_range=True)
+    )
 
 
 @entry(**MARIGOLD)
@@ -158,7 +195,10 @@ def marigold_intrinsics() -> diffusers.MarigoldIntrinsicsPipeline:
     properties = {
         "target_names": ["albedo", "material"],
         "albedo": {"prediction_space": "srgb", "target_space": "srgb", "up_to_scale": False},
-        "material": {"prediction_space": "stack", "sub_target_names": ["roughness", "metallicity", None]},
+        "material": {
+            "prediction_space": "stack",
+            "sub_target_names": ["roughness", "metallicity", None],
+        },
     }
     return diffusers.MarigoldIntrinsicsPipeline(
         **marigold(8, prediction_type="intrinsics", target_properties=properties)
@@ -172,10 +212,20 @@ def alt() -> dict[str, Any]:
     tokenizer = t5_tokenizer()
     tokenizer.model_max_length = 32
     config = RobertaSeriesConfig(
-        hidden_size=WIDTH, intermediate_size=WIDTH, num_attention_heads=2, num_hidden_layers=1, project_dim=WIDTH,
-        vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, max_position_embeddings=40,
-    )  # fmt: skip
-    return {**diffusion(), "text_encoder": RobertaSeriesModelWithTransformation(config), "tokenizer": tokenizer}
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        project_dim=WIDTH,
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        max_position_embeddings=40,
+    )
+    return {
+        **diffusion(),
+        "text_encoder": RobertaSeriesModelWithTransformation(config),
+        "tokenizer": tokenizer,
+    }
 
 
 @entry(**SQUARE, **NUMBERS, guidance_scale=5.0)

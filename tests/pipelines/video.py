@@ -1,4 +1,5 @@
-"""Pipelines of films, which only the library's engine serves: Wan, SkyReels, Lucy, LTX, Sana, CogVideoX."""
+"""Pipelines of films, which only the library's engine serves: Wan, SkyReels, Lucy, LTX, Sana,
+CogVideoX."""
 
 from __future__ import annotations
 
@@ -48,15 +49,29 @@ def without_ftfy(kind: Any, parts: dict[str, Any], **more: Any) -> DiffusionPipe
 def wan_autoencoder() -> diffusers.AutoencoderKLWan:
     """2x down in space and in time, 4 channels."""
     return diffusers.AutoencoderKLWan(
-        base_dim=4, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[True], latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4, scale_factor_temporal=2, scale_factor_spatial=2,
-    )  # fmt: skip
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+        scale_factor_temporal=2,
+        scale_factor_spatial=2,
+    )
 
 
 WAN: dict[str, Any] = {
-    "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": WIDTH,
-    "freq_dim": 8, "ffn_dim": 16, "num_layers": 2, "rope_max_seq_len": 32,
-}  # fmt: skip
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": WIDTH,
+    "freq_dim": 8,
+    "ffn_dim": 16,
+    "num_layers": 2,
+    "rope_max_seq_len": 32,
+}
 SEEING: dict[str, Any] = {"in_channels": 10, "image_dim": WIDTH, "added_kv_proj_dim": 24}
 
 
@@ -66,11 +81,19 @@ def wan_parts(transformer: Any) -> dict[str, Any]:
 
 def image_encoder() -> dict[str, Any]:
     config = transformers.CLIPVisionConfig(
-        hidden_size=WIDTH, projection_dim=WIDTH, intermediate_size=WIDTH, num_hidden_layers=2, num_attention_heads=2,
-        image_size=16, patch_size=8,
-    )  # fmt: skip
+        hidden_size=WIDTH,
+        projection_dim=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
     processor = transformers.CLIPImageProcessorPil(size=16, crop_size=16)
-    return {"image_encoder": transformers.CLIPVisionModelWithProjection(config), "image_processor": processor}
+    return {
+        "image_encoder": transformers.CLIPVisionModelWithProjection(config),
+        "image_processor": processor,
+    }
 
 
 @entry(**FILM, num_frames=5)
@@ -101,18 +124,24 @@ def wan_image_to_video() -> diffusers.WanImageToVideoPipeline:
 
 @entry(**FILM, video=film, strength=strength)
 def wan_video_to_video() -> diffusers.WanVideoToVideoPipeline:
-    return without_ftfy(diffusers.WanVideoToVideoPipeline, wan_parts(diffusers.WanTransformer3DModel(**WAN)))
+    return without_ftfy(
+        diffusers.WanVideoToVideoPipeline, wan_parts(diffusers.WanTransformer3DModel(**WAN))
+    )
 
 
 @entry(**FILM, num_frames=5, video=film)
 def wan_vace() -> diffusers.WanVACEPipeline:
-    transformer = diffusers.WanVACETransformer3DModel(**WAN, vace_layers=[0, 1], vace_in_channels=4 + 4 + 4)
+    transformer = diffusers.WanVACETransformer3DModel(
+        **WAN, vace_layers=[0, 1], vace_in_channels=4 + 4 + 4
+    )
     return without_ftfy(diffusers.WanVACEPipeline, wan_parts(transformer))
 
 
 @entry(**FILM, num_frames=5)
 def sky_reels_v2() -> diffusers.SkyReelsV2Pipeline:
-    return without_ftfy(diffusers.SkyReelsV2Pipeline, wan_parts(diffusers.SkyReelsV2Transformer3DModel(**WAN)))
+    return without_ftfy(
+        diffusers.SkyReelsV2Pipeline, wan_parts(diffusers.SkyReelsV2Transformer3DModel(**WAN))
+    )
 
 
 @entry(**FILM, num_frames=5, image=picture)
@@ -124,8 +153,12 @@ def sky_reels_v2_image_to_video() -> diffusers.SkyReelsV2ImageToVideoPipeline:
 @entry(**FILM, num_frames=5, base_num_frames=5)
 def sky_reels_v2_diffusion_forcing() -> diffusers.SkyReelsV2DiffusionForcingPipeline:
     parts = wan_parts(diffusers.SkyReelsV2Transformer3DModel(**WAN, inject_sample_info=True))
-    scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-    return without_ftfy(diffusers.SkyReelsV2DiffusionForcingPipeline, parts | {"scheduler": scheduler})
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True
+    )
+    return without_ftfy(
+        diffusers.SkyReelsV2DiffusionForcingPipeline, parts | {"scheduler": scheduler}
+    )
 
 
 @entry(**FILM, num_frames=5, video=film)
@@ -144,22 +177,32 @@ def chrono_edit() -> diffusers.ChronoEditPipeline:
 def any_flow() -> diffusers.AnyFlowPipeline:
     config = {name: value for name, value in WAN.items() if name != "qk_norm"}
     parts = wan_parts(diffusers.AnyFlowTransformer3DModel(**config))
-    return without_ftfy(diffusers.AnyFlowPipeline, parts | {"scheduler": diffusers.FlowMapEulerDiscreteScheduler()})
+    return without_ftfy(
+        diffusers.AnyFlowPipeline, parts | {"scheduler": diffusers.FlowMapEulerDiscreteScheduler()}
+    )
 
 
 FORCING = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
 
 
 @entry(**FILM, num_frames=5, base_num_frames=5, image=picture)
-def sky_reels_v2_diffusion_forcing_image_to_video() -> diffusers.SkyReelsV2DiffusionForcingImageToVideoPipeline:
+def sky_reels_v2_diffusion_forcing_image_to_video() -> (
+    diffusers.SkyReelsV2DiffusionForcingImageToVideoPipeline
+):
     parts = wan_parts(diffusers.SkyReelsV2Transformer3DModel(**WAN, inject_sample_info=True))
-    return without_ftfy(diffusers.SkyReelsV2DiffusionForcingImageToVideoPipeline, parts | {"scheduler": FORCING})
+    return without_ftfy(
+        diffusers.SkyReelsV2DiffusionForcingImageToVideoPipeline, parts | {"scheduler": FORCING}
+    )
 
 
 @entry(**FILM, num_frames=9, base_num_frames=5, overlap_history=3, video=film)
-def sky_reels_v2_diffusion_forcing_video_to_video() -> diffusers.SkyReelsV2DiffusionForcingVideoToVideoPipeline:
+def sky_reels_v2_diffusion_forcing_video_to_video() -> (
+    diffusers.SkyReelsV2DiffusionForcingVideoToVideoPipeline
+):
     parts = wan_parts(diffusers.SkyReelsV2Transformer3DModel(**WAN, inject_sample_info=True))
-    return without_ftfy(diffusers.SkyReelsV2DiffusionForcingVideoToVideoPipeline, parts | {"scheduler": FORCING})
+    return without_ftfy(
+        diffusers.SkyReelsV2DiffusionForcingVideoToVideoPipeline, parts | {"scheduler": FORCING}
+    )
 
 
 # LTX
@@ -167,14 +210,24 @@ def sky_reels_v2_diffusion_forcing_video_to_video() -> diffusers.SkyReelsV2Diffu
 
 def ltx_parts() -> dict[str, Any]:
     transformer = diffusers.LTXVideoTransformer3DModel(
-        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16, num_layers=1,
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=1,
         caption_channels=WIDTH,
-    )  # fmt: skip
+    )
     vae = diffusers.AutoencoderKLLTXVideo(
-        latent_channels=8, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, layers_per_block=(1,) * 5,
-        decoder_layers_per_block=(1,) * 5, spatio_temporal_scaling=(True, True, False, False),
-        decoder_spatio_temporal_scaling=(True, True, False, False), patch_size=1,
-    )  # fmt: skip
+        latent_channels=8,
+        block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 5,
+        spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False),
+        patch_size=1,
+    )
     return {"transformer": transformer, "scheduler": flow(), "vae": vae, **t5_text()}
 
 
@@ -223,16 +276,29 @@ def ltx_latent_upsample() -> diffusers.LTXLatentUpsamplePipeline:
 
 
 SANA: dict[str, Any] = {
-    **FILM, "height": 32, "width": 32, "frames": 5, "use_resolution_binning": False, "complex_human_instruction": None
-}  # fmt: skip
+    **FILM,
+    "height": 32,
+    "width": 32,
+    "frames": 5,
+    "use_resolution_binning": False,
+    "complex_human_instruction": None,
+}
 
 
 def sana_parts() -> dict[str, Any]:
     transformer = diffusers.SanaVideoTransformer3DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=1,
-        num_cross_attention_heads=2, cross_attention_head_dim=12, cross_attention_dim=24, caption_channels=WIDTH,
-        sample_size=8, rope_max_seq_len=32,
-    )  # fmt: skip
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=1,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=12,
+        cross_attention_dim=24,
+        caption_channels=WIDTH,
+        sample_size=8,
+        rope_max_seq_len=32,
+    )
     text = language_model("Gemma2", "Model")
     return {"transformer": transformer, "scheduler": flow(), "vae": wan_autoencoder(), **text}
 
@@ -252,10 +318,19 @@ def sana_image_to_video() -> diffusers.SanaImageToVideoPipeline:
 
 def cog_video_x_parts(in_channels: int = 4, **config: Any) -> dict[str, Any]:
     transformer = diffusers.CogVideoXTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=in_channels, out_channels=4, time_embed_dim=8,
-        text_embed_dim=WIDTH, num_layers=1, sample_width=4, sample_height=4, sample_frames=5, max_text_seq_length=32,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=in_channels,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=WIDTH,
+        num_layers=1,
+        sample_width=4,
+        sample_height=4,
+        sample_frames=5,
+        max_text_seq_length=32,
         **config,
-    )  # fmt: skip
+    )
     vae = diffusers.AutoencoderKLCogVideoX(
         down_block_types=("CogVideoXDownBlock3D",) * 3, up_block_types=("CogVideoXUpBlock3D",) * 3,
         block_out_channels=(8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2,

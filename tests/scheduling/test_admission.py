@@ -33,7 +33,9 @@ class Door:
 
     def __init__(self, limit: int, drain: float | None = 10.0, max_wait: float = math.inf) -> None:
         self.now, self.drain = 1000.0, drain
-        self.admission = Admission(limit, lambda: self.drain, max_wait=max_wait, clock=lambda: self.now)
+        self.admission = Admission(
+            limit, lambda: self.drain, max_wait=max_wait, clock=lambda: self.now
+        )
 
     def comes(
         self,
@@ -47,7 +49,12 @@ class Door:
         """None if let in, else the Retry-After; infinite where coming back would not help."""
         try:
             self.admission.enter(
-                token, lambda: outlook, deadline, client=client, reservation=reservation, alone=lambda: alone
+                token,
+                lambda: outlook,
+                deadline,
+                client=client,
+                reservation=reservation,
+                alone=lambda: alone,
             )
         except DeadlineTooShort as error:
             assert error.retry_after is None
@@ -88,7 +95,11 @@ def test_as_many_as_the_limit_are_let_in_and_places_come_back() -> None:
 def test_a_refusal_takes_no_place() -> None:
     door = Door(2, max_wait=5)
     door.comes()
-    for outlook, deadline in ((Outlook(9, 1), None), (Outlook(3, 1), 2.0), (Outlook(3, 1, fits=False), None)):
+    for outlook, deadline in (
+        (Outlook(9, 1), None),
+        (Outlook(3, 1), 2.0),
+        (Outlook(3, 1, fits=False), None),
+    ):
         assert door.comes("x", outlook, deadline) is not None
     assert door.admission.in_flight == 1
 
@@ -119,9 +130,13 @@ def test_the_outlook_is_returned_and_only_asked_for_if_there_is_a_place() -> Non
 
 @given(
     st.integers(1, 5),
-    st.lists(st.tuples(st.sampled_from(("comes", "leaves", "later")), st.integers(0, 9)), max_size=60),
+    st.lists(
+        st.tuples(st.sampled_from(("comes", "leaves", "later")), st.integers(0, 9)), max_size=60
+    ),
 )
-def test_never_more_than_the_limit_and_never_nobody(limit: int, events: list[tuple[str, int]]) -> None:
+def test_never_more_than_the_limit_and_never_nobody(
+    limit: int, events: list[tuple[str, int]]
+) -> None:
     door = Door(limit)
     for event, number in events:
         if event == "later":
@@ -139,7 +154,9 @@ def test_never_more_than_the_limit_and_never_nobody(limit: int, events: list[tup
 
 
 @given(st.floats(0, 1e4) | st.none(), st.integers(1, 6), st.integers(1, 12))
-def test_retry_after_is_a_whole_number_of_seconds_and_at_least_one(drain: float | None, limit: int, count: int) -> None:
+def test_retry_after_is_a_whole_number_of_seconds_and_at_least_one(
+    drain: float | None, limit: int, count: int
+) -> None:
     door = Door(limit, drain)
     told = [door.comes(i) for i in range(limit + count)][limit:]
     assert all(isinstance(seconds, int) and seconds >= 1 for seconds in told)
@@ -205,8 +222,11 @@ def test_at_most_half_of_the_places_are_kept() -> None:
 
 
 @given(st.floats(1.01, 100), st.integers(0, 1))
-def test_the_longer_nothing_ran_the_less_sure_it_is_that_a_deadline_is_too_short(times: float, busy: int) -> None:
-    """What was learnt may have become wrong, and where all requests have deadlines nothing would correct it."""
+def test_the_longer_nothing_ran_the_less_sure_it_is_that_a_deadline_is_too_short(
+    times: float, busy: int
+) -> None:
+    """What was learnt may have become wrong, and where all requests have deadlines nothing would
+    correct it."""
     door, slow = Door(3), Outlook(finish=3.0, solo=3.0)
     for _ in range(busy):
         door.comes()
@@ -223,7 +243,9 @@ def test_the_longer_nothing_ran_the_less_sure_it_is_that_a_deadline_is_too_short
 
 @pytest.mark.parametrize("deadline", [0.001, 0.3, 1.0, 7.36, 7.3649])
 @pytest.mark.parametrize("full", [False, True])
-def test_a_deadline_that_nothing_can_meet_is_said_to_be_and_not_to_come_back(deadline: float, full: bool) -> None:
+def test_a_deadline_that_nothing_can_meet_is_said_to_be_and_not_to_come_back(
+    deadline: float, full: bool
+) -> None:
     """By a full server, too: there a client would wait for a place that does not help it."""
     door = Door(2)
     for _ in range(2 if full else 1):
@@ -234,7 +256,10 @@ def test_a_deadline_that_nothing_can_meet_is_said_to_be_and_not_to_come_back(dea
     assert isinstance(error, InvalidRequest)
     assert (error.status, error.code, error.param) == (400, "deadline_too_short", "deadline_ms")
     assert error.retry_after is None
-    assert f"deadline_ms is {deadline * 1000:g}; the image takes 7.37 s even if nothing else runs" in error.message
+    assert (
+        f"deadline_ms is {deadline * 1000:g}; the image takes 7.37 s even if nothing else runs"
+        in error.message
+    )
     assert door.admission.in_flight == (2 if full else 1)
     assert not door.admission._promised
 
@@ -244,8 +269,11 @@ def test_a_deadline_that_nothing_can_meet_is_said_to_be_and_not_to_come_back(dea
     st.floats(0, 1e4),
     st.integers(1, 10**7),
 )
-def test_what_is_told_of_a_deadline_is_consistent(finish: float, solo: float, deadline_ms: int) -> None:
-    """Estimates of two moments: the time alone is never more than the whole, and neither fits into the deadline."""
+def test_what_is_told_of_a_deadline_is_consistent(
+    finish: float, solo: float, deadline_ms: int
+) -> None:
+    """Estimates of two moments: the time alone is never more than the whole, and neither fits into
+    the deadline."""
     door, outlook, deadline = Door(4), Outlook(finish, solo), deadline_ms / 1000
     assert outlook.wait >= 0
     try:
@@ -255,7 +283,9 @@ def test_what_is_told_of_a_deadline_is_consistent(finish: float, solo: float, de
         assert f"deadline_ms is {deadline_ms};" in error.message
         if isinstance(error, Refused):
             assert told[0] >= told[1]
-            assert error.retry_after is not None and error.retry_after >= max(finish, solo) - deadline
+            assert (
+                error.retry_after is not None and error.retry_after >= max(finish, solo) - deadline
+            )
         assert told[0] >= max(0.001, deadline * (1 - 1e-9))
         assert isinstance(error, DeadlineTooShort) == (solo > deadline)
     else:
@@ -266,7 +296,9 @@ def test_what_is_told_of_a_deadline_is_consistent(finish: float, solo: float, de
 
 
 @pytest.mark.parametrize("promise_others", [False, True])
-def test_a_client_that_comes_when_told_gets_its_place_before_fresh_ones(promise_others: bool) -> None:
+def test_a_client_that_comes_when_told_gets_its_place_before_fresh_ones(
+    promise_others: bool,
+) -> None:
     door = Door(2, drain=20.0)
     door.comes(), door.comes()
     assert door.comes("a") == 10
@@ -373,7 +405,9 @@ def test_of_two_that_were_promised_places_the_first_is_not_kept_out_by_the_secon
 
 @pytest.mark.parametrize("clients", [1, 30, 1000])
 @pytest.mark.parametrize("limit", [1, 2, 16, 65])
-def test_refusals_of_clients_that_do_not_come_back_hardly_put_off_others(limit: int, clients: int) -> None:
+def test_refusals_of_clients_that_do_not_come_back_hardly_put_off_others(
+    limit: int, clients: int
+) -> None:
     """A thousand in a second, and a place a second is free."""
     door = Door(limit, max_wait=600.0)
     for number in range(limit):
@@ -397,13 +431,16 @@ def test_refusals_of_clients_that_do_not_come_back_hardly_put_off_others(limit: 
 
 
 def test_clients_that_do_come_back_are_promised_places_as_late_as_these_become_free() -> None:
-    """A crowd that is refused at once, each of which comes when told: all get in, and nobody much later than in turn."""
+    """A crowd that is refused at once, each of which comes when told: all get in, and nobody much
+    later than in turn."""
     door, crowd = Door(4, max_wait=600.0), 60
     for _ in range(4):
         door.comes()
     door.drain = 4.0
     start = door.now
-    due = {client: door.now + (door.comes("equal", client=client) or 0.0) for client in range(crowd)}
+    due = {
+        client: door.now + (door.comes("equal", client=client) or 0.0) for client in range(crowd)
+    }
     asked = crowd
     while due:
         door.now += 1
@@ -430,7 +467,8 @@ def test_equal_requests_of_two_clients_do_not_share_a_promise() -> None:
 
 
 @pytest.mark.parametrize(
-    ("outlook", "deadline"), [(Outlook(9.0, 1.0), 2.0), (Outlook(45.0, 1.0), None), (Outlook(3.0, 1.0, False), None)]
+    ("outlook", "deadline"),
+    [(Outlook(9.0, 1.0), 2.0), (Outlook(45.0, 1.0), None), (Outlook(3.0, 1.0, False), None)],
 )
 def test_who_comes_as_told_and_is_refused_for_another_reason_keeps_its_place(
     outlook: Outlook, deadline: float | None
@@ -523,7 +561,9 @@ def test_a_reserved_place_is_promised_and_kept_as_any() -> None:
 def test_bodies_that_do_not_come_leave_half_of_the_places_to_requests_that_are_there() -> None:
     door = Door(4, drain=0.0)
     places = [door.admission.reserve() for _ in range(4)]
-    assert door.comes() == UNKNOWN_SECONDS, "a burst of uploads has its places, and nobody knows until when"
+    assert door.comes() == UNKNOWN_SECONDS, (
+        "a burst of uploads has its places, and nobody knows until when"
+    )
     door.now += SENDING_SECONDS
     places.append(door.admission.reserve())  # else those that never come would keep out all that do
     places[0].settle()  # it is there, and another's body is not
@@ -562,10 +602,21 @@ def test_a_place_that_is_reserved_for_too_long_is_free_for_others() -> None:
 CLIENTS = 12  # more than there are places
 
 
-@given(st.integers(1, 5), st.floats(0.1, 30.0), st.lists(st.sampled_from(("due", "leaves", "comes")), max_size=40))
-@example(2, 0.5, ["comes"] * 3 + ["due"] * 2 + ["comes", "due", "comes"] + ["due"] * 4 + ["leaves", "due"])
-def test_whoever_was_promised_the_first_place_gets_it(limit: int, interval: float, events: list[str]) -> None:
-    """Clients come when they were told to, and find a place if one is free and nobody's turn is before theirs."""
+@given(
+    st.integers(1, 5),
+    st.floats(0.1, 30.0),
+    st.lists(st.sampled_from(("due", "leaves", "comes")), max_size=40),
+)
+@example(
+    2,
+    0.5,
+    ["comes"] * 3 + ["due"] * 2 + ["comes", "due", "comes"] + ["due"] * 4 + ["leaves", "due"],
+)
+def test_whoever_was_promised_the_first_place_gets_it(
+    limit: int, interval: float, events: list[str]
+) -> None:
+    """Clients come when they were told to, and find a place if one is free and nobody's turn is
+    before theirs."""
     door = Door(limit)
     due: dict[int, float] = {}  # by client
     for _ in range(limit):
@@ -580,7 +631,9 @@ def test_whoever_was_promised_the_first_place_gets_it(limit: int, interval: floa
             door.now = max(door.now, due.pop(client))
             free = door.admission.in_flight < limit
             wait = door.comes(client)
-            assert wait is None or not free, f"{door.admission.in_flight} of {limit} places are taken"
+            assert wait is None or not free, (
+                f"{door.admission.in_flight} of {limit} places are taken"
+            )
             if wait is not None:
                 due[client] = door.now + wait
         elif event == "comes" and len(due) < CLIENTS:
@@ -608,7 +661,8 @@ def test_a_deadline_is_refused_by_the_idle_server_too() -> None:
 
 def test_a_wait_beyond_the_limit_is_refused() -> None:
     door = Door(4, max_wait=10.0)
-    assert door.comes("x", Outlook(finish=40.0, solo=30.0)) is None  # what it takes itself is no wait
+    # what it takes itself is no wait
+    assert door.comes("x", Outlook(finish=40.0, solo=30.0)) is None
     refused = refusal(door, Outlook(finish=45.0, solo=30.0))
     assert (refused.code, refused.retry_after) == ("wait", 5)
 
@@ -642,7 +696,8 @@ def test_refusals_are_counted_by_reason() -> None:
 
 
 def test_threads_never_share_a_place() -> None:
-    """Entering is made slow where it counts, between the look at the places and the taking of one."""
+    """Entering is made slow where it counts, between the look at the places and the taking of
+    one."""
     limit, rounds = 3, 60
     shared = Admission(limit, lambda: 0.001)
     inside, most, guard, pause = 0, 0, threading.Lock(), threading.Event()

@@ -1,4 +1,5 @@
-"""The cost model: what it may predict, whatever it saw, and that it is right on a published curve."""
+"""The cost model: what it may predict, whatever it saw, and that it is right on a published
+curve."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ from tests.scheduling.toy import LARGE, QWEN, SMALL
 KEY = Key("transformer", 64)
 ROWS = st.integers(1, 64)
 SECONDS = st.floats(1e-6, 1e4)
-SEEN = st.lists(st.tuples(st.sampled_from((64, 16, 256, 0)), ROWS, SECONDS), min_size=1, max_size=40)
+SEEN = st.lists(
+    st.tuples(st.sampled_from((64, 16, 256, 0)), ROWS, SECONDS), min_size=1, max_size=40
+)
 
 
 def learnt(points: dict[int, float], times: int = 9, key: Key = KEY) -> CostModel:
@@ -51,7 +54,9 @@ def test_more_rows_never_cost_less(seen: list[tuple[int, int, float]]) -> None:
 
 
 @given(SEEN, st.integers(1, 100), st.sampled_from((16, 64, 256, 1000)))
-def test_the_knee_is_a_number_of_rows_that_may_run(seen: list[tuple[int, int, float]], most: int, size: int) -> None:
+def test_the_knee_is_a_number_of_rows_that_may_run(
+    seen: list[tuple[int, int, float]], most: int, size: int
+) -> None:
     model = CostModel()
     for observed, rows, seconds in seen:
         model.observe(Key("transformer", observed), rows, seconds)
@@ -68,12 +73,15 @@ def test_what_was_seen_is_predicted(points: dict[int, float], factor: float) -> 
         for rows, seconds in rising.items():
             model.observe(KEY, rows, factor * seconds)
     for rows, seconds in rising.items():
-        assert model.seconds(KEY, rows) == pytest.approx(factor * seconds)  # the old ones are forgotten
+        # the old ones are forgotten
+        assert model.seconds(KEY, rows) == pytest.approx(factor * seconds)
 
 
 def test_between_row_counts_it_interpolates() -> None:
     model = CostModel.of({KEY: {2: 1.0, 6: 3.0}})
-    assert [model.seconds(KEY, rows) for rows in (2, 3, 4, 5, 6)] == pytest.approx([1.0, 1.5, 2.0, 2.5, 3.0])
+    assert [model.seconds(KEY, rows) for rows in (2, 3, 4, 5, 6)] == pytest.approx(
+        [1.0, 1.5, 2.0, 2.5, 3.0]
+    )
 
 
 def test_beyond_the_ends_it_goes_on_as_there_and_never_below_a_share_of_the_first() -> None:
@@ -86,7 +94,9 @@ def test_beyond_the_ends_it_goes_on_as_there_and_never_below_a_share_of_the_firs
 
 def test_violations_are_shared_among_those_that_violate() -> None:
     model = CostModel.of({KEY: {1: 1.0, 2: 3.0, 4: 2.0, 8: 5.0}})
-    assert [model.seconds(KEY, rows) for rows in (1, 2, 4, 8)] == pytest.approx([1.0, 2.5, 2.5, 5.0])
+    assert [model.seconds(KEY, rows) for rows in (1, 2, 4, 8)] == pytest.approx(
+        [1.0, 2.5, 2.5, 5.0]
+    )
 
 
 @pytest.mark.parametrize("place", [0, 1, 2, 4])
@@ -107,11 +117,15 @@ def test_a_few_of_many_slow_forwards_do_not_either() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3, 6])
-def test_a_compilation_for_a_new_number_of_rows_does_not_move_what_is_known_of_others(rows: int) -> None:
+def test_a_compilation_for_a_new_number_of_rows_does_not_move_what_is_known_of_others(
+    rows: int,
+) -> None:
     points = {2: 0.2, 4: 0.3, 8: 0.5}
     model = learnt(points)
     model.observe(KEY, rows, 100 * model.seconds(KEY, rows))
-    assert [model.seconds(KEY, known) for known in points] == pytest.approx(list(points.values()), rel=0.1)
+    assert [model.seconds(KEY, known) for known in points] == pytest.approx(
+        list(points.values()), rel=0.1
+    )
 
 
 def test_a_compilation_for_a_new_number_of_rows_does_not_move_the_knee() -> None:
@@ -158,7 +172,9 @@ def test_the_knee_on_the_published_curve() -> None:
 def test_the_knee_is_the_fewest_rows_beyond_which_none_bring_five_percent_more(key: Key) -> None:
     rates = {rows: rows / seconds for rows, seconds in QWEN[key].items()}
     best = max(rates.values())
-    assert CostModel.of(QWEN).knee(key, max(rates)) == min(rows for rows in rates if best < 1.05 * rates[rows])
+    assert CostModel.of(QWEN).knee(key, max(rates)) == min(
+        rows for rows in rates if best < 1.05 * rates[rows]
+    )
 
 
 def test_rows_that_pay_are_explored_by_doubling() -> None:
@@ -196,7 +212,8 @@ def test_larger_sizes_are_foretold_from_a_smaller_ones_curve_by_their_tokens() -
 
 
 def test_smaller_sizes_are_foretold_from_a_larger_ones_curve_where_that_tells_anything() -> None:
-    """What a forward costs however few its tokens cannot be seen in a size that fills the device with one row."""
+    """What a forward costs however few its tokens cannot be seen in a size that fills the device
+    with one row."""
     model = CostModel.of({LARGE: QWEN[LARGE]})
     for rows, seconds in QWEN[SMALL].items():
         assert seconds / 2.5 < model.seconds(SMALL, rows) < seconds * 1.3
@@ -273,7 +290,8 @@ def test_a_price_list_keeps_its_prices() -> None:
 
 
 def test_a_price_list_has_what_has_become_known_since() -> None:
-    """Else a job that comes next would be taken for the shortest of all, and nothing be told of its end."""
+    """Else a job that comes next would be taken for the shortest of all, and nothing be told of its
+    end."""
     cost = CostModel()
     prices, loads = PriceList(cost), (Load(Key("transformer", 64), 1, 3),)
     assert prices.alone(loads) == 0

@@ -43,7 +43,9 @@ def job(key: Key, steps: int, rows: int, done: int = 0, calls: int = 1, **option
 
 
 @given(st.lists(PROGRESS, min_size=1, max_size=10), st.integers(1, 2), st.integers(0, 6))
-def test_by_arrival_it_is_what_keyed_fifo_does(jobs: list[tuple[Key, int, int, int]], calls: int, most: int) -> None:
+def test_by_arrival_it_is_what_keyed_fifo_does(
+    jobs: list[tuple[Key, int, int, int]], calls: int, most: int
+) -> None:
     tasks = [job(*one, calls, arrived=-1.0 * i) for i, one in enumerate(jobs)]
     asked, capped = both(most)
     told = forecast(tasks, 0.0, COST, asked, by_arrival)
@@ -51,7 +53,8 @@ def test_by_arrival_it_is_what_keyed_fifo_does(jobs: list[tuple[Key, int, int, i
 
 
 def by_rank(dice: random.Random, tasks: list[Task]) -> list[Task]:
-    """Of all classes, some late, some with all the time in the world: ranks that do not change but as the jobs get on."""
+    """Of all classes, some late, some with all the time in the world: ranks that do not change but
+    as the jobs get on."""
     for i, one in enumerate(tasks):
         one.priority = dice.choice(list(Priority))
         one.deadline = dice.choice([None, -1.0, 1e6])
@@ -84,13 +87,16 @@ def test_by_rank_it_is_what_the_default_does_if_all_are_of_a_kind(
     assert told == pytest.approx(play(tasks, thrifty, COST, capped))
 
 
-@given(st.lists(PROGRESS, min_size=1, max_size=9), st.integers(0, 6), st.randoms(use_true_random=False))
+@given(
+    st.lists(PROGRESS, min_size=1, max_size=9), st.integers(0, 6), st.randoms(use_true_random=False)
+)
 def test_by_deadline_it_is_what_the_aged_policy_does(
     jobs: list[tuple[Key, int, int, int]], most: int, dice: random.Random
 ) -> None:
     """Deadlines that all can meet: an order that does not change as the jobs get on."""
     tasks = [
-        job(*one, deadline=1000.0 + i, priority=dice.choice(list(Priority)), arrived=-0.1) for i, one in enumerate(jobs)
+        job(*one, deadline=1000.0 + i, priority=dice.choice(list(Priority)), arrived=-0.1)
+        for i, one in enumerate(jobs)
     ]
     dice.shuffle(tasks)
     asked, capped = both(most)
@@ -106,9 +112,9 @@ def test_by_deadline_it_is_what_the_aged_policy_does(
 def test_with_kinds_mixed_it_is_near_what_the_policy_does(
     chosen: Policy, order: Order, near: float, mean: float, least: float, most: float
 ) -> None:
-    """The order is taken as it is now, but jobs change places as they get on, and the default lets some wait that would waste
-    much: it tells those too little, a tenth in the mean. A few jobs are off by much, most are not. That work takes as long in
-    any order is exact."""
+    """The order is taken as it is now, but jobs change places as they get on, and the default lets
+    some wait that would waste much: it tells those too little, a tenth in the mean. A few jobs are
+    off by much, most are not. That work takes as long in any order is exact."""
     apart: list[float] = []
     means: list[float] = []
     for seed in range(60):
@@ -128,7 +134,9 @@ def published_mix(dice: random.Random, number: int) -> tuple[list[Task], CostMod
     """Jobs of issue 6's mix, up to 20 s old, some of them begun."""
     cost, tasks = CostModel.of(QWEN), []
     for _ in range(number):
-        key, steps = dice.choices([(SMALL, 4), (SMALL, 28), (LARGE, 28), (LARGE, 50)], [15, 35, 35, 15])[0]
+        key, steps = dice.choices(
+            [(SMALL, 4), (SMALL, 28), (LARGE, 28), (LARGE, 50)], [15, 35, 35, 15]
+        )[0]
         one = task(cost, Load(key, 1), count=steps, arrived=-dice.uniform(0, 20))
         if dice.random() < 0.3:
             one.opened, one.done = True, dice.randrange(steps)
@@ -157,13 +165,21 @@ def test_there_is_an_order_for_each_policy() -> None:
 # No work is lost or made
 
 WHOLE = st.lists(
-    st.tuples(PROGRESS, st.booleans(), st.sampled_from(Priority), st.none() | st.floats(-10, 100), st.floats(-100, 0)),
+    st.tuples(
+        PROGRESS,
+        st.booleans(),
+        st.sampled_from(Priority),
+        st.none() | st.floats(-10, 100),
+        st.floats(-100, 0),
+    ),
     min_size=1,
     max_size=12,
 )
 
 
-def whole(jobs: list[tuple[tuple[Key, int, int, int], bool, Priority, float | None, float]]) -> list[Task]:
+def whole(
+    jobs: list[tuple[tuple[Key, int, int, int], bool, Priority, float | None, float]],
+) -> list[Task]:
     return [
         job(
             *one,
@@ -198,7 +214,9 @@ def test_sharing_takes_no_longer_than_not_and_nobody_less_than_alone(
     before = [(one.done, one.opened, one.begun, one.demand, one.solo) for one in tasks]
     told = forecast(tasks, 0.0, COST, lambda demand: most)
     assert len(told) == len(tasks)
-    assert all(seconds >= one.remaining * (1 - 1e-9) for seconds, one in zip(told, tasks, strict=True))
+    assert all(
+        seconds >= one.remaining * (1 - 1e-9) for seconds, one in zip(told, tasks, strict=True)
+    )
     assert max(told) <= sum(one.remaining for one in tasks) * (
         1 + 1e-9
     )  # rows beside others cost no more than by themselves
@@ -216,8 +234,13 @@ def test_nobody_ends_at_once_or_never() -> None:
     assert forecast([], 0.0, COST, lambda demand: 4) == []
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9), st.integers(0, 4)), max_size=8), st.integers(-1, 4))
-def test_it_ends_whatever_the_steps_the_rows_and_the_cap(jobs: list[tuple[int, int, int]], most: int) -> None:
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9), st.integers(0, 4)), max_size=8),
+    st.integers(-1, 4),
+)
+def test_it_ends_whatever_the_steps_the_rows_and_the_cap(
+    jobs: list[tuple[int, int, int]], most: int
+) -> None:
     tasks = [task(COST, Load(A, rows), count=steps) for steps, rows, _ in jobs]
     for one, (_, _, done) in zip(tasks, jobs, strict=True):
         one.done = done
@@ -227,7 +250,9 @@ def test_it_ends_whatever_the_steps_the_rows_and_the_cap(jobs: list[tuple[int, i
 def test_modules_of_a_step_are_shared_one_after_another() -> None:
     """Twice the rows of the first module, and two calls, in each of the steps of two jobs."""
     tasks = [task(COST, Load(A, 2), Load(B, 1, 2), count=3) for _ in range(2)]
-    assert forecast(tasks, 0.0, COST, lambda demand: 4) == pytest.approx([3 * (0.2 + 2 * COST.seconds(B, 2))] * 2)
+    assert forecast(tasks, 0.0, COST, lambda demand: 4) == pytest.approx(
+        [3 * (0.2 + 2 * COST.seconds(B, 2))] * 2
+    )
 
 
 def test_jobs_of_other_kinds_share_nothing() -> None:

@@ -1,4 +1,5 @@
-"""The line: that places are 1 to as many as wait, in order, whoever joins, leaves or is ranked anew."""
+"""The line: that places are 1 to as many as wait, in order, whoever joins, leaves or is ranked
+anew."""
 
 from __future__ import annotations
 
@@ -8,7 +9,10 @@ from hypothesis import strategies as st
 from stepweave.scheduling.line import Line
 
 MOVES = st.lists(
-    st.tuples(st.sampled_from(("join", "join", "leave", "arrange")), st.integers(0, 12), st.integers(0, 3)), max_size=60
+    st.tuples(
+        st.sampled_from(("join", "join", "leave", "arrange")), st.integers(0, 12), st.integers(0, 3)
+    ),
+    max_size=60,
 )
 
 
@@ -30,5 +34,7 @@ def test_places_are_distinct_and_in_order(moves: list[tuple[str, int, int]]) -> 
         order = sorted(expected, key=lambda one: expected[one])
         assert line.places() == {id: place for place, id in enumerate(order, 1)}
         assert [line.place(id) for id in order] == list(range(1, len(order) + 1))
-        assert [line.place(str(one)) for one in range(14) if str(one) not in expected] == [0] * (14 - len(expected))
+        assert [line.place(str(one)) for one in range(14) if str(one) not in expected] == [0] * (
+            14 - len(expected)
+        )
         assert len(line) == len(expected)

@@ -1,4 +1,5 @@
-"""A plan that is kept: that it has the forecast's ends, and that what comes later is told about what a new forecast would."""
+"""A plan that is kept: that it has the forecast's ends, and that what comes later is told about
+what a new forecast would."""
 
 from __future__ import annotations
 
@@ -69,7 +70,9 @@ def test_it_tells_what_was_forecast() -> None:
 
 @pytest.mark.parametrize("order", [*ORDERS.values(), by_arrival])
 @pytest.mark.parametrize("seed", range(3))
-def test_what_comes_is_fitted_in_about_where_a_new_forecast_has_it(order: object, seed: int) -> None:
+def test_what_comes_is_fitted_in_about_where_a_new_forecast_has_it(
+    order: object, seed: int
+) -> None:
     dice = random.Random(seed)
     tasks = jobs(dice, 600)
     plan, _ = plan_of(tasks, order)
@@ -117,7 +120,9 @@ def test_a_plan_that_was_never_made_foretells_nothing() -> None:
 
 
 @given(st.integers(0, 40), st.randoms(use_true_random=False), st.floats(0, 100))
-def test_nobody_is_told_to_end_before_it_would_alone(count: int, dice: random.Random, later: float) -> None:
+def test_nobody_is_told_to_end_before_it_would_alone(
+    count: int, dice: random.Random, later: float
+) -> None:
     tasks = jobs(dice, count)
     plan, _ = plan_of(tasks)
     one = jobs(dice, 1)[0]

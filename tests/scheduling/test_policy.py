@@ -10,13 +10,22 @@ from hypothesis import strategies as st
 
 from stepweave.scheduling import policy
 from stepweave.scheduling.cost import CostModel
-from stepweave.scheduling.policy import POLICIES, Policy, aged, fifo, keyed_fifo, round_robin, thrifty
+from stepweave.scheduling.policy import (
+    POLICIES,
+    Policy,
+    aged,
+    fifo,
+    keyed_fifo,
+    round_robin,
+    thrifty,
+)
 from stepweave.scheduling.task import Key, Load, Priority, Task
 from tests.scheduling.toy import Call, play, queued, task
 
 A, B, C = Key("transformer", 64), Key("transformer", 256), Key("transformer", 1024)
 ENCODER, DECODER = Key("text_encoder", 8), Key("vae", 64)
-EVEN = CostModel.of({key: {1: 1.0, 8: 1.0} for key in (A, B, C, ENCODER, DECODER)})  # any forward takes a second
+# any forward takes a second
+EVEN = CostModel.of({key: {1: 1.0, 8: 1.0} for key in (A, B, C, ENCODER, DECODER)})
 
 
 def job(key: Key = A, steps: int = 10, rows: int = 1, **options: object) -> Task:
@@ -50,7 +59,9 @@ def test_classes_come_before_all_else(places: list[int], chosen: Policy) -> None
 
 
 @given(st.permutations(range(7)))
-def test_deadlines_that_press_come_first_by_deadline_and_the_late_come_last(places: list[int]) -> None:
+def test_deadlines_that_press_come_first_by_deadline_and_the_late_come_last(
+    places: list[int],
+) -> None:
     soon = job(A, steps=20, deadline=30.0)
     later = job(B, steps=10, deadline=40.0)
     without = job(C, steps=1)
@@ -91,7 +102,8 @@ def test_of_equals_the_first_to_come_is_served() -> None:
 
 @pytest.mark.parametrize("chosen", [thrifty, aged])
 def test_many_brief_steps_of_a_lower_class_do_not_hold_up_a_higher_one(chosen: Policy) -> None:
-    """Two jobs of about equal work: a step of the high one takes as long as eleven of the low one."""
+    """Two jobs of about equal work: a step of the high one takes as long as eleven of the low
+    one."""
     high = task(COSTS, Load(B, 1), count=20, priority=Priority.HIGH)
     low = task(COSTS, Load(A, 1), count=200, priority=Priority.LOW)
     assert (high.solo, low.solo) == pytest.approx((20, 18))
@@ -112,7 +124,9 @@ COSTS = CostModel.of({A: {1: 0.09}, B: {1: 1.0}})
 
 @pytest.mark.parametrize("chosen", [thrifty, aged])
 @pytest.mark.parametrize(
-    "overtaken", [{"priority": Priority.LOW}, {"deadline": 1.0}, {"steps": 14}], ids=["class", "late", "longer"]
+    "overtaken",
+    [{"priority": Priority.LOW}, {"deadline": 1.0}, {"steps": 14}],
+    ids=["class", "late", "longer"],
 )
 def test_after_the_stated_wait_a_job_goes_before_class_and_deadline(
     overtaken: dict[str, object], chosen: Policy
@@ -132,7 +146,8 @@ def test_the_time_in_which_a_job_got_on_is_no_wait(chosen: Policy) -> None:
     slow = job(A, steps=100, priority=Priority.LOW)
     slow.opened, slow.done = True, 90
     fresh = job(B, steps=1, priority=Priority.HIGH, arrived=480.0)
-    assert order([slow, fresh], now=485.0, chosen=chosen) == [fresh, slow]  # it lost 395 s, and may lose 400
+    # it lost 395 s, and may lose 400
+    assert order([slow, fresh], now=485.0, chosen=chosen) == [fresh, slow]
     assert order([slow, fresh], now=491.0, chosen=chosen) == [slow, fresh]
 
 
@@ -148,7 +163,9 @@ def test_of_those_that_waited_too_long_the_oldest_goes_first(chosen: Policy) -> 
 
 def overdue(key: Key = B, cost: CostModel = EVEN, steps: int = 5, **options: object) -> Task:
     """A job of the lowest class that came long before 0."""
-    return task(cost, Load(key, 1), count=steps, priority=Priority.LOW, **{"arrived": -500.0} | options)  # type: ignore[arg-type]
+    return task(
+        cost, Load(key, 1), count=steps, priority=Priority.LOW, **{"arrived": -500.0} | options
+    )  # type: ignore[arg-type]
 
 
 def test_an_overdue_job_and_the_others_take_turns() -> None:
@@ -171,7 +188,9 @@ def test_an_overdue_job_has_all_of_the_time_if_others_want_none() -> None:
 def test_the_turns_are_equal_in_time_not_in_number() -> None:
     uneven = CostModel.of({A: {1: 0.5}, B: {1: 2.0}})
     others = task(uneven, Load(A, 1), count=100, priority=Priority.HIGH)
-    assert play([others, overdue(cost=uneven)], thrifty, uneven, up_to(1))[1] == pytest.approx(2 + 4 * (2 + 2))
+    assert play([others, overdue(cost=uneven)], thrifty, uneven, up_to(1))[1] == pytest.approx(
+        2 + 4 * (2 + 2)
+    )
     others = task(uneven, Load(B, 1), count=100, priority=Priority.HIGH)
     ends = play([others, overdue(A, uneven)], thrifty, uneven, up_to(1))
     assert ends[1] == pytest.approx(0.5 + 4 * (2 + 0.5))  # a forward is not cut short
@@ -195,7 +214,9 @@ def test_an_overdue_job_goes_first_among_its_key_and_takes_the_best_along() -> N
 
 @pytest.mark.parametrize("chosen", [thrifty, aged])
 def test_the_best_ranked_call_takes_others_of_its_key_along_up_to_the_cap(chosen: Policy) -> None:
-    tasks = [job(A, steps=steps) for steps in (5, 3, 4, 2)] + [job(B, steps=6, priority=Priority.HIGH)]
+    tasks = [job(A, steps=steps) for steps in (5, 3, 4, 2)] + [
+        job(B, steps=6, priority=Priority.HIGH)
+    ]
     high = chosen(queued(tasks), 0.0, up_to(3), EVEN)
     assert [call.task for call in high] == [tasks[4]]
     group = chosen(queued(tasks[:4]), 0.0, up_to(3), EVEN)
@@ -233,8 +254,9 @@ def goes_first(*tasks: Task, now: float = 0.0) -> Key:
     return thrifty(queued(tasks), now, up_to(8), MIXED)[0].cost
 
 
-def test_one_whose_forward_would_be_half_empty_lets_others_go_first_the_more_the_more_there_are() -> None:
-    """A lone row's remaining work is counted 1 + 3 x 7/8 times for each call of another key that waits."""
+def test_a_half_empty_forward_lets_others_go_first_the_more_the_more_there_are() -> None:
+    """A lone row's remaining work is counted 1 + 3 x 7/8 times for each call of another key that
+    waits."""
     lone = begun(A, 4)
     assert goes_first(*lone, *begun(B, 14)) == B
     assert goes_first(*lone, *begun(B, 15)) == A
@@ -246,9 +268,12 @@ def test_the_fuller_the_group_the_less_it_lets_others_go_first() -> None:
     longest = []  # work of others that goes first
     for number in (1, 2, 4, 7):
         group = begun(A, 4, number)
-        longest.append(max(steps for steps in range(1, 20) if goes_first(*group, *begun(B, steps)) == B))
+        longest.append(
+            max(steps for steps in range(1, 20) if goes_first(*group, *begun(B, steps)) == B)
+        )
     assert longest == [14, 8, 5, 4]
-    assert goes_first(*begun(A, 4, 8), *begun(B, 5)) == A  # a full group lets only less work go first
+    # a full group lets only less work go first
+    assert goes_first(*begun(A, 4, 8), *begun(B, 5)) == A
     assert goes_first(*begun(A, 4, 8), *begun(B, 3)) == B
 
 
@@ -325,14 +350,18 @@ def test_under_fifo_a_job_waits_for_the_batch_before_it_to_end() -> None:
 
 
 def test_under_keyed_fifo_jobs_of_the_oldest_ones_key_pass_others() -> None:
-    ends = play([job(A, 10), job(B, 2, arrived=0.5), job(A, 2, arrived=0.6)], keyed_fifo, EVEN, up_to(8))
+    ends = play(
+        [job(A, 10), job(B, 2, arrived=0.5), job(A, 2, arrived=0.6)], keyed_fifo, EVEN, up_to(8)
+    )
     assert ends == pytest.approx([10, 12, 3])
 
 
 def test_under_round_robin_keys_take_turns() -> None:
     tasks = [job(A, 3), job(B, 3, arrived=0.1), job(A, 3, arrived=0.2)]
     assert play(tasks, round_robin, EVEN, up_to(8)) == pytest.approx([5, 6, 7])
-    assert play([job(A, 3), job(A, 3, arrived=0.1)], round_robin, EVEN, up_to(1)) == pytest.approx([3, 6])
+    assert play([job(A, 3), job(A, 3, arrived=0.1)], round_robin, EVEN, up_to(1)) == pytest.approx(
+        [3, 6]
+    )
 
 
 # Every policy
@@ -369,7 +398,14 @@ def test_every_policy_picks_some_of_one_queue_within_the_cap(
 ) -> None:
     tasks = []
     for key, rows, steps, arrived, priority, deadline, begun, opened in calls:
-        one = task(cost, Load(key, rows), count=steps, arrived=arrived, priority=priority, deadline=deadline)
+        one = task(
+            cost,
+            Load(key, rows),
+            count=steps,
+            arrived=arrived,
+            priority=priority,
+            deadline=deadline,
+        )
         one.begun, one.opened = begun, begun and opened
         tasks.append(one)
     queues = queued(tasks)

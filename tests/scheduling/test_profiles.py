@@ -17,11 +17,17 @@ def shape(side: int = SIDE, images: int = 1, kind: str = "text") -> Shape:
     return Shape(side * side, images, kind)
 
 
-def demand(side: int = SIDE, images: int = 1, steps: int = 20, before: tuple[Load, ...] = (ENCODER,)) -> Demand:
-    """A pipeline with guidance: two rows of the denoiser for each picture, at an eighth of its side."""
+def demand(
+    side: int = SIDE, images: int = 1, steps: int = 20, before: tuple[Load, ...] = (ENCODER,)
+) -> Demand:
+    """A pipeline with guidance: two rows of the denoiser for each picture, at an eighth of its
+    side."""
     latents = side * side // 64
     return Demand(
-        steps, before, (Load(Key("transformer", latents), 2 * images),), (Load(Key("vae", latents), 1, images),)
+        steps,
+        before,
+        (Load(Key("transformer", latents), 2 * images),),
+        (Load(Key("vae", latents), 1, images),),
     )
 
 
@@ -66,9 +72,15 @@ def test_of_several_sizes_the_nearest_tells() -> None:
     profiles = Profiles()
     profiles.learn(shape(64), demand(64))
     far = demand(512)
-    profiles.learn(shape(512), Demand(far.steps, far.before, (*far.step, Load(Key("refiner", 4096), 1)), far.after))
+    profiles.learn(
+        shape(512),
+        Demand(far.steps, far.before, (*far.step, Load(Key("refiner", 4096), 1)), far.after),
+    )
     assert [load.key.module for load in profiles.expect(shape(96), 20).step] == ["transformer"]
-    assert [load.key.module for load in profiles.expect(shape(480), 20).step] == ["transformer", "refiner"]
+    assert [load.key.module for load in profiles.expect(shape(480), 20).step] == [
+        "transformer",
+        "refiner",
+    ]
 
 
 def test_jobs_of_its_kind_tell_before_those_of_the_same_size() -> None:
@@ -123,9 +135,13 @@ def test_shapes_are_bounded_and_the_oldest_goes() -> None:
     assert profiles.expect(Shape(4096, 1, 0), 20) != demand(64)  # forgotten, and told from others
 
 
-SHAPES = st.builds(Shape, st.integers(0, 1 << 22), st.integers(1, 8), st.sampled_from(("text", "image")))
+SHAPES = st.builds(
+    Shape, st.integers(0, 1 << 22), st.integers(1, 8), st.sampled_from(("text", "image"))
+)
 KEYS = st.builds(Key, st.sampled_from("uvt"), st.integers(0, 5000))
-LOADS = st.lists(st.builds(Load, KEYS, st.integers(1, 16), st.integers(1, 9)), max_size=3).map(tuple)
+LOADS = st.lists(st.builds(Load, KEYS, st.integers(1, 16), st.integers(1, 9)), max_size=3).map(
+    tuple
+)
 DEMANDS = st.builds(Demand, st.integers(0, 50), LOADS, LOADS, LOADS)
 
 
@@ -155,7 +171,10 @@ def test_calls_are_counted_by_phase_and_shared_out_among_the_steps() -> None:
         recorder.call("step", denoiser, 1)  # guidance ended early
     recorder.call("after", decoder, 1)
     assert recorder.demand(10) == Demand(
-        10, (Load(ENCODER.key, 1, 2),), (Load(denoiser, 2, 2.0), Load(denoiser, 1, 0.5)), (Load(decoder, 1, 1),)
+        10,
+        (Load(ENCODER.key, 1, 2),),
+        (Load(denoiser, 2, 2.0), Load(denoiser, 1, 0.5)),
+        (Load(decoder, 1, 1),),
     )
 
 
@@ -172,6 +191,10 @@ def test_what_is_counted_is_bounded(phase: str) -> None:
     for _ in range(2):
         for size in range(PARTS + 10):
             recorder.call(phase, Key("transformer", size), 1)  # type: ignore[arg-type]
-    (loads,) = (part for part in (recorder.demand(1).before, recorder.demand(1).step, recorder.demand(1).after) if part)
+    (loads,) = (
+        part
+        for part in (recorder.demand(1).before, recorder.demand(1).step, recorder.demand(1).after)
+        if part
+    )
     assert len(loads) == PARTS
     assert {load.calls for load in loads} == {2}

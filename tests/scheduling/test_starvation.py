@@ -1,4 +1,5 @@
-"""Starvation is bounded: whoever ran out of patience is done within a time that those who come later cannot lengthen."""
+"""Starvation is bounded: whoever ran out of patience is done within a time that those who come
+later cannot lengthen."""
 
 from __future__ import annotations
 
@@ -24,28 +25,35 @@ PATIENCE, PATIENCE_SOLO = 60.0, 4.0  # as the policy's docstrings state them
 class Witness:
     """When each job must be done, noted as it is seen from outside.
 
-    From the forward that begins first once a job is for good overdue, it takes at most the sum of what each of its own forwards
-    that are left may take, and each of those of the jobs that came before it and are still there, whether they are overdue
-    then or will be. A forward may take as long as that of a full group; with `thrifty` twice that, since others go first
-    for as long, and the longest one of others, which may begin just before that time is over.
+    From the forward that begins first once a job is for good overdue, it takes at most the sum of
+    what each of its own forwards that are left may take, and each of those of the jobs that came
+    before it and are still there, whether they are overdue then or will be. A forward may take as
+    long as that of a full group; with `thrifty` twice that, since others go first for as long, and
+    the longest one of others, which may begin just before that time is over.
     """
 
     def __init__(self, tasks: Sequence[Task], cost: CostModel, cap: Cap, *, halved: bool) -> None:
         self._cost, self._cap, self._halved = cost, cap, halved
-        loads = chain.from_iterable((*one.demand.before, *one.demand.step, *one.demand.after) for one in tasks)
+        loads = chain.from_iterable(
+            (*one.demand.before, *one.demand.step, *one.demand.after) for one in tasks
+        )
         self._longest = max(map(self._group, loads))
         self.latest: dict[Task, float] = {}
 
     def watch(self, now: float, inside: Sequence[Task]) -> None:
         for one in inside:
             if one.lost(now) <= max(PATIENCE, PATIENCE_SOLO * one.solo):
-                self.latest.pop(one, None)  # it was overdue in the midst of a step only, which is counted at its end
+                # it was overdue in the midst of a step only, which is counted at its end
+                self.latest.pop(one, None)
             elif one not in self.latest:
-                older = (other for other in inside if other is not one and other.arrived <= one.arrived)
+                older = (
+                    other for other in inside if other is not one and other.arrived <= one.arrived
+                )
                 self.latest[one] = now + sum(map(self._left, (one, *older)))
 
     def bound(self, one: Task) -> float:
-        """For those that never were overdue, by what that means: the forward that was their last may have been one too many."""
+        """For those that never were overdue, by what that means: the forward that was their last
+        may have been one too many."""
         patient = one.arrived + max(PATIENCE, PATIENCE_SOLO * one.solo) + one.solo + self._longest
         return self.latest.get(one, patient)
 
@@ -53,7 +61,8 @@ class Witness:
         """Seconds that what is left of a job may take."""
         demand = one.demand
         before, step, after = (
-            sum(load.calls * self._most(load) for load in part) for part in (demand.before, demand.step, demand.after)
+            sum(load.calls * self._most(load) for load in part)
+            for part in (demand.before, demand.step, demand.after)
         )
         return (0 if one.opened else before) + one.left * step + after
 
@@ -61,7 +70,9 @@ class Witness:
         return 2 * self._group(load) + self._longest if self._halved else self._group(load)
 
     def _group(self, load: Load) -> float:
-        return self._cost.seconds(load.key, max(load.rows, self._cap(Call(load.key, load.rows, load.key, Task()))))
+        return self._cost.seconds(
+            load.key, max(load.rows, self._cap(Call(load.key, load.rows, load.key, Task())))
+        )
 
 
 def played(
@@ -70,7 +81,9 @@ def played(
     """Jobs that end after their bound; the witness; all ends."""
     witness = Witness(tasks, cost, lambda call: rows, halved=chosen is thrifty)
     ends = play(tasks, chosen, cost, lambda call: rows, watch=witness.watch)
-    late = [one for one, end in zip(tasks, ends, strict=True) if end > witness.bound(one) * (1 + 1e-9)]
+    late = [
+        one for one, end in zip(tasks, ends, strict=True) if end > witness.bound(one) * (1 + 1e-9)
+    ]
     return late, witness, ends
 
 
@@ -106,7 +119,10 @@ def test_every_job_ends_within_its_bound(
 ) -> None:
     keys = (A, B, C, ENCODER, DECODER)
     cost = CostModel.of(
-        {key: {1: base + slope, 4: base + 4 * slope} for key, (base, slope) in zip(keys, curves, strict=True)}
+        {
+            key: {1: base + slope, 4: base + 4 * slope}
+            for key, (base, slope) in zip(keys, curves, strict=True)
+        }
     )
     tasks, now = [], 0.0
     for after, key, steps, rows, calls, whole, priority, deadline in jobs:
@@ -140,9 +156,14 @@ def crowd(cost: CostModel, steps: int, number: int, rows: int = 1) -> list[Task]
 
 
 def starving(what: str) -> tuple[list[Task], CostModel, int]:
-    """Jobs of which the first would wait for all others, the cost of forwards, and the most rows of one."""
+    """Jobs of which the first would wait for all others, the cost of forwards, and the most rows of
+    one."""
     if what == "class":
-        return [task(EVEN, Load(B, 1), count=5, priority=Priority.LOW), *crowd(EVEN, 5, 60)], EVEN, 1
+        return (
+            [task(EVEN, Load(B, 1), count=5, priority=Priority.LOW), *crowd(EVEN, 5, 60)],
+            EVEN,
+            1,
+        )
     if what == "deadline":
         tasks = [task(EVEN, Load(B, 1), count=5), *crowd(EVEN, 5, 60)]
         for one in tasks[1:]:
@@ -176,14 +197,17 @@ def test_with_less_than_half_of_the_time_the_bound_would_not_hold(
 
 
 @STARVING
-def test_without_patience_the_bound_would_not_hold(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_patience_the_bound_would_not_hold(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(policy, "PATIENCE", math.inf)
     tasks, cost, rows = starving(what)
     assert tasks[0] in played(tasks, cost, rows)[0]
 
 
 def test_the_bound_is_reached() -> None:
-    """If forwards of others take a little less than its own, two of them go before each of its own."""
+    """If forwards of others take a little less than its own, two of them go before each of its
+    own."""
     cost = CostModel.of({A: {1: 0.99}, B: {1: 1.0}})
     tasks = [task(cost, Load(B, 1), count=100, priority=Priority.LOW), *crowd(cost, 5, 200)]
     late, witness, ends = played(tasks, cost, 1)
@@ -195,7 +219,9 @@ def test_an_older_job_that_becomes_overdue_later_goes_before_too() -> None:
     """A long one has more patience, but once it has lost that, it is the oldest."""
     cost = CostModel.of({A: {1: 30.0}, B: {1: 1.0}, C: {1: 1.0}})
     long = task(cost, Load(B, 1), count=100, priority=Priority.LOW)  # may lose 400 s
-    short = task(cost, Load(C, 1), count=15, arrived=0.1, priority=Priority.LOW)  # may lose a minute
+    # may lose a minute
+    short = task(cost, Load(C, 1), count=15, arrived=0.1, priority=Priority.LOW)
     late, _, ends = played([long, short, *crowd(cost, 1, 150)], cost, 1)
     assert not late
-    assert ends[1] > ends[0] > 60 + 100 * 31 > 90 + 15 * 32  # the last is its bound if none but it were overdue
+    # the last is its bound if none but it were overdue
+    assert ends[1] > ends[0] > 60 + 100 * 31 > 90 + 15 * 32

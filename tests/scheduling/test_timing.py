@@ -78,7 +78,9 @@ def test_a_device_that_is_behind_is_read_later_and_in_order(stream: Stream) -> N
 def test_each_forward_is_told_to_its_own(stream: Stream) -> None:
     clock, told = CudaClock(stream.event), []
     for name in "abc":
-        clock.stop(clock.start(), lambda seconds, name=name: told.append((name, round(seconds * 1000))))
+        clock.stop(
+            clock.start(), lambda seconds, name=name: told.append((name, round(seconds * 1000)))
+        )
     stream.reached = 100
     forward(clock, [])
     assert told == [("a", 1), ("b", 5), ("c", 9)]

@@ -10,7 +10,8 @@ from stepweave.scheduling.cost import CostModel
 from stepweave.scheduling.policy import Cap, Policy
 from stepweave.scheduling.task import Demand, Key, Load, Priority, Task
 
-Watch = Callable[[float, Sequence[Task]], None]  # told, before each forward, the time and the tasks that are there
+# told, before each forward, the time and the tasks that are there
+Watch = Callable[[float, Sequence[Task]], None]
 
 # Seconds per denoising step of Qwen-Image with CFG on one H200, published by others; issue 6
 QWEN = {
@@ -53,7 +54,9 @@ def queued(tasks: Iterable[Task]) -> OrderedDict[Hashable, list[Call]]:
     queues: OrderedDict[Hashable, list[Call]] = OrderedDict()
     for one in tasks:
         load = one.demand.step[0]
-        queues.setdefault(load.key, []).append(Call(load.key, load.rows, load.key, one, one.arrived))
+        queues.setdefault(load.key, []).append(
+            Call(load.key, load.rows, load.key, one, one.arrived)
+        )
     return queues
 
 
@@ -69,7 +72,8 @@ def play(
     """When each task ends, if forwards take just what the cost model says."""
     coming = sorted(tasks, key=lambda one: one.arrived, reverse=True)
     calls: dict[Task, Iterator[Load]] = {}
-    queues: OrderedDict[Hashable, list[Call]] = OrderedDict()  # the key that was served longest ago first
+    # the key that was served longest ago first
+    queues: OrderedDict[Hashable, list[Call]] = OrderedDict()
     ends: dict[Task, float] = {}
     now = start
 

@@ -1,9 +1,9 @@
 """What a picture shows, told from its pixels alone.
 
-It shares no code, colours or outlines with the training data: colours are named by hue, saturation and value; the background
-is what the border shows; the shape is the template, tested point by point from its definition, that covers the subject best once
-their moments (area and centroid) agree.
-Used by the evaluation and by the product's own tests.
+It shares no code, colours or outlines with the training data: colours are named by hue, saturation
+and value; the background is what the border shows; the shape is the template, tested point by point
+from its definition, that covers the subject best once their moments (area and centroid) agree. Used
+by the evaluation and by the product's own tests.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ SHAPE_WORDS = ("circle", "square", "triangle", "star", "ring", "cross")
 
 @dataclass(frozen=True)
 class Seen:
-    """What the checker sees; an empty word where nothing fits. `match` is the overlap with the template of `shape`."""
+    """What the checker sees; an empty word where nothing fits. `match` is the overlap with the
+    template of `shape`."""
 
     colour: str
     background: str
@@ -55,7 +56,9 @@ def name_colour(rgb: np.ndarray) -> str:
     return ""
 
 
-def _in_polygon(corners: list[tuple[float, float]]) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+def _in_polygon(
+    corners: list[tuple[float, float]],
+) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """Even-odd rule by ray casting."""
 
     def inside(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -70,9 +73,12 @@ def _in_polygon(corners: list[tuple[float, float]]) -> Callable[[np.ndarray, np.
 
 
 def _pentagram() -> list[tuple[float, float]]:
-    """A five-pointed star; the ratio of its radii is free in the prompt, 0.4 is near the regular pentagram's 0.382."""
+    """A five-pointed star; the ratio of its radii is free in the prompt, 0.4 is near the regular
+    pentagram's 0.382."""
     radii = (1.0, 0.4) * 5
-    return [(r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5)) for i, r in enumerate(radii)]
+    return [
+        (r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5)) for i, r in enumerate(radii)
+    ]
 
 
 _DEFINITIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
@@ -103,10 +109,13 @@ class _Template:
         axis = (np.arange(800) + 0.5) / 400 - 1
         x, y = np.meshgrid(axis, axis)
         covered = inside(x, y)
-        return _Template(inside, float(covered.mean() * 4), (float(x[covered].mean()), float(y[covered].mean())))
+        return _Template(
+            inside, float(covered.mean() * 4), (float(x[covered].mean()), float(y[covered].mean()))
+        )
 
     def overlap(self, coverage: np.ndarray) -> float:
-        """Intersection over union with a coverage 0-1, once centroid and area are made equal: to a fraction of a pixel."""
+        """Intersection over union with a coverage 0-1, once centroid and area are made equal: to a
+        fraction of a pixel."""
         height, width = coverage.shape
         total = coverage.sum()
         rows, columns = np.arange(height) + 0.5, np.arange(width) + 0.5
@@ -114,7 +123,9 @@ class _Template:
         scale = math.sqrt(total / self.area)
         x = ((np.arange(width * SAMPLES) + 0.5) / SAMPLES - centre[0]) / scale + self.centroid[0]
         y = ((np.arange(height * SAMPLES) + 0.5) / SAMPLES - centre[1]) / scale + self.centroid[1]
-        drawn = self.inside(*np.meshgrid(x, y)).reshape(height, SAMPLES, width, SAMPLES).mean((1, 3))
+        drawn = (
+            self.inside(*np.meshgrid(x, y)).reshape(height, SAMPLES, width, SAMPLES).mean((1, 3))
+        )
         return float(np.minimum(drawn, coverage).sum() / np.maximum(drawn, coverage).sum())
 
 
@@ -160,7 +171,8 @@ def look(picture: Image.Image) -> Seen:
 
 
 def expected(prompt: str) -> dict[str, str]:
-    """What a prompt of the grammar asks for, by part; parts it does not mention are absent, but no position means centred."""
+    """What a prompt of the grammar asks for, by part; parts it does not mention are absent, but no
+    position means centred."""
     words = prompt.lower().replace(",", " ").split()
     parts: dict[str, str] = {"horizontal": "", "vertical": ""}
     colours = [word for word in words if word in COLOUR_WORDS]
@@ -181,6 +193,7 @@ def expected(prompt: str) -> dict[str, str]:
 
 
 def wrong_parts(picture: Image.Image, prompt: str) -> list[str]:
-    """The parts of the prompt that the picture does not obey; empty when it shows what was asked."""
+    """The parts of the prompt that the picture does not obey; empty when it shows what was
+    asked."""
     seen = look(picture)
     return [part for part, word in expected(prompt).items() if getattr(seen, part) != word]

@@ -1,7 +1,8 @@
 """Judge the embedded model: `python -m tools.shapes.evaluate`.
 
-Draws prompts of the grammar at random (fixed seeds), makes the pictures with the plain diffusers pipeline and has the checker
-look at them. Prints the tables and, with `--card`, writes them, the contact sheet and the curve into the model card.
+Draws prompts of the grammar at random (fixed seeds), makes the pictures with the plain diffusers
+pipeline and has the checker look at them. Prints the tables and, with `--card`, writes them, the
+contact sheet and the curve into the model card.
 """
 
 from __future__ import annotations
@@ -21,20 +22,34 @@ from tools.shapes.checker import COLOUR_WORDS, SHAPE_WORDS, look, wrong_parts
 
 PARTS = ("colour", "background", "shape", "size", "horizontal", "vertical")
 STEPS, GUIDANCE = 20, 2.0
-POSITIONS = ("", "left", "right", "top", "bottom", "top left", "top right", "bottom left", "bottom right")
+POSITIONS = (
+    "",
+    "left",
+    "right",
+    "top",
+    "bottom",
+    "top left",
+    "top right",
+    "bottom left",
+    "bottom right",
+)
 
 
 def random_prompt(rng: random.Random) -> str:
     """One prompt of the grammar; about a third carry position words."""
     colour, background = rng.sample(COLOUR_WORDS, 2)
     article = "an" if background == "orange" else "a"
-    text = f"a {rng.choice(('small', 'large'))} {colour} {rng.choice(SHAPE_WORDS)} on {article} {background} background"
+    text = (
+        f"a {rng.choice(('small', 'large'))} {colour} {rng.choice(SHAPE_WORDS)} on {article} "
+        f"{background} background"
+    )
     position = rng.choice(POSITIONS[1:]) if rng.random() < 0.35 else ""
     return f"{text}, {position}" if position else text
 
 
 def partial_prompt(rng: random.Random) -> str:
-    """A prompt with parts missing, as people type them: "red star", "a small ring on a blue background", "circle"."""
+    """A prompt with parts missing, as people type them: "red star", "a small ring on a blue
+    background", "circle"."""
     colour, background = rng.sample(COLOUR_WORDS, 2)
     shape = rng.choice(SHAPE_WORDS)
     return rng.choice(
@@ -49,7 +64,9 @@ def partial_prompt(rng: random.Random) -> str:
 
 
 def load(directory: Path) -> StableDiffusion3Pipeline:
-    pipeline = StableDiffusion3Pipeline.from_pretrained(directory, text_encoder_3=None, tokenizer_3=None)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        directory, text_encoder_3=None, tokenizer_3=None
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -81,22 +98,31 @@ def generate(
 
 
 def score(pictures: list[Image.Image], prompts: list[str]) -> dict[str, float]:
-    """Share of pictures right in each part, in colour and background together, and in the whole prompt; in percent."""
-    wrong = [wrong_parts(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
+    """Share of pictures right in each part, in colour and background together, and in the whole
+    prompt; in percent."""
+    wrong = [
+        wrong_parts(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)
+    ]
     shares = {part: 100 * sum(part not in w for w in wrong) / len(wrong) for part in PARTS}
-    shares["colours"] = 100 * sum("colour" not in w and "background" not in w for w in wrong) / len(wrong)
+    shares["colours"] = (
+        100 * sum("colour" not in w and "background" not in w for w in wrong) / len(wrong)
+    )
     shares["whole"] = 100 * sum(not w for w in wrong) / len(wrong)
     return shares
 
 
 def negative_prompts(pipeline: StableDiffusion3Pipeline, each: int = 16) -> tuple[float, float]:
-    """Percent of pictures of "a large circle" whose background has a given colour: asked nothing, and asked not to."""
+    """Percent of pictures of "a large circle" whose background has a given colour: asked nothing,
+    and asked not to."""
     colours = [colour for colour in COLOUR_WORDS for _ in range(each)]
     prompts = ["a large circle"] * len(colours)
     shares = []
     for negative in (None, [f"a large circle on a {colour} background" for colour in colours]):
         pictures = generate(pipeline, prompts, negative=negative)
-        hits = sum(look(picture).background == colour for picture, colour in zip(pictures, colours, strict=True))
+        hits = sum(
+            look(picture).background == colour
+            for picture, colour in zip(pictures, colours, strict=True)
+        )
         shares.append(100 * hits / len(colours))
     return shares[0], shares[1]
 
@@ -104,14 +130,21 @@ def negative_prompts(pipeline: StableDiffusion3Pipeline, each: int = 16) -> tupl
 def contact_sheet(pictures: list[Image.Image], prompts: list[str], columns: int = 8) -> Image.Image:
     """The pictures at twice their size, each with its prompt below; wrong ones are framed."""
     cell, caption = 144, 36
-    sheet = Image.new("RGB", (columns * cell, -(-len(pictures) // columns) * (cell + caption)), (225, 225, 225))
+    sheet = Image.new(
+        "RGB", (columns * cell, -(-len(pictures) // columns) * (cell + caption)), (225, 225, 225)
+    )
     pen = ImageDraw.Draw(sheet)
     for i, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
         x, y = i % columns * cell, i // columns * (cell + caption)
         if wrong_parts(picture, prompt):
             pen.rectangle((x + 4, y + 4, x + cell - 5, y + cell - 5), fill=(255, 0, 80))
         sheet.paste(picture.resize((128, 128), Image.Resampling.NEAREST), (x + 8, y + 8))
-        line = prompt.removeprefix("a ").replace(" on a", "\non a").replace(" background", "").replace(",", "\n")
+        line = (
+            prompt.removeprefix("a ")
+            .replace(" on a", "\non a")
+            .replace(" background", "")
+            .replace(",", "\n")
+        )
         pen.multiline_text((x + 8, y + cell - 6), line, fill=(0, 0, 0), font_size=10, spacing=1)
     return sheet
 
@@ -125,24 +158,35 @@ def curve(logs: Path, target: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
     for axis, (stage, loss) in zip(
-        axes, (("autoencoder", "picture"), ("transformer", "flow"), ("decoder", "picture")), strict=True
+        axes,
+        (("autoencoder", "picture"), ("transformer", "flow"), ("decoder", "picture")),
+        strict=True,
     ):
         lines = [json.loads(line) for line in (logs / f"{stage}.jsonl").read_text().splitlines()]
         axis.plot([line["step"] for line in lines], [line[loss] for line in lines])
         axis.set(
-            title=f"{stage}: {lines[-1]['seconds'] / 60:.0f} min", xlabel="step", ylabel=f"{loss} loss", yscale="log"
+            title=f"{stage}: {lines[-1]['seconds'] / 60:.0f} min",
+            xlabel="step",
+            ylabel=f"{loss} loss",
+            yscale="log",
         )
         axis.grid(alpha=0.3)
     figure.savefig(target, dpi=80)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, default=Path("models/shapes"))
     parser.add_argument("--prompts", type=int, default=400)
     parser.add_argument("--seed", type=int, default=7, help="of the prompts; picture i has seed i")
-    parser.add_argument("--logs", type=Path, default=Path("build/shapes"), help="where training left its logs")
-    parser.add_argument("--card", action="store_true", help="write tables and pictures into the model's directory")
+    parser.add_argument(
+        "--logs", type=Path, default=Path("build/shapes"), help="where training left its logs"
+    )
+    parser.add_argument(
+        "--card", action="store_true", help="write tables and pictures into the model's directory"
+    )
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
     prompts = [random_prompt(rng) for _ in range(arguments.prompts)]
@@ -156,7 +200,9 @@ def main() -> None:
         if guidance == GUIDANCE:
             sheet = contact_sheet(pictures[:48], prompts[:48])
         shares = score(pictures, prompts)
-        rows.append(f"| {guidance:g} | " + " | ".join(f"{share:.1f}" for share in shares.values()) + " |")
+        rows.append(
+            f"| {guidance:g} | " + " | ".join(f"{share:.1f}" for share in shares.values()) + " |"
+        )
     rng = random.Random(arguments.seed)
     partial = [partial_prompt(rng) for _ in range(arguments.prompts // 4)]
     tolerated = score(generate(pipeline, partial), partial)["whole"]
@@ -172,12 +218,19 @@ def main() -> None:
             "",
             *rows,
             "",
-            f"Prompts with parts missing ({len(partial)}): what they do say is right in {tolerated:.1f} %.",
+            (
+                f"Prompts with parts missing ({len(partial)}): what they do say is right in "
+                f"{tolerated:.1f} %."
+            ),
             "",
-            f'Negative prompt: "a large circle" has a background of a given colour in {without:.1f} % of the pictures, '
-            f"with that background as the negative prompt in {with_negative:.1f} %.",
+            'Negative prompt: "a large circle" has a background of a given colour in '
+            f"{without:.1f} % of the pictures, with that background as the negative prompt in "
+            f"{with_negative:.1f} %.",
             "",
-            f"One picture, {STEPS} steps with guidance: {seconds:.2f} s on {torch.get_num_threads()} CPU threads.",
+            (
+                f"One picture, {STEPS} steps with guidance: {seconds:.2f} s on "
+                f"{torch.get_num_threads()} CPU threads."
+            ),
         ]
     )
     print(text)

@@ -1,11 +1,17 @@
-"""The untrained parts of the embedded model: standard diffusers and transformers classes, small enough for a laptop."""
+"""The untrained parts of the embedded model: standard diffusers and transformers classes, small
+enough for a laptop."""
 
 from __future__ import annotations
 
 import re
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
@@ -21,7 +27,8 @@ LATENT_CHANNELS = 16
 
 
 def make_autoencoder() -> AutoencoderKL:
-    """AutoencoderKL, 8x down, 16 channels; no attention, since it would cost more than it gives on flat shapes."""
+    """AutoencoderKL, 8x down, 16 channels; no attention, since it would cost more than it gives on
+    flat shapes."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -37,14 +44,29 @@ def make_autoencoder() -> AutoencoderKL:
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-level BPE whose merges make each word of the grammar one token; other text tokenizes byte by byte.
+    """CLIP's byte-level BPE whose merges make each word of the grammar one token; other text
+    tokenizes byte by byte.
 
-    The merges are laid down word by word (tokenizers' own trainer breaks ties at random between processes).
+    The merges are laid down word by word (tokenizers' own trainer breaks ties at random between
+    processes).
     """
-    words = ["a", "an", "on", "at", "the", "background", *COLOURS, *SHAPES, *HORIZONTAL[1:], *VERTICAL[1:]]
+    words = [
+        "a",
+        "an",
+        "on",
+        "at",
+        "the",
+        "background",
+        *COLOURS,
+        *SHAPES,
+        *HORIZONTAL[1:],
+        *VERTICAL[1:],
+    ]
     words += dict.fromkeys(word for group in SYNONYMS.values() for word in group)
     alphabet = sorted(ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([*alphabet, *(symbol + "</w>" for symbol in alphabet)])}
+    vocabulary = {
+        token: i for i, token in enumerate([*alphabet, *(symbol + "</w>" for symbol in alphabet)])
+    }
     merges: list[tuple[str, str]] = []
     for word in words:
         # earlier merges outrank later ones, so a word that is one token stays one
@@ -89,9 +111,12 @@ def make_transformer() -> SD3Transformer2DModel:
         pos_embed_max_size=64,
         qk_norm="rms_norm",
     )
-    # adaLN-zero: every block starts as the identity (Peebles and Xie 2023, https://arxiv.org/abs/2212.09748, 3.2)
+    # adaLN-zero: every block starts as the identity (Peebles and Xie 2023,
+    # https://arxiv.org/abs/2212.09748, 3.2)
     for name, module in transformer.named_modules():
-        if isinstance(module, nn.Linear) and (re.search(r"norm\w*\.linear$", name) or name == "proj_out"):
+        if isinstance(module, nn.Linear) and (
+            re.search(r"norm\w*\.linear$", name) or name == "proj_out"
+        ):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
     return transformer

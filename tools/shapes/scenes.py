@@ -1,7 +1,7 @@
 """The pictures the embedded model is trained on, and the words for them.
 
-A scene is one flat shape on a flat background, drawn four times too large and averaged down, so that edges are crisp and
-anti-aliased. The grammar of the prompts is the one the model card states.
+A scene is one flat shape on a flat background, drawn four times too large and averaged down, so
+that edges are crisp and anti-aliased. The grammar of the prompts is the one the model card states.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 SIZES = ("small", "large")
-SYNONYMS = {"small": ("small", "small", "little", "tiny"), "large": ("large", "large", "big", "huge")}
+SYNONYMS = {
+    "small": ("small", "small", "little", "tiny"),
+    "large": ("large", "large", "big", "huge"),
+}
 HORIZONTAL = ("", "left", "right")
 VERTICAL = ("", "top", "bottom")
 
@@ -36,7 +39,8 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture in words and numbers. `centre` and `radius` are in pixels of the 64 x 64 picture."""
+    """One picture in words and numbers. `centre` and `radius` are in pixels of the 64 x 64
+    picture."""
 
     size: str
     colour: str
@@ -85,12 +89,16 @@ def _article(word: str) -> str:
 def canonical_prompt(scene: Scene) -> str:
     """The scene in the full form of the grammar."""
     position = " ".join(word for word in (scene.vertical, scene.horizontal) if word)
-    text = f"a {scene.size} {scene.colour} {scene.shape} on {_article(scene.background)} {scene.background} background"
+    text = (
+        f"a {scene.size} {scene.colour} {scene.shape} on {_article(scene.background)} "
+        f"{scene.background} background"
+    )
     return f"{text}, {position}" if position else text
 
 
 def sample_prompt(scene: Scene, rng: np.random.Generator) -> str:
-    """The scene in words as people type them: often in full, sometimes with parts missing, seldom in another order."""
+    """The scene in words as people type them: often in full, sometimes with parts missing, seldom
+    in another order."""
     position = " ".join(word for word in (scene.vertical, scene.horizontal) if word)
     if rng.random() < 0.4:
         return canonical_prompt(scene)
@@ -135,7 +143,8 @@ def _regular(centre: Point, radius: float, count: int, turn: float) -> list[Poin
 
 
 def _outline(shape: str, centre: Point, radius: float, turn: float) -> list[Point]:
-    """Corners of a polygonal shape inside the circle of `radius` (a square's half side is 0.85 of it)."""
+    """Corners of a polygonal shape inside the circle of `radius` (a square's half side is 0.85 of
+    it)."""
     if shape == "square":
         return _regular(centre, radius * 0.85 * math.sqrt(2), 4, turn + math.pi / 4)
     if shape == "triangle":
@@ -155,7 +164,8 @@ def _outline(shape: str, centre: Point, radius: float, turn: float) -> list[Poin
 
 
 def draw_mask(shape: str, centre: Point, radius: float, turn: float = 0.0) -> Image.Image:
-    """Coverage of a shape, 0-255, at OVERSAMPLING times the picture's size. Coordinates in picture pixels."""
+    """Coverage of a shape, 0-255, at OVERSAMPLING times the picture's size. Coordinates in picture
+    pixels."""
     k = OVERSAMPLING
     mask = Image.new("L", (SIDE * k, SIDE * k))
     pen = ImageDraw.Draw(mask)
@@ -179,7 +189,8 @@ def draw(scene: Scene) -> np.ndarray:
 
 
 def draw_clutter(rng: np.random.Generator) -> np.ndarray:
-    """A picture beyond the grammar (any colours, turned and overlapping shapes, gradients), uint8 (64, 64, 3).
+    """A picture beyond the grammar (any colours, turned and overlapping shapes, gradients), uint8
+    (64, 64, 3).
 
     The autoencoder sees these too, so that it also encodes pictures that people bring.
     """
@@ -193,7 +204,9 @@ def draw_clutter(rng: np.random.Generator) -> np.ndarray:
     picture = Image.fromarray(ground.astype(np.uint8))
     for _ in range(rng.integers(1, 5)):
         centre = (float(rng.uniform(4, 60)), float(rng.uniform(4, 60)))
-        mask = draw_mask(str(rng.choice(SHAPES)), centre, float(rng.uniform(4, 26)), float(rng.uniform(0, 6.3)))
+        mask = draw_mask(
+            str(rng.choice(SHAPES)), centre, float(rng.uniform(4, 26)), float(rng.uniform(0, 6.3))
+        )
         colour = (int(rng.integers(256)), int(rng.integers(256)), int(rng.integers(256)))
         picture.paste(colour, (0, 0, SIDE, SIDE), mask.reduce(OVERSAMPLING))
     return np.asarray(picture)

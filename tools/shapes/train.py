@@ -1,8 +1,9 @@
 """Train the embedded model from nothing: `python -m tools.shapes.train`.
 
-Four stages, each resumable (run the command again): the autoencoder; the latents of a fixed set of pictures; the
-transformer with its text encoders, by rectified flow on those latents; and the decoder once more on slightly wrong latents,
-since it will be given the transformer's, not the encoder's.
+Four stages, each resumable (run the command again): the autoencoder; the latents of a fixed set of
+pictures; the transformer with its text encoders, by rectified flow on those latents; and the
+decoder once more on slightly wrong latents, since it will be given the transformer's, not the
+encoder's.
 """
 
 from __future__ import annotations
@@ -32,14 +33,20 @@ def to_tensor(pictures: np.ndarray, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
-def picture_batch(rng: np.random.Generator, count: int, device: torch.device, clutter: float = 0.3) -> torch.Tensor:
+def picture_batch(
+    rng: np.random.Generator, count: int, device: torch.device, clutter: float = 0.3
+) -> torch.Tensor:
     """Fresh pictures, (count, 3, 64, 64) in [-1, 1]; the given share is beyond the grammar."""
-    pictures = [draw_clutter(rng) if rng.random() < clutter else draw(sample_scene(rng)) for _ in range(count)]
+    pictures = [
+        draw_clutter(rng) if rng.random() < clutter else draw(sample_scene(rng))
+        for _ in range(count)
+    ]
     return to_tensor(np.stack(pictures), device)
 
 
 def picture_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """L1, five times as heavy on edges, plus the L1 of both gradients: plain L1 leaves small shapes blurred."""
+    """L1, five times as heavy on edges, plus the L1 of both gradients: plain L1 leaves small shapes
+    blurred."""
     loss = torch.zeros((), device=target.device)
     weight = torch.ones_like(target[:, :1])
     for axis in (2, 3):
@@ -47,12 +54,15 @@ def picture_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         loss = loss + (output.diff(dim=axis) - slope).abs().mean()
         edge = slope.abs().amax(1, keepdim=True).clamp(max=1)
         after, before = ((0, 0, 1, 0), (0, 0, 0, 1)) if axis == 2 else ((1, 0, 0, 0), (0, 1, 0, 0))
-        weight = torch.maximum(weight, 1 + 4 * torch.maximum(F.pad(edge, after), F.pad(edge, before)))
+        weight = torch.maximum(
+            weight, 1 + 4 * torch.maximum(F.pad(edge, after), F.pad(edge, before))
+        )
     return loss + ((output - target).abs() * weight).mean()
 
 
 def train_autoencoder(folder: Path, steps: int, batch: int, device: torch.device) -> AutoencoderKL:
-    """Stage 1. The latent is made noisy a little beyond its own posterior, so that the decoder tolerates errors."""
+    """Stage 1. The latent is made noisy a little beyond its own posterior, so that the decoder
+    tolerates errors."""
     torch.manual_seed(SEED)
     vae = make_autoencoder().to(device)
 
@@ -76,7 +86,8 @@ def train_autoencoder(folder: Path, steps: int, batch: int, device: torch.device
 def scene_latents(
     folder: Path, vae: AutoencoderKL, count: int, device: torch.device
 ) -> tuple[list[Scene], torch.Tensor]:
-    """Stage 2. A fixed set of scenes and their latents, normalised by the mean and deviation put into the VAE's config."""
+    """Stage 2. A fixed set of scenes and their latents, normalised by the mean and deviation put
+    into the VAE's config."""
     rng = np.random.default_rng(SEED + 2)
     scenes = [sample_scene(rng) for _ in range(count)]
     cache = folder / f"latents-{count}.pt"
@@ -86,7 +97,9 @@ def scene_latents(
         with torch.no_grad():
             for start in tqdm(range(0, count, 250), desc="latents"):
                 pictures = np.stack([draw(scene) for scene in scenes[start : start + 250]])
-                chunks.append(vae.encode(to_tensor(pictures, device)).latent_dist.mode().half().cpu())
+                chunks.append(
+                    vae.encode(to_tensor(pictures, device)).latent_dist.mode().half().cpu()
+                )
         torch.save(torch.cat(chunks), cache.with_suffix(".partial"))
         cache.with_suffix(".partial").replace(cache)
     latents = torch.load(cache, weights_only=True).float()
@@ -96,9 +109,15 @@ def scene_latents(
 
 
 def train_transformer(
-    folder: Path, vae: AutoencoderKL, scenes: list[Scene], latents: torch.Tensor, steps: int, device: torch.device
+    folder: Path,
+    vae: AutoencoderKL,
+    scenes: list[Scene],
+    latents: torch.Tensor,
+    steps: int,
+    device: torch.device,
 ) -> StableDiffusion3Pipeline:
-    """Stage 3. Rectified flow (Esser et al. 2024, https://arxiv.org/abs/2403.03206): logit-normal times, shifted by 3."""
+    """Stage 3. Rectified flow (Esser et al. 2024, https://arxiv.org/abs/2403.03206): logit-normal
+    times, shifted by 3."""
     pipeline = make_pipeline(vae, SEED + 3).to(device)
     names = ("transformer", "text_encoder", "text_encoder_2")
     network = nn.ModuleDict({name: getattr(pipeline, name) for name in names}).train()
@@ -108,14 +127,20 @@ def train_transformer(
         chosen = rng.integers(len(scenes), size=TRANSFORMER_BATCH)
         clean = latents[torch.from_numpy(chosen)].to(device)
         prompts = ["" if rng.random() < 0.1 else sample_prompt(scenes[i], rng) for i in chosen]
-        # SD3 appends this many empty T5 tokens: nearly always the preset's one, sometimes what other callers ask for
+        # SD3 appends this many empty T5 tokens: nearly always the preset's one, sometimes what
+        # other callers ask for
         empty = int(rng.choice([1, 16, 64, 256], p=[0.88, 0.08, 0.03, 0.01]))
         noise = torch.randn(clean.shape, generator=generator, device=device)
         sigma = torch.randn(len(chosen), generator=generator, device=device).sigmoid()
         sigma = (shift * sigma / (1 + (shift - 1) * sigma)).view(-1, 1, 1, 1)
         with torch.autocast(device.type, torch.bfloat16):
             context, _, pooled, _ = pipeline.encode_prompt(
-                prompts, prompts, prompts, device=device, do_classifier_free_guidance=False, max_sequence_length=empty
+                prompts,
+                prompts,
+                prompts,
+                device=device,
+                do_classifier_free_guidance=False,
+                max_sequence_length=empty,
             )
             velocity = pipeline.transformer(
                 hidden_states=(1 - sigma) * clean + sigma * noise,
@@ -134,8 +159,11 @@ def train_transformer(
     return pipeline
 
 
-def train_decoder(folder: Path, vae: AutoencoderKL, steps: int, batch: int, device: torch.device) -> None:
-    """Stage 4. The decoder alone, in full precision, on latents that are wrong by up to a quarter of their deviation."""
+def train_decoder(
+    folder: Path, vae: AutoencoderKL, steps: int, batch: int, device: torch.device
+) -> None:
+    """Stage 4. The decoder alone, in full precision, on latents that are wrong by up to a quarter
+    of their deviation."""
     vae.requires_grad_(False)
     vae.decoder.requires_grad_(True)
     deviation = 1 / vae.config.scaling_factor
@@ -160,26 +188,35 @@ def export(pipeline: StableDiffusion3Pipeline, target: Path) -> None:
     pipeline.to("cpu", torch.float16)
     pipeline.save_pretrained(target)
     for name in ("text_encoder", "text_encoder_2"):
-        # transformers loads in the config's dtype where none is asked for, diffusers in float32: name float32 for both
+        # transformers loads in the config's dtype where none is asked for, diffusers in float32:
+        # name float32 for both
         path = target / name / "config.json"
         config = json.loads(path.read_text())
         path.write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("build/shapes"), help="checkpoints and logs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/shapes"), help="checkpoints and logs"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--autoencoder-steps", type=int, default=5000)
     parser.add_argument("--transformer-steps", type=int, default=4500)
     parser.add_argument("--decoder-steps", type=int, default=1500)
-    parser.add_argument("--scenes", type=int, default=50_000, help="pictures whose latents the transformer learns")
+    parser.add_argument(
+        "--scenes", type=int, default=50_000, help="pictures whose latents the transformer learns"
+    )
     parser.add_argument("--output", type=Path, default=Path("models/shapes"))
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     vae = train_autoencoder(arguments.work, arguments.autoencoder_steps, PICTURE_BATCH, device)
     scenes, latents = scene_latents(arguments.work, vae, arguments.scenes, device)
-    pipeline = train_transformer(arguments.work, vae, scenes, latents, arguments.transformer_steps, device)
+    pipeline = train_transformer(
+        arguments.work, vae, scenes, latents, arguments.transformer_steps, device
+    )
     train_decoder(arguments.work, vae, arguments.decoder_steps, PICTURE_BATCH, device)
     export(pipeline, arguments.output)
 

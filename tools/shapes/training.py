@@ -1,4 +1,5 @@
-"""The loop that every stage shares: fixed seeds per step, checkpoints, a log line and a progress bar."""
+"""The loop that every stage shares: fixed seeds per step, checkpoints, a log line and a progress
+bar."""
 
 from __future__ import annotations
 
@@ -43,8 +44,9 @@ def run_stage(
 ) -> NetworkT:
     """Train `network` for `steps` steps and return the moving average of its weights.
 
-    `loss_of(rng, generator)` gives the named losses of one batch, summed for the gradient. Both generators are seeded by
-    (seed, step), so a run that is interrupted and started again goes on exactly where it stood.
+    `loss_of(rng, generator)` gives the named losses of one batch, summed for the gradient. Both
+    generators are seeded by (seed, step), so a run that is interrupted and started again goes on
+    exactly where it stood.
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, log = folder / f"{name}.pt", folder / f"{name}.jsonl"
@@ -82,7 +84,9 @@ def run_stage(
             bar.set_postfix({key: f"{value:.4f}" for key, value in means.items()}, refresh=False)
             seconds = spent + time.monotonic() - began
             with log.open("a") as file:
-                file.write(json.dumps({"step": step + 1, "seconds": round(seconds, 1), **means}) + "\n")
+                file.write(
+                    json.dumps({"step": step + 1, "seconds": round(seconds, 1), **means}) + "\n"
+                )
             sums = {}
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             state = {

@@ -13,7 +13,17 @@ from stepweave.errors import StepweaveError
 from stepweave.generation import OutputFormat, PriorityName, Timings
 from stepweave.ticket import State
 
-STAGES = ("starting", "importing", "loading", "warming_up", "ready", "draining", "closed", "failed", "stuck")
+STAGES = (
+    "starting",
+    "importing",
+    "loading",
+    "warming_up",
+    "ready",
+    "draining",
+    "closed",
+    "failed",
+    "stuck",
+)
 
 
 def _absent() -> Any:
@@ -33,8 +43,12 @@ class ErrorDetail(BaseModel):
 
     message: str = Field(description="For people: the offending value, and the limit.")
     type: str = Field(json_schema_extra={"enum": list(_error_types())})
-    code: str = Field(description="For programs.", examples=["invalid_value", "queue_full", "model_not_found"])
-    param: str | None = Field(description="The field, parameter or header that is wrong, if it is one.")
+    code: str = Field(
+        description="For programs.", examples=["invalid_value", "queue_full", "model_not_found"]
+    )
+    param: str | None = Field(
+        description="The field, parameter or header that is wrong, if it is one."
+    )
 
 
 class Error(BaseModel):
@@ -62,7 +76,8 @@ class Health(BaseModel):
     progress: float = Field(ge=0, le=1, description="Share of the way to `ready`.")
     message: str
     store: str | None = Field(
-        description="Why jobs and URLs of images cannot be stored, as `files full: No space left on device`; null while they can."
+        description="Why jobs and URLs of images cannot be stored, as `files full: No space left "
+        "on device`; null while they can."
     )
 
 
@@ -97,7 +112,9 @@ class Unshared(BaseModel):
     """A module whose calls share no forward, or some of whose do not."""
 
     call: str = Field(description="The module, or its method.")
-    reason: str = Field(description="One of few codes; `stepweave_unshared_calls_total` counts calls by it.")
+    reason: str = Field(
+        description="One of few codes; `stepweave_unshared_calls_total` counts calls by it."
+    )
     detail: str
 
 
@@ -115,7 +132,8 @@ class Certificate(BaseModel):
 
 
 class SchedulerSteps(BaseModel):
-    """Values of `num_inference_steps` that were tried with a scheduler. Every other one is tried when it is first asked for."""
+    """Values of `num_inference_steps` that were tried with a scheduler. Every other one is tried
+    when it is first asked for."""
 
     works: list[int] = Field(description="It runs with these.")
     fails: list[int] = Field(description="It does not run with these; they are refused.")
@@ -148,14 +166,17 @@ class ModelDetails(Limits):
     max_num_inference_steps: int
     default_guidance_scale: float | None
     presets: list[str] = Field(
-        description="Where defaults come from, the strongest first, if not from the pipeline itself."
+        description="Where defaults come from, the strongest first, if not from the pipeline "
+        "itself."
     )
     schedulers: list[str] = Field(description="What `scheduler` may name.")
     scheduler_steps: dict[str, SchedulerSteps] = Field(
         description="Of those that run with some values of `num_inference_steps` only."
     )
     edits: list[Literal["image_to_image", "inpainting"]]
-    limits_of_edits: dict[str, Limits] = Field(description="Of those edits whose limits differ from the others.")
+    limits_of_edits: dict[str, Limits] = Field(
+        description="Of those edits whose limits differ from the others."
+    )
     previews: bool = Field(description="Whether streams have previews.")
     batching: Literal["off", "threads", "request", "step"]
     switches: dict[str, Any]
@@ -186,7 +207,9 @@ class ResolvedParameters(BaseModel):
     size: str = Field(pattern=r"^[1-9][0-9]*x[1-9][0-9]*$")
     seed: int = Field(ge=0)
     num_inference_steps: int = Field(ge=1)
-    guidance_scale: float = Field(default_factory=_absent, description="Where the pipeline has one.")
+    guidance_scale: float = Field(
+        default_factory=_absent, description="Where the pipeline has one."
+    )
     scheduler: str = Field(default_factory=_absent)
     strength: float = Field(default_factory=_absent, description="Of edits.")
     reproducible: bool = Field(default_factory=_absent)
@@ -217,15 +240,18 @@ class TokenDetails(BaseModel):
 
 
 class Usage(BaseModel):
-    """Of the whole request. Of an image, tokens are positions of its latents, before these are packed or made into patches."""
+    """Of the whole request. Of an image, tokens are positions of its latents, before these are
+    packed or made into patches."""
 
     input_tokens: int = Field(ge=0)
     input_tokens_details: TokenDetails = Field(
-        description="Tokens that the model's tokenizers read of the prompts, padding left out (0 where it has no tokenizer); "
-        "positions of the image that an edit starts from."
+        description="Tokens that the model's tokenizers read of the prompts, padding left out (0 "
+        "where it has no tokenizer); positions of the image that an edit starts from."
     )
     output_tokens: int = Field(ge=0)
-    output_tokens_details: TokenDetails = Field(description="Of all images together; there is no text.")
+    output_tokens_details: TokenDetails = Field(
+        description="Of all images together; there is no text."
+    )
     total_tokens: int = Field(ge=0, description="Of input and output.")
     images: int
     steps: int = Field(description="Denoising steps of all pictures.")
@@ -239,7 +265,8 @@ class _Outcome(BaseModel):
     timings: Timings
     warnings: list[str]
     outputs: dict[str, Any] = Field(
-        default_factory=_absent, description="What the pipeline returned beside images, where that is text or numbers."
+        default_factory=_absent,
+        description="What the pipeline returned beside images, where that is text or numbers.",
     )
 
 
@@ -247,7 +274,9 @@ class Generation(_Outcome):
     """Pictures, and everything about their making."""
 
     created: int = Field(description="Unix seconds.")
-    size: str = Field(pattern=r"^[1-9][0-9]*x[1-9][0-9]*$", description="Of the images, as they were made.")
+    size: str = Field(
+        pattern=r"^[1-9][0-9]*x[1-9][0-9]*$", description="Of the images, as they were made."
+    )
     output_format: OutputFormat
     background: Literal["opaque"]
     data: list[InlinePicture | LinkedPicture]
@@ -262,10 +291,13 @@ class Job(BaseModel):
     state: State
     step: int = Field(ge=0)
     total_steps: int = Field(ge=0)
-    position: int | None = Field(description="Place among all that wait, 1 for the first; null once it runs.")
+    position: int | None = Field(
+        description="Place among all that wait, 1 for the first; null once it runs."
+    )
     eta_seconds: float | None = Field(
         gt=0,
-        description="Seconds until it will be done; null once it is, and while nothing of the model has been timed.",
+        description="Seconds until it will be done; null once it is, and while nothing of the "
+        "model has been timed.",
     )
     created: float = Field(description="Unix seconds.")
     parameters: ResolvedParameters
@@ -277,7 +309,9 @@ class Job(BaseModel):
 class JobList(BaseModel):
     object: Literal["list"]
     data: list[Job]
-    next: str | None = Field(description="What to send as `before` for those that follow; null at the end.")
+    next: str | None = Field(
+        description="What to send as `before` for those that follow; null at the end."
+    )
 
 
 class PartialImage(BaseModel):
@@ -416,7 +450,9 @@ class ModelConfiguration(BaseModel):
 
 class ReturnedTensor(TensorMetadata):
     parameters: dict[str, bool | int | float | str]
-    data: list[str] = Field(default_factory=_absent, description="Left out where the tensor follows the JSON.")
+    data: list[str] = Field(
+        default_factory=_absent, description="Left out where the tensor follows the JSON."
+    )
 
 
 class InferenceAnswer(BaseModel):
@@ -443,8 +479,33 @@ class LegacyStatus(BaseModel):
 
 
 ANSWERS: tuple[type[BaseModel], ...] = (
-    Error, ExamplesError, ProtocolError,
-    Health, Unhealthy, Drained, Discovery, Model, ModelList, Generation, Job, JobList, PartialImage, Completed,
-    QueuedEvent, ProgressEvent, ProtocolMetadata, Live, NotLive, Ready, NotReady, ModelReady, ModelMetadata,
-    ServedModels, IndexedModel, ModelConfiguration, InferenceAnswer, LegacyAnswer, LegacyStatus,
-)  # fmt: skip
+    Error,
+    ExamplesError,
+    ProtocolError,
+    Health,
+    Unhealthy,
+    Drained,
+    Discovery,
+    Model,
+    ModelList,
+    Generation,
+    Job,
+    JobList,
+    PartialImage,
+    Completed,
+    QueuedEvent,
+    ProgressEvent,
+    ProtocolMetadata,
+    Live,
+    NotLive,
+    Ready,
+    NotReady,
+    ModelReady,
+    ModelMetadata,
+    ServedModels,
+    IndexedModel,
+    ModelConfiguration,
+    InferenceAnswer,
+    LegacyAnswer,
+    LegacyStatus,
+)

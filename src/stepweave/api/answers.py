@@ -21,11 +21,15 @@ PROFILE = "stepweave"  # of an event stream with all events
 
 
 def accepted(request: Request) -> list[tuple[str, dict[str, str]]]:
-    """The media types that the client accepts and their parameters, what it likes best first (RFC 9110, 12.5.1)."""
+    """The media types that the client accepts and their parameters, what it likes best first (RFC
+    9110, 12.5.1)."""
     types: list[tuple[float, int, str, dict[str, str]]] = []
     for part in ",".join(request.headers.getlist("accept")).split(","):
         name, *rest = (piece.strip() for piece in part.split(";"))
-        parameters = {key.strip().lower(): value.strip(' "') for key, _, value in (one.partition("=") for one in rest)}
+        parameters = {
+            key.strip().lower(): value.strip(' "')
+            for key, _, value in (one.partition("=") for one in rest)
+        }
         try:
             quality = float(parameters.pop("q", "1"))
         except ValueError:
@@ -36,7 +40,8 @@ def accepted(request: Request) -> list[tuple[str, dict[str, str]]]:
 
 
 def _preferred(request: Request) -> tuple[str, dict[str, str]]:
-    """Of the types that a generation can be answered with the one that the client likes best, JSON if it names none."""
+    """Of the types that a generation can be answered with the one that the client likes best, JSON
+    if it names none."""
     known = ("application/json", "*/*", "application/*", EVENT_STREAM, *PICTURES)
     return next((one for one in accepted(request) if one[0] in known), ("application/json", {}))
 
@@ -58,13 +63,18 @@ def wants_to_come_back(request: Request) -> bool:
     return any(one.partition(";")[0].strip() == "respond-async" for one in preferences)
 
 
-def one_picture(n: int, chosen: OutputFormat, output_format: OutputFormat, format_given: bool) -> None:
+def one_picture(
+    n: int, chosen: OutputFormat, output_format: OutputFormat, format_given: bool
+) -> None:
     """Raise InvalidRequest if the client's `Accept` does not go with what its body asks for."""
     if n != 1:
-        raise InvalidRequest(f"n is {n}; an answer that is a picture, as Accept asks for, takes n = 1.", param="n")
+        raise InvalidRequest(
+            f"n is {n}; an answer that is a picture, as Accept asks for, takes n = 1.", param="n"
+        )
     if format_given and output_format != chosen:
         raise InvalidRequest(
-            f"output_format is {shown(output_format)}, but Accept asks for image/{chosen}.", param="output_format"
+            f"output_format is {shown(output_format)}, but Accept asks for image/{chosen}.",
+            param="output_format",
         )
 
 
@@ -79,7 +89,12 @@ async def urls(answer: Answer, base: str, files: FileStore) -> list[dict[str, An
     """The pictures as OpenAI's API has them, each stored if it is not yet."""
     names = [await one.stored(files) for one in answer.pictures]
     return [
-        {"url": f"{base}/images/{name}", "seed": one.seed, "flagged": one.flagged, "revised_prompt": None}
+        {
+            "url": f"{base}/images/{name}",
+            "seed": one.seed,
+            "flagged": one.flagged,
+            "revised_prompt": None,
+        }
         for name, one in zip(names, answer.pictures, strict=True)
     ]
 
@@ -90,16 +105,18 @@ def _inline(answer: Answer) -> bytes:
     for i, file in enumerate(answer.pictures):
         pieces += [b", " if i else b"", b'{"b64_json": "', base64.b64encode(file.data)]
         flagged = json.dumps(file.flagged)
-        pieces.append(f'", "seed": {file.seed}, "flagged": {flagged}, "revised_prompt": null}}'.encode())
+        pieces.append(
+            f'", "seed": {file.seed}, "flagged": {flagged}, "revised_prompt": null}}'.encode()
+        )
     return b"".join([*pieces, b"]}"])
 
 
 def picture_answer(answer: Answer) -> Response:
     """The first picture's file.
 
-    The parameters stand in headers, but for the prompts: they may be longer than proxies let a header be, and the file has them.
-    `X-Stepweave-Flagged` is "true" for one that the pipeline's safety checker flagged. Warnings, if there are any, stand in
-    `X-Stepweave-Warnings`.
+    The parameters stand in headers, but for the prompts: they may be longer than proxies let a
+    header be, and the file has them. `X-Stepweave-Flagged` is "true" for one that the pipeline's
+    safety checker flagged. Warnings, if there are any, stand in `X-Stepweave-Warnings`.
     """
     file = answer.pictures[0]
     headers = {
@@ -115,11 +132,14 @@ def picture_answer(answer: Answer) -> Response:
 
 
 def warnings_header(warnings: list[str]) -> str:
-    """Warnings as a JSON list in ASCII (other characters are \\u escapes); those that do not fit are counted in a last one."""
+    """Warnings as a JSON list in ASCII (other characters are \\u escapes); those that do not fit
+    are counted in a last one."""
     kept = list(warnings)
     while True:
         more = len(warnings) - len(kept)
-        text = json.dumps([*kept, *([f"and {more} more"] if more else [])]).replace("\x7f", "\\u007f")
+        text = json.dumps([*kept, *([f"and {more} more"] if more else [])]).replace(
+            "\x7f", "\\u007f"
+        )
         if len(text) <= MAX_WARNINGS_HEADER or not kept:
             return text
         kept.pop()

@@ -13,7 +13,8 @@ CLIENT = "stepweave.client"  # key in the ASGI scope
 
 
 def authorize(scope: Scope, keys: ApiKeys) -> None:
-    """Note which client sends the request. Raises Unauthorized if keys are required and it has none of them."""
+    """Note which client sends the request. Raises Unauthorized if keys are required and it has none
+    of them."""
     if not keys.required:
         return
     scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
@@ -32,7 +33,8 @@ def client_of(scope: Scope) -> Client | None:
 
 
 def asker_of(request: Request) -> tuple[str, str]:
-    """Who asks, as far as the server can tell: the owner of the request's key, without keys its address."""
+    """Who asks, as far as the server can tell: the owner of the request's key, without keys its
+    address."""
     owner = owner_of(request)
     if owner is not None:
         return "key", owner

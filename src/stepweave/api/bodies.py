@@ -1,4 +1,5 @@
-"""Bodies of requests: on their way they are decoded and spool to disk, and few of the long ones are in memory at a time."""
+"""Bodies of requests: on their way they are decoded and spool to disk, and few of the long ones are
+in memory at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from starlette.types import Message, Receive, Scope
 from stepweave.errors import BodyTooLarge, Cancelled, InvalidRequest, UnsupportedEncoding
 from stepweave.threads import on_thread
 
-SPOOLED = 64 * 1024  # bytes of a body beyond which it goes to disk; about what a connection's own buffer takes
+# bytes of a body beyond which it goes to disk; about what a connection's own buffer takes
+SPOOLED = 64 * 1024
 TURNS = 8  # long bodies in memory
 WAITING = "stepweave.bodies"  # key in the ASGI scope: the semaphore of long bodies
 _WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
@@ -29,7 +31,8 @@ def body_turns() -> asyncio.Semaphore:
 
 @contextlib.asynccontextmanager
 async def whole_body(request: Request, *, text: bool = True) -> AsyncIterator[bytes]:
-    """The request's body, for as long as it is needed to be parsed; of a text, without UTF-8's byte order mark.
+    """The request's body, for as long as it is needed to be parsed; of a text, without UTF-8's byte
+    order mark.
 
     Raises Cancelled if the client leaves meanwhile.
     """
@@ -67,14 +70,18 @@ async def _chunks(request: Request) -> AsyncIterator[bytes]:
 
 
 def decoded(receive: Receive, scope: Scope, limit: int) -> Receive:
-    """A `receive` that gives the body without its Content-Encoding, which is taken off the scope's headers.
+    """A `receive` that gives the body without its Content-Encoding, which is taken off the scope's
+    headers.
 
-    It raises BodyTooLarge as soon as more than `limit` bytes come out, and InvalidRequest for what is not encoded as the header
-    says. Raises UnsupportedEncoding for an encoding that is not undone, or for several.
+    It raises BodyTooLarge as soon as more than `limit` bytes come out, and InvalidRequest for what
+    is not encoded as the header says. Raises UnsupportedEncoding for an encoding that is not
+    undone, or for several.
     """
     headers = MutableHeaders(raw=list(scope["headers"]))
     given = ", ".join(headers.getlist("content-encoding"))
-    encodings = [name for one in given.split(",") if (name := one.strip().lower()) not in ("", "identity")]
+    encodings = [
+        name for one in given.split(",") if (name := one.strip().lower()) not in ("", "identity")
+    ]
     if not encodings:
         return receive
     if len(encodings) > 1 or encodings[0] not in _WINDOWS:
@@ -85,8 +92,8 @@ def decoded(receive: Receive, scope: Scope, limit: int) -> Receive:
 
 
 class _Decoded:
-    """A `receive` of what a compressed body holds, in pieces of at most SPOOLED bytes: however well it is compressed, no more of
-    it is in memory."""
+    """A `receive` of what a compressed body holds, in pieces of at most SPOOLED bytes: however well
+    it is compressed, no more of it is in memory."""
 
     def __init__(self, receive: Receive, encoding: str, limit: int) -> None:
         self._receive = receive
@@ -106,7 +113,10 @@ class _Decoded:
                 message = await self._receive()
                 if message["type"] != "http.request":
                     return message
-                self._taken, self._last = message.get("body", b""), not message.get("more_body", False)
+                self._taken, self._last = (
+                    message.get("body", b""),
+                    not message.get("more_body", False),
+                )
             piece = await on_thread(None, self._next_piece)
             self._ended = self._last and not self._more
             if self._ended and not self._reader.eof:
@@ -121,7 +131,12 @@ class _Decoded:
                 raise self._wrong("goes on after its end")
             # gzip's may have several members (RFC 1952, 2.2)
             self._reader = zlib.decompressobj(_WINDOWS[self._encoding])
-        elif not self._begun and self._taken and self._encoding == "deflate" and not _has_zlib_header(self._taken):
+        elif (
+            not self._begun
+            and self._taken
+            and self._encoding == "deflate"
+            and not _has_zlib_header(self._taken)
+        ):
             self._reader = zlib.decompressobj(-zlib.MAX_WBITS)
         self._begun = self._begun or bool(self._taken)
         try:
@@ -137,9 +152,12 @@ class _Decoded:
         return piece
 
     def _wrong(self, what: str) -> InvalidRequest:
-        return InvalidRequest(f"The {self._encoding} data of the body {what}.", code="invalid_encoding")
+        return InvalidRequest(
+            f"The {self._encoding} data of the body {what}.", code="invalid_encoding"
+        )
 
 
 def _has_zlib_header(data: bytes) -> bool:
-    """Whether deflated data begins as RFC 1950 has it; some clients send it without (RFC 9110, 8.4.1.2)."""
+    """Whether deflated data begins as RFC 1950 has it; some clients send it without (RFC 9110,
+    8.4.1.2)."""
     return data[0] & 0x0F == 8 and (len(data) < 2 or int.from_bytes(data[:2]) % 31 == 0)

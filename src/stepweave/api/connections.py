@@ -1,8 +1,10 @@
-"""The connections that uvicorn keeps: bounded in number, in how long they may send nothing, and in what they may leave unread.
+"""The connections that uvicorn keeps: bounded in number, in how long they may send nothing, and in
+what they may leave unread.
 
-An app cannot see to that: uvicorn holds a connection that sends no request for ever, takes a whole image at once, holds it for as
-long as the client likes, and does not even close the connection before it has been read. Its own limits count every connection
-alike, probes too, and answer in a shape of its own.
+An app cannot see to that: uvicorn holds a connection that sends no request for ever, takes a whole
+image at once, holds it for as long as the client likes, and does not even close the connection
+before it has been read. Its own limits count every connection alike, probes too, and answer in a
+shape of its own.
 """
 
 from __future__ import annotations
@@ -28,30 +30,39 @@ from stepweave.errors import InvalidRequest, StepweaveError, Unavailable
 
 logger = logging.getLogger(__name__)
 
-HEAD_SECONDS = 20.0  # that a client may take for a request's head, from when it connects, or begins with the next one
+# that a client may take for a request's head, from when it connects, or begins with the next one
+HEAD_SECONDS = 20.0
 KEPT_SECONDS = (
-    75.0  # that a connection is kept between two requests: longer than proxies keep theirs, so that they close first
+    # that a connection is kept between two requests: longer than proxies keep theirs, so that they
+    # close first
+    75.0
 )
 LINGER_SECONDS = (
-    10.0  # that a client may go on sending a body once it has its answer, on a connection that ends with it
+    # that a client may go on sending a body once it has its answer, on a connection that ends with
+    # it
+    10.0
 )
 IDLE_SECONDS = 1.0  # after which a connection without a request counts as idle
 LOOK_SECONDS = 0.25  # between two looks for idle connections, while the server leaves
-RESERVE = 64  # connections over the limit that are read, so that probes are answered and others refused in the contract's shape
+# connections over the limit that are read, so that probes are answered and others refused in the
+# contract's shape
+RESERVE = 64
 CROWD_SECONDS = 1.0  # that one of those beyond has to read why it is refused
 UNREAD_BYTES = 512 * 1024 * 1024  # of answers that clients have not read, over all connections
 FILES = 256  # that a process opens besides connections
-MALFORMED = "stepweave.malformed"  # key in the ASGI scope: the request's body was no HTTP, and is answered with 400
+# key in the ASGI scope: the request's body was no HTTP, and is answered with 400
+MALFORMED = "stepweave.malformed"
 FULL = "stepweave.full"  # key in the ASGI scope's state: the connection is over the limit
-FORWARDED_ALLOW_IPS = "FORWARDED_ALLOW_IPS"  # of uvicorn: from where it believes X-Forwarded-* headers
+# of uvicorn: from where it believes X-Forwarded-* headers
+FORWARDED_ALLOW_IPS = "FORWARDED_ALLOW_IPS"
 
 
 class Connections:
     """The open connections of one process, at most `limit`.
 
-    One that comes when there are as many takes the place of the one that has waited for a request for longest, whether some of it
-    has come or nothing; if none has for a second, it is answered with 503, but for probes. Answers that are not read are
-    bounded over all.
+    One that comes when there are as many takes the place of the one that has waited for a request
+    for longest, whether some of it has come or nothing; if none has for a second, it is answered
+    with 503, but for probes. Answers that are not read are bounded over all.
     """
 
     def __init__(self, limit: int) -> None:
@@ -61,12 +72,14 @@ class Connections:
         self._closing: asyncio.TimerHandle | None = None
 
     def install(self) -> None:
-        """Have uvicorn serve each connection by `Connection`, and leave `X-Forwarded-*` headers to the server's own setting."""
+        """Have uvicorn serve each connection by `Connection`, and leave `X-Forwarded-*` headers to
+        the server's own setting."""
         auto.AutoHTTPProtocol = functools.partial(Connection, self)  # type: ignore[assignment]
         os.environ[FORWARDED_ALLOW_IPS] = ""
 
     def close_idle(self, wanted: bool) -> None:
-        """From now on close each connection that is idle, those that become so as well; or no longer."""
+        """From now on close each connection that is idle, those that become so as well; or no
+        longer."""
         if self._closing is not None:
             self._closing.cancel()
             self._closing = None
@@ -94,8 +107,11 @@ class Connections:
         return error
 
     def bound_unread(self) -> None:
-        """Abort those that have not read their answers for longest, until what is left of all of them is within the bound."""
-        stalled = sorted((one for one in self._all if one.flow.write_paused), key=lambda one: one.flow.paused_at)
+        """Abort those that have not read their answers for longest, until what is left of all of
+        them is within the bound."""
+        stalled = sorted(
+            (one for one in self._all if one.flow.write_paused), key=lambda one: one.flow.paused_at
+        )
         left = self.unread
         for one in stalled:
             if left <= UNREAD_BYTES:
@@ -141,7 +157,8 @@ class Connection(H11Protocol):
 
     @property
     def waiting_seconds(self) -> float:
-        """For how long it has had no whole head of a request; 0 while the client has yet to read an answer."""
+        """For how long it has had no whole head of a request; 0 while the client has yet to read an
+        answer."""
         if not self._waits or self.lingers or self.transport.get_write_buffer_size():
             return 0.0
         return time.monotonic() - self._waiting_since
@@ -162,13 +179,19 @@ class Connection(H11Protocol):
     @property
     def _kept(self) -> bool:
         """Whether it waits for a further request, of which nothing has come."""
-        between = self.cycle is not None and self.cycle.response_complete and self.conn.their_state is h11.IDLE
+        between = (
+            self.cycle is not None
+            and self.cycle.response_complete
+            and self.conn.their_state is h11.IDLE
+        )
         return between and not self._head_begun and not self.lingers
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.transport = _Transport(transport, self)  # type: ignore[assignment]  # it has all of one
-        self.flow: ImpatientFlowControl = ImpatientFlowControl(transport, self._connections.bound_unread)
+        self.flow: ImpatientFlowControl = ImpatientFlowControl(
+            transport, self._connections.bound_unread
+        )
         error = self._connections.enter(self)
         if error is not None:
             self.app_state = {**self.app_state, FULL: error}
@@ -209,10 +232,15 @@ class Connection(H11Protocol):
 
     def ends_early(self) -> bool:
         """Whether the client still sends the body of a request that has been answered."""
-        return self.conn.their_state is h11.SEND_BODY and not self.lingers and self.transport.can_write_eof()
+        return (
+            self.conn.their_state is h11.SEND_BODY
+            and not self.lingers
+            and self.transport.can_write_eof()
+        )
 
     def linger(self, seconds: float | None = None) -> None:
-        """Send no more, but read on: closed at once, the connection would be reset, and the client not see its answer."""
+        """Send no more, but read on: closed at once, the connection would be reset, and the client
+        not see its answer."""
         self.lingers = True
         self._stop_expecting()
         self.transport.write_eof()
@@ -280,7 +308,8 @@ class _Transport(wrapt.ObjectProxy[asyncio.Transport]):
 
 
 class ImpatientFlowControl(FlowControl):
-    """Aborts the connection once a full buffer has not been read for a while. `fills` is called when one is full."""
+    """Aborts the connection once a full buffer has not been read for a while. `fills` is called
+    when one is full."""
 
     _timer: asyncio.TimerHandle | None = None
 
@@ -302,7 +331,9 @@ class ImpatientFlowControl(FlowControl):
 
     def _watch(self) -> None:
         left = self._transport.get_write_buffer_size()
-        self._timer = asyncio.get_running_loop().call_later(disconnect.STALLED_SECONDS, self._look, left)
+        self._timer = asyncio.get_running_loop().call_later(
+            disconnect.STALLED_SECONDS, self._look, left
+        )
 
     def _look(self, before: int) -> None:
         if before - self._transport.get_write_buffer_size() < disconnect.STALLED_BYTES:
@@ -312,13 +343,16 @@ class ImpatientFlowControl(FlowControl):
 
 
 def _limit(wanted: int) -> int:
-    """As many connections as this process may have, having raised its own limit of open files if it may."""
+    """As many connections as this process may have, having raised its own limit of open files if it
+    may."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = wanted + RESERVE + FILES
     if soft != resource.RLIM_INFINITY and soft < needed:
         soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         if soft < needed:
-            logger.warning("STEPWEAVE_MAX_CONNECTIONS=%d: this process may open %d files only", wanted, soft)
+            logger.warning(
+                "STEPWEAVE_MAX_CONNECTIONS=%d: this process may open %d files only", wanted, soft
+            )
             return max(1, soft - RESERVE - FILES)
     return wanted

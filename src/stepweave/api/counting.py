@@ -34,7 +34,8 @@ class Count:
             metrics.requests_begun += 1
 
     def close(self, status: int, client: Client | None) -> None:
-        """It has been answered with `status`; 499 stands for a client that left before the end, 500 for a broken answer.
+        """It has been answered with `status`; 499 stands for a client that left before the end, 500
+        for a broken answer.
 
         One that was promised a job counts when that is over, by what is kept of it.
         """

@@ -16,10 +16,12 @@ PORTS = {"http": 80, "https": 443}
 
 
 def check_site(scope: Scope, settings: Settings) -> None:
-    """Raise InvalidRequest (code `cross_site`) for what a page of another origin sends, unless that is an allowed one.
+    """Raise InvalidRequest (code `cross_site`) for what a page of another origin sends, unless that
+    is an allowed one.
 
-    Browsers send forms and some other bodies without asking first (Fetch, 4.8), and keep only the answer from the page. What
-    they say of a request, no page can change; clients that are no browsers say nothing of it.
+    Browsers send forms and some other bodies without asking first (Fetch, 4.8), and keep only the
+    answer from the page. What they say of a request, no page can change; clients that are no
+    browsers say nothing of it.
     """
     if scope["method"] in SAFE:
         return
@@ -34,7 +36,8 @@ def check_site(scope: Scope, settings: Settings) -> None:
         _check_host(headers, settings)
         return
     raise InvalidRequest(
-        f"The request was sent by a page of another origin, {shown(origin or site)}; those that may are named in "
+        f"The request was sent by a page of another origin, {shown(origin or site)}; those that "
+        f"may are named in "
         "STEPWEAVE_CORS_ORIGINS.",
         code="cross_site",
         param="Origin",
@@ -44,8 +47,9 @@ def check_site(scope: Scope, settings: Settings) -> None:
 def _check_host(headers: Headers, settings: Settings) -> None:
     """Raise InvalidRequest (code `untrusted_host`) for a name that anybody may have lead here.
 
-    The page's own name then is one that its owner lets point to this server (DNS rebinding): to the browser it is the same
-    origin. An address cannot be led elsewhere; and a server with keys asks for one, which such a page has not.
+    The page's own name then is one that its owner lets point to this server (DNS rebinding): to the
+    browser it is the same origin. An address cannot be led elsewhere; and a server with keys asks
+    for one, which such a page has not.
     """
     host = headers.get("host", "")
     if settings.base_url is not None and host.lower() == urlsplit(settings.base_url).netloc.lower():
@@ -55,7 +59,8 @@ def _check_host(headers: Headers, settings: Settings) -> None:
     if is_address(host) or is_trusted(host, settings):
         return
     raise InvalidRequest(
-        f"A page asks for the host {shown(host)}, which is not trusted without API keys; trusted hosts are named in "
+        f"A page asks for the host {shown(host)}, which is not trusted without API keys; trusted "
+        f"hosts are named in "
         "STEPWEAVE_TRUSTED_HOSTS.",
         code="untrusted_host",
         param="Host",
@@ -64,10 +69,16 @@ def _check_host(headers: Headers, settings: Settings) -> None:
 
 def _is_own(origin: str, headers: Headers, settings: Settings) -> bool:
     """Whether an origin is this server's, by the names that it is reached by."""
-    hosts = [headers.get("host", ""), urlsplit(settings.base_url or "").netloc, forwarded(headers, settings, "host")]
+    hosts = [
+        headers.get("host", ""),
+        urlsplit(settings.base_url or "").netloc,
+        forwarded(headers, settings, "host"),
+    ]
     try:
         scheme = urlsplit(origin).scheme
-        return bool(scheme) and _place(origin) in [_place(f"{scheme}://{host}") for host in hosts if host]
+        return bool(scheme) and _place(origin) in [
+            _place(f"{scheme}://{host}") for host in hosts if host
+        ]
     except ValueError:  # of what is no URL
         return False
 

@@ -19,7 +19,8 @@ T = TypeVar("T")
 
 
 async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Await `work`; if the client leaves first, cancel it and raise Cancelled. The request's body must have been read."""
+    """Await `work`; if the client leaves first, cancel it and raise Cancelled. The request's body
+    must have been read."""
     task = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(disconnected(request))
     try:
@@ -52,4 +53,8 @@ async def has_left(receive: Receive) -> bool:
         if not asking.done():
             asking.cancel()
             await asyncio.wait({asking})
-    return not asking.cancelled() and asking.exception() is None and asking.result()["type"] == "http.disconnect"
+    return (
+        not asking.cancelled()
+        and asking.exception() is None
+        and asking.result()["type"] == "http.disconnect"
+    )

@@ -1,4 +1,5 @@
-"""Server-sent events of a generation: OpenAI's, and with them, for those who ask, its place in the queue and its progress."""
+"""Server-sent events of a generation: OpenAI's, and with them, for those who ask, its place in the
+queue and its progress."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ from stepweave.threads import on_thread
 from stepweave.ticket import Queued, Ticket, Update
 
 COMMENT = b": still here\n\n"  # keeps proxies from closing the connection
-IGNORED = {"quality": "auto", "background": "auto"}  # what OpenAI's events have beside, and no effect here
+# what OpenAI's events have beside, and no effect here
+IGNORED = {"quality": "auto", "background": "auto"}
 SURFACES = {"generation": "image_generation", "edit": "image_edit"}
 
 
@@ -37,8 +39,8 @@ def event(name: str, data: dict[str, Any]) -> bytes:
 async def events(
     job: Followed, request: Request, files: FileStore, *, verbose: bool, base: str | None = None
 ) -> AsyncGenerator[bytes, None]:
-    """What happens to a job, until it ends, and its end: the pictures (with URLs that begin with `base`, if given), or an
-    error, as which the request is counted."""
+    """What happens to a job, until it ends, and its end: the pictures (with URLs that begin with
+    `base`, if given), or an error, as which the request is counted."""
     prefix = SURFACES[job.kind]
     try:
         async for update in job.updates(progress=verbose):
@@ -87,7 +89,9 @@ def _progress(id: str, update: Update) -> bytes:
     return event("stepweave.progress", {"type": "stepweave.progress", **progress})
 
 
-async def _completed(prefix: str, answer: Answer, index: int, files: FileStore, base: str | None) -> bytes:
+async def _completed(
+    prefix: str, answer: Answer, index: int, files: FileStore, base: str | None
+) -> bytes:
     name, picture = f"{prefix}.completed", answer.pictures[index]
     # as OpenAI's type requires, also beside a URL
     content = {"b64_json": (await on_thread(None, base64.b64encode, picture.data)).decode()}
@@ -131,10 +135,16 @@ class EventStream(Response):
         self._request = request
         self._job = job
         self._content = content
-        self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no", **(headers or {})})
+        self.init_headers(
+            {"Cache-Control": "no-store", "X-Accel-Buffering": "no", **(headers or {})}
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        start = {
+            "type": "http.response.start",
+            "status": self.status_code,
+            "headers": self.raw_headers,
+        }
         if scope["method"] == "HEAD":
             await send(start)
             await send({"type": "http.response.body", "body": b""})

@@ -27,14 +27,18 @@ REQUIRED = ("image",)
 MAX_FIELDS = 64
 MAX_FIELD_BYTES = 64 * 1024
 MAX_TEXT_BYTES = 128 * 1024  # of all fields of a form, which are in memory
-MAX_FILES = 8  # that are read, those without content included, as browsers send where none was chosen
+# that are read, those without content included, as browsers send where none was chosen
+MAX_FILES = 8
 BYTE_ORDER_MARK = "\ufeff"
 
 
 class Form:
-    """A multipart form. Its files are on disk if they are long; `close` it once it is not needed any more."""
+    """A multipart form. Its files are on disk if they are long; `close` it once it is not needed
+    any more."""
 
-    def __init__(self, texts: dict[str, str], files: dict[str, BinaryIO], warnings: Sequence[str] = ()) -> None:
+    def __init__(
+        self, texts: dict[str, str], files: dict[str, BinaryIO], warnings: Sequence[str] = ()
+    ) -> None:
         self.texts = texts
         self.files = files
         self.warnings = warnings  # of what was taken for absent
@@ -66,7 +70,8 @@ class Form:
 
 
 class _Parser(MultiPartParser):
-    """Starlette's, which takes a form that is cut short for a whole one, and reads all files of one name."""
+    """Starlette's, which takes a form that is cut short for a whole one, and reads all files of one
+    name."""
 
     spool_max_size = SPOOLED
     ended = False
@@ -76,7 +81,9 @@ class _Parser(MultiPartParser):
         if self._current_part.file is None:
             self._texts += end - start
             if self._texts > MAX_TEXT_BYTES:
-                raise MultiPartException(f"Fields exceeded the maximum size of {MAX_TEXT_BYTES // 1024}KB in all.")
+                raise MultiPartException(
+                    f"Fields exceeded the maximum size of {MAX_TEXT_BYTES // 1024}KB in all."
+                )
         super().on_part_data(data, start, end)
 
     def on_headers_finished(self) -> None:
@@ -84,7 +91,10 @@ class _Parser(MultiPartParser):
         part = self._current_part
         if part.file is not None and part.file.filename:
             name = _name(part.field_name)
-            if any(isinstance(one, UploadFile) and one.filename and _name(other) == name for other, one in self.items):
+            if any(
+                isinstance(one, UploadFile) and one.filename and _name(other) == name
+                for other, one in self.items
+            ):
                 raise _twice(name)
 
     def on_end(self) -> None:
@@ -92,10 +102,11 @@ class _Parser(MultiPartParser):
 
 
 async def read_form(request: Request, files: Sequence[str] = PICTURES) -> Form:
-    """A multipart form. `image[]`, as OpenAI's clients name several, may hold one. What is empty counts as absent: a text, and a
-    file without a name, as browsers send what was not filled in.
+    """A multipart form. `image[]`, as OpenAI's clients name several, may hold one. What is empty
+    counts as absent: a text, and a file without a name, as browsers send what was not filled in.
 
-    Raises InvalidRequest for a form that cannot be read, a name that comes twice, a field that is a file or the other way round.
+    Raises InvalidRequest for a form that cannot be read, a name that comes twice, a field that is a
+    file or the other way round.
     """
     _check_charset(request.headers.get("content-type", ""))
     limits = {"max_files": MAX_FILES, "max_fields": MAX_FIELDS, "max_part_size": MAX_FIELD_BYTES}
@@ -105,10 +116,14 @@ async def read_form(request: Request, files: Sequence[str] = PICTURES) -> Form:
     except ClientDisconnect:
         raise Cancelled("The client left while it sent the body.") from None
     except MultiPartException as error:
-        raise InvalidRequest(f"The form cannot be read: {error.message}", code="invalid_form") from None
+        raise InvalidRequest(
+            f"The form cannot be read: {error.message}", code="invalid_form"
+        ) from None
     try:
         if not parser.ended:
-            raise InvalidRequest("The form is cut short: its closing boundary is missing.", code="invalid_form")
+            raise InvalidRequest(
+                "The form is cut short: its closing boundary is missing.", code="invalid_form"
+            )
         return _sorted(data, files)
     except BaseException:
         await data.close()
@@ -140,7 +155,9 @@ def _sorted(data: FormData, files: Sequence[str]) -> Form:
             found[name] = value.file
         else:
             refuse_known(name, EditRequest)
-            raise InvalidRequest(f"{shown(name)} is a file; only {' and '.join(files)} may be.", param=name)
+            raise InvalidRequest(
+                f"{shown(name)} is a file; only {' and '.join(files)} may be.", param=name
+            )
     return Form(texts, found, warnings)
 
 
@@ -149,21 +166,32 @@ def _name(given: str) -> str:
 
 
 def _twice(name: str) -> InvalidRequest:
-    more = "; an edit starts from one image: send that, or put them together into one" if name == "image" else ""
-    return InvalidRequest(f"{name[:SHOWN]} is given more than once; the limit is one{more}.", param=name[:SHOWN])
+    more = (
+        "; an edit starts from one image: send that, or put them together into one"
+        if name == "image"
+        else ""
+    )
+    return InvalidRequest(
+        f"{name[:SHOWN]} is given more than once; the limit is one{more}.", param=name[:SHOWN]
+    )
 
 
 def _check_charset(content_type: str) -> None:
-    """Python has codecs under names that are no text's, as `undefined`, and the form's reader takes whatever it finds."""
+    """Python has codecs under names that are no text's, as `undefined`, and the form's reader takes
+    whatever it finds."""
     charset = parse_options_header(content_type)[1].get(b"charset", b"utf-8").decode("latin-1")
     if charset.lower() not in CHARSETS:
-        raise InvalidRequest(f"The form's charset is {shown(charset)}; send utf-8.", code="invalid_form")
+        raise InvalidRequest(
+            f"The form's charset is {shown(charset)}; send utf-8.", code="invalid_form"
+        )
 
 
 async def reserve(request: Request, server: Server) -> Reservation:
-    """A place for an edit, before its body is read. One that may join a job by its key has none, if few such are being read.
+    """A place for an edit, before its body is read. One that may join a job by its key has none, if
+    few such are being read.
 
-    Raises Refused if there is no place; one is promised to a request of the same client, key and length.
+    Raises Refused if there is no place; one is promised to a request of the same client, key and
+    length.
     """
     told = tuple(request.headers.get(name) for name in ("content-length", "idempotency-key"))
     token = (request.url.path, *told)
@@ -173,7 +201,9 @@ async def reserve(request: Request, server: Server) -> Reservation:
 async def digest_of(form: Form) -> bytes:
     """A digest of an edit's files. Raises InvalidRequest if the one that it needs is missing."""
     if "image" not in form.files:
-        raise InvalidRequest("image is missing: send it as a file of the form.", code="missing_field", param="image")
+        raise InvalidRequest(
+            "image is missing: send it as a file of the form.", code="missing_field", param="image"
+        )
 
     def digest() -> bytes:
         digests = {name: hashlib.sha256() for name in PICTURES}
@@ -186,11 +216,15 @@ async def digest_of(form: Form) -> bytes:
         return await on_thread(None, digest)
 
 
-async def read_pictures(form: Form, server: Server, size: str | None, place: Reservation | None) -> Sources:
-    """An edit's images, of the size that it makes, `size` or the nearest to the image's own. A few are decoded at a time, in
-    processes of their own that end if the awaiting task is cancelled. `place` is the edit's.
+async def read_pictures(
+    form: Form, server: Server, size: str | None, place: Reservation | None
+) -> Sources:
+    """An edit's images, of the size that it makes, `size` or the nearest to the image's own. A few
+    are decoded at a time, in processes of their own that end if the awaiting task is cancelled.
+    `place` is the edit's.
 
-    Raises InvalidRequest or UnsupportedMedia naming the one that cannot be read, and what `ServedModel.size_of_edit` does.
+    Raises InvalidRequest or UnsupportedMedia naming the one that cannot be read, and what
+    `ServedModel.size_of_edit` does.
     """
     served, _ = server.ready(place)
 

@@ -49,13 +49,14 @@ class Api:
             exception_handlers={StepweaveError: handle_error},
             lifespan=self.lifespan,
         )
-        app.router.redirect_slashes = False  # it would send clients to whatever host their request names
+        # it would send clients to whatever host their request names
+        app.router.redirect_slashes = False
         return app
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        """While the app serves, what is past its time is removed, stores that failed are tried again, the file of API keys is
-        watched, and memory that was freed is given back."""
+        """While the app serves, what is past its time is removed, stores that failed are tried
+        again, the file of API keys is watched, and memory that was freed is given back."""
         jobs = self.server.jobs
         work = [_repeat(LOOK_SECONDS, self.server.keys.look), _repeat(TRIM_SECONDS, Heap().look)]
         work += [] if jobs is None else [jobs.look_after()]
@@ -97,7 +98,9 @@ class Api:
                 "scheduler_steps": model.scheduler_steps,
                 "edits": list(model.edits),
                 "limits_of_edits": {
-                    name: limits.as_json() for name, limits in model.limits_of_edits.items() if limits != model.limits
+                    name: limits.as_json()
+                    for name, limits in model.limits_of_edits.items()
+                    if limits != model.limits
                 },
                 "previews": self.server.previewer is not None,
                 "batching": engine.mode,

@@ -21,10 +21,12 @@ MAX_KEY = 255  # characters of an idempotency key
 def claim_of(request: Request, asked: str, digest: bytes = b"", part: int | None = None) -> Claim:
     """What a request says of itself: `asked` is its body as it was read, `digest` is of its files.
 
-    A key is for one route and, where a request is several jobs, for each `part` of it. Raises InvalidRequest for a key that is
-    none.
+    A key is for one route and, where a request is several jobs, for each `part` of it. Raises
+    InvalidRequest for a key that is none.
     """
-    return Claim(owner_of(request), _key(request, part), hashlib.sha256(digest + asked.encode()).hexdigest())
+    return Claim(
+        owner_of(request), _key(request, part), hashlib.sha256(digest + asked.encode()).hexdigest()
+    )
 
 
 async def start(
@@ -35,7 +37,8 @@ async def start(
     detached: bool = False,
     reservation: Reservation | None = None,
 ) -> Followed:
-    """As `Jobs.start`. A request that joins another needs no place, and gives back what it has reserved."""
+    """As `Jobs.start`. A request that joins another needs no place, and gives back what it has
+    reserved."""
     assert server.jobs is not None
     try:
         return await server.jobs.start(claim, accept, detached=detached)
@@ -51,14 +54,16 @@ async def generate(
     *,
     reservation: Reservation | None = None,
 ) -> Answer:
-    """Start a request or join the first of its key, and wait for its images. Cancelling the awaiting task lets go of it."""
+    """Start a request or join the first of its key, and wait for its images. Cancelling the
+    awaiting task lets go of it."""
     job = await start(server, claim, accept, reservation=reservation)
     with job.held():
         return await job.result()
 
 
 async def joins(request: Request, server: Server) -> bool:
-    """Whether a request's key has a job already, so that it may need no place. Raises InvalidRequest for a key that is none."""
+    """Whether a request's key has a job already, so that it may need no place. Raises
+    InvalidRequest for a key that is none."""
     key = _key(request, None)
     if key is None or server.jobs is None:
         return False

@@ -1,8 +1,9 @@
 """The Open Inference Protocol v2, as KServe and Triton's clients speak it.
 
-Each element of the input `prompt` is one picture, a generation of its own; an optional input has one element for all of them, or
-one each. What holds for all may stand in the request's `parameters` too. A picture comes back as its file, in binary tensors as
-it is and in JSON as base64; the output `parameters` has a JSON text for each picture: everything as resolved, and warnings.
+Each element of the input `prompt` is one picture, a generation of its own; an optional input has
+one element for all of them, or one each. What holds for all may stand in the request's `parameters`
+too. A picture comes back as its file, in binary tensors as it is and in JSON as base64; the output
+`parameters` has a JSON text for each picture: everything as resolved, and warnings.
 """
 
 from __future__ import annotations
@@ -84,13 +85,18 @@ class InferenceApi:
             Route("/v2/health/live", self.live, methods=["GET"]),
             Route("/v2/health/ready", self.ready, methods=["GET"]),
             *(Route(f"{one}/infer", self.infer, methods=["POST"]) for one in (version, model)),
-            *(Route(f"{one}/config", self.configuration, methods=["GET"]) for one in (version, model)),
+            *(
+                Route(f"{one}/config", self.configuration, methods=["GET"])
+                for one in (version, model)
+            ),
             *(Route(f"{one}/ready", self.model_ready, methods=["GET"]) for one in (version, model)),
             *(Route(one, self.model_metadata, methods=["GET"]) for one in (version, model)),
         ]
 
     async def metadata(self, request: Request) -> Response:
-        return JSONResponse({"name": "stepweave", "version": __version__, "extensions": list(EXTENSIONS)})
+        return JSONResponse(
+            {"name": "stepweave", "version": __version__, "extensions": list(EXTENSIONS)}
+        )
 
     async def models(self, request: Request) -> Response:
         """As KServe's servers list theirs."""
@@ -104,12 +110,16 @@ class InferenceApi:
         model = self.server.model
         if model is None:
             raise self.server.unavailable()
-        unready = None if self.server.health().stage == "ready" else self.server.unavailable().message
+        unready = (
+            None if self.server.health().stage == "ready" else self.server.unavailable().message
+        )
         return JSONResponse(index(model.id, VERSION, unready, bool(asked.ready)))
 
     async def configuration(self, request: Request) -> Response:
         model = self._model(request)
-        return JSONResponse(configuration(model.id, _platform(model), _accepted(model), REQUIRED, OUTPUTS))
+        return JSONResponse(
+            configuration(model.id, _platform(model), _accepted(model), REQUIRED, OUTPUTS)
+        )
 
     async def live(self, request: Request) -> Response:
         if not self.server.alive():
@@ -136,7 +146,8 @@ class InferenceApi:
                 "versions": [VERSION],
                 "platform": _platform(model),
                 "inputs": [
-                    {"name": name, "datatype": datatypes[0], "shape": [-1]} for name, datatypes in accepted.items()
+                    {"name": name, "datatype": datatypes[0], "shape": [-1]}
+                    for name, datatypes in accepted.items()
                 ],
                 "outputs": [{"name": name, "datatype": "BYTES", "shape": [-1]} for name in OUTPUTS],
             }
@@ -155,7 +166,9 @@ class InferenceApi:
             generate(
                 self.server,
                 claim,
-                functools.partial(self.server.accept, image, warnings=warnings, client=asker_of(request)),
+                functools.partial(
+                    self.server.accept, image, warnings=warnings, client=asker_of(request)
+                ),
             )
             for claim, image in zip(claims, images, strict=True)
         ]
@@ -166,13 +179,17 @@ class InferenceApi:
         content, length = await on_thread(None, _write, message, outputs, answers)
         if length is None:
             return Response(content, media_type="application/json")
-        return Response(content, media_type="application/octet-stream", headers={HEADER_LENGTH: str(length)})
+        return Response(
+            content, media_type="application/octet-stream", headers={HEADER_LENGTH: str(length)}
+        )
 
     def _model(self, request: Request) -> ServedModel:
-        """The model that the path names. Raises NotFound if it or its version is not the one that is served."""
+        """The model that the path names. Raises NotFound if it or its version is not the one that
+        is served."""
         name, path = request.path_params["model"], request.scope["path"]
         served, _ = self.server.ready()
-        if name not in served.names.listed:  # the route takes in what is below a model, and `*` any name
+        # the route takes in what is below a model, and `*` any name
+        if name not in served.names.listed:
             if path.endswith("/infer") and request.method != "POST":
                 raise HTTPException(405, headers={"Allow": "POST"})
             if (reason := unsupported(path)) is not None:
@@ -189,14 +206,18 @@ class InferenceApi:
             )
         return model
 
-    def _read(self, request: Request, body: bytes, model: ServedModel) -> tuple[InferenceRequest, list[ImageRequest]]:
+    def _read(
+        self, request: Request, body: bytes, model: ServedModel
+    ) -> tuple[InferenceRequest, list[ImageRequest]]:
         message, tail = read_message(body, request.headers.get(HEADER_LENGTH))
         for name, given, of_path in (
             ("model_name", message.model_name, request.path_params["model"]),
             ("model_version", message.model_version, VERSION),
         ):
             if given not in (None, "", of_path):
-                raise InvalidRequest(f"{name} is {shown(given)}, but the path says {shown(of_path)}.", param=name)
+                raise InvalidRequest(
+                    f"{name} is {shown(given)}, but the path says {shown(of_path)}.", param=name
+                )
         fields = read_inputs(message, tail, _accepted(model))
         most = min(self.server.settings.max_images, self.server.places)
         return message, _image_requests(fields, _parameters(message.parameters or {}), most)
@@ -209,12 +230,21 @@ def _platform(model: ServedModel) -> str:
 def _accepted(model: ServedModel) -> dict[str, Sequence[str]]:
     """The inputs that the model's pipeline knows, each with its datatypes, the usual one first."""
     optional = ("negative_prompt", "guidance_scale")
-    return {name: datatypes for name, datatypes in INPUTS.items() if name not in optional or name in model.arguments}
+    return {
+        name: datatypes
+        for name, datatypes in INPUTS.items()
+        if name not in optional or name in model.arguments
+    }
 
 
 def _parameters(given: dict[str, Any]) -> dict[str, Any]:
-    """The request's parameters as fields of an ImageRequest. Triton's own `priority` and `timeout` are taken as it means them."""
-    values = {name: value for name, value in given.items() if value is not None and name in (*PARAMETERS, "timeout")}
+    """The request's parameters as fields of an ImageRequest. Triton's own `priority` and `timeout`
+    are taken as it means them."""
+    values = {
+        name: value
+        for name, value in given.items()
+        if value is not None and name in (*PARAMETERS, "timeout")
+    }
     for name in ("timeout", "priority"):
         if type(values.get(name)) is int and values[name] == 0:  # Triton's default
             del values[name]
@@ -222,22 +252,28 @@ def _parameters(given: dict[str, Any]) -> dict[str, Any]:
     if timeout is not None:
         if type(timeout) is not int or timeout < 1:
             raise InvalidRequest(
-                f"timeout is {shown(timeout)}; it is a number of microseconds, or 0 for none.", param="timeout"
+                f"timeout is {shown(timeout)}; it is a number of microseconds, or 0 for none.",
+                param="timeout",
             )
         if "deadline_ms" in values:
-            raise InvalidRequest("timeout and deadline_ms are both given; they mean the same.", param="timeout")
+            raise InvalidRequest(
+                "timeout and deadline_ms are both given; they mean the same.", param="timeout"
+            )
         values["deadline_ms"] = -(-timeout // MICROSECONDS)
     if type(values.get("priority")) is int:
         if values["priority"] not in TRITON_PRIORITIES:
             raise InvalidRequest(
-                f"priority is {values['priority']}; as a number it is 1 (high), 2 (normal), 3 (low) or 0 for the default.",
+                f"priority is {values['priority']}; as a number it is 1 (high), 2 (normal), 3 "
+                f"(low) or 0 for the default.",
                 param="priority",
             )
         values["priority"] = TRITON_PRIORITIES[values["priority"]]
     return values
 
 
-def _as_sent(error: StepweaveError, message: InferenceRequest, image: ImageRequest) -> StepweaveError:
+def _as_sent(
+    error: StepweaveError, message: InferenceRequest, image: ImageRequest
+) -> StepweaveError:
     """The error, naming `timeout` where that is what was sent."""
     timeout = (message.parameters or {}).get("timeout")
     told = f"deadline_ms is {image.deadline_ms}"
@@ -254,11 +290,19 @@ def _ignored(message: InferenceRequest) -> list[str]:
     unknown = [name for name in message.parameters or () if name not in known]
     if not unknown:
         return []
-    return [f"Unknown parameters are ignored: {some_of(unknown)}. Those that are known are {', '.join(known)}."]
+    return [
+        (
+            f"Unknown parameters are ignored: {some_of(unknown)}. Those that are known are "
+            f"{', '.join(known)}."
+        )
+    ]
 
 
-def _image_requests(fields: dict[str, list[Any]], shared: dict[str, Any], most: int) -> list[ImageRequest]:
-    """One request for each prompt. Raises InvalidRequest naming the tensor or parameter that is wrong."""
+def _image_requests(
+    fields: dict[str, list[Any]], shared: dict[str, Any], most: int
+) -> list[ImageRequest]:
+    """One request for each prompt. Raises InvalidRequest naming the tensor or parameter that is
+    wrong."""
     if "prompt" not in fields:
         raise wrong("prompt", "it is missing", code="missing_field")
     count = len(fields["prompt"])
@@ -266,18 +310,24 @@ def _image_requests(fields: dict[str, list[Any]], shared: dict[str, Any], most: 
         raise wrong("prompt", f"its shape is [{count}]; the limit is 1 to {most} elements")
     for name, elements in fields.items():
         if len(elements) not in (1, count):
-            raise wrong(name, f"its shape is [{len(elements)}]; it must be [1] or, as prompt's, [{count}]")
+            raise wrong(
+                name, f"its shape is [{len(elements)}]; it must be [1] or, as prompt's, [{count}]"
+            )
         if name in shared:
             raise wrong(name, "it is given as an input and as a parameter")
     requests = []
     for i in range(count):
-        values = {name: elements[i if len(elements) == count else 0] for name, elements in fields.items()}
+        values = {
+            name: elements[i if len(elements) == count else 0] for name, elements in fields.items()
+        }
         try:
             requests.append(ImageRequest.model_validate({**shared, **values}))
         except ValidationError as error:
             explained = explain(error)
             if explained.param in values and count > 1:
-                explained = wrong(explained.param, f"element {i}: {explained.message.removesuffix('.')}")
+                explained = wrong(
+                    explained.param, f"element {i}: {explained.message.removesuffix('.')}"
+                )
             raise explained from None
     return requests
 
@@ -287,7 +337,10 @@ def _requested(message: InferenceRequest) -> dict[str, bool]:
     default = (message.parameters or {}).get("binary_data_output")
     default = False if default is None else default
     if type(default) is not bool:
-        raise InvalidRequest(f"binary_data_output is {shown(default)}; say true or false.", param="binary_data_output")
+        raise InvalidRequest(
+            f"binary_data_output is {shown(default)}; say true or false.",
+            param="binary_data_output",
+        )
     if not message.outputs:
         return dict.fromkeys(OUTPUTS, default)
     asked: dict[str, bool] = {}
@@ -298,14 +351,17 @@ def _requested(message: InferenceRequest) -> dict[str, bool]:
         if output.name in asked:
             raise wrong(output.name, "it is asked for twice")
         if output.parameters is not None and output.parameters.shared_memory_region is not None:
-            raise wrong(output.name, "there is no shared memory here; read the elements from the answer")
+            raise wrong(
+                output.name, "there is no shared memory here; read the elements from the answer"
+            )
         binary = None if output.parameters is None else output.parameters.binary_data
         asked[output.name] = default if binary is None else binary
     return asked
 
 
 async def together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """The results of all, in order. The first that fails cancels the others, and its error is raised."""
+    """The results of all, in order. The first that fails cancels the others, and its error is
+    raised."""
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(one) for one in work]
@@ -322,7 +378,9 @@ def _write(
     """The body of the answer, and the length of its JSON if binary tensors follow it."""
     body = answers[0].body
     output_format = body["parameters"]["output_format"]
-    head = {"model_name": body["model"], "model_version": VERSION} | ({} if message.id is None else {"id": message.id})
+    head = {"model_name": body["model"], "model_version": VERSION} | (
+        {} if message.id is None else {"id": message.id}
+    )
     images = [answer.pictures[0].data for answer in answers]
     texts = [
         json.dumps(
@@ -340,7 +398,9 @@ def _write(
     outputs = []
     for name, binary in requested.items():
         if name == "image":
-            parameters = {"content_type": f"image/{output_format}"} | ({} if binary else {"encoding": "base64"})
+            parameters = {"content_type": f"image/{output_format}"} | (
+                {} if binary else {"encoding": "base64"}
+            )
             encoded = [] if binary else [base64.b64encode(image).decode() for image in images]
             outputs.append(OutputTensor(name, images, encoded, binary, parameters))
         else:

@@ -41,7 +41,11 @@ def _of_ticket(ticket: Ticket) -> dict[str, Any]:
         "object": "job",
         "kind": ticket.kind,
         # of one moment with the place
-        "state": ticket.state if standing is None else "queued" if isinstance(standing, Queued) else "running",
+        "state": ticket.state
+        if standing is None
+        else "queued"
+        if isinstance(standing, Queued)
+        else "running",
         "step": ticket.job.progress.step,
         "total_steps": ticket.steps,
         "position": position,

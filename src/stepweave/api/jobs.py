@@ -39,19 +39,26 @@ class JobRoutes:
     async def list(self, request: Request) -> Response:
         if not self.server.keys.required:
             raise NotFound(
-                "The list of jobs is off while no keys are set (STEPWEAVE_API_KEYS_FILE, STEPWEAVE_API_KEYS).",
+                "The list of jobs is off while no keys are set (STEPWEAVE_API_KEYS_FILE, "
+                "STEPWEAVE_API_KEYS).",
                 code="list_is_off",
             )
         for name in request.query_params:
             if name not in ("limit", "before"):
-                raise InvalidRequest(f"Unknown parameter {shown(name)}.", code="unknown_field", param=name)
+                raise InvalidRequest(
+                    f"Unknown parameter {shown(name)}.", code="unknown_field", param=name
+                )
         given = request.query_params.get("limit", "20")
         limit = int(given) if given.isascii() and given.isdecimal() and len(given) < 4 else 0
         if not 1 <= limit <= MAX_LIST:
-            raise InvalidRequest(f"limit is {shown(given)}; it must be 1 to {MAX_LIST}.", param="limit")
+            raise InvalidRequest(
+                f"limit is {shown(given)}; it must be 1 to {MAX_LIST}.", param="limit"
+            )
         jobs = self._jobs()
         found, after = await jobs.list(owner_of(request), limit, request.query_params.get("before"))
-        return JSONResponse({"object": "list", "data": [describe(job) for job in found], "next": after})
+        return JSONResponse(
+            {"object": "list", "data": [describe(job) for job in found], "next": after}
+        )
 
     async def get(self, request: Request) -> Response:
         return await self._described(request, await self._job(request))
@@ -69,7 +76,8 @@ class JobRoutes:
 
     async def events(self, request: Request) -> Response:
         """From where the job stands now: its previews so far, its progress, and its end."""
-        await pass_over_body(request)  # which a GET may have: from here on, all that comes is that the client leaves
+        # which a GET may have: from here on, all that comes is that the client leaves
+        await pass_over_body(request)
         job, jobs = await self._job(request), self._jobs()
         told = events(job, request, jobs.files, verbose=True, base=self._base(request, job))
         return EventStream(request, job, told)

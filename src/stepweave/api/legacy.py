@@ -1,4 +1,5 @@
-"""The surface of the diffusers example server (examples/server-async), for its clients, and what the server's root answers."""
+"""The surface of the diffusers example server (examples/server-async), for its clients, and what
+the server's root answers."""
 
 from __future__ import annotations
 
@@ -36,14 +37,15 @@ LINKS = {
     "metrics": "/metrics",
 }  # of the root's answer; those that are mounted
 _PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Vary": "Accept",
 }
 _STYLE = (
-    "body{font:1rem/1.5 system-ui,sans-serif;max-width:48rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}"
+    "body{font:1rem/1.5 system-ui,sans-serif;max-width:48rem;margin:2rem auto;padding:0 "
+    "1rem;color-scheme:light dark}"
 )
 
 
@@ -56,10 +58,14 @@ class LegacyRequest(BaseModel):
     prompt: str = Field(description="What the image should show.")
     negative_prompt: str | None = Field(None, description="What it should not show.")
     num_inference_steps: int | None = Field(
-        None, description=f"Denoising steps; {DEFAULT_STEPS} if absent, or the server's limit if that is less."
+        None,
+        description=f"Denoising steps; {DEFAULT_STEPS} if absent, or the server's limit if that "
+        "is less.",
     )
     num_images_per_prompt: int = Field(1, ge=1, description="Number of pictures.")
-    model: str | None = Field(None, description="Ignored, as the example server does: this one has one model.")
+    model: str | None = Field(
+        None, description="Ignored, as the example server does: this one has one model."
+    )
 
 
 class LegacyApi:
@@ -85,7 +91,8 @@ class LegacyApi:
         model, _ = self.server.ready()
         if body.num_images_per_prompt > model.limits.images:
             raise InvalidRequest(
-                f"num_images_per_prompt is {body.num_images_per_prompt}; the limit is {model.limits.images}.",
+                f"num_images_per_prompt is {body.num_images_per_prompt}; the limit is "
+                f"{model.limits.images}.",
                 param="num_images_per_prompt",
             )
         image = _image_request(
@@ -96,18 +103,27 @@ class LegacyApi:
         root = base_url(request, settings)
         self.server.ready()
         claim = claim_of(request, body.model_dump_json())
-        names, warnings = await until_disconnect(request, self._generate(request, image, body, claim))
+        names, warnings = await until_disconnect(
+            request, self._generate(request, image, body, claim)
+        )
         if body.model_extra:
-            warnings = [*warnings, f"Unknown fields are ignored: {some_of(list(body.model_extra))}."]
+            warnings = [
+                *warnings,
+                f"Unknown fields are ignored: {some_of(list(body.model_extra))}.",
+            ]
         headers = {"X-Stepweave-Warnings": warnings_header(warnings)} if warnings else {}
-        return JSONResponse({"response": [f"{root}/images/{name}" for name in names]}, headers=headers)
+        return JSONResponse(
+            {"response": [f"{root}/images/{name}" for name in names]}, headers=headers
+        )
 
     async def _generate(
         self, request: Request, image: ImageRequest, body: LegacyRequest, claim: Claim
     ) -> tuple[list[str], list[str]]:
         """Names of the pictures' files in the store, and warnings."""
         server = self.server
-        accept = functools.partial(server.accept, image, n=body.num_images_per_prompt, client=asker_of(request))
+        accept = functools.partial(
+            server.accept, image, n=body.num_images_per_prompt, client=asker_of(request)
+        )
         answer = await generate(server, claim, accept)
         names = await asyncio.gather(*(picture.stored(server.files) for picture in answer.pictures))
         return names, answer.body["warnings"]
@@ -117,8 +133,13 @@ class LegacyApi:
         name = request.path_params["filename"]
         file = await self.server.files.get(name)
         if file is None:
-            raise NotFound(f"There is no picture {shown(name)}; it may have expired.", code="image_not_found")
-        headers = {"Cache-Control": f"private, max-age={int(file.expires_in)}", "X-Content-Type-Options": "nosniff"}
+            raise NotFound(
+                f"There is no picture {shown(name)}; it may have expired.", code="image_not_found"
+            )
+        headers = {
+            "Cache-Control": f"private, max-age={int(file.expires_in)}",
+            "X-Content-Type-Options": "nosniff",
+        }
         return Response(file.data, media_type=file.media_type, headers=headers)
 
     async def status(self, request: Request) -> Response:
@@ -127,16 +148,28 @@ class LegacyApi:
             raise self.server.unavailable()
         # off the loop: CUDA's memory query may wait for the driver
         counts, memory = await on_thread(None, self._measure)
-        return JSONResponse({"current_model": model.id, "type_models": TYPE, "memory": memory, **counts})
+        return JSONResponse(
+            {"current_model": model.id, "type_models": TYPE, "memory": memory, **counts}
+        )
 
     def _measure(self) -> tuple[dict[str, int], dict[str, Any]]:
         metrics = self.server.metrics
         # the example server counts requests as they begin
-        counts = {"active_inferences": metrics.in_flight(), "total_requests": metrics.requests_begun}
-        vram = {one.labels["kind"]: one.value for family in metrics.vram.collect() for one in family.samples}
+        counts = {
+            "active_inferences": metrics.in_flight(),
+            "total_requests": metrics.requests_begun,
+        }
+        vram = {
+            one.labels["kind"]: one.value
+            for family in metrics.vram.collect()
+            for one in family.samples
+        }
         if not self.server.device.startswith("cuda") or not vram:
             return counts, {}
-        memory = {f"memory_{kind}_gb": round(vram[kind] / GIGABYTE, 2) for kind in ("allocated", "reserved")}
+        memory = {
+            f"memory_{kind}_gb": round(vram[kind] / GIGABYTE, 2)
+            for kind in ("allocated", "reserved")
+        }
         return counts, {**memory, "device": self.server.device}
 
     async def root(self, request: Request) -> Response:
@@ -149,9 +182,13 @@ class LegacyApi:
         ]
         mounted = {route["path"] for route in routes}
         links = {
-            name: reference(request, self.server.settings, path) for name, path in LINKS.items() if path in mounted
+            name: reference(request, self.server.settings, path)
+            for name, path in LINKS.items()
+            if path in mounted
         }
-        accepted = [one.partition(";")[0].strip() for one in request.headers.get("accept", "").split(",")]
+        accepted = [
+            one.partition(";")[0].strip() for one in request.headers.get("accept", "").split(",")
+        ]
         if "text/html" in accepted:
             return HTMLResponse(_page(model, stage, routes, links), headers=_PAGE_HEADERS)
         return JSONResponse(
@@ -174,19 +211,25 @@ def _image_request(**fields: Any) -> ImageRequest:
         raise explain(error) from None
 
 
-def _page(model: str | None, stage: str, routes: list[dict[str, Any]], links: dict[str, str]) -> str:
+def _page(
+    model: str | None, stage: str, routes: list[dict[str, Any]], links: dict[str, str]
+) -> str:
     def item(text: str) -> str:
         return f"<li>{text}</li>"
 
     shown_links = "".join(
-        item(f'<a href="{html.escape(path)}">{html.escape(name)}</a>') for name, path in links.items()
+        item(f'<a href="{html.escape(path)}">{html.escape(name)}</a>')
+        for name, path in links.items()
     )
     shown_routes = "".join(
-        item(f"<code>{html.escape(' '.join(route['methods']))} {html.escape(route['path'])}</code>") for route in routes
+        item(f"<code>{html.escape(' '.join(route['methods']))} {html.escape(route['path'])}</code>")
+        for route in routes
     )
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>Stepweave</title><style>{_STYLE}</style><h1>Stepweave {html.escape(__version__)}</h1>"
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width">'
+        f"<title>Stepweave</title><style>{_STYLE}</style><h1>Stepweave "
+        f"{html.escape(__version__)}</h1>"
         f"<p>Model: <strong>{html.escape(model or 'none yet')}</strong>, {html.escape(stage)}</p>"
         f"<ul>{shown_links}</ul><h2>Routes</h2><ul>{shown_routes}</ul></html>"
     )

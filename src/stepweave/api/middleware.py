@@ -1,7 +1,9 @@
-"""What every request passes through: ids, the body limit, probes, and errors in the contract's one shape.
+"""What every request passes through: ids, the body limit, probes, and errors in the contract's one
+shape.
 
-BentoML answers validation errors, unknown routes and its own failures in shapes of its own; here they all become the
-contract's. Its native APIs get a body that has been read and validated before, so that their errors name value and limit.
+BentoML answers validation errors, unknown routes and its own failures in shapes of its own; here
+they all become the contract's. Its native APIs get a body that has been read and validated before,
+so that their errors name value and limit.
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ UPLOADS = ("/v1/images/edits", "/v1/images/variations", "/edit")
 REDIRECTS = (301, 302, 303, 307, 308)
 METHODS = ("GET", "POST", "DELETE")
 _SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
-_DISCARDED = 64 * 1024 * 1024  # bytes over the limit that are read and thrown away, so that the client reads our 413
+# bytes over the limit that are read and thrown away, so that the client reads our 413
+_DISCARDED = 64 * 1024 * 1024
 
 
 class ContractMiddleware:
@@ -79,7 +82,9 @@ class ContractMiddleware:
         origins = self.server.settings.cors_origins
         if not origins:
             return app
-        return CORSMiddleware(app, origins, allow_methods=METHODS, allow_headers=["*"], expose_headers=["*"])
+        return CORSMiddleware(
+            app, origins, allow_methods=METHODS, allow_headers=["*"], expose_headers=["*"]
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -94,11 +99,14 @@ class ContractMiddleware:
         count: Count | None = None
         answer = _Answer(scope, send, request_id, left, self.server.leaving)
         full, ambiguous = scope.get("state", {}).get(FULL), has_two_lengths(scope)
-        answer.closes = full is not None or ambiguous  # nobody knows where a body of two lengths ends
+        # nobody knows where a body of two lengths ends
+        answer.closes = full is not None or ambiguous
         began = time.monotonic()
         try:
             if is_of_the_server(scope):
-                await Response(headers={"Allow": ", ".join((*METHODS, "HEAD", "OPTIONS"))})(scope, receive, answer)
+                await Response(headers={"Allow": ", ".join((*METHODS, "HEAD", "OPTIONS"))})(
+                    scope, receive, answer
+                )
                 return
             to_origin_form(scope)
             normalize_path(scope, self.server.settings)
@@ -129,7 +137,9 @@ class ContractMiddleware:
                 receive = await self._checked(scope, receive)
             await self.app(scope, receive, answer)
         except Exception as error:
-            answer_with = self._shared(error_response(as_stepweave_error(error, request_id), scope["path"]))
+            answer_with = self._shared(
+                error_response(as_stepweave_error(error, request_id), scope["path"])
+            )
             if not answer.started:
                 await answer_with(scope, receive, answer)
         finally:
@@ -142,7 +152,14 @@ class ContractMiddleware:
             if scope["path"] not in UNLOGGED:
                 milliseconds = 1000 * (time.monotonic() - began)
                 path = quote(scope["path"])[:LOGGED_PATH]  # which may hold line ends
-                logger.info("%s %s %d %.0f ms, request %s", scope["method"], path, status, milliseconds, request_id)
+                logger.info(
+                    "%s %s %d %.0f ms, request %s",
+                    scope["method"],
+                    path,
+                    status,
+                    milliseconds,
+                    request_id,
+                )
 
     def _limit(self, path: str) -> int:
         settings = self.server.settings
@@ -166,9 +183,11 @@ class ContractMiddleware:
         return JSONResponse(state)
 
     def _drain(self, scope: Scope) -> JSONResponse:
-        """Only for who bears the token of the state directory, as a pod's preStop hook does. Others find no such route.
+        """Only for who bears the token of the state directory, as a pod's preStop hook does. Others
+        find no such route.
 
-        From where a request comes proves nothing: a proxy, or a tunnel, beside the server calls from its machine, too.
+        From where a request comes proves nothing: a proxy, or a tunnel, beside the server calls
+        from its machine, too.
         """
         token = self.server.drain_token
         if token is None or not token.matches(Headers(scope=scope).get("authorization", "")):
@@ -183,15 +202,23 @@ class ContractMiddleware:
         return JSONResponse({"stage": status.stage, "in_flight": len(self.server.tickets)})
 
     async def _checked(self, scope: Scope, receive: Receive) -> Receive:
-        """Have the body of a native API read and checked, and return a `receive` that gives BentoML a short one instead."""
+        """Have the body of a native API read and checked, and return a `receive` that gives BentoML
+        a short one instead."""
         await check(Request(scope, receive), self.server)
         if EDIT in scope:
             return stand_in_form(scope, receive)
-        return stand_in(scope, receive, "application/json", scope[READ].model_dump_json(exclude_unset=True).encode())
+        return stand_in(
+            scope,
+            receive,
+            "application/json",
+            scope[READ].model_dump_json(exclude_unset=True).encode(),
+        )
 
 
 def _not_allowed(scope: Scope, use: str, allow: str) -> JSONResponse:
-    response = error_response(MethodNotAllowed(f"{scope['method']} is not allowed on {scope['path']}; use {use}."))
+    response = error_response(
+        MethodNotAllowed(f"{scope['method']} is not allowed on {scope['path']}; use {use}.")
+    )
     response.headers["Allow"] = allow
     return response
 
@@ -202,8 +229,9 @@ def _is_preflight(scope: Scope) -> bool:
 
 
 def _limited(receive: Receive, scope: Scope, limit: int, answer: _Answer) -> Receive:
-    """A `receive` that raises BodyTooLarge once the body is over the limit, and Cancelled if the client stops sending it, or
-    sends it drop by drop. The answer is told once the body has been read."""
+    """A `receive` that raises BodyTooLarge once the body is over the limit, and Cancelled if the
+    client stops sending it, or sends it drop by drop. The answer is told once the body has been
+    read."""
     declared = Headers(scope=scope).get("content-length", "0")
     if declared.isdecimal() and int(declared) > limit:  # before a place is taken for it
         raise BodyTooLarge(limit, int(declared))
@@ -223,7 +251,8 @@ def _limited(receive: Receive, scope: Scope, limit: int, answer: _Answer) -> Rec
                 message = await receive()
         except TimeoutError:
             raise Cancelled(
-                f"The body came too slowly: {seen} bytes in {time.monotonic() - began:.0f} s. At least "
+                f"The body came too slowly: {seen} bytes in {time.monotonic() - began:.0f} s. At "
+                f"least "
                 f"{disconnect.LEAST_BYTES} bytes a second must come, and some within {stalled:g} s."
             ) from None
         complete = not message.get("more_body", False)
@@ -235,7 +264,11 @@ def _limited(receive: Receive, scope: Scope, limit: int, answer: _Answer) -> Rec
     async def limited() -> Message:
         message = await following()
         if seen > limit:
-            while message["type"] == "http.request" and message.get("more_body", False) and seen < _DISCARDED:
+            while (
+                message["type"] == "http.request"
+                and message.get("more_body", False)
+                and seen < _DISCARDED
+            ):
                 message = await following()
             raise BodyTooLarge(limit)
         return message
@@ -249,7 +282,9 @@ class _Answer:
     Raises Cancelled if the client does not read.
     """
 
-    def __init__(self, scope: Scope, send: Send, request_id: str, left: list[bool], leaving: Drain) -> None:
+    def __init__(
+        self, scope: Scope, send: Send, request_id: str, left: list[bool], leaving: Drain
+    ) -> None:
         self.scope = scope
         self.leaving = leaving
         self.send = send
@@ -281,7 +316,9 @@ class _Answer:
                 await self.send(message)
         except TimeoutError:
             self.left.append(True)
-            raise Cancelled(f"The client read nothing for {disconnect.STALLED_SECONDS:g} s.") from None
+            raise Cancelled(
+                f"The client read nothing for {disconnect.STALLED_SECONDS:g} s."
+            ) from None
         except OSError:  # of the connection
             self.left.append(True)
             raise Cancelled("The client left.") from None
@@ -302,7 +339,9 @@ class _Answer:
         for name, value in headers.items():
             if name in ("allow", "vary") or name.startswith("access-control-"):
                 response.headers[name] = value
-        await self.send({"type": "http.response.start", "status": status, "headers": response.raw_headers})
+        await self.send(
+            {"type": "http.response.start", "status": status, "headers": response.raw_headers}
+        )
         await self.send({"type": "http.response.body", "body": bytes(response.body)})
         self.whole = True
 
@@ -310,7 +349,9 @@ class _Answer:
         method, path = self.scope["method"], self.scope["path"]
         known: dict[int, Callable[[], StepweaveError]] = {
             404: lambda: unsupported(path) or NotFound(f"There is no route {path[:200]!r}."),
-            405: lambda: unsupported(path) or MethodNotAllowed(f"{method} is not allowed on {path[:200]}."),
+            405: lambda: (
+                unsupported(path) or MethodNotAllowed(f"{method} is not allowed on {path[:200]}.")
+            ),
         }
         if status in known:
             return known[status]()

@@ -36,7 +36,10 @@ from stepweave.ticket import Ticket
 
 READ = "stepweave.read"  # key in the ASGI scope: the body of any other
 EDIT = "stepweave.edit"  # key in the ASGI scope: an Edit
-SCHEMAS: dict[str, type[ImageRequest]] = {"/generate": ImageRequest, "/generate_stream": StreamRequest}
+SCHEMAS: dict[str, type[ImageRequest]] = {
+    "/generate": ImageRequest,
+    "/generate_stream": StreamRequest,
+}
 PATHS = (*SCHEMAS, "/edit")
 
 
@@ -53,8 +56,9 @@ class Edit(NamedTuple):
 def drop_timeout_middleware() -> None:
     """Keep BentoML's TimeoutMiddleware out of the app that it is about to build.
 
-    It cannot be configured away, and its `loop.call_later` is never cancelled: each request, probes included, keeps a timer and
-    its context (5 KB) until the timeout. Nor does it stop the work that it answers 504 for.
+    It cannot be configured away, and its `loop.call_later` is never cancelled: each request, probes
+    included, keeps a timer and its context (5 KB) until the timeout. Nor does it stop the work that
+    it answers 504 for.
     """
     traffic.TimeoutMiddleware = _PassThrough  # type: ignore[misc,assignment]
 
@@ -68,7 +72,8 @@ class _PassThrough:
 
 
 async def answered(request: Request, work: Callable[[], Coroutine[Any, Any, Response]]) -> Response:
-    """What the work answers, or its error in the contract's shape: BentoML's has another, and its log lacks the request's id."""
+    """What the work answers, or its error in the contract's shape: BentoML's has another, and its
+    log lacks the request's id."""
     try:
         return await work()
     except Exception as error:
@@ -115,13 +120,17 @@ async def edit(request: Request, server: Server) -> Response:
             reservation=place,
         )
 
-    return picture_answer(await until_disconnect(request, made_once(server, claim, accept, reservation=place)))
+    return picture_answer(
+        await until_disconnect(request, made_once(server, claim, accept, reservation=place))
+    )
 
 
 async def check(request: Request, server: Server) -> None:
-    """Read and check the body of a native API before BentoML does, which tells no value and no limit, and fetches URLs.
+    """Read and check the body of a native API before BentoML does, which tells no value and no
+    limit, and fetches URLs.
 
-    What was read stays in the scope, an edit with its place: `let_go` gives that back if BentoML does not come to the edit.
+    What was read stays in the scope, an edit with its place: `let_go` gives that back if BentoML
+    does not come to the edit.
     """
     content_type = request.headers.get("content-type", "")
     if request.url.path != "/edit":

@@ -68,9 +68,11 @@ class OpenAI:
 
     async def variations(self, request: Request) -> Response:
         """OpenAI has retired them, and its clients still have the call."""
-        await pass_over_body(request)  # else its client may fail to send it before it reads the answer
+        # else its client may fail to send it before it reads the answer
+        await pass_over_body(request)
         raise InvalidRequest(
-            "There are no variations here: send the image to /v1/images/edits, with a prompt and a strength.",
+            "There are no variations here: send the image to /v1/images/edits, with a prompt and a "
+            "strength.",
             code="unsupported",
         )
 
@@ -90,12 +92,16 @@ class OpenAI:
         streams = body.stream or stream is not None
         picture = None if detached or streams else wants_picture(request)
         if picture is not None:
-            one_picture(body.n, picture, body.output_format, "output_format" in body.model_fields_set)
+            one_picture(
+                body.n, picture, body.output_format, "output_format" in body.model_fields_set
+            )
             body = body.model_copy(update={"output_format": picture})
         response_format = body.response_format or server.settings.response_format
         linked = response_format == "url" and (picture is None or body.response_format is not None)
         base = base_url(request, server.settings) if linked else None
-        claim = claim_of(request, body.model_dump_json(), b"" if form is None else await digest_of(form))
+        claim = claim_of(
+            request, body.model_dump_json(), b"" if form is None else await digest_of(form)
+        )
 
         async def accept() -> Ticket:
             # only here: one that joins another, or does not go with it, costs no decoding
@@ -106,7 +112,8 @@ class OpenAI:
                 model=body.model or None,  # empty is absent
                 sources=sources,
                 strength=body.strength if isinstance(body, EditRequest) else None,
-                previews=body.partial_images if streams or detached or claim.key is not None else 0,  # another may join
+                # another may join
+                previews=body.partial_images if streams or detached or claim.key is not None else 0,
                 warnings=[*body.ignored(), *(form.warnings if form is not None else ())],
                 client=asker_of(request),
                 reservation=place,

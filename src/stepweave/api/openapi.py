@@ -1,4 +1,5 @@
-"""The OpenAPI 3.1 document of this server: its routes, with its own limits, and its model's once that is loaded."""
+"""The OpenAPI 3.1 document of this server: its routes, with its own limits, and its model's once
+that is loaded."""
 
 from __future__ import annotations
 
@@ -58,17 +59,28 @@ REQUEST_ID = {
     "schema": {"type": "string", "pattern": "^[A-Za-z0-9_.:-]{1,128}$"},
 }
 ALWAYS = {"X-Request-ID": {"$ref": "#/components/headers/RequestId"}}
-RETRY_AFTER = {"description": "Seconds after which it may be accepted.", "schema": {"type": "integer", "minimum": 1}}
+RETRY_AFTER = {
+    "description": "Seconds after which it may be accepted.",
+    "schema": {"type": "integer", "minimum": 1},
+}
 FORMS = (EditRequest, NativeEditRequest)
 PROTOCOL, EXAMPLES = "Protocol", "Examples"  # surfaces whose errors have another body
 BODIES: dict[str, type[BaseModel]] = {"": Error, PROTOCOL: ProtocolError, EXAMPLES: ExamplesError}
-OBJECTS: tuple[type[BaseModel], ...] = (  # of JSON, whose members may be null, as if they were absent
-    *(one for one in REQUESTS if one not in FORMS), InputTensor, InputParameters, RequestedOutput, OutputParameters,
-)  # fmt: skip
+# of JSON, whose members may be null, as if they were absent
+OBJECTS: tuple[type[BaseModel], ...] = (
+    *(one for one in REQUESTS if one not in FORMS),
+    InputTensor,
+    InputParameters,
+    RequestedOutput,
+    OutputParameters,
+)
 DESCRIPTION = (
-    "Diffusion models, batched by denoising steps. Every error's message names the offending value and the limit. Bodies of "
-    "POST may be compressed, with `Content-Encoding: gzip` or `deflate`; their limit is of what comes out. Fields that are not "
-    "listed are refused; a member that is null counts as absent. Limits are this server's; what depends on the model is there "
+    "Diffusion models, batched by denoising steps. Every error's message names the offending value "
+    "and the limit. Bodies of "
+    "POST may be compressed, with `Content-Encoding: gzip` or `deflate`; their limit is of what "
+    "comes out. Fields that are not "
+    "listed are refused; a member that is null counts as absent. Limits are this server's; what "
+    "depends on the model is there "
     "once it is loaded. HEAD is answered wherever GET is."
 )
 
@@ -80,18 +92,27 @@ class OpenApi:
         self.server = server
 
     def routes(self) -> list[Route]:
-        return [Route(path, self.document, methods=["GET"]) for path in ("/openapi.json", "/docs.json")]
+        return [
+            Route(path, self.document, methods=["GET"]) for path in ("/openapi.json", "/docs.json")
+        ]
 
     async def document(self, request: Request) -> Response:
         mounted = {route.path_format for route in request.app.routes if isinstance(route, Route)}
         settings = self.server.settings
-        place = base_url(request, settings) if settings.base_url else reference(request, settings, "") or "/"
-        content = await on_thread(None, lambda: json.dumps(make_document(self.server, mounted, place)))
+        place = (
+            base_url(request, settings)
+            if settings.base_url
+            else reference(request, settings, "") or "/"
+        )
+        content = await on_thread(
+            None, lambda: json.dumps(make_document(self.server, mounted, place))
+        )
         return Response(content, media_type=JSON)
 
 
 def make_document(server: Server, mounted: Collection[str], place: str = "/") -> dict[str, Any]:
-    """The document of a server whose app has routes of the paths `mounted`; `place` is the URL of its root."""
+    """The document of a server whose app has routes of the paths `mounted`; `place` is the URL of
+    its root."""
     secured = server.keys.required
     paths: dict[str, dict[str, Any]] = {}
     for one in operations(None if server.model is None else server.model.names):
@@ -99,7 +120,11 @@ def make_document(server: Server, mounted: Collection[str], place: str = "/") ->
             paths.setdefault(one.path, {})[one.method] = _operation(one, secured)
     schemas = copy.deepcopy(_schemas())
     _limit(schemas, server)
-    components: dict[str, Any] = {"schemas": schemas, "responses": _refusals(), "headers": {"RequestId": REQUEST_ID}}
+    components: dict[str, Any] = {
+        "schemas": schemas,
+        "responses": _refusals(),
+        "headers": {"RequestId": REQUEST_ID},
+    }
     document = {
         "openapi": "3.1.0",
         "info": {
@@ -148,8 +173,16 @@ def _schemas() -> dict[str, Any]:
 def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
     if {"type": "null"} in schema.get("anyOf", ()):
         return schema
-    outer: dict[str, Any] = {name: schema[name] for name in ("description", "default") if name in schema}
-    return {"anyOf": [{key: value for key, value in schema.items() if key not in outer}, {"type": "null"}], **outer}
+    outer: dict[str, Any] = {
+        name: schema[name] for name in ("description", "default") if name in schema
+    }
+    return {
+        "anyOf": [
+            {key: value for key, value in schema.items() if key not in outer},
+            {"type": "null"},
+        ],
+        **outer,
+    }
 
 
 def _as_form(schema: dict[str, Any]) -> dict[str, Any]:
@@ -157,13 +190,18 @@ def _as_form(schema: dict[str, Any]) -> dict[str, Any]:
     properties = {"image": FILE, "mask": FILE}
     for name, one in schema["properties"].items():
         kept = [branch for branch in one.get("anyOf", ()) if branch != {"type": "null"}]
-        values = {key: value for key, value in one.items() if key != "anyOf" and (key, value) != ("default", None)}
+        values = {
+            key: value
+            for key, value in one.items()
+            if key != "anyOf" and (key, value) != ("default", None)
+        }
         properties[name] = {**(kept[0] if kept else {}), **values}
     return {**schema, "properties": properties, "required": ["image", *schema["required"]]}
 
 
 def _limit(schemas: dict[str, Any], server: Server) -> None:
-    """Write the server's limits, and those of its model once it is loaded, into the schemas of requests."""
+    """Write the server's limits, and those of its model once it is loaded, into the schemas of
+    requests."""
     settings, model = server.settings, server.model
     limits: dict[str, dict[str, Any]] = {
         "prompt": {"maxLength": settings.max_prompt_characters, "pattern": r"\S"},
@@ -183,18 +221,24 @@ def _limit(schemas: dict[str, Any], server: Server) -> None:
         limits["guidance_scale"] = {"minimum": low, "maximum": high}
         limits["model"] = limits["model_name"] = name_of_model(model.names)
         limits["scheduler"] = {"enum": sorted(model.schedulers)}
-        absent = {name for name in ("negative_prompt", "guidance_scale") if name not in model.arguments}
+        absent = {
+            name for name in ("negative_prompt", "guidance_scale") if name not in model.arguments
+        }
         absent |= set() if model.schedulers else {"scheduler"}
         limits["size"] = {"examples": [f"{model.width}x{model.height}"]}
         sizes += f" {model.limits.sizes}"
     of_edits = {} if model is None else model.limits_of_edits
     for request in REQUESTS:
         properties = schemas[request.__name__]["properties"]
-        for name in properties.keys() & limits.keys() - ({"model"} if request is LegacyRequest else set()):
+        for name in properties.keys() & limits.keys() - (
+            {"model"} if request is LegacyRequest else set()
+        ):
             _first_type(properties[name]).update(limits[name])
         if request in FORMS and of_edits:  # of which some may take more than others
             for name in properties.keys() & {"n", "num_images_per_prompt"}:
-                _first_type(properties[name])["maximum"] = max(one.images for one in of_edits.values())
+                _first_type(properties[name])["maximum"] = max(
+                    one.images for one in of_edits.values()
+                )
         for name in properties.keys() & absent:
             if request in FORMS:
                 del properties[name]
@@ -203,7 +247,11 @@ def _limit(schemas: dict[str, Any], server: Server) -> None:
         if "response_format" in properties:
             properties["response_format"]["default"] = settings.response_format
         if "size" in properties:
-            kinds = {f"{name}: {one.sizes}" for name, one in of_edits.items() if model and one != model.limits}
+            kinds = {
+                f"{name}: {one.sizes}"
+                for name, one in of_edits.items()
+                if model and one != model.limits
+            }
             more = sorted(kinds) if request in FORMS else []
             properties["size"]["description"] += " ".join(["", sizes, *more])
 
@@ -215,7 +263,11 @@ def _first_type(schema: dict[str, Any]) -> dict[str, Any]:
 
 def _operation(one: Operation, secured: bool) -> dict[str, Any]:
     responses = {str(status): _response(answer) for status, answer in one.answers.items()}
-    errors: Errors = (*one.errors, *EVERYWHERE, *((Unauthorized,) if secured and not one.keyless else ()))
+    errors: Errors = (
+        *one.errors,
+        *EVERYWHERE,
+        *((Unauthorized,) if secured and not one.keyless else ()),
+    )
     for error in sorted(errors, key=lambda error: error.status):
         name = f"{_surface(one.path)}{error.__name__}"
         responses.setdefault(str(error.status), {"$ref": f"#/components/responses/{name}"})
@@ -239,7 +291,10 @@ def _operation(one: Operation, secured: bool) -> dict[str, Any]:
 
 
 def _response(answer: Answer) -> dict[str, Any]:
-    response: dict[str, Any] = {"description": answer.description, "headers": {**ALWAYS, **answer.headers}}
+    response: dict[str, Any] = {
+        "description": answer.description,
+        "headers": {**ALWAYS, **answer.headers},
+    }
     if answer.content:
         response["content"] = _content(answer.content, answer.events)
     if answer.links:
@@ -256,7 +311,9 @@ def _content(content: Content, events: Mapping[str, Any] | None = None) -> dict[
                 name: {"contentType": ", ".join(PICTURES)} for name in ("image", "mask")
             }
         if media_type == EVENT_STREAM and events:
-            described[media_type]["schema"] = {"anyOf": [_event(name, one) for name, one in events.items()]}
+            described[media_type]["schema"] = {
+                "anyOf": [_event(name, one) for name, one in events.items()]
+            }
     return described
 
 
@@ -280,8 +337,13 @@ def _schema(given: Any) -> dict[str, Any]:
 
 
 def _refusals() -> dict[str, Any]:
-    """The responses of errors, by the surface that they are answered on and the name of their class."""
-    return {f"{surface}{error.__name__}": _refusal(error, surface) for surface in BODIES for error in ERRORS}
+    """The responses of errors, by the surface that they are answered on and the name of their
+    class."""
+    return {
+        f"{surface}{error.__name__}": _refusal(error, surface)
+        for surface in BODIES
+        for error in ERRORS
+    }
 
 
 def _surface(path: str) -> str:
@@ -291,9 +353,15 @@ def _surface(path: str) -> str:
 def _refusal(error: type[StepweaveError], surface: str) -> dict[str, Any]:
     headers: dict[str, Any] = dict(ALWAYS)
     if surface == PROTOCOL:
-        headers[CODE] = {"description": "For programs.", "required": True, "schema": {"type": "string"}}
+        headers[CODE] = {
+            "description": "For programs.",
+            "required": True,
+            "schema": {"type": "string"},
+        }
     if error is UnsupportedMedia:
-        encodings = {"description": "Where the content encoding is the reason: those that would do."}
+        encodings = {
+            "description": "Where the content encoding is the reason: those that would do."
+        }
         headers["Accept-Encoding"] = {**encodings, "schema": {"const": UnsupportedEncoding.TAKEN}}
     if issubclass(error, (Refused, Unavailable)):
         headers["Retry-After"] = {**RETRY_AFTER, "required": issubclass(error, Refused)}
@@ -305,7 +373,11 @@ def _refusal(error: type[StepweaveError], surface: str) -> dict[str, Any]:
     if error in (StepweaveError, DeadlineExceeded):
         lasting = "`false` where it would fail again, or come too late."
         headers["X-Should-Retry"] = {"description": lasting, "schema": {"const": "false"}}
-    description = "It failed; the log has the request's id." if error is StepweaveError else inspect.getdoc(error) or ""
+    description = (
+        "It failed; the log has the request's id."
+        if error is StepweaveError
+        else inspect.getdoc(error) or ""
+    )
     return {
         "description": description.partition("\n")[0],
         "headers": headers,

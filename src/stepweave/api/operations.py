@@ -1,4 +1,5 @@
-"""The operations of the HTTP contract, as OpenAPI describes them. `openapi` makes the document of them."""
+"""The operations of the HTTP contract, as OpenAPI describes them. `openapi` makes the document of
+them."""
 
 from __future__ import annotations
 
@@ -13,7 +14,13 @@ from stepweave.api.answers import EVENT_STREAM, PICTURES
 from stepweave.api.idempotency import MAX_KEY
 from stepweave.api.jobs import MAX_LIST
 from stepweave.api.legacy import LegacyRequest
-from stepweave.api.schemas import EditRequest, GenerationRequest, ImageRequest, NativeEditRequest, StreamRequest
+from stepweave.api.schemas import (
+    EditRequest,
+    GenerationRequest,
+    ImageRequest,
+    NativeEditRequest,
+    StreamRequest,
+)
 from stepweave.api.tensors import HEADER_LENGTH, IndexRequest, InferenceRequest
 from stepweave.errors import (
     BodyTooLarge,
@@ -43,9 +50,15 @@ WORK: Errors = (*READING, NotFound, Conflict, Refused, Cancelled, Unavailable, D
 ERRORS: Errors = (*EVERYWHERE, *WORK, Unauthorized)
 
 REQUESTS: tuple[type[BaseModel], ...] = (
-    GenerationRequest, EditRequest, ImageRequest, StreamRequest, NativeEditRequest, LegacyRequest, InferenceRequest,
+    GenerationRequest,
+    EditRequest,
+    ImageRequest,
+    StreamRequest,
+    NativeEditRequest,
+    LegacyRequest,
+    InferenceRequest,
     IndexRequest,
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -56,12 +69,14 @@ class Answer:
     content: Content = field(default_factory=dict)
     headers: Mapping[str, Any] = field(default_factory=dict)
     links: Mapping[str, Any] = field(default_factory=dict)
-    events: Mapping[str, Any] = field(default_factory=dict)  # schemas of an event stream's data, by name
+    # schemas of an event stream's data, by name
+    events: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One method of one path. `keyless`: served without a key; `elsewhere`: by BentoML or the middleware, not the mounted app."""
+    """One method of one path. `keyless`: served without a key; `elsewhere`: by BentoML or the
+    middleware, not the mounted app."""
 
     method: str
     path: str
@@ -79,7 +94,9 @@ class Operation:
     body_required: bool = True
 
 
-def _parameter(place: str, name: str, description: str, required: bool | None = None, **schema: Any) -> dict[str, Any]:
+def _parameter(
+    place: str, name: str, description: str, required: bool | None = None, **schema: Any
+) -> dict[str, Any]:
     return {
         "name": name,
         "in": place,
@@ -90,7 +107,11 @@ def _parameter(place: str, name: str, description: str, required: bool | None = 
 
 
 def _header(description: str, *, required: bool = False, **schema: Any) -> dict[str, Any]:
-    return {"description": description, "required": required, "schema": {"type": "string", **schema}}
+    return {
+        "description": description,
+        "required": required,
+        "schema": {"type": "string", **schema},
+    }
 
 
 def _json(model: type[BaseModel], description: str) -> dict[int, Answer]:
@@ -98,10 +119,13 @@ def _json(model: type[BaseModel], description: str) -> dict[int, Answer]:
 
 
 _TOKEN = (
-    "Only with `Authorization: Bearer TOKEN`, of the file `drain-token` in the server's state directory; without it there is no "
+    "Only with `Authorization: Bearer TOKEN`, of the file `drain-token` in the server's state "
+    "directory; without it there is no "
     "such route."
 )
-WARNINGS_HEADER = {"X-Stepweave-Warnings": _header("A JSON list of texts, in ASCII.", pattern=r"^\[.*\]$")}
+WARNINGS_HEADER = {
+    "X-Stepweave-Warnings": _header("A JSON list of texts, in ASCII.", pattern=r"^\[.*\]$")
+}
 
 
 def picture_headers() -> dict[str, Any]:
@@ -112,10 +136,13 @@ def picture_headers() -> dict[str, Any]:
     )
     place = f"#/components/schemas/{bodies.ResolvedParameters.__name__}/properties"
     headers = {
-        f"X-Stepweave-{name.replace('_', '-').title()}": {"description": "As resolved.", "schema": {"$ref": f"{place}/{name}"}}
+        f"X-Stepweave-{name.replace('_', '-').title()}": {
+            "description": "As resolved.",
+            "schema": {"$ref": f"{place}/{name}"},
+        }
         for name in bodies.ResolvedParameters.model_fields
         if name not in (*prompts, *others)
-    }  # fmt: skip
+    }
     flagged = _header("Of a picture that the pipeline's safety checker flagged.", const="true")
     return headers | {"X-Stepweave-Flagged": flagged} | WARNINGS_HEADER
 
@@ -124,8 +151,12 @@ FILE: dict[str, Any] = {"type": "string", "format": "binary"}
 PICTURE: Content = dict.fromkeys(PICTURES, FILE)
 STREAM: Content = {EVENT_STREAM: {}}  # a schema of each of its events
 FILE_HEADERS = {
-    "Cache-Control": _header("For as long as it is kept.", required=True, pattern="^private, max-age=[0-9]+$"),
-    "X-Content-Type-Options": _header("It is a picture, whatever it looks like.", required=True, const="nosniff"),
+    "Cache-Control": _header(
+        "For as long as it is kept.", required=True, pattern="^private, max-age=[0-9]+$"
+    ),
+    "X-Content-Type-Options": _header(
+        "It is a picture, whatever it looks like.", required=True, const="nosniff"
+    ),
 }
 ACCEPTED_HEADERS = {
     "Location": _header("The job.", required=True, pattern="^(/[^/?#]+)*/v1/jobs/[0-9a-f]{32}$"),
@@ -139,11 +170,14 @@ INFERENCE = {
 }
 VERSION = _parameter("path", "version", "The model's version.", enum=["1"])
 JOB = _parameter("path", "id", "The job's id.")
-ENCODED = _parameter("header", "Content-Encoding", "Of the body.", enum=["identity", "gzip", "deflate"])
+ENCODED = _parameter(
+    "header", "Content-Encoding", "Of the body.", enum=["identity", "gzip", "deflate"]
+)
 KEY = _parameter(
     "header",
     "Idempotency-Key",
-    "Requests of one key and one body are one job; another body is refused with 409. Printable characters.",
+    "Requests of one key and one body are one job; another body is refused with 409. Printable "
+    "characters.",
     minLength=1,
     maxLength=MAX_KEY,
     pattern="^[ -~]+$",
@@ -151,9 +185,13 @@ KEY = _parameter(
 CONTROL = (
     KEY,
     _parameter(
-        "header", "Prefer", "`respond-async`: answer with 202 and a job at once.", examples=["respond-async"], pattern="^[ -~]*$"
+        "header",
+        "Prefer",
+        "`respond-async`: answer with 202 and a job at once.",
+        examples=["respond-async"],
+        pattern="^[ -~]*$",
     ),
-)  # fmt: skip
+)
 COMMON_EVENTS: Content = {
     "stepweave.queued": bodies.QueuedEvent,
     "stepweave.progress": bodies.ProgressEvent,
@@ -164,7 +202,10 @@ COMMON_EVENTS: Content = {
 def _events(*prefixes: str) -> Content:
     pictures: Content = {}
     for prefix in prefixes:
-        pictures |= {f"{prefix}.partial_image": bodies.PartialImage, f"{prefix}.completed": bodies.Completed}
+        pictures |= {
+            f"{prefix}.partial_image": bodies.PartialImage,
+            f"{prefix}.completed": bodies.Completed,
+        }
     return pictures | COMMON_EVENTS
 
 
@@ -199,12 +240,25 @@ def _images(name: str, prefix: str, **values: Any) -> Operation:
 
 def _native(path: str, answer: Answer, **values: Any) -> Operation:
     return Operation(
-        "post", path, answers={200: answer}, tag="BentoML", errors=WORK, parameters=(KEY,), elsewhere=True, **values
+        "post",
+        path,
+        answers={200: answer},
+        tag="BentoML",
+        errors=WORK,
+        parameters=(KEY,),
+        elsewhere=True,
+        **values,
     )
 
 
 def _get(
-    path: str, id: str, tag: str, summary: str, answers: Mapping[int, Answer], *errors: Any, **values: Any
+    path: str,
+    id: str,
+    tag: str,
+    summary: str,
+    answers: Mapping[int, Answer],
+    *errors: Any,
+    **values: Any,
 ) -> Operation:
     return Operation("get", path, id, tag, summary, answers, errors, **values)  # fmt: skip
 
@@ -225,108 +279,338 @@ def name_of_model(names: ModelNames) -> dict[str, Any]:
 
 
 def _model(name: str, names: ModelNames | None) -> dict[str, Any]:
-    return _parameter("path", name, "A name of the model.", **({} if names is None else name_of_model(names)))
+    return _parameter(
+        "path", name, "A name of the model.", **({} if names is None else name_of_model(names))
+    )
 
 
 def _inference(names: ModelNames | None) -> Iterable[Operation]:
     tag, model, named = "Open Inference Protocol", "/v2/models/{model}", _model("model", names)
-    yield _get("/v2", "serverMetadata", tag, "The server", _json(bodies.ProtocolMetadata, "Its metadata."))
+    yield _get(
+        "/v2", "serverMetadata", tag, "The server", _json(bodies.ProtocolMetadata, "Its metadata.")
+    )
     yield _get("/v2/models", "listServedModels", tag, "The name of the model that is served",
                _json(bodies.ServedModels, "One."), Unavailable)  # fmt: skip
-    indexed = {"type": "array", "items": {"$ref": f"#/components/schemas/{bodies.IndexedModel.__name__}"}}
-    yield Operation("post", "/v2/repository/index", "repositoryIndex", tag, "The repository's models, for Triton's clients",
-                    {200: Answer("One, or none.", {JSON: indexed})}, (*READING, Cancelled, Unavailable),
-                    body={JSON: IndexRequest}, body_required=False)  # fmt: skip
-    for name, yes, no in (("live", bodies.Live, bodies.NotLive), ("ready", bodies.Ready, bodies.NotReady)):
+    indexed = {
+        "type": "array",
+        "items": {"$ref": f"#/components/schemas/{bodies.IndexedModel.__name__}"},
+    }
+    yield Operation(
+        "post",
+        "/v2/repository/index",
+        "repositoryIndex",
+        tag,
+        "The repository's models, for Triton's clients",
+        {200: Answer("One, or none.", {JSON: indexed})},
+        (*READING, Cancelled, Unavailable),
+        body={JSON: IndexRequest},
+        body_required=False,
+    )
+    for name, yes, no in (
+        ("live", bodies.Live, bodies.NotLive),
+        ("ready", bodies.Ready, bodies.NotReady),
+    ):
         statuses = {200: Answer("Yes.", {JSON: yes}), 503: Answer("No.", {JSON: no})}
-        yield _get(f"/v2/health/{name}", f"server{name.title()}", tag, f"Is the server {name}?", statuses, keyless=True)
+        yield _get(
+            f"/v2/health/{name}",
+            f"server{name.title()}",
+            tag,
+            f"Is the server {name}?",
+            statuses,
+            keyless=True,
+        )
     for suffix, path, parameters in (
         ("", model, (named,)),
         ("Version", f"{model}/versions/{{version}}", (named, VERSION)),
     ):
         lost = (NotFound, Unavailable)
-        yield _get(path, f"model{suffix}Metadata", tag, "The model's tensors",
-                   _json(bodies.ModelMetadata, "Its metadata."), *lost, parameters=parameters)  # fmt: skip
-        yield _get(f"{path}/config", f"model{suffix}Configuration", tag, "The model's tensors, for Triton's clients",
-                   _json(bodies.ModelConfiguration, "Its configuration."), *lost, parameters=parameters)  # fmt: skip
+        yield _get(
+            path,
+            f"model{suffix}Metadata",
+            tag,
+            "The model's tensors",
+            _json(bodies.ModelMetadata, "Its metadata."),
+            *lost,
+            parameters=parameters,
+        )
+        yield _get(
+            f"{path}/config",
+            f"model{suffix}Configuration",
+            tag,
+            "The model's tensors, for Triton's clients",
+            _json(bodies.ModelConfiguration, "Its configuration."),
+            *lost,
+            parameters=parameters,
+        )
         yield _get(f"{path}/ready", f"model{suffix}Ready", tag, "Is the model ready?",
                    _json(bodies.ModelReady, "Yes."), *lost, parameters=parameters)  # fmt: skip
-        length = _parameter("header", HEADER_LENGTH, "Bytes of the JSON, where tensors follow it.", pattern="^[0-9]+$")
+        length = _parameter(
+            "header",
+            HEADER_LENGTH,
+            "Bytes of the JSON, where tensors follow it.",
+            pattern="^[0-9]+$",
+        )
         done = Answer(
             "The pictures, as tensors.",
             {JSON: bodies.InferenceAnswer, BYTES: FILE},
-            {HEADER_LENGTH: _header("Bytes of the JSON, where tensors follow it.", pattern="^[1-9][0-9]*$")},
+            {
+                HEADER_LENGTH: _header(
+                    "Bytes of the JSON, where tensors follow it.", pattern="^[1-9][0-9]*$"
+                )
+            },
         )
-        yield Operation("post", f"{path}/infer", f"infer{suffix}", tag, "Make pictures of prompts", {200: done}, WORK,
-                        (*parameters, KEY, length, ENCODED), {JSON: InferenceRequest, BYTES: FILE}, INFERENCE)  # fmt: skip
+        yield Operation(
+            "post",
+            f"{path}/infer",
+            f"infer{suffix}",
+            tag,
+            "Make pictures of prompts",
+            {200: done},
+            WORK,
+            (*parameters, KEY, length, ENCODED),
+            {JSON: InferenceRequest, BYTES: FILE},
+            INFERENCE,
+        )
 
 
 def operations(names: ModelNames | None) -> list[Operation]:
     """All of them, for a server whose model has these names, if it is loaded."""
     job_events = _events("image_generation", "image_edit")
     return [
-        _images("generations", "image_generation", id="createImage", summary="Text to image",
-                body={JSON: GenerationRequest}, example=EXAMPLE),
-        _images("edits", "image_edit", id="createImageEdit", summary="Image to image and inpainting",
-                body={FORM: EditRequest},
-                description="`image` is what to start from. `mask` is transparent where it is to be repainted, or, if its "
-                "alpha is the same throughout, white there; it has the proportions of `image`. Both are PNG, JPEG or WebP, are "
-                "turned as their EXIF says, converted to sRGB, and scaled to the size of the result. `image[]`, as OpenAI's "
-                "clients name several, is taken for `image`."),
-        Operation("post", "/v1/images/variations", "createImageVariation", "Images", "Refused: send the image to be edited", {},
-                  (InvalidRequest, BodyTooLarge), body={FORM: {"type": "object"}}),
-        _get("/v1/models", "listModels", "Models", "The model that is served", _json(bodies.ModelList, "One."), Unavailable),
-        _get("/v1/models/{id}", "getModel", "Models", "What the model takes", _json(bodies.Model, "It."), NotFound, Unavailable,
-             parameters=(_model("id", names),)),
-        _get("/v1/jobs", "listJobs", "Jobs", "Jobs that are kept, newest first",
-             _json(bodies.JobList, "Theirs whose key it is."), InvalidRequest, NotFound, Unavailable,
-             parameters=(_parameter("query", "limit", "How many at most.", type="integer", minimum=1, maximum=MAX_LIST,
-                                    default=20),
-                         _parameter("query", "before", "The `next` of the list before.")),
-             description="Off (404) while no keys are set."),
-        _get("/v1/jobs/{id}", "getJob", "Jobs", "Where a job stands, and its result", _json(bodies.Job, "The job."),
-             InvalidRequest, NotFound, Unavailable, parameters=(JOB,)),
-        Operation("delete", "/v1/jobs/{id}", "cancelJob", "Jobs", "Cancel a job, or forget one that is over",
-                  _json(bodies.Job, "As it was left."), (InvalidRequest, NotFound, Unavailable), (JOB,)),
-        _get("/v1/jobs/{id}/events", "followJob", "Jobs", "Follow a job",
-             {200: Answer("From where it stands to its end.", STREAM, events=job_events)},
-             InvalidRequest, NotFound, Unavailable, parameters=(JOB,)),
-        _native("/generate", Answer("The picture.", PICTURE, picture_headers()), id="generate", summary="One picture",
-                body={JSON: ImageRequest}, example=EXAMPLE),
-        _native("/generate_stream", Answer("Events.", STREAM, JOB_HEADER, events=_events("image_generation")),
-                id="generateStream", summary="One picture, and its making", body={JSON: StreamRequest},
-                example={**EXAMPLE, "partial_images": 2}),
-        _native("/edit", Answer("The picture.", PICTURE, picture_headers()), id="edit", summary="One picture from another",
-                body={FORM: NativeEditRequest}),
-        _get("/schema.json", "bentomlSchema", "BentoML", "The native API, for BentoML's clients",
-             {200: Answer("BentoML's own description.", {JSON: {"type": "object"}})}, elsewhere=True),
+        _images(
+            "generations",
+            "image_generation",
+            id="createImage",
+            summary="Text to image",
+            body={JSON: GenerationRequest},
+            example=EXAMPLE,
+        ),
+        _images(
+            "edits",
+            "image_edit",
+            id="createImageEdit",
+            summary="Image to image and inpainting",
+            body={FORM: EditRequest},
+            description="`image` is what to start from. `mask` is transparent where it is to be "
+            "repainted, or, if its "
+            "alpha is the same throughout, white there; it has the proportions of `image`. "
+            "Both are PNG, JPEG or WebP, are "
+            "turned as their EXIF says, converted to sRGB, and scaled to the size of the "
+            "result. `image[]`, as OpenAI's "
+            "clients name several, is taken for `image`.",
+        ),
+        Operation(
+            "post",
+            "/v1/images/variations",
+            "createImageVariation",
+            "Images",
+            "Refused: send the image to be edited",
+            {},
+            (InvalidRequest, BodyTooLarge),
+            body={FORM: {"type": "object"}},
+        ),
+        _get(
+            "/v1/models",
+            "listModels",
+            "Models",
+            "The model that is served",
+            _json(bodies.ModelList, "One."),
+            Unavailable,
+        ),
+        _get(
+            "/v1/models/{id}",
+            "getModel",
+            "Models",
+            "What the model takes",
+            _json(bodies.Model, "It."),
+            NotFound,
+            Unavailable,
+            parameters=(_model("id", names),),
+        ),
+        _get(
+            "/v1/jobs",
+            "listJobs",
+            "Jobs",
+            "Jobs that are kept, newest first",
+            _json(bodies.JobList, "Theirs whose key it is."),
+            InvalidRequest,
+            NotFound,
+            Unavailable,
+            parameters=(
+                _parameter(
+                    "query",
+                    "limit",
+                    "How many at most.",
+                    type="integer",
+                    minimum=1,
+                    maximum=MAX_LIST,
+                    default=20,
+                ),
+                _parameter("query", "before", "The `next` of the list before."),
+            ),
+            description="Off (404) while no keys are set.",
+        ),
+        _get(
+            "/v1/jobs/{id}",
+            "getJob",
+            "Jobs",
+            "Where a job stands, and its result",
+            _json(bodies.Job, "The job."),
+            InvalidRequest,
+            NotFound,
+            Unavailable,
+            parameters=(JOB,),
+        ),
+        Operation(
+            "delete",
+            "/v1/jobs/{id}",
+            "cancelJob",
+            "Jobs",
+            "Cancel a job, or forget one that is over",
+            _json(bodies.Job, "As it was left."),
+            (InvalidRequest, NotFound, Unavailable),
+            (JOB,),
+        ),
+        _get(
+            "/v1/jobs/{id}/events",
+            "followJob",
+            "Jobs",
+            "Follow a job",
+            {200: Answer("From where it stands to its end.", STREAM, events=job_events)},
+            InvalidRequest,
+            NotFound,
+            Unavailable,
+            parameters=(JOB,),
+        ),
+        _native(
+            "/generate",
+            Answer("The picture.", PICTURE, picture_headers()),
+            id="generate",
+            summary="One picture",
+            body={JSON: ImageRequest},
+            example=EXAMPLE,
+        ),
+        _native(
+            "/generate_stream",
+            Answer("Events.", STREAM, JOB_HEADER, events=_events("image_generation")),
+            id="generateStream",
+            summary="One picture, and its making",
+            body={JSON: StreamRequest},
+            example={**EXAMPLE, "partial_images": 2},
+        ),
+        _native(
+            "/edit",
+            Answer("The picture.", PICTURE, picture_headers()),
+            id="edit",
+            summary="One picture from another",
+            body={FORM: NativeEditRequest},
+        ),
+        _get(
+            "/schema.json",
+            "bentomlSchema",
+            "BentoML",
+            "The native API, for BentoML's clients",
+            {200: Answer("BentoML's own description.", {JSON: {"type": "object"}})},
+            elsewhere=True,
+        ),
         *_inference(names),
-        Operation("post", "/api/diffusers/inference", "legacyInference", "Diffusers example server", "Text to image",
-                  {200: Answer("Where the pictures are.", {JSON: bodies.LegacyAnswer}, WARNINGS_HEADER)}, WORK, (KEY,),
-                  body={JSON: LegacyRequest},
-                  example={"prompt": EXAMPLE["prompt"]}),
-        _get("/api/status", "legacyStatus", "Diffusers example server", "What is served, and how much",
-             _json(bodies.LegacyStatus, "Status."), Unavailable),
-        _get("/images/{filename}", "getPicture", "Images", "A stored picture",
-             {200: Answer("The file.", PICTURE, FILE_HEADERS)}, NotFound, Unavailable,
-             parameters=(_parameter("path", "filename", "Its name, the key to it."),)),
-        _get("/", "discover", "Operation", "What this server is",
-             {200: Answer("For browsers a page.", {JSON: bodies.Discovery, "text/html": {"type": "string"}})}),
-        _get("/ui", "playground", "Operation", "A page to try it", {200: Answer("The page.", {"text/html": {"type": "string"}})}),
-        _get("/openapi.json", "openapi", "Operation", "This document",
-             {200: Answer("OpenAPI 3.1.", {JSON: {"type": "object"}})}),
-        _get("/docs.json", "docs", "Operation", "This document, where BentoML has one",
-             {200: Answer("OpenAPI 3.1.", {JSON: {"type": "object"}})}),
-        _get("/metrics", "metrics", "Operation", "For Prometheus",
-             {200: Answer("The exposition format.", {"text/plain": {"type": "string"}})}),
+        Operation(
+            "post",
+            "/api/diffusers/inference",
+            "legacyInference",
+            "Diffusers example server",
+            "Text to image",
+            {200: Answer("Where the pictures are.", {JSON: bodies.LegacyAnswer}, WARNINGS_HEADER)},
+            WORK,
+            (KEY,),
+            body={JSON: LegacyRequest},
+            example={"prompt": EXAMPLE["prompt"]},
+        ),
+        _get(
+            "/api/status",
+            "legacyStatus",
+            "Diffusers example server",
+            "What is served, and how much",
+            _json(bodies.LegacyStatus, "Status."),
+            Unavailable,
+        ),
+        _get(
+            "/images/{filename}",
+            "getPicture",
+            "Images",
+            "A stored picture",
+            {200: Answer("The file.", PICTURE, FILE_HEADERS)},
+            NotFound,
+            Unavailable,
+            parameters=(_parameter("path", "filename", "Its name, the key to it."),),
+        ),
+        _get(
+            "/",
+            "discover",
+            "Operation",
+            "What this server is",
+            {
+                200: Answer(
+                    "For browsers a page.",
+                    {JSON: bodies.Discovery, "text/html": {"type": "string"}},
+                )
+            },
+        ),
+        _get(
+            "/ui",
+            "playground",
+            "Operation",
+            "A page to try it",
+            {200: Answer("The page.", {"text/html": {"type": "string"}})},
+        ),
+        _get(
+            "/openapi.json",
+            "openapi",
+            "Operation",
+            "This document",
+            {200: Answer("OpenAPI 3.1.", {JSON: {"type": "object"}})},
+        ),
+        _get(
+            "/docs.json",
+            "docs",
+            "Operation",
+            "This document, where BentoML has one",
+            {200: Answer("OpenAPI 3.1.", {JSON: {"type": "object"}})},
+        ),
+        _get(
+            "/metrics",
+            "metrics",
+            "Operation",
+            "For Prometheus",
+            {200: Answer("The exposition format.", {"text/plain": {"type": "string"}})},
+        ),
         _probe("/livez", "livez", "Is the process alive?"),
         _probe("/healthz", "healthz", "Is the process alive?"),
         _probe("/readyz", "readyz", "Does it take work?"),
-        Operation("post", "/drain", "drain", "Operation", "Announce that the server leaves",
-                  _json(bodies.Drained, "What is left."), (NotFound,), keyless=True, elsewhere=True,
-                  description="`/readyz` is 503 from now on, and new work is refused `STEPWEAVE_DRAIN_NOTICE` seconds later. "
-                  f"{_TOKEN}"),
-        Operation("delete", "/drain", "take_back_drain", "Operation", "Take a drain back",
-                  _json(bodies.Drained, "What is left."), (NotFound, Conflict), keyless=True, elsewhere=True,
-                  description=f"Until the process was told to end (409, code `terminating`). {_TOKEN}"),
-    ]  # fmt: skip
+        Operation(
+            "post",
+            "/drain",
+            "drain",
+            "Operation",
+            "Announce that the server leaves",
+            _json(bodies.Drained, "What is left."),
+            (NotFound,),
+            keyless=True,
+            elsewhere=True,
+            description="`/readyz` is 503 from now on, and new work is refused "
+            "`STEPWEAVE_DRAIN_NOTICE` seconds later. "
+            f"{_TOKEN}",
+        ),
+        Operation(
+            "delete",
+            "/drain",
+            "take_back_drain",
+            "Operation",
+            "Take a drain back",
+            _json(bodies.Drained, "What is left."),
+            (NotFound, Conflict),
+            keyless=True,
+            elsewhere=True,
+            description=f"Until the process was told to end (409, code `terminating`). {_TOKEN}",
+        ),
+    ]

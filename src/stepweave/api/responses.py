@@ -22,9 +22,12 @@ logger = logging.getLogger(__name__)
 
 LASTING = (OutOfMemory, NonFinite, WrongNumber)  # errors that would come again
 REQUEST_ID = "stepweave.request_id"  # key in the ASGI scope
-LEFT = "stepweave.left"  # key in the ASGI scope: a list, to which a stream adds that its client left before its end
-CODE = "X-Stepweave-Code"  # header of the Open Inference Protocol's errors, whose body has no place for it
-ERROR_MARK = "x-stepweave-error"  # header between a handler and the middleware: the body is in the contract's shape
+# key in the ASGI scope: a list, to which a stream adds that its client left before its end
+LEFT = "stepweave.left"
+# header of the Open Inference Protocol's errors, whose body has no place for it
+CODE = "X-Stepweave-Code"
+# header between a handler and the middleware: the body is in the contract's shape
+ERROR_MARK = "x-stepweave-error"
 
 
 def is_of_protocol(path: str) -> bool:
@@ -33,13 +36,14 @@ def is_of_protocol(path: str) -> bool:
 
 
 def is_of_examples(path: str) -> bool:
-    """Whether a path is one of diffusers' example servers, whose clients read an error's `detail`, as of any FastAPI server."""
+    """Whether a path is one of diffusers' example servers, whose clients read an error's `detail`,
+    as of any FastAPI server."""
     return path.startswith(("/api/", "/images/"))
 
 
 def error_response(error: StepweaveError, path: str = "", **extra: Any) -> JSONResponse:
-    """The answer for an error of a request to `path`: its body (and `extra` members beside it) as that path's clients read one,
-    status and Retry-After."""
+    """The answer for an error of a request to `path`: its body (and `extra` members beside it) as
+    that path's clients read one, status and Retry-After."""
     body = error.body()
     headers = {ERROR_MARK: "1"}
     if is_of_protocol(path):
@@ -53,19 +57,24 @@ def error_response(error: StepweaveError, path: str = "", **extra: Any) -> JSONR
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, UnsupportedEncoding):
         headers["Accept-Encoding"] = error.TAKEN
-    # OpenAI's clients repeat what failed with a 5xx unless told not to; of a deadline the time is up
+    # OpenAI's clients repeat what failed with a 5xx unless told not to; of a deadline the time is
+    # up
     if isinstance(error, (*LASTING, DeadlineExceeded)):
         headers["X-Should-Retry"] = "false"
     return JSONResponse({**body, **extra}, status_code=error.status, headers=headers)
 
 
 def handle_error(request: Request, error: Exception) -> JSONResponse:
-    """Starlette's exception handler; whatever is not the caller's fault goes to the log with the request's id."""
-    return error_response(as_stepweave_error(error, request.scope[REQUEST_ID]), request.scope["path"])
+    """Starlette's exception handler; whatever is not the caller's fault goes to the log with the
+    request's id."""
+    return error_response(
+        as_stepweave_error(error, request.scope[REQUEST_ID]), request.scope["path"]
+    )
 
 
 def as_stepweave_error(error: Exception, request_id: str) -> StepweaveError:
-    """The error to answer with: itself if it is ours, else a 500 that names only the request's id, which the log has too."""
+    """The error to answer with: itself if it is ours, else a 500 that names only the request's id,
+    which the log has too."""
     if isinstance(error, StepweaveError) and error.status != 500:
         return error
     logger.error("request %s failed", request_id, exc_info=error)

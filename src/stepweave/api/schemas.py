@@ -1,4 +1,5 @@
-"""Bodies of the HTTP surfaces. What depends on the model (size, limits) is checked when the request is resolved."""
+"""Bodies of the HTTP surfaces. What depends on the model (size, limits) is checked when the request
+is resolved."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ MAX_PARTIAL_IMAGES = 3
 NULL = "null"  # as a text of a form, of what is absent
 CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")  # of JSON and forms
 LONG = 32 * 1024  # bytes of a body beyond which it is not read on the event loop
-MANY = 4  # times as many members as there are fields, beyond which they are not validated: each would become an error
+# times as many members as there are fields, beyond which they are not validated: each would become
+# an error
+MANY = 4
 PROMPTS = ("prompt", "negative_prompt")
 MOST_NAMED = 5  # of what is ignored
 Size = Annotated[str, Field(pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", examples=["64x64"])]
@@ -32,23 +35,37 @@ class ImageRequest(BaseModel):
 
     prompt: str = Field(min_length=1, description="What the picture should show.")
     negative_prompt: str | None = Field(None, description="What it should not show.")
-    size: Size | None = Field(None, description="WIDTHxHEIGHT in pixels, or `auto` for the model's own.")
-    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Same seed, same picture; drawn if absent.")
+    size: Size | None = Field(
+        None, description="WIDTHxHEIGHT in pixels, or `auto` for the model's own."
+    )
+    seed: int | None = Field(
+        None, ge=0, le=MAX_SEED, description="Same seed, same picture; drawn if absent."
+    )
     num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps.")
-    guidance_scale: float | None = Field(None, ge=0, le=100, description="Classifier-free guidance; 1 turns it off.")
-    scheduler: str | None = Field(None, description="Class name of a scheduler that `GET /v1/models` lists.")
-    reproducible: bool = Field(False, description="Bitwise the pipeline's own picture; it shares no step with others.")
+    guidance_scale: float | None = Field(
+        None, ge=0, le=100, description="Classifier-free guidance; 1 turns it off."
+    )
+    scheduler: str | None = Field(
+        None, description="Class name of a scheduler that `GET /v1/models` lists."
+    )
+    reproducible: bool = Field(
+        False, description="Bitwise the pipeline's own picture; it shares no step with others."
+    )
     priority: PriorityName = Field("normal", description="Requests of a higher class go first.")
     deadline_ms: int | None = Field(
         None,
         ge=1,
         le=MAX_DEADLINE_MS,
-        description="Milliseconds from now within which the picture must be made: refused with 400 if it takes longer even "
-        "alone, with 429 if others are in the way, ended with 504 at the first step after.",
+        description="Milliseconds from now within which the picture must be made: refused with 400 "
+        "if it takes longer even alone, with 429 if others are in the way, ended with "
+        "504 at the first step after.",
     )
     output_format: OutputFormat = Field("png", description="File format of the picture.")
     output_compression: int | None = Field(
-        None, ge=0, le=100, description="Quality of a JPEG or WebP file, 0 to 100, the best; PNG has none."
+        None,
+        ge=0,
+        le=100,
+        description="Quality of a JPEG or WebP file, 0 to 100, the best; PNG has none.",
     )
     metadata: bool = Field(True, description="Write the parameters into the file.")
 
@@ -56,17 +73,29 @@ class ImageRequest(BaseModel):
 class StreamRequest(ImageRequest):
     """A request whose progress can be followed."""
 
-    partial_images: int = Field(0, ge=0, le=MAX_PARTIAL_IMAGES, description="Previews on the way, in a stream.")
+    partial_images: int = Field(
+        0, ge=0, le=MAX_PARTIAL_IMAGES, description="Previews on the way, in a stream."
+    )
     events: Literal["openai", "all"] = Field(
-        "openai", description="What a stream tells: OpenAI's events, or all, with place in the queue and progress."
+        "openai",
+        description="What a stream tells: OpenAI's events, or all, with place in the queue and "
+        "progress.",
     )
 
 
 class OpenAIRequest(StreamRequest):
-    """What OpenAI's Images API has beside; what a diffusion model has no use for is taken and ignored, with a warning."""
+    """What OpenAI's Images API has beside; what a diffusion model has no use for is taken and
+    ignored, with a warning."""
 
-    IGNORED: ClassVar[tuple[str, ...]] = ("quality", "style", "background", "moderation", "complexity")
-    IGNORED_NAMES: ClassVar[tuple[str, ...]] = ("safety_identifier", "user")  # of people: warnings do not repeat them
+    IGNORED: ClassVar[tuple[str, ...]] = (
+        "quality",
+        "style",
+        "background",
+        "moderation",
+        "complexity",
+    )
+    # of people: warnings do not repeat them
+    IGNORED_NAMES: ClassVar[tuple[str, ...]] = ("safety_identifier", "user")
     REFUSED: ClassVar[Mapping[str, str]] = {
         "svg": "this server makes no SVG; leave it out, and let output_format be png, jpeg or webp",
         "frame_count": "an image has one frame; leave it out",
@@ -76,23 +105,33 @@ class OpenAIRequest(StreamRequest):
 
     model: str | None = Field(None, description="Name of the model, if given.")
     n: int = Field(1, ge=1, description="Number of pictures; picture i has seed + i.")
-    response_format: Literal["b64_json", "url"] | None = Field(None, description="How pictures are returned.")
+    response_format: Literal["b64_json", "url"] | None = Field(
+        None, description="How pictures are returned."
+    )
     stream: bool = Field(False, description="Answer with server-sent events.")
     user: str | None = Field(None, max_length=512, description="Ignored.")
     safety_identifier: str | None = Field(None, max_length=512, description="Ignored.")
-    quality: Literal["auto", "standard", "hd", "low", "medium", "high", "xhigh", "max"] | None = Field(
-        None, description="Ignored."
+    quality: Literal["auto", "standard", "hd", "low", "medium", "high", "xhigh", "max"] | None = (
+        Field(None, description="Ignored.")
     )
     style: Literal["vivid", "natural"] | None = Field(None, description="Ignored.")
-    background: Literal["auto", "transparent", "opaque"] | None = Field(None, description="Ignored.")
+    background: Literal["auto", "transparent", "opaque"] | None = Field(
+        None, description="Ignored."
+    )
     moderation: Literal["auto", "low"] | None = Field(None, description="Ignored.")
     complexity: Literal["low", "medium", "high"] | None = Field(None, description="Ignored.")
 
     def ignored(self) -> list[str]:
         """A warning for each field that is ignored and does not say `auto`."""
         given = ((name, getattr(self, name)) for name in self.IGNORED)
-        warnings = [f"{name}: {value!r} has no effect here." for name, value in given if value not in (None, "auto")]
-        return warnings + [f"{name}: it has no effect here." for name in self.IGNORED_NAMES if getattr(self, name)]
+        warnings = [
+            f"{name}: {value!r} has no effect here."
+            for name, value in given
+            if value not in (None, "auto")
+        ]
+        return warnings + [
+            f"{name}: it has no effect here." for name in self.IGNORED_NAMES if getattr(self, name)
+        ]
 
 
 class GenerationRequest(OpenAIRequest):
@@ -106,7 +145,8 @@ class Edit(BaseModel):
         None,
         gt=0,
         le=1,
-        description="How far the picture is led back towards noise: near 0 little changes, with 1 all.",
+        description="How far the picture is led back towards noise: near 0 little changes, with "
+        "1 all.",
     )
 
 
@@ -123,25 +163,37 @@ class NativeEditRequest(Edit, ImageRequest):
 
 
 def require_json(content_type: str, *others: str) -> None:
-    """Raise UnsupportedMedia unless the content type is JSON in UTF-8, or one of `others`; empty is none."""
+    """Raise UnsupportedMedia unless the content type is JSON in UTF-8, or one of `others`; empty is
+    none."""
     kind, parameters = parse_options_header(content_type)
     if kind.decode("latin-1") in others:
         return
-    if kind != b"application/json" and not (kind.startswith(b"application/") and kind.endswith(b"+json")):
-        told = " (curl -d sends it unless told otherwise)" if kind == b"application/x-www-form-urlencoded" else ""
+    if kind != b"application/json" and not (
+        kind.startswith(b"application/") and kind.endswith(b"+json")
+    ):
+        told = (
+            " (curl -d sends it unless told otherwise)"
+            if kind == b"application/x-www-form-urlencoded"
+            else ""
+        )
         wanted = " or ".join(["application/json", *filter(None, others)])
         raise UnsupportedMedia(
-            f"The content type is {shown(content_type)}{told}; send the header `Content-Type: {wanted}`."
+            f"The content type is {shown(content_type)}{told}; send the header `Content-Type: "
+            f"{wanted}`."
         )
     charset = parameters.get(b"charset", b"").decode("latin-1") or CHARSETS[0]
     if charset.lower() not in CHARSETS:
-        raise UnsupportedMedia(f"The charset of the content type is {shown(charset)}; send JSON in utf-8.")
+        raise UnsupportedMedia(
+            f"The charset of the content type is {shown(charset)}; send JSON in utf-8."
+        )
 
 
 def require_form(content_type: str) -> None:
     """Raise UnsupportedMedia unless the content type is that of a form with files."""
     if parse_options_header(content_type)[0] != b"multipart/form-data":
-        raise UnsupportedMedia(f"The content type is {shown(content_type)}; send multipart/form-data.")
+        raise UnsupportedMedia(
+            f"The content type is {shown(content_type)}; send multipart/form-data."
+        )
 
 
 RequestT = TypeVar("RequestT", bound=BaseModel)
@@ -177,7 +229,8 @@ def _without_nulls(body: bytes, schema: type[BaseModel]) -> bytes:
 
 
 def without_nulls(value: Any) -> Any:
-    """JSON less the members of objects that are null, however deep they stand. Elements of arrays stay."""
+    """JSON less the members of objects that are null, however deep they stand. Elements of arrays
+    stay."""
     if isinstance(value, dict):
         return {name: without_nulls(one) for name, one in value.items() if one is not None}
     return [without_nulls(one) for one in value] if isinstance(value, list) else value
@@ -185,22 +238,27 @@ def without_nulls(value: Any) -> Any:
 
 def some_of(names: Sequence[str]) -> str:
     """The first of names that clients sent, as a warning repeats them."""
-    return ", ".join([*map(shown, names[:MOST_NAMED]), *(["..."] if len(names) > MOST_NAMED else [])])
+    return ", ".join(
+        [*map(shown, names[:MOST_NAMED]), *(["..."] if len(names) > MOST_NAMED else [])]
+    )
 
 
 def check_members(values: dict[str, Any], schema: type[BaseModel]) -> None:
-    """Raise InvalidRequest naming the first unknown one if an object has far more members than its model has fields."""
+    """Raise InvalidRequest naming the first unknown one if an object has far more members than its
+    model has fields."""
     if len(values) > MANY * len(schema.model_fields):
         raise _unknown(next(name for name in values if name not in schema.model_fields))
 
 
 def parse_form(fields: Mapping[str, str], schema: type[RequestT]) -> RequestT:
-    """Read the fields of a form, whose values are all texts. One that is empty or `null` is absent: so OpenAI's clients for
-    Python and for Node send null. Only of prompts `null` is a word.
+    """Read the fields of a form, whose values are all texts. One that is empty or `null` is absent:
+    so OpenAI's clients for Python and for Node send null. Only of prompts `null` is a word.
 
     Raises as `parse` does.
     """
-    given = {name: text for name, text in fields.items() if text and (text != NULL or name in PROMPTS)}
+    given = {
+        name: text for name, text in fields.items() if text and (text != NULL or name in PROMPTS)
+    }
     try:
         return schema.model_validate_strings(given)
     except ValidationError as error:
@@ -208,12 +266,14 @@ def parse_form(fields: Mapping[str, str], schema: type[RequestT]) -> RequestT:
 
 
 def explain(error: ValidationError, schema: type[BaseModel] | None = None) -> InvalidRequest:
-    """The first problem, as the caller is told of it; `schema` tells of fields that are known, and why they are refused."""
+    """The first problem, as the caller is told of it; `schema` tells of fields that are known, and
+    why they are refused."""
     return _explain(error.errors(include_url=False)[0], getattr(schema, "REFUSED", {}))
 
 
 def refuse_known(name: str, schema: type[BaseModel]) -> None:
-    """Raise InvalidRequest saying what to do instead if a field, or a member of it, is one that the schema refuses by name."""
+    """Raise InvalidRequest saying what to do instead if a field, or a member of it, is one that the
+    schema refuses by name."""
     if (refusal := _refusal(name, getattr(schema, "REFUSED", {}))) is not None:
         raise refusal
 
@@ -222,12 +282,16 @@ def _refusal(name: str, refused: Mapping[str, str]) -> InvalidRequest | None:
     known = re.split(r"[\[.]", name, maxsplit=1)[0]  # forms have members as `svg[model]`
     if known not in refused:
         return None
-    return InvalidRequest(f"{known} is not taken: {refused[known]}.", code="unsupported", param=known)
+    return InvalidRequest(
+        f"{known} is not taken: {refused[known]}.", code="unsupported", param=known
+    )
 
 
 def _explain(problem: Any, refused: Mapping[str, str]) -> InvalidRequest:
     if problem["type"] == "json_invalid":
-        return InvalidRequest(f"The body is not valid JSON: {problem['ctx']['error']}.", code="invalid_json")
+        return InvalidRequest(
+            f"The body is not valid JSON: {problem['ctx']['error']}.", code="invalid_json"
+        )
     # strings that JSON's reader accepts and UTF-8 does not (lone surrogates) have no field to blame
     param = ".".join(str(part) for part in problem["loc"])[:SHOWN] or None
     if problem["type"] == "extra_forbidden":
@@ -235,9 +299,15 @@ def _explain(problem: Any, refused: Mapping[str, str]) -> InvalidRequest:
     if problem["type"] == "missing":
         return InvalidRequest(f"{param} is missing.", code="missing_field", param=param)
     if param == "size":
-        return InvalidRequest(f"size is {shown(problem['input'])}: say WIDTHxHEIGHT in pixels, or auto.", param=param)
-    return InvalidRequest(f"{param or 'body'} is {shown(problem['input'])}: {problem['msg']}.", param=param)
+        return InvalidRequest(
+            f"size is {shown(problem['input'])}: say WIDTHxHEIGHT in pixels, or auto.", param=param
+        )
+    return InvalidRequest(
+        f"{param or 'body'} is {shown(problem['input'])}: {problem['msg']}.", param=param
+    )
 
 
 def _unknown(param: str | None) -> InvalidRequest:
-    return InvalidRequest(f"Unknown field {shown(param)}.", code="unknown_field", param=param and param[:SHOWN])
+    return InvalidRequest(
+        f"Unknown field {shown(param)}.", code="unknown_field", param=param and param[:SHOWN]
+    )

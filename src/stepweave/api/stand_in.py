@@ -1,7 +1,8 @@
 """A short body in place of a native API's own, for BentoML.
 
-By then the own one has been read. BentoML would decode an edit's images once more, by the types that the client declares, and
-answer 500 for an `image/jpg`, which is none, or a PNG that is called WebP.
+By then the own one has been read. BentoML would decode an edit's images once more, by the types
+that the client declares, and answer 500 for an `image/jpg`, which is none, or a PNG that is called
+WebP.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ def _form() -> bytes:
     return b"".join(
         [
             f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n-\r\n'.encode(),
-            f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="image"; filename="-"\r\n\r\n'.encode(),
+            (
+                f"--{BOUNDARY}\r\n"
+                'Content-Disposition: form-data; name="image"; filename="-"\r\n\r\n'
+            ).encode(),
             picture.getvalue(),
             f"\r\n--{BOUNDARY}--\r\n".encode(),
         ]
@@ -36,7 +40,8 @@ def stand_in_form(scope: Scope, receive: Receive) -> Receive:
 
 
 def stand_in(scope: Scope, receive: Receive, content_type: str, body: bytes) -> Receive:
-    """A `receive` that gives the body, then what `receive` has; the scope's headers change to its own."""
+    """A `receive` that gives the body, then what `receive` has; the scope's headers change to its
+    own."""
     headers = MutableHeaders(raw=list(scope["headers"]))
     headers["Content-Type"] = content_type
     headers["Content-Length"] = str(len(body))

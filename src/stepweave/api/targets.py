@@ -1,4 +1,5 @@
-"""What a request asks for, whichever form its target has (RFC 9112, 3.2), and whatever proxies leave in front of it."""
+"""What a request asks for, whichever form its target has (RFC 9112, 3.2), and whatever proxies
+leave in front of it."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def is_of_the_server(scope: Scope) -> bool:
 def to_origin_form(scope: Scope) -> None:
     """Have the scope's path be one, and its Host that of the target.
 
-    Raises InvalidRequest for a target that names no path, and NotFound for a path with control characters.
+    Raises InvalidRequest for a target that names no path, and NotFound for a path with control
+    characters.
     """
     if _CONTROL.search(scope["path"]):  # patterns of routes take a line end for the end of a path
         raise NotFound(f"There is no route {shown(scope['path'])}.")
@@ -33,7 +35,9 @@ def to_origin_form(scope: Scope) -> None:
     target = scope.get("raw_path", b"").decode("latin-1")
     found = _ABSOLUTE.fullmatch(target)
     if found is None:
-        raise InvalidRequest(f"The request's target is {shown(target)}; send a path.", code="invalid_target")
+        raise InvalidRequest(
+            f"The request's target is {shown(target)}; send a path.", code="invalid_target"
+        )
     _set_path(scope, found["path"] or "/")
     headers = MutableHeaders(raw=list(scope["headers"]))
     headers["Host"] = found["host"]
@@ -41,7 +45,8 @@ def to_origin_form(scope: Scope) -> None:
 
 
 def normalize_path(scope: Scope, settings: Settings) -> None:
-    """Take the path of STEPWEAVE_BASE_URL off the request's, which some proxies leave on, and a slash off its end.
+    """Take the path of STEPWEAVE_BASE_URL off the request's, which some proxies leave on, and a
+    slash off its end.
 
     For the latter Starlette would redirect to whatever host the request names.
     """
@@ -54,14 +59,16 @@ def normalize_path(scope: Scope, settings: Settings) -> None:
 
 
 def take_forwarded_client(scope: Scope) -> None:
-    """Have the scope's client be the one that the proxy names: the last of X-Forwarded-For, since it appends whom it sees."""
+    """Have the scope's client be the one that the proxy names: the last of X-Forwarded-For, since
+    it appends whom it sees."""
     given = ",".join(Headers(scope=scope).getlist("x-forwarded-for")).rpartition(",")[2].strip()
     if given:
         scope["client"] = (given, 0)
 
 
 def has_two_lengths(scope: Scope) -> bool:
-    """Whether the length of the body is told in two ways, of which a proxy may have gone by the other (RFC 9112, 6.1)."""
+    """Whether the length of the body is told in two ways, of which a proxy may have gone by the
+    other (RFC 9112, 6.1)."""
     headers = Headers(scope=scope)
     return "content-length" in headers and "transfer-encoding" in headers
 

@@ -1,8 +1,10 @@
 """Messages of the Open Inference Protocol v2: JSON, with the binary tensor data extension.
 
-Protocol: https://github.com/kserve/open-inference-protocol/blob/main/specification/protocol/inference_rest.md. Extension: a
-message may be JSON followed by tensors as bytes, little-endian, in the order in which the JSON names them; the header
-`Inference-Header-Content-Length` tells how long the JSON is. A BYTES element is its length, 4 bytes unsigned, and its bytes.
+Protocol:
+https://github.com/kserve/open-inference-protocol/blob/main/specification/protocol/inference_rest.md.
+Extension: a message may be JSON followed by tensors as bytes, little-endian, in the order in which
+the JSON names them; the header `Inference-Header-Content-Length` tells how long the JSON is. A
+BYTES element is its length, 4 bytes unsigned, and its bytes.
 """
 
 from __future__ import annotations
@@ -57,7 +59,9 @@ class _Parameters(BaseModel):
 
 
 class InputParameters(_Parameters):
-    binary_data_size: int | None = Field(None, ge=0, description="Bytes of the tensor after the JSON.")
+    binary_data_size: int | None = Field(
+        None, ge=0, description="Bytes of the tensor after the JSON."
+    )
     shared_memory_region: Any = Field(None, description="Refused: elements must be in the request.")
 
 
@@ -72,7 +76,9 @@ class InputTensor(_Message):
 
 
 class OutputParameters(_Parameters):
-    binary_data: bool | None = Field(None, description="Return it after the JSON; else as `binary_data_output` says.")
+    binary_data: bool | None = Field(
+        None, description="Return it after the JSON; else as `binary_data_output` says."
+    )
     shared_memory_region: Any = Field(None, description="Refused: elements come in the answer.")
 
 
@@ -87,7 +93,9 @@ class InferenceRequest(_Message):
     id: str | None = Field(None, max_length=256, description="Echoed.")
     model_name: str | None = None
     model_version: str | None = None
-    parameters: dict[str, Any] | None = Field(None, description="Those that are not known are ignored, with a warning.")
+    parameters: dict[str, Any] | None = Field(
+        None, description="Those that are not known are ignored, with a warning."
+    )
     inputs: list[InputTensor] = Field(max_length=MAX_TENSORS)
     outputs: list[RequestedOutput] | None = Field(None, max_length=MAX_TENSORS)
 
@@ -98,7 +106,9 @@ class InferenceRequest(_Message):
         for name in ("inputs", "outputs"):
             given = values.get(name) if isinstance(values, dict) else None
             if isinstance(given, list) and len(given) > MAX_TENSORS:
-                raise InvalidRequest(f"{name} has {len(given)} elements; the limit is {MAX_TENSORS}.", param=name)
+                raise InvalidRequest(
+                    f"{name} has {len(given)} elements; the limit is {MAX_TENSORS}.", param=name
+                )
         return values
 
 
@@ -110,7 +120,8 @@ class IndexRequest(_Message):
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A BYTES tensor of one dimension; as JSON each element is the text that `texts` holds for it."""
+    """A BYTES tensor of one dimension; as JSON each element is the text that `texts` holds for
+    it."""
 
     name: str
     elements: Sequence[bytes]
@@ -120,13 +131,15 @@ class OutputTensor:
 
 
 def read_message(body: bytes, header_length: str | None) -> tuple[InferenceRequest, bytes]:
-    """The JSON of a request, and the bytes of its binary tensors. Raises InvalidRequest naming the tensor that is wrong."""
+    """The JSON of a request, and the bytes of its binary tensors. Raises InvalidRequest naming the
+    tensor that is wrong."""
     length = len(body)
     if header_length is not None:
         given = int(header_length) if header_length.isdecimal() and len(header_length) < 20 else -1
         if not 0 < given <= length:
             raise InvalidRequest(
-                f"{HEADER_LENGTH} is {shown(header_length)}; it is the length of the JSON, 1 to the body's {length} bytes.",
+                f"{HEADER_LENGTH} is {shown(header_length)}; it is the length of the JSON, 1 to "
+                f"the body's {length} bytes.",
                 param=HEADER_LENGTH,
             )
         length = given
@@ -137,12 +150,16 @@ def read_message(body: bytes, header_length: str | None) -> tuple[InferenceReque
     except ValidationError as error:
         raise _explain(error, values) from None
     except ValueError as error:
-        raise InvalidRequest(f"The body's JSON is not valid: {error}.", code="invalid_json") from None
+        raise InvalidRequest(
+            f"The body's JSON is not valid: {error}.", code="invalid_json"
+        ) from None
 
 
-def read_inputs(message: InferenceRequest, tail: bytes, accepted: Mapping[str, Sequence[str]]) -> dict[str, list[Any]]:
-    """The elements of each input by name: texts, integers or numbers; of shape [n, 1] as those of [n]. `accepted` maps names to
-    datatypes.
+def read_inputs(
+    message: InferenceRequest, tail: bytes, accepted: Mapping[str, Sequence[str]]
+) -> dict[str, list[Any]]:
+    """The elements of each input by name: texts, integers or numbers; of shape [n, 1] as those of
+    [n]. `accepted` maps names to datatypes.
 
     Raises InvalidRequest naming the tensor and what is wrong with it.
     """
@@ -151,7 +168,9 @@ def read_inputs(message: InferenceRequest, tail: bytes, accepted: Mapping[str, S
     for tensor in message.inputs:
         if tensor.name not in accepted:
             raise wrong(
-                tensor.name, f"there is no such input; the inputs are {', '.join(accepted)}", code="unknown_field"
+                tensor.name,
+                f"there is no such input; the inputs are {', '.join(accepted)}",
+                code="unknown_field",
             )
         if tensor.name in found:
             raise wrong(tensor.name, "it is given twice")
@@ -159,38 +178,64 @@ def read_inputs(message: InferenceRequest, tail: bytes, accepted: Mapping[str, S
             names = ", ".join(accepted[tensor.name])
             raise wrong(tensor.name, f"its datatype is {shown(tensor.datatype)}; {names} would do")
         if not tensor.shape or any(length != 1 for length in tensor.shape[1:]):
-            raise wrong(tensor.name, f"its shape is {shown(tensor.shape)}; it must be [n] or [n, 1]")
+            raise wrong(
+                tensor.name, f"its shape is {shown(tensor.shape)}; it must be [n] or [n, 1]"
+            )
         parameters = tensor.parameters or InputParameters()
         size = parameters.binary_data_size
         if (size is None) == (tensor.data is None):
             if parameters.shared_memory_region is not None:
                 raise wrong(tensor.name, f"{SHARED_MEMORY} (shared_memory_region)")
-            raise wrong(tensor.name, "its elements must stand either in data or after the JSON, with binary_data_size")
+            raise wrong(
+                tensor.name,
+                "its elements must stand either in data or after the JSON, with binary_data_size",
+            )
         if size is None:
             elements = _from_json(tensor)
         else:
             raw = tail[offset : offset + size]
             if len(raw) < size:
-                raise wrong(tensor.name, f"binary_data_size is {size}, but {len(raw)} bytes are left of the body")
+                raise wrong(
+                    tensor.name,
+                    f"binary_data_size is {size}, but {len(raw)} bytes are left of the body",
+                )
             offset += size
-            elements = _from_text(tensor, raw) if tensor.datatype == "BYTES" else _from_numbers(tensor, raw)
+            elements = (
+                _from_text(tensor, raw)
+                if tensor.datatype == "BYTES"
+                else _from_numbers(tensor, raw)
+            )
         if len(elements) != tensor.shape[0]:
-            raise wrong(tensor.name, f"its shape is {shown(tensor.shape)}, but it has {len(elements)} elements")
+            raise wrong(
+                tensor.name,
+                f"its shape is {shown(tensor.shape)}, but it has {len(elements)} elements",
+            )
         found[tensor.name] = elements
     if offset != len(tail):
-        raise InvalidRequest(f"{len(tail) - offset} bytes after the JSON belong to no input.", code="invalid_value")
+        raise InvalidRequest(
+            f"{len(tail) - offset} bytes after the JSON belong to no input.", code="invalid_value"
+        )
     return found
 
 
-def write_message(answer: Mapping[str, Any], outputs: Sequence[OutputTensor]) -> tuple[bytes, int | None]:
+def write_message(
+    answer: Mapping[str, Any], outputs: Sequence[OutputTensor]
+) -> tuple[bytes, int | None]:
     """The body of an answer, and the length of its JSON if binary tensors follow it."""
     tensors = []
     tails = []
     for output in outputs:
         parameters = dict(output.parameters)
-        tensor = {"name": output.name, "datatype": "BYTES", "shape": [len(output.elements)], "parameters": parameters}
+        tensor = {
+            "name": output.name,
+            "datatype": "BYTES",
+            "shape": [len(output.elements)],
+            "parameters": parameters,
+        }
         if output.binary:
-            tail = b"".join(piece for one in output.elements for piece in (_LENGTH.pack(len(one)), one))
+            tail = b"".join(
+                piece for one in output.elements for piece in (_LENGTH.pack(len(one)), one)
+            )
             parameters["binary_data_size"] = len(tail)
             tails.append(tail)
         else:
@@ -231,14 +276,17 @@ def _from_json(tensor: InputTensor) -> list[Any]:
         if tensor.datatype in INTEGERS:
             limits = np.iinfo(_DTYPES[tensor.datatype])
             if not limits.min <= element <= limits.max:
-                raise wrong(tensor.name, f"{shown(element)} is out of the range of {tensor.datatype}")
+                raise wrong(
+                    tensor.name, f"{shown(element)} is out of the range of {tensor.datatype}"
+                )
     if tensor.datatype not in FLOATS:
         return data
     return [_float(tensor, element) for element in data]
 
 
 def _flat(data: list[Any], shape: Sequence[int]) -> list[Any]:
-    """The elements of [[a], [b]], where the shape has a second dimension; JSON may nest them or not."""
+    """The elements of [[a], [b]], where the shape has a second dimension; JSON may nest them or
+    not."""
     for _ in shape[1:]:
         if not all(isinstance(one, list) and len(one) == 1 for one in data):
             break
@@ -250,7 +298,9 @@ def _float(tensor: InputTensor, element: float) -> float:
     try:
         return float(element)
     except OverflowError:  # of an integer beyond any float
-        raise wrong(tensor.name, f"{shown(element)} is out of the range of {tensor.datatype}") from None
+        raise wrong(
+            tensor.name, f"{shown(element)} is out of the range of {tensor.datatype}"
+        ) from None
 
 
 def _from_text(tensor: InputTensor, raw: bytes) -> list[str]:
@@ -259,25 +309,35 @@ def _from_text(tensor: InputTensor, raw: bytes) -> list[str]:
     while offset < len(raw):
         start = offset + _LENGTH.size
         if start > len(raw):
-            raise wrong(tensor.name, f"element {len(elements)} ends within its length, at byte {len(raw)}")
+            raise wrong(
+                tensor.name, f"element {len(elements)} ends within its length, at byte {len(raw)}"
+            )
         offset = start + _LENGTH.unpack_from(raw, offset)[0]
         if offset > len(raw):
             raise wrong(
-                tensor.name, f"element {len(elements)} has {offset - start} bytes, but {len(raw) - start} are left"
+                tensor.name,
+                f"element {len(elements)} has {offset - start} bytes, but {len(raw) - start} are "
+                f"left",
             )
         try:
             elements.append(raw[start:offset].decode())
         except UnicodeDecodeError:
-            raise wrong(tensor.name, f"element {len(elements)} is not UTF-8: {shown(raw[start:offset])}") from None
+            raise wrong(
+                tensor.name, f"element {len(elements)} is not UTF-8: {shown(raw[start:offset])}"
+            ) from None
     return elements
 
 
 def _from_numbers(tensor: InputTensor, raw: bytes) -> list[Any]:
     dtype = _DTYPES[tensor.datatype]
     if len(raw) % dtype.itemsize:
-        raise wrong(tensor.name, f"{len(raw)} bytes are no whole number of {tensor.datatype} of {dtype.itemsize} bytes")
+        raise wrong(
+            tensor.name,
+            f"{len(raw)} bytes are no whole number of {tensor.datatype} of {dtype.itemsize} bytes",
+        )
     elements = np.frombuffer(raw, dtype)
-    if tensor.datatype == "FP32":  # the shortest decimal that it stands for, so that 7.3 is what 7.3 is in JSON
+    # the shortest decimal that it stands for, so that 7.3 is what 7.3 is in JSON
+    if tensor.datatype == "FP32":
         return [float(text) for text in elements.astype(str)]
     values: list[Any] = elements.tolist()
     return values

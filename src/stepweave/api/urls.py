@@ -1,4 +1,5 @@
-"""Where clients reach the server: configured, or as the request names it if that host is trusted. All URLs are made here."""
+"""Where clients reach the server: configured, or as the request names it if that host is trusted.
+All URLs are made here."""
 
 from __future__ import annotations
 
@@ -12,16 +13,20 @@ from starlette.requests import Request
 from stepweave.config import Settings
 from stepweave.errors import InvalidRequest, shown
 
-_HOST = re.compile(r"(?P<name>[a-z0-9_]([a-z0-9._-]{0,252})|\[[0-9a-f:.]{2,45}\])(:(?P<port>[0-9]{1,5}))?", re.ASCII)
-_PREFIX = re.compile(r"(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*){1,16}/?")  # no "..", and no "//", which begins a host
+_HOST = re.compile(
+    r"(?P<name>[a-z0-9_]([a-z0-9._-]{0,252})|\[[0-9a-f:.]{2,45}\])(:(?P<port>[0-9]{1,5}))?",
+    re.ASCII,
+)
+# no "..", and no "//", which begins a host
+_PREFIX = re.compile(r"(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*){1,16}/?")
 _MAX_PORT = 65_535
 
 
 def base_url(request: Request, settings: Settings) -> str:
     """The URL of the server's root, without a slash at its end.
 
-    Raises InvalidRequest with code `no_base_url` if none is configured and the host that the request names is not trusted: a
-    client could otherwise have URLs made that lead others astray.
+    Raises InvalidRequest with code `no_base_url` if none is configured and the host that the
+    request names is not trusted: a client could otherwise have URLs made that lead others astray.
     """
     if settings.base_url is not None:
         return settings.base_url.rstrip("/")
@@ -30,8 +35,10 @@ def base_url(request: Request, settings: Settings) -> str:
     if not is_trusted(host, settings) or scheme not in ("http", "https"):
         raise InvalidRequest(
             f"No URL can be made for an image: the request names the host {shown(host)}"
-            f"{'' if scheme in ('http', 'https') else f' and the scheme {shown(scheme)}'}, which is not trusted. Set "
-            "STEPWEAVE_BASE_URL to where clients reach this server, or name the host in STEPWEAVE_TRUSTED_HOSTS.",
+            f"{'' if scheme in ('http', 'https') else f' and the scheme {shown(scheme)}'}, which "
+            f"is not trusted. Set "
+            "STEPWEAVE_BASE_URL to where clients reach this server, or name the host in "
+            "STEPWEAVE_TRUSTED_HOSTS.",
             code="no_base_url",
         )
     return f"{scheme}://{host.lower()}{prefix(request, settings)}"
@@ -41,7 +48,9 @@ def is_trusted(host: str, settings: Settings) -> bool:
     """Whether a `Host` header is well-formed and names one of `STEPWEAVE_TRUSTED_HOSTS`."""
     found = _HOST.fullmatch(host.lower())
     return (
-        found is not None and int(found["port"] or 0) <= _MAX_PORT and _matches(found["name"], settings.trusted_hosts)
+        found is not None
+        and int(found["port"] or 0) <= _MAX_PORT
+        and _matches(found["name"], settings.trusted_hosts)
     )
 
 
@@ -55,7 +64,8 @@ def is_address(host: str) -> bool:
 
 
 def prefix(request: Request, settings: Settings) -> str:
-    """The path that a proxy puts before the server's own, without a slash at its end; empty for none."""
+    """The path that a proxy puts before the server's own, without a slash at its end; empty for
+    none."""
     if settings.base_url is not None:
         return configured_prefix(settings)
     given = forwarded(request.headers, settings, "prefix")
@@ -68,12 +78,14 @@ def configured_prefix(settings: Settings) -> str:
 
 
 def reference(request: Request, settings: Settings, path: str) -> str:
-    """A reference to one of the server's paths, for who has just reached it: no host is named (RFC 3986, 4.2)."""
+    """A reference to one of the server's paths, for who has just reached it: no host is named (RFC
+    3986, 4.2)."""
     return f"{prefix(request, settings)}{path}"
 
 
 def forwarded(headers: Headers, settings: Settings, name: str) -> str:
-    """What proxies say in `X-Forwarded-NAME`, if they are to be believed: the first says what the client asked for."""
+    """What proxies say in `X-Forwarded-NAME`, if they are to be believed: the first says what the
+    client asked for."""
     given = headers.get(f"x-forwarded-{name}", "") if settings.trust_forwarded else ""
     return given.partition(",")[0].strip()
 

@@ -14,7 +14,18 @@ RECOVERY = 20  # jobs that end, before one more may run at a time
 class Active:
     """A job that has started: its fiber, and what the fiber waits for."""
 
-    __slots__ = ("_given", "call", "elsewhere", "evicted", "fiber", "job", "refused", "starved", "told", "__weakref__")
+    __slots__ = (
+        "_given",
+        "call",
+        "elsewhere",
+        "evicted",
+        "fiber",
+        "job",
+        "refused",
+        "starved",
+        "told",
+        "__weakref__",
+    )
 
     def __init__(self, job: Job, fiber: Fiber) -> None:
         self.job = job
@@ -22,7 +33,8 @@ class Active:
         self.call: Call | None = None  # that stands in a queue
         self.elsewhere = False  # its work is on another thread
         self.starved: Call | None = None  # that waits for other jobs to leave the memory
-        self.evicted = False  # it ends, to start again: for want of memory, or since what it was given is in doubt
+        # it ends, to start again: for want of memory, or since what it was given is in doubt
+        self.evicted = False
         self.told = 0  # to end, so many times
         self.refused = False  # the modules are no longer as they were
         self._given = Given(*job.args, *job.kwargs.values())
@@ -33,7 +45,8 @@ class Active:
         return not self._given.overwritten()
 
     def own_state(self) -> tuple[str, str] | None:
-        """Why its calls must run alone, if its own code has changed modules that it shares with others: a code and a text."""
+        """Why its calls must run alone, if its own code has changed modules that it shares with
+        others: a code and a text."""
         for one in self.fiber.own:
             if isinstance(one, OwnState) and one:
                 return self.job.scope.wrote(one, self.job)  # type: ignore[no-any-return]
@@ -48,7 +61,8 @@ class Active:
 
 
 class Crowd:
-    """How many jobs may run at a time: fewer than `most` for a while after that many did not fit into memory."""
+    """How many jobs may run at a time: fewer than `most` for a while after that many did not fit
+    into memory."""
 
     def __init__(self, most: int) -> None:
         self._most = most

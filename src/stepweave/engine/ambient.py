@@ -10,7 +10,8 @@ import torch
 
 
 class Ambient(NamedTuple):
-    """Gradient mode, autocast and default dtype. Part of a group's key: a merged forward runs under it."""
+    """Gradient mode, autocast and default dtype. Part of a group's key: a merged forward runs under
+    it."""
 
     grad: bool
     autocast: tuple[tuple[str, bool, torch.dtype], ...]  # by device type
@@ -21,7 +22,10 @@ class Ambient(NamedTuple):
 def current(device_types: tuple[str, ...]) -> Ambient:
     return Ambient(
         torch.is_grad_enabled(),
-        tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in device_types),
+        tuple(
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in device_types
+        ),
         torch.is_autocast_cache_enabled(),
         torch.get_default_dtype(),
     )
@@ -48,7 +52,8 @@ def quiet(device_types: tuple[str, ...]) -> Ambient:
 
 
 def use_device(device: torch.device) -> None:
-    """Make a GPU the calling thread's own: a thread begins with the first one, and what it does may open a context there."""
+    """Make a GPU the calling thread's own: a thread begins with the first one, and what it does may
+    open a context there."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
@@ -63,7 +68,8 @@ _inside: list[DefaultRandom] = []  # whose states stand in the default generator
 
 
 def draw_seed() -> int:
-    """A seed from torch's default generator, or, while a fiber's own stands in its place, from the one that waits to return."""
+    """A seed from torch's default generator, or, while a fiber's own stands in its place, from the
+    one that waits to return."""
     with _swapping:
         if not _inside:
             return int(torch.randint(2**62, ()).item())
@@ -75,13 +81,16 @@ def draw_seed() -> int:
 
 
 class DefaultRandom:
-    """Default random generators of one fiber's own: on the CPU and, if that is used, on the CUDA device."""
+    """Default random generators of one fiber's own: on the CPU and, if that is used, on the CUDA
+    device."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self._generators = [torch.default_generator]
         if device.type == "cuda":
             self._generators.append(torch.cuda.default_generators[device.index or 0])
-        self._own = [torch.Generator(one.device).manual_seed(seed).get_state() for one in self._generators]
+        self._own = [
+            torch.Generator(one.device).manual_seed(seed).get_state() for one in self._generators
+        ]
         self._others: list[torch.Tensor] = []
 
     def enter(self) -> None:

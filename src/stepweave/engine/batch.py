@@ -1,4 +1,5 @@
-"""Whole requests in one call of the pipeline: what most servers call batching, and a baseline for step batching."""
+"""Whole requests in one call of the pipeline: what most servers call batching, and a baseline for
+step batching."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ _CONSTANTS = (bool, int, float, str, type(None))
 
 
 def batch_key(job: Job) -> Hashable | None:
-    """Equal for jobs whose calls differ in prompts and generators only; None for a job that must have a call of its own."""
+    """Equal for jobs whose calls differ in prompts and generators only; None for a job that must
+    have a call of its own."""
     kwargs = job.kwargs
     generator = kwargs.get("generator")
     if job.args or job.reproducible or job.scheduler is not None:
@@ -46,13 +48,20 @@ def run_batch(scope: RequestScopedPipeline, jobs: list[Job]) -> list[Outcome]:
     """Run jobs of one key in one call; the outcome of each."""
     first = jobs[0].kwargs
     kwargs = {
-        name: [job.kwargs[name] for job in jobs] if _is_prompt(name) and isinstance(value, str) else value
+        name: [job.kwargs[name] for job in jobs]
+        if _is_prompt(name) and isinstance(value, str)
+        else value
         for name, value in first.items()
     }
     kwargs["generator"] = generators = [one for job in jobs for one in _generators(job)]
     before = [one.get_state() for one in generators]
     try:
-        with scope.lease() as view, warned(view, jobs), track(view, _Together(jobs)), FiniteImages(view) as images:
+        with (
+            scope.lease() as view,
+            warned(view, jobs),
+            track(view, _Together(jobs)),
+            FiniteImages(view) as images,
+        ):
             outcomes = split(images.checked(view(**kwargs)), [images_of(job) for job in jobs])
     except BaseException:
         for generator, state in zip(generators, before, strict=True):

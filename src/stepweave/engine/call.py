@@ -18,7 +18,8 @@ from stepweave.scheduling.task import Key, Task
 if TYPE_CHECKING:
     from stepweave.engine.state_watch import StateWatch
 
-# A layout says for each argument how calls are merged; nested tuples, the tag first, so that it is hashable.
+# A layout says for each argument how calls are merged; nested tuples, the tag first, so that it is
+# hashable.
 Layout = tuple[Any, ...]
 
 # diffusers' names of a padding mask for an argument, besides the argument's own name and "_mask"
@@ -42,14 +43,22 @@ class Target:
     readings: Readings = field(default_factory=Readings, repr=False)
     watch: StateWatch | None = field(default=None, repr=False)  # None: not looked after
     names: tuple[str, ...] = field(init=False)
-    masks: dict[str, str] = field(init=False)  # argument -> the argument that masks its second dimension
+    # argument -> the argument that masks its second dimension
+    masks: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
-        names = _named(self.function) or _named(original_of(self.module).forward) or _class_named(self.module)
+        names = (
+            _named(self.function)
+            or _named(original_of(self.module).forward)
+            or _class_named(self.module)
+        )
         masks = {}
         for name in names:
             base, number = re.fullmatch(r"(.*?)(_\d+)?", name).groups()  # type: ignore[union-attr]
-            for mask in (f"{name}_mask", *(f"{one}{number or ''}" for one in _MASK_NAMES.get(base, ()))):
+            for mask in (
+                f"{name}_mask",
+                *(f"{one}{number or ''}" for one in _MASK_NAMES.get(base, ())),
+            ):
                 if mask in names:
                     masks[name] = mask
                     break
@@ -79,7 +88,8 @@ class Call:
     leaves: list[tuple[Any, ...]] = field(
         default_factory=list
     )  # tensors and numbers of the rows, in the layout's order
-    paths: list[tuple[Path, str]] = field(default_factory=list)  # of the leaves, and their layouts' tags
+    # of the leaves, and their layouts' tags
+    paths: list[tuple[Path, str]] = field(default_factory=list)
     guesses: list[Guess] = field(default_factory=list)  # readings that are not the first
     look: Hashable = None  # what those do
     chunks: int = 1  # parts of the rows, of which those of all calls lie together when merged
@@ -89,15 +99,18 @@ class Call:
     key: Hashable = None  # what calls of one group have in common: the kind and the constants
     listed: bool = False  # the sample is a list with an entry for each row
     opaque: bool = False  # an argument is told from others by its identity only
-    ragged: Hashable = None  # sizes in which calls of one group may differ, where a certificate allows it
-    extents: list[tuple[int, int]] = field(default_factory=list)  # of those sizes: least and most of each argument
+    # sizes in which calls of one group may differ, where a certificate allows it
+    ragged: Hashable = None
+    # of those sizes: least and most of each argument
+    extents: list[tuple[int, int]] = field(default_factory=list)
     cost: Key = field(init=False)  # what its forward's seconds depend on
     cap: int = 0  # rows that its forward was allowed
     owner: Any = None  # set by the loop, as are task and since: who waits for it
     task: Task = field(default_factory=Task)
     since: float = 0.0  # when it began to wait
     cache_key: Hashable | None = None  # of its result, where results are remembered
-    keep: bool = False  # run alone, the fiber leaves a copy of the result in `output`, and says how it went
+    # run alone, the fiber leaves a copy of the result in `output`, and says how it went
+    keep: bool = False
     output: Any = None
     failed: bool = False
     wrote: bool = False  # to its own arguments
@@ -106,7 +119,8 @@ class Call:
     retried: bool = False  # whole, since there was more room
     check: bool = False  # run alone, its fiber looks whether the module keeps something of it
     looked: float = 0.0  # seconds that this took
-    spans: dict[int, Any] = field(default_factory=dict)  # of leaves, as far as they are known: see evidence
+    # of leaves, as far as they are known: see evidence
+    spans: dict[int, Any] = field(default_factory=dict)
     apart: tuple[str, str] = ("", "")  # why it can share no forward: a code and a text
     own: bool = False  # it is to run on modules that its job's own code has changed
     whole: bool = False  # it must be run as the pipeline made it, neither merged nor divided
@@ -126,7 +140,8 @@ class Call:
 
 
 def original_of(module: nn.Module) -> nn.Module:
-    """The module that a compiled one was made of, with names for its arguments; any other as it is."""
+    """The module that a compiled one was made of, with names for its arguments; any other as it
+    is."""
     original = getattr(module, "_orig_mod", module)
     return original if isinstance(original, nn.Module) else module
 

@@ -1,9 +1,10 @@
 """Certificates: the recorded proof that a kind of call gives the same result merged and alone.
 
-Nothing is merged on trust. The first calls of a kind that could share a forward are run merged and one by one, and compared.
-What the proof did not see is not covered by it: an argument that was the same in all calls or had no clear effect, values beyond
-those tried, sizes that did not differ, many more rows. Each such variation is proven when it first occurs, or kept out of
-merged forwards until it is tried again.
+Nothing is merged on trust. The first calls of a kind that could share a forward are run merged and
+one by one, and compared. What the proof did not see is not covered by it: an argument that was the
+same in all calls or had no clear effect, values beyond those tried, sizes that did not differ, many
+more rows. Each such variation is proven when it first occurs, or kept out of merged forwards until
+it is tried again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,17 @@ from stepweave.engine.certificate import RAGGED, Certificate, Held, State, Verdi
 from stepweave.engine.compare import Differ, NotFinite, Pair, agree, compare, told_apart
 from stepweave.engine.describe import TIMES
 from stepweave.engine.digests import Digests
-from stepweave.engine.evidence import Span, distance, hull, is_whole, readable, samples, scalars, span, spread
+from stepweave.engine.evidence import (
+    Span,
+    distance,
+    hull,
+    is_whole,
+    readable,
+    samples,
+    scalars,
+    span,
+    spread,
+)
 from stepweave.engine.merge import tensors
 from stepweave.engine.proof import FAR, Proof, Prover
 from stepweave.engine.readings import made
@@ -30,10 +41,13 @@ from stepweave.engine.readings import made
 logger = logging.getLogger(__name__)
 
 REACH = 4  # a proof with so many rows covers this many times as many
-ATTEMPTS = 16  # inconclusive proofs, whose calls were too alike to tell apart, before a kind is left alone for a while
+# inconclusive proofs, whose calls were too alike to tell apart, before a kind is left alone for a
+# while
+ATTEMPTS = 16
 KEPT = 4096  # certificates; the least recently used goes first
 FIRST_AUDITS = 256  # merged forwards, up to which each power of two is audited
-REST = 128  # chances to merge, after which a kind that failed is tried again; twice as many after each failure
+# chances to merge, after which a kind that failed is tried again; twice as many after each failure
+REST = 128
 NOT_FINITE = 4  # the same for a proof that met numbers that are not finite
 HELD = 8  # the same for an argument that had no clear effect; twice as many after each try
 
@@ -73,7 +87,8 @@ class Certificates:
     # Decisions
 
     def decide(self, calls: Sequence[Call]) -> tuple[Verdict, list[Call]]:
-        """What to do first with calls of one key, the oldest first, and with which of them. The first always is among them."""
+        """What to do first with calls of one key, the oldest first, and with which of them. The
+        first always is among them."""
         first = calls[0]
         if len(calls) == 1:
             return Verdict.ALONE, [first]
@@ -88,7 +103,8 @@ class Certificates:
             return Verdict.ALONE, [first]
         if certificate.state is State.PENDING:
             varied = [(call, self._variations(first, call, every=True)) for call in reversed(alike)]
-            # best one whose times are of the same type, so that a failure says something of all calls of the kind
+            # best one whose times are of the same type, so that a failure says something of all
+            # calls of the kind
             varied.sort(key=lambda pair: bool(_types(pair[1])))
             other = next((call for call, variations in varied if variations), None)
             if other is None:
@@ -96,13 +112,19 @@ class Certificates:
             return Verdict.PROVE, [first, other]
         for call in alike[1:]:
             new = self._variations(first, call) - certificate.proven
-            if any(certificate.due(one, first, call) or not certificate.within_slack(one, first, call) for one in new):
+            if any(
+                certificate.due(one, first, call) or not certificate.within_slack(one, first, call)
+                for one in new
+            ):
                 return Verdict.PROVE, [first, call]
         beyond = self._beyond(alike, certificate)
         if beyond is not None:
             return Verdict.PROVE, beyond
         if spread(alike) > certificate.spread:
-            ends = [min(alike, key=lambda call: call.extents), max(alike, key=lambda call: call.extents)]
+            ends = [
+                min(alike, key=lambda call: call.extents),
+                max(alike, key=lambda call: call.extents),
+            ]
             return Verdict.PROVE, [*ends, *([] if any(first is one for one in ends) else [first])]
         unseen = certificate.is_new(alike)
         if sum(call.rows for call in alike) > REACH * certificate.rows:
@@ -154,9 +176,11 @@ class Certificates:
                 alike.append(call)
         return alike
 
-    def _variations(self, one: Call, other: Call, *, held: bool = False, every: bool = False) -> set[Any]:
-        """In which arguments two calls of a kind differ, as far as that is not proven to be right; or of those that are `held`;
-        or with `every`, of all."""
+    def _variations(
+        self, one: Call, other: Call, *, held: bool = False, every: bool = False
+    ) -> set[Any]:
+        """In which arguments two calls of a kind differ, as far as that is not proven to be right;
+        or of those that are `held`; or with `every`, of all."""
         certificate = self._known[one.kind]
         found: set[Any] = set()
         if one is other:
@@ -174,7 +198,8 @@ class Certificates:
         return found
 
     def _beyond(self, calls: Sequence[Call], certificate: Certificate) -> list[Call] | None:
-        """Calls to prove if an argument of few numbers lies beyond what any one proof has spanned: the ends, and the first."""
+        """Calls to prove if an argument of few numbers lies beyond what any one proof has spanned:
+        the ends, and the first."""
         for i, proven in certificate.spans.items():
             if i in certificate.held or not all(readable(call, i) for call in calls):
                 continue
@@ -182,24 +207,36 @@ class Certificates:
             if found.width and not any(one.covers(found) for one in proven):
                 low = min(calls, key=lambda call: span(call, i).low)
                 high = max(calls, key=lambda call: span(call, i).high)
-                ends = [low, high] if low is not high else [low, next(one for one in calls if one is not low)]
+                ends = (
+                    [low, high]
+                    if low is not high
+                    else [low, next(one for one in calls if one is not low)]
+                )
                 return [*ends, *([] if any(calls[0] is one for one in ends) else [calls[0]])]
         return None
 
     def _value(self, leaf: tuple[Any, ...]) -> Any:
-        values = [self._digests.of(one) if isinstance(one, torch.Tensor) else (type(one), one) for one in leaf]
+        values = [
+            self._digests.of(one) if isinstance(one, torch.Tensor) else (type(one), one)
+            for one in leaf
+        ]
         return values[0] if len(set(values)) == 1 else tuple(values)
 
     # Judgements
 
     def judge(self, proof: Proof, prover: Prover) -> bool:
-        """Record a proof, after the pair has been run a second time. False: what was merged must not be used."""
+        """Record a proof, after the pair has been run a second time. False: what was merged must
+        not be used."""
         certificate = self.of(proof.calls[0])
         try:
             right = self._judge(proof, prover, certificate)
         except Exception as error:  # an attempt like another, so that it is not made for ever
-            logger.exception("a proof of %s %s could not be judged", certificate.target, certificate.sample)
-            self._inconclusive(certificate, f"it could not be judged: {type(error).__name__}", "error")
+            logger.exception(
+                "a proof of %s %s could not be judged", certificate.target, certificate.sample
+            )
+            self._inconclusive(
+                certificate, f"it could not be judged: {type(error).__name__}", "error"
+            )
             self._hold_new(proof, certificate, "it could not be judged")
             return False
         if right:
@@ -227,16 +264,25 @@ class Certificates:
         certificate.proofs += 1
         if isinstance(proof.merged, Exception):
             error = proof.merged
-            self._disagree(proof, certificate, variations, f"merged, it raised {type(error).__name__}: {error}"[:200])
+            self._disagree(
+                proof,
+                certificate,
+                variations,
+                f"merged, it raised {type(error).__name__}: {error}"[:200],
+            )
             return False
         merged = [proof.merged_of(call) for call in pair]
         copies = [partial(prover.copies, proof, call) for call in pair]
         try:
             alike = all(call.ragged == calls[0].ragged for call in calls)
-            found = compare([Pair(*one, alike=alike) for one in zip(merged, single, copies, strict=True)])
+            found = compare(
+                [Pair(*one, alike=alike) for one in zip(merged, single, copies, strict=True)]
+            )
         except Differ as difference:
             # an audit tries nothing new: what it finds is wrong with the kind
-            self._disagree(proof, certificate, set() if proof.audit else variations, str(difference))
+            self._disagree(
+                proof, certificate, set() if proof.audit else variations, str(difference)
+            )
             return False
         except NotFinite:
             self._inconclusive(certificate, "results were not finite", "not_finite", attempt=False)
@@ -245,20 +291,36 @@ class Certificates:
         certificate.error = max(certificate.error, found)
         rows = sum(call.rows for call in calls)
         if not told_apart(merged, single):
-            if certificate.state is State.CERTIFIED and not variations - certificate.proven - certificate.spans.keys():
+            if (
+                certificate.state is State.CERTIFIED
+                and not variations - certificate.proven - certificate.spans.keys()
+            ):
                 certificate.rows = max(certificate.rows, rows)
                 self._hold_new(proof, certificate, UNCLEAR)
                 return True
-            self._inconclusive(certificate, "the calls compared were too alike to tell apart", "too_alike")
+            self._inconclusive(
+                certificate, "the calls compared were too alike to tell apart", "too_alike"
+            )
             self._hold_new(proof, certificate, UNCLEAR)
             return False
         return self._agree(proof, prover, certificate, variations, rows)
 
-    def _agree(self, proof: Proof, prover: Prover, certificate: Certificate, variations: set[Any], rows: int) -> bool:
+    def _agree(
+        self,
+        proof: Proof,
+        prover: Prover,
+        certificate: Certificate,
+        variations: set[Any],
+        rows: int,
+    ) -> bool:
         certificate.passed += 1
         certificate.attempts = certificate.rests = 0
         if certificate.state is State.PENDING and certificate.passed > certificate.failures:
-            certificate.state, certificate.code, certificate.reason = State.CERTIFIED, "", "merged and alone agree"
+            certificate.state, certificate.code, certificate.reason = (
+                State.CERTIFIED,
+                "",
+                "merged and alone agree",
+            )
             certificate.next_audit = certificate.merged + 1
         certificate.readings.prove(proof.calls[0].guesses)
         if all(call.rows == 1 for call in proof.calls) and certificate.divisible is None:
@@ -290,11 +352,16 @@ class Certificates:
                 known.append(tried)
             elif not any(one.covers(tried) for one in certificate.spans.get(i, [])):
                 faint = proof.evident.get(i) is None or proof.effects.get(i, 1.0) <= FAINT
-                self._hold(certificate, i, UNCLEAR, HELD, first, tried.width if faint else 0.0, tried=tried)
+                self._hold(
+                    certificate, i, UNCLEAR, HELD, first, tried.width if faint else 0.0, tried=tried
+                )
         return True
 
-    def _hold_unclear(self, proof: Proof, certificate: Certificate, variation: int, evident: bool | None) -> None:
-        """Hold an argument of many numbers whose effect is small, as far as it was tried, or free it where it has none."""
+    def _hold_unclear(
+        self, proof: Proof, certificate: Certificate, variation: int, evident: bool | None
+    ) -> None:
+        """Hold an argument of many numbers whose effect is small, as far as it was tried, or free
+        it where it has none."""
         pair = [proof.originals[id(call)] for call in proof.pair]
         apart = distance(*(call.leaves[variation] for call in pair))
         tried = hull(span(call, variation) for call in pair)
@@ -309,7 +376,15 @@ class Certificates:
             slack = apart
         apart = max(apart, slack)
         self._hold(
-            certificate, variation, UNCLEAR, HELD, proof.calls[0], slack, apart=apart, tried=tried, bounded=bounded
+            certificate,
+            variation,
+            UNCLEAR,
+            HELD,
+            proof.calls[0],
+            slack,
+            apart=apart,
+            tried=tried,
+            bounded=bounded,
         )
 
     def _hold_new(self, proof: Proof, certificate: Certificate, reason: str) -> None:
@@ -318,29 +393,53 @@ class Certificates:
             for variation in proof.variations - certificate.proven:
                 self._hold(certificate, variation, reason, HELD, proof.calls[0])
             for i, tried in proof.spans.items():
-                if i in certificate.spans and not any(one.covers(tried) for one in certificate.spans[i]):
+                if i in certificate.spans and not any(
+                    one.covers(tried) for one in certificate.spans[i]
+                ):
                     self._hold(certificate, i, reason, HELD, proof.calls[0], tried=tried)
 
-    def _disagree(self, proof: Proof, certificate: Certificate, variations: set[Any], problem: str) -> None:
-        first_proof = certificate.state is State.PENDING and not (certificate.repeat and certificate.ambiguous)
-        if first_proof and not _types(variations) and _read_in_another_way(proof.calls[0], variations):
-            certificate.state, certificate.reason, certificate.code = State.FAILED, problem, "failed"
+    def _disagree(
+        self, proof: Proof, certificate: Certificate, variations: set[Any], problem: str
+    ) -> None:
+        first_proof = certificate.state is State.PENDING and not (
+            certificate.repeat and certificate.ambiguous
+        )
+        if (
+            first_proof
+            and not _types(variations)
+            and _read_in_another_way(proof.calls[0], variations)
+        ):
+            certificate.state, certificate.reason, certificate.code = (
+                State.FAILED,
+                problem,
+                "failed",
+            )
             certificate.resting = certificate.chances + REST
-            logger.info("%s %s: its arguments are read in another way", certificate.target, certificate.sample)
+            logger.info(
+                "%s %s: its arguments are read in another way",
+                certificate.target,
+                certificate.sample,
+            )
         else:
             self._fail(certificate, variations, problem, "failed")
 
-    def _inconclusive(self, certificate: Certificate, reason: str, code: str, *, attempt: bool = True) -> None:
+    def _inconclusive(
+        self, certificate: Certificate, reason: str, code: str, *, attempt: bool = True
+    ) -> None:
         if certificate.state is State.PENDING:
             certificate.attempts += attempt
             certificate.reason, certificate.code = reason, code
             if certificate.attempts >= ATTEMPTS:
                 self._rest(certificate, REST)
-                logger.warning("%s %s runs alone: %s", certificate.target, certificate.sample, reason)
+                logger.warning(
+                    "%s %s runs alone: %s", certificate.target, certificate.sample, reason
+                )
 
     def _rest(self, certificate: Certificate, chances: int) -> None:
         """Try a kind again only after a while, twice as long each time until a proof succeeds."""
-        certificate.resting = max(certificate.resting, certificate.chances + chances * 2**certificate.rests)
+        certificate.resting = max(
+            certificate.resting, certificate.chances + chances * 2**certificate.rests
+        )
         certificate.rests += 1
 
     def _hold(
@@ -362,9 +461,12 @@ class Certificates:
             )  # fmt: skip
 
     def _fail(self, certificate: Certificate, variations: set[Any], reason: str, code: str) -> None:
-        """Hold what was new in this proof; a kind that fails with nothing new is not to be trusted at all."""
+        """Hold what was new in this proof; a kind that fails with nothing new is not to be trusted
+        at all."""
         certified = certificate.state is State.CERTIFIED
-        new: set[Any] = {RAGGED} if RAGGED in variations else variations if certified else _types(variations)
+        new: set[Any] = (
+            {RAGGED} if RAGGED in variations else variations if certified else _types(variations)
+        )
         if certificate.state is State.PENDING and certificate.repeat and certificate.ambiguous:
             certificate.repeat = False
             certificate.reason, certificate.code = reason, code
@@ -375,8 +477,14 @@ class Certificates:
                 certificate.held[variation] = Held(reason, wait, certificate.chances + wait)
                 certificate.spans.pop(variation, None)
             certificate.reason, certificate.code = reason, code
-            what = "calls of different sizes" if new == {RAGGED} else "calls that differ in further arguments"
-            logger.warning("%s %s: %s are not merged: %s", certificate.target, certificate.sample, what, reason)
+            what = (
+                "calls of different sizes"
+                if new == {RAGGED}
+                else "calls that differ in further arguments"
+            )
+            logger.warning(
+                "%s %s: %s are not merged: %s", certificate.target, certificate.sample, what, reason
+            )
         else:
             again = certificate.failures > 0
             certificate.state, certificate.reason, certificate.code = State.FAILED, reason, code
@@ -392,20 +500,28 @@ class Certificates:
         reason = f"{type(error).__name__} in a proof"
         if certificate.rests == 0:
             logger.warning(
-                "%s %s could not be tried: %s", certificate.target, certificate.sample, reason, exc_info=error
+                "%s %s could not be tried: %s",
+                certificate.target,
+                certificate.sample,
+                reason,
+                exc_info=error,
             )
         self._rest(certificate, HELD)
         if certificate.state is State.PENDING:
             certificate.reason, certificate.code = reason, "error"
 
     def judge_parts(self, call: Call, divided: Any) -> None:
-        """Record whether a call gave in parts, as `divided`, what it gave as a whole, in its `output`."""
+        """Record whether a call gave in parts, as `divided`, what it gave as a whole, in its
+        `output`."""
         certificate = self.of(call)
         if certificate.state is State.CERTIFIED and not call.failed and call.output is not None:
-            certificate.divisible = not isinstance(divided, Exception) and agree(divided, call.output)
+            certificate.divisible = not isinstance(divided, Exception) and agree(
+                divided, call.output
+            )
 
     def divisible(self, call: Call) -> bool | None:
-        """Whether a call's rows may be computed apart; where its own size was never tried, whether another's may."""
+        """Whether a call's rows may be computed apart; where its own size was never tried, whether
+        another's may."""
         if not isinstance(call.kind, tuple) or call.chunks > 1:
             return False
         own = self._known.get(call.kind)
@@ -425,8 +541,11 @@ class Certificates:
 
 
 def _read_in_another_way(call: Call, variations: set[Any]) -> bool:
-    """Whether there is another way to read the arguments of calls whose first proof failed, in which they differ so."""
-    rows = [path for i, (path, tag) in enumerate(call.paths) if tag == "rows" and i not in variations]
+    """Whether there is another way to read the arguments of calls whose first proof failed, in
+    which they differ so."""
+    rows = [
+        path for i, (path, tag) in enumerate(call.paths) if tag == "rows" and i not in variations
+    ]
     equal = [path for path in rows if path[0] not in TIMES]  # they are equal at the first step only
     return call.target.readings.another(call.guesses, equal)
 
@@ -441,8 +560,13 @@ def _dtype(leaf: tuple[Any, ...]) -> Any:
 
 
 def _shape_of_sample(call: Call) -> str:
-    tensor = next((leaf[0] for leaf in call.leaves if isinstance(leaf[0], torch.Tensor) and leaf[0].ndim), None)
+    tensor = next(
+        (leaf[0] for leaf in call.leaves if isinstance(leaf[0], torch.Tensor) and leaf[0].ndim),
+        None,
+    )
     if tensor is None:
         return ""
-    shape = tensor.shape if isinstance(next(iter(call.arguments.values())), list) else tensor.shape[1:]
+    shape = (
+        tensor.shape if isinstance(next(iter(call.arguments.values())), list) else tensor.shape[1:]
+    )
     return f"{'x'.join(map(str, shape))} {str(tensor.dtype).removeprefix('torch.')}"

@@ -1,8 +1,9 @@
 """Whether results of merged and of single calls agree, and whose result is whose.
 
-Results are held against each other slice by slice along every axis but the batch, so that neither a channel of large numbers nor
-a quiet row hides an error elsewhere. In single precision a slice may be off by `SHARE` of its own spread over rows; where it has
-none, and in half precision, by little more than the call's own noise: what the same call gives in a batch of copies of itself.
+Results are held against each other slice by slice along every axis but the batch, so that neither a
+channel of large numbers nor a quiet row hides an error elsewhere. In single precision a slice may
+be off by `SHARE` of its own spread over rows; where it has none, and in half precision, by little
+more than the call's own noise: what the same call gives in a batch of copies of itself.
 """
 
 from __future__ import annotations
@@ -17,15 +18,21 @@ import torch
 from stepweave.engine.merge import leaves, tensors
 
 SHARE = 1e-4  # of a slice's spread over rows
-STRICT = 64  # roundings of a slice's spread or largest number, beyond which a call's own noise must explain an error
+# roundings of a slice's spread or largest number, beyond which a call's own noise must explain an
+# error
+STRICT = 64
 APART = 10.0  # how much closer a row must be to its own single result than to any other's
 NOISY = 2.0  # times the call's own noise, in the mean of a slice; four times as much in one number
-LOUDEST = {torch.float16: 4e-2, torch.bfloat16: 4e-2}  # noise itself, as a share of the slice's largest number
+# noise itself, as a share of the slice's largest number
+LOUDEST = {torch.float16: 4e-2, torch.bfloat16: 4e-2}
 LOUDEST_OTHERS = 1e-4
 ROUNDINGS = 8  # of the slice's largest number, which are no error
-FEWEST = 16  # numbers of a slice that tell how large it is and how noisy: of fewer, all may by chance be near zero
+# numbers of a slice that tell how large it is and how noisy: of fewer, all may by chance be near
+# zero
+FEWEST = 16
 
-Copies = Callable[[], Sequence[Any] | None]  # a call's results in a batch of copies of itself; None: it cannot be had
+# a call's results in a batch of copies of itself; None: it cannot be had
+Copies = Callable[[], Sequence[Any] | None]
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,8 @@ class Pair:
     merged: Any
     single: Any
     copies: Copies = lambda: None
-    alike: bool = False  # whether calls were merged that do not differ in size, so that copies make the same noise
+    # whether calls were merged that do not differ in size, so that copies make the same noise
+    alike: bool = False
 
 
 class Differ(Exception):
@@ -47,7 +55,8 @@ class NotFinite(Exception):
 
 
 def compare(pairs: Sequence[Pair], rows: Sequence[Any] = ()) -> float:
-    """The largest difference, as a share of the slice's spread or largest number. `rows`: results that tell the spread, too.
+    """The largest difference, as a share of the slice's spread or largest number. `rows`: results
+    that tell the spread, too.
 
     Raises Differ, or NotFinite if what is finite agrees and some of it is not.
     """
@@ -62,14 +71,18 @@ def compare(pairs: Sequence[Pair], rows: Sequence[Any] = ()) -> float:
         for i, (a, b) in enumerate(zip(map(_numbers, ours), map(_numbers, theirs), strict=True)):
             if not isinstance(a, torch.Tensor):
                 if a != b:
-                    raise Differ(f"merged and alone give different constants, {a!r} and {b!r}"[:200])
+                    raise Differ(
+                        f"merged and alone give different constants, {a!r} and {b!r}"[:200]
+                    )
             elif not (a.dtype.is_floating_point or a.dtype.is_complex):
                 if not torch.equal(a, b):
                     raise Differ("merged and alone give different whole numbers")
             elif not torch.equal(a, b):
                 others = [_numbers(other[i]) for other in company if i < len(other)]
                 others = [one for one in others if isinstance(one, torch.Tensor)]
-                error, whole = _tensor(a, b, [one for one in others if one.shape[1:] == b.shape[1:]], noise, i)
+                error, whole = _tensor(
+                    a, b, [one for one in others if one.shape[1:] == b.shape[1:]], noise, i
+                )
                 worst, finite = max(worst, error), finite and whole
     if not finite:
         raise NotFinite
@@ -91,16 +104,18 @@ def equal(one: Any, other: Any) -> bool:
     if [_form(leaf) for leaf in ours] != [_form(leaf) for leaf in theirs]:
         return False
     return all(
-        bool(((a == b) | (a.isnan() & b.isnan())).all()) if isinstance(a, torch.Tensor) and a.is_floating_point()
-        else torch.equal(a, b) if isinstance(a, torch.Tensor)
+        bool(((a == b) | (a.isnan() & b.isnan())).all())
+        if isinstance(a, torch.Tensor) and a.is_floating_point()
+        else torch.equal(a, b)
+        if isinstance(a, torch.Tensor)
         else a == b
         for a, b in zip(map(_numbers, ours), map(_numbers, theirs), strict=True)
-    )  # fmt: skip
+    )
 
 
 def close(one: Any, other: Any, again: Any) -> bool:
-    """Whether two results of one call differ by no more than `again`, had at once after `other`, does from that: on devices
-    whose sums come in any order."""
+    """Whether two results of one call differ by no more than `again`, had at once after `other`,
+    does from that: on devices whose sums come in any order."""
     if not [_form(leaf) for leaf in leaves(one)] == [_form(leaf) for leaf in leaves(other)]:
         return False
     for a, b, c in zip(tensors(one), tensors(other), tensors(again), strict=False):
@@ -113,29 +128,47 @@ def close(one: Any, other: Any, again: Any) -> bool:
             first, second, third = (_wide(one).nan_to_num(0.0, 0.0, 0.0) for one in (a, b, c))
             noise = float((third - second).abs().max()) if third.numel() else 0.0
             step = torch.finfo(a.dtype).eps * float(second.abs().max() if second.numel() else 0.0)
-            if not float((first - second).abs().max() if first.numel() else 0.0) <= 4 * noise + step:
+            if (
+                not float((first - second).abs().max() if first.numel() else 0.0)
+                <= 4 * noise + step
+            ):
                 return False
     return True
 
 
 def effect(changed: Any, base: Any, others: Sequence[Any]) -> float:
-    """How many times the error allowed two results differ by, where they differ most; infinite if in shape. `others` tell the
-    spread over rows, as for `compare`."""
+    """How many times the error allowed two results differ by, where they differ most; infinite if
+    in shape. `others` tell the spread over rows, as for `compare`."""
     most = 0.0
     company = [[_numbers(leaf) for leaf in leaves(one)] for one in (base, *others)]
-    for i, (a, b) in enumerate(zip(map(_numbers, leaves(changed)), map(_numbers, leaves(base)), strict=False)):
+    for i, (a, b) in enumerate(
+        zip(map(_numbers, leaves(changed)), map(_numbers, leaves(base)), strict=False)
+    ):
         if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor) or not _is_inexact(b):
             most = max(most, 0.0 if type(a) is type(b) and equal(a, b) else float("inf"))
         elif a.shape != b.shape:
             return float("inf")
         elif not torch.equal(a, b):
             first, second = _wide(a), _wide(b)
-            rows = torch.cat([_wide(one[i]) for one in company if i < len(one) and one[i].shape[1:] == b.shape[1:]])
+            rows = torch.cat(
+                [
+                    _wide(one[i])
+                    for one in company
+                    if i < len(one) and one[i].shape[1:] == b.shape[1:]
+                ]
+            )
             difference = torch.nan_to_num((first - second).abs(), nan=0.0, posinf=0.0)
             spreads = _slices((rows.amax(0) - rows.amin(0)).nan_to_num(0.0, 0.0)[None])
-            for moved, spread, level in zip(_slices(difference), spreads, _slices(second.abs()), strict=True):
+            for moved, spread, level in zip(
+                _slices(difference), spreads, _slices(second.abs()), strict=True
+            ):
                 allowed = _allowed(b.dtype, spread.amax(-1), level.amax(-1))
-                most = max(most, float((moved.amax(-1) / allowed).nan_to_num(0.0).max()) if moved.numel() else 0.0)
+                most = max(
+                    most,
+                    float((moved.amax(-1) / allowed).nan_to_num(0.0).max())
+                    if moved.numel()
+                    else 0.0,
+                )
     return most
 
 
@@ -161,13 +194,15 @@ def _numbers(leaf: Any) -> Any:
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    """In double precision, on the CPU first: not every device has that. Complex numbers as pairs."""
+    """In double precision, on the CPU first: not every device has that. Complex numbers as
+    pairs."""
     here = tensor.detach().cpu()
     return torch.view_as_real(here).double() if here.is_complex() else here.double()
 
 
 def _slices(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensor's slices along each axis but the first, as (slices, numbers); a tensor of one axis is one slice."""
+    """The tensor's slices along each axis but the first, as (slices, numbers); a tensor of one axis
+    is one slice."""
     if tensor.ndim < 2:
         yield tensor.reshape(1, -1)
     for axis in range(1, tensor.ndim):
@@ -192,9 +227,14 @@ class _Noise:
 
 
 def _tensor(
-    merged: torch.Tensor, single: torch.Tensor, others: Sequence[torch.Tensor], noise: _Noise, i: int
+    merged: torch.Tensor,
+    single: torch.Tensor,
+    others: Sequence[torch.Tensor],
+    noise: _Noise,
+    i: int,
 ) -> tuple[float, bool]:
-    """The largest share that an error is of what it is held against, and whether all numbers are finite. Raises Differ."""
+    """The largest share that an error is of what it is held against, and whether all numbers are
+    finite. Raises Differ."""
     ours, alone = _wide(merged), _wide(single)
     here, there = ours.isfinite(), alone.isfinite()
     whole = bool(there.all())
@@ -225,7 +265,13 @@ def _tensor(
         worst = max(worst, float(share.max()) if share.numel() else 0.0)
     if doubtful:
         _hold_against_noise(
-            ours, alone, noise.of(i), single.dtype, SHARE * (rows.amax(0) - rows.amin(0)), worst, noise.alike
+            ours,
+            alone,
+            noise.of(i),
+            single.dtype,
+            SHARE * (rows.amax(0) - rows.amin(0)),
+            worst,
+            noise.alike,
         )
     return worst, whole
 
@@ -255,7 +301,8 @@ def _hold_against_noise(
     by_axis = zip(
         _slices((ours - steady).abs()),  # what the company did
         _slices((steady - alone).abs()),  # what the size of the batch did
-        _slices(torch.stack([(one - steady).abs() for one in copies]).amax(0)),  # what the place in it did
+        # what the place in it did
+        _slices(torch.stack([(one - steady).abs() for one in copies]).amax(0)),
         _slices(alone.abs()),
         _slices(allowed[None].expand(1, *allowed.shape)),
         strict=True,
@@ -285,7 +332,8 @@ def _rms(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def told_apart(merged: Sequence[Any], single: Sequence[Any]) -> bool:
-    """Whether every merged row is far closer to its own single result than to those of other calls, and some differ at all.
+    """Whether every merged row is far closer to its own single result than to those of other calls,
+    and some differ at all.
 
     Only calls with results of the same shapes can be held against each other.
     """
@@ -309,9 +357,15 @@ def told_apart(merged: Sequence[Any], single: Sequence[Any]) -> bool:
 
 def _rows(output: Any) -> torch.Tensor:
     """All numbers of a result, as (rows, numbers)."""
-    found = [t for t in map(_numbers, leaves(output)) if isinstance(t, torch.Tensor) and t.ndim and _is_inexact(t)]
+    found = [
+        t
+        for t in map(_numbers, leaves(output))
+        if isinstance(t, torch.Tensor) and t.ndim and _is_inexact(t)
+    ]
     if not found:
         return torch.empty(0, 0)
     rows = found[0].shape[0]
-    flat = [_wide(t).nan_to_num(0.0, 0.0, 0.0).reshape(rows, -1) for t in found if t.shape[0] == rows]
+    flat = [
+        _wide(t).nan_to_num(0.0, 0.0, 0.0).reshape(rows, -1) for t in found if t.shape[0] == rows
+    ]
     return torch.cat(flat, dim=1)

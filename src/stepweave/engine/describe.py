@@ -1,4 +1,5 @@
-"""Descriptions of calls, by which like is told from unlike: by the values of the arguments, not by model."""
+"""Descriptions of calls, by which like is told from unlike: by the values of the arguments, not by
+model."""
 
 from __future__ import annotations
 
@@ -18,7 +19,19 @@ from stepweave.scope.view import is_plain
 
 logger = logging.getLogger(__name__)
 
-_CONSTANTS = (type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.Size, torch.layout, Enum, type)
+_CONSTANTS = (
+    type(None),
+    bool,
+    int,
+    str,
+    bytes,
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    torch.layout,
+    Enum,
+    type,
+)
 TIMES = ("timestep", "timesteps")
 _TIME_TYPES = (torch.int32, torch.int64, torch.float32)  # of schedulers, which modules take alike
 
@@ -30,19 +43,24 @@ class Describer:
         self._digests = digests
 
     def describe(self, call: Call) -> None:
-        """Fill in what the loop and the merge need to know. A call that fits no rule gets a key of its own."""
+        """Fill in what the loop and the merge need to know. A call that fits no rule gets a key of
+        its own."""
         try:
             self._describe(call)
         except Exception as error:
             if not isinstance(error, Unmergeable):
-                logger.exception("a call of %s cannot be described; it runs alone", call.target.name)
+                logger.exception(
+                    "a call of %s cannot be described; it runs alone", call.target.name
+                )
             call.stand_alone(reason=str(error) or type(error).__name__)
 
     def _describe(self, call: Call) -> None:
         target = call.target
         call.arguments = target.bind(call.args, call.kwargs)
         if target.module.training or call.ambient.grad:
-            raise Unmergeable("gradients, or layers that draw random numbers, may depend on the batch")
+            raise Unmergeable(
+                "gradients, or layers that draw random numbers, may depend on the batch"
+            )
         sample = call.sample = _sample(call.arguments)
         call.listed = isinstance(sample, list)
         call.rows = len(sample) if call.listed else sample.shape[0]
@@ -64,10 +82,16 @@ class Describer:
                 node = walk.node(value, path)
             layouts.append((name, node))
         call.layout = tuple(layouts)
-        call.leaves, call.paths, call.extents, call.opaque = walk.leaves, walk.paths, walk.extents, walk.opaque
+        call.leaves, call.paths, call.extents, call.opaque = (
+            walk.leaves,
+            walk.paths,
+            walk.extents,
+            walk.opaque,
+        )
         call.guesses, call.holds = walk.guesses, walk.holds
         call.look = look(call.worn)
-        # processors may cut a batch in parts; with a chunk for each row, parts of all calls lie together, however many they are
+        # processors may cut a batch in parts; with a chunk for each row, parts of all calls lie
+        # together, however many they are
         call.chunks = 1 if call.look is None else call.rows
         call.kind = (target, call.layout, tuple(walk.sizes), call.ambient, call.chunks, call.look)
         call.constants = tuple(walk.exact)
@@ -127,7 +151,11 @@ class _Walk:
             self.opaque = True
             return ("generator",)
         first = frozen(values[0])
-        if first is None and not isinstance(values[0], (list, tuple, dict)) and all(one is values[0] for one in values):
+        if (
+            first is None
+            and not isinstance(values[0], (list, tuple, dict))
+            and all(one is values[0] for one in values)
+        ):
             self._identity(values[0])
             return ("repeated", type(values[0]))
         if first is not None and all(frozen(value) == first for value in values):
@@ -142,7 +170,8 @@ class _Walk:
                 return self.node(values, path)
             self.guesses.append((path, PER_ROW))
         elif values is not self._sample:
-            self._readings.suppose([path], PER_ROW)  # of calls whose entries happen to have as many rows, too
+            # of calls whose entries happen to have as many rows, too
+            self._readings.suppose([path], PER_ROW)
         self._leaf(path, "per row", *values)
         shapes = tuple(value.shape for value in values)
         if values is self._sample:
@@ -201,19 +230,24 @@ class _Walk:
         dtype: Any = "time" if value.dtype in _TIME_TYPES and path[0] in TIMES else value.dtype
         if value.ndim == 0:
             self._leaf(path, "scalar", value)
-            # one on the CPU goes with tensors of any device, as one with a row for each call would not
+            # one on the CPU goes with tensors of any device, as one with a row for each call would
+            # not
             return ("scalar", dtype, self._device if value.device.type == "cpu" else value.device)
         reading = self._readings.of(path)
         if value.shape[0] in (1, self._rows):
             shared = reading == "shared" and value is not self._sample
-            if not shared or not self._readings.remains(path, self._context(value), self._digests.of(value)):
+            if not shared or not self._readings.remains(
+                path, self._context(value), self._digests.of(value)
+            ):
                 self._leaf(path, "rows", value)
                 (self.sizes if value is self._sample else self.exact).append(value.shape[1:])
                 return ("rows", value.ndim, dtype, value.device)
             self.guesses.append((path, "shared"))
         elif others := self._others(value):
             if reading is None:
-                reading = self._readings.vary(path, self._context(value), self._digests.of(value), others)
+                reading = self._readings.vary(
+                    path, self._context(value), self._digests.of(value), others
+                )
             if reading in others:
                 return self._entries(value, path, reading)
         self.exact.append(self._digests.of(value))
@@ -272,6 +306,10 @@ def _sample(arguments: dict[str, Any]) -> Any:
     for value in arguments.values():
         if isinstance(value, torch.Tensor) and value.ndim:
             return value
-        if isinstance(value, list) and value and all(isinstance(item, torch.Tensor) for item in value):
+        if (
+            isinstance(value, list)
+            and value
+            and all(isinstance(item, torch.Tensor) for item in value)
+        ):
             return value
     raise Unmergeable("no argument has rows")

@@ -20,7 +20,8 @@ SIZE = 16  # bytes of a digest: two different tensors in 2^64 share one
 
 
 class Digests:
-    """Digests of tensors, each computed once, and again when `_version` tells that the tensor was written to.
+    """Digests of tensors, each computed once, and again when `_version` tells that the tensor was
+    written to.
 
     Reading a tensor's bytes waits for a GPU; looking a digest up does not.
     """
@@ -31,16 +32,23 @@ class Digests:
         self._trusted = True
 
     def of(self, tensor: torch.Tensor) -> bytes:
-        """Equal for tensors of equal dtype, shape and bytes, except that rows which all are the same count as one.
+        """Equal for tensors of equal dtype, shape and bytes, except that rows which all are the
+        same count as one.
 
         So a constant that two jobs carry in different numbers of rows is the same constant.
         """
-        if not self._trusted or tensor.is_inference():  # such tensors do not say when they are written to
+        # such tensors do not say when they are written to
+        if not self._trusted or tensor.is_inference():
             self.computed += 1
             return _digest(tensor)
         known = self._known.get(id(tensor))
         check = _check(tensor)
-        if known is not None and known[0]() is tensor and known[1] == tensor._version and known[3] == check:
+        if (
+            known is not None
+            and known[0]() is tensor
+            and known[1] == tensor._version
+            and known[3] == check
+        ):
             return known[2]
         self.computed += 1
         digest = _digest(tensor)
@@ -48,7 +56,8 @@ class Digests:
         return digest
 
     def note(self, tensor: torch.Tensor, digest: bytes) -> None:
-        """Remember the digest of a tensor on a device, that of the tensor on the CPU which it was copied from."""
+        """Remember the digest of a tensor on a device, that of the tensor on the CPU which it was
+        copied from."""
         if not tensor.is_inference():
             self._remember(tensor, digest, _check(tensor))
 
@@ -58,8 +67,9 @@ class Digests:
         self._known[key] = (reference, tensor._version, digest, check)
 
     def recheck(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Read tensors again whose digests are remembered. If one has changed meanwhile, none is remembered any more: something
-        writes past the versions, as `.data` does. Waits for the device."""
+        """Read tensors again whose digests are remembered. If one has changed meanwhile, none is
+        remembered any more: something writes past the versions, as `.data` does. Waits for the
+        device."""
         for tensor in tensors:
             known = self._known.get(id(tensor))
             if known is None or known[0]() is not tensor or known[1] != tensor._version:
@@ -68,13 +78,15 @@ class Digests:
                 self._trusted = False
                 self._known.clear()
                 logger.warning(
-                    "an argument was written to past its version; arguments are read at every step from now on"
+                    "an argument was written to past its version; arguments are read at every step "
+                    "from now on"
                 )
                 return
 
 
 class TokenIds(torch.Tensor):
-    """Token ids, or their mask, on the CPU. What `to` brings to a device need not be read back to be told from others."""
+    """Token ids, or their mask, on the CPU. What `to` brings to a device need not be read back to
+    be told from others."""
 
     digests: Digests
     # all that is made of them are plain tensors
@@ -106,7 +118,8 @@ def followed(output: Any, digests: Digests) -> Any:
 
 
 def _check(tensor: torch.Tensor) -> int | None:
-    """A quick look at a tensor's bytes, where that waits for no device: `.data`, numpy and the like write past its version."""
+    """A quick look at a tensor's bytes, where that waits for no device: `.data`, numpy and the like
+    write past its version."""
     if tensor.device.type != "cpu" or tensor.layout is not torch.strided or not tensor.numel():
         return None
     if tensor.numel() > QUICK:
@@ -114,7 +127,9 @@ def _check(tensor: torch.Tensor) -> int | None:
         if tensor.is_contiguous():
             flat = tensor.detach().reshape(-1)[::step]
         else:  # to flatten it would copy all of it
-            flat = tensor.detach()[torch.unravel_index(torch.arange(0, tensor.numel(), step), tensor.shape)]
+            flat = tensor.detach()[
+                torch.unravel_index(torch.arange(0, tensor.numel(), step), tensor.shape)
+            ]
     else:
         flat = tensor.detach().reshape(-1)
     return zlib.crc32(_bytes(flat).data)

@@ -1,4 +1,5 @@
-"""Dividing: one call's rows into several forwards, for calls that do not fit into memory at once; the reverse of merging."""
+"""Dividing: one call's rows into several forwards, for calls that do not fit into memory at once;
+the reverse of merging."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from stepweave.engine.merge import has_rows, is_constant, like, rebuilt, remade
 
 
 def part(call: Call, start: int, stop: int, *, repeat: bool = True) -> dict[str, Any]:
-    """The arguments of a call that stands for some of the rows of `call`. For `repeat` see merge."""
+    """The arguments of a call that stands for some of the rows of `call`. For `repeat` see
+    merge."""
     given = {}
     for name, node in call.layout:
         if name in call.arguments:
@@ -27,7 +29,9 @@ def part(call: Call, start: int, stop: int, *, repeat: bool = True) -> dict[str,
 def chunk(call: Call, number: int) -> Call:
     """One of the parts of which a call's batch is made, as a call."""
     rows = call.rows // call.chunks
-    return dataclasses.replace(call, arguments=part(call, number * rows, (number + 1) * rows), rows=rows)
+    return dataclasses.replace(
+        call, arguments=part(call, number * rows, (number + 1) * rows), rows=rows
+    )
 
 
 def _part(node: Layout, value: Any, rows: int, span: slice) -> Any:
@@ -47,21 +51,30 @@ def _part(node: Layout, value: Any, rows: int, span: slice) -> Any:
     if tag == "dict":
         return {key: _part(child, value[key], rows, span) for key, child in node[1:]}
     if tag == "object":
-        return like(value, {name: _part(child, vars(value)[name], rows, span) for name, child in node[2:]})
-    return rebuilt(value, [_part(child, item, rows, span) for child, item in zip(node[2:], value, strict=True)])
+        return like(
+            value, {name: _part(child, vars(value)[name], rows, span) for name, child in node[2:]}
+        )
+    return rebuilt(
+        value, [_part(child, item, rows, span) for child, item in zip(node[2:], value, strict=True)]
+    )
 
 
 def join(outputs: Sequence[Any], rows: Sequence[int], *, listed: bool = False) -> Any:
-    """The parts' results, of so many rows each, as one. Raises Unmergeable for what has no rows. For `listed` see split."""
+    """The parts' results, of so many rows each, as one. Raises Unmergeable for what has no rows.
+    For `listed` see split."""
     first = outputs[0]
-    if isinstance(first, torch.Tensor) and all(has_rows(one, count) for one, count in zip(outputs, rows, strict=True)):
+    if isinstance(first, torch.Tensor) and all(
+        has_rows(one, count) for one, count in zip(outputs, rows, strict=True)
+    ):
         return torch.cat(list(outputs))
     if isinstance(first, np.ndarray) and first.ndim and len(first) == rows[0]:
         return np.concatenate(outputs)
     if is_constant(first) and all(one == first for one in outputs):
         return first
     if isinstance(first, dict):
-        return remade(first, {key: join([one[key] for one in outputs], rows, listed=listed) for key in first})
+        return remade(
+            first, {key: join([one[key] for one in outputs], rows, listed=listed) for key in first}
+        )
     if (
         isinstance(first, list)
         and len(first) == rows[0]
@@ -69,8 +82,12 @@ def join(outputs: Sequence[Any], rows: Sequence[int], *, listed: bool = False) -
     ):
         return [item for one in outputs for item in one]
     if isinstance(first, (list, tuple)):
-        return rebuilt(first, [join(items, rows, listed=listed) for items in zip(*outputs, strict=True)])
+        return rebuilt(
+            first, [join(items, rows, listed=listed) for items in zip(*outputs, strict=True)]
+        )
     attributes = getattr(first, "__dict__", None)
     if not attributes or isinstance(first, torch.Tensor):
         raise Unmergeable(f"results of type {type(first).__name__} cannot be put together")
-    return like(first, {name: join([vars(one)[name] for one in outputs], rows) for name in attributes})
+    return like(
+        first, {name: join([vars(one)[name] for one in outputs], rows) for name in attributes}
+    )

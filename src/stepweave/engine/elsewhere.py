@@ -18,7 +18,8 @@ THREADS = 2
 
 
 class Elsewhere:
-    """Runs it; `returned` is called on one of its threads with what came of it, or on the engine's with RunYourself."""
+    """Runs it; `returned` is called on one of its threads with what came of it, or on the engine's
+    with RunYourself."""
 
     def __init__(self, returned: Callable[[Active, Any], None], device: torch.device) -> None:
         self._returned = returned
@@ -38,8 +39,9 @@ class Elsewhere:
 
 
 def _may_move(active: Active, work: Offload) -> bool:
-    """Whether it would find on another thread what it finds on the engine's: nothing that is the whole process's is the job's
-    own. Where it is looked for what a job's own code leaves in the modules, code that is not known stays, too."""
+    """Whether it would find on another thread what it finds on the engine's: nothing that is the
+    whole process's is the job's own. Where it is looked for what a job's own code leaves in the
+    modules, code that is not known stays, too."""
     fiber = active.fiber
     if fiber.dtype != torch.get_default_dtype() or any(
         isinstance(one, (OwnState, OwnTypes)) and one for one in fiber.own
@@ -48,6 +50,8 @@ def _may_move(active: Active, work: Offload) -> bool:
     return work.known or not any(isinstance(one, (OwnState, DefaultRandom)) for one in fiber.own)
 
 
-def _run(held: list[Active], function: Callable[[], Any], returned: Callable[[Active, Any], None]) -> None:
+def _run(
+    held: list[Active], function: Callable[[], Any], returned: Callable[[Active, Any], None]
+) -> None:
     active = held.pop()  # so that nothing on this thread keeps it
     returned(active, active.fiber.beside(function))

@@ -45,7 +45,8 @@ CLOSE_SECONDS = 30.0  # that steps under way may take when the engine is closed
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A snapshot. `forwards` and `certificates` are of mode `step`; `forwards` by module, rows and calls that shared one."""
+    """A snapshot. `forwards` and `certificates` are of mode `step`; `forwards` by module, rows and
+    calls that shared one."""
 
     mode: Mode
     waiting: int  # jobs
@@ -53,7 +54,8 @@ class EngineStats:
     jobs: Mapping[str, int]  # done, by outcome: succeeded, failed, cancelled
     forwards: Mapping[str, Forwards]
     certificates: list[dict[str, Any]]
-    unshared: list[dict[str, str]]  # what runs alone, or takes turns: `call`, `reason` (one of few) and `detail`
+    # what runs alone, or takes turns: `call`, `reason` (one of few) and `detail`
+    unshared: list[dict[str, str]]
     unshared_calls: Mapping[str, int]  # calls that ran alone, by `reason`
     cache_hits: int
     cache_misses: int
@@ -67,30 +69,39 @@ class EngineStats:
     peak_memory: int  # bytes of the device, the most taken at a time; 0 if unknown
     errors: int  # of the engine itself, survived
     backlog: float  # predicted seconds of work submitted and not yet done
-    cost_error: float  # the median error of the last predicted forwards, as a share of the prediction
+    # the median error of the last predicted forwards, as a share of the prediction
+    cost_error: float
 
 
 class StepEngine:
     """Runs many calls of one diffusers pipeline at once, sharing forwards at every denoising step.
 
     Args:
-        pipeline: any diffusers pipeline. Until `close` its modules carry a hook each; calls made past the engine are as ever.
-        mode: `step` shares single forwards; `request` puts calls that differ in prompts and generators only into one call of
-            the pipeline; `threads` runs calls side by side; `off` one at a time.
-        max_rows: rows of a shared forward (in mode `request`, pictures of a shared call); a call with guidance has two for
-            each picture. 32 if None.
-        max_decode_rows: rows of a shared forward of the autoencoder, which needs more memory for each.
+        pipeline: any diffusers pipeline. Until `close` its modules carry a hook each; calls made
+            past the engine are as ever.
+        mode: `step` shares single forwards; `request` puts calls that differ in prompts and
+            generators only into one call of the pipeline; `threads` runs calls side by side; `off`
+            one at a time.
+        max_rows: rows of a shared forward (in mode `request`, pictures of a shared call); a call
+            with guidance has two for each picture. 32 if None.
+        max_decode_rows: rows of a shared forward of the autoencoder, which needs more memory for
+            each.
         max_jobs: jobs that run at a time in mode `step`; more wait in order of arrival.
         threads: calls at a time in mode `threads`.
-        cache_bytes: bound of the remembered results of text and image encoders; 0 remembers none. Close the engine before you
-            change an encoder's weights.
+        cache_bytes: bound of the remembered results of text and image encoders; 0 remembers none.
+            Close the engine before you change an encoder's weights.
         audit_every: one in so many merged forwards is compared with the single ones.
-        memory: tells what a forward takes of the device's memory and what is left of it; torch's CUDA allocator does if None.
-        policy: which step runs next: `thrifty`, `aged`, `fifo`, `keyed_fifo` or `round_robin`; docs/scheduling.md.
-        knee: with the first two, forwards have no more rows than pay: beyond the knee they bring less than 5 % more a second.
-        on_step: called on the engine's thread with each forward's module, rows, the rows it was allowed, and seconds.
+        memory: tells what a forward takes of the device's memory and what is left of it; torch's
+            CUDA allocator does if None.
+        policy: which step runs next: `thrifty`, `aged`, `fifo`, `keyed_fifo` or `round_robin`;
+            docs/scheduling.md.
+        knee: with the first two, forwards have no more rows than pay: beyond the knee they bring
+            less than 5 % more a second.
+        on_step: called on the engine's thread with each forward's module, rows, the rows it was
+            allowed, and seconds.
 
-    A job that is given no `generator` gets one, seeded from torch's default generator at submission.
+    A job that is given no `generator` gets one, seeded from torch's default generator at
+    submission.
 
     >>> with StepEngine(pipeline) as engine:
     ...     jobs = [engine.submit(prompt=prompt, num_inference_steps=20) for prompt in prompts]
@@ -116,7 +127,12 @@ class StepEngine:
         if mode not in get_args(Mode):
             raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(get_args(Mode))}")
         rows = MAX_ROWS if max_rows is None else max_rows
-        bounds = {"max_rows": rows, "max_decode_rows": max_decode_rows, "max_jobs": max_jobs, "threads": threads}
+        bounds = {
+            "max_rows": rows,
+            "max_decode_rows": max_decode_rows,
+            "max_jobs": max_jobs,
+            "threads": threads,
+        }
         for name, value in (bounds | {"audit_every": audit_every}).items():
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
@@ -127,7 +143,9 @@ class StepEngine:
         self.pipeline = pipeline
         self.mode = mode
         self._stats = Stats()
-        self._health = health = DeviceHealth(torch.device(getattr(pipeline, "_execution_device", "cpu")))
+        self._health = health = DeviceHealth(
+            torch.device(getattr(pipeline, "_execution_device", "cpu"))
+        )
         self._closed = False
         self._lock = threading.Lock()
         self._loop: StepLoop | None = None
@@ -158,7 +176,12 @@ class StepEngine:
             workers = threads if mode == "threads" else 1
             together = rows if mode == "request" else 1
             self._runner = Pool(
-                pipeline, threads=workers, stats=self._stats, planner=planner, health=health, together=together
+                pipeline,
+                threads=workers,
+                stats=self._stats,
+                planner=planner,
+                health=health,
+                together=together,
             )
         self._at_exit = _close_at_exit(self)
 
@@ -175,16 +198,18 @@ class StepEngine:
     ) -> Job:
         """Run the pipeline's call with these arguments as soon as possible.
 
-        `pipeline`, if given, is called in place of the engine's: another one of its modules, as for image to image, whose calls
-        share forwards with all others.
+        `pipeline`, if given, is called in place of the engine's: another one of its modules, as for
+        image to image, whose calls share forwards with all others.
 
-        `scheduler` is used in place of the pipeline's, as a copy. `deadline` is in seconds from now; a job that is late ends at
-        its next step with DeadlineExceeded. Jobs of a higher `priority` go first. With `reproducible` the result is bitwise that
-        of the plain call, in any company: its forwards are its own, and take turns with the others'. The `observer` is told how
-        the job goes. It and callbacks run on the engine's thread and hold up every job meanwhile.
+        `scheduler` is used in place of the pipeline's, as a copy. `deadline` is in seconds from
+        now; a job that is late ends at its next step with DeadlineExceeded. Jobs of a higher
+        `priority` go first. With `reproducible` the result is bitwise that of the plain call, in
+        any company: its forwards are its own, and take turns with the others'. The `observer` is
+        told how the job goes. It and callbacks run on the engine's thread and hold up every job
+        meanwhile.
 
-        Raises EngineClosed, DeviceFailed once the device has failed for good, or EngineMisuse for a pipeline that has modules of
-        its own.
+        Raises EngineClosed, DeviceFailed once the device has failed for good, or EngineMisuse for a
+        pipeline that has modules of its own.
         """
         self._health.check()
         if deadline is not None and not deadline > 0:
@@ -193,7 +218,8 @@ class StepEngine:
         scope = runner.scope_of(pipeline)
         seed = None
         names = list(arguments_of(scope.pipeline))
-        index = names.index("generator") if "generator" in names else None  # None: it takes no generator
+        # None: it takes no generator
+        index = names.index("generator") if "generator" in names else None
         if kwargs.get("generator") is None and (index is None or len(args) <= index):
             seed = draw_seed()
             if index is not None:
@@ -221,7 +247,8 @@ class StepEngine:
 
     @property
     def failure(self) -> str | None:
-        """Why no job can run any more in this process: what the device's library said of it; None while it works."""
+        """Why no job can run any more in this process: what the device's library said of it; None
+        while it works."""
         failed = self._health.failure
         return None if failed is None else failed.reason
 
@@ -235,8 +262,9 @@ class StepEngine:
 
     @contextlib.contextmanager
     def in_lockstep(self) -> Iterator[None]:
-        """Within it, how fast the machine is has no influence on which calls meet: forwards have as many rows as may be, whether
-        they pay or not, and pictures are read and made on the engine's own thread. For jobs of a warm-up."""
+        """Within it, how fast the machine is has no influence on which calls meet: forwards have as
+        many rows as may be, whether they pay or not, and pictures are read and made on the engine's
+        own thread. For jobs of a warm-up."""
         elsewhere = None if self._loop is None else self._loop._elsewhere
         try:
             self._planner.lavish = True
@@ -304,7 +332,8 @@ class StepEngine:
         pipeline: Any = None,
         **kwargs: Any,
     ) -> Outlook | None:
-        """What a job with these arguments of `submit` would meet now; None if none like it has run. Runs nothing."""
+        """What a job with these arguments of `submit` would meet now; None if none like it has run.
+        Runs nothing."""
         return self._planner.outlook(
             args,
             kwargs,
@@ -317,10 +346,18 @@ class StepEngine:
         )
 
     def alone(
-        self, *args: Any, scheduler: Any = None, reproducible: bool = False, pipeline: Any = None, **kwargs: Any
+        self,
+        *args: Any,
+        scheduler: Any = None,
+        reproducible: bool = False,
+        pipeline: Any = None,
+        **kwargs: Any,
     ) -> float | None:
-        """Seconds that a job with these arguments of `submit` would take by itself; None if none like it has run."""
-        return self._planner.alone(args, kwargs, pipeline=pipeline, scheduler=scheduler, reproducible=reproducible)
+        """Seconds that a job with these arguments of `submit` would take by itself; None if none
+        like it has run."""
+        return self._planner.alone(
+            args, kwargs, pipeline=pipeline, scheduler=scheduler, reproducible=reproducible
+        )
 
     @property
     def timed(self) -> bool:
@@ -348,7 +385,8 @@ class StepEngine:
         return self._planner.backlog() if self._planner.foresees() else None
 
     def stalled(self) -> float:
-        """Seconds for which nothing has moved though there are jobs; infinite if a thread has ended."""
+        """Seconds for which nothing has moved though there are jobs; infinite if a thread has
+        ended."""
         ended = not self._closed and not all(thread.is_alive() for thread in self._runner.threads)
         return math.inf if ended else self._planner.stalled()
 
@@ -357,11 +395,13 @@ class StepEngine:
         return self._planner.cost.curves()
 
     def close(self, timeout: float = CLOSE_SECONDS) -> None:
-        """Cancel what is left, running jobs at their next step, and leave the pipeline as it was. Then it takes no more jobs.
+        """Cancel what is left, running jobs at their next step, and leave the pipeline as it was.
+        Then it takes no more jobs.
 
-        Waits for the steps under way for at most about `timeout` seconds. Then the jobs that are left fail with EngineClosed, and
-        what hangs is logged. While it is a forward, the modules keep their hooks, which the engine's thread takes away once it
-        ends; until then no other engine can be made of them.
+        Waits for the steps under way for at most about `timeout` seconds. Then the jobs that are
+        left fail with EngineClosed, and what hangs is logged. While it is a forward, the modules
+        keep their hooks, which the engine's thread takes away once it ends; until then no other
+        engine can be made of them.
 
         Raises EngineMisuse in a callback of one of its jobs, which would wait for itself.
         """
@@ -377,17 +417,27 @@ class StepEngine:
         left = self._runner.close(timeout)
         jobs = self._planner.jobs()
         if left or jobs:
-            logger.error("the engine is closed, but after %g s there is left: %s", timeout, "; ".join(left) or jobs)
+            logger.error(
+                "the engine is closed, but after %g s there is left: %s",
+                timeout,
+                "; ".join(left) or jobs,
+            )
         for job in jobs:
             self._runner.abandon(
-                job, EngineClosed(f"The engine was closed, and the job had not ended {timeout:g} s later.")
+                job,
+                EngineClosed(
+                    f"The engine was closed, and the job had not ended {timeout:g} s later."
+                ),
             )
 
     def __enter__(self) -> StepEngine:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 

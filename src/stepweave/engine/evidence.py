@@ -1,8 +1,10 @@
-"""What a proof is tried on: the values of a call's arguments, and calls made up with other values in their places.
+"""What a proof is tried on: the values of a call's arguments, and calls made up with other values
+in their places.
 
-That two calls agree merged and alone says nothing of an argument in which they hardly differ. It is proven only if the value of
-the other call, in its place, would have changed the result by clearly more than the error allowed. Arguments of few numbers a
-row, such as times and guidance, are tried with values far apart, too: with the ends of what has been seen, and with 0.
+That two calls agree merged and alone says nothing of an argument in which they hardly differ. It is
+proven only if the value of the other call, in its place, would have changed the result by clearly
+more than the error allowed. Arguments of few numbers a row, such as times and guidance, are tried
+with values far apart, too: with the ends of what has been seen, and with 0.
 """
 
 from __future__ import annotations
@@ -43,7 +45,11 @@ def hull(spans: Iterable[Span]) -> Span:
 
 def samples(call: Call) -> frozenset[int]:
     """The places among the leaves of the sample, by which rows are told apart."""
-    return frozenset(i for i, (path, _) in enumerate(call.paths) if call.arguments.get(str(path[0])) is call.sample)
+    return frozenset(
+        i
+        for i, (path, _) in enumerate(call.paths)
+        if call.arguments.get(str(path[0])) is call.sample
+    )
 
 
 def scalars(call: Call) -> tuple[int, ...]:
@@ -53,8 +59,13 @@ def scalars(call: Call) -> tuple[int, ...]:
         value = leaf[0]
         if tag == "number":
             found.append(i)
-        elif tag in ("scalar", "rows") and value is not call.sample and value.dtype is not torch.bool:
-            if value.numel() <= SCALAR * max(1, value.shape[0] if value.ndim else 1) and not value.dtype.is_complex:
+        elif (
+            tag in ("scalar", "rows") and value is not call.sample and value.dtype is not torch.bool
+        ):
+            if (
+                value.numel() <= SCALAR * max(1, value.shape[0] if value.ndim else 1)
+                and not value.dtype.is_complex
+            ):
                 found.append(i)
     return tuple(found)
 
@@ -73,13 +84,20 @@ def _span(value: Any) -> Span:
     if value.numel() <= FEW:
         numbers = value.reshape(-1).tolist()
         return Span(min(numbers), max(numbers)) if numbers else Span(0.0, 0.0)
-    plain = torch.view_as_real(value) if value.is_complex() else value.byte() if value.dtype is torch.bool else value
+    plain = (
+        torch.view_as_real(value)
+        if value.is_complex()
+        else value.byte()
+        if value.dtype is torch.bool
+        else value
+    )
     low, high = torch.aminmax(plain.detach())
     return Span(float(low), float(high))
 
 
 def ends(seen: Span, whole: bool) -> Span:
-    """How far to try an argument whose values were `seen`: from 0 to twice as far, or as far again where they are less than 0.
+    """How far to try an argument whose values were `seen`: from 0 to twice as far, or as far again
+    where they are less than 0.
 
     Whole numbers may be indices of a table, beyond whose end nothing is tried.
     """
@@ -91,13 +109,16 @@ def ends(seen: Span, whole: bool) -> Span:
 def filled(call: Call, i: int, number: float) -> Call:
     """The call with this number throughout an argument."""
     value = call.leaves[i][0]
-    new: Any = torch.full_like(value, number) if isinstance(value, torch.Tensor) else type(value)(number)
+    new: Any = (
+        torch.full_like(value, number) if isinstance(value, torch.Tensor) else type(value)(number)
+    )
     return _with(call, {i: (new,)})
 
 
 def flooded(call: Call, i: int, number: float, *, noise: bool = False) -> Call:
-    """The call with one number throughout an argument of many, or with noise of its size. Whole ones, which may be indices of a
-    table, are 0 or as large as its largest; masks let nothing through for 0, everything for another number."""
+    """The call with one number throughout an argument of many, or with noise of its size. Whole
+    ones, which may be indices of a table, are 0 or as large as its largest; masks let nothing
+    through for 0, everything for another number."""
     leaf = []
     for value in call.leaves[i]:
         if value.dtype is torch.bool:
@@ -105,7 +126,9 @@ def flooded(call: Call, i: int, number: float, *, noise: bool = False) -> Call:
         elif is_whole(value):
             new = torch.full_like(value, value.max() if number and value.numel() else 0)
         elif noise:
-            new = number * torch.randn(value.shape, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+            new = number * torch.randn(
+                value.shape, dtype=torch.float32, generator=torch.Generator().manual_seed(0)
+            )
             new = new.to(value.device, value.dtype)
         else:
             new = torch.full_like(value, number)
@@ -119,8 +142,8 @@ def scaled(call: Call, i: int, factor: float) -> Call:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether numbers may be indices of a table, beyond whose end nothing is tried. On a GPU, where that would end the process,
-    floats without fractions may be so, too."""
+    """Whether numbers may be indices of a table, beyond whose end nothing is tried. On a GPU, where
+    that would end the process, floats without fractions may be so, too."""
     if not isinstance(value, torch.Tensor):
         return isinstance(value, int)
     if value.is_complex() or not value.is_floating_point():
@@ -157,7 +180,8 @@ def exchanged(call: Call, other: Call, unit: Sequence[int]) -> Call:
 
 
 def _tiled(value: torch.Tensor, tag: str, rows: int, wanted: int) -> torch.Tensor:
-    """A tensor of several entries for each row, or with the rows across, for another number of rows."""
+    """A tensor of several entries for each row, or with the rows across, for another number of
+    rows."""
     order = torch.arange(wanted, device=value.device) % rows
     if tag == "across":
         return value[:, order]
@@ -190,11 +214,15 @@ def _put(value: Any, path: Sequence[Hashable], new: Any) -> Any:
 
 
 def distance(one: tuple[Any, ...], other: tuple[Any, ...]) -> float:
-    """The largest difference between the numbers of two leaves, of which a single row counts for all; infinite where they are of
-    different shapes."""
+    """The largest difference between the numbers of two leaves, of which a single row counts for
+    all; infinite where they are of different shapes."""
     most = 0.0
     for a, b in zip(one, other, strict=False):
-        if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor) or a.shape[1:] != b.shape[1:]:
+        if (
+            not isinstance(a, torch.Tensor)
+            or not isinstance(b, torch.Tensor)
+            or a.shape[1:] != b.shape[1:]
+        ):
             return float("inf")
         if a.shape != b.shape and 1 not in (a.shape[0], b.shape[0]):
             return float("inf")
@@ -205,7 +233,8 @@ def distance(one: tuple[Any, ...], other: tuple[Any, ...]) -> float:
 
 
 def spread(calls: Sequence[Call]) -> float:
-    """How much calls differ in the sizes that may differ, 0 to 1; more than 0 if they differ at all."""
+    """How much calls differ in the sizes that may differ, 0 to 1; more than 0 if they differ at
+    all."""
     if all(call.ragged == calls[0].ragged for call in calls):
         return 0.0
     shares = [

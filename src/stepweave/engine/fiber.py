@@ -1,7 +1,8 @@
 """Fibers: a pipeline's own, synchronous call, suspended wherever it needs the engine.
 
-The shape is that of SQLAlchemy's bridge between greenlets and asyncio (sqlalchemy/util/concurrency.py): ordinary code runs
-in a greenlet; deep inside, something switches to the parent with a request and is switched back to with the answer.
+The shape is that of SQLAlchemy's bridge between greenlets and asyncio
+(sqlalchemy/util/concurrency.py): ordinary code runs in a greenlet; deep inside, something switches
+to the parent with a request and is switched back to with the answer.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Own(Protocol):
 
 
 class Done:
-    """What a fiber gives in the end: `outcome` is what its function returned, or the exception that it raised."""
+    """What a fiber gives in the end: `outcome` is what its function returned, or the exception that
+    it raised."""
 
     __slots__ = ("outcome",)
 
@@ -42,11 +44,13 @@ class _Greenlet(greenlet.greenlet):
 class Fiber:
     """Runs `function` until it suspends, again and again. All by the thread that made it.
 
-    Gradient mode, autocast, default dtype and context variables are the fiber's own; and so is what `own` puts in place
-    whenever the fiber runs, such as torch's default generator.
+    Gradient mode, autocast, default dtype and context variables are the fiber's own; and so is what
+    `own` puts in place whenever the fiber runs, such as torch's default generator.
     """
 
-    def __init__(self, function: Callable[[], Any], ambient: Ambient, own: Sequence[Own] = ()) -> None:
+    def __init__(
+        self, function: Callable[[], Any], ambient: Ambient, own: Sequence[Own] = ()
+    ) -> None:
         self._function: Callable[[], Any] | None = function  # until it begins
         self._ambient = ambient
         self._kinds = tuple(kind for kind, _, _ in ambient.autocast)
@@ -59,9 +63,14 @@ class Fiber:
 
     @property
     def variables(self) -> list[str]:
-        """The context variables that its function has set, by name, while it is suspended; the engine's own aside."""
+        """The context variables that its function has set, by name, while it is suspended; the
+        engine's own aside."""
         inside = self._greenlet.gr_context or contextvars.Context()
-        own = [one for one in inside if one not in self._outside or self._outside[one] is not inside[one]]
+        own = [
+            one
+            for one in inside
+            if one not in self._outside or self._outside[one] is not inside[one]
+        ]
         return [one.name for one in own if not one.name.startswith("stepweave_")]
 
     @property
@@ -69,12 +78,16 @@ class Fiber:
         return self._greenlet.dead
 
     def resume(self, value: Any = None) -> Any:
-        """Go on with `value` as what `suspend` returns. Gives what it suspends with next, or Done."""
+        """Go on with `value` as what `suspend` returns. Gives what it suspends with next, or
+        Done."""
         return self._switch(self._greenlet.switch, value)
 
     def throw(self, error: BaseException) -> Any:
-        """Go on with `suspend` raising `error`. Gives what the fiber suspends with next, or Done."""
-        return self._switch(lambda error: self._greenlet.throw(type(error), error, error.__traceback__), error)
+        """Go on with `suspend` raising `error`. Gives what the fiber suspends with next, or
+        Done."""
+        return self._switch(
+            lambda error: self._greenlet.throw(type(error), error, error.__traceback__), error
+        )
 
     def _switch(self, switch: Callable[[Any], Any], value: Any) -> Any:
         if self._greenlet.dead:
@@ -96,10 +109,11 @@ class Fiber:
                 self._greenlet.fiber = None
 
     def beside(self, function: Callable[[], Any]) -> Outcome:
-        """What comes of a call on another thread, while the fiber is suspended; as if the fiber had made it.
+        """What comes of a call on another thread, while the fiber is suspended; as if the fiber had
+        made it.
 
-        It sees the fiber's context variables, gradient mode and autocast, and what it sets of these the fiber has. Not the
-        default dtype: that is the whole process's.
+        It sees the fiber's context variables, gradient mode and autocast, and what it sets of these
+        the fiber has. Not the default dtype: that is the whole process's.
         """
         apart = greenlet.greenlet(Outcome.of)
         apart.gr_context = self._greenlet.gr_context
@@ -135,7 +149,8 @@ def current_fiber() -> Fiber | None:
 
 
 def suspend(request: Any) -> Any:
-    """Hand `request` to whoever resumed this fiber; returns what it is resumed with, raises what is thrown into it.
+    """Hand `request` to whoever resumed this fiber; returns what it is resumed with, raises what is
+    thrown into it.
 
     Raises EngineMisuse outside of a fiber.
     """
@@ -148,6 +163,7 @@ def suspend(request: Any) -> Any:
 
 
 def suspendable() -> bool:
-    """Whether the running code may be suspended here: what torch has on its stacks cannot be carried across."""
+    """Whether the running code may be suspended here: what torch has on its stacks cannot be
+    carried across."""
     modes = torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
     return not torch.is_inference_mode_enabled() and modes == 0

@@ -1,4 +1,5 @@
-"""Whether the numbers that images are made of are finite: of NaN a pipeline makes black pixels, and raises nothing."""
+"""Whether the numbers that images are made of are finite: of NaN a pipeline makes black pixels, and
+raises nothing."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ from stepweave.errors import NonFinite
 class FiniteImages:
     """Looks, within a block, at what a view makes images of, on the thread that makes them.
 
-    Where a pipeline makes its images in a way of its own, the last result of its models tells. Tensors and arrays that the
-    caller has asked for are given as they are: there NaN can be seen.
+    Where a pipeline makes its images in a way of its own, the last result of its models tells.
+    Tensors and arrays that the caller has asked for are given as they are: there NaN can be seen.
     """
 
     def __init__(self, view: Any) -> None:
@@ -41,7 +42,9 @@ class FiniteImages:
 
     def checked(self, output: Any) -> Any:
         """What the call returned. Raises NonFinite where that hides numbers that are not finite."""
-        made = getattr(output, "images", output[0] if isinstance(output, tuple) and output else output)
+        made = getattr(
+            output, "images", output[0] if isinstance(output, tuple) and output else output
+        )
         if next(_numbers(made), None) is not None:
             return output
         for image in made if isinstance(made, (list, tuple)) else ():
@@ -56,8 +59,10 @@ class FiniteImages:
     def _looking(self, method: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             self._look([args, kwargs])
-            self._seen = None if self._fiber is None else self._fiber.last  # the fiber is suspended, or runs this
-            with contextlib.nullcontext() if self._finite else np.errstate(invalid="ignore"):  # an error says so later
+            # the fiber is suspended, or runs this
+            self._seen = None if self._fiber is None else self._fiber.last
+            # an error says so later
+            with contextlib.nullcontext() if self._finite else np.errstate(invalid="ignore"):
                 return method(*args, **kwargs)
 
         return run

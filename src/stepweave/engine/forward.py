@@ -40,8 +40,8 @@ class Starved:
 class Forwarder:
     """Runs calls of one key: alone, merged, or both ways to prove that they may be.
 
-    `advance` is given a call's owner and the answer: its result, RunYourself, Starved or an error. The planner is told
-    how long a forward took that went well, until all its fibers waited again.
+    `advance` is given a call's owner and the answer: its result, RunYourself, Starved or an error.
+    The planner is told how long a forward took that went well, until all its fibers waited again.
     """
 
     def __init__(
@@ -72,8 +72,11 @@ class Forwarder:
         return self._room.limit(call.kind, min(self._max_rows, call.target.cap or self._max_rows))
 
     def fits(self, demand: Demand) -> bool:
-        """Whether the memory that is left is enough for each of a job's calls, as far as is known; in parts, if need be."""
-        return all(self._room.fits(load.key, 1) for load in (*demand.before, *demand.step, *demand.after))
+        """Whether the memory that is left is enough for each of a job's calls, as far as is known;
+        in parts, if need be."""
+        return all(
+            self._room.fits(load.key, 1) for load in (*demand.before, *demand.step, *demand.after)
+        )
 
     def decide(self, calls: list[Call]) -> tuple[Verdict, list[Call]]:
         """What to do first with calls of one key, and with which of them."""
@@ -81,7 +84,9 @@ class Forwarder:
             return self._certificates.decide(calls)
         except Exception:
             self._stats.errors += 1
-            logger.exception("no certificate could be had for a call of %s; it runs alone", calls[0].target.name)
+            logger.exception(
+                "no certificate could be had for a call of %s; it runs alone", calls[0].target.name
+            )
             return Verdict.ALONE, calls[:1]
 
     def run(self, verdict: Verdict, calls: list[Call]) -> None:
@@ -98,7 +103,11 @@ class Forwarder:
 
     def _alone(self, calls: Sequence[Call]) -> None:
         for call in calls:
-            if call.rows > self.limit(call) and not call.whole and self._certificates.divisible(call):
+            if (
+                call.rows > self.limit(call)
+                and not call.whole
+                and self._certificates.divisible(call)
+            ):
                 answer = self._in_parts(call)
                 if not isinstance(answer, RunYourself):
                     self._stats.called(call.target.name)
@@ -112,7 +121,9 @@ class Forwarder:
             with self._room.measured(call.kind, call.rows, call.cost):
                 self._advance(call.owner, RunYourself())
             if not (call.failed or call.ran_out):
-                self._clock.stop(started, partial(self._ran_alone, call.cost, call.cap, call.rows, call.looked))
+                self._clock.stop(
+                    started, partial(self._ran_alone, call.cost, call.cap, call.rows, call.looked)
+                )
             if not call.wrote:
                 self._remember(call, call.output)
             if not call.ran_out:
@@ -127,7 +138,9 @@ class Forwarder:
         started = self._clock.start()
         try:
             with self._room.measured(kind, rows, calls[0].cost):
-                outputs = run_merged(calls, self._kinds, repeat=self._certificates.of(calls[0]).repeat)
+                outputs = run_merged(
+                    calls, self._kinds, repeat=self._certificates.of(calls[0]).repeat
+                )
         except Exception as error:  # let go of here, since it holds on to the memory
             if not ran_out(error):
                 reason = f"merged, it raised {type(error).__name__}: {error}"[:200]
@@ -155,14 +168,16 @@ class Forwarder:
             self._advance(call.owner, output)
 
     def _doubt(self, certificate: Certificate) -> None:
-        """Have the jobs begin anew that had results of a kind that has turned out not to be mergeable."""
+        """Have the jobs begin anew that had results of a kind that has turned out not to be
+        mergeable."""
         if certificate.served:
             self._doubtful += certificate.served
             certificate.served.clear()
             self._cache.clear()
 
     def doubtful(self) -> list[Any]:
-        """Owners that had results of merged forwards of a kind that has turned out not to be mergeable, told once."""
+        """Owners that had results of merged forwards of a kind that has turned out not to be
+        mergeable, told once."""
         found, self._doubtful = self._doubtful, []
         return found
 
@@ -192,7 +207,8 @@ class Forwarder:
         self._room.memory.free()
 
     def relieve(self, call: Call, *, again: bool = False) -> Any:
-        """The answer to a call that ran out of memory by itself: to run once more, if there is more room now, or in parts."""
+        """The answer to a call that ran out of memory by itself: to run once more, if there is more
+        room now, or in parts."""
         if again:
             call.retried = True
             return RunYourself()
@@ -207,7 +223,8 @@ class Forwarder:
         return self._in_parts(call) if divisible else Starved(call)
 
     def _in_parts(self, call: Call) -> Any:
-        """The answer to a call, from forwards of some of its rows at a time; to run itself if it has no parts."""
+        """The answer to a call, from forwards of some of its rows at a time; to run itself if it
+        has no parts."""
         started = self._clock.start()
         outputs: list[Any] = []
         counts: list[int] = []
@@ -218,7 +235,11 @@ class Forwarder:
             rows = min(size, call.rows - start)
             try:
                 with self._room.measured(call.kind, rows, call.cost):
-                    outputs.append(run_arguments(call, part(call, start, start + rows, repeat=repeat), self._kinds))
+                    outputs.append(
+                        run_arguments(
+                            call, part(call, start, start + rows, repeat=repeat), self._kinds
+                        )
+                    )
                 counts.append(rows)
                 continue
             except Exception as error:
@@ -241,12 +262,15 @@ class Forwarder:
 
     def _whole(self, call: Call, error: Exception) -> Any:
         """The answer to a call whose parts failed otherwise than for want of memory."""
-        logger.warning("%s is not run in parts: %s: %s", call.target.name, type(error).__name__, error)
+        logger.warning(
+            "%s is not run in parts: %s: %s", call.target.name, type(error).__name__, error
+        )
         self._certificates.of(call).divisible = False
         return Starved(call) if call.ran_out else RunYourself()
 
     def _divisible(self, call: Call) -> bool:
-        """Whether a call's rows may be computed apart from each other; tried with a few of them if nothing is known."""
+        """Whether a call's rows may be computed apart from each other; tried with a few of them if
+        nothing is known."""
         known = self._certificates.divisible(call)
         if known is None and call.rows > 2:
             try:
@@ -256,12 +280,15 @@ class Forwarder:
                 known = (told_apart(rows, single) or None) if right else False
             except Exception as error:
                 known = None if ran_out(error) else False
-                logger.info("%s was not divided: %s: %s", call.target.name, type(error).__name__, error)
+                logger.info(
+                    "%s was not divided: %s: %s", call.target.name, type(error).__name__, error
+                )
             self._certificates.of(call).divisible = known
         return bool(known)
 
     def _part_of(self, call: Call, start: int, stop: int) -> Any:
-        """The result of some of a call's rows, tried out. Raises Unmergeable if that leaves something behind."""
+        """The result of some of a call's rows, tried out. Raises Unmergeable if that leaves
+        something behind."""
         arguments = copied(part(call, start, stop, repeat=self._certificates.of(call).repeat))
         given = Given(*arguments.values())
         try:
@@ -274,7 +301,8 @@ class Forwarder:
         return output
 
     def _prove(self, calls: Sequence[Call], *, audit: bool, brief: bool = False) -> None:
-        """Run calls merged, and two of them by themselves, twice unless `brief`; in a proof these two get their own results."""
+        """Run calls merged, and two of them by themselves, twice unless `brief`; in a proof these
+        two get their own results."""
         self._stats.proofs += 1
         certificate = self._certificates.of(calls[0])
         pair = self._certificates.pair(calls) if audit else (calls[0], calls[1])
@@ -285,7 +313,8 @@ class Forwarder:
         try:
             known = self._certificates.known(calls)
             proof = prover.start(calls, pair, audit=audit, known=known, brief=brief)
-        except Exception as error:  # of a single call, which its own fiber will meet; or memory ran out
+        except Exception as error:
+            # of a single call, which its own fiber will meet; or memory ran out
             short = ran_out(error)
             if not short and not prover.in_call:
                 self._certificates.put_off(calls[0], error)
@@ -312,7 +341,9 @@ class Forwarder:
             proof.seconds = {id(call): call.output for call in pair}
         self._look_again(calls[0], proof)
         counted = prover.forwards
-        right = not (watch is not None and watch.found is not None) and self._certificates.judge(proof, prover)
+        right = not (watch is not None and watch.found is not None) and self._certificates.judge(
+            proof, prover
+        )
         self._stats.checks += prover.forwards - counted  # batches of copies
         if parts is not None:
             self._certificates.judge_parts(*parts)
@@ -330,16 +361,23 @@ class Forwarder:
     def _look_again(self, call: Call, proof: Proof) -> None:
         """Whether the module keeps something of a call, after each of a pair was run twice."""
         watch = call.target.watch
-        if watch is None or watch.found is not None or any(one.failed or one.ran_out for one in proof.pair):
+        if (
+            watch is None
+            or watch.found is not None
+            or any(one.failed or one.ran_out for one in proof.pair)
+        ):
             return
         if not (proof.drew or proof.wrote):
             for one in map(id, proof.pair):
                 second = proof.seconds.get(one)
-                if second is not None and not same(proof.singles[one], second, proof.again.get(one)):
+                if second is not None and not same(
+                    proof.singles[one], second, proof.again.get(one)
+                ):
                     watch.found = "the same call gives another result after others"
 
     def _try_parts(self, calls: Sequence[Call]) -> tuple[Call, Any] | None:
-        """What a call of several rows gives in halves, to be compared with what it gives as a whole; None if that is known."""
+        """What a call of several rows gives in halves, to be compared with what it gives as a
+        whole; None if that is known."""
         call = max(calls, key=lambda call: call.rows)
         if call.rows < 2 or call.chunks > 1 or self._certificates.of(call).divisible is not None:
             return None
@@ -359,7 +397,8 @@ class Forwarder:
 def too_little(call: Call) -> OutOfMemory:
     """What to tell a job whose call does not fit into memory."""
     return OutOfMemory(
-        f"There is not enough memory for this job, even alone: {call.target.name} ran out of it, with {call.rows} rows"
+        f"There is not enough memory for this job, even alone: {call.target.name} ran out of it, "
+        f"with {call.rows} rows"
         f"{', which a reproducible job may not divide' if call.whole and call.rows > 1 else ''}. "
         "Ask for a smaller size, or fewer pictures."
     )

@@ -1,4 +1,5 @@
-"""What a call is given, noted before it runs: to tell whether it was changed, and to undo that for another attempt."""
+"""What a call is given, noted before it runs: to tell whether it was changed, and to undo that for
+another attempt."""
 
 from __future__ import annotations
 
@@ -12,12 +13,14 @@ DEEPEST = 6  # objects and lists in each other
 
 
 def is_holder(value: Any) -> bool:
-    """Whether an object is what it holds and nothing else, so that one which holds other things can be made like it."""
+    """Whether an object is what it holds and nothing else, so that one which holds other things can
+    be made like it."""
     return is_plain(type(value)) and not callable(value)  # type: ignore[arg-type]
 
 
 class Given:
-    """Tensors by their versions, generators by their states; lists, dictionaries and objects by what they hold."""
+    """Tensors by their versions, generators by their states; lists, dictionaries and objects by
+    what they hold."""
 
     def __init__(self, *values: Any) -> None:
         self._tensors: list[tuple[torch.Tensor, int]] = []
@@ -52,7 +55,8 @@ class Given:
         return any(tensor._version != version for tensor, version in self._tensors)
 
     def wrote(self) -> bool:
-        """Whether a call left something behind in what it was given. To empty a list does not count, as UNets do."""
+        """Whether a call left something behind in what it was given. To empty a list does not
+        count, as UNets do."""
         return self.overwritten() or any(_filled(now, before) for now, before in self._held)
 
     def drew(self) -> bool:
@@ -75,4 +79,6 @@ def _filled(now: Any, before: Any) -> bool:
     if isinstance(now, list):
         old = set(map(id, before))
         return len(now) > len(before) or any(id(item) not in old for item in now)
-    return now.keys() != before.keys() or any(value is not before[key] for key, value in now.items())
+    return now.keys() != before.keys() or any(
+        value is not before[key] for key, value in now.items()
+    )

@@ -1,7 +1,9 @@
-"""Whether the device still works: some errors of a GPU stay, and no operation of the process succeeds after them.
+"""Whether the device still works: some errors of a GPU stay, and no operation of the process
+succeeds after them.
 
-An illegal memory access, an assertion in a kernel or a launch that failed leaves the process's context on the device broken for
-good; only another process can use the device again. So the engine ends all jobs, and whoever watches it restarts the process.
+An illegal memory access, an assertion in a kernel or a launch that failed leaves the process's
+context on the device broken for good; only another process can use the device again. So the engine
+ends all jobs, and whoever watches it restarts the process.
 """
 
 from __future__ import annotations
@@ -26,24 +28,30 @@ logger = logging.getLogger(__name__)
 LONGEST = 200  # characters of an error that are told
 DEEPEST = 16  # causes of an error that are looked at
 
-# what torch, its libraries and compiled kernels say of a device; a plain RuntimeError before torch 2.8
+# what torch, its libraries and compiled kernels say of a device; a plain RuntimeError before torch
+# 2.8
 _WORDS = re.compile(
-    r"\b(CUDA|HIP|XPU|cuDNN|cuFFT|MIOpen)( driver)? error\b|\b(CU|HIP|ROC)[A-Z]+_STATUS_|\b(CUDA|HIP)_ERROR_"
+    r"\b(CUDA|HIP|XPU|cuDNN|cuFFT|MIOpen)( driver)? "
+    r"error\b|\b(CU|HIP|ROC)[A-Z]+_STATUS_|\b(CUDA|HIP)_ERROR_"
     r"|Triton Error \[|device-side assert|unspecified launch failure|illegal memory access",
     re.IGNORECASE,
 )
 
 
 class DeviceHealth:
-    """What is known of one engine's device. `examine` is the one place that tells an error that stays from any other.
+    """What is known of one engine's device. `examine` is the one place that tells an error that
+    stays from any other.
 
-    `probe` raises if the device does not work; None where there is no device to ask, and what an error says is believed.
+    `probe` raises if the device does not work; None where there is no device to ask, and what an
+    error says is believed.
     """
 
     def __init__(self, device: torch.device, probe: Callable[[], None] | None = None) -> None:
         self.device = device
         self.failure: DeviceFailed | None = None
-        self._probe = probe or (None if device.type == "cpu" else functools.partial(probe_of, device))
+        self._probe = probe or (
+            None if device.type == "cpu" else functools.partial(probe_of, device)
+        )
         self._examining = threading.Lock()
 
     def check(self) -> None:
@@ -52,13 +60,16 @@ class DeviceHealth:
             raise failed
 
     def error(self) -> DeviceFailed | None:
-        """What ends a job once the device has failed: one of its own, which its traceback does not tie to others."""
+        """What ends a job once the device has failed: one of its own, which its traceback does not
+        tie to others."""
         return None if self.failure is None else DeviceFailed(self.failure.reason)
 
     def examine(self, error: BaseException) -> DeviceFailed | None:
-        """What ends all jobs, if this error shows that the device has failed for good, or if that is known already.
+        """What ends all jobs, if this error shows that the device has failed for good, or if that
+        is known already.
 
-        An error of the device is held against the device: it is asked to compute something, which waits for it.
+        An error of the device is held against the device: it is asked to compute something, which
+        waits for it.
         """
         root = None if self.failure is not None else _of_the_device(error)
         if root is not None:
@@ -66,7 +77,9 @@ class DeviceHealth:
                 if self.failure is None and self._stays():
                     self.failure = DeviceFailed(f"{self.device}: {_in_short(root)}")
                     logger.critical(
-                        "the device has failed, and so do all jobs: %s", self.failure.reason, exc_info=error
+                        "the device has failed, and so do all jobs: %s",
+                        self.failure.reason,
+                        exc_info=error,
                     )
         return self.error()
 
@@ -81,7 +94,8 @@ class DeviceHealth:
         return False
 
     def guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, which is not called once the device has failed; what shows that it has ends the caller."""
+        """`function`, which is not called once the device has failed; what shows that it has ends
+        the caller."""
 
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -97,11 +111,14 @@ class DeviceHealth:
 
 
 def probe_of(device: torch.device) -> None:
-    """Have a device compute a product and a convolution, each by a library of its own, and wait for them. Raises what it does."""
+    """Have a device compute a product and a convolution, each by a library of its own, and wait for
+    them. Raises what it does."""
     with on_device(device), torch.no_grad(), torch.autocast(device.type, enabled=False):
         ones = torch.ones(1, 8, 8, 8, device=device, dtype=torch.float32)
         product = ones @ ones
-        folded = torch.nn.functional.conv2d(ones, torch.ones(1, 8, 3, 3, device=device, dtype=torch.float32))
+        folded = torch.nn.functional.conv2d(
+            ones, torch.ones(1, 8, 3, 3, device=device, dtype=torch.float32)
+        )
         found = float(product.sum()), float(folded.sum())
     if found != (8.0 * 8 * 8 * 8, 72.0 * 36):
         raise RuntimeError(f"{device} computes {found} where {(4096.0, 2592.0)} is right")

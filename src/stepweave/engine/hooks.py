@@ -1,4 +1,5 @@
-"""Where fibers suspend: hooks on the pipeline's modules, a proxy around its autoencoder, and what a view reports."""
+"""Where fibers suspend: hooks on the pipeline's modules, a proxy around its autoencoder, and what a
+view reports."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ LOOKED = 4096  # kinds of calls of a pipeline that are known to change no module
 
 @dataclass(frozen=True)
 class Offload:
-    """A fiber's wish to have `function` run on another thread; whether its code is `known`, as that of diffusers is."""
+    """A fiber's wish to have `function` run on another thread; whether its code is `known`, as that
+    of diffusers is."""
 
     function: Callable[[], Any]
     known: bool = True
@@ -63,7 +65,9 @@ class RunYourself:
     """The answer to what is to run in its own fiber."""
 
 
-def call_engine(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any], kinds: tuple[str, ...]) -> Any:
+def call_engine(
+    target: Target, args: tuple[Any, ...], kwargs: dict[str, Any], kinds: tuple[str, ...]
+) -> Any:
     """Suspend the running fiber with a call of `target` and give its result."""
     output = _answer(target, args, kwargs, kinds)
     fiber = current_fiber()
@@ -72,7 +76,9 @@ def call_engine(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any], k
     return output
 
 
-def _answer(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any], kinds: tuple[str, ...]) -> Any:
+def _answer(
+    target: Target, args: tuple[Any, ...], kwargs: dict[str, Any], kinds: tuple[str, ...]
+) -> Any:
     worn = None if target.processors is None else target.processors.worn()
     call = Call(target, args, kwargs, current(kinds), worn)
     while isinstance(answer := suspend(call), RunYourself):
@@ -87,7 +93,8 @@ def _answer(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any], kinds
         else:
             if call.keep:
                 call.wrote = given.wrote()
-                with contextlib.suppress(Exception):  # what cannot be copied is neither compared nor remembered
+                # what cannot be copied is neither compared nor remembered
+                with contextlib.suppress(Exception):
                     call.output = cloned(output)
             return output
         given.put_back()
@@ -106,11 +113,16 @@ def _run(call: Call) -> Any:
 
 def _own_state() -> OwnState | None:
     fiber = current_fiber()
-    return None if fiber is None else next((one for one in fiber.own if isinstance(one, OwnState)), None)
+    return (
+        None
+        if fiber is None
+        else next((one for one in fiber.own if isinstance(one, OwnState)), None)
+    )
 
 
 class SuspendHook(ModelHook):  # type: ignore[misc]
-    """Suspends the fibers of one engine in a module's forward. Other calls of the module pass straight through."""
+    """Suspends the fibers of one engine in a module's forward. Other calls of the module pass
+    straight through."""
 
     def __init__(
         self,
@@ -134,24 +146,34 @@ class SuspendHook(ModelHook):  # type: ignore[misc]
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forward = self.fn_ref.original_forward
         fiber = current_fiber()
-        # diffusers scales an encoder's adapters around the call of it: others must not run in between, nor later have the result
+        # diffusers scales an encoder's adapters around the call of it: others must not run in
+        # between, nor later have the result
         adapted = self._cached and bool(getattr(module, "peft_config", None))
         if fiber is None or adapted or not self._owns(fiber) or not suspendable():
             return forward(*args, **kwargs)
-        if self.target is None or self._forward is not forward:  # somebody hooked the module meanwhile
+        # somebody hooked the module meanwhile
+        if self.target is None or self._forward is not forward:
             self._forward = forward
             function = self._around(module, forward)
             watch = StateWatch(self._name)
             self.target = Target(
-                self._name, module, function, cached=self._cached, processors=self._processors, watch=watch
+                self._name,
+                module,
+                function,
+                cached=self._cached,
+                processors=self._processors,
+                watch=watch,
             )
         return call_engine(self.target, args, kwargs, self._kinds)
 
 
 class EngineAutoencoder(Proxy):
-    """An autoencoder whose `encode` and `decode` suspend the fiber, whole: video autoencoders keep state between their parts."""
+    """An autoencoder whose `encode` and `decode` suspend the fiber, whole: video autoencoders keep
+    state between their parts."""
 
-    def __init__(self, autoencoder: nn.Module, targets: dict[str, Target], kinds: tuple[str, ...]) -> None:
+    def __init__(
+        self, autoencoder: nn.Module, targets: dict[str, Target], kinds: tuple[str, ...]
+    ) -> None:
         super().__init__(autoencoder)
         self._self_targets = targets
         self._self_kinds = kinds
@@ -170,7 +192,8 @@ class EngineAutoencoder(Proxy):
 
 
 class PrivateScope(RequestScopedPipeline):
-    """Views with tokenizers of the engine's own, so that calls past the engine cannot change their padding meanwhile."""
+    """Views with tokenizers of the engine's own, so that calls past the engine cannot change their
+    padding meanwhile."""
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline, wrap_scheduler=False)
@@ -180,11 +203,14 @@ class PrivateScope(RequestScopedPipeline):
         self._shared = {id(module): module for _, module in _modules(pipeline)}
 
     def sibling(self, pipeline: Any) -> Self:
-        """The same of another pipeline that has no modules but these. Raises EngineMisuse, naming the first that it has."""
+        """The same of another pipeline that has no modules but these. Raises EngineMisuse, naming
+        the first that it has."""
         for name, module in _modules(pipeline):
             if id(module) not in self._shared:
                 kinds = type(pipeline).__name__, type(self._home).__name__
-                raise EngineMisuse(f"{kinds[0]}.{name} is no module of the {kinds[1]} that the engine runs.")
+                raise EngineMisuse(
+                    f"{kinds[0]}.{name} is no module of the {kinds[1]} that the engine runs."
+                )
         scope = copy.copy(self)  # locks and tokenizers are shared as the modules are
         scope.pipeline = pipeline
         return scope
@@ -201,9 +227,15 @@ class PrivateScope(RequestScopedPipeline):
             if (
                 known is None or known[0] is not component or known[1] != len(component)
             ):  # textual inversion adds tokens
-                known = self._tokenizers[id(component)] = (component, len(component), copy.deepcopy(component))
+                known = self._tokenizers[id(component)] = (
+                    component,
+                    len(component),
+                    copy.deepcopy(component),
+                )
             names = (name for name, value in vars(self.pipeline).items() if value is component)
-            return LockedTokenizer(known[2], self._tokenizer_lock, next(names, "tokenizer"), self._tokenized)
+            return LockedTokenizer(
+                known[2], self._tokenizer_lock, next(names, "tokenizer"), self._tokenized
+            )
         return super()._wrap(component)
 
 
@@ -227,21 +259,32 @@ class EngineScope(PrivateScope):
         self._offloading = Offloading(pipeline)
         self._told: set[str] = set()
         self._keepers: dict[str, str] = {}  # hooks that keep state, by the class of a module
-        self.stateful: dict[str, tuple[nn.Module, str]] = {}  # what keeps state, by its name, and what
-        self.spoilt: list[str] = []  # weights that a job's own code has written to, which cannot be put back
+        # what keeps state, by its name, and what
+        self.stateful: dict[str, tuple[nn.Module, str]] = {}
+        # weights that a job's own code has written to, which cannot be put back
+        self.spoilt: list[str] = []
         self._writers: set[type] = set()  # pipelines whose own code changes modules
         self._looked: set[Hashable] = set()  # kinds of calls of a pipeline that did not
         names = {id(module): (name, module) for name, module in reversed(list(_modules(pipeline)))}
         self._every = dict(names.values())
-        self.processors = Processors([one for _, one in _modules(pipeline)]) if swaps_processors(pipeline) else None
+        self.processors = (
+            Processors([one for _, one in _modules(pipeline)])
+            if swaps_processors(pipeline)
+            else None
+        )
         self._autoencoders: dict[int, dict[str, Target]] = {}
         self._hooked: list[Any] = []
         modules: dict[int, tuple[str, Any]] = {}
         for name, module in _modules(pipeline):
             modules.setdefault(id(module), (name, module))
         for name, module in modules.values():
-            if getattr(module, "_diffusers_hook", None) and ENGINE_HOOK in module._diffusers_hook.hooks:
-                raise EngineMisuse(f"{type(pipeline).__name__}.{name} belongs to another engine; close that first.")
+            if (
+                getattr(module, "_diffusers_hook", None)
+                and ENGINE_HOOK in module._diffusers_hook.hooks
+            ):
+                raise EngineMisuse(
+                    f"{type(pipeline).__name__}.{name} belongs to another engine; close that first."
+                )
         for name, module in modules.values():
             if is_autoencoder(module):
                 self._autoencoders[id(module)] = {
@@ -263,13 +306,15 @@ class EngineScope(PrivateScope):
     def view(self, scheduler: Any = None) -> Any:
         view = super().view(scheduler)
         for one in pipelines_in(view):
-            one.__dict__["maybe_free_model_hooks"] = lambda: None  # other jobs may go on with the models
+            # other jobs may go on with the models
+            one.__dict__["maybe_free_model_hooks"] = lambda: None
             for component in vars(one).values() if self._health.device.type != "cpu" else ():
                 keep_times_on_the_host(component)
         return view
 
     def own(self, job: Job) -> list[Own]:
-        """What a job's fiber has of its own: attention processors that it swaps, modules that it casts or changes."""
+        """What a job's fiber has of its own: attention processors that it swaps, modules that it
+        casts or changes."""
         found: list[Own] = [] if self.processors is None else [Wardrobe(self.processors)]
         if self.takes_turns():
             return found  # it is the only one
@@ -282,7 +327,8 @@ class EngineScope(PrivateScope):
         return found
 
     def ended(self, job: Job) -> None:
-        """A job has ended well: if its own code had changed modules, that would have been seen, if it was watched."""
+        """A job has ended well: if its own code had changed modules, that would have been seen, if
+        it was watched."""
         if job.watched and len(self._looked) < LOOKED:
             self._looked.add(self._signature(job))
 
@@ -290,8 +336,9 @@ class EngineScope(PrivateScope):
         return signature(type(self.pipeline), job.args, job.kwargs)
 
     def wrote(self, own: OwnState, job: Job) -> tuple[str, str]:
-        """A job's own code has changed modules: its callbacks', or else its pipeline's, whose jobs all do; or a hook of a whole
-        module has changed something of its own, so that the module keeps state. A code and a text."""
+        """A job's own code has changed modules: its callbacks', or else its pipeline's, whose jobs
+        all do; or a hook of a whole module has changed something of its own, so that the module
+        keeps state. A code and a text."""
         kind, paths = type(self.pipeline), own.paths
         self.spoilt += [path for path in own.lost if path not in self.spoilt]
         if has_code([*job.args, *job.kwargs.values()]):
@@ -308,8 +355,10 @@ class EngineScope(PrivateScope):
         return bool(self.stateful) or super().takes_turns()
 
     def why_turns(self) -> dict[str, tuple[str, str]]:
-        """Why jobs run one at a time, by what keeps the state: a code and a text. Empty if they do not."""
-        found = {name: ("state", what) for name, (_, what) in list(self.stateful.items())}  # read on any thread
+        """Why jobs run one at a time, by what keeps the state: a code and a text. Empty if they do
+        not."""
+        # read on any thread
+        found = {name: ("state", what) for name, (_, what) in list(self.stateful.items())}
         found |= {
             name: ("turns", f"it carries {hook}, which keeps the state of a call")
             for name, hook in list(self._keepers.items())
@@ -328,13 +377,15 @@ class EngineScope(PrivateScope):
             _remove(registry)
             forward = module.__dict__.get("forward")
             if forward is not None and getattr(forward, "__func__", None) is type(module).forward:
-                del module.__dict__["forward"]  # diffusers puts the class's own method back as an attribute
+                # diffusers puts the class's own method back as an attribute
+                del module.__dict__["forward"]
             if not registry.hooks:
                 del module._diffusers_hook
         self._hooked.clear()
 
     def _around(self, module: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
-        """What stands for a heavy function of a module in every forward of jobs, alone or shared."""
+        """What stands for a heavy function of a module in every forward of jobs, alone or
+        shared."""
         return self._health.guarded(self._offloading.around(module, function))
 
     def _swaps_state(self) -> bool:
@@ -353,11 +404,16 @@ class EngineScope(PrivateScope):
 
     def _wrap(self, component: Any) -> Any:
         targets = self._autoencoders.get(id(component))
-        return super()._wrap(component) if targets is None else EngineAutoencoder(component, targets, self._kinds)
+        return (
+            super()._wrap(component)
+            if targets is None
+            else EngineAutoencoder(component, targets, self._kinds)
+        )
 
 
 def _remove(registry: HookRegistry) -> None:
-    """Remove our hook. Where others were registered after it, diffusers' own way would leave out the next of them."""
+    """Remove our hook. Where others were registered after it, diffusers' own way would leave out
+    the next of them."""
     index = registry._hook_order.index(ENGINE_HOOK)
     ours, following = registry._fn_refs[index], registry._fn_refs[index + 1 : index + 2]
     kept = [(one, one.forward) for one in following if one.original_forward is not None]

@@ -45,24 +45,28 @@ def inside_engine(owner: object) -> bool:
 
 
 class Ending(BaseException):
-    """Raised in a call that must end: no `except Exception` of a pipeline or a callback stops it."""
+    """Raised in a call that must end: no `except Exception` of a pipeline or a callback stops
+    it."""
 
 
 class Progress(NamedTuple):
-    """Denoising steps done, and as many as are known to be needed; (0, 0) until the pipeline says how many."""
+    """Denoising steps done, and as many as are known to be needed; (0, 0) until the pipeline says
+    how many."""
 
     step: int
     total: int
 
 
 class Observer(Protocol):
-    """Is told how a job goes, on an engine's thread, which it holds up meanwhile. What it raises is logged once a job.
+    """Is told how a job goes, on an engine's thread, which it holds up meanwhile. What it raises is
+    logged once a job.
 
     That a job is done tells `Job.add_done_callback`.
     """
 
     def progressed(self, job: Job) -> None:
-        """It has started, its denoising loop is about to begin, a step has run, or it begins anew; `job.progress` tells."""
+        """It has started, its denoising loop is about to begin, a step has run, or it begins anew;
+        `job.progress` tells."""
 
     def wants(self, step: int, total: int) -> bool:
         """Whether `denoised` shall be called after the step of this number, 1 to `total`."""
@@ -72,7 +76,8 @@ class Observer(Protocol):
 
 
 class _Result(Future[Outcome]):
-    """Cancelling it, as asyncio does when an awaiting task is cancelled, asks the job to end. It has results only, no errors."""
+    """Cancelling it, as asyncio does when an awaiting task is cancelled, asks the job to end. It
+    has results only, no errors."""
 
     def __init__(self, job: Job) -> None:
         super().__init__()
@@ -89,8 +94,9 @@ class _Result(Future[Outcome]):
 class Job:
     """A submitted call. Awaitable; `result()` gives what the pipeline's own call returns.
 
-    `accepted`, `started`, `begun` (it was given its first forward), `opened` (the first denoising step is about to run),
-    `stepped` (the last one has run) and `finished` are seconds of the monotonic clock, or None until then.
+    `accepted`, `started`, `begun` (it was given its first forward), `opened` (the first denoising
+    step is about to run), `stepped` (the last one has run) and `finished` are seconds of the
+    monotonic clock, or None until then.
     """
 
     def __init__(
@@ -114,12 +120,15 @@ class Job:
         self.scheduler = scheduler
         self.scope = scope  # makes views of the pipeline that it calls
         self.seed = (
-            seed  # of the generator that it was given where the caller gave none, or of a default one of its own
+            # of the generator that it was given where the caller gave none, or of a default one of
+            # its own
+            seed
         )
         self.reproducible = reproducible  # its calls share no forward with others
         self.watched = False  # whether its own code changes modules has been looked at
         self.priority = priority
-        self.task = Task()  # as the planner sees it, as are the next two: what it is like, and the calls it makes
+        # as the planner sees it, as are the next two: what it is like, and the calls it makes
+        self.task = Task()
         self.shape: Shape | None = None
         self.recorder = Recorder()
         self.id = uuid.uuid4().hex
@@ -151,14 +160,17 @@ class Job:
 
     @property
     def warnings(self) -> list[str]:
-        """What the caller should know of the result, in order: which prompts the text encoders did not read to their end."""
+        """What the caller should know of the result, in order: which prompts the text encoders did
+        not read to their end."""
         return list(self._warnings.values())
 
     @property
     def tokens(self) -> int:
-        """Tokens that the pipeline's tokenizers read of its prompts, special ones included, padding and what was cut off not.
+        """Tokens that the pipeline's tokenizers read of its prompts, special ones included, padding
+        and what was cut off not.
 
-        A text counts once for each tokenizer that read it, however often that did. 0 where the pipeline has no tokenizer.
+        A text counts once for each tokenizer that read it, however often that did. 0 where the
+        pipeline has no tokenizer.
         """
         return sum(self._tokens.values())
 
@@ -167,7 +179,8 @@ class Job:
         return self._future.done()
 
     def cancel(self) -> None:
-        """Ask that the job end: at once if it waits, at its next step if it runs. No effect once it is done."""
+        """Ask that the job end: at once if it waits, at its next step if it runs. No effect once it
+        is done."""
         if not self.done():
             self._cancelled = True
             self._on_cancel(self)
@@ -175,8 +188,9 @@ class Job:
     def result(self, timeout: float | None = None) -> Any:
         """What the pipeline's call returned.
 
-        Raises TimeoutError after `timeout` seconds, Cancelled, DeadlineExceeded, EngineClosed, or what the call raised; a
-        StepweaveError, whose cause that is, in place of a StopIteration and whatever else would mean something to who waits.
+        Raises TimeoutError after `timeout` seconds, Cancelled, DeadlineExceeded, EngineClosed, or
+        what the call raised; a StepweaveError, whose cause that is, in place of a StopIteration and
+        whatever else would mean something to who waits.
         """
         self._check_misuse()
         try:
@@ -190,7 +204,8 @@ class Job:
         return self._future.result(timeout).error
 
     def add_done_callback(self, function: Callable[[Job], None]) -> None:
-        """Call `function` with the job once it is done, on the engine's thread; at once if it is. What it raises is logged."""
+        """Call `function` with the job once it is done, on the engine's thread; at once if it is.
+        What it raises is logged."""
 
         held = [(self, function)]  # until it is called; the future keeps what it has called
 
@@ -219,7 +234,9 @@ class Job:
 
     def _check_misuse(self) -> None:
         if self._owner is not None and inside_engine(self._owner) and not self.done():
-            raise EngineMisuse("A job's callback waits for a job of its own engine, which cannot run meanwhile.")
+            raise EngineMisuse(
+                "A job's callback waits for a job of its own engine, which cannot run meanwhile."
+            )
 
     # By the engine
 
@@ -241,7 +258,9 @@ class Job:
         if self._health is not None and (failed := self._health.error()) is not None:
             return failed
         if self.late:
-            return DeadlineExceeded(f"The job was not done within its deadline of {duration(self._seconds or 0)}.")
+            return DeadlineExceeded(
+                f"The job was not done within its deadline of {duration(self._seconds or 0)}."
+            )
         return None
 
     def check_step(self) -> None:
@@ -251,7 +270,8 @@ class Job:
             raise ending
 
     def ending(self) -> Ending | None:
-        """What to raise in the job's call if it must end, else None. Once told so it has ended, whatever its pipeline does."""
+        """What to raise in the job's call if it must end, else None. Once told so it has ended,
+        whatever its pipeline does."""
         error = self.end()
         if error is None:
             return None
@@ -279,7 +299,8 @@ class Job:
         self._warnings.setdefault(key, message)
 
     def read(self, key: Hashable, tokens: int) -> None:
-        """Note how many tokens of a text a tokenizer read. Pipelines read a text once more, whole, to tell what they cut."""
+        """Note how many tokens of a text a tokenizer read. Pipelines read a text once more, whole,
+        to tell what they cut."""
         self._tokens[key] = min(tokens, self._tokens.get(key, tokens))
 
     def restart(self) -> None:
@@ -305,7 +326,10 @@ class Job:
     def wants_latents(self) -> bool:
         """Whether the observer wants the latents of the step that runs."""
         observer, step = self._observer, self._step + 1
-        return observer is not None and self._contained(lambda: observer.wants(step, self._total)) is True
+        return (
+            observer is not None
+            and self._contained(lambda: observer.wants(step, self._total)) is True
+        )
 
     def denoised(self, latents: Latents) -> None:
         """Tell the observer of the step that has run."""
@@ -328,7 +352,8 @@ class Job:
             return None
 
     def finish(self, outcome: Outcome) -> Outcome | None:
-        """Deliver a result, or an error, and give what was told; None if the job was done already."""
+        """Deliver a result, or an error, and give what was told; None if the job was done
+        already."""
         with self._finishing:
             if self._future.done() or self.finished is not None:
                 return None
@@ -350,7 +375,8 @@ class Job:
                 return failed
         if ran_out(error):
             too_little = OutOfMemory(
-                "There is not enough memory for this job: ask for a smaller size, or fewer pictures."
+                "There is not enough memory for this job: ask for a smaller size, or fewer "
+                "pictures."
             )
             too_little.__cause__ = error
             return too_little

@@ -16,14 +16,16 @@ from stepweave.scope.scheduler import clone_scheduler
 
 logger = logging.getLogger(__name__)
 
-ILL_CONDITIONED = 1e-3  # of the larger noise level; below it two samples do not tell picture and noise apart
+# of the larger noise level; below it two samples do not tell picture and noise apart
+ILL_CONDITIONED = 1e-3
 
 
 @dataclass(frozen=True)
 class Latents:
     """One denoising step: copies on the device, which any thread may read at any time.
 
-    `sample`, `output` and `after` are what the scheduler's step was given and gave, (rows, ...) as the pipeline has them.
+    `sample`, `output` and `after` are what the scheduler's step was given and gave, (rows, ...) as
+    the pipeline has them.
     """
 
     sample: torch.Tensor
@@ -33,7 +35,8 @@ class Latents:
     scheduler: Any  # a copy of the view's; by which the noise levels are found
 
     def clean(self) -> torch.Tensor:
-        """What the latents would be without noise, by what the model said; `after` where the scheduler does not tell. Float32."""
+        """What the latents would be without noise, by what the model said; `after` where the
+        scheduler does not tell. Float32."""
         try:
             clean = self._clean()
         except Exception:
@@ -43,14 +46,18 @@ class Latents:
     def rows(self, start: int, stop: int) -> Latents:
         """The latents of some rows."""
         return replace(
-            self, sample=self.sample[start:stop], output=self.output[start:stop], after=self.after[start:stop]
+            self,
+            sample=self.sample[start:stop],
+            output=self.output[start:stop],
+            after=self.after[start:stop],
         )
 
     def _clean(self) -> torch.Tensor | None:
         scheduler = clone_scheduler(self.scheduler)
         for name in ("_step_index", "_begin_index"):
             if hasattr(scheduler, name):
-                setattr(scheduler, name, None)  # else that step's noise is added, whatever the timestep
+                # else that step's noise is added, whatever the timestep
+                setattr(scheduler, name, None)
         timestep = torch.as_tensor(self.timestep).reshape(-1)[:1].cpu()
         signal, noise = noise_level(scheduler, timestep)
         sample, output = self.sample.float(), self.output.float()
@@ -60,7 +67,8 @@ class Latents:
             clean = (sample - noise * output) / signal
             return clean
         if prediction == "v_prediction":
-            length = (signal**2 + noise**2) ** 0.5  # 1 where variance is preserved, which v is defined by
+            # 1 where variance is preserved, which v is defined by
+            length = (signal**2 + noise**2) ** 0.5
             clean = signal / length**2 * sample - noise / length * output
             return clean
         if prediction == "flow_prediction":
@@ -80,7 +88,8 @@ class Latents:
 
 
 def noise_level(scheduler: Any, timestep: torch.Tensor) -> tuple[float, float]:
-    """The factors of picture and noise in a sample of `timestep` (1,), by a scheduler whose step index is not set."""
+    """The factors of picture and noise in a sample of `timestep` (1,), by a scheduler whose step
+    index is not set."""
     picture, noise = torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [1.0]])
     if hasattr(scheduler, "scale_noise"):
         levels = scheduler.scale_noise(picture, timestep, noise)
@@ -120,7 +129,8 @@ class Observed(Protocol):
 
 
 class Tap:
-    """Stands between a view and what it reports to; gives that the latents of the steps that it wants."""
+    """Stands between a view and what it reports to; gives that the latents of the steps that it
+    wants."""
 
     def __init__(self, view: Any, job: Observed) -> None:
         self._job = job
@@ -171,8 +181,12 @@ class Tap:
     def _take(self, scheduler: Any, arguments: dict[str, Any], after: torch.Tensor) -> None:
         own = clone_scheduler(scheduler)
         own.__dict__.pop("step", None)
-        sample, output, timestep = (arguments[name] for name in ("sample", "model_output", "timestep"))
-        self._latents = Latents(_copied(sample), _copied(output), _copied(timestep), _copied(after), own)
+        sample, output, timestep = (
+            arguments[name] for name in ("sample", "model_output", "timestep")
+        )
+        self._latents = Latents(
+            _copied(sample), _copied(output), _copied(timestep), _copied(after), own
+        )
 
     def _lost(self) -> None:
         if not self._told:

@@ -19,7 +19,9 @@ logger = logging.getLogger(__name__)
 class LookUp:
     """Describes calls, and says which must stand alone."""
 
-    def __init__(self, describer: Describer, scope: EngineScope, cache: EncoderCache, stats: Stats) -> None:
+    def __init__(
+        self, describer: Describer, scope: EngineScope, cache: EncoderCache, stats: Stats
+    ) -> None:
         self._describer = describer
         self._scope = scope
         self._cache = cache
@@ -29,16 +31,20 @@ class LookUp:
         """Describe a call; what its result is, if an encoder gave it before."""
         try:
             self._describer.describe(call)
-            stateful = any(module is call.target.module for module, _ in self._scope.stateful.values())
+            stateful = any(
+                module is call.target.module for module, _ in self._scope.stateful.values()
+            )
             call.cache_key = None if stateful else self._cache.key(call)
             own = active.own_state()
             if own is not None:  # the modules are others to this job
                 call.whole, call.own, call.cache_key = True, True, None
                 call.stand_alone(*own)
-            elif names := active.fiber.variables:  # which a forward on behalf of others would not find
+            elif names := active.fiber.variables:
+                # which a forward on behalf of others would not find
                 call.whole, call.cache_key = True, None
                 call.stand_alone("state", f"a job sets context variables: {some(names)}")
-            elif active.job.reproducible:  # no forward to share, and none of the results that came of a shared one
+            elif active.job.reproducible:
+                # no forward to share, and none of the results that came of a shared one
                 call.key, call.whole = object(), True
                 call.apart = ("reproducible", "a reproducible job shares no forwards")
                 call.cache_key = call.cache_key and ("reproducible", call.cache_key)

@@ -44,11 +44,13 @@ from stepweave.scheduling.task import Demand
 logger = logging.getLogger(__name__)
 
 LEAVING_SECONDS = 1.0  # that the thread has to end in once nothing but work elsewhere is left
-INSISTENCE = 100  # times a job that must end is told so again, where its pipeline goes on regardless
+# times a job that must end is told so again, where its pipeline goes on regardless
+INSISTENCE = 100
 
 
 class StepLoop:
-    """Runs jobs on one thread, all their calls of heavy modules in shared forwards where a certificate allows it."""
+    """Runs jobs on one thread, all their calls of heavy modules in shared forwards where a
+    certificate allows it."""
 
     def __init__(
         self,
@@ -69,7 +71,9 @@ class StepLoop:
         self._stats = stats
         self._active: dict[Fiber, Active] = {}
         digests = Digests()
-        self._scope = EngineScope(pipeline, self._active.__contains__, kinds, max_decode_rows, health, digests)
+        self._scope = EngineScope(
+            pipeline, self._active.__contains__, kinds, max_decode_rows, health, digests
+        )
         self._exclusive = False  # the job that runs must be the only one
         self._crowd = Crowd(max_jobs)
         self.certificates = Certificates(digests, audit_every)
@@ -79,7 +83,15 @@ class StepLoop:
         self.memory = memory or memory_of(device)
         self._planner = planner
         self._forwarder = Forwarder(
-            self.certificates, self.cache, stats, self.memory, kinds, max_rows, self._advance, clock_of(device), planner
+            self.certificates,
+            self.cache,
+            stats,
+            self.memory,
+            kinds,
+            max_rows,
+            self._advance,
+            clock_of(device),
+            planner,
         )
         self._queues = CallQueues()
         self._waiting: dict[str, Job] = {}  # oldest first
@@ -102,7 +114,8 @@ class StepLoop:
         return len(self._active)
 
     def scope_of(self, pipeline: Any) -> EngineScope:
-        """Makes views of the engine's pipeline, or of another one of its modules. Raises EngineMisuse."""
+        """Makes views of the engine's pipeline, or of another one of its modules. Raises
+        EngineMisuse."""
         return self._scope if pipeline is None else self._scope.sibling(pipeline)
 
     def submit(self, job: Job) -> None:
@@ -127,8 +140,9 @@ class StepLoop:
         return self._forwarder.fits(demand)
 
     def close(self, seconds: float) -> list[str]:
-        """End every job at its next step, then the thread; leave the pipeline as it was. What has not ended after some seconds:
-        while a forward has not, its hooks stay; the thread takes them away when it has."""
+        """End every job at its next step, then the thread; leave the pipeline as it was. What has
+        not ended after some seconds: while a forward has not, its hooks stay; the thread takes them
+        away when it has."""
         until, thread = time.monotonic() + seconds, self.threads[0]
         with self._wake:
             self._closing = True
@@ -137,11 +151,16 @@ class StepLoop:
         with self._wake:
             self._abandoned = not self._ended
             self._wake.notify()
-            left = [f"work on images of {one.job!r}" for one in list(self._active.values()) if one.elsewhere]
+            left = [
+                f"work on images of {one.job!r}"
+                for one in list(self._active.values())
+                if one.elsewhere
+            ]
         thread.join(LEAVING_SECONDS)
         if thread.is_alive():
             left.append(
-                f"a forward or a callback; the hooks of {type(self._scope.pipeline).__name__} stay until it ends"
+                f"a forward or a callback; the hooks of {type(self._scope.pipeline).__name__} stay "
+                f"until it ends"
             )
         elif not self._abandoned:
             self._scope.close()
@@ -181,14 +200,19 @@ class StepLoop:
             self._forward(calls)
 
     def _rescue(self) -> None:
-        """Let fibers that an error of the loop left behind compute what they wait for themselves."""
-        for active in [one for one in self._active.values() if not (one.call or one.starved or one.elsewhere)]:
+        """Let fibers that an error of the loop left behind compute what they wait for
+        themselves."""
+        for active in [
+            one for one in self._active.values() if not (one.call or one.starved or one.elsewhere)
+        ]:
             try:
                 self._advance(active, RunYourself())
             except BaseException as error:
                 logger.exception("a job cannot go on: %s", active.job)
                 self._active.pop(active.fiber, None)
-                failure = StepweaveError(f"The engine failed ({type(error).__name__}).", code="engine_failed")
+                failure = StepweaveError(
+                    f"The engine failed ({type(error).__name__}).", code="engine_failed"
+                )
                 self._finish(active.job, failure)
 
     def _wait(self) -> bool:
@@ -218,7 +242,11 @@ class StepLoop:
     def _next(self) -> Job | None:
         """The job whose turn it is to start, if there is room for it."""
         active = self._active
-        full = self._exclusive or len(active) >= self._crowd.limit or any(one.starved for one in active.values())
+        full = (
+            self._exclusive
+            or len(active) >= self._crowd.limit
+            or any(one.starved for one in active.values())
+        )
         if not self._waiting or (active and full):
             return None
         job = self._planner.next(self._waiting)
@@ -253,12 +281,18 @@ class StepLoop:
         except Exception as error:
             self._stats.errors += 1
             logger.exception("%r cannot be started", job)
-            self._finish(job, StepweaveError(f"The engine failed ({type(error).__name__}).", code="engine_failed"))
+            self._finish(
+                job,
+                StepweaveError(
+                    f"The engine failed ({type(error).__name__}).", code="engine_failed"
+                ),
+            )
             return
         self._switch(active, active.fiber.resume, None)
 
     def _refuse_all(self) -> None:
-        """Have jobs fail rather than run on weights that another job's own code has spoilt for good."""
+        """Have jobs fail rather than run on weights that another job's own code has spoilt for
+        good."""
         if not self._scope.spoilt:
             return
         for active in list(self._active.values()):
@@ -301,12 +335,16 @@ class StepLoop:
         active.told += 1
         if active.told > INSISTENCE:
             del self._active[active.fiber]
-            self._finish(active.job, StepweaveError("The job does not end though it was told to.", code="stubborn"))
+            self._finish(
+                active.job,
+                StepweaveError("The job does not end though it was told to.", code="stubborn"),
+            )
         else:
             self._switch(active, active.fiber.throw, ending)
 
     def _feed(self) -> None:
-        """Let the jobs that wait for memory try again, once no others are left; the oldest first, until one can go on."""
+        """Let the jobs that wait for memory try again, once no others are left; the oldest first,
+        until one can go on."""
         if not self._only_starved():
             return
         hungry = sorted(self._active.values(), key=lambda active: active.job.accepted)
@@ -319,11 +357,16 @@ class StepLoop:
         self._evict(next((one for one in reversed(hungry) if one.repeatable), hungry[-1]))
 
     def _evict(self, active: Active) -> None:
-        """Have a job begin anew after the others: what it holds is all that is left to make room with."""
+        """Have a job begin anew after the others: what it holds is all that is left to make room
+        with."""
         assert active.starved is not None
         self._crowd.shrink(len(self._active) - 1)
         if active.repeatable:
-            logger.warning("%r begins anew: %d jobs at a time do not fit into memory", active.job, len(self._active))
+            logger.warning(
+                "%r begins anew: %d jobs at a time do not fit into memory",
+                active.job,
+                len(self._active),
+            )
             active.evicted = True
             self._end(active, Ending())
         else:
@@ -331,13 +374,17 @@ class StepLoop:
 
     def _pick(self) -> list[Call]:
         """Calls of the key whose turn it is, as many as pay and fit."""
-        return self._planner.pick(self._queues.by_key(), self._forwarder.limit) if self._queues else []
+        return (
+            self._planner.pick(self._queues.by_key(), self._forwarder.limit) if self._queues else []
+        )
 
     def _forward(self, calls: list[Call]) -> None:
         """Run calls of one key, merged if that is proven, and let their fibers go on."""
         verdict, chosen = self._forwarder.decide(calls)
         if verdict is Verdict.ALONE:
-            self.unshared.met(calls, self.certificates, self._scope.why_turns() if self._exclusive else {})
+            self.unshared.met(
+                calls, self.certificates, self._scope.why_turns() if self._exclusive else {}
+            )
         if len(chosen) < len(calls):
             self._planner.runs_alone(chosen[0])
         self._queues.take(chosen)
@@ -357,8 +404,8 @@ class StepLoop:
         return self.unshared.listed(self.certificates.all(), self._scope.why_turns())
 
     def _start_turns(self, steady: Active | None = None) -> None:
-        """Have jobs run one at a time from now on; those that may have met what another left in a module start again, which are
-        all but the `steady` one."""
+        """Have jobs run one at a time from now on; those that may have met what another left in a
+        module start again, which are all but the `steady` one."""
         self._turns.tell()
         self.cache.clear()
         self._exclusive = bool(self._active)
@@ -383,7 +430,8 @@ class StepLoop:
             self._end(active, Ending())
 
     def _advance(self, active: Active, answer: Any) -> None:
-        """Let a fiber go on with the answer to what it waited for; one that is starved waits for the others to end."""
+        """Let a fiber go on with the answer to what it waited for; one that is starved waits for
+        the others to end."""
         active.starved = None
         if isinstance(answer, Starved) and len(self._active) > 1:
             active.starved = answer.call

@@ -1,4 +1,5 @@
-"""How many rows fit into memory: measured where the device can tell, and learnt from the forwards that did not fit."""
+"""How many rows fit into memory: measured where the device can tell, and learnt from the forwards
+that did not fit."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from stepweave.scheduling.task import Key
 
-RECOVERY = 200  # forwards that fit, before a cap rises for the first time; twice as many after each fall
+# forwards that fit, before a cap rises for the first time; twice as many after each fall
+RECOVERY = 200
 SLOWEST = 64  # times RECOVERY
 KEPT = 1024  # kinds of calls; the least recently used goes first
 RESERVED = 0.05  # of a GPU's memory, left to what is not measured
@@ -48,7 +50,8 @@ class DeviceMemory(Protocol):
         """Begin to measure."""
 
     def taken(self) -> int | None:
-        """The most bytes taken at a time since `start`, beyond what was taken then; None if unknown."""
+        """The most bytes taken at a time since `start`, beyond what was taken then; None if
+        unknown."""
 
     def free(self) -> None:
         """Give unused memory back to the device."""
@@ -117,16 +120,17 @@ def memory_of(device: torch.device) -> DeviceMemory:
 class Room:
     """How many rows of each kind of call fit.
 
-    Bytes a row are those of the largest forward that was measured, divided by its rows: what is needed once is counted for
-    each row, so more rows are never thought to fit than do. A kind that ran out nevertheless has a cap, half of what was tried,
-    that rises by an eighth now and then.
+    Bytes a row are those of the largest forward that was measured, divided by its rows: what is
+    needed once is counted for each row, so more rows are never thought to fit than do. A kind that
+    ran out nevertheless has a cap, half of what was tried, that rises by an eighth now and then.
     """
 
     def __init__(self, memory: DeviceMemory) -> None:
         self.memory = memory
         self._caps: OrderedDict[Hashable, _Cap] = OrderedDict()
         self._sizes: OrderedDict[Hashable, _Size] = OrderedDict()
-        self._keys: OrderedDict[Hashable, _Size] = OrderedDict()  # the same, by what admission knows of a call
+        # the same, by what admission knows of a call
+        self._keys: OrderedDict[Hashable, _Size] = OrderedDict()
         self._available: int | None = None  # bytes, when last looked at: between forwards
         self._measuring = False
 
@@ -142,7 +146,8 @@ class Room:
         return max(1, rows)
 
     def fits(self, key: Key, rows: int) -> bool:
-        """Whether so many rows of the calls of a key should fit now; yes if that is not known. May be asked on any thread."""
+        """Whether so many rows of the calls of a key should fit now; yes if that is not known. May
+        be asked on any thread."""
         size, available = self._keys.get(key), self._available
         return size is None or available is None or available * size.rows >= size.bytes * rows
 
@@ -150,8 +155,13 @@ class Room:
     def measured(self, kind: Hashable, rows: int, key: Key | None = None) -> Iterator[None]:
         """Learn what a forward of so many rows takes, unless that is known."""
         known = self._sizes.get(kind)
-        nameless = not isinstance(kind, (tuple, str))  # a call that could not be described: no other is of its kind
-        if nameless or self._measuring or (known is not None and (rows, 0) <= (known.rows, known.times - TIMES)):
+        # a call that could not be described: no other is of its kind
+        nameless = not isinstance(kind, (tuple, str))
+        if (
+            nameless
+            or self._measuring
+            or (known is not None and (rows, 0) <= (known.rows, known.times - TIMES))
+        ):
             yield
             return
         self._measuring = True
@@ -168,7 +178,8 @@ class Room:
                 _put(self._keys, key, size)
 
     def failed(self, kind: Hashable, rows: int) -> None:
-        """A forward of so many rows did not fit. What is being measured is not worth knowing then."""
+        """A forward of so many rows did not fit. What is being measured is not worth knowing
+        then."""
         self._measuring = False
         known = self._caps.get(kind)
         if rows == 1 or (known is not None and rows // 2 >= known.rows):
@@ -177,7 +188,8 @@ class Room:
         _put(self._caps, kind, _Cap(rows // 2, patience))
 
     def fitted(self, kind: Hashable) -> None:
-        """A forward did fit, of however many rows: calls that have many each may never get to the cap itself."""
+        """A forward did fit, of however many rows: calls that have many each may never get to the
+        cap itself."""
         known = self._caps.get(kind)
         if known is not None:
             known.count()

@@ -21,8 +21,9 @@ _CONSTANTS = (type(None), bool, int, float, str, bytes, torch.dtype, torch.devic
 def merge(calls: Sequence[Call], *, repeat: bool = True) -> dict[str, Any]:
     """The arguments of one call that stands for all of `calls`, which are of one kind.
 
-    A list of equal constants, one for each row, is made as long as there are rows in all; without `repeat` it is passed as it
-    is, since it may be something else that happens to have as many entries.
+    A list of equal constants, one for each row, is made as long as there are rows in all; without
+    `repeat` it is passed as it is, since it may be something else that happens to have as many
+    entries.
     """
     rows = [call.rows for call in calls]
     first = calls[0]
@@ -37,7 +38,9 @@ def merge(calls: Sequence[Call], *, repeat: bool = True) -> dict[str, Any]:
             if masks is not None:
                 merged[mask] = masks
         else:
-            merged[name] = values[0] if node[0] == "repeated" and not repeat else _merge(node, values, rows)
+            merged[name] = (
+                values[0] if node[0] == "repeated" and not repeat else _merge(node, values, rows)
+            )
     return merged
 
 
@@ -45,7 +48,10 @@ def _merge(node: Layout, values: list[Any], rows: list[int]) -> Any:
     tag = node[0]
     if tag == "rows":
         return torch.cat(
-            [v if v.shape[0] == r else v.expand(r, *v.shape[1:]) for v, r in zip(values, rows, strict=True)]
+            [
+                v if v.shape[0] == r else v.expand(r, *v.shape[1:])
+                for v, r in zip(values, rows, strict=True)
+            ]
         )
     if tag == "several":
         return torch.cat(values)
@@ -55,33 +61,47 @@ def _merge(node: Layout, values: list[Any], rows: list[int]) -> Any:
         return _placed([v.reshape(1).expand(r) for v, r in zip(values, rows, strict=True)], node[2])
     if tag == "number":
         dtype = torch.float32 if node[1] else torch.int64
-        return _placed([torch.tensor([v] * r, dtype=dtype) for v, r in zip(values, rows, strict=True)], node[2])
+        return _placed(
+            [torch.tensor([v] * r, dtype=dtype) for v, r in zip(values, rows, strict=True)], node[2]
+        )
     if tag == "per row":
         return list(itertools.chain.from_iterable(values))
     if tag == "repeated":
         return [values[0][0]] * sum(rows)
     if tag == "dict":
-        return {key: _merge(child, [value[key] for value in values], rows) for key, child in node[1:]}
+        return {
+            key: _merge(child, [value[key] for value in values], rows) for key, child in node[1:]
+        }
     if tag in ("constant", "shared", "generator"):
         return values[0]
     if tag == "object":
         return like(
-            values[0], {name: _merge(child, [vars(value)[name] for value in values], rows) for name, child in node[2:]}
+            values[0],
+            {
+                name: _merge(child, [vars(value)[name] for value in values], rows)
+                for name, child in node[2:]
+            },
         )
     kind, children = node[1], node[2:]
-    items = [_merge(child, [value[i] for value in values], rows) for i, child in enumerate(children)]
+    items = [
+        _merge(child, [value[i] for value in values], rows) for i, child in enumerate(children)
+    ]
     return kind(*items) if hasattr(kind, "_fields") else kind(items)
 
 
 def _placed(values: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Values of a number a row as one tensor on a device, which is not waited for: the host's memory is read at once."""
+    """Values of a number a row as one tensor on a device, which is not waited for: the host's
+    memory is read at once."""
     if any(value.device == device for value in values):
         return torch.cat([value.to(device, non_blocking=True) for value in values])
     return torch.cat(values).to(device, non_blocking=True)
 
 
-def _padded(values: list[torch.Tensor], masks: list[torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Tensors (rows, length, ...) of different lengths as one, filled with zeros that the mask tells from the rest."""
+def _padded(
+    values: list[torch.Tensor], masks: list[torch.Tensor | None]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Tensors (rows, length, ...) of different lengths as one, filled with zeros that the mask
+    tells from the rest."""
     longest = max(value.shape[1] for value in values)
     if all(value.shape[1] == longest for value in values) and all(mask is None for mask in masks):
         return torch.cat(values), None
@@ -114,7 +134,8 @@ def copied(value: Any, _depth: int = 0) -> Any:
 def split(output: Any, rows: Sequence[int], *, listed: bool = False) -> list[Any]:
     """A merged call's output as the calls', in order. Raises Unmergeable for what has no rows.
 
-    With `listed`, a list with as many entries as rows has an entry for each row, whatever the entries' shapes.
+    With `listed`, a list with as many entries as rows has an entry for each row, whatever the
+    entries' shapes.
     """
     starts = list(itertools.accumulate(rows, initial=0))
     if listed and isinstance(output, list) and len(output) == starts[-1]:
@@ -124,7 +145,9 @@ def split(output: Any, rows: Sequence[int], *, listed: bool = False) -> list[Any
         return [tuple(part[i] for part in parts) for i in range(len(rows))]
     if listed and isinstance(output, dict):
         named = {key: split(item, rows, listed=True) for key, item in output.items()}
-        return [remade(output, {key: part[i] for key, part in named.items()}) for i in range(len(rows))]
+        return [
+            remade(output, {key: part[i] for key, part in named.items()}) for i in range(len(rows))
+        ]
     return _split(output, starts)
 
 
@@ -141,14 +164,20 @@ def _split(output: Any, starts: list[int]) -> list[Any]:
         return [output[a:b] for a, b in spans]
     if is_constant(output):
         return [output] * len(spans)
-    if isinstance(output, list) and len(output) == total and not all(has_rows(item, total) for item in output):
+    if (
+        isinstance(output, list)
+        and len(output) == total
+        and not all(has_rows(item, total) for item in output)
+    ):
         return [output[a:b] for a, b in spans]
     if isinstance(output, (list, tuple)):
         parts = [_split(item, starts) for item in output]
         return [rebuilt(output, [part[i] for part in parts]) for i in range(len(spans))]
     if isinstance(output, dict):
         named = {key: _split(item, starts) for key, item in output.items()}
-        return [remade(output, {key: part[i] for key, part in named.items()}) for i in range(len(spans))]
+        return [
+            remade(output, {key: part[i] for key, part in named.items()}) for i in range(len(spans))
+        ]
     if isinstance(output, Cache):
         return [_selected(output, a, b) for a, b in spans]
     if vars_of := getattr(output, "__dict__", None):
@@ -171,7 +200,8 @@ def rebuilt(like: Any, items: list[Any]) -> Any:
 def remade(like: dict[Any, Any], items: dict[Any, Any]) -> Any:
     if type(like) is dict:
         return items
-    if dataclasses.is_dataclass(like):  # diffusers' and transformers' outputs, as dictionaries without what is None
+    # diffusers' and transformers' outputs, as dictionaries without what is None
+    if dataclasses.is_dataclass(like):
         items = {one.name: items.get(one.name) for one in dataclasses.fields(like)}
     return type(like)(**items)
 
@@ -194,9 +224,13 @@ def _selected(cache: Cache, start: int, stop: int) -> Cache:
 
 
 def _split_object(output: Any, attributes: dict[str, Any], starts: list[int]) -> list[Any]:
-    """An object whose attributes are tensors and constants, such as the distribution that an autoencoder's encoder gives."""
+    """An object whose attributes are tensors and constants, such as the distribution that an
+    autoencoder's encoder gives."""
     parts = {name: _split(value, starts) for name, value in attributes.items()}
-    return [like(output, {name: part[i] for name, part in parts.items()}) for i in range(len(starts) - 1)]
+    return [
+        like(output, {name: part[i] for name, part in parts.items()})
+        for i in range(len(starts) - 1)
+    ]
 
 
 def tensors(value: Any) -> list[torch.Tensor]:

@@ -1,9 +1,12 @@
-"""What modules keep between forwards beside their weights, read as a snapshot: to tell what changed, and to put it back.
+"""What modules keep between forwards beside their weights, read as a snapshot: to tell what
+changed, and to put it back.
 
-A snapshot covers attributes of every submodule and of its class, buffers, torch's hooks, and whatever can be reached from these
-or from a patched `forward`: closures, default arguments, attributes of functions, the globals that a function names, lists,
-dictionaries, plain objects. Values are compared as values: a table that is made again with the same content has not changed.
-State outside of Python objects (in an extension, on a disk) is not covered; only results can show it.
+A snapshot covers attributes of every submodule and of its class, buffers, torch's hooks, and
+whatever can be reached from these or from a patched `forward`: closures, default arguments,
+attributes of functions, the globals that a function names, lists, dictionaries, plain objects.
+Values are compared as values: a table that is made again with the same content has not changed.
+State outside of Python objects (in an extension, on a disk) is not covered; only results can show
+it.
 """
 
 from __future__ import annotations
@@ -43,20 +46,28 @@ _NOT_STATE = TORCH_OWN | {"_hf_hook", "_diffusers_hook", "config", "_compiled_ca
 
 @dataclass(eq=False)
 class _Root:
-    """A place in a module or its class that holds a value: a key of a dictionary, or an attribute of a class."""
+    """A place in a module or its class that holds a value: a key of a dictionary, or an attribute
+    of a class."""
 
     path: str
     holder: Any
     key: Any
     mark: Hashable  # equal for equal values
     value: Any
-    undo: list[Callable[[], None]] = field(default_factory=list)  # puts back what the value contains
+    # puts back what the value contains
+    undo: list[Callable[[], None]] = field(default_factory=list)
     owner: int = 0  # the id of the attributes of the module, or of the class, that it is in
-    seen: tuple[Hashable, int] | None = None  # a sample of the numbers, and the address, of a weight that is not kept
+    # a sample of the numbers, and the address, of a weight that is not kept
+    seen: tuple[Hashable, int] | None = None
 
     def is_lost(self, later: _Root | None) -> bool:
         """Whether it is a weight that has other numbers `later`, in the same memory."""
-        if later is None or later.value is not self.value or self.seen is None or later.seen is None:
+        if (
+            later is None
+            or later.value is not self.value
+            or self.seen is None
+            or later.seen is None
+        ):
             return False
         (numbers, address), (new_numbers, new_address) = self.seen, later.seen
         return numbers != new_numbers and address == new_address
@@ -74,7 +85,8 @@ class _Root:
 
 
 class _Flat(NamedTuple):
-    """Places of one dictionary whose values need no reading: numbers, strings, weights, submodules."""
+    """Places of one dictionary whose values need no reading: numbers, strings, weights,
+    submodules."""
 
     path: str
     holder: dict[str, Any]
@@ -87,13 +99,18 @@ class _Flat(NamedTuple):
         # a weight stands here only while it has no attributes of its own
         undo: list[Callable[[], None]] = []
         if isinstance(value, nn.Parameter):
-            undo = [value.__dict__.clear, functools.partial(setattr, value, "requires_grad", self.marks[key][2])]
-        return _Root(f"{self.path}.{key}", self.holder, key, self.marks[key], value, undo, self.owner)
+            undo = [
+                value.__dict__.clear,
+                functools.partial(setattr, value, "requires_grad", self.marks[key][2]),
+            ]
+        return _Root(
+            f"{self.path}.{key}", self.holder, key, self.marks[key], value, undo, self.owner
+        )
 
 
 class Change:
-    """What differs between two snapshots of the same modules. `common`: the owners that both have read. From others, such as
-    submodules that were replaced, nothing is taken away."""
+    """What differs between two snapshots of the same modules. `common`: the owners that both have
+    read. From others, such as submodules that were replaced, nothing is taken away."""
 
     def __init__(self, before: list[_Root], after: list[_Root], common: Set[int]) -> None:
         self._before = before
@@ -115,9 +132,12 @@ class Change:
 
     @functools.cached_property
     def lost(self) -> list[str]:
-        """Weights that were written to in place and cannot be put back, since they were not copied."""
+        """Weights that were written to in place and cannot be put back, since they were not
+        copied."""
         later = {(id(one.holder), one.key): one for one in self._after}
-        return [one.path for one in self._before if one.is_lost(later.get((id(one.holder), one.key)))]
+        return [
+            one.path for one in self._before if one.is_lost(later.get((id(one.holder), one.key)))
+        ]
 
     @property
     def places(self) -> frozenset[Place]:
@@ -131,12 +151,15 @@ class Change:
 
 
 class ModuleState:
-    """A snapshot of what modules keep. With `keep` it can be put back: what may be written to in place is copied.
+    """A snapshot of what modules keep. With `keep` it can be put back: what may be written to in
+    place is copied.
 
     With `weights` these are read, too; the larger ones are neither compared whole nor put back.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], *, keep: bool = False, weights: bool = False) -> None:
+    def __init__(
+        self, modules: Mapping[str, nn.Module], *, keep: bool = False, weights: bool = False
+    ) -> None:
         self._roots: dict[Place, _Root] = {}
         self._flat: dict[int, _Flat] = {}  # by the ids of their dictionaries
         self._owners = {0}  # ids of the attributes of modules, and 0 for what is in none
@@ -173,7 +196,11 @@ class ModuleState:
             flat, new = self._flat.get(number), later._flat.get(number)
             old_marks, new_marks = flat.marks if flat else {}, new.marks if new else {}
             if old_marks != new_marks:
-                keys = [key for key in old_marks | new_marks if old_marks.get(key, self) != new_marks.get(key, self)]
+                keys = [
+                    key
+                    for key in old_marks | new_marks
+                    if old_marks.get(key, self) != new_marks.get(key, self)
+                ]
                 keys = [key for key in keys if not (flat and new and _made_again(flat, new, key))]
                 before += [flat.root(key) for key in keys if flat and key in old_marks]
                 after += [new.root(key) for key in keys if new and key in new_marks]
@@ -227,7 +254,9 @@ class ModuleState:
             self._add(f"{name}.{key}", part._buffers, key, value)
         if part._modules:
             children = dict(part._modules)
-            self._flat[id(part._modules)] = _Flat(name, part._modules, children, children, self._owner)
+            self._flat[id(part._modules)] = _Flat(
+                name, part._modules, children, children, self._owner
+            )
         for hooks in _HOOKS:
             for key, value in attributes[hooks].items():
                 self._add(f"{name}.{hooks}[{key}]", attributes[hooks], key, value)
@@ -239,17 +268,29 @@ class ModuleState:
         flat: dict[str, Any] = {}
         for key, value in part._parameters.items():
             if value is not None and (self.weights or value.__dict__):
-                self._roots[id(part._parameters), key] = self._weight(f"{name}.{key}", part._parameters, key, value)
+                self._roots[id(part._parameters), key] = self._weight(
+                    f"{name}.{key}", part._parameters, key, value
+                )
             else:
-                flat[key] = None if value is None else (id(value), version(value), value.requires_grad)
+                flat[key] = (
+                    None if value is None else (id(value), version(value), value.requires_grad)
+                )
         if flat:
             values = {key: part._parameters[key] for key in flat}
-            self._flat[id(part._parameters)] = _Flat(name, part._parameters, flat, values, self._owner)
+            self._flat[id(part._parameters)] = _Flat(
+                name, part._parameters, flat, values, self._owner
+            )
 
     def _weight(self, path: str, holder: Any, key: str, value: nn.Parameter) -> _Root:
-        undo: list[Callable[[], None]] = [functools.partial(setattr, value, "requires_grad", value.requires_grad)]
+        undo: list[Callable[[], None]] = [
+            functools.partial(setattr, value, "requires_grad", value.requires_grad)
+        ]
         numbers, small = content(value) if self.weights else None, value.numel() <= WHOLE
-        mark: Hashable = (id(value), numbers if self.weights else version(value), value.requires_grad)
+        mark: Hashable = (
+            id(value),
+            numbers if self.weights else version(value),
+            value.requires_grad,
+        )
         if self.weights and self._reader.keep:
             kept = value.detach().clone() if small else value.detach()
             undo.append(functools.partial(write if small else rebind, value, kept))
@@ -269,14 +310,18 @@ class ModuleState:
             for key, value in vars(base).items():
                 if key.startswith("__"):
                     continue
-                function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+                function = (
+                    value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+                )
                 if isinstance(function, types.FunctionType):
                     if of_a_library(function):
                         continue
                 elif not base.__module__.startswith(LIBRARIES):
                     if hasattr(value, "__get__") or isinstance(value, OPAQUE):
                         continue
-                elif type(value) not in ATOMS and not isinstance(value, (list, dict, set, tuple, torch.Tensor)):
+                elif type(value) not in ATOMS and not isinstance(
+                    value, (list, dict, set, tuple, torch.Tensor)
+                ):
                     continue
                 self._add(f"{base.__qualname__}.{key}", base, key, value)
         self._owner = 0
@@ -305,11 +350,16 @@ def _address(tensor: torch.Tensor) -> int:
 
 
 def _made_again(before: _Flat, after: _Flat, key: str) -> bool:
-    """Whether a weight was replaced by another object for the same numbers: `self.mean = nn.Parameter(self.mean.to(device))`."""
+    """Whether a weight was replaced by another object for the same numbers: `self.mean =
+    nn.Parameter(self.mean.to(device))`."""
     old, new = before.values.get(key), after.values.get(key)
     if old is new or not isinstance(old, nn.Parameter) or not isinstance(new, nn.Parameter):
         return False
-    if (id(old), version(old), new.requires_grad) != before.marks[key] or (old.shape, old.dtype, old.device) != (
+    if (id(old), version(old), new.requires_grad) != before.marks[key] or (
+        old.shape,
+        old.dtype,
+        old.device,
+    ) != (
         new.shape,
         new.dtype,
         new.device,
@@ -325,7 +375,11 @@ def _where(before: Hashable, after: Hashable) -> str:
     if isinstance(before, tuple) and isinstance(after, tuple):
         for one, other in zip(before, after, strict=False):
             if one != other:
-                if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other) == 2:
+                if (
+                    isinstance(one, tuple)
+                    and isinstance(other, tuple)
+                    and len(one) == len(other) == 2
+                ):
                     if isinstance(one[0], str) and one[0] == other[0]:
                         return f".{one[0]}{_where(one[1], other[1])}"
                 return _where(one, other)
@@ -358,7 +412,8 @@ def _assign(holder: Any, key: Any, value: Any) -> None:
 
 
 def _patched(part: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
-    """Where the functions stand that a patched module runs in place of its class's: below the hooks of diffusers."""
+    """Where the functions stand that a patched module runs in place of its class's: below the hooks
+    of diffusers."""
     registry = getattr(part, "_diffusers_hook", None)
     if registry is not None:
         for reference in registry._fn_refs:
@@ -366,7 +421,11 @@ def _patched(part: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
             own = isinstance(getattr(original, "__self__", None), nn.Module)
             if original is not None and not own and not _compiled(original):
                 yield vars(reference), "original_forward"
-    elif "_hf_hook" not in part.__dict__ and "forward" in part.__dict__ and not _compiled(part.__dict__["forward"]):
+    elif (
+        "_hf_hook" not in part.__dict__
+        and "forward" in part.__dict__
+        and not _compiled(part.__dict__["forward"])
+    ):
         yield part.__dict__, "forward"
 
 

@@ -12,17 +12,19 @@ from torch import nn
 
 
 def moves_only(hook: Any) -> bool:
-    """Whether a hook of accelerate just brings a whole module to the GPU before its forward, and keeps nothing of a call."""
+    """Whether a hook of accelerate just brings a whole module to the GPU before its forward, and
+    keeps nothing of a call."""
     return type(hook) is CpuOffload
 
 
 class Offloading:
     """What `enable_model_cpu_offload` does for one call at a time, for many.
 
-    Its hooks take the text encoders off the GPU when the denoiser comes, and that when the autoencoder comes; when the next
-    job's text encoder comes, they take nothing off, and at the end of a call all is. Here a model of that chain takes off all
-    that was used before it whenever it comes anew; what is not in the chain, like a ControlNet, stays with the denoiser it
-    alternates with. So no more is on the GPU at a time than with one job.
+    Its hooks take the text encoders off the GPU when the denoiser comes, and that when the
+    autoencoder comes; when the next job's text encoder comes, they take nothing off, and at the end
+    of a call all is. Here a model of that chain takes off all that was used before it whenever it
+    comes anew; what is not in the chain, like a ControlNet, stays with the denoiser it alternates
+    with. So no more is on the GPU at a time than with one job.
     """
 
     def __init__(self, pipeline: Any) -> None:
@@ -44,7 +46,10 @@ class Offloading:
         if id(module) in self._used:
             return
         for pipeline in pipelines_in(self._pipeline):
-            chain = [getattr(pipeline, name, None) for name in (pipeline.model_cpu_offload_seq or "").split("->")]
+            chain = [
+                getattr(pipeline, name, None)
+                for name in (pipeline.model_cpu_offload_seq or "").split("->")
+            ]
             for hook in getattr(pipeline, "_all_hooks", ()):
                 if hook.model is module:
                     if any(one is module for one in chain):
@@ -56,7 +61,8 @@ class Offloading:
         """Take off the GPU what is there."""
         while self._used:
             _, hook = self._used.popitem()
-            if getattr(hook.model, "_hf_hook", None) is hook.hook:  # else somebody put an end to offloading
+            # else somebody put an end to offloading
+            if getattr(hook.model, "_hf_hook", None) is hook.hook:
                 hook.offload()
 
 

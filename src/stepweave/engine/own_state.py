@@ -1,7 +1,9 @@
-"""Changes that a job's own code makes to the modules that all jobs share: in place only while that job runs.
+"""Changes that a job's own code makes to the modules that all jobs share: in place only while that
+job runs.
 
-A callback may scale an adapter, switch tiling on, replace an attention processor; a pipeline may cast its autoencoder to single
-precision and back. Such a change is taken out of the modules whenever the job's fiber is left, and put in again when it goes on.
+A callback may scale an adapter, switch tiling on, replace an attention processor; a pipeline may
+cast its autoencoder to single precision and back. Such a change is taken out of the modules
+whenever the job's fiber is left, and put in again when it goes on.
 """
 
 from __future__ import annotations
@@ -23,14 +25,16 @@ T = TypeVar("T")
 
 
 class OwnState:
-    """What one job has changed in the modules. Costs a walk through them at each switch, and with `weights` through these."""
+    """What one job has changed in the modules. Costs a walk through them at each switch, and with
+    `weights` through these."""
 
     def __init__(self, modules: Mapping[str, nn.Module], *, weights: bool = False) -> None:
         self._modules = modules
         self._weights = weights
         self._base: ModuleState | None = None  # of the others, while the fiber runs
         self._change: Change | None = None
-        self.lost: list[str] = []  # weights that it has written to in place, and that cannot be put back
+        # weights that it has written to in place, and that cannot be put back
+        self.lost: list[str] = []
 
     def __bool__(self) -> bool:
         """Whether the job has changed anything."""
@@ -58,7 +62,8 @@ class OwnState:
         self._base = None
 
     def during(self, forward: Callable[[], T]) -> T:
-        """A forward's result. What it writes to the modules is none of the job's doing, unless they are the job's own by now."""
+        """A forward's result. What it writes to the modules is none of the job's doing, unless they
+        are the job's own by now."""
         if self._change is not None or self._base is None:
             return forward()
         before: ModuleState | None = None
@@ -107,24 +112,30 @@ def _cast(types: Mapping[nn.Module, torch.dtype]) -> None:
 
 
 def has_code(value: Any, depth: int = 3) -> bool:
-    """Whether an argument of a call contains something that could be called: a callback, of one kind or another."""
+    """Whether an argument of a call contains something that could be called: a callback, of one
+    kind or another."""
     if isinstance(value, (list, tuple)):
         return depth > 0 and any(has_code(item, depth - 1) for item in value)
     if isinstance(value, dict):
         return depth > 0 and any(has_code(item, depth - 1) for item in value.values())
     if isinstance(value, (type, nn.Module)):
         return False
-    return callable(value) or not (comes_with_a_library(type(value)) or type(value).__module__.startswith("PIL."))
+    return callable(value) or not (
+        comes_with_a_library(type(value)) or type(value).__module__.startswith("PIL.")
+    )
 
 
 def signature(kind: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
-    """What calls have in common that run the same code of a pipeline of this class, as far as can be told: of one that comes with
-    diffusers the names of the arguments, of any other small values, too."""
+    """What calls have in common that run the same code of a pipeline of this class, as far as can
+    be told: of one that comes with diffusers the names of the arguments, of any other small values,
+    too."""
     names = frozenset(name for name, value in kwargs.items() if value is not None)
     if comes_with_a_library(kind):
         return kind, len(args), names
     values = [*enumerate(args), *kwargs.items()]
     small = frozenset(
-        (name, repr(value)) for name, value in values if isinstance(value, SMALL) and len(repr(value)) <= LONG
+        (name, repr(value))
+        for name, value in values
+        if isinstance(value, SMALL) and len(repr(value)) <= LONG
     )
     return kind, len(args), names, small

@@ -25,7 +25,8 @@ from stepweave.scope.proxy import Proxy
 
 
 def call_pipeline(job: Job, *, elsewhere: bool = False) -> Outcome:
-    """What comes of the pipeline's own call on a view of the job's own; with `elsewhere` other threads work on its pictures."""
+    """What comes of the pipeline's own call on a view of the job's own; with `elsewhere` other
+    threads work on its pictures."""
     try:
         with (
             job.scope.lease(job.scheduler) as view,
@@ -74,8 +75,8 @@ class _Bar(Proxy):
 
 @contextlib.contextmanager
 def track(view: Any, job: Observed) -> Iterator[None]:
-    """Within it the job is told of the view's progress, which every pipeline of diffusers shows on a bar, and its observer of
-    latents."""
+    """Within it the job is told of the view's progress, which every pipeline of diffusers shows on
+    a bar, and its observer of latents."""
     tap = Tap(view, job) if job.observed else None
     told = tap or job
     with contextlib.ExitStack() as left:
@@ -91,7 +92,8 @@ def track(view: Any, job: Observed) -> Iterator[None]:
 
 @contextlib.contextmanager
 def pictures_elsewhere(view: Any) -> Iterator[None]:
-    """Within it the view's image processors read and make pictures on another thread: PIL images, copies from the device."""
+    """Within it the view's image processors read and make pictures on another thread: PIL images,
+    copies from the device."""
     with contextlib.ExitStack() as left:
         for owner, name, method in _picture_methods(view):
             known = comes_with_a_library(type(owner))
@@ -102,7 +104,9 @@ def pictures_elsewhere(view: Any) -> Iterator[None]:
 def _picture_methods(view: Any) -> Iterator[Method]:
     """The methods of a view's image processors that read and make pictures, to be called so."""
     ours = (VaeImageProcessor, InpaintProcessor)  # others may be shared with other views
-    for owner, name, method in methods_of_processors(view, ("preprocess", "preprocess_video"), ours):
+    for owner, name, method in methods_of_processors(
+        view, ("preprocess", "preprocess_video"), ours
+    ):
         yield owner, name, _each_once(method)
     yield from methods_of_processors(view, POSTPROCESS)
 
@@ -120,13 +124,18 @@ def _elsewhere(method: Callable[..., Any], known: bool) -> Callable[..., Any]:
 
 
 def _each_once(method: Callable[..., Any]) -> Callable[..., Any]:
-    """`preprocess`, which reads a picture that is given for each of several ones to be made but once."""
+    """`preprocess`, which reads a picture that is given for each of several ones to be made but
+    once."""
     if getattr(method, "__func__", None) is not VaeImageProcessor.preprocess:
         return method
 
     def run(image: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         count = len(image) if isinstance(image, list) else 1
-        alike = count > 1 and isinstance(image[0], Image.Image) and all(one is image[0] for one in image)
+        alike = (
+            count > 1
+            and isinstance(image[0], Image.Image)
+            and all(one is image[0] for one in image)
+        )
         read: torch.Tensor = method(image[:1] if alike else image, *args, **kwargs)
         return read.repeat(count, *[1] * (read.ndim - 1)) if alike else read
 

@@ -1,4 +1,5 @@
-"""What the engine knows of its jobs' work: what each will ask for, what that costs, whose turn it is, and when all is done."""
+"""What the engine knows of its jobs' work: what each will ask for, what that costs, whose turn it
+is, and when all is done."""
 
 from __future__ import annotations
 
@@ -15,7 +16,15 @@ from stepweave.engine.job import Job
 from stepweave.engine.shapes import shape_of
 from stepweave.scheduling.admission import Outlook
 from stepweave.scheduling.cost import KEYS, CostModel, PriceList
-from stepweave.scheduling.forecast import BREATH, ORDERS, by_arrival, forecast, in_order, running_first, step_seconds
+from stepweave.scheduling.forecast import (
+    BREATH,
+    ORDERS,
+    by_arrival,
+    forecast,
+    in_order,
+    running_first,
+    step_seconds,
+)
 from stepweave.scheduling.line import Line
 from stepweave.scheduling.plan import Plan, Standing
 from stepweave.scheduling.policy import POLICIES, Rank, patience
@@ -25,12 +34,16 @@ from stepweave.threads import DaemonExecutor
 
 REPRICE_SECONDS = 0.2
 FRESH = 0.1  # seconds that a forecast is good for ...
-FRESH_TIMES = 10  # ... or, of many jobs, so many times what it took to make: it must leave the processor to others
-FEW = 128  # jobs that are forecast where that is asked for, in a millisecond or two; of more, on a thread of its own
+# ... or, of many jobs, so many times what it took to make: it must leave the processor to others
+FRESH_TIMES = 10
+# jobs that are forecast where that is asked for, in a millisecond or two; of more, on a thread of
+# its own
+FEW = 128
 EXPLORE_EVERY = 64  # groups that were cut off at the knee, before one is let grow to twice that
 WHOLE_CALL = "call"  # the module of a job whose steps are not seen one by one
 
-OnStep = Callable[[str, int, int, float], None]  # module, rows, the most rows that were allowed, seconds
+# module, rows, the most rows that were allowed, seconds
+OnStep = Callable[[str, int, int, float], None]
 
 
 class Planner:
@@ -59,7 +72,11 @@ class Planner:
     ) -> None:
         self._pipeline = pipeline
         self._policy = POLICIES[policy]
-        self._order = running_first(ORDERS.get(policy, by_arrival)) if whole else ORDERS.get(policy, by_arrival)
+        self._order = (
+            running_first(ORDERS.get(policy, by_arrival))
+            if whole
+            else ORDERS.get(policy, by_arrival)
+        )
         self._max_rows = max_rows
         self._on_step = on_step
         self._merges = merges
@@ -74,7 +91,8 @@ class Planner:
         self._priced, self._prices = 0.0, PriceList(self.cost)
         self._plan = self._no_plan()
         self._planning = False  # on its thread
-        self._entered: list[list[Job]] = []  # for each plan that is being made, since its jobs were taken down
+        # for each plan that is being made, since its jobs were taken down
+        self._entered: list[list[Job]] = []
         self._forecaster = DaemonExecutor(1, "stepweave-forecast")
         self._line = Line()
         self._changed = False  # since the last forecast was begun a job has come, begun or left
@@ -86,7 +104,9 @@ class Planner:
 
     def enter(self, job: Job) -> None:
         """Work out what a job will ask for."""
-        job.shape, group, steps = shape_of(job.scope.pipeline, job.args, job.kwargs, job.scheduler, job.reproducible)
+        job.shape, group, steps = shape_of(
+            job.scope.pipeline, job.args, job.kwargs, job.scheduler, job.reproducible
+        )
         job.task = self._task(job.shape, group, steps, job.accepted, job.priority, job.deadline)
         with self._plan_lock:
             self._jobs[job.id] = job
@@ -109,7 +129,8 @@ class Planner:
             job.begin()
 
     def leave(self, job: Job, *, succeeded: bool) -> None:
-        """A job is done. What it asked for is known, if it got to its end; else its steps, if those of none have been seen."""
+        """A job is done. What it asked for is known, if it got to its end; else its steps, if those
+        of none have been seen."""
         with self._plan_lock:
             known = self._jobs.pop(job.id, None)
             self._line.leave(job.id)
@@ -148,7 +169,11 @@ class Planner:
                 self._expect_anew()
             task.demand = replace(task.demand, step=seen.step)
             task.price(self._prices)
-        job.recorder.call("before" if not task.opened else "step" if step < total else "after", call.cost, call.rows)
+        job.recorder.call(
+            "before" if not task.opened else "step" if step < total else "after",
+            call.cost,
+            call.rows,
+        )
 
     def _learn(self, job: Job, demand: Demand) -> None:
         if job.shape is not None and (demand.before or demand.step):
@@ -166,7 +191,8 @@ class Planner:
                 task.price(self._prices)
 
     def next(self, waiting: Mapping[str, Job]) -> Job:
-        """Which job to start: a late one, to be told so; then one that lost too much time, the oldest first; then in order."""
+        """Which job to start: a late one, to be told so; then one that lost too much time, the
+        oldest first; then in order."""
         now = time.monotonic()
 
         def order(job: Job) -> Rank:
@@ -178,19 +204,26 @@ class Planner:
         return next(iter(waiting.values()))
 
     def _turn(self, task: Task, now: float) -> Rank:
-        """When it is a job's turn to start: those that lost too much time, the oldest first, then all in order."""
-        return (-1, task.arrived) if task.lost(now) > patience(task) else (0, *self._order(task, now))
+        """When it is a job's turn to start: those that lost too much time, the oldest first, then
+        all in order."""
+        return (
+            (-1, task.arrived) if task.lost(now) > patience(task) else (0, *self._order(task, now))
+        )
 
     # Forwards
 
-    def pick(self, queues: Mapping[Hashable, Sequence[Call]], limit: Callable[[Call], int]) -> list[Call]:
+    def pick(
+        self, queues: Mapping[Hashable, Sequence[Call]], limit: Callable[[Call], int]
+    ) -> list[Call]:
         """Calls of one key, of at most `limit` rows and no more than pay."""
         self._moved = time.monotonic()
         with contained("choose calls"):
             return self._pick(queues, limit)
         return list(next(iter(queues.values())))[:1]
 
-    def _pick(self, queues: Mapping[Hashable, Sequence[Call]], limit: Callable[[Call], int]) -> list[Call]:
+    def _pick(
+        self, queues: Mapping[Hashable, Sequence[Call]], limit: Callable[[Call], int]
+    ) -> list[Call]:
         now = time.monotonic()
         self._refresh(now)
         explore = self._cut >= EXPLORE_EVERY
@@ -218,7 +251,9 @@ class Planner:
     def _refresh(self, now: float) -> None:
         """Price the jobs anew, now and then, and when one has no price yet."""
         jobs = list(self._jobs.values())
-        if now - self._priced > REPRICE_SECONDS or any(job.task.demand.step and not job.task.step for job in jobs):
+        if now - self._priced > REPRICE_SECONDS or any(
+            job.task.demand.step and not job.task.step for job in jobs
+        ):
             self._priced, self._prices = now, PriceList(self.cost)
             for job in jobs:
                 job.task.price(self._prices)
@@ -257,8 +292,8 @@ class Planner:
         reproducible: bool = False,
         fits: Callable[[Demand], bool] = lambda demand: True,
     ) -> Outlook | None:
-        """What a job would meet if it were submitted now; None if no job like it has run, or the first forecast of many is still
-        being made.
+        """What a job would meet if it were submitted now; None if no job like it has run, or the
+        first forecast of many is still being made.
 
         With more than `FEW` others it is fitted into what was last foreseen.
         """
@@ -268,7 +303,9 @@ class Planner:
         few = len(self._jobs) <= FEW
         if few:
             self._refresh(now)
-        task = self._task(shape, group, steps, now, priority, None if deadline is None else now + deadline)
+        task = self._task(
+            shape, group, steps, now, priority, None if deadline is None else now + deadline
+        )
         if not task.solo:
             return None
         if few:
@@ -288,24 +325,36 @@ class Planner:
         return task.before + task.left * step_seconds(task.demand, rows, self.cost) + task.after
 
     def alone(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, pipeline: Any, scheduler: Any, reproducible: bool
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        pipeline: Any,
+        scheduler: Any,
+        reproducible: bool,
     ) -> float | None:
-        """Seconds that a job would take by itself; None if no job like it has run. Hardly any work, however many there are."""
+        """Seconds that a job would take by itself; None if no job like it has run. Hardly any work,
+        however many there are."""
         called = self._pipeline if pipeline is None else pipeline
         shape, group, steps = shape_of(called, args, kwargs, scheduler, reproducible)
         task = self._task(shape, group, steps, 0.0, Priority.NORMAL, None)
-        task.price(self.cost)  # as of now: nobody may have asked for other prices since the last job
+        # as of now: nobody may have asked for other prices since the last job
+        task.price(self.cost)
         return task.solo or None
 
     def standings(self) -> dict[str, Standing]:
-        """Where each job stands, by its id; those that wait in the order in which they would start."""
+        """Where each job stands, by its id; those that wait in the order in which they would
+        start."""
         plan = self._latest()
         with self._plan_lock:
             places = self._line.places()
             jobs = dict(self._jobs)
         now = time.monotonic()
         running = {id: 0 for id in jobs if id not in places}
-        return {id: Standing(place, self._eta(jobs[id], plan, now)) for id, place in (running | places).items()}
+        return {
+            id: Standing(place, self._eta(jobs[id], plan, now))
+            for id, place in (running | places).items()
+        }
 
     def standing(self, id: str) -> Standing | None:
         """Where a job stands; None if it is done."""
@@ -335,7 +384,8 @@ class Planner:
         return Plan(-math.inf, (), (), (), self._order)
 
     def _latest(self) -> Plan:
-        """The forecast of all jobs. Where they are few it is a fresh one, else the last, and another is begun if that is old."""
+        """The forecast of all jobs. Where they are few it is a fresh one, else the last, and
+        another is begun if that is old."""
         plan, now = self._plan, time.monotonic()
         jobs = len(self._jobs)
         if now - plan.made < FRESH and not (self._changed and jobs <= FEW):
@@ -361,7 +411,8 @@ class Planner:
         try:
             with contained("foresee when jobs will be done"):
                 self._refresh(time.monotonic())
-                # each time it lets other threads run, which else wait for 5 ms whenever they have waited for anything
+                # each time it lets other threads run, which else wait for 5 ms whenever they have
+                # waited for anything
                 self._make_plan(lambda: time.sleep(0))
         finally:
             self._planning = False
@@ -377,7 +428,9 @@ class Planner:
             tasks = self._tasks(jobs)
             ends = self._forecast(tasks, now, breathe)
             took = time.monotonic() - now
-            plan = Plan(now, [job.id for job in jobs], tasks, ends, self._order, took=took, breathe=breathe)
+            plan = Plan(
+                now, [job.id for job in jobs], tasks, ends, self._order, took=took, breathe=breathe
+            )
             turns = self._turns(jobs, now, breathe)
             added = 0
             while len(entered) - added > FEW:  # most of them without holding up those that come
@@ -394,7 +447,9 @@ class Planner:
                 self._entered = [one for one in self._entered if one is not entered]
         return plan
 
-    def _turns(self, jobs: Sequence[Job], now: float, breathe: Callable[[], object]) -> list[tuple[str, Rank]]:
+    def _turns(
+        self, jobs: Sequence[Job], now: float, breathe: Callable[[], object]
+    ) -> list[tuple[str, Rank]]:
         """The jobs that wait, in the order in which they would start."""
         waiting = [job for job in jobs if job.begun is None]
         ranks: list[Rank] = []
@@ -405,7 +460,8 @@ class Planner:
         return [(waiting[i].id, ranks[i]) for i in in_order(ranks, breathe)]
 
     def stalled(self) -> float:
-        """Seconds since a forward was chosen or done, a step was counted, or the first of the jobs came."""
+        """Seconds since a forward was chosen or done, a step was counted, or the first of the jobs
+        came."""
         jobs = list(self._jobs.values())
         if not jobs:
             return 0.0
@@ -418,7 +474,9 @@ class Planner:
             return self._latest().foresees()
         return all(job.task.solo for job in list(self._jobs.values()))
 
-    def _forecast(self, tasks: Sequence[Task], now: float, breathe: Callable[[], object] = lambda: None) -> list[float]:
+    def _forecast(
+        self, tasks: Sequence[Task], now: float, breathe: Callable[[], object] = lambda: None
+    ) -> list[float]:
         return forecast(tasks, now, self.cost, self._cap, self._order, breathe)
 
     def _cap(self, demand: Demand) -> int:
@@ -427,18 +485,28 @@ class Planner:
             return 0
         own = demand.step[0].rows
         caps = (
-            (self._caps.get(load.key) or self.cost.knee(load.key, self._max_rows)) * own // load.rows
+            (self._caps.get(load.key) or self.cost.knee(load.key, self._max_rows))
+            * own
+            // load.rows
             for load in demand.step
         )
         return min(caps)
 
     def _task(
-        self, shape: Shape, group: Hashable, steps: int, arrived: float, priority: Priority, deadline: float | None
+        self,
+        shape: Shape,
+        group: Hashable,
+        steps: int,
+        arrived: float,
+        priority: Priority,
+        deadline: float | None,
     ) -> Task:
         with self._lock:
             demand = replace(self._profiles.expect(shape, steps), group=group)
         if self._whole:
-            demand = Demand(steps, step=(Load(Key(WHOLE_CALL, shape.pixels), shape.images),), group=group)
+            demand = Demand(
+                steps, step=(Load(Key(WHOLE_CALL, shape.pixels), shape.images),), group=group
+            )
         task = Task(demand, arrived=arrived, priority=priority, deadline=deadline)
         task.price(self._prices)
         return task

@@ -38,10 +38,18 @@ class Runner(Protocol):
 
 
 class Pool:
-    """Starts jobs in the planner's order, `threads` of them at a time; with `together`, up to so many equal ones in one call."""
+    """Starts jobs in the planner's order, `threads` of them at a time; with `together`, up to so
+    many equal ones in one call."""
 
     def __init__(
-        self, pipeline: Any, *, threads: int, stats: Stats, planner: Planner, health: DeviceHealth, together: int = 1
+        self,
+        pipeline: Any,
+        *,
+        threads: int,
+        stats: Stats,
+        planner: Planner,
+        health: DeviceHealth,
+        together: int = 1,
     ) -> None:
         self._scope = PrivateScope(pipeline)
         self._stats = stats
@@ -53,7 +61,8 @@ class Pool:
         self._closed = False
         self._changed = threading.Condition()  # guards the three above
         self.threads = [
-            threading.Thread(target=self._work, name=f"stepweave-engine-{i}", daemon=True) for i in range(threads)
+            threading.Thread(target=self._work, name=f"stepweave-engine-{i}", daemon=True)
+            for i in range(threads)
         ]
         for thread in self.threads:
             thread.start()
@@ -67,14 +76,16 @@ class Pool:
         return len(self._running)
 
     def scope_of(self, pipeline: Any) -> PrivateScope:
-        """Makes views of the engine's pipeline, or of another one of its modules. Raises EngineMisuse."""
+        """Makes views of the engine's pipeline, or of another one of its modules. Raises
+        EngineMisuse."""
         if pipeline is None:
             return self._scope
         scope = self._scope.sibling(pipeline)
         if len(self.threads) > 1 and scope.takes_turns() and not self._scope.takes_turns():
             kinds = type(pipeline).__name__, type(self._scope.pipeline).__name__
             raise EngineMisuse(
-                f"Calls of {kinds[0]} change modules while they run, so that none of {kinds[1]} may run beside."
+                f"Calls of {kinds[0]} change modules while they run, so that none of {kinds[1]} "
+                f"may run beside."
             )
         return scope
 
@@ -91,7 +102,8 @@ class Pool:
             self._finish(job, Outcome(error=Cancelled()))
 
     def close(self, seconds: float) -> list[str]:
-        """End every job, running ones at their next step, and then the threads. What has not ended after some seconds."""
+        """End every job, running ones at their next step, and then the threads. What has not ended
+        after some seconds."""
         until = time.monotonic() + seconds
         with self._changed:
             self._closed = True
@@ -133,7 +145,9 @@ class Pool:
         except BaseException as error:  # nothing may end this thread: jobs would hang
             self._stats.errors += 1
             logger.exception("the engine failed; it goes on")
-            failure = StepweaveError(f"The engine failed ({type(error).__name__}).", code="engine_failed")
+            failure = StepweaveError(
+                f"The engine failed ({type(error).__name__}).", code="engine_failed"
+            )
             outcomes = [Outcome(error=failure)] * len(jobs)
         with self._changed:
             for job in jobs:
@@ -145,7 +159,9 @@ class Pool:
         jobs = [self._waiting.pop(self._planner.next(self._waiting).id)]
         if self._together > 1:
             key = batch_key(jobs[0])
-            alike = [job for job in self._waiting.values() if key is not None and batch_key(job) == key]
+            alike = [
+                job for job in self._waiting.values() if key is not None and batch_key(job) == key
+            ]
             images = images_of(jobs[0])
             for job in alike:
                 if images + images_of(job) > self._together:
@@ -169,9 +185,14 @@ class Pool:
                 self._planner.called(jobs, time.monotonic() - now, beside)
                 return together.value  # type: ignore[no-any-return]
             # an Ending is of all of them; each finds its own error below
-            if not isinstance(together.error, Ending) and self._health.examine(together.error) is None:
+            if (
+                not isinstance(together.error, Ending)
+                and self._health.examine(together.error) is None
+            ):
                 self._stats.retried += 1
-                logger.warning("a batch of %d jobs failed; each runs alone", len(jobs), exc_info=together.error)
+                logger.warning(
+                    "a batch of %d jobs failed; each runs alone", len(jobs), exc_info=together.error
+                )
             for job in jobs:
                 job.restart()
         return [self._run_alone(job, beside) for job in jobs]
@@ -183,7 +204,8 @@ class Pool:
             return Outcome(error=ended)
         outcome: Outcome = Outcome.apart(call_pipeline, job).value
         steps = job.task.demand.steps if outcome.error is None else job.progress.step
-        # of one that ended early, too, while nothing else is known: else nothing would be while all do
+        # of one that ended early, too, while nothing else is known: else nothing would be while all
+        # do
         if outcome.error is None or (steps and not self._planner.cost.timed):
             seconds = time.monotonic() - began
             self._planner.called([job], seconds * job.task.demand.steps / max(1, steps), beside)

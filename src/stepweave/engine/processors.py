@@ -1,7 +1,8 @@
 """Attention processors that calls swap: every job's own, though the modules are shared.
 
-Pipelines with perturbed attention guidance (PAG, Ahn et al. 2024, arXiv:2403.17377) put processors of their own into the
-denoiser's attentions for the length of a call. Here they are in place only while the job's own code runs, or a forward of it.
+Pipelines with perturbed attention guidance (PAG, Ahn et al. 2024, arXiv:2403.17377) put processors
+of their own into the denoiser's attentions for the length of a call. Here they are in place only
+while the job's own code runs, or a forward of it.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ from torch import nn
 
 from stepweave.scope.pipeline import set_processor
 
-Worn = tuple[Any, ...] | None  # the processors of all attentions, in order; None for those that are there anyway
+# the processors of all attentions, in order; None for those that are there anyway
+Worn = tuple[Any, ...] | None
 
 
 class Processors:
     """The processors of a pipeline's attentions. Everything here is done by the engine's thread."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
-        self._attentions = [part for module in modules for part in module.modules() if hasattr(part, "processor")]
+        self._attentions = [
+            part for module in modules for part in module.modules() if hasattr(part, "processor")
+        ]
         self._base: tuple[Any, ...] | None = None  # while others are in place
 
     def put_on(self, worn: Worn) -> None:
@@ -35,7 +39,8 @@ class Processors:
         return None if self._base is None or _same(found, self._base) else found
 
     def take_off(self) -> Worn:
-        """Have everything be as it was before `put_on`; gives what the job has put in place meanwhile."""
+        """Have everything be as it was before `put_on`; gives what the job has put in place
+        meanwhile."""
         worn, base = self.worn(), self._base
         assert base is not None
         self._base = None

@@ -40,13 +40,15 @@ FAR = 1e4  # within half precision
 POINTS = 16  # calls made up for one proof in search of an effect, at most, that are run merged
 LOUDER = 2.0  # times which a sample is tried: modules may clip what is large
 BASES = 4  # calls that are changed in search of one
-PLAIN = 32.0  # times what merging changed: an effect that shows whose value was used, however small it is
+# times what merging changed: an effect that shows whose value was used, however small it is
+PLAIN = 32.0
 LEAST = 1e-3  # what merging changed, at least, as a share of the error allowed
 
 
 @dataclass
 class Point:
-    """A call made up for a proof: another one with different values in some places, and what it gave."""
+    """A call made up for a proof: another one with different values in some places, and what it
+    gave."""
 
     call: Call
     changed: tuple[int, ...]  # the leaves with other values
@@ -64,26 +66,36 @@ class Proof:
     pair: tuple[Call, Call]  # those of them that were run alone, too
     audit: bool
     merged: list[Any] | Exception = field(default_factory=list)
-    singles: dict[int, Any] = field(default_factory=dict)  # of the pair, the first time, by `id` of the call
+    # of the pair, the first time, by `id` of the call
+    singles: dict[int, Any] = field(default_factory=dict)
     seconds: dict[int, Any] = field(default_factory=dict)  # the same, the second time
-    again: dict[int, Any] = field(default_factory=dict)  # right after that, where the device sums in any order
-    originals: dict[int, Call] = field(default_factory=dict)  # of the pair, with arguments that nobody writes to
+    # right after that, where the device sums in any order
+    again: dict[int, Any] = field(default_factory=dict)
+    # of the pair, with arguments that nobody writes to
+    originals: dict[int, Call] = field(default_factory=dict)
     copies: dict[tuple[int, int], list[Any] | None] = field(default_factory=dict)
     points: list[Point] = field(default_factory=list)
-    merged_points: list[Point] = field(default_factory=list)  # those, and the first of the pair in their company
-    evident: dict[int, bool | None] = field(default_factory=dict)  # leaves: None if the result does not depend on them
+    # those, and the first of the pair in their company
+    merged_points: list[Point] = field(default_factory=list)
+    # leaves: None if the result does not depend on them
+    evident: dict[int, bool | None] = field(default_factory=dict)
     effects: dict[int, float] = field(
         default_factory=dict
     )  # of leaves exchanged, the largest, as shares of the error allowed
-    plain: set[int] = field(default_factory=set)  # leaves with a small effect, far larger than what merging changed
-    least: dict[int, float] = field(default_factory=dict)  # the same, of that call of the pair that it changes least
-    spans: dict[int, Span] = field(default_factory=dict)  # of arguments of few numbers, what was tried
-    variations: set[Any] = field(default_factory=set)  # what it is to prove: see Certificates.differences
+    # leaves with a small effect, far larger than what merging changed
+    plain: set[int] = field(default_factory=set)
+    # the same, of that call of the pair that it changes least
+    least: dict[int, float] = field(default_factory=dict)
+    # of arguments of few numbers, what was tried
+    spans: dict[int, Span] = field(default_factory=dict)
+    # what it is to prove: see Certificates.differences
+    variations: set[Any] = field(default_factory=set)
     samples: frozenset[int] = frozenset()  # leaves by which rows are told apart
     known: frozenset[int] = frozenset()  # leaves that are proven already
     drew: bool = False  # random numbers
     wrote: bool = False  # to its arguments
-    left: list[str] = field(default_factory=list)  # what differs in the module after one and after the other
+    # what differs in the module after one and after the other
+    left: list[str] = field(default_factory=list)
 
     def merged_of(self, call: Call) -> Any:
         assert not isinstance(self.merged, Exception)
@@ -112,8 +124,8 @@ class Prover:
         known: Iterable[int] = (),
         brief: bool = False,
     ) -> Proof:
-        """All that is run here; in a proof, the fibers run the calls of the pair themselves for the second time. A `brief` audit
-        runs each of them once only.
+        """All that is run here; in a proof, the fibers run the calls of the pair themselves for the
+        second time. A `brief` audit runs each of them once only.
 
         Memory that runs out is raised, as are the errors of single calls.
         """
@@ -159,14 +171,16 @@ class Prover:
 
     @property
     def drew(self) -> bool:
-        """Whether every run drew random numbers; if one or another seems to have, that was another thread."""
+        """Whether every run drew random numbers; if one or another seems to have, that was another
+        thread."""
         return self._runs > 0 and self._draws == self._runs
 
     def alone(self, call: Call) -> Any:
         """What a call gives by itself."""
         arguments = copied(call.arguments)
         given, own = Given(*arguments.values()), Given(*call.arguments.values())
-        mine, theirs = tensors(arguments), tensors(call.arguments)  # lists may be emptied, as UNets do
+        # lists may be emptied, as UNets do
+        mine, theirs = tensors(arguments), tensors(call.arguments)
         self.in_call = True
         with _Unnoticed(self, own):
             output = cloned(run_arguments(call, arguments, self._kinds))
@@ -185,7 +199,8 @@ class Prover:
         return outputs
 
     def copies(self, proof: Proof, call: Call, rows: int = 0) -> list[Any] | None:
-        """What a call gives in a batch of copies of itself, as large as the proof's or of so many rows; None if that raises."""
+        """What a call gives in a batch of copies of itself, as large as the proof's or of so many
+        rows; None if that raises."""
         rows = rows or sum(one.rows for one in proof.calls)
         known = proof.copies.get((id(call), rows), False)
         if known is False:
@@ -198,7 +213,8 @@ class Prover:
         return known  # type: ignore[return-value]
 
     def wrong(self, proof: Proof) -> dict[int, str]:
-        """The arguments whose values, made up, gave another result merged than alone, and what was wrong."""
+        """The arguments whose values, made up, gave another result merged than alone, and what was
+        wrong."""
         found: dict[int, str] = {}
         company = self._company(proof)
         for point in proof.merged_points:
@@ -244,7 +260,9 @@ class Prover:
                 proof.points.append(louder)
         for every in units(a):
             unit = tuple(i for i in every if i not in few and i not in proof.samples)
-            if not proof.known.issuperset(unit) and any(_differ(a.leaves[j], b.leaves[j]) for j in unit):
+            if not proof.known.issuperset(unit) and any(
+                _differ(a.leaves[j], b.leaves[j]) for j in unit
+            ):
                 evident = self._exchange(proof, unit)
                 proof.evident.update(dict.fromkeys(unit, evident))
         for i in few:
@@ -280,7 +298,8 @@ class Prover:
             proof.least[i] = proof.effects[i] = most
 
     def _exchange(self, proof: Proof, unit: tuple[int, ...]) -> bool | None:
-        """Whether the other's value of an argument would have changed the results of both; None if it changes nothing."""
+        """Whether the other's value of an argument would have changed the results of both; None if
+        it changes nothing."""
         ordinary = self._flooded(
             proof, unit, 1.0, noise=True
         )  # what is true of calls that are blank may not be of others
@@ -307,18 +326,23 @@ class Prover:
         return False
 
     def _flood(self, proof: Proof, unit: tuple[int, ...], ordinary: Point | None) -> bool | None:
-        """Whether an argument without a clear effect has one with numbers far from those of both; None if nothing depends on
-        it."""
+        """Whether an argument without a clear effect has one with numbers far from those of both;
+        None if nothing depends on it."""
         numbers = ((0.0, False), (FAR, False), (-FAR, False), (FAR, True))
         found = []
-        for point in itertools.chain([ordinary], (self._flooded(proof, unit, n, noise=noise) for n, noise in numbers)):
+        for point in itertools.chain(
+            [ordinary], (self._flooded(proof, unit, n, noise=noise) for n, noise in numbers)
+        ):
             if point is None:
                 return False
             found.append(self._effect(proof, point.single, proof.pair[0]))
         return None if not any(found) else max(found) >= EVIDENT
 
-    def _flooded(self, proof: Proof, unit: tuple[int, ...], number: float, *, noise: bool) -> Point | None:
-        """The first call with such numbers in these leaves; None if it cannot be had, or not be run merged."""
+    def _flooded(
+        self, proof: Proof, unit: tuple[int, ...], number: float, *, noise: bool
+    ) -> Point | None:
+        """The first call with such numbers in these leaves; None if it cannot be had, or not be run
+        merged."""
         call = proof.pair[0]
         for i in unit:
             call = flooded(call, i, number, noise=noise)
@@ -328,7 +352,9 @@ class Prover:
     def _elsewhere(self, proof: Proof, i: int) -> bool | None:
         """Whether an argument without effect has one where another of few numbers is at an end."""
         found = []
-        for base in [point for point in proof.points if not point.sought and i not in point.changed][:BASES]:
+        for base in [
+            point for point in proof.points if not point.sought and i not in point.changed
+        ][:BASES]:
             for number in dict.fromkeys(proof.spans[i]):
                 point = self._point(filled(base.call, i, number), (i,))
                 if point is not None:
@@ -338,7 +364,8 @@ class Prover:
         return False if any(found) else None
 
     def _point(self, call: Call, changed: tuple[int, ...]) -> Point | None:
-        """A call made up, and its result; None if it raises or gives what is not finite: it was made up wrongly."""
+        """A call made up, and its result; None if it raises or gives what is not finite: it was
+        made up wrongly."""
         try:
             output = self.alone(call)
         except Exception as error:
@@ -349,14 +376,16 @@ class Prover:
         return Point(call, changed, output) if _finite(output) else None
 
     def _add(self, proof: Proof, point: Point) -> bool:
-        """Have a call run merged, too, without which it is no evidence. False if there are enough."""
+        """Have a call run merged, too, without which it is no evidence. False if there are
+        enough."""
         room = sum(one.sought for one in proof.points) < POINTS
         if room:
             proof.points.append(dataclasses.replace(point, sought=True))
         return room
 
     def _error(self, proof: Proof) -> float:
-        """What merging changed, at most, as a share of the error allowed; infinite where it raised."""
+        """What merging changed, at most, as a share of the error allowed; infinite where it
+        raised."""
         results = [(proof.merged_of(call), proof.singles[id(call)]) for call in proof.pair]
         results += [(point.merged, point.single) for point in proof.merged_points]
         if any(isinstance(merged, Exception) for merged, _ in results):
@@ -383,7 +412,9 @@ class Prover:
                 outputs = [error] * (len(batch) + 1)
             changed = {point.changed for point in batch}
             rows = a.rows * (len(batch) + 1)
-            proof.merged_points += [Point(a, one, proof.singles[id(a)], outputs[0], rows) for one in changed]
+            proof.merged_points += [
+                Point(a, one, proof.singles[id(a)], outputs[0], rows) for one in changed
+            ]
             for point, output in zip(batch, outputs[1:], strict=True):
                 point.merged, point.rows = output, rows
                 proof.merged_points.append(point)
@@ -397,15 +428,18 @@ def _kept(call: Call) -> Call:
     """A call with arguments that nobody writes to."""
     arguments = copied(call.arguments)
     kept = [
-        tuple(one.clone() if isinstance(one, torch.Tensor) else one for one in leaf) for leaf in call.leaves
+        tuple(one.clone() if isinstance(one, torch.Tensor) else one for one in leaf)
+        for leaf in call.leaves
     ]  # as they are before the fiber goes on
     return dataclasses.replace(call, arguments=arguments, leaves=kept)
 
 
 class _Unnoticed:
-    """What is run within it draws from no generator that calls were given, as far as others can tell; and that it drew is noted.
+    """What is run within it draws from no generator that calls were given, as far as others can
+    tell; and that it drew is noted.
 
-    Default generators are left as they are then: other threads draw from them meanwhile, and must not draw the same again.
+    Default generators are left as they are then: other threads draw from them meanwhile, and must
+    not draw the same again.
     """
 
     def __init__(self, prover: Prover, own: Given) -> None:
@@ -426,7 +460,9 @@ def _differ(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
     if len(one) != len(other):
         return True
     return any(
-        not (a is b or (a.shape == b.shape and torch.equal(a, b))) if isinstance(a, torch.Tensor) else a != b
+        not (a is b or (a.shape == b.shape and torch.equal(a, b)))
+        if isinstance(a, torch.Tensor)
+        else a != b
         for a, b in zip(one, other, strict=True)
     )
 

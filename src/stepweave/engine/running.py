@@ -24,11 +24,18 @@ def run_arguments(call: Call, arguments: dict[str, Any], kinds: tuple[str, ...])
         ambient.apply(here, call.ambient)
 
 
-def run_merged(calls: Sequence[Call], kinds: tuple[str, ...], *, repeat: bool, trial: bool = False) -> list[Any]:
-    """The results of calls of one kind, from one forward. `kinds` are the device types whose autocast is theirs, too."""
+def run_merged(
+    calls: Sequence[Call], kinds: tuple[str, ...], *, repeat: bool, trial: bool = False
+) -> list[Any]:
+    """The results of calls of one kind, from one forward. `kinds` are the device types whose
+    autocast is theirs, too."""
     chunks, listed = calls[0].chunks, calls[0].listed
     # with chunks: all first ones, then all second ones
-    apart = calls if chunks == 1 else [chunk(call, number) for number in range(chunks) for call in calls]
+    apart = (
+        calls
+        if chunks == 1
+        else [chunk(call, number) for number in range(chunks) for call in calls]
+    )
     arguments = merge(apart, repeat=repeat)
     given = None if trial else Given(*arguments.values())
     output = run_arguments(calls[0], copied(arguments) if trial else arguments, kinds)
@@ -38,7 +45,10 @@ def run_merged(calls: Sequence[Call], kinds: tuple[str, ...], *, repeat: bool, t
     if chunks == 1:
         return outputs
     every = len(calls)
-    return [join(outputs[i::every], [one.rows for one in apart[i::every]], listed=listed) for i in range(every)]
+    return [
+        join(outputs[i::every], [one.rows for one in apart[i::every]], listed=listed)
+        for i in range(every)
+    ]
 
 
 def _dressed(call: Call) -> contextlib.AbstractContextManager[None]:

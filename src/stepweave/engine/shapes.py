@@ -13,7 +13,8 @@ from stepweave.scheduling.profiles import Shape
 
 
 def arguments_of(pipeline: Any) -> Mapping[str, inspect.Parameter]:
-    """The parameters of the pipeline's call, in order. Read once for each class: that takes a tenth of a millisecond."""
+    """The parameters of the pipeline's call, in order. Read once for each class: that takes a tenth
+    of a millisecond."""
     return _arguments_of(type(pipeline).__call__)
 
 
@@ -25,14 +26,19 @@ def _arguments_of(call: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
 def shape_of(
     pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scheduler: Any, reproducible: bool
 ) -> tuple[Shape, Hashable, int]:
-    """The shape of a call of `pipeline`, equal for what it may share steps with, and how many steps it has."""
+    """The shape of a call of `pipeline`, equal for what it may share steps with, and how many steps
+    it has."""
     parameters = arguments_of(pipeline)
     given = {**dict(zip(parameters, args, strict=False)), **kwargs}
-    values = {name: one.default for name, one in parameters.items() if one.default is not one.empty} | given
+    values = {
+        name: one.default for name, one in parameters.items() if one.default is not one.empty
+    } | given
     size, prompt, images = _size(values), values.get("prompt"), values.get("num_images_per_prompt")
     prompts = len(prompt) if isinstance(prompt, list) else 1
     kind = frozenset(
-        (name, _level(name, value)) for name, value in given.items() if value is not None and name != "generator"
+        (name, _level(name, value))
+        for name, value in given.items()
+        if value is not None and name != "generator"
     )
     return (
         Shape(
@@ -46,7 +52,8 @@ def shape_of(
 
 
 def _size(values: dict[str, Any]) -> tuple[int, int] | None:
-    """Width and height in pixels that are asked for, or those of the picture to start from; None where neither tells."""
+    """Width and height in pixels that are asked for, or those of the picture to start from; None
+    where neither tells."""
     width, height = values.get("width"), values.get("height")
     if isinstance(width, int) and isinstance(height, int) and width > 0 and height > 0:
         return width, height

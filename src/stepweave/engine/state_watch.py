@@ -1,8 +1,10 @@
-"""Whether forwards of a module leave anything behind that is no argument: counters, residuals kept for the next call, hooks.
+"""Whether forwards of a module leave anything behind that is no argument: counters, residuals kept
+for the next call, hooks.
 
-A forward is looked at when calls of its kind first come, at the 2nd, 4th, 8th, ... of them, and in every proof. What it changed
-in the module may be a table made once and for all: then the same call, run again, changes nothing more and gives the same to the
-last bit. Anything else is state, and jobs whose calls take turns within it would share it.
+A forward is looked at when calls of its kind first come, at the 2nd, 4th, 8th, ... of them, and in
+every proof. What it changed in the module may be a table made once and for all: then the same call,
+run again, changes nothing more and gives the same to the last bit. Anything else is state, and jobs
+whose calls take turns within it would share it.
 """
 
 from __future__ import annotations
@@ -42,7 +44,11 @@ class RandomStates:
     def _now(self) -> tuple[Any, ...]:
         name, keys, *rest = np.random.get_state()
         numbers = np.asarray(keys).tobytes()
-        return (*(one.get_state() for one in self._generators), random.getstate(), (name, numbers, *rest))
+        return (
+            *(one.get_state() for one in self._generators),
+            random.getstate(),
+            (name, numbers, *rest),
+        )
 
     def changed(self) -> bool:
         return any(
@@ -64,11 +70,13 @@ class StateWatch:
     def __init__(self, name: str = "module") -> None:
         self.name = name
         self.found: str | None = None  # what it keeps, in words
-        self.users: set[Any] = set()  # jobs that had a forward of it, by their names; not more than two
+        # jobs that had a forward of it, by their names; not more than two
+        self.users: set[Any] = set()
         self.initial: ModuleState | None = None  # before its first forward here
         self._fresh = True
         self._begun = False
-        self._kinds: OrderedDict[Hashable, int] = OrderedDict()  # how many calls of a kind there were
+        # how many calls of a kind there were
+        self._kinds: OrderedDict[Hashable, int] = OrderedDict()
         self._left: dict[
             Hashable, tuple[frozenset[Place], dict[Place, Hashable]]
         ] = {}  # places that forwards of a kind wrote to
@@ -110,7 +118,8 @@ class StateWatch:
         return ModuleState({self.name: module}, keep=True)
 
     def run(self, call: Call) -> Any:
-        """A call's result, with a look at what it leaves behind in the module. What goes wrong in looking costs no result."""
+        """A call's result, with a look at what it leaves behind in the module. What goes wrong in
+        looking costs no result."""
         module, first = call.target.module, self._fresh
         self._fresh, began = False, now()
         before: ModuleState | None = None
@@ -136,7 +145,8 @@ class StateWatch:
         return output
 
     def _again(self, call: Call, kept: _Clone, after: ModuleState, *, compare: bool) -> None:
-        """Run the same call once more: a module that keeps nothing changes no more, and gives the same."""
+        """Run the same call once more: a module that keeps nothing changes no more, and gives the
+        same."""
         states = RandomStates(_device(call.target.module))
         given = Given(*call.args, *call.kwargs.values())
         try:
@@ -153,25 +163,34 @@ class StateWatch:
             if not ran_out(error):
                 self.found = f"it raises {type(error).__name__} when the same call is run again"
         finally:
-            if not compare:  # it draws random numbers; else another thread may have, which must not draw the same again
+            # it draws random numbers; else another thread may have, which must not draw the same
+            # again
+            if not compare:
                 states.put_back()
             given.put_back()
 
-    def _compare_with_the_last(self, kind: Hashable, before: ModuleState, after: ModuleState) -> None:
+    def _compare_with_the_last(
+        self, kind: Hashable, before: ModuleState, after: ModuleState
+    ) -> None:
         """What a kind of call writes must be the same each time: else it is of the call before."""
         places = before.change(after).places
         marks = after.marks(places)
         known = self._left.get(kind)
         if known is not None:
-            differing = [place for place in places & known[0] if known[1].get(place) != marks.get(place)]
+            differing = [
+                place for place in places & known[0] if known[1].get(place) != marks.get(place)
+            ]
             if differing:
-                self.found = f"a forward leaves what differs from call to call in {some(before.change(after).paths)}"
+                self.found = (
+                    f"a forward leaves what differs from call to call in "
+                    f"{some(before.change(after).paths)}"
+                )
         self._left[kind] = (places, marks)
 
 
 def same(first: Any, second: Any, again: Any) -> bool:
-    """Whether two results of one call are the same: to the last bit, or within the noise of the call made `again` right after the
-    first where the device sums in any order."""
+    """Whether two results of one call are the same: to the last bit, or within the noise of the
+    call made `again` right after the first where the device sums in any order."""
     if equal(first, second):
         return True
     return on_a_device(second) and (again is None or close(second, first, again))

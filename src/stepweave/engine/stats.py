@@ -60,7 +60,13 @@ class Stats:
     def finished(self, told: Outcome) -> None:
         """Count a job by what was told of it."""
         error = told.error
-        state = "succeeded" if error is None else "cancelled" if isinstance(error, Cancelled) else "failed"
+        state = (
+            "succeeded"
+            if error is None
+            else "cancelled"
+            if isinstance(error, Cancelled)
+            else "failed"
+        )
         with self._lock:
             self.jobs[state] += 1
             self.unfit += isinstance(error, OutOfMemory)

@@ -14,7 +14,8 @@ from stepweave.engine.merge import cloned, tensors
 
 
 class EncoderCache:
-    """A least-recently-used cache of encoders' results, bounded in bytes, keyed by every input exactly."""
+    """A least-recently-used cache of encoders' results, bounded in bytes, keyed by every input
+    exactly."""
 
     def __init__(self, digests: Digests, max_bytes: int) -> None:
         self._digests = digests
@@ -26,13 +27,23 @@ class EncoderCache:
 
     def key(self, call: Call) -> Hashable | None:
         """None for a call that cannot be remembered."""
-        if not self._max_bytes or not call.target.cached or not call.layout or call.opaque or call.holds:
+        if (
+            not self._max_bytes
+            or not call.target.cached
+            or not call.layout
+            or call.opaque
+            or call.holds
+        ):
             return None
         leaves = [tuple(self._value(item) for item in leaf) for leaf in call.leaves]
         return (call.key, call.ragged, tuple(leaves))
 
     def _value(self, item: Any) -> Hashable:
-        return (self._digests.of(item), item.shape) if isinstance(item, torch.Tensor) else (type(item), item)
+        return (
+            (self._digests.of(item), item.shape)
+            if isinstance(item, torch.Tensor)
+            else (type(item), item)
+        )
 
     def get(self, key: Hashable) -> Any:
         """A copy of the result, or None."""

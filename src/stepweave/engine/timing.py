@@ -41,9 +41,12 @@ def now() -> float:
 
 
 class CudaClock:
-    """Events in the stream: what the GPU took, or the host where the GPU had to wait for it; read once they have come to pass."""
+    """Events in the stream: what the GPU took, or the host where the GPU had to wait for it; read
+    once they have come to pass."""
 
-    def __init__(self, event: Callable[[], Any] | None = None, device: torch.device | None = None) -> None:
+    def __init__(
+        self, event: Callable[[], Any] | None = None, device: torch.device | None = None
+    ) -> None:
         self._event = event or partial(torch.cuda.Event, enable_timing=True)
         self._device = device  # which need not be the current one
         self._pending: deque[tuple[Any, Any, Took]] = deque()  # oldest first

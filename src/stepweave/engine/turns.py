@@ -1,4 +1,5 @@
-"""Jobs one at a time, each on the modules as they were before all jobs: where a module keeps state between forwards."""
+"""Jobs one at a time, each on the modules as they were before all jobs: where a module keeps state
+between forwards."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ class Turns:
     def __init__(self, scope: EngineScope) -> None:
         self._scope = scope
         self._told: set[str] = set()
-        self._as_found: list[tuple[dict[str, nn.Module], ModuleState]] = []  # to be put back when no job runs
+        # to be put back when no job runs
+        self._as_found: list[tuple[dict[str, nn.Module], ModuleState]] = []
 
     @property
     def due(self) -> bool:
@@ -45,7 +47,12 @@ class Turns:
         for name, (module, what) in self._scope.stateful.items():
             if name not in self._told:
                 self._told.add(name)
-                logger.warning("jobs run one at a time: %s (%s) keeps state: %s", name, type(module).__name__, what)
+                logger.warning(
+                    "jobs run one at a time: %s (%s) keeps state: %s",
+                    name,
+                    type(module).__name__,
+                    what,
+                )
 
     def keep(self) -> None:
         """Note what these modules hold before a job, while none runs."""
@@ -61,14 +68,18 @@ class Turns:
             with contained("put back what modules hold"):
                 change = before.change(ModuleState(modules, keep=True, weights=before.weights))
                 change.undo()
-                self._scope.spoilt += [path for path in change.lost if path not in self._scope.spoilt]
+                self._scope.spoilt += [
+                    path for path in change.lost if path not in self._scope.spoilt
+                ]
 
 
 def spoilt(weights: list[str]) -> StepweaveError:
     """What to tell jobs after one has written to weights in place."""
     return StepweaveError(
-        f"A job's own code, or a forward, has written to {some(weights)} in place, which cannot be put back for other jobs: "
-        f"weights of more than {WHOLE:,} numbers are not copied. Load the pipeline again and make another engine; replace such "
+        f"A job's own code, or a forward, has written to {some(weights)} in place, which cannot be "
+        f"put back for other jobs: "
+        f"weights of more than {WHOLE:,} numbers are not copied. Load the pipeline again and make "
+        f"another engine; replace such "
         "weights rather than write to them.",
         code="engine_failed",
     )

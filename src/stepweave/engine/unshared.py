@@ -46,9 +46,14 @@ class Unshared:
         level = logging.INFO if code in ("reproducible", "cast") else logging.WARNING
         logger.log(level, "calls of %s run alone (%s): %s", name, code, detail)
 
-    def met(self, calls: Sequence[Call], certificates: Certificates, turns: Mapping[str, tuple[str, str]]) -> None:
-        """Count a call, the first, that runs alone though others are there, or that can have no company, and why; `turns`: why
-        jobs run one at a time, by module, if they do now."""
+    def met(
+        self,
+        calls: Sequence[Call],
+        certificates: Certificates,
+        turns: Mapping[str, tuple[str, str]],
+    ) -> None:
+        """Count a call, the first, that runs alone though others are there, or that can have no
+        company, and why; `turns`: why jobs run one at a time, by module, if they do now."""
         call = calls[0]
         if call.apart[0]:
             self.note(call.target.name, *call.apart)
@@ -60,8 +65,11 @@ class Unshared:
             if alone is not None:
                 self.calls[alone[0]] += 1
 
-    def listed(self, certificates: Iterable[Certificate], turns: dict[str, tuple[str, str]]) -> list[dict[str, str]]:
-        """All reasons, as `StepEngine.stats` and `/v1/models` show them; `turns`: why jobs run one at a time, by module."""
+    def listed(
+        self, certificates: Iterable[Certificate], turns: dict[str, tuple[str, str]]
+    ) -> list[dict[str, str]]:
+        """All reasons, as `StepEngine.stats` and `/v1/models` show them; `turns`: why jobs run one
+        at a time, by module."""
         found = {(name, code, detail): None for name, (code, detail) in turns.items()}
         known = list(self._known.items())  # read on any thread
         found |= {(name, code, detail): None for (name, code), detail in known}

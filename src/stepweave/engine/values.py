@@ -1,4 +1,5 @@
-"""Values as marks: what is equal for equal values, however deep they contain others; and how to put their contents back."""
+"""Values as marks: what is equal for equal values, however deep they contain others; and how to put
+their contents back."""
 
 from __future__ import annotations
 
@@ -29,15 +30,37 @@ MOST = 4096  # entries of a list or a dictionary
 LONGEST = 4096  # characters of an object that is told by how it prints
 OBJECTS = 20_000  # that are read of one attribute
 
-ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size})
+ATOMS = frozenset(
+    {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size}
+)
 OPAQUE = (
-    types.ModuleType, types.BuiltinFunctionType, PretrainedConfig, PreTrainedTokenizerBase, DiffusionPipeline, Thread,
-)  # fmt: skip
-# classes of these hold what goes on elsewhere: threads, files, engines; only what a thread has of its own is a module's
+    types.ModuleType,
+    types.BuiltinFunctionType,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    DiffusionPipeline,
+    Thread,
+)
+# classes of these hold what goes on elsewhere: threads, files, engines; only what a thread has of
+# its own is a module's
 _ELSEWHERE = frozenset(
-    ("stepweave", "threading", "_thread", "concurrent", "asyncio", "logging", "io", "_io", "socket", "queue", "_queue",
-     "selectors", "subprocess", "multiprocessing")
-)  # fmt: skip
+    (
+        "stepweave",
+        "threading",
+        "_thread",
+        "concurrent",
+        "asyncio",
+        "logging",
+        "io",
+        "_io",
+        "socket",
+        "queue",
+        "_queue",
+        "selectors",
+        "subprocess",
+        "multiprocessing",
+    )
+)
 TORCH_OWN = frozenset(vars(nn.Module())) - {"training"}
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "stepweave")
 
@@ -62,8 +85,11 @@ class Reader:
         return self._mark(value, 0)
 
     def saved(self, value: Any) -> Any:
-        """What to put back in a value's place: an iterator that has gone on cannot be reset, but its copy has not."""
-        if self.keep and (type(value).__module__ == "itertools" or isinstance(value, (bytearray, array))):
+        """What to put back in a value's place: an iterator that has gone on cannot be reset, but
+        its copy has not."""
+        if self.keep and (
+            type(value).__module__ == "itertools" or isinstance(value, (bytearray, array))
+        ):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return copy.copy(value)
@@ -93,7 +119,9 @@ class Reader:
             if len(value) > MOST:
                 return (kind, len(value))
             marks = [self._mark(item, depth) for item in value]
-            return (kind, frozenset(marks)) if isinstance(value, (set, frozenset)) else (kind, *marks)
+            return (
+                (kind, frozenset(marks)) if isinstance(value, (set, frozenset)) else (kind, *marks)
+            )
         if isinstance(value, dict):
             if self.keep:
                 self._restore(_refill, value, dict(value))
@@ -116,7 +144,9 @@ class Reader:
             return id(value)
         if kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
             return id(value)
-        if isinstance(value, OPAQUE) or (kind.__module__.partition(".")[0] in _ELSEWHERE and kind is not local):
+        if isinstance(value, OPAQUE) or (
+            kind.__module__.partition(".")[0] in _ELSEWHERE and kind is not local
+        ):
             return id(value)
         return self._object(value, kind, depth)
 
@@ -153,7 +183,12 @@ class Reader:
         if self.keep:
             self._restore(setattr, value, "__defaults__", value.__defaults__)
             self._restore(_refill, value.__dict__, dict(value.__dict__))
-        return (id(value.__code__), *cells, *names, *(self._mark(one, depth) for one in inside if one))
+        return (
+            id(value.__code__),
+            *cells,
+            *names,
+            *(self._mark(one, depth) for one in inside if one),
+        )
 
     def _object(self, value: Any, kind: type, depth: int) -> Hashable:
         if isinstance(value, np.ndarray):
@@ -174,11 +209,18 @@ class Reader:
             return (kind, self._mark(value.get(None), depth))
         if isinstance(value, types.GeneratorType):
             frame = value.gi_frame
-            return (kind, None if frame is None else (frame.f_lasti, self._mark(dict(frame.f_locals), depth)))
+            return (
+                kind,
+                None if frame is None else (frame.f_lasti, self._mark(dict(frame.f_locals), depth)),
+            )
         if isinstance(value, np.generic):
             return (kind, value.tobytes())
         attributes = dict(_attributes(value, kind))
-        if not attributes and kind.__module__ in sys.stdlib_module_names and kind.__repr__ is not object.__repr__:  # type: ignore[comparison-overlap]
+        if (
+            not attributes
+            and kind.__module__ in sys.stdlib_module_names
+            and kind.__repr__ is not object.__repr__  # type: ignore[comparison-overlap]
+        ):
             return (kind, repr(value)[:LONGEST])  # counters of itertools, bytearrays, decimals
         if self.keep:
             held = getattr(value, "__dict__", None)
@@ -190,7 +232,10 @@ class Reader:
             attributes = {key: item for key, item in attributes.items() if key not in TORCH_OWN}
             attributes |= {f"_buffers.{key}": item for key, item in value._buffers.items()}
             attributes |= {f"_modules.{key}": item for key, item in value._modules.items()}
-        return (self._class(kind, depth), *((key, self._mark(item, depth)) for key, item in attributes.items()))
+        return (
+            self._class(kind, depth),
+            *((key, self._mark(item, depth)) for key, item in attributes.items()),
+        )
 
     def _class(self, cls: type, depth: int) -> Hashable:
         """A class by the attributes that it and its bases have, unless a library made it."""
@@ -227,7 +272,8 @@ def _attributes(value: Any, kind: type) -> Iterator[tuple[str, Any]]:
 
 
 def comes_with_a_library(cls: type) -> bool:
-    """Whether a class comes with Python, torch or a package of its kind: what it keeps is not read."""
+    """Whether a class comes with Python, torch or a package of its kind: what it keeps is not
+    read."""
     name = cls.__module__.partition(".")[0]
     return name in LIBRARIES or name in sys.stdlib_module_names
 
@@ -243,7 +289,8 @@ def _set_attribute(cls: type, name: str, value: Any) -> None:
 
 
 def of_a_library(function: types.FunctionType) -> bool:
-    """Whether a function comes with torch or a package of its kind: what it keeps is not read, nor the names that it knows."""
+    """Whether a function comes with torch or a package of its kind: what it keeps is not read, nor
+    the names that it knows."""
     name = function.__globals__.get("__name__") or ""
     return name.partition(".")[0] in LIBRARIES
 
@@ -251,7 +298,9 @@ def of_a_library(function: types.FunctionType) -> bool:
 @functools.lru_cache(4096)
 def _names(code: types.CodeType) -> tuple[str, ...]:
     """Names that a function and the functions in it may look up among the globals."""
-    inner = [name for one in code.co_consts if isinstance(one, types.CodeType) for name in _names(one)]
+    inner = [
+        name for one in code.co_consts if isinstance(one, types.CodeType) for name in _names(one)
+    ]
     return tuple(dict.fromkeys([*code.co_names, *inner]))
 
 
@@ -268,14 +317,21 @@ def version(tensor: torch.Tensor) -> int:
 
 
 def content(tensor: torch.Tensor) -> Hashable:
-    """A tensor's type, shape and numbers, of a large one a sample of these and how often it was written to."""
+    """A tensor's type, shape and numbers, of a large one a sample of these and how often it was
+    written to."""
     form: tuple[Hashable, ...] = (tensor.dtype, tuple(tensor.shape))
     try:
         numbers = tensor.detach()
         if numbers.numel() > WHOLE:
             numbers = numbers.reshape(-1)[:: numbers.numel() // SAMPLE]
             form = (*form, version(tensor))
-        data = numbers.cpu().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8).numpy()
+        data = (
+            numbers.cpu()
+            .clone(memory_format=torch.contiguous_format)
+            .reshape(-1)
+            .view(torch.uint8)
+            .numpy()
+        )
     except (RuntimeError, NotImplementedError, TypeError):  # on no device, sparse, quantised
         return (*form, id(tensor), version(tensor))
     return (*form, hashlib.blake2b(data.data, digest_size=16).digest())
@@ -291,13 +347,19 @@ def _refill(container: Any, items: Any) -> None:
             del container[key]
     elif isinstance(container, list):
         container[:] = items
-    elif len(container) != len(items) or any(one is not other for one, other in zip(container, items, strict=True)):
+    elif len(container) != len(items) or any(
+        one is not other for one, other in zip(container, items, strict=True)
+    ):
         container.clear()
         container.extend(items) if isinstance(container, deque) else container.update(items)
 
 
 def _copy(array: np.ndarray[Any, Any], numbers: np.ndarray[Any, Any]) -> None:
-    if array.flags.writeable and array.shape == numbers.shape and not np.array_equal(array, numbers):
+    if (
+        array.flags.writeable
+        and array.shape == numbers.shape
+        and not np.array_equal(array, numbers)
+    ):
         np.copyto(array, numbers)
 
 
@@ -310,7 +372,8 @@ def write(tensor: torch.Tensor, numbers: torch.Tensor) -> None:
 
 
 def rebind(tensor: torch.Tensor, numbers: torch.Tensor) -> None:
-    """Have a tensor be of its old memory again, if it was cast or given other memory on the same device."""
+    """Have a tensor be of its old memory again, if it was cast or given other memory on the same
+    device."""
     if tensor.dtype is not numbers.dtype or (
         tensor.device == numbers.device and tensor.data_ptr() != numbers.data_ptr()
     ):

@@ -1,8 +1,10 @@
-"""The process that decodes uploads: `python -m stepweave.images.decoder_process DESCRIPTOR MAX_PIXELS`.
+"""The process that decodes uploads: `python -m stepweave.images.decoder_process DESCRIPTOR
+MAX_PIXELS`.
 
-It imports Pillow and numpy, and answers over a socket: requests and answers are a message in JSON, and one for each file or image
-as bytes. Once it knows how large an image is it asks what size is wanted, so that only what an edit needs comes over the socket.
-Nothing is unpickled, so a decoder that a file has taken over cannot reach the server that way. It ends when its socket is closed,
+It imports Pillow and numpy, and answers over a socket: requests and answers are a message in JSON,
+and one for each file or image as bytes. Once it knows how large an image is it asks what size is
+wanted, so that only what an edit needs comes over the socket. Nothing is unpickled, so a decoder
+that a file has taken over cannot reach the server that way. It ends when its socket is closed,
 however the server ends.
 """
 
@@ -23,7 +25,8 @@ from stepweave.images.uploads import NotWanted, Size, read_sources
 
 READY = b"ready"
 MEMORY_BYTES = 1 << 30  # of address space, for the interpreter and its libraries
-MEMORY_BYTES_OF_PIXEL = 32  # and for each pixel of an image: planes, coefficients, copies in other modes
+# and for each pixel of an image: planes, coefficients, copies in other modes
+MEMORY_BYTES_OF_PIXEL = 32
 LAST_SECONDS = 20  # after which it ends itself, where the server cannot
 
 
@@ -32,7 +35,8 @@ def main(descriptor: int, max_pixels: int) -> None:
     _confine(MEMORY_BYTES + MEMORY_BYTES_OF_PIXEL * max_pixels)
     connection = Connection(descriptor)
     connection.send_bytes(READY)
-    with contextlib.suppress(EOFError, OSError):  # the server has ended, or does not want the answer
+    # the server has ended, or does not want the answer
+    with contextlib.suppress(EOFError, OSError):
         while True:
             asked = json.loads(connection.recv_bytes())
             image = connection.recv_bytes()
@@ -43,7 +47,9 @@ def main(descriptor: int, max_pixels: int) -> None:
             signal.alarm(0)
 
 
-def _answer(connection: Connection, image: bytes, mask: bytes | None, max_pixels: int) -> list[bytes]:
+def _answer(
+    connection: Connection, image: bytes, mask: bytes | None, max_pixels: int
+) -> list[bytes]:
     def fit(size: Size, masked: bool) -> Size:
         connection.send_bytes(json.dumps({"size": size, "masked": masked}).encode())
         wanted = json.loads(connection.recv_bytes())["size"]
@@ -68,8 +74,10 @@ def _about(image: Image.Image) -> dict[str, Any]:
 
 
 def _confine(memory: int) -> None:
-    """Bound the address space, and have the kernel end this process before the server where memory runs out."""
-    with contextlib.suppress(ImportError, OSError, ValueError):  # there is no such limit, or a lower one
+    """Bound the address space, and have the kernel end this process before the server where memory
+    runs out."""
+    # there is no such limit, or a lower one
+    with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))

@@ -1,7 +1,8 @@
-"""Processes that decode uploads: decoding can be ended, and takes no time of the server's own threads.
+"""Processes that decode uploads: decoding can be ended, and takes no time of the server's own
+threads.
 
-The standard library's and anyio's pools of processes do not fit: they run the main module of the server in each process, and the
-former cannot end one call.
+The standard library's and anyio's pools of processes do not fit: they run the main module of the
+server in each process, and the former cannot end one call.
 """
 
 from __future__ import annotations
@@ -23,7 +24,13 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 import stepweave
-from stepweave.errors import Cancelled, InvalidRequest, StepweaveError, Unavailable, UnsupportedMedia
+from stepweave.errors import (
+    Cancelled,
+    InvalidRequest,
+    StepweaveError,
+    Unavailable,
+    UnsupportedMedia,
+)
 from stepweave.generation import Sources
 from stepweave.images.decoder_process import READY
 from stepweave.images.uploads import Fit, Size
@@ -33,7 +40,8 @@ DECODERS = 2  # processes
 SECONDS = 10.0  # that decoding the files of a request may take
 START_SECONDS = 60.0  # that a process may take to start, on a busy machine
 ANSWER_BYTES = 1 << 20  # of what a process may tell beside images
-KEPT = re.compile(r"PATH|HOME|LANG|LC_\w+|TZ|TMPDIR|LD_LIBRARY_PATH|PYTHON\w+")  # environment variables
+# environment variables
+KEPT = re.compile(r"PATH|HOME|LANG|LC_\w+|TZ|TMPDIR|LD_LIBRARY_PATH|PYTHON\w+")
 
 
 def as_it_is(size: Size, masked: bool) -> Size:
@@ -42,7 +50,8 @@ def as_it_is(size: Size, masked: bool) -> Size:
 
 
 class Decoders:
-    """At most `DECODERS` processes, begun as they are needed and used again. Usable from any event loop.
+    """At most `DECODERS` processes, begun as they are needed and used again. Usable from any event
+    loop.
 
     `max_pixels` is the limit of each image that is sent.
     """
@@ -61,10 +70,12 @@ class Decoders:
     ) -> Sources:
         """As `uploads.read_sources`, in a process that is ended if the awaiting task is cancelled.
 
-        Files are read once there is a process for them, so that those that wait are not in memory. `fit` is called on a thread.
+        Files are read once there is a process for them, so that those that wait are not in memory.
+        `fit` is called on a thread.
 
-        Raises also InvalidRequest, code `image_too_slow`, for what is not decoded within `SECONDS`, StepweaveError, code
-        `decoder_failed`, if the process dies or cannot be started, and Unavailable once it is closed.
+        Raises also InvalidRequest, code `image_too_slow`, for what is not decoded within `SECONDS`,
+        StepweaveError, code `decoder_failed`, if the process dies or cannot be started, and
+        Unavailable once it is closed.
         """
         with self._lock:
             self._check_open()
@@ -139,7 +150,9 @@ class Decoders:
 class _Task:
     """The files of a request. It may be ended from any thread."""
 
-    def __init__(self, image: bytes | BinaryIO, mask: bytes | BinaryIO | None, fit: Fit = as_it_is) -> None:
+    def __init__(
+        self, image: bytes | BinaryIO, mask: bytes | BinaryIO | None, fit: Fit = as_it_is
+    ) -> None:
         self._image = image
         self._mask = mask
         self._fit = fit
@@ -180,22 +193,37 @@ class _Task:
             return InvalidRequest(message, code="image_too_slow", param="image")
         status = process.kill_and_wait()
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
-        return StepweaveError(f"The process that decodes images ended with {how}.", code="decoder_failed")
+        return StepweaveError(
+            f"The process that decodes images ended with {how}.", code="decoder_failed"
+        )
 
 
 class _Process:
-    """One decoder process, and the connection to it. `decode` is for one thread at a time, `kill` for any."""
+    """One decoder process, and the connection to it. `decode` is for one thread at a time, `kill`
+    for any."""
 
     def __init__(self, max_pixels: int) -> None:
         ours, its = socket.socketpair()
         with its:
             try:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-W", "ignore", "-m", "stepweave.images.decoder_process", str(its.fileno()),
-                     str(max_pixels)],
-                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[its.fileno()], env=_environment(),
-                    start_new_session=True,  # Ctrl-C in a terminal is the server's, which lets work finish
-                )  # fmt: skip
+                    [
+                        sys.executable,
+                        "-P",
+                        "-W",
+                        "ignore",
+                        "-m",
+                        "stepweave.images.decoder_process",
+                        str(its.fileno()),
+                        str(max_pixels),
+                    ],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=[its.fileno()],
+                    env=_environment(),
+                    # Ctrl-C in a terminal is the server's, which lets work finish
+                    start_new_session=True,
+                )
             except BaseException:
                 ours.close()
                 raise
@@ -213,7 +241,9 @@ class _Process:
             if self._connection.poll(START_SECONDS) and self._connection.recv_bytes() == READY:
                 self.usable = True
                 return
-        raise StepweaveError("The process that decodes images did not start.", code="decoder_failed")
+        raise StepweaveError(
+            "The process that decodes images did not start.", code="decoder_failed"
+        )
 
     def decode(self, image: bytes | BinaryIO, mask: bytes | BinaryIO | None, fit: Fit) -> Sources:
         """Raises what the process tells of, and what `fit` does; EOFError or OSError if it dies."""
@@ -227,13 +257,19 @@ class _Process:
         if "size" in answer:
             self._tell_size(answer, fit)
             answer = json.loads(connection.recv_bytes(ANSWER_BYTES))
-        # bounded, as is what it may tell: a file that has taken the process over must not fill the server's memory
+        # bounded, as is what it may tell: a file that has taken the process over must not fill the
+        # server's memory
         most = len("RGBA") * self._max_pixels
-        images = [_image(one["mode"], one["size"], connection.recv_bytes(most)) for one in answer.get("images", ())]
+        images = [
+            _image(one["mode"], one["size"], connection.recv_bytes(most))
+            for one in answer.get("images", ())
+        ]
         self.usable = True
         if "error" in answer:
             error = answer["error"]
-            kind = UnsupportedMedia if answer["status"] == UnsupportedMedia.status else InvalidRequest
+            kind = (
+                UnsupportedMedia if answer["status"] == UnsupportedMedia.status else InvalidRequest
+            )
             raise kind(error["message"], code=error["code"], param=error["param"])
         image_read, mask_read = images if len(images) == 2 else (images[0], None)
         return Sources(image_read, mask_read, tuple(answer["warnings"]))
@@ -274,7 +310,8 @@ def _image(mode: str, size: list[int], data: bytes) -> Image.Image:
 
 
 def _environment() -> dict[str, str]:
-    """What Python needs of the server's, with its modules; the rest may be secret. One thread for numpy."""
+    """What Python needs of the server's, with its modules; the rest may be secret. One thread for
+    numpy."""
     root = str(Path(stepweave.__file__).resolve().parents[1])
     path = os.pathsep.join([root, *filter(None, sys.path)])
     kept = {name: value for name, value in os.environ.items() if KEPT.fullmatch(name)}

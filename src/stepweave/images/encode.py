@@ -13,10 +13,12 @@ from stepweave import __version__
 from stepweave.errors import InvalidRequest
 from stepweave.generation import OutputFormat
 
-MAX_SIDES: dict[OutputFormat, int] = {"png": 2**31 - 1, "jpeg": 65_500, "webp": 16_383}  # pixels that the encoders take
+# pixels that the encoders take
+MAX_SIDES: dict[OutputFormat, int] = {"png": 2**31 - 1, "jpeg": 65_500, "webp": 16_383}
 _ASCII_CODE = b"ASCII\0\0\0"  # EXIF 2.32, 4.6.5: the character code that precedes a UserComment
 _UNICODE_CODE = b"UNICODE\0"
-_EXIF_LIMIT = 65_527  # bytes that a JPEG segment holds after its length and "Exif" marker; long prompts need it all
+# bytes that a JPEG segment holds after its length and "Exif" marker; long prompts need it all
+_EXIF_LIMIT = 65_527
 
 
 def a1111_text(values: dict[str, Any], model: str) -> str:
@@ -32,17 +34,26 @@ def a1111_text(values: dict[str, Any], model: str) -> str:
         "Model": model,
         "Version": f"stepweave {__version__}",
     }
-    lines.append(", ".join(f"{name}: {value}" for name, value in fields.items() if value is not None))
+    lines.append(
+        ", ".join(f"{name}: {value}" for name, value in fields.items() if value is not None)
+    )
     return "\n".join(lines)
 
 
-def check_file(output_format: OutputFormat, compression: int | None, width: int, height: int) -> None:
+def check_file(
+    output_format: OutputFormat, compression: int | None, width: int, height: int
+) -> None:
     """Raise InvalidRequest if a picture of this size cannot be written so."""
     most = MAX_SIDES[output_format]
     if max(width, height) > most:
-        raise InvalidRequest(f"size is {width}x{height}; {output_format} takes {most} a side.", param="size")
+        raise InvalidRequest(
+            f"size is {width}x{height}; {output_format} takes {most} a side.", param="size"
+        )
     if compression is not None and output_format == "png":
-        message = f"output_compression is {compression}, but png has none; output_format may be jpeg or webp."
+        message = (
+            f"output_compression is {compression}, but png has none; output_format may be jpeg or "
+            f"webp."
+        )
         raise InvalidRequest(message, param="output_compression")
 
 
@@ -53,13 +64,15 @@ def encode(
     model: str,
     quality: int | None = None,
 ) -> bytes:
-    """The picture as a file. `values` are the parameters of this image (`Parameters.of_image`), None to leave them out.
+    """The picture as a file. `values` are the parameters of this image (`Parameters.of_image`),
+    None to leave them out.
 
-    PNG carries them as text chunks `parameters` (A1111) and `stepweave` (JSON); JPEG and WebP as EXIF UserComment (A1111)
-    and ImageDescription (JSON). `quality` is 0 to 100; PNG has none.
+    PNG carries them as text chunks `parameters` (A1111) and `stepweave` (JSON); JPEG and WebP as
+    EXIF UserComment (A1111) and ImageDescription (JSON). `quality` is 0 to 100; PNG has none.
     """
     buffer = io.BytesIO()
-    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):  # PNG has none of floating point, nor of print
+    # PNG has none of floating point, nor of print
+    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
         image = image.convert("RGB")
     if output_format == "png":
         info = PngInfo()
@@ -69,7 +82,9 @@ def encode(
         image.save(buffer, "PNG", pnginfo=info)
         return buffer.getvalue()
     # 4:4:4 and a high quality: flat colours and hard edges show chroma subsampling at once
-    options: dict[str, Any] = {"quality": 95, "subsampling": 0} if output_format == "jpeg" else {"quality": 90}
+    options: dict[str, Any] = (
+        {"quality": 95, "subsampling": 0} if output_format == "jpeg" else {"quality": 90}
+    )
     if quality is not None:
         options["quality"] = quality
     if values is not None:
@@ -81,7 +96,9 @@ def encode(
 def _exif(values: dict[str, Any], model: str, output_format: OutputFormat) -> Image.Exif:
     text = a1111_text(values, model)
     exif = Image.Exif()
-    comment = _ASCII_CODE + text.encode() if text.isascii() else _UNICODE_CODE + text.encode("utf-16-be")
+    comment = (
+        _ASCII_CODE + text.encode() if text.isascii() else _UNICODE_CODE + text.encode("utf-16-be")
+    )
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
     exif[ExifTags.Base.ImageDescription] = json.dumps({**values, "model": model})
     if output_format == "jpeg" and len(exif.tobytes()) > _EXIF_LIMIT:

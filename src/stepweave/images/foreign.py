@@ -1,7 +1,8 @@
-"""Files that people send in place of a PNG, JPEG or WebP, recognised by their first bytes, so that the answer can name them.
+"""Files that people send in place of a PNG, JPEG or WebP, recognised by their first bytes, so that
+the answer can name them.
 
-None of them is decoded: each further decoder is one more that strangers can attack. That holds for AVIF too, which Pillow could
-read.
+None of them is decoded: each further decoder is one more that strangers can attack. That holds for
+AVIF too, which Pillow could read.
 """
 
 from __future__ import annotations
@@ -13,7 +14,19 @@ from stepweave.errors import UnsupportedMedia
 CODE = "unsupported_image"
 _READ = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 _HEAD = 1024  # bytes that are looked at
-_HEIF = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"mif2", b"msf1"}
+_HEIF = {
+    b"heic",
+    b"heix",
+    b"heim",
+    b"heis",
+    b"hevc",
+    b"hevx",
+    b"hevm",
+    b"hevs",
+    b"mif1",
+    b"mif2",
+    b"msf1",
+}
 _AVIF = {b"avif", b"avis"}
 _IPHONE = "; iPhones take JPEG with Settings > Camera > Formats > Most Compatible"
 _MAGIC = (  # a pattern at the start of the file, and what such a file is
@@ -35,13 +48,17 @@ _PATTERNS = tuple((re.compile(pattern, re.DOTALL), name) for pattern, name in _M
 
 
 def refuse(data: bytes, param: str) -> None:
-    """Raise UnsupportedMedia, code `unsupported_image`, for a file of a known kind that is not read; it says what to send."""
+    """Raise UnsupportedMedia, code `unsupported_image`, for a file of a known kind that is not
+    read; it says what to send."""
     if data.startswith(_READ):
         return
     name = _name(data[:_HEAD])
     if name is not None:
         hint = _IPHONE if "HEIC" in name else ""
-        message = f"{param} is {name}, which is not read here. Convert it to PNG, JPEG or WebP and send that{hint}."
+        message = (
+            f"{param} is {name}, which is not read here. Convert it to PNG, JPEG or WebP and send "
+            f"that{hint}."
+        )
         raise UnsupportedMedia(message, code=CODE, param=param)
 
 
@@ -52,7 +69,8 @@ def _name(head: bytes) -> str | None:
 
 
 def _of_brands(head: bytes) -> str:
-    """Of the container of MPEG-4 (ISO 14496-12): its major brand, and the brands that it is compatible with."""
+    """Of the container of MPEG-4 (ISO 14496-12): its major brand, and the brands that it is
+    compatible with."""
     end = min(int.from_bytes(head[:4]), len(head))
     brands = {head[8:12], *(head[at : at + 4] for at in range(16, end - 3, 4))}
     if brands & _AVIF:

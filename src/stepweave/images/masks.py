@@ -1,8 +1,8 @@
 """Where an edit repaints: masks of what clients send.
 
-Alpha decides where it is not the same throughout an image, and where all of it is transparent: what is at least half transparent
-is repainted. Else what is at least half white is, of a mask. Masks are soft: 255 repaints, 0 keeps, edges are between; most of
-diffusers' pipelines cut them at a half.
+Alpha decides where it is not the same throughout an image, and where all of it is transparent: what
+is at least half transparent is repainted. Else what is at least half white is, of a mask. Masks are
+soft: 255 repaints, 0 keeps, edges are between; most of diffusers' pipelines cut them at a half.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ Extrema = tuple[int, int]  # least and largest alpha of an image
 
 
 def has_holes(alpha: Extrema | None) -> bool:
-    """Whether an image without a mask tells by its own alpha what to repaint: some of it, or all."""
+    """Whether an image without a mask tells by its own alpha what to repaint: some of it, or
+    all."""
     return alpha is not None and _alpha_decides(alpha) and alpha[0] <= 255 - HALF
 
 
@@ -30,7 +31,8 @@ def of_alpha(image: Image.Image) -> Image.Image:
 
 
 def of_mask(image: Image.Image, alpha: Extrema | None) -> Image.Image:
-    """The mask of an image, RGB or RGBA, that was sent as one; `alpha` are the extrema of its alpha, None if it has none.
+    """The mask of an image, RGB or RGBA, that was sent as one; `alpha` are the extrema of its
+    alpha, None if it has none.
 
     Raises InvalidRequest for an opaque image in colours.
     """
@@ -40,7 +42,8 @@ def of_mask(image: Image.Image, alpha: Extrema | None) -> Image.Image:
     share = _coloured(colours)
     if share > COLOURED_SHARE:
         raise InvalidRequest(
-            f"mask is opaque and in colours ({100 * share:.1f}% of its pixels). Send one that is transparent where the image is "
+            f"mask is opaque and in colours ({100 * share:.1f}% of its pixels). Send one that is "
+            f"transparent where the image is "
             "to be repainted, or a black and white one, white there.",
             param="mask",
         )

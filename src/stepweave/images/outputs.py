@@ -21,7 +21,8 @@ MOST = 1000  # entries of a list, and characters of a text, that are passed on
 
 @dataclass(frozen=True)
 class Outputs:
-    """`flags` are the names of what the pipeline says against each image; `others` goes into JSON as it is."""
+    """`flags` are the names of what the pipeline says against each image; `others` goes into JSON
+    as it is."""
 
     flags: list[list[str]]
     others: dict[str, Any] = field(default_factory=dict)
@@ -33,23 +34,30 @@ class Outputs:
 
 
 def images_of(output: Any, pipeline: str = "The pipeline") -> list[Image.Image]:
-    """The images in what a pipeline returned. Raises NoImages, naming the class `pipeline` and its results, if that has none."""
-    images = next((found for name in IMAGES if (found := getattr(output, name, None)) is not None), None)
+    """The images in what a pipeline returned. Raises NoImages, naming the class `pipeline` and its
+    results, if that has none."""
+    images = next(
+        (found for name in IMAGES if (found := getattr(output, name, None)) is not None), None
+    )
     if isinstance(images, Image.Image):
         images = [images]
     if isinstance(images, (list, tuple)) and all(isinstance(one, Image.Image) for one in images):
         return list(images)
     found = ", ".join(
-        f"{name} ({type(value).__name__})" for name, value in _members(output).items() if value is not None
+        f"{name} ({type(value).__name__})"
+        for name, value in _members(output).items()
+        if value is not None
     )
     raise NoImages(
-        f"{pipeline} makes no images of prompts: it returned {found or type(output).__name__}, and no list of images; this "
+        f"{pipeline} makes no images of prompts: it returned {found or type(output).__name__}, and "
+        f"no list of images; this "
         "server serves text-to-image pipelines only"
     )
 
 
 def outputs_of(output: Any, count: int) -> Outputs:
-    """What an output says beside its `count` images. What is neither a flag nor fit for JSON is named in a warning."""
+    """What an output says beside its `count` images. What is neither a flag nor fit for JSON is
+    named in a warning."""
     found = Outputs([[] for _ in range(count)])
     for name, value in _members(output).items():
         if name in IMAGES or value is None:
@@ -64,16 +72,19 @@ def outputs_of(output: Any, count: int) -> Outputs:
             found.others[name] = plain
             if _FLAG.search(name) and plain != []:
                 found.warnings.append(
-                    f"The pipeline also returned {name!r}, which tells of no single image; see outputs."
+                    f"The pipeline also returned {name!r}, which tells of no single image; see "
+                    f"outputs."
                 )
         else:
             found.warnings.append(
-                f"The pipeline also returned {name!r} ({type(value).__name__}), which is not passed on."
+                f"The pipeline also returned {name!r} ({type(value).__name__}), which is not "
+                f"passed on."
             )
     for index, names in enumerate(found.flags):
         if names:
             found.warnings.append(
-                f"image {index} was flagged by the pipeline ({', '.join(names)}); it may have been blacked out."
+                f"image {index} was flagged by the pipeline ({', '.join(names)}); it may have been "
+                f"blacked out."
             )
     return found
 
@@ -93,7 +104,8 @@ def _members(output: Any) -> Mapping[str, Any]:
 
 def _plain(value: Any) -> Any:
     """Numbers of numpy and torch, tensors, and sequences of them, as Python's own."""
-    if callable(tolist := getattr(value, "tolist", None)):  # without an import of torch: this module comes before it
+    # without an import of torch: this module comes before it
+    if callable(tolist := getattr(value, "tolist", None)):
         return tolist() if math.prod(getattr(value, "shape", ())) <= MOST else value
     if isinstance(value, (list, tuple)) and len(value) <= MOST:
         return [_plain(item) for item in value]
@@ -106,7 +118,9 @@ def _verdicts(name: str, value: Any, count: int) -> list[bool] | None:
     if not safe and not _FLAG.search(name):
         return None
     verdicts = [_single(one) for one in value] if isinstance(value, list) else [value] * count
-    if len(verdicts) != count or not all(isinstance(one, (bool, int, float, type(None))) for one in verdicts):
+    if len(verdicts) != count or not all(
+        isinstance(one, (bool, int, float, type(None))) for one in verdicts
+    ):
         return None
     return [one is not None and bool(one) != safe for one in verdicts]
 

@@ -1,8 +1,10 @@
-"""Previews of unfinished pictures: a small map from latents to pixels, fitted to the autoencoder that is served.
+"""Previews of unfinished pictures: a small map from latents to pixels, fitted to the autoencoder
+that is served.
 
-Latents of most autoencoders tell the colours of the pixels they stand for nearly linearly, so no decoder need run and no
-denoising step is spent. The map is linear in the latents around a pixel and in some random features of them, and is solved for,
-not trained. What is mapped is not the noisy latents but the clean ones that the model foresees at a step (`Latents.clean`).
+Latents of most autoencoders tell the colours of the pixels they stand for nearly linearly, so no
+decoder need run and no denoising step is spent. The map is linear in the latents around a pixel and
+in some random features of them, and is solved for, not trained. What is mapped is not the noisy
+latents but the clean ones that the model foresees at a step (`Latents.clean`).
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ LAST = 0.75  # share of the steps after which the last preview is made
 
 
 def preview_steps(total: int, count: int) -> list[int]:
-    """After which of `total` steps to show `count` previews: evenly spread, before the last step; fewer if there are fewer.
+    """After which of `total` steps to show `count` previews: evenly spread, before the last step;
+    fewer if there are fewer.
 
     >>> preview_steps(20, 3), preview_steps(3, 3), preview_steps(30, 1)
     ([5, 10, 15], [1, 2], [22])
@@ -61,31 +64,45 @@ class Previewer:
 
     @classmethod
     def fit(cls, pipeline: Any) -> Previewer | None:
-        """One for a pipeline whose `vae` is loaded; None, and a line of the log, where no such map does.
+        """One for a pipeline whose `vae` is loaded; None, and a line of the log, where no such map
+        does.
 
-        To be called before an engine has the pipeline. It takes a few forwards of the autoencoder on small pictures.
+        To be called before an engine has the pipeline. It takes a few forwards of the autoencoder
+        on small pictures.
         """
         began = time.monotonic()
         try:
             with torch.no_grad():
-                device = getattr(pipeline, "_execution_device", None)  # where CPU offload brings the autoencoder
-                fitted, explained = _fit(pipeline.vae, getattr(pipeline, "vae_scale_factor", 8), device)
+                # where CPU offload brings the autoencoder
+                device = getattr(pipeline, "_execution_device", None)
+                fitted, explained = _fit(
+                    pipeline.vae, getattr(pipeline, "vae_scale_factor", 8), device
+                )
         except Exception as error:
-            logger.warning("there will be no previews: %s (%s)", type(error).__name__, str(error).partition("\n")[0])
+            logger.warning(
+                "there will be no previews: %s (%s)",
+                type(error).__name__,
+                str(error).partition("\n")[0],
+            )
             return None
         finally:
             for hook in getattr(pipeline, "_all_hooks", ()):
                 hook.offload()  # with CPU offload the autoencoder came to the GPU
         if not explained >= PROOF:
-            logger.warning("there will be no previews: latents explain %.0f %% of the pixels", 100 * explained)
+            logger.warning(
+                "there will be no previews: latents explain %.0f %% of the pixels", 100 * explained
+            )
             return None
         logger.info(
-            "previews explain %.0f %% of the pixels, fitted in %.1f s", 100 * explained, time.monotonic() - began
+            "previews explain %.0f %% of the pixels, fitted in %.1f s",
+            100 * explained,
+            time.monotonic() - began,
         )
         return cls(fitted, _unpacker(pipeline), explained)
 
     def picture(self, latents: Latents, width: int, height: int, row: int = 0) -> Image.Image:
-        """What a picture of this size looks like at a step, as large as it will be, or LONGEST pixels on its longer side.
+        """What a picture of this size looks like at a step, as large as it will be, or LONGEST
+        pixels on its longer side.
 
         Raises ValueError if the latents are not what the autoencoder takes.
         """
@@ -95,7 +112,9 @@ class Previewer:
         if clean.ndim == 5:
             clean = clean[:, :, 0]
         if clean.ndim != 4 or clean.shape[1] != self.map.channels:
-            raise ValueError(f"latents are {tuple(clean.shape)}; {self.map.channels} channels can be previewed")
+            raise ValueError(
+                f"latents are {tuple(clean.shape)}; {self.map.channels} channels can be previewed"
+            )
         pixels = self.map(clean).add_(1).mul_(127.5).clamp_(0, 255)
         image = Image.fromarray(pixels[0].permute(1, 2, 0).round().to("cpu", torch.uint8).numpy())
         scale = min(1.0, LONGEST / max(width, height))
@@ -108,9 +127,11 @@ class Previewer:
 
 @dataclass(frozen=True)
 class PixelMap:
-    """Maps the denoiser's latents (rows, channels, height, width) to pixels (rows, 3, detail * height, detail * width), -1 to 1.
+    """Maps the denoiser's latents (rows, channels, height, width) to pixels (rows, 3, detail *
+    height, detail * width), -1 to 1.
 
-    `readout` (3 * detail ** 2, inputs) is of the latents around a pixel, of FEATURES rectified combinations of them, and of one.
+    `readout` (3 * detail ** 2, inputs) is of the latents around a pixel, of FEATURES rectified
+    combinations of them, and of one.
     """
 
     combinations: torch.Tensor  # (FEATURES, channels, REACH, REACH)
@@ -124,7 +145,9 @@ class PixelMap:
 
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:
         values = self.readout @ self.inputs(latents)
-        return functional.pixel_shuffle(values.reshape(*values.shape[:2], *latents.shape[2:]), self.detail)
+        return functional.pixel_shuffle(
+            values.reshape(*values.shape[:2], *latents.shape[2:]), self.detail
+        )
 
     def inputs(self, latents: torch.Tensor) -> torch.Tensor:
         """What the readout is of, (rows, inputs, height * width)."""
@@ -135,7 +158,8 @@ class PixelMap:
 
 
 def _fit(vae: Any, factor: int, device: torch.device | None) -> tuple[PixelMap, float]:
-    """A map for latents that are `factor` times smaller than the pixels, and the share of the variance that it explains."""
+    """A map for latents that are `factor` times smaller than the pixels, and the share of the
+    variance that it explains."""
     device = device or vae.device
     if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
         vae = _unhooked_copy(vae).to(device, torch.float32)  # in half precision it overflows
@@ -173,7 +197,8 @@ def _solve(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def _unhooked_copy(vae: nn.Module) -> nn.Module:
-    """A copy without accelerate's hook, which holds the models that are offloaded before this one."""
+    """A copy without accelerate's hook, which holds the models that are offloaded before this
+    one."""
     hook = getattr(vae, "_hf_hook", None)
     copied = copy.deepcopy(vae, {} if hook is None else {id(hook): ModelHook()})
     unhooked: nn.Module = remove_hook_from_module(copied)
@@ -181,7 +206,8 @@ def _unhooked_copy(vae: nn.Module) -> nn.Module:
 
 
 def _samples(vae: Any, side: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents of the autoencoder, (pictures, channels, side, side), and their pixels, -1 to 1, float32."""
+    """Latents of the autoencoder, (pictures, channels, side, side), and their pixels, -1 to 1,
+    float32."""
     film = any(isinstance(module, nn.Conv3d) for module in vae.modules())
     latents, pixels = [], []
     pictures = synthetic_pictures(PICTURES, side)
@@ -196,18 +222,24 @@ def _samples(vae: Any, side: int, device: torch.device) -> tuple[torch.Tensor, t
 
 
 def normalised(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """The autoencoder's latents (rows, channels, height, width) as the denoiser has them, by the autoencoder's config."""
+    """The autoencoder's latents (rows, channels, height, width) as the denoiser has them, by the
+    autoencoder's config."""
 
     def value(name: str, otherwise: float) -> torch.Tensor:
         found = getattr(vae.config, name, None)
-        return torch.as_tensor(otherwise if found is None else found, device=latents.device).float().reshape(-1, 1, 1)
+        return (
+            torch.as_tensor(otherwise if found is None else found, device=latents.device)
+            .float()
+            .reshape(-1, 1, 1)
+        )
 
     mean = value("latents_mean", 0.0) + value("shift_factor", 0.0)
     return (latents - mean) * value("scaling_factor", 1.0) / value("latents_std", 1.0)
 
 
 def synthetic_pictures(count: int, side: int) -> torch.Tensor:
-    """Round and square shapes of all colours on plain and graded grounds, (count, 3, side, side), -1 to 1; always the same.
+    """Round and square shapes of all colours on plain and graded grounds, (count, 3, side, side),
+    -1 to 1; always the same.
 
     Many colours are pure: grounds of black and white are what grain shows on.
     """
@@ -230,7 +262,8 @@ def synthetic_pictures(count: int, side: int) -> torch.Tensor:
 
 
 def _unpacker(pipeline: Any) -> Callable[[torch.Tensor, int, int], torch.Tensor] | None:
-    """The pipeline's own way from packed latents to (rows, channels, [1,] height, width); None if there is none of use."""
+    """The pipeline's own way from packed latents to (rows, channels, [1,] height, width); None if
+    there is none of use."""
     function = getattr(pipeline, "_unpack_latents", None)
     if function is None:
         return None

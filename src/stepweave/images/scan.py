@@ -1,8 +1,9 @@
 """What an uploaded file asks of a decoder, counted in its bytes before anything is decoded.
 
-The size of an image bounds the pixels, not the work: a JPEG may go over them in thousands of scans, a PNG may have a million
-chunks, each of which is decompressed, a WebP may have frames and a canvas of gigabytes. Counting stops at the limits, so it is
-cheap whatever the bytes are. What is no such file, or is cut short, is left to the decoder to refuse.
+The size of an image bounds the pixels, not the work: a JPEG may go over them in thousands of scans,
+a PNG may have a million chunks, each of which is decompressed, a WebP may have frames and a canvas
+of gigabytes. Counting stops at the limits, so it is cheap whatever the bytes are. What is no such
+file, or is cut short, is left to the decoder to refuse.
 """
 
 from __future__ import annotations
@@ -14,17 +15,20 @@ from collections.abc import Iterator
 from stepweave.errors import InvalidRequest
 
 MAX_SCANS = 100  # of a JPEG: progressive ones have about 10
-MAX_SEGMENTS = 1000  # of a JPEG between its scans: tables, profiles of up to 255 parts, application data
+# of a JPEG between its scans: tables, profiles of up to 255 parts, application data
+MAX_SEGMENTS = 1000
 MAX_FILL = 4096  # bytes of a JPEG between its segments, which Pillow reads one by one
 MAX_CHUNKS = 20_000  # of a PNG: data may come in parts of 4 KB, and less
 MAX_OTHER_CHUNKS = 1000  # of a PNG beside its data; of a WebP
-MAX_COMPRESSED_CHUNKS = 64  # of a PNG beside its data, each of which Pillow decompresses to at most 1 MiB
+# of a PNG beside its data, each of which Pillow decompresses to at most 1 MiB
+MAX_COMPRESSED_CHUNKS = 64
 MAX_EXIF_BYTES = 1 << 18
 # of a colour profile: those of printing presses have up to 3 MB. In a PNG Pillow allows 1 MiB
 MAX_PROFILE_BYTES = 1 << 22
 CODE = "image_too_complex"
 
-_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # but restarts and stuffed bytes, which are within a scan
+# but restarts and stuffed bytes, which are within a scan
+_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
 _SOF = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _SOS, _SOI, _EOI, _APP1, _APP2 = 0xDA, 0xD8, 0xD9, 0xE1, 0xE2
 _ALONE = {*range(0x01, 0xC0), _SOI, _EOI}  # markers without a length
@@ -32,7 +36,8 @@ _COMPRESSED = (b"zTXt", b"iTXt", b"iCCP")
 
 
 def check(data: bytes, param: str, max_pixels: int) -> None:
-    """Raise InvalidRequest if decoding would take more than an image of so many pixels needs; it names value and limit."""
+    """Raise InvalidRequest if decoding would take more than an image of so many pixels needs; it
+    names value and limit."""
     if data.startswith(b"\xff\xd8\xff"):
         _check_jpeg(data, param)
     elif data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -52,13 +57,17 @@ def _check_profile(length: int, param: str) -> None:
 
 def _bound(count: int, limit: int, what: str, param: str) -> None:
     if count > limit:
-        raise InvalidRequest(f"{param} has {count} {what}; the limit is {limit}.", code=CODE, param=param)
+        raise InvalidRequest(
+            f"{param} has {count} {what}; the limit is {limit}.", code=CODE, param=param
+        )
 
 
 def _check_jpeg(data: bytes, param: str) -> None:
-    """As Pillow and libjpeg read it: segments by their lengths, scans to their next marker, all to the first end of an image.
+    """As Pillow and libjpeg read it: segments by their lengths, scans to their next marker, all to
+    the first end of an image.
 
-    Before the first scan Pillow looks for segments whatever comes, an end of the image too, byte by byte.
+    Before the first scan Pillow looks for segments whatever comes, an end of the image too, byte by
+    byte.
     """
     scans = segments = headers = exif = profile = fill = 0
     scanning = False
@@ -83,8 +92,8 @@ def _check_jpeg(data: bytes, param: str) -> None:
 
 
 def _segments(data: bytes) -> Iterator[tuple[int | None, int, int, int]]:
-    """Each marker of a JPEG, where its content begins and ends, and how many bytes were skipped before it; None at the end of
-    the data."""
+    """Each marker of a JPEG, where its content begins and ends, and how many bytes were skipped
+    before it; None at the end of the data."""
     at = 2
     scanned = False
     while found := _MARKER.search(data, at):
@@ -115,7 +124,9 @@ def _check_png(data: bytes, param: str) -> None:
             check_exif(length, param)
         if kind == b"acTL":
             _check_frames(int.from_bytes(data[at + 8 : at + 12]), param)
-        _bound(compressed, MAX_COMPRESSED_CHUNKS, "or more compressed text and profile chunks", param)
+        _bound(
+            compressed, MAX_COMPRESSED_CHUNKS, "or more compressed text and profile chunks", param
+        )
         _bound(others, MAX_OTHER_CHUNKS, "or more chunks beside its data", param)
         _bound(chunks, MAX_CHUNKS, "or more chunks", param)
         at += 12 + length
@@ -142,9 +153,12 @@ def _check_webp(data: bytes, param: str, max_pixels: int) -> None:
 
 
 def _webp_size(kind: bytes, content: bytes) -> tuple[int, int] | None:
-    """The size that a chunk tells, for which libwebp makes room before it looks at anything else."""
+    """The size that a chunk tells, for which libwebp makes room before it looks at anything
+    else."""
     if kind == b"VP8X" and len(content) == 10:
-        return int.from_bytes(content[4:7], "little") + 1, int.from_bytes(content[7:10], "little") + 1
+        return int.from_bytes(content[4:7], "little") + 1, int.from_bytes(
+            content[7:10], "little"
+        ) + 1
     if kind == b"VP8L" and len(content) >= 5 and content[0] == 0x2F:
         bits = int.from_bytes(content[1:5], "little")
         return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
@@ -158,10 +172,13 @@ def check_pixels(width: int, height: int, max_pixels: int, param: str) -> None:
     """Raise InvalidRequest if an image of that size has more than `max_pixels`."""
     if width * height > max_pixels:
         raise InvalidRequest(
-            f"{param} is {width}x{height}, {width * height} pixels; the limit is {max_pixels}.", param=param
+            f"{param} is {width}x{height}, {width * height} pixels; the limit is {max_pixels}.",
+            param=param,
         )
 
 
 def _check_frames(frames: int, param: str) -> None:
     if frames > 1:
-        raise InvalidRequest(f"{param} has several frames ({frames} or more); send a still image, of 1.", param=param)
+        raise InvalidRequest(
+            f"{param} has several frames ({frames} or more); send a still image, of 1.", param=param
+        )

@@ -20,9 +20,11 @@ from stepweave.images.colours import to_srgb, unconverted
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 DRAFTS = ("JPEG", "MPO")  # formats that are decoded smaller, where that is wanted
-DRAFT_SCALE = 2  # a JPEG is decoded at least so many times as large, along each side, as it is wanted
+# a JPEG is decoded at least so many times as large, along each side, as it is wanted
+DRAFT_SCALE = 2
 ORIENTATION = 0x0112  # EXIF
-LIKE_PIXELS = 1  # of a mask, by which its sides may be off the image's proportions: they were rounded
+# of a mask, by which its sides may be off the image's proportions: they were rounded
+LIKE_PIXELS = 1
 LIKE_RATIO = 0.02  # and by which these may be off
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -36,7 +38,8 @@ _TURNS = {
 _QUARTERS = {_TURNS[orientation] for orientation in (5, 6, 7, 8)}  # those that swap the sides
 
 Size = tuple[int, int]
-Fit = Callable[[Size, bool], Size]  # an image's size, and whether there is a mask, to the size that its edit makes
+# an image's size, and whether there is a mask, to the size that its edit makes
+Fit = Callable[[Size, bool], Size]
 
 
 class NotWanted(Exception):
@@ -53,12 +56,17 @@ class _Upload:
     warnings: list[str] = field(default_factory=list)
 
 
-def read_sources(image: bytes, mask: bytes | None, *, max_pixels: int, fit: Fit | None = None) -> Sources:
-    """The images of an edit in sRGB, turned as their EXIF says, and scaled to the size that `fit` gives.
+def read_sources(
+    image: bytes, mask: bytes | None, *, max_pixels: int, fit: Fit | None = None
+) -> Sources:
+    """The images of an edit in sRGB, turned as their EXIF says, and scaled to the size that `fit`
+    gives.
 
-    Without `fit` the image keeps its size; a mask is scaled to it. `masks` has the rule of what is repainted.
+    Without `fit` the image keeps its size; a mask is scaled to it. `masks` has the rule of what is
+    repainted.
 
-    Raises InvalidRequest, `param` naming the file, UnsupportedMedia for a file of another kind, and what `fit` does.
+    Raises InvalidRequest, `param` naming the file, UnsupportedMedia for a file of another kind, and
+    what `fit` does.
     """
 
     def fitted(size: Size, holes: bool) -> Size:
@@ -76,22 +84,27 @@ def read_sources(image: bytes, mask: bytes | None, *, max_pixels: int, fit: Fit 
         stencil = masks.of_mask(sent.image, sent.alpha)
         warnings += sent.warnings
         if sent.size != source.size:
-            warnings.append(f"mask: it is {_by(sent.size)}, and was scaled to {_by(size)} with the image.")
+            warnings.append(
+                f"mask: it is {_by(sent.size)}, and was scaled to {_by(size)} with the image."
+            )
     if stencil is not None and not masks.repaints(stencil):
         warnings.append(
-            "mask: nothing is repainted: no pixel is at least half transparent, or else at least half white."
+            "mask: nothing is repainted: no pixel is at least half transparent, or else at least "
+            "half white."
         )
     return Sources(flat, stencil, tuple(warnings))
 
 
 def _like(mask: Size, image: Size, wanted: Size) -> Size:
-    """The size that a mask is wanted in. Raises InvalidRequest if it has not the image's proportions."""
+    """The size that a mask is wanted in. Raises InvalidRequest if it has not the image's
+    proportions."""
     (width, height), (image_width, image_height) = mask, image
     ratio = (width * image_height) / (height * image_width)
     pixels = min(abs(width - width / ratio), abs(height - height * ratio))
     if pixels > LIKE_PIXELS or abs(math.log(ratio)) > LIKE_RATIO:
         raise InvalidRequest(
-            f"mask is {_by(mask)} and image {_by(image)}, turned as their EXIF says; they must be of one size, or of the same "
+            f"mask is {_by(mask)} and image {_by(image)}, turned as their EXIF says; they must be "
+            f"of one size, or of the same "
             "proportions.",
             param="mask",
         )
@@ -103,10 +116,12 @@ def _by(size: Size) -> str:
 
 
 def _decode(data: bytes, param: str, max_pixels: int, fit: Fit) -> _Upload:
-    """An image as viewers show it, the first frame of a stereo one; `fit` is asked for the size that is wanted.
+    """An image as viewers show it, the first frame of a stereo one; `fit` is asked for the size
+    that is wanted.
 
-    Raises UnsupportedMedia for a known format that is not read; InvalidRequest for what is no still PNG, JPEG or WebP, is
-    corrupt, has more than `max_pixels`, or costs more to decode than these should; and what `fit` does.
+    Raises UnsupportedMedia for a known format that is not read; InvalidRequest for what is no still
+    PNG, JPEG or WebP, is corrupt, has more than `max_pixels`, or costs more to decode than these
+    should; and what `fit` does.
     """
     if not data:
         raise InvalidRequest(f"{param} is empty; send a PNG, JPEG or WebP file.", param=param)
@@ -114,28 +129,42 @@ def _decode(data: bytes, param: str, max_pixels: int, fit: Fit) -> _Upload:
     scan.check(data, param, max_pixels)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            scan.check_pixels(*image.size, max_pixels, param)  # of the header: nothing is decoded yet
+            # of the header: nothing is decoded yet
+            scan.check_pixels(*image.size, max_pixels, param)
             if image.format != "MPO" and getattr(image, "is_animated", False):
-                raise InvalidRequest(f"{param} has several frames; send a still image.", param=param)
+                raise InvalidRequest(
+                    f"{param} has several frames; send a still image.", param=param
+                )
             return _read(image, param, fit)
     except (RequestError, NotWanted):
         raise
     except MemoryError:
-        message = f"{param} takes more memory to decode than an image of {max_pixels} pixels should."
+        message = (
+            f"{param} takes more memory to decode than an image of {max_pixels} pixels should."
+        )
         raise InvalidRequest(message, code=scan.CODE, param=param) from None
     except ValueError as error:
         if "MAX_TEXT_CHUNK" in str(error):
-            message = f"{param} has a compressed text or colour profile of more than {MAX_TEXT_CHUNK} bytes, the limit."
+            message = (
+                f"{param} has a compressed text or colour profile of more than {MAX_TEXT_CHUNK} "
+                f"bytes, the limit."
+            )
             raise InvalidRequest(message, code=scan.CODE, param=param) from None
-        raise InvalidRequest(f"{param} is corrupt or cut short (ValueError).", param=param) from error
+        raise InvalidRequest(
+            f"{param} is corrupt or cut short (ValueError).", param=param
+        ) from error
     except UnidentifiedImageError:
         raise InvalidRequest(f"{param} is no PNG, JPEG or WebP image.", param=param) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         found = re.search(r"\d+", str(error))
         count = found[0] if found else "too many"
-        raise InvalidRequest(f"{param} has {count} pixels; the limit is {max_pixels}.", param=param) from None
+        raise InvalidRequest(
+            f"{param} has {count} pixels; the limit is {max_pixels}.", param=param
+        ) from None
     except Exception as error:  # whatever Pillow's decoders raise of bytes that are wrong
-        raise InvalidRequest(f"{param} is corrupt or cut short ({type(error).__name__}).", param=param) from error
+        raise InvalidRequest(
+            f"{param} is corrupt or cut short ({type(error).__name__}).", param=param
+        ) from error
 
 
 def _read(image: Image.Image, param: str, fit: Fit) -> _Upload:
@@ -145,7 +174,8 @@ def _read(image: Image.Image, param: str, fit: Fit) -> _Upload:
         turn = _turn_of(image)
         size = _turned_size(image.size, turn)
         wanted = fit(size, False)
-        drafted = image.draft(None, tuple(DRAFT_SCALE * side for side in _turned_size(wanted, turn)))  # type: ignore[arg-type]
+        width, height = _turned_size(wanted, turn)
+        drafted = image.draft(None, (DRAFT_SCALE * width, DRAFT_SCALE * height))
         box = None if drafted is None else drafted[1]
         image.load()
         scan.check_exif(len(image.info.get("exif") or b""), param)

@@ -1,11 +1,14 @@
-"""Presets of ours for layouts whose pipelines have defaults that spoil their images: distilled models, in 50 steps with guidance.
+"""Presets of ours for layouts whose pipelines have defaults that spoil their images: distilled
+models, in 50 steps with guidance.
 
-A layout is recognised by its configuration alone: the pipeline's class, and members of `model_index.json` and of its components'
-configurations. The name of a directory or repository is never a sign; it only speaks against one, for models from which the
-distillation was taken out again, and whose configuration still is that of the distilled one.
+A layout is recognised by its configuration alone: the pipeline's class, and members of
+`model_index.json` and of its components' configurations. The name of a directory or repository is
+never a sign; it only speaks against one, for models from which the distillation was taken out
+again, and whose configuration still is that of the distilled one.
 
-What cannot be told from the model that it was distilled from has no preset: Stable Diffusion 3.5 Large Turbo, SDXL-Lightning,
-Hyper-SD and the like. Some pipelines have fitting defaults already: LatentConsistencyModelPipeline, SanaSprintPipeline.
+What cannot be told from the model that it was distilled from has no preset: Stable Diffusion 3.5
+Large Turbo, SDXL-Lightning, Hyper-SD and the like. Some pipelines have fitting defaults already:
+LatentConsistencyModelPipeline, SanaSprintPipeline.
 """
 
 from __future__ import annotations
@@ -33,8 +36,8 @@ _EULER = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 class BuiltIn:
     """A preset, the signs of the layout that it is for, and the page that says so.
 
-    `signs` are members of configurations, as `unet.sample_size`, with the value that each has, or a tuple of values of which it
-    has one. What a configuration lacks is None.
+    `signs` are members of configurations, as `unet.sample_size`, with the value that each has, or a
+    tuple of values of which it has one. What a configuration lacks is None.
     """
 
     name: str
@@ -161,7 +164,8 @@ BUILT_IN = (
 
 
 def recognise(folder: Path, name: str) -> Recognised | None:
-    """The built-in preset for the model in a directory, whose name is `name`. Raises LoadError without a `model_index.json`."""
+    """The built-in preset for the model in a directory, whose name is `name`. Raises LoadError
+    without a `model_index.json`."""
     configs = {_INDEX: read_index(folder)}
     for entry in (entry for entry in folder.iterdir() if entry.is_dir()):
         for file in _CONFIGS:
@@ -170,13 +174,18 @@ def recognise(folder: Path, name: str) -> Recognised | None:
     return recognise_configs(configs, names)
 
 
-def recognise_configs(configs: Mapping[str, Mapping[str, Any]], names: Iterable[str] = ()) -> Recognised | None:
-    """The built-in preset for the model of some configurations, by component; that of the pipeline is `model_index`."""
+def recognise_configs(
+    configs: Mapping[str, Mapping[str, Any]], names: Iterable[str] = ()
+) -> Recognised | None:
+    """The built-in preset for the model of some configurations, by component; that of the pipeline
+    is `model_index`."""
     if any(_UNDONE.search(name) for name in names):
         return None
     kind = configs.get(_INDEX, {}).get("_class_name")
     for one in BUILT_IN:
-        if kind in one.pipelines and all(_has(configs, sign, value) for sign, value in one.signs.items()):
+        if kind in one.pipelines and all(
+            _has(configs, sign, value) for sign, value in one.signs.items()
+        ):
             told = ", ".join(f"{sign}={_value(configs, sign)}" for sign in one.signs)
             return Recognised(one, f"{INDEX} names {kind}, {told}")
     return None
@@ -197,7 +206,8 @@ def _value(configs: Mapping[str, Mapping[str, Any]], sign: str) -> Any:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """A configuration; nothing where there is none that can be read, which is for those to tell who need it."""
+    """A configuration; nothing where there is none that can be read, which is for those to tell who
+    need it."""
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError):

@@ -13,8 +13,18 @@ import diffusers
 import transformers
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from transformers import FeatureExtractionMixin, ImageProcessingMixin, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_NAME
+from transformers import (
+    FeatureExtractionMixin,
+    ImageProcessingMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import (
+    CONFIG_NAME,
+    FEATURE_EXTRACTOR_NAME,
+    IMAGE_PROCESSOR_NAME,
+    SAFE_WEIGHTS_NAME,
+)
 
 from stepweave.errors import LoadError, shown
 from stepweave.reasons import reason_of
@@ -37,7 +47,8 @@ class Component:
 
     @property
     def weights(self) -> str | None:
-        """The name of its file of weights where there is one, without a variant; None for what has none."""
+        """The name of its file of weights where there is one, without a variant; None for what has
+        none."""
         if self.is_a(ModelMixin):
             return str(SAFETENSORS_WEIGHTS_NAME)
         return str(SAFE_WEIGHTS_NAME) if self.is_a(PreTrainedModel) else None
@@ -63,24 +74,31 @@ def read_index(folder: Path) -> dict[str, Any]:
         index = json.loads((folder / INDEX).read_bytes())
     except FileNotFoundError:
         raise LoadError(
-            f"{INDEX} is missing: the model's directory is not that of a diffusers pipeline; `save_pretrained` writes one"
+            f"{INDEX} is missing: the model's directory is not that of a diffusers pipeline; "
+            f"`save_pretrained` writes one"
         ) from None
     except (OSError, ValueError) as error:
-        raise LoadError(f"{INDEX}: {'not JSON, ' if isinstance(error, ValueError) else ''}{reason_of(error)}") from None
+        raise LoadError(
+            f"{INDEX}: {'not JSON, ' if isinstance(error, ValueError) else ''}{reason_of(error)}"
+        ) from None
     if not isinstance(index, dict):
         raise LoadError(f"{INDEX} is {shown(index)}; it must be a JSON object")
     return index
 
 
 def pipeline_class(index: dict[str, Any]) -> Any:
-    """The pipeline's class. Raises LoadError for one that diffusers does not have, or that needs what is not installed."""
+    """The pipeline's class. Raises LoadError for one that diffusers does not have, or that needs
+    what is not installed."""
     name = index.get("_class_name")
     if isinstance(name, (list, tuple)):
-        raise LoadError(f"{INDEX}: _class_name is {shown(name)}, code of the model's own, which is not run")
+        raise LoadError(
+            f"{INDEX}: _class_name is {shown(name)}, code of the model's own, which is not run"
+        )
     kind = getattr(diffusers, name, None) if isinstance(name, str) else None
     if kind is None:
         raise LoadError(
-            f"{INDEX}: _class_name is {shown(name)}, which diffusers {diffusers.__version__} does not have; correct it, "
+            f"{INDEX}: _class_name is {shown(name)}, which diffusers {diffusers.__version__} does "
+            f"not have; correct it, "
             "or install a diffusers that has it"
         )
     _check_installed(kind, "_class_name")
@@ -90,15 +108,24 @@ def pipeline_class(index: dict[str, Any]) -> Any:
 
 
 def components_of(index: dict[str, Any]) -> list[Component]:
-    """The components that are read from files. Raises LoadError for a class that does not exist or cannot be used here."""
+    """The components that are read from files. Raises LoadError for a class that does not exist or
+    cannot be used here."""
     pipeline = pipeline_class(index)
     # as diffusers has it: what has a default otherwise is an option, even where it is a model
     parameters = list(inspect.signature(pipeline.__init__).parameters.values())[1:]
-    needed = {one.name for one in parameters if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD}
+    needed = {
+        one.name
+        for one in parameters
+        if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD
+    }
     names = needed.union(pipeline._optional_components)
     if absent := sorted(needed.difference(index, pipeline._optional_components)):
         raise LoadError(f"{INDEX} lacks {', '.join(absent)}, which {pipeline.__name__} needs")
-    entries = {name: entry for name, entry in index.items() if name in names and isinstance(entry, (list, tuple))}
+    entries = {
+        name: entry
+        for name, entry in index.items()
+        if name in names and isinstance(entry, (list, tuple))
+    }
     return [
         Component(name, _component_class(name, *entry))
         for name, entry in entries.items()
@@ -107,11 +134,14 @@ def components_of(index: dict[str, Any]) -> list[Component]:
 
 
 def absent_components(index: dict[str, Any]) -> dict[str, None]:
-    """Components that model_index.json has as [null, null]; `from_pretrained` demands that they be passed as None."""
+    """Components that model_index.json has as [null, null]; `from_pretrained` demands that they be
+    passed as None."""
     return {
         name: None
         for name, entry in index.items()
-        if not name.startswith("_") and isinstance(entry, (list, tuple)) and list(entry) == [None, None]
+        if not name.startswith("_")
+        and isinstance(entry, (list, tuple))
+        and list(entry) == [None, None]
     }
 
 
@@ -120,9 +150,11 @@ def _component_class(name: str, library: str, kind: str) -> Any:
     if module is None:
         module = importlib.import_module(library) if library in _LIBRARIES else None
     found = getattr(module, kind, None)
-    if found is None and module not in (None, transformers):  # of which from_pretrained knows former names
+    # of which from_pretrained knows former names
+    if found is None and module not in (None, transformers):
         raise LoadError(
-            f"{INDEX}: {name} is {shown([library, kind])}, which diffusers {diffusers.__version__} does not have; correct it, "
+            f"{INDEX}: {name} is {shown([library, kind])}, which diffusers {diffusers.__version__} "
+            f"does not have; correct it, "
             "or install a diffusers that has it"
         )
     if found is not None:
@@ -135,4 +167,7 @@ def _check_installed(kind: Any, name: str) -> None:
     if type(kind).__name__ != "DummyObject":
         return
     backends = ", ".join(one for one in kind._backends if one not in ("torch", "transformers"))
-    raise LoadError(f"{INDEX}: {name} is {kind.__name__}, which needs packages that are not installed: {backends}")
+    raise LoadError(
+        f"{INDEX}: {name} is {kind.__name__}, which needs packages that are not installed: "
+        f"{backends}"
+    )

@@ -1,4 +1,5 @@
-"""The files of a model's directory: what must be there before anything is read, and what is wrong with one that cannot be."""
+"""The files of a model's directory: what must be there before anything is read, and what is wrong
+with one that cannot be."""
 
 from __future__ import annotations
 
@@ -20,20 +21,25 @@ _OF_A_VOCABULARY = ("vocab_file", "merges_file", "spm_file")
 
 
 def files_of(folder: Path) -> dict[str, int]:
-    """The bytes of the files of a model's directory and of its components' folders, by relative name. Raises LoadError."""
+    """The bytes of the files of a model's directory and of its components' folders, by relative
+    name. Raises LoadError."""
     found = {}
     try:
         for one in folder.iterdir():
             for file in one.iterdir() if one.is_dir() else (one,):
-                with contextlib.suppress(FileNotFoundError):  # a link to nowhere: as if it were not there
+                # a link to nowhere: as if it were not there
+                with contextlib.suppress(FileNotFoundError):
                     found[file.relative_to(folder).as_posix()] = file.stat().st_size
     except OSError as error:
-        raise LoadError(f"the model's directory cannot be read: {reason_of(error, folder)}") from None
+        raise LoadError(
+            f"the model's directory cannot be read: {reason_of(error, folder)}"
+        ) from None
     return found
 
 
 def check_folders(components: Iterable[Component], files: Collection[str]) -> None:
-    """Raise LoadError for a component that has no folder: from_pretrained would look for it in the model's directory itself."""
+    """Raise LoadError for a component that has no folder: from_pretrained would look for it in the
+    model's directory itself."""
     there = {name.partition("/")[0] for name in files if "/" in name}
     for one in components:
         config = one.config
@@ -45,22 +51,34 @@ def check_folders(components: Iterable[Component], files: Collection[str]) -> No
 
 
 def check_vocabularies(components: Iterable[Component], sizes: dict[str, int]) -> None:
-    """Raise LoadError for a tokenizer without the files that its class reads its vocabulary from, or with empty ones."""
+    """Raise LoadError for a tokenizer without the files that its class reads its vocabulary from,
+    or with empty ones."""
     for one in components:
         names = getattr(one.kind, "vocab_files_names", None) if one.is_tokenizer else None
         if not names:  # it needs none, as one that tells bytes apart
             continue
-        needed = [file for key, file in names.items() if key in _OF_A_VOCABULARY] or list(names.values())
+        needed = [file for key, file in names.items() if key in _OF_A_VOCABULARY] or list(
+            names.values()
+        )
         absent = [file for file in needed if not sizes.get(f"{one.name}/{file}")]
         if absent and not any(sizes.get(f"{one.name}/{file}") for file in _VOCABULARIES):
             empty = [file for file in (*absent, "tokenizer.json") if f"{one.name}/{file}" in sizes]
-            what = f"{empty[0]} is empty" if empty else f"it lacks {' and '.join(absent)} (or tokenizer.json)"
+            what = (
+                f"{empty[0]} is empty"
+                if empty
+                else f"it lacks {' and '.join(absent)} (or tokenizer.json)"
+            )
             raise LoadError(f"{one.name}/ has no vocabulary for {one.kind.__name__}: {what}")
 
 
 def find_damage(folder: Path, component: str | None) -> str | None:
-    """What is wrong with a file that cannot be read, of a component or else of all; None if all can be."""
-    folders = [folder / component] if component else [one for one in sorted(folder.iterdir()) if one.is_dir()]
+    """What is wrong with a file that cannot be read, of a component or else of all; None if all can
+    be."""
+    folders = (
+        [folder / component]
+        if component
+        else [one for one in sorted(folder.iterdir()) if one.is_dir()]
+    )
     for file in (file for one in folders if one.is_dir() for file in _in_order(one)):
         if problem := _damage(file):
             return f"{file.relative_to(folder).as_posix()}: {problem}"
@@ -68,7 +86,11 @@ def find_damage(folder: Path, component: str | None) -> str | None:
 
 
 def _in_order(folder: Path) -> Iterator[Path]:
-    yield from (one for suffix in ("json", "safetensors", "txt", "model") for one in sorted(folder.glob(f"*.{suffix}")))
+    yield from (
+        one
+        for suffix in ("json", "safetensors", "txt", "model")
+        for one in sorted(folder.glob(f"*.{suffix}"))
+    )
 
 
 def _damage(file: Path) -> str | None:
@@ -98,5 +120,7 @@ def _absent_shard(index: Path, content: object) -> str | None:
     weights = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weights, dict):
         return "it has no weight_map"
-    absent = sorted({str(one) for one in weights.values()} - {one.name for one in index.parent.iterdir()})
+    absent = sorted(
+        {str(one) for one in weights.values()} - {one.name for one in index.parent.iterdir()}
+    )
     return f"it names {absent[0]}, which is missing" if absent else None

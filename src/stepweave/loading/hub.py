@@ -30,10 +30,12 @@ logger = logging.getLogger(__name__)
 def fetch(
     repository: str, revision: str | None, wanted: str | None, given: Collection[str] = ()
 ) -> tuple[Path, str | None]:
-    """Download what a pipeline needs of a repository: its directory, and the variant of its weights, None for those without one.
+    """Download what a pipeline needs of a repository: its directory, and the variant of its
+    weights, None for those without one.
 
-    Where the hub cannot be reached, what is in its cache must do. Raises LoadError, before the weights are fetched for a pipeline
-    that is not served where its calls are `given` such arguments.
+    Where the hub cannot be reached, what is in its cache must do. Raises LoadError, before the
+    weights are fetched for a pipeline that is not served where its calls are `given` such
+    arguments.
     """
     try:
         snapshot = Path(hf_hub_download(repository, INDEX, revision=revision)).parent
@@ -43,14 +45,20 @@ def fetch(
             files = HfApi().list_repo_files(repository, revision=revision)
         except Exception as error:
             logger.info(
-                "the files of %s cannot be listed (%s): those in the cache are taken", repository, reason_of(error)
+                "the files of %s cannot be listed (%s): those in the cache are taken",
+                repository,
+                reason_of(error),
             )
             files = list(files_of(snapshot))
         variant = choose_variant(index, files, wanted)
         folder = DiffusionPipeline.download(
-            repository, revision=revision, variant=variant, **absent_components(index), use_safetensors=True,
+            repository,
+            revision=revision,
+            variant=variant,
+            **absent_components(index),
+            use_safetensors=True,
             trust_remote_code=False,
-        )  # fmt: skip
+        )
     except LoadError:
         raise
     except Exception as error:
@@ -69,7 +77,8 @@ def _explained(error: BaseException, revision: str | None) -> str:
         return f"its repository has no {INDEX}: it is not that of a diffusers pipeline"
     if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
         return (
-            "the hub cannot be reached, and its cache does not hold the model at STEPWEAVE_REVISION: see HF_HUB_OFFLINE, "
+            "the hub cannot be reached, and its cache does not hold the model at "
+            "STEPWEAVE_REVISION: see HF_HUB_OFFLINE, "
             "HF_ENDPOINT and HF_HOME"
         )
     return f"it cannot be fetched from the hub: {reason_of(error)}"

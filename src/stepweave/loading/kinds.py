@@ -1,4 +1,5 @@
-"""What a pipeline makes, and whether a prompt is all that it needs: told from its class, before any weights are read."""
+"""What a pipeline makes, and whether a prompt is all that it needs: told from its class, before any
+weights are read."""
 
 from __future__ import annotations
 
@@ -20,18 +21,23 @@ SERVED: frozenset[Kind] = frozenset({"text_to_image"})
 # members of what a call returns
 _IMAGES = ("images", "image")
 _RESULTS: dict[str, Kind] = {
-    "frames": "video", "video": "video", "videos": "video", "audios": "audio", "audio": "audio", "texts": "text",
+    "frames": "video",
+    "video": "video",
+    "videos": "video",
+    "audios": "audio",
+    "audio": "audio",
+    "texts": "text",
     "sequences": "text",
-}  # fmt: skip
+}
 # arguments that tell what is made where that is also called `images`
 _MAKING: dict[str, Kind] = {"video_length": "video", "num_frames": "video", "frame_size": "3d"}
 
 _TAKES_IMAGES = re.compile(r"(?:^|_)(?:images?|masks?|hint)$")
-_NO_SOURCE = re.compile(r"ip_adapter|attention_mask|embeds_mask|phrases_mask")  # embeddings, and masks of tokens
+# embeddings, and masks of tokens
+_NO_SOURCE = re.compile(r"ip_adapter|attention_mask|embeds_mask|phrases_mask")
 # Pipelines that need an image, though nearly all have None for its default: diffusers names them so
 _NEEDS_IMAGES = re.compile(
-    r"Img2Img|I2I|Inpaint|Upscal|SuperResolution|Control|Adapter|Fill|Depth2Img|Pix2Pix|Refiner|Layered|Variation|DiffEdit"
-    r"|CycleDiffusion|LongCatImageEdit"
+    r"Img2Img|I2I|Inpaint|Upscal|SuperResolution|Control|Adapter|Fill|Depth2Img|Pix2Pix|Refiner|Layered|Variation|DiffEdit|CycleDiffusion|LongCatImageEdit"
 )
 _MAY_NEED_IMAGES = re.compile(r"Edit")  # unless the image is documented to be optional
 
@@ -45,7 +51,8 @@ class Makes:
 
 
 def kind_of(pipeline: type[Any], given: Collection[str] = ()) -> Makes:
-    """What a pipeline class makes of a prompt. `given` are arguments of its call that every call has, as a preset gives them.
+    """What a pipeline class makes of a prompt. `given` are arguments of its call that every call
+    has, as a preset gives them.
 
     What cannot be told is taken for text to image: the first run will tell.
     """
@@ -63,7 +70,9 @@ def kind_of(pipeline: type[Any], given: Collection[str] = ()) -> Makes:
     for name in ("prompt", "num_inference_steps", "generator"):
         if name not in arguments:
             return Makes("other", f"it takes no argument {name!r}")
-    images = [name for name in arguments if _TAKES_IMAGES.search(name) and not _NO_SOURCE.search(name)]
+    images = [
+        name for name in arguments if _TAKES_IMAGES.search(name) and not _NO_SOURCE.search(name)
+    ]
     needed = [
         name
         for name, one in arguments.items()
@@ -89,16 +98,19 @@ _SAID: dict[Kind, str] = {
 
 
 def check_served(pipeline: type[Any], given: Collection[str] = ()) -> None:
-    """Raise LoadError, naming the class and why, for a pipeline that is not one of those `SERVED`."""
+    """Raise LoadError, naming the class and why, for a pipeline that is not one of those
+    `SERVED`."""
     makes = kind_of(pipeline, given)
     if makes.kind not in SERVED:
         raise LoadError(
-            f"{pipeline.__name__} {_SAID[makes.kind]} ({makes.why}); this server serves text-to-image pipelines only"
+            f"{pipeline.__name__} {_SAID[makes.kind]} ({makes.why}); this server serves "
+            f"text-to-image pipelines only"
         )
 
 
 def _arguments_of(pipeline: type[Any]) -> Mapping[str, inspect.Parameter] | None:
-    """The parameters of a class's call; None where it has none, and the name leads to that of `type`."""
+    """The parameters of a class's call; None where it has none, and the name leads to that of
+    `type`."""
     if not any("__call__" in vars(one) for one in pipeline.__mro__):
         return None
     return dict(list(inspect.signature(pipeline.__call__).parameters.items())[1:])
@@ -106,14 +118,18 @@ def _arguments_of(pipeline: type[Any]) -> Mapping[str, inspect.Parameter] | None
 
 @functools.cache
 def _results_of(pipeline: type[Any]) -> tuple[str, ...]:
-    """The members of what a class's call returns, as its code says, or else its documentation; none where neither tells."""
+    """The members of what a class's call returns, as its code says, or else its documentation; none
+    where neither tells."""
     call = inspect.unwrap(pipeline.__call__)
     known = getattr(call, "__globals__", {})
     try:
         code = re.sub(r'r?"""[\s\S]*?"""', "", inspect.getsource(call))
     except (OSError, TypeError):
         code = ""
-    names = [*re.findall(r"return (\w+Output)\(", code), *re.findall(r"\b(\w+Output)`", inspect.getdoc(call) or "")]
+    names = [
+        *re.findall(r"return (\w+Output)\(", code),
+        *re.findall(r"\b(\w+Output)`", inspect.getdoc(call) or ""),
+    ]
     for name in names:
         kind = known.get(name) or getattr(diffusers, name, None)
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
@@ -126,4 +142,6 @@ def _edits_only(pipeline: type[Any], images: Collection[str]) -> bool:
     if not _MAY_NEED_IMAGES.search(pipeline.__name__):
         return False
     text = inspect.getdoc(pipeline.__call__) or ""
-    return not any(re.search(rf"^\s*{name} \(.*\*optional\*", text, re.MULTILINE) for name in images)
+    return not any(
+        re.search(rf"^\s*{name} \(.*\*optional\*", text, re.MULTILINE) for name in images
+    )

@@ -16,7 +16,12 @@ from diffusers import DiffusionPipeline
 from stepweave.config import Settings
 from stepweave.errors import LoadError
 from stepweave.loading.builtin import recognise
-from stepweave.loading.components import absent_components, components_of, pipeline_class, read_index
+from stepweave.loading.components import (
+    absent_components,
+    components_of,
+    pipeline_class,
+    read_index,
+)
 from stepweave.loading.files import check_vocabularies, files_of, find_damage
 from stepweave.loading.hub import fetch
 from stepweave.loading.kinds import check_served
@@ -33,16 +38,20 @@ logger = logging.getLogger(__name__)
 _ADVICE = re.compile(r" If you want to instead overwrite .*")  # to go on with weights at random
 
 
-def load_pipeline(settings: Settings, device: torch.device, dtype: torch.dtype) -> tuple[DiffusionPipeline, Preset]:
-    """Load the pipeline that `settings.model` names onto `device`, its class chosen by its `model_index.json`.
+def load_pipeline(
+    settings: Settings, device: torch.device, dtype: torch.dtype
+) -> tuple[DiffusionPipeline, Preset]:
+    """Load the pipeline that `settings.model` names onto `device`, its class chosen by its
+    `model_index.json`.
 
-    Where weights are offloaded it stays on the CPU.
-    With it comes what `stepweave.json` in its directory and the preset of ours for its layout say, as far as there are such.
+    Where weights are offloaded it stays on the CPU. With it comes what `stepweave.json` in its
+    directory and the preset of ours for its layout say, as far as there are such.
 
-    Only safetensors weights are read and no code from the model's repository runs. A private or gated hub repository
-    needs `HF_TOKEN` in the environment (read by huggingface_hub). Raises LoadError, naming component and file, for a model that
-    cannot be read whole: every tensor of its models, and the vocabularies of its tokenizers; and, before the weights are read,
-    for a pipeline that does not make images of prompts.
+    Only safetensors weights are read and no code from the model's repository runs. A private or
+    gated hub repository needs `HF_TOKEN` in the environment (read by huggingface_hub). Raises
+    LoadError, naming component and file, for a model that cannot be read whole: every tensor of its
+    models, and the vocabularies of its tokenizers; and, before the weights are read, for a pipeline
+    that does not make images of prompts.
     """
     preset = read_preset(settings.model_directory())
     given = settings.preset_over(preset).call
@@ -64,13 +73,16 @@ def load_pipeline(settings: Settings, device: torch.device, dtype: torch.dtype) 
             enter_stage("loading")
         if (found := recognise(folder, settings.model_name())) is not None:
             logger.info(
-                "built-in preset %s: %s (see %s); STEPWEAVE_PRESET and a stepweave.json have precedence",
+                "built-in preset %s: %s (see %s); STEPWEAVE_PRESET and a stepweave.json have "
+                "precedence",
                 found.built_in.name, found.signs, found.built_in.card,
             )  # fmt: skip
             preset = preset.over(found.preset)
         pipeline = _read(settings, folder, variant, device, dtype)
     except LoadError as error:
-        raise LoadError(f"the model {settings.model_name()!r} cannot be loaded: {error.message}") from error
+        raise LoadError(
+            f"the model {settings.model_name()!r} cannot be loaded: {error.message}"
+        ) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, preset
 
@@ -89,7 +101,12 @@ def _read(
     try:
         with reading.watched():
             pipeline = DiffusionPipeline.from_pretrained(
-                str(folder), variant=variant, **changes, dtype=dtype, use_safetensors=True, trust_remote_code=False
+                str(folder),
+                variant=variant,
+                **changes,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
             )
         check_placed(pipeline.components)
         began = time.monotonic()
@@ -103,15 +120,22 @@ def _read(
         raise LoadError(_explained(error, folder, reading.failed(error), device)) from error
     logger.info(
         "self-check: read all %d tensors of %s from the files; %s tell prompts apart (%.2f s)",
-        sum(reading.tensors.values()), ", ".join(reading.tensors), ", ".join(tokenizers) or "no tokenizers", seconds,
-    )  # fmt: skip
+        sum(reading.tensors.values()),
+        ", ".join(reading.tensors),
+        ", ".join(tokenizers) or "no tokenizers",
+        seconds,
+    )
     return pipeline
 
 
 def _explained(error: Exception, folder: Path, component: str | None, device: torch.device) -> str:
-    """Why loading failed: the file that cannot be read if there is one, else what was said against it."""
+    """Why loading failed: the file that cannot be read if there is one, else what was said against
+    it."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return f"it does not fit into the memory of {device}; see STEPWEAVE_DTYPE, STEPWEAVE_QUANTIZATION and STEPWEAVE_OFFLOAD"
+        return (
+            f"it does not fit into the memory of {device}; see STEPWEAVE_DTYPE, "
+            f"STEPWEAVE_QUANTIZATION and STEPWEAVE_OFFLOAD"
+        )
     if damage := find_damage(folder, component):
         return damage
     logger.error("loading failed", exc_info=error)  # to the log whole, since no file is to blame
@@ -120,5 +144,6 @@ def _explained(error: Exception, folder: Path, component: str | None, device: to
 
 
 def _without_prompts(record: logging.LogRecord) -> bool:
-    """Whether a record does not quote a prompt, as diffusers does of those that it cuts; answers warn of that."""
+    """Whether a record does not quote a prompt, as diffusers does of those that it cuts; answers
+    warn of that."""
     return "input was truncated because" not in record.getMessage()

@@ -1,8 +1,8 @@
 """What a model should be called with when the request does not say.
 
-Four sources, the strongest first: the setting `STEPWEAVE_PRESET`, the file `stepweave.json` in the model's directory, a preset of
-ours for a layout that is known (`loading.builtin`), and the pipeline's own `__call__`. They are merged member by member, and
-`call` argument by argument.
+Four sources, the strongest first: the setting `STEPWEAVE_PRESET`, the file `stepweave.json` in the
+model's directory, a preset of ours for a layout that is known (`loading.builtin`), and the
+pipeline's own `__call__`. They are merged member by member, and `call` argument by argument.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from stepweave.reasons import reason_of
 FILE_NAME = "stepweave.json"
 SETTING = "STEPWEAVE_PRESET"
 
-_MEMBERS = ("width", "height", "num_inference_steps", "guidance_scale")  # which are arguments of the call, too
-_OURS = ("prompt", "generator", "output_type", "return_dict", "num_images_per_prompt")  # that the server gives
+# which are arguments of the call, too
+_MEMBERS = ("width", "height", "num_inference_steps", "guidance_scale")
+# that the server gives
+_OURS = ("prompt", "generator", "output_type", "return_dict", "num_images_per_prompt")
 
 
 class Preset(BaseModel):
@@ -30,20 +32,27 @@ class Preset(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    id: str | None = Field(None, min_length=1, max_length=200, description="Name the API serves it under.")
+    id: str | None = Field(
+        None, min_length=1, max_length=200, description="Name the API serves it under."
+    )
     width: int | None = Field(None, ge=8, description="Native width in pixels.")
     height: int | None = Field(None, ge=8, description="Native height in pixels.")
     num_inference_steps: int | None = Field(None, ge=1, description="Default number of steps.")
     guidance_scale: float | None = Field(None, ge=0, le=100, description="Default guidance.")
-    call: dict[str, Any] = Field(default_factory=dict, description="Further keyword arguments of every call.")
-    _sources: dict[str, str] = PrivateAttr(default_factory=dict)  # of members, and of arguments as `call.NAME`
+    call: dict[str, Any] = Field(
+        default_factory=dict, description="Further keyword arguments of every call."
+    )
+    # of members, and of arguments as `call.NAME`
+    _sources: dict[str, str] = PrivateAttr(default_factory=dict)
 
     @field_validator("call")
     @classmethod
     def _are_further_ones(cls, call: dict[str, Any]) -> dict[str, Any]:
         for name in call:
             if name in _MEMBERS:
-                raise PydanticCustomError("member", "{name} is a member of its own, beside call", {"name": name})
+                raise PydanticCustomError(
+                    "member", "{name} is a member of its own, beside call", {"name": name}
+                )
             if name in _OURS:
                 raise PydanticCustomError("ours", "{name} is given by the server", {"name": name})
         return call
@@ -59,7 +68,12 @@ class Preset(BaseModel):
 
     def over(self, weaker: Preset) -> Preset:
         """Merged with a weaker one, which says what this one does not."""
-        members = {name: value for one in (weaker, self) for name, value in one if name != "call" and value is not None}
+        members = {
+            name: value
+            for one in (weaker, self)
+            for name, value in one
+            if name != "call" and value is not None
+        }
         merged = Preset(**members, call={**weaker.call, **self.call})
         return merged._with_sources({**weaker._all_sources(), **self._all_sources()})
 
@@ -82,7 +96,8 @@ class Preset(BaseModel):
 
 
 def read_preset(directory: Path | None) -> Preset:
-    """The preset in a model's directory, or an empty one. Raises LoadError, naming file and key, if it is not a valid preset."""
+    """The preset in a model's directory, or an empty one. Raises LoadError, naming file and key, if
+    it is not a valid preset."""
     path = directory / FILE_NAME if directory else None
     if path is None or not path.exists():
         return Preset()
@@ -95,7 +110,8 @@ def read_preset(directory: Path | None) -> Preset:
 
 
 def preset_of_setting(text: str) -> Preset:
-    """The preset that the setting gives: a JSON object, or the path of a file with one. Raises ValueError, naming the member."""
+    """The preset that the setting gives: a JSON object, or the path of a file with one. Raises
+    ValueError, naming the member."""
     text = text.removeprefix("\ufeff")
     if text.lstrip().startswith("{"):
         return parsed(text.encode()).named(SETTING)
@@ -103,7 +119,9 @@ def preset_of_setting(text: str) -> Preset:
         content = Path(text).expanduser().read_bytes()
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise ValueError(f"it must be a JSON object, or the path of a file with one ({why})") from None
+        raise ValueError(
+            f"it must be a JSON object, or the path of a file with one ({why})"
+        ) from None
     try:
         return parsed(content).named(SETTING)
     except ValueError as error:
@@ -111,7 +129,8 @@ def preset_of_setting(text: str) -> Preset:
 
 
 def parsed(content: bytes) -> Preset:
-    """The preset that a JSON text is. Raises ValueError, naming each member that is wrong, its value and what is allowed."""
+    """The preset that a JSON text is. Raises ValueError, naming each member that is wrong, its
+    value and what is allowed."""
     try:
         return Preset.model_validate_json(content.removeprefix(codecs.BOM_UTF8))
     except ValidationError as error:
@@ -124,8 +143,16 @@ def _problem(item: ErrorDetails) -> str:
         return f"not JSON, {item['msg'].removeprefix('Invalid JSON: ')}"
     if item["type"] == "extra_forbidden":
         close = difflib.get_close_matches(key, Preset.model_fields, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"it may have {', '.join(Preset.model_fields)}"
+        hint = (
+            f"did you mean {close[0]!r}?"
+            if close
+            else f"it may have {', '.join(Preset.model_fields)}"
+        )
         return f"there is no {shown(key)} ({hint})"
     if item["type"] in ("member", "ours"):
         return f"call.{item['msg']}"
-    return f"{key} is {shown(item['input'])}: {item['msg']}" if key else f"it is {shown(item['input'])}: {item['msg']}"
+    return (
+        f"{key} is {shown(item['input'])}: {item['msg']}"
+        if key
+        else f"it is {shown(item['input'])}: {item['msg']}"
+    )

@@ -19,19 +19,30 @@ from stepweave.errors import LoadError, shown
 
 SETTING = "STEPWEAVE_QUANTIZATION"
 
-# diffusers and transformers each have a class of configuration for a backend, with arguments of its own
+# diffusers and transformers each have a class of configuration for a backend, with arguments of its
+# own
 _LIBRARIES: dict[str, tuple[type, Any, Any]] = {
-    "diffusers": (ModelMixin, diffusers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING, DiffusersAutoQuantizer),
-    "transformers": (PreTrainedModel, transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer),
+    "diffusers": (
+        ModelMixin,
+        diffusers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING,
+        DiffusersAutoQuantizer,
+    ),
+    "transformers": (
+        PreTrainedModel,
+        transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING,
+        AutoHfQuantizer,
+    ),
 }
 
 
 def pipeline_quantization(
     wanted: Quantization, index: dict[str, Any], dtype: torch.dtype
 ) -> PipelineQuantizationConfig:
-    """What `from_pretrained` takes, for the components of a `model_index.json`; all models where none are named.
+    """What `from_pretrained` takes, for the components of a `model_index.json`; all models where
+    none are named.
 
-    Raises LoadError, naming component, backend or argument, for what does not exist or cannot run here.
+    Raises LoadError, naming component, backend or argument, for what does not exist or cannot run
+    here.
     """
     models = _models(index)
     names = list(models) if wanted.components_to_quantize is None else wanted.components_to_quantize
@@ -39,7 +50,8 @@ def pipeline_quantization(
     for name in names:
         if name not in models:
             raise LoadError(
-                f"{SETTING}: components_to_quantize has {shown(name)}; the models of {index.get('_class_name')} are "
+                f"{SETTING}: components_to_quantize has {shown(name)}; the models of "
+                f"{index.get('_class_name')} are "
                 f"{', '.join(models)}"
             )
         mapping[name] = _component(wanted, name, models[name], dtype)
@@ -51,7 +63,8 @@ def check_quantised(wanted: Quantization, pipeline: DiffusionPipeline) -> None:
     for name in wanted.components_to_quantize or ():
         if getattr(pipeline.components.get(name), "hf_quantizer", None) is None:
             raise LoadError(
-                f"{SETTING} asks for {name!r}, which {type(pipeline).__name__} was loaded without; quantise a pipeline that "
+                f"{SETTING} asks for {name!r}, which {type(pipeline).__name__} was loaded without; "
+                f"quantise a pipeline that "
                 "is made in code where it is made"
             )
 
@@ -72,19 +85,28 @@ def _component(wanted: Quantization, name: str, library: str, dtype: torch.dtype
     kind = known.get(wanted.quant_backend)
     if kind is None:
         raise LoadError(
-            f"{SETTING}: quant_backend is {shown(wanted.quant_backend)}; {library} has {', '.join(sorted(known))}"
+            f"{SETTING}: quant_backend is {shown(wanted.quant_backend)}; {library} has "
+            f"{', '.join(sorted(known))}"
         )
     # not all of them refuse what they do not know
     parameters = inspect.signature(kind).parameters.values()
-    arguments = {one.name: one for one in parameters if one.name != "quant_method" and one.kind is not one.VAR_KEYWORD}
+    arguments = {
+        one.name: one
+        for one in parameters
+        if one.name != "quant_method" and one.kind is not one.VAR_KEYWORD
+    }
     for argument in wanted.quant_kwargs:
         if argument not in arguments:
             raise LoadError(
-                f"{SETTING}: quant_kwargs has {shown(argument)}; {kind.__name__} of {library} takes {', '.join(arguments)}"
+                f"{SETTING}: quant_kwargs has {shown(argument)}; {kind.__name__} of {library} "
+                f"takes {', '.join(arguments)}"
             )
     for argument, parameter in arguments.items():
         if parameter.default is parameter.empty and argument not in wanted.quant_kwargs:
-            raise LoadError(f"{SETTING}: quant_kwargs lacks {argument!r}, which {kind.__name__} of {library} needs")
+            raise LoadError(
+                f"{SETTING}: quant_kwargs lacks {argument!r}, which {kind.__name__} of {library} "
+                f"needs"
+            )
     try:
         config = kind.from_dict(dict(wanted.quant_kwargs))
         quantizer.from_config(config, pre_quantized=False).validate_environment(

@@ -1,4 +1,5 @@
-"""What diffusers logs while a scheduler is rehearsed is of no use to anybody, and looks like trouble."""
+"""What diffusers logs while a scheduler is rehearsed is of no use to anybody, and looks like
+trouble."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ _here = threading.local()
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Drop what diffusers logs on this thread below the level of errors. What other threads log stays."""
+    """Drop what diffusers logs on this thread below the level of errors. What other threads log
+    stays."""
     for handler in logging.getLogger("diffusers").handlers:
         handler.addFilter(_passes)  # once, however often
     before = getattr(_here, "quiet", False)

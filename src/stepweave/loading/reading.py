@@ -23,8 +23,9 @@ _MODELS = (PreTrainedModel, ModelMixin)
 class Reading:
     """Watches the components of one model being loaded, on the thread that makes it.
 
-    DiffusionPipeline asks none of its models what they did not find in their files, and transformers draws that at random: while
-    `watched`, each model is asked, and one that lacks something is refused.
+    DiffusionPipeline asks none of its models what they did not find in their files, and
+    transformers draws that at random: while `watched`, each model is asked, and one that lacks
+    something is refused.
     """
 
     def __init__(self, folder: Path, components: Iterable[Component]) -> None:
@@ -64,7 +65,8 @@ class Reading:
 
         def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
             load = original.__get__(None, cls)
-            if threading.get_ident() != self._thread or not args:  # diffusers gives the folder by position
+            # diffusers gives the folder by position
+            if threading.get_ident() != self._thread or not args:
                 return load(*args, **kwargs)
             return watch(cls, load, *args, **kwargs)
 
@@ -91,7 +93,8 @@ class Reading:
     def _read(self, kind: Any, load: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("output_loading_info"):
             return load(path, *args, **kwargs)
-        if issubclass(kind, PreTrainedModel):  # it would refuse what is of another shape without naming it
+        # it would refuse what is of another shape without naming it
+        if issubclass(kind, PreTrainedModel):
             kwargs.setdefault("ignore_mismatched_sizes", True)
         model, info = self._attribute(kind, load, path, *args, output_loading_info=True, **kwargs)
         name = self._name(kind, path)
@@ -107,10 +110,13 @@ def _check(name: str, kind: str, count: int, info: dict[str, Any]) -> None:
     if missing:
         instead = f"; they have {_listed(unknown)}, which it does not know" if unknown else ""
         raise LoadError(
-            f"{name}/: its weights lack {len(missing)} of the {count} tensors of {kind}: {_listed(missing)}{instead}"
+            f"{name}/: its weights lack {len(missing)} of the {count} tensors of {kind}: "
+            f"{_listed(missing)}{instead}"
         )
     if mismatched := sorted(info["mismatched_keys"]):
-        keys = [f"{key} is {tuple(found)}, not {tuple(wanted)}" for key, found, wanted in mismatched]
+        keys = [
+            f"{key} is {tuple(found)}, not {tuple(wanted)}" for key, found, wanted in mismatched
+        ]
         raise LoadError(f"{name}/: its weights are not those of its config.json: {_listed(keys)}")
 
 

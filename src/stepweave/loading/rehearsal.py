@@ -1,8 +1,10 @@
-"""A call's steps without its denoiser: whether they run with a scheduler, and end where a perfect denoiser would lead.
+"""A call's steps without its denoiser: whether they run with a scheduler, and end where a perfect
+denoiser would lead.
 
-In the denoiser's place stands an oracle that knows the clean latents: by the scheduler's own prediction type and noise levels it
-answers what a perfect denoiser would. Whatever the scheduler, whatever the number of steps, they then end near those latents;
-so what runs but gives numbers that are not finite, or grow beyond all noise, is found as well as what raises.
+In the denoiser's place stands an oracle that knows the clean latents: by the scheduler's own
+prediction type and noise levels it answers what a perfect denoiser would. Whatever the scheduler,
+whatever the number of steps, they then end near those latents; so what runs but gives numbers that
+are not finite, or grow beyond all noise, is found as well as what raises.
 """
 
 from __future__ import annotations
@@ -27,16 +29,20 @@ from stepweave.engine.latents import noise_level, prediction_of
 from stepweave.scope.scheduler import clone_scheduler
 
 SHAPE = (1, 4, 8, 8)  # of the latents; schedulers work on each number by itself
-LARGEST = 4.5  # of the numbers of noise: as in a picture of a million of them, for types that overflow
+# of the numbers of noise: as in a picture of a million of them, for types that overflow
+LARGEST = 4.5
 MOST = 2 * LARGEST  # noise that a bounded oracle sees
-# Root mean square of what may be left between the end and the clean latents. Measured of diffusers' schedulers, 1 to 50 steps: at
-# most 0.04, but for DDIM, DEIS and PNDM with few, which may leave the noise or twice that (1.1, 2.1); where they break, over 10
+# Root mean square of what may be left between the end and the clean latents. Measured of diffusers'
+# schedulers, 1 to 50 steps: at most 0.04, but for DDIM, DEIS and PNDM with few, which may leave the
+# noise or twice that (1.1, 2.1); where they break, over 10
 FAR = 4.0
 SHIFT = 0.5
 CHANGES = "it changes its configuration, which all requests share"
-_OPTIONAL = ("init_noise_sigma", "scale_model_input", "scale_noise", "add_noise")  # that not all schedulers have
+# that not all schedulers have
+_OPTIONAL = ("init_noise_sigma", "scale_model_input", "scale_noise", "add_noise")
 
-Output = Callable[[torch.Tensor, int], torch.Tensor]  # the denoiser's, of a sample at the step of an index
+# the denoiser's, of a sample at the step of an index
+Output = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,15 +52,18 @@ class Course:
     steps: int
     strength: float | None = None  # of an edit
     tokens: int | None = (
-        None  # of a picture, which dynamic shifting goes by; as many as shift the least where it is None
+        # of a picture, which dynamic shifting goes by; as many as shift the least where it is None
+        None
     )
 
 
 def problem_of(scheduler: Any, pipeline: Any, course: Course) -> str | None:
-    """Why a call of `pipeline` does not run with a scheduler, which stays as it is; None if it does.
+    """Why a call of `pipeline` does not run with a scheduler, which stays as it is; None if it
+    does.
 
-    Timesteps are set as the pipeline's code does; for an edit of some strength they begin in the middle, where its own
-    `get_timesteps` says. Draws from torch's global generator where such calls would, and only then.
+    Timesteps are set as the pipeline's code does; for an edit of some strength they begin in the
+    middle, where its own `get_timesteps` says. Draws from torch's global generator where such calls
+    would, and only then.
     """
     code = code_of(type(pipeline))  # type: ignore[arg-type]
     for name in _OPTIONAL:
@@ -80,10 +89,12 @@ class _ChangesConfig(Exception):
 
 
 def _run(scheduler: Any, pipeline: Any, code: str, course: Course, bounded: bool) -> float:
-    """Take the steps; the root mean square of what is left to the clean latents, 0 where no oracle knows them and all is finite.
+    """Take the steps; the root mean square of what is left to the clean latents, 0 where no oracle
+    knows them and all is finite.
 
-    A `bounded` oracle sees no more noise than there may be. What leads astray by a little, it does not drive further; the other
-    does, the more the less noise is left, but steps of huge noise levels need it.
+    A `bounded` oracle sees no more noise than there may be. What leads astray by a little, it does
+    not drive further; the other does, the more the less noise is left, but steps of huge noise
+    levels need it.
     """
     config = scheduler.config  # which all requests share
     before = dict(vars(config))
@@ -94,14 +105,16 @@ def _run(scheduler: Any, pipeline: Any, code: str, course: Course, bounded: bool
         vars(config).update(before)
         raise _ChangesConfig
     generator = torch.Generator().manual_seed(0)
-    clean = torch.rand(SHAPE, generator=generator) * 1.8 - 0.9  # within [-1, 1]: some schedulers clip
+    # within [-1, 1]: some schedulers clip
+    clean = torch.rand(SHAPE, generator=generator) * 1.8 - 0.9
     sample = torch.randn(SHAPE, generator=generator)
     sample[0, 0, 0, :2] = torch.tensor([-LARGEST, LARGEST])
     answer = _oracle(scheduler, timesteps, clean, MOST if bounded else math.inf)
     noising = re.search(r"scheduler\.(add_noise|scale_noise)\(", code)
     begin = _begin(scheduler, pipeline, course) if noising else 0
     if hasattr(scheduler, "set_begin_index") and (noising or "scheduler.set_begin_index" in code):
-        scheduler.set_begin_index(begin)  # else it looks for the first timestep, which may be there twice
+        # else it looks for the first timestep, which may be there twice
+        scheduler.set_begin_index(begin)
     if noising:
         first = timesteps[begin : begin + 1]
         order = (clean, sample, first) if noising[1] == "add_noise" else (clean, first, sample)
@@ -109,7 +122,10 @@ def _run(scheduler: Any, pipeline: Any, code: str, course: Course, bounded: bool
     elif "init_noise_sigma" in code:
         sample = sample * scheduler.init_noise_sigma
     arguments = {"return_dict": False}
-    if "prepare_extra_step_kwargs" in code and "generator" in inspect.signature(scheduler.step).parameters:
+    if (
+        "prepare_extra_step_kwargs" in code
+        and "generator" in inspect.signature(scheduler.step).parameters
+    ):
         arguments["generator"] = generator
     dtype = _dtype(pipeline)
     sample = sample.to(dtype)
@@ -124,7 +140,8 @@ def _run(scheduler: Any, pipeline: Any, code: str, course: Course, bounded: bool
 
 
 def _begin(scheduler: Any, pipeline: Any, course: Course) -> int:
-    """The index of the first timestep of an edit, by the pipeline's own `get_timesteps`; its scheduler has all timesteps."""
+    """The index of the first timestep of an edit, by the pipeline's own `get_timesteps`; its
+    scheduler has all timesteps."""
     if course.strength is None or not hasattr(pipeline, "get_timesteps"):
         return int(scheduler.order) if len(scheduler.timesteps) > scheduler.order else 0
     method = inspect.unwrap(type(pipeline).get_timesteps)
@@ -138,7 +155,8 @@ def _begin(scheduler: Any, pipeline: Any, course: Course) -> int:
     }
     known = inspect.signature(method).parameters
     found = method(
-        SimpleNamespace(scheduler=scheduler), **{name: value for name, value in given.items() if name in known}
+        SimpleNamespace(scheduler=scheduler),
+        **{name: value for name, value in given.items() if name in known},
     )
     left = len(found[-2])  # it gives timesteps and their number, some sigmas before them
     if not left:
@@ -146,11 +164,17 @@ def _begin(scheduler: Any, pipeline: Any, course: Course) -> int:
     return len(all_of_them) - left
 
 
-def _oracle(scheduler: Any, timesteps: torch.Tensor, clean: torch.Tensor, most: float) -> Output | None:
-    """What a denoiser that knows the clean latents gives; None where the scheduler does not tell what it should."""
+def _oracle(
+    scheduler: Any, timesteps: torch.Tensor, clean: torch.Tensor, most: float
+) -> Output | None:
+    """What a denoiser that knows the clean latents gives; None where the scheduler does not tell
+    what it should."""
     prediction = prediction_of(scheduler)
     preconditioned = hasattr(scheduler, "precondition_outputs")
-    if prediction not in ("epsilon", "v_prediction", "flow_prediction", "sample") and not preconditioned:
+    if (
+        prediction not in ("epsilon", "v_prediction", "flow_prediction", "sample")
+        and not preconditioned
+    ):
         return None
     other = clone_scheduler(scheduler)  # asked for noise levels, it keeps an index
 
@@ -176,7 +200,8 @@ def _oracle(scheduler: Any, timesteps: torch.Tensor, clean: torch.Tensor, most: 
 
 
 def _timestep_arguments(scheduler: Any, pipeline: Any, code: str, course: Course) -> dict[str, Any]:
-    """What the pipeline gives `set_timesteps` besides the number of steps. Raises ValueError for what cannot be told."""
+    """What the pipeline gives `set_timesteps` besides the number of steps. Raises ValueError for
+    what cannot be told."""
     if re.search(r"\btimesteps = \(?\s*(np|torch)\.", code):
         raise ValueError("the pipeline has timesteps of its own")
     arguments: dict[str, Any] = {}
@@ -195,7 +220,8 @@ def takes_shift(pipeline: Any) -> bool:
 
 
 def _shift(scheduler: Any, pipeline: Any, course: Course) -> float:
-    """What the pipeline's own function makes of the number of tokens, or the least that is usual where it has none."""
+    """What the pipeline's own function makes of the number of tokens, or the least that is usual
+    where it has none."""
     module, get = sys.modules[type(pipeline).__module__], scheduler.config.get
     if course.tokens is None:
         return SHIFT
@@ -203,12 +229,15 @@ def _shift(scheduler: Any, pipeline: Any, course: Course) -> float:
         return float(empirical(course.tokens, course.steps))
     if calculate := getattr(module, "calculate_shift", None):
         counts = get("base_image_seq_len", 256), get("max_image_seq_len", 4096)
-        return float(calculate(course.tokens, *counts, get("base_shift", SHIFT), get("max_shift", 1.15)))
+        return float(
+            calculate(course.tokens, *counts, get("base_shift", SHIFT), get("max_shift", 1.15))
+        )
     return SHIFT
 
 
 def _dtype(pipeline: Any) -> torch.dtype:
-    """Of the latents: the denoiser's, single precision where that is of whole numbers or of eight bits."""
+    """Of the latents: the denoiser's, single precision where that is of whole numbers or of eight
+    bits."""
     denoiser = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
     dtype = getattr(denoiser, "dtype", None)
     return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32

@@ -1,6 +1,8 @@
-"""Schedulers that a pipeline may be called with in place of its own, and the numbers of steps that each of them runs with.
+"""Schedulers that a pipeline may be called with in place of its own, and the numbers of steps that
+each of them runs with.
 
-Both are found by rehearsals without the model: at some numbers of steps to begin with, at every other one when it is asked for.
+Both are found by rehearsals without the model: at some numbers of steps to begin with, at every
+other one when it is asked for.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from stepweave.scope.scheduler import clone_scheduler
 logger = logging.getLogger(__name__)
 
 STEPS = 4  # where none are asked for
-FIRST = (1, 2, 3, 11, 20)  # numbers of steps that are tried to begin with, besides the default and the most
+# numbers of steps that are tried to begin with, besides the default and the most
+FIRST = (1, 2, 3, 11, 20)
 LONGEST = 1000  # of those; a longer one is tried when it is asked for
 REMEMBERED = 4096  # rehearsals
 DRAWS = "a seed would not decide its noise"
@@ -36,16 +39,21 @@ DRAWS = "a seed would not decide its noise"
 def schedulers_of(pipeline: Any) -> dict[str, Any]:
     """Schedulers to call the pipeline with, by class name, its own among them; {} if it has none.
 
-    They are made of the own one's configuration: what diffusers calls compatible, and for flow matching those with flow sigmas.
+    They are made of the own one's configuration: what diffusers calls compatible, and for flow
+    matching those with flow sigmas.
     """
     return Rehearsals.of(pipeline, Course(STEPS), max(FIRST)).schedulers
 
 
-def rehearse(scheduler: Any, pipeline: Any, steps: int = STEPS, strength: float | None = None) -> bool:
-    """Whether calls of the pipeline run with a scheduler, and again the same with the same generator.
+def rehearse(
+    scheduler: Any, pipeline: Any, steps: int = STEPS, strength: float | None = None
+) -> bool:
+    """Whether calls of the pipeline run with a scheduler, and again the same with the same
+    generator.
 
-    All steps are taken from noise, as the pipeline's code sets them; for an edit, those that its strength leaves, or all from the
-    second one. Not while others draw from torch's global generator: whether the scheduler does is seen there.
+    All steps are taken from noise, as the pipeline's code sets them; for an edit, those that its
+    strength leaves, or all from the second one. Not while others draw from torch's global
+    generator: whether the scheduler does is seen there.
     """
     return _rehearsed(scheduler, pipeline, Course(steps, strength)) is None
 
@@ -59,10 +67,11 @@ def _rehearsed(scheduler: Any, pipeline: Any, course: Course) -> str | None:
 
 
 class Rehearsals:
-    """Which numbers of steps a pipeline runs with which schedulers: some tried at once, every other one when first asked for.
+    """Which numbers of steps a pipeline runs with which schedulers: some tried at once, every other
+    one when first asked for.
 
-    `like` is what calls are like by default. `schedulers` are those that run with some number, and the pipeline's own, by class
-    name. Threads may share it.
+    `like` is what calls are like by default. `schedulers` are those that run with some number, and
+    the pipeline's own, by class name. Threads may share it.
     """
 
     def __init__(
@@ -88,12 +97,16 @@ class Rehearsals:
             tried = _try(one, pipeline, counts, like)
             if name == own or any(tried.values()):
                 self.schedulers[name], self._tried[name] = one, tried
-                self._found |= {self._key(name, replace(like, steps=steps)): runs for steps, runs in tried.items()}
+                self._found |= {
+                    self._key(name, replace(like, steps=steps)): runs
+                    for steps, runs in tried.items()
+                }
         self.schedulers = dict(sorted(self.schedulers.items()))
 
     @classmethod
     def of(cls, pipeline: Any, like: Course, most: int) -> Rehearsals:
-        """Of all that may take the place of the pipeline's own scheduler, to begin with at numbers of steps up to `most`."""
+        """Of all that may take the place of the pipeline's own scheduler, to begin with at numbers
+        of steps up to `most`."""
         own = getattr(pipeline, "scheduler", None)
         if not isinstance(own, SchedulerMixin):
             return cls(pipeline, (), None, (), like)
@@ -102,11 +115,16 @@ class Rehearsals:
 
     def of_edits(self, pipeline: Any, like: Course) -> Rehearsals:
         """Of the same schedulers with a pipeline for edits."""
-        counts = {steps for steps in (*FIRST, like.steps) if like.strength is None or int(steps * like.strength)}
+        counts = {
+            steps
+            for steps in (*FIRST, like.steps)
+            if like.strength is None or int(steps * like.strength)
+        }
         return Rehearsals(pipeline, self.schedulers.values(), self._own, sorted(counts), like)
 
     def runs(self, name: str | None, course: Course) -> bool:
-        """Whether calls run with a scheduler of `schedulers`, None for the own one; the first time it is tried.
+        """Whether calls run with a scheduler of `schedulers`, None for the own one; the first time
+        it is tried.
 
         The own one is not doubted where no rehearsal of it is to be trusted: none has run.
         """
@@ -123,14 +141,21 @@ class Rehearsals:
                 with quiet():
                     problem = problem_of(self.schedulers[name], self._pipeline, course)
                 if problem is not None:
-                    logger.info("%s with %s: %s does not run: %s", type(self._pipeline).__name__, name, course, problem)
+                    logger.info(
+                        "%s with %s: %s does not run: %s",
+                        type(self._pipeline).__name__,
+                        name,
+                        course,
+                        problem,
+                    )
                 if len(self._found) >= REMEMBERED:
                     del self._found[next(iter(self._found))]
                 self._found[key] = problem is None
             return self._found[key]
 
     def refuse(self, name: str | None, steps: int) -> None:
-        """Take it that calls do not run so, whatever a rehearsal says: the pipeline itself has failed."""
+        """Take it that calls do not run so, whatever a rehearsal says: the pipeline itself has
+        failed."""
         name = name or self._own
         if name is not None:
             self._refused.add((name, steps))
@@ -143,19 +168,24 @@ class Rehearsals:
         return known or self._key(str(name), course) in self._found
 
     def tried(self, name: str | None) -> tuple[list[int], list[int]]:
-        """The numbers of steps that were tried to begin with: those with which a scheduler runs, and the others."""
+        """The numbers of steps that were tried to begin with: those with which a scheduler runs,
+        and the others."""
         tried = self._tried.get(name or self._own or "", {})
-        return [steps for steps, runs in tried.items() if runs], [steps for steps, runs in tried.items() if not runs]
+        return [steps for steps, runs in tried.items() if runs], [
+            steps for steps, runs in tried.items() if not runs
+        ]
 
     def _key(self, name: str, course: Course) -> Hashable:
-        """What decides which steps run: of steps times strength, pipelines take the whole part, or the next whole number."""
+        """What decides which steps run: of steps times strength, pipelines take the whole part, or
+        the next whole number."""
         whole = None if course.strength is None else course.steps * course.strength
         begin = None if whole is None else (math.floor(whole), math.ceil(whole))
         return (name, course.steps, begin, course.tokens if self._shifts else None)
 
 
 def _try(scheduler: Any, pipeline: Any, counts: Sequence[int], like: Course) -> dict[int, bool]:
-    """Whether some numbers of steps run, and, between two that differ in this, up to where; none does of what no seed decides."""
+    """Whether some numbers of steps run, and, between two that differ in this, up to where; none
+    does of what no seed decides."""
     problems: dict[int, str | None] = {}
 
     def runs(steps: int) -> bool:
@@ -181,7 +211,9 @@ def _made_of(own: Any) -> Iterator[Any]:
             with quiet():  # of what the other scheduler's configuration has beyond this one's
                 one = _made(kind, own, changes)
         except Exception as error:  # a package is missing, or it does not take this configuration
-            logger.debug("%s cannot take the place of %s: %s", kind.__name__, type(own).__name__, error)
+            logger.debug(
+                "%s cannot take the place of %s: %s", kind.__name__, type(own).__name__, error
+            )
         else:
             yield one
 
@@ -192,7 +224,11 @@ def _candidates(own: Any) -> list[tuple[Any, dict[str, Any]]]:
     ]
     if not type(own).__name__.startswith("FlowMatch"):
         return kinds
-    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": own.config.get("shift", 1.0)}
+    flow = {
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": own.config.get("shift", 1.0),
+    }
     return [
         *kinds,
         (diffusers.FlowMatchEulerDiscreteScheduler, {}),
@@ -204,7 +240,8 @@ def _candidates(own: Any) -> list[tuple[Any, dict[str, Any]]]:
 
 
 def _made(kind: Any, own: Any, changes: dict[str, Any]) -> Any:
-    """A scheduler of a class with the configuration of another. Raises ValueError where that would say something else."""
+    """A scheduler of a class with the configuration of another. Raises ValueError where that would
+    say something else."""
     config, known = own.config, inspect.signature(kind).parameters
     for name in ("use_dynamic_shifting", "beta_schedule"):
         if config.get(name) and name not in known:

@@ -1,4 +1,5 @@
-"""Switches of diffusers and torch that settings turn on: each does what its name says, or the server does not start."""
+"""Switches of diffusers and torch that settings turn on: each does what its name says, or the
+server does not start."""
 
 from __future__ import annotations
 
@@ -26,27 +27,41 @@ _COMPILERS = {"cpu": ("CXX", "g++", "clang++"), "cuda": ("CC", "gcc", "clang")}
 def check_switches(settings: Settings, device: torch.device) -> None:
     """Refuse what cannot work, before minutes of loading. Raises LoadError."""
     if settings.offload != "off" and device.type == "cpu":
-        raise LoadError(f"STEPWEAVE_OFFLOAD={settings.offload!r} moves weights to a GPU, but the device is the CPU")
+        raise LoadError(
+            f"STEPWEAVE_OFFLOAD={settings.offload!r} moves weights to a GPU, but the device is the "
+            f"CPU"
+        )
     if settings.offload == "sequential":
         for name, reason in (
             ("compile", "torch.compile cannot trace layers whose weights come and go"),
             ("quantization", "accelerate moves plain tensors only"),
         ):
             if getattr(settings, name):
-                raise LoadError(f"STEPWEAVE_OFFLOAD='sequential' excludes STEPWEAVE_{name.upper()}: {reason}")
+                raise LoadError(
+                    f"STEPWEAVE_OFFLOAD='sequential' excludes STEPWEAVE_{name.upper()}: {reason}"
+                )
     backend = settings.attention_backend
-    if backend is not None and backend not in (known := [one.value for one in AttentionBackendName]):
-        raise LoadError(f"STEPWEAVE_ATTENTION_BACKEND={shown(backend)} is not one of {', '.join(known)}")
+    if backend is not None and backend not in (
+        known := [one.value for one in AttentionBackendName]
+    ):
+        raise LoadError(
+            f"STEPWEAVE_ATTENTION_BACKEND={shown(backend)} is not one of {', '.join(known)}"
+        )
     if settings.compile and device.type in _COMPILERS:
         variable, *programs = _COMPILERS[device.type]
         if not any(map(shutil.which, filter(None, (os.environ.get(variable), *programs)))):
-            raise LoadError(f"STEPWEAVE_COMPILE needs a compiler, {' or '.join(programs)}, which is not installed")
+            raise LoadError(
+                f"STEPWEAVE_COMPILE needs a compiler, {' or '.join(programs)}, which is not "
+                f"installed"
+            )
 
 
 def apply_switches(pipeline: Any, settings: Settings, device: torch.device) -> None:
-    """Turn on what the settings ask for, on a loaded pipeline that has no engine yet. Raises LoadError.
+    """Turn on what the settings ask for, on a loaded pipeline that has no engine yet. Raises
+    LoadError.
 
-    With offload the pipeline may be on the CPU; otherwise it is on `device`. Compiling comes last: it takes modules as they are.
+    With offload the pipeline may be on the CPU; otherwise it is on `device`. Compiling comes last:
+    it takes modules as they are.
     """
     if settings.quantization is not None:
         check_quantised(settings.quantization, pipeline)
@@ -83,18 +98,22 @@ def _named(switch: str, value: Any = True) -> Iterator[None]:
         raise
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise LoadError(f"STEPWEAVE_{switch.upper()}={shown(value)} cannot be had: {reason}") from error
+        raise LoadError(
+            f"STEPWEAVE_{switch.upper()}={shown(value)} cannot be had: {reason}"
+        ) from error
 
 
 def denoisers(pipeline: Any) -> list[Any]:
-    """The pipeline's transformers or UNets; where none is called that, all of its models but autoencoders."""
+    """The pipeline's transformers or UNets; where none is called that, all of its models but
+    autoencoders."""
     models = {name: one for name, one in pipeline.components.items() if isinstance(one, ModelMixin)}
     named = [one for name, one in models.items() if _DENOISER.fullmatch(name)]
     return named or [one for one in models.values() if not is_autoencoder(one)]
 
 
 def channels_last(pipeline: Any) -> None:
-    """Give 2D convolutions the memory format that cuDNN and oneDNN prefer. Models with 3D ones are left alone."""
+    """Give 2D convolutions the memory format that cuDNN and oneDNN prefer. Models with 3D ones are
+    left alone."""
     found = False
     for model in pipeline.components.values():
         if isinstance(model, ModelMixin):
@@ -103,7 +122,9 @@ def channels_last(pipeline: Any) -> None:
                 model.to(memory_format=torch.channels_last)
                 found = True
     if not found:
-        raise LoadError(f"STEPWEAVE_CHANNELS_LAST=True: {type(pipeline).__name__} has no 2D convolutions")
+        raise LoadError(
+            f"STEPWEAVE_CHANNELS_LAST=True: {type(pipeline).__name__} has no 2D convolutions"
+        )
 
 
 def _autoencoders(pipeline: Any, switch: str) -> None:
@@ -119,19 +140,25 @@ def _autoencoders(pipeline: Any, switch: str) -> None:
 def set_attention_backend(pipeline: Any, backend: str, device: torch.device) -> None:
     """Have the denoisers' attention computed by `backend`, tried out first.
 
-    Models whose attention processors call torch itself, as those of UNets and of Stable Diffusion 3 do, are refused: diffusers
-    would do nothing, and say nothing.
+    Models whose attention processors call torch itself, as those of UNets and of Stable Diffusion 3
+    do, are refused: diffusers would do nothing, and say nothing.
     """
     models = denoisers(pipeline)
     if not models:
         raise ValueError(f"{type(pipeline).__name__} has no denoiser")
     for model in models:
-        if not any(hasattr(getattr(part, "processor", None), "_attention_backend") for part in model.modules()):
-            raise ValueError(f"the attention of {type(model).__name__} does not go through diffusers' dispatcher")
+        if not any(
+            hasattr(getattr(part, "processor", None), "_attention_backend")
+            for part in model.modules()
+        ):
+            raise ValueError(
+                f"the attention of {type(model).__name__} does not go through diffusers' dispatcher"
+            )
     for model in models:
         model.set_attention_backend(backend)
         dtype = getattr(model, "dtype", torch.float32)
-        query = torch.zeros(1, 8, 2, _head_size(model), device=device, dtype=dtype)  # batch, tokens, heads, size
+        # batch, tokens, heads, size
+        query = torch.zeros(1, 8, 2, _head_size(model), device=device, dtype=dtype)
         with torch.no_grad():
             dispatch_attention_fn(query, query, query, backend=AttentionBackendName(backend))
 
@@ -142,7 +169,8 @@ def _head_size(model: nn.Module) -> int:
 
 
 def compile_blocks(model: Any) -> None:
-    """Compile the blocks that diffusers declares as repeated, once for all numbers of rows; it happens at the first call."""
+    """Compile the blocks that diffusers declares as repeated, once for all numbers of rows; it
+    happens at the first call."""
     if not getattr(model, "_repeated_blocks", None):
         raise ValueError(f"{type(model).__name__} declares no repeated blocks")
     model.compile_repeated_blocks(dynamic=True)

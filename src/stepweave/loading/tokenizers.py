@@ -1,4 +1,5 @@
-"""Whether a tokenizer reads prompts: one that has lost its vocabulary still loads, and gives every prompt the same tokens."""
+"""Whether a tokenizer reads prompts: one that has lost its vocabulary still loads, and gives every
+prompt the same tokens."""
 
 from __future__ import annotations
 
@@ -15,14 +16,17 @@ WORDS = 64  # of its own vocabulary that it is asked for
 
 
 def check_tokenizers(components: dict[str, Any]) -> list[str]:
-    """The names of the tokenizers among components, those of processors too, which all tell prompts apart.
+    """The names of the tokenizers among components, those of processors too, which all tell prompts
+    apart.
 
     Raises LoadError for one that does not, or that does not find the words of its own vocabulary.
     """
     names = []
     for name, component in components.items():
         tokenizer = (
-            component if isinstance(component, PreTrainedTokenizerBase) else getattr(component, "tokenizer", None)
+            component
+            if isinstance(component, PreTrainedTokenizerBase)
+            else getattr(component, "tokenizer", None)
         )
         if isinstance(tokenizer, PreTrainedTokenizerBase):
             try:
@@ -30,7 +34,10 @@ def check_tokenizers(components: dict[str, Any]) -> list[str]:
             except Exception as error:  # as of one that has no unknown token
                 problem = f"it cannot read a prompt ({type(error).__name__})"
             if problem is not None:
-                raise LoadError(f"{name}/: {type(tokenizer).__name__} has not got its vocabulary whole: {problem}")
+                raise LoadError(
+                    f"{name}/: {type(tokenizer).__name__} has not got its vocabulary whole: "
+                    f"{problem}"
+                )
             names.append(name)
     return names
 
@@ -49,9 +56,12 @@ def _problem(tokenizer: Any) -> str | None:
 
 
 def _words(tokenizer: Any) -> list[tuple[str, int]]:
-    """Words of its vocabulary, as text, and their numbers: the longest, in which parts have to be put together."""
+    """Words of its vocabulary, as text, and their numbers: the longest, in which parts have to be
+    put together."""
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    vocabulary = ((token, number) for token, number in tokenizer.get_vocab().items() if number not in special)
+    vocabulary = (
+        (token, number) for token, number in tokenizer.get_vocab().items() if number not in special
+    )
     longest = sorted(vocabulary, key=lambda one: (-len(one[0]), one[0]))
     texts = ((tokenizer.convert_tokens_to_string([token]), number) for token, number in longest)
     plain = ((text.removesuffix(_END).strip(), number) for text, number in texts)
@@ -63,5 +73,8 @@ def _words(tokenizer: Any) -> list[tuple[str, int]]:
 def _tokens(tokenizer: Any, text: str) -> list[int]:
     """Without those that say nothing of it: unknown words differ in their number at most."""
     # the space is for vocabularies whose words begin with one
-    numbers, empty = tokenizer(f"{text} {text}", verbose=False).input_ids, set(tokenizer.all_special_ids)
+    numbers, empty = (
+        tokenizer(f"{text} {text}", verbose=False).input_ids,
+        set(tokenizer.all_special_ids),
+    )
     return [number for number in numbers if number not in empty]

@@ -17,15 +17,18 @@ logger = logging.getLogger(__name__)
 
 SETTING = "STEPWEAVE_VARIANT"
 
-Variants = dict[str | None, list[str]]  # what is missing of each variant; None is the one without a name
+# what is missing of each variant; None is the one without a name
+Variants = dict[str | None, list[str]]
 
 
 def choose_variant(index: dict[str, Any], files: Collection[str], wanted: str | None) -> str | None:
-    """The variant to load of a model with such a `model_index.json`, None for the files without one.
+    """The variant to load of a model with such a `model_index.json`, None for the files without
+    one.
 
-    `files` are the model's, relative to its directory; each component must have some. A component that lacks the variant is
-    read from its files without one, as diffusers does. Where nothing is wanted and some component has variants only, it is the
-    one variant that completes the model. Raises LoadError naming what is missing, and the setting where that helps.
+    `files` are the model's, relative to its directory; each component must have some. A component
+    that lacks the variant is read from its files without one, as diffusers does. Where nothing is
+    wanted and some component has variants only, it is the one variant that completes the model.
+    Raises LoadError naming what is missing, and the setting where that helps.
     """
     components = components_of(index)
     check_folders(components, files)
@@ -36,23 +39,34 @@ def choose_variant(index: dict[str, Any], files: Collection[str], wanted: str | 
     if not lacking:
         return None
     names = {variant for name in lacking for variant in found[name] if variant is not None}
-    whole = sorted(name for name in names if all(_complete(variants, name) for variants in found.values()))
+    whole = sorted(
+        name for name in names if all(_complete(variants, name) for variants in found.values())
+    )
     if len(whole) == 1:
-        logger.info("%s has no weights but those of the variant %r, which is loaded", ", ".join(lacking), whole[0])
+        logger.info(
+            "%s has no weights but those of the variant %r, which is loaded",
+            ", ".join(lacking),
+            whole[0],
+        )
         return whole[0]
     if whole:
         raise LoadError(
-            f"{lacking[0]}/ has weights of variants only, and {', '.join(whole)} would each do; choose one with {SETTING}"
+            f"{lacking[0]}/ has weights of variants only, and {', '.join(whole)} would each do; "
+            f"choose one with {SETTING}"
         )
     raise LoadError(_what_is_missing(lacking[0], found, files))
 
 
 def _wanted(found: dict[str, Variants], files: Collection[str], wanted: str) -> str:
     """The variant of the setting, if it is there and whole."""
-    there = sorted({variant for variants in found.values() for variant in variants if variant is not None})
+    there = sorted(
+        {variant for variants in found.values() for variant in variants if variant is not None}
+    )
     if wanted not in there:
         known = f"its variants are {', '.join(there)}" if there else "it has none; unset it"
-        raise LoadError(f"{SETTING}={shown(wanted)}: no component of the model has that variant; {known}")
+        raise LoadError(
+            f"{SETTING}={shown(wanted)}: no component of the model has that variant; {known}"
+        )
     for name, variants in found.items():
         if variants.get(wanted):
             raise LoadError(f"{SETTING}={shown(wanted)}: {name}/ lacks {_listed(variants[wanted])}")
@@ -72,19 +86,30 @@ def _what_is_missing(name: str, found: dict[str, Variants], files: Collection[st
         return f"{name}/ lacks {_listed(variants[None])}"
     names = [variant for variant in variants if variant is not None]
     if len(names) == 1 and variants[names[0]]:
-        return f"{name}/ lacks {_listed(variants[names[0]])}, of the variant {names[0]!r}, and has no other weights"
-    if names:
-        others = [other for other, one in found.items() if other != name and not any(_complete(one, v) for v in names)]
         return (
-            f"{name}/ has weights of the variant {' and '.join(map(repr, names))} only, and {', '.join(others) or name} none "
+            f"{name}/ lacks {_listed(variants[names[0]])}, of the variant {names[0]!r}, and has no "
+            f"other weights"
+        )
+    if names:
+        others = [
+            other
+            for other, one in found.items()
+            if other != name and not any(_complete(one, v) for v in names)
+        ]
+        return (
+            f"{name}/ has weights of the variant {' and '.join(map(repr, names))} only, and "
+            f"{', '.join(others) or name} none "
             f"that go with them; {SETTING} chooses one variant for all components"
         )
     pickles = sorted(
-        one for one in files if re.fullmatch(rf"{re.escape(name)}/[^/]+\.(bin|pt|pth|ckpt|msgpack|h5)", one)
+        one
+        for one in files
+        if re.fullmatch(rf"{re.escape(name)}/[^/]+\.(bin|pt|pth|ckpt|msgpack|h5)", one)
     )
     if pickles:
         return (
-            f"{name}/ has weights as {PurePosixPath(pickles[0]).name} only; Stepweave reads safetensors: load the model with "
+            f"{name}/ has weights as {PurePosixPath(pickles[0]).name} only; Stepweave reads "
+            f"safetensors: load the model with "
             "diffusers once, and write it with `save_pretrained`"
         )
     return f"{name}/ has no weights: no *.safetensors file is there"
@@ -93,14 +118,19 @@ def _what_is_missing(name: str, found: dict[str, Variants], files: Collection[st
 def _variants(component: Component, files: Collection[str]) -> Variants:
     """What is missing of each variant of a component's weights, both in shards and in one file.
 
-    Shards are named as `model.fp16-00001-of-00002.safetensors`, or, once, as `model-00001-of-00002.fp16.safetensors`.
+    Shards are named as `model.fp16-00001-of-00002.safetensors`, or, once, as
+    `model-00001-of-00002.fp16.safetensors`.
     """
     assert component.weights is not None
     stem = re.escape(component.weights.removesuffix(".safetensors"))
     file = re.compile(
         rf"{stem}(?:\.(?P<new>[\w-]+?))?(?:-(?P<i>\d{{5}})-of-(?P<count>\d{{5}}))?(?:\.(?P<old>[\w-]+))?\.safetensors"
     )
-    inside = {path.name for path in map(PurePosixPath, files) if path.parent == PurePosixPath(component.name)}
+    inside = {
+        path.name
+        for path in map(PurePosixPath, files)
+        if path.parent == PurePosixPath(component.name)
+    }
     whole: set[str | None] = set()
     shards: dict[str | None, dict[int, str]] = defaultdict(dict)
     for name in inside:
@@ -117,12 +147,18 @@ def _variants(component: Component, files: Collection[str]) -> Variants:
     return found
 
 
-def _absent(variant: str | None, parts: dict[int, str], weights: str, inside: set[str]) -> list[str]:
+def _absent(
+    variant: str | None, parts: dict[int, str], weights: str, inside: set[str]
+) -> list[str]:
     """Which shards, or which index of them, are not there."""
     some = next(iter(parts.values()))
     match = re.search(r"-(\d{5})-of-(\d{5})", some)
     assert match is not None
-    absent = [some.replace(match[0], f"-{i:05}-of-{match[2]}") for i in range(1, int(match[2]) + 1) if i not in parts]
+    absent = [
+        some.replace(match[0], f"-{i:05}-of-{match[2]}")
+        for i in range(1, int(match[2]) + 1)
+        if i not in parts
+    ]
     indexes = [f"{weights}.index.json"]
     if variant is not None:
         indexes = [f"{weights}.index.{variant}.json", f"{weights}.{variant}.index.json"]

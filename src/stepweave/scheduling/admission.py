@@ -16,24 +16,30 @@ Reason = Literal["queue_full", "wait", "deadline", "memory"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
 UNKNOWN_SECONDS = 5.0  # Retry-After before anything has been timed
-# for which an idle server halves how sure it is that a deadline is too short: it may be faster by now
+# for which an idle server halves how sure it is that a deadline is too short: it may be faster by
+# now
 TRUST_SECONDS = 900.0
 LEARNING = 0.1  # weight of the last promise in the share of those that were kept
 LEAD = 4  # places on average that become free while one is kept: their ends come unevenly
 PROMISES = 1024  # at most
 NEW_PROMISES = (
-    8  # to clients that have not come back yet, as far as they put off the next one; more as clients do come back
+    # to clients that have not come back yet, as far as they put off the next one; more as clients
+    # do come back
+    8
 )
 NEW_OF_ONE = 8  # promises that one client may have before it has come back for any of them
 GRACE = 5.0  # seconds that a place is kept for a client that is late
-SENDING_SECONDS = 1.0  # after which the place of a body that is still being sent may go to another, if most are held so
+# after which the place of a body that is still being sent may go to another, if most are held so
+SENDING_SECONDS = 1.0
 RESERVED_SECONDS = 60.0  # that a place is reserved for a request whose body is still being sent
-JOINING = 8  # requests at a time that hold no place while their body is sent, as they may join a job
+# requests at a time that hold no place while their body is sent, as they may join a job
+JOINING = 8
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """What a request would meet if it were let in now, in seconds. It is never done sooner than it would be alone."""
+    """What a request would meet if it were let in now, in seconds. It is never done sooner than it
+    would be alone."""
 
     finish: float  # until it is done
     solo: float  # what it takes alone; 0 if unknown
@@ -57,18 +63,26 @@ class _Promise:
     number: int  # tells equals apart
     token: Hashable = field(compare=False)
     client: Hashable = field(compare=False)
-    returning: bool = field(compare=False)  # whether its client has come back before, as it was told
+    # whether its client has come back before, as it was told
+    returning: bool = field(compare=False)
 
 
 class Reservation:
-    """A place that a request holds from before its body is read; a context, which gives the place back unless `enter` took it.
+    """A place that a request holds from before its body is read; a context, which gives the place
+    back unless `enter` took it.
 
-    While the body is being sent the place is the request's for `RESERVED_SECONDS`: a client must not hold one by sending slowly.
-    After that others may take it, and `settle` looks for another. One that `joins` holds no place.
+    While the body is being sent the place is the request's for `RESERVED_SECONDS`: a client must
+    not hold one by sending slowly. After that others may take it, and `settle` looks for another.
+    One that `joins` holds no place.
     """
 
     def __init__(
-        self, admission: Admission, token: Hashable = None, client: Hashable = None, *, joins: bool = False
+        self,
+        admission: Admission,
+        token: Hashable = None,
+        client: Hashable = None,
+        *,
+        joins: bool = False,
     ) -> None:
         self._admission: Admission | None = admission
         self.joins = joins
@@ -83,7 +97,8 @@ class Reservation:
         return self._admission is not None and not self.joins
 
     def settle(self) -> None:
-        """The body has been read: from now on the place does not lapse. Raises Refused if it has, and there is no other."""
+        """The body has been read: from now on the place does not lapse. Raises Refused if it has,
+        and there is no other."""
         if self._admission is not None and not self.joins:
             self._admission.settle(self)
 
@@ -101,18 +116,21 @@ class Reservation:
 
 
 class Admission:
-    """Places for requests, up to a limit. A request holds its place until its picture files are encoded.
+    """Places for requests, up to a limit. A request holds its place until its picture files are
+    encoded.
 
-    `drain` gives the predicted seconds until all that are in flight are done, or None if that is unknown. A request that finds
-    no place is told when one will be free, and a place is kept for it then: for the same request of the same client, by its
-    `token` and `client`, which others cannot take unless the server were idle. Otherwise, under steady overload, those who wait
-    as told would be overtaken by those who come at random. Nothing is promised for later than `max_wait`. No more than half of
-    the places are kept at a time, and the fewer the more clients do not come back.
+    `drain` gives the predicted seconds until all that are in flight are done, or None if that is
+    unknown. A request that finds no place is told when one will be free, and a place is kept for it
+    then: for the same request of the same client, by its `token` and `client`, which others cannot
+    take unless the server were idle. Otherwise, under steady overload, those who wait as told would
+    be overtaken by those who come at random. Nothing is promised for later than `max_wait`. No more
+    than half of the places are kept at a time, and the fewer the more clients do not come back.
 
-    A refusal costs a client nothing, so promises to clients that have not come back yet put off others by a few places only, at
-    first `NEW_PROMISES`: promises beyond that fall on the same time. As a congestion window that number grows by one with each
-    client that comes back as told, shrinks with each that does not, and is the first again once nothing is promised. A client
-    that comes back and finds no place has shown that it waits, and queues behind all others that have.
+    A refusal costs a client nothing, so promises to clients that have not come back yet put off
+    others by a few places only, at first `NEW_PROMISES`: promises beyond that fall on the same
+    time. As a congestion window that number grows by one with each client that comes back as told,
+    shrinks with each that does not, and is the first again once nothing is promised. A client that
+    comes back and finds no place has shown that it waits, and queues behind all others that have.
     """
 
     def __init__(
@@ -133,24 +151,32 @@ class Admission:
         self._joining: list[Reservation] = []  # without a place
         self._promised: list[_Promise] = []  # the earliest first
         self._number = 0
-        self._redeemed = {False: 1.0, True: 1.0}  # share of the last promises whose owners came; of those returning
-        self._window = float(NEW_PROMISES)  # promises to clients that have not come back yet that put off others
+        # share of the last promises whose owners came; of those returning
+        self._redeemed = {False: 1.0, True: 1.0}
+        # promises to clients that have not come back yet that put off others
+        self._window = float(NEW_PROMISES)
         self._informed = clock()  # when something last ran, as far as is seen here
         self._lock = threading.RLock()
 
     @property
     def in_flight(self) -> int:
-        """Requests accepted and not yet answered, waiting, running, or being encoded, and places reserved for bodies."""
+        """Requests accepted and not yet answered, waiting, running, or being encoded, and places
+        reserved for bodies."""
         return self._taken
 
-    def reserve(self, token: Hashable = None, client: Hashable = None, *, joins: bool = False) -> Reservation:
-        """A place for a request whose body has not been read. `token` tells of it what is known before, as in `enter`.
+    def reserve(
+        self, token: Hashable = None, client: Hashable = None, *, joins: bool = False
+    ) -> Reservation:
+        """A place for a request whose body has not been read. `token` tells of it what is known
+        before, as in `enter`.
 
-        A request that may join a job `joins`: it then needs no place and has none, unless `JOINING` such are being read.
-        Raises Refused if there is no place.
+        A request that may join a job `joins`: it then needs no place and has none, unless `JOINING`
+        such are being read. Raises Refused if there is no place.
         """
         with self._lock:
-            reservation = Reservation(self, token, client, joins=joins and len(self._joining) < JOINING)
+            reservation = Reservation(
+                self, token, client, joins=joins and len(self._joining) < JOINING
+            )
             if reservation.joins:
                 self._joining.append(reservation)
             else:
@@ -190,17 +216,21 @@ class Admission:
             token: what the same request will have when it comes again; None if that cannot be told.
             outlook: predicts what the request would meet; asked only if there is a place.
             deadline: seconds from now.
-            alone: predicts the seconds that the request takes by itself, None if unknown; asked of all that have a deadline.
+            alone: predicts the seconds that the request takes by itself, None if unknown; asked of
+                all that have a deadline.
             client: who asks; None counts as somebody else each time.
             reservation: the request's place becomes this one's, unless that has been released.
 
-        Raises DeadlineTooShort if the deadline could not be met by an idle server either; Refused, with the predicted wait, if
-        there is no place, the wait would exceed `max_wait`, the deadline cannot be met now, or the memory that is left is too
-        little while others use it. One that came as told is then promised a place for when it is to come again.
+        Raises DeadlineTooShort if the deadline could not be met by an idle server either; Refused,
+        with the predicted wait, if there is no place, the wait would exceed `max_wait`, the
+        deadline cannot be met now, or the memory that is left is too little while others use it.
+        One that came as told is then promised a place for when it is to come again.
         """
         with self._lock:
             now = self._now()
-            held = reservation if reservation is not None and reservation in self._reserved else None
+            held = (
+                reservation if reservation is not None and reservation in self._reserved else None
+            )
             if held is not None:
                 self.release(held)
                 token, client = held.token, held.client
@@ -254,14 +284,20 @@ class Admission:
         self._taken += 1
 
     def _find_place(self, token: Hashable, client: Hashable, now: float) -> _Promise | None:
-        """The promise to a request, if any, that now finds a place. Raises Refused if it finds none."""
+        """The promise to a request, if any, that now finds a place. Raises Refused if it finds
+        none."""
         own = self._own(token, client)
-        if self._taken and self._taken + self._kept(own, now) >= self.limit and not self._displace(now):
+        if (
+            self._taken
+            and self._taken + self._kept(own, now) >= self.limit
+            and not self._displace(now)
+        ):
             raise self._full(token, client, own, now)
         return own
 
     def _displace(self, now: float) -> bool:
-        """Have a place lapse whose request's body has not come for a while, if such have more than half of them."""
+        """Have a place lapse whose request's body has not come for a while, if such have more than
+        half of them."""
         sending = [one for one in self._reserved if one.until is not None]
         first = min(sending, key=lambda one: one.until or 0.0, default=None)
         if first is None or first.until is None or len(sending) <= max(1, self.limit // 2):
@@ -280,8 +316,11 @@ class Admission:
         self._number += 1
         insort(self._promised, _Promise(due, self._number, token, client, returning))
 
-    def _check(self, expected: Outlook, deadline: float | None, now: float, own: _Promise | None) -> None:
-        """Raise what `enter` does if the outlook is not good enough; a promise to it is put off till it is."""
+    def _check(
+        self, expected: Outlook, deadline: float | None, now: float, own: _Promise | None
+    ) -> None:
+        """Raise what `enter` does if the outlook is not good enough; a promise to it is put off
+        till it is."""
         if deadline is not None:
             self._check_alone(expected.solo, deadline, now)
         refused = self._refused(expected, deadline)
@@ -299,33 +338,39 @@ class Admission:
         if deadline is not None and expected.finish > deadline >= expected.solo:
             return self._refusal(
                 "deadline",
-                f"deadline_ms is {_milliseconds(deadline)}; the image would be done in {duration(expected.finish)}, of which it "
+                f"deadline_ms is {_milliseconds(deadline)}; the image would be done in "
+                f"{duration(expected.finish)}, of which it "
                 f"takes {duration(expected.solo)} itself.",
                 expected.finish - deadline,
             )
         if expected.wait > self.max_wait:
             return self._refusal(
                 "wait",
-                f"The request would wait {duration(expected.wait)}; the limit is {self.max_wait:g} s.",
+                f"The request would wait {duration(expected.wait)}; the limit is {self.max_wait:g} "
+                f"s.",
                 expected.wait - self.max_wait,
             )
         if not expected.fits and self._taken:
             return self._refusal(
-                "memory", "There is not enough memory left for it beside the others.", self._interval()
+                "memory",
+                "There is not enough memory left for it beside the others.",
+                self._interval(),
             )
         return None
 
     def _check_alone(self, solo: float, deadline: float, now: float) -> None:
         """Raise DeadlineTooShort if a deadline is shorter than what the request takes alone.
 
-        What it takes is told from what ran last. If nothing has for a while, one that is nearly long enough is let in, and shows
-        whether that still holds: else nothing would, where all requests have deadlines.
+        What it takes is told from what ran last. If nothing has for a while, one that is nearly
+        long enough is let in, and shows whether that still holds: else nothing would, where all
+        requests have deadlines.
         """
         idle = 0.0 if self._taken else max(0.0, now - self._informed)
         if solo > deadline * (1 + idle / TRUST_SECONDS):
             self.refused["deadline"] += 1
             raise DeadlineTooShort(
-                f"deadline_ms is {_milliseconds(deadline)}; the image takes {duration(solo)} even if nothing else runs. Fewer "
+                f"deadline_ms is {_milliseconds(deadline)}; the image takes {duration(solo)} even "
+                f"if nothing else runs. Fewer "
                 "steps, fewer images or a smaller size take less."
             )
 
@@ -341,9 +386,15 @@ class Admission:
             if new > self._window:
                 wait = min(wait, (len(self._promised) - new + self._window) * interval)
         seconds = interval + wait
-        guess = " How long they take is not known yet: Retry-After is a guess." if self._drain() is None else ""
+        guess = (
+            " How long they take is not known yet: Retry-After is a guess."
+            if self._drain() is None
+            else ""
+        )
         refusal = self._refusal(
-            "queue_full", f"{self._taken} requests are in flight; the limit is {self.limit}.{guess}", seconds
+            "queue_full",
+            f"{self._taken} requests are in flight; the limit is {self.limit}.{guess}",
+            seconds,
         )
         if own is not None:
             self._take_up(own)
@@ -353,7 +404,8 @@ class Admission:
         return refusal
 
     def _behind(self, own: _Promise, now: float, interval: float) -> float:
-        """Seconds until the places that become free are not all promised to others that have come back, too."""
+        """Seconds until the places that become free are not all promised to others that have come
+        back, too."""
         others = [one.due for one in self._promised if one.returning and one is not own]
         for place, due in enumerate(others, 1):
             if due > now + place * interval + 1e-6:  # of rounding
@@ -364,13 +416,17 @@ class Admission:
         """Whether one more place may be promised to a client that does not come back for one."""
         if len(self._promised) >= PROMISES:
             return False
-        return client is None or NEW_OF_ONE > sum(not one.returning and one.client == client for one in self._promised)
+        return client is None or NEW_OF_ONE > sum(
+            not one.returning and one.client == client for one in self._promised
+        )
 
     def _own(self, token: Hashable, client: Hashable) -> _Promise | None:
         """The earliest promise to a request of a client."""
         if token is None:
             return None
-        return next((one for one in self._promised if one.token == token and one.client == client), None)
+        return next(
+            (one for one in self._promised if one.token == token and one.client == client), None
+        )
 
     def _refusal(self, reason: Reason, message: str, seconds: float) -> Refused:
         self.refused[reason] += 1
@@ -379,18 +435,22 @@ class Admission:
     def _interval(self) -> float:
         """Seconds until a place will be free, on average."""
         drain, running = self._drain(), self._taken - len(self._reserved)
-        if drain is None or (self._reserved and not running):  # nobody knows when those who send bodies have sent them
+        # nobody knows when those who send bodies have sent them
+        if drain is None or (self._reserved and not running):
             return UNKNOWN_SECONDS
         return drain / max(1, running)
 
     def _kept(self, own: _Promise | None, now: float) -> int:
-        """Places that are kept now, for others with older promises: each from shortly before its owner comes, to be free then."""
+        """Places that are kept now, for others with older promises: each from shortly before its
+        owner comes, to be free then."""
         if not self._promised:
             return 0
         lead = 1 + LEAD * self._interval()
         before = own.due if own is not None else float("inf")
         kept = sum(
-            self._redeemed[one.returning] for one in self._promised if one.due - lead <= now and one.due < before
+            self._redeemed[one.returning]
+            for one in self._promised
+            if one.due - lead <= now and one.due < before
         )
         return min(self.limit // 2, round(kept))
 

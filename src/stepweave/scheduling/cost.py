@@ -10,10 +10,13 @@ from statistics import median
 
 from stepweave.scheduling.task import Key, Load
 
-RECENT = 9  # forwards of a key and rows whose median counts: a compilation or a page fault among them does not
+# forwards of a key and rows whose median counts: a compilation or a page fault among them does not
+RECENT = 9
 KEYS = 512  # the least recently used goes first
 TRIED = 3  # forwards of a number of rows that tell whether more pay
-HOPE = 0.5  # of what a row costs, that one more is thought to as long as nothing is known of more rows: so that they are tried
+# of what a row costs, that one more is thought to as long as nothing is known of more rows: so that
+# they are tried
+HOPE = 0.5
 GAIN = 0.05  # the knee: more rows bring less than this share of rows per second
 ERRORS = 64  # forwards that the model's error is taken of
 
@@ -24,8 +27,9 @@ Cell = tuple[int, float, int]  # rows, seconds, forwards
 class CostModel:
     """Seconds of a forward by (key, rows), never less for more rows.
 
-    Between row counts that were seen it interpolates. For others, and for sizes that were not seen, it takes the module's
-    nearest size, at the row count with as many elements in all, since what a batch costs goes by its tokens.
+    Between row counts that were seen it interpolates. For others, and for sizes that were not seen,
+    it takes the module's nearest size, at the row count with as many elements in all, since what a
+    batch costs goes by its tokens.
     """
 
     def __init__(self) -> None:
@@ -86,18 +90,27 @@ class CostModel:
         return sum(load.calls * self.seconds(load.key, load.rows) for load in loads)
 
     def knee(self, key: Key, most: int) -> int:
-        """The fewest rows, of at most `most`, beyond which no number of rows brings 5 % more rows per second.
+        """The fewest rows, of at most `most`, beyond which no number of rows brings 5 % more rows
+        per second.
 
         Rows that were hardly tried are given a chance: the bound doubles until the knee is passed.
         """
         curve = self._curves.get(key)
         if curve is None and not self.known(key):
             return most
-        tried, least, bound = (curve.tried, curve.least, min(most, 2 * curve.most)) if curve else (most, 1, most)
-        counts = [rows for rows in range(min(least, bound), bound + 1) if rows <= 4 or rows % 2 == 0 or rows == bound]
+        tried, least, bound = (
+            (curve.tried, curve.least, min(most, 2 * curve.most)) if curve else (most, 1, most)
+        )
+        counts = [
+            rows
+            for rows in range(min(least, bound), bound + 1)
+            if rows <= 4 or rows % 2 == 0 or rows == bound
+        ]
         rates = [rows / max(self.seconds(key, rows), 1e-9) for rows in counts]
         best = max(rates)
-        knee = next(rows for rows, rate in zip(counts, rates, strict=True) if best < (1 + GAIN) * rate)
+        knee = next(
+            rows for rows, rate in zip(counts, rates, strict=True) if best < (1 + GAIN) * rate
+        )
         return bound if tried <= knee else knee
 
     @property
@@ -111,7 +124,8 @@ class CostModel:
 
     @property
     def error(self) -> float:
-        """The median error of the last predictions, as a share of what was predicted; 0 before there were any."""
+        """The median error of the last predictions, as a share of what was predicted; 0 before
+        there were any."""
         errors = list(self._errors)
         return median(map(abs, errors)) if errors else 0.0
 
@@ -121,8 +135,8 @@ class CostModel:
 
 
 class PriceList:
-    """What loads take alone, by a cost model, as of when each was first asked for: equal jobs have equal prices, until the next
-    list, however much was learnt in between."""
+    """What loads take alone, by a cost model, as of when each was first asked for: equal jobs have
+    equal prices, until the next list, however much was learnt in between."""
 
     def __init__(self, cost: CostModel) -> None:
         self._cost = cost
@@ -130,7 +144,8 @@ class PriceList:
 
     def alone(self, loads: tuple[Load, ...]) -> float:
         seconds = self._known.get(loads)
-        if not seconds:  # what nothing was known of may be known by now: at 0 a job would go before all others
+        # what nothing was known of may be known by now: at 0 a job would go before all others
+        if not seconds:
             seconds = self._known[loads] = self._cost.alone(loads)
         return seconds
 
@@ -145,7 +160,9 @@ class _Curve:
     @property
     def tried(self) -> int:
         """The most rows that ran often enough to be judged; 0 if none did."""
-        return max((rows for rows, seen in list(self._seen.items()) if len(seen) >= TRIED), default=0)
+        return max(
+            (rows for rows, seen in list(self._seen.items()) if len(seen) >= TRIED), default=0
+        )
 
     @property
     def least(self) -> int:
@@ -163,7 +180,9 @@ class _Curve:
         """Row counts that were seen and their seconds, made monotone."""
         points = self._points
         if points is None:
-            cells = sorted((rows, median(seen), len(seen)) for rows, seen in self._seen.copy().items())
+            cells = sorted(
+                (rows, median(seen), len(seen)) for rows, seen in self._seen.copy().items()
+            )
             points = self._points = list(_monotone(_trusted(cells)))
         return points
 
@@ -176,22 +195,29 @@ class _Curve:
         return min(max(rows, points[0][0]), points[-1][0])
 
     def between(self, rows: int, seconds: float) -> float:
-        """`seconds`, a guess for rows that were not seen, held to be no less than for fewer and no more than for more."""
+        """`seconds`, a guess for rows that were not seen, held to be no less than for fewer and no
+        more than for more."""
         points = self.points()
         return min(seconds, points[0][1]) if rows < points[0][0] else max(seconds, points[-1][1])
 
     def at(self, rows: float) -> float:
-        """Interpolated, and beyond the ends by the slope there: never below what a share of the first point is, nor falling."""
+        """Interpolated, and beyond the ends by the slope there: never below what a share of the
+        first point is, nor falling."""
         points = self.points()
         (low, first), (high, last) = points[0], points[-1]
         if rows <= low:
-            # what a forward costs however few its rows: where the line through the first two points meets none
-            slope = (points[1][1] - first) / (points[1][0] - low) if len(points) > 1 else first / low
+            # what a forward costs however few its rows: where the line through the first two points
+            # meets none
+            slope = (
+                (points[1][1] - first) / (points[1][0] - low) if len(points) > 1 else first / low
+            )
             return max(first - slope * (low - rows), first * rows / low)
         if rows >= high:
             # the end's own slope may be noise: that from half way is taken
             middle = next((one for one in reversed(points) if one[0] <= high / 2), None)
-            slope = HOPE * last / high if middle is None else (last - middle[1]) / (high - middle[0])
+            slope = (
+                HOPE * last / high if middle is None else (last - middle[1]) / (high - middle[0])
+            )
             return last + slope * (rows - high)
         i = bisect_left(points, (rows, 0.0))
         (a, before), (b, after) = points[i - 1], points[i]
@@ -199,7 +225,8 @@ class _Curve:
 
 
 def _trusted(cells: Iterable[Cell]) -> list[Cell]:
-    """Cells less the excess of those hardly tried over those of more rows that were: one slow forward must not make all dear."""
+    """Cells less the excess of those hardly tried over those of more rows that were: one slow
+    forward must not make all dear."""
     trusted: list[Cell] = []
     least = math.inf
     for rows, seconds, weight in reversed(list(cells)):
@@ -210,9 +237,11 @@ def _trusted(cells: Iterable[Cell]) -> list[Cell]:
 
 
 def _monotone(cells: Iterable[Cell]) -> Iterable[Point]:
-    """Seconds that do not fall with rows, the nearest to the given ones in squares. Cells are (rows, seconds, weight), by rows.
+    """Seconds that do not fall with rows, the nearest to the given ones in squares. Cells are
+    (rows, seconds, weight), by rows.
 
-    Isotonic regression by pooling adjacent violators; Barlow et al., Statistical Inference under Order Restrictions, 1972.
+    Isotonic regression by pooling adjacent violators; Barlow et al., Statistical Inference under
+    Order Restrictions, 1972.
     """
     pools: list[tuple[float, int, list[int]]] = []
     for rows, seconds, weight in cells:

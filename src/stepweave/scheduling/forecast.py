@@ -19,7 +19,9 @@ def by_arrival(task: Task, now: float) -> Rank:
 
 RUN = 2000  # ranks that are sorted at a time
 BREATH = (
-    16  # jobs whose ends are found at a time, in less than a millisecond: to let others run may take a tenth of one
+    # jobs whose ends are found at a time, in less than a millisecond: to let others run may take a
+    # tenth of one
+    16
 )
 
 ORDERS: dict[str, Order] = {"thrifty": rank, "aged": aged_rank}  # the others' is by arrival
@@ -31,7 +33,8 @@ def running_first(order: Order) -> Order:
 
 
 def in_order(ranks: Sequence[Rank], breathe: Callable[[], object] = lambda: None) -> list[int]:
-    """The indices of ranks, lowest first. Python's sort holds up all threads, so runs are sorted, and at last merged, by it."""
+    """The indices of ranks, lowest first. Python's sort holds up all threads, so runs are sorted,
+    and at last merged, by it."""
     runs: list[int] = []
     for begin in range(0, len(ranks), RUN):
         runs += sorted(range(begin, min(begin + RUN, len(ranks))), key=ranks.__getitem__)
@@ -49,9 +52,9 @@ def forecast(
 ) -> list[float]:
     """Seconds from now until each task is done, as many as tasks, if no others come.
 
-    The order is taken as it is now. The first in it runs with those after it that share its steps, up to the cap, until one of
-    them is done; then the group is filled up again. O(tasks x rows of a step). `breathe` is called now and then, to let other
-    threads run.
+    The order is taken as it is now. The first in it runs with those after it that share its steps,
+    up to the cap, until one of them is done; then the group is filled up again. O(tasks x rows of a
+    step). `breathe` is called now and then, to let other threads run.
     """
     ordered = in_order([order(task, now) for task in tasks], breathe)
     # taken down now: an engine's thread may change the tasks meanwhile
@@ -89,7 +92,9 @@ def forecast(
     return ends
 
 
-def _group(queue: Sequence[int], demands: Sequence[Demand], most: int, smallest: int) -> tuple[list[int], int]:
+def _group(
+    queue: Sequence[int], demands: Sequence[Demand], most: int, smallest: int
+) -> tuple[list[int], int]:
     group, rows = [queue[0]], demands[queue[0]].rows
     for i in islice(queue, 1, None):
         if rows + smallest > most:
@@ -101,6 +106,9 @@ def _group(queue: Sequence[int], demands: Sequence[Demand], most: int, smallest:
 
 
 def step_seconds(demand: Demand, rows: int, cost: CostModel) -> float:
-    """Of a step of so many rows in all: calls that a job makes one after another are shared one after another."""
+    """Of a step of so many rows in all: calls that a job makes one after another are shared one
+    after another."""
     own = demand.rows
-    return sum(load.calls * cost.seconds(load.key, max(1, rows * load.rows // own)) for load in demand.step)
+    return sum(
+        load.calls * cost.seconds(load.key, max(1, rows * load.rows // own)) for load in demand.step
+    )

@@ -1,4 +1,5 @@
-"""A forecast that is kept: when each job ends, and where one that comes later fits in, without playing all through again."""
+"""A forecast that is kept: when each job ends, and where one that comes later fits in, without
+playing all through again."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from stepweave.scheduling.task import Task
 
 
 class Standing(NamedTuple):
-    """Where a job stands: `position` 0 once it runs, else 1 for the first of those that wait; seconds until it will be done, None
-    while nothing is known of what such jobs take."""
+    """Where a job stands: `position` 0 once it runs, else 1 for the first of those that wait;
+    seconds until it will be done, None while nothing is known of what such jobs take."""
 
     position: int
     eta: float | None
@@ -28,7 +29,8 @@ class Plan:
 
     Args:
         made: when, in seconds of the tasks' clock.
-        ids, tasks, ends: of the jobs, and the seconds from then until each will be done, as `forecast` tells.
+        ids, tasks, ends: of the jobs, and the seconds from then until each will be done, as
+        `forecast` tells.
         order: in which they are served.
         took: seconds that the forecast took to make.
     """
@@ -50,9 +52,12 @@ class Plan:
         self._order = order
         ranks = [order(task, made) for task in tasks]
         ordered = in_order(ranks, breathe)
-        self._ends = {id: end if task.solo else None for id, task, end in zip(ids, tasks, ends, strict=True)}
+        self._ends = {
+            id: end if task.solo else None for id, task, end in zip(ids, tasks, ends, strict=True)
+        }
         self._ranks = [ranks[i] for i in ordered]
-        self._ended = list(accumulate((ends[i] for i in ordered), max))  # when all up to each in order are done
+        # when all up to each in order are done
+        self._ended = list(accumulate((ends[i] for i in ordered), max))
         self._kinds: set[Hashable] = {task.kind for task in tasks}
         self._alike: dict[
             Hashable, tuple[list[Rank], list[float]]
@@ -73,7 +78,8 @@ class Plan:
         return len(self._ends)
 
     def eta(self, id: str, now: float) -> float | None:
-        """Seconds until a job will be done, at least 0; None if the plan does not know it, or nothing of what it takes."""
+        """Seconds until a job will be done, at least 0; None if the plan does not know it, or
+        nothing of what it takes."""
         end = self._ends.get(id)
         return None if end is None else max(0.0, end - (now - self.made))
 
@@ -96,10 +102,12 @@ class Plan:
         return max(0.0, done - (now - self.made)) + sum(self._later_work)
 
     def finish(self, task: Task, own: float, now: float) -> float:
-        """Seconds until a job that comes now will be done, which then takes `own` seconds, once it runs.
+        """Seconds until a job that comes now will be done, which then takes `own` seconds, once it
+        runs.
 
-        It takes the place of the next one of its kind and rows, which shares its steps with those before it; the last of these is
-        taken to begin once all that go before it are done, which is late by at most `own`.
+        It takes the place of the next one of its kind and rows, which shares its steps with those
+        before it; the last of these is taken to begin once all that go before it are done, which is
+        late by at most `own`.
         """
         rank = self._order(task, now)
         age, later = now - self.made, sum(self._later_work[: bisect_right(self._later, rank)])

@@ -1,4 +1,5 @@
-"""Policies: which of the calls that wait share the next forward. Each is a pure function of the queues and the time."""
+"""Policies: which of the calls that wait share the next forward. Each is a pure function of the
+queues and the time."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ PATIENCE = 60.0  # seconds that a job may lose to others before it is overdue ..
 PATIENCE_SOLO = 4.0  # ... or so many times what it takes alone, if that is longer
 OTHERS = 1.0  # seconds that others have for each that an overdue job has
 SLACK = 4.0  # times the remaining work; with less of it to spare a deadline counts
-WASTE = 3.0  # how much a half-empty forward counts against its jobs, for each call of another key that waits meanwhile
+# how much a half-empty forward counts against its jobs, for each call of another key that waits
+# meanwhile
+WASTE = 3.0
 DUE, WITHOUT, LATE = 0, 1, 2
 
 
@@ -40,11 +43,12 @@ def patience(task: Task) -> float:
 
 
 def rank(task: Task, now: float) -> Rank:
-    """The order of the default policy, lowest first: class, then deadlines that press, then remaining work, then what is late.
+    """The order of the default policy, lowest first: class, then deadlines that press, then
+    remaining work, then what is late.
 
-    A deadline presses once what can be spared is less than four times the remaining work; of those that press and can be met, the
-    earliest comes first. Least remaining work first: Schrage, A Proof of the Optimality of the Shortest Remaining Processing Time
-    Discipline, 1968.
+    A deadline presses once what can be spared is less than four times the remaining work; of those
+    that press and can be met, the earliest comes first. Least remaining work first: Schrage, A
+    Proof of the Optimality of the Shortest Remaining Processing Time Discipline, 1968.
     """
     remaining = task.remaining
     if task.deadline is not None:
@@ -57,18 +61,22 @@ def rank(task: Task, now: float) -> Rank:
 
 
 def thrifty(queues: Queues[RequestT], now: float, cap: Cap, cost: CostModel) -> list[RequestT]:
-    """The default: the best-ranked call with others of its key, up to the cap, where half-empty forwards count as more work.
+    """The default: the best-ranked call with others of its key, up to the cap, where half-empty
+    forwards count as more work.
 
-    What a forward wastes against a full one delays every other call that waits, so a job whose step would be run half-empty lets
-    others go first, the longer the more there are; meanwhile others of its kind may come. Without that, least remaining work
-    first would be at its worst where batches pay most. If there is room beside the chosen step, those that can join it go first
-    with what they need before, such as the encoding of prompts.
+    What a forward wastes against a full one delays every other call that waits, so a job whose step
+    would be run half-empty lets others go first, the longer the more there are; meanwhile others of
+    its kind may come. Without that, least remaining work first would be at its worst where batches
+    pay most. If there is room beside the chosen step, those that can join it go first with what
+    they need before, such as the encoding of prompts.
 
-    A job that has lost more time to others than its patience is overdue. The overdue job that came first goes before class and
-    deadline once it has waited as long as its forward takes: about half of the time, or every second forward if others' are
-    longer, and all of it if others want none. So each of its forwards ends within twice its seconds and one forward of others;
-    a job is done, from the first forward after it became overdue, within the sum of that over its own forwards that are left and
-    those of all that came before it and are still there, at the cost of full groups.
+    A job that has lost more time to others than its patience is overdue. The overdue job that came
+    first goes before class and deadline once it has waited as long as its forward takes: about half
+    of the time, or every second forward if others' are longer, and all of it if others want none.
+    So each of its forwards ends within twice its seconds and one forward of others; a job is done,
+    from the first forward after it became overdue, within the sum of that over its own forwards
+    that are left and those of all that came before it and are still there, at the cost of full
+    groups.
     """
     oldest = _overdue(queues, now, cap)
     if oldest and now - oldest[0].since >= OTHERS * cost.seconds(oldest[0].cost, _rows(oldest)):
@@ -80,7 +88,11 @@ def thrifty(queues: Queues[RequestT], now: float, cap: Cap, cost: CostModel) -> 
         group = _fill(sorted(queue, key=lambda request: ranks[id(request)]), cap)
         first = ranks[id(group[0])]
         if first[1] != DUE:
-            first = (*first[:2], first[2] * _price(group, waiting - len(queue), cap, cost), first[3])
+            first = (
+                *first[:2],
+                first[2] * _price(group, waiting - len(queue), cap, cost),
+                first[3],
+            )
         groups.append((first, group))
     groups.sort(key=lambda ranked: ranked[0])
     best = groups[0][1]
@@ -95,7 +107,11 @@ def thrifty(queues: Queues[RequestT], now: float, cap: Cap, cost: CostModel) -> 
 
 def _overdue(queues: Queues[RequestT], now: float, cap: Cap) -> list[RequestT]:
     """The group of the overdue job that came first; empty if none is overdue."""
-    late = (one for one in chain.from_iterable(queues.values()) if one.task.lost(now) > patience(one.task))
+    late = (
+        one
+        for one in chain.from_iterable(queues.values())
+        if one.task.lost(now) > patience(one.task)
+    )
     oldest = min(late, key=lambda request: request.task.arrived, default=None)
     if oldest is None:
         return []
@@ -120,7 +136,8 @@ def _price(group: Sequence[Request], others: int, cap: Cap, cost: CostModel) -> 
 
 
 def aged_rank(task: Task, now: float) -> Rank:
-    """Overdue jobs by arrival; then as `rank`, but by aged remaining work, and with every deadline that can be met first."""
+    """Overdue jobs by arrival; then as `rank`, but by aged remaining work, and with every deadline
+    that can be met first."""
     if task.lost(now) > patience(task):
         return (-1, 0, task.arrived, task.arrived)
     remaining = task.remaining
@@ -134,15 +151,21 @@ def aged_rank(task: Task, now: float) -> Rank:
 
 def aged(queues: Queues[RequestT], now: float, cap: Cap, cost: CostModel) -> list[RequestT]:
     """The call with the least remaining work, less with age, with others of its key."""
-    ranks = {id(request): aged_rank(request.task, now) for request in chain.from_iterable(queues.values())}
+    ranks = {
+        id(request): aged_rank(request.task, now)
+        for request in chain.from_iterable(queues.values())
+    }
     first = min(chain.from_iterable(queues.values()), key=lambda request: ranks[id(request)])
     return _fill(sorted(queues[first.key], key=lambda request: ranks[id(request)]), cap)
 
 
 def fifo(queues: Queues[RequestT], now: float, cap: Cap, cost: CostModel) -> list[RequestT]:
-    """As peers do it: jobs join the running batch in order of arrival while they are of its kind; the first that is not, or for
-    which there is no room, holds up all behind it until the batch has ended."""
-    requests = sorted(chain.from_iterable(queues.values()), key=lambda request: request.task.arrived)
+    """As peers do it: jobs join the running batch in order of arrival while they are of its kind;
+    the first that is not, or for which there is no room, holds up all behind it until the batch has
+    ended."""
+    requests = sorted(
+        chain.from_iterable(queues.values()), key=lambda request: request.task.arrived
+    )
     batch = [request for request in requests if request.task.begun] or requests[:1]
     rows, most = sum(request.rows for request in batch), cap(batch[0])
     for request in requests:

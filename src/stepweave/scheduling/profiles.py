@@ -53,10 +53,11 @@ def _loads(calls: Counter[tuple[Key, int]], times: int) -> tuple[Load, ...]:
 
 
 class Profiles:
-    """Demands by shape; for a shape that has not run yet, the nearest one's, its rows scaled by pictures, its sizes by pixels.
+    """Demands by shape; for a shape that has not run yet, the nearest one's, its rows scaled by
+    pictures, its sizes by pixels.
 
-    Which modules' sizes go by pixels is told from two shapes of one kind where there are two; else those of steps, and of what
-    follows them, are taken to.
+    Which modules' sizes go by pixels is told from two shapes of one kind where there are two; else
+    those of steps, and of what follows them, are taken to.
     """
 
     def __init__(self) -> None:
@@ -84,7 +85,10 @@ class Profiles:
         known = list(self._known)
         if not known:
             return None
-        near = min(known, key=lambda one: (one.kind != shape.kind, _apart(one.pixels, shape.pixels), one.images))
+        near = min(
+            known,
+            key=lambda one: (one.kind != shape.kind, _apart(one.pixels, shape.pixels), one.images),
+        )
         demand = self._known[near]
         pixels = shape.pixels / near.pixels if shape.pixels and near.pixels else 1.0
         images = shape.images / near.images
@@ -111,10 +115,14 @@ def _apart(a: int, b: int) -> float:
     return abs(math.log((a or 1) / (b or 1)))
 
 
-def _scaled(loads: Iterable[Load], fixed: set[Key], pixels: float, images: float) -> tuple[Load, ...]:
+def _scaled(
+    loads: Iterable[Load], fixed: set[Key], pixels: float, images: float
+) -> tuple[Load, ...]:
     return tuple(
         Load(
-            load.key if load.key in fixed else load.key._replace(size=max(1, round(load.key.size * pixels))),
+            load.key
+            if load.key in fixed
+            else load.key._replace(size=max(1, round(load.key.size * pixels))),
             max(1, round(load.rows * images)),
             load.calls,
         )

@@ -33,13 +33,15 @@ class Load(NamedTuple):
 
 @dataclass(frozen=True)
 class Demand:
-    """What a job asks of the modules: before its first denoising step, in each of its steps, and after the last one."""
+    """What a job asks of the modules: before its first denoising step, in each of its steps, and
+    after the last one."""
 
     steps: int = 0
     before: tuple[Load, ...] = ()
     step: tuple[Load, ...] = ()
     after: tuple[Load, ...] = ()
-    group: Hashable = None  # what else must be equal for steps to share forwards, such as width and height
+    # what else must be equal for steps to share forwards, such as width and height
+    group: Hashable = None
 
     @property
     def kind(self) -> Hashable:
@@ -61,11 +63,22 @@ class Prices(Protocol):
 
 
 class Task:
-    """A job: when it came, its class and deadline (both times on one clock, in seconds), its demand, and how far it is."""
+    """A job: when it came, its class and deadline (both times on one clock, in seconds), its
+    demand, and how far it is."""
 
     __slots__ = (
-        "after", "arrived", "before", "begun", "deadline", "demand", "done", "opened", "priority", "solo", "step"
-    )  # fmt: skip
+        "after",
+        "arrived",
+        "before",
+        "begun",
+        "deadline",
+        "demand",
+        "done",
+        "opened",
+        "priority",
+        "solo",
+        "step",
+    )
 
     def __init__(
         self,
@@ -82,12 +95,15 @@ class Task:
         self.begun = False  # it has been given a forward
         self.opened = False  # its first step may run: what comes before is done
         self.done = 0  # steps
-        self.solo = self.before = self.step = self.after = 0.0  # seconds alone: in all, before, of a step, after
+        # seconds alone: in all, before, of a step, after
+        self.solo = self.before = self.step = self.after = 0.0
 
     def price(self, cost: Prices) -> None:
         """Work out, or correct, how many seconds the task takes alone."""
         demand = self.demand
-        self.before, self.step, self.after = (cost.alone(loads) for loads in (demand.before, demand.step, demand.after))
+        self.before, self.step, self.after = (
+            cost.alone(loads) for loads in (demand.before, demand.step, demand.after)
+        )
         self.solo = self.before + demand.steps * self.step + self.after
 
     @property

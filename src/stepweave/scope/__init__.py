@@ -1,6 +1,7 @@
 """The request-scoped core: one pipeline in memory, safe for many requests at once.
 
-Works alone, without a server: wrap a pipeline in `RequestScopedPipeline` and call `generate` from any thread.
+Works alone, without a server: wrap a pipeline in `RequestScopedPipeline` and call `generate` from
+any thread.
 """
 
 from stepweave.scope.pipeline import RequestScopedPipeline

@@ -22,19 +22,23 @@ class Cut:
     index: int  # of the text among those of the call
     count: int  # texts of the call
     side: _Side  # where the part that was left out stood
-    position: int | None  # characters of the text before the cut; None where the tokenizer does not tell
+    # characters of the text before the cut; None where the tokenizer does not tell
+    position: int | None
     left_out: str  # as tokens read where the position is None
     tokens: int  # that the tokenizer gave, special ones included
     tokenizer: str  # its name in the pipeline
 
 
 Report = Callable[[Cut], None]
-_report: contextvars.ContextVar[Report | None] = contextvars.ContextVar("stepweave_cuts", default=None)
+_report: contextvars.ContextVar[Report | None] = contextvars.ContextVar(
+    "stepweave_cuts", default=None
+)
 
 
 @contextlib.contextmanager
 def reporting(report: Report) -> Iterator[None]:
-    """Have `report` called with every cut that a view's tokenizers make within the block, in this context alone."""
+    """Have `report` called with every cut that a view's tokenizers make within the block, in this
+    context alone."""
     before = _report.set(report)
     try:
         yield
@@ -46,11 +50,14 @@ def current_report() -> Report | None:
     return _report.get()
 
 
-def cuts_of(tokenizer: Any, name: str, output: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Cut]:
+def cuts_of(
+    tokenizer: Any, name: str, output: Any, args: Sequence[Any], kwargs: dict[str, Any]
+) -> Iterator[Cut]:
     """The cuts that a tokenizer's call made; `output` is what it returned.
 
-    A fast tokenizer keeps what it cut off beside each encoding, so that nothing is tokenized again. A slow one tokenizes the
-    texts that filled its limit once more. Not seen are pairs of texts given to a slow tokenizer.
+    A fast tokenizer keeps what it cut off beside each encoding, so that nothing is tokenized again.
+    A slow one tokenizes the texts that filled its limit once more. Not seen are pairs of texts
+    given to a slow tokenizer.
     """
     encodings = getattr(output, "encodings", None)
     if encodings is not None and not any(encoding.overflowing for encoding in encodings):
@@ -61,7 +68,11 @@ def cuts_of(tokenizer: Any, name: str, output: Any, args: Sequence[Any], kwargs:
     texts = _texts(given)
     side: _Side = "left" if tokenizer.truncation_side == "left" else "right"
     for index, pair in enumerate(texts):
-        found = _slow(tokenizer, pair, side, given) if encodings is None else _fast(encodings[index], pair, side)
+        found = (
+            _slow(tokenizer, pair, side, given)
+            if encodings is None
+            else _fast(encodings[index], pair, side)
+        )
         for text, position, left_out, tokens in found:
             yield Cut(text, index, len(texts), side, position, left_out, tokens, name)
 
@@ -70,7 +81,9 @@ _SIGNATURE = inspect.signature(PreTrainedTokenizerBase.__call__)
 _Found = Iterator[tuple[str, int | None, str, int]]
 
 
-def texts_of(tokenizer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+def texts_of(
+    tokenizer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[tuple[Any, Any]]:
     """The texts of a tokenizer's call, each with the one it is paired with, or None."""
     return _texts(_SIGNATURE.bind(tokenizer, *args, **kwargs).arguments)
 
@@ -104,7 +117,8 @@ def _fast(encoding: Any, pair: tuple[Any, Any], side: _Side) -> _Found:
         kept = _spans(encoding, sequence, starts)
         gone = [span for part in parts for span in _spans(part, sequence, starts)]
         tokens = sum(encoding.attention_mask)
-        # several tokens may make one character, and the cut go through it; of a pair, what was not cut stands in each part again
+        # several tokens may make one character, and the cut go through it; of a pair, what was not
+        # cut stands in each part again
         alone = pair[1] is None
         if side == "right":
             last = max((stop for _, stop in kept), default=0)
@@ -124,13 +138,21 @@ def _spans(encoding: Any, sequence: int, starts: list[int]) -> list[tuple[int, i
     """Where the tokens of one of a pair's texts stand in it."""
     rows = zip(encoding.offsets, encoding.sequence_ids, encoding.word_ids, strict=True)
     split = len(starts) > 1
-    shifted = ((starts[word] if split and word is not None else 0, span) for span, own, word in rows if own == sequence)
+    shifted = (
+        (starts[word] if split and word is not None else 0, span)
+        for span, own, word in rows
+        if own == sequence
+    )
     return [(shift + start, shift + stop) for shift, (start, stop) in shifted if stop > start]
 
 
 def _slow(tokenizer: Any, pair: tuple[Any, Any], side: _Side, given: dict[str, Any]) -> _Found:
     text, other = pair
-    if given.get("truncation") in (None, False, "do_not_truncate") or other is not None or not isinstance(text, str):
+    if (
+        given.get("truncation") in (None, False, "do_not_truncate")
+        or other is not None
+        or not isinstance(text, str)
+    ):
         return
     limit = given.get("max_length") or tokenizer.model_max_length
     special = tokenizer.num_special_tokens_to_add() if given.get("add_special_tokens", True) else 0

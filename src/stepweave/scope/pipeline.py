@@ -24,7 +24,8 @@ ENGINE_HOOK = "stepweave"  # under which a StepEngine hooks modules; it keeps no
 
 
 class LockedAutoencoder(Proxy):
-    """A transparent proxy that lets one thread at a time encode or decode: autoencoders keep state between tiles and frames."""
+    """A transparent proxy that lets one thread at a time encode or decode: autoencoders keep state
+    between tiles and frames."""
 
     def __init__(self, autoencoder: torch.nn.Module, lock: Any) -> None:
         super().__init__(autoencoder)
@@ -42,25 +43,31 @@ class LockedAutoencoder(Proxy):
 class RequestScopedPipeline:
     """Runs one diffusers pipeline for many threads at once, each call on a view of its own.
 
-    The pipeline given is never changed. Modules and weights are shared, so memory does not grow with the number of threads.
+    The pipeline given is never changed. Modules and weights are shared, so memory does not grow
+    with the number of threads.
 
     Args:
         pipeline: any diffusers pipeline.
-        mutable_attrs: names of attributes that each request gets copies of, beside schedulers, guiders and sub-pipelines.
-        auto_detect_mutables: copy every attribute that a call could change: lists, dicts, generators, small tensors, plain
-            objects. Off, only `mutable_attrs` are.
+        mutable_attrs: names of attributes that each request gets copies of, beside schedulers,
+            guiders and sub-pipelines.
+        auto_detect_mutables: copy every attribute that a call could change: lists, dicts,
+            generators, small tensors, plain objects. Off, only `mutable_attrs` are.
         tensor_numel_threshold: tensors with more elements are shared.
-        tokenizer_lock: taken around every use of a tokenizer; one of its own if None. Share it between pipelines that share
-            tokenizers.
+        tokenizer_lock: taken around every use of a tokenizer; one of its own if None. Share it
+            between pipelines that share tokenizers.
         wrap_scheduler: give each view its scheduler in a `BaseAsyncScheduler`.
 
-    Calls run at the same time, except where the modules hold the state of a call: with CPU or group offload, a feature cache
-    (FirstBlockCache and its like), perturbed attention or a half-precision autoencoder that the call casts, they take turns.
+    Calls run at the same time, except where the modules hold the state of a call: with CPU or group
+    offload, a feature cache (FirstBlockCache and its like), perturbed attention or a half-precision
+    autoencoder that the call casts, they take turns.
 
-    >>> pipeline = DiffusionPipeline.from_pretrained("models/shapes", text_encoder_3=None, tokenizer_3=None)
+    >>> pipeline = DiffusionPipeline.from_pretrained(
+    ...     "models/shapes", text_encoder_3=None, tokenizer_3=None
+    ... )
     >>> scoped = RequestScopedPipeline(pipeline)
     >>> with ThreadPoolExecutor(4) as pool:
-    ...     images = list(pool.map(lambda prompt: scoped.generate(prompt, num_inference_steps=20).images[0], prompts))
+    ...     generate = lambda prompt: scoped.generate(prompt, num_inference_steps=20).images[0]
+    ...     images = list(pool.map(generate, prompts))
     """
 
     def __init__(
@@ -106,10 +113,12 @@ class RequestScopedPipeline:
         scheduler: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Call the pipeline on a view of this request's own and return what it returns. Safe from any thread.
+        """Call the pipeline on a view of this request's own and return what it returns. Safe from
+        any thread.
 
-        `args` and `kwargs` are the pipeline's own. `scheduler` is used in place of the pipeline's, as a copy. `device`, if
-        given, must be the one the pipeline runs on (ValueError otherwise): views share its weights.
+        `args` and `kwargs` are the pipeline's own. `scheduler` is used in place of the pipeline's,
+        as a copy. `device`, if given, must be the one the pipeline runs on (ValueError otherwise):
+        views share its weights.
         """
         if device is not None:
             asked, own = torch.device(device), self.pipeline._execution_device
@@ -122,7 +131,8 @@ class RequestScopedPipeline:
 
     @contextlib.contextmanager
     def lease(self, scheduler: Any = None) -> Iterator[Any]:
-        """A view to call within the block; where calls must take turns, the block waits for its turn and holds it."""
+        """A view to call within the block; where calls must take turns, the block waits for its
+        turn and holds it."""
         if not self.takes_turns():
             yield self.view(scheduler)
             return
@@ -134,7 +144,8 @@ class RequestScopedPipeline:
 
         Asked at every call, since hooks come and go. The parts of a module are listed once.
         """
-        if self._turn.locked() or self._swaps_state():  # a call whose turn it is may hide that by what it changed
+        # a call whose turn it is may hide that by what it changed
+        if self._turn.locked() or self._swaps_state():
             return True
         for module in _modules(self.pipeline):
             found = self._parts.get(id(module))
@@ -158,7 +169,11 @@ class RequestScopedPipeline:
             return type(attributes["_hf_hook"]).__name__
         # diffusers leaves an empty registry on every model that it could have hooked
         registry = attributes.get("_diffusers_hook")
-        return None if registry is None else next((name for name in registry.hooks if name != ENGINE_HOOK), None)
+        return (
+            None
+            if registry is None
+            else next((name for name in registry.hooks if name != ENGINE_HOOK), None)
+        )
 
     def _wrap(self, component: Any) -> Any:
         if isinstance(component, PreTrainedTokenizerBase):
@@ -195,13 +210,16 @@ _SWITCHES = r"enable_fuser\(|register_forward_hook\("
 
 @functools.cache
 def _writes_to_modules(kind: type, pattern: str) -> bool:
-    """Whether a pipeline's code swaps attention processors, or switches layers or hooks modules, during a call.
+    """Whether a pipeline's code swaps attention processors, or switches layers or hooks modules,
+    during a call.
 
-    So do PAG, SAG, Attend-and-Excite, GLIGEN and Text-to-Video-Zero; no other pipeline of diffusers 0.42 has such code.
+    So do PAG, SAG, Attend-and-Excite, GLIGEN and Text-to-Video-Zero; no other pipeline of diffusers
+    0.42 has such code.
     """
     for cls in kind.__mro__:
         if issubclass(cls, DiffusionPipeline) and cls is not DiffusionPipeline:
-            # function by function: for a class, inspect parses, which Python 3.11 cannot do on two threads at once (gh-106905)
+            # function by function: for a class, inspect parses, which Python 3.11 cannot do on two
+            # threads at once (gh-106905)
             for function in filter(inspect.isfunction, vars(cls).values()):
                 with contextlib.suppress(OSError, TypeError):  # no source: typed in, or compiled
                     if re.search(pattern, inspect.getsource(function)):
@@ -210,12 +228,14 @@ def _writes_to_modules(kind: type, pattern: str) -> bool:
 
 
 def swaps_processors(pipeline: Any) -> bool:
-    """Whether a call puts attention processors of its own in place, and does no more to the modules: PAG."""
+    """Whether a call puts attention processors of its own in place, and does no more to the
+    modules: PAG."""
     return hasattr(pipeline, "_set_pag_attn_processor")
 
 
 def swaps_state(pipeline: Any, *, apart: bool = False, casts: bool = True) -> bool:
-    """Whether a call changes shared modules: attention processors that it swaps, an autoencoder that it casts and casts back.
+    """Whether a call changes shared modules: attention processors that it swaps, an autoencoder
+    that it casts and casts back.
 
     With `apart` such processors are kept apart; without `casts` autoencoders are.
     """
@@ -223,22 +243,30 @@ def swaps_state(pipeline: Any, *, apart: bool = False, casts: bool = True) -> bo
     if not apart and swaps_processors(pipeline) or _writes_to_modules(type(pipeline), pattern):  # type: ignore[arg-type]
         return True
     for component in pipeline.components.values():
-        if isinstance(component, BaseGuidance) and type(component).prepare_models is not BaseGuidance.prepare_models:
+        if (
+            isinstance(component, BaseGuidance)
+            and type(component).prepare_models is not BaseGuidance.prepare_models
+        ):
             return True
     return casts and any(
-        upcasts(module) and (module.dtype == torch.float16 or _writes_to_modules(type(pipeline), _CASTS))  # type: ignore[arg-type]
+        upcasts(module)
+        and (module.dtype == torch.float16 or _writes_to_modules(type(pipeline), _CASTS))  # type: ignore[arg-type]
         for module in _modules(pipeline)
     )
 
 
 def upcasts(module: torch.nn.Module) -> bool:
-    """Whether a pipeline may cast an autoencoder to single precision for a while: to decode in float16, and, in pipelines that
-    begin with an image, to encode in any half precision."""
-    return bool(getattr(getattr(module, "config", None), "force_upcast", False)) and module.dtype in _HALVES
+    """Whether a pipeline may cast an autoencoder to single precision for a while: to decode in
+    float16, and, in pipelines that begin with an image, to encode in any half precision."""
+    return (
+        bool(getattr(getattr(module, "config", None), "force_upcast", False))
+        and module.dtype in _HALVES
+    )
 
 
 def set_processor(attention: torch.nn.Module, processor: Any) -> None:
-    """Put an attention's processor in place, be it a module or not; torch takes nothing else in a module's place."""
+    """Put an attention's processor in place, be it a module or not; torch takes nothing else in a
+    module's place."""
     if attention.processor is not processor:
         if isinstance(attention.processor, torch.nn.Module):
             del attention.processor
@@ -250,7 +278,11 @@ def _left_as_found(pipeline: Any) -> Iterator[None]:
     """Undo what a call does to the shared modules, also when it fails half way."""
     parts = [part for module in _modules(pipeline) for part in module.modules()]
     processors = [(part, part.processor) for part in parts if hasattr(part, "processor")]
-    dtypes: list[tuple[Any, torch.dtype]] = [(one, one.dtype) for one in _modules(pipeline) if hasattr(one, "dtype")]  # type: ignore[misc]
+    dtypes: list[tuple[Any, torch.dtype]] = [
+        (one, one.dtype)  # type: ignore[misc]
+        for one in _modules(pipeline)
+        if hasattr(one, "dtype")
+    ]
     try:
         yield
     finally:

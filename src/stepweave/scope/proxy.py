@@ -9,7 +9,8 @@ import wrapt
 
 
 class Proxy(wrapt.ObjectProxy[Any]):
-    """Stands in front of an object that requests share. A copy, or what is unpickled, is of that object, without the proxy."""
+    """Stands in front of an object that requests share. A copy, or what is unpickled, is of that
+    object, without the proxy."""
 
     def __copy__(self) -> Any:
         return copy.copy(self.__wrapped__)
@@ -18,4 +19,5 @@ class Proxy(wrapt.ObjectProxy[Any]):
         return copy.deepcopy(self.__wrapped__, memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.__wrapped__.__reduce_ex__(protocol)  # a lock does not pickle; the copy is another process's
+        # a lock does not pickle; the copy is another process's
+        return self.__wrapped__.__reduce_ex__(protocol)

@@ -22,7 +22,8 @@ def clone_scheduler(scheduler: Any) -> Any:
 class BaseAsyncScheduler(wrapt.ObjectProxy[Any]):
     """A transparent proxy of a scheduler that makes copies for requests.
 
-    It is an instance of its scheduler's class for `isinstance`, can be copied and pickled, and passes on every attribute.
+    It is an instance of its scheduler's class for `isinstance`, can be copied and pickled, and
+    passes on every attribute.
 
     >>> scheduler = BaseAsyncScheduler(FlowMatchEulerDiscreteScheduler(shift=3.0))
     >>> own = scheduler.clone_for_request(20)
@@ -33,7 +34,9 @@ class BaseAsyncScheduler(wrapt.ObjectProxy[Any]):
     def __init__(self, scheduler: Any) -> None:
         if not isinstance(scheduler, SchedulerMixin):
             raise TypeError(f"expected a diffusers scheduler, got {type(scheduler).__name__}")
-        super().__init__(scheduler.__wrapped__ if isinstance(scheduler, BaseAsyncScheduler) else scheduler)
+        super().__init__(
+            scheduler.__wrapped__ if isinstance(scheduler, BaseAsyncScheduler) else scheduler
+        )
 
     @property
     def scheduler(self) -> Any:
@@ -45,15 +48,16 @@ class BaseAsyncScheduler(wrapt.ObjectProxy[Any]):
     ) -> BaseAsyncScheduler:
         """A proxy of a copy with its timesteps set, this one untouched.
 
-        `kwargs` go to the scheduler's `set_timesteps` (dynamic shifting needs `mu`), which raises for what is missing or
-        not its own.
+        `kwargs` go to the scheduler's `set_timesteps` (dynamic shifting needs `mu`), which raises
+        for what is missing or not its own.
         """
         clone = clone_scheduler(self)
         clone.set_timesteps(num_inference_steps, device=device, **kwargs)
         return BaseAsyncScheduler(clone)
 
     def __repr__(self) -> str:
-        timesteps = getattr(self.__wrapped__, "timesteps", None)  # PNDM and others have none before set_timesteps
+        # PNDM and others have none before set_timesteps
+        timesteps = getattr(self.__wrapped__, "timesteps", None)
         count = 0 if timesteps is None else len(timesteps)
         return f"BaseAsyncScheduler({type(self.__wrapped__).__name__}, {count} timesteps)"
 
@@ -83,14 +87,20 @@ def async_retrieve_timesteps(
 ) -> Any:
     """diffusers' `retrieve_timesteps`, on the given scheduler or on a copy.
 
-    Without `return_scheduler` exactly diffusers' function: sets the timesteps of `scheduler` and returns (timesteps, number of
-    steps). With it, sets those of a copy and returns (timesteps, number of steps, copy), `scheduler` untouched.
+    Without `return_scheduler` exactly diffusers' function: sets the timesteps of `scheduler` and
+    returns (timesteps, number of steps). With it, sets those of a copy and returns (timesteps,
+    number of steps, copy), `scheduler` untouched.
 
     >>> timesteps, n, own = async_retrieve_timesteps(pipeline.scheduler, 20, return_scheduler=True)
     """
     if not return_scheduler:
-        return retrieve_timesteps(scheduler, num_inference_steps, device, timesteps, sigmas, **kwargs)
+        return retrieve_timesteps(
+            scheduler, num_inference_steps, device, timesteps, sigmas, **kwargs
+        )
     clone = clone_scheduler(scheduler)
     if isinstance(scheduler, BaseAsyncScheduler):
         clone = BaseAsyncScheduler(clone)
-    return (*retrieve_timesteps(clone, num_inference_steps, device, timesteps, sigmas, **kwargs), clone)
+    return (
+        *retrieve_timesteps(clone, num_inference_steps, device, timesteps, sigmas, **kwargs),
+        clone,
+    )

@@ -23,12 +23,15 @@ class Reading:
 
 
 Count = Callable[[Reading], None]
-_count: contextvars.ContextVar[Count | None] = contextvars.ContextVar("stepweave_tokens", default=None)
+_count: contextvars.ContextVar[Count | None] = contextvars.ContextVar(
+    "stepweave_tokens", default=None
+)
 
 
 @contextlib.contextmanager
 def counting(count: Count) -> Iterator[None]:
-    """Have `count` called with every text that a view's tokenizers read within the block, in this context alone."""
+    """Have `count` called with every text that a view's tokenizers read within the block, in this
+    context alone."""
     before = _count.set(count)
     try:
         yield
@@ -41,9 +44,15 @@ def current_count() -> Count | None:
 
 
 def readings_of(
-    tokenizer: Any, name: str, method: str, output: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    tokenizer: Any,
+    name: str,
+    method: str,
+    output: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
 ) -> Iterator[Reading]:
-    """The texts that a tokenizer's call read; `output` is what its `method` returned, nothing if that is text."""
+    """The texts that a tokenizer's call read; `output` is what its `method` returned, nothing if
+    that is text."""
     rows = _tokens(tokenizer, output)
     if not rows:
         return
@@ -71,7 +80,10 @@ def _tokens(tokenizer: Any, output: Any) -> list[int]:
     mask = _rows(known.get("attention_mask"))
     if mask:
         return [sum(row) for row in mask]
-    return [_unpadded(row, tokenizer.pad_token_id, tokenizer.eos_token_id) for row in _rows(known.get("input_ids"))]
+    return [
+        _unpadded(row, tokenizer.pad_token_id, tokenizer.eos_token_id)
+        for row in _rows(known.get("input_ids"))
+    ]
 
 
 def _rows(values: Any) -> list[list[int]]:
@@ -82,7 +94,8 @@ def _rows(values: Any) -> list[list[int]]:
 
 
 def _unpadded(row: list[int], padding: int | None, end: int | None) -> int:
-    """The length of a row less the padding at its ends; where the end's own token pads, one of them is the end."""
+    """The length of a row less the padding at its ends; where the end's own token pads, one of them
+    is the end."""
     first, last = 0, len(row)
     while last > first and row[last - 1] == padding:
         last -= 1

@@ -24,7 +24,8 @@ T = TypeVar("T")
 Suffix = Literal["png", "jpeg", "webp"]
 MEDIA_TYPES: dict[str, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 READERS = 4  # threads
-PROBE_BYTES = 64 * 1024  # of a file that tells whether there is room: an empty one may find some on a full disk
+# of a file that tells whether there is room: an empty one may find some on a full disk
+PROBE_BYTES = 64 * 1024
 _NAME = re.compile(r"[0-9a-f]{32}\.(png|jpeg|webp)")
 _PARTIAL = re.compile(rf"\.{_NAME.pattern}\.partial")
 
@@ -39,7 +40,8 @@ class StoredFile:
 
 
 class FileStore(Protocol):
-    """Where picture files are kept. Every method raises StepweaveError (code `store_failed`) where the store fails."""
+    """Where picture files are kept. Every method raises StepweaveError (code `store_failed`) where
+    the store fails."""
 
     @property
     def health(self) -> StoreHealth:
@@ -49,7 +51,8 @@ class FileStore(Protocol):
         """Write a file and remove it, to find out whether writes work."""
 
     async def put(self, data: bytes, suffix: Suffix) -> str:
-        """Keep a file; returns its name. Raises StepweaveError (code `file_too_large`) for one that is over the bound."""
+        """Keep a file; returns its name. Raises StepweaveError (code `file_too_large`) for one that
+        is over the bound."""
 
     async def get(self, name: str) -> StoredFile | None:
         """The file of that name, any text; None where there is none, or it has expired."""
@@ -61,8 +64,9 @@ class FileStore(Protocol):
         """Remove files. Names of none are passed over."""
 
     async def sweep(self, now: float) -> list[str]:
-        """Remove what has expired by `now`, Unix seconds. Returns the names of all that went of itself since the last sweep:
-        expired, or the oldest that made room. Jobs that own such a file are to be forgotten (`JobStore.forget`)."""
+        """Remove what has expired by `now`, Unix seconds. Returns the names of all that went of
+        itself since the last sweep: expired, or the oldest that made room. Jobs that own such a
+        file are to be forgotten (`JobStore.forget`)."""
 
     async def close(self) -> None:
         """Finish what was begun, then take no more."""
@@ -85,8 +89,9 @@ class _Entry:
 class DirectoryFileStore:
     """A FileStore in a directory that no other process writes to.
 
-    Files are written in turn by one thread, which alone changes the index: so their bytes are bounded at any moment. A file gets
-    its name once it is on the disk, whole; its time of modification is when it was made. `clock` gives Unix seconds.
+    Files are written in turn by one thread, which alone changes the index: so their bytes are
+    bounded at any moment. A file gets its name once it is on the disk, whole; its time of
+    modification is when it was made. `clock` gives Unix seconds.
     """
 
     def __init__(
@@ -97,7 +102,8 @@ class DirectoryFileStore:
         *,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """Index what the directory has of an earlier run. Raises StepweaveError (code `store_failed`)."""
+        """Index what the directory has of an earlier run. Raises StepweaveError (code
+        `store_failed`)."""
         self._directory = Path(directory)
         self._keep_seconds = keep_seconds
         self._max_bytes = max_bytes
@@ -126,7 +132,8 @@ class DirectoryFileStore:
                     os.unlink(entry.path)
                 elif _NAME.fullmatch(entry.name):
                     status = entry.stat(follow_symlinks=False)
-                    # A time to come is of a clock that was set back meanwhile; the file must not outlive the others for it
+                    # A time to come is of a clock that was set back meanwhile; the file must not
+                    # outlive the others for it
                     found.append((min(status.st_mtime, now), entry.name, status.st_size))
         for created, name, size in sorted(found):
             self._index[name] = _Entry(size, created)
@@ -144,7 +151,10 @@ class DirectoryFileStore:
         if suffix not in MEDIA_TYPES:
             raise ValueError(f"suffix is {shown(suffix)}; allowed are {', '.join(MEDIA_TYPES)}.")
         if len(data) > self._max_bytes:
-            message = f"The picture's file has {len(data)} bytes; the file store takes {self._max_bytes} in all."
+            message = (
+                f"The picture's file has {len(data)} bytes; the file store takes {self._max_bytes} "
+                f"in all."
+            )
             raise StepweaveError(message, code="file_too_large")
         name = await self._run(self._writer, self._write, data, suffix)
         self._health.wrote()
@@ -160,13 +170,15 @@ class DirectoryFileStore:
 
     @contextlib.contextmanager
     def _partial(self, name: str, data: bytes) -> Iterator[Path]:
-        """A file under another name than its own, whole and on the disk. It is removed if the block fails."""
+        """A file under another name than its own, whole and on the disk. It is removed if the block
+        fails."""
         partial = self._directory / f".{name}.partial"
         try:
             with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())  # else a lost power supply could leave the name without its data
+                # else a lost power supply could leave the name without its data
+                os.fsync(file.fileno())
             yield partial
         except BaseException:
             with contextlib.suppress(OSError):
@@ -207,7 +219,11 @@ class DirectoryFileStore:
         except FileNotFoundError:
             return None
         expires_in = self._expires_in(entry)
-        return StoredFile(data, MEDIA_TYPES[name.partition(".")[2]], expires_in) if expires_in > 0 else None
+        return (
+            StoredFile(data, MEDIA_TYPES[name.partition(".")[2]], expires_in)
+            if expires_in > 0
+            else None
+        )
 
     def has(self, name: str) -> bool:
         entry = self._index.get(name)
@@ -242,7 +258,9 @@ class DirectoryFileStore:
             self._writer.shutdown(wait=False)
             self._readers.shutdown(wait=False)
 
-    async def _run(self, executor: DaemonExecutor, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def _run(
+        self, executor: DaemonExecutor, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
         if self._closed:
             raise StepweaveError("The file store is closed.", code="store_failed")
         try:

@@ -17,14 +17,16 @@ from stepweave.threads import DaemonExecutor
 Reason = Literal["full", "busy", "failed"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
-FREE_SECONDS = 1.0  # that a question about free bytes may take; a network's file system may never answer
+# that a question about free bytes may take; a network's file system may never answer
+FREE_SECONDS = 1.0
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 
 
 def reason_of(error: OSError | sqlite3.Error) -> Reason:
-    """`full`: no room is left, or none by quota; `busy`: another process has the file locked; `failed`: all else."""
+    """`full`: no room is left, or none by quota; `busy`: another process has the file locked;
+    `failed`: all else."""
     if isinstance(error, OSError):
         return "full" if error.errno in _FULL else "failed"
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the low byte; the rest tells kinds of it
@@ -44,7 +46,8 @@ class StoreHealth:
 
     def __init__(self) -> None:
         self.failures: Counter[Reason] = Counter()
-        self.problem: str | None = None  # as "full: No space left on device"; None while writes work
+        # as "full: No space left on device"; None while writes work
+        self.problem: str | None = None
         self._lock = threading.Lock()
 
     @property
@@ -65,7 +68,8 @@ class StoreHealth:
 
 
 class FreeBytes:
-    """Bytes that are free for this process where a path is: asked on a thread of its own, one question at a time."""
+    """Bytes that are free for this process where a path is: asked on a thread of its own, one
+    question at a time."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -74,7 +78,8 @@ class FreeBytes:
         self._lock = threading.Lock()
 
     def __call__(self) -> float:
-        """NaN if that cannot be told, or not within `FREE_SECONDS`. Not for the event loop's thread."""
+        """NaN if that cannot be told, or not within `FREE_SECONDS`. Not for the event loop's
+        thread."""
         with self._lock:
             if self._asked is None or self._asked.done():
                 self._asked = self._thread.submit(lambda: shutil.disk_usage(self._path).free)

@@ -55,14 +55,17 @@ class JobRecord:
 
     @property
     def cursor(self) -> str:
-        """Its place in the list: what `JobStore.list` takes as `before`. Holds after the record is gone."""
+        """Its place in the list: what `JobStore.list` takes as `before`. Holds after the record is
+        gone."""
         return f"{self.created!r}_{self.id}"
 
 
 class JobStore(Protocol):
-    """Where records are kept. Every method raises StepweaveError (code `store_failed`) where the store fails.
+    """Where records are kept. Every method raises StepweaveError (code `store_failed`) where the
+    store fails.
 
-    Calls of one event loop take effect in their order. One whose task was cancelled may have taken effect.
+    Calls of one event loop take effect in their order. One whose task was cancelled may have taken
+    effect.
     """
 
     @property
@@ -79,34 +82,42 @@ class JobStore(Protocol):
         """The record of that id, any text."""
 
     async def by_key(self, owner: str | None, key: str) -> JobRecord | None:
-        """The owner's newest record of that idempotency key that neither failed nor was cancelled."""
+        """The owner's newest record of that idempotency key that neither failed nor was
+        cancelled."""
 
     async def delete(self, id: str) -> list[str]:
         """Drop the record, if there is one. Returns the names of its files."""
 
     async def forget(self, files: Iterable[str]) -> list[str]:
-        """Drop the records that own any of these files. Returns the names of all files of theirs."""
+        """Drop the records that own any of these files. Returns the names of all files of
+        theirs."""
 
     async def sweep(self, now: float) -> list[str]:
-        """Drop what is past its time by `now`, Unix seconds, and the oldest finished ones of too many. Returns the names of
-        their files. Unfinished jobs stay."""
+        """Drop what is past its time by `now`, Unix seconds, and the oldest finished ones of too
+        many. Returns the names of their files. Unfinished jobs stay."""
 
     async def interrupted(self) -> int:
-        """Mark jobs that an earlier process left unfinished as failed. Returns how many. To be called before the first put."""
+        """Mark jobs that an earlier process left unfinished as failed. Returns how many. To be
+        called before the first put."""
 
     async def close(self) -> None:
         """Finish what was begun, then take no more."""
 
-    async def list(self, owner: str | None, limit: int, before: str | None = None) -> list[JobRecord]:
-        """At most `limit` records of the owner, newest first, from behind the cursor `before` (`JobRecord.cursor`).
+    async def list(
+        self, owner: str | None, limit: int, before: str | None = None
+    ) -> list[JobRecord]:
+        """At most `limit` records of the owner, newest first, from behind the cursor `before`
+        (`JobRecord.cursor`).
 
         Raises InvalidRequest for text that is no cursor.
         """
 
 
-BUSY_SECONDS = 2.0  # from a call's submission, after which it fails if another process has the file locked
+# from a call's submission, after which it fails if another process has the file locked
+BUSY_SECONDS = 2.0
 START_SECONDS = 30.0  # the same of the one call that a start depends on
-JOURNAL_BYTES = 16 * 2**20  # of the write-ahead log, which else keeps the largest size that it ever had
+# of the write-ahead log, which else keeps the largest size that it ever had
+JOURNAL_BYTES = 16 * 2**20
 SCHEMA_VERSION = 1
 _SCHEMA = """
 CREATE TABLE jobs (
@@ -117,14 +128,16 @@ CREATE TABLE jobs (
     idempotency_key TEXT, fingerprint TEXT
 );
 CREATE INDEX jobs_of_owner ON jobs (owner, created, id);
-CREATE INDEX jobs_of_key ON jobs (owner, idempotency_key, created, id) WHERE idempotency_key IS NOT NULL;
+CREATE INDEX jobs_of_key ON jobs (owner, idempotency_key, created, id)
+    WHERE idempotency_key IS NOT NULL;
 CREATE INDEX jobs_finished ON jobs (finished, id) WHERE finished IS NOT NULL;
 """
 _COLUMNS = tuple(field.name for field in fields(JobRecord))
 _JSON = {"request", "response", "files", "error", "warnings"}
 _SELECT = f"SELECT {', '.join(_COLUMNS)} FROM jobs"
 _PUT = (
-    f"INSERT INTO jobs ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))}) ON CONFLICT (id) DO UPDATE SET "
+    f"INSERT INTO jobs ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))}) ON "
+    f"CONFLICT (id) DO UPDATE SET "
     + ", ".join(f"{name} = excluded.{name}" for name in _COLUMNS if name != "id")
 )
 _CORRUPT = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
@@ -132,7 +145,10 @@ _CORRUPT = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 def _to_row(record: JobRecord) -> tuple[Any, ...]:
     values = ((name, getattr(record, name)) for name in _COLUMNS)
-    return tuple(json.dumps(value) if name in _JSON and value is not None else value for name, value in values)
+    return tuple(
+        json.dumps(value) if name in _JSON and value is not None else value
+        for name, value in values
+    )
 
 
 def _to_record(row: tuple[Any, ...]) -> JobRecord:
@@ -150,7 +166,9 @@ def _to_place(cursor: str) -> tuple[float, str]:
     except ValueError:
         place = math.nan, id
     if not math.isfinite(place[0]) or not _ID.fullmatch(id):
-        raise InvalidRequest(f"before is {shown(cursor)}; it takes the cursor of an earlier page.", param="before")
+        raise InvalidRequest(
+            f"before is {shown(cursor)}; it takes the cursor of an earlier page.", param="before"
+        )
     return place
 
 
@@ -166,11 +184,13 @@ class _Unusable(Exception):
 class SqliteJobStore:
     """A JobStore in one SQLite file, on a thread of its own.
 
-    While another process has the file locked, each call fails `BUSY_SECONDS` after it was submitted, whatever waits before it,
-    so that those that wait do not add up; the first one after the lock is gone works again.
+    While another process has the file locked, each call fails `BUSY_SECONDS` after it was
+    submitted, whatever waits before it, so that those that wait do not add up; the first one after
+    the lock is gone works again.
 
-    What `put` has acknowledged outlives a killed process; a lost power supply may take the last ones. A file that is corrupt,
-    or of another version of the schema, is set aside (one of each kind), and a new one begun. `clock` gives Unix seconds.
+    What `put` has acknowledged outlives a killed process; a lost power supply may take the last
+    ones. A file that is corrupt, or of another version of the schema, is set aside (one of each
+    kind), and a new one begun. `clock` gives Unix seconds.
     """
 
     def __init__(
@@ -201,16 +221,18 @@ class SqliteJobStore:
         return self._health
 
     def _connected(self, until: float, writing: bool = True) -> sqlite3.Connection:
-        """The connection; one that has to be made waits for locks to `until`, in seconds of the monotonic clock.
+        """The connection; one that has to be made waits for locks to `until`, in seconds of the
+        monotonic clock.
 
-        A file that was removed under it is begun anew, if its directory is there: what is written to the old one would be gone
-        with this process.
+        A file that was removed under it is begun anew, if its directory is there: what is written
+        to the old one would be gone with this process.
         """
         if writing and self._connection is not None and not self._path.exists():
             os.stat(self._path.parent)
             logger.warning("%s was removed; a new one is begun", self._path)
             self._disconnect()
-            for part in ("-wal", "-shm"):  # of the old file, and left there, since that is not where it was
+            # of the old file, and left there, since that is not where it was
+            for part in ("-wal", "-shm"):
                 Path(f"{self._path}{part}").unlink(missing_ok=True)
         if self._connection is None:
             self._connection = self._open(until)
@@ -231,7 +253,8 @@ class SqliteJobStore:
             self._prepare(connection)
         except BaseException as error:
             connection.close()
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF in _CORRUPT:  # the low byte; the rest tells kinds of it
+            # the low byte; the rest tells kinds of it
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in _CORRUPT:
                 raise _Unusable("corrupt", f"is corrupt ({error})") from error
             raise
         return connection
@@ -246,18 +269,25 @@ class SqliteJobStore:
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
         if version == 0 and tables == 0:
-            connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+            connection.executescript(
+                f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
+            )
         elif version != SCHEMA_VERSION:
-            raise _Unusable(f"version-{version}", f"has version {version} of the schema, not {SCHEMA_VERSION}")
+            raise _Unusable(
+                f"version-{version}", f"has version {version} of the schema, not {SCHEMA_VERSION}"
+            )
 
     def _set_aside(self, suffix: str, reason: str) -> None:
         aside = f"{self._path}.{suffix}"
-        logger.warning("%s %s; it is set aside as %s, and a new one begun", self._path, reason, aside)
+        logger.warning(
+            "%s %s; it is set aside as %s, and a new one begun", self._path, reason, aside
+        )
         for part in ("-wal", "-shm", ""):
             try:
                 os.replace(f"{self._path}{part}", f"{aside}{part}")
             except FileNotFoundError:
-                Path(f"{aside}{part}").unlink(missing_ok=True)  # of the one that was set aside before
+                # of the one that was set aside before
+                Path(f"{aside}{part}").unlink(missing_ok=True)
 
     async def put(self, record: JobRecord) -> None:
         row = _to_row(record)  # here, so that it is the record as it is now
@@ -269,7 +299,10 @@ class SqliteJobStore:
         self._health.wrote()
 
     async def probe(self) -> None:
-        await self._run(lambda connection: connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}"), writes=True)
+        await self._run(
+            lambda connection: connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}"),
+            writes=True,
+        )
         self._health.wrote()
 
     async def get(self, id: str) -> JobRecord | None:
@@ -279,7 +312,9 @@ class SqliteJobStore:
 
     async def by_key(self, owner: str | None, key: str) -> JobRecord | None:
         condition = "owner IS ? AND idempotency_key = ? AND state NOT IN ('failed', 'cancelled')"
-        return await self._one(f"{_SELECT} WHERE {condition} ORDER BY created DESC, id DESC LIMIT 1", (owner, key))
+        return await self._one(
+            f"{_SELECT} WHERE {condition} ORDER BY created DESC, id DESC LIMIT 1", (owner, key)
+        )
 
     async def delete(self, id: str) -> list[str]:
         return await self._drop("id = ?", (id,))
@@ -293,8 +328,12 @@ class SqliteJobStore:
 
     async def sweep(self, now: float) -> list[str]:
         excess = "max(0, (SELECT count(*) FROM jobs) - ?)"
-        oldest = f"SELECT id FROM jobs WHERE finished IS NOT NULL ORDER BY finished, id LIMIT {excess}"
-        return await self._drop(f"finished <= ? OR id IN ({oldest})", (now - self._keep_seconds, self._keep_records))
+        oldest = (
+            f"SELECT id FROM jobs WHERE finished IS NOT NULL ORDER BY finished, id LIMIT {excess}"
+        )
+        return await self._drop(
+            f"finished <= ? OR id IN ({oldest})", (now - self._keep_seconds, self._keep_records)
+        )
 
     async def interrupted(self) -> int:
         now = self._clock()
@@ -303,9 +342,15 @@ class SqliteJobStore:
             changed = 0
             for state in ("queued", "running"):
                 message = f"The server was restarted while the job was {state}; send it again."
-                error = {"message": message, "type": "server_error", "code": "restarted", "param": None}
+                error = {
+                    "message": message,
+                    "type": "server_error",
+                    "code": "restarted",
+                    "param": None,
+                }
                 changed += connection.execute(
-                    "UPDATE jobs SET state = 'failed', finished = ?, updated = ?, error = ? WHERE state = ?",
+                    "UPDATE jobs SET state = 'failed', finished = ?, updated = ?, error = ? WHERE "
+                    "state = ?",
                     (now, now, json.dumps(error), state),
                 ).rowcount
             return changed
@@ -329,15 +374,22 @@ class SqliteJobStore:
 
     async def _drop(self, condition: str, arguments: tuple[Any, ...]) -> list[str]:
         def work(connection: sqlite3.Connection) -> list[str]:
-            dropped = connection.execute(f"DELETE FROM jobs WHERE {condition} RETURNING files", arguments).fetchall()
+            dropped = connection.execute(
+                f"DELETE FROM jobs WHERE {condition} RETURNING files", arguments
+            ).fetchall()
             return [name for (names,) in dropped for name in json.loads(names)]
 
         return await self._run(work, writes=True)
 
     async def _run(
-        self, work: Callable[[sqlite3.Connection], T], *, writes: bool = False, patience: float | None = None
+        self,
+        work: Callable[[sqlite3.Connection], T],
+        *,
+        writes: bool = False,
+        patience: float | None = None,
     ) -> T:
-        """Do the work on the store's thread, as one transaction. It waits `patience` seconds from now, `BUSY_SECONDS` if None."""
+        """Do the work on the store's thread, as one transaction. It waits `patience` seconds from
+        now, `BUSY_SECONDS` if None."""
         if self._closed:
             raise StepweaveError("The job store is closed.", code="store_failed")
         until = time.monotonic() + (BUSY_SECONDS if patience is None else patience)
@@ -359,11 +411,16 @@ class SqliteJobStore:
         self._health.failed(error, writing=writing)
         return StepweaveError(f"The job store failed ({words_of(error)}).", code="store_failed")
 
-    async def list(self, owner: str | None, limit: int, before: str | None = None) -> list[JobRecord]:
+    async def list(
+        self, owner: str | None, limit: int, before: str | None = None
+    ) -> list[JobRecord]:
         condition = "owner IS ?"
         arguments: tuple[Any, ...] = (owner, limit)
         if before is not None:
-            condition, arguments = f"{condition} AND (created, id) < (?, ?)", (owner, *_to_place(before), limit)
+            condition, arguments = (
+                f"{condition} AND (created, id) < (?, ?)",
+                (owner, *_to_place(before), limit),
+            )
         query = f"{_SELECT} WHERE {condition} ORDER BY created DESC, id DESC LIMIT ?"
         rows = await self._run(lambda connection: connection.execute(query, arguments).fetchall())
         return [_to_record(row) for row in rows]

@@ -34,13 +34,25 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series fo
 
 Outcome = Literal["succeeded", "failed", "cancelled", "refused", "late", "invalid", "unavailable"]
 _OUTCOMES: dict[int, Outcome] = {499: "cancelled", 429: "refused", 504: "late", 503: "unavailable"}
-MAX_CLIENT_LABELS = 2 * MAX_CLIENTS  # those that a server may have, as many that it had, and the empty one
+# those that a server may have, as many that it had, and the empty one
+MAX_CLIENT_LABELS = 2 * MAX_CLIENTS
 OTHER_CLIENT = "(other)"  # no client's name
 CERTIFICATE_STATES = ("certified", "pending", "failed")
 UNSHARED_REASONS = (
-    "state", "turns", "callback", "cast", "failed", "random", "writes_arguments", "must_be_equal", "too_alike", "not_finite",
-    "not_comparable", "reproducible", "error",
-)  # fmt: skip
+    "state",
+    "turns",
+    "callback",
+    "cast",
+    "failed",
+    "random",
+    "writes_arguments",
+    "must_be_equal",
+    "too_alike",
+    "not_finite",
+    "not_comparable",
+    "reproducible",
+    "error",
+)
 IMAGE_RESULTS = ("ok", "constant", "flagged", "non_finite")
 STORES = ("jobs", "files")
 VRAM_KINDS = ("allocated", "reserved", "peak", "free", "total")
@@ -52,12 +64,14 @@ SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
 
 
 class Metrics:
-    """Counters that the server feeds, and gauges that are read when scraped. Each series has the label `model_name`.
+    """Counters that the server feeds, and gauges that are read when scraped. Each series has the
+    label `model_name`.
 
-    The other arguments are called at each scrape: `in_flight` and `waiting` count requests, the latter among the former;
-    `engine` gives the engine's statistics, or None while there is none; `refused` how many requests admission refused, by
-    reason; `stores` how each of the stores fares, `free_bytes` the room that they have, or NaN; `clients` the names of the
-    clients that have an API key.
+    The other arguments are called at each scrape: `in_flight` and `waiting` count requests, the
+    latter among the former; `engine` gives the engine's statistics, or None while there is none;
+    `refused` how many requests admission refused, by reason; `stores` how each of the stores fares,
+    `free_bytes` the room that they have, or NaN; `clients` the names of the clients that have an
+    API key.
     """
 
     def __init__(
@@ -78,13 +92,18 @@ class Metrics:
         # the exposition is UTF-8, which the name of a directory need not be
         label = model_name.encode("utf-8", "replace").decode()
         self.registry.register(LabelledCollector(series, {"model_name": label}))
-        Gauge("stepweave_ready", "1 while the server takes work, else 0.", registry=series).set_function(ready)
+        Gauge(
+            "stepweave_ready", "1 while the server takes work, else 0.", registry=series
+        ).set_function(ready)
         series.register(RequestCollector(in_flight, waiting))
         self.requests = Counter(
             "stepweave_requests_total",
-            "HTTP requests for images, each counted once, by what it was answered with (one with Prefer: respond-async when its "
-            "job is over, by what is kept): succeeded; failed (500, or an answer that broke off); cancelled (the client left "
-            "first, or the job was cancelled); refused (429); late (504); invalid (any other 4xx); unavailable (503). `client` "
+            "HTTP requests for images, each counted once, by what it was answered with (one with "
+            "Prefer: respond-async when its "
+            "job is over, by what is kept): succeeded; failed (500, or an answer that broke off); "
+            "cancelled (the client left "
+            "first, or the job was cancelled); refused (429); late (504); invalid (any other 4xx); "
+            "unavailable (503). `client` "
             "is the name of the API key, empty without one.",
             ["outcome", "client"],
             registry=series,
@@ -95,7 +114,8 @@ class Metrics:
         self._client("")
         self.request_seconds = Histogram(
             "stepweave_request_duration_seconds",
-            "Seconds from the acceptance of a request for images to its finished image files, waiting included; of requests "
+            "Seconds from the acceptance of a request for images to its finished image files, "
+            "waiting included; of requests "
             "that succeeded.",
             buckets=SECONDS,
             registry=series,
@@ -108,7 +128,8 @@ class Metrics:
         )
         self.step_seconds = Histogram(
             "stepweave_step_duration_seconds",
-            "Seconds of a forward of a module with what follows it, until all its jobs wait for their next one.",
+            "Seconds of a forward of a module with what follows it, until all its jobs wait for "
+            "their next one.",
             ["module"],
             buckets=STEP_SECONDS,
             registry=series,
@@ -125,23 +146,27 @@ class Metrics:
         )
         self.eta_error = Histogram(
             "stepweave_eta_error_seconds",
-            "Seconds by which a job ended later (or, below zero, earlier) than was predicted when it was accepted.",
+            "Seconds by which a job ended later (or, below zero, earlier) than was predicted when "
+            "it was accepted.",
             buckets=ERROR_SECONDS,
             registry=series,
         )
         self.deadline_missed = Counter(
             "stepweave_deadline_missed_total",
-            "Jobs that were let in and did not meet their deadline, those among them whose last forward was under way.",
+            "Jobs that were let in and did not meet their deadline, those among them whose last "
+            "forward was under way.",
             registry=series,
         )
         self.steps_saved = Counter(
             "stepweave_steps_saved_total",
-            "Denoising steps that were not run since their job was cancelled, its client left, or its deadline passed.",
+            "Denoising steps that were not run since their job was cancelled, its client left, or "
+            "its deadline passed.",
             registry=series,
         )
         self.images = Counter(
             "stepweave_images_total",
-            "Images by result: ok, constant (one colour throughout), flagged (by the pipeline's safety checker) or non_finite "
+            "Images by result: ok, constant (one colour throughout), flagged (by the pipeline's "
+            "safety checker) or non_finite "
             "(NaN or infinite values: their request failed).",
             ["result"],
             registry=series,
@@ -160,16 +185,20 @@ class Metrics:
         series.register(StoreCollector(stores))
         Gauge(
             "stepweave_store_free_bytes",
-            "Bytes that are free where jobs and image files are stored; NaN if that cannot be told.",
+            "Bytes that are free where jobs and image files are stored; NaN if that cannot be "
+            "told.",
             registry=series,
         ).set_function(free_bytes)
         self.vram = VramCollector(engine)
         series.register(self.vram)
 
     def loaded(self, pipeline: str, revision: str | None, device: str, dtype: str) -> None:
-        """The model was loaded: the class of its pipeline, its commit on the hub if it is from there, and where it is."""
+        """The model was loaded: the class of its pipeline, its commit on the hub if it is from
+        there, and where it is."""
         self.vram.device = device
-        self._model.info({"pipeline": pipeline, "revision": revision or "", "device": device, "dtype": dtype})
+        self._model.info(
+            {"pipeline": pipeline, "revision": revision or "", "device": device, "dtype": dtype}
+        )
 
     def step(self, module: str, rows: int, cap: int, seconds: float) -> None:
         """A forward was run. Called on the engine's thread."""
@@ -184,7 +213,8 @@ class Metrics:
             histogram.observe(value)
 
     def generated(self, job: Job, due: float | None) -> None:
-        """A job succeeded, which was expected to at `due`, in seconds of the monotonic clock, if that was known."""
+        """A job succeeded, which was expected to at `due`, in seconds of the monotonic clock, if
+        that was known."""
         if job.begun is not None:
             self.queue_seconds.observe(job.begun - job.accepted)
         if job.finished is None:
@@ -199,13 +229,15 @@ class Metrics:
         self.requests.labels(outcome_of(status), self._client(client)).inc()
 
     def _client(self, name: str) -> str:
-        """The client's label. Keys may be replaced under ever new names, and each keeps its series until the process ends."""
+        """The client's label. Keys may be replaced under ever new names, and each keeps its series
+        until the process ends."""
         if name not in self._clients:
             if len(self._clients) >= MAX_CLIENT_LABELS:
                 name = OTHER_CLIENT
             self._clients.add(name)
             for outcome in get_args(Outcome):
-                self.requests.labels(outcome, name)  # present at 0, so that a rate exists from the first scrape
+                # present at 0, so that a rate exists from the first scrape
+                self.requests.labels(outcome, name)
         return name
 
     def render(self) -> bytes:
@@ -234,12 +266,15 @@ class LabelledCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         for family in self._registry.collect():
             labelled = Metric(family.name, family.documentation, family.type, family.unit)
-            labelled.samples = [one._replace(labels={**one.labels, **self._labels}) for one in family.samples]
+            labelled.samples = [
+                one._replace(labels={**one.labels, **self._labels}) for one in family.samples
+            ]
             yield labelled
 
 
 class RequestCollector(Collector):
-    """Requests in flight, as running and as waiting: of one moment, so that these are always the sum."""
+    """Requests in flight, as running and as waiting: of one moment, so that these are always the
+    sum."""
 
     def __init__(self, in_flight: Callable[[], int], waiting: Callable[[], int]) -> None:
         self._in_flight = in_flight
@@ -251,12 +286,17 @@ class RequestCollector(Collector):
         for name, documentation, value in (
             (
                 "running",
-                "Accepted requests for images that the engine has begun, whose upload is being read or whose images are being "
+                "Accepted requests for images that the engine has begun, whose upload is being "
+                "read or whose images are being "
                 "encoded.",
                 in_flight - waiting,
             ),
             ("waiting", "Accepted requests for images that the engine has not begun.", waiting),
-            ("in_flight", "Accepted requests for images that are not yet answered: running and waiting.", in_flight),
+            (
+                "in_flight",
+                "Accepted requests for images that are not yet answered: running and waiting.",
+                in_flight,
+            ),
         ):
             yield GaugeMetricFamily(f"stepweave_requests_{name}", documentation, value)
 
@@ -270,7 +310,8 @@ class LoadCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         family = GaugeMetricFamily(
             "stepweave_model_load_seconds",
-            "Seconds that each stage of the start took, the running one so far; 0 before it and where there is none. They add "
+            "Seconds that each stage of the start took, the running one so far; 0 before it and "
+            "where there is none. They add "
             "up to the whole start.",
             labels=["stage"],
         )
@@ -280,7 +321,8 @@ class LoadCollector(Collector):
 
 
 class EngineCollector(Collector):
-    """What the step engine has done: certificates, forwards and calls by module, the encoder cache, and what it survived.
+    """What the step engine has done: certificates, forwards and calls by module, the encoder cache,
+    and what it survived.
 
     `module` is one of the pipeline's own parts, so its values are bounded.
     """
@@ -292,14 +334,19 @@ class EngineCollector(Collector):
         stats = self._stats()
         certificates = GaugeMetricFamily(
             "stepweave_certificates",
-            "Kinds of calls by whether they may share forwards: certified, pending (runs alone so far) or failed.",
+            "Kinds of calls by whether they may share forwards: certified, pending (runs alone so "
+            "far) or failed.",
             labels=["state"],
         )
         for state in CERTIFICATE_STATES:
             found = stats.certificates if stats else []
             certificates.add_metric([state], sum(one["state"] == state for one in found))
-        forwards = CounterMetricFamily("stepweave_forwards", "Forwards of a module.", labels=["module"])
-        rows = CounterMetricFamily("stepweave_forward_rows", "Rows of a module's forwards.", labels=["module"])
+        forwards = CounterMetricFamily(
+            "stepweave_forwards", "Forwards of a module.", labels=["module"]
+        )
+        rows = CounterMetricFamily(
+            "stepweave_forward_rows", "Rows of a module's forwards.", labels=["module"]
+        )
         calls = CounterMetricFamily(
             "stepweave_calls",
             "Calls of a module, by whether the forward was shared with others.",
@@ -313,19 +360,23 @@ class EngineCollector(Collector):
             calls.add_metric([module, "no"], counts.calls - counts.merged_calls)
         unshared = CounterMetricFamily(
             "stepweave_unshared_calls",
-            "Calls that ran alone though others waited, or because they must, by reason; /v1/models has the details.",
+            "Calls that ran alone though others waited, or because they must, by reason; "
+            "/v1/models has the details.",
             labels=["reason"],
         )
         for reason in UNSHARED_REASONS:
             unshared.add_metric([reason], stats.unshared_calls.get(reason, 0) if stats else 0)
         lookups = CounterMetricFamily(
-            "stepweave_encoder_cache_lookups", "Prompts looked up among remembered encodings.", labels=["result"]
+            "stepweave_encoder_cache_lookups",
+            "Prompts looked up among remembered encodings.",
+            labels=["result"],
         )
         lookups.add_metric(["hit"], stats.cache_hits if stats else 0)
         lookups.add_metric(["miss"], stats.cache_misses if stats else 0)
         survived = CounterMetricFamily(
             "stepweave_engine_recoveries",
-            "What the engine survived: shared forwards that failed and ran alone; forwards that ran out of memory; calls that "
+            "What the engine survived: shared forwards that failed and ran alone; forwards that "
+            "ran out of memory; calls that "
             "were run some rows at a time; errors.",
             labels=["reason"],
         )
@@ -337,7 +388,8 @@ class EngineCollector(Collector):
         )
         unfit.add_metric([], stats.unfit if stats else 0)
         backlog = GaugeMetricFamily(
-            "stepweave_backlog_seconds", "Predicted seconds of work that was accepted and is not yet done."
+            "stepweave_backlog_seconds",
+            "Predicted seconds of work that was accepted and is not yet done.",
         )
         backlog.add_metric([], stats.backlog if stats else 0)
         error = GaugeMetricFamily(
@@ -345,7 +397,18 @@ class EngineCollector(Collector):
             "The median error of the last predicted forwards, as a share of the prediction.",
         )
         error.add_metric([], stats.cost_error if stats else 0)
-        yield from (certificates, forwards, rows, calls, unshared, lookups, survived, unfit, backlog, error)
+        yield from (
+            certificates,
+            forwards,
+            rows,
+            calls,
+            unshared,
+            lookups,
+            survived,
+            unfit,
+            backlog,
+            error,
+        )
 
 
 class RefusalCollector(Collector):
@@ -357,7 +420,8 @@ class RefusalCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         family = CounterMetricFamily(
             "stepweave_refused",
-            "Requests refused by admission: no place, too long a wait, a deadline that cannot be met, too little memory.",
+            "Requests refused by admission: no place, too long a wait, a deadline that cannot be "
+            "met, too little memory.",
             labels=["reason"],
         )
         counts = self._refused()
@@ -375,11 +439,14 @@ class StoreCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         failures = CounterMetricFamily(
             "stepweave_store_failures",
-            "Calls of a store (jobs, or image files) that failed: no room is left, another process has the file locked, or else.",
+            "Calls of a store (jobs, or image files) that failed: no room is left, another process "
+            "has the file locked, or else.",
             labels=["store", "reason"],
         )
         writable = GaugeMetricFamily(
-            "stepweave_store_writable", "1 while writes to a store work, else 0; 0 before it is open.", labels=["store"]
+            "stepweave_store_writable",
+            "1 while writes to a store work, else 0; 0 before it is open.",
+            labels=["store"],
         )
         stores = self._stores()
         for name in STORES:
@@ -391,10 +458,13 @@ class StoreCollector(Collector):
 
 
 class VramCollector(Collector):
-    """`stepweave_vram_bytes{device, kind}` of the device in use; zeros where that is no CUDA device."""
+    """`stepweave_vram_bytes{device, kind}` of the device in use; zeros where that is no CUDA
+    device."""
 
     device: str = (
-        "cpu"  # set once the model is loaded; other devices are not asked, since that would open a context on them
+        # set once the model is loaded; other devices are not asked, since that would open a context
+        # on them
+        "cpu"
     )
 
     def __init__(self, stats: Callable[[], EngineStats | None]) -> None:
@@ -403,7 +473,8 @@ class VramCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         family = GaugeMetricFamily(
             "stepweave_vram_bytes",
-            "GPU memory: allocated, reserved and peak (allocated) of this process; free and total of the device.",
+            "GPU memory: allocated, reserved and peak (allocated) of this process; free and total "
+            "of the device.",
             labels=["device", "kind"],
         )
         for kind, value in zip(VRAM_KINDS, self._values(), strict=False):
@@ -416,7 +487,8 @@ class VramCollector(Collector):
         import torch
 
         try:
-            with torch.cuda.device(self.device):  # this thread's own may be another, on which nothing shall be opened
+            # this thread's own may be another, on which nothing shall be opened
+            with torch.cuda.device(self.device):
                 free, total = torch.cuda.mem_get_info(self.device)
         except RuntimeError:
             return ()  # a broken device must not take the other metrics with it

@@ -8,7 +8,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-STAGES = ("starting", "importing", "downloading", "loading", "warming_up", "certifying", "trying_limits", "profiling")
+STAGES = (
+    "starting",
+    "importing",
+    "downloading",
+    "loading",
+    "warming_up",
+    "certifying",
+    "trying_limits",
+    "profiling",
+)
 
 
 class StageTimes:
@@ -25,7 +34,8 @@ class StageTimes:
         self._lock = threading.Lock()
 
     def enter(self, stage: str | None) -> None:
-        """End the running stage and begin another one, or none, as for any name that is not in `STAGES`."""
+        """End the running stage and begin another one, or none, as for any name that is not in
+        `STAGES`."""
         with self._lock:
             now = self._clock()
             if self._running is not None:
@@ -50,11 +60,14 @@ class StageTimes:
             _times.reset(token)
 
 
-_times: contextvars.ContextVar[StageTimes | None] = contextvars.ContextVar("stepweave_stage_times", default=None)
+_times: contextvars.ContextVar[StageTimes | None] = contextvars.ContextVar(
+    "stepweave_stage_times", default=None
+)
 
 
 def enter_stage(name: str) -> None:
-    """What follows is the stage `name`, of `STAGES`, of the start that is timed on this thread, if one is."""
+    """What follows is the stage `name`, of `STAGES`, of the start that is timed on this thread, if
+    one is."""
     times = _times.get()
     if times is not None:
         times.enter(name)
