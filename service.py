@@ -30,10 +30,10 @@ from stepweave.api.middleware import ContractMiddleware
 from stepweave.api.schemas import ImageRequest, NativeEditRequest, StreamRequest
 from stepweave.config import Settings
 from stepweave.errors import ConfigError
-from stepweave.listening import listening, log_addresses
-from stepweave.server import Server
-from stepweave.signals import on_signals
-from stepweave.supervisor import prepare_command, report_failure
+from stepweave.serving.listening import listening, log_addresses
+from stepweave.serving.server import Server
+from stepweave.serving.signals import on_signals
+from stepweave.serving.supervisor import prepare_command, report_failure
 from stepweave.telemetry.logs import configure_logs
 
 # OpenMP's threads must not spin while they wait: with another busy process beside it, a picture

@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from stepweave.scheduling.cost import CostModel
-from stepweave.scheduling.forecast import forecast, step_seconds
-from stepweave.scheduling.plan import Plan
+from stepweave.planning.cost import CostModel
+from stepweave.planning.forecast import forecast, step_seconds
+from stepweave.planning.plan import Plan
 from stepweave.scheduling.policy import rank
 from stepweave.scheduling.task import Demand, Key, Load, Task
 from stepweave.threads import DaemonExecutor, on_thread

@@ -20,8 +20,8 @@ from stepweave import StepEngine
 from stepweave.config import Settings
 from stepweave.engine import Job, Latents
 from stepweave.images.encode import encode
-from stepweave.images.previews import Previewer, preview_steps
 from stepweave.loading.device import set_cpu_threads
+from stepweave.previews.decoder import Previewer, preview_steps
 
 COUNT = 3  # previews of a picture
 JOBS = 8  # at a time

@@ -21,7 +21,7 @@ from stepweave.config import Settings
 from stepweave.engine import StepEngine
 from stepweave.loading.device import set_cpu_threads
 from stepweave.loading.loader import load_pipeline
-from stepweave.model import ServedModel
+from stepweave.serving.model import ServedModel
 
 DENOISER = "transformer"
 COUNTS = (1, 2, 4, 8, 16)  # jobs at a time

@@ -30,7 +30,7 @@ from benchmarks.simulation.picture import draw
 from benchmarks.simulation.reception import Reception
 from benchmarks.simulation.variants import VARIANTS
 from benchmarks.simulation.world import World, fixed
-from stepweave.scheduling.forecast import ORDERS, Order, by_arrival
+from stepweave.planning.forecast import ORDERS, Order, by_arrival
 from stepweave.scheduling.policy import POLICIES, Policy, rank
 
 CURVE = Path(__file__).parent / "curves" / "qwen-image-h200.json"

@@ -25,8 +25,8 @@ from stepweave.api.middleware import ContractMiddleware
 from stepweave.api.responses import is_of_protocol
 from stepweave.config import Settings
 from stepweave.loading.preset import Preset
-from stepweave.names import told_name
-from stepweave.server import Server
+from stepweave.serving.names import told_name
+from stepweave.serving.server import Server
 from tests.conftest import clean_environment
 from tests.fake import FakePipeline, Record
 from tests.waiting import SECONDS

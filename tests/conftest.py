@@ -30,9 +30,9 @@ from stepweave.api.http import Api
 from stepweave.api.middleware import ContractMiddleware
 from stepweave.config import PREFIX, Settings
 from stepweave.loading.preset import Preset
-from stepweave.names import told_name
-from stepweave.scheduling.cost import CostModel
-from stepweave.server import Server
+from stepweave.planning.cost import CostModel
+from stepweave.serving.names import told_name
+from stepweave.serving.server import Server
 from tests.fake import FakePipeline
 from tests.waiting import SECONDS, wait_until
 

@@ -29,8 +29,8 @@ from torch.utils._pytree import tree_iter, tree_map
 
 from stepweave import StepEngine
 from stepweave.engine import hooks, loop, pipeline_call
-from stepweave.engine.memory import UnknownMemory
-from stepweave.engine.timing import HostClock
+from stepweave.memory.device import UnknownMemory
+from stepweave.planning.clock import HostClock
 
 CUDA = torch.device("cuda", 0)
 aten = torch.ops.aten

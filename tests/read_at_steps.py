@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from stepweave import StepEngine
-from stepweave.engine import ambient
-from stepweave.engine.call import Call, Target
-from stepweave.engine.describe import Describer
-from stepweave.engine.digests import Digests
-from stepweave.engine.host_times import keep_times_on_the_host
+from stepweave.batching.call import Call, Target
+from stepweave.batching.fingerprints import Digests
+from stepweave.batching.layout import Describer
+from stepweave.compat import torch_state as ambient
+from stepweave.compat.host_times import keep_times_on_the_host
 from tests.fake_device import CUDA, FakeDevice, fake_device
 from tests.reported import submit_together
 from tests.tiny import Family

@@ -20,9 +20,9 @@ from PIL import Image
 from stepweave.api.answers import MAX_WARNINGS_HEADER, warnings_header
 from stepweave.config import Settings
 from stepweave.errors import LoadError
-from stepweave.generation import MAX_SEED
 from stepweave.loading.preset import Preset
-from stepweave.model import ServedModel
+from stepweave.parameters import MAX_SEED
+from stepweave.serving.model import ServedModel
 from tests.conftest import InProcess
 from tests.fake import FakePipeline
 from tests.tiny import FAMILIES

@@ -23,7 +23,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from transformers import PreTrainedModel
 
 from stepweave import StepEngine
-from stepweave.engine import module_state, values
+from stepweave.compat import module_state, values
 from stepweave.errors import StepweaveError
 from tests.pipelines.adapters import hint, stable_diffusion_ip_adapter_text
 from tests.reported import SECONDS, TOLERANCE, Request, difference, numbers, plain, submit_together

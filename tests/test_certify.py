@@ -22,7 +22,9 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from stepweave import StepEngine
-from stepweave.engine import certify, memory, proof
+from stepweave.certification import certificates as certify
+from stepweave.certification import proof
+from stepweave.memory import device as memory
 from tests.test_scope import state_of
 from tests.toy import (
     SECONDS,

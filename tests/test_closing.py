@@ -165,7 +165,7 @@ def test_a_bound_that_cannot_be_is_refused(pipeline: Pipeline) -> None:
 
 def soon() -> Any:
     """What hangs in these tests never ends by itself."""
-    return patch.multiple("stepweave.server", ENDING_SECONDS=1.0, KEEPING_SECONDS=0.9)
+    return patch.multiple("stepweave.serving.server", ENDING_SECONDS=1.0, KEEPING_SECONDS=0.9)
 
 
 async def test_a_server_ends_though_a_forward_hangs() -> None:
@@ -203,7 +203,7 @@ async def test_a_server_ends_though_an_encoder_hangs() -> None:
         return b""
 
     async with started(grace=0) as app:
-        with patch("stepweave.results.encode", encode), soon():
+        with patch("stepweave.serving.results.encode", encode), soon():
             answer = app.post()
             await app.until(encoding.is_set)
             await asyncio.wait_for(app.server.shut_down(), SECONDS)
@@ -233,7 +233,7 @@ async def server():
     async with test_closing.started(grace=0) as app:
         app.record.gated = True
         hung = threading.Event()
-        with patch("stepweave.results.encode", lambda *_: hung.wait()), test_closing.soon():
+        with patch("stepweave.serving.results.encode", lambda *_: hung.wait()), test_closing.soon():
             app.post()
             await app.until(lambda: app.record.steps_begun)
             await app.server.shut_down()

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from stepweave.errors import InvalidRequest
-from stepweave.generation import Sources
 from stepweave.images import scan
 from stepweave.images.uploads import read_sources
+from stepweave.parameters import Sources
 from tests import profiles
 
 LIMIT = 1024 * 1024

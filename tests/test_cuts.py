@@ -13,8 +13,8 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepweave.scope.cuts import Cut, reporting
-from stepweave.scope.tokenizer import LockedTokenizer
+from stepweave.scope.locks import LockedTokenizer
+from stepweave.truncation.cuts import Cut, reporting
 from tests.tiny import clip, qwen
 
 LIMIT = 16  # tokens

@@ -23,12 +23,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import BatchEncoding
 
 from stepweave import StepEngine
-from stepweave.engine import ambient
-from stepweave.engine.digests import Digests, followed
-from stepweave.engine.elsewhere import Elsewhere
+from stepweave.batching.fingerprints import Digests, followed
+from stepweave.batching.merge import merge, split
+from stepweave.compat import torch_state as ambient
+from stepweave.compat.host_times import READERS, keep_times_on_the_host
 from stepweave.engine.hooks import Offload
-from stepweave.engine.host_times import READERS, keep_times_on_the_host
-from stepweave.engine.merge import merge, split
+from stepweave.engine.image_threads import Elsewhere
 from stepweave.outcome import Outcome
 from tests import tiny
 from tests.conftest import InProcess

@@ -18,10 +18,10 @@ from PIL import Image
 
 from stepweave import StepEngine
 from stepweave.engine import Mode
-from stepweave.engine.shapes import shape_of
 from stepweave.errors import EngineMisuse
+from stepweave.loading.edit_pipelines import Edit, sibling, sibling_class
 from stepweave.loading.schedulers import rehearse, schedulers_of
-from stepweave.loading.siblings import Edit, sibling, sibling_class
+from stepweave.planning.workload import shape_of
 from tests.test_scope import state_of
 from tests.tiny import FAMILIES, SIDE, Family, networks
 from tests.waiting import SECONDS
@@ -353,11 +353,11 @@ def test_there_is_no_sibling_where_components_are_missing_or_of_another_kind(
         diffusers.StableDiffusion3Img2ImgPipeline,
     ):
         monkeypatch.setattr(
-            "stepweave.loading.siblings.sibling_class", lambda name, edit, kind=kind: kind
+            "stepweave.loading.edit_pipelines.sibling_class", lambda name, edit, kind=kind: kind
         )
         assert sibling(pipeline, "image_to_image") is None
     monkeypatch.setattr(
-        "stepweave.loading.siblings.sibling_class",
+        "stepweave.loading.edit_pipelines.sibling_class",
         lambda name, edit: diffusers.StableDiffusionImg2ImgPipeline,
     )
     assert sibling(pipeline, "inpaint") is None  # it takes no mask

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from stepweave.generation import OutputFormat
 from stepweave.images.encode import encode
+from stepweave.parameters import OutputFormat
 
 VALUES: dict[str, Any] = {
     "prompt": "a red circle",

@@ -18,9 +18,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stepweave.engine import ambient
-from stepweave.engine.ambient import DefaultRandom
-from stepweave.engine.call import Call
+from stepweave.batching.call import Call
+from stepweave.compat import torch_state as ambient
+from stepweave.compat.torch_state import DefaultRandom
 from stepweave.engine.fiber import Done, Fiber, current_fiber, suspend, suspendable
 from stepweave.engine.hooks import EngineScope, Offload, RunYourself
 from stepweave.engine.pipeline_call import pictures_elsewhere

@@ -16,11 +16,11 @@ from PIL import Image
 from stepweave import StepEngine
 from stepweave.config import Settings
 from stepweave.errors import LoadError
-from stepweave.first_images import check_images
 from stepweave.loading.preset import Preset
-from stepweave.model import ServedModel
-from stepweave.server import Server
-from stepweave.warm_up import WarmUp
+from stepweave.serving.first_images import check_images
+from stepweave.serving.model import ServedModel
+from stepweave.serving.server import Server
+from stepweave.serving.warm_up import WarmUp
 from tests.fake import FakePipeline
 from tests.tiny import FAMILIES, SIDE
 from tests.waiting import wait_until

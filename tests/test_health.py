@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from stepweave import StepEngine
 from stepweave.engine import Mode
-from stepweave.engine import health as health_of
-from stepweave.engine.health import DeviceHealth
 from stepweave.engine.pipeline_call import _elsewhere
-from stepweave.engine.timing import HostClock
 from stepweave.errors import DeviceFailed, OutOfMemory, StepweaveError
+from stepweave.memory import device_health as health_of
+from stepweave.memory.device_health import DeviceHealth
+from stepweave.planning.clock import HostClock
 from tests.conftest import InProcess
 from tests.fake import FakePipeline
 from tests.toy import Outside, Toy, call, fresh, honest, module, others, submit_together
@@ -303,7 +303,7 @@ def test_it_may_show_where_the_engine_itself_asks_the_device(
         if place == "clock":
             monkeypatch.setattr(HostClock, "stop", broken)
         elif place == "digest":
-            monkeypatch.setattr("stepweave.engine.digests._digest", broken)
+            monkeypatch.setattr("stepweave.batching.fingerprints._digest", broken)
         elif place == "describe":
             monkeypatch.setattr(loop._look_up._describer, "_describe", broken)
         else:

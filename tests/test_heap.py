@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from unittest.mock import Mock, patch
 
-from stepweave import heap
-from stepweave.heap import Heap
+from stepweave.serving import heap
+from stepweave.serving.heap import Heap
 
 
 def test_it_is_trimmed_when_it_has_grown_and_not_again_while_that_is_in_use() -> None:

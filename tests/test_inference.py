@@ -36,7 +36,7 @@ from stepweave.api.tensors import (
     write_message,
 )
 from stepweave.errors import InvalidRequest
-from stepweave.server import Status
+from stepweave.serving.server import Status
 from tests.conftest import InProcess
 from tests.fake import FakePipeline
 from tests.waiting import SECONDS, wait_until

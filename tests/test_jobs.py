@@ -15,9 +15,9 @@ import pytest
 
 from stepweave.api import answers
 from stepweave.errors import StepweaveError
-from stepweave.server import Server
+from stepweave.serving.request import Ticket
+from stepweave.serving.server import Server
 from stepweave.store import DirectoryFileStore, SqliteJobStore
-from stepweave.ticket import Ticket
 from tests.asgi import App, Exchange, serving, started
 from tests.fake import FakePipeline
 from tests.test_step_engine import SD3
@@ -190,7 +190,7 @@ async def test_the_first_job_ever_is_foreseen_by_its_own_pace() -> None:
         await followed.until(lambda one: one.events)
         assert followed.events[0].data["eta_seconds"] > 0
         # long after it was expected to be done
-        with patch("stepweave.ticket.time.monotonic", lambda: 1e12):
+        with patch("stepweave.serving.request.time.monotonic", lambda: 1e12):
             assert app.server.tickets[id].standing().eta == 0.001, "it still runs"
         await app.delete(f"/v1/jobs/{id}")
 
@@ -298,7 +298,7 @@ async def test_a_failed_job_says_so_without_a_traceback(caplog: pytest.LogCaptur
 
 async def test_a_picture_that_cannot_be_encoded_fails_the_job() -> None:
     async with serving() as app:
-        with patch("stepweave.results.encode", side_effect=OSError("encoder error -2")):
+        with patch("stepweave.serving.results.encode", side_effect=OSError("encoder error -2")):
             id = await later(app, headers=KEY)
             job = await app.until_state(id, "failed", "succeeded")
             direct = await app.post().done()
@@ -478,7 +478,7 @@ async def test_an_end_waits_for_a_job_that_is_just_being_accepted(tmp_path: Path
 
 def at_once() -> Any:
     """What could not be stored is tried once more at once."""
-    return patch("stepweave.jobs.KEEP_AGAIN_SECONDS", (0.0,))
+    return patch("stepweave.serving.jobs.KEEP_AGAIN_SECONDS", (0.0,))
 
 
 async def test_a_store_that_fails_for_a_while_keeps_the_result() -> None:

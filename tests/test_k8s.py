@@ -36,9 +36,9 @@ from starlette.requests import Request
 from stepweave.api.middleware import DRAIN
 from stepweave.api.urls import base_url
 from stepweave.config import EMBEDDED_MODEL, Settings
-from stepweave.draining import TOKEN_FILE
 from stepweave.errors import ConfigError, InvalidRequest
-from stepweave.server import ENDING_SECONDS, KEEPING_SECONDS, Server
+from stepweave.serving.drain import TOKEN_FILE
+from stepweave.serving.server import ENDING_SECONDS, KEEPING_SECONDS, Server
 from tests.conftest import ROOT, InProcess, Served, free_port, serve
 from tests.schemas import SCHEMAS, validate_custom
 from tests.waiting import SECONDS, wait_until

@@ -15,8 +15,14 @@ from starlette.requests import Request
 from stepweave.api.auth import CLIENT, authorize, is_admin
 from stepweave.config import Settings
 from stepweave.errors import ConfigError, Unauthorized
-from stepweave.keys import MAX_CLIENTS, MAX_FILE_BYTES, ApiKeys, clients_of_file, clients_of_setting
-from stepweave.server import Server
+from stepweave.serving.keys import (
+    MAX_CLIENTS,
+    MAX_FILE_BYTES,
+    ApiKeys,
+    clients_of_file,
+    clients_of_setting,
+)
+from stepweave.serving.server import Server
 from tests.asgi import App, serving
 from tests.conftest import InProcess, Served, serve
 from tests.waiting import wait_until
@@ -261,7 +267,7 @@ def test_a_file_that_rests_is_not_read(tmp_path: Path, monkeypatch: pytest.Monke
     os.utime(file, (1e9, 1e9))
     keys = ApiKeys((), str(file))
     monkeypatch.setattr(
-        "stepweave.keys.clients_of_file", lambda content: pytest.fail("it was read")
+        "stepweave.serving.keys.clients_of_file", lambda content: pytest.fail("it was read")
     )
     keys.look()
     assert names(keys, ALICE) == ["alice"]

@@ -18,7 +18,7 @@ from stepweave.images.outputs import images_of
 from stepweave.loading.kinds import Kind, check_served, kind_of
 from stepweave.loading.loader import load_pipeline
 from stepweave.loading.preset import Preset
-from stepweave.model import ServedModel
+from stepweave.serving.model import ServedModel
 from tests.fake import FakePipeline
 from tests.pipelines.catalog import exported
 from tests.tiny import FAMILIES

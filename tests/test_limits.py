@@ -34,10 +34,10 @@ from stepweave.api.middleware import ContractMiddleware
 from stepweave.api.schemas import ImageRequest, StreamRequest
 from stepweave.errors import BodyTooLarge
 from stepweave.images import decoders
-from stepweave.partials import Partial
-from stepweave.scheduling import admission as admissions
-from stepweave.scheduling.admission import Admission
-from stepweave.server import Server
+from stepweave.previews.stream import Partial
+from stepweave.serving import admission as admissions
+from stepweave.serving.admission import Admission
+from stepweave.serving.server import Server
 from stepweave.store import DirectoryFileStore
 from tests.asgi import GENERATIONS, App, serving
 from tests.fake import FakePipeline

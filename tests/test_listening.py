@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 
-from stepweave.listening import is_loopback, listening, log_addresses
+from stepweave.serving.listening import is_loopback, listening, log_addresses
 from tests.conftest import ROOT
 from tests.waiting import SECONDS
 
@@ -64,7 +64,7 @@ def test_what_cannot_be_told_ends_no_start(monkeypatch: pytest.MonkeyPatch) -> N
 def test_one_line_for_each_address_and_a_warning_where_it_is_open(
     keys: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO, "stepweave.listening"):
+    with caplog.at_level(logging.INFO, "stepweave.serving.listening"):
         log_addresses([("127.0.0.1", 1), ("0.0.0.0", 2), ("::", 3)], keys=keys)
     lines = [(record.levelname, record.getMessage()) for record in caplog.records]
     told = [("INFO", f"listening on {one}") for one in ("127.0.0.1:1", "0.0.0.0:2", "[::]:3")]

@@ -18,7 +18,7 @@ from stepweave.errors import LoadError
 from stepweave.loading.device import choose_device, choose_dtype, set_cpu_threads
 from stepweave.loading.loader import load_pipeline
 from stepweave.loading.preset import read_preset
-from stepweave.model import ServedModel
+from stepweave.serving.model import ServedModel
 from tests.waiting import SECONDS
 
 CPU = torch.device("cpu")

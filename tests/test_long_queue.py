@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stepweave import StepEngine
-from stepweave.engine import planner
+from stepweave.planning import planner
 from tests.asgi import serving
 from tests.fake import FakePipeline
 from tests.waiting import SECONDS, wait_until

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 from stepweave.errors import InvalidRequest
-from stepweave.generation import Sources
 from stepweave.images.uploads import read_sources
+from stepweave.parameters import Sources
 
 LIMIT = 256 * 256
 SIZE = (64, 32)

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from stepweave import StepEngine
-from stepweave.engine import Mode, memory
-from stepweave.engine.divide import join, part
-from stepweave.engine.memory import CudaMemory, Room, UnknownMemory, ran_out
-from stepweave.engine.merge import split
+from stepweave.batching.merge import split
+from stepweave.batching.parts import join, part
+from stepweave.engine import Mode
 from stepweave.errors import Cancelled, OutOfMemory
+from stepweave.memory import device as memory
+from stepweave.memory.device import CudaMemory, Room, UnknownMemory, ran_out
 from tests import tiny
 from tests.test_merge import Describing
 from tests.toy import (

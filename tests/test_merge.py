@@ -21,12 +21,12 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from stepweave.engine import ambient
-from stepweave.engine.call import Call, Target, Unmergeable
-from stepweave.engine.certify import Certificates
-from stepweave.engine.describe import Describer
-from stepweave.engine.digests import Digests
-from stepweave.engine.merge import cloned, merge, split, tensors
+from stepweave.batching.call import Call, Target, Unmergeable
+from stepweave.batching.fingerprints import Digests
+from stepweave.batching.layout import Describer
+from stepweave.batching.merge import cloned, merge, split, tensors
+from stepweave.certification.certificates import Certificates
+from stepweave.compat import torch_state as ambient
 from tests.toy import STEPS, WIDTH, call, honest, module, serve
 
 Tensor = torch.Tensor

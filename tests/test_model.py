@@ -21,13 +21,13 @@ from PIL import Image
 from stepweave import StepEngine
 from stepweave.config import Settings
 from stepweave.errors import InvalidRequest, LoadError
-from stepweave.generation import Sources
 from stepweave.loading.loader import load_pipeline
 from stepweave.loading.preset import Preset
 from stepweave.loading.sizes import nearest_size
-from stepweave.model import ServedModel
-from stepweave.scheduling.cost import CostModel
-from stepweave.warm_up import WarmUp, warm_up
+from stepweave.parameters import Sources
+from stepweave.planning.cost import CostModel
+from stepweave.serving.model import ServedModel
+from stepweave.serving.warm_up import WarmUp, warm_up
 from tests.conftest import InProcess
 from tests.fake import FakeEdits, FakePipeline
 from tests.waiting import SECONDS
@@ -306,7 +306,7 @@ def shapes() -> Iterator[tuple[ServedModel, StepEngine]]:
     pipeline, preset = load_pipeline(limits, torch.device("cpu"), torch.float32)
     model = ServedModel(pipeline, preset, limits)
     with StepEngine(pipeline, max_rows=4) as engine:
-        with mock.patch("stepweave.warm_up.PROFILE_SECONDS", 0):
+        with mock.patch("stepweave.serving.warm_up.PROFILE_SECONDS", 0):
             warm_up(model, engine)
         yield model, engine
     torch.set_num_threads(threads)
@@ -442,7 +442,7 @@ def test_what_a_warm_up_certifies_does_not_depend_on_the_clock(
 
     monkeypatch.setattr(VaeImageProcessor, "preprocess", slowly)
     monkeypatch.setattr(CostModel, "knee", lambda self, key, most: 1)
-    monkeypatch.setattr("stepweave.warm_up.PROFILE_SECONDS", 0)
+    monkeypatch.setattr("stepweave.serving.warm_up.PROFILE_SECONDS", 0)
     for rows in (4,):
         limits = Settings(max_rows=rows)
         pipeline, preset = load_pipeline(limits, torch.device("cpu"), torch.float32)

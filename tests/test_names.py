@@ -12,7 +12,7 @@ import pytest
 
 from stepweave.config import Settings
 from stepweave.errors import ConfigError
-from stepweave.names import MAX_NAME, ModelNames
+from stepweave.serving.names import MAX_NAME, ModelNames
 from tests.conftest import InProcess
 from tests.fake import FakePipeline
 

@@ -259,7 +259,7 @@ async def test_a_place_comes_back_once_whatever_the_pipeline_raises(
 @pytest.mark.parametrize("kind", [StopIteration, KeyboardInterrupt, asyncio.CancelledError, Frozen])
 async def test_a_place_comes_back_whatever_the_encoder_raises(kind: type[BaseException]) -> None:
     async with serving(max_queue=1) as app:
-        with patch("stepweave.results.encode", side_effect=kind):
+        with patch("stepweave.serving.results.encode", side_effect=kind):
             for _ in range(3):
                 assert (await app.post().done()).status == 500
         assert (await app.post().done()).status == 200
@@ -330,7 +330,7 @@ async def test_a_request_whose_encoder_hangs_fails_after_a_while() -> None:
     async with serving(max_queue=1) as app:
         usual = app.server.settings.stuck_seconds
         impatient(app, 0.01)
-        with patch("stepweave.results.encode", side_effect=lambda *_: let_go.wait(SECONDS)):
+        with patch("stepweave.serving.results.encode", side_effect=lambda *_: let_go.wait(SECONDS)):
             await not_answered(app)
             let_go.set()
         impatient(app, usual)

@@ -14,9 +14,9 @@ import torch
 from stepweave import StepEngine
 from stepweave.engine import Job
 from stepweave.engine.engine import Mode
-from stepweave.engine.planner import REPRICE_SECONDS
 from stepweave.errors import DeadlineExceeded
-from stepweave.scheduling.cost import CostModel
+from stepweave.planning.cost import CostModel
+from stepweave.planning.planner import REPRICE_SECONDS
 from stepweave.scheduling.task import Key
 from tests.test_step_engine import Gate, Toy, held, seeded, toy
 from tests.waiting import SECONDS, wait_until
@@ -84,7 +84,10 @@ class Clock:
 @pytest.fixture
 def clock() -> Iterator[Clock]:
     clock = Clock()
-    with patch("stepweave.engine.timing.time", clock), patch("stepweave.engine.pool.time", clock):
+    with (
+        patch("stepweave.planning.clock.time", clock),
+        patch("stepweave.baselines.thread_pool.time", clock),
+    ):
         yield clock
 
 
@@ -291,7 +294,7 @@ def test_nothing_is_told_to_be_done_sooner_than_alone(
     with StepEngine(clock.timed(lambda rows: 0.01, Guided), max_rows=1) as engine:
         engine.submit(prompt="x", num_inference_steps=10).result(SECONDS)
         assert engine.outlook(prompt="x") is not None
-        monkeypatch.setattr("stepweave.engine.planner.REPRICE_SECONDS", float("inf"))
+        monkeypatch.setattr("stepweave.planning.planner.REPRICE_SECONDS", float("inf"))
         for seconds in (0.002, 0.05):
             [key] = engine.curves()
             for _ in range(9):

@@ -19,7 +19,7 @@ from stepweave.errors import ConfigError, LoadError
 from stepweave.loading.builtin import BUILT_IN, recognise, recognise_configs
 from stepweave.loading.loader import load_pipeline
 from stepweave.loading.preset import FILE_NAME, Preset, preset_of_setting, read_preset
-from stepweave.model import ServedModel
+from stepweave.serving.model import ServedModel
 from tests.conftest import ROOT, InProcess
 from tests.fake import FakePipeline
 
@@ -147,7 +147,7 @@ def test_a_served_model_takes_each_default_from_the_strongest_that_says_it(
     package = logging.getLogger("stepweave")
     propagated, package.propagate = package.propagate, True
     try:
-        with caplog.at_level(logging.INFO, "stepweave.model"):
+        with caplog.at_level(logging.INFO, "stepweave.serving.model"):
             model = ServedModel(FakePipeline(), file, Settings(preset=setting))
     finally:
         package.propagate = propagated

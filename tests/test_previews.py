@@ -20,7 +20,7 @@ from torch.nn import functional
 from stepweave import StepEngine
 from stepweave.config import EMBEDDED_MODEL
 from stepweave.engine import Job, Latents, Mode
-from stepweave.images.previews import LONGEST, Previewer, preview_steps, synthetic_pictures
+from stepweave.previews.decoder import LONGEST, Previewer, preview_steps, synthetic_pictures
 from tests import tiny
 from tests.waiting import SECONDS
 from tools.shapes import evaluate

@@ -13,10 +13,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from stepweave import StepEngine
+from stepweave.compat.attention_processors import Processors
+from stepweave.compat.torch_state import quiet
 from stepweave.engine import Mode
-from stepweave.engine.ambient import quiet
 from stepweave.engine.fiber import Fiber
-from stepweave.engine.processors import Processors
 from stepweave.errors import Cancelled
 from stepweave.scope.pipeline import set_processor
 from tests.toy import CLOSE, honest

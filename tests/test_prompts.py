@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from stepweave import StepEngine
-from stepweave.engine import pool
+from stepweave.baselines import thread_pool as pool
 from stepweave.engine.engine import Mode
 from stepweave.engine.job import Job
-from stepweave.engine.prompts import warned
-from stepweave.scope.cuts import Cut, current_report
+from stepweave.truncation.cuts import Cut, current_report
+from stepweave.truncation.prompts import warned
 from tests.tiny import FAMILIES
 from tests.waiting import SECONDS
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stepweave.engine.given import Given
-from stepweave.engine.readings import SEEN, Readings
+from stepweave.batching.batch_axes import SEEN, Readings
+from stepweave.compat.snapshot import Given
 from tests.test_merge import Describing, rows
 from tests.toy import Forward, Served, call, honest, serve
 

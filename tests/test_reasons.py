@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from stepweave.jobs import Jobs
 from stepweave.reasons import LONGEST, reason_of
+from stepweave.serving.jobs import Jobs
 from tests.conftest import InProcess
 from tests.fake import FakePipeline
 from tests.waiting import wait_until

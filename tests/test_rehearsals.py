@@ -21,12 +21,12 @@ from PIL import Image
 from stepweave import StepEngine
 from stepweave.config import Settings
 from stepweave.errors import InvalidRequest, NonFinite
-from stepweave.generation import Parameters, Sources
 from stepweave.loading import rehearsal, schedulers
 from stepweave.loading.preset import Preset
 from stepweave.loading.rehearsal import Course, problem_of
 from stepweave.loading.schedulers import Rehearsals, rehearse
-from stepweave.model import ServedModel
+from stepweave.parameters import Parameters, Sources
+from stepweave.serving.model import ServedModel
 from tests.conftest import InProcess
 from tests.tiny import FAMILIES, NOISE_SCHEDULE
 from tests.waiting import SECONDS

@@ -49,7 +49,9 @@ OURS = re.compile(
 def test_a_start_prints_nothing_but_our_lines(served: Served) -> None:
     lines = served.log.read_text().splitlines()
     [ready] = (
-        number for number, line in enumerate(lines) if "[stepweave.server] ready after" in line
+        number
+        for number, line in enumerate(lines)
+        if "[stepweave.serving.server] ready after" in line
     )
     assert [
         line for line in lines[:ready] if not OURS.match(line) and not OF_LIBRARIES.search(line)

@@ -27,7 +27,7 @@ from benchmarks.simulation.reception import Reception
 from benchmarks.simulation.variants import VARIANTS, changed
 from benchmarks.simulation.world import Run, World, fixed
 from stepweave.config import Settings
-from stepweave.scheduling.forecast import by_arrival
+from stepweave.planning.forecast import by_arrival
 from stepweave.scheduling.policy import POLICIES, Policy, aged_rank, rank
 from stepweave.scheduling.task import Demand, Key, Load, Priority, Task
 from tests.waiting import SECONDS

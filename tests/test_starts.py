@@ -69,7 +69,7 @@ def test_the_log_names_the_address_that_is_bound_and_warns_where_it_is_open(
             lambda: server.process.poll() is not None or "importing:" in server.log.read_text()
         )
         log = server.log.read_text()
-    assert f"[stepweave.listening] listening on {bound}:{server.port}\n" in log, log
+    assert f"[stepweave.serving.listening] listening on {bound}:{server.port}\n" in log, log
     warning = (
         f"{bound}:{server.port} is open to other machines, and no keys are set: set "
         f"STEPWEAVE_API_KEYS, or listen with"

@@ -27,14 +27,15 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
 from stepweave import Job, StepEngine
-from stepweave.engine import Mode, Progress, running
+from stepweave.baselines.thread_pool import Pool
+from stepweave.batching import forward as running
+from stepweave.batching.call import Call
+from stepweave.batching.encoder_cache import EncoderCache
+from stepweave.batching.layout import Describer
+from stepweave.certification.certificates import Certificates
+from stepweave.engine import Mode, Progress
 from stepweave.engine.active import Active
-from stepweave.engine.call import Call
-from stepweave.engine.certify import Certificates
-from stepweave.engine.describe import Describer
 from stepweave.engine.fiber import Fiber
-from stepweave.engine.pool import Pool
-from stepweave.engine.textcache import EncoderCache
 from stepweave.errors import Cancelled, DeadlineExceeded, EngineClosed, EngineMisuse, StepweaveError
 from stepweave.scope import RequestScopedPipeline
 from tests import tiny

@@ -22,8 +22,8 @@ from starlette.routing import Route
 from stepweave.api import native
 from stepweave.api.middleware import ContractMiddleware
 from stepweave.api.schemas import ImageRequest, StreamRequest
-from stepweave.server import Server
-from stepweave.ticket import Ticket
+from stepweave.serving.request import Ticket
+from stepweave.serving.server import Server
 from tests.asgi import App, Exchange, serving
 from tests.conftest import Served
 from tests.test_server import metric
@@ -134,7 +134,7 @@ async def test_the_place_in_the_queue_is_told_when_it_changes() -> None:
         first = app.post()
         await app.until(lambda: app.record.running)
         second, third = (app.post(headers=VERBOSE, num_inference_steps=1) for _ in range(2))
-        with patch("stepweave.ticket.PLACE_SECONDS", 0.005):
+        with patch("stepweave.serving.request.PLACE_SECONDS", 0.005):
             await third.until(positions)
             assert positions(third) == [2]
             await second.leave()
@@ -149,8 +149,8 @@ async def test_the_first_event_comes_at_once() -> None:
     async with serving() as app:
         app.record.gated = True
         with (
-            patch("stepweave.ticket.PLACE_SECONDS", 2 * SECONDS),
-            patch("stepweave.ticket.SILENT_SECONDS", 2 * SECONDS),
+            patch("stepweave.serving.request.PLACE_SECONDS", 2 * SECONDS),
+            patch("stepweave.serving.request.SILENT_SECONDS", 2 * SECONDS),
         ):
             for _ in range(3):
                 answer = app.post(headers=VERBOSE)
@@ -162,7 +162,7 @@ async def test_the_first_event_comes_at_once() -> None:
 async def test_silence_is_broken_by_comments() -> None:
     async with serving() as app:
         app.record.gated = True
-        with patch("stepweave.ticket.SILENT_SECONDS", 0.03):
+        with patch("stepweave.serving.request.SILENT_SECONDS", 0.03):
             streams = [app.post(stream=True) for _ in range(2)] + [app.post(headers=VERBOSE)]
             for one in streams:
                 await one.until(lambda one: comments(one) >= 2)
@@ -178,7 +178,7 @@ async def test_steps_that_a_client_is_not_told_of_do_not_keep_it_waiting() -> No
     """A proxy sees bytes only."""
     async with serving() as app:
         app.record.pause = 0.01
-        with patch("stepweave.ticket.SILENT_SECONDS", 0.05):
+        with patch("stepweave.serving.request.SILENT_SECONDS", 0.05):
             answer = app.post(stream=True, num_inference_steps=200)
             await answer.until(lambda one: comments(one) >= 3)
             assert app.record.steps_run < 200, "while steps are run"

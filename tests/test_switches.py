@@ -21,12 +21,12 @@ from torch import nn
 
 from stepweave import StepEngine
 from stepweave.config import Settings
-from stepweave.engine.stats import Forwards
 from stepweave.errors import LoadError, Unavailable
 from stepweave.loading.loader import load_pipeline
-from stepweave.loading.switches import apply_switches, check_switches
-from stepweave.model import ServedModel
-from stepweave.server import Server
+from stepweave.loading.optimizations import apply_switches, check_switches
+from stepweave.planning.stats import Forwards
+from stepweave.serving.model import ServedModel
+from stepweave.serving.server import Server
 from tests.conftest import InProcess, serve
 from tests.reported import submit_together
 from tests.tiny import FAMILIES, Family

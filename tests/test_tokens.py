@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from stepweave import StepEngine
 from stepweave.engine.engine import Mode
-from stepweave.scope.tokenizer import LockedTokenizer
-from stepweave.scope.tokens import Reading, counting, current_count
+from stepweave.scope.locks import LockedTokenizer
+from stepweave.truncation.tokens import Reading, counting, current_count
 from tests.test_cuts import MAKERS
 from tests.tiny import FAMILIES
 from tests.waiting import SECONDS

@@ -23,12 +23,12 @@ from PIL import Image
 from stepweave.config import Settings
 from stepweave.engine import StepEngine
 from stepweave.errors import DeviceFailed, InvalidRequest, LoadError, OutOfMemory
-from stepweave.generation import Sources
 from stepweave.loading.preset import Preset
 from stepweave.loading.sizes import SizeLimits
-from stepweave.model import ServedModel
-from stepweave.trials import SLIGHT, Fault, Limits, narrowed
-from stepweave.warm_up import WarmUp
+from stepweave.parameters import Sources
+from stepweave.serving.model import ServedModel
+from stepweave.serving.trials import SLIGHT, Fault, Limits, narrowed
+from stepweave.serving.warm_up import WarmUp
 from tests.conftest import InProcess
 from tests.fake import FakePipeline
 from tests.pipelines.catalog import entries
@@ -447,7 +447,7 @@ def test_want_of_memory_or_time_leaves_what_is_offered_as_it_is(
         with mock.patch.object(engine, "submit", mock.Mock(side_effect=OutOfMemory("none"))):
             WarmUp(model, engine).trials()
         assert model.limits == before
-        monkeypatch.setattr("stepweave.warm_up.TRIAL_SECONDS", -1.0)
+        monkeypatch.setattr("stepweave.serving.warm_up.TRIAL_SECONDS", -1.0)
         with mock.patch.object(engine, "submit", mock.Mock(side_effect=RuntimeError())):
             warming = WarmUp(model, engine)
             model.default_steps = 1  # a single step is tried however late it is

@@ -18,7 +18,7 @@ from diffusers import StableDiffusionXLImg2ImgPipeline
 from torch import Tensor, nn
 
 from stepweave import StepEngine
-from stepweave.engine import unshared
+from stepweave.certification import unshared
 from stepweave.telemetry import metrics
 from tests.pipelines.registry import picture
 from tests.reported import (

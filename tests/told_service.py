@@ -7,10 +7,10 @@ import time
 from typing import Any
 from unittest.mock import patch
 
-from stepweave import jobs
 from stepweave.engine import StepEngine
 from stepweave.loading.preset import Preset
-from stepweave.server import Server
+from stepweave.serving import jobs
+from stepweave.serving.server import Server
 from tests.fake import FakePipeline, Record
 
 
@@ -41,7 +41,7 @@ def _server(*args: Any, **options: Any) -> Server:
 StepEngine.outlook = lambda *_, **__: None  # type: ignore[method-assign,assignment,return-value]
 StepEngine.alone = lambda *_, **__: None  # type: ignore[method-assign,assignment,return-value]
 jobs.KEEP_AGAIN_SECONDS = (0.2, 0.2, 0.2, 0.2)
-with patch("stepweave.server.Server", _server):
+with patch("stepweave.serving.server.Server", _server):
     from service import Stepweave
 
 __all__ = ["Stepweave"]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.simulation.curves import Curves, least_work
-from stepweave.scheduling.cost import CostModel
+from stepweave.planning.cost import CostModel
 from stepweave.scheduling.task import Demand, Priority, Task
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from benchmarks.simulation.arrivals import Arrival
 from benchmarks.simulation.curves import Curves, least_work
-from stepweave.scheduling.cost import CostModel
+from stepweave.planning.cost import CostModel
 
 
 def least_mean_latency(requests: Sequence[Arrival], curves: Curves, cost: CostModel) -> float:

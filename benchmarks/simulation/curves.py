@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepweave.scheduling.cost import CostModel
+from stepweave.planning.cost import CostModel
 from stepweave.scheduling.task import Demand, Key, Load
 
 DENOISER = "transformer"

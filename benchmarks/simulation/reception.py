@@ -7,9 +7,9 @@ from collections.abc import Hashable, Sequence
 
 from benchmarks.simulation.curves import Curves, knees
 from stepweave.errors import DeadlineTooShort, Refused
-from stepweave.scheduling.admission import Admission, Outlook
-from stepweave.scheduling.forecast import Order, forecast
+from stepweave.planning.forecast import Order, forecast
 from stepweave.scheduling.task import Demand, Task
+from stepweave.serving.admission import Admission, Outlook
 
 
 class Reception:

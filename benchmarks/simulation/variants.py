@@ -10,8 +10,8 @@ import importlib.util
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+from stepweave.planning.cost import CostModel
 from stepweave.scheduling import policy
-from stepweave.scheduling.cost import CostModel
 from stepweave.scheduling.policy import DUE, Cap, Policy, Queues, Rank, Request, rank, thrifty
 from stepweave.scheduling.task import Task
 

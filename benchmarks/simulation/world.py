@@ -11,7 +11,7 @@ from typing import Protocol
 
 from benchmarks.simulation.arrivals import Arrival
 from benchmarks.simulation.curves import Curves, knees
-from stepweave.scheduling.cost import CostModel
+from stepweave.planning.cost import CostModel
 from stepweave.scheduling.policy import Cap, Policy
 from stepweave.scheduling.task import Key, Load, Task
 

@@ -21,9 +21,9 @@ from pydantic_core import PydanticCustomError, from_json
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from stepweave.errors import ConfigError, shown
-from stepweave.keys import Client, clients_of_setting
 from stepweave.loading.preset import SETTING, Preset, preset_of_setting
-from stepweave.names import ANY, MAX_NAME, NAME
+from stepweave.serving.keys import Client, clients_of_setting
+from stepweave.serving.names import ANY, MAX_NAME, NAME
 
 PREFIX = "STEPWEAVE_"
 EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "models" / "shapes"

@@ -21,8 +21,8 @@ import pytest
 import torch
 
 from stepweave import StepEngine
-from stepweave.engine.host_times import READERS, keep_times_on_the_host
-from stepweave.engine.merge import merge
+from stepweave.batching.merge import merge
+from stepweave.compat.host_times import READERS, keep_times_on_the_host
 from stepweave.errors import DeviceFailed
 from tests.gpu.test_parity_gpu import DEVICE, TOLERANCE, full_float32, say  # noqa: F401
 from tests.pipelines.catalog import entries

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from stepweave import StepEngine
-from stepweave.engine.memory import CudaMemory, DeviceMemory, UnknownMemory
 from stepweave.errors import OutOfMemory
+from stepweave.memory.device import CudaMemory, DeviceMemory, UnknownMemory
 from tests.gpu.test_parity_gpu import DEVICE, say  # noqa: F401
 from tests.toy import CLOSE, Toy, call, fresh, honest, submit_together
 from tests.waiting import SECONDS

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from stepweave import StepEngine
+from stepweave.batching.merge import tensors
 from stepweave.engine.engine import EngineStats
 from stepweave.engine.hooks import _modules
-from stepweave.engine.merge import tensors
 from tests.pipelines.registry import CALLS, Entry
 from tests.waiting import SECONDS
 

@@ -13,8 +13,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from stepweave.errors import DeadlineTooShort, InvalidRequest, Refused
-from stepweave.scheduling import admission
-from stepweave.scheduling.admission import (
+from stepweave.serving import admission
+from stepweave.serving.admission import (
     GRACE,
     NEW_PROMISES,
     REASONS,

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from stepweave.scheduling.cost import KEYS, CostModel, PriceList
+from stepweave.planning.cost import KEYS, CostModel, PriceList
 from stepweave.scheduling.task import Key, Load
 from tests import waiting
 from tests.scheduling.toy import LARGE, QWEN, SMALL

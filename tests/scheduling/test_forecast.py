@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepweave.scheduling.cost import CostModel
-from stepweave.scheduling.forecast import ORDERS, Order, by_arrival, forecast
+from stepweave.planning.cost import CostModel
+from stepweave.planning.forecast import ORDERS, Order, by_arrival, forecast
 from stepweave.scheduling.policy import POLICIES, Policy, aged, aged_rank, keyed_fifo, rank, thrifty
 from stepweave.scheduling.task import Demand, Key, Load, Priority, Task
 from tests.scheduling.toy import LARGE, QWEN, SMALL, Call, play, task

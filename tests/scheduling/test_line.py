@@ -6,7 +6,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepweave.scheduling.line import Line
+from stepweave.planning.line import Line
 
 MOVES = st.lists(
     st.tuples(

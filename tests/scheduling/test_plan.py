@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepweave.scheduling.cost import CostModel
-from stepweave.scheduling.forecast import ORDERS, RUN, by_arrival, forecast, in_order, step_seconds
-from stepweave.scheduling.plan import Plan
+from stepweave.planning.cost import CostModel
+from stepweave.planning.forecast import ORDERS, RUN, by_arrival, forecast, in_order, step_seconds
+from stepweave.planning.plan import Plan
 from stepweave.scheduling.policy import rank
 from stepweave.scheduling.task import Key, Load, Priority, Task
 from tests.scheduling.toy import task
@@ -46,7 +46,7 @@ def plan_of(tasks: list[Task], order: object = rank, now: float = 1.0) -> tuple[
 @given(st.lists(st.integers(0, 9), max_size=60), st.integers(1, 7))
 def test_ranks_are_put_in_order_however_long_the_runs(numbers: list[int], run: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stepweave.scheduling.forecast.RUN", run)
+        patch.setattr("stepweave.planning.forecast.RUN", run)
         found = in_order([(float(number),) for number in numbers])
     assert found == sorted(range(len(numbers)), key=lambda i: numbers[i])
     assert RUN > 7

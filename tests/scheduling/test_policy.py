@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stepweave.planning.cost import CostModel
 from stepweave.scheduling import policy
-from stepweave.scheduling.cost import CostModel
 from stepweave.scheduling.policy import (
     POLICIES,
     Policy,

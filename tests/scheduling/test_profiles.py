@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepweave.scheduling.profiles import KINDS, PARTS, Profiles, Recorder, Shape
+from stepweave.planning.profiles import KINDS, PARTS, Profiles, Recorder, Shape
 from stepweave.scheduling.task import Demand, Key, Load
 
 ENCODER = Load(Key("text_encoder", 77), 1)

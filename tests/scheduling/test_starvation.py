@@ -11,8 +11,8 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
+from stepweave.planning.cost import CostModel
 from stepweave.scheduling import policy
-from stepweave.scheduling.cost import CostModel
 from stepweave.scheduling.policy import Cap, Policy, aged, thrifty
 from stepweave.scheduling.task import Key, Load, Priority, Task
 from tests.scheduling.toy import Call, play, task

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stepweave.engine.timing import PENDING, CudaClock, HostClock, clock_of
+from stepweave.planning.clock import PENDING, CudaClock, HostClock, clock_of
 
 
 class Stream:

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from stepweave.scheduling.cost import CostModel
+from stepweave.planning.cost import CostModel
 from stepweave.scheduling.policy import Cap, Policy
 from stepweave.scheduling.task import Demand, Key, Load, Priority, Task
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from stepweave.errors import StepweaveError
-from stepweave.generation import OutputFormat, PriorityName, Timings
-from stepweave.ticket import State
+from stepweave.parameters import OutputFormat, PriorityName, Timings
+from stepweave.serving.request import State
 
 STAGES = (
     "starting",

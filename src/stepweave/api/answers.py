@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from stepweave.errors import InvalidRequest, shown
-from stepweave.generation import Answer, OutputFormat
+from stepweave.parameters import Answer, OutputFormat
 from stepweave.store import FileStore
 from stepweave.threads import on_thread
 

@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.types import Scope
 
 from stepweave.errors import Unauthorized
-from stepweave.keys import ApiKeys, Client
+from stepweave.serving.keys import ApiKeys, Client
 
 CLIENT = "stepweave.client"  # key in the ASGI scope
 

@@ -10,10 +10,10 @@ from starlette.requests import Request
 from starlette.types import Scope
 
 from stepweave.errors import StepweaveError
-from stepweave.jobs import Followed
-from stepweave.keys import Client
+from stepweave.serving.jobs import Followed
+from stepweave.serving.keys import Client
+from stepweave.serving.request import Ticket
 from stepweave.telemetry.metrics import Metrics
-from stepweave.ticket import Ticket
 
 COUNT = "stepweave.count"  # key in the ASGI scope
 # `$`, as in Starlette's routes, also stands before a line end

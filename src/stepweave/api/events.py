@@ -18,12 +18,12 @@ from stepweave.api.answers import EVENT_STREAM, urls
 from stepweave.api.counting import count_of
 from stepweave.api.disconnect import disconnected
 from stepweave.api.responses import LEFT, REQUEST_ID, as_stepweave_error
-from stepweave.generation import Answer
-from stepweave.jobs import Followed
-from stepweave.partials import Partial
+from stepweave.parameters import Answer
+from stepweave.previews.stream import Partial
+from stepweave.serving.jobs import Followed
+from stepweave.serving.request import Queued, Ticket, Update
 from stepweave.store import FileStore
 from stepweave.threads import on_thread
-from stepweave.ticket import Queued, Ticket, Update
 
 COMMENT = b": still here\n\n"  # keeps proxies from closing the connection
 # what OpenAI's events have beside, and no effect here

@@ -17,9 +17,9 @@ from stepweave.api.bodies import SPOOLED
 from stepweave.api.idempotency import joins
 from stepweave.api.schemas import CHARSETS, NULL, EditRequest, refuse_known
 from stepweave.errors import SHOWN, Cancelled, InvalidRequest, shown
-from stepweave.generation import Sources
-from stepweave.scheduling.admission import Reservation
-from stepweave.server import Server
+from stepweave.parameters import Sources
+from stepweave.serving.admission import Reservation
+from stepweave.serving.server import Server
 from stepweave.threads import on_thread
 
 PICTURES = ("image", "mask")

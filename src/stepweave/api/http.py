@@ -21,9 +21,9 @@ from stepweave.api.openai import OpenAI
 from stepweave.api.openapi import OpenApi
 from stepweave.api.responses import handle_error
 from stepweave.errors import StepweaveError
-from stepweave.heap import Heap
-from stepweave.keys import LOOK_SECONDS
-from stepweave.server import Server
+from stepweave.serving.heap import Heap
+from stepweave.serving.keys import LOOK_SECONDS
+from stepweave.serving.server import Server
 from stepweave.threads import on_thread
 
 logger = logging.getLogger(__name__)

@@ -9,11 +9,11 @@ from starlette.requests import Request
 
 from stepweave.api.auth import owner_of
 from stepweave.errors import InvalidRequest, shown
-from stepweave.generation import Answer
-from stepweave.jobs import Claim, Followed
-from stepweave.scheduling.admission import Reservation
-from stepweave.server import Server
-from stepweave.ticket import Ticket
+from stepweave.parameters import Answer
+from stepweave.serving.admission import Reservation
+from stepweave.serving.jobs import Claim, Followed
+from stepweave.serving.request import Ticket
+from stepweave.serving.server import Server
 
 MAX_KEY = 255  # characters of an idempotency key
 

@@ -43,12 +43,12 @@ from stepweave.api.tensors import (
 )
 from stepweave.api.triton import EXTENSIONS, configuration, index, unsupported
 from stepweave.errors import InvalidRequest, NotFound, StepweaveError, shown
-from stepweave.server import Server
+from stepweave.serving.server import Server
 from stepweave.threads import on_thread
 
 if TYPE_CHECKING:
-    from stepweave.generation import Answer
-    from stepweave.model import ServedModel
+    from stepweave.parameters import Answer
+    from stepweave.serving.model import ServedModel
 
 VERSION = "1"  # of the model: it is replaced with the process
 INPUTS = {

@@ -7,10 +7,10 @@ from typing import Any
 
 from stepweave.api.answers import json_answer
 from stepweave.errors import NotFound
-from stepweave.jobs import Followed
-from stepweave.kept import KeptJob
+from stepweave.serving.jobs import Followed
+from stepweave.serving.request import Queued, Ticket
+from stepweave.serving.stored_job import KeptJob
 from stepweave.store import FileStore
-from stepweave.ticket import Queued, Ticket
 
 
 def describe(job: Followed) -> dict[str, Any]:

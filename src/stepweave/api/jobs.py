@@ -14,9 +14,9 @@ from stepweave.api.events import EventStream, events
 from stepweave.api.job_answers import describe, job_answer
 from stepweave.api.urls import base_url
 from stepweave.errors import Cancelled, InvalidRequest, NotFound, shown
-from stepweave.jobs import Followed, Jobs
-from stepweave.server import Server
-from stepweave.ticket import Ticket
+from stepweave.serving.jobs import Followed, Jobs
+from stepweave.serving.request import Ticket
+from stepweave.serving.server import Server
 
 MAX_LIST = 100
 CANCEL_SECONDS = 5.0  # that an answer waits for the step at which a job ends

@@ -22,8 +22,8 @@ from stepweave.api.idempotency import claim_of, generate
 from stepweave.api.schemas import ImageRequest, explain, parse_off_loop, require_json, some_of
 from stepweave.api.urls import base_url, reference
 from stepweave.errors import InvalidRequest, NotFound, shown
-from stepweave.jobs import Claim
-from stepweave.server import Server
+from stepweave.serving.jobs import Claim
+from stepweave.serving.server import Server
 from stepweave.threads import on_thread
 
 DEFAULT_STEPS = 28  # the example server's

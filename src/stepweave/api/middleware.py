@@ -26,14 +26,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from stepweave import __version__
 from stepweave.api import disconnect
 from stepweave.api.auth import authorize, client_of
+from stepweave.api.bentoml_form import stand_in, stand_in_form
 from stepweave.api.bodies import WAITING, body_turns, decoded
 from stepweave.api.connections import FULL, MALFORMED
 from stepweave.api.counting import COUNT, Count
-from stepweave.api.cross_site import check_site
+from stepweave.api.csrf import check_site
 from stepweave.api.disconnect import has_left
 from stepweave.api.native import EDIT, PATHS, READ, check, let_go
 from stepweave.api.responses import ERROR_MARK, LEFT, REQUEST_ID, as_stepweave_error, error_response
-from stepweave.api.stand_in import stand_in, stand_in_form
 from stepweave.api.targets import (
     has_two_lengths,
     is_of_the_server,
@@ -42,7 +42,6 @@ from stepweave.api.targets import (
     to_origin_form,
 )
 from stepweave.api.triton import unsupported
-from stepweave.draining import Drain
 from stepweave.errors import (
     BodyTooLarge,
     Cancelled,
@@ -52,7 +51,8 @@ from stepweave.errors import (
     RequestError,
     StepweaveError,
 )
-from stepweave.server import Server
+from stepweave.serving.drain import Drain
+from stepweave.serving.server import Server
 
 logger = logging.getLogger("stepweave.access")
 

@@ -30,9 +30,9 @@ from stepweave.api.schemas import (
     require_form,
     require_json,
 )
-from stepweave.scheduling.admission import Reservation
-from stepweave.server import Server
-from stepweave.ticket import Ticket
+from stepweave.serving.admission import Reservation
+from stepweave.serving.request import Ticket
+from stepweave.serving.server import Server
 
 READ = "stepweave.read"  # key in the ASGI scope: the body of any other
 EDIT = "stepweave.edit"  # key in the ASGI scope: an Edit

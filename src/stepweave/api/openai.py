@@ -34,9 +34,9 @@ from stepweave.api.schemas import (
 )
 from stepweave.api.urls import base_url, reference
 from stepweave.errors import InvalidRequest
-from stepweave.scheduling.admission import Reservation
-from stepweave.server import Server
-from stepweave.ticket import Ticket
+from stepweave.serving.admission import Reservation
+from stepweave.serving.request import Ticket
+from stepweave.serving.server import Server
 
 
 class OpenAI:

@@ -48,7 +48,7 @@ from stepweave.errors import (
     UnsupportedEncoding,
     UnsupportedMedia,
 )
-from stepweave.server import Server
+from stepweave.serving.server import Server
 from stepweave.threads import on_thread
 
 REF = "#/components/schemas/{model}"

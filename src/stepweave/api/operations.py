@@ -36,7 +36,7 @@ from stepweave.errors import (
     Unavailable,
     UnsupportedMedia,
 )
-from stepweave.names import MAX_NAME, ModelNames
+from stepweave.serving.names import MAX_NAME, ModelNames
 
 JSON = "application/json"
 FORM = "multipart/form-data"

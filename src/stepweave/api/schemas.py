@@ -12,7 +12,7 @@ from pydantic_core import from_json, to_json
 from python_multipart.multipart import parse_options_header
 
 from stepweave.errors import SHOWN, InvalidRequest, UnsupportedMedia, shown
-from stepweave.generation import MAX_SEED, OutputFormat, PriorityName
+from stepweave.parameters import MAX_SEED, OutputFormat, PriorityName
 from stepweave.threads import on_thread
 
 MAX_DEADLINE_MS = 24 * 3600 * 1000

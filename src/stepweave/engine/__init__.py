@@ -2,6 +2,6 @@
 
 from stepweave.engine.engine import EngineStats, Mode, StepEngine
 from stepweave.engine.job import Job, Observer, Progress
-from stepweave.engine.latents import Latents
+from stepweave.previews.latents import Latents
 
 __all__ = ["EngineStats", "Job", "Latents", "Mode", "Observer", "Progress", "StepEngine"]

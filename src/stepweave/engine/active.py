@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from stepweave.engine.call import Call
+from stepweave.batching.call import Call
+from stepweave.compat.own_state import OwnState, OwnTypes
+from stepweave.compat.snapshot import Given
 from stepweave.engine.fiber import Fiber
-from stepweave.engine.given import Given
 from stepweave.engine.job import Job
-from stepweave.engine.own_state import OwnState, OwnTypes
 
 RECOVERY = 20  # jobs that end, before one more may run at a time
 

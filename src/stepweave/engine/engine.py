@@ -15,21 +15,21 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from stepweave.engine.ambient import draw_seed
-from stepweave.engine.health import DeviceHealth
+from stepweave.baselines.thread_pool import Pool, Runner
+from stepweave.compat.torch_state import draw_seed
 from stepweave.engine.job import Job, Observer, inside_engine
 from stepweave.engine.loop import StepLoop
-from stepweave.engine.memory import DeviceMemory
-from stepweave.engine.planner import OnStep, Planner
-from stepweave.engine.pool import Pool, Runner
-from stepweave.engine.shapes import arguments_of
-from stepweave.engine.stats import Forwards, Stats
 from stepweave.errors import EngineClosed, EngineMisuse
-from stepweave.generation import PriorityName
-from stepweave.scheduling.admission import Outlook
-from stepweave.scheduling.plan import Standing
+from stepweave.memory.device import DeviceMemory
+from stepweave.memory.device_health import DeviceHealth
+from stepweave.parameters import PriorityName
+from stepweave.planning.plan import Standing
+from stepweave.planning.planner import OnStep, Planner
+from stepweave.planning.stats import Forwards, Stats
+from stepweave.planning.workload import arguments_of
 from stepweave.scheduling.policy import POLICIES
 from stepweave.scheduling.task import Key, Priority
+from stepweave.serving.admission import Outlook
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import greenlet
 import torch
 
-from stepweave.engine.ambient import Ambient, apply, current
+from stepweave.compat.torch_state import Ambient, apply, current
 from stepweave.errors import EngineMisuse
 from stepweave.outcome import Outcome
 

@@ -17,22 +17,23 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stepweave.engine.ambient import current, on_device
-from stepweave.engine.call import Call, Target
-from stepweave.engine.contained import contained
-from stepweave.engine.digests import Digests, followed
+from stepweave.batching.call import Call, Target
+from stepweave.batching.fingerprints import Digests, followed
+from stepweave.batching.merge import cloned
+from stepweave.certification.state_watch import StateWatch, some
+from stepweave.compat.attention_processors import Processors, Wardrobe
+from stepweave.compat.cpu_offload import Offloading, moves_only, pipelines_in
+from stepweave.compat.host_times import keep_times_on_the_host
+from stepweave.compat.own_state import OwnState, OwnTypes, has_code, signature
+from stepweave.compat.snapshot import Given
+from stepweave.compat.torch_state import current, on_device
+from stepweave.contained import contained
 from stepweave.engine.fiber import Fiber, Own, current_fiber, suspend, suspendable
-from stepweave.engine.given import Given
-from stepweave.engine.health import DeviceHealth
-from stepweave.engine.host_times import keep_times_on_the_host
 from stepweave.engine.job import Job
-from stepweave.engine.memory import ran_out
-from stepweave.engine.merge import cloned
-from stepweave.engine.offload import Offloading, moves_only, pipelines_in
-from stepweave.engine.own_state import OwnState, OwnTypes, has_code, signature
-from stepweave.engine.processors import Processors, Wardrobe
-from stepweave.engine.state_watch import StateWatch, some
 from stepweave.errors import EngineMisuse
+from stepweave.memory.device import ran_out
+from stepweave.memory.device_health import DeviceHealth
+from stepweave.scope.locks import LockedTokenizer
 from stepweave.scope.pipeline import (
     ENGINE_HOOK,
     RequestScopedPipeline,
@@ -42,7 +43,6 @@ from stepweave.scope.pipeline import (
     upcasts,
 )
 from stepweave.scope.proxy import Proxy
-from stepweave.scope.tokenizer import LockedTokenizer
 from stepweave.scope.view import _offload_only
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Generator, Hashable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from stepweave.engine.memory import ran_out
 from stepweave.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -21,13 +20,14 @@ from stepweave.errors import (
     RequestError,
     duration,
 )
+from stepweave.memory.device import ran_out
 from stepweave.outcome import Outcome, carried
-from stepweave.scheduling.profiles import Recorder, Shape
+from stepweave.planning.profiles import Recorder, Shape
 from stepweave.scheduling.task import Priority, Task
 
 if TYPE_CHECKING:
-    from stepweave.engine.health import DeviceHealth
-    from stepweave.engine.latents import Latents
+    from stepweave.memory.device_health import DeviceHealth
+    from stepweave.previews.latents import Latents
 
 logger = logging.getLogger(__name__)
 

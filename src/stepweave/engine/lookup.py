@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from stepweave.batching.call import Call
+from stepweave.batching.encoder_cache import EncoderCache
+from stepweave.batching.layout import Describer
+from stepweave.certification.state_watch import some
 from stepweave.engine.active import Active
-from stepweave.engine.call import Call
-from stepweave.engine.describe import Describer
 from stepweave.engine.hooks import EngineScope
-from stepweave.engine.state_watch import some
-from stepweave.engine.stats import Stats
-from stepweave.engine.textcache import EncoderCache
+from stepweave.planning.stats import Stats
 
 logger = logging.getLogger(__name__)
 

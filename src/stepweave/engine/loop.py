@@ -12,33 +12,33 @@ from typing import Any
 
 import torch
 
-from stepweave.engine import ambient
+from stepweave.batching.call import Call
+from stepweave.batching.encoder_cache import EncoderCache
+from stepweave.batching.fingerprints import Digests
+from stepweave.batching.layout import Describer
+from stepweave.certification.certificate import Verdict
+from stepweave.certification.certificates import Certificates
+from stepweave.certification.state_watch import name_of
+from stepweave.certification.unshared import Unshared
+from stepweave.compat import torch_state as ambient
+from stepweave.compat.stateful_modules import Turns, spoilt
+from stepweave.contained import contained
 from stepweave.engine.active import Active, Crowd
-from stepweave.engine.call import Call
-from stepweave.engine.certificate import Verdict
-from stepweave.engine.certify import Certificates
-from stepweave.engine.contained import contained
-from stepweave.engine.describe import Describer
-from stepweave.engine.digests import Digests
-from stepweave.engine.elsewhere import Elsewhere
 from stepweave.engine.fiber import Done, Fiber, Own
-from stepweave.engine.forward import Forwarder, Starved, too_little
-from stepweave.engine.health import DeviceHealth
 from stepweave.engine.hooks import EngineScope, Offload, RunYourself
+from stepweave.engine.image_threads import Elsewhere
 from stepweave.engine.job import Ending, Job, enter_engine
 from stepweave.engine.lookup import LookUp
-from stepweave.engine.memory import DeviceMemory, memory_of
 from stepweave.engine.pipeline_call import call_pipeline
-from stepweave.engine.planner import Planner
-from stepweave.engine.queues import CallQueues
-from stepweave.engine.state_watch import name_of
-from stepweave.engine.stats import Stats
-from stepweave.engine.textcache import EncoderCache
-from stepweave.engine.timing import clock_of
-from stepweave.engine.turns import Turns, spoilt
-from stepweave.engine.unshared import Unshared
+from stepweave.engine.runner import Forwarder, Starved, too_little
 from stepweave.errors import Cancelled, StepweaveError
+from stepweave.memory.device import DeviceMemory, memory_of
+from stepweave.memory.device_health import DeviceHealth
 from stepweave.outcome import Outcome
+from stepweave.planning.clock import clock_of
+from stepweave.planning.planner import Planner
+from stepweave.planning.stats import Stats
+from stepweave.scheduling.queues import CallQueues
 from stepweave.scheduling.task import Demand
 
 logger = logging.getLogger(__name__)

@@ -11,17 +11,17 @@ import torch
 from diffusers.image_processor import InpaintProcessor, VaeImageProcessor
 from PIL import Image
 
-from stepweave.engine.attributes import POSTPROCESS, Method, methods_of_processors, replaced
+from stepweave.compat.attributes import POSTPROCESS, Method, methods_of_processors, replaced
+from stepweave.compat.cpu_offload import pipelines_in
+from stepweave.compat.finite import FiniteImages
+from stepweave.compat.values import comes_with_a_library
 from stepweave.engine.fiber import current_fiber, suspend, suspendable
-from stepweave.engine.finite import FiniteImages
 from stepweave.engine.hooks import Offload, RunYourself
 from stepweave.engine.job import Job
-from stepweave.engine.latents import Observed, Tap
-from stepweave.engine.offload import pipelines_in
-from stepweave.engine.prompts import warned
-from stepweave.engine.values import comes_with_a_library
 from stepweave.outcome import Outcome
+from stepweave.previews.latents import Observed, Tap
 from stepweave.scope.proxy import Proxy
+from stepweave.truncation.prompts import warned
 
 
 def call_pipeline(job: Job, *, elsewhere: bool = False) -> Outcome:

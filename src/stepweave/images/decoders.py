@@ -31,9 +31,9 @@ from stepweave.errors import (
     Unavailable,
     UnsupportedMedia,
 )
-from stepweave.generation import Sources
 from stepweave.images.decoder_process import READY
 from stepweave.images.uploads import Fit, Size
+from stepweave.parameters import Sources
 from stepweave.threads import DaemonExecutor, on_thread
 
 DECODERS = 2  # processes

@@ -11,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from stepweave import __version__
 from stepweave.errors import InvalidRequest
-from stepweave.generation import OutputFormat
+from stepweave.parameters import OutputFormat
 
 # pixels that the encoders take
 MAX_SIDES: dict[OutputFormat, int] = {"png": 2**31 - 1, "jpeg": 65_500, "webp": 16_383}

@@ -14,9 +14,9 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import MAX_TEXT_CHUNK
 
 from stepweave.errors import InvalidRequest, RequestError
-from stepweave.generation import Sources
 from stepweave.images import foreign, masks, scan
 from stepweave.images.colours import to_srgb, unconverted
+from stepweave.parameters import Sources
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 DRAFTS = ("JPEG", "MPO")  # formats that are decoded smaller, where that is wanted

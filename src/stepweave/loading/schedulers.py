@@ -24,7 +24,7 @@ from diffusers.utils.import_utils import DummyObject
 
 from stepweave.loading.quiet import quiet
 from stepweave.loading.rehearsal import CHANGES, Course, problem_of, takes_shift
-from stepweave.scope.scheduler import clone_scheduler
+from stepweave.scope.async_scheduler import clone_scheduler
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, Protocol, TypeVar
 
-from stepweave.scheduling.cost import CostModel
+from stepweave.planning.cost import CostModel
 from stepweave.scheduling.task import Key, Task
 
 

@@ -4,9 +4,9 @@ Works alone, without a server: wrap a pipeline in `RequestScopedPipeline` and ca
 any thread.
 """
 
+from stepweave.scope.async_scheduler import BaseAsyncScheduler, async_retrieve_timesteps
+from stepweave.scope.locks import LockedTokenizer
 from stepweave.scope.pipeline import RequestScopedPipeline
-from stepweave.scope.scheduler import BaseAsyncScheduler, async_retrieve_timesteps
-from stepweave.scope.tokenizer import LockedTokenizer
 from stepweave.scope.view import IsolationError, make_view
 
 __all__ = [

@@ -15,9 +15,9 @@ from diffusers import DiffusionPipeline
 from diffusers.guiders import BaseGuidance
 from transformers import PreTrainedTokenizerBase
 
+from stepweave.scope.async_scheduler import BaseAsyncScheduler
+from stepweave.scope.locks import LockedTokenizer
 from stepweave.scope.proxy import Proxy
-from stepweave.scope.scheduler import BaseAsyncScheduler
-from stepweave.scope.tokenizer import LockedTokenizer
 from stepweave.scope.view import DEFAULT_THRESHOLD, make_view
 
 ENGINE_HOOK = "stepweave"  # under which a StepEngine hooks modules; it keeps no state in them

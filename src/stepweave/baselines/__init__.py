@@ -1,0 +1,1 @@
+"""The modes that batch no steps, to compare with: off, threads and request."""

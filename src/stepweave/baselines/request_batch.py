@@ -1,0 +1,116 @@
+"""Whole requests in one call of the pipeline: what most servers call batching, and a baseline for
+step batching."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+
+from stepweave.batching.merge import split
+from stepweave.compat.finite import FiniteImages
+from stepweave.engine.job import Ending, Job
+from stepweave.engine.pipeline_call import track
+from stepweave.outcome import Outcome
+from stepweave.previews.latents import Latents
+from stepweave.scope import RequestScopedPipeline
+from stepweave.truncation.prompts import warned
+
+_CONSTANTS = (bool, int, float, str, type(None))
+
+
+def batch_key(job: Job) -> Hashable | None:
+    """Equal for jobs whose calls differ in prompts and generators only; None for a job that must
+    have a call of its own."""
+    kwargs = job.kwargs
+    generator = kwargs.get("generator")
+    if job.args or job.reproducible or job.scheduler is not None:
+        return None
+    if generator is None or kwargs.get("callback_on_step_end") is not None:
+        return None
+    if len(_generators(job)) != images_of(job) or not isinstance(kwargs.get("prompt"), str):
+        return None
+    key: list[Hashable] = [id(job.scope.pipeline)]
+    for name, value in kwargs.items():
+        if _is_prompt(name) and isinstance(value, str):
+            key.append((name, str))
+        elif name != "generator":
+            key.append((name, type(value), value if isinstance(value, _CONSTANTS) else id(value)))
+    return frozenset(key)
+
+
+def images_of(job: Job) -> int:
+    count = job.kwargs.get("num_images_per_prompt")
+    return count if isinstance(count, int) else 1  # what is no number fails in the pipeline's call
+
+
+def run_batch(scope: RequestScopedPipeline, jobs: list[Job]) -> list[Outcome]:
+    """Run jobs of one key in one call; the outcome of each."""
+    first = jobs[0].kwargs
+    kwargs = {
+        name: [job.kwargs[name] for job in jobs]
+        if _is_prompt(name) and isinstance(value, str)
+        else value
+        for name, value in first.items()
+    }
+    kwargs["generator"] = generators = [one for job in jobs for one in _generators(job)]
+    before = [one.get_state() for one in generators]
+    try:
+        with (
+            scope.lease() as view,
+            warned(view, jobs),
+            track(view, _Together(jobs)),
+            FiniteImages(view) as images,
+        ):
+            outcomes = split(images.checked(view(**kwargs)), [images_of(job) for job in jobs])
+    except BaseException:
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)  # so that each can still be run alone
+        raise
+    return [Outcome(outcome, job.end()) for job, outcome in zip(jobs, outcomes, strict=True)]
+
+
+def _is_prompt(name: str) -> bool:
+    return name.startswith(("prompt", "negative_prompt"))
+
+
+def _generators(job: Job) -> list[torch.Generator]:
+    generator = job.kwargs["generator"]
+    return generator if isinstance(generator, list) else [generator]
+
+
+class _Together:
+    """Jobs that progress as one; the call ends early only when all of them must end."""
+
+    def __init__(self, jobs: list[Job]) -> None:
+        self._jobs = jobs
+        self._wanting = [False] * len(jobs)
+
+    @property
+    def observed(self) -> bool:
+        return any(job.observed for job in self._jobs)
+
+    def wants_latents(self) -> bool:
+        self._wanting = [job.wants_latents() for job in self._jobs]
+        return any(self._wanting)
+
+    def denoised(self, latents: Latents) -> None:
+        counts = [images_of(job) for job in self._jobs]
+        if len(latents.sample) != sum(counts):
+            return  # its rows are not its pictures
+        for i, (job, wanting) in enumerate(zip(self._jobs, self._wanting, strict=True)):
+            if wanting:
+                start = sum(counts[:i])
+                job.denoised(latents.rows(start, start + counts[i]))
+
+    def open(self, total: int) -> None:
+        for job in self._jobs:
+            job.open(total)
+
+    def advance(self, steps: int) -> None:
+        for job in self._jobs:
+            job.advance(steps)
+
+    def check_step(self) -> None:
+        if all(job.end() is not None for job in self._jobs):
+            raise Ending

@@ -1,0 +1,218 @@
+"""Whole calls on threads: the modes `off` (one thread), `threads` and `request`."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Any, Protocol
+
+from stepweave.baselines.request_batch import batch_key, images_of, run_batch
+from stepweave.compat.torch_state import use_device
+from stepweave.engine.hooks import PrivateScope
+from stepweave.engine.job import Ending, Job, enter_engine
+from stepweave.engine.pipeline_call import call_pipeline
+from stepweave.errors import Cancelled, EngineMisuse, StepweaveError
+from stepweave.memory.device_health import DeviceHealth
+from stepweave.outcome import Outcome
+from stepweave.planning.planner import Planner
+from stepweave.planning.stats import Stats
+
+logger = logging.getLogger(__name__)
+
+
+class Runner(Protocol):
+    """What runs an engine's jobs."""
+
+    threads: list[threading.Thread]
+
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def running(self) -> int: ...
+    def scope_of(self, pipeline: Any) -> PrivateScope: ...
+    def submit(self, job: Job) -> None: ...
+    def cancel(self, job: Job) -> None: ...
+    def close(self, seconds: float) -> list[str]: ...
+    def abandon(self, job: Job, error: Exception) -> None: ...
+
+
+class Pool:
+    """Starts jobs in the planner's order, `threads` of them at a time; with `together`, up to so
+    many equal ones in one call."""
+
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        threads: int,
+        stats: Stats,
+        planner: Planner,
+        health: DeviceHealth,
+        together: int = 1,
+    ) -> None:
+        self._scope = PrivateScope(pipeline)
+        self._stats = stats
+        self._planner = planner
+        self._health = health
+        self._together = together
+        self._running: dict[str, Job] = {}
+        self._waiting: dict[str, Job] = {}  # oldest first
+        self._closed = False
+        self._changed = threading.Condition()  # guards the three above
+        self.threads = [
+            threading.Thread(target=self._work, name=f"stepweave-engine-{i}", daemon=True)
+            for i in range(threads)
+        ]
+        for thread in self.threads:
+            thread.start()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    def scope_of(self, pipeline: Any) -> PrivateScope:
+        """Makes views of the engine's pipeline, or of another one of its modules. Raises
+        EngineMisuse."""
+        if pipeline is None:
+            return self._scope
+        scope = self._scope.sibling(pipeline)
+        if len(self.threads) > 1 and scope.takes_turns() and not self._scope.takes_turns():
+            kinds = type(pipeline).__name__, type(self._scope.pipeline).__name__
+            raise EngineMisuse(
+                f"Calls of {kinds[0]} change modules while they run, so that none of {kinds[1]} "
+                f"may run beside."
+            )
+        return scope
+
+    def submit(self, job: Job) -> None:
+        with self._changed:
+            self._waiting[job.id] = job
+            self._changed.notify()
+
+    def cancel(self, job: Job) -> None:
+        """A waiting job ends at once; a running one at its next step."""
+        with self._changed:
+            waited = self._waiting.pop(job.id, None)
+        if waited is not None:
+            self._finish(job, Outcome(error=Cancelled()))
+
+    def close(self, seconds: float) -> list[str]:
+        """End every job, running ones at their next step, and then the threads. What has not ended
+        after some seconds."""
+        until = time.monotonic() + seconds
+        with self._changed:
+            self._closed = True
+            left = [*self._running.values(), *self._waiting.values()]
+            self._changed.notify_all()
+        for job in left:
+            job.cancel()
+        for thread in self.threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        return [f"the call of {job!r}" for job in list(self._running.values())]
+
+    def abandon(self, job: Job, error: Exception) -> None:
+        """Let go of a job that has not ended."""
+        self._finish(job, Outcome(error=error))
+
+    def _work(self) -> None:
+        """One thread: serve until closed."""
+        use_device(self._health.device)
+        enter_engine(self)
+        while (jobs := self._next_jobs()) is not None:
+            try:
+                self._serve(jobs)
+            except BaseException:  # nothing may end this thread: jobs would hang
+                self._stats.errors += 1
+                logger.exception("the engine failed; it goes on")
+            del jobs
+
+    def _next_jobs(self) -> list[Job] | None:
+        """The oldest waiting job, and those that can share its call. None once closed."""
+        with self._changed:
+            while not self._waiting and not self._closed:
+                self._changed.wait()
+            return None if self._closed else self._take()
+
+    def _serve(self, jobs: list[Job]) -> None:
+        """Run jobs to their ends."""
+        try:
+            outcomes = self._run(jobs)
+        except BaseException as error:  # nothing may end this thread: jobs would hang
+            self._stats.errors += 1
+            logger.exception("the engine failed; it goes on")
+            failure = StepweaveError(
+                f"The engine failed ({type(error).__name__}).", code="engine_failed"
+            )
+            outcomes = [Outcome(error=failure)] * len(jobs)
+        with self._changed:
+            for job in jobs:
+                del self._running[job.id]
+        for job, outcome in zip(jobs, outcomes, strict=True):
+            self._finish(job, outcome)
+
+    def _take(self) -> list[Job]:
+        jobs = [self._waiting.pop(self._planner.next(self._waiting).id)]
+        if self._together > 1:
+            key = batch_key(jobs[0])
+            alike = [
+                job for job in self._waiting.values() if key is not None and batch_key(job) == key
+            ]
+            images = images_of(jobs[0])
+            for job in alike:
+                if images + images_of(job) > self._together:
+                    break
+                jobs.append(self._waiting.pop(job.id))
+                images += images_of(job)
+        for job in jobs:
+            self._running[job.id] = job
+        return jobs
+
+    def _run(self, jobs: list[Job]) -> list[Outcome]:
+        """The outcome of each job."""
+        now = time.monotonic()
+        beside = min(len(self.threads), len(self._running)) if self._together == 1 else 1
+        for job in jobs:
+            job.start(now)
+            self._planner.begin(job)
+        if len(jobs) > 1 and self._health.failure is None:
+            together = Outcome.apart(run_batch, jobs[0].scope, jobs)
+            if together.error is None:
+                self._planner.called(jobs, time.monotonic() - now, beside)
+                return together.value  # type: ignore[no-any-return]
+            # an Ending is of all of them; each finds its own error below
+            if (
+                not isinstance(together.error, Ending)
+                and self._health.examine(together.error) is None
+            ):
+                self._stats.retried += 1
+                logger.warning(
+                    "a batch of %d jobs failed; each runs alone", len(jobs), exc_info=together.error
+                )
+            for job in jobs:
+                job.restart()
+        return [self._run_alone(job, beside) for job in jobs]
+
+    def _run_alone(self, job: Job, beside: int) -> Outcome:
+        began = time.monotonic()
+        ended = job.end()
+        if ended is not None:
+            return Outcome(error=ended)
+        outcome: Outcome = Outcome.apart(call_pipeline, job).value
+        steps = job.task.demand.steps if outcome.error is None else job.progress.step
+        # of one that ended early, too, while nothing else is known: else nothing would be while all
+        # do
+        if outcome.error is None or (steps and not self._planner.cost.timed):
+            seconds = time.monotonic() - began
+            self._planner.called([job], seconds * job.task.demand.steps / max(1, steps), beside)
+        return outcome
+
+    def _finish(self, job: Job, outcome: Outcome) -> None:
+        self._planner.leave(job, succeeded=outcome.error is None)
+        told = job.finish(outcome)
+        if told is not None:
+            self._stats.finished(told)

@@ -1,0 +1,1 @@
+"""How calls of many jobs share one forward: described, merged, run, split."""

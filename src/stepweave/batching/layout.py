@@ -1,0 +1,315 @@
+"""Descriptions of calls, by which like is told from unlike: by the values of the arguments, not by
+model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import torch
+
+from stepweave.batching.batch_axes import ITEMS, PER_ROW, Guess, Path
+from stepweave.batching.call import Call, Layout, Unmergeable
+from stepweave.batching.fingerprints import Digests
+from stepweave.compat.snapshot import DEEPEST, is_holder
+from stepweave.scope.view import is_plain
+
+logger = logging.getLogger(__name__)
+
+_CONSTANTS = (
+    type(None),
+    bool,
+    int,
+    str,
+    bytes,
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    torch.layout,
+    Enum,
+    type,
+)
+TIMES = ("timestep", "timesteps")
+_TIME_TYPES = (torch.int32, torch.int64, torch.float32)  # of schedulers, which modules take alike
+
+
+class Describer:
+    """Works out a call's rows, layout, kind and key."""
+
+    def __init__(self, digests: Digests) -> None:
+        self._digests = digests
+
+    def describe(self, call: Call) -> None:
+        """Fill in what the loop and the merge need to know. A call that fits no rule gets a key of
+        its own."""
+        try:
+            self._describe(call)
+        except Exception as error:
+            if not isinstance(error, Unmergeable):
+                logger.exception(
+                    "a call of %s cannot be described; it runs alone", call.target.name
+                )
+            call.stand_alone(reason=str(error) or type(error).__name__)
+
+    def _describe(self, call: Call) -> None:
+        target = call.target
+        call.arguments = target.bind(call.args, call.kwargs)
+        if target.module.training or call.ambient.grad:
+            raise Unmergeable(
+                "gradients, or layers that draw random numbers, may depend on the batch"
+            )
+        sample = call.sample = _sample(call.arguments)
+        call.listed = isinstance(sample, list)
+        call.rows = len(sample) if call.listed else sample.shape[0]
+        call.cost = call.cost._replace(size=_elements(sample) // max(1, call.rows))
+        walk = _Walk(call, sample, self._digests)
+        masks = {mask: name for name, mask in target.masks.items() if walk.maskable(name, mask)}
+        layouts = []
+        for name, value in call.arguments.items():
+            path = (name,)
+            if name in masks.values():
+                node = walk.padded(value, path)
+            elif name in masks:
+                node = walk.mask(value, path)
+            elif isinstance(value, list) and len(value) == call.rows:
+                node = walk.row_list(value, path)
+            elif type(value) in (int, float) and name in TIMES:
+                node = walk.number(value, path)
+            else:
+                node = walk.node(value, path)
+            layouts.append((name, node))
+        call.layout = tuple(layouts)
+        call.leaves, call.paths, call.extents, call.opaque = (
+            walk.leaves,
+            walk.paths,
+            walk.extents,
+            walk.opaque,
+        )
+        call.guesses, call.holds = walk.guesses, walk.holds
+        call.look = look(call.worn)
+        # processors may cut a batch in parts; with a chunk for each row, parts of all calls lie
+        # together, however many they are
+        call.chunks = 1 if call.look is None else call.rows
+        call.kind = (target, call.layout, tuple(walk.sizes), call.ambient, call.chunks, call.look)
+        call.constants = tuple(walk.exact)
+        call.key = (call.kind, call.constants)
+        call.ragged = tuple(walk.ragged)
+
+
+class _Walk:
+    """One pass over a call's arguments."""
+
+    def __init__(self, call: Call, sample: Any, digests: Digests) -> None:
+        self._call = call
+        self._rows = call.rows
+        self._sample = sample
+        self._device = (sample[0] if isinstance(sample, list) else sample).device
+        self._digests = digests
+        self._readings = call.target.readings
+        self._depth = 0
+        self.leaves: list[tuple[Any, ...]] = []
+        self.paths: list[tuple[Path, str]] = []
+        self.extents: list[tuple[int, int]] = []
+        self.guesses: list[Guess] = []
+        self.opaque = False
+        self.holds = False
+        self.sizes: list[Hashable] = []  # of the sample: part of the kind
+        self.exact: list[Hashable] = []  # must be equal, yet a certificate covers every value of it
+        self.ragged: list[Hashable] = []
+
+    def maskable(self, name: str, mask: str) -> bool:
+        value, given = self._call.arguments.get(name), self._call.arguments.get(mask)
+        if not isinstance(value, torch.Tensor) or value.ndim < 3 or value.shape[0] != self._rows:
+            return False
+        return given is None or (isinstance(given, torch.Tensor) and given.shape == value.shape[:2])
+
+    def padded(self, value: torch.Tensor, path: Path) -> Layout:
+        self._leaf(path, "padded", value)
+        self.ragged.append(value.shape[1])
+        self.extents.append((value.shape[1], value.shape[1]))
+        self.exact.append(value.shape[2:])
+        return ("padded", value.ndim, value.dtype, value.device)
+
+    def number(self, value: float, path: Path) -> Layout:
+        self._leaf(path, "number", value)
+        return ("number", type(value) is float, self._device)
+
+    def mask(self, value: torch.Tensor | None, path: Path) -> Layout:
+        if value is None:
+            return ("mask",)
+        self._leaf(path, "mask", value)
+        return ("mask", value.dtype)
+
+    def row_list(self, values: list[Any], path: Path) -> Layout:
+        """A list with as many entries as there are rows: most likely one for each row."""
+        if all(isinstance(value, torch.Tensor) for value in values):
+            return self._tensors(values, path)
+        if all(isinstance(value, torch.Generator) for value in values):
+            self.opaque = True
+            return ("generator",)
+        first = frozen(values[0])
+        if (
+            first is None
+            and not isinstance(values[0], (list, tuple, dict))
+            and all(one is values[0] for one in values)
+        ):
+            self._identity(values[0])
+            return ("repeated", type(values[0]))
+        if first is not None and all(frozen(value) == first for value in values):
+            return ("repeated", first)
+        return self.node(values, path)
+
+    def _tensors(self, values: list[torch.Tensor], path: Path) -> Layout:
+        batches = all(value.ndim and value.shape[0] == self._rows for value in values)
+        if batches and not isinstance(self._sample, list):
+            if self._readings.of(path) != PER_ROW:
+                self.guesses.append((path, ITEMS))
+                return self.node(values, path)
+            self.guesses.append((path, PER_ROW))
+        elif values is not self._sample:
+            # of calls whose entries happen to have as many rows, too
+            self._readings.suppose([path], PER_ROW)
+        self._leaf(path, "per row", *values)
+        shapes = tuple(value.shape for value in values)
+        if values is self._sample:
+            if len(set(shapes)) > 1:
+                raise Unmergeable("samples of one call differ in size")
+            self.sizes.append(shapes[0])
+        else:
+            self.ragged.append(shapes)
+            counts = [value.numel() for value in values]
+            self.extents.append((min(counts), max(counts)))
+        return ("per row", values[0].ndim, values[0].dtype, values[0].device)
+
+    def node(self, value: Any, path: Path) -> Layout:
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value, path)
+        if type(value) is float or isinstance(value, np.generic):
+            self.exact.append((type(value), value))
+            return ("constant",)
+        if isinstance(value, _CONSTANTS):
+            return ("constant", type(value), value)
+        if isinstance(value, (list, tuple)):
+            items = (self.node(item, (*path, i)) for i, item in enumerate(value))
+            return (type(value).__name__, type(value), *items)
+        if isinstance(value, dict):
+            return ("dict", *((key, self.node(item, (*path, key))) for key, item in value.items()))
+        if isinstance(value, torch.Generator):
+            self.opaque = True
+            return ("generator",)
+        if isinstance(value, np.ndarray):
+            self.exact.append((value.shape, value.dtype.str, value.tobytes()))
+            return ("constant",)
+        if is_holder(value) and self._depth < DEEPEST:
+            return self._object(value, path)
+        self._identity(value)
+        return ("constant", type(value))
+
+    def _object(self, value: Any, path: Path) -> Layout:
+        """An object that is what it holds, such as a cache of keys and values."""
+        self.holds = True
+        self._depth += 1
+        items = [(name, self.node(item, (*path, name))) for name, item in vars(value).items()]
+        self._depth -= 1
+        return ("object", type(value), *items)
+
+    def _identity(self, value: Any) -> None:
+        self.opaque = True
+        self.exact.append(id(value))  # the call keeps it alive while the key is in use
+
+    def _leaf(self, path: Path, tag: str, *values: Any) -> None:
+        self.leaves.append(values)
+        self.paths.append((path, tag))
+
+    def _tensor(self, value: torch.Tensor, path: Path) -> Layout:
+        if value.requires_grad:
+            raise Unmergeable("gradients are wanted")
+        dtype: Any = "time" if value.dtype in _TIME_TYPES and path[0] in TIMES else value.dtype
+        if value.ndim == 0:
+            self._leaf(path, "scalar", value)
+            # one on the CPU goes with tensors of any device, as one with a row for each call would
+            # not
+            return ("scalar", dtype, self._device if value.device.type == "cpu" else value.device)
+        reading = self._readings.of(path)
+        if value.shape[0] in (1, self._rows):
+            shared = reading == "shared" and value is not self._sample
+            if not shared or not self._readings.remains(
+                path, self._context(value), self._digests.of(value)
+            ):
+                self._leaf(path, "rows", value)
+                (self.sizes if value is self._sample else self.exact).append(value.shape[1:])
+                return ("rows", value.ndim, dtype, value.device)
+            self.guesses.append((path, "shared"))
+        elif others := self._others(value):
+            if reading is None:
+                reading = self._readings.vary(
+                    path, self._context(value), self._digests.of(value), others
+                )
+            if reading in others:
+                return self._entries(value, path, reading)
+        self.exact.append(self._digests.of(value))
+        return ("shared", value.shape, value.dtype, value.device)
+
+    def _context(self, value: torch.Tensor) -> Hashable:
+        """In what an argument's values may be held against each other."""
+        return (self._rows, value.shape, value.dtype, tuple(self.sizes))
+
+    def _others(self, value: torch.Tensor) -> list[str]:
+        """What a tensor with as many entries may be, if it is no constant."""
+        across = value.ndim > 2 and value.shape[1] == self._rows
+        several = value.shape[0] > self._rows and value.shape[0] % self._rows == 0
+        return ["across"] * across + ["several"] * several
+
+    def _entries(self, value: torch.Tensor, path: Path, reading: str) -> Layout:
+        self.guesses.append((path, reading))
+        self._leaf(path, reading, value)
+        if reading == "across":
+            self.exact.append((value.shape[0], *value.shape[2:]))
+            return ("across", value.ndim, value.dtype, value.device)
+        self.exact.append(value.shape[1:])
+        return ("several", value.shape[0] // self._rows, value.ndim, value.dtype, value.device)
+
+
+def frozen(value: Any) -> Hashable | None:
+    """A hashable twin of a value made of constants only, types told apart; None for any other."""
+    if isinstance(value, (*_CONSTANTS, float, np.generic)):
+        return (type(value), value)
+    if isinstance(value, dict):
+        value = list(value.items())
+    if not isinstance(value, (list, tuple)):
+        return None
+    items = [frozen(item) for item in value]
+    return None if any(item is None for item in items) else (type(value), *items)
+
+
+def look(worn: tuple[Any, ...] | None) -> Hashable:
+    """Equal for attention processors that do the same."""
+    if worn is None:
+        return None
+    return tuple((type(one), state) if (state := _state(one)) is not None else one for one in worn)
+
+
+def _state(processor: Any) -> Hashable | None:
+    """What a processor is beside its class; None if it is only like itself, as functions are."""
+    return frozen(vars(processor)) if is_plain(type(processor)) else None  # type: ignore[arg-type]
+
+
+def _elements(sample: Any) -> int:
+    return sum(one.numel() for one in sample) if isinstance(sample, list) else int(sample.numel())
+
+
+def _sample(arguments: dict[str, Any]) -> Any:
+    """The first argument that has rows: a tensor, or a list of tensors, one for each row."""
+    for value in arguments.values():
+        if isinstance(value, torch.Tensor) and value.ndim:
+            return value
+        if (
+            isinstance(value, list)
+            and value
+            and all(isinstance(item, torch.Tensor) for item in value)
+        ):
+            return value
+    raise Unmergeable("no argument has rows")

@@ -1,0 +1,269 @@
+"""Merging: many calls' arguments into one call's, one result into many."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.cache_utils import Cache
+
+from stepweave.batching.call import Call, Layout, Unmergeable
+from stepweave.compat.snapshot import DEEPEST, is_holder
+
+_CONSTANTS = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
+
+
+def merge(calls: Sequence[Call], *, repeat: bool = True) -> dict[str, Any]:
+    """The arguments of one call that stands for all of `calls`, which are of one kind.
+
+    A list of equal constants, one for each row, is made as long as there are rows in all; without
+    `repeat` it is passed as it is, since it may be something else that happens to have as many
+    entries.
+    """
+    rows = [call.rows for call in calls]
+    first = calls[0]
+    merged = {}
+    for name, node in first.layout:
+        if node[0] == "mask":
+            continue
+        values = [call.arguments[name] for call in calls]
+        if node[0] == "padded":
+            mask = first.target.masks[name]
+            merged[name], masks = _padded(values, [call.arguments.get(mask) for call in calls])
+            if masks is not None:
+                merged[mask] = masks
+        else:
+            merged[name] = (
+                values[0] if node[0] == "repeated" and not repeat else _merge(node, values, rows)
+            )
+    return merged
+
+
+def _merge(node: Layout, values: list[Any], rows: list[int]) -> Any:
+    tag = node[0]
+    if tag == "rows":
+        return torch.cat(
+            [
+                v if v.shape[0] == r else v.expand(r, *v.shape[1:])
+                for v, r in zip(values, rows, strict=True)
+            ]
+        )
+    if tag == "several":
+        return torch.cat(values)
+    if tag == "across":
+        return torch.cat(values, dim=1)
+    if tag == "scalar":
+        return _placed([v.reshape(1).expand(r) for v, r in zip(values, rows, strict=True)], node[2])
+    if tag == "number":
+        dtype = torch.float32 if node[1] else torch.int64
+        return _placed(
+            [torch.tensor([v] * r, dtype=dtype) for v, r in zip(values, rows, strict=True)], node[2]
+        )
+    if tag == "per row":
+        return list(itertools.chain.from_iterable(values))
+    if tag == "repeated":
+        return [values[0][0]] * sum(rows)
+    if tag == "dict":
+        return {
+            key: _merge(child, [value[key] for value in values], rows) for key, child in node[1:]
+        }
+    if tag in ("constant", "shared", "generator"):
+        return values[0]
+    if tag == "object":
+        return like(
+            values[0],
+            {
+                name: _merge(child, [vars(value)[name] for value in values], rows)
+                for name, child in node[2:]
+            },
+        )
+    kind, children = node[1], node[2:]
+    items = [
+        _merge(child, [value[i] for value in values], rows) for i, child in enumerate(children)
+    ]
+    return kind(*items) if hasattr(kind, "_fields") else kind(items)
+
+
+def _placed(values: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Values of a number a row as one tensor on a device, which is not waited for: the host's
+    memory is read at once."""
+    if any(value.device == device for value in values):
+        return torch.cat([value.to(device, non_blocking=True) for value in values])
+    return torch.cat(values).to(device, non_blocking=True)
+
+
+def _padded(
+    values: list[torch.Tensor], masks: list[torch.Tensor | None]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Tensors (rows, length, ...) of different lengths as one, filled with zeros that the mask
+    tells from the rest."""
+    longest = max(value.shape[1] for value in values)
+    if all(value.shape[1] == longest for value in values) and all(mask is None for mask in masks):
+        return torch.cat(values), None
+    dtype = next((mask.dtype for mask in masks if mask is not None), torch.bool)
+    shape = (sum(value.shape[0] for value in values), longest)
+    merged = values[0].new_zeros((*shape, *values[0].shape[2:]))
+    merged_mask = torch.zeros(shape, dtype=dtype, device=values[0].device)
+    start = 0
+    for value, mask in zip(values, masks, strict=True):
+        rows, length = value.shape[:2]
+        merged[start : start + rows, :length] = value
+        merged_mask[start : start + rows, :length] = 1 if mask is None else mask
+        start += rows
+    return merged, merged_mask
+
+
+def copied(value: Any, _depth: int = 0) -> Any:
+    """Arguments with tensors of their own."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: copied(item, _depth) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return rebuilt(value, [copied(item, _depth) for item in value])
+    if is_holder(value) and _depth < DEEPEST:
+        return like(value, {name: copied(item, _depth + 1) for name, item in vars(value).items()})
+    return value
+
+
+def split(output: Any, rows: Sequence[int], *, listed: bool = False) -> list[Any]:
+    """A merged call's output as the calls', in order. Raises Unmergeable for what has no rows.
+
+    With `listed`, a list with as many entries as rows has an entry for each row, whatever the
+    entries' shapes.
+    """
+    starts = list(itertools.accumulate(rows, initial=0))
+    if listed and isinstance(output, list) and len(output) == starts[-1]:
+        return [output[a:b] for a, b in itertools.pairwise(starts)]
+    if listed and isinstance(output, tuple) and not hasattr(output, "_fields"):
+        parts = [split(item, rows, listed=True) for item in output]
+        return [tuple(part[i] for part in parts) for i in range(len(rows))]
+    if listed and isinstance(output, dict):
+        named = {key: split(item, rows, listed=True) for key, item in output.items()}
+        return [
+            remade(output, {key: part[i] for key, part in named.items()}) for i in range(len(rows))
+        ]
+    return _split(output, starts)
+
+
+def _split(output: Any, starts: list[int]) -> list[Any]:
+    total = starts[-1]
+    spans = list(itertools.pairwise(starts))
+    if isinstance(output, torch.Tensor):
+        if not has_rows(output, total):
+            raise Unmergeable(f"a result of shape {tuple(output.shape)} does not have {total} rows")
+        if output.stride(0) == 0:  # rows that share memory must not share it between jobs
+            output = output.contiguous()
+        return [output.narrow(0, a, b - a) for a, b in spans]
+    if isinstance(output, np.ndarray) and output.ndim and output.shape[0] == total:
+        return [output[a:b] for a, b in spans]
+    if is_constant(output):
+        return [output] * len(spans)
+    if (
+        isinstance(output, list)
+        and len(output) == total
+        and not all(has_rows(item, total) for item in output)
+    ):
+        return [output[a:b] for a, b in spans]
+    if isinstance(output, (list, tuple)):
+        parts = [_split(item, starts) for item in output]
+        return [rebuilt(output, [part[i] for part in parts]) for i in range(len(spans))]
+    if isinstance(output, dict):
+        named = {key: _split(item, starts) for key, item in output.items()}
+        return [
+            remade(output, {key: part[i] for key, part in named.items()}) for i in range(len(spans))
+        ]
+    if isinstance(output, Cache):
+        return [_selected(output, a, b) for a, b in spans]
+    if vars_of := getattr(output, "__dict__", None):
+        return _split_object(output, vars_of, starts)
+    raise Unmergeable(f"a result of type {type(output).__name__} cannot be taken apart")
+
+
+def has_rows(item: Any, total: int) -> bool:
+    return isinstance(item, torch.Tensor) and item.ndim > 0 and item.shape[0] == total
+
+
+def is_constant(value: Any) -> bool:
+    return isinstance(value, _CONSTANTS)
+
+
+def rebuilt(like: Any, items: list[Any]) -> Any:
+    return type(like)(*items) if hasattr(like, "_fields") else type(like)(items)
+
+
+def remade(like: dict[Any, Any], items: dict[Any, Any]) -> Any:
+    if type(like) is dict:
+        return items
+    # diffusers' and transformers' outputs, as dictionaries without what is None
+    if dataclasses.is_dataclass(like):
+        items = {one.name: items.get(one.name) for one in dataclasses.fields(like)}
+    return type(like)(**items)
+
+
+def like(value: Any, attributes: dict[str, Any]) -> Any:
+    """An object like another, with other attributes."""
+    twin = copy.copy(value)
+    twin.__dict__.update(attributes)
+    return twin
+
+
+def _selected(cache: Cache, start: int, stop: int) -> Cache:
+    selected = copy.deepcopy(cache)
+    devices = {one.device for one in tensors(cache)}
+    indices = torch.arange(
+        start, stop, device=devices.pop() if len(devices) == 1 else None
+    )  # else each layer waits for a copy
+    selected.batch_select_indices(indices)
+    return selected
+
+
+def _split_object(output: Any, attributes: dict[str, Any], starts: list[int]) -> list[Any]:
+    """An object whose attributes are tensors and constants, such as the distribution that an
+    autoencoder's encoder gives."""
+    parts = {name: _split(value, starts) for name, value in attributes.items()}
+    return [
+        like(output, {name: part[i] for name, part in parts.items()})
+        for i in range(len(starts) - 1)
+    ]
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    """All tensors in a result, or in arguments, in order; what contains itself is followed once."""
+    return [one for one in leaves(value) if isinstance(one, torch.Tensor)]
+
+
+def leaves(value: Any, _above: tuple[int, ...] = ()) -> list[Any]:
+    """All tensors, arrays and constants in a result, in order."""
+    if isinstance(value, (torch.Tensor, np.ndarray)) or is_constant(value):
+        return [value]
+    if id(value) in _above:
+        return []
+    if isinstance(value, Cache):
+        inner: Any = [part for layer in value.layers for part in (layer.keys, layer.values)]
+    elif isinstance(value, dict):
+        inner = value.values()
+    elif isinstance(value, (list, tuple)):
+        inner = value
+    else:
+        inner = getattr(value, "__dict__", {}).values()
+    above = (*_above, id(value))
+    return [leaf for item in list(inner) for leaf in leaves(item, above)]
+
+
+def cloned(output: Any) -> Any:
+    """A copy of a result that shares no memory with it."""
+    if isinstance(output, torch.Tensor):
+        return output.clone()
+    if is_constant(output):
+        return output
+    if isinstance(output, dict):
+        return remade(output, {key: cloned(item) for key, item in output.items()})
+    if isinstance(output, (list, tuple)):
+        return rebuilt(output, [cloned(item) for item in output])
+    return copy.deepcopy(output)

@@ -1,0 +1,93 @@
+"""Dividing: one call's rows into several forwards, for calls that do not fit into memory at once;
+the reverse of merging."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from stepweave.batching.call import Call, Layout, Unmergeable
+from stepweave.batching.merge import has_rows, is_constant, like, rebuilt, remade
+
+
+def part(call: Call, start: int, stop: int, *, repeat: bool = True) -> dict[str, Any]:
+    """The arguments of a call that stands for some of the rows of `call`. For `repeat` see
+    merge."""
+    given = {}
+    for name, node in call.layout:
+        if name in call.arguments:
+            value = call.arguments[name]
+            whole = node[0] == "repeated" and not repeat
+            given[name] = value if whole else _part(node, value, call.rows, slice(start, stop))
+    return given
+
+
+def chunk(call: Call, number: int) -> Call:
+    """One of the parts of which a call's batch is made, as a call."""
+    rows = call.rows // call.chunks
+    return dataclasses.replace(
+        call, arguments=part(call, number * rows, (number + 1) * rows), rows=rows
+    )
+
+
+def _part(node: Layout, value: Any, rows: int, span: slice) -> Any:
+    tag = node[0]
+    if value is None or tag in ("constant", "shared", "scalar", "number"):
+        return value
+    if tag in ("rows", "padded", "mask"):
+        return value if value.shape[0] != rows else value[span]
+    if tag == "several":
+        return value[span.start * node[1] : span.stop * node[1]]
+    if tag == "across":
+        return value[:, span]
+    if tag in ("per row", "repeated"):
+        return value[span]
+    if tag == "generator":  # from which nothing is drawn, as its certificate says
+        return value[span] if isinstance(value, list) and len(value) == rows else value
+    if tag == "dict":
+        return {key: _part(child, value[key], rows, span) for key, child in node[1:]}
+    if tag == "object":
+        return like(
+            value, {name: _part(child, vars(value)[name], rows, span) for name, child in node[2:]}
+        )
+    return rebuilt(
+        value, [_part(child, item, rows, span) for child, item in zip(node[2:], value, strict=True)]
+    )
+
+
+def join(outputs: Sequence[Any], rows: Sequence[int], *, listed: bool = False) -> Any:
+    """The parts' results, of so many rows each, as one. Raises Unmergeable for what has no rows.
+    For `listed` see split."""
+    first = outputs[0]
+    if isinstance(first, torch.Tensor) and all(
+        has_rows(one, count) for one, count in zip(outputs, rows, strict=True)
+    ):
+        return torch.cat(list(outputs))
+    if isinstance(first, np.ndarray) and first.ndim and len(first) == rows[0]:
+        return np.concatenate(outputs)
+    if is_constant(first) and all(one == first for one in outputs):
+        return first
+    if isinstance(first, dict):
+        return remade(
+            first, {key: join([one[key] for one in outputs], rows, listed=listed) for key in first}
+        )
+    if (
+        isinstance(first, list)
+        and len(first) == rows[0]
+        and (listed or not all(has_rows(one, rows[0]) for one in first))
+    ):
+        return [item for one in outputs for item in one]
+    if isinstance(first, (list, tuple)):
+        return rebuilt(
+            first, [join(items, rows, listed=listed) for items in zip(*outputs, strict=True)]
+        )
+    attributes = getattr(first, "__dict__", None)
+    if not attributes or isinstance(first, torch.Tensor):
+        raise Unmergeable(f"results of type {type(first).__name__} cannot be put together")
+    return like(
+        first, {name: join([vars(one)[name] for one in outputs], rows) for name in attributes}
+    )

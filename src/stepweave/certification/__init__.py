@@ -1,0 +1,1 @@
+"""Whether calls may share a forward: proven by running them both ways."""

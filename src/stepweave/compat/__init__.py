@@ -1,0 +1,1 @@
+"""What diffusers shares between calls, kept apart for each job."""

@@ -1,0 +1,87 @@
+"""The pipelines for edits that go with a text-to-image pipeline: diffusers' own, of the same
+modules."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import Any, Literal
+
+import diffusers
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.utils.import_utils import DummyObject
+
+from stepweave.scope.async_scheduler import clone_scheduler
+
+logger = logging.getLogger(__name__)
+
+Edit = Literal["image_to_image", "inpaint"]
+
+_SUFFIXES: dict[Edit, str] = {"image_to_image": "Img2ImgPipeline", "inpaint": "InpaintPipeline"}
+_NEEDS: dict[Edit, tuple[str, ...]] = {
+    "image_to_image": ("image",),
+    "inpaint": ("image", "mask_image"),
+}
+
+
+def sibling(pipeline: Any, edit: Edit) -> Any:
+    """The pipeline that makes such edits with the modules of `pipeline`, which it neither casts nor
+    moves; None without one.
+
+    There is none if diffusers has no such class of the family, or if the class needs components
+    that the pipeline lacks. The scheduler is a copy: pipelines write to the configuration of the
+    one that they are made with. A pipeline that is not one of diffusers' may have its siblings as
+    attributes of the names of the edits.
+    """
+    if not isinstance(pipeline, DiffusionPipeline):
+        return getattr(pipeline, edit, None)
+    try:
+        kind = sibling_class(type(pipeline).__name__, edit)
+        if kind is None:
+            return None
+        found = pipeline if kind is type(pipeline) else _made_of(pipeline, kind)
+    except Exception as error:  # it cannot be imported, or objects to the components
+        logger.warning(
+            "%s has no pipeline for edits (%s): %s", type(pipeline).__name__, edit, error
+        )
+        return None
+    if found is None or any(
+        name not in inspect.signature(found.__call__).parameters for name in _NEEDS[edit]
+    ):
+        return None
+    return found
+
+
+def sibling_class(name: str, edit: Edit) -> type[Any] | None:
+    """diffusers' class for edits of the family of a pipeline class, None if there is none, or if
+    what it needs is missing."""
+    kind = getattr(diffusers, name.removesuffix("Pipeline") + _SUFFIXES[edit], None)
+    if kind is None:  # imports every family
+        from diffusers.pipelines import auto_pipeline
+
+        mapping = {
+            "image_to_image": auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+            "inpaint": auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING,
+        }[edit]
+        kind = auto_pipeline._get_task_class(mapping, name, throw_error_if_not_exist=False)
+    return None if kind is None or isinstance(kind, DummyObject) else kind
+
+
+def _made_of(pipeline: Any, kind: type[Any]) -> Any:
+    """A pipeline of a class with another's components and options; None where it has not all of
+    them."""
+    components, config, types = pipeline.components, pipeline.config, kind._get_signature_types()
+    arguments = {}
+    for name, parameter in list(inspect.signature(kind.__init__).parameters.items())[1:]:
+        if name in components:
+            value = components[name]
+            if isinstance(value, ModelMixin) and not isinstance(value, types[name]):
+                return None
+            arguments[name] = clone_scheduler(value) if isinstance(value, SchedulerMixin) else value
+        elif name in config:
+            arguments[name] = config[name]
+        elif parameter.default is parameter.empty:
+            return None
+    made = kind(**arguments)
+    made.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+    return made

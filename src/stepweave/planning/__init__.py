@@ -1,0 +1,1 @@
+"""What jobs cost, and when they will be done."""

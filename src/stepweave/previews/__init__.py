@@ -1,0 +1,1 @@
+"""Images of a job's latents while it runs."""

@@ -1,0 +1,198 @@
+"""What a job's observer is given of its latents, taken where the view's own scheduler steps."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import types
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+
+from stepweave.compat.cpu_offload import pipelines_in
+from stepweave.scope.async_scheduler import clone_scheduler
+
+logger = logging.getLogger(__name__)
+
+# of the larger noise level; below it two samples do not tell picture and noise apart
+ILL_CONDITIONED = 1e-3
+
+
+@dataclass(frozen=True)
+class Latents:
+    """One denoising step: copies on the device, which any thread may read at any time.
+
+    `sample`, `output` and `after` are what the scheduler's step was given and gave, (rows, ...) as
+    the pipeline has them.
+    """
+
+    sample: torch.Tensor
+    output: torch.Tensor  # of the model, guidance applied
+    timestep: Any
+    after: torch.Tensor
+    scheduler: Any  # a copy of the view's; by which the noise levels are found
+
+    def clean(self) -> torch.Tensor:
+        """What the latents would be without noise, by what the model said; `after` where the
+        scheduler does not tell. Float32."""
+        try:
+            clean = self._clean()
+        except Exception:
+            clean = None  # schedulers have no contract for this
+        return self.after.float() if clean is None or not bool(clean.isfinite().all()) else clean
+
+    def rows(self, start: int, stop: int) -> Latents:
+        """The latents of some rows."""
+        return replace(
+            self,
+            sample=self.sample[start:stop],
+            output=self.output[start:stop],
+            after=self.after[start:stop],
+        )
+
+    def _clean(self) -> torch.Tensor | None:
+        scheduler = clone_scheduler(self.scheduler)
+        for name in ("_step_index", "_begin_index"):
+            if hasattr(scheduler, name):
+                # else that step's noise is added, whatever the timestep
+                setattr(scheduler, name, None)
+        timestep = torch.as_tensor(self.timestep).reshape(-1)[:1].cpu()
+        signal, noise = noise_level(scheduler, timestep)
+        sample, output = self.sample.float(), self.output.float()
+        prediction = prediction_of(scheduler) if output.shape == sample.shape else None
+        clean: torch.Tensor
+        if prediction == "epsilon":
+            clean = (sample - noise * output) / signal
+            return clean
+        if prediction == "v_prediction":
+            # 1 where variance is preserved, which v is defined by
+            length = (signal**2 + noise**2) ** 0.5
+            clean = signal / length**2 * sample - noise / length * output
+            return clean
+        if prediction == "flow_prediction":
+            clean = sample - noise * output
+            return clean
+        if prediction == "sample":
+            return output.clone()
+        left = scheduler.timesteps.cpu()[_after(scheduler.timesteps, timestep) :]
+        if not len(left):
+            return None
+        next_signal, next_noise = noise_level(scheduler, left[:1])
+        determinant = next_noise * signal - noise * next_signal
+        if abs(determinant) < ILL_CONDITIONED * max(noise, next_noise):
+            return None
+        clean = (next_noise * sample - noise * self.after.float()) / determinant
+        return clean
+
+
+def noise_level(scheduler: Any, timestep: torch.Tensor) -> tuple[float, float]:
+    """The factors of picture and noise in a sample of `timestep` (1,), by a scheduler whose step
+    index is not set."""
+    picture, noise = torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [1.0]])
+    if hasattr(scheduler, "scale_noise"):
+        levels = scheduler.scale_noise(picture, timestep, noise)
+    else:
+        levels = scheduler.add_noise(picture, noise, timestep)
+    return float(levels[0]), float(levels[1])
+
+
+def prediction_of(scheduler: Any) -> str | None:
+    """What the model's output is; None if only the scheduler knows."""
+    if hasattr(scheduler, "precondition_outputs"):
+        return None
+    otherwise = "flow_prediction" if hasattr(scheduler, "scale_noise") else None
+    prediction: str | None = scheduler.config.get("prediction_type", otherwise)
+    return prediction
+
+
+def _after(timesteps: torch.Tensor, timestep: torch.Tensor) -> int:
+    """The index behind the last occurrence of a timestep; some schedulers have each twice."""
+    found = (timesteps.cpu() == timestep).nonzero()
+    return int(found[-1]) + 1 if len(found) else len(timesteps)
+
+
+# Where they are taken
+
+
+class Observed(Protocol):
+    """What a view reports to: a job, or jobs that progress as one."""
+
+    @property
+    def observed(self) -> bool: ...
+    def check_step(self) -> None: ...
+    def open(self, total: int) -> None: ...
+    def advance(self, steps: int) -> None: ...
+    def wants_latents(self) -> bool: ...
+    def denoised(self, latents: Latents) -> None: ...
+
+
+class Tap:
+    """Stands between a view and what it reports to; gives that the latents of the steps that it
+    wants."""
+
+    def __init__(self, view: Any, job: Observed) -> None:
+        self._job = job
+        self._latents: Latents | None = None
+        self._told = False
+        self._wrapped: list[Any] = []
+        for one in pipelines_in(view):
+            for scheduler in list(vars(one).values()):
+                if hasattr(scheduler, "set_timesteps") and "step" not in vars(scheduler):
+                    self._wrap(scheduler)
+
+    def end(self) -> None:
+        """Take the wrappers away, which hold on to what holds them."""
+        for scheduler in self._wrapped:
+            scheduler.__dict__.pop("step", None)
+        self._wrapped.clear()
+
+    def check_step(self) -> None:
+        self._job.check_step()
+
+    def open(self, total: int) -> None:
+        self._job.open(total)
+
+    def advance(self, steps: int) -> None:
+        latents, self._latents = self._latents, None
+        self._job.advance(steps)
+        if latents is not None:
+            self._job.denoised(latents)
+
+    def _wrap(self, scheduler: Any) -> None:
+        plain = type(scheduler).step
+        signature = inspect.signature(plain)
+
+        @functools.wraps(plain)  # pipelines read its signature
+        def step(own: Any, *args: Any, **kwargs: Any) -> Any:
+            result = plain(own, *args, **kwargs)
+            if own is scheduler and self._job.wants_latents():
+                try:
+                    self._take(own, signature.bind(own, *args, **kwargs).arguments, result[0])
+                except Exception:
+                    self._lost()
+            return result
+
+        # a method and no closure: a pipeline's deep copy of its scheduler must step the copy
+        scheduler.__dict__["step"] = types.MethodType(step, scheduler)
+        self._wrapped.append(scheduler)
+
+    def _take(self, scheduler: Any, arguments: dict[str, Any], after: torch.Tensor) -> None:
+        own = clone_scheduler(scheduler)
+        own.__dict__.pop("step", None)
+        sample, output, timestep = (
+            arguments[name] for name in ("sample", "model_output", "timestep")
+        )
+        self._latents = Latents(
+            _copied(sample), _copied(output), _copied(timestep), _copied(after), own
+        )
+
+    def _lost(self) -> None:
+        if not self._told:
+            self._told = True
+            logger.exception("the latents of a step cannot be taken: there are no previews of it")
+
+
+def _copied(timestep: Any) -> Any:
+    return timestep.detach().clone() if isinstance(timestep, torch.Tensor) else timestep

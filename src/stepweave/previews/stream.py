@@ -1,0 +1,113 @@
+"""Previews of one ticket: made beside the work, in order, never holding it up for long."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from stepweave.images.encode import encode
+from stepweave.parameters import OutputFormat, Parameters
+from stepweave.threads import on_thread
+
+if TYPE_CHECKING:
+    from stepweave.engine import Latents
+    from stepweave.previews.decoder import Previewer
+
+logger = logging.getLogger(__name__)
+
+LATE_SECONDS = 0.25  # that a finished picture waits for previews that are not made yet
+
+
+@dataclass(frozen=True)
+class Partial:
+    """A preview: the picture it is of (0 to n - 1), its number (from 0), and its file."""
+
+    picture: int
+    number: int
+    data: bytes
+
+
+class Partials:
+    """The previews of a picture. `wants` is for the engine's thread, all else for the event loop.
+
+    `count` previews are made after as many steps, on the threads of `pool`; `notify` is called when
+    one is there.
+    """
+
+    def __init__(
+        self,
+        previewer: Previewer,
+        count: int,
+        parameters: Parameters,
+        output_format: OutputFormat,
+        pool: Executor,
+        notify: Callable[[], None],
+    ) -> None:
+        self.made: list[Partial] = []
+        self._previewer = previewer
+        self._count = count
+        self._parameters = parameters
+        self._output_format = output_format
+        self._pool = pool
+        self._notify = notify
+        self._last: asyncio.Future[None] | None = None  # the last one that was begun
+        # the last step that one was wanted of: a call that begins anew repeats its steps
+        self._reached = 0
+        self._steps: frozenset[int] | None = None
+        self._over = False
+
+    def wants(self, step: int, total: int) -> bool:
+        """Whether there is to be a preview after a step."""
+        if self._steps is None:
+            from stepweave.previews.decoder import preview_steps
+
+            self._steps = frozenset(preview_steps(total, self._count))
+        if self._over or step not in self._steps or step <= self._reached:
+            return False
+        self._reached = step
+        return True
+
+    def begin(self, latents: Latents) -> None:
+        """Have a preview made."""
+        if not self._over:
+            self._last = asyncio.ensure_future(self._make(latents, self._last))
+
+    async def settle(self) -> None:
+        """Wait a little for what was begun; what is not there then will not be."""
+        if self._last is not None:
+            await asyncio.wait({self._last}, timeout=LATE_SECONDS)
+        self.end()
+
+    def end(self) -> None:
+        """Make no more, and let go of who is told of them."""
+        self._over = True
+        self._notify = lambda: None
+
+    async def _make(self, latents: Latents, before: asyncio.Future[None] | None) -> None:
+        made = on_thread(self._pool, self._files, latents)
+        try:
+            if before is not None:
+                await before  # another thread may take longer for it
+            files = await made
+        except Exception as error:
+            logger.warning("a preview failed: %s: %s", type(error).__name__, error)
+            return
+        if files and not self._over:
+            number = len(self.made) // self._parameters.n
+            self.made += [Partial(i, number, data) for i, data in enumerate(files)]
+            self._notify()
+
+    def _files(self, latents: Latents) -> list[bytes]:
+        """On a thread of the pool."""
+        if self._over:
+            return []
+        width, height = self._parameters.width, self._parameters.height
+        pictures = [
+            self._previewer.picture(latents, width, height, row)
+            for row in range(self._parameters.n)
+        ]
+        return [encode(picture, self._output_format, None, "") for picture in pictures]

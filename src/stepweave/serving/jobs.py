@@ -1,0 +1,386 @@
+"""Jobs that outlive their connection: kept in the stores, found again by id or by idempotency
+key."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from stepweave.config import Settings
+from stepweave.errors import Conflict, NotFound, StepweaveError, shown
+from stepweave.serving.request import Progressed, Ticket
+from stepweave.serving.stored_job import FLAGGED, LOST, KeptJob
+from stepweave.store import (
+    DirectoryFileStore,
+    FileStore,
+    FreeBytes,
+    JobRecord,
+    JobStore,
+    SqliteJobStore,
+    StoreHealth,
+    state_directory,
+)
+
+logger = logging.getLogger(__name__)
+
+SWEEP_SECONDS = 60.0
+PROBE_SECONDS = 5.0  # between two looks whether a store that could not be written to can be
+# after which a result that could not be stored is stored once more
+KEEP_AGAIN_SECONDS = (0.2, 1.0, 5.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a request says of itself: whose it is, the key that makes it one with others, and what
+    it asks for."""
+
+    owner: str | None
+    key: str | None
+    fingerprint: str
+
+
+Followed = Ticket | KeptJob
+
+
+@dataclass
+class _Opening:
+    """A key's first request, from before it is accepted."""
+
+    fingerprint: str
+    followed: asyncio.Task[Followed]
+    waiting: int = 0  # for it to be accepted
+
+    @property
+    def ticket(self) -> Ticket | None:
+        task = self.followed
+        if not task.done() or task.cancelled() or task.exception() is not None:
+            return None
+        followed = task.result()
+        return followed if isinstance(followed, Ticket) else None
+
+    @property
+    def lost(self) -> bool:
+        return self.ticket is not None and self.ticket.lost
+
+    def let_go(self) -> None:
+        if self.ticket is not None and not self.waiting:
+            self.ticket.let_go()
+
+
+class Jobs:
+    """The jobs of one server: `tickets` are those under way, the stores have the others."""
+
+    def __init__(
+        self, store: JobStore, files: FileStore, tickets: Mapping[str, Ticket], directory: Path
+    ) -> None:
+        self.store = store
+        self.files = files
+        self.directory = directory  # of both
+        self._tickets = tickets
+        self._owners: dict[str, str | None] = {}  # of tickets that are kept, by id
+        self._open: dict[tuple[str | None, str], _Opening] = {}  # by owner and key, until kept
+        self._under_way: dict[str, Ticket] = {}  # those to be kept, until they are
+        self._keeping: dict[str, asyncio.Task[StepweaveError | None]] = {}  # theirs, by id
+        self._exits = contextlib.ExitStack()
+        # where the stores are; not for the event loop's thread
+        self.free_bytes: Callable[[], float] = lambda: math.nan
+
+    @classmethod
+    def open(cls, settings: Settings, tickets: Mapping[str, Ticket]) -> Jobs:
+        """The jobs in the settings' directory. Raises StepweaveError if that cannot be used."""
+        with contextlib.ExitStack() as exits:
+            directory = exits.enter_context(state_directory(settings.state_dir))
+            files = DirectoryFileStore(
+                directory / "pictures", settings.keep_seconds, settings.keep_bytes
+            )
+            store = SqliteJobStore(
+                directory / "jobs.sqlite", settings.keep_seconds, settings.keep_jobs
+            )
+            jobs = cls(store, files, tickets, directory)
+            jobs.free_bytes = FreeBytes(directory)
+            jobs._exits = exits.pop_all()
+        return jobs
+
+    def resume(self) -> None:
+        """Mark what an earlier process left unfinished as failed. Not for the event loop's
+        thread."""
+        count = asyncio.run(self.store.interrupted())
+        if count:
+            logger.warning("%d jobs were not done when the server ended; they failed", count)
+
+    def close(self) -> None:
+        """Close the stores, and give the directory up. Not for the event loop's thread."""
+
+        async def close() -> None:
+            await self.store.close()
+            await self.files.close()
+
+        asyncio.run(close())
+        self._exits.close()
+
+    # Requests
+
+    async def start(
+        self, claim: Claim, accept: Callable[[], Awaitable[Ticket]], *, detached: bool = False
+    ) -> Followed:
+        """Have a request accepted, or join the one that had its key first, unless that failed or
+        was cancelled.
+
+        A job that is `detached`, or has a key, is kept. Raises Conflict if the key's first request
+        asked for something else, and what `accept` does.
+        """
+        if claim.key is None:
+            return await self._begin(claim, accept, detached)
+        slot = (claim.owner, claim.key)
+        opening = self._open.get(slot)
+        if opening is None or opening.lost:
+            opening = self._open[slot] = _Opening(
+                claim.fingerprint,
+                asyncio.ensure_future(self._find_or_begin(claim, accept, detached)),
+            )
+            opening.followed.add_done_callback(lambda _: self._opened(slot, opening))
+        elif opening.fingerprint != claim.fingerprint:
+            raise self._conflict(claim.key)
+        opening.waiting += 1
+        try:
+            followed = await asyncio.shield(opening.followed)
+        except asyncio.CancelledError:
+            opening.followed.add_done_callback(lambda _: opening.let_go())
+            raise
+        finally:
+            opening.waiting -= 1
+        if detached and isinstance(followed, Ticket):
+            followed.detached = True  # it may have been begun for one that stays
+        return followed
+
+    async def _find_or_begin(
+        self, claim: Claim, accept: Callable[[], Awaitable[Ticket]], detached: bool
+    ) -> Followed:
+        assert claim.key is not None
+        record = await self.store.by_key(claim.owner, claim.key)
+        live = None if record is None else self._live(record.id)
+        if record is None or (live.lost if live is not None else not self._whole(record)):
+            return await self._begin(claim, accept, detached)
+        if record.fingerprint != claim.fingerprint:
+            raise self._conflict(claim.key)
+        return live or KeptJob(record, self.files)
+
+    def _whole(self, record: JobRecord) -> bool:
+        """Whether a job's end was noted, and its pictures are still there."""
+        return record.done and all(map(self.files.has, record.files))
+
+    @staticmethod
+    def _conflict(key: str) -> Conflict:
+        return Conflict(
+            f"Idempotency-Key {shown(key.partition(' ')[2])} belongs to a request that asks for "
+            f"something else."
+        )
+
+    def _opened(self, slot: tuple[str | None, str], opening: _Opening) -> None:
+        """From when it is kept, the store tells."""
+        keeping = None if opening.ticket is None else self._keeping.get(opening.ticket.id)
+        if keeping is None:
+            self._forget(slot, opening)
+        else:
+            keeping.add_done_callback(lambda _: self._forget(slot, opening))
+
+    def _forget(self, slot: tuple[str | None, str], opening: _Opening) -> None:
+        if self._open.get(slot) is opening:
+            del self._open[slot]
+
+    async def _begin(
+        self, claim: Claim, accept: Callable[[], Awaitable[Ticket]], detached: bool
+    ) -> Followed:
+        ticket = await accept()
+        if not detached and claim.key is None:
+            self._owners[ticket.id] = claim.owner
+            ticket.ended().add_done_callback(lambda _: self._owners.pop(ticket.id, None))
+            return ticket
+        ticket.detached, ticket.kept = detached, True
+        record = _record(ticket, claim)
+        noting = asyncio.ensure_future(self.store.put(record))
+        self._owners[ticket.id] = claim.owner
+        self._under_way[ticket.id] = ticket
+        ticket.keeping = asyncio.ensure_future(self._keep(ticket, record, claim, noting))
+        self._keeping[ticket.id] = ticket.keeping
+        try:
+            # before it is answered: what was promised must not be lost
+            await asyncio.shield(noting)
+        except BaseException:
+            ticket.detached = False
+            ticket.let_go()
+            raise
+        return ticket
+
+    async def _keep(
+        self, ticket: Ticket, record: JobRecord, claim: Claim, noting: Awaitable[None]
+    ) -> StepweaveError | None:
+        """Have the store know how a ticket goes, once it knows of it, and what came of it; the
+        error that is kept, if any."""
+        try:
+            await noting
+            async for update in ticket.updates():
+                if isinstance(update, Progressed) and record.state == "queued":
+                    record = replace(_record(ticket, claim), state="running")
+                    # logged by the store; what comes of it counts
+                    with contextlib.suppress(StepweaveError):
+                        await self.store.put(record)
+            for wait in KEEP_AGAIN_SECONDS:
+                try:
+                    return await self._keep_result(ticket, claim)
+                except StepweaveError:  # a full disk may have room again
+                    logger.warning("job %s could not be kept; once more in %g s", ticket.id, wait)
+                    await asyncio.sleep(wait)
+            return await self._keep_result(ticket, claim)
+        except Exception:
+            logger.exception("job %s could not be kept", ticket.id)
+            return LOST
+        finally:
+            ticket.leave()  # only now: results that wait for a slow disk are bounded, too
+            del self._under_way[ticket.id], self._keeping[ticket.id]
+            self._owners.pop(ticket.id, None)
+
+    async def _keep_result(self, ticket: Ticket, claim: Claim) -> StepweaveError | None:
+        """The error that is kept, if any."""
+        record = _record(ticket, claim)
+        if ticket.error is not None:
+            await self.store.put(
+                replace(record, state=ticket.state, error=ticket.error.body()["error"])
+            )
+            return ticket.error
+        answer = await ticket.result()
+        try:
+            names = [await picture.stored(self.files) for picture in answer.pictures]
+        except StepweaveError as error:
+            if error.code != "file_too_large":
+                raise
+            await self.store.put(replace(record, state="failed", error=error.body()["error"]))
+            return error
+        await self.store.put(
+            replace(
+                record,
+                response={**answer.body, FLAGGED: [picture.flagged for picture in answer.pictures]},
+                files=tuple(names),
+                warnings=answer.body["warnings"],
+            )
+        )
+        return None
+
+    def keeping(self) -> list[asyncio.Task[StepweaveError | None]]:
+        """What is done once the results of jobs under way are kept."""
+        return list(self._keeping.values())
+
+    # What is known of jobs
+
+    async def get(self, id: str, owner: str | None) -> Followed:
+        """Raises NotFound, also for another owner's."""
+        ticket = self._live(id)
+        if ticket is not None and self._owners.get(id) == owner:
+            return ticket
+        record = None if ticket is not None else await self.store.get(id)
+        if record is None or record.owner != owner:
+            raise NotFound(
+                f"There is no job {shown(id)}; jobs are kept for a while only.",
+                code="job_not_found",
+            )
+        return KeptJob(record, self.files)
+
+    def _live(self, id: str) -> Ticket | None:
+        return self._tickets.get(id) or self._under_way.get(id)
+
+    async def list(
+        self, owner: str | None, limit: int, before: str | None
+    ) -> tuple[list[Followed], str | None]:
+        """At most `limit` jobs that are kept or will be, newest first; where the next ones
+        begin."""
+        records = await self.store.list(owner, limit, before)
+        jobs: list[Followed] = [self._live(one.id) or KeptJob(one, self.files) for one in records]
+        return jobs, records[-1].cursor if len(records) == limit else None
+
+    async def delete(self, id: str) -> None:
+        """Forget a job that is over, and its pictures."""
+        keeping = self._keeping.get(id)
+        if keeping is not None:
+            await asyncio.shield(keeping)
+        await self.files.delete(await self.store.delete(id))
+
+    # How the stores fare
+
+    def stores(self) -> dict[str, StoreHealth]:
+        """What fails in the stores, by name: `jobs` and `files`."""
+        return {"jobs": self.store.health, "files": self.files.health}
+
+    @property
+    def problem(self) -> str | None:
+        """Why jobs and URLs cannot be kept, as "files full: No space left on device"; None while
+        they can."""
+        problems = [
+            f"{name} {one.problem}"
+            for name, one in self.stores().items()
+            if one.problem is not None
+        ]
+        return "; ".join(problems) or None
+
+    async def probe(self) -> None:
+        """Try to write where that failed last: nobody else may, and it may work again."""
+        for store in (self.store, self.files):
+            if not store.health.writable:
+                with contextlib.suppress(StepweaveError):  # logged, and counted
+                    await store.probe()
+
+    # Retention
+
+    async def sweep(self) -> None:
+        """Remove what is past its time."""
+        now = time.time()
+        await self.files.delete(await self.store.sweep(now))
+        await self.files.delete(await self.store.forget(await self.files.sweep(now)))
+
+    async def look_after(self) -> None:
+        """Sweep and probe, for ever."""
+        swept = time.monotonic()
+        while True:
+            await asyncio.sleep(min(PROBE_SECONDS, SWEEP_SECONDS))
+            await self.probe()
+            if time.monotonic() - swept >= SWEEP_SECONDS:
+                swept = time.monotonic()
+                try:
+                    await self.sweep()
+                except Exception:
+                    logger.exception("what is past its time could not be removed")
+
+
+def _record(ticket: Ticket, claim: Claim) -> JobRecord:
+    """What is known of a ticket now."""
+    job = ticket.job
+    age = time.monotonic() - job.accepted
+
+    def at(moment: float | None) -> float | None:
+        return None if moment is None else ticket.created + moment - job.accepted
+
+    return JobRecord(
+        id=ticket.id,
+        owner=claim.owner,
+        kind=ticket.kind,
+        state=ticket.state,
+        created=ticket.created,
+        updated=ticket.created + age,
+        started=at(job.begun),
+        finished=time.time() if ticket.done else None,
+        step=job.progress.step,
+        total_steps=ticket.steps,
+        request={
+            "values": ticket.parameters.of_image(0),
+            "parameters": ticket.resolved(),
+            "response_format": ticket.response_format,
+        },
+        warnings=ticket.all_warnings,
+        idempotency_key=claim.key,
+        fingerprint=claim.fingerprint,
+    )

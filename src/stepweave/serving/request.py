@@ -1,0 +1,462 @@
+"""A ticket: one accepted request, from its place in the queue to its picture files."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from stepweave.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    NonFinite,
+    OutOfMemory,
+    RequestError,
+    StepweaveError,
+    WrongNumber,
+    duration,
+)
+from stepweave.outcome import Outcome
+from stepweave.parameters import Answer, Parameters
+from stepweave.previews.stream import Partial, Partials
+from stepweave.reasons import refusal_of
+from stepweave.serving.results import Results
+from stepweave.telemetry.metrics import Metrics
+from stepweave.threads import on_thread
+
+if TYPE_CHECKING:
+    from stepweave.api.schemas import ImageRequest
+    from stepweave.engine import Job, Latents
+    from stepweave.planning.plan import Standing
+    from stepweave.previews.decoder import Previewer
+    from stepweave.serving.admission import Outlook
+
+logger = logging.getLogger(__name__)
+
+State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+ResponseFormat = Literal["b64_json", "url"]
+PLACE_SECONDS = 0.5  # between two looks at the place in the queue
+WATCH_SECONDS = 1.0  # between two looks whether a job is done
+LEAST_ETA = 1e-3  # of what is not done yet; etas are told in as many digits
+SILENT_SECONDS = 15.0  # after which a follower is told that there is nothing new
+
+
+@dataclass(frozen=True)
+class Queued:
+    """Its place among those that wait, 1 for the first, and the seconds until it will be done, if
+    they can be foreseen.
+
+    It has no place once it has been told to end.
+    """
+
+    position: int | None
+    eta: float | None
+
+
+@dataclass(frozen=True)
+class Progressed:
+    """Denoising steps done, of how many."""
+
+    step: int
+    total: int
+    eta: float | None
+
+
+Update = Queued | Progressed | Partial
+
+
+@dataclass(frozen=True)
+class Means:
+    """What tickets need of the server."""
+
+    model: str
+    metrics: Metrics
+    encoders: Executor
+    standing: Callable[[str], Standing | None]  # of a job, by its id
+    leave: Callable[[], None]  # gives the place back that admission gave
+    # of the latents of an image of so many pixels, width and height
+    positions: Callable[[int, int], int]
+    drawers: Executor  # of previews
+    previewer: Previewer | None = None
+    scheduler: str | None = None  # the pipeline's own
+    pipeline: str = "The pipeline"  # its class
+    holds: Callable[[Job], bool] = lambda job: True  # whether the engine has the job
+    answer_seconds: float = 600.0  # after a job is done
+    refuse_flagged: bool = False  # images that the pipeline's safety checker flags
+
+
+class Ticket:
+    """An accepted request; the engine's observer of its job. All but what the engine calls is for
+    the event loop.
+
+    Whoever waits for it holds it; when the last one lets go, its job is cancelled, unless it is
+    `detached`.
+    """
+
+    def __init__(
+        self, request: ImageRequest, parameters: Parameters, means: Means, previews: int = 0
+    ) -> None:
+        self.request = request
+        self.parameters = parameters
+        self.created = time.time()
+        self.detached = False
+        # in which its result is wanted, if it is asked for later
+        self.response_format: ResponseFormat = "b64_json"
+        self.warnings: list[str] = []  # of the request; those of its prompts come with the job
+        self.error: StepweaveError | None = None
+        self.kept = False  # by whom it is kept, that one gives its place back
+        # if it is kept: done once it is, as what it failed with
+        self.keeping: asyncio.Task[StepweaveError | None] | None = None
+        self._means = means
+        self._results = Results(request, parameters, means)
+        self._partials = (
+            None
+            if means.previewer is None or not previews
+            else Partials(
+                means.previewer,
+                previews,
+                parameters,
+                request.output_format,
+                means.drawers,
+                self._notify,
+            )
+        )
+        self._placed = True
+        self._holders = 0
+        self._given_up = False
+        self._began = time.monotonic()
+        self._loop = asyncio.get_running_loop()
+        self._changed = asyncio.Event()
+        self._reason: StepweaveError | None = None
+        self._job: Job | None = None
+        self._expected: Outlook | None = None
+        self._timed = True
+        self._task: asyncio.Task[Answer | None] | None = None
+        self._over: float | None = None  # since when its job is done, as far as was seen
+        self._overdue = False
+        self._watching: asyncio.TimerHandle | None = None
+
+    def begin(self, job: Job, expected: Outlook | None = None, *, timed: bool = True) -> None:
+        """The engine has taken its job. `expected` is what was foreseen of it; `timed` whether
+        anything could be, of any job."""
+        self._job = job
+        self._expected, self._timed = expected, timed
+        self._task = asyncio.create_task(
+            self._run(None if expected is None else time.monotonic() + expected.finish)
+        )
+        self._watch()
+
+    @property
+    def job(self) -> Job:
+        assert self._job is not None
+        return self._job
+
+    @property
+    def id(self) -> str:
+        return self.job.id
+
+    @property
+    def kind(self) -> Literal["generation", "edit"]:
+        return "generation" if self.parameters.sources is None else "edit"
+
+    @property
+    def done(self) -> bool:
+        return self._task is not None and self._task.done()
+
+    @property
+    def state(self) -> State:
+        if not self.done:
+            return "queued" if self.job.begun is None else "running"
+        if self.error is None:
+            return "succeeded"
+        return "cancelled" if isinstance(self.error, Cancelled) else "failed"
+
+    @property
+    def all_warnings(self) -> list[str]:
+        """Of the request, its prompts and its images, as far as they are known."""
+        return [*self.warnings, *self.job.warnings, *self._results.warnings]
+
+    @property
+    def lost(self) -> bool:
+        """Whether it failed or was cancelled, or is about to be."""
+        return self.error is not None or (self._given_up and not self.done)
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps, as many as are known to be needed."""
+        return self.job.progress.total or self.parameters.num_inference_steps
+
+    def standing(self) -> Queued | Progressed:
+        """Where it stands now."""
+        standing = self._means.standing(self.id)
+        eta = None if standing is None else standing.eta
+        if standing is not None and standing.position:
+            return Queued(standing.position, _rounded(eta))
+        if self.job.begun is None:
+            return Queued(None, None)
+        return Progressed(
+            self.job.progress.step, self.steps, _rounded(self._pace() if eta is None else eta)
+        )
+
+    def _pace(self) -> float | None:
+        """Seconds that its steps still take if they go on as they went, which is all that is known
+        of the first job ever."""
+        job, (step, total) = self.job, self.job.progress
+        if job.opened is None or job.stepped is None or not step:
+            return None
+        return max(
+            0.0,
+            (total - step) * (job.stepped - job.opened) / step - (time.monotonic() - job.stepped),
+        )
+
+    def cancel(self, reason: StepweaveError | None = None) -> None:
+        """End it at its next step, with `reason`. No effect once it is done."""
+        self._reason = self._reason or reason
+        self._given_up = True
+        if self._partials is not None:
+            self._partials.end()
+        self.job.cancel()
+
+    def ended(self) -> asyncio.Future[Any]:
+        """Done once it is; not to be cancelled."""
+        assert self._task is not None
+        return self._task
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within the block somebody waits for it."""
+        self._holders += 1
+        try:
+            yield
+        finally:
+            self._holders -= 1
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Cancel it if nobody waits for it."""
+        if not self._holders and not self.detached:
+            self.cancel()
+
+    async def result(self) -> Answer:
+        """Raises what ended it. Cancelling the awaiting task leaves it as it is."""
+        assert self._task is not None
+        await asyncio.wait({self._task})
+        if self.error is not None:
+            raise self.error.again()
+        answer = self._task.result()
+        assert answer is not None
+        return answer
+
+    async def updates(self, *, progress: bool = True) -> AsyncIterator[Update | None]:
+        """What happens from now on, till the end: place and progress when they change, and all
+        previews in their order.
+
+        Without `progress` only the previews. None when nothing else was told for `SILENT_SECONDS`.
+        """
+        last: tuple[Any, ...] = ()
+        seen = 0
+        told = time.monotonic()
+        while True:
+            changed, done = self._changed, self.done
+            for partial in self._partials.made[seen:] if self._partials is not None else ():
+                seen, told = seen + 1, time.monotonic()
+                yield partial
+            if done:
+                return
+            standing = self.standing()
+            place = (
+                (standing.position,)
+                if isinstance(standing, Queued)
+                else (standing.step, standing.total)
+            )
+            if progress and place not in (last, (None,)):
+                last, told = place, time.monotonic()
+                yield standing
+            elif time.monotonic() - told >= SILENT_SECONDS:
+                told = time.monotonic()
+                yield None
+            wait = told + SILENT_SECONDS - time.monotonic()
+            if progress and isinstance(standing, Queued):
+                wait = min(wait, PLACE_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                # wait_for of Python 3.11 may lose that it is cancelled
+                async with asyncio.timeout(wait):
+                    await changed.wait()
+
+    # On the engine's threads
+
+    def wants(self, step: int, total: int) -> bool:
+        """Whether there is to be a preview after a step."""
+        return self._partials is not None and self._partials.wants(step, total)
+
+    def progressed(self, job: Job) -> None:
+        self._tell(self._notify)
+
+    def denoised(self, job: Job, latents: Latents) -> None:
+        if self._partials is not None:
+            self._tell(self._partials.begin, latents)
+
+    def _tell(self, function: Callable[..., None], *args: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(function, *args)
+
+    # On the event loop
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def leave(self) -> None:
+        """Give its place back, once."""
+        if self._placed:
+            self._placed = False
+            self._means.leave()
+
+    def _watch(self) -> None:
+        """Have it fail if its job is done and nothing comes of that for too long: whatever it waits
+        for, its place must come back."""
+        if self.done:
+            return
+        now, limit = time.monotonic(), self._means.answer_seconds
+        if self._over is None and (
+            self.job.finished is not None or not self._means.holds(self.job)
+        ):
+            self._over = now
+        if self._over is not None and now - self._over >= limit:
+            assert self._task is not None
+            self._overdue = True
+            self._task.cancel()
+        self._watching = self._loop.call_later(min(WATCH_SECONDS, limit), self._watch)
+
+    async def _run(self, due: float | None) -> Answer | None:
+        """Its answer; None if it fails, with `error`."""
+        answer = None
+        try:
+            answer = await self._answer(due)
+        except (Exception, asyncio.CancelledError) as error:
+            self.error = StepweaveError("The generation failed.", code="generation_failed")
+            self.error = self._told(error)
+        finally:
+            if not self.kept:
+                self.leave()
+            if self._partials is not None:
+                self._partials.end()
+            if self._watching is not None:
+                self._watching.cancel()
+            self._tell(self._notify)
+            Outcome(error=self.error).let_go()
+            del self  # which the error's traceback would hold
+        return answer
+
+    async def _answer(self, due: float | None) -> Answer:
+        job, metrics = self.job, self._means.metrics
+        output = await self._output()
+        metrics.generated(job, due)
+        # apart from the loop: what a pipeline returns may run code of its own
+        generation = await on_thread(self._means.encoders, self._results.of, output, job)
+        if self._partials is not None:
+            await self._partials.settle()
+        pictures = await self._results.encode(generation)
+        generation.timings.total = time.monotonic() - self._began
+        metrics.request_seconds.observe(generation.timings.total)
+        body = self._results.body(generation, job, self.steps)
+        return Answer({**body, "warnings": self.all_warnings}, pictures)
+
+    def _told(self, error: BaseException) -> StepweaveError:
+        """What to tell of an error that ends it."""
+        if self._overdue:
+            limit = self._means.answer_seconds
+            logger.error(
+                "nothing came of a job for %g s after it was done: %r, %s",
+                limit,
+                self.job,
+                self._values(),
+            )
+            message = f"The images were made, but not delivered within {limit:g} s."
+            return StepweaveError(message, code="not_delivered")
+        if isinstance(error, asyncio.CancelledError):  # the loop ends
+            return Cancelled()
+        if isinstance(error, NonFinite):
+            logger.warning("a job's result is not finite: %r, %s", self.job, self._values())
+            self._means.metrics.images.labels("non_finite").inc(self.parameters.n)
+        if isinstance(error, (RequestError, OutOfMemory, NonFinite, WrongNumber)):
+            if isinstance(error, (Cancelled, DeadlineExceeded)) or error is self._reason:
+                self._means.metrics.steps_saved.inc(max(0, self.steps - self.job.progress.step))
+            return self._missed() if isinstance(error, DeadlineExceeded) else error
+        cause = (
+            error.__cause__
+            if isinstance(error, StepweaveError) and error.__cause__ is not None
+            else error
+        )
+        refusal = refusal_of(cause)
+        if refusal is not None and not self.job.progress.step:
+            logger.warning(
+                "a pipeline refused its arguments: %r, %s", self.job, self._values(), exc_info=error
+            )
+            return InvalidRequest(f"The pipeline refuses these values: {refusal}")
+        logger.error("a job failed: %r, %s", self.job, self._values(), exc_info=error)
+        failure = StepweaveError(
+            f"The generation failed ({type(cause).__name__}).", code="generation_failed"
+        )
+        failure.__cause__ = error
+        return failure
+
+    def _missed(self) -> DeadlineExceeded:
+        """Its deadline as it was sent, how far it came, and what had been expected."""
+        step = self.job.progress.step
+        if self.job.begun is None:
+            came = "the job was still waiting for its turn"
+        elif not step:
+            came = f"it had begun, and done none of its {self.steps} steps"
+        else:
+            came = f"it had done {step} of its {self.steps} steps"
+        expected = self._expected
+        if expected is not None:
+            foreseen = (
+                f"It was expected to take {duration(expected.finish)}, or "
+                f"{duration(expected.solo)} alone."
+            )
+        elif self._timed:
+            foreseen = "How long it would take could not be foreseen when it came."
+        else:
+            foreseen = (
+                "How long it would take could not be foreseen: nothing of this model had been "
+                "timed when it came."
+            )
+        return DeadlineExceeded(
+            f"deadline_ms is {self.request.deadline_ms}, which has passed: {came}. {foreseen}"
+        )
+
+    def resolved(self) -> dict[str, Any]:
+        """All that was asked for, defaults filled in."""
+        return self._results.resolved()
+
+    async def _output(self) -> Any:
+        try:
+            return await self.job
+        except Cancelled:
+            if self._reason is not None:
+                raise self._reason from None
+            raise
+        except DeadlineExceeded:
+            self._means.metrics.deadline_missed.inc()
+            raise
+
+    def _values(self) -> dict[str, Any]:
+        """The parameters that a log may have."""
+        return {
+            name: value
+            for name, value in self.parameters.of_image(0).items()
+            if "prompt" not in name
+        }
+
+
+def _rounded(eta: float | None) -> float | None:
+    """An eta as it is told: never 0 of what is not done."""
+    return None if eta is None else max(LEAST_ETA, round(eta, 3))

@@ -1,0 +1,130 @@
+"""What comes of a job: its images, checked and encoded, and the answer's members."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from stepweave.errors import ContentFlagged, WrongNumber
+from stepweave.images.encode import encode
+from stepweave.images.outputs import images_of, is_constant, outputs_of
+from stepweave.parameters import Generation, Parameters, PictureFile, Timings
+from stepweave.serving.usage import usage_of
+from stepweave.threads import on_thread
+
+if TYPE_CHECKING:
+    from stepweave.api.schemas import ImageRequest
+    from stepweave.engine import Job
+    from stepweave.serving.request import Means
+
+
+class Results:
+    """Of one request. `warnings` are those of its images, as far as they are known."""
+
+    def __init__(self, request: ImageRequest, parameters: Parameters, means: Means) -> None:
+        self.request = request
+        self.parameters = parameters
+        self.warnings: list[str] = []
+        self._means = means
+
+    def of(self, output: Any, job: Job) -> Generation:
+        """What a job gave. Raises ContentFlagged and WrongNumber."""
+        parameters, images = self.parameters, images_of(output, self._means.pipeline)
+        if (count := len(images)) != parameters.n:
+            raise WrongNumber(
+                f"The pipeline made {count} images, not the {parameters.n} asked for."
+            )
+        outputs = outputs_of(output, count)
+        size = parameters.width, parameters.height
+        for index, image in enumerate(images):
+            if image.size != size:
+                made = "{}x{}".format(*image.size)
+                self.warnings.append(
+                    f"image {index} is {made}, not {size[0]}x{size[1]} as asked for: the pipeline "
+                    f"made it so."
+                )
+        if any(outputs.flagged) and self._means.refuse_flagged:
+            self._means.metrics.images.labels("flagged").inc(sum(outputs.flagged))
+            index = outputs.flagged.index(True)
+            raise ContentFlagged(index, outputs.flags[index])
+        self.warnings += outputs.warnings
+        return Generation(self.parameters, images, Timings.of(job), outputs.flagged, outputs.others)
+
+    async def encode(self, generation: Generation) -> list[PictureFile]:
+        """The images' files."""
+        began = time.monotonic()
+        request, model = self.request, self._means.model
+        values = [
+            {**generation.parameters.of_image(i), "size": "{}x{}".format(*image.size)}
+            for i, image in enumerate(generation.images)
+        ]
+        encoded = await asyncio.gather(
+            *(
+                on_thread(
+                    self._means.encoders,
+                    _file,
+                    image,
+                    request.output_format,
+                    value if request.metadata else None,
+                    model,
+                    request.output_compression,
+                )
+                for image, value in zip(generation.images, values, strict=True)
+            )
+        )
+        generation.timings.encode_image = time.monotonic() - began
+        pictures = []
+        for i, ((data, constant), value) in enumerate(zip(encoded, values, strict=True)):
+            flagged = generation.flagged[i]
+            if constant and not flagged:
+                self.warnings.append(
+                    f"image {i} has one colour throughout; the model may not have worked."
+                )
+            self._means.metrics.images.labels(
+                "flagged" if flagged else "constant" if constant else "ok"
+            ).inc()
+            pictures.append(
+                PictureFile(data, value["seed"], value, request.output_format, flagged=flagged)
+            )
+        return pictures
+
+    def body(self, generation: Generation, job: Job, steps: int) -> dict[str, Any]:
+        """The answer without its images and warnings. `steps` are those of an image."""
+        return {
+            "created": int(time.time()),
+            "model": self._means.model,
+            "size": "{}x{}".format(*generation.images[0].size),
+            "output_format": self.request.output_format,
+            # OpenAI's type has no `auto` here, and `quality` no value that would be true
+            "background": "opaque",
+            "usage": usage_of(generation, steps, job.tokens, self._means.positions),
+            "parameters": self.resolved(),
+            "timings": {
+                name: round(seconds, 6) for name, seconds in asdict(generation.timings).items()
+            },
+            **({"outputs": generation.outputs} if generation.outputs else {}),
+        }
+
+    def resolved(self) -> dict[str, Any]:
+        """All that was asked for, defaults filled in."""
+        request, parameters = self.request, self.parameters
+        resolved = {
+            "reproducible": parameters.reproducible,
+            "scheduler": self._means.scheduler,
+            **parameters.of_image(0),
+            "n": parameters.n,
+            "priority": request.priority,
+            "deadline_ms": request.deadline_ms,
+            "output_format": request.output_format,
+            "output_compression": request.output_compression,
+        }
+        return {name: value for name, value in resolved.items() if value is not None}
+
+
+def _file(image: Image.Image, *args: Any) -> tuple[bytes, bool]:
+    """An image's file, and whether the image has one colour throughout."""
+    return encode(image, *args), is_constant(image)

@@ -1,0 +1,95 @@
+"""From settings to a model that serves: device, weights, previews, engine, first pictures. Imports
+torch, so it comes late."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from stepweave.config import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from stepweave.engine import StepEngine
+    from stepweave.loading.preset import Preset
+    from stepweave.planning.planner import OnStep
+    from stepweave.previews.decoder import Previewer
+    from stepweave.serving.model import ServedModel
+
+LoadPipeline = Callable[[Settings, "torch.device", "torch.dtype"], "tuple[Any, Preset]"]
+# stage, share of the way, message; raises LoadError if the server is to end
+Enter = Callable[[str, float, str], None]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a server serves with."""
+
+    model: ServedModel
+    engine: StepEngine
+    previewer: Previewer | None
+    device: str
+    dtype: str
+    threads: int  # of the CPU
+
+
+def load(
+    settings: Settings, load_pipeline: LoadPipeline | None, on_step: OnStep, enter: Enter
+) -> Loaded:
+    """Load and warm up, telling `enter` of each stage. Raises LoadError, and what torch and
+    diffusers do."""
+    enter("importing", 0.05, "importing torch and diffusers")
+    import transformers
+
+    # before diffusers, whose import makes it advise to install torchvision, which nothing here
+    # needs
+    transformers.utils.logging.set_verbosity_error()
+    from stepweave.compat.torch_state import use_device
+    from stepweave.engine import StepEngine
+    from stepweave.loading import loader
+    from stepweave.loading.device import choose_device, choose_dtype, set_cpu_threads
+    from stepweave.loading.optimizations import apply_switches, check_switches
+    from stepweave.previews.decoder import Previewer
+    from stepweave.serving.model import ServedModel
+    from stepweave.serving.warm_up import warm_up
+
+    device = choose_device(settings)
+    use_device(device)
+    dtype = choose_dtype(settings, device)
+    check_switches(settings, device)
+    threads = set_cpu_threads(settings)
+    enter("loading", 0.4, f"loading {settings.model_name()} onto {device} in {dtype}")
+    pipeline, preset = (load_pipeline or loader.load_pipeline)(settings, device, dtype)
+    apply_switches(pipeline, settings, device)
+    model = ServedModel(pipeline, preset, settings)
+    # before the engine hooks the modules; a preview would show what a safety checker takes out of
+    # the picture
+    previewer = (
+        None if getattr(pipeline, "safety_checker", None) is not None else Previewer.fit(pipeline)
+    )
+    engine = StepEngine(
+        pipeline,
+        settings.batching,
+        settings.max_rows,
+        max_decode_rows=settings.max_decode_rows,
+        max_jobs=settings.max_jobs,
+        threads=settings.threads,
+        cache_bytes=settings.encoder_cache_bytes,
+        policy=settings.policy,
+        on_step=on_step,
+    )
+    try:
+        model.drop_edits(engine)
+        if settings.warmup:
+            enter(
+                "warming_up",
+                0.8,
+                f"first pictures of {model.width}x{model.height}, and certificates",
+            )
+            warm_up(model, engine)
+    except BaseException:
+        engine.close()
+        raise
+    return Loaded(model, engine, previewer, str(device), str(dtype).removeprefix("torch."), threads)

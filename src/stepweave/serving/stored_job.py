@@ -1,0 +1,76 @@
+"""A job that is over, as the stores have it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from stepweave.errors import NotFound, RequestError, StepweaveError
+from stepweave.parameters import Answer, PictureFile
+from stepweave.serving.request import ResponseFormat, Update
+from stepweave.store import FileStore, JobRecord
+
+LOST = StepweaveError("What came of the job could not be stored.", code="store_failed")
+FLAGGED = "flagged"  # in a record's response: for each picture, whether the pipeline flagged it
+
+
+class KeptJob:
+    """A job whose process of making is over: followed as a ticket is, but all is there at once."""
+
+    def __init__(self, record: JobRecord, files: FileStore) -> None:
+        if not record.done:  # its end could not be noted
+            record = replace(record, state="failed", error=LOST.body()["error"])
+        self.record = record
+        self.id = record.id
+        self.kind = record.kind
+        self.response_format: ResponseFormat = record.request["response_format"]
+        self._files = files
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Nothing depends on who waits."""
+        yield
+
+    async def updates(self, *, progress: bool = True) -> AsyncIterator[Update | None]:
+        """There is nothing left to tell."""
+        return
+        yield
+
+    async def result(self) -> Answer:
+        """Raises what ended it, and NotFound once its pictures have expired."""
+        record = self.record
+        if record.error is not None:
+            raise _Kept(record.error)
+        body = dict(record.response or {})
+        flagged = body.pop(FLAGGED, [False] * len(record.files))  # those of older servers have none
+        pictures = []
+        for i, name in enumerate(record.files):
+            file = await self._files.get(name)
+            if file is None:
+                raise NotFound(f"The pictures of job {self.id} have expired.", code="expired")
+            values = {**record.request["values"], "seed": record.request["values"]["seed"] + i}
+            pictures.append(
+                PictureFile(
+                    file.data,
+                    values["seed"],
+                    values,
+                    record.request["parameters"]["output_format"],
+                    name,
+                    flagged[i],
+                )
+            )
+        return Answer(body, pictures)
+
+
+class _Kept(RequestError):
+    """An error of a job that is over, as it was told, whatever its status was; it was logged
+    then."""
+
+    def __init__(self, error: Mapping[str, Any]) -> None:
+        super().__init__(error["message"], code=error["code"], param=error["param"])
+        self._error = dict(error)
+
+    def body(self) -> dict[str, Any]:
+        return {"error": self._error}

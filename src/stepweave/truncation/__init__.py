@@ -1,0 +1,1 @@
+"""What text encoders leave out of prompts that are too long for them."""
