@@ -17,7 +17,7 @@ from torch import nn
 
 from stepweave import StepEngine
 from stepweave.batching.call import Call, Target
-from stepweave.batching.fingerprints import Digests
+from stepweave.batching.fingerprints import Fingerprints
 from stepweave.batching.layout import Describer
 from stepweave.compat import torch_state as ambient
 from stepweave.compat.host_times import keep_times_on_the_host
@@ -77,7 +77,7 @@ TARGET = Target("denoiser", nn.Identity().eval(), lambda sample, timestep=None, 
 
 def call_of(sample: torch.Tensor, **arguments: Any) -> Call:
     described = Call(TARGET, (sample,), arguments, ambient.quiet(("cpu",)))
-    Describer(Digests()).describe(described)
+    Describer(Fingerprints()).describe(described)
     return described
 
 

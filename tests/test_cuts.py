@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepweave.scope.locks import LockedTokenizer
-from stepweave.truncation.cuts import Cut, reporting
+from stepweave.truncation.cuts import Cut
+from stepweave.truncation.tokenizers import Reporter, listening
 from tests.tiny import clip, qwen
 
 LIMIT = 16  # tokens
@@ -41,13 +42,13 @@ def plain(kind: str) -> Any:
 
 
 def locked(kind: str) -> LockedTokenizer:
-    return LockedTokenizer(plain(kind), threading.RLock(), f"the {kind}")
+    return LockedTokenizer(plain(kind), threading.RLock(), Reporter(plain(kind), f"the {kind}"))
 
 
 @pytest.fixture
 def cuts() -> Iterator[list[Cut]]:
     found: list[Cut] = []
-    with reporting(found.append):
+    with listening(cut=found.append):
         yield found
 
 
@@ -71,7 +72,7 @@ def test_every_cut_is_reported_and_the_output_is_the_tokenizers_own(
     kind: str, texts: list[str]
 ) -> None:
     tokenizer, found = plain(kind), []
-    with reporting(found.append):
+    with listening(cut=found.append):
         output = locked(kind)(texts, **LONG)
     assert output == tokenizer(texts, **LONG)
     longer = [
@@ -114,7 +115,7 @@ def test_with_nobody_to_tell_nothing_is_tokenized_twice() -> None:
         ) as counted:
             locked(kind)(TEXT, **LONG)
             assert counted.call_count == 1
-            with reporting(lambda cut: None):
+            with listening(cut=lambda cut: None):
                 locked(kind)(TEXT, **LONG)
             assert counted.call_count == (2 if plain(kind).is_fast else 3)
 
@@ -178,7 +179,7 @@ def test_a_report_that_fails_leaves_the_output_alone(caplog: pytest.LogCaptureFi
     def fail(cut: Cut) -> None:
         raise KeyError(cut.text)
 
-    with reporting(fail):
+    with listening(cut=fail):
         assert len(locked("clip")(TEXT, **LONG)["input_ids"]) == LIMIT
     assert "cannot tell whether the clip cut a text" in caplog.text
 

@@ -23,13 +23,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import BatchEncoding
 
 from stepweave import StepEngine
-from stepweave.batching.fingerprints import Digests, followed
+from stepweave.batching.fingerprints import Fingerprints, followed
 from stepweave.batching.merge import merge, split
 from stepweave.compat import torch_state as ambient
 from stepweave.compat.host_times import READERS, keep_times_on_the_host
 from stepweave.engine.hooks import Offload
-from stepweave.engine.image_threads import Elsewhere
 from stepweave.outcome import Outcome
+from stepweave.views.image_threads import Elsewhere
 from tests import tiny
 from tests.conftest import InProcess
 from tests.fake_device import CUDA, FakeDevice, OnDevice, Read, fake_device
@@ -279,7 +279,7 @@ def test_the_same_prompt_is_known_again_without_being_read(device: FakeDevice) -
 
 
 def test_token_ids_are_known_once_they_are_on_the_device(device: FakeDevice) -> None:
-    digests = Digests()
+    digests = Fingerprints()
     plain = torch.tensor([[1, 2, 3], [4, 5, 6]])
     output = followed(
         BatchEncoding(
@@ -290,21 +290,21 @@ def test_token_ids_are_known_once_they_are_on_the_device(device: FakeDevice) -> 
     there = output.input_ids.to(CUDA)
     assert type(there) is OnDevice
     device.reads.clear()
-    assert digests.of(there) == Digests().of(plain)
+    assert digests.of(there) == Fingerprints().of(plain)
     assert not device.reads
-    assert digests.of(output.to(CUDA)["attention_mask"]) == Digests().of(
+    assert digests.of(output.to(CUDA)["attention_mask"]) == Fingerprints().of(
         torch.ones(2, 3, dtype=torch.int64)
     )
     assert not device.reads
     half = followed(plain.clone(), digests).to(device=CUDA, dtype=torch.float16)
-    assert digests.of(half) == Digests().of(plain.half()) and not device.reads
+    assert digests.of(half) == Fingerprints().of(plain.half()) and not device.reads
     there.add_(1)
-    assert digests.of(there) == Digests().of(plain + 1), "what is written to there is read"
+    assert digests.of(there) == Fingerprints().of(plain + 1), "what is written to there is read"
     assert device.reads
 
 
 def test_token_ids_are_ordinary_in_every_other_way() -> None:
-    digests = Digests()
+    digests = Fingerprints()
     ids = followed(torch.tensor([[1, 2, 3]]), digests)
     for made in (
         ids[:, :2],
@@ -323,12 +323,12 @@ def test_token_ids_are_ordinary_in_every_other_way() -> None:
 
 
 def test_ids_changed_before_they_go_are_digested_as_they_went(device: FakeDevice) -> None:
-    digests = Digests()
+    digests = Fingerprints()
     ids = followed(torch.tensor([[1, 2, 3]]), digests)
     ids[0, 0] = 9
     there = ids.to(CUDA)
     ids[0, 0] = 5
-    assert digests.of(there) == Digests().of(torch.tensor([[9, 2, 3]]))
+    assert digests.of(there) == Fingerprints().of(torch.tensor([[9, 2, 3]]))
 
 
 # Schedulers that read their times

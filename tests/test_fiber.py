@@ -23,8 +23,8 @@ from stepweave.compat import torch_state as ambient
 from stepweave.compat.torch_state import DefaultRandom
 from stepweave.engine.fiber import Done, Fiber, current_fiber, suspend, suspendable
 from stepweave.engine.hooks import EngineScope, Offload, RunYourself
-from stepweave.engine.pipeline_call import pictures_elsewhere
 from stepweave.errors import EngineMisuse
+from stepweave.views.pipeline_call import pictures_elsewhere
 from tests import tiny
 from tests.waiting import SECONDS
 

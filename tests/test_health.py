@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from stepweave import StepEngine
 from stepweave.engine import Mode
-from stepweave.engine.pipeline_call import _elsewhere
 from stepweave.errors import DeviceFailed, OutOfMemory, StepweaveError
 from stepweave.memory import device_health as health_of
 from stepweave.memory.device_health import DeviceHealth
 from stepweave.planning.clock import HostClock
+from stepweave.views.pipeline_call import _elsewhere
 from tests.conftest import InProcess
 from tests.fake import FakePipeline
 from tests.toy import Outside, Toy, call, fresh, honest, module, others, submit_together

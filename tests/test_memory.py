@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from stepweave import StepEngine
 from stepweave.batching.merge import split
 from stepweave.batching.parts import join, part
+from stepweave.compat.out_of_memory import ran_out
 from stepweave.engine import Mode
 from stepweave.errors import Cancelled, OutOfMemory
 from stepweave.memory import device as memory
-from stepweave.memory.device import CudaMemory, Room, UnknownMemory, ran_out
+from stepweave.memory.device import CudaMemory, RowLimits, UnknownMemory
 from tests import tiny
 from tests.test_merge import Describing
 from tests.toy import (
@@ -578,7 +579,7 @@ def test_a_group_is_sized_to_fit(once: int, each: int, fit: int) -> None:
 
 def test_what_a_row_takes_is_known_better_the_more_rows_were_measured() -> None:
     budget = Budget(1000)
-    room = Room(budget)
+    room = RowLimits(budget)
 
     def measure(rows: int, size: int) -> None:
         with room.measured("kind", rows):
@@ -596,7 +597,7 @@ def test_what_a_row_takes_is_known_better_the_more_rows_were_measured() -> None:
 
 def test_a_first_forward_that_tries_out_kernels_does_not_count_for_good() -> None:
     budget = Budget(1000)
-    room = Room(budget)
+    room = RowLimits(budget)
     for size in (900, 100, 100, 100, 950):
         with room.measured("kind", 1):
             budget.take(size)
@@ -635,7 +636,7 @@ def test_a_gpu_tells_what_is_left_of_it(
 def test_a_cap_rises_slowly_and_more_slowly_after_each_fall(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    room = Room(UnknownMemory())
+    room = RowLimits(UnknownMemory())
 
     def forwards_until_it_rises() -> int:
         cap, count = room.limit("kind", 1000), 0
@@ -662,7 +663,7 @@ def test_a_cap_rises_slowly_and_more_slowly_after_each_fall(
 
 
 def test_kinds_are_forgotten_so_that_the_table_is_bounded() -> None:
-    room = Room(Budget(10))
+    room = RowLimits(Budget(10))
     for i in range(3 * memory.KEPT):
         room.failed(("kind", i), 8)
         with room.measured(("kind", i), 1):

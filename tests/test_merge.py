@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from stepweave.batching.call import Call, Target, Unmergeable
-from stepweave.batching.fingerprints import Digests
+from stepweave.batching.fingerprints import Fingerprints
 from stepweave.batching.layout import Describer
 from stepweave.batching.merge import cloned, merge, split, tensors
 from stepweave.certification.certificates import Certificates
@@ -63,7 +63,7 @@ class Describing:
     """Describes calls of one target, as an engine does."""
 
     def __init__(self, forward: Callable[..., Any] = anything) -> None:
-        self.digests = Digests()
+        self.digests = Fingerprints()
         self.target = target_of(forward)
         self._describer = Describer(self.digests)
 
@@ -590,11 +590,11 @@ def test_merging_and_taking_apart_gives_back_what_was_given(describe: Describing
         assert torch.equal(part, one.arguments["x"])
 
 
-# Digests
+# Fingerprints
 
 
 def test_equal_tensors_have_equal_digests_and_others_do_not() -> None:
-    digests = Digests()
+    digests = Fingerprints()
     one = torch.arange(6.0).reshape(2, 3)
     assert digests.of(one) == digests.of(one.clone())
     assert digests.of(one) == digests.of(one.t().contiguous().t()), (
@@ -619,27 +619,27 @@ def test_equal_tensors_have_equal_digests_and_others_do_not() -> None:
     "dtype", [torch.float64, torch.bfloat16, torch.float16, torch.bool, torch.int8, torch.complex64]
 )
 def test_every_type_has_digests(dtype: torch.dtype) -> None:
-    digests = Digests()
+    digests = Fingerprints()
     assert digests.of(torch.ones(2, 3).to(dtype)) == digests.of(torch.ones(2, 3).to(dtype))
     assert digests.of(torch.ones(2, 3).to(dtype)) != digests.of(torch.zeros(2, 3).to(dtype))
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (0, 3), (3, 0), (1,), (2, 1, 3)])
 def test_every_shape_has_digests(shape: tuple[int, ...]) -> None:
-    digests = Digests()
+    digests = Fingerprints()
     assert digests.of(torch.zeros(shape)) == digests.of(torch.zeros(shape))
     assert digests.of(torch.zeros(shape)) != digests.of(torch.zeros(*shape, 2, 2))
 
 
 def test_rows_that_are_all_the_same_count_as_one() -> None:
-    digests = Digests()
+    digests = Fingerprints()
     assert digests.of(rows(7)) == digests.of(rows(7, 7, 7)) == digests.of(rows(7).expand(5, 2))
     assert digests.of(rows(7)) != digests.of(rows(7, 8))
     assert digests.of(rows(7, 8)) != digests.of(rows(7, 8, 7, 8))
 
 
 def test_a_digest_is_computed_once_and_anew_when_the_tensor_is_written_to() -> None:
-    digests = Digests()
+    digests = Fingerprints()
     tensor = torch.zeros(2, 3)
     first = digests.of(tensor)
     assert digests.of(tensor) == first
@@ -661,7 +661,7 @@ def test_a_digest_is_computed_once_and_anew_when_the_tensor_is_written_to() -> N
 
 
 def test_digests_go_with_their_tensors() -> None:
-    digests = Digests()
+    digests = Fingerprints()
     for i in range(100):
         digests.of(torch.full((3,), float(i)))
     assert len(digests._known) == 0
@@ -676,7 +676,7 @@ def test_digests_go_with_their_tensors() -> None:
 
 
 def test_a_tensor_at_the_address_of_one_that_is_gone_is_another() -> None:
-    digests = Digests()
+    digests = Fingerprints()
     for i in range(1000):
         assert digests.of(torch.tensor([float(i)])) == digests.of(torch.tensor([float(i)]))
 
@@ -684,7 +684,7 @@ def test_a_tensor_at_the_address_of_one_that_is_gone_is_another() -> None:
 def test_tensors_made_in_inference_mode_have_digests() -> None:
     with torch.inference_mode():
         one, other = torch.ones(2), torch.zeros(2)
-    digests = Digests()
+    digests = Fingerprints()
     assert digests.of(one) == digests.of(torch.ones(2))
     assert digests.of(one) != digests.of(other)
 
@@ -696,11 +696,11 @@ def adds(self: nn.Module, x: Tensor, timestep: Tensor, ids: Tensor, table: Tenso
     return honest(x + timestep.reshape(-1, 1) / 1000 + ids + table.sum(0))
 
 
-def computed_by(calls: Sequence[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> Digests:
+def computed_by(calls: Sequence[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> Fingerprints:
     """The digests of an engine that served these together."""
-    made: list[Digests] = []
-    real = Digests.__init__
-    monkeypatch.setattr(Digests, "__init__", lambda self: (made.append(self), real(self))[1])
+    made: list[Fingerprints] = []
+    real = Fingerprints.__init__
+    monkeypatch.setattr(Fingerprints, "__init__", lambda self: (made.append(self), real(self))[1])
     served = serve(adds, calls)
     served.check()
     assert served.state == "certified"

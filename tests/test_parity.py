@@ -32,8 +32,8 @@ from hypothesis import strategies as st
 
 from stepweave import StepEngine
 from stepweave.engine.engine import EngineStats
-from stepweave.engine.job import Job
 from stepweave.errors import Cancelled
+from stepweave.jobs.job import Job
 from tests.test_scope import saved, state_of
 from tests.tiny import FAMILIES, Family, networks
 from tests.waiting import SECONDS

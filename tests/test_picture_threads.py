@@ -130,7 +130,7 @@ def test_work_on_images_finds_what_it_finds_in_the_plain_call(name: str, known: 
     arguments = CALLS[name]
     expected = plainly(processor, **arguments, seed=7)
     with (
-        patch("stepweave.engine.pipeline_call.comes_with_a_library", lambda kind: known),
+        patch("stepweave.views.pipeline_call.comes_with_a_library", lambda kind: known),
         StepEngine(made(Pipeline, processor)) as engine,
     ):
         for _ in range(3):  # the first ones of a kind are looked at

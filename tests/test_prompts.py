@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -14,9 +16,10 @@ import torch
 from stepweave import StepEngine
 from stepweave.baselines import thread_pool as pool
 from stepweave.engine.engine import Mode
-from stepweave.engine.job import Job
-from stepweave.truncation.cuts import Cut, current_report
+from stepweave.jobs.job import Job
+from stepweave.truncation.cuts import Cut
 from stepweave.truncation.prompts import warned
+from stepweave.truncation.tokenizers import NOBODY, listener
 from tests.tiny import FAMILIES
 from tests.waiting import SECONDS
 
@@ -57,12 +60,12 @@ def test_a_cut_prompt_is_named_once_and_the_picture_is_the_plain_one(mode: Mode)
     plain = built("stable_diffusion_3")(**FAMILIES["stable_diffusion_3"].arguments(LONG, steps=2))
     assert np.array_equal(job.result()[0], plain[0])
     assert run("stable_diffusion_3", mode).warnings == []
-    assert current_report() is None
+    assert listener() is NOBODY
 
 
 def test_each_text_and_limit_is_told_of() -> None:
     job = run("flux", prompt=LONG, prompt_2=LONG[:30], max_sequence_length=16)
-    first, second = job.warnings
+    first, second = job.warnings.values()
     assert first.startswith(
         "prompt: the text encoder (tokenizer) reads 16 tokens; what follows character 58 "
     )
@@ -171,16 +174,30 @@ class Pipeline:
     ) -> None: ...
 
 
+@dataclass(eq=False)
+class Reader:
+    """What `warned` asks of a job."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    warnings: dict[Hashable, str] = field(default_factory=dict)
+
+    def warn(self, key: Hashable, message: str) -> None:
+        self.warnings.setdefault(key, message)
+
+    def read(self, key: Hashable, tokens: int) -> None: ...
+
+
 def told(
     text: str, index: int, count: int, *given: dict[str, Any], position: int | None = 5
 ) -> list[list[str]]:
     """The warnings of jobs with these arguments whose call cut a text."""
-    jobs = [Job((), one) for one in given]
+    jobs = [Reader((), arguments) for arguments in given]
     with warned(Pipeline(), jobs):
-        report = current_report()
+        report = listener().cut
         assert report is not None
         report(Cut(text, index, count, "right", position, text[5:], 16, "tokenizer"))
-    return [[warning.split(":")[0] for warning in job.warnings] for job in jobs]
+    return [[warning.split(":")[0] for warning in job.warnings.values()] for job in jobs]
 
 
 def test_who_is_warned() -> None:
@@ -207,9 +224,9 @@ def test_who_is_warned() -> None:
 
 
 def test_excerpts_are_short_and_of_ones_own_text() -> None:
-    job = Job((), {"prompt": "  a long tale " + "é" * 3000})
+    job = Reader((), {"prompt": "  a long tale " + "é" * 3000})
     with warned(Pipeline(), [job]):
-        report = current_report()
+        report = listener().cut
         assert report is not None
         whole = "Draw: a long tale " + "é" * 3000 + " as told"
         report(Cut(whole, 0, 1, "right", 13, whole[13:], 16, "tokenizer"))

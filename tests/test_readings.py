@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stepweave.batching.batch_axes import SEEN, Readings
-from stepweave.compat.snapshot import Given
+from stepweave.compat.snapshot import ArgumentSnapshot
 from tests.test_merge import Describing, rows
 from tests.toy import Forward, Served, call, honest, serve
 
@@ -288,7 +288,7 @@ def test_an_object_that_holds_itself_has_an_end() -> None:
 def test_what_was_changed_is_told_and_undone() -> None:
     tensor, generator = torch.zeros(2), torch.Generator().manual_seed(0)
     cache, listed, named = Cache(tensor), [tensor, [1]], {"a": 1}
-    given = Given(cache, listed, named, (generator,))
+    given = ArgumentSnapshot(cache, listed, named, (generator,))
     assert not (given.wrote() or given.drew() or given.overwritten())
     listed.pop()
     assert not given.wrote(), "to empty a list is allowed"
@@ -314,7 +314,7 @@ def test_what_was_changed_is_told_and_undone() -> None:
 def test_what_contains_itself_has_an_end() -> None:
     listed: list[Any] = []
     listed.append(listed)
-    assert not Given(listed).wrote()
+    assert not ArgumentSnapshot(listed).wrote()
 
 
 # Times of schedulers that count in whole numbers and of such that do not

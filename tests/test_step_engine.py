@@ -24,6 +24,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler, FirstBlockCacheConfig
 from diffusers.hooks import HookRegistry, ModelHook
+from stepweave.engine.active import Active
 from torch import nn
 
 from stepweave import Job, StepEngine
@@ -34,7 +35,6 @@ from stepweave.batching.encoder_cache import EncoderCache
 from stepweave.batching.layout import Describer
 from stepweave.certification.certificates import Certificates
 from stepweave.engine import Mode, Progress
-from stepweave.engine.active import Active
 from stepweave.engine.fiber import Fiber
 from stepweave.errors import Cancelled, DeadlineExceeded, EngineClosed, EngineMisuse, StepweaveError
 from stepweave.scope import RequestScopedPipeline

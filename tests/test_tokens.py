@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from stepweave import StepEngine
 from stepweave.engine.engine import Mode
 from stepweave.scope.locks import LockedTokenizer
-from stepweave.truncation.tokens import Reading, counting, current_count
+from stepweave.truncation.tokenizers import NOBODY, Reporter, listener, listening
+from stepweave.truncation.tokens import Reading
 from tests.test_cuts import MAKERS
 from tests.tiny import FAMILIES
 from tests.waiting import SECONDS
@@ -31,11 +32,10 @@ def plain(kind: str) -> Any:
 
 def read(kind: str, *args: Any, method: str = "__call__", **kwargs: Any) -> list[Reading]:
     found: list[Reading] = []
-    with counting(found.append):
-        getattr(LockedTokenizer(plain(kind), threading.RLock(), f"the {kind}"), method)(
-            *args, **kwargs
-        )
-    assert current_count() is None
+    with listening(read=found.append):
+        reporter = Reporter(plain(kind), f"the {kind}")
+        getattr(LockedTokenizer(plain(kind), threading.RLock(), reporter), method)(*args, **kwargs)
+    assert listener() is NOBODY
     return found
 
 
@@ -69,8 +69,8 @@ def test_what_is_cut_off_counts_nothing(kind: str) -> None:
 def test_without_a_mask_padding_is_told_by_its_token() -> None:
     tokenizer = transformers.ByT5Tokenizer()
     found: list[Reading] = []
-    with counting(found.append):
-        LockedTokenizer(tokenizer, threading.RLock())(
+    with listening(read=found.append):
+        LockedTokenizer(tokenizer, threading.RLock(), Reporter(tokenizer, "tokenizer"))(
             "abc", padding="max_length", max_length=9, return_attention_mask=False
         )
     assert [one.tokens for one in found] == [4]

@@ -10,22 +10,21 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from stepweave.compat.attributes import POSTPROCESS, Method, methods_of_processors, replaced
 from stepweave.compat.cpu_offload import pipelines_in
-from stepweave.engine.fiber import current_fiber
 from stepweave.errors import NonFinite
+from stepweave.views.attributes import POSTPROCESS, Method, methods_of_processors, replaced
 
 
 class FiniteImages:
     """Looks, within a block, at what a view makes images of, on the thread that makes them.
 
-    Where a pipeline makes its images in a way of its own, the last result of its models tells.
+    Where a pipeline makes its images in a way of its own, the `last` result of its models tells.
     Tensors and arrays that the caller has asked for are given as they are: there NaN can be seen.
     """
 
-    def __init__(self, view: Any) -> None:
+    def __init__(self, view: Any, last: Callable[[], Any] = lambda: None) -> None:
         self._finite = True
-        self._fiber = current_fiber()
+        self._last = last
         self._seen: Any = None  # the last result of a model, of which images were made
         self._left = contextlib.ExitStack()
         for owner, name, method in _makers(view):
@@ -37,8 +36,6 @@ class FiniteImages:
     def __exit__(self, *error: object) -> None:
         self._left.close()
         self._seen = None
-        if self._fiber is not None:
-            self._fiber.last = None
 
     def checked(self, output: Any) -> Any:
         """What the call returned. Raises NonFinite where that hides numbers that are not finite."""
@@ -50,8 +47,9 @@ class FiniteImages:
         for image in made if isinstance(made, (list, tuple)) else ():
             if getattr(image, "mode", None) == "F":
                 self._look(np.array(image))
-        if self._fiber is not None and self._fiber.last is not self._seen:
-            self._look(self._fiber.last)
+        last = self._last()
+        if last is not self._seen:
+            self._look(last)
         if not self._finite:
             raise NonFinite
         return output
@@ -59,8 +57,7 @@ class FiniteImages:
     def _looking(self, method: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             self._look([args, kwargs])
-            # the fiber is suspended, or runs this
-            self._seen = None if self._fiber is None else self._fiber.last
+            self._seen = self._last()
             # an error says so later
             with contextlib.nullcontext() if self._finite else np.errstate(invalid="ignore"):
                 return method(*args, **kwargs)

@@ -10,13 +10,13 @@ import wrapt
 from diffusers import SchedulerMixin
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 
-from stepweave.scope.view import DEFAULT_THRESHOLD, _Isolation
+from stepweave.compat.isolation import Isolation
 
 
 def clone_scheduler(scheduler: Any) -> Any:
     """A copy of a scheduler (or of the one in a proxy) with its state, sharing only its config."""
     inner = scheduler.__wrapped__ if isinstance(scheduler, wrapt.ObjectProxy) else scheduler
-    return _Isolation(None, DEFAULT_THRESHOLD).value(inner, type(inner).__name__)
+    return Isolation().value(inner, type(inner).__name__)
 
 
 class BaseAsyncScheduler(wrapt.ObjectProxy[Any]):
