@@ -33,8 +33,8 @@ from stepweave.loading.preset import Preset
 from stepweave.planning.cost import CostModel
 from stepweave.serving.names import told_name
 from stepweave.serving.server import Server
-from tests.fake import FakePipeline
-from tests.waiting import SECONDS, wait_until
+from tests.support.fake_pipeline import FakePipeline
+from tests.support.waiting import SECONDS, wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
 

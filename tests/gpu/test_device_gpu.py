@@ -1,4 +1,4 @@
-"""What `tests/fake_device.py` cannot tell: what waits for a real GPU, what its errors look like,
+"""What `tests/support/fake_device.py` cannot tell: what waits for a real GPU, what its errors look like,
 and what is left afterwards.
 
 On a machine without a GPU most of it is skipped: there is nothing that could be waited for.
@@ -24,12 +24,13 @@ from stepweave import StepEngine
 from stepweave.batching.merge import merge
 from stepweave.compat.host_times import READERS, keep_times_on_the_host
 from stepweave.errors import DeviceFailed
-from tests.gpu.test_parity_gpu import DEVICE, TOLERANCE, full_float32, say  # noqa: F401
+from tests.gpu.company import DEVICE, TOLERANCE
+from tests.gpu.test_parity_gpu import full_float32, say  # noqa: F401
 from tests.pipelines.catalog import entries
-from tests.read_at_steps import call_of, run_settled, steps_of
-from tests.tiny import FAMILIES, Family
-from tests.toy import Toy, call, fresh, honest, module
-from tests.waiting import SECONDS
+from tests.support.read_at_steps import call_of, run_settled, steps_of
+from tests.support.tiny import FAMILIES, Family
+from tests.support.toy import Toy, call, fresh, honest, module
+from tests.support.waiting import SECONDS
 
 pytestmark = pytest.mark.gpu
 
@@ -179,8 +180,8 @@ FAILS = """
 import time, torch
 from stepweave import StepEngine
 from stepweave.errors import DeviceFailed
-from tests.read_at_steps import call_of, run_settled, steps_of
-from tests.tiny import FAMILIES
+from tests.support.read_at_steps import call_of, run_settled, steps_of
+from tests.support.tiny import FAMILIES
 
 family = FAMILIES["stable_diffusion"]
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from stepweave import StepEngine
 from stepweave.errors import OutOfMemory
 from stepweave.memory.device import CudaMemory, DeviceMemory, UnknownMemory
-from tests.gpu.test_parity_gpu import DEVICE, say  # noqa: F401
-from tests.toy import CLOSE, Toy, call, fresh, honest, submit_together
-from tests.waiting import SECONDS
+from tests.gpu.company import DEVICE
+from tests.gpu.test_parity_gpu import say  # noqa: F401
+from tests.support.toy import CLOSE, Toy, call, fresh, honest, submit_together
+from tests.support.waiting import SECONDS
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,18 +10,9 @@ import pytest
 import torch
 
 from stepweave import StepEngine
-from tests.gpu.test_parity_gpu import (
-    DEVICE,
-    TOLERANCE,
-    alone,
-    assert_merged,
-    build,
-    every_family,
-    full_float32,  # noqa: F401
-    in_company,
-    say,  # noqa: F401
-)
-from tests.tiny import Family, networks
+from tests.gpu.company import DEVICE, TOLERANCE, alone, assert_merged, build, every_family, in_company
+from tests.gpu.test_parity_gpu import full_float32, say  # noqa: F401
+from tests.support.tiny import Family, networks
 
 pytestmark = pytest.mark.gpu
 

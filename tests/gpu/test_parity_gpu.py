@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from stepweave import StepEngine
-from tests.tiny import FAMILIES, Family, networks
-from tests.waiting import SECONDS
+from tests.support.tiny import FAMILIES, Family, networks
+from tests.support.waiting import SECONDS
 
 pytestmark = pytest.mark.gpu
 
@@ -25,7 +25,7 @@ DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device(
 # Of pixels in [0, 1]. Without TF32 a product in float32 is good to some 1e-6 of its largest result,
 # whatever kernel cuBLAS or cuDNN choose for the number of rows (Winograd's among them); five steps
 # with guidance 5 amplify that tenfold and more. What a mixed-up row changes is 1e-2 and more
-# (tests/test_tiny.py).
+# (tests/project/test_tiny.py).
 TOLERANCE = 5e-4 if DEVICE.type == "cuda" else 1e-4
 
 PROMPTS = (

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import serve
-from tests.gpu.test_parity_gpu import DEVICE, say  # noqa: F401
-from tests.waiting import SECONDS
+from tests.support.served import serve
+from tests.gpu.company import DEVICE
+from tests.gpu.test_parity_gpu import say  # noqa: F401
+from tests.support.waiting import SECONDS
 
 pytestmark = [
     pytest.mark.gpu,
