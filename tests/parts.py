@@ -35,7 +35,7 @@ PARTS = {
     **{name: [*FULL, *paths] for name, paths in NAMED.items()},
     "others": [*FULL, *(f"--ignore={path}" for paths in NAMED.values() for path in paths)],
 }
-PROCESSES = ["--numprocesses", "2", "--dist", "loadscope"]  # see conftest.Scheduling
+PROCESSES = ["--numprocesses", "2", "--dist", "loadscope"]  # see support.distribution
 NO_TESTS = 5  # pytest's exit status where it has found none
 
 

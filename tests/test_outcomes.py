@@ -29,8 +29,8 @@ from stepweave.errors import StepweaveError
 from stepweave.outcome import Outcome
 from stepweave.threads import DaemonExecutor, on_thread
 from tests.support.asgi import App, serving
-from tests.support.in_process import InProcess
 from tests.support.fake_pipeline import FakePipeline
+from tests.support.in_process import InProcess
 from tests.support.waiting import SECONDS, wait_until
 
 pytestmark = pytest.mark.anyio

@@ -8,8 +8,8 @@ import pytest
 
 from stepweave.reasons import LONGEST, reason_of
 from stepweave.serving.jobs import Jobs
-from tests.support.in_process import InProcess
 from tests.support.fake_pipeline import FakePipeline
+from tests.support.in_process import InProcess
 from tests.support.waiting import wait_until
 
 

@@ -23,8 +23,8 @@ from stepweave.errors import LoadError
 from stepweave.loading.preset import Preset
 from stepweave.parameters import MAX_SEED
 from stepweave.serving.model import ServedModel
-from tests.support.in_process import InProcess
 from tests.support.fake_pipeline import FakePipeline
+from tests.support.in_process import InProcess
 from tests.support.tiny import FAMILIES
 from tests.support.waiting import SECONDS, wait_until
 

@@ -16,9 +16,9 @@ from PIL import Image
 
 from stepweave.loading.preset import Preset
 from tests.support import colour_profiles as profiles
+from tests.support.fake_pipeline import FakePipeline
 from tests.support.in_process import InProcess
 from tests.support.served import Served
-from tests.support.fake_pipeline import FakePipeline
 from tests.support.waiting import SECONDS
 
 EDITS = "/v1/images/edits"

@@ -16,8 +16,8 @@ from starlette.types import Message
 from stepweave.api.bodies import SPOOLED, decoded
 from stepweave.errors import BodyTooLarge, InvalidRequest, UnsupportedEncoding
 from tests.support.asgi import GENERATIONS, App, serving
-from tests.support.fake_pipeline import FakePipeline
 from tests.support.bodies import EDITS, FORM, INFER, JSON, LEGACY, natively, png
+from tests.support.fake_pipeline import FakePipeline
 
 pytestmark = pytest.mark.anyio
 

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol v2 on a fake pipeline; tests/clients/test_clients.py has the real clients."""
+"""The Open Inference Protocol v2 on a fake pipeline; tests/clients has the real clients."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from stepweave.api.tensors import (
 )
 from stepweave.errors import InvalidRequest
 from stepweave.serving.server import Status
-from tests.support.in_process import InProcess
 from tests.support.fake_pipeline import FakePipeline
+from tests.support.in_process import InProcess
 from tests.support.waiting import SECONDS, wait_until
 
 Make = Callable[..., InProcess]

@@ -20,7 +20,7 @@ from stepweave.serving.server import Server
 from stepweave.store import DirectoryFileStore, SqliteJobStore
 from tests.support.asgi import App, Exchange, serving, started
 from tests.support.fake_pipeline import FakePipeline
-from tests.engine.test_step_engine import SD3
+from tests.support.tiny import FAMILIES
 from tests.support.waiting import SECONDS
 
 pytestmark = pytest.mark.anyio
@@ -148,7 +148,8 @@ async def test_each_of_a_first_burst_has_its_own_place() -> None:
 
 
 async def test_a_first_burst_of_a_real_pipeline_is_told_what_is_true_to_its_end() -> None:
-    async with serving(SD3.build(), batching="step", max_jobs=2, max_pixels=128 * 128) as app:
+    pipeline = FAMILIES["stable_diffusion_3"].build()
+    async with serving(pipeline, batching="step", max_jobs=2, max_pixels=128 * 128) as app:
         engine = app.server.engine
         assert engine is not None
         posts = [

@@ -21,8 +21,7 @@ from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent
 from PIL import Image
 from pydantic import ValidationError
 from starlette.requests import Request
-from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Message
 from uvicorn.server import ServerState
 
 from stepweave.api import disconnect, native, schemas, tensors
@@ -31,23 +30,19 @@ from stepweave.api.disconnect import until_disconnect
 from stepweave.api.events import _partial, events
 from stepweave.api.http import Api
 from stepweave.api.middleware import ContractMiddleware
-from stepweave.api.schemas import ImageRequest, StreamRequest
+from stepweave.api.schemas import ImageRequest
 from stepweave.errors import BodyTooLarge
 from stepweave.images import decoders
 from stepweave.previews.stream import Partial
 from stepweave.serving import admission as admissions
 from stepweave.serving.admission import Admission
-from stepweave.serving.server import Server
 from stepweave.store import DirectoryFileStore
 from tests.support.asgi import GENERATIONS, App, serving
+from tests.support.bodies import EDITS, FORM, INFER, JSON, LEGACY, Native, form, natively, png
 from tests.support.fake_pipeline import FakePipeline
 from tests.support.waiting import SECONDS
 
 pytestmark = pytest.mark.anyio
-
-JSON = {"Content-Type": "application/json"}
-INFER = "/v2/models/shapes/infer"
-EDITS = "/v1/images/edits"
 
 
 @pytest.fixture
@@ -334,24 +329,6 @@ async def test_events_have_what_openais_have() -> None:
 # --- edits ---
 
 
-def form(picture: bytes, **fields: Any) -> bytes:
-    parts = [
-        f'--x\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
-        for name, value in ({"prompt": "a", "num_inference_steps": 4, "seed": 1} | fields).items()
-    ]
-    head = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
-    return b"".join([*parts, head, picture, b"\r\n--x--\r\n"])
-
-
-def png(side: int = 64) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (side, side), "red").save(file, "PNG")
-    return file.getvalue()
-
-
-FORM = {"Content-Type": "multipart/form-data; boundary=x"}
-
-
 async def test_an_edit_without_a_place_is_refused_before_it_is_read() -> None:
     async with serving(FakePipeline(edits=True), max_queue=0) as app:
         app.record.gated = True
@@ -405,10 +382,6 @@ async def test_few_pictures_are_decoded_at_a_time_and_none_for_which_there_is_no
 
 
 BOTH = (EDITS, "/edit")
-
-
-def natively(app: App) -> None:
-    app.asgi = ContractMiddleware(Native(app.server), app.server)  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("path", BOTH)
@@ -597,7 +570,6 @@ async def test_equal_requests_of_two_addresses_do_not_share_a_promise() -> None:
 
 # --- idempotency keys ---
 
-LEGACY = "/api/diffusers/inference"
 KEYED: dict[str, tuple[bytes, bytes, dict[str, str]]] = {
     "/generate": (b'{"prompt": "a"}', b'{"prompt": "b"}', JSON),
     "/generate_stream": (b'{"prompt": "a"}', b'{"prompt": "b"}', JSON),
@@ -638,27 +610,6 @@ async def test_a_key_is_heard_on_every_post(path: str) -> None:
             assert refused.status == 400
             assert "Idempotency-Key" in refused.error["message"]
         app.asgi = asgi
-
-
-class Native:
-    """The native routes as the service has them, less BentoML."""
-
-    def __init__(self, server: Server) -> None:
-        self.server = server
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request, server = Request(scope, receive), self.server
-
-        async def work() -> Response:
-            if scope["path"] == "/edit":
-                return await native.edit(request, server)
-            fields = await request.json()
-            if scope["path"] == "/generate":
-                return await native.generate(request, server, ImageRequest(**fields))
-            return await native.generate_stream(request, server, StreamRequest(**fields))
-
-        response = await native.answered(request, work)
-        await response(scope, receive, send)
 
 
 async def test_who_joins_by_key_gets_previews_too() -> None:

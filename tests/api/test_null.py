@@ -23,8 +23,8 @@ from stepweave.api.schemas import (
     without_nulls,
 )
 from stepweave.errors import InvalidRequest
-from tests.support.in_process import InProcess
 from tests.support.fake_pipeline import FakePipeline
+from tests.support.in_process import InProcess
 
 Make = Callable[..., InProcess]
 

@@ -26,9 +26,9 @@ from PIL import Image
 from pydantic import BaseModel
 from typing_extensions import is_typeddict
 
+from tests.support.fake_pipeline import FakePipeline
 from tests.support.in_process import InProcess, listening
 from tests.support.served import Served
-from tests.support.fake_pipeline import FakePipeline
 from tests.support.waiting import SECONDS
 
 PROMPT = "a large red circle on a blue background"

@@ -29,9 +29,9 @@ from stepweave.api.middleware import DRAIN, KEYLESS, PROBES
 from stepweave.api.native import PATHS
 from stepweave.api.operations import INFERENCE
 from stepweave.errors import NotFound, OutOfMemory
+from tests.support.fake_pipeline import FakePipeline
 from tests.support.in_process import InProcess
 from tests.support.served import Served
-from tests.support.fake_pipeline import FakePipeline
 from tests.support.waiting import SECONDS
 
 Make = Callable[..., InProcess]

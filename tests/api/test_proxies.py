@@ -20,9 +20,9 @@ from PIL import Image
 from uvicorn.protocols.http import auto
 
 from stepweave.api.connections import Connections
-from tests.support.in_process import InProcess
 from tests.support.environment import free_port
 from tests.support.fake_pipeline import FakePipeline
+from tests.support.in_process import InProcess
 from tests.support.nginx import Nginx, nginx
 from tests.support.waiting import SECONDS, wait_until
 

@@ -25,8 +25,7 @@ from stepweave.api.schemas import ImageRequest, StreamRequest
 from stepweave.serving.request import Ticket
 from stepweave.serving.server import Server
 from tests.support.asgi import App, Exchange, serving
-from tests.support.served import Served
-from tests.support.served import metric
+from tests.support.served import Served, metric
 from tests.support.waiting import SECONDS, wait_until
 
 pytestmark = pytest.mark.anyio

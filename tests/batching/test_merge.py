@@ -21,21 +21,16 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from stepweave.batching.call import Call, Target, Unmergeable
+from stepweave.batching.call import Call, Unmergeable
 from stepweave.batching.fingerprints import Digests
 from stepweave.batching.layout import Describer
 from stepweave.batching.merge import cloned, merge, split, tensors
 from stepweave.certification.certificates import Certificates
 from stepweave.compat import torch_state as ambient
-from tests.support.toy import STEPS, WIDTH, call, honest, module, serve
-
-Tensor = torch.Tensor
-
+from tests.support.describing import Describing, Tensor, rows
+from tests.support.toy import STEPS, WIDTH, call, honest, serve
 
 # Calls
-
-
-def anything(self: nn.Module, x: Any, timestep: Any = None, **others: Any) -> Any: ...
 
 
 def masked(
@@ -54,33 +49,9 @@ def masked_by_attention(
 ) -> Any: ...
 
 
-def target_of(forward: Callable[..., Any]) -> Target:
-    one = module(forward)
-    return Target("denoiser", one, one.forward)
-
-
-class Describing:
-    """Describes calls of one target, as an engine does."""
-
-    def __init__(self, forward: Callable[..., Any] = anything) -> None:
-        self.digests = Digests()
-        self.target = target_of(forward)
-        self._describer = Describer(self.digests)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Call:
-        call = Call(self.target, args, kwargs, ambient.quiet(("cpu",)))
-        self._describer.describe(call)
-        return call
-
-
 @pytest.fixture
 def describe() -> Describing:
     return Describing()
-
-
-def rows(*values: float, width: int = 2) -> Tensor:
-    """One row for each value."""
-    return torch.tensor(values).reshape(-1, 1).expand(-1, width).clone()
 
 
 def tag(call: Call, name: str) -> str:

@@ -26,7 +26,25 @@ from stepweave.certification import certificates as certify
 from stepweave.certification import proof
 from stepweave.memory import device as memory
 from tests.support.comparing import state_of
-from tests.support.toy import SECONDS, STEPS, WIDTH, Arguments, Call, Forward, Outside, Served, Toy, Unseeded, call, fresh, honest, module, others, serve, submit_together
+from tests.support.toy import (
+    SECONDS,
+    STEPS,
+    WIDTH,
+    Arguments,
+    Call,
+    Forward,
+    Outside,
+    Served,
+    Toy,
+    Unseeded,
+    call,
+    fresh,
+    honest,
+    module,
+    others,
+    serve,
+    submit_together,
+)
 
 Tensor = torch.Tensor
 

@@ -19,7 +19,23 @@ import torch
 from torch import Tensor, nn
 
 from stepweave import StepEngine
-from tests.support.together import SECONDS, WIDTH, Arguments, Build, Loop, Outcome, Request, difference, honest, looped, numbers, plain, request, run, submit_together
+from tests.support.together import (
+    SECONDS,
+    WIDTH,
+    Arguments,
+    Build,
+    Loop,
+    Outcome,
+    Request,
+    difference,
+    honest,
+    looped,
+    numbers,
+    plain,
+    request,
+    run,
+    submit_together,
+)
 from tests.support.toy import Unseeded
 
 BFLOAT = torch.bfloat16

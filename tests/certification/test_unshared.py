@@ -21,8 +21,24 @@ from stepweave import StepEngine
 from stepweave.certification import unshared
 from stepweave.telemetry import metrics
 from tests.pipelines.registry import picture
-from tests.support.together import SECONDS, TOLERANCE, Build, Loop, Outcome, Request, difference, honest, looped, numbers, plain, request, run, submit_together, warnings_of
 from tests.support.tiny import FAMILIES
+from tests.support.together import (
+    SECONDS,
+    TOLERANCE,
+    Build,
+    Loop,
+    Outcome,
+    Request,
+    difference,
+    honest,
+    looped,
+    numbers,
+    plain,
+    request,
+    run,
+    submit_together,
+    warnings_of,
+)
 
 XL = FAMILIES["stable_diffusion_xl"]
 SD3 = FAMILIES["stable_diffusion_3"]

@@ -26,9 +26,17 @@ from stepweave import StepEngine
 from stepweave.compat import module_state, values
 from stepweave.errors import StepweaveError
 from tests.pipelines.adapters import hint, stable_diffusion_ip_adapter_text
-from tests.support.together import SECONDS, TOLERANCE, Request, difference, numbers, plain, submit_together
 from tests.support.comparing import state_of
 from tests.support.tiny import FAMILIES
+from tests.support.together import (
+    SECONDS,
+    TOLERANCE,
+    Request,
+    difference,
+    numbers,
+    plain,
+    submit_together,
+)
 
 SD3 = FAMILIES["stable_diffusion_3"]
 STEPS = 6

@@ -22,8 +22,18 @@ from torch import Tensor
 
 from stepweave import StepEngine
 from stepweave.config import EMBEDDED_MODEL
-from tests.support.together import SECONDS, Outcome, Request, difference, numbers, plain, run, submit_together, warnings_of
 from tests.support.tiny import FAMILIES
+from tests.support.together import (
+    SECONDS,
+    Outcome,
+    Request,
+    difference,
+    numbers,
+    plain,
+    run,
+    submit_together,
+    warnings_of,
+)
 
 SD3 = FAMILIES["stable_diffusion_3"]
 PROMPTS = ["a red circle", "two small dogs", "x", "blue"]

@@ -39,10 +39,10 @@ from stepweave.config import EMBEDDED_MODEL, Settings
 from stepweave.errors import ConfigError, InvalidRequest
 from stepweave.serving.drain import TOKEN_FILE
 from stepweave.serving.server import ENDING_SECONDS, KEEPING_SECONDS, Server
+from tests.support.custom_resources import SCHEMAS, validate_custom
 from tests.support.environment import ROOT, free_port
 from tests.support.in_process import InProcess
 from tests.support.served import Served, serve
-from tests.support.custom_resources import SCHEMAS, validate_custom
 from tests.support.waiting import SECONDS, wait_until
 
 Document = dict[str, Any]

@@ -32,9 +32,9 @@ from monitoring.draw import draw as draw_panels
 from monitoring.prometheus import NoPrometheusError, Prometheus
 from stepweave.telemetry.metrics import Metrics
 from stepweave.telemetry.stages import STAGES, StageTimes, enter_stage
+from tests.support.custom_resources import validate_custom
 from tests.support.environment import ROOT, free_port
 from tests.support.served import Served
-from tests.support.custom_resources import validate_custom
 from tests.support.waiting import SECONDS
 
 MONITORING = ROOT / "monitoring"

@@ -21,9 +21,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.served import Served, serve
 from tests.support.environment import free_port
 from tests.support.nginx import nginx
+from tests.support.served import Served, serve
 from tests.support.waiting import SECONDS
 
 GENERATIONS = "/v1/images/generations"

@@ -217,7 +217,7 @@ SCRIPT = """
 import asyncio, sys, threading
 from unittest.mock import patch
 from stepweave import StepEngine
-from tests import test_closing
+from tests.engine import test_closing
 from tests.support.waiting import SECONDS
 
 def hang(what):

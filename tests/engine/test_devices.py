@@ -1,6 +1,6 @@
 """What an engine does on a GPU that can be told without one: on which device things are, who waits
-for values, which threads make the device their own. `tests/support/fake_device.py` has the GPU; what it
-cannot tell stands in docs/engine.md."""
+for values, which threads make the device their own.
+`tests/support/fake_device.py` has the GPU; what it cannot tell stands in docs/engine.md."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from stepweave.compat.host_times import READERS, keep_times_on_the_host
 from stepweave.engine.hooks import Offload
 from stepweave.engine.image_threads import Elsewhere
 from stepweave.outcome import Outcome
-from tests.support import tiny
-from tests.support.in_process import InProcess
-from tests.support.fake_device import CUDA, FakeDevice, OnDevice, Read, fake_device
 from tests.pipelines.catalog import entries
+from tests.support import tiny
+from tests.support.fake_device import CUDA, FakeDevice, OnDevice, Read, fake_device
+from tests.support.in_process import InProcess
 from tests.support.read_at_steps import call_of, reads, run_settled
 from tests.support.toy import Toy, call, fresh, honest, module
 from tests.support.waiting import SECONDS

@@ -23,9 +23,19 @@ from stepweave import StepEngine
 from stepweave.engine.engine import Mode
 from stepweave.errors import Cancelled
 from tests.support.in_process import InProcess
-from tests.support.parity import PROMPTS, STEPS, TOLERANCE, Company, Stage, built, every_family, expected, scheduler
-from tests.support.waiting import SECONDS
+from tests.support.parity import (
+    PROMPTS,
+    STEPS,
+    TOLERANCE,
+    Company,
+    Stage,
+    built,
+    every_family,
+    expected,
+    scheduler,
+)
 from tests.support.tiny import FAMILIES, Family
+from tests.support.waiting import SECONDS
 
 JOBS = 7
 # requests to choose from, so that some are made twice: with and without the wish, and both with it

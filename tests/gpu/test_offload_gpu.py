@@ -10,8 +10,15 @@ import pytest
 import torch
 
 from stepweave import StepEngine
-from tests.gpu.company import DEVICE, TOLERANCE, alone, assert_merged, build, every_family, in_company
-from tests.gpu.test_parity_gpu import full_float32, say  # noqa: F401
+from tests.gpu.company import (
+    DEVICE,
+    TOLERANCE,
+    alone,
+    assert_merged,
+    build,
+    every_family,
+    in_company,
+)
 from tests.support.tiny import Family, networks
 
 pytestmark = pytest.mark.gpu
@@ -20,7 +27,7 @@ pytestmark = pytest.mark.gpu
 @every_family
 def test_jobs_in_company_are_the_plain_calls_with_model_offload(
     family: Family,
-    say: Callable[[str], None],  # noqa: F811
+    say: Callable[[str], None],
 ) -> None:
     pipeline = build(family, torch.float32)
     expected = alone(pipeline, family)

@@ -20,8 +20,8 @@ from torch import nn
 from stepweave import StepEngine
 from stepweave.errors import NonFinite
 from stepweave.images.outputs import is_constant, outputs_of
-from tests.support.in_process import InProcess
 from tests.support.fake_pipeline import FakePipeline
+from tests.support.in_process import InProcess
 from tests.support.tiny import FAMILIES, SIDE, WIDTH
 from tests.support.waiting import SECONDS, wait_until
 

@@ -19,8 +19,8 @@ from stepweave.loading.kinds import Kind, check_served, kind_of
 from stepweave.loading.loader import load_pipeline
 from stepweave.loading.preset import Preset
 from stepweave.serving.model import ServedModel
-from tests.support.fake_pipeline import FakePipeline
 from tests.pipelines.catalog import exported
+from tests.support.fake_pipeline import FakePipeline
 from tests.support.tiny import FAMILIES
 
 CPU = torch.device("cpu")

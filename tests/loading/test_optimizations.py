@@ -29,8 +29,8 @@ from stepweave.serving.model import ServedModel
 from stepweave.serving.server import Server
 from tests.support.in_process import InProcess
 from tests.support.served import serve
-from tests.support.together import submit_together
 from tests.support.tiny import FAMILIES, Family
+from tests.support.together import submit_together
 from tests.support.waiting import SECONDS
 
 pytestmark = pytest.mark.usefixtures("every_row_pays")

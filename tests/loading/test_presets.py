@@ -21,8 +21,8 @@ from stepweave.loading.loader import load_pipeline
 from stepweave.loading.preset import FILE_NAME, Preset, preset_of_setting, read_preset
 from stepweave.serving.model import ServedModel
 from tests.support.environment import ROOT
-from tests.support.in_process import InProcess
 from tests.support.fake_pipeline import FakePipeline
+from tests.support.in_process import InProcess
 
 pytestmark = pytest.mark.usefixtures("no_settings")
 

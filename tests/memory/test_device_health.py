@@ -24,8 +24,8 @@ from stepweave.errors import DeviceFailed, OutOfMemory, StepweaveError
 from stepweave.memory import device_health as health_of
 from stepweave.memory.device_health import DeviceHealth
 from stepweave.planning.clock import HostClock
-from tests.support.in_process import InProcess
 from tests.support.fake_pipeline import FakePipeline
+from tests.support.in_process import InProcess
 from tests.support.toy import Outside, Toy, call, fresh, honest, module, others, submit_together
 from tests.support.waiting import SECONDS, wait_until
 

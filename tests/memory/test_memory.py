@@ -23,7 +23,19 @@ from stepweave.memory import device as memory
 from stepweave.memory.device import CudaMemory, Room, UnknownMemory, ran_out
 from tests.support import tiny
 from tests.support.describing import Describing
-from tests.support.toy import CLOSE, STEPS, Forward, Outside, Toy, call, fresh, honest, module, serve, submit_together
+from tests.support.toy import (
+    CLOSE,
+    STEPS,
+    Forward,
+    Outside,
+    Toy,
+    call,
+    fresh,
+    honest,
+    module,
+    serve,
+    submit_together,
+)
 from tests.support.waiting import SECONDS, wait_until
 
 SD15, SD3 = (tiny.FAMILIES[name] for name in ("stable_diffusion", "stable_diffusion_3"))

@@ -1,4 +1,5 @@
-"""Parts that several modules of this package build pipelines from, beside those of `tests.support.tiny`."""
+"""Parts that several modules of this package build pipelines from, beside those of
+`tests.support.tiny`."""
 
 from __future__ import annotations
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.environment import ROOT
 from tests.pipelines import run as runner
 from tests.pipelines.catalog import NOT_BUILT, entries, exported
 from tests.pipelines.check import TAKES_TURNS, Report
 from tests.pipelines.document import GROUPS, classes, document
 from tests.pipelines.registry import Entry
 from tests.pipelines.run import load, run
+from tests.support.environment import ROOT
 from tests.support.waiting import wait_until
 
 ENTRIES = entries()

@@ -4,7 +4,6 @@ of its predecessors."""
 from __future__ import annotations
 
 import copy
-import hashlib
 import pickle
 import threading
 import time
@@ -38,6 +37,7 @@ from stepweave.scope import (
     make_view,
 )
 from tests.support import tiny
+from tests.support.comparing import saved, state_of
 from tests.support.waiting import SECONDS
 
 THREADS, REQUESTS = 8, 6
@@ -55,45 +55,6 @@ QUICK = {"stable_diffusion", "flux"}
 
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
-
-
-def state_of(value: Any) -> Any:
-    """A comparable picture of an object: tensors by content, modules by weights, hooks and
-    dtype."""
-    if isinstance(value, torch.Tensor):
-        return hashlib.sha256(value.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
-    if isinstance(value, torch.nn.Module):
-        weights = {
-            name: (state_of(tensor), str(tensor.dtype))
-            for name, tensor in value.state_dict().items()
-        }
-        hooks = [
-            (len(m._forward_hooks), len(m._forward_pre_hooks), hasattr(m, "_hf_hook"))
-            for m in value.modules()
-        ]
-        return weights, hooks, value.training
-    if isinstance(value, DiffusionPipeline):
-        return {name: state_of(attribute) for name, attribute in vars(value).items()}
-    if isinstance(value, (list, tuple)):
-        return [state_of(item) for item in value]
-    if isinstance(value, dict):
-        return {name: state_of(item) for name, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return value.tobytes()
-    if isinstance(value, torch.Generator):
-        return state_of(value.get_state())
-    if hasattr(value, "__dict__") and not callable(value):
-        return type(value), {name: state_of(attribute) for name, attribute in vars(value).items()}
-    return repr(value)
-
-
-def saved(pipeline: Any, folder: Path) -> dict[str, str]:
-    pipeline.save_pretrained(folder)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
-    }
 
 
 def requests_of(family: tiny.Family) -> list[dict[str, Any]]:

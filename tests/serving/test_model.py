@@ -28,8 +28,8 @@ from stepweave.parameters import Sources
 from stepweave.planning.cost import CostModel
 from stepweave.serving.model import ServedModel
 from stepweave.serving.warm_up import WarmUp, warm_up
-from tests.support.in_process import InProcess
 from tests.support.fake_pipeline import FakeEdits, FakePipeline
+from tests.support.in_process import InProcess
 from tests.support.waiting import SECONDS
 
 

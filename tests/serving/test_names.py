@@ -13,8 +13,8 @@ import pytest
 from stepweave.config import Settings
 from stepweave.errors import ConfigError
 from stepweave.serving.names import MAX_NAME, ModelNames
-from tests.support.in_process import InProcess
 from tests.support.fake_pipeline import FakePipeline
+from tests.support.in_process import InProcess
 
 pytestmark = pytest.mark.usefixtures("no_settings")
 

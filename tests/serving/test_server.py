@@ -21,16 +21,13 @@ import openai
 import pytest
 import torch
 from PIL import Image
-from prometheus_client.parser import text_string_to_metric_families
 
 from stepweave.config import EMBEDDED_MODEL
 from tests.support.environment import ROOT, clean_environment
-from tests.support.served import Served, serve
+from tests.support.served import PROMPT, Served, metric, serve
 from tests.support.waiting import SECONDS, wait_until
 from tools.shapes.checker import SHAPE_WORDS as SHAPES
 from tools.shapes.checker import wrong_parts
-
-PROMPT = "a large red circle on a blue background"
 
 
 def readme_blocks(language: str) -> list[str]:
@@ -222,18 +219,6 @@ def test_livez_answers_many_times_while_a_picture_is_made(served: Served) -> Non
         for _ in range(20):
             assert client.get(f"{served.url}/livez").status_code == 200
         assert metric(served.url, "stepweave_requests_in_flight") >= 1
-
-
-def metric(url: str, name: str, **labels: str) -> float:
-    """The value of a server's one series of that name and those labels, whatever others it has."""
-    exposition = httpx.get(f"{url}/metrics", timeout=SECONDS).text
-    samples = (
-        sample for family in text_string_to_metric_families(exposition) for sample in family.samples
-    )
-    (value,) = (
-        one.value for one in samples if one.name == name and labels.items() <= one.labels.items()
-    )
-    return value
 
 
 def test_metrics_of_a_real_process(served: Served) -> None:

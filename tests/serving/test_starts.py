@@ -19,8 +19,7 @@ from PIL import Image
 
 from stepweave.config import EMBEDDED_MODEL
 from tests.support.environment import ROOT, clean_environment, free_port
-from tests.support.served import kill_tree, serve
-from tests.support.served import PROMPT, metric
+from tests.support.served import PROMPT, kill_tree, metric, serve
 from tests.support.waiting import SECONDS, wait_until
 from tools.shapes.checker import wrong_parts
 

@@ -29,9 +29,9 @@ from stepweave.parameters import Sources
 from stepweave.serving.model import ServedModel
 from stepweave.serving.trials import SLIGHT, Fault, Limits, narrowed
 from stepweave.serving.warm_up import WarmUp
-from tests.support.in_process import InProcess
-from tests.support.fake_pipeline import FakePipeline
 from tests.pipelines.catalog import entries
+from tests.support.fake_pipeline import FakePipeline
+from tests.support.in_process import InProcess
 from tests.support.waiting import SECONDS
 
 pytestmark = [

@@ -29,10 +29,10 @@ from hypothesis import strategies as st
 
 from stepweave.errors import ConfigError, InvalidRequest, StepweaveError
 from stepweave.store import DirectoryFileStore, JobRecord, SqliteJobStore, state_directory
+from tests.support.environment import ROOT
 from tests.support.job_records import record
 from tests.support.waiting import SECONDS
 
-ROOT = Path(__file__).resolve().parents[1]
 HOUR = 3600.0
 KEY = "5f12d0d63665a881b6f4815c8073b08f"
 

@@ -22,8 +22,8 @@ from stepweave.batching.layout import Describer
 from stepweave.compat import torch_state as ambient
 from stepweave.compat.host_times import keep_times_on_the_host
 from tests.support.fake_device import CUDA, FakeDevice, fake_device
-from tests.support.together import submit_together
 from tests.support.tiny import Family
+from tests.support.together import submit_together
 from tests.support.waiting import SECONDS
 
 STEPS = 8

@@ -67,8 +67,6 @@ FLOW_MU: Schedulers = FLOW_SIGMAS | {
 # that pass neither
 FLOW: Schedulers = FLOW_MU | {"FlowMatchHeun": (diffusers.FlowMatchHeunDiscreteScheduler, {})}
 CASCADE: Schedulers = {"DDPMWuerstchen": (diffusers.DDPMWuerstchenScheduler, {})}
-
-
 # Families
 
 

@@ -9,30 +9,16 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepweave.scope.locks import LockedTokenizer
 from stepweave.truncation.cuts import Cut, reporting
-from tests.support.tiny import clip, qwen
+from tests.support.tokenizers import MAKERS
 
 LIMIT = 16  # tokens
 TEXT = "a large red circle  on a BLUE background, a large red circle on a blue background"
 LONG = {"max_length": LIMIT, "truncation": True}
-
-
-def t5() -> Any:
-    pieces = ["<pad>", "</s>", "<unk>", "▁", *map(chr, range(ord("!"), ord("~") + 1))]
-    return transformers.T5Tokenizer(vocab=[(piece, -2.0) for piece in pieces], extra_ids=0)
-
-
-MAKERS = {
-    "clip": lambda: clip()["tokenizer"],
-    "qwen": lambda: qwen()["tokenizer"],
-    "t5": t5,
-    "byt5": transformers.ByT5Tokenizer,
-}
 
 
 @functools.cache

@@ -16,8 +16,8 @@ from stepweave import StepEngine
 from stepweave.engine.engine import Mode
 from stepweave.scope.locks import LockedTokenizer
 from stepweave.truncation.tokens import Reading, counting, current_count
-from tests.support.tokenizers import MAKERS
 from tests.support.tiny import FAMILIES
+from tests.support.tokenizers import MAKERS
 from tests.support.waiting import SECONDS
 
 MODES: list[Mode] = ["step", "threads", "request", "off"]
