@@ -28,10 +28,10 @@ from stepweave.engine import Mode
 from stepweave.errors import StepweaveError
 from stepweave.outcome import Outcome
 from stepweave.threads import DaemonExecutor, on_thread
-from tests.asgi import App, serving
-from tests.conftest import InProcess
-from tests.fake import FakePipeline
-from tests.waiting import SECONDS, wait_until
+from tests.support.asgi import App, serving
+from tests.support.fake_pipeline import FakePipeline
+from tests.support.in_process import InProcess
+from tests.support.waiting import SECONDS, wait_until
 
 pytestmark = pytest.mark.anyio
 every_mode = pytest.mark.parametrize("mode", get_args(Mode))
