@@ -21,9 +21,9 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from stepweave.batching.call import Call, Target, Unmergeable
+from stepweave.batching.call import Call, Unmergeable
 from stepweave.batching.fingerprints import Fingerprints
-from stepweave.batching.layout import Describer
+from stepweave.batching.layout import LayoutReader
 from stepweave.batching.merge import cloned, merge, split, tensors
 from stepweave.certification.certificates import Certificates
 from stepweave.compat import torch_state as ambient
@@ -55,13 +55,13 @@ def describe() -> Describing:
 
 
 def tag(call: Call, name: str) -> str:
-    layout = dict(call.layout)
+    layout = dict(call.group.layout)
     found: str = layout[name][0]
     return found
 
 
 def mergeable(*calls: Call) -> bool:
-    return bool(calls[0].layout) and len({call.key for call in calls}) == 1
+    return bool(calls[0].group.layout) and len({call.key for call in calls}) == 1
 
 
 # Descriptions
@@ -89,7 +89,7 @@ def test_what_each_argument_is_taken_for(describe: Describing) -> None:
         names=["a", "a"],
         settings={"scale": 0.5, "ids": rows(1, 2)},
     )
-    assert {name: node[0] for name, node in call.layout} == {
+    assert {name: node[0] for name, node in call.group.layout} == {
         "x": "rows",
         "timestep": "scalar",
         "per_row": "rows",
@@ -211,27 +211,27 @@ def test_a_call_that_fits_no_rule_is_like_no_other(
     one, other = call(describe), call(describe)
     assert one.key != other.key
     assert one.kind != other.kind
-    assert one.layout == ()
+    assert one.group.layout == ()
     assert [one for one in caplog.records if one.levelno >= logging.WARNING] == []
 
 
 def test_what_makes_a_call_depend_on_more_than_its_arguments_keeps_it_alone() -> None:
     describe = Describing()
     describe.target.module.train()
-    assert describe(rows(1)).layout == ()
+    assert describe(rows(1)).group.layout == ()
     describe.target.module.eval()
-    assert describe(rows(1)).layout != ()
+    assert describe(rows(1)).group.layout != ()
     with_gradients = Call(
         describe.target, (rows(1),), {}, ambient.current(("cpu",))._replace(grad=True)
     )
-    Describer(describe.digests).describe(with_gradients)
-    assert with_gradients.layout == ()
+    with_gradients = LayoutReader(describe.digests).read(with_gradients)
+    assert with_gradients.group.layout == ()
 
 
 def test_autocast_and_default_dtype_part_calls(describe: Describing) -> None:
     quiet = ambient.quiet(("cpu",))
     double = Call(describe.target, (rows(1),), {}, quiet._replace(dtype=torch.float64))
-    Describer(describe.digests).describe(double)
+    double = LayoutReader(describe.digests).read(double)
     assert not mergeable(describe(rows(1)), double)
 
 

@@ -13,12 +13,11 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from stepweave import StepEngine
-from stepweave.compat.attention_processors import Processors
+from stepweave.compat.attention_processors import AttentionProcessors, set_processor
 from stepweave.compat.torch_state import quiet
 from stepweave.engine import Mode
 from stepweave.engine.fiber import Fiber
 from stepweave.errors import Cancelled
-from stepweave.scope.pipeline import set_processor
 from tests.support.toy import CLOSE, honest
 from tests.support.waiting import SECONDS
 
@@ -297,16 +296,16 @@ def test_what_cannot_be_put_in_place_ends_the_job_and_leaves_the_rest_as_it_was(
 def test_processors_are_put_on_and_taken_off() -> None:
     denoiser = Denoiser()
     base = denoiser.first.processor
-    processors = Processors([denoiser])
-    processors.put_on(None)
-    assert processors.worn() is None
+    processors = AttentionProcessors([denoiser])
+    processors.install(None)
+    assert processors.installed() is None
     denoiser.first.processor = own = Parts(2)
-    worn = processors.take_off()
+    worn = processors.restore()
     assert denoiser.first.processor is base
     assert worn is not None
-    with processors.wearing(worn):
+    with processors.installing(worn):
         assert denoiser.first.processor is own
-        with processors.wearing(worn):
+        with processors.installing(worn):
             assert denoiser.first.processor is own
         assert denoiser.first.processor is own
     assert denoiser.first.processor is base

@@ -27,9 +27,8 @@ from stepweave.batching.fingerprints import Fingerprints, followed
 from stepweave.batching.merge import merge, split
 from stepweave.compat import torch_state as ambient
 from stepweave.compat.host_times import READERS, keep_times_on_the_host
-from stepweave.engine.hooks import Offload
 from stepweave.outcome import Outcome
-from stepweave.views.image_threads import Elsewhere
+from stepweave.views.image_threads import ImageThreads, ImageWork
 from tests.pipelines.catalog import entries
 from tests.support import tiny
 from tests.support.fake_device import CUDA, FakeDevice, OnDevice, Read, fake_device
@@ -172,12 +171,13 @@ def test_every_thread_of_an_engine_makes_the_device_its_own() -> None:
                 assert len(used) == threads
         used.clear()
         done = threading.Event()
-        elsewhere = Elsewhere(lambda active, answer: done.set(), second)
+        threads_of_images = ImageThreads(lambda job, answer: done.set(), second)
         fiber = SimpleNamespace(dtype=torch.get_default_dtype(), own=(), beside=Outcome.of)
-        elsewhere.run(SimpleNamespace(fiber=fiber), Offload(lambda: None))  # type: ignore[arg-type]
+        job: Any = SimpleNamespace(fiber=fiber)
+        threads_of_images.run(job, ImageWork(lambda: None))
         assert done.wait(SECONDS)
-        assert elsewhere.end(SECONDS)
-        assert list(used.values()) == [second] and "picture" in next(iter(used))
+        assert threads_of_images.end(SECONDS)
+        assert list(used.values()) == [second] and "images" in next(iter(used))
 
 
 def test_the_step_engines_threads_do_and_close_does_for_as_long_as_it_takes(
@@ -188,7 +188,7 @@ def test_the_step_engines_threads_do_and_close_does_for_as_long_as_it_takes(
         engine.submit(**family.arguments("a red circle", seed=1)).result(SECONDS)
         assert device.used["stepweave-engine"] == CUDA
         assert {
-            one for name, one in device.used.items() if name.startswith("stepweave-pictures")
+            one for name, one in device.used.items() if name.startswith("stepweave-images")
         } == {CUDA}
         here = threading.current_thread().name
         device.used.pop(here, None)

@@ -153,7 +153,7 @@ def test_pictures_are_read_on_another_thread_once_each_and_hold_up_nobody(
     def pil_to_numpy(images: Any) -> Any:
         read.append(len(images))
         reading.set()
-        assert threading.current_thread().name.startswith("stepweave-pictures")
+        assert threading.current_thread().name.startswith("stepweave-images")
         assert go_on.wait(SECONDS)
         return real(images)
 

@@ -4,6 +4,7 @@ that leaks between them."""
 from __future__ import annotations
 
 import contextvars
+import functools
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -18,13 +19,18 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stepweave.batching.call import Call
+from stepweave.batching.call import Attempt, Call
+from stepweave.batching.fingerprints import Fingerprints
 from stepweave.compat import torch_state as ambient
 from stepweave.compat.torch_state import DefaultRandom
 from stepweave.engine.fiber import Done, Fiber, current_fiber, suspend, suspendable
-from stepweave.engine.hooks import EngineScope, Offload, RunYourself
+from stepweave.engine.hooks import EngineAutoencoder, SuspendHook, on_image_thread
 from stepweave.errors import EngineMisuse
-from stepweave.views.pipeline_call import pictures_elsewhere
+from stepweave.memory.device_health import DeviceHealth
+from stepweave.views.image_threads import ImageWork
+from stepweave.views.images import images_on_threads
+from stepweave.views.modules import EngineModules
+from stepweave.views.scope import EngineScope
 from tests.support import tiny
 from tests.support.waiting import SECONDS
 
@@ -556,24 +562,34 @@ class Holder(DiffusionPipeline):  # type: ignore[misc]
         self.image_processor = Processor()
 
 
+def modules_of(pipeline: Any, owns: Callable[[Fiber], bool] = lambda fiber: True) -> EngineModules:
+    return EngineModules(
+        pipeline,
+        hook=functools.partial(SuspendHook, owns),
+        autoencoder=EngineAutoencoder,
+        max_decode_rows=4,
+        health=DeviceHealth(torch.device("cpu")),
+        fingerprints=Fingerprints(),
+    )
+
+
 @pytest.fixture
 def scope() -> Iterator[EngineScope]:
-    scope = EngineScope(
-        Holder(Layer(), Autoencoder()), lambda fiber: True, KINDS, max_decode_rows=4
-    )
-    yield scope
-    scope.close()
+    modules = modules_of(Holder(Layer(), Autoencoder()))
+    yield modules.scope
+    modules.close()
 
 
 def uses_of(scope: EngineScope) -> list[Callable[[], Any]]:
     view, sample = scope.view(), torch.zeros(1)
-    elsewhere = pictures_elsewhere(view)
-    elsewhere.__enter__()
+    on_threads = images_on_threads(view, on_image_thread)
+    on_threads.__enter__()
     return [
         lambda: view.layer(sample),
         lambda: view.vae.encode(sample),
         lambda: view.vae.decode(sample),
-        lambda elsewhere=elsewhere: view.image_processor.postprocess(sample),  # which holds it open
+        # which holds it open
+        lambda on_threads=on_threads: view.image_processor.postprocess(sample),
     ]
 
 
@@ -585,10 +601,10 @@ def test_a_fiber_is_suspended_in_modules_autoencoders_and_postprocessing(
     request, names = fiber.resume(), []
     while isinstance(request, Call):
         names.append(request.target.name)
-        request = fiber.resume(RunYourself())
+        request = fiber.resume(Attempt(request))
     assert names == ["layer", "vae.encode", "vae.decode"]
-    assert isinstance(request, Offload)
-    assert outcome_of(fiber.resume(request.function())) == [1, 2, 3, 4]
+    assert isinstance(request, ImageWork)
+    assert outcome_of(fiber.resume(request)) == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("use", range(4), ids=["module", "encode", "decode", "postprocess"])
@@ -613,18 +629,16 @@ def test_outside_of_fibers_hooks_pass_through(scope: EngineScope) -> None:
 
 def test_a_fiber_of_others_passes_through_the_hooks_of_an_engine() -> None:
     owned: list[Fiber] = []
-    scope = EngineScope(
-        Holder(Layer(), Autoencoder()), owned.__contains__, KINDS, max_decode_rows=4
-    )
+    modules = modules_of(Holder(Layer(), Autoencoder()), owned.__contains__)
     try:
-        layer = scope.pipeline.layer
+        layer = modules.scope.pipeline.layer
         assert float(outcome_of(fiber_of(lambda: layer(torch.zeros(1))).resume())) == 1
         fiber = fiber_of(lambda: layer(torch.zeros(1)))
         owned.append(fiber)
         assert isinstance(fiber.resume(), Call)
         assert float(outcome_of(fiber.resume(torch.ones(1)))) == 1
     finally:
-        scope.close()
+        modules.close()
 
 
 def test_what_a_call_of_a_pipeline_raises_is_raised_by_the_module(scope: EngineScope) -> None:
@@ -650,7 +664,7 @@ def test_hooks_leave_nothing_behind(name: str) -> None:
         return [set(vars(module)) for part in tiny.networks(pipeline) for module in part.modules()]
 
     before = attributes()
-    scope = EngineScope(pipeline, lambda fiber: True, KINDS, max_decode_rows=4)
+    modules = modules_of(pipeline)
     assert attributes() != before
-    scope.close()
+    modules.close()
     assert attributes() == before

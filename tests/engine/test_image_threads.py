@@ -130,12 +130,12 @@ def test_work_on_images_finds_what_it_finds_in_the_plain_call(name: str, known: 
     arguments = CALLS[name]
     expected = plainly(processor, **arguments, seed=7)
     with (
-        patch("stepweave.views.pipeline_call.comes_with_a_library", lambda kind: known),
+        patch("stepweave.views.images.comes_with_a_library", lambda kind: known),
         StepEngine(made(Pipeline, processor)) as engine,
     ):
         for _ in range(3):  # the first ones of a kind are looked at
             found, after, thread = engine.submit(**arguments, seed=7).result(SECONDS)
-            moved = thread.startswith("stepweave-pictures")
+            moved = thread.startswith("stepweave-images")
             if not known or name == "default dtype":
                 assert found == expected[0] and after == expected[1]
             else:  # what torch draws is the whole process's, and this code is known not to draw
@@ -159,7 +159,7 @@ def test_work_on_images_of_somebodys_own_moves_where_nothing_is_the_jobs_own() -
     with StepEngine(made(Seeded, Reading())) as engine:
         threads = [engine.submit(value="mine", autocast=True).result(SECONDS)[2] for _ in range(4)]
         found, after, _ = engine.submit(value="mine", autocast=True).result(SECONDS)
-    assert threads[-1].startswith("stepweave-pictures")
+    assert threads[-1].startswith("stepweave-images")
     assert found["variables"] == ("mine", "unset") and found["autocast"][:2] == (
         True,
         torch.bfloat16,
@@ -187,7 +187,7 @@ def test_work_on_images_may_reset_a_variable_that_its_job_has_set() -> None:
         for _ in range(3):
             variables, after, name = engine.submit().result(SECONDS)
             assert (variables, after) == (("unset", "unset"), "unset")
-    assert name.startswith("stepweave-pictures")
+    assert name.startswith("stepweave-images")
 
 
 def test_work_on_images_in_a_context_of_its_own_sees_that() -> None:

@@ -28,7 +28,6 @@ from hypothesis import strategies as st
 from stepweave import StepEngine
 from stepweave.engine.engine import EngineStats
 from stepweave.errors import Cancelled
-from stepweave.jobs.job import Job
 from tests.support.comparing import saved, state_of
 from tests.support.parity import (
     ALONE,

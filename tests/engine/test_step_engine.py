@@ -23,19 +23,19 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler, FirstBlockCacheConfig
 from diffusers.hooks import HookRegistry, ModelHook
-from stepweave.engine.active import Active
 from torch import nn
 
 from stepweave import Job, StepEngine
-from stepweave.baselines.thread_pool import Pool
+from stepweave.baselines.thread_pool import ThreadPool
 from stepweave.batching import forward as running
 from stepweave.batching.call import Call
 from stepweave.batching.encoder_cache import EncoderCache
-from stepweave.batching.layout import Describer
+from stepweave.batching.layout import LayoutReader
 from stepweave.certification.certificates import Certificates
 from stepweave.engine import Mode, Progress
 from stepweave.engine.fiber import Fiber
 from stepweave.errors import Cancelled, DeadlineExceeded, EngineClosed, EngineMisuse, StepweaveError
+from stepweave.jobs.running import RunningJob
 from stepweave.scope import RequestScopedPipeline
 from tests.support import tiny
 from tests.support.environment import ROOT, clean_environment
@@ -708,7 +708,7 @@ def test_nothing_grows_with_the_number_of_jobs(mode: Mode) -> None:
     def left() -> list[int]:
         gc.collect()
         found = [type(one) for one in gc.get_objects()]
-        return [found.count(kind) for kind in (Job, Fiber, Active, Call, Counted)]
+        return [found.count(kind) for kind in (Job, Fiber, RunningJob, Call, Counted)]
 
     def fail(*_: Any) -> None:
         raise Own
@@ -1118,7 +1118,7 @@ def failing(real: Callable[..., Any], times: float) -> Callable[..., Any]:
 PARTS = {
     "decide": (Certificates, "decide"),
     "judge": (Certificates, "judge"),
-    "describe": (Describer, "describe"),
+    "describe": (LayoutReader, "read"),
     "key": (EncoderCache, "key"),
     "get": (EncoderCache, "get"),
     "put": (EncoderCache, "put"),
@@ -1154,7 +1154,7 @@ def test_a_defect_of_the_pool_ends_the_job_and_not_the_thread(
 ) -> None:
     with StepEngine(toy(), mode=mode) as engine:
         with held(engine, **seeded()):
-            monkeypatch.setattr(Pool, "_run", failing(Pool._run, 1))
+            monkeypatch.setattr(ThreadPool, "_run", failing(ThreadPool._run, 1))
             jobs = [engine.submit(**seeded(i)) for i in range(3)]
         assert isinstance(jobs[0].exception(SECONDS), (StepweaveError, ZeroDivisionError))
         assert [job.exception(SECONDS) for job in jobs[1:]] == [None] * 2
@@ -1618,7 +1618,7 @@ def test_pictures_are_made_on_another_thread_and_hold_up_nobody(
         made.set()
         assert difference(slow.result(SECONDS), expected[0]) == 0
     assert len(makers) == 2
-    assert all(name.startswith("stepweave-pictures") for name in makers)
+    assert all(name.startswith("stepweave-images") for name in makers)
 
 
 def test_a_picture_that_cannot_be_made_fails_its_own_job(

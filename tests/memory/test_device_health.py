@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from stepweave import StepEngine
 from stepweave.engine import Mode
+from stepweave.engine.hooks import on_image_thread
 from stepweave.errors import DeviceFailed, OutOfMemory, StepweaveError
 from stepweave.memory import device_health as health_of
 from stepweave.memory.device_health import DeviceHealth
 from stepweave.planning.clock import HostClock
-from stepweave.views.pipeline_call import _elsewhere
 from tests.support.fake_pipeline import FakePipeline
 from tests.support.in_process import InProcess
 from tests.support.toy import Outside, Toy, call, fresh, honest, module, others, submit_together
@@ -263,7 +263,7 @@ def test_every_mode_ends_its_jobs(mode: Mode) -> None:
 
 @pytest.mark.parametrize(
     "where",
-    [lambda method: method, partial(_elsewhere, known=True)],
+    [lambda method: method, lambda method: lambda x: on_image_thread(partial(method, x), True)],
     ids=["own code", "another thread"],
 )
 def test_it_may_show_in_a_pipelines_own_code_or_where_pictures_are_made(
@@ -305,9 +305,9 @@ def test_it_may_show_where_the_engine_itself_asks_the_device(
         elif place == "digest":
             monkeypatch.setattr("stepweave.batching.fingerprints._digest", broken)
         elif place == "describe":
-            monkeypatch.setattr(loop._look_up._describer, "_describe", broken)
+            monkeypatch.setattr(loop._lookup._reader, "_read", broken)
         else:
-            monkeypatch.setattr(loop._forwarder._room, "measured", broken)
+            monkeypatch.setattr(loop._runner._limits, "measured", broken)
         jobs = submit_together(engine, [fresh(one) for one in others(3)])
         check_failed(engine, jobs, errors=1 if place == "digest" else 0)
     assert outside.device.refused <= 1

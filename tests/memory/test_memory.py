@@ -21,7 +21,8 @@ from stepweave.compat.out_of_memory import ran_out
 from stepweave.engine import Mode
 from stepweave.errors import Cancelled, OutOfMemory
 from stepweave.memory import device as memory
-from stepweave.memory.device import CudaMemory, RowLimits, UnknownMemory
+from stepweave.memory.device import CudaMemory, UnknownMemory
+from stepweave.memory.row_limits import RowLimits
 from tests.support import tiny
 from tests.support.describing import Describing
 from tests.support.toy import (

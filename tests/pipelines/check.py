@@ -13,8 +13,8 @@ from torch import nn
 
 from stepweave import StepEngine
 from stepweave.batching.merge import tensors
+from stepweave.compat.module_hooks import modules_in
 from stepweave.engine.engine import EngineStats
-from stepweave.engine.hooks import _modules
 from tests.pipelines.registry import CALLS, Entry
 from tests.support.waiting import SECONDS
 
@@ -57,7 +57,7 @@ def check(entry: Entry) -> Report:
     pipeline = entry.build()
     with StepEngine(pipeline, knee=False) as engine:
         assert engine._loop is not None
-        turns = engine._loop._scope.takes_turns()
+        turns = engine._loop.scope_of(None).takes_turns()
         with engine._loop._wake:  # all start at once, so that every run is the same
             jobs = [engine.submit(**entry.arguments(i)) for i in range(CALLS)]
         results = [_numbers(job.result(SECONDS)) for job in jobs]
@@ -77,7 +77,7 @@ def denoisers(pipeline: Any) -> set[str]:
     """The names of the modules that a denoising loop calls, ControlNets among them."""
     return {
         name
-        for name, module in _modules(pipeline)
+        for name, module in modules_in(pipeline)
         if DENOISER.fullmatch(name) or _takes_time(module)
     }
 

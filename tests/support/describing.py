@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from stepweave.batching.call import Call, Target
-from stepweave.batching.fingerprints import Digests
-from stepweave.batching.layout import Describer
+from stepweave.batching.fingerprints import Fingerprints
+from stepweave.batching.layout import LayoutReader
 from stepweave.compat import torch_state as ambient
 from tests.support.toy import module
 
@@ -29,14 +29,13 @@ class Describing:
     """Describes calls of one target, as an engine does."""
 
     def __init__(self, forward: Callable[..., Any] = anything) -> None:
-        self.digests = Digests()
+        self.digests = Fingerprints()
         self.target = target_of(forward)
-        self._describer = Describer(self.digests)
+        self._reader = LayoutReader(self.digests)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Call:
         call = Call(self.target, args, kwargs, ambient.quiet(("cpu",)))
-        self._describer.describe(call)
-        return call
+        return self._reader.read(call)
 
 
 def rows(*values: float, width: int = 2) -> Tensor:

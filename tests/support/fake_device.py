@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_iter, tree_map
 
 from stepweave import StepEngine
-from stepweave.engine import hooks, loop, pipeline_call
+from stepweave.engine import hooks, loop, runner
 from stepweave.memory.device import UnknownMemory
 from stepweave.planning.clock import HostClock
 
@@ -299,9 +299,8 @@ class FakeDevice:
         # a mode could not be carried across a suspension; this one stays on the thread
         with contextlib.ExitStack() as stack:
             stack.enter_context(patch.object(loop.StepLoop, "_run", under_the_mode))
-            stack.enter_context(patch.object(loop, "clock_of", lambda device: HostClock()))
-            for one in (hooks, pipeline_call):
-                stack.enter_context(patch.object(one, "suspendable", lambda: True))
+            stack.enter_context(patch.object(runner, "clock_of", lambda device: HostClock()))
+            stack.enter_context(patch.object(hooks, "suspendable", lambda: True))
             yield stack.enter_context(StepEngine(pipeline, memory=UnknownMemory(), **options))
 
     def own_reads(self) -> list[Read]:

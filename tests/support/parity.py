@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from stepweave import StepEngine
-from stepweave.engine.job import Job
+from stepweave.jobs.job import Job
 from tests.support.tiny import FAMILIES, Family
 from tests.support.waiting import SECONDS
 

@@ -18,7 +18,7 @@ from torch import nn
 from stepweave import StepEngine
 from stepweave.batching.call import Call, Target
 from stepweave.batching.fingerprints import Fingerprints
-from stepweave.batching.layout import Describer
+from stepweave.batching.layout import LayoutReader
 from stepweave.compat import torch_state as ambient
 from stepweave.compat.host_times import keep_times_on_the_host
 from tests.support.fake_device import CUDA, FakeDevice, fake_device
@@ -77,8 +77,7 @@ TARGET = Target("denoiser", nn.Identity().eval(), lambda sample, timestep=None, 
 
 def call_of(sample: torch.Tensor, **arguments: Any) -> Call:
     described = Call(TARGET, (sample,), arguments, ambient.quiet(("cpu",)))
-    Describer(Fingerprints()).describe(described)
-    return described
+    return LayoutReader(Fingerprints()).read(described)
 
 
 def run_settled(engine: StepEngine, family: Family, steps: int, number: int, jobs: int) -> None:
