@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stepweave import StepEngine
-from stepweave.planning import planner
+from stepweave.planning import forecaster
 from tests.asgi import serving
 from tests.fake import FakePipeline
 from tests.waiting import SECONDS, wait_until
@@ -41,7 +41,7 @@ class Forecasts:
 
     def __call__(self, tasks: Any, *args: Any) -> Any:
         self.made.append((len(tasks), threading.get_ident()))
-        if len(tasks) <= 2 * planner.FEW:
+        if len(tasks) <= 2 * forecaster.FEW:
             return self._forecast(tasks, *args)
         self._running += 1
         self.most = max(self.most, self._running)
@@ -59,8 +59,8 @@ class Forecasts:
 
 @pytest.fixture
 def forecasts(monkeypatch: pytest.MonkeyPatch) -> Forecasts:
-    found = Forecasts(planner.forecast)  # type: ignore[attr-defined]
-    monkeypatch.setattr(planner, "forecast", found)
+    found = Forecasts(forecaster.forecast)  # type: ignore[attr-defined]
+    monkeypatch.setattr(forecaster, "forecast", found)
     return found
 
 
@@ -121,7 +121,7 @@ async def test_the_loop_goes_on_while_many_jobs_are_forecast(forecasts: Forecast
                     await asyncio.sleep(0.005)
         finally:
             beating.cancel()
-        assert forecasts.inline() <= 2 * planner.FEW
+        assert forecasts.inline() <= 2 * forecaster.FEW
         assert forecasts.most == 1, "one forecast at a time, for all who ask"
         ends = engine.queue_positions()
         assert len(ends) == MANY
@@ -155,10 +155,10 @@ async def test_the_loop_goes_on_while_many_jobs_are_forecast(forecasts: Forecast
 
 
 async def test_a_job_that_comes_during_a_forecast_is_not_lost(forecasts: Forecasts) -> None:
-    with engine_of(3 * planner.FEW) as (engine, jobs):
+    with engine_of(3 * forecaster.FEW) as (engine, jobs):
         engine.queue_position(jobs[0].id)
         await asyncio.to_thread(forecasts.begun.wait, SECONDS)
-        later = [engine.submit(**call(50)) for _ in range(2 * planner.FEW)]
+        later = [engine.submit(**call(50)) for _ in range(2 * forecaster.FEW)]
         jobs += later
         places = [engine.queue_position(job.id) for job in later]
         assert None not in places
@@ -172,7 +172,7 @@ async def test_a_job_that_comes_during_a_forecast_is_not_lost(forecasts: Forecas
 
 
 async def test_a_forecast_that_fails_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    forecast, failed = planner.forecast, threading.Event()  # type: ignore[attr-defined]
+    forecast, failed = forecaster.forecast, threading.Event()  # type: ignore[attr-defined]
 
     def fail(*args: Any) -> Any:
         if failed.is_set():
@@ -180,11 +180,11 @@ async def test_a_forecast_that_fails_is_made_again(monkeypatch: pytest.MonkeyPat
         failed.set()
         raise ZeroDivisionError
 
-    with engine_of(3 * planner.FEW) as (engine, _):
-        monkeypatch.setattr(planner, "forecast", fail)
+    with engine_of(3 * forecaster.FEW) as (engine, _):
+        monkeypatch.setattr(forecaster, "forecast", fail)
         wait_until(lambda: engine.estimate(**call()) is not None)
         assert failed.is_set()
-        assert len(engine.queue_positions()) == 3 * planner.FEW
+        assert len(engine.queue_positions()) == 3 * forecaster.FEW
 
 
 async def test_jobs_that_nobody_asks_about_leave_nothing_behind() -> None:
@@ -192,17 +192,17 @@ async def test_jobs_that_nobody_asks_about_leave_nothing_behind() -> None:
         for _ in range(20):
             for job in [engine.submit(**call(1)) for _ in range(50)]:
                 job.result(SECONDS)
-        assert len(engine._planner._plan) <= 2 * (planner.FEW + 50) + 1
+        assert len(engine._planner.forecaster._plan) <= 2 * (forecaster.FEW + 50) + 1
         wait_until(lambda: engine.queue_positions() == {})
 
 
 async def test_no_more_are_let_in_than_may_be_however_many_wait() -> None:
-    async with serving(max_queue=2 * planner.FEW) as app:
+    async with serving(max_queue=2 * forecaster.FEW) as app:
         await app.post().done()
         app.record.gated = True
-        posts = [app.post(seed=i) for i in range(2 * planner.FEW + 60)]
+        posts = [app.post(seed=i) for i in range(2 * forecaster.FEW + 60)]
         await app.until(lambda: sum(post.task.done() for post in posts) == 59)
-        assert app.metric("stepweave_requests_in_flight") == 2 * planner.FEW + 1
+        assert app.metric("stepweave_requests_in_flight") == 2 * forecaster.FEW + 1
         refused = [post for post in posts if post.task.done()]
         assert {post.status for post in refused} == {429}
         assert {post.error["code"] for post in refused} == {"queue_full"}
@@ -211,5 +211,5 @@ async def test_no_more_are_let_in_than_may_be_however_many_wait() -> None:
         for post in posts:
             await post.done()
         assert [post.status for post in posts if post not in refused] == [200] * (
-            2 * planner.FEW + 1
+            2 * forecaster.FEW + 1
         )

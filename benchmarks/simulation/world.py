@@ -118,7 +118,7 @@ class World:
         at the next arrival."""
         now, last = 0.0, None
         while self._queues or self._due:
-            picked = self._policy(self._queues, now, self._cap, self._cost) if self._queues else []
+            picked = self._choose(now)
             if not picked:
                 if not self._due:
                     raise RuntimeError("the policy lets the last jobs wait for ever")
@@ -132,6 +132,11 @@ class World:
             for request in picked:
                 self._advance(request.task, now)
         return self.run
+
+    def _choose(self, now: float) -> list[Request]:
+        if not self._queues:
+            return []
+        return self._policy.choose(self._queues, now, self._cap, self._cost)
 
     def _admit(self, until: float) -> None:
         while self._due and self._due[0][0] <= until:

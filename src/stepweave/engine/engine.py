@@ -27,7 +27,7 @@ from stepweave.planning.estimates import Estimates
 from stepweave.planning.planner import OnStep, Planner
 from stepweave.planning.stats import Forwards, Stats
 from stepweave.planning.workload import arguments_of
-from stepweave.scheduling.policy import POLICIES
+from stepweave.scheduling.policy import Policy, srpt
 from stepweave.scheduling.task import Priority
 
 logger = logging.getLogger(__name__)
@@ -92,10 +92,10 @@ class StepEngine(Estimates):
         audit_every: one in so many merged forwards is compared with the single ones.
         memory: tells what a forward takes of the device's memory and what is left of it; torch's
             CUDA allocator does if None.
-        policy: which step runs next: `thrifty`, `aged`, `fifo`, `keyed_fifo` or `round_robin`;
-            docs/scheduling.md.
-        knee: with the first two, forwards have no more rows than pay: beyond the knee they bring
-            less than 5 % more a second.
+        policy: which calls share the next forward: `stepweave.scheduling.srpt`, or any object with
+            the methods of `stepweave.scheduling.Policy`; docs/scheduling.md.
+        knee: with a policy that cuts at the knee, as the default does, forwards have no more rows
+            than pay: beyond the knee they bring less than 5 % more a second.
         on_step: called on the engine's thread with each forward's module, rows, the rows it was
             allowed, and seconds.
 
@@ -119,7 +119,7 @@ class StepEngine(Estimates):
         cache_bytes: int = CACHE_BYTES,
         audit_every: int = AUDIT_EVERY,
         memory: DeviceMemory | None = None,
-        policy: str = "thrifty",
+        policy: Policy = srpt,
         knee: bool = True,
         on_step: OnStep = lambda module, rows, cap, seconds: None,
     ) -> None:
@@ -135,8 +135,10 @@ class StepEngine(Estimates):
         for name, value in (bounds | {"audit_every": audit_every}).items():
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-        if policy not in POLICIES:
-            raise ValueError(f"policy is {policy!r}; it must be one of {', '.join(POLICIES)}")
+        if not isinstance(policy, Policy):
+            raise TypeError(
+                f"policy is {policy!r}; it must be an object such as stepweave.scheduling.srpt"
+            )
         if cache_bytes < 0:
             raise ValueError(f"cache_bytes is {cache_bytes}; it must be at least 0")
         self.pipeline = pipeline
@@ -267,12 +269,12 @@ class StepEngine(Estimates):
         own thread. For jobs of a warm-up."""
         elsewhere = None if self._loop is None else self._loop._elsewhere
         try:
-            self._planner.lavish = True
+            self._planner.caps.ignore_knee = True
             if elsewhere is not None:
                 elsewhere.here = True
             yield
         finally:
-            self._planner.lavish = False
+            self._planner.caps.ignore_knee = False
             if elsewhere is not None:
                 elsewhere.here = False
 

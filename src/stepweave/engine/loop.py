@@ -93,7 +93,7 @@ class StepLoop:
             clock_of(device),
             planner,
         )
-        self._queues = CallQueues()
+        self._queues = CallQueues[Call]()
         self._waiting: dict[str, Job] = {}  # oldest first
         self._turns = Turns(self._scope)
         self._returned: deque[tuple[Active, Any]] = deque()  # fibers whose work elsewhere is done
@@ -374,9 +374,7 @@ class StepLoop:
 
     def _pick(self) -> list[Call]:
         """Calls of the key whose turn it is, as many as pay and fit."""
-        return (
-            self._planner.pick(self._queues.by_key(), self._forwarder.limit) if self._queues else []
-        )
+        return self._planner.pick(self._queues, self._forwarder.limit) if self._queues else []
 
     def _forward(self, calls: list[Call]) -> None:
         """Run calls of one key, merged if that is proven, and let their fibers go on."""
