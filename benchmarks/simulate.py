@@ -82,11 +82,11 @@ class Case:
 def policy(name: str) -> tuple[Policy, int | None]:
     """A policy and its cap, by name: `srpt` at the knees, `srpt@3` at 3 rows whatever the
     key."""
-    known = {**POLICIES, **VARIANTS}
+    policies = {**POLICIES, **VARIANTS}
     bare, _, cap = name.partition("@")
-    if bare not in known:
-        raise SystemExit(f"there is no policy {bare!r}; there are {', '.join(known)}")
-    return known[bare], int(cap) if cap else None
+    if bare not in policies:
+        raise SystemExit(f"there is no policy {bare!r}; there are {', '.join(policies)}")
+    return policies[bare], int(cap) if cap else None
 
 
 def simulated(case: Case, names: tuple[str, ...]) -> tuple[float, dict[str, Figures]]:
@@ -106,8 +106,8 @@ def simulated(case: Case, names: tuple[str, ...]) -> tuple[float, dict[str, Figu
 def spreads(runs: list[dict[str, Figures]], name: str) -> dict[str, Spread]:
     """Of each figure of a policy, over the seeds."""
     taken = [asdict(figures[name]) for figures in runs]
-    known = [key for key in taken[0] if all(one[key] is not None for one in taken)]
-    return {key: Spread.of([one[key] for one in taken]) for key in known}
+    keys = [key for key in taken[0] if all(figures[key] is not None for figures in taken)]
+    return {key: Spread.of([figures[key] for figures in taken]) for key in keys}
 
 
 def ratios(runs: list[dict[str, Figures]], name: str, bounds: list[float]) -> Row:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -13,6 +12,7 @@ from benchmarks.simulation.arrivals import Arrival
 from benchmarks.simulation.curves import Curves, knees
 from stepweave.planning.cost import CostModel
 from stepweave.scheduling.policy import Cap, Policy
+from stepweave.scheduling.queues import CallQueues
 from stepweave.scheduling.task import Key, Load, Task
 
 
@@ -103,8 +103,7 @@ class World:
         self._attempts = attempts
         self._calls: dict[Task, Iterator[Load]] = {}  # of the tasks that are in
         self._outcome: dict[Task, Outcome] = {}
-        # the key that was served longest ago first
-        self._queues: OrderedDict[Hashable, list[Request]] = OrderedDict()
+        self._queues = CallQueues[Request]()
         outcomes = [
             Outcome(request, request.task(curves, self._cost, 0.0).solo) for request in requests
         ]
@@ -159,14 +158,9 @@ class World:
 
     def _forward(self, picked: Sequence[Request]) -> float:
         """Take the calls out of their queue; the seconds that they take together."""
-        key = picked[0].key
-        queue = self._queues.pop(key)
-        taken = set(map(id, picked))
-        rest = [request for request in queue if id(request) not in taken]
-        if len(rest) != len(queue) - len(picked):
+        if len({request.key for request in picked}) > 1:
             raise RuntimeError("the policy picked calls of several keys")
-        if rest:
-            self._queues[key] = rest
+        self._queues.take(picked)
         rows = sum(request.rows for request in picked)
         what = (picked[0].cost, rows)
         seconds = self._seconds.get(what)
@@ -188,9 +182,7 @@ class World:
             if self._door is not None:
                 self._door.leave()
         else:
-            self._queues.setdefault(load.key, []).append(
-                Request(load.key, load.rows, load.key, task, now)
-            )
+            self._queues.add(Request(load.key, load.rows, load.key, task, now))
 
 
 def _calls(task: Task) -> Iterator[Load]:

@@ -12,7 +12,6 @@ from stepweave.scheduling.task import Demand, Task
 Order = Callable[[Task, float], Rank]
 RowCap = Callable[[Demand], int]  # the most rows of a step that such jobs share; 0: each runs alone
 
-
 RUN = 2000  # ranks that are sorted at a time
 # jobs whose ends are found at a time, in less than a millisecond: to let others run may take a
 # tenth of one

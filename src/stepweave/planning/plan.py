@@ -79,17 +79,15 @@ class Plan:
         # when all up to each in order are done
         self._ended = list(accumulate((ends[i] for i in ordered), max))
         self._kinds: set[Hashable] = {task.demand.kind for task in tasks}
-        self._alike: dict[
-            Hashable, tuple[list[Rank], list[float]]
-        ] = {}  # of a kind and as many rows: ranks in order, and ends
+        # of a kind and as many rows: ranks in order, and ends
+        self._alike: dict[Hashable, tuple[list[Rank], list[float]]] = {}
         for i in ordered:
             alike = self._alike.setdefault((tasks[i].demand.kind, tasks[i].demand.rows), ([], []))
             alike[0].append(ranks[i])
             alike[1].append(ends[i])
         work = sum(task.remaining for task in tasks)
-        self._sharing = (
-            max(ends, default=0.0) / work if work > 0 else 1.0
-        )  # seconds for each that a job would take alone
+        # seconds for each that a job would take alone
+        self._sharing = max(ends, default=0.0) / work if work > 0 else 1.0
         self._complete = all(task.solo for task in tasks)
         self._later: list[Rank] = []  # of jobs that came since, in order
         self._later_work: list[float] = []  # seconds that each takes, in company
