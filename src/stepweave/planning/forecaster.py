@@ -187,8 +187,9 @@ class Forecaster:
         ids = [job.id for job in jobs]
         plan = Plan(now, ids, tasks, ends, self._order, took=took, pause=pause)
         turns = self._turns([job for job in jobs if job.begun is None], now, pause)
-        for job in self._later_than(plan):  # most of them without holding up those that come
-            self._fit_in(job, plan, now)
+        for _ in range(3):  # so that few are left to fit in while the lock holds others up
+            for job in self._later_than(plan):
+                self._fit_in(job, plan, now)
         with self._lock:
             for job in self._later_than(plan):
                 self._fit_in(job, plan, now)
