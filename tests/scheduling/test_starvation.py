@@ -15,7 +15,7 @@ from benchmarks.policies import aged
 from stepweave.planning.cost import CostModel
 from stepweave.scheduling.policy import Cap, Policy, WasteAwareSRPT, srpt
 from stepweave.scheduling.task import Key, Load, Priority, Task
-from tests.scheduling.toy import Call, play, task
+from tests.support.simulated_engine import Call, play, task
 
 A, B, C = Key("transformer", 64), Key("transformer", 256), Key("transformer", 1024)
 ENCODER, DECODER = Key("text_encoder", 8), Key("vae", 64)

@@ -7,7 +7,6 @@ from typing import Any
 
 from stepweave.parameters import PriorityName
 from stepweave.planning.forecaster import FEW
-from stepweave.planning.jobs import PlannedJob
 from stepweave.planning.plan import Estimate, QueuePosition
 from stepweave.planning.planner import Planner
 from stepweave.scheduling.task import Key, Priority
@@ -70,9 +69,9 @@ class Estimates:
         """Whether any forward has been timed: before, nothing can be predicted."""
         return self._planner.cost.timed
 
-    def holds(self, job: PlannedJob) -> bool:
+    def holds(self, job: Any) -> bool:
         """Whether a job is not done."""
-        return self._planner.forecaster.has(job)
+        return self._planner.forecaster.has(job.id)
 
     def queue_positions(self) -> dict[str, QueuePosition]:
         """Position and seconds to go of each job that is not done, by its id."""

@@ -61,8 +61,8 @@ class Forecaster:
     def __len__(self) -> int:
         return len(self._jobs)
 
-    def has(self, job: PlannedJob) -> bool:
-        return job.id in self._jobs
+    def has(self, id: str) -> bool:
+        return id in self._jobs
 
     def enter(self, job: PlannedJob) -> None:
         with self._lock:

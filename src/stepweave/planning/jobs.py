@@ -1,18 +1,11 @@
-"""What planning reads and writes of jobs and of their calls."""
+"""What planning reads and writes of jobs; of their calls it is what scheduling does."""
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
 from stepweave.planning.profiles import Recorder, Shape
-from stepweave.scheduling.queues import WaitingCall
 from stepweave.scheduling.task import Priority, Task
-
-
-class PlannedCall(WaitingCall, Protocol):
-    """`Planner.saw` sets `since`, `Planner.pick` `cap`."""
-
-    cap: int  # rows that its forward may have
 
 
 class PlannedJob(Protocol):
@@ -27,12 +20,21 @@ class PlannedJob(Protocol):
     reproducible: bool
     accepted: float
     deadline: float | None
-    begun: float | None  # when it was given its first forward
-    opened: float | None  # when its denoising steps began
-    stepped: float | None  # when its last step had run
     recorder: Recorder  # of the calls that it makes
     shape: Shape | None
     task: Task
+
+    @property
+    def begun(self) -> float | None:
+        """When it was given its first forward."""
+
+    @property
+    def opened(self) -> float | None:
+        """When its denoising steps began."""
+
+    @property
+    def stepped(self) -> float | None:
+        """When its last step had run."""
 
     @property
     def progress(self) -> tuple[int, int]:

@@ -8,17 +8,16 @@ from typing import Any, TypeVar
 
 from stepweave.contained import contained
 from stepweave.planning.forecaster import Forecaster
-from stepweave.planning.jobs import PlannedCall, PlannedJob
+from stepweave.planning.jobs import PlannedJob
 from stepweave.planning.row_caps import RowCaps
 from stepweave.planning.work import Work
 from stepweave.scheduling.policy import Policy, Rank, srpt
-from stepweave.scheduling.queues import Queues
+from stepweave.scheduling.queues import CallT, Queues, WaitingCall
 from stepweave.scheduling.task import Demand, Key
 
 # module, rows, the most rows that were allowed, seconds
 OnStep = Callable[[str, int, int, float], None]
 
-CallT = TypeVar("CallT", bound=PlannedCall)
 JobT = TypeVar("JobT", bound=PlannedJob)
 
 
@@ -96,9 +95,8 @@ class Planner:
         else:
             job.begin()
 
-    def saw(self, job: PlannedJob, call: PlannedCall) -> None:
+    def saw(self, job: PlannedJob, call: WaitingCall) -> None:
         """A job waits for a forward."""
-        call.since = time.monotonic()
         self.work.saw(job, call, self.forecaster.jobs)
 
     def leave(self, job: PlannedJob, *, succeeded: bool) -> None:
@@ -134,16 +132,16 @@ class Planner:
             return calls
         return list(next(iter(queues.values())))[:1]
 
-    def runs_alone(self, call: PlannedCall) -> None:
+    def runs_alone(self, call: WaitingCall) -> None:
         """Forwards like this one are not shared."""
         self.caps.alone(call.cost, call.rows)
 
-    def ran(self, key: Key, cap: int, rows: int, seconds: float) -> None:
-        """A forward, allowed so many rows, took so long, until all its jobs waited again."""
+    def ran(self, key: Key, rows: int, seconds: float) -> None:
+        """A forward took so long, until all its jobs waited again."""
         self._moved = time.monotonic()
         self.cost.observe(key, rows, seconds)
         with contained("tell of a step"):
-            self._on_step(key.module, rows, max(rows, cap), seconds)
+            self._on_step(key.module, rows, max(rows, self.caps.last(key)), seconds)
 
     def called(self, jobs: Sequence[PlannedJob], seconds: float, beside: int) -> None:
         """Jobs ran in one call of the pipeline, while so many calls ran side by side."""

@@ -45,7 +45,7 @@ class RowCaps:
             if knee is None:
                 knee = self._cost.knee(call.cost, most) if cuts else most
                 knees[call.cost, most] = knee = min(most, 2 * knee) if explores else knee
-            self._last[call.cost] = call.cap = knee
+            self._last[call.cost] = knee
             return knee
 
         return cap
@@ -56,6 +56,10 @@ class RowCaps:
             self._cut = 0
         elif cut:
             self._cut += 1
+
+    def last(self, key: Key) -> int:
+        """Rows that a forward was last allowed; 0 before there was any."""
+        return self._last.get(key, 0)
 
     def alone(self, key: Key, rows: int) -> None:
         """Forwards like one of so many rows are not shared."""

@@ -9,9 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from stepweave.planning.cost import CostModel, PriceList
-from stepweave.planning.jobs import PlannedCall, PlannedJob
+from stepweave.planning.jobs import PlannedJob
 from stepweave.planning.profiles import Phase, Profiles, Shape
 from stepweave.planning.workload import shape_of
+from stepweave.scheduling.queues import WaitingCall
 from stepweave.scheduling.task import Demand, Key, Load, Priority, Task
 
 Jobs = Collection[PlannedJob]
@@ -69,7 +70,7 @@ class Work:
             for job in jobs:
                 job.task.price(self._prices)
 
-    def saw(self, job: PlannedJob, call: PlannedCall, jobs: Callable[[], Jobs]) -> None:
+    def saw(self, job: PlannedJob, call: WaitingCall, jobs: Callable[[], Jobs]) -> None:
         """Note a call that a job makes, and how far the job is. From its first step on it is known
         what each of them asks for."""
         task, (step, total) = job.task, job.progress

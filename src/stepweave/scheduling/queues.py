@@ -12,11 +12,16 @@ from stepweave.scheduling.task import Key, Task
 class WaitingCall(Protocol):
     """A job's call of a module, as far as scheduling is concerned."""
 
-    key: Hashable  # equal for calls that may share a forward
-    rows: int
-    cost: Key  # what the seconds of its forward depend on
-    task: Task  # of its job
-    since: float  # when it began to wait
+    @property
+    def key(self) -> Hashable: ...  # equal for calls that may share a forward
+    @property
+    def rows(self) -> int: ...
+    @property
+    def cost(self) -> Key: ...  # what the seconds of its forward depend on
+    @property
+    def task(self) -> Task: ...  # of its job
+    @property
+    def since(self) -> float: ...  # when it began to wait
 
 
 CallT = TypeVar("CallT", bound=WaitingCall)
