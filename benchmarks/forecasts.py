@@ -12,7 +12,7 @@ from functools import partial
 from stepweave.planning.cost import CostModel
 from stepweave.planning.forecast import forecast, step_seconds
 from stepweave.planning.plan import Plan
-from stepweave.scheduling.policy import rank
+from stepweave.scheduling.policy import srpt
 from stepweave.scheduling.task import Demand, Key, Load, Task
 from stepweave.threads import DaemonExecutor, on_thread
 
@@ -43,11 +43,11 @@ def jobs(count: int, seed: int = 1) -> list[Task]:
 
 
 def plan_of(tasks: list[Task]) -> Plan:
-    def breathe() -> None:
+    def pause() -> None:
         time.sleep(0)
 
-    ends = forecast(tasks, 1.0, COST, lambda demand: ROWS, rank, breathe)
-    return Plan(1.0, [str(i) for i in range(len(tasks))], tasks, ends, rank, breathe=breathe)
+    ends = forecast(tasks, 1.0, COST, lambda demand: ROWS, srpt.rank, pause)
+    return Plan(1.0, [str(i) for i in range(len(tasks))], tasks, ends, srpt.rank, pause=pause)
 
 
 async def held(work: Callable[[], object]) -> float:

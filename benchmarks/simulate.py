@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Part, Report, Row, Spread
+from benchmarks.policies import POLICIES
 from benchmarks.simulation.arrivals import (
     Arrival,
     arrivals,
@@ -30,8 +31,7 @@ from benchmarks.simulation.picture import draw
 from benchmarks.simulation.reception import Reception
 from benchmarks.simulation.variants import VARIANTS
 from benchmarks.simulation.world import World, fixed
-from stepweave.planning.forecast import ORDERS, Order, by_arrival
-from stepweave.scheduling.policy import POLICIES, Policy, rank
+from stepweave.scheduling.policy import Policy
 
 CURVE = Path(__file__).parent / "curves" / "qwen-image-h200.json"
 MIX = "512x512:4:15,512x512:28:35,1024x1024:28:35,1024x1024:50:15"
@@ -80,20 +80,13 @@ class Case:
 
 
 def policy(name: str) -> tuple[Policy, int | None]:
-    """A policy and its cap, by name: `thrifty` at the knees, `thrifty@3` at 3 rows whatever the
+    """A policy and its cap, by name: `srpt` at the knees, `srpt@3` at 3 rows whatever the
     key."""
-    known = {**POLICIES, **VARIANTS}
+    policies = {**POLICIES, **VARIANTS}
     bare, _, cap = name.partition("@")
-    if bare not in known:
-        raise SystemExit(f"there is no policy {bare!r}; there are {', '.join(known)}")
-    return known[bare], int(cap) if cap else None
-
-
-def order(name: str) -> Order:
-    """In which jobs are forecast with a policy: by arrival where it goes by that, variants as the
-    default."""
-    bare = name.partition("@")[0]
-    return ORDERS.get(bare, rank if bare in VARIANTS else by_arrival)
+    if bare not in policies:
+        raise SystemExit(f"there is no policy {bare!r}; there are {', '.join(policies)}")
+    return policies[bare], int(cap) if cap else None
 
 
 def simulated(case: Case, names: tuple[str, ...]) -> tuple[float, dict[str, Figures]]:
@@ -102,10 +95,10 @@ def simulated(case: Case, names: tuple[str, ...]) -> tuple[float, dict[str, Figu
     requests = case.arrivals(curves)
     figures = {}
     for name in names:
-        pick, cap = policy(name)
+        chosen, cap = policy(name)
         rows = fixed(cap) if cap else None
-        door = Reception(curves, case.limit, order(name), case.max_wait) if case.limit else None
-        world = World(requests, curves, pick, cap=rows, door=door, attempts=case.attempts)
+        door = Reception(curves, case.limit, chosen.rank, case.max_wait) if case.limit else None
+        world = World(requests, curves, chosen, cap=rows, door=door, attempts=case.attempts)
         figures[name] = Figures.of(world.simulate(), case.max_wait)
     return least_mean_latency(requests, curves, curves.model()), figures
 
@@ -113,8 +106,8 @@ def simulated(case: Case, names: tuple[str, ...]) -> tuple[float, dict[str, Figu
 def spreads(runs: list[dict[str, Figures]], name: str) -> dict[str, Spread]:
     """Of each figure of a policy, over the seeds."""
     taken = [asdict(figures[name]) for figures in runs]
-    known = [key for key in taken[0] if all(one[key] is not None for one in taken)]
-    return {key: Spread.of([one[key] for one in taken]) for key in known}
+    keys = [key for key in taken[0] if all(figures[key] is not None for figures in taken)]
+    return {key: Spread.of([figures[key] for figures in taken]) for key in keys}
 
 
 def ratios(runs: list[dict[str, Figures]], name: str, bounds: list[float]) -> Row:

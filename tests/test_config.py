@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stepweave.config import EMBEDDED_MODEL, PREFIX, Settings
+from stepweave.config import EMBEDDED_MODEL, PREFIX, Settings, removed_settings
 from stepweave.errors import ConfigError
 from tests.support.environment import ROOT
 
@@ -61,6 +61,16 @@ def test_wrong_settings_are_refused_by_name_and_value(
     with pytest.raises(ConfigError) as caught:
         Settings.load()
     assert expected in caught.value.message
+
+
+def test_a_removed_setting_is_ignored_and_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert removed_settings() == []
+    monkeypatch.setenv("STEPWEAVE_POLICY", "fifo")
+    assert Settings.load() == Settings()
+    [message] = removed_settings()
+    assert message.startswith("STEPWEAVE_POLICY is ignored:") and "Unset it" in message
+    monkeypatch.setenv("STEPWEAVE_POLICY", "")
+    assert removed_settings() == []
 
 
 def test_every_problem_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

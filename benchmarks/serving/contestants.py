@@ -24,11 +24,12 @@ READY_SECONDS = 180
 STOP_SECONDS = 60
 LOG_LINES = 15
 
-DEFAULT = "thrifty"
+POLICY = "BENCHMARK_POLICY"  # the environment variable that names one of benchmarks/policies.py
+DEFAULT = "srpt"
 CONTESTANTS: dict[str, dict[str, str]] = {
     DEFAULT: {"STEPWEAVE_BATCHING": "step"},
     **{
-        name: {"STEPWEAVE_BATCHING": "step", "STEPWEAVE_POLICY": name}
+        name: {"STEPWEAVE_BATCHING": "step", POLICY: name}
         for name in ("aged", "fifo", "keyed_fifo", "round_robin")
     },
     **{name: {"STEPWEAVE_BATCHING": name} for name in ("request", "threads", "off")},
@@ -99,7 +100,7 @@ class Served:
 
 @contextlib.contextmanager
 def serve(name: str, settings: dict[str, str], logs: Path) -> Iterator[Served]:
-    """`bentoml serve service.py` on a free loopback port, ready for work; ends with the block."""
+    """`bentoml serve` on a free loopback port, ready for work; ends with the block."""
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"{name}.log"
     port = _free_port()
@@ -107,7 +108,8 @@ def serve(name: str, settings: dict[str, str], logs: Path) -> Iterator[Served]:
         key: value for key, value in os.environ.items() if not key.startswith("STEPWEAVE_")
     }
     bentoml = str(Path(sys.executable).with_name("bentoml"))
-    command = [bentoml, "serve", "service.py", "--host", "127.0.0.1", "--port", str(port)]
+    service = "benchmarks.serving.service:Stepweave" if POLICY in settings else "service.py"
+    command = [bentoml, "serve", service, "--host", "127.0.0.1", "--port", str(port)]
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,

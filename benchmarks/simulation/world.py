@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -13,6 +12,7 @@ from benchmarks.simulation.arrivals import Arrival
 from benchmarks.simulation.curves import Curves, knees
 from stepweave.planning.cost import CostModel
 from stepweave.scheduling.policy import Cap, Policy
+from stepweave.scheduling.queues import CallQueues
 from stepweave.scheduling.task import Key, Load, Task
 
 
@@ -103,8 +103,7 @@ class World:
         self._attempts = attempts
         self._calls: dict[Task, Iterator[Load]] = {}  # of the tasks that are in
         self._outcome: dict[Task, Outcome] = {}
-        # the key that was served longest ago first
-        self._queues: OrderedDict[Hashable, list[Request]] = OrderedDict()
+        self._queues = CallQueues[Request]()
         outcomes = [
             Outcome(request, request.task(curves, self._cost, 0.0).solo) for request in requests
         ]
@@ -118,7 +117,7 @@ class World:
         at the next arrival."""
         now, last = 0.0, None
         while self._queues or self._due:
-            picked = self._policy(self._queues, now, self._cap, self._cost) if self._queues else []
+            picked = self._choose(now)
             if not picked:
                 if not self._due:
                     raise RuntimeError("the policy lets the last jobs wait for ever")
@@ -132,6 +131,11 @@ class World:
             for request in picked:
                 self._advance(request.task, now)
         return self.run
+
+    def _choose(self, now: float) -> list[Request]:
+        if not self._queues:
+            return []
+        return self._policy.choose(self._queues, now, self._cap, self._cost)
 
     def _admit(self, until: float) -> None:
         while self._due and self._due[0][0] <= until:
@@ -154,14 +158,9 @@ class World:
 
     def _forward(self, picked: Sequence[Request]) -> float:
         """Take the calls out of their queue; the seconds that they take together."""
-        key = picked[0].key
-        queue = self._queues.pop(key)
-        taken = set(map(id, picked))
-        rest = [request for request in queue if id(request) not in taken]
-        if len(rest) != len(queue) - len(picked):
+        if len({request.key for request in picked}) > 1:
             raise RuntimeError("the policy picked calls of several keys")
-        if rest:
-            self._queues[key] = rest
+        self._queues.take(picked)
         rows = sum(request.rows for request in picked)
         what = (picked[0].cost, rows)
         seconds = self._seconds.get(what)
@@ -183,9 +182,7 @@ class World:
             if self._door is not None:
                 self._door.leave()
         else:
-            self._queues.setdefault(load.key, []).append(
-                Request(load.key, load.rows, load.key, task, now)
-            )
+            self._queues.add(Request(load.key, load.rows, load.key, task, now))
 
 
 def _calls(task: Task) -> Iterator[Load]:

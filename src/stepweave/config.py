@@ -35,6 +35,12 @@ _SERVICE_LINK = re.compile(
 )
 
 
+# Settings of earlier versions: they are ignored for one release, with a warning.
+REMOVED = {
+    "STEPWEAVE_POLICY": "all servers run steps in the same order now (docs/scheduling.md). Unset "
+    "it; as a library, pass StepEngine(policy=...) an object.",
+}
+
 SWITCHES = (
     "quantization",
     "offload",
@@ -105,6 +111,15 @@ def _preset(value: Any) -> Any:
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 ModelNames = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_model_names)]
 Clients = Annotated[tuple[Client, ...], NoDecode, BeforeValidator(_clients)]
+
+
+def removed_settings() -> list[str]:
+    """For each setting of the environment that is ignored: what to do instead."""
+    return [
+        f"{name} is ignored: {REMOVED[name.upper()]}"
+        for name in sorted(os.environ)
+        if name.upper() in REMOVED and os.environ[name]
+    ]
 
 
 class Settings(BaseSettings):
@@ -219,12 +234,6 @@ class Settings(BaseSettings):
         gt=0,
         description="Seconds that a request may have to wait, as predicted; else it is refused "
         "with 429.",
-    )
-    policy: Literal["thrifty", "aged", "fifo", "keyed_fifo", "round_robin"] = Field(
-        "thrifty",
-        description="Which step runs next: `thrifty` by class, deadline, remaining work and what a "
-        "forward would waste; `aged`, `fifo`, `keyed_fifo` and `round_robin` are for "
-        "comparison.",
     )
     max_images: int = Field(8, ge=1, le=64, description="Largest `n` of a request.")
     max_steps: int = Field(
@@ -413,6 +422,7 @@ class Settings(BaseSettings):
             if (
                 name.upper().startswith(PREFIX)
                 and name.upper() not in names
+                and name.upper() not in REMOVED
                 and not _SERVICE_LINK.fullmatch(name)
             ):
                 close = difflib.get_close_matches(name.upper(), names, n=1)

@@ -23,7 +23,7 @@ from benchmarks.measure import Part, Report, Row, Spread
 from benchmarks.serving import parts
 from benchmarks.serving.__main__ import parse, scale_of
 from benchmarks.serving.client import Attempt, BenchmarkError, Outcome, connect, offer, saturate
-from benchmarks.serving.contestants import CONTESTANTS, DEFAULT, Served
+from benchmarks.serving.contestants import CONTESTANTS, DEFAULT, POLICY, Served
 from benchmarks.serving.figures import (
     IN_FLIGHT,
     eta_counts,
@@ -165,7 +165,7 @@ def test_arrivals_do_not_wait_for_answers() -> None:
 def test_every_contestant_is_sent_the_very_same_bodies(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fakes = {"thrifty": Fake(picture), "fifo": Fake(picture, seconds=0.02)}
+    fakes = {"srpt": Fake(picture), "fifo": Fake(picture, seconds=0.02)}
     scale = Scale(loads=(0.5, 1.0), seeds=(1, 2), seconds=0.5, deadlines=0.3, drain=60)
     report = Recorder(tmp_path / "out.json")
 
@@ -181,23 +181,21 @@ def test_every_contestant_is_sent_the_very_same_bodies(
         await parts.policies(contestants, scale, Known(SOLO, 20), report)
 
     asyncio.run(run())
-    assert fakes["thrifty"].bodies == fakes["fifo"].bodies != []
+    assert fakes["srpt"].bodies == fakes["fifo"].bodies != []
     content = json.loads((tmp_path / "out.json").read_text())["parts"]["policies"]
     runs = {(one["load"], one["contestant"]): one["runs"] for one in content["runs"]}
     assert set(runs) == {(load, name) for load in (0.5, 1.0) for name in fakes} and all(
         len(r) == 2 for r in runs.values()
     )
-    assert [one["sent"] for one in runs[1.0, "thrifty"]] == [
-        one["sent"] for one in runs[1.0, "fifo"]
-    ]
+    assert [one["sent"] for one in runs[1.0, "srpt"]] == [one["sent"] for one in runs[1.0, "fifo"]]
     [forecasts] = content["sections"][-1]["tables"]
     assert [row["within 1 s"] for row in forecasts] == [0.25] * 4
-    assert sum(row["jobs"] for row in forecasts) == 2 * len(fakes["thrifty"].bodies)
+    assert sum(row["jobs"] for row in forecasts) == 2 * len(fakes["srpt"].bodies)
     lines = [
         json.loads(line) for line in (tmp_path / "out.requests.jsonl").read_text().splitlines()
     ]
-    assert len(lines) == 2 * len(fakes["thrifty"].bodies)
-    assert "| fifo / thrifty |" in capsys.readouterr().out
+    assert len(lines) == 2 * len(fakes["srpt"].bodies)
+    assert "| fifo / srpt |" in capsys.readouterr().out
 
 
 def test_each_answer_is_counted_as_what_it_is() -> None:
@@ -343,7 +341,7 @@ def test_what_comes_first_warms_both_sizes_up_and_finds_solo_times_and_capacity(
     scale = Scale((0.8,), (1,), 1, 0, ramp=0.05, capacity_seconds=0.2, solo_repeats=2)
 
     async def run(client: httpx.AsyncClient) -> Known:
-        contestant = Contestant("thrifty", client, alive)
+        contestant = Contestant("srpt", client, alive)
         await warm_up(contestant)
         assert {json.loads(body)["size"] for body in fake.bodies} == {kind.size for kind in KINDS}
         return await measure_first(contestant, scale, Report(tmp_path / "out.json"))
@@ -376,7 +374,7 @@ def test_overload_and_trace_are_reported(tmp_path: Path) -> None:
 
     async def run() -> None:
         async with connect("http://fake", 5, httpx.MockTransport(serve)) as client:
-            contestant = Contestant("thrifty", client, alive)
+            contestant = Contestant("srpt", client, alive)
             known = Known({kind: 1.0 for kind in KINDS}, 30)
             await parts.overload(contestant, scale, known, report)
             await parts.trace(contestant, scale, known, report, tmp_path / "trace.json")
@@ -533,7 +531,7 @@ def test_a_table_leaves_a_cell_empty_where_nothing_is_known_and_an_empty_one_out
     [
         "--parts=all",
         "--contestants=fifo",
-        "--contestants=thrifty,lifo",
+        "--contestants=srpt,lifo",
         "--loads=0",
         "--deadlines=2",
         "--seconds=x",
@@ -555,8 +553,7 @@ def test_a_quick_run_is_small_and_the_default_one_has_every_policy_and_mode() ->
     assert (whole.loads, len(whole.seeds)) == ((0.6, 0.8), 3)
     assert next(iter(CONTESTANTS)) == DEFAULT and set(parse([]).contestants) == set(CONTESTANTS)
     assert all(
-        settings.keys() <= {"STEPWEAVE_BATCHING", "STEPWEAVE_POLICY"}
-        for settings in CONTESTANTS.values()
+        settings.keys() <= {"STEPWEAVE_BATCHING", POLICY} for settings in CONTESTANTS.values()
     )
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.simulate import CURVE, MIX, order
+from benchmarks.policies import POLICIES
+from benchmarks.simulate import CURVE, MIX, policy
 from benchmarks.simulation.arrivals import (
     Arrival,
     arrivals,
@@ -24,11 +25,9 @@ from benchmarks.simulation.bound import least_mean_latency
 from benchmarks.simulation.curves import Curves, least_work
 from benchmarks.simulation.figures import Figures
 from benchmarks.simulation.reception import Reception
-from benchmarks.simulation.variants import VARIANTS, changed
+from benchmarks.simulation.variants import VARIANTS
 from benchmarks.simulation.world import Run, World, fixed
-from stepweave.config import Settings
-from stepweave.planning.forecast import by_arrival
-from stepweave.scheduling.policy import POLICIES, Policy, aged_rank, rank
+from stepweave.scheduling.policy import Policy, WasteAwareSRPT, srpt
 from stepweave.scheduling.task import Demand, Key, Load, Priority, Task
 from tests.support.waiting import SECONDS
 
@@ -36,8 +35,6 @@ CURVES = Curves.read(CURVE)
 COST = CURVES.model()
 SHAPES = parse_mix(MIX)
 EVERY = {**POLICIES, **VARIANTS}
-DEFAULT_NAME = Settings.model_fields["policy"].default
-DEFAULT = POLICIES[DEFAULT_NAME]
 
 
 def poisson(load: float, count: int, seed: int, burst: float = 1) -> list[Arrival]:
@@ -49,7 +46,7 @@ def simulate(requests: list[Arrival], policy: Policy) -> Run:
 
 
 def test_one_job_takes_its_time_alone() -> None:
-    run = simulate([Arrival(3.0, "512x512", 4), Arrival(100.0, "1024x1024", 28)], DEFAULT)
+    run = simulate([Arrival(3.0, "512x512", 4), Arrival(100.0, "1024x1024", 28)], srpt)
     assert [one.finished for one in run.outcomes] == pytest.approx(
         [3 + 4 * 0.167, 100 + 28 * 0.243]
     )
@@ -57,7 +54,7 @@ def test_one_job_takes_its_time_alone() -> None:
 
 
 def test_jobs_of_a_kind_share_forwards() -> None:
-    run = simulate([Arrival(0.0, "512x512", 4)] * 3, DEFAULT)
+    run = simulate([Arrival(0.0, "512x512", 4)] * 3, srpt)
     assert [one.finished for one in run.outcomes] == pytest.approx([4 * 0.186] * 3)
     capped = World(
         [Arrival(0.0, "512x512", 4)] * 3, CURVES, POLICIES["keyed_fifo"], cap=fixed(2)
@@ -66,7 +63,7 @@ def test_jobs_of_a_kind_share_forwards() -> None:
 
 
 def test_a_job_that_comes_during_a_forward_joins_the_next() -> None:
-    run = simulate([Arrival(0.0, "512x512", 4), Arrival(0.1, "512x512", 4)], DEFAULT)
+    run = simulate([Arrival(0.0, "512x512", 4), Arrival(0.1, "512x512", 4)], srpt)
     assert [one.finished for one in run.outcomes] == pytest.approx(
         [0.167 + 3 * 0.183, 0.167 + 3 * 0.183 + 0.167]
     )
@@ -79,7 +76,7 @@ def test_encoders_and_decoders_run_once() -> None:
         "", "", {encoder: {2: 0.5}, denoiser: {2: 1.0}, decoder: {1: 0.25}}, {"8x8": demand}
     )
     requests = [Arrival(0.0, "8x8", 3)]
-    run = World(requests, curves, DEFAULT).simulate()
+    run = World(requests, curves, srpt).simulate()
     assert run.outcomes[0].latency == run.outcomes[0].solo == pytest.approx(3.75)
     assert least_work(curves, curves.model(), curves.demand("8x8", 3)) <= 3.75
 
@@ -108,7 +105,7 @@ def test_a_seed_gives_the_same_run_at_any_rate_the_same_jobs() -> None:
     first, again, other = poisson(0.8, 50, 1), poisson(0.8, 50, 1), poisson(0.8, 50, 2)
     assert first == again != other
     assert [one.steps for one in first] == [one.steps for one in poisson(1.6, 50, 1)]
-    assert Figures.of(simulate(first, DEFAULT)) == Figures.of(simulate(again, DEFAULT))
+    assert Figures.of(simulate(first, srpt)) == Figures.of(simulate(again, srpt))
 
 
 @pytest.mark.parametrize("burst", [1, 5])
@@ -142,9 +139,9 @@ def test_traces(tmp_path: Path) -> None:
 
 def test_deadlines_count_from_the_request() -> None:
     requests = with_deadlines(poisson(0.3, 40, 1), CURVES, COST, 1, 2, seed=1)
-    figures = Figures.of(simulate(requests, DEFAULT))
+    figures = Figures.of(simulate(requests, srpt))
     assert figures.hits is not None and 0.5 < figures.hits <= 1
-    assert Figures.of(simulate(poisson(0.3, 40, 1), DEFAULT)).hits is None
+    assert Figures.of(simulate(poisson(0.3, 40, 1), srpt)).hits is None
 
 
 class OneAtATime:
@@ -161,7 +158,7 @@ class OneAtATime:
 
 def test_refused_clients_come_back_when_told() -> None:
     requests = [Arrival(0.2 * number, "512x512", 4) for number in range(20)]
-    run = World(requests, CURVES, DEFAULT, door=OneAtATime(), attempts=3).simulate()
+    run = World(requests, CURVES, srpt, door=OneAtATime(), attempts=3).simulate()
     for one in run.outcomes:
         assert len(one.asked) <= 3
         assert len(one.promised) == len(one.asked) - (one.finished is not None)
@@ -180,9 +177,9 @@ def test_refused_clients_come_back_when_told() -> None:
 def test_admission_bounds_the_wait_under_overload() -> None:
     requests = poisson(1.5, 300, seed=1)
     run = World(
-        requests, CURVES, DEFAULT, door=Reception(CURVES, 16, rank, 100), attempts=3
+        requests, CURVES, srpt, door=Reception(CURVES, 16, srpt.rank, 100), attempts=3
     ).simulate()
-    figures, unbounded = Figures.of(run), Figures.of(simulate(requests, DEFAULT))
+    figures, unbounded = Figures.of(run), Figures.of(simulate(requests, srpt))
     assert figures.refused > 0.1
     assert figures.inside < unbounded.mean / 2
     assert sum(one.finished is not None for one in run.outcomes) == round(
@@ -190,38 +187,35 @@ def test_admission_bounds_the_wait_under_overload() -> None:
     )
 
 
-def test_jobs_are_forecast_in_the_order_of_their_policy() -> None:
-    names = ("thrifty", "aged@3", "sticky", "fifo", "keyed_fifo@4", "round_robin")
-    assert [order(name) for name in names] == [
-        rank,
-        aged_rank,
-        rank,
-        by_arrival,
-        by_arrival,
-        by_arrival,
+def test_a_policy_is_named_with_the_rows_it_may_have() -> None:
+    names = ("srpt", "aged@3", "fifo", "keyed_fifo@4", "sticky")
+    assert [policy(name) for name in names] == [
+        (POLICIES["srpt"], None),
+        (POLICIES["aged"], 3),
+        (POLICIES["fifo"], None),
+        (POLICIES["keyed_fifo"], 4),
+        (VARIANTS["sticky"], None),
     ]
 
 
 def test_the_default_beats_head_of_line_blocking() -> None:
     """At 80 % load: at least 30 % less mean latency of all jobs, and a p99 of at most 1.15x."""
-    latencies: dict[str, list[float]] = {DEFAULT_NAME: [], "fifo": []}
+    latencies: dict[str, list[float]] = {"srpt": [], "fifo": []}
     for seed in range(6):
         requests = poisson(0.8, 500, seed)
         for name, taken in latencies.items():
             taken += [one.latency or 0.0 for one in simulate(requests, POLICIES[name]).outcomes]
-    assert np.mean(latencies[DEFAULT_NAME]) <= 0.7 * np.mean(latencies["fifo"])
-    assert np.percentile(latencies[DEFAULT_NAME], 99) <= 1.15 * np.percentile(latencies["fifo"], 99)
+    assert np.mean(latencies["srpt"]) <= 0.7 * np.mean(latencies["fifo"])
+    assert np.percentile(latencies["srpt"], 99) <= 1.15 * np.percentile(latencies["fifo"], 99)
 
 
 def test_variants_are_the_default_but_for_one_rule() -> None:
     requests = with_deadlines(poisson(1.2, 150, 1), CURVES, COST, 0.3, 4, seed=1)
-    same = Figures.of(simulate(requests, changed()))
-    assert same == Figures.of(simulate(requests, DEFAULT))
+    same = Figures.of(simulate(requests, WasteAwareSRPT()))
+    assert same == Figures.of(simulate(requests, srpt))
     assert [
         name for name, one in VARIANTS.items() if Figures.of(simulate(requests, one)) == same
     ] == []
-    with pytest.raises(AttributeError, match="PATIENT"):
-        changed(PATIENT=1)
 
 
 def test_it_runs_from_the_command_line(tmp_path: Path) -> None:
@@ -236,9 +230,9 @@ def test_it_runs_from_the_command_line(tmp_path: Path) -> None:
         "--jobs",
         "40",
     ]
-    command += ["--deadlines", "0.5:3", "--policies", "thrifty,fifo,fifo@8", "--out", str(tmp_path)]
+    command += ["--deadlines", "0.5:3", "--policies", "srpt,fifo,fifo@8", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True)
     assert "| fifo@8 |" in done.stdout and "published curve" in done.stdout
     part = json.loads((tmp_path / "simulate.json").read_text())["parts"]["load 0.8"]
-    assert [set(run) for run in part["runs"]] == [{"thrifty", "fifo", "fifo@8"}] * 2
+    assert [set(run) for run in part["runs"]] == [{"srpt", "fifo", "fifo@8"}] * 2
     assert (tmp_path / "simulate.png").stat().st_size > 10_000

@@ -25,6 +25,7 @@ from diffusers import DiffusionPipeline, EulerDiscreteScheduler, FirstBlockCache
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
+from benchmarks.policies import keyed_fifo
 from stepweave import Job, StepEngine
 from stepweave.baselines.thread_pool import ThreadPool
 from stepweave.batching import forward as running
@@ -679,7 +680,7 @@ def test_two_hundred_jobs_start_in_order_of_arrival_and_all_are_right(mode: Mode
     def arguments(i: int) -> dict[str, Any]:
         return seeded(i, num_inference_steps=1 + i % 3)
 
-    with StepEngine(pipeline, mode=mode, max_jobs=4, threads=4, policy="keyed_fifo") as engine:
+    with StepEngine(pipeline, mode=mode, max_jobs=4, threads=4, policy=keyed_fifo) as engine:
         with held(engine, **seeded()):
             jobs = [engine.submit(**arguments(i), callback_on_step_end=note(i)) for i in range(200)]
         for i, job in enumerate(jobs):
@@ -931,6 +932,7 @@ def test_closing_while_pictures_are_made_delivers_or_cancels(sd3: Any) -> None:
 LEAVING = """
 import threading, time, torch
 from diffusers import DiffusionPipeline
+from benchmarks.policies import keyed_fifo
 from stepweave import StepEngine
 
 class Autoencoder(torch.nn.Module):

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.policies import aged, keyed_fifo
 from stepweave.planning.cost import CostModel
-from stepweave.planning.forecast import ORDERS, Order, by_arrival, forecast
-from stepweave.scheduling.policy import POLICIES, Policy, aged, aged_rank, keyed_fifo, rank, thrifty
+from stepweave.planning.forecast import Order, forecast
+from stepweave.scheduling.policy import Policy, srpt
 from stepweave.scheduling.task import Demand, Key, Load, Priority, Task
 from tests.support.simulated_engine import LARGE, QWEN, SMALL, Call, play, task
 
@@ -48,7 +49,7 @@ def test_by_arrival_it_is_what_keyed_fifo_does(
 ) -> None:
     tasks = [job(*one, calls, arrived=-1.0 * i) for i, one in enumerate(jobs)]
     asked, capped = both(most)
-    told = forecast(tasks, 0.0, COST, asked, by_arrival)
+    told = forecast(tasks, 0.0, COST, asked, keyed_fifo.rank)
     assert told == pytest.approx(play(tasks, keyed_fifo, COST, capped))
 
 
@@ -70,7 +71,7 @@ def test_by_rank_it_is_what_the_default_does_if_none_share(
     tasks = by_rank(dice, [job(*one) for one in jobs])
     asked, capped = both(0)
     told = forecast(tasks, 0.0, COST, asked)
-    assert told == pytest.approx(play(tasks, thrifty, COST, capped))
+    assert told == pytest.approx(play(tasks, srpt, COST, capped))
 
 
 @given(
@@ -84,7 +85,7 @@ def test_by_rank_it_is_what_the_default_does_if_all_are_of_a_kind(
     tasks = by_rank(dice, [job(A, steps, 1, done) for steps, done in jobs])
     asked, capped = both(most)
     told = forecast(tasks, 0.0, COST, asked)
-    assert told == pytest.approx(play(tasks, thrifty, COST, capped))
+    assert told == pytest.approx(play(tasks, srpt, COST, capped))
 
 
 @given(
@@ -100,14 +101,14 @@ def test_by_deadline_it_is_what_the_aged_policy_does(
     ]
     dice.shuffle(tasks)
     asked, capped = both(most)
-    told = forecast(tasks, 0.0, COST, asked, aged_rank)
+    told = forecast(tasks, 0.0, COST, asked, aged.rank)
     assert told == pytest.approx(play(tasks, aged, COST, capped))
 
 
 @pytest.mark.parametrize(
     ("chosen", "order", "near", "mean", "least", "most"),
-    [(thrifty, rank, 0.85, 0.9, 0.75, 1.15), (aged, aged_rank, 0.95, 1.0, 0.97, 1.25)],
-    ids=["thrifty", "aged"],
+    [(srpt, srpt.rank, 0.85, 0.9, 0.75, 1.15), (aged, aged.rank, 0.95, 1.0, 0.97, 1.25)],
+    ids=["srpt", "aged"],
 )
 def test_with_kinds_mixed_it_is_near_what_the_policy_does(
     chosen: Policy, order: Order, near: float, mean: float, least: float, most: float
@@ -150,16 +151,10 @@ def test_those_that_join_are_told_with_what_they_need_before_and_after() -> None
     asked, capped = both(4)
     told = forecast([running, joins], 1.0, COST, asked)
     assert told == pytest.approx([0.05 + 6 * 0.12 + 0.3, 0.05 + 6 * 0.12 + 0.3 + 4 * 0.1 + 0.3])
-    ends = play([running, joins], thrifty, COST, capped, start=1.0)
+    ends = play([running, joins], srpt, COST, capped, start=1.0)
     assert [1 + seconds for seconds in told] == pytest.approx(
         ends, abs=0.31
     )  # the decoder of one may wait for a step of the other
-
-
-def test_there_is_an_order_for_each_policy() -> None:
-    assert set(ORDERS) <= set(POLICIES)
-    assert ORDERS["thrifty"] is rank
-    assert ORDERS["aged"] is aged_rank
 
 
 # No work is lost or made

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stepweave import StepEngine
-from stepweave.planning import planner
+from stepweave.planning import forecaster
 from tests.support.asgi import serving
 from tests.support.fake_pipeline import FakePipeline
 from tests.support.waiting import SECONDS, wait_until
@@ -41,7 +41,7 @@ class Forecasts:
 
     def __call__(self, tasks: Any, *args: Any) -> Any:
         self.made.append((len(tasks), threading.get_ident()))
-        if len(tasks) <= 2 * planner.FEW:
+        if len(tasks) <= 2 * forecaster.FEW:
             return self._forecast(tasks, *args)
         self._running += 1
         self.most = max(self.most, self._running)
@@ -59,8 +59,8 @@ class Forecasts:
 
 @pytest.fixture
 def forecasts(monkeypatch: pytest.MonkeyPatch) -> Forecasts:
-    found = Forecasts(planner.forecast)  # type: ignore[attr-defined]
-    monkeypatch.setattr(planner, "forecast", found)
+    found = Forecasts(forecaster.forecast)  # type: ignore[attr-defined]
+    monkeypatch.setattr(forecaster, "forecast", found)
     return found
 
 
@@ -104,26 +104,26 @@ async def test_the_loop_goes_on_while_many_jobs_are_forecast(forecasts: Forecast
     with engine_of(MANY) as (engine, jobs):
         beating = asyncio.create_task(beat())
         try:
-            engine.standing(jobs[0].id)
+            engine.queue_position(jobs[0].id)
             await asyncio.to_thread(forecasts.begun.wait, SECONDS)
             for _ in range(50):  # all that a server asks on its loop, while the forecast hangs
                 before = beats
-                engine.outlook(**call())
-                assert engine.standing(jobs[-1].id) is not None
+                engine.estimate(**call())
+                assert engine.queue_position(jobs[-1].id) is not None
                 engine.drain()
                 engine.stats()
                 await asyncio.sleep(0)
                 assert beats > before
-            assert engine.outlook(**call()) is None, "nothing is told before the first forecast"
+            assert engine.estimate(**call()) is None, "nothing is told before the first forecast"
             forecasts.go.set()
             async with asyncio.timeout(SECONDS):
-                while engine.outlook(**call()) is None:  # noqa: ASYNC110
+                while engine.estimate(**call()) is None:  # noqa: ASYNC110
                     await asyncio.sleep(0.005)
         finally:
             beating.cancel()
-        assert forecasts.inline() <= 2 * planner.FEW
+        assert forecasts.inline() <= 2 * forecaster.FEW
         assert forecasts.most == 1, "one forecast at a time, for all who ask"
-        ends = engine.standings()
+        ends = engine.queue_positions()
         assert len(ends) == MANY
         assert sorted(one.position for one in ends.values()) in (
             list(range(MANY)),
@@ -137,32 +137,34 @@ async def test_the_loop_goes_on_while_many_jobs_are_forecast(forecasts: Forecast
         job = next(one for one in jobs if one.id == first)
         job.cancel()
         assert job.exception(SECONDS) is not None
-        moved = engine.standing(last)
+        moved = engine.queue_position(last)
         assert moved is not None and moved.position == ends[last].position - 1, (
             "at once, without another forecast"
         )
-        outlook = engine.outlook(**call())
-        assert outlook is not None
+        estimate = engine.estimate(**call())
+        assert estimate is not None
         # the shortest go first, and it is the last of these
         alike = [
-            engine.standing(job.id) for job in jobs[1:] if job.kwargs["num_inference_steps"] == 4
+            engine.queue_position(job.id)
+            for job in jobs[1:]
+            if job.kwargs["num_inference_steps"] == 4
         ]
-        assert outlook.finish == pytest.approx(
+        assert estimate.finish == pytest.approx(
             max(one.eta or 0.0 for one in alike if one is not None), rel=0.5
         )
 
 
 async def test_a_job_that_comes_during_a_forecast_is_not_lost(forecasts: Forecasts) -> None:
-    with engine_of(3 * planner.FEW) as (engine, jobs):
-        engine.standing(jobs[0].id)
+    with engine_of(3 * forecaster.FEW) as (engine, jobs):
+        engine.queue_position(jobs[0].id)
         await asyncio.to_thread(forecasts.begun.wait, SECONDS)
-        later = [engine.submit(**call(50)) for _ in range(2 * planner.FEW)]
+        later = [engine.submit(**call(50)) for _ in range(2 * forecaster.FEW)]
         jobs += later
-        places = [engine.standing(job.id) for job in later]
+        places = [engine.queue_position(job.id) for job in later]
         assert None not in places
         forecasts.go.set()
-        wait_until(lambda: engine.outlook(**call()) is not None)
-        found = [engine.standing(job.id) for job in later]
+        wait_until(lambda: engine.estimate(**call()) is not None)
+        found = [engine.queue_position(job.id) for job in later]
         assert [one.position for one in found if one is not None] == sorted(
             one.position for one in found if one
         )
@@ -170,7 +172,7 @@ async def test_a_job_that_comes_during_a_forecast_is_not_lost(forecasts: Forecas
 
 
 async def test_a_forecast_that_fails_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    forecast, failed = planner.forecast, threading.Event()  # type: ignore[attr-defined]
+    forecast, failed = forecaster.forecast, threading.Event()  # type: ignore[attr-defined]
 
     def fail(*args: Any) -> Any:
         if failed.is_set():
@@ -178,11 +180,11 @@ async def test_a_forecast_that_fails_is_made_again(monkeypatch: pytest.MonkeyPat
         failed.set()
         raise ZeroDivisionError
 
-    with engine_of(3 * planner.FEW) as (engine, _):
-        monkeypatch.setattr(planner, "forecast", fail)
-        wait_until(lambda: engine.outlook(**call()) is not None)
+    with engine_of(3 * forecaster.FEW) as (engine, _):
+        monkeypatch.setattr(forecaster, "forecast", fail)
+        wait_until(lambda: engine.estimate(**call()) is not None)
         assert failed.is_set()
-        assert len(engine.standings()) == 3 * planner.FEW
+        assert len(engine.queue_positions()) == 3 * forecaster.FEW
 
 
 async def test_jobs_that_nobody_asks_about_leave_nothing_behind() -> None:
@@ -190,17 +192,17 @@ async def test_jobs_that_nobody_asks_about_leave_nothing_behind() -> None:
         for _ in range(20):
             for job in [engine.submit(**call(1)) for _ in range(50)]:
                 job.result(SECONDS)
-        assert len(engine._planner._plan) <= 2 * (planner.FEW + 50) + 1
-        wait_until(lambda: engine.standings() == {})
+        assert len(engine._planner.forecaster._plan) <= 2 * (forecaster.FEW + 50) + 1
+        wait_until(lambda: engine.queue_positions() == {})
 
 
 async def test_no_more_are_let_in_than_may_be_however_many_wait() -> None:
-    async with serving(max_queue=2 * planner.FEW) as app:
+    async with serving(max_queue=2 * forecaster.FEW) as app:
         await app.post().done()
         app.record.gated = True
-        posts = [app.post(seed=i) for i in range(2 * planner.FEW + 60)]
+        posts = [app.post(seed=i) for i in range(2 * forecaster.FEW + 60)]
         await app.until(lambda: sum(post.task.done() for post in posts) == 59)
-        assert app.metric("stepweave_requests_in_flight") == 2 * planner.FEW + 1
+        assert app.metric("stepweave_requests_in_flight") == 2 * forecaster.FEW + 1
         refused = [post for post in posts if post.task.done()]
         assert {post.status for post in refused} == {429}
         assert {post.error["code"] for post in refused} == {"queue_full"}
@@ -209,5 +211,5 @@ async def test_no_more_are_let_in_than_may_be_however_many_wait() -> None:
         for post in posts:
             await post.done()
         assert [post.status for post in posts if post not in refused] == [200] * (
-            2 * planner.FEW + 1
+            2 * forecaster.FEW + 1
         )

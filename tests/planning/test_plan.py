@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.policies import aged, fifo
 from stepweave.planning.cost import CostModel
-from stepweave.planning.forecast import ORDERS, RUN, by_arrival, forecast, in_order, step_seconds
+from stepweave.planning.forecast import RUN, forecast, in_order, step_seconds
 from stepweave.planning.plan import Plan
-from stepweave.scheduling.policy import rank
+from stepweave.scheduling.policy import srpt
 from stepweave.scheduling.task import Key, Load, Priority, Task
 from tests.support.simulated_engine import task
 
@@ -38,7 +39,9 @@ def own(one: Task) -> float:
     return one.before + one.left * step_seconds(one.demand, ROWS, COST) + one.after
 
 
-def plan_of(tasks: list[Task], order: object = rank, now: float = 1.0) -> tuple[Plan, list[float]]:
+def plan_of(
+    tasks: list[Task], order: object = srpt.rank, now: float = 1.0
+) -> tuple[Plan, list[float]]:
     ends = forecast(tasks, now, COST, lambda demand: ROWS, order)  # type: ignore[arg-type]
     return Plan(now, [str(i) for i in range(len(tasks))], tasks, ends, order), ends  # type: ignore[arg-type]
 
@@ -61,14 +64,14 @@ def test_it_tells_what_was_forecast() -> None:
     assert [plan.eta(str(i), 1.0) for i in range(60)] == ends
     assert plan.backlog(1.0) == max(ends)
     assert plan.backlog(1.0 + 1e6) == 0
-    assert plan.foresees()
+    assert plan.predicts()
     assert plan.eta("9", 1.5) == pytest.approx(ends[9] - 0.5)
     assert plan.eta("9", 1e6) == 0
     assert plan.eta("60", 1.0) is None
     assert len(plan) == 60
 
 
-@pytest.mark.parametrize("order", [*ORDERS.values(), by_arrival])
+@pytest.mark.parametrize("order", [srpt.rank, aged.rank, fifo.rank])
 @pytest.mark.parametrize("seed", range(3))
 def test_what_comes_is_fitted_in_about_where_a_new_forecast_has_it(
     order: object, seed: int
@@ -106,15 +109,15 @@ def test_those_that_came_count_for_the_next() -> None:
 
 def test_jobs_of_which_nothing_is_known() -> None:
     plan, _ = plan_of([])
-    assert (plan.backlog(1.0), len(plan), plan.foresees()) == (0.0, 0, True)
+    assert (plan.backlog(1.0), len(plan), plan.predicts()) == (0.0, 0, True)
     plan.add("x", Task(arrived=1.0), 0.0, 1.0)
     assert (len(plan), plan.eta("x", 2.0)) == (1, None)
-    assert not plan.foresees()
+    assert not plan.predicts()
     assert plan_of([Task()])[0].eta("0", 1.0) is None
 
 
 def test_a_plan_that_was_never_made_foretells_nothing() -> None:
-    plan = Plan(-math.inf, (), (), (), rank)
+    plan = Plan(-math.inf, (), (), (), srpt.rank)
     plan.add("x", jobs(random.Random(1), 1)[0], 1.0, 5.0)
     assert plan.eta("x", 6.0) is None
 

@@ -1,4 +1,4 @@
-"""Starvation is bounded: whoever ran out of patience is done within a time that those who come
+"""Starvation is bounded: whoever is overdue is done within a time that those who come
 later cannot lengthen."""
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.policies import aged
 from stepweave.planning.cost import CostModel
-from stepweave.scheduling import policy
-from stepweave.scheduling.policy import Cap, Policy, aged, thrifty
+from stepweave.scheduling.policy import Cap, Policy, WasteAwareSRPT, srpt
 from stepweave.scheduling.task import Key, Load, Priority, Task
 from tests.support.simulated_engine import Call, play, task
 
 A, B, C = Key("transformer", 64), Key("transformer", 256), Key("transformer", 1024)
 ENCODER, DECODER = Key("text_encoder", 8), Key("vae", 64)
-PATIENCE, PATIENCE_SOLO = 60.0, 4.0  # as the policy's docstrings state them
+AGING_THRESHOLD, AGING_THRESHOLD_SOLO = 60.0, 4.0  # as docs/scheduling.md states them
 
 
 class Witness:
@@ -28,7 +28,7 @@ class Witness:
     From the forward that begins first once a job is for good overdue, it takes at most the sum of
     what each of its own forwards that are left may take, and each of those of the jobs that came
     before it and are still there, whether they are overdue then or will be. A forward may take as
-    long as that of a full group; with `thrifty` twice that, since others go first for as long, and
+    long as that of a full group; with `srpt` twice that, since others go first for as long, and
     the longest one of others, which may begin just before that time is over.
     """
 
@@ -42,7 +42,7 @@ class Witness:
 
     def watch(self, now: float, inside: Sequence[Task]) -> None:
         for one in inside:
-            if one.lost(now) <= max(PATIENCE, PATIENCE_SOLO * one.solo):
+            if one.delay(now) <= max(AGING_THRESHOLD, AGING_THRESHOLD_SOLO * one.solo):
                 # it was overdue in the midst of a step only, which is counted at its end
                 self.latest.pop(one, None)
             elif one not in self.latest:
@@ -54,8 +54,8 @@ class Witness:
     def bound(self, one: Task) -> float:
         """For those that never were overdue, by what that means: the forward that was their last
         may have been one too many."""
-        patient = one.arrived + max(PATIENCE, PATIENCE_SOLO * one.solo) + one.solo + self._longest
-        return self.latest.get(one, patient)
+        threshold = max(AGING_THRESHOLD, AGING_THRESHOLD_SOLO * one.solo)
+        return self.latest.get(one, one.arrived + threshold + one.solo + self._longest)
 
     def _left(self, one: Task) -> float:
         """Seconds that what is left of a job may take."""
@@ -76,10 +76,10 @@ class Witness:
 
 
 def played(
-    tasks: Sequence[Task], cost: CostModel, rows: int, chosen: Policy = thrifty
+    tasks: Sequence[Task], cost: CostModel, rows: int, chosen: Policy = srpt
 ) -> tuple[list[Task], Witness, list[float]]:
     """Jobs that end after their bound; the witness; all ends."""
-    witness = Witness(tasks, cost, lambda call: rows, halved=chosen is thrifty)
+    witness = Witness(tasks, cost, lambda call: rows, halved=isinstance(chosen, WasteAwareSRPT))
     ends = play(tasks, chosen, cost, lambda call: rows, watch=witness.watch)
     late = [
         one for one, end in zip(tasks, ends, strict=True) if end > witness.bound(one) * (1 + 1e-9)
@@ -109,7 +109,7 @@ FIXED, SLOPES = st.floats(0.0, 9.0), st.floats(0.1, 4.0)
     JOBS,
     st.lists(st.tuples(FIXED, SLOPES), min_size=5, max_size=5),
     st.integers(1, 4),
-    st.sampled_from((thrifty, thrifty, aged)),
+    st.sampled_from((srpt, srpt, aged)),
 )
 def test_every_job_ends_within_its_bound(
     jobs: list[tuple[float, Key, int, int, int, bool, Priority, float | None]],
@@ -140,11 +140,11 @@ def test_every_job_ends_within_its_bound(
             )
         )
     late, witness, _ = played(tasks, cost, most, chosen)
-    event(f"{chosen.__name__}, ran out of patience: {min(len(witness.latest), 5)}")
+    event(f"{type(chosen).__name__}, overdue: {min(len(witness.latest), 5)}")
     assert not late, [(one.arrived, one.demand, one.priority, one.deadline) for one in late]
 
 
-# It is patience, and the share of the time, that hold the bound
+# It is the aging threshold, and the share of the time, that hold the bound
 
 EVEN = CostModel.of({key: {1: 1.0, 8: 1.0} for key in (A, B)})  # any forward takes a second
 
@@ -188,19 +188,16 @@ def test_nobody_starves_for_class_deadline_length_or_waste(what: str) -> None:
 
 @STARVING
 @pytest.mark.parametrize("others", [math.inf, 9.0], ids=["no share", "a tenth"])
-def test_with_less_than_half_of_the_time_the_bound_would_not_hold(
-    what: str, others: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(policy, "OTHERS", others)
+def test_with_less_than_half_of_the_time_the_bound_would_not_hold(what: str, others: float) -> None:
     tasks, cost, rows = starving(what)
-    assert tasks[0] in played(tasks, cost, rows)[0]
+    assert tasks[0] in played(tasks, cost, rows, WasteAwareSRPT(others_share=others))[0]
 
 
 @STARVING
-def test_without_patience_the_bound_would_not_hold(
+def test_if_nobody_were_overdue_the_bound_would_not_hold(
     what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(policy, "PATIENCE", math.inf)
+    monkeypatch.setattr("stepweave.scheduling.task.AGING_THRESHOLD", math.inf)
     tasks, cost, rows = starving(what)
     assert tasks[0] in played(tasks, cost, rows)[0]
 
@@ -216,9 +213,9 @@ def test_the_bound_is_reached() -> None:
 
 
 def test_an_older_job_that_becomes_overdue_later_goes_before_too() -> None:
-    """A long one has more patience, but once it has lost that, it is the oldest."""
+    """A long one has a higher threshold, but once it is beyond that, it is the oldest."""
     cost = CostModel.of({A: {1: 30.0}, B: {1: 1.0}, C: {1: 1.0}})
-    long = task(cost, Load(B, 1), count=100, priority=Priority.LOW)  # may lose 400 s
+    long = task(cost, Load(B, 1), count=100, priority=Priority.LOW)  # may be delayed by 400 s
     # may lose a minute
     short = task(cost, Load(C, 1), count=15, arrived=0.1, priority=Priority.LOW)
     late, _, ends = played([long, short, *crowd(cost, 1, 150)], cost, 1)

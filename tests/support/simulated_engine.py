@@ -97,7 +97,7 @@ def play(
             admit()
             continue
         watch(now, list(calls))
-        picked = policy(queues, now, cap, cost)
+        picked = policy.choose(queues, now, cap, cost)
         queue = queues.pop(picked[0].key)
         rest = [call for call in queue if call not in picked]
         assert picked and len(rest) == len(queue) - len(picked), "not a subset of one queue"

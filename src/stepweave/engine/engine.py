@@ -24,19 +24,19 @@ from stepweave.jobs.running import RunningJob
 from stepweave.memory.device import DeviceMemory
 from stepweave.memory.device_health import DeviceHealth
 from stepweave.parameters import PriorityName
-from stepweave.planning.plan import Standing
+from stepweave.planning.estimates import Estimates
 from stepweave.planning.planner import OnStep, Planner
 from stepweave.planning.stats import EngineStats, Stats
 from stepweave.planning.workload import arguments_of
-from stepweave.scheduling.task import Key, Priority
-from stepweave.serving.admission import Outlook
+from stepweave.scheduling.policy import Policy, srpt
+from stepweave.scheduling.task import Priority
 
 logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 30.0  # that steps under way may take when the engine is closed
 
 
-class StepEngine:
+class StepEngine(Estimates):
     """Runs many calls of one diffusers pipeline at once, sharing forwards at every denoising step.
 
     Args:
@@ -45,8 +45,8 @@ class StepEngine:
         mode, max_rows, limits: as in `EngineConfig`; 32 rows if None.
         memory: tells what a forward takes of the device's memory and what is left of it; torch's
             CUDA allocator does if None.
-        policy: which step runs next: `thrifty`, `aged`, `fifo`, `keyed_fifo` or `round_robin`;
-            docs/scheduling.md.
+        policy: which calls share the next forward: `stepweave.scheduling.srpt`, or any object with
+            the methods of `stepweave.scheduling.Policy`; docs/scheduling.md.
         on_step: called on the engine's thread with each forward's module, rows, the rows it was
             allowed, and seconds.
 
@@ -65,13 +65,17 @@ class StepEngine:
         max_rows: int | None = None,
         *,
         memory: DeviceMemory | None = None,
-        policy: str = "thrifty",
+        policy: Policy = srpt,
         on_step: OnStep = lambda module, rows, cap, seconds: None,
         **limits: Any,
     ) -> None:
         if max_rows is not None:
             limits["max_rows"] = max_rows
         self.config = config = EngineConfig(mode, **limits)
+        if not isinstance(policy, Policy):
+            raise TypeError(
+                f"policy is {policy!r}; it must be an object such as stepweave.scheduling.srpt"
+            )
         self.pipeline = pipeline
         self.mode = config.mode
         self._stats = Stats()
@@ -90,6 +94,8 @@ class StepEngine:
         )
         parts = self._planner, self._stats, self._health
         self._loop = StepLoop(pipeline, config, memory, *parts) if mode == "step" else None
+        if self._loop:
+            self._planner.fits = self._loop.fits
         self._runner = self._loop or ThreadPool(pipeline, config, *parts)
         self._at_exit = _close_at_exit(self)
 
@@ -168,12 +174,12 @@ class StepEngine:
         own thread. For jobs of a warm-up."""
         threads = None if self._loop is None else self._loop.image_threads
         try:
-            self._planner.lavish = True
+            self._planner.caps.ignore_knee = True
             if threads is not None:
                 threads.lockstep = True
             yield
         finally:
-            self._planner.lavish = False
+            self._planner.caps.ignore_knee = False
             if threads is not None:
                 threads.lockstep = False
 
@@ -223,77 +229,11 @@ class StepEngine:
         """How many kinds of calls are certified, pending and failed."""
         return self._loop.certificates.counts() if self._loop else {}
 
-    def outlook(
-        self,
-        *args: Any,
-        scheduler: Any = None,
-        deadline: float | None = None,
-        priority: PriorityName = "normal",
-        reproducible: bool = False,
-        pipeline: Any = None,
-        **kwargs: Any,
-    ) -> Outlook | None:
-        """What a job with these arguments of `submit` would meet now; None if none like it has run.
-        Runs nothing."""
-        return self._planner.outlook(
-            args,
-            kwargs,
-            pipeline=pipeline,
-            scheduler=scheduler,
-            priority=Priority[priority.upper()],
-            deadline=deadline,
-            reproducible=reproducible,
-            fits=self._loop.fits if self._loop else lambda demand: True,
-        )
-
-    def alone(
-        self,
-        *args: Any,
-        scheduler: Any = None,
-        reproducible: bool = False,
-        pipeline: Any = None,
-        **kwargs: Any,
-    ) -> float | None:
-        """Seconds that a job with these arguments of `submit` would take by itself; None if none
-        like it has run."""
-        return self._planner.alone(
-            args, kwargs, pipeline=pipeline, scheduler=scheduler, reproducible=reproducible
-        )
-
-    @property
-    def timed(self) -> bool:
-        """Whether anything is known of what jobs take: before, their ends cannot be foreseen."""
-        return self._planner.cost.timed
-
-    def holds(self, job: Job) -> bool:
-        """Whether a job is not done."""
-        return self._planner.has(job)
-
-    def standings(self) -> dict[str, Standing]:
-        """Position and seconds to go of each job that is not done, by its id."""
-        return self._planner.standings()
-
-    def standing(self, id: str) -> Standing | None:
-        """The same of one job; None once it is done."""
-        return self._planner.standing(id)
-
-    def backlog(self) -> float:
-        """Predicted seconds of work submitted and not yet done."""
-        return self._planner.backlog()
-
-    def drain(self) -> float | None:
-        """The same; None while nothing is known of a job's work."""
-        return self._planner.backlog() if self._planner.foresees() else None
-
     def stalled(self) -> float:
         """Seconds for which nothing has moved though there are jobs; infinite if a thread has
         ended."""
         ended = not self._closed and not all(thread.is_alive() for thread in self._runner.threads)
         return math.inf if ended else self._planner.stalled()
-
-    def curves(self) -> dict[Key, dict[int, float]]:
-        """Seconds of a forward that were measured, by module and size, and by rows."""
-        return self._planner.cost.curves()
 
     def close(self, timeout: float = CLOSE_SECONDS) -> None:
         """Cancel what is left, running jobs at their next step, and leave the pipeline as it was.

@@ -62,7 +62,7 @@ class StepLoop(EngineThread):
         super().__init__(planner, stats, health)
         device, fingerprints = health.device, Fingerprints()
         self._running: dict[Fiber, RunningJob] = {}
-        self._queues = CallQueues()
+        self._queues = CallQueues[Call]()
         self.one_at_a_time = False  # the job that runs must be the only one
         self._modules = EngineModules(
             pipeline,
@@ -152,7 +152,7 @@ class StepLoop(EngineThread):
         """Take the calls whose turn it is out of their queue."""
         if not self._queues:
             return None
-        calls = self.planner.pick(self._queues.by_key(), self._runner.limit)
+        calls = self.planner.pick(self._queues, self._runner.limit)
         batch = self._runner.decide(calls)
         if batch.verdict is Verdict.ALONE:
             turns = self._modules.scope.why_turns() if self.one_at_a_time else {}

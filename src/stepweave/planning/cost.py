@@ -82,8 +82,9 @@ class CostModel:
         scale = key.size / (nearest or 1)
         if curve is None:
             return like.at(rows * scale)
-        known = curve.nearest(rows)  # how much dearer than the other size's it was there
-        return curve.between(rows, like.at(rows * scale) * curve.at(known) / like.at(known * scale))
+        seen = curve.nearest(rows)
+        dearer = curve.at(seen) / like.at(seen * scale)  # than the other size, where both are known
+        return curve.between(rows, like.at(rows * scale) * dearer)
 
     def alone(self, loads: Iterable[Load]) -> float:
         """Seconds of calls that share no forward."""
@@ -140,13 +141,13 @@ class PriceList:
 
     def __init__(self, cost: CostModel) -> None:
         self._cost = cost
-        self._known: dict[tuple[Load, ...], float] = {}
+        self._prices: dict[tuple[Load, ...], float] = {}
 
     def alone(self, loads: tuple[Load, ...]) -> float:
-        seconds = self._known.get(loads)
+        seconds = self._prices.get(loads)
         # what nothing was known of may be known by now: at 0 a job would go before all others
         if not seconds:
-            seconds = self._known[loads] = self._cost.alone(loads)
+            seconds = self._prices[loads] = self._cost.alone(loads)
         return seconds
 
 
@@ -214,7 +215,7 @@ class _Curve:
             return max(first - slope * (low - rows), first * rows / low)
         if rows >= high:
             # the end's own slope may be noise: that from half way is taken
-            middle = next((one for one in reversed(points) if one[0] <= high / 2), None)
+            middle = next((point for point in reversed(points) if point[0] <= high / 2), None)
             slope = (
                 HOPE * last / high if middle is None else (last - middle[1]) / (high - middle[0])
             )

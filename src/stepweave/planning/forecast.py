@@ -6,25 +6,16 @@ from collections.abc import Callable, Hashable, Sequence
 from itertools import islice
 
 from stepweave.planning.cost import CostModel
-from stepweave.scheduling.policy import Rank, aged_rank, rank
+from stepweave.scheduling.policy import Rank, srpt
 from stepweave.scheduling.task import Demand, Task
 
 Order = Callable[[Task, float], Rank]
 RowCap = Callable[[Demand], int]  # the most rows of a step that such jobs share; 0: each runs alone
 
-
-def by_arrival(task: Task, now: float) -> Rank:
-    return (task.arrived,)
-
-
 RUN = 2000  # ranks that are sorted at a time
-BREATH = (
-    # jobs whose ends are found at a time, in less than a millisecond: to let others run may take a
-    # tenth of one
-    16
-)
-
-ORDERS: dict[str, Order] = {"thrifty": rank, "aged": aged_rank}  # the others' is by arrival
+# jobs whose ends are found at a time, in less than a millisecond: to let others run may take a
+# tenth of one
+BREATH = 16
 
 
 def running_first(order: Order) -> Order:
@@ -32,13 +23,13 @@ def running_first(order: Order) -> Order:
     return lambda task, now: (not task.begun, *order(task, now))
 
 
-def in_order(ranks: Sequence[Rank], breathe: Callable[[], object] = lambda: None) -> list[int]:
+def in_order(ranks: Sequence[Rank], pause: Callable[[], object] = lambda: None) -> list[int]:
     """The indices of ranks, lowest first. Python's sort holds up all threads, so runs are sorted,
     and at last merged, by it."""
     runs: list[int] = []
     for begin in range(0, len(ranks), RUN):
         runs += sorted(range(begin, min(begin + RUN, len(ranks))), key=ranks.__getitem__)
-        breathe()
+        pause()
     return sorted(runs, key=ranks.__getitem__)
 
 
@@ -47,17 +38,17 @@ def forecast(
     now: float,
     cost: CostModel,
     cap: RowCap,
-    order: Order = rank,
-    breathe: Callable[[], object] = lambda: None,
+    order: Order = srpt.rank,
+    pause: Callable[[], object] = lambda: None,
 ) -> list[float]:
     """Seconds from now until each task is done, as many as tasks, if no others come.
 
     The order is taken as it is now. The first in it runs with those after it that share its steps,
     up to the cap, until one of them is done; then the group is filled up again. O(tasks x rows of a
-    step). `breathe` is called now and then, to let other threads run.
+    step). `pause` is called now and then, to let other threads run.
     """
-    ordered = in_order([order(task, now) for task in tasks], breathe)
-    # taken down now: an engine's thread may change the tasks meanwhile
+    ordered = in_order([order(task, now) for task in tasks], pause)
+    # copied now: an engine's thread may change the tasks meanwhile
     demands = [task.demand for task in tasks]
     left = [task.left for task in tasks]
     joined = [task.opened for task in tasks]
@@ -71,7 +62,7 @@ def forecast(
     time = 0.0
     for number, first in enumerate(ordered):
         if number % BREATH == 0:
-            breathe()
+            pause()
         demand = demands[first]
         queue, most, smallest = queues[demand.kind], cap(demand), least[demand.kind]
         while not ends[first]:
@@ -108,7 +99,7 @@ def _group(
 def step_seconds(demand: Demand, rows: int, cost: CostModel) -> float:
     """Of a step of so many rows in all: calls that a job makes one after another are shared one
     after another."""
-    own = demand.rows
     return sum(
-        load.calls * cost.seconds(load.key, max(1, rows * load.rows // own)) for load in demand.step
+        load.calls * cost.seconds(load.key, max(1, rows * load.rows // demand.rows))
+        for load in demand.step
     )

@@ -1,4 +1,4 @@
-"""The line: jobs that wait for their first forward, in the order in which they would have it."""
+"""Jobs that wait for their first forward, in the order in which they would have it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Entry = tuple[Rank, int, str]  # the number tells equals apart, the first to com
 
 
 class Line:
-    """Each job's place is its own: 1 for the first, and one less as soon as one before it has left.
+    """No two jobs have the same place: 1 for the first, one less once one before it has left.
 
     Ranks are those of when a job joined, or of the last `arrange`. To join, to leave and to ask
     takes microseconds, also among thousands. For one thread at a time.
@@ -47,10 +47,10 @@ class Line:
         return {id: place for place, (_, _, id) in enumerate(self._entries, 1)}
 
     def arrange(self, ranks: Iterable[tuple[str, Rank]]) -> None:
-        """Give jobs new ranks, told in order if it is to be quick; those that wait no more are
-        passed over, others keep one."""
-        told = {id: (rank, self._of[id][1], id) for id, rank in ranks if id in self._of}
-        others = [entry for id, entry in self._of.items() if id not in told]
-        self._of |= told
+        """Give jobs new ranks, in order if it is to be quick; those that wait no more are skipped,
+        others keep theirs."""
+        new = {id: (rank, self._of[id][1], id) for id, rank in ranks if id in self._of}
+        others = [entry for id, entry in self._of.items() if id not in new]
+        self._of |= new
         # what is in order already takes no sorting
-        self._entries = sorted([*told.values(), *others])
+        self._entries = sorted([*new.values(), *others])

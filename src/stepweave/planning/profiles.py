@@ -18,7 +18,7 @@ Phase = Literal["before", "step", "after"]
 class Shape(NamedTuple):
     """What is known of a job before it runs."""
 
-    pixels: int  # of a picture; 0 if the pipeline's own size is asked for
+    pixels: int  # of an image; 0 if the pipeline's own size is asked for
     images: int
     kind: Hashable  # equal for jobs whose calls differ in nothing but sizes and steps
 
@@ -54,42 +54,38 @@ def _loads(calls: Counter[tuple[Key, int]], times: int) -> tuple[Load, ...]:
 
 class Profiles:
     """Demands by shape; for a shape that has not run yet, the nearest one's, its rows scaled by
-    pictures, its sizes by pixels.
+    images, its sizes by pixels.
 
     Which modules' sizes go by pixels is told from two shapes of one kind where there are two; else
     those of steps, and of what follows them, are taken to.
     """
 
     def __init__(self) -> None:
-        self._known: OrderedDict[Shape, Demand] = OrderedDict()
+        self._demands: OrderedDict[Shape, Demand] = OrderedDict()
 
     def learn(self, shape: Shape, demand: Demand) -> None:
         """Remember what a job of a shape asked for."""
-        old = self._known.pop(shape, None) or self._like(shape)
+        old = self._demands.pop(shape, None) or self._like(shape)
         if old is not None and not demand.before:  # its prompt was remembered
             demand = Demand(demand.steps, old.before, demand.step, demand.after)
-        self._known[shape] = demand
-        if len(self._known) > KINDS:
-            self._known.popitem(last=False)
+        self._demands[shape] = demand
+        if len(self._demands) > KINDS:
+            self._demands.popitem(last=False)
 
     def expect(self, shape: Shape, steps: int) -> Demand:
         """What a job of so many steps will ask for; nothing but the steps if no job has run yet."""
-        known = self._known.get(shape)
-        if known is None:
-            known = self._like(shape)
-        if known is None:
-            return Demand(steps)
-        return Demand(steps, known.before, known.step, known.after)
+        like = self._demands.get(shape) or self._like(shape) or Demand()
+        return Demand(steps, like.before, like.step, like.after)
 
     def _like(self, shape: Shape) -> Demand | None:
-        known = list(self._known)
-        if not known:
+        if not self._demands:
             return None
-        near = min(
-            known,
-            key=lambda one: (one.kind != shape.kind, _apart(one.pixels, shape.pixels), one.images),
-        )
-        demand = self._known[near]
+
+        def distance(other: Shape) -> tuple[bool, float, int]:
+            return other.kind != shape.kind, _apart(other.pixels, shape.pixels), other.images
+
+        near = min(self._demands, key=distance)
+        demand = self._demands[near]
         pixels = shape.pixels / near.pixels if shape.pixels and near.pixels else 1.0
         images = shape.images / near.images
         fixed = self._fixed(near)
@@ -102,9 +98,13 @@ class Profiles:
 
     def _fixed(self, near: Shape) -> set[Key]:
         """Keys that another size has, too."""
-        keys = _keys(self._known[near])
-        others = (one for one in self._known if one.kind == near.kind and one.pixels != near.pixels)
-        return set().union(*(keys & _keys(self._known[one]) for one in others))
+        keys = _keys(self._demands[near])
+        others = (
+            demand
+            for shape, demand in self._demands.items()
+            if shape.kind == near.kind and shape.pixels != near.pixels
+        )
+        return set().union(*(keys & _keys(demand) for demand in others))
 
 
 def _keys(demand: Demand) -> set[Key]:

@@ -43,21 +43,21 @@ class Stats:
 
     def forward(self, target: str, rows: int, calls: int) -> None:
         """Count one forward that served `calls` calls."""
-        found = self._of(target)
-        found.by_rows[rows] += 1
-        found.calls += calls
+        forwards = self._of(target)
+        forwards.by_rows[rows] += 1
+        forwards.calls += calls
         if calls > 1:
-            found.merged_calls += calls
+            forwards.merged_calls += calls
 
     def called(self, target: str) -> None:
         """Count one call that takes several forwards."""
         self._of(target).calls += 1
 
     def _of(self, target: str) -> Forwards:
-        found = self.forwards.get(target)
-        if found is None:
-            found = self.forwards[target] = Forwards()
-        return found
+        forwards = self.forwards.get(target)
+        if forwards is None:
+            forwards = self.forwards[target] = Forwards()
+        return forwards
 
     def finished(self, told: Outcome) -> None:
         """Count a job by what was told of it."""

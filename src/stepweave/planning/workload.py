@@ -31,7 +31,9 @@ def shape_of(
     parameters = arguments_of(pipeline)
     given = {**dict(zip(parameters, args, strict=False)), **kwargs}
     values = {
-        name: one.default for name, one in parameters.items() if one.default is not one.empty
+        name: parameter.default
+        for name, parameter in parameters.items()
+        if parameter.default is not parameter.empty
     } | given
     size, prompt, images = _size(values), values.get("prompt"), values.get("num_images_per_prompt")
     prompts = len(prompt) if isinstance(prompt, list) else 1
@@ -52,7 +54,7 @@ def shape_of(
 
 
 def _size(values: dict[str, Any]) -> tuple[int, int] | None:
-    """Width and height in pixels that are asked for, or those of the picture to start from; None
+    """Width and height in pixels that are asked for, or those of the image to start from; None
     where neither tells."""
     width, height = values.get("width"), values.get("height")
     if isinstance(width, int) and isinstance(height, int) and width > 0 and height > 0:

@@ -1,2 +1,6 @@
-"""Which step runs next, and what is let in. Pure Python: the server and `benchmarks/simulate.py`
-run this very code."""
+"""Which calls share the next forward. Pure Python without torch: the engine and the simulator
+(`benchmarks/simulate.py`) run this very code."""
+
+from stepweave.scheduling.policy import Policy, WasteAwareSRPT, srpt
+
+__all__ = ["Policy", "WasteAwareSRPT", "srpt"]

@@ -4,36 +4,47 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import Protocol, TypeVar
+
+from stepweave.scheduling.task import Key, Task
 
 
-class CallQueues:
-    """One queue for each key, so that no call waits for another key's queue to empty."""
+class WaitingCall(Protocol):
+    """A job's call of a module, as far as scheduling is concerned."""
 
-    def __init__(self) -> None:
-        self._queues: OrderedDict[Hashable, list[Any]] = OrderedDict()
+    @property
+    def key(self) -> Hashable: ...  # equal for calls that may share a forward
+    @property
+    def rows(self) -> int: ...
+    @property
+    def cost(self) -> Key: ...  # what the seconds of its forward depend on
+    @property
+    def task(self) -> Task: ...  # of its job
+    @property
+    def since(self) -> float: ...  # when it began to wait
 
-    def __bool__(self) -> bool:
-        return bool(self._queues)
 
-    def add(self, call: Any) -> None:
-        self._queues.setdefault(call.key, []).append(call)
+CallT = TypeVar("CallT", bound=WaitingCall)
+Queues = Mapping[Hashable, Sequence[CallT]]
 
-    def remove(self, call: Any) -> None:
+
+class CallQueues(OrderedDict[Hashable, list[CallT]]):
+    """A queue for each key, so that no call waits for another key's queue to empty; the key that
+    was served longest ago first."""
+
+    def add(self, call: CallT) -> None:
+        self.setdefault(call.key, []).append(call)
+
+    def remove(self, call: CallT) -> None:
         """Forget a call."""
-        queue = self._queues[call.key]
-        queue.remove(call)
-        if not queue:
-            del self._queues[call.key]
+        self[call.key].remove(call)
+        if not self[call.key]:
+            del self[call.key]
 
-    def by_key(self) -> Mapping[Hashable, Sequence[Any]]:
-        """The queues, the one that was served longest ago first."""
-        return self._queues
-
-    def take(self, calls: Sequence[Any]) -> None:
+    def take(self, calls: Sequence[CallT]) -> None:
         """Take calls of one key out, and put their queue behind the others."""
-        queue = self._queues.pop(calls[0].key)
+        queue = self.pop(calls[0].key)
         taken = set(map(id, calls))
         rest = [call for call in queue if id(call) not in taken]
         if rest:
-            self._queues[calls[0].key] = rest
+            self[calls[0].key] = rest

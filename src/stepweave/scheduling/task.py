@@ -1,15 +1,18 @@
-"""Jobs as the scheduler sees them: what they ask for, and what is left of it."""
+"""Jobs as scheduling sees them: what they ask of the model, and how much of it is left."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
+AGING_THRESHOLD = 60.0  # seconds of delay after which a job is overdue ...
+AGING_THRESHOLD_SOLO = 4.0  # ... or as many times what it takes alone, if that is longer
+
 
 class Priority(IntEnum):
-    """Classes; all jobs of a lower number go before those of a higher one."""
+    """All jobs of a lower number go before those of a higher one."""
 
     HIGH = 0
     NORMAL = 1
@@ -17,7 +20,7 @@ class Priority(IntEnum):
 
 
 class Key(NamedTuple):
-    """What a forward's seconds depend on, besides its rows."""
+    """What the seconds of a forward depend on, besides its rows."""
 
     module: str
     size: int  # elements of a row's sample, which are proportional to its tokens
@@ -33,8 +36,8 @@ class Load(NamedTuple):
 
 @dataclass(frozen=True)
 class Demand:
-    """What a job asks of the modules: before its first denoising step, in each of its steps, and
-    after the last one."""
+    """What a job asks of the modules: before its first denoising step, in each, and after the
+    last."""
 
     steps: int = 0
     before: tuple[Load, ...] = ()
@@ -54,57 +57,34 @@ class Demand:
         return self.step[0].rows if self.step else 1
 
 
-NOTHING = Demand()
-
-
 class Prices(Protocol):
     def alone(self, loads: tuple[Load, ...]) -> float:
         """Seconds of calls that share no forward."""
 
 
+@dataclass(eq=False, slots=True, kw_only=True)
 class Task:
-    """A job: when it came, its class and deadline (both times on one clock, in seconds), its
-    demand, and how far it is."""
+    """A job: when it came, its priority and deadline, its demand, and how far it is. Times are
+    seconds of one clock."""
 
-    __slots__ = (
-        "after",
-        "arrived",
-        "before",
-        "begun",
-        "deadline",
-        "demand",
-        "done",
-        "opened",
-        "priority",
-        "solo",
-        "step",
-    )
+    demand: Demand = field(default=Demand(), kw_only=False)
+    arrived: float = 0.0
+    priority: Priority = Priority.NORMAL
+    deadline: float | None = None
+    begun: bool = False  # it has been given a forward
+    opened: bool = False  # its first step may run: what comes before is done
+    done: int = 0  # steps
+    # seconds that it takes alone: in all, before its steps, in each of them, and after
+    solo: float = field(default=0.0, init=False)
+    before: float = field(default=0.0, init=False)
+    step: float = field(default=0.0, init=False)
+    after: float = field(default=0.0, init=False)
 
-    def __init__(
-        self,
-        demand: Demand = NOTHING,
-        *,
-        arrived: float = 0.0,
-        priority: Priority = Priority.NORMAL,
-        deadline: float | None = None,
-    ) -> None:
-        self.demand = demand
-        self.arrived = arrived
-        self.priority = priority
-        self.deadline = deadline
-        self.begun = False  # it has been given a forward
-        self.opened = False  # its first step may run: what comes before is done
-        self.done = 0  # steps
-        # seconds alone: in all, before, of a step, after
-        self.solo = self.before = self.step = self.after = 0.0
-
-    def price(self, cost: Prices) -> None:
-        """Work out, or correct, how many seconds the task takes alone."""
-        demand = self.demand
-        self.before, self.step, self.after = (
-            cost.alone(loads) for loads in (demand.before, demand.step, demand.after)
-        )
-        self.solo = self.before + demand.steps * self.step + self.after
+    def price(self, prices: Prices) -> None:
+        """Work out, or correct, how many seconds it takes alone."""
+        demand, alone = self.demand, prices.alone
+        self.before, self.step, self.after = map(alone, (demand.before, demand.step, demand.after))
+        self.solo = self.before + self.demand.steps * self.step + self.after
 
     @property
     def left(self) -> int:
@@ -116,11 +96,10 @@ class Task:
         """Seconds that the rest would take alone."""
         return (0.0 if self.opened else self.before) + self.left * self.step + self.after
 
-    @property
-    def kind(self) -> Hashable:
-        """Equal for tasks whose steps may share forwards."""
-        return self.demand.kind
-
-    def lost(self, now: float) -> float:
-        """Seconds since it came in which it did not get on, as far as its progress tells."""
+    def delay(self, now: float) -> float:
+        """Seconds since it came in which it made no progress, as far as steps tell."""
         return now - self.arrived - (self.solo - self.remaining)
+
+    def overdue(self, now: float) -> bool:
+        """Whether it has waited so long for others that it goes before them."""
+        return self.delay(now) > max(AGING_THRESHOLD, AGING_THRESHOLD_SOLO * self.solo)

@@ -12,13 +12,15 @@ from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from stepweave.config import Settings
+from stepweave.config import Settings, removed_settings
 from stepweave.errors import DeviceFailed, LoadError, NoImages, StepweaveError, Unavailable
 from stepweave.images.decoders import Decoders
 from stepweave.images.encode import check_file
 from stepweave.parameters import Parameters, Sources
+from stepweave.planning.plan import Estimate
 from stepweave.reasons import reason_of
-from stepweave.serving.admission import Admission, Outlook, Reservation
+from stepweave.scheduling import Policy, srpt
+from stepweave.serving.admission import Admission, Reservation
 from stepweave.serving.drain import Drain, DrainToken
 from stepweave.serving.jobs import Jobs
 from stepweave.serving.keys import ApiKeys
@@ -55,7 +57,7 @@ class Server:
     """One model, one engine, one set of metrics.
 
     `load` may be replaced, to serve a pipeline that is made in code. `on_failure` is called, on
-    whatever thread, with the reason why the server cannot start.
+    whatever thread, with the reason why the server cannot start. `policy` is the engine's.
     """
 
     def __init__(
@@ -63,9 +65,11 @@ class Server:
         settings: Settings,
         load: LoadPipeline | None = None,
         on_failure: Callable[[str], None] | None = None,
+        policy: Policy = srpt,
     ) -> None:
         self.settings = settings
         self._load_pipeline = load
+        self._policy = policy
         self._on_failure = on_failure
         self.status = Status("starting", 0.0)
         self.created = int(time.time())
@@ -102,6 +106,8 @@ class Server:
     def start(self) -> None:
         """Begin to load in the background; `status` tells how far it is."""
         self.metrics.load_times.enter("starting")
+        for message in removed_settings():
+            logger.warning("%s", message)
         try:
             self.jobs = Jobs.open(self.settings, self.tickets)
             self.drain_token = DrainToken(self.jobs.directory)
@@ -213,7 +219,13 @@ class Server:
             assert self.jobs is not None
             self.jobs.resume()
             with self.metrics.load_times.timed():
-                loaded = load(self.settings, self._load_pipeline, self.metrics.step, self._enter)
+                loaded = load(
+                    self.settings,
+                    self._load_pipeline,
+                    self.metrics.step,
+                    self._enter,
+                    self._policy,
+                )
         except StepweaveError as error:
             self._fail(error.message)
         except BaseException as error:
@@ -427,7 +439,7 @@ class Server:
         request: ImageRequest,
         parameters: Parameters,
         call: dict[str, Any],
-        enter: Callable[..., Outlook | None],
+        enter: Callable[..., Estimate | None],
         previews: int,
         began: float,
     ) -> Ticket:
@@ -438,7 +450,7 @@ class Server:
             model=served.id,
             metrics=self.metrics,
             encoders=self._encoders,
-            standing=engine.standing,
+            queue_position=engine.queue_position,
             leave=admission.leave,
             positions=served.latent_positions,
             drawers=self._drawers,
@@ -455,7 +467,7 @@ class Server:
         options: dict[str, Any] = {**own, "priority": request.priority}
         timed = engine.timed
         expected = enter(
-            outlook=lambda: engine.outlook(**options, deadline=deadline),
+            estimate=lambda: engine.estimate(**options, deadline=deadline),
             deadline=deadline,
             alone=lambda: engine.alone(**own),
         )

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from stepweave.loading.preset import Preset
     from stepweave.planning.planner import OnStep
     from stepweave.previews.decoder import Previewer
+    from stepweave.scheduling import Policy
     from stepweave.serving.model import ServedModel
 
 LoadPipeline = Callable[[Settings, "torch.device", "torch.dtype"], "tuple[Any, Preset]"]
@@ -36,7 +37,11 @@ class Loaded:
 
 
 def load(
-    settings: Settings, load_pipeline: LoadPipeline | None, on_step: OnStep, enter: Enter
+    settings: Settings,
+    load_pipeline: LoadPipeline | None,
+    on_step: OnStep,
+    enter: Enter,
+    policy: Policy,
 ) -> Loaded:
     """Load and warm up, telling `enter` of each stage. Raises LoadError, and what torch and
     diffusers do."""
@@ -77,7 +82,7 @@ def load(
         max_jobs=settings.max_jobs,
         threads=settings.threads,
         cache_bytes=settings.encoder_cache_bytes,
-        policy=settings.policy,
+        policy=policy,
         on_step=on_step,
     )
     try:

@@ -1,0 +1,31 @@
+"""The real server with another policy, to compare: `python -m benchmarks.serving.server --policy
+fifo`. What else is given goes to `bentoml serve`, such as `--port 3001`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from benchmarks.policies import POLICIES
+from benchmarks.serving.contestants import POLICY, ROOT
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.serving.server",
+        description="The real server with one of benchmarks/policies.py.",
+        epilog="Other arguments are those of `bentoml serve`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--policy", choices=POLICIES, default="srpt", help="(default: %(default)s)")
+    arguments, others = parser.parse_known_args()
+    os.environ[POLICY] = arguments.policy
+    os.chdir(ROOT)
+    bentoml = str(Path(sys.executable).with_name("bentoml"))
+    os.execv(bentoml, [bentoml, "serve", "benchmarks.serving.service:Stepweave", *others])
+
+
+if __name__ == "__main__":
+    main()
