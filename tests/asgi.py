@@ -24,7 +24,7 @@ from stepweave.api.http import Api
 from stepweave.api.middleware import ContractMiddleware
 from stepweave.api.responses import is_of_protocol
 from stepweave.config import Settings
-from stepweave.loading.preset import Preset
+from stepweave.config.preset import Preset
 from stepweave.serving.names import told_name
 from stepweave.serving.server import Server
 from tests.conftest import clean_environment

@@ -29,7 +29,7 @@ from xdist.scheduler import LoadScopeScheduling
 from stepweave.api.http import Api
 from stepweave.api.middleware import ContractMiddleware
 from stepweave.config import PREFIX, Settings
-from stepweave.loading.preset import Preset
+from stepweave.config.preset import Preset
 from stepweave.planning.cost import CostModel
 from stepweave.serving.names import told_name
 from stepweave.serving.server import Server

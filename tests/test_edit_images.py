@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stepweave.loading.preset import Preset
+from stepweave.config.preset import Preset
 from tests import profiles
 from tests.conftest import InProcess, Served
 from tests.fake import FakePipeline

@@ -14,14 +14,9 @@ from starlette.requests import Request
 
 from stepweave.api.auth import CLIENT, authorize, is_admin
 from stepweave.config import Settings
+from stepweave.config.clients import MAX_CLIENTS, clients_of_file, clients_of_setting
 from stepweave.errors import ConfigError, Unauthorized
-from stepweave.serving.keys import (
-    MAX_CLIENTS,
-    MAX_FILE_BYTES,
-    ApiKeys,
-    clients_of_file,
-    clients_of_setting,
-)
+from stepweave.serving.keys import MAX_FILE_BYTES, ApiKeys
 from stepweave.serving.server import Server
 from tests.asgi import App, serving
 from tests.conftest import InProcess, Served, serve

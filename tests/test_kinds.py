@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from stepweave.config import EMBEDDED_MODEL, Settings
+from stepweave.config.preset import Preset
 from stepweave.errors import LoadError, NoImages
 from stepweave.images.outputs import images_of
 from stepweave.loading.kinds import Kind, check_served, kind_of
 from stepweave.loading.loader import load_pipeline
-from stepweave.loading.preset import Preset
 from stepweave.serving.model import ServedModel
 from tests.fake import FakePipeline
 from tests.pipelines.catalog import exported

@@ -20,9 +20,9 @@ from PIL import Image
 
 from stepweave import StepEngine
 from stepweave.config import Settings
+from stepweave.config.preset import Preset
 from stepweave.errors import InvalidRequest, LoadError
 from stepweave.loading.loader import load_pipeline
-from stepweave.loading.preset import Preset
 from stepweave.loading.sizes import nearest_size
 from stepweave.parameters import Sources
 from stepweave.planning.cost import CostModel

@@ -20,9 +20,9 @@ from PIL import Image
 
 from stepweave import StepEngine
 from stepweave.config import Settings
+from stepweave.config.preset import Preset
 from stepweave.errors import InvalidRequest, NonFinite
 from stepweave.loading import rehearsal, schedulers
-from stepweave.loading.preset import Preset
 from stepweave.loading.rehearsal import Course, problem_of
 from stepweave.loading.schedulers import Rehearsals, rehearse
 from stepweave.parameters import Parameters, Sources

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from stepweave.config import Settings
+from stepweave.config.preset import Preset
 from stepweave.engine import StepEngine
 from stepweave.errors import DeviceFailed, InvalidRequest, LoadError, OutOfMemory
-from stepweave.loading.preset import Preset
 from stepweave.loading.sizes import SizeLimits
 from stepweave.parameters import Sources
 from stepweave.serving.model import ServedModel

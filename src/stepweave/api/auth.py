@@ -6,8 +6,9 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import Scope
 
+from stepweave.config.clients import Client
 from stepweave.errors import Unauthorized
-from stepweave.serving.keys import ApiKeys, Client
+from stepweave.serving.keys import ApiKeys
 
 CLIENT = "stepweave.client"  # key in the ASGI scope
 

@@ -9,9 +9,9 @@ from functools import partial
 from starlette.requests import Request
 from starlette.types import Scope
 
+from stepweave.config.clients import Client
 from stepweave.errors import StepweaveError
 from stepweave.serving.jobs import Followed
-from stepweave.serving.keys import Client
 from stepweave.serving.request import Ticket
 from stepweave.telemetry.metrics import Metrics
 

@@ -22,6 +22,7 @@ from stepweave.api.schemas import (
     StreamRequest,
 )
 from stepweave.api.tensors import HEADER_LENGTH, IndexRequest, InferenceRequest
+from stepweave.config.values import MAX_NAME
 from stepweave.errors import (
     BodyTooLarge,
     Cancelled,
@@ -36,7 +37,7 @@ from stepweave.errors import (
     Unavailable,
     UnsupportedMedia,
 )
-from stepweave.serving.names import MAX_NAME, ModelNames
+from stepweave.serving.names import ModelNames
 
 JSON = "application/json"
 FORM = "multipart/form-data"

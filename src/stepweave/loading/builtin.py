@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stepweave.config.preset import Preset
 from stepweave.loading.components import INDEX, read_index
-from stepweave.loading.preset import Preset
 
 _SOME = object()  # any value but null
 _INDEX = "model_index"

@@ -14,6 +14,7 @@ import transformers
 from diffusers import DiffusionPipeline
 
 from stepweave.config import Settings
+from stepweave.config.preset import Preset, read_preset
 from stepweave.errors import LoadError
 from stepweave.loading.builtin import recognise
 from stepweave.loading.components import (
@@ -25,7 +26,6 @@ from stepweave.loading.components import (
 from stepweave.loading.files import check_vocabularies, files_of, find_damage
 from stepweave.loading.hub import fetch
 from stepweave.loading.kinds import check_served
-from stepweave.loading.preset import Preset, read_preset
 from stepweave.loading.quantization import pipeline_quantization
 from stepweave.loading.reading import Reading, check_placed
 from stepweave.loading.tokenizers import check_tokenizers

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from stepweave.config import Settings
+from stepweave.config.preset import Preset
 from stepweave.engine import StepEngine
 from stepweave.errors import InvalidRequest, LoadError, shown
 from stepweave.loading.edit_pipelines import sibling
 from stepweave.loading.kinds import check_served
-from stepweave.loading.preset import Preset
 from stepweave.loading.rehearsal import Course
 from stepweave.loading.schedulers import Rehearsals
 from stepweave.loading.sizes import (

@@ -12,8 +12,8 @@ from stepweave.config import Settings
 if TYPE_CHECKING:
     import torch
 
+    from stepweave.config.preset import Preset
     from stepweave.engine import StepEngine
-    from stepweave.loading.preset import Preset
     from stepweave.planning.planner import OnStep
     from stepweave.previews.decoder import Previewer
     from stepweave.serving.model import ServedModel

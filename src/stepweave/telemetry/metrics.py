@@ -21,8 +21,8 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from stepweave.config.clients import MAX_CLIENTS
 from stepweave.serving.admission import REASONS
-from stepweave.serving.keys import MAX_CLIENTS
 from stepweave.store import REASONS as STORE_REASONS
 from stepweave.telemetry.stages import StageTimes
 
