@@ -27,9 +27,10 @@ from stepweave.api import native
 from stepweave.api.connections import Connections
 from stepweave.api.http import Api
 from stepweave.api.middleware import ContractMiddleware
-from stepweave.api.schemas import ImageRequest, NativeEditRequest, StreamRequest
+from stepweave.api.schemas import NativeEditRequest, StreamRequest
 from stepweave.config import Settings
 from stepweave.errors import ConfigError
+from stepweave.parameters import ImageRequest
 from stepweave.serving.listening import listening, log_addresses
 from stepweave.serving.server import Server
 from stepweave.serving.signals import on_signals

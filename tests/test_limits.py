@@ -31,9 +31,10 @@ from stepweave.api.disconnect import until_disconnect
 from stepweave.api.events import _partial, events
 from stepweave.api.http import Api
 from stepweave.api.middleware import ContractMiddleware
-from stepweave.api.schemas import ImageRequest, StreamRequest
+from stepweave.api.schemas import StreamRequest
 from stepweave.errors import BodyTooLarge
 from stepweave.images import decoders
+from stepweave.parameters import ImageRequest
 from stepweave.previews.stream import Partial
 from stepweave.serving import admission as admissions
 from stepweave.serving.admission import Admission

@@ -14,15 +14,9 @@ from PIL import Image
 from pydantic import BaseModel
 
 from stepweave.api.legacy import LegacyRequest
-from stepweave.api.schemas import (
-    LONG,
-    GenerationRequest,
-    ImageRequest,
-    StreamRequest,
-    parse,
-    without_nulls,
-)
+from stepweave.api.schemas import LONG, GenerationRequest, StreamRequest, parse, without_nulls
 from stepweave.errors import InvalidRequest
+from stepweave.parameters import ImageRequest
 from tests.conftest import InProcess
 from tests.fake import FakePipeline
 

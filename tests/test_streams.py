@@ -21,7 +21,8 @@ from starlette.routing import Route
 
 from stepweave.api import native
 from stepweave.api.middleware import ContractMiddleware
-from stepweave.api.schemas import ImageRequest, StreamRequest
+from stepweave.api.schemas import StreamRequest
+from stepweave.parameters import ImageRequest
 from stepweave.serving.request import Ticket
 from stepweave.serving.server import Server
 from tests.asgi import App, Exchange, serving

@@ -30,8 +30,10 @@ StepweaveError (500)
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
+RefusalReason = Literal["queue_full", "wait", "deadline", "memory"]
+REFUSAL_REASONS: tuple[RefusalReason, ...] = get_args(RefusalReason)  # codes of 429
 SHOWN = 80  # characters of an offending value that a message repeats
 
 
@@ -256,7 +258,9 @@ class Refused(RequestError):
     status = 429
     type = "rate_limit_error"
 
-    def __init__(self, message: str, *, retry_after: float, code: str = "queue_full") -> None:
+    def __init__(
+        self, message: str, *, retry_after: float, code: RefusalReason = "queue_full"
+    ) -> None:
         super().__init__(message, code=code, retry_after=retry_after)
 
 

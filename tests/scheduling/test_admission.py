@@ -12,12 +12,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from stepweave.errors import DeadlineTooShort, InvalidRequest, Refused
+from stepweave.errors import REFUSAL_REASONS, DeadlineTooShort, InvalidRequest, Refused
 from stepweave.serving import admission
 from stepweave.serving.admission import (
     GRACE,
     NEW_PROMISES,
-    REASONS,
     RESERVED_SECONDS,
     SENDING_SECONDS,
     TRUST_SECONDS,
@@ -692,7 +691,7 @@ def test_refusals_are_counted_by_reason() -> None:
     for _ in range(3):
         refusal(door, Outlook(1.0, 1.0))
     assert dict(door.admission.refused) == {"deadline": 3, "wait": 1, "memory": 1, "queue_full": 3}
-    assert set(REASONS) == set(door.admission.refused)
+    assert set(REFUSAL_REASONS) == set(door.admission.refused)
 
 
 def test_threads_never_share_a_place() -> None:

@@ -27,7 +27,7 @@ from stepweave.api.bodies import whole_body
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.idempotency import claim_of, generate
 from stepweave.api.responses import error_response
-from stepweave.api.schemas import ImageRequest, explain, parse_off_loop, require_json, some_of
+from stepweave.api.schemas import explain, parse_off_loop, require_json, some_of
 from stepweave.api.tensors import (
     FLOATS,
     HEADER_LENGTH,
@@ -43,6 +43,7 @@ from stepweave.api.tensors import (
 )
 from stepweave.api.triton import EXTENSIONS, configuration, index, unsupported
 from stepweave.errors import InvalidRequest, NotFound, StepweaveError, shown
+from stepweave.parameters import ImageRequest
 from stepweave.serving.server import Server
 from stepweave.threads import on_thread
 

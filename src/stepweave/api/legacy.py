@@ -19,9 +19,10 @@ from stepweave.api.auth import asker_of
 from stepweave.api.bodies import whole_body
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.idempotency import claim_of, generate
-from stepweave.api.schemas import ImageRequest, explain, parse_off_loop, require_json, some_of
+from stepweave.api.schemas import explain, parse_off_loop, require_json, some_of
 from stepweave.api.urls import base_url, reference
 from stepweave.errors import InvalidRequest, NotFound, shown
+from stepweave.parameters import ImageRequest
 from stepweave.serving.jobs import Claim
 from stepweave.serving.server import Server
 from stepweave.threads import on_thread

@@ -22,7 +22,6 @@ from stepweave.api.idempotency import claim_of, start
 from stepweave.api.idempotency import generate as made_once
 from stepweave.api.responses import handle_error
 from stepweave.api.schemas import (
-    ImageRequest,
     NativeEditRequest,
     StreamRequest,
     parse_form,
@@ -30,6 +29,7 @@ from stepweave.api.schemas import (
     require_form,
     require_json,
 )
+from stepweave.parameters import ImageRequest
 from stepweave.serving.admission import Reservation
 from stepweave.serving.request import Ticket
 from stepweave.serving.server import Server

@@ -14,13 +14,7 @@ from stepweave.api.answers import EVENT_STREAM, PICTURES
 from stepweave.api.idempotency import MAX_KEY
 from stepweave.api.jobs import MAX_LIST
 from stepweave.api.legacy import LegacyRequest
-from stepweave.api.schemas import (
-    EditRequest,
-    GenerationRequest,
-    ImageRequest,
-    NativeEditRequest,
-    StreamRequest,
-)
+from stepweave.api.schemas import EditRequest, GenerationRequest, NativeEditRequest, StreamRequest
 from stepweave.api.tensors import HEADER_LENGTH, IndexRequest, InferenceRequest
 from stepweave.config.values import MAX_NAME
 from stepweave.errors import (
@@ -37,6 +31,7 @@ from stepweave.errors import (
     Unavailable,
     UnsupportedMedia,
 )
+from stepweave.parameters import ImageRequest
 from stepweave.serving.names import ModelNames
 
 JSON = "application/json"

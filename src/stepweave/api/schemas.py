@@ -5,17 +5,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import from_json, to_json
 from python_multipart.multipart import parse_options_header
 
 from stepweave.errors import SHOWN, InvalidRequest, UnsupportedMedia, shown
-from stepweave.parameters import MAX_SEED, OutputFormat, PriorityName
+from stepweave.parameters import ImageRequest
 from stepweave.threads import on_thread
 
-MAX_DEADLINE_MS = 24 * 3600 * 1000
 MAX_PARTIAL_IMAGES = 3
 NULL = "null"  # as a text of a form, of what is absent
 CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")  # of JSON and forms
@@ -25,49 +24,6 @@ LONG = 32 * 1024  # bytes of a body beyond which it is not read on the event loo
 MANY = 4
 PROMPTS = ("prompt", "negative_prompt")
 MOST_NAMED = 5  # of what is ignored
-Size = Annotated[str, Field(pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", examples=["64x64"])]
-
-
-class ImageRequest(BaseModel):
-    """What every surface takes."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-    prompt: str = Field(min_length=1, description="What the picture should show.")
-    negative_prompt: str | None = Field(None, description="What it should not show.")
-    size: Size | None = Field(
-        None, description="WIDTHxHEIGHT in pixels, or `auto` for the model's own."
-    )
-    seed: int | None = Field(
-        None, ge=0, le=MAX_SEED, description="Same seed, same picture; drawn if absent."
-    )
-    num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps.")
-    guidance_scale: float | None = Field(
-        None, ge=0, le=100, description="Classifier-free guidance; 1 turns it off."
-    )
-    scheduler: str | None = Field(
-        None, description="Class name of a scheduler that `GET /v1/models` lists."
-    )
-    reproducible: bool = Field(
-        False, description="Bitwise the pipeline's own picture; it shares no step with others."
-    )
-    priority: PriorityName = Field("normal", description="Requests of a higher class go first.")
-    deadline_ms: int | None = Field(
-        None,
-        ge=1,
-        le=MAX_DEADLINE_MS,
-        description="Milliseconds from now within which the picture must be made: refused with 400 "
-        "if it takes longer even alone, with 429 if others are in the way, ended with "
-        "504 at the first step after.",
-    )
-    output_format: OutputFormat = Field("png", description="File format of the picture.")
-    output_compression: int | None = Field(
-        None,
-        ge=0,
-        le=100,
-        description="Quality of a JPEG or WebP file, 0 to 100, the best; PNG has none.",
-    )
-    metadata: bool = Field(True, description="Write the parameters into the file.")
 
 
 class StreamRequest(ImageRequest):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ from stepweave.loading.reading import Reading, check_placed
 from stepweave.loading.tokenizers import check_tokenizers
 from stepweave.loading.variants import choose_variant
 from stepweave.reasons import reason_of
-from stepweave.telemetry.stages import enter_stage
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +39,15 @@ _ADVICE = re.compile(r" If you want to instead overwrite .*")  # to go on with w
 
 
 def load_pipeline(
-    settings: Settings, device: torch.device, dtype: torch.dtype
+    settings: Settings,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_stage: Callable[[str], None] = lambda name: None,
 ) -> tuple[DiffusionPipeline, Preset]:
     """Load the pipeline that `settings.model` names onto `device`, its class chosen by its
     `model_index.json`.
 
+    `on_stage` is called with `downloading` and `loading` when a model from the hub gets there.
     Where weights are offloaded it stays on the CPU. With it comes what `stepweave.json` in its
     directory and the preset of ours for its layout say, as far as there are such.
 
@@ -68,9 +72,9 @@ def load_pipeline(
             check_served(pipeline_class(index), given)
             variant = choose_variant(index, files_of(folder), settings.variant)
         else:
-            enter_stage("downloading")
+            on_stage("downloading")
             folder, variant = fetch(settings.model, settings.revision, settings.variant, given)
-            enter_stage("loading")
+            on_stage("loading")
         if (found := recognise(folder, settings.model_name())) is not None:
             logger.info(
                 "built-in preset %s: %s (see %s); STEPWEAVE_PRESET and a stepweave.json have "

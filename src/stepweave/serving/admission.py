@@ -8,12 +8,9 @@ from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Literal, Self, get_args
+from typing import Self
 
-from stepweave.errors import DeadlineTooShort, Refused, duration
-
-Reason = Literal["queue_full", "wait", "deadline", "memory"]
-REASONS: tuple[Reason, ...] = get_args(Reason)
+from stepweave.errors import DeadlineTooShort, RefusalReason, Refused, duration
 
 UNKNOWN_SECONDS = 5.0  # Retry-After before anything has been timed
 # for which an idle server halves how sure it is that a deadline is too short: it may be faster by
@@ -143,7 +140,7 @@ class Admission:
     ) -> None:
         self.limit = limit
         self.max_wait = max_wait
-        self.refused: Counter[Reason] = Counter()
+        self.refused: Counter[RefusalReason] = Counter()
         self._drain = drain
         self._clock = clock
         self._taken = 0
@@ -428,7 +425,7 @@ class Admission:
             (one for one in self._promised if one.token == token and one.client == client), None
         )
 
-    def _refusal(self, reason: Reason, message: str, seconds: float) -> Refused:
+    def _refusal(self, reason: RefusalReason, message: str, seconds: float) -> Refused:
         self.refused[reason] += 1
         return Refused(message, retry_after=seconds, code=reason)
 

@@ -22,8 +22,9 @@ from stepweave.errors import (
     WrongNumber,
     duration,
 )
+from stepweave.images.encode import encode
 from stepweave.outcome import Outcome
-from stepweave.parameters import Answer, Parameters
+from stepweave.parameters import Answer, ImageRequest, Parameters
 from stepweave.previews.stream import Partial, Partials
 from stepweave.reasons import refusal_of
 from stepweave.serving.results import Results
@@ -31,7 +32,6 @@ from stepweave.telemetry.metrics import Metrics
 from stepweave.threads import on_thread
 
 if TYPE_CHECKING:
-    from stepweave.api.schemas import ImageRequest
     from stepweave.engine import Job, Latents
     from stepweave.planning.plan import Standing
     from stepweave.previews.decoder import Previewer
@@ -122,7 +122,7 @@ class Ticket:
                 means.previewer,
                 previews,
                 parameters,
-                request.output_format,
+                lambda image: encode(image, request.output_format, None, ""),
                 means.drawers,
                 self._notify,
             )

@@ -12,12 +12,11 @@ from PIL import Image
 from stepweave.errors import ContentFlagged, WrongNumber
 from stepweave.images.encode import encode
 from stepweave.images.outputs import images_of, is_constant, outputs_of
-from stepweave.parameters import Generation, Parameters, PictureFile, Timings
+from stepweave.parameters import Generation, ImageRequest, Parameters, PictureFile, Timings
 from stepweave.serving.usage import usage_of
 from stepweave.threads import on_thread
 
 if TYPE_CHECKING:
-    from stepweave.api.schemas import ImageRequest
     from stepweave.engine import Job
     from stepweave.serving.request import Means
 
@@ -52,7 +51,7 @@ class Results:
             index = outputs.flagged.index(True)
             raise ContentFlagged(index, outputs.flags[index])
         self.warnings += outputs.warnings
-        return Generation(self.parameters, images, Timings.of(job), outputs.flagged, outputs.others)
+        return Generation(self.parameters, images, timings_of(job), outputs.flagged, outputs.others)
 
     async def encode(self, generation: Generation) -> list[PictureFile]:
         """The images' files."""
@@ -123,6 +122,21 @@ class Results:
             "output_compression": request.output_compression,
         }
         return {name: value for name, value in resolved.items() if value is not None}
+
+
+def timings_of(job: Job) -> Timings:
+    """Where a finished job's seconds went; those after it are to be added."""
+    assert job.started is not None and job.finished is not None
+    begun = job.begun or job.started
+    # a remembered prompt needs no forward before the first step
+    opened = max(job.opened or begun, begun)
+    stepped = job.stepped or opened
+    return Timings(
+        queued=begun - job.accepted,
+        encode=opened - begun,
+        denoise=stepped - opened,
+        decode=job.finished - stepped,
+    )
 
 
 def _file(image: Image.Image, *args: Any) -> tuple[bytes, bool]:

@@ -16,7 +16,7 @@ from stepweave.config import Settings
 from stepweave.errors import DeviceFailed, LoadError, NoImages, StepweaveError, Unavailable
 from stepweave.images.decoders import Decoders
 from stepweave.images.encode import check_file
-from stepweave.parameters import Parameters, Sources
+from stepweave.parameters import ImageRequest, Parameters, Sources
 from stepweave.reasons import reason_of
 from stepweave.serving.admission import Admission, Outlook, Reservation
 from stepweave.serving.drain import Drain, DrainToken
@@ -29,7 +29,6 @@ from stepweave.telemetry.metrics import Metrics
 from stepweave.threads import DaemonExecutor, on_thread
 
 if TYPE_CHECKING:
-    from stepweave.api.schemas import ImageRequest
     from stepweave.engine import StepEngine
     from stepweave.previews.decoder import Previewer
     from stepweave.serving.model import ServedModel

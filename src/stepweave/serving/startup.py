@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from stepweave.config import Settings
+from stepweave.telemetry.stages import enter_stage
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +63,8 @@ def load(
     check_switches(settings, device)
     threads = set_cpu_threads(settings)
     enter("loading", 0.4, f"loading {settings.model_name()} onto {device} in {dtype}")
-    pipeline, preset = (load_pipeline or loader.load_pipeline)(settings, device, dtype)
+    read = load_pipeline or partial(loader.load_pipeline, on_stage=enter_stage)
+    pipeline, preset = read(settings, device, dtype)
     apply_switches(pipeline, settings, device)
     model = ServedModel(pipeline, preset, settings)
     # before the engine hooks the modules; a preview would show what a safety checker takes out of

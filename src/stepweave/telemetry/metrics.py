@@ -22,7 +22,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from stepweave.config.clients import MAX_CLIENTS
-from stepweave.serving.admission import REASONS
+from stepweave.errors import REFUSAL_REASONS
 from stepweave.store import REASONS as STORE_REASONS
 from stepweave.telemetry.stages import StageTimes
 
@@ -425,7 +425,7 @@ class RefusalCollector(Collector):
             labels=["reason"],
         )
         counts = self._refused()
-        for reason in REASONS:
+        for reason in REFUSAL_REASONS:
             family.add_metric([reason], counts.get(reason, 0))
         yield family
 
