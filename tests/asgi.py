@@ -20,8 +20,8 @@ from unittest.mock import patch
 
 from starlette.datastructures import Headers
 
-from stepweave.api.http import Api
-from stepweave.api.middleware import ContractMiddleware
+from stepweave.api.app import Api
+from stepweave.api.middleware.contract import ContractMiddleware
 from stepweave.api.responses import is_of_protocol
 from stepweave.config import Settings
 from stepweave.config.preset import Preset

@@ -26,8 +26,8 @@ import uvicorn
 from starlette.testclient import TestClient
 from xdist.scheduler import LoadScopeScheduling
 
-from stepweave.api.http import Api
-from stepweave.api.middleware import ContractMiddleware
+from stepweave.api.app import Api
+from stepweave.api.middleware.contract import ContractMiddleware
 from stepweave.config import PREFIX, Settings
 from stepweave.config.preset import Preset
 from stepweave.planning.cost import CostModel

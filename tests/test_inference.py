@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from stepweave import __version__
-from stepweave.api.inference import INPUTS, together
+from stepweave.api.routes.open_inference import INPUTS, together
 from stepweave.api.tensors import (
     INTEGERS,
     InferenceRequest,

@@ -257,7 +257,7 @@ async def test_an_answer_to_delete_does_not_wait_for_ever_for_a_step() -> None:
         app.record.gated = True
         id = await later(app)
         await asyncio.to_thread(app.record.started.wait)
-        with patch("stepweave.api.jobs.CANCEL_SECONDS", 0.02):
+        with patch("stepweave.api.routes.jobs.CANCEL_SECONDS", 0.02):
             assert (await app.delete(f"/v1/jobs/{id}")).json()["state"] == "running"
         app.record.release.set()
         assert (await app.until_state(id, "cancelled", "succeeded"))["state"] == "cancelled"
@@ -595,7 +595,7 @@ async def test_a_failed_or_cancelled_job_frees_its_key() -> None:
         app.record.gated = True
         id = await later(app, headers=KEY)
         await asyncio.to_thread(app.record.started.wait)
-        with patch("stepweave.api.jobs.CANCEL_SECONDS", 0.01):
+        with patch("stepweave.api.routes.jobs.CANCEL_SECONDS", 0.01):
             await app.delete(f"/v1/jobs/{id}")
         anew = [app.post(headers=KEY) for _ in range(2)]  # while the first is on its way out
         await app.until(lambda: len(app.server.tickets) == 2)

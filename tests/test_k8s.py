@@ -33,7 +33,7 @@ import uvicorn
 import yaml
 from starlette.requests import Request
 
-from stepweave.api.middleware import DRAIN
+from stepweave.api.middleware.probes import DRAIN
 from stepweave.api.urls import base_url
 from stepweave.config import EMBEDDED_MODEL, Settings
 from stepweave.errors import ConfigError, InvalidRequest

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import BaseModel
 
-from stepweave.api.legacy import LegacyRequest
+from stepweave.api.routes.diffusers_example import DiffusersExampleRequest
 from stepweave.api.schemas import LONG, GenerationRequest, StreamRequest, parse, without_nulls
 from stepweave.errors import InvalidRequest
 from stepweave.parameters import ImageRequest
@@ -23,7 +23,9 @@ from tests.fake import FakePipeline
 Make = Callable[..., InProcess]
 
 
-@pytest.mark.parametrize("schema", [GenerationRequest, ImageRequest, StreamRequest, LegacyRequest])
+@pytest.mark.parametrize(
+    "schema", [GenerationRequest, ImageRequest, StreamRequest, DiffusersExampleRequest]
+)
 def test_null_is_absent_of_every_field_of_every_body(schema: type[BaseModel]) -> None:
     nothing = dict.fromkeys([*schema.model_fields, "whatever"])
     given = {**nothing, "prompt": "a\u2028null"}

@@ -24,10 +24,10 @@ from schemathesis.checks import CHECKS, load_all_checks
 from schemathesis.core.failures import FailureGroup
 from starlette.routing import Route
 
-from stepweave.api.http import Api
-from stepweave.api.middleware import DRAIN, KEYLESS, PROBES
-from stepweave.api.native import PATHS
+from stepweave.api.app import Api
+from stepweave.api.middleware.probes import DRAIN, KEYLESS, PROBES
 from stepweave.api.operations import INFERENCE
+from stepweave.api.routes.bentoml import PATHS
 from stepweave.errors import NotFound, OutOfMemory
 from tests.conftest import InProcess, Served
 from tests.fake import FakePipeline
@@ -153,8 +153,8 @@ def test_limits_are_the_servers(in_process: Make) -> None:
         "EditRequest",
         "ImageRequest",
         "StreamRequest",
-        "NativeEditRequest",
-        "LegacyRequest",
+        "BentoMLEditRequest",
+        "DiffusersExampleRequest",
     ):
         assert request_schema(found, name, "num_inference_steps")["maximum"] == 28, name
         assert request_schema(found, name, "prompt")["maxLength"] == 200, name
@@ -293,7 +293,7 @@ def test_native_answers_are_as_described(served: Served) -> None:
     for name, path in (
         ("Health", "/readyz"),
         ("ModelList", "/v1/models"),
-        ("LegacyStatus", "/api/status"),
+        ("DiffusersExampleStatus", "/api/status"),
     ):
         validate(found, name, httpx.get(f"{served.url}{path}", timeout=SECONDS).json())
 

@@ -19,8 +19,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from stepweave.api import native
-from stepweave.api.middleware import ContractMiddleware
+from stepweave.api.middleware.contract import ContractMiddleware
+from stepweave.api.routes import bentoml as native
 from stepweave.api.schemas import StreamRequest
 from stepweave.parameters import ImageRequest
 from stepweave.serving.request import Ticket

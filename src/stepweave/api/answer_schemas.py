@@ -464,11 +464,11 @@ class InferenceAnswer(BaseModel):
     outputs: list[ReturnedTensor]
 
 
-class LegacyAnswer(BaseModel):
+class DiffusersExampleAnswer(BaseModel):
     response: list[str] = Field(description="URLs of the pictures.")
 
 
-class LegacyStatus(BaseModel):
+class DiffusersExampleStatus(BaseModel):
     """The diffusers example server's status."""
 
     current_model: str
@@ -506,6 +506,6 @@ ANSWERS: tuple[type[BaseModel], ...] = (
     IndexedModel,
     ModelConfiguration,
     InferenceAnswer,
-    LegacyAnswer,
-    LegacyStatus,
+    DiffusersExampleAnswer,
+    DiffusersExampleStatus,
 )

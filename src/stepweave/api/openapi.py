@@ -19,7 +19,6 @@ from starlette.routing import Route
 from stepweave import __version__
 from stepweave.api.answer_schemas import ANSWERS, Error, ExamplesError, ProtocolError
 from stepweave.api.answers import EVENT_STREAM, PICTURES
-from stepweave.api.legacy import LegacyRequest
 from stepweave.api.operations import (
     ERRORS,
     EVERYWHERE,
@@ -35,7 +34,8 @@ from stepweave.api.operations import (
     operations,
 )
 from stepweave.api.responses import CODE, is_of_examples, is_of_protocol
-from stepweave.api.schemas import EditRequest, NativeEditRequest
+from stepweave.api.routes.diffusers_example import DiffusersExampleRequest
+from stepweave.api.schemas import BentoMLEditRequest, EditRequest
 from stepweave.api.tensors import InputParameters, InputTensor, OutputParameters, RequestedOutput
 from stepweave.api.urls import base_url, reference
 from stepweave.errors import (
@@ -63,7 +63,7 @@ RETRY_AFTER = {
     "description": "Seconds after which it may be accepted.",
     "schema": {"type": "integer", "minimum": 1},
 }
-FORMS = (EditRequest, NativeEditRequest)
+FORMS = (EditRequest, BentoMLEditRequest)
 PROTOCOL, EXAMPLES = "Protocol", "Examples"  # surfaces whose errors have another body
 BODIES: dict[str, type[BaseModel]] = {"": Error, PROTOCOL: ProtocolError, EXAMPLES: ExamplesError}
 # of JSON, whose members may be null, as if they were absent
@@ -85,7 +85,7 @@ DESCRIPTION = (
 )
 
 
-class OpenApi:
+class OpenApiRoutes:
     """The handler, bound to one server."""
 
     def __init__(self, server: Server) -> None:
@@ -231,7 +231,7 @@ def _limit(schemas: dict[str, Any], server: Server) -> None:
     for request in REQUESTS:
         properties = schemas[request.__name__]["properties"]
         for name in properties.keys() & limits.keys() - (
-            {"model"} if request is LegacyRequest else set()
+            {"model"} if request is DiffusersExampleRequest else set()
         ):
             _first_type(properties[name]).update(limits[name])
         if request in FORMS and of_edits:  # of which some may take more than others

@@ -12,9 +12,9 @@ from pydantic import BaseModel
 from stepweave.api import answer_schemas as bodies
 from stepweave.api.answers import EVENT_STREAM, PICTURES
 from stepweave.api.idempotency import MAX_KEY
-from stepweave.api.jobs import MAX_LIST
-from stepweave.api.legacy import LegacyRequest
-from stepweave.api.schemas import EditRequest, GenerationRequest, NativeEditRequest, StreamRequest
+from stepweave.api.routes.diffusers_example import DiffusersExampleRequest
+from stepweave.api.routes.jobs import MAX_LIST
+from stepweave.api.schemas import BentoMLEditRequest, EditRequest, GenerationRequest, StreamRequest
 from stepweave.api.tensors import HEADER_LENGTH, IndexRequest, InferenceRequest
 from stepweave.config.values import MAX_NAME
 from stepweave.errors import (
@@ -50,8 +50,8 @@ REQUESTS: tuple[type[BaseModel], ...] = (
     EditRequest,
     ImageRequest,
     StreamRequest,
-    NativeEditRequest,
-    LegacyRequest,
+    BentoMLEditRequest,
+    DiffusersExampleRequest,
     InferenceRequest,
     IndexRequest,
 )
@@ -499,7 +499,7 @@ def operations(names: ModelNames | None) -> list[Operation]:
             Answer("The picture.", PICTURE, picture_headers()),
             id="edit",
             summary="One picture from another",
-            body={FORM: NativeEditRequest},
+            body={FORM: BentoMLEditRequest},
         ),
         _get(
             "/schema.json",
@@ -513,21 +513,27 @@ def operations(names: ModelNames | None) -> list[Operation]:
         Operation(
             "post",
             "/api/diffusers/inference",
-            "legacyInference",
+            "diffusersExampleInference",
             "Diffusers example server",
             "Text to image",
-            {200: Answer("Where the pictures are.", {JSON: bodies.LegacyAnswer}, WARNINGS_HEADER)},
+            {
+                200: Answer(
+                    "Where the pictures are.",
+                    {JSON: bodies.DiffusersExampleAnswer},
+                    WARNINGS_HEADER,
+                )
+            },
             WORK,
             (KEY,),
-            body={JSON: LegacyRequest},
+            body={JSON: DiffusersExampleRequest},
             example={"prompt": EXAMPLE["prompt"]},
         ),
         _get(
             "/api/status",
-            "legacyStatus",
+            "diffusersExampleStatus",
             "Diffusers example server",
             "What is served, and how much",
-            _json(bodies.LegacyStatus, "Status."),
+            _json(bodies.DiffusersExampleStatus, "Status."),
             Unavailable,
         ),
         _get(

@@ -114,7 +114,7 @@ class EditRequest(Edit, OpenAIRequest):
     input_fidelity: Literal["high", "low"] | None = Field(None, description="Ignored.")
 
 
-class NativeEditRequest(Edit, ImageRequest):
+class BentoMLEditRequest(Edit, ImageRequest):
     """Fields of `POST /edit` less its files, `image` and `mask`."""
 
 

@@ -1,9 +1,11 @@
-"""OpenAI's Images API: generations and edits, at once, as a stream, or as jobs."""
+"""OpenAI's API: images (generations and edits, at once, as a stream, or as jobs) and models."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from stepweave.api.answers import (
@@ -39,7 +41,7 @@ from stepweave.serving.request import Ticket
 from stepweave.serving.server import Server
 
 
-class OpenAI:
+class OpenAIRoutes:
     """The handlers, bound to one server."""
 
     def __init__(self, server: Server) -> None:
@@ -50,6 +52,8 @@ class OpenAI:
             Route("/v1/images/generations", self.generations, methods=["POST"]),
             Route("/v1/images/edits", self.edits, methods=["POST"]),
             Route("/v1/images/variations", self.variations, methods=["POST"]),
+            Route("/v1/models", self.models, methods=["GET"]),
+            Route("/v1/models/{id:path}", self.model, methods=["GET"]),
         ]
 
     async def generations(self, request: Request) -> Response:
@@ -139,3 +143,46 @@ class OpenAI:
         if picture is not None:
             return picture_answer(answer)
         return Response(await json_answer(answer, base, jobs.files), media_type="application/json")
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._describe()]})
+
+    async def model(self, request: Request) -> Response:
+        self.server.named(request.path_params["id"])
+        return JSONResponse(self._describe())
+
+    def _describe(self) -> dict[str, Any]:
+        model, engine = self.server.ready()
+        settings, stats = self.server.settings, engine.stats()
+        return {
+            "id": model.id,
+            "object": "model",
+            "created": self.server.created,
+            "owned_by": "stepweave",
+            "stepweave": {
+                "pipeline": model.pipeline_class,
+                "device": self.server.device,
+                "dtype": self.server.dtype,
+                "native_size": f"{model.width}x{model.height}",
+                **model.limits.as_json(),
+                "max_pixels": settings.max_pixels,
+                "max_input_pixels": settings.max_input_pixels,
+                "default_num_inference_steps": model.default_steps,
+                "max_num_inference_steps": settings.max_steps,
+                "default_guidance_scale": model.default_guidance,
+                "presets": model.preset.sources(),
+                "schedulers": sorted(model.schedulers),
+                "scheduler_steps": model.scheduler_steps,
+                "edits": list(model.edits),
+                "limits_of_edits": {
+                    name: limits.as_json()
+                    for name, limits in model.limits_of_edits.items()
+                    if limits != model.limits
+                },
+                "previews": self.server.previewer is not None,
+                "batching": engine.mode,
+                "switches": settings.switches(),
+                "certificates": stats.certificates,
+                "unshared": stats.unshared,
+            },
+        }

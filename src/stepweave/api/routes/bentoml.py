@@ -22,7 +22,7 @@ from stepweave.api.idempotency import claim_of, start
 from stepweave.api.idempotency import generate as made_once
 from stepweave.api.responses import handle_error
 from stepweave.api.schemas import (
-    NativeEditRequest,
+    BentoMLEditRequest,
     StreamRequest,
     parse_form,
     parse_off_loop,
@@ -46,7 +46,7 @@ PATHS = (*SCHEMAS, "/edit")
 class Edit(NamedTuple):
     """What has been read of a request."""
 
-    body: NativeEditRequest
+    body: BentoMLEditRequest
     form: Form
     digest: bytes  # of its files
     place: Reservation
@@ -147,7 +147,7 @@ async def check(request: Request, server: Server) -> None:
         form = exits.enter_context(await read_form(request))
         place.settle()
         fields = {name: text for name, given in form.texts.items() if (text := _text(given))}
-        edit = parse_form(fields, NativeEditRequest)
+        edit = parse_form(fields, BentoMLEditRequest)
         request.scope[EDIT] = Edit(edit, form, await digest_of(form), place, exits.pop_all())
 
 

@@ -70,7 +70,7 @@ MICROSECONDS = 1000  # in a millisecond
 T = TypeVar("T")
 
 
-class InferenceApi:
+class OpenInferenceRoutes:
     """The handlers, bound to one server."""
 
     def __init__(self, server: Server) -> None:
