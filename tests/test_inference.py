@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from stepweave import __version__
-from stepweave.api.routes.open_inference import INPUTS, together
-from stepweave.api.tensors import (
+from stepweave.api.open_inference.requests import INPUTS
+from stepweave.api.open_inference.tensors import (
     INTEGERS,
     InferenceRequest,
     InputParameters,
@@ -35,6 +35,7 @@ from stepweave.api.tensors import (
     read_message,
     write_message,
 )
+from stepweave.api.routes.open_inference import together
 from stepweave.errors import InvalidRequest
 from stepweave.serving.server import Status
 from tests.conftest import InProcess

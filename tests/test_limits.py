@@ -25,12 +25,13 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from stepweave.api import disconnect, schemas, tensors
+from stepweave.api import disconnect, schemas
 from stepweave.api.app import Api
 from stepweave.api.connections import Connection, Connections
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.events import _partial, events
 from stepweave.api.middleware.contract import ContractMiddleware
+from stepweave.api.open_inference import tensors
 from stepweave.api.routes import bentoml as native
 from stepweave.api.schemas import StreamRequest
 from stepweave.errors import BodyTooLarge

@@ -19,6 +19,12 @@ from starlette.routing import Route
 from stepweave import __version__
 from stepweave.api.answer_schemas import ANSWERS, Error, ExamplesError, ProtocolError
 from stepweave.api.answers import EVENT_STREAM, PICTURES
+from stepweave.api.open_inference.tensors import (
+    InputParameters,
+    InputTensor,
+    OutputParameters,
+    RequestedOutput,
+)
 from stepweave.api.operations import (
     ERRORS,
     EVERYWHERE,
@@ -36,7 +42,6 @@ from stepweave.api.operations import (
 from stepweave.api.responses import CODE, is_of_examples, is_of_protocol
 from stepweave.api.routes.diffusers_example import DiffusersExampleRequest
 from stepweave.api.schemas import BentoMLEditRequest, EditRequest
-from stepweave.api.tensors import InputParameters, InputTensor, OutputParameters, RequestedOutput
 from stepweave.api.urls import base_url, reference
 from stepweave.errors import (
     DeadlineExceeded,

@@ -12,10 +12,10 @@ from pydantic import BaseModel
 from stepweave.api import answer_schemas as bodies
 from stepweave.api.answers import EVENT_STREAM, PICTURES
 from stepweave.api.idempotency import MAX_KEY
+from stepweave.api.open_inference.tensors import HEADER_LENGTH, IndexRequest, InferenceRequest
 from stepweave.api.routes.diffusers_example import DiffusersExampleRequest
 from stepweave.api.routes.jobs import MAX_LIST
 from stepweave.api.schemas import BentoMLEditRequest, EditRequest, GenerationRequest, StreamRequest
-from stepweave.api.tensors import HEADER_LENGTH, IndexRequest, InferenceRequest
 from stepweave.config.values import MAX_NAME
 from stepweave.errors import (
     BodyTooLarge,

@@ -12,8 +12,8 @@ from starlette.types import Message, Receive, Scope, Send
 from stepweave import __version__
 from stepweave.api import disconnect
 from stepweave.api.disconnect import has_left
+from stepweave.api.open_inference.triton import unsupported
 from stepweave.api.responses import ERROR_MARK, error_response
-from stepweave.api.triton import unsupported
 from stepweave.errors import Cancelled, MethodNotAllowed, NotFound, RequestError, StepweaveError
 from stepweave.serving.drain import Drain
 
