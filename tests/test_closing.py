@@ -179,7 +179,7 @@ async def test_a_server_ends_though_a_forward_hangs() -> None:
         assert app.server.status.stage == "closed"
         assert (await answer.done()).status == 503
         assert answer.error["code"] == "draining"
-        assert app.server.tickets == {}
+        assert app.server.active == {}
 
 
 async def test_requests_end_before_the_hook_that_shuts_down() -> None:

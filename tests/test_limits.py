@@ -246,7 +246,7 @@ async def test_the_job_of_a_client_that_reads_nothing_ends() -> None:
             app.record.release.set()
             await stream.done()
             assert stream.messages[-1].get("more_body", True), "it is not told that it has all"
-            await app.until(lambda: not app.server.tickets)
+            await app.until(lambda: not app.server.active)
             assert app.outcomes() == {"cancelled": 1}
             assert app.record.steps_run <= 6
 
@@ -400,7 +400,7 @@ async def test_few_pictures_are_decoded_at_a_time_and_none_for_which_there_is_no
             # threads are left for others
             await asyncio.wait_for(asyncio.to_thread(lambda: None), SECONDS)
             go.release(4)
-            await app.until(lambda: len(app.server.tickets) == 4)
+            await app.until(lambda: len(app.server.active) == 4)
         app.record.release.set()
         statuses = sorted([(await one.done()).status for one in sent])
         assert statuses == [*[200] * 4, *[429] * 4]
@@ -549,7 +549,7 @@ async def test_edits_of_one_new_key_hold_one_place_between_them() -> None:
         app.record.gated = True
         headers = {**FORM, "Idempotency-Key": "a"}
         sent = [app.send("POST", EDITS, form(png()), headers) for _ in range(3)]
-        await app.until(lambda: len(app.server.tickets) == 1 and admission_of(app).in_flight == 1)
+        await app.until(lambda: len(app.server.active) == 1 and admission_of(app).in_flight == 1)
         app.record.release.set()
         assert len({str((await one.done()).json()["data"]) for one in sent}) == 1
 
@@ -558,7 +558,7 @@ async def test_an_edit_that_was_refused_unread_is_promised_a_place() -> None:
     async with serving(FakePipeline(edits=True), max_queue=1) as app:
         app.record.gated = True
         sent = [app.send("POST", EDITS, form(png(), seed=seed), FORM) for seed in range(2)]
-        await app.until(lambda: len(app.server.tickets) == 2)
+        await app.until(lambda: len(app.server.active) == 2)
         mine = {**FORM, "Content-Length": str(len(form(png())))}
         refused = await app.send("POST", EDITS, form(png()), mine, "1.2.3.4").done()
         assert refused.status == 429
@@ -571,7 +571,7 @@ async def test_an_edit_that_was_refused_unread_is_promised_a_place() -> None:
                     await app.send("POST", EDITS, form(png()), mine, client).done()
                 ).status == 429
             edit = app.send("POST", EDITS, form(png()), mine, "1.2.3.4")
-            await app.until(lambda: len(app.server.tickets) == 3)
+            await app.until(lambda: len(app.server.active) == 3)
         admission._taken += 1
         app.record.release.set()
         assert [(await one.done()).status for one in [*sent, edit]] == [200] * 3
@@ -581,7 +581,7 @@ async def test_equal_requests_of_two_addresses_do_not_share_a_promise() -> None:
     async with serving(max_queue=1) as app:
         app.record.gated = True
         sent = [app.post() for _ in range(2)]
-        await app.until(lambda: len(app.server.tickets) == 2)
+        await app.until(lambda: len(app.server.active) == 2)
         for path, body in KEYED.items():
             if body[2] == JSON:
                 for client in ("1.1.1.1", "2.2.2.2"):

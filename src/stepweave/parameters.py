@@ -143,8 +143,8 @@ class Files(Protocol):
 
 
 @dataclass(eq=False)
-class PictureFile:
-    """One encoded picture and the parameters that made it; its name in the file store, once it is
+class ImageFile:
+    """One encoded image and the parameters that made it; its name in the file store, once it is
     there."""
 
     data: bytes
@@ -177,4 +177,4 @@ class Answer:
     timings, warnings, and outputs where the pipeline returned more than images."""
 
     body: dict[str, Any]
-    pictures: list[PictureFile]
+    images: list[ImageFile]

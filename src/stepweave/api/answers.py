@@ -16,7 +16,11 @@ from stepweave.threads import on_thread
 
 MAX_WARNINGS_HEADER = 4096  # bytes; proxies refuse headers of 8 KB
 EVENT_STREAM = "text/event-stream"
-PICTURES: dict[str, OutputFormat] = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
+IMAGE_TYPES: dict[str, OutputFormat] = {
+    "image/png": "png",
+    "image/jpeg": "jpeg",
+    "image/webp": "webp",
+}
 PROFILE = "stepweave"  # of an event stream with all events
 
 
@@ -42,13 +46,13 @@ def accepted(request: Request) -> list[tuple[str, dict[str, str]]]:
 def _preferred(request: Request) -> tuple[str, dict[str, str]]:
     """Of the types that a generation can be answered with the one that the client likes best, JSON
     if it names none."""
-    known = ("application/json", "*/*", "application/*", EVENT_STREAM, *PICTURES)
+    known = ("application/json", "*/*", "application/*", EVENT_STREAM, *IMAGE_TYPES)
     return next((one for one in accepted(request) if one[0] in known), ("application/json", {}))
 
 
-def wants_picture(request: Request) -> OutputFormat | None:
+def wants_image(request: Request) -> OutputFormat | None:
     """The format of the picture that the client would rather have than JSON."""
-    return PICTURES.get(_preferred(request)[0])
+    return IMAGE_TYPES.get(_preferred(request)[0])
 
 
 def wants_stream(request: Request) -> dict[str, str] | None:
@@ -63,7 +67,7 @@ def wants_to_come_back(request: Request) -> bool:
     return any(one.partition(";")[0].strip() == "respond-async" for one in preferences)
 
 
-def one_picture(
+def check_one_image(
     n: int, chosen: OutputFormat, output_format: OutputFormat, format_given: bool
 ) -> None:
     """Raise InvalidRequest if the client's `Accept` does not go with what its body asks for."""
@@ -87,7 +91,7 @@ async def json_answer(answer: Answer, base: str | None, files: FileStore) -> byt
 
 async def urls(answer: Answer, base: str, files: FileStore) -> list[dict[str, Any]]:
     """The pictures as OpenAI's API has them, each stored if it is not yet."""
-    names = [await one.stored(files) for one in answer.pictures]
+    names = [await one.stored(files) for one in answer.images]
     return [
         {
             "url": f"{base}/images/{name}",
@@ -95,14 +99,14 @@ async def urls(answer: Answer, base: str, files: FileStore) -> list[dict[str, An
             "flagged": one.flagged,
             "revised_prompt": None,
         }
-        for name, one in zip(names, answer.pictures, strict=True)
+        for name, one in zip(names, answer.images, strict=True)
     ]
 
 
 def _inline(answer: Answer) -> bytes:
     """Base64 needs no escaping, so JSON's encoder is spared the megabytes of it."""
     pieces = [json.dumps(answer.body)[:-1].encode(), b', "data": [']
-    for i, file in enumerate(answer.pictures):
+    for i, file in enumerate(answer.images):
         pieces += [b", " if i else b"", b'{"b64_json": "', base64.b64encode(file.data)]
         flagged = json.dumps(file.flagged)
         pieces.append(
@@ -111,14 +115,14 @@ def _inline(answer: Answer) -> bytes:
     return b"".join([*pieces, b"]}"])
 
 
-def picture_answer(answer: Answer) -> Response:
+def image_answer(answer: Answer) -> Response:
     """The first picture's file.
 
     The parameters stand in headers, but for the prompts: they may be longer than proxies let a
     header be, and the file has them. `X-Stepweave-Flagged` is "true" for one that the pipeline's
     safety checker flagged. Warnings, if there are any, stand in `X-Stepweave-Warnings`.
     """
-    file = answer.pictures[0]
+    file = answer.images[0]
     headers = {
         f"X-Stepweave-{name.replace('_', '-').title()}": "true" if value is True else str(value)
         for name, value in file.values.items()

@@ -22,7 +22,7 @@ from stepweave.serving.admission import Reservation
 from stepweave.serving.server import Server
 from stepweave.threads import on_thread
 
-PICTURES = ("image", "mask")
+IMAGE_FILES = ("image", "mask")
 REQUIRED = ("image",)
 MAX_FIELDS = 64
 MAX_FIELD_BYTES = 64 * 1024
@@ -101,7 +101,7 @@ class _Parser(MultiPartParser):
         self.ended = True
 
 
-async def read_form(request: Request, files: Sequence[str] = PICTURES) -> Form:
+async def read_form(request: Request, files: Sequence[str] = IMAGE_FILES) -> Form:
     """A multipart form. `image[]`, as OpenAI's clients name several, may hold one. What is empty
     counts as absent: a text, and a file without a name, as browsers send what was not filled in.
 
@@ -206,7 +206,7 @@ async def digest_of(form: Form) -> bytes:
         )
 
     def digest() -> bytes:
-        digests = {name: hashlib.sha256() for name in PICTURES}
+        digests = {name: hashlib.sha256() for name in IMAGE_FILES}
         for name, file in form.files.items():
             while chunk := file.read(SPOOLED):
                 digests[name].update(chunk)
@@ -216,7 +216,7 @@ async def digest_of(form: Form) -> bytes:
         return await on_thread(None, digest)
 
 
-async def read_pictures(
+async def read_images(
     form: Form, server: Server, size: str | None, place: Reservation | None
 ) -> Sources:
     """An edit's images, of the size that it makes, `size` or the nearest to the image's own. A few

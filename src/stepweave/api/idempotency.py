@@ -12,7 +12,7 @@ from stepweave.errors import InvalidRequest, shown
 from stepweave.parameters import Answer
 from stepweave.serving.admission import Reservation
 from stepweave.serving.jobs import Claim, Followed
-from stepweave.serving.request import Ticket
+from stepweave.serving.request import ActiveRequest
 from stepweave.serving.server import Server
 
 MAX_KEY = 255  # characters of an idempotency key
@@ -32,7 +32,7 @@ def claim_of(request: Request, asked: str, digest: bytes = b"", part: int | None
 async def start(
     server: Server,
     claim: Claim,
-    accept: Callable[[], Awaitable[Ticket]],
+    accept: Callable[[], Awaitable[ActiveRequest]],
     *,
     detached: bool = False,
     reservation: Reservation | None = None,
@@ -50,7 +50,7 @@ async def start(
 async def generate(
     server: Server,
     claim: Claim,
-    accept: Callable[[], Awaitable[Ticket]],
+    accept: Callable[[], Awaitable[ActiveRequest]],
     *,
     reservation: Reservation | None = None,
 ) -> Answer:

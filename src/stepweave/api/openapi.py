@@ -18,7 +18,7 @@ from starlette.routing import Route
 
 from stepweave import __version__
 from stepweave.api.answer_schemas import ANSWERS, Error, ExamplesError, ProtocolError
-from stepweave.api.answers import EVENT_STREAM, PICTURES
+from stepweave.api.answers import EVENT_STREAM, IMAGE_TYPES
 from stepweave.api.open_inference.tensors import (
     InputParameters,
     InputTensor,
@@ -313,7 +313,7 @@ def _content(content: Content, events: Mapping[str, Any] | None = None) -> dict[
         described[media_type] = {"schema": _schema(schema)}
         if media_type == FORM:
             described[media_type]["encoding"] = {
-                name: {"contentType": ", ".join(PICTURES)} for name in ("image", "mask")
+                name: {"contentType": ", ".join(IMAGE_TYPES)} for name in ("image", "mask")
             }
         if media_type == EVENT_STREAM and events:
             described[media_type]["schema"] = {

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from pydantic import BaseModel
 
 from stepweave.api import answer_schemas as bodies
-from stepweave.api.answers import EVENT_STREAM, PICTURES
+from stepweave.api.answers import EVENT_STREAM, IMAGE_TYPES
 from stepweave.api.idempotency import MAX_KEY
 from stepweave.api.open_inference.tensors import HEADER_LENGTH, IndexRequest, InferenceRequest
 from stepweave.api.routes.diffusers_example import DiffusersExampleRequest
@@ -124,7 +124,7 @@ WARNINGS_HEADER = {
 }
 
 
-def picture_headers() -> dict[str, Any]:
+def image_headers() -> dict[str, Any]:
     """The headers beside a picture: what decides its pixels, less prompts, and warnings."""
     prompts, others = (
         ("prompt", "negative_prompt"),
@@ -144,7 +144,7 @@ def picture_headers() -> dict[str, Any]:
 
 
 FILE: dict[str, Any] = {"type": "string", "format": "binary"}
-PICTURE: Content = dict.fromkeys(PICTURES, FILE)
+IMAGE: Content = dict.fromkeys(IMAGE_TYPES, FILE)
 STREAM: Content = {EVENT_STREAM: {}}  # a schema of each of its events
 FILE_HEADERS = {
     "Cache-Control": _header(
@@ -213,8 +213,8 @@ def _images(name: str, prefix: str, **values: Any) -> Operation:
     }
     done = Answer(
         "The pictures; as `Accept` would have it, the one picture itself, or events.",
-        {JSON: bodies.Generation, **PICTURE, **STREAM},
-        {**picture_headers(), **JOB_HEADER},
+        {JSON: bodies.Generation, **IMAGE, **STREAM},
+        {**image_headers(), **JOB_HEADER},
         events=_events(prefix),
     )
     accepted = Answer(
@@ -480,7 +480,7 @@ def operations(names: ModelNames | None) -> list[Operation]:
         ),
         _native(
             "/generate",
-            Answer("The picture.", PICTURE, picture_headers()),
+            Answer("The picture.", IMAGE, image_headers()),
             id="generate",
             summary="One picture",
             body={JSON: ImageRequest},
@@ -496,7 +496,7 @@ def operations(names: ModelNames | None) -> list[Operation]:
         ),
         _native(
             "/edit",
-            Answer("The picture.", PICTURE, picture_headers()),
+            Answer("The picture.", IMAGE, image_headers()),
             id="edit",
             summary="One picture from another",
             body={FORM: BentoMLEditRequest},
@@ -538,10 +538,10 @@ def operations(names: ModelNames | None) -> list[Operation]:
         ),
         _get(
             "/images/{filename}",
-            "getPicture",
+            "getImage",
             "Images",
             "A stored picture",
-            {200: Answer("The file.", PICTURE, FILE_HEADERS)},
+            {200: Answer("The file.", IMAGE, FILE_HEADERS)},
             NotFound,
             Unavailable,
             parameters=(_parameter("path", "filename", "Its name, the key to it."),),

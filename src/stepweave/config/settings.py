@@ -26,7 +26,7 @@ _SERVICE_LINK = re.compile(
 )
 
 
-SWITCHES = (
+OPTIMIZATIONS = (
     "quantization",
     "offload",
     "channels_last",
@@ -337,9 +337,9 @@ class Settings(BaseSettings):
         directory = self.model_directory()
         return directory.resolve().name if directory else self.model
 
-    def switches(self) -> dict[str, Any]:
+    def optimizations(self) -> dict[str, Any]:
         """The settings that are passed through to diffusers and torch, by name."""
-        return self.model_dump(include=set(SWITCHES))
+        return self.model_dump(include=set(OPTIMIZATIONS))
 
     @classmethod
     def load(cls) -> Settings:

@@ -16,7 +16,7 @@ from stepweave.config import Settings
 from stepweave.config.preset import Preset
 from stepweave.engine import StepEngine
 from stepweave.errors import InvalidRequest, LoadError, shown
-from stepweave.loading.edit_pipelines import sibling
+from stepweave.loading.edit_pipelines import edit_pipeline
 from stepweave.loading.kinds import check_served
 from stepweave.loading.rehearsal import Course
 from stepweave.loading.schedulers import Rehearsals
@@ -66,8 +66,8 @@ class ServedModel:
         scheduler = getattr(pipeline, "scheduler", None)
         self.scheduler = None if scheduler is None else type(scheduler).__name__
         self._check_call()
-        self.image_to_image = sibling(pipeline, "image_to_image")
-        self.inpaint = sibling(pipeline, "inpaint")
+        self.image_to_image = edit_pipeline(pipeline, "image_to_image")
+        self.inpaint = edit_pipeline(pipeline, "inpaint")
         width, height = native_size(pipeline)
         self.width, self.height = preset.width or width, preset.height or height
         self._multiple, native = size_multiple(pipeline), (self.width, self.height)
@@ -231,7 +231,7 @@ class ServedModel:
         """Fill in the defaults and hold every value against the limits. Raises InvalidRequest
         naming value and limit.
 
-        With `sources` it is an edit, by default of the size of the picture it starts from, or the
+        With `sources` it is an edit, by default of the size of the image it starts from, or the
         nearest that is allowed. Without `rehearse`, `check_steps` is left to be called.
         """
         pipeline = self.pipeline_for(sources)
@@ -460,10 +460,10 @@ class ServedModel:
         return (width, height) if width and height else None
 
     def call(self, parameters: Parameters) -> dict[str, Any]:
-        """The keyword arguments of `StepEngine.submit` for n RGB pictures of height x width.
+        """The keyword arguments of `StepEngine.submit` for n RGB images of height x width.
 
         They are those of the pipeline's own call; `scheduler` and `pipeline` too, where they are
-        not the model's own. It resizes the pictures of an edit, so it may take some time.
+        not the model's own. It resizes the images of an edit, so it may take some time.
         """
         pipeline = self.pipeline_for(parameters.sources)
         arguments = arguments_of(pipeline)
@@ -478,7 +478,7 @@ class ServedModel:
             "guidance_scale": parameters.guidance_scale,
             "num_images_per_prompt": parameters.n,
             "strength": parameters.strength,
-            **self._pictures(parameters),
+            **self._images(parameters),
         }
         chosen = {"pipeline": pipeline} if pipeline is not self.pipeline else {}
         if parameters.scheduler is not None:
@@ -497,18 +497,18 @@ class ServedModel:
             },
         }
 
-    def _pictures(self, parameters: Parameters) -> dict[str, Any]:
-        """The pictures of an edit, of the size that is asked for."""
+    def _images(self, parameters: Parameters) -> dict[str, Any]:
+        """The images of an edit, of the size that is asked for."""
         sources, size = parameters.sources, (parameters.width, parameters.height)
         if sources is None:
             return {}
         image = _resized(sources.image, size)
         # one for each to be made: with one for all, pipelines encode it with the first generator
         # alone, or fail
-        pictures: dict[str, Any] = {"image": image if parameters.n == 1 else [image] * parameters.n}
+        resized: dict[str, Any] = {"image": image if parameters.n == 1 else [image] * parameters.n}
         if sources.mask is not None:
-            pictures["mask_image"] = _resized(sources.mask, size)
-        return pictures
+            resized["mask_image"] = _resized(sources.mask, size)
+        return resized
 
 
 def _kind(sources: Sources | None) -> str:
@@ -533,5 +533,5 @@ def _default_strength(pipeline: Any) -> float:
     return float(DEFAULT_STRENGTH if default is None else default)
 
 
-def _resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)

@@ -1,4 +1,4 @@
-"""A ticket: one accepted request, from its place in the queue to its picture files."""
+"""An accepted request, from its place in the queue to its image files."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ Update = Queued | Progressed | Partial
 
 @dataclass(frozen=True)
 class Means:
-    """What tickets need of the server."""
+    """What active requests need of the server."""
 
     model: str
     metrics: Metrics
@@ -91,7 +91,7 @@ class Means:
     refuse_flagged: bool = False  # images that the pipeline's safety checker flags
 
 
-class Ticket:
+class ActiveRequest:
     """An accepted request; the engine's observer of its job. All but what the engine calls is for
     the event loop.
 
@@ -362,11 +362,11 @@ class Ticket:
         generation = await on_thread(self._means.encoders, self._results.of, output, job)
         if self._partials is not None:
             await self._partials.settle()
-        pictures = await self._results.encode(generation)
+        files = await self._results.encode(generation)
         generation.timings.total = time.monotonic() - self._began
         metrics.request_seconds.observe(generation.timings.total)
         body = self._results.body(generation, job, self.steps)
-        return Answer({**body, "warnings": self.all_warnings}, pictures)
+        return Answer({**body, "warnings": self.all_warnings}, files)
 
     def _told(self, error: BaseException) -> StepweaveError:
         """What to tell of an error that ends it."""

@@ -12,7 +12,7 @@ from PIL import Image
 from stepweave.errors import ContentFlagged, WrongNumber
 from stepweave.images.encode import encode
 from stepweave.images.outputs import images_of, is_constant, outputs_of
-from stepweave.parameters import Generation, ImageRequest, Parameters, PictureFile, Timings
+from stepweave.parameters import Generation, ImageFile, ImageRequest, Parameters, Timings
 from stepweave.serving.usage import usage_of
 from stepweave.threads import on_thread
 
@@ -53,7 +53,7 @@ class Results:
         self.warnings += outputs.warnings
         return Generation(self.parameters, images, timings_of(job), outputs.flagged, outputs.others)
 
-    async def encode(self, generation: Generation) -> list[PictureFile]:
+    async def encode(self, generation: Generation) -> list[ImageFile]:
         """The images' files."""
         began = time.monotonic()
         request, model = self.request, self._means.model
@@ -76,7 +76,7 @@ class Results:
             )
         )
         generation.timings.encode_image = time.monotonic() - began
-        pictures = []
+        files = []
         for i, ((data, constant), value) in enumerate(zip(encoded, values, strict=True)):
             flagged = generation.flagged[i]
             if constant and not flagged:
@@ -86,10 +86,10 @@ class Results:
             self._means.metrics.images.labels(
                 "flagged" if flagged else "constant" if constant else "ok"
             ).inc()
-            pictures.append(
-                PictureFile(data, value["seed"], value, request.output_format, flagged=flagged)
+            files.append(
+                ImageFile(data, value["seed"], value, request.output_format, flagged=flagged)
             )
-        return pictures
+        return files
 
     def body(self, generation: Generation, job: Job, steps: int) -> dict[str, Any]:
         """The answer without its images and warnings. `steps` are those of an image."""

@@ -23,7 +23,7 @@ from stepweave.serving.drain import Drain, DrainToken
 from stepweave.serving.jobs import Jobs
 from stepweave.serving.keys import ApiKeys
 from stepweave.serving.names import told_name
-from stepweave.serving.request import Means, Ticket
+from stepweave.serving.request import ActiveRequest, Means
 from stepweave.serving.status import DRAINING_RETRY_SECONDS, Status
 from stepweave.telemetry.metrics import Metrics
 from stepweave.threads import DaemonExecutor, on_thread
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ENCODERS = 2  # threads that encode picture files
+ENCODERS = 2  # threads that encode image files
 UNCHECKED_DEADLINE = "deadline_ms could not be checked beforehand: no forecast was ready."
 UNFORESEEN_DEADLINE = (
     "deadline_ms could not be checked beforehand: nothing of this model had been timed yet."
@@ -77,7 +77,7 @@ class Server:
         self.jobs: Jobs | None = None  # once started
         self.leaving = Drain(settings.drain_notice, settings.grace, self._end)
         self.drain_token: DrainToken | None = None  # once started
-        self.tickets: dict[str, Ticket] = {}  # accepted and not yet done, by id
+        self.active: dict[str, ActiveRequest] = {}  # accepted and not yet done, by id
         self._admission: Admission | None = None
         self.metrics = Metrics(
             model_name=told_name(settings),
@@ -91,7 +91,7 @@ class Server:
             free_bytes=lambda: self.jobs.free_bytes() if self.jobs else math.nan,
         )
         self._encoders = DaemonExecutor(ENCODERS, "stepweave-encode")
-        # apart: they must not hold up pictures
+        # apart: they must not hold up images
         self._drawers = DaemonExecutor(1, "stepweave-preview", self._use_device)
         self._closers = DaemonExecutor(2, "stepweave-close")
         self.decoders = Decoders(settings.max_input_pixels)
@@ -102,7 +102,7 @@ class Server:
         """Begin to load in the background; `status` tells how far it is."""
         self.metrics.load_times.enter("starting")
         try:
-            self.jobs = Jobs.open(self.settings, self.tickets)
+            self.jobs = Jobs.open(self.settings, self.active)
             self.drain_token = DrainToken(self.jobs.directory)
         except StepweaveError as error:
             logger.error("%s", error.message)
@@ -133,7 +133,7 @@ class Server:
         if self.leaving.terminated:
             return
         self.leaving.terminate()
-        logger.info("terminating: %d requests are left", len(self.tickets))
+        logger.info("terminating: %d requests are left", len(self.active))
         # connections wait for their answers, and the hook that shuts down for the connections
         assert self.leaving.ending_at is not None
         left = max(0.0, self.leaving.ending_at - time.monotonic())
@@ -143,12 +143,12 @@ class Server:
 
     def _cut_off(self) -> None:
         """Have the requests fail that hang."""
-        if self.tickets and self.engine is not None:
+        if self.active and self.engine is not None:
             self._closers.submit(self.engine.close, 0.0)
 
     def _end(self) -> None:
-        for ticket in list(self.tickets.values()):
-            ticket.cancel(
+        for active in list(self.active.values()):
+            active.cancel(
                 Unavailable(
                     "The server shut down before the picture was done; send the request again.",
                     code="draining",
@@ -180,7 +180,7 @@ class Server:
     async def _wait(self, until: float) -> bool:
         """Wait until all work has been delivered and kept, or to a time of the monotonic clock;
         whether some is left."""
-        while left := [one.ended() for one in self.tickets.values()] + (
+        while left := [one.ended() for one in self.active.values()] + (
             self.jobs.keeping() if self.jobs else []
         ):
             if (await asyncio.wait(left, timeout=max(0.0, until - time.monotonic())))[1]:
@@ -270,7 +270,7 @@ class Server:
 
     @property
     def files(self) -> FileStore:
-        """Where pictures are kept. Raises Unavailable before the server has started."""
+        """Where image files are kept. Raises Unavailable before the server has started."""
         if self.jobs is None:
             raise self.unavailable()
         return self.jobs.files
@@ -299,7 +299,7 @@ class Server:
                 if self.leaving.overdue
                 else ""
             )
-            return Status("draining", 1.0, f"{len(self.tickets)} requests are left{ended}")
+            return Status("draining", 1.0, f"{len(self.active)} requests are left{ended}")
         return status
 
     def alive(self) -> bool:
@@ -354,7 +354,7 @@ class Server:
         warnings: Sequence[str] = (),
         client: Hashable = None,
         reservation: Reservation | None = None,
-    ) -> Ticket:
+    ) -> ActiveRequest:
         """Let a request in, and have the engine begin with it.
 
         `sources` and `strength` are an edit's. `previews` are as many as are wanted on the way;
@@ -392,17 +392,17 @@ class Server:
         )
         # an edit's images are brought to its size
         edit = sources is not None
-        call, pictures = (
+        call, images_hash = (
             await on_thread(None, _prepare, served, parameters)
             if edit
             else _prepare(served, parameters)
         )
-        token = hash((request.model_dump_json(), n, strength, pictures))
+        token = hash((request.model_dump_json(), n, strength, images_hash))
         ready = self.ready(reservation)
         enter = partial(admission.enter, token, client=client, reservation=reservation)
-        ticket = self._enter_engine(ready, request, parameters, call, enter, previews, began)
-        ticket.warnings.extend([*warnings, *(() if sources is None else sources.warnings)])
-        return ticket
+        active = self._enter_engine(ready, request, parameters, call, enter, previews, began)
+        active.warnings.extend([*warnings, *(() if sources is None else sources.warnings)])
+        return active
 
     @property
     def places(self) -> int:
@@ -429,7 +429,7 @@ class Server:
         enter: Callable[..., Outlook | None],
         previews: int,
         began: float,
-    ) -> Ticket:
+    ) -> ActiveRequest:
         served, engine = ready
         admission = self._admission
         assert admission is not None
@@ -448,7 +448,7 @@ class Server:
             answer_seconds=self.settings.stuck_seconds,
             refuse_flagged=self.settings.flagged_images == "refuse",
         )
-        ticket = Ticket(request, parameters, means, previews)
+        active = ActiveRequest(request, parameters, means, previews)
         deadline = None if request.deadline_ms is None else request.deadline_ms / 1000
         own: dict[str, Any] = {**call, "reproducible": parameters.reproducible}
         options: dict[str, Any] = {**own, "priority": request.priority}
@@ -460,38 +460,35 @@ class Server:
         )
         try:
             left = None if deadline is None else max(1e-3, deadline - (time.monotonic() - began))
-            ticket.begin(
-                engine.submit(**options, deadline=left, observer=ticket), expected, timed=timed
+            active.begin(
+                engine.submit(**options, deadline=left, observer=active), expected, timed=timed
             )
         except BaseException:
             admission.leave()
             raise
         if deadline is not None and expected is None:
-            ticket.warnings.append(UNCHECKED_DEADLINE if timed else UNFORESEEN_DEADLINE)
-        self.tickets[ticket.id] = ticket
-        ticket.ended().add_done_callback(lambda _: self._over(ticket))
-        return ticket
+            active.warnings.append(UNCHECKED_DEADLINE if timed else UNFORESEEN_DEADLINE)
+        self.active[active.id] = active
+        active.ended().add_done_callback(lambda _: self._over(active))
+        return active
 
-    def _over(self, ticket: Ticket) -> None:
-        """Forget a ticket that is over; and where its was the first result ever and no image, serve
-        no more."""
-        self.tickets.pop(ticket.id, None)
-        if ticket.error is None:
+    def _over(self, active: ActiveRequest) -> None:
+        """Forget a request that is over; where the first ever gave no image, serve no more."""
+        self.active.pop(active.id, None)
+        if active.error is None:
             self._has_images = True
         elif (
-            isinstance(ticket.error, NoImages)
+            isinstance(active.error, NoImages)
             and not self._has_images
             and self.status.stage == "ready"
         ):
-            self._fail(ticket.error.message)
+            self._fail(active.error.message)
 
 
 def _prepare(served: ServedModel, parameters: Parameters) -> tuple[dict[str, Any], Hashable]:
-    """The engine's arguments, and what tells an edit's pictures from others."""
+    """The engine's arguments, and what tells an edit's images from others."""
     sources = parameters.sources
-    pictures = (
-        ()
-        if sources is None
-        else (one.tobytes() for one in (sources.image, sources.mask) if one is not None)
+    images = () if sources is None else (sources.image, sources.mask)
+    return served.call(parameters), hash(
+        tuple(image.tobytes() for image in images if image is not None)
     )
-    return served.call(parameters), hash(tuple(pictures))

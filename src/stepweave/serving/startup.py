@@ -52,7 +52,7 @@ def load(
     from stepweave.engine import StepEngine
     from stepweave.loading import loader
     from stepweave.loading.device import choose_device, choose_dtype, set_cpu_threads
-    from stepweave.loading.optimizations import apply_switches, check_switches
+    from stepweave.loading.optimizations import apply_optimizations, check_optimizations
     from stepweave.previews.decoder import Previewer
     from stepweave.serving.model import ServedModel
     from stepweave.serving.warm_up import warm_up
@@ -60,12 +60,12 @@ def load(
     device = choose_device(settings)
     use_device(device)
     dtype = choose_dtype(settings, device)
-    check_switches(settings, device)
+    check_optimizations(settings, device)
     threads = set_cpu_threads(settings)
     enter("loading", 0.4, f"loading {settings.model_name()} onto {device} in {dtype}")
     read = load_pipeline or partial(loader.load_pipeline, on_stage=enter_stage)
     pipeline, preset = read(settings, device, dtype)
-    apply_switches(pipeline, settings, device)
+    apply_optimizations(pipeline, settings, device)
     model = ServedModel(pipeline, preset, settings)
     # before the engine hooks the modules; a preview would show what a safety checker takes out of
     # the picture

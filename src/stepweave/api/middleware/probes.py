@@ -50,7 +50,7 @@ def drain(scope: Scope, server: Server) -> JSONResponse:
     else:
         return _not_allowed(scope, "POST or DELETE", "POST, DELETE")
     status = server.health()
-    return JSONResponse({"stage": status.stage, "in_flight": len(server.tickets)})
+    return JSONResponse({"stage": status.stage, "in_flight": len(server.active)})
 
 
 def _not_allowed(scope: Scope, use: str, allow: str) -> JSONResponse:

@@ -104,7 +104,7 @@ class DiffusersExampleRoutes:
             server.accept, image, n=body.num_images_per_prompt, client=asker_of(request)
         )
         answer = await generate(server, claim, accept)
-        names = await asyncio.gather(*(picture.stored(server.files) for picture in answer.pictures))
+        names = await asyncio.gather(*(file.stored(server.files) for file in answer.images))
         return names, answer.body["warnings"]
 
     async def image(self, request: Request) -> Response:

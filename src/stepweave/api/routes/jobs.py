@@ -15,7 +15,7 @@ from stepweave.api.job_answers import describe, job_answer
 from stepweave.api.urls import base_url
 from stepweave.errors import Cancelled, InvalidRequest, NotFound, shown
 from stepweave.serving.jobs import Followed, Jobs
-from stepweave.serving.request import Ticket
+from stepweave.serving.request import ActiveRequest
 from stepweave.serving.server import Server
 
 MAX_LIST = 100
@@ -41,7 +41,7 @@ class JobRoutes:
             raise NotFound(
                 "The list of jobs is off while no keys are set (STEPWEAVE_API_KEYS_FILE, "
                 "STEPWEAVE_API_KEYS).",
-                code="list_is_off",
+                code="jobs_list_disabled",
             )
         for name in request.query_params:
             if name not in ("limit", "before"):
@@ -66,7 +66,7 @@ class JobRoutes:
     async def delete(self, request: Request) -> Response:
         """Cancel it; one that is over is forgotten, and its pictures."""
         job = await self._job(request)
-        if isinstance(job, Ticket) and not job.done:
+        if isinstance(job, ActiveRequest) and not job.done:
             job.cancel(Cancelled("The job was cancelled."))
             await asyncio.wait({job.ended()}, timeout=CANCEL_SECONDS)
             return await self._described(request, job)

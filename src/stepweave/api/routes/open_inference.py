@@ -244,14 +244,14 @@ def _write(
     head = {"model_name": body["model"], "model_version": VERSION} | (
         {} if message.id is None else {"id": message.id}
     )
-    images = [answer.pictures[0].data for answer in answers]
+    images = [answer.images[0].data for answer in answers]
     texts = [
         json.dumps(
             {
-                **answer.pictures[0].values,
+                **answer.images[0].values,
                 "output_format": output_format,
                 "model": body["model"],
-                "flagged": answer.pictures[0].flagged,
+                "flagged": answer.images[0].flagged,
                 "warnings": answer.body["warnings"],
                 **({"outputs": answer.body["outputs"]} if "outputs" in answer.body else {}),
             }

@@ -10,10 +10,10 @@ from starlette.routing import Route
 
 from stepweave.api.answers import (
     PROFILE,
+    check_one_image,
+    image_answer,
     json_answer,
-    one_picture,
-    picture_answer,
-    wants_picture,
+    wants_image,
     wants_stream,
     wants_to_come_back,
 )
@@ -22,7 +22,7 @@ from stepweave.api.bodies import pass_over_body, whole_body
 from stepweave.api.counting import count_of
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.events import EventStream, events
-from stepweave.api.forms import Form, digest_of, read_form, read_pictures, reserve
+from stepweave.api.forms import Form, digest_of, read_form, read_images, reserve
 from stepweave.api.idempotency import claim_of, generate, start
 from stepweave.api.job_answers import job_answer
 from stepweave.api.schemas import (
@@ -37,7 +37,7 @@ from stepweave.api.schemas import (
 from stepweave.api.urls import base_url, reference
 from stepweave.errors import InvalidRequest
 from stepweave.serving.admission import Reservation
-from stepweave.serving.request import Ticket
+from stepweave.serving.request import ActiveRequest
 from stepweave.serving.server import Server
 
 
@@ -94,23 +94,25 @@ class OpenAIRoutes:
         assert jobs is not None
         detached, stream = wants_to_come_back(request), wants_stream(request)
         streams = body.stream or stream is not None
-        picture = None if detached or streams else wants_picture(request)
-        if picture is not None:
-            one_picture(
-                body.n, picture, body.output_format, "output_format" in body.model_fields_set
+        image_format = None if detached or streams else wants_image(request)
+        if image_format is not None:
+            check_one_image(
+                body.n, image_format, body.output_format, "output_format" in body.model_fields_set
             )
-            body = body.model_copy(update={"output_format": picture})
+            body = body.model_copy(update={"output_format": image_format})
         response_format = body.response_format or server.settings.response_format
-        linked = response_format == "url" and (picture is None or body.response_format is not None)
+        linked = response_format == "url" and (
+            image_format is None or body.response_format is not None
+        )
         base = base_url(request, server.settings) if linked else None
         claim = claim_of(
             request, body.model_dump_json(), b"" if form is None else await digest_of(form)
         )
 
-        async def accept() -> Ticket:
+        async def accept() -> ActiveRequest:
             # only here: one that joins another, or does not go with it, costs no decoding
-            sources = None if form is None else await read_pictures(form, server, body.size, place)
-            ticket = await server.accept(
+            sources = None if form is None else await read_images(form, server, body.size, place)
+            active = await server.accept(
                 body,
                 n=body.n,
                 model=body.model or None,  # empty is absent
@@ -122,8 +124,8 @@ class OpenAIRoutes:
                 client=asker_of(request),
                 reservation=place,
             )
-            ticket.response_format = response_format
-            return ticket
+            active.response_format = response_format
+            return active
 
         if detached:
             job = await start(server, claim, accept, detached=True, reservation=place)
@@ -140,8 +142,8 @@ class OpenAIRoutes:
             told = events(job, request, jobs.files, verbose=verbose, base=base)
             return EventStream(request, job, told, {"X-Stepweave-Job": job.id})
         answer = await until_disconnect(request, generate(server, claim, accept, reservation=place))
-        if picture is not None:
-            return picture_answer(answer)
+        if image_format is not None:
+            return image_answer(answer)
         return Response(await json_answer(answer, base, jobs.files), media_type="application/json")
 
     async def models(self, request: Request) -> Response:
@@ -181,7 +183,7 @@ class OpenAIRoutes:
                 },
                 "previews": self.server.previewer is not None,
                 "batching": engine.mode,
-                "switches": settings.switches(),
+                "switches": settings.optimizations(),
                 "certificates": stats.certificates,
                 "unshared": stats.unshared,
             },
