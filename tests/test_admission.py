@@ -224,7 +224,7 @@ def test_a_refusal_takes_no_time_of_the_model_and_hardly_any_of_the_servers(
     for i in range(200):
         began = time.perf_counter()
         with pytest.raises(Refused):
-            admission.enter(i, lambda: engine.outlook(**call))
+            admission.enter(i, lambda: engine.estimate(**call))
         seconds.append(time.perf_counter() - began)
     assert app.pipeline.record.steps_run <= ran + 1
     print(f"a refusal: {sorted(seconds)[100] * 1e3:.3f} ms")  # noqa: T201

@@ -273,7 +273,7 @@ def test_what_is_foretold_of_an_edit_is_of_its_kind_size_and_steps() -> None:
         engine.submit(**family.arguments("x", seed=1, steps=6)).result(SECONDS)
         engine.submit(pipeline=other, **call(family, 1, "image_to_image")).result(SECONDS)
         solo = [
-            engine.outlook(
+            engine.estimate(
                 pipeline=other, **{**arguments, "num_inference_steps": 100, "strength": strength}
             )
             for strength in (0.2, 0.9)

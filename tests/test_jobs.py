@@ -161,8 +161,8 @@ async def test_a_first_burst_of_a_real_pipeline_is_told_what_is_true_to_its_end(
         while any(
             ticket.state in ("queued", "running") for ticket in list(app.server.active.values())
         ):
-            standings = engine.standings()
-            places = [one.position for one in standings.values() if one.position]
+            positions = engine.queue_positions()
+            places = [one.position for one in positions.values() if one.position]
             assert places == list(range(1, len(places) + 1))
             for job in [await app.job(one["id"]) for one in accepted]:
                 assert (job["position"] is None) == (job["state"] != "queued")

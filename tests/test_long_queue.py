@@ -104,26 +104,26 @@ async def test_the_loop_goes_on_while_many_jobs_are_forecast(forecasts: Forecast
     with engine_of(MANY) as (engine, jobs):
         beating = asyncio.create_task(beat())
         try:
-            engine.standing(jobs[0].id)
+            engine.queue_position(jobs[0].id)
             await asyncio.to_thread(forecasts.begun.wait, SECONDS)
             for _ in range(50):  # all that a server asks on its loop, while the forecast hangs
                 before = beats
-                engine.outlook(**call())
-                assert engine.standing(jobs[-1].id) is not None
+                engine.estimate(**call())
+                assert engine.queue_position(jobs[-1].id) is not None
                 engine.drain()
                 engine.stats()
                 await asyncio.sleep(0)
                 assert beats > before
-            assert engine.outlook(**call()) is None, "nothing is told before the first forecast"
+            assert engine.estimate(**call()) is None, "nothing is told before the first forecast"
             forecasts.go.set()
             async with asyncio.timeout(SECONDS):
-                while engine.outlook(**call()) is None:  # noqa: ASYNC110
+                while engine.estimate(**call()) is None:  # noqa: ASYNC110
                     await asyncio.sleep(0.005)
         finally:
             beating.cancel()
         assert forecasts.inline() <= 2 * planner.FEW
         assert forecasts.most == 1, "one forecast at a time, for all who ask"
-        ends = engine.standings()
+        ends = engine.queue_positions()
         assert len(ends) == MANY
         assert sorted(one.position for one in ends.values()) in (
             list(range(MANY)),
@@ -137,32 +137,34 @@ async def test_the_loop_goes_on_while_many_jobs_are_forecast(forecasts: Forecast
         job = next(one for one in jobs if one.id == first)
         job.cancel()
         assert job.exception(SECONDS) is not None
-        moved = engine.standing(last)
+        moved = engine.queue_position(last)
         assert moved is not None and moved.position == ends[last].position - 1, (
             "at once, without another forecast"
         )
-        outlook = engine.outlook(**call())
-        assert outlook is not None
+        estimate = engine.estimate(**call())
+        assert estimate is not None
         # the shortest go first, and it is the last of these
         alike = [
-            engine.standing(job.id) for job in jobs[1:] if job.kwargs["num_inference_steps"] == 4
+            engine.queue_position(job.id)
+            for job in jobs[1:]
+            if job.kwargs["num_inference_steps"] == 4
         ]
-        assert outlook.finish == pytest.approx(
+        assert estimate.finish == pytest.approx(
             max(one.eta or 0.0 for one in alike if one is not None), rel=0.5
         )
 
 
 async def test_a_job_that_comes_during_a_forecast_is_not_lost(forecasts: Forecasts) -> None:
     with engine_of(3 * planner.FEW) as (engine, jobs):
-        engine.standing(jobs[0].id)
+        engine.queue_position(jobs[0].id)
         await asyncio.to_thread(forecasts.begun.wait, SECONDS)
         later = [engine.submit(**call(50)) for _ in range(2 * planner.FEW)]
         jobs += later
-        places = [engine.standing(job.id) for job in later]
+        places = [engine.queue_position(job.id) for job in later]
         assert None not in places
         forecasts.go.set()
-        wait_until(lambda: engine.outlook(**call()) is not None)
-        found = [engine.standing(job.id) for job in later]
+        wait_until(lambda: engine.estimate(**call()) is not None)
+        found = [engine.queue_position(job.id) for job in later]
         assert [one.position for one in found if one is not None] == sorted(
             one.position for one in found if one
         )
@@ -180,9 +182,9 @@ async def test_a_forecast_that_fails_is_made_again(monkeypatch: pytest.MonkeyPat
 
     with engine_of(3 * planner.FEW) as (engine, _):
         monkeypatch.setattr(planner, "forecast", fail)
-        wait_until(lambda: engine.outlook(**call()) is not None)
+        wait_until(lambda: engine.estimate(**call()) is not None)
         assert failed.is_set()
-        assert len(engine.standings()) == 3 * planner.FEW
+        assert len(engine.queue_positions()) == 3 * planner.FEW
 
 
 async def test_jobs_that_nobody_asks_about_leave_nothing_behind() -> None:
@@ -191,7 +193,7 @@ async def test_jobs_that_nobody_asks_about_leave_nothing_behind() -> None:
             for job in [engine.submit(**call(1)) for _ in range(50)]:
                 job.result(SECONDS)
         assert len(engine._planner._plan) <= 2 * (planner.FEW + 50) + 1
-        wait_until(lambda: engine.standings() == {})
+        wait_until(lambda: engine.queue_positions() == {})
 
 
 async def test_no_more_are_let_in_than_may_be_however_many_wait() -> None:

@@ -423,8 +423,8 @@ def test_warm_up_certifies_every_call_at_two_sizes(shapes: tuple[ServedModel, St
         "vae.encode": 1,
         "vae.decode": 2,
     }
-    outlook = engine.outlook(**model.call(model.resolve(prompt="x", sources=Sources(gradient()))))
-    assert outlook is not None and outlook.solo > 0
+    estimate = engine.estimate(**model.call(model.resolve(prompt="x", sources=Sources(gradient()))))
+    assert estimate is not None and estimate.solo > 0
     assert model.edits == ("image_to_image", "inpainting")
 
 

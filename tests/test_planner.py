@@ -194,9 +194,9 @@ def test_forwards_have_as_many_rows_as_pay(clock: Clock) -> None:
 
 def test_nothing_is_foretold_of_what_never_ran() -> None:
     with StepEngine(toy(Guided)) as engine:
-        assert engine.outlook(prompt="x", num_inference_steps=5) is None
+        assert engine.estimate(prompt="x", num_inference_steps=5) is None
         assert engine.backlog() == 0
-        assert engine.standings() == {}
+        assert engine.queue_positions() == {}
 
 
 @every_mode
@@ -204,7 +204,7 @@ def test_a_job_is_foretold_from_those_before_it(mode: Mode, clock: Clock) -> Non
     with StepEngine(clock.timed(lambda rows: 0.005, Guided), mode, threads=1) as engine:
         engine.submit(prompt="x", num_inference_steps=10).result(SECONDS)
         time.sleep(REPRICE_SECONDS)
-        ten, twenty = (engine.outlook(prompt="x", num_inference_steps=steps) for steps in (10, 20))
+        ten, twenty = (engine.estimate(prompt="x", num_inference_steps=steps) for steps in (10, 20))
         assert ten is not None
         assert twenty is not None
         assert ten.solo == pytest.approx(ten.finish, rel=0.3)
@@ -219,7 +219,7 @@ def test_sizes_and_pictures_that_never_ran_are_scaled(clock: Clock) -> None:
             engine.submit(**arguments, num_inference_steps=12).result(SECONDS)
         time.sleep(REPRICE_SECONDS)
         one, four, larger = (
-            engine.outlook(prompt="x", width=width, height=8, num_images_per_prompt=images)
+            engine.estimate(prompt="x", width=width, height=8, num_images_per_prompt=images)
             for width, images in ((4, 1), (4, 4), (16, 1))
         )
         assert one is not None
@@ -235,21 +235,21 @@ def test_jobs_know_their_places_and_times(clock: Clock) -> None:
         time.sleep(REPRICE_SECONDS)
         with held(engine, prompt="x", num_inference_steps=10) as running:
             jobs = [engine.submit(prompt="x", num_inference_steps=steps) for steps in (40, 20)]
-            standings = engine.standings()
-            long, short = (standings[job.id] for job in jobs)
-            assert standings[running.id].position == 0
+            positions = engine.queue_positions()
+            long, short = (positions[job.id] for job in jobs)
+            assert positions[running.id].position == 0
             assert (short.position, long.position) == (1, 2)
-            assert 0 < standings[running.id].eta < short.eta < long.eta
+            assert 0 < positions[running.id].eta < short.eta < long.eta
             assert engine.backlog() == pytest.approx(long.eta, rel=0.2)
-            other = engine.outlook(prompt="x", num_inference_steps=30)
+            other = engine.estimate(prompt="x", num_inference_steps=30)
             assert other is not None
             assert short.eta < other.finish < long.eta + other.solo
-            first = engine.outlook(prompt="x", num_inference_steps=30, priority="high")
+            first = engine.estimate(prompt="x", num_inference_steps=30, priority="high")
             assert first is not None
             assert first.finish < other.finish
         for job in jobs:
             job.result(SECONDS)
-        wait_until(lambda: not engine.standings())
+        wait_until(lambda: not engine.queue_positions())
 
 
 def test_a_forecast_comes_true(clock: Clock) -> None:
@@ -263,7 +263,7 @@ def test_a_forecast_comes_true(clock: Clock) -> None:
             job.result(SECONDS)  # so that what proofs and early audits take is behind
         with held(engine, prompt="x", num_inference_steps=4):
             jobs = [engine.submit(prompt="x", num_inference_steps=10 + 10 * i) for i in range(6)]
-            foretold, began = engine.standings(), clock.now
+            foretold, began = engine.queue_positions(), clock.now
             for job in jobs:
                 job.add_done_callback(lambda job: ends.setdefault(job.id, clock.now))
         for job in jobs:
@@ -293,16 +293,16 @@ def test_nothing_is_told_to_be_done_sooner_than_alone(
     """Though steps have turned out to be cheaper, or dearer, since jobs were priced."""
     with StepEngine(clock.timed(lambda rows: 0.01, Guided), max_rows=1) as engine:
         engine.submit(prompt="x", num_inference_steps=10).result(SECONDS)
-        assert engine.outlook(prompt="x") is not None
+        assert engine.estimate(prompt="x") is not None
         monkeypatch.setattr("stepweave.planning.planner.REPRICE_SECONDS", float("inf"))
         for seconds in (0.002, 0.05):
             [key] = engine.curves()
             for _ in range(9):
                 engine._planner.cost.observe(key, 1, seconds)
-            outlook = engine.outlook(prompt="x", num_inference_steps=30)
-            assert outlook is not None
-            assert outlook.finish >= outlook.solo > 0
-            assert outlook.wait == pytest.approx(outlook.finish - outlook.solo)
+            estimate = engine.estimate(prompt="x", num_inference_steps=30)
+            assert estimate is not None
+            assert estimate.finish >= estimate.solo > 0
+            assert estimate.wait == pytest.approx(estimate.finish - estimate.solo)
             assert engine.alone(prompt="x", num_inference_steps=30) == pytest.approx(30 * seconds)
 
 
@@ -312,9 +312,12 @@ def test_an_eta_is_no_less_than_what_is_left_takes_alone(clock: Clock) -> None:
         time.sleep(REPRICE_SECONDS)
         with held(engine, prompt="x", num_inference_steps=5):
             waiting = engine.submit(prompt="x", num_inference_steps=5)
-            standing = engine.standing(waiting.id)
-            assert standing is not None and standing.eta is not None
-            assert (standing.position, standing.eta >= waiting.task.remaining) == (1, True)
+            told = engine.queue_position(waiting.id)
+            assert told is not None and told.eta is not None
+            assert (told.position, told.eta >= waiting.task.remaining) == (
+                1,
+                True,
+            )
             plan = engine._planner._plan
             plan.made -= 10**6  # it was made long ago
             told = engine._planner._eta(waiting, plan, time.monotonic())
@@ -335,12 +338,12 @@ def test_each_that_waits_has_its_own_place_also_before_anything_was_timed(mode: 
             high = engine.submit(prompt="x", num_inference_steps=5, priority="high")
 
             def places(*expected: Job) -> None:
-                standings = engine.standings()
-                order = [id for id, one in standings.items() if one.position]
+                positions = engine.queue_positions()
+                order = [id for id, one in positions.items() if one.position]
                 assert order == [job.id for job in expected]
-                assert [standings[id].position for id in order] == list(range(1, len(order) + 1))
-                assert standings == {id: engine.standing(id) for id in standings}
-                assert {one.eta for one in standings.values()} == {None}
+                assert [positions[id].position for id in order] == list(range(1, len(order) + 1))
+                assert positions == {id: engine.queue_position(id) for id in positions}
+                assert {one.eta for one in positions.values()} == {None}
 
             started = [job for job in jobs if job.begun]
             assert started == jobs[: len(started)]
@@ -354,7 +357,7 @@ def test_each_that_waits_has_its_own_place_also_before_anything_was_timed(mode: 
             gate.set()
         for job in [high, *jobs]:
             job.exception(SECONDS)
-        wait_until(lambda: not engine.standings())
+        wait_until(lambda: not engine.queue_positions())
         assert engine.timed
 
 
@@ -384,7 +387,7 @@ def test_what_ended_is_not_planned_for_any_more() -> None:
             late.result(SECONDS)
         assert failing.exception(SECONDS) is not None
         wait_until(lambda: engine.running == 0)
-        assert engine.standings() == {}
+        assert engine.queue_positions() == {}
         assert engine.backlog() == 0
 
 
@@ -398,8 +401,8 @@ def test_the_plan_can_be_asked_while_the_engine_works() -> None:
         def ask() -> None:
             while not stop.is_set():
                 try:
-                    engine.outlook(prompt="x", num_inference_steps=7, deadline=1.0)
-                    engine.standings()
+                    engine.estimate(prompt="x", num_inference_steps=7, deadline=1.0)
+                    engine.queue_positions()
                     engine.stats()
                 except BaseException as error:
                     errors.append(error)
@@ -425,7 +428,7 @@ def test_a_job_that_ends_early_teaches_nothing(clock: Clock) -> None:
     with StepEngine(clock.timed(lambda rows: 0.003, Guided)) as engine:
         engine.submit(prompt="x", num_inference_steps=20).result(SECONDS)
         time.sleep(REPRICE_SECONDS)
-        before = engine.outlook(prompt="x", num_inference_steps=20)
+        before = engine.estimate(prompt="x", num_inference_steps=20)
         with held(engine, **seeded()):
             engine.submit(prompt="x", num_inference_steps=20).cancel()
             failing = engine.submit(prompt="x", num_inference_steps=20, width=-1)
@@ -435,7 +438,7 @@ def test_a_job_that_ends_early_teaches_nothing(clock: Clock) -> None:
         running.cancel()
         assert running.exception(SECONDS) is not None
         time.sleep(REPRICE_SECONDS)
-        after = engine.outlook(prompt="x", num_inference_steps=20)
+        after = engine.estimate(prompt="x", num_inference_steps=20)
         assert before is not None
         assert after is not None
         assert after.solo == pytest.approx(before.solo, rel=0.5)
@@ -488,7 +491,7 @@ def test_jobs_of_different_shape_are_not_foretold_to_share_steps(clock: Clock) -
         with held(engine, prompt="x", num_inference_steps=20):
             engine.submit(prompt="x", num_inference_steps=20)
             alike, across, apart = (
-                engine.outlook(prompt="x", num_inference_steps=40, **options)
+                engine.estimate(prompt="x", num_inference_steps=40, **options)
                 for options in ({}, {"width": 8, "height": 4}, {"reproducible": True})
             )
             assert alike is not None

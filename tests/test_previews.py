@@ -1,4 +1,4 @@
-"""Observers of jobs, the clean latents that a step foresees, and previews made of them."""
+"""Observers of jobs, the clean latents that a step predicts, and previews made of them."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def _server(*args: Any, **options: Any) -> Server:
 
 
 # what prompts say cannot be foreseen, so deadlines are missed rather than refused
-StepEngine.outlook = lambda *_, **__: None  # type: ignore[method-assign,assignment,return-value]
+StepEngine.estimate = lambda *_, **__: None  # type: ignore[method-assign,assignment,return-value]
 StepEngine.alone = lambda *_, **__: None  # type: ignore[method-assign,assignment,return-value]
 jobs.KEEP_AGAIN_SECONDS = (0.2, 0.2, 0.2, 0.2)
 with patch("stepweave.serving.server.Server", _server):

@@ -8,8 +8,9 @@ from collections.abc import Hashable, Sequence
 from benchmarks.simulation.curves import Curves, knees
 from stepweave.errors import DeadlineTooShort, Refused
 from stepweave.planning.forecast import Order, forecast
+from stepweave.planning.plan import Estimate
 from stepweave.scheduling.task import Demand, Task
-from stepweave.serving.admission import Admission, Outlook
+from stepweave.serving.admission import Admission
 
 
 class Reception:
@@ -31,7 +32,7 @@ class Reception:
         self._now, self._inside = now, inside
         deadline = None if task.deadline is None else task.deadline - now
         try:
-            self._admission.enter(token, lambda: self._outlook(task), deadline)
+            self._admission.enter(token, lambda: self._estimate(task), deadline)
         except DeadlineTooShort:
             return math.inf
         except Refused as refused:
@@ -41,8 +42,8 @@ class Reception:
     def leave(self) -> None:
         self._admission.leave()
 
-    def _outlook(self, task: Task) -> Outlook:
-        return Outlook(self._forecast([*self._inside, task])[-1], task.solo)
+    def _estimate(self, task: Task) -> Estimate:
+        return Estimate(self._forecast([*self._inside, task])[-1], task.solo)
 
     def _drain(self) -> float:
         return max(self._forecast(self._inside), default=0.0)

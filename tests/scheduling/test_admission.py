@@ -13,6 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from stepweave.errors import REFUSAL_REASONS, DeadlineTooShort, InvalidRequest, Refused
+from stepweave.planning.plan import Estimate
 from stepweave.serving import admission
 from stepweave.serving.admission import (
     GRACE,
@@ -22,7 +23,6 @@ from stepweave.serving.admission import (
     TRUST_SECONDS,
     UNKNOWN_SECONDS,
     Admission,
-    Outlook,
     Reservation,
 )
 
@@ -39,7 +39,7 @@ class Door:
     def comes(
         self,
         token: Hashable = None,
-        outlook: Outlook | None = None,
+        estimate: Estimate | None = None,
         deadline: float | None = None,
         client: Hashable = None,
         reservation: Reservation | None = None,
@@ -49,7 +49,7 @@ class Door:
         try:
             self.admission.enter(
                 token,
-                lambda: outlook,
+                lambda: estimate,
                 deadline,
                 client=client,
                 reservation=reservation,
@@ -67,9 +67,9 @@ class Door:
         self.admission.leave()
 
 
-def refusal(door: Door, outlook: Outlook, deadline: float | None = None) -> Refused:
+def refusal(door: Door, estimate: Estimate, deadline: float | None = None) -> Refused:
     with pytest.raises(Refused) as refused:
-        door.admission.enter("request", lambda: outlook, deadline)
+        door.admission.enter("request", lambda: estimate, deadline)
     return refused.value
 
 
@@ -94,19 +94,19 @@ def test_as_many_as_the_limit_are_let_in_and_places_come_back() -> None:
 def test_a_refusal_takes_no_place() -> None:
     door = Door(2, max_wait=5)
     door.comes()
-    for outlook, deadline in (
-        (Outlook(9, 1), None),
-        (Outlook(3, 1), 2.0),
-        (Outlook(3, 1, fits=False), None),
+    for estimate, deadline in (
+        (Estimate(9, 1), None),
+        (Estimate(3, 1), 2.0),
+        (Estimate(3, 1, fits=False), None),
     ):
-        assert door.comes("x", outlook, deadline) is not None
+        assert door.comes("x", estimate, deadline) is not None
     assert door.admission.in_flight == 1
 
 
 def test_an_outlook_that_fails_takes_no_place() -> None:
     door = Door(1)
 
-    def fails() -> Outlook:
+    def fails() -> Estimate:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -117,13 +117,13 @@ def test_an_outlook_that_fails_takes_no_place() -> None:
 def test_the_outlook_is_returned_and_only_asked_for_if_there_is_a_place() -> None:
     door, asked = Door(1), []
 
-    def outlook() -> Outlook:
+    def estimate() -> Estimate:
         asked.append(1)
-        return Outlook(2.0, 1.0)
+        return Estimate(2.0, 1.0)
 
-    assert door.admission.enter("a", outlook) == Outlook(2.0, 1.0)
+    assert door.admission.enter("a", estimate) == Estimate(2.0, 1.0)
     with pytest.raises(Refused):
-        door.admission.enter("b", outlook)
+        door.admission.enter("b", estimate)
     assert len(asked) == 1
 
 
@@ -172,9 +172,9 @@ def test_before_anything_was_timed_retry_after_is_a_guess() -> None:
     door = Door(1, drain=None)
     door.comes()
     assert door.comes("x") == UNKNOWN_SECONDS
-    assert refusal(door, Outlook(1.0, 1.0)).message.endswith("Retry-After is a guess.")
+    assert refusal(door, Estimate(1.0, 1.0)).message.endswith("Retry-After is a guess.")
     door.drain = 3.0
-    assert refusal(door, Outlook(1.0, 1.0)).message.endswith("the limit is 1.")
+    assert refusal(door, Estimate(1.0, 1.0)).message.endswith("the limit is 1.")
 
 
 def test_a_client_that_comes_too_early_may_still_come_when_it_was_told_first() -> None:
@@ -226,7 +226,7 @@ def test_the_longer_nothing_ran_the_less_sure_it_is_that_a_deadline_is_too_short
 ) -> None:
     """What was learnt may have become wrong, and where all requests have deadlines nothing would
     correct it."""
-    door, slow = Door(3), Outlook(finish=3.0, solo=3.0)
+    door, slow = Door(3), Estimate(finish=3.0, solo=3.0)
     for _ in range(busy):
         door.comes()
     assert door.comes("a", slow, deadline=3.0 / times) == math.inf
@@ -250,7 +250,7 @@ def test_a_deadline_that_nothing_can_meet_is_said_to_be_and_not_to_come_back(
     for _ in range(2 if full else 1):
         door.comes()
     with pytest.raises(DeadlineTooShort) as refused:
-        door.admission.enter("x", lambda: Outlook(9.0, 7.365), deadline, alone=lambda: 7.365)
+        door.admission.enter("x", lambda: Estimate(9.0, 7.365), deadline, alone=lambda: 7.365)
     error = refused.value
     assert isinstance(error, InvalidRequest)
     assert (error.status, error.code, error.param) == (400, "deadline_too_short", "deadline_ms")
@@ -273,10 +273,10 @@ def test_what_is_told_of_a_deadline_is_consistent(
 ) -> None:
     """Estimates of two moments: the time alone is never more than the whole, and neither fits into
     the deadline."""
-    door, outlook, deadline = Door(4), Outlook(finish, solo), deadline_ms / 1000
-    assert outlook.wait >= 0
+    door, estimate, deadline = Door(4), Estimate(finish, solo), deadline_ms / 1000
+    assert estimate.wait >= 0
     try:
-        door.admission.enter("x", lambda: outlook, deadline, alone=lambda: solo)
+        door.admission.enter("x", lambda: estimate, deadline, alone=lambda: solo)
     except (Refused, DeadlineTooShort) as error:
         told = [float(one) for one in re.findall(r"([0-9.]+) s\b", error.message)]
         assert f"deadline_ms is {deadline_ms};" in error.message
@@ -466,18 +466,18 @@ def test_equal_requests_of_two_clients_do_not_share_a_promise() -> None:
 
 
 @pytest.mark.parametrize(
-    ("outlook", "deadline"),
-    [(Outlook(9.0, 1.0), 2.0), (Outlook(45.0, 1.0), None), (Outlook(3.0, 1.0, False), None)],
+    ("estimate", "deadline"),
+    [(Estimate(9.0, 1.0), 2.0), (Estimate(45.0, 1.0), None), (Estimate(3.0, 1.0, False), None)],
 )
 def test_who_comes_as_told_and_is_refused_for_another_reason_keeps_its_place(
-    outlook: Outlook, deadline: float | None
+    estimate: Estimate, deadline: float | None
 ) -> None:
     door = Door(2, drain=20.0, max_wait=40.0)
     door.comes(), door.comes()
     assert door.comes("a", client="told") == 10
     door.now += 10
     door.leaves()
-    again = door.comes("a", outlook, deadline, client="told")
+    again = door.comes("a", estimate, deadline, client="told")
     assert again is not None
     door.now += again
     assert door.comes("b", client="another") is not None
@@ -490,7 +490,7 @@ def test_no_place_is_kept_for_a_deadline_that_can_never_be_met() -> None:
     assert door.comes("a") == 10
     door.now += 10
     door.leaves()
-    assert door.comes("a", Outlook(9.0, 5.0), 2.0) == math.inf
+    assert door.comes("a", Estimate(9.0, 5.0), 2.0) == math.inf
     assert not door.admission._promised
     assert fresh(door) is None
 
@@ -520,12 +520,12 @@ def test_of_two_that_want_the_last_place_one_reserves_it() -> None:
     assert door.admission.in_flight == 2, "it is the request's now"
 
 
-@pytest.mark.parametrize("outlook", [Outlook(9.0, 1.0), None])
-def test_a_reserved_place_comes_back_however_the_request_ends(outlook: Outlook | None) -> None:
+@pytest.mark.parametrize("estimate", [Estimate(9.0, 1.0), None])
+def test_a_reserved_place_comes_back_however_the_request_ends(estimate: Estimate | None) -> None:
     door = Door(2)
     with door.admission.reserve() as place:
-        if outlook is not None:
-            assert door.comes("x", outlook, 2.0, reservation=place) is not None
+        if estimate is not None:
+            assert door.comes("x", estimate, 2.0, reservation=place) is not None
     place.release()
     assert door.admission.in_flight == 0
     with pytest.raises(ZeroDivisionError), door.admission.reserve():
@@ -551,7 +551,7 @@ def test_a_reserved_place_is_promised_and_kept_as_any() -> None:
     door.now += 10
     door.leaves()
     place = door.admission.reserve("an edit", "mine")
-    refused = door.comes("x", Outlook(19.0, 1.0), 2.0, reservation=place)
+    refused = door.comes("x", Estimate(19.0, 1.0), 2.0, reservation=place)
     assert refused == 17
     last = door.admission._promised[-1]
     assert (last.client, last.due, last.returning) == ("mine", door.now + 17, True)
@@ -647,29 +647,29 @@ def test_whoever_was_promised_the_first_place_gets_it(
 
 def test_a_deadline_that_cannot_be_met_is_refused_and_one_that_can_is_not() -> None:
     door = Door(4)
-    refused = refusal(door, Outlook(finish=12.0, solo=3.0), deadline=5.0)
+    refused = refusal(door, Estimate(finish=12.0, solo=3.0), deadline=5.0)
     assert (refused.code, refused.status, refused.retry_after) == ("deadline", 429, 7)
-    assert door.comes("x", Outlook(12.0, 3.0), 12.0) is None
-    assert door.comes("y", Outlook(12.0, 3.0)) is None
+    assert door.comes("x", Estimate(12.0, 3.0), 12.0) is None
+    assert door.comes("y", Estimate(12.0, 3.0)) is None
 
 
 def test_a_deadline_is_refused_by_the_idle_server_too() -> None:
-    assert Door(4).comes("x", Outlook(3.0, 3.0), 2.0) == math.inf
-    assert Door(4).comes("x", Outlook(3.0, 3.0), 3.0) is None
+    assert Door(4).comes("x", Estimate(3.0, 3.0), 2.0) == math.inf
+    assert Door(4).comes("x", Estimate(3.0, 3.0), 3.0) is None
 
 
 def test_a_wait_beyond_the_limit_is_refused() -> None:
     door = Door(4, max_wait=10.0)
     # what it takes itself is no wait
-    assert door.comes("x", Outlook(finish=40.0, solo=30.0)) is None
-    refused = refusal(door, Outlook(finish=45.0, solo=30.0))
+    assert door.comes("x", Estimate(finish=40.0, solo=30.0)) is None
+    refused = refusal(door, Estimate(finish=45.0, solo=30.0))
     assert (refused.code, refused.retry_after) == ("wait", 5)
 
 
 def test_too_little_memory_is_refused_while_others_use_it() -> None:
     door = Door(4, drain=6.0)
-    assert door.comes("x", Outlook(1.0, 1.0, fits=False)) is None
-    refused = refusal(door, Outlook(1.0, 1.0, fits=False))
+    assert door.comes("x", Estimate(1.0, 1.0, fits=False)) is None
+    refused = refusal(door, Estimate(1.0, 1.0, fits=False))
     assert (refused.code, refused.retry_after) == ("memory", 6)
 
 
@@ -683,13 +683,13 @@ def test_refusals_are_counted_by_reason() -> None:
     door.comes()
     assert dict(door.admission.refused) == {}
     for _ in range(2):
-        refusal(door, Outlook(50.0, 1.0), deadline=5.0)
-    assert door.comes("x", Outlook(50.0, 6.0), 5.0) == math.inf
-    refusal(door, Outlook(50.0, 1.0))
-    refusal(door, Outlook(1.0, 1.0, fits=False))
+        refusal(door, Estimate(50.0, 1.0), deadline=5.0)
+    assert door.comes("x", Estimate(50.0, 6.0), 5.0) == math.inf
+    refusal(door, Estimate(50.0, 1.0))
+    refusal(door, Estimate(1.0, 1.0, fits=False))
     door.comes()
     for _ in range(3):
-        refusal(door, Outlook(1.0, 1.0))
+        refusal(door, Estimate(1.0, 1.0))
     assert dict(door.admission.refused) == {"deadline": 3, "wait": 1, "memory": 1, "queue_full": 3}
     assert set(REFUSAL_REASONS) == set(door.admission.refused)
 
@@ -701,7 +701,7 @@ def test_threads_never_share_a_place() -> None:
     shared = Admission(limit, lambda: 0.001)
     inside, most, guard, pause = 0, 0, threading.Lock(), threading.Event()
 
-    def outlook() -> None:
+    def estimate() -> None:
         pause.wait(0.0005)
 
     def client(number: int) -> tuple[int, int]:
@@ -709,7 +709,7 @@ def test_threads_never_share_a_place() -> None:
         let_in = refused = 0
         for _ in range(rounds):
             try:
-                shared.enter(number, outlook)
+                shared.enter(number, estimate)
             except Refused:
                 refused += 1
                 continue

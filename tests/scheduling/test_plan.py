@@ -61,7 +61,7 @@ def test_it_tells_what_was_forecast() -> None:
     assert [plan.eta(str(i), 1.0) for i in range(60)] == ends
     assert plan.backlog(1.0) == max(ends)
     assert plan.backlog(1.0 + 1e6) == 0
-    assert plan.foresees()
+    assert plan.predicts()
     assert plan.eta("9", 1.5) == pytest.approx(ends[9] - 0.5)
     assert plan.eta("9", 1e6) == 0
     assert plan.eta("60", 1.0) is None
@@ -106,10 +106,10 @@ def test_those_that_came_count_for_the_next() -> None:
 
 def test_jobs_of_which_nothing_is_known() -> None:
     plan, _ = plan_of([])
-    assert (plan.backlog(1.0), len(plan), plan.foresees()) == (0.0, 0, True)
+    assert (plan.backlog(1.0), len(plan), plan.predicts()) == (0.0, 0, True)
     plan.add("x", Task(arrived=1.0), 0.0, 1.0)
     assert (len(plan), plan.eta("x", 2.0)) == (1, None)
-    assert not plan.foresees()
+    assert not plan.predicts()
     assert plan_of([Task()])[0].eta("0", 1.0) is None
 
 

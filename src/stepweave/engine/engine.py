@@ -23,13 +23,12 @@ from stepweave.errors import EngineClosed, EngineMisuse
 from stepweave.memory.device import DeviceMemory
 from stepweave.memory.device_health import DeviceHealth
 from stepweave.parameters import PriorityName
-from stepweave.planning.plan import Standing
+from stepweave.planning.estimates import Estimates
 from stepweave.planning.planner import OnStep, Planner
 from stepweave.planning.stats import Forwards, Stats
 from stepweave.planning.workload import arguments_of
 from stepweave.scheduling.policy import POLICIES
-from stepweave.scheduling.task import Key, Priority
-from stepweave.serving.admission import Outlook
+from stepweave.scheduling.task import Priority
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +72,7 @@ class EngineStats:
     cost_error: float
 
 
-class StepEngine:
+class StepEngine(Estimates):
     """Runs many calls of one diffusers pipeline at once, sharing forwards at every denoising step.
 
     Args:
@@ -172,6 +171,7 @@ class StepEngine:
                 stats=self._stats,
                 health=health,
             )
+            planner.fits = self._loop.fits
         else:
             workers = threads if mode == "threads" else 1
             together = rows if mode == "request" else 1
@@ -322,77 +322,11 @@ class StepEngine:
         """How many kinds of calls are certified, pending and failed."""
         return self._loop.certificates.counts() if self._loop else {}
 
-    def outlook(
-        self,
-        *args: Any,
-        scheduler: Any = None,
-        deadline: float | None = None,
-        priority: PriorityName = "normal",
-        reproducible: bool = False,
-        pipeline: Any = None,
-        **kwargs: Any,
-    ) -> Outlook | None:
-        """What a job with these arguments of `submit` would meet now; None if none like it has run.
-        Runs nothing."""
-        return self._planner.outlook(
-            args,
-            kwargs,
-            pipeline=pipeline,
-            scheduler=scheduler,
-            priority=Priority[priority.upper()],
-            deadline=deadline,
-            reproducible=reproducible,
-            fits=self._loop.fits if self._loop else lambda demand: True,
-        )
-
-    def alone(
-        self,
-        *args: Any,
-        scheduler: Any = None,
-        reproducible: bool = False,
-        pipeline: Any = None,
-        **kwargs: Any,
-    ) -> float | None:
-        """Seconds that a job with these arguments of `submit` would take by itself; None if none
-        like it has run."""
-        return self._planner.alone(
-            args, kwargs, pipeline=pipeline, scheduler=scheduler, reproducible=reproducible
-        )
-
-    @property
-    def timed(self) -> bool:
-        """Whether anything is known of what jobs take: before, their ends cannot be foreseen."""
-        return self._planner.cost.timed
-
-    def holds(self, job: Job) -> bool:
-        """Whether a job is not done."""
-        return self._planner.has(job)
-
-    def standings(self) -> dict[str, Standing]:
-        """Position and seconds to go of each job that is not done, by its id."""
-        return self._planner.standings()
-
-    def standing(self, id: str) -> Standing | None:
-        """The same of one job; None once it is done."""
-        return self._planner.standing(id)
-
-    def backlog(self) -> float:
-        """Predicted seconds of work submitted and not yet done."""
-        return self._planner.backlog()
-
-    def drain(self) -> float | None:
-        """The same; None while nothing is known of a job's work."""
-        return self._planner.backlog() if self._planner.foresees() else None
-
     def stalled(self) -> float:
         """Seconds for which nothing has moved though there are jobs; infinite if a thread has
         ended."""
         ended = not self._closed and not all(thread.is_alive() for thread in self._runner.threads)
         return math.inf if ended else self._planner.stalled()
-
-    def curves(self) -> dict[Key, dict[int, float]]:
-        """Seconds of a forward that were measured, by module and size, and by rows."""
-        return self._planner.cost.curves()
 
     def close(self, timeout: float = CLOSE_SECONDS) -> None:
         """Cancel what is left, running jobs at their next step, and leave the pipeline as it was.

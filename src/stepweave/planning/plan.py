@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -14,7 +15,26 @@ from stepweave.scheduling.policy import Rank
 from stepweave.scheduling.task import Task
 
 
-class Standing(NamedTuple):
+@dataclass(frozen=True)
+class Estimate:
+    """What a job would meet if it were submitted now, in seconds. It is never done sooner than it
+    would be alone."""
+
+    finish: float  # until it is done
+    solo: float  # what it takes alone; 0 if unknown
+    fits: bool = True  # into the memory that is left
+
+    def __post_init__(self) -> None:
+        # the two may come of what was known at two moments
+        object.__setattr__(self, "finish", max(self.finish, self.solo))
+
+    @property
+    def wait(self) -> float:
+        """For others."""
+        return self.finish - self.solo
+
+
+class QueuePosition(NamedTuple):
     """Where a job stands: `position` 0 once it runs, else 1 for the first of those that wait;
     seconds until it will be done, None while nothing is known of what such jobs take."""
 
@@ -88,7 +108,7 @@ class Plan:
         """Jobs that came since it was made."""
         return len(self._later)
 
-    def foresees(self) -> bool:
+    def predicts(self) -> bool:
         """Whether something is known of every job's work."""
         return self._complete
 

@@ -24,12 +24,11 @@ from stepweave.planning.forecast import (
     step_seconds,
 )
 from stepweave.planning.line import Line
-from stepweave.planning.plan import Plan, Standing
+from stepweave.planning.plan import Estimate, Plan, QueuePosition
 from stepweave.planning.profiles import Profiles, Shape
 from stepweave.planning.workload import shape_of
 from stepweave.scheduling.policy import POLICIES, Rank, patience
 from stepweave.scheduling.task import Demand, Key, Load, Priority, Task
-from stepweave.serving.admission import Outlook
 from stepweave.threads import DaemonExecutor
 
 REPRICE_SECONDS = 0.2
@@ -82,6 +81,8 @@ class Planner:
         self._merges = merges
         self._whole = whole
         self._knee = knee and policy in ORDERS
+        # whether the memory that is left is enough for a job's calls
+        self.fits: Callable[[Demand], bool] = lambda demand: True
         self.lavish = False  # forwards have as many rows as may be, whether they pay or not
         self.cost = CostModel()
         self._profiles = Profiles()
@@ -280,7 +281,7 @@ class Planner:
 
     # What is to be expected
 
-    def outlook(
+    def estimate(
         self,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -290,8 +291,7 @@ class Planner:
         priority: Priority = Priority.NORMAL,
         deadline: float | None = None,
         reproducible: bool = False,
-        fits: Callable[[Demand], bool] = lambda demand: True,
-    ) -> Outlook | None:
+    ) -> Estimate | None:
         """What a job would meet if it were submitted now; None if no job like it has run, or the
         first forecast of many is still being made.
 
@@ -315,7 +315,7 @@ class Planner:
             if not self._tells(plan):
                 return None
             finish = plan.finish(task, self._in_company(task, plan), now)
-        return Outlook(finish, task.solo, fits(task.demand))
+        return Estimate(finish, task.solo, self.fits(task.demand))
 
     def _in_company(self, task: Task, plan: Plan) -> float:
         """Seconds that a job takes whose steps others share, if there are such."""
@@ -342,7 +342,7 @@ class Planner:
         task.price(self.cost)
         return task.solo or None
 
-    def standings(self) -> dict[str, Standing]:
+    def queue_positions(self) -> dict[str, QueuePosition]:
         """Where each job stands, by its id; those that wait in the order in which they would
         start."""
         plan = self._latest()
@@ -352,16 +352,16 @@ class Planner:
         now = time.monotonic()
         running = {id: 0 for id in jobs if id not in places}
         return {
-            id: Standing(place, self._eta(jobs[id], plan, now))
+            id: QueuePosition(place, self._eta(jobs[id], plan, now))
             for id, place in (running | places).items()
         }
 
-    def standing(self, id: str) -> Standing | None:
+    def queue_position(self, id: str) -> QueuePosition | None:
         """Where a job stands; None if it is done."""
         plan = self._latest()
         with self._plan_lock:
             job, place = self._jobs.get(id), self._line.place(id)
-        return None if job is None else Standing(place, self._eta(job, plan, time.monotonic()))
+        return None if job is None else QueuePosition(place, self._eta(job, plan, time.monotonic()))
 
     def _tasks(self, jobs: Sequence[Job]) -> list[Task]:
         """The jobs' tasks; how far whole calls are is told by nothing but their jobs."""
@@ -468,10 +468,10 @@ class Planner:
         moved = max(self._moved, jobs[0].accepted, *[job.stepped or 0.0 for job in jobs])
         return time.monotonic() - moved
 
-    def foresees(self) -> bool:
+    def predicts(self) -> bool:
         """Whether something is known of every job's work."""
         if len(self._jobs) > FEW:
-            return self._latest().foresees()
+            return self._latest().predicts()
         return all(job.task.solo for job in list(self._jobs.values()))
 
     def _forecast(

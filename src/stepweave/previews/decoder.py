@@ -4,7 +4,7 @@ that is served.
 Latents of most autoencoders tell the colours of the pixels they stand for nearly linearly, so no
 decoder need run and no denoising step is spent. The map is linear in the latents around a pixel and
 in some random features of them, and is solved for, not trained. What is mapped is not the noisy
-latents but the clean ones that the model foresees at a step (`Latents.clean`).
+latents but the clean ones that the model predicts at a step (`Latents.clean`).
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from stepweave.errors import DeadlineTooShort, RefusalReason, Refused, duration
+from stepweave.planning.plan import Estimate
 
 UNKNOWN_SECONDS = 5.0  # Retry-After before anything has been timed
 # for which an idle server halves how sure it is that a deadline is too short: it may be faster by
@@ -31,25 +32,6 @@ SENDING_SECONDS = 1.0
 RESERVED_SECONDS = 60.0  # that a place is reserved for a request whose body is still being sent
 # requests at a time that hold no place while their body is sent, as they may join a job
 JOINING = 8
-
-
-@dataclass(frozen=True)
-class Outlook:
-    """What a request would meet if it were let in now, in seconds. It is never done sooner than it
-    would be alone."""
-
-    finish: float  # until it is done
-    solo: float  # what it takes alone; 0 if unknown
-    fits: bool = True  # into the memory that is left
-
-    def __post_init__(self) -> None:
-        # of two estimates, which may be made of what was known at two moments
-        object.__setattr__(self, "finish", max(self.finish, self.solo))
-
-    @property
-    def wait(self) -> float:
-        """For others."""
-        return self.finish - self.solo
 
 
 @dataclass(frozen=True, order=True)
@@ -200,18 +182,18 @@ class Admission:
     def enter(
         self,
         token: Hashable = None,
-        outlook: Callable[[], Outlook | None] = lambda: None,
+        estimate: Callable[[], Estimate | None] = lambda: None,
         deadline: float | None = None,
         *,
         alone: Callable[[], float | None] = lambda: None,
         client: Hashable = None,
         reservation: Reservation | None = None,
-    ) -> Outlook | None:
+    ) -> Estimate | None:
         """Take a place; what was expected of it.
 
         Args:
             token: what the same request will have when it comes again; None if that cannot be told.
-            outlook: predicts what the request would meet; asked only if there is a place.
+            estimate: predicts what the request would meet; asked only if there is a place.
             deadline: seconds from now.
             alone: predicts the seconds that the request takes by itself, None if unknown; asked of
                 all that have a deadline.
@@ -235,7 +217,7 @@ class Admission:
                 if deadline is not None:
                     self._check_alone(alone() or 0.0, deadline, now)
                 own = held.promise if held is not None else self._find_place(token, client, now)
-                expected = outlook()
+                expected = estimate()
                 if expected is not None:
                     self._check(expected, deadline, now, own)
             except DeadlineTooShort:
@@ -314,9 +296,9 @@ class Admission:
         insort(self._promised, _Promise(due, self._number, token, client, returning))
 
     def _check(
-        self, expected: Outlook, deadline: float | None, now: float, own: _Promise | None
+        self, expected: Estimate, deadline: float | None, now: float, own: _Promise | None
     ) -> None:
-        """Raise what `enter` does if the outlook is not good enough; a promise to it is put off
+        """Raise what `enter` does if the estimate is not good enough; a promise to it is put off
         till it is."""
         if deadline is not None:
             self._check_alone(expected.solo, deadline, now)
@@ -330,7 +312,7 @@ class Admission:
                 self._promise(own.token, own.client, now + later, returning=True)
         raise refused
 
-    def _refused(self, expected: Outlook, deadline: float | None) -> Refused | None:
+    def _refused(self, expected: Estimate, deadline: float | None) -> Refused | None:
         """Why it is to come back later, if it is."""
         if deadline is not None and expected.finish > deadline >= expected.solo:
             return self._refusal(

@@ -33,9 +33,8 @@ from stepweave.threads import on_thread
 
 if TYPE_CHECKING:
     from stepweave.engine import Job, Latents
-    from stepweave.planning.plan import Standing
+    from stepweave.planning.plan import Estimate, QueuePosition
     from stepweave.previews.decoder import Previewer
-    from stepweave.serving.admission import Outlook
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +77,7 @@ class Means:
     model: str
     metrics: Metrics
     encoders: Executor
-    standing: Callable[[str], Standing | None]  # of a job, by its id
+    queue_position: Callable[[str], QueuePosition | None]  # of a job, by its id
     leave: Callable[[], None]  # gives the place back that admission gave
     # of the latents of an image of so many pixels, width and height
     positions: Callable[[int, int], int]
@@ -135,14 +134,14 @@ class ActiveRequest:
         self._changed = asyncio.Event()
         self._reason: StepweaveError | None = None
         self._job: Job | None = None
-        self._expected: Outlook | None = None
+        self._expected: Estimate | None = None
         self._timed = True
         self._task: asyncio.Task[Answer | None] | None = None
         self._over: float | None = None  # since when its job is done, as far as was seen
         self._overdue = False
         self._watching: asyncio.TimerHandle | None = None
 
-    def begin(self, job: Job, expected: Outlook | None = None, *, timed: bool = True) -> None:
+    def begin(self, job: Job, expected: Estimate | None = None, *, timed: bool = True) -> None:
         """The engine has taken its job. `expected` is what was foreseen of it; `timed` whether
         anything could be, of any job."""
         self._job = job
@@ -194,7 +193,7 @@ class ActiveRequest:
 
     def standing(self) -> Queued | Progressed:
         """Where it stands now."""
-        standing = self._means.standing(self.id)
+        standing = self._means.queue_position(self.id)
         eta = None if standing is None else standing.eta
         if standing is not None and standing.position:
             return Queued(standing.position, _rounded(eta))

@@ -17,8 +17,9 @@ from stepweave.errors import DeviceFailed, LoadError, NoImages, StepweaveError, 
 from stepweave.images.decoders import Decoders
 from stepweave.images.encode import check_file
 from stepweave.parameters import ImageRequest, Parameters, Sources
+from stepweave.planning.plan import Estimate
 from stepweave.reasons import reason_of
-from stepweave.serving.admission import Admission, Outlook, Reservation
+from stepweave.serving.admission import Admission, Reservation
 from stepweave.serving.drain import Drain, DrainToken
 from stepweave.serving.jobs import Jobs
 from stepweave.serving.keys import ApiKeys
@@ -426,7 +427,7 @@ class Server:
         request: ImageRequest,
         parameters: Parameters,
         call: dict[str, Any],
-        enter: Callable[..., Outlook | None],
+        enter: Callable[..., Estimate | None],
         previews: int,
         began: float,
     ) -> ActiveRequest:
@@ -437,7 +438,7 @@ class Server:
             model=served.id,
             metrics=self.metrics,
             encoders=self._encoders,
-            standing=engine.standing,
+            queue_position=engine.queue_position,
             leave=admission.leave,
             positions=served.latent_positions,
             drawers=self._drawers,
@@ -454,7 +455,7 @@ class Server:
         options: dict[str, Any] = {**own, "priority": request.priority}
         timed = engine.timed
         expected = enter(
-            outlook=lambda: engine.outlook(**options, deadline=deadline),
+            estimate=lambda: engine.estimate(**options, deadline=deadline),
             deadline=deadline,
             alone=lambda: engine.alone(**own),
         )
