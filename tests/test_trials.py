@@ -25,9 +25,9 @@ from stepweave.config.preset import Preset
 from stepweave.engine import StepEngine
 from stepweave.errors import DeviceFailed, InvalidRequest, LoadError, OutOfMemory
 from stepweave.loading.sizes import SizeLimits
+from stepweave.loading.trials import SLIGHT, Fault, Limits, narrowed
 from stepweave.parameters import Sources
 from stepweave.serving.model import ServedModel
-from stepweave.serving.trials import SLIGHT, Fault, Limits, narrowed
 from stepweave.serving.warm_up import WarmUp
 from tests.conftest import InProcess
 from tests.fake import FakePipeline

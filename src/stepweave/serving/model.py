@@ -27,10 +27,10 @@ from stepweave.loading.sizes import (
     native_size,
     size_multiple,
 )
+from stepweave.loading.trials import Limits
 from stepweave.parameters import MAX_SEED, Parameters, Sources
 from stepweave.planning.workload import arguments_of
 from stepweave.serving.names import names_of
-from stepweave.serving.trials import Limits
 
 logger = logging.getLogger(__name__)
 

@@ -19,12 +19,12 @@ from PIL import Image
 from stepweave.engine import Job, Latents, StepEngine
 from stepweave.errors import DeviceFailed, LoadError, NonFinite, OutOfMemory, RequestError
 from stepweave.images.outputs import images_of, outputs_of
+from stepweave.loading.first_images import check_images
+from stepweave.loading.trials import Fault, Size, narrowed
 from stepweave.parameters import Parameters, Sources
 from stepweave.planning.workload import arguments_of
 from stepweave.reasons import reason_of
-from stepweave.serving.first_images import check_images
 from stepweave.serving.model import ServedModel
-from stepweave.serving.trials import Fault, Size, narrowed
 from stepweave.telemetry.stages import enter_stage
 
 logger = logging.getLogger(__name__)
