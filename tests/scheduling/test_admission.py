@@ -14,10 +14,8 @@ from hypothesis import strategies as st
 
 from stepweave.errors import REFUSAL_REASONS, DeadlineTooShort, InvalidRequest, Refused
 from stepweave.planning.plan import Estimate
-from stepweave.serving import admission
+from stepweave.serving import promises
 from stepweave.serving.admission import (
-    GRACE,
-    NEW_PROMISES,
     RESERVED_SECONDS,
     SENDING_SECONDS,
     TRUST_SECONDS,
@@ -25,6 +23,7 @@ from stepweave.serving.admission import (
     Admission,
     Reservation,
 )
+from stepweave.serving.promises import GRACE, NEW_PROMISES
 
 
 class Door:
@@ -260,7 +259,7 @@ def test_a_deadline_that_nothing_can_meet_is_said_to_be_and_not_to_come_back(
         in error.message
     )
     assert door.admission.in_flight == (2 if full else 1)
-    assert not door.admission._promised
+    assert not door.admission._promises.made
 
 
 @given(
@@ -345,8 +344,8 @@ def test_places_are_promised_for_no_later_than_the_longest_wait() -> None:
 
 
 def test_promises_are_bounded_in_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert admission.PROMISES == 1024
-    monkeypatch.setattr(admission, "PROMISES", 2)
+    assert promises.PROMISES == 1024
+    monkeypatch.setattr(promises, "PROMISES", 2)
     door = Door(2, drain=20.0)
     door.comes(), door.comes()
     assert [door.comes(token) for token in "abcde"] == [10, 20, 30, 30, 30]
@@ -491,7 +490,7 @@ def test_no_place_is_kept_for_a_deadline_that_can_never_be_met() -> None:
     door.now += 10
     door.leaves()
     assert door.comes("a", Estimate(9.0, 5.0), 2.0) == math.inf
-    assert not door.admission._promised
+    assert not door.admission._promises.made
     assert fresh(door) is None
 
 
@@ -547,13 +546,13 @@ def test_a_reserved_place_is_promised_and_kept_as_any() -> None:
     door.comes()  # the idle server lets in anybody
     with pytest.raises(Refused):
         door.admission.reserve("an edit", "mine")
-    assert [one.returning for one in door.admission._promised] == [False, True]
+    assert [one.returning for one in door.admission._promises.made] == [False, True]
     door.now += 10
     door.leaves()
     place = door.admission.reserve("an edit", "mine")
     refused = door.comes("x", Estimate(19.0, 1.0), 2.0, reservation=place)
     assert refused == 17
-    last = door.admission._promised[-1]
+    last = door.admission._promises.made[-1]
     assert (last.client, last.due, last.returning) == ("mine", door.now + 17, True)
 
 
@@ -626,7 +625,7 @@ def test_whoever_was_promised_the_first_place_gets_it(
             door.leaves()
         elif event == "due" and due:
             # not the first that was told so: what clients are told is rounded up
-            client = next(one.token for one in door.admission._promised if one.token in due)
+            client = next(one.token for one in door.admission._promises.made if one.token in due)
             door.now = max(door.now, due.pop(client))
             free = door.admission.in_flight < limit
             wait = door.comes(client)
