@@ -191,7 +191,7 @@ async def test_the_first_job_ever_is_foreseen_by_its_own_pace() -> None:
         assert followed.events[0].data["eta_seconds"] > 0
         # long after it was expected to be done
         with patch("stepweave.serving.request.time.monotonic", lambda: 1e12):
-            assert app.server.active[id].standing().eta == 0.001, "it still runs"
+            assert app.server.active[id].latest().eta == 0.001, "it still runs"
         await app.delete(f"/v1/jobs/{id}")
 
 

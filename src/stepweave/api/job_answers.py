@@ -34,22 +34,22 @@ async def job_answer(job: Followed, files: FileStore, base: str | None) -> bytes
 
 
 def _of_active(active: ActiveRequest) -> dict[str, Any]:
-    standing = None if active.done else active.standing()
-    position = standing.position if isinstance(standing, Queued) else None
+    latest = None if active.done else active.latest()
+    position = latest.position if isinstance(latest, Queued) else None
     return {
         "id": active.id,
         "object": "job",
         "kind": active.kind,
         # of one moment with the place
         "state": active.state
-        if standing is None
+        if latest is None
         else "queued"
-        if isinstance(standing, Queued)
+        if isinstance(latest, Queued)
         else "running",
         "step": active.job.progress.step,
         "total_steps": active.steps,
         "position": position,
-        "eta_seconds": None if standing is None else standing.eta,
+        "eta_seconds": None if latest is None else latest.eta,
         "created": round(active.created, 3),
         "parameters": active.resolved(),
         "warnings": active.all_warnings,

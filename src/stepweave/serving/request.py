@@ -14,19 +14,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from stepweave.errors import (
     Cancelled,
     DeadlineExceeded,
-    InvalidRequest,
     NonFinite,
     OutOfMemory,
     RequestError,
     StepweaveError,
     WrongNumber,
-    duration,
 )
 from stepweave.images.encode import encode
 from stepweave.outcome import Outcome
 from stepweave.parameters import Answer, ImageRequest, Parameters
 from stepweave.previews.stream import Partial, Partials
-from stepweave.reasons import refusal_of
+from stepweave.serving.failures import failure_of, loggable, missed
 from stepweave.serving.results import Results
 from stepweave.telemetry.metrics import Metrics
 from stepweave.threads import on_thread
@@ -191,12 +189,12 @@ class ActiveRequest:
         """Denoising steps, as many as are known to be needed."""
         return self.job.progress.total or self.parameters.num_inference_steps
 
-    def standing(self) -> Queued | Progressed:
-        """Where it stands now."""
-        standing = self._means.queue_position(self.id)
-        eta = None if standing is None else standing.eta
-        if standing is not None and standing.position:
-            return Queued(standing.position, _rounded(eta))
+    def latest(self) -> Queued | Progressed:
+        """Its place in the queue or its progress, now."""
+        position = self._means.queue_position(self.id)
+        eta = None if position is None else position.eta
+        if position is not None and position.position:
+            return Queued(position.position, _rounded(eta))
         if self.job.begun is None:
             return Queued(None, None)
         return Progressed(
@@ -268,20 +266,18 @@ class ActiveRequest:
                 yield partial
             if done:
                 return
-            standing = self.standing()
+            latest = self.latest()
             place = (
-                (standing.position,)
-                if isinstance(standing, Queued)
-                else (standing.step, standing.total)
+                (latest.position,) if isinstance(latest, Queued) else (latest.step, latest.total)
             )
             if progress and place not in (last, (None,)):
                 last, told = place, time.monotonic()
-                yield standing
+                yield latest
             elif time.monotonic() - told >= SILENT_SECONDS:
                 told = time.monotonic()
                 yield None
             wait = told + SILENT_SECONDS - time.monotonic()
-            if progress and isinstance(standing, Queued):
+            if progress and isinstance(latest, Queued):
                 wait = min(wait, PLACE_SECONDS)
             with contextlib.suppress(TimeoutError):
                 # wait_for of Python 3.11 may lose that it is cancelled
@@ -375,62 +371,26 @@ class ActiveRequest:
                 "nothing came of a job for %g s after it was done: %r, %s",
                 limit,
                 self.job,
-                self._values(),
+                loggable(self.parameters),
             )
             message = f"The images were made, but not delivered within {limit:g} s."
             return StepweaveError(message, code="not_delivered")
         if isinstance(error, asyncio.CancelledError):  # the loop ends
             return Cancelled()
         if isinstance(error, NonFinite):
-            logger.warning("a job's result is not finite: %r, %s", self.job, self._values())
+            logger.warning(
+                "a job's result is not finite: %r, %s", self.job, loggable(self.parameters)
+            )
             self._means.metrics.images.labels("non_finite").inc(self.parameters.n)
         if isinstance(error, (RequestError, OutOfMemory, NonFinite, WrongNumber)):
             if isinstance(error, (Cancelled, DeadlineExceeded)) or error is self._reason:
                 self._means.metrics.steps_saved.inc(max(0, self.steps - self.job.progress.step))
             return self._missed() if isinstance(error, DeadlineExceeded) else error
-        cause = (
-            error.__cause__
-            if isinstance(error, StepweaveError) and error.__cause__ is not None
-            else error
-        )
-        refusal = refusal_of(cause)
-        if refusal is not None and not self.job.progress.step:
-            logger.warning(
-                "a pipeline refused its arguments: %r, %s", self.job, self._values(), exc_info=error
-            )
-            return InvalidRequest(f"The pipeline refuses these values: {refusal}")
-        logger.error("a job failed: %r, %s", self.job, self._values(), exc_info=error)
-        failure = StepweaveError(
-            f"The generation failed ({type(cause).__name__}).", code="generation_failed"
-        )
-        failure.__cause__ = error
-        return failure
+        return failure_of(error, self.job, self.parameters)
 
     def _missed(self) -> DeadlineExceeded:
-        """Its deadline as it was sent, how far it came, and what had been expected."""
-        step = self.job.progress.step
-        if self.job.begun is None:
-            came = "the job was still waiting for its turn"
-        elif not step:
-            came = f"it had begun, and done none of its {self.steps} steps"
-        else:
-            came = f"it had done {step} of its {self.steps} steps"
-        expected = self._expected
-        if expected is not None:
-            foreseen = (
-                f"It was expected to take {duration(expected.finish)}, or "
-                f"{duration(expected.solo)} alone."
-            )
-        elif self._timed:
-            foreseen = "How long it would take could not be foreseen when it came."
-        else:
-            foreseen = (
-                "How long it would take could not be foreseen: nothing of this model had been "
-                "timed when it came."
-            )
-        return DeadlineExceeded(
-            f"deadline_ms is {self.request.deadline_ms}, which has passed: {came}. {foreseen}"
-        )
+        deadline_ms = self.request.deadline_ms
+        return missed(deadline_ms, self.job, self.steps, self._expected, timed=self._timed)
 
     def resolved(self) -> dict[str, Any]:
         """All that was asked for, defaults filled in."""
@@ -446,14 +406,6 @@ class ActiveRequest:
         except DeadlineExceeded:
             self._means.metrics.deadline_missed.inc()
             raise
-
-    def _values(self) -> dict[str, Any]:
-        """The parameters that a log may have."""
-        return {
-            name: value
-            for name, value in self.parameters.of_image(0).items()
-            if "prompt" not in name
-        }
 
 
 def _rounded(eta: float | None) -> float | None:
