@@ -165,7 +165,7 @@ def test_a_bound_that_cannot_be_is_refused(pipeline: Pipeline) -> None:
 
 def soon() -> Any:
     """What hangs in these tests never ends by itself."""
-    return patch.multiple("stepweave.serving.server", ENDING_SECONDS=1.0, KEEPING_SECONDS=0.9)
+    return patch.multiple("stepweave.serving.lifecycle", ENDING_SECONDS=1.0, KEEPING_SECONDS=0.9)
 
 
 async def test_a_server_ends_though_a_forward_hangs() -> None:

@@ -37,7 +37,7 @@ from stepweave.api.open_inference.tensors import (
 )
 from stepweave.api.routes.open_inference import together
 from stepweave.errors import InvalidRequest
-from stepweave.serving.server import Status
+from stepweave.serving.status import Status
 from tests.conftest import InProcess
 from tests.fake import FakePipeline
 from tests.waiting import SECONDS, wait_until

@@ -38,7 +38,8 @@ from stepweave.api.urls import base_url
 from stepweave.config import EMBEDDED_MODEL, Settings
 from stepweave.errors import ConfigError, InvalidRequest
 from stepweave.serving.drain import TOKEN_FILE
-from stepweave.serving.server import ENDING_SECONDS, KEEPING_SECONDS, Server
+from stepweave.serving.lifecycle import ENDING_SECONDS, KEEPING_SECONDS
+from stepweave.serving.server import Server
 from tests.conftest import ROOT, InProcess, Served, free_port, serve
 from tests.schemas import SCHEMAS, validate_custom
 from tests.waiting import SECONDS, wait_until
