@@ -4,6 +4,7 @@ StepweaveError (500)
 ├── ConfigError                 a setting is unknown or malformed; the server does not start
 ├── LoadError                   the model cannot be loaded
 ├── EngineMisuse                the engine is used in a way that cannot work
+├── IsolationError              a component of a pipeline cannot be shared between calls (scope)
 ├── OutOfMemory                 the device's memory is too small for the job, even by itself
 ├── NonFinite                   the model gave NaN or infinite values
 ├── WrongNumber                 the pipeline made more or fewer images than were asked for
@@ -25,6 +26,9 @@ StepweaveError (500)
     └── Unavailable (503)       loading, draining or failed; `retry_after` says when to come back
         ├── EngineClosed        the engine has been closed
         └── DeviceFailed        the device has failed, until the process is started again
+
+Names of errors end in Error. Exceptions outside of the tree are signals within a package: they are
+no errors, their names do not end so, and no other package but the engine sees them.
 """
 
 from __future__ import annotations
@@ -34,6 +38,68 @@ from typing import Any, ClassVar, Literal, Self, get_args
 
 RefusalReason = Literal["queue_full", "wait", "deadline", "memory"]
 REFUSAL_REASONS: tuple[RefusalReason, ...] = get_args(RefusalReason)  # codes of 429
+# for programs, each with its meaning in docs/http.md
+Code = Literal[
+    "ambiguous_length",
+    "body_too_large",
+    "cancel_ignored",
+    "cancelled",
+    "config_error",
+    "content_policy_violation",
+    "cross_site",
+    "deadline",
+    "deadline_exceeded",
+    "deadline_too_short",
+    "decoder_failed",
+    "device_failed",
+    "draining",
+    "engine_failed",
+    "engine_misuse",
+    "engine_stuck",
+    "expired",
+    "file_too_large",
+    "generation_failed",
+    "idempotency_conflict",
+    "image_not_found",
+    "image_too_complex",
+    "image_too_slow",
+    "internal_error",
+    "invalid_api_key",
+    "invalid_encoding",
+    "invalid_form",
+    "invalid_http",
+    "invalid_json",
+    "invalid_request",
+    "invalid_target",
+    "invalid_value",
+    "isolation",
+    "job_not_found",
+    "jobs_list_disabled",
+    "load_failed",
+    "loading",
+    "memory",
+    "method_not_allowed",
+    "missing_field",
+    "model_not_found",
+    "no_base_url",
+    "no_images",
+    "non_finite",
+    "not_delivered",
+    "not_found",
+    "out_of_memory",
+    "queue_full",
+    "restarted",
+    "store_failed",
+    "terminating",
+    "too_many_connections",
+    "unavailable",
+    "unknown_field",
+    "unsupported",
+    "unsupported_image",
+    "unsupported_media_type",
+    "untrusted_host",
+    "wait",
+]
 SHOWN = 80  # characters of an offending value that a message repeats
 
 
@@ -53,22 +119,25 @@ def duration(seconds: float) -> str:
 
 
 class StepweaveError(Exception):
-    """Base of all. `message` never holds a traceback or a server path."""
+    """Base of all. `message` never holds a traceback or a server path; `code` is one of `Code`, or
+    for what BentoML answers itself the name of the status."""
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
+    code: str = "internal_error"
 
     def __init__(
         self,
         message: str,
         *,
-        code: str | None = None,
+        code: Code | None = None,
         param: str | None = None,
         retry_after: float | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
-        self.code = code or type(self).__name__.lower()
+        if code is not None:
+            self.code = code
         self.param = param
         self.retry_after = None if retry_after is None else max(1, math.ceil(retry_after))
 
@@ -93,20 +162,25 @@ class StepweaveError(Exception):
 class ConfigError(StepweaveError):
     """A setting is unknown or malformed."""
 
+    code = "config_error"
+
 
 class LoadError(StepweaveError):
     """The model cannot be loaded."""
+
+    code = "load_failed"
 
 
 class EngineMisuse(StepweaveError):
     """The engine is used in a way that cannot work."""
 
+    code = "engine_misuse"
+
 
 class OutOfMemory(StepweaveError):
     """The device's memory is too small for the job, even by itself."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, code="out_of_memory")
+    code = "out_of_memory"
 
 
 _NON_FINITE = (
@@ -119,23 +193,22 @@ _NON_FINITE = (
 class NonFinite(StepweaveError):
     """The model gave NaN or infinite values, of which no image can be made."""
 
+    code = "non_finite"
+
     def __init__(self, message: str = _NON_FINITE) -> None:
-        super().__init__(message, code="non_finite")
+        super().__init__(message)
 
 
 class WrongNumber(StepweaveError):
     """The pipeline made more or fewer images than were asked for."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, code="generation_failed")
+    code = "generation_failed"
 
 
 class NoImages(WrongNumber):
     """The pipeline made something else than images."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.code = "no_images"
+    code = "no_images"
 
 
 class RequestError(StepweaveError):
@@ -143,14 +216,15 @@ class RequestError(StepweaveError):
 
     status = 400
     type = "invalid_request_error"
+    code = "invalid_request"
 
 
 class InvalidRequest(RequestError):
     """A value of the request is not allowed."""
 
-    def __init__(
-        self, message: str, *, code: str = "invalid_value", param: str | None = None
-    ) -> None:
+    code = "invalid_value"
+
+    def __init__(self, message: str, *, code: Code | None = None, param: str | None = None) -> None:
         super().__init__(message, code=code, param=param)
 
 
@@ -158,19 +232,22 @@ class DeadlineTooShort(InvalidRequest):
     """The job takes longer than its deadline even if it is the only one: nothing was run, and
     coming back would not help."""
 
+    code = "deadline_too_short"
+
     def __init__(self, message: str) -> None:
-        super().__init__(message, code="deadline_too_short", param="deadline_ms")
+        super().__init__(message, param="deadline_ms")
 
 
 class ContentFlagged(RequestError):
     """The pipeline's safety checker flagged an image, and the server refuses such images."""
 
+    code = "content_policy_violation"
+
     def __init__(self, index: int, names: list[str]) -> None:
         super().__init__(
             f"Image {index} was flagged by the pipeline ({', '.join(names)}); this server does not "
             f"return flagged images. "
-            "Another prompt or seed may pass.",
-            code="content_policy_violation",
+            "Another prompt or seed may pass."
         )
 
 
@@ -179,27 +256,21 @@ class Unauthorized(RequestError):
 
     status = 401
     type = "authentication_error"
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, code="invalid_api_key")
+    code = "invalid_api_key"
 
 
 class NotFound(RequestError):
     """No such route, model, job or picture."""
 
     status = 404
-
-    def __init__(self, message: str, *, code: str = "not_found", param: str | None = None) -> None:
-        super().__init__(message, code=code, param=param)
+    code = "not_found"
 
 
 class MethodNotAllowed(RequestError):
     """The route exists, the method does not."""
 
     status = 405
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, code="method_not_allowed")
+    code = "method_not_allowed"
 
 
 class Conflict(RequestError):
@@ -207,13 +278,10 @@ class Conflict(RequestError):
     or the process ends."""
 
     status = 409
+    code = "idempotency_conflict"
 
     def __init__(
-        self,
-        message: str,
-        *,
-        code: str = "idempotency_conflict",
-        param: str | None = "Idempotency-Key",
+        self, message: str, *, code: Code | None = None, param: str | None = "Idempotency-Key"
     ) -> None:
         super().__init__(message, code=code, param=param)
 
@@ -222,12 +290,13 @@ class BodyTooLarge(RequestError):
     """The request's body is over the limit."""
 
     status = 413
+    code = "body_too_large"
 
     def __init__(self, limit: int, size: int | None = None, *, encoding: str | None = None) -> None:
         """`encoding` is the one that it came in, if its size is that of what comes out."""
         body = "The request's body" if size is None else f"The request's body of {size} bytes"
         body += "" if encoding is None else f", decoded from {encoding},"
-        super().__init__(f"{body} is over the limit of {limit} bytes.", code="body_too_large")
+        super().__init__(f"{body} is over the limit of {limit} bytes.")
 
 
 class UnsupportedMedia(RequestError):
@@ -235,11 +304,7 @@ class UnsupportedMedia(RequestError):
     is not read."""
 
     status = 415
-
-    def __init__(
-        self, message: str, *, code: str = "unsupported_media_type", param: str | None = None
-    ) -> None:
-        super().__init__(message, code=code, param=param)
+    code = "unsupported_media_type"
 
 
 class UnsupportedEncoding(UnsupportedMedia):
@@ -257,9 +322,10 @@ class Refused(RequestError):
 
     status = 429
     type = "rate_limit_error"
+    code = "queue_full"
 
     def __init__(
-        self, message: str, *, retry_after: float, code: RefusalReason = "queue_full"
+        self, message: str, *, retry_after: float, code: RefusalReason | None = None
     ) -> None:
         super().__init__(message, code=code, retry_after=retry_after)
 
@@ -269,9 +335,10 @@ class Cancelled(RequestError):
 
     status = 499
     type = "cancelled"
+    code = "cancelled"
 
     def __init__(self, message: str = "The request was cancelled.") -> None:
-        super().__init__(message, code="cancelled")
+        super().__init__(message)
 
 
 class Unavailable(RequestError):
@@ -279,27 +346,33 @@ class Unavailable(RequestError):
 
     status = 503
     type = "unavailable"
+    code = "unavailable"
 
-    def __init__(self, message: str, *, code: str, retry_after: float | None) -> None:
+    def __init__(
+        self, message: str, *, code: Code | None = None, retry_after: float | None
+    ) -> None:
         super().__init__(message, code=code, retry_after=retry_after)
 
 
 class EngineClosed(Unavailable):
     """The engine has been closed and takes no more jobs."""
 
+    code = "draining"
+
     def __init__(self, message: str = "The engine is closed.") -> None:
-        super().__init__(message, code="draining", retry_after=10)
+        super().__init__(message, retry_after=10)
 
 
 class DeviceFailed(Unavailable):
     """The device has failed for good, as `reason` says; only another process can use it again."""
+
+    code = "device_failed"
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
         super().__init__(
             f"The server's device has failed ({reason}); send the request again, to another "
             f"server.",
-            code="device_failed",
             retry_after=10,
         )
 
@@ -309,6 +382,4 @@ class DeadlineExceeded(RequestError):
 
     status = 504
     type = "timeout"
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, code="deadline_exceeded")
+    code = "deadline_exceeded"

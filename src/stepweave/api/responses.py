@@ -81,5 +81,7 @@ def as_stepweave_error(error: Exception, request_id: str) -> StepweaveError:
     if isinstance(error, LASTING):
         return type(error)(f"{error.message} Request id: {request_id}")
     if isinstance(error, StepweaveError):
-        return StepweaveError(f"{error.message} Request id: {request_id}", code=error.code)
+        failure = StepweaveError(f"{error.message} Request id: {request_id}")
+        failure.code = error.code
+        return failure
     return StepweaveError(f"Internal error. Request id: {request_id}", code="internal_error")

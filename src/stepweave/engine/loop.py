@@ -337,7 +337,9 @@ class StepLoop:
             del self._active[active.fiber]
             self._finish(
                 active.job,
-                StepweaveError("The job does not end though it was told to.", code="stubborn"),
+                StepweaveError(
+                    "The job does not end though it was told to.", code="cancel_ignored"
+                ),
             )
         else:
             self._switch(active, active.fiber.throw, ending)

@@ -8,10 +8,11 @@ AVIF too, which Pillow could read.
 from __future__ import annotations
 
 import re
+from typing import Final
 
 from stepweave.errors import UnsupportedMedia
 
-CODE = "unsupported_image"
+CODE: Final = "unsupported_image"
 _READ = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 _HEAD = 1024  # bytes that are looked at
 _HEIF = {

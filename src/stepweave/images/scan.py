@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator
+from typing import Final
 
 from stepweave.errors import InvalidRequest
 
@@ -25,7 +26,7 @@ MAX_COMPRESSED_CHUNKS = 64
 MAX_EXIF_BYTES = 1 << 18
 # of a colour profile: those of printing presses have up to 3 MB. In a PNG Pillow allows 1 MiB
 MAX_PROFILE_BYTES = 1 << 22
-CODE = "image_too_complex"
+CODE: Final = "image_too_complex"
 
 # but restarts and stuffed bytes, which are within a scan
 _MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")

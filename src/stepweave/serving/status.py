@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stepweave.errors import Unavailable
+from stepweave.errors import Code, Unavailable
 
 LOADING_RETRY_SECONDS = 5
 DRAINING_RETRY_SECONDS = 1  # another server takes it at once
@@ -20,7 +20,7 @@ class Status:
 
     def unavailable(self) -> Unavailable:
         """What to answer in it, unless it is ready."""
-        code = {
+        code: dict[str, Code] = {
             "failed": "load_failed",
             "draining": "draining",
             "closed": "draining",

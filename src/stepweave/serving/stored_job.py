@@ -42,7 +42,7 @@ class StoredJob:
         """Raises what ended it, and NotFound once its pictures have expired."""
         record = self.record
         if record.error is not None:
-            raise _Kept(record.error)
+            raise _StoredError(record.error)
         body = dict(record.response or {})
         flagged = body.pop(FLAGGED, [False] * len(record.files))  # those of older servers have none
         files = []
@@ -64,12 +64,13 @@ class StoredJob:
         return Answer(body, files)
 
 
-class _Kept(RequestError):
+class _StoredError(RequestError):
     """An error of a job that is over, as it was told, whatever its status was; it was logged
     then."""
 
     def __init__(self, error: Mapping[str, Any]) -> None:
-        super().__init__(error["message"], code=error["code"], param=error["param"])
+        super().__init__(error["message"], param=error["param"])
+        self.code = error["code"]
         self._error = dict(error)
 
     def body(self) -> dict[str, Any]:

@@ -105,5 +105,7 @@ class ContractSend:
             return known[status]()
         phrase = HTTPStatus(status).phrase if status in set(HTTPStatus) else f"Status {status}"
         if status < 500:
-            return RequestError(f"{phrase}.", code=phrase.lower().replace(" ", "_"))
+            error = RequestError(f"{phrase}.")
+            error.code = phrase.lower().replace(" ", "_")
+            return error
         return StepweaveError(f"{phrase}. Request id: {self.request_id}", code="internal_error")

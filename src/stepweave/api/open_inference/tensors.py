@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, mo
 from pydantic_core import from_json
 
 from stepweave.api.schemas import check_members, explain, without_nulls
-from stepweave.errors import InvalidRequest, shown
+from stepweave.errors import Code, InvalidRequest, shown
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 TEXTS = ("BYTES",)
@@ -245,7 +245,7 @@ def write_message(
     return b"".join([head, *tails]), len(head) if tails else None
 
 
-def wrong(name: str, problem: str, code: str = "invalid_value") -> InvalidRequest:
+def wrong(name: str, problem: str, code: Code | None = None) -> InvalidRequest:
     """The error of an input or output tensor."""
     return InvalidRequest(f"Tensor {shown(name)}: {problem}.", code=code, param=name[:80])
 
@@ -258,7 +258,9 @@ def _explain(error: ValidationError, values: Any) -> InvalidRequest:
         tensor = values[location[0]][location[1]]
         name = tensor.get("name") if isinstance(tensor, dict) else None
         if isinstance(name, str):
-            return wrong(name, explained.message.removesuffix("."), code=explained.code)
+            named = wrong(name, explained.message.removesuffix("."))
+            named.code = explained.code
+            return named
     return explained
 
 
