@@ -77,7 +77,7 @@ def subjects(device: torch.device) -> list[Subject]:
                 512,
             ),
         ]
-    from tests.tiny import FAMILIES, SIDE
+    from tests.support.tiny import FAMILIES, SIDE
 
     def tiny(name: str) -> Any:
         pipeline = FAMILIES[name].build().to(torch.bfloat16)

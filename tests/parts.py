@@ -17,16 +17,16 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "test-full"
 FULL = ("-m", "full and not gpu")
 NAMED = {
-    "pipelines": ["tests/test_pipelines.py"],
+    "pipelines": ["tests/pipelines/test_pipelines.py"],
     "parity": [
-        "tests/test_parity.py",
-        "tests/test_reproducible.py",
-        "tests/test_edits.py",
-        "tests/test_schedulers.py",
+        "tests/engine/test_parity.py",
+        "tests/engine/test_reproducible.py",
+        "tests/engine/test_edits.py",
+        "tests/engine/test_schedulers.py",
     ],
-    "memory": ["tests/test_memory.py"],
-    "openapi": ["tests/test_openapi.py"],
-    "shapes": ["tests/test_shapes.py"],
+    "memory": ["tests/memory/test_memory.py"],
+    "openapi": ["tests/api/test_openapi.py"],
+    "shapes": ["tests/model/test_shapes.py"],
     "adversarial": ["tests/adversarial"],
 }
 # pytest's arguments. What is in no other part is in `others`, so that nothing is left out.
@@ -35,7 +35,7 @@ PARTS = {
     **{name: [*FULL, *paths] for name, paths in NAMED.items()},
     "others": [*FULL, *(f"--ignore={path}" for paths in NAMED.values() for path in paths)],
 }
-PROCESSES = ["--numprocesses", "2", "--dist", "loadscope"]  # see conftest.Scheduling
+PROCESSES = ["--numprocesses", "2", "--dist", "loadscope"]  # see support.distribution
 NO_TESTS = 5  # pytest's exit status where it has found none
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from stepweave.config import EMBEDDED_MODEL, PREFIX, Settings
 from stepweave.errors import ConfigError
-from tests.conftest import ROOT
+from tests.support.environment import ROOT
 
 pytestmark = pytest.mark.usefixtures("no_settings")
 

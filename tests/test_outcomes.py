@@ -28,10 +28,10 @@ from stepweave.engine import Mode
 from stepweave.errors import StepweaveError
 from stepweave.outcome import Outcome
 from stepweave.threads import DaemonExecutor, on_thread
-from tests.asgi import App, serving
-from tests.conftest import InProcess
-from tests.fake import FakePipeline
-from tests.waiting import SECONDS, wait_until
+from tests.support.asgi import App, serving
+from tests.support.fake_pipeline import FakePipeline
+from tests.support.in_process import InProcess
+from tests.support.waiting import SECONDS, wait_until
 
 pytestmark = pytest.mark.anyio
 every_mode = pytest.mark.parametrize("mode", get_args(Mode))
@@ -307,12 +307,12 @@ async def test_a_request_whose_result_is_lost_fails_after_a_while(
     how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     carriers = {
-        "never told": patch("stepweave.engine.job._Result.set_result", lambda *_: None),
+        "never told": patch("stepweave.jobs.job._Result.set_result", lambda *_: None),
         "told to a future that nobody reads": patch(
-            "stepweave.engine.job.asyncio.wrap_future",
+            "stepweave.jobs.job.asyncio.wrap_future",
             lambda _: asyncio.get_running_loop().create_future(),
         ),
-        "the engine forgot it": patch("stepweave.engine.job.Job.finish", lambda *_: None),
+        "the engine forgot it": patch("stepweave.jobs.job.Job.finish", lambda *_: None),
     }
     async with serving(max_queue=1) as app:
         usual = app.server.settings.stuck_seconds

@@ -8,9 +8,9 @@ import pytest
 
 from stepweave.reasons import LONGEST, reason_of
 from stepweave.serving.jobs import Jobs
-from tests.conftest import InProcess
-from tests.fake import FakePipeline
-from tests.waiting import wait_until
+from tests.support.fake_pipeline import FakePipeline
+from tests.support.in_process import InProcess
+from tests.support.waiting import wait_until
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,9 @@ StepweaveError (500)
         ├── EngineClosed        the engine has been closed
         └── DeviceFailed        the device has failed, until the process is started again
 
-Names of errors end in Error. Exceptions outside of the tree are signals within a package: they are
-no errors, their names do not end so, and no other package but the engine sees them.
+Names of errors end in Error. Exceptions outside of the tree are signals inside the engine, or in
+one package: they are no errors, their names do not end so, and no package above the engine sees
+those of another.
 """
 
 from __future__ import annotations

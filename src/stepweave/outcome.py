@@ -29,6 +29,11 @@ _SIGNALS = (
 )
 
 
+class Ending(BaseException):
+    """Raised in a call that must end: no `except Exception` of a pipeline or a callback stops
+    it."""
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Outcome:
     """A value, whatever it is, or an error."""

@@ -10,7 +10,7 @@ import torch
 
 from stepweave import StepEngine
 from tests.adversarial.outsider import Case
-from tests.toy import SECONDS, Toy, tensor_of
+from tests.support.toy import SECONDS, Toy, tensor_of
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest number of the plain result
 

@@ -1,5 +1,5 @@
-"""What `tests/fake_device.py` cannot tell: what waits for a real GPU, what its errors look like,
-and what is left afterwards.
+"""What `tests/support/fake_device.py` cannot tell: what waits for a real GPU, what its errors
+look like, and what is left afterwards.
 
 On a machine without a GPU most of it is skipped: there is nothing that could be waited for.
 """
@@ -24,16 +24,16 @@ from stepweave import StepEngine
 from stepweave.batching.merge import merge
 from stepweave.compat.host_times import READERS, keep_times_on_the_host
 from stepweave.errors import DeviceFailed
-from tests.gpu.test_parity_gpu import DEVICE, TOLERANCE, full_float32, say  # noqa: F401
+from tests.gpu.company import DEVICE, TOLERANCE
 from tests.pipelines.catalog import entries
-from tests.read_at_steps import call_of, run_settled, steps_of
-from tests.tiny import FAMILIES, Family
-from tests.toy import Toy, call, fresh, honest, module
-from tests.waiting import SECONDS
+from tests.support.environment import ROOT
+from tests.support.read_at_steps import call_of, run_settled, steps_of
+from tests.support.tiny import FAMILIES, Family
+from tests.support.toy import Toy, call, fresh, honest, module
+from tests.support.waiting import SECONDS
 
 pytestmark = pytest.mark.gpu
 
-ROOT = Path(__file__).resolve().parents[2]
 needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA GPU: nothing is waited for")
 FIVE = ("stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux", "qwen_image")
 Say = Callable[[str], None]
@@ -88,7 +88,7 @@ def _waits_of(
 
 @needs_gpu
 @pytest.mark.parametrize("name", FIVE)
-def test_a_step_waits_for_nothing(name: str, waits: Waits, say: Say) -> None:  # noqa: F811
+def test_a_step_waits_for_nothing(name: str, waits: Waits, say: Say) -> None:
     family, jobs = FAMILIES[name], 3
     with StepEngine(family.build().to(DEVICE), knee=False) as engine:
         for number, steps in enumerate((8, 16, 8, 16)):  # while certificates are granted
@@ -116,7 +116,7 @@ def test_a_step_waits_for_nothing(name: str, waits: Waits, say: Say) -> None:  #
 @needs_gpu
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "ldm", "ldm_text"])
 @pytest.mark.usefixtures("full_float32")
-def test_times_as_numbers_or_on_the_cpu_share_forwards(name: str, say: Say) -> None:  # noqa: F811
+def test_times_as_numbers_or_on_the_cpu_share_forwards(name: str, say: Say) -> None:
     entry = entries()[name]
     pipeline = entry.build().to(DEVICE)
     pipeline.set_progress_bar_config(disable=True)
@@ -140,7 +140,7 @@ def test_times_as_numbers_or_on_the_cpu_share_forwards(name: str, say: Say) -> N
 @pytest.mark.parametrize(
     "kind", sorted(READERS, key=lambda one: one.__name__), ids=lambda one: one.__name__
 )
-def test_a_view_of_a_scheduler_waits_once_a_job(kind: Any, waits: Waits, say: Say) -> None:  # noqa: F811
+def test_a_view_of_a_scheduler_waits_once_a_job(kind: Any, waits: Waits, say: Say) -> None:
     def waited(scheduler: Any) -> tuple[torch.Tensor, int]:
         waits.found.clear()
         sample = steps_of(scheduler, 11, DEVICE)
@@ -179,8 +179,8 @@ FAILS = """
 import time, torch
 from stepweave import StepEngine
 from stepweave.errors import DeviceFailed
-from tests.read_at_steps import call_of, run_settled, steps_of
-from tests.tiny import FAMILIES
+from tests.support.read_at_steps import call_of, run_settled, steps_of
+from tests.support.tiny import FAMILIES
 
 family = FAMILIES["stable_diffusion"]
 
@@ -212,7 +212,7 @@ print(f"closed after {time.monotonic() - start:.2f} s")
 
 
 @needs_gpu
-def test_an_assertion_in_a_kernel_ends_all_jobs_and_is_told(say: Say) -> None:  # noqa: F811
+def test_an_assertion_in_a_kernel_ends_all_jobs_and_is_told(say: Say) -> None:
     ran = subprocess.run(
         [sys.executable, "-c", FAILS], cwd=ROOT, capture_output=True, text=True, timeout=180
     )
@@ -224,7 +224,7 @@ def test_an_assertion_in_a_kernel_ends_all_jobs_and_is_told(say: Say) -> None:  
 
 
 @needs_gpu
-def test_an_error_after_which_the_device_works_ends_one_job(say: Say) -> None:  # noqa: F811
+def test_an_error_after_which_the_device_works_ends_one_job(say: Say) -> None:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         torch.cuda.set_device(99)
         return honest(x)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from stepweave import StepEngine
 from stepweave.errors import OutOfMemory
 from stepweave.memory.device import CudaMemory, DeviceMemory, UnknownMemory
-from tests.gpu.test_parity_gpu import DEVICE, say  # noqa: F401
-from tests.toy import CLOSE, Toy, call, fresh, honest, submit_together
-from tests.waiting import SECONDS
+from tests.gpu.company import DEVICE
+from tests.support.toy import CLOSE, Toy, call, fresh, honest, submit_together
+from tests.support.waiting import SECONDS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -57,7 +57,7 @@ class Measured(CudaMemory):
 @pytest.mark.parametrize(
     "memory", [Measured(DEVICE), UnknownMemory()], ids=["measured", "learnt from failures"]
 )
-def test_jobs_fit_into_what_there_is(memory: DeviceMemory, say: Callable[[str], None]) -> None:  # noqa: F811
+def test_jobs_fit_into_what_there_is(memory: DeviceMemory, say: Callable[[str], None]) -> None:
     calls = [call(seed, rows=1 + seed % 2, steps=12) for seed in range(16)]
     with StepEngine(Toy(Heavy().eval()), knee=False, memory=memory) as engine:
         results = [

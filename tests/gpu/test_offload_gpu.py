@@ -10,18 +10,16 @@ import pytest
 import torch
 
 from stepweave import StepEngine
-from tests.gpu.test_parity_gpu import (
+from tests.gpu.company import (
     DEVICE,
     TOLERANCE,
     alone,
     assert_merged,
     build,
     every_family,
-    full_float32,  # noqa: F401
     in_company,
-    say,  # noqa: F401
 )
-from tests.tiny import Family, networks
+from tests.support.tiny import Family, networks
 
 pytestmark = pytest.mark.gpu
 
@@ -29,7 +27,7 @@ pytestmark = pytest.mark.gpu
 @every_family
 def test_jobs_in_company_are_the_plain_calls_with_model_offload(
     family: Family,
-    say: Callable[[str], None],  # noqa: F811
+    say: Callable[[str], None],
 ) -> None:
     pipeline = build(family, torch.float32)
     expected = alone(pipeline, family)

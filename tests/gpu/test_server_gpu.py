@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import serve
-from tests.gpu.test_parity_gpu import DEVICE, say  # noqa: F401
-from tests.waiting import SECONDS
+from tests.gpu.company import DEVICE
+from tests.support.served import serve
+from tests.support.waiting import SECONDS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,7 +24,7 @@ pytestmark = [
 DRAWN = {"prompt": "a large red circle on a white background", "seed": 1}
 
 
-def test_pictures_are_served_from_a_gpu(tmp_path: Path, say: Callable[[str], None]) -> None:  # noqa: F811
+def test_pictures_are_served_from_a_gpu(tmp_path: Path, say: Callable[[str], None]) -> None:
     pictures = {}
     for device in ("cuda", "cpu"):
         with serve(

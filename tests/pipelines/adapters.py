@@ -22,7 +22,7 @@ from tests.pipelines.parts import (
     vision,
 )
 from tests.pipelines.registry import entry, mask, picture
-from tests.tiny import DOWN_BLOCKS, WIDTH
+from tests.support.tiny import DOWN_BLOCKS, WIDTH
 
 
 def hint(number: int) -> Image.Image:

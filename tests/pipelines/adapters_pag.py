@@ -20,7 +20,7 @@ from tests.pipelines.parts import (
 )
 from tests.pipelines.registry import entry, mask, picture
 from tests.pipelines.transformers import SANA, hunyuan_dit, pixart_sigma, sana
-from tests.tiny import stable_diffusion_3
+from tests.support.tiny import stable_diffusion_3
 
 
 def scale(number: int) -> float:

@@ -11,7 +11,7 @@ from tests.pipelines.parts import NUMBERS, SQUARE, certain, parts_of, strength
 from tests.pipelines.registry import entry, mask, picture
 from tests.pipelines.transformers import SANA, hunyuan_dit, sana
 from tests.pipelines.transformers_qwen import Z, z_image_parts
-from tests.tiny import WIDTH, flux, qwen_image, stable_diffusion_3
+from tests.support.tiny import WIDTH, flux, qwen_image, stable_diffusion_3
 
 
 @entry(**SQUARE, **NUMBERS, guidance_scale=5.0, control_image=hint, max_sequence_length=16)

@@ -13,7 +13,7 @@ from torch import nn
 from tests.pipelines.parts import calm, unet
 from tests.pipelines.registry import PROMPTS, entry
 from tests.pipelines.transformers_parts import t5_text
-from tests.tiny import NOISE_SCHEDULE, WIDTH, autoencoder
+from tests.support.tiny import NOISE_SCHEDULE, WIDTH, autoencoder
 
 SOUND: dict[str, Any] = {"output_type": "np", "guidance_scale": 5.0, "audio_length_in_s": 0.064}
 RATE = 16_000

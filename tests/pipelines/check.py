@@ -16,7 +16,7 @@ from stepweave.batching.merge import tensors
 from stepweave.engine.engine import EngineStats
 from stepweave.engine.hooks import _modules
 from tests.pipelines.registry import CALLS, Entry
-from tests.waiting import SECONDS
+from tests.support.waiting import SECONDS
 
 # of pixels in [0, 1]; where numbers are larger, of the largest that the plain call puts out
 TOLERANCE = 1e-4

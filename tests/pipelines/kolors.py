@@ -11,7 +11,7 @@ from torch import nn
 from tests.pipelines.adapters_pag import MID, PAG
 from tests.pipelines.parts import NUMBERS, SQUARE, XL_BLOCKS, diffusion_xl, strength
 from tests.pipelines.registry import entry, picture
-from tests.tiny import WIDTH, qwen
+from tests.support.tiny import WIDTH, qwen
 
 
 class Tokenizer:

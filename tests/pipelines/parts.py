@@ -1,4 +1,5 @@
-"""Parts that several modules of this package build pipelines from, beside those of `tests.tiny`."""
+"""Parts that several modules of this package build pipelines from, beside those of
+`tests.support.tiny`."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from tests.tiny import DOWN_BLOCKS, NOISE_SCHEDULE, SIDE, WIDTH, autoencoder, clip
+from tests.support.tiny import DOWN_BLOCKS, NOISE_SCHEDULE, SIDE, WIDTH, autoencoder, clip
 
 SQUARE: dict[str, Any] = {"height": SIDE, "width": SIDE}
 NUMBERS: dict[str, Any] = {"output_type": "np"}
@@ -25,7 +26,7 @@ def strength(number: int) -> float:
 
 
 def parts_of(build: Callable[[], Any]) -> dict[str, Any]:
-    """The components of what a builder of `tests.tiny` or of this package makes, before the
+    """The components of what a builder of `tests.support.tiny` or of this package makes, before the
     networks are enlivened."""
     return dict(build.__wrapped__().components)  # type: ignore[attr-defined]
 

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from tests.tiny import enliven, networks
+from tests.support.tiny import enliven, networks
 
 PROMPTS = (
     "a red circle",

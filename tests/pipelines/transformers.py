@@ -21,7 +21,7 @@ from tests.pipelines.transformers_parts import (
     t5_tokenizer,
     without_noise,
 )
-from tests.tiny import NOISE_SCHEDULE, WIDTH, autoencoder, clip
+from tests.support.tiny import NOISE_SCHEDULE, WIDTH, autoencoder, clip
 
 SIZE: dict[str, Any] = {"height": 16, "width": 16, "output_type": "np"}
 TEXT: dict[str, Any] = {**SIZE, "guidance_scale": 5.0, "max_sequence_length": 32}

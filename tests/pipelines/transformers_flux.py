@@ -19,7 +19,7 @@ from tests.pipelines.transformers_parts import (
     strength,
     t5_text,
 )
-from tests.tiny import WIDTH, clip, sd3
+from tests.support.tiny import WIDTH, clip, sd3
 
 SIZE: dict[str, Any] = {"height": 16, "width": 16, "output_type": "np"}
 

@@ -28,7 +28,7 @@ from tests.pipelines.transformers_parts import (
     wide_clip,
 )
 from tests.pipelines.video import wan_autoencoder
-from tests.tiny import WIDTH, qwen, qwen_image, t5
+from tests.support.tiny import WIDTH, qwen, qwen_image, t5
 
 SIZE: dict[str, Any] = {"height": 16, "width": 16, "output_type": "np"}
 TEXT: dict[str, Any] = {**SIZE, "guidance_scale": 5.0, "max_sequence_length": 48}

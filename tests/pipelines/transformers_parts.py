@@ -1,5 +1,5 @@
 """Parts that several tiny pipelines share: text encoders, tokenizers and autoencoders besides those
-of tests.tiny."""
+of tests.support.tiny."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler
 from tokenizers.processors import TemplateProcessing
 
-from tests.tiny import SIDE, WIDTH, autoencoder, clip, qwen, t5
+from tests.support.tiny import SIDE, WIDTH, autoencoder, clip, qwen, t5
 
 # Skips the system's messages, which would take hundreds of tokens here
 CHAT_TEMPLATE = (

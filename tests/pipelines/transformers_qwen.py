@@ -22,7 +22,7 @@ from tests.pipelines.transformers_parts import (
     strength,
     vision_language,
 )
-from tests.tiny import WIDTH, hunyuan_image, qwen, qwen_image
+from tests.support.tiny import WIDTH, hunyuan_image, qwen, qwen_image
 
 SIZE: dict[str, Any] = {"height": 16, "width": 16, "output_type": "np"}
 

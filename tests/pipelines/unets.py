@@ -20,7 +20,7 @@ from tests.pipelines.parts import (
     vision,
 )
 from tests.pipelines.registry import ABSENT, entry, mask, picture
-from tests.tiny import NOISE_SCHEDULE, SIDE, WIDTH, autoencoder, clip
+from tests.support.tiny import NOISE_SCHEDULE, SIDE, WIDTH, autoencoder, clip
 
 # Stable Diffusion 1.5
 

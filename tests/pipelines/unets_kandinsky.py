@@ -11,7 +11,7 @@ from tests.pipelines.parts import NUMBERS, strength
 from tests.pipelines.registry import entry, mask
 from tests.pipelines.transformers_parts import t5_tokenizer
 from tests.pipelines.unets_priors import CANVAS, EMBEDDED, PRIOR, combined, decoder, photo, prior
-from tests.tiny import WIDTH
+from tests.support.tiny import WIDTH
 
 
 def prompted(**config: Any) -> dict[str, Any]:

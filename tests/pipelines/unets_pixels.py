@@ -10,7 +10,7 @@ from diffusers import DDPMScheduler
 from tests.pipelines.parts import NUMBERS, SQUARE, calm, strength
 from tests.pipelines.registry import ABSENT, entry, mask, picture
 from tests.pipelines.transformers_parts import t5_text
-from tests.tiny import SIDE, WIDTH
+from tests.support.tiny import SIDE, WIDTH
 
 # Without text
 

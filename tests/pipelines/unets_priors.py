@@ -17,7 +17,7 @@ from torch import nn
 from tests.pipelines.parts import NUMBERS, calm, features, parts_of, strength, unclip_prior, vision
 from tests.pipelines.registry import ABSENT, entry, mask, picture
 from tests.pipelines.transformers_parts import t5_text
-from tests.tiny import STEPS, WIDTH, clip, stable_cascade
+from tests.support.tiny import STEPS, WIDTH, clip, stable_cascade
 
 CANVAS: dict[str, Any] = {"height": 32, "width": 32}  # the autoencoder's factor applies twice
 

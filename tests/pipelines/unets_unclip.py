@@ -10,7 +10,7 @@ from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from tests.pipelines.parts import calm, features, unclip_prior, vision
 from tests.pipelines.registry import ABSENT, STEPS, entry, picture
 from tests.pipelines.unets_pixels import pixels
-from tests.tiny import SIDE, WIDTH, clip
+from tests.support.tiny import SIDE, WIDTH, clip
 
 
 def steps(number: int) -> int:

@@ -23,7 +23,7 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import (
 from tests.pipelines.parts import NUMBERS, SQUARE, diffusion, features, strength, unet
 from tests.pipelines.registry import ABSENT, PROMPTS, STEPS, entry, mask, picture
 from tests.pipelines.transformers_parts import t5_tokenizer
-from tests.tiny import WIDTH, autoencoder
+from tests.support.tiny import WIDTH, autoencoder
 
 TEXT: dict[str, Any] = {**NUMBERS, **SQUARE, "guidance_scale": 5.0}
 

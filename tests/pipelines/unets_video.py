@@ -22,7 +22,7 @@ from tests.pipelines.parts import (
     vision,
 )
 from tests.pipelines.registry import ABSENT, entry, picture
-from tests.tiny import DOWN_BLOCKS, NOISE_SCHEDULE, SIDE, WIDTH, autoencoder, clip
+from tests.support.tiny import DOWN_BLOCKS, NOISE_SCHEDULE, SIDE, WIDTH, autoencoder, clip
 
 FRAMES = 2
 CLIP: dict[str, Any] = {**NUMBERS, **SQUARE, "guidance_scale": 5.0}

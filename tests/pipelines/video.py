@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.pipelines.registry import ABSENT, entry, picture
 from tests.pipelines.transformers_parts import flow, language_model, strength, t5_text
-from tests.tiny import WIDTH
+from tests.support.tiny import WIDTH
 
 FILM: dict[str, Any] = {
     "height": 16,

@@ -11,7 +11,7 @@ from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 from tests.pipelines.registry import ABSENT, entry, picture
 from tests.pipelines.transformers_parts import dynamic, language_model
 from tests.pipelines.video import FILM, big
-from tests.tiny import WIDTH
+from tests.support.tiny import WIDTH
 
 BANDS = 16
 CHANNELS = 4  # of a latent

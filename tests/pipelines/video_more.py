@@ -17,7 +17,7 @@ from tests.pipelines.transformers_parts import (
     wide_clip,
 )
 from tests.pipelines.video import FILM, big, wan_autoencoder, without_ftfy
-from tests.tiny import WIDTH, autoencoder, qwen, t5
+from tests.support.tiny import WIDTH, autoencoder, qwen, t5
 
 
 @entry(**FILM | {"height": 32, "width": 32}, num_frames=7)

@@ -20,7 +20,7 @@ from stepweave.scheduling.policy import (
     thrifty,
 )
 from stepweave.scheduling.task import Key, Load, Priority, Task
-from tests.scheduling.toy import Call, play, queued, task
+from tests.support.simulated_engine import Call, play, queued, task
 
 A, B, C = Key("transformer", 64), Key("transformer", 256), Key("transformer", 1024)
 ENCODER, DECODER = Key("text_encoder", 8), Key("vae", 64)

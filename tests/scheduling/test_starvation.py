@@ -15,7 +15,7 @@ from stepweave.planning.cost import CostModel
 from stepweave.scheduling import policy
 from stepweave.scheduling.policy import Cap, Policy, aged, thrifty
 from stepweave.scheduling.task import Key, Load, Priority, Task
-from tests.scheduling.toy import Call, play, task
+from tests.support.simulated_engine import Call, play, task
 
 A, B, C = Key("transformer", 64), Key("transformer", 256), Key("transformer", 1024)
 ENCODER, DECODER = Key("text_encoder", 8), Key("vae", 64)

@@ -8,18 +8,18 @@ from collections.abc import Hashable
 import torch
 
 from stepweave.batching.merge import split
-from stepweave.compat.finite import FiniteImages
-from stepweave.engine.job import Ending, Job
-from stepweave.engine.pipeline_call import track
-from stepweave.outcome import Outcome
+from stepweave.jobs.running import RunningJob
+from stepweave.outcome import Ending, Outcome
 from stepweave.previews.latents import Latents
 from stepweave.scope import RequestScopedPipeline
 from stepweave.truncation.prompts import warned
+from stepweave.views.finite import FiniteImages
+from stepweave.views.pipeline_call import track
 
 _CONSTANTS = (bool, int, float, str, type(None))
 
 
-def batch_key(job: Job) -> Hashable | None:
+def batch_key(job: RunningJob) -> Hashable | None:
     """Equal for jobs whose calls differ in prompts and generators only; None for a job that must
     have a call of its own."""
     kwargs = job.kwargs
@@ -39,12 +39,12 @@ def batch_key(job: Job) -> Hashable | None:
     return frozenset(key)
 
 
-def images_of(job: Job) -> int:
+def images_of(job: RunningJob) -> int:
     count = job.kwargs.get("num_images_per_prompt")
     return count if isinstance(count, int) else 1  # what is no number fails in the pipeline's call
 
 
-def run_batch(scope: RequestScopedPipeline, jobs: list[Job]) -> list[Outcome]:
+def run_batch(scope: RequestScopedPipeline, jobs: list[RunningJob]) -> list[Outcome]:
     """Run jobs of one key in one call; the outcome of each."""
     first = jobs[0].kwargs
     kwargs = {
@@ -74,7 +74,7 @@ def _is_prompt(name: str) -> bool:
     return name.startswith(("prompt", "negative_prompt"))
 
 
-def _generators(job: Job) -> list[torch.Generator]:
+def _generators(job: RunningJob) -> list[torch.Generator]:
     generator = job.kwargs["generator"]
     return generator if isinstance(generator, list) else [generator]
 
@@ -82,7 +82,7 @@ def _generators(job: Job) -> list[torch.Generator]:
 class _Together:
     """Jobs that progress as one; the call ends early only when all of them must end."""
 
-    def __init__(self, jobs: list[Job]) -> None:
+    def __init__(self, jobs: list[RunningJob]) -> None:
         self._jobs = jobs
         self._wanting = [False] * len(jobs)
 

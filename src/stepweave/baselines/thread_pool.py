@@ -5,59 +5,46 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from typing import Any, Protocol
+from typing import Any
 
 from stepweave.baselines.request_batch import batch_key, images_of, run_batch
 from stepweave.compat.torch_state import use_device
-from stepweave.engine.hooks import PrivateScope
-from stepweave.engine.job import Ending, Job, enter_engine
-from stepweave.engine.pipeline_call import call_pipeline
-from stepweave.errors import Cancelled, EngineMisuse, StepweaveError
+from stepweave.engine_config import EngineConfig
+from stepweave.errors import Cancelled, EngineMisuse
+from stepweave.jobs.job import enter_engine
+from stepweave.jobs.running import RunningJob
+from stepweave.jobs.thread import engine_failed
 from stepweave.memory.device_health import DeviceHealth
-from stepweave.outcome import Outcome
+from stepweave.outcome import Ending, Outcome
 from stepweave.planning.planner import Planner
 from stepweave.planning.stats import Stats
+from stepweave.views.pipeline_call import call_pipeline
+from stepweave.views.scope import PrivateScope
 
 logger = logging.getLogger(__name__)
 
 
-class Runner(Protocol):
-    """What runs an engine's jobs."""
-
-    threads: list[threading.Thread]
-
-    @property
-    def waiting(self) -> int: ...
-    @property
-    def running(self) -> int: ...
-    def scope_of(self, pipeline: Any) -> PrivateScope: ...
-    def submit(self, job: Job) -> None: ...
-    def cancel(self, job: Job) -> None: ...
-    def close(self, seconds: float) -> list[str]: ...
-    def abandon(self, job: Job, error: Exception) -> None: ...
-
-
-class Pool:
-    """Starts jobs in the planner's order, `threads` of them at a time; with `together`, up to so
-    many equal ones in one call."""
+class ThreadPool:
+    """Starts jobs in the planner's order: several at a time in mode `threads`, in mode `request` up
+    to `max_rows` equal ones in one call."""
 
     def __init__(
         self,
         pipeline: Any,
-        *,
-        threads: int,
-        stats: Stats,
+        config: EngineConfig,
         planner: Planner,
+        stats: Stats,
         health: DeviceHealth,
-        together: int = 1,
     ) -> None:
+        threads = config.threads if config.mode == "threads" else 1
+        together = config.max_rows if config.mode == "request" else 1
         self._scope = PrivateScope(pipeline)
         self._stats = stats
         self._planner = planner
         self._health = health
         self._together = together
-        self._running: dict[str, Job] = {}
-        self._waiting: dict[str, Job] = {}  # oldest first
+        self._running: dict[str, RunningJob] = {}
+        self._waiting: dict[str, RunningJob] = {}  # oldest first
         self._closed = False
         self._changed = threading.Condition()  # guards the three above
         self.threads = [
@@ -89,17 +76,26 @@ class Pool:
             )
         return scope
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: RunningJob) -> None:
         with self._changed:
             self._waiting[job.id] = job
             self._changed.notify()
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: RunningJob) -> None:
         """A waiting job ends at once; a running one at its next step."""
         with self._changed:
             waited = self._waiting.pop(job.id, None)
         if waited is not None:
-            self._finish(job, Outcome(error=Cancelled()))
+            self.finish(job, Cancelled())
+
+    def finish(self, job: RunningJob, outcome: Outcome | Exception) -> None:
+        """Deliver what came of a job, unless that is done."""
+        if isinstance(outcome, Exception):
+            outcome = Outcome(error=outcome)
+        self._planner.leave(job, succeeded=outcome.error is None)
+        told = job.finish(outcome)
+        if told is not None:
+            self._stats.finished(told)
 
     def close(self, seconds: float) -> list[str]:
         """End every job, running ones at their next step, and then the threads. What has not ended
@@ -110,14 +106,10 @@ class Pool:
             left = [*self._running.values(), *self._waiting.values()]
             self._changed.notify_all()
         for job in left:
-            job.cancel()
+            job.job.cancel()
         for thread in self.threads:
             thread.join(max(0.0, until - time.monotonic()))
         return [f"the call of {job!r}" for job in list(self._running.values())]
-
-    def abandon(self, job: Job, error: Exception) -> None:
-        """Let go of a job that has not ended."""
-        self._finish(job, Outcome(error=error))
 
     def _work(self) -> None:
         """One thread: serve until closed."""
@@ -131,31 +123,28 @@ class Pool:
                 logger.exception("the engine failed; it goes on")
             del jobs
 
-    def _next_jobs(self) -> list[Job] | None:
+    def _next_jobs(self) -> list[RunningJob] | None:
         """The oldest waiting job, and those that can share its call. None once closed."""
         with self._changed:
             while not self._waiting and not self._closed:
                 self._changed.wait()
             return None if self._closed else self._take()
 
-    def _serve(self, jobs: list[Job]) -> None:
+    def _serve(self, jobs: list[RunningJob]) -> None:
         """Run jobs to their ends."""
         try:
             outcomes = self._run(jobs)
         except BaseException as error:  # nothing may end this thread: jobs would hang
             self._stats.errors += 1
             logger.exception("the engine failed; it goes on")
-            failure = StepweaveError(
-                f"The engine failed ({type(error).__name__}).", code="engine_failed"
-            )
-            outcomes = [Outcome(error=failure)] * len(jobs)
+            outcomes = [Outcome(error=engine_failed(error))] * len(jobs)
         with self._changed:
             for job in jobs:
                 del self._running[job.id]
         for job, outcome in zip(jobs, outcomes, strict=True):
-            self._finish(job, outcome)
+            self.finish(job, outcome)
 
-    def _take(self) -> list[Job]:
+    def _take(self) -> list[RunningJob]:
         jobs = [self._waiting.pop(self._planner.next(self._waiting).id)]
         if self._together > 1:
             key = batch_key(jobs[0])
@@ -172,7 +161,7 @@ class Pool:
             self._running[job.id] = job
         return jobs
 
-    def _run(self, jobs: list[Job]) -> list[Outcome]:
+    def _run(self, jobs: list[RunningJob]) -> list[Outcome]:
         """The outcome of each job."""
         now = time.monotonic()
         beside = min(len(self.threads), len(self._running)) if self._together == 1 else 1
@@ -197,7 +186,7 @@ class Pool:
                 job.restart()
         return [self._run_alone(job, beside) for job in jobs]
 
-    def _run_alone(self, job: Job, beside: int) -> Outcome:
+    def _run_alone(self, job: RunningJob, beside: int) -> Outcome:
         began = time.monotonic()
         ended = job.end()
         if ended is not None:
@@ -210,9 +199,3 @@ class Pool:
             seconds = time.monotonic() - began
             self._planner.called([job], seconds * job.task.demand.steps / max(1, steps), beside)
         return outcome
-
-    def _finish(self, job: Job, outcome: Outcome) -> None:
-        self._planner.leave(job, succeeded=outcome.error is None)
-        told = job.finish(outcome)
-        if told is not None:
-            self._stats.finished(told)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
+import time
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
 from stepweave.batching.batch_axes import Guess, Path, Readings
-from stepweave.compat.attention_processors import Processors, Worn
+from stepweave.compat.attention_processors import AttentionProcessors, Installed
 from stepweave.compat.torch_state import Ambient
 from stepweave.scheduling.task import Key, Task
-
-if TYPE_CHECKING:
-    from stepweave.certification.state_watch import StateWatch
 
 # A layout says for each argument how calls are merged; nested tuples, the tag first, so that it is
 # hashable.
@@ -39,9 +38,8 @@ class Target:
     function: Callable[..., Any]
     cap: int | None = None  # rows at a time, where it has a bound of its own
     cached: bool = False  # results are remembered: an encoder of prompts or pictures
-    processors: Processors | None = None  # where calls swap attention processors
+    processors: AttentionProcessors | None = None  # where calls swap attention processors
     readings: Readings = field(default_factory=Readings, repr=False)
-    watch: StateWatch | None = field(default=None, repr=False)  # None: not looked after
     names: tuple[str, ...] = field(init=False)
     # argument -> the argument that masks its second dimension
     masks: dict[str, str] = field(init=False)
@@ -72,71 +70,99 @@ class Target:
         return {**dict(zip(self.names, args, strict=False)), **kwargs}
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(frozen=True, eq=False)
+class Group:
+    """What calls that may share a forward have in common. `LayoutReader` works it out."""
+
+    key: Hashable = None  # equal for calls of one group: the kind and the constants
+    kind: Hashable = None  # what a certificate is for
+    constants: Hashable = None  # what is no leaf: a certificate covers every value of it
+    layout: Layout = ()
+    listed: bool = False  # the sample is a list with an entry for each row
+    look: Hashable = None  # what the job's own attention processors do
+    # parts of a call's rows, of which those of all calls lie together when merged
+    chunks: int = 1
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Call:
-    """One suspended call. `describe` sets the rest."""
+    """What a fiber wants computed, and how it is read."""
 
     target: Target
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     ambient: Ambient
-    worn: Worn = None  # the attention processors that it is to run with, if they are its job's own
+    # the attention processors that it is to run with, if they are its job's own
+    processors: Installed = None
+    owner: Any = None  # the job whose fiber waits for it
+    since: float = field(default_factory=time.monotonic)  # when it began to wait
+
+    group: Group = Group()
     arguments: dict[str, Any] = field(default_factory=dict)
     rows: int = 1
     sample: Any = None  # the argument that tells how many
-    layout: Layout = ()
-    leaves: list[tuple[Any, ...]] = field(
-        default_factory=list
-    )  # tensors and numbers of the rows, in the layout's order
-    # of the leaves, and their layouts' tags
-    paths: list[tuple[Path, str]] = field(default_factory=list)
+    size: int = 0  # elements of a row of the sample
+    leaves: list[tuple[Any, ...]] = field(default_factory=list)  # tensors and numbers of the rows
+    paths: list[tuple[Path, str]] = field(default_factory=list)  # of the leaves, and their tags
     guesses: list[Guess] = field(default_factory=list)  # readings that are not the first
-    look: Hashable = None  # what those do
-    chunks: int = 1  # parts of the rows, of which those of all calls lie together when merged
-    holds: bool = False  # an argument is an object taken for what it holds
-    kind: Hashable = None  # what a certificate is for
-    constants: Hashable = None  # what is no leaf: a certificate covers every value of it
-    key: Hashable = None  # what calls of one group have in common: the kind and the constants
-    listed: bool = False  # the sample is a list with an entry for each row
-    opaque: bool = False  # an argument is told from others by its identity only
-    # sizes in which calls of one group may differ, where a certificate allows it
+    spans: dict[int, Any] = field(default_factory=dict)  # of leaves, as far as they are known
+    # sizes in which calls of one group may differ, where a certificate allows it; and of these the
+    # least and the most of each argument
     ragged: Hashable = None
-    # of those sizes: least and most of each argument
     extents: list[tuple[int, int]] = field(default_factory=list)
-    cost: Key = field(init=False)  # what its forward's seconds depend on
-    cap: int = 0  # rows that its forward was allowed
-    owner: Any = None  # set by the loop, as are task and since: who waits for it
-    task: Task = field(default_factory=Task)
-    since: float = 0.0  # when it began to wait
+    opaque: bool = False  # an argument is told from others by its identity only
+    holds: bool = False  # an argument is an object taken for what it holds
+
     cache_key: Hashable | None = None  # of its result, where results are remembered
-    # run alone, the fiber leaves a copy of the result in `output`, and says how it went
-    keep: bool = False
-    output: Any = None
-    failed: bool = False
-    wrote: bool = False  # to its own arguments
-    ran_out: bool = False  # of memory, run alone
-    overwritten: bool = False  # by an attempt that ran out of memory: it cannot be made again
-    retried: bool = False  # whole, since there was more room
-    check: bool = False  # run alone, its fiber looks whether the module keeps something of it
-    looked: float = 0.0  # seconds that this took
-    # of leaves, as far as they are known: see evidence
-    spans: dict[int, Any] = field(default_factory=dict)
-    apart: tuple[str, str] = ("", "")  # why it can share no forward: a code and a text
-    own: bool = False  # it is to run on modules that its job's own code has changed
+    alone: tuple[str, str] | None = None  # why it can share no forward: a code and a text
+    on_own_modules: bool = False  # it is to run on modules that its job's own code has changed
     whole: bool = False  # it must be run as the pipeline made it, neither merged nor divided
 
-    def __post_init__(self) -> None:
-        self.cost = Key(self.target.name, 0)
+    @property
+    def key(self) -> Hashable:
+        """Equal for calls of one group."""
+        return self.group.key
+
+    @property
+    def kind(self) -> Hashable:
+        """What a certificate is for."""
+        return self.group.kind
+
+    @functools.cached_property
+    def cost(self) -> Key:
+        """What its forward's seconds depend on, besides the rows."""
+        return Key(self.target.name, self.size)
+
+    @property
+    def task(self) -> Task:
+        """Its job, as the scheduler sees it."""
+        task: Task = self.owner.task
+        return task
 
     def run(self) -> Any:
         """Exactly what the pipeline asked for."""
         return self.target.function(*self.args, **self.kwargs)
 
-    def stand_alone(self, code: str = "not_comparable", reason: str = "") -> None:
-        """Be like no other call, and why."""
-        self.kind = self.key = object()
-        self.apart = (code, reason)
-        self.layout, self.leaves, self.guesses, self.cache_key = (), [], [], None
+    def by_itself(self, code: str = "not_comparable", reason: str = "", **changes: Any) -> Call:
+        """The call as one that is like no other, and why."""
+        alone = object()
+        changes = {"leaves": [], "guesses": [], "cache_key": None} | changes
+        return replace(self, group=Group(alone, alone), alone=(code, reason), **changes)
+
+
+@dataclass(eq=False)
+class Attempt:
+    """One run of a call by its own fiber: what the fiber is told, and how it went."""
+
+    call: Call
+    keep: bool = False  # leave a copy of the result in `output`
+    run: Callable[[Call], Any] = Call.run  # what looks at the module runs it in its own way
+    again: bool = False  # it ran out of memory before, and there is more room now
+    output: Any = None
+    failed: bool = False
+    ran_out: bool = False  # of memory
+    wrote: bool = False  # to its own arguments
+    overwritten: bool = False  # though it ran out of memory: it cannot be made again
 
 
 def original_of(module: nn.Module) -> nn.Module:

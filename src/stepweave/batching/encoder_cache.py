@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from stepweave.batching.call import Call
-from stepweave.batching.fingerprints import Digests
+from stepweave.batching.fingerprints import Fingerprints
 from stepweave.batching.merge import cloned, tensors
 
 
@@ -17,7 +17,7 @@ class EncoderCache:
     """A least-recently-used cache of encoders' results, bounded in bytes, keyed by every input
     exactly."""
 
-    def __init__(self, digests: Digests, max_bytes: int) -> None:
+    def __init__(self, digests: Fingerprints, max_bytes: int) -> None:
         self._digests = digests
         self._max_bytes = max_bytes
         self._results: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
@@ -30,7 +30,7 @@ class EncoderCache:
         if (
             not self._max_bytes
             or not call.target.cached
-            or not call.layout
+            or not call.group.layout
             or call.opaque
             or call.holds
         ):

@@ -19,9 +19,9 @@ QUICK = 4096  # elements that are looked at again each time, on the CPU
 SIZE = 16  # bytes of a digest: two different tensors in 2^64 share one
 
 
-class Digests:
-    """Digests of tensors, each computed once, and again when `_version` tells that the tensor was
-    written to.
+class Fingerprints:
+    """Fingerprints of tensors, each computed once, and again when `_version` tells that the tensor
+    was written to.
 
     Reading a tensor's bytes waits for a GPU; looking a digest up does not.
     """
@@ -88,7 +88,7 @@ class TokenIds(torch.Tensor):
     """Token ids, or their mask, on the CPU. What `to` brings to a device need not be read back to
     be told from others."""
 
-    digests: Digests
+    digests: Fingerprints
     # all that is made of them are plain tensors
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -106,7 +106,7 @@ class TokenIds(torch.Tensor):
         return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
-def followed(output: Any, digests: Digests) -> Any:
+def followed(output: Any, digests: Fingerprints) -> Any:
     """A tokenizer's output, with tensors that `digests` knows once they are on a device."""
     if isinstance(output, MutableMapping):
         for name, value in output.items():

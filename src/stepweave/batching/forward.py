@@ -10,7 +10,7 @@ from stepweave.batching.call import Call, Unmergeable
 from stepweave.batching.merge import copied, merge, split
 from stepweave.batching.parts import chunk, join
 from stepweave.compat import torch_state as ambient
-from stepweave.compat.snapshot import Given
+from stepweave.compat.snapshot import ArgumentSnapshot
 
 
 def run_arguments(call: Call, arguments: dict[str, Any], kinds: tuple[str, ...]) -> Any:
@@ -18,7 +18,7 @@ def run_arguments(call: Call, arguments: dict[str, Any], kinds: tuple[str, ...])
     here = ambient.current(kinds)
     ambient.apply(call.ambient, here)
     try:
-        with _dressed(call):
+        with _with_processors(call):
             return call.target.function(**arguments)
     finally:
         ambient.apply(here, call.ambient)
@@ -29,7 +29,7 @@ def run_merged(
 ) -> list[Any]:
     """The results of calls of one kind, from one forward. `kinds` are the device types whose
     autocast is theirs, too."""
-    chunks, listed = calls[0].chunks, calls[0].listed
+    chunks, listed = calls[0].group.chunks, calls[0].group.listed
     # with chunks: all first ones, then all second ones
     apart = (
         calls
@@ -37,7 +37,7 @@ def run_merged(
         else [chunk(call, number) for number in range(chunks) for call in calls]
     )
     arguments = merge(apart, repeat=repeat)
-    given = None if trial else Given(*arguments.values())
+    given = None if trial else ArgumentSnapshot(*arguments.values())
     output = run_arguments(calls[0], copied(arguments) if trial else arguments, kinds)
     if given is not None and given.wrote():
         raise Unmergeable("it writes to its arguments")
@@ -51,7 +51,9 @@ def run_merged(
     ]
 
 
-def _dressed(call: Call) -> contextlib.AbstractContextManager[None]:
+def _with_processors(call: Call) -> contextlib.AbstractContextManager[None]:
     """Within it the call's attention processors are in place."""
     processors = call.target.processors
-    return contextlib.nullcontext() if processors is None else processors.wearing(call.worn)
+    return (
+        contextlib.nullcontext() if processors is None else processors.installing(call.processors)
+    )

@@ -3,6 +3,7 @@ model."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Hashable
 from enum import Enum
@@ -12,10 +13,10 @@ import numpy as np
 import torch
 
 from stepweave.batching.batch_axes import ITEMS, PER_ROW, Guess, Path
-from stepweave.batching.call import Call, Layout, Unmergeable
-from stepweave.batching.fingerprints import Digests
+from stepweave.batching.call import Call, Group, Layout, Unmergeable
+from stepweave.batching.fingerprints import Fingerprints
+from stepweave.compat.isolation import is_plain
 from stepweave.compat.snapshot import DEEPEST, is_holder
-from stepweave.scope.view import is_plain
 
 logger = logging.getLogger(__name__)
 
@@ -36,36 +37,32 @@ TIMES = ("timestep", "timesteps")
 _TIME_TYPES = (torch.int32, torch.int64, torch.float32)  # of schedulers, which modules take alike
 
 
-class Describer:
+class LayoutReader:
     """Works out a call's rows, layout, kind and key."""
 
-    def __init__(self, digests: Digests) -> None:
+    def __init__(self, digests: Fingerprints) -> None:
         self._digests = digests
 
-    def describe(self, call: Call) -> None:
-        """Fill in what the loop and the merge need to know. A call that fits no rule gets a key of
-        its own."""
+    def read(self, call: Call) -> Call:
+        """The call with its group, and all that merging needs to know. One that fits no rule gets
+        a group of its own."""
         try:
-            self._describe(call)
+            call = _sized(call)
+            return self._read(call)
         except Exception as error:
             if not isinstance(error, Unmergeable):
-                logger.exception(
-                    "a call of %s cannot be described; it runs alone", call.target.name
-                )
-            call.stand_alone(reason=str(error) or type(error).__name__)
+                logger.exception("a call of %s cannot be read; it runs alone", call.target.name)
+            return call.by_itself(reason=str(error) or type(error).__name__)
 
-    def _describe(self, call: Call) -> None:
+    def _read(self, call: Call) -> Call:
         target = call.target
-        call.arguments = target.bind(call.args, call.kwargs)
         if target.module.training or call.ambient.grad:
             raise Unmergeable(
                 "gradients, or layers that draw random numbers, may depend on the batch"
             )
-        sample = call.sample = _sample(call.arguments)
-        call.listed = isinstance(sample, list)
-        call.rows = len(sample) if call.listed else sample.shape[0]
-        call.cost = call.cost._replace(size=_elements(sample) // max(1, call.rows))
-        walk = _Walk(call, sample, self._digests)
+        if call.sample is None:
+            raise Unmergeable("no argument has rows")
+        walk = _Walk(call, self._digests)
         masks = {mask: name for name, mask in target.masks.items() if walk.maskable(name, mask)}
         layouts = []
         for name, value in call.arguments.items():
@@ -81,31 +78,34 @@ class Describer:
             else:
                 node = walk.node(value, path)
             layouts.append((name, node))
-        call.layout = tuple(layouts)
-        call.leaves, call.paths, call.extents, call.opaque = (
-            walk.leaves,
-            walk.paths,
-            walk.extents,
-            walk.opaque,
-        )
-        call.guesses, call.holds = walk.guesses, walk.holds
-        call.look = look(call.worn)
+        layout = tuple(layouts)
+        look = look_of(call.processors)
         # processors may cut a batch in parts; with a chunk for each row, parts of all calls lie
         # together, however many they are
-        call.chunks = 1 if call.look is None else call.rows
-        call.kind = (target, call.layout, tuple(walk.sizes), call.ambient, call.chunks, call.look)
-        call.constants = tuple(walk.exact)
-        call.key = (call.kind, call.constants)
-        call.ragged = tuple(walk.ragged)
+        chunks = 1 if look is None else call.rows
+        kind = (target, layout, tuple(walk.sizes), call.ambient, chunks, look)
+        constants = tuple(walk.exact)
+        listed = isinstance(call.sample, list)
+        return dataclasses.replace(
+            call,
+            group=Group((kind, constants), kind, constants, layout, listed, look, chunks),
+            leaves=walk.leaves,
+            paths=walk.paths,
+            guesses=walk.guesses,
+            ragged=tuple(walk.ragged),
+            extents=walk.extents,
+            opaque=walk.opaque,
+            holds=walk.holds,
+        )
 
 
 class _Walk:
     """One pass over a call's arguments."""
 
-    def __init__(self, call: Call, sample: Any, digests: Digests) -> None:
+    def __init__(self, call: Call, digests: Fingerprints) -> None:
         self._call = call
         self._rows = call.rows
-        self._sample = sample
+        self._sample = sample = call.sample
         self._device = (sample[0] if isinstance(sample, list) else sample).device
         self._digests = digests
         self._readings = call.target.readings
@@ -285,11 +285,13 @@ def frozen(value: Any) -> Hashable | None:
     return None if any(item is None for item in items) else (type(value), *items)
 
 
-def look(worn: tuple[Any, ...] | None) -> Hashable:
+def look_of(processors: tuple[Any, ...] | None) -> Hashable:
     """Equal for attention processors that do the same."""
-    if worn is None:
+    if processors is None:
         return None
-    return tuple((type(one), state) if (state := _state(one)) is not None else one for one in worn)
+    return tuple(
+        (type(one), state) if (state := _state(one)) is not None else one for one in processors
+    )
 
 
 def _state(processor: Any) -> Hashable | None:
@@ -297,19 +299,31 @@ def _state(processor: Any) -> Hashable | None:
     return frozen(vars(processor)) if is_plain(type(processor)) else None  # type: ignore[arg-type]
 
 
+def _sized(call: Call) -> Call:
+    """The call with its arguments by name, its sample and its rows, as far as it has them."""
+    arguments = call.target.bind(call.args, call.kwargs)
+    sample = _sample(arguments)
+    if sample is None:
+        return dataclasses.replace(call, arguments=arguments)
+    rows = len(sample) if isinstance(sample, list) else sample.shape[0]
+    size = _elements(sample) // max(1, rows)
+    return dataclasses.replace(call, arguments=arguments, sample=sample, rows=rows, size=size)
+
+
 def _elements(sample: Any) -> int:
-    return sum(one.numel() for one in sample) if isinstance(sample, list) else int(sample.numel())
+    return (
+        sum(tensor.numel() for tensor in sample)
+        if isinstance(sample, list)
+        else int(sample.numel())
+    )
 
 
 def _sample(arguments: dict[str, Any]) -> Any:
-    """The first argument that has rows: a tensor, or a list of tensors, one for each row."""
+    """The first argument that has rows: a tensor, or a list of tensors, one for each row; None if
+    none has."""
     for value in arguments.values():
         if isinstance(value, torch.Tensor) and value.ndim:
             return value
-        if (
-            isinstance(value, list)
-            and value
-            and all(isinstance(item, torch.Tensor) for item in value)
-        ):
+        if isinstance(value, list) and value and all(isinstance(v, torch.Tensor) for v in value):
             return value
-    raise Unmergeable("no argument has rows")
+    return None

@@ -28,7 +28,7 @@ def merge(calls: Sequence[Call], *, repeat: bool = True) -> dict[str, Any]:
     rows = [call.rows for call in calls]
     first = calls[0]
     merged = {}
-    for name, node in first.layout:
+    for name, node in first.group.layout:
         if node[0] == "mask":
             continue
         values = [call.arguments[name] for call in calls]

@@ -18,7 +18,7 @@ def part(call: Call, start: int, stop: int, *, repeat: bool = True) -> dict[str,
     """The arguments of a call that stands for some of the rows of `call`. For `repeat` see
     merge."""
     given = {}
-    for name, node in call.layout:
+    for name, node in call.group.layout:
         if name in call.arguments:
             value = call.arguments[name]
             whole = node[0] == "repeated" and not repeat
@@ -28,7 +28,7 @@ def part(call: Call, start: int, stop: int, *, repeat: bool = True) -> dict[str,
 
 def chunk(call: Call, number: int) -> Call:
     """One of the parts of which a call's batch is made, as a call."""
-    rows = call.rows // call.chunks
+    rows = call.rows // call.group.chunks
     return dataclasses.replace(
         call, arguments=part(call, number * rows, (number + 1) * rows), rows=rows
     )

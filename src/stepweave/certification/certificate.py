@@ -183,7 +183,7 @@ class Certificate:
             for i in range(len(call.leaves))
             if i != variation and i not in self.proven | self.samples | free
         ]
-        return call.constants, tuple(
+        return call.group.constants, tuple(
             (i, self.value(call.leaves[i])) for i in rest if i not in self.spans
         )
 
@@ -232,8 +232,8 @@ class Certificate:
         """Whether calls have constants, or as many rows, as none before that were merged; noted. Of
         many constants, the first few and then ever fewer count."""
         new = False
-        if calls[0].constants not in self.constants and len(self.constants) < KEPT:
-            self.constants.add(calls[0].constants)
+        if calls[0].group.constants not in self.constants and len(self.constants) < KEPT:
+            self.constants.add(calls[0].group.constants)
             number = len(self.constants)
             new = number <= CONDITIONS or number & (number - 1) == 0
         rows = sum(call.rows for call in calls)

@@ -20,7 +20,7 @@ import torch
 
 from stepweave.batching.batch_axes import made
 from stepweave.batching.call import Call
-from stepweave.batching.fingerprints import Digests
+from stepweave.batching.fingerprints import Fingerprints
 from stepweave.batching.layout import TIMES
 from stepweave.batching.merge import tensors
 from stepweave.certification.certificate import RAGGED, Certificate, Held, State, Verdict
@@ -58,16 +58,17 @@ FAINT = 0.05  # an effect that matters to no result, as a share of the error all
 class Certificates:
     """All certificates of an engine, and the decision whether calls may be merged."""
 
-    def __init__(self, digests: Digests, audit_every: int) -> None:
+    def __init__(self, digests: Fingerprints, audit_every: int) -> None:
         self._digests = digests
         self._audit_every = audit_every
         self._known: OrderedDict[Hashable, Certificate] = OrderedDict()
+        self._doubtful: list[Any] = []
 
     def of(self, call: Call) -> Certificate:
         found = self._known.get(call.kind)
         if found is None:
             found = self._known[call.kind] = Certificate(call.target.name, _shape_of_sample(call))
-            found.ambiguous = any(node[0] == "repeated" for _, node in call.layout)
+            found.ambiguous = any(node[0] == "repeated" for _, node in call.group.layout)
             found.readings, found.read = call.target.readings, made(call.paths, call.guesses)
             found.names = tuple(".".join(map(str, path)) for path, _ in call.paths)
             found.samples, found.value = samples(call), self._value
@@ -247,9 +248,9 @@ class Certificates:
         calls, pair = proof.calls, proof.pair
         if proof.audit:
             self._digests.recheck(tensors([call.arguments for call in pair]))
-        if any(call.failed or call.ran_out for call in pair):
+        if any(attempt.failed for attempt in proof.attempts):
             return False  # it fails alone, too, which says nothing of merging
-        if proof.wrote or any(call.wrote for call in pair):
+        if proof.wrote or any(attempt.wrote for attempt in proof.attempts):
             certificate.readings.refute(calls[0].guesses)
             self._fail(certificate, set(), "it writes to its arguments", "writes_arguments")
             return False
@@ -510,19 +511,17 @@ class Certificates:
         if certificate.state is State.PENDING:
             certificate.reason, certificate.code = reason, "error"
 
-    def judge_parts(self, call: Call, divided: Any) -> None:
-        """Record whether a call gave in parts, as `divided`, what it gave as a whole, in its
-        `output`."""
+    def judge_parts(self, call: Call, divided: Any, proof: Proof) -> None:
+        """Record whether a call gave in parts, as `divided`, what it gave as a whole in a proof."""
         certificate = self.of(call)
-        if certificate.state is State.CERTIFIED and not call.failed and call.output is not None:
-            certificate.divisible = not isinstance(divided, Exception) and agree(
-                divided, call.output
-            )
+        output = next((one.output for one in proof.attempts if one.call is call), None)
+        if certificate.state is State.CERTIFIED and output is not None:
+            certificate.divisible = not isinstance(divided, Exception) and agree(divided, output)
 
     def divisible(self, call: Call) -> bool | None:
         """Whether a call's rows may be computed apart; where its own size was never tried, whether
         another's may."""
-        if not isinstance(call.kind, tuple) or call.chunks > 1:
+        if not isinstance(call.kind, tuple) or call.group.chunks > 1:
             return False
         own = self._known.get(call.kind)
         if own is not None and own.divisible is not None:
@@ -538,6 +537,19 @@ class Certificates:
     def fail(self, call: Call, reason: str) -> None:
         """Withdraw the certificate of a kind."""
         self._fail(self.of(call), set(), reason, "failed")
+        self.doubt(call)
+
+    def doubt(self, call: Call) -> None:
+        """Note whose results are in doubt: jobs that had merged ones of a kind that has turned out
+        not to be mergeable."""
+        served = self.of(call).served
+        self._doubtful += served
+        served.clear()
+
+    def doubtful(self) -> list[Any]:
+        """The jobs whose results are in doubt, told once."""
+        doubtful, self._doubtful = self._doubtful, []
+        return doubtful
 
 
 def _read_in_another_way(call: Call, variations: set[Any]) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from stepweave.batching.call import Call, Target
+from stepweave.batching.call import Attempt, Call, Target
 from stepweave.batching.forward import run_arguments, run_merged
 from stepweave.batching.merge import cloned, copied, tensors
 from stepweave.certification.compare import Differ, NotFinite, Pair, compare, effect, equal
@@ -33,8 +33,8 @@ from stepweave.certification.evidence import (
 )
 from stepweave.certification.state_watch import RandomStates, on_a_device
 from stepweave.compat.module_state import ModuleState
-from stepweave.compat.snapshot import Given
-from stepweave.memory.device import ran_out
+from stepweave.compat.out_of_memory import ran_out
+from stepweave.compat.snapshot import ArgumentSnapshot
 
 FAR = 1e4  # within half precision
 POINTS = 16  # calls made up for one proof in search of an effect, at most, that are run merged
@@ -92,6 +92,7 @@ class Proof:
     variations: set[Any] = field(default_factory=set)
     samples: frozenset[int] = frozenset()  # leaves by which rows are told apart
     known: frozenset[int] = frozenset()  # leaves that are proven already
+    attempts: list[Attempt] = field(default_factory=list)  # of the pair, by their own fibers
     drew: bool = False  # random numbers
     wrote: bool = False  # to its arguments
     # what differs in the module after one and after the other
@@ -178,7 +179,10 @@ class Prover:
     def alone(self, call: Call) -> Any:
         """What a call gives by itself."""
         arguments = copied(call.arguments)
-        given, own = Given(*arguments.values()), Given(*call.arguments.values())
+        given, own = (
+            ArgumentSnapshot(*arguments.values()),
+            ArgumentSnapshot(*call.arguments.values()),
+        )
         # lists may be emptied, as UNets do
         mine, theirs = tensors(arguments), tensors(call.arguments)
         self.in_call = True
@@ -192,7 +196,7 @@ class Prover:
 
     def together(self, calls: Sequence[Call]) -> list[Any]:
         """What calls give in one forward."""
-        own = Given(*(value for call in calls for value in call.arguments.values()))
+        own = ArgumentSnapshot(*(value for call in calls for value in call.arguments.values()))
         with _Unnoticed(self, own):
             outputs = run_merged(calls, self._kinds, repeat=self._repeat, trial=True)
         self.forwards += 1
@@ -442,7 +446,7 @@ class _Unnoticed:
     not draw the same again.
     """
 
-    def __init__(self, prover: Prover, own: Given) -> None:
+    def __init__(self, prover: Prover, own: ArgumentSnapshot) -> None:
         self._prover = prover
         self._own = own
 

@@ -14,18 +14,20 @@ import random
 from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import nn
 
-from stepweave.batching.call import Call
+from stepweave.batching.call import Call, Target
 from stepweave.batching.merge import cloned, copied, tensors
 from stepweave.certification.compare import close, equal
 from stepweave.compat.module_state import ModuleState, Place
-from stepweave.compat.snapshot import Given
+from stepweave.compat.out_of_memory import ran_out
+from stepweave.compat.snapshot import ArgumentSnapshot
+from stepweave.compat.stateful_modules import some
 from stepweave.contained import contained
-from stepweave.memory.device import ran_out
 from stepweave.planning.clock import now
 
 KEPT = 1024  # kinds of calls
@@ -64,11 +66,25 @@ class RandomStates:
         np.random.set_state((name, np.frombuffer(keys, np.uint32), *rest))
 
 
+class Watches:
+    """What is known of the modules that calls are of, by their targets."""
+
+    def __init__(self) -> None:
+        self._watches: WeakKeyDictionary[Target, StateWatch] = WeakKeyDictionary()
+
+    def of(self, target: Target) -> StateWatch:
+        watch = self._watches.get(target)
+        if watch is None:
+            watch = self._watches[target] = StateWatch(target.name.partition(".")[0])
+        return watch
+
+
 class StateWatch:
     """What is known of one module. Used by the engine's thread."""
 
     def __init__(self, name: str = "module") -> None:
         self.name = name
+        self.seconds = 0.0  # that the last look took
         self.found: str | None = None  # what it keeps, in words
         # jobs that had a forward of it, by their names; not more than two
         self.users: set[Any] = set()
@@ -122,13 +138,14 @@ class StateWatch:
         looking costs no result."""
         module, first = call.target.module, self._fresh
         self._fresh, began = False, now()
+        self.seconds = 0.0
         before: ModuleState | None = None
         with contained("look at a forward"):
             states = RandomStates(_device(module))
-            given = Given(*call.args, *call.kwargs.values())
+            given = ArgumentSnapshot(*call.args, *call.kwargs.values())
             twin = dataclasses.replace(call, args=copied(call.args), kwargs=copied(call.kwargs))
             before = self.start(module)
-        call.looked += now() - began
+        self.seconds += now() - began
         output = call.run()
         if before is None:
             return output
@@ -141,14 +158,14 @@ class StateWatch:
                 self._again(twin, _Clone(output), after, compare=not drew)
             if change and self.found is None:
                 self._compare_with_the_last(_kind(call.kind), before, after)
-        call.looked += now() - began
+        self.seconds += now() - began
         return output
 
     def _again(self, call: Call, kept: _Clone, after: ModuleState, *, compare: bool) -> None:
         """Run the same call once more: a module that keeps nothing changes no more, and gives the
         same."""
         states = RandomStates(_device(call.target.module))
-        given = Given(*call.args, *call.kwargs.values())
+        given = ArgumentSnapshot(*call.args, *call.kwargs.values())
         try:
             output = call.run()
             change = after.change(self.look(call.target.module))
@@ -207,7 +224,7 @@ def _kind(kind: Hashable) -> Hashable:
 
 def name_of(user: Any) -> Any:
     """What tells jobs apart, also those that have ended."""
-    return user.job.id if hasattr(user, "job") else id(user)
+    return getattr(user, "id", id(user))
 
 
 def _device(module: nn.Module) -> torch.device:
@@ -222,7 +239,3 @@ class _Clone:
             self.value, self.there = cloned(output), True
         except Exception:
             self.value, self.there = None, False
-
-
-def some(paths: list[str]) -> str:
-    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")

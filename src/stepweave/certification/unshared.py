@@ -55,8 +55,8 @@ class Unshared:
         """Count a call, the first, that runs alone though others are there, or that can have no
         company, and why; `turns`: why jobs run one at a time, by module, if they do now."""
         call = calls[0]
-        if call.apart[0]:
-            self.note(call.target.name, *call.apart)
+        if call.alone is not None:
+            self.note(call.target.name, *call.alone)
         elif turns:
             name = call.target.name if call.target.name in turns else next(iter(turns))
             self.calls[turns[name][0]] += 1

@@ -11,15 +11,14 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
-from stepweave.scope.pipeline import set_processor
-
 # the processors of all attentions, in order; None for those that are there anyway
-Worn = tuple[Any, ...] | None
+Installed = tuple[Any, ...] | None
 
 
-class Processors:
+class AttentionProcessors:
     """The processors of a pipeline's attentions. Everything here is done by the engine's thread."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
@@ -28,58 +27,67 @@ class Processors:
         ]
         self._base: tuple[Any, ...] | None = None  # while others are in place
 
-    def put_on(self, worn: Worn) -> None:
-        """Put a job's processors in place, until `take_off`."""
+    def install(self, installed: Installed) -> None:
+        """Put a job's processors in place, until `restore`."""
         self._base = self._all()
-        self._set(worn or self._base)
+        self._set(installed or self._base)
 
-    def worn(self) -> Worn:
+    def installed(self) -> Installed:
         """The processors in place, if they are a job's own."""
         found = self._all()
         return None if self._base is None or _same(found, self._base) else found
 
-    def take_off(self) -> Worn:
-        """Have everything be as it was before `put_on`; gives what the job has put in place
+    def restore(self) -> Installed:
+        """Have everything be as it was before `install`; gives what the job has put in place
         meanwhile."""
-        worn, base = self.worn(), self._base
+        installed, base = self.installed(), self._base
         assert base is not None
         self._base = None
         self._set(base)
-        return worn
+        return installed
 
     @contextlib.contextmanager
-    def wearing(self, worn: Worn) -> Iterator[None]:
+    def installing(self, installed: Installed) -> Iterator[None]:
         """Within the block a job's processors are in place, if it has some of its own."""
-        if worn is None or self._base is not None:
+        if installed is None or self._base is not None:
             yield
             return
-        self.put_on(worn)
+        self.install(installed)
         try:
             yield
         finally:
-            self.take_off()
+            self.restore()
 
     def _all(self) -> tuple[Any, ...]:
-        return tuple(one.processor for one in self._attentions)
+        return tuple(attention.processor for attention in self._attentions)
 
     def _set(self, processors: tuple[Any, ...]) -> None:
         for attention, processor in zip(self._attentions, processors, strict=True):
             set_processor(attention, processor)
 
 
-class Wardrobe:
-    """One job's processors, put on and taken off around its fiber's switches."""
+class ProcessorSwap:
+    """One job's processors, installed and restored around its fiber's switches."""
 
-    def __init__(self, processors: Processors) -> None:
+    def __init__(self, processors: AttentionProcessors) -> None:
         self._processors = processors
-        self._worn: Worn = None
+        self._installed: Installed = None
 
     def enter(self) -> None:
-        self._processors.put_on(self._worn)
+        self._processors.install(self._installed)
 
     def leave(self) -> None:
-        self._worn = self._processors.take_off()
+        self._installed = self._processors.restore()
 
 
 def _same(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
     return all(one is other for one, other in zip(some, others, strict=True))
+
+
+def set_processor(attention: torch.nn.Module, processor: Any) -> None:
+    """Put an attention's processor in place, be it a module or not; torch takes nothing else in a
+    module's place."""
+    if attention.processor is not processor:
+        if isinstance(attention.processor, torch.nn.Module):
+            del attention.processor
+        attention.processor = processor

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from stepweave.scope.view import is_plain
+from stepweave.compat.isolation import is_plain
 
 DEEPEST = 6  # objects and lists in each other
 
@@ -18,7 +18,7 @@ def is_holder(value: Any) -> bool:
     return is_plain(type(value)) and not callable(value)  # type: ignore[arg-type]
 
 
-class Given:
+class ArgumentSnapshot:
     """Tensors by their versions, generators by their states; lists, dictionaries and objects by
     what they hold."""
 

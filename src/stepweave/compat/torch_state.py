@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
+
+
+class Own(Protocol):
+    """Something of the process that a fiber has one of its own of: in place while it runs."""
+
+    def enter(self) -> None: ...
+    def leave(self) -> None: ...
 
 
 class Ambient(NamedTuple):
@@ -17,6 +24,11 @@ class Ambient(NamedTuple):
     autocast: tuple[tuple[str, bool, torch.dtype], ...]  # by device type
     autocast_cache: bool
     dtype: torch.dtype
+
+
+def device_types(device: torch.device) -> tuple[str, ...]:
+    """Those whose autocast is a fiber's own."""
+    return ("cpu",) if device.type == "cpu" else ("cpu", device.type)
 
 
 def current(device_types: tuple[str, ...]) -> Ambient:

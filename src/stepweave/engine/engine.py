@@ -8,68 +8,31 @@ import logging
 import math
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
-from stepweave.baselines.thread_pool import Pool, Runner
+from stepweave.baselines.thread_pool import ThreadPool
 from stepweave.compat.torch_state import draw_seed
-from stepweave.engine.job import Job, Observer, inside_engine
 from stepweave.engine.loop import StepLoop
+from stepweave.engine_config import EngineConfig, Mode
 from stepweave.errors import EngineClosed, EngineMisuse
+from stepweave.jobs.job import Job, Observer, inside_engine
+from stepweave.jobs.running import RunningJob
 from stepweave.memory.device import DeviceMemory
 from stepweave.memory.device_health import DeviceHealth
 from stepweave.parameters import PriorityName
 from stepweave.planning.estimates import Estimates
 from stepweave.planning.planner import OnStep, Planner
-from stepweave.planning.stats import Forwards, Stats
+from stepweave.planning.stats import EngineStats, Stats
 from stepweave.planning.workload import arguments_of
-from stepweave.scheduling.policy import POLICIES
 from stepweave.scheduling.task import Priority
 
 logger = logging.getLogger(__name__)
 
-Mode = Literal["off", "threads", "request", "step"]
-
-MAX_ROWS = 32
-MAX_DECODE_ROWS = 4
-MAX_JOBS = 64
-CACHE_BYTES = 256 * 2**20
-AUDIT_EVERY = 1000
 CLOSE_SECONDS = 30.0  # that steps under way may take when the engine is closed
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """A snapshot. `forwards` and `certificates` are of mode `step`; `forwards` by module, rows and
-    calls that shared one."""
-
-    mode: Mode
-    waiting: int  # jobs
-    running: int  # jobs
-    jobs: Mapping[str, int]  # done, by outcome: succeeded, failed, cancelled
-    forwards: Mapping[str, Forwards]
-    certificates: list[dict[str, Any]]
-    # what runs alone, or takes turns: `call`, `reason` (one of few) and `detail`
-    unshared: list[dict[str, str]]
-    unshared_calls: Mapping[str, int]  # calls that ran alone, by `reason`
-    cache_hits: int
-    cache_misses: int
-    cache_bytes: int
-    proofs: int  # forwards run both merged and alone, audits included
-    checks: int  # forwards that were run for these, merged ones of audits aside
-    retried: int  # merged forwards that failed and were run alone
-    out_of_memory: int  # forwards that ran out, and were halved or put off
-    divided: int  # calls that were run some rows at a time
-    unfit: int  # jobs that failed for want of memory
-    peak_memory: int  # bytes of the device, the most taken at a time; 0 if unknown
-    errors: int  # of the engine itself, survived
-    backlog: float  # predicted seconds of work submitted and not yet done
-    # the median error of the last predicted forwards, as a share of the prediction
-    cost_error: float
 
 
 class StepEngine(Estimates):
@@ -78,24 +41,11 @@ class StepEngine(Estimates):
     Args:
         pipeline: any diffusers pipeline. Until `close` its modules carry a hook each; calls made
             past the engine are as ever.
-        mode: `step` shares single forwards; `request` puts calls that differ in prompts and
-            generators only into one call of the pipeline; `threads` runs calls side by side; `off`
-            one at a time.
-        max_rows: rows of a shared forward (in mode `request`, pictures of a shared call); a call
-            with guidance has two for each picture. 32 if None.
-        max_decode_rows: rows of a shared forward of the autoencoder, which needs more memory for
-            each.
-        max_jobs: jobs that run at a time in mode `step`; more wait in order of arrival.
-        threads: calls at a time in mode `threads`.
-        cache_bytes: bound of the remembered results of text and image encoders; 0 remembers none.
-            Close the engine before you change an encoder's weights.
-        audit_every: one in so many merged forwards is compared with the single ones.
+        mode, max_rows, limits: as in `EngineConfig`; 32 rows if None.
         memory: tells what a forward takes of the device's memory and what is left of it; torch's
             CUDA allocator does if None.
         policy: which step runs next: `thrifty`, `aged`, `fifo`, `keyed_fifo` or `round_robin`;
             docs/scheduling.md.
-        knee: with the first two, forwards have no more rows than pay: beyond the knee they bring
-            less than 5 % more a second.
         on_step: called on the engine's thread with each forward's module, rows, the rows it was
             allowed, and seconds.
 
@@ -113,76 +63,35 @@ class StepEngine(Estimates):
         mode: Mode = "step",
         max_rows: int | None = None,
         *,
-        max_decode_rows: int = MAX_DECODE_ROWS,
-        max_jobs: int = MAX_JOBS,
-        threads: int = 4,
-        cache_bytes: int = CACHE_BYTES,
-        audit_every: int = AUDIT_EVERY,
         memory: DeviceMemory | None = None,
         policy: str = "thrifty",
-        knee: bool = True,
         on_step: OnStep = lambda module, rows, cap, seconds: None,
+        **limits: Any,
     ) -> None:
-        if mode not in get_args(Mode):
-            raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(get_args(Mode))}")
-        rows = MAX_ROWS if max_rows is None else max_rows
-        bounds = {
-            "max_rows": rows,
-            "max_decode_rows": max_decode_rows,
-            "max_jobs": max_jobs,
-            "threads": threads,
-        }
-        for name, value in (bounds | {"audit_every": audit_every}).items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-        if policy not in POLICIES:
-            raise ValueError(f"policy is {policy!r}; it must be one of {', '.join(POLICIES)}")
-        if cache_bytes < 0:
-            raise ValueError(f"cache_bytes is {cache_bytes}; it must be at least 0")
+        if max_rows is not None:
+            limits["max_rows"] = max_rows
+        self.config = config = EngineConfig(mode, **limits)
         self.pipeline = pipeline
-        self.mode = mode
+        self.mode = config.mode
         self._stats = Stats()
-        self._health = health = DeviceHealth(
-            torch.device(getattr(pipeline, "_execution_device", "cpu"))
-        )
+        device = torch.device(getattr(pipeline, "_execution_device", "cpu"))
+        self._health = DeviceHealth(device)
         self._closed = False
         self._lock = threading.Lock()
-        self._loop: StepLoop | None = None
-        self._planner = planner = Planner(
+        self._planner = Planner(
             pipeline,
             policy=policy,
-            max_rows=rows,
+            max_rows=config.max_rows,
             merges=mode in ("step", "request"),
             whole=mode != "step",
-            knee=knee,
+            knee=config.knee,
             on_step=on_step,
         )
-        self._runner: Runner
-        if mode == "step":
-            self._runner = self._loop = StepLoop(
-                pipeline,
-                max_rows=rows,
-                max_decode_rows=max_decode_rows,
-                max_jobs=max_jobs,
-                cache_bytes=cache_bytes,
-                audit_every=audit_every,
-                memory=memory,
-                planner=planner,
-                stats=self._stats,
-                health=health,
-            )
-            planner.fits = self._loop.fits
-        else:
-            workers = threads if mode == "threads" else 1
-            together = rows if mode == "request" else 1
-            self._runner = Pool(
-                pipeline,
-                threads=workers,
-                stats=self._stats,
-                planner=planner,
-                health=health,
-                together=together,
-            )
+        parts = self._planner, self._stats, self._health
+        self._loop = StepLoop(pipeline, config, memory, *parts) if mode == "step" else None
+        if self._loop is not None:
+            self._planner.fits = self._loop.fits
+        self._runner = self._loop or ThreadPool(pipeline, config, *parts)
         self._at_exit = _close_at_exit(self)
 
     def submit(
@@ -214,8 +123,7 @@ class StepEngine(Estimates):
         self._health.check()
         if deadline is not None and not deadline > 0:
             raise ValueError(f"deadline is {deadline!r}; it must be more than 0 seconds")
-        runner = self._runner
-        scope = runner.scope_of(pipeline)
+        scope = self._runner.scope_of(pipeline)
         seed = None
         names = list(arguments_of(scope.pipeline))
         # None: it takes no generator
@@ -225,24 +133,18 @@ class StepEngine(Estimates):
             if index is not None:
                 kwargs["generator"] = torch.Generator().manual_seed(seed)
         job = Job(
-            args,
-            kwargs,
-            scheduler=scheduler,
-            scope=scope,
-            deadline=deadline,
-            seed=seed,
-            reproducible=reproducible,
-            priority=Priority[priority.upper()],
-            owner=runner,
-            on_cancel=runner.cancel,
-            observer=observer,
-            health=self._health,
-        )
+            deadline=deadline, seed=seed, reproducible=reproducible, owner=self._runner,
+            on_cancel=lambda: self._runner.cancel(running),
+        )  # fmt: skip
+        running = RunningJob(
+            job, args, kwargs, scope=scope, scheduler=scheduler,
+            priority=Priority[priority.upper()], observer=observer, health=self._health,
+        )  # fmt: skip
         with self._lock:
             if self._closed:
                 raise EngineClosed
-            self._planner.enter(job)
-            self._runner.submit(job)
+            self._planner.enter(running)
+            self._runner.submit(running)
         return job
 
     @property
@@ -265,16 +167,16 @@ class StepEngine(Estimates):
         """Within it, how fast the machine is has no influence on which calls meet: forwards have as
         many rows as may be, whether they pay or not, and pictures are read and made on the engine's
         own thread. For jobs of a warm-up."""
-        elsewhere = None if self._loop is None else self._loop._elsewhere
+        threads = None if self._loop is None else self._loop.image_threads
         try:
             self._planner.lavish = True
-            if elsewhere is not None:
-                elsewhere.here = True
+            if threads is not None:
+                threads.lockstep = True
             yield
         finally:
             self._planner.lavish = False
-            if elsewhere is not None:
-                elsewhere.here = False
+            if threads is not None:
+                threads.lockstep = False
 
     def forget_encodings(self) -> None:
         """Forget what encoders gave for inputs seen before. To be called while no job runs."""
@@ -300,7 +202,7 @@ class StepEngine(Estimates):
             running=self.running,
             jobs=dict(stats.jobs),
             forwards=dict(stats.forwards),
-            certificates=[one.describe() for one in loop.certificates.all()] if loop else [],
+            certificates=[item.describe() for item in loop.certificates.all()] if loop else [],
             unshared=loop.unshared_now() if loop else [],
             unshared_calls=dict(loop.unshared.calls) if loop else {},
             cache_hits=loop.cache.hits if loop else 0,
@@ -357,7 +259,7 @@ class StepEngine(Estimates):
                 "; ".join(left) or jobs,
             )
         for job in jobs:
-            self._runner.abandon(
+            self._runner.finish(
                 job,
                 EngineClosed(
                     f"The engine was closed, and the job had not ended {timeout:g} s later."

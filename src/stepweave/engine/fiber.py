@@ -10,21 +10,14 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import greenlet
 import torch
 
-from stepweave.compat.torch_state import Ambient, apply, current
+from stepweave.compat.torch_state import Ambient, Own, apply, current
 from stepweave.errors import EngineMisuse
 from stepweave.outcome import Outcome
-
-
-class Own(Protocol):
-    """Something global that a fiber has one of its own of."""
-
-    def enter(self) -> None: ...
-    def leave(self) -> None: ...
 
 
 class Done:
@@ -45,15 +38,21 @@ class Fiber:
     """Runs `function` until it suspends, again and again. All by the thread that made it.
 
     Gradient mode, autocast, default dtype and context variables are the fiber's own; and so is what
-    `own` puts in place whenever the fiber runs, such as torch's default generator.
+    `own` puts in place whenever the fiber runs, such as torch's default generator. `owner` is whom
+    it runs for.
     """
 
     def __init__(
-        self, function: Callable[[], Any], ambient: Ambient, own: Sequence[Own] = ()
+        self,
+        function: Callable[[], Any],
+        ambient: Ambient,
+        own: Sequence[Own] = (),
+        owner: Any = None,
     ) -> None:
+        self.owner = owner
         self._function: Callable[[], Any] | None = function  # until it begins
         self._ambient = ambient
-        self._kinds = tuple(kind for kind, _, _ in ambient.autocast)
+        self.kinds = tuple(kind for kind, _, _ in ambient.autocast)
         self.own = own
         self.last: Any = None  # what the last call of a model gave it
         self._greenlet = _Greenlet(self._run)
@@ -94,7 +93,7 @@ class Fiber:
             raise EngineMisuse("A fiber that has ended cannot go on.")
         if greenlet.getcurrent() is not self._greenlet.parent:
             raise EngineMisuse("A fiber goes on only from where it was made.")
-        outside = current(self._kinds)
+        outside = current(self.kinds)
         apply(self._ambient, outside)
         try:
             with contextlib.ExitStack() as left:
@@ -103,7 +102,7 @@ class Fiber:
                     left.callback(one.leave)
                 return switch(value)
         finally:
-            self._ambient = current(self._kinds)
+            self._ambient = current(self.kinds)
             apply(outside, self._ambient)
             if self._greenlet.dead:
                 self._greenlet.fiber = None
@@ -117,12 +116,12 @@ class Fiber:
         """
         apart = greenlet.greenlet(Outcome.of)
         apart.gr_context = self._greenlet.gr_context
-        outside = current(self._kinds)
+        outside = current(self.kinds)
         apply(self._ambient._replace(dtype=outside.dtype), outside)
         try:
             outcome: Outcome = apart.switch(function)
         finally:
-            after = current(self._kinds)
+            after = current(self.kinds)
             self._ambient = after._replace(dtype=self._ambient.dtype)
             apply(outside._replace(dtype=after.dtype), after)
         outcome.let_go()

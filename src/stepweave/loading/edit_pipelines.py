@@ -11,7 +11,7 @@ import diffusers
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils.import_utils import DummyObject
 
-from stepweave.scope.async_scheduler import clone_scheduler
+from stepweave.compat.async_scheduler import clone_scheduler
 
 logger = logging.getLogger(__name__)
 

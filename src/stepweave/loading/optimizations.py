@@ -18,7 +18,7 @@ from torch import nn
 from stepweave.config import Settings
 from stepweave.errors import LoadError, shown
 from stepweave.loading.quantization import check_quantised
-from stepweave.scope.pipeline import is_autoencoder
+from stepweave.scope.locks import is_autoencoder
 
 _DENOISER = re.compile(r"(transformer|unet)(_\d+)?")
 _COMPILERS = {"cpu": ("CXX", "g++", "clang++"), "cuda": ("CC", "gcc", "clang")}

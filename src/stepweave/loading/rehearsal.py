@@ -25,8 +25,8 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 
+from stepweave.compat.async_scheduler import clone_scheduler
 from stepweave.previews.latents import noise_level, prediction_of
-from stepweave.scope.async_scheduler import clone_scheduler
 
 SHAPE = (1, 4, 8, 8)  # of the latents; schedulers work on each number by itself
 # of the numbers of noise: as in a picture of a million of them, for types that overflow

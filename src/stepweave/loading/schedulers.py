@@ -22,9 +22,9 @@ import torch
 from diffusers import SchedulerMixin
 from diffusers.utils.import_utils import DummyObject
 
+from stepweave.compat.async_scheduler import clone_scheduler
 from stepweave.loading.quiet import quiet
 from stepweave.loading.rehearsal import CHANGES, Course, problem_of, takes_shift
-from stepweave.scope.async_scheduler import clone_scheduler
 
 logger = logging.getLogger(__name__)
 

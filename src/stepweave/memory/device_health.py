@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
+from stepweave.compat.out_of_memory import ran_out
 from stepweave.compat.torch_state import on_device
-from stepweave.engine.job import Ending
-from stepweave.errors import DeviceFailed
-from stepweave.memory.device import ran_out
+from stepweave.errors import DeviceFailed, OutOfMemory, RequestError
+from stepweave.outcome import Ending, carried
 from stepweave.reasons import words_of
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,20 @@ class DeviceHealth:
                         exc_info=error,
                     )
         return self.error()
+
+    def told(self, error: BaseException | None) -> Exception:
+        """What the caller of a job is told of the error that its call raised."""
+        assert error is not None
+        if not isinstance(error, RequestError) and (failed := self.examine(error)) is not None:
+            return failed
+        if ran_out(error):
+            too_little = OutOfMemory(
+                "There is not enough memory for this job: ask for a smaller size, or fewer "
+                "pictures."
+            )
+            too_little.__cause__ = error
+            return too_little
+        return carried(error, "The pipeline", TimeoutError)  # as `Job.result` raises when not done
 
     def _stays(self) -> bool:
         if self._probe is None:

@@ -10,9 +10,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from stepweave.batching.call import Call
 from stepweave.contained import contained
-from stepweave.engine.job import Job
 from stepweave.planning.cost import KEYS, CostModel, PriceList
 from stepweave.planning.forecast import (
     BREATH,
@@ -86,14 +84,14 @@ class Planner:
         self.lavish = False  # forwards have as many rows as may be, whether they pay or not
         self.cost = CostModel()
         self._profiles = Profiles()
-        self._jobs: dict[str, Job] = {}  # all that are not done
+        self._jobs: dict[str, Any] = {}  # all that are not done
         self._caps: dict[Key, int] = {}  # rows that a step was last allowed
         self._cut = 0
         self._priced, self._prices = 0.0, PriceList(self.cost)
         self._plan = self._no_plan()
         self._planning = False  # on its thread
         # for each plan that is being made, since its jobs were taken down
-        self._entered: list[list[Job]] = []
+        self._entered: list[list[Any]] = []
         self._forecaster = DaemonExecutor(1, "stepweave-forecast")
         self._line = Line()
         self._changed = False  # since the last forecast was begun a job has come, begun or left
@@ -103,7 +101,7 @@ class Planner:
 
     # Jobs come and go
 
-    def enter(self, job: Job) -> None:
+    def enter(self, job: Any) -> None:
         """Work out what a job will ask for."""
         job.shape, group, steps = shape_of(
             job.scope.pipeline, job.args, job.kwargs, job.scheduler, job.reproducible
@@ -119,7 +117,7 @@ class Planner:
             for entered in self._entered:
                 entered.append(job)
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: Any) -> None:
         """A job is given a forward, or its whole call."""
         if job.begun is not None:  # it has begun anew
             job.begin()
@@ -129,7 +127,7 @@ class Planner:
             self._changed = True
             job.begin()
 
-    def leave(self, job: Job, *, succeeded: bool) -> None:
+    def leave(self, job: Any, *, succeeded: bool) -> None:
         """A job is done. What it asked for is known, if it got to its end; else its steps, if those
         of none have been seen."""
         with self._plan_lock:
@@ -147,17 +145,16 @@ class Planner:
                 if seen.step:
                     self._learn(job, Demand(total, seen.before, seen.step))
 
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[Any]:
         """All that are not done."""
         return list(self._jobs.values())
 
-    def has(self, job: Job) -> bool:
+    def has(self, job: Any) -> bool:
         return job.id in self._jobs
 
-    def saw(self, job: Job, call: Call) -> None:
+    def saw(self, job: Any, call: Any) -> None:
         """A job waits for a forward."""
         task, (step, total) = job.task, job.progress
-        call.since = time.monotonic()
         first = step and not task.done
         task.opened, task.done = job.opened is not None, step
         if total and total != task.demand.steps:
@@ -176,7 +173,7 @@ class Planner:
             call.rows,
         )
 
-    def _learn(self, job: Job, demand: Demand) -> None:
+    def _learn(self, job: Any, demand: Demand) -> None:
         if job.shape is not None and (demand.before or demand.step):
             with self._lock:
                 self._profiles.learn(job.shape, demand)
@@ -191,12 +188,12 @@ class Planner:
                 task.demand = replace(expected, group=task.demand.group)
                 task.price(self._prices)
 
-    def next(self, waiting: Mapping[str, Job]) -> Job:
+    def next(self, waiting: Mapping[str, Any]) -> Any:
         """Which job to start: a late one, to be told so; then one that lost too much time, the
         oldest first; then in order."""
         now = time.monotonic()
 
-        def order(job: Job) -> Rank:
+        def order(job: Any) -> Rank:
             return (-2, job.accepted) if job.late else self._turn(job.task, now)
 
         with contained("choose a job"):
@@ -214,8 +211,8 @@ class Planner:
     # Forwards
 
     def pick(
-        self, queues: Mapping[Hashable, Sequence[Call]], limit: Callable[[Call], int]
-    ) -> list[Call]:
+        self, queues: Mapping[Hashable, Sequence[Any]], limit: Callable[[Any], int]
+    ) -> list[Any]:
         """Calls of one key, of at most `limit` rows and no more than pay."""
         self._moved = time.monotonic()
         with contained("choose calls"):
@@ -223,8 +220,8 @@ class Planner:
         return list(next(iter(queues.values())))[:1]
 
     def _pick(
-        self, queues: Mapping[Hashable, Sequence[Call]], limit: Callable[[Call], int]
-    ) -> list[Call]:
+        self, queues: Mapping[Hashable, Sequence[Any]], limit: Callable[[Any], int]
+    ) -> list[Any]:
         now = time.monotonic()
         self._refresh(now)
         explore = self._cut >= EXPLORE_EVERY
@@ -232,16 +229,16 @@ class Planner:
             self._caps.clear()
         knees: dict[tuple[Key, int], int] = {}
 
-        def cap(call: Call) -> int:
+        def cap(call: Any) -> int:
             most = limit(call)
             knee = knees.get((call.cost, most))
             if knee is None:
                 knee = self.cost.knee(call.cost, most) if self._knee and not self.lavish else most
                 knees[call.cost, most] = knee = min(most, 2 * knee) if explore else knee
-            self._caps[call.cost] = call.cap = knee
+            self._caps[call.cost] = knee
             return knee
 
-        calls: list[Call] = self._policy(queues, now, cap, self.cost)
+        calls: list[Any] = self._policy(queues, now, cap, self.cost)
         rows = sum(call.rows for call in calls)
         if explore:
             self._cut = 0
@@ -259,14 +256,14 @@ class Planner:
             for job in jobs:
                 job.task.price(self._prices)
 
-    def ran(self, key: Key, cap: int, rows: int, seconds: float) -> None:
+    def ran(self, key: Key, rows: int, seconds: float) -> None:
         """A forward, allowed so many rows, took so long, until all its jobs waited again."""
         self._moved = time.monotonic()
         self.cost.observe(key, rows, seconds)
         with contained("tell of a step"):
-            self._on_step(key.module, rows, max(rows, cap), seconds)
+            self._on_step(key.module, rows, max(rows, self._caps.get(key, 0)), seconds)
 
-    def called(self, jobs: Sequence[Job], seconds: float, beside: int) -> None:
+    def called(self, jobs: Sequence[Any], seconds: float, beside: int) -> None:
         """Jobs ran in one call of the pipeline, while so many calls ran side by side."""
         with contained("learn what a call took"):
             steps = max(1, jobs[0].task.demand.steps)
@@ -275,7 +272,7 @@ class Planner:
                 self.cost.observe(key, rows, seconds / steps / beside)
                 self._on_step(key.module, rows, rows, seconds / steps)
 
-    def runs_alone(self, call: Call) -> None:
+    def runs_alone(self, call: Any) -> None:
         """Forwards like this one are not shared."""
         self._caps[call.cost] = call.rows
 
@@ -363,14 +360,14 @@ class Planner:
             job, place = self._jobs.get(id), self._line.place(id)
         return None if job is None else QueuePosition(place, self._eta(job, plan, time.monotonic()))
 
-    def _tasks(self, jobs: Sequence[Job]) -> list[Task]:
+    def _tasks(self, jobs: Sequence[Any]) -> list[Task]:
         """The jobs' tasks; how far whole calls are is told by nothing but their jobs."""
         for job in jobs if self._whole else ():
             step, total = job.progress
             job.task.done = job.task.demand.steps * step // total if total else 0
         return [job.task for job in jobs]
 
-    def _eta(self, job: Job, plan: Plan, now: float) -> float | None:
+    def _eta(self, job: Any, plan: Plan, now: float) -> float | None:
         """No less than what is left of it would take alone."""
         (task,) = self._tasks([job])
         eta = plan.eta(job.id, now)
@@ -399,7 +396,7 @@ class Planner:
                 self._forecaster.submit(self._make_plan_apart)
         return self._plan
 
-    def _add(self, job: Job, plan: Plan, now: float) -> None:
+    def _add(self, job: Any, plan: Plan, now: float) -> None:
         with contained("fit a job into the forecast"):
             plan.add(job.id, job.task, self._in_company(job.task, plan), now)
 
@@ -419,7 +416,7 @@ class Planner:
 
     def _make_plan(self, breathe: Callable[[], object] = lambda: None) -> Plan:
         now = time.monotonic()
-        entered: list[Job] = []
+        entered: list[Any] = []
         with self._plan_lock:
             self._entered.append(entered)
             jobs = list(self._jobs.values())
@@ -448,7 +445,7 @@ class Planner:
         return plan
 
     def _turns(
-        self, jobs: Sequence[Job], now: float, breathe: Callable[[], object]
+        self, jobs: Sequence[Any], now: float, breathe: Callable[[], object]
     ) -> list[tuple[str, Rank]]:
         """The jobs that wait, in the order in which they would start."""
         waiting = [job for job in jobs if job.begun is None]
@@ -465,7 +462,7 @@ class Planner:
         jobs = list(self._jobs.values())
         if not jobs:
             return 0.0
-        moved = max(self._moved, jobs[0].accepted, *[job.stepped or 0.0 for job in jobs])
+        moved: float = max(self._moved, jobs[0].accepted, *[job.stepped or 0.0 for job in jobs])
         return time.monotonic() - moved
 
     def predicts(self) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from stepweave.errors import Cancelled, OutOfMemory
 from stepweave.outcome import Outcome
@@ -70,3 +72,33 @@ class Stats:
         with self._lock:
             self.jobs[state] += 1
             self.unfit += isinstance(error, OutOfMemory)
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot. `forwards` and `certificates` are of mode `step`; `forwards` by module, rows and
+    calls that shared one."""
+
+    mode: str
+    waiting: int  # jobs
+    running: int  # jobs
+    jobs: Mapping[str, int]  # done, by outcome: succeeded, failed, cancelled
+    forwards: Mapping[str, Forwards]
+    certificates: list[dict[str, Any]]
+    # what runs alone, or takes turns: `call`, `reason` (one of few) and `detail`
+    unshared: list[dict[str, str]]
+    unshared_calls: Mapping[str, int]  # calls that ran alone, by `reason`
+    cache_hits: int
+    cache_misses: int
+    cache_bytes: int
+    proofs: int  # forwards run both merged and alone, audits included
+    checks: int  # forwards that were run for these, merged ones of audits aside
+    retried: int  # merged forwards that failed and were run alone
+    out_of_memory: int  # forwards that ran out, and were halved or put off
+    divided: int  # calls that were run some rows at a time
+    unfit: int  # jobs that failed for want of memory
+    peak_memory: int  # bytes of the device, the most taken at a time; 0 if unknown
+    errors: int  # of the engine itself, survived
+    backlog: float  # predicted seconds of work submitted and not yet done
+    # the median error of the last predicted forwards, as a share of the prediction
+    cost_error: float

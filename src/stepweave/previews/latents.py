@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
+from stepweave.compat.async_scheduler import clone_scheduler
 from stepweave.compat.cpu_offload import pipelines_in
-from stepweave.scope.async_scheduler import clone_scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def _after(timesteps: torch.Tensor, timestep: torch.Tensor) -> int:
 # Where they are taken
 
 
-class Observed(Protocol):
+class Progressing(Protocol):
     """What a view reports to: a job, or jobs that progress as one."""
 
     @property
@@ -132,7 +132,7 @@ class Tap:
     """Stands between a view and what it reports to; gives that the latents of the steps that it
     wants."""
 
-    def __init__(self, view: Any, job: Observed) -> None:
+    def __init__(self, view: Any, job: Progressing) -> None:
         self._job = job
         self._latents: Latents | None = None
         self._told = False

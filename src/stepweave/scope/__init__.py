@@ -4,10 +4,11 @@ Works alone, without a server: wrap a pipeline in `RequestScopedPipeline` and ca
 any thread.
 """
 
-from stepweave.scope.async_scheduler import BaseAsyncScheduler, async_retrieve_timesteps
+from stepweave.compat.async_scheduler import BaseAsyncScheduler, async_retrieve_timesteps
+from stepweave.compat.isolation import IsolationError
 from stepweave.scope.locks import LockedTokenizer
 from stepweave.scope.pipeline import RequestScopedPipeline
-from stepweave.scope.view import IsolationError, make_view
+from stepweave.scope.view import make_view
 
 __all__ = [
     "BaseAsyncScheduler",

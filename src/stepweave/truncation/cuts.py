@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,27 +25,6 @@ class Cut:
     left_out: str  # as tokens read where the position is None
     tokens: int  # that the tokenizer gave, special ones included
     tokenizer: str  # its name in the pipeline
-
-
-Report = Callable[[Cut], None]
-_report: contextvars.ContextVar[Report | None] = contextvars.ContextVar(
-    "stepweave_cuts", default=None
-)
-
-
-@contextlib.contextmanager
-def reporting(report: Report) -> Iterator[None]:
-    """Have `report` called with every cut that a view's tokenizers make within the block, in this
-    context alone."""
-    before = _report.set(report)
-    try:
-        yield
-    finally:
-        _report.reset(before)
-
-
-def current_report() -> Report | None:
-    return _report.get()
 
 
 def cuts_of(

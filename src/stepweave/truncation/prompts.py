@@ -4,40 +4,49 @@ numbers of tokens."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any, Protocol
 
-from stepweave.engine.job import Job
 from stepweave.errors import shown
 from stepweave.planning.workload import arguments_of
-from stepweave.truncation.cuts import Cut, reporting
-from stepweave.truncation.tokens import Reading, counting
+from stepweave.truncation.cuts import Cut
+from stepweave.truncation.tokenizers import listening
+from stepweave.truncation.tokens import Reading
+
+
+class Reader(Protocol):
+    """A job: what its call is given, and who is told of what is read of it."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def warn(self, key: Hashable, message: str) -> None: ...
+    def read(self, key: Hashable, tokens: int) -> None: ...
 
 
 @contextlib.contextmanager
-def warned(pipeline: Any, jobs: Sequence[Job]) -> Iterator[None]:
+def warned(pipeline: Any, jobs: Sequence[Reader]) -> Iterator[None]:
     """Have jobs told of their prompts' tokens, and warned of those that are cut, within the block,
     in which one call of the pipeline serves them all."""
-    with (
-        reporting(lambda cut: _warn(pipeline, jobs, cut)),
-        counting(lambda reading: _count(jobs, reading)),
+    with listening(
+        cut=lambda cut: _warn(pipeline, jobs, cut), read=lambda reading: _count(jobs, reading)
     ):
         yield
 
 
-def _count(jobs: Sequence[Job], reading: Reading) -> None:
+def _count(jobs: Sequence[Reader], reading: Reading) -> None:
     owner = _owner(jobs, reading)
     for job in jobs if owner is None else (owner,):  # one text for all of them was read for each
         job.read((reading.tokenizer, reading.text), reading.tokens)
 
 
-def _owner(jobs: Sequence[Job], text: Cut | Reading) -> Job | None:
+def _owner(jobs: Sequence[Reader], text: Cut | Reading) -> Reader | None:
     """Whose text of a tokenizer's call it is: a call of several jobs has one text for each, or as
     many."""
     return jobs[text.index % len(jobs)] if text.count % len(jobs) == 0 else None
 
 
-def _warn(pipeline: Any, jobs: Sequence[Job], cut: Cut) -> None:
+def _warn(pipeline: Any, jobs: Sequence[Reader], cut: Cut) -> None:
     """Warn the jobs whose text was cut, each of what it gave itself, never of another's."""
     owner = _owner(jobs, cut)
     found = [
@@ -49,7 +58,7 @@ def _warn(pipeline: Any, jobs: Sequence[Job], cut: Cut) -> None:
         one for one in found if owner in (None, one[1])
     ]
     longest = max((length for length, *_ in own), default=0)
-    told: set[Job] = set()
+    told: set[Reader] = set()
     for length, job, name, text, start in own:
         if length == longest and job not in told:  # one text may be several arguments
             told.add(job)
@@ -61,7 +70,7 @@ def _warn(pipeline: Any, jobs: Sequence[Job], cut: Cut) -> None:
         _add(owner, "a prompt, as the pipeline prepared it", cut, cut.position, cut.text)
 
 
-def _add(job: Job, name: str, cut: Cut, position: int | None, text: str) -> None:
+def _add(job: Reader, name: str, cut: Cut, position: int | None, text: str) -> None:
     if position is None:
         part, left_out = "its end" if cut.side == "right" else "its beginning", cut.left_out
     elif cut.side == "right":
@@ -76,7 +85,7 @@ def _add(job: Job, name: str, cut: Cut, position: int | None, text: str) -> None
     )
 
 
-def _arguments(pipeline: Any, job: Job, cut: Cut) -> Iterator[tuple[str, str, int]]:
+def _arguments(pipeline: Any, job: Reader, cut: Cut) -> Iterator[tuple[str, str, int]]:
     """Texts among a job's arguments that the cut text holds and that lost something: name, text,
     where it begins in it."""
     names = list(arguments_of(pipeline))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,27 +18,6 @@ class Reading:
     count: int  # texts of the call
     tokens: int  # special ones included, padding and what was cut off not
     tokenizer: str  # its name in the pipeline
-
-
-Count = Callable[[Reading], None]
-_count: contextvars.ContextVar[Count | None] = contextvars.ContextVar(
-    "stepweave_tokens", default=None
-)
-
-
-@contextlib.contextmanager
-def counting(count: Count) -> Iterator[None]:
-    """Have `count` called with every text that a view's tokenizers read within the block, in this
-    context alone."""
-    before = _count.set(count)
-    try:
-        yield
-    finally:
-        _count.reset(before)
-
-
-def current_count() -> Count | None:
-    return _count.get()
 
 
 def readings_of(

@@ -1,0 +1,154 @@
+"""How a value is copied for one request: by its type, each object once."""
+
+from __future__ import annotations
+
+import copy
+import enum
+import functools
+import logging
+import threading
+import types
+from collections.abc import Callable
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+import torch
+import wrapt
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.configuration_utils import FrozenDict
+from transformers import PreTrainedTokenizerBase
+
+from stepweave.errors import StepweaveError
+
+THRESHOLD = 1_000_000  # elements; a larger tensor is taken for weights and shared
+
+Replacement = Callable[[Any], Any]
+
+WRAPPABLE = (torch.nn.Module, PreTrainedTokenizerBase)
+
+_SHARED = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    range,
+    enum.Enum,
+    PurePath,
+    FrozenDict,
+    type,
+    types.ModuleType,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    torch.nn.Module,
+    torch.nn.Parameter,
+    torch.device,
+    torch.dtype,
+    torch.Size,
+    np.generic,
+    np.dtype,
+    logging.Logger,
+    type(threading.Lock()),
+    type(threading.RLock()),
+    threading.Event,
+    threading.Condition,
+    PreTrainedTokenizerBase,
+)
+
+
+class IsolationError(StepweaveError):
+    """Something that a request would change can be neither copied nor shared; the message names
+    it."""
+
+
+class Isolation:
+    """One walk through a pipeline. An object met twice is copied once, so what was one stays one.
+
+    `wrap` is asked for every shared component and may return something to stand in its place.
+    Tensors and arrays of more than `threshold` elements are shared.
+    """
+
+    def __init__(self, wrap: Replacement | None = None, threshold: int = THRESHOLD) -> None:
+        self._wrap = wrap
+        self._threshold = threshold
+        self.copies: dict[int, Any] = {}  # by the `id` of what they are copies of
+
+    def pipeline(self, pipeline: Any, path: str) -> Any:
+        """A view of a pipeline within the one that is viewed."""
+        raise IsolationError(f"{path} is a pipeline within a value.", code="isolation")
+
+    def value(self, value: Any, path: str) -> Any:
+        """A copy of a value, or the value where it is shared; `path` is for errors."""
+        copied = self.copies.get(id(value))
+        if copied is None:
+            copied = self.copies[id(value)] = self._copy(value, path)
+        return copied
+
+    def _copy(self, value: Any, path: str) -> Any:
+        # by type, not by __class__: a proxy is copied as what it is
+        cls = type(value)
+        if issubclass(cls, _SHARED):
+            return (
+                self._wrap(value)
+                if self._wrap is not None and isinstance(value, WRAPPABLE)
+                else value
+            )
+        if issubclass(cls, wrapt.ObjectProxy):
+            # a proxy of ours: around a scheduler it is made anew, around a tokenizer it is shared
+            # like the lock in it
+            return (
+                cls(self.value(value.__wrapped__, path))
+                if isinstance(value, SchedulerMixin)
+                else value
+            )
+        if issubclass(cls, torch.Tensor):
+            return value if value.numel() > self._threshold else value.detach().clone()
+        if issubclass(cls, np.ndarray):
+            return value if value.size > self._threshold else value.copy()
+        if issubclass(cls, torch.Generator):
+            return value.clone_state()
+        if issubclass(cls, DiffusionPipeline):
+            return self.pipeline(value, path)
+        if cls in (list, set, tuple, frozenset):
+            return cls(self.value(item, f"{path}[{i}]") for i, item in enumerate(value))
+        if cls is dict:
+            return {key: self.value(item, f"{path}[{key!r}]") for key, item in value.items()}
+        if issubclass(cls, types.MethodType):
+            # a method of something that was copied must act on the copy
+            return types.MethodType(
+                value.__func__, self.copies.get(id(value.__self__), value.__self__)
+            )
+        if is_plain(cls):  # type: ignore[arg-type]
+            return self._object(value, path)
+        try:
+            # what holds modules, tokenizers or copies of ours must go on holding those
+            return copy.deepcopy(value, dict(self.copies))
+        except Exception as error:
+            raise IsolationError(
+                f"{path} ({cls.__name__}) cannot be isolated: {error}", code="isolation"
+            ) from error
+
+    def _object(self, value: Any, path: str) -> Any:
+        """A plain object: of the same class, its attributes copied by the same rules."""
+        cls = type(value)
+        twin = object.__new__(cls)
+        self.copies[id(value)] = twin
+        for name, attribute in list(vars(value).items()):
+            twin.__dict__[name] = self.value(attribute, f"{path}.{name}")
+        return twin
+
+
+@functools.lru_cache(1024)
+def is_plain(cls: type) -> bool:
+    """Whether objects of a class are their `__dict__` and nothing else, so that copying it copies
+    them."""
+    custom = ("__new__", "__reduce__", "__reduce_ex__", "__getstate__", "__copy__", "__deepcopy__")
+    overridden = any(getattr(cls, name, None) is not getattr(object, name, None) for name in custom)
+    return (
+        not overridden
+        and cls.__dictoffset__ != 0
+        and not any(vars(base).get("__slots__") for base in cls.__mro__)
+    )

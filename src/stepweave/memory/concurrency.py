@@ -1,0 +1,75 @@
+"""How many jobs may run at a time, and which one gives way when memory runs out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, TypeVar
+
+from stepweave.batching.call import Attempt
+from stepweave.memory.microbatch import WaitForMemory
+
+logger = logging.getLogger(__name__)
+
+RECOVERY = 20  # jobs that end, before one more may run at a time
+
+
+class Preempt:
+    """The answer to a job that is to restart after the others: what it holds is all that is left
+    to make room with."""
+
+
+class MemoryJob(Protocol):
+    """A running job, as far as memory is concerned."""
+
+    waiting_for_memory: WaitForMemory | None  # until other jobs leave the memory
+
+    @property
+    def accepted(self) -> float: ...  # when it was submitted, in seconds
+    def restartable(self) -> bool: ...
+
+
+JobT = TypeVar("JobT", bound=MemoryJob)
+
+
+class ConcurrencyLimit:
+    """How many jobs may run at a time: fewer than `most` for a while after that many did not fit
+    into memory."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._ended = 0
+        self.limit = most
+
+    def shrink(self, limit: int) -> None:
+        self.limit, self._ended = limit, 0
+
+    def ended(self) -> None:
+        """Note that a job has ended."""
+        self._ended += 1
+        if self._ended >= RECOVERY and self.limit < self._most:
+            self.limit, self._ended = self.limit + 1, 0
+
+    def relieve(self, jobs: Sequence[JobT]) -> Iterator[tuple[JobT, Any]]:
+        """Answers to jobs that all wait for memory: each is tried again, the oldest first, until
+        one goes on; if none does, the youngest gives way."""
+        oldest_first = sorted(jobs, key=lambda job: job.accepted)
+        for job in oldest_first:
+            wait = job.waiting_for_memory
+            assert wait is not None
+            yield job, Attempt(wait.call, again=True)
+            if job.waiting_for_memory is None or job.waiting_for_memory.call is not wait.call:
+                return
+        self.shrink(len(jobs) - 1)
+        job = next((job for job in reversed(oldest_first) if job.restartable()), oldest_first[-1])
+        wait = job.waiting_for_memory
+        assert wait is not None
+        if job.restartable():
+            logger.warning(
+                "preempting %r, it will restart: %d concurrent jobs exceed device memory",
+                job,
+                len(jobs),
+            )
+            yield job, Preempt()
+        else:
+            yield job, wait.error()

@@ -1,0 +1,127 @@
+"""The pipeline's modules while an engine runs it: hooked, guarded, and on the GPU as needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from diffusers.hooks import ModelHook
+from torch import nn
+from transformers import PreTrainedModel
+
+from stepweave.batching.call import Target
+from stepweave.batching.fingerprints import Fingerprints, followed
+from stepweave.certification.state_watch import StateWatch
+from stepweave.compat.attention_processors import AttentionProcessors
+from stepweave.compat.cpu_offload import Offloading
+from stepweave.compat.module_hooks import check_free, install, modules_in, uninstall
+from stepweave.compat.stateful_modules import ModuleGuard
+from stepweave.compat.torch_state import DefaultRandom, Own, on_device
+from stepweave.compat.turn_taking import swaps_processors
+from stepweave.contained import contained
+from stepweave.jobs.running import RunningJob
+from stepweave.memory.device_health import DeviceHealth
+from stepweave.scope.locks import is_autoencoder
+from stepweave.views.scope import EngineScope
+
+# Makes the target of a module's forward, whenever somebody else has hooked it meanwhile.
+TargetOf = Callable[[nn.Module, Callable[..., Any]], Target]
+
+
+class EngineModules:
+    """Hooks on the modules that suspend jobs, until `close`; and `scope`, which makes views.
+
+    Args:
+        hook: makes the hook of a module, given how its target is made.
+        autoencoder: makes what stands in an autoencoder's place in views, given its targets by the
+            names of its methods.
+
+    Raises EngineMisuse for modules of another engine.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        hook: Callable[[TargetOf, bool], ModelHook],
+        autoencoder: Callable[..., Any],
+        max_decode_rows: int,
+        health: DeviceHealth,
+        fingerprints: Fingerprints,
+    ) -> None:
+        check_free(pipeline)
+        self._health = health
+        self._offloading = Offloading(pipeline)
+        self._hooked: list[nn.Module] = []
+        names: dict[int, tuple[str, nn.Module]] = {}
+        for name, module in modules_in(pipeline):
+            names.setdefault(id(module), (name, module))
+        modules = dict(names.values())
+        processors = None
+        if swaps_processors(pipeline):
+            processors = AttentionProcessors([module for _, module in modules_in(pipeline)])
+        self.guard = ModuleGuard(modules, type(pipeline), processors)
+        stand_ins: dict[int, Callable[[nn.Module], Any]] = {}
+        for name, module in modules.items():
+            if is_autoencoder(module):
+                targets = {}
+                for method in ("encode", "decode"):
+                    function = self._around(module, getattr(module, method))
+                    targets[method] = Target(f"{name}.{method}", module, function, max_decode_rows)
+                stand_ins[id(module)] = partial(autoencoder, targets=targets)
+            else:
+                cached = isinstance(module, PreTrainedModel)
+                target = partial(self._target, name, cached, processors)
+                install(module, hook(target, cached))
+                self._hooked.append(module)
+        on_gpu = health.device.type != "cpu"
+        self.scope = EngineScope(
+            pipeline,
+            self.guard,
+            stand_ins,
+            health.device,
+            processors_apart=processors is not None,
+            tokenized=partial(followed, digests=fingerprints) if on_gpu else lambda output: output,
+        )
+
+    def own(self, job: RunningJob) -> list[Own]:
+        """What a job's fiber has of its own."""
+        own: list[Own] = []
+        with contained("watch a job's own code"):
+            own = self.guard.own(job, alone=job.scope.takes_turns())
+        if job.job.seed is not None and job.kwargs.get("generator") is None:  # it takes none
+            own.append(DefaultRandom(job.job.seed, self._health.device))
+        return own
+
+    def note_stateful(self, target: Target, watch: StateWatch) -> bool:
+        """Whether a forward has just shown that its module keeps state, which is noted."""
+        found = watch.found is not None
+        return found and self.guard.note_stateful(
+            target.name, target.module, watch.found or "", watch.initial
+        )
+
+    def close(self) -> None:
+        """Take the hooks away without a trace, and offloaded models off the GPU, unless it has
+        failed."""
+        if self._health.failure is None:
+            with contained("take models off the GPU"), on_device(self._health.device):
+                self._offloading.offload()
+        while self._hooked:
+            uninstall(self._hooked.pop())
+
+    def _target(
+        self,
+        name: str,
+        cached: bool,
+        processors: AttentionProcessors | None,
+        module: nn.Module,
+        forward: Callable[..., Any],
+    ) -> Target:
+        function = self._around(module, forward)
+        return Target(name, module, function, cached=cached, processors=processors)
+
+    def _around(self, module: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
+        """What stands for a heavy function of a module in every forward of jobs, alone or
+        shared."""
+        return self._health.guarded(self._offloading.around(module, function))

@@ -1,0 +1,96 @@
+"""One job's call of its pipeline, and what its view reports."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from stepweave.compat.cpu_offload import pipelines_in
+from stepweave.outcome import Outcome
+from stepweave.previews.latents import Progressing, Tap
+from stepweave.scope.proxy import Proxy
+from stepweave.truncation.prompts import Reader, warned
+from stepweave.views.attributes import replaced
+from stepweave.views.finite import FiniteImages
+from stepweave.views.images import OnThread, images_on_threads
+from stepweave.views.scope import PrivateScope
+
+
+class PipelineJob(Progressing, Reader, Protocol):
+    """A job, as far as its pipeline's call is concerned."""
+
+    scope: PrivateScope
+    scheduler: Any
+
+
+def call_pipeline(
+    job: PipelineJob,
+    *,
+    last: Callable[[], Any] = lambda: None,
+    on_thread: OnThread | None = None,
+) -> Outcome:
+    """What comes of the pipeline's own call on a view of the job's own.
+
+    `last` gives the last result of its models. With `on_thread` its images are read and made by
+    that.
+    """
+    try:
+        with (
+            job.scope.lease(job.scheduler) as view,
+            warned(view, [job]),
+            track(view, job),
+            FiniteImages(view, last) as images,
+            images_on_threads(view, on_thread),
+        ):
+            # in here: not every exception passes context managers
+            return Outcome.of(_call, view, job, images)
+    except BaseException as error:
+        return Outcome(error=error)
+
+
+def _call(view: Any, job: PipelineJob, images: FiniteImages) -> Any:
+    return images.checked(view(*job.args, **job.kwargs))
+
+
+class _Bar(Proxy):
+    """A progress bar that tells the job, too, and ends it if it must end."""
+
+    def __init__(self, bar: Any, job: Progressing | Tap) -> None:
+        super().__init__(bar)
+        self._self_job = job
+        job.check_step()
+        job.open(int(bar.total or 0))
+
+    def update(self, n: float | None = 1) -> Any:
+        result = self.__wrapped__.update(n)
+        self._self_job.advance(int(n or 1))
+        self._self_job.check_step()
+        return result
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self.__wrapped__:
+            yield item
+            self._self_job.advance(1)
+            self._self_job.check_step()
+
+    def __enter__(self) -> _Bar:
+        self.__wrapped__.__enter__()
+        return self
+
+
+@contextlib.contextmanager
+def track(view: Any, job: Progressing) -> Iterator[None]:
+    """Within it the job is told of the view's progress, which every pipeline of diffusers shows on
+    a bar, and of latents."""
+    tap = Tap(view, job) if job.observed else None
+    told = tap or job
+    with contextlib.ExitStack() as left:
+        if tap is not None:
+            left.callback(tap.end)
+        for one in pipelines_in(view):
+            make = getattr(one, "progress_bar", None)
+            if make is not None:
+                bar = lambda *args, make=make, **kwargs: _Bar(make(*args, **kwargs), told)  # noqa: E731
+                left.callback(replaced(one, "progress_bar", bar))
+        yield

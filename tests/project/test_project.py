@@ -1,0 +1,69 @@
+"""The project's own files agree with each other."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+
+from packaging.version import Version
+
+import stepweave.errors
+from tests.support.environment import ROOT, clean_environment
+from tests.support.waiting import SECONDS
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = (ROOT / name).read_text().splitlines()
+    pairs = (line.split("==") for line in lines if line and not line.startswith("#"))
+    return {name.lower().replace("_", "-"): version for name, version in pairs}
+
+
+def test_every_dependency_is_bounded_tested_and_explained() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    runtime = [re.split(r">=", line) for line in project["dependencies"]]
+    constraints, requirements = pins("constraints.txt"), pins("requirements.txt")
+    assert set(requirements) == {name for name, _ in runtime}
+    assert all(constraints[name] == version for name, version in requirements.items())
+    for name, bound in runtime + [
+        re.split(r">=", line) for line in project["optional-dependencies"]["dev"]
+    ]:
+        assert Version(bound) <= Version(constraints[name]), (name, bound, constraints[name])
+    readme = (ROOT / "README.md").read_text()
+    assert all(name.removesuffix("-client") in readme for name, _ in runtime)
+
+
+def test_the_tests_that_documents_name_are_there() -> None:
+    named = {
+        (file, name)
+        for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+        for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", path.read_text())
+    }
+    assert len(named) > 20
+    assert not [one for one in sorted(named) if f"def {one[1]}(" not in (ROOT / one[0]).read_text()]
+
+
+def test_every_error_stands_in_the_tree_of_its_module() -> None:
+    tree = stepweave.errors.__doc__ or ""
+    classes = [value for value in vars(stepweave.errors).values() if isinstance(value, type)]
+    for cls in (cls for cls in classes if issubclass(cls, Exception)):
+        (line,) = re.findall(rf"\b{cls.__name__}\b.*", tree)
+        if "(" in line:
+            assert f"({cls.status})" in line
+
+
+def test_torch_is_not_imported_before_the_background_load() -> None:
+    code = (
+        "import sys, service; print(sorted({'torch', 'diffusers', 'transformers'} & "
+        "set(sys.modules)))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert ended.stdout.strip() == "[]", ended.stderr

@@ -1,0 +1,60 @@
+"""How the tests are dealt out to the processes of one run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+# Modules whose tests ask the one real server of a run
+SERVED = {
+    "tests/api/test_edit_images.py",
+    "tests/api/test_legacy.py",
+    "tests/api/test_openai_types.py",
+    "tests/api/test_openapi.py",
+    "tests/api/test_streams.py",
+    "tests/benchmarks/test_locust.py",
+    "tests/clients/test_clients.py",
+    "tests/clients/test_openai.py",
+    "tests/deploy/test_monitoring.py",
+    "tests/serving/test_server.py",
+}
+# Modules of tests that take long and share nothing: each is dealt out on its own
+APART = {
+    "tests/engine/test_schedulers.py",
+    "tests/loading/test_optimizations.py",
+    "tests/pipelines/test_pipelines.py",
+    "tests/project/test_docs.py",
+    "tests/scope/test_scope.py",
+    "tests/serving/test_restart.py",
+    "tests/serving/test_starts.py",
+}
+
+
+class Scheduling(LoadScopeScheduling):
+    """Which tests run in one process, of several: those of the real server, and those of a module
+    but for the slow ones."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.partition("::")[0]
+        if self.config.option.markexpr.startswith("full") or path in APART:
+            return nodeid
+        return "served" if path in SERVED else path
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    asking = {
+        item.nodeid.partition("::")[0]
+        for item in items
+        if "served" in getattr(item, "fixturenames", ())
+    }
+    if missing := asking - SERVED:
+        raise pytest.UsageError(
+            f"tests.support.distribution.SERVED lacks {', '.join(sorted(missing))}: a second "
+            "server would be started"
+        )

@@ -1,0 +1,25 @@
+"""Where tests run: the folder of the project, the environment of a child, a free port."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def clean_environment(**changes: str) -> dict[str, str]:
+    """The environment less the project's settings and with threads that do not spin, plus
+    `changes`."""
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("STEPWEAVE_")
+    }
+    return environment | {"BENTOML_DO_NOT_TRACK": "True", "OMP_WAIT_POLICY": "passive"} | changes
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
