@@ -1,31 +1,31 @@
 """Every error that Stepweave raises, each with the HTTP status, type and code it becomes.
 
 StepweaveError (500)
-├── ConfigError                 a setting is unknown or malformed; the server does not start
-├── LoadError                   the model cannot be loaded
-├── EngineMisuse                the engine is used in a way that cannot work
-├── IsolationError              a component of a pipeline cannot be shared between calls (scope)
-├── OutOfMemory                 the device's memory is too small for the job, even by itself
-├── NonFinite                   the model gave NaN or infinite values
-├── WrongNumber                 the pipeline made more or fewer images than were asked for
-│   └── NoImages                it made something else than images
-└── RequestError                the caller's request cannot be served
-    ├── InvalidRequest (400)    a value is not allowed; `param` names the field
-    │   └── DeadlineTooShort    no server like this one could meet it, however idle
-    ├── ContentFlagged (400)    the pipeline's safety checker flagged an image, and such are refused
-    ├── Unauthorized (401)      keys are set, and the request bears none of them
-    ├── NotFound (404)          no such route, model, job or picture
-    ├── MethodNotAllowed (405)
-    ├── Conflict (409)          the idempotency key belongs to another request; or the process ends
-    ├── BodyTooLarge (413)
-    ├── UnsupportedMedia (415)
-    │   └── UnsupportedEncoding its content encoding is not one that is undone
-    ├── Refused (429)           admission refused it; `retry_after` says when to come back
-    ├── Cancelled (499)         the caller left or cancelled
-    ├── DeadlineExceeded (504)  the job was not done in the time it was given
-    └── Unavailable (503)       loading, draining or failed; `retry_after` says when to come back
-        ├── EngineClosed        the engine has been closed
-        └── DeviceFailed        the device has failed, until the process is started again
+├── ConfigError                          a setting is unknown or malformed: no server starts
+├── LoadError                            the model cannot be loaded
+├── EngineMisuseError                    the engine is used in a way that cannot work
+├── IsolationError                       a component of a pipeline cannot be shared between calls
+├── OutOfMemoryError                     the job does not fit into the device's memory, even alone
+├── NonFiniteError                       the model gave NaN or infinite values
+├── ImageCountError                      the pipeline made more or fewer images than were asked for
+│   └── NoImagesError                    it made something else than images
+└── RequestError                         the caller's request cannot be served
+    ├── InvalidRequestError (400)        a value is not allowed; `param` names the field
+    │   └── DeadlineTooShortError        no server like this one could meet it, however idle
+    ├── ContentFlaggedError (400)        the safety checker flagged an image, and such are refused
+    ├── AuthenticationError (401)        keys are set, and the request has none of them
+    ├── NotFoundError (404)              no such route, model, job or image
+    ├── MethodNotAllowedError (405)
+    ├── ConflictError (409)              the idempotency key is of another request, or the end began
+    ├── BodyTooLargeError (413)
+    ├── UnsupportedMediaTypeError (415)
+    │   └── UnsupportedEncodingError     its content encoding is not one that is undone
+    ├── AdmissionError (429)             admission refused it; `retry_after` says when to retry
+    ├── RequestCancelledError (499)      the caller left or cancelled
+    ├── DeadlineExceededError (504)      the job was not done in the time it was given
+    └── UnavailableError (503)           loading, draining, failed; `retry_after` says when to retry
+        ├── EngineClosedError            the engine has been closed
+        └── DeviceFailedError            the device has failed, until the process is started again
 
 Names of errors end in Error. Exceptions outside of the tree are signals inside the engine, or in
 one package: they are no errors, their names do not end so, and no package above the engine sees
@@ -172,13 +172,13 @@ class LoadError(StepweaveError):
     code = "load_failed"
 
 
-class EngineMisuse(StepweaveError):
+class EngineMisuseError(StepweaveError):
     """The engine is used in a way that cannot work."""
 
     code = "engine_misuse"
 
 
-class OutOfMemory(StepweaveError):
+class OutOfMemoryError(StepweaveError):
     """The device's memory is too small for the job, even by itself."""
 
     code = "out_of_memory"
@@ -191,7 +191,7 @@ _NON_FINITE = (
 )
 
 
-class NonFinite(StepweaveError):
+class NonFiniteError(StepweaveError):
     """The model gave NaN or infinite values, of which no image can be made."""
 
     code = "non_finite"
@@ -200,13 +200,13 @@ class NonFinite(StepweaveError):
         super().__init__(message)
 
 
-class WrongNumber(StepweaveError):
+class ImageCountError(StepweaveError):
     """The pipeline made more or fewer images than were asked for."""
 
     code = "generation_failed"
 
 
-class NoImages(WrongNumber):
+class NoImagesError(ImageCountError):
     """The pipeline made something else than images."""
 
     code = "no_images"
@@ -220,7 +220,7 @@ class RequestError(StepweaveError):
     code = "invalid_request"
 
 
-class InvalidRequest(RequestError):
+class InvalidRequestError(RequestError):
     """A value of the request is not allowed."""
 
     code = "invalid_value"
@@ -229,7 +229,7 @@ class InvalidRequest(RequestError):
         super().__init__(message, code=code, param=param)
 
 
-class DeadlineTooShort(InvalidRequest):
+class DeadlineTooShortError(InvalidRequestError):
     """The job takes longer than its deadline even if it is the only one: nothing was run, and
     coming back would not help."""
 
@@ -239,7 +239,7 @@ class DeadlineTooShort(InvalidRequest):
         super().__init__(message, param="deadline_ms")
 
 
-class ContentFlagged(RequestError):
+class ContentFlaggedError(RequestError):
     """The pipeline's safety checker flagged an image, and the server refuses such images."""
 
     code = "content_policy_violation"
@@ -252,7 +252,7 @@ class ContentFlagged(RequestError):
         )
 
 
-class Unauthorized(RequestError):
+class AuthenticationError(RequestError):
     """Keys are set, and the request bears none of them."""
 
     status = 401
@@ -260,21 +260,21 @@ class Unauthorized(RequestError):
     code = "invalid_api_key"
 
 
-class NotFound(RequestError):
+class NotFoundError(RequestError):
     """No such route, model, job or picture."""
 
     status = 404
     code = "not_found"
 
 
-class MethodNotAllowed(RequestError):
+class MethodNotAllowedError(RequestError):
     """The route exists, the method does not."""
 
     status = 405
     code = "method_not_allowed"
 
 
-class Conflict(RequestError):
+class ConflictError(RequestError):
     """The request does not go with what there is: its idempotency key belongs to another request,
     or the process ends."""
 
@@ -287,7 +287,7 @@ class Conflict(RequestError):
         super().__init__(message, code=code, param=param)
 
 
-class BodyTooLarge(RequestError):
+class BodyTooLargeError(RequestError):
     """The request's body is over the limit."""
 
     status = 413
@@ -300,7 +300,7 @@ class BodyTooLarge(RequestError):
         super().__init__(f"{body} is over the limit of {limit} bytes.")
 
 
-class UnsupportedMedia(RequestError):
+class UnsupportedMediaTypeError(RequestError):
     """The request's content type is not one that the route reads, or a file of it is of a kind that
     is not read."""
 
@@ -308,7 +308,7 @@ class UnsupportedMedia(RequestError):
     code = "unsupported_media_type"
 
 
-class UnsupportedEncoding(UnsupportedMedia):
+class UnsupportedEncodingError(UnsupportedMediaTypeError):
     """The request's content encoding is not one that is undone; the answer names those that are
     (RFC 9110, 15.5.16)."""
 
@@ -318,7 +318,7 @@ class UnsupportedEncoding(UnsupportedMedia):
         super().__init__(f"The content encoding is {shown(encoding)}; send gzip, deflate or none.")
 
 
-class Refused(RequestError):
+class AdmissionError(RequestError):
     """Admission refused the request: it would wait too long. Nothing was run."""
 
     status = 429
@@ -331,7 +331,7 @@ class Refused(RequestError):
         super().__init__(message, code=code, retry_after=retry_after)
 
 
-class Cancelled(RequestError):
+class RequestCancelledError(RequestError):
     """The caller left or cancelled the job."""
 
     status = 499
@@ -342,7 +342,7 @@ class Cancelled(RequestError):
         super().__init__(message)
 
 
-class Unavailable(RequestError):
+class UnavailableError(RequestError):
     """The server does not take work now."""
 
     status = 503
@@ -355,7 +355,7 @@ class Unavailable(RequestError):
         super().__init__(message, code=code, retry_after=retry_after)
 
 
-class EngineClosed(Unavailable):
+class EngineClosedError(UnavailableError):
     """The engine has been closed and takes no more jobs."""
 
     code = "draining"
@@ -364,7 +364,7 @@ class EngineClosed(Unavailable):
         super().__init__(message, retry_after=10)
 
 
-class DeviceFailed(Unavailable):
+class DeviceFailedError(UnavailableError):
     """The device has failed for good, as `reason` says; only another process can use it again."""
 
     code = "device_failed"
@@ -378,7 +378,7 @@ class DeviceFailed(Unavailable):
         )
 
 
-class DeadlineExceeded(RequestError):
+class DeadlineExceededError(RequestError):
     """The job was not done in the time it was given."""
 
     status = 504

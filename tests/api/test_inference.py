@@ -36,7 +36,7 @@ from stepweave.api.open_inference.tensors import (
     write_message,
 )
 from stepweave.api.routes.open_inference import together
-from stepweave.errors import InvalidRequest
+from stepweave.errors import InvalidRequestError
 from stepweave.serving.status import Status
 from tests.support.fake_pipeline import FakePipeline
 from tests.support.in_process import InProcess
@@ -1009,9 +1009,9 @@ def test_the_first_error_ends_the_others() -> None:
 
     async def failing() -> None:
         await asyncio.sleep(0)
-        raise InvalidRequest("wrong")
+        raise InvalidRequestError("wrong")
 
-    with pytest.raises(InvalidRequest, match="wrong"):
+    with pytest.raises(InvalidRequestError, match="wrong"):
         asyncio.run(together([endless(), failing(), endless()]))
     assert ended == ["cancelled", "cancelled"]
 
@@ -1039,7 +1039,7 @@ def test_any_message_is_read_or_refused(body: bytes, length: str | None) -> None
     try:
         message, tail = read_message(body, length)
         read_inputs(message, tail, INPUTS)
-    except InvalidRequest as error:
+    except InvalidRequestError as error:
         assert len(error.message) < 600
 
 
@@ -1062,7 +1062,7 @@ def test_any_binary_tensor_is_read_or_refused(
     )
     try:
         found = read_inputs(InferenceRequest(inputs=[described]), raw, INPUTS)
-    except InvalidRequest as error:
+    except InvalidRequestError as error:
         assert error.param == name
     else:
         assert len(found[name]) == shape

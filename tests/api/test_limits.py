@@ -32,7 +32,7 @@ from stepweave.api.events import _partial, events
 from stepweave.api.middleware.contract import ContractMiddleware
 from stepweave.api.open_inference import tensors
 from stepweave.api.routes import bentoml as native
-from stepweave.errors import BodyTooLarge
+from stepweave.errors import BodyTooLargeError
 from stepweave.images import decoders
 from stepweave.parameters import ImageRequest
 from stepweave.previews.stream import Partial
@@ -282,12 +282,12 @@ async def test_the_body_of_a_get_does_not_break_a_stream() -> None:
 
 async def test_what_a_client_sends_while_it_waits_is_told_of() -> None:
     async def receive() -> Message:
-        raise BodyTooLarge(1)
+        raise BodyTooLargeError(1)
 
     async def work() -> None:
         await asyncio.sleep(2 * SECONDS)
 
-    with pytest.raises(BodyTooLarge):
+    with pytest.raises(BodyTooLargeError):
         await until_disconnect(Request({"type": "http"}, receive), work())
 
 

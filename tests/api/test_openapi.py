@@ -28,7 +28,7 @@ from stepweave.api.app import Api
 from stepweave.api.middleware.probes import DRAIN, KEYLESS, PROBES
 from stepweave.api.operations import INFERENCE
 from stepweave.api.routes.bentoml import PATHS
-from stepweave.errors import NotFound, OutOfMemory
+from stepweave.errors import NotFoundError, OutOfMemoryError
 from tests.support.fake_pipeline import FakePipeline
 from tests.support.in_process import InProcess
 from tests.support.served import Served
@@ -326,7 +326,7 @@ def test_the_drain_is_as_described(in_process: Make) -> None:
     app = in_process(drain_notice=0)
     found = document(app)
     elsewhere = app.client.post(DRAIN)
-    assert elsewhere.status_code == NotFound.status
+    assert elsewhere.status_code == NotFoundError.status
     validate(found, "Error", elsewhere.json())
     token = app.server.drain_token
     assert token is not None
@@ -606,7 +606,7 @@ def test_rare_refusals_are_as_described(in_process: Make) -> None:
     answered(504, deadline_ms=2500)
     app.pipeline.record.error = RuntimeError("broken")
     answered(500)
-    app.pipeline.record.error = OutOfMemory("Too large.")
+    app.pipeline.record.error = OutOfMemoryError("Too large.")
     answered(500)
 
 

@@ -36,7 +36,7 @@ from starlette.requests import Request
 from stepweave.api.middleware.probes import DRAIN
 from stepweave.api.urls import base_url
 from stepweave.config import EMBEDDED_MODEL, Settings
-from stepweave.errors import ConfigError, InvalidRequest
+from stepweave.errors import ConfigError, InvalidRequestError
 from stepweave.serving.drain import TOKEN_FILE
 from stepweave.serving.lifecycle import ENDING_SECONDS, KEEPING_SECONDS
 from stepweave.serving.server import Server
@@ -549,7 +549,7 @@ def url_problems(work: Workload) -> Iterator[str]:
             }
             try:
                 base_url(Request(scope), settings)
-            except InvalidRequest:
+            except InvalidRequestError:
                 yield f"no URL of an image for who calls {name}"
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from stepweave import StepEngine
 from stepweave.engine import Mode
-from stepweave.errors import EngineMisuse
+from stepweave.errors import EngineMisuseError
 from stepweave.loading.edit_pipelines import Edit, edit_pipeline, edit_pipeline_class
 from stepweave.loading.schedulers import rehearse, schedulers_of
 from stepweave.planning.workload import shape_of
@@ -215,7 +215,8 @@ def test_a_pipeline_with_modules_of_its_own_is_refused_by_name(mode: Mode) -> No
     mixed = diffusers.StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
     with StepEngine(pipeline, mode) as engine:
         with pytest.raises(
-            EngineMisuse, match=r"StableDiffusionImg2ImgPipeline\.unet is no module of the Stable"
+            EngineMisuseError,
+            match=r"StableDiffusionImg2ImgPipeline\.unet is no module of the Stable",
         ):
             engine.submit(pipeline=mixed, **call(FAMILIES["stable_diffusion"], 1, "image_to_image"))
         assert engine.waiting == engine.running == 0
@@ -249,7 +250,7 @@ def test_a_sibling_whose_calls_change_modules_waits_for_its_turn() -> None:
     )
     with (
         StepEngine(pipeline, "threads") as engine,
-        pytest.raises(EngineMisuse, match="Calls of Casting change modules"),
+        pytest.raises(EngineMisuseError, match="Calls of Casting change modules"),
     ):
         engine.submit(pipeline=changing, **family.arguments("x"))
 

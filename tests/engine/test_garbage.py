@@ -18,7 +18,7 @@ from torch import nn
 
 from stepweave import Job, StepEngine
 from stepweave.engine import Latents, Mode
-from stepweave.errors import Cancelled, DeadlineExceeded
+from stepweave.errors import DeadlineExceededError, RequestCancelledError
 from tests.support import tiny
 from tests.support.asgi import serving
 from tests.support.fake_pipeline import FakePipeline
@@ -138,7 +138,7 @@ def is_cancelled(engine: StepEngine) -> None:
 
     jobs.append(engine.submit(**SD3.arguments("a red circle", callback_on_step_end=cancel)))
     submitted.set()
-    assert isinstance(jobs[0].exception(SECONDS), Cancelled)
+    assert isinstance(jobs[0].exception(SECONDS), RequestCancelledError)
     jobs.clear()
 
 
@@ -155,7 +155,7 @@ def is_late(engine: StepEngine) -> None:
         engine.submit(**SD3.arguments("a red circle", callback_on_step_end=wait), deadline=0.5)
     )
     submitted.set()
-    assert isinstance(job[0].exception(SECONDS), DeadlineExceeded)
+    assert isinstance(job[0].exception(SECONDS), DeadlineExceededError)
     job.clear()
 
 

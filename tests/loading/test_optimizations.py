@@ -21,7 +21,7 @@ from torch import nn
 
 from stepweave import StepEngine
 from stepweave.config import Settings
-from stepweave.errors import LoadError, Unavailable
+from stepweave.errors import LoadError, UnavailableError
 from stepweave.loading.loader import load_pipeline
 from stepweave.loading.optimizations import apply_optimizations, check_optimizations
 from stepweave.planning.stats import Forwards
@@ -480,7 +480,7 @@ def test_the_server_refuses_a_switch_that_its_model_does_not_have() -> None:
     server._loader.join(SECONDS)
     assert server.status.stage == "failed"
     with pytest.raises(
-        Unavailable, match=r"SD3Transformer2DModel does not go through diffusers' dispatcher"
+        UnavailableError, match=r"SD3Transformer2DModel does not go through diffusers' dispatcher"
     ):
         server.ready()
     server.close()

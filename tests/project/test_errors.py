@@ -61,6 +61,7 @@ def test_every_error_stands_in_the_documented_tree() -> None:
     }
     assert len(parents) > 20
     assert documented_tree() == parents
+    assert [name for name in parents if not name.endswith("Error")] == []
 
 
 def test_other_exceptions_are_signals_of_the_engine_or_of_one_package() -> None:

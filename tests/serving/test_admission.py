@@ -12,7 +12,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from stepweave.errors import REFUSAL_REASONS, DeadlineTooShort, InvalidRequest, Refused
+from stepweave.errors import (
+    REFUSAL_REASONS,
+    AdmissionError,
+    DeadlineTooShortError,
+    InvalidRequestError,
+)
 from stepweave.planning.plan import Estimate
 from stepweave.serving import promises
 from stepweave.serving.admission import (
@@ -54,10 +59,10 @@ class Door:
                 reservation=reservation,
                 alone=lambda: alone,
             )
-        except DeadlineTooShort as error:
+        except DeadlineTooShortError as error:
             assert error.retry_after is None
             return math.inf
-        except Refused as refused:
+        except AdmissionError as refused:
             assert refused.retry_after is not None
             return refused.retry_after
         return None
@@ -66,8 +71,8 @@ class Door:
         self.admission.leave()
 
 
-def refusal(door: Door, estimate: Estimate, deadline: float | None = None) -> Refused:
-    with pytest.raises(Refused) as refused:
+def refusal(door: Door, estimate: Estimate, deadline: float | None = None) -> AdmissionError:
+    with pytest.raises(AdmissionError) as refused:
         door.admission.enter("request", lambda: estimate, deadline)
     return refused.value
 
@@ -121,7 +126,7 @@ def test_the_outlook_is_returned_and_only_asked_for_if_there_is_a_place() -> Non
         return Estimate(2.0, 1.0)
 
     assert door.admission.enter("a", estimate) == Estimate(2.0, 1.0)
-    with pytest.raises(Refused):
+    with pytest.raises(AdmissionError):
         door.admission.enter("b", estimate)
     assert len(asked) == 1
 
@@ -248,10 +253,10 @@ def test_a_deadline_that_nothing_can_meet_is_said_to_be_and_not_to_come_back(
     door = Door(2)
     for _ in range(2 if full else 1):
         door.comes()
-    with pytest.raises(DeadlineTooShort) as refused:
+    with pytest.raises(DeadlineTooShortError) as refused:
         door.admission.enter("x", lambda: Estimate(9.0, 7.365), deadline, alone=lambda: 7.365)
     error = refused.value
-    assert isinstance(error, InvalidRequest)
+    assert isinstance(error, InvalidRequestError)
     assert (error.status, error.code, error.param) == (400, "deadline_too_short", "deadline_ms")
     assert error.retry_after is None
     assert (
@@ -276,16 +281,16 @@ def test_what_is_told_of_a_deadline_is_consistent(
     assert estimate.wait >= 0
     try:
         door.admission.enter("x", lambda: estimate, deadline, alone=lambda: solo)
-    except (Refused, DeadlineTooShort) as error:
+    except (AdmissionError, DeadlineTooShortError) as error:
         told = [float(one) for one in re.findall(r"([0-9.]+) s\b", error.message)]
         assert f"deadline_ms is {deadline_ms};" in error.message
-        if isinstance(error, Refused):
+        if isinstance(error, AdmissionError):
             assert told[0] >= told[1]
             assert (
                 error.retry_after is not None and error.retry_after >= max(finish, solo) - deadline
             )
         assert told[0] >= max(0.001, deadline * (1 - 1e-9))
-        assert isinstance(error, DeadlineTooShort) == (solo > deadline)
+        assert isinstance(error, DeadlineTooShortError) == (solo > deadline)
     else:
         assert max(finish, solo) <= deadline
 
@@ -510,7 +515,7 @@ def test_of_two_that_want_the_last_place_one_reserves_it() -> None:
     door = Door(2)
     door.comes()
     place = door.admission.reserve()
-    with pytest.raises(Refused):
+    with pytest.raises(AdmissionError):
         door.admission.reserve()
     assert door.comes() is not None
     assert door.comes("x", reservation=place) is None
@@ -537,14 +542,14 @@ def test_a_reserved_place_comes_back_however_the_request_ends(estimate: Estimate
 def test_a_reserved_place_is_promised_and_kept_as_any() -> None:
     door = Door(1, drain=10.0)
     door.comes()
-    with pytest.raises(Refused):
+    with pytest.raises(AdmissionError):
         door.admission.reserve("an edit", "mine")
     door.now += 10
-    with pytest.raises(Refused):
+    with pytest.raises(AdmissionError):
         door.admission.reserve("an edit", "another's")
     door.leaves()
     door.comes()  # the idle server lets in anybody
-    with pytest.raises(Refused):
+    with pytest.raises(AdmissionError):
         door.admission.reserve("an edit", "mine")
     assert [one.returning for one in door.admission._promises.made] == [False, True]
     door.now += 10
@@ -569,7 +574,7 @@ def test_bodies_that_do_not_come_leave_half_of_the_places_to_requests_that_are_t
     assert door.admission.in_flight == 4
     assert door.comes() is not None, "half of them are left"
     assert door.admission.in_flight == 4
-    with pytest.raises(Refused):
+    with pytest.raises(AdmissionError):
         places[1].settle()
     places[3].settle()
     assert door.comes("x", reservation=places[3]) is None
@@ -586,7 +591,7 @@ def test_a_place_that_is_reserved_for_too_long_is_free_for_others() -> None:
     assert door.comes() is not None
     door.now += 1
     assert door.comes() is None
-    with pytest.raises(Refused):
+    with pytest.raises(AdmissionError):
         place.settle()
     assert door.comes("x", reservation=place) is not None
     door.leaves()
@@ -709,7 +714,7 @@ def test_threads_never_share_a_place() -> None:
         for _ in range(rounds):
             try:
                 shared.enter(number, estimate)
-            except Refused:
+            except AdmissionError:
                 refused += 1
                 continue
             let_in += 1

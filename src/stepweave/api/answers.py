@@ -9,7 +9,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from stepweave.errors import InvalidRequest, shown
+from stepweave.errors import InvalidRequestError, shown
 from stepweave.parameters import Answer, OutputFormat
 from stepweave.store import FileStore
 from stepweave.threads import on_thread
@@ -70,13 +70,14 @@ def wants_to_come_back(request: Request) -> bool:
 def check_one_image(
     n: int, chosen: OutputFormat, output_format: OutputFormat, format_given: bool
 ) -> None:
-    """Raise InvalidRequest if the client's `Accept` does not go with what its body asks for."""
+    """Raise InvalidRequestError if the client's `Accept` does not go with what its body asks
+    for."""
     if n != 1:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"n is {n}; an answer that is a picture, as Accept asks for, takes n = 1.", param="n"
         )
     if format_given and output_format != chosen:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"output_format is {shown(output_format)}, but Accept asks for image/{chosen}.",
             param="output_format",
         )

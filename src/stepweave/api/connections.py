@@ -26,7 +26,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from stepweave.api import disconnect
-from stepweave.errors import InvalidRequest, StepweaveError, Unavailable
+from stepweave.errors import InvalidRequestError, StepweaveError, UnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class Connections:
                 longest.shutdown()
             else:
                 message = f"{len(self._open)} connections are open; the limit is {self.limit}."
-                error = Unavailable(message, code="too_many_connections", retry_after=1)
+                error = UnavailableError(message, code="too_many_connections", retry_after=1)
         self._open.add(connection)
         return error
 
@@ -264,7 +264,7 @@ class Connection(H11Protocol):
         """To what is no HTTP, also in the middle of a body."""
         if self.cycle is not None and not self._waits:
             self.cycle.scope[MALFORMED] = True  # type: ignore[literal-required]
-        self._answer(InvalidRequest("What was sent is no HTTP request.", code="invalid_http"))
+        self._answer(InvalidRequestError("What was sent is no HTTP request.", code="invalid_http"))
 
     def _answer(self, error: StepweaveError) -> None:
         """Answer and close, without a request that has been read."""

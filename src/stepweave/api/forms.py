@@ -16,7 +16,7 @@ from stepweave.api.auth import asker_of
 from stepweave.api.bodies import SPOOLED
 from stepweave.api.idempotency import joins
 from stepweave.api.schemas import CHARSETS, NULL, EditRequest, refuse_known
-from stepweave.errors import SHOWN, Cancelled, InvalidRequest, shown
+from stepweave.errors import SHOWN, InvalidRequestError, RequestCancelledError, shown
 from stepweave.parameters import Sources
 from stepweave.serving.admission import Reservation
 from stepweave.serving.server import Server
@@ -105,8 +105,8 @@ async def read_form(request: Request, files: Sequence[str] = IMAGE_FILES) -> For
     """A multipart form. `image[]`, as OpenAI's clients name several, may hold one. What is empty
     counts as absent: a text, and a file without a name, as browsers send what was not filled in.
 
-    Raises InvalidRequest for a form that cannot be read, a name that comes twice, a field that is a
-    file or the other way round.
+    Raises InvalidRequestError for a form that cannot be read, a name that comes twice, a field that
+    is a file or the other way round.
     """
     _check_charset(request.headers.get("content-type", ""))
     limits = {"max_files": MAX_FILES, "max_fields": MAX_FIELDS, "max_part_size": MAX_FIELD_BYTES}
@@ -114,14 +114,14 @@ async def read_form(request: Request, files: Sequence[str] = IMAGE_FILES) -> For
     try:
         data = await parser.parse()
     except ClientDisconnect:
-        raise Cancelled("The client left while it sent the body.") from None
+        raise RequestCancelledError("The client left while it sent the body.") from None
     except MultiPartException as error:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"The form cannot be read: {error.message}", code="invalid_form"
         ) from None
     try:
         if not parser.ended:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 "The form is cut short: its closing boundary is missing.", code="invalid_form"
             )
         return _sorted(data, files)
@@ -149,13 +149,15 @@ def _sorted(data: FormData, files: Sequence[str]) -> Form:
             raise _twice(name)
         if isinstance(value, str):
             if name in files:
-                raise InvalidRequest(f"{name} is {shown(value)}; it must be a file.", param=name)
+                raise InvalidRequestError(
+                    f"{name} is {shown(value)}; it must be a file.", param=name
+                )
             texts[name] = value
         elif name in files:
             found[name] = value.file
         else:
             refuse_known(name, EditRequest)
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"{shown(name)} is a file; only {' and '.join(files)} may be.", param=name
             )
     return Form(texts, found, warnings)
@@ -165,13 +167,13 @@ def _name(given: str) -> str:
     return given.removesuffix("[]")
 
 
-def _twice(name: str) -> InvalidRequest:
+def _twice(name: str) -> InvalidRequestError:
     more = (
         "; an edit starts from one image: send that, or put them together into one"
         if name == "image"
         else ""
     )
-    return InvalidRequest(
+    return InvalidRequestError(
         f"{name[:SHOWN]} is given more than once; the limit is one{more}.", param=name[:SHOWN]
     )
 
@@ -181,7 +183,7 @@ def _check_charset(content_type: str) -> None:
     whatever it finds."""
     charset = parse_options_header(content_type)[1].get(b"charset", b"utf-8").decode("latin-1")
     if charset.lower() not in CHARSETS:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"The form's charset is {shown(charset)}; send utf-8.", code="invalid_form"
         )
 
@@ -190,8 +192,8 @@ async def reserve(request: Request, server: Server) -> Reservation:
     """A place for an edit, before its body is read. One that may join a job by its key has none, if
     few such are being read.
 
-    Raises Refused if there is no place; one is promised to a request of the same client, key and
-    length.
+    Raises AdmissionError if there is no place; one is promised to a request of the same client, key
+    and length.
     """
     told = tuple(request.headers.get(name) for name in ("content-length", "idempotency-key"))
     token = (request.url.path, *told)
@@ -199,9 +201,10 @@ async def reserve(request: Request, server: Server) -> Reservation:
 
 
 async def digest_of(form: Form) -> bytes:
-    """A digest of an edit's files. Raises InvalidRequest if the one that it needs is missing."""
+    """A digest of an edit's files. Raises InvalidRequestError if the one that it needs is
+    missing."""
     if "image" not in form.files:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             "image is missing: send it as a file of the form.", code="missing_field", param="image"
         )
 
@@ -223,8 +226,8 @@ async def read_images(
     are decoded at a time, in processes of their own that end if the awaiting task is cancelled.
     `place` is the edit's.
 
-    Raises InvalidRequest or UnsupportedMedia naming the one that cannot be read, and what
-    `ServedModel.size_of_edit` does.
+    Raises InvalidRequestError or UnsupportedMediaTypeError naming the one that cannot be read, and
+    what `ServedModel.size_of_edit` does.
     """
     served, _ = server.ready(place)
 

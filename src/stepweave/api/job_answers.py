@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from stepweave.api.answers import json_answer
-from stepweave.errors import NotFound
+from stepweave.errors import NotFoundError
 from stepweave.serving.jobs import Followed
 from stepweave.serving.request import ActiveRequest, Queued
 from stepweave.serving.stored_job import StoredJob
@@ -27,7 +27,7 @@ async def job_answer(job: Followed, files: FileStore, base: str | None) -> bytes
     if described["state"] == "succeeded":
         try:
             result = await json_answer(await job.result(), base, files)
-        except NotFound as error:
+        except NotFoundError as error:
             described["warnings"] = [*described["warnings"], error.message]
     del described["result"]
     return b"".join([json.dumps(described)[:-1].encode(), b', "result": ', result, b"}"])

@@ -44,14 +44,14 @@ from stepweave.api.routes.diffusers_example import DiffusersExampleRequest
 from stepweave.api.schemas import BentoMLEditRequest, EditRequest
 from stepweave.api.urls import base_url, reference
 from stepweave.errors import (
-    DeadlineExceeded,
-    MethodNotAllowed,
-    Refused,
+    AdmissionError,
+    AuthenticationError,
+    DeadlineExceededError,
+    MethodNotAllowedError,
     StepweaveError,
-    Unauthorized,
-    Unavailable,
-    UnsupportedEncoding,
-    UnsupportedMedia,
+    UnavailableError,
+    UnsupportedEncodingError,
+    UnsupportedMediaTypeError,
 )
 from stepweave.serving.server import Server
 from stepweave.threads import on_thread
@@ -271,7 +271,7 @@ def _operation(one: Operation, secured: bool) -> dict[str, Any]:
     errors: Errors = (
         *one.errors,
         *EVERYWHERE,
-        *((Unauthorized,) if secured and not one.keyless else ()),
+        *((AuthenticationError,) if secured and not one.keyless else ()),
     )
     for error in sorted(errors, key=lambda error: error.status):
         name = f"{_surface(one.path)}{error.__name__}"
@@ -363,19 +363,22 @@ def _refusal(error: type[StepweaveError], surface: str) -> dict[str, Any]:
             "required": True,
             "schema": {"type": "string"},
         }
-    if error is UnsupportedMedia:
+    if error is UnsupportedMediaTypeError:
         encodings = {
             "description": "Where the content encoding is the reason: those that would do."
         }
-        headers["Accept-Encoding"] = {**encodings, "schema": {"const": UnsupportedEncoding.TAKEN}}
-    if issubclass(error, (Refused, Unavailable)):
-        headers["Retry-After"] = {**RETRY_AFTER, "required": issubclass(error, Refused)}
-    if issubclass(error, Unauthorized):
+        headers["Accept-Encoding"] = {
+            **encodings,
+            "schema": {"const": UnsupportedEncodingError.TAKEN},
+        }
+    if issubclass(error, (AdmissionError, UnavailableError)):
+        headers["Retry-After"] = {**RETRY_AFTER, "required": issubclass(error, AdmissionError)}
+    if issubclass(error, AuthenticationError):
         headers["WWW-Authenticate"] = {"required": True, "schema": {"const": "Bearer"}}
-    if issubclass(error, MethodNotAllowed):
+    if issubclass(error, MethodNotAllowedError):
         allowed = {"description": "Methods that the path has.", "schema": {"type": "string"}}
         headers["Allow"] = {**allowed, "required": True}
-    if error in (StepweaveError, DeadlineExceeded):
+    if error in (StepweaveError, DeadlineExceededError):
         lasting = "`false` where it would fail again, or come too late."
         headers["X-Should-Retry"] = {"description": lasting, "schema": {"const": "false"}}
     description = (

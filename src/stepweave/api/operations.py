@@ -18,18 +18,18 @@ from stepweave.api.routes.jobs import MAX_LIST
 from stepweave.api.schemas import BentoMLEditRequest, EditRequest, GenerationRequest, StreamRequest
 from stepweave.config.values import MAX_NAME
 from stepweave.errors import (
-    BodyTooLarge,
-    Cancelled,
-    Conflict,
-    DeadlineExceeded,
-    InvalidRequest,
-    MethodNotAllowed,
-    NotFound,
-    Refused,
+    AdmissionError,
+    AuthenticationError,
+    BodyTooLargeError,
+    ConflictError,
+    DeadlineExceededError,
+    InvalidRequestError,
+    MethodNotAllowedError,
+    NotFoundError,
+    RequestCancelledError,
     StepweaveError,
-    Unauthorized,
-    Unavailable,
-    UnsupportedMedia,
+    UnavailableError,
+    UnsupportedMediaTypeError,
 )
 from stepweave.parameters import ImageRequest
 from stepweave.serving.names import ModelNames
@@ -40,10 +40,18 @@ BYTES = "application/octet-stream"
 Content: TypeAlias = dict[str, Any]  # schemas (models, tuples of them, or JSON) by media type
 Errors: TypeAlias = tuple[type[StepweaveError], ...]
 
-EVERYWHERE: Errors = (MethodNotAllowed, StepweaveError)
-READING: Errors = (InvalidRequest, BodyTooLarge, UnsupportedMedia)
-WORK: Errors = (*READING, NotFound, Conflict, Refused, Cancelled, Unavailable, DeadlineExceeded)
-ERRORS: Errors = (*EVERYWHERE, *WORK, Unauthorized)
+EVERYWHERE: Errors = (MethodNotAllowedError, StepweaveError)
+READING: Errors = (InvalidRequestError, BodyTooLargeError, UnsupportedMediaTypeError)
+WORK: Errors = (
+    *READING,
+    NotFoundError,
+    ConflictError,
+    AdmissionError,
+    RequestCancelledError,
+    UnavailableError,
+    DeadlineExceededError,
+)
+ERRORS: Errors = (*EVERYWHERE, *WORK, AuthenticationError)
 
 REQUESTS: tuple[type[BaseModel], ...] = (
     GenerationRequest,
@@ -286,7 +294,7 @@ def _inference(names: ModelNames | None) -> Iterable[Operation]:
         "/v2", "serverMetadata", tag, "The server", _json(bodies.ProtocolMetadata, "Its metadata.")
     )
     yield _get("/v2/models", "listServedModels", tag, "The name of the model that is served",
-               _json(bodies.ServedModels, "One."), Unavailable)  # fmt: skip
+               _json(bodies.ServedModels, "One."), UnavailableError)  # fmt: skip
     indexed = {
         "type": "array",
         "items": {"$ref": f"#/components/schemas/{bodies.IndexedModel.__name__}"},
@@ -298,7 +306,7 @@ def _inference(names: ModelNames | None) -> Iterable[Operation]:
         tag,
         "The repository's models, for Triton's clients",
         {200: Answer("One, or none.", {JSON: indexed})},
-        (*READING, Cancelled, Unavailable),
+        (*READING, RequestCancelledError, UnavailableError),
         body={JSON: IndexRequest},
         body_required=False,
     )
@@ -319,7 +327,7 @@ def _inference(names: ModelNames | None) -> Iterable[Operation]:
         ("", model, (named,)),
         ("Version", f"{model}/versions/{{version}}", (named, VERSION)),
     ):
-        lost = (NotFound, Unavailable)
+        lost = (NotFoundError, UnavailableError)
         yield _get(
             path,
             f"model{suffix}Metadata",
@@ -402,7 +410,7 @@ def operations(names: ModelNames | None) -> list[Operation]:
             "Images",
             "Refused: send the image to be edited",
             {},
-            (InvalidRequest, BodyTooLarge),
+            (InvalidRequestError, BodyTooLargeError),
             body={FORM: {"type": "object"}},
         ),
         _get(
@@ -411,7 +419,7 @@ def operations(names: ModelNames | None) -> list[Operation]:
             "Models",
             "The model that is served",
             _json(bodies.ModelList, "One."),
-            Unavailable,
+            UnavailableError,
         ),
         _get(
             "/v1/models/{id}",
@@ -419,8 +427,8 @@ def operations(names: ModelNames | None) -> list[Operation]:
             "Models",
             "What the model takes",
             _json(bodies.Model, "It."),
-            NotFound,
-            Unavailable,
+            NotFoundError,
+            UnavailableError,
             parameters=(_model("id", names),),
         ),
         _get(
@@ -429,9 +437,9 @@ def operations(names: ModelNames | None) -> list[Operation]:
             "Jobs",
             "Jobs that are kept, newest first",
             _json(bodies.JobList, "Theirs whose key it is."),
-            InvalidRequest,
-            NotFound,
-            Unavailable,
+            InvalidRequestError,
+            NotFoundError,
+            UnavailableError,
             parameters=(
                 _parameter(
                     "query",
@@ -452,9 +460,9 @@ def operations(names: ModelNames | None) -> list[Operation]:
             "Jobs",
             "Where a job stands, and its result",
             _json(bodies.Job, "The job."),
-            InvalidRequest,
-            NotFound,
-            Unavailable,
+            InvalidRequestError,
+            NotFoundError,
+            UnavailableError,
             parameters=(JOB,),
         ),
         Operation(
@@ -464,7 +472,7 @@ def operations(names: ModelNames | None) -> list[Operation]:
             "Jobs",
             "Cancel a job, or forget one that is over",
             _json(bodies.Job, "As it was left."),
-            (InvalidRequest, NotFound, Unavailable),
+            (InvalidRequestError, NotFoundError, UnavailableError),
             (JOB,),
         ),
         _get(
@@ -473,9 +481,9 @@ def operations(names: ModelNames | None) -> list[Operation]:
             "Jobs",
             "Follow a job",
             {200: Answer("From where it stands to its end.", STREAM, events=job_events)},
-            InvalidRequest,
-            NotFound,
-            Unavailable,
+            InvalidRequestError,
+            NotFoundError,
+            UnavailableError,
             parameters=(JOB,),
         ),
         _native(
@@ -534,7 +542,7 @@ def operations(names: ModelNames | None) -> list[Operation]:
             "Diffusers example server",
             "What is served, and how much",
             _json(bodies.DiffusersExampleStatus, "Status."),
-            Unavailable,
+            UnavailableError,
         ),
         _get(
             "/images/{filename}",
@@ -542,8 +550,8 @@ def operations(names: ModelNames | None) -> list[Operation]:
             "Images",
             "A stored picture",
             {200: Answer("The file.", IMAGE, FILE_HEADERS)},
-            NotFound,
-            Unavailable,
+            NotFoundError,
+            UnavailableError,
             parameters=(_parameter("path", "filename", "Its name, the key to it."),),
         ),
         _get(
@@ -596,7 +604,7 @@ def operations(names: ModelNames | None) -> list[Operation]:
             "Operation",
             "Announce that the server leaves",
             _json(bodies.Drained, "What is left."),
-            (NotFound,),
+            (NotFoundError,),
             keyless=True,
             elsewhere=True,
             description="`/readyz` is 503 from now on, and new work is refused "
@@ -610,7 +618,7 @@ def operations(names: ModelNames | None) -> list[Operation]:
             "Operation",
             "Take a drain back",
             _json(bodies.Drained, "What is left."),
-            (NotFound, Conflict),
+            (NotFoundError, ConflictError),
             keyless=True,
             elsewhere=True,
             description=f"Until the process was told to end (409, code `terminating`). {_TOKEN}",

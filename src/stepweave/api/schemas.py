@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import from_json, to_json
 from python_multipart.multipart import parse_options_header
 
-from stepweave.errors import SHOWN, InvalidRequest, UnsupportedMedia, shown
+from stepweave.errors import SHOWN, InvalidRequestError, UnsupportedMediaTypeError, shown
 from stepweave.parameters import ImageRequest
 from stepweave.threads import on_thread
 
@@ -119,8 +119,8 @@ class BentoMLEditRequest(Edit, ImageRequest):
 
 
 def require_json(content_type: str, *others: str) -> None:
-    """Raise UnsupportedMedia unless the content type is JSON in UTF-8, or one of `others`; empty is
-    none."""
+    """Raise UnsupportedMediaTypeError unless the content type is JSON in UTF-8, or one of `others`;
+    empty is none."""
     kind, parameters = parse_options_header(content_type)
     if kind.decode("latin-1") in others:
         return
@@ -133,21 +133,21 @@ def require_json(content_type: str, *others: str) -> None:
             else ""
         )
         wanted = " or ".join(["application/json", *filter(None, others)])
-        raise UnsupportedMedia(
+        raise UnsupportedMediaTypeError(
             f"The content type is {shown(content_type)}{told}; send the header `Content-Type: "
             f"{wanted}`."
         )
     charset = parameters.get(b"charset", b"").decode("latin-1") or CHARSETS[0]
     if charset.lower() not in CHARSETS:
-        raise UnsupportedMedia(
+        raise UnsupportedMediaTypeError(
             f"The charset of the content type is {shown(charset)}; send JSON in utf-8."
         )
 
 
 def require_form(content_type: str) -> None:
-    """Raise UnsupportedMedia unless the content type is that of a form with files."""
+    """Raise UnsupportedMediaTypeError unless the content type is that of a form with files."""
     if parse_options_header(content_type)[0] != b"multipart/form-data":
-        raise UnsupportedMedia(
+        raise UnsupportedMediaTypeError(
             f"The content type is {shown(content_type)}; send multipart/form-data."
         )
 
@@ -158,7 +158,7 @@ RequestT = TypeVar("RequestT", bound=BaseModel)
 def parse(body: bytes, schema: type[RequestT]) -> RequestT:
     """Read a JSON body, in which a member that is null is absent, whatever its name.
 
-    Raises InvalidRequest naming the first wrong field, its value and what is allowed.
+    Raises InvalidRequestError naming the first wrong field, its value and what is allowed.
     """
     if len(body) > LONG or b"null" in body:
         body = _without_nulls(body, schema)
@@ -174,7 +174,8 @@ async def parse_off_loop(body: bytes, schema: type[RequestT]) -> RequestT:
 
 
 def _without_nulls(body: bytes, schema: type[BaseModel]) -> bytes:
-    """The body less members that are null. Raises InvalidRequest if it has far too many members."""
+    """The body less members that are null. Raises InvalidRequestError if it has far too many
+    members."""
     try:
         values = from_json(body, cache_strings="none")
     except ValueError:
@@ -200,8 +201,8 @@ def some_of(names: Sequence[str]) -> str:
 
 
 def check_members(values: dict[str, Any], schema: type[BaseModel]) -> None:
-    """Raise InvalidRequest naming the first unknown one if an object has far more members than its
-    model has fields."""
+    """Raise InvalidRequestError naming the first unknown one if an object has far more members than
+    its model has fields."""
     if len(values) > MANY * len(schema.model_fields):
         raise _unknown(next(name for name in values if name not in schema.model_fields))
 
@@ -221,31 +222,31 @@ def parse_form(fields: Mapping[str, str], schema: type[RequestT]) -> RequestT:
         raise explain(error, schema) from None
 
 
-def explain(error: ValidationError, schema: type[BaseModel] | None = None) -> InvalidRequest:
+def explain(error: ValidationError, schema: type[BaseModel] | None = None) -> InvalidRequestError:
     """The first problem, as the caller is told of it; `schema` tells of fields that are known, and
     why they are refused."""
     return _explain(error.errors(include_url=False)[0], getattr(schema, "REFUSED", {}))
 
 
 def refuse_known(name: str, schema: type[BaseModel]) -> None:
-    """Raise InvalidRequest saying what to do instead if a field, or a member of it, is one that the
-    schema refuses by name."""
+    """Raise InvalidRequestError saying what to do instead if a field, or a member of it, is one
+    that the schema refuses by name."""
     if (refusal := _refusal(name, getattr(schema, "REFUSED", {}))) is not None:
         raise refusal
 
 
-def _refusal(name: str, refused: Mapping[str, str]) -> InvalidRequest | None:
+def _refusal(name: str, refused: Mapping[str, str]) -> InvalidRequestError | None:
     known = re.split(r"[\[.]", name, maxsplit=1)[0]  # forms have members as `svg[model]`
     if known not in refused:
         return None
-    return InvalidRequest(
+    return InvalidRequestError(
         f"{known} is not taken: {refused[known]}.", code="unsupported", param=known
     )
 
 
-def _explain(problem: Any, refused: Mapping[str, str]) -> InvalidRequest:
+def _explain(problem: Any, refused: Mapping[str, str]) -> InvalidRequestError:
     if problem["type"] == "json_invalid":
-        return InvalidRequest(
+        return InvalidRequestError(
             f"The body is not valid JSON: {problem['ctx']['error']}.", code="invalid_json"
         )
     # strings that JSON's reader accepts and UTF-8 does not (lone surrogates) have no field to blame
@@ -253,17 +254,17 @@ def _explain(problem: Any, refused: Mapping[str, str]) -> InvalidRequest:
     if problem["type"] == "extra_forbidden":
         return _refusal(param or "", refused) or _unknown(param)
     if problem["type"] == "missing":
-        return InvalidRequest(f"{param} is missing.", code="missing_field", param=param)
+        return InvalidRequestError(f"{param} is missing.", code="missing_field", param=param)
     if param == "size":
-        return InvalidRequest(
+        return InvalidRequestError(
             f"size is {shown(problem['input'])}: say WIDTHxHEIGHT in pixels, or auto.", param=param
         )
-    return InvalidRequest(
+    return InvalidRequestError(
         f"{param or 'body'} is {shown(problem['input'])}: {problem['msg']}.", param=param
     )
 
 
-def _unknown(param: str | None) -> InvalidRequest:
-    return InvalidRequest(
+def _unknown(param: str | None) -> InvalidRequestError:
+    return InvalidRequestError(
         f"Unknown field {shown(param)}.", code="unknown_field", param=param and param[:SHOWN]
     )

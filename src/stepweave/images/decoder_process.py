@@ -20,7 +20,7 @@ from typing import Any
 
 from PIL import Image
 
-from stepweave.errors import InvalidRequest, UnsupportedMedia
+from stepweave.errors import InvalidRequestError, UnsupportedMediaTypeError
 from stepweave.images.uploads import NotWanted, Size, read_sources
 
 READY = b"ready"
@@ -61,7 +61,7 @@ def _answer(
         sources = read_sources(image, mask, max_pixels=max_pixels, fit=fit)
     except NotWanted:  # the server refuses the size, or the kind of edit, and knows why
         return []
-    except (InvalidRequest, UnsupportedMedia) as error:
+    except (InvalidRequestError, UnsupportedMediaTypeError) as error:
         told: dict[str, Any] = {"message": error.message, "code": error.code, "param": error.param}
         return [json.dumps({"error": told, "status": error.status}).encode()]
     images = [one for one in (sources.image, sources.mask) if one is not None]

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from stepweave.errors import NoImages
+from stepweave.errors import NoImagesError
 
 IMAGES = ("images", "image")  # what pipelines call their images
 _FLAG = re.compile(r"nsfw|unsafe|harmful|flagged|blocked|detected", re.IGNORECASE)
@@ -34,8 +34,8 @@ class Outputs:
 
 
 def images_of(output: Any, pipeline: str = "The pipeline") -> list[Image.Image]:
-    """The images in what a pipeline returned. Raises NoImages, naming the class `pipeline` and its
-    results, if that has none."""
+    """The images in what a pipeline returned. Raises NoImagesError, naming the class `pipeline` and
+    its results, if that has none."""
     images = next(
         (found for name in IMAGES if (found := getattr(output, name, None)) is not None), None
     )
@@ -48,7 +48,7 @@ def images_of(output: Any, pipeline: str = "The pipeline") -> list[Image.Image]:
         for name, value in _members(output).items()
         if value is not None
     )
-    raise NoImages(
+    raise NoImagesError(
         f"{pipeline} makes no images of prompts: it returned {found or type(output).__name__}, and "
         f"no list of images; this "
         "server serves text-to-image pipelines only"

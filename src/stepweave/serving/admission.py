@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import Self
 
-from stepweave.errors import DeadlineTooShort, RefusalReason, Refused, duration
+from stepweave.errors import AdmissionError, DeadlineTooShortError, RefusalReason, duration
 from stepweave.planning.plan import Estimate
 from stepweave.serving.promises import Promise, Promises
 
@@ -54,8 +54,8 @@ class Reservation:
         return self._admission is not None and not self.joins
 
     def settle(self) -> None:
-        """The body has been read: from now on the place does not lapse. Raises Refused if it has,
-        and there is no other."""
+        """The body has been read: from now on the place does not lapse. Raises AdmissionError if it
+        has, and there is no other."""
         if self._admission is not None and not self.joins:
             self._admission.settle(self)
 
@@ -118,7 +118,7 @@ class Admission:
         before, as in `enter`.
 
         A request that may join a job `joins`: it then needs no place and has none, unless `JOINING`
-        such are being read. Raises Refused if there is no place.
+        such are being read. Raises AdmissionError if there is no place.
         """
         with self._lock:
             reservation = Reservation(
@@ -168,10 +168,10 @@ class Admission:
             client: who asks; None counts as somebody else each time.
             reservation: the request's place becomes this one's, unless that has been released.
 
-        Raises DeadlineTooShort if the deadline could not be met by an idle server either; Refused,
-        with the predicted wait, if there is no place, the wait would exceed `max_wait`, the
-        deadline cannot be met now, or the memory that is left is too little while others use it.
-        One that came as told is then promised a place for when it is to come again.
+        Raises DeadlineTooShortError if the deadline could not be met by an idle server either;
+        AdmissionError, with the predicted wait, if there is no place, the wait would exceed
+        `max_wait`, the deadline cannot be met now, or the memory that is left is too little while
+        others use it. One that came as told is then promised a place for when it is to come again.
         """
         with self._lock:
             now = self._now()
@@ -188,7 +188,7 @@ class Admission:
                 expected = estimate()
                 if expected is not None:
                     self._check(expected, deadline, now, promise)
-            except DeadlineTooShort:
+            except DeadlineTooShortError:
                 promise = held.promise if held is not None else self._promises.of(token, client)
                 if promise is not None:
                     self._promises.redeem(promise)
@@ -223,8 +223,8 @@ class Admission:
         self._taken += 1
 
     def _find_place(self, token: Hashable, client: Hashable, now: float) -> Promise | None:
-        """The promise to a request, if any, that now finds a place. Raises Refused if it finds
-        none."""
+        """The promise to a request, if any, that now finds a place. Raises AdmissionError if it
+        finds none."""
         promise = self._promises.of(token, client)
         if (
             self._taken
@@ -263,7 +263,7 @@ class Admission:
                 self._promises.make(promise.token, promise.client, now + later, returning=True)
         raise refused
 
-    def _refused(self, expected: Estimate, deadline: float | None) -> Refused | None:
+    def _refused(self, expected: Estimate, deadline: float | None) -> AdmissionError | None:
         """Why it is to come back later, if it is."""
         if deadline is not None and expected.finish > deadline >= expected.solo:
             return self._refusal(
@@ -289,7 +289,7 @@ class Admission:
         return None
 
     def _check_alone(self, solo: float, deadline: float, now: float) -> None:
-        """Raise DeadlineTooShort if a deadline is shorter than what the request takes alone.
+        """Raise DeadlineTooShortError if a deadline is shorter than what the request takes alone.
 
         What it takes is told from what ran last. If nothing has for a while, one that is nearly
         long enough is let in, and shows whether that still holds: else nothing would, where all
@@ -298,7 +298,7 @@ class Admission:
         idle = 0.0 if self._taken else max(0.0, now - self._informed)
         if solo > deadline * (1 + idle / TRUST_SECONDS):
             self.refused["deadline"] += 1
-            raise DeadlineTooShort(
+            raise DeadlineTooShortError(
                 f"deadline_ms is {_milliseconds(deadline)}; the image takes {duration(solo)} even "
                 f"if nothing else runs. Fewer "
                 "steps, fewer images or a smaller size take less."
@@ -306,7 +306,7 @@ class Admission:
 
     def _full(
         self, token: Hashable, client: Hashable, promise: Promise | None, now: float
-    ) -> Refused:
+    ) -> AdmissionError:
         if promise is not None and promise.due > now + 1:
             # too early to be the one that was told so: another with the same request
             promise = None
@@ -334,9 +334,9 @@ class Admission:
             self._promises.make(token, client, now + seconds, returning=False)
         return refusal
 
-    def _refusal(self, reason: RefusalReason, message: str, seconds: float) -> Refused:
+    def _refusal(self, reason: RefusalReason, message: str, seconds: float) -> AdmissionError:
         self.refused[reason] += 1
-        return Refused(message, retry_after=seconds, code=reason)
+        return AdmissionError(message, retry_after=seconds, code=reason)
 
     def _interval(self) -> float:
         """Seconds until a place will be free, on average."""

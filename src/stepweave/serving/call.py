@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from stepweave.errors import InvalidRequest, shown
+from stepweave.errors import InvalidRequestError, shown
 from stepweave.parameters import Parameters, Sources
 from stepweave.planning.workload import arguments_of
 
@@ -34,19 +34,19 @@ def default_strength(pipeline: Any) -> float:
 
 
 def check_prompts(prompt: str, negative_prompt: str | None, longest: int) -> None:
-    """Raise InvalidRequest for a prompt that is empty, or has more than `longest` characters or a
-    NUL."""
+    """Raise InvalidRequestError for a prompt that is empty, or has more than `longest` characters
+    or a NUL."""
     for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
         if text is not None and len(text) > longest:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"{name} has {len(text)} characters; the limit is {longest}.", param=name
             )
         if text is not None and "\0" in text:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"{name} is {shown(text)}; it must not hold the character NUL.", param=name
             )
     if not prompt.strip():
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"prompt is empty: {shown(prompt)}. Say what the picture should show.", param="prompt"
         )
 
@@ -55,7 +55,7 @@ def resolve_strength(
     strength: float | None, steps: int, pipeline: Any, sources: Sources | None
 ) -> float | None:
     """The strength of an edit, the pipeline's default if None is asked for; None for what is no
-    edit, or has none. Raises InvalidRequest for one that cannot be."""
+    edit, or has none. Raises InvalidRequestError for one that cannot be."""
     strong = sources is not None and takes(pipeline, "strength")
     if strength is None and not strong:
         return None
@@ -63,14 +63,14 @@ def resolve_strength(
         reason = (
             "no image is given" if sources is None else f"{type(pipeline).__name__} has no strength"
         )
-        raise InvalidRequest(f"strength is {strength}, but {reason}.", param="strength")
+        raise InvalidRequestError(f"strength is {strength}, but {reason}.", param="strength")
     value = default_strength(pipeline) if strength is None else float(strength)
     if not 0 < value <= 1:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"strength is {value}; it must be more than 0 and at most 1.", param="strength"
         )
     if int(steps * value) < 1:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"strength is {value} and num_inference_steps is {steps}; their product, the steps "
             f"that run, must be at "
             "least 1.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from stepweave.errors import DeadlineExceeded, InvalidRequest, StepweaveError, duration
+from stepweave.errors import DeadlineExceededError, InvalidRequestError, StepweaveError, duration
 from stepweave.parameters import Parameters
 from stepweave.reasons import refusal_of
 
@@ -22,13 +22,14 @@ def loggable(parameters: Parameters) -> dict[str, Any]:
 
 
 def failure_of(error: BaseException, job: Job, parameters: Parameters) -> StepweaveError:
-    """What to tell of an error that no class of ours explains: InvalidRequest if the pipeline's own
-    checks refused its arguments, else that the generation failed. The log has it whole."""
+    """What to tell of an error that no class of ours explains: InvalidRequestError if the
+    pipeline's own checks refused its arguments, else that the generation failed. The log has it
+    whole."""
     cause = (error.__cause__ if isinstance(error, StepweaveError) else None) or error
     values, refusal = loggable(parameters), refusal_of(cause)
     if refusal is not None and not job.progress.step:
         logger.warning("a pipeline refused its arguments: %r, %s", job, values, exc_info=error)
-        return InvalidRequest(f"The pipeline refuses these values: {refusal}")
+        return InvalidRequestError(f"The pipeline refuses these values: {refusal}")
     logger.error("a job failed: %r, %s", job, values, exc_info=error)
     failure = StepweaveError(
         f"The generation failed ({type(cause).__name__}).", code="generation_failed"
@@ -39,7 +40,7 @@ def failure_of(error: BaseException, job: Job, parameters: Parameters) -> Stepwe
 
 def missed(
     deadline_ms: int | None, job: Job, steps: int, expected: Estimate | None, *, timed: bool
-) -> DeadlineExceeded:
+) -> DeadlineExceededError:
     """A deadline that has passed, as it was sent: how far the job came of its `steps`, and what had
     been `expected`; `timed` is whether anything could be, of any job."""
     step = job.progress.step
@@ -61,4 +62,6 @@ def missed(
             "How long it would take could not be foreseen: nothing of this model had been timed "
             "when it came."
         )
-    return DeadlineExceeded(f"deadline_ms is {deadline_ms}, which has passed: {came}. {foreseen}")
+    return DeadlineExceededError(
+        f"deadline_ms is {deadline_ms}, which has passed: {came}. {foreseen}"
+    )

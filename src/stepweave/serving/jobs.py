@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stepweave.config import Settings
-from stepweave.errors import Conflict, NotFound, StepweaveError, shown
+from stepweave.errors import ConflictError, NotFoundError, StepweaveError, shown
 from stepweave.serving.request import ActiveRequest, Progressed
 from stepweave.serving.stored_job import FLAGGED, LOST, StoredJob
 from stepweave.store import (
@@ -140,8 +140,8 @@ class Jobs:
         """Have a request accepted, or join the one that had its key first, unless that failed or
         was cancelled.
 
-        A job that is `detached`, or has a key, is kept. Raises Conflict if the key's first request
-        asked for something else, and what `accept` does.
+        A job that is `detached`, or has a key, is kept. Raises ConflictError if the key's first
+        request asked for something else, and what `accept` does.
         """
         if claim.key is None:
             return await self._begin(claim, accept, detached)
@@ -184,8 +184,8 @@ class Jobs:
         return record.done and all(map(self.files.has, record.files))
 
     @staticmethod
-    def _conflict(key: str) -> Conflict:
-        return Conflict(
+    def _conflict(key: str) -> ConflictError:
+        return ConflictError(
             f"Idempotency-Key {shown(key.partition(' ')[2])} belongs to a request that asks for "
             f"something else."
         )
@@ -287,13 +287,13 @@ class Jobs:
     # What is known of jobs
 
     async def get(self, id: str, owner: str | None) -> Followed:
-        """Raises NotFound, also for another owner's."""
+        """Raises NotFoundError, also for another owner's."""
         active = self._live(id)
         if active is not None and self._owners.get(id) == owner:
             return active
         record = None if active is not None else await self.store.get(id)
         if record is None or record.owner != owner:
-            raise NotFound(
+            raise NotFoundError(
                 f"There is no job {shown(id)}; jobs are kept for a while only.",
                 code="job_not_found",
             )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from stepweave.config import Settings
-from stepweave.errors import DeviceFailed, LoadError, StepweaveError, Unavailable
+from stepweave.errors import DeviceFailedError, LoadError, StepweaveError, UnavailableError
 from stepweave.images.decoders import Decoders
 from stepweave.reasons import reason_of
 from stepweave.serving.admission import Admission
@@ -110,7 +110,7 @@ class Lifecycle:
         self.leaving.announce()
 
     def take_back_drain(self) -> None:
-        """Take work as before. Raises Conflict once the process was told to end."""
+        """Take work as before. Raises ConflictError once the process was told to end."""
         if self.leaving.announced:
             self.leaving.take_back()
             logger.info("the drain was taken back")
@@ -137,7 +137,7 @@ class Lifecycle:
     def _end(self) -> None:
         for active in list(self.active.values()):
             active.cancel(
-                Unavailable(
+                UnavailableError(
                     "The server shut down before the picture was done; send the request again.",
                     code="draining",
                     retry_after=DRAINING_RETRY_SECONDS,
@@ -291,9 +291,9 @@ class Lifecycle:
         """
         return self.health().stage not in ("failed", "stuck") and not self.leaving.overdue
 
-    def unavailable(self) -> Unavailable:
+    def unavailable(self) -> UnavailableError:
         """What to answer while the server is not ready."""
         status, engine = self.health(), self.engine
         if status.stage == "failed" and engine is not None and engine.failure is not None:
-            return DeviceFailed(engine.failure)
+            return DeviceFailedError(engine.failure)
         return status.unavailable()

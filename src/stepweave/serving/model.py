@@ -10,7 +10,7 @@ from typing import Any
 from stepweave.config import Settings
 from stepweave.config.preset import Preset
 from stepweave.engine import StepEngine
-from stepweave.errors import InvalidRequest, shown
+from stepweave.errors import InvalidRequestError, shown
 from stepweave.loading.edit_pipelines import edit_pipeline
 from stepweave.loading.kinds import check_served
 from stepweave.loading.rehearsal import Course
@@ -180,7 +180,7 @@ class ServedModel:
         sources: Sources | None = None,
         rehearse: bool = True,
     ) -> Parameters:
-        """Fill in the defaults and hold every value against the limits. Raises InvalidRequest
+        """Fill in the defaults and hold every value against the limits. Raises InvalidRequestError
         naming value and limit.
 
         With `sources` it is an edit, by default of the size of the image it starts from, or the
@@ -190,16 +190,16 @@ class ServedModel:
         limits, arguments = self.limits_for(sources), arguments_of(pipeline)
         check_prompts(prompt, negative_prompt, limits.prompt_characters)
         if n > limits.images:
-            raise InvalidRequest(f"n is {n}; the limit is {limits.images}.", param="n")
+            raise InvalidRequestError(f"n is {n}; the limit is {limits.images}.", param="n")
         if seed is not None and seed + n - 1 > MAX_SEED:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"seed is {seed} and n is {n}; the limit of seed + n - 1 is {MAX_SEED}.",
                 param="seed",
             )
         width, height = self._size(size, limits, None if sources is None else sources.image.size)
         steps = self.default_steps if num_inference_steps is None else num_inference_steps
         if steps > self.settings.max_steps:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"num_inference_steps is {steps}; the limit is {self.settings.max_steps}.",
                 param="num_inference_steps",
             )
@@ -209,7 +209,7 @@ class ServedModel:
         ):
             if value is not None and name not in arguments:
                 kind = type(pipeline).__name__
-                raise InvalidRequest(
+                raise InvalidRequestError(
                     f"{name} is {shown(value)}, but {kind} has no {name}.", param=name
                 )
         parameters = Parameters(
@@ -236,7 +236,7 @@ class ServedModel:
         """Width and height of an edit of an image of the size `source`: `size`, else the nearest
         that the model makes.
 
-        Raises InvalidRequest for a size, or a kind of edit, that it does not make.
+        Raises InvalidRequestError for a size, or a kind of edit, that it does not make.
         """
         self._pipeline_of_edits(masked=masked)
         return self._size(size, self._limits[INPAINTING if masked else IMAGE_TO_IMAGE], source)
@@ -254,7 +254,7 @@ class ServedModel:
         if pipeline is None:
             what = "inpainting" if masked else "image to image"
             given = "mask is given, or image is transparent in part" if masked else "image is given"
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"{given}, but {self.pipeline_class} has no pipeline for {what}.",
                 param=param,
                 code="unsupported",
@@ -262,14 +262,14 @@ class ServedModel:
         return pipeline
 
     def pipeline_for(self, sources: Sources | None) -> Any:
-        """The pipeline that a request is for. Raises InvalidRequest for an edit that the model
+        """The pipeline that a request is for. Raises InvalidRequestError for an edit that the model
         cannot make."""
         if sources is None:
             return self.pipeline
         pipeline = self._pipeline_of_edits(masked=sources.mask is not None)
         if sources.mask is not None and sources.mask.size != sources.image.size:
             (width, height), (other_width, other_height) = sources.mask.size, sources.image.size
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"mask is {width}x{height} and image {other_width}x{other_height}; they must be of "
                 f"one size.",
                 param="mask",
@@ -283,7 +283,7 @@ class ServedModel:
         allowed = self._rehearsals[id(pipeline)].schedulers
         if name not in allowed:
             choice = ", ".join(allowed) or "no other than its own"
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"scheduler is {shown(name)}; {type(pipeline).__name__} takes {choice}.",
                 param="scheduler",
             )
@@ -294,7 +294,7 @@ class ServedModel:
             return self.default_guidance
         low, high = limits.guidance
         if not low <= guidance <= high:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"guidance_scale is {guidance:g}; it must be at least {low:g} and at most "
                 f"{high:g}.",
                 param="guidance_scale",
@@ -330,7 +330,7 @@ class ServedModel:
         }
 
     def check_steps(self, parameters: Parameters) -> None:
-        """Raise InvalidRequest where the scheduler does not run with the number of steps, as a
+        """Raise InvalidRequestError where the scheduler does not run with the number of steps, as a
         rehearsal tells."""
         if self.runs(parameters):
             return
@@ -339,7 +339,7 @@ class ServedModel:
         if parameters.strength is not None:
             given += f" and strength is {parameters.strength}"
         works = ", ".join(map(str, rehearsals.tried(parameters.scheduler)[0]))
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"{given}; {parameters.scheduler or self.scheduler} does not run so at "
             f"{parameters.width}x{parameters.height}. "
             f"What was tried by default, and works: {works} steps.",

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from stepweave.errors import (
-    Cancelled,
-    DeadlineExceeded,
-    NonFinite,
-    OutOfMemory,
+    DeadlineExceededError,
+    ImageCountError,
+    NonFiniteError,
+    OutOfMemoryError,
+    RequestCancelledError,
     RequestError,
     StepweaveError,
-    WrongNumber,
 )
 from stepweave.images.encode import encode
 from stepweave.outcome import Outcome
@@ -172,7 +172,7 @@ class ActiveRequest:
             return "queued" if self.job.begun is None else "running"
         if self.error is None:
             return "succeeded"
-        return "cancelled" if isinstance(self.error, Cancelled) else "failed"
+        return "cancelled" if isinstance(self.error, RequestCancelledError) else "failed"
 
     @property
     def all_warnings(self) -> list[str]:
@@ -376,19 +376,22 @@ class ActiveRequest:
             message = f"The images were made, but not delivered within {limit:g} s."
             return StepweaveError(message, code="not_delivered")
         if isinstance(error, asyncio.CancelledError):  # the loop ends
-            return Cancelled()
-        if isinstance(error, NonFinite):
+            return RequestCancelledError()
+        if isinstance(error, NonFiniteError):
             logger.warning(
                 "a job's result is not finite: %r, %s", self.job, loggable(self.parameters)
             )
             self._means.metrics.images.labels("non_finite").inc(self.parameters.n)
-        if isinstance(error, (RequestError, OutOfMemory, NonFinite, WrongNumber)):
-            if isinstance(error, (Cancelled, DeadlineExceeded)) or error is self._reason:
+        if isinstance(error, (RequestError, OutOfMemoryError, NonFiniteError, ImageCountError)):
+            if (
+                isinstance(error, (RequestCancelledError, DeadlineExceededError))
+                or error is self._reason
+            ):
                 self._means.metrics.steps_saved.inc(max(0, self.steps - self.job.progress.step))
-            return self._missed() if isinstance(error, DeadlineExceeded) else error
+            return self._missed() if isinstance(error, DeadlineExceededError) else error
         return failure_of(error, self.job, self.parameters)
 
-    def _missed(self) -> DeadlineExceeded:
+    def _missed(self) -> DeadlineExceededError:
         deadline_ms = self.request.deadline_ms
         return missed(deadline_ms, self.job, self.steps, self._expected, timed=self._timed)
 
@@ -399,11 +402,11 @@ class ActiveRequest:
     async def _output(self) -> Any:
         try:
             return await self.job
-        except Cancelled:
+        except RequestCancelledError:
             if self._reason is not None:
                 raise self._reason from None
             raise
-        except DeadlineExceeded:
+        except DeadlineExceededError:
             self._means.metrics.deadline_missed.inc()
             raise
 

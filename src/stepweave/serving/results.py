@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from stepweave.errors import ContentFlagged, WrongNumber
+from stepweave.errors import ContentFlaggedError, ImageCountError
 from stepweave.images.encode import encode
 from stepweave.images.outputs import images_of, is_constant, outputs_of
 from stepweave.parameters import Generation, ImageFile, ImageRequest, Parameters, Timings
@@ -31,10 +31,10 @@ class Results:
         self._means = means
 
     def of(self, output: Any, job: Job) -> Generation:
-        """What a job gave. Raises ContentFlagged and WrongNumber."""
+        """What a job gave. Raises ContentFlaggedError and ImageCountError."""
         parameters, images = self.parameters, images_of(output, self._means.pipeline)
         if (count := len(images)) != parameters.n:
-            raise WrongNumber(
+            raise ImageCountError(
                 f"The pipeline made {count} images, not the {parameters.n} asked for."
             )
         outputs = outputs_of(output, count)
@@ -49,7 +49,7 @@ class Results:
         if any(outputs.flagged) and self._means.refuse_flagged:
             self._means.metrics.images.labels("flagged").inc(sum(outputs.flagged))
             index = outputs.flagged.index(True)
-            raise ContentFlagged(index, outputs.flags[index])
+            raise ContentFlaggedError(index, outputs.flags[index])
         self.warnings += outputs.warnings
         return Generation(self.parameters, images, timings_of(job), outputs.flagged, outputs.others)
 

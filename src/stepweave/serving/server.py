@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from stepweave.errors import NoImages
+from stepweave.errors import NoImagesError
 from stepweave.images.encode import check_file
 from stepweave.parameters import ImageRequest, Parameters, Sources
 from stepweave.planning.plan import Estimate
@@ -36,7 +36,7 @@ class Server(Lifecycle):
 
     @property
     def files(self) -> FileStore:
-        """Where image files are kept. Raises Unavailable before the server has started."""
+        """Where image files are kept. Raises UnavailableError before the server has started."""
         if self.jobs is None:
             raise self.unavailable()
         return self.jobs.files
@@ -45,7 +45,7 @@ class Server(Lifecycle):
         """The model and its engine, also within the notice of a drain, and after it for a request
         that holds a place since then.
 
-        Raises Unavailable while there are none.
+        Raises UnavailableError while there are none.
         """
         leaving = self.leaving
         accepted = reservation is not None and reservation.held
@@ -60,8 +60,8 @@ class Server(Lifecycle):
         return self.model, self.engine
 
     def named(self, model: str, *, param: str | None = None) -> ServedModel:
-        """The model of that name. Raises NotFound, about `param`, if it is none of the served
-        one's, and Unavailable."""
+        """The model of that name. Raises NotFoundError, about `param`, if it is none of the served
+        one's, and UnavailableError."""
         served, _ = self.ready()
         served.names.check(model, param)
         return served
@@ -83,9 +83,10 @@ class Server(Lifecycle):
 
         `sources` and `strength` are an edit's. `previews` are as many as are wanted on the way;
         `warnings` go before those that come with the prompts. `client` is who asks, to whom a place
-        is promised if there is none; `reservation` what it has reserved. Raises Unavailable,
-        NotFound if `model` is given and not the one served, Refused or DeadlineTooShort if
-        admission does not let it in, and what `ServedModel.resolve` raises.
+        is promised if there is none; `reservation` what it has reserved. Raises UnavailableError,
+        NotFoundError if `model` is given and not the one served, AdmissionError or
+        DeadlineTooShortError if admission does not let it in, and what `ServedModel.resolve`
+        raises.
         """
         began = time.monotonic()
         served, _ = self.ready(reservation)
@@ -130,7 +131,7 @@ class Server(Lifecycle):
 
     @property
     def places(self) -> int:
-        """Requests that may be in flight at a time. Raises Unavailable before the server is
+        """Requests that may be in flight at a time. Raises UnavailableError before the server is
         ready."""
         if self._admission is None:
             raise self.unavailable()
@@ -202,7 +203,7 @@ class Server(Lifecycle):
         if active.error is None:
             self._has_images = True
         elif (
-            isinstance(active.error, NoImages)
+            isinstance(active.error, NoImagesError)
             and not self._has_images
             and self.status.stage == "ready"
         ):

@@ -17,7 +17,13 @@ import transformers
 from PIL import Image
 
 from stepweave.engine import Job, Latents, StepEngine
-from stepweave.errors import DeviceFailed, LoadError, NonFinite, OutOfMemory, RequestError
+from stepweave.errors import (
+    DeviceFailedError,
+    LoadError,
+    NonFiniteError,
+    OutOfMemoryError,
+    RequestError,
+)
 from stepweave.images.outputs import images_of, outputs_of
 from stepweave.loading.first_images import check_images
 from stepweave.loading.trials import Fault, Size, narrowed
@@ -83,7 +89,7 @@ class WarmUp:
             if half is not None:
                 try:
                     self.run_together(half, few)
-                except (RequestError, NonFinite):
+                except (RequestError, NonFiniteError):
                     # the engine was closed; or no request of this size would succeed
                     raise
                 except Exception as error:
@@ -108,7 +114,7 @@ class WarmUp:
                 continue
             try:
                 self.run_together(self._native, count, edits=True, mask=mask)
-            except (RequestError, NonFinite):
+            except (RequestError, NonFiniteError):
                 raise
             except Exception as error:
                 logger.warning("%s fails (%s); it is not offered", type(pipeline).__name__, error)
@@ -236,7 +242,7 @@ class WarmUp:
         try:
             made = self._images(self._engine.submit(**self._model.call(parameters)).result())
             sizes = [one.size for one in made]
-        except DeviceFailed as error:
+        except DeviceFailedError as error:
             raise LoadError(
                 f"the device failed when what requests may ask for was tried ({what}): "
                 f"{error.reason}; lower "
@@ -245,7 +251,7 @@ class WarmUp:
             ) from error
         except RequestError:
             raise
-        except OutOfMemory:
+        except OutOfMemoryError:
             return None
         except Exception as error:
             fault = Fault(reason_of(error))

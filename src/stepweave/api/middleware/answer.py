@@ -14,7 +14,13 @@ from stepweave.api import disconnect
 from stepweave.api.disconnect import has_left
 from stepweave.api.open_inference.triton import unsupported
 from stepweave.api.responses import ERROR_MARK, error_response
-from stepweave.errors import Cancelled, MethodNotAllowed, NotFound, RequestError, StepweaveError
+from stepweave.errors import (
+    MethodNotAllowedError,
+    NotFoundError,
+    RequestCancelledError,
+    RequestError,
+    StepweaveError,
+)
 from stepweave.serving.drain import Drain
 
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -23,7 +29,7 @@ REDIRECTS = (301, 302, 303, 307, 308)
 class ContractSend:
     """A `send` that adds the headers of every answer and gives errors the contract's shape.
 
-    Raises Cancelled if the client does not read.
+    Raises RequestCancelledError if the client does not read.
     """
 
     def __init__(
@@ -64,12 +70,12 @@ class ContractSend:
                 await self.send(message)
         except TimeoutError:
             self.left.append(True)
-            raise Cancelled(
+            raise RequestCancelledError(
                 f"The client read nothing for {disconnect.STALLED_SECONDS:g} s."
             ) from None
         except OSError:  # of the connection
             self.left.append(True)
-            raise Cancelled("The client left.") from None
+            raise RequestCancelledError("The client left.") from None
         self.whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 
     def _complete(self, headers: MutableHeaders) -> None:
@@ -96,9 +102,10 @@ class ContractSend:
     def _error_for(self, status: int) -> StepweaveError:
         method, path = self.scope["method"], self.scope["path"]
         known: dict[int, Callable[[], StepweaveError]] = {
-            404: lambda: unsupported(path) or NotFound(f"There is no route {path[:200]!r}."),
+            404: lambda: unsupported(path) or NotFoundError(f"There is no route {path[:200]!r}."),
             405: lambda: (
-                unsupported(path) or MethodNotAllowed(f"{method} is not allowed on {path[:200]}.")
+                unsupported(path)
+                or MethodNotAllowedError(f"{method} is not allowed on {path[:200]}.")
             ),
         }
         if status in known:

@@ -11,7 +11,7 @@ from starlette.types import Message, Receive, Scope
 
 from stepweave.api import disconnect
 from stepweave.config import Settings
-from stepweave.errors import BodyTooLarge, Cancelled
+from stepweave.errors import BodyTooLargeError, RequestCancelledError
 
 UPLOADS = ("/v1/images/edits", "/v1/images/variations", "/edit")
 # bytes over the limit that are read and thrown away, so that the client reads our 413
@@ -26,13 +26,13 @@ def limit_of(path: str, settings: Settings) -> int:
 def limited_body(
     receive: Receive, scope: Scope, limit: int, on_whole: Callable[[Receive], None]
 ) -> Receive:
-    """A `receive` that raises BodyTooLarge once the body is over the limit, and Cancelled if the
-    client stops sending it, or sends it drop by drop. `on_whole` is called with the `receive`
-    beneath once the body has been read.
+    """A `receive` that raises BodyTooLargeError once the body is over the limit, and
+    RequestCancelledError if the client stops sending it, or sends it drop by drop. `on_whole` is
+    called with the `receive` beneath once the body has been read.
     """
     declared = Headers(scope=scope).get("content-length", "0")
     if declared.isdecimal() and int(declared) > limit:  # before a place is taken for it
-        raise BodyTooLarge(limit, int(declared))
+        raise BodyTooLargeError(limit, int(declared))
     seen = 0
     complete = False
     began: float | None = None
@@ -48,7 +48,7 @@ def limited_body(
             async with asyncio.timeout(min(stalled, left)):
                 message = await receive()
         except TimeoutError:
-            raise Cancelled(
+            raise RequestCancelledError(
                 f"The body came too slowly: {seen} bytes in {time.monotonic() - began:.0f} s. At "
                 f"least "
                 f"{disconnect.LEAST_BYTES} bytes a second must come, and some within {stalled:g} s."
@@ -68,7 +68,7 @@ def limited_body(
                 and seen < _DISCARDED
             ):
                 message = await following()
-            raise BodyTooLarge(limit)
+            raise BodyTooLargeError(limit)
         return message
 
     return limited

@@ -38,7 +38,7 @@ from stepweave.api.middleware.targets import (
 )
 from stepweave.api.responses import LEFT, REQUEST_ID, as_stepweave_error, error_response
 from stepweave.api.routes.bentoml import EDIT, PATHS, READ, check, let_go
-from stepweave.errors import InvalidRequest
+from stepweave.errors import InvalidRequestError
 from stepweave.serving.server import Server
 
 logger = logging.getLogger("stepweave.access")
@@ -94,7 +94,7 @@ class ContractMiddleware:
             if self.server.settings.trust_forwarded:
                 take_forwarded_client(scope)
             if ambiguous:
-                raise InvalidRequest(
+                raise InvalidRequestError(
                     "The request has both Content-Length and Transfer-Encoding; send one of them.",
                     code="ambiguous_length",
                 )
@@ -126,7 +126,7 @@ class ContractMiddleware:
             let_go(scope)
             status = 499 if left else answer.status if answer.whole else 500
             if MALFORMED in scope:
-                status = InvalidRequest.status
+                status = InvalidRequestError.status
             if count is not None:
                 count.close(status, client_of(scope))
             if scope["path"] not in UNLOGGED:

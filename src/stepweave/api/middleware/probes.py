@@ -7,7 +7,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Scope
 
 from stepweave.api.responses import error_response
-from stepweave.errors import MethodNotAllowed, NotFound
+from stepweave.errors import MethodNotAllowedError, NotFoundError
 from stepweave.serving.server import Server
 
 PROBES = ("/livez", "/healthz", "/readyz")
@@ -42,7 +42,7 @@ def drain(scope: Scope, server: Server) -> JSONResponse:
     """
     token = server.drain_token
     if token is None or not token.matches(Headers(scope=scope).get("authorization", "")):
-        raise NotFound(f"There is no route {DRAIN!r}.")
+        raise NotFoundError(f"There is no route {DRAIN!r}.")
     if scope["method"] == "POST":
         server.drain()
     elif scope["method"] == "DELETE":
@@ -55,7 +55,7 @@ def drain(scope: Scope, server: Server) -> JSONResponse:
 
 def _not_allowed(scope: Scope, use: str, allow: str) -> JSONResponse:
     response = error_response(
-        MethodNotAllowed(f"{scope['method']} is not allowed on {scope['path']}; use {use}.")
+        MethodNotAllowedError(f"{scope['method']} is not allowed on {scope['path']}; use {use}.")
     )
     response.headers["Allow"] = allow
     return response

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from stepweave.api.open_inference.tensors import FLOATS, INTEGERS, TEXTS, InferenceRequest, wrong
 from stepweave.api.schemas import explain, some_of
-from stepweave.errors import InvalidRequest, StepweaveError, shown
+from stepweave.errors import InvalidRequestError, StepweaveError, shown
 from stepweave.parameters import ImageRequest
 
 INPUTS = {
@@ -52,18 +52,18 @@ def parameters_of(given: dict[str, Any]) -> dict[str, Any]:
     timeout = values.pop("timeout", None)
     if timeout is not None:
         if type(timeout) is not int or timeout < 1:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"timeout is {shown(timeout)}; it is a number of microseconds, or 0 for none.",
                 param="timeout",
             )
         if "deadline_ms" in values:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 "timeout and deadline_ms are both given; they mean the same.", param="timeout"
             )
         values["deadline_ms"] = -(-timeout // MICROSECONDS)
     if type(values.get("priority")) is int:
         if values["priority"] not in TRITON_PRIORITIES:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"priority is {values['priority']}; as a number it is 1 (high), 2 (normal), 3 "
                 f"(low) or 0 for the default.",
                 param="priority",
@@ -102,8 +102,8 @@ def ignored_parameters(message: InferenceRequest) -> list[str]:
 def image_requests(
     fields: dict[str, list[Any]], shared: dict[str, Any], most: int
 ) -> list[ImageRequest]:
-    """One request for each prompt. Raises InvalidRequest naming the tensor or parameter that is
-    wrong."""
+    """One request for each prompt. Raises InvalidRequestError naming the tensor or parameter that
+    is wrong."""
     if "prompt" not in fields:
         raise wrong("prompt", "it is missing", code="missing_field")
     count = len(fields["prompt"])
@@ -138,7 +138,7 @@ def requested_outputs(message: InferenceRequest) -> dict[str, bool]:
     default = (message.parameters or {}).get("binary_data_output")
     default = False if default is None else default
     if type(default) is not bool:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"binary_data_output is {shown(default)}; say true or false.",
             param="binary_data_output",
         )

@@ -18,7 +18,7 @@ from stepweave.api.disconnect import until_disconnect
 from stepweave.api.idempotency import claim_of, generate
 from stepweave.api.schemas import explain, parse_off_loop, require_json, some_of
 from stepweave.api.urls import base_url
-from stepweave.errors import InvalidRequest, NotFound, shown
+from stepweave.errors import InvalidRequestError, NotFoundError, shown
 from stepweave.parameters import ImageRequest
 from stepweave.serving.jobs import Claim
 from stepweave.serving.server import Server
@@ -69,7 +69,7 @@ class DiffusersExampleRoutes:
         steps = body.num_inference_steps
         model, _ = self.server.ready()
         if body.num_images_per_prompt > model.limits.images:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"num_images_per_prompt is {body.num_images_per_prompt}; the limit is "
                 f"{model.limits.images}.",
                 param="num_images_per_prompt",
@@ -112,7 +112,7 @@ class DiffusersExampleRoutes:
         name = request.path_params["filename"]
         file = await self.server.files.get(name)
         if file is None:
-            raise NotFound(
+            raise NotFoundError(
                 f"There is no picture {shown(name)}; it may have expired.", code="image_not_found"
             )
         headers = {

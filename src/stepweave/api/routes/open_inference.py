@@ -47,7 +47,7 @@ from stepweave.api.open_inference.tensors import (
 from stepweave.api.open_inference.triton import EXTENSIONS, configuration, index, unsupported
 from stepweave.api.responses import error_response
 from stepweave.api.schemas import parse_off_loop, require_json
-from stepweave.errors import InvalidRequest, NotFound, StepweaveError, shown
+from stepweave.errors import InvalidRequestError, NotFoundError, StepweaveError, shown
 from stepweave.parameters import ImageRequest
 from stepweave.serving.server import Server
 from stepweave.threads import on_thread
@@ -179,8 +179,8 @@ class OpenInferenceRoutes:
         )
 
     def _model(self, request: Request) -> ServedModel:
-        """The model that the path names. Raises NotFound if it or its version is not the one that
-        is served."""
+        """The model that the path names. Raises NotFoundError if it or its version is not the one
+        that is served."""
         name, path = request.path_params["model"], request.scope["path"]
         served, _ = self.server.ready()
         # the route takes in what is below a model, and `*` any name
@@ -190,11 +190,11 @@ class OpenInferenceRoutes:
             if (reason := unsupported(path)) is not None:
                 raise reason
             if name.startswith(tuple(f"{one}/" for one in served.names.listed)):
-                raise NotFound(f"There is nothing at {shown(path)}.", code="model_not_found")
+                raise NotFoundError(f"There is nothing at {shown(path)}.", code="model_not_found")
         model = self.server.named(name, param="model")
         version = request.path_params.get("version", VERSION)
         if version != VERSION:
-            raise NotFound(
+            raise NotFoundError(
                 f"There is no version {shown(version)} of {model.id!r}, only {VERSION!r}.",
                 code="model_not_found",
                 param="version",
@@ -210,7 +210,7 @@ class OpenInferenceRoutes:
             ("model_version", message.model_version, VERSION),
         ):
             if given not in (None, "", of_path):
-                raise InvalidRequest(
+                raise InvalidRequestError(
                     f"{name} is {shown(given)}, but the path says {shown(of_path)}.", param=name
                 )
         fields = read_inputs(message, tail, accepted_inputs(model.arguments))

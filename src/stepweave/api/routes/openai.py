@@ -35,7 +35,7 @@ from stepweave.api.schemas import (
     require_json,
 )
 from stepweave.api.urls import base_url, reference
-from stepweave.errors import InvalidRequest
+from stepweave.errors import InvalidRequestError
 from stepweave.serving.admission import Reservation
 from stepweave.serving.request import ActiveRequest
 from stepweave.serving.server import Server
@@ -74,7 +74,7 @@ class OpenAIRoutes:
         """OpenAI has retired them, and its clients still have the call."""
         # else its client may fail to send it before it reads the answer
         await pass_over_body(request)
-        raise InvalidRequest(
+        raise InvalidRequestError(
             "There are no variations here: send the image to /v1/images/edits, with a prompt and a "
             "strength.",
             code="unsupported",
