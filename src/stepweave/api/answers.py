@@ -32,7 +32,7 @@ def accepted(request: Request) -> list[tuple[str, dict[str, str]]]:
         name, *rest = (piece.strip() for piece in part.split(";"))
         parameters = {
             key.strip().lower(): value.strip(' "')
-            for key, _, value in (one.partition("=") for one in rest)
+            for key, _, value in (piece.partition("=") for piece in rest)
         }
         try:
             quality = float(parameters.pop("q", "1"))
@@ -40,14 +40,18 @@ def accepted(request: Request) -> list[tuple[str, dict[str, str]]]:
             quality = 0.0
         if name and quality > 0:
             types.append((-quality, len(types), name.lower(), parameters))
-    return [(name, parameters) for _, _, name, parameters in sorted(types, key=lambda one: one[:2])]
+    return [
+        (name, parameters) for _, _, name, parameters in sorted(types, key=lambda entry: entry[:2])
+    ]
 
 
 def _preferred(request: Request) -> tuple[str, dict[str, str]]:
     """Of the types that a generation can be answered with the one that the client likes best, JSON
     if it names none."""
     known = ("application/json", "*/*", "application/*", EVENT_STREAM, *IMAGE_TYPES)
-    return next((one for one in accepted(request) if one[0] in known), ("application/json", {}))
+    return next(
+        (accept for accept in accepted(request) if accept[0] in known), ("application/json", {})
+    )
 
 
 def wants_image(request: Request) -> OutputFormat | None:
@@ -64,7 +68,9 @@ def wants_stream(request: Request) -> dict[str, str] | None:
 def wants_to_come_back(request: Request) -> bool:
     """Whether the client prefers to ask later for what comes of it (RFC 7240, 4.1)."""
     preferences = ",".join(request.headers.getlist("prefer")).lower().split(",")
-    return any(one.partition(";")[0].strip() == "respond-async" for one in preferences)
+    return any(
+        preference.partition(";")[0].strip() == "respond-async" for preference in preferences
+    )
 
 
 def check_one_image(
@@ -92,15 +98,15 @@ async def json_answer(answer: Answer, base: str | None, files: FileStore) -> byt
 
 async def urls(answer: Answer, base: str, files: FileStore) -> list[dict[str, Any]]:
     """The pictures as OpenAI's API has them, each stored if it is not yet."""
-    names = [await one.stored(files) for one in answer.images]
+    names = [await image.stored(files) for image in answer.images]
     return [
         {
             "url": f"{base}/images/{name}",
-            "seed": one.seed,
-            "flagged": one.flagged,
+            "seed": image.seed,
+            "flagged": image.flagged,
             "revised_prompt": None,
         }
-        for name, one in zip(names, answer.images, strict=True)
+        for name, image in zip(names, answer.images, strict=True)
     ]
 
 

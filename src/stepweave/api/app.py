@@ -58,7 +58,7 @@ class Api:
         jobs = self.server.jobs
         work = [_repeat(LOOK_SECONDS, self.server.keys.look), _repeat(TRIM_SECONDS, Heap().look)]
         work += [] if jobs is None else [jobs.look_after()]
-        tasks = [asyncio.create_task(one) for one in work]
+        tasks = [asyncio.create_task(coroutine) for coroutine in work]
         try:
             yield
         finally:

@@ -85,7 +85,7 @@ def decoded(receive: Receive, scope: Scope, limit: int) -> Receive:
     headers = MutableHeaders(raw=list(scope["headers"]))
     given = ", ".join(headers.getlist("content-encoding"))
     encodings = [
-        name for one in given.split(",") if (name := one.strip().lower()) not in ("", "identity")
+        name for part in given.split(",") if (name := part.strip().lower()) not in ("", "identity")
     ]
     if not encodings:
         return receive

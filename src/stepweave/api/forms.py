@@ -92,8 +92,8 @@ class _Parser(MultiPartParser):
         if part.file is not None and part.file.filename:
             name = _name(part.field_name)
             if any(
-                isinstance(one, UploadFile) and one.filename and _name(other) == name
-                for other, one in self.items
+                isinstance(item, UploadFile) and item.filename and _name(other) == name
+                for other, item in self.items
             ):
                 raise _twice(name)
 
@@ -213,7 +213,7 @@ async def digest_of(form: Form) -> bytes:
         for name, file in form.files.items():
             while chunk := file.read(SPOOLED):
                 digests[name].update(chunk)
-        return b"".join(one.digest() for one in digests.values())
+        return b"".join(digest.digest() for digest in digests.values())
 
     with form.used():
         return await on_thread(None, digest)

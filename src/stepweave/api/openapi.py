@@ -73,7 +73,7 @@ PROTOCOL, EXAMPLES = "Protocol", "Examples"  # surfaces whose errors have anothe
 BODIES: dict[str, type[BaseModel]] = {"": Error, PROTOCOL: ProtocolError, EXAMPLES: ExamplesError}
 # of JSON, whose members may be null, as if they were absent
 OBJECTS: tuple[type[BaseModel], ...] = (
-    *(one for one in REQUESTS if one not in FORMS),
+    *(model for model in REQUESTS if model not in FORMS),
     InputTensor,
     InputParameters,
     RequestedOutput,
@@ -120,9 +120,9 @@ def make_document(server: Server, mounted: Collection[str], place: str = "/") ->
     its root."""
     secured = server.keys.required
     paths: dict[str, dict[str, Any]] = {}
-    for one in operations(None if server.model is None else server.model.names):
-        if one.elsewhere or one.path in mounted:
-            paths.setdefault(one.path, {})[one.method] = _operation(one, secured)
+    for operation in operations(None if server.model is None else server.model.names):
+        if operation.elsewhere or operation.path in mounted:
+            paths.setdefault(operation.path, {})[operation.method] = _operation(operation, secured)
     schemas = copy.deepcopy(_schemas())
     _limit(schemas, server)
     components: dict[str, Any] = {
@@ -162,12 +162,14 @@ class _Generator(GenerateJsonSchema):
 @functools.cache
 def _schemas() -> dict[str, Any]:
     """Of bodies and answers, by name, as any server has them."""
-    models: list[tuple[type[BaseModel], JsonSchemaMode]] = [(one, "validation") for one in REQUESTS]
-    models += [(one, "serialization") for one in ANSWERS]
+    models: list[tuple[type[BaseModel], JsonSchemaMode]] = [
+        (model, "validation") for model in REQUESTS
+    ]
+    models += [(model, "serialization") for model in ANSWERS]
     _, found = models_json_schema(models, ref_template=REF, schema_generator=_Generator)
     schemas: dict[str, Any] = found["$defs"]
-    for one in OBJECTS:
-        schema = schemas[one.__name__]
+    for model in OBJECTS:
+        schema = schemas[model.__name__]
         for name in schema["properties"].keys() - set(schema.get("required", ())):
             schema["properties"][name] = _or_null(schema["properties"][name])
     for form in FORMS:
@@ -193,11 +195,11 @@ def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
 def _as_form(schema: dict[str, Any]) -> dict[str, Any]:
     """A form's schema: it has files, and no null."""
     properties = {"image": FILE, "mask": FILE}
-    for name, one in schema["properties"].items():
-        kept = [branch for branch in one.get("anyOf", ()) if branch != {"type": "null"}]
+    for name, field in schema["properties"].items():
+        kept = [branch for branch in field.get("anyOf", ()) if branch != {"type": "null"}]
         values = {
             key: value
-            for key, value in one.items()
+            for key, value in field.items()
             if key != "anyOf" and (key, value) != ("default", None)
         }
         properties[name] = {**(kept[0] if kept else {}), **values}
@@ -242,7 +244,7 @@ def _limit(schemas: dict[str, Any], server: Server) -> None:
         if request in FORMS and of_edits:  # of which some may take more than others
             for name in properties.keys() & {"n", "num_images_per_prompt"}:
                 _first_type(properties[name])["maximum"] = max(
-                    one.images for one in of_edits.values()
+                    limit.images for limit in of_edits.values()
                 )
         for name in properties.keys() & absent:
             if request in FORMS:
@@ -253,9 +255,9 @@ def _limit(schemas: dict[str, Any], server: Server) -> None:
             properties["response_format"]["default"] = settings.response_format
         if "size" in properties:
             kinds = {
-                f"{name}: {one.sizes}"
-                for name, one in of_edits.items()
-                if model and one != model.limits
+                f"{name}: {limit.sizes}"
+                for name, limit in of_edits.items()
+                if model and limit != model.limits
             }
             more = sorted(kinds) if request in FORMS else []
             properties["size"]["description"] += " ".join(["", sizes, *more])
@@ -263,7 +265,9 @@ def _limit(schemas: dict[str, Any], server: Server) -> None:
 
 def _first_type(schema: dict[str, Any]) -> dict[str, Any]:
     """The schema itself, or what it says of values that are not null."""
-    return next((one for one in schema.get("anyOf", ()) if one.get("type") != "null"), schema)
+    return next(
+        (branch for branch in schema.get("anyOf", ()) if branch.get("type") != "null"), schema
+    )
 
 
 def _operation(one: Operation, secured: bool) -> dict[str, Any]:
@@ -317,7 +321,7 @@ def _content(content: Content, events: Mapping[str, Any] | None = None) -> dict[
             }
         if media_type == EVENT_STREAM and events:
             described[media_type]["schema"] = {
-                "anyOf": [_event(name, one) for name, one in events.items()]
+                "anyOf": [_event(name, data) for name, data in events.items()]
             }
     return described
 
@@ -335,7 +339,7 @@ def _event(name: str, data: Any) -> dict[str, Any]:
 def _schema(given: Any) -> dict[str, Any]:
     """A reference to a model, to any of several, or a schema as it is."""
     if isinstance(given, tuple):
-        return {"anyOf": [_schema(one) for one in given]}
+        return {"anyOf": [_schema(item) for item in given]}
     if isinstance(given, dict):
         return given
     return {"$ref": REF.format(model=given.__name__)}

@@ -189,8 +189,8 @@ def without_nulls(value: Any) -> Any:
     """JSON less the members of objects that are null, however deep they stand. Elements of arrays
     stay."""
     if isinstance(value, dict):
-        return {name: without_nulls(one) for name, one in value.items() if one is not None}
-    return [without_nulls(one) for one in value] if isinstance(value, list) else value
+        return {name: without_nulls(member) for name, member in value.items() if member is not None}
+    return [without_nulls(element) for element in value] if isinstance(value, list) else value
 
 
 def some_of(names: Sequence[str]) -> str:

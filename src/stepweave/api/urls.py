@@ -91,7 +91,7 @@ def forwarded(headers: Headers, settings: Settings, name: str) -> str:
 
 
 def _matches(name: str, patterns: str) -> bool:
-    for pattern in filter(None, (one.strip().lower() for one in patterns.split(","))):
+    for pattern in filter(None, (part.strip().lower() for part in patterns.split(","))):
         if pattern in ("*", name) or (pattern.startswith("*.") and name.endswith(pattern[1:])):
             return True
     return False

@@ -64,9 +64,9 @@ def _answer(
     except (InvalidRequestError, UnsupportedMediaTypeError) as error:
         told: dict[str, Any] = {"message": error.message, "code": error.code, "param": error.param}
         return [json.dumps({"error": told, "status": error.status}).encode()]
-    images = [one for one in (sources.image, sources.mask) if one is not None]
-    told = {"images": [_about(one) for one in images], "warnings": sources.warnings}
-    return [json.dumps(told).encode(), *(one.tobytes() for one in images)]
+    images = [image for image in (sources.image, sources.mask) if image is not None]
+    told = {"images": [_about(image) for image in images], "warnings": sources.warnings}
+    return [json.dumps(told).encode(), *(image.tobytes() for image in images)]
 
 
 def _about(image: Image.Image) -> dict[str, Any]:

@@ -95,10 +95,10 @@ class Decoders:
             self._closed = True
             processes = list(self._all)
         self._threads.shutdown(wait=False)
-        for one in processes:
-            one.kill()
-        for one in processes:
-            one.reap()
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.reap()
 
     def _run(self, task: _Task) -> Sources:
         if task.ended is not None:
@@ -261,8 +261,8 @@ class _Process:
         # server's memory
         most = len("RGBA") * self._max_pixels
         images = [
-            _image(one["mode"], one["size"], connection.recv_bytes(most))
-            for one in answer.get("images", ())
+            _image(image["mode"], image["size"], connection.recv_bytes(most))
+            for image in answer.get("images", ())
         ]
         self.usable = True
         if "error" in answer:

@@ -41,7 +41,9 @@ def images_of(output: Any, pipeline: str = "The pipeline") -> list[Image.Image]:
     )
     if isinstance(images, Image.Image):
         images = [images]
-    if isinstance(images, (list, tuple)) and all(isinstance(one, Image.Image) for one in images):
+    if isinstance(images, (list, tuple)) and all(
+        isinstance(image, Image.Image) for image in images
+    ):
         return list(images)
     found = ", ".join(
         f"{name} ({type(value).__name__})"
@@ -98,7 +100,7 @@ def is_constant(image: Image.Image) -> bool:
 
 def _members(output: Any) -> Mapping[str, Any]:
     if is_dataclass(output) and not isinstance(output, type):
-        return {one.name: getattr(output, one.name, None) for one in fields(output)}
+        return {field.name: getattr(output, field.name, None) for field in fields(output)}
     return output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
 
 
@@ -117,12 +119,12 @@ def _verdicts(name: str, value: Any, count: int) -> list[bool] | None:
     safe = _SAFE.search(name) is not None
     if not safe and not _FLAG.search(name):
         return None
-    verdicts = [_single(one) for one in value] if isinstance(value, list) else [value] * count
+    verdicts = [_single(item) for item in value] if isinstance(value, list) else [value] * count
     if len(verdicts) != count or not all(
-        isinstance(one, (bool, int, float, type(None))) for one in verdicts
+        isinstance(verdict, (bool, int, float, type(None))) for verdict in verdicts
     ):
         return None
-    return [one is not None and bool(one) != safe for one in verdicts]
+    return [verdict is not None and bool(verdict) != safe for verdict in verdicts]
 
 
 def _single(value: Any) -> Any:
@@ -133,7 +135,7 @@ def _single(value: Any) -> Any:
 def _fits(value: Any) -> bool:
     """Whether a value goes into JSON, as every client reads it, and is small."""
     if isinstance(value, str):
-        return len(value) <= MOST and not any("\ud800" <= one <= "\udfff" for one in value)
+        return len(value) <= MOST and not any("\ud800" <= item <= "\udfff" for item in value)
     if isinstance(value, int) and not isinstance(value, bool):
         return abs(value) <= LARGEST
     if isinstance(value, float):

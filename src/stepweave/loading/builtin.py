@@ -182,12 +182,12 @@ def recognise_configs(
     if any(_UNDONE.search(name) for name in names):
         return None
     kind = configs.get(_INDEX, {}).get("_class_name")
-    for one in BUILT_IN:
-        if kind in one.pipelines and all(
-            _has(configs, sign, value) for sign, value in one.signs.items()
+    for built_in in BUILT_IN:
+        if kind in built_in.pipelines and all(
+            _has(configs, sign, value) for sign, value in built_in.signs.items()
         ):
-            told = ", ".join(f"{sign}={_value(configs, sign)}" for sign in one.signs)
-            return Recognised(one, f"{INDEX} names {kind}, {told}")
+            told = ", ".join(f"{sign}={_value(configs, sign)}" for sign in built_in.signs)
+            return Recognised(built_in, f"{INDEX} names {kind}, {told}")
     return None
 
 

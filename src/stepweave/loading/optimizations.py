@@ -42,7 +42,7 @@ def check_optimizations(settings: Settings, device: torch.device) -> None:
                 )
     backend = settings.attention_backend
     if backend is not None and backend not in (
-        known := [one.value for one in AttentionBackendName]
+        known := [backend.value for backend in AttentionBackendName]
     ):
         raise LoadError(
             f"STEPWEAVE_ATTENTION_BACKEND={shown(backend)} is not one of {', '.join(known)}"

@@ -90,13 +90,13 @@ class Rehearsals:
         self._refused: set[tuple[str | None, int]] = set()  # names and numbers of steps
         self._found: dict[Hashable, bool] = {}  # when asked for, the oldest first
         self._lock = threading.Lock()
-        for one in candidates:
-            name = type(one).__name__
+        for candidate in candidates:
+            name = type(candidate).__name__
             if name in self.schedulers:
                 continue
-            tried = _try(one, pipeline, counts, like)
+            tried = _try(candidate, pipeline, counts, like)
             if name == own or any(tried.values()):
-                self.schedulers[name], self._tried[name] = one, tried
+                self.schedulers[name], self._tried[name] = candidate, tried
                 self._found |= {
                     self._key(name, replace(like, steps=steps)): runs
                     for steps, runs in tried.items()

@@ -196,9 +196,9 @@ def nearest_size(
         allowed = [(long, least) if width > height else (least, long)]
     best = min(
         allowed,
-        key=lambda one: (
-            _apart(one[0] * height, one[1] * width),
-            _apart(math.prod(one), math.prod(ideal)),
+        key=lambda size: (
+            _apart(size[0] * height, size[1] * width),
+            _apart(math.prod(size), math.prod(ideal)),
         ),
     )
     return best[0] * multiple, best[1] * multiple

@@ -166,7 +166,7 @@ def _fit(vae: Any, factor: int, device: torch.device | None) -> tuple[PixelMap, 
     latents, pixels = _samples(vae, LATENT_SIDE * factor, device)
     latents = normalised(vae, latents)
     factor = pixels.shape[-1] // latents.shape[-1]
-    detail = max(one for one in range(1, min(DETAIL, factor) + 1) if factor % one == 0)
+    detail = max(detail for detail in range(1, min(DETAIL, factor) + 1) if factor % detail == 0)
     targets = functional.pixel_unshuffle(functional.avg_pool2d(pixels, factor // detail), detail)
     generator = torch.Generator().manual_seed(0)
     channels = latents.shape[1]

@@ -137,8 +137,8 @@ class Tap:
         self._latents: Latents | None = None
         self._told = False
         self._wrapped: list[Any] = []
-        for one in pipelines_in(view):
-            for scheduler in list(vars(one).values()):
+        for part in pipelines_in(view):
+            for scheduler in list(vars(part).values()):
                 if hasattr(scheduler, "set_timesteps") and "step" not in vars(scheduler):
                     self._wrap(scheduler)
 

@@ -308,7 +308,9 @@ class Jobs:
         """At most `limit` jobs that are kept or will be, newest first; where the next ones
         begin."""
         records = await self.store.list(owner, limit, before)
-        jobs: list[Followed] = [self._live(one.id) or StoredJob(one, self.files) for one in records]
+        jobs: list[Followed] = [
+            self._live(record.id) or StoredJob(record, self.files) for record in records
+        ]
         return jobs, records[-1].cursor if len(records) == limit else None
 
     async def delete(self, id: str) -> None:
@@ -329,9 +331,9 @@ class Jobs:
         """Why jobs and URLs cannot be kept, as "files full: No space left on device"; None while
         they can."""
         problems = [
-            f"{name} {one.problem}"
-            for name, one in self.stores().items()
-            if one.problem is not None
+            f"{name} {health.problem}"
+            for name, health in self.stores().items()
+            if health.problem is not None
         ]
         return "; ".join(problems) or None
 

@@ -65,12 +65,12 @@ class ApiKeys:
     def find(self, key: bytes) -> Client | None:
         """Whose key it is, if it is one, in a time that does not depend on which."""
         digest = hashlib.sha256(key).digest()
-        found = [one for one in self._clients if hmac.compare_digest(digest, one.digest)]
+        found = [client for client in self._clients if hmac.compare_digest(digest, client.digest)]
         return found[0] if found else None
 
     def names(self) -> list[str]:
         """The names of the clients that have a key."""
-        return [one.name for one in self._clients]
+        return [client.name for client in self._clients]
 
     def look(self) -> None:
         """Read the file again if it has changed; not for the event loop. What is wrong with it is
@@ -147,7 +147,7 @@ def _reason(error: Exception) -> str:
 
 
 def _warn_of_short(setting: str, clients: tuple[Client, ...]) -> None:
-    count = sum(one.short for one in clients)
+    count = sum(client.short for client in clients)
     if count:
         logger.warning(
             "%s: %d of %d keys have fewer than %d characters and may be guessed",

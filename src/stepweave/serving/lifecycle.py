@@ -168,7 +168,7 @@ class Lifecycle:
     async def _wait(self, until: float) -> bool:
         """Wait until all work has been delivered and kept, or to a time of the monotonic clock;
         whether some is left."""
-        while left := [one.ended() for one in self.active.values()] + (
+        while left := [request.ended() for request in self.active.values()] + (
             self.jobs.keeping() if self.jobs else []
         ):
             if (await asyncio.wait(left, timeout=max(0.0, until - time.monotonic())))[1]:

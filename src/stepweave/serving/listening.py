@@ -21,7 +21,11 @@ def listening() -> list[Address]:
     except (psutil.Error, OSError, NotImplementedError):
         return []
     return sorted(
-        {(one.laddr.ip, one.laddr.port) for one in found if one.status == psutil.CONN_LISTEN}
+        {
+            (connection.laddr.ip, connection.laddr.port)
+            for connection in found
+            if connection.status == psutil.CONN_LISTEN
+        }
     )
 
 

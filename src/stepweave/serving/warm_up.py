@@ -241,7 +241,7 @@ class WarmUp:
         )
         try:
             made = self._images(self._engine.submit(**self._model.call(parameters)).result())
-            sizes = [one.size for one in made]
+            sizes = [image.size for image in made]
         except DeviceFailedError as error:
             raise LoadError(
                 f"the device failed when what requests may ask for was tried ({what}): "
@@ -259,7 +259,7 @@ class WarmUp:
             if len(made) != count:
                 fault = Fault(f"{len(made)} images in place of {count}")
             else:
-                wrong = next((one for one in sizes if one != size), None)
+                wrong = next((made_size for made_size in sizes if made_size != size), None)
                 if wrong is None:
                     return None
                 fault = Fault("{}x{} in place of it".format(*wrong), wrong)
@@ -306,7 +306,8 @@ class WarmUp:
             start.all_are_there.set()
         outputs = [job.result() for job in jobs]
         return [
-            None if any(outputs_of(one, 1).flagged) else self._images(one)[0] for one in outputs
+            None if any(outputs_of(output, 1).flagged) else self._images(output)[0]
+            for output in outputs
         ]
 
     def _images(self, output: Any) -> list[Image.Image]:

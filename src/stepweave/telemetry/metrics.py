@@ -267,7 +267,8 @@ class LabelledCollector(Collector):
         for family in self._registry.collect():
             labelled = Metric(family.name, family.documentation, family.type, family.unit)
             labelled.samples = [
-                one._replace(labels={**one.labels, **self._labels}) for one in family.samples
+                sample._replace(labels={**sample.labels, **self._labels})
+                for sample in family.samples
             ]
             yield labelled
 
@@ -340,7 +341,7 @@ class EngineCollector(Collector):
         )
         for state in CERTIFICATE_STATES:
             found = stats.certificates if stats else []
-            certificates.add_metric([state], sum(one["state"] == state for one in found))
+            certificates.add_metric([state], sum(item["state"] == state for item in found))
         forwards = CounterMetricFamily(
             "stepweave_forwards", "Forwards of a module.", labels=["module"]
         )

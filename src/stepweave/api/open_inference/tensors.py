@@ -234,7 +234,9 @@ def write_message(
         }
         if output.binary:
             tail = b"".join(
-                piece for one in output.elements for piece in (_LENGTH.pack(len(one)), one)
+                piece
+                for element in output.elements
+                for piece in (_LENGTH.pack(len(element)), element)
             )
             parameters["binary_data_size"] = len(tail)
             tails.append(tail)
@@ -290,9 +292,9 @@ def _flat(data: list[Any], shape: Sequence[int]) -> list[Any]:
     """The elements of [[a], [b]], where the shape has a second dimension; JSON may nest them or
     not."""
     for _ in shape[1:]:
-        if not all(isinstance(one, list) and len(one) == 1 for one in data):
+        if not all(isinstance(element, list) and len(element) == 1 for element in data):
             break
-        data = [one[0] for one in data]
+        data = [element[0] for element in data]
     return data
 
 

@@ -90,9 +90,9 @@ def configuration(
         "backend": "stepweave",
         "max_batch_size": 0,
         "input": [
-            {**tensor(one, kinds[0]), "optional": one not in required}
-            for one, kinds in inputs.items()
+            {**tensor(input_name, kinds[0]), "optional": input_name not in required}
+            for input_name, kinds in inputs.items()
         ],
-        "output": [tensor(one, "BYTES") for one in outputs],
+        "output": [tensor(output_name, "BYTES") for output_name in outputs],
         "model_transaction_policy": {"decoupled": False},
     }

@@ -139,9 +139,9 @@ class DiffusersExampleRoutes:
             "total_requests": metrics.requests_begun,
         }
         vram = {
-            one.labels["kind"]: one.value
+            sample.labels["kind"]: sample.value
             for family in metrics.vram.collect()
-            for one in family.samples
+            for sample in family.samples
         }
         if not self.server.device.startswith("cuda") or not vram:
             return counts, {}

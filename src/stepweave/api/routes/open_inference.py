@@ -77,13 +77,16 @@ class OpenInferenceRoutes:
             Route("/v2/repository/index", self.index, methods=["POST"]),
             Route("/v2/health/live", self.live, methods=["GET"]),
             Route("/v2/health/ready", self.ready, methods=["GET"]),
-            *(Route(f"{one}/infer", self.infer, methods=["POST"]) for one in (version, model)),
+            *(Route(f"{path}/infer", self.infer, methods=["POST"]) for path in (version, model)),
             *(
-                Route(f"{one}/config", self.configuration, methods=["GET"])
-                for one in (version, model)
+                Route(f"{path}/config", self.configuration, methods=["GET"])
+                for path in (version, model)
             ),
-            *(Route(f"{one}/ready", self.model_ready, methods=["GET"]) for one in (version, model)),
-            *(Route(one, self.model_metadata, methods=["GET"]) for one in (version, model)),
+            *(
+                Route(f"{path}/ready", self.model_ready, methods=["GET"])
+                for path in (version, model)
+            ),
+            *(Route(path, self.model_metadata, methods=["GET"]) for path in (version, model)),
         ]
 
     async def metadata(self, request: Request) -> Response:
@@ -189,7 +192,7 @@ class OpenInferenceRoutes:
                 raise HTTPException(405, headers={"Allow": "POST"})
             if (reason := unsupported(path)) is not None:
                 raise reason
-            if name.startswith(tuple(f"{one}/" for one in served.names.listed)):
+            if name.startswith(tuple(f"{listed}/" for listed in served.names.listed)):
                 raise NotFoundError(f"There is nothing at {shown(path)}.", code="model_not_found")
         model = self.server.named(name, param="model")
         version = request.path_params.get("version", VERSION)
@@ -227,7 +230,7 @@ async def together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     raised."""
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one) for one in work]
+            tasks = [group.create_task(coroutine) for coroutine in work]
     except ExceptionGroup as failures:
         failure = failures.exceptions[0]
     else:

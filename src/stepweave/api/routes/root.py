@@ -62,7 +62,7 @@ class RootRoutes:
             if path in mounted
         }
         accepted = [
-            one.partition(";")[0].strip() for one in request.headers.get("accept", "").split(",")
+            part.partition(";")[0].strip() for part in request.headers.get("accept", "").split(",")
         ]
         if "text/html" in accepted:
             return HTMLResponse(_page(model, stage, routes, links), headers=_PAGE_HEADERS)
