@@ -48,9 +48,9 @@ def accepted(request: Request) -> list[tuple[str, dict[str, str]]]:
 def _preferred(request: Request) -> tuple[str, dict[str, str]]:
     """Of the types that a generation can be answered with the one that the client likes best, JSON
     if it names none."""
-    known = ("application/json", "*/*", "application/*", EVENT_STREAM, *IMAGE_TYPES)
+    offered = ("application/json", "*/*", "application/*", EVENT_STREAM, *IMAGE_TYPES)
     return next(
-        (accept for accept in accepted(request) if accept[0] in known), ("application/json", {})
+        (accept for accept in accepted(request) if accept[0] in offered), ("application/json", {})
     )
 
 

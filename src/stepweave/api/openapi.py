@@ -166,8 +166,8 @@ def _schemas() -> dict[str, Any]:
         (model, "validation") for model in REQUESTS
     ]
     models += [(model, "serialization") for model in ANSWERS]
-    _, found = models_json_schema(models, ref_template=REF, schema_generator=_Generator)
-    schemas: dict[str, Any] = found["$defs"]
+    _, document = models_json_schema(models, ref_template=REF, schema_generator=_Generator)
+    schemas: dict[str, Any] = document["$defs"]
     for model in OBJECTS:
         schema = schemas[model.__name__]
         for name in schema["properties"].keys() - set(schema.get("required", ())):
@@ -270,31 +270,34 @@ def _first_type(schema: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def _operation(one: Operation, secured: bool) -> dict[str, Any]:
-    responses = {str(status): _response(answer) for status, answer in one.answers.items()}
+def _operation(described: Operation, secured: bool) -> dict[str, Any]:
+    responses = {str(status): _response(answer) for status, answer in described.answers.items()}
     errors: Errors = (
-        *one.errors,
+        *described.errors,
         *EVERYWHERE,
-        *((AuthenticationError,) if secured and not one.keyless else ()),
+        *((AuthenticationError,) if secured and not described.keyless else ()),
     )
     for error in sorted(errors, key=lambda error: error.status):
-        name = f"{_surface(one.path)}{error.__name__}"
+        name = f"{_surface(described.path)}{error.__name__}"
         responses.setdefault(str(error.status), {"$ref": f"#/components/responses/{name}"})
     operation: dict[str, Any] = {
-        "operationId": one.id,
-        "tags": [one.tag],
-        "summary": one.summary,
+        "operationId": described.id,
+        "tags": [described.tag],
+        "summary": described.summary,
         "responses": dict(sorted(responses.items())),
     }
-    if one.description:
-        operation["description"] = one.description
-    if one.parameters:
-        operation["parameters"] = list(one.parameters)
-    if one.body:
-        operation["requestBody"] = {"required": one.body_required, "content": _content(one.body)}
-        if one.example:
-            operation["requestBody"]["content"][JSON]["example"] = dict(one.example)
-    if secured and one.keyless:
+    if described.description:
+        operation["description"] = described.description
+    if described.parameters:
+        operation["parameters"] = list(described.parameters)
+    if described.body:
+        operation["requestBody"] = {
+            "required": described.body_required,
+            "content": _content(described.body),
+        }
+        if described.example:
+            operation["requestBody"]["content"][JSON]["example"] = dict(described.example)
+    if secured and described.keyless:
         operation["security"] = []
     return operation
 

@@ -46,11 +46,11 @@ def base_url(request: Request, settings: Settings) -> str:
 
 def is_trusted(host: str, settings: Settings) -> bool:
     """Whether a `Host` header is well-formed and names one of `STEPWEAVE_TRUSTED_HOSTS`."""
-    found = _HOST.fullmatch(host.lower())
+    parts = _HOST.fullmatch(host.lower())
     return (
-        found is not None
-        and int(found["port"] or 0) <= _MAX_PORT
-        and _matches(found["name"], settings.trusted_hosts)
+        parts is not None
+        and int(parts["port"] or 0) <= _MAX_PORT
+        and _matches(parts["name"], settings.trusted_hosts)
     )
 
 

@@ -83,8 +83,8 @@ class Preset(BaseModel):
 
     def sources(self) -> list[str]:
         """Where what it says comes from, the strongest first."""
-        found = set(self._all_sources().values())
-        return sorted(found, key=lambda source: (source != SETTING, source != FILE_NAME, source))
+        sources = set(self._all_sources().values())
+        return sorted(sources, key=lambda source: (source != SETTING, source != FILE_NAME, source))
 
     def _all_sources(self) -> dict[str, str]:
         return {name: self.source(name) for name in self.given()}

@@ -37,7 +37,7 @@ def images_of(output: Any, pipeline: str = "The pipeline") -> list[Image.Image]:
     """The images in what a pipeline returned. Raises NoImagesError, naming the class `pipeline` and
     its results, if that has none."""
     images = next(
-        (found for name in IMAGES if (found := getattr(output, name, None)) is not None), None
+        (value for name in IMAGES if (value := getattr(output, name, None)) is not None), None
     )
     if isinstance(images, Image.Image):
         images = [images]
@@ -45,50 +45,49 @@ def images_of(output: Any, pipeline: str = "The pipeline") -> list[Image.Image]:
         isinstance(image, Image.Image) for image in images
     ):
         return list(images)
-    found = ", ".join(
+    returned = ", ".join(
         f"{name} ({type(value).__name__})"
         for name, value in _members(output).items()
         if value is not None
     )
     raise NoImagesError(
-        f"{pipeline} makes no images of prompts: it returned {found or type(output).__name__}, and "
-        f"no list of images; this "
-        "server serves text-to-image pipelines only"
+        f"{pipeline} makes no images of prompts: it returned {returned or type(output).__name__}, "
+        "and no list of images; this server serves text-to-image pipelines only"
     )
 
 
 def outputs_of(output: Any, count: int) -> Outputs:
     """What an output says beside its `count` images. What is neither a flag nor fit for JSON is
     named in a warning."""
-    found = Outputs([[] for _ in range(count)])
+    outputs = Outputs([[] for _ in range(count)])
     for name, value in _members(output).items():
         if name in IMAGES or value is None:
             continue
         plain = _plain(value)
         verdicts = _verdicts(name, plain, count)
         if verdicts is not None:
-            for names, verdict in zip(found.flags, verdicts, strict=True):
+            for names, verdict in zip(outputs.flags, verdicts, strict=True):
                 if verdict:
                     names.append(name)
         elif _fits(plain):
-            found.others[name] = plain
+            outputs.others[name] = plain
             if _FLAG.search(name) and plain != []:
-                found.warnings.append(
+                outputs.warnings.append(
                     f"The pipeline also returned {name!r}, which tells of no single image; see "
                     f"outputs."
                 )
         else:
-            found.warnings.append(
+            outputs.warnings.append(
                 f"The pipeline also returned {name!r} ({type(value).__name__}), which is not "
                 f"passed on."
             )
-    for index, names in enumerate(found.flags):
+    for index, names in enumerate(outputs.flags):
         if names:
-            found.warnings.append(
+            outputs.warnings.append(
                 f"image {index} was flagged by the pipeline ({', '.join(names)}); it may have been "
                 f"blacked out."
             )
-    return found
+    return outputs
 
 
 def is_constant(image: Image.Image) -> bool:

@@ -192,12 +192,12 @@ def recognise_configs(
 
 
 def _has(configs: Mapping[str, Mapping[str, Any]], sign: str, wanted: Any) -> bool:
-    found = _value(configs, sign)
+    value = _value(configs, sign)
     if wanted is _SOME:
-        return found is not None
-    if isinstance(wanted, bool) or isinstance(found, bool):  # 0 is not False
-        return found is wanted
-    return found in wanted if isinstance(wanted, tuple) else bool(found == wanted)
+        return value is not None
+    if isinstance(wanted, bool) or isinstance(value, bool):  # 0 is not False
+        return value is wanted
+    return value in wanted if isinstance(wanted, tuple) else bool(value == wanted)
 
 
 def _value(configs: Mapping[str, Mapping[str, Any]], sign: str) -> Any:

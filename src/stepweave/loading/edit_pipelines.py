@@ -39,17 +39,17 @@ def edit_pipeline(pipeline: Any, edit: Edit) -> Any:
         kind = edit_pipeline_class(type(pipeline).__name__, edit)
         if kind is None:
             return None
-        found = pipeline if kind is type(pipeline) else _made_of(pipeline, kind)
+        made = pipeline if kind is type(pipeline) else _made_of(pipeline, kind)
     except Exception as error:  # it cannot be imported, or objects to the components
         logger.warning(
             "%s has no pipeline for edits (%s): %s", type(pipeline).__name__, edit, error
         )
         return None
-    if found is None or any(
-        name not in inspect.signature(found.__call__).parameters for name in _NEEDS[edit]
+    if made is None or any(
+        name not in inspect.signature(made.__call__).parameters for name in _NEEDS[edit]
     ):
         return None
-    return found
+    return made
 
 
 def edit_pipeline_class(name: str, edit: Edit) -> type[Any] | None:

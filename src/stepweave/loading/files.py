@@ -23,18 +23,18 @@ _OF_A_VOCABULARY = ("vocab_file", "merges_file", "spm_file")
 def files_of(folder: Path) -> dict[str, int]:
     """The bytes of the files of a model's directory and of its components' folders, by relative
     name. Raises LoadError."""
-    found = {}
+    sizes = {}
     try:
         for entry in folder.iterdir():
             for file in entry.iterdir() if entry.is_dir() else (entry,):
                 # a link to nowhere: as if it were not there
                 with contextlib.suppress(FileNotFoundError):
-                    found[file.relative_to(folder).as_posix()] = file.stat().st_size
+                    sizes[file.relative_to(folder).as_posix()] = file.stat().st_size
     except OSError as error:
         raise LoadError(
             f"the model's directory cannot be read: {reason_of(error, folder)}"
         ) from None
-    return found
+    return sizes
 
 
 def check_folders(components: Iterable[Component], files: Collection[str]) -> None:

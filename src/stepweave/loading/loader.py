@@ -75,13 +75,13 @@ def load_pipeline(
             on_stage("downloading")
             folder, variant = fetch(settings.model, settings.revision, settings.variant, given)
             on_stage("loading")
-        if (found := recognise(folder, settings.model_name())) is not None:
+        if (recognised := recognise(folder, settings.model_name())) is not None:
             logger.info(
                 "built-in preset %s: %s (see %s); STEPWEAVE_PRESET and a stepweave.json have "
                 "precedence",
-                found.built_in.name, found.signs, found.built_in.card,
+                recognised.built_in.name, recognised.signs, recognised.built_in.card,
             )  # fmt: skip
-            preset = preset.over(found.preset)
+            preset = preset.over(recognised.preset)
         pipeline = _read(settings, folder, variant, device, dtype)
     except LoadError as error:
         raise LoadError(

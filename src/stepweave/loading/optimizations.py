@@ -116,14 +116,14 @@ def denoisers(pipeline: Any) -> list[Any]:
 def channels_last(pipeline: Any) -> None:
     """Give 2D convolutions the memory format that cuDNN and oneDNN prefer. Models with 3D ones are
     left alone."""
-    found = False
+    applied = False
     for model in pipeline.components.values():
         if isinstance(model, ModelMixin):
             ranks = {parameter.ndim for parameter in model.parameters()}
             if 4 in ranks and 5 not in ranks:
                 model.to(memory_format=torch.channels_last)
-                found = True
-    if not found:
+                applied = True
+    if not applied:
         raise LoadError(
             f"STEPWEAVE_CHANNELS_LAST=True: {type(pipeline).__name__} has no 2D convolutions"
         )

@@ -65,8 +65,8 @@ class ApiKeys:
     def find(self, key: bytes) -> Client | None:
         """Whose key it is, if it is one, in a time that does not depend on which."""
         digest = hashlib.sha256(key).digest()
-        found = [client for client in self._clients if hmac.compare_digest(digest, client.digest)]
-        return found[0] if found else None
+        owners = [client for client in self._clients if hmac.compare_digest(digest, client.digest)]
+        return owners[0] if owners else None
 
     def names(self) -> list[str]:
         """The names of the clients that have a key."""
@@ -115,14 +115,14 @@ class ApiKeys:
             os.close(descriptor)
         if len(content) > MAX_FILE_BYTES:
             raise ValueError(f"it has more than {MAX_FILE_BYTES} bytes")
-        found = clients_of_file(content)
-        clients = [*self._fixed, *found]
+        of_file = clients_of_file(content)
+        clients = [*self._fixed, *of_file]
         check_clients(
             clients,
-            ["one of STEPWEAVE_API_KEYS"] * len(self._fixed) + ["one of the file"] * len(found),
+            ["one of STEPWEAVE_API_KEYS"] * len(self._fixed) + ["one of the file"] * len(of_file),
         )
         if stamp != self._stamp:
-            _warn_of_short(SETTING, found)
+            _warn_of_short(SETTING, of_file)
         self._clients, self._stamp, self._settled, self.required = (
             tuple(clients),
             stamp,

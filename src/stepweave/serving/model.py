@@ -246,8 +246,8 @@ class ServedModel:
     ) -> tuple[int, int]:
         if size is not None and size != "auto":
             return limits.sizes.read(size)
-        own = self.width, self.height
-        return own if source is None else limits.sizes.of_edit(source, own[0] * own[1])
+        native = self.width, self.height
+        return native if source is None else limits.sizes.of_edit(source, native[0] * native[1])
 
     def _pipeline_of_edits(self, *, masked: bool) -> Any:
         param, pipeline = ("mask", self.inpaint) if masked else ("image", self.image_to_image)

@@ -33,14 +33,14 @@ def to_origin_form(scope: Scope) -> None:
     if scope["path"].startswith("/"):
         return
     target = scope.get("raw_path", b"").decode("latin-1")
-    found = _ABSOLUTE.fullmatch(target)
-    if found is None:
+    absolute = _ABSOLUTE.fullmatch(target)
+    if absolute is None:
         raise InvalidRequestError(
             f"The request's target is {shown(target)}; send a path.", code="invalid_target"
         )
-    _set_path(scope, found["path"] or "/")
+    _set_path(scope, absolute["path"] or "/")
     headers = MutableHeaders(raw=list(scope["headers"]))
-    headers["Host"] = found["host"]
+    headers["Host"] = absolute["host"]
     scope["headers"] = headers.raw
 
 

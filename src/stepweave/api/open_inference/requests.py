@@ -87,14 +87,14 @@ def as_sent(
 
 def ignored_parameters(message: InferenceRequest) -> list[str]:
     """A warning of parameters that the server does not know, which the protocol has it ignore."""
-    known = (*PARAMETERS, "timeout", "binary_data_output")
-    unknown = [name for name in message.parameters or () if name not in known]
+    accepted = (*PARAMETERS, "timeout", "binary_data_output")
+    unknown = [name for name in message.parameters or () if name not in accepted]
     if not unknown:
         return []
     return [
         (
             f"Unknown parameters are ignored: {some_of(unknown)}. Those that are known are "
-            f"{', '.join(known)}."
+            f"{', '.join(accepted)}."
         )
     ]
 
