@@ -175,13 +175,13 @@ class Server(Lifecycle):
         )
         active = ActiveRequest(request, parameters, means, previews)
         deadline = None if request.deadline_ms is None else request.deadline_ms / 1000
-        own: dict[str, Any] = {**call, "reproducible": parameters.reproducible}
-        options: dict[str, Any] = {**own, "priority": request.priority}
+        arguments: dict[str, Any] = {**call, "reproducible": parameters.reproducible}
+        options: dict[str, Any] = {**arguments, "priority": request.priority}
         timed = engine.timed
         expected = enter(
             estimate=lambda: engine.estimate(**options, deadline=deadline),
             deadline=deadline,
-            alone=lambda: engine.alone(**own),
+            alone=lambda: engine.alone(**arguments),
         )
         try:
             left = None if deadline is None else max(1e-3, deadline - (time.monotonic() - began))
