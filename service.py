@@ -23,13 +23,14 @@ from PIL.Image import Image
 from pydantic import BeforeValidator
 from starlette.responses import Response
 
-from stepweave.api import native
+from stepweave.api.app import Api
 from stepweave.api.connections import Connections
-from stepweave.api.http import Api
-from stepweave.api.middleware import ContractMiddleware
-from stepweave.api.schemas import ImageRequest, NativeEditRequest, StreamRequest
+from stepweave.api.middleware.contract import ContractMiddleware
+from stepweave.api.routes import bentoml as routes
+from stepweave.api.schemas import BentoMLEditRequest, StreamRequest
 from stepweave.config import Settings
 from stepweave.errors import ConfigError
+from stepweave.parameters import ImageRequest
 from stepweave.serving.listening import listening, log_addresses
 from stepweave.serving.server import Server
 from stepweave.serving.signals import on_signals
@@ -42,7 +43,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # one worker sees every GPU, so that STEPWEAVE_DEVICE=cuda:1 means what it says; BentoML would show
 # it the first alone
 os.environ.setdefault("BENTOML_DISABLE_GPU_ALLOCATION", "1")
-native.drop_timeout_middleware()
+routes.drop_timeout_middleware()
 configure_logs()
 try:
     settings = Settings.load()
@@ -59,7 +60,7 @@ Text = Annotated[
 ]
 
 
-class EditInput(NativeEditRequest, strict=False, arbitrary_types_allowed=True):
+class EditInput(BentoMLEditRequest, strict=False, arbitrary_types_allowed=True):
     """An edit as BentoML reads it from a form, after the middleware has: it takes a prompt of
     digits for a number."""
 
@@ -112,7 +113,7 @@ class Stepweave:
         body = ImageRequest.model_validate(fields)
         return answer(
             ctx,
-            await native.answered(ctx.request, lambda: native.generate(ctx.request, server, body)),
+            await routes.answered(ctx.request, lambda: routes.generate(ctx.request, server, body)),
         )
 
     @bentoml.api(input_spec=StreamRequest)
@@ -124,8 +125,8 @@ class Stepweave:
         body = StreamRequest.model_validate(fields)
         return answer(
             ctx,
-            await native.answered(
-                ctx.request, lambda: native.generate_stream(ctx.request, server, body)
+            await routes.answered(
+                ctx.request, lambda: routes.generate_stream(ctx.request, server, body)
             ),
         )
 
@@ -133,7 +134,7 @@ class Stepweave:
     async def edit(self, ctx: bentoml.Context, **fields: object) -> Image:
         """One picture made from another, within a mask if one is given."""
         return answer(
-            ctx, await native.answered(ctx.request, lambda: native.edit(ctx.request, server))
+            ctx, await routes.answered(ctx.request, lambda: routes.edit(ctx.request, server))
         )
 
 

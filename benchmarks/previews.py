@@ -55,7 +55,7 @@ def cost(shapes: Shapes, previewer: Previewer, rounds: int) -> Part:
     made: list[int] = []
 
     def make(step: int, latents: Latents) -> None:
-        made.append(len(encode(previewer.picture(latents, 64, 64), "png", None, "shapes")))
+        made.append(len(encode(previewer.image(latents, 64, 64), "png", None, "shapes")))
 
     with StepEngine(shapes.pipeline, cache_bytes=0) as engine:
 
@@ -101,7 +101,7 @@ def likeness(shapes: Shapes, previewer: Previewer, prompts: int, sheet: Path | N
     previews: list[dict[int, Image.Image]] = [{} for _ in range(prompts)]
 
     def keep(number: int, step: int, latents: Latents) -> None:
-        previews[number][step] = previewer.picture(latents, 64, 64)
+        previews[number][step] = previewer.image(latents, 64, 64)
 
     with StepEngine(shapes.pipeline) as engine, ThreadPoolExecutor(1) as pool:
         jobs = [

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from benchmarks.calls import Call, prompt
-from stepweave.loading.preset import read_preset
+from stepweave.config.preset import read_preset
 
 DIRECTORY = Path(__file__).resolve().parents[1] / "models" / "shapes"
 

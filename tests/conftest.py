@@ -14,10 +14,10 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-from stepweave.api.http import Api
-from stepweave.api.middleware import ContractMiddleware
+from stepweave.api.app import Api
+from stepweave.api.middleware.contract import ContractMiddleware
 from stepweave.config import PREFIX, Settings
-from stepweave.loading.preset import Preset
+from stepweave.config.preset import Preset
 from stepweave.planning.cost import CostModel
 from stepweave.serving.server import Server
 from tests.support.distribution import pytest_collection_modifyitems, pytest_xdist_make_scheduler  # noqa: F401

@@ -268,7 +268,7 @@ async def test_a_place_comes_back_whatever_the_encoder_raises(kind: type[BaseExc
 @pytest.mark.parametrize("kind", [StopIteration, SystemExit])
 async def test_a_preview_that_fails_holds_up_nothing(kind: type[BaseException]) -> None:
     class Failing:
-        def picture(self, *args: Any) -> Any:
+        def image(self, *args: Any) -> Any:
             raise kind
 
     async with serving() as app:
@@ -276,8 +276,8 @@ async def test_a_preview_that_fails_holds_up_nothing(kind: type[BaseException]) 
         latents: Any = object()
         app.record.gated = True
         answer = app.post(stream=True, partial_images=2)
-        await app.until(lambda: app.server.tickets)
-        [ticket] = app.server.tickets.values()
+        await app.until(lambda: app.server.active)
+        [ticket] = app.server.active.values()
         assert ticket.wants(2, 4)
         ticket.denoised(ticket.job, latents)
         app.record.release.set()
@@ -347,7 +347,7 @@ async def test_a_request_whose_job_takes_long_does_not_fail() -> None:
             await asyncio.sleep(2e-3)
         assert not answer.messages
         impatient(app, 600)
-        for ticket in app.server.tickets.values():
+        for ticket in app.server.active.values():
             ticket._means = dataclasses.replace(ticket._means, answer_seconds=600)
         app.record.release.set()
         assert (await answer.done()).status == 200

@@ -6,7 +6,7 @@ import math
 from collections.abc import Hashable, Sequence
 
 from benchmarks.simulation.curves import Curves, knees
-from stepweave.errors import DeadlineTooShort, Refused
+from stepweave.errors import AdmissionError, DeadlineTooShortError
 from stepweave.planning.forecast import Order, forecast
 from stepweave.planning.plan import Estimate
 from stepweave.scheduling.task import Demand, Task
@@ -33,9 +33,9 @@ class Reception:
         deadline = None if task.deadline is None else task.deadline - now
         try:
             self._admission.enter(token, lambda: self._estimate(task), deadline)
-        except DeadlineTooShort:
+        except DeadlineTooShortError:
             return math.inf
-        except Refused as refused:
+        except AdmissionError as refused:
             return refused.retry_after
         return None
 

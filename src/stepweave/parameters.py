@@ -1,20 +1,61 @@
-"""One generation: its parameters as resolved, and what comes out."""
+"""One generation: what is asked for, the parameters that it is resolved to, and what comes out."""
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 from PIL import Image
-
-if TYPE_CHECKING:
-    from stepweave.engine import Job
-    from stepweave.store import FileStore
+from pydantic import BaseModel, ConfigDict, Field
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 PriorityName = Literal["low", "normal", "high"]
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON client reads exactly
+MAX_DEADLINE_MS = 24 * 3600 * 1000
+Size = Annotated[str, Field(pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", examples=["64x64"])]
+
+
+class ImageRequest(BaseModel):
+    """What every surface takes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    prompt: str = Field(min_length=1, description="What the picture should show.")
+    negative_prompt: str | None = Field(None, description="What it should not show.")
+    size: Size | None = Field(
+        None, description="WIDTHxHEIGHT in pixels, or `auto` for the model's own."
+    )
+    seed: int | None = Field(
+        None, ge=0, le=MAX_SEED, description="Same seed, same picture; drawn if absent."
+    )
+    num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps.")
+    guidance_scale: float | None = Field(
+        None, ge=0, le=100, description="Classifier-free guidance; 1 turns it off."
+    )
+    scheduler: str | None = Field(
+        None, description="Class name of a scheduler that `GET /v1/models` lists."
+    )
+    reproducible: bool = Field(
+        False, description="Bitwise the pipeline's own picture; it shares no step with others."
+    )
+    priority: PriorityName = Field("normal", description="Requests of a higher class go first.")
+    deadline_ms: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_DEADLINE_MS,
+        description="Milliseconds from now within which the picture must be made: refused with 400 "
+        "if it takes longer even alone, with 429 if others are in the way, ended with "
+        "504 at the first step after.",
+    )
+    output_format: OutputFormat = Field("png", description="File format of the picture.")
+    output_compression: int | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="Quality of a JPEG or WebP file, 0 to 100, the best; PNG has none.",
+    )
+    metadata: bool = Field(True, description="Write the parameters into the file.")
 
 
 @dataclass(frozen=True)
@@ -80,21 +121,6 @@ class Timings:
     encode_image: float = 0.0
     total: float = 0.0
 
-    @classmethod
-    def of(cls, job: Job) -> Timings:
-        """Where a finished job's seconds went; those after it are to be added."""
-        assert job.started is not None and job.finished is not None
-        begun = job.begun or job.started
-        # a remembered prompt needs no forward before the first step
-        opened = max(job.opened or begun, begun)
-        stepped = job.stepped or opened
-        return cls(
-            queued=begun - job.accepted,
-            encode=opened - begun,
-            denoise=stepped - opened,
-            decode=job.finished - stepped,
-        )
-
 
 @dataclass(frozen=True)
 class Generation:
@@ -109,9 +135,16 @@ class Generation:
     outputs: dict[str, Any] = field(default_factory=dict)  # what else it returned, JSON-able
 
 
+class Files(Protocol):
+    """Where image files are stored, as far as an answer needs it (`stepweave.store.FileStore`)."""
+
+    async def put(self, data: bytes, suffix: OutputFormat) -> str:
+        """Keep a file; returns its name."""
+
+
 @dataclass(eq=False)
-class PictureFile:
-    """One encoded picture and the parameters that made it; its name in the file store, once it is
+class ImageFile:
+    """One encoded image and the parameters that made it; its name in the file store, once it is
     there."""
 
     data: bytes
@@ -122,7 +155,7 @@ class PictureFile:
     flagged: bool = False  # by the pipeline's safety checker
     _storing: asyncio.Task[str] | None = field(default=None, init=False, repr=False)
 
-    async def stored(self, files: FileStore) -> str:
+    async def stored(self, files: Files) -> str:
         """Its name in the file store, where it is put once, whoever asks. Raises what the store
         does."""
         if self.name is None:
@@ -134,7 +167,7 @@ class PictureFile:
         return self.name
 
 
-async def _put(files: FileStore, data: bytes, suffix: OutputFormat) -> str:
+async def _put(files: Files, data: bytes, suffix: OutputFormat) -> str:
     return await files.put(data, suffix)
 
 
@@ -144,4 +177,4 @@ class Answer:
     timings, warnings, and outputs where the pipeline returned more than images."""
 
     body: dict[str, Any]
-    pictures: list[PictureFile]
+    images: list[ImageFile]

@@ -28,7 +28,8 @@ def reason_of(error: BaseException, folder: Path | None = None) -> str:
         text = f"{name}: {error.strerror}" if name else error.strerror
     else:
         text = public(words_of(error), folder)
-    text = "".join(one if one.isprintable() else " " for one in text)  # nor half a surrogate pair
+    # nor half a surrogate pair
+    text = "".join(character if character.isprintable() else " " for character in text)
     text = " ".join(text.split()) or type(error).__name__
     if isinstance(error, KeyError):
         text = f"there is no {text}"
@@ -70,4 +71,4 @@ def public(text: str, folder: Path | None = None) -> str:
         else sorted({str(folder), os.path.realpath(folder)}, key=len, reverse=True)
     ):
         text = text.replace(f"{place}/", "").replace(place, "the model's directory")
-    return _PATH.sub(lambda found: found[1] or found[2], re.sub(r"\bfile:/+", "/", text))
+    return _PATH.sub(lambda path: path[1] or path[2], re.sub(r"\bfile:/+", "/", text))

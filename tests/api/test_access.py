@@ -14,7 +14,7 @@ from unittest.mock import patch
 import pytest
 from starlette.requests import Request
 
-from stepweave.api.answers import accepted, wants_picture, wants_stream, wants_to_come_back
+from stepweave.api.answers import accepted, wants_image, wants_stream, wants_to_come_back
 from stepweave.api.responses import is_of_examples, is_of_protocol
 from tests.support.asgi import GENERATIONS, App, serving
 from tests.support.fake_pipeline import FakePipeline
@@ -200,7 +200,7 @@ async def test_pages_of_allowed_origins_may_ask_and_see_errors() -> None:
         given = GIVEN | origin | JSON
         app.record.gated = True
         first = app.post(headers=given)
-        await app.until(lambda: app.server.tickets)
+        await app.until(lambda: app.server.active)
         answers = {
             401: app.send("POST", GENERATIONS, b"{}", origin | JSON),
             400: app.send("POST", GENERATIONS, b"{}", given),
@@ -300,7 +300,7 @@ def asking(**headers: str | list[str]) -> Request:
 )  # fmt: skip
 def test_what_is_accepted(accept: str | list[str], picture: str | None, stream: bool) -> None:
     request = asking(accept=accept)
-    assert wants_picture(request) == picture
+    assert wants_image(request) == picture
     assert (wants_stream(request) is not None) == stream
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from stepweave.errors import Refused
+from stepweave.errors import AdmissionError
 from tests.support.in_process import InProcess
 from tests.support.waiting import SECONDS, wait_until
 
@@ -223,7 +223,7 @@ def test_a_refusal_takes_no_time_of_the_model_and_hardly_any_of_the_servers(
     seconds = []
     for i in range(200):
         began = time.perf_counter()
-        with pytest.raises(Refused):
+        with pytest.raises(AdmissionError):
             admission.enter(i, lambda: engine.estimate(**call))
         seconds.append(time.perf_counter() - began)
     assert app.pipeline.record.steps_run <= ran + 1

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import pytest
 
 from stepweave.api.bodies import SPOOLED, TURNS
-from stepweave.errors import InvalidRequest
+from stepweave.errors import InvalidRequestError
 from stepweave.images.decoders import Decoders
 from tests.support.asgi import serving
 from tests.support.fake_pipeline import FakePipeline
@@ -76,7 +76,7 @@ async def test_uploads_that_wait_to_be_decoded_are_on_disk() -> None:
     def run(self: Decoders, task: object) -> None:
         decoding.release()
         assert let_go.wait(SECONDS)
-        raise InvalidRequest("It was let go.")
+        raise InvalidRequestError("It was let go.")
 
     head = b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na\r\n--x\r\n'
     file = b'Content-Disposition: form-data; name="image"; filename="a"\r\n\r\n' + bytes(

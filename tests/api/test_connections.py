@@ -249,7 +249,7 @@ async def test_if_none_is_idle_it_is_refused_but_for_probes() -> None:
         busy = [await port.connect(), await port.connect()]
         for one in busy:
             one.post()
-        await port.app.until(lambda: port.app.server.engine and len(port.app.server.tickets) == 2)
+        await port.app.until(lambda: port.app.server.engine and len(port.app.server.active) == 2)
         probe = await port.connect()
         probe.send("/readyz")
         assert (await probe.answer())[0] == 200
@@ -354,7 +354,7 @@ async def test_a_drain_closes_idle_connections_and_answers_the_others() -> None:
         await idle.answer()
         port.app.record.gated = True
         busy.post()
-        await port.app.until(lambda: port.app.server.tickets)
+        await port.app.until(lambda: port.app.server.active)
         await port.app.drain()
         assert await idle.ended() == b""
         assert await new.ended() == b""

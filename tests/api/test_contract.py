@@ -19,8 +19,8 @@ from PIL import Image
 
 from stepweave.api.answers import MAX_WARNINGS_HEADER, warnings_header
 from stepweave.config import Settings
+from stepweave.config.preset import Preset
 from stepweave.errors import LoadError
-from stepweave.loading.preset import Preset
 from stepweave.parameters import MAX_SEED
 from stepweave.serving.model import ServedModel
 from tests.support.fake_pipeline import FakePipeline

@@ -418,7 +418,7 @@ async def test_a_client_that_leaves_between_the_images_and_the_answer(
 ) -> None:
     caplog.set_level(logging.INFO, "stepweave.access")
     async with serving() as app:
-        with held("stepweave.api.openai.json_answer") as (called, go):
+        with held("stepweave.api.routes.openai.json_answer") as (called, go):
             exchange = app.post()
             await asyncio.wait_for(called.wait(), SECONDS)
             leaving = asyncio.ensure_future(exchange.leave())
@@ -453,7 +453,7 @@ async def test_a_connection_that_fails_is_of_a_client_that_left(
 @pytest.mark.anyio
 async def test_an_answer_that_cannot_be_made_failed() -> None:
     async with serving() as app:
-        with patch("stepweave.api.openai.json_answer", side_effect=TypeError("x")):
+        with patch("stepweave.api.routes.openai.json_answer", side_effect=TypeError("x")):
             assert (await app.post().done()).status == 500
         with patch("stepweave.api.events._completed", side_effect=TypeError("x")):
             assert (await app.post(stream=True).done()).names == ["error"]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stepweave.loading.preset import Preset
+from stepweave.config.preset import Preset
 from tests.support import colour_profiles as profiles
 from tests.support.fake_pipeline import FakePipeline
 from tests.support.in_process import InProcess

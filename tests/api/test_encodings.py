@@ -14,7 +14,7 @@ import pytest
 from starlette.types import Message
 
 from stepweave.api.bodies import SPOOLED, decoded
-from stepweave.errors import BodyTooLarge, InvalidRequest, UnsupportedEncoding
+from stepweave.errors import BodyTooLargeError, InvalidRequestError, UnsupportedEncodingError
 from tests.support.asgi import GENERATIONS, App, serving
 from tests.support.bodies import EDITS, FORM, INFER, JSON, LEGACY, natively, png
 from tests.support.fake_pipeline import FakePipeline
@@ -169,11 +169,11 @@ async def test_however_a_compressed_body_is_cut_it_comes_whole(size: int, cut: i
         assert await inflated(pieces, encoding, size) == data
         assert await inflated([*pieces, b""], encoding, size) == data
         if size:
-            with pytest.raises(BodyTooLarge, match=f"decoded from {encoding}"):
+            with pytest.raises(BodyTooLargeError, match=f"decoded from {encoding}"):
                 await inflated(pieces, encoding, size - 1)
-        with pytest.raises(InvalidRequest, match="goes on after its end|is not gzip"):
+        with pytest.raises(InvalidRequestError, match="goes on after its end|is not gzip"):
             await inflated([*pieces, b"xyz"], encoding, size)
-        with pytest.raises(InvalidRequest, match="is cut short"):
+        with pytest.raises(InvalidRequestError, match="is cut short"):
             await inflated([packed[:-1]], encoding, size)
 
 
@@ -190,9 +190,9 @@ async def test_gzip_may_have_several_members_and_deflate_no_header(cut: int) -> 
     ):
         pieces = [packed[i : i + cut] for i in range(0, len(packed), cut)]
         assert await inflated(pieces, encoding, len(data)) == data
-        with pytest.raises(BodyTooLarge):
+        with pytest.raises(BodyTooLargeError):
             await inflated(pieces, encoding, len(data) - 1)
-        with pytest.raises(InvalidRequest, match="is cut short"):
+        with pytest.raises(InvalidRequestError, match="is cut short"):
             await inflated([packed[:-1]], encoding, len(data))
 
 
@@ -234,7 +234,7 @@ def test_encodings_of_several_headers_are_one_list() -> None:
         raise AssertionError
 
     twice = {"headers": [(b"content-encoding", b"gzip"), (b"content-encoding", b"deflate")]}
-    with pytest.raises(UnsupportedEncoding, match="'gzip, deflate'"):
+    with pytest.raises(UnsupportedEncodingError, match="'gzip, deflate'"):
         decoded(receive, twice, 100)
     assert decoded(receive, {"headers": [(b"content-encoding", b"identity")]}, 100) is receive
 

@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from stepweave import __version__
-from stepweave.api.inference import INPUTS, together
-from stepweave.api.tensors import (
+from stepweave.api.open_inference.requests import INPUTS
+from stepweave.api.open_inference.tensors import (
     INTEGERS,
     InferenceRequest,
     InputParameters,
@@ -35,8 +35,9 @@ from stepweave.api.tensors import (
     read_message,
     write_message,
 )
-from stepweave.errors import InvalidRequest
-from stepweave.serving.server import Status
+from stepweave.api.routes.open_inference import together
+from stepweave.errors import InvalidRequestError
+from stepweave.serving.status import Status
 from tests.support.fake_pipeline import FakePipeline
 from tests.support.in_process import InProcess
 from tests.support.waiting import SECONDS, wait_until
@@ -1008,9 +1009,9 @@ def test_the_first_error_ends_the_others() -> None:
 
     async def failing() -> None:
         await asyncio.sleep(0)
-        raise InvalidRequest("wrong")
+        raise InvalidRequestError("wrong")
 
-    with pytest.raises(InvalidRequest, match="wrong"):
+    with pytest.raises(InvalidRequestError, match="wrong"):
         asyncio.run(together([endless(), failing(), endless()]))
     assert ended == ["cancelled", "cancelled"]
 
@@ -1038,7 +1039,7 @@ def test_any_message_is_read_or_refused(body: bytes, length: str | None) -> None
     try:
         message, tail = read_message(body, length)
         read_inputs(message, tail, INPUTS)
-    except InvalidRequest as error:
+    except InvalidRequestError as error:
         assert len(error.message) < 600
 
 
@@ -1061,7 +1062,7 @@ def test_any_binary_tensor_is_read_or_refused(
     )
     try:
         found = read_inputs(InferenceRequest(inputs=[described]), raw, INPUTS)
-    except InvalidRequest as error:
+    except InvalidRequestError as error:
         assert error.param == name
     else:
         assert len(found[name]) == shape

@@ -15,7 +15,7 @@ import pytest
 
 from stepweave.api import answers
 from stepweave.errors import StepweaveError
-from stepweave.serving.request import Ticket
+from stepweave.serving.request import ActiveRequest
 from stepweave.serving.server import Server
 from stepweave.store import DirectoryFileStore, SqliteJobStore
 from tests.support.asgi import App, Exchange, serving, started
@@ -45,13 +45,13 @@ async def later(app: App, headers: dict[str, str] | None = None, **fields: Any) 
 async def settled(app: App) -> None:
     """Wait until the results of all jobs are kept, and what waits for that has been told."""
     assert app.server.jobs is not None
-    await app.until(lambda: not app.server.tickets and not app.server.jobs.keeping())  # type: ignore[union-attr]
+    await app.until(lambda: not app.server.active and not app.server.jobs.keeping())  # type: ignore[union-attr]
     await asyncio.sleep(0)  # what is called back once a task is done has been by then
 
 
 async def joined(app: App, count: int) -> None:
     """Wait until so many hold the only job there is."""
-    await app.until(lambda: [ticket._holders for ticket in app.server.tickets.values()] == [count])
+    await app.until(lambda: [ticket._holders for ticket in app.server.active.values()] == [count])
 
 
 def files_of(app: App) -> int:
@@ -160,7 +160,7 @@ async def test_a_first_burst_of_a_real_pipeline_is_told_what_is_true_to_its_end(
         assert {post.status for post in posts} == {202}
         foreseen = 0
         while any(
-            ticket.state in ("queued", "running") for ticket in list(app.server.tickets.values())
+            ticket.state in ("queued", "running") for ticket in list(app.server.active.values())
         ):
             positions = engine.queue_positions()
             places = [one.position for one in positions.values() if one.position]
@@ -192,7 +192,7 @@ async def test_the_first_job_ever_is_foreseen_by_its_own_pace() -> None:
         assert followed.events[0].data["eta_seconds"] > 0
         # long after it was expected to be done
         with patch("stepweave.serving.request.time.monotonic", lambda: 1e12):
-            assert app.server.tickets[id].standing().eta == 0.001, "it still runs"
+            assert app.server.active[id].latest().eta == 0.001, "it still runs"
         await app.delete(f"/v1/jobs/{id}")
 
 
@@ -258,7 +258,7 @@ async def test_an_answer_to_delete_does_not_wait_for_ever_for_a_step() -> None:
         app.record.gated = True
         id = await later(app)
         await asyncio.to_thread(app.record.started.wait)
-        with patch("stepweave.api.jobs.CANCEL_SECONDS", 0.02):
+        with patch("stepweave.api.routes.jobs.CANCEL_SECONDS", 0.02):
             assert (await app.delete(f"/v1/jobs/{id}")).json()["state"] == "running"
         app.record.release.set()
         assert (await app.until_state(id, "cancelled", "succeeded"))["state"] == "cancelled"
@@ -270,7 +270,7 @@ async def test_a_job_outlives_its_client_and_its_followers() -> None:
         app.record.gated = True
         answer = app.post(headers=LATER)
         await answer.leave()
-        [ticket] = app.server.tickets.values()
+        [ticket] = app.server.active.values()
         follower = app.send("GET", f"/v1/jobs/{ticket.id}/events")
         await follower.until(lambda one: one.events)
         await follower.leave()
@@ -401,7 +401,7 @@ async def test_without_keys_there_is_no_list() -> None:
     async with serving() as app:
         id = await later(app)
         answer = await app.get("/v1/jobs")
-        assert (answer.status, answer.error["code"]) == (404, "list_is_off")
+        assert (answer.status, answer.error["code"]) == (404, "jobs_list_disabled")
         assert id.encode() not in answer.content
         await settled(app)
 
@@ -464,9 +464,9 @@ async def test_an_end_waits_for_a_job_that_is_just_being_accepted(tmp_path: Path
 
         with patch.object(SqliteJobStore, "put", slow):
             answer = app.post(headers=LATER)
-            await app.until(lambda: app.server.tickets)
+            await app.until(lambda: app.server.active)
             ending = asyncio.ensure_future(app.server.shut_down())
-            await app.until(lambda: not app.server.tickets)
+            await app.until(lambda: not app.server.active)
             gate.set()
             await ending
         id = (await answer.done()).json()["id"]
@@ -596,10 +596,10 @@ async def test_a_failed_or_cancelled_job_frees_its_key() -> None:
         app.record.gated = True
         id = await later(app, headers=KEY)
         await asyncio.to_thread(app.record.started.wait)
-        with patch("stepweave.api.jobs.CANCEL_SECONDS", 0.01):
+        with patch("stepweave.api.routes.jobs.CANCEL_SECONDS", 0.01):
             await app.delete(f"/v1/jobs/{id}")
         anew = [app.post(headers=KEY) for _ in range(2)]  # while the first is on its way out
-        await app.until(lambda: len(app.server.tickets) == 2)
+        await app.until(lambda: len(app.server.active) == 2)
         app.record.release.set()
         assert [(await one.done()).status for one in anew] == [200, 200]
         assert app.outcomes() == {"failed": 2, "cancelled": 1, "succeeded": 2}
@@ -611,7 +611,7 @@ async def test_a_failing_job_of_a_key_is_made_once_for_each_request() -> None:
         put = SqliteJobStore.put
 
         async def slow(store: SqliteJobStore, record: Any) -> None:
-            await app.until(lambda: not app.server.tickets)
+            await app.until(lambda: not app.server.active)
             await put(store, record)
 
         app.record.error = RuntimeError("x")
@@ -691,7 +691,7 @@ async def test_who_is_told_to_come_back_may_rely_on_it() -> None:
 def slow_accept(gate: asyncio.Event, begun: asyncio.Semaphore, ended: asyncio.Semaphore) -> Any:
     accept = Server.accept
 
-    async def slow(server: Server, *args: Any, **kwargs: Any) -> Ticket:
+    async def slow(server: Server, *args: Any, **kwargs: Any) -> ActiveRequest:
         begun.release()
         try:
             await gate.wait()

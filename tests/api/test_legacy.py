@@ -18,7 +18,7 @@ from starlette.requests import Request
 
 from stepweave.api.urls import base_url
 from stepweave.config import Settings
-from stepweave.errors import InvalidRequest
+from stepweave.errors import InvalidRequestError
 from stepweave.store.files import StoredFile
 from tests.support.in_process import InProcess
 from tests.support.served import Served
@@ -382,7 +382,7 @@ def test_urls_have_the_requests_scheme() -> None:
 )
 def test_hosts_that_no_url_is_made_of(settings: dict[str, Any], headers: dict[str, str]) -> None:
     with pytest.raises(
-        InvalidRequest, match=r"STEPWEAVE_BASE_URL .* STEPWEAVE_TRUSTED_HOSTS"
+        InvalidRequestError, match=r"STEPWEAVE_BASE_URL .* STEPWEAVE_TRUSTED_HOSTS"
     ) as caught:
         base_url(request(**headers), Settings(**settings))
     assert caught.value.code == "no_base_url"

@@ -24,15 +24,17 @@ from starlette.requests import Request
 from starlette.types import Message
 from uvicorn.server import ServerState
 
-from stepweave.api import disconnect, native, schemas, tensors
+from stepweave.api import disconnect, schemas
+from stepweave.api.app import Api
 from stepweave.api.connections import Connection, Connections
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.events import _partial, events
-from stepweave.api.http import Api
-from stepweave.api.middleware import ContractMiddleware
-from stepweave.api.schemas import ImageRequest
-from stepweave.errors import BodyTooLarge
+from stepweave.api.middleware.contract import ContractMiddleware
+from stepweave.api.open_inference import tensors
+from stepweave.api.routes import bentoml as native
+from stepweave.errors import BodyTooLargeError
 from stepweave.images import decoders
+from stepweave.parameters import ImageRequest
 from stepweave.previews.stream import Partial
 from stepweave.serving import admission as admissions
 from stepweave.serving.admission import Admission
@@ -238,7 +240,7 @@ async def test_the_job_of_a_client_that_reads_nothing_ends() -> None:
             app.record.release.set()
             await stream.done()
             assert stream.messages[-1].get("more_body", True), "it is not told that it has all"
-            await app.until(lambda: not app.server.tickets)
+            await app.until(lambda: not app.server.active)
             assert app.outcomes() == {"cancelled": 1}
             assert app.record.steps_run <= 6
 
@@ -280,12 +282,12 @@ async def test_the_body_of_a_get_does_not_break_a_stream() -> None:
 
 async def test_what_a_client_sends_while_it_waits_is_told_of() -> None:
     async def receive() -> Message:
-        raise BodyTooLarge(1)
+        raise BodyTooLargeError(1)
 
     async def work() -> None:
         await asyncio.sleep(2 * SECONDS)
 
-    with pytest.raises(BodyTooLarge):
+    with pytest.raises(BodyTooLargeError):
         await until_disconnect(Request({"type": "http"}, receive), work())
 
 
@@ -374,7 +376,7 @@ async def test_few_pictures_are_decoded_at_a_time_and_none_for_which_there_is_no
             # threads are left for others
             await asyncio.wait_for(asyncio.to_thread(lambda: None), SECONDS)
             go.release(4)
-            await app.until(lambda: len(app.server.tickets) == 4)
+            await app.until(lambda: len(app.server.active) == 4)
         app.record.release.set()
         statuses = sorted([(await one.done()).status for one in sent])
         assert statuses == [*[200] * 4, *[429] * 4]
@@ -519,7 +521,7 @@ async def test_edits_of_one_new_key_hold_one_place_between_them() -> None:
         app.record.gated = True
         headers = {**FORM, "Idempotency-Key": "a"}
         sent = [app.send("POST", EDITS, form(png()), headers) for _ in range(3)]
-        await app.until(lambda: len(app.server.tickets) == 1 and admission_of(app).in_flight == 1)
+        await app.until(lambda: len(app.server.active) == 1 and admission_of(app).in_flight == 1)
         app.record.release.set()
         assert len({str((await one.done()).json()["data"]) for one in sent}) == 1
 
@@ -528,7 +530,7 @@ async def test_an_edit_that_was_refused_unread_is_promised_a_place() -> None:
     async with serving(FakePipeline(edits=True), max_queue=1) as app:
         app.record.gated = True
         sent = [app.send("POST", EDITS, form(png(), seed=seed), FORM) for seed in range(2)]
-        await app.until(lambda: len(app.server.tickets) == 2)
+        await app.until(lambda: len(app.server.active) == 2)
         mine = {**FORM, "Content-Length": str(len(form(png())))}
         refused = await app.send("POST", EDITS, form(png()), mine, "1.2.3.4").done()
         assert refused.status == 429
@@ -541,7 +543,7 @@ async def test_an_edit_that_was_refused_unread_is_promised_a_place() -> None:
                     await app.send("POST", EDITS, form(png()), mine, client).done()
                 ).status == 429
             edit = app.send("POST", EDITS, form(png()), mine, "1.2.3.4")
-            await app.until(lambda: len(app.server.tickets) == 3)
+            await app.until(lambda: len(app.server.active) == 3)
         admission._taken += 1
         app.record.release.set()
         assert [(await one.done()).status for one in [*sent, edit]] == [200] * 3
@@ -551,7 +553,7 @@ async def test_equal_requests_of_two_addresses_do_not_share_a_promise() -> None:
     async with serving(max_queue=1) as app:
         app.record.gated = True
         sent = [app.post() for _ in range(2)]
-        await app.until(lambda: len(app.server.tickets) == 2)
+        await app.until(lambda: len(app.server.active) == 2)
         for path, body in KEYED.items():
             if body[2] == JSON:
                 for client in ("1.1.1.1", "2.2.2.2"):

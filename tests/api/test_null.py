@@ -13,23 +13,19 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import BaseModel
 
-from stepweave.api.legacy import LegacyRequest
-from stepweave.api.schemas import (
-    LONG,
-    GenerationRequest,
-    ImageRequest,
-    StreamRequest,
-    parse,
-    without_nulls,
-)
-from stepweave.errors import InvalidRequest
+from stepweave.api.routes.diffusers_example import DiffusersExampleRequest
+from stepweave.api.schemas import LONG, GenerationRequest, StreamRequest, parse, without_nulls
+from stepweave.errors import InvalidRequestError
+from stepweave.parameters import ImageRequest
 from tests.support.fake_pipeline import FakePipeline
 from tests.support.in_process import InProcess
 
 Make = Callable[..., InProcess]
 
 
-@pytest.mark.parametrize("schema", [GenerationRequest, ImageRequest, StreamRequest, LegacyRequest])
+@pytest.mark.parametrize(
+    "schema", [GenerationRequest, ImageRequest, StreamRequest, DiffusersExampleRequest]
+)
 def test_null_is_absent_of_every_field_of_every_body(schema: type[BaseModel]) -> None:
     nothing = dict.fromkeys([*schema.model_fields, "whatever"])
     given = {**nothing, "prompt": "a\u2028null"}
@@ -37,7 +33,7 @@ def test_null_is_absent_of_every_field_of_every_body(schema: type[BaseModel]) ->
         read = parse(body.encode(), schema)
         assert read == schema.model_validate({"prompt": "a\u2028null"})
         assert read.model_fields_set == {"prompt"}
-    with pytest.raises(InvalidRequest, match="prompt is missing"):
+    with pytest.raises(InvalidRequestError, match="prompt is missing"):
         parse(json.dumps(nothing).encode(), schema)
 
 
@@ -74,7 +70,7 @@ def test_null_members_go_however_deep_they_stand(value: Any) -> None:
     ],
 )
 def test_what_stands_beside_a_null_is_checked_as_ever(body: bytes) -> None:
-    with pytest.raises(InvalidRequest):
+    with pytest.raises(InvalidRequestError):
         parse(body, GenerationRequest)
 
 

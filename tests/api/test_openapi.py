@@ -24,11 +24,11 @@ from schemathesis.checks import CHECKS, load_all_checks
 from schemathesis.core.failures import FailureGroup
 from starlette.routing import Route
 
-from stepweave.api.http import Api
-from stepweave.api.middleware import DRAIN, KEYLESS, PROBES
-from stepweave.api.native import PATHS
+from stepweave.api.app import Api
+from stepweave.api.middleware.probes import DRAIN, KEYLESS, PROBES
 from stepweave.api.operations import INFERENCE
-from stepweave.errors import NotFound, OutOfMemory
+from stepweave.api.routes.bentoml import PATHS
+from stepweave.errors import NotFoundError, OutOfMemoryError
 from tests.support.fake_pipeline import FakePipeline
 from tests.support.in_process import InProcess
 from tests.support.served import Served
@@ -154,8 +154,8 @@ def test_limits_are_the_servers(in_process: Make) -> None:
         "EditRequest",
         "ImageRequest",
         "StreamRequest",
-        "NativeEditRequest",
-        "LegacyRequest",
+        "BentoMLEditRequest",
+        "DiffusersExampleRequest",
     ):
         assert request_schema(found, name, "num_inference_steps")["maximum"] == 28, name
         assert request_schema(found, name, "prompt")["maxLength"] == 200, name
@@ -294,7 +294,7 @@ def test_native_answers_are_as_described(served: Served) -> None:
     for name, path in (
         ("Health", "/readyz"),
         ("ModelList", "/v1/models"),
-        ("LegacyStatus", "/api/status"),
+        ("DiffusersExampleStatus", "/api/status"),
     ):
         validate(found, name, httpx.get(f"{served.url}{path}", timeout=SECONDS).json())
 
@@ -326,7 +326,7 @@ def test_the_drain_is_as_described(in_process: Make) -> None:
     app = in_process(drain_notice=0)
     found = document(app)
     elsewhere = app.client.post(DRAIN)
-    assert elsewhere.status_code == NotFound.status
+    assert elsewhere.status_code == NotFoundError.status
     validate(found, "Error", elsewhere.json())
     token = app.server.drain_token
     assert token is not None
@@ -606,7 +606,7 @@ def test_rare_refusals_are_as_described(in_process: Make) -> None:
     answered(504, deadline_ms=2500)
     app.pipeline.record.error = RuntimeError("broken")
     answered(500)
-    app.pipeline.record.error = OutOfMemory("Too large.")
+    app.pipeline.record.error = OutOfMemoryError("Too large.")
     answered(500)
 
 

@@ -173,9 +173,9 @@ def test_a_client_that_leaves_the_proxy_ends_its_job(in_process: Make, tmp_path:
     with behind(tmp_path, made, "location / { proxy_pass SERVER; }") as proxy:
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{proxy.url}{GENERATIONS}", json=BODY, timeout=0.5)
-        wait_until(lambda: all(one.lost for one in made.server.tickets.values()))
+        wait_until(lambda: all(one.lost for one in made.server.active.values()))
         made.pipeline.record.release.set()
-        wait_until(lambda: not made.server.tickets)
+        wait_until(lambda: not made.server.active)
 
 
 def test_a_large_upload_and_a_large_answer_go_through_its_buffers(

@@ -19,10 +19,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from stepweave.api import native
-from stepweave.api.middleware import ContractMiddleware
-from stepweave.api.schemas import ImageRequest, StreamRequest
-from stepweave.serving.request import Ticket
+from stepweave.api.middleware.contract import ContractMiddleware
+from stepweave.api.routes import bentoml as native
+from stepweave.api.schemas import StreamRequest
+from stepweave.parameters import ImageRequest
+from stepweave.serving.request import ActiveRequest
 from stepweave.serving.server import Server
 from tests.support.asgi import App, Exchange, serving
 from tests.support.served import Served, metric
@@ -209,7 +210,7 @@ async def test_no_prompt_breaks_the_format(prompt: str) -> None:
 class Previewer:
     """Stands in for the one that reads latents: here they are a colour and seconds."""
 
-    def picture(self, latents: tuple[int, float], width: int, height: int, row: int) -> Image.Image:
+    def image(self, latents: tuple[int, float], width: int, height: int, row: int) -> Image.Image:
         colour, seconds = latents
         time.sleep(seconds)
         return Image.new("RGB", (8, 8), (colour, row, 0))
@@ -233,7 +234,7 @@ async def test_all_followers_see_all_previews_in_their_order() -> None:
         app.record.gated = True
         first = app.post(headers=KEY, stream=True, partial_images=3, n=2)
         await first.until(lambda one: one.messages)
-        [ticket] = app.server.tickets.values()
+        [ticket] = app.server.active.values()
         assert [step for step in range(1, 5) if ticket.wants(step, 4)] == [1, 2, 3]
         second = app.post(headers=KEY, stream=True, partial_images=3, n=2)
         for latents in ((10, 0.05), (20, 0.0), (30, 0.0)):  # the first takes the longest
@@ -257,7 +258,7 @@ async def test_a_preview_that_fails_costs_no_picture(caplog: pytest.LogCaptureFi
         app.record.gated = True
         answer = app.post(stream=True, partial_images=2)
         await answer.until(lambda one: one.messages)
-        [ticket] = app.server.tickets.values()
+        [ticket] = app.server.active.values()
         for latents in ("no colour", (20, 0.0)):
             await asyncio.to_thread(ticket.denoised, ticket.job, latents)  # type: ignore[arg-type]
         app.record.release.set()
@@ -272,7 +273,7 @@ async def test_a_slow_client_is_told_less_and_not_kept_in_memory() -> None:
         app.record.gated = True
         slow = app.post(headers=VERBOSE, num_inference_steps=100, partial_images=3)
         await slow.until(lambda one: steps(one))
-        [ticket] = app.server.tickets.values()
+        [ticket] = app.server.active.values()
         slow.reads.clear()
         before = len(slow.events)
         for colour in (1, 2, 3):
@@ -295,7 +296,7 @@ async def test_what_goes_wrong_before_the_stream_has_its_own_status() -> None:
     async with serving(max_queue=0) as app:
         app.record.gated = True
         first = app.post()
-        await app.until(lambda: app.server.tickets)
+        await app.until(lambda: app.server.active)
         for answer, status in (
             (app.post(stream=True), 429),
             (app.post(headers=STREAM, size="65x65"), 400),
@@ -415,9 +416,9 @@ async def test_a_client_that_leaves_while_it_waits_is_forgotten(send: Send) -> N
         await app.until(lambda: app.record.running)
         calls = len(app.record.calls)
         exchange = send(app)
-        await app.until(lambda: len(app.server.tickets) == 2)
+        await app.until(lambda: len(app.server.active) == 2)
         await exchange.leave()
-        await app.until(lambda: len(app.server.tickets) == 1)
+        await app.until(lambda: len(app.server.active) == 1)
         app.record.release.set()
         await first.done()
         await app.idle()
@@ -429,7 +430,7 @@ async def test_a_client_that_leaves_while_it_waits_is_forgotten(send: Send) -> N
 async def test_a_client_that_leaves_while_it_is_accepted_is_forgotten(send: Send) -> None:
     accept, entered, gate, ended = Server.accept, asyncio.Event(), asyncio.Event(), asyncio.Event()
 
-    async def slow(server: Server, *args: Any, **kwargs: Any) -> Ticket:
+    async def slow(server: Server, *args: Any, **kwargs: Any) -> ActiveRequest:
         entered.set()
         try:
             await gate.wait()
@@ -472,11 +473,11 @@ async def test_a_connection_that_breaks_before_the_first_byte_ends_the_job() -> 
             raise OSError("broken pipe")
 
         answer._send = broken  # type: ignore[method-assign]
-        await app.until(lambda: app.server.tickets)
+        await app.until(lambda: app.server.active)
         await app.told_to_end()
         app.record.release.set()
         await answer.done()
-        await app.until(lambda: not app.server.tickets)
+        await app.until(lambda: not app.server.active)
         assert app.record.steps_run <= 1
         assert app.outcomes() == {"cancelled": 1}
 
@@ -491,7 +492,7 @@ async def test_a_stream_can_be_left_while_its_client_reads_nothing() -> None:
         await app.until(lambda: app.record.held_after(3))
         await asyncio.sleep(0.02)  # it may be told of them meanwhile, which it does not read
         await app.leave(answer)
-        await app.until(lambda: not app.server.tickets)
+        await app.until(lambda: not app.server.active)
         assert app.record.steps_run == 4
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from stepweave import StepEngine
 from stepweave.certification import unshared
-from stepweave.telemetry import metrics
+from stepweave.telemetry import collectors
 from tests.pipelines.registry import picture
 from tests.support.tiny import FAMILIES
 from tests.support.together import (
@@ -437,7 +437,7 @@ def mixed(output: tuple[Tensor]) -> tuple[Tensor]:
 
 def test_the_metric_has_every_reason() -> None:
     """It lists them itself, since metrics are served before torch is imported."""
-    assert metrics.UNSHARED_REASONS == unshared.REASONS
+    assert collectors.UNSHARED_REASONS == unshared.REASONS
 
 
 def test_the_list_is_empty_at_first() -> None:

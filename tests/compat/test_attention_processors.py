@@ -17,7 +17,7 @@ from stepweave.compat.attention_processors import AttentionProcessors, set_proce
 from stepweave.compat.torch_state import quiet
 from stepweave.engine import Mode
 from stepweave.engine.fiber import Fiber
-from stepweave.errors import Cancelled
+from stepweave.errors import RequestCancelledError
 from tests.support.toy import CLOSE, honest
 from tests.support.waiting import SECONDS
 
@@ -163,7 +163,7 @@ def test_a_cancelled_job_leaves_no_processors_behind() -> None:
         while job.progress.step < 3:
             pass
         job.cancel()
-        with pytest.raises(Cancelled):
+        with pytest.raises(RequestCancelledError):
             job.result(SECONDS)
         check(engine, calls())
     assert pipeline.denoiser.first.processor is base
@@ -178,7 +178,7 @@ def test_other_modes_take_turns_and_leave_nothing_behind(mode: Mode) -> None:
         while job.progress.step < 3:
             pass
         job.cancel()
-        with pytest.raises(Cancelled):
+        with pytest.raises(RequestCancelledError):
             job.result(SECONDS)
         check(engine, calls(4))
     assert pipeline.denoiser.first.processor is base

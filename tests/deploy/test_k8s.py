@@ -33,12 +33,13 @@ import uvicorn
 import yaml
 from starlette.requests import Request
 
-from stepweave.api.middleware import DRAIN
+from stepweave.api.middleware.probes import DRAIN
 from stepweave.api.urls import base_url
 from stepweave.config import EMBEDDED_MODEL, Settings
-from stepweave.errors import ConfigError, InvalidRequest
+from stepweave.errors import ConfigError, InvalidRequestError
 from stepweave.serving.drain import TOKEN_FILE
-from stepweave.serving.server import ENDING_SECONDS, KEEPING_SECONDS, Server
+from stepweave.serving.lifecycle import ENDING_SECONDS, KEEPING_SECONDS
+from stepweave.serving.server import Server
 from tests.support.custom_resources import SCHEMAS, validate_custom
 from tests.support.environment import ROOT, free_port
 from tests.support.in_process import InProcess
@@ -548,7 +549,7 @@ def url_problems(work: Workload) -> Iterator[str]:
             }
             try:
                 base_url(Request(scope), settings)
-            except InvalidRequest:
+            except InvalidRequestError:
                 yield f"no URL of an image for who calls {name}"
 
 

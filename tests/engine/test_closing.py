@@ -18,7 +18,7 @@ from torch import nn
 
 from stepweave import StepEngine
 from stepweave.engine import Mode
-from stepweave.errors import Cancelled, EngineClosed, EngineMisuse
+from stepweave.errors import EngineClosedError, EngineMisuseError, RequestCancelledError
 from tests.support.asgi import started
 from tests.support.environment import ROOT, clean_environment
 from tests.support.toy import Outside
@@ -100,7 +100,7 @@ def test_a_forward_that_hangs_does_not_hold_up_the_end(
     engine.close(timeout=0.05)
     for job in (hanging, waiting):
         error = job.exception(0)
-        assert isinstance(error, (EngineClosed, Cancelled)) and (
+        assert isinstance(error, (EngineClosedError, RequestCancelledError)) and (
             job is waiting or "0.05 s" in error.message
         )
     waiter.join(SECONDS)
@@ -111,7 +111,7 @@ def test_a_forward_that_hangs_does_not_hold_up_the_end(
     ]
     if mode == "step":
         assert "hooks" in line and hooked(pipeline), "its forward is under way"
-        with pytest.raises(EngineMisuse, match="belongs to another engine"):
+        with pytest.raises(EngineMisuseError, match="belongs to another engine"):
             StepEngine(pipeline)
     pipeline.network.outside.let_go.set()
     for thread in threads:
@@ -135,7 +135,7 @@ def test_work_on_images_that_hangs_does_not_hold_up_the_end(
     job = engine.submit(1)
     assert pipeline.network.outside.hangs.wait(SECONDS)
     engine.close(timeout=0.05)
-    assert isinstance(job.exception(0), EngineClosed)
+    assert isinstance(job.exception(0), EngineClosedError)
     wait_until(lambda: not hooked(pipeline))  # nothing runs in the modules
     assert "work on images" in caplog.text
 
@@ -151,7 +151,7 @@ def test_an_end_waits_for_what_ends(mode: Mode, pipeline: Pipeline) -> None:
     assert not job.done()
     pipeline.network.outside.let_go.set()
     closing.join(SECONDS)
-    assert isinstance(job.exception(0), Cancelled)
+    assert isinstance(job.exception(0), RequestCancelledError)
     assert not hooked(pipeline)
 
 
@@ -165,7 +165,7 @@ def test_a_bound_that_cannot_be_is_refused(pipeline: Pipeline) -> None:
 
 def soon() -> Any:
     """What hangs in these tests never ends by itself."""
-    return patch.multiple("stepweave.serving.server", ENDING_SECONDS=1.0, KEEPING_SECONDS=0.9)
+    return patch.multiple("stepweave.serving.lifecycle", ENDING_SECONDS=1.0, KEEPING_SECONDS=0.9)
 
 
 async def test_a_server_ends_though_a_forward_hangs() -> None:
@@ -179,7 +179,7 @@ async def test_a_server_ends_though_a_forward_hangs() -> None:
         assert app.server.status.stage == "closed"
         assert (await answer.done()).status == 503
         assert answer.error["code"] == "draining"
-        assert app.server.tickets == {}
+        assert app.server.active == {}
 
 
 async def test_requests_end_before_the_hook_that_shuts_down() -> None:

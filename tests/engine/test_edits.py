@@ -18,8 +18,8 @@ from PIL import Image
 
 from stepweave import StepEngine
 from stepweave.engine import Mode
-from stepweave.errors import EngineMisuse
-from stepweave.loading.edit_pipelines import Edit, sibling, sibling_class
+from stepweave.errors import EngineMisuseError
+from stepweave.loading.edit_pipelines import Edit, edit_pipeline, edit_pipeline_class
 from stepweave.loading.schedulers import rehearse, schedulers_of
 from stepweave.planning.workload import shape_of
 from tests.support.comparing import state_of
@@ -55,7 +55,7 @@ def built(name: str) -> Any:
 
 @functools.cache
 def sibling_of(name: str, edit: Edit) -> Any:
-    return sibling(built(name), edit)
+    return edit_pipeline(built(name), edit)
 
 
 def picture(i: int) -> Image.Image:
@@ -215,7 +215,8 @@ def test_a_pipeline_with_modules_of_its_own_is_refused_by_name(mode: Mode) -> No
     mixed = diffusers.StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
     with StepEngine(pipeline, mode) as engine:
         with pytest.raises(
-            EngineMisuse, match=r"StableDiffusionImg2ImgPipeline\.unet is no module of the Stable"
+            EngineMisuseError,
+            match=r"StableDiffusionImg2ImgPipeline\.unet is no module of the Stable",
         ):
             engine.submit(pipeline=mixed, **call(FAMILIES["stable_diffusion"], 1, "image_to_image"))
         assert engine.waiting == engine.running == 0
@@ -249,7 +250,7 @@ def test_a_sibling_whose_calls_change_modules_waits_for_its_turn() -> None:
     )
     with (
         StepEngine(pipeline, "threads") as engine,
-        pytest.raises(EngineMisuse, match="Calls of Casting change modules"),
+        pytest.raises(EngineMisuseError, match="Calls of Casting change modules"),
     ):
         engine.submit(pipeline=changing, **family.arguments("x"))
 
@@ -300,16 +301,16 @@ def test_siblings_are_those_that_diffusers_names() -> None:
                 or len([one for one in texts if texts[one] is texts[family]]) > 1
             ):
                 continue
-            assert sibling_class(texts[family].__name__, edit) is mapping[family], family  # type: ignore[arg-type]
-    assert sibling_class("StableCascadeCombinedPipeline", "inpaint") is None
-    assert sibling_class("NoSuchPipeline", "inpaint") is None
+            assert edit_pipeline_class(texts[family].__name__, edit) is mapping[family], family  # type: ignore[arg-type]
+    assert edit_pipeline_class("StableCascadeCombinedPipeline", "inpaint") is None
+    assert edit_pipeline_class("NoSuchPipeline", "inpaint") is None
 
 
 @every_case
 def test_making_a_sibling_leaves_everything_as_it_was(name: str, edit: Edit) -> None:
     pipeline = FAMILIES[name].build().to(torch.bfloat16)
     before = state_of_bfloat16(pipeline)
-    other = sibling(pipeline, edit)
+    other = edit_pipeline(pipeline, edit)
     assert state_of_bfloat16(pipeline) == before
     assert all(network.dtype == torch.bfloat16 for network in networks(other))
     assert all(
@@ -353,14 +354,15 @@ def test_there_is_no_sibling_where_components_are_missing_or_of_another_kind(
         diffusers.StableDiffusion3Img2ImgPipeline,
     ):
         monkeypatch.setattr(
-            "stepweave.loading.edit_pipelines.sibling_class", lambda name, edit, kind=kind: kind
+            "stepweave.loading.edit_pipelines.edit_pipeline_class",
+            lambda name, edit, kind=kind: kind,
         )
-        assert sibling(pipeline, "image_to_image") is None
+        assert edit_pipeline(pipeline, "image_to_image") is None
     monkeypatch.setattr(
-        "stepweave.loading.edit_pipelines.sibling_class",
+        "stepweave.loading.edit_pipelines.edit_pipeline_class",
         lambda name, edit: diffusers.StableDiffusionImg2ImgPipeline,
     )
-    assert sibling(pipeline, "inpaint") is None  # it takes no mask
+    assert edit_pipeline(pipeline, "inpaint") is None  # it takes no mask
 
 
 # --- schedulers ---

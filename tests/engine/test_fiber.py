@@ -25,7 +25,7 @@ from stepweave.compat import torch_state as ambient
 from stepweave.compat.torch_state import DefaultRandom
 from stepweave.engine.fiber import Done, Fiber, current_fiber, suspend, suspendable
 from stepweave.engine.hooks import EngineAutoencoder, SuspendHook, on_image_thread
-from stepweave.errors import EngineMisuse
+from stepweave.errors import EngineMisuseError
 from stepweave.memory.device_health import DeviceHealth
 from stepweave.views.image_threads import ImageWork
 from stepweave.views.images import images_on_threads
@@ -448,10 +448,10 @@ def test_context_variables_are_copied_in_and_do_not_come_out() -> None:
 
 
 def test_only_a_fiber_can_be_suspended() -> None:
-    with pytest.raises(EngineMisuse, match="fiber"):
+    with pytest.raises(EngineMisuseError, match="fiber"):
         suspend(1)
     inside = greenlet.greenlet(lambda: suspend(1))
-    with pytest.raises(EngineMisuse, match="fiber"):
+    with pytest.raises(EngineMisuseError, match="fiber"):
         inside.switch()
 
     def function() -> Any:
@@ -459,7 +459,7 @@ def test_only_a_fiber_can_be_suspended() -> None:
             lambda: ((current_fiber() is not None), current_fiber(), suspend(1))
         ).switch()
 
-    assert isinstance(outcome_of(fiber_of(function).resume()), EngineMisuse), (
+    assert isinstance(outcome_of(fiber_of(function).resume()), EngineMisuseError), (
         "a greenlet within a fiber is none"
     )
 
@@ -467,9 +467,9 @@ def test_only_a_fiber_can_be_suspended() -> None:
 def test_a_fiber_that_has_ended_cannot_go_on() -> None:
     fiber = fiber_of(lambda: None)
     fiber.resume()
-    with pytest.raises(EngineMisuse, match="ended"):
+    with pytest.raises(EngineMisuseError, match="ended"):
         fiber.resume()
-    with pytest.raises(EngineMisuse, match="ended"):
+    with pytest.raises(EngineMisuseError, match="ended"):
         fiber.throw(ValueError())
 
 
@@ -488,7 +488,7 @@ def test_a_fiber_goes_on_only_from_where_it_was_made() -> None:
 
     on_another_thread(elsewhere)
     greenlet.greenlet(elsewhere).switch()
-    assert [type(error) for error in errors] == [EngineMisuse] * 4
+    assert [type(error) for error in errors] == [EngineMisuseError] * 4
     assert not fiber.finished
     assert outcome_of(fiber.resume("unharmed")) == "unharmed"
 
@@ -500,7 +500,7 @@ def test_a_fiber_cannot_resume_itself() -> None:
         fiber.resume()
 
     fiber = fiber_of(function)
-    assert isinstance(outcome_of(fiber.resume()), EngineMisuse)
+    assert isinstance(outcome_of(fiber.resume()), EngineMisuseError)
 
 
 def test_a_fiber_within_a_fiber_suspends_to_it() -> None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from stepweave import Job, StepEngine
 from stepweave.engine import Latents, Mode
-from stepweave.errors import Cancelled, DeadlineExceeded
+from stepweave.errors import DeadlineExceededError, RequestCancelledError
 from tests.support import tiny
 from tests.support.asgi import serving
 from tests.support.fake_pipeline import FakePipeline
@@ -138,7 +138,7 @@ def is_cancelled(engine: StepEngine) -> None:
 
     jobs.append(engine.submit(**SD3.arguments("a red circle", callback_on_step_end=cancel)))
     submitted.set()
-    assert isinstance(jobs[0].exception(SECONDS), Cancelled)
+    assert isinstance(jobs[0].exception(SECONDS), RequestCancelledError)
     jobs.clear()
 
 
@@ -155,7 +155,7 @@ def is_late(engine: StepEngine) -> None:
         engine.submit(**SD3.arguments("a red circle", callback_on_step_end=wait), deadline=0.5)
     )
     submitted.set()
-    assert isinstance(job[0].exception(SECONDS), DeadlineExceeded)
+    assert isinstance(job[0].exception(SECONDS), DeadlineExceededError)
     job.clear()
 
 
@@ -283,7 +283,7 @@ class Previewing:
     def __init__(self) -> None:
         self.made = 0
 
-    def picture(self, latents: torch.Tensor, width: int, height: int, row: int) -> Image.Image:
+    def image(self, latents: torch.Tensor, width: int, height: int, row: int) -> Image.Image:
         self.made += 1
         return Image.fromarray(latents.expand(height, width, 3).numpy())
 
@@ -305,7 +305,7 @@ async def test_no_tensor_is_left_of_a_request(how: str, no_collector: None) -> N
             if app.record.gated:
                 await app.until(lambda: app.record.steps_begun > begun)
             if how == "streams":
-                [ticket] = app.server.tickets.values()
+                [ticket] = app.server.active.values()
                 assert any(ticket.wants(step, 4) for step in range(1, 5))
                 ticket.denoised(ticket.job, torch.full((1, 1, 1), 7, dtype=torch.uint8))  # type: ignore[arg-type]
                 await answer.until(lambda one: one.events)
@@ -314,7 +314,7 @@ async def test_no_tensor_is_left_of_a_request(how: str, no_collector: None) -> N
             elif how == "leaves":
                 await app.leave(answer)
             await answer.done()
-            await app.until(lambda: not app.server.tickets and not app.server.jobs.keeping())  # type: ignore[union-attr]
+            await app.until(lambda: not app.server.active and not app.server.jobs.keeping())  # type: ignore[union-attr]
             app.exchanges.clear()
 
         app.record.error = Own("made up") if how == "fails" else None

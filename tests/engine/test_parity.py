@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 from stepweave import StepEngine
 from stepweave.engine.engine import EngineStats
-from stepweave.errors import Cancelled
+from stepweave.errors import RequestCancelledError
 from tests.support.comparing import saved, state_of
 from tests.support.parity import (
     ALONE,
@@ -130,7 +130,7 @@ def check(family: Family, company: Company) -> EngineStats:
         jobs = Stage(engine, family, company).play()
     for i, job in enumerate(jobs):
         if i in dict(company.leaves):
-            assert isinstance(job.exception(), Cancelled)
+            assert isinstance(job.exception(), RequestCancelledError)
             continue
         images, plain = job.result()[0], expected(family, company.requests[i], company.swap)
         assert images.shape == plain.shape
@@ -378,7 +378,7 @@ def test_the_callers_pipeline_is_left_as_a_plain_call_leaves_it(
         for job in jobs:
             job.result(SECONDS)
         cancelled.cancel()
-        assert isinstance(cancelled.exception(SECONDS), Cancelled)
+        assert isinstance(cancelled.exception(SECONDS), RequestCancelledError)
         assert isinstance(failing.exception(SECONDS), Exception)
         past_the_engine = pipeline(**family.arguments(PROMPTS[0]))
         assert np.array_equal(past_the_engine[0], plain[0])

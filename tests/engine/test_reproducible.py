@@ -21,7 +21,7 @@ from PIL import Image
 
 from stepweave import StepEngine
 from stepweave.engine.engine import Mode
-from stepweave.errors import Cancelled
+from stepweave.errors import RequestCancelledError
 from tests.support.in_process import InProcess
 from tests.support.parity import (
     PROMPTS,
@@ -100,7 +100,7 @@ def check(family: Family, company: Mixed, mode: Mode = "step") -> Counter[str]:
         stats = engine.stats()
     for i, job in enumerate(jobs):
         if i in dict(company.leaves):
-            assert isinstance(job.exception(), Cancelled)
+            assert isinstance(job.exception(), RequestCancelledError)
             continue
         images, plain = job.result()[0], expected(family, company.requests[i], company.swap)
         if company.reproducible[i]:

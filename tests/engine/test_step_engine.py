@@ -35,7 +35,13 @@ from stepweave.batching.layout import LayoutReader
 from stepweave.certification.certificates import Certificates
 from stepweave.engine import Mode, Progress
 from stepweave.engine.fiber import Fiber
-from stepweave.errors import Cancelled, DeadlineExceeded, EngineClosed, EngineMisuse, StepweaveError
+from stepweave.errors import (
+    DeadlineExceededError,
+    EngineClosedError,
+    EngineMisuseError,
+    RequestCancelledError,
+    StepweaveError,
+)
 from stepweave.jobs.running import RunningJob
 from stepweave.scope import RequestScopedPipeline
 from tests.support import tiny
@@ -194,7 +200,7 @@ def test_cancelling_the_task_that_awaits_a_job_cancels_the_job(mode: Mode) -> No
 
     with StepEngine(toy(), mode=mode) as engine:
         job = asyncio.run(main(engine))
-        assert isinstance(job.exception(SECONDS), Cancelled)
+        assert isinstance(job.exception(SECONDS), RequestCancelledError)
         assert gate.steps == 1
         count(engine, cancelled=1)
 
@@ -279,7 +285,7 @@ def test_a_waiting_job_is_cancelled_at_once(mode: Mode) -> None:
             last = engine.submit(**seeded(5))
             assert engine.waiting == 2
             waiting.cancel()
-            assert isinstance(waiting.exception(SECONDS), Cancelled)
+            assert isinstance(waiting.exception(SECONDS), RequestCancelledError)
             assert engine.waiting == 1
             assert not running.done()
         assert torch.equal(last.result(SECONDS)[0], pipeline(**seeded(5))[0])
@@ -298,7 +304,7 @@ def test_a_running_job_is_cancelled_at_its_next_step(mode: Mode) -> None:
         other = engine.submit(**seeded(5, num_inference_steps=5))
         job.cancel()
         gate.open()
-        assert isinstance(job.exception(SECONDS), Cancelled)
+        assert isinstance(job.exception(SECONDS), RequestCancelledError)
         assert gate.steps == 1
         assert torch.equal(
             other.result(SECONDS)[0], pipeline(**seeded(5, num_inference_steps=5))[0]
@@ -318,7 +324,7 @@ def test_a_running_job_past_its_deadline_ends_at_its_next_step(mode: Mode) -> No
             job = engine.submit(
                 **seeded(num_inference_steps=1000, callback_on_step_end=callback), deadline=1000.0
             )
-        with pytest.raises(DeadlineExceeded, match="1000 s"):
+        with pytest.raises(DeadlineExceededError, match="1000 s"):
             job.result(SECONDS)
         assert len(steps) == 1
         assert engine.submit(**seeded(), deadline=1000).result(SECONDS)
@@ -332,7 +338,7 @@ def test_a_waiting_job_past_its_deadline_never_runs(mode: Mode) -> None:
         with held(engine, **seeded()):
             job = engine.submit(**seeded(callback_on_step_end=never), deadline=0.01)
             wait_until(lambda: time.monotonic() > job.deadline)  # type: ignore[operator]
-        with pytest.raises(DeadlineExceeded, match=r"0\.01 s"):
+        with pytest.raises(DeadlineExceededError, match=r"0\.01 s"):
             job.result(SECONDS)
         assert never.steps == 0
         assert engine.submit(**seeded()).result(SECONDS)
@@ -345,10 +351,10 @@ def test_a_waiting_job_past_its_deadline_ends_before_its_turn() -> None:
         gate.wait()
         job = engine.submit(**seeded(), deadline=0.01)
         gate.open()
-        assert isinstance(job.exception(SECONDS), DeadlineExceeded)
+        assert isinstance(job.exception(SECONDS), DeadlineExceededError)
         assert not running.done()
         running.cancel()
-        assert isinstance(running.exception(SECONDS), Cancelled)
+        assert isinstance(running.exception(SECONDS), RequestCancelledError)
 
 
 @pytest.mark.parametrize("deadline", [0, -1.0, float("nan")])
@@ -448,7 +454,7 @@ def test_no_pipeline_that_catches_exceptions_swallows_a_cancellation(
         gate.wait()
         job.cancel()
         gate.open()
-        assert isinstance(job.exception(SECONDS), Cancelled)
+        assert isinstance(job.exception(SECONDS), RequestCancelledError)
         assert gate.steps <= 2
 
 
@@ -468,7 +474,7 @@ def test_no_callback_that_catches_exceptions_swallows_a_cancellation(sd3: Any) -
     with StepEngine(sd3) as engine:
         with held(engine, **SD3.arguments("x")):
             job = engine.submit(**SD3.arguments("x", callback_on_step_end=preview))
-        assert isinstance(job.exception(SECONDS), Cancelled)
+        assert isinstance(job.exception(SECONDS), RequestCancelledError)
     assert steps == ["cancelled"]
 
 
@@ -496,7 +502,7 @@ def test_a_pipeline_that_does_not_end_is_left_behind() -> None:
             job.cancel()
             gate.open()
             error = job.exception(SECONDS)
-            assert isinstance(error, (Cancelled, StepweaveError))
+            assert isinstance(error, (RequestCancelledError, StepweaveError))
             assert torch.equal(other.result(SECONDS)[0], toy()(**seeded(5))[0])
             assert engine.running == 0
     finally:
@@ -542,7 +548,7 @@ def test_a_callback_that_waits_for_a_job_of_its_own_engine_is_told(mode: Mode) -
             other = engine.submit(**seeded(1, num_inference_steps=5))
         assert job.exception(SECONDS) is None
         assert other.exception(SECONDS) is None
-    assert [type(error) for error in errors] == [EngineMisuse] * 2
+    assert [type(error) for error in errors] == [EngineMisuseError] * 2
 
 
 @pytest.mark.parametrize("mode", ["off", "request", "step"])
@@ -562,7 +568,7 @@ def test_a_done_callback_that_waits_for_a_job_of_its_own_engine_is_told(mode: Mo
         assert job.exception(SECONDS) is None
         assert other.exception(SECONDS) is None
         wait_until(lambda: errors)
-    assert [type(error) for error in errors] == [EngineMisuse]
+    assert [type(error) for error in errors] == [EngineMisuseError]
 
 
 @pytest.mark.parametrize("mode", ["off", "step"])
@@ -759,7 +765,7 @@ def test_in_a_storm_every_job_ends_as_it_should(mode: Mode) -> None:
             arguments = seeded(seed, width=4 + 2 * width, num_inference_steps=5, **changes)
             try:
                 job = engine.submit(**arguments, deadline=deadline)
-            except EngineClosed:
+            except EngineClosedError:
                 return
             ended.append((job, seed, width, fate))
             if fate == "is cancelled":
@@ -779,8 +785,8 @@ def test_in_a_storm_every_job_ends_as_it_should(mode: Mode) -> None:
     fates = {
         "ends": set(),
         "fails": {Own},
-        "is cancelled": {Cancelled},
-        "is late": {DeadlineExceeded},
+        "is cancelled": {RequestCancelledError},
+        "is late": {DeadlineExceededError},
     }
     for job, seed, width, fate in ended:
         error = job.exception(0)
@@ -788,7 +794,7 @@ def test_in_a_storm_every_job_ends_as_it_should(mode: Mode) -> None:
             assert fate != "fails"
             assert torch.allclose(job.result()[0], expected[width][seed], atol=1e-5)
         else:
-            assert type(error) in fates[fate] | {Cancelled}
+            assert type(error) in fates[fate] | {RequestCancelledError}
     assert sum(job.exception(0) is None for job, *_ in ended) > 20
     assert sum(engine.stats().jobs.values()) == len(ended)
     assert engine.stats().errors == 0
@@ -839,12 +845,12 @@ def test_close_ends_every_job_and_leaves_no_trace(mode: Mode) -> None:
     closing = threading.Thread(target=engine.close)
     closing.start()
     wait_until(lambda: engine._closed)
-    with pytest.raises(EngineClosed):
+    with pytest.raises(EngineClosedError):
         engine.submit(**SD3.arguments("x"))
     gate.open()
     closing.join(SECONDS)
     assert not closing.is_alive()
-    assert [type(job.exception(0)) for job in jobs] == [Cancelled] * 6
+    assert [type(job.exception(0)) for job in jobs] == [RequestCancelledError] * 6
     assert gate.steps <= 2
     assert threads() == others
     assert attributes(pipeline) == before
@@ -853,7 +859,7 @@ def test_close_ends_every_job_and_leaves_no_trace(mode: Mode) -> None:
         pipeline(**SD3.arguments("a red circle", seed=2)).images, plain(SD3, seed=2)
     )
     engine.close()
-    with pytest.raises(EngineClosed):
+    with pytest.raises(EngineClosedError):
         engine.submit(**SD3.arguments("x"))
 
 
@@ -867,7 +873,7 @@ def test_an_error_in_the_with_block_closes_the_engine() -> None:
     with pytest.raises(Own), StepEngine(pipeline) as engine:
         job = engine.submit(**seeded(num_inference_steps=10_000_000))
         raise Own
-    assert isinstance(job.exception(0), Cancelled)
+    assert isinstance(job.exception(0), RequestCancelledError)
     assert not hasattr(pipeline.network, "_diffusers_hook")
 
 
@@ -889,7 +895,7 @@ def test_closing_from_a_callback_is_refused_or_works_but_leaves_no_trace(mode: M
     engine.close()
     wait_until(lambda: not threads() & others)
     assert not hasattr(pipeline.network, "_diffusers_hook")
-    assert [type(error) for error in errors] == [EngineMisuse]
+    assert [type(error) for error in errors] == [EngineMisuseError]
 
 
 class Doubling(ModelHook):  # type: ignore[misc]
@@ -926,7 +932,7 @@ def test_closing_while_pictures_are_made_delivers_or_cancels(sd3: Any) -> None:
         jobs[0].exception(SECONDS)
         engine.close()
         assert all(job.done() for job in jobs)
-        assert all(isinstance(job.exception(), (Cancelled, type(None))) for job in jobs)
+        assert all(isinstance(job.exception(), (RequestCancelledError, type(None))) for job in jobs)
 
 
 LEAVING = """
@@ -984,7 +990,7 @@ def test_a_second_engine_on_the_same_modules_is_refused_by_name(sd3: Any) -> Non
         others = threads()
         for pipeline in (sd3, type(sd3)(**sd3.components)):
             with pytest.raises(
-                EngineMisuse, match=r"StableDiffusion3Pipeline\.\w+ belongs to another engine"
+                EngineMisuseError, match=r"StableDiffusion3Pipeline\.\w+ belongs to another engine"
             ):
                 StepEngine(pipeline)
         assert threads() == others
@@ -1769,8 +1775,8 @@ def test_a_cancelled_member_of_a_shared_call_ends_and_the_others_go_on() -> None
         gate.open()
         for i in (0, 2):
             assert difference(jobs[i].result(SECONDS), plain(SD3, seed=i)) <= TOLERANCE
-        assert isinstance(jobs[1].exception(SECONDS), Cancelled)
-        assert isinstance(late.exception(SECONDS), DeadlineExceeded)
+        assert isinstance(jobs[1].exception(SECONDS), RequestCancelledError)
+        assert isinstance(late.exception(SECONDS), DeadlineExceededError)
         assert engine.stats().retried == 0
         count(engine, succeeded=3, cancelled=1, failed=1)
 
@@ -1789,7 +1795,7 @@ def test_a_shared_call_ends_when_all_of_its_members_must() -> None:
         for job in jobs:
             job.cancel()
         gate.open()
-        assert [type(job.exception(SECONDS)) for job in jobs] == [Cancelled] * 3
+        assert [type(job.exception(SECONDS)) for job in jobs] == [RequestCancelledError] * 3
         assert gate.steps == 1
 
 

@@ -23,7 +23,7 @@ import torch
 from stepweave import StepEngine
 from stepweave.batching.merge import merge
 from stepweave.compat.host_times import READERS, keep_times_on_the_host
-from stepweave.errors import DeviceFailed
+from stepweave.errors import DeviceFailedError
 from tests.gpu.company import DEVICE, TOLERANCE
 from tests.pipelines.catalog import entries
 from tests.support.environment import ROOT
@@ -178,7 +178,7 @@ def test_times_are_merged_without_waiting(waits: Waits) -> None:
 FAILS = """
 import time, torch
 from stepweave import StepEngine
-from stepweave.errors import DeviceFailed
+from stepweave.errors import DeviceFailedError
 from tests.support.read_at_steps import call_of, run_settled, steps_of
 from tests.support.tiny import FAMILIES
 
@@ -203,7 +203,7 @@ for job in jobs:
 print(f"after {time.monotonic() - start:.2f} s: {engine.failure}")
 try:
     engine.submit(**family.arguments("ring")).result(60)
-except DeviceFailed:
+except DeviceFailedError:
     print("the next is refused")
 start = time.monotonic()
 engine.close(timeout=20)
@@ -218,7 +218,7 @@ def test_an_assertion_in_a_kernel_ends_all_jobs_and_is_told(say: Say) -> None:
     )
     say(ran.stdout)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.count("ended by DeviceFailed") == 4, ran.stdout
+    assert ran.stdout.count("ended by DeviceFailedError") == 4, ran.stdout
     assert "device-side assert" in ran.stdout
     assert "the next is refused" in ran.stdout and "closed after" in ran.stdout
 
@@ -237,5 +237,5 @@ def test_an_error_after_which_the_device_works_ends_one_job(say: Say) -> None:
             engine.submit(**fresh(call(0))).result(SECONDS)
         assert engine.failure is None
         say(f"{type(raised.value).__name__}: {str(raised.value).partition(chr(10))[0]}")
-    assert not isinstance(raised.value, DeviceFailed)
+    assert not isinstance(raised.value, DeviceFailedError)
     assert (torch.ones(2, device=DEVICE) + 1).tolist() == [2, 2]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stepweave import StepEngine
-from stepweave.errors import OutOfMemory
+from stepweave.errors import OutOfMemoryError
 from stepweave.memory.device import CudaMemory, DeviceMemory, UnknownMemory
 from tests.gpu.company import DEVICE
 from tests.support.toy import CLOSE, Toy, call, fresh, honest, submit_together
@@ -91,5 +91,5 @@ def test_a_call_too_large_is_divided_and_a_row_too_large_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.repeat(2 * ROWS, 1))[: len(x)]
 
-    with StepEngine(Toy(Larger().eval()), knee=False) as engine, pytest.raises(OutOfMemory):
+    with StepEngine(Toy(Larger().eval()), knee=False) as engine, pytest.raises(OutOfMemoryError):
         engine.submit(**fresh(call(0))).result(SECONDS)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from stepweave.errors import InvalidRequest
+from stepweave.errors import InvalidRequestError
 from stepweave.images import scan
 from stepweave.images.uploads import read_sources
 from stepweave.parameters import Sources
@@ -374,12 +374,13 @@ def test_the_bytes_of_a_profile_are_bounded() -> None:
     big = profiles.P3 + bytes(scan.MAX_PROFILE_BYTES)
     for format in ("JPEG", "WEBP"):
         with pytest.raises(
-            InvalidRequest, match=r"image has \d+ bytes of colour profile; the limit is 4194304"
+            InvalidRequestError,
+            match=r"image has \d+ bytes of colour profile; the limit is 4194304",
         ) as caught:
             read(file_of(patches(COLOURS), format, icc_profile=big))
         assert (caught.value.code, caught.value.param) == (scan.CODE, "image")
     with pytest.raises(
-        InvalidRequest, match="compressed text or colour profile of more than 1048576 bytes"
+        InvalidRequestError, match="compressed text or colour profile of more than 1048576 bytes"
     ) as caught:
         read(file_of(patches(COLOURS), icc_profile=big))
     assert (caught.value.code, caught.value.param) == (scan.CODE, "image")

@@ -24,11 +24,11 @@ import pytest
 from PIL import Image
 
 from stepweave.errors import (
-    Cancelled,
-    InvalidRequest,
+    InvalidRequestError,
+    RequestCancelledError,
     StepweaveError,
-    Unavailable,
-    UnsupportedMedia,
+    UnavailableError,
+    UnsupportedMediaTypeError,
 )
 from stepweave.images import decoders, scan
 from stepweave.images.decoders import DECODERS, Decoders
@@ -204,14 +204,14 @@ def test_what_would_cost_more_than_its_pixels_is_refused_before_it_is_decoded(ki
     data, says = COSTLY[kind]
     with (
         patch.object(Image, "open", side_effect=AssertionError("it was opened")),
-        pytest.raises(InvalidRequest, match=says) as caught,
+        pytest.raises(InvalidRequestError, match=says) as caught,
     ):
         read_sources(data, None, max_pixels=LIMIT)
     assert caught.value.param == "image"
     assert (
         caught.value.code == scan.CODE or "pixels" in says or "frames" in says or "image is" in says
     )
-    with pytest.raises(InvalidRequest) as caught:
+    with pytest.raises(InvalidRequestError) as caught:
         read_sources(file_of(noise()), data, max_pixels=LIMIT)
     assert caught.value.param == "mask"
 
@@ -310,9 +310,9 @@ async def test_a_process_gives_what_reading_here_does() -> None:
                 assert a is None or (a.mode == b.mode and a.tobytes() == b.tobytes())
         assert len(processes()) == 1, "it is used again"
         for bad, param in (((b"x", None), "image"), ((file_of(noise()), b""), "mask")):
-            with pytest.raises(InvalidRequest) as caught:
+            with pytest.raises(InvalidRequestError) as caught:
                 await read(pool, *bad)
-            with pytest.raises(InvalidRequest) as here_too:
+            with pytest.raises(InvalidRequestError) as here_too:
                 read_sources(*bad, max_pixels=LIMIT)
             told = caught.value
             assert (told.message, told.code, told.param) == (
@@ -333,7 +333,7 @@ async def test_what_was_done_to_the_files_is_told() -> None:
 async def test_other_kinds_of_files_are_unsupported_media() -> None:
     async with decoding() as pool:
         for _ in range(2):
-            with pytest.raises(UnsupportedMedia, match="a GIF image") as caught:
+            with pytest.raises(UnsupportedMediaTypeError, match="a GIF image") as caught:
                 await read(pool, file_of(noise(), "GIF"))
             assert (caught.value.code, caught.value.param) == ("unsupported_image", "image")
         assert len(processes()) == 1
@@ -365,7 +365,7 @@ async def test_a_size_that_is_refused_is_raised_and_the_process_used_again(forma
 
     async with decoding() as pool:
         for error in (
-            InvalidRequest("no such size", param="size"),
+            InvalidRequestError("no such size", param="size"),
             ZeroDivisionError("a fault of ours"),
         ):
             with pytest.raises(type(error)):
@@ -445,7 +445,7 @@ async def test_what_takes_too_long_is_refused_and_its_process_replaced() -> None
         with patch.object(decoders, "SECONDS", 0.2):
             process.suspend()
             with pytest.raises(
-                InvalidRequest, match=r"image took more than 0.2 s .*the limit is 0.2 s"
+                InvalidRequestError, match=r"image took more than 0.2 s .*the limit is 0.2 s"
             ) as caught:
                 await read(pool, JPEG)
         assert (caught.value.code, caught.value.param) == ("image_too_slow", "image")
@@ -525,7 +525,7 @@ async def test_its_memory_is_bounded() -> None:
         assert 0 < soft == hard < 2**31
         process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms + (1 << 22), hard))
         with pytest.raises(
-            InvalidRequest, match="image takes more memory .* 4194304 pixels"
+            InvalidRequestError, match="image takes more memory .* 4194304 pixels"
         ) as caught:
             await read(pool, big)
         assert (caught.value.code, caught.value.param) == (scan.CODE, "image")
@@ -546,7 +546,7 @@ async def test_closing_ends_what_is_being_decoded() -> None:
     with pytest.raises(StepweaveError):
         await asyncio.wait_for(failing, SECONDS)
     assert not processes()
-    with pytest.raises(Unavailable):
+    with pytest.raises(UnavailableError):
         await read(pool, JPEG)
 
 
@@ -580,5 +580,5 @@ def test_a_process_ends_when_its_server_is_killed(tmp_path: Path) -> None:
 def test_cancelled_is_what_it_says() -> None:
     task = decoders._Task(b"", None)
     task.end("cancelled")
-    with pytest.raises(Cancelled):
+    with pytest.raises(RequestCancelledError):
         Decoders(LIMIT)._run(task)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image, PngImagePlugin
 
-from stepweave.errors import InvalidRequest, UnsupportedMedia
+from stepweave.errors import InvalidRequestError, UnsupportedMediaTypeError
 from stepweave.images.uploads import read_sources
 
 LIMIT = 64 * 64
@@ -81,7 +81,7 @@ def test_other_kinds_of_files_are_named_with_what_to_send(kind: str) -> None:
     data, name = OTHERS[kind]
     good = file_of(GRADIENT, "PNG")
     for param, files in (("image", (data, None)), ("mask", (good, data))):
-        with pytest.raises(UnsupportedMedia) as caught:
+        with pytest.raises(UnsupportedMediaTypeError) as caught:
             read_sources(*files, max_pixels=LIMIT)
         error = caught.value
         assert (error.status, error.code, error.param) == (415, "unsupported_image", param)
@@ -106,7 +106,7 @@ def test_other_kinds_of_files_are_named_with_what_to_send(kind: str) -> None:
     ],
 )
 def test_what_is_nothing_known_is_400(data: bytes) -> None:
-    with pytest.raises(InvalidRequest, match="image is no PNG, JPEG or WebP image"):
+    with pytest.raises(InvalidRequestError, match="image is no PNG, JPEG or WebP image"):
         read_sources(data, None, max_pixels=LIMIT)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from stepweave.errors import InvalidRequest
+from stepweave.errors import InvalidRequestError
 from stepweave.images.uploads import read_sources
 from stepweave.parameters import Sources
 
@@ -209,7 +209,8 @@ COLOURED = {
 def test_an_opaque_mask_in_colours_is_refused_by_name(kind: str, format: str) -> None:
     mask = COLOURED[kind].convert("RGB") if format == "JPEG" else COLOURED[kind]
     with pytest.raises(
-        InvalidRequest, match=r"mask is opaque and in colours .* transparent .* black and white"
+        InvalidRequestError,
+        match=r"mask is opaque and in colours .* transparent .* black and white",
     ) as caught:
         read(file_of(mask, format))
     assert caught.value.param == "mask" and len(caught.value.message) < 220

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 from stepweave import StepEngine
-from stepweave.errors import NonFinite
+from stepweave.errors import NonFiniteError
 from stepweave.images.outputs import is_constant, outputs_of
 from tests.support.fake_pipeline import FakePipeline
 from tests.support.in_process import InProcess
@@ -170,7 +170,7 @@ def test_pixels_without_an_autoencoder() -> None:
     with StepEngine(pipeline) as engine:
         engine.submit(num_inference_steps=2).result(SECONDS)
         break_forward(pipeline.unet, lambda one: one.fill_(float("nan")))
-        with pytest.raises(NonFinite):
+        with pytest.raises(NonFiniteError):
             engine.submit(num_inference_steps=2).result(SECONDS)
 
 
@@ -217,7 +217,7 @@ def test_only_the_job_whose_numbers_overflow_fails(mode: Any) -> None:
     with StepEngine(pipeline, mode) as engine:
         jobs = [engine.submit(**request(seed)) for seed in (1, 2, 3, 4)]
         errors = [job.exception(SECONDS) for job in jobs]
-    assert [type(one) for one in errors] == [type(None), type(None), NonFinite, type(None)]
+    assert [type(one) for one in errors] == [type(None), type(None), NonFiniteError, type(None)]
 
 
 def test_every_surface_says_so(in_process: Make) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from stepweave.errors import InvalidRequest
+from stepweave.errors import InvalidRequestError
 from stepweave.images.uploads import ORIENTATION, read_sources
 
 LIMIT = 64 * 64
@@ -35,7 +35,7 @@ def read(data: bytes, limit: int = LIMIT) -> Image.Image:
 
 
 def refused(data: bytes, says: str, mask: bytes | None = None, param: str = "image") -> None:
-    with pytest.raises(InvalidRequest, match=says) as caught:
+    with pytest.raises(InvalidRequestError, match=says) as caught:
         read_sources(data, mask, max_pixels=LIMIT)
     assert caught.value.param == param
     assert len(caught.value.message) < 200
@@ -100,7 +100,8 @@ def test_a_mask_of_the_image_s_proportions_is_scaled_with_it(size: tuple[int, in
 @pytest.mark.parametrize("size", [(8, 8), (32, 64), (64, 34), (63, 30), (640, 324), (1, 1), (3, 1)])
 def test_a_mask_of_other_proportions_is_refused_by_both_sizes(size: tuple[int, int]) -> None:
     with pytest.raises(
-        InvalidRequest, match=f"mask is {size[0]}x{size[1]} and image 64x32, .* same proportions"
+        InvalidRequestError,
+        match=f"mask is {size[0]}x{size[1]} and image 64x32, .* same proportions",
     ) as caught:
         read_sources(
             file_of(gradient().resize((64, 32))), file_of(Image.new("L", size)), max_pixels=1 << 20
@@ -134,7 +135,7 @@ def test_image_and_mask_are_turned_each_as_its_exif_says_before_they_are_compare
                     assert np.abs(np.asarray(found, float) - np.asarray(wanted, float)).mean() < 4
     if orientation >= 5:
         with pytest.raises(
-            InvalidRequest, match="mask is 64x32 and image 32x64, turned as their EXIF says"
+            InvalidRequestError, match="mask is 64x32 and image 32x64, turned as their EXIF says"
         ):
             read_sources(file_of(marked, "JPEG", exif=exif), file_of(marked), max_pixels=LIMIT)
 
@@ -228,10 +229,10 @@ def test_the_size_is_asked_for_with_the_mask_that_there_will_be() -> None:
 
 def test_what_refuses_the_size_is_raised() -> None:
     def fit(size: tuple[int, int], masked: bool) -> tuple[int, int]:
-        raise InvalidRequest("of no such size", param="size")
+        raise InvalidRequestError("of no such size", param="size")
 
     for format in ("PNG", "JPEG"):
-        with pytest.raises(InvalidRequest, match="of no such size"):
+        with pytest.raises(InvalidRequestError, match="of no such size"):
             read_sources(file_of(gradient(), format), None, max_pixels=LIMIT, fit=fit)
 
 
@@ -373,7 +374,7 @@ def test_whatever_the_bytes_they_are_a_picture_or_refused(
     damaged = bytes(data[:end]) + more
     try:
         sources = read_sources(damaged, damaged, max_pixels=LIMIT)
-    except InvalidRequest as error:
+    except InvalidRequestError as error:
         assert error.param in ("image", "mask")
     else:
         assert sources.image.mode == "RGB" and sources.mask is not None and sources.mask.mode == "L"

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from stepweave.config import EMBEDDED_MODEL, Settings
-from stepweave.errors import LoadError, NoImages
+from stepweave.config.preset import Preset
+from stepweave.errors import LoadError, NoImagesError
 from stepweave.images.outputs import images_of
 from stepweave.loading.kinds import Kind, check_served, kind_of
 from stepweave.loading.loader import load_pipeline
-from stepweave.loading.preset import Preset
 from stepweave.serving.model import ServedModel
 from tests.pipelines.catalog import exported
 from tests.support.fake_pipeline import FakePipeline
@@ -153,12 +153,12 @@ def test_images_are_found_under_either_name_and_nothing_else_is_one() -> None:
     assert images_of(diffusers.ImagePipelineOutput(images=[])) == []
     films = diffusers.pipelines.wan.pipeline_output.WanPipelineOutput(frames=[[image]])
     with pytest.raises(
-        NoImages,
+        NoImagesError,
         match=r"Wan makes no images of prompts: it returned frames \(list\), and no list of",
     ):
         images_of(films, "Wan")
     for wrong in (diffusers.ImagePipelineOutput(images=[[image]]), torch.zeros(1), (image,)):
-        with pytest.raises(NoImages):
+        with pytest.raises(NoImagesError):
             images_of(wrong)
 
 

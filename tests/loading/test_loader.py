@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from stepweave import StepEngine
 from stepweave.config import EMBEDDED_MODEL, Settings
+from stepweave.config.preset import read_preset
 from stepweave.errors import LoadError
 from stepweave.loading.device import choose_device, choose_dtype, set_cpu_threads
 from stepweave.loading.loader import load_pipeline
-from stepweave.loading.preset import read_preset
 from stepweave.serving.model import ServedModel
 from tests.support.waiting import SECONDS
 

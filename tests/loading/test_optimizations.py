@@ -21,9 +21,9 @@ from torch import nn
 
 from stepweave import StepEngine
 from stepweave.config import Settings
-from stepweave.errors import LoadError, Unavailable
+from stepweave.errors import LoadError, UnavailableError
 from stepweave.loading.loader import load_pipeline
-from stepweave.loading.optimizations import apply_switches, check_switches
+from stepweave.loading.optimizations import apply_optimizations, check_optimizations
 from stepweave.planning.stats import Forwards
 from stepweave.serving.model import ServedModel
 from stepweave.serving.server import Server
@@ -90,7 +90,7 @@ def test_a_compiled_unet_merges_and_draws_the_same() -> None:
     cache."""
     pipeline = SD.build()
     expected = alone(pipeline, SD)
-    apply_switches(pipeline, Settings(compile=True), CPU)
+    apply_optimizations(pipeline, Settings(compile=True), CPU)
     compiled = [part for part in pipeline.unet.modules() if part._compiled_call_impl is not None]
     assert {type(part).__name__ for part in compiled} == {"BasicTransformerBlock"}
     graphs = torch._dynamo.utils.counters["stats"]
@@ -107,10 +107,10 @@ def test_what_cannot_be_compiled_is_refused_by_name(monkeypatch: pytest.MonkeyPa
         LoadError,
         match=r"STEPWEAVE_COMPILE=True .*SD3Transformer2DModel declares no repeated blocks",
     ):
-        apply_switches(FAMILIES["stable_diffusion_3"].build(), Settings(compile=True), CPU)
+        apply_optimizations(FAMILIES["stable_diffusion_3"].build(), Settings(compile=True), CPU)
     monkeypatch.setattr("shutil.which", lambda program: None)
     with pytest.raises(LoadError, match=r"STEPWEAVE_COMPILE needs a compiler, g\+\+ or clang\+\+"):
-        check_switches(Settings(compile=True), CPU)
+        check_optimizations(Settings(compile=True), CPU)
 
 
 # Attention
@@ -138,7 +138,7 @@ def test_an_attention_backend_computes_the_denoisers_attention(
         used.append(1)
         return compute(*args, **kwargs)
 
-    apply_switches(pipeline, Settings(attention_backend=backend.value), CPU)
+    apply_optimizations(pipeline, Settings(attention_backend=backend.value), CPU)
     monkeypatch.setitem(_AttentionBackendRegistry._backends, backend, counted)
     assert_company_agrees(pipeline, FLUX, expected)
     assert used
@@ -157,7 +157,7 @@ def test_an_attention_backend_computes_the_denoisers_attention(
 )
 def test_an_attention_backend_that_cannot_run_here_is_refused(backend: str, reason: str) -> None:
     with pytest.raises(LoadError, match=reason):
-        apply_switches(FLUX.build(), Settings(attention_backend=backend), CPU)
+        apply_optimizations(FLUX.build(), Settings(attention_backend=backend), CPU)
 
 
 def test_an_attention_backend_that_does_not_exist_is_refused() -> None:
@@ -165,7 +165,7 @@ def test_an_attention_backend_that_does_not_exist_is_refused() -> None:
         LoadError,
         match=r"STEPWEAVE_ATTENTION_BACKEND='flush' is not one of flash, .*native, .*xformers",
     ):
-        check_switches(Settings(attention_backend="flush"), CPU)
+        check_optimizations(Settings(attention_backend="flush"), CPU)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_models_that_no_attention_backend_reaches_are_refused(family: str, model
     with pytest.raises(
         LoadError, match=f"the attention of {model} does not go through diffusers' dispatcher"
     ):
-        apply_switches(FAMILIES[family].build(), Settings(attention_backend="native"), CPU)
+        apply_optimizations(FAMILIES[family].build(), Settings(attention_backend="native"), CPU)
     assert _AttentionBackendRegistry.get_active_backend() == before
 
 
@@ -187,7 +187,7 @@ def test_models_that_no_attention_backend_reaches_are_refused(family: str, model
 def test_slicing_and_tiling_reach_the_autoencoder() -> None:
     pipeline = SD.build()
     expected = alone(pipeline, SD)
-    apply_switches(pipeline, Settings(vae_slicing=True, vae_tiling=True), CPU)
+    apply_optimizations(pipeline, Settings(vae_slicing=True, vae_tiling=True), CPU)
     assert (pipeline.vae.use_slicing, pipeline.vae.use_tiling) == (True, True)
     assert_company_agrees(pipeline, SD, expected)  # of one tile
 
@@ -198,9 +198,9 @@ def test_an_autoencoder_without_slicing_is_refused_by_name() -> None:
         LoadError,
         match=r"STEPWEAVE_VAE_SLICING=True cannot be had: PaellaVQModel has no enable_slicing",
     ):
-        apply_switches(pipeline, Settings(vae_slicing=True), CPU)
+        apply_optimizations(pipeline, Settings(vae_slicing=True), CPU)
     with pytest.raises(LoadError, match=r"STEPWEAVE_VAE_TILING=True .*has no autoencoder"):
-        apply_switches(type("P", (), {"components": {}})(), Settings(vae_tiling=True), CPU)
+        apply_optimizations(type("P", (), {"components": {}})(), Settings(vae_tiling=True), CPU)
 
 
 # Channels last
@@ -209,7 +209,7 @@ def test_an_autoencoder_without_slicing_is_refused_by_name() -> None:
 def test_channels_last_reaches_unet_and_autoencoder_and_changes_nothing() -> None:
     pipeline = SD.build()
     expected = alone(pipeline, SD)
-    apply_switches(pipeline, Settings(channels_last=True), CPU)
+    apply_optimizations(pipeline, Settings(channels_last=True), CPU)
     for model in (pipeline.unet, pipeline.vae):
         weights = [one for one in model.parameters() if one.ndim == 4]
         assert weights
@@ -221,10 +221,10 @@ def test_models_without_2d_convolutions_are_left_alone() -> None:
     pipeline = FLUX.build()
     video = nn.Conv3d(2, 2, 3)
     pipeline.transformer.video = video
-    apply_switches(pipeline, Settings(channels_last=True), CPU)
+    apply_optimizations(pipeline, Settings(channels_last=True), CPU)
     assert all(one.is_contiguous() for one in pipeline.transformer.parameters())
     with pytest.raises(LoadError, match=r"STEPWEAVE_CHANNELS_LAST=True: P has no 2D convolutions"):
-        apply_switches(type("P", (), {"components": {}})(), Settings(channels_last=True), CPU)
+        apply_optimizations(type("P", (), {"components": {}})(), Settings(channels_last=True), CPU)
 
 
 # Quantisation
@@ -235,7 +235,7 @@ def test_the_quantised_embedded_model_draws_nearly_the_same_and_merges() -> None
     settings = Settings(quantization=INT8)
     exact, _ = load_pipeline(Settings(), CPU, torch.float32)
     pipeline, preset = load_pipeline(settings, CPU, torch.float32)
-    apply_switches(pipeline, settings, CPU)
+    apply_optimizations(pipeline, settings, CPU)
     block = pipeline.transformer.transformer_blocks[0]
     assert type(block.attn.to_q.weight).__name__ == "Int8Tensor"
     assert type(pipeline.text_encoder.get_input_embeddings().weight) is nn.Parameter
@@ -309,7 +309,7 @@ def test_a_pipeline_made_in_code_is_not_quantised_behind_its_back() -> None:
         LoadError,
         match="STEPWEAVE_QUANTIZATION asks for 'transformer', which FluxPipeline was loaded w",
     ):
-        apply_switches(FLUX.build(), Settings(quantization=INT8), CPU)
+        apply_optimizations(FLUX.build(), Settings(quantization=INT8), CPU)
 
 
 # Offload
@@ -428,7 +428,7 @@ def test_offload_that_cannot_be_is_refused(
     settings: dict[str, Any], device: str, reason: str
 ) -> None:
     with pytest.raises(LoadError, match=reason):
-        check_switches(Settings(**settings), torch.device(device))
+        check_optimizations(Settings(**settings), torch.device(device))
 
 
 def test_a_pipeline_that_knows_no_offload_is_refused() -> None:
@@ -438,7 +438,7 @@ def test_a_pipeline_that_knows_no_offload_is_refused() -> None:
         LoadError,
         match=r"STEPWEAVE_OFFLOAD='model' cannot be had: Model CPU offload cannot be enabled",
     ):
-        apply_switches(pipeline, Settings(offload="model"), torch.device("cpu", 0))
+        apply_optimizations(pipeline, Settings(offload="model"), torch.device("cpu", 0))
 
 
 @pytest.mark.usefixtures("native_again")
@@ -456,7 +456,7 @@ def test_switches_go_together(tmp_path: Path) -> None:
         load_pipeline(Settings(model=str(tmp_path), quantization=INT8), CPU, torch.float32)[0], FLUX
     )
     pipeline, _ = load_pipeline(settings, CPU, torch.float32)
-    apply_switches(pipeline, settings, torch.device("cpu", 0))
+    apply_optimizations(pipeline, settings, torch.device("cpu", 0))
     assert len(pipeline._all_hooks) == 4
     assert_company_agrees(pipeline, FLUX, expected)
 
@@ -480,7 +480,7 @@ def test_the_server_refuses_a_switch_that_its_model_does_not_have() -> None:
     server._loader.join(SECONDS)
     assert server.status.stage == "failed"
     with pytest.raises(
-        Unavailable, match=r"SD3Transformer2DModel does not go through diffusers' dispatcher"
+        UnavailableError, match=r"SD3Transformer2DModel does not go through diffusers' dispatcher"
     ):
         server.ready()
     server.close()
@@ -506,7 +506,7 @@ def test_a_server_with_switches_draws_what_a_plain_call_without_does(tmp_path: P
             "stepweave"
         ]["switches"]
         on = {"attention_backend": "_native_math", "vae_slicing": True, "channels_last": True}
-        assert shown == Settings().switches() | on
+        assert shown == Settings().optimizations() | on
         for seed, prompt in enumerate(PROMPTS):
             body = {"prompt": prompt, "seed": seed, "num_inference_steps": 4}
             answer = httpx.post(f"{server.url}/generate", json=body, timeout=SECONDS)

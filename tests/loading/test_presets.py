@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from stepweave.config import EMBEDDED_MODEL, Settings
+from stepweave.config.preset import FILE_NAME, Preset, preset_of_setting, read_preset
 from stepweave.errors import ConfigError, LoadError
 from stepweave.loading.builtin import BUILT_IN, recognise, recognise_configs
 from stepweave.loading.loader import load_pipeline
-from stepweave.loading.preset import FILE_NAME, Preset, preset_of_setting, read_preset
 from stepweave.serving.model import ServedModel
 from tests.support.environment import ROOT
 from tests.support.fake_pipeline import FakePipeline

@@ -20,9 +20,9 @@ from PIL import Image
 
 from stepweave import StepEngine
 from stepweave.config import Settings
-from stepweave.errors import InvalidRequest, NonFinite
+from stepweave.config.preset import Preset
+from stepweave.errors import InvalidRequestError, NonFiniteError
 from stepweave.loading import rehearsal, schedulers
-from stepweave.loading.preset import Preset
 from stepweave.loading.rehearsal import Course, problem_of
 from stepweave.loading.schedulers import Rehearsals, rehearse
 from stepweave.parameters import Parameters, Sources
@@ -72,7 +72,7 @@ def fails(engine: StepEngine, model: ServedModel, parameters: Parameters) -> boo
     finite."""
     try:
         images = engine.submit(**model.call(parameters)).result(SECONDS).images
-    except (ValueError, IndexError, AssertionError, RuntimeError, TypeError, NonFinite):
+    except (ValueError, IndexError, AssertionError, RuntimeError, TypeError, NonFiniteError):
         return True
     return any(np.ptp(np.asarray(image)) == 0 for image in images)
 
@@ -101,7 +101,7 @@ def differing(
                 try:
                     model.resolve(**arguments, scheduler=name, num_inference_steps=steps)  # type: ignore[arg-type]
                     runs = True
-                except InvalidRequest as error:
+                except InvalidRequestError as error:
                     # not with this pipeline, or not a step of it
                     if error.param != "num_inference_steps":
                         continue
@@ -161,7 +161,7 @@ def test_a_layout_where_schedulers_break_offers_them_with_the_steps_that_work() 
     assert "EulerDiscreteScheduler" not in tried and "DDIMScheduler" not in tried
     for steps in (11, 20):
         with pytest.raises(
-            InvalidRequest, match=f"num_inference_steps is {steps}; DEISMultistep.* 1, 2, 3"
+            InvalidRequestError, match=f"num_inference_steps is {steps}; DEISMultistep.* 1, 2, 3"
         ) as caught:
             model.resolve(prompt="x", scheduler="DEISMultistepScheduler", num_inference_steps=steps)
         assert caught.value.param == "num_inference_steps"
@@ -179,7 +179,9 @@ def test_a_number_between_those_that_were_tried_is_tried_when_asked_for() -> Non
     four = model.resolve(prompt="x", scheduler=name, num_inference_steps=4, rehearse=False)
     assert not model.knows_steps(four)
     for _ in range(2):
-        with pytest.raises(InvalidRequest, match=f"num_inference_steps is 4; {name} does not run"):
+        with pytest.raises(
+            InvalidRequestError, match=f"num_inference_steps is 4; {name} does not run"
+        ):
             model.resolve(prompt="x", scheduler=name, num_inference_steps=4)
     assert model.knows_steps(four)
     assert model.resolve(prompt="x", scheduler=name, num_inference_steps=5).num_inference_steps == 5
@@ -361,7 +363,7 @@ def test_an_edit_is_rehearsed_from_where_its_strength_begins(
         "sources": Sources(SOURCE, MASK),
     }
     with pytest.raises(
-        InvalidRequest, match=r"num_inference_steps is 3 and strength is 0\.5; PNDMScheduler"
+        InvalidRequestError, match=r"num_inference_steps is 3 and strength is 0\.5; PNDMScheduler"
     ) as caught:
         model.resolve(**edit, num_inference_steps=3, strength=0.5)
     assert caught.value.param == "num_inference_steps"
@@ -385,7 +387,8 @@ def test_how_far_dynamic_shifting_goes_is_told_from_the_size() -> None:
     )
     assert model.resolve(**asked, size="256x256").num_inference_steps == 60
     with pytest.raises(
-        InvalidRequest, match="num_inference_steps is 60; UniPCMultistepScheduler .* at 512x512"
+        InvalidRequestError,
+        match="num_inference_steps is 60; UniPCMultistepScheduler .* at 512x512",
     ):
         model.resolve(**asked, size="512x512")
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from stepweave import StepEngine
 from stepweave.engine import Mode
 from stepweave.engine.hooks import on_image_thread
-from stepweave.errors import DeviceFailed, OutOfMemory, StepweaveError
+from stepweave.errors import DeviceFailedError, OutOfMemoryError, StepweaveError
 from stepweave.memory import device_health as health_of
 from stepweave.memory.device_health import DeviceHealth
 from stepweave.planning.clock import HostClock
@@ -103,12 +103,12 @@ def outcomes(jobs: list[Any]) -> list[BaseException | None]:
 def check_failed(engine: StepEngine, jobs: list[Any], *, errors: int = 0) -> None:
     """Every job, and any that is submitted, ends with what says to try another server."""
     for error in outcomes(jobs):
-        assert isinstance(error, DeviceFailed), repr(error)
+        assert isinstance(error, DeviceFailedError), repr(error)
         assert (error.status, error.code) == (503, "device_failed")
         assert "illegal memory access" in error.message
     assert engine.failure is not None and "illegal memory access" in engine.failure
     assert "\n" not in engine.failure
-    with pytest.raises(DeviceFailed):
+    with pytest.raises(DeviceFailedError):
         engine.submit(**fresh(call(9)))
     assert engine.stats().errors == errors
 
@@ -123,7 +123,7 @@ def test_what_shows_that_a_device_has_failed(
     assert failed is not None and words.partition("\n")[0].partition(" /")[0][:60] in failed.message
     assert health.examine(ValueError("anything")) is not None, "it has failed for good"
     assert health.examine(kind("CUDA error: another one")) is not None
-    with pytest.raises(DeviceFailed):
+    with pytest.raises(DeviceFailedError):
         health.check()
     assert [one.levelname for one in caplog.records] == ["CRITICAL"], "it is told once"
     assert caplog.records[0].exc_info is not None
@@ -330,7 +330,7 @@ def test_jobs_that_wait_and_those_in_the_middle_end_alike() -> None:
         device.at = 0
         gate.set()
         check_failed(engine, jobs)
-        assert type(cancelled.exception(SECONDS)).__name__ == "Cancelled"
+        assert type(cancelled.exception(SECONDS)).__name__ == "RequestCancelledError"
         assert engine.running == engine.waiting == 0
     assert device.refused == 1
 
@@ -347,7 +347,7 @@ def test_what_passes_ends_no_other_job() -> None:
         for kind, words in PASSING:
             outside.error = kind(words)
             failed = engine.submit(**fresh(call(0))).exception(SECONDS)
-            assert failed is not None and not isinstance(failed, DeviceFailed)
+            assert failed is not None and not isinstance(failed, DeviceFailedError)
             assert engine.failure is None
         outside.error = None
         assert engine.submit(**fresh(call(1))).result(SECONDS) is not None
@@ -428,4 +428,6 @@ def test_running_out_of_memory_leaves_it_alive(app: InProcess) -> None:
     assert app.client.get("/livez").status_code == 200
     app.pipeline.record.error = None
     assert app.post().status_code == 200
-    assert issubclass(DeviceFailed, StepweaveError) and not issubclass(DeviceFailed, OutOfMemory)
+    assert issubclass(DeviceFailedError, StepweaveError) and not issubclass(
+        DeviceFailedError, OutOfMemoryError
+    )

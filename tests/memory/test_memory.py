@@ -19,7 +19,7 @@ from stepweave.batching.merge import split
 from stepweave.batching.parts import join, part
 from stepweave.compat.out_of_memory import ran_out
 from stepweave.engine import Mode
-from stepweave.errors import Cancelled, OutOfMemory
+from stepweave.errors import OutOfMemoryError, RequestCancelledError
 from stepweave.memory import device as memory
 from stepweave.memory.device import CudaMemory, UnknownMemory
 from stepweave.memory.row_limits import RowLimits
@@ -110,7 +110,7 @@ def test_a_call_is_divided_down_to_one_row_once_that_is_proven(rows: int) -> Non
 
 @pytest.mark.parametrize("rows", [2, 3])
 def test_a_call_that_was_never_compared_with_its_parts_is_not_divided(rows: int) -> None:
-    with StepEngine(Toy(module(fits(1)))) as engine, pytest.raises(OutOfMemory):
+    with StepEngine(Toy(module(fits(1)))) as engine, pytest.raises(OutOfMemoryError):
         engine.submit(**fresh(call(0, rows=rows))).result(SECONDS)
 
 
@@ -144,7 +144,7 @@ def test_rows_that_depend_on_each_other_are_not_divided() -> None:
         return honest(x) + x.mean()
 
     with StepEngine(Toy(module(forward))) as engine:
-        with pytest.raises(OutOfMemory):
+        with pytest.raises(OutOfMemoryError):
             engine.submit(**fresh(call(0, rows=4))).result(SECONDS)
         assert engine.stats().divided == 0
         fitting = call(1, rows=3)
@@ -159,7 +159,7 @@ def test_a_reproducible_call_is_not_divided() -> None:
         divided = engine.submit(**fresh(call(0, rows=4)))
         whole = engine.submit(**fresh(call(0, rows=4)), reproducible=True)
         divided.result(SECONDS)
-        with pytest.raises(OutOfMemory):
+        with pytest.raises(OutOfMemoryError):
             whole.result(SECONDS)
 
 
@@ -247,7 +247,7 @@ def test_what_a_call_leaves_in_its_arguments_is_not_lost(
         return fresh(call(0, lambda step: {"extra": extra}, rows=rows))
 
     with StepEngine(Toy(module(forward))) as engine:
-        with pytest.raises(OutOfMemory):
+        with pytest.raises(OutOfMemoryError):
             engine.submit(**calls(4)).result(SECONDS)
         result = engine.submit(**calls(3)).result(SECONDS)
         assert engine.stats().divided == 0
@@ -270,7 +270,7 @@ def test_rows_that_are_equal_prove_nothing() -> None:
             raise torch.OutOfMemoryError
         return honest(x) + x.mean(0)
 
-    with StepEngine(Twins(module(forward))) as engine, pytest.raises(OutOfMemory):
+    with StepEngine(Twins(module(forward))) as engine, pytest.raises(OutOfMemoryError):
         engine.submit(generator=torch.Generator().manual_seed(0)).result(SECONDS)
 
 
@@ -300,7 +300,7 @@ def test_a_job_that_cannot_fit_gets_an_error_of_its_own(
 ) -> None:
     with StepEngine(Toy(module(fits(1, error))), mode=mode) as engine:
         large = engine.submit(**fresh(call(0, rows=2)))
-        with pytest.raises(OutOfMemory, match="not enough memory") as caught:
+        with pytest.raises(OutOfMemoryError, match="not enough memory") as caught:
             large.result(SECONDS)
         small = engine.submit(**fresh(call(1)))
         assert torch.equal(small.result(SECONDS), plain(call(1)))
@@ -403,7 +403,7 @@ def test_a_call_that_wrote_to_its_arguments_is_not_made_again() -> None:
             job.exception(SECONDS) or job.result(0)
             for job in submit_together(engine, [one(), one()])
         ]
-    assert all(isinstance(one, OutOfMemory) or torch.equal(one, expected) for one in outcomes)
+    assert all(isinstance(one, OutOfMemoryError) or torch.equal(one, expected) for one in outcomes)
 
 
 class Wraps(Toy):
@@ -501,7 +501,7 @@ def test_a_starved_job_can_be_cancelled() -> None:
         large = engine.submit(**fresh(call(1, arguments=lambda step: {"large": True})))
         assert tried.wait(SECONDS)
         large.cancel()
-        with pytest.raises(Cancelled):
+        with pytest.raises(RequestCancelledError):
             large.result(SECONDS)
         assert not other.done()
         other.cancel()
@@ -517,7 +517,7 @@ def test_closing_does_not_wait_for_starved_jobs() -> None:
     with engine:
         jobs = submit_together(engine, [fresh(call(seed, steps=100_000)) for seed in range(3)])
     for job in jobs:
-        assert isinstance(job.exception(SECONDS), Cancelled)
+        assert isinstance(job.exception(SECONDS), RequestCancelledError)
 
 
 def test_remembered_prompts_make_room_first() -> None:
@@ -721,11 +721,11 @@ def check_faults(seed: int, jobs: int, share: float) -> None:
         outcomes = [job.exception(SECONDS) or job.result(SECONDS) for job in finished]
     stats = engine.stats()  # a job is counted just after it is done
     for outcome, one in zip(outcomes, calls, strict=True):
-        if not isinstance(outcome, OutOfMemory):
+        if not isinstance(outcome, OutOfMemoryError):
             assert (outcome - plain(one)).abs().max() <= CLOSE
     assert stats.errors == 0
     assert sum(stats.jobs.values()) == jobs + 1
-    assert stats.unfit == sum(isinstance(outcome, OutOfMemory) for outcome in outcomes)
+    assert stats.unfit == sum(isinstance(outcome, OutOfMemoryError) for outcome in outcomes)
 
 
 @settings(max_examples=40, deadline=None)

@@ -15,7 +15,7 @@ from benchmarks.policies import POLICIES, fifo, keyed_fifo
 from stepweave import StepEngine
 from stepweave.engine import Job
 from stepweave.engine.engine import Mode
-from stepweave.errors import DeadlineExceeded
+from stepweave.errors import DeadlineExceededError
 from stepweave.planning.cost import CostModel
 from stepweave.planning.work import REPRICE_SECONDS
 from stepweave.scheduling.policy import Policy, WasteAwareSRPT
@@ -384,7 +384,7 @@ def test_what_ended_is_not_planned_for_any_more() -> None:
             late = engine.submit(**seeded(2, num_inference_steps=100), deadline=0.01)
             failing = engine.submit(**seeded(3), width="?")
             cancelled.cancel()
-        with pytest.raises(DeadlineExceeded):
+        with pytest.raises(DeadlineExceededError):
             late.result(SECONDS)
         assert failing.exception(SECONDS) is not None
         wait_until(lambda: engine.running == 0)
@@ -469,7 +469,7 @@ def test_a_late_job_that_waits_is_told_so_though_others_go_first(mode: Mode) -> 
     with StepEngine(slow(lambda rows: 0.01), mode, 1, threads=1) as engine:
         jobs = [engine.submit(**seeded(i, num_inference_steps=10)) for i in range(100)]
         late = engine.submit(**seeded(99, num_inference_steps=10), deadline=0.15, priority="low")
-        with pytest.raises(DeadlineExceeded):
+        with pytest.raises(DeadlineExceededError):
             late.result(SECONDS)
         assert not all(job.done() for job in jobs)
         for job in jobs:

@@ -20,7 +20,7 @@ from torch.nn import functional
 from stepweave import StepEngine
 from stepweave.config import EMBEDDED_MODEL
 from stepweave.engine import Job, Latents, Mode
-from stepweave.previews.decoder import LONGEST, Previewer, preview_steps, synthetic_pictures
+from stepweave.previews.decoder import LONGEST, Previewer, preview_steps, synthetic_images
 from tests.support import tiny
 from tests.support.waiting import SECONDS
 from tools.shapes import evaluate
@@ -324,7 +324,7 @@ def test_previews_where_they_can_be_right(name: str) -> None:
     with StepEngine(pipeline) as engine:
         call = family.arguments("a red circle", steps=8, width=48, height=32, output_type="pil")
         result = engine.submit(**call, observer=watcher).result(SECONDS).images[0]
-    preview = previewer.picture(watcher.latents[8], 48, 32)
+    preview = previewer.image(watcher.latents[8], 48, 32)
     assert preview.size == result.size == (48, 32)
     assert correlation(preview, result) > 0.9
     assert correlation(preview.transpose(Image.Transpose.FLIP_TOP_BOTTOM), result) < 0.8
@@ -337,12 +337,10 @@ def test_a_large_picture_has_a_smaller_preview() -> None:
     assert previewer is not None
     zeros = torch.zeros(2, 4, 32, 64)
     latents = Latents(zeros, zeros, torch.tensor(1), zeros, pipeline.scheduler)
-    assert previewer.picture(latents, 2 * LONGEST, LONGEST, row=1).size == (LONGEST, LONGEST // 2)
+    assert previewer.image(latents, 2 * LONGEST, LONGEST, row=1).size == (LONGEST, LONGEST // 2)
     packed = torch.zeros(1, 8, 16)
     with pytest.raises(ValueError, match=r"\(1, 8, 16\); 4 channels"):
-        previewer.picture(
-            Latents(packed, packed, torch.tensor(1), packed, pipeline.scheduler), 16, 8
-        )
+        previewer.image(Latents(packed, packed, torch.tensor(1), packed, pipeline.scheduler), 16, 8)
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion", "qwen_image"])
@@ -413,9 +411,9 @@ def test_preview_steps() -> None:
 
 
 def test_pictures_to_fit_on_are_the_same_every_time() -> None:
-    pictures = synthetic_pictures(4, 16)
+    pictures = synthetic_images(4, 16)
     assert pictures.shape == (4, 3, 16, 16)
-    assert torch.equal(pictures, synthetic_pictures(4, 16))
+    assert torch.equal(pictures, synthetic_images(4, 16))
     assert -1 <= float(pictures.min()) < -0.8 < 0.8 < float(pictures.max()) <= 1
     assert all(not torch.equal(pictures[0], other) for other in pictures[1:])
 
@@ -448,12 +446,12 @@ def test_previews_of_the_embedded_model_resemble_its_pictures() -> None:
     }
     assert calls == {"transformer": 10 * len(PROMPTS), "vae.decode": len(PROMPTS)}
     found = [
-        [correlation(previewer.picture(watcher.latents[step], 64, 64), picture) for step in steps]
+        [correlation(previewer.image(watcher.latents[step], 64, 64), picture) for step in steps]
         for watcher, picture in zip(watchers, pictures, strict=True)
     ]
     assert np.median(found, axis=0)[-1] > 0.87, found
     others = [
-        correlation(previewer.picture(watchers[i].latents[steps[-1]], 64, 64), pictures[i - 1])
+        correlation(previewer.image(watchers[i].latents[steps[-1]], 64, 64), pictures[i - 1])
         for i in range(6)
     ]
     assert np.median(others) < 0.5, others

@@ -12,13 +12,15 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from stepweave.errors import DeadlineTooShort, InvalidRequest, Refused
+from stepweave.errors import (
+    REFUSAL_REASONS,
+    AdmissionError,
+    DeadlineTooShortError,
+    InvalidRequestError,
+)
 from stepweave.planning.plan import Estimate
-from stepweave.serving import admission
+from stepweave.serving import promises
 from stepweave.serving.admission import (
-    GRACE,
-    NEW_PROMISES,
-    REASONS,
     RESERVED_SECONDS,
     SENDING_SECONDS,
     TRUST_SECONDS,
@@ -26,6 +28,7 @@ from stepweave.serving.admission import (
     Admission,
     Reservation,
 )
+from stepweave.serving.promises import GRACE, NEW_PROMISES
 
 
 class Door:
@@ -56,10 +59,10 @@ class Door:
                 reservation=reservation,
                 alone=lambda: alone,
             )
-        except DeadlineTooShort as error:
+        except DeadlineTooShortError as error:
             assert error.retry_after is None
             return math.inf
-        except Refused as refused:
+        except AdmissionError as refused:
             assert refused.retry_after is not None
             return refused.retry_after
         return None
@@ -68,8 +71,8 @@ class Door:
         self.admission.leave()
 
 
-def refusal(door: Door, estimate: Estimate, deadline: float | None = None) -> Refused:
-    with pytest.raises(Refused) as refused:
+def refusal(door: Door, estimate: Estimate, deadline: float | None = None) -> AdmissionError:
+    with pytest.raises(AdmissionError) as refused:
         door.admission.enter("request", lambda: estimate, deadline)
     return refused.value
 
@@ -123,7 +126,7 @@ def test_the_outlook_is_returned_and_only_asked_for_if_there_is_a_place() -> Non
         return Estimate(2.0, 1.0)
 
     assert door.admission.enter("a", estimate) == Estimate(2.0, 1.0)
-    with pytest.raises(Refused):
+    with pytest.raises(AdmissionError):
         door.admission.enter("b", estimate)
     assert len(asked) == 1
 
@@ -250,10 +253,10 @@ def test_a_deadline_that_nothing_can_meet_is_said_to_be_and_not_to_come_back(
     door = Door(2)
     for _ in range(2 if full else 1):
         door.comes()
-    with pytest.raises(DeadlineTooShort) as refused:
+    with pytest.raises(DeadlineTooShortError) as refused:
         door.admission.enter("x", lambda: Estimate(9.0, 7.365), deadline, alone=lambda: 7.365)
     error = refused.value
-    assert isinstance(error, InvalidRequest)
+    assert isinstance(error, InvalidRequestError)
     assert (error.status, error.code, error.param) == (400, "deadline_too_short", "deadline_ms")
     assert error.retry_after is None
     assert (
@@ -261,7 +264,7 @@ def test_a_deadline_that_nothing_can_meet_is_said_to_be_and_not_to_come_back(
         in error.message
     )
     assert door.admission.in_flight == (2 if full else 1)
-    assert not door.admission._promised
+    assert not door.admission._promises.made
 
 
 @given(
@@ -278,16 +281,16 @@ def test_what_is_told_of_a_deadline_is_consistent(
     assert estimate.wait >= 0
     try:
         door.admission.enter("x", lambda: estimate, deadline, alone=lambda: solo)
-    except (Refused, DeadlineTooShort) as error:
+    except (AdmissionError, DeadlineTooShortError) as error:
         told = [float(one) for one in re.findall(r"([0-9.]+) s\b", error.message)]
         assert f"deadline_ms is {deadline_ms};" in error.message
-        if isinstance(error, Refused):
+        if isinstance(error, AdmissionError):
             assert told[0] >= told[1]
             assert (
                 error.retry_after is not None and error.retry_after >= max(finish, solo) - deadline
             )
         assert told[0] >= max(0.001, deadline * (1 - 1e-9))
-        assert isinstance(error, DeadlineTooShort) == (solo > deadline)
+        assert isinstance(error, DeadlineTooShortError) == (solo > deadline)
     else:
         assert max(finish, solo) <= deadline
 
@@ -346,8 +349,8 @@ def test_places_are_promised_for_no_later_than_the_longest_wait() -> None:
 
 
 def test_promises_are_bounded_in_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert admission.PROMISES == 1024
-    monkeypatch.setattr(admission, "PROMISES", 2)
+    assert promises.PROMISES == 1024
+    monkeypatch.setattr(promises, "PROMISES", 2)
     door = Door(2, drain=20.0)
     door.comes(), door.comes()
     assert [door.comes(token) for token in "abcde"] == [10, 20, 30, 30, 30]
@@ -492,7 +495,7 @@ def test_no_place_is_kept_for_a_deadline_that_can_never_be_met() -> None:
     door.now += 10
     door.leaves()
     assert door.comes("a", Estimate(9.0, 5.0), 2.0) == math.inf
-    assert not door.admission._promised
+    assert not door.admission._promises.made
     assert fresh(door) is None
 
 
@@ -512,7 +515,7 @@ def test_of_two_that_want_the_last_place_one_reserves_it() -> None:
     door = Door(2)
     door.comes()
     place = door.admission.reserve()
-    with pytest.raises(Refused):
+    with pytest.raises(AdmissionError):
         door.admission.reserve()
     assert door.comes() is not None
     assert door.comes("x", reservation=place) is None
@@ -539,22 +542,22 @@ def test_a_reserved_place_comes_back_however_the_request_ends(estimate: Estimate
 def test_a_reserved_place_is_promised_and_kept_as_any() -> None:
     door = Door(1, drain=10.0)
     door.comes()
-    with pytest.raises(Refused):
+    with pytest.raises(AdmissionError):
         door.admission.reserve("an edit", "mine")
     door.now += 10
-    with pytest.raises(Refused):
+    with pytest.raises(AdmissionError):
         door.admission.reserve("an edit", "another's")
     door.leaves()
     door.comes()  # the idle server lets in anybody
-    with pytest.raises(Refused):
+    with pytest.raises(AdmissionError):
         door.admission.reserve("an edit", "mine")
-    assert [one.returning for one in door.admission._promised] == [False, True]
+    assert [one.returning for one in door.admission._promises.made] == [False, True]
     door.now += 10
     door.leaves()
     place = door.admission.reserve("an edit", "mine")
     refused = door.comes("x", Estimate(19.0, 1.0), 2.0, reservation=place)
     assert refused == 17
-    last = door.admission._promised[-1]
+    last = door.admission._promises.made[-1]
     assert (last.client, last.due, last.returning) == ("mine", door.now + 17, True)
 
 
@@ -571,7 +574,7 @@ def test_bodies_that_do_not_come_leave_half_of_the_places_to_requests_that_are_t
     assert door.admission.in_flight == 4
     assert door.comes() is not None, "half of them are left"
     assert door.admission.in_flight == 4
-    with pytest.raises(Refused):
+    with pytest.raises(AdmissionError):
         places[1].settle()
     places[3].settle()
     assert door.comes("x", reservation=places[3]) is None
@@ -588,7 +591,7 @@ def test_a_place_that_is_reserved_for_too_long_is_free_for_others() -> None:
     assert door.comes() is not None
     door.now += 1
     assert door.comes() is None
-    with pytest.raises(Refused):
+    with pytest.raises(AdmissionError):
         place.settle()
     assert door.comes("x", reservation=place) is not None
     door.leaves()
@@ -627,7 +630,7 @@ def test_whoever_was_promised_the_first_place_gets_it(
             door.leaves()
         elif event == "due" and due:
             # not the first that was told so: what clients are told is rounded up
-            client = next(one.token for one in door.admission._promised if one.token in due)
+            client = next(one.token for one in door.admission._promises.made if one.token in due)
             door.now = max(door.now, due.pop(client))
             free = door.admission.in_flight < limit
             wait = door.comes(client)
@@ -692,7 +695,7 @@ def test_refusals_are_counted_by_reason() -> None:
     for _ in range(3):
         refusal(door, Estimate(1.0, 1.0))
     assert dict(door.admission.refused) == {"deadline": 3, "wait": 1, "memory": 1, "queue_full": 3}
-    assert set(REASONS) == set(door.admission.refused)
+    assert set(REFUSAL_REASONS) == set(door.admission.refused)
 
 
 def test_threads_never_share_a_place() -> None:
@@ -711,7 +714,7 @@ def test_threads_never_share_a_place() -> None:
         for _ in range(rounds):
             try:
                 shared.enter(number, estimate)
-            except Refused:
+            except AdmissionError:
                 refused += 1
                 continue
             let_in += 1

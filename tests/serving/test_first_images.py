@@ -15,9 +15,9 @@ from PIL import Image
 
 from stepweave import StepEngine
 from stepweave.config import Settings
+from stepweave.config.preset import Preset
 from stepweave.errors import LoadError
-from stepweave.loading.preset import Preset
-from stepweave.serving.first_images import check_images
+from stepweave.loading.first_images import check_images
 from stepweave.serving.model import ServedModel
 from stepweave.serving.server import Server
 from stepweave.serving.warm_up import WarmUp

@@ -14,14 +14,9 @@ from starlette.requests import Request
 
 from stepweave.api.auth import CLIENT, authorize, is_admin
 from stepweave.config import Settings
-from stepweave.errors import ConfigError, Unauthorized
-from stepweave.serving.keys import (
-    MAX_CLIENTS,
-    MAX_FILE_BYTES,
-    ApiKeys,
-    clients_of_file,
-    clients_of_setting,
-)
+from stepweave.config.clients import MAX_CLIENTS, clients_of_file, clients_of_setting
+from stepweave.errors import AuthenticationError, ConfigError
+from stepweave.serving.keys import MAX_FILE_BYTES, ApiKeys
 from stepweave.serving.server import Server
 from tests.support.asgi import App, serving
 from tests.support.in_process import InProcess
@@ -422,7 +417,7 @@ def test_who_is_an_administrator(tmp_path: Path) -> None:
         authorize(scope, keys)
         assert is_admin(Request(scope)) is expected
     scope = {"type": "http", "headers": [(b"authorization", b"Bearer x")]}
-    with pytest.raises(Unauthorized):
+    with pytest.raises(AuthenticationError):
         authorize(scope, keys)
     assert CLIENT not in scope
     assert not is_admin(Request(scope))

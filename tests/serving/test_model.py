@@ -20,9 +20,9 @@ from PIL import Image
 
 from stepweave import StepEngine
 from stepweave.config import Settings
-from stepweave.errors import InvalidRequest, LoadError
+from stepweave.config.preset import Preset
+from stepweave.errors import InvalidRequestError, LoadError
 from stepweave.loading.loader import load_pipeline
-from stepweave.loading.preset import Preset
 from stepweave.loading.sizes import nearest_size
 from stepweave.parameters import Sources
 from stepweave.planning.cost import CostModel
@@ -80,9 +80,9 @@ def test_what_a_pipeline_lacks_is_refused_not_dropped() -> None:
     assert model.resolve(prompt="x").guidance_scale is None
     assert len(Plain()(**model.call(model.resolve(prompt="x"))).images) == 1
     for name, value in (("guidance_scale", 3.0), ("negative_prompt", "blue")):
-        with pytest.raises(InvalidRequest, match=f"Plain has no {name}"):
+        with pytest.raises(InvalidRequestError, match=f"Plain has no {name}"):
             model.resolve(prompt="x", **{name: value})  # type: ignore[arg-type]
-    with pytest.raises(InvalidRequest, match="n is 2"):
+    with pytest.raises(InvalidRequestError, match="n is 2"):
         model.resolve(prompt="x", n=2)
 
 
@@ -106,10 +106,10 @@ def test_a_model_without_siblings_refuses_edits_by_its_class() -> None:
     model = ServedModel(FakePipeline(), Preset(), Settings())
     assert model.edits == () and model.schedulers == {}
     for param, mask in (("image", None), ("mask", Image.new("L", (64, 64)))):
-        with pytest.raises(InvalidRequest, match="FakePipeline has no pipeline for") as caught:
+        with pytest.raises(InvalidRequestError, match="FakePipeline has no pipeline for") as caught:
             model.resolve(prompt="x", sources=Sources(gradient(), mask))
         assert (caught.value.param, caught.value.code) == (param, "unsupported")
-    with pytest.raises(InvalidRequest, match=r"strength is 0\.5, but no image is given"):
+    with pytest.raises(InvalidRequestError, match=r"strength is 0\.5, but no image is given"):
         model.resolve(prompt="x", strength=0.5)
 
 
@@ -140,7 +140,7 @@ def test_the_size_of_an_edit_is_that_of_an_edit_of_it(size: tuple[int, int], mas
     model = edits_once()
     try:
         wanted = model.size_of_edit(size, None, masked=masked)
-    except InvalidRequest as error:
+    except InvalidRequestError as error:
         assert max(size) > 16 * min(size) and error.param == "image"
     else:
         assert model.size_of_edit(wanted, None, masked=masked) == wanted
@@ -149,13 +149,13 @@ def test_the_size_of_an_edit_is_that_of_an_edit_of_it(size: tuple[int, int], mas
 
 def test_the_size_of_an_edit_that_the_model_cannot_make_is_refused() -> None:
     model = edits_once()
-    with pytest.raises(InvalidRequest, match="size is '63x64'") as caught:
+    with pytest.raises(InvalidRequestError, match="size is '63x64'") as caught:
         model.size_of_edit((64, 64), "63x64", masked=False)
     assert caught.value.param == "size"
     model = edits()
     model.inpaint = None
     assert model.size_of_edit((64, 64), "auto", masked=False) == (64, 64)
-    with pytest.raises(InvalidRequest, match="no pipeline for inpainting") as caught:
+    with pytest.raises(InvalidRequestError, match="no pipeline for inpainting") as caught:
         model.size_of_edit((64, 64), None, masked=True)
     assert (caught.value.param, caught.value.code) == ("mask", "unsupported")
 
@@ -166,7 +166,7 @@ def test_a_source_that_would_become_a_thread_is_refused_unless_a_size_is_given(
 ) -> None:
     model, source = edits(), mock.Mock(size=size)
     with pytest.raises(
-        InvalidRequest, match=f"image is {size[0]}x{size[1]}; .* limit is 8192 a side"
+        InvalidRequestError, match=f"image is {size[0]}x{size[1]}; .* limit is 8192 a side"
     ) as caught:
         model.resolve(prompt="x", sources=Sources(source))
     assert caught.value.param == "image"
@@ -248,7 +248,7 @@ def test_an_edit_calls_the_sibling_with_pictures_of_the_size() -> None:
 def test_what_an_edit_cannot_have_is_named(
     arguments: dict[str, Any], param: str, says: str
 ) -> None:
-    with pytest.raises(InvalidRequest, match=says) as caught:
+    with pytest.raises(InvalidRequestError, match=says) as caught:
         edits().resolve(**{"prompt": "x", "sources": Sources(gradient()), **arguments})
     assert caught.value.param == param
 
@@ -401,7 +401,7 @@ def test_every_scheduler_that_is_allowed_draws_the_same_star(
         sources=Sources(star),
     )
     assert apart(edit, source) < 0.03
-    with pytest.raises(InvalidRequest, match="FlowMatchEuler.*FlowMatchHeun") as caught:
+    with pytest.raises(InvalidRequestError, match="FlowMatchEuler.*FlowMatchHeun") as caught:
         model.resolve(prompt="x", scheduler="UniPCMultistepScheduler", sources=Sources(star))
     assert caught.value.param == "scheduler" and "UniPC" in caught.value.message
 

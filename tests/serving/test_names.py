@@ -11,8 +11,9 @@ import httpx
 import pytest
 
 from stepweave.config import Settings
+from stepweave.config.values import MAX_NAME
 from stepweave.errors import ConfigError
-from stepweave.serving.names import MAX_NAME, ModelNames
+from stepweave.serving.names import ModelNames
 from tests.support.fake_pipeline import FakePipeline
 from tests.support.in_process import InProcess
 

@@ -49,7 +49,7 @@ def test_a_start_prints_nothing_but_our_lines(served: Served) -> None:
     [ready] = (
         number
         for number, line in enumerate(lines)
-        if "[stepweave.serving.server] ready after" in line
+        if "[stepweave.serving.lifecycle] ready after" in line
     )
     assert [
         line for line in lines[:ready] if not OURS.match(line) and not OF_LIBRARIES.search(line)

@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from stepweave.config import Settings
+from stepweave.config.preset import Preset
 from stepweave.engine import StepEngine
-from stepweave.errors import DeviceFailed, InvalidRequest, LoadError, OutOfMemory
-from stepweave.loading.preset import Preset
+from stepweave.errors import DeviceFailedError, InvalidRequestError, LoadError, OutOfMemoryError
 from stepweave.loading.sizes import SizeLimits
+from stepweave.loading.trials import SLIGHT, Fault, Limits, narrowed
 from stepweave.parameters import Sources
 from stepweave.serving.model import ServedModel
-from stepweave.serving.trials import SLIGHT, Fault, Limits, narrowed
 from stepweave.serving.warm_up import WarmUp
 from tests.pipelines.catalog import entries
 from tests.support.fake_pipeline import FakePipeline
@@ -127,7 +127,7 @@ def test_a_pipeline_that_goes_by_a_size_of_its_own_is_asked_once_and_offered_wit
     assert limits.sizes.only == NATIVE and len(asked) - asked.count(NATIVE) == 1
     assert limits.sizes.read("512x512") == NATIVE == limits.sizes.of_edit((100, 7000))
     with pytest.raises(
-        InvalidRequest, match="size is '256x512'; the model makes images of 512x512 only"
+        InvalidRequestError, match="size is '256x512'; the model makes images of 512x512 only"
     ):
         limits.sizes.read("256x512")
 
@@ -187,7 +187,7 @@ def test_a_native_size_that_fails_keeps_a_model_from_serving() -> None:
 def test_the_native_size_is_taken_whatever_its_sides() -> None:
     sizes = SizeLimits(16, None, 2048 * 2048, 16, native=(72, 72))
     assert sizes.read("72x72") == (72, 72)
-    with pytest.raises(InvalidRequest, match="multiples of 16"):
+    with pytest.raises(InvalidRequestError, match="multiples of 16"):
         sizes.read("72x64")
 
 
@@ -203,7 +203,7 @@ def test_an_edit_is_no_longer_than_sizes_that_are_asked_for(
     sizes = SizeLimits(multiple, None, pixels, min_side=multiple)
     try:
         width, height = sizes.of_edit(source)
-    except InvalidRequest:
+    except InvalidRequestError:
         return
     assert sizes.read(f"{width}x{height}") == (width, height)
 
@@ -314,7 +314,7 @@ def check(name: str) -> ServedModel:
                             **asked,
                         }
                     )
-                except InvalidRequest as error:
+                except InvalidRequestError as error:
                     assert error.param in ("num_inference_steps", "strength"), (
                         asked,
                         error.message,
@@ -330,7 +330,7 @@ def check(name: str) -> ServedModel:
                 if math.prod(images[0].size) > 64:
                     assert len({one.tobytes() for one in images}) == parameters.n, asked
             for asked, param in refusals(limits):
-                with pytest.raises(InvalidRequest) as caught:
+                with pytest.raises(InvalidRequestError) as caught:
                     model.resolve(**{"prompt": "x", "sources": sources, **asked})
                 assert caught.value.param == param, (asked, caught.value.message)
     return model
@@ -370,7 +370,7 @@ def test_a_single_step_is_refused_with_the_schedulers_that_fail_at_it() -> None:
             assert model.resolve(**asked, num_inference_steps=4)
             try:
                 parameters = model.resolve(**asked, num_inference_steps=1)
-            except InvalidRequest as error:
+            except InvalidRequestError as error:
                 assert (
                     error.param == "num_inference_steps"
                     and "num_inference_steps is 1" in error.message
@@ -415,7 +415,7 @@ def test_schedulers_with_which_the_pipeline_itself_fails_are_not_offered() -> No
             parameters = model.resolve(prompt="a red ring", scheduler=name, num_inference_steps=5)
             assert engine.submit(**model.call(parameters)).result(SECONDS).images
     with pytest.raises(
-        InvalidRequest,
+        InvalidRequestError,
         match="scheduler is 'UniPCMultistepScheduler'; Kandinsky3Pipeline takes DDIM",
     ):
         model.resolve(prompt="x", scheduler="UniPCMultistepScheduler")
@@ -428,7 +428,7 @@ def test_a_device_that_fails_at_a_trial_is_told_with_what_was_tried() -> None:
 
         def fails(**call: Any) -> Any:
             if call["width"] > 64:
-                raise DeviceFailed("CUDA error: device-side assert triggered")
+                raise DeviceFailedError("CUDA error: device-side assert triggered")
             return submit(**call)
 
         with (
@@ -444,7 +444,7 @@ def test_want_of_memory_or_time_leaves_what_is_offered_as_it_is(
     model = ServedModel(FakePipeline(), Preset(), Settings())
     before = model.limits
     with StepEngine(model.pipeline, "off") as engine:
-        with mock.patch.object(engine, "submit", mock.Mock(side_effect=OutOfMemory("none"))):
+        with mock.patch.object(engine, "submit", mock.Mock(side_effect=OutOfMemoryError("none"))):
             WarmUp(model, engine).trials()
         assert model.limits == before
         monkeypatch.setattr("stepweave.serving.warm_up.TRIAL_SECONDS", -1.0)

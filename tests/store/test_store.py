@@ -27,7 +27,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepweave.errors import ConfigError, InvalidRequest, StepweaveError
+from stepweave.errors import ConfigError, InvalidRequestError, StepweaveError
 from stepweave.store import DirectoryFileStore, JobRecord, SqliteJobStore, state_directory
 from tests.support.environment import ROOT
 from tests.support.job_records import record
@@ -199,7 +199,7 @@ class TestJobs:
         ["", "_", "1.5", f"nan_{KEY}", f"inf_{KEY}", f"x_{KEY}", "1.5_x", f"1.5_{KEY}0", "'"],
     )
     def test_cursors_that_are_none(self, run: Any, cursor: str) -> None:
-        with pytest.raises(InvalidRequest) as caught:
+        with pytest.raises(InvalidRequestError) as caught:
             run(lambda store: store.list(None, 10, cursor))
         assert caught.value.param == "before"
         assert repr(cursor) in caught.value.message

@@ -175,7 +175,7 @@ async def test_a_server_whose_store_is_locked_serves_what_needs_none_and_recover
         await app.until(lambda: app.record.started.is_set())
         with locked(database(app)) as other, patch("stepweave.store.jobs.BUSY_SECONDS", SECONDS):
             waits = app.post(headers=LATER)
-            await app.until(lambda: len(app.server.tickets) == 2)
+            await app.until(lambda: len(app.server.active) == 2)
             assert (await app.job(id))["state"] == "running", "the store is not asked for what runs"
             assert not waits.task.done()
             other.execute("ROLLBACK")
@@ -200,7 +200,7 @@ async def test_a_result_is_kept_once_the_lock_is_gone(tmp_path: Path) -> None:
         await app.until(lambda: app.record.started.is_set())
         with locked(database(app)), patch("stepweave.store.jobs.BUSY_SECONDS", 0.05):
             app.record.release.set()
-            await app.until(lambda: not app.server.tickets)
+            await app.until(lambda: not app.server.active)
             # its result, twice; that it runs may have been noted before
             await app.until(lambda: (failures(app, "jobs", "busy") or 0) >= 3)
             assert (await app.job(id))["state"] == "succeeded", "it is there while it is not kept"

@@ -20,11 +20,11 @@ from unittest.mock import patch
 
 from starlette.datastructures import Headers
 
-from stepweave.api.http import Api
-from stepweave.api.middleware import ContractMiddleware
+from stepweave.api.app import Api
+from stepweave.api.middleware.contract import ContractMiddleware
 from stepweave.api.responses import is_of_protocol
 from stepweave.config import Settings
-from stepweave.loading.preset import Preset
+from stepweave.config.preset import Preset
 from stepweave.serving.names import told_name
 from stepweave.serving.server import Server
 from tests.support.environment import clean_environment
@@ -254,7 +254,7 @@ class App:
     async def told_to_end(self) -> None:
         """Wait until every job has been told to end. One that is gated can do so no sooner than at
         its next step."""
-        tickets = self.server.tickets
+        tickets = self.server.active
         await self.until(
             lambda: all(one.job.done() or one.job._cancelled for one in tickets.values())
         )
@@ -283,7 +283,7 @@ class App:
         self.record.release.set()
         for exchange in self.exchanges:
             await exchange.done()
-        await self.until(lambda: not self.server.tickets)
+        await self.until(lambda: not self.server.active)
         await self.until(
             lambda: not any((jobs._owners, jobs._open, jobs._under_way, jobs._keeping))
         )

@@ -10,9 +10,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from stepweave.api import native
-from stepweave.api.middleware import ContractMiddleware
-from stepweave.api.schemas import ImageRequest, StreamRequest
+from stepweave.api.middleware.contract import ContractMiddleware
+from stepweave.api.routes import bentoml as native
+from stepweave.api.schemas import StreamRequest
+from stepweave.parameters import ImageRequest
 from stepweave.serving.server import Server
 from tests.support.asgi import App
 

@@ -7,8 +7,8 @@ import time
 from typing import Any
 from unittest.mock import patch
 
+from stepweave.config.preset import Preset
 from stepweave.engine import StepEngine
-from stepweave.loading.preset import Preset
 from stepweave.serving import jobs
 from stepweave.serving.server import Server
 from tests.support.fake_pipeline import FakePipeline, Record

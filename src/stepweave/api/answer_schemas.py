@@ -220,14 +220,14 @@ class ResolvedParameters(BaseModel):
     output_compression: int = Field(default_factory=_absent, ge=0, le=100)
 
 
-class InlinePicture(BaseModel):
+class InlineImage(BaseModel):
     b64_json: str = Field(json_schema_extra={"contentEncoding": "base64"})
     seed: int
     flagged: bool = Field(description="Whether the pipeline's safety checker flagged it.")
     revised_prompt: None
 
 
-class LinkedPicture(BaseModel):
+class LinkedImage(BaseModel):
     url: str = Field(description="Where the picture is, for a while.")
     seed: int
     flagged: bool = Field(description="Whether the pipeline's safety checker flagged it.")
@@ -279,7 +279,7 @@ class Generation(_Outcome):
     )
     output_format: OutputFormat
     background: Literal["opaque"]
-    data: list[InlinePicture | LinkedPicture]
+    data: list[InlineImage | LinkedImage]
 
 
 class Job(BaseModel):
@@ -464,11 +464,11 @@ class InferenceAnswer(BaseModel):
     outputs: list[ReturnedTensor]
 
 
-class LegacyAnswer(BaseModel):
+class DiffusersExampleAnswer(BaseModel):
     response: list[str] = Field(description="URLs of the pictures.")
 
 
-class LegacyStatus(BaseModel):
+class DiffusersExampleStatus(BaseModel):
     """The diffusers example server's status."""
 
     current_model: str
@@ -506,6 +506,6 @@ ANSWERS: tuple[type[BaseModel], ...] = (
     IndexedModel,
     ModelConfiguration,
     InferenceAnswer,
-    LegacyAnswer,
-    LegacyStatus,
+    DiffusersExampleAnswer,
+    DiffusersExampleStatus,
 )

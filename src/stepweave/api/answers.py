@@ -9,14 +9,18 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from stepweave.errors import InvalidRequest, shown
+from stepweave.errors import InvalidRequestError, shown
 from stepweave.parameters import Answer, OutputFormat
 from stepweave.store import FileStore
 from stepweave.threads import on_thread
 
 MAX_WARNINGS_HEADER = 4096  # bytes; proxies refuse headers of 8 KB
 EVENT_STREAM = "text/event-stream"
-PICTURES: dict[str, OutputFormat] = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
+IMAGE_TYPES: dict[str, OutputFormat] = {
+    "image/png": "png",
+    "image/jpeg": "jpeg",
+    "image/webp": "webp",
+}
 PROFILE = "stepweave"  # of an event stream with all events
 
 
@@ -28,7 +32,7 @@ def accepted(request: Request) -> list[tuple[str, dict[str, str]]]:
         name, *rest = (piece.strip() for piece in part.split(";"))
         parameters = {
             key.strip().lower(): value.strip(' "')
-            for key, _, value in (one.partition("=") for one in rest)
+            for key, _, value in (piece.partition("=") for piece in rest)
         }
         try:
             quality = float(parameters.pop("q", "1"))
@@ -36,19 +40,23 @@ def accepted(request: Request) -> list[tuple[str, dict[str, str]]]:
             quality = 0.0
         if name and quality > 0:
             types.append((-quality, len(types), name.lower(), parameters))
-    return [(name, parameters) for _, _, name, parameters in sorted(types, key=lambda one: one[:2])]
+    return [
+        (name, parameters) for _, _, name, parameters in sorted(types, key=lambda entry: entry[:2])
+    ]
 
 
 def _preferred(request: Request) -> tuple[str, dict[str, str]]:
     """Of the types that a generation can be answered with the one that the client likes best, JSON
     if it names none."""
-    known = ("application/json", "*/*", "application/*", EVENT_STREAM, *PICTURES)
-    return next((one for one in accepted(request) if one[0] in known), ("application/json", {}))
+    offered = ("application/json", "*/*", "application/*", EVENT_STREAM, *IMAGE_TYPES)
+    return next(
+        (accept for accept in accepted(request) if accept[0] in offered), ("application/json", {})
+    )
 
 
-def wants_picture(request: Request) -> OutputFormat | None:
+def wants_image(request: Request) -> OutputFormat | None:
     """The format of the picture that the client would rather have than JSON."""
-    return PICTURES.get(_preferred(request)[0])
+    return IMAGE_TYPES.get(_preferred(request)[0])
 
 
 def wants_stream(request: Request) -> dict[str, str] | None:
@@ -60,19 +68,22 @@ def wants_stream(request: Request) -> dict[str, str] | None:
 def wants_to_come_back(request: Request) -> bool:
     """Whether the client prefers to ask later for what comes of it (RFC 7240, 4.1)."""
     preferences = ",".join(request.headers.getlist("prefer")).lower().split(",")
-    return any(one.partition(";")[0].strip() == "respond-async" for one in preferences)
+    return any(
+        preference.partition(";")[0].strip() == "respond-async" for preference in preferences
+    )
 
 
-def one_picture(
+def check_one_image(
     n: int, chosen: OutputFormat, output_format: OutputFormat, format_given: bool
 ) -> None:
-    """Raise InvalidRequest if the client's `Accept` does not go with what its body asks for."""
+    """Raise InvalidRequestError if the client's `Accept` does not go with what its body asks
+    for."""
     if n != 1:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"n is {n}; an answer that is a picture, as Accept asks for, takes n = 1.", param="n"
         )
     if format_given and output_format != chosen:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"output_format is {shown(output_format)}, but Accept asks for image/{chosen}.",
             param="output_format",
         )
@@ -87,22 +98,22 @@ async def json_answer(answer: Answer, base: str | None, files: FileStore) -> byt
 
 async def urls(answer: Answer, base: str, files: FileStore) -> list[dict[str, Any]]:
     """The pictures as OpenAI's API has them, each stored if it is not yet."""
-    names = [await one.stored(files) for one in answer.pictures]
+    names = [await image.stored(files) for image in answer.images]
     return [
         {
             "url": f"{base}/images/{name}",
-            "seed": one.seed,
-            "flagged": one.flagged,
+            "seed": image.seed,
+            "flagged": image.flagged,
             "revised_prompt": None,
         }
-        for name, one in zip(names, answer.pictures, strict=True)
+        for name, image in zip(names, answer.images, strict=True)
     ]
 
 
 def _inline(answer: Answer) -> bytes:
     """Base64 needs no escaping, so JSON's encoder is spared the megabytes of it."""
     pieces = [json.dumps(answer.body)[:-1].encode(), b', "data": [']
-    for i, file in enumerate(answer.pictures):
+    for i, file in enumerate(answer.images):
         pieces += [b", " if i else b"", b'{"b64_json": "', base64.b64encode(file.data)]
         flagged = json.dumps(file.flagged)
         pieces.append(
@@ -111,14 +122,14 @@ def _inline(answer: Answer) -> bytes:
     return b"".join([*pieces, b"]}"])
 
 
-def picture_answer(answer: Answer) -> Response:
+def image_answer(answer: Answer) -> Response:
     """The first picture's file.
 
     The parameters stand in headers, but for the prompts: they may be longer than proxies let a
     header be, and the file has them. `X-Stepweave-Flagged` is "true" for one that the pipeline's
     safety checker flagged. Warnings, if there are any, stand in `X-Stepweave-Warnings`.
     """
-    file = answer.pictures[0]
+    file = answer.images[0]
     headers = {
         f"X-Stepweave-{name.replace('_', '-').title()}": "true" if value is True else str(value)
         for name, value in file.values.items()

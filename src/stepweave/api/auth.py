@@ -6,23 +6,26 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import Scope
 
-from stepweave.errors import Unauthorized
-from stepweave.serving.keys import ApiKeys, Client
+from stepweave.config.clients import Client
+from stepweave.errors import AuthenticationError
+from stepweave.serving.keys import ApiKeys
 
 CLIENT = "stepweave.client"  # key in the ASGI scope
 
 
 def authorize(scope: Scope, keys: ApiKeys) -> None:
-    """Note which client sends the request. Raises Unauthorized if keys are required and it has none
-    of them."""
+    """Note which client sends the request. Raises AuthenticationError if keys are required and it
+    has none of them."""
     if not keys.required:
         return
     scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
     if not given:
-        raise Unauthorized("The request bears no API key; send it as `Authorization: Bearer KEY`.")
+        raise AuthenticationError(
+            "The request bears no API key; send it as `Authorization: Bearer KEY`."
+        )
     client = keys.find(given.strip(" \t").encode("latin-1"))  # the bytes that were sent
     if scheme.lower() != "bearer" or client is None:
-        raise Unauthorized("The API key is not one of this server's.")
+        raise AuthenticationError("The API key is not one of this server's.")
     scope[CLIENT] = client
 
 

@@ -14,7 +14,12 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope
 
-from stepweave.errors import BodyTooLarge, Cancelled, InvalidRequest, UnsupportedEncoding
+from stepweave.errors import (
+    BodyTooLargeError,
+    InvalidRequestError,
+    RequestCancelledError,
+    UnsupportedEncodingError,
+)
 from stepweave.threads import on_thread
 
 # bytes of a body beyond which it goes to disk; about what a connection's own buffer takes
@@ -34,7 +39,7 @@ async def whole_body(request: Request, *, text: bool = True) -> AsyncIterator[by
     """The request's body, for as long as it is needed to be parsed; of a text, without UTF-8's byte
     order mark.
 
-    Raises Cancelled if the client leaves meanwhile.
+    Raises RequestCancelledError if the client leaves meanwhile.
     """
     with SpooledTemporaryFile(SPOOLED) as file:
         size = 0
@@ -56,7 +61,7 @@ async def whole_body(request: Request, *, text: bool = True) -> AsyncIterator[by
 
 
 async def pass_over_body(request: Request) -> None:
-    """Read the body and forget it. Raises Cancelled if the client leaves meanwhile."""
+    """Read the body and forget it. Raises RequestCancelledError if the client leaves meanwhile."""
     async for _ in _chunks(request):
         pass
 
@@ -66,26 +71,26 @@ async def _chunks(request: Request) -> AsyncIterator[bytes]:
         async for chunk in request.stream():
             yield chunk
     except ClientDisconnect:
-        raise Cancelled("The client left while it sent the body.") from None
+        raise RequestCancelledError("The client left while it sent the body.") from None
 
 
 def decoded(receive: Receive, scope: Scope, limit: int) -> Receive:
     """A `receive` that gives the body without its Content-Encoding, which is taken off the scope's
     headers.
 
-    It raises BodyTooLarge as soon as more than `limit` bytes come out, and InvalidRequest for what
-    is not encoded as the header says. Raises UnsupportedEncoding for an encoding that is not
-    undone, or for several.
+    It raises BodyTooLargeError as soon as more than `limit` bytes come out, and InvalidRequestError
+    for what is not encoded as the header says. Raises UnsupportedEncodingError for an encoding that
+    is not undone, or for several.
     """
     headers = MutableHeaders(raw=list(scope["headers"]))
     given = ", ".join(headers.getlist("content-encoding"))
     encodings = [
-        name for one in given.split(",") if (name := one.strip().lower()) not in ("", "identity")
+        name for part in given.split(",") if (name := part.strip().lower()) not in ("", "identity")
     ]
     if not encodings:
         return receive
     if len(encodings) > 1 or encodings[0] not in _WINDOWS:
-        raise UnsupportedEncoding(given)
+        raise UnsupportedEncodingError(given)
     del headers["content-encoding"]
     scope["headers"] = headers.raw
     return _Decoded(receive, encodings[0], limit)
@@ -143,16 +148,16 @@ class _Decoded:
             piece = self._reader.decompress(self._taken, SPOOLED)
         except zlib.error:
             message = f"The body is not {self._encoding}, as its content encoding says."
-            raise InvalidRequest(message, code="invalid_encoding") from None
+            raise InvalidRequestError(message, code="invalid_encoding") from None
         self._taken = self._reader.unused_data if self._reader.eof else self._reader.unconsumed_tail
         self._more = bool(self._taken) or len(piece) == SPOOLED  # zlib itself may hold back some
         self._size += len(piece)
         if self._size > self._limit:
-            raise BodyTooLarge(self._limit, encoding=self._encoding)
+            raise BodyTooLargeError(self._limit, encoding=self._encoding)
         return piece
 
-    def _wrong(self, what: str) -> InvalidRequest:
-        return InvalidRequest(
+    def _wrong(self, what: str) -> InvalidRequestError:
+        return InvalidRequestError(
             f"The {self._encoding} data of the body {what}.", code="invalid_encoding"
         )
 

@@ -26,7 +26,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from stepweave.api import disconnect
-from stepweave.errors import InvalidRequest, StepweaveError, Unavailable
+from stepweave.errors import InvalidRequestError, StepweaveError, UnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,9 @@ class Connections:
             self._close_idle()
 
     def _close_idle(self) -> None:
-        for connection in [one for one in self._open if one.idle_seconds >= IDLE_SECONDS]:
+        for connection in [
+            connection for connection in self._open if connection.idle_seconds >= IDLE_SECONDS
+        ]:
             connection.shutdown()
         self._closing = asyncio.get_running_loop().call_later(LOOK_SECONDS, self._close_idle)
 
@@ -95,14 +97,14 @@ class Connections:
         """Take a connection; the reason if it is over the limit."""
         error = None
         if len(self._open) >= self.limit:
-            longest = max(self._open, key=lambda one: one.waiting_seconds)
+            longest = max(self._open, key=lambda connection: connection.waiting_seconds)
             if longest.waiting_seconds >= IDLE_SECONDS:
                 self._open.discard(longest)
                 self._evicted.add(longest)
                 longest.shutdown()
             else:
                 message = f"{len(self._open)} connections are open; the limit is {self.limit}."
-                error = Unavailable(message, code="too_many_connections", retry_after=1)
+                error = UnavailableError(message, code="too_many_connections", retry_after=1)
         self._open.add(connection)
         return error
 
@@ -110,19 +112,20 @@ class Connections:
         """Abort those that have not read their answers for longest, until what is left of all of
         them is within the bound."""
         stalled = sorted(
-            (one for one in self._all if one.flow.write_paused), key=lambda one: one.flow.paused_at
+            (connection for connection in self._all if connection.flow.write_paused),
+            key=lambda connection: connection.flow.paused_at,
         )
         left = self.unread
-        for one in stalled:
+        for connection in stalled:
             if left <= UNREAD_BYTES:
                 break
-            left -= one.transport.get_write_buffer_size()
-            one.transport.abort()
+            left -= connection.transport.get_write_buffer_size()
+            connection.transport.abort()
 
     @property
     def unread(self) -> int:
         """Bytes of answers that clients have not read, and the kernel has not taken."""
-        return sum(one.transport.get_write_buffer_size() for one in self._all)
+        return sum(connection.transport.get_write_buffer_size() for connection in self._all)
 
     def leave(self, connection: Connection) -> None:
         self._open.discard(connection)
@@ -264,7 +267,7 @@ class Connection(H11Protocol):
         """To what is no HTTP, also in the middle of a body."""
         if self.cycle is not None and not self._waits:
             self.cycle.scope[MALFORMED] = True  # type: ignore[literal-required]
-        self._answer(InvalidRequest("What was sent is no HTTP request.", code="invalid_http"))
+        self._answer(InvalidRequestError("What was sent is no HTTP request.", code="invalid_http"))
 
     def _answer(self, error: StepweaveError) -> None:
         """Answer and close, without a request that has been read."""

@@ -9,10 +9,10 @@ from functools import partial
 from starlette.requests import Request
 from starlette.types import Scope
 
+from stepweave.config.clients import Client
 from stepweave.errors import StepweaveError
 from stepweave.serving.jobs import Followed
-from stepweave.serving.keys import Client
-from stepweave.serving.request import Ticket
+from stepweave.serving.request import ActiveRequest
 from stepweave.telemetry.metrics import Metrics
 
 COUNT = "stepweave.count"  # key in the ASGI scope
@@ -44,7 +44,7 @@ class Count:
         answered = partial(self._metrics.answered, client="" if client is None else client.name)
         if self.job is None:
             answered(status if self.failed is None or status != 200 else self.failed)
-        elif isinstance(self.job, Ticket) and self.job.keeping is not None:
+        elif isinstance(self.job, ActiveRequest) and self.job.keeping is not None:
             self.job.keeping.add_done_callback(lambda kept: answered(_status_of(kept)))
         else:
             answered(200)  # only a job that succeeded is joined once it is over

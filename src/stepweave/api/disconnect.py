@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 from starlette.types import Message, Receive
 
-from stepweave.errors import Cancelled
+from stepweave.errors import RequestCancelledError
 
 STALLED_SECONDS = 60.0  # that a client may take for the next message of an answer, or of its body
 LEAST_BYTES = 32 * 1024  # of a body, in each second on average
@@ -19,15 +19,15 @@ T = TypeVar("T")
 
 
 async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Await `work`; if the client leaves first, cancel it and raise Cancelled. The request's body
-    must have been read."""
+    """Await `work`; if the client leaves first, cancel it and raise RequestCancelledError. The
+    request's body must have been read."""
     task = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(disconnected(request))
     try:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             watcher.result()  # raises if what the client sends is wrong
-            raise Cancelled("The client left.")
+            raise RequestCancelledError("The client left.")
         return task.result()
     finally:
         for pending in (task, watcher):

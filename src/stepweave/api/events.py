@@ -21,7 +21,7 @@ from stepweave.api.responses import LEFT, REQUEST_ID, as_stepweave_error
 from stepweave.parameters import Answer
 from stepweave.previews.stream import Partial
 from stepweave.serving.jobs import Followed
-from stepweave.serving.request import Queued, Ticket, Update
+from stepweave.serving.request import ActiveRequest, Queued, Update
 from stepweave.store import FileStore
 from stepweave.threads import on_thread
 
@@ -47,12 +47,12 @@ async def events(
             if update is None:
                 yield COMMENT
             elif isinstance(update, Partial):
-                assert isinstance(job, Ticket)  # a kept job has no previews left
+                assert isinstance(job, ActiveRequest)  # a kept job has no previews left
                 yield await on_thread(None, _partial, prefix, update, job)
             else:
                 yield _progress(job.id, update)
         answer = await job.result()
-        for i in range(len(answer.pictures)):
+        for i in range(len(answer.images)):
             yield await _completed(prefix, answer, i, files, base)
     except Exception as error:
         yield _failed(request, error)
@@ -64,16 +64,16 @@ def _failed(request: Request, error: Exception) -> bytes:
     return event("error", failure.body())
 
 
-def _partial(prefix: str, update: Partial, ticket: Ticket) -> bytes:
+def _partial(prefix: str, update: Partial, active: ActiveRequest) -> bytes:
     name = f"{prefix}.partial_image"
     data = {
         "type": name,
         "b64_json": base64.b64encode(update.data).decode(),
         "partial_image_index": update.number,
-        "image_index": update.picture,
+        "image_index": update.image,
         "created_at": int(time.time()),
-        "size": ticket.parameters.of_image(0)["size"],
-        "output_format": ticket.request.output_format,
+        "size": active.parameters.of_image(0)["size"],
+        "output_format": active.request.output_format,
         **IGNORED,
     }
     return event(name, data)
@@ -92,22 +92,22 @@ def _progress(id: str, update: Update) -> bytes:
 async def _completed(
     prefix: str, answer: Answer, index: int, files: FileStore, base: str | None
 ) -> bytes:
-    name, picture = f"{prefix}.completed", answer.pictures[index]
+    name, file = f"{prefix}.completed", answer.images[index]
     # as OpenAI's type requires, also beside a URL
-    content = {"b64_json": (await on_thread(None, base64.b64encode, picture.data)).decode()}
+    content = {"b64_json": (await on_thread(None, base64.b64encode, file.data)).decode()}
     if base is not None:
-        content["url"] = (await urls(Answer(answer.body, [picture]), base, files))[0]["url"]
+        content["url"] = (await urls(Answer(answer.body, [file]), base, files))[0]["url"]
     parameters = answer.body["parameters"]
     data = {
         "type": name,
         **content,
         "created_at": answer.body["created"],
-        "size": picture.values["size"],
-        "output_format": picture.output_format,
+        "size": file.values["size"],
+        "output_format": file.output_format,
         **IGNORED,
         "image_index": index,
-        "seed": picture.seed,
-        "flagged": picture.flagged,
+        "seed": file.seed,
+        "flagged": file.flagged,
         "model": answer.body["model"],
         "usage": answer.body["usage"],
         "parameters": parameters,

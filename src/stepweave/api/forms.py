@@ -16,13 +16,13 @@ from stepweave.api.auth import asker_of
 from stepweave.api.bodies import SPOOLED
 from stepweave.api.idempotency import joins
 from stepweave.api.schemas import CHARSETS, NULL, EditRequest, refuse_known
-from stepweave.errors import SHOWN, Cancelled, InvalidRequest, shown
+from stepweave.errors import SHOWN, InvalidRequestError, RequestCancelledError, shown
 from stepweave.parameters import Sources
 from stepweave.serving.admission import Reservation
 from stepweave.serving.server import Server
 from stepweave.threads import on_thread
 
-PICTURES = ("image", "mask")
+IMAGE_FILES = ("image", "mask")
 REQUIRED = ("image",)
 MAX_FIELDS = 64
 MAX_FIELD_BYTES = 64 * 1024
@@ -92,8 +92,8 @@ class _Parser(MultiPartParser):
         if part.file is not None and part.file.filename:
             name = _name(part.field_name)
             if any(
-                isinstance(one, UploadFile) and one.filename and _name(other) == name
-                for other, one in self.items
+                isinstance(item, UploadFile) and item.filename and _name(other) == name
+                for other, item in self.items
             ):
                 raise _twice(name)
 
@@ -101,12 +101,12 @@ class _Parser(MultiPartParser):
         self.ended = True
 
 
-async def read_form(request: Request, files: Sequence[str] = PICTURES) -> Form:
+async def read_form(request: Request, files: Sequence[str] = IMAGE_FILES) -> Form:
     """A multipart form. `image[]`, as OpenAI's clients name several, may hold one. What is empty
     counts as absent: a text, and a file without a name, as browsers send what was not filled in.
 
-    Raises InvalidRequest for a form that cannot be read, a name that comes twice, a field that is a
-    file or the other way round.
+    Raises InvalidRequestError for a form that cannot be read, a name that comes twice, a field that
+    is a file or the other way round.
     """
     _check_charset(request.headers.get("content-type", ""))
     limits = {"max_files": MAX_FILES, "max_fields": MAX_FIELDS, "max_part_size": MAX_FIELD_BYTES}
@@ -114,14 +114,14 @@ async def read_form(request: Request, files: Sequence[str] = PICTURES) -> Form:
     try:
         data = await parser.parse()
     except ClientDisconnect:
-        raise Cancelled("The client left while it sent the body.") from None
+        raise RequestCancelledError("The client left while it sent the body.") from None
     except MultiPartException as error:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"The form cannot be read: {error.message}", code="invalid_form"
         ) from None
     try:
         if not parser.ended:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 "The form is cut short: its closing boundary is missing.", code="invalid_form"
             )
         return _sorted(data, files)
@@ -149,13 +149,15 @@ def _sorted(data: FormData, files: Sequence[str]) -> Form:
             raise _twice(name)
         if isinstance(value, str):
             if name in files:
-                raise InvalidRequest(f"{name} is {shown(value)}; it must be a file.", param=name)
+                raise InvalidRequestError(
+                    f"{name} is {shown(value)}; it must be a file.", param=name
+                )
             texts[name] = value
         elif name in files:
             found[name] = value.file
         else:
             refuse_known(name, EditRequest)
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"{shown(name)} is a file; only {' and '.join(files)} may be.", param=name
             )
     return Form(texts, found, warnings)
@@ -165,13 +167,13 @@ def _name(given: str) -> str:
     return given.removesuffix("[]")
 
 
-def _twice(name: str) -> InvalidRequest:
+def _twice(name: str) -> InvalidRequestError:
     more = (
         "; an edit starts from one image: send that, or put them together into one"
         if name == "image"
         else ""
     )
-    return InvalidRequest(
+    return InvalidRequestError(
         f"{name[:SHOWN]} is given more than once; the limit is one{more}.", param=name[:SHOWN]
     )
 
@@ -181,7 +183,7 @@ def _check_charset(content_type: str) -> None:
     whatever it finds."""
     charset = parse_options_header(content_type)[1].get(b"charset", b"utf-8").decode("latin-1")
     if charset.lower() not in CHARSETS:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"The form's charset is {shown(charset)}; send utf-8.", code="invalid_form"
         )
 
@@ -190,8 +192,8 @@ async def reserve(request: Request, server: Server) -> Reservation:
     """A place for an edit, before its body is read. One that may join a job by its key has none, if
     few such are being read.
 
-    Raises Refused if there is no place; one is promised to a request of the same client, key and
-    length.
+    Raises AdmissionError if there is no place; one is promised to a request of the same client, key
+    and length.
     """
     told = tuple(request.headers.get(name) for name in ("content-length", "idempotency-key"))
     token = (request.url.path, *told)
@@ -199,32 +201,33 @@ async def reserve(request: Request, server: Server) -> Reservation:
 
 
 async def digest_of(form: Form) -> bytes:
-    """A digest of an edit's files. Raises InvalidRequest if the one that it needs is missing."""
+    """A digest of an edit's files. Raises InvalidRequestError if the one that it needs is
+    missing."""
     if "image" not in form.files:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             "image is missing: send it as a file of the form.", code="missing_field", param="image"
         )
 
     def digest() -> bytes:
-        digests = {name: hashlib.sha256() for name in PICTURES}
+        digests = {name: hashlib.sha256() for name in IMAGE_FILES}
         for name, file in form.files.items():
             while chunk := file.read(SPOOLED):
                 digests[name].update(chunk)
-        return b"".join(one.digest() for one in digests.values())
+        return b"".join(digest.digest() for digest in digests.values())
 
     with form.used():
         return await on_thread(None, digest)
 
 
-async def read_pictures(
+async def read_images(
     form: Form, server: Server, size: str | None, place: Reservation | None
 ) -> Sources:
     """An edit's images, of the size that it makes, `size` or the nearest to the image's own. A few
     are decoded at a time, in processes of their own that end if the awaiting task is cancelled.
     `place` is the edit's.
 
-    Raises InvalidRequest or UnsupportedMedia naming the one that cannot be read, and what
-    `ServedModel.size_of_edit` does.
+    Raises InvalidRequestError or UnsupportedMediaTypeError naming the one that cannot be read, and
+    what `ServedModel.size_of_edit` does.
     """
     served, _ = server.ready(place)
 

@@ -8,11 +8,11 @@ from collections.abc import Awaitable, Callable
 from starlette.requests import Request
 
 from stepweave.api.auth import owner_of
-from stepweave.errors import InvalidRequest, shown
+from stepweave.errors import InvalidRequestError, shown
 from stepweave.parameters import Answer
 from stepweave.serving.admission import Reservation
 from stepweave.serving.jobs import Claim, Followed
-from stepweave.serving.request import Ticket
+from stepweave.serving.request import ActiveRequest
 from stepweave.serving.server import Server
 
 MAX_KEY = 255  # characters of an idempotency key
@@ -22,7 +22,7 @@ def claim_of(request: Request, asked: str, digest: bytes = b"", part: int | None
     """What a request says of itself: `asked` is its body as it was read, `digest` is of its files.
 
     A key is for one route and, where a request is several jobs, for each `part` of it. Raises
-    InvalidRequest for a key that is none.
+    InvalidRequestError for a key that is none.
     """
     return Claim(
         owner_of(request), _key(request, part), hashlib.sha256(digest + asked.encode()).hexdigest()
@@ -32,7 +32,7 @@ def claim_of(request: Request, asked: str, digest: bytes = b"", part: int | None
 async def start(
     server: Server,
     claim: Claim,
-    accept: Callable[[], Awaitable[Ticket]],
+    accept: Callable[[], Awaitable[ActiveRequest]],
     *,
     detached: bool = False,
     reservation: Reservation | None = None,
@@ -50,7 +50,7 @@ async def start(
 async def generate(
     server: Server,
     claim: Claim,
-    accept: Callable[[], Awaitable[Ticket]],
+    accept: Callable[[], Awaitable[ActiveRequest]],
     *,
     reservation: Reservation | None = None,
 ) -> Answer:
@@ -63,7 +63,7 @@ async def generate(
 
 async def joins(request: Request, server: Server) -> bool:
     """Whether a request's key has a job already, so that it may need no place. Raises
-    InvalidRequest for a key that is none."""
+    InvalidRequestError for a key that is none."""
     key = _key(request, None)
     if key is None or server.jobs is None:
         return False
@@ -75,7 +75,7 @@ def _key(request: Request, part: int | None) -> str | None:
     if key is None:
         return None
     if not 1 <= len(key) <= MAX_KEY or not key.isprintable():
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"Idempotency-Key is {shown(key)}; it must have 1 to {MAX_KEY} printable characters.",
             param="Idempotency-Key",
         )

@@ -6,16 +6,16 @@ import json
 from typing import Any
 
 from stepweave.api.answers import json_answer
-from stepweave.errors import NotFound
+from stepweave.errors import NotFoundError
 from stepweave.serving.jobs import Followed
-from stepweave.serving.request import Queued, Ticket
-from stepweave.serving.stored_job import KeptJob
+from stepweave.serving.request import ActiveRequest, Queued
+from stepweave.serving.stored_job import StoredJob
 from stepweave.store import FileStore
 
 
 def describe(job: Followed) -> dict[str, Any]:
     """The job as its resource, but for its result."""
-    return _of_ticket(job) if isinstance(job, Ticket) else _of_record(job)
+    return _of_active(job) if isinstance(job, ActiveRequest) else _of_stored(job)
 
 
 async def job_answer(job: Followed, files: FileStore, base: str | None) -> bytes:
@@ -27,38 +27,38 @@ async def job_answer(job: Followed, files: FileStore, base: str | None) -> bytes
     if described["state"] == "succeeded":
         try:
             result = await json_answer(await job.result(), base, files)
-        except NotFound as error:
+        except NotFoundError as error:
             described["warnings"] = [*described["warnings"], error.message]
     del described["result"]
     return b"".join([json.dumps(described)[:-1].encode(), b', "result": ', result, b"}"])
 
 
-def _of_ticket(ticket: Ticket) -> dict[str, Any]:
-    standing = None if ticket.done else ticket.standing()
-    position = standing.position if isinstance(standing, Queued) else None
+def _of_active(active: ActiveRequest) -> dict[str, Any]:
+    latest = None if active.done else active.latest()
+    position = latest.position if isinstance(latest, Queued) else None
     return {
-        "id": ticket.id,
+        "id": active.id,
         "object": "job",
-        "kind": ticket.kind,
+        "kind": active.kind,
         # of one moment with the place
-        "state": ticket.state
-        if standing is None
+        "state": active.state
+        if latest is None
         else "queued"
-        if isinstance(standing, Queued)
+        if isinstance(latest, Queued)
         else "running",
-        "step": ticket.job.progress.step,
-        "total_steps": ticket.steps,
+        "step": active.job.progress.step,
+        "total_steps": active.steps,
         "position": position,
-        "eta_seconds": None if standing is None else standing.eta,
-        "created": round(ticket.created, 3),
-        "parameters": ticket.resolved(),
-        "warnings": ticket.all_warnings,
-        "error": None if ticket.error is None else ticket.error.body()["error"],
+        "eta_seconds": None if latest is None else latest.eta,
+        "created": round(active.created, 3),
+        "parameters": active.resolved(),
+        "warnings": active.all_warnings,
+        "error": None if active.error is None else active.error.body()["error"],
         "result": None,
     }
 
 
-def _of_record(job: KeptJob) -> dict[str, Any]:
+def _of_stored(job: StoredJob) -> dict[str, Any]:
     record = job.record
     return {
         "id": record.id,

@@ -18,8 +18,13 @@ from starlette.routing import Route
 
 from stepweave import __version__
 from stepweave.api.answer_schemas import ANSWERS, Error, ExamplesError, ProtocolError
-from stepweave.api.answers import EVENT_STREAM, PICTURES
-from stepweave.api.legacy import LegacyRequest
+from stepweave.api.answers import EVENT_STREAM, IMAGE_TYPES
+from stepweave.api.open_inference.tensors import (
+    InputParameters,
+    InputTensor,
+    OutputParameters,
+    RequestedOutput,
+)
 from stepweave.api.operations import (
     ERRORS,
     EVERYWHERE,
@@ -35,18 +40,18 @@ from stepweave.api.operations import (
     operations,
 )
 from stepweave.api.responses import CODE, is_of_examples, is_of_protocol
-from stepweave.api.schemas import EditRequest, NativeEditRequest
-from stepweave.api.tensors import InputParameters, InputTensor, OutputParameters, RequestedOutput
+from stepweave.api.routes.diffusers_example import DiffusersExampleRequest
+from stepweave.api.schemas import BentoMLEditRequest, EditRequest
 from stepweave.api.urls import base_url, reference
 from stepweave.errors import (
-    DeadlineExceeded,
-    MethodNotAllowed,
-    Refused,
+    AdmissionError,
+    AuthenticationError,
+    DeadlineExceededError,
+    MethodNotAllowedError,
     StepweaveError,
-    Unauthorized,
-    Unavailable,
-    UnsupportedEncoding,
-    UnsupportedMedia,
+    UnavailableError,
+    UnsupportedEncodingError,
+    UnsupportedMediaTypeError,
 )
 from stepweave.serving.server import Server
 from stepweave.threads import on_thread
@@ -63,12 +68,12 @@ RETRY_AFTER = {
     "description": "Seconds after which it may be accepted.",
     "schema": {"type": "integer", "minimum": 1},
 }
-FORMS = (EditRequest, NativeEditRequest)
+FORMS = (EditRequest, BentoMLEditRequest)
 PROTOCOL, EXAMPLES = "Protocol", "Examples"  # surfaces whose errors have another body
 BODIES: dict[str, type[BaseModel]] = {"": Error, PROTOCOL: ProtocolError, EXAMPLES: ExamplesError}
 # of JSON, whose members may be null, as if they were absent
 OBJECTS: tuple[type[BaseModel], ...] = (
-    *(one for one in REQUESTS if one not in FORMS),
+    *(model for model in REQUESTS if model not in FORMS),
     InputTensor,
     InputParameters,
     RequestedOutput,
@@ -85,7 +90,7 @@ DESCRIPTION = (
 )
 
 
-class OpenApi:
+class OpenApiRoutes:
     """The handler, bound to one server."""
 
     def __init__(self, server: Server) -> None:
@@ -115,9 +120,9 @@ def make_document(server: Server, mounted: Collection[str], place: str = "/") ->
     its root."""
     secured = server.keys.required
     paths: dict[str, dict[str, Any]] = {}
-    for one in operations(None if server.model is None else server.model.names):
-        if one.elsewhere or one.path in mounted:
-            paths.setdefault(one.path, {})[one.method] = _operation(one, secured)
+    for operation in operations(None if server.model is None else server.model.names):
+        if operation.elsewhere or operation.path in mounted:
+            paths.setdefault(operation.path, {})[operation.method] = _operation(operation, secured)
     schemas = copy.deepcopy(_schemas())
     _limit(schemas, server)
     components: dict[str, Any] = {
@@ -157,12 +162,14 @@ class _Generator(GenerateJsonSchema):
 @functools.cache
 def _schemas() -> dict[str, Any]:
     """Of bodies and answers, by name, as any server has them."""
-    models: list[tuple[type[BaseModel], JsonSchemaMode]] = [(one, "validation") for one in REQUESTS]
-    models += [(one, "serialization") for one in ANSWERS]
-    _, found = models_json_schema(models, ref_template=REF, schema_generator=_Generator)
-    schemas: dict[str, Any] = found["$defs"]
-    for one in OBJECTS:
-        schema = schemas[one.__name__]
+    models: list[tuple[type[BaseModel], JsonSchemaMode]] = [
+        (model, "validation") for model in REQUESTS
+    ]
+    models += [(model, "serialization") for model in ANSWERS]
+    _, document = models_json_schema(models, ref_template=REF, schema_generator=_Generator)
+    schemas: dict[str, Any] = document["$defs"]
+    for model in OBJECTS:
+        schema = schemas[model.__name__]
         for name in schema["properties"].keys() - set(schema.get("required", ())):
             schema["properties"][name] = _or_null(schema["properties"][name])
     for form in FORMS:
@@ -188,11 +195,11 @@ def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
 def _as_form(schema: dict[str, Any]) -> dict[str, Any]:
     """A form's schema: it has files, and no null."""
     properties = {"image": FILE, "mask": FILE}
-    for name, one in schema["properties"].items():
-        kept = [branch for branch in one.get("anyOf", ()) if branch != {"type": "null"}]
+    for name, field in schema["properties"].items():
+        kept = [branch for branch in field.get("anyOf", ()) if branch != {"type": "null"}]
         values = {
             key: value
-            for key, value in one.items()
+            for key, value in field.items()
             if key != "anyOf" and (key, value) != ("default", None)
         }
         properties[name] = {**(kept[0] if kept else {}), **values}
@@ -231,13 +238,13 @@ def _limit(schemas: dict[str, Any], server: Server) -> None:
     for request in REQUESTS:
         properties = schemas[request.__name__]["properties"]
         for name in properties.keys() & limits.keys() - (
-            {"model"} if request is LegacyRequest else set()
+            {"model"} if request is DiffusersExampleRequest else set()
         ):
             _first_type(properties[name]).update(limits[name])
         if request in FORMS and of_edits:  # of which some may take more than others
             for name in properties.keys() & {"n", "num_images_per_prompt"}:
                 _first_type(properties[name])["maximum"] = max(
-                    one.images for one in of_edits.values()
+                    limit.images for limit in of_edits.values()
                 )
         for name in properties.keys() & absent:
             if request in FORMS:
@@ -248,9 +255,9 @@ def _limit(schemas: dict[str, Any], server: Server) -> None:
             properties["response_format"]["default"] = settings.response_format
         if "size" in properties:
             kinds = {
-                f"{name}: {one.sizes}"
-                for name, one in of_edits.items()
-                if model and one != model.limits
+                f"{name}: {limit.sizes}"
+                for name, limit in of_edits.items()
+                if model and limit != model.limits
             }
             more = sorted(kinds) if request in FORMS else []
             properties["size"]["description"] += " ".join(["", sizes, *more])
@@ -258,34 +265,39 @@ def _limit(schemas: dict[str, Any], server: Server) -> None:
 
 def _first_type(schema: dict[str, Any]) -> dict[str, Any]:
     """The schema itself, or what it says of values that are not null."""
-    return next((one for one in schema.get("anyOf", ()) if one.get("type") != "null"), schema)
+    return next(
+        (branch for branch in schema.get("anyOf", ()) if branch.get("type") != "null"), schema
+    )
 
 
-def _operation(one: Operation, secured: bool) -> dict[str, Any]:
-    responses = {str(status): _response(answer) for status, answer in one.answers.items()}
+def _operation(described: Operation, secured: bool) -> dict[str, Any]:
+    responses = {str(status): _response(answer) for status, answer in described.answers.items()}
     errors: Errors = (
-        *one.errors,
+        *described.errors,
         *EVERYWHERE,
-        *((Unauthorized,) if secured and not one.keyless else ()),
+        *((AuthenticationError,) if secured and not described.keyless else ()),
     )
     for error in sorted(errors, key=lambda error: error.status):
-        name = f"{_surface(one.path)}{error.__name__}"
+        name = f"{_surface(described.path)}{error.__name__}"
         responses.setdefault(str(error.status), {"$ref": f"#/components/responses/{name}"})
     operation: dict[str, Any] = {
-        "operationId": one.id,
-        "tags": [one.tag],
-        "summary": one.summary,
+        "operationId": described.id,
+        "tags": [described.tag],
+        "summary": described.summary,
         "responses": dict(sorted(responses.items())),
     }
-    if one.description:
-        operation["description"] = one.description
-    if one.parameters:
-        operation["parameters"] = list(one.parameters)
-    if one.body:
-        operation["requestBody"] = {"required": one.body_required, "content": _content(one.body)}
-        if one.example:
-            operation["requestBody"]["content"][JSON]["example"] = dict(one.example)
-    if secured and one.keyless:
+    if described.description:
+        operation["description"] = described.description
+    if described.parameters:
+        operation["parameters"] = list(described.parameters)
+    if described.body:
+        operation["requestBody"] = {
+            "required": described.body_required,
+            "content": _content(described.body),
+        }
+        if described.example:
+            operation["requestBody"]["content"][JSON]["example"] = dict(described.example)
+    if secured and described.keyless:
         operation["security"] = []
     return operation
 
@@ -308,11 +320,11 @@ def _content(content: Content, events: Mapping[str, Any] | None = None) -> dict[
         described[media_type] = {"schema": _schema(schema)}
         if media_type == FORM:
             described[media_type]["encoding"] = {
-                name: {"contentType": ", ".join(PICTURES)} for name in ("image", "mask")
+                name: {"contentType": ", ".join(IMAGE_TYPES)} for name in ("image", "mask")
             }
         if media_type == EVENT_STREAM and events:
             described[media_type]["schema"] = {
-                "anyOf": [_event(name, one) for name, one in events.items()]
+                "anyOf": [_event(name, data) for name, data in events.items()]
             }
     return described
 
@@ -330,7 +342,7 @@ def _event(name: str, data: Any) -> dict[str, Any]:
 def _schema(given: Any) -> dict[str, Any]:
     """A reference to a model, to any of several, or a schema as it is."""
     if isinstance(given, tuple):
-        return {"anyOf": [_schema(one) for one in given]}
+        return {"anyOf": [_schema(item) for item in given]}
     if isinstance(given, dict):
         return given
     return {"$ref": REF.format(model=given.__name__)}
@@ -358,19 +370,22 @@ def _refusal(error: type[StepweaveError], surface: str) -> dict[str, Any]:
             "required": True,
             "schema": {"type": "string"},
         }
-    if error is UnsupportedMedia:
+    if error is UnsupportedMediaTypeError:
         encodings = {
             "description": "Where the content encoding is the reason: those that would do."
         }
-        headers["Accept-Encoding"] = {**encodings, "schema": {"const": UnsupportedEncoding.TAKEN}}
-    if issubclass(error, (Refused, Unavailable)):
-        headers["Retry-After"] = {**RETRY_AFTER, "required": issubclass(error, Refused)}
-    if issubclass(error, Unauthorized):
+        headers["Accept-Encoding"] = {
+            **encodings,
+            "schema": {"const": UnsupportedEncodingError.TAKEN},
+        }
+    if issubclass(error, (AdmissionError, UnavailableError)):
+        headers["Retry-After"] = {**RETRY_AFTER, "required": issubclass(error, AdmissionError)}
+    if issubclass(error, AuthenticationError):
         headers["WWW-Authenticate"] = {"required": True, "schema": {"const": "Bearer"}}
-    if issubclass(error, MethodNotAllowed):
+    if issubclass(error, MethodNotAllowedError):
         allowed = {"description": "Methods that the path has.", "schema": {"type": "string"}}
         headers["Allow"] = {**allowed, "required": True}
-    if error in (StepweaveError, DeadlineExceeded):
+    if error in (StepweaveError, DeadlineExceededError):
         lasting = "`false` where it would fail again, or come too late."
         headers["X-Should-Retry"] = {"description": lasting, "schema": {"const": "false"}}
     description = (

@@ -10,33 +10,29 @@ from typing import Any, TypeAlias
 from pydantic import BaseModel
 
 from stepweave.api import answer_schemas as bodies
-from stepweave.api.answers import EVENT_STREAM, PICTURES
+from stepweave.api.answers import EVENT_STREAM, IMAGE_TYPES
 from stepweave.api.idempotency import MAX_KEY
-from stepweave.api.jobs import MAX_LIST
-from stepweave.api.legacy import LegacyRequest
-from stepweave.api.schemas import (
-    EditRequest,
-    GenerationRequest,
-    ImageRequest,
-    NativeEditRequest,
-    StreamRequest,
-)
-from stepweave.api.tensors import HEADER_LENGTH, IndexRequest, InferenceRequest
+from stepweave.api.open_inference.tensors import HEADER_LENGTH, IndexRequest, InferenceRequest
+from stepweave.api.routes.diffusers_example import DiffusersExampleRequest
+from stepweave.api.routes.jobs import MAX_LIST
+from stepweave.api.schemas import BentoMLEditRequest, EditRequest, GenerationRequest, StreamRequest
+from stepweave.config.values import MAX_NAME
 from stepweave.errors import (
-    BodyTooLarge,
-    Cancelled,
-    Conflict,
-    DeadlineExceeded,
-    InvalidRequest,
-    MethodNotAllowed,
-    NotFound,
-    Refused,
+    AdmissionError,
+    AuthenticationError,
+    BodyTooLargeError,
+    ConflictError,
+    DeadlineExceededError,
+    InvalidRequestError,
+    MethodNotAllowedError,
+    NotFoundError,
+    RequestCancelledError,
     StepweaveError,
-    Unauthorized,
-    Unavailable,
-    UnsupportedMedia,
+    UnavailableError,
+    UnsupportedMediaTypeError,
 )
-from stepweave.serving.names import MAX_NAME, ModelNames
+from stepweave.parameters import ImageRequest
+from stepweave.serving.names import ModelNames
 
 JSON = "application/json"
 FORM = "multipart/form-data"
@@ -44,18 +40,26 @@ BYTES = "application/octet-stream"
 Content: TypeAlias = dict[str, Any]  # schemas (models, tuples of them, or JSON) by media type
 Errors: TypeAlias = tuple[type[StepweaveError], ...]
 
-EVERYWHERE: Errors = (MethodNotAllowed, StepweaveError)
-READING: Errors = (InvalidRequest, BodyTooLarge, UnsupportedMedia)
-WORK: Errors = (*READING, NotFound, Conflict, Refused, Cancelled, Unavailable, DeadlineExceeded)
-ERRORS: Errors = (*EVERYWHERE, *WORK, Unauthorized)
+EVERYWHERE: Errors = (MethodNotAllowedError, StepweaveError)
+READING: Errors = (InvalidRequestError, BodyTooLargeError, UnsupportedMediaTypeError)
+WORK: Errors = (
+    *READING,
+    NotFoundError,
+    ConflictError,
+    AdmissionError,
+    RequestCancelledError,
+    UnavailableError,
+    DeadlineExceededError,
+)
+ERRORS: Errors = (*EVERYWHERE, *WORK, AuthenticationError)
 
 REQUESTS: tuple[type[BaseModel], ...] = (
     GenerationRequest,
     EditRequest,
     ImageRequest,
     StreamRequest,
-    NativeEditRequest,
-    LegacyRequest,
+    BentoMLEditRequest,
+    DiffusersExampleRequest,
     InferenceRequest,
     IndexRequest,
 )
@@ -128,7 +132,7 @@ WARNINGS_HEADER = {
 }
 
 
-def picture_headers() -> dict[str, Any]:
+def image_headers() -> dict[str, Any]:
     """The headers beside a picture: what decides its pixels, less prompts, and warnings."""
     prompts, others = (
         ("prompt", "negative_prompt"),
@@ -148,7 +152,7 @@ def picture_headers() -> dict[str, Any]:
 
 
 FILE: dict[str, Any] = {"type": "string", "format": "binary"}
-PICTURE: Content = dict.fromkeys(PICTURES, FILE)
+IMAGE: Content = dict.fromkeys(IMAGE_TYPES, FILE)
 STREAM: Content = {EVENT_STREAM: {}}  # a schema of each of its events
 FILE_HEADERS = {
     "Cache-Control": _header(
@@ -217,8 +221,8 @@ def _images(name: str, prefix: str, **values: Any) -> Operation:
     }
     done = Answer(
         "The pictures; as `Accept` would have it, the one picture itself, or events.",
-        {JSON: bodies.Generation, **PICTURE, **STREAM},
-        {**picture_headers(), **JOB_HEADER},
+        {JSON: bodies.Generation, **IMAGE, **STREAM},
+        {**image_headers(), **JOB_HEADER},
         events=_events(prefix),
     )
     accepted = Answer(
@@ -290,7 +294,7 @@ def _inference(names: ModelNames | None) -> Iterable[Operation]:
         "/v2", "serverMetadata", tag, "The server", _json(bodies.ProtocolMetadata, "Its metadata.")
     )
     yield _get("/v2/models", "listServedModels", tag, "The name of the model that is served",
-               _json(bodies.ServedModels, "One."), Unavailable)  # fmt: skip
+               _json(bodies.ServedModels, "One."), UnavailableError)  # fmt: skip
     indexed = {
         "type": "array",
         "items": {"$ref": f"#/components/schemas/{bodies.IndexedModel.__name__}"},
@@ -302,7 +306,7 @@ def _inference(names: ModelNames | None) -> Iterable[Operation]:
         tag,
         "The repository's models, for Triton's clients",
         {200: Answer("One, or none.", {JSON: indexed})},
-        (*READING, Cancelled, Unavailable),
+        (*READING, RequestCancelledError, UnavailableError),
         body={JSON: IndexRequest},
         body_required=False,
     )
@@ -323,7 +327,7 @@ def _inference(names: ModelNames | None) -> Iterable[Operation]:
         ("", model, (named,)),
         ("Version", f"{model}/versions/{{version}}", (named, VERSION)),
     ):
-        lost = (NotFound, Unavailable)
+        lost = (NotFoundError, UnavailableError)
         yield _get(
             path,
             f"model{suffix}Metadata",
@@ -406,7 +410,7 @@ def operations(names: ModelNames | None) -> list[Operation]:
             "Images",
             "Refused: send the image to be edited",
             {},
-            (InvalidRequest, BodyTooLarge),
+            (InvalidRequestError, BodyTooLargeError),
             body={FORM: {"type": "object"}},
         ),
         _get(
@@ -415,7 +419,7 @@ def operations(names: ModelNames | None) -> list[Operation]:
             "Models",
             "The model that is served",
             _json(bodies.ModelList, "One."),
-            Unavailable,
+            UnavailableError,
         ),
         _get(
             "/v1/models/{id}",
@@ -423,8 +427,8 @@ def operations(names: ModelNames | None) -> list[Operation]:
             "Models",
             "What the model takes",
             _json(bodies.Model, "It."),
-            NotFound,
-            Unavailable,
+            NotFoundError,
+            UnavailableError,
             parameters=(_model("id", names),),
         ),
         _get(
@@ -433,9 +437,9 @@ def operations(names: ModelNames | None) -> list[Operation]:
             "Jobs",
             "Jobs that are kept, newest first",
             _json(bodies.JobList, "Theirs whose key it is."),
-            InvalidRequest,
-            NotFound,
-            Unavailable,
+            InvalidRequestError,
+            NotFoundError,
+            UnavailableError,
             parameters=(
                 _parameter(
                     "query",
@@ -456,9 +460,9 @@ def operations(names: ModelNames | None) -> list[Operation]:
             "Jobs",
             "Where a job stands, and its result",
             _json(bodies.Job, "The job."),
-            InvalidRequest,
-            NotFound,
-            Unavailable,
+            InvalidRequestError,
+            NotFoundError,
+            UnavailableError,
             parameters=(JOB,),
         ),
         Operation(
@@ -468,7 +472,7 @@ def operations(names: ModelNames | None) -> list[Operation]:
             "Jobs",
             "Cancel a job, or forget one that is over",
             _json(bodies.Job, "As it was left."),
-            (InvalidRequest, NotFound, Unavailable),
+            (InvalidRequestError, NotFoundError, UnavailableError),
             (JOB,),
         ),
         _get(
@@ -477,14 +481,14 @@ def operations(names: ModelNames | None) -> list[Operation]:
             "Jobs",
             "Follow a job",
             {200: Answer("From where it stands to its end.", STREAM, events=job_events)},
-            InvalidRequest,
-            NotFound,
-            Unavailable,
+            InvalidRequestError,
+            NotFoundError,
+            UnavailableError,
             parameters=(JOB,),
         ),
         _native(
             "/generate",
-            Answer("The picture.", PICTURE, picture_headers()),
+            Answer("The picture.", IMAGE, image_headers()),
             id="generate",
             summary="One picture",
             body={JSON: ImageRequest},
@@ -500,10 +504,10 @@ def operations(names: ModelNames | None) -> list[Operation]:
         ),
         _native(
             "/edit",
-            Answer("The picture.", PICTURE, picture_headers()),
+            Answer("The picture.", IMAGE, image_headers()),
             id="edit",
             summary="One picture from another",
-            body={FORM: NativeEditRequest},
+            body={FORM: BentoMLEditRequest},
         ),
         _get(
             "/schema.json",
@@ -517,31 +521,37 @@ def operations(names: ModelNames | None) -> list[Operation]:
         Operation(
             "post",
             "/api/diffusers/inference",
-            "legacyInference",
+            "diffusersExampleInference",
             "Diffusers example server",
             "Text to image",
-            {200: Answer("Where the pictures are.", {JSON: bodies.LegacyAnswer}, WARNINGS_HEADER)},
+            {
+                200: Answer(
+                    "Where the pictures are.",
+                    {JSON: bodies.DiffusersExampleAnswer},
+                    WARNINGS_HEADER,
+                )
+            },
             WORK,
             (KEY,),
-            body={JSON: LegacyRequest},
+            body={JSON: DiffusersExampleRequest},
             example={"prompt": EXAMPLE["prompt"]},
         ),
         _get(
             "/api/status",
-            "legacyStatus",
+            "diffusersExampleStatus",
             "Diffusers example server",
             "What is served, and how much",
-            _json(bodies.LegacyStatus, "Status."),
-            Unavailable,
+            _json(bodies.DiffusersExampleStatus, "Status."),
+            UnavailableError,
         ),
         _get(
             "/images/{filename}",
-            "getPicture",
+            "getImage",
             "Images",
             "A stored picture",
-            {200: Answer("The file.", PICTURE, FILE_HEADERS)},
-            NotFound,
-            Unavailable,
+            {200: Answer("The file.", IMAGE, FILE_HEADERS)},
+            NotFoundError,
+            UnavailableError,
             parameters=(_parameter("path", "filename", "Its name, the key to it."),),
         ),
         _get(
@@ -594,7 +604,7 @@ def operations(names: ModelNames | None) -> list[Operation]:
             "Operation",
             "Announce that the server leaves",
             _json(bodies.Drained, "What is left."),
-            (NotFound,),
+            (NotFoundError,),
             keyless=True,
             elsewhere=True,
             description="`/readyz` is 503 from now on, and new work is refused "
@@ -608,7 +618,7 @@ def operations(names: ModelNames | None) -> list[Operation]:
             "Operation",
             "Take a drain back",
             _json(bodies.Drained, "What is left."),
-            (NotFound, Conflict),
+            (NotFoundError, ConflictError),
             keyless=True,
             elsewhere=True,
             description=f"Until the process was told to end (409, code `terminating`). {_TOKEN}",

@@ -9,18 +9,18 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from stepweave.errors import (
-    DeadlineExceeded,
-    NonFinite,
-    OutOfMemory,
+    AuthenticationError,
+    DeadlineExceededError,
+    ImageCountError,
+    NonFiniteError,
+    OutOfMemoryError,
     StepweaveError,
-    Unauthorized,
-    UnsupportedEncoding,
-    WrongNumber,
+    UnsupportedEncodingError,
 )
 
 logger = logging.getLogger(__name__)
 
-LASTING = (OutOfMemory, NonFinite, WrongNumber)  # errors that would come again
+LASTING = (OutOfMemoryError, NonFiniteError, ImageCountError)  # errors that would come again
 REQUEST_ID = "stepweave.request_id"  # key in the ASGI scope
 # key in the ASGI scope: a list, to which a stream adds that its client left before its end
 LEFT = "stepweave.left"
@@ -53,13 +53,13 @@ def error_response(error: StepweaveError, path: str = "", **extra: Any) -> JSONR
         body["detail"] = error.message
     if error.retry_after is not None:
         headers["Retry-After"] = str(error.retry_after)
-    if isinstance(error, Unauthorized):
+    if isinstance(error, AuthenticationError):
         headers["WWW-Authenticate"] = "Bearer"
-    if isinstance(error, UnsupportedEncoding):
+    if isinstance(error, UnsupportedEncodingError):
         headers["Accept-Encoding"] = error.TAKEN
     # OpenAI's clients repeat what failed with a 5xx unless told not to; of a deadline the time is
     # up
-    if isinstance(error, (*LASTING, DeadlineExceeded)):
+    if isinstance(error, (*LASTING, DeadlineExceededError)):
         headers["X-Should-Retry"] = "false"
     return JSONResponse({**body, **extra}, status_code=error.status, headers=headers)
 
@@ -81,5 +81,7 @@ def as_stepweave_error(error: Exception, request_id: str) -> StepweaveError:
     if isinstance(error, LASTING):
         return type(error)(f"{error.message} Request id: {request_id}")
     if isinstance(error, StepweaveError):
-        return StepweaveError(f"{error.message} Request id: {request_id}", code=error.code)
+        failure = StepweaveError(f"{error.message} Request id: {request_id}")
+        failure.code = error.code
+        return failure
     return StepweaveError(f"Internal error. Request id: {request_id}", code="internal_error")

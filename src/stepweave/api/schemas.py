@@ -5,17 +5,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import from_json, to_json
 from python_multipart.multipart import parse_options_header
 
-from stepweave.errors import SHOWN, InvalidRequest, UnsupportedMedia, shown
-from stepweave.parameters import MAX_SEED, OutputFormat, PriorityName
+from stepweave.errors import SHOWN, InvalidRequestError, UnsupportedMediaTypeError, shown
+from stepweave.parameters import ImageRequest
 from stepweave.threads import on_thread
 
-MAX_DEADLINE_MS = 24 * 3600 * 1000
 MAX_PARTIAL_IMAGES = 3
 NULL = "null"  # as a text of a form, of what is absent
 CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")  # of JSON and forms
@@ -25,49 +24,6 @@ LONG = 32 * 1024  # bytes of a body beyond which it is not read on the event loo
 MANY = 4
 PROMPTS = ("prompt", "negative_prompt")
 MOST_NAMED = 5  # of what is ignored
-Size = Annotated[str, Field(pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", examples=["64x64"])]
-
-
-class ImageRequest(BaseModel):
-    """What every surface takes."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-    prompt: str = Field(min_length=1, description="What the picture should show.")
-    negative_prompt: str | None = Field(None, description="What it should not show.")
-    size: Size | None = Field(
-        None, description="WIDTHxHEIGHT in pixels, or `auto` for the model's own."
-    )
-    seed: int | None = Field(
-        None, ge=0, le=MAX_SEED, description="Same seed, same picture; drawn if absent."
-    )
-    num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps.")
-    guidance_scale: float | None = Field(
-        None, ge=0, le=100, description="Classifier-free guidance; 1 turns it off."
-    )
-    scheduler: str | None = Field(
-        None, description="Class name of a scheduler that `GET /v1/models` lists."
-    )
-    reproducible: bool = Field(
-        False, description="Bitwise the pipeline's own picture; it shares no step with others."
-    )
-    priority: PriorityName = Field("normal", description="Requests of a higher class go first.")
-    deadline_ms: int | None = Field(
-        None,
-        ge=1,
-        le=MAX_DEADLINE_MS,
-        description="Milliseconds from now within which the picture must be made: refused with 400 "
-        "if it takes longer even alone, with 429 if others are in the way, ended with "
-        "504 at the first step after.",
-    )
-    output_format: OutputFormat = Field("png", description="File format of the picture.")
-    output_compression: int | None = Field(
-        None,
-        ge=0,
-        le=100,
-        description="Quality of a JPEG or WebP file, 0 to 100, the best; PNG has none.",
-    )
-    metadata: bool = Field(True, description="Write the parameters into the file.")
 
 
 class StreamRequest(ImageRequest):
@@ -158,13 +114,13 @@ class EditRequest(Edit, OpenAIRequest):
     input_fidelity: Literal["high", "low"] | None = Field(None, description="Ignored.")
 
 
-class NativeEditRequest(Edit, ImageRequest):
+class BentoMLEditRequest(Edit, ImageRequest):
     """Fields of `POST /edit` less its files, `image` and `mask`."""
 
 
 def require_json(content_type: str, *others: str) -> None:
-    """Raise UnsupportedMedia unless the content type is JSON in UTF-8, or one of `others`; empty is
-    none."""
+    """Raise UnsupportedMediaTypeError unless the content type is JSON in UTF-8, or one of `others`;
+    empty is none."""
     kind, parameters = parse_options_header(content_type)
     if kind.decode("latin-1") in others:
         return
@@ -177,21 +133,21 @@ def require_json(content_type: str, *others: str) -> None:
             else ""
         )
         wanted = " or ".join(["application/json", *filter(None, others)])
-        raise UnsupportedMedia(
+        raise UnsupportedMediaTypeError(
             f"The content type is {shown(content_type)}{told}; send the header `Content-Type: "
             f"{wanted}`."
         )
     charset = parameters.get(b"charset", b"").decode("latin-1") or CHARSETS[0]
     if charset.lower() not in CHARSETS:
-        raise UnsupportedMedia(
+        raise UnsupportedMediaTypeError(
             f"The charset of the content type is {shown(charset)}; send JSON in utf-8."
         )
 
 
 def require_form(content_type: str) -> None:
-    """Raise UnsupportedMedia unless the content type is that of a form with files."""
+    """Raise UnsupportedMediaTypeError unless the content type is that of a form with files."""
     if parse_options_header(content_type)[0] != b"multipart/form-data":
-        raise UnsupportedMedia(
+        raise UnsupportedMediaTypeError(
             f"The content type is {shown(content_type)}; send multipart/form-data."
         )
 
@@ -202,7 +158,7 @@ RequestT = TypeVar("RequestT", bound=BaseModel)
 def parse(body: bytes, schema: type[RequestT]) -> RequestT:
     """Read a JSON body, in which a member that is null is absent, whatever its name.
 
-    Raises InvalidRequest naming the first wrong field, its value and what is allowed.
+    Raises InvalidRequestError naming the first wrong field, its value and what is allowed.
     """
     if len(body) > LONG or b"null" in body:
         body = _without_nulls(body, schema)
@@ -218,7 +174,8 @@ async def parse_off_loop(body: bytes, schema: type[RequestT]) -> RequestT:
 
 
 def _without_nulls(body: bytes, schema: type[BaseModel]) -> bytes:
-    """The body less members that are null. Raises InvalidRequest if it has far too many members."""
+    """The body less members that are null. Raises InvalidRequestError if it has far too many
+    members."""
     try:
         values = from_json(body, cache_strings="none")
     except ValueError:
@@ -232,8 +189,8 @@ def without_nulls(value: Any) -> Any:
     """JSON less the members of objects that are null, however deep they stand. Elements of arrays
     stay."""
     if isinstance(value, dict):
-        return {name: without_nulls(one) for name, one in value.items() if one is not None}
-    return [without_nulls(one) for one in value] if isinstance(value, list) else value
+        return {name: without_nulls(member) for name, member in value.items() if member is not None}
+    return [without_nulls(element) for element in value] if isinstance(value, list) else value
 
 
 def some_of(names: Sequence[str]) -> str:
@@ -244,8 +201,8 @@ def some_of(names: Sequence[str]) -> str:
 
 
 def check_members(values: dict[str, Any], schema: type[BaseModel]) -> None:
-    """Raise InvalidRequest naming the first unknown one if an object has far more members than its
-    model has fields."""
+    """Raise InvalidRequestError naming the first unknown one if an object has far more members than
+    its model has fields."""
     if len(values) > MANY * len(schema.model_fields):
         raise _unknown(next(name for name in values if name not in schema.model_fields))
 
@@ -265,31 +222,31 @@ def parse_form(fields: Mapping[str, str], schema: type[RequestT]) -> RequestT:
         raise explain(error, schema) from None
 
 
-def explain(error: ValidationError, schema: type[BaseModel] | None = None) -> InvalidRequest:
+def explain(error: ValidationError, schema: type[BaseModel] | None = None) -> InvalidRequestError:
     """The first problem, as the caller is told of it; `schema` tells of fields that are known, and
     why they are refused."""
     return _explain(error.errors(include_url=False)[0], getattr(schema, "REFUSED", {}))
 
 
 def refuse_known(name: str, schema: type[BaseModel]) -> None:
-    """Raise InvalidRequest saying what to do instead if a field, or a member of it, is one that the
-    schema refuses by name."""
+    """Raise InvalidRequestError saying what to do instead if a field, or a member of it, is one
+    that the schema refuses by name."""
     if (refusal := _refusal(name, getattr(schema, "REFUSED", {}))) is not None:
         raise refusal
 
 
-def _refusal(name: str, refused: Mapping[str, str]) -> InvalidRequest | None:
+def _refusal(name: str, refused: Mapping[str, str]) -> InvalidRequestError | None:
     known = re.split(r"[\[.]", name, maxsplit=1)[0]  # forms have members as `svg[model]`
     if known not in refused:
         return None
-    return InvalidRequest(
+    return InvalidRequestError(
         f"{known} is not taken: {refused[known]}.", code="unsupported", param=known
     )
 
 
-def _explain(problem: Any, refused: Mapping[str, str]) -> InvalidRequest:
+def _explain(problem: Any, refused: Mapping[str, str]) -> InvalidRequestError:
     if problem["type"] == "json_invalid":
-        return InvalidRequest(
+        return InvalidRequestError(
             f"The body is not valid JSON: {problem['ctx']['error']}.", code="invalid_json"
         )
     # strings that JSON's reader accepts and UTF-8 does not (lone surrogates) have no field to blame
@@ -297,17 +254,17 @@ def _explain(problem: Any, refused: Mapping[str, str]) -> InvalidRequest:
     if problem["type"] == "extra_forbidden":
         return _refusal(param or "", refused) or _unknown(param)
     if problem["type"] == "missing":
-        return InvalidRequest(f"{param} is missing.", code="missing_field", param=param)
+        return InvalidRequestError(f"{param} is missing.", code="missing_field", param=param)
     if param == "size":
-        return InvalidRequest(
+        return InvalidRequestError(
             f"size is {shown(problem['input'])}: say WIDTHxHEIGHT in pixels, or auto.", param=param
         )
-    return InvalidRequest(
+    return InvalidRequestError(
         f"{param or 'body'} is {shown(problem['input'])}: {problem['msg']}.", param=param
     )
 
 
-def _unknown(param: str | None) -> InvalidRequest:
-    return InvalidRequest(
+def _unknown(param: str | None) -> InvalidRequestError:
+    return InvalidRequestError(
         f"Unknown field {shown(param)}.", code="unknown_field", param=param and param[:SHOWN]
     )

@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 
 from stepweave.config import Settings
-from stepweave.errors import InvalidRequest, shown
+from stepweave.errors import InvalidRequestError, shown
 
 _HOST = re.compile(
     r"(?P<name>[a-z0-9_]([a-z0-9._-]{0,252})|\[[0-9a-f:.]{2,45}\])(:(?P<port>[0-9]{1,5}))?",
@@ -25,7 +25,7 @@ _MAX_PORT = 65_535
 def base_url(request: Request, settings: Settings) -> str:
     """The URL of the server's root, without a slash at its end.
 
-    Raises InvalidRequest with code `no_base_url` if none is configured and the host that the
+    Raises InvalidRequestError with code `no_base_url` if none is configured and the host that the
     request names is not trusted: a client could otherwise have URLs made that lead others astray.
     """
     if settings.base_url is not None:
@@ -33,7 +33,7 @@ def base_url(request: Request, settings: Settings) -> str:
     host = forwarded(request.headers, settings, "host") or request.headers.get("host", "")
     scheme = (forwarded(request.headers, settings, "proto") or request.url.scheme).lower()
     if not is_trusted(host, settings) or scheme not in ("http", "https"):
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"No URL can be made for an image: the request names the host {shown(host)}"
             f"{'' if scheme in ('http', 'https') else f' and the scheme {shown(scheme)}'}, which "
             f"is not trusted. Set "
@@ -46,11 +46,11 @@ def base_url(request: Request, settings: Settings) -> str:
 
 def is_trusted(host: str, settings: Settings) -> bool:
     """Whether a `Host` header is well-formed and names one of `STEPWEAVE_TRUSTED_HOSTS`."""
-    found = _HOST.fullmatch(host.lower())
+    parts = _HOST.fullmatch(host.lower())
     return (
-        found is not None
-        and int(found["port"] or 0) <= _MAX_PORT
-        and _matches(found["name"], settings.trusted_hosts)
+        parts is not None
+        and int(parts["port"] or 0) <= _MAX_PORT
+        and _matches(parts["name"], settings.trusted_hosts)
     )
 
 
@@ -91,7 +91,7 @@ def forwarded(headers: Headers, settings: Settings, name: str) -> str:
 
 
 def _matches(name: str, patterns: str) -> bool:
-    for pattern in filter(None, (one.strip().lower() for one in patterns.split(","))):
+    for pattern in filter(None, (part.strip().lower() for part in patterns.split(","))):
         if pattern in ("*", name) or (pattern.startswith("*.") and name.endswith(pattern[1:])):
             return True
     return False

@@ -10,7 +10,7 @@ from typing import Any
 from stepweave.baselines.request_batch import batch_key, images_of, run_batch
 from stepweave.compat.torch_state import use_device
 from stepweave.engine_config import EngineConfig
-from stepweave.errors import Cancelled, EngineMisuse
+from stepweave.errors import EngineMisuseError, RequestCancelledError
 from stepweave.jobs.job import enter_engine
 from stepweave.jobs.running import RunningJob
 from stepweave.jobs.thread import engine_failed
@@ -64,13 +64,13 @@ class ThreadPool:
 
     def scope_of(self, pipeline: Any) -> PrivateScope:
         """Makes views of the engine's pipeline, or of another one of its modules. Raises
-        EngineMisuse."""
+        EngineMisuseError."""
         if pipeline is None:
             return self._scope
         scope = self._scope.sibling(pipeline)
         if len(self.threads) > 1 and scope.takes_turns() and not self._scope.takes_turns():
             kinds = type(pipeline).__name__, type(self._scope.pipeline).__name__
-            raise EngineMisuse(
+            raise EngineMisuseError(
                 f"Calls of {kinds[0]} change modules while they run, so that none of {kinds[1]} "
                 f"may run beside."
             )
@@ -86,7 +86,7 @@ class ThreadPool:
         with self._changed:
             waited = self._waiting.pop(job.id, None)
         if waited is not None:
-            self.finish(job, Cancelled())
+            self.finish(job, RequestCancelledError())
 
     def finish(self, job: RunningJob, outcome: Outcome | Exception) -> None:
         """Deliver what came of a job, unless that is done."""

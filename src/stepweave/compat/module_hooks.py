@@ -10,7 +10,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
 from stepweave.compat.turn_taking import ENGINE_HOOK
-from stepweave.errors import EngineMisuse
+from stepweave.errors import EngineMisuseError
 
 
 def modules_in(pipeline: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -23,12 +23,12 @@ def modules_in(pipeline: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 def check_free(pipeline: Any) -> None:
-    """Raises EngineMisuse for a pipeline whose modules another engine has hooked."""
+    """Raises EngineMisuseError for a pipeline whose modules another engine has hooked."""
     for name, module in modules_in(pipeline):
         registry = getattr(module, "_diffusers_hook", None)
         if registry and ENGINE_HOOK in registry.hooks:
             kind = type(pipeline).__name__
-            raise EngineMisuse(f"{kind}.{name} belongs to another engine; close that first.")
+            raise EngineMisuseError(f"{kind}.{name} belongs to another engine; close that first.")
 
 
 def install(module: nn.Module, hook: ModelHook) -> None:

@@ -18,7 +18,7 @@ from stepweave.baselines.thread_pool import ThreadPool
 from stepweave.compat.torch_state import draw_seed
 from stepweave.engine.loop import StepLoop
 from stepweave.engine_config import EngineConfig, Mode
-from stepweave.errors import EngineClosed, EngineMisuse
+from stepweave.errors import EngineClosedError, EngineMisuseError
 from stepweave.jobs.job import Job, Observer, inside_engine
 from stepweave.jobs.running import RunningJob
 from stepweave.memory.device import DeviceMemory
@@ -94,7 +94,7 @@ class StepEngine(Estimates):
         )
         parts = self._planner, self._stats, self._health
         self._loop = StepLoop(pipeline, config, memory, *parts) if mode == "step" else None
-        if self._loop:
+        if self._loop is not None:
             self._planner.fits = self._loop.fits
         self._runner = self._loop or ThreadPool(pipeline, config, *parts)
         self._at_exit = _close_at_exit(self)
@@ -116,14 +116,14 @@ class StepEngine(Estimates):
         image to image, whose calls share forwards with all others.
 
         `scheduler` is used in place of the pipeline's, as a copy. `deadline` is in seconds from
-        now; a job that is late ends at its next step with DeadlineExceeded. Jobs of a higher
+        now; a job that is late ends at its next step with DeadlineExceededError. Jobs of a higher
         `priority` go first. With `reproducible` the result is bitwise that of the plain call, in
         any company: its forwards are its own, and take turns with the others'. The `observer` is
         told how the job goes. It and callbacks run on the engine's thread and hold up every job
         meanwhile.
 
-        Raises EngineClosed, DeviceFailed once the device has failed for good, or EngineMisuse for a
-        pipeline that has modules of its own.
+        Raises EngineClosedError, DeviceFailedError once the device has failed for good, or
+        EngineMisuseError for a pipeline that has modules of its own.
         """
         self._health.check()
         if deadline is not None and not deadline > 0:
@@ -147,7 +147,7 @@ class StepEngine(Estimates):
         )  # fmt: skip
         with self._lock:
             if self._closed:
-                raise EngineClosed
+                raise EngineClosedError
             self._planner.enter(running)
             self._runner.submit(running)
         return job
@@ -163,7 +163,7 @@ class StepEngine(Estimates):
         """Whether `submit` takes this pipeline in place of the engine's."""
         try:
             self._runner.scope_of(pipeline)
-        except EngineMisuse:
+        except EngineMisuseError:
             return False
         return True
 
@@ -240,16 +240,16 @@ class StepEngine(Estimates):
         Then it takes no more jobs.
 
         Waits for the steps under way for at most about `timeout` seconds. Then the jobs that are
-        left fail with EngineClosed, and what hangs is logged. While it is a forward, the modules
-        keep their hooks, which the engine's thread takes away once it ends; until then no other
-        engine can be made of them.
+        left fail with EngineClosedError, and what hangs is logged. While it is a forward, the
+        modules keep their hooks, which the engine's thread takes away once it ends; until then no
+        other engine can be made of them.
 
-        Raises EngineMisuse in a callback of one of its jobs, which would wait for itself.
+        Raises EngineMisuseError in a callback of one of its jobs, which would wait for itself.
         """
         if not timeout >= 0:
             raise ValueError(f"timeout is {timeout!r}; it must be at least 0 seconds")
         if inside_engine(self._runner):
-            raise EngineMisuse("A job's callback cannot close its own engine.")
+            raise EngineMisuseError("A job's callback cannot close its own engine.")
         with self._lock:
             if self._closed:
                 return
@@ -266,7 +266,7 @@ class StepEngine(Estimates):
         for job in jobs:
             self._runner.finish(
                 job,
-                EngineClosed(
+                EngineClosedError(
                     f"The engine was closed, and the job had not ended {timeout:g} s later."
                 ),
             )

@@ -16,7 +16,7 @@ import greenlet
 import torch
 
 from stepweave.compat.torch_state import Ambient, Own, apply, current
-from stepweave.errors import EngineMisuse
+from stepweave.errors import EngineMisuseError
 from stepweave.outcome import Outcome
 
 
@@ -90,9 +90,9 @@ class Fiber:
 
     def _switch(self, switch: Callable[[Any], Any], value: Any) -> Any:
         if self._greenlet.dead:
-            raise EngineMisuse("A fiber that has ended cannot go on.")
+            raise EngineMisuseError("A fiber that has ended cannot go on.")
         if greenlet.getcurrent() is not self._greenlet.parent:
-            raise EngineMisuse("A fiber goes on only from where it was made.")
+            raise EngineMisuseError("A fiber goes on only from where it was made.")
         outside = current(self.kinds)
         apply(self._ambient, outside)
         try:
@@ -151,11 +151,11 @@ def suspend(request: Any) -> Any:
     """Hand `request` to whoever resumed this fiber; returns what it is resumed with, raises what is
     thrown into it.
 
-    Raises EngineMisuse outside of a fiber.
+    Raises EngineMisuseError outside of a fiber.
     """
     here = greenlet.getcurrent()
     if not isinstance(here, _Greenlet):
-        raise EngineMisuse("Only code that runs in a fiber can be suspended.")
+        raise EngineMisuseError("Only code that runs in a fiber can be suspended.")
     parent = here.parent
     assert parent is not None
     return parent.switch(request)

@@ -262,7 +262,7 @@ class StepLoop(EngineThread):
 
     def scope_of(self, pipeline: Any) -> EngineScope:
         """Makes views of the engine's pipeline, or of another one of its modules. Raises
-        EngineMisuse."""
+        EngineMisuseError."""
         scope = self._modules.scope
         return scope if pipeline is None else scope.sibling(pipeline)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from PIL import Image
 
-from stepweave.errors import InvalidRequest, UnsupportedMedia
+from stepweave.errors import InvalidRequestError, UnsupportedMediaTypeError
 from stepweave.images.uploads import NotWanted, Size, read_sources
 
 READY = b"ready"
@@ -61,12 +61,12 @@ def _answer(
         sources = read_sources(image, mask, max_pixels=max_pixels, fit=fit)
     except NotWanted:  # the server refuses the size, or the kind of edit, and knows why
         return []
-    except (InvalidRequest, UnsupportedMedia) as error:
+    except (InvalidRequestError, UnsupportedMediaTypeError) as error:
         told: dict[str, Any] = {"message": error.message, "code": error.code, "param": error.param}
         return [json.dumps({"error": told, "status": error.status}).encode()]
-    images = [one for one in (sources.image, sources.mask) if one is not None]
-    told = {"images": [_about(one) for one in images], "warnings": sources.warnings}
-    return [json.dumps(told).encode(), *(one.tobytes() for one in images)]
+    images = [image for image in (sources.image, sources.mask) if image is not None]
+    told = {"images": [_about(image) for image in images], "warnings": sources.warnings}
+    return [json.dumps(told).encode(), *(image.tobytes() for image in images)]
 
 
 def _about(image: Image.Image) -> dict[str, Any]:

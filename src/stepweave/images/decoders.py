@@ -25,11 +25,11 @@ from PIL import Image
 
 import stepweave
 from stepweave.errors import (
-    Cancelled,
-    InvalidRequest,
+    InvalidRequestError,
+    RequestCancelledError,
     StepweaveError,
-    Unavailable,
-    UnsupportedMedia,
+    UnavailableError,
+    UnsupportedMediaTypeError,
 )
 from stepweave.images.decoder_process import READY
 from stepweave.images.uploads import Fit, Size
@@ -73,9 +73,9 @@ class Decoders:
         Files are read once there is a process for them, so that those that wait are not in memory.
         `fit` is called on a thread.
 
-        Raises also InvalidRequest, code `image_too_slow`, for what is not decoded within `SECONDS`,
-        StepweaveError, code `decoder_failed`, if the process dies or cannot be started, and
-        Unavailable once it is closed.
+        Raises also InvalidRequestError, code `image_too_slow`, for what is not decoded within
+        `SECONDS`, StepweaveError, code `decoder_failed`, if the process dies or cannot be started,
+        and UnavailableError once it is closed.
         """
         with self._lock:
             self._check_open()
@@ -95,14 +95,14 @@ class Decoders:
             self._closed = True
             processes = list(self._all)
         self._threads.shutdown(wait=False)
-        for one in processes:
-            one.kill()
-        for one in processes:
-            one.reap()
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.reap()
 
     def _run(self, task: _Task) -> Sources:
         if task.ended is not None:
-            raise Cancelled()
+            raise RequestCancelledError()
         process = self._take()
         try:
             return task.run(process)
@@ -138,7 +138,7 @@ class Decoders:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise Unavailable("The server has shut down.", code="draining", retry_after=None)
+            raise UnavailableError("The server has shut down.", code="draining", retry_after=None)
 
     def _end(self, process: _Process) -> None:
         process.kill()
@@ -171,7 +171,7 @@ class _Task:
         with self._lock:
             self._process = process
             if self.ended is not None:
-                raise Cancelled()
+                raise RequestCancelledError()
         timer = threading.Timer(SECONDS, self.end, ["slow"])
         timer.daemon = True
         timer.start()
@@ -186,11 +186,11 @@ class _Task:
 
     def _died(self, process: _Process) -> StepweaveError:
         if self.ended == "cancelled":
-            return Cancelled()
+            return RequestCancelledError()
         if self.ended == "slow":
             files = "image" if self._mask is None else "image and mask"
             message = f"{files} took more than {SECONDS:g} s to decode; the limit is {SECONDS:g} s."
-            return InvalidRequest(message, code="image_too_slow", param="image")
+            return InvalidRequestError(message, code="image_too_slow", param="image")
         status = process.kill_and_wait()
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
         return StepweaveError(
@@ -261,14 +261,16 @@ class _Process:
         # server's memory
         most = len("RGBA") * self._max_pixels
         images = [
-            _image(one["mode"], one["size"], connection.recv_bytes(most))
-            for one in answer.get("images", ())
+            _image(image["mode"], image["size"], connection.recv_bytes(most))
+            for image in answer.get("images", ())
         ]
         self.usable = True
         if "error" in answer:
             error = answer["error"]
             kind = (
-                UnsupportedMedia if answer["status"] == UnsupportedMedia.status else InvalidRequest
+                UnsupportedMediaTypeError
+                if answer["status"] == UnsupportedMediaTypeError.status
+                else InvalidRequestError
             )
             raise kind(error["message"], code=error["code"], param=error["param"])
         image_read, mask_read = images if len(images) == 2 else (images[0], None)

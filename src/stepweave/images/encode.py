@@ -10,7 +10,7 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from stepweave import __version__
-from stepweave.errors import InvalidRequest
+from stepweave.errors import InvalidRequestError
 from stepweave.parameters import OutputFormat
 
 # pixels that the encoders take
@@ -43,10 +43,10 @@ def a1111_text(values: dict[str, Any], model: str) -> str:
 def check_file(
     output_format: OutputFormat, compression: int | None, width: int, height: int
 ) -> None:
-    """Raise InvalidRequest if a picture of this size cannot be written so."""
+    """Raise InvalidRequestError if a picture of this size cannot be written so."""
     most = MAX_SIDES[output_format]
     if max(width, height) > most:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"size is {width}x{height}; {output_format} takes {most} a side.", param="size"
         )
     if compression is not None and output_format == "png":
@@ -54,7 +54,7 @@ def check_file(
             f"output_compression is {compression}, but png has none; output_format may be jpeg or "
             f"webp."
         )
-        raise InvalidRequest(message, param="output_compression")
+        raise InvalidRequestError(message, param="output_compression")
 
 
 def encode(

@@ -8,10 +8,11 @@ AVIF too, which Pillow could read.
 from __future__ import annotations
 
 import re
+from typing import Final
 
-from stepweave.errors import UnsupportedMedia
+from stepweave.errors import UnsupportedMediaTypeError
 
-CODE = "unsupported_image"
+CODE: Final = "unsupported_image"
 _READ = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 _HEAD = 1024  # bytes that are looked at
 _HEIF = {
@@ -48,8 +49,8 @@ _PATTERNS = tuple((re.compile(pattern, re.DOTALL), name) for pattern, name in _M
 
 
 def refuse(data: bytes, param: str) -> None:
-    """Raise UnsupportedMedia, code `unsupported_image`, for a file of a known kind that is not
-    read; it says what to send."""
+    """Raise UnsupportedMediaTypeError, code `unsupported_image`, for a file of a known kind that is
+    not read; it says what to send."""
     if data.startswith(_READ):
         return
     name = _name(data[:_HEAD])
@@ -59,7 +60,7 @@ def refuse(data: bytes, param: str) -> None:
             f"{param} is {name}, which is not read here. Convert it to PNG, JPEG or WebP and send "
             f"that{hint}."
         )
-        raise UnsupportedMedia(message, code=CODE, param=param)
+        raise UnsupportedMediaTypeError(message, code=CODE, param=param)
 
 
 def _name(head: bytes) -> str | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from stepweave.errors import InvalidRequest
+from stepweave.errors import InvalidRequestError
 
 HALF = 128  # of 255, from which on a mask repaints, as diffusers' pipelines cut it
 COLOURED = 32  # of 255, that the channels of a grey pixel may be apart
@@ -34,14 +34,14 @@ def of_mask(image: Image.Image, alpha: Extrema | None) -> Image.Image:
     """The mask of an image, RGB or RGBA, that was sent as one; `alpha` are the extrema of its
     alpha, None if it has none.
 
-    Raises InvalidRequest for an opaque image in colours.
+    Raises InvalidRequestError for an opaque image in colours.
     """
     if alpha is not None and _alpha_decides(alpha):
         return of_alpha(image)
     colours = image.convert("RGB")  # as they are, without the alpha
     share = _coloured(colours)
     if share > COLOURED_SHARE:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"mask is opaque and in colours ({100 * share:.1f}% of its pixels). Send one that is "
             f"transparent where the image is "
             "to be repainted, or a black and white one, white there.",

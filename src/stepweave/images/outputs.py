@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from stepweave.errors import NoImages
+from stepweave.errors import NoImagesError
 
 IMAGES = ("images", "image")  # what pipelines call their images
 _FLAG = re.compile(r"nsfw|unsafe|harmful|flagged|blocked|detected", re.IGNORECASE)
@@ -34,59 +34,60 @@ class Outputs:
 
 
 def images_of(output: Any, pipeline: str = "The pipeline") -> list[Image.Image]:
-    """The images in what a pipeline returned. Raises NoImages, naming the class `pipeline` and its
-    results, if that has none."""
+    """The images in what a pipeline returned. Raises NoImagesError, naming the class `pipeline` and
+    its results, if that has none."""
     images = next(
-        (found for name in IMAGES if (found := getattr(output, name, None)) is not None), None
+        (value for name in IMAGES if (value := getattr(output, name, None)) is not None), None
     )
     if isinstance(images, Image.Image):
         images = [images]
-    if isinstance(images, (list, tuple)) and all(isinstance(one, Image.Image) for one in images):
+    if isinstance(images, (list, tuple)) and all(
+        isinstance(image, Image.Image) for image in images
+    ):
         return list(images)
-    found = ", ".join(
+    returned = ", ".join(
         f"{name} ({type(value).__name__})"
         for name, value in _members(output).items()
         if value is not None
     )
-    raise NoImages(
-        f"{pipeline} makes no images of prompts: it returned {found or type(output).__name__}, and "
-        f"no list of images; this "
-        "server serves text-to-image pipelines only"
+    raise NoImagesError(
+        f"{pipeline} makes no images of prompts: it returned {returned or type(output).__name__}, "
+        "and no list of images; this server serves text-to-image pipelines only"
     )
 
 
 def outputs_of(output: Any, count: int) -> Outputs:
     """What an output says beside its `count` images. What is neither a flag nor fit for JSON is
     named in a warning."""
-    found = Outputs([[] for _ in range(count)])
+    outputs = Outputs([[] for _ in range(count)])
     for name, value in _members(output).items():
         if name in IMAGES or value is None:
             continue
         plain = _plain(value)
         verdicts = _verdicts(name, plain, count)
         if verdicts is not None:
-            for names, verdict in zip(found.flags, verdicts, strict=True):
+            for names, verdict in zip(outputs.flags, verdicts, strict=True):
                 if verdict:
                     names.append(name)
         elif _fits(plain):
-            found.others[name] = plain
+            outputs.others[name] = plain
             if _FLAG.search(name) and plain != []:
-                found.warnings.append(
+                outputs.warnings.append(
                     f"The pipeline also returned {name!r}, which tells of no single image; see "
                     f"outputs."
                 )
         else:
-            found.warnings.append(
+            outputs.warnings.append(
                 f"The pipeline also returned {name!r} ({type(value).__name__}), which is not "
                 f"passed on."
             )
-    for index, names in enumerate(found.flags):
+    for index, names in enumerate(outputs.flags):
         if names:
-            found.warnings.append(
+            outputs.warnings.append(
                 f"image {index} was flagged by the pipeline ({', '.join(names)}); it may have been "
                 f"blacked out."
             )
-    return found
+    return outputs
 
 
 def is_constant(image: Image.Image) -> bool:
@@ -98,7 +99,7 @@ def is_constant(image: Image.Image) -> bool:
 
 def _members(output: Any) -> Mapping[str, Any]:
     if is_dataclass(output) and not isinstance(output, type):
-        return {one.name: getattr(output, one.name, None) for one in fields(output)}
+        return {field.name: getattr(output, field.name, None) for field in fields(output)}
     return output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
 
 
@@ -117,12 +118,12 @@ def _verdicts(name: str, value: Any, count: int) -> list[bool] | None:
     safe = _SAFE.search(name) is not None
     if not safe and not _FLAG.search(name):
         return None
-    verdicts = [_single(one) for one in value] if isinstance(value, list) else [value] * count
+    verdicts = [_single(item) for item in value] if isinstance(value, list) else [value] * count
     if len(verdicts) != count or not all(
-        isinstance(one, (bool, int, float, type(None))) for one in verdicts
+        isinstance(verdict, (bool, int, float, type(None))) for verdict in verdicts
     ):
         return None
-    return [one is not None and bool(one) != safe for one in verdicts]
+    return [verdict is not None and bool(verdict) != safe for verdict in verdicts]
 
 
 def _single(value: Any) -> Any:
@@ -133,7 +134,7 @@ def _single(value: Any) -> Any:
 def _fits(value: Any) -> bool:
     """Whether a value goes into JSON, as every client reads it, and is small."""
     if isinstance(value, str):
-        return len(value) <= MOST and not any("\ud800" <= one <= "\udfff" for one in value)
+        return len(value) <= MOST and not any("\ud800" <= item <= "\udfff" for item in value)
     if isinstance(value, int) and not isinstance(value, bool):
         return abs(value) <= LARGEST
     if isinstance(value, float):

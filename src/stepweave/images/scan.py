@@ -11,8 +11,9 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator
+from typing import Final
 
-from stepweave.errors import InvalidRequest
+from stepweave.errors import InvalidRequestError
 
 MAX_SCANS = 100  # of a JPEG: progressive ones have about 10
 # of a JPEG between its scans: tables, profiles of up to 255 parts, application data
@@ -25,7 +26,7 @@ MAX_COMPRESSED_CHUNKS = 64
 MAX_EXIF_BYTES = 1 << 18
 # of a colour profile: those of printing presses have up to 3 MB. In a PNG Pillow allows 1 MiB
 MAX_PROFILE_BYTES = 1 << 22
-CODE = "image_too_complex"
+CODE: Final = "image_too_complex"
 
 # but restarts and stuffed bytes, which are within a scan
 _MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
@@ -36,8 +37,8 @@ _COMPRESSED = (b"zTXt", b"iTXt", b"iCCP")
 
 
 def check(data: bytes, param: str, max_pixels: int) -> None:
-    """Raise InvalidRequest if decoding would take more than an image of so many pixels needs; it
-    names value and limit."""
+    """Raise InvalidRequestError if decoding would take more than an image of so many pixels needs;
+    it names value and limit."""
     if data.startswith(b"\xff\xd8\xff"):
         _check_jpeg(data, param)
     elif data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -47,7 +48,7 @@ def check(data: bytes, param: str, max_pixels: int) -> None:
 
 
 def check_exif(length: int, param: str) -> None:
-    """Raise InvalidRequest if so many bytes of EXIF are too many."""
+    """Raise InvalidRequestError if so many bytes of EXIF are too many."""
     _bound(length, MAX_EXIF_BYTES, "bytes of EXIF data", param)
 
 
@@ -57,7 +58,7 @@ def _check_profile(length: int, param: str) -> None:
 
 def _bound(count: int, limit: int, what: str, param: str) -> None:
     if count > limit:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"{param} has {count} {what}; the limit is {limit}.", code=CODE, param=param
         )
 
@@ -169,9 +170,9 @@ def _webp_size(kind: bytes, content: bytes) -> tuple[int, int] | None:
 
 
 def check_pixels(width: int, height: int, max_pixels: int, param: str) -> None:
-    """Raise InvalidRequest if an image of that size has more than `max_pixels`."""
+    """Raise InvalidRequestError if an image of that size has more than `max_pixels`."""
     if width * height > max_pixels:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"{param} is {width}x{height}, {width * height} pixels; the limit is {max_pixels}.",
             param=param,
         )
@@ -179,6 +180,6 @@ def check_pixels(width: int, height: int, max_pixels: int, param: str) -> None:
 
 def _check_frames(frames: int, param: str) -> None:
     if frames > 1:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"{param} has several frames ({frames} or more); send a still image, of 1.", param=param
         )

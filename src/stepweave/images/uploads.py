@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import MAX_TEXT_CHUNK
 
-from stepweave.errors import InvalidRequest, RequestError
+from stepweave.errors import InvalidRequestError, RequestError
 from stepweave.images import foreign, masks, scan
 from stepweave.images.colours import to_srgb, unconverted
 from stepweave.parameters import Sources
@@ -65,8 +65,8 @@ def read_sources(
     Without `fit` the image keeps its size; a mask is scaled to it. `masks` has the rule of what is
     repainted.
 
-    Raises InvalidRequest, `param` naming the file, UnsupportedMedia for a file of another kind, and
-    what `fit` does.
+    Raises InvalidRequestError, `param` naming the file, UnsupportedMediaTypeError for a file of
+    another kind, and what `fit` does.
     """
 
     def fitted(size: Size, holes: bool) -> Size:
@@ -96,13 +96,13 @@ def read_sources(
 
 
 def _like(mask: Size, image: Size, wanted: Size) -> Size:
-    """The size that a mask is wanted in. Raises InvalidRequest if it has not the image's
+    """The size that a mask is wanted in. Raises InvalidRequestError if it has not the image's
     proportions."""
     (width, height), (image_width, image_height) = mask, image
     ratio = (width * image_height) / (height * image_width)
     pixels = min(abs(width - width / ratio), abs(height - height * ratio))
     if pixels > LIKE_PIXELS or abs(math.log(ratio)) > LIKE_RATIO:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"mask is {_by(mask)} and image {_by(image)}, turned as their EXIF says; they must be "
             f"of one size, or of the same "
             "proportions.",
@@ -119,12 +119,12 @@ def _decode(data: bytes, param: str, max_pixels: int, fit: Fit) -> _Upload:
     """An image as viewers show it, the first frame of a stereo one; `fit` is asked for the size
     that is wanted.
 
-    Raises UnsupportedMedia for a known format that is not read; InvalidRequest for what is no still
-    PNG, JPEG or WebP, is corrupt, has more than `max_pixels`, or costs more to decode than these
-    should; and what `fit` does.
+    Raises UnsupportedMediaTypeError for a known format that is not read; InvalidRequestError for
+    what is no still PNG, JPEG or WebP, is corrupt, has more than `max_pixels`, or costs more to
+    decode than these should; and what `fit` does.
     """
     if not data:
-        raise InvalidRequest(f"{param} is empty; send a PNG, JPEG or WebP file.", param=param)
+        raise InvalidRequestError(f"{param} is empty; send a PNG, JPEG or WebP file.", param=param)
     foreign.refuse(data, param)
     scan.check(data, param, max_pixels)
     try:
@@ -132,7 +132,7 @@ def _decode(data: bytes, param: str, max_pixels: int, fit: Fit) -> _Upload:
             # of the header: nothing is decoded yet
             scan.check_pixels(*image.size, max_pixels, param)
             if image.format != "MPO" and getattr(image, "is_animated", False):
-                raise InvalidRequest(
+                raise InvalidRequestError(
                     f"{param} has several frames; send a still image.", param=param
                 )
             return _read(image, param, fit)
@@ -142,27 +142,27 @@ def _decode(data: bytes, param: str, max_pixels: int, fit: Fit) -> _Upload:
         message = (
             f"{param} takes more memory to decode than an image of {max_pixels} pixels should."
         )
-        raise InvalidRequest(message, code=scan.CODE, param=param) from None
+        raise InvalidRequestError(message, code=scan.CODE, param=param) from None
     except ValueError as error:
         if "MAX_TEXT_CHUNK" in str(error):
             message = (
                 f"{param} has a compressed text or colour profile of more than {MAX_TEXT_CHUNK} "
                 f"bytes, the limit."
             )
-            raise InvalidRequest(message, code=scan.CODE, param=param) from None
-        raise InvalidRequest(
+            raise InvalidRequestError(message, code=scan.CODE, param=param) from None
+        raise InvalidRequestError(
             f"{param} is corrupt or cut short (ValueError).", param=param
         ) from error
     except UnidentifiedImageError:
-        raise InvalidRequest(f"{param} is no PNG, JPEG or WebP image.", param=param) from None
+        raise InvalidRequestError(f"{param} is no PNG, JPEG or WebP image.", param=param) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         found = re.search(r"\d+", str(error))
         count = found[0] if found else "too many"
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"{param} has {count} pixels; the limit is {max_pixels}.", param=param
         ) from None
     except Exception as error:  # whatever Pillow's decoders raise of bytes that are wrong
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"{param} is corrupt or cut short ({type(error).__name__}).", param=param
         ) from error
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Hashable
 from concurrent.futures import Future
 from typing import Any, NamedTuple, Protocol
 
-from stepweave.errors import EngineMisuse
+from stepweave.errors import EngineMisuseError
 from stepweave.outcome import Outcome
 from stepweave.previews.latents import Latents
 
@@ -122,9 +122,9 @@ class Job:
     def result(self, timeout: float | None = None) -> Any:
         """What the pipeline's call returned.
 
-        Raises TimeoutError after `timeout` seconds, Cancelled, DeadlineExceeded, EngineClosed, or
-        what the call raised; a StepweaveError, whose cause that is, in place of a StopIteration and
-        whatever else would mean something to who waits.
+        Raises TimeoutError after `timeout` seconds, RequestCancelledError, DeadlineExceededError,
+        EngineClosedError, or what the call raised; a StepweaveError, whose cause that is, in place
+        of a StopIteration and whatever else would mean something to who waits.
         """
         self._check_misuse()
         try:
@@ -167,7 +167,7 @@ class Job:
 
     def _check_misuse(self) -> None:
         if inside_engine(self._owner) and not self.done():
-            raise EngineMisuse(
+            raise EngineMisuseError(
                 "A job's callback waits for a job of its own engine, which cannot run meanwhile."
             )
 

@@ -10,7 +10,12 @@ from typing import Any
 
 from stepweave.batching.call import Call
 from stepweave.compat.snapshot import ArgumentSnapshot
-from stepweave.errors import Cancelled, DeadlineExceeded, DeviceFailed, duration
+from stepweave.errors import (
+    DeadlineExceededError,
+    DeviceFailedError,
+    RequestCancelledError,
+    duration,
+)
 from stepweave.jobs.job import Job, Observer, Progress
 from stepweave.memory.device_health import DeviceHealth
 from stepweave.memory.microbatch import WaitForMemory
@@ -84,15 +89,15 @@ class RunningJob:
         """Whether its deadline has passed."""
         return self.deadline is not None and time.monotonic() > self.deadline
 
-    def end(self) -> Cancelled | DeviceFailed | DeadlineExceeded | None:
+    def end(self) -> RequestCancelledError | DeviceFailedError | DeadlineExceededError | None:
         """Why the job must end, if it must."""
         if self.job.cancelled:
-            return Cancelled()
+            return RequestCancelledError()
         if (failed := self._health.error()) is not None:
             return failed
         if self.late:
             seconds = duration((self.deadline or 0.0) - self.accepted)
-            return DeadlineExceeded(f"The job was not done within its deadline of {seconds}.")
+            return DeadlineExceededError(f"The job was not done within its deadline of {seconds}.")
         return None
 
     def ending(self) -> Ending | None:

@@ -13,7 +13,7 @@ import torch
 
 from stepweave.compat.torch_state import use_device
 from stepweave.contained import contained
-from stepweave.errors import Cancelled, StepweaveError
+from stepweave.errors import RequestCancelledError, StepweaveError
 from stepweave.jobs.job import enter_engine
 from stepweave.jobs.running import RunningJob
 from stepweave.memory.device_health import DeviceHealth
@@ -90,7 +90,7 @@ class EngineThread(abc.ABC):
             waited = self._waiting.pop(job.id, None)
             self._wake.notify()
         if waited is not None:
-            self.finish(job, Cancelled())
+            self.finish(job, RequestCancelledError())
 
     def come_back(self, job: RunningJob, answer: Any) -> None:
         """A job's work on another thread is done."""
@@ -161,7 +161,7 @@ class EngineThread(abc.ABC):
                 self._wake.wait()
             goes_on = self._ready()
         for job in waiting:
-            self.finish(job, Cancelled())
+            self.finish(job, RequestCancelledError())
         return goes_on
 
     def _ready(self) -> bool:

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stepweave.config.preset import Preset
 from stepweave.loading.components import INDEX, read_index
-from stepweave.loading.preset import Preset
 
 _SOME = object()  # any value but null
 _INDEX = "model_index"
@@ -182,22 +182,22 @@ def recognise_configs(
     if any(_UNDONE.search(name) for name in names):
         return None
     kind = configs.get(_INDEX, {}).get("_class_name")
-    for one in BUILT_IN:
-        if kind in one.pipelines and all(
-            _has(configs, sign, value) for sign, value in one.signs.items()
+    for built_in in BUILT_IN:
+        if kind in built_in.pipelines and all(
+            _has(configs, sign, value) for sign, value in built_in.signs.items()
         ):
-            told = ", ".join(f"{sign}={_value(configs, sign)}" for sign in one.signs)
-            return Recognised(one, f"{INDEX} names {kind}, {told}")
+            told = ", ".join(f"{sign}={_value(configs, sign)}" for sign in built_in.signs)
+            return Recognised(built_in, f"{INDEX} names {kind}, {told}")
     return None
 
 
 def _has(configs: Mapping[str, Mapping[str, Any]], sign: str, wanted: Any) -> bool:
-    found = _value(configs, sign)
+    value = _value(configs, sign)
     if wanted is _SOME:
-        return found is not None
-    if isinstance(wanted, bool) or isinstance(found, bool):  # 0 is not False
-        return found is wanted
-    return found in wanted if isinstance(wanted, tuple) else bool(found == wanted)
+        return value is not None
+    if isinstance(wanted, bool) or isinstance(value, bool):  # 0 is not False
+        return value is wanted
+    return value in wanted if isinstance(wanted, tuple) else bool(value == wanted)
 
 
 def _value(configs: Mapping[str, Mapping[str, Any]], sign: str) -> Any:

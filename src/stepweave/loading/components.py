@@ -114,9 +114,10 @@ def components_of(index: dict[str, Any]) -> list[Component]:
     # as diffusers has it: what has a default otherwise is an option, even where it is a model
     parameters = list(inspect.signature(pipeline.__init__).parameters.values())[1:]
     needed = {
-        one.name
-        for one in parameters
-        if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty
+        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     }
     names = needed.union(pipeline._optional_components)
     if absent := sorted(needed.difference(index, pipeline._optional_components)):
@@ -129,7 +130,7 @@ def components_of(index: dict[str, Any]) -> list[Component]:
     return [
         Component(name, _component_class(name, *entry))
         for name, entry in entries.items()
-        if len(entry) == 2 and all(isinstance(one, str) for one in entry)
+        if len(entry) == 2 and all(isinstance(item, str) for item in entry)
     ]
 
 
@@ -166,7 +167,9 @@ def _check_installed(kind: Any, name: str) -> None:
     """Raise LoadError for what stands in for a class where a package is missing."""
     if type(kind).__name__ != "DummyObject":
         return
-    backends = ", ".join(one for one in kind._backends if one not in ("torch", "transformers"))
+    backends = ", ".join(
+        backend for backend in kind._backends if backend not in ("torch", "transformers")
+    )
     raise LoadError(
         f"{INDEX}: {name} is {kind.__name__}, which needs packages that are not installed: "
         f"{backends}"

@@ -24,35 +24,35 @@ _NEEDS: dict[Edit, tuple[str, ...]] = {
 }
 
 
-def sibling(pipeline: Any, edit: Edit) -> Any:
+def edit_pipeline(pipeline: Any, edit: Edit) -> Any:
     """The pipeline that makes such edits with the modules of `pipeline`, which it neither casts nor
     moves; None without one.
 
     There is none if diffusers has no such class of the family, or if the class needs components
     that the pipeline lacks. The scheduler is a copy: pipelines write to the configuration of the
-    one that they are made with. A pipeline that is not one of diffusers' may have its siblings as
+    one that they are made with. A pipeline that is not one of diffusers' may have them as
     attributes of the names of the edits.
     """
     if not isinstance(pipeline, DiffusionPipeline):
         return getattr(pipeline, edit, None)
     try:
-        kind = sibling_class(type(pipeline).__name__, edit)
+        kind = edit_pipeline_class(type(pipeline).__name__, edit)
         if kind is None:
             return None
-        found = pipeline if kind is type(pipeline) else _made_of(pipeline, kind)
+        made = pipeline if kind is type(pipeline) else _made_of(pipeline, kind)
     except Exception as error:  # it cannot be imported, or objects to the components
         logger.warning(
             "%s has no pipeline for edits (%s): %s", type(pipeline).__name__, edit, error
         )
         return None
-    if found is None or any(
-        name not in inspect.signature(found.__call__).parameters for name in _NEEDS[edit]
+    if made is None or any(
+        name not in inspect.signature(made.__call__).parameters for name in _NEEDS[edit]
     ):
         return None
-    return found
+    return made
 
 
-def sibling_class(name: str, edit: Edit) -> type[Any] | None:
+def edit_pipeline_class(name: str, edit: Edit) -> type[Any] | None:
     """diffusers' class for edits of the family of a pipeline class, None if there is none, or if
     what it needs is missing."""
     kind = getattr(diffusers, name.removesuffix("Pipeline") + _SUFFIXES[edit], None)

@@ -23,52 +23,60 @@ _OF_A_VOCABULARY = ("vocab_file", "merges_file", "spm_file")
 def files_of(folder: Path) -> dict[str, int]:
     """The bytes of the files of a model's directory and of its components' folders, by relative
     name. Raises LoadError."""
-    found = {}
+    sizes = {}
     try:
-        for one in folder.iterdir():
-            for file in one.iterdir() if one.is_dir() else (one,):
+        for entry in folder.iterdir():
+            for file in entry.iterdir() if entry.is_dir() else (entry,):
                 # a link to nowhere: as if it were not there
                 with contextlib.suppress(FileNotFoundError):
-                    found[file.relative_to(folder).as_posix()] = file.stat().st_size
+                    sizes[file.relative_to(folder).as_posix()] = file.stat().st_size
     except OSError as error:
         raise LoadError(
             f"the model's directory cannot be read: {reason_of(error, folder)}"
         ) from None
-    return found
+    return sizes
 
 
 def check_folders(components: Iterable[Component], files: Collection[str]) -> None:
     """Raise LoadError for a component that has no folder: from_pretrained would look for it in the
     model's directory itself."""
     there = {name.partition("/")[0] for name in files if "/" in name}
-    for one in components:
-        config = one.config
-        if one.name not in there and config not in files:
-            kind = getattr(one.kind, "__name__", "a component")
-            raise LoadError(f"{one.name}/ is missing or empty: {INDEX} says that it holds {kind}")
-        if config is not None and config not in files and f"{one.name}/{config}" not in files:
-            raise LoadError(f"{one.name}/{config} is missing")
+    for component in components:
+        config = component.config
+        if component.name not in there and config not in files:
+            kind = getattr(component.kind, "__name__", "a component")
+            raise LoadError(
+                f"{component.name}/ is missing or empty: {INDEX} says that it holds {kind}"
+            )
+        if config is not None and config not in files and f"{component.name}/{config}" not in files:
+            raise LoadError(f"{component.name}/{config} is missing")
 
 
 def check_vocabularies(components: Iterable[Component], sizes: dict[str, int]) -> None:
     """Raise LoadError for a tokenizer without the files that its class reads its vocabulary from,
     or with empty ones."""
-    for one in components:
-        names = getattr(one.kind, "vocab_files_names", None) if one.is_tokenizer else None
+    for component in components:
+        names = (
+            getattr(component.kind, "vocab_files_names", None) if component.is_tokenizer else None
+        )
         if not names:  # it needs none, as one that tells bytes apart
             continue
         needed = [file for key, file in names.items() if key in _OF_A_VOCABULARY] or list(
             names.values()
         )
-        absent = [file for file in needed if not sizes.get(f"{one.name}/{file}")]
-        if absent and not any(sizes.get(f"{one.name}/{file}") for file in _VOCABULARIES):
-            empty = [file for file in (*absent, "tokenizer.json") if f"{one.name}/{file}" in sizes]
+        absent = [file for file in needed if not sizes.get(f"{component.name}/{file}")]
+        if absent and not any(sizes.get(f"{component.name}/{file}") for file in _VOCABULARIES):
+            empty = [
+                file for file in (*absent, "tokenizer.json") if f"{component.name}/{file}" in sizes
+            ]
             what = (
                 f"{empty[0]} is empty"
                 if empty
                 else f"it lacks {' and '.join(absent)} (or tokenizer.json)"
             )
-            raise LoadError(f"{one.name}/ has no vocabulary for {one.kind.__name__}: {what}")
+            raise LoadError(
+                f"{component.name}/ has no vocabulary for {component.kind.__name__}: {what}"
+            )
 
 
 def find_damage(folder: Path, component: str | None) -> str | None:
@@ -77,7 +85,7 @@ def find_damage(folder: Path, component: str | None) -> str | None:
     folders = (
         [folder / component]
         if component
-        else [one for one in sorted(folder.iterdir()) if one.is_dir()]
+        else [entry for entry in sorted(folder.iterdir()) if entry.is_dir()]
     )
     for file in (file for one in folders if one.is_dir() for file in _in_order(one)):
         if problem := _damage(file):
@@ -87,9 +95,9 @@ def find_damage(folder: Path, component: str | None) -> str | None:
 
 def _in_order(folder: Path) -> Iterator[Path]:
     yield from (
-        one
+        file
         for suffix in ("json", "safetensors", "txt", "model")
-        for one in sorted(folder.glob(f"*.{suffix}"))
+        for file in sorted(folder.glob(f"*.{suffix}"))
     )
 
 
@@ -121,6 +129,6 @@ def _absent_shard(index: Path, content: object) -> str | None:
     if not isinstance(weights, dict):
         return "it has no weight_map"
     absent = sorted(
-        {str(one) for one in weights.values()} - {one.name for one in index.parent.iterdir()}
+        {str(one) for one in weights.values()} - {file.name for file in index.parent.iterdir()}
     )
     return f"it names {absent[0]}, which is missing" if absent else None

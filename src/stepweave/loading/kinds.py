@@ -75,10 +75,12 @@ def kind_of(pipeline: type[Any], given: Collection[str] = ()) -> Makes:
     ]
     needed = [
         name
-        for name, one in arguments.items()
-        if one.default is one.empty and one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
-        and name != "prompt" and name not in given
-    ]  # fmt: skip
+        for name, argument in arguments.items()
+        if argument.default is argument.empty
+        and argument.kind in (argument.POSITIONAL_OR_KEYWORD, argument.KEYWORD_ONLY)
+        and name != "prompt"
+        and name not in given
+    ]
     if needed:
         edits = set(needed) & set(images) or _NEEDS_IMAGES.search(pipeline.__name__)
         return Makes("edit" if edits else "other", f"it needs {', '.join(needed)}")
@@ -111,7 +113,7 @@ def check_served(pipeline: type[Any], given: Collection[str] = ()) -> None:
 def _arguments_of(pipeline: type[Any]) -> Mapping[str, inspect.Parameter] | None:
     """The parameters of a class's call; None where it has none, and the name leads to that of
     `type`."""
-    if not any("__call__" in vars(one) for one in pipeline.__mro__):
+    if not any("__call__" in vars(base) for base in pipeline.__mro__):
         return None
     return dict(list(inspect.signature(pipeline.__call__).parameters.items())[1:])
 
@@ -133,7 +135,7 @@ def _results_of(pipeline: type[Any]) -> tuple[str, ...]:
     for name in names:
         kind = known.get(name) or getattr(diffusers, name, None)
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            return tuple(one.name for one in dataclasses.fields(kind))
+            return tuple(field.name for field in dataclasses.fields(kind))
     return ()
 
 

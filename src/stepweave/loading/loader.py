@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import transformers
 from diffusers import DiffusionPipeline
 
 from stepweave.config import Settings
+from stepweave.config.preset import Preset, read_preset
 from stepweave.errors import LoadError
 from stepweave.loading.builtin import recognise
 from stepweave.loading.components import (
@@ -25,13 +27,11 @@ from stepweave.loading.components import (
 from stepweave.loading.files import check_vocabularies, files_of, find_damage
 from stepweave.loading.hub import fetch
 from stepweave.loading.kinds import check_served
-from stepweave.loading.preset import Preset, read_preset
 from stepweave.loading.quantization import pipeline_quantization
 from stepweave.loading.reading import Reading, check_placed
 from stepweave.loading.tokenizers import check_tokenizers
 from stepweave.loading.variants import choose_variant
 from stepweave.reasons import reason_of
-from stepweave.telemetry.stages import enter_stage
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +39,15 @@ _ADVICE = re.compile(r" If you want to instead overwrite .*")  # to go on with w
 
 
 def load_pipeline(
-    settings: Settings, device: torch.device, dtype: torch.dtype
+    settings: Settings,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_stage: Callable[[str], None] = lambda name: None,
 ) -> tuple[DiffusionPipeline, Preset]:
     """Load the pipeline that `settings.model` names onto `device`, its class chosen by its
     `model_index.json`.
 
+    `on_stage` is called with `downloading` and `loading` when a model from the hub gets there.
     Where weights are offloaded it stays on the CPU. With it comes what `stepweave.json` in its
     directory and the preset of ours for its layout say, as far as there are such.
 
@@ -68,16 +72,16 @@ def load_pipeline(
             check_served(pipeline_class(index), given)
             variant = choose_variant(index, files_of(folder), settings.variant)
         else:
-            enter_stage("downloading")
+            on_stage("downloading")
             folder, variant = fetch(settings.model, settings.revision, settings.variant, given)
-            enter_stage("loading")
-        if (found := recognise(folder, settings.model_name())) is not None:
+            on_stage("loading")
+        if (recognised := recognise(folder, settings.model_name())) is not None:
             logger.info(
                 "built-in preset %s: %s (see %s); STEPWEAVE_PRESET and a stepweave.json have "
                 "precedence",
-                found.built_in.name, found.signs, found.built_in.card,
+                recognised.built_in.name, recognised.signs, recognised.built_in.card,
             )  # fmt: skip
-            preset = preset.over(found.preset)
+            preset = preset.over(recognised.preset)
         pipeline = _read(settings, folder, variant, device, dtype)
     except LoadError as error:
         raise LoadError(

@@ -1,4 +1,4 @@
-"""Switches of diffusers and torch that settings turn on: each does what its name says, or the
+"""Optimizations of diffusers and torch that settings turn on: each does what its name says, or the
 server does not start."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _DENOISER = re.compile(r"(transformer|unet)(_\d+)?")
 _COMPILERS = {"cpu": ("CXX", "g++", "clang++"), "cuda": ("CC", "gcc", "clang")}
 
 
-def check_switches(settings: Settings, device: torch.device) -> None:
+def check_optimizations(settings: Settings, device: torch.device) -> None:
     """Refuse what cannot work, before minutes of loading. Raises LoadError."""
     if settings.offload != "off" and device.type == "cpu":
         raise LoadError(
@@ -42,7 +42,7 @@ def check_switches(settings: Settings, device: torch.device) -> None:
                 )
     backend = settings.attention_backend
     if backend is not None and backend not in (
-        known := [one.value for one in AttentionBackendName]
+        known := [backend.value for backend in AttentionBackendName]
     ):
         raise LoadError(
             f"STEPWEAVE_ATTENTION_BACKEND={shown(backend)} is not one of {', '.join(known)}"
@@ -56,7 +56,7 @@ def check_switches(settings: Settings, device: torch.device) -> None:
             )
 
 
-def apply_switches(pipeline: Any, settings: Settings, device: torch.device) -> None:
+def apply_optimizations(pipeline: Any, settings: Settings, device: torch.device) -> None:
     """Turn on what the settings ask for, on a loaded pipeline that has no engine yet. Raises
     LoadError.
 
@@ -90,8 +90,8 @@ def apply_switches(pipeline: Any, settings: Settings, device: torch.device) -> N
 
 
 @contextlib.contextmanager
-def _named(switch: str, value: Any = True) -> Iterator[None]:
-    """Whatever diffusers or torch say against a switch, said with the setting's name."""
+def _named(setting: str, value: Any = True) -> Iterator[None]:
+    """Whatever diffusers or torch say against an optimization, said with the setting's name."""
     try:
         yield
     except LoadError:
@@ -99,42 +99,44 @@ def _named(switch: str, value: Any = True) -> Iterator[None]:
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise LoadError(
-            f"STEPWEAVE_{switch.upper()}={shown(value)} cannot be had: {reason}"
+            f"STEPWEAVE_{setting.upper()}={shown(value)} cannot be had: {reason}"
         ) from error
 
 
 def denoisers(pipeline: Any) -> list[Any]:
     """The pipeline's transformers or UNets; where none is called that, all of its models but
     autoencoders."""
-    models = {name: one for name, one in pipeline.components.items() if isinstance(one, ModelMixin)}
-    named = [one for name, one in models.items() if _DENOISER.fullmatch(name)]
-    return named or [one for one in models.values() if not is_autoencoder(one)]
+    models = {
+        name: model for name, model in pipeline.components.items() if isinstance(model, ModelMixin)
+    }
+    named = [model for name, model in models.items() if _DENOISER.fullmatch(name)]
+    return named or [model for model in models.values() if not is_autoencoder(model)]
 
 
 def channels_last(pipeline: Any) -> None:
     """Give 2D convolutions the memory format that cuDNN and oneDNN prefer. Models with 3D ones are
     left alone."""
-    found = False
+    applied = False
     for model in pipeline.components.values():
         if isinstance(model, ModelMixin):
             ranks = {parameter.ndim for parameter in model.parameters()}
             if 4 in ranks and 5 not in ranks:
                 model.to(memory_format=torch.channels_last)
-                found = True
-    if not found:
+                applied = True
+    if not applied:
         raise LoadError(
             f"STEPWEAVE_CHANNELS_LAST=True: {type(pipeline).__name__} has no 2D convolutions"
         )
 
 
-def _autoencoders(pipeline: Any, switch: str) -> None:
-    found = [one for one in pipeline.components.values() if is_autoencoder(one)]
-    if not found:
+def _autoencoders(pipeline: Any, method: str) -> None:
+    autoencoders = [model for model in pipeline.components.values() if is_autoencoder(model)]
+    if not autoencoders:
         raise ValueError(f"{type(pipeline).__name__} has no autoencoder")
-    for autoencoder in found:
-        if not hasattr(autoencoder, switch):
-            raise ValueError(f"{type(autoencoder).__name__} has no {switch}")
-        getattr(autoencoder, switch)()
+    for autoencoder in autoencoders:
+        if not hasattr(autoencoder, method):
+            raise ValueError(f"{type(autoencoder).__name__} has no {method}")
+        getattr(autoencoder, method)()
 
 
 def set_attention_backend(pipeline: Any, backend: str, device: torch.device) -> None:

@@ -91,9 +91,9 @@ def _component(wanted: Quantization, name: str, library: str, dtype: torch.dtype
     # not all of them refuse what they do not know
     parameters = inspect.signature(kind).parameters.values()
     arguments = {
-        one.name: one
-        for one in parameters
-        if one.name != "quant_method" and one.kind is not one.VAR_KEYWORD
+        parameter.name: parameter
+        for parameter in parameters
+        if parameter.name != "quant_method" and parameter.kind is not parameter.VAR_KEYWORD
     }
     for argument in wanted.quant_kwargs:
         if argument not in arguments:

@@ -31,9 +31,11 @@ class Reading:
     def __init__(self, folder: Path, components: Iterable[Component]) -> None:
         self._folder = folder
         self._names = {
-            one.kind: one.name for one in components if one.kind is not None
+            component.kind: component.name for component in components if component.kind is not None
         }  # of those in no folder of their own
-        self._kinds = {one.kind for one in components if isinstance(one.kind, type)}
+        self._kinds = {
+            component.kind for component in components if isinstance(component.kind, type)
+        }
         self._thread = threading.get_ident()
         self._failed: list[tuple[BaseException, str]] = []
         self.tensors: dict[str, int] = {}  # read, by component

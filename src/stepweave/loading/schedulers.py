@@ -90,13 +90,13 @@ class Rehearsals:
         self._refused: set[tuple[str | None, int]] = set()  # names and numbers of steps
         self._found: dict[Hashable, bool] = {}  # when asked for, the oldest first
         self._lock = threading.Lock()
-        for one in candidates:
-            name = type(one).__name__
+        for candidate in candidates:
+            name = type(candidate).__name__
             if name in self.schedulers:
                 continue
-            tried = _try(one, pipeline, counts, like)
+            tried = _try(candidate, pipeline, counts, like)
             if name == own or any(tried.values()):
-                self.schedulers[name], self._tried[name] = one, tried
+                self.schedulers[name], self._tried[name] = candidate, tried
                 self._found |= {
                     self._key(name, replace(like, steps=steps)): runs
                     for steps, runs in tried.items()
@@ -203,31 +203,31 @@ def _try(scheduler: Any, pipeline: Any, counts: Sequence[int], like: Course) -> 
     return {steps: runs(steps) for steps in sorted(problems)}
 
 
-def _made_of(own: Any) -> Iterator[Any]:
+def _made_of(scheduler: Any) -> Iterator[Any]:
     """The own scheduler's copy, and the others that its configuration makes."""
-    yield clone_scheduler(own)
-    for kind, changes in _candidates(own):
+    yield clone_scheduler(scheduler)
+    for kind, changes in _candidates(scheduler):
         try:
             with quiet():  # of what the other scheduler's configuration has beyond this one's
-                one = _made(kind, own, changes)
+                one = _made(kind, scheduler, changes)
         except Exception as error:  # a package is missing, or it does not take this configuration
             logger.debug(
-                "%s cannot take the place of %s: %s", kind.__name__, type(own).__name__, error
+                "%s cannot take the place of %s: %s", kind.__name__, type(scheduler).__name__, error
             )
         else:
             yield one
 
 
-def _candidates(own: Any) -> list[tuple[Any, dict[str, Any]]]:
+def _candidates(scheduler: Any) -> list[tuple[Any, dict[str, Any]]]:
     kinds: list[tuple[Any, dict[str, Any]]] = [
-        (kind, {}) for kind in own.compatibles if not isinstance(kind, DummyObject)
+        (kind, {}) for kind in scheduler.compatibles if not isinstance(kind, DummyObject)
     ]
-    if not type(own).__name__.startswith("FlowMatch"):
+    if not type(scheduler).__name__.startswith("FlowMatch"):
         return kinds
     flow = {
         "prediction_type": "flow_prediction",
         "use_flow_sigmas": True,
-        "flow_shift": own.config.get("shift", 1.0),
+        "flow_shift": scheduler.config.get("shift", 1.0),
     }
     return [
         *kinds,
@@ -239,13 +239,13 @@ def _candidates(own: Any) -> list[tuple[Any, dict[str, Any]]]:
     ]
 
 
-def _made(kind: Any, own: Any, changes: dict[str, Any]) -> Any:
+def _made(kind: Any, scheduler: Any, changes: dict[str, Any]) -> Any:
     """A scheduler of a class with the configuration of another. Raises ValueError where that would
     say something else."""
-    config, known = own.config, inspect.signature(kind).parameters
+    config, known = scheduler.config, inspect.signature(kind).parameters
     for name in ("use_dynamic_shifting", "beta_schedule"):
         if config.get(name) and name not in known:
             raise ValueError(f"{kind.__name__} has no {name}")
-    if changes or kind not in own.compatibles:
+    if changes or kind not in scheduler.compatibles:
         config = {name: value for name, value in config.items() if name in known}
     return kind.from_config(config, **changes)

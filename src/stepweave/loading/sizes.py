@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from stepweave.errors import InvalidRequest, shown
+from stepweave.errors import InvalidRequestError, shown
 
 # sides of the largest square that a picture's side may have, where the model itself has no limit
 NARROW = 4
@@ -39,32 +39,32 @@ class SizeLimits:
         )
 
     def read(self, size: str) -> tuple[int, int]:
-        """Width and height of WIDTHxHEIGHT. Raises InvalidRequest naming value and limit."""
+        """Width and height of WIDTHxHEIGHT. Raises InvalidRequestError naming value and limit."""
         width, height = (int(side) for side in size.split("x"))
         if (width, height) in (self.native, self.only):
             return width, height
         if self.only is not None:
             only = "{}x{}".format(*self.only)
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"size is {shown(size)}; the model makes images of {only} only.", param="size"
             )
         if width % self.multiple or height % self.multiple or not width or not height:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"size is {shown(size)}; both sides must be positive multiples of {self.multiple}.",
                 param="size",
             )
         if min(width, height) < self.min_side:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"size is {shown(size)}; the model makes images of at least {self.min_side} a "
                 f"side.",
                 param="size",
             )
         if max(width, height) > self.longest:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"size is {shown(size)}; the model's limit is {self.longest} a side.", param="size"
             )
         if width * height > self.max_pixels:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"size is {shown(size)}, {width * height} pixels; the limit is {self.max_pixels}.",
                 param="size",
             )
@@ -77,14 +77,14 @@ class SizeLimits:
         own size: beyond these most models make worse images, and take longer. None for as many as
         may be.
 
-        Raises InvalidRequest for a source so long that its edit would be a thread.
+        Raises InvalidRequestError for a source so long that its edit would be a thread.
         """
         if self.only is not None:
             return self.only
         width, height = source
         scale = min(1.0, math.sqrt(self.max_pixels / (width * height)))
         if self.max_side is None and max(source) * scale > self.longest:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"image is {width}x{height}; unless size is given, the limit is {self.longest} a "
                 f"side.",
                 param="image",
@@ -196,9 +196,9 @@ def nearest_size(
         allowed = [(long, least) if width > height else (least, long)]
     best = min(
         allowed,
-        key=lambda one: (
-            _apart(one[0] * height, one[1] * width),
-            _apart(math.prod(one), math.prod(ideal)),
+        key=lambda size: (
+            _apart(size[0] * height, size[1] * width),
+            _apart(math.prod(size), math.prod(ideal)),
         ),
     )
     return best[0] * multiple, best[1] * multiple

@@ -62,7 +62,7 @@ def _words(tokenizer: Any) -> list[tuple[str, int]]:
     vocabulary = (
         (token, number) for token, number in tokenizer.get_vocab().items() if number not in special
     )
-    longest = sorted(vocabulary, key=lambda one: (-len(one[0]), one[0]))
+    longest = sorted(vocabulary, key=lambda item: (-len(item[0]), item[0]))
     texts = ((tokenizer.convert_tokens_to_string([token]), number) for token, number in longest)
     plain = ((text.removesuffix(_END).strip(), number) for text, number in texts)
     lower = ((text, number) for text, number in plain if text.isalpha() and text == text.lower())

@@ -32,7 +32,9 @@ def choose_variant(index: dict[str, Any], files: Collection[str], wanted: str | 
     """
     components = components_of(index)
     check_folders(components, files)
-    found = {one.name: _variants(one, files) for one in components if one.weights}
+    found = {
+        component.name: _variants(component, files) for component in components if component.weights
+    }
     if wanted is not None:
         return _wanted(found, files, wanted)
     lacking = [name for name, variants in found.items() if variants.get(None, ["?"])]

@@ -19,7 +19,7 @@ import torch
 
 from stepweave.compat.out_of_memory import ran_out
 from stepweave.compat.torch_state import on_device
-from stepweave.errors import DeviceFailed, OutOfMemory, RequestError
+from stepweave.errors import DeviceFailedError, OutOfMemoryError, RequestError
 from stepweave.outcome import Ending, carried
 from stepweave.reasons import words_of
 
@@ -48,23 +48,23 @@ class DeviceHealth:
 
     def __init__(self, device: torch.device, probe: Callable[[], None] | None = None) -> None:
         self.device = device
-        self.failure: DeviceFailed | None = None
+        self.failure: DeviceFailedError | None = None
         self._probe = probe or (
             None if device.type == "cpu" else functools.partial(probe_of, device)
         )
         self._examining = threading.Lock()
 
     def check(self) -> None:
-        """Raise DeviceFailed once the device has failed."""
+        """Raise DeviceFailedError once the device has failed."""
         if (failed := self.error()) is not None:
             raise failed
 
-    def error(self) -> DeviceFailed | None:
+    def error(self) -> DeviceFailedError | None:
         """What ends a job once the device has failed: one of its own, which its traceback does not
         tie to others."""
-        return None if self.failure is None else DeviceFailed(self.failure.reason)
+        return None if self.failure is None else DeviceFailedError(self.failure.reason)
 
-    def examine(self, error: BaseException) -> DeviceFailed | None:
+    def examine(self, error: BaseException) -> DeviceFailedError | None:
         """What ends all jobs, if this error shows that the device has failed for good, or if that
         is known already.
 
@@ -75,7 +75,7 @@ class DeviceHealth:
         if root is not None:
             with self._examining:
                 if self.failure is None and self._stays():
-                    self.failure = DeviceFailed(f"{self.device}: {_in_short(root)}")
+                    self.failure = DeviceFailedError(f"{self.device}: {_in_short(root)}")
                     logger.critical(
                         "the device has failed, and so do all jobs: %s",
                         self.failure.reason,
@@ -89,7 +89,7 @@ class DeviceHealth:
         if not isinstance(error, RequestError) and (failed := self.examine(error)) is not None:
             return failed
         if ran_out(error):
-            too_little = OutOfMemory(
+            too_little = OutOfMemoryError(
                 "There is not enough memory for this job: ask for a smaller size, or fewer "
                 "pictures."
             )

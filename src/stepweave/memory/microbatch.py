@@ -16,7 +16,7 @@ from stepweave.certification.certificates import Certificates
 from stepweave.certification.compare import agree, told_apart
 from stepweave.compat.out_of_memory import ran_out
 from stepweave.compat.snapshot import ArgumentSnapshot
-from stepweave.errors import OutOfMemory
+from stepweave.errors import OutOfMemoryError
 from stepweave.memory.row_limits import RowLimits
 from stepweave.planning.stats import Stats
 
@@ -29,11 +29,11 @@ class WaitForMemory:
     def __init__(self, call: Call) -> None:
         self.call = call
 
-    def error(self) -> OutOfMemory:
+    def error(self) -> OutOfMemoryError:
         """What to tell the job if it is the only one."""
         call = self.call
         bound = ", which a reproducible job may not divide" if call.whole and call.rows > 1 else ""
-        return OutOfMemory(
+        return OutOfMemoryError(
             f"There is not enough memory for this job, even alone: {call.target.name} ran out of "
             f"it, with {call.rows} rows{bound}. Ask for a smaller size, or fewer pictures."
         )

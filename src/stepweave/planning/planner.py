@@ -115,7 +115,7 @@ class Planner:
         jobs = self.forecaster.jobs()
         if not jobs:
             return 0.0
-        moved = max(self._moved, jobs[0].accepted, *[job.stepped or 0.0 for job in jobs])
+        moved: float = max(self._moved, jobs[0].accepted, *[job.stepped or 0.0 for job in jobs])
         return time.monotonic() - moved
 
     # Forwards

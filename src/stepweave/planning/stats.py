@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from stepweave.errors import Cancelled, OutOfMemory
+from stepweave.errors import OutOfMemoryError, RequestCancelledError
 from stepweave.outcome import Outcome
 
 
@@ -66,12 +66,12 @@ class Stats:
             "succeeded"
             if error is None
             else "cancelled"
-            if isinstance(error, Cancelled)
+            if isinstance(error, RequestCancelledError)
             else "failed"
         )
         with self._lock:
             self.jobs[state] += 1
-            self.unfit += isinstance(error, OutOfMemory)
+            self.unfit += isinstance(error, OutOfMemoryError)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ LONGEST = 512  # pixels of a preview's longer side
 DETAIL = 4  # pixels a side that one latent becomes, at most
 REACH = 3  # latents a side that a pixel depends on; odd
 FEATURES = 256  # random ones
-PICTURES = 32  # that the map is fitted to; a quarter of them is kept to judge it
+SYNTHETIC_IMAGES = 32  # that the map is fitted to; a quarter of them is kept to judge it
 LATENT_SIDE = 8  # of those
 TOGETHER = 8  # in a forward
 PROOF = 0.5  # share of the variance of unseen pixels that the map must explain
@@ -100,7 +100,7 @@ class Previewer:
         )
         return cls(fitted, _unpacker(pipeline), explained)
 
-    def picture(self, latents: Latents, width: int, height: int, row: int = 0) -> Image.Image:
+    def image(self, latents: Latents, width: int, height: int, row: int = 0) -> Image.Image:
         """What a picture of this size looks like at a step, as large as it will be, or LONGEST
         pixels on its longer side.
 
@@ -166,7 +166,7 @@ def _fit(vae: Any, factor: int, device: torch.device | None) -> tuple[PixelMap, 
     latents, pixels = _samples(vae, LATENT_SIDE * factor, device)
     latents = normalised(vae, latents)
     factor = pixels.shape[-1] // latents.shape[-1]
-    detail = max(one for one in range(1, min(DETAIL, factor) + 1) if factor % one == 0)
+    detail = max(detail for detail in range(1, min(DETAIL, factor) + 1) if factor % detail == 0)
     targets = functional.pixel_unshuffle(functional.avg_pool2d(pixels, factor // detail), detail)
     generator = torch.Generator().manual_seed(0)
     channels = latents.shape[1]
@@ -210,9 +210,9 @@ def _samples(vae: Any, side: int, device: torch.device) -> tuple[torch.Tensor, t
     float32."""
     film = any(isinstance(module, nn.Conv3d) for module in vae.modules())
     latents, pixels = [], []
-    pictures = synthetic_pictures(PICTURES, side)
-    for start in range(0, PICTURES, TOGETHER):
-        batch = pictures[start : start + TOGETHER].to(device, vae.dtype)
+    images = synthetic_images(SYNTHETIC_IMAGES, side)
+    for start in range(0, SYNTHETIC_IMAGES, TOGETHER):
+        batch = images[start : start + TOGETHER].to(device, vae.dtype)
         encoded = vae.encode(batch[:, :, None] if film else batch)
         mode = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
         decoded = vae.decode(mode, return_dict=False)[0]
@@ -237,7 +237,7 @@ def normalised(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     return (latents - mean) * value("scaling_factor", 1.0) / value("latents_std", 1.0)
 
 
-def synthetic_pictures(count: int, side: int) -> torch.Tensor:
+def synthetic_images(count: int, side: int) -> torch.Tensor:
     """Round and square shapes of all colours on plain and graded grounds, (count, 3, side, side),
     -1 to 1; always the same.
 
@@ -252,13 +252,13 @@ def synthetic_pictures(count: int, side: int) -> torch.Tensor:
     y, x = torch.meshgrid(line, line, indexing="ij")
     slope = (draw(1) * x + draw(1) * y) / 2
     one, other, plain = draw(3), draw(3), draw(1) < 0.5
-    pictures = torch.where(plain, one, one * (1 - slope) + other * slope)
+    images = torch.where(plain, one, one * (1 - slope) + other * slope)
     for i in range(6):
         centre_x, centre_y, size = draw(1), draw(1), 0.08 + 0.25 * draw(1)
         far_x, far_y = (x - centre_x).abs(), (y - centre_y).abs()
         inside = (torch.maximum(far_x, far_y) if i % 2 else (far_x**2 + far_y**2).sqrt()) < size
-        pictures = torch.where(inside, draw(3), pictures)
-    return ((pictures * 2 - 1) * (1 + 2 * draw(1))).clamp(-1, 1)
+        images = torch.where(inside, draw(3), images)
+    return ((images * 2 - 1) * (1 + 2 * draw(1))).clamp(-1, 1)
 
 
 def _unpacker(pipeline: Any) -> Callable[[torch.Tensor, int, int], torch.Tensor] | None:

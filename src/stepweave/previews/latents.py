@@ -90,11 +90,11 @@ class Latents:
 def noise_level(scheduler: Any, timestep: torch.Tensor) -> tuple[float, float]:
     """The factors of picture and noise in a sample of `timestep` (1,), by a scheduler whose step
     index is not set."""
-    picture, noise = torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [1.0]])
+    image, noise = torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [1.0]])
     if hasattr(scheduler, "scale_noise"):
-        levels = scheduler.scale_noise(picture, timestep, noise)
+        levels = scheduler.scale_noise(image, timestep, noise)
     else:
-        levels = scheduler.add_noise(picture, noise, timestep)
+        levels = scheduler.add_noise(image, noise, timestep)
     return float(levels[0]), float(levels[1])
 
 
@@ -137,8 +137,8 @@ class Tap:
         self._latents: Latents | None = None
         self._told = False
         self._wrapped: list[Any] = []
-        for one in pipelines_in(view):
-            for scheduler in list(vars(one).values()):
+        for part in pipelines_in(view):
+            for scheduler in list(vars(part).values()):
                 if hasattr(scheduler, "set_timesteps") and "step" not in vars(scheduler):
                     self._wrap(scheduler)
 

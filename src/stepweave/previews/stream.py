@@ -1,4 +1,4 @@
-"""Previews of one ticket: made beside the work, in order, never holding it up for long."""
+"""Previews of one request: made beside the work, in order, never holding it up for long."""
 
 from __future__ import annotations
 
@@ -9,33 +9,34 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from stepweave.images.encode import encode
-from stepweave.parameters import OutputFormat, Parameters
+from stepweave.parameters import Parameters
 from stepweave.threads import on_thread
 
 if TYPE_CHECKING:
-    from stepweave.engine import Latents
+    from PIL import Image
+
     from stepweave.previews.decoder import Previewer
+    from stepweave.previews.latents import Latents
 
 logger = logging.getLogger(__name__)
 
-LATE_SECONDS = 0.25  # that a finished picture waits for previews that are not made yet
+LATE_SECONDS = 0.25  # that a finished image waits for previews that are not made yet
 
 
 @dataclass(frozen=True)
 class Partial:
-    """A preview: the picture it is of (0 to n - 1), its number (from 0), and its file."""
+    """A preview: the image it is of (0 to n - 1), its number (from 0), and its file."""
 
-    picture: int
+    image: int
     number: int
     data: bytes
 
 
 class Partials:
-    """The previews of a picture. `wants` is for the engine's thread, all else for the event loop.
+    """The previews of a request. `wants` is for the engine's thread, all else for the event loop.
 
-    `count` previews are made after as many steps, on the threads of `pool`; `notify` is called when
-    one is there.
+    `count` previews are made after as many steps, on the threads of `pool`, and `encode` makes a
+    file of each; `notify` is called when one is there.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Partials:
         previewer: Previewer,
         count: int,
         parameters: Parameters,
-        output_format: OutputFormat,
+        encode: Callable[[Image.Image], bytes],
         pool: Executor,
         notify: Callable[[], None],
     ) -> None:
@@ -51,7 +52,7 @@ class Partials:
         self._previewer = previewer
         self._count = count
         self._parameters = parameters
-        self._output_format = output_format
+        self._encode = encode
         self._pool = pool
         self._notify = notify
         self._last: asyncio.Future[None] | None = None  # the last one that was begun
@@ -106,8 +107,7 @@ class Partials:
         if self._over:
             return []
         width, height = self._parameters.width, self._parameters.height
-        pictures = [
-            self._previewer.picture(latents, width, height, row)
-            for row in range(self._parameters.n)
+        images = [
+            self._previewer.image(latents, width, height, row) for row in range(self._parameters.n)
         ]
-        return [encode(picture, self._output_format, None, "") for picture in pictures]
+        return [self._encode(image) for image in images]

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from stepweave.errors import Conflict
+from stepweave.errors import ConflictError
 
 TOKEN_FILE = "drain-token"  # in the state directory
 
@@ -73,9 +73,9 @@ class Drain:
             self._begin(0.0)
 
     def take_back(self) -> None:
-        """Take work as before. Raises Conflict once the process was told to end."""
+        """Take work as before. Raises ConflictError once the process was told to end."""
         if self.terminated:
-            raise Conflict(
+            raise ConflictError(
                 "The process was told to end: its drain cannot be taken back.",
                 code="terminating",
                 param=None,

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stepweave.config import Settings
-from stepweave.errors import Conflict, NotFound, StepweaveError, shown
-from stepweave.serving.request import Progressed, Ticket
-from stepweave.serving.stored_job import FLAGGED, LOST, KeptJob
+from stepweave.errors import ConflictError, NotFoundError, StepweaveError, shown
+from stepweave.serving.request import ActiveRequest, Progressed
+from stepweave.serving.stored_job import FLAGGED, LOST, StoredJob
 from stepweave.store import (
     DirectoryFileStore,
     FileStore,
@@ -45,7 +45,7 @@ class Claim:
     fingerprint: str
 
 
-Followed = Ticket | KeptJob
+Followed = ActiveRequest | StoredJob
 
 
 @dataclass
@@ -57,42 +57,46 @@ class _Opening:
     waiting: int = 0  # for it to be accepted
 
     @property
-    def ticket(self) -> Ticket | None:
+    def active(self) -> ActiveRequest | None:
         task = self.followed
         if not task.done() or task.cancelled() or task.exception() is not None:
             return None
         followed = task.result()
-        return followed if isinstance(followed, Ticket) else None
+        return followed if isinstance(followed, ActiveRequest) else None
 
     @property
     def lost(self) -> bool:
-        return self.ticket is not None and self.ticket.lost
+        return self.active is not None and self.active.lost
 
     def let_go(self) -> None:
-        if self.ticket is not None and not self.waiting:
-            self.ticket.let_go()
+        if self.active is not None and not self.waiting:
+            self.active.let_go()
 
 
 class Jobs:
-    """The jobs of one server: `tickets` are those under way, the stores have the others."""
+    """The jobs of one server: `active` are those under way, the stores have the others."""
 
     def __init__(
-        self, store: JobStore, files: FileStore, tickets: Mapping[str, Ticket], directory: Path
+        self,
+        store: JobStore,
+        files: FileStore,
+        active: Mapping[str, ActiveRequest],
+        directory: Path,
     ) -> None:
         self.store = store
         self.files = files
         self.directory = directory  # of both
-        self._tickets = tickets
-        self._owners: dict[str, str | None] = {}  # of tickets that are kept, by id
+        self._active = active
+        self._owners: dict[str, str | None] = {}  # of requests that are kept, by id
         self._open: dict[tuple[str | None, str], _Opening] = {}  # by owner and key, until kept
-        self._under_way: dict[str, Ticket] = {}  # those to be kept, until they are
+        self._under_way: dict[str, ActiveRequest] = {}  # those to be kept, until they are
         self._keeping: dict[str, asyncio.Task[StepweaveError | None]] = {}  # theirs, by id
         self._exits = contextlib.ExitStack()
         # where the stores are; not for the event loop's thread
         self.free_bytes: Callable[[], float] = lambda: math.nan
 
     @classmethod
-    def open(cls, settings: Settings, tickets: Mapping[str, Ticket]) -> Jobs:
+    def open(cls, settings: Settings, active: Mapping[str, ActiveRequest]) -> Jobs:
         """The jobs in the settings' directory. Raises StepweaveError if that cannot be used."""
         with contextlib.ExitStack() as exits:
             directory = exits.enter_context(state_directory(settings.state_dir))
@@ -102,7 +106,7 @@ class Jobs:
             store = SqliteJobStore(
                 directory / "jobs.sqlite", settings.keep_seconds, settings.keep_jobs
             )
-            jobs = cls(store, files, tickets, directory)
+            jobs = cls(store, files, active, directory)
             jobs.free_bytes = FreeBytes(directory)
             jobs._exits = exits.pop_all()
         return jobs
@@ -127,13 +131,17 @@ class Jobs:
     # Requests
 
     async def start(
-        self, claim: Claim, accept: Callable[[], Awaitable[Ticket]], *, detached: bool = False
+        self,
+        claim: Claim,
+        accept: Callable[[], Awaitable[ActiveRequest]],
+        *,
+        detached: bool = False,
     ) -> Followed:
         """Have a request accepted, or join the one that had its key first, unless that failed or
         was cancelled.
 
-        A job that is `detached`, or has a key, is kept. Raises Conflict if the key's first request
-        asked for something else, and what `accept` does.
+        A job that is `detached`, or has a key, is kept. Raises ConflictError if the key's first
+        request asked for something else, and what `accept` does.
         """
         if claim.key is None:
             return await self._begin(claim, accept, detached)
@@ -155,12 +163,12 @@ class Jobs:
             raise
         finally:
             opening.waiting -= 1
-        if detached and isinstance(followed, Ticket):
+        if detached and isinstance(followed, ActiveRequest):
             followed.detached = True  # it may have been begun for one that stays
         return followed
 
     async def _find_or_begin(
-        self, claim: Claim, accept: Callable[[], Awaitable[Ticket]], detached: bool
+        self, claim: Claim, accept: Callable[[], Awaitable[ActiveRequest]], detached: bool
     ) -> Followed:
         assert claim.key is not None
         record = await self.store.by_key(claim.owner, claim.key)
@@ -169,22 +177,22 @@ class Jobs:
             return await self._begin(claim, accept, detached)
         if record.fingerprint != claim.fingerprint:
             raise self._conflict(claim.key)
-        return live or KeptJob(record, self.files)
+        return live or StoredJob(record, self.files)
 
     def _whole(self, record: JobRecord) -> bool:
         """Whether a job's end was noted, and its pictures are still there."""
         return record.done and all(map(self.files.has, record.files))
 
     @staticmethod
-    def _conflict(key: str) -> Conflict:
-        return Conflict(
+    def _conflict(key: str) -> ConflictError:
+        return ConflictError(
             f"Idempotency-Key {shown(key.partition(' ')[2])} belongs to a request that asks for "
             f"something else."
         )
 
     def _opened(self, slot: tuple[str | None, str], opening: _Opening) -> None:
         """From when it is kept, the store tells."""
-        keeping = None if opening.ticket is None else self._keeping.get(opening.ticket.id)
+        keeping = None if opening.active is None else self._keeping.get(opening.active.id)
         if keeping is None:
             self._forget(slot, opening)
         else:
@@ -195,68 +203,68 @@ class Jobs:
             del self._open[slot]
 
     async def _begin(
-        self, claim: Claim, accept: Callable[[], Awaitable[Ticket]], detached: bool
+        self, claim: Claim, accept: Callable[[], Awaitable[ActiveRequest]], detached: bool
     ) -> Followed:
-        ticket = await accept()
+        active = await accept()
         if not detached and claim.key is None:
-            self._owners[ticket.id] = claim.owner
-            ticket.ended().add_done_callback(lambda _: self._owners.pop(ticket.id, None))
-            return ticket
-        ticket.detached, ticket.kept = detached, True
-        record = _record(ticket, claim)
+            self._owners[active.id] = claim.owner
+            active.ended().add_done_callback(lambda _: self._owners.pop(active.id, None))
+            return active
+        active.detached, active.kept = detached, True
+        record = _record(active, claim)
         noting = asyncio.ensure_future(self.store.put(record))
-        self._owners[ticket.id] = claim.owner
-        self._under_way[ticket.id] = ticket
-        ticket.keeping = asyncio.ensure_future(self._keep(ticket, record, claim, noting))
-        self._keeping[ticket.id] = ticket.keeping
+        self._owners[active.id] = claim.owner
+        self._under_way[active.id] = active
+        active.keeping = asyncio.ensure_future(self._keep(active, record, claim, noting))
+        self._keeping[active.id] = active.keeping
         try:
             # before it is answered: what was promised must not be lost
             await asyncio.shield(noting)
         except BaseException:
-            ticket.detached = False
-            ticket.let_go()
+            active.detached = False
+            active.let_go()
             raise
-        return ticket
+        return active
 
     async def _keep(
-        self, ticket: Ticket, record: JobRecord, claim: Claim, noting: Awaitable[None]
+        self, active: ActiveRequest, record: JobRecord, claim: Claim, noting: Awaitable[None]
     ) -> StepweaveError | None:
-        """Have the store know how a ticket goes, once it knows of it, and what came of it; the
+        """Have the store know how a request goes, once it knows of it, and what came of it; the
         error that is kept, if any."""
         try:
             await noting
-            async for update in ticket.updates():
+            async for update in active.updates():
                 if isinstance(update, Progressed) and record.state == "queued":
-                    record = replace(_record(ticket, claim), state="running")
+                    record = replace(_record(active, claim), state="running")
                     # logged by the store; what comes of it counts
                     with contextlib.suppress(StepweaveError):
                         await self.store.put(record)
             for wait in KEEP_AGAIN_SECONDS:
                 try:
-                    return await self._keep_result(ticket, claim)
+                    return await self._keep_result(active, claim)
                 except StepweaveError:  # a full disk may have room again
-                    logger.warning("job %s could not be kept; once more in %g s", ticket.id, wait)
+                    logger.warning("job %s could not be kept; once more in %g s", active.id, wait)
                     await asyncio.sleep(wait)
-            return await self._keep_result(ticket, claim)
+            return await self._keep_result(active, claim)
         except Exception:
-            logger.exception("job %s could not be kept", ticket.id)
+            logger.exception("job %s could not be kept", active.id)
             return LOST
         finally:
-            ticket.leave()  # only now: results that wait for a slow disk are bounded, too
-            del self._under_way[ticket.id], self._keeping[ticket.id]
-            self._owners.pop(ticket.id, None)
+            active.leave()  # only now: results that wait for a slow disk are bounded, too
+            del self._under_way[active.id], self._keeping[active.id]
+            self._owners.pop(active.id, None)
 
-    async def _keep_result(self, ticket: Ticket, claim: Claim) -> StepweaveError | None:
+    async def _keep_result(self, active: ActiveRequest, claim: Claim) -> StepweaveError | None:
         """The error that is kept, if any."""
-        record = _record(ticket, claim)
-        if ticket.error is not None:
+        record = _record(active, claim)
+        if active.error is not None:
             await self.store.put(
-                replace(record, state=ticket.state, error=ticket.error.body()["error"])
+                replace(record, state=active.state, error=active.error.body()["error"])
             )
-            return ticket.error
-        answer = await ticket.result()
+            return active.error
+        answer = await active.result()
         try:
-            names = [await picture.stored(self.files) for picture in answer.pictures]
+            names = [await image.stored(self.files) for image in answer.images]
         except StepweaveError as error:
             if error.code != "file_too_large":
                 raise
@@ -265,7 +273,7 @@ class Jobs:
         await self.store.put(
             replace(
                 record,
-                response={**answer.body, FLAGGED: [picture.flagged for picture in answer.pictures]},
+                response={**answer.body, FLAGGED: [image.flagged for image in answer.images]},
                 files=tuple(names),
                 warnings=answer.body["warnings"],
             )
@@ -279,20 +287,20 @@ class Jobs:
     # What is known of jobs
 
     async def get(self, id: str, owner: str | None) -> Followed:
-        """Raises NotFound, also for another owner's."""
-        ticket = self._live(id)
-        if ticket is not None and self._owners.get(id) == owner:
-            return ticket
-        record = None if ticket is not None else await self.store.get(id)
+        """Raises NotFoundError, also for another owner's."""
+        active = self._live(id)
+        if active is not None and self._owners.get(id) == owner:
+            return active
+        record = None if active is not None else await self.store.get(id)
         if record is None or record.owner != owner:
-            raise NotFound(
+            raise NotFoundError(
                 f"There is no job {shown(id)}; jobs are kept for a while only.",
                 code="job_not_found",
             )
-        return KeptJob(record, self.files)
+        return StoredJob(record, self.files)
 
-    def _live(self, id: str) -> Ticket | None:
-        return self._tickets.get(id) or self._under_way.get(id)
+    def _live(self, id: str) -> ActiveRequest | None:
+        return self._active.get(id) or self._under_way.get(id)
 
     async def list(
         self, owner: str | None, limit: int, before: str | None
@@ -300,7 +308,9 @@ class Jobs:
         """At most `limit` jobs that are kept or will be, newest first; where the next ones
         begin."""
         records = await self.store.list(owner, limit, before)
-        jobs: list[Followed] = [self._live(one.id) or KeptJob(one, self.files) for one in records]
+        jobs: list[Followed] = [
+            self._live(record.id) or StoredJob(record, self.files) for record in records
+        ]
         return jobs, records[-1].cursor if len(records) == limit else None
 
     async def delete(self, id: str) -> None:
@@ -321,9 +331,9 @@ class Jobs:
         """Why jobs and URLs cannot be kept, as "files full: No space left on device"; None while
         they can."""
         problems = [
-            f"{name} {one.problem}"
-            for name, one in self.stores().items()
-            if one.problem is not None
+            f"{name} {health.problem}"
+            for name, health in self.stores().items()
+            if health.problem is not None
         ]
         return "; ".join(problems) or None
 
@@ -356,31 +366,31 @@ class Jobs:
                     logger.exception("what is past its time could not be removed")
 
 
-def _record(ticket: Ticket, claim: Claim) -> JobRecord:
-    """What is known of a ticket now."""
-    job = ticket.job
+def _record(active: ActiveRequest, claim: Claim) -> JobRecord:
+    """What is known of a request now."""
+    job = active.job
     age = time.monotonic() - job.accepted
 
     def at(moment: float | None) -> float | None:
-        return None if moment is None else ticket.created + moment - job.accepted
+        return None if moment is None else active.created + moment - job.accepted
 
     return JobRecord(
-        id=ticket.id,
+        id=active.id,
         owner=claim.owner,
-        kind=ticket.kind,
-        state=ticket.state,
-        created=ticket.created,
-        updated=ticket.created + age,
+        kind=active.kind,
+        state=active.state,
+        created=active.created,
+        updated=active.created + age,
         started=at(job.begun),
-        finished=time.time() if ticket.done else None,
+        finished=time.time() if active.done else None,
         step=job.progress.step,
-        total_steps=ticket.steps,
+        total_steps=active.steps,
         request={
-            "values": ticket.parameters.of_image(0),
-            "parameters": ticket.resolved(),
-            "response_format": ticket.response_format,
+            "values": active.parameters.of_image(0),
+            "parameters": active.resolved(),
+            "response_format": active.response_format,
         },
-        warnings=ticket.all_warnings,
+        warnings=active.all_warnings,
         idempotency_key=claim.key,
         fingerprint=claim.fingerprint,
     )

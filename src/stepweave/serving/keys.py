@@ -11,121 +11,22 @@ import hashlib
 import hmac
 import logging
 import os
-import re
 import stat
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from stepweave.config.clients import SHORT_KEY, Client, check_clients, clients_of_file
 from stepweave.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 SETTING = "STEPWEAVE_API_KEYS_FILE"
-MAX_CLIENTS = 1000
 MAX_FILE_BYTES = 1_048_576  # as Kubernetes allows a Secret
-SHORT_KEY = 16  # characters; a key that has fewer may be guessed
 LOOK_SECONDS = 1.0  # between two looks at the file
 # a file changed later than this before it was read may change again without another time or size
 SETTLED_SECONDS = 2.0
-DIGEST = "sha256:"  # in the file: what follows is the digest of the key, in hex
-ADMIN = "admin"
-_FORM = "`name: KEY` or `name: sha256:HEX`, with ` admin` after it for an administrator"
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_HEX = re.compile(r"[0-9A-Fa-f]{64}")
-_NO_KEY = hashlib.sha256(b"").digest()
 
 Stamp = tuple[int, int, int, int]  # what changes with a file
-
-
-@dataclass(frozen=True)
-class Client:
-    """Who may ask: `name` is for metrics and logs, `owner` what its jobs are stored under."""
-
-    name: str
-    digest: bytes = field(repr=False)  # SHA-256 of its key
-    owner: str = field(repr=False)
-    admin: bool = False
-    short: bool = False  # its key
-
-
-def clients_of_setting(keys: Iterable[str]) -> tuple[Client, ...]:
-    """The clients `key1`, `key2`, ... of the keys in `STEPWEAVE_API_KEYS`.
-
-    Their jobs belong to the key rather than to its place, which changes when keys are added or
-    removed. Raises ValueError for more than `MAX_CLIENTS` keys, and where two are the same.
-    """
-    clients = []
-    for number, key in enumerate(keys, 1):
-        digest = hashlib.sha256(key.encode()).digest()
-        clients.append(
-            Client(f"key{number}", digest, digest.hex()[:32], short=len(key) < SHORT_KEY)
-        )
-    _check(clients, [f"key {number}" for number in range(1, len(clients) + 1)])
-    return tuple(clients)
-
-
-def clients_of_file(content: bytes) -> tuple[Client, ...]:
-    """The clients of a keys file, one a line. Raises ValueError with the number of the line that is
-    wrong."""
-    clients, places = [], []
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        try:
-            client = _client_of_line(line)
-        except ValueError as error:
-            raise ValueError(f"line {number}: {error}") from None
-        if client is not None:
-            clients.append(client)
-            places.append(f"line {number}")
-    if not clients:
-        raise ValueError("there is no key in it")
-    _check(clients, places)
-    return tuple(clients)
-
-
-def _client_of_line(line: bytes) -> Client | None:
-    try:
-        text = line.decode().strip(" \t\r")
-    except UnicodeDecodeError:
-        raise ValueError("it is not UTF-8") from None
-    if not text or text.startswith("#"):
-        return None
-    name, colon, rest = text.partition(":")
-    name, words = name.strip(), rest.split()
-    if not colon or len(words) > 2 or words[1:] not in ([], [ADMIN]):
-        raise ValueError(f"it must be {_FORM}; a comment has a line of its own")
-    if not _NAME.fullmatch(name):
-        raise ValueError("the name must have 1 to 64 letters, digits, `.`, `_` and `-`")
-    if words[:1] in ([], [ADMIN], [DIGEST]):  # what a template may leave of a key that is not there
-        raise ValueError("there is no key after the name")
-    key = words[0]
-    if key.startswith(DIGEST):
-        if not _HEX.fullmatch(key[len(DIGEST) :]):
-            raise ValueError(f"after `{DIGEST}` must come 64 hex digits")
-        digest, short = bytes.fromhex(key[len(DIGEST) :]), False
-    else:
-        digest, short = hashlib.sha256(key.encode()).digest(), len(key) < SHORT_KEY
-        if not key.isprintable():
-            raise ValueError("the key has characters that no header may have")
-    if digest == _NO_KEY:
-        raise ValueError("it is the digest of an empty key")
-    return Client(name, digest, owner=name, admin=words[1:] == [ADMIN], short=short)
-
-
-def _check(clients: list[Client], places: list[str]) -> None:
-    """Raise ValueError if there are too many clients, or two of one name or key; `places` is where
-    each stands."""
-    if len(clients) > MAX_CLIENTS:
-        raise ValueError(f"there are {len(clients)} keys; the limit is {MAX_CLIENTS}")
-    names: dict[str, str] = {}
-    digests: dict[bytes, str] = {}
-    for client, place in zip(clients, places, strict=True):
-        if client.name in names:
-            raise ValueError(f"{names[client.name]} and {place} have the same name")
-        if client.digest in digests:
-            raise ValueError(f"{digests[client.digest]} and {place} have the same key")
-        names[client.name] = digests[client.digest] = place
 
 
 class ApiKeys:
@@ -164,12 +65,12 @@ class ApiKeys:
     def find(self, key: bytes) -> Client | None:
         """Whose key it is, if it is one, in a time that does not depend on which."""
         digest = hashlib.sha256(key).digest()
-        found = [one for one in self._clients if hmac.compare_digest(digest, one.digest)]
-        return found[0] if found else None
+        owners = [client for client in self._clients if hmac.compare_digest(digest, client.digest)]
+        return owners[0] if owners else None
 
     def names(self) -> list[str]:
         """The names of the clients that have a key."""
-        return [one.name for one in self._clients]
+        return [client.name for client in self._clients]
 
     def look(self) -> None:
         """Read the file again if it has changed; not for the event loop. What is wrong with it is
@@ -214,14 +115,14 @@ class ApiKeys:
             os.close(descriptor)
         if len(content) > MAX_FILE_BYTES:
             raise ValueError(f"it has more than {MAX_FILE_BYTES} bytes")
-        found = clients_of_file(content)
-        clients = [*self._fixed, *found]
-        _check(
+        of_file = clients_of_file(content)
+        clients = [*self._fixed, *of_file]
+        check_clients(
             clients,
-            ["one of STEPWEAVE_API_KEYS"] * len(self._fixed) + ["one of the file"] * len(found),
+            ["one of STEPWEAVE_API_KEYS"] * len(self._fixed) + ["one of the file"] * len(of_file),
         )
         if stamp != self._stamp:
-            _warn_of_short(SETTING, found)
+            _warn_of_short(SETTING, of_file)
         self._clients, self._stamp, self._settled, self.required = (
             tuple(clients),
             stamp,
@@ -246,7 +147,7 @@ def _reason(error: Exception) -> str:
 
 
 def _warn_of_short(setting: str, clients: tuple[Client, ...]) -> None:
-    count = sum(one.short for one in clients)
+    count = sum(client.short for client in clients)
     if count:
         logger.warning(
             "%s: %d of %d keys have fewer than %d characters and may be guessed",

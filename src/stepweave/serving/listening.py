@@ -17,11 +17,15 @@ def listening() -> list[Address]:
     """Address and port of each TCP socket on which this process listens, those that it was given
     included; none if the system does not tell."""
     try:
-        found = psutil.Process().net_connections(kind="tcp")
+        connections = psutil.Process().net_connections(kind="tcp")
     except (psutil.Error, OSError, NotImplementedError):
         return []
     return sorted(
-        {(one.laddr.ip, one.laddr.port) for one in found if one.status == psutil.CONN_LISTEN}
+        {
+            (connection.laddr.ip, connection.laddr.port)
+            for connection in connections
+            if connection.status == psutil.CONN_LISTEN
+        }
     )
 
 

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import logging
 import secrets
 from dataclasses import replace
 from typing import Any
 
-import torch
-from PIL import Image
-
 from stepweave.config import Settings
+from stepweave.config.preset import Preset
 from stepweave.engine import StepEngine
-from stepweave.errors import InvalidRequest, LoadError, shown
-from stepweave.loading.edit_pipelines import sibling
+from stepweave.errors import InvalidRequestError, shown
+from stepweave.loading.edit_pipelines import edit_pipeline
 from stepweave.loading.kinds import check_served
-from stepweave.loading.preset import Preset
 from stepweave.loading.rehearsal import Course
 from stepweave.loading.schedulers import Rehearsals
 from stepweave.loading.sizes import (
@@ -27,10 +22,19 @@ from stepweave.loading.sizes import (
     native_size,
     size_multiple,
 )
+from stepweave.loading.trials import Limits
 from stepweave.parameters import MAX_SEED, Parameters, Sources
 from stepweave.planning.workload import arguments_of
+from stepweave.serving.call import (
+    call_arguments,
+    check_prompts,
+    default_of,
+    default_strength,
+    resolve_strength,
+    takes,
+)
 from stepweave.serving.names import names_of
-from stepweave.serving.trials import Limits
+from stepweave.serving.preset_checks import check_call, check_defaults, check_size
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +43,6 @@ DRAWN_SEED_BITS = 32  # of a seed the server draws, easy to copy
 # kinds of requests
 TEXT_TO_IMAGE, IMAGE_TO_IMAGE, INPAINTING = "text_to_image", "image_to_image", "inpainting"
 GUIDANCE = (0.0, 100.0)
-DEFAULT_STRENGTH = 0.8  # where the pipeline has none of its own
 
 
 class ServedModel:
@@ -65,35 +68,28 @@ class ServedModel:
         self.id = self.names.told
         scheduler = getattr(pipeline, "scheduler", None)
         self.scheduler = None if scheduler is None else type(scheduler).__name__
-        self._check_call()
-        self.image_to_image = sibling(pipeline, "image_to_image")
-        self.inpaint = sibling(pipeline, "inpaint")
+        check_call(pipeline, preset)
+        self.image_to_image = edit_pipeline(pipeline, "image_to_image")
+        self.inpaint = edit_pipeline(pipeline, "inpaint")
         width, height = native_size(pipeline)
         self.width, self.height = preset.width or width, preset.height or height
         self._multiple, native = size_multiple(pipeline), (self.width, self.height)
         sizes = SizeLimits(
             self._multiple, max_side(pipeline), settings.max_pixels, self._multiple, native=native
         )
-        self._check_size((width, height), sizes)
+        check_size(pipeline, preset, native, (width, height), sizes)
         self.default_steps = (
-            preset.num_inference_steps or self._default("num_inference_steps") or 50
+            preset.num_inference_steps or default_of(pipeline, "num_inference_steps") or 50
         )
         guidance = (
             preset.guidance_scale
             if preset.guidance_scale is not None
-            else self._default("guidance_scale")
+            else default_of(pipeline, "guidance_scale")
         )
         self.default_guidance: float | None = (
             guidance if "guidance_scale" in self.arguments else None
         )
-        for setting, limit, default in (
-            ("MAX_STEPS", settings.max_steps, self.default_steps),
-            ("MAX_PIXELS", settings.max_pixels, self.width * self.height),
-        ):
-            if default > limit:
-                raise LoadError(
-                    f"STEPWEAVE_{setting}={limit} is less than the model's own default, {default}"
-                )
+        check_defaults(settings, self.default_steps, self.width * self.height)
         if said := preset.given():
             logger.info(
                 "defaults: %s; others are the pipeline's own",
@@ -105,62 +101,21 @@ class ServedModel:
         rehearsals = Rehearsals.of(pipeline, like, settings.max_steps)
         self.schedulers = rehearsals.schedulers
         self._rehearsals = {id(pipeline): rehearsals}
-        for one in (self.image_to_image, self.inpaint):
-            if one is not None and one is not pipeline:
-                strength = _default_strength(one) if _takes(one, "strength") else None
-                self._rehearsals[id(one)] = rehearsals.of_edits(
-                    one, replace(like, strength=strength)
+        for edits in (self.image_to_image, self.inpaint):
+            if edits is not None and edits is not pipeline:
+                strength = default_strength(edits) if takes(edits, "strength") else None
+                self._rehearsals[id(edits)] = rehearsals.of_edits(
+                    edits, replace(like, strength=strength)
                 )
         self._limits = {
             kind: Limits(
                 sizes,
                 GUIDANCE,
-                settings.max_images if _takes(one, "num_images_per_prompt") else 1,
+                settings.max_images if takes(kind_pipeline, "num_images_per_prompt") else 1,
                 settings.max_prompt_characters,
             )
-            for kind, one in self._pipelines().items()
+            for kind, kind_pipeline in self._pipelines().items()
         }
-
-    def _check_call(self) -> None:
-        """Raise LoadError for what the preset would give the pipeline's call, and that has no such
-        argument."""
-        preset = self.preset
-        for name in preset.call:
-            if name not in self.arguments:
-                close = difflib.get_close_matches(name, self.arguments, n=1)
-                hint = (
-                    f"did you mean {close[0]!r}?"
-                    if close
-                    else f"it takes {', '.join(self.arguments)}"
-                )
-                raise LoadError(
-                    f"{preset.source(f'call.{name}')}: call.{name}: {self.pipeline_class} takes no "
-                    f"argument {name!r} ({hint})"
-                )
-        if preset.guidance_scale is not None and "guidance_scale" not in self.arguments:
-            raise LoadError(
-                f"{preset.source('guidance_scale')}: guidance_scale is {preset.guidance_scale:g}, "
-                f"but {self.pipeline_class} has "
-                "no guidance_scale"
-            )
-
-    def _check_size(self, own: tuple[int, int], sizes: SizeLimits) -> None:
-        """Raise LoadError if the preset has a size, other than the pipeline's `own`, that the model
-        does not make."""
-        size = self.width, self.height
-        for name, side, own_side in zip(("width", "height"), size, own, strict=True):
-            if side == own_side:
-                continue
-            value, source = f"{name} is {side}", self.preset.source(name)
-            if name not in self.arguments:
-                raise LoadError(
-                    f"{source}: {value}, but {self.pipeline_class} has no {name}: it is always "
-                    f"{own_side}"
-                )
-            if side % sizes.multiple:
-                raise LoadError(f"{source}: {value}; it must be a multiple of {sizes.multiple}")
-            if side > sizes.longest:
-                raise LoadError(f"{source}: {value}; the model's limit is {sizes.longest} a side")
 
     def _pipelines(self) -> dict[str, Any]:
         """The pipeline of each kind of request, of those that there are."""
@@ -209,9 +164,6 @@ class ServedModel:
         """What edits it makes, among `image_to_image` and `inpainting`."""
         return tuple(kind for kind in self._pipelines() if kind != TEXT_TO_IMAGE)
 
-    def _default(self, name: str) -> Any:
-        return _default(self.pipeline, name)
-
     def resolve(
         self,
         *,
@@ -228,40 +180,26 @@ class ServedModel:
         sources: Sources | None = None,
         rehearse: bool = True,
     ) -> Parameters:
-        """Fill in the defaults and hold every value against the limits. Raises InvalidRequest
+        """Fill in the defaults and hold every value against the limits. Raises InvalidRequestError
         naming value and limit.
 
-        With `sources` it is an edit, by default of the size of the picture it starts from, or the
+        With `sources` it is an edit, by default of the size of the image it starts from, or the
         nearest that is allowed. Without `rehearse`, `check_steps` is left to be called.
         """
         pipeline = self.pipeline_for(sources)
         limits, arguments = self.limits_for(sources), arguments_of(pipeline)
-        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-            if text is not None and len(text) > limits.prompt_characters:
-                raise InvalidRequest(
-                    f"{name} has {len(text)} characters; the limit is {limits.prompt_characters}.",
-                    param=name,
-                )
-            if text is not None and "\0" in text:
-                raise InvalidRequest(
-                    f"{name} is {shown(text)}; it must not hold the character NUL.", param=name
-                )
-        if not prompt.strip():
-            raise InvalidRequest(
-                f"prompt is empty: {shown(prompt)}. Say what the picture should show.",
-                param="prompt",
-            )
+        check_prompts(prompt, negative_prompt, limits.prompt_characters)
         if n > limits.images:
-            raise InvalidRequest(f"n is {n}; the limit is {limits.images}.", param="n")
+            raise InvalidRequestError(f"n is {n}; the limit is {limits.images}.", param="n")
         if seed is not None and seed + n - 1 > MAX_SEED:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"seed is {seed} and n is {n}; the limit of seed + n - 1 is {MAX_SEED}.",
                 param="seed",
             )
         width, height = self._size(size, limits, None if sources is None else sources.image.size)
         steps = self.default_steps if num_inference_steps is None else num_inference_steps
         if steps > self.settings.max_steps:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"num_inference_steps is {steps}; the limit is {self.settings.max_steps}.",
                 param="num_inference_steps",
             )
@@ -271,7 +209,7 @@ class ServedModel:
         ):
             if value is not None and name not in arguments:
                 kind = type(pipeline).__name__
-                raise InvalidRequest(
+                raise InvalidRequestError(
                     f"{name} is {shown(value)}, but {kind} has no {name}.", param=name
                 )
         parameters = Parameters(
@@ -285,7 +223,7 @@ class ServedModel:
             guidance_scale=self._resolve_guidance(guidance_scale, limits),
             reproducible=reproducible,
             scheduler=self._resolve_scheduler(scheduler, pipeline),
-            strength=self._resolve_strength(strength, steps, pipeline, sources),
+            strength=resolve_strength(strength, steps, pipeline, sources),
             sources=sources,
         )
         if rehearse:
@@ -298,7 +236,7 @@ class ServedModel:
         """Width and height of an edit of an image of the size `source`: `size`, else the nearest
         that the model makes.
 
-        Raises InvalidRequest for a size, or a kind of edit, that it does not make.
+        Raises InvalidRequestError for a size, or a kind of edit, that it does not make.
         """
         self._pipeline_of_edits(masked=masked)
         return self._size(size, self._limits[INPAINTING if masked else IMAGE_TO_IMAGE], source)
@@ -308,15 +246,15 @@ class ServedModel:
     ) -> tuple[int, int]:
         if size is not None and size != "auto":
             return limits.sizes.read(size)
-        own = self.width, self.height
-        return own if source is None else limits.sizes.of_edit(source, own[0] * own[1])
+        native = self.width, self.height
+        return native if source is None else limits.sizes.of_edit(source, native[0] * native[1])
 
     def _pipeline_of_edits(self, *, masked: bool) -> Any:
         param, pipeline = ("mask", self.inpaint) if masked else ("image", self.image_to_image)
         if pipeline is None:
             what = "inpainting" if masked else "image to image"
             given = "mask is given, or image is transparent in part" if masked else "image is given"
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"{given}, but {self.pipeline_class} has no pipeline for {what}.",
                 param=param,
                 code="unsupported",
@@ -324,14 +262,14 @@ class ServedModel:
         return pipeline
 
     def pipeline_for(self, sources: Sources | None) -> Any:
-        """The pipeline that a request is for. Raises InvalidRequest for an edit that the model
+        """The pipeline that a request is for. Raises InvalidRequestError for an edit that the model
         cannot make."""
         if sources is None:
             return self.pipeline
         pipeline = self._pipeline_of_edits(masked=sources.mask is not None)
         if sources.mask is not None and sources.mask.size != sources.image.size:
             (width, height), (other_width, other_height) = sources.mask.size, sources.image.size
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"mask is {width}x{height} and image {other_width}x{other_height}; they must be of "
                 f"one size.",
                 param="mask",
@@ -345,7 +283,7 @@ class ServedModel:
         allowed = self._rehearsals[id(pipeline)].schedulers
         if name not in allowed:
             choice = ", ".join(allowed) or "no other than its own"
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"scheduler is {shown(name)}; {type(pipeline).__name__} takes {choice}.",
                 param="scheduler",
             )
@@ -356,39 +294,12 @@ class ServedModel:
             return self.default_guidance
         low, high = limits.guidance
         if not low <= guidance <= high:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"guidance_scale is {guidance:g}; it must be at least {low:g} and at most "
                 f"{high:g}.",
                 param="guidance_scale",
             )
         return guidance
-
-    def _resolve_strength(
-        self, strength: float | None, steps: int, pipeline: Any, sources: Sources | None
-    ) -> float | None:
-        takes = sources is not None and _takes(pipeline, "strength")
-        if strength is None and not takes:
-            return None
-        if not takes:
-            reason = (
-                "no image is given"
-                if sources is None
-                else f"{type(pipeline).__name__} has no strength"
-            )
-            raise InvalidRequest(f"strength is {strength}, but {reason}.", param="strength")
-        value = _default_strength(pipeline) if strength is None else float(strength)
-        if not 0 < value <= 1:
-            raise InvalidRequest(
-                f"strength is {value}; it must be more than 0 and at most 1.", param="strength"
-            )
-        if int(steps * value) < 1:
-            raise InvalidRequest(
-                f"strength is {value} and num_inference_steps is {steps}; their product, the steps "
-                f"that run, must be at "
-                "least 1.",
-                param="strength",
-            )
-        return value
 
     def _tokens(self, width: int, height: int) -> int:
         return (width // self._multiple) * (height // self._multiple)
@@ -419,7 +330,7 @@ class ServedModel:
         }
 
     def check_steps(self, parameters: Parameters) -> None:
-        """Raise InvalidRequest where the scheduler does not run with the number of steps, as a
+        """Raise InvalidRequestError where the scheduler does not run with the number of steps, as a
         rehearsal tells."""
         if self.runs(parameters):
             return
@@ -428,7 +339,7 @@ class ServedModel:
         if parameters.strength is not None:
             given += f" and strength is {parameters.strength}"
         works = ", ".join(map(str, rehearsals.tried(parameters.scheduler)[0]))
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"{given}; {parameters.scheduler or self.scheduler} does not run so at "
             f"{parameters.width}x{parameters.height}. "
             f"What was tried by default, and works: {works} steps.",
@@ -460,78 +371,19 @@ class ServedModel:
         return (width, height) if width and height else None
 
     def call(self, parameters: Parameters) -> dict[str, Any]:
-        """The keyword arguments of `StepEngine.submit` for n RGB pictures of height x width.
+        """The keyword arguments of `StepEngine.submit` for n RGB images of height x width.
 
         They are those of the pipeline's own call; `scheduler` and `pipeline` too, where they are
-        not the model's own. It resizes the pictures of an edit, so it may take some time.
+        not the model's own. It resizes the images of an edit, so it may take some time.
         """
         pipeline = self.pipeline_for(parameters.sources)
-        arguments = arguments_of(pipeline)
-        # on the CPU whatever the device: a seed then gives the same noise everywhere
-        generators = [
-            torch.Generator("cpu").manual_seed(parameters.seed + i) for i in range(parameters.n)
-        ]
-        optional = {
-            "negative_prompt": parameters.negative_prompt,
-            "width": parameters.width,
-            "height": parameters.height,
-            "guidance_scale": parameters.guidance_scale,
-            "num_images_per_prompt": parameters.n,
-            "strength": parameters.strength,
-            **self._pictures(parameters),
-        }
         chosen = {"pipeline": pipeline} if pipeline is not self.pipeline else {}
         if parameters.scheduler is not None:
             chosen["scheduler"] = self.schedulers[parameters.scheduler]
-        return {
-            **chosen,
-            **{name: value for name, value in self.call_arguments.items() if name in arguments},
-            "prompt": parameters.prompt,
-            "num_inference_steps": parameters.num_inference_steps,
-            "generator": generators,
-            "output_type": "pil",
-            **{
-                name: value
-                for name, value in optional.items()
-                if value is not None and name in arguments
-            },
-        }
-
-    def _pictures(self, parameters: Parameters) -> dict[str, Any]:
-        """The pictures of an edit, of the size that is asked for."""
-        sources, size = parameters.sources, (parameters.width, parameters.height)
-        if sources is None:
-            return {}
-        image = _resized(sources.image, size)
-        # one for each to be made: with one for all, pipelines encode it with the first generator
-        # alone, or fail
-        pictures: dict[str, Any] = {"image": image if parameters.n == 1 else [image] * parameters.n}
-        if sources.mask is not None:
-            pictures["mask_image"] = _resized(sources.mask, size)
-        return pictures
+        return {**chosen, **call_arguments(pipeline, self.call_arguments, parameters)}
 
 
 def _kind(sources: Sources | None) -> str:
     return (
         TEXT_TO_IMAGE if sources is None else IMAGE_TO_IMAGE if sources.mask is None else INPAINTING
     )
-
-
-def _takes(pipeline: Any, name: str) -> bool:
-    return name in arguments_of(pipeline)
-
-
-def _default(pipeline: Any, name: str) -> Any:
-    """What an argument of the pipeline's call is by default; None where it has none."""
-    parameters = arguments_of(pipeline)
-    default = parameters[name].default if name in parameters else None
-    return None if default is inspect.Parameter.empty else default
-
-
-def _default_strength(pipeline: Any) -> float:
-    default = _default(pipeline, "strength")
-    return float(DEFAULT_STRENGTH if default is None else default)
-
-
-def _resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)

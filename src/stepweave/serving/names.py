@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from stepweave.errors import LoadError, NotFound, shown
-from stepweave.loading.preset import Preset, read_preset
-
-if TYPE_CHECKING:
-    from stepweave.config import Settings
-
-ANY = "*"
-MAX_NAME = 200  # characters
-# of a setting; a colon is kept for later use
-NAME = rf"[A-Za-z0-9](?:[A-Za-z0-9._/-]{{0,{MAX_NAME - 2}}}[A-Za-z0-9_])?"
+from stepweave.config import Settings
+from stepweave.config.preset import Preset, read_preset
+from stepweave.config.values import ANY, MAX_NAME
+from stepweave.errors import LoadError, NotFoundError, shown
 
 
 class ModelNames:
@@ -36,9 +29,9 @@ class ModelNames:
         return name in self.listed or (self.any and is_any_name(name))
 
     def check(self, name: str, param: str | None = None) -> None:
-        """Raise NotFound, about `param`, unless a request may call the model so."""
+        """Raise NotFoundError, about `param`, unless a request may call the model so."""
         if not self.take(name):
-            raise NotFound(self.refusal(name), code="model_not_found", param=param)
+            raise NotFoundError(self.refusal(name), code="model_not_found", param=param)
 
     def refusal(self, name: str) -> str:
         """Why a request may not, and what to do."""

@@ -1,4 +1,4 @@
-"""A ticket: one accepted request, from its place in the queue to its picture files."""
+"""An accepted request, from its place in the queue to its image files."""
 
 from __future__ import annotations
 
@@ -12,26 +12,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from stepweave.errors import (
-    Cancelled,
-    DeadlineExceeded,
-    InvalidRequest,
-    NonFinite,
-    OutOfMemory,
+    DeadlineExceededError,
+    ImageCountError,
+    NonFiniteError,
+    OutOfMemoryError,
+    RequestCancelledError,
     RequestError,
     StepweaveError,
-    WrongNumber,
-    duration,
 )
+from stepweave.images.encode import encode
 from stepweave.outcome import Outcome
-from stepweave.parameters import Answer, Parameters
+from stepweave.parameters import Answer, ImageRequest, Parameters
 from stepweave.previews.stream import Partial, Partials
-from stepweave.reasons import refusal_of
+from stepweave.serving.failures import failure_of, loggable, missed
 from stepweave.serving.results import Results
 from stepweave.telemetry.metrics import Metrics
 from stepweave.threads import on_thread
 
 if TYPE_CHECKING:
-    from stepweave.api.schemas import ImageRequest
     from stepweave.engine import Job, Latents
     from stepweave.planning.plan import Estimate, QueuePosition
     from stepweave.previews.decoder import Previewer
@@ -72,7 +70,7 @@ Update = Queued | Progressed | Partial
 
 @dataclass(frozen=True)
 class Means:
-    """What tickets need of the server."""
+    """What active requests need of the server."""
 
     model: str
     metrics: Metrics
@@ -90,7 +88,7 @@ class Means:
     refuse_flagged: bool = False  # images that the pipeline's safety checker flags
 
 
-class Ticket:
+class ActiveRequest:
     """An accepted request; the engine's observer of its job. All but what the engine calls is for
     the event loop.
 
@@ -121,7 +119,7 @@ class Ticket:
                 means.previewer,
                 previews,
                 parameters,
-                request.output_format,
+                lambda image: encode(image, request.output_format, None, ""),
                 means.drawers,
                 self._notify,
             )
@@ -174,7 +172,7 @@ class Ticket:
             return "queued" if self.job.begun is None else "running"
         if self.error is None:
             return "succeeded"
-        return "cancelled" if isinstance(self.error, Cancelled) else "failed"
+        return "cancelled" if isinstance(self.error, RequestCancelledError) else "failed"
 
     @property
     def all_warnings(self) -> list[str]:
@@ -191,12 +189,12 @@ class Ticket:
         """Denoising steps, as many as are known to be needed."""
         return self.job.progress.total or self.parameters.num_inference_steps
 
-    def standing(self) -> Queued | Progressed:
-        """Where it stands now."""
-        standing = self._means.queue_position(self.id)
-        eta = None if standing is None else standing.eta
-        if standing is not None and standing.position:
-            return Queued(standing.position, _rounded(eta))
+    def latest(self) -> Queued | Progressed:
+        """Its place in the queue or its progress, now."""
+        position = self._means.queue_position(self.id)
+        eta = None if position is None else position.eta
+        if position is not None and position.position:
+            return Queued(position.position, _rounded(eta))
         if self.job.begun is None:
             return Queued(None, None)
         return Progressed(
@@ -268,20 +266,18 @@ class Ticket:
                 yield partial
             if done:
                 return
-            standing = self.standing()
+            latest = self.latest()
             place = (
-                (standing.position,)
-                if isinstance(standing, Queued)
-                else (standing.step, standing.total)
+                (latest.position,) if isinstance(latest, Queued) else (latest.step, latest.total)
             )
             if progress and place not in (last, (None,)):
                 last, told = place, time.monotonic()
-                yield standing
+                yield latest
             elif time.monotonic() - told >= SILENT_SECONDS:
                 told = time.monotonic()
                 yield None
             wait = told + SILENT_SECONDS - time.monotonic()
-            if progress and isinstance(standing, Queued):
+            if progress and isinstance(latest, Queued):
                 wait = min(wait, PLACE_SECONDS)
             with contextlib.suppress(TimeoutError):
                 # wait_for of Python 3.11 may lose that it is cancelled
@@ -361,11 +357,11 @@ class Ticket:
         generation = await on_thread(self._means.encoders, self._results.of, output, job)
         if self._partials is not None:
             await self._partials.settle()
-        pictures = await self._results.encode(generation)
+        files = await self._results.encode(generation)
         generation.timings.total = time.monotonic() - self._began
         metrics.request_seconds.observe(generation.timings.total)
         body = self._results.body(generation, job, self.steps)
-        return Answer({**body, "warnings": self.all_warnings}, pictures)
+        return Answer({**body, "warnings": self.all_warnings}, files)
 
     def _told(self, error: BaseException) -> StepweaveError:
         """What to tell of an error that ends it."""
@@ -375,62 +371,29 @@ class Ticket:
                 "nothing came of a job for %g s after it was done: %r, %s",
                 limit,
                 self.job,
-                self._values(),
+                loggable(self.parameters),
             )
             message = f"The images were made, but not delivered within {limit:g} s."
             return StepweaveError(message, code="not_delivered")
         if isinstance(error, asyncio.CancelledError):  # the loop ends
-            return Cancelled()
-        if isinstance(error, NonFinite):
-            logger.warning("a job's result is not finite: %r, %s", self.job, self._values())
-            self._means.metrics.images.labels("non_finite").inc(self.parameters.n)
-        if isinstance(error, (RequestError, OutOfMemory, NonFinite, WrongNumber)):
-            if isinstance(error, (Cancelled, DeadlineExceeded)) or error is self._reason:
-                self._means.metrics.steps_saved.inc(max(0, self.steps - self.job.progress.step))
-            return self._missed() if isinstance(error, DeadlineExceeded) else error
-        cause = (
-            error.__cause__
-            if isinstance(error, StepweaveError) and error.__cause__ is not None
-            else error
-        )
-        refusal = refusal_of(cause)
-        if refusal is not None and not self.job.progress.step:
+            return RequestCancelledError()
+        if isinstance(error, NonFiniteError):
             logger.warning(
-                "a pipeline refused its arguments: %r, %s", self.job, self._values(), exc_info=error
+                "a job's result is not finite: %r, %s", self.job, loggable(self.parameters)
             )
-            return InvalidRequest(f"The pipeline refuses these values: {refusal}")
-        logger.error("a job failed: %r, %s", self.job, self._values(), exc_info=error)
-        failure = StepweaveError(
-            f"The generation failed ({type(cause).__name__}).", code="generation_failed"
-        )
-        failure.__cause__ = error
-        return failure
+            self._means.metrics.images.labels("non_finite").inc(self.parameters.n)
+        if isinstance(error, (RequestError, OutOfMemoryError, NonFiniteError, ImageCountError)):
+            if (
+                isinstance(error, (RequestCancelledError, DeadlineExceededError))
+                or error is self._reason
+            ):
+                self._means.metrics.steps_saved.inc(max(0, self.steps - self.job.progress.step))
+            return self._missed() if isinstance(error, DeadlineExceededError) else error
+        return failure_of(error, self.job, self.parameters)
 
-    def _missed(self) -> DeadlineExceeded:
-        """Its deadline as it was sent, how far it came, and what had been expected."""
-        step = self.job.progress.step
-        if self.job.begun is None:
-            came = "the job was still waiting for its turn"
-        elif not step:
-            came = f"it had begun, and done none of its {self.steps} steps"
-        else:
-            came = f"it had done {step} of its {self.steps} steps"
-        expected = self._expected
-        if expected is not None:
-            foreseen = (
-                f"It was expected to take {duration(expected.finish)}, or "
-                f"{duration(expected.solo)} alone."
-            )
-        elif self._timed:
-            foreseen = "How long it would take could not be foreseen when it came."
-        else:
-            foreseen = (
-                "How long it would take could not be foreseen: nothing of this model had been "
-                "timed when it came."
-            )
-        return DeadlineExceeded(
-            f"deadline_ms is {self.request.deadline_ms}, which has passed: {came}. {foreseen}"
-        )
+    def _missed(self) -> DeadlineExceededError:
+        deadline_ms = self.request.deadline_ms
+        return missed(deadline_ms, self.job, self.steps, self._expected, timed=self._timed)
 
     def resolved(self) -> dict[str, Any]:
         """All that was asked for, defaults filled in."""
@@ -439,21 +402,13 @@ class Ticket:
     async def _output(self) -> Any:
         try:
             return await self.job
-        except Cancelled:
+        except RequestCancelledError:
             if self._reason is not None:
                 raise self._reason from None
             raise
-        except DeadlineExceeded:
+        except DeadlineExceededError:
             self._means.metrics.deadline_missed.inc()
             raise
-
-    def _values(self) -> dict[str, Any]:
-        """The parameters that a log may have."""
-        return {
-            name: value
-            for name, value in self.parameters.of_image(0).items()
-            if "prompt" not in name
-        }
 
 
 def _rounded(eta: float | None) -> float | None:

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from stepweave.errors import ContentFlagged, WrongNumber
+from stepweave.errors import ContentFlaggedError, ImageCountError
 from stepweave.images.encode import encode
 from stepweave.images.outputs import images_of, is_constant, outputs_of
-from stepweave.parameters import Generation, Parameters, PictureFile, Timings
+from stepweave.parameters import Generation, ImageFile, ImageRequest, Parameters, Timings
 from stepweave.serving.usage import usage_of
 from stepweave.threads import on_thread
 
 if TYPE_CHECKING:
-    from stepweave.api.schemas import ImageRequest
     from stepweave.engine import Job
     from stepweave.serving.request import Means
 
@@ -32,10 +31,10 @@ class Results:
         self._means = means
 
     def of(self, output: Any, job: Job) -> Generation:
-        """What a job gave. Raises ContentFlagged and WrongNumber."""
+        """What a job gave. Raises ContentFlaggedError and ImageCountError."""
         parameters, images = self.parameters, images_of(output, self._means.pipeline)
         if (count := len(images)) != parameters.n:
-            raise WrongNumber(
+            raise ImageCountError(
                 f"The pipeline made {count} images, not the {parameters.n} asked for."
             )
         outputs = outputs_of(output, count)
@@ -50,11 +49,11 @@ class Results:
         if any(outputs.flagged) and self._means.refuse_flagged:
             self._means.metrics.images.labels("flagged").inc(sum(outputs.flagged))
             index = outputs.flagged.index(True)
-            raise ContentFlagged(index, outputs.flags[index])
+            raise ContentFlaggedError(index, outputs.flags[index])
         self.warnings += outputs.warnings
-        return Generation(self.parameters, images, Timings.of(job), outputs.flagged, outputs.others)
+        return Generation(self.parameters, images, timings_of(job), outputs.flagged, outputs.others)
 
-    async def encode(self, generation: Generation) -> list[PictureFile]:
+    async def encode(self, generation: Generation) -> list[ImageFile]:
         """The images' files."""
         began = time.monotonic()
         request, model = self.request, self._means.model
@@ -77,7 +76,7 @@ class Results:
             )
         )
         generation.timings.encode_image = time.monotonic() - began
-        pictures = []
+        files = []
         for i, ((data, constant), value) in enumerate(zip(encoded, values, strict=True)):
             flagged = generation.flagged[i]
             if constant and not flagged:
@@ -87,10 +86,10 @@ class Results:
             self._means.metrics.images.labels(
                 "flagged" if flagged else "constant" if constant else "ok"
             ).inc()
-            pictures.append(
-                PictureFile(data, value["seed"], value, request.output_format, flagged=flagged)
+            files.append(
+                ImageFile(data, value["seed"], value, request.output_format, flagged=flagged)
             )
-        return pictures
+        return files
 
     def body(self, generation: Generation, job: Job, steps: int) -> dict[str, Any]:
         """The answer without its images and warnings. `steps` are those of an image."""
@@ -123,6 +122,21 @@ class Results:
             "output_compression": request.output_compression,
         }
         return {name: value for name, value in resolved.items() if value is not None}
+
+
+def timings_of(job: Job) -> Timings:
+    """Where a finished job's seconds went; those after it are to be added."""
+    assert job.started is not None and job.finished is not None
+    begun = job.begun or job.started
+    # a remembered prompt needs no forward before the first step
+    opened = max(job.opened or begun, begun)
+    stepped = job.stepped or opened
+    return Timings(
+        queued=begun - job.accepted,
+        encode=opened - begun,
+        denoise=stepped - opened,
+        decode=job.finished - stepped,
+    )
 
 
 def _file(image: Image.Image, *args: Any) -> tuple[bytes, bool]:

@@ -1,333 +1,51 @@
-"""The server behind every HTTP surface: loads the model in the background, then takes
-generations."""
+"""The server behind every HTTP surface: what takes requests for images."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import math
-import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from stepweave.config import Settings, removed_settings
-from stepweave.errors import DeviceFailed, LoadError, NoImages, StepweaveError, Unavailable
-from stepweave.images.decoders import Decoders
+from stepweave.errors import NoImagesError
 from stepweave.images.encode import check_file
-from stepweave.parameters import Parameters, Sources
+from stepweave.parameters import ImageRequest, Parameters, Sources
 from stepweave.planning.plan import Estimate
-from stepweave.reasons import reason_of
-from stepweave.scheduling import Policy, srpt
-from stepweave.serving.admission import Admission, Reservation
-from stepweave.serving.drain import Drain, DrainToken
-from stepweave.serving.jobs import Jobs
-from stepweave.serving.keys import ApiKeys
-from stepweave.serving.names import told_name
-from stepweave.serving.request import Means, Ticket
-from stepweave.serving.status import DRAINING_RETRY_SECONDS, Status
-from stepweave.telemetry.metrics import Metrics
-from stepweave.threads import DaemonExecutor, on_thread
+from stepweave.serving.admission import Reservation
+from stepweave.serving.lifecycle import Lifecycle
+from stepweave.serving.request import ActiveRequest, Means
+from stepweave.threads import on_thread
 
 if TYPE_CHECKING:
-    from stepweave.api.schemas import ImageRequest
     from stepweave.engine import StepEngine
-    from stepweave.previews.decoder import Previewer
     from stepweave.serving.model import ServedModel
-    from stepweave.serving.startup import Loaded, LoadPipeline
     from stepweave.store import FileStore
 
-logger = logging.getLogger(__name__)
-
-ENCODERS = 2  # threads that encode picture files
 UNCHECKED_DEADLINE = "deadline_ms could not be checked beforehand: no forecast was ready."
 UNFORESEEN_DEADLINE = (
     "deadline_ms could not be checked beforehand: nothing of this model had been timed yet."
 )
-ENDING_SECONDS = (
-    # that jobs have to end in once they were told to, their results to be kept, and the process to
-    # end
-    30.0
-)
-KEEPING_SECONDS = 5.0  # of these, left for what comes after the longest step that is waited for
 
 
-class Server:
-    """One model, one engine, one set of metrics.
+class Server(Lifecycle):
+    """A server that takes requests: what every HTTP surface calls.
 
-    `load` may be replaced, to serve a pipeline that is made in code. `on_failure` is called, on
-    whatever thread, with the reason why the server cannot start. `policy` is the engine's.
+    One model, one engine, one set of metrics; see `Lifecycle` for its arguments, and for how it
+    loads and ends.
     """
-
-    def __init__(
-        self,
-        settings: Settings,
-        load: LoadPipeline | None = None,
-        on_failure: Callable[[str], None] | None = None,
-        policy: Policy = srpt,
-    ) -> None:
-        self.settings = settings
-        self._load_pipeline = load
-        self._policy = policy
-        self._on_failure = on_failure
-        self.status = Status("starting", 0.0)
-        self.created = int(time.time())
-        self.model: ServedModel | None = None
-        self.device = ""
-        self.dtype = ""
-        self.engine: StepEngine | None = None
-        self.previewer: Previewer | None = None
-        self.keys = ApiKeys(settings.api_keys, settings.api_keys_file)
-        self.jobs: Jobs | None = None  # once started
-        self.leaving = Drain(settings.drain_notice, settings.grace, self._end)
-        self.drain_token: DrainToken | None = None  # once started
-        self.tickets: dict[str, Ticket] = {}  # accepted and not yet done, by id
-        self._admission: Admission | None = None
-        self.metrics = Metrics(
-            model_name=told_name(settings),
-            clients=self.keys.names,
-            refused=lambda: self._admission.refused if self._admission else {},
-            in_flight=lambda: self._admission.in_flight if self._admission else 0,
-            waiting=lambda: self.engine.waiting if self.engine else 0,
-            engine=lambda: self.engine.stats() if self.engine else None,
-            ready=lambda: self.health().stage == "ready",
-            stores=lambda: self.jobs.stores() if self.jobs else {},
-            free_bytes=lambda: self.jobs.free_bytes() if self.jobs else math.nan,
-        )
-        self._encoders = DaemonExecutor(ENCODERS, "stepweave-encode")
-        # apart: they must not hold up pictures
-        self._drawers = DaemonExecutor(1, "stepweave-preview", self._use_device)
-        self._closers = DaemonExecutor(2, "stepweave-close")
-        self.decoders = Decoders(settings.max_input_pixels)
-        self._has_images = settings.warmup  # whether the model is known to make images
-        self._loader = threading.Thread(target=self._load, name="stepweave-load", daemon=True)
-
-    def start(self) -> None:
-        """Begin to load in the background; `status` tells how far it is."""
-        self.metrics.load_times.enter("starting")
-        for message in removed_settings():
-            logger.warning("%s", message)
-        try:
-            self.jobs = Jobs.open(self.settings, self.tickets)
-            self.drain_token = DrainToken(self.jobs.directory)
-        except StepweaveError as error:
-            logger.error("%s", error.message)
-            self._fail(f"STEPWEAVE_STATE_DIR: {error.message.rpartition(': ')[2]}")  # less its path
-        except Exception as error:  # of the database, or the disk
-            logger.exception("opening the state directory failed")
-            self._fail(f"STEPWEAVE_STATE_DIR: {reason_of(error)}")
-        else:
-            logger.info("the token of POST /drain is in %s", self.drain_token.path)
-            self._loader.start()
-
-    def drain(self) -> None:
-        """Announce that the server leaves, and take work for `STEPWEAVE_DRAIN_NOTICE` seconds more;
-        may be taken back."""
-        if not self.leaving.announced:
-            logger.info("draining: new work is refused in %g s", self.settings.drain_notice)
-        self.leaving.announce()
-
-    def take_back_drain(self) -> None:
-        """Take work as before. Raises Conflict once the process was told to end."""
-        if self.leaving.announced:
-            self.leaving.take_back()
-            logger.info("the drain was taken back")
-
-    def terminate(self) -> None:
-        """Take no more work, for good, and let what was accepted finish; what has not after the
-        grace period is ended."""
-        if self.leaving.terminated:
-            return
-        self.leaving.terminate()
-        logger.info("terminating: %d requests are left", len(self.tickets))
-        # connections wait for their answers, and the hook that shuts down for the connections
-        assert self.leaving.ending_at is not None
-        left = max(0.0, self.leaving.ending_at - time.monotonic())
-        asyncio.get_running_loop().call_later(
-            left + ENDING_SECONDS - KEEPING_SECONDS, self._cut_off
-        )
-
-    def _cut_off(self) -> None:
-        """Have the requests fail that hang."""
-        if self.tickets and self.engine is not None:
-            self._closers.submit(self.engine.close, 0.0)
-
-    def _end(self) -> None:
-        for ticket in list(self.tickets.values()):
-            ticket.cancel(
-                Unavailable(
-                    "The server shut down before the picture was done; send the request again.",
-                    code="draining",
-                    retry_after=DRAINING_RETRY_SECONDS,
-                )
-            )
-
-    async def shut_down(self) -> None:
-        """Terminate, wait for what was accepted, keep its results, and close: at most
-        `ENDING_SECONDS` after the grace period."""
-        self.terminate()
-        ending = time.monotonic() if self.leaving.ending_at is None else self.leaving.ending_at
-        if await self._wait(ending):
-            self._end()
-            until = max(ending + ENDING_SECONDS, time.monotonic() + KEEPING_SECONDS)
-        else:
-            until = time.monotonic() + ENDING_SECONDS
-        await self._wait(until - KEEPING_SECONDS)
-        if self.engine is not None:
-            left = max(0.0, until - KEEPING_SECONDS - time.monotonic())
-            await on_thread(self._closers, self.engine.close, left)
-        await self._wait(until - KEEPING_SECONDS / 2)
-        closing = asyncio.ensure_future(on_thread(self._closers, self.close, until))
-        if not (await asyncio.wait({closing}, timeout=max(0.0, until - time.monotonic())))[0]:
-            logger.error("the stores of jobs and pictures could not be closed in time")
-        else:
-            closing.result()
-
-    async def _wait(self, until: float) -> bool:
-        """Wait until all work has been delivered and kept, or to a time of the monotonic clock;
-        whether some is left."""
-        while left := [one.ended() for one in self.tickets.values()] + (
-            self.jobs.keeping() if self.jobs else []
-        ):
-            if (await asyncio.wait(left, timeout=max(0.0, until - time.monotonic())))[1]:
-                return True
-        return False
-
-    def close(self, until: float | None = None) -> None:
-        """End the engine. What is still running ends at its next step with an error; what hangs is
-        left behind, at a time of the monotonic clock, `ENDING_SECONDS` from now if None."""
-        until = time.monotonic() + ENDING_SECONDS if until is None else until
-
-        def left() -> float:
-            return max(0.0, until - time.monotonic())
-
-        self.status = Status("closed", 0.0, "the server has shut down")
-        self.decoders.close()
-        if self.engine is not None:
-            self.engine.close(left())
-        if not self._drawers.end(left(), cancel_futures=True) or not self._encoders.end(left()):
-            logger.error("pictures or previews are still being encoded; they are left behind")
-        if self.jobs is not None:
-            self.jobs.close()
-
-    def _load(self) -> None:
-        from stepweave.serving.startup import load
-
-        began = time.monotonic()
-        try:
-            assert self.jobs is not None
-            self.jobs.resume()
-            with self.metrics.load_times.timed():
-                loaded = load(
-                    self.settings,
-                    self._load_pipeline,
-                    self.metrics.step,
-                    self._enter,
-                    self._policy,
-                )
-        except StepweaveError as error:
-            self._fail(error.message)
-        except BaseException as error:
-            logger.exception("starting failed")
-            self._fail(
-                f"{self.status.stage} failed: {reason_of(error, self.settings.model_directory())}"
-            )
-        else:
-            self._serve(loaded)
-            logger.info("ready after %.1f s", time.monotonic() - began)
-
-    def _serve(self, loaded: Loaded) -> None:
-        settings, model = self.settings, loaded.model
-        served_at_once = settings.threads if settings.batching == "threads" else 1
-        self._admission = Admission(
-            served_at_once + settings.max_queue, loaded.engine.drain, max_wait=settings.max_wait
-        )
-        self.model, self.previewer = model, loaded.previewer
-        self.device, self.dtype = loaded.device, loaded.dtype
-        self.metrics.loaded(model.pipeline_class, settings.revision, loaded.device, loaded.dtype)
-        self.engine = loaded.engine
-        try:
-            self._enter(
-                "ready", 1.0, f"{model.id} on {loaded.device}, {loaded.threads} CPU threads"
-            )
-        except LoadError:  # closed meanwhile
-            loaded.engine.close()
-
-    def _use_device(self) -> None:
-        """Make the model's device the calling thread's."""
-        import torch
-
-        from stepweave.compat.torch_state import use_device
-
-        use_device(torch.device(self.device or "cpu"))
-
-    def _enter(self, stage: str, progress: float, message: str) -> None:
-        if self.status.stage == "closed" or self.leaving.terminated:
-            raise LoadError("the server was told to end while it was loading")
-        self.status = Status(stage, progress, message)
-        self.metrics.load_times.enter(stage)
-        logger.info("%s: %s", stage, message)
-
-    def _fail(self, message: str) -> None:
-        self.metrics.load_times.enter(None)
-        if self.status.stage != "closed" and not self.leaving.terminated:
-            logger.error(
-                "the server cannot %s: %s",
-                "serve" if self.status.stage == "ready" else "start",
-                message,
-            )
-            self.status = Status("failed", 0.0, message)
-            if self._on_failure is not None:
-                self._on_failure(message)
 
     @property
     def files(self) -> FileStore:
-        """Where pictures are kept. Raises Unavailable before the server has started."""
+        """Where image files are kept. Raises UnavailableError before the server has started."""
         if self.jobs is None:
             raise self.unavailable()
         return self.jobs.files
-
-    def health(self) -> Status:
-        """Where the server stands; an engine that is stuck, or has ended, is `stuck`, one whose
-        device has failed `failed`. Never waits for the device."""
-        status, engine = self.status, self.engine
-        if engine is not None and status.stage == "ready":
-            if engine.failure is not None:
-                return Status("failed", 0.0, f"the device has failed: {engine.failure}")
-            limit = self.settings.stuck_seconds
-            for what, seconds in (
-                ("the engine has", engine.stalled()),
-                ("encoders of images have", self._encoders.stalled()),
-            ):
-                if seconds > limit:
-                    return Status(
-                        "stuck",
-                        0.0,
-                        f"{what} not moved for {seconds:.0f} s; the limit is {limit:g} s",
-                    )
-        if self.leaving.announced and status.stage not in ("failed", "closed"):
-            ended = (
-                "; its grace period is over, and nothing told the process to end"
-                if self.leaving.overdue
-                else ""
-            )
-            return Status("draining", 1.0, f"{len(self.tickets)} requests are left{ended}")
-        return status
-
-    def alive(self) -> bool:
-        """Whether the process is of use: it is, or may yet be, ready, or finishes what it accepted.
-
-        A server that cannot load its model never will, nor does a stuck engine move again, nor does
-        one that has drained and was not told to end take work: the kubelet is to start another.
-        """
-        return self.health().stage not in ("failed", "stuck") and not self.leaving.overdue
 
     def ready(self, reservation: Reservation | None = None) -> tuple[ServedModel, StepEngine]:
         """The model and its engine, also within the notice of a drain, and after it for a request
         that holds a place since then.
 
-        Raises Unavailable while there are none.
+        Raises UnavailableError while there are none.
         """
         leaving = self.leaving
         accepted = reservation is not None and reservation.held
@@ -342,18 +60,11 @@ class Server:
         return self.model, self.engine
 
     def named(self, model: str, *, param: str | None = None) -> ServedModel:
-        """The model of that name. Raises NotFound, about `param`, if it is none of the served
-        one's, and Unavailable."""
+        """The model of that name. Raises NotFoundError, about `param`, if it is none of the served
+        one's, and UnavailableError."""
         served, _ = self.ready()
         served.names.check(model, param)
         return served
-
-    def unavailable(self) -> Unavailable:
-        """What to answer while the server is not ready."""
-        status, engine = self.health(), self.engine
-        if status.stage == "failed" and engine is not None and engine.failure is not None:
-            return DeviceFailed(engine.failure)
-        return status.unavailable()
 
     async def accept(
         self,
@@ -367,14 +78,15 @@ class Server:
         warnings: Sequence[str] = (),
         client: Hashable = None,
         reservation: Reservation | None = None,
-    ) -> Ticket:
+    ) -> ActiveRequest:
         """Let a request in, and have the engine begin with it.
 
         `sources` and `strength` are an edit's. `previews` are as many as are wanted on the way;
         `warnings` go before those that come with the prompts. `client` is who asks, to whom a place
-        is promised if there is none; `reservation` what it has reserved. Raises Unavailable,
-        NotFound if `model` is given and not the one served, Refused or DeadlineTooShort if
-        admission does not let it in, and what `ServedModel.resolve` raises.
+        is promised if there is none; `reservation` what it has reserved. Raises UnavailableError,
+        NotFoundError if `model` is given and not the one served, AdmissionError or
+        DeadlineTooShortError if admission does not let it in, and what `ServedModel.resolve`
+        raises.
         """
         began = time.monotonic()
         served, _ = self.ready(reservation)
@@ -405,21 +117,21 @@ class Server:
         )
         # an edit's images are brought to its size
         edit = sources is not None
-        call, pictures = (
+        call, images_hash = (
             await on_thread(None, _prepare, served, parameters)
             if edit
             else _prepare(served, parameters)
         )
-        token = hash((request.model_dump_json(), n, strength, pictures))
+        token = hash((request.model_dump_json(), n, strength, images_hash))
         ready = self.ready(reservation)
         enter = partial(admission.enter, token, client=client, reservation=reservation)
-        ticket = self._enter_engine(ready, request, parameters, call, enter, previews, began)
-        ticket.warnings.extend([*warnings, *(() if sources is None else sources.warnings)])
-        return ticket
+        active = self._enter_engine(ready, request, parameters, call, enter, previews, began)
+        active.warnings.extend([*warnings, *(() if sources is None else sources.warnings)])
+        return active
 
     @property
     def places(self) -> int:
-        """Requests that may be in flight at a time. Raises Unavailable before the server is
+        """Requests that may be in flight at a time. Raises UnavailableError before the server is
         ready."""
         if self._admission is None:
             raise self.unavailable()
@@ -442,7 +154,7 @@ class Server:
         enter: Callable[..., Estimate | None],
         previews: int,
         began: float,
-    ) -> Ticket:
+    ) -> ActiveRequest:
         served, engine = ready
         admission = self._admission
         assert admission is not None
@@ -461,50 +173,47 @@ class Server:
             answer_seconds=self.settings.stuck_seconds,
             refuse_flagged=self.settings.flagged_images == "refuse",
         )
-        ticket = Ticket(request, parameters, means, previews)
+        active = ActiveRequest(request, parameters, means, previews)
         deadline = None if request.deadline_ms is None else request.deadline_ms / 1000
-        own: dict[str, Any] = {**call, "reproducible": parameters.reproducible}
-        options: dict[str, Any] = {**own, "priority": request.priority}
+        arguments: dict[str, Any] = {**call, "reproducible": parameters.reproducible}
+        options: dict[str, Any] = {**arguments, "priority": request.priority}
         timed = engine.timed
         expected = enter(
             estimate=lambda: engine.estimate(**options, deadline=deadline),
             deadline=deadline,
-            alone=lambda: engine.alone(**own),
+            alone=lambda: engine.alone(**arguments),
         )
         try:
             left = None if deadline is None else max(1e-3, deadline - (time.monotonic() - began))
-            ticket.begin(
-                engine.submit(**options, deadline=left, observer=ticket), expected, timed=timed
+            active.begin(
+                engine.submit(**options, deadline=left, observer=active), expected, timed=timed
             )
         except BaseException:
             admission.leave()
             raise
         if deadline is not None and expected is None:
-            ticket.warnings.append(UNCHECKED_DEADLINE if timed else UNFORESEEN_DEADLINE)
-        self.tickets[ticket.id] = ticket
-        ticket.ended().add_done_callback(lambda _: self._over(ticket))
-        return ticket
+            active.warnings.append(UNCHECKED_DEADLINE if timed else UNFORESEEN_DEADLINE)
+        self.active[active.id] = active
+        active.ended().add_done_callback(lambda _: self._over(active))
+        return active
 
-    def _over(self, ticket: Ticket) -> None:
-        """Forget a ticket that is over; and where its was the first result ever and no image, serve
-        no more."""
-        self.tickets.pop(ticket.id, None)
-        if ticket.error is None:
+    def _over(self, active: ActiveRequest) -> None:
+        """Forget a request that is over; where the first ever gave no image, serve no more."""
+        self.active.pop(active.id, None)
+        if active.error is None:
             self._has_images = True
         elif (
-            isinstance(ticket.error, NoImages)
+            isinstance(active.error, NoImagesError)
             and not self._has_images
             and self.status.stage == "ready"
         ):
-            self._fail(ticket.error.message)
+            self._fail(active.error.message)
 
 
 def _prepare(served: ServedModel, parameters: Parameters) -> tuple[dict[str, Any], Hashable]:
-    """The engine's arguments, and what tells an edit's pictures from others."""
+    """The engine's arguments, and what tells an edit's images from others."""
     sources = parameters.sources
-    pictures = (
-        ()
-        if sources is None
-        else (one.tobytes() for one in (sources.image, sources.mask) if one is not None)
+    images = () if sources is None else (sources.image, sources.mask)
+    return served.call(parameters), hash(
+        tuple(image.tobytes() for image in images if image is not None)
     )
-    return served.call(parameters), hash(tuple(pictures))

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from stepweave.config import Settings
+from stepweave.telemetry.stages import enter_stage
 
 if TYPE_CHECKING:
     import torch
 
+    from stepweave.config.preset import Preset
     from stepweave.engine import StepEngine
-    from stepweave.loading.preset import Preset
     from stepweave.planning.planner import OnStep
     from stepweave.previews.decoder import Previewer
     from stepweave.scheduling import Policy
@@ -55,7 +57,7 @@ def load(
     from stepweave.engine import StepEngine
     from stepweave.loading import loader
     from stepweave.loading.device import choose_device, choose_dtype, set_cpu_threads
-    from stepweave.loading.optimizations import apply_switches, check_switches
+    from stepweave.loading.optimizations import apply_optimizations, check_optimizations
     from stepweave.previews.decoder import Previewer
     from stepweave.serving.model import ServedModel
     from stepweave.serving.warm_up import warm_up
@@ -63,11 +65,12 @@ def load(
     device = choose_device(settings)
     use_device(device)
     dtype = choose_dtype(settings, device)
-    check_switches(settings, device)
+    check_optimizations(settings, device)
     threads = set_cpu_threads(settings)
     enter("loading", 0.4, f"loading {settings.model_name()} onto {device} in {dtype}")
-    pipeline, preset = (load_pipeline or loader.load_pipeline)(settings, device, dtype)
-    apply_switches(pipeline, settings, device)
+    read = load_pipeline or partial(loader.load_pipeline, on_stage=enter_stage)
+    pipeline, preset = read(settings, device, dtype)
+    apply_optimizations(pipeline, settings, device)
     model = ServedModel(pipeline, preset, settings)
     # before the engine hooks the modules; a preview would show what a safety checker takes out of
     # the picture

@@ -7,17 +7,17 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from stepweave.errors import NotFound, RequestError, StepweaveError
-from stepweave.parameters import Answer, PictureFile
+from stepweave.errors import NotFoundError, RequestError, StepweaveError
+from stepweave.parameters import Answer, ImageFile
 from stepweave.serving.request import ResponseFormat, Update
 from stepweave.store import FileStore, JobRecord
 
 LOST = StepweaveError("What came of the job could not be stored.", code="store_failed")
-FLAGGED = "flagged"  # in a record's response: for each picture, whether the pipeline flagged it
+FLAGGED = "flagged"  # in a record's response: for each image, whether the pipeline flagged it
 
 
-class KeptJob:
-    """A job whose process of making is over: followed as a ticket is, but all is there at once."""
+class StoredJob:
+    """A job that is over: followed as an active request is, but all is there at once."""
 
     def __init__(self, record: JobRecord, files: FileStore) -> None:
         if not record.done:  # its end could not be noted
@@ -39,20 +39,20 @@ class KeptJob:
         yield
 
     async def result(self) -> Answer:
-        """Raises what ended it, and NotFound once its pictures have expired."""
+        """Raises what ended it, and NotFoundError once its pictures have expired."""
         record = self.record
         if record.error is not None:
-            raise _Kept(record.error)
+            raise _StoredError(record.error)
         body = dict(record.response or {})
         flagged = body.pop(FLAGGED, [False] * len(record.files))  # those of older servers have none
-        pictures = []
+        files = []
         for i, name in enumerate(record.files):
             file = await self._files.get(name)
             if file is None:
-                raise NotFound(f"The pictures of job {self.id} have expired.", code="expired")
+                raise NotFoundError(f"The pictures of job {self.id} have expired.", code="expired")
             values = {**record.request["values"], "seed": record.request["values"]["seed"] + i}
-            pictures.append(
-                PictureFile(
+            files.append(
+                ImageFile(
                     file.data,
                     values["seed"],
                     values,
@@ -61,15 +61,16 @@ class KeptJob:
                     flagged[i],
                 )
             )
-        return Answer(body, pictures)
+        return Answer(body, files)
 
 
-class _Kept(RequestError):
+class _StoredError(RequestError):
     """An error of a job that is over, as it was told, whatever its status was; it was logged
     then."""
 
     def __init__(self, error: Mapping[str, Any]) -> None:
-        super().__init__(error["message"], code=error["code"], param=error["param"])
+        super().__init__(error["message"], param=error["param"])
+        self.code = error["code"]
         self._error = dict(error)
 
     def body(self) -> dict[str, Any]:

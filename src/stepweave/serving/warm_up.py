@@ -17,14 +17,20 @@ import transformers
 from PIL import Image
 
 from stepweave.engine import Job, Latents, StepEngine
-from stepweave.errors import DeviceFailed, LoadError, NonFinite, OutOfMemory, RequestError
+from stepweave.errors import (
+    DeviceFailedError,
+    LoadError,
+    NonFiniteError,
+    OutOfMemoryError,
+    RequestError,
+)
 from stepweave.images.outputs import images_of, outputs_of
+from stepweave.loading.first_images import check_images
+from stepweave.loading.trials import Fault, Size, narrowed
 from stepweave.parameters import Parameters, Sources
 from stepweave.planning.workload import arguments_of
 from stepweave.reasons import reason_of
-from stepweave.serving.first_images import check_images
 from stepweave.serving.model import ServedModel
-from stepweave.serving.trials import Fault, Size, narrowed
 from stepweave.telemetry.stages import enter_stage
 
 logger = logging.getLogger(__name__)
@@ -83,7 +89,7 @@ class WarmUp:
             if half is not None:
                 try:
                     self.run_together(half, few)
-                except (RequestError, NonFinite):
+                except (RequestError, NonFiniteError):
                     # the engine was closed; or no request of this size would succeed
                     raise
                 except Exception as error:
@@ -108,7 +114,7 @@ class WarmUp:
                 continue
             try:
                 self.run_together(self._native, count, edits=True, mask=mask)
-            except (RequestError, NonFinite):
+            except (RequestError, NonFiniteError):
                 raise
             except Exception as error:
                 logger.warning("%s fails (%s); it is not offered", type(pipeline).__name__, error)
@@ -235,8 +241,8 @@ class WarmUp:
         )
         try:
             made = self._images(self._engine.submit(**self._model.call(parameters)).result())
-            sizes = [one.size for one in made]
-        except DeviceFailed as error:
+            sizes = [image.size for image in made]
+        except DeviceFailedError as error:
             raise LoadError(
                 f"the device failed when what requests may ask for was tried ({what}): "
                 f"{error.reason}; lower "
@@ -245,7 +251,7 @@ class WarmUp:
             ) from error
         except RequestError:
             raise
-        except OutOfMemory:
+        except OutOfMemoryError:
             return None
         except Exception as error:
             fault = Fault(reason_of(error))
@@ -253,7 +259,7 @@ class WarmUp:
             if len(made) != count:
                 fault = Fault(f"{len(made)} images in place of {count}")
             else:
-                wrong = next((one for one in sizes if one != size), None)
+                wrong = next((made_size for made_size in sizes if made_size != size), None)
                 if wrong is None:
                     return None
                 fault = Fault("{}x{} in place of it".format(*wrong), wrong)
@@ -300,7 +306,8 @@ class WarmUp:
             start.all_are_there.set()
         outputs = [job.result() for job in jobs]
         return [
-            None if any(outputs_of(one, 1).flagged) else self._images(one)[0] for one in outputs
+            None if any(outputs_of(output, 1).flagged) else self._images(output)[0]
+            for output in outputs
         ]
 
     def _images(self, output: Any) -> list[Image.Image]:

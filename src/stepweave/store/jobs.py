@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
-from stepweave.errors import InvalidRequest, StepweaveError, shown
+from stepweave.errors import InvalidRequestError, StepweaveError, shown
 from stepweave.store.health import StoreHealth, words_of
 from stepweave.threads import DaemonExecutor, on_thread
 
@@ -109,7 +109,7 @@ class JobStore(Protocol):
         """At most `limit` records of the owner, newest first, from behind the cursor `before`
         (`JobRecord.cursor`).
 
-        Raises InvalidRequest for text that is no cursor.
+        Raises InvalidRequestError for text that is no cursor.
         """
 
 
@@ -166,7 +166,7 @@ def _to_place(cursor: str) -> tuple[float, str]:
     except ValueError:
         place = math.nan, id
     if not math.isfinite(place[0]) or not _ID.fullmatch(id):
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"before is {shown(cursor)}; it takes the cursor of an earlier page.", param="before"
         )
     return place

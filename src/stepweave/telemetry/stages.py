@@ -45,10 +45,10 @@ class StageTimes:
     def seconds(self) -> Mapping[str, float]:
         """Of each stage, of the running one so far; 0 before it."""
         with self._lock:
-            found = dict(self._seconds)
+            seconds = dict(self._seconds)
             if self._running is not None:
-                found[self._running] += self._clock() - self._since
-        return found
+                seconds[self._running] += self._clock() - self._since
+        return seconds
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from stepweave.compat.cpu_offload import pipelines_in
-from stepweave.errors import NonFinite
+from stepweave.errors import NonFiniteError
 from stepweave.views.attributes import POSTPROCESS, Method, methods_of_processors, replaced
 
 
@@ -38,7 +38,8 @@ class FiniteImages:
         self._seen = None
 
     def checked(self, output: Any) -> Any:
-        """What the call returned. Raises NonFinite where that hides numbers that are not finite."""
+        """What the call returned. Raises NonFiniteError where that hides numbers that are not
+        finite."""
         made = getattr(
             output, "images", output[0] if isinstance(output, tuple) and output else output
         )
@@ -51,7 +52,7 @@ class FiniteImages:
         if last is not self._seen:
             self._look(last)
         if not self._finite:
-            raise NonFinite
+            raise NonFiniteError
         return output
 
     def _looking(self, method: Callable[..., Any]) -> Callable[..., Any]:

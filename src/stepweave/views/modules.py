@@ -37,7 +37,7 @@ class EngineModules:
         autoencoder: makes what stands in an autoencoder's place in views, given its targets by the
             names of its methods.
 
-    Raises EngineMisuse for modules of another engine.
+    Raises EngineMisuseError for modules of another engine.
     """
 
     def __init__(

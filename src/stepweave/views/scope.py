@@ -14,7 +14,7 @@ from stepweave.compat.host_times import keep_times_on_the_host
 from stepweave.compat.module_hooks import modules_in
 from stepweave.compat.stateful_modules import ModuleGuard, Reason
 from stepweave.compat.turn_taking import TurnTaking
-from stepweave.errors import EngineMisuse
+from stepweave.errors import EngineMisuseError
 from stepweave.scope.locks import LockedTokenizer
 from stepweave.scope.pipeline import RequestScopedPipeline
 from stepweave.scope.view import offload_only
@@ -36,12 +36,12 @@ class PrivateScope(RequestScopedPipeline):
         self._shared = {id(module): module for _, module in modules_in(pipeline)}
 
     def sibling(self, pipeline: Any) -> Self:
-        """The same of another pipeline that has no modules but these. Raises EngineMisuse, naming
-        the first that it has."""
+        """The same of another pipeline that has no modules but these. Raises EngineMisuseError,
+        naming the first that it has."""
         for name, module in modules_in(pipeline):
             if id(module) not in self._shared:
                 kind, home = type(pipeline).__name__, type(self._home).__name__
-                raise EngineMisuse(
+                raise EngineMisuseError(
                     f"{kind}.{name} is no module of the {home} that the engine runs."
                 )
         scope = copy.copy(self)  # locks and tokenizers are shared as the modules are

@@ -1,6 +1,6 @@
 """A short body in place of a native API's own, for BentoML.
 
-By then the own one has been read. BentoML would decode an edit's images once more, by the types
+The body itself has been read by then. BentoML would decode an edit's images once more, by the types
 that the client declares, and answer 500 for an `image/jpg`, which is none, or a PNG that is called
 WebP.
 """
@@ -14,13 +14,13 @@ from PIL import Image
 from starlette.datastructures import MutableHeaders
 from starlette.types import Message, Receive, Scope
 
-BOUNDARY = "stand-in"
+BOUNDARY = "short-form"
 
 
 @functools.cache
 def _form() -> bytes:
-    picture = io.BytesIO()
-    Image.new("L", (1, 1)).save(picture, "PNG")
+    image = io.BytesIO()
+    Image.new("L", (1, 1)).save(image, "PNG")
     return b"".join(
         [
             f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n-\r\n'.encode(),
@@ -28,18 +28,18 @@ def _form() -> bytes:
                 f"--{BOUNDARY}\r\n"
                 'Content-Disposition: form-data; name="image"; filename="-"\r\n\r\n'
             ).encode(),
-            picture.getvalue(),
+            image.getvalue(),
             f"\r\n--{BOUNDARY}--\r\n".encode(),
         ]
     )
 
 
-def stand_in_form(scope: Scope, receive: Receive) -> Receive:
-    """As `stand_in`, with a form of a prompt and an image of one pixel."""
-    return stand_in(scope, receive, f"multipart/form-data; boundary={BOUNDARY}", _form())
+def short_form(scope: Scope, receive: Receive) -> Receive:
+    """As `short_body`, with a form of a prompt and an image of one pixel."""
+    return short_body(scope, receive, f"multipart/form-data; boundary={BOUNDARY}", _form())
 
 
-def stand_in(scope: Scope, receive: Receive, content_type: str, body: bytes) -> Receive:
+def short_body(scope: Scope, receive: Receive, content_type: str, body: bytes) -> Receive:
     """A `receive` that gives the body, then what `receive` has; the scope's headers change to its
     own."""
     headers = MutableHeaders(raw=list(scope["headers"]))

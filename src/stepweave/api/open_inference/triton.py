@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stepweave.errors import NotFound
+from stepweave.errors import NotFoundError
 
 # names of Triton's model configuration, where not TYPE_ before the protocol's
 TYPES = {"BYTES": "TYPE_STRING"}
@@ -43,11 +43,11 @@ _UNSUPPORTED = [
 ]
 
 
-def unsupported(path: str) -> NotFound | None:
+def unsupported(path: str) -> NotFoundError | None:
     """Why there is nothing at a path that Triton has; None for any other path."""
     for pattern, reason in _UNSUPPORTED:
         if pattern.fullmatch(path):
-            return NotFound(f"{path[:200]}: {reason}.", code="unsupported")
+            return NotFoundError(f"{path[:200]}: {reason}.", code="unsupported")
     return None
 
 
@@ -90,9 +90,9 @@ def configuration(
         "backend": "stepweave",
         "max_batch_size": 0,
         "input": [
-            {**tensor(one, kinds[0]), "optional": one not in required}
-            for one, kinds in inputs.items()
+            {**tensor(input_name, kinds[0]), "optional": input_name not in required}
+            for input_name, kinds in inputs.items()
         ],
-        "output": [tensor(one, "BYTES") for one in outputs],
+        "output": [tensor(output_name, "BYTES") for output_name in outputs],
         "model_transaction_policy": {"decoupled": False},
     }

@@ -8,25 +8,16 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError, from_json
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from stepweave.config.preset import SETTING, Preset
+from stepweave.config.values import Clients, ModelNames, Names, PresetValue, Quantization
 from stepweave.errors import ConfigError, shown
-from stepweave.loading.preset import SETTING, Preset, preset_of_setting
-from stepweave.serving.keys import Client, clients_of_setting
-from stepweave.serving.names import ANY, MAX_NAME, NAME
 
 PREFIX = "STEPWEAVE_"
-EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "models" / "shapes"
+EMBEDDED_MODEL = Path(__file__).resolve().parents[3] / "models" / "shapes"
 
 # What Kubernetes puts into every pod of a namespace that has Services called "stepweave" or
 # "stepweave-..." (enableServiceLinks).
@@ -41,7 +32,7 @@ REMOVED = {
     "it; as a library, pass StepEngine(policy=...) an object.",
 }
 
-SWITCHES = (
+OPTIMIZATIONS = (
     "quantization",
     "offload",
     "channels_last",
@@ -58,59 +49,6 @@ def _given(name: str, value: object) -> str:
 
 
 EXAMPLES = {"base_url": "must be as https://pictures.example.com or http://10.0.0.1:3000/stepweave"}
-
-
-class Quantization(BaseModel):
-    """Which components are quantised, and how: arguments of diffusers'
-    `PipelineQuantizationConfig`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    quant_backend: str = Field(min_length=1)
-    quant_kwargs: dict[str, Any] = Field(default_factory=dict)
-    components_to_quantize: list[str] | None = Field(None, min_length=1)
-
-
-def _split(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    parts = tuple(filter(None, map(str.strip, value.split(","))))
-    if not parts:  # no keys at all would be a server that is open to all
-        raise PydanticCustomError("empty", "there is nothing between the commas")
-    return parts
-
-
-def _clients(value: Any) -> Any:
-    """The clients of keys: the settings keep no key itself."""
-    try:
-        return clients_of_setting(_split(value)) if isinstance(value, str) else value
-    except ValueError as error:
-        raise PydanticCustomError("keys", "{reason}", {"reason": str(error)}) from None
-
-
-def _model_names(value: Any) -> Any:
-    names = _split(value)
-    for name in names if isinstance(names, tuple) else ():
-        if name != ANY and not re.fullmatch(NAME, name):
-            raise PydanticCustomError(
-                "name",
-                "{name} is no name of a model: 1 to {limit} letters, digits and ._/- (a colon is "
-                "reserved), or *",
-                {"name": shown(name), "limit": MAX_NAME},
-            )
-    return names
-
-
-def _preset(value: Any) -> Any:
-    try:
-        return preset_of_setting(value) if isinstance(value, str) else value
-    except ValueError as error:
-        raise PydanticCustomError("preset", "{reason}", {"reason": str(error)}) from None
-
-
-Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
-ModelNames = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_model_names)]
-Clients = Annotated[tuple[Client, ...], NoDecode, BeforeValidator(_clients)]
 
 
 def removed_settings() -> list[str]:
@@ -152,7 +90,7 @@ class Settings(BaseSettings):
         description="Names, comma-separated, that requests may call the model by: answers have the "
         "first, `*` takes any without a colon. If unset, the model's own.",
     )
-    preset: Annotated[Preset | None, NoDecode, BeforeValidator(_preset)] = Field(
+    preset: PresetValue = Field(
         None,
         description="Defaults of requests, as in `stepweave.json`: a JSON object, or the path of a "
         "file with one.",
@@ -408,9 +346,9 @@ class Settings(BaseSettings):
         directory = self.model_directory()
         return directory.resolve().name if directory else self.model
 
-    def switches(self) -> dict[str, Any]:
+    def optimizations(self) -> dict[str, Any]:
         """The settings that are passed through to diffusers and torch, by name."""
-        return self.model_dump(include=set(SWITCHES))
+        return self.model_dump(include=set(OPTIMIZATIONS))
 
     @classmethod
     def load(cls) -> Settings:

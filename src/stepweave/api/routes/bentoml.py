@@ -12,26 +12,26 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from stepweave.api.answers import picture_answer
+from stepweave.api.answers import image_answer
 from stepweave.api.auth import asker_of
 from stepweave.api.bodies import whole_body
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.events import EventStream, events
-from stepweave.api.forms import Form, digest_of, read_form, read_pictures, reserve
+from stepweave.api.forms import Form, digest_of, read_form, read_images, reserve
 from stepweave.api.idempotency import claim_of, start
 from stepweave.api.idempotency import generate as made_once
 from stepweave.api.responses import handle_error
 from stepweave.api.schemas import (
-    ImageRequest,
-    NativeEditRequest,
+    BentoMLEditRequest,
     StreamRequest,
     parse_form,
     parse_off_loop,
     require_form,
     require_json,
 )
+from stepweave.parameters import ImageRequest
 from stepweave.serving.admission import Reservation
-from stepweave.serving.request import Ticket
+from stepweave.serving.request import ActiveRequest
 from stepweave.serving.server import Server
 
 READ = "stepweave.read"  # key in the ASGI scope: the body of any other
@@ -46,7 +46,7 @@ PATHS = (*SCHEMAS, "/edit")
 class Edit(NamedTuple):
     """What has been read of a request."""
 
-    body: NativeEditRequest
+    body: BentoMLEditRequest
     form: Form
     digest: bytes  # of its files
     place: Reservation
@@ -84,10 +84,10 @@ async def generate(request: Request, server: Server, body: ImageRequest) -> Resp
     """One picture's file."""
     claim = claim_of(request, body.model_dump_json())
 
-    async def accept() -> Ticket:
+    async def accept() -> ActiveRequest:
         return await server.accept(body, client=asker_of(request))
 
-    return picture_answer(await until_disconnect(request, made_once(server, claim, accept)))
+    return image_answer(await until_disconnect(request, made_once(server, claim, accept)))
 
 
 async def generate_stream(request: Request, server: Server, body: StreamRequest) -> Response:
@@ -95,7 +95,7 @@ async def generate_stream(request: Request, server: Server, body: StreamRequest)
     assert server.jobs is not None
     claim = claim_of(request, body.model_dump_json())
 
-    async def accept() -> Ticket:
+    async def accept() -> ActiveRequest:
         return await server.accept(body, previews=body.partial_images, client=asker_of(request))
 
     job = await start(server, claim, accept)
@@ -109,8 +109,8 @@ async def edit(request: Request, server: Server) -> Response:
     body, place = edit.body, edit.place
     claim = claim_of(request, body.model_dump_json(), edit.digest)
 
-    async def accept() -> Ticket:
-        sources = await read_pictures(edit.form, server, body.size, place)
+    async def accept() -> ActiveRequest:
+        sources = await read_images(edit.form, server, body.size, place)
         return await server.accept(
             body,
             sources=sources,
@@ -120,7 +120,7 @@ async def edit(request: Request, server: Server) -> Response:
             reservation=place,
         )
 
-    return picture_answer(
+    return image_answer(
         await until_disconnect(request, made_once(server, claim, accept, reservation=place))
     )
 
@@ -147,7 +147,7 @@ async def check(request: Request, server: Server) -> None:
         form = exits.enter_context(await read_form(request))
         place.settle()
         fields = {name: text for name, given in form.texts.items() if (text := _text(given))}
-        edit = parse_form(fields, NativeEditRequest)
+        edit = parse_form(fields, BentoMLEditRequest)
         request.scope[EDIT] = Edit(edit, form, await digest_of(form), place, exits.pop_all())
 
 

@@ -15,7 +15,6 @@ import json
 from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -26,23 +25,30 @@ from stepweave.api.auth import asker_of
 from stepweave.api.bodies import whole_body
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.idempotency import claim_of, generate
-from stepweave.api.responses import error_response
-from stepweave.api.schemas import ImageRequest, explain, parse_off_loop, require_json, some_of
-from stepweave.api.tensors import (
-    FLOATS,
+from stepweave.api.open_inference.requests import (
+    OUTPUTS,
+    REQUIRED,
+    accepted_inputs,
+    as_sent,
+    ignored_parameters,
+    image_requests,
+    parameters_of,
+    requested_outputs,
+)
+from stepweave.api.open_inference.tensors import (
     HEADER_LENGTH,
-    INTEGERS,
-    TEXTS,
     IndexRequest,
     InferenceRequest,
     OutputTensor,
     read_inputs,
     read_message,
     write_message,
-    wrong,
 )
-from stepweave.api.triton import EXTENSIONS, configuration, index, unsupported
-from stepweave.errors import InvalidRequest, NotFound, StepweaveError, shown
+from stepweave.api.open_inference.triton import EXTENSIONS, configuration, index, unsupported
+from stepweave.api.responses import error_response
+from stepweave.api.schemas import parse_off_loop, require_json
+from stepweave.errors import InvalidRequestError, NotFoundError, StepweaveError, shown
+from stepweave.parameters import ImageRequest
 from stepweave.serving.server import Server
 from stepweave.threads import on_thread
 
@@ -51,25 +57,12 @@ if TYPE_CHECKING:
     from stepweave.serving.model import ServedModel
 
 VERSION = "1"  # of the model: it is replaced with the process
-INPUTS = {
-    "prompt": TEXTS,
-    "negative_prompt": TEXTS,
-    "size": TEXTS,
-    "seed": INTEGERS,
-    "num_inference_steps": ("INT32", *(name for name in INTEGERS if name != "INT32")),
-    "guidance_scale": FLOATS,
-}
-REQUIRED = ("prompt",)
-OUTPUTS = ("image", "parameters")
-PARAMETERS = tuple(name for name in ImageRequest.model_fields if name != "prompt")
 OTHER_TYPES = ("", "application/octet-stream")
-TRITON_PRIORITIES = {1: "high", 2: "normal", 3: "low"}
-MICROSECONDS = 1000  # in a millisecond
 
 T = TypeVar("T")
 
 
-class InferenceApi:
+class OpenInferenceRoutes:
     """The handlers, bound to one server."""
 
     def __init__(self, server: Server) -> None:
@@ -84,13 +77,16 @@ class InferenceApi:
             Route("/v2/repository/index", self.index, methods=["POST"]),
             Route("/v2/health/live", self.live, methods=["GET"]),
             Route("/v2/health/ready", self.ready, methods=["GET"]),
-            *(Route(f"{one}/infer", self.infer, methods=["POST"]) for one in (version, model)),
+            *(Route(f"{path}/infer", self.infer, methods=["POST"]) for path in (version, model)),
             *(
-                Route(f"{one}/config", self.configuration, methods=["GET"])
-                for one in (version, model)
+                Route(f"{path}/config", self.configuration, methods=["GET"])
+                for path in (version, model)
             ),
-            *(Route(f"{one}/ready", self.model_ready, methods=["GET"]) for one in (version, model)),
-            *(Route(one, self.model_metadata, methods=["GET"]) for one in (version, model)),
+            *(
+                Route(f"{path}/ready", self.model_ready, methods=["GET"])
+                for path in (version, model)
+            ),
+            *(Route(path, self.model_metadata, methods=["GET"]) for path in (version, model)),
         ]
 
     async def metadata(self, request: Request) -> Response:
@@ -118,7 +114,9 @@ class InferenceApi:
     async def configuration(self, request: Request) -> Response:
         model = self._model(request)
         return JSONResponse(
-            configuration(model.id, _platform(model), _accepted(model), REQUIRED, OUTPUTS)
+            configuration(
+                model.id, _platform(model), accepted_inputs(model.arguments), REQUIRED, OUTPUTS
+            )
         )
 
     async def live(self, request: Request) -> Response:
@@ -139,7 +137,7 @@ class InferenceApi:
 
     async def model_metadata(self, request: Request) -> Response:
         model = self._model(request)
-        accepted = _accepted(model)
+        accepted = accepted_inputs(model.arguments)
         return JSONResponse(
             {
                 "name": model.id,
@@ -159,7 +157,7 @@ class InferenceApi:
         async with whole_body(request, text=False) as body:
             # off the loop: a body may be long
             message, images = await on_thread(None, self._read, request, body, model)
-        outputs, warnings = _requested(message), _ignored(message)
+        outputs, warnings = requested_outputs(message), ignored_parameters(message)
         asked = "\n".join(image.model_dump_json() for image in images)
         claims = [claim_of(request, asked, part=i) for i in range(len(images))]
         work = [
@@ -175,7 +173,7 @@ class InferenceApi:
         try:
             answers = await until_disconnect(request, together(work))
         except StepweaveError as error:
-            raise _as_sent(error, message, images[0]) from None
+            raise as_sent(error, message, images[0]) from None
         content, length = await on_thread(None, _write, message, outputs, answers)
         if length is None:
             return Response(content, media_type="application/json")
@@ -184,8 +182,8 @@ class InferenceApi:
         )
 
     def _model(self, request: Request) -> ServedModel:
-        """The model that the path names. Raises NotFound if it or its version is not the one that
-        is served."""
+        """The model that the path names. Raises NotFoundError if it or its version is not the one
+        that is served."""
         name, path = request.path_params["model"], request.scope["path"]
         served, _ = self.server.ready()
         # the route takes in what is below a model, and `*` any name
@@ -194,12 +192,12 @@ class InferenceApi:
                 raise HTTPException(405, headers={"Allow": "POST"})
             if (reason := unsupported(path)) is not None:
                 raise reason
-            if name.startswith(tuple(f"{one}/" for one in served.names.listed)):
-                raise NotFound(f"There is nothing at {shown(path)}.", code="model_not_found")
+            if name.startswith(tuple(f"{listed}/" for listed in served.names.listed)):
+                raise NotFoundError(f"There is nothing at {shown(path)}.", code="model_not_found")
         model = self.server.named(name, param="model")
         version = request.path_params.get("version", VERSION)
         if version != VERSION:
-            raise NotFound(
+            raise NotFoundError(
                 f"There is no version {shown(version)} of {model.id!r}, only {VERSION!r}.",
                 code="model_not_found",
                 param="version",
@@ -215,148 +213,16 @@ class InferenceApi:
             ("model_version", message.model_version, VERSION),
         ):
             if given not in (None, "", of_path):
-                raise InvalidRequest(
+                raise InvalidRequestError(
                     f"{name} is {shown(given)}, but the path says {shown(of_path)}.", param=name
                 )
-        fields = read_inputs(message, tail, _accepted(model))
+        fields = read_inputs(message, tail, accepted_inputs(model.arguments))
         most = min(self.server.settings.max_images, self.server.places)
-        return message, _image_requests(fields, _parameters(message.parameters or {}), most)
+        return message, image_requests(fields, parameters_of(message.parameters or {}), most)
 
 
 def _platform(model: ServedModel) -> str:
     return f"diffusers_{model.pipeline_class}"
-
-
-def _accepted(model: ServedModel) -> dict[str, Sequence[str]]:
-    """The inputs that the model's pipeline knows, each with its datatypes, the usual one first."""
-    optional = ("negative_prompt", "guidance_scale")
-    return {
-        name: datatypes
-        for name, datatypes in INPUTS.items()
-        if name not in optional or name in model.arguments
-    }
-
-
-def _parameters(given: dict[str, Any]) -> dict[str, Any]:
-    """The request's parameters as fields of an ImageRequest. Triton's own `priority` and `timeout`
-    are taken as it means them."""
-    values = {
-        name: value
-        for name, value in given.items()
-        if value is not None and name in (*PARAMETERS, "timeout")
-    }
-    for name in ("timeout", "priority"):
-        if type(values.get(name)) is int and values[name] == 0:  # Triton's default
-            del values[name]
-    timeout = values.pop("timeout", None)
-    if timeout is not None:
-        if type(timeout) is not int or timeout < 1:
-            raise InvalidRequest(
-                f"timeout is {shown(timeout)}; it is a number of microseconds, or 0 for none.",
-                param="timeout",
-            )
-        if "deadline_ms" in values:
-            raise InvalidRequest(
-                "timeout and deadline_ms are both given; they mean the same.", param="timeout"
-            )
-        values["deadline_ms"] = -(-timeout // MICROSECONDS)
-    if type(values.get("priority")) is int:
-        if values["priority"] not in TRITON_PRIORITIES:
-            raise InvalidRequest(
-                f"priority is {values['priority']}; as a number it is 1 (high), 2 (normal), 3 "
-                f"(low) or 0 for the default.",
-                param="priority",
-            )
-        values["priority"] = TRITON_PRIORITIES[values["priority"]]
-    return values
-
-
-def _as_sent(
-    error: StepweaveError, message: InferenceRequest, image: ImageRequest
-) -> StepweaveError:
-    """The error, naming `timeout` where that is what was sent."""
-    timeout = (message.parameters or {}).get("timeout")
-    told = f"deadline_ms is {image.deadline_ms}"
-    if timeout and told in error.message:
-        error = error.again()
-        error.message = error.message.replace(told, f"timeout is {timeout} microseconds")
-        error.param = error.param and "timeout"
-    return error
-
-
-def _ignored(message: InferenceRequest) -> list[str]:
-    """A warning of parameters that the server does not know, which the protocol has it ignore."""
-    known = (*PARAMETERS, "timeout", "binary_data_output")
-    unknown = [name for name in message.parameters or () if name not in known]
-    if not unknown:
-        return []
-    return [
-        (
-            f"Unknown parameters are ignored: {some_of(unknown)}. Those that are known are "
-            f"{', '.join(known)}."
-        )
-    ]
-
-
-def _image_requests(
-    fields: dict[str, list[Any]], shared: dict[str, Any], most: int
-) -> list[ImageRequest]:
-    """One request for each prompt. Raises InvalidRequest naming the tensor or parameter that is
-    wrong."""
-    if "prompt" not in fields:
-        raise wrong("prompt", "it is missing", code="missing_field")
-    count = len(fields["prompt"])
-    if not 1 <= count <= most:
-        raise wrong("prompt", f"its shape is [{count}]; the limit is 1 to {most} elements")
-    for name, elements in fields.items():
-        if len(elements) not in (1, count):
-            raise wrong(
-                name, f"its shape is [{len(elements)}]; it must be [1] or, as prompt's, [{count}]"
-            )
-        if name in shared:
-            raise wrong(name, "it is given as an input and as a parameter")
-    requests = []
-    for i in range(count):
-        values = {
-            name: elements[i if len(elements) == count else 0] for name, elements in fields.items()
-        }
-        try:
-            requests.append(ImageRequest.model_validate({**shared, **values}))
-        except ValidationError as error:
-            explained = explain(error)
-            if explained.param in values and count > 1:
-                explained = wrong(
-                    explained.param, f"element {i}: {explained.message.removesuffix('.')}"
-                )
-            raise explained from None
-    return requests
-
-
-def _requested(message: InferenceRequest) -> dict[str, bool]:
-    """The outputs that are asked for, by whether they are to be binary."""
-    default = (message.parameters or {}).get("binary_data_output")
-    default = False if default is None else default
-    if type(default) is not bool:
-        raise InvalidRequest(
-            f"binary_data_output is {shown(default)}; say true or false.",
-            param="binary_data_output",
-        )
-    if not message.outputs:
-        return dict.fromkeys(OUTPUTS, default)
-    asked: dict[str, bool] = {}
-    for output in message.outputs:
-        if output.name not in OUTPUTS:
-            problem = f"there is no such output; the outputs are {', '.join(OUTPUTS)}"
-            raise wrong(output.name, problem, code="unknown_field")
-        if output.name in asked:
-            raise wrong(output.name, "it is asked for twice")
-        if output.parameters is not None and output.parameters.shared_memory_region is not None:
-            raise wrong(
-                output.name, "there is no shared memory here; read the elements from the answer"
-            )
-        binary = None if output.parameters is None else output.parameters.binary_data
-        asked[output.name] = default if binary is None else binary
-    return asked
 
 
 async def together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
@@ -364,7 +230,7 @@ async def together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     raised."""
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one) for one in work]
+            tasks = [group.create_task(coroutine) for coroutine in work]
     except ExceptionGroup as failures:
         failure = failures.exceptions[0]
     else:
@@ -381,14 +247,14 @@ def _write(
     head = {"model_name": body["model"], "model_version": VERSION} | (
         {} if message.id is None else {"id": message.id}
     )
-    images = [answer.pictures[0].data for answer in answers]
+    images = [answer.images[0].data for answer in answers]
     texts = [
         json.dumps(
             {
-                **answer.pictures[0].values,
+                **answer.images[0].values,
                 "output_format": output_format,
                 "model": body["model"],
-                "flagged": answer.pictures[0].flagged,
+                "flagged": answer.images[0].flagged,
                 "warnings": answer.body["warnings"],
                 **({"outputs": answer.body["outputs"]} if "outputs" in answer.body else {}),
             }

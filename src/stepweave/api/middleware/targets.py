@@ -11,7 +11,7 @@ from starlette.types import Scope
 
 from stepweave.api.urls import configured_prefix
 from stepweave.config import Settings
-from stepweave.errors import InvalidRequest, NotFound, shown
+from stepweave.errors import InvalidRequestError, NotFoundError, shown
 
 _ABSOLUTE = re.compile(r"https?://(?P<host>[^/?#@]+)(?P<path>/[^?#]*)?", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -25,22 +25,22 @@ def is_of_the_server(scope: Scope) -> bool:
 def to_origin_form(scope: Scope) -> None:
     """Have the scope's path be one, and its Host that of the target.
 
-    Raises InvalidRequest for a target that names no path, and NotFound for a path with control
-    characters.
+    Raises InvalidRequestError for a target that names no path, and NotFoundError for a path with
+    control characters.
     """
     if _CONTROL.search(scope["path"]):  # patterns of routes take a line end for the end of a path
-        raise NotFound(f"There is no route {shown(scope['path'])}.")
+        raise NotFoundError(f"There is no route {shown(scope['path'])}.")
     if scope["path"].startswith("/"):
         return
     target = scope.get("raw_path", b"").decode("latin-1")
-    found = _ABSOLUTE.fullmatch(target)
-    if found is None:
-        raise InvalidRequest(
+    absolute = _ABSOLUTE.fullmatch(target)
+    if absolute is None:
+        raise InvalidRequestError(
             f"The request's target is {shown(target)}; send a path.", code="invalid_target"
         )
-    _set_path(scope, found["path"] or "/")
+    _set_path(scope, absolute["path"] or "/")
     headers = MutableHeaders(raw=list(scope["headers"]))
-    headers["Host"] = found["host"]
+    headers["Host"] = absolute["host"]
     scope["headers"] = headers.raw
 
 

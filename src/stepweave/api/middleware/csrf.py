@@ -9,15 +9,15 @@ from starlette.types import Scope
 
 from stepweave.api.urls import forwarded, is_address, is_trusted
 from stepweave.config import Settings
-from stepweave.errors import InvalidRequest, shown
+from stepweave.errors import InvalidRequestError, shown
 
 SAFE = ("GET", "HEAD", "OPTIONS")
 PORTS = {"http": 80, "https": 443}
 
 
 def check_site(scope: Scope, settings: Settings) -> None:
-    """Raise InvalidRequest (code `cross_site`) for what a page of another origin sends, unless that
-    is an allowed one.
+    """Raise InvalidRequestError (code `cross_site`) for what a page of another origin sends, unless
+    that is an allowed one.
 
     Browsers send forms and some other bodies without asking first (Fetch, 4.8), and keep only the
     answer from the page. What they say of a request, no page can change; clients that are no
@@ -35,7 +35,7 @@ def check_site(scope: Scope, settings: Settings) -> None:
     if own or site in ("same-origin", "none"):
         _check_host(headers, settings)
         return
-    raise InvalidRequest(
+    raise InvalidRequestError(
         f"The request was sent by a page of another origin, {shown(origin or site)}; those that "
         f"may are named in "
         "STEPWEAVE_CORS_ORIGINS.",
@@ -45,7 +45,7 @@ def check_site(scope: Scope, settings: Settings) -> None:
 
 
 def _check_host(headers: Headers, settings: Settings) -> None:
-    """Raise InvalidRequest (code `untrusted_host`) for a name that anybody may have lead here.
+    """Raise InvalidRequestError (code `untrusted_host`) for a name that anybody may have lead here.
 
     The page's own name then is one that its owner lets point to this server (DNS rebinding): to the
     browser it is the same origin. An address cannot be led elsewhere; and a server with keys asks
@@ -58,7 +58,7 @@ def _check_host(headers: Headers, settings: Settings) -> None:
         return
     if is_address(host) or is_trusted(host, settings):
         return
-    raise InvalidRequest(
+    raise InvalidRequestError(
         f"A page asks for the host {shown(host)}, which is not trusted without API keys; trusted "
         f"hosts are named in "
         "STEPWEAVE_TRUSTED_HOSTS.",

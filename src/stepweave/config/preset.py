@@ -70,8 +70,8 @@ class Preset(BaseModel):
         """Merged with a weaker one, which says what this one does not."""
         members = {
             name: value
-            for one in (weaker, self)
-            for name, value in one
+            for preset in (weaker, self)
+            for name, value in preset
             if name != "call" and value is not None
         }
         merged = Preset(**members, call={**weaker.call, **self.call})
@@ -83,8 +83,8 @@ class Preset(BaseModel):
 
     def sources(self) -> list[str]:
         """Where what it says comes from, the strongest first."""
-        found = set(self._all_sources().values())
-        return sorted(found, key=lambda one: (one != SETTING, one != FILE_NAME, one))
+        sources = set(self._all_sources().values())
+        return sorted(sources, key=lambda source: (source != SETTING, source != FILE_NAME, source))
 
     def _all_sources(self) -> dict[str, str]:
         return {name: self.source(name) for name in self.given()}

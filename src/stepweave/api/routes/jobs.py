@@ -13,9 +13,9 @@ from stepweave.api.bodies import pass_over_body
 from stepweave.api.events import EventStream, events
 from stepweave.api.job_answers import describe, job_answer
 from stepweave.api.urls import base_url
-from stepweave.errors import Cancelled, InvalidRequest, NotFound, shown
+from stepweave.errors import InvalidRequestError, NotFoundError, RequestCancelledError, shown
 from stepweave.serving.jobs import Followed, Jobs
-from stepweave.serving.request import Ticket
+from stepweave.serving.request import ActiveRequest
 from stepweave.serving.server import Server
 
 MAX_LIST = 100
@@ -38,20 +38,20 @@ class JobRoutes:
 
     async def list(self, request: Request) -> Response:
         if not self.server.keys.required:
-            raise NotFound(
+            raise NotFoundError(
                 "The list of jobs is off while no keys are set (STEPWEAVE_API_KEYS_FILE, "
                 "STEPWEAVE_API_KEYS).",
-                code="list_is_off",
+                code="jobs_list_disabled",
             )
         for name in request.query_params:
             if name not in ("limit", "before"):
-                raise InvalidRequest(
+                raise InvalidRequestError(
                     f"Unknown parameter {shown(name)}.", code="unknown_field", param=name
                 )
         given = request.query_params.get("limit", "20")
         limit = int(given) if given.isascii() and given.isdecimal() and len(given) < 4 else 0
         if not 1 <= limit <= MAX_LIST:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"limit is {shown(given)}; it must be 1 to {MAX_LIST}.", param="limit"
             )
         jobs = self._jobs()
@@ -66,8 +66,8 @@ class JobRoutes:
     async def delete(self, request: Request) -> Response:
         """Cancel it; one that is over is forgotten, and its pictures."""
         job = await self._job(request)
-        if isinstance(job, Ticket) and not job.done:
-            job.cancel(Cancelled("The job was cancelled."))
+        if isinstance(job, ActiveRequest) and not job.done:
+            job.cancel(RequestCancelledError("The job was cancelled."))
             await asyncio.wait({job.ended()}, timeout=CANCEL_SECONDS)
             return await self._described(request, job)
         answer = JSONResponse(describe(job))

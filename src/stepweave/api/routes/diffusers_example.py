@@ -1,27 +1,25 @@
-"""The surface of the diffusers example server (examples/server-async), for its clients, and what
-the server's root answers."""
+"""The surface of the diffusers example server (examples/server-async), for its clients."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
-import html
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from stepweave import __version__
 from stepweave.api.answers import warnings_header
 from stepweave.api.auth import asker_of
 from stepweave.api.bodies import whole_body
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.idempotency import claim_of, generate
-from stepweave.api.schemas import ImageRequest, explain, parse_off_loop, require_json, some_of
-from stepweave.api.urls import base_url, reference
-from stepweave.errors import InvalidRequest, NotFound, shown
+from stepweave.api.schemas import explain, parse_off_loop, require_json, some_of
+from stepweave.api.urls import base_url
+from stepweave.errors import InvalidRequestError, NotFoundError, shown
+from stepweave.parameters import ImageRequest
 from stepweave.serving.jobs import Claim
 from stepweave.serving.server import Server
 from stepweave.threads import on_thread
@@ -29,27 +27,9 @@ from stepweave.threads import on_thread
 DEFAULT_STEPS = 28  # the example server's
 TYPE = "t2im"  # what it calls text to image
 GIGABYTE = 1024**3
-LINKS = {
-    "playground": "/ui",
-    "openapi": "/openapi.json",
-    "models": "/v1/models",
-    "status": "/api/status",
-    "metrics": "/metrics",
-}  # of the root's answer; those that are mounted
-_PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Vary": "Accept",
-}
-_STYLE = (
-    "body{font:1rem/1.5 system-ui,sans-serif;max-width:48rem;margin:2rem auto;padding:0 "
-    "1rem;color-scheme:light dark}"
-)
 
 
-class LegacyRequest(BaseModel):
+class DiffusersExampleRequest(BaseModel):
     """Body of `POST /api/diffusers/inference`."""
 
     # as the example server: lax, and ignoring what it does not know
@@ -68,7 +48,7 @@ class LegacyRequest(BaseModel):
     )
 
 
-class LegacyApi:
+class DiffusersExampleRoutes:
     """The handlers, bound to one server."""
 
     def __init__(self, server: Server) -> None:
@@ -76,7 +56,6 @@ class LegacyApi:
 
     def routes(self) -> list[Route]:
         return [
-            Route("/", self.root, methods=["GET"]),
             Route("/api/diffusers/inference", self.inference, methods=["POST"]),
             Route("/api/status", self.status, methods=["GET"]),
             Route("/images/{filename}", self.image, methods=["GET"]),
@@ -86,11 +65,11 @@ class LegacyApi:
         settings = self.server.settings
         require_json(request.headers.get("content-type", ""))
         async with whole_body(request) as content:
-            body = await parse_off_loop(content, LegacyRequest)
+            body = await parse_off_loop(content, DiffusersExampleRequest)
         steps = body.num_inference_steps
         model, _ = self.server.ready()
         if body.num_images_per_prompt > model.limits.images:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"num_images_per_prompt is {body.num_images_per_prompt}; the limit is "
                 f"{model.limits.images}.",
                 param="num_images_per_prompt",
@@ -117,7 +96,7 @@ class LegacyApi:
         )
 
     async def _generate(
-        self, request: Request, image: ImageRequest, body: LegacyRequest, claim: Claim
+        self, request: Request, image: ImageRequest, body: DiffusersExampleRequest, claim: Claim
     ) -> tuple[list[str], list[str]]:
         """Names of the pictures' files in the store, and warnings."""
         server = self.server
@@ -125,7 +104,7 @@ class LegacyApi:
             server.accept, image, n=body.num_images_per_prompt, client=asker_of(request)
         )
         answer = await generate(server, claim, accept)
-        names = await asyncio.gather(*(picture.stored(server.files) for picture in answer.pictures))
+        names = await asyncio.gather(*(file.stored(server.files) for file in answer.images))
         return names, answer.body["warnings"]
 
     async def image(self, request: Request) -> Response:
@@ -133,7 +112,7 @@ class LegacyApi:
         name = request.path_params["filename"]
         file = await self.server.files.get(name)
         if file is None:
-            raise NotFound(
+            raise NotFoundError(
                 f"There is no picture {shown(name)}; it may have expired.", code="image_not_found"
             )
         headers = {
@@ -160,9 +139,9 @@ class LegacyApi:
             "total_requests": metrics.requests_begun,
         }
         vram = {
-            one.labels["kind"]: one.value
+            sample.labels["kind"]: sample.value
             for family in metrics.vram.collect()
-            for one in family.samples
+            for sample in family.samples
         }
         if not self.server.device.startswith("cuda") or not vram:
             return counts, {}
@@ -172,64 +151,9 @@ class LegacyApi:
         }
         return counts, {**memory, "device": self.server.device}
 
-    async def root(self, request: Request) -> Response:
-        model = None if self.server.model is None else self.server.model.id
-        stage = self.server.health().stage
-        routes = [
-            {"path": route.path_format, "methods": sorted((route.methods or set()) - {"HEAD"})}
-            for route in request.app.routes
-            if isinstance(route, Route)
-        ]
-        mounted = {route["path"] for route in routes}
-        links = {
-            name: reference(request, self.server.settings, path)
-            for name, path in LINKS.items()
-            if path in mounted
-        }
-        accepted = [
-            one.partition(";")[0].strip() for one in request.headers.get("accept", "").split(",")
-        ]
-        if "text/html" in accepted:
-            return HTMLResponse(_page(model, stage, routes, links), headers=_PAGE_HEADERS)
-        return JSONResponse(
-            {
-                "name": "stepweave",
-                "version": __version__,
-                "model": model,
-                "stage": stage,
-                "routes": routes,
-                "links": links,
-            },
-            headers={"Vary": "Accept"},
-        )
-
 
 def _image_request(**fields: Any) -> ImageRequest:
     try:
         return ImageRequest(**fields)
     except ValidationError as error:
         raise explain(error) from None
-
-
-def _page(
-    model: str | None, stage: str, routes: list[dict[str, Any]], links: dict[str, str]
-) -> str:
-    def item(text: str) -> str:
-        return f"<li>{text}</li>"
-
-    shown_links = "".join(
-        item(f'<a href="{html.escape(path)}">{html.escape(name)}</a>')
-        for name, path in links.items()
-    )
-    shown_routes = "".join(
-        item(f"<code>{html.escape(' '.join(route['methods']))} {html.escape(route['path'])}</code>")
-        for route in routes
-    )
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
-        f'content="width=device-width">'
-        f"<title>Stepweave</title><style>{_STYLE}</style><h1>Stepweave "
-        f"{html.escape(__version__)}</h1>"
-        f"<p>Model: <strong>{html.escape(model or 'none yet')}</strong>, {html.escape(stage)}</p>"
-        f"<ul>{shown_links}</ul><h2>Routes</h2><ul>{shown_routes}</ul></html>"
-    )

@@ -1,17 +1,19 @@
-"""OpenAI's Images API: generations and edits, at once, as a stream, or as jobs."""
+"""OpenAI's API: images (generations and edits, at once, as a stream, or as jobs) and models."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from stepweave.api.answers import (
     PROFILE,
+    check_one_image,
+    image_answer,
     json_answer,
-    one_picture,
-    picture_answer,
-    wants_picture,
+    wants_image,
     wants_stream,
     wants_to_come_back,
 )
@@ -20,7 +22,7 @@ from stepweave.api.bodies import pass_over_body, whole_body
 from stepweave.api.counting import count_of
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.events import EventStream, events
-from stepweave.api.forms import Form, digest_of, read_form, read_pictures, reserve
+from stepweave.api.forms import Form, digest_of, read_form, read_images, reserve
 from stepweave.api.idempotency import claim_of, generate, start
 from stepweave.api.job_answers import job_answer
 from stepweave.api.schemas import (
@@ -33,13 +35,13 @@ from stepweave.api.schemas import (
     require_json,
 )
 from stepweave.api.urls import base_url, reference
-from stepweave.errors import InvalidRequest
+from stepweave.errors import InvalidRequestError
 from stepweave.serving.admission import Reservation
-from stepweave.serving.request import Ticket
+from stepweave.serving.request import ActiveRequest
 from stepweave.serving.server import Server
 
 
-class OpenAI:
+class OpenAIRoutes:
     """The handlers, bound to one server."""
 
     def __init__(self, server: Server) -> None:
@@ -50,6 +52,8 @@ class OpenAI:
             Route("/v1/images/generations", self.generations, methods=["POST"]),
             Route("/v1/images/edits", self.edits, methods=["POST"]),
             Route("/v1/images/variations", self.variations, methods=["POST"]),
+            Route("/v1/models", self.models, methods=["GET"]),
+            Route("/v1/models/{id:path}", self.model, methods=["GET"]),
         ]
 
     async def generations(self, request: Request) -> Response:
@@ -70,7 +74,7 @@ class OpenAI:
         """OpenAI has retired them, and its clients still have the call."""
         # else its client may fail to send it before it reads the answer
         await pass_over_body(request)
-        raise InvalidRequest(
+        raise InvalidRequestError(
             "There are no variations here: send the image to /v1/images/edits, with a prompt and a "
             "strength.",
             code="unsupported",
@@ -90,23 +94,25 @@ class OpenAI:
         assert jobs is not None
         detached, stream = wants_to_come_back(request), wants_stream(request)
         streams = body.stream or stream is not None
-        picture = None if detached or streams else wants_picture(request)
-        if picture is not None:
-            one_picture(
-                body.n, picture, body.output_format, "output_format" in body.model_fields_set
+        image_format = None if detached or streams else wants_image(request)
+        if image_format is not None:
+            check_one_image(
+                body.n, image_format, body.output_format, "output_format" in body.model_fields_set
             )
-            body = body.model_copy(update={"output_format": picture})
+            body = body.model_copy(update={"output_format": image_format})
         response_format = body.response_format or server.settings.response_format
-        linked = response_format == "url" and (picture is None or body.response_format is not None)
+        linked = response_format == "url" and (
+            image_format is None or body.response_format is not None
+        )
         base = base_url(request, server.settings) if linked else None
         claim = claim_of(
             request, body.model_dump_json(), b"" if form is None else await digest_of(form)
         )
 
-        async def accept() -> Ticket:
+        async def accept() -> ActiveRequest:
             # only here: one that joins another, or does not go with it, costs no decoding
-            sources = None if form is None else await read_pictures(form, server, body.size, place)
-            ticket = await server.accept(
+            sources = None if form is None else await read_images(form, server, body.size, place)
+            active = await server.accept(
                 body,
                 n=body.n,
                 model=body.model or None,  # empty is absent
@@ -118,8 +124,8 @@ class OpenAI:
                 client=asker_of(request),
                 reservation=place,
             )
-            ticket.response_format = response_format
-            return ticket
+            active.response_format = response_format
+            return active
 
         if detached:
             job = await start(server, claim, accept, detached=True, reservation=place)
@@ -136,6 +142,49 @@ class OpenAI:
             told = events(job, request, jobs.files, verbose=verbose, base=base)
             return EventStream(request, job, told, {"X-Stepweave-Job": job.id})
         answer = await until_disconnect(request, generate(server, claim, accept, reservation=place))
-        if picture is not None:
-            return picture_answer(answer)
+        if image_format is not None:
+            return image_answer(answer)
         return Response(await json_answer(answer, base, jobs.files), media_type="application/json")
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._describe()]})
+
+    async def model(self, request: Request) -> Response:
+        self.server.named(request.path_params["id"])
+        return JSONResponse(self._describe())
+
+    def _describe(self) -> dict[str, Any]:
+        model, engine = self.server.ready()
+        settings, stats = self.server.settings, engine.stats()
+        return {
+            "id": model.id,
+            "object": "model",
+            "created": self.server.created,
+            "owned_by": "stepweave",
+            "stepweave": {
+                "pipeline": model.pipeline_class,
+                "device": self.server.device,
+                "dtype": self.server.dtype,
+                "native_size": f"{model.width}x{model.height}",
+                **model.limits.as_json(),
+                "max_pixels": settings.max_pixels,
+                "max_input_pixels": settings.max_input_pixels,
+                "default_num_inference_steps": model.default_steps,
+                "max_num_inference_steps": settings.max_steps,
+                "default_guidance_scale": model.default_guidance,
+                "presets": model.preset.sources(),
+                "schedulers": sorted(model.schedulers),
+                "scheduler_steps": model.scheduler_steps,
+                "edits": list(model.edits),
+                "limits_of_edits": {
+                    name: limits.as_json()
+                    for name, limits in model.limits_of_edits.items()
+                    if limits != model.limits
+                },
+                "previews": self.server.previewer is not None,
+                "batching": engine.mode,
+                "switches": settings.optimizations(),
+                "certificates": stats.certificates,
+                "unshared": stats.unshared,
+            },
+        }

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, mo
 from pydantic_core import from_json
 
 from stepweave.api.schemas import check_members, explain, without_nulls
-from stepweave.errors import InvalidRequest, shown
+from stepweave.errors import Code, InvalidRequestError, shown
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 TEXTS = ("BYTES",)
@@ -106,7 +106,7 @@ class InferenceRequest(_Message):
         for name in ("inputs", "outputs"):
             given = values.get(name) if isinstance(values, dict) else None
             if isinstance(given, list) and len(given) > MAX_TENSORS:
-                raise InvalidRequest(
+                raise InvalidRequestError(
                     f"{name} has {len(given)} elements; the limit is {MAX_TENSORS}.", param=name
                 )
         return values
@@ -131,13 +131,13 @@ class OutputTensor:
 
 
 def read_message(body: bytes, header_length: str | None) -> tuple[InferenceRequest, bytes]:
-    """The JSON of a request, and the bytes of its binary tensors. Raises InvalidRequest naming the
-    tensor that is wrong."""
+    """The JSON of a request, and the bytes of its binary tensors. Raises InvalidRequestError naming
+    the tensor that is wrong."""
     length = len(body)
     if header_length is not None:
         given = int(header_length) if header_length.isdecimal() and len(header_length) < 20 else -1
         if not 0 < given <= length:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"{HEADER_LENGTH} is {shown(header_length)}; it is the length of the JSON, 1 to "
                 f"the body's {length} bytes.",
                 param=HEADER_LENGTH,
@@ -150,7 +150,7 @@ def read_message(body: bytes, header_length: str | None) -> tuple[InferenceReque
     except ValidationError as error:
         raise _explain(error, values) from None
     except ValueError as error:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"The body's JSON is not valid: {error}.", code="invalid_json"
         ) from None
 
@@ -161,7 +161,7 @@ def read_inputs(
     """The elements of each input by name: texts, integers or numbers; of shape [n, 1] as those of
     [n]. `accepted` maps names to datatypes.
 
-    Raises InvalidRequest naming the tensor and what is wrong with it.
+    Raises InvalidRequestError naming the tensor and what is wrong with it.
     """
     found: dict[str, list[Any]] = {}
     offset = 0
@@ -212,7 +212,7 @@ def read_inputs(
             )
         found[tensor.name] = elements
     if offset != len(tail):
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"{len(tail) - offset} bytes after the JSON belong to no input.", code="invalid_value"
         )
     return found
@@ -234,7 +234,9 @@ def write_message(
         }
         if output.binary:
             tail = b"".join(
-                piece for one in output.elements for piece in (_LENGTH.pack(len(one)), one)
+                piece
+                for element in output.elements
+                for piece in (_LENGTH.pack(len(element)), element)
             )
             parameters["binary_data_size"] = len(tail)
             tails.append(tail)
@@ -245,12 +247,12 @@ def write_message(
     return b"".join([head, *tails]), len(head) if tails else None
 
 
-def wrong(name: str, problem: str, code: str = "invalid_value") -> InvalidRequest:
+def wrong(name: str, problem: str, code: Code | None = None) -> InvalidRequestError:
     """The error of an input or output tensor."""
-    return InvalidRequest(f"Tensor {shown(name)}: {problem}.", code=code, param=name[:80])
+    return InvalidRequestError(f"Tensor {shown(name)}: {problem}.", code=code, param=name[:80])
 
 
-def _explain(error: ValidationError, values: Any) -> InvalidRequest:
+def _explain(error: ValidationError, values: Any) -> InvalidRequestError:
     """As any other body, but where the problem lies in a tensor that has a name, with the name."""
     location = error.errors(include_url=False)[0]["loc"]
     explained = explain(error)
@@ -258,7 +260,9 @@ def _explain(error: ValidationError, values: Any) -> InvalidRequest:
         tensor = values[location[0]][location[1]]
         name = tensor.get("name") if isinstance(tensor, dict) else None
         if isinstance(name, str):
-            return wrong(name, explained.message.removesuffix("."), code=explained.code)
+            named = wrong(name, explained.message.removesuffix("."))
+            named.code = explained.code
+            return named
     return explained
 
 
@@ -288,9 +292,9 @@ def _flat(data: list[Any], shape: Sequence[int]) -> list[Any]:
     """The elements of [[a], [b]], where the shape has a second dimension; JSON may nest them or
     not."""
     for _ in shape[1:]:
-        if not all(isinstance(one, list) and len(one) == 1 for one in data):
+        if not all(isinstance(element, list) and len(element) == 1 for element in data):
             break
-        data = [one[0] for one in data]
+        data = [element[0] for element in data]
     return data
 
 

@@ -1,0 +1,61 @@
+"""What orchestrators ask: the probes, and the drain before a pod ends."""
+
+from __future__ import annotations
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import Scope
+
+from stepweave.api.responses import error_response
+from stepweave.errors import MethodNotAllowedError, NotFoundError
+from stepweave.serving.server import Server
+
+PROBES = ("/livez", "/healthz", "/readyz")
+DRAIN = "/drain"
+KEYLESS = ("/v2/health/live", "/v2/health/ready")  # beside the probes and the drain
+
+
+def probe(scope: Scope, server: Server) -> JSONResponse:
+    """Answered from memory alone, never waiting for the device."""
+    path = scope["path"]
+    if scope["method"] not in ("GET", "HEAD"):
+        return _not_allowed(scope, "GET", "GET, HEAD")
+    status = server.health()
+    jobs = server.jobs
+    state = {
+        "stage": status.stage,
+        "progress": status.progress,
+        "message": status.message,
+        "store": None if jobs is None else jobs.problem,
+    }
+    if not server.alive() or (path == "/readyz" and status.stage != "ready"):
+        return error_response(server.unavailable(), path, **state)
+    return JSONResponse(state)
+
+
+def drain(scope: Scope, server: Server) -> JSONResponse:
+    """Only for who bears the token of the state directory, as a pod's preStop hook does. Others
+    find no such route.
+
+    From where a request comes proves nothing: a proxy, or a tunnel, beside the server calls
+    from its machine, too.
+    """
+    token = server.drain_token
+    if token is None or not token.matches(Headers(scope=scope).get("authorization", "")):
+        raise NotFoundError(f"There is no route {DRAIN!r}.")
+    if scope["method"] == "POST":
+        server.drain()
+    elif scope["method"] == "DELETE":
+        server.take_back_drain()
+    else:
+        return _not_allowed(scope, "POST or DELETE", "POST, DELETE")
+    status = server.health()
+    return JSONResponse({"stage": status.stage, "in_flight": len(server.active)})
+
+
+def _not_allowed(scope: Scope, use: str, allow: str) -> JSONResponse:
+    response = error_response(
+        MethodNotAllowedError(f"{scope['method']} is not allowed on {scope['path']}; use {use}.")
+    )
+    response.headers["Allow"] = allow
+    return response

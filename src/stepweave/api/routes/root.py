@@ -1,0 +1,108 @@
+"""What the server's root tells of it, and its metrics."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from stepweave import __version__
+from stepweave.api.urls import reference
+from stepweave.serving.server import Server
+from stepweave.threads import on_thread
+
+LINKS = {
+    "playground": "/ui",
+    "openapi": "/openapi.json",
+    "models": "/v1/models",
+    "status": "/api/status",
+    "metrics": "/metrics",
+}  # of the root's answer; those that are mounted
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Vary": "Accept",
+}
+_STYLE = (
+    "body{font:1rem/1.5 system-ui,sans-serif;max-width:48rem;margin:2rem auto;padding:0 "
+    "1rem;color-scheme:light dark}"
+)
+
+
+class RootRoutes:
+    """The handlers, bound to one server."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/", self.root, methods=["GET"]),
+            Route("/metrics", self.metrics, methods=["GET"]),
+        ]
+
+    async def root(self, request: Request) -> Response:
+        model = None if self.server.model is None else self.server.model.id
+        stage = self.server.health().stage
+        routes = [
+            {"path": route.path_format, "methods": sorted((route.methods or set()) - {"HEAD"})}
+            for route in request.app.routes
+            if isinstance(route, Route)
+        ]
+        mounted = {route["path"] for route in routes}
+        links = {
+            name: reference(request, self.server.settings, path)
+            for name, path in LINKS.items()
+            if path in mounted
+        }
+        accepted = [
+            part.partition(";")[0].strip() for part in request.headers.get("accept", "").split(",")
+        ]
+        if "text/html" in accepted:
+            return HTMLResponse(_page(model, stage, routes, links), headers=_PAGE_HEADERS)
+        return JSONResponse(
+            {
+                "name": "stepweave",
+                "version": __version__,
+                "model": model,
+                "stage": stage,
+                "routes": routes,
+                "links": links,
+            },
+            headers={"Vary": "Accept"},
+        )
+
+    async def metrics(self, request: Request) -> Response:
+        # off the loop: CUDA's memory query may wait for the driver
+        content = await on_thread(None, self.server.metrics.render)
+        return Response(content, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+def _page(
+    model: str | None, stage: str, routes: list[dict[str, Any]], links: dict[str, str]
+) -> str:
+    def item(text: str) -> str:
+        return f"<li>{text}</li>"
+
+    shown_links = "".join(
+        item(f'<a href="{html.escape(path)}">{html.escape(name)}</a>')
+        for name, path in links.items()
+    )
+    shown_routes = "".join(
+        item(f"<code>{html.escape(' '.join(route['methods']))} {html.escape(route['path'])}</code>")
+        for route in routes
+    )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width">'
+        f"<title>Stepweave</title><style>{_STYLE}</style><h1>Stepweave "
+        f"{html.escape(__version__)}</h1>"
+        f"<p>Model: <strong>{html.escape(model or 'none yet')}</strong>, {html.escape(stage)}</p>"
+        f"<ul>{shown_links}</ul><h2>Routes</h2><ul>{shown_routes}</ul></html>"
+    )

@@ -1,0 +1,130 @@
+"""A pipeline's own call: its defaults, what a request may give it, and its keyword arguments."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from PIL import Image
+
+from stepweave.errors import InvalidRequestError, shown
+from stepweave.parameters import Parameters, Sources
+from stepweave.planning.workload import arguments_of
+
+DEFAULT_STRENGTH = 0.8  # where the pipeline has none of its own
+
+
+def takes(pipeline: Any, name: str) -> bool:
+    """Whether the pipeline's call has an argument of that name."""
+    return name in arguments_of(pipeline)
+
+
+def default_of(pipeline: Any, name: str) -> Any:
+    """What an argument of the pipeline's call is by default; None where it has none."""
+    parameters = arguments_of(pipeline)
+    default = parameters[name].default if name in parameters else None
+    return None if default is inspect.Parameter.empty else default
+
+
+def default_strength(pipeline: Any) -> float:
+    default = default_of(pipeline, "strength")
+    return float(DEFAULT_STRENGTH if default is None else default)
+
+
+def check_prompts(prompt: str, negative_prompt: str | None, longest: int) -> None:
+    """Raise InvalidRequestError for a prompt that is empty, or has more than `longest` characters
+    or a NUL."""
+    for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+        if text is not None and len(text) > longest:
+            raise InvalidRequestError(
+                f"{name} has {len(text)} characters; the limit is {longest}.", param=name
+            )
+        if text is not None and "\0" in text:
+            raise InvalidRequestError(
+                f"{name} is {shown(text)}; it must not hold the character NUL.", param=name
+            )
+    if not prompt.strip():
+        raise InvalidRequestError(
+            f"prompt is empty: {shown(prompt)}. Say what the picture should show.", param="prompt"
+        )
+
+
+def resolve_strength(
+    strength: float | None, steps: int, pipeline: Any, sources: Sources | None
+) -> float | None:
+    """The strength of an edit, the pipeline's default if None is asked for; None for what is no
+    edit, or has none. Raises InvalidRequestError for one that cannot be."""
+    strong = sources is not None and takes(pipeline, "strength")
+    if strength is None and not strong:
+        return None
+    if not strong:
+        reason = (
+            "no image is given" if sources is None else f"{type(pipeline).__name__} has no strength"
+        )
+        raise InvalidRequestError(f"strength is {strength}, but {reason}.", param="strength")
+    value = default_strength(pipeline) if strength is None else float(strength)
+    if not 0 < value <= 1:
+        raise InvalidRequestError(
+            f"strength is {value}; it must be more than 0 and at most 1.", param="strength"
+        )
+    if int(steps * value) < 1:
+        raise InvalidRequestError(
+            f"strength is {value} and num_inference_steps is {steps}; their product, the steps "
+            f"that run, must be at "
+            "least 1.",
+            param="strength",
+        )
+    return value
+
+
+def call_arguments(
+    pipeline: Any, always: Mapping[str, Any], parameters: Parameters
+) -> dict[str, Any]:
+    """The keyword arguments of a pipeline's call, for n RGB images of height x width; `always` are
+    the preset's, of which those are left out that the pipeline does not take."""
+    arguments = arguments_of(pipeline)
+    # on the CPU whatever the device: a seed then gives the same noise everywhere
+    generators = [
+        torch.Generator("cpu").manual_seed(parameters.seed + i) for i in range(parameters.n)
+    ]
+    optional = {
+        "negative_prompt": parameters.negative_prompt,
+        "width": parameters.width,
+        "height": parameters.height,
+        "guidance_scale": parameters.guidance_scale,
+        "num_images_per_prompt": parameters.n,
+        "strength": parameters.strength,
+        **_images(parameters),
+    }
+    return {
+        **{name: value for name, value in always.items() if name in arguments},
+        "prompt": parameters.prompt,
+        "num_inference_steps": parameters.num_inference_steps,
+        "generator": generators,
+        "output_type": "pil",
+        **{
+            name: value
+            for name, value in optional.items()
+            if value is not None and name in arguments
+        },
+    }
+
+
+def _images(parameters: Parameters) -> dict[str, Any]:
+    """The images of an edit, of the size that is asked for."""
+    sources, size = parameters.sources, (parameters.width, parameters.height)
+    if sources is None:
+        return {}
+    image = _resized(sources.image, size)
+    # one for each to be made: with one for all, pipelines encode it with the first generator
+    # alone, or fail
+    resized: dict[str, Any] = {"image": image if parameters.n == 1 else [image] * parameters.n}
+    if sources.mask is not None:
+        resized["mask_image"] = _resized(sources.mask, size)
+    return resized
+
+
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)

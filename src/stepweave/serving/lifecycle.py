@@ -1,0 +1,310 @@
+"""A server from its start to its end: it loads its model, tells its state, drains, and ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from stepweave.config import Settings, removed_settings
+from stepweave.errors import DeviceFailedError, LoadError, StepweaveError, UnavailableError
+from stepweave.images.decoders import Decoders
+from stepweave.reasons import reason_of
+from stepweave.scheduling.policy import Policy, srpt
+from stepweave.serving.admission import Admission
+from stepweave.serving.drain import Drain, DrainToken
+from stepweave.serving.jobs import Jobs
+from stepweave.serving.keys import ApiKeys
+from stepweave.serving.names import told_name
+from stepweave.serving.request import ActiveRequest
+from stepweave.serving.status import DRAINING_RETRY_SECONDS, Status
+from stepweave.telemetry.metrics import Metrics
+from stepweave.threads import DaemonExecutor, on_thread
+
+if TYPE_CHECKING:
+    from stepweave.engine import StepEngine
+    from stepweave.previews.decoder import Previewer
+    from stepweave.serving.model import ServedModel
+    from stepweave.serving.startup import Loaded, LoadPipeline
+
+logger = logging.getLogger(__name__)
+
+ENCODERS = 2  # threads that encode image files
+# that jobs have to end in once they were told to, their results to be kept, and the process to end
+ENDING_SECONDS = 30.0
+KEEPING_SECONDS = 5.0  # of these, left for what comes after the longest step that is waited for
+
+
+class Lifecycle:
+    """What a server has, and how it comes and goes.
+
+    `load` may be replaced, to serve a pipeline that is made in code. `on_failure` is called, on
+    whatever thread, with the reason why the server cannot start.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        load: LoadPipeline | None = None,
+        on_failure: Callable[[str], None] | None = None,
+        policy: Policy = srpt,
+    ) -> None:
+        self.settings = settings
+        self._load_pipeline = load
+        self._policy = policy
+        self._on_failure = on_failure
+        self.status = Status("starting", 0.0)
+        self.created = int(time.time())
+        self.model: ServedModel | None = None
+        self.device = ""
+        self.dtype = ""
+        self.engine: StepEngine | None = None
+        self.previewer: Previewer | None = None
+        self.keys = ApiKeys(settings.api_keys, settings.api_keys_file)
+        self.jobs: Jobs | None = None  # once started
+        self.leaving = Drain(settings.drain_notice, settings.grace, self._end)
+        self.drain_token: DrainToken | None = None  # once started
+        self.active: dict[str, ActiveRequest] = {}  # accepted and not yet done, by id
+        self._admission: Admission | None = None
+        self.metrics = Metrics(
+            model_name=told_name(settings),
+            clients=self.keys.names,
+            refused=lambda: self._admission.refused if self._admission else {},
+            in_flight=lambda: self._admission.in_flight if self._admission else 0,
+            waiting=lambda: self.engine.waiting if self.engine else 0,
+            engine=lambda: self.engine.stats() if self.engine else None,
+            ready=lambda: self.health().stage == "ready",
+            stores=lambda: self.jobs.stores() if self.jobs else {},
+            free_bytes=lambda: self.jobs.free_bytes() if self.jobs else math.nan,
+        )
+        self._encoders = DaemonExecutor(ENCODERS, "stepweave-encode")
+        # apart: they must not hold up images
+        self._drawers = DaemonExecutor(1, "stepweave-preview", self._use_device)
+        self._closers = DaemonExecutor(2, "stepweave-close")
+        self.decoders = Decoders(settings.max_input_pixels)
+        self._has_images = settings.warmup  # whether the model is known to make images
+        self._loader = threading.Thread(target=self._load, name="stepweave-load", daemon=True)
+
+    def start(self) -> None:
+        """Begin to load in the background; `status` tells how far it is."""
+        self.metrics.load_times.enter("starting")
+        for message in removed_settings():
+            logger.warning("%s", message)
+        try:
+            self.jobs = Jobs.open(self.settings, self.active)
+            self.drain_token = DrainToken(self.jobs.directory)
+        except StepweaveError as error:
+            logger.error("%s", error.message)
+            self._fail(f"STEPWEAVE_STATE_DIR: {error.message.rpartition(': ')[2]}")  # less its path
+        except Exception as error:  # of the database, or the disk
+            logger.exception("opening the state directory failed")
+            self._fail(f"STEPWEAVE_STATE_DIR: {reason_of(error)}")
+        else:
+            logger.info("the token of POST /drain is in %s", self.drain_token.path)
+            self._loader.start()
+
+    def drain(self) -> None:
+        """Announce that the server leaves, and take work for `STEPWEAVE_DRAIN_NOTICE` seconds more;
+        may be taken back."""
+        if not self.leaving.announced:
+            logger.info("draining: new work is refused in %g s", self.settings.drain_notice)
+        self.leaving.announce()
+
+    def take_back_drain(self) -> None:
+        """Take work as before. Raises ConflictError once the process was told to end."""
+        if self.leaving.announced:
+            self.leaving.take_back()
+            logger.info("the drain was taken back")
+
+    def terminate(self) -> None:
+        """Take no more work, for good, and let what was accepted finish; what has not after the
+        grace period is ended."""
+        if self.leaving.terminated:
+            return
+        self.leaving.terminate()
+        logger.info("terminating: %d requests are left", len(self.active))
+        # connections wait for their answers, and the hook that shuts down for the connections
+        assert self.leaving.ending_at is not None
+        left = max(0.0, self.leaving.ending_at - time.monotonic())
+        asyncio.get_running_loop().call_later(
+            left + ENDING_SECONDS - KEEPING_SECONDS, self._cut_off
+        )
+
+    def _cut_off(self) -> None:
+        """Have the requests fail that hang."""
+        if self.active and self.engine is not None:
+            self._closers.submit(self.engine.close, 0.0)
+
+    def _end(self) -> None:
+        for active in list(self.active.values()):
+            active.cancel(
+                UnavailableError(
+                    "The server shut down before the picture was done; send the request again.",
+                    code="draining",
+                    retry_after=DRAINING_RETRY_SECONDS,
+                )
+            )
+
+    async def shut_down(self) -> None:
+        """Terminate, wait for what was accepted, keep its results, and close: at most
+        `ENDING_SECONDS` after the grace period."""
+        self.terminate()
+        ending = time.monotonic() if self.leaving.ending_at is None else self.leaving.ending_at
+        if await self._wait(ending):
+            self._end()
+            until = max(ending + ENDING_SECONDS, time.monotonic() + KEEPING_SECONDS)
+        else:
+            until = time.monotonic() + ENDING_SECONDS
+        await self._wait(until - KEEPING_SECONDS)
+        if self.engine is not None:
+            left = max(0.0, until - KEEPING_SECONDS - time.monotonic())
+            await on_thread(self._closers, self.engine.close, left)
+        await self._wait(until - KEEPING_SECONDS / 2)
+        closing = asyncio.ensure_future(on_thread(self._closers, self.close, until))
+        if not (await asyncio.wait({closing}, timeout=max(0.0, until - time.monotonic())))[0]:
+            logger.error("the stores of jobs and pictures could not be closed in time")
+        else:
+            closing.result()
+
+    async def _wait(self, until: float) -> bool:
+        """Wait until all work has been delivered and kept, or to a time of the monotonic clock;
+        whether some is left."""
+        while left := [request.ended() for request in self.active.values()] + (
+            self.jobs.keeping() if self.jobs else []
+        ):
+            if (await asyncio.wait(left, timeout=max(0.0, until - time.monotonic())))[1]:
+                return True
+        return False
+
+    def close(self, until: float | None = None) -> None:
+        """End the engine. What is still running ends at its next step with an error; what hangs is
+        left behind, at a time of the monotonic clock, `ENDING_SECONDS` from now if None."""
+        until = time.monotonic() + ENDING_SECONDS if until is None else until
+
+        def left() -> float:
+            return max(0.0, until - time.monotonic())
+
+        self.status = Status("closed", 0.0, "the server has shut down")
+        self.decoders.close()
+        if self.engine is not None:
+            self.engine.close(left())
+        if not self._drawers.end(left(), cancel_futures=True) or not self._encoders.end(left()):
+            logger.error("pictures or previews are still being encoded; they are left behind")
+        if self.jobs is not None:
+            self.jobs.close()
+
+    def _load(self) -> None:
+        from stepweave.serving.startup import load
+
+        began = time.monotonic()
+        try:
+            assert self.jobs is not None
+            self.jobs.resume()
+            with self.metrics.load_times.timed():
+                loaded = load(
+                    self.settings,
+                    self._load_pipeline,
+                    self.metrics.step,
+                    self._enter,
+                    self._policy,
+                )
+        except StepweaveError as error:
+            self._fail(error.message)
+        except BaseException as error:
+            logger.exception("starting failed")
+            self._fail(
+                f"{self.status.stage} failed: {reason_of(error, self.settings.model_directory())}"
+            )
+        else:
+            self._serve(loaded)
+            logger.info("ready after %.1f s", time.monotonic() - began)
+
+    def _serve(self, loaded: Loaded) -> None:
+        settings, model = self.settings, loaded.model
+        served_at_once = settings.threads if settings.batching == "threads" else 1
+        self._admission = Admission(
+            served_at_once + settings.max_queue, loaded.engine.drain, max_wait=settings.max_wait
+        )
+        self.model, self.previewer = model, loaded.previewer
+        self.device, self.dtype = loaded.device, loaded.dtype
+        self.metrics.loaded(model.pipeline_class, settings.revision, loaded.device, loaded.dtype)
+        self.engine = loaded.engine
+        try:
+            self._enter(
+                "ready", 1.0, f"{model.id} on {loaded.device}, {loaded.threads} CPU threads"
+            )
+        except LoadError:  # closed meanwhile
+            loaded.engine.close()
+
+    def _use_device(self) -> None:
+        """Make the model's device the calling thread's."""
+        import torch
+
+        from stepweave.compat.torch_state import use_device
+
+        use_device(torch.device(self.device or "cpu"))
+
+    def _enter(self, stage: str, progress: float, message: str) -> None:
+        if self.status.stage == "closed" or self.leaving.terminated:
+            raise LoadError("the server was told to end while it was loading")
+        self.status = Status(stage, progress, message)
+        self.metrics.load_times.enter(stage)
+        logger.info("%s: %s", stage, message)
+
+    def _fail(self, message: str) -> None:
+        self.metrics.load_times.enter(None)
+        if self.status.stage != "closed" and not self.leaving.terminated:
+            logger.error(
+                "the server cannot %s: %s",
+                "serve" if self.status.stage == "ready" else "start",
+                message,
+            )
+            self.status = Status("failed", 0.0, message)
+            if self._on_failure is not None:
+                self._on_failure(message)
+
+    def health(self) -> Status:
+        """Where the server stands; an engine that is stuck, or has ended, is `stuck`, one whose
+        device has failed `failed`. Never waits for the device."""
+        status, engine = self.status, self.engine
+        if engine is not None and status.stage == "ready":
+            if engine.failure is not None:
+                return Status("failed", 0.0, f"the device has failed: {engine.failure}")
+            limit = self.settings.stuck_seconds
+            for what, seconds in (
+                ("the engine has", engine.stalled()),
+                ("encoders of images have", self._encoders.stalled()),
+            ):
+                if seconds > limit:
+                    return Status(
+                        "stuck",
+                        0.0,
+                        f"{what} not moved for {seconds:.0f} s; the limit is {limit:g} s",
+                    )
+        if self.leaving.announced and status.stage not in ("failed", "closed"):
+            ended = (
+                "; its grace period is over, and nothing told the process to end"
+                if self.leaving.overdue
+                else ""
+            )
+            return Status("draining", 1.0, f"{len(self.active)} requests are left{ended}")
+        return status
+
+    def alive(self) -> bool:
+        """Whether the process is of use: it is, or may yet be, ready, or finishes what it accepted.
+
+        A server that cannot load its model never will, nor does a stuck engine move again, nor does
+        one that has drained and was not told to end take work: the kubelet is to start another.
+        """
+        return self.health().stage not in ("failed", "stuck") and not self.leaving.overdue
+
+    def unavailable(self) -> UnavailableError:
+        """What to answer while the server is not ready."""
+        status, engine = self.health(), self.engine
+        if status.stage == "failed" and engine is not None and engine.failure is not None:
+            return DeviceFailedError(engine.failure)
+        return status.unavailable()
