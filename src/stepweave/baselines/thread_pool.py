@@ -9,7 +9,7 @@ from typing import Any
 
 from stepweave.baselines.request_batch import batch_key, images_of, run_batch
 from stepweave.compat.torch_state import use_device
-from stepweave.engine_config import EngineConfig
+from stepweave.config.engine import EngineConfig
 from stepweave.errors import EngineMisuseError, RequestCancelledError
 from stepweave.jobs.job import enter_engine
 from stepweave.jobs.running import RunningJob

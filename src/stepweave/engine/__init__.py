@@ -1,7 +1,7 @@
 """The step engine: many calls of one pipeline at once, sharing forwards at every denoising step."""
 
+from stepweave.config.engine import EngineConfig, Mode
 from stepweave.engine.engine import StepEngine
-from stepweave.engine_config import EngineConfig, Mode
 from stepweave.jobs.job import Job, Observer, Progress
 from stepweave.planning.stats import EngineStats
 from stepweave.previews.latents import Latents

@@ -16,8 +16,8 @@ import torch
 
 from stepweave.baselines.thread_pool import ThreadPool
 from stepweave.compat.torch_state import draw_seed
+from stepweave.config.engine import EngineConfig, Mode
 from stepweave.engine.loop import StepLoop
-from stepweave.engine_config import EngineConfig, Mode
 from stepweave.errors import EngineClosedError, EngineMisuseError
 from stepweave.jobs.job import Job, Observer, inside_engine
 from stepweave.jobs.running import RunningJob

@@ -18,10 +18,10 @@ from stepweave.certification.certificate import Verdict
 from stepweave.certification.certificates import Certificates
 from stepweave.certification.unshared import Unshared
 from stepweave.compat import torch_state
+from stepweave.config.engine import EngineConfig
 from stepweave.engine.fiber import Done, Fiber
 from stepweave.engine.hooks import EngineAutoencoder, SuspendHook, on_image_thread
 from stepweave.engine.runner import Batch, BatchRunner
-from stepweave.engine_config import EngineConfig
 from stepweave.errors import StepweaveError
 from stepweave.jobs.running import RunningJob
 from stepweave.jobs.thread import EngineThread, engine_failed
