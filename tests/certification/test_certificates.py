@@ -24,7 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from stepweave import StepEngine
 from stepweave.certification import certificates as certify
 from stepweave.certification import proof
-from stepweave.memory import device as memory
+from stepweave.memory import row_limits
 from tests.support.comparing import state_of
 from tests.support.toy import (
     SECONDS,
@@ -1048,7 +1048,7 @@ def test_memory_that_runs_out_once_does_not_keep_calls_alone_for_good(
     rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process may have taken it for a while."""
-    monkeypatch.setattr(memory, "RECOVERY", 5)
+    monkeypatch.setattr(row_limits, "RECOVERY", 5)
     failed: list[nn.Module] = []
 
     def forward(self: nn.Module, x: Tensor) -> Tensor:

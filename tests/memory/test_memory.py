@@ -20,7 +20,7 @@ from stepweave.batching.parts import join, part
 from stepweave.compat.out_of_memory import ran_out
 from stepweave.engine import Mode
 from stepweave.errors import OutOfMemoryError, RequestCancelledError
-from stepweave.memory import device as memory
+from stepweave.memory import row_limits
 from stepweave.memory.device import CudaMemory, UnknownMemory
 from stepweave.memory.row_limits import RowLimits
 from tests.support import tiny
@@ -648,30 +648,30 @@ def test_a_cap_rises_slowly_and_more_slowly_after_each_fall(
 
     room.failed("kind", 32)
     assert room.limit("kind", 1000) == 16
-    assert forwards_until_it_rises() == memory.RECOVERY
+    assert forwards_until_it_rises() == row_limits.RECOVERY
     assert room.limit("kind", 1000) == 18
     room.failed("kind", 18)
     assert room.limit("kind", 1000) == 9
-    assert forwards_until_it_rises() == 2 * memory.RECOVERY
+    assert forwards_until_it_rises() == 2 * row_limits.RECOVERY
     room.failed("kind", 40)
     room.failed("kind", 1)
     assert room.limit("kind", 1000) == 10, "neither says that fewer rows do not fit"
     for _ in range(20):
         room.failed("kind", room.limit("kind", 1000))
         if room.limit("kind", 1000) == 1:
-            assert forwards_until_it_rises() <= memory.SLOWEST * memory.RECOVERY
-    assert forwards_until_it_rises() == memory.SLOWEST * memory.RECOVERY
+            assert forwards_until_it_rises() <= row_limits.SLOWEST * row_limits.RECOVERY
+    assert forwards_until_it_rises() == row_limits.SLOWEST * row_limits.RECOVERY
 
 
 def test_kinds_are_forgotten_so_that_the_table_is_bounded() -> None:
     room = RowLimits(Budget(10))
-    for i in range(3 * memory.KEPT):
+    for i in range(3 * row_limits.KEPT):
         room.failed(("kind", i), 8)
         with room.measured(("kind", i), 1):
             pass
         with room.measured(object(), 1):  # a call that could not be described
             pass
-    assert len(room._caps) == len(room._sizes) == memory.KEPT
+    assert len(room._caps) == len(room._sizes) == row_limits.KEPT
 
 
 # Parts

@@ -61,8 +61,9 @@ class Job:
 
     `accepted`, `started`, `begun` (it was given its first forward), `opened` (the first denoising
     step is about to run), `stepped` (the last one has run) and `finished` are seconds of the
-    monotonic clock, or None until then; `deadline` is one, too, or None. `seed` is of the generator
-    that it was given where the caller gave none.
+    monotonic clock, or None until then; `deadline` is one, too, or None, and `time_limit` the
+    seconds that it was given for. `seed` is of the generator that it was given where the caller
+    gave none.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Job:
         self.id = uuid.uuid4().hex
         self.accepted = time.monotonic()
         self.deadline = None if deadline is None else self.accepted + deadline
+        self.time_limit = deadline
         self.seed = seed
         self.reproducible = reproducible
         self.started: float | None = None
@@ -91,6 +93,11 @@ class Job:
         self._owner = owner
         self._on_cancel = on_cancel
         self._future = _Result(self)
+
+    @property
+    def late(self) -> bool:
+        """Whether its deadline has passed."""
+        return self.deadline is not None and time.monotonic() > self.deadline
 
     @property
     def warnings(self) -> list[str]:

@@ -50,7 +50,6 @@ class RunningJob:
         self.job = job
         self.id = job.id
         self.accepted = job.accepted
-        self.deadline = job.deadline
         self.reproducible = job.reproducible
         self.args = args
         self.kwargs = kwargs
@@ -85,9 +84,12 @@ class RunningJob:
     # What it is told
 
     @property
+    def deadline(self) -> float | None:
+        return self.job.deadline
+
+    @property
     def late(self) -> bool:
-        """Whether its deadline has passed."""
-        return self.deadline is not None and time.monotonic() > self.deadline
+        return self.job.late
 
     def end(self) -> RequestCancelledError | DeviceFailedError | DeadlineExceededError | None:
         """Why the job must end, if it must."""
@@ -96,7 +98,7 @@ class RunningJob:
         if (failed := self._health.error()) is not None:
             return failed
         if self.late:
-            seconds = duration((self.deadline or 0.0) - self.accepted)
+            seconds = duration(self.job.time_limit or 0.0)
             return DeadlineExceededError(f"The job was not done within its deadline of {seconds}.")
         return None
 

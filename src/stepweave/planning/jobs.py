@@ -19,10 +19,13 @@ class PlannedJob(Protocol):
     priority: Priority
     reproducible: bool
     accepted: float
-    deadline: float | None
     recorder: Recorder  # of the calls that it makes
     shape: Shape | None
     task: Task
+
+    @property
+    def deadline(self) -> float | None:
+        """When it must be done."""
 
     @property
     def begun(self) -> float | None:
