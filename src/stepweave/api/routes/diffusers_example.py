@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -29,6 +30,16 @@ TYPE = "t2im"  # what it calls text to image
 GIGABYTE = 1024**3
 
 
+def _no_boolean(value: Any) -> Any:
+    """Python takes true for 1, which the document of the routes does not."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("int_type", "Input should be a valid integer")
+    return value
+
+
+Number = Annotated[int, BeforeValidator(_no_boolean)]
+
+
 class DiffusersExampleRequest(BaseModel):
     """Body of `POST /api/diffusers/inference`."""
 
@@ -37,12 +48,12 @@ class DiffusersExampleRequest(BaseModel):
 
     prompt: str = Field(description="What the image should show.")
     negative_prompt: str | None = Field(None, description="What it should not show.")
-    num_inference_steps: int | None = Field(
+    num_inference_steps: Number | None = Field(
         None,
         description=f"Denoising steps; {DEFAULT_STEPS} if absent, or the server's limit if that "
         "is less.",
     )
-    num_images_per_prompt: int = Field(1, ge=1, description="Number of pictures.")
+    num_images_per_prompt: Number = Field(1, ge=1, description="Number of pictures.")
     model: str | None = Field(
         None, description="Ignored, as the example server does: this one has one model."
     )
