@@ -312,7 +312,7 @@ async def test_a_request_whose_result_is_lost_fails_after_a_while(
             "stepweave.jobs.job.asyncio.wrap_future",
             lambda _: asyncio.get_running_loop().create_future(),
         ),
-        "the engine forgot it": patch("stepweave.jobs.job.Job.finish", lambda *_: None),
+        "the engine forgot it": patch("stepweave.jobs.running.RunningJob.finish", lambda *_: None),
     }
     async with serving(max_queue=1) as app:
         usual = app.server.settings.stuck_seconds
@@ -371,7 +371,7 @@ def test_work_goes_to_threads_in_one_way_only() -> None:
     assert found == {
         ("threads.py", "run_in_executor"),
         ("threads.py", "set_exception"),
-        ("engine/job.py", "wrap_future"),
+        ("jobs/job.py", "wrap_future"),
     }
 
 

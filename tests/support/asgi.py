@@ -256,7 +256,7 @@ class App:
         its next step."""
         tickets = self.server.active
         await self.until(
-            lambda: all(one.job.done() or one.job._cancelled for one in tickets.values())
+            lambda: all(one.job.done() or one.job.cancelled for one in tickets.values())
         )
 
     def outcomes(self) -> dict[str, int]:

@@ -16,6 +16,7 @@ import pytest
 
 from stepweave import StepEngine
 from stepweave.jobs.job import Job
+from stepweave.jobs.running import RunningJob
 from tests.support.tiny import FAMILIES, Family
 from tests.support.waiting import SECONDS
 
@@ -127,13 +128,15 @@ class Stage:
 
     def play(self) -> list[Job]:
         """The jobs, in the company's order, all done."""
-        opened, advanced = Job.open, Job.advance
+        opened, advanced = RunningJob.open, RunningJob.advance
         with (
             mock.patch.object(
-                Job, "open", lambda job, total: (opened(job, total), self._heard(job))[0]
+                RunningJob, "open", lambda job, total: (opened(job, total), self._heard(job))[0]
             ),
             mock.patch.object(
-                Job, "advance", lambda job, steps: (advanced(job, steps), self._heard(job))[0]
+                RunningJob,
+                "advance",
+                lambda job, steps: (advanced(job, steps), self._heard(job))[0],
             ),
         ):
             self._submit(0)
@@ -161,8 +164,8 @@ class Stage:
                     del self._waiting[late]
                     self._submit(late)
 
-    def _heard(self, job: Job) -> None:
+    def _heard(self, job: RunningJob) -> None:
         i = self._numbers[id(job.kwargs["generator"])]
         self._release(i, job.progress.step)
         if job.progress.step >= self._leaves.get(i, SECONDS):
-            job.cancel()
+            job.job.cancel()
