@@ -51,6 +51,7 @@ class RunningJob:
         self.id = job.id
         self.accepted = job.accepted
         self.reproducible = job.reproducible
+        self.seed = job.seed
         self.args = args
         self.kwargs = kwargs
         self.scope = scope

@@ -5,17 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
 from stepweave.compat.own_state import OwnState, OwnTypes
 from stepweave.compat.torch_state import DefaultRandom, use_device
-from stepweave.jobs.running import RunningJob
 from stepweave.outcome import Outcome
 from stepweave.threads import DaemonExecutor
 
 THREADS = 2
+
+
+class ImageJob(Protocol):
+    """A job, as far as its work on images is concerned."""
+
+    fiber: Any  # that waits for the work
+    at_images: bool  # whether it does
+
+
+JobT = TypeVar("JobT", bound=ImageJob)
 
 
 @dataclass(frozen=True)
@@ -31,15 +40,15 @@ class ImageWork:
         return answer.get() if isinstance(answer, Outcome) else self.function()
 
 
-class ImageThreads:
+class ImageThreads(Generic[JobT]):
     """Runs such work; `returned` is called with what came of it, on any thread."""
 
-    def __init__(self, returned: Callable[[RunningJob, Any], None], device: torch.device) -> None:
+    def __init__(self, returned: Callable[[JobT, Any], None], device: torch.device) -> None:
         self._returned = returned
         self.lockstep = False  # on the engine's own thread
         self._threads = DaemonExecutor(THREADS, "stepweave-images", partial(use_device, device))
 
-    def run(self, job: RunningJob, work: ImageWork) -> None:
+    def run(self, job: JobT, work: ImageWork) -> None:
         job.at_images = True
         if self.lockstep or not _may_move(job, work):
             self._returned(job, work)
@@ -51,7 +60,7 @@ class ImageThreads:
         return self._threads.end(seconds)
 
 
-def _may_move(job: RunningJob, work: ImageWork) -> bool:
+def _may_move(job: ImageJob, work: ImageWork) -> bool:
     """Whether it would find on another thread what it finds on the engine's: nothing of the whole
     process is the job's own. Where it is watched what a job's own code leaves in the modules, code
     that is not known stays, too."""
@@ -65,9 +74,9 @@ def _may_move(job: RunningJob, work: ImageWork) -> bool:
 
 
 def _run(
-    held: list[RunningJob],
+    held: list[JobT],
     function: Callable[[], Any],
-    returned: Callable[[RunningJob, Any], None],
+    returned: Callable[[JobT, Any], None],
 ) -> None:
     job = held.pop()  # so that nothing on this thread keeps it
     returned(job, job.fiber.beside(function))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from diffusers.hooks import ModelHook
 from torch import nn
@@ -16,17 +16,22 @@ from stepweave.certification.state_watch import StateWatch
 from stepweave.compat.attention_processors import AttentionProcessors
 from stepweave.compat.cpu_offload import Offloading
 from stepweave.compat.module_hooks import check_free, install, modules_in, uninstall
-from stepweave.compat.stateful_modules import ModuleGuard
+from stepweave.compat.stateful_modules import GuardedJob, ModuleGuard
 from stepweave.compat.torch_state import DefaultRandom, Own, on_device
 from stepweave.compat.turn_taking import swaps_processors
 from stepweave.contained import contained
-from stepweave.jobs.running import RunningJob
 from stepweave.memory.device_health import DeviceHealth
 from stepweave.scope.locks import is_autoencoder
 from stepweave.views.scope import EngineScope
 
 # Makes the target of a module's forward, whenever somebody else has hooked it meanwhile.
 TargetOf = Callable[[nn.Module, Callable[..., Any]], Target]
+
+
+class SeededJob(GuardedJob, Protocol):
+    """A job, as far as its own modules and its own random numbers are concerned."""
+
+    seed: int | None  # of its generator, where the caller gave none
 
 
 class EngineModules:
@@ -85,13 +90,13 @@ class EngineModules:
             tokenized=partial(followed, digests=fingerprints) if on_gpu else lambda output: output,
         )
 
-    def own(self, job: RunningJob) -> list[Own]:
+    def own(self, job: SeededJob) -> list[Own]:
         """What a job's fiber has of its own."""
         own: list[Own] = []
         with contained("watch a job's own code"):
             own = self.guard.own(job, alone=job.scope.takes_turns())
-        if job.job.seed is not None and job.kwargs.get("generator") is None:  # it takes none
-            own.append(DefaultRandom(job.job.seed, self._health.device))
+        if job.seed is not None and job.kwargs.get("generator") is None:  # it takes none
+            own.append(DefaultRandom(job.seed, self._health.device))
         return own
 
     def note_stateful(self, target: Target, watch: StateWatch) -> bool:
