@@ -72,3 +72,15 @@ def pipelines_in(pipeline: Any) -> Iterator[Any]:
     for component in list(vars(pipeline).values()):
         if isinstance(component, DiffusionPipeline):
             yield from pipelines_in(component)
+
+
+def offload_only(pipeline: Any) -> Callable[[], None]:
+    """What a view does at the end of its call where CPU offload is on: move the models back, leave
+    their hooks alone."""
+    hooks = list(getattr(pipeline, "_all_hooks", ()))
+
+    def maybe_free_model_hooks() -> None:
+        for hook in hooks:
+            hook.offload()
+
+    return maybe_free_model_hooks

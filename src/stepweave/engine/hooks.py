@@ -57,9 +57,8 @@ def _run(attempt: Attempt, fiber: Fiber) -> Any:
     else:
         if attempt.keep:
             attempt.wrote = snapshot.wrote()
-            with contextlib.suppress(
-                Exception
-            ):  # what cannot be copied is neither compared nor kept
+            # what cannot be copied is neither compared nor kept
+            with contextlib.suppress(Exception):
                 attempt.output = cloned(output)
         return output
     snapshot.put_back()

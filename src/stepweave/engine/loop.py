@@ -41,9 +41,8 @@ from stepweave.views.scope import EngineScope
 
 logger = logging.getLogger(__name__)
 
-INSISTENCE = (
-    100  # times a job that must end is told so again, where its pipeline goes on regardless
-)
+# times a job that must end is told so again, where its pipeline goes on regardless
+INSISTENCE = 100
 
 
 class StepLoop(EngineThread):

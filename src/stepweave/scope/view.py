@@ -8,13 +8,14 @@ The caller's pipeline is only read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin
 from transformers import PreTrainedTokenizerBase
 
+from stepweave.compat.cpu_offload import offload_only
 from stepweave.compat.isolation import THRESHOLD, WRAPPABLE, Isolation, Replacement
 
 
@@ -81,15 +82,3 @@ def _is_component(value: Any) -> bool:
         value,
         (SchedulerMixin, ConfigMixin, DiffusionPipeline, PreTrainedTokenizerBase, torch.nn.Module),
     )
-
-
-def offload_only(pipeline: Any) -> Callable[[], None]:
-    """What a view does at the end of its call where CPU offload is on: move the models back, leave
-    their hooks alone."""
-    hooks = list(getattr(pipeline, "_all_hooks", ()))
-
-    def maybe_free_model_hooks() -> None:
-        for hook in hooks:
-            hook.offload()
-
-    return maybe_free_model_hooks
