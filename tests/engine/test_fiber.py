@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stepweave.batching.call import Attempt, Call
 from stepweave.batching.fingerprints import Fingerprints
 from stepweave.compat import torch_state as ambient
-from stepweave.compat.torch_state import DefaultRandom
-from stepweave.engine.fiber import Done, Fiber, current_fiber, suspend, suspendable
+from stepweave.compat.torch_state import DefaultRandom, suspendable
+from stepweave.engine.fiber import Done, Fiber, current_fiber, suspend
 from stepweave.engine.hooks import EngineAutoencoder, SuspendHook, on_image_thread
 from stepweave.errors import EngineMisuseError
 from stepweave.memory.device_health import DeviceHealth

@@ -37,7 +37,7 @@ class Target:
     module: nn.Module
     function: Callable[..., Any]
     cap: int | None = None  # rows at a time, where it has a bound of its own
-    cached: bool = False  # results are remembered: an encoder of prompts or pictures
+    cached: bool = False  # results are remembered: an encoder of prompts or images
     processors: AttentionProcessors | None = None  # where calls swap attention processors
     readings: Readings = field(default_factory=Readings, repr=False)
     names: tuple[str, ...] = field(init=False)

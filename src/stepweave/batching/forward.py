@@ -1,16 +1,44 @@
-"""One forward of some arguments, or of many calls' arguments put together."""
+"""One forward: of a call as it is, of some arguments, or of many calls' arguments put together."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from stepweave.batching.call import Call, Unmergeable
-from stepweave.batching.merge import copied, merge, split
+from stepweave.batching.call import Attempt, Call, Unmergeable
+from stepweave.batching.merge import cloned, copied, merge, split
 from stepweave.batching.parts import chunk, join
 from stepweave.compat import torch_state as ambient
+from stepweave.compat.out_of_memory import ran_out
+from stepweave.compat.own_state import OwnState
 from stepweave.compat.snapshot import ArgumentSnapshot
+
+
+def run_attempt(attempt: Attempt, own: OwnState | None) -> Any:
+    """Run a call in its own fiber, on modules as the job's `own` code has changed them. Notes in
+    the attempt how it went; raises what the call raises, unless memory ran out."""
+    call = attempt.call
+    run = partial(attempt.run, call)
+    snapshot = ArgumentSnapshot(*call.args, *call.kwargs.values())
+    try:
+        output = run() if own is None else own.during(run)
+    except BaseException as error:
+        attempt.failed = True
+        if not ran_out(error):
+            raise
+        attempt.ran_out = True  # and the error is let go of, which holds on to the memory
+    else:
+        if attempt.keep:
+            attempt.wrote = snapshot.wrote()
+            # what cannot be copied is neither compared nor kept
+            with contextlib.suppress(Exception):
+                attempt.output = cloned(output)
+        return output
+    snapshot.put_back()
+    attempt.overwritten = snapshot.overwritten()
+    return None
 
 
 def run_arguments(call: Call, arguments: dict[str, Any], kinds: tuple[str, ...]) -> Any:

@@ -26,6 +26,13 @@ class Ambient(NamedTuple):
     dtype: torch.dtype
 
 
+def suspendable() -> bool:
+    """Whether the running code may be suspended here: what torch has on its stacks cannot be
+    carried across."""
+    modes = torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
+    return not torch.is_inference_mode_enabled() and modes == 0
+
+
 def device_types(device: torch.device) -> tuple[str, ...]:
     """Those whose autocast is a fiber's own."""
     return ("cpu",) if device.type == "cpu" else ("cpu", device.type)

@@ -9,7 +9,6 @@ import math
 import threading
 import weakref
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -170,7 +169,7 @@ class StepEngine(Estimates):
     @contextlib.contextmanager
     def in_lockstep(self) -> Iterator[None]:
         """Within it, how fast the machine is has no influence on which calls meet: forwards have as
-        many rows as may be, whether they pay or not, and pictures are read and made on the engine's
+        many rows as may be, whether they pay or not, and images are read and made on the engine's
         own thread. For jobs of a warm-up."""
         threads = None if self._loop is None else self._loop.image_threads
         try:
@@ -263,23 +262,14 @@ class StepEngine(Estimates):
                 timeout,
                 "; ".join(left) or jobs,
             )
+        message = f"The engine was closed, and the job had not ended {timeout:g} s later."
         for job in jobs:
-            self._runner.finish(
-                job,
-                EngineClosedError(
-                    f"The engine was closed, and the job had not ended {timeout:g} s later."
-                ),
-            )
+            self._runner.finish(job, EngineClosedError(message))
 
     def __enter__(self) -> StepEngine:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

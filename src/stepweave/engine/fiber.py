@@ -65,25 +65,20 @@ class Fiber:
         """The context variables that its function has set, by name, while it is suspended; the
         engine's own aside."""
         inside = self._greenlet.gr_context or contextvars.Context()
-        own = [
-            one
-            for one in inside
-            if one not in self._outside or self._outside[one] is not inside[one]
-        ]
-        return [one.name for one in own if not one.name.startswith("stepweave_")]
+        unset = object()
+        names = [var.name for var in inside if self._outside.get(var, unset) is not inside[var]]
+        return [name for name in names if not name.startswith("stepweave_")]
 
     @property
     def finished(self) -> bool:
         return self._greenlet.dead
 
     def resume(self, value: Any = None) -> Any:
-        """Go on with `value` as what `suspend` returns. Gives what it suspends with next, or
-        Done."""
+        """Go on with `value` as what `suspend` returns. Gives the next request, or Done."""
         return self._switch(self._greenlet.switch, value)
 
     def throw(self, error: BaseException) -> Any:
-        """Go on with `suspend` raising `error`. Gives what the fiber suspends with next, or
-        Done."""
+        """Go on with `suspend` raising `error`. Gives the next request, or Done."""
         return self._switch(
             lambda error: self._greenlet.throw(type(error), error, error.__traceback__), error
         )
@@ -159,10 +154,3 @@ def suspend(request: Any) -> Any:
     parent = here.parent
     assert parent is not None
     return parent.switch(request)
-
-
-def suspendable() -> bool:
-    """Whether the running code may be suspended here: what torch has on its stacks cannot be
-    carried across."""
-    modes = torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
-    return not torch.is_inference_mode_enabled() and modes == 0

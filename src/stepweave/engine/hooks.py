@@ -3,9 +3,7 @@ autoencoder, and where it reads and makes images."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,12 +11,10 @@ from diffusers.hooks import ModelHook
 from torch import nn
 
 from stepweave.batching.call import Attempt, Call, Target
-from stepweave.batching.merge import cloned
-from stepweave.compat.out_of_memory import ran_out
+from stepweave.batching.forward import run_attempt
 from stepweave.compat.own_state import OwnState
-from stepweave.compat.snapshot import ArgumentSnapshot
-from stepweave.compat.torch_state import current
-from stepweave.engine.fiber import Fiber, current_fiber, suspend, suspendable
+from stepweave.compat.torch_state import current, suspendable
+from stepweave.engine.fiber import Fiber, current_fiber, suspend
 from stepweave.scope.proxy import Proxy
 from stepweave.views.image_threads import ImageWork
 from stepweave.views.modules import TargetOf
@@ -30,40 +26,16 @@ def call_engine(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     assert fiber is not None
     processors = None if target.processors is None else target.processors.installed()
     call = Call(target, args, kwargs, current(fiber.kinds), processors, fiber.owner)
+    own = next((state for state in fiber.own if isinstance(state, OwnState)), None)
     request: Call | Attempt = call
     while isinstance(answer := suspend(request), Attempt):
-        request, output = answer, _run(answer, fiber)
+        request, output = answer, run_attempt(answer, own)
         if not answer.ran_out:
             answer = output
             break
     if not target.cached:
         fiber.last = answer
     return answer
-
-
-def _run(attempt: Attempt, fiber: Fiber) -> Any:
-    """Run a call in its own fiber. Raises what that raises, unless memory ran out."""
-    call = attempt.call
-    run = partial(attempt.run, call)
-    own = next((state for state in fiber.own if isinstance(state, OwnState)), None)
-    snapshot = ArgumentSnapshot(*call.args, *call.kwargs.values())
-    try:
-        output = run() if own is None else own.during(run)
-    except BaseException as error:
-        attempt.failed = True
-        if not ran_out(error):
-            raise
-        attempt.ran_out = True  # and the error is let go of, which holds on to the memory
-    else:
-        if attempt.keep:
-            attempt.wrote = snapshot.wrote()
-            # what cannot be copied is neither compared nor kept
-            with contextlib.suppress(Exception):
-                attempt.output = cloned(output)
-        return output
-    snapshot.put_back()
-    attempt.overwritten = snapshot.overwritten()
-    return None
 
 
 class SuspendHook(ModelHook):  # type: ignore[misc]

@@ -1,5 +1,4 @@
-"""The step loop: start jobs, choose calls that share a key, run one forward, let their fibers go
-on."""
+"""The step loop: start jobs, choose calls of one key, run one forward, let their fibers go on."""
 
 from __future__ import annotations
 
