@@ -1,0 +1,295 @@
+"""The layers of src/stepweave: which package may import which, and docs/architecture.svg, drawn
+from what they do import.
+
+`python -m tools.layers` draws the picture. A test holds the rule, and that the picture is what is
+drawn; docs/architecture.md quotes the rule.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Sequence
+from html import escape
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ROOT / "src" / "stepweave"
+PICTURE = ROOT / "docs" / "architecture.svg"
+
+# From the bottom to the top: packages, and modules that stand beside them. Each imports only from
+# rows below its own.
+LAYERS = (
+    ("errors", "reasons", "contained", "parameters"),
+    ("outcome", "config"),
+    ("threads",),
+    ("compat", "scheduling"),
+    ("scope", "planning"),
+    ("previews", "batching", "truncation"),
+    ("certification",),
+    ("memory",),
+    ("views",),
+    ("jobs",),
+    ("recovery", "baselines"),
+    ("engine",),
+    ("images", "loading", "store"),
+    ("telemetry", "download"),
+    ("serving",),
+    ("api",),
+)
+FOUNDATION_ROWS = 3  # drawn as one box: everything may import them
+READ_FIRST = ("engine", "scheduling", "scope")
+SERVER = ("images", "loading", "store", "telemetry", "download", "serving", "api")
+PURPOSES = {
+    "compat": "what diffusers shares",
+    "scheduling": "which calls are next",
+    "scope": "a view for each request",
+    "planning": "costs and predictions",
+    "previews": "unfinished images",
+    "batching": "many calls into one",
+    "truncation": "prompts that are cut",
+    "certification": "whether calls may share",
+    "memory": "what fits, what waits",
+    "views": "views for the engine",
+    "jobs": "a job and its thread",
+    "recovery": "jobs that restart",
+    "baselines": "modes without steps",
+    "engine": "the step loop",
+    "images": "image files, uploads",
+    "loading": "a model, ready to run",
+    "store": "job records, image files",
+    "telemetry": "metrics and logs",
+    "download": "a model from the hub",
+    "serving": "from request to answer",
+    "api": "every HTTP surface",
+}
+
+WIDTH, HEIGHT, PASSAGE = 172, 44, 10  # of a box, and the width of a line that passes a row
+GAP, ROW = 22, 78  # between boxes of a row, and from row to row
+MARGIN, TOP = 20, 64  # around the picture, and the room for its legend
+FILLS = {"read first": "#ffe08a", "guest": "#dbe9f6", "server": "#dcefdc", "foundation": "#ececec"}
+
+
+class Import(NamedTuple):
+    """One import of one module of the package by another, wherever in the module it stands."""
+
+    importer: str  # dotted, as is what is imported
+    imported: str
+    name: str  # that is taken from it; empty for a module
+
+    @property
+    def between(self) -> tuple[str, str]:
+        """The packages of both."""
+        return package_of(self.importer), package_of(self.imported)
+
+
+def package_of(module: str) -> str:
+    """The package, or the module beside the packages, that a dotted name belongs to; empty for
+    `stepweave` itself."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def imports(sources: Path = SOURCES) -> Iterator[Import]:
+    """Those within `stepweave`: at the top of modules, in functions, and for type checkers only."""
+    for path in sorted(sources.rglob("*.py")):
+        parts = path.relative_to(sources.parent).with_suffix("").parts
+        importer = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                yield from (
+                    Import(importer, alias.name, "")
+                    for alias in node.names
+                    if alias.name.split(".")[0] == "stepweave"
+                )
+            elif isinstance(node, ast.ImportFrom):
+                base = node.module or ""
+                if node.level:  # relative to the module's own package
+                    own = importer if parts[-1] == "__init__" else importer.rpartition(".")[0]
+                    for _ in range(node.level - 1):
+                        own = own.rpartition(".")[0]
+                    base = f"{own}.{base}".rstrip(".")
+                for alias in node.names if base.split(".")[0] == "stepweave" else ():
+                    whole = base == "stepweave" and not alias.name.startswith("__")
+                    yield Import(importer, f"{base}.{alias.name}" if whole else base, alias.name)
+
+
+def edges() -> set[tuple[str, str]]:
+    """Which package imports which other, the face of the whole package aside."""
+    between = {found.between for found in imports()}
+    return {(upper, lower) for upper, lower in between if upper and lower and upper != lower}
+
+
+def direct(edges: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Those without which a package would no longer reach another, by others either."""
+    below: dict[str, set[str]] = {}
+    for row in LAYERS:
+        for name in row:
+            lower = {end for start, end in edges if start == name}
+            below[name] = lower.union(*(below.get(end, set()) for end in lower))
+    return {
+        (start, end)
+        for start, end in edges
+        if not any(end in below[other] for first, other in edges if first == start and other != end)
+    }
+
+
+def order() -> str:
+    """The rule as docs/architecture.md quotes it, from the top to the bottom."""
+    return "\n".join(f"{'  '.join(row)}" for row in reversed(LAYERS))
+
+
+# The picture. Items of a row are packages, and passages of lines to packages further below.
+
+Item = tuple[str, int]  # a package, or what the line leads to, and the row
+
+
+def drawn_rows() -> tuple[list[list[Item]], set[tuple[Item, Item]]]:
+    """The items of each row, and the lines from items to items of the row below."""
+    layers = LAYERS[FOUNDATION_ROWS:]
+    rows: list[list[Item]] = [[(name, i) for name in row] for i, row in enumerate(layers)]
+    row_of = {name: i for i, row in enumerate(layers) for name in row}
+    lines = set()
+    for start, end in sorted(direct(edges())):
+        if start in row_of and end in row_of:
+            path = [(start, row_of[start])]
+            path += [(end, row) for row in range(row_of[start] - 1, row_of[end] - 1, -1)]
+            lines.update(pairwise(path))
+            for item in path[1:-1]:
+                if item not in rows[item[1]]:
+                    rows[item[1]].append(item)
+    return rows, lines
+
+
+def crossings(rows: Sequence[Sequence[Item]], lines: set[tuple[Item, Item]]) -> int:
+    at = {item: i for row in rows for i, item in enumerate(row)}
+    ends = [(upper[1], at[upper], at[lower]) for upper, lower in lines]
+    return sum(
+        row == other and left < right and below > beside
+        for row, left, below in ends
+        for other, right, beside in ends
+    )
+
+
+def arranged(rows: list[list[Item]], lines: set[tuple[Item, Item]]) -> list[list[Item]]:
+    """Rows in an order in which few lines cross: each item below, then above, the middle of those
+    that it is joined to, in turns."""
+    best = rows
+    for turn in range(24):
+        down = turn % 2 == 0
+        rows = [list(row) for row in rows]
+        for i in range(len(rows)) if not down else reversed(range(len(rows))):
+            at = {item: n / max(1, len(row) - 1) for row in rows for n, item in enumerate(row)}
+
+            def middle(item: Item, at: dict[Item, float] = at, down: bool = down) -> float:
+                joined = [
+                    at[upper] if down else at[lower]
+                    for upper, lower in lines
+                    if (lower if down else upper) == item
+                ]
+                return sum(joined) / len(joined) if joined else at[item]
+
+            rows[i].sort(key=middle)
+        if crossings(rows, lines) < crossings(best, lines):
+            best = rows
+    return best
+
+
+def is_box(item: Item) -> bool:
+    return item[0] in LAYERS[FOUNDATION_ROWS:][item[1]]
+
+
+def placed(rows: list[list[Item]], lines: set[tuple[Item, Item]]) -> dict[Item, float]:
+    """The middle of each item, in pixels: near those that it is joined to, and beside its
+    neighbours."""
+    x = {item: 0.0 for row in rows for item in row}
+
+    def apart(left: Item, right: Item) -> float:
+        return sum((WIDTH if is_box(item) else PASSAGE) / 2 for item in (left, right)) + GAP
+
+    for _ in range(60):
+        for row in rows:
+            wished = []
+            for item in row:
+                joined = [x[a if b == item else b] for a, b in lines if item in (a, b)]
+                wished.append((x[item] + sum(joined)) / (1 + len(joined)))
+            right, left = list(wished), list(wished)
+            for i in range(1, len(row)):
+                right[i] = max(right[i], right[i - 1] + apart(row[i - 1], row[i]))
+            for i in reversed(range(len(row) - 1)):
+                left[i] = min(left[i], left[i + 1] - apart(row[i], row[i + 1]))
+            x |= {item: (right[i] + left[i]) / 2 for i, item in enumerate(row)}
+    first = min(place - (WIDTH if is_box(item) else PASSAGE) / 2 for item, place in x.items())
+    return {item: round(place - first + MARGIN, 1) for item, place in x.items()}
+
+
+def kind_of(name: str) -> str:
+    return "read first" if name in READ_FIRST else "server" if name in SERVER else "guest"
+
+
+def box(x: float, y: float, width: float, name: str, purpose: str, kind: str) -> str:
+    """A box from its middle at the top."""
+    stroke = ' stroke-width="2.5"' if kind == "read first" else ""
+    return (
+        f'<rect x="{x - width / 2:.1f}" y="{y:.1f}" width="{width:.1f}" height="{HEIGHT}" rx="6"'
+        f' fill="{FILLS[kind]}"{stroke}/>\n'
+        f'<text class="name" x="{x:.1f}" y="{y + 18:.1f}">{escape(name)}</text>\n'
+        f'<text x="{x:.1f}" y="{y + 35:.1f}">{escape(purpose)}</text>'
+    )
+
+
+def picture() -> str:
+    """The SVG: a line leads from a package down to one that it imports, unless another that it
+    imports does so anyway; nothing leads up."""
+    rows, lines = drawn_rows()
+    rows = arranged(rows, lines)
+    x = placed(rows, lines)
+    y = {item: TOP + (len(rows) - 1 - item[1]) * ROW for item in x}
+    right = max(place + (WIDTH if is_box(item) else PASSAGE) / 2 for item, place in x.items())
+    width, bottom = right + MARGIN, TOP + len(rows) * ROW
+    parts = []
+    for upper, lower in sorted(lines):
+        start, end = y[upper] + HEIGHT, y[lower]
+        head = ' marker-end="url(#head)"' if is_box(lower) else ""
+        middle = (start + end) / 2
+        parts.append(
+            f'<path d="M{x[upper]},{start} C{x[upper]},{middle} {x[lower]},{middle}'
+            f' {x[lower]},{end}"{head}/>'
+        )
+    for item in sorted(x):
+        if is_box(item):
+            name = item[0]
+            parts.append(box(x[item], y[item], WIDTH, name, PURPOSES[name], kind_of(name)))
+        else:
+            parts.append(f'<path d="M{x[item]},{y[item]} V{y[item] + HEIGHT}"/>')
+    below = ", ".join(name for row in LAYERS[:FOUNDATION_ROWS] for name in row)
+    parts.append(
+        box(width / 2, bottom, width - 2 * MARGIN, below, "may be imported by all", "foundation")
+    )
+    legend = {"read first": "read first", "guest": "guests of the loop", "server": "the server"}
+    for i, (kind, text) in enumerate(legend.items()):
+        left = MARGIN + i * 160
+        parts.append(
+            f'<rect x="{left}" y="16" width="18" height="18" rx="4" fill="{FILLS[kind]}"/>\n'
+            f'<text class="legend" x="{left + 26}" y="30">{text}</text>'
+        )
+    return "\n".join(
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}"'
+            f' height="{bottom + HEIGHT + MARGIN}" font-family="DejaVu Sans, Verdana, sans-serif"'
+            ' font-size="12" text-anchor="middle" stroke="none">',
+            "<title>The packages of Stepweave and what they import</title>",
+            "<style>rect { stroke: #444 } path { stroke: #888; fill: none; stroke-width: 1.3 }"
+            " .name { font-size: 14px; font-weight: bold } .legend { text-anchor: start }</style>",
+            '<marker id="head" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7"'
+            ' orient="auto"><path d="M0,0 L8,4 L0,8 z" style="fill: #888; stroke: none"/></marker>',
+            '<rect width="100%" height="100%" style="fill: white; stroke: none"/>',
+            *parts,
+            "</svg>\n",
+        )
+    )
+
+
+if __name__ == "__main__":
+    PICTURE.write_text(picture())
+    print(f"{PICTURE.relative_to(ROOT)} is drawn.")
