@@ -37,9 +37,9 @@ class _Greenlet(greenlet.greenlet):
 class Fiber:
     """Runs `function` until it suspends, again and again. All by the thread that made it.
 
-    Gradient mode, autocast, default dtype and context variables are the fiber's own; and so is what
-    `own` puts in place whenever the fiber runs, such as torch's default generator. `owner` is whom
-    it runs for.
+    Gradient mode, autocast and default dtype (at first those of `ambient`) and context variables
+    are the fiber's own; and so is what `own` puts in place whenever the fiber runs, such as torch's
+    default generator. `owner` is whom it runs for.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Fiber:
         self.owner = owner
         self._function: Callable[[], Any] | None = function  # until it begins
         self._ambient = ambient
-        self.kinds = tuple(kind for kind, _, _ in ambient.autocast)
+        self.device_types = tuple(kind for kind, _, _ in ambient.autocast)
         self.own = own
         self.last: Any = None  # what the last call of a model gave it
         self._greenlet = _Greenlet(self._run)
@@ -88,7 +88,7 @@ class Fiber:
             raise EngineMisuseError("A fiber that has ended cannot go on.")
         if greenlet.getcurrent() is not self._greenlet.parent:
             raise EngineMisuseError("A fiber goes on only from where it was made.")
-        outside = current(self.kinds)
+        outside = current(self.device_types)
         apply(self._ambient, outside)
         try:
             with contextlib.ExitStack() as left:
@@ -97,7 +97,7 @@ class Fiber:
                     left.callback(one.leave)
                 return switch(value)
         finally:
-            self._ambient = current(self.kinds)
+            self._ambient = current(self.device_types)
             apply(outside, self._ambient)
             if self._greenlet.dead:
                 self._greenlet.fiber = None
@@ -111,12 +111,12 @@ class Fiber:
         """
         apart = greenlet.greenlet(Outcome.of)
         apart.gr_context = self._greenlet.gr_context
-        outside = current(self.kinds)
+        outside = current(self.device_types)
         apply(self._ambient._replace(dtype=outside.dtype), outside)
         try:
             outcome: Outcome = apart.switch(function)
         finally:
-            after = current(self.kinds)
+            after = current(self.device_types)
             self._ambient = after._replace(dtype=self._ambient.dtype)
             apply(outside._replace(dtype=after.dtype), after)
         outcome.let_go()

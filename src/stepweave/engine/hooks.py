@@ -25,7 +25,7 @@ def call_engine(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     fiber = current_fiber()
     assert fiber is not None
     processors = None if target.processors is None else target.processors.installed()
-    call = Call(target, args, kwargs, current(fiber.kinds), processors, fiber.owner)
+    call = Call(target, args, kwargs, current(fiber.device_types), processors, fiber.owner)
     own = next((state for state in fiber.own if isinstance(state, OwnState)), None)
     request: Call | Attempt = call
     while isinstance(answer := suspend(request), Attempt):

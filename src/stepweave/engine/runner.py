@@ -49,7 +49,7 @@ class BatchRunner:
         memory: DeviceMemory,
         planner: Planner,
         device: torch.device,
-        kinds: tuple[str, ...],
+        device_types: tuple[str, ...],
         max_rows: int,
     ) -> None:
         self.watches = Watches()
@@ -57,16 +57,16 @@ class BatchRunner:
         self._cache = cache
         self._stats = stats
         self._planner = planner
-        self._kinds = kinds
+        self._device_types = device_types
         self._max_rows = max_rows
         self._clock = clock_of(device)
         self._limits = RowLimits(memory)
         self._parts = Microbatches(
-            self._limits, self.limit, certificates, cache, stats, kinds,
+            self._limits, self.limit, certificates, cache, stats, device_types,
             start=self._clock.start, done=self._done,
         )  # fmt: skip
         self._proving = Proving(
-            certificates, self.watches, stats, kinds,
+            certificates, self.watches, stats, device_types,
             alone=self._alone, deliver=self._deliver, ran_out=self._parts.ran_out,
             part=self._parts.part, limit=self.limit,
         )  # fmt: skip
@@ -140,7 +140,7 @@ class BatchRunner:
         try:
             with self._limits.measured(first.kind, rows, first.cost):
                 repeat = self._certificates.of(first).repeat
-                outputs = run_merged(calls, self._kinds, repeat=repeat)
+                outputs = run_merged(calls, self._device_types, repeat=repeat)
         except Exception as error:  # let go of here, since it holds on to the memory
             if not ran_out(error):
                 reason = f"merged, it raised {type(error).__name__}: {error}"[:200]

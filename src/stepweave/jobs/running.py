@@ -76,7 +76,7 @@ class RunningJob:
         self.at_images = False  # it waits for work on another thread
         self.restarting = False  # it ends, to start again
         self.refused = False  # it was told that the modules are no longer as they were
-        self.told = 0  # to end, so many times
+        self.told = 0  # how often it was told to end
         self._snapshot = ArgumentSnapshot()
 
     def __repr__(self) -> str:
