@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from stepweave.config.engine import Mode
 from stepweave.errors import OutOfMemoryError, RequestCancelledError
 from stepweave.outcome import Outcome
 
@@ -79,7 +80,7 @@ class EngineStats:
     """A snapshot. `forwards` and `certificates` are of mode `step`; `forwards` by module, rows and
     calls that shared one."""
 
-    mode: str
+    mode: Mode
     waiting: int  # jobs
     running: int  # jobs
     jobs: Mapping[str, int]  # done, by outcome: succeeded, failed, cancelled
