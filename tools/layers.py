@@ -142,14 +142,15 @@ def order() -> str:
 # The picture. Items of a row are packages, and passages of lines to packages further below.
 
 Item = tuple[str, int]  # a package, or what the line leads to, and the row
+Lines = Sequence[tuple[Item, Item]]  # sorted, so that the picture is the same each time
 
 
-def drawn_rows() -> tuple[list[list[Item]], set[tuple[Item, Item]]]:
+def drawn_rows() -> tuple[list[list[Item]], Lines]:
     """The items of each row, and the lines from items to items of the row below."""
     layers = LAYERS[FOUNDATION_ROWS:]
     rows: list[list[Item]] = [[(name, i) for name in row] for i, row in enumerate(layers)]
     row_of = {name: i for i, row in enumerate(layers) for name in row}
-    lines = set()
+    lines: set[tuple[Item, Item]] = set()
     for start, end in sorted(direct(edges())):
         if start in row_of and end in row_of:
             path = [(start, row_of[start])]
@@ -158,10 +159,10 @@ def drawn_rows() -> tuple[list[list[Item]], set[tuple[Item, Item]]]:
             for item in path[1:-1]:
                 if item not in rows[item[1]]:
                     rows[item[1]].append(item)
-    return rows, lines
+    return rows, sorted(lines)
 
 
-def crossings(rows: Sequence[Sequence[Item]], lines: set[tuple[Item, Item]]) -> int:
+def crossings(rows: Sequence[Sequence[Item]], lines: Lines) -> int:
     at = {item: i for row in rows for i, item in enumerate(row)}
     ends = [(upper[1], at[upper], at[lower]) for upper, lower in lines]
     return sum(
@@ -171,7 +172,7 @@ def crossings(rows: Sequence[Sequence[Item]], lines: set[tuple[Item, Item]]) -> 
     )
 
 
-def arranged(rows: list[list[Item]], lines: set[tuple[Item, Item]]) -> list[list[Item]]:
+def arranged(rows: list[list[Item]], lines: Lines) -> list[list[Item]]:
     """Rows in an order in which few lines cross: each item below, then above, the middle of those
     that it is joined to, in turns."""
     best = rows
@@ -199,7 +200,7 @@ def is_box(item: Item) -> bool:
     return item[0] in LAYERS[FOUNDATION_ROWS:][item[1]]
 
 
-def placed(rows: list[list[Item]], lines: set[tuple[Item, Item]]) -> dict[Item, float]:
+def placed(rows: list[list[Item]], lines: Lines) -> dict[Item, float]:
     """The middle of each item, in pixels: near those that it is joined to, and beside its
     neighbours."""
     x = {item: 0.0 for row in rows for item in row}
@@ -248,7 +249,7 @@ def picture() -> str:
     right = max(place + (WIDTH if is_box(item) else PASSAGE) / 2 for item, place in x.items())
     width, bottom = right + MARGIN, TOP + len(rows) * ROW
     parts = []
-    for upper, lower in sorted(lines):
+    for upper, lower in lines:
         start, end = y[upper] + HEIGHT, y[lower]
         head = ' marker-end="url(#head)"' if is_box(lower) else ""
         middle = (start + end) / 2
