@@ -100,7 +100,7 @@ def test_two_runs_may_differ_a_little_and_more_in_half_precision(
 # A model that warms up
 
 
-@pytest.fixture(params=["step", "off"])
+@pytest.fixture(params=["step", pytest.param("off", marks=pytest.mark.full)])
 def mode(request: pytest.FixtureRequest) -> Iterator[Any]:
     yield request.param
 
