@@ -399,9 +399,9 @@ def test_they_do_in_any_order_and_whoever_came_before(
     "plant",
     [
         residual_in_a_closure,
-        counter_in_a_pre_hook,
+        pytest.param(counter_in_a_pre_hook, marks=pytest.mark.full),
         buffer_written_in_place,
-        closure_of_a_hook_deep_within,
+        pytest.param(closure_of_a_hook_deep_within, marks=pytest.mark.full),
     ],
 )
 def test_state_does_not_leak_between_jobs_that_are_never_merged(
@@ -416,7 +416,10 @@ def test_state_does_not_leak_between_jobs_that_are_never_merged(
     assert len(warnings_of(caplog, "transformer")) == 1
 
 
-@pytest.mark.parametrize("plant", [residual_in_a_closure, counter_in_a_pre_hook])
+@pytest.mark.parametrize(
+    "plant",
+    [residual_in_a_closure, pytest.param(counter_in_a_pre_hook, marks=pytest.mark.full)],
+)
 def test_jobs_with_guidance_take_turns_too(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rows, and jobs of one row beside them."""
     planted = Planted(plant, monkeypatch)
@@ -472,7 +475,12 @@ def embedded() -> Any:
 
 
 @pytest.mark.parametrize(
-    "plant", [residual_in_a_closure, counter_in_a_pre_hook, class_attribute_shadowed]
+    "plant",
+    [
+        residual_in_a_closure,
+        pytest.param(counter_in_a_pre_hook, marks=pytest.mark.full),
+        pytest.param(class_attribute_shadowed, marks=pytest.mark.full),
+    ],
 )
 def test_jobs_of_the_embedded_model_take_turns(
     plant: Plant, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -613,7 +621,13 @@ def test_tables_that_the_first_forward_makes_are_no_such_state(
 
 
 @pytest.mark.parametrize(
-    "plant", [tables_by_shape, tables_by_rows_too, remembered_function, table_that_grows]
+    "plant",
+    [
+        tables_by_shape,
+        pytest.param(tables_by_rows_too, marks=pytest.mark.full),
+        pytest.param(remembered_function, marks=pytest.mark.full),
+        table_that_grows,
+    ],
 )
 def test_nor_are_those_that_a_later_size_makes(
     plant: Plant, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

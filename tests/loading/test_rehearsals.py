@@ -243,7 +243,9 @@ def test_schedulers_that_are_well_are_refused_at_no_steps(name: str, counts: Any
     assert refused <= {("PNDMScheduler", 1), ("PNDMScheduler", 2), ("PNDMScheduler", 3)}
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float16, marks=pytest.mark.full), torch.bfloat16]
+)
 def test_they_run_in_half_precision_as_well(dtype: torch.dtype) -> None:
     for name in ("leading", "velocity", "flow"):
         pipeline = of_kind(name)
