@@ -320,6 +320,15 @@ FAULTS = [
     Fault(private_slot, ("turns",)),
 ]
 every_fault = pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.plant.__name__)
+# Places that another fault stands for in the quick run: attributes, hooks, classes, globals
+REPEATED = (
+    residual_as_an_attribute,
+    counter_in_a_forward_hook,
+    class_attribute_shadowed,
+    closure_of_a_hook_deep_within,
+    attribute_of_a_class_that_is_no_module,
+    global_of_a_static_method,
+)
 
 
 @dataclass
@@ -376,7 +385,17 @@ def test_the_fault_is_one(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None
     assert difference(once, numbers(pipeline(**asked(0, 5)()))) > 1e-2
 
 
-@every_fault
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(
+            fault,
+            id=fault.plant.__name__,
+            marks=pytest.mark.full if fault.plant in REPEATED else (),
+        )
+        for fault in FAULTS
+    ],
+)
 def test_jobs_of_a_module_that_keeps_state_take_turns(
     fault: Fault, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -602,11 +621,11 @@ every_table = pytest.mark.parametrize(
     "plant",
     [
         tables_by_shape,
-        tables_by_rows_too,
+        pytest.param(tables_by_rows_too, marks=pytest.mark.full),
         buffer_made_when_needed,
-        attribute_made_when_needed,
+        pytest.param(attribute_made_when_needed, marks=pytest.mark.full),
         remembered_function,
-        table_that_grows,
+        pytest.param(table_that_grows, marks=pytest.mark.full),
     ],
 )
 

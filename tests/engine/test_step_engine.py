@@ -1140,7 +1140,7 @@ def test_a_defect_of_the_engine_is_contained_and_loses_no_job(
 ) -> None:
     with StepEngine(sd3) as engine:
         with monkeypatch.context() as patched:
-            with held(engine, **SD3.arguments("x")):
+            with held(engine, **SD3.arguments("x", steps=1)):
                 jobs = [engine.submit(**SD3.arguments("a red circle", seed=i)) for i in range(4)]
                 patched.setattr(*PARTS[part], failing(getattr(*PARTS[part]), times))
             for i, job in enumerate(jobs):
