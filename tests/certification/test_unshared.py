@@ -184,6 +184,7 @@ def test_image_to_image_and_text_to_image_beside_each_other_are_right(dtype: tor
     assert pipeline.vae.dtype == dtype
 
 
+@pytest.mark.full  # beside text to image, which is harder, it is in the quick run
 @every_type
 def test_an_engine_of_image_to_image_alone_is_right(dtype: torch.dtype) -> None:
     if reason := runs_in(dtype):

@@ -366,6 +366,8 @@ REPEATED = {
     "config",
     "wrapper",
     "ready_module",
+    "submodule",
+    "parametrization",
 }
 every_case = pytest.mark.parametrize(
     "case",
@@ -584,9 +586,9 @@ def test_such_a_pipeline_changes_later_calls(case: Case) -> None:
 @pytest.mark.parametrize(
     "rounds",
     [
-        ("pp", "pspp", "ppp"),
+        pytest.param(("pp", "pspp", "ppp"), marks=pytest.mark.full),
         pytest.param(("spp", "p"), marks=pytest.mark.full),
-        pytest.param(("ssp", "sp"), marks=pytest.mark.full),
+        ("ssp", "sp"),
     ],
     ids="-".join,
 )

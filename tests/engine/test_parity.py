@@ -350,7 +350,7 @@ def wishes(family: Family) -> list[dict[str, Any]]:
     ]
 
 
-@families(MAIN, quick=("stable_diffusion",))
+@families(MAIN, quick=("flux",))
 def test_whatever_a_call_asks_for_it_gets_next_to_all_others(family: Family) -> None:
     plain = [built(family, False)(**call) for call in wishes(family)]
     gate = threading.Event()

@@ -1653,7 +1653,11 @@ def test_a_picture_that_cannot_be_made_fails_its_own_job(
 
 @pytest.mark.parametrize(
     ("max_rows", "max_decode_rows"),
-    [pytest.param(6, 2, marks=pytest.mark.full), (4, 8), (None, 3)],
+    [
+        pytest.param(6, 2, marks=pytest.mark.full),
+        (4, 8),
+        pytest.param(None, 3, marks=pytest.mark.full),
+    ],
 )
 def test_forwards_have_no_more_rows_than_allowed(
     sd3: Any, max_rows: int | None, max_decode_rows: int

@@ -42,7 +42,6 @@ LONG = (
     "tests/images/test_outputs.py",
     "tests/api/test_counting.py",
     "tests/serving/test_starts.py",
-    "tests/serving/test_restart.py",
     "tests/adversarial/test_adversarial.py",
     "tests/engine/test_edits.py",
     "tests/loading/test_optimizations.py",
