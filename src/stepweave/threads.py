@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import queue
 import threading
@@ -11,7 +12,7 @@ import weakref
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor, Future
 from functools import partial
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 from stepweave.outcome import Outcome, carried
 
@@ -139,3 +140,21 @@ async def _got(future: asyncio.Future[Outcome], function: Callable[..., T]) -> T
         return value
     finally:
         del outcome  # which an error's traceback would hold, and it that
+
+
+class Closable(Protocol):
+    def close(self) -> None: ...
+
+
+def close_at_exit(closable: Closable) -> Callable[[], None]:
+    """Have something closed when Python ends, if it is still there then; gives what
+    `atexit.unregister` takes."""
+    reference = weakref.ref(closable)
+
+    def close() -> None:
+        closable = reference()
+        if closable is not None:
+            closable.close()
+
+    atexit.register(close)
+    return close

@@ -283,7 +283,7 @@ def test_each_outcome_is_counted_apart(
         "--steps",
         "1,2,3,4,5",
         "--drain",
-        "8",
+        "5",
         "--out",
         str(tmp_path),
     )

@@ -184,6 +184,7 @@ def test_image_to_image_and_text_to_image_beside_each_other_are_right(dtype: tor
     assert pipeline.vae.dtype == dtype
 
 
+@pytest.mark.full  # beside text to image, which is harder, it is in the quick run
 @every_type
 def test_an_engine_of_image_to_image_alone_is_right(dtype: torch.dtype) -> None:
     if reason := runs_in(dtype):
@@ -267,10 +268,23 @@ def by_object(original: Any) -> Any:
     return Forward()
 
 
-@pytest.mark.parametrize("name", ["transformer", "unet"])
+WRAPS = (by_lambda, by_function, by_wraps, by_partial, by_object)
+# each way once, and each kind of network
+QUICK = {
+    ("transformer", by_wraps),
+    ("transformer", by_partial),
+    ("transformer", by_object),
+    ("unet", by_lambda),
+}
+
+
 @pytest.mark.parametrize(
-    "wrap",
-    [by_lambda, pytest.param(by_function, marks=pytest.mark.full), by_wraps, by_partial, by_object],
+    ("name", "wrap"),
+    [
+        pytest.param(name, wrap, marks=() if (name, wrap) in QUICK else pytest.mark.full)
+        for name in ("transformer", "unet")
+        for wrap in WRAPS
+    ],
 )
 def test_a_module_whose_forward_is_passed_on_shares_forwards(
     wrap: Callable[[Any], Any], name: str

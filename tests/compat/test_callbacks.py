@@ -355,7 +355,27 @@ CASES = {
     "ready_module": Case(SD3.build, asked, callback(put_in_a_ready_module)),
     "parametrization": Case(SD3.build, asked, callback(parametrize)),
 }
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+# A quick run has one of each way to change a module
+REPEATED = {
+    "ip_adapter_cutoff",
+    "vae_tiling",
+    "processor",
+    "replaced_weight",
+    "forward_of_the_whole",
+    "training",
+    "config",
+    "wrapper",
+    "ready_module",
+    "submodule",
+    "parametrization",
+}
+every_case = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=pytest.mark.full if name in REPEATED else ())
+        for name, case in CASES.items()
+    ],
+)
 
 
 @pytest.mark.full
@@ -396,7 +416,14 @@ def test_several_jobs_with_such_callbacks_do_not_add_up(case: Case) -> None:
     case.check("ssp", "sp")
 
 
-@pytest.mark.parametrize("name", ["ip_adapter_cutoff", "attribute", "scaled_weight"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("ip_adapter_cutoff", marks=pytest.mark.full),
+        pytest.param("attribute", marks=pytest.mark.full),
+        "scaled_weight",
+    ],
+)
 def test_a_job_that_ends_early_leaves_nothing_behind(name: str) -> None:
     """Its callback writes, and then raises."""
     case = CASES[name]
@@ -557,7 +584,13 @@ def test_such_a_pipeline_changes_later_calls(case: Case) -> None:
 
 @every_own
 @pytest.mark.parametrize(
-    "rounds", [("pp", "pspp", "ppp"), ("spp", "p"), ("ssp", "sp")], ids="-".join
+    "rounds",
+    [
+        pytest.param(("pp", "pspp", "ppp"), marks=pytest.mark.full),
+        pytest.param(("spp", "p"), marks=pytest.mark.full),
+        ("ssp", "sp"),
+    ],
+    ids="-".join,
 )
 def test_what_a_pipeline_writes_to_its_modules_is_its_jobs_alone(
     case: Case, rounds: tuple[str, ...]

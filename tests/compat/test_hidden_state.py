@@ -320,6 +320,15 @@ FAULTS = [
     Fault(private_slot, ("turns",)),
 ]
 every_fault = pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.plant.__name__)
+# Places that another fault stands for in the quick run: attributes, hooks, classes, globals
+REPEATED = (
+    residual_as_an_attribute,
+    counter_in_a_forward_hook,
+    class_attribute_shadowed,
+    closure_of_a_hook_deep_within,
+    attribute_of_a_class_that_is_no_module,
+    global_of_a_static_method,
+)
 
 
 @dataclass
@@ -376,7 +385,17 @@ def test_the_fault_is_one(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None
     assert difference(once, numbers(pipeline(**asked(0, 5)()))) > 1e-2
 
 
-@every_fault
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(
+            fault,
+            id=fault.plant.__name__,
+            marks=pytest.mark.full if fault.plant in REPEATED else (),
+        )
+        for fault in FAULTS
+    ],
+)
 def test_jobs_of_a_module_that_keeps_state_take_turns(
     fault: Fault, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,9 +418,9 @@ def test_they_do_in_any_order_and_whoever_came_before(
     "plant",
     [
         residual_in_a_closure,
-        counter_in_a_pre_hook,
+        pytest.param(counter_in_a_pre_hook, marks=pytest.mark.full),
         buffer_written_in_place,
-        closure_of_a_hook_deep_within,
+        pytest.param(closure_of_a_hook_deep_within, marks=pytest.mark.full),
     ],
 )
 def test_state_does_not_leak_between_jobs_that_are_never_merged(
@@ -416,7 +435,10 @@ def test_state_does_not_leak_between_jobs_that_are_never_merged(
     assert len(warnings_of(caplog, "transformer")) == 1
 
 
-@pytest.mark.parametrize("plant", [residual_in_a_closure, counter_in_a_pre_hook])
+@pytest.mark.parametrize(
+    "plant",
+    [residual_in_a_closure, pytest.param(counter_in_a_pre_hook, marks=pytest.mark.full)],
+)
 def test_jobs_with_guidance_take_turns_too(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rows, and jobs of one row beside them."""
     planted = Planted(plant, monkeypatch)
@@ -472,7 +494,12 @@ def embedded() -> Any:
 
 
 @pytest.mark.parametrize(
-    "plant", [residual_in_a_closure, counter_in_a_pre_hook, class_attribute_shadowed]
+    "plant",
+    [
+        residual_in_a_closure,
+        pytest.param(counter_in_a_pre_hook, marks=pytest.mark.full),
+        pytest.param(class_attribute_shadowed, marks=pytest.mark.full),
+    ],
 )
 def test_jobs_of_the_embedded_model_take_turns(
     plant: Plant, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -594,11 +621,11 @@ every_table = pytest.mark.parametrize(
     "plant",
     [
         tables_by_shape,
-        tables_by_rows_too,
+        pytest.param(tables_by_rows_too, marks=pytest.mark.full),
         buffer_made_when_needed,
-        attribute_made_when_needed,
+        pytest.param(attribute_made_when_needed, marks=pytest.mark.full),
         remembered_function,
-        table_that_grows,
+        pytest.param(table_that_grows, marks=pytest.mark.full),
     ],
 )
 
@@ -613,7 +640,13 @@ def test_tables_that_the_first_forward_makes_are_no_such_state(
 
 
 @pytest.mark.parametrize(
-    "plant", [tables_by_shape, tables_by_rows_too, remembered_function, table_that_grows]
+    "plant",
+    [
+        tables_by_shape,
+        pytest.param(tables_by_rows_too, marks=pytest.mark.full),
+        pytest.param(remembered_function, marks=pytest.mark.full),
+        table_that_grows,
+    ],
 )
 def test_nor_are_those_that_a_later_size_makes(
     plant: Plant, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

@@ -240,15 +240,22 @@ async def server():
             print("shut down", flush=True)
 
 StepEngine.close.__defaults__ = (0.05,)
-kept = hang(sys.argv[1])
+kept = [hang(what) for what in sys.argv[1:]]
 """
 
 
-@pytest.mark.parametrize("what", ["forward", "images", "threads", "server"])
-def test_a_process_ends_though_work_hangs(what: str) -> None:
+WORK = ("forward", "images", "threads", "server")
+
+
+@pytest.mark.parametrize(
+    "hung",
+    [WORK, *(pytest.param((what,), marks=pytest.mark.full) for what in WORK)],
+    ids="-".join,
+)
+def test_a_process_ends_though_work_hangs(hung: tuple[str, ...]) -> None:
     environment = clean_environment(PYTHONPATH=os.pathsep.join((str(ROOT / "src"), str(ROOT))))
     ended = subprocess.run(
-        [sys.executable, "-c", SCRIPT, what],
+        [sys.executable, "-c", SCRIPT, *hung],
         cwd=ROOT,
         env=environment,
         timeout=SECONDS,

@@ -44,7 +44,11 @@ CASES: list[tuple[str, Edit]] = [
     ("qwen_image", "image_to_image"),
     ("qwen_image", "inpaint"),
 ]
-REPEATS = [("stable_diffusion_xl", "inpaint"), ("qwen_image", "inpaint")]  # much like others
+REPEATS = [  # much like others
+    ("stable_diffusion_xl", "image_to_image"),
+    ("stable_diffusion_xl", "inpaint"),
+    ("qwen_image", "inpaint"),
+]
 every_case = pytest.mark.parametrize(("name", "edit"), CASES)
 
 
@@ -370,7 +374,14 @@ def test_there_is_no_sibling_where_components_are_missing_or_of_another_kind(
 
 @pytest.mark.parametrize(
     "name",
-    ["stable_diffusion_3", "stable_diffusion_3_dynamic", "flux", "qwen_image", "hunyuan_image"],
+    [
+        "stable_diffusion_3",
+        "flux",
+        *(
+            pytest.param(name, marks=pytest.mark.full)
+            for name in ("stable_diffusion_3_dynamic", "qwen_image", "hunyuan_image")
+        ),
+    ],
 )
 def test_schedulers_that_are_allowed_run(name: str) -> None:
     check_schedulers(name)

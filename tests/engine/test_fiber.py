@@ -24,7 +24,7 @@ from stepweave.batching.fingerprints import Fingerprints
 from stepweave.compat import torch_state as ambient
 from stepweave.compat.torch_state import DefaultRandom, suspendable
 from stepweave.engine.fiber import Done, Fiber, current_fiber, suspend
-from stepweave.engine.hooks import EngineAutoencoder, SuspendHook, on_image_thread
+from stepweave.engine.hooks import SuspendHook, call_engine, on_image_thread
 from stepweave.errors import EngineMisuseError
 from stepweave.memory.device_health import DeviceHealth
 from stepweave.views.image_threads import ImageWork
@@ -566,7 +566,7 @@ def modules_of(pipeline: Any, owns: Callable[[Fiber], bool] = lambda fiber: True
     return EngineModules(
         pipeline,
         hook=functools.partial(SuspendHook, owns),
-        autoencoder=EngineAutoencoder,
+        call=call_engine,
         max_decode_rows=4,
         health=DeviceHealth(torch.device("cpu")),
         fingerprints=Fingerprints(),

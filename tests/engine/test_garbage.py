@@ -328,7 +328,7 @@ async def test_no_tensor_is_left_of_a_request(how: str, no_collector: None) -> N
         assert previewing.made == (3 if how == "streams" else 0)
 
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("quick_garbage")]
 
 
 @pytest.fixture

@@ -1135,14 +1135,20 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("times", [1, float("inf")], ids=["once", "always"])
+@pytest.mark.parametrize(
+    "times",
+    [
+        pytest.param(1, id="once", marks=pytest.mark.full),
+        pytest.param(float("inf"), id="always"),
+    ],
+)
 @pytest.mark.parametrize("part", PARTS)
 def test_a_defect_of_the_engine_is_contained_and_loses_no_job(
     part: str, times: float, sd3: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with StepEngine(sd3) as engine:
         with monkeypatch.context() as patched:
-            with held(engine, **SD3.arguments("x")):
+            with held(engine, **SD3.arguments("x", steps=1)):
                 jobs = [engine.submit(**SD3.arguments("a red circle", seed=i)) for i in range(4)]
                 patched.setattr(*PARTS[part], failing(getattr(*PARTS[part]), times))
             for i, job in enumerate(jobs):
@@ -1653,7 +1659,14 @@ def test_a_picture_that_cannot_be_made_fails_its_own_job(
 # --- bounds of a forward, and turns ---
 
 
-@pytest.mark.parametrize(("max_rows", "max_decode_rows"), [(6, 2), (4, 8), (None, 3)])
+@pytest.mark.parametrize(
+    ("max_rows", "max_decode_rows"),
+    [
+        pytest.param(6, 2, marks=pytest.mark.full),
+        (4, 8),
+        pytest.param(None, 3, marks=pytest.mark.full),
+    ],
+)
 def test_forwards_have_no_more_rows_than_allowed(
     sd3: Any, max_rows: int | None, max_decode_rows: int
 ) -> None:

@@ -252,7 +252,9 @@ def test_every_surface_says_so(in_process: Make) -> None:
     assert app.client.get(url).json()["error"]["code"] == "non_finite"
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", [*(pytest.param(mode, marks=pytest.mark.full) for mode in MODES[:-1]), "step"]
+)
 def test_a_warm_up_that_is_not_finite_never_turns_ready(in_process: Make, mode: str) -> None:
     pipeline = tiny()
     DAMAGES["NaN weights"](pipeline)

@@ -346,7 +346,12 @@ class Recorder:
 
 
 @pytest.mark.parametrize(
-    "name", ["stable_diffusion_xl", pytest.param("controlnet_sd", marks=pytest.mark.full), "flux"]
+    "name",
+    [
+        pytest.param("stable_diffusion_xl", marks=pytest.mark.full),
+        pytest.param("controlnet_sd", marks=pytest.mark.full),
+        "flux",
+    ],
 )
 def test_jobs_merge_with_model_offload_and_no_more_is_on_the_gpu_than_with_one(
     name: str, monkeypatch: pytest.MonkeyPatch

@@ -131,9 +131,14 @@ def ends_far(model: ServedModel, parameters: Parameters) -> bool:
 
 
 @pytest.mark.parametrize("build", [cosine, FAMILIES["stable_diffusion_3_dynamic"].build])
-def test_what_is_refused_fails_and_nothing_else_does(build: Callable[[], Any]) -> None:
+@pytest.mark.parametrize(
+    "counts", [(1, 2, 4, 11), pytest.param((3, 6), marks=pytest.mark.full)], ids=["some", "others"]
+)
+def test_what_is_refused_fails_and_nothing_else_does(
+    build: Callable[[], Any], counts: tuple[int, ...]
+) -> None:
     model = served(build())
-    assert differing(model, (1, 2, 3, 4, 6, 11)) == []
+    assert differing(model, counts) == []
 
 
 @pytest.mark.full
@@ -245,7 +250,9 @@ def test_schedulers_that_are_well_are_refused_at_no_steps(name: str, counts: Any
     assert refused <= {("PNDMScheduler", 1), ("PNDMScheduler", 2), ("PNDMScheduler", 3)}
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float16, marks=pytest.mark.full), torch.bfloat16]
+)
 def test_they_run_in_half_precision_as_well(dtype: torch.dtype) -> None:
     for name in ("leading", "velocity", "flow"):
         pipeline = of_kind(name)

@@ -22,8 +22,8 @@ from tools.lines import lines_by_package
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
 ROWS = {name: row for row, names in enumerate(LAYERS) for name in names}
 
-READING_PATH = 1_700  # lines of what to read first, in all; the aim is 1,500
-# Lines of all others. What needs more, needs a reason, or another package.
+READING_PATH = 1_500  # lines of what to read first, in all
+# Lines of all others, today's rounded up. What needs more, needs a reason, or another package.
 BUDGETS = {
     "api": 6_000,
     "serving": 4_000,
@@ -35,15 +35,15 @@ BUDGETS = {
     "recovery": 100,
     "baselines": 350,
     "jobs": 650,
-    "views": 650,
+    "views": 700,
     "memory": 650,
     "certification": 2_450,
     "previews": 600,
     "batching": 1_400,
     "truncation": 500,
-    "planning": 1_700,
-    "compat": 2_200,
-    "threads": 150,
+    "planning": 1_750,
+    "compat": 2_300,
+    "threads": 200,
     "outcome": 150,
     "config": 800,
     "errors": 400,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
+from tests.support.distribution import APART, LONG, SERVED
 from tests.support.environment import ROOT
 
 
@@ -33,3 +34,10 @@ def test_no_test_module_imports_another() -> None:
 def test_every_folder_of_tests_is_a_package_so_that_equal_names_do_not_meet() -> None:
     folders = {path.parent for path in (ROOT / "tests").rglob("test_*.py")}
     assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
+def test_the_modules_that_are_dealt_out_in_a_way_of_their_own_are_there() -> None:
+    named = [*SERVED, *APART, *LONG]
+    assert [path for path in named if not (ROOT / path).exists()] == []
+    assert len(set(LONG)) == len(LONG)
+    assert not SERVED & {*APART, *LONG}

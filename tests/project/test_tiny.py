@@ -18,7 +18,15 @@ VISIBLE = 0.01  # of pixels in [0, 1]: a hundred times the tolerance of parity
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 every_case = pytest.mark.parametrize(
     ("family", "scheduler"),
-    [pytest.param(*case, id=f"{case[0].name}-{case[1]}") for case in cases()],
+    [
+        pytest.param(
+            family,
+            scheduler,
+            id=f"{family.name}-{scheduler}",
+            marks=() if scheduler == next(iter(family.schedulers)) else pytest.mark.full,
+        )
+        for family, scheduler in cases()
+    ],
 )
 
 

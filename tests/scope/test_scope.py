@@ -91,14 +91,14 @@ def test_threads_get_the_pictures_of_plain_calls_and_the_pipeline_stays_as_it_wa
 ) -> None:
     family = tiny.FAMILIES[name]
     requests = requests_of(family)
-    plain = []
+    plain, pipeline = [], family.build()
+    pipeline.set_progress_bar_config(disable=True)
+    fresh = copy.deepcopy(pipeline.scheduler)
     for request in requests:
-        pipeline = family.build()
-        pipeline.set_progress_bar_config(disable=True)
         own = scheduler_of(pipeline, request["scheduler"])
-        if own is not None:
-            pipeline.scheduler = own
+        pipeline.scheduler = copy.deepcopy(fresh) if own is None else own
         plain.append(np.asarray(pipeline(**call_of(family, request))[0]))
+        pipeline.scheduler = fresh
 
     pipeline = family.build()
     pipeline.set_progress_bar_config(disable=True)

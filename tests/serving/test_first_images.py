@@ -100,7 +100,7 @@ def test_two_runs_may_differ_a_little_and_more_in_half_precision(
 # A model that warms up
 
 
-@pytest.fixture(params=["step", "off"])
+@pytest.fixture(params=["step", pytest.param("off", marks=pytest.mark.full)])
 def mode(request: pytest.FixtureRequest) -> Iterator[Any]:
     yield request.param
 
@@ -119,11 +119,12 @@ def noisy(module: torch.nn.Module) -> None:
     )
 
 
+@pytest.mark.full  # as the server does that other tests of a quick run start
 def test_a_whole_model_warms_up(mode: Any) -> None:
     warm_up(FAMILIES["stable_diffusion"].build(), mode)
 
 
-@pytest.mark.parametrize("where", ["unet", "text_encoder"])
+@pytest.mark.parametrize("where", ["unet", pytest.param("text_encoder", marks=pytest.mark.full)])
 def test_a_module_that_draws_random_numbers_keeps_a_model_from_serving(
     mode: Any, where: str
 ) -> None:
@@ -133,7 +134,7 @@ def test_a_module_that_draws_random_numbers_keeps_a_model_from_serving(
         warm_up(pipeline, mode)
 
 
-@pytest.mark.parametrize("value", [0.0, torch.nan])
+@pytest.mark.parametrize("value", [0.0, pytest.param(torch.nan, marks=pytest.mark.full)])
 def test_a_model_that_makes_nothing_but_one_colour_does_not_serve(mode: Any, value: float) -> None:
     """Of numbers that are not finite, too, which come as black: the conversion to bytes warns of it
     at most."""

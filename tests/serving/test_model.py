@@ -428,6 +428,7 @@ def test_warm_up_certifies_every_call_at_two_sizes(shapes: tuple[ServedModel, St
     assert model.edits == ("image_to_image", "inpainting")
 
 
+@pytest.mark.full
 def test_what_a_warm_up_certifies_does_not_depend_on_the_clock(
     shapes: tuple[ServedModel, StepEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import psutil
+import pytest
 
 from tests.support.served import Served, serve
 from tests.support.waiting import SECONDS
@@ -23,6 +24,7 @@ def post(server: Served, body: dict[str, Any], **headers: str) -> httpx.Response
     )
 
 
+@pytest.mark.full  # tests/api/test_jobs.py starts a server on what a killed one left
 def test_jobs_outlive_a_crash_and_the_end_waits_for_no_longer_than_its_grace(
     tmp_path: Path,
 ) -> None:

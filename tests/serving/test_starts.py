@@ -44,7 +44,7 @@ def test_it_tells_how_far_loading_is_and_finishes_work_on_sigterm(tmp_path: Path
         wait_until(look)
         assert {"importing", "ready"} <= stages
         with ThreadPoolExecutor(1) as pool:
-            body = {"prompt": PROMPT, "num_inference_steps": 200}
+            body = {"prompt": PROMPT, "num_inference_steps": 80}
             answer = pool.submit(httpx.post, f"{server.url}/generate", json=body, timeout=SECONDS)
             wait_until(lambda: metric(server.url, "stepweave_requests_in_flight") or answer.done())
             assert not answer.done()
@@ -142,6 +142,7 @@ def test_a_server_that_cannot_start_ends_the_command_where_a_setting_says_so(
     assert output.splitlines()[-1] == f"stepweave: the server cannot start: {told}"
 
 
+@pytest.mark.full
 def test_a_model_that_cannot_be_loaded_says_so(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     with serve(tmp_path / "log.txt", STEPWEAVE_MODEL=str(tmp_path / "model")) as server:

@@ -30,6 +30,26 @@ APART = {
     "tests/serving/test_restart.py",
     "tests/serving/test_starts.py",
 }
+# What takes longest, the longest first: dealt out before all others, so that it does not end last
+LONG = (
+    "tests/engine/test_step_engine.py",
+    "tests/loading/test_rehearsals.py",
+    "tests/compat/test_callbacks.py",
+    "tests/compat/test_hidden_state.py",
+    "tests/deploy/test_k8s.py",
+    "tests/engine/test_parity.py",
+    "tests/certification/test_unshared.py",
+    "tests/images/test_outputs.py",
+    "tests/api/test_counting.py",
+    "tests/serving/test_starts.py",
+    "tests/adversarial/test_adversarial.py",
+    "tests/engine/test_edits.py",
+    "tests/loading/test_optimizations.py",
+    "tests/previews/test_previews.py",
+    "tests/engine/test_reproducible.py",
+    "tests/serving/test_model.py",
+    "tests/certification/test_certificates.py",
+)
 
 
 class Scheduling(LoadScopeScheduling):
@@ -44,10 +64,18 @@ class Scheduling(LoadScopeScheduling):
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    config.option.loadscopereorder = False  # as they are sorted below
     return Scheduling(config, log)
 
 
+def place(item: pytest.Item) -> int:
+    """Where in the order a test comes: those of the one server, the long ones, all others."""
+    path = item.nodeid.partition("::")[0]
+    return 0 if path in SERVED else 1 + LONG.index(path) if path in LONG else 1 + len(LONG)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=place)
     asking = {
         item.nodeid.partition("::")[0]
         for item in items

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepweave.scope.locks import LockedTokenizer
+from stepweave.compat.locks import LockedTokenizer
 from stepweave.truncation.cuts import Cut
 from stepweave.truncation.tokenizers import Reporter, listening
 from tests.support.tokenizers import MAKERS

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepweave import StepEngine
+from stepweave.compat.locks import LockedTokenizer
 from stepweave.engine.engine import Mode
-from stepweave.scope.locks import LockedTokenizer
 from stepweave.truncation.tokenizers import NOBODY, Reporter, listener, listening
 from stepweave.truncation.tokens import Reading
 from tests.support.tiny import FAMILIES

@@ -12,6 +12,7 @@ it.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import types
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Set
@@ -44,7 +45,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _NOT_STATE = TORCH_OWN | {"_hf_hook", "_diffusers_hook", "config", "_compiled_call_impl"}
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Root:
     """A place in a module or its class that holds a value: a key of a dictionary, or an attribute
     of a class."""
@@ -166,14 +167,15 @@ class ModuleState:
         self._owner = 0  # that is being read
         self._reader = Reader(keep)
         self.weights = weights
-        classes: set[type] = set()
+        classes: dict[type, None] = {}  # each once, however many modules are of it
         for prefix, module in modules.items():
             parts = list(module.named_modules(memo=self._reader.modules, prefix=prefix))
             for name, part in parts:
                 self._owner = id(part.__dict__)
                 self._owners.add(self._owner)
                 self._read(part, name)
-                classes.add(type(part))
+                if type(part) not in classes:
+                    classes |= dict.fromkeys(_classes(type(part)))
         self._owner = 0
         for cls in classes:
             self._read_class(cls)
@@ -302,28 +304,25 @@ class ModuleState:
         return _Root(path, holder, key, mark, value, undo, self._owner, seen)
 
     def _read_class(self, cls: type) -> None:
-        for base in cls.__mro__:
-            if base is nn.Module or base is object:
-                break
-            self._owner = id(base)
-            self._owners.add(self._owner)
-            for key, value in vars(base).items():
-                if key.startswith("__"):
+        self._owner = id(cls)
+        self._owners.add(self._owner)
+        for key, value in vars(cls).items():
+            if key.startswith("__"):
+                continue
+            function = (
+                value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+            )
+            if isinstance(function, types.FunctionType):
+                if of_a_library(function):
                     continue
-                function = (
-                    value.fget if isinstance(value, property) else getattr(value, "__func__", value)
-                )
-                if isinstance(function, types.FunctionType):
-                    if of_a_library(function):
-                        continue
-                elif not base.__module__.startswith(LIBRARIES):
-                    if hasattr(value, "__get__") or isinstance(value, OPAQUE):
-                        continue
-                elif type(value) not in ATOMS and not isinstance(
-                    value, (list, dict, set, tuple, torch.Tensor)
-                ):
+            elif not cls.__module__.startswith(LIBRARIES):
+                if hasattr(value, "__get__") or isinstance(value, OPAQUE):
                     continue
-                self._add(f"{base.__qualname__}.{key}", base, key, value)
+            elif type(value) not in ATOMS and not isinstance(
+                value, (list, dict, set, tuple, torch.Tensor)
+            ):
+                continue
+            self._add(f"{cls.__qualname__}.{key}", cls, key, value)
         self._owner = 0
 
     def _add(self, path: str, holder: Any, key: Any, value: Any) -> None:
@@ -411,10 +410,17 @@ def _assign(holder: Any, key: Any, value: Any) -> None:
         holder[key] = value
 
 
+def _classes(cls: type) -> Iterator[type]:
+    """A module's class and its bases, up to torch's own."""
+    return itertools.takewhile(
+        lambda base: base is not nn.Module and base is not object, cls.__mro__
+    )
+
+
 def _patched(part: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
     """Where the functions stand that a patched module runs in place of its class's: below the hooks
     of diffusers."""
-    registry = getattr(part, "_diffusers_hook", None)
+    registry = part.__dict__.get("_diffusers_hook")
     if registry is not None:
         for reference in registry._fn_refs:
             original = getattr(reference, "original_forward", None)
@@ -430,6 +436,10 @@ def _patched(part: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def _compiled(function: Any) -> bool:
-    """Whether a function is what torch.compile made, which keeps what it has compiled."""
-    names = (str(getattr(function, "__globals__", {}).get("__name__")), type(function).__module__)
-    return any(name.startswith("torch._dynamo") for name in names)
+    """Whether a function or a module is what torch.compile made, which keeps what it has
+    compiled."""
+    if type(function).__module__.startswith("torch._dynamo"):
+        return True
+    if isinstance(function, nn.Module):  # which takes long to say what it does not have
+        return False
+    return str(getattr(function, "__globals__", {}).get("__name__")).startswith("torch._dynamo")

@@ -78,6 +78,8 @@ class Reader:
 
     def mark(self, value: Any, undo: list[Callable[[], None]]) -> Hashable:
         """What is equal for equal values; `undo` is given what puts back what they contain."""
+        if type(value) is tuple and len(value) <= MOST and ATOMS.issuperset(map(type, value)):
+            return (tuple, *map(atom, value))  # as below: most of what modules keep are such
         self._undo = undo
         self._path.clear()
         self._classes.clear()

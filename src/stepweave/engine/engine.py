@@ -7,7 +7,6 @@ import contextlib
 import logging
 import math
 import threading
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,9 +25,10 @@ from stepweave.parameters import PriorityName
 from stepweave.planning.estimates import Estimates
 from stepweave.planning.planner import OnStep, Planner
 from stepweave.planning.stats import EngineStats, Stats
-from stepweave.planning.workload import arguments_of
+from stepweave.planning.workload import has_generator, takes_generator
 from stepweave.scheduling.policy import Policy, srpt
 from stepweave.scheduling.task import Priority
+from stepweave.threads import close_at_exit
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class StepEngine(Estimates):
         if self._loop is not None:
             self._planner.fits = self._loop.fits
         self._runner = self._loop or ThreadPool(pipeline, config, *parts)
-        self._at_exit = _close_at_exit(self)
+        self._at_exit = close_at_exit(self)
 
     def submit(
         self,
@@ -128,14 +128,9 @@ class StepEngine(Estimates):
         if deadline is not None and not deadline > 0:
             raise ValueError(f"deadline is {deadline!r}; it must be more than 0 seconds")
         scope = self._runner.scope_of(pipeline)
-        seed = None
-        names = list(arguments_of(scope.pipeline))
-        # None: it takes no generator
-        index = names.index("generator") if "generator" in names else None
-        if kwargs.get("generator") is None and (index is None or len(args) <= index):
-            seed = draw_seed()
-            if index is not None:
-                kwargs["generator"] = torch.Generator().manual_seed(seed)
+        seed = None if has_generator(scope.pipeline, args, kwargs) else draw_seed()
+        if seed is not None and takes_generator(scope.pipeline):
+            kwargs["generator"] = torch.Generator().manual_seed(seed)
         job = Job(
             deadline=deadline, seed=seed, reproducible=reproducible, owner=self._runner,
             on_cancel=lambda: self._runner.cancel(running),
@@ -199,29 +194,23 @@ class StepEngine(Estimates):
 
     def stats(self) -> EngineStats:
         """What the engine has done so far."""
-        stats, loop = self._stats, self._loop
+        loop = self._loop
         return EngineStats(
             mode=self.mode,
             waiting=self.waiting,
             running=self.running,
-            jobs=dict(stats.jobs),
-            forwards=dict(stats.forwards),
             certificates=[item.describe() for item in loop.certificates.all()] if loop else [],
-            unshared=loop.unshared_now() if loop else [],
+            unshared=loop.unshared.listed(loop.certificates.all(), loop.scope_of(None).why_turns())
+            if loop
+            else [],
             unshared_calls=dict(loop.unshared.calls) if loop else {},
             cache_hits=loop.cache.hits if loop else 0,
             cache_misses=loop.cache.misses if loop else 0,
             cache_bytes=loop.cache.bytes if loop else 0,
-            proofs=stats.proofs,
-            checks=stats.checks,
-            retried=stats.retried,
-            out_of_memory=stats.out_of_memory,
-            divided=stats.divided,
-            unfit=stats.unfit,
             peak_memory=loop.memory.peak() if loop else 0,
-            errors=stats.errors,
             backlog=self.backlog(),
             cost_error=self._planner.cost.error,
+            **self._stats.counts(),
         )
 
     def certificates(self) -> dict[str, int]:
@@ -257,29 +246,14 @@ class StepEngine(Estimates):
         left = self._runner.close(timeout)
         jobs = self._planner.jobs()
         if left or jobs:
-            logger.error(
-                "the engine is closed, but after %g s there is left: %s",
-                timeout,
-                "; ".join(left) or jobs,
-            )
-        message = f"The engine was closed, and the job had not ended {timeout:g} s later."
+            hanging = "; ".join(left) or jobs
+            logger.error("closed, but after %g s there is left: %s", timeout, hanging)
+        reason = f"The engine was closed, and the job had not ended {timeout:g} s later."
         for job in jobs:
-            self._runner.finish(job, EngineClosedError(message))
+            self._runner.finish(job, EngineClosedError(reason))
 
     def __enter__(self) -> StepEngine:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _close_at_exit(engine: StepEngine) -> Any:
-    reference = weakref.ref(engine)
-
-    def close() -> None:
-        engine = reference()
-        if engine is not None:
-            engine.close()
-
-    atexit.register(close)
-    return close

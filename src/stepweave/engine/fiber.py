@@ -13,11 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import greenlet
-import torch
 
 from stepweave.compat.torch_state import Ambient, Own, apply, current
 from stepweave.errors import EngineMisuseError
-from stepweave.outcome import Outcome
 
 
 class Done:
@@ -51,45 +49,45 @@ class Fiber:
     ) -> None:
         self.owner = owner
         self._function: Callable[[], Any] | None = function  # until it begins
-        self._ambient = ambient
+        self.ambient = ambient
         self.device_types = tuple(kind for kind, _, _ in ambient.autocast)
         self.own = own
         self.last: Any = None  # what the last call of a model gave it
-        self._greenlet = _Greenlet(self._run)
-        self._greenlet.fiber = self
+        self.greenlet = _Greenlet(self._run)
+        self.greenlet.fiber = self
         self._outside = contextvars.copy_context()
-        self._greenlet.gr_context = contextvars.copy_context()
+        self.greenlet.gr_context = contextvars.copy_context()
 
     @property
     def variables(self) -> list[str]:
         """The context variables that its function has set, by name, while it is suspended; the
         engine's own aside."""
-        inside = self._greenlet.gr_context or contextvars.Context()
+        inside = self.greenlet.gr_context or contextvars.Context()
         unset = object()
         names = [var.name for var in inside if self._outside.get(var, unset) is not inside[var]]
         return [name for name in names if not name.startswith("stepweave_")]
 
     @property
     def finished(self) -> bool:
-        return self._greenlet.dead
+        return self.greenlet.dead
 
     def resume(self, value: Any = None) -> Any:
         """Go on with `value` as what `suspend` returns. Gives the next request, or Done."""
-        return self._switch(self._greenlet.switch, value)
+        return self._switch(self.greenlet.switch, value)
 
     def throw(self, error: BaseException) -> Any:
         """Go on with `suspend` raising `error`. Gives the next request, or Done."""
         return self._switch(
-            lambda error: self._greenlet.throw(type(error), error, error.__traceback__), error
+            lambda error: self.greenlet.throw(type(error), error, error.__traceback__), error
         )
 
     def _switch(self, switch: Callable[[Any], Any], value: Any) -> Any:
-        if self._greenlet.dead:
+        if self.greenlet.dead:
             raise EngineMisuseError("A fiber that has ended cannot go on.")
-        if greenlet.getcurrent() is not self._greenlet.parent:
+        if greenlet.getcurrent() is not self.greenlet.parent:
             raise EngineMisuseError("A fiber goes on only from where it was made.")
         outside = current(self.device_types)
-        apply(self._ambient, outside)
+        apply(self.ambient, outside)
         try:
             with contextlib.ExitStack() as left:
                 for one in self.own:
@@ -97,35 +95,10 @@ class Fiber:
                     left.callback(one.leave)
                 return switch(value)
         finally:
-            self._ambient = current(self.device_types)
-            apply(outside, self._ambient)
-            if self._greenlet.dead:
-                self._greenlet.fiber = None
-
-    def beside(self, function: Callable[[], Any]) -> Outcome:
-        """What comes of a call on another thread, while the fiber is suspended; as if the fiber had
-        made it.
-
-        It sees the fiber's context variables, gradient mode and autocast, and what it sets of these
-        the fiber has. Not the default dtype: that is the whole process's.
-        """
-        apart = greenlet.greenlet(Outcome.of)
-        apart.gr_context = self._greenlet.gr_context
-        outside = current(self.device_types)
-        apply(self._ambient._replace(dtype=outside.dtype), outside)
-        try:
-            outcome: Outcome = apart.switch(function)
-        finally:
-            after = current(self.device_types)
-            self._ambient = after._replace(dtype=self._ambient.dtype)
-            apply(outside._replace(dtype=after.dtype), after)
-        outcome.let_go()
-        return outcome
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The default dtype that it runs under."""
-        return self._ambient.dtype
+            self.ambient = current(self.device_types)
+            apply(outside, self.ambient)
+            if self.greenlet.dead:
+                self.greenlet.fiber = None
 
     def _run(self, _: Any) -> Done:
         function, self._function = self._function, None

@@ -1,5 +1,5 @@
-"""Where fibers suspend: in a hook on each of the pipeline's modules, in a proxy around its
-autoencoder, and where it reads and makes images."""
+"""Where fibers suspend: in a hook on each of the pipeline's modules, in its autoencoder's methods,
+and where it reads and makes images."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from stepweave.batching.forward import run_attempt
 from stepweave.compat.own_state import OwnState
 from stepweave.compat.torch_state import current, suspendable
 from stepweave.engine.fiber import Fiber, current_fiber, suspend
-from stepweave.scope.proxy import Proxy
 from stepweave.views.image_threads import ImageWork
 from stepweave.views.modules import TargetOf
 
 
 def call_engine(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Suspend the running fiber with a call of `target` and give its result."""
+    """The result of a call of `target`, for which the running fiber is suspended, if it can be."""
     fiber = current_fiber()
-    assert fiber is not None
+    if fiber is None or not suspendable():
+        return target.function(*args, **kwargs)
     processors = None if target.processors is None else target.processors.installed()
     call = Call(target, args, kwargs, current(fiber.device_types), processors, fiber.owner)
     own = next((state for state in fiber.own if isinstance(state, OwnState)), None)
@@ -65,27 +65,6 @@ class SuspendHook(ModelHook):  # type: ignore[misc]
         if self._target is None or self._forward is not forward:  # somebody hooked it meanwhile
             self._forward, self._target = forward, self._target_of(module, forward)
         return call_engine(self._target, args, kwargs)
-
-
-class EngineAutoencoder(Proxy):
-    """An autoencoder whose `encode` and `decode` suspend the fiber, whole: video autoencoders keep
-    state between their parts."""
-
-    def __init__(self, autoencoder: nn.Module, targets: dict[str, Target]) -> None:
-        super().__init__(autoencoder)
-        self._self_targets = targets
-
-    def encode(self, *args: Any, **kwargs: Any) -> Any:
-        return self._self_call("encode", args, kwargs)
-
-    def decode(self, *args: Any, **kwargs: Any) -> Any:
-        return self._self_call("decode", args, kwargs)
-
-    def _self_call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        target = self._self_targets[name]
-        if current_fiber() is None or not suspendable():
-            return target.function(*args, **kwargs)
-        return call_engine(target, args, kwargs)
 
 
 def on_image_thread(function: Callable[[], Any], known: bool) -> Any:

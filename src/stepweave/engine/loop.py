@@ -19,7 +19,7 @@ from stepweave.certification.unshared import Unshared
 from stepweave.compat import torch_state
 from stepweave.config.engine import EngineConfig
 from stepweave.engine.fiber import Done, Fiber
-from stepweave.engine.hooks import EngineAutoencoder, SuspendHook, on_image_thread
+from stepweave.engine.hooks import SuspendHook, call_engine, on_image_thread
 from stepweave.engine.runner import Batch, BatchRunner
 from stepweave.errors import StepweaveError
 from stepweave.jobs.running import RunningJob
@@ -36,7 +36,6 @@ from stepweave.scheduling.queues import CallQueues
 from stepweave.views.image_threads import ImageThreads, ImageWork
 from stepweave.views.modules import EngineModules
 from stepweave.views.pipeline_call import call_pipeline
-from stepweave.views.scope import EngineScope
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +64,7 @@ class StepLoop(EngineThread):
         self._modules = EngineModules(
             pipeline,
             hook=partial(SuspendHook, self._running.__contains__),
-            autoencoder=EngineAutoencoder,
+            call=call_engine,
             max_decode_rows=config.max_decode_rows,
             health=health,
             fingerprints=fingerprints,
@@ -85,7 +84,7 @@ class StepLoop(EngineThread):
         self._recovery = Recovery(
             self, self._modules, self.certificates, self.cache, self._runner.watches
         )
-        self.fits = self._runner.fits
+        self.fits, self.scope_of = self._runner.fits, self._modules.scope_of
         self.start_thread()
 
     def step(self) -> None:
@@ -209,6 +208,7 @@ class StepLoop(EngineThread):
         if outcome.error is None:
             self._modules.guard.succeeded(job)
         job.fiber = job.request = None
+        self._concurrency.ended()
         self.finish(job, outcome)
 
     def end(self, job: RunningJob, error: BaseException) -> None:
@@ -258,16 +258,6 @@ class StepLoop(EngineThread):
     def running_jobs(self) -> list[RunningJob]:
         return list(self._running.values())
 
-    def scope_of(self, pipeline: Any) -> EngineScope:
-        """Makes views of the engine's pipeline, or of another one of its modules. Raises
-        EngineMisuseError."""
-        scope = self._modules.scope
-        return scope if pipeline is None else scope.sibling(pipeline)
-
-    def unshared_now(self) -> list[dict[str, str]]:
-        """What runs alone, or takes turns, and why."""
-        return self.unshared.listed(self.certificates.all(), self._modules.scope.why_turns())
-
     def can_step(self) -> bool:
         return bool(self._queues) or self._all_wait_for_memory()
 
@@ -282,12 +272,6 @@ class StepLoop(EngineThread):
             return None
         job = self.planner.next(waiting)
         return None if running and job.scope.takes_turns() else job
-
-    def finish(self, job: RunningJob, outcome: Outcome | Exception) -> bool:
-        finished = super().finish(job, outcome)
-        if finished:
-            self._concurrency.ended()
-        return finished
 
     def close(self, seconds: float) -> list[str]:
         until = time.monotonic() + seconds

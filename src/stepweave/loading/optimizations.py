@@ -15,10 +15,10 @@ from diffusers import ModelMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import nn
 
+from stepweave.compat.locks import is_autoencoder
 from stepweave.config import Settings
 from stepweave.errors import LoadError, shown
 from stepweave.loading.quantization import check_quantised
-from stepweave.scope.locks import is_autoencoder
 
 _DENOISER = re.compile(r"(transformer|unet)(_\d+)?")
 _COMPILERS = {"cpu": ("CXX", "g++", "clang++"), "cuda": ("CC", "gcc", "clang")}

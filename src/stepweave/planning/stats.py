@@ -60,6 +60,20 @@ class Stats:
             forwards = self.forwards[target] = Forwards()
         return forwards
 
+    def counts(self) -> dict[str, Any]:
+        """All of them, as `EngineStats` has them."""
+        return {
+            "jobs": dict(self.jobs),
+            "forwards": dict(self.forwards),
+            "proofs": self.proofs,
+            "checks": self.checks,
+            "retried": self.retried,
+            "out_of_memory": self.out_of_memory,
+            "divided": self.divided,
+            "unfit": self.unfit,
+            "errors": self.errors,
+        }
+
     def finished(self, told: Outcome) -> None:
         """Count a job by what was told of it."""
         error = told.error

@@ -23,6 +23,17 @@ def _arguments_of(call: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     return dict(list(inspect.signature(call).parameters.items())[1:])
 
 
+def takes_generator(pipeline: Any) -> bool:
+    """Whether the pipeline's call takes a random generator."""
+    return "generator" in arguments_of(pipeline)
+
+
+def has_generator(pipeline: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call is given one, by name or by position."""
+    names = list(arguments_of(pipeline))[: len(args)]
+    return kwargs.get("generator") is not None or "generator" in names
+
+
 def shape_of(
     pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scheduler: Any, reproducible: bool
 ) -> tuple[Shape, Hashable, int]:

@@ -6,7 +6,7 @@ any thread.
 
 from stepweave.compat.async_scheduler import BaseAsyncScheduler, async_retrieve_timesteps
 from stepweave.compat.isolation import IsolationError
-from stepweave.scope.locks import LockedTokenizer
+from stepweave.compat.locks import LockedTokenizer
 from stepweave.scope.pipeline import RequestScopedPipeline
 from stepweave.scope.view import make_view
 

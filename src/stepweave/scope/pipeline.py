@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from stepweave.compat.async_scheduler import BaseAsyncScheduler
 from stepweave.compat.isolation import THRESHOLD
+from stepweave.compat.locks import LockedAutoencoder, LockedTokenizer, is_autoencoder
 from stepweave.compat.turn_taking import TurnTaking, left_as_found
-from stepweave.scope.locks import LockedAutoencoder, LockedTokenizer, is_autoencoder
 from stepweave.scope.view import make_view
 
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
+import greenlet
 import torch
 
 from stepweave.compat.own_state import OwnState, OwnTypes
-from stepweave.compat.torch_state import DefaultRandom, use_device
+from stepweave.compat.torch_state import DefaultRandom, apply, current, use_device
 from stepweave.outcome import Outcome
 from stepweave.threads import DaemonExecutor
 
@@ -65,7 +66,7 @@ def _may_move(job: ImageJob, work: ImageWork) -> bool:
     process is the job's own. Where it is watched what a job's own code leaves in the modules, code
     that is not known stays, too."""
     fiber = job.fiber
-    if fiber.dtype != torch.get_default_dtype():
+    if fiber.ambient.dtype != torch.get_default_dtype():
         return False
     if any(isinstance(state, (OwnState, OwnTypes)) and state for state in fiber.own):
         return False
@@ -79,4 +80,24 @@ def _run(
     returned: Callable[[JobT, Any], None],
 ) -> None:
     job = held.pop()  # so that nothing on this thread keeps it
-    returned(job, job.fiber.beside(function))
+    returned(job, beside(job.fiber, function))
+
+
+def beside(fiber: Any, function: Callable[[], Any]) -> Outcome:
+    """What comes of a call on this thread, while a fiber is suspended; as if the fiber had made it.
+
+    It sees the fiber's context variables, gradient mode and autocast, and what it sets of these the
+    fiber has. Not the default dtype: that is the whole process's.
+    """
+    apart = greenlet.greenlet(Outcome.of)
+    apart.gr_context = fiber.greenlet.gr_context
+    outside = current(fiber.device_types)
+    apply(fiber.ambient._replace(dtype=outside.dtype), outside)
+    try:
+        outcome: Outcome = apart.switch(function)
+    finally:
+        after = current(fiber.device_types)
+        fiber.ambient = after._replace(dtype=fiber.ambient.dtype)
+        apply(outside._replace(dtype=after.dtype), after)
+    outcome.let_go()
+    return outcome

@@ -15,13 +15,14 @@ from stepweave.batching.fingerprints import Fingerprints, followed
 from stepweave.certification.state_watch import StateWatch
 from stepweave.compat.attention_processors import AttentionProcessors
 from stepweave.compat.cpu_offload import Offloading
+from stepweave.compat.locks import is_autoencoder
 from stepweave.compat.module_hooks import check_free, install, modules_in, uninstall
+from stepweave.compat.proxy import Proxy
 from stepweave.compat.stateful_modules import GuardedJob, ModuleGuard
 from stepweave.compat.torch_state import DefaultRandom, Own, on_device
 from stepweave.compat.turn_taking import swaps_processors
 from stepweave.contained import contained
 from stepweave.memory.device_health import DeviceHealth
-from stepweave.scope.locks import is_autoencoder
 from stepweave.views.scope import EngineScope
 
 # Makes the target of a module's forward, whenever somebody else has hooked it meanwhile.
@@ -34,13 +35,33 @@ class SeededJob(GuardedJob, Protocol):
     seed: int | None  # of its generator, where the caller gave none
 
 
+class EngineAutoencoder(Proxy):
+    """An autoencoder whose `encode` and `decode` suspend the job, whole: video autoencoders keep
+    state between their parts."""
+
+    def __init__(
+        self,
+        autoencoder: nn.Module,
+        targets: dict[str, Target],
+        call: Callable[[Target, tuple[Any, ...], dict[str, Any]], Any],
+    ) -> None:
+        super().__init__(autoencoder)
+        self._self_targets = targets
+        self._self_call = call
+
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        return self._self_call(self._self_targets["encode"], args, kwargs)
+
+    def decode(self, *args: Any, **kwargs: Any) -> Any:
+        return self._self_call(self._self_targets["decode"], args, kwargs)
+
+
 class EngineModules:
     """Hooks on the modules that suspend jobs, until `close`; and `scope`, which makes views.
 
     Args:
         hook: makes the hook of a module, given how its target is made.
-        autoencoder: makes what stands in an autoencoder's place in views, given its targets by the
-            names of its methods.
+        call: gives the result of a call of an autoencoder's target.
 
     Raises EngineMisuseError for modules of another engine.
     """
@@ -50,7 +71,7 @@ class EngineModules:
         pipeline: Any,
         *,
         hook: Callable[[TargetOf, bool], ModelHook],
-        autoencoder: Callable[..., Any],
+        call: Callable[[Target, tuple[Any, ...], dict[str, Any]], Any],
         max_decode_rows: int,
         health: DeviceHealth,
         fingerprints: Fingerprints,
@@ -74,7 +95,7 @@ class EngineModules:
                 for method in ("encode", "decode"):
                     function = self._around(module, getattr(module, method))
                     targets[method] = Target(f"{name}.{method}", module, function, max_decode_rows)
-                stand_ins[id(module)] = partial(autoencoder, targets=targets)
+                stand_ins[id(module)] = partial(EngineAutoencoder, targets=targets, call=call)
             else:
                 cached = isinstance(module, PreTrainedModel)
                 target = partial(self._target, name, cached, processors)
@@ -89,6 +110,11 @@ class EngineModules:
             processors_apart=processors is not None,
             tokenized=partial(followed, digests=fingerprints) if on_gpu else lambda output: output,
         )
+
+    def scope_of(self, pipeline: Any) -> EngineScope:
+        """Makes views of the engine's pipeline, or of another one of its modules. Raises
+        EngineMisuseError."""
+        return self.scope if pipeline is None else self.scope.sibling(pipeline)
 
     def own(self, job: SeededJob) -> list[Own]:
         """What a job's fiber has of its own."""

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from stepweave.compat.cpu_offload import pipelines_in
+from stepweave.compat.proxy import Proxy
 from stepweave.outcome import Outcome
 from stepweave.previews.latents import Progressing, Tap
-from stepweave.scope.proxy import Proxy
 from stepweave.truncation.prompts import Reader, warned
 from stepweave.views.attributes import replaced
 from stepweave.views.finite import FiniteImages

@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from stepweave.compat.cpu_offload import moves_only, offload_only, pipelines_in
 from stepweave.compat.host_times import keep_times_on_the_host
+from stepweave.compat.locks import LockedTokenizer
 from stepweave.compat.module_hooks import modules_in
 from stepweave.compat.stateful_modules import ModuleGuard, Reason
 from stepweave.compat.turn_taking import TurnTaking
 from stepweave.errors import EngineMisuseError
-from stepweave.scope.locks import LockedTokenizer
 from stepweave.scope.pipeline import RequestScopedPipeline
 from stepweave.truncation.tokenizers import Reporter
 

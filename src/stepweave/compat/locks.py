@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from stepweave.scope.proxy import Proxy
+from stepweave.compat.proxy import Proxy
 
 # Is told of a call of a tokenizer: the method, what it returned, and what it was given; gives what
 # the caller is to have.
