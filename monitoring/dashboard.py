@@ -456,7 +456,7 @@ def dashboard() -> model.Dashboard:
             ),
             graph(
                 "Free bytes of the stores",
-                "RowLimits that is left where jobs and image files are stored.",
+                "Room that is left where jobs and image files are stored.",
                 "bytes",
                 (
                     f"min by (pod, instance) ({series('stepweave_store_free_bytes')})",

@@ -24,7 +24,9 @@ def main() -> None:
     os.environ[POLICY] = arguments.policy
     os.chdir(ROOT)
     bentoml = str(Path(sys.executable).with_name("bentoml"))
-    os.execv(bentoml, [bentoml, "serve", "benchmarks.serving.service:Stepweave", *others])
+    service = "benchmarks.serving.service:Stepweave"
+    # the last host that it is given counts
+    os.execv(bentoml, [bentoml, "serve", service, "--host", "127.0.0.1", *others])
 
 
 if __name__ == "__main__":

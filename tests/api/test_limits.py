@@ -564,7 +564,7 @@ async def test_equal_requests_of_two_addresses_do_not_share_a_promise() -> None:
                     assert (
                         await app.send("POST", path, body[0], JSON, client).done()
                     ).status == 429
-        clients = {one.client for one in admission_of(app)._promised}
+        clients = {one.client for one in admission_of(app)._promises.made}
         assert clients == {("address", "1.1.1.1"), ("address", "2.2.2.2")}
         app.record.release.set()
         assert [(await one.done()).status for one in sent] == [200] * 2

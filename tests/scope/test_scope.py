@@ -226,11 +226,11 @@ def test_defect_4_a_wrapped_scheduler_never_reaches_the_callers_pipeline(tmp_pat
 
 def test_defect_5_the_scheduler_is_cloned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[type] = []
-    from stepweave.scope import view as module
+    from stepweave.compat import isolation as module
 
-    real = module._Isolation._object
+    real = module.Isolation._object
     monkeypatch.setattr(
-        module._Isolation,
+        module.Isolation,
         "_object",
         lambda self, value, path: (made.append(type(value)), real(self, value, path))[1],
     )

@@ -105,7 +105,7 @@ def test_none_of_our_commands_listens_elsewhere() -> None:
     commands = [
         line
         for path in sources
-        for line in re.findall(r".*\bserve\b.*service.py.*--port.*", path.read_text())
+        for line in re.findall(r".*\bserve\b.*service\b.*--(?:port|host).*", path.read_text())
     ]
     assert len(commands) >= 3
     for command in commands:

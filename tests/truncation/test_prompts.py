@@ -65,7 +65,7 @@ def test_a_cut_prompt_is_named_once_and_the_picture_is_the_plain_one(mode: Mode)
 
 def test_each_text_and_limit_is_told_of() -> None:
     job = run("flux", prompt=LONG, prompt_2=LONG[:30], max_sequence_length=16)
-    first, second = job.warnings.values()
+    first, second = job.warnings
     assert first.startswith(
         "prompt: the text encoder (tokenizer) reads 16 tokens; what follows character 58 "
     )
@@ -232,7 +232,7 @@ def test_excerpts_are_short_and_of_ones_own_text() -> None:
         report(Cut(whole, 0, 1, "right", 13, whole[13:], 16, "tokenizer"))
         report(Cut(whole, 0, 1, "right", 13, whole[13:], 16, "tokenizer_2"))
         report(Cut(whole, 0, 1, "left", 12, whole[:12], 16, "tokenizer"))
-    first, second = job.warnings
+    first, second = job.warnings.values()
     assert first.startswith(
         "prompt: the text encoder (tokenizer) reads 16 tokens; what follows character 9 was left "
         "out: 'tale é"
