@@ -27,7 +27,7 @@ from stepweave.batching.fingerprints import Fingerprints, followed
 from stepweave.batching.merge import merge, split
 from stepweave.compat import torch_state as ambient
 from stepweave.compat.host_times import READERS, keep_times_on_the_host
-from stepweave.outcome import Outcome
+from stepweave.engine.fiber import Fiber
 from stepweave.views.image_threads import ImageThreads, ImageWork
 from tests.pipelines.catalog import entries
 from tests.support import tiny
@@ -172,8 +172,7 @@ def test_every_thread_of_an_engine_makes_the_device_its_own() -> None:
         used.clear()
         done = threading.Event()
         threads_of_images = ImageThreads(lambda job, answer: done.set(), second)
-        fiber = SimpleNamespace(dtype=torch.get_default_dtype(), own=(), beside=Outcome.of)
-        job: Any = SimpleNamespace(fiber=fiber)
+        job: Any = SimpleNamespace(fiber=Fiber(lambda: None, ambient.current(("cpu",))))
         threads_of_images.run(job, ImageWork(lambda: None))
         assert done.wait(SECONDS)
         assert threads_of_images.end(SECONDS)
