@@ -27,6 +27,7 @@ from diffusers import (
 )
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 
+from stepweave.compat.isolation import Isolation
 from stepweave.config import EMBEDDED_MODEL
 from stepweave.scope import (
     BaseAsyncScheduler,
@@ -226,11 +227,9 @@ def test_defect_4_a_wrapped_scheduler_never_reaches_the_callers_pipeline(tmp_pat
 
 def test_defect_5_the_scheduler_is_cloned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[type] = []
-    from stepweave.compat import isolation as module
-
-    real = module.Isolation._object
+    real = Isolation._object
     monkeypatch.setattr(
-        module.Isolation,
+        Isolation,
         "_object",
         lambda self, value, path: (made.append(type(value)), real(self, value, path))[1],
     )
