@@ -225,7 +225,7 @@ def dashboard() -> model.Dashboard:
         "Traffic": [
             graph(
                 "Running and waiting",
-                "Accepted requests that the engine has begun, and those that it has not. A queue "
+                "Accepted requests that the engine has started, and those that it has not. A queue "
                 "that stays calls for replicas.",
                 "none",
                 (f"sum({series('stepweave_requests_running')})", "running"),

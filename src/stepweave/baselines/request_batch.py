@@ -67,7 +67,7 @@ def run_batch(scope: RequestScopedPipeline, jobs: list[RunningJob]) -> list[Outc
         for generator, state in zip(generators, before, strict=True):
             generator.set_state(state)  # so that each can still be run alone
         raise
-    return [Outcome(outcome, job.end()) for job, outcome in zip(jobs, outcomes, strict=True)]
+    return [Outcome(outcome, job.why_end()) for job, outcome in zip(jobs, outcomes, strict=True)]
 
 
 def _is_prompt(name: str) -> bool:
@@ -112,5 +112,5 @@ class _Together:
             job.advance(steps)
 
     def check_step(self) -> None:
-        if all(job.end() is not None for job in self._jobs):
+        if all(job.why_end() is not None for job in self._jobs):
             raise Ending

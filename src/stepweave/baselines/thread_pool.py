@@ -124,7 +124,7 @@ class ThreadPool:
             del jobs
 
     def _next_jobs(self) -> list[RunningJob] | None:
-        """The oldest waiting job, and those that can share its call. None once closed."""
+        """The job whose turn it is, and those that can share its call. None once closed."""
         with self._changed:
             while not self._waiting and not self._closed:
                 self._changed.wait()
@@ -188,7 +188,7 @@ class ThreadPool:
 
     def _run_alone(self, job: RunningJob, beside: int) -> Outcome:
         began = time.monotonic()
-        ended = job.end()
+        ended = job.why_end()
         if ended is not None:
             return Outcome(error=ended)
         outcome: Outcome = Outcome.apart(call_pipeline, job).value

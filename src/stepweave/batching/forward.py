@@ -41,9 +41,9 @@ def run_attempt(attempt: Attempt, own: OwnState | None) -> Any:
     return None
 
 
-def run_arguments(call: Call, arguments: dict[str, Any], kinds: tuple[str, ...]) -> Any:
+def run_arguments(call: Call, arguments: dict[str, Any], device_types: tuple[str, ...]) -> Any:
     """What a call would give of other `arguments`."""
-    here = ambient.current(kinds)
+    here = ambient.current(device_types)
     ambient.apply(call.ambient, here)
     try:
         with _with_processors(call):
@@ -53,9 +53,9 @@ def run_arguments(call: Call, arguments: dict[str, Any], kinds: tuple[str, ...])
 
 
 def run_merged(
-    calls: Sequence[Call], kinds: tuple[str, ...], *, repeat: bool, trial: bool = False
+    calls: Sequence[Call], device_types: tuple[str, ...], *, repeat: bool, trial: bool = False
 ) -> list[Any]:
-    """The results of calls of one kind, from one forward. `kinds` are the device types whose
+    """The results of calls of one kind, from one forward. `device_types` are the device types whose
     autocast is theirs, too."""
     chunks, listed = calls[0].group.chunks, calls[0].group.listed
     # with chunks: all first ones, then all second ones
@@ -66,7 +66,7 @@ def run_merged(
     )
     arguments = merge(apart, repeat=repeat)
     given = None if trial else ArgumentSnapshot(*arguments.values())
-    output = run_arguments(calls[0], copied(arguments) if trial else arguments, kinds)
+    output = run_arguments(calls[0], copied(arguments) if trial else arguments, device_types)
     if given is not None and given.wrote():
         raise Unmergeable("it writes to its arguments")
     outputs = split(output, [one.rows for one in apart], listed=listed)

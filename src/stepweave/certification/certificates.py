@@ -88,8 +88,8 @@ class Certificates:
     # Decisions
 
     def decide(self, calls: Sequence[Call]) -> tuple[Verdict, list[Call]]:
-        """What to do first with calls of one key, the oldest first, and with which of them. The
-        first always is among them."""
+        """What to do first with calls of one key, in the policy's order, and with which of them;
+        the first always is among them."""
         first = calls[0]
         if len(calls) == 1:
             return Verdict.ALONE, [first]

@@ -104,10 +104,10 @@ class Proof:
 
 
 class Prover:
-    """Runs one proof's forwards. `kinds` as for run_merged."""
+    """Runs one proof's forwards. `device_types` as for run_merged."""
 
-    def __init__(self, kinds: tuple[str, ...], *, repeat: bool, most_rows: int) -> None:
-        self._kinds = kinds
+    def __init__(self, device_types: tuple[str, ...], *, repeat: bool, most_rows: int) -> None:
+        self._device_types = device_types
         self._repeat = repeat
         self._most_rows = most_rows
         self._runs = self._draws = 0
@@ -187,7 +187,7 @@ class Prover:
         mine, theirs = tensors(arguments), tensors(call.arguments)
         self.in_call = True
         with _Unnoticed(self, own):
-            output = cloned(run_arguments(call, arguments, self._kinds))
+            output = cloned(run_arguments(call, arguments, self._device_types))
         self.in_call = False
         self.forwards += 1
         # also what was written past the tensors' versions, through `.data` or numpy
@@ -198,7 +198,7 @@ class Prover:
         """What calls give in one forward."""
         own = ArgumentSnapshot(*(value for call in calls for value in call.arguments.values()))
         with _Unnoticed(self, own):
-            outputs = run_merged(calls, self._kinds, repeat=self._repeat, trial=True)
+            outputs = run_merged(calls, self._device_types, repeat=self._repeat, trial=True)
         self.forwards += 1
         return outputs
 

@@ -37,7 +37,7 @@ class Proving:
         certificates: Certificates,
         watches: Watches,
         stats: Stats,
-        kinds: tuple[str, ...],
+        device_types: tuple[str, ...],
         *,
         alone: Callable[..., Any],
         deliver: Callable[[Sequence[Call], Sequence[Any]], Answers],
@@ -48,7 +48,7 @@ class Proving:
         self._certificates = certificates
         self._watches = watches
         self._stats = stats
-        self._kinds = kinds
+        self._device_types = device_types
         self._alone = alone
         self._deliver = deliver
         self._ran_out = ran_out
@@ -62,7 +62,7 @@ class Proving:
         certificate = self._certificates.of(first)
         pair = self._certificates.pair(calls) if audit else (calls[0], calls[1])
         watch = self._watches.of(first.target)
-        prover = Prover(self._kinds, repeat=certificate.repeat, most_rows=self._limit(first))
+        prover = Prover(self._device_types, repeat=certificate.repeat, most_rows=self._limit(first))
         variations = self._certificates.differences(calls)
         proof, short = None, False
         try:

@@ -4,7 +4,7 @@ for the next call, hooks.
 A forward is looked at when calls of its kind first come, at the 2nd, 4th, 8th, ... of them, and in
 every proof. What it changed in the module may be a table made once and for all: then the same call,
 run again, changes nothing more and gives the same to the last bit. Anything else is state, and jobs
-whose calls take turns within it would share it.
+whose calls alternate in it would share it.
 """
 
 from __future__ import annotations

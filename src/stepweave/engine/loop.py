@@ -92,7 +92,7 @@ class StepLoop(EngineThread):
         self._recovery.before_step()  # what modules keep, jobs must not share
         self._admit()  # waiting -> running
         self._expire()  # cancelled and late jobs leave
-        self._relieve()  # jobs that wait for memory, once no others are left
+        self._retry_for_memory()  # jobs that wait for memory, once no others are left
         batch = self._schedule()  # calls of one key, as many as pay and fit
         if batch is not None:
             for call, answer in self._runner.run(batch):  # merged, alone, or both ways as a proof
@@ -111,7 +111,7 @@ class StepLoop(EngineThread):
             self._start(starting)
 
     def _start(self, job: RunningJob) -> None:
-        error = job.end() or self._modules.guard.error()
+        error = job.why_end() or self._modules.guard.error()
         if error is not None:
             self.finish(job, error)
             return
@@ -140,9 +140,9 @@ class StepLoop(EngineThread):
         for job in self.take_late():
             self._start(job)
 
-    def _relieve(self) -> None:
+    def _retry_for_memory(self) -> None:
         if self._all_wait_for_memory():
-            for job, answer in self._concurrency.relieve(self.running_jobs()):
+            for job, answer in self._concurrency.retry_or_preempt(self.running_jobs()):
                 self._resume(job, answer)
 
     def _schedule(self) -> Batch | None:
@@ -184,7 +184,7 @@ class StepLoop(EngineThread):
         elif isinstance(request, ImageWork):
             self.image_threads.run(job, request)
         elif isinstance(request, Attempt):  # memory ran out
-            self._resume(job, self._runner.relieve(request))
+            self._resume(job, self._runner.answer_out_of_memory(request))
         else:
             call, result = self._lookup.read(request)
             if result is not None:  # an encoder gave it before

@@ -61,16 +61,16 @@ class BatchRunner:
         self._max_rows = max_rows
         self._clock = clock_of(device)
         self._limits = RowLimits(memory)
-        self._parts = Microbatches(
+        self._microbatches = Microbatches(
             self._limits, self.limit, certificates, cache, stats, device_types,
             start=self._clock.start, done=self._done,
         )  # fmt: skip
         self._proving = Proving(
             certificates, self.watches, stats, device_types,
-            alone=self._alone, deliver=self._deliver, ran_out=self._parts.ran_out,
-            part=self._parts.part, limit=self.limit,
+            alone=self._alone, deliver=self._deliver, ran_out=self._microbatches.note_ran_out,
+            part=self._microbatches.part, limit=self.limit,
         )  # fmt: skip
-        self.relieve = self._parts.relieve
+        self.answer_out_of_memory = self._microbatches.answer_out_of_memory
 
     def limit(self, call: Call) -> int:
         """The most rows of a forward with this call."""
@@ -110,7 +110,8 @@ class BatchRunner:
         went with those that their fibers ran."""
         attempts = []
         for call in calls:
-            if self._parts.wanted(call) and (answer := self._parts.run(call)) is not None:
+            answer = self._microbatches.run(call) if self._microbatches.wanted(call) else None
+            if answer is not None:
                 self._stats.called(call.target.name)
                 yield call, answer
                 continue
@@ -155,7 +156,7 @@ class BatchRunner:
             if not any(attempt.failed for attempt in attempts):
                 self._certificates.fail(first, reason)
         else:  # what does not fit into memory at once is run in halves, down to single calls
-            self._parts.ran_out(first, rows)
+            self._microbatches.note_ran_out(first, rows)
             middle = len(calls) // 2
             for half in (calls[:middle], calls[middle:]):
                 yield from self._alone(half) if len(half) == 1 else self._merged(half)

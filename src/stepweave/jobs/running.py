@@ -92,7 +92,7 @@ class RunningJob:
     def late(self) -> bool:
         return self.job.late
 
-    def end(self) -> RequestCancelledError | DeviceFailedError | DeadlineExceededError | None:
+    def why_end(self) -> RequestCancelledError | DeviceFailedError | DeadlineExceededError | None:
         """Why the job must end, if it must."""
         if self.job.cancelled:
             return RequestCancelledError()
@@ -106,7 +106,7 @@ class RunningJob:
     def ending(self) -> Ending | None:
         """What to raise in the job's call if it must end, else None. Once told so it has ended,
         whatever its pipeline does."""
-        error = self.end()
+        error = self.why_end()
         if error is None:
             return None
         self._error = error

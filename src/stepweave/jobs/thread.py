@@ -36,7 +36,7 @@ class EngineThread(abc.ABC):
         self.planner = planner
         self.stats = stats
         self.health = health
-        self._waiting: dict[str, RunningJob] = {}  # oldest first
+        self._waiting: dict[str, RunningJob] = {}
         # jobs whose work on another thread is done, and what came of it
         self._returned: deque[tuple[RunningJob, Any]] = deque()
         self._closing = self._abandoned = self._ended = False
@@ -191,7 +191,7 @@ class EngineThread(abc.ABC):
             return late
 
     def wait_again(self, job: RunningJob) -> None:
-        """A job is the first of those that wait."""
+        """A job waits again, at its rank; before its equals."""
         with self._wake:
             self._waiting = {job.id: job, **self._waiting}
 

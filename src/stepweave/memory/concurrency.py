@@ -50,7 +50,7 @@ class ConcurrencyLimit:
         if self._ended >= RECOVERY and self.limit < self._most:
             self.limit, self._ended = self.limit + 1, 0
 
-    def relieve(self, jobs: Sequence[JobT]) -> Iterator[tuple[JobT, Any]]:
+    def retry_or_preempt(self, jobs: Sequence[JobT]) -> Iterator[tuple[JobT, Any]]:
         """Answers to jobs that all wait for memory: each is tried again, the oldest first, until
         one goes on; if none does, the youngest gives way."""
         oldest_first = sorted(jobs, key=lambda job: job.accepted)

@@ -45,7 +45,7 @@ class Microbatches:
     Args:
         limits: how many rows fit, which is learnt here, too.
         limit: the most rows of a forward with a call.
-        kinds: the device types whose autocast is a call's own.
+        device_types: the device types whose autocast is a call's own.
         start: called before the first part; `done` with the call, its output and what that gave.
     """
 
@@ -56,7 +56,7 @@ class Microbatches:
         certificates: Certificates,
         cache: EncoderCache,
         stats: Stats,
-        kinds: tuple[str, ...],
+        device_types: tuple[str, ...],
         *,
         start: Callable[[], Any],
         done: Callable[[Call, Any, Any], None],
@@ -66,7 +66,7 @@ class Microbatches:
         self._certificates = certificates
         self._cache = cache
         self._stats = stats
-        self._kinds = kinds
+        self._device_types = device_types
         self._start = start
         self._done = done
 
@@ -75,18 +75,18 @@ class Microbatches:
         too_many = call.rows > self._limit(call) and not call.whole
         return too_many and bool(self._certificates.divisible(call))
 
-    def ran_out(self, call: Call, rows: int) -> None:
+    def note_ran_out(self, call: Call, rows: int) -> None:
         """Learn that so many rows of a call's kind do not fit."""
         self._stats.out_of_memory += 1
         self._limits.failed(call.kind, rows)
         self._limits.memory.free()
 
-    def relieve(self, attempt: Attempt) -> Any:
+    def answer_out_of_memory(self, attempt: Attempt) -> Any:
         """The answer to a call that ran out of memory by itself: an attempt, if there is more room
         now, or what its parts give, or that it must wait."""
         call = attempt.call
         gc.collect()  # what ended jobs leave behind is in cycles
-        self.ran_out(call, call.rows)
+        self.note_ran_out(call, call.rows)
         if attempt.overwritten:
             return WaitForMemory(call).error()
         if self._cache.clear() and not attempt.again:
@@ -110,13 +110,13 @@ class Microbatches:
             try:
                 with self._limits.measured(call.kind, rows, call.cost):
                     arguments = part(call, start, start + rows, repeat=repeat)
-                    outputs.append(run_arguments(call, arguments, self._kinds))
+                    outputs.append(run_arguments(call, arguments, self._device_types))
                 counts.append(rows)
                 continue
             except Exception as error:
                 if not ran_out(error):
                     return self._has_no_parts(call, error)
-            self.ran_out(call, rows)
+            self.note_ran_out(call, rows)
             if rows == 1:
                 return WaitForMemory(call)
             size = rows // 2
@@ -160,7 +160,7 @@ class Microbatches:
         arguments = copied(part(call, start, stop, repeat=self._certificates.of(call).repeat))
         snapshot = ArgumentSnapshot(*arguments.values())
         try:
-            output = run_arguments(call, arguments, self._kinds)
+            output = run_arguments(call, arguments, self._device_types)
         finally:
             changed = snapshot.drew() or snapshot.wrote()
             snapshot.put_back()

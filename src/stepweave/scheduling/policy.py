@@ -13,7 +13,7 @@ from stepweave.scheduling.task import Key, Task
 Rank = tuple[float, ...]  # the lowest goes first
 Cap = Callable[[Any], int]  # the most rows of a forward with a call
 
-URGENT, UNHURRIED, LATE = 0, 1, 2  # deadlines, among jobs of one priority
+URGENT, UNHURRIED, HOPELESS = 0, 1, 2  # deadlines, among jobs of one priority
 
 
 class Cost(Protocol):
@@ -67,7 +67,7 @@ class WasteAwareSRPT:
         remaining = task.remaining
         spare = float("inf") if task.deadline is None else task.deadline - now - remaining
         if spare < 0:
-            return (task.priority, LATE, remaining, task.arrived)
+            return (task.priority, HOPELESS, remaining, task.arrived)
         if task.deadline is not None and spare <= self.urgency * remaining:
             return (task.priority, URGENT, task.deadline, task.arrived)
         return (task.priority, UNHURRIED, remaining, task.arrived)

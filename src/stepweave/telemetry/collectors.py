@@ -68,12 +68,12 @@ class RequestCollector(Collector):
         for name, documentation, value in (
             (
                 "running",
-                "Accepted requests for images that the engine has begun, whose upload is being "
+                "Accepted requests for images that the engine has started, whose upload is being "
                 "read or whose images are being "
                 "encoded.",
                 in_flight - waiting,
             ),
-            ("waiting", "Accepted requests for images that the engine has not begun.", waiting),
+            ("waiting", "Accepted requests for images that the engine has not started.", waiting),
             (
                 "in_flight",
                 "Accepted requests for images that are not yet answered: running and waiting.",
