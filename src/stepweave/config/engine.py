@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Literal, TypedDict, get_args
 
 Mode = Literal["off", "threads", "request", "step"]
+
+
+class EngineLimits(TypedDict, total=False):
+    """What `StepEngine` takes of `EngineConfig` by name only."""
+
+    max_decode_rows: int
+    max_jobs: int
+    threads: int
+    cache_bytes: int
+    audit_every: int
+    knee: bool
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ import logging
 import math
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from stepweave.baselines.thread_pool import ThreadPool
 from stepweave.compat.torch_state import draw_seed
-from stepweave.config.engine import EngineConfig, Mode
+from stepweave.config.engine import EngineConfig, EngineLimits, Mode
 from stepweave.engine.loop import StepLoop
 from stepweave.errors import EngineClosedError, EngineMisuseError
 from stepweave.jobs.job import Job, Observer, inside_engine
@@ -66,11 +66,10 @@ class StepEngine(Estimates):
         memory: DeviceMemory | None = None,
         policy: Policy = srpt,
         on_step: OnStep = lambda module, rows, cap, seconds: None,
-        **limits: Any,
+        **limits: Unpack[EngineLimits],
     ) -> None:
-        if max_rows is not None:
-            limits["max_rows"] = max_rows
-        self.config = config = EngineConfig(mode, **limits)
+        rows = EngineConfig.max_rows if max_rows is None else max_rows
+        self.config = config = EngineConfig(mode, rows, **limits)
         if not isinstance(policy, Policy):
             raise TypeError(
                 f"policy is {policy!r}; it must be an object such as stepweave.scheduling.srpt"
