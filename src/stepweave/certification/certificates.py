@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
 
@@ -58,7 +58,13 @@ FAINT = 0.05  # an effect that matters to no result, as a share of the error all
 class Certificates:
     """All certificates of an engine, and the decision whether calls may be merged."""
 
-    def __init__(self, digests: Fingerprints, audit_every: int) -> None:
+    def __init__(
+        self,
+        digests: Fingerprints,
+        audit_every: int,
+        on_doubt: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._on_doubt = on_doubt  # results of encoders may be wrong, too
         self._digests = digests
         self._audit_every = audit_every
         self._known: OrderedDict[Hashable, Certificate] = OrderedDict()
@@ -543,8 +549,15 @@ class Certificates:
         """Note whose results are in doubt: jobs that had merged ones of a kind that has turned out
         not to be mergeable."""
         served = self.of(call).served
-        self._doubtful += served
-        served.clear()
+        if served:
+            self._doubtful += served
+            served.clear()
+            self._on_doubt()
+
+    def forget_job(self, job: Any) -> None:
+        """A job starts again: what it was given before is no longer in doubt."""
+        for certificate in self._known.values():
+            certificate.served.discard(job)
 
     def doubtful(self) -> list[Any]:
         """The jobs whose results are in doubt, told once."""

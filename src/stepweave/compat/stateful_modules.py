@@ -143,11 +143,16 @@ class ModuleGuard:
             job.watched = True
         return own
 
-    def succeeded(self, job: GuardedJob) -> None:
-        """A job has ended well: if its own code had changed modules, that was seen, if it was
+    def left(self, job: GuardedJob, *, last: bool, succeeded: bool) -> None:
+        """A job's call has ended, of the `last` one that ran: what it did after its last forward is
+        looked at. If it went well, and its own code had changed modules, that was seen, if it was
         watched."""
-        if job.watched and len(self._looked) < LOOKED:
-            self._looked.add(_signature(job))
+        with contained("look at what a job has left in the modules"):
+            self.changed_by(job)
+            if last:
+                self.put_back()
+            if succeeded and job.watched and len(self._looked) < LOOKED:
+                self._looked.add(_signature(job))
 
     def changed_by(self, job: GuardedJob) -> Reason | None:
         """Why a job's calls must run alone, if its own code has changed modules that it shares."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Literal, TypedDict, get_args
 
 Mode = Literal["off", "threads", "request", "step"]
@@ -53,7 +54,9 @@ class EngineConfig:
         modes = get_args(Mode)
         if self.mode not in modes:
             raise ValueError(f"mode is {self.mode!r}; it must be one of {', '.join(modes)}")
-        for field in fields(self):
-            value, least = getattr(self, field.name), 0 if field.name == "cache_bytes" else 1
-            if type(value) is int and value < least:
-                raise ValueError(f"{field.name} is {value}; it must be at least {least}")
+        for name in (field.name for field in fields(self) if field.name not in ("mode", "knee")):
+            value, least = getattr(self, name), 0 if name == "cache_bytes" else 1
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise TypeError(f"{name} is {value!r}; it must be a whole number")
+            if value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")

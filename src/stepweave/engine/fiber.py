@@ -53,6 +53,7 @@ class Fiber:
         self.device_types = tuple(kind for kind, _, _ in ambient.autocast)
         self.own = own
         self.last: Any = None  # what the last call of a model gave it
+        self.request: Any = None  # what it was last suspended with
         self.greenlet = _Greenlet(self._run)
         self.greenlet.fiber = self
         self._outside = contextvars.copy_context()
@@ -124,6 +125,7 @@ def suspend(request: Any) -> Any:
     here = greenlet.getcurrent()
     if not isinstance(here, _Greenlet):
         raise EngineMisuseError("Only code that runs in a fiber can be suspended.")
-    parent = here.parent
-    assert parent is not None
+    parent, fiber = here.parent, here.fiber
+    assert parent is not None and fiber is not None
+    fiber.request = request
     return parent.switch(request)

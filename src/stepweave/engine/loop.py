@@ -69,9 +69,9 @@ class StepLoop(EngineThread):
             health=health,
             fingerprints=fingerprints,
         )
-        self.certificates = Certificates(fingerprints, config.audit_every)
-        self.unshared = Unshared()
         self.cache = EncoderCache(fingerprints, config.cache_bytes)
+        self.certificates = Certificates(fingerprints, config.audit_every, self.cache.clear)
+        self.unshared = Unshared()
         self.memory = memory or memory_of(device)
         self.image_threads = ImageThreads(self.come_back, device)
         self._concurrency = ConcurrencyLimit(config.max_jobs)
@@ -176,38 +176,35 @@ class StepLoop(EngineThread):
 
     def _go_on(self, job: RunningJob, switch: Callable[[Any], Any], value: Any) -> None:
         """Switch to a job's fiber, until it waits for something or has ended."""
-        request = job.request = switch(value)
+        request = switch(value)
+        while isinstance(request, Call) and not job.restarting:
+            call, result = self._lookup.read(request)
+            if result is None:
+                self.planner.saw(job, call)
+                job.call = call
+                self._queues.add(call)
+                return
+            request = job.fiber.resume(result)  # an encoder gave it before
         if isinstance(request, Done):
             self._leave(job, request.outcome)
         elif job.restarting:  # its pipeline goes on regardless
             self.end(job, Ending())
         elif isinstance(request, ImageWork):
             self.image_threads.run(job, request)
-        elif isinstance(request, Attempt):  # memory ran out
+        else:  # an attempt: memory ran out
             self._resume(job, self._runner.answer_out_of_memory(request))
-        else:
-            call, result = self._lookup.read(request)
-            if result is not None:  # an encoder gave it before
-                self._resume(job, result)
-            else:
-                self.planner.saw(job, call)
-                job.call = call
-                self._queues.add(call)
 
     def _leave(self, job: RunningJob, outcome: Outcome) -> None:
         """A job's fiber has ended: it is done, or starts again."""
         outcome.let_go()
-        self._modules.guard.changed_by(job)  # what it did after its last call
         del self._running[job.fiber]
-        if not self._running:
-            self._modules.guard.put_back()
+        self._modules.guard.left(job, last=not self._running, succeeded=outcome.error is None)
         if job.restarting and job.ending() is None:
+            self.certificates.forget_job(job)
             job.restart()
             self.wait_again(job)
             return
-        if outcome.error is None:
-            self._modules.guard.succeeded(job)
-        job.fiber = job.request = None
+        job.fiber = None
         self._concurrency.ended()
         self.finish(job, outcome)
 
@@ -240,7 +237,8 @@ class StepLoop(EngineThread):
         for job in self.running_jobs():
             if job.call or job.waiting_for_memory or job.at_images:
                 continue
-            request = job.request.call if isinstance(job.request, Attempt) else job.request
+            request = job.fiber.request
+            request = request.call if isinstance(request, Attempt) else request
             try:
                 self._resume(job, Attempt(request) if isinstance(request, Call) else request)
             except BaseException as error:

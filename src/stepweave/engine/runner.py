@@ -23,7 +23,7 @@ from stepweave.memory.row_limits import RowLimits
 from stepweave.planning.clock import clock_of
 from stepweave.planning.planner import Planner
 from stepweave.planning.stats import Stats
-from stepweave.scheduling.task import Demand
+from stepweave.scheduling.task import Demand, Key
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ class BatchRunner:
                 yield call, attempt
             if not attempt.failed:
                 looked = watch.seconds if watched else 0.0
-                self._clock.stop(started, partial(self._ran, call, call.rows, looked))
+                self._clock.stop(started, partial(self._ran, call.cost, call.rows, looked))
                 if not attempt.wrote:
                     self._remember(call, attempt.output)
             if not attempt.ran_out:
@@ -149,7 +149,7 @@ class BatchRunner:
             self._limits.fitted(first.kind)
             self._stats.forward(first.target.name, rows, len(calls))
             yield from self._deliver(calls, outputs)
-            self._clock.stop(started, partial(self._ran, first, rows, 0.0))
+            self._clock.stop(started, partial(self._ran, first.cost, rows, 0.0))
         elif reason:  # if all goes well alone, merging is to blame
             self._stats.retried += 1
             attempts = yield from self._alone(calls)
@@ -174,10 +174,11 @@ class BatchRunner:
     def _done(self, call: Call, output: Any, started: Any) -> None:
         """A call has been run in parts."""
         self._remember(call, output)
-        self._clock.stop(started, partial(self._ran, call, call.rows, 0.0))
+        self._clock.stop(started, partial(self._ran, call.cost, call.rows, 0.0))
 
-    def _ran(self, call: Call, rows: int, looked: float, seconds: float) -> None:
-        self._planner.ran(call.cost, rows, max(0.0, seconds - looked))
+    def _ran(self, key: Key, rows: int, looked: float, seconds: float) -> None:
+        # a GPU's clock tells late: it must not hold on to calls
+        self._planner.ran(key, rows, max(0.0, seconds - looked))
 
     def _remember(self, call: Call, output: Any) -> None:
         if call.cache_key is not None and output is not None:

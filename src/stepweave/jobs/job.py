@@ -191,9 +191,9 @@ class Job:
 
     def deliver(self, outcome: Outcome) -> None:
         """The job is done."""
-        self._future.set_result(outcome)
-        self._future.job = None
         self._on_cancel = lambda: None
+        self._future.set_result(outcome)
+        self._future.job = self._owner = None
 
 
 class _Result(Future[Outcome]):

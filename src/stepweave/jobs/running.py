@@ -69,7 +69,6 @@ class RunningJob:
 
         # once it has started
         self.fiber: Any = None  # that runs its pipeline's call
-        self.request: Any = None  # what the fiber waits for
         self.watched = False  # whether its own code changes modules is looked at
         self.call: Call | None = None  # that stands in a queue
         self.waiting_for_memory: WaitForMemory | None = None
@@ -169,8 +168,8 @@ class RunningJob:
     def restart(self) -> None:
         """Have the job be as it was before it started."""
         self._snapshot.put_back()
-        self.fiber = self.request = None
-        self.restarting, self.refused, self.told = False, False, 0
+        self.fiber = None
+        self.watched, self.restarting, self.refused, self.told = False, False, False, 0
         self.job.opened = self.job.stepped = None
         self.job.progress = Progress(0, 0)
         self.recorder = Recorder()

@@ -90,7 +90,7 @@ class Microbatches:
         if attempt.overwritten:
             return WaitForMemory(call).error()
         if self._cache.clear() and not attempt.again:
-            return Attempt(call, keep=attempt.keep, again=True)
+            return Attempt(call, again=True)
         if call.rows > 1 and not call.whole and self._divisible(call):
             answer = self.run(call)
             if answer is not None:

@@ -28,7 +28,8 @@ class RowCaps:
         self._merges = merges
         self._knee = knee
         self.ignore_knee = False  # while a warm-up wants rows that do not pay, too
-        self._last: dict[Key, int] = {}  # rows that a forward was last allowed
+        self._last: dict[Key, int] = {}  # rows that forwards had at most, as predictions want
+        self._allowed: dict[Key, int] = {}  # rows that they were allowed, shared or not
         self._cut = 0  # groups, since one was let grow
 
     def choosing(self, limit: Callable[[Any], int]) -> Callable[[Any], int]:
@@ -38,6 +39,7 @@ class RowCaps:
         knees: dict[tuple[Key, int], int] = {}
         if len(self._last) > KEYS:
             self._last.clear()
+            self._allowed.clear()
 
         def cap(call: Any) -> int:
             most = limit(call)
@@ -45,7 +47,7 @@ class RowCaps:
             if knee is None:
                 knee = self._cost.knee(call.cost, most) if cuts else most
                 knees[call.cost, most] = knee = min(most, 2 * knee) if explores else knee
-            self._last[call.cost] = knee
+            self._last[call.cost] = self._allowed[call.cost] = knee
             return knee
 
         return cap
@@ -59,7 +61,7 @@ class RowCaps:
 
     def last(self, key: Key) -> int:
         """Rows that a forward was last allowed; 0 before there was any."""
-        return self._last.get(key, 0)
+        return self._allowed.get(key, 0)
 
     def alone(self, key: Key, rows: int) -> None:
         """Forwards like one of so many rows are not shared."""

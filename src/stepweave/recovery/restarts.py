@@ -64,7 +64,6 @@ class Recovery:
         """Have jobs restart whose results are in doubt, and those that met a module's state, after
         a step of which this was a call."""
         for job in self._certificates.doubtful():
-            self._cache.clear()
             self._loop.restart(job, IN_DOUBT)
         watch = self._watches.of(call.target)
         if self._modules.note_stateful(call.target, watch):

@@ -83,13 +83,14 @@ class EngineModules:
         names: dict[int, tuple[str, nn.Module]] = {}
         for name, module in modules_in(pipeline):
             names.setdefault(id(module), (name, module))
-        modules = dict(names.values())
         processors = None
         if swaps_processors(pipeline):
             processors = AttentionProcessors([module for _, module in modules_in(pipeline)])
-        self.guard = ModuleGuard(modules, type(pipeline), processors)
+        # of modules of one name, in pipelines within each other, the first is watched
+        watched = dict(reversed(list(names.values())))
+        self.guard = ModuleGuard(watched, type(pipeline), processors)
         stand_ins: dict[int, Callable[[nn.Module], Any]] = {}
-        for name, module in modules.items():
+        for name, module in names.values():
             if is_autoencoder(module):
                 targets = {}
                 for method in ("encode", "decode"):
