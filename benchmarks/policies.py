@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import chain
 
-from stepweave.scheduling.policy import LATE, UNHURRIED, URGENT, Cap, Cost, Policy, Rank, fill, srpt
+from stepweave.scheduling.policy import (
+    HOPELESS,
+    UNHURRIED,
+    URGENT,
+    Cap,
+    Cost,
+    Policy,
+    Rank,
+    fill,
+    srpt,
+)
 from stepweave.scheduling.queues import CallT, Queues
 from stepweave.scheduling.task import Task
 
@@ -25,7 +35,7 @@ class Aged:
             return (task.priority, UNHURRIED, aged, task.arrived)
         if now + remaining <= task.deadline:
             return (task.priority, URGENT, task.deadline, task.arrived)
-        return (task.priority, LATE, aged, task.arrived)
+        return (task.priority, HOPELESS, aged, task.arrived)
 
     def choose(self, queues: Queues[CallT], now: float, cap: Cap, cost: Cost) -> list[CallT]:
         ranks = {id(call): self.rank(call.task, now) for call in _calls(queues)}
