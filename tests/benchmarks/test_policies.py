@@ -53,6 +53,7 @@ def test_each_is_one_that_an_engine_takes(policy: Policy) -> None:
     assert isinstance(policy, Policy)
 
 
+@pytest.mark.full
 def test_the_real_server_starts_with_another_policy(tmp_path: Path) -> None:
     port, log = free_port(), tmp_path / "log.txt"
     command = [sys.executable, "-m", "benchmarks.serving.server", "--policy", "fifo"]

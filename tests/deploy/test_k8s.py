@@ -1837,6 +1837,7 @@ def check_end(
     assert server.stop() == 0
 
 
+@pytest.mark.full
 def test_a_real_server_has_what_the_demo_names(tmp_path: Path) -> None:
     """Started with the Deployment's own environment, and asked by its names, to its limits and to
     its end."""

@@ -473,6 +473,7 @@ def draw(served: Served, timeout: float | httpx.Timeout = SECONDS, **fields: Any
     return httpx.post(f"{served.url}/v1/images/generations", json=body, timeout=timeout).status_code
 
 
+@pytest.mark.full
 def test_every_query_has_data_when_prometheus_scrapes_the_real_server(
     prometheus: Prometheus, served: Served, tmp_path: Path
 ) -> None:
