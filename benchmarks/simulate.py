@@ -37,17 +37,8 @@ CURVE = Path(__file__).parent / "curves" / "qwen-image-h200.json"
 MIX = "512x512:4:15,512x512:28:35,1024x1024:28:35,1024x1024:50:15"
 BASELINE = "fifo"
 SHOWN = ("mean", "p50", "p95", "p99", "slowdown", "within", "hits", "throughput", "rows")
-BOUNDED = (
-    "throughput",
-    "refused",
-    "retries",
-    "kept",
-    "told",
-    "inside",
-    "mean",
-    "p99",
-    "within",
-)  # shown with admission
+# shown with admission
+BOUNDED = ("throughput", "refused", "retries", "kept", "told", "inside", "mean", "p99", "within")
 COMPARED = ("mean", "p95", "p99", "slowdown", "within")
 
 

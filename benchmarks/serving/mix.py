@@ -12,10 +12,8 @@ from typing import NamedTuple
 
 from benchmarks.locust.schedule import Arrival, schedule
 
-SIZES = (
-    "64x64",
-    "128x128",
-)  # of the embedded model: the first is its own, a step of the other takes about twice as long
+# of the embedded model: the first is its own, a step of the other takes about twice as long
+SIZES = ("64x64", "128x128")
 STEPS = (4, 12, 30)
 DEADLINE = 4  # times the seconds that a request takes alone
 COPIES = 4  # of each kind in a deck

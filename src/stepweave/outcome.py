@@ -56,9 +56,8 @@ class Outcome:
 
         Context variables that the call sets are its own.
         """
-        apart = greenlet.greenlet(
-            cls.of
-        )  # whose frames know of none outside; no closure, which a frame would hold on to
+        # whose frames know of none outside; no closure, which a frame would hold on to
+        apart = greenlet.greenlet(cls.of)
         apart.gr_context = contextvars.copy_context()
         outcome: Outcome = apart.switch(function, *args, **kwargs)
         outcome.let_go()

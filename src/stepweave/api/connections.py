@@ -32,16 +32,12 @@ logger = logging.getLogger(__name__)
 
 # that a client may take for a request's head, from when it connects, or begins with the next one
 HEAD_SECONDS = 20.0
-KEPT_SECONDS = (
-    # that a connection is kept between two requests: longer than proxies keep theirs, so that they
-    # close first
-    75.0
-)
-LINGER_SECONDS = (
-    # that a client may go on sending a body once it has its answer, on a connection that ends with
-    # it
-    10.0
-)
+# that a connection is kept between two requests: longer than proxies keep theirs, so that they
+# close first
+KEPT_SECONDS = 75.0
+# that a client may go on sending a body once it has its answer, on a connection that ends with
+# it
+LINGER_SECONDS = 10.0
 IDLE_SECONDS = 1.0  # after which a connection without a request counts as idle
 LOOK_SECONDS = 0.25  # between two looks for idle connections, while the server leaves
 # connections over the limit that are read, so that probes are answered and others refused in the

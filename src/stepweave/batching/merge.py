@@ -216,9 +216,8 @@ def like(value: Any, attributes: dict[str, Any]) -> Any:
 def _selected(cache: Cache, start: int, stop: int) -> Cache:
     selected = copy.deepcopy(cache)
     devices = {one.device for one in tensors(cache)}
-    indices = torch.arange(
-        start, stop, device=devices.pop() if len(devices) == 1 else None
-    )  # else each layer waits for a copy
+    # else each layer waits for a copy
+    indices = torch.arange(start, stop, device=devices.pop() if len(devices) == 1 else None)
     selected.batch_select_indices(indices)
     return selected
 

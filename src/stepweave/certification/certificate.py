@@ -143,9 +143,8 @@ class Certificate:
     totals: set[int] = field(default_factory=set)  # rows of merged forwards
     value: Callable[[tuple[Any, ...]], Hashable] = id  # of a leaf, equal for equal ones
     names: tuple[str, ...] = ()  # of the arguments, by their positions among the leaves
-    served: WeakSet[Any] = field(
-        default_factory=WeakSet
-    )  # owners that had results of merged forwards since the last check
+    # owners that had results of merged forwards since the last check
+    served: WeakSet[Any] = field(default_factory=WeakSet)
 
     @property
     def abandoned(self) -> bool:

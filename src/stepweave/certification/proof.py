@@ -79,9 +79,8 @@ class Proof:
     merged_points: list[Point] = field(default_factory=list)
     # leaves: None if the result does not depend on them
     evident: dict[int, bool | None] = field(default_factory=dict)
-    effects: dict[int, float] = field(
-        default_factory=dict
-    )  # of leaves exchanged, the largest, as shares of the error allowed
+    # of leaves exchanged, the largest, as shares of the error allowed
+    effects: dict[int, float] = field(default_factory=dict)
     # leaves with a small effect, far larger than what merging changed
     plain: set[int] = field(default_factory=set)
     # the same, of that call of the pair that it changes least
@@ -304,9 +303,8 @@ class Prover:
     def _exchange(self, proof: Proof, unit: tuple[int, ...]) -> bool | None:
         """Whether the other's value of an argument would have changed the results of both; None if
         it changes nothing."""
-        ordinary = self._flooded(
-            proof, unit, 1.0, noise=True
-        )  # what is true of calls that are blank may not be of others
+        # what is true of calls that are blank may not be of others
+        ordinary = self._flooded(proof, unit, 1.0, noise=True)
         effects = []
         for call, other in (proof.pair, proof.pair[::-1]):
             point = self._point(exchanged(call, other, unit), unit)

@@ -51,10 +51,8 @@ class Course:
 
     steps: int
     strength: float | None = None  # of an edit
-    tokens: int | None = (
-        # of a picture, which dynamic shifting goes by; as many as shift the least where it is None
-        None
-    )
+    # of a picture, which dynamic shifting goes by; as many as shift the least where it is None
+    tokens: int | None = None
 
 
 def problem_of(scheduler: Any, pipeline: Any, course: Course) -> str | None:

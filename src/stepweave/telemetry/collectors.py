@@ -243,11 +243,9 @@ class VramCollector(Collector):
     """`stepweave_vram_bytes{device, kind}` of the device in use; zeros where that is no CUDA
     device."""
 
-    device: str = (
-        # set once the model is loaded; other devices are not asked, since that would open a context
-        # on them
-        "cpu"
-    )
+    # set once the model is loaded; other devices are not asked, since that would open a context
+    # on them
+    device: str = "cpu"
 
     def __init__(self, stats: Callable[[], EngineStats | None]) -> None:
         self._stats = stats
