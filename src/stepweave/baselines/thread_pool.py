@@ -13,7 +13,7 @@ from stepweave.config.engine import EngineConfig
 from stepweave.errors import EngineMisuseError, RequestCancelledError
 from stepweave.jobs.job import enter_engine
 from stepweave.jobs.running import RunningJob
-from stepweave.jobs.thread import engine_failed
+from stepweave.jobs.thread import deliver, engine_failed
 from stepweave.memory.device_health import DeviceHealth
 from stepweave.outcome import Ending, Outcome
 from stepweave.planning.planner import Planner
@@ -90,12 +90,7 @@ class ThreadPool:
 
     def finish(self, job: RunningJob, outcome: Outcome | Exception) -> None:
         """Deliver what came of a job, unless that is done."""
-        if isinstance(outcome, Exception):
-            outcome = Outcome(error=outcome)
-        self._planner.leave(job, succeeded=outcome.error is None)
-        told = job.finish(outcome)
-        if told is not None:
-            self._stats.finished(told)
+        deliver(job, outcome, self._planner, self._stats)
 
     def close(self, seconds: float) -> list[str]:
         """End every job, running ones at their next step, and then the threads. What has not ended

@@ -98,15 +98,9 @@ class EngineThread(abc.ABC):
             self._returned.append((job, answer))
             self._wake.notify()
 
-    def finish(self, job: RunningJob, outcome: Outcome | Exception) -> bool:
-        """Deliver what came of a job; False if that was done before."""
-        if isinstance(outcome, Exception):
-            outcome = Outcome(error=outcome)
-        self.planner.leave(job, succeeded=outcome.error is None)
-        told = job.finish(outcome)
-        if told is not None:
-            self.stats.finished(told)
-        return told is not None
+    def finish(self, job: RunningJob, outcome: Outcome | Exception) -> None:
+        """Deliver what came of a job, unless that is done."""
+        deliver(job, outcome, self.planner, self.stats)
 
     def close(self, seconds: float) -> list[str]:
         """End every job at its next step, then the thread. What has not ended after some seconds;
@@ -194,6 +188,16 @@ class EngineThread(abc.ABC):
         """A job waits again, at its rank; before its equals."""
         with self._wake:
             self._waiting = {job.id: job, **self._waiting}
+
+
+def deliver(job: RunningJob, outcome: Outcome | Exception, planner: Planner, stats: Stats) -> None:
+    """Deliver what came of a job, and count it, unless that is done."""
+    if isinstance(outcome, Exception):
+        outcome = Outcome(error=outcome)
+    planner.leave(job, succeeded=outcome.error is None)
+    told = job.finish(outcome)
+    if told is not None:
+        stats.finished(told)
 
 
 def engine_failed(error: BaseException) -> StepweaveError:
