@@ -128,9 +128,8 @@ def batch16(shapes: Shapes, scale: Scale) -> Part:
     step = timings["step"]
     return Part(
         f"{BATCH} jobs of {scale.batch_steps} steps that differ in prompt and seed, submitted at "
-        f"once, against one call of the "
-        "bare pipeline with the same prompts and generators as a ready-made batch, which no stream "
-        "of requests gives.",
+        "once, against one call of the bare pipeline with the same prompts and generators as a "
+        "ready-made batch, which no stream of requests gives.",
         (
             seconds(timings),
             [
@@ -152,9 +151,8 @@ def join(shapes: Shapes, scale: Scale) -> Part:
         timings = alternate(contestants, scale.join_rounds)
     return Part(
         f"The latency of a job of {SHORT_STEPS} steps that arrives among {LONG_JOBS} of "
-        f"{scale.long_steps}. CPU is what the "
-        "process spends meanwhile. In `request` the first long job runs alone and the others in a "
-        "second call.",
+        f"{scale.long_steps}. CPU is what the process spends meanwhile. In `request` the first "
+        "long job runs alone and the others in a second call.",
         (
             seconds(timings),
             [
@@ -208,9 +206,8 @@ def memory(shapes: Shapes, scale: Scale) -> Part:
         cache = engine.stats().cache_bytes / MEBIBYTE
     return Part(
         f"Resident memory after so many jobs of 2 steps in mode `step`, {BATCH} at a time, all "
-        f"prompts and seeds different. "
-        f"The encoder cache is bounded at 4 MiB and full before the first figure ({cache:.1f} MiB "
-        f"in the end). Wanted: flat.",
+        "prompts and seeds different. The encoder cache is bounded at 4 MiB and full before the "
+        f"first figure ({cache:.1f} MiB in the end). Wanted: flat.",
         (rows,),
     )
 

@@ -154,9 +154,8 @@ def modes(subject: Subject, pipeline: Any, rounds: int) -> Part:
     ]
     return Part(
         f"{JOBS} jobs of {subject.steps} steps with guidance, {subject.side}x{subject.side}, that "
-        f"differ in prompt and seed, "
-        f"submitted at once; `threads` has {THREADS}, `step` its encoder cache. Uncertified: "
-        f"{_uncertified(step.certificates)}.",
+        f"differ in prompt and seed, submitted at once; `threads` has {THREADS}, `step` its "
+        f"encoder cache. Uncertified: {_uncertified(step.certificates)}.",
         (figures, ratios, forwards),
     )
 

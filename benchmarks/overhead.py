@@ -90,10 +90,9 @@ def overhead(shapes: Shapes, rounds: int) -> Part:
                 found.add(watch.forwards, 2 * jobs)
     return Part(
         "Between a forward of the transformer and the next, in microseconds, while all jobs run: "
-        "the pipeline's own Python "
-        "(guidance, scheduler, progress), once for each job, and the engine's. The pipeline's own "
-        "is measured on bare calls "
-        "and taken once for each job; what is beyond it is the engine's.",
+        "the pipeline's own Python (guidance, scheduler, progress), once for each job, and the "
+        "engine's. The pipeline's own is measured on bare calls and taken once for each job; what "
+        "is beyond it is the engine's.",
         (
             [
                 _row(1, bare, bare, "bare"),

@@ -131,9 +131,8 @@ def likeness(shapes: Shapes, previewer: Previewer, prompts: int, sheet: Path | N
         rows.append({"step": step, "correlation": Spread.of(found), "of nine in ten above": tenth})
     return Part(
         f"Pearson's correlation over the RGB values of preview and picture, {prompts} prompts. "
-        f"{COUNT} previews are made after "
-        f"steps {', '.join(map(str, chosen))}. The map explains {previewer.explained:.0%} of "
-        f"unseen pixels.",
+        f"{COUNT} previews are made after steps {', '.join(map(str, chosen))}. The map explains "
+        f"{previewer.explained:.0%} of unseen pixels.",
         (rows,),
     )
 

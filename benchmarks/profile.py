@@ -101,7 +101,7 @@ def main() -> None:
     content: dict[str, Any] = {
         "name": f"the embedded model, {facts['cpu']}, {facts['torch_threads']} threads",
         "source": (
-            f"measured by benchmarks/profile.py: "
+            "measured by benchmarks/profile.py: "
             f"{', '.join(f'{name} {value}' for name, value in facts.items())}"
         ),
         "curves": [],

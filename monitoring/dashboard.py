@@ -268,8 +268,7 @@ def dashboard() -> model.Dashboard:
             graph(
                 "Steps saved",
                 "Denoising steps per second that were not run since their job was cancelled, its "
-                "client had left, or its "
-                "deadline had passed.",
+                "client had left, or its deadline had passed.",
                 "cps",
                 (rate("stepweave_steps_saved_total", "job"), "{{job}}"),
             ),
@@ -322,9 +321,8 @@ def dashboard() -> model.Dashboard:
             graph(
                 "Recoveries",
                 "What the engine survived per second: shared forwards run again alone, forwards "
-                "that ran out of memory, calls "
-                "run some rows at a time for want of it, and errors; and jobs that failed for want "
-                "of memory.",
+                "that ran out of memory, calls run some rows at a time for want of it, and errors; "
+                "and jobs that failed for want of memory.",
                 "cps",
                 (rate("stepweave_engine_recoveries_total", "reason"), "{{reason}}"),
                 (
@@ -335,8 +333,7 @@ def dashboard() -> model.Dashboard:
             graph(
                 "Images by result",
                 "Images per second: ok; of one colour throughout; flagged by the pipeline's safety "
-                "checker; NaN or infinite, "
-                "whose requests failed.",
+                "checker; NaN or infinite, whose requests failed.",
                 "cps",
                 (rate("stepweave_images_total", "result"), "{{result}}"),
             ),
@@ -377,8 +374,7 @@ def dashboard() -> model.Dashboard:
             graph(
                 "Rows of a batch, and fill",
                 "Mean rows of a forward, and as a share of those that it was allowed: the knee "
-                "beyond which more do not pay, or "
-                "what fits into memory.",
+                "beyond which more do not pay, or what fits into memory.",
                 "none",
                 (mean("stepweave_batch_rows"), "rows of {{module}}"),
                 (mean("stepweave_batch_fill_ratio"), "fill of {{module}}"),
@@ -386,8 +382,8 @@ def dashboard() -> model.Dashboard:
             graph(
                 "Refused by reason",
                 "Requests per second that admission did not let in: no place, too long a wait, a "
-                "deadline that cannot be met, "
-                "too little memory; and jobs that were let in and missed their deadline.",
+                "deadline that cannot be met, too little memory; and jobs that were let in and "
+                "missed their deadline.",
                 "reqps",
                 (rate("stepweave_refused_total", "reason"), "{{reason}}"),
                 (rate("stepweave_deadline_missed_total", "job"), "deadline missed"),
@@ -395,8 +391,7 @@ def dashboard() -> model.Dashboard:
             graph(
                 "Error of predictions",
                 "Median seconds by which jobs ended later than foretold (below 0: earlier), and "
-                "the cost model's error for a "
-                "single forward.",
+                "the cost model's error for a single forward.",
                 "none",
                 (percentile(0.5, "stepweave_eta_error_seconds"), "end of a job, s"),
                 (f"max({series('stepweave_cost_model_error_ratio')})", "forward, share"),
@@ -420,7 +415,7 @@ def dashboard() -> model.Dashboard:
                 "pod's limit.",
                 "bytes",
                 (
-                    f"max by (pod, instance) "
+                    "max by (pod, instance) "
                     f"({series('process_resident_memory_bytes', OF_SERVERS)})",
                     "{{pod}} {{instance}}",
                 ),
@@ -449,8 +444,7 @@ def dashboard() -> model.Dashboard:
             graph(
                 "Failures of the stores",
                 "Calls per second that failed, of the stores of jobs and of image files: full, "
-                "busy (another process has it "
-                "locked) or failed otherwise.",
+                "busy (another process has it locked) or failed otherwise.",
                 "cps",
                 (rate("stepweave_store_failures_total", "store, reason"), "{{store}} {{reason}}"),
             ),

@@ -124,9 +124,8 @@ async def measure_first(contestant: Contestant, scale: Scale, report: Report) ->
         ),
         Part(
             f"Capacity for the mix, `{contestant.name}`: {CLIENTS} clients who each wait for their "
-            f"answer, over "
-            f"{scale.capacity_seconds:g} s; each answer counts as the share of a mean request that "
-            f"its kind takes alone.",
+            f"answer, over {scale.capacity_seconds:g} s; each answer counts as the share of a mean "
+            "request that its kind takes alone.",
             ([capacity],),
         ),
     )

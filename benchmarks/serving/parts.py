@@ -82,12 +82,10 @@ async def policies(
         for table in (
             Part(
                 f"Load {load:.0%} of capacity, {load * known.capacity:.3g} requests per second for "
-                f"{scale.seconds:g} s, "
-                f"{len(scale.seeds)} seeds: medians (and extremes) over the seeds. Seconds from "
-                f"the scheduled arrival, of "
-                f"what was answered; shares of all requests; {scale.deadlines:.0%} of them have a "
-                f"deadline of {DEADLINE}x "
-                "what their kind takes alone.",
+                f"{scale.seconds:g} s, {len(scale.seeds)} seeds: medians (and extremes) over the "
+                "seeds. Seconds from the scheduled arrival, of what was answered; shares of all "
+                f"requests; {scale.deadlines:.0%} of them have a deadline of {DEADLINE}x what "
+                "their kind takes alone.",
                 (
                     [
                         {
@@ -194,8 +192,8 @@ async def overload(contestant: Contestant, scale: Scale, known: Known, report: R
             )
     about = (
         f"{OVERLOAD:.0%} of capacity for {seconds:g} s, after {CLIENTS} requests at once that fill "
-        f"the queue. Goodput: pictures "
-        "within the deadline, if there is one. Waits are from the last sending to the picture."
+        "the queue. Goodput: pictures within the deadline, if there is one. Waits are from the "
+        "last sending to the picture."
     )
     report.add("overload", Part(about, (totals,)), *tables)
 

@@ -50,8 +50,8 @@ def check_writable(cache: Path) -> None:
         owner = there.stat()
         raise SystemExit(
             f"stepweave: the cache {cache} cannot be written to ({error.strerror}): this is user "
-            f"{os.getuid()}, and {there} "
-            f"belongs to {owner.st_uid}:{owner.st_gid} with mode {stat.S_IMODE(owner.st_mode):o}"
+            f"{os.getuid()}, and {there} belongs to {owner.st_uid}:{owner.st_gid} with mode "
+            f"{stat.S_IMODE(owner.st_mode):o}"
         ) from None
 
 

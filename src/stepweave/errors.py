@@ -186,8 +186,8 @@ class OutOfMemoryError(StepweaveError):
 
 _NON_FINITE = (
     "The result is not finite: the model gave NaN or infinite values. Other parameters may work; "
-    "if all requests fail, the "
-    "weights are damaged, or overflow in the server's STEPWEAVE_DTYPE (try bfloat16 or float32)."
+    "if all requests fail, the weights are damaged, or overflow in the server's STEPWEAVE_DTYPE "
+    "(try bfloat16 or float32)."
 )
 
 
@@ -247,8 +247,7 @@ class ContentFlaggedError(RequestError):
     def __init__(self, index: int, names: list[str]) -> None:
         super().__init__(
             f"Image {index} was flagged by the pipeline ({', '.join(names)}); this server does not "
-            f"return flagged images. "
-            "Another prompt or seed may pass."
+            "return flagged images. Another prompt or seed may pass."
         )
 
 

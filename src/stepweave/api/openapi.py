@@ -81,12 +81,10 @@ OBJECTS: tuple[type[BaseModel], ...] = (
 )
 DESCRIPTION = (
     "Diffusion models, batched by denoising steps. Every error's message names the offending value "
-    "and the limit. Bodies of "
-    "POST may be compressed, with `Content-Encoding: gzip` or `deflate`; their limit is of what "
-    "comes out. Fields that are not "
-    "listed are refused; a member that is null counts as absent. Limits are this server's; what "
-    "depends on the model is there "
-    "once it is loaded. HEAD is answered wherever GET is."
+    "and the limit. Bodies of POST may be compressed, with `Content-Encoding: gzip` or `deflate`; "
+    "their limit is of what comes out. Fields that are not listed are refused; a member that is "
+    "null counts as absent. Limits are this server's; what depends on the model is there once it "
+    "is loaded. HEAD is answered wherever GET is."
 )
 
 

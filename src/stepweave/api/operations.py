@@ -124,8 +124,7 @@ def _json(model: type[BaseModel], description: str) -> dict[int, Answer]:
 
 _TOKEN = (
     "Only with `Authorization: Bearer TOKEN`, of the file `drain-token` in the server's state "
-    "directory; without it there is no "
-    "such route."
+    "directory; without it there is no such route."
 )
 WARNINGS_HEADER = {
     "X-Stepweave-Warnings": _header("A JSON list of texts, in ASCII.", pattern=r"^\[.*\]$")
@@ -396,12 +395,10 @@ def operations(names: ModelNames | None) -> list[Operation]:
             summary="Image to image and inpainting",
             body={FORM: EditRequest},
             description="`image` is what to start from. `mask` is transparent where it is to be "
-            "repainted, or, if its "
-            "alpha is the same throughout, white there; it has the proportions of `image`. "
-            "Both are PNG, JPEG or WebP, are "
-            "turned as their EXIF says, converted to sRGB, and scaled to the size of the "
-            "result. `image[]`, as OpenAI's "
-            "clients name several, is taken for `image`.",
+            "repainted, or, if its alpha is the same throughout, white there; it has "
+            "the proportions of `image`. Both are PNG, JPEG or WebP, are turned as "
+            "their EXIF says, converted to sRGB, and scaled to the size of the result. "
+            "`image[]`, as OpenAI's clients name several, is taken for `image`.",
         ),
         Operation(
             "post",
@@ -608,8 +605,7 @@ def operations(names: ModelNames | None) -> list[Operation]:
             keyless=True,
             elsewhere=True,
             description="`/readyz` is 503 from now on, and new work is refused "
-            "`STEPWEAVE_DRAIN_NOTICE` seconds later. "
-            f"{_TOKEN}",
+            f"`STEPWEAVE_DRAIN_NOTICE` seconds later. {_TOKEN}",
         ),
         Operation(
             "delete",

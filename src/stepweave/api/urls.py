@@ -33,12 +33,11 @@ def base_url(request: Request, settings: Settings) -> str:
     host = forwarded(request.headers, settings, "host") or request.headers.get("host", "")
     scheme = (forwarded(request.headers, settings, "proto") or request.url.scheme).lower()
     if not is_trusted(host, settings) or scheme not in ("http", "https"):
+        odd = "" if scheme in ("http", "https") else f" and the scheme {shown(scheme)}"
         raise InvalidRequestError(
-            f"No URL can be made for an image: the request names the host {shown(host)}"
-            f"{'' if scheme in ('http', 'https') else f' and the scheme {shown(scheme)}'}, which "
-            f"is not trusted. Set "
-            "STEPWEAVE_BASE_URL to where clients reach this server, or name the host in "
-            "STEPWEAVE_TRUSTED_HOSTS.",
+            f"No URL can be made for an image: the request names the host {shown(host)}{odd}, "
+            "which is not trusted. Set STEPWEAVE_BASE_URL to where clients reach this server, or "
+            "name the host in STEPWEAVE_TRUSTED_HOSTS.",
             code="no_base_url",
         )
     return f"{scheme}://{host.lower()}{prefix(request, settings)}"

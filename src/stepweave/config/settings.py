@@ -302,8 +302,7 @@ class Settings(BaseSettings):
             if self.revision is None:
                 raise ValueError(
                     f"STEPWEAVE_MODEL={shown(self.model)} is no directory here; if it is a hub id, "
-                    f"STEPWEAVE_REVISION "
-                    "must pin its commit (40 hex digits)"
+                    "STEPWEAVE_REVISION must pin its commit (40 hex digits)"
                 )
         elif self.revision is not None:
             raise ValueError(

@@ -127,7 +127,6 @@ def _warnings_of_primaries(primaries: tuple[float, ...] | None, param: str) -> l
     return [
         (
             f"{param}: its primary colours (cHRM) are not those of sRGB and are ignored; embed an "
-            f"ICC "
-            f"profile."
+            "ICC profile."
         )
     ]

@@ -43,8 +43,8 @@ def of_mask(image: Image.Image, alpha: Extrema | None) -> Image.Image:
     if share > COLOURED_SHARE:
         raise InvalidRequestError(
             f"mask is opaque and in colours ({100 * share:.1f}% of its pixels). Send one that is "
-            f"transparent where the image is "
-            "to be repainted, or a black and white one, white there.",
+            "transparent where the image is to be repainted, or a black and white one, white "
+            "there.",
             param="mask",
         )
     return colours.convert("L")

@@ -104,8 +104,7 @@ def _like(mask: Size, image: Size, wanted: Size) -> Size:
     if pixels > LIKE_PIXELS or abs(math.log(ratio)) > LIKE_RATIO:
         raise InvalidRequestError(
             f"mask is {_by(mask)} and image {_by(image)}, turned as their EXIF says; they must be "
-            f"of one size, or of the same "
-            "proportions.",
+            "of one size, or of the same proportions.",
             param="mask",
         )
     return wanted

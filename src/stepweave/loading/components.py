@@ -98,8 +98,7 @@ def pipeline_class(index: dict[str, Any]) -> Any:
     if kind is None:
         raise LoadError(
             f"{INDEX}: _class_name is {shown(name)}, which diffusers {diffusers.__version__} does "
-            f"not have; correct it, "
-            "or install a diffusers that has it"
+            "not have; correct it, or install a diffusers that has it"
         )
     _check_installed(kind, "_class_name")
     if not (isinstance(kind, type) and issubclass(kind, DiffusionPipeline)):
@@ -155,8 +154,7 @@ def _component_class(name: str, library: str, kind: str) -> Any:
     if found is None and module not in (None, transformers):
         raise LoadError(
             f"{INDEX}: {name} is {shown([library, kind])}, which diffusers {diffusers.__version__} "
-            f"does not have; correct it, "
-            "or install a diffusers that has it"
+            "does not have; correct it, or install a diffusers that has it"
         )
     if found is not None:
         _check_installed(found, name)

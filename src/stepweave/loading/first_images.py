@@ -50,9 +50,8 @@ def check_images(
     if all(constant):
         raise LoadError(
             f"all {len(constant)} first images, of different prompts and seeds, are of one colour: "
-            f"the weights are not those "
-            f"of a trained model, or {str(dtype).removeprefix('torch.')} is not precise enough for "
-            f"them (STEPWEAVE_DTYPE)"
+            f"the weights are not those of a trained model, or {str(dtype).removeprefix('torch.')} "
+            "is not precise enough for them (STEPWEAVE_DTYPE)"
         )
     if any(constant):
         logger.warning("%d of %d first images are of one colour", sum(constant), len(constant))
@@ -60,9 +59,8 @@ def check_images(
     if apart > (MOST_APART if torch.finfo(dtype).bits >= 32 else MOST_APART_IN_HALF_PRECISION):
         raise LoadError(
             f"two runs of one job with one seed differ by {apart:.1%} of the pixels' range: "
-            f"something in the pipeline draws "
-            "random numbers that no seed decides, as a module in training mode or a scheduler with "
-            "noise of its own"
+            "something in the pipeline draws random numbers that no seed decides, as a module in "
+            "training mode or a scheduler with noise of its own"
         )
     logger.info(
         "self-check: two runs of a job agree (their pixels differ by %.2g on average), %d images "

@@ -78,7 +78,6 @@ def _explained(error: BaseException, revision: str | None) -> str:
     if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
         return (
             "the hub cannot be reached, and its cache does not hold the model at "
-            "STEPWEAVE_REVISION: see HF_HUB_OFFLINE, "
-            "HF_ENDPOINT and HF_HOME"
+            "STEPWEAVE_REVISION: see HF_HUB_OFFLINE, HF_ENDPOINT and HF_HOME"
         )
     return f"it cannot be fetched from the hub: {reason_of(error)}"

@@ -51,8 +51,7 @@ def pipeline_quantization(
         if name not in models:
             raise LoadError(
                 f"{SETTING}: components_to_quantize has {shown(name)}; the models of "
-                f"{index.get('_class_name')} are "
-                f"{', '.join(models)}"
+                f"{index.get('_class_name')} are {', '.join(models)}"
             )
         mapping[name] = _component(wanted, name, models[name], dtype)
     return PipelineQuantizationConfig(quant_mapping=mapping)
@@ -64,8 +63,7 @@ def check_quantised(wanted: Quantization, pipeline: DiffusionPipeline) -> None:
         if getattr(pipeline.components.get(name), "hf_quantizer", None) is None:
             raise LoadError(
                 f"{SETTING} asks for {name!r}, which {type(pipeline).__name__} was loaded without; "
-                f"quantise a pipeline that "
-                "is made in code where it is made"
+                "quantise a pipeline that is made in code where it is made"
             )
 
 

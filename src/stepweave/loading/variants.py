@@ -100,8 +100,8 @@ def _what_is_missing(name: str, found: dict[str, Variants], files: Collection[st
         ]
         return (
             f"{name}/ has weights of the variant {' and '.join(map(repr, names))} only, and "
-            f"{', '.join(others) or name} none "
-            f"that go with them; {SETTING} chooses one variant for all components"
+            f"{', '.join(others) or name} none that go with them; {SETTING} chooses one variant "
+            "for all components"
         )
     pickles = sorted(
         one
@@ -111,8 +111,7 @@ def _what_is_missing(name: str, found: dict[str, Variants], files: Collection[st
     if pickles:
         return (
             f"{name}/ has weights as {PurePosixPath(pickles[0]).name} only; Stepweave reads "
-            f"safetensors: load the model with "
-            "diffusers once, and write it with `save_pretrained`"
+            "safetensors: load the model with diffusers once, and write it with `save_pretrained`"
         )
     return f"{name}/ has no weights: no *.safetensors file is there"
 

@@ -269,8 +269,7 @@ class Admission:
             return self._refusal(
                 "deadline",
                 f"deadline_ms is {_milliseconds(deadline)}; the image would be done in "
-                f"{duration(expected.finish)}, of which it "
-                f"takes {duration(expected.solo)} itself.",
+                f"{duration(expected.finish)}, of which it takes {duration(expected.solo)} itself.",
                 expected.finish - deadline,
             )
         if expected.wait > self.max_wait:
@@ -300,8 +299,7 @@ class Admission:
             self.refused["deadline"] += 1
             raise DeadlineTooShortError(
                 f"deadline_ms is {_milliseconds(deadline)}; the image takes {duration(solo)} even "
-                f"if nothing else runs. Fewer "
-                "steps, fewer images or a smaller size take less."
+                "if nothing else runs. Fewer steps, fewer images or a smaller size take less."
             )
 
     def _full(

@@ -72,8 +72,7 @@ def resolve_strength(
     if int(steps * value) < 1:
         raise InvalidRequestError(
             f"strength is {value} and num_inference_steps is {steps}; their product, the steps "
-            f"that run, must be at "
-            "least 1.",
+            "that run, must be at least 1.",
             param="strength",
         )
     return value

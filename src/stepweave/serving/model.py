@@ -341,8 +341,8 @@ class ServedModel:
         works = ", ".join(map(str, rehearsals.tried(parameters.scheduler)[0]))
         raise InvalidRequestError(
             f"{given}; {parameters.scheduler or self.scheduler} does not run so at "
-            f"{parameters.width}x{parameters.height}. "
-            f"What was tried by default, and works: {works} steps.",
+            f"{parameters.width}x{parameters.height}. What was tried by default, and works: "
+            f"{works} steps.",
             param="num_inference_steps",
         )
 

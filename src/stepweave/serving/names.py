@@ -40,8 +40,7 @@ class ModelNames:
         listed = ", ".join(map(repr, self.listed))
         return (
             f"There is no model {shown(name)}; this server has {listed}. STEPWEAVE_MODEL_NAMES "
-            f"sets the names that it answers "
-            "to, * any."
+            "sets the names that it answers to, * any."
         )
 
 

@@ -245,9 +245,8 @@ class WarmUp:
         except DeviceFailedError as error:
             raise LoadError(
                 f"the device failed when what requests may ask for was tried ({what}): "
-                f"{error.reason}; lower "
-                "STEPWEAVE_MAX_PIXELS or STEPWEAVE_MAX_PROMPT_CHARACTERS, or set "
-                "STEPWEAVE_WARMUP=false"
+                f"{error.reason}; lower STEPWEAVE_MAX_PIXELS or STEPWEAVE_MAX_PROMPT_CHARACTERS, "
+                "or set STEPWEAVE_WARMUP=false"
             ) from error
         except RequestError:
             raise

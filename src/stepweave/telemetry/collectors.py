@@ -69,8 +69,7 @@ class RequestCollector(Collector):
             (
                 "running",
                 "Accepted requests for images that the engine has started, whose upload is being "
-                "read or whose images are being "
-                "encoded.",
+                "read or whose images are being encoded.",
                 in_flight - waiting,
             ),
             ("waiting", "Accepted requests for images that the engine has not started.", waiting),
@@ -93,8 +92,7 @@ class LoadCollector(Collector):
         family = GaugeMetricFamily(
             "stepweave_model_load_seconds",
             "Seconds that each stage of the start took, the running one so far; 0 before it and "
-            "where there is none. They add "
-            "up to the whole start.",
+            "where there is none. They add up to the whole start.",
             labels=["stage"],
         )
         for stage, seconds in self._times.seconds().items():
@@ -158,8 +156,7 @@ class EngineCollector(Collector):
         survived = CounterMetricFamily(
             "stepweave_engine_recoveries",
             "What the engine survived: shared forwards that failed and ran alone; forwards that "
-            "ran out of memory; calls that "
-            "were run some rows at a time; errors.",
+            "ran out of memory; calls that were run some rows at a time; errors.",
             labels=["reason"],
         )
         for reason in ("retried", "out_of_memory", "divided", "errors"):

@@ -86,12 +86,10 @@ class Metrics:
         self.requests = Counter(
             "stepweave_requests_total",
             "HTTP requests for images, each counted once, by what it was answered with (one with "
-            "Prefer: respond-async when its "
-            "job is over, by what is kept): succeeded; failed (500, or an answer that broke off); "
-            "cancelled (the client left "
-            "first, or the job was cancelled); refused (429); late (504); invalid (any other 4xx); "
-            "unavailable (503). `client` "
-            "is the name of the API key, empty without one.",
+            "Prefer: respond-async when its job is over, by what is kept): succeeded; failed (500, "
+            "or an answer that broke off); cancelled (the client left first, or the job was "
+            "cancelled); refused (429); late (504); invalid (any other 4xx); unavailable (503). "
+            "`client` is the name of the API key, empty without one.",
             ["outcome", "client"],
             registry=series,
         )
@@ -102,8 +100,7 @@ class Metrics:
         self.request_seconds = Histogram(
             "stepweave_request_duration_seconds",
             "Seconds from the acceptance of a request for images to its finished image files, "
-            "waiting included; of requests "
-            "that succeeded.",
+            "waiting included; of requests that succeeded.",
             buckets=SECONDS,
             registry=series,
         )
@@ -153,8 +150,7 @@ class Metrics:
         self.images = Counter(
             "stepweave_images_total",
             "Images by result: ok, constant (one colour throughout), flagged (by the pipeline's "
-            "safety checker) or non_finite "
-            "(NaN or infinite values: their request failed).",
+            "safety checker) or non_finite (NaN or infinite values: their request failed).",
             ["result"],
             registry=series,
         )

@@ -80,8 +80,7 @@ def _add(job: Reader, name: str, cut: Cut, position: int | None, text: str) -> N
     job.warn(
         (name, part, left_out),  # by whichever tokenizer
         f"{name}: the text encoder ({cut.tokenizer}) reads {cut.tokens} tokens; {part} was left "
-        f"out: "
-        f"{shown(left_out.strip())}",
+        f"out: {shown(left_out.strip())}",
     )
 
 

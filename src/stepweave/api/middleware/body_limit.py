@@ -50,8 +50,8 @@ def limited_body(
         except TimeoutError:
             raise RequestCancelledError(
                 f"The body came too slowly: {seen} bytes in {time.monotonic() - began:.0f} s. At "
-                f"least "
-                f"{disconnect.LEAST_BYTES} bytes a second must come, and some within {stalled:g} s."
+                f"least {disconnect.LEAST_BYTES} bytes a second must come, and some within "
+                f"{stalled:g} s."
             ) from None
         complete = not message.get("more_body", False)
         seen += len(message.get("body", b""))

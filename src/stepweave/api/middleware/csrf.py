@@ -37,8 +37,7 @@ def check_site(scope: Scope, settings: Settings) -> None:
         return
     raise InvalidRequestError(
         f"The request was sent by a page of another origin, {shown(origin or site)}; those that "
-        f"may are named in "
-        "STEPWEAVE_CORS_ORIGINS.",
+        "may are named in STEPWEAVE_CORS_ORIGINS.",
         code="cross_site",
         param="Origin",
     )
@@ -60,8 +59,7 @@ def _check_host(headers: Headers, settings: Settings) -> None:
         return
     raise InvalidRequestError(
         f"A page asks for the host {shown(host)}, which is not trusted without API keys; trusted "
-        f"hosts are named in "
-        "STEPWEAVE_TRUSTED_HOSTS.",
+        "hosts are named in STEPWEAVE_TRUSTED_HOSTS.",
         code="untrusted_host",
         param="Host",
     )
