@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import logging
 import os
 import signal
 import socket
@@ -228,21 +229,29 @@ async def test_a_client_that_reads_nothing_is_not_waited_for_and_one_that_reads_
             await app.until(lambda: not state.connections)
 
 
-async def test_the_job_of_a_client_that_reads_nothing_ends() -> None:
+@pytest.mark.parametrize("reads_head", [True, False])
+async def test_the_job_of_a_client_that_reads_nothing_ends(
+    caplog: pytest.LogCaptureFixture, reads_head: bool
+) -> None:
     with patch.object(disconnect, "STALLED_SECONDS", STALLED):
         async with serving() as app:
             app.record.gated = True
             stream = app.post(stream=True, events="all", num_inference_steps=100)
-            await app.until(lambda: app.record.running)
+            if reads_head:
+                await stream.until(lambda one: one.messages)
             stream.reads.clear()
+            await app.until(lambda: app.record.running)
             app.record.allow(5)
             await app.told_to_end()
             app.record.release.set()
             await stream.done()
-            assert stream.messages[-1].get("more_body", True), "it is not told that it has all"
+            assert bool(stream.messages) == reads_head
+            last = stream.messages[-1:]
+            assert all(one.get("more_body", True) for one in last), "it is not told that it has all"
             await app.until(lambda: not app.server.active)
             assert app.outcomes() == {"cancelled": 1}
             assert app.record.steps_run <= 6
+    assert not [one for one in caplog.records if one.levelno >= logging.ERROR]
 
 
 @pytest.mark.parametrize("path", [GENERATIONS, EDITS, "/generate", "/edit", INFER])

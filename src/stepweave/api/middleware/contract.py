@@ -38,7 +38,7 @@ from stepweave.api.middleware.targets import (
 )
 from stepweave.api.responses import LEFT, REQUEST_ID, as_stepweave_error, error_response
 from stepweave.api.routes.bentoml import EDIT, PATHS, READ, check, let_go
-from stepweave.errors import InvalidRequestError
+from stepweave.errors import InvalidRequestError, StepweaveError
 from stepweave.serving.server import Server
 
 logger = logging.getLogger("stepweave.access")
@@ -117,6 +117,8 @@ class ContractMiddleware:
                 receive = await self._checked(scope, receive)
             await self.app(scope, receive, answer)
         except Exception as error:
+            if answer.started and isinstance(error.__cause__, StepweaveError):
+                error = error.__cause__  # which Starlette has wrapped: it can be told no more
             answer_with = self._shared(
                 error_response(as_stepweave_error(error, request_id), scope["path"])
             )
