@@ -37,7 +37,7 @@ from stepweave.serving.signals import on_signals
 from stepweave.serving.supervisor import prepare_command, report_failure
 from stepweave.telemetry.logs import configure_logs
 
-# OpenMP's threads must not spin while they wait: with another busy process beside it, a picture
+# OpenMP's threads must not spin while they wait: with another busy process beside it, an image
 # takes 20 times as long
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # one worker sees every GPU, so that STEPWEAVE_DEVICE=cuda:1 means what it says; BentoML would show
@@ -109,7 +109,7 @@ class Stepweave:
 
     @bentoml.api(input_spec=ImageRequest)
     async def generate(self, ctx: bentoml.Context, **fields: object) -> Image:
-        """One picture; its parameters come back in `X-Stepweave-*` headers and in the file."""
+        """One image; its parameters come back in `X-Stepweave-*` headers and in the file."""
         body = ImageRequest.model_validate(fields)
         return answer(
             ctx,
@@ -132,7 +132,7 @@ class Stepweave:
 
     @bentoml.api(input_spec=EditInput)
     async def edit(self, ctx: bentoml.Context, **fields: object) -> Image:
-        """One picture made from another, within a mask if one is given."""
+        """One image made from another, within a mask if one is given."""
         return answer(
             ctx, await routes.answered(ctx.request, lambda: routes.edit(ctx.request, server))
         )

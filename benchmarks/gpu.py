@@ -133,7 +133,7 @@ def modes(subject: Subject, pipeline: Any, rounds: int) -> Part:
         figures.append(
             {
                 "mode": name,
-                "pictures a second": Spread.of([JOBS / timing.wall for timing in timings[name]]),
+                "images a second": Spread.of([JOBS / timing.wall for timing in timings[name]]),
                 "latency p50 s": p50,
                 "latency p95 s": p95,
                 "CPU s": Spread.of([timing.cpu for timing in timings[name]]),

@@ -1,4 +1,4 @@
-"""What previews cost, and how much they resemble the pictures, on the embedded model: `python -m
+"""What previews cost, and how much they resemble the images, on the embedded model: `python -m
 benchmarks.previews`."""
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from stepweave.images.encode import encode
 from stepweave.loading.device import set_cpu_threads
 from stepweave.previews.decoder import Previewer, preview_steps
 
-COUNT = 3  # previews of a picture
+COUNT = 3  # previews of an image
 JOBS = 8  # at a time
 STRIDE = 1009  # prime: prompts one after the other differ in all their words
 PROMPTS = 48
 
 
 class Watcher:
-    """Has pictures made of the steps it is for, on the threads of a pool."""
+    """Has images made of the steps it is for, on the threads of a pool."""
 
     def __init__(
         self, steps: list[int], make: Callable[[int, Latents], object], pool: ThreadPoolExecutor
@@ -83,7 +83,7 @@ def cost(shapes: Shapes, previewer: Previewer, rounds: int) -> Part:
     assert len(made) == rounds * (1 + JOBS) * COUNT
     one, one_none, many, many_none = timings.values()
     return Part(
-        f"{COUNT} previews of each picture of {shapes.steps} steps, made into PNG files, against "
+        f"{COUNT} previews of each image of {shapes.steps} steps, made into PNG files, against "
         f"none; the same calls.",
         (
             seconds(timings),
@@ -96,7 +96,7 @@ def cost(shapes: Shapes, previewer: Previewer, rounds: int) -> Part:
 
 
 def likeness(shapes: Shapes, previewer: Previewer, prompts: int, sheet: Path | None) -> Part:
-    """How previews after each step correlate with the picture."""
+    """How previews after each step correlate with the image."""
     steps = list(range(1, shapes.steps + 1))
     previews: list[dict[int, Image.Image]] = [{} for _ in range(prompts)]
 
@@ -111,39 +111,38 @@ def likeness(shapes: Shapes, previewer: Previewer, prompts: int, sheet: Path | N
             )
             for number in range(prompts)
         ]
-        pictures = [job.result(SECONDS).images[0] for job in jobs]
+        images = [job.result(SECONDS).images[0] for job in jobs]
     chosen = preview_steps(shapes.steps, COUNT)
     if sheet is not None:
         _draw(
             [
-                [*(found[step] for step in chosen), picture]
-                for found, picture in zip(previews, pictures, strict=True)
+                [*(found[step] for step in chosen), image]
+                for found, image in zip(previews, images, strict=True)
             ],
             sheet,
         )
     rows = []
     for step in steps:
         found = [
-            _correlation(one[step], picture)
-            for one, picture in zip(previews, pictures, strict=True)
+            _correlation(one[step], image) for one, image in zip(previews, images, strict=True)
         ]
         tenth = float(np.percentile(found, 10))
         rows.append({"step": step, "correlation": Spread.of(found), "of nine in ten above": tenth})
     return Part(
-        f"Pearson's correlation over the RGB values of preview and picture, {prompts} prompts. "
+        f"Pearson's correlation over the RGB values of preview and image, {prompts} prompts. "
         f"{COUNT} previews are made after steps {', '.join(map(str, chosen))}. The map explains "
         f"{previewer.explained:.0%} of unseen pixels.",
         (rows,),
     )
 
 
-def _correlation(preview: Image.Image, picture: Image.Image) -> float:
-    one, other = (np.asarray(image, dtype=float).ravel() for image in (preview, picture))
+def _correlation(preview: Image.Image, image: Image.Image) -> float:
+    one, other = (np.asarray(each, dtype=float).ravel() for each in (preview, image))
     return float(np.corrcoef(one, other)[0, 1])
 
 
 def _draw(rows: list[list[Image.Image]], path: Path) -> None:
-    """Two prompts a line: the previews, and the picture."""
+    """Two prompts a line: the previews, and the image."""
     across, side = 2 * len(rows[0]), rows[0][0].width
     cells = [image for row in rows for image in row]
     sheet = Image.new("RGB", (across * (side + 2), -(-len(cells) // across) * (side + 2)))
@@ -162,7 +161,7 @@ def main() -> None:
         "--quick", action="store_true", help="a few seconds' worth, to see that it works"
     )
     parser.add_argument(
-        "--sheet", type=Path, help="where to draw previews beside their pictures, as a PNG file"
+        "--sheet", type=Path, help="where to draw previews beside their images, as a PNG file"
     )
     parser.add_argument(
         "--json", type=Path, default=Path("build/previews.json"), help="(default: %(default)s)"

@@ -63,7 +63,7 @@ async def busy(client: httpx.AsyncClient, jobs: int) -> AsyncIterator[None]:
 
 
 async def first_events(client: httpx.AsyncClient, count: int) -> dict[str, Spread]:
-    """Seconds from the request to the first event, the first preview, and the picture."""
+    """Seconds from the request to the first event, the first preview, and the image."""
     found: dict[str, list[float]] = {
         "stepweave.queued": [],
         "image_generation.partial_image": [],

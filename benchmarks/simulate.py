@@ -27,7 +27,7 @@ from benchmarks.simulation.arrivals import (
 from benchmarks.simulation.bound import least_mean_latency
 from benchmarks.simulation.curves import Curves
 from benchmarks.simulation.figures import Figures
-from benchmarks.simulation.picture import draw
+from benchmarks.simulation.plot import draw
 from benchmarks.simulation.reception import Reception
 from benchmarks.simulation.variants import VARIANTS
 from benchmarks.simulation.world import World, fixed

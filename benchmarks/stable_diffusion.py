@@ -1,7 +1,7 @@
 """Stable Diffusion 1.5 and XL in full size with random weights: the configurations of the public
 models, nothing downloaded.
 
-Their pictures are noise, and take as long as any.
+Their images are noise, and take as long as any.
 """
 
 from __future__ import annotations

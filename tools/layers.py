@@ -1,7 +1,7 @@
 """The layers of src/stepweave: which package may import which, and docs/architecture.svg, drawn
 from what they do import.
 
-`python -m tools.layers` draws the picture. A test holds the rule, and that the picture is what is
+`python -m tools.layers` draws the diagram. A test holds the rule, and that the diagram is what is
 drawn; docs/architecture.md quotes the rule.
 """
 
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "src" / "stepweave"
-PICTURE = ROOT / "docs" / "architecture.svg"
+DIAGRAM = ROOT / "docs" / "architecture.svg"
 
 # From the bottom to the top: packages, and modules that stand beside them. Each imports only from
 # rows below its own.
@@ -69,7 +69,7 @@ PURPOSES = {
 WIDTH, HEIGHT, PASSAGE = 172, 44, 10  # of a box, and the width of a line that passes a row
 GAP, ROW = 22, 78  # between boxes of a row, and from row to row
 STARTS = 100  # arrangements that are tried
-MARGIN, TOP = 20, 64  # around the picture, and the room for its legend
+MARGIN, TOP = 20, 64  # around the diagram, and the room for its legend
 FILLS = {"read first": "#ffe08a", "guest": "#dbe9f6", "server": "#dcefdc", "foundation": "#ececec"}
 
 
@@ -141,10 +141,10 @@ def order() -> str:
     return "\n".join(f"{'  '.join(row)}" for row in reversed(LAYERS))
 
 
-# The picture. Items of a row are packages, and passages of lines to packages further below.
+# The diagram. Items of a row are packages, and passages of lines to packages further below.
 
 Item = tuple[str, int]  # a package, or what the line leads to, and the row
-Lines = Sequence[tuple[Item, Item]]  # sorted, so that the picture is the same each time
+Lines = Sequence[tuple[Item, Item]]  # sorted, so that the diagram is the same each time
 
 
 def drawn_rows() -> tuple[list[list[Item]], Lines]:
@@ -257,7 +257,7 @@ def box(x: float, y: float, width: float, name: str, purpose: str, kind: str) ->
     )
 
 
-def picture() -> str:
+def diagram() -> str:
     """The SVG: a line leads from a package down to one that it imports, unless another that it
     imports does so anyway; nothing leads up."""
     rows, lines = drawn_rows()
@@ -309,5 +309,5 @@ def picture() -> str:
 
 
 if __name__ == "__main__":
-    PICTURE.write_text(picture())
-    print(f"{PICTURE.relative_to(ROOT)} is drawn.")
+    DIAGRAM.write_text(diagram())
+    print(f"{DIAGRAM.relative_to(ROOT)} is drawn.")

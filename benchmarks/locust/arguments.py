@@ -37,7 +37,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--sizes",
         type=list_of(_size),
         default=["64x64", "128x128"],
-        help="of pictures, drawn evenly",
+        help="of images, drawn evenly",
     )
     add(
         "--steps",

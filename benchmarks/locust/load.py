@@ -84,7 +84,7 @@ def judge(response: ResponseContextManager) -> tuple[Status, str]:
         if response.status_code == 200:
             if body["data"][0]["b64_json"].startswith(PNG):
                 return "succeeded", ""
-            return "failed", f"{reason} without a PNG picture"
+            return "failed", f"{reason} without a PNG image"
         reason += f" {body['error']['code']}"
         if body["error"]["param"]:
             reason += f" ({body['error']['param']})"

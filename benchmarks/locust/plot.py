@@ -1,4 +1,4 @@
-"""The picture of a report."""
+"""The image of a report."""
 
 from __future__ import annotations
 

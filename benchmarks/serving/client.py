@@ -12,7 +12,7 @@ from typing import Literal
 
 import httpx
 
-from benchmarks.serving.mix import PICTURE, Kind, Request
+from benchmarks.serving.mix import IMAGE, Kind, Request
 
 PATH = "/v1/images/generations"
 CHECK_SECONDS = 0.5  # between looks at whether the server is alive
@@ -54,7 +54,7 @@ class Outcome:
 
     @property
     def latency(self) -> float | None:
-        """Seconds from the scheduled arrival to the picture."""
+        """Seconds from the scheduled arrival to the image."""
         return self.finish - self.request.offset if self.status == "answered" else None
 
     @property
@@ -64,7 +64,7 @@ class Outcome:
 
     @property
     def on_time(self) -> bool:
-        """Answered with a picture, within the deadline if it has one."""
+        """Answered with an image, within the deadline if it has one."""
         deadline = self.request.deadline
         return self.latency is not None and (deadline is None or self.latency <= deadline)
 
@@ -99,8 +99,8 @@ async def send(client: httpx.AsyncClient, body: bytes, start: float) -> Attempt:
         code = type(error).__name__
     else:
         if response.status_code == 200:
-            status = "answered" if PICTURE in response.content else "failed"
-            code = "" if status == "answered" else "HTTP 200 without a picture"
+            status = "answered" if IMAGE in response.content else "failed"
+            code = "" if status == "answered" else "HTTP 200 without an image"
         else:
             code = _code(response)
             if response.status_code == 429:
@@ -171,7 +171,7 @@ async def saturate(
 
     An answer counts as the share of a mean request that its kind takes alone: policies that put
     short ones first finish more of them at first, and would seem faster than they can be for long.
-    Raises BenchmarkError if a request is not answered with a picture.
+    Raises BenchmarkError if a request is not answered with an image.
     """
     start = time.perf_counter()
     mean = sum(solo.values()) / len(solo)
@@ -198,7 +198,7 @@ async def saturate(
 
 
 def require(attempt: Attempt) -> None:
-    """Raise BenchmarkError unless the answer is a picture."""
+    """Raise BenchmarkError unless the answer is an image."""
     if attempt.status != "answered":
         raise BenchmarkError(
             f"a request that should be answered was {attempt.status}: {attempt.code}"

@@ -27,7 +27,7 @@ def summarise(
     outcomes: Sequence[Outcome], solo: Mapping[Kind, float], seconds: float
 ) -> dict[str, Value]:
     """The figures of a run of `seconds`. Times are in seconds from the scheduled arrival, of what
-    was answered with a picture.
+    was answered with an image.
 
     Shares are of all requests, those of deadlines of the requests that have one, so that what is
     refused counts against a contestant. Throughput is in answers per second, until the last one.
@@ -84,7 +84,7 @@ def ratios(
 def over_time(
     outcomes: Sequence[Outcome], seconds: float, width: float, capacity: float
 ) -> list[dict[str, float | str | None]]:
-    """Per `width` seconds: arrivals, goodput (pictures on time, of capacity) and refusals per
+    """Per `width` seconds: arrivals, goodput (images on time, of capacity) and refusals per
     second, and the longest wait."""
     rows: list[dict[str, float | str | None]] = []
     attempts = [attempt for outcome in outcomes for attempt in outcome.attempts]
@@ -123,7 +123,7 @@ def refusals(outcomes: Iterable[Outcome]) -> list[Attempt]:
 def returned(
     outcomes: Iterable[Outcome], code: str, returns: int
 ) -> dict[str, float | str | Spread | None]:
-    """Of the clients first refused with `code`: how many got a picture in the end, having come back
+    """Of the clients first refused with `code`: how many got an image in the end, having come back
     as they were told."""
     clients = [
         o

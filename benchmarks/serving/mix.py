@@ -17,7 +17,7 @@ SIZES = ("64x64", "128x128")
 STEPS = (4, 12, 30)
 DEADLINE = 4  # times the seconds that a request takes alone
 COPIES = 4  # of each kind in a deck
-PICTURE = b"/9j/"  # the first bytes of every JPEG file, in base64
+IMAGE = b"/9j/"  # the first bytes of every JPEG file, in base64
 ENDLESS_RATE = 1000
 
 

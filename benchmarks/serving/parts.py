@@ -192,8 +192,8 @@ async def overload(contestant: Contestant, scale: Scale, known: Known, report: R
             )
     about = (
         f"{OVERLOAD:.0%} of capacity for {seconds:g} s, after {CLIENTS} requests at once that fill "
-        "the queue. Goodput: pictures within the deadline, if there is one. Waits are from the "
-        "last sending to the picture."
+        "the queue. Goodput: images within the deadline, if there is one. Waits are from the "
+        "last sending to the image."
     )
     report.add("overload", Part(about, (totals,)), *tables)
 

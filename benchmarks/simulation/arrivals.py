@@ -17,7 +17,7 @@ from stepweave.scheduling.task import Demand, Priority, Task
 
 @dataclass(frozen=True)
 class Arrival:
-    """One request: seconds after the start, picture, steps; `deadline` in seconds after the
+    """One request: seconds after the start, image, steps; `deadline` in seconds after the
     arrival."""
 
     offset: float

@@ -1,7 +1,7 @@
 """Step-time curves from JSON, and what a mix of jobs costs at most and at least.
 
 A file holds `name`, `source` and `curves`: a list of `module`, `size` ("WIDTHxHEIGHT", or elements)
-and `seconds` by rows. `jobs`, if given, says for each size of picture what its jobs call: lists of
+and `seconds` by rows. `jobs`, if given, says for each size of image what its jobs call: lists of
 `module`, `size`, `rows` (1) and `calls` (1) `before` the first step, in each `step` and `after` the
 last. Without it, a job has one row of `transformer` in each step and nothing else.
 """
@@ -22,7 +22,7 @@ DENOISER = "transformer"
 
 
 def elements(size: str | int) -> int:
-    """Proportional to the tokens of a picture; raises ValueError for what is no size."""
+    """Proportional to the tokens of an image; raises ValueError for what is no size."""
     if isinstance(size, int):
         return size
     width, _, height = size.partition("x")
@@ -32,7 +32,7 @@ def elements(size: str | int) -> int:
 @dataclass(frozen=True)
 class Curves:
     """Seconds of a forward by rows, for each key, and the calls of a job by the size of its
-    picture."""
+    image."""
 
     name: str
     source: str

@@ -260,7 +260,7 @@ class AuthenticationError(RequestError):
 
 
 class NotFoundError(RequestError):
-    """No such route, model, job or picture."""
+    """No such route, model, job or image."""
 
     status = 404
     code = "not_found"

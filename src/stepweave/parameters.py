@@ -21,13 +21,13 @@ class ImageRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    prompt: str = Field(min_length=1, description="What the picture should show.")
+    prompt: str = Field(min_length=1, description="What the image should show.")
     negative_prompt: str | None = Field(None, description="What it should not show.")
     size: Size | None = Field(
         None, description="WIDTHxHEIGHT in pixels, or `auto` for the model's own."
     )
     seed: int | None = Field(
-        None, ge=0, le=MAX_SEED, description="Same seed, same picture; drawn if absent."
+        None, ge=0, le=MAX_SEED, description="Same seed, same image; drawn if absent."
     )
     num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps.")
     guidance_scale: float | None = Field(
@@ -37,18 +37,18 @@ class ImageRequest(BaseModel):
         None, description="Class name of a scheduler that `GET /v1/models` lists."
     )
     reproducible: bool = Field(
-        False, description="Bitwise the pipeline's own picture; it shares no step with others."
+        False, description="Bitwise the pipeline's own image; it shares no step with others."
     )
     priority: PriorityName = Field("normal", description="Requests of a higher class go first.")
     deadline_ms: int | None = Field(
         None,
         ge=1,
         le=MAX_DEADLINE_MS,
-        description="Milliseconds from now within which the picture must be made: refused with 400 "
+        description="Milliseconds from now within which the image must be made: refused with 400 "
         "if it takes longer even alone, with 429 if others are in the way, ended with "
         "504 at the first step after.",
     )
-    output_format: OutputFormat = Field("png", description="File format of the picture.")
+    output_format: OutputFormat = Field("png", description="File format of the image.")
     output_compression: int | None = Field(
         None,
         ge=0,
@@ -112,7 +112,7 @@ class Parameters:
 @dataclass
 class Timings:
     """Seconds a job spent: waiting to start, before its first denoising step, in its steps, after
-    the last one, and in encoding the picture files."""
+    the last one, and in encoding the image files."""
 
     queued: float = 0.0
     encode: float = 0.0

@@ -268,7 +268,7 @@ def asking(**headers: str | list[str]) -> Request:
 
 
 @pytest.mark.parametrize(
-    ("accept", "picture", "stream"),
+    ("accept", "image", "stream"),
     [
         ([], None, False),
         ("", None, False),
@@ -298,9 +298,9 @@ def asking(**headers: str | list[str]) -> Request:
         ("image/png;" * 500, "png", False),
     ],
 )  # fmt: skip
-def test_what_is_accepted(accept: str | list[str], picture: str | None, stream: bool) -> None:
+def test_what_is_accepted(accept: str | list[str], image: str | None, stream: bool) -> None:
     request = asking(accept=accept)
-    assert wants_image(request) == picture
+    assert wants_image(request) == image
     assert (wants_stream(request) is not None) == stream
 
 
@@ -334,7 +334,7 @@ def test_who_prefers_to_come_back(prefer: str | list[str], later: bool) -> None:
     assert wants_to_come_back(asking(prefer=prefer)) is later
 
 
-async def test_a_picture_is_answered_with_its_file_and_its_parameters() -> None:
+async def test_an_image_is_answered_with_its_file_and_its_parameters() -> None:
     async with serving() as app:
         for kind in ("png", "jpeg", "webp"):
             answer = await app.post(
@@ -490,7 +490,7 @@ async def test_a_draining_server_finishes_what_it_has_and_takes_nothing_more() -
         assert (await app.get("/v2/health/ready")).status != 200
         assert app.metric("stepweave_ready") == 0
         form = {"Content-Type": "multipart/form-data; boundary=x"}
-        picture = (
+        image = (
             b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\nx'
             b"\r\n--x--\r\n"
         )
@@ -504,8 +504,8 @@ async def test_a_draining_server_finishes_what_it_has_and_takes_nothing_more() -
             app.post(headers={"Idempotency-Key": "k"}),
             app.post("/generate"),
             app.post("/generate_stream"),
-            app.send("POST", "/edit", picture, form),
-            app.send("POST", "/v1/images/edits", picture, form),
+            app.send("POST", "/edit", image, form),
+            app.send("POST", "/v1/images/edits", image, form),
             app.send("POST", "/api/diffusers/inference", b'{"prompt": "a"}', JSON),
             app.send("POST", "/v2/models/shapes/infer", inputs, JSON),
         ]

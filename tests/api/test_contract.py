@@ -71,12 +71,12 @@ def test_a_generation_echoes_everything_it_resolved(in_process: Make) -> None:
     assert all(seconds > 0 for seconds in timings.values())
     assert timings["total"] >= sum(timings.values()) - timings["total"]
     assert answer["warnings"] == []
-    picture = Image.open(io.BytesIO(base64.b64decode(answer["data"][1]["b64_json"])))
-    assert picture.size == (32, 48)
-    assert json.loads(picture.info["stepweave"])["seed"] == 8
+    image = Image.open(io.BytesIO(base64.b64decode(answer["data"][1]["b64_json"])))
+    assert image.size == (32, 48)
+    assert json.loads(image.info["stepweave"])["seed"] == 8
 
 
-def test_image_i_of_n_is_the_picture_of_seed_plus_i(in_process: Make) -> None:
+def test_image_i_of_n_is_the_image_of_seed_plus_i(in_process: Make) -> None:
     app = in_process()
 
     def pixels(item: dict[str, Any]) -> bytes:
@@ -105,8 +105,8 @@ def test_the_wish_to_be_reproducible_is_echoed_and_passed_on(in_process: Make) -
         answer = app.post(reproducible=True).json()
         assert submit.call_args.kwargs["reproducible"] is True
     assert answer["parameters"]["reproducible"] is True
-    picture = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
-    assert json.loads(picture.info["stepweave"])["reproducible"] is True
+    image = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
+    assert json.loads(image.info["stepweave"])["reproducible"] is True
 
 
 def test_answers_warn_of_prompts_that_are_cut(in_process: Make) -> None:
@@ -135,8 +135,8 @@ def test_the_header_of_warnings_is_short_ascii() -> None:
 @pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
 def test_output_formats(in_process: Make, output_format: str) -> None:
     answer = in_process().post(output_format=output_format).json()
-    picture = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
-    assert picture.format == output_format.upper()
+    image = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
+    assert image.format == output_format.upper()
 
 
 @pytest.mark.parametrize(

@@ -43,10 +43,10 @@ def json_of(path: str, **always: Any) -> Make:
 
 def form_of(path: str, **always: str) -> Make:
     def make(url: str, headers: dict[str, str], **fields: Any) -> httpx.Request:
-        picture = io.BytesIO()
-        Image.new("RGB", (64, 64), "red").save(picture, "PNG")
+        image = io.BytesIO()
+        Image.new("RGB", (64, 64), "red").save(image, "PNG")
         texts = {name: str(value) for name, value in {**always, "strength": 1, **fields}.items()}
-        file = ("a.png", picture.getvalue(), "image/png")
+        file = ("a.png", image.getvalue(), "image/png")
         return httpx.Request("POST", url + path, data=texts, files={"image": file}, headers=headers)
 
     return make
@@ -177,14 +177,14 @@ class Counted:
     @contextlib.contextmanager
     def without_files(self) -> Iterator[None]:
         """No file can be stored meanwhile."""
-        pictures = self.state / "pictures"
-        pictures.rename(self.state / "away")
-        pictures.touch()
+        images = self.state / "images"
+        images.rename(self.state / "away")
+        images.touch()
         try:
             yield
         finally:
-            pictures.unlink()
-            (self.state / "away").rename(pictures)
+            images.unlink()
+            (self.state / "away").rename(images)
 
 
 @pytest.fixture(scope="module")

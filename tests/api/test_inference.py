@@ -220,7 +220,7 @@ def test_a_models_id_may_have_a_slash(in_process: Make) -> None:
 # Inference
 
 
-def test_a_picture_and_all_its_parameters_as_json(in_process: Make) -> None:
+def test_an_image_and_all_its_parameters_as_json(in_process: Make) -> None:
     app = in_process()
     answer = infer(
         app,
@@ -261,7 +261,7 @@ def test_an_id_that_is_not_given_is_not_answered(in_process: Make) -> None:
     assert "id" not in infer(in_process(warmup=False), PROMPT).json()
 
 
-def test_each_prompt_is_a_picture_with_values_of_its_own(in_process: Make) -> None:
+def test_each_prompt_is_an_image_with_values_of_its_own(in_process: Make) -> None:
     app = in_process(warmup=False)
     answer = infer(
         app,
@@ -280,7 +280,7 @@ def test_each_prompt_is_a_picture_with_values_of_its_own(in_process: Make) -> No
         assert pixels(image) == pixels(app.post(seed=seed).json()["data"][0]["b64_json"])
 
 
-def test_the_pictures_of_a_request_are_made_at_once(in_process: Make) -> None:
+def test_the_images_of_a_request_are_made_at_once(in_process: Make) -> None:
     app = in_process(warmup=False, batching="threads", threads=3)
     record = app.pipeline.record
     record.gated = True
@@ -347,7 +347,7 @@ def test_outputs_are_selected_and_a_wish_of_their_own_wins(in_process: Make) -> 
     assert "data" in answer.json()["outputs"][0]
 
 
-def test_parameters_hold_for_all_pictures(in_process: Make) -> None:
+def test_parameters_hold_for_all_images(in_process: Make) -> None:
     app = in_process(warmup=False)
     assert app.server.engine is not None
     shared = {

@@ -95,8 +95,8 @@ async def test_a_job_is_accepted_runs_and_has_its_result() -> None:
         assert (state["state"], state["step"], state["error"]) == ("succeeded", 5, None)
         assert state["result"]["data"][0]["seed"] == 1
         assert state["result"]["parameters"] == state["parameters"]
-        picture = base64.b64decode(state["result"]["data"][0]["b64_json"])
-        assert picture.startswith(PNG)
+        image = base64.b64decode(state["result"]["data"][0]["b64_json"])
+        assert image.startswith(PNG)
         await settled(app)
         assert await app.job(job["id"]) == state, "kept, it is what it was"
         assert app.outcomes() == {"succeeded": 2}
@@ -204,11 +204,11 @@ async def test_results_are_urls_where_the_request_wants_them() -> None:
         assert len(set(urls)) == 2
         await settled(app)
         assert [one["url"] for one in (await app.job(id))["result"]["data"]] == urls
-        assert files_of(app) == 2, "each picture is stored once"
+        assert files_of(app) == 2, "each image is stored once"
         for url in urls:
             assert url.startswith("http://localhost:3000/images/")
-            picture = await app.get(url.removeprefix("http://localhost:3000"))
-            assert (picture.status, picture.headers["content-type"]) == (200, "image/png")
+            image = await app.get(url.removeprefix("http://localhost:3000"))
+            assert (image.status, image.headers["content-type"]) == (200, "image/png")
         assert (await app.delete(f"/v1/jobs/{id}")).json()["result"] is None
         assert files_of(app) == 0
         assert (await app.get(urls[0].removeprefix("http://localhost:3000"))).status == 404
@@ -297,7 +297,7 @@ async def test_a_failed_job_says_so_without_a_traceback(caplog: pytest.LogCaptur
         assert app.outcomes() == {"failed": 1}
 
 
-async def test_a_picture_that_cannot_be_encoded_fails_the_job() -> None:
+async def test_an_image_that_cannot_be_encoded_fails_the_job() -> None:
     async with serving() as app:
         with patch("stepweave.serving.results.encode", side_effect=OSError("encoder error -2")):
             id = await later(app, headers=KEY)
@@ -574,11 +574,11 @@ async def test_urls_of_one_key_are_the_same() -> None:
 
 async def test_another_media_type_is_another_request() -> None:
     async with serving() as app:
-        picture = await app.post(headers=KEY | {"Accept": "image/webp"}).done()
-        assert (picture.status, picture.headers["content-type"]) == (200, "image/webp")
+        image = await app.post(headers=KEY | {"Accept": "image/webp"}).done()
+        assert (image.status, image.headers["content-type"]) == (200, "image/webp")
         await settled(app)
         again = await app.post(headers=KEY | {"Accept": "image/webp"}).done()
-        assert again.content == picture.content
+        assert again.content == image.content
         assert again.headers["content-type"] == "image/webp"
         assert (await app.post(headers=KEY).done()).status == 409, (
             "it would be given a WebP file for a PNG"
@@ -785,7 +785,7 @@ async def test_a_refusal_is_not_remembered() -> None:
         assert (await app.post(headers=KEY).done()).status == 200
 
 
-async def test_a_key_whose_pictures_have_expired_makes_them_anew() -> None:
+async def test_a_key_whose_images_have_expired_makes_them_anew() -> None:
     async with serving() as app:
         first = await app.post(headers=KEY).done()
         await settled(app)
@@ -799,7 +799,7 @@ async def test_a_key_whose_pictures_have_expired_makes_them_anew() -> None:
         assert app.record.steps_run == 8
 
 
-def form(boundary: str, picture: bytes, **fields: str) -> tuple[bytes, dict[str, str]]:
+def form(boundary: str, image: bytes, **fields: str) -> tuple[bytes, dict[str, str]]:
     """A multipart body and its headers."""
     parts = [
         f'Content-Disposition: form-data; name="{name}"\r\n\r\n{text}'.encode()
@@ -809,7 +809,7 @@ def form(boundary: str, picture: bytes, **fields: str) -> tuple[bytes, dict[str,
         b'Content-Disposition: form-data; name="image"; filename="a.png"\r\nContent-Type: '
         b"image/png\r\n\r\n"
     )
-    parts.append(head + picture)
+    parts.append(head + image)
     mark = boundary.encode()
     body = (
         b"".join(b"--" + mark + b"\r\n" + part + b"\r\n" for part in parts)
@@ -822,19 +822,19 @@ def form(boundary: str, picture: bytes, **fields: str) -> tuple[bytes, dict[str,
 
 async def test_edits_are_told_apart_by_what_the_form_holds() -> None:
     async with serving(FakePipeline(edits=True)) as app:
-        picture = base64.b64decode((await app.post().done()).json()["data"][0]["b64_json"])
+        image = base64.b64decode((await app.post().done()).json()["data"][0]["b64_json"])
         other = base64.b64decode((await app.post(seed=2).done()).json()["data"][0]["b64_json"])
         await settled(app)
         steps = app.record.steps_run
 
-        def edit(boundary: str, picture: bytes = picture, **fields: str) -> Exchange:
+        def edit(boundary: str, image: bytes = image, **fields: str) -> Exchange:
             fields = {
                 "prompt": "a star",
                 "seed": "3",
                 "num_inference_steps": "4",
                 "strength": "1",
             } | fields
-            body, headers = form(boundary, picture, **fields)
+            body, headers = form(boundary, image, **fields)
             return app.send("POST", "/v1/images/edits", body, headers | KEY)
 
         app.record.gated = True
@@ -849,7 +849,7 @@ async def test_edits_are_told_apart_by_what_the_form_holds() -> None:
         generation = await app.post(headers=KEY).done()
         assert generation.status == 200, "the key of another route is another"
         id = (
-            await app.send("POST", "/v1/images/edits", *form("x", picture, prompt="a")).done()
+            await app.send("POST", "/v1/images/edits", *form("x", image, prompt="a")).done()
         ).json()
         assert id["parameters"]["prompt"] == "a"
 

@@ -1,5 +1,5 @@
 """The surface of the diffusers example servers, as their READMEs' clients use it, and the URLs of
-pictures."""
+images."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ def make(in_process: Make) -> Make:
 
 
 @pytest.mark.parametrize("body", [DOCUMENTED, OF_ITS_TEST])
-def test_the_documented_requests_get_urls_of_pictures(served: Served, body: dict[str, Any]) -> None:
+def test_the_documented_requests_get_urls_of_images(served: Served, body: dict[str, Any]) -> None:
     answer = httpx.post(f"{served.url}{ROUTE}", json=body, timeout=SECONDS)
     answer.raise_for_status()
     assert list(answer.json()) == ["response"]
     (url,) = answer.json()["response"]
     assert url.startswith(f"{served.url}/images/")
-    picture = httpx.get(url, timeout=SECONDS)
-    picture.raise_for_status()
-    with Image.open(io.BytesIO(picture.content)) as image:
+    fetched = httpx.get(url, timeout=SECONDS)
+    fetched.raise_for_status()
+    with Image.open(io.BytesIO(fetched.content)) as image:
         assert (image.format, image.size) == ("PNG", (64, 64))
         assert f"Steps: {body['num_inference_steps']}" in image.info["parameters"]
 
@@ -66,8 +66,8 @@ def test_the_other_example_servers_documented_request(make: Make) -> None:
     app = make(model_names="*", response_format="url")
     body = {"model": "something", "prompt": "a kitten in front of a fireplace"}
     answer = app.client.post("/v1/images/generations", json=body)
-    picture = app.client.get(answer.json()["data"][0]["url"])
-    assert Image.open(io.BytesIO(picture.content)).size == (64, 64)
+    fetched = app.client.get(answer.json()["data"][0]["url"])
+    assert Image.open(io.BytesIO(fetched.content)).size == (64, 64)
 
 
 def test_everything_that_the_route_takes(make: Make) -> None:
@@ -176,14 +176,14 @@ def test_only_json_is_read(make: Make) -> None:
     )
 
 
-def test_no_picture_is_made_that_could_not_be_fetched(in_process: Make) -> None:
+def test_no_image_is_made_that_could_not_be_fetched(in_process: Make) -> None:
     app = in_process(warmup=False)
     answer = app.client.post(ROUTE, json={"prompt": "a star"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "no_base_url")
     assert app.pipeline.record.calls == []
 
 
-def test_pictures_are_private_and_typed(make: Make) -> None:
+def test_images_are_private_and_typed(make: Make) -> None:
     app = make()
     (url,) = app.client.post(ROUTE, json={"prompt": "a star"}).json()["response"]
     answer = app.client.get(url)
@@ -196,13 +196,13 @@ def test_pictures_are_private_and_typed(make: Make) -> None:
 
 
 @pytest.mark.parametrize("name", ["0" * 32 + ".png", "..%2f..%2fetc%2fpasswd", "%00", "x" * 5000])
-def test_unknown_pictures_are_not_found(make: Make, name: str) -> None:
+def test_unknown_images_are_not_found(make: Make, name: str) -> None:
     answer = make(warmup=False).client.get(f"/images/{name}")
     assert answer.status_code == 404
     assert len(answer.json()["error"]["message"]) < 300
 
 
-def test_a_picture_tells_how_long_it_is_there(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_tells_how_long_it_is_there(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     app = make(warmup=False)
 
     async def get(name: str) -> StoredFile | None:
@@ -321,9 +321,9 @@ def request(scheme: str = "http", **headers: str) -> Request:
         ({}, {"host": "[::1]:3000"}, "http://[::1]:3000"),
         ({}, {"host": "LOCALHOST"}, "http://localhost"),
         (
-            {"base_url": "https://pictures.example.com/a/"},
+            {"base_url": "https://images.example.com/a/"},
             {"host": "evil.test"},
-            "https://pictures.example.com/a",
+            "https://images.example.com/a",
         ),
         (
             {"trusted_hosts": "a.test, *.example.com"},

@@ -266,7 +266,7 @@ async def test_a_client_that_sends_no_more_of_its_body_is_not_waited_for(path: s
             assert (answer.status, answer.error["code"]) == (499, "cancelled")
 
 
-async def test_a_client_may_wait_longer_for_its_picture() -> None:
+async def test_a_client_may_wait_longer_for_its_image() -> None:
     with patch.object(disconnect, "STALLED_SECONDS", 0.1):
         async with serving() as app:
             app.record.pause = 0.1
@@ -319,12 +319,12 @@ async def test_events_have_what_openais_have() -> None:
         "image_generation.partial_image": ImageGenPartialImageEvent,
         "image_generation.completed": ImageGenCompletedEvent,
     }
-    picture = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(picture, "WEBP")
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "WEBP")
     async with serving() as app:
         body = ImageRequest(prompt="a", output_format="webp", num_inference_steps=1)
         ticket = await app.server.accept(body)
-        told = [_partial("image_generation", Partial(0, 0, picture.getvalue()), ticket)]
+        told = [_partial("image_generation", Partial(0, 0, image.getvalue()), ticket)]
         assert app.server.jobs is not None
         told += [one async for one in events(ticket, "x", app.server.jobs.files, verbose=False)]
         for text in told:
@@ -359,7 +359,7 @@ async def test_an_edit_without_a_place_is_refused_before_it_is_read() -> None:
         assert (await first.done()).json()["data"] == (await same.done()).json()["data"]
 
 
-async def test_few_pictures_are_decoded_at_a_time_and_none_for_which_there_is_no_place() -> None:
+async def test_few_images_are_decoded_at_a_time_and_none_for_which_there_is_no_place() -> None:
     running, most, decoded = 0, 0, 0
     go, lock = threading.Semaphore(0), threading.Lock()
 
@@ -639,7 +639,7 @@ async def test_who_joins_by_key_gets_previews_too() -> None:
 
 # --- pages of other origins ---
 
-OWN = {"Host": "pictures.test:3000"}
+OWN = {"Host": "images.test:3000"}
 SITE = "Sec-Fetch-Site"
 
 
@@ -652,14 +652,14 @@ SITE = "Sec-Fetch-Site"
         ({SITE: "same-origin", "Origin": "https://behind.a.proxy"}, True),
         ({SITE: "cross-site"}, False),
         ({SITE: "cross-site", "Origin": "null"}, False),
-        ({SITE: "cross-site", "Origin": "http://pictures.test:3000"}, False),
+        ({SITE: "cross-site", "Origin": "http://images.test:3000"}, False),
         ({SITE: "same-site"}, False),
-        ({SITE: "same-site", "Origin": "http://pictures.test:8000"}, False),
-        ({"Origin": "http://pictures.test:3000"}, True),
-        ({"Origin": "http://PICTURES.test:3000"}, True),
-        ({"Origin": "http://pictures.test"}, False),
+        ({SITE: "same-site", "Origin": "http://images.test:8000"}, False),
+        ({"Origin": "http://images.test:3000"}, True),
+        ({"Origin": "http://IMAGES.test:3000"}, True),
+        ({"Origin": "http://images.test"}, False),
         ({"Origin": "https://a.test"}, False),
-        ({"Origin": "https://pictures.test:3000.a.test"}, False),
+        ({"Origin": "https://images.test:3000.a.test"}, False),
         ({"Origin": "null"}, False),
         ({"Origin": ""}, False),
         ({"Origin": "http://["}, False),
@@ -674,7 +674,7 @@ async def test_what_pages_may_send(headers: dict[str, str], allowed: bool) -> No
     settings = {
         "cors_origins": "https://allowed.test",
         "base_url": "https://base.test/x",
-        "trusted_hosts": "pictures.test",
+        "trusted_hosts": "images.test",
     }
     async with serving(**settings) as app:
         body = json.dumps({"inputs": [PROMPT]}).encode()
@@ -705,8 +705,8 @@ async def test_what_pages_may_send(headers: dict[str, str], allowed: bool) -> No
         ("localhost.evil.test", {}, False),
         ("127.0.0.1.evil.test", {}, False),
         ("", {}, False),
-        ("pictures.test", {"trusted_hosts": "pictures.test"}, True),
-        ("pictures.test", {"base_url": "https://pictures.test/x"}, True),
+        ("images.test", {"trusted_hosts": "images.test"}, True),
+        ("images.test", {"base_url": "https://images.test/x"}, True),
         ("evil.test", {"api_keys": "secret"}, True),
     ],
 )

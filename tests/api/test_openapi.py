@@ -268,10 +268,10 @@ def _events(text: str) -> Iterator[tuple[str, Any]]:
 
 def test_native_answers_are_as_described(served: Served) -> None:
     found = httpx.get(f"{served.url}/openapi.json", timeout=SECONDS).json()
-    picture = httpx.post(
+    image = httpx.post(
         f"{served.url}/generate", json={"prompt": "a star", "seed": 7}, timeout=SECONDS
     )
-    _picture(found, "/generate", picture)
+    _image(found, "/generate", image)
     refused = httpx.post(f"{served.url}/generate", json={"prompt": ""}, timeout=SECONDS)
     assert refused.status_code == 400
     validate(found, "Error", refused.json())
@@ -290,7 +290,7 @@ def test_native_answers_are_as_described(served: Served) -> None:
         files={"image": ("a.png", PNG.getvalue(), "image/png")},
         timeout=SECONDS,
     )
-    _picture(found, "/edit", edited)
+    _image(found, "/edit", edited)
     for name, path in (
         ("Health", "/readyz"),
         ("ModelList", "/v1/models"),
@@ -313,7 +313,7 @@ def test_a_native_edit_goes_by_what_a_file_holds(served: Served, declared: str) 
     assert answer.headers["x-stepweave-seed"] == "7"
 
 
-def _picture(found: Document, path: str, answer: httpx.Response) -> None:
+def _image(found: Document, path: str, answer: httpx.Response) -> None:
     assert answer.status_code == 200, answer.text
     described = found["paths"][path]["post"]["responses"]["200"]
     assert answer.headers["content-type"] in described["content"]
@@ -486,8 +486,8 @@ class Fuzzer:
                 )
 
     def _aim(self, case: Any, turn: int) -> None:
-        """Let the request name a job or a picture that is there, a size that is one, files that are
-        pictures, few steps."""
+        """Let the request name a job or an image that is there, a size that is one, files that are
+        images, few steps."""
         path, body = case.operation.path, case.body
         known = turn % 4 != 3
         if (

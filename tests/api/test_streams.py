@@ -245,14 +245,14 @@ async def test_all_followers_see_all_previews_in_their_order() -> None:
         app.record.release.set()
         told = [colours(await one.done()) for one in (first, second, late)]
         assert told[0] == told[1] == told[2]
-        assert [(number, picture) for number, picture, _ in told[0]] == [
+        assert [(number, image) for number, image, _ in told[0]] == [
             (i, j) for i in range(3) for j in range(2)
         ]
         assert len({data for _, _, data in told[0]}) == 6
         assert first.events[-2:] == second.events[-2:]
 
 
-async def test_a_preview_that_fails_costs_no_picture(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_preview_that_fails_costs_no_image(caplog: pytest.LogCaptureFixture) -> None:
     async with serving() as app:
         app.server.previewer = Previewer()  # type: ignore[assignment]
         app.record.gated = True
@@ -379,7 +379,7 @@ Send = Callable[[App], Exchange]
 WAYS: dict[str, Send] = {
     "json": lambda app: app.post(num_inference_steps=100),
     "json with a key": lambda app: app.post(headers=KEY, num_inference_steps=100),
-    "picture": lambda app: app.post(headers={"Accept": "image/png"}, num_inference_steps=100),
+    "image": lambda app: app.post(headers={"Accept": "image/png"}, num_inference_steps=100),
     "stream": lambda app: app.post(stream=True, num_inference_steps=100),
     "stream of all events": lambda app: app.post(headers=VERBOSE, num_inference_steps=100),
     "native": lambda app: NativeApp(app).post("/generate", num_inference_steps=100),

@@ -24,7 +24,7 @@ from tests.support.environment import ROOT, clean_environment
 from tests.support.served import Served
 from tests.support.waiting import SECONDS
 
-PICTURE = {"data": [{"b64_json": "iVBORw0KGgoAAAANSUhEUg"}]}
+IMAGE = {"data": [{"b64_json": "iVBORw0KGgoAAAANSUhEUg"}]}
 SIZES, STEPS = ["64x64", "128x128"], [4, 12, 20, 30]
 
 
@@ -209,13 +209,13 @@ def test_a_run_against_the_real_server_writes_its_three_reports(
         "stage 2: 2/s": len(stages[1].arrivals),
         "Aggregated": sum(len(stage.arrivals) for stage in stages),
     }
-    with Image.open(out / "report.png") as picture:
-        assert picture.format == "PNG" and min(picture.size) >= 600
-        assert len(picture.convert("RGB").getcolors(2**20) or []) > 10
+    with Image.open(out / "report.png") as image:
+        assert image.format == "PNG" and min(image.size) >= 600
+        assert len(image.convert("RGB").getcolors(2**20) or []) > 10
 
 
 class Scripted(BaseHTTPRequestHandler):
-    """Answers by the number of steps asked for: 1 with a picture, 2 with 429, 3 with 500, 4 never,
+    """Answers by the number of steps asked for: 1 with an image, 2 with 429, 3 with 500, 4 never,
     5 with a broken body."""
 
     over: threading.Event
@@ -230,7 +230,7 @@ class Scripted(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         match body["num_inference_steps"]:
             case 1:
-                self.answer(200, PICTURE)
+                self.answer(200, IMAGE)
             case 2:
                 self.answer(429, {"error": {"code": "queue_full", "param": None}})
             case 3:
@@ -238,7 +238,7 @@ class Scripted(BaseHTTPRequestHandler):
             case 4:
                 self.over.wait(SECONDS)
             case _:
-                self.answer(200, PICTURE, missing=10)
+                self.answer(200, IMAGE, missing=10)
                 self.close_connection = True
 
     def answer(self, status: int, body: dict[str, Any], missing: int = 0) -> None:

@@ -44,7 +44,7 @@ from tests.support.waiting import SECONDS
 T = TypeVar("T")
 SOLO = {kind: 0.01 * kind.steps for kind in KINDS}
 SHORT, LONG = KINDS[0], KINDS[-1]
-PICTURE = {"data": [{"b64_json": "/9j/4AAQ"}]}
+IMAGE = {"data": [{"b64_json": "/9j/4AAQ"}]}
 MODELS = {
     "data": [
         {
@@ -90,8 +90,8 @@ def exposition(count: int) -> str:
     return f"# TYPE {name} histogram\n{buckets}{name}_count {count}\n"
 
 
-def picture(body: dict[str, Any], again: int) -> httpx.Response:
-    return httpx.Response(200, json=PICTURE)
+def image_answer(body: dict[str, Any], again: int) -> httpx.Response:
+    return httpx.Response(200, json=IMAGE)
 
 
 def error(status: int, code: str, **headers: str) -> httpx.Response:
@@ -154,7 +154,7 @@ def test_bodies_say_what_the_request_is_and_kinds_are_dealt_evenly() -> None:
 
 
 def test_arrivals_do_not_wait_for_answers() -> None:
-    fake = Fake(picture, seconds=3)
+    fake = Fake(image_answer, seconds=3)
     outcomes = drive(fake, lambda client: offer(client, burst(10), alive, drain=SECONDS))
     assert [one.status for one in outcomes] == ["answered"] * 10
     assert max(one.attempts[0].began for one in outcomes) < 3
@@ -165,7 +165,7 @@ def test_arrivals_do_not_wait_for_answers() -> None:
 def test_every_contestant_is_sent_the_very_same_bodies(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fakes = {"srpt": Fake(picture), "fifo": Fake(picture, seconds=0.02)}
+    fakes = {"srpt": Fake(image_answer), "fifo": Fake(image_answer, seconds=0.02)}
     scale = Scale(loads=(0.5, 1.0), seeds=(1, 2), seconds=0.5, deadlines=0.3, drain=60)
     report = Recorder(tmp_path / "out.json")
 
@@ -200,7 +200,7 @@ def test_every_contestant_is_sent_the_very_same_bodies(
 
 def test_each_answer_is_counted_as_what_it_is() -> None:
     answers = {
-        0: httpx.Response(200, json=PICTURE),
+        0: httpx.Response(200, json=IMAGE),
         1: httpx.Response(200, json={"data": []}),
         2: error(429, "queue_full", **{"Retry-After": "7"}),
         3: error(504, "deadline_exceeded"),
@@ -217,7 +217,7 @@ def test_each_answer_is_counted_as_what_it_is() -> None:
     found = [(one.status, one.attempts[-1].code, one.attempts[-1].retry_after) for one in outcomes]
     assert found == [
         ("answered", "", None),
-        ("failed", "HTTP 200 without a picture", None),
+        ("failed", "HTTP 200 without an image", None),
         ("refused", "queue_full", 7),
         ("missed", "deadline_exceeded", None),
         ("failed", "HTTP 500 internal_error", None),
@@ -230,7 +230,7 @@ def test_a_refused_client_waits_as_told_and_sends_the_same_body_again() -> None:
     def answer(body: dict[str, Any], again: int) -> httpx.Response:
         """The first is let in at its second try, the second one at its third, the third never."""
         return (
-            picture(body, again)
+            image_answer(body, again)
             if again > body["seed"] + 1
             else error(429, "queue_full", **{"Retry-After": "0.1"})
         )
@@ -259,7 +259,7 @@ def test_a_refused_client_waits_as_told_and_sends_the_same_body_again() -> None:
 
 def test_what_has_no_answer_in_time_is_cut_off() -> None:
     outcomes = drive(
-        Fake(picture, seconds=30), lambda client: offer(client, burst(3), alive, drain=0.2)
+        Fake(image_answer, seconds=30), lambda client: offer(client, burst(3), alive, drain=0.2)
     )
     assert [one.status for one in outcomes] == ["unfinished"] * 3
     assert summarise(outcomes, SOLO, 1)["unfinished"] == 1
@@ -276,12 +276,12 @@ def test_a_server_that_dies_ends_the_run_with_the_end_of_its_log(tmp_path: Path)
         BenchmarkError, match=r"'fifo' has ended with status 3.*\n.*first\nSegmentation fault"
     ):
         drive(
-            Fake(picture, 3 * SECONDS),
+            Fake(image_answer, 3 * SECONDS),
             lambda client: offer(client, burst(3), served.check, drain=2 * SECONDS),
         )
     with pytest.raises(BenchmarkError, match="status 3"):
         drive(
-            Fake(picture, 3 * SECONDS),
+            Fake(image_answer, 3 * SECONDS),
             lambda client: saturate(
                 client, endless(1), served.check, solo=SOLO, clients=2, ramp=0, seconds=2 * SECONDS
             ),
@@ -307,7 +307,7 @@ def test_a_worker_that_dies_is_noticed_though_the_server_starts_another(tmp_path
 
 
 def test_the_closed_loop_counts_the_answers_after_its_ramp() -> None:
-    fake = Fake(picture, seconds=0.05)
+    fake = Fake(image_answer, seconds=0.05)
     rate = drive(
         fake,
         lambda client: saturate(
@@ -337,7 +337,7 @@ def test_the_closed_loop_counts_the_answers_after_its_ramp() -> None:
 def test_what_comes_first_warms_both_sizes_up_and_finds_solo_times_and_capacity(
     tmp_path: Path,
 ) -> None:
-    fake = Fake(picture, seconds=0.01)
+    fake = Fake(image_answer, seconds=0.01)
     scale = Scale((0.8,), (1,), 1, 0, ramp=0.05, capacity_seconds=0.2, solo_repeats=2)
 
     async def run(client: httpx.AsyncClient) -> Known:
@@ -352,7 +352,7 @@ def test_what_comes_first_warms_both_sizes_up_and_finds_solo_times_and_capacity(
 
 
 def test_overload_and_trace_are_reported(tmp_path: Path) -> None:
-    """A server with three places and ten pictures a second each; the trace is one that the
+    """A server with three places and ten images a second each; the trace is one that the
     simulator reads."""
     busy = 0
 
@@ -365,7 +365,7 @@ def test_overload_and_trace_are_reported(tmp_path: Path) -> None:
         busy += 1
         try:
             await asyncio.sleep(0.1)
-            return httpx.Response(200, json=PICTURE)
+            return httpx.Response(200, json=IMAGE)
         finally:
             busy -= 1
 

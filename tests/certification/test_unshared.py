@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from stepweave import StepEngine
 from stepweave.certification import unshared
 from stepweave.telemetry import collectors
-from tests.pipelines.registry import picture
+from tests.pipelines.registry import example_image
 from tests.support.tiny import FAMILIES
 from tests.support.together import (
     SECONDS,
@@ -80,7 +80,7 @@ def edited(pipeline: Any, seed: int) -> dict[str, Any]:
     """A call of image to image."""
     given = XL.arguments(PROMPTS[seed % 4], seed=seed, steps=8)
     del given["height"], given["width"]
-    return given | {"image": picture(seed), "strength": 0.7}
+    return given | {"image": example_image(seed), "strength": 0.7}
 
 
 def image_to_image(pipeline: Any) -> Any:
@@ -102,7 +102,7 @@ def runs_in(dtype: torch.dtype) -> str | None:
 @functools.cache
 def noise(dtype: torch.dtype) -> float:
     """What rounding makes of the same call by itself, and beside one or three others: the largest
-    difference of pictures, times four. Several prompts in one plain call go through the same
+    difference of images, times four. Several prompts in one plain call go through the same
     modules with as many times the rows.
     """
     largest = 0.0
@@ -117,17 +117,17 @@ def noise(dtype: torch.dtype) -> float:
 
 
 @every_type
-def test_the_noise_of_half_precision_is_far_less_than_what_tells_pictures_apart(
+def test_the_noise_of_half_precision_is_far_less_than_what_tells_images_apart(
     dtype: torch.dtype,
 ) -> None:
     """So that the tests of this module can fail."""
     if reason := runs_in(dtype):
         pytest.skip(reason)
-    pictures = plain(lambda: upcasting(dtype), [drawn(seed) for seed in range(3)])
+    images = plain(lambda: upcasting(dtype), [drawn(seed) for seed in range(3)])
     assert noise(dtype) < 0.15
-    assert min(
-        difference(pictures[i], pictures[j]) for i in range(3) for j in range(i)
-    ) > 3 * noise(dtype)
+    assert min(difference(images[i], images[j]) for i in range(3) for j in range(i)) > 3 * noise(
+        dtype
+    )
 
 
 @every_type

@@ -82,19 +82,19 @@ def test_without_their_environment_clients_are_not_passed_over_in_silence(
 
 
 def pixels(encoded: str) -> bytes:
-    with Image.open(io.BytesIO(base64.b64decode(encoded))) as picture:
-        assert (picture.format, picture.size, picture.mode) == ("PNG", (64, 64), "RGB")
-        return picture.tobytes()
+    with Image.open(io.BytesIO(base64.b64decode(encoded))) as image:
+        assert (image.format, image.size, image.mode) == ("PNG", (64, 64), "RGB")
+        return image.tobytes()
 
 
 def ours(served: Served, **fields: Any) -> bytes:
-    """The picture of the same request on the OpenAI route."""
+    """The image of the same request on the OpenAI route."""
     fields = {"num_inference_steps": 2, "reproducible": True, **fields}
     answer = httpx.post(f"{served.url}/v1/images/generations", json=fields, timeout=SECONDS)
     return pixels(answer.json()["data"][0]["b64_json"])
 
 
-def test_tritons_client_gets_the_pictures_of_its_seeds(served: Served) -> None:
+def test_tritons_client_gets_the_images_of_its_seeds(served: Served) -> None:
     found = run("triton.py", f"127.0.0.1:{served.port}", "shapes")
     first, second = "a large red circle on a blue background", "ein grünes Dreieck auf weißem Grund"
     expected = [
@@ -173,7 +173,7 @@ def test_each_method_of_tritons_client_answers_or_says_why_not(served: Served) -
         assert text.startswith(f"[{status}] "), name
 
 
-def test_kserves_client_gets_the_pictures_of_its_seeds(served: Served) -> None:
+def test_kserves_client_gets_the_images_of_its_seeds(served: Served) -> None:
     found = run("kserve_rest.py", served.url, "shapes")
     assert (found["live"], found["ready"], found["model_ready"]) == (True, True, [True, False])
     expected = [
@@ -240,6 +240,7 @@ def source(tmp_path: Path) -> str:
     return str(tmp_path / "source.png")
 
 
+@pytest.mark.full
 def test_litellm_reads_generations_and_edits(served: Served, source: str) -> None:
     found = run("lite_llm.py", served.url, source)
     images = [pixels(one["b64_json"]) for one in found["generation"]["images"]]

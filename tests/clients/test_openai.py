@@ -35,7 +35,7 @@ def client(served: Served) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def picture_of(data: str | bytes) -> Image.Image:
+def image_of(data: str | bytes) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(data) if isinstance(data, str) else data))
 
 
@@ -76,9 +76,9 @@ def test_generate_with_every_field_of_the_client(client: openai.OpenAI) -> None:
     )
     assert answer.data is not None
     assert [item.seed for item in answer.data] == [7, 8]  # type: ignore[attr-defined]
-    pictures = [picture_of(item.b64_json or "") for item in answer.data]
-    assert all(picture.format == "WEBP" for picture in pictures)
-    assert wrong_parts(pictures[0], PROMPT) == []
+    images = [image_of(item.b64_json or "") for item in answer.data]
+    assert all(image.format == "WEBP" for image in images)
+    assert wrong_parts(images[0], PROMPT) == []
     warnings: list[str] = answer.warnings  # type: ignore[attr-defined]
     assert [warning.split(":")[0] for warning in warnings] == [
         "quality",
@@ -95,7 +95,7 @@ def test_a_url_is_served_by_the_server_that_gave_it(client: openai.OpenAI) -> No
     response = httpx.get(answer.data[0].url, timeout=SECONDS)
     assert response.headers["content-type"] == "image/png"
     assert response.headers["cache-control"].startswith("private")
-    assert wrong_parts(picture_of(response.content), PROMPT) == []
+    assert wrong_parts(image_of(response.content), PROMPT) == []
 
 
 def test_a_stream_with_previews_of_what_is_to_come(client: openai.OpenAI) -> None:
@@ -107,22 +107,22 @@ def test_a_stream_with_previews_of_what_is_to_come(client: openai.OpenAI) -> Non
         "image_generation.completed"
     ]
     assert [event.partial_image_index for event in events[:3]] == [0, 1, 2]  # type: ignore[union-attr]
-    pictures = [picture_of(event.b64_json) for event in events]
-    assert {picture.size for picture in pictures} == {(64, 64)}
-    assert wrong_parts(pictures[-1], PROMPT) == []
-    assert likeness(pictures[2], pictures[3]) > 0.8
+    images = [image_of(event.b64_json) for event in events]
+    assert {image.size for image in images} == {(64, 64)}
+    assert wrong_parts(images[-1], PROMPT) == []
+    assert likeness(images[2], images[3]) > 0.8
     whole = client.images.generate(prompt=PROMPT, extra_body={"seed": 7}).data
     assert whole is not None
-    assert likeness(picture_of(whole[0].b64_json or ""), pictures[-1]) > 0.999
+    assert likeness(image_of(whole[0].b64_json or ""), images[-1]) > 0.999
 
 
 def test_an_edit_keeps_what_the_mask_leaves_out(client: openai.OpenAI, drawing: Path) -> None:
-    before = picture_of(drawing.read_bytes()).convert("RGB")
+    before = image_of(drawing.read_bytes()).convert("RGB")
     edited = client.images.edit(
         image=drawing, prompt=PROMPT, extra_body={"seed": 3, "strength": 0.2}, output_format="png"
     )
     assert edited.data is not None
-    assert likeness(picture_of(edited.data[0].b64_json or ""), before) > 0.9
+    assert likeness(image_of(edited.data[0].b64_json or ""), before) > 0.9
     mask = Image.new("L", (64, 64), 0)
     ImageDraw.Draw(mask).rectangle((0, 0, 31, 63), fill=255)
     buffer = io.BytesIO()
@@ -132,7 +132,7 @@ def test_an_edit_keeps_what_the_mask_leaves_out(client: openai.OpenAI, drawing: 
         prompt="a small green star on a yellow background", extra_body={"seed": 3, "strength": 1.0},
     )  # fmt: skip
     assert half.data is not None
-    after = picture_of(half.data[0].b64_json or "").convert("RGB")
+    after = image_of(half.data[0].b64_json or "").convert("RGB")
     change = np.abs(np.asarray(after, dtype=float) - np.asarray(before, dtype=float)).mean(
         axis=(0, 2)
     )
@@ -154,7 +154,7 @@ def test_errors_are_the_clients_own_exceptions(client: openai.OpenAI, drawing: P
     with pytest.raises(openai.BadRequestError, match="strength") as caught:
         client.images.edit(image=drawing, prompt=PROMPT, extra_body={"strength": 2})
     with pytest.raises(openai.BadRequestError, match="image") as caught:
-        client.images.edit(image=("x.png", b"no picture", "image/png"), prompt=PROMPT)
+        client.images.edit(image=("x.png", b"no image", "image/png"), prompt=PROMPT)
     assert caught.value.param == "image"
     with pytest.raises(openai.NotFoundError):
         client.images.generate(prompt=PROMPT, model="other")
@@ -199,7 +199,7 @@ def test_the_blocks_of_the_document_run_in_order(served: Served, tmp_path: Path)
         told.append(run.stdout.decode())
     answer = json.loads((tmp_path / "answer.json").read_text())
     assert [item["seed"] for item in answer["data"]] == [7, 8]
-    assert picture_of((tmp_path / "edited.png").read_bytes()).size == (64, 64)
+    assert image_of((tmp_path / "edited.png").read_bytes()).size == (64, 64)
     assert told[2].count("partial_image") == 2 and "stepweave.queued" in told[2]
     assert told[3].startswith(("202 queued", "202 running")) and "succeeded 20 20" in told[3]
     tensors = json.loads((tmp_path / "tensors.json").read_text())
@@ -207,7 +207,7 @@ def test_the_blocks_of_the_document_run_in_order(served: Served, tmp_path: Path)
         ("image", [1]),
         ("parameters", [1]),
     ]
-    assert picture_of((tmp_path / "circle.png").read_bytes()).size == (64, 64)
+    assert image_of((tmp_path / "circle.png").read_bytes()).size == (64, 64)
 
 
 def curl(*arguments: str) -> bytes:
@@ -216,7 +216,7 @@ def curl(*arguments: str) -> bytes:
     ).stdout
 
 
-def test_curl_reads_events_and_saves_pictures(served: Served, drawing: Path) -> None:
+def test_curl_reads_events_and_saves_images(served: Served, drawing: Path) -> None:
     url, body = f"{served.url}/v1/images/generations", json.dumps({"prompt": PROMPT, "seed": 7})
     json_type = ("-H", "Content-Type: application/json")
     told = curl(
@@ -233,9 +233,9 @@ def test_curl_reads_events_and_saves_pictures(served: Served, drawing: Path) -> 
     ]
     assert steps[-1]["step"] == steps[-1]["total_steps"] == 20
     for accept, kind in (("image/png", "PNG"), ("image/jpeg", "JPEG"), ("image/webp", "WEBP")):
-        picture = picture_of(curl(url, *json_type, "-d", body, "-H", f"Accept: {accept}"))
-        assert picture.format == kind
-        assert wrong_parts(picture, PROMPT) == []
+        image = image_of(curl(url, *json_type, "-d", body, "-H", f"Accept: {accept}"))
+        assert image.format == kind
+        assert wrong_parts(image, PROMPT) == []
     edited = curl(
         f"{served.url}/edit",
         "-F",
@@ -245,7 +245,7 @@ def test_curl_reads_events_and_saves_pictures(served: Served, drawing: Path) -> 
         "-F",
         "strength=0.2",
     )
-    assert likeness(picture_of(edited), picture_of(drawing.read_bytes())) > 0.9
+    assert likeness(image_of(edited), image_of(drawing.read_bytes())) > 0.9
 
 
 def test_bentomls_client_streams_and_edits(served: Served, drawing: Path) -> None:
@@ -253,24 +253,24 @@ def test_bentomls_client_streams_and_edits(served: Served, drawing: Path) -> Non
         told = "".join(client.generate_stream(prompt=PROMPT, partial_images=2, events="all"))
         assert told.count("event: image_generation.partial_image") == 2
         assert told.count("event: image_generation.completed") == 1
-        edited = client.edit(prompt=PROMPT, image=picture_of(drawing.read_bytes()), strength=0.2)
-        assert likeness(edited, picture_of(drawing.read_bytes())) > 0.9
+        edited = client.edit(prompt=PROMPT, image=image_of(drawing.read_bytes()), strength=0.2)
+        assert likeness(edited, image_of(drawing.read_bytes())) > 0.9
 
 
 def test_bentomls_asynchronous_client(served: Served, drawing: Path) -> None:
-    image = picture_of(drawing.read_bytes())
+    image = image_of(drawing.read_bytes())
 
     async def use() -> tuple[Any, str, Any]:
         async with bentoml.AsyncHTTPClient(served.url, timeout=SECONDS) as client:
-            picture = await client.generate(prompt=PROMPT, seed=7)
+            image = await client.generate(prompt=PROMPT, seed=7)
             told = [chunk async for chunk in client.generate_stream(prompt=PROMPT)]
             edited = await client.edit(prompt=PROMPT, image=image, strength=0.2)
-            return picture.copy(), "".join(told), edited.copy()
+            return image.copy(), "".join(told), edited.copy()
 
-    picture, told, edited = asyncio.run(use())
-    assert wrong_parts(picture, PROMPT) == []
+    image, told, edited = asyncio.run(use())
+    assert wrong_parts(image, PROMPT) == []
     assert told.startswith("event: image_generation.completed")
-    assert likeness(edited, picture_of(drawing.read_bytes())) > 0.9
+    assert likeness(edited, image_of(drawing.read_bytes())) > 0.9
 
 
 def test_nothing_that_a_client_sends_is_fetched(served: Served) -> None:

@@ -151,7 +151,7 @@ def official(kind: type[PipelineCallback], at: int) -> Callable[[], dict[str, An
 # IP-Adapters
 
 
-def pictured(seed: int) -> dict[str, Any]:
+def edited_from_image(seed: int) -> dict[str, Any]:
     return {
         "prompt": "a red circle",
         "ip_adapter_image": hint(seed),
@@ -165,11 +165,11 @@ def pictured(seed: int) -> dict[str, Any]:
 
 
 ADAPTER = Case(
-    stable_diffusion_ip_adapter_text, pictured, official(IPAdapterScaleCutoffCallback, 1)
+    stable_diffusion_ip_adapter_text, edited_from_image, official(IPAdapterScaleCutoffCallback, 1)
 )
 SCALED = Case(
     stable_diffusion_ip_adapter_text,
-    pictured,
+    edited_from_image,
     callback(lambda pipeline: pipeline.set_ip_adapter_scale(2.0)),
 )
 

@@ -426,7 +426,7 @@ def test_they_do_in_any_order_and_whoever_came_before(
 def test_state_does_not_leak_between_jobs_that_are_never_merged(
     plant: Plant, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pictures of different sizes share no forward, so that no proof is ever made."""
+    """Images of different sizes share no forward, so that no proof is ever made."""
     planted = Planted(plant, monkeypatch)
     requests = [asked(seed, 5, side) for seed, side in enumerate((16, 24, 32, 48))]
     outcome = run(planted, requests)

@@ -488,7 +488,7 @@ def state_problems(work: Workload) -> Iterator[str]:
     records = settings.keep_jobs * 2 * 2 * settings.max_prompt_characters * 6
     if quantity(volume["emptyDir"].get("sizeLimit", "0")) < settings.keep_bytes + records:
         yield (
-            f"the state's volume is smaller than {settings.keep_bytes} bytes of pictures and "
+            f"the state's volume is smaller than {settings.keep_bytes} bytes of images and "
             f"{records} of jobs"
         )
 
@@ -2476,11 +2476,11 @@ def test_a_mistake_is_reported(
             "/var/lib/other",
             "STEPWEAVE_STATE_DIR /var/lib/other is no volume of its own",
         ),
-        ("STEPWEAVE_KEEP_BYTES", "2147483648", "smaller than 2147483648 bytes of pictures"),
+        ("STEPWEAVE_KEEP_BYTES", "2147483648", "smaller than 2147483648 bytes of images"),
         (
             "STEPWEAVE_KEEP_JOBS",
             "20000",
-            "smaller than 1073741824 bytes of pictures and 1920000000 of jobs",
+            "smaller than 1073741824 bytes of images and 1920000000 of jobs",
         ),
         ("STEPWEAVE_API_KEYS", "secret", "API keys are written into the manifest"),
         (

@@ -62,7 +62,7 @@ def sibling_of(name: str, edit: Edit) -> Any:
     return edit_pipeline(built(name), edit)
 
 
-def picture(i: int) -> Image.Image:
+def source_image(i: int) -> Image.Image:
     return Image.linear_gradient("L").rotate(90 * i).resize((SIDE, SIDE)).convert("RGB")
 
 
@@ -77,7 +77,7 @@ def call(family: Family, i: int, edit: Edit | None, **changes: Any) -> dict[str,
     arguments = family.arguments(PROMPTS[i % 4], seed=i, steps=3 + i % 3, **changes)
     if edit is None:
         return arguments
-    arguments |= {"image": picture(i), "strength": (0.5, 0.8)[i % 2]}
+    arguments |= {"image": source_image(i), "strength": (0.5, 0.8)[i % 2]}
     if edit == "inpaint":
         arguments["mask_image"] = right_half()
     takes = inspect.signature(sibling_of(family.name, edit).__call__).parameters
@@ -134,7 +134,7 @@ def test_edits_share_forwards_with_texts_and_are_as_the_plain_call(name: str, ed
     assert all(job.progress.step == job.progress.total > 0 for job in jobs)
 
 
-def test_pictures_are_read_on_another_thread_once_each_and_hold_up_nobody(
+def test_images_are_read_on_another_thread_once_each_and_hold_up_nobody(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     name: str = "stable_diffusion"
@@ -144,7 +144,7 @@ def test_pictures_are_read_on_another_thread_once_each_and_hold_up_nobody(
     def several() -> dict[str, Any]:
         generators = [torch.Generator().manual_seed(i) for i in range(3)]
         return call(family, 1, edit) | {
-            "image": [picture(1)] * 3,
+            "image": [source_image(1)] * 3,
             "num_images_per_prompt": 3,
             "generator": generators,
         }
@@ -169,7 +169,7 @@ def test_pictures_are_read_on_another_thread_once_each_and_hold_up_nobody(
         assert np.abs(text.result(SECONDS)[0] - beside).max() <= TOLERANCE
         go_on.set()
         result = job.result(SECONDS)[0]
-    assert read == [1, 1]  # picture and mask
+    assert read == [1, 1]  # image and mask
     assert result.shape == plain.shape and np.abs(result - plain).max() <= TOLERANCE
     assert min(np.abs(result[0] - one).max() for one in result[1:]) > 100 * TOLERANCE
 

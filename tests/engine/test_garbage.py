@@ -159,7 +159,7 @@ def is_late(engine: StepEngine) -> None:
     job.clear()
 
 
-def makes_pictures(engine: StepEngine) -> None:
+def makes_images(engine: StepEngine) -> None:
     assert engine.submit(**SD3.arguments("a red circle", output_type="pil")).result(SECONDS).images
 
 
@@ -176,7 +176,7 @@ ENDS = [
     fails_in_a_module,
     is_cancelled,
     is_late,
-    makes_pictures,
+    makes_images,
     several_at_once,
 ]
 
@@ -268,7 +268,7 @@ def test_no_tensor_is_left_of_a_job_that_starts_again(no_collector: None) -> Non
 
 
 class Making(FakePipeline):
-    """A fake whose result holds a tensor beside its pictures."""
+    """A fake whose result holds a tensor beside its images."""
 
     @functools.wraps(FakePipeline.__call__)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

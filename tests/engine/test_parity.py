@@ -1,4 +1,4 @@
-"""Parity: a picture is the same in any company, whoever joins and leaves at whatever step, as from
+"""Parity: an image is the same in any company, whoever joins and leaves at whatever step, as from
 a plain call.
 
 Hypothesis draws the company: which requests, who joins at which step of whom, who is cancelled
@@ -6,7 +6,7 @@ when. Arrivals are calls of `submit` on the engine's own thread, so that an exam
 way twice. When one fails, hypothesis prints it, and `@reproduce_failure(...)` to repeat it; `pytest
 --hypothesis-seed=N` repeats a whole run.
 
-Beside the pictures, each family's share of denoiser calls that shared a forward is held to a bound:
+Beside the images, each family's share of denoiser calls that shared a forward is held to a bound:
 a family that silently runs alone fails. `pytest -s` shows the shares; `record_property` puts them
 into a JUnit report.
 """
@@ -125,7 +125,7 @@ def together(*, swap: bool) -> Company:
 
 
 def check(family: Family, company: Company) -> EngineStats:
-    """Play, and compare every picture with the plain call's."""
+    """Play, and compare every image with the plain call's."""
     with StepEngine(built(family, True)) as engine:
         jobs = Stage(engine, family, company).play()
     for i, job in enumerate(jobs):
@@ -214,7 +214,7 @@ REPEATED = (
         ),
     ],
 )
-def test_six_different_jobs_together_get_their_plain_pictures_and_share_forwards(
+def test_six_different_jobs_together_get_their_plain_images_and_share_forwards(
     family: Family, swap: bool, least: float, record_property: Callable[[str, object], None]
 ) -> None:
     """With one scheduler, and with a scheduler for each."""
@@ -251,7 +251,7 @@ def check_companies(
 
 
 @families(FAMILIES, quick=("flux",))
-def test_a_picture_is_the_same_in_any_company(
+def test_an_image_is_the_same_in_any_company(
     family: Family, record_property: Callable[[str, object], None]
 ) -> None:
     check_companies(family, record_property, examples=3, most_steps=2, least=FEW_DRAWN)
@@ -259,7 +259,7 @@ def test_a_picture_is_the_same_in_any_company(
 
 @pytest.mark.full
 @every_family
-def test_a_picture_is_the_same_in_many_companies(
+def test_an_image_is_the_same_in_many_companies(
     family: Family, record_property: Callable[[str, object], None]
 ) -> None:
     check_companies(family, record_property, examples=40, most_steps=5, least=MANY_DRAWN)

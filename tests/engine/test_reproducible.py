@@ -1,4 +1,4 @@
-"""Jobs that ask to be reproducible get the plain call's picture to the last bit, in any company;
+"""Jobs that ask to be reproducible get the plain call's image to the last bit, in any company;
 their company keeps its own."""
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class MixedStage(Stage):
 
 
 def check(family: Family, company: Mixed, mode: Mode = "step") -> Counter[str]:
-    """Play, and compare every picture with the plain call's. How many calls of modules there were,
+    """Play, and compare every image with the plain call's. How many calls of modules there were,
     and how many merged."""
     with StepEngine(built(family, True), mode) as engine:
         jobs = MixedStage(engine, family, company).play()
@@ -240,8 +240,8 @@ def test_a_reproducible_request_gets_the_plain_calls_pixels(
         output_type="pil",
     )
     for answer in (answers[5].json(), answers[-1].json()):
-        picture = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
-        assert picture.tobytes() == plain.images[0].tobytes()
+        image = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
+        assert image.tobytes() == plain.images[0].tobytes()
         assert answer["parameters"]["reproducible"] is True
     assert app.server.engine is not None
     forwards = app.server.engine.stats().forwards["transformer"]

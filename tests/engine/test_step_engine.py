@@ -72,7 +72,7 @@ def built_before_any_engine_runs() -> None:
 
 @functools.cache
 def plain(family: tiny.Family, prompt: str = "a red circle", **changes: Any) -> np.ndarray:
-    """The pictures of a plain call, of a pipeline that no engine has ever touched."""
+    """The images of a plain call, of a pipeline that no engine has ever touched."""
     return np.asarray(plain_pipeline(family)(**family.arguments(prompt, **changes))[0])
 
 
@@ -922,7 +922,7 @@ def test_hooks_of_others_stay_when_the_engine_closes(before: bool) -> None:
     assert torch.equal(pipeline(**seeded(1))[0], toy()(**seeded(1))[0])
 
 
-def test_closing_while_pictures_are_made_delivers_or_cancels(sd3: Any) -> None:
+def test_closing_while_images_are_made_delivers_or_cancels(sd3: Any) -> None:
     for _ in range(5):
         engine = StepEngine(sd3)
         jobs = [
@@ -942,16 +942,16 @@ from benchmarks.policies import keyed_fifo
 from stepweave import StepEngine
 
 class Autoencoder(torch.nn.Module):
-    def encode(self, picture):
-        return picture
+    def encode(self, image):
+        return image
     def decode(self, latents):
         decoding.set()
         time.sleep(1)
         return latents
 
 class Processor:
-    def postprocess(self, picture):
-        return picture
+    def postprocess(self, image):
+        return image
 
 class Pipeline(DiffusionPipeline):
     def __init__(self, vae):
@@ -970,7 +970,7 @@ assert decoding.wait(30)
 """
 
 
-def test_a_script_that_ends_while_a_picture_is_decoded_does_not_hang() -> None:
+def test_a_script_that_ends_while_an_image_is_decoded_does_not_hang() -> None:
     """By then executors of the standard library take no more work."""
     environment = clean_environment(PYTHONPATH=os.pathsep.join((str(ROOT / "src"), str(ROOT))))
     ended = subprocess.run(
@@ -982,7 +982,7 @@ def test_a_script_that_ends_while_a_picture_is_decoded_does_not_hang() -> None:
         check=False,
     )
     assert ended.returncode == 0, ended.stderr.decode()
-    assert ended.stdout.decode().split() == ["None"], "the picture is delivered"
+    assert ended.stdout.decode().split() == ["None"], "the image is delivered"
 
 
 def test_a_second_engine_on_the_same_modules_is_refused_by_name(sd3: Any) -> None:
@@ -1604,10 +1604,10 @@ def test_an_encoder_whose_adapters_calls_scale_is_run_at_the_jobs_own_scale() ->
                 assert torch.allclose(job.result(SECONDS)[0], sample, atol=1e-5)
 
 
-# --- pictures ---
+# --- images ---
 
 
-def test_pictures_are_made_on_another_thread_and_hold_up_nobody(
+def test_images_are_made_on_another_thread_and_hold_up_nobody(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pipeline, making, made = SD3.build(), threading.Event(), threading.Event()
@@ -1635,7 +1635,7 @@ def test_pictures_are_made_on_another_thread_and_hold_up_nobody(
     assert all(name.startswith("stepweave-images") for name in makers)
 
 
-def test_a_picture_that_cannot_be_made_fails_its_own_job(
+def test_an_image_that_cannot_be_made_fails_its_own_job(
     sd3: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = type(sd3.image_processor).postprocess
@@ -1760,7 +1760,7 @@ def test_equal_jobs_share_one_call(name: str) -> None:
         assert engine.stats().retried == 0
 
 
-def test_a_shared_call_has_no_more_pictures_than_allowed() -> None:
+def test_a_shared_call_has_no_more_images_than_allowed() -> None:
     pipeline = SD3.build()
     with StepEngine(pipeline, mode="request", max_rows=3) as engine:
         with held(engine, **SD3.arguments("x", steps=1)):

@@ -1,4 +1,4 @@
-"""The embedded model served from a GPU: `bentoml serve`, a picture, the memory it reports, its
+"""The embedded model served from a GPU: `bentoml serve`, an image, the memory it reports, its
 end."""
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ pytestmark = [
 DRAWN = {"prompt": "a large red circle on a white background", "seed": 1}
 
 
-def test_pictures_are_served_from_a_gpu(tmp_path: Path, say: Callable[[str], None]) -> None:
-    pictures = {}
+def test_images_are_served_from_a_gpu(tmp_path: Path, say: Callable[[str], None]) -> None:
+    images = {}
     for device in ("cuda", "cpu"):
         with serve(
             tmp_path / f"{device}.txt", STEPWEAVE_DEVICE=device, STEPWEAVE_DTYPE="float32"
@@ -38,9 +38,7 @@ def test_pictures_are_served_from_a_gpu(tmp_path: Path, say: Callable[[str], Non
                 timeout=SECONDS,
             )
             assert answer.status_code == 200, answer.text
-            pictures[device] = (
-                np.asarray(Image.open(io.BytesIO(answer.content)).convert("RGB")) / 255
-            )
+            images[device] = np.asarray(Image.open(io.BytesIO(answer.content)).convert("RGB")) / 255
             metrics = httpx.get(f"{server.url}/metrics", timeout=SECONDS).text
             assert server.stop() == 0
         memory = [line for line in metrics.splitlines() if line.startswith("stepweave_vram_bytes")]
@@ -54,9 +52,9 @@ def test_pictures_are_served_from_a_gpu(tmp_path: Path, say: Callable[[str], Non
                     line for line in log.splitlines() if "ready" in line or "self-check" in line
                 )
             )
-    off = np.abs(pictures["cuda"] - pictures["cpu"])
+    off = np.abs(images["cuda"] - images["cpu"])
     say(
-        f"a pixel differs from that of the CPU's picture by {off.mean():.4f} on average, "
+        f"a pixel differs from that of the CPU's image by {off.mean():.4f} on average, "
         f"{off.max():.3f} at most"
     )
     assert off.mean() < 0.01  # edges may move by a pixel

@@ -26,7 +26,7 @@ A1111 = (
 
 
 @pytest.fixture
-def picture() -> Image.Image:
+def image() -> Image.Image:
     pixels = np.zeros((48, 64, 3), np.uint8)
     pixels[10:30, 10:40] = (226, 30, 34)
     return Image.fromarray(pixels)
@@ -36,10 +36,10 @@ def reopen(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data))
 
 
-def test_png_is_lossless_and_carries_the_parameters(picture: Image.Image) -> None:
-    file = reopen(encode(picture, "png", VALUES, "shapes"))
+def test_png_is_lossless_and_carries_the_parameters(image: Image.Image) -> None:
+    file = reopen(encode(image, "png", VALUES, "shapes"))
     assert file.format == "PNG"
-    assert file.tobytes() == picture.tobytes()
+    assert file.tobytes() == image.tobytes()
     assert file.info["parameters"].startswith(A1111)
     assert json.loads(file.info["stepweave"]) == {**VALUES, "model": "shapes"}
 
@@ -47,21 +47,21 @@ def test_png_is_lossless_and_carries_the_parameters(picture: Image.Image) -> Non
 @pytest.mark.parametrize("output_format", ["jpeg", "webp"])
 @pytest.mark.parametrize("prompt", ["a red circle", "ein roter Kreis — 赤い円 🔴"])
 def test_exif_carries_the_parameters(
-    picture: Image.Image, output_format: OutputFormat, prompt: str
+    image: Image.Image, output_format: OutputFormat, prompt: str
 ) -> None:
     values = {**VALUES, "prompt": prompt}
-    file = reopen(encode(picture, output_format, values, "shapes"))
+    file = reopen(encode(image, output_format, values, "shapes"))
     exif = file.getexif()
     comment = exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
     text = comment[8:].decode("ascii" if comment.startswith(b"ASCII") else "utf-16-be")
     assert text.startswith(A1111.replace("a red circle", prompt))
     assert json.loads(exif[ExifTags.Base.ImageDescription])["prompt"] == prompt
-    difference = np.abs(np.asarray(file.convert("RGB"), np.int16) - np.asarray(picture, np.int16))
+    difference = np.abs(np.asarray(file.convert("RGB"), np.int16) - np.asarray(image, np.int16))
     assert difference.mean() < 4
 
 
-def test_the_longest_prompts_fit_into_jpeg(picture: Image.Image) -> None:
+def test_the_longest_prompts_fit_into_jpeg(image: Image.Image) -> None:
     values = {**VALUES, "prompt": "🔴" * 7000, "negative_prompt": "🔵" * 7000}
-    exif = reopen(encode(picture, "jpeg", values, "shapes")).getexif()
+    exif = reopen(encode(image, "jpeg", values, "shapes")).getexif()
     comment = exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
     assert comment[8:].decode("utf-16-be").startswith("🔴" * 7000)

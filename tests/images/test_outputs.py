@@ -221,14 +221,12 @@ def test_only_the_job_whose_numbers_overflow_fails(mode: Any) -> None:
 
 
 def test_every_surface_says_so(in_process: Make) -> None:
-    app = in_process(
-        tiny(), batching="step", max_rows=4, warmup=False, base_url="http://testserver"
-    )
+    app = in_process(tiny(), batching="off", warmup=False, base_url="http://testserver")
     DAMAGES["NaN of the autoencoder"](app.pipeline)
     body = {"prompt": "a circle", **FEW}
     for path, answer in {
         "json": app.client.post("/v1/images/generations", json=body),
-        "picture": app.client.post(
+        "image": app.client.post(
             "/v1/images/generations", json=body, headers={"Accept": "image/png"}
         ),
         "example server": app.client.post(
@@ -308,11 +306,11 @@ def test_flags_come_with_every_image(in_process: Make, name: str) -> None:
     assert [one["flagged"] for one in url["data"]] == [False, True]
 
     pipeline.said = {name: [np.True_]}
-    picture = app.client.post(
+    image = app.client.post(
         "/v1/images/generations", json={"prompt": "a circle"}, headers={"Accept": "image/png"}
     )
-    assert picture.headers["X-Stepweave-Flagged"] == "true"
-    assert name in picture.headers["X-Stepweave-Warnings"]
+    assert image.headers["X-Stepweave-Flagged"] == "true"
+    assert name in image.headers["X-Stepweave-Warnings"]
     streamed = app.client.post(
         "/v1/images/generations", json={"prompt": "a circle", "stream": True}
     )

@@ -17,9 +17,9 @@ from stepweave.images.uploads import ORIENTATION, read_sources
 LIMIT = 64 * 64
 
 
-def file_of(picture: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+def file_of(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, format, **options)
+    image.save(buffer, format, **options)
     return buffer.getvalue()
 
 
@@ -29,9 +29,9 @@ def gradient(mode: str = "RGB") -> Image.Image:
 
 
 def read(data: bytes, limit: int = LIMIT) -> Image.Image:
-    picture = read_sources(data, None, max_pixels=limit).image
-    assert picture.mode == "RGB"
-    return picture
+    image = read_sources(data, None, max_pixels=limit).image
+    assert image.mode == "RGB"
+    return image
 
 
 def refused(data: bytes, says: str, mask: bytes | None = None, param: str = "image") -> None:
@@ -49,21 +49,21 @@ def refused(data: bytes, says: str, mask: bytes | None = None, param: str = "ima
         *(("WEBP", mode) for mode in ("RGB", "RGBA")),
     ],
 )
-def test_every_kind_of_picture_looks_as_it_does_in_a_viewer(format: str, mode: str) -> None:
+def test_every_kind_of_image_looks_as_it_does_in_a_viewer(format: str, mode: str) -> None:
     if mode == "I;16":
         grey = np.asarray(gradient("L")).astype(np.uint16) * 257
-        picture = Image.fromarray(grey)
-        assert picture.mode == mode
+        image = Image.fromarray(grey)
+        assert image.mode == mode
     else:
-        picture = gradient(mode)
-    result = read(file_of(picture, format))
+        image = gradient(mode)
+    result = read(file_of(image, format))
     difference = np.abs(np.asarray(result, float) - np.asarray(gradient(), float))
     assert difference.mean() < (130 if mode == "1" else 6)
     assert np.asarray(result)[0].mean() < np.asarray(result)[-1].mean() - 100
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
-def test_pictures_are_turned_as_their_exif_says(format: str) -> None:
+def test_images_are_turned_as_their_exif_says(format: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned a quarter clockwise
     result = read(file_of(gradient(), format, exif=exif))
@@ -73,10 +73,10 @@ def test_pictures_are_turned_as_their_exif_says(format: str) -> None:
 
 
 def test_what_is_transparent_becomes_white() -> None:
-    picture = Image.new("RGBA", (32, 16), (255, 0, 0, 0))
-    picture.paste((0, 0, 255, 128), (0, 0, 16, 16))
-    assert read(file_of(picture)).getpixel((20, 8)) == (255, 255, 255)
-    assert read(file_of(picture)).getpixel((4, 8)) == (127, 127, 255)
+    image = Image.new("RGBA", (32, 16), (255, 0, 0, 0))
+    image.paste((0, 0, 255, 128), (0, 0, 16, 16))
+    assert read(file_of(image)).getpixel((20, 8)) == (255, 255, 255)
+    assert read(file_of(image)).getpixel((4, 8)) == (127, 127, 255)
     palette = Image.new("P", (32, 16), 1)
     palette.putpalette([0, 0, 0, 255, 0, 0])
     assert read(file_of(palette, transparency=1)).getpixel((0, 0)) == (255, 255, 255)
@@ -288,7 +288,7 @@ def test_a_colour_that_is_transparent_is(mode: str) -> None:
     assert found is not None and np.array_equal(np.asarray(found), np.asarray(holes))
 
 
-def test_what_is_no_still_picture_is_refused_by_name() -> None:
+def test_what_is_no_still_image_is_refused_by_name() -> None:
     frames = [gradient(), Image.new("RGB", (32, 16))]
     good = file_of(gradient())
     refused(b"", "image is empty")
@@ -308,7 +308,7 @@ def test_what_is_no_still_picture_is_refused_by_name() -> None:
     )
 
 
-def test_the_first_picture_of_a_stereo_one_is_taken() -> None:
+def test_the_first_image_of_a_stereo_one_is_taken() -> None:
     data = file_of(
         gradient(), "MPO", save_all=True, append_images=[Image.new("RGB", (32, 16), "red")]
     )
@@ -365,7 +365,7 @@ FILES = [
     end=st.none() | st.integers(0, 400),
     more=st.binary(max_size=20),
 )
-def test_whatever_the_bytes_they_are_a_picture_or_refused(
+def test_whatever_the_bytes_they_are_an_image_or_refused(
     file: bytes, changes: list[tuple[int, int]], end: int | None, more: bytes
 ) -> None:
     data = bytearray(file)

@@ -92,9 +92,9 @@ def test_the_embedded_model_loads_and_obeys_its_seed() -> None:
         def draw(seed: int) -> bytes:
             resolved = model.resolve(prompt="a red star", seed=seed, num_inference_steps=3)
             job = engine.submit(**model.call(resolved))
-            picture: bytes = job.result(SECONDS).images[0].tobytes()
+            image: bytes = job.result(SECONDS).images[0].tobytes()
             assert job.progress == (3, 3)
-            return picture
+            return image
 
         assert draw(1) == draw(1) != draw(2)
 

@@ -60,7 +60,7 @@ def alone(pipeline: Any, family: Family) -> list[np.ndarray]:
 def assert_company_agrees(
     pipeline: Any, family: Family, expected: list[np.ndarray], rounds: int = 2
 ) -> None:
-    """Jobs in company draw the expected pictures, and share the denoiser's forwards in the last
+    """Jobs in company draw the expected images, and share the denoiser's forwards in the last
     round."""
     denoiser = "unet" if hasattr(pipeline, "unet") else "transformer"
     with StepEngine(pipeline) as engine:
@@ -516,8 +516,8 @@ def test_a_server_with_switches_draws_what_a_plain_call_without_does(tmp_path: P
             body = {"prompt": prompt, "seed": seed, "num_inference_steps": 4}
             answer = httpx.post(f"{server.url}/generate", json=body, timeout=SECONDS)
             assert answer.status_code == 200, answer.text
-            picture = np.asarray(Image.open(io.BytesIO(answer.content)), dtype=np.float32)
+            image = np.asarray(Image.open(io.BytesIO(answer.content)), dtype=np.float32)
             expected = plain.pipeline(**plain.call(plain.resolve(**body))).images[0]
-            assert picture.std() > 1
-            assert np.abs(picture - np.asarray(expected, dtype=np.float32)).max() <= 1
+            assert image.std() > 1
+            assert np.abs(image - np.asarray(expected, dtype=np.float32)).max() <= 1
         assert server.stop() == 0

@@ -68,7 +68,7 @@ def served(pipeline: Any, **settings: Any) -> ServedModel:
 
 
 def fails(engine: StepEngine, model: ServedModel, parameters: Parameters) -> bool:
-    """Whether a call raises, or gives a picture of one colour, as it does where latents are not
+    """Whether a call raises, or gives an image of one colour, as it does where latents are not
     finite."""
     try:
         images = engine.submit(**model.call(parameters)).result(SECONDS).images

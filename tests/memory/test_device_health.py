@@ -266,7 +266,7 @@ def test_every_mode_ends_its_jobs(mode: Mode) -> None:
     [lambda method: method, lambda method: lambda x: on_image_thread(partial(method, x), True)],
     ids=["own code", "another thread"],
 )
-def test_it_may_show_in_a_pipelines_own_code_or_where_pictures_are_made(
+def test_it_may_show_in_a_pipelines_own_code_or_where_images_are_made(
     where: Callable[..., Any],
 ) -> None:
     device = Device(1)

@@ -180,7 +180,7 @@ def decode_together(engine: StepEngine, family: tiny.Family) -> None:
             job.result(SECONDS)
 
 
-def test_pictures_of_one_request_are_decoded_within_the_bound() -> None:
+def test_images_of_one_request_are_decoded_within_the_bound() -> None:
     kwargs = SD3.arguments("a red circle", seed=3) | {"num_images_per_prompt": 5}
     expected = SD3.build()(**kwargs).images
     pipeline = SD3.build()
@@ -201,7 +201,7 @@ def test_pictures_of_one_request_are_decoded_within_the_bound() -> None:
 
 
 @pytest.mark.parametrize("family", [SD15, SD3], ids=lambda family: family.name)
-def test_more_pictures_than_the_autoencoder_decodes_at_a_time(family: tiny.Family) -> None:
+def test_more_images_than_the_autoencoder_decodes_at_a_time(family: tiny.Family) -> None:
     """Stable Diffusion 1.5 hands its generator to the decoder, which draws nothing from it."""
     many = {"num_images_per_prompt": 5}
     expected = family.build()(**family.arguments("a red circle", seed=3) | many).images

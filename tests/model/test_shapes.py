@@ -67,13 +67,13 @@ def test_the_checker_sees_what_was_painted(
 
 
 def test_the_checker_finds_fault() -> None:
-    picture = painted("circle", (4, 40, 24, 60))
-    assert wrong_parts(picture, "a small red circle on a blue background, bottom left") == []
-    assert wrong_parts(picture, "a small red circle on a blue background") == [
+    image = painted("circle", (4, 40, 24, 60))
+    assert wrong_parts(image, "a small red circle on a blue background, bottom left") == []
+    assert wrong_parts(image, "a small red circle on a blue background") == [
         "horizontal",
         "vertical",
     ]
-    assert wrong_parts(picture, "a large green star on a white background, bottom left") == [
+    assert wrong_parts(image, "a large green star on a white background, bottom left") == [
         "background", "colour", "shape", "size",
     ]  # fmt: skip
     assert wrong_parts(Image.new("RGB", (64, 64), "#2050e0"), "red circle, bottom left")
@@ -110,7 +110,7 @@ def test_expectations_are_read_from_the_prompt() -> None:
     }
 
 
-def test_training_pictures_satisfy_the_checker() -> None:
+def test_training_images_satisfy_the_checker() -> None:
     rng = np.random.default_rng(1)
     scenes = [sample_scene(rng) for _ in range(400)]
     wrong = [
@@ -201,17 +201,17 @@ def check_quality(
     assert shares["whole"] >= whole, shares
 
 
-def test_pictures_obey_their_prompts(pipeline: StableDiffusion3Pipeline) -> None:
-    check_quality(pipeline, 20, seed=1, colours=90, whole=80)  # two pictures may be wrong, and four
+def test_images_obey_their_prompts(pipeline: StableDiffusion3Pipeline) -> None:
+    check_quality(pipeline, 20, seed=1, colours=90, whole=80)  # two images may be wrong, and four
 
 
 @pytest.mark.full
-def test_pictures_obey_their_prompts_in_the_evaluation(pipeline: StableDiffusion3Pipeline) -> None:
+def test_images_obey_their_prompts_in_the_evaluation(pipeline: StableDiffusion3Pipeline) -> None:
     check_quality(pipeline, 400, seed=7)
 
 
 @pytest.mark.parametrize(("each", "count"), [(1, 0), pytest.param(4, 40, marks=[pytest.mark.full])])
-def test_guidance_and_negative_prompt_change_the_picture_as_they_should(
+def test_guidance_and_negative_prompt_change_the_image_as_they_should(
     pipeline: StableDiffusion3Pipeline, each: int, count: int
 ) -> None:
     without, negated = evaluate.negative_prompts(pipeline, each=each)

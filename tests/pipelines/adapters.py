@@ -21,13 +21,13 @@ from tests.pipelines.parts import (
     strength,
     vision,
 )
-from tests.pipelines.registry import entry, mask, picture
+from tests.pipelines.registry import entry, example_image, mask
 from tests.support.tiny import DOWN_BLOCKS, WIDTH
 
 
 def hint(number: int) -> Image.Image:
-    """A picture to be guided by, of its own for each call."""
-    return picture(number + 50)
+    """An image to be guided by, of its own for each call."""
+    return example_image(number + 50)
 
 
 def influence(number: int) -> float:
@@ -80,7 +80,7 @@ def stable_diffusion_multi_control_net_text() -> diffusers.StableDiffusionContro
     )
 
 
-@entry(**NUMBERS, guidance_scale=5.0, image=picture, control_image=hint, strength=strength)
+@entry(**NUMBERS, guidance_scale=5.0, image=example_image, control_image=hint, strength=strength)
 def stable_diffusion_control_net_img2img() -> diffusers.StableDiffusionControlNetImg2ImgPipeline:
     return diffusers.StableDiffusionControlNetImg2ImgPipeline(
         **diffusion(), controlnet=controlnet()
@@ -91,7 +91,7 @@ def stable_diffusion_control_net_img2img() -> diffusers.StableDiffusionControlNe
     **SQUARE,
     **NUMBERS,
     guidance_scale=5.0,
-    image=picture,
+    image=example_image,
     mask_image=mask,
     control_image=hint,
     strength=strength,
@@ -119,7 +119,7 @@ def stable_diffusion_xl_control_net_text() -> diffusers.StableDiffusionXLControl
     )
 
 
-@entry(**NUMBERS, guidance_scale=5.0, image=picture, control_image=hint, strength=strength)
+@entry(**NUMBERS, guidance_scale=5.0, image=example_image, control_image=hint, strength=strength)
 def stable_diffusion_xl_control_net_img2img() -> (
     diffusers.StableDiffusionXLControlNetImg2ImgPipeline
 ):
@@ -132,7 +132,7 @@ def stable_diffusion_xl_control_net_img2img() -> (
     **SQUARE,
     **NUMBERS,
     guidance_scale=5.0,
-    image=picture,
+    image=example_image,
     mask_image=mask,
     control_image=hint,
     strength=strength,
@@ -166,7 +166,7 @@ def union() -> diffusers.ControlNetUnionModel:
 def stable_diffusion_xl_control_net_union_text() -> (
     diffusers.StableDiffusionXLControlNetUnionPipeline
 ):
-    """What the picture shows differs: outlines, depth."""
+    """What the image shows differs: outlines, depth."""
     return diffusers.StableDiffusionXLControlNetUnionPipeline(
         **diffusion_xl(), controlnet=union(), add_watermarker=False
     )
@@ -175,7 +175,7 @@ def stable_diffusion_xl_control_net_union_text() -> (
 @entry(
     **NUMBERS,
     guidance_scale=5.0,
-    image=picture,
+    image=example_image,
     control_image=hint,
     control_mode=1,
     strength=strength,
@@ -192,7 +192,7 @@ def stable_diffusion_xl_control_net_union_img2img() -> (
     **SQUARE,
     **NUMBERS,
     guidance_scale=5.0,
-    image=picture,
+    image=example_image,
     mask_image=mask,
     control_image=hint,
     control_mode=1,
@@ -256,7 +256,7 @@ def stable_diffusion_xl_adapter_text() -> diffusers.StableDiffusionXLAdapterPipe
 # IP-Adapter
 
 
-def with_picture(pipeline: Any, scale: float = 0.7) -> DiffusionPipeline:
+def with_image(pipeline: Any, scale: float = 0.7) -> DiffusionPipeline:
     """The pipeline with an IP-Adapter, whose weights are made here in place of a checkpoint."""
     network = pipeline.unet
     width = network.config.cross_attention_dim
@@ -286,7 +286,7 @@ def stable_diffusion_ip_adapter_text() -> diffusers.StableDiffusionPipeline:
     pipeline = diffusers.StableDiffusionPipeline(
         **diffusion() | {"feature_extractor": features()}, image_encoder=vision()
     )
-    return with_picture(pipeline)
+    return with_image(pipeline)
 
 
 @entry(**SQUARE, **NUMBERS, guidance_scale=5.0, ip_adapter_image=hint)
@@ -297,4 +297,4 @@ def stable_diffusion_xl_ip_adapter_text() -> diffusers.StableDiffusionXLPipeline
         feature_extractor=features(),
         add_watermarker=False,
     )
-    return with_picture(pipeline)
+    return with_image(pipeline)

@@ -18,7 +18,7 @@ from tests.pipelines.parts import (
     parts_of,
     strength,
 )
-from tests.pipelines.registry import entry, mask, picture
+from tests.pipelines.registry import entry, example_image, mask
 from tests.pipelines.transformers import SANA, hunyuan_dit, pixart_sigma, sana
 from tests.support.tiny import stable_diffusion_3
 
@@ -37,12 +37,12 @@ def stable_diffusion_pag_text() -> diffusers.StableDiffusionPAGPipeline:
     return diffusers.StableDiffusionPAGPipeline(**diffusion(), **MID)
 
 
-@entry(**PAG, image=picture, strength=strength)
+@entry(**PAG, image=example_image, strength=strength)
 def stable_diffusion_pag_img2img() -> diffusers.StableDiffusionPAGImg2ImgPipeline:
     return diffusers.StableDiffusionPAGImg2ImgPipeline(**diffusion(), **MID)
 
 
-@entry(**PAG, **SQUARE, image=picture, mask_image=mask, strength=strength)
+@entry(**PAG, **SQUARE, image=example_image, mask_image=mask, strength=strength)
 def stable_diffusion_pag_inpaint() -> diffusers.StableDiffusionPAGInpaintPipeline:
     return diffusers.StableDiffusionPAGInpaintPipeline(**diffusion(), **MID)
 
@@ -54,7 +54,7 @@ def stable_diffusion_control_net_pag_text() -> diffusers.StableDiffusionControlN
     )
 
 
-@entry(**PAG, **SQUARE, image=picture, mask_image=mask, control_image=hint, strength=strength)
+@entry(**PAG, **SQUARE, image=example_image, mask_image=mask, control_image=hint, strength=strength)
 def stable_diffusion_control_net_pag_inpaint() -> (
     diffusers.StableDiffusionControlNetPAGInpaintPipeline
 ):
@@ -68,12 +68,12 @@ def stable_diffusion_xl_pag_text() -> diffusers.StableDiffusionXLPAGPipeline:
     return diffusers.StableDiffusionXLPAGPipeline(**diffusion_xl(), **XL)
 
 
-@entry(**PAG, image=picture, strength=strength)
+@entry(**PAG, image=example_image, strength=strength)
 def stable_diffusion_xl_pag_img2img() -> diffusers.StableDiffusionXLPAGImg2ImgPipeline:
     return diffusers.StableDiffusionXLPAGImg2ImgPipeline(**diffusion_xl(), **XL)
 
 
-@entry(**PAG, **SQUARE, image=picture, mask_image=mask, strength=strength)
+@entry(**PAG, **SQUARE, image=example_image, mask_image=mask, strength=strength)
 def stable_diffusion_xl_pag_inpaint() -> diffusers.StableDiffusionXLPAGInpaintPipeline:
     return diffusers.StableDiffusionXLPAGInpaintPipeline(**diffusion_xl(), **XL)
 
@@ -86,7 +86,7 @@ def stable_diffusion_xl_control_net_pag_text() -> diffusers.StableDiffusionXLCon
     )
 
 
-@entry(**PAG, image=picture, control_image=hint, strength=strength)
+@entry(**PAG, image=example_image, control_image=hint, strength=strength)
 def stable_diffusion_xl_control_net_pag_img2img() -> (
     diffusers.StableDiffusionXLControlNetPAGImg2ImgPipeline
 ):
@@ -109,7 +109,7 @@ def stable_diffusion_3_pag_text() -> diffusers.StableDiffusion3PAGPipeline:
     return diffusers.StableDiffusion3PAGPipeline(**sd3_parts(), pag_applied_layers="blocks.0")
 
 
-@entry(**PAG, **SQUARE, max_sequence_length=16, image=picture, strength=strength)
+@entry(**PAG, **SQUARE, max_sequence_length=16, image=example_image, strength=strength)
 def stable_diffusion_3_pag_img2img() -> diffusers.StableDiffusion3PAGImg2ImgPipeline:
     return diffusers.StableDiffusion3PAGImg2ImgPipeline(
         **sd3_parts(), pag_applied_layers="blocks.0"

@@ -8,7 +8,7 @@ import diffusers
 
 from tests.pipelines.adapters import hint
 from tests.pipelines.parts import NUMBERS, SQUARE, certain, parts_of, strength
-from tests.pipelines.registry import entry, mask, picture
+from tests.pipelines.registry import entry, example_image, mask
 from tests.pipelines.transformers import SANA, hunyuan_dit, sana
 from tests.pipelines.transformers_qwen import Z, z_image_parts
 from tests.support.tiny import WIDTH, flux, qwen_image, stable_diffusion_3
@@ -27,7 +27,7 @@ def stable_diffusion_3_control_net_text() -> diffusers.StableDiffusion3ControlNe
     **SQUARE,
     **NUMBERS,
     guidance_scale=5.0,
-    control_image=picture,
+    control_image=example_image,
     control_mask=mask,
     max_sequence_length=16,
 )
@@ -72,12 +72,12 @@ def flux_control_net_text() -> diffusers.FluxControlNetPipeline:
     max_sequence_length=16,
 )
 def flux_control_net_union_text() -> diffusers.FluxControlNetPipeline:
-    """One ControlNet for several kinds of pictures."""
+    """One ControlNet for several kinds of images."""
     return diffusers.FluxControlNetPipeline(**flux_parts(num_mode=2))
 
 
 FLUX_IMAGE: dict[str, Any] = {
-    "image": picture,
+    "image": example_image,
     "control_image": hint,
     "strength": strength,
     "max_sequence_length": 16,
@@ -121,7 +121,7 @@ def qwen_image_control_net_text() -> diffusers.QwenImageControlNetPipeline:
     **NUMBERS,
     negative_prompt=" ",
     true_cfg_scale=4.0,
-    control_image=picture,
+    control_image=example_image,
     control_mask=mask,
 )
 def qwen_image_control_net_inpaint() -> diffusers.QwenImageControlNetInpaintPipeline:
@@ -140,7 +140,7 @@ def qwen_image_control_net_inpaint() -> diffusers.QwenImageControlNetInpaintPipe
     guidance_scale=5.0,
     use_resolution_binning=False,
     target_size=(32, 32),
-    control_image=lambda number: picture(number, 32),
+    control_image=lambda number: example_image(number, 32),
 )
 def hunyuan_dit_control_net() -> diffusers.HunyuanDiTControlNetPipeline:
     parts = certain(parts_of(hunyuan_dit))
@@ -164,7 +164,7 @@ def hunyuan_dit_control_net() -> diffusers.HunyuanDiTControlNetPipeline:
     )
 
 
-@entry(**SANA, control_image=lambda number: picture(number, 32))
+@entry(**SANA, control_image=lambda number: example_image(number, 32))
 def sana_control_net() -> diffusers.SanaControlNetPipeline:
     parts = parts_of(sana)
     # the first block takes nothing from the ControlNet
@@ -209,7 +209,7 @@ def z_image_control_net_text() -> diffusers.ZImageControlNetPipeline:
     return diffusers.ZImageControlNetPipeline(**z_image_control(4))
 
 
-@entry(**Z, control_image=hint, image=picture, mask_image=mask)
+@entry(**Z, control_image=hint, image=example_image, mask_image=mask)
 def z_image_control_net_inpaint() -> diffusers.ZImageControlNetInpaintPipeline:
-    """It sees the picture to be guided by, the mask and the picture: 4 + 1 + 4 channels."""
+    """It sees the image to be guided by, the mask and the image: 4 + 1 + 4 channels."""
     return diffusers.ZImageControlNetInpaintPipeline(**z_image_control(9))

@@ -36,7 +36,7 @@ _REASONS: dict[str, tuple[str, ...]] = {
     "diffusers has it only where librosa is installed": ("AudioDiffusionPipeline",),
     "diffusers has it only where note_seq is installed": ("SpectrogramDiffusionPipeline",),
     "diffusers has it only where OpenCV is installed": ("ConsisIDPipeline",),
-    "its processor of pictures needs torchvision": ("OmniGenPipeline",),
+    "its processor of images needs torchvision": ("OmniGenPipeline",),
     _VISION: (
         "BriaFibo2Pipeline",
         "DreamLiteMobilePipeline",
@@ -50,9 +50,9 @@ _REASONS: dict[str, tuple[str, ...]] = {
         "BlipDiffusionControlNetPipeline",
         "BlipDiffusionPipeline",
     ),
-    _OLD + "GLIGEN with pictures for phrases": ("StableDiffusionGLIGENTextImagePipeline",),
+    _OLD + "GLIGEN with images for phrases": ("StableDiffusionGLIGENTextImagePipeline",),
     _OLD + "it needs a captioner, and takes gradients": ("StableDiffusionPix2PixZeroPipeline",),
-    _OLD + "a transformer for pictures and captions": ("UniDiffuserPipeline",),
+    _OLD + "a transformer for images and captions": ("UniDiffuserPipeline",),
     _OLD + "it takes two UNets apart and joins them": (
         "VersatileDiffusionDualGuidedPipeline",
         "VersatileDiffusionImageVariationPipeline",

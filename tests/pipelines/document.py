@@ -15,7 +15,7 @@ GROUPS: dict[str, tuple[str, ...]] = {  # title -> modules of this package
     "Stable Diffusion 3, Flux, Flux.2 and Chroma": ("transformers_flux",),
     "Qwen-Image, Z-Image and HunyuanImage": ("transformers_qwen",),
     "PixArt, Sana, Lumina, CogView, AuraFlow, HunyuanDiT, DiT and aMUSEd": ("transformers",),
-    "Further transformers for pictures": ("transformers_more",),
+    "Further transformers for images": ("transformers_more",),
     "ControlNets, T2I-Adapters and IP-Adapters": ("adapters", "adapters_transformers"),
     "Variants of Stable Diffusion 1.5": ("unets_variants",),
     "Perturbed attention guidance": ("adapters_pag",),
@@ -38,10 +38,10 @@ Made by `.venv/bin/python -m tests.pipelines --write`, which takes some ten minu
 of `--write` it checks that entry. `make .venv/dev.stamp` installs what both need.
 
 Every row below is a pipeline class of diffusers, or a task or mode of it, built tiny and with random weights from the
-configuration classes of diffusers and transformers. {calls} calls, which differ in prompt, seed, steps, guidance, and picture,
+configuration classes of diffusers and transformers. {calls} calls, which differ in prompt, seed, steps, guidance, and image,
 film or mask where it takes one, were made one after the other by the plain pipeline, and all at once by a `StepEngine` on
 another one. What came out was compared number by number, in float32 on the CPU. So the table shows that results do not depend
-on company, not how good pictures are or how fast they come.
+on company, not how good images are or how fast they come.
 
 *Shared* is the share of calls of the denoisers (transformers, UNets, priors, ControlNets) whose forward served other jobs, too.
 The first calls of a kind are run both ways, as the proof, and count as not shared. *Error* is a bound of the largest difference

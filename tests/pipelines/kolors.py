@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.pipelines.adapters_pag import MID, PAG
 from tests.pipelines.parts import NUMBERS, SQUARE, XL_BLOCKS, diffusion_xl, strength
-from tests.pipelines.registry import entry, picture
+from tests.pipelines.registry import entry, example_image
 from tests.support.tiny import WIDTH, qwen
 
 
@@ -70,7 +70,7 @@ def kolors_text() -> diffusers.KolorsPipeline:
     return diffusers.KolorsPipeline(**kolors())
 
 
-@entry(**NUMBERS, **KOLORS, guidance_scale=5.0, image=picture, strength=strength)
+@entry(**NUMBERS, **KOLORS, guidance_scale=5.0, image=example_image, strength=strength)
 def kolors_img2img() -> diffusers.KolorsImg2ImgPipeline:
     return diffusers.KolorsImg2ImgPipeline(**kolors())
 

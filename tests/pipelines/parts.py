@@ -21,7 +21,7 @@ HINTS: dict[str, Any] = {"conditioning_embedding_out_channels": (4, 8)}
 
 
 def strength(number: int) -> float:
-    """How much to change a picture, different for each call."""
+    """How much to change an image, different for each call."""
     return STRENGTHS[number]
 
 
@@ -124,7 +124,7 @@ def controlnet(**config: Any) -> diffusers.ControlNetModel:
 
 
 def unclip_prior() -> dict[str, Any]:
-    """What makes the embedding of a picture of the embedding of a prompt."""
+    """What makes the embedding of an image of the embedding of a prompt."""
     network = diffusers.PriorTransformer(
         num_attention_heads=2,
         attention_head_dim=8,

@@ -95,8 +95,8 @@ def entry(**call: Any) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
     return register
 
 
-def picture(number: int, side: int = 16) -> Image.Image:
-    """A picture of its own for each call, `side` x `side` pixels."""
+def example_image(number: int, side: int = 16) -> Image.Image:
+    """An image of its own for each call, `side` x `side` pixels."""
     generator = torch.Generator().manual_seed(100 + number)
     pixels = torch.randint(0, 256, (side, side, 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())

@@ -9,7 +9,7 @@ import diffusers
 import transformers
 from torch import nn
 
-from tests.pipelines.registry import ABSENT, entry, mask, picture
+from tests.pipelines.registry import ABSENT, entry, example_image, mask
 from tests.pipelines.transformers_parts import (
     deep_autoencoder,
     dynamic,
@@ -49,7 +49,7 @@ def pixart_parts(sample_size: int, num_attention_heads: int = 2) -> dict[str, An
 
 @entry(**FREE)
 def pixart_alpha() -> diffusers.PixArtAlphaPipeline:
-    """With the size of the picture as a condition, which comes with a sample size of 128."""
+    """With the size of the image as a condition, which comes with a sample size of 128."""
     return diffusers.PixArtAlphaPipeline(**pixart_parts(128, num_attention_heads=3))
 
 
@@ -105,7 +105,7 @@ def sana_sprint() -> diffusers.SanaSprintPipeline:
 
 @entry(
     **SPRINT | {"num_inference_steps": lambda number: number + 2},
-    image=lambda number: picture(number, 32),
+    image=lambda number: example_image(number, 32),
     strength=strength,
 )
 def sana_sprint_img2img() -> diffusers.SanaSprintImg2ImgPipeline:
@@ -206,7 +206,7 @@ def cogview4() -> diffusers.CogView4Pipeline:
     return diffusers.CogView4Pipeline(**cogview4_parts(4))
 
 
-@entry(**TEXT, control_image=picture)
+@entry(**TEXT, control_image=example_image)
 def cogview4_control() -> diffusers.CogView4ControlPipeline:
     return diffusers.CogView4ControlPipeline(**cogview4_parts(8))
 
@@ -348,11 +348,13 @@ def amused() -> diffusers.AmusedPipeline:
     return diffusers.AmusedPipeline(**amused_parts())
 
 
-@entry(output_type="np", guidance_scale=5.0, image=picture, strength=strength)
+@entry(output_type="np", guidance_scale=5.0, image=example_image, strength=strength)
 def amused_img2img() -> diffusers.AmusedImg2ImgPipeline:
     return diffusers.AmusedImg2ImgPipeline(**amused_parts())
 
 
-@entry(output_type="np", guidance_scale=5.0, image=picture, mask_image=mask, strength=strength)
+@entry(
+    output_type="np", guidance_scale=5.0, image=example_image, mask_image=mask, strength=strength
+)
 def amused_inpaint() -> diffusers.AmusedInpaintPipeline:
     return diffusers.AmusedInpaintPipeline(**amused_parts())

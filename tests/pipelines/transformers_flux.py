@@ -9,7 +9,7 @@ import transformers
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from PIL import Image
 
-from tests.pipelines.registry import ABSENT, entry, mask, picture
+from tests.pipelines.registry import ABSENT, entry, example_image, mask
 from tests.pipelines.transformers_parts import (
     dynamic,
     flow,
@@ -38,12 +38,12 @@ def stable_diffusion_3_skip_layer_guidance() -> diffusers.StableDiffusion3Pipeli
     return sd3(flow())
 
 
-@entry(**SD3, image=picture, strength=strength)
+@entry(**SD3, image=example_image, strength=strength)
 def stable_diffusion_3_img2img() -> diffusers.StableDiffusion3Img2ImgPipeline:
     return diffusers.StableDiffusion3Img2ImgPipeline(**sd3(flow()).components)
 
 
-@entry(**SD3, image=picture, mask_image=mask, strength=strength)
+@entry(**SD3, image=example_image, mask_image=mask, strength=strength)
 def stable_diffusion_3_inpaint() -> diffusers.StableDiffusion3InpaintPipeline:
     """Takes transformers of 16 channels only."""
     parts = sd3(flow()).components
@@ -91,45 +91,57 @@ def flux_true_cfg() -> diffusers.FluxPipeline:
     return diffusers.FluxPipeline(**flux_parts())
 
 
-@entry(**FLUX, image=picture, strength=strength)
+@entry(**FLUX, image=example_image, strength=strength)
 def flux_img2img() -> diffusers.FluxImg2ImgPipeline:
     return diffusers.FluxImg2ImgPipeline(**flux_parts())
 
 
-@entry(**FLUX, image=picture, mask_image=mask, strength=strength)
+@entry(**FLUX, image=example_image, mask_image=mask, strength=strength)
 def flux_inpaint() -> diffusers.FluxInpaintPipeline:
     return diffusers.FluxInpaintPipeline(**flux_parts())
 
 
-@entry(**FLUX, image=picture, max_area=256, _auto_resize=False)
+@entry(**FLUX, image=example_image, max_area=256, _auto_resize=False)
 def flux_kontext() -> diffusers.FluxKontextPipeline:
     return diffusers.FluxKontextPipeline(**flux_parts())
 
 
-@entry(**FLUX, image=picture, mask_image=mask, strength=strength, max_area=256, _auto_resize=False)
+@entry(
+    **FLUX,
+    image=example_image,
+    mask_image=mask,
+    strength=strength,
+    max_area=256,
+    _auto_resize=False,
+)
 def flux_kontext_inpaint() -> diffusers.FluxKontextInpaintPipeline:
     return diffusers.FluxKontextInpaintPipeline(**flux_parts())
 
 
-@entry(**FLUX, image=picture, mask_image=mask)
+@entry(**FLUX, image=example_image, mask_image=mask)
 def flux_fill() -> diffusers.FluxFillPipeline:
     return diffusers.FluxFillPipeline(**flux_parts(16 + 16 + 16))
 
 
-@entry(**FLUX, control_image=picture)
+@entry(**FLUX, control_image=example_image)
 def flux_control() -> diffusers.FluxControlPipeline:
     return diffusers.FluxControlPipeline(**flux_parts(32))
 
 
-@entry(**FLUX, image=picture, control_image=lambda number: picture(number + 6), strength=strength)
+@entry(
+    **FLUX,
+    image=example_image,
+    control_image=lambda number: example_image(number + 6),
+    strength=strength,
+)
 def flux_control_img2img() -> diffusers.FluxControlImg2ImgPipeline:
     return diffusers.FluxControlImg2ImgPipeline(**flux_parts(32))
 
 
 @entry(
     **FLUX,
-    image=picture,
-    control_image=lambda number: picture(number + 6),
+    image=example_image,
+    control_image=lambda number: example_image(number + 6),
     mask_image=mask,
     strength=strength,
 )
@@ -137,9 +149,9 @@ def flux_control_inpaint() -> diffusers.FluxControlInpaintPipeline:
     return diffusers.FluxControlInpaintPipeline(**flux_parts(32))
 
 
-@entry(image=picture, num_inference_steps=ABSENT, generator=ABSENT)
+@entry(image=example_image, num_inference_steps=ABSENT, generator=ABSENT)
 def flux_prior_redux() -> diffusers.FluxPriorReduxPipeline:
-    """Makes embeddings of a picture, for FluxPipeline."""
+    """Makes embeddings of an image, for FluxPipeline."""
     config = transformers.SiglipVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=WIDTH,
@@ -166,7 +178,7 @@ FLUX2: dict[str, Any] = {
 
 def reference(number: int) -> Image.Image:
     """As small as a reference may be."""
-    return picture(number, 64)
+    return example_image(number, 64)
 
 
 def flux2_parts(**text: Any) -> dict[str, Any]:
@@ -203,7 +215,7 @@ def flux2_klein_edit() -> diffusers.Flux2KleinPipeline:
     return diffusers.Flux2KleinPipeline(**flux2_parts(**language_model()))
 
 
-@entry(**FLUX2, image=picture, mask_image=mask, strength=strength)
+@entry(**FLUX2, image=example_image, mask_image=mask, strength=strength)
 def flux2_klein_inpaint() -> diffusers.Flux2KleinInpaintPipeline:
     return diffusers.Flux2KleinInpaintPipeline(**flux2_parts(**language_model()))
 
@@ -252,6 +264,6 @@ def chroma() -> diffusers.ChromaPipeline:
     return diffusers.ChromaPipeline(**chroma_parts())
 
 
-@entry(**CHROMA, image=picture, strength=strength)
+@entry(**CHROMA, image=example_image, strength=strength)
 def chroma_img2img() -> diffusers.ChromaImg2ImgPipeline:
     return diffusers.ChromaImg2ImgPipeline(**chroma_parts())

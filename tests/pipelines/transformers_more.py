@@ -12,7 +12,7 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 
-from tests.pipelines.registry import ABSENT, entry, picture
+from tests.pipelines.registry import ABSENT, entry, example_image
 from tests.pipelines.transformers_flux import flux_parts
 from tests.pipelines.transformers_parts import (
     DECODER,
@@ -86,7 +86,7 @@ def bria_fibo() -> diffusers.BriaFiboPipeline:
 FIBO_EDIT: dict[str, Any] = {
     **FIBO,
     "prompt": lambda number: f'{{"edit_instruction": "{number}"}}',
-    "image": lambda number: picture(number, 64),
+    "image": lambda number: example_image(number, 64),
     "_auto_resize": False,
 }
 
@@ -259,7 +259,7 @@ def kandinsky5_text_to_image() -> diffusers.Kandinsky5T2IPipeline:
     return kandinsky5(diffusers.Kandinsky5T2IPipeline)
 
 
-@entry(**KANDINSKY | {"max_sequence_length": 600}, image=lambda number: picture(number, 32))
+@entry(**KANDINSKY | {"max_sequence_length": 600}, image=lambda number: example_image(number, 32))
 def kandinsky5_image_to_image() -> diffusers.Kandinsky5I2IPipeline:
     return kandinsky5(diffusers.Kandinsky5I2IPipeline, visual_cond=True)
 
@@ -321,7 +321,10 @@ CLOZE: dict[str, Any] = {
     "prompt": ABSENT,
     "task_prompt": "each row is a pair",
     "content_prompt": lambda number: f"{number} rings",
-    "image": lambda number: [[picture(number), picture(number + 6)], [picture(number + 12), None]],
+    "image": lambda number: [
+        [example_image(number), example_image(number + 6)],
+        [example_image(number + 12), None],
+    ],
     "guidance_scale": 30.0,
     "max_sequence_length": 320,
     "output_type": "np",

@@ -35,7 +35,7 @@ DECODER: dict[str, Any] = {  # of every language model
 
 
 def strength(number: int) -> float:
-    """How much of a picture to paint anew."""
+    """How much of an image to paint anew."""
     return 0.5 + 0.08 * number
 
 
@@ -135,7 +135,7 @@ def without_noise(vae: diffusers.AutoencoderKL) -> diffusers.AutoencoderKL:
 
 
 class VisionProcessor:
-    """Text and pictures for Qwen-VL. transformers' own processor wants one of videos, and that
+    """Text and images for Qwen-VL. transformers' own processor wants one of videos, and that
     torchvision."""
 
     def __init__(self, tokenizer: Any, patch: int = 14, **config: Any) -> None:

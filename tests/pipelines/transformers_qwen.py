@@ -13,7 +13,7 @@ from diffusers.pipelines.qwenimage import (
 )
 from torch import nn
 
-from tests.pipelines.registry import ABSENT, entry, mask, picture
+from tests.pipelines.registry import ABSENT, entry, example_image, mask
 from tests.pipelines.transformers_parts import (
     dynamic,
     flow,
@@ -36,18 +36,18 @@ def qwen_image_text() -> diffusers.QwenImagePipeline:
     return qwen_image()
 
 
-@entry(**QWEN, image=picture, strength=strength)
+@entry(**QWEN, image=example_image, strength=strength)
 def qwen_image_img2img() -> diffusers.QwenImageImg2ImgPipeline:
     return diffusers.QwenImageImg2ImgPipeline(**qwen_image().components)
 
 
-@entry(**QWEN, image=picture, mask_image=mask, strength=strength)
+@entry(**QWEN, image=example_image, mask_image=mask, strength=strength)
 def qwen_image_inpaint() -> diffusers.QwenImageInpaintPipeline:
     return diffusers.QwenImageInpaintPipeline(**qwen_image().components)
 
 
-def small_pictures() -> None:
-    """The edit pipelines scale every picture to 1024 x 1024; here to 16 x 16."""
+def small_images() -> None:
+    """The edit pipelines scale every image to 1024 x 1024; here to 16 x 16."""
     pipeline_qwenimage_edit.calculate_dimensions = lambda area, ratio: (16, 16, None)
     pipeline_qwenimage_edit_inpaint.calculate_dimensions = lambda area, ratio: (16, 16, None)
     pipeline_qwenimage_layered.calculate_dimensions = lambda area, ratio: (16, 16)
@@ -59,28 +59,28 @@ def edit_parts() -> dict[str, Any]:
     return {**qwen_image().components, **vision_language()}
 
 
-@entry(**QWEN, image=picture)
+@entry(**QWEN, image=example_image)
 def qwen_image_edit() -> diffusers.QwenImageEditPipeline:
-    small_pictures()
+    small_images()
     return diffusers.QwenImageEditPipeline(**edit_parts())
 
 
-@entry(**QWEN, image=picture, mask_image=mask, strength=strength)
+@entry(**QWEN, image=example_image, mask_image=mask, strength=strength)
 def qwen_image_edit_inpaint() -> diffusers.QwenImageEditInpaintPipeline:
-    small_pictures()
+    small_images()
     return diffusers.QwenImageEditInpaintPipeline(**edit_parts())
 
 
-@entry(**QWEN, image=lambda number: [picture(number), picture(number + 6)])
+@entry(**QWEN, image=lambda number: [example_image(number), example_image(number + 6)])
 def qwen_image_edit_plus() -> diffusers.QwenImageEditPlusPipeline:
     """With two references."""
-    small_pictures()
+    small_images()
     return diffusers.QwenImageEditPlusPipeline(**edit_parts())
 
 
 def layers(number: int) -> Any:
-    """A picture that is not opaque."""
-    return picture(number).convert("RGBA")
+    """An image that is not opaque."""
+    return example_image(number).convert("RGBA")
 
 
 LAYERED: dict[str, Any] = {**QWEN, "height": ABSENT, "width": ABSENT, "image": layers, "layers": 2}
@@ -88,7 +88,7 @@ LAYERED: dict[str, Any] = {**QWEN, "height": ABSENT, "width": ABSENT, "image": l
 
 @entry(**LAYERED, prompt=lambda number: f"{number} rings")
 def qwen_image_layered() -> diffusers.QwenImageLayeredPipeline:
-    small_pictures()
+    small_images()
     parts = {**qwen_image().components, **vision_language()}
     config = {**parts["transformer"].config}
     config |= {
@@ -138,12 +138,12 @@ def z_image() -> diffusers.ZImagePipeline:
     return diffusers.ZImagePipeline(**z_image_parts())
 
 
-@entry(**Z, image=picture, strength=strength)
+@entry(**Z, image=example_image, strength=strength)
 def z_image_img2img() -> diffusers.ZImageImg2ImgPipeline:
     return diffusers.ZImageImg2ImgPipeline(**z_image_parts())
 
 
-@entry(**Z, image=picture, mask_image=mask, strength=strength)
+@entry(**Z, image=example_image, mask_image=mask, strength=strength)
 def z_image_inpaint() -> diffusers.ZImageInpaintPipeline:
     return diffusers.ZImageInpaintPipeline(**z_image_parts())
 
@@ -167,7 +167,7 @@ def hunyuan_image_distilled() -> diffusers.HunyuanImagePipeline:
     return pipeline
 
 
-@entry(**SIZE, image=picture, distilled_guidance_scale=3.25)
+@entry(**SIZE, image=example_image, distilled_guidance_scale=3.25)
 def hunyuan_image_refiner() -> diffusers.HunyuanImageRefinerPipeline:
     transformer = diffusers.HunyuanImageTransformer2DModel(
         in_channels=16,

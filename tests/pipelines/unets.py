@@ -19,7 +19,7 @@ from tests.pipelines.parts import (
     unet,
     vision,
 )
-from tests.pipelines.registry import ABSENT, entry, mask, picture
+from tests.pipelines.registry import ABSENT, entry, example_image, mask
 from tests.support.tiny import NOISE_SCHEDULE, SIDE, WIDTH, autoencoder, clip
 
 # Stable Diffusion 1.5
@@ -30,18 +30,22 @@ def stable_diffusion_text() -> diffusers.StableDiffusionPipeline:
     return diffusers.StableDiffusionPipeline(**diffusion())
 
 
-@entry(**NUMBERS, guidance_scale=5.0, image=picture, strength=strength)
+@entry(**NUMBERS, guidance_scale=5.0, image=example_image, strength=strength)
 def stable_diffusion_img2img() -> diffusers.StableDiffusionImg2ImgPipeline:
     return diffusers.StableDiffusionImg2ImgPipeline(**diffusion())
 
 
-@entry(**SQUARE, **NUMBERS, guidance_scale=5.0, image=picture, mask_image=mask, strength=strength)
+@entry(
+    **SQUARE, **NUMBERS, guidance_scale=5.0, image=example_image, mask_image=mask, strength=strength
+)
 def stable_diffusion_inpaint() -> diffusers.StableDiffusionInpaintPipeline:
     """With the UNet of nine channels that was trained for it."""
     return diffusers.StableDiffusionInpaintPipeline(**diffusion(in_channels=9))
 
 
-@entry(**SQUARE, **NUMBERS, guidance_scale=5.0, image=picture, mask_image=mask, strength=strength)
+@entry(
+    **SQUARE, **NUMBERS, guidance_scale=5.0, image=example_image, mask_image=mask, strength=strength
+)
 def stable_diffusion_inpaint_plain() -> diffusers.StableDiffusionInpaintPipeline:
     """With the UNet of text to image."""
     return diffusers.StableDiffusionInpaintPipeline(**diffusion())
@@ -50,14 +54,14 @@ def stable_diffusion_inpaint_plain() -> diffusers.StableDiffusionInpaintPipeline
 @entry(
     **NUMBERS,
     guidance_scale=5.0,
-    image=picture,
+    image=example_image,
     image_guidance_scale=lambda number: 1.2 + number / 10,
 )
 def stable_diffusion_instruct_pix2pix() -> diffusers.StableDiffusionInstructPix2PixPipeline:
     return diffusers.StableDiffusionInstructPix2PixPipeline(**diffusion(in_channels=8))
 
 
-@entry(**SQUARE, **NUMBERS, guidance_scale=5.0, prompt=ABSENT, image=picture)
+@entry(**SQUARE, **NUMBERS, guidance_scale=5.0, prompt=ABSENT, image=example_image)
 def stable_diffusion_image_variation() -> diffusers.StableDiffusionImageVariationPipeline:
     return diffusers.StableDiffusionImageVariationPipeline(
         unet=unet(),
@@ -90,7 +94,7 @@ def stable_diffusion_2_text() -> diffusers.StableDiffusionPipeline:
     )
 
 
-@entry(**NUMBERS, guidance_scale=5.0, image=picture, strength=strength)
+@entry(**NUMBERS, guidance_scale=5.0, image=example_image, strength=strength)
 def stable_diffusion_depth2img() -> diffusers.StableDiffusionDepth2ImgPipeline:
     config = transformers.DPTConfig(
         image_size=32,
@@ -115,7 +119,7 @@ def stable_diffusion_depth2img() -> diffusers.StableDiffusionDepth2ImgPipeline:
     )
 
 
-@entry(**NUMBERS, guidance_scale=5.0, image=picture, noise_level=lambda number: 10 + number)
+@entry(**NUMBERS, guidance_scale=5.0, image=example_image, noise_level=lambda number: 10 + number)
 def stable_diffusion_upscale() -> diffusers.StableDiffusionUpscalePipeline:
     parts = diffusion(in_channels=7, num_class_embeds=1000, use_linear_projection=True)
     del parts["requires_safety_checker"]
@@ -124,7 +128,7 @@ def stable_diffusion_upscale() -> diffusers.StableDiffusionUpscalePipeline:
     )
 
 
-@entry(**NUMBERS, guidance_scale=5.0, image=picture)
+@entry(**NUMBERS, guidance_scale=5.0, image=example_image)
 def stable_diffusion_latent_upscale() -> diffusers.StableDiffusionLatentUpscalePipeline:
     network = diffusers.UNet2DConditionModel(
         sample_size=SIDE,
@@ -183,7 +187,11 @@ def stable_unclip() -> diffusers.StableUnCLIPPipeline:
 
 
 @entry(
-    **SQUARE, **NUMBERS, guidance_scale=5.0, image=picture, noise_level=lambda number: 100 * number
+    **SQUARE,
+    **NUMBERS,
+    guidance_scale=5.0,
+    image=example_image,
+    noise_level=lambda number: 100 * number,
 )
 def stable_unclip_img2img() -> diffusers.StableUnCLIPImg2ImgPipeline:
     return diffusers.StableUnCLIPImg2ImgPipeline(
@@ -223,19 +231,23 @@ def stable_diffusion_xl_text() -> diffusers.StableDiffusionXLPipeline:
     return diffusers.StableDiffusionXLPipeline(**diffusion_xl(), add_watermarker=False)
 
 
-@entry(**NUMBERS, guidance_scale=5.0, image=picture, strength=strength)
+@entry(**NUMBERS, guidance_scale=5.0, image=example_image, strength=strength)
 def stable_diffusion_xl_img2img() -> diffusers.StableDiffusionXLImg2ImgPipeline:
     return diffusers.StableDiffusionXLImg2ImgPipeline(**diffusion_xl(), add_watermarker=False)
 
 
-@entry(**SQUARE, **NUMBERS, guidance_scale=5.0, image=picture, mask_image=mask, strength=strength)
+@entry(
+    **SQUARE, **NUMBERS, guidance_scale=5.0, image=example_image, mask_image=mask, strength=strength
+)
 def stable_diffusion_xl_inpaint() -> diffusers.StableDiffusionXLInpaintPipeline:
     return diffusers.StableDiffusionXLInpaintPipeline(
         **diffusion_xl(in_channels=9), add_watermarker=False
     )
 
 
-@entry(**SQUARE, **NUMBERS, guidance_scale=5.0, image=picture, mask_image=mask, strength=strength)
+@entry(
+    **SQUARE, **NUMBERS, guidance_scale=5.0, image=example_image, mask_image=mask, strength=strength
+)
 def stable_diffusion_xl_inpaint_plain() -> diffusers.StableDiffusionXLInpaintPipeline:
     """With the UNet of text to image."""
     return diffusers.StableDiffusionXLInpaintPipeline(**diffusion_xl(), add_watermarker=False)
@@ -244,7 +256,7 @@ def stable_diffusion_xl_inpaint_plain() -> diffusers.StableDiffusionXLInpaintPip
 @entry(
     **NUMBERS,
     guidance_scale=5.0,
-    image=picture,
+    image=example_image,
     strength=strength,
     aesthetic_score=lambda number: 5.0 + number / 4,
 )
@@ -264,7 +276,7 @@ def stable_diffusion_xl_refiner_img2img() -> diffusers.StableDiffusionXLImg2ImgP
     **SQUARE,
     **NUMBERS,
     guidance_scale=5.0,
-    image=picture,
+    image=example_image,
     image_guidance_scale=lambda number: 1.2 + number / 10,
 )
 def stable_diffusion_xl_instruct_pix2pix() -> diffusers.StableDiffusionXLInstructPix2PixPipeline:
@@ -286,6 +298,6 @@ def latent_consistency_model_text() -> diffusers.LatentConsistencyModelPipeline:
     return diffusers.LatentConsistencyModelPipeline(**_consistency())
 
 
-@entry(**NUMBERS, guidance_scale=5.0, image=picture, strength=strength)
+@entry(**NUMBERS, guidance_scale=5.0, image=example_image, strength=strength)
 def latent_consistency_model_img2img() -> diffusers.LatentConsistencyModelImg2ImgPipeline:
     return diffusers.LatentConsistencyModelImg2ImgPipeline(**_consistency())

@@ -1,4 +1,4 @@
-"""Kandinsky 2.1, which gives its decoder the prompt beside the picture's embedding."""
+"""Kandinsky 2.1, which gives its decoder the prompt beside the image's embedding."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import diffusers
 from diffusers import DDPMScheduler
 
 from tests.pipelines.parts import NUMBERS, SQUARE, calm, strength
-from tests.pipelines.registry import ABSENT, entry, mask, picture
+from tests.pipelines.registry import ABSENT, entry, example_image, mask
 from tests.pipelines.transformers_parts import t5_text
 from tests.support.tiny import SIDE, WIDTH
 
@@ -82,7 +82,7 @@ def score_sde_ve() -> diffusers.ScoreSdeVePipeline:
 @entry(
     **NUMBERS,
     prompt=ABSENT,
-    image=lambda number: picture(number, 32),
+    image=lambda number: example_image(number, 32),
     mask_image=lambda number: mask(number, 32),
     jump_length=2,
     jump_n_sample=2,
@@ -102,7 +102,7 @@ def ldm() -> diffusers.LDMPipeline:
     )
 
 
-@entry(**NUMBERS, prompt=ABSENT, image=lambda number: picture(number, 32))
+@entry(**NUMBERS, prompt=ABSENT, image=lambda number: example_image(number, 32))
 def ldm_super_resolution() -> diffusers.LDMSuperResolutionPipeline:
     return diffusers.LDMSuperResolutionPipeline(
         vqvae=quantised(latent_channels=3, vq_embed_dim=3),
@@ -195,7 +195,7 @@ IF: dict[str, Any] = {**NUMBERS, "guidance_scale": 5.0, "clean_caption": False}
 
 
 def small(number: int) -> Any:
-    return picture(number, SIDE // 2)
+    return example_image(number, SIDE // 2)
 
 
 @entry(**IF, **SQUARE)
@@ -203,12 +203,12 @@ def if_text() -> diffusers.IFPipeline:
     return diffusers.IFPipeline(**floyd())
 
 
-@entry(**IF, image=picture, strength=strength)
+@entry(**IF, image=example_image, strength=strength)
 def if_img2img() -> diffusers.IFImg2ImgPipeline:
     return diffusers.IFImg2ImgPipeline(**floyd())
 
 
-@entry(**IF, image=picture, mask_image=mask, strength=strength)
+@entry(**IF, image=example_image, mask_image=mask, strength=strength)
 def if_inpainting() -> diffusers.IFInpaintingPipeline:
     return diffusers.IFInpaintingPipeline(**floyd())
 
@@ -218,11 +218,11 @@ def if_super_resolution() -> diffusers.IFSuperResolutionPipeline:
     return diffusers.IFSuperResolutionPipeline(**floyd(6, noising=True))
 
 
-@entry(**IF, image=small, original_image=picture, strength=strength)
+@entry(**IF, image=small, original_image=example_image, strength=strength)
 def if_img2img_super_resolution() -> diffusers.IFImg2ImgSuperResolutionPipeline:
     return diffusers.IFImg2ImgSuperResolutionPipeline(**floyd(6, noising=True))
 
 
-@entry(**IF, image=small, original_image=picture, mask_image=mask, strength=strength)
+@entry(**IF, image=small, original_image=example_image, mask_image=mask, strength=strength)
 def if_inpainting_super_resolution() -> diffusers.IFInpaintingSuperResolutionPipeline:
     return diffusers.IFInpaintingSuperResolutionPipeline(**floyd(6, noising=True))

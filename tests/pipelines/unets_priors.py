@@ -15,7 +15,7 @@ from diffusers.pipelines.deprecated.wuerstchen import (
 from torch import nn
 
 from tests.pipelines.parts import NUMBERS, calm, features, parts_of, strength, unclip_prior, vision
-from tests.pipelines.registry import ABSENT, entry, mask, picture
+from tests.pipelines.registry import ABSENT, entry, example_image, mask
 from tests.pipelines.transformers_parts import t5_text
 from tests.support.tiny import STEPS, WIDTH, clip, stable_cascade
 
@@ -32,14 +32,14 @@ def latent(number: int, side: int = 2) -> torch.Tensor:
 
 
 def photo(number: int) -> Any:
-    return picture(number, 32)
+    return example_image(number, 32)
 
 
 # Kandinsky 2.2
 
 
 def prior() -> dict[str, Any]:
-    """`unclip_prior` with the encoder of pictures."""
+    """`unclip_prior` with the encoder of images."""
     return {**unclip_prior(), "image_encoder": vision(), **clip(), "image_processor": features()}
 
 
@@ -108,7 +108,7 @@ def kandinsky_v22_prior() -> diffusers.KandinskyV22PriorPipeline:
     return diffusers.KandinskyV22PriorPipeline(**prior())
 
 
-@entry(**NUMBERS, guidance_scale=4.0, image=picture, strength=strength)
+@entry(**NUMBERS, guidance_scale=4.0, image=example_image, strength=strength)
 def kandinsky_v22_prior_emb2emb() -> diffusers.KandinskyV22PriorEmb2EmbPipeline:
     return diffusers.KandinskyV22PriorEmb2EmbPipeline(**prior())
 
@@ -155,7 +155,7 @@ def kandinsky_v22_controlnet_text() -> diffusers.KandinskyV22ControlnetPipeline:
     width=64,
     guidance_scale=4.0,
     hint=depth,
-    image=lambda number: picture(number, 64),
+    image=lambda number: example_image(number, 64),
     strength=strength,
 )
 def kandinsky_v22_controlnet_img2img() -> diffusers.KandinskyV22ControlnetImg2ImgPipeline:
@@ -214,7 +214,7 @@ def kandinsky3_text() -> diffusers.Kandinsky3Pipeline:
     return diffusers.Kandinsky3Pipeline(**kandinsky3())
 
 
-@entry(**NUMBERS, guidance_scale=4.0, prompt=even, image=picture, strength=strength)
+@entry(**NUMBERS, guidance_scale=4.0, prompt=even, image=example_image, strength=strength)
 def kandinsky3_img2img() -> diffusers.Kandinsky3Img2ImgPipeline:
     return diffusers.Kandinsky3Img2ImgPipeline(**kandinsky3())
 
@@ -233,9 +233,15 @@ def stable_cascade_prior() -> diffusers.StableCascadePriorPipeline:
     return diffusers.StableCascadePriorPipeline(**cascade_prior())
 
 
-@entry(**NUMBERS, height=84, width=84, guidance_scale=4.0, images=lambda number: [picture(number)])
+@entry(
+    **NUMBERS,
+    height=84,
+    width=84,
+    guidance_scale=4.0,
+    images=lambda number: [example_image(number)],
+)
 def stable_cascade_prior_images() -> diffusers.StableCascadePriorPipeline:
-    """Pictures beside the prompt."""
+    """Images beside the prompt."""
     return diffusers.StableCascadePriorPipeline(
         **cascade_prior(), feature_extractor=features(), image_encoder=vision()
     )

@@ -8,7 +8,7 @@ import diffusers
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 
 from tests.pipelines.parts import calm, features, unclip_prior, vision
-from tests.pipelines.registry import ABSENT, STEPS, entry, picture
+from tests.pipelines.registry import ABSENT, STEPS, entry, example_image
 from tests.pipelines.unets_pixels import pixels
 from tests.support.tiny import SIDE, WIDTH, clip
 
@@ -77,7 +77,7 @@ def unclip_text() -> diffusers.UnCLIPPipeline:
     )
 
 
-@entry(**UNCLIP, prompt=ABSENT, image=picture)
+@entry(**UNCLIP, prompt=ABSENT, image=example_image)
 def unclip_image_variation() -> diffusers.UnCLIPImageVariationPipeline:
     return diffusers.UnCLIPImageVariationPipeline(
         **unclip(), image_encoder=vision(), feature_extractor=features()

@@ -21,7 +21,7 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import (
 )
 
 from tests.pipelines.parts import NUMBERS, SQUARE, diffusion, features, strength, unet
-from tests.pipelines.registry import ABSENT, PROMPTS, STEPS, entry, mask, picture
+from tests.pipelines.registry import ABSENT, PROMPTS, STEPS, entry, example_image, mask
 from tests.pipelines.transformers_parts import t5_tokenizer
 from tests.support.tiny import WIDTH, autoencoder
 
@@ -50,7 +50,7 @@ def semantic_stable_diffusion() -> diffusers.SemanticStableDiffusionPipeline:
 
 @entry(**TEXT)
 def stable_diffusion_ldm3d() -> diffusers.StableDiffusionLDM3DPipeline:
-    """Pictures with depth: six channels."""
+    """Images with depth: six channels."""
     parts = diffusion()
     parts["vae"] = autoencoder(in_channels=6, out_channels=6)
     return diffusers.StableDiffusionLDM3DPipeline(**parts, image_encoder=None)
@@ -92,12 +92,14 @@ def stable_diffusion_diff_edit() -> diffusers.StableDiffusionDiffEditPipeline:
     )
 
 
-@entry(**NUMBERS, guidance_scale=5.0, source_prompt="a ring", image=picture, strength=strength)
+@entry(
+    **NUMBERS, guidance_scale=5.0, source_prompt="a ring", image=example_image, strength=strength
+)
 def cycle_diffusion() -> diffusers.CycleDiffusionPipeline:
     return diffusers.CycleDiffusionPipeline(**diffusion())
 
 
-@entry(**NUMBERS, guidance_scale=5.0, image=picture, mask_image=mask, strength=strength)
+@entry(**NUMBERS, guidance_scale=5.0, image=example_image, mask_image=mask, strength=strength)
 def stable_diffusion_inpaint_legacy() -> diffusers.StableDiffusionInpaintPipelineLegacy:
     return diffusers.StableDiffusionInpaintPipelineLegacy(**diffusion())
 
@@ -131,8 +133,8 @@ def stable_diffusion_paradigms() -> diffusers.StableDiffusionParadigmsPipeline:
 @entry(
     **TEXT,
     prompt=ABSENT,
-    example_image=lambda number: picture(number + 50),
-    image=picture,
+    example_image=lambda number: example_image(number + 50),
+    image=example_image,
     mask_image=mask,
 )
 def paint_by_example() -> diffusers.PaintByExamplePipeline:
@@ -155,7 +157,7 @@ def paint_by_example() -> diffusers.PaintByExamplePipeline:
     )
 
 
-# Marigold: what a picture shows
+# Marigold: what an image shows
 
 
 def marigold(channels: int = 4, **config: Any) -> dict[str, Any]:
@@ -171,7 +173,7 @@ def marigold(channels: int = 4, **config: Any) -> dict[str, Any]:
 MARIGOLD: dict[str, Any] = {
     **NUMBERS,
     "prompt": ABSENT,
-    "image": picture,
+    "image": example_image,
     "processing_resolution": 0,
 }
 
@@ -233,7 +235,7 @@ def alt_diffusion_text() -> diffusers.AltDiffusionPipeline:
     return diffusers.AltDiffusionPipeline(**alt())
 
 
-@entry(**NUMBERS, guidance_scale=5.0, image=picture, strength=strength)
+@entry(**NUMBERS, guidance_scale=5.0, image=example_image, strength=strength)
 def alt_diffusion_img2img() -> diffusers.AltDiffusionImg2ImgPipeline:
     return diffusers.AltDiffusionImg2ImgPipeline(**alt())
 

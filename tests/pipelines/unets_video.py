@@ -21,7 +21,7 @@ from tests.pipelines.parts import (
     strength,
     vision,
 )
-from tests.pipelines.registry import ABSENT, entry, picture
+from tests.pipelines.registry import ABSENT, entry, example_image
 from tests.support.tiny import DOWN_BLOCKS, NOISE_SCHEDULE, SIDE, WIDTH, autoencoder, clip
 
 FRAMES = 2
@@ -30,7 +30,7 @@ MOVING: dict[str, Any] = {**CLIP, "num_frames": FRAMES}
 
 
 def frames(number: int) -> list[Image.Image]:
-    return [picture(number + 10 * frame) for frame in range(FRAMES)]
+    return [example_image(number + 10 * frame) for frame in range(FRAMES)]
 
 
 def hints(number: int) -> list[Image.Image]:
@@ -41,7 +41,7 @@ def hints(number: int) -> list[Image.Image]:
 
 
 def moving(parts: dict[str, Any], *, mid: bool = True) -> dict[str, Any]:
-    """With motion between the frames of what was trained on pictures."""
+    """With motion between the frames of what was trained on images."""
     parts = {name: part for name, part in parts.items() if "safety_checker" not in name}
     adapter = diffusers.MotionAdapter(
         block_out_channels=(8, 16),
@@ -107,12 +107,12 @@ def animate_diff_pag_text() -> diffusers.AnimateDiffPAGPipeline:
     return diffusers.AnimateDiffPAGPipeline(**moving(diffusion()), pag_applied_layers=["mid"])
 
 
-@entry(**MOVING, image=picture, motion_scale=lambda number: number % 3)
+@entry(**MOVING, image=example_image, motion_scale=lambda number: number % 3)
 def pia() -> diffusers.PIAPipeline:
     return diffusers.PIAPipeline(**moving(diffusion(in_channels=9)))
 
 
-# From one picture
+# From one image
 
 
 @entry(
@@ -120,7 +120,7 @@ def pia() -> diffusers.PIAPipeline:
     **SQUARE,
     prompt=ABSENT,
     num_frames=FRAMES,
-    image=picture,
+    image=example_image,
     fps=lambda number: 5 + number,
     motion_bucket_id=lambda number: 100 + number,
     max_guidance_scale=lambda number: (3.0, 1.0, 2.0)[number % 3],
@@ -163,7 +163,7 @@ def stable_video_diffusion() -> diffusers.StableVideoDiffusionPipeline:
     )
 
 
-@entry(**MOVING, image=picture, target_fps=lambda number: 8 + number, clip_skip=None)
+@entry(**MOVING, image=example_image, target_fps=lambda number: 8 + number, clip_skip=None)
 def i2v_gen_xl() -> diffusers.I2VGenXLPipeline:
     network = diffusers.I2VGenXLUNet(
         sample_size=SIDE // 2,

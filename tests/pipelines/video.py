@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines.ltx.modeling_latent_upsampler import LTXLatentUpsamplerModel
 from PIL import Image
 
-from tests.pipelines.registry import ABSENT, entry, picture
+from tests.pipelines.registry import ABSENT, entry, example_image
 from tests.pipelines.transformers_parts import flow, language_model, strength, t5_text
 from tests.support.tiny import WIDTH
 
@@ -28,11 +28,11 @@ FILM: dict[str, Any] = {
 
 def film(number: int) -> list[Image.Image]:
     """Five frames."""
-    return [picture(10 * number + frame) for frame in range(5)]
+    return [example_image(10 * number + frame) for frame in range(5)]
 
 
 def big(number: int) -> Image.Image:
-    return picture(number, 32)
+    return example_image(number, 32)
 
 
 # Wan, SkyReels
@@ -116,7 +116,7 @@ def wan_timestep_per_token() -> diffusers.WanPipeline:
     return diffusers.WanPipeline(**parts, expand_timesteps=True)
 
 
-@entry(**FILM, num_frames=5, image=picture)
+@entry(**FILM, num_frames=5, image=example_image)
 def wan_image_to_video() -> diffusers.WanImageToVideoPipeline:
     parts = wan_parts(diffusers.WanTransformer3DModel(**WAN | SEEING))
     return without_ftfy(diffusers.WanImageToVideoPipeline, parts, **image_encoder())
@@ -144,7 +144,7 @@ def sky_reels_v2() -> diffusers.SkyReelsV2Pipeline:
     )
 
 
-@entry(**FILM, num_frames=5, image=picture)
+@entry(**FILM, num_frames=5, image=example_image)
 def sky_reels_v2_image_to_video() -> diffusers.SkyReelsV2ImageToVideoPipeline:
     parts = wan_parts(diffusers.SkyReelsV2Transformer3DModel(**WAN | SEEING))
     return without_ftfy(diffusers.SkyReelsV2ImageToVideoPipeline, parts, **image_encoder())
@@ -167,7 +167,7 @@ def lucy_edit() -> diffusers.LucyEditPipeline:
     return without_ftfy(diffusers.LucyEditPipeline, parts, expand_timesteps=True)
 
 
-@entry(**FILM, num_frames=5, image=picture)
+@entry(**FILM, num_frames=5, image=example_image)
 def chrono_edit() -> diffusers.ChronoEditPipeline:
     parts = wan_parts(diffusers.ChronoEditTransformer3DModel(**WAN | SEEING))
     return without_ftfy(diffusers.ChronoEditPipeline, parts, **image_encoder())
@@ -185,7 +185,7 @@ def any_flow() -> diffusers.AnyFlowPipeline:
 FORCING = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
 
 
-@entry(**FILM, num_frames=5, base_num_frames=5, image=picture)
+@entry(**FILM, num_frames=5, base_num_frames=5, image=example_image)
 def sky_reels_v2_diffusion_forcing_image_to_video() -> (
     diffusers.SkyReelsV2DiffusionForcingImageToVideoPipeline
 ):
@@ -351,7 +351,7 @@ def cog_video_x_rotary() -> diffusers.CogVideoXPipeline:
     return diffusers.CogVideoXPipeline(**parts | {"scheduler": diffusers.CogVideoXDPMScheduler()})
 
 
-@entry(**FILM, num_frames=5, image=picture)
+@entry(**FILM, num_frames=5, image=example_image)
 def cog_video_x_image_to_video() -> diffusers.CogVideoXImageToVideoPipeline:
     parts = cog_video_x_parts(8, use_rotary_positional_embeddings=True)
     return diffusers.CogVideoXImageToVideoPipeline(**parts)

@@ -8,7 +8,7 @@ import diffusers
 from diffusers.pipelines.ltx2 import LTX2LatentUpsamplerModel, LTX2TextConnectors, LTX2Vocoder
 from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 
-from tests.pipelines.registry import ABSENT, entry, picture
+from tests.pipelines.registry import ABSENT, entry, example_image
 from tests.pipelines.transformers_parts import dynamic, language_model
 from tests.pipelines.video import FILM, big
 from tests.support.tiny import WIDTH
@@ -123,7 +123,7 @@ def ltx2_image_to_video() -> diffusers.LTX2ImageToVideoPipeline:
     conditions=lambda number: LTX2VideoCondition(frames=big(number), index=0, strength=0.9, crf=0),
 )
 def ltx2_condition() -> diffusers.LTX2ConditionPipeline:
-    """A picture as the first frame."""
+    """An image as the first frame."""
     return diffusers.LTX2ConditionPipeline(**ltx2_parts())
 
 
@@ -134,7 +134,7 @@ def ltx2_condition() -> diffusers.LTX2ConditionPipeline:
     width=32,
     num_frames=5,
     output_type="np",
-    video=lambda number: [picture(10 * number + frame, 32) for frame in range(5)],
+    video=lambda number: [example_image(10 * number + frame, 32) for frame in range(5)],
 )
 def ltx2_latent_upsample() -> diffusers.LTX2LatentUpsamplePipeline:
     """Enlarges what LTX-2 made."""

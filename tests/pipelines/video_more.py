@@ -8,7 +8,7 @@ import diffusers
 import transformers
 from diffusers import DiffusionPipeline
 
-from tests.pipelines.registry import entry, picture
+from tests.pipelines.registry import entry, example_image
 from tests.pipelines.transformers_parts import (
     flow,
     language_model,
@@ -91,7 +91,7 @@ def hunyuan_video_true_cfg() -> diffusers.HunyuanVideoPipeline:
     return diffusers.HunyuanVideoPipeline(**hunyuan_video_parts())
 
 
-@entry(**HUNYUAN, image=picture, true_cfg_scale=4.0, negative_prompt="black")
+@entry(**HUNYUAN, image=example_image, true_cfg_scale=4.0, negative_prompt="black")
 def hunyuan_skyreels_image_to_video() -> diffusers.HunyuanSkyreelsImageToVideoPipeline:
     return diffusers.HunyuanSkyreelsImageToVideoPipeline(**hunyuan_video_parts(8))
 
@@ -339,7 +339,7 @@ def cosmos2_text_to_image() -> diffusers.Cosmos2TextToImagePipeline:
     return diffusers.Cosmos2TextToImagePipeline(**parts, scheduler=scheduler, vae=wan_autoencoder())
 
 
-# From pictures and films
+# From images and films
 
 
 @entry(**WORLD | {"num_frames": 5}, image=big)

@@ -214,7 +214,7 @@ def test_a_job_is_foretold_from_those_before_it(mode: Mode, clock: Clock) -> Non
         assert ten.solo == pytest.approx(10 * 0.005)
 
 
-def test_sizes_and_pictures_that_never_ran_are_scaled(clock: Clock) -> None:
+def test_sizes_and_images_that_never_ran_are_scaled(clock: Clock) -> None:
     with StepEngine(clock.timed(lambda rows: 0.01 * rows, Guided)) as engine:
         for images in (1, 2):
             arguments = {"prompt": "x", "width": 4, "height": 8, "num_images_per_prompt": images}

@@ -10,7 +10,7 @@ from stepweave.planning.profiles import KINDS, PARTS, Profiles, Recorder, Shape
 from stepweave.scheduling.task import Demand, Key, Load
 
 ENCODER = Load(Key("text_encoder", 77), 1)
-SIDE = 64  # a picture's, in latents 8 times smaller
+SIDE = 64  # an image's, in latents 8 times smaller
 
 
 def shape(side: int = SIDE, images: int = 1, kind: str = "text") -> Shape:
@@ -20,7 +20,7 @@ def shape(side: int = SIDE, images: int = 1, kind: str = "text") -> Shape:
 def demand(
     side: int = SIDE, images: int = 1, steps: int = 20, before: tuple[Load, ...] = (ENCODER,)
 ) -> Demand:
-    """A pipeline with guidance: two rows of the denoiser for each picture, at an eighth of its
+    """A pipeline with guidance: two rows of the denoiser for each image, at an eighth of its
     side."""
     latents = side * side // 64
     return Demand(
@@ -59,7 +59,7 @@ def test_another_size_is_told_by_its_pixels() -> None:
     assert learnt(128).expect(shape(64), 20) == demand(64)
 
 
-def test_another_number_of_pictures_is_told_by_its_rows() -> None:
+def test_another_number_of_images_is_told_by_its_rows() -> None:
     told = learnt(64, images=1).expect(shape(64, images=4), 20)
     assert told.step == demand(64, images=4).step
     assert told.before == (ENCODER,)  # its prompt is one

@@ -261,7 +261,7 @@ def test_the_clean_latents_are_what_the_model_says(name: str) -> None:
 
 
 def levels(scheduler: Any, index: int, timestep: Any) -> tuple[float, float]:
-    """The factors of picture and noise, by the tables that each scheduler keeps, another way than
+    """The factors of image and noise, by the tables that each scheduler keeps, another way than
     the code under test."""
     if hasattr(scheduler, "scale_noise"):
         noise = float(timestep) / 1000
@@ -309,7 +309,7 @@ def linear(autoencoder: Any) -> Any:
 )
 def test_previews_where_they_can_be_right(name: str) -> None:
     """Unpacked, scaled, shifted and placed as the pipeline itself does it, the last step's is
-    nearly the picture."""
+    nearly the image."""
     family = tiny.FAMILIES[name]
     pipeline = family.build()
     if name == "qwen_image":
@@ -330,7 +330,7 @@ def test_previews_where_they_can_be_right(name: str) -> None:
     assert correlation(preview.transpose(Image.Transpose.FLIP_TOP_BOTTOM), result) < 0.8
 
 
-def test_a_large_picture_has_a_smaller_preview() -> None:
+def test_a_large_image_has_a_smaller_preview() -> None:
     pipeline = tiny.FAMILIES["stable_diffusion"].build()
     pipeline.register_modules(vae=linear(pipeline.vae))
     previewer = Previewer.fit(pipeline)
@@ -367,7 +367,7 @@ def test_the_autoencoder_stays_in_half_precision() -> None:
     assert pipeline.vae.dtype == torch.float16
 
 
-def test_with_cpu_offload_pictures_to_fit_on_go_where_the_autoencoder_will_be() -> None:
+def test_with_cpu_offload_images_to_fit_on_go_where_the_autoencoder_will_be() -> None:
     pipeline = tiny.FAMILIES["stable_diffusion"].build()
     devices: list[str] = []
 
@@ -410,15 +410,15 @@ def test_preview_steps() -> None:
             assert not steps or steps[-1] >= total // 2
 
 
-def test_pictures_to_fit_on_are_the_same_every_time() -> None:
-    pictures = synthetic_images(4, 16)
-    assert pictures.shape == (4, 3, 16, 16)
-    assert torch.equal(pictures, synthetic_images(4, 16))
-    assert -1 <= float(pictures.min()) < -0.8 < 0.8 < float(pictures.max()) <= 1
-    assert all(not torch.equal(pictures[0], other) for other in pictures[1:])
+def test_images_to_fit_on_are_the_same_every_time() -> None:
+    images = synthetic_images(4, 16)
+    assert images.shape == (4, 3, 16, 16)
+    assert torch.equal(images, synthetic_images(4, 16))
+    assert -1 <= float(images.min()) < -0.8 < 0.8 < float(images.max()) <= 1
+    assert all(not torch.equal(images[0], other) for other in images[1:])
 
 
-def test_previews_of_the_embedded_model_resemble_its_pictures() -> None:
+def test_previews_of_the_embedded_model_resemble_its_images() -> None:
     """Over 48 prompts and 20 steps of benchmarks/previews.py the median is 0.93 at the last. No
     forward is spent on them."""
     pipeline = evaluate.load(EMBEDDED_MODEL)
@@ -439,19 +439,19 @@ def test_previews_of_the_embedded_model_resemble_its_pictures() -> None:
             )
             for i, (prompt, watcher) in enumerate(zip(PROMPTS, watchers, strict=True))
         ]
-        pictures = [job.result(SECONDS).images[0] for job in jobs]
+        images = [job.result(SECONDS).images[0] for job in jobs]
         forwards = engine.stats().forwards
     calls = {
         name: forwards[name].calls for name in ("transformer", "vae.decode") if name in forwards
     }
     assert calls == {"transformer": 10 * len(PROMPTS), "vae.decode": len(PROMPTS)}
     found = [
-        [correlation(previewer.image(watcher.latents[step], 64, 64), picture) for step in steps]
-        for watcher, picture in zip(watchers, pictures, strict=True)
+        [correlation(previewer.image(watcher.latents[step], 64, 64), image) for step in steps]
+        for watcher, image in zip(watchers, images, strict=True)
     ]
     assert np.median(found, axis=0)[-1] > 0.87, found
     others = [
-        correlation(previewer.image(watchers[i].latents[steps[-1]], 64, 64), pictures[i - 1])
+        correlation(previewer.image(watchers[i].latents[steps[-1]], 64, 64), images[i - 1])
         for i in range(6)
     ]
     assert np.median(others) < 0.5, others

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.environment import ROOT
-from tools.layers import LAYERS, PICTURE, PURPOSES, READ_FIRST, SOURCES, imports, order, picture
+from tools.layers import DIAGRAM, LAYERS, PURPOSES, READ_FIRST, SOURCES, diagram, imports, order
 from tools.lines import lines_by_package
 
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
@@ -176,9 +176,9 @@ def test_a_step_reads_in_ten_lines_and_the_page_quotes_them() -> None:
     assert f"```python\n{textwrap.dedent(chr(10).join(lines))}\n```" in PAGE
 
 
-def test_the_picture_is_the_one_that_is_drawn_from_the_imports() -> None:
-    assert PICTURE.read_text() == picture(), "run `python -m tools.layers`"
-    assert f"]({PICTURE.name})" in PAGE
+def test_the_diagram_is_the_one_that_is_drawn_from_the_imports() -> None:
+    assert DIAGRAM.read_text() == diagram(), "run `python -m tools.layers`"
+    assert f"]({DIAGRAM.name})" in PAGE
 
 
 def test_the_page_quotes_the_rule() -> None:

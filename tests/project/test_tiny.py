@@ -67,25 +67,25 @@ def test_a_family_is_built_the_same_twice_and_leaves_the_random_state(family: Fa
 
 
 @every_case
-def test_the_picture_depends_on_prompt_and_seed_alone(family: Family, scheduler: str) -> None:
+def test_the_image_depends_on_prompt_and_seed_alone(family: Family, scheduler: str) -> None:
     draw = drawer(family, scheduler)
-    picture = draw(PROMPT)
-    assert picture.shape == (1, family.call["height"], family.call["width"], 3)
-    assert np.isfinite(picture).all()
-    assert np.mean((picture == 0) | (picture == 1)) < 0.2  # what is clipped hides differences
+    image = draw(PROMPT)
+    assert image.shape == (1, family.call["height"], family.call["width"], 3)
+    assert np.isfinite(image).all()
+    assert np.mean((image == 0) | (image == 1)) < 0.2  # what is clipped hides differences
     torch.rand(1)  # nothing is drawn from the global generator
-    assert np.array_equal(draw.__wrapped__(PROMPT), picture)
-    assert difference(draw(OTHER), picture) > VISIBLE
-    assert difference(draw(PROMPT, seed=1), picture) > VISIBLE
+    assert np.array_equal(draw.__wrapped__(PROMPT), image)
+    assert difference(draw(OTHER), image) > VISIBLE
+    assert difference(draw(PROMPT, seed=1), image) > VISIBLE
 
 
 @every_family
-def test_the_picture_depends_on_steps_and_guidance_and_may_be_wide(family: Family) -> None:
+def test_the_image_depends_on_steps_and_guidance_and_may_be_wide(family: Family) -> None:
     draw = drawer(family)
-    picture = draw(PROMPT)
-    assert difference(draw(PROMPT, steps=5), picture) > VISIBLE
+    image = draw(PROMPT)
+    assert difference(draw(PROMPT, steps=5), image) > VISIBLE
     for name in family.call.keys() & {"guidance_scale", "true_cfg_scale", "prior_guidance_scale"}:
-        assert difference(draw(PROMPT, **{name: 2.0}), picture) > VISIBLE
+        assert difference(draw(PROMPT, **{name: 2.0}), image) > VISIBLE
     height, width = family.call["height"], 2 * family.call["width"]
     assert draw(PROMPT, width=width).shape == (1, height, width, 3)
 

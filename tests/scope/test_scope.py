@@ -1,4 +1,4 @@
-"""The request-scoped core: many threads, one pipeline, the pictures of plain calls; and the defects
+"""The request-scoped core: many threads, one pipeline, the images of plain calls; and the defects
 of its predecessors."""
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def scheduler_of(pipeline: Any, choice: Any) -> Any:
     "name",
     [name if name in QUICK else pytest.param(name, marks=[pytest.mark.full]) for name in FAMILIES],
 )
-def test_threads_get_the_pictures_of_plain_calls_and_the_pipeline_stays_as_it_was(
+def test_threads_get_the_images_of_plain_calls_and_the_pipeline_stays_as_it_was(
     name: str, tmp_path: Path
 ) -> None:
     family = tiny.FAMILIES[name]

@@ -199,7 +199,7 @@ def test_the_nearest_size_is_allowed_and_in_proportion(
     assert not allowed or (width, height) == size
 
 
-def test_an_edit_calls_the_sibling_with_pictures_of_the_size() -> None:
+def test_an_edit_calls_the_sibling_with_images_of_the_size() -> None:
     model = edits()
     mask = Image.new("L", (41, 30))
     mask.paste(255, (20, 0, 41, 30))
@@ -313,7 +313,7 @@ def shapes() -> Iterator[tuple[ServedModel, StepEngine]]:
 
 
 def drawn(shapes: tuple[ServedModel, StepEngine], **arguments: Any) -> list[np.ndarray]:
-    """Its pictures, of floats in [0, 1]."""
+    """Its images, of floats in [0, 1]."""
     model, engine = shapes
     parameters = model.resolve(**{"num_inference_steps": 10, **arguments})
     images = engine.submit(**model.call(parameters)).result(SECONDS).images
@@ -360,7 +360,7 @@ def test_inpainting_keeps_what_the_mask_does_not_cover(
     assert apart(result[:, 36:], source[:, 36:]) > 0.08
 
 
-def test_each_picture_of_an_edit_is_that_of_its_own_seed(
+def test_each_image_of_an_edit_is_that_of_its_own_seed(
     shapes: tuple[ServedModel, StepEngine], star: Image.Image
 ) -> None:
     mask = Image.new("L", star.size, 255)
@@ -432,7 +432,7 @@ def test_warm_up_certifies_every_call_at_two_sizes(shapes: tuple[ServedModel, St
 def test_what_a_warm_up_certifies_does_not_depend_on_the_clock(
     shapes: tuple[ServedModel, StepEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Here no row seems to pay, and pictures are read as slowly as they are on a busy machine, one
+    """Here no row seems to pay, and images are read as slowly as they are on a busy machine, one
     after the other."""
     read, lock = VaeImageProcessor.preprocess, threading.Lock()
 

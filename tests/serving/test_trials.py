@@ -296,10 +296,10 @@ def check(name: str) -> ServedModel:
         warming = WarmUp(model, engine)
         warming._edits(2)
         warming.trials()
-        picture = source((model.width, model.height))
+        image = source((model.width, model.height))
         kinds = {
-            "image_to_image": Sources(picture),
-            "inpainting": Sources(picture, picture.convert("L")),
+            "image_to_image": Sources(image),
+            "inpainting": Sources(image, image.convert("L")),
         }
         for sources in (None, *(kinds[edit] for edit in model.edits)):
             limits = model.limits_for(sources)

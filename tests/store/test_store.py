@@ -576,7 +576,7 @@ class TestFiles:
         self, run: Any, folder: Path, clock: Clock, suffix: Any
     ) -> None:
         async def put(store: DirectoryFileStore) -> str:
-            name = await store.put(b"picture", suffix)
+            name = await store.put(b"image", suffix)
             assert (store.bytes, store.count) == (7, 1)
             return name
 
@@ -588,7 +588,7 @@ class TestFiles:
         clock.now += 60
         file = run(lambda store: store.get(name))
         assert (file.data, file.media_type, file.expires_in) == (
-            b"picture",
+            b"image",
             f"image/{suffix}",
             HOUR - 60,
         )

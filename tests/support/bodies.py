@@ -24,13 +24,13 @@ EDITS = "/v1/images/edits"
 LEGACY = "/api/diffusers/inference"
 
 
-def form(picture: bytes, **fields: Any) -> bytes:
+def form(image: bytes, **fields: Any) -> bytes:
     parts = [
         f'--x\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
         for name, value in ({"prompt": "a", "num_inference_steps": 4, "seed": 1} | fields).items()
     ]
     head = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
-    return b"".join([*parts, head, picture, b"\r\n--x--\r\n"])
+    return b"".join([*parts, head, image, b"\r\n--x--\r\n"])
 
 
 def png(side: int = 64) -> bytes:

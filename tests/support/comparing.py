@@ -14,7 +14,7 @@ from diffusers import (
 
 
 def state_of(value: Any) -> Any:
-    """A comparable picture of an object: tensors by content, modules by weights, hooks and
+    """A comparable image of an object: tensors by content, modules by weights, hooks and
     dtype."""
     if isinstance(value, torch.Tensor):
         return hashlib.sha256(value.detach().cpu().contiguous().numpy().tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""A pipeline without weights: its pictures tell seed and steps, and tests decide when it moves,
+"""A pipeline without weights: its images tell seed and steps, and tests decide when it moves,
 fails or hangs."""
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class FakePipeline:
 
 
 class FakeEdits(FakePipeline):
-    """A sibling of a fake: its pictures are the source where the mask, if there is one, is black,
+    """A sibling of a fake: its images are the source where the mask, if there is one, is black,
     else the fake's own."""
 
     def __init__(self, pipeline: FakePipeline) -> None:

@@ -29,14 +29,14 @@ PROMPTS = [
     "a large green square and a blue ring below it",
     "blue",
     "three yellow triangles",
-    "a small purple star in the top left corner of a picture that is otherwise empty",
+    "a small purple star in the top left corner of an image that is otherwise empty",
     "a ring",
     "one orange cross on black",
     "",
     "white white white white white white",
     "the circle is left of the square",
 ]
-NEGATIVES = ["", "grey", "a blurred picture of many small things, badly drawn"]
+NEGATIVES = ["", "grey", "a blurred image of many small things, badly drawn"]
 STEPS = [3, 6, 4, 5]
 GUIDANCE = [None, 1.0, 2.5, 7.0]  # None: the family's own; 1: without classifier-free guidance
 ALONE = [i for i in range(len(PROMPTS)) if GUIDANCE[i % len(GUIDANCE)] == 1.0]

@@ -5,7 +5,7 @@ every call, milliseconds a step.
         pipeline = family.build() images = pipeline(**family.arguments("a red circle",
         seed=1)).images  # (1, height, width, 3), floats in [0, 1]
 
-The pictures are noise, but they depend on every input: prompt, seed, steps, guidance and size.
+The images are noise, but they depend on every input: prompt, seed, steps, guidance and size.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def flux() -> DiffusionPipeline:
 @family(CASCADE, height=84, width=84, prior_num_inference_steps=STEPS, prior_guidance_scale=4.0)
 def stable_cascade() -> DiffusionPipeline:
     """84 pixels: the prior's latent is ceil(84 / 42.67) = 2 wide, the decoder's int(2 * 10.67) =
-    21, the picture 4 times that."""
+    21, the image 4 times that."""
     shared: dict[str, Any] = {
         "in_channels": 4,
         "out_channels": 4,

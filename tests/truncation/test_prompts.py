@@ -48,7 +48,7 @@ def run(name: str, mode: Mode = "step", **arguments: Any) -> Job:
 
 
 @every_mode
-def test_a_cut_prompt_is_named_once_and_the_picture_is_the_plain_one(mode: Mode) -> None:
+def test_a_cut_prompt_is_named_once_and_the_image_is_the_plain_one(mode: Mode) -> None:
     """Both of SD3's tokenizers cut it at the same place."""
     place = len("a large red circle on a blue background, a large star on a")
     warning = (

@@ -1,4 +1,4 @@
-"""What a picture shows, told from its pixels alone.
+"""What an image shows, told from its pixels alone.
 
 It shares no code, colours or outlines with the training data: colours are named by hue, saturation
 and value; the background is what the border shows; the shape is the template, tested point by point
@@ -140,9 +140,9 @@ def _third(low: float, high: float, words: tuple[str, str]) -> str:
     return words[0] if before < after else words[1]
 
 
-def look(picture: Image.Image) -> Seen:
-    """Describe a picture of one shape on a plain background, of any size."""
-    pixels = np.asarray(picture.convert("RGB")).astype(np.float64)
+def look(image: Image.Image) -> Seen:
+    """Describe an image of one shape on a plain background, of any size."""
+    pixels = np.asarray(image.convert("RGB")).astype(np.float64)
     height, width, _ = pixels.shape
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     ground = np.median(border, axis=0)
@@ -192,8 +192,8 @@ def expected(prompt: str) -> dict[str, str]:
     return parts
 
 
-def wrong_parts(picture: Image.Image, prompt: str) -> list[str]:
-    """The parts of the prompt that the picture does not obey; empty when it shows what was
+def wrong_parts(image: Image.Image, prompt: str) -> list[str]:
+    """The parts of the prompt that the image does not obey; empty when it shows what was
     asked."""
-    seen = look(picture)
+    seen = look(image)
     return [part for part, word in expected(prompt).items() if getattr(seen, part) != word]

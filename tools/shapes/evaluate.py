@@ -1,6 +1,6 @@
 """Judge the embedded model: `python -m tools.shapes.evaluate`.
 
-Draws prompts of the grammar at random (fixed seeds), makes the pictures with the plain diffusers
+Draws prompts of the grammar at random (fixed seeds), makes the images with the plain diffusers
 pipeline and has the checker look at them. Prints the tables and, with `--card`, writes them, the
 contact sheet and the curve into the model card.
 """
@@ -80,11 +80,11 @@ def generate(
     side: int = 64,
     batch: int = 20,
 ) -> list[Image.Image]:
-    """One picture per prompt; picture i has seed i."""
-    pictures: list[Image.Image] = []
+    """One image per prompt; image i has seed i."""
+    images: list[Image.Image] = []
     for start in tqdm(range(0, len(prompts), batch), desc=f"guidance {guidance:g}"):
         chunk = prompts[start : start + batch]
-        pictures += pipeline(
+        images += pipeline(
             chunk,
             negative_prompt=negative[start : start + batch] if negative else None,
             num_inference_steps=STEPS,
@@ -94,15 +94,13 @@ def generate(
             max_sequence_length=1,
             generator=[torch.Generator().manual_seed(start + i) for i in range(len(chunk))],
         ).images
-    return pictures
+    return images
 
 
-def score(pictures: list[Image.Image], prompts: list[str]) -> dict[str, float]:
-    """Share of pictures right in each part, in colour and background together, and in the whole
+def score(images: list[Image.Image], prompts: list[str]) -> dict[str, float]:
+    """Share of images right in each part, in colour and background together, and in the whole
     prompt; in percent."""
-    wrong = [
-        wrong_parts(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)
-    ]
+    wrong = [wrong_parts(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
     shares = {part: 100 * sum(part not in w for w in wrong) / len(wrong) for part in PARTS}
     shares["colours"] = (
         100 * sum("colour" not in w and "background" not in w for w in wrong) / len(wrong)
@@ -112,33 +110,32 @@ def score(pictures: list[Image.Image], prompts: list[str]) -> dict[str, float]:
 
 
 def negative_prompts(pipeline: StableDiffusion3Pipeline, each: int = 16) -> tuple[float, float]:
-    """Percent of pictures of "a large circle" whose background has a given colour: asked nothing,
+    """Percent of images of "a large circle" whose background has a given colour: asked nothing,
     and asked not to."""
     colours = [colour for colour in COLOUR_WORDS for _ in range(each)]
     prompts = ["a large circle"] * len(colours)
     shares = []
     for negative in (None, [f"a large circle on a {colour} background" for colour in colours]):
-        pictures = generate(pipeline, prompts, negative=negative)
+        images = generate(pipeline, prompts, negative=negative)
         hits = sum(
-            look(picture).background == colour
-            for picture, colour in zip(pictures, colours, strict=True)
+            look(image).background == colour for image, colour in zip(images, colours, strict=True)
         )
         shares.append(100 * hits / len(colours))
     return shares[0], shares[1]
 
 
-def contact_sheet(pictures: list[Image.Image], prompts: list[str], columns: int = 8) -> Image.Image:
-    """The pictures at twice their size, each with its prompt below; wrong ones are framed."""
+def contact_sheet(images: list[Image.Image], prompts: list[str], columns: int = 8) -> Image.Image:
+    """The images at twice their size, each with its prompt below; wrong ones are framed."""
     cell, caption = 144, 36
     sheet = Image.new(
-        "RGB", (columns * cell, -(-len(pictures) // columns) * (cell + caption)), (225, 225, 225)
+        "RGB", (columns * cell, -(-len(images) // columns) * (cell + caption)), (225, 225, 225)
     )
     pen = ImageDraw.Draw(sheet)
-    for i, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
+    for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
         x, y = i % columns * cell, i // columns * (cell + caption)
-        if wrong_parts(picture, prompt):
+        if wrong_parts(image, prompt):
             pen.rectangle((x + 4, y + 4, x + cell - 5, y + cell - 5), fill=(255, 0, 80))
-        sheet.paste(picture.resize((128, 128), Image.Resampling.NEAREST), (x + 8, y + 8))
+        sheet.paste(image.resize((128, 128), Image.Resampling.NEAREST), (x + 8, y + 8))
         line = (
             prompt.removeprefix("a ")
             .replace(" on a", "\non a")
@@ -150,7 +147,7 @@ def contact_sheet(pictures: list[Image.Image], prompts: list[str], columns: int 
 
 
 def curve(logs: Path, target: Path) -> None:
-    """The losses of the three trained stages over their steps, as one picture."""
+    """The losses of the three trained stages over their steps, as one image."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -159,7 +156,7 @@ def curve(logs: Path, target: Path) -> None:
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
     for axis, (stage, loss) in zip(
         axes,
-        (("autoencoder", "picture"), ("transformer", "flow"), ("decoder", "picture")),
+        (("autoencoder", "image"), ("transformer", "flow"), ("decoder", "image")),
         strict=True,
     ):
         lines = [json.loads(line) for line in (logs / f"{stage}.jsonl").read_text().splitlines()]
@@ -180,12 +177,12 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, default=Path("models/shapes"))
     parser.add_argument("--prompts", type=int, default=400)
-    parser.add_argument("--seed", type=int, default=7, help="of the prompts; picture i has seed i")
+    parser.add_argument("--seed", type=int, default=7, help="of the prompts; image i has seed i")
     parser.add_argument(
         "--logs", type=Path, default=Path("build/shapes"), help="where training left its logs"
     )
     parser.add_argument(
-        "--card", action="store_true", help="write tables and pictures into the model's directory"
+        "--card", action="store_true", help="write tables and images into the model's directory"
     )
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
@@ -196,10 +193,10 @@ def main() -> None:
     rows = [f"| {' | '.join(heads)} |", "|" + " ---: |" * len(heads)]
     sheet = None
     for guidance in (1.0, GUIDANCE, 3.0, 5.0):
-        pictures = generate(pipeline, prompts, guidance=guidance)
+        images = generate(pipeline, prompts, guidance=guidance)
         if guidance == GUIDANCE:
-            sheet = contact_sheet(pictures[:48], prompts[:48])
-        shares = score(pictures, prompts)
+            sheet = contact_sheet(images[:48], prompts[:48])
+        shares = score(images, prompts)
         rows.append(
             f"| {guidance:g} | " + " | ".join(f"{share:.1f}" for share in shares.values()) + " |"
         )
@@ -224,11 +221,11 @@ def main() -> None:
             ),
             "",
             'Negative prompt: "a large circle" has a background of a given colour in '
-            f"{without:.1f} % of the pictures, with that background as the negative prompt in "
+            f"{without:.1f} % of the images, with that background as the negative prompt in "
             f"{with_negative:.1f} %.",
             "",
             (
-                f"One picture, {STEPS} steps with guidance: {seconds:.2f} s on "
+                f"One image, {STEPS} steps with guidance: {seconds:.2f} s on "
                 f"{torch.get_num_threads()} CPU threads."
             ),
         ]

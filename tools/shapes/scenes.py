@@ -1,4 +1,4 @@
-"""The pictures the embedded model is trained on, and the words for them.
+"""The images the embedded model is trained on, and the words for them.
 
 A scene is one flat shape on a flat background, drawn four times too large and averaged down, so
 that edges are crisp and anti-aliased. The grammar of the prompts is the one the model card states.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-SIDE = 64  # pixels of a picture's side
+SIDE = 64  # pixels of an image's side
 OVERSAMPLING = 4
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -39,8 +39,8 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture in words and numbers. `centre` and `radius` are in pixels of the 64 x 64
-    picture."""
+    """One image in words and numbers. `centre` and `radius` are in pixels of the 64 x 64
+    image."""
 
     size: str
     colour: str
@@ -164,7 +164,7 @@ def _outline(shape: str, centre: Point, radius: float, turn: float) -> list[Poin
 
 
 def draw_mask(shape: str, centre: Point, radius: float, turn: float = 0.0) -> Image.Image:
-    """Coverage of a shape, 0-255, at OVERSAMPLING times the picture's size. Coordinates in picture
+    """Coverage of a shape, 0-255, at OVERSAMPLING times the image's size. Coordinates in image
     pixels."""
     k = OVERSAMPLING
     mask = Image.new("L", (SIDE * k, SIDE * k))
@@ -183,16 +183,16 @@ def draw_mask(shape: str, centre: Point, radius: float, turn: float = 0.0) -> Im
 def draw(scene: Scene) -> np.ndarray:
     """The scene as uint8 RGB, shape (64, 64, 3)."""
     mask = draw_mask(scene.shape, scene.centre, scene.radius).reduce(OVERSAMPLING)
-    picture = Image.new("RGB", (SIDE, SIDE), COLOURS[scene.background])
-    picture.paste(COLOURS[scene.colour], (0, 0, SIDE, SIDE), mask)
-    return np.asarray(picture)
+    image = Image.new("RGB", (SIDE, SIDE), COLOURS[scene.background])
+    image.paste(COLOURS[scene.colour], (0, 0, SIDE, SIDE), mask)
+    return np.asarray(image)
 
 
 def draw_clutter(rng: np.random.Generator) -> np.ndarray:
-    """A picture beyond the grammar (any colours, turned and overlapping shapes, gradients), uint8
+    """An image beyond the grammar (any colours, turned and overlapping shapes, gradients), uint8
     (64, 64, 3).
 
-    The autoencoder sees these too, so that it also encodes pictures that people bring.
+    The autoencoder sees these too, so that it also encodes images that people bring.
     """
     ends = rng.integers(0, 256, (2, 3)).astype(np.float32)
     if rng.random() < 0.5:
@@ -201,12 +201,12 @@ def draw_clutter(rng: np.random.Generator) -> np.ndarray:
     ground = np.broadcast_to(ends[0] * (1 - ramp) + ends[1] * ramp, (SIDE, SIDE, 3))
     if rng.random() < 0.5:
         ground = ground.transpose(1, 0, 2)
-    picture = Image.fromarray(ground.astype(np.uint8))
+    image = Image.fromarray(ground.astype(np.uint8))
     for _ in range(rng.integers(1, 5)):
         centre = (float(rng.uniform(4, 60)), float(rng.uniform(4, 60)))
         mask = draw_mask(
             str(rng.choice(SHAPES)), centre, float(rng.uniform(4, 26)), float(rng.uniform(0, 6.3))
         )
         colour = (int(rng.integers(256)), int(rng.integers(256)), int(rng.integers(256)))
-        picture.paste(colour, (0, 0, SIDE, SIDE), mask.reduce(OVERSAMPLING))
-    return np.asarray(picture)
+        image.paste(colour, (0, 0, SIDE, SIDE), mask.reduce(OVERSAMPLING))
+    return np.asarray(image)

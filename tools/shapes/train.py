@@ -1,7 +1,7 @@
 """Train the embedded model from nothing: `python -m tools.shapes.train`.
 
 Four stages, each resumable (run the command again): the autoencoder; the latents of a fixed set of
-pictures; the transformer with its text encoders, by rectified flow on those latents; and the
+images; the transformer with its text encoders, by rectified flow on those latents; and the
 decoder once more on slightly wrong latents, since it will be given the transformer's, not the
 encoder's.
 """
@@ -24,27 +24,27 @@ from tools.shapes.scenes import Scene, draw, draw_clutter, sample_prompt, sample
 from tools.shapes.training import run_stage
 
 SEED = 20261121
-PICTURE_BATCH = 32
+IMAGE_BATCH = 32
 TRANSFORMER_BATCH = 64
 
 
-def to_tensor(pictures: np.ndarray, device: torch.device) -> torch.Tensor:
+def to_tensor(images: np.ndarray, device: torch.device) -> torch.Tensor:
     """uint8 (n, 64, 64, 3) to float (n, 3, 64, 64) in [-1, 1]."""
-    return torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
-def picture_batch(
+def image_batch(
     rng: np.random.Generator, count: int, device: torch.device, clutter: float = 0.3
 ) -> torch.Tensor:
-    """Fresh pictures, (count, 3, 64, 64) in [-1, 1]; the given share is beyond the grammar."""
-    pictures = [
+    """Fresh images, (count, 3, 64, 64) in [-1, 1]; the given share is beyond the grammar."""
+    images = [
         draw_clutter(rng) if rng.random() < clutter else draw(sample_scene(rng))
         for _ in range(count)
     ]
-    return to_tensor(np.stack(pictures), device)
+    return to_tensor(np.stack(images), device)
 
 
-def picture_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def image_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """L1, five times as heavy on edges, plus the L1 of both gradients: plain L1 leaves small shapes
     blurred."""
     loss = torch.zeros((), device=target.device)
@@ -67,15 +67,15 @@ def train_autoencoder(folder: Path, steps: int, batch: int, device: torch.device
     vae = make_autoencoder().to(device)
 
     def loss_of(rng: np.random.Generator, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        pictures = picture_batch(rng, batch, device)
+        images = image_batch(rng, batch, device)
         with torch.autocast(device.type, torch.bfloat16):
-            mean, logvar = vae.encoder(pictures).float().chunk(2, dim=1)
+            mean, logvar = vae.encoder(images).float().chunk(2, dim=1)
             logvar = logvar.clamp(-30, 20)
             noise = torch.randn(mean.shape, generator=generator, device=device)
             spread = (0.5 * logvar).exp() + 0.05 * mean.detach().std()
             output = vae.decoder(mean + spread * noise).float()
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        return {"picture": picture_loss(output, pictures), "divergence": 3e-4 * divergence}
+        return {"image": image_loss(output, images), "divergence": 3e-4 * divergence}
 
     return run_stage(
         "autoencoder", vae, vae.parameters(), loss_of,
@@ -96,10 +96,8 @@ def scene_latents(
         chunks = []
         with torch.no_grad():
             for start in tqdm(range(0, count, 250), desc="latents"):
-                pictures = np.stack([draw(scene) for scene in scenes[start : start + 250]])
-                chunks.append(
-                    vae.encode(to_tensor(pictures, device)).latent_dist.mode().half().cpu()
-                )
+                images = np.stack([draw(scene) for scene in scenes[start : start + 250]])
+                chunks.append(vae.encode(to_tensor(images, device)).latent_dist.mode().half().cpu())
         torch.save(torch.cat(chunks), cache.with_suffix(".partial"))
         cache.with_suffix(".partial").replace(cache)
     latents = torch.load(cache, weights_only=True).float()
@@ -169,12 +167,12 @@ def train_decoder(
     deviation = 1 / vae.config.scaling_factor
 
     def loss_of(rng: np.random.Generator, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        pictures = picture_batch(rng, batch, device, clutter=0.1)
+        images = image_batch(rng, batch, device, clutter=0.1)
         with torch.no_grad():
-            latents = vae.encode(pictures).latent_dist.mode()
+            latents = vae.encode(images).latent_dist.mode()
         noise = torch.randn(latents.shape, generator=generator, device=device)
         amount = 0.25 * deviation * torch.rand(batch, 1, 1, 1, generator=generator, device=device)
-        return {"picture": picture_loss(vae.decoder(latents + amount * noise), pictures)}
+        return {"image": image_loss(vae.decoder(latents + amount * noise), images)}
 
     average = run_stage(
         "decoder", vae.decoder, vae.decoder.parameters(), loss_of,
@@ -207,17 +205,17 @@ def main() -> None:
     parser.add_argument("--transformer-steps", type=int, default=4500)
     parser.add_argument("--decoder-steps", type=int, default=1500)
     parser.add_argument(
-        "--scenes", type=int, default=50_000, help="pictures whose latents the transformer learns"
+        "--scenes", type=int, default=50_000, help="images whose latents the transformer learns"
     )
     parser.add_argument("--output", type=Path, default=Path("models/shapes"))
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    vae = train_autoencoder(arguments.work, arguments.autoencoder_steps, PICTURE_BATCH, device)
+    vae = train_autoencoder(arguments.work, arguments.autoencoder_steps, IMAGE_BATCH, device)
     scenes, latents = scene_latents(arguments.work, vae, arguments.scenes, device)
     pipeline = train_transformer(
         arguments.work, vae, scenes, latents, arguments.transformer_steps, device
     )
-    train_decoder(arguments.work, vae, arguments.decoder_steps, PICTURE_BATCH, device)
+    train_decoder(arguments.work, vae, arguments.decoder_steps, IMAGE_BATCH, device)
     export(pipeline, arguments.output)
 
 

@@ -228,7 +228,7 @@ class InlineImage(BaseModel):
 
 
 class LinkedImage(BaseModel):
-    url: str = Field(description="Where the picture is, for a while.")
+    url: str = Field(description="Where the image is, for a while.")
     seed: int
     flagged: bool = Field(description="Whether the pipeline's safety checker flagged it.")
     revised_prompt: None
@@ -254,7 +254,7 @@ class Usage(BaseModel):
     )
     total_tokens: int = Field(ge=0, description="Of input and output.")
     images: int
-    steps: int = Field(description="Denoising steps of all pictures.")
+    steps: int = Field(description="Denoising steps of all images.")
     pixels: int
 
 
@@ -271,7 +271,7 @@ class _Outcome(BaseModel):
 
 
 class Generation(_Outcome):
-    """Pictures, and everything about their making."""
+    """Images, and everything about their making."""
 
     created: int = Field(description="Unix seconds.")
     size: str = Field(
@@ -456,7 +456,7 @@ class ReturnedTensor(TensorMetadata):
 
 
 class InferenceAnswer(BaseModel):
-    """Pictures as tensors: `image` has their files, `parameters` a JSON text for each."""
+    """Images as tensors: `image` has their files, `parameters` a JSON text for each."""
 
     id: str = Field(default_factory=_absent, description="The request's, if it had one.")
     model_name: str
@@ -465,7 +465,7 @@ class InferenceAnswer(BaseModel):
 
 
 class DiffusersExampleAnswer(BaseModel):
-    response: list[str] = Field(description="URLs of the pictures.")
+    response: list[str] = Field(description="URLs of the images.")
 
 
 class DiffusersExampleStatus(BaseModel):

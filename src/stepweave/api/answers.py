@@ -1,4 +1,4 @@
-"""What a generation is answered with: JSON, the picture itself, or a place to ask for it later."""
+"""What a generation is answered with: JSON, the image itself, or a place to ask for it later."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _preferred(request: Request) -> tuple[str, dict[str, str]]:
 
 
 def wants_image(request: Request) -> OutputFormat | None:
-    """The format of the picture that the client would rather have than JSON."""
+    """The format of the image that the client would rather have than JSON."""
     return IMAGE_TYPES.get(_preferred(request)[0])
 
 
@@ -80,7 +80,7 @@ def check_one_image(
     for."""
     if n != 1:
         raise InvalidRequestError(
-            f"n is {n}; an answer that is a picture, as Accept asks for, takes n = 1.", param="n"
+            f"n is {n}; an answer that is an image, as Accept asks for, takes n = 1.", param="n"
         )
     if format_given and output_format != chosen:
         raise InvalidRequestError(
@@ -90,14 +90,14 @@ def check_one_image(
 
 
 async def json_answer(answer: Answer, base: str | None, files: FileStore) -> bytes:
-    """The JSON body, pictures as URLs that begin with `base`, or in base64 without one."""
+    """The JSON body, images as URLs that begin with `base`, or in base64 without one."""
     if base is None:
         return await on_thread(None, _inline, answer)
     return json.dumps({**answer.body, "data": await urls(answer, base, files)}).encode()
 
 
 async def urls(answer: Answer, base: str, files: FileStore) -> list[dict[str, Any]]:
-    """The pictures as OpenAI's API has them, each stored if it is not yet."""
+    """The images as OpenAI's API has them, each stored if it is not yet."""
     names = [await image.stored(files) for image in answer.images]
     return [
         {
@@ -123,7 +123,7 @@ def _inline(answer: Answer) -> bytes:
 
 
 def image_answer(answer: Answer) -> Response:
-    """The first picture's file.
+    """The first image's file.
 
     The parameters stand in headers, but for the prompts: they may be longer than proxies let a
     header be, and the file has them. `X-Stepweave-Flagged` is "true" for one that the pipeline's

@@ -39,7 +39,7 @@ def event(name: str, data: dict[str, Any]) -> bytes:
 async def events(
     job: Followed, request: Request, files: FileStore, *, verbose: bool, base: str | None = None
 ) -> AsyncGenerator[bytes, None]:
-    """What happens to a job, until it ends, and its end: the pictures (with URLs that begin with
+    """What happens to a job, until it ends, and its end: the images (with URLs that begin with
     `base`, if given), or an error, as which the request is counted."""
     prefix = SURFACES[job.kind]
     try:

@@ -1,4 +1,4 @@
-"""Multipart forms (RFC 7578): the fields and pictures of an edit."""
+"""Multipart forms (RFC 7578): the fields and images of an edit."""
 
 from __future__ import annotations
 

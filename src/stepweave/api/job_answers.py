@@ -21,7 +21,7 @@ def describe(job: Followed) -> dict[str, Any]:
 async def job_answer(job: Followed, files: FileStore, base: str | None) -> bytes:
     """The job as its resource in JSON, with its result once that is there.
 
-    Pictures are URLs that begin with `base` if the request asked for that, else in base64.
+    Images are URLs that begin with `base` if the request asked for that, else in base64.
     """
     described, result = describe(job), b"null"
     if described["state"] == "succeeded":

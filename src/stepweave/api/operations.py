@@ -132,7 +132,7 @@ WARNINGS_HEADER = {
 
 
 def image_headers() -> dict[str, Any]:
-    """The headers beside a picture: what decides its pixels, less prompts, and warnings."""
+    """The headers beside an image: what decides its pixels, less prompts, and warnings."""
     prompts, others = (
         ("prompt", "negative_prompt"),
         ("n", "priority", "deadline_ms", "output_format", "output_compression"),
@@ -146,7 +146,7 @@ def image_headers() -> dict[str, Any]:
         for name in bodies.ResolvedParameters.model_fields
         if name not in (*prompts, *others)
     }
-    flagged = _header("Of a picture that the pipeline's safety checker flagged.", const="true")
+    flagged = _header("Of an image that the pipeline's safety checker flagged.", const="true")
     return headers | {"X-Stepweave-Flagged": flagged} | WARNINGS_HEADER
 
 
@@ -158,7 +158,7 @@ FILE_HEADERS = {
         "For as long as it is kept.", required=True, pattern="^private, max-age=[0-9]+$"
     ),
     "X-Content-Type-Options": _header(
-        "It is a picture, whatever it looks like.", required=True, const="nosniff"
+        "It is an image, whatever it looks like.", required=True, const="nosniff"
     ),
 }
 ACCEPTED_HEADERS = {
@@ -203,13 +203,13 @@ COMMON_EVENTS: Content = {
 
 
 def _events(*prefixes: str) -> Content:
-    pictures: Content = {}
+    images: Content = {}
     for prefix in prefixes:
-        pictures |= {
+        images |= {
             f"{prefix}.partial_image": bodies.PartialImage,
             f"{prefix}.completed": bodies.Completed,
         }
-    return pictures | COMMON_EVENTS
+    return images | COMMON_EVENTS
 
 
 def _images(name: str, prefix: str, **values: Any) -> Operation:
@@ -219,7 +219,7 @@ def _images(name: str, prefix: str, **values: Any) -> Operation:
         for one in ("getJob", "cancelJob", "followJob")
     }
     done = Answer(
-        "The pictures; as `Accept` would have it, the one picture itself, or events.",
+        "The images; as `Accept` would have it, the one image itself, or events.",
         {JSON: bodies.Generation, **IMAGE, **STREAM},
         {**image_headers(), **JOB_HEADER},
         events=_events(prefix),
@@ -354,7 +354,7 @@ def _inference(names: ModelNames | None) -> Iterable[Operation]:
             pattern="^[0-9]+$",
         )
         done = Answer(
-            "The pictures, as tensors.",
+            "The images, as tensors.",
             {JSON: bodies.InferenceAnswer, BYTES: FILE},
             {
                 HEADER_LENGTH: _header(
@@ -367,7 +367,7 @@ def _inference(names: ModelNames | None) -> Iterable[Operation]:
             f"{path}/infer",
             f"infer{suffix}",
             tag,
-            "Make pictures of prompts",
+            "Make images of prompts",
             {200: done},
             WORK,
             (*parameters, KEY, length, ENCODED),
@@ -485,9 +485,9 @@ def operations(names: ModelNames | None) -> list[Operation]:
         ),
         _native(
             "/generate",
-            Answer("The picture.", IMAGE, image_headers()),
+            Answer("The image.", IMAGE, image_headers()),
             id="generate",
-            summary="One picture",
+            summary="One image",
             body={JSON: ImageRequest},
             example=EXAMPLE,
         ),
@@ -495,15 +495,15 @@ def operations(names: ModelNames | None) -> list[Operation]:
             "/generate_stream",
             Answer("Events.", STREAM, JOB_HEADER, events=_events("image_generation")),
             id="generateStream",
-            summary="One picture, and its making",
+            summary="One image, and its making",
             body={JSON: StreamRequest},
             example={**EXAMPLE, "partial_images": 2},
         ),
         _native(
             "/edit",
-            Answer("The picture.", IMAGE, image_headers()),
+            Answer("The image.", IMAGE, image_headers()),
             id="edit",
-            summary="One picture from another",
+            summary="One image from another",
             body={FORM: BentoMLEditRequest},
         ),
         _get(
@@ -523,7 +523,7 @@ def operations(names: ModelNames | None) -> list[Operation]:
             "Text to image",
             {
                 200: Answer(
-                    "Where the pictures are.",
+                    "Where the images are.",
                     {JSON: bodies.DiffusersExampleAnswer},
                     WARNINGS_HEADER,
                 )
@@ -545,7 +545,7 @@ def operations(names: ModelNames | None) -> list[Operation]:
             "/images/{filename}",
             "getImage",
             "Images",
-            "A stored picture",
+            "A stored image",
             {200: Answer("The file.", IMAGE, FILE_HEADERS)},
             NotFoundError,
             UnavailableError,

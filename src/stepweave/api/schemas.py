@@ -60,9 +60,9 @@ class OpenAIRequest(StreamRequest):
     }
 
     model: str | None = Field(None, description="Name of the model, if given.")
-    n: int = Field(1, ge=1, description="Number of pictures; picture i has seed + i.")
+    n: int = Field(1, ge=1, description="Number of images; image i has seed + i.")
     response_format: Literal["b64_json", "url"] | None = Field(
-        None, description="How pictures are returned."
+        None, description="How images are returned."
     )
     stream: bool = Field(False, description="Answer with server-sent events.")
     user: str | None = Field(None, max_length=512, description="Ignored.")
@@ -95,13 +95,13 @@ class GenerationRequest(OpenAIRequest):
 
 
 class Edit(BaseModel):
-    """What an edit takes beside a picture."""
+    """What an edit takes beside an image."""
 
     strength: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="How far the picture is led back towards noise: near 0 little changes, with "
+        description="How far the image is led back towards noise: near 0 little changes, with "
         "1 all.",
     )
 

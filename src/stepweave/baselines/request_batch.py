@@ -97,7 +97,7 @@ class _Together:
     def denoised(self, latents: Latents) -> None:
         counts = [images_of(job) for job in self._jobs]
         if len(latents.sample) != sum(counts):
-            return  # its rows are not its pictures
+            return  # its rows are not its images
         for i, (job, wanting) in enumerate(zip(self._jobs, self._wanting, strict=True)):
             if wanting:
                 start = sum(counts[:i])

@@ -48,7 +48,7 @@ def _given(name: str, value: object) -> str:
     return "..." if re.search("KEY|TOKEN|SECRET|PASSWORD", name.upper()) else shown(value)
 
 
-EXAMPLES = {"base_url": "must be as https://pictures.example.com or http://10.0.0.1:3000/stepweave"}
+EXAMPLES = {"base_url": "must be as https://images.example.com or http://10.0.0.1:3000/stepweave"}
 
 
 def removed_settings() -> list[str]:
@@ -114,8 +114,8 @@ class Settings(BaseSettings):
         "models, `sequential` layers.",
     )
     channels_last: bool = Field(False, description="Channels-last memory format for convolutions.")
-    vae_slicing: bool = Field(False, description="Decode the pictures of a batch one by one.")
-    vae_tiling: bool = Field(False, description="Decode large pictures in tiles.")
+    vae_slicing: bool = Field(False, description="Decode the images of a batch one by one.")
+    vae_tiling: bool = Field(False, description="Decode large images in tiles.")
     attention_backend: str | None = Field(
         None,
         min_length=1,
@@ -137,11 +137,11 @@ class Settings(BaseSettings):
         32,
         ge=1,
         le=4096,
-        description="Rows of a shared step (pictures of a shared call with `request`); guidance "
+        description="Rows of a shared step (images of a shared call with `request`); guidance "
         "takes two.",
     )
     max_decode_rows: int = Field(
-        4, ge=1, le=4096, description="Pictures that the autoencoder decodes together."
+        4, ge=1, le=4096, description="Images that the autoencoder decodes together."
     )
     max_jobs: int = Field(
         64, ge=1, le=4096, description="Jobs that run at a time with `STEPWEAVE_BATCHING=step`."
@@ -178,7 +178,7 @@ class Settings(BaseSettings):
         200, ge=1, le=10_000, description="Largest `num_inference_steps` of a request."
     )
     max_pixels: int = Field(
-        2048 * 2048, ge=64 * 64, description="Largest width times height of a picture."
+        2048 * 2048, ge=64 * 64, description="Largest width times height of an image."
     )
     max_input_pixels: int = Field(
         8192 * 8192,
@@ -200,10 +200,10 @@ class Settings(BaseSettings):
         4000, ge=1, le=7000, description="Longest prompt or negative prompt."
     )
     max_body_bytes: int = Field(
-        1_048_576, ge=1024, description="Largest body of a request without a picture."
+        1_048_576, ge=1024, description="Largest body of a request without an image."
     )
     max_upload_bytes: int = Field(
-        33_554_432, ge=1024, description="Largest body of a request with pictures, of an edit."
+        33_554_432, ge=1024, description="Largest body of a request with images, of an edit."
     )
     max_connections: int = Field(
         1000,
@@ -227,12 +227,12 @@ class Settings(BaseSettings):
     )
     base_url: Annotated[str, Field(pattern=r"^https?://[^/?#\s]+(/[^?#\s]*)?$")] | None = Field(
         None,
-        description="What the URLs of pictures begin with; if unset, the host that a request "
+        description="What the URLs of images begin with; if unset, the host that a request "
         "names, if it is trusted.",
     )
     trusted_hosts: str = Field(
         "localhost,127.0.0.1,[::1]",
-        description="Hosts, comma-separated, that requests may name for the URLs of pictures; "
+        description="Hosts, comma-separated, that requests may name for the URLs of images; "
         "`*.example.com`, or `*` for any.",
     )
     trust_forwarded: bool = Field(
@@ -246,14 +246,14 @@ class Settings(BaseSettings):
     state_dir: str | None = Field(
         None,
         min_length=1,
-        description="Directory of jobs and pictures, for one server; if unset, one that ends "
+        description="Directory of jobs and images, for one server; if unset, one that ends "
         "with it.",
     )
     keep_seconds: float = Field(
-        3600, gt=0, description="Seconds that finished jobs and stored pictures are kept."
+        3600, gt=0, description="Seconds that finished jobs and stored images are kept."
     )
     keep_bytes: int = Field(
-        1_073_741_824, ge=1_048_576, description="Bound of stored pictures; the oldest go first."
+        1_073_741_824, ge=1_048_576, description="Bound of stored images; the oldest go first."
     )
     keep_jobs: int = Field(
         10_000, ge=1, description="Bound of finished jobs that are kept; the oldest go first."

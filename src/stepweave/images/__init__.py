@@ -1,1 +1,1 @@
-"""Picture files and what is written into them."""
+"""Image files and what is written into them."""

@@ -1,4 +1,4 @@
-"""Encode pictures as PNG, JPEG or WebP, with the parameters that made them inside."""
+"""Encode images as PNG, JPEG or WebP, with the parameters that made them inside."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _EXIF_LIMIT = 65_527
 
 
 def a1111_text(values: dict[str, Any], model: str) -> str:
-    """The parameters in the convention of the A1111 web UI, which most picture tools read."""
+    """The parameters in the convention of the A1111 web UI, which most image tools read."""
     lines = [values["prompt"]]
     if values.get("negative_prompt"):
         lines.append(f"Negative prompt: {values['negative_prompt']}")
@@ -43,7 +43,7 @@ def a1111_text(values: dict[str, Any], model: str) -> str:
 def check_file(
     output_format: OutputFormat, compression: int | None, width: int, height: int
 ) -> None:
-    """Raise InvalidRequestError if a picture of this size cannot be written so."""
+    """Raise InvalidRequestError if an image of this size cannot be written so."""
     most = MAX_SIDES[output_format]
     if max(width, height) > most:
         raise InvalidRequestError(
@@ -64,7 +64,7 @@ def encode(
     model: str,
     quality: int | None = None,
 ) -> bytes:
-    """The picture as a file. `values` are the parameters of this image (`Parameters.of_image`),
+    """The image as a file. `values` are the parameters of this image (`Parameters.of_image`),
     None to leave them out.
 
     PNG carries them as text chunks `parameters` (A1111) and `stepweave` (JSON); JPEG and WebP as

@@ -29,7 +29,7 @@ from stepweave.compat.async_scheduler import clone_scheduler
 from stepweave.previews.latents import noise_level, prediction_of
 
 SHAPE = (1, 4, 8, 8)  # of the latents; schedulers work on each number by itself
-# of the numbers of noise: as in a picture of a million of them, for types that overflow
+# of the numbers of noise: as in an image of a million of them, for types that overflow
 LARGEST = 4.5
 MOST = 2 * LARGEST  # noise that a bounded oracle sees
 # Root mean square of what may be left between the end and the clean latents. Measured of diffusers'
@@ -51,7 +51,7 @@ class Course:
 
     steps: int
     strength: float | None = None  # of an edit
-    # of a picture, which dynamic shifting goes by; as many as shift the least where it is None
+    # of an image, which dynamic shifting goes by; as many as shift the least where it is None
     tokens: int | None = None
 
 
@@ -213,7 +213,7 @@ def _timestep_arguments(scheduler: Any, pipeline: Any, code: str, course: Course
 
 
 def takes_shift(pipeline: Any) -> bool:
-    """Whether the timesteps of a pipeline's calls go by the size of the picture."""
+    """Whether the timesteps of a pipeline's calls go by the size of the image."""
     return re.search(r"\bmu=mu\b|\"mu\"", code_of(type(pipeline))) is not None  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""Which sizes of pictures a pipeline makes."""
+"""Which sizes of images a pipeline makes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from stepweave.errors import InvalidRequestError, shown
 
-# sides of the largest square that a picture's side may have, where the model itself has no limit
+# sides of the largest square that an image's side may have, where the model itself has no limit
 NARROW = 4
 
 

@@ -90,8 +90,7 @@ class DeviceHealth:
             return failed
         if ran_out(error):
             too_little = OutOfMemoryError(
-                "There is not enough memory for this job: ask for a smaller size, or fewer "
-                "pictures."
+                "There is not enough memory for this job: ask for a smaller size, or fewer images."
             )
             too_little.__cause__ = error
             return too_little

@@ -35,7 +35,7 @@ class WaitForMemory:
         bound = ", which a reproducible job may not divide" if call.whole and call.rows > 1 else ""
         return OutOfMemoryError(
             f"There is not enough memory for this job, even alone: {call.target.name} ran out of "
-            f"it, with {call.rows} rows{bound}. Ask for a smaller size, or fewer pictures."
+            f"it, with {call.rows} rows{bound}. Ask for a smaller size, or fewer images."
         )
 
 

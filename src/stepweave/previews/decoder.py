@@ -1,4 +1,4 @@
-"""Previews of unfinished pictures: a small map from latents to pixels, fitted to the autoencoder
+"""Previews of unfinished images: a small map from latents to pixels, fitted to the autoencoder
 that is served.
 
 Latents of most autoencoders tell the colours of the pixels they stand for nearly linearly, so no
@@ -68,7 +68,7 @@ class Previewer:
         does.
 
         To be called before an engine has the pipeline. It takes a few forwards of the autoencoder
-        on small pictures.
+        on small images.
         """
         began = time.monotonic()
         try:
@@ -101,7 +101,7 @@ class Previewer:
         return cls(fitted, _unpacker(pipeline), explained)
 
     def image(self, latents: Latents, width: int, height: int, row: int = 0) -> Image.Image:
-        """What a picture of this size looks like at a step, as large as it will be, or LONGEST
+        """What an image of this size looks like at a step, as large as it will be, or LONGEST
         pixels on its longer side.
 
         Raises ValueError if the latents are not what the autoencoder takes.
@@ -184,7 +184,7 @@ def _fit(vae: Any, factor: int, device: torch.device | None) -> tuple[PixelMap, 
 
 
 def _flat(values: torch.Tensor) -> torch.Tensor:
-    """Doubles on the CPU (pictures * places, n) of (pictures, n, places...)."""
+    """Doubles on the CPU (images * places, n) of (images, n, places...)."""
     return values.flatten(2).transpose(1, 2).flatten(0, 1).to("cpu", torch.float64)
 
 
@@ -206,7 +206,7 @@ def _unhooked_copy(vae: nn.Module) -> nn.Module:
 
 
 def _samples(vae: Any, side: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents of the autoencoder, (pictures, channels, side, side), and their pixels, -1 to 1,
+    """Latents of the autoencoder, (images, channels, side, side), and their pixels, -1 to 1,
     float32."""
     film = any(isinstance(module, nn.Conv3d) for module in vae.modules())
     latents, pixels = [], []

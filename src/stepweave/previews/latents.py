@@ -16,7 +16,7 @@ from stepweave.compat.cpu_offload import pipelines_in
 
 logger = logging.getLogger(__name__)
 
-# of the larger noise level; below it two samples do not tell picture and noise apart
+# of the larger noise level; below it two samples do not tell image and noise apart
 ILL_CONDITIONED = 1e-3
 
 
@@ -88,7 +88,7 @@ class Latents:
 
 
 def noise_level(scheduler: Any, timestep: torch.Tensor) -> tuple[float, float]:
-    """The factors of picture and noise in a sample of `timestep` (1,), by a scheduler whose step
+    """The factors of image and noise in a sample of `timestep` (1,), by a scheduler whose step
     index is not set."""
     image, noise = torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [1.0]])
     if hasattr(scheduler, "scale_noise"):

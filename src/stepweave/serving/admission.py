@@ -73,7 +73,7 @@ class Reservation:
 
 
 class Admission:
-    """Places for requests, up to a limit. A request holds its place until its picture files are
+    """Places for requests, up to a limit. A request holds its place until its image files are
     encoded.
 
     `drain` gives the predicted seconds until all that are in flight are done, or None if that is

@@ -47,7 +47,7 @@ def check_prompts(prompt: str, negative_prompt: str | None, longest: int) -> Non
             )
     if not prompt.strip():
         raise InvalidRequestError(
-            f"prompt is empty: {shown(prompt)}. Say what the picture should show.", param="prompt"
+            f"prompt is empty: {shown(prompt)}. Say what the image should show.", param="prompt"
         )
 
 

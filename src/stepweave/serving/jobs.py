@@ -101,7 +101,7 @@ class Jobs:
         with contextlib.ExitStack() as exits:
             directory = exits.enter_context(state_directory(settings.state_dir))
             files = DirectoryFileStore(
-                directory / "pictures", settings.keep_seconds, settings.keep_bytes
+                directory / "images", settings.keep_seconds, settings.keep_bytes
             )
             store = SqliteJobStore(
                 directory / "jobs.sqlite", settings.keep_seconds, settings.keep_jobs
@@ -180,7 +180,7 @@ class Jobs:
         return live or StoredJob(record, self.files)
 
     def _whole(self, record: JobRecord) -> bool:
-        """Whether a job's end was noted, and its pictures are still there."""
+        """Whether a job's end was noted, and its images are still there."""
         return record.done and all(map(self.files.has, record.files))
 
     @staticmethod
@@ -314,7 +314,7 @@ class Jobs:
         return jobs, records[-1].cursor if len(records) == limit else None
 
     async def delete(self, id: str) -> None:
-        """Forget a job that is over, and its pictures."""
+        """Forget a job that is over, and its images."""
         keeping = self._keeping.get(id)
         if keeping is not None:
             await asyncio.shield(keeping)

@@ -143,7 +143,7 @@ class Lifecycle:
         for active in list(self.active.values()):
             active.cancel(
                 UnavailableError(
-                    "The server shut down before the picture was done; send the request again.",
+                    "The server shut down before the image was done; send the request again.",
                     code="draining",
                     retry_after=DRAINING_RETRY_SECONDS,
                 )
@@ -166,7 +166,7 @@ class Lifecycle:
         await self._wait(until - KEEPING_SECONDS / 2)
         closing = asyncio.ensure_future(on_thread(self._closers, self.close, until))
         if not (await asyncio.wait({closing}, timeout=max(0.0, until - time.monotonic())))[0]:
-            logger.error("the stores of jobs and pictures could not be closed in time")
+            logger.error("the stores of jobs and images could not be closed in time")
         else:
             closing.result()
 
@@ -193,7 +193,7 @@ class Lifecycle:
         if self.engine is not None:
             self.engine.close(left())
         if not self._drawers.end(left(), cancel_futures=True) or not self._encoders.end(left()):
-            logger.error("pictures or previews are still being encoded; they are left behind")
+            logger.error("images or previews are still being encoded; they are left behind")
         if self.jobs is not None:
             self.jobs.close()
 

@@ -1,4 +1,4 @@
-"""From settings to a model that serves: device, weights, previews, engine, first pictures. Imports
+"""From settings to a model that serves: device, weights, previews, engine, first images. Imports
 torch, so it comes late."""
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def load(
     apply_optimizations(pipeline, settings, device)
     model = ServedModel(pipeline, preset, settings)
     # before the engine hooks the modules; a preview would show what a safety checker takes out of
-    # the picture
+    # the image
     previewer = (
         None if getattr(pipeline, "safety_checker", None) is not None else Previewer.fit(pipeline)
     )
@@ -94,7 +94,7 @@ def load(
             enter(
                 "warming_up",
                 0.8,
-                f"first pictures of {model.width}x{model.height}, and certificates",
+                f"first images of {model.width}x{model.height}, and certificates",
             )
             warm_up(model, engine)
     except BaseException:

@@ -39,7 +39,7 @@ class StoredJob:
         yield
 
     async def result(self) -> Answer:
-        """Raises what ended it, and NotFoundError once its pictures have expired."""
+        """Raises what ended it, and NotFoundError once its images have expired."""
         record = self.record
         if record.error is not None:
             raise _StoredError(record.error)
@@ -49,7 +49,7 @@ class StoredJob:
         for i, name in enumerate(record.files):
             file = await self._files.get(name)
             if file is None:
-                raise NotFoundError(f"The pictures of job {self.id} have expired.", code="expired")
+                raise NotFoundError(f"The images of job {self.id} have expired.", code="expired")
             values = {**record.request["values"], "seed": record.request["values"]["seed"] + i}
             files.append(
                 ImageFile(

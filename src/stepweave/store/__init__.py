@@ -1,4 +1,4 @@
-"""What outlives a request: records of jobs, picture files, and the directory that holds both.
+"""What outlives a request: records of jobs, image files, and the directory that holds both.
 
 Works alone, without a server: nothing here imports torch or a route.
 """

@@ -1,4 +1,4 @@
-"""Picture files under unguessable names, for a bounded time and in bounded bytes."""
+"""Image files under unguessable names, for a bounded time and in bounded bytes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class StoredFile:
 
 
 class FileStore(Protocol):
-    """Where picture files are kept. Every method raises StepweaveError (code `store_failed`) where
+    """Where image files are kept. Every method raises StepweaveError (code `store_failed`) where
     the store fails."""
 
     @property
@@ -152,7 +152,7 @@ class DirectoryFileStore:
             raise ValueError(f"suffix is {shown(suffix)}; allowed are {', '.join(MEDIA_TYPES)}.")
         if len(data) > self._max_bytes:
             message = (
-                f"The picture's file has {len(data)} bytes; the file store takes {self._max_bytes} "
+                f"The image's file has {len(data)} bytes; the file store takes {self._max_bytes} "
                 f"in all."
             )
             raise StepweaveError(message, code="file_too_large")

@@ -41,8 +41,8 @@ class JobRecord:
     step: int = 0
     total_steps: int = 0
     request: dict[str, Any]  # the parameters as resolved
-    response: dict[str, Any] | None = None  # the answer without its pictures
-    files: tuple[str, ...] = ()  # names in the file store, one per picture, in order
+    response: dict[str, Any] | None = None  # the answer without its images
+    files: tuple[str, ...] = ()  # names in the file store, one per image, in order
     error: dict[str, Any] | None = None  # the contract's: message, type, code, param
     warnings: list[str]
     idempotency_key: str | None = None

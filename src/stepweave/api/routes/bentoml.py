@@ -1,4 +1,4 @@
-"""BentoML's native APIs: answers that its clients read as pictures and as streams."""
+"""BentoML's native APIs: answers that its clients read as images and as streams."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ async def answered(request: Request, work: Callable[[], Coroutine[Any, Any, Resp
 
 
 async def generate(request: Request, server: Server, body: ImageRequest) -> Response:
-    """One picture's file."""
+    """One image's file."""
     claim = claim_of(request, body.model_dump_json())
 
     async def accept() -> ActiveRequest:
@@ -104,7 +104,7 @@ async def generate_stream(request: Request, server: Server, body: StreamRequest)
 
 
 async def edit(request: Request, server: Server) -> Response:
-    """One picture's file, by what the middleware has read."""
+    """One image's file, by what the middleware has read."""
     edit: Edit = request.scope[EDIT]
     body, place = edit.body, edit.place
     claim = claim_of(request, body.model_dump_json(), edit.digest)

@@ -53,7 +53,7 @@ class DiffusersExampleRequest(BaseModel):
         description=f"Denoising steps; {DEFAULT_STEPS} if absent, or the server's limit if that "
         "is less.",
     )
-    num_images_per_prompt: Number = Field(1, ge=1, description="Number of pictures.")
+    num_images_per_prompt: Number = Field(1, ge=1, description="Number of images.")
     model: str | None = Field(
         None, description="Ignored, as the example server does: this one has one model."
     )
@@ -109,7 +109,7 @@ class DiffusersExampleRoutes:
     async def _generate(
         self, request: Request, image: ImageRequest, body: DiffusersExampleRequest, claim: Claim
     ) -> tuple[list[str], list[str]]:
-        """Names of the pictures' files in the store, and warnings."""
+        """Names of the images' files in the store, and warnings."""
         server = self.server
         accept = functools.partial(
             server.accept, image, n=body.num_images_per_prompt, client=asker_of(request)
@@ -119,12 +119,12 @@ class DiffusersExampleRoutes:
         return names, answer.body["warnings"]
 
     async def image(self, request: Request) -> Response:
-        """A stored picture. The name is the key to it: unguessable, and gone with the file."""
+        """A stored image. The name is the key to it: unguessable, and gone with the file."""
         name = request.path_params["filename"]
         file = await self.server.files.get(name)
         if file is None:
             raise NotFoundError(
-                f"There is no picture {shown(name)}; it may have expired.", code="image_not_found"
+                f"There is no image {shown(name)}; it may have expired.", code="image_not_found"
             )
         headers = {
             "Cache-Control": f"private, max-age={int(file.expires_in)}",

@@ -64,7 +64,7 @@ class JobRoutes:
         return await self._described(request, await self._job(request))
 
     async def delete(self, request: Request) -> Response:
-        """Cancel it; one that is over is forgotten, and its pictures."""
+        """Cancel it; one that is over is forgotten, and its images."""
         job = await self._job(request)
         if isinstance(job, ActiveRequest) and not job.done:
             job.cancel(RequestCancelledError("The job was cancelled."))

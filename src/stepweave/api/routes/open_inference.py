@@ -1,9 +1,9 @@
 """The Open Inference Protocol v2, as KServe and Triton's clients speak it.
 
-Each element of the input `prompt` is one picture, a generation of its own; an optional input has
+Each element of the input `prompt` is one image, a generation of its own; an optional input has
 one element for all of them, or one each. What holds for all may stand in the request's `parameters`
-too. A picture comes back as its file, in binary tensors as it is and in JSON as base64; the output
-`parameters` has a JSON text for each picture: everything as resolved, and warnings.
+too. An image comes back as its file, in binary tensors as it is and in JSON as base64; the output
+`parameters` has a JSON text for each image: everything as resolved, and warnings.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The picture of a comparison of policies."""
+"""The image of a comparison of policies."""
 
 from __future__ import annotations
 
