@@ -19,6 +19,8 @@ serve: .venv/serve.stamp
 test test-full: export OMP_NUM_THREADS = 1
 test test-full: export LOKY_MAX_CPU_COUNT = 1
 test test-full: export OMP_WAIT_POLICY = passive
+# The servers that tests start read what is compiled once
+test test-full: export PYTHONDONTWRITEBYTECODE =
 test: .venv/dev.stamp .venv-clients/stamp
 	$(BIN)/pytest -m "not full and not gpu" --numprocesses 2 --dist loadscope
 

@@ -87,10 +87,9 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., InProc
         def make(pipeline: Any = None, *, ready: bool = True, **settings: Any) -> InProcess:
             fake = FakePipeline()
             if pipeline is not None and not isinstance(pipeline, FakePipeline):
-                settings = {
-                    "max_pixels": 128 * 128,
-                    **settings,
-                }  # a tiny model's warm-up tries long images of many latents
+                # a tiny model's start tries long images of many latents, and each scheduler at all
+                # the steps that there may be
+                settings = {"max_pixels": 128 * 128, "max_steps": 50, **settings}
             pipeline = pipeline or fake
             server = Server(
                 Settings(**{"batching": "off", **settings}), load=lambda *_: (pipeline, Preset())

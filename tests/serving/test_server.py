@@ -44,6 +44,11 @@ OURS = re.compile(
 )
 
 
+def test_it_tells_how_far_loading_is(served: Served) -> None:
+    assert {("importing", 503), ("ready", 200)} <= served.told
+    assert {status for stage, status in served.told if stage != "ready"} == {503}
+
+
 def test_a_start_prints_nothing_but_our_lines(served: Served) -> None:
     lines = served.log.read_text().splitlines()
     [ready] = (
@@ -72,9 +77,9 @@ def test_the_readmes_clients_get_what_they_asked_for(
             timeout=SECONDS,
             env=clean_environment(PYTHONPATH=str(ROOT / "src")),
         )
-        with Image.open(tmp_path / "circle.png") as picture:
-            assert picture.size == (64, 64)
-            assert wrong_parts(picture, PROMPT) == []
+        with Image.open(tmp_path / "circle.png") as image:
+            assert image.size == (64, 64)
+            assert wrong_parts(image, PROMPT) == []
         (tmp_path / "circle.png").unlink()
 
 
@@ -106,7 +111,7 @@ def test_a_deadline_that_nothing_can_meet_is_refused_before_it_runs(served: Serv
         assert client.images.generate(prompt=PROMPT, extra_body={"deadline_ms": 10**7}).data
 
 
-def test_same_seed_same_picture_on_both_surfaces(served: Served, tmp_path: Path) -> None:
+def test_same_seed_same_image_on_both_surfaces(served: Served, tmp_path: Path) -> None:
     with bentoml.SyncHTTPClient(served.url, timeout=SECONDS) as client:
         native = client.generate(prompt=PROMPT, seed=11)
     response = httpx.post(
@@ -159,12 +164,12 @@ def test_a_prompt_that_is_cut_is_warned_of_on_both_surfaces(served: Served) -> N
         assert json.loads(native.headers.get("X-Stepweave-Warnings", "[]")) == warnings
 
 
-def test_a_reproducible_picture_is_that_of_diffusers_own_call(
-    served: Served, plain_pictures: list[tuple[dict[str, Any], np.ndarray]]
+def test_a_reproducible_image_is_that_of_diffusers_own_call(
+    served: Served, plain_images: list[tuple[dict[str, Any], np.ndarray]]
 ) -> None:
     with ThreadPoolExecutor(8) as pool:
         bodies = [
-            body | {"reproducible": i % 4 == 0} for i, (body, _) in enumerate(plain_pictures[:16])
+            body | {"reproducible": i % 4 == 0} for i, (body, _) in enumerate(plain_images[:16])
         ]
         answers = list(
             pool.map(
@@ -172,7 +177,7 @@ def test_a_reproducible_picture_is_that_of_diffusers_own_call(
                 bodies,
             )
         )
-    for body, answer, (_, plain) in zip(bodies, answers, plain_pictures, strict=False):
+    for body, answer, (_, plain) in zip(bodies, answers, plain_images, strict=False):
         assert answer.headers.get("X-Stepweave-Reproducible") == (
             "true" if body["reproducible"] else None
         )
@@ -205,16 +210,14 @@ def test_errors_of_bentomls_own_routes_have_the_contracts_shape(served: Served) 
         assert ("Allow" in response.headers) == (status == 405)
 
 
-def test_livez_answers_many_times_while_a_picture_is_made(served: Served) -> None:
+def test_livez_answers_many_times_while_an_image_is_made(served: Served) -> None:
     """A second or two of it: an answer that waited for the engine would come after it."""
     body = {"prompt": PROMPT, "num_inference_steps": 200, "size": "256x256", "events": "all"}
     with (
-        httpx.stream(
-            "POST", f"{served.url}/generate_stream", json=body, timeout=SECONDS
-        ) as picture,
+        httpx.stream("POST", f"{served.url}/generate_stream", json=body, timeout=SECONDS) as image,
         httpx.Client(timeout=SECONDS) as client,
     ):
-        told = picture.iter_lines()
+        told = image.iter_lines()
         next(line for line in told if '"step": 1,' in line)
         for _ in range(20):
             assert client.get(f"{served.url}/livez").status_code == 200
@@ -280,8 +283,8 @@ def test_any_prompt_comes_through_the_native_route(served: Served, prompt: str) 
         f"{served.url}/generate", json={"prompt": prompt, "num_inference_steps": 1}, timeout=SECONDS
     )
     assert response.status_code == 200
-    picture = Image.open(io.BytesIO(response.content))
-    assert json.loads(picture.info["stepweave"])["prompt"] == prompt  # type: ignore[attr-defined]
+    image = Image.open(io.BytesIO(response.content))
+    assert json.loads(image.info["stepweave"])["prompt"] == prompt  # type: ignore[attr-defined]
 
 
 def test_sizes_beyond_the_models_positions_are_refused(served: Served) -> None:
@@ -309,8 +312,8 @@ def test_a_client_that_leaves_ends_its_job(served: Served, path: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def plain_pictures() -> list[tuple[dict[str, Any], np.ndarray]]:
-    """Bodies of requests that differ in everything, and the picture of diffusers' own call for
+def plain_images() -> list[tuple[dict[str, Any], np.ndarray]]:
+    """Bodies of requests that differ in everything, and the image of diffusers' own call for
     each."""
     pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(
         EMBEDDED_MODEL, text_encoder_3=None, tokenizer_3=None
@@ -331,10 +334,10 @@ def plain_pictures() -> list[tuple[dict[str, Any], np.ndarray]]:
         }
         if seed % 5 == 2:
             body["negative_prompt"] = "a white background"
-        picture = pipeline(
+        image = pipeline(
             **body, max_sequence_length=1, generator=torch.Generator().manual_seed(seed)
         ).images[0]
-        pairs.append((body | {"seed": seed}, np.asarray(picture, np.int16)))
+        pairs.append((body | {"seed": seed}, np.asarray(image, np.int16)))
     return pairs
 
 
@@ -342,9 +345,9 @@ def plain_pictures() -> list[tuple[dict[str, Any], np.ndarray]]:
     "batching",
     ["step", *(pytest.param(mode, marks=[pytest.mark.full]) for mode in ("request", "threads"))],
 )
-def test_pictures_made_together_are_those_of_diffusers_own_call(
+def test_images_made_together_are_those_of_diffusers_own_call(
     served: Served,
-    plain_pictures: list[tuple[dict[str, Any], np.ndarray]],
+    plain_images: list[tuple[dict[str, Any], np.ndarray]],
     tmp_path: Path,
     batching: str,
 ) -> None:
@@ -360,12 +363,11 @@ def test_pictures_made_together_are_those_of_diffusers_own_call(
             server = stack.enter_context(serve(tmp_path / "log.txt", **settings))
             server.wait_until_ready()
         with ThreadPoolExecutor(32) as pool:
-            together = list(pool.map(lambda pair: draw(server.url, pair[0]), plain_pictures))
+            together = list(pool.map(lambda pair: draw(server.url, pair[0]), plain_images))
         if batching != "step":
             assert server.stop() == 0
     assert (
-        max(int(np.abs(a - b).max()) for a, (_, b) in zip(together, plain_pictures, strict=True))
-        <= 1
+        max(int(np.abs(a - b).max()) for a, (_, b) in zip(together, plain_images, strict=True)) <= 1
     )
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class Served:
     port: int
     process: subprocess.Popen[bytes]
     log: Path
+    # (stage, status) of `/readyz` on the way to ready
+    told: set[tuple[str, int]] = field(default_factory=set)
 
     def wait_until_ready(self) -> None:
         deadline = time.monotonic() + SECONDS
@@ -37,7 +39,13 @@ class Served:
             if self.process.poll() is not None:
                 break
             with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/readyz", timeout=SECONDS).status_code == 200:
+                live, ready = (
+                    httpx.get(f"{self.url}/{probe}", timeout=SECONDS)
+                    for probe in ("livez", "readyz")
+                )
+                assert live.status_code == 200, live.text
+                self.told.add((ready.json()["stage"], ready.status_code))
+                if ready.status_code == 200:
                     return
             time.sleep(0.1)
         raise AssertionError(f"not ready: {self.log.read_text()}")
