@@ -262,13 +262,13 @@ def test_bentomls_asynchronous_client(served: Served, drawing: Path) -> None:
 
     async def use() -> tuple[Any, str, Any]:
         async with bentoml.AsyncHTTPClient(served.url, timeout=SECONDS) as client:
-            image = await client.generate(prompt=PROMPT, seed=7)
+            made = await client.generate(prompt=PROMPT, seed=7)
             told = [chunk async for chunk in client.generate_stream(prompt=PROMPT)]
             edited = await client.edit(prompt=PROMPT, image=image, strength=0.2)
-            return image.copy(), "".join(told), edited.copy()
+            return made.copy(), "".join(told), edited.copy()
 
-    image, told, edited = asyncio.run(use())
-    assert wrong_parts(image, PROMPT) == []
+    made, told, edited = asyncio.run(use())
+    assert wrong_parts(made, PROMPT) == []
     assert told.startswith("event: image_generation.completed")
     assert likeness(edited, image_of(drawing.read_bytes())) > 0.9
 
