@@ -35,7 +35,7 @@ those of another.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import ClassVar, Literal, Self, get_args
 
 RefusalReason = Literal["queue_full", "wait", "deadline", "memory"]
 REFUSAL_REASONS: tuple[RefusalReason, ...] = get_args(RefusalReason)  # codes of 429
@@ -147,17 +147,6 @@ class StepweaveError(Exception):
         twin = type(self).__new__(type(self), *self.args)
         twin.__dict__.update(self.__dict__)
         return twin
-
-    def body(self) -> dict[str, Any]:
-        """The body of the answer, in OpenAI's error shape."""
-        return {
-            "error": {
-                "message": self.message,
-                "type": self.type,
-                "code": self.code,
-                "param": self.param,
-            }
-        }
 
 
 class ConfigError(StepweaveError):

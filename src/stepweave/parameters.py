@@ -121,9 +121,13 @@ class Timings:
     encode_image: float = 0.0
     total: float = 0.0
 
+    def rounded(self) -> Timings:
+        """To microseconds, as they are told."""
+        return Timings(**{name: round(seconds, 6) for name, seconds in vars(self).items()})
+
 
 @dataclass(frozen=True)
-class Generation:
+class GeneratedImages:
     """The outcome of a job: n images, first seed first, and what the pipeline returned beside
     them."""
 
@@ -169,12 +173,3 @@ class ImageFile:
 
 async def _put(files: Files, data: bytes, suffix: OutputFormat) -> str:
     return await files.put(data, suffix)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a generation is answered with. `body` is JSON-able: created, model, usage, parameters,
-    timings, warnings, and outputs where the pipeline returned more than images."""
-
-    body: dict[str, Any]
-    images: list[ImageFile]

@@ -1072,7 +1072,7 @@ def test_any_binary_tensor_is_read_or_refused(
 @given(texts=st.lists(st.text(), max_size=5))
 def test_texts_survive_the_binary_form(texts: list[str]) -> None:
     tensors = [OutputTensor("prompt", [text.encode() for text in texts], texts, True, {})]
-    body, length = write_message({}, tensors)
+    body, length = write_message(tensors, model_name="", model_version="1")
     assert length is not None
     (described,) = json.loads(body[:length])["outputs"]
     message = InferenceRequest.model_validate({"inputs": [described]})

@@ -13,9 +13,9 @@ from unittest.mock import patch
 
 import pytest
 
-from stepweave.api import answers
 from stepweave.errors import StepweaveError
 from stepweave.serving.request import ActiveRequest
+from stepweave.serving.resources import Resource
 from stepweave.serving.server import Server
 from stepweave.store import DirectoryFileStore, SqliteJobStore
 from tests.support.asgi import App, Exchange, serving, started
@@ -934,18 +934,15 @@ async def test_a_job_is_soon_told_of_large_results() -> None:
         id = await later(app)
         await settled(app)
         size = 8_000_000
-        inlined: list[bool] = []
-        written: list[int] = []
+        on_loop: list[bool] = []
 
-        def inline(*args: Any, real: Any = answers._inline) -> Any:
-            inlined.append(threading.current_thread() is threading.main_thread())
-            return real(*args)
+        def encode(data: bytes, real: Any = base64.b64encode) -> Any:
+            on_loop.append(threading.current_thread() is threading.main_thread())
+            return real(data)
 
-        def dumps(*args: Any, real: Any = json.dumps, **options: Any) -> str:
-            text: str = real(*args, **options)
-            if threading.current_thread() is threading.main_thread():
-                written.append(len(text))
-            return text
+        def to_json(resource: Resource, real: Any = Resource.to_json) -> Any:
+            on_loop.append(threading.current_thread() is threading.main_thread())
+            return real(resource)
 
         read = DirectoryFileStore._read
 
@@ -956,10 +953,9 @@ async def test_a_job_is_soon_told_of_large_results() -> None:
 
         with (
             patch.object(DirectoryFileStore, "_read", large),
-            patch.object(answers, "_inline", inline),
-            patch.object(json, "dumps", dumps),
+            patch.object(base64, "b64encode", encode),
+            patch.object(Resource, "to_json", to_json),
         ):
             job = await app.job(id)
         assert len(job["result"]["data"][0]["b64_json"]) > size
-        assert inlined == [False]
-        assert max(written) < 10_000
+        assert on_loop == [False, False]

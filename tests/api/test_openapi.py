@@ -245,7 +245,7 @@ def test_events_are_as_described(in_process: Make) -> None:
         "/v1/images/generations", json={"prompt": "a"}, headers={"Prefer": "respond-async"}
     )
     assert job.status_code == 202
-    validate(found, "Job", job.json())
+    validate(found, "JobView", job.json())
     following = _described_events(found, "/v1/jobs/{id}/events", "get")
     for name, data in _events(app.client.get(f"{job.headers['location']}/events").text):
         validate(found, following[name], data)

@@ -1,17 +1,21 @@
-"""What the HTTP surfaces answer, for the OpenAPI document.
-
-Handlers build these as dicts; tests hold real answers against them.
-"""
+"""What the HTTP surfaces answer beside generations and jobs (`serving.resources`), and which of all
+these models the OpenAPI document has."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import Field, RootModel
 
-from stepweave.errors import StepweaveError
-from stepweave.parameters import OutputFormat, PriorityName, Timings
-from stepweave.serving.request import State
+from stepweave.parameters import OutputFormat
+from stepweave.serving.resources import (
+    Error,
+    Generation,
+    JobView,
+    Outcome,
+    Resource,
+    absent,
+)
 
 STAGES = (
     "starting",
@@ -26,50 +30,19 @@ STAGES = (
 )
 
 
-def _absent() -> Any:
-    """Marks what answers may leave out; documents have no default for it."""
-    raise AssertionError("answers are not made of these models")
-
-
-def _error_types() -> list[str]:
-    kinds: list[type[StepweaveError]] = [StepweaveError]
-    for kind in kinds:
-        kinds += kind.__subclasses__()
-    return sorted({kind.type for kind in kinds})
-
-
-class ErrorDetail(BaseModel):
-    """What went wrong."""
-
-    message: str = Field(description="For people: the offending value, and the limit.")
-    type: str = Field(json_schema_extra={"enum": list(_error_types())})
-    code: str = Field(
-        description="For programs.", examples=["invalid_value", "queue_full", "model_not_found"]
-    )
-    param: str | None = Field(
-        description="The field, parameter or header that is wrong, if it is one."
-    )
-
-
-class Error(BaseModel):
-    """The body of every refusal and failure."""
-
-    error: ErrorDetail
-
-
 class ExamplesError(Error):
     """The same on the routes of diffusers' example servers, whose clients read `detail`."""
 
     detail: str = Field(description="The message.")
 
 
-class ProtocolError(BaseModel):
+class ProtocolError(Resource):
     """The body of every refusal and failure of the Open Inference Protocol."""
 
     error: str = Field(description="For people: the offending value, and the limit.")
 
 
-class Health(BaseModel):
+class Health(Resource):
     """Where the server stands."""
 
     stage: str = Field(json_schema_extra={"enum": list(STAGES)})
@@ -85,22 +58,22 @@ class Unhealthy(Error, Health):
     """A probe's refusal: why, and where the server stands."""
 
 
-class Drained(BaseModel):
+class Drained(Resource):
     """The server leaves, or stays after all."""
 
     stage: str = Field(json_schema_extra={"enum": list(STAGES)})
     in_flight: int = Field(ge=0, description="Requests accepted and not yet done.")
 
 
-class MountedRoute(BaseModel):
+class MountedRoute(Resource):
     path: str
     methods: list[str]
 
 
-class Discovery(BaseModel):
+class Discovery(Resource):
     """What this server is, and where its surfaces are."""
 
-    name: Literal["stepweave"]
+    name: Literal["stepweave"] = "stepweave"
     version: str
     model: str | None = Field(description="Id of the model; null while it is loaded.")
     stage: str = Field(json_schema_extra={"enum": list(STAGES)})
@@ -108,7 +81,7 @@ class Discovery(BaseModel):
     links: dict[str, str]
 
 
-class Unshared(BaseModel):
+class Unshared(Resource):
     """A module whose calls share no forward, or some of whose do not."""
 
     call: str = Field(description="The module, or its method.")
@@ -118,7 +91,7 @@ class Unshared(BaseModel):
     detail: str
 
 
-class Certificate(BaseModel):
+class Certificate(Resource):
     """Whether calls of a kind may share a forward, and the proof."""
 
     call: str
@@ -131,7 +104,7 @@ class Certificate(BaseModel):
     merged_forwards: int
 
 
-class SchedulerSteps(BaseModel):
+class SchedulerSteps(Resource):
     """Values of `num_inference_steps` that were tried with a scheduler. Every other one is tried
     when it is first asked for."""
 
@@ -139,7 +112,7 @@ class SchedulerSteps(BaseModel):
     fails: list[int] = Field(description="It does not run with these; they are refused.")
 
 
-class Limits(BaseModel):
+class Limits(Resource):
     """What requests may ask for. The ends of each range were tried before the server was ready."""
 
     size_multiple: int = Field(description="Both sides of an image are multiples of it.")
@@ -184,137 +157,30 @@ class ModelDetails(Limits):
     unshared: list[Unshared] = Field(description="What runs alone, or takes turns, and why.")
 
 
-class Model(BaseModel):
+class Model(Resource):
     """A model, as OpenAI describes one, and its `stepweave` details."""
 
     id: str
-    object: Literal["model"]
+    object: Literal["model"] = "model"
     created: int
-    owned_by: Literal["stepweave"]
+    owned_by: Literal["stepweave"] = "stepweave"
     stepweave: ModelDetails
 
 
-class ModelList(BaseModel):
-    object: Literal["list"]
+class ModelList(Resource):
+    object: Literal["list"] = "list"
     data: list[Model]
 
 
-class ResolvedParameters(BaseModel):
-    """Everything that was asked for, defaults filled in; what there is not is left out."""
-
-    prompt: str
-    negative_prompt: str = Field(default_factory=_absent)
-    size: str = Field(pattern=r"^[1-9][0-9]*x[1-9][0-9]*$")
-    seed: int = Field(ge=0)
-    num_inference_steps: int = Field(ge=1)
-    guidance_scale: float = Field(
-        default_factory=_absent, description="Where the pipeline has one."
-    )
-    scheduler: str = Field(default_factory=_absent)
-    strength: float = Field(default_factory=_absent, description="Of edits.")
-    reproducible: bool = Field(default_factory=_absent)
-    n: int = Field(ge=1)
-    priority: PriorityName = Field(default_factory=_absent)
-    deadline_ms: int = Field(default_factory=_absent, ge=1)
-    output_format: OutputFormat = Field(default_factory=_absent)
-    output_compression: int = Field(default_factory=_absent, ge=0, le=100)
-
-
-class InlineImage(BaseModel):
-    b64_json: str = Field(json_schema_extra={"contentEncoding": "base64"})
-    seed: int
-    flagged: bool = Field(description="Whether the pipeline's safety checker flagged it.")
-    revised_prompt: None
-
-
-class LinkedImage(BaseModel):
-    url: str = Field(description="Where the image is, for a while.")
-    seed: int
-    flagged: bool = Field(description="Whether the pipeline's safety checker flagged it.")
-    revised_prompt: None
-
-
-class TokenDetails(BaseModel):
-    text_tokens: int = Field(ge=0)
-    image_tokens: int = Field(ge=0)
-
-
-class Usage(BaseModel):
-    """Of the whole request. Of an image, tokens are positions of its latents, before these are
-    packed or made into patches."""
-
-    input_tokens: int = Field(ge=0)
-    input_tokens_details: TokenDetails = Field(
-        description="Tokens that the model's tokenizers read of the prompts, padding left out (0 "
-        "where it has no tokenizer); positions of the image that an edit starts from."
-    )
-    output_tokens: int = Field(ge=0)
-    output_tokens_details: TokenDetails = Field(
-        description="Of all images together; there is no text."
-    )
-    total_tokens: int = Field(ge=0, description="Of input and output.")
-    images: int
-    steps: int = Field(description="Denoising steps of all images.")
-    pixels: int
-
-
-class _Outcome(BaseModel):
-    model: str
-    usage: Usage
-    parameters: ResolvedParameters
-    timings: Timings
-    warnings: list[str]
-    outputs: dict[str, Any] = Field(
-        default_factory=_absent,
-        description="What the pipeline returned beside images, where that is text or numbers.",
-    )
-
-
-class Generation(_Outcome):
-    """Images, and everything about their making."""
-
-    created: int = Field(description="Unix seconds.")
-    size: str = Field(
-        pattern=r"^[1-9][0-9]*x[1-9][0-9]*$", description="Of the images, as they were made."
-    )
-    output_format: OutputFormat
-    background: Literal["opaque"]
-    data: list[InlineImage | LinkedImage]
-
-
-class Job(BaseModel):
-    """Where a job stands, and its result once it is there."""
-
-    id: str = Field(pattern=r"^[0-9a-f]{32}$")
-    object: Literal["job"]
-    kind: Literal["generation", "edit"]
-    state: State
-    step: int = Field(ge=0)
-    total_steps: int = Field(ge=0)
-    position: int | None = Field(
-        description="Place among all that wait, 1 for the first; null once it runs."
-    )
-    eta_seconds: float | None = Field(
-        gt=0,
-        description="Seconds until it will be done; null once it is, and while nothing of the "
-        "model has been timed.",
-    )
-    created: float = Field(description="Unix seconds.")
-    parameters: ResolvedParameters
-    warnings: list[str]
-    error: ErrorDetail | None
-    result: Generation | None
-
-
-class JobList(BaseModel):
-    object: Literal["list"]
-    data: list[Job]
+class JobList(Resource):
+    object: Literal["list"] = "list"
+    data: list[JobView]
     next: str | None = Field(
         description="What to send as `before` for those that follow; null at the end."
     )
 
 
-class PartialImage(BaseModel):
+class PartialImage(Resource):
     """Event: a preview."""
 
     type: Literal["image_generation.partial_image", "image_edit.partial_image"]
@@ -324,80 +190,80 @@ class PartialImage(BaseModel):
     created_at: int
     size: str
     output_format: OutputFormat
-    quality: Literal["auto"]
-    background: Literal["auto"]
+    quality: Literal["auto"] = "auto"
+    background: Literal["auto"] = "auto"
 
 
-class Completed(_Outcome):
+class Completed(Outcome):
     """Event: an image is done. With `response_format` `url` it is stored, too."""
 
     type: Literal["image_generation.completed", "image_edit.completed"]
     b64_json: str = Field(json_schema_extra={"contentEncoding": "base64"})
-    url: str = Field(default_factory=_absent, description="Where the image is, for a while.")
+    url: str | None = absent(description="Where the image is, for a while.")
     created_at: int
     size: str
     output_format: OutputFormat
-    quality: Literal["auto"]
-    background: Literal["auto"]
+    quality: Literal["auto"] = "auto"
+    background: Literal["auto"] = "auto"
     image_index: int = Field(ge=0)
     seed: int
     flagged: bool = Field(description="Whether the pipeline's safety checker flagged it.")
 
 
-class QueuedEvent(BaseModel):
+class QueuedEvent(Resource):
     """Event: the place in the queue."""
 
-    type: Literal["stepweave.queued"]
+    type: Literal["stepweave.queued"] = "stepweave.queued"
     id: str
     position: int = Field(ge=1)
     eta_seconds: float | None = Field(gt=0)
 
 
-class ProgressEvent(BaseModel):
+class ProgressEvent(Resource):
     """Event: steps done."""
 
-    type: Literal["stepweave.progress"]
+    type: Literal["stepweave.progress"] = "stepweave.progress"
     id: str
     step: int = Field(ge=0)
     total_steps: int = Field(ge=0)
     eta_seconds: float | None = Field(gt=0)
 
 
-class ProtocolMetadata(BaseModel):
+class ProtocolMetadata(Resource):
     """The server, in the Open Inference Protocol."""
 
-    name: Literal["stepweave"]
+    name: Literal["stepweave"] = "stepweave"
     version: str
     extensions: list[str]
 
 
-class Live(BaseModel):
-    live: Literal[True]
+class Live(Resource):
+    live: Literal[True] = True
 
 
 class NotLive(ProtocolError):
-    live: Literal[False]
+    live: Literal[False] = False
 
 
-class Ready(BaseModel):
-    ready: Literal[True]
+class Ready(Resource):
+    ready: Literal[True] = True
 
 
 class NotReady(ProtocolError):
-    ready: Literal[False]
+    ready: Literal[False] = False
 
 
 class ModelReady(Ready):
     name: str
 
 
-class TensorMetadata(BaseModel):
+class TensorMetadata(Resource):
     name: str
     datatype: str
     shape: list[int]
 
 
-class ModelMetadata(BaseModel):
+class ModelMetadata(Resource):
     """The model's tensors, in the Open Inference Protocol."""
 
     name: str
@@ -407,22 +273,29 @@ class ModelMetadata(BaseModel):
     outputs: list[TensorMetadata]
 
 
-class ServedModels(BaseModel):
+class ServedModels(Resource):
     """Names of the models, as KServe's servers list them."""
 
     models: list[str]
 
 
-class IndexedModel(BaseModel):
+ModelState = Literal["READY", "UNAVAILABLE"]
+
+
+class IndexedModel(Resource):
     """A model of the repository, as Triton's servers list them."""
 
     name: str
     version: str
-    state: Literal["READY", "UNAVAILABLE"]
+    state: ModelState
     reason: str = Field(description="Why it is not ready.")
 
 
-class TensorConfiguration(BaseModel):
+class RepositoryIndex(Resource, RootModel[list[IndexedModel]]):
+    """The models of the repository."""
+
+
+class TensorConfiguration(Resource):
     name: str
     data_type: str
     dims: list[int]
@@ -432,53 +305,51 @@ class InputConfiguration(TensorConfiguration):
     optional: bool
 
 
-class TransactionPolicy(BaseModel):
-    decoupled: Literal[False]
+class TransactionPolicy(Resource):
+    decoupled: Literal[False] = False
 
 
-class ModelConfiguration(BaseModel):
+class ModelConfiguration(Resource):
     """The model's tensors, as Triton's servers tell of them."""
 
     name: str
     platform: str
-    backend: Literal["stepweave"]
-    max_batch_size: Literal[0]
+    backend: Literal["stepweave"] = "stepweave"
+    max_batch_size: Literal[0] = 0
     input: list[InputConfiguration]
     output: list[TensorConfiguration]
-    model_transaction_policy: TransactionPolicy
+    model_transaction_policy: TransactionPolicy = TransactionPolicy()
 
 
 class ReturnedTensor(TensorMetadata):
     parameters: dict[str, bool | int | float | str]
-    data: list[str] = Field(
-        default_factory=_absent, description="Left out where the tensor follows the JSON."
-    )
+    data: list[str] | None = absent(description="Left out where the tensor follows the JSON.")
 
 
-class InferenceAnswer(BaseModel):
+class InferenceAnswer(Resource):
     """Images as tensors: `image` has their files, `parameters` a JSON text for each."""
 
-    id: str = Field(default_factory=_absent, description="The request's, if it had one.")
+    id: str | None = absent(description="The request's, if it had one.")
     model_name: str
     model_version: str
     outputs: list[ReturnedTensor]
 
 
-class DiffusersExampleAnswer(BaseModel):
+class DiffusersExampleAnswer(Resource):
     response: list[str] = Field(description="URLs of the images.")
 
 
-class DiffusersExampleStatus(BaseModel):
+class DiffusersExampleStatus(Resource):
     """The diffusers example server's status."""
 
     current_model: str
-    type_models: Literal["t2im"]
+    type_models: Literal["t2im"] = "t2im"
     memory: dict[str, float | str]
     active_inferences: int
     total_requests: int
 
 
-ANSWERS: tuple[type[BaseModel], ...] = (
+ANSWERS: tuple[type[Resource], ...] = (
     Error,
     ExamplesError,
     ProtocolError,
@@ -489,7 +360,7 @@ ANSWERS: tuple[type[BaseModel], ...] = (
     Model,
     ModelList,
     Generation,
-    Job,
+    JobView,
     JobList,
     PartialImage,
     Completed,
@@ -503,7 +374,7 @@ ANSWERS: tuple[type[BaseModel], ...] = (
     ModelReady,
     ModelMetadata,
     ServedModels,
-    IndexedModel,
+    RepositoryIndex,
     ModelConfiguration,
     InferenceAnswer,
     DiffusersExampleAnswer,

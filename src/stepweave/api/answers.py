@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import base64
 import json
-from typing import Any
+from collections.abc import Mapping
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from stepweave.errors import InvalidRequestError, shown
-from stepweave.parameters import Answer, OutputFormat
+from stepweave.errors import InvalidRequestError, NotFoundError, shown
+from stepweave.parameters import ImageFile, OutputFormat
+from stepweave.serving.jobs import Followed
+from stepweave.serving.resources import (
+    Answer,
+    Generation,
+    InlineImage,
+    JobView,
+    LinkedImage,
+    Resource,
+)
 from stepweave.store import FileStore
 from stepweave.threads import on_thread
 
@@ -89,37 +98,46 @@ def check_one_image(
         )
 
 
-async def json_answer(answer: Answer, base: str | None, files: FileStore) -> bytes:
-    """The JSON body, images as URLs that begin with `base`, or in base64 without one."""
-    if base is None:
-        return await on_thread(None, _inline, answer)
-    return json.dumps({**answer.body, "data": await urls(answer, base, files)}).encode()
+async def generation_of(answer: Answer, base: str | None, files: FileStore) -> Generation:
+    """The answer with its images: as URLs that begin with `base`, each stored if it is not yet, or
+    in base64 without one."""
+    data: list[InlineImage | LinkedImage] = []
+    for file in answer.images:
+        told = {"seed": file.seed, "flagged": file.flagged}
+        if base is None:
+            data.append(InlineImage(b64_json=await base64_of(file.data), **told))
+        else:
+            data.append(LinkedImage(url=await url_of(file, base, files), **told))
+    return Generation(**dict(answer.details), data=data)
 
 
-async def urls(answer: Answer, base: str, files: FileStore) -> list[dict[str, Any]]:
-    """The images as OpenAI's API has them, each stored if it is not yet."""
-    names = [await image.stored(files) for image in answer.images]
-    return [
-        {
-            "url": f"{base}/images/{name}",
-            "seed": image.seed,
-            "flagged": image.flagged,
-            "revised_prompt": None,
-        }
-        for name, image in zip(names, answer.images, strict=True)
-    ]
+async def job_of(job: Followed, files: FileStore, base: str | None) -> JobView:
+    """The job with its result once that is there."""
+    view = job.view()
+    if view.state != "succeeded":
+        return view
+    try:
+        result = await generation_of(await job.result(), base, files)
+    except NotFoundError as error:  # it has expired
+        return view.model_copy(update={"warnings": [*view.warnings, error.message]})
+    return view.model_copy(update={"result": result})
 
 
-def _inline(answer: Answer) -> bytes:
-    """Base64 needs no escaping, so JSON's encoder is spared the megabytes of it."""
-    pieces = [json.dumps(answer.body)[:-1].encode(), b', "data": [']
-    for i, file in enumerate(answer.images):
-        pieces += [b", " if i else b"", b'{"b64_json": "', base64.b64encode(file.data)]
-        flagged = json.dumps(file.flagged)
-        pieces.append(
-            f'", "seed": {file.seed}, "flagged": {flagged}, "revised_prompt": null}}'.encode()
-        )
-    return b"".join([*pieces, b"]}"])
+async def json_answer(
+    resource: Resource, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """A resource in JSON, made on another thread: it may hold images."""
+    content = await on_thread(None, resource.to_json)
+    return Response(content, status, headers, "application/json")
+
+
+async def url_of(file: ImageFile, base: str, files: FileStore) -> str:
+    """Where an image is; it is stored if it is not yet."""
+    return f"{base}/images/{await file.stored(files)}"
+
+
+async def base64_of(data: bytes) -> str:
+    return await on_thread(None, lambda: base64.b64encode(data).decode())
 
 
 def image_answer(answer: Answer) -> Response:
@@ -137,8 +155,8 @@ def image_answer(answer: Answer) -> Response:
     }
     if file.flagged:
         headers["X-Stepweave-Flagged"] = "true"
-    if answer.body["warnings"]:
-        headers["X-Stepweave-Warnings"] = warnings_header(answer.body["warnings"])
+    if answer.details.warnings:
+        headers["X-Stepweave-Warnings"] = warnings_header(answer.details.warnings)
     return Response(file.data, media_type=f"image/{file.output_format}", headers=headers)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import json
 import logging
 import os
 import resource
@@ -27,6 +26,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from stepweave.api import disconnect
 from stepweave.errors import InvalidRequestError, StepweaveError, UnavailableError
+from stepweave.serving.resources import Error
 
 logger = logging.getLogger(__name__)
 
@@ -269,7 +269,7 @@ class Connection(H11Protocol):
         """Answer and close, without a request that has been read."""
         self._stop_expecting()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else another answer is under way
-            body = json.dumps(error.body()).encode()
+            body = Error.of(error).to_json()
             headers = [
                 ("Content-Type", "application/json"),
                 ("Content-Length", str(len(body))),

@@ -5,35 +5,35 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 import time
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import Literal
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from stepweave.api.answers import EVENT_STREAM, urls
+from stepweave.api.answer_schemas import Completed, PartialImage, ProgressEvent, QueuedEvent
+from stepweave.api.answers import EVENT_STREAM, base64_of, url_of
 from stepweave.api.counting import count_of
 from stepweave.api.disconnect import disconnected
 from stepweave.api.responses import LEFT, REQUEST_ID, as_stepweave_error
-from stepweave.parameters import Answer
 from stepweave.previews.stream import Partial
 from stepweave.serving.jobs import Followed
 from stepweave.serving.request import ActiveRequest, Queued, Update
+from stepweave.serving.resources import Answer, Error, Outcome, Resource
 from stepweave.store import FileStore
+from stepweave.store.jobs import JobKind
 from stepweave.threads import on_thread
 
 COMMENT = b": still here\n\n"  # keeps proxies from closing the connection
-# what OpenAI's events have beside, and no effect here
-IGNORED = {"quality": "auto", "background": "auto"}
-SURFACES = {"generation": "image_generation", "edit": "image_edit"}
+Surface = Literal["image_generation", "image_edit"]
+SURFACES: dict[JobKind, Surface] = {"generation": "image_generation", "edit": "image_edit"}
 
 
-def event(name: str, data: dict[str, Any]) -> bytes:
+def event(name: str, data: Resource) -> bytes:
     """One event in the stream's format (WHATWG HTML, 9.2.6)."""
-    return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
+    return b"event: %s\ndata: %s\n\n" % (name.encode(), data.to_json())
 
 
 async def events(
@@ -41,19 +41,19 @@ async def events(
 ) -> AsyncGenerator[bytes, None]:
     """What happens to a job, until it ends, and its end: the images (with URLs that begin with
     `base`, if given), or an error, as which the request is counted."""
-    prefix = SURFACES[job.kind]
+    surface = SURFACES[job.kind]
     try:
         async for update in job.updates(progress=verbose):
             if update is None:
                 yield COMMENT
             elif isinstance(update, Partial):
                 assert isinstance(job, ActiveRequest)  # a kept job has no previews left
-                yield await on_thread(None, _partial, prefix, update, job)
+                yield await on_thread(None, _partial, surface, update, job)
             else:
                 yield _progress(job.id, update)
         answer = await job.result()
         for i in range(len(answer.images)):
-            yield await _completed(prefix, answer, i, files, base)
+            yield await _completed(surface, answer, i, files, base)
     except Exception as error:
         yield _failed(request, error)
 
@@ -61,61 +61,51 @@ async def events(
 def _failed(request: Request, error: Exception) -> bytes:
     failure = as_stepweave_error(error, request.scope[REQUEST_ID])
     count_of(request).failed = failure.status
-    return event("error", failure.body())
+    return event("error", Error.of(failure))
 
 
-def _partial(prefix: str, update: Partial, active: ActiveRequest) -> bytes:
-    name = f"{prefix}.partial_image"
-    data = {
-        "type": name,
-        "b64_json": base64.b64encode(update.data).decode(),
-        "partial_image_index": update.number,
-        "image_index": update.image,
-        "created_at": int(time.time()),
-        "size": active.parameters.of_image(0)["size"],
-        "output_format": active.request.output_format,
-        **IGNORED,
-    }
-    return event(name, data)
+def _partial(surface: Surface, update: Partial, active: ActiveRequest) -> bytes:
+    data = PartialImage(
+        type=f"{surface}.partial_image",
+        b64_json=base64.b64encode(update.data).decode(),
+        partial_image_index=update.number,
+        image_index=update.image,
+        created_at=int(time.time()),
+        size=active.parameters.of_image(0)["size"],
+        output_format=active.request.output_format,
+    )
+    return event(data.type, data)
 
 
 def _progress(id: str, update: Update) -> bytes:
     eta = None if isinstance(update, Partial) or update.eta is None else round(update.eta, 3)
+    told: QueuedEvent | ProgressEvent
     if isinstance(update, Queued):
-        place = {"id": id, "position": update.position, "eta_seconds": eta}
-        return event("stepweave.queued", {"type": "stepweave.queued", **place})
-    assert not isinstance(update, Partial)
-    progress = {"id": id, "step": update.step, "total_steps": update.total, "eta_seconds": eta}
-    return event("stepweave.progress", {"type": "stepweave.progress", **progress})
+        assert update.position is not None
+        told = QueuedEvent(id=id, position=update.position, eta_seconds=eta)
+    else:
+        assert not isinstance(update, Partial)
+        told = ProgressEvent(id=id, step=update.step, total_steps=update.total, eta_seconds=eta)
+    return event(told.type, told)
 
 
 async def _completed(
-    prefix: str, answer: Answer, index: int, files: FileStore, base: str | None
+    surface: Surface, answer: Answer, index: int, files: FileStore, base: str | None
 ) -> bytes:
-    name, file = f"{prefix}.completed", answer.images[index]
-    # as OpenAI's type requires, also beside a URL
-    content = {"b64_json": (await on_thread(None, base64.b64encode, file.data)).decode()}
-    if base is not None:
-        content["url"] = (await urls(Answer(answer.body, [file]), base, files))[0]["url"]
-    parameters = answer.body["parameters"]
-    data = {
-        "type": name,
-        **content,
-        "created_at": answer.body["created"],
-        "size": file.values["size"],
-        "output_format": file.output_format,
-        **IGNORED,
-        "image_index": index,
-        "seed": file.seed,
-        "flagged": file.flagged,
-        "model": answer.body["model"],
-        "usage": answer.body["usage"],
-        "parameters": parameters,
-        "timings": answer.body["timings"],
-        "warnings": answer.body["warnings"],
-        **({"outputs": answer.body["outputs"]} if "outputs" in answer.body else {}),
-    }
-    return await on_thread(None, event, name, data)
+    details, file = answer.details, answer.images[index]
+    data = Completed(
+        type=f"{surface}.completed",
+        b64_json=await base64_of(file.data),  # as OpenAI's type requires, also beside a URL
+        url=None if base is None else await url_of(file, base, files),
+        created_at=details.created,
+        size=file.values["size"],
+        output_format=file.output_format,
+        image_index=index,
+        seed=file.seed,
+        flagged=file.flagged,
+        **{name: getattr(details, name) for name in Outcome.model_fields},
+    )
+    return await on_thread(None, event, data.type, data)
 
 
 class EventStream(Response):

@@ -9,10 +9,10 @@ from starlette.requests import Request
 
 from stepweave.api.auth import owner_of
 from stepweave.errors import InvalidRequestError, shown
-from stepweave.parameters import Answer
 from stepweave.serving.admission import Reservation
 from stepweave.serving.jobs import Claim, Followed
 from stepweave.serving.request import ActiveRequest
+from stepweave.serving.resources import Answer
 from stepweave.serving.server import Server
 
 MAX_KEY = 255  # characters of an idempotency key

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from stepweave import __version__
-from stepweave.api.answer_schemas import ANSWERS, Error, ExamplesError, ProtocolError
+from stepweave.api.answer_schemas import ANSWERS, ExamplesError, ProtocolError
 from stepweave.api.answers import EVENT_STREAM, IMAGE_TYPES
 from stepweave.api.open_inference.tensors import (
     InputParameters,
@@ -53,6 +53,7 @@ from stepweave.errors import (
     UnsupportedEncodingError,
     UnsupportedMediaTypeError,
 )
+from stepweave.serving.resources import Error
 from stepweave.serving.server import Server
 from stepweave.threads import on_thread
 
@@ -70,7 +71,11 @@ RETRY_AFTER = {
 }
 FORMS = (EditRequest, BentoMLEditRequest)
 PROTOCOL, EXAMPLES = "Protocol", "Examples"  # surfaces whose errors have another body
-BODIES: dict[str, type[BaseModel]] = {"": Error, PROTOCOL: ProtocolError, EXAMPLES: ExamplesError}
+BODIES: dict[str, type[BaseModel]] = {
+    "": Error,
+    PROTOCOL: ProtocolError,
+    EXAMPLES: ExamplesError,
+}
 # of JSON, whose members may be null, as if they were absent
 OBJECTS: tuple[type[BaseModel], ...] = (
     *(model for model in REQUESTS if model not in FORMS),
@@ -154,7 +159,9 @@ class _Generator(GenerateJsonSchema):
         return False
 
     def field_is_required(self, field: Any, total: bool) -> bool:
-        return field["type"] == "dataclass-field" or super().field_is_required(field, total)
+        if self.mode == "serialization":
+            return "serialization_exclude_if" not in field  # all others are always there
+        return super().field_is_required(field, total)
 
 
 @functools.cache

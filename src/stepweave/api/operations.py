@@ -33,6 +33,7 @@ from stepweave.errors import (
 )
 from stepweave.parameters import ImageRequest
 from stepweave.serving.names import ModelNames
+from stepweave.serving.resources import Error, Generation, JobView, ResolvedParameters
 
 JSON = "application/json"
 FORM = "multipart/form-data"
@@ -137,13 +138,13 @@ def image_headers() -> dict[str, Any]:
         ("prompt", "negative_prompt"),
         ("n", "priority", "deadline_ms", "output_format", "output_compression"),
     )
-    place = f"#/components/schemas/{bodies.ResolvedParameters.__name__}/properties"
+    place = f"#/components/schemas/{ResolvedParameters.__name__}/properties"
     headers = {
         f"X-Stepweave-{name.replace('_', '-').title()}": {
             "description": "As resolved.",
             "schema": {"$ref": f"{place}/{name}"},
         }
-        for name in bodies.ResolvedParameters.model_fields
+        for name in ResolvedParameters.model_fields
         if name not in (*prompts, *others)
     }
     flagged = _header("Of an image that the pipeline's safety checker flagged.", const="true")
@@ -198,7 +199,7 @@ CONTROL = (
 COMMON_EVENTS: Content = {
     "stepweave.queued": bodies.QueuedEvent,
     "stepweave.progress": bodies.ProgressEvent,
-    "error": bodies.Error,
+    "error": Error,
 }
 
 
@@ -220,13 +221,13 @@ def _images(name: str, prefix: str, **values: Any) -> Operation:
     }
     done = Answer(
         "The images; as `Accept` would have it, the one image itself, or events.",
-        {JSON: bodies.Generation, **IMAGE, **STREAM},
+        {JSON: Generation, **IMAGE, **STREAM},
         {**image_headers(), **JOB_HEADER},
         events=_events(prefix),
     )
     accepted = Answer(
         "Accepted; to be asked for later.",
-        {JSON: bodies.Job},
+        {JSON: JobView},
         ACCEPTED_HEADERS,
         job_links,
     )
@@ -294,17 +295,13 @@ def _inference(names: ModelNames | None) -> Iterable[Operation]:
     )
     yield _get("/v2/models", "listServedModels", tag, "The name of the model that is served",
                _json(bodies.ServedModels, "One."), UnavailableError)  # fmt: skip
-    indexed = {
-        "type": "array",
-        "items": {"$ref": f"#/components/schemas/{bodies.IndexedModel.__name__}"},
-    }
     yield Operation(
         "post",
         "/v2/repository/index",
         "repositoryIndex",
         tag,
         "The repository's models, for Triton's clients",
-        {200: Answer("One, or none.", {JSON: indexed})},
+        {200: Answer("One, or none.", {JSON: bodies.RepositoryIndex})},
         (*READING, RequestCancelledError, UnavailableError),
         body={JSON: IndexRequest},
         body_required=False,
@@ -456,7 +453,7 @@ def operations(names: ModelNames | None) -> list[Operation]:
             "getJob",
             "Jobs",
             "Where a job stands, and its result",
-            _json(bodies.Job, "The job."),
+            _json(JobView, "The job."),
             InvalidRequestError,
             NotFoundError,
             UnavailableError,
@@ -468,7 +465,7 @@ def operations(names: ModelNames | None) -> list[Operation]:
             "cancelJob",
             "Jobs",
             "Cancel a job, or forget one that is over",
-            _json(bodies.Job, "As it was left."),
+            _json(JobView, "As it was left."),
             (InvalidRequestError, NotFoundError, UnavailableError),
             (JOB,),
         ),

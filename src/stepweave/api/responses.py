@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 
+from stepweave.api.answer_schemas import ExamplesError, ProtocolError
 from stepweave.errors import (
     AuthenticationError,
     DeadlineExceededError,
@@ -17,6 +19,7 @@ from stepweave.errors import (
     StepweaveError,
     UnsupportedEncodingError,
 )
+from stepweave.serving.resources import Error, ErrorDetail, Resource
 
 logger = logging.getLogger(__name__)
 
@@ -41,16 +44,25 @@ def is_of_examples(path: str) -> bool:
     return path.startswith(("/api/", "/images/"))
 
 
-def error_response(error: StepweaveError, path: str = "", **extra: Any) -> JSONResponse:
-    """The answer for an error of a request to `path`: its body (and `extra` members beside it) as
-    that path's clients read one, status and Retry-After."""
-    body = error.body()
+def answer(resource: Resource, headers: Mapping[str, str] | None = None) -> Response:
+    """A resource in JSON."""
+    return Response(resource.to_json(), 200, headers, "application/json")
+
+
+def error_response(
+    error: StepweaveError, path: str = "", kind: type[Resource] | None = None, **beside: Any
+) -> Response:
+    """The answer for an error of a request to `path`: its body as that path's clients read one,
+    status and Retry-After. `kind` is a body with members `beside` the error."""
+    body: Resource
     headers = {ERROR_MARK: "1"}
     if is_of_protocol(path):
-        body = {"error": error.message}
+        body = (kind or ProtocolError)(error=error.message, **beside)
         headers[CODE] = error.code
     elif is_of_examples(path):
-        body["detail"] = error.message
+        body = ExamplesError(error=ErrorDetail.of(error), detail=error.message)
+    else:
+        body = (kind or Error)(error=ErrorDetail.of(error), **beside)
     if error.retry_after is not None:
         headers["Retry-After"] = str(error.retry_after)
     if isinstance(error, AuthenticationError):
@@ -61,10 +73,10 @@ def error_response(error: StepweaveError, path: str = "", **extra: Any) -> JSONR
     # up
     if isinstance(error, (*LASTING, DeadlineExceededError)):
         headers["X-Should-Retry"] = "false"
-    return JSONResponse({**body, **extra}, status_code=error.status, headers=headers)
+    return Response(body.to_json(), error.status, headers, "application/json")
 
 
-def handle_error(request: Request, error: Exception) -> JSONResponse:
+def handle_error(request: Request, error: Exception) -> Response:
     """Starlette's exception handler; whatever is not the caller's fault goes to the log with the
     request's id."""
     return error_response(

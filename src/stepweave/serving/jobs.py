@@ -15,6 +15,7 @@ from pathlib import Path
 from stepweave.config import Settings
 from stepweave.errors import ConflictError, NotFoundError, StepweaveError, shown
 from stepweave.serving.request import ActiveRequest, Progressed
+from stepweave.serving.resources import RECORDED, ErrorDetail
 from stepweave.serving.stored_job import FLAGGED, LOST, StoredJob
 from stepweave.store import (
     DirectoryFileStore,
@@ -258,9 +259,7 @@ class Jobs:
         """The error that is kept, if any."""
         record = _record(active, claim)
         if active.error is not None:
-            await self.store.put(
-                replace(record, state=active.state, error=active.error.body()["error"])
-            )
+            await self.store.put(record)
             return active.error
         answer = await active.result()
         try:
@@ -268,14 +267,19 @@ class Jobs:
         except StepweaveError as error:
             if error.code != "file_too_large":
                 raise
-            await self.store.put(replace(record, state="failed", error=error.body()["error"]))
+            await self.store.put(
+                replace(record, state="failed", error=ErrorDetail.of(error).model_dump())
+            )
             return error
         await self.store.put(
             replace(
                 record,
-                response={**answer.body, FLAGGED: [image.flagged for image in answer.images]},
+                response={
+                    **answer.details.model_dump(),
+                    FLAGGED: [image.flagged for image in answer.images],
+                },
                 files=tuple(names),
-                warnings=answer.body["warnings"],
+                warnings=answer.details.warnings,
             )
         )
         return None
@@ -368,29 +372,20 @@ class Jobs:
 
 def _record(active: ActiveRequest, claim: Claim) -> JobRecord:
     """What is known of a request now."""
-    job = active.job
+    job, view = active.job, active.view()
     age = time.monotonic() - job.accepted
-
-    def at(moment: float | None) -> float | None:
-        return None if moment is None else active.created + moment - job.accepted
-
+    begun = None if job.begun is None else active.created + job.begun - job.accepted
     return JobRecord(
-        id=active.id,
         owner=claim.owner,
-        kind=active.kind,
-        state=active.state,
-        created=active.created,
         updated=active.created + age,
-        started=at(job.begun),
+        started=begun,
         finished=time.time() if active.done else None,
-        step=job.progress.step,
-        total_steps=active.steps,
         request={
             "values": active.parameters.of_image(0),
-            "parameters": active.resolved(),
+            "parameters": view.parameters.model_dump(),
             "response_format": active.response_format,
         },
-        warnings=active.all_warnings,
         idempotency_key=claim.key,
         fingerprint=claim.fingerprint,
+        **view.model_dump(include=set(RECORDED)) | {"created": active.created},
     )

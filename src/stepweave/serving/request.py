@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from stepweave.errors import (
     DeadlineExceededError,
@@ -22,10 +22,18 @@ from stepweave.errors import (
 )
 from stepweave.images.encode import encode
 from stepweave.outcome import Outcome
-from stepweave.parameters import Answer, ImageRequest, Parameters
+from stepweave.parameters import ImageRequest, Parameters
 from stepweave.previews.stream import Partial, Partials
 from stepweave.serving.failures import failure_of, loggable, missed
+from stepweave.serving.resources import (
+    Answer,
+    ErrorDetail,
+    JobView,
+    ResolvedParameters,
+    ResponseFormat,
+)
 from stepweave.serving.results import Results
+from stepweave.store.jobs import JobKind, JobState
 from stepweave.telemetry.metrics import Metrics
 from stepweave.threads import on_thread
 
@@ -36,8 +44,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
-ResponseFormat = Literal["b64_json", "url"]
 PLACE_SECONDS = 0.5  # between two looks at the place in the queue
 WATCH_SECONDS = 1.0  # between two looks whether a job is done
 LEAST_ETA = 1e-3  # of what is not done yet; etas are told in as many digits
@@ -159,7 +165,7 @@ class ActiveRequest:
         return self.job.id
 
     @property
-    def kind(self) -> Literal["generation", "edit"]:
+    def kind(self) -> JobKind:
         return "generation" if self.parameters.sources is None else "edit"
 
     @property
@@ -167,7 +173,7 @@ class ActiveRequest:
         return self._task is not None and self._task.done()
 
     @property
-    def state(self) -> State:
+    def state(self) -> JobState:
         if not self.done:
             return "queued" if self.job.begun is None else "running"
         if self.error is None:
@@ -210,6 +216,24 @@ class ActiveRequest:
         return max(
             0.0,
             (total - step) * (job.stepped - job.opened) / step - (time.monotonic() - job.stepped),
+        )
+
+    def view(self) -> JobView:
+        """The job as it is now, without its result; state and place are of one moment."""
+        latest = None if self.done else self.latest()
+        queued = latest if isinstance(latest, Queued) else None
+        return JobView(
+            id=self.id,
+            kind=self.kind,
+            state=self.state if latest is None else "queued" if queued else "running",
+            step=self.job.progress.step,
+            total_steps=self.steps,
+            position=queued and queued.position,
+            eta_seconds=None if latest is None else latest.eta,
+            created=self.created,
+            parameters=self.resolved(),
+            warnings=self.all_warnings,
+            error=None if self.error is None else ErrorDetail.of(self.error),
         )
 
     def cancel(self, reason: StepweaveError | None = None) -> None:
@@ -360,8 +384,8 @@ class ActiveRequest:
         files = await self._results.encode(generation)
         generation.timings.total = time.monotonic() - self._began
         metrics.request_seconds.observe(generation.timings.total)
-        body = self._results.body(generation, job, self.steps)
-        return Answer({**body, "warnings": self.all_warnings}, files)
+        details = self._results.details(generation, job, self.steps, self.all_warnings)
+        return Answer(details, files)
 
     def _told(self, error: BaseException) -> StepweaveError:
         """What to tell of an error that ends it."""
@@ -395,7 +419,7 @@ class ActiveRequest:
         deadline_ms = self.request.deadline_ms
         return missed(deadline_ms, self.job, self.steps, self._expected, timed=self._timed)
 
-    def resolved(self) -> dict[str, Any]:
+    def resolved(self) -> ResolvedParameters:
         """All that was asked for, defaults filled in."""
         return self._results.resolved()
 

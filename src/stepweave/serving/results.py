@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -12,7 +11,8 @@ from PIL import Image
 from stepweave.errors import ContentFlaggedError, ImageCountError
 from stepweave.images.encode import encode
 from stepweave.images.outputs import images_of, is_constant, outputs_of
-from stepweave.parameters import Generation, ImageFile, ImageRequest, Parameters, Timings
+from stepweave.parameters import GeneratedImages, ImageFile, ImageRequest, Parameters, Timings
+from stepweave.serving.resources import GenerationDetails, ResolvedParameters
 from stepweave.serving.usage import usage_of
 from stepweave.threads import on_thread
 
@@ -30,7 +30,7 @@ class Results:
         self.warnings: list[str] = []
         self._means = means
 
-    def of(self, output: Any, job: Job) -> Generation:
+    def of(self, output: Any, job: Job) -> GeneratedImages:
         """What a job gave. Raises ContentFlaggedError and ImageCountError."""
         parameters, images = self.parameters, images_of(output, self._means.pipeline)
         if (count := len(images)) != parameters.n:
@@ -51,9 +51,11 @@ class Results:
             index = outputs.flagged.index(True)
             raise ContentFlaggedError(index, outputs.flags[index])
         self.warnings += outputs.warnings
-        return Generation(self.parameters, images, timings_of(job), outputs.flagged, outputs.others)
+        return GeneratedImages(
+            self.parameters, images, timings_of(job), outputs.flagged, outputs.others
+        )
 
-    async def encode(self, generation: Generation) -> list[ImageFile]:
+    async def encode(self, generation: GeneratedImages) -> list[ImageFile]:
         """The images' files."""
         began = time.monotonic()
         request, model = self.request, self._means.model
@@ -91,37 +93,25 @@ class Results:
             )
         return files
 
-    def body(self, generation: Generation, job: Job, steps: int) -> dict[str, Any]:
-        """The answer without its images and warnings. `steps` are those of an image."""
-        return {
-            "created": int(time.time()),
-            "model": self._means.model,
-            "size": "{}x{}".format(*generation.images[0].size),
-            "output_format": self.request.output_format,
-            # OpenAI's type has no `auto` here, and `quality` no value that would be true
-            "background": "opaque",
-            "usage": usage_of(generation, steps, job.tokens, self._means.positions),
-            "parameters": self.resolved(),
-            "timings": {
-                name: round(seconds, 6) for name, seconds in asdict(generation.timings).items()
-            },
-            **({"outputs": generation.outputs} if generation.outputs else {}),
-        }
+    def details(
+        self, generation: GeneratedImages, job: Job, steps: int, warnings: list[str]
+    ) -> GenerationDetails:
+        """The answer beside its images. `steps` are those of an image."""
+        return GenerationDetails(
+            created=int(time.time()),
+            model=self._means.model,
+            size="{}x{}".format(*generation.images[0].size),
+            output_format=self.request.output_format,
+            usage=usage_of(generation, steps, job.tokens, self._means.positions),
+            parameters=self.resolved(),
+            timings=generation.timings.rounded(),
+            warnings=warnings,
+            outputs=generation.outputs or None,
+        )
 
-    def resolved(self) -> dict[str, Any]:
+    def resolved(self) -> ResolvedParameters:
         """All that was asked for, defaults filled in."""
-        request, parameters = self.request, self.parameters
-        resolved = {
-            "reproducible": parameters.reproducible,
-            "scheduler": self._means.scheduler,
-            **parameters.of_image(0),
-            "n": parameters.n,
-            "priority": request.priority,
-            "deadline_ms": request.deadline_ms,
-            "output_format": request.output_format,
-            "output_compression": request.output_compression,
-        }
-        return {name: value for name, value in resolved.items() if value is not None}
+        return ResolvedParameters.of(self.request, self.parameters, self._means.scheduler)
 
 
 def timings_of(job: Job) -> Timings:

@@ -7,9 +7,19 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from pydantic import ValidationError
+
 from stepweave.errors import NotFoundError, RequestError, StepweaveError
-from stepweave.parameters import Answer, ImageFile
-from stepweave.serving.request import ResponseFormat, Update
+from stepweave.parameters import ImageFile
+from stepweave.serving.request import Update
+from stepweave.serving.resources import (
+    RECORDED,
+    Answer,
+    ErrorDetail,
+    GenerationDetails,
+    JobView,
+    ResponseFormat,
+)
 from stepweave.store import FileStore, JobRecord
 
 LOST = StepweaveError("What came of the job could not be stored.", code="store_failed")
@@ -21,12 +31,17 @@ class StoredJob:
 
     def __init__(self, record: JobRecord, files: FileStore) -> None:
         if not record.done:  # its end could not be noted
-            record = replace(record, state="failed", error=LOST.body()["error"])
+            record = replace(record, state="failed", error=ErrorDetail.of(LOST).model_dump())
         self.record = record
         self.id = record.id
         self.kind = record.kind
         self.response_format: ResponseFormat = record.request["response_format"]
         self._files = files
+
+    def view(self) -> JobView:
+        """The job without its result."""
+        recorded = {name: getattr(self.record, name) for name in RECORDED}
+        return JobView(parameters=self.record.request["parameters"], **recorded)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -43,8 +58,9 @@ class StoredJob:
         record = self.record
         if record.error is not None:
             raise _StoredError(record.error)
-        body = dict(record.response or {})
-        flagged = body.pop(FLAGGED, [False] * len(record.files))  # those of older servers have none
+        response = dict(record.response or {})
+        # those of older servers have none
+        flagged = response.pop(FLAGGED, [False] * len(record.files))
         files = []
         for i, name in enumerate(record.files):
             file = await self._files.get(name)
@@ -61,7 +77,12 @@ class StoredJob:
                     flagged[i],
                 )
             )
-        return Answer(body, files)
+        try:
+            return Answer(GenerationDetails(**response), files)
+        except ValidationError:
+            raise NotFoundError(
+                f"The result of job {self.id} is of another release of the server.", code="expired"
+            ) from None
 
 
 class _StoredError(RequestError):
@@ -71,7 +92,4 @@ class _StoredError(RequestError):
     def __init__(self, error: Mapping[str, Any]) -> None:
         super().__init__(error["message"], param=error["param"])
         self.code = error["code"]
-        self._error = dict(error)
-
-    def body(self) -> dict[str, Any]:
-        return {"error": self._error}
+        vars(self)["type"] = error["type"]  # of the class, for all others

@@ -21,8 +21,8 @@ from stepweave.threads import DaemonExecutor, on_thread
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Kind = Literal["generation", "edit"]
-State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+JobKind = Literal["generation", "edit"]
+JobState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -32,8 +32,8 @@ class JobRecord:
 
     id: str  # 32 hex digits
     owner: str | None  # the client whose it is (`Client.owner`); None without keys
-    kind: Kind
-    state: State
+    kind: JobKind
+    state: JobState
     created: float
     updated: float
     started: float | None = None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 from starlette.types import Scope
 
-from stepweave.api.responses import error_response
+from stepweave.api.answer_schemas import Drained, Health, Unhealthy
+from stepweave.api.responses import answer, error_response
 from stepweave.errors import MethodNotAllowedError, NotFoundError
 from stepweave.serving.server import Server
 
@@ -15,25 +16,20 @@ DRAIN = "/drain"
 KEYLESS = ("/v2/health/live", "/v2/health/ready")  # beside the probes and the drain
 
 
-def probe(scope: Scope, server: Server) -> JSONResponse:
+def probe(scope: Scope, server: Server) -> Response:
     """Answered from memory alone, never waiting for the device."""
     path = scope["path"]
     if scope["method"] not in ("GET", "HEAD"):
         return _not_allowed(scope, "GET", "GET, HEAD")
     status = server.health()
     jobs = server.jobs
-    state = {
-        "stage": status.stage,
-        "progress": status.progress,
-        "message": status.message,
-        "store": None if jobs is None else jobs.problem,
-    }
+    health = Health(**vars(status), store=None if jobs is None else jobs.problem)
     if not server.alive() or (path == "/readyz" and status.stage != "ready"):
-        return error_response(server.unavailable(), path, **state)
-    return JSONResponse(state)
+        return error_response(server.unavailable(), path, Unhealthy, **dict(health))
+    return answer(health)
 
 
-def drain(scope: Scope, server: Server) -> JSONResponse:
+def drain(scope: Scope, server: Server) -> Response:
     """Only for who bears the token of the state directory, as a pod's preStop hook does. Others
     find no such route.
 
@@ -50,10 +46,10 @@ def drain(scope: Scope, server: Server) -> JSONResponse:
     else:
         return _not_allowed(scope, "POST or DELETE", "POST, DELETE")
     status = server.health()
-    return JSONResponse({"stage": status.stage, "in_flight": len(server.active)})
+    return answer(Drained(stage=status.stage, in_flight=len(server.active)))
 
 
-def _not_allowed(scope: Scope, use: str, allow: str) -> JSONResponse:
+def _not_allowed(scope: Scope, use: str, allow: str) -> Response:
     response = error_response(
         MethodNotAllowedError(f"{scope['method']} is not allowed on {scope['path']}; use {use}.")
     )

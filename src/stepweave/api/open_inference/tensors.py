@@ -10,7 +10,6 @@ BYTES element is its length, 4 bytes unsigned, and its bytes.
 from __future__ import annotations
 
 import codecs
-import json
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
+from stepweave.api.answer_schemas import InferenceAnswer, ReturnedTensor
 from stepweave.api.schemas import check_members, explain, without_nulls
 from stepweave.errors import Code, InvalidRequestError, shown
 
@@ -218,20 +218,13 @@ def read_inputs(
     return found
 
 
-def write_message(
-    answer: Mapping[str, Any], outputs: Sequence[OutputTensor]
-) -> tuple[bytes, int | None]:
-    """The body of an answer, and the length of its JSON if binary tensors follow it."""
+def write_message(outputs: Sequence[OutputTensor], **named: Any) -> tuple[bytes, int | None]:
+    """The body of an answer, `named` the members of its InferenceAnswer beside outputs, and the
+    length of its JSON if binary tensors follow it."""
     tensors = []
     tails = []
     for output in outputs:
         parameters = dict(output.parameters)
-        tensor = {
-            "name": output.name,
-            "datatype": "BYTES",
-            "shape": [len(output.elements)],
-            "parameters": parameters,
-        }
         if output.binary:
             tail = b"".join(
                 piece
@@ -240,10 +233,16 @@ def write_message(
             )
             parameters["binary_data_size"] = len(tail)
             tails.append(tail)
-        else:
-            tensor["data"] = list(output.texts)
-        tensors.append(tensor)
-    head = json.dumps({**answer, "outputs": tensors}).encode()
+        tensors.append(
+            ReturnedTensor(
+                name=output.name,
+                datatype="BYTES",
+                shape=[len(output.elements)],
+                parameters=parameters,
+                data=None if output.binary else output.texts,
+            )
+        )
+    head = InferenceAnswer(**named, outputs=tensors).to_json()
     return b"".join([head, *tails]), len(head) if tails else None
 
 

@@ -5,8 +5,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from stepweave.api.answer_schemas import (
+    IndexedModel,
+    InputConfiguration,
+    ModelConfiguration,
+    ModelState,
+    RepositoryIndex,
+    TensorConfiguration,
+)
 from stepweave.errors import NotFoundError
 
 # names of Triton's model configuration, where not TYPE_ before the protocol's
@@ -51,16 +58,12 @@ def unsupported(path: str) -> NotFoundError | None:
     return None
 
 
-def index(name: str, version: str, unready: str | None, only_ready: bool) -> list[dict[str, str]]:
+def index(name: str, version: str, unready: str | None, only_ready: bool) -> RepositoryIndex:
     """The repository's index: the one model, and the reason if it is not ready; then it is left out
     of those that are."""
-    if unready is None:
-        return [{"name": name, "version": version, "state": "READY", "reason": ""}]
-    return (
-        []
-        if only_ready
-        else [{"name": name, "version": version, "state": "UNAVAILABLE", "reason": unready}]
-    )
+    state: ModelState = "READY" if unready is None else "UNAVAILABLE"
+    model = IndexedModel(name=name, version=version, state=state, reason=unready or "")
+    return RepositoryIndex([model] if unready is None or not only_ready else [])
 
 
 def configuration(
@@ -69,7 +72,7 @@ def configuration(
     inputs: Mapping[str, Sequence[str]],
     required: Sequence[str],
     outputs: Sequence[str],
-) -> dict[str, Any]:
+) -> ModelConfiguration:
     """The model's configuration as Triton writes one. `inputs` maps names to datatypes, the usual
     one first.
 
@@ -77,22 +80,20 @@ def configuration(
     requests already.
     """
 
-    def tensor(tensor_name: str, datatype: str) -> dict[str, Any]:
-        return {
-            "name": tensor_name,
-            "data_type": TYPES.get(datatype, f"TYPE_{datatype}"),
-            "dims": [-1],
-        }
-
-    return {
-        "name": name,
-        "platform": platform,
-        "backend": "stepweave",
-        "max_batch_size": 0,
-        "input": [
-            {**tensor(input_name, kinds[0]), "optional": input_name not in required}
-            for input_name, kinds in inputs.items()
+    return ModelConfiguration(
+        name=name,
+        platform=platform,
+        input=[
+            InputConfiguration(
+                name=each, data_type=_type(kinds[0]), dims=[-1], optional=each not in required
+            )
+            for each, kinds in inputs.items()
         ],
-        "output": [tensor(output_name, "BYTES") for output_name in outputs],
-        "model_transaction_policy": {"decoupled": False},
-    }
+        output=[
+            TensorConfiguration(name=each, data_type=_type("BYTES"), dims=[-1]) for each in outputs
+        ],
+    )
+
+
+def _type(datatype: str) -> str:
+    return TYPES.get(datatype, f"TYPE_{datatype}")

@@ -9,14 +9,16 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
+from stepweave.api.answer_schemas import DiffusersExampleAnswer, DiffusersExampleStatus
 from stepweave.api.answers import warnings_header
 from stepweave.api.auth import asker_of
 from stepweave.api.bodies import whole_body
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.idempotency import claim_of, generate
+from stepweave.api.responses import answer
 from stepweave.api.schemas import explain, parse_off_loop, require_json, some_of
 from stepweave.api.urls import base_url
 from stepweave.errors import InvalidRequestError, NotFoundError, shown
@@ -26,7 +28,6 @@ from stepweave.serving.server import Server
 from stepweave.threads import on_thread
 
 DEFAULT_STEPS = 28  # the example server's
-TYPE = "t2im"  # what it calls text to image
 GIGABYTE = 1024**3
 
 
@@ -102,9 +103,8 @@ class DiffusersExampleRoutes:
                 f"Unknown fields are ignored: {some_of(list(body.model_extra))}.",
             ]
         headers = {"X-Stepweave-Warnings": warnings_header(warnings)} if warnings else {}
-        return JSONResponse(
-            {"response": [f"{root}/images/{name}" for name in names]}, headers=headers
-        )
+        urls = [f"{root}/images/{name}" for name in names]
+        return answer(DiffusersExampleAnswer(response=urls), headers)
 
     async def _generate(
         self, request: Request, image: ImageRequest, body: DiffusersExampleRequest, claim: Claim
@@ -114,9 +114,9 @@ class DiffusersExampleRoutes:
         accept = functools.partial(
             server.accept, image, n=body.num_images_per_prompt, client=asker_of(request)
         )
-        answer = await generate(server, claim, accept)
-        names = await asyncio.gather(*(file.stored(server.files) for file in answer.images))
-        return names, answer.body["warnings"]
+        made = await generate(server, claim, accept)
+        names = await asyncio.gather(*(file.stored(server.files) for file in made.images))
+        return names, made.details.warnings
 
     async def image(self, request: Request) -> Response:
         """A stored image. The name is the key to it: unguessable, and gone with the file."""
@@ -138,9 +138,7 @@ class DiffusersExampleRoutes:
             raise self.server.unavailable()
         # off the loop: CUDA's memory query may wait for the driver
         counts, memory = await on_thread(None, self._measure)
-        return JSONResponse(
-            {"current_model": model.id, "type_models": TYPE, "memory": memory, **counts}
-        )
+        return answer(DiffusersExampleStatus(current_model=model.id, memory=memory, **counts))
 
     def _measure(self) -> tuple[dict[str, int], dict[str, Any]]:
         metrics = self.server.metrics

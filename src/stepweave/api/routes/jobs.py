@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
+from stepweave.api.answer_schemas import JobList
+from stepweave.api.answers import job_of, json_answer
 from stepweave.api.auth import owner_of
 from stepweave.api.bodies import pass_over_body
 from stepweave.api.events import EventStream, events
-from stepweave.api.job_answers import describe, job_answer
+from stepweave.api.responses import answer
 from stepweave.api.urls import base_url
 from stepweave.errors import InvalidRequestError, NotFoundError, RequestCancelledError, shown
 from stepweave.serving.jobs import Followed, Jobs
@@ -56,9 +58,7 @@ class JobRoutes:
             )
         jobs = self._jobs()
         found, after = await jobs.list(owner_of(request), limit, request.query_params.get("before"))
-        return JSONResponse(
-            {"object": "list", "data": [describe(job) for job in found], "next": after}
-        )
+        return answer(JobList(data=[job.view() for job in found], next=after))
 
     async def get(self, request: Request) -> Response:
         return await self._described(request, await self._job(request))
@@ -70,9 +70,9 @@ class JobRoutes:
             job.cancel(RequestCancelledError("The job was cancelled."))
             await asyncio.wait({job.ended()}, timeout=CANCEL_SECONDS)
             return await self._described(request, job)
-        answer = JSONResponse(describe(job))
+        view = job.view()
         await self._jobs().delete(job.id)
-        return answer
+        return answer(view)
 
     async def events(self, request: Request) -> Response:
         """From where the job stands now: its previews so far, its progress, and its end."""
@@ -91,8 +91,7 @@ class JobRoutes:
         return await self._jobs().get(request.path_params["id"], owner_of(request))
 
     async def _described(self, request: Request, job: Followed) -> Response:
-        answer = await job_answer(job, self._jobs().files, self._base(request, job))
-        return Response(answer, media_type="application/json")
+        return await json_answer(await job_of(job, self._jobs().files, self._base(request, job)))
 
     def _base(self, request: Request, job: Followed) -> str | None:
         return base_url(request, self.server.settings) if job.response_format == "url" else None

@@ -17,10 +17,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from stepweave import __version__
+from stepweave.api.answer_schemas import (
+    Live,
+    ModelMetadata,
+    ModelReady,
+    NotLive,
+    NotReady,
+    ProtocolMetadata,
+    Ready,
+    ServedModels,
+    TensorMetadata,
+)
 from stepweave.api.auth import asker_of
 from stepweave.api.bodies import whole_body
 from stepweave.api.disconnect import until_disconnect
@@ -45,7 +56,7 @@ from stepweave.api.open_inference.tensors import (
     write_message,
 )
 from stepweave.api.open_inference.triton import EXTENSIONS, configuration, index, unsupported
-from stepweave.api.responses import error_response
+from stepweave.api.responses import answer, error_response
 from stepweave.api.schemas import parse_off_loop, require_json
 from stepweave.errors import InvalidRequestError, NotFoundError, StepweaveError, shown
 from stepweave.parameters import ImageRequest
@@ -53,8 +64,8 @@ from stepweave.serving.server import Server
 from stepweave.threads import on_thread
 
 if TYPE_CHECKING:
-    from stepweave.parameters import Answer
     from stepweave.serving.model import ServedModel
+    from stepweave.serving.resources import Answer
 
 VERSION = "1"  # of the model: it is replaced with the process
 OTHER_TYPES = ("", "application/octet-stream")
@@ -90,14 +101,12 @@ class OpenInferenceRoutes:
         ]
 
     async def metadata(self, request: Request) -> Response:
-        return JSONResponse(
-            {"name": "stepweave", "version": __version__, "extensions": list(EXTENSIONS)}
-        )
+        return answer(ProtocolMetadata(version=__version__, extensions=EXTENSIONS))
 
     async def models(self, request: Request) -> Response:
         """As KServe's servers list theirs."""
         model, _ = self.server.ready()
-        return JSONResponse({"models": [model.id]})
+        return answer(ServedModels(models=[model.id]))
 
     async def index(self, request: Request) -> Response:
         """The body may be empty, and any content type will do: Triton's client sends neither."""
@@ -109,47 +118,43 @@ class OpenInferenceRoutes:
         unready = (
             None if self.server.health().stage == "ready" else self.server.unavailable().message
         )
-        return JSONResponse(index(model.id, VERSION, unready, bool(asked.ready)))
+        return answer(index(model.id, VERSION, unready, bool(asked.ready)))
 
     async def configuration(self, request: Request) -> Response:
         model = self._model(request)
-        return JSONResponse(
-            configuration(
-                model.id, _platform(model), accepted_inputs(model.arguments), REQUIRED, OUTPUTS
-            )
-        )
+        accepted = accepted_inputs(model.arguments)
+        return answer(configuration(model.id, _platform(model), accepted, REQUIRED, OUTPUTS))
 
     async def live(self, request: Request) -> Response:
         if not self.server.alive():
-            return error_response(self.server.unavailable(), request.scope["path"], live=False)
-        return JSONResponse({"live": True})
+            return error_response(self.server.unavailable(), request.scope["path"], NotLive)
+        return answer(Live())
 
     async def ready(self, request: Request) -> Response:
         if self.server.health().stage != "ready":
-            return error_response(self.server.unavailable(), request.scope["path"], ready=False)
-        return JSONResponse({"ready": True})
+            return error_response(self.server.unavailable(), request.scope["path"], NotReady)
+        return answer(Ready())
 
     async def model_ready(self, request: Request) -> Response:
         model = self._model(request)
         if self.server.health().stage != "ready":
             raise self.server.unavailable()
-        return JSONResponse({"name": model.id, "ready": True})
+        return answer(ModelReady(name=model.id))
 
     async def model_metadata(self, request: Request) -> Response:
         model = self._model(request)
         accepted = accepted_inputs(model.arguments)
-        return JSONResponse(
-            {
-                "name": model.id,
-                "versions": [VERSION],
-                "platform": _platform(model),
-                "inputs": [
-                    {"name": name, "datatype": datatypes[0], "shape": [-1]}
-                    for name, datatypes in accepted.items()
-                ],
-                "outputs": [{"name": name, "datatype": "BYTES", "shape": [-1]} for name in OUTPUTS],
-            }
+        metadata = ModelMetadata(
+            name=model.id,
+            versions=[VERSION],
+            platform=_platform(model),
+            inputs=[
+                TensorMetadata(name=name, datatype=datatypes[0], shape=[-1])
+                for name, datatypes in accepted.items()
+            ],
+            outputs=[TensorMetadata(name=name, datatype="BYTES", shape=[-1]) for name in OUTPUTS],
         )
+        return answer(metadata)
 
     async def infer(self, request: Request) -> Response:
         model = self._model(request)
@@ -242,25 +247,9 @@ def _write(
     message: InferenceRequest, requested: dict[str, bool], answers: Sequence[Answer]
 ) -> tuple[bytes, int | None]:
     """The body of the answer, and the length of its JSON if binary tensors follow it."""
-    body = answers[0].body
-    output_format = body["parameters"]["output_format"]
-    head = {"model_name": body["model"], "model_version": VERSION} | (
-        {} if message.id is None else {"id": message.id}
-    )
-    images = [answer.images[0].data for answer in answers]
-    texts = [
-        json.dumps(
-            {
-                **answer.images[0].values,
-                "output_format": output_format,
-                "model": body["model"],
-                "flagged": answer.images[0].flagged,
-                "warnings": answer.body["warnings"],
-                **({"outputs": answer.body["outputs"]} if "outputs" in answer.body else {}),
-            }
-        )
-        for answer in answers
-    ]
+    model, output_format = answers[0].details.model, answers[0].details.output_format
+    images = [one.images[0].data for one in answers]
+    texts = [_described(one) for one in answers]
     outputs = []
     for name, binary in requested.items():
         if name == "image":
@@ -271,4 +260,18 @@ def _write(
             outputs.append(OutputTensor(name, images, encoded, binary, parameters))
         else:
             outputs.append(OutputTensor(name, [text.encode() for text in texts], texts, binary, {}))
-    return write_message(head, outputs)
+    return write_message(outputs, id=message.id, model_name=model, model_version=VERSION)
+
+
+def _described(answer: Answer) -> str:
+    """The element of `parameters` of an image."""
+    (file, *_), details = answer.images, answer.details
+    described = {
+        **file.values,
+        "output_format": details.output_format,
+        "model": details.model,
+        "flagged": file.flagged,
+        "warnings": details.warnings,
+        **({} if details.outputs is None else {"outputs": details.outputs}),
+    }
+    return json.dumps(described)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
+from stepweave.api.answer_schemas import Model, ModelDetails, ModelList
 from stepweave.api.answers import (
     PROFILE,
     check_one_image,
+    generation_of,
     image_answer,
+    job_of,
     json_answer,
     wants_image,
     wants_stream,
@@ -24,7 +25,7 @@ from stepweave.api.disconnect import until_disconnect
 from stepweave.api.events import EventStream, events
 from stepweave.api.forms import Form, digest_of, read_form, read_images, reserve
 from stepweave.api.idempotency import claim_of, generate, start
-from stepweave.api.job_answers import job_answer
+from stepweave.api.responses import answer
 from stepweave.api.schemas import (
     EditRequest,
     GenerationRequest,
@@ -129,62 +130,56 @@ class OpenAIRoutes:
 
         if detached:
             job = await start(server, claim, accept, detached=True, reservation=place)
-            answered = await job_answer(job, jobs.files, base)
             headers = {
                 "Location": reference(request, server.settings, f"/v1/jobs/{job.id}"),
                 "Preference-Applied": "respond-async",
             }
             count_of(request).job = job
-            return Response(answered, 202, headers, "application/json")
+            return await json_answer(await job_of(job, jobs.files, base), 202, headers)
         if streams:
             job = await until_disconnect(request, start(server, claim, accept, reservation=place))
             verbose = body.events == "all" or (stream or {}).get("profile") == PROFILE
             told = events(job, request, jobs.files, verbose=verbose, base=base)
             return EventStream(request, job, told, {"X-Stepweave-Job": job.id})
-        answer = await until_disconnect(request, generate(server, claim, accept, reservation=place))
+        made = await until_disconnect(request, generate(server, claim, accept, reservation=place))
         if image_format is not None:
-            return image_answer(answer)
-        return Response(await json_answer(answer, base, jobs.files), media_type="application/json")
+            return image_answer(made)
+        return await json_answer(await generation_of(made, base, jobs.files))
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._describe()]})
+        return answer(ModelList(data=[self._described()]))
 
     async def model(self, request: Request) -> Response:
         self.server.named(request.path_params["id"])
-        return JSONResponse(self._describe())
+        return answer(self._described())
 
-    def _describe(self) -> dict[str, Any]:
+    def _described(self) -> Model:
         model, engine = self.server.ready()
         settings, stats = self.server.settings, engine.stats()
-        return {
-            "id": model.id,
-            "object": "model",
-            "created": self.server.created,
-            "owned_by": "stepweave",
-            "stepweave": {
-                "pipeline": model.pipeline_class,
-                "device": self.server.device,
-                "dtype": self.server.dtype,
-                "native_size": f"{model.width}x{model.height}",
-                **model.limits.as_json(),
-                "max_pixels": settings.max_pixels,
-                "max_input_pixels": settings.max_input_pixels,
-                "default_num_inference_steps": model.default_steps,
-                "max_num_inference_steps": settings.max_steps,
-                "default_guidance_scale": model.default_guidance,
-                "presets": model.preset.sources(),
-                "schedulers": sorted(model.schedulers),
-                "scheduler_steps": model.scheduler_steps,
-                "edits": list(model.edits),
-                "limits_of_edits": {
-                    name: limits.as_json()
-                    for name, limits in model.limits_of_edits.items()
-                    if limits != model.limits
-                },
-                "previews": self.server.previewer is not None,
-                "batching": engine.mode,
-                "switches": settings.optimizations(),
-                "certificates": stats.certificates,
-                "unshared": stats.unshared,
+        details = ModelDetails(
+            pipeline=model.pipeline_class,
+            device=self.server.device,
+            dtype=self.server.dtype,
+            native_size=f"{model.width}x{model.height}",
+            **model.limits.as_json(),
+            max_pixels=settings.max_pixels,
+            max_input_pixels=settings.max_input_pixels,
+            default_num_inference_steps=model.default_steps,
+            max_num_inference_steps=settings.max_steps,
+            default_guidance_scale=model.default_guidance,
+            presets=model.preset.sources(),
+            schedulers=sorted(model.schedulers),
+            scheduler_steps=model.scheduler_steps,
+            edits=model.edits,
+            limits_of_edits={
+                name: limits.as_json()
+                for name, limits in model.limits_of_edits.items()
+                if limits != model.limits
             },
-        }
+            previews=self.server.previewer is not None,
+            batching=engine.mode,
+            switches=settings.optimizations(),
+            certificates=stats.certificates,
+            unshared=stats.unshared,
+        )
+        return Model(id=model.id, created=self.server.created, stepweave=details)

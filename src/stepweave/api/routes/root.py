@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import html
-from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from stepweave import __version__
+from stepweave.api.answer_schemas import Discovery, MountedRoute
+from stepweave.api.responses import answer
 from stepweave.api.urls import reference
 from stepweave.serving.server import Server
 from stepweave.threads import on_thread
@@ -51,11 +52,13 @@ class RootRoutes:
         model = None if self.server.model is None else self.server.model.id
         stage = self.server.health().stage
         routes = [
-            {"path": route.path_format, "methods": sorted((route.methods or set()) - {"HEAD"})}
+            MountedRoute(
+                path=route.path_format, methods=sorted((route.methods or set()) - {"HEAD"})
+            )
             for route in request.app.routes
             if isinstance(route, Route)
         ]
-        mounted = {route["path"] for route in routes}
+        mounted = {route.path for route in routes}
         links = {
             name: reference(request, self.server.settings, path)
             for name, path in LINKS.items()
@@ -66,17 +69,8 @@ class RootRoutes:
         ]
         if "text/html" in accepted:
             return HTMLResponse(_page(model, stage, routes, links), headers=_PAGE_HEADERS)
-        return JSONResponse(
-            {
-                "name": "stepweave",
-                "version": __version__,
-                "model": model,
-                "stage": stage,
-                "routes": routes,
-                "links": links,
-            },
-            headers={"Vary": "Accept"},
-        )
+        found = Discovery(version=__version__, model=model, stage=stage, routes=routes, links=links)
+        return answer(found, {"Vary": "Accept"})
 
     async def metrics(self, request: Request) -> Response:
         # off the loop: CUDA's memory query may wait for the driver
@@ -84,9 +78,7 @@ class RootRoutes:
         return Response(content, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
-def _page(
-    model: str | None, stage: str, routes: list[dict[str, Any]], links: dict[str, str]
-) -> str:
+def _page(model: str | None, stage: str, routes: list[MountedRoute], links: dict[str, str]) -> str:
     def item(text: str) -> str:
         return f"<li>{text}</li>"
 
@@ -95,7 +87,7 @@ def _page(
         for name, path in links.items()
     )
     shown_routes = "".join(
-        item(f"<code>{html.escape(' '.join(route['methods']))} {html.escape(route['path'])}</code>")
+        item(f"<code>{html.escape(' '.join(route.methods))} {html.escape(route.path)}</code>")
         for route in routes
     )
     return (
