@@ -142,9 +142,9 @@ def test_built_in_kinds_are_valid(directory: str) -> None:
                 assert kubernetes_validate.validate(document, version, strict=True) == version
 
 
-def test_the_readmes_name_the_first_version_that_is_tested() -> None:
-    for readme in (ROOT / "README.md", K8S / "README.md"):
-        assert f"Kubernetes {VERSIONS[0]} or newer" in readme.read_text()
+def test_the_documents_name_the_first_version_that_is_tested() -> None:
+    for page in (ROOT / "README.md", ROOT / "docs/deploy.md", K8S / "README.md"):
+        assert f"Kubernetes {VERSIONS[0]} or newer" in page.read_text()
     assert f"schemas of {VERSIONS[0]} to {VERSIONS[-1]}" in (K8S / "README.md").read_text()
 
 
@@ -1023,8 +1023,8 @@ def test_an_overlay_has_all_that_it_names_once_what_the_readme_says_is_applied(n
         assert ("ClusterServingRuntime", None, predictor["model"]["runtime"]) in there
         assert ("ClusterStorageContainer", None, predictor["storageContainerName"]) in there
     # the steps to follow say the same, in that order
-    for readme in (ROOT / "README.md", K8S / "README.md"):
-        text = readme.read_text()
+    for page in (ROOT / "docs/deploy.md", K8S / "README.md"):
+        text = page.read_text()
         steps = [
             text.find(f"kubectl apply -k k8s/{step}")
             for step in [*first_of(name), f"overlays/{name}"]

@@ -44,7 +44,7 @@ def stable_diffusion_control_net_text() -> diffusers.StableDiffusionControlNetPi
 
 @entry(**SQUARE, **NUMBERS, guidance_scale=5.0, image=hint, controlnet_conditioning_scale=influence)
 def stable_diffusion_control_net_scales() -> diffusers.StableDiffusionControlNetPipeline:
-    """Another influence of the ControlNet in each call."""
+    """Each call has another scale of the ControlNet."""
     return diffusers.StableDiffusionControlNetPipeline(**diffusion(), controlnet=controlnet())
 
 
@@ -166,7 +166,7 @@ def union() -> diffusers.ControlNetUnionModel:
 def stable_diffusion_xl_control_net_union_text() -> (
     diffusers.StableDiffusionXLControlNetUnionPipeline
 ):
-    """What the image shows differs: outlines, depth."""
+    """Calls with different kinds of control images: outlines, depth."""
     return diffusers.StableDiffusionXLControlNetUnionPipeline(
         **diffusion_xl(), controlnet=union(), add_watermarker=False
     )

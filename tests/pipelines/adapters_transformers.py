@@ -211,5 +211,5 @@ def z_image_control_net_text() -> diffusers.ZImageControlNetPipeline:
 
 @entry(**Z, control_image=hint, image=example_image, mask_image=mask)
 def z_image_control_net_inpaint() -> diffusers.ZImageControlNetInpaintPipeline:
-    """It sees the image to be guided by, the mask and the image: 4 + 1 + 4 channels."""
+    """Its input has the reference image, the mask and the image: 4 + 1 + 4 channels."""
     return diffusers.ZImageControlNetInpaintPipeline(**z_image_control(9))

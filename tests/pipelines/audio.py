@@ -108,7 +108,7 @@ def audio_ldm() -> diffusers.AudioLDMPipeline:
 
 @entry(**SOUND, prompt=lambda number: PROMPTS[number] or "noise", max_new_tokens=4)
 def audio_ldm2() -> diffusers.AudioLDM2Pipeline:
-    """GPT-2 makes of what CLAP and T5 say a caption of its own."""
+    """GPT-2 makes a caption from the outputs of CLAP and T5."""
     config = transformers.GPT2Config(
         n_embd=WIDTH,
         n_layer=1,

@@ -32,11 +32,11 @@ _REASONS: dict[str, tuple[str, ...]] = {
         "transformer "
         "lacks"
     ): ("ChromaInpaintPipeline",),
-    "broken with transformers 5: it takes what CLAP returns for a tensor": ("MusicLDMPipeline",),
-    "diffusers has it only where librosa is installed": ("AudioDiffusionPipeline",),
-    "diffusers has it only where note_seq is installed": ("SpectrogramDiffusionPipeline",),
-    "diffusers has it only where OpenCV is installed": ("ConsisIDPipeline",),
-    "its processor of images needs torchvision": ("OmniGenPipeline",),
+    "broken with transformers 5: it expects CLAP to return a tensor": ("MusicLDMPipeline",),
+    "diffusers has it only if librosa is installed": ("AudioDiffusionPipeline",),
+    "diffusers has it only if note_seq is installed": ("SpectrogramDiffusionPipeline",),
+    "diffusers has it only if OpenCV is installed": ("ConsisIDPipeline",),
+    "its image processor needs torchvision": ("OmniGenPipeline",),
     _VISION: (
         "BriaFibo2Pipeline",
         "DreamLiteMobilePipeline",
@@ -50,16 +50,18 @@ _REASONS: dict[str, tuple[str, ...]] = {
         "BlipDiffusionControlNetPipeline",
         "BlipDiffusionPipeline",
     ),
-    _OLD + "GLIGEN with images for phrases": ("StableDiffusionGLIGENTextImagePipeline",),
-    _OLD + "it needs a captioner, and takes gradients": ("StableDiffusionPix2PixZeroPipeline",),
+    _OLD + "GLIGEN with images instead of phrases": ("StableDiffusionGLIGENTextImagePipeline",),
+    _OLD + "it needs a captioning model, and computes gradients": (
+        "StableDiffusionPix2PixZeroPipeline",
+    ),
     _OLD + "a transformer for images and captions": ("UniDiffuserPipeline",),
-    _OLD + "it takes two UNets apart and joins them": (
+    _OLD + "it combines parts of two UNets": (
         "VersatileDiffusionDualGuidedPipeline",
         "VersatileDiffusionImageVariationPipeline",
         "VersatileDiffusionPipeline",
         "VersatileDiffusionTextToImagePipeline",
     ),
-    _OLD + "its transformer is of codes, with a learnt code for no text": ("VQDiffusionPipeline",),
+    _OLD + "its transformer works on discrete codes": ("VQDiffusionPipeline",),
     "no entry written: a prior and a renderer of radiance fields": (
         "ShapEImg2ImgPipeline",
         "ShapEPipeline",

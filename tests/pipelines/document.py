@@ -34,28 +34,29 @@ LONGEST = 160  # characters of a reason
 HEAD = """\
 # Pipelines
 
-Made by `.venv/bin/python -m tests.pipelines --write`, which takes some ten minutes; do not edit it. With an entry's name in place
-of `--write` it checks that entry. `make .venv/dev.stamp` installs what both need.
+Written by `.venv/bin/python -m tests.pipelines --write`, in some ten minutes; do not edit it. `.venv/bin/python -m tests.pipelines NAME`
+checks the entry of that name. `make .venv/dev.stamp` installs what both need.
 
-Every row below is a pipeline class of diffusers, or a task or mode of it, built tiny and with random weights from the
-configuration classes of diffusers and transformers. {calls} calls, which differ in prompt, seed, steps, guidance, and image,
-film or mask where it takes one, were made one after the other by the plain pipeline, and all at once by a `StepEngine` on
-another one. What came out was compared number by number, in float32 on the CPU. So the table shows that results do not depend
-on company, not how good images are or how fast they come.
+Each row is a pipeline class of diffusers, or a task or mode of one, built tiny and with random weights from the configuration classes of
+diffusers and transformers. {calls} calls, which differ in prompt, seed, steps, guidance and, where the pipeline takes them, image, video or
+mask, ran one after the other on the plain pipeline, and all at once in a `StepEngine` on another instance. The results were compared
+number by number, in float32 on the CPU. So the table shows that results do not depend on what else runs; it does not show how good or how
+fast the images are.
 
-*Shared* is the share of calls of the denoisers (transformers, UNets, priors, ControlNets) whose forward served other jobs, too.
-The first calls of a kind are run both ways, as the proof, and count as not shared. *Error* is a bound of the largest difference
-from the plain call: of pixels in [0, 1], or, where numbers are larger than 1, as a share of the largest; it is rounded up to a
-power of ten, and must not be more than {tolerance}. What could not share a forward ran alone, correctly, for the reason given.
-*(takes turns)* means that a call hooks the shared modules or switches them over, so that the engine runs one at a time.
+- **Shared**: the share of calls of the denoisers (transformers, UNets, priors, ControlNets) whose forward also served other jobs. The
+  first calls of each kind are run both ways, as the test, and count as not shared.
+- **Error**: an upper bound, rounded up to a power of ten, of the largest difference from the plain call: of pixels in [0, 1] or, for
+  numbers larger than 1, as a share of the largest. It must not be more than {tolerance}.
+- **What ran alone**: calls that could not share a forward, with the reason; their results are correct as well. *(takes turns)* means that a
+  call installs hooks on the shared modules or changes their mode, so the engine runs one job at a time.
 
 Versions: {versions}.
 """
 TAIL = """\
-## Not built here
+## Classes not checked
 
-Classes that diffusers exports and that no row is of. Nothing is known of them but what their relatives show: the engine has no
-code for single pipelines, and proves each kind of call before it merges it.
+These classes of diffusers have no row. Nothing is known of them except what similar pipelines show: the engine has no code for
+single pipelines, and tests each kind of call before it batches it.
 
 | reason | classes |
 | --- | --- |
@@ -117,20 +118,20 @@ def _summary(reports: Sequence[Report], not_built: Mapping[str, str]) -> str:
     turns = {one.pipeline for one in reports if TAKES_TURNS in one.alone}
     others = [name for name, merges in found.items() if merges is False and name not in turns]
     rows = {
-        "pipeline classes that diffusers exports": len(found) + len(not_built),
+        "pipeline classes in diffusers": len(found) + len(not_built),
         "classes checked": len(found),
-        "entries: classes, and tasks and modes of them": len(reports),
-        "entries that agree with the plain call": sum(one.right for one in reports),
+        "entries: classes, with their tasks and modes": len(reports),
+        "entries with the results of the plain call": sum(one.right for one in reports),
         "largest error": f"{max((one.largest_error for one in reports), default=0.0):.0e}",
         "classes that share forwards": (
             f"{merging} of {denoising} with a denoiser ({_percent(merging / max(denoising, 1))})"
         ),
-        "classes whose calls take turns": len(turns),
-        "other classes that share none": ", ".join(f"`{name}`" for name in others) or "none",
+        "classes that run one job at a time (takes turns)": len(turns),
+        "other classes that share no forward": ", ".join(f"`{name}`" for name in others) or "none",
     }
     wrong = [f"`{one.name}`" for one in reports if not one.right]
     if wrong:
-        rows["entries that do not agree"] = ", ".join(wrong)
+        rows["entries with other results"] = ", ".join(wrong)
     return (
         "| | |\n| --- | --- |\n"
         + "\n".join(f"| {name} | {value} |" for name, value in rows.items())

@@ -47,8 +47,22 @@ def test_the_document_names_every_entry_and_every_class() -> None:
     found = {name: kind for kind, name in re.findall(r"^\| `(\w+)` \| `(\w+)`", text, re.MULTILINE)}
     # else: python -m tests.pipelines --write
     assert found == {name: entry.pipeline for name, entry in ENTRIES.items()}
-    missing = text.partition("## Not built here")[2]
+    missing = text.partition("## Classes not checked")[2]
     assert set(re.findall(r"`(\w+Pipeline\w*)`", missing)) == set(NOT_BUILT)
+
+
+def test_the_document_says_what_the_writer_would() -> None:
+    """All but the results, which take minutes: the text, the notes on entries, the reasons."""
+    text = (ROOT / "docs/pipelines.md").read_text()
+    versions = dict(
+        re.findall(r"(\w+) (\d[\w.+]*)", re.findall(r"^Versions: (.*)\.$", text, re.M)[0])
+    )
+    fresh = document([], ENTRIES, NOT_BUILT, versions)
+    first, last = "| | |\n", "## Classes not checked"
+    assert text.partition(first)[0] == fresh.partition(first)[0]
+    assert text.partition(last)[2] == fresh.partition(last)[2]
+    notes = dict(re.findall(r"^\| `\w+` \| `(\w+)`(?:: (.*?))? \|", text, re.M))
+    assert notes == {name: entry.note for name, entry in ENTRIES.items()}
 
 
 # The writer
@@ -120,14 +134,14 @@ def test_what_agrees_is_written_with_its_share_and_a_bound_of_its_error() -> Non
     assert found["swapping"][4] == "(takes turns)"
     assert found["embedding"][2] == "no denoiser"
     assert summary(text) == {
-        "pipeline classes that diffusers exports": "6",
+        "pipeline classes in diffusers": "6",
         "classes checked": "5",
-        "entries: classes, and tasks and modes of them": "6",
-        "entries that agree with the plain call": "6",
+        "entries: classes, with their tasks and modes": "6",
+        "entries with the results of the plain call": "6",
         "largest error": "1e-05",
         "classes that share forwards": "3 of 4 with a denoiser (75 %)",
-        "classes whose calls take turns": "1",
-        "other classes that share none": "none",
+        "classes that run one job at a time (takes turns)": "1",
+        "other classes that share no forward": "none",
     }
     assert "| too old | `OldPipeline` |" in text
     sections = re.split(r"^## ", text, flags=re.MULTILINE)
@@ -156,11 +170,11 @@ def test_what_differs_and_what_fails_is_shown() -> None:
         "**failed**: took more than 300 s",
     ]
     told = summary(text)
-    assert told["entries that agree with the plain call"] == "4"
-    assert told["entries that do not agree"] == "`sounding`, `crashing`"
+    assert told["entries with the results of the plain call"] == "4"
+    assert told["entries with other results"] == "`sounding`, `crashing`"
     assert told["classes that share forwards"] == "2 of 4 with a denoiser (50 %)"
     assert told["largest error"] == "3e-02"
-    assert told["other classes that share none"] == "`CrashPipeline`"
+    assert told["other classes that share no forward"] == "`CrashPipeline`"
 
 
 def test_a_report_is_right_only_if_it_agrees_and_the_engine_had_no_error() -> None:

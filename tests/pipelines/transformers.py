@@ -289,7 +289,7 @@ def hunyuan_dit() -> diffusers.HunyuanDiTPipeline:
 
 @entry(prompt=ABSENT, class_labels=lambda number: [number], guidance_scale=4.0, output_type="np")
 def dit() -> diffusers.DiTPipeline:
-    """Draws one of ten classes; no text."""
+    """Makes one of ten classes; takes no text."""
     transformer = diffusers.DiTTransformer2DModel(
         sample_size=8,
         num_layers=2,

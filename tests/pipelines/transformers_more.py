@@ -271,7 +271,7 @@ def prior_tokens(number: int) -> Any:
 
 @entry(**TEXT, prior_token_ids=prior_tokens, prompt=lambda number: f'a "{number}"')
 def glm_image() -> diffusers.GlmImagePipeline:
-    """With the first draft given, which a language model else makes token by token."""
+    """With a given first draft, which otherwise a language model makes token by token."""
     transformer = diffusers.GlmImageTransformer2DModel(
         patch_size=2,
         in_channels=4,

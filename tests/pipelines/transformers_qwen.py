@@ -158,7 +158,7 @@ def hunyuan_image_text() -> diffusers.HunyuanImagePipeline:
 
 @entry(**SIZE, distilled_guidance_scale=3.25, prompt=lambda number: f'a "{number}"')
 def hunyuan_image_distilled() -> diffusers.HunyuanImagePipeline:
-    """Guidance as an input; quoted words, which are read by ByT5."""
+    """Guidance as an input; quoted words, which ByT5 encodes."""
     pipeline = hunyuan_image()
     config = {**pipeline.transformer.config, "guidance_embeds": True, "use_meanflow": True}
     pipeline.register_modules(

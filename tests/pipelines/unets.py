@@ -39,7 +39,7 @@ def stable_diffusion_img2img() -> diffusers.StableDiffusionImg2ImgPipeline:
     **SQUARE, **NUMBERS, guidance_scale=5.0, image=example_image, mask_image=mask, strength=strength
 )
 def stable_diffusion_inpaint() -> diffusers.StableDiffusionInpaintPipeline:
-    """With the UNet of nine channels that was trained for it."""
+    """With a UNet of nine channels, made for inpainting."""
     return diffusers.StableDiffusionInpaintPipeline(**diffusion(in_channels=9))
 
 
@@ -47,7 +47,7 @@ def stable_diffusion_inpaint() -> diffusers.StableDiffusionInpaintPipeline:
     **SQUARE, **NUMBERS, guidance_scale=5.0, image=example_image, mask_image=mask, strength=strength
 )
 def stable_diffusion_inpaint_plain() -> diffusers.StableDiffusionInpaintPipeline:
-    """With the UNet of text to image."""
+    """With the UNet for text to image."""
     return diffusers.StableDiffusionInpaintPipeline(**diffusion())
 
 
@@ -249,7 +249,7 @@ def stable_diffusion_xl_inpaint() -> diffusers.StableDiffusionXLInpaintPipeline:
     **SQUARE, **NUMBERS, guidance_scale=5.0, image=example_image, mask_image=mask, strength=strength
 )
 def stable_diffusion_xl_inpaint_plain() -> diffusers.StableDiffusionXLInpaintPipeline:
-    """With the UNet of text to image."""
+    """With the UNet for text to image."""
     return diffusers.StableDiffusionXLInpaintPipeline(**diffusion_xl(), add_watermarker=False)
 
 
@@ -261,7 +261,7 @@ def stable_diffusion_xl_inpaint_plain() -> diffusers.StableDiffusionXLInpaintPip
     aesthetic_score=lambda number: 5.0 + number / 4,
 )
 def stable_diffusion_xl_refiner_img2img() -> diffusers.StableDiffusionXLImg2ImgPipeline:
-    """One text encoder, and a score of beauty in place of a target size."""
+    """One text encoder, and an aesthetic score instead of a target size."""
     parts = diffusion_xl(
         cross_attention_dim=WIDTH, projection_class_embeddings_input_dim=5 * 8 + WIDTH
     )

@@ -241,7 +241,7 @@ def stable_cascade_prior() -> diffusers.StableCascadePriorPipeline:
     images=lambda number: [example_image(number)],
 )
 def stable_cascade_prior_images() -> diffusers.StableCascadePriorPipeline:
-    """Images beside the prompt."""
+    """With images besides the prompt."""
     return diffusers.StableCascadePriorPipeline(
         **cascade_prior(), feature_extractor=features(), image_encoder=vision()
     )

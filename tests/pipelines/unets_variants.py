@@ -63,7 +63,7 @@ def stable_diffusion_panorama() -> diffusers.StableDiffusionPanoramaPipeline:
 
 @entry(**TEXT, sag_scale=lambda number: 0.5 + number / 10)
 def stable_diffusion_sag() -> diffusers.StableDiffusionSAGPipeline:
-    """Reads the maps of an attention that it swaps."""
+    """Reads the attention maps of a processor that it installs."""
     return diffusers.StableDiffusionSAGPipeline(**diffusion())
 
 
@@ -118,7 +118,7 @@ def stable_diffusion_model_editing() -> diffusers.StableDiffusionModelEditingPip
     thresholds={0: 0.5},
 )
 def stable_diffusion_attend_and_excite() -> diffusers.StableDiffusionAttendAndExcitePipeline:
-    """Takes gradients through the UNet."""
+    """Computes gradients through the UNet."""
     return diffusers.StableDiffusionAttendAndExcitePipeline(**diffusion())
 
 

@@ -270,7 +270,7 @@ def ltx_image_to_video_long() -> diffusers.LTXI2VLongMultiPromptPipeline:
     output_type="np",
 )
 def ltx_latent_upsample() -> diffusers.LTXLatentUpsamplePipeline:
-    """Enlarges what LTX made."""
+    """Upscales latents of LTX."""
     network = LTXLatentUpsamplerModel(in_channels=8, mid_channels=32, num_blocks_per_stage=1)
     return diffusers.LTXLatentUpsamplePipeline(vae=ltx_parts()["vae"], latent_upsampler=network)
 

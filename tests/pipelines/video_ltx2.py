@@ -137,7 +137,7 @@ def ltx2_condition() -> diffusers.LTX2ConditionPipeline:
     video=lambda number: [example_image(10 * number + frame, 32) for frame in range(5)],
 )
 def ltx2_latent_upsample() -> diffusers.LTX2LatentUpsamplePipeline:
-    """Enlarges what LTX-2 made."""
+    """Upscales latents of LTX-2."""
     network = LTX2LatentUpsamplerModel(
         in_channels=CHANNELS, mid_channels=32, num_blocks_per_stage=1
     )

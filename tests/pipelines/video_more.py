@@ -162,7 +162,7 @@ LATTE: dict[str, Any] = {
 
 @entry(**LATTE, prompt=lambda number: f"{number} red rings")
 def latte() -> diffusers.LattePipeline:
-    """Captions are cut to their length, and have no mask: those of one length share."""
+    """Captions are cut to their length and have no mask, so only captions of equal length share."""
     return latte_pipeline()
 
 
