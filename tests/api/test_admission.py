@@ -13,6 +13,7 @@ import pytest
 
 from stepweave.errors import AdmissionError
 from tests.support.in_process import InProcess
+from tests.support.resolving import resolve
 from tests.support.waiting import SECONDS, wait_until
 
 Make = Callable[..., InProcess]
@@ -216,7 +217,7 @@ def test_a_refusal_takes_no_time_of_the_model_and_hardly_any_of_the_servers(
     engine, admission = app.server.engine, app.server._admission
     assert engine is not None
     assert admission is not None
-    call = app.server.model.call(app.server.model.resolve(prompt="x"))  # type: ignore[union-attr]
+    call = app.server.model.call(resolve(app.server.model, prompt="x"))  # type: ignore[union-attr]
     jobs = [engine.submit(**call) for _ in range(admission.limit)]
     admission._taken = admission.limit
     ran = app.pipeline.record.steps_run

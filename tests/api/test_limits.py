@@ -39,6 +39,7 @@ from stepweave.parameters import ImageRequest
 from stepweave.previews.stream import Partial
 from stepweave.serving import admission as admissions
 from stepweave.serving.admission import Admission
+from stepweave.serving.submission import Submission
 from stepweave.store import DirectoryFileStore
 from tests.support.asgi import GENERATIONS, App, serving
 from tests.support.bodies import EDITS, FORM, INFER, JSON, LEGACY, Native, form, natively, png
@@ -323,7 +324,7 @@ async def test_events_have_what_openais_have() -> None:
     Image.new("RGB", (8, 8)).save(image, "WEBP")
     async with serving() as app:
         body = ImageRequest(prompt="a", output_format="webp", num_inference_steps=1)
-        ticket = await app.server.accept(body)
+        ticket = await app.server.accept(Submission(request=body))
         told = [_partial("image_generation", Partial(0, 0, image.getvalue()), ticket)]
         assert app.server.jobs is not None
         told += [one async for one in events(ticket, "x", app.server.jobs.files, verbose=False)]
@@ -627,9 +628,9 @@ async def test_who_joins_by_key_gets_previews_too() -> None:
     wanted = []
     async with serving() as app:
 
-        async def accept(*args: Any, real: Any = app.server.accept, **options: Any) -> Any:
-            wanted.append(options["previews"])
-            return await real(*args, **options)
+        async def accept(submission: Submission, real: Any = app.server.accept) -> Any:
+            wanted.append(submission.previews)
+            return await real(submission)
 
         with patch.object(app.server, "accept", accept):
             for headers in ({}, {"Idempotency-Key": "a"}):

@@ -19,6 +19,7 @@ from stepweave.errors import LoadError
 from stepweave.loading.device import choose_device, choose_dtype, set_cpu_threads
 from stepweave.loading.loader import load_pipeline
 from stepweave.serving.model import ServedModel
+from tests.support.resolving import resolve
 from tests.support.waiting import SECONDS
 
 CPU = torch.device("cpu")
@@ -90,7 +91,7 @@ def test_the_embedded_model_loads_and_obeys_its_seed() -> None:
     with StepEngine(model.pipeline, "off") as engine:
 
         def draw(seed: int) -> bytes:
-            resolved = model.resolve(prompt="a red star", seed=seed, num_inference_steps=3)
+            resolved = resolve(model, prompt="a red star", seed=seed, num_inference_steps=3)
             job = engine.submit(**model.call(resolved))
             image: bytes = job.result(SECONDS).images[0].tobytes()
             assert job.progress == (3, 3)

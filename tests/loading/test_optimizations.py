@@ -28,6 +28,7 @@ from stepweave.planning.stats import Forwards
 from stepweave.serving.model import ServedModel
 from stepweave.serving.server import Server
 from tests.support.in_process import InProcess
+from tests.support.resolving import resolve
 from tests.support.served import serve
 from tests.support.tiny import FAMILIES, Family
 from tests.support.together import submit_together
@@ -517,7 +518,7 @@ def test_a_server_with_switches_draws_what_a_plain_call_without_does(tmp_path: P
             answer = httpx.post(f"{server.url}/generate", json=body, timeout=SECONDS)
             assert answer.status_code == 200, answer.text
             image = np.asarray(Image.open(io.BytesIO(answer.content)), dtype=np.float32)
-            expected = plain.pipeline(**plain.call(plain.resolve(**body))).images[0]
+            expected = plain.pipeline(**plain.call(resolve(plain, **body))).images[0]
             assert image.std() > 1
             assert np.abs(image - np.asarray(expected, dtype=np.float32)).max() <= 1
         assert server.stop() == 0

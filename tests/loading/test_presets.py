@@ -23,6 +23,7 @@ from stepweave.serving.model import ServedModel
 from tests.support.environment import ROOT
 from tests.support.fake_pipeline import FakePipeline
 from tests.support.in_process import InProcess
+from tests.support.resolving import resolve
 
 pytestmark = pytest.mark.usefixtures("no_settings")
 
@@ -152,7 +153,7 @@ def test_a_served_model_takes_each_default_from_the_strongest_that_says_it(
             model = ServedModel(FakePipeline(), file, Settings(preset=setting))
     finally:
         package.propagate = propagated
-    resolved = model.resolve(prompt="x")
+    resolved = resolve(model, prompt="x")
     assert (resolved.guidance_scale, resolved.num_inference_steps) == (0.0, 3)
     assert (resolved.width, resolved.height) == (64, 64)  # the pipeline's own
     assert model.call(resolved)["negative_prompt"] == "blue"
@@ -193,7 +194,7 @@ def test_it_serves_a_hub_id_and_goes_before_the_file_of_a_directory(
     hub = Settings(model="owner/shapes", revision=COMMIT, preset=setting)
     model = ServedModel(*load_pipeline(hub, CPU, torch.float32), hub)
     assert (model.id, model.default_steps, model.default_guidance) == ("owner/shapes", 6, 7.0)
-    assert model.call(model.resolve(prompt="x"))["max_sequence_length"] == 2
+    assert model.call(resolve(model, prompt="x"))["max_sequence_length"] == 2
     local = Settings(preset=setting)
     model = ServedModel(*load_pipeline(local, CPU, torch.float32), local)
     assert (model.id, model.default_steps, model.default_guidance) == ("shapes", 6, 2.0)

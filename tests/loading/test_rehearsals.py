@@ -28,6 +28,7 @@ from stepweave.loading.schedulers import Rehearsals, rehearse
 from stepweave.parameters import Parameters, Sources
 from stepweave.serving.model import ServedModel
 from tests.support.in_process import InProcess
+from tests.support.resolving import resolve
 from tests.support.tiny import FAMILIES, NOISE_SCHEDULE
 from tests.support.waiting import SECONDS
 
@@ -99,7 +100,7 @@ def differing(
                     "strength": strength,
                 }
                 try:
-                    model.resolve(**arguments, scheduler=name, num_inference_steps=steps)  # type: ignore[arg-type]
+                    resolve(model, **arguments, scheduler=name, num_inference_steps=steps)  # type: ignore[arg-type]
                     runs = True
                 except InvalidRequestError as error:
                     # not with this pipeline, or not a step of it
@@ -107,8 +108,8 @@ def differing(
                         continue
                     runs = False
                 with mock.patch.object(Rehearsals, "runs", lambda *_: True):
-                    parameters = model.resolve(
-                        **arguments, scheduler=name, num_inference_steps=steps
+                    parameters = resolve(
+                        model, **arguments, scheduler=name, num_inference_steps=steps
                     )  # type: ignore[arg-type]
                 if fails(engine, model, parameters) == runs and not (
                     strength is not None and ends_far(model, parameters)
@@ -168,9 +169,11 @@ def test_a_layout_where_schedulers_break_offers_them_with_the_steps_that_work() 
         with pytest.raises(
             InvalidRequestError, match=f"num_inference_steps is {steps}; DEISMultistep.* 1, 2, 3"
         ) as caught:
-            model.resolve(prompt="x", scheduler="DEISMultistepScheduler", num_inference_steps=steps)
+            resolve(
+                model, prompt="x", scheduler="DEISMultistepScheduler", num_inference_steps=steps
+            )
         assert caught.value.param == "num_inference_steps"
-        assert model.resolve(prompt="x", scheduler="DDIMScheduler", num_inference_steps=steps)
+        assert resolve(model, prompt="x", scheduler="DDIMScheduler", num_inference_steps=steps)
 
 
 def test_a_number_between_those_that_were_tried_is_tried_when_asked_for() -> None:
@@ -181,15 +184,17 @@ def test_a_number_between_those_that_were_tried_is_tried_when_asked_for() -> Non
     model = served(pipeline)
     name = "EulerAncestralDiscreteScheduler"
     assert name in model.schedulers and name not in model.scheduler_steps
-    four = model.resolve(prompt="x", scheduler=name, num_inference_steps=4, rehearse=False)
+    four = resolve(model, prompt="x", scheduler=name, num_inference_steps=4, rehearse=False)
     assert not model.knows_steps(four)
     for _ in range(2):
         with pytest.raises(
             InvalidRequestError, match=f"num_inference_steps is 4; {name} does not run"
         ):
-            model.resolve(prompt="x", scheduler=name, num_inference_steps=4)
+            resolve(model, prompt="x", scheduler=name, num_inference_steps=4)
     assert model.knows_steps(four)
-    assert model.resolve(prompt="x", scheduler=name, num_inference_steps=5).num_inference_steps == 5
+    assert (
+        resolve(model, prompt="x", scheduler=name, num_inference_steps=5).num_inference_steps == 5
+    )
 
 
 # Schedulers that are well: nothing is refused
@@ -336,14 +341,14 @@ def test_what_requests_ask_for_is_rehearsed_once_without_the_global_generator(
     state = torch.get_rng_state()
     for _ in range(2):
         for name in model.schedulers:
-            model.resolve(prompt="x", scheduler=name, num_inference_steps=9)
+            resolve(model, prompt="x", scheduler=name, num_inference_steps=9)
     assert len(calls) == len(model.schedulers)
     assert torch.equal(torch.get_rng_state(), state)
     found = model._rehearsals[id(model.pipeline)]._found
     remembered = len(found)
     monkeypatch.setattr(schedulers, "REMEMBERED", remembered)
     for steps in range(30, 40):
-        model.resolve(prompt="x", num_inference_steps=steps)
+        resolve(model, prompt="x", num_inference_steps=steps)
     assert len(calls) == len(model.schedulers) + 10
     assert len(found) == remembered
 
@@ -359,8 +364,12 @@ def test_an_edit_is_rehearsed_from_where_its_strength_begins(
     )
     for strength, begin in ((0.25, 15), (0.5, 10), (1.0, 0)):
         for _ in range(2):
-            model.resolve(
-                prompt="x", num_inference_steps=20, strength=strength, sources=Sources(SOURCE)
+            resolve(
+                model,
+                prompt="x",
+                num_inference_steps=20,
+                strength=strength,
+                sources=Sources(SOURCE),
             )
         assert begins == [begin]
         begins.clear()
@@ -372,7 +381,7 @@ def test_an_edit_is_rehearsed_from_where_its_strength_begins(
     with pytest.raises(
         InvalidRequestError, match=r"num_inference_steps is 3 and strength is 0\.5; PNDMScheduler"
     ) as caught:
-        model.resolve(**edit, num_inference_steps=3, strength=0.5)
+        resolve(model, **edit, num_inference_steps=3, strength=0.5)
     assert caught.value.param == "num_inference_steps"
 
 
@@ -386,25 +395,25 @@ def test_how_far_dynamic_shifting_goes_is_told_from_the_size() -> None:
     }
     flux = served(FAMILIES["flux"].build())
     assert flux.limits.sizes.multiple == 4
-    assert flux.resolve(**asked, size="512x512").num_inference_steps == 60
+    assert resolve(flux, **asked, size="512x512").num_inference_steps == 60
     model = served(FAMILIES["stable_diffusion_3_dynamic"].build())
     limits = model.limits
     model.keep_to(
         None, dataclasses.replace(limits, sizes=dataclasses.replace(limits.sizes, max_side=None))
     )
-    assert model.resolve(**asked, size="256x256").num_inference_steps == 60
+    assert resolve(model, **asked, size="256x256").num_inference_steps == 60
     with pytest.raises(
         InvalidRequestError,
         match="num_inference_steps is 60; UniPCMultistepScheduler .* at 512x512",
     ):
-        model.resolve(**asked, size="512x512")
+        resolve(model, **asked, size="512x512")
 
 
 @pytest.mark.parametrize("steps", [34, pytest.param(50, marks=pytest.mark.full)])
 def test_equal_timesteps_do_no_harm_where_the_pipeline_says_which_is_the_first(steps: int) -> None:
     model = served(beta())
     for name in model.schedulers:
-        assert model.resolve(prompt="x", scheduler=name, num_inference_steps=steps)
+        assert resolve(model, prompt="x", scheduler=name, num_inference_steps=steps)
 
 
 @pytest.fixture

@@ -30,13 +30,14 @@ from stepweave.serving.model import ServedModel
 from stepweave.serving.warm_up import WarmUp, warm_up
 from tests.support.fake_pipeline import FakeEdits, FakePipeline
 from tests.support.in_process import InProcess
+from tests.support.resolving import resolve
 from tests.support.waiting import SECONDS
 
 
 def test_a_preset_overrides_the_pipelines_defaults() -> None:
     preset = Preset(id="tiny", width=32, height=48, num_inference_steps=3, guidance_scale=1.5)
     model = ServedModel(FakePipeline(), preset, Settings())
-    resolved = model.resolve(prompt="x", seed=1)
+    resolved = resolve(model, prompt="x", seed=1)
     assert model.id == "tiny"
     assert (resolved.width, resolved.height) == (32, 48)
     assert (resolved.num_inference_steps, resolved.guidance_scale) == (3, 1.5)
@@ -45,7 +46,7 @@ def test_a_preset_overrides_the_pipelines_defaults() -> None:
 def test_a_presets_call_arguments_reach_the_call_and_must_exist() -> None:
     pipeline = FakePipeline()
     model = ServedModel(pipeline, Preset(call={"negative_prompt": "blue"}), Settings())
-    pipeline(**model.call(model.resolve(prompt="x")))
+    pipeline(**model.call(resolve(model, prompt="x")))
     assert pipeline.record.calls[0]["negative_prompt"] == "blue"
     for name, hint in (
         ("max_sequence_length", "it takes prompt, negative_prompt"),
@@ -77,13 +78,13 @@ def test_what_a_pipeline_lacks_is_refused_not_dropped() -> None:
             )
 
     model = ServedModel(Plain(), Preset(), Settings())
-    assert model.resolve(prompt="x").guidance_scale is None
-    assert len(Plain()(**model.call(model.resolve(prompt="x"))).images) == 1
+    assert resolve(model, prompt="x").guidance_scale is None
+    assert len(Plain()(**model.call(resolve(model, prompt="x"))).images) == 1
     for name, value in (("guidance_scale", 3.0), ("negative_prompt", "blue")):
         with pytest.raises(InvalidRequestError, match=f"Plain has no {name}"):
-            model.resolve(prompt="x", **{name: value})  # type: ignore[arg-type]
+            resolve(model, prompt="x", **{name: value})  # type: ignore[arg-type]
     with pytest.raises(InvalidRequestError, match="n is 2"):
-        model.resolve(prompt="x", n=2)
+        resolve(model, prompt="x", n=2)
 
 
 # --- edits ---
@@ -107,10 +108,10 @@ def test_a_model_without_siblings_refuses_edits_by_its_class() -> None:
     assert model.edits == () and model.schedulers == {}
     for param, mask in (("image", None), ("mask", Image.new("L", (64, 64)))):
         with pytest.raises(InvalidRequestError, match="FakePipeline has no pipeline for") as caught:
-            model.resolve(prompt="x", sources=Sources(gradient(), mask))
+            resolve(model, prompt="x", sources=Sources(gradient(), mask))
         assert (caught.value.param, caught.value.code) == (param, "unsupported")
     with pytest.raises(InvalidRequestError, match=r"strength is 0\.5, but no image is given"):
-        model.resolve(prompt="x", strength=0.5)
+        resolve(model, prompt="x", strength=0.5)
 
 
 def test_an_edit_has_the_size_of_its_source_or_the_nearest_that_is_allowed() -> None:
@@ -126,11 +127,11 @@ def test_an_edit_has_the_size_of_its_source_or_the_nearest_that_is_allowed() -> 
         ((3024, 4032), (56, 72)),
         ((9248, 6936), (72, 56)),
     ):
-        resolved = model.resolve(prompt="x", sources=Sources(gradient(*size)))
+        resolved = resolve(model, prompt="x", sources=Sources(gradient(*size)))
         assert (resolved.width, resolved.height) == expected, size
-    resolved = model.resolve(prompt="x", sources=Sources(gradient(41, 30)), size="16x64")
+    resolved = resolve(model, prompt="x", sources=Sources(gradient(41, 30)), size="16x64")
     assert (resolved.width, resolved.height) == (16, 64)
-    assert model.resolve(prompt="x", sources=Sources(gradient(24, 24)), size="auto").width == 24
+    assert resolve(model, prompt="x", sources=Sources(gradient(24, 24)), size="auto").width == 24
 
 
 @settings(max_examples=150, deadline=None)
@@ -168,10 +169,10 @@ def test_a_source_that_would_become_a_thread_is_refused_unless_a_size_is_given(
     with pytest.raises(
         InvalidRequestError, match=f"image is {size[0]}x{size[1]}; .* limit is 8192 a side"
     ) as caught:
-        model.resolve(prompt="x", sources=Sources(source))
+        resolve(model, prompt="x", sources=Sources(source))
     assert caught.value.param == "image"
-    assert model.resolve(prompt="x", sources=Sources(source), size="64x64").width == 64
-    assert model.resolve(prompt="x", sources=Sources(mock.Mock(size=(8192, 16)))).width == 8192
+    assert resolve(model, prompt="x", sources=Sources(source), size="64x64").width == 64
+    assert resolve(model, prompt="x", sources=Sources(mock.Mock(size=(8192, 16)))).width == 8192
     sizes = replace(model.limits.sizes, max_side=512)  # then it has the model's longest side
     assert max(sizes.of_edit(size)) == 512
 
@@ -204,7 +205,7 @@ def test_an_edit_calls_the_sibling_with_images_of_the_size() -> None:
     mask = Image.new("L", (41, 30))
     mask.paste(255, (20, 0, 41, 30))
     call = model.call(
-        model.resolve(prompt="x", n=2, strength=0.5, sources=Sources(gradient(41, 30), mask))
+        resolve(model, prompt="x", n=2, strength=0.5, sources=Sources(gradient(41, 30), mask))
     )
     assert call["pipeline"] is model.inpaint
     assert [image.size for image in call["image"]] == [(40, 32)] * 2
@@ -215,10 +216,10 @@ def test_an_edit_calls_the_sibling_with_images_of_the_size() -> None:
     )
     with StepEngine(model.pipeline, "off") as engine:
         assert len(engine.submit(**call).result(SECONDS).images) == 2
-    call = model.call(model.resolve(prompt="x", sources=Sources(gradient())))
+    call = model.call(resolve(model, prompt="x", sources=Sources(gradient())))
     assert call["pipeline"] is model.image_to_image
     assert call["strength"] == 0.6  # the sibling's own
-    assert "pipeline" not in model.call(model.resolve(prompt="x"))
+    assert "pipeline" not in model.call(resolve(model, prompt="x"))
 
 
 @pytest.mark.parametrize(
@@ -249,7 +250,7 @@ def test_what_an_edit_cannot_have_is_named(
     arguments: dict[str, Any], param: str, says: str
 ) -> None:
     with pytest.raises(InvalidRequestError, match=says) as caught:
-        edits().resolve(**{"prompt": "x", "sources": Sources(gradient()), **arguments})
+        resolve(edits(), **{"prompt": "x", "sources": Sources(gradient()), **arguments})
     assert caught.value.param == param
 
 
@@ -315,7 +316,7 @@ def shapes() -> Iterator[tuple[ServedModel, StepEngine]]:
 def drawn(shapes: tuple[ServedModel, StepEngine], **arguments: Any) -> list[np.ndarray]:
     """Its images, of floats in [0, 1]."""
     model, engine = shapes
-    parameters = model.resolve(**{"num_inference_steps": 10, **arguments})
+    parameters = resolve(model, **{"num_inference_steps": 10, **arguments})
     images = engine.submit(**model.call(parameters)).result(SECONDS).images
     return [np.asarray(image, float) / 255 for image in images]
 
@@ -387,10 +388,10 @@ def test_every_scheduler_that_is_allowed_draws_the_same_star(
         "UniPCMultistepScheduler",
         "DPMSolverMultistepScheduler",
     }
-    assert model.resolve(prompt="x", scheduler=own).scheduler is None
+    assert resolve(model, prompt="x", scheduler=own).scheduler is None
     source = np.asarray(star, float) / 255
     for name in model.schedulers.keys() - {own}:
-        assert model.resolve(prompt="x", scheduler=name).scheduler == name
+        assert resolve(model, prompt="x", scheduler=name).scheduler == name
         (result,) = drawn(shapes, prompt="a large red star", seed=1, scheduler=name)
         assert 0 < apart(result, source) < 0.02, name
     (edit,) = drawn(
@@ -402,7 +403,7 @@ def test_every_scheduler_that_is_allowed_draws_the_same_star(
     )
     assert apart(edit, source) < 0.03
     with pytest.raises(InvalidRequestError, match="FlowMatchEuler.*FlowMatchHeun") as caught:
-        model.resolve(prompt="x", scheduler="UniPCMultistepScheduler", sources=Sources(star))
+        resolve(model, prompt="x", scheduler="UniPCMultistepScheduler", sources=Sources(star))
     assert caught.value.param == "scheduler" and "UniPC" in caught.value.message
 
 
@@ -423,7 +424,9 @@ def test_warm_up_certifies_every_call_at_two_sizes(shapes: tuple[ServedModel, St
         "vae.encode": 1,
         "vae.decode": 2,
     }
-    estimate = engine.estimate(**model.call(model.resolve(prompt="x", sources=Sources(gradient()))))
+    estimate = engine.estimate(
+        **model.call(resolve(model, prompt="x", sources=Sources(gradient())))
+    )
     assert estimate is not None and estimate.solo > 0
     assert model.edits == ("image_to_image", "inpainting")
 

@@ -32,6 +32,7 @@ from stepweave.serving.warm_up import WarmUp
 from tests.pipelines.catalog import entries
 from tests.support.fake_pipeline import FakePipeline
 from tests.support.in_process import InProcess
+from tests.support.resolving import resolve
 from tests.support.waiting import SECONDS
 
 pytestmark = [
@@ -305,14 +306,15 @@ def check(name: str) -> ServedModel:
             limits = model.limits_for(sources)
             for asked in requests(model, limits, sources):
                 try:
-                    parameters = model.resolve(
+                    parameters = resolve(
+                        model,
                         **{
                             "prompt": "a red ring",
                             "seed": 1,
                             "num_inference_steps": 3,
                             "sources": sources,
                             **asked,
-                        }
+                        },
                     )
                 except InvalidRequestError as error:
                     assert error.param in ("num_inference_steps", "strength"), (
@@ -331,7 +333,7 @@ def check(name: str) -> ServedModel:
                     assert len({one.tobytes() for one in images}) == parameters.n, asked
             for asked, param in refusals(limits):
                 with pytest.raises(InvalidRequestError) as caught:
-                    model.resolve(**{"prompt": "x", "sources": sources, **asked})
+                    resolve(model, **{"prompt": "x", "sources": sources, **asked})
                 assert caught.value.param == param, (asked, caught.value.message)
     return model
 
@@ -367,9 +369,9 @@ def test_a_single_step_is_refused_with_the_schedulers_that_fail_at_it() -> None:
         works = []
         for name in model.schedulers:
             asked: dict[str, Any] = {"prompt": "a red ring", "seed": 1, "scheduler": name}
-            assert model.resolve(**asked, num_inference_steps=4)
+            assert resolve(model, **asked, num_inference_steps=4)
             try:
-                parameters = model.resolve(**asked, num_inference_steps=1)
+                parameters = resolve(model, **asked, num_inference_steps=1)
             except InvalidRequestError as error:
                 assert (
                     error.param == "num_inference_steps"
@@ -412,13 +414,13 @@ def test_schedulers_with_which_the_pipeline_itself_fails_are_not_offered() -> No
         assert {"DEISMultistepScheduler", "UniPCMultistepScheduler"} <= rehearsed - offered
         assert model.scheduler in offered and len(offered) > 2
         for name in offered:
-            parameters = model.resolve(prompt="a red ring", scheduler=name, num_inference_steps=5)
+            parameters = resolve(model, prompt="a red ring", scheduler=name, num_inference_steps=5)
             assert engine.submit(**model.call(parameters)).result(SECONDS).images
     with pytest.raises(
         InvalidRequestError,
         match="scheduler is 'UniPCMultistepScheduler'; Kandinsky3Pipeline takes DDIM",
     ):
-        model.resolve(prompt="x", scheduler="UniPCMultistepScheduler")
+        resolve(model, prompt="x", scheduler="UniPCMultistepScheduler")
 
 
 def test_a_device_that_fails_at_a_trial_is_told_with_what_was_tried() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import BinaryIO, Self
+from functools import partial
+from typing import Any, BinaryIO, Self
 
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
@@ -15,7 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from stepweave.api.auth import asker_of
 from stepweave.api.bodies import SPOOLED
 from stepweave.api.idempotency import joins
-from stepweave.api.schemas import CHARSETS, NULL, EditRequest, refuse_known
+from stepweave.api.schemas import CHARSETS, NULL, BentoMLEditRequest, EditRequest, refuse_known
 from stepweave.errors import SHOWN, InvalidRequestError, RequestCancelledError, shown
 from stepweave.parameters import Sources
 from stepweave.serving.admission import Reservation
@@ -217,6 +218,19 @@ async def digest_of(form: Form) -> bytes:
 
     with form.used():
         return await on_thread(None, digest)
+
+
+async def edit_of(
+    form: Form, server: Server, body: EditRequest | BentoMLEditRequest, place: Reservation | None
+) -> dict[str, Any]:
+    """An edit's part of a submission. Its images are read only once they are needed: one that joins
+    another, or does not go with it, costs no decoding. Raises as `digest_of` does."""
+    return {
+        "files": await digest_of(form),
+        "sources": partial(read_images, form, server, body.size, place),
+        "strength": body.strength,
+        "reservation": place,
+    }
 
 
 async def read_images(

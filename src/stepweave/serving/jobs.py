@@ -17,6 +17,7 @@ from stepweave.errors import ConflictError, NotFoundError, StepweaveError, shown
 from stepweave.serving.request import ActiveRequest, Progressed
 from stepweave.serving.resources import RECORDED, ErrorDetail
 from stepweave.serving.stored_job import FLAGGED, LOST, StoredJob
+from stepweave.serving.submission import Submission
 from stepweave.store import (
     DirectoryFileStore,
     FileStore,
@@ -36,16 +37,7 @@ PROBE_SECONDS = 5.0  # between two looks whether a store that could not be writt
 KEEP_AGAIN_SECONDS = (0.2, 1.0, 5.0, 10.0)
 
 
-@dataclass(frozen=True)
-class Claim:
-    """What a request says of itself: whose it is, the key that makes it one with others, and what
-    it asks for."""
-
-    owner: str | None
-    key: str | None
-    fingerprint: str
-
-
+Accept = Callable[[], Awaitable[ActiveRequest]]
 Followed = ActiveRequest | StoredJob
 
 
@@ -131,31 +123,25 @@ class Jobs:
 
     # Requests
 
-    async def start(
-        self,
-        claim: Claim,
-        accept: Callable[[], Awaitable[ActiveRequest]],
-        *,
-        detached: bool = False,
-    ) -> Followed:
+    async def start(self, submission: Submission, accept: Accept) -> Followed:
         """Have a request accepted, or join the one that had its key first, unless that failed or
         was cancelled.
 
-        A job that is `detached`, or has a key, is kept. Raises ConflictError if the key's first
+        A job that is detached, or has a key, is kept. Raises ConflictError if the key's first
         request asked for something else, and what `accept` does.
         """
-        if claim.key is None:
-            return await self._begin(claim, accept, detached)
-        slot = (claim.owner, claim.key)
+        if submission.key is None:
+            return await self._begin(submission, accept)
+        slot = (submission.owner, submission.key)
         opening = self._open.get(slot)
         if opening is None or opening.lost:
             opening = self._open[slot] = _Opening(
-                claim.fingerprint,
-                asyncio.ensure_future(self._find_or_begin(claim, accept, detached)),
+                submission.fingerprint,
+                asyncio.ensure_future(self._find_or_begin(submission, accept)),
             )
             opening.followed.add_done_callback(lambda _: self._opened(slot, opening))
-        elif opening.fingerprint != claim.fingerprint:
-            raise self._conflict(claim.key)
+        elif opening.fingerprint != submission.fingerprint:
+            raise self._conflict(submission.key)
         opening.waiting += 1
         try:
             followed = await asyncio.shield(opening.followed)
@@ -164,20 +150,18 @@ class Jobs:
             raise
         finally:
             opening.waiting -= 1
-        if detached and isinstance(followed, ActiveRequest):
+        if submission.detached and isinstance(followed, ActiveRequest):
             followed.detached = True  # it may have been begun for one that stays
         return followed
 
-    async def _find_or_begin(
-        self, claim: Claim, accept: Callable[[], Awaitable[ActiveRequest]], detached: bool
-    ) -> Followed:
-        assert claim.key is not None
-        record = await self.store.by_key(claim.owner, claim.key)
+    async def _find_or_begin(self, submission: Submission, accept: Accept) -> Followed:
+        assert submission.key is not None
+        record = await self.store.by_key(submission.owner, submission.key)
         live = None if record is None else self._live(record.id)
         if record is None or (live.lost if live is not None else not self._whole(record)):
-            return await self._begin(claim, accept, detached)
-        if record.fingerprint != claim.fingerprint:
-            raise self._conflict(claim.key)
+            return await self._begin(submission, accept)
+        if record.fingerprint != submission.fingerprint:
+            raise self._conflict(submission.key)
         return live or StoredJob(record, self.files)
 
     def _whole(self, record: JobRecord) -> bool:
@@ -203,20 +187,18 @@ class Jobs:
         if self._open.get(slot) is opening:
             del self._open[slot]
 
-    async def _begin(
-        self, claim: Claim, accept: Callable[[], Awaitable[ActiveRequest]], detached: bool
-    ) -> Followed:
+    async def _begin(self, submission: Submission, accept: Accept) -> Followed:
         active = await accept()
-        if not detached and claim.key is None:
-            self._owners[active.id] = claim.owner
+        if not submission.detached and submission.key is None:
+            self._owners[active.id] = submission.owner
             active.ended().add_done_callback(lambda _: self._owners.pop(active.id, None))
             return active
-        active.detached, active.kept = detached, True
-        record = _record(active, claim)
+        active.kept = True
+        record = _record(active, submission)
         noting = asyncio.ensure_future(self.store.put(record))
-        self._owners[active.id] = claim.owner
+        self._owners[active.id] = submission.owner
         self._under_way[active.id] = active
-        active.keeping = asyncio.ensure_future(self._keep(active, record, claim, noting))
+        active.keeping = asyncio.ensure_future(self._keep(active, record, submission, noting))
         self._keeping[active.id] = active.keeping
         try:
             # before it is answered: what was promised must not be lost
@@ -228,7 +210,11 @@ class Jobs:
         return active
 
     async def _keep(
-        self, active: ActiveRequest, record: JobRecord, claim: Claim, noting: Awaitable[None]
+        self,
+        active: ActiveRequest,
+        record: JobRecord,
+        submission: Submission,
+        noting: Awaitable[None],
     ) -> StepweaveError | None:
         """Have the store know how a request goes, once it knows of it, and what came of it; the
         error that is kept, if any."""
@@ -236,17 +222,17 @@ class Jobs:
             await noting
             async for update in active.updates():
                 if isinstance(update, Progressed) and record.state == "queued":
-                    record = replace(_record(active, claim), state="running")
+                    record = replace(_record(active, submission), state="running")
                     # logged by the store; what comes of it counts
                     with contextlib.suppress(StepweaveError):
                         await self.store.put(record)
             for wait in KEEP_AGAIN_SECONDS:
                 try:
-                    return await self._keep_result(active, claim)
+                    return await self._keep_result(active, submission)
                 except StepweaveError:  # a full disk may have room again
                     logger.warning("job %s could not be kept; once more in %g s", active.id, wait)
                     await asyncio.sleep(wait)
-            return await self._keep_result(active, claim)
+            return await self._keep_result(active, submission)
         except Exception:
             logger.exception("job %s could not be kept", active.id)
             return LOST
@@ -255,9 +241,11 @@ class Jobs:
             del self._under_way[active.id], self._keeping[active.id]
             self._owners.pop(active.id, None)
 
-    async def _keep_result(self, active: ActiveRequest, claim: Claim) -> StepweaveError | None:
+    async def _keep_result(
+        self, active: ActiveRequest, submission: Submission
+    ) -> StepweaveError | None:
         """The error that is kept, if any."""
-        record = _record(active, claim)
+        record = _record(active, submission)
         if active.error is not None:
             await self.store.put(record)
             return active.error
@@ -370,22 +358,22 @@ class Jobs:
                     logger.exception("what is past its time could not be removed")
 
 
-def _record(active: ActiveRequest, claim: Claim) -> JobRecord:
+def _record(active: ActiveRequest, submission: Submission) -> JobRecord:
     """What is known of a request now."""
     job, view = active.job, active.view()
     age = time.monotonic() - job.accepted
     begun = None if job.begun is None else active.created + job.begun - job.accepted
     return JobRecord(
-        owner=claim.owner,
+        owner=submission.owner,
         updated=active.created + age,
         started=begun,
         finished=time.time() if active.done else None,
         request={
             "values": active.parameters.of_image(0),
             "parameters": view.parameters.model_dump(),
-            "response_format": active.response_format,
+            "response_format": submission.response_format,
         },
-        idempotency_key=claim.key,
-        fingerprint=claim.fingerprint,
+        idempotency_key=submission.key,
+        fingerprint=submission.fingerprint,
         **view.model_dump(include=set(RECORDED)) | {"created": active.created},
     )

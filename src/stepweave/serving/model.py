@@ -23,7 +23,7 @@ from stepweave.loading.sizes import (
     size_multiple,
 )
 from stepweave.loading.trials import Limits
-from stepweave.parameters import MAX_SEED, Parameters, Sources
+from stepweave.parameters import MAX_SEED, ImageRequest, Parameters, Sources
 from stepweave.planning.workload import arguments_of
 from stepweave.serving.call import (
     call_arguments,
@@ -166,16 +166,9 @@ class ServedModel:
 
     def resolve(
         self,
+        request: ImageRequest,
         *,
-        prompt: str,
-        negative_prompt: str | None = None,
-        size: str | None = None,
         n: int = 1,
-        seed: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        reproducible: bool = False,
-        scheduler: str | None = None,
         strength: float | None = None,
         sources: Sources | None = None,
         rehearse: bool = True,
@@ -188,41 +181,42 @@ class ServedModel:
         """
         pipeline = self.pipeline_for(sources)
         limits, arguments = self.limits_for(sources), arguments_of(pipeline)
-        check_prompts(prompt, negative_prompt, limits.prompt_characters)
+        check_prompts(request.prompt, request.negative_prompt, limits.prompt_characters)
         if n > limits.images:
             raise InvalidRequestError(f"n is {n}; the limit is {limits.images}.", param="n")
-        if seed is not None and seed + n - 1 > MAX_SEED:
+        seed = secrets.randbits(DRAWN_SEED_BITS) if request.seed is None else request.seed
+        if seed + n - 1 > MAX_SEED:
             raise InvalidRequestError(
                 f"seed is {seed} and n is {n}; the limit of seed + n - 1 is {MAX_SEED}.",
                 param="seed",
             )
-        width, height = self._size(size, limits, None if sources is None else sources.image.size)
-        steps = self.default_steps if num_inference_steps is None else num_inference_steps
+        width, height = self._size(
+            request.size, limits, None if sources is None else sources.image.size
+        )
+        steps = request.num_inference_steps or self.default_steps
         if steps > self.settings.max_steps:
             raise InvalidRequestError(
                 f"num_inference_steps is {steps}; the limit is {self.settings.max_steps}.",
                 param="num_inference_steps",
             )
-        for name, value in (
-            ("negative_prompt", negative_prompt),
-            ("guidance_scale", guidance_scale),
-        ):
+        for name in ("negative_prompt", "guidance_scale"):
+            value = getattr(request, name)
             if value is not None and name not in arguments:
                 kind = type(pipeline).__name__
                 raise InvalidRequestError(
                     f"{name} is {shown(value)}, but {kind} has no {name}.", param=name
                 )
         parameters = Parameters(
-            prompt=prompt,
-            negative_prompt=negative_prompt,
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
             width=width,
             height=height,
             n=n,
-            seed=secrets.randbits(DRAWN_SEED_BITS) if seed is None else seed,
+            seed=seed,
             num_inference_steps=steps,
-            guidance_scale=self._resolve_guidance(guidance_scale, limits),
-            reproducible=reproducible,
-            scheduler=self._resolve_scheduler(scheduler, pipeline),
+            guidance_scale=self._resolve_guidance(request.guidance_scale, limits),
+            reproducible=request.reproducible,
+            scheduler=self._resolve_scheduler(request.scheduler, pipeline),
             strength=resolve_strength(strength, steps, pipeline, sources),
             sources=sources,
         )

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from stepweave.errors import (
 )
 from stepweave.images.encode import encode
 from stepweave.outcome import Outcome
-from stepweave.parameters import ImageRequest, Parameters
+from stepweave.parameters import Parameters
 from stepweave.previews.stream import Partial, Partials
 from stepweave.serving.failures import failure_of, loggable, missed
 from stepweave.serving.resources import (
@@ -30,9 +30,9 @@ from stepweave.serving.resources import (
     ErrorDetail,
     JobView,
     ResolvedParameters,
-    ResponseFormat,
 )
 from stepweave.serving.results import Results
+from stepweave.serving.submission import Submission
 from stepweave.store.jobs import JobKind, JobState
 from stepweave.telemetry.metrics import Metrics
 from stepweave.threads import on_thread
@@ -103,15 +103,16 @@ class ActiveRequest:
     """
 
     def __init__(
-        self, request: ImageRequest, parameters: Parameters, means: Means, previews: int = 0
+        self, submission: Submission, parameters: Parameters, means: Means, warnings: Iterable[str]
     ) -> None:
+        request, previews = submission.request, submission.previews
         self.request = request
         self.parameters = parameters
         self.created = time.time()
-        self.detached = False
+        self.detached = submission.detached
         # in which its result is wanted, if it is asked for later
-        self.response_format: ResponseFormat = "b64_json"
-        self.warnings: list[str] = []  # of the request; those of its prompts come with the job
+        self.response_format = submission.response_format
+        self.warnings = list(warnings)  # of the request; those of its prompts come with the job
         self.error: StepweaveError | None = None
         self.kept = False  # by whom it is kept, that one gives its place back
         # if it is kept: done once it is, as what it failed with

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from stepweave.errors import NoImagesError
 from stepweave.images.encode import check_file
-from stepweave.parameters import ImageRequest, Parameters, Sources
-from stepweave.planning.plan import Estimate
+from stepweave.parameters import Parameters
 from stepweave.serving.admission import Reservation
+from stepweave.serving.jobs import Followed
 from stepweave.serving.lifecycle import Lifecycle
 from stepweave.serving.request import ActiveRequest, Means
+from stepweave.serving.resources import Answer
+from stepweave.serving.submission import Submission
 from stepweave.threads import on_thread
 
 if TYPE_CHECKING:
@@ -66,45 +68,40 @@ class Server(Lifecycle):
         served.names.check(model, param)
         return served
 
-    async def accept(
-        self,
-        request: ImageRequest,
-        *,
-        n: int = 1,
-        model: str | None = None,
-        strength: float | None = None,
-        sources: Sources | None = None,
-        previews: int = 0,
-        warnings: Sequence[str] = (),
-        client: Hashable = None,
-        reservation: Reservation | None = None,
-    ) -> ActiveRequest:
+    async def submit(self, submission: Submission) -> Followed:
+        """The job of a request: begun now, or the first one of its key. One that joins another
+        gives back the place that it has reserved. Raises what `accept` and `Jobs.start` do."""
+        if self.jobs is None:
+            raise self.unavailable()
+        try:
+            return await self.jobs.start(submission, partial(self.accept, submission))
+        finally:
+            if submission.reservation is not None:
+                submission.reservation.release()
+
+    async def generate(self, submission: Submission) -> Answer:
+        """Submit a request and wait for its images. Cancelling the awaiting task lets go of it."""
+        job = await self.submit(submission)
+        with job.held():
+            return await job.result()
+
+    async def accept(self, submission: Submission) -> ActiveRequest:
         """Let a request in, and have the engine begin with it.
 
-        `sources` and `strength` are an edit's. `previews` are as many as are wanted on the way;
-        `warnings` go before those that come with the prompts. `client` is who asks, to whom a place
-        is promised if there is none; `reservation` what it has reserved. Raises UnavailableError,
-        NotFoundError if `model` is given and not the one served, AdmissionError or
-        DeadlineTooShortError if admission does not let it in, and what `ServedModel.resolve`
-        raises.
+        Raises UnavailableError, NotFoundError if it names a model that is not the one served,
+        AdmissionError or DeadlineTooShortError if admission does not let it in, and what its
+        `sources` and `ServedModel.resolve` raise.
         """
+        sources = None if submission.sources is None else await submission.sources()
         began = time.monotonic()
-        served, _ = self.ready(reservation)
-        admission = self._admission
-        assert admission is not None
-        if model is not None:
-            served.names.check(model, "model")
+        request = submission.request
+        served, _ = self.ready(submission.reservation)
+        if submission.model is not None:
+            served.names.check(submission.model, "model")
         parameters = served.resolve(
-            prompt=request.prompt,
-            negative_prompt=request.negative_prompt,
-            size=request.size,
-            n=n,
-            seed=request.seed,
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
-            reproducible=request.reproducible,
-            scheduler=request.scheduler,
-            strength=strength,
+            request,
+            n=submission.n,
+            strength=submission.strength,
             sources=sources,
             rehearse=False,
         )
@@ -115,19 +112,11 @@ class Server(Lifecycle):
         check_file(
             request.output_format, request.output_compression, parameters.width, parameters.height
         )
-        # an edit's images are brought to its size
-        edit = sources is not None
-        call, images_hash = (
-            await on_thread(None, _prepare, served, parameters)
-            if edit
-            else _prepare(served, parameters)
-        )
-        token = hash((request.model_dump_json(), n, strength, images_hash))
-        ready = self.ready(reservation)
-        enter = partial(admission.enter, token, client=client, reservation=reservation)
-        active = self._enter_engine(ready, request, parameters, call, enter, previews, began)
-        active.warnings.extend([*warnings, *(() if sources is None else sources.warnings)])
-        return active
+        if sources is None:
+            call = served.call(parameters)
+        else:  # its images are brought to its size
+            call = await on_thread(None, served.call, parameters)
+        return self._enter_engine(submission, parameters, call, began)
 
     @property
     def places(self) -> int:
@@ -146,17 +135,10 @@ class Server(Lifecycle):
         return self._admission.reserve(token, client, joins=joins)
 
     def _enter_engine(
-        self,
-        ready: tuple[ServedModel, StepEngine],
-        request: ImageRequest,
-        parameters: Parameters,
-        call: dict[str, Any],
-        enter: Callable[..., Estimate | None],
-        previews: int,
-        began: float,
+        self, submission: Submission, parameters: Parameters, call: dict[str, Any], began: float
     ) -> ActiveRequest:
-        served, engine = ready
-        admission = self._admission
+        served, engine = self.ready(submission.reservation)
+        request, sources, admission = submission.request, parameters.sources, self._admission
         assert admission is not None
         means = Means(
             model=served.id,
@@ -173,12 +155,16 @@ class Server(Lifecycle):
             answer_seconds=self.settings.stuck_seconds,
             refuse_flagged=self.settings.flagged_images == "refuse",
         )
-        active = ActiveRequest(request, parameters, means, previews)
+        warnings = [*submission.warnings, *(() if sources is None else sources.warnings)]
+        active = ActiveRequest(submission, parameters, means, warnings)
         deadline = None if request.deadline_ms is None else request.deadline_ms / 1000
         arguments: dict[str, Any] = {**call, "reproducible": parameters.reproducible}
         options: dict[str, Any] = {**arguments, "priority": request.priority}
         timed = engine.timed
-        expected = enter(
+        expected = admission.enter(
+            submission.fingerprint,
+            client=submission.client,
+            reservation=submission.reservation,
             estimate=lambda: engine.estimate(**options, deadline=deadline),
             deadline=deadline,
             alone=lambda: engine.alone(**arguments),
@@ -208,12 +194,3 @@ class Server(Lifecycle):
             and self.status.stage == "ready"
         ):
             self._fail(active.error.message)
-
-
-def _prepare(served: ServedModel, parameters: Parameters) -> tuple[dict[str, Any], Hashable]:
-    """The engine's arguments, and what tells an edit's images from others."""
-    sources = parameters.sources
-    images = () if sources is None else (sources.image, sources.mask)
-    return served.call(parameters), hash(
-        tuple(image.tobytes() for image in images if image is not None)
-    )

@@ -13,13 +13,11 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stepweave.api.answers import image_answer
-from stepweave.api.auth import asker_of
 from stepweave.api.bodies import whole_body
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.events import EventStream, events
-from stepweave.api.forms import Form, digest_of, read_form, read_images, reserve
-from stepweave.api.idempotency import claim_of, start
-from stepweave.api.idempotency import generate as made_once
+from stepweave.api.forms import Form, edit_of, read_form, reserve
+from stepweave.api.idempotency import key_of, submission_of
 from stepweave.api.responses import handle_error
 from stepweave.api.schemas import (
     BentoMLEditRequest,
@@ -30,8 +28,6 @@ from stepweave.api.schemas import (
     require_json,
 )
 from stepweave.parameters import ImageRequest
-from stepweave.serving.admission import Reservation
-from stepweave.serving.request import ActiveRequest
 from stepweave.serving.server import Server
 
 READ = "stepweave.read"  # key in the ASGI scope: the body of any other
@@ -48,9 +44,8 @@ class Edit(NamedTuple):
 
     body: BentoMLEditRequest
     form: Form
-    digest: bytes  # of its files
-    place: Reservation
-    exits: contextlib.ExitStack  # of both
+    options: dict[str, Any]  # of its submission
+    exits: contextlib.ExitStack  # of the form, and of the place that it holds
 
 
 def drop_timeout_middleware() -> None:
@@ -82,23 +77,14 @@ async def answered(request: Request, work: Callable[[], Coroutine[Any, Any, Resp
 
 async def generate(request: Request, server: Server, body: ImageRequest) -> Response:
     """One image's file."""
-    claim = claim_of(request, body.model_dump_json())
-
-    async def accept() -> ActiveRequest:
-        return await server.accept(body, client=asker_of(request))
-
-    return image_answer(await until_disconnect(request, made_once(server, claim, accept)))
+    submission = submission_of(request, body)
+    return image_answer(await until_disconnect(request, server.generate(submission)))
 
 
 async def generate_stream(request: Request, server: Server, body: StreamRequest) -> Response:
     """Server-sent events."""
     assert server.jobs is not None
-    claim = claim_of(request, body.model_dump_json())
-
-    async def accept() -> ActiveRequest:
-        return await server.accept(body, previews=body.partial_images, client=asker_of(request))
-
-    job = await start(server, claim, accept)
+    job = await server.submit(submission_of(request, body, previews=body.partial_images))
     told = events(job, request, server.jobs.files, verbose=body.events == "all")
     return EventStream(request, job, told, {"X-Stepweave-Job": job.id})
 
@@ -106,23 +92,10 @@ async def generate_stream(request: Request, server: Server, body: StreamRequest)
 async def edit(request: Request, server: Server) -> Response:
     """One image's file, by what the middleware has read."""
     edit: Edit = request.scope[EDIT]
-    body, place = edit.body, edit.place
-    claim = claim_of(request, body.model_dump_json(), edit.digest)
-
-    async def accept() -> ActiveRequest:
-        sources = await read_images(edit.form, server, body.size, place)
-        return await server.accept(
-            body,
-            sources=sources,
-            strength=body.strength,
-            warnings=edit.form.warnings,
-            client=asker_of(request),
-            reservation=place,
-        )
-
-    return image_answer(
-        await until_disconnect(request, made_once(server, claim, accept, reservation=place))
+    submission = submission_of(
+        request, edit.body, **edit.options, warnings=tuple(edit.form.warnings)
     )
+    return image_answer(await until_disconnect(request, server.generate(submission)))
 
 
 async def check(request: Request, server: Server) -> None:
@@ -139,7 +112,7 @@ async def check(request: Request, server: Server) -> None:
             body = await parse_off_loop(content, SCHEMAS[request.url.path])
         request.scope[READ] = body
         server.ready()
-        claim_of(request, "")  # raises if its key is none
+        key_of(request)  # raises if it is none
         return
     require_form(content_type)
     with contextlib.ExitStack() as exits:
@@ -148,7 +121,8 @@ async def check(request: Request, server: Server) -> None:
         place.settle()
         fields = {name: text for name, given in form.texts.items() if (text := _text(given))}
         edit = parse_form(fields, BentoMLEditRequest)
-        request.scope[EDIT] = Edit(edit, form, await digest_of(form), place, exits.pop_all())
+        options = await edit_of(form, server, edit, place)
+        request.scope[EDIT] = Edit(edit, form, options, exits.pop_all())
 
 
 def let_go(scope: Scope) -> None:

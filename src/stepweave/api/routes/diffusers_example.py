@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -14,17 +13,16 @@ from starlette.routing import Route
 
 from stepweave.api.answer_schemas import DiffusersExampleAnswer, DiffusersExampleStatus
 from stepweave.api.answers import warnings_header
-from stepweave.api.auth import asker_of
 from stepweave.api.bodies import whole_body
 from stepweave.api.disconnect import until_disconnect
-from stepweave.api.idempotency import claim_of, generate
+from stepweave.api.idempotency import submission_of
 from stepweave.api.responses import answer
 from stepweave.api.schemas import explain, parse_off_loop, require_json, some_of
 from stepweave.api.urls import base_url
 from stepweave.errors import InvalidRequestError, NotFoundError, shown
 from stepweave.parameters import ImageRequest
-from stepweave.serving.jobs import Claim
 from stepweave.serving.server import Server
+from stepweave.serving.submission import Submission
 from stepweave.threads import on_thread
 
 DEFAULT_STEPS = 28  # the example server's
@@ -93,10 +91,10 @@ class DiffusersExampleRoutes:
         )
         root = base_url(request, settings)
         self.server.ready()
-        claim = claim_of(request, body.model_dump_json())
-        names, warnings = await until_disconnect(
-            request, self._generate(request, image, body, claim)
+        submission = submission_of(
+            request, image, n=body.num_images_per_prompt, asked=body.model_dump_json()
         )
+        names, warnings = await until_disconnect(request, self._generate(submission))
         if body.model_extra:
             warnings = [
                 *warnings,
@@ -106,16 +104,10 @@ class DiffusersExampleRoutes:
         urls = [f"{root}/images/{name}" for name in names]
         return answer(DiffusersExampleAnswer(response=urls), headers)
 
-    async def _generate(
-        self, request: Request, image: ImageRequest, body: DiffusersExampleRequest, claim: Claim
-    ) -> tuple[list[str], list[str]]:
+    async def _generate(self, submission: Submission) -> tuple[list[str], list[str]]:
         """Names of the images' files in the store, and warnings."""
-        server = self.server
-        accept = functools.partial(
-            server.accept, image, n=body.num_images_per_prompt, client=asker_of(request)
-        )
-        made = await generate(server, claim, accept)
-        names = await asyncio.gather(*(file.stored(server.files) for file in made.images))
+        made, files = await self.server.generate(submission), self.server.files
+        names = await asyncio.gather(*(file.stored(files) for file in made.images))
         return names, made.details.warnings
 
     async def image(self, request: Request) -> Response:

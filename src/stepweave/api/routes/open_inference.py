@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import functools
 import json
 from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,10 +31,9 @@ from stepweave.api.answer_schemas import (
     ServedModels,
     TensorMetadata,
 )
-from stepweave.api.auth import asker_of
 from stepweave.api.bodies import whole_body
 from stepweave.api.disconnect import until_disconnect
-from stepweave.api.idempotency import claim_of, generate
+from stepweave.api.idempotency import submission_of
 from stepweave.api.open_inference.requests import (
     OUTPUTS,
     REQUIRED,
@@ -164,17 +162,11 @@ class OpenInferenceRoutes:
             message, images = await on_thread(None, self._read, request, body, model)
         outputs, warnings = requested_outputs(message), ignored_parameters(message)
         asked = "\n".join(image.model_dump_json() for image in images)
-        claims = [claim_of(request, asked, part=i) for i in range(len(images))]
-        work = [
-            generate(
-                self.server,
-                claim,
-                functools.partial(
-                    self.server.accept, image, warnings=warnings, client=asker_of(request)
-                ),
-            )
-            for claim, image in zip(claims, images, strict=True)
+        submissions = [
+            submission_of(request, image, part=i, asked=asked, warnings=tuple(warnings))
+            for i, image in enumerate(images)
         ]
+        work = [self.server.generate(submission) for submission in submissions]
         try:
             answers = await until_disconnect(request, together(work))
         except StepweaveError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -18,13 +20,12 @@ from stepweave.api.answers import (
     wants_stream,
     wants_to_come_back,
 )
-from stepweave.api.auth import asker_of
 from stepweave.api.bodies import pass_over_body, whole_body
 from stepweave.api.counting import count_of
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.events import EventStream, events
-from stepweave.api.forms import Form, digest_of, read_form, read_images, reserve
-from stepweave.api.idempotency import claim_of, generate, start
+from stepweave.api.forms import Form, edit_of, read_form, reserve
+from stepweave.api.idempotency import key_of, submission_of
 from stepweave.api.responses import answer
 from stepweave.api.schemas import (
     EditRequest,
@@ -38,7 +39,6 @@ from stepweave.api.schemas import (
 from stepweave.api.urls import base_url, reference
 from stepweave.errors import InvalidRequestError
 from stepweave.serving.admission import Reservation
-from stepweave.serving.request import ActiveRequest
 from stepweave.serving.server import Server
 
 
@@ -106,30 +106,24 @@ class OpenAIRoutes:
             image_format is None or body.response_format is not None
         )
         base = base_url(request, server.settings) if linked else None
-        claim = claim_of(
-            request, body.model_dump_json(), b"" if form is None else await digest_of(form)
+        of_edit: dict[str, Any] = {}
+        if form is not None and isinstance(body, EditRequest):
+            of_edit = await edit_of(form, server, body, place)
+        # another may join
+        previewed = streams or detached or key_of(request) is not None
+        submission = submission_of(
+            request,
+            body,
+            n=body.n,
+            model=body.model or None,  # empty is absent
+            previews=body.partial_images if previewed else 0,
+            response_format=response_format,
+            detached=detached,
+            **of_edit,
+            warnings=(*body.ignored(), *(() if form is None else form.warnings)),
         )
-
-        async def accept() -> ActiveRequest:
-            # only here: one that joins another, or does not go with it, costs no decoding
-            sources = None if form is None else await read_images(form, server, body.size, place)
-            active = await server.accept(
-                body,
-                n=body.n,
-                model=body.model or None,  # empty is absent
-                sources=sources,
-                strength=body.strength if isinstance(body, EditRequest) else None,
-                # another may join
-                previews=body.partial_images if streams or detached or claim.key is not None else 0,
-                warnings=[*body.ignored(), *(form.warnings if form is not None else ())],
-                client=asker_of(request),
-                reservation=place,
-            )
-            active.response_format = response_format
-            return active
-
         if detached:
-            job = await start(server, claim, accept, detached=True, reservation=place)
+            job = await server.submit(submission)
             headers = {
                 "Location": reference(request, server.settings, f"/v1/jobs/{job.id}"),
                 "Preference-Applied": "respond-async",
@@ -137,11 +131,11 @@ class OpenAIRoutes:
             count_of(request).job = job
             return await json_answer(await job_of(job, jobs.files, base), 202, headers)
         if streams:
-            job = await until_disconnect(request, start(server, claim, accept, reservation=place))
+            job = await until_disconnect(request, server.submit(submission))
             verbose = body.events == "all" or (stream or {}).get("profile") == PROFILE
             told = events(job, request, jobs.files, verbose=verbose, base=base)
             return EventStream(request, job, told, {"X-Stepweave-Job": job.id})
-        made = await until_disconnect(request, generate(server, claim, accept, reservation=place))
+        made = await until_disconnect(request, server.generate(submission))
         if image_format is not None:
             return image_answer(made)
         return await json_answer(await generation_of(made, base, jobs.files))
