@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, Self
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
+from stepweave.resource import Resource, absent
+
 OutputFormat = Literal["png", "jpeg", "webp"]
 PriorityName = Literal["low", "normal", "high"]
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON client reads exactly
+MAX_TAG = 128  # characters
 MAX_DEADLINE_MS = 24 * 3600 * 1000
+SIZE = r"^[1-9][0-9]*x[1-9][0-9]*$"
 Size = Annotated[str, Field(pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", examples=["64x64"])]
 
 
@@ -56,6 +60,16 @@ class ImageRequest(BaseModel):
         description="Quality of a JPEG or WebP file, 0 to 100, the best; PNG has none.",
     )
     metadata: bool = Field(True, description="Write the parameters into the file.")
+    request_tag: str | None = Field(
+        None,
+        max_length=MAX_TAG,
+        pattern=r"^[!-~]([ -~]*[!-~])?$",  # as a header may have it
+        description="The client's own text, in printable ASCII; the answer and the file repeat it.",
+    )
+
+
+# fields of a request that decide its images as they are
+PASSED = ("prompt", "negative_prompt", "reproducible", "request_tag")
 
 
 @dataclass(frozen=True)
@@ -73,8 +87,8 @@ class Sources:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Everything that decides a generation's pixels, defaults filled in. Image i of n uses `seed` +
-    i."""
+    """Everything that decides a generation's pixels, defaults filled in, and its tag. Image i of n
+    uses `seed` + i."""
 
     prompt: str
     negative_prompt: str | None
@@ -88,6 +102,7 @@ class Parameters:
     scheduler: str | None = None  # class name, where another than the pipeline's own was asked for
     strength: float | None = None  # of an edit, 0 to 1: how far it goes back towards noise
     sources: Sources | None = None  # of an edit
+    request_tag: str | None = None  # the client's own text
 
     def of_image(self, index: int) -> dict[str, Any]:
         """The parameters of one of the n images, as they are echoed and written into its
@@ -101,12 +116,39 @@ class Parameters:
         }
         if self.guidance_scale is not None:
             values["guidance_scale"] = self.guidance_scale
-        for name, value in (("scheduler", self.scheduler), ("strength", self.strength)):
-            if value is not None:
+        for name in ("scheduler", "strength", "request_tag"):
+            if (value := getattr(self, name)) is not None:
                 values[name] = value
         if self.reproducible:
             values["reproducible"] = True
         return values
+
+
+class ResolvedParameters(Resource):
+    """All parameters, defaults filled in; those that do not apply are left out."""
+
+    prompt: str
+    negative_prompt: str | None = absent()
+    size: str = Field(pattern=SIZE)
+    seed: int = Field(ge=0)
+    num_inference_steps: int = Field(ge=1)
+    guidance_scale: float | None = absent(description="Where the pipeline has one.")
+    scheduler: str | None = absent()
+    strength: float | None = absent(description="Of edits.")
+    reproducible: bool | None = absent()
+    request_tag: str | None = absent(description="As it was sent.")
+    n: int = Field(ge=1)
+    priority: PriorityName | None = absent()
+    deadline_ms: int | None = absent(ge=1)
+    output_format: OutputFormat | None = absent()
+    output_compression: int | None = absent(ge=0, le=100)
+
+    @classmethod
+    def of(cls, request: ImageRequest, parameters: Parameters, scheduler: str | None) -> Self:
+        """`scheduler` is the pipeline's own."""
+        values = {name: getattr(request, name, None) for name in cls.model_fields}
+        own = {"scheduler": scheduler, "n": parameters.n, "reproducible": parameters.reproducible}
+        return cls(**values | own | parameters.of_image(0))
 
 
 @dataclass

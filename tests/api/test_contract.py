@@ -76,6 +76,32 @@ def test_a_generation_echoes_everything_it_resolved(in_process: Make) -> None:
     assert json.loads(image.info["stepweave"])["seed"] == 8
 
 
+def test_a_tag_is_repeated_by_every_surface_and_in_the_file(in_process: Make) -> None:
+    app, tag = in_process(), 'order 7: "red"'
+    body = {"prompt": "x", "request_tag": tag}
+    answer = app.post(**body).json()
+    assert answer["parameters"]["request_tag"] == tag
+    file = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
+    assert json.loads(file.info["stepweave"])["request_tag"] == tag
+    image = app.client.post("/v1/images/generations", json=body, headers={"Accept": "image/png"})
+    assert image.headers["X-Stepweave-Request-Tag"] == tag
+    *_, last = app.post(**body, stream=True).text.split("data: ")
+    assert json.loads(last)["parameters"]["request_tag"] == tag
+    job = app.client.post(
+        "/v1/images/generations", json=body, headers={"Prefer": "respond-async"}
+    ).json()
+    assert job["parameters"]["request_tag"] == tag
+    tensor = {"name": "prompt", "datatype": "BYTES", "shape": [1], "data": ["x"]}
+    inferred = app.client.post(
+        "/v2/models/shapes/infer", json={"inputs": [tensor], "parameters": {"request_tag": tag}}
+    ).json()
+    assert json.loads(inferred["outputs"][1]["data"][0])["request_tag"] == tag
+    assert "request_tag" not in app.post(prompt="x").json()["parameters"]
+    for wrong in ("", " x", "a\nb", "é", "x" * 129):
+        refused = app.post(prompt="x", request_tag=wrong)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "request_tag")
+
+
 def test_image_i_of_n_is_the_image_of_seed_plus_i(in_process: Make) -> None:
     app = in_process()
 

@@ -14,8 +14,8 @@ from unittest.mock import patch
 import pytest
 
 from stepweave.errors import StepweaveError
+from stepweave.resource import Resource
 from stepweave.serving.request import ActiveRequest
-from stepweave.serving.resources import Resource
 from stepweave.serving.server import Server
 from stepweave.store import DirectoryFileStore, SqliteJobStore
 from tests.support.asgi import App, Exchange, serving, started

@@ -49,7 +49,8 @@ BUDGETS = {
     "errors": 400,
     "reasons": 100,
     "contained": 50,
-    "parameters": 200,
+    "resource": 50,
+    "parameters": 250,
 }
 
 

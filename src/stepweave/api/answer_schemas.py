@@ -8,14 +8,8 @@ from typing import Any, Literal
 from pydantic import Field, RootModel
 
 from stepweave.parameters import OutputFormat
-from stepweave.serving.resources import (
-    Error,
-    Generation,
-    JobView,
-    Outcome,
-    Resource,
-    absent,
-)
+from stepweave.resource import Resource, absent
+from stepweave.serving.resources import Error, Generation, JobView, Outcome
 
 STAGES = (
     "starting",

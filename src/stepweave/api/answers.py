@@ -11,15 +11,9 @@ from starlette.responses import Response
 
 from stepweave.errors import InvalidRequestError, NotFoundError, shown
 from stepweave.parameters import ImageFile, OutputFormat
+from stepweave.resource import Resource
 from stepweave.serving.jobs import Followed
-from stepweave.serving.resources import (
-    Answer,
-    Generation,
-    InlineImage,
-    JobView,
-    LinkedImage,
-    Resource,
-)
+from stepweave.serving.resources import Answer, Generation, InlineImage, JobView, LinkedImage
 from stepweave.store import FileStore
 from stepweave.threads import on_thread
 

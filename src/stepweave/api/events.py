@@ -19,9 +19,10 @@ from stepweave.api.counting import count_of
 from stepweave.api.disconnect import disconnected
 from stepweave.api.responses import LEFT, REQUEST_ID, as_stepweave_error
 from stepweave.previews.stream import Partial
+from stepweave.resource import Resource
 from stepweave.serving.jobs import Followed
 from stepweave.serving.request import ActiveRequest, Queued, Update
-from stepweave.serving.resources import Answer, Error, Outcome, Resource
+from stepweave.serving.resources import Answer, Error, Outcome
 from stepweave.store import FileStore
 from stepweave.store.jobs import JobKind
 from stepweave.threads import on_thread

@@ -31,9 +31,9 @@ from stepweave.errors import (
     UnavailableError,
     UnsupportedMediaTypeError,
 )
-from stepweave.parameters import ImageRequest
+from stepweave.parameters import ImageRequest, ResolvedParameters
 from stepweave.serving.names import ModelNames
-from stepweave.serving.resources import Error, Generation, JobView, ResolvedParameters
+from stepweave.serving.resources import Error, Generation, JobView
 
 JSON = "application/json"
 FORM = "multipart/form-data"

@@ -19,7 +19,8 @@ from stepweave.errors import (
     StepweaveError,
     UnsupportedEncodingError,
 )
-from stepweave.serving.resources import Error, ErrorDetail, Resource
+from stepweave.resource import Resource
+from stepweave.serving.resources import Error, ErrorDetail
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from stepweave.loading.sizes import (
     size_multiple,
 )
 from stepweave.loading.trials import Limits
-from stepweave.parameters import MAX_SEED, ImageRequest, Parameters, Sources
+from stepweave.parameters import MAX_SEED, PASSED, ImageRequest, Parameters, Sources
 from stepweave.planning.workload import arguments_of
 from stepweave.serving.call import (
     call_arguments,
@@ -207,18 +207,16 @@ class ServedModel:
                     f"{name} is {shown(value)}, but {kind} has no {name}.", param=name
                 )
         parameters = Parameters(
-            prompt=request.prompt,
-            negative_prompt=request.negative_prompt,
             width=width,
             height=height,
             n=n,
             seed=seed,
             num_inference_steps=steps,
             guidance_scale=self._resolve_guidance(request.guidance_scale, limits),
-            reproducible=request.reproducible,
             scheduler=self._resolve_scheduler(request.scheduler, pipeline),
             strength=resolve_strength(strength, steps, pipeline, sources),
             sources=sources,
+            **{name: getattr(request, name) for name in PASSED},
         )
         if rehearse:
             self.check_steps(parameters)

@@ -22,14 +22,13 @@ from stepweave.errors import (
 )
 from stepweave.images.encode import encode
 from stepweave.outcome import Outcome
-from stepweave.parameters import Parameters
+from stepweave.parameters import Parameters, ResolvedParameters
 from stepweave.previews.stream import Partial, Partials
 from stepweave.serving.failures import failure_of, loggable, missed
 from stepweave.serving.resources import (
     Answer,
     ErrorDetail,
     JobView,
-    ResolvedParameters,
 )
 from stepweave.serving.results import Results
 from stepweave.serving.submission import Submission

@@ -6,46 +6,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
+from pydantic import Field, PlainSerializer
 
 from stepweave.errors import StepweaveError
-from stepweave.parameters import (
-    ImageFile,
-    ImageRequest,
-    OutputFormat,
-    Parameters,
-    PriorityName,
-    Timings,
-)
+from stepweave.parameters import SIZE, ImageFile, OutputFormat, ResolvedParameters, Timings
+from stepweave.resource import Resource, absent
 from stepweave.store.jobs import JobKind, JobState
 
 ResponseFormat = Literal["b64_json", "url"]
-SIZE = r"^[1-9][0-9]*x[1-9][0-9]*$"
-
-
-def _is_none(value: Any) -> bool:
-    return value is None
-
-
-def _never_null(schema: dict[str, Any]) -> None:
-    (branch,) = (one for one in schema.pop("anyOf") if one != {"type": "null"})
-    schema.update(branch)
-    del schema["default"]
-
-
-def absent(**options: Any) -> Any:
-    """A member that answers leave out where it is None."""
-    return Field(default=None, exclude_if=_is_none, json_schema_extra=_never_null, **options)
-
-
-class Resource(BaseModel):
-    """An answer's body, or a part of one."""
-
-    model_config = ConfigDict(frozen=True)
-
-    def to_json(self) -> bytes:
-        """In printable ASCII: readers of event streams take other characters for ends of lines."""
-        return self.model_dump_json(ensure_ascii=True).replace("\x7f", "\\u007f").encode()
 
 
 def _milliseconds(seconds: float) -> float:
@@ -85,37 +53,6 @@ class Error(Resource):
     @classmethod
     def of(cls, error: StepweaveError) -> Self:
         return cls(error=ErrorDetail.of(error))
-
-
-class ResolvedParameters(Resource):
-    """All parameters, defaults filled in; those that do not apply are left out."""
-
-    prompt: str
-    negative_prompt: str | None = absent()
-    size: str = Field(pattern=SIZE)
-    seed: int = Field(ge=0)
-    num_inference_steps: int = Field(ge=1)
-    guidance_scale: float | None = absent(description="Where the pipeline has one.")
-    scheduler: str | None = absent()
-    strength: float | None = absent(description="Of edits.")
-    reproducible: bool | None = absent()
-    n: int = Field(ge=1)
-    priority: PriorityName | None = absent()
-    deadline_ms: int | None = absent(ge=1)
-    output_format: OutputFormat | None = absent()
-    output_compression: int | None = absent(ge=0, le=100)
-
-    @classmethod
-    def of(cls, request: ImageRequest, parameters: Parameters, scheduler: str | None) -> Self:
-        """`scheduler` is the pipeline's own."""
-        resolved = {
-            "reproducible": parameters.reproducible,
-            "scheduler": scheduler,
-            **parameters.of_image(0),
-            "n": parameters.n,
-        }
-        echoed = ("priority", "deadline_ms", "output_format", "output_compression")
-        return cls(**resolved, **{name: getattr(request, name) for name in echoed})
 
 
 class TokenDetails(Resource):

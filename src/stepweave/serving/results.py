@@ -11,8 +11,15 @@ from PIL import Image
 from stepweave.errors import ContentFlaggedError, ImageCountError
 from stepweave.images.encode import encode
 from stepweave.images.outputs import images_of, is_constant, outputs_of
-from stepweave.parameters import GeneratedImages, ImageFile, ImageRequest, Parameters, Timings
-from stepweave.serving.resources import GenerationDetails, ResolvedParameters
+from stepweave.parameters import (
+    GeneratedImages,
+    ImageFile,
+    ImageRequest,
+    Parameters,
+    ResolvedParameters,
+    Timings,
+)
+from stepweave.serving.resources import GenerationDetails
 from stepweave.serving.usage import usage_of
 from stepweave.threads import on_thread
 

@@ -1,0 +1,32 @@
+"""What answers are made of: models that the OpenAPI document has, too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+def _is_none(value: Any) -> bool:
+    return value is None
+
+
+def _never_null(schema: dict[str, Any]) -> None:
+    (branch,) = (one for one in schema.pop("anyOf") if one != {"type": "null"})
+    schema.update(branch)
+    del schema["default"]
+
+
+def absent(**options: Any) -> Any:
+    """A member that answers leave out where it is None."""
+    return Field(default=None, exclude_if=_is_none, json_schema_extra=_never_null, **options)
+
+
+class Resource(BaseModel):
+    """An answer's body, or a part of one."""
+
+    model_config = ConfigDict(frozen=True)
+
+    def to_json(self) -> bytes:
+        """In printable ASCII: readers of event streams take other characters for ends of lines."""
+        return self.model_dump_json(ensure_ascii=True).replace("\x7f", "\\u007f").encode()
