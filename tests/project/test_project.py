@@ -5,33 +5,10 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import tomllib
-
-from packaging.version import Version
 
 import stepweave.errors
 from tests.support.environment import ROOT, clean_environment
 from tests.support.waiting import SECONDS
-
-
-def pins(name: str) -> dict[str, str]:
-    lines = (ROOT / name).read_text().splitlines()
-    pairs = (line.split("==") for line in lines if line and not line.startswith("#"))
-    return {name.lower().replace("_", "-"): version for name, version in pairs}
-
-
-def test_every_dependency_is_bounded_tested_and_explained() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    runtime = [re.split(r">=", line) for line in project["dependencies"]]
-    constraints, requirements = pins("constraints.txt"), pins("requirements.txt")
-    assert set(requirements) == {name for name, _ in runtime}
-    assert all(constraints[name] == version for name, version in requirements.items())
-    for name, bound in runtime + [
-        re.split(r">=", line) for line in project["optional-dependencies"]["dev"]
-    ]:
-        assert Version(bound) <= Version(constraints[name]), (name, bound, constraints[name])
-    readme = (ROOT / "README.md").read_text()
-    assert all(name.removesuffix("-client") in readme for name, _ in runtime)
 
 
 def test_the_tests_that_documents_name_are_there() -> None:
