@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from importlib.resources import files
 
 import stepweave.errors
 from tests.support.environment import ROOT, clean_environment
+from tests.support.project import PROJECT, PYTHONS
 from tests.support.waiting import SECONDS
 
 
@@ -44,3 +46,17 @@ def test_torch_is_not_imported_before_the_background_load() -> None:
         timeout=SECONDS,
     )
     assert ended.stdout.strip() == "[]", ended.stderr
+
+
+def test_classifiers_name_every_python_that_is_supported() -> None:
+    prefix = "Programming Language :: Python :: 3."
+    classifiers = PROJECT["project"]["classifiers"]
+    named = [line.removeprefix(prefix) for line in classifiers if line.startswith(prefix)]
+    assert [f"3.{minor}" for minor in named] == PYTHONS
+    assert len(PYTHONS) >= 2
+
+
+def test_type_checkers_of_others_are_told_that_the_package_has_types() -> None:
+    assert files("stepweave").joinpath("py.typed").is_file()
+    assert "py.typed" in PROJECT["tool"]["setuptools"]["package-data"]["stepweave"]
+    assert "Typing :: Typed" in PROJECT["project"]["classifiers"]
