@@ -29,10 +29,10 @@ test: .venv/dev.stamp .venv-clients/stamp
 test-full: .venv/dev.stamp .venv-clients/stamp .venv-node/stamp
 	$(BIN)/python -m tests.parts $(PART)
 
-# The quick part, and which lines of the package it runs: at least those that pyproject.toml asks for. Measuring takes twice the time,
-# so `make test` does not. As a page: make coverage COVERAGE=--cov-report=html:build/coverage/html
+# Which lines of the package `make test` runs: it fails below the floor in pyproject.toml. It takes twice the time, and may hang on
+# Python 3.11, hence the limit. As a page: make coverage COVERAGE=--cov-report=html:build/coverage/html
 coverage: .venv/dev.stamp .venv-clients/stamp
-	$(BIN)/python -m tests.parts quick $(COVERAGE)
+	timeout --kill-after=10s 90m $(BIN)/pytest -m "not full and not gpu" --numprocesses 2 --dist loadscope --cov $(COVERAGE)
 
 # On a GPU, or in small on the CPU. With BIN=/usr/bin, say, they take what is installed there and install nothing.
 test-gpu bench-gpu: export PYTHONPATH := src$(if $(PYTHONPATH),:$(PYTHONPATH))

@@ -31,7 +31,7 @@ NAMED = {
 }
 # pytest's arguments. What is in no other part is in `others`, so that nothing is left out.
 PARTS = {
-    "quick": ["-m", "not full and not gpu", "--cov"],  # and measure which lines they run
+    "quick": ["-m", "not full and not gpu"],
     **{name: [*FULL, *paths] for name, paths in NAMED.items()},
     "others": [*FULL, *(f"--ignore={path}" for paths in NAMED.values() for path in paths)],
 }

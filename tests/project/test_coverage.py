@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests import parts
-from tests.support.environment import clean_environment
+from tests.support.environment import ROOT, clean_environment
 from tests.support.project import PROJECT
 from tests.support.waiting import SECONDS
 
@@ -77,8 +77,10 @@ def test_lines_that_fibers_run_in_turns_are_all_counted(tmp_path: Path) -> None:
     assert "thread" in concurrency
 
 
-def test_nine_lines_in_ten_must_be_run_by_the_quick_part(pytestconfig: pytest.Config) -> None:
+def test_nine_lines_in_ten_must_be_run_by_the_quick_tests(pytestconfig: pytest.Config) -> None:
     assert SETTINGS["report"]["fail_under"] >= 90
     assert SETTINGS["run"]["source_pkgs"] == ["stepweave"]
-    assert parts.PARTS["quick"][-1] == "--cov"
+    (command,) = re.findall(r"^coverage:.*\n\t(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    (tests,) = re.findall(r"^test:.*\n\t(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert f"{tests} --cov" in command
     assert pytestconfig.pluginmanager.hasplugin("pytest_cov")
