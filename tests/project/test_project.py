@@ -5,34 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import tomllib
-
-from packaging.version import Version
+from importlib.resources import files
 
 import stepweave.errors
 from tests.support.environment import ROOT, clean_environment
+from tests.support.project import PROJECT, PYTHONS
 from tests.support.waiting import SECONDS
-
-
-def pins(name: str) -> dict[str, str]:
-    lines = (ROOT / name).read_text().splitlines()
-    pairs = (line.split("==") for line in lines if line and not line.startswith("#"))
-    return {name.lower().replace("_", "-"): version for name, version in pairs}
-
-
-def test_every_dependency_is_bounded_tested_and_explained() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    runtime = [re.split(r">=", line) for line in project["dependencies"]]
-    constraints, requirements = pins("constraints.txt"), pins("requirements.txt")
-    assert set(requirements) == {name for name, _ in runtime}
-    assert all(constraints[name] == version for name, version in requirements.items())
-    for name, bound in runtime + [
-        re.split(r">=", line) for line in project["optional-dependencies"]["dev"]
-    ]:
-        assert Version(bound) <= Version(constraints[name]), (name, bound, constraints[name])
-    _, _, section = (ROOT / "docs/develop.md").read_text().partition("## Dependencies\n")
-    explained = re.findall(r"^\| `([\w-]+)` \| \w.*\w.* \|$", section, re.MULTILINE)
-    assert explained == sorted(name for name, _ in runtime)
 
 
 def test_the_tests_that_documents_name_are_there() -> None:
@@ -68,3 +46,17 @@ def test_torch_is_not_imported_before_the_background_load() -> None:
         timeout=SECONDS,
     )
     assert ended.stdout.strip() == "[]", ended.stderr
+
+
+def test_classifiers_name_every_python_that_is_supported() -> None:
+    prefix = "Programming Language :: Python :: 3."
+    classifiers = PROJECT["project"]["classifiers"]
+    named = [line.removeprefix(prefix) for line in classifiers if line.startswith(prefix)]
+    assert [f"3.{minor}" for minor in named] == PYTHONS
+    assert len(PYTHONS) >= 2
+
+
+def test_type_checkers_of_others_are_told_that_the_package_has_types() -> None:
+    assert files("stepweave").joinpath("py.typed").is_file()
+    assert "py.typed" in PROJECT["tool"]["setuptools"]["package-data"]["stepweave"]
+    assert "Typing :: Typed" in PROJECT["project"]["classifiers"]
