@@ -19,7 +19,7 @@ SECONDS = 300.0  # after which something hangs
 
 
 class NoPrometheusError(Exception):
-    """Prometheus is not on this machine and cannot be had."""
+    """Prometheus is not on this machine and could not be installed."""
 
 
 def binaries() -> dict[str, str]:

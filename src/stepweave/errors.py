@@ -241,7 +241,7 @@ class ContentFlaggedError(RequestError):
 
 
 class AuthenticationError(RequestError):
-    """Keys are set, and the request bears none of them."""
+    """API keys are set, and the request has none of them."""
 
     status = 401
     type = "authentication_error"

@@ -287,7 +287,7 @@ def binaries() -> dict[str, str]:
     try:
         return local.binaries()
     except NoPrometheusError as error:
-        pytest.skip(f"NOT CHECKED WITH PROMETHEUS: it cannot be had here: {error}")
+        pytest.skip(f"NOT CHECKED WITH PROMETHEUS: it is not available here: {error}")
 
 
 def test_every_alert_is_of_a_namespace_and_a_job() -> None:

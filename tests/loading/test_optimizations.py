@@ -149,10 +149,13 @@ def test_an_attention_backend_computes_the_denoisers_attention(
 @pytest.mark.parametrize(
     ("backend", "reason"),
     [
-        ("flash", r"STEPWEAVE_ATTENTION_BACKEND='flash' cannot be had: .*install `flash-attn"),
+        (
+            "flash",
+            r"STEPWEAVE_ATTENTION_BACKEND='flash' could not be enabled: .*install `flash-attn",
+        ),
         (
             "_native_cudnn",
-            r"STEPWEAVE_ATTENTION_BACKEND='_native_cudnn' cannot be had: No viable backend",
+            r"STEPWEAVE_ATTENTION_BACKEND='_native_cudnn' could not be enabled: No viable backend",
         ),
     ],
 )
@@ -197,7 +200,7 @@ def test_an_autoencoder_without_slicing_is_refused_by_name() -> None:
     pipeline = FAMILIES["stable_cascade"].build()
     with pytest.raises(
         LoadError,
-        match=r"STEPWEAVE_VAE_SLICING=True cannot be had: PaellaVQModel has no enable_slicing",
+        match=r"STEPWEAVE_VAE_SLICING=True could not be enabled: PaellaVQModel has no enable_slic",
     ):
         apply_optimizations(pipeline, Settings(vae_slicing=True), CPU)
     with pytest.raises(LoadError, match=r"STEPWEAVE_VAE_TILING=True .*has no autoencoder"):
@@ -442,7 +445,7 @@ def test_a_pipeline_that_knows_no_offload_is_refused() -> None:
     pipeline.model_cpu_offload_seq = None
     with pytest.raises(
         LoadError,
-        match=r"STEPWEAVE_OFFLOAD='model' cannot be had: Model CPU offload cannot be enabled",
+        match=r"STEPWEAVE_OFFLOAD='model' could not be enabled: Model CPU offload cannot be",
     ):
         apply_optimizations(pipeline, Settings(offload="model"), torch.device("cpu", 0))
 

@@ -53,7 +53,7 @@ def binary() -> str:
     command = [ROOT / "tools" / "unpack-debian", "nginx", folder, "usr/sbin/nginx"]
     script = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     if script.returncode:
-        pytest.skip(f"NOT CHECKED WITH NGINX: it cannot be had here: {script.stderr.strip()}")
+        pytest.skip(f"NOT CHECKED WITH NGINX: it is not available here: {script.stderr.strip()}")
     return str(folder / "nginx")
 
 

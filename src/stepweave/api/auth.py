@@ -20,9 +20,7 @@ def authorize(scope: Scope, keys: ApiKeys) -> None:
         return
     scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
     if not given:
-        raise AuthenticationError(
-            "The request bears no API key; send it as `Authorization: Bearer KEY`."
-        )
+        raise AuthenticationError("Missing API key; send it as `Authorization: Bearer KEY`.")
     client = keys.find(given.strip(" \t").encode("latin-1"))  # the bytes that were sent
     if scheme.lower() != "bearer" or client is None:
         raise AuthenticationError("The API key is not one of this server's.")

@@ -81,27 +81,27 @@ class Settings(BaseSettings):
     )
     variant: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] | None = Field(
         None,
-        description="Variant of the weights, as `fp16`; if unset, files without one, or else the "
-        "one variant that is whole.",
+        description="Variant of the weights, such as `fp16`. Unset: files without a variant, else "
+        "the only complete variant.",
     )
     model_names: ModelNames = Field(
         (),
         max_length=64,
-        description="Names, comma-separated, that requests may call the model by: answers have the "
-        "first, `*` takes any without a colon. If unset, the model's own.",
+        description="Comma-separated names of the model that requests may use; answers have the "
+        "first. `*` accepts any name without a colon. Unset: the model's own name.",
     )
     preset: PresetValue = Field(
         None,
-        description="Defaults of requests, as in `stepweave.json`: a JSON object, or the path of a "
-        "file with one.",
+        description="Defaults for requests, as in `stepweave.json`: a JSON object, or the path of "
+        "a file that holds one.",
     )
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = Field(
         "auto", description="`auto` (first GPU, else CPU), `cpu`, `cuda`, `cuda:N` or `mps`."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="Of the weights; `auto` is bfloat16 (else float16) on a GPU and float32 on "
-        "a CPU.",
+        description="Data type of the weights; `auto` is bfloat16 (else float16) on a GPU and "
+        "float32 on a CPU.",
     )
     quantization: Annotated[Quantization | None, NoDecode] = Field(
         None,
@@ -110,8 +110,8 @@ class Settings(BaseSettings):
     )
     offload: Literal["off", "model", "sequential"] = Field(
         "off",
-        description="Keep weights in main memory and move them to the GPU for use: `model` whole "
-        "models, `sequential` layers.",
+        description="Keep weights in main memory and move them to the GPU when they are used: "
+        "`model` moves whole models, `sequential` single layers.",
     )
     channels_last: bool = Field(False, description="Channels-last memory format for convolutions.")
     vae_slicing: bool = Field(False, description="Decode the images of a batch one by one.")
@@ -119,7 +119,8 @@ class Settings(BaseSettings):
     attention_backend: str | None = Field(
         None,
         min_length=1,
-        description="Of the denoiser, by diffusers' name: `native`, `flash`, `sage`, ...",
+        description="Attention backend of the denoiser, by diffusers' name: `native`, `flash`, "
+        "`sage`, ...",
     )
     compile: bool = Field(
         False, description="Compile the denoiser's repeated blocks with torch.compile."
@@ -129,49 +130,51 @@ class Settings(BaseSettings):
     )
     batching: Literal["off", "threads", "request", "step"] = Field(
         "step",
-        description="What jobs share: `step` denoising steps, `request` whole calls that differ in "
-        "prompt and seed only, `threads` nothing, side by side, `off` nothing, one at "
-        "a time.",
+        description="What is batched: `step` denoising steps of all jobs, `request` whole calls "
+        "that differ only in prompt and seed, `threads` nothing (jobs run in "
+        "parallel), `off` nothing (jobs run one at a time).",
     )
     max_rows: int = Field(
         32,
         ge=1,
         le=4096,
-        description="Rows of a shared step (images of a shared call with `request`); guidance "
-        "takes two.",
+        description="Largest batch of one forward; an image counts 1, with guidance 2. With "
+        "`STEPWEAVE_BATCHING=request`, images of a batch.",
     )
     max_decode_rows: int = Field(
         4, ge=1, le=4096, description="Images that the autoencoder decodes together."
     )
     max_jobs: int = Field(
-        64, ge=1, le=4096, description="Jobs that run at a time with `STEPWEAVE_BATCHING=step`."
+        64, ge=1, le=4096, description="Concurrent jobs with `STEPWEAVE_BATCHING=step`."
     )
     threads: int = Field(
-        4, ge=1, le=64, description="Jobs that run at a time with `STEPWEAVE_BATCHING=threads`."
+        4, ge=1, le=64, description="Concurrent jobs with `STEPWEAVE_BATCHING=threads`."
     )
     encoder_cache_bytes: int = Field(
-        268_435_456, ge=0, description="Bound of remembered prompt encodings; 0 remembers none."
+        268_435_456, ge=0, description="Size of the cache of prompt embeddings; 0 turns it off."
     )
     warmup: bool = Field(
-        True, description="Run and certify short generations before the server turns ready."
+        True,
+        description="Run short generations, and test whether they can be batched, before the "
+        "server is ready.",
     )
     exit_on_failure: bool = Field(
         False,
-        description="Exit with status 1 if the model cannot be loaded; else the probes go on to "
-        "tell the reason.",
+        description="Exit with status 1 if the model cannot be loaded. Otherwise the process "
+        "stays, and its probes tell the reason.",
     )
     max_queue: int = Field(
         64,
         ge=0,
         le=100_000,
-        description="Requests that may wait for the one being served, or share its steps; one more "
-        "is refused with 429.",
+        description="Requests in flight beyond the first, running or waiting. Further ones are "
+        "refused with 429.",
     )
     max_wait: float = Field(
         600,
         gt=0,
-        description="Seconds that a request may have to wait, as predicted; else it is refused "
-        "with 429.",
+        description="Longest predicted wait in seconds; requests that would wait longer are "
+        "refused with 429.",
     )
     max_images: int = Field(8, ge=1, le=64, description="Largest `n` of a request.")
     max_steps: int = Field(
@@ -184,97 +187,100 @@ class Settings(BaseSettings):
         8192 * 8192,
         ge=64 * 64,
         le=178_956_970,  # beyond, Pillow takes it for a bomb
-        description="Largest width times height of an image, or mask, that is sent. Larger ones "
-        "than the model makes are scaled.",
+        description="Largest width times height of an uploaded image or mask. Images larger than "
+        "the model makes are scaled down.",
     )
     response_format: Literal["b64_json", "url"] = Field(
         "b64_json",
-        description="How images are returned to requests for OpenAI's routes that do not say.",
+        description="How OpenAI's routes return images when a request does not say.",
     )
     flagged_images: Literal["mark", "refuse"] = Field(
         "mark",
-        description="Images that the pipeline's safety checker flags: `mark` returns them with "
-        "`flagged`, `refuse` answers 400.",
+        description="What happens to images that the pipeline's safety checker flags: `mark` "
+        "returns them with `flagged`, `refuse` answers 400.",
     )
     max_prompt_characters: int = Field(
         4000, ge=1, le=7000, description="Longest prompt or negative prompt."
     )
     max_body_bytes: int = Field(
-        1_048_576, ge=1024, description="Largest body of a request without an image."
+        1_048_576, ge=1024, description="Largest request body without an image."
     )
     max_upload_bytes: int = Field(
-        33_554_432, ge=1024, description="Largest body of a request with images, of an edit."
+        33_554_432, ge=1024, description="Largest request body of an edit, which has images."
     )
     max_connections: int = Field(
         1000,
         ge=1,
         le=100_000,
-        description="Connections that may be open; one more takes an idle one's place, or gets "
-        "503.",
+        description="Open connections. A further one replaces an idle one, or is answered 503.",
     )
     api_keys: Clients = Field(
         (),
         repr=False,
         description="Comma-separated API keys, of the clients `key1`, `key2`, ... If set, every "
-        "request except health probes must send one. With neither this nor a file of "
-        "keys: no authentication.",
+        "request except health probes must send one. Without keys and a file of keys: no "
+        "authentication.",
     )
     api_keys_file: str | None = Field(
         None,
         min_length=1,
-        description="File of API keys, one client a line: `name: KEY` or `name: sha256:HEX`, with "
-        "` admin` after it for an administrator. Read again when it changes.",
+        description="File of API keys, one client per line: `name: KEY` or `name: sha256:HEX`, "
+        "followed by ` admin` for an administrator. Changes are read without a "
+        "restart.",
     )
     base_url: Annotated[str, Field(pattern=r"^https?://[^/?#\s]+(/[^?#\s]*)?$")] | None = Field(
         None,
-        description="What the URLs of images begin with; if unset, the host that a request "
-        "names, if it is trusted.",
+        description="Start of the URLs of images. Unset: the host that the request names, if it is "
+        "trusted.",
     )
     trusted_hosts: str = Field(
         "localhost,127.0.0.1,[::1]",
-        description="Hosts, comma-separated, that requests may name for the URLs of images; "
+        description="Comma-separated host names that may appear in the URLs of images; "
         "`*.example.com`, or `*` for any.",
     )
     trust_forwarded: bool = Field(
         False,
-        description="Believe `X-Forwarded-For`, `-Host`, `-Proto` and `-Prefix`; for servers that "
-        "only a proxy reaches.",
+        description="Trust `X-Forwarded-For`, `-Host`, `-Proto` and `-Prefix`. Only for servers "
+        "that are reached through a proxy alone.",
     )
     cors_origins: Names = Field(
-        (), description="Origins, comma-separated, whose pages may call the server; `*` for any."
+        (),
+        description="Comma-separated origins whose pages may call the server (CORS); `*` for any.",
     )
     state_dir: str | None = Field(
         None,
         min_length=1,
-        description="Directory of jobs and images, for one server; if unset, one that ends "
-        "with it.",
+        description="Where jobs and images are stored (one server each). Unset: a temporary "
+        "directory, deleted at exit.",
     )
     keep_seconds: float = Field(
-        3600, gt=0, description="Seconds that finished jobs and stored images are kept."
+        3600, gt=0, description="How long finished jobs and stored images are kept, in seconds."
     )
     keep_bytes: int = Field(
-        1_073_741_824, ge=1_048_576, description="Bound of stored images; the oldest go first."
+        1_073_741_824,
+        ge=1_048_576,
+        description="Largest total size of stored images; the oldest are deleted first.",
     )
     keep_jobs: int = Field(
-        10_000, ge=1, description="Bound of finished jobs that are kept; the oldest go first."
+        10_000, ge=1, description="Most finished jobs that are kept; the oldest are deleted first."
     )
     drain_notice: float = Field(
         6,
         ge=0,
-        description="Seconds after `POST /drain` in which work is still taken, until load "
-        "balancers have heard of it.",
+        description="How long new requests are still accepted after `POST /drain`, in seconds, "
+        "until load balancers have noticed.",
     )
     grace: float = Field(
         300,
         ge=0,
-        description="Seconds after a drain, or at the end, that what runs may take to finish.",
+        description="How long accepted work may run after a drain or SIGTERM, in seconds.",
     )
     stuck_seconds: float = Field(
         600,
         gt=0,
-        description="Seconds of one forward after which the engine counts as stuck, and `/livez` "
-        "fails; and seconds after which a request fails whose job is done but not "
-        "answered.",
+        description="Seconds after which a forward that has not ended counts as stuck, and "
+        "`/livez` fails; also the seconds after which a request fails whose job is "
+        "done but has not been answered.",
     )
 
     @field_validator("quantization", mode="before")

@@ -99,7 +99,7 @@ def _named(setting: str, value: Any = True) -> Iterator[None]:
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise LoadError(
-            f"STEPWEAVE_{setting.upper()}={shown(value)} cannot be had: {reason}"
+            f"STEPWEAVE_{setting.upper()}={shown(value)} could not be enabled: {reason}"
         ) from error
 
 
