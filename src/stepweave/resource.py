@@ -28,5 +28,9 @@ class Resource(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     def to_json(self) -> bytes:
-        """In printable ASCII: readers of event streams take other characters for ends of lines."""
+        return self.model_dump_json().encode()
+
+    def to_ascii(self) -> bytes:
+        """JSON of printable ASCII alone: readers of event streams take other characters for ends of
+        lines."""
         return self.model_dump_json(ensure_ascii=True).replace("\x7f", "\\u007f").encode()

@@ -595,7 +595,7 @@ async def test_a_failed_or_cancelled_job_frees_its_key() -> None:
         app.record.error = None
         app.record.gated = True
         id = await later(app, headers=KEY)
-        await asyncio.to_thread(app.record.started.wait)
+        await app.until(lambda: app.record.running)
         with patch("stepweave.api.routes.jobs.CANCEL_SECONDS", 0.01):
             await app.delete(f"/v1/jobs/{id}")
         anew = [app.post(headers=KEY) for _ in range(2)]  # while the first is on its way out

@@ -168,7 +168,13 @@ def impatient() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("fields", [{}, {"stream": True}], ids=["answer", "stream"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param({}, id="answer", marks=pytest.mark.full),
+        pytest.param({"stream": True}, id="stream"),
+    ],
+)
 @pytest.mark.usefixtures("impatient")
 async def test_a_client_that_reads_nothing_is_not_waited_for_and_one_that_reads_slowly_is(
     fields: Any,

@@ -368,6 +368,10 @@ REPEATED = {
     "ready_module",
     "submodule",
     "parametrization",
+    "attribute",
+    "hook",
+    "cast",
+    "forward",
 }
 every_case = pytest.mark.parametrize(
     "case",

@@ -645,7 +645,7 @@ def test_tables_that_the_first_forward_makes_are_no_such_state(
         tables_by_shape,
         pytest.param(tables_by_rows_too, marks=pytest.mark.full),
         pytest.param(remembered_function, marks=pytest.mark.full),
-        table_that_grows,
+        pytest.param(table_that_grows, marks=pytest.mark.full),
     ],
 )
 def test_nor_are_those_that_a_later_size_makes(

@@ -710,7 +710,13 @@ class Counted(Toy):
     """Of which there is one, and its views."""
 
 
-@every_mode
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param(mode, marks=() if mode == "step" else pytest.mark.full)
+        for mode in get_args(Mode)
+    ],
+)
 def test_nothing_grows_with_the_number_of_jobs(mode: Mode) -> None:
     def left() -> list[int]:
         gc.collect()
@@ -1142,7 +1148,13 @@ PARTS = {
         pytest.param(float("inf"), id="always"),
     ],
 )
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    "part",
+    [
+        pytest.param(part, marks=() if part in ("decide", "merge", "put") else pytest.mark.full)
+        for part in PARTS
+    ],
+)
 def test_a_defect_of_the_engine_is_contained_and_loses_no_job(
     part: str, times: float, sd3: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

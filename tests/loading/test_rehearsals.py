@@ -131,7 +131,10 @@ def ends_far(model: ServedModel, parameters: Parameters) -> bool:
     return problem is not None and "from where they should" in problem
 
 
-@pytest.mark.parametrize("build", [cosine, FAMILIES["stable_diffusion_3_dynamic"].build])
+@pytest.mark.parametrize(
+    "build",
+    [pytest.param(cosine, marks=pytest.mark.full), FAMILIES["stable_diffusion_3_dynamic"].build],
+)
 @pytest.mark.parametrize(
     "counts", [(1, 2, 4, 11), pytest.param((3, 6), marks=pytest.mark.full)], ids=["some", "others"]
 )
@@ -255,9 +258,8 @@ def test_schedulers_that_are_well_are_refused_at_no_steps(name: str, counts: Any
     assert refused <= {("PNDMScheduler", 1), ("PNDMScheduler", 2), ("PNDMScheduler", 3)}
 
 
-@pytest.mark.parametrize(
-    "dtype", [pytest.param(torch.float16, marks=pytest.mark.full), torch.bfloat16]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_they_run_in_half_precision_as_well(dtype: torch.dtype) -> None:
     for name in ("leading", "velocity", "flow"):
         pipeline = of_kind(name)
@@ -409,7 +411,8 @@ def test_how_far_dynamic_shifting_goes_is_told_from_the_size() -> None:
         resolve(model, **asked, size="512x512")
 
 
-@pytest.mark.parametrize("steps", [34, pytest.param(50, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("steps", [34, 50])
 def test_equal_timesteps_do_no_harm_where_the_pipeline_says_which_is_the_first(steps: int) -> None:
     model = served(beta())
     for name in model.schedulers:

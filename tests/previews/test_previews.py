@@ -418,6 +418,7 @@ def test_images_to_fit_on_are_the_same_every_time() -> None:
     assert all(not torch.equal(images[0], other) for other in images[1:])
 
 
+@pytest.mark.full
 def test_previews_of_the_embedded_model_resemble_its_images() -> None:
     """Over 48 prompts and 20 steps of benchmarks/previews.py the median is 0.93 at the last. No
     forward is spent on them."""

@@ -217,7 +217,7 @@ def test_livez_answers_many_times_while_an_image_is_made(served: Served) -> None
         httpx.Client(timeout=SECONDS) as client,
     ):
         told = image.iter_lines()
-        next(line for line in told if '"step": 1,' in line)
+        next(line for line in told if '"step":1,' in line)
         for _ in range(20):
             assert client.get(f"{served.url}/livez").status_code == 200
         assert metric(served.url, "stepweave_requests_in_flight") >= 1

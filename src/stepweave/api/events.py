@@ -34,7 +34,7 @@ SURFACES: dict[JobKind, Surface] = {"generation": "image_generation", "edit": "i
 
 def event(name: str, data: Resource) -> bytes:
     """One event in the stream's format (WHATWG HTML, 9.2.6)."""
-    return b"event: %s\ndata: %s\n\n" % (name.encode(), data.to_json())
+    return b"event: %s\ndata: %s\n\n" % (name.encode(), data.to_ascii())
 
 
 async def events(
