@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import to_json
 
 
 def _is_none(value: Any) -> bool:
@@ -28,7 +29,7 @@ class Resource(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     def to_json(self) -> bytes:
-        return self.model_dump_json().encode()
+        return to_json(self, inf_nan_mode="null")
 
     def to_ascii(self) -> bytes:
         """JSON of printable ASCII alone: readers of event streams take other characters for ends of

@@ -18,7 +18,7 @@ from tests.adversarial.driver import Outcome, run
 from tests.adversarial.outsider import Case
 
 GENERATORS = {"insider": insider.generate, "outsider": outsider.generate}
-FEW, MANY = 16, 250  # cases of each generator; half of them are harmless
+FEW, MANY = 8, 250  # cases of each generator; half of them are harmless
 CERTIFIED = 0.9  # of the harmless cases, at least
 MERGED = 0.8  # of a certified case's calls after its first round, at least
 

@@ -147,6 +147,7 @@ async def test_each_of_a_first_burst_has_its_own_place() -> None:
         await settled(app)
 
 
+@pytest.mark.full
 async def test_a_first_burst_of_a_real_pipeline_is_told_what_is_true_to_its_end() -> None:
     pipeline = FAMILIES["stable_diffusion_3"].build()
     async with serving(pipeline, batching="step", max_jobs=2, max_pixels=128 * 128) as app:

@@ -661,6 +661,7 @@ def test_the_fuzzer_sees_what_is_not_true(
     assert fuzzer.failures
 
 
+@pytest.mark.full
 def test_nor_does_it_of_native_answers(served: Served) -> None:
     with httpx.Client(base_url=served.url, timeout=SECONDS) as client:
         fuzzer = Fuzzer(client, client.get("/openapi.json").json(), PATHS)

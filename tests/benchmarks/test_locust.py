@@ -269,6 +269,7 @@ def scripted() -> Iterator[tuple[str, type[Scripted]]]:
         thread.join()
 
 
+@pytest.mark.full
 def test_each_outcome_is_counted_apart(
     scripted: tuple[str, type[Scripted]], tmp_path: Path
 ) -> None:

@@ -179,6 +179,7 @@ def test_every_thread_of_an_engine_makes_the_device_its_own() -> None:
         assert list(used.values()) == [second] and "images" in next(iter(used))
 
 
+@pytest.mark.full
 def test_the_step_engines_threads_do_and_close_does_for_as_long_as_it_takes(
     device: FakeDevice,
 ) -> None:

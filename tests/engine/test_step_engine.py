@@ -929,7 +929,7 @@ def test_hooks_of_others_stay_when_the_engine_closes(before: bool) -> None:
 
 
 def test_closing_while_images_are_made_delivers_or_cancels(sd3: Any) -> None:
-    for _ in range(5):
+    for _ in range(3):
         engine = StepEngine(sd3)
         jobs = [
             engine.submit(**SD3.arguments("a red circle", steps=1, output_type="pil"))
@@ -976,6 +976,7 @@ assert decoding.wait(30)
 """
 
 
+@pytest.mark.full
 def test_a_script_that_ends_while_an_image_is_decoded_does_not_hang() -> None:
     """By then executors of the standard library take no more work."""
     environment = clean_environment(PYTHONPATH=os.pathsep.join((str(ROOT / "src"), str(ROOT))))
