@@ -95,14 +95,19 @@ def check_one_image(
 async def generation_of(answer: Answer, base: str | None, files: FileStore) -> Generation:
     """The answer with its images: as URLs that begin with `base`, each stored if it is not yet, or
     in base64 without one."""
-    data: list[InlineImage | LinkedImage] = []
-    for file in answer.images:
-        told = {"seed": file.seed, "flagged": file.flagged}
-        if base is None:
-            data.append(InlineImage(b64_json=await base64_of(file.data), **told))
-        else:
-            data.append(LinkedImage(url=await url_of(file, base, files), **told))
+    data: list[InlineImage | LinkedImage]
+    if base is None:
+        data = await on_thread(None, lambda: [_inline(file) for file in answer.images])
+    else:
+        data = [
+            LinkedImage(url=await url_of(file, base, files), seed=file.seed, flagged=file.flagged)
+            for file in answer.images
+        ]
     return Generation(**dict(answer.details), data=data)
+
+
+def _inline(file: ImageFile) -> InlineImage:
+    return InlineImage(b64_json=in_base64(file.data), seed=file.seed, flagged=file.flagged)
 
 
 async def job_of(job: Followed, files: FileStore, base: str | None) -> JobView:
@@ -130,8 +135,9 @@ async def url_of(file: ImageFile, base: str, files: FileStore) -> str:
     return f"{base}/images/{await file.stored(files)}"
 
 
-async def base64_of(data: bytes) -> str:
-    return await on_thread(None, lambda: base64.b64encode(data).decode())
+def in_base64(data: bytes) -> str:
+    """Not for the event loop's thread: images are large."""
+    return base64.b64encode(data).decode()
 
 
 def image_answer(answer: Answer) -> Response:

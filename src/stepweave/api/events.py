@@ -4,7 +4,6 @@ queue and its progress."""
 from __future__ import annotations
 
 import asyncio
-import base64
 import time
 from collections.abc import AsyncGenerator
 from typing import Literal
@@ -14,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from stepweave.api.answer_schemas import Completed, PartialImage, ProgressEvent, QueuedEvent
-from stepweave.api.answers import EVENT_STREAM, base64_of, url_of
+from stepweave.api.answers import EVENT_STREAM, in_base64, url_of
 from stepweave.api.counting import count_of
 from stepweave.api.disconnect import disconnected
 from stepweave.api.responses import LEFT, REQUEST_ID, as_stepweave_error
@@ -68,7 +67,7 @@ def _failed(request: Request, error: Exception) -> bytes:
 def _partial(surface: Surface, update: Partial, active: ActiveRequest) -> bytes:
     data = PartialImage(
         type=f"{surface}.partial_image",
-        b64_json=base64.b64encode(update.data).decode(),
+        b64_json=in_base64(update.data),
         partial_image_index=update.number,
         image_index=update.image,
         created_at=int(time.time()),
@@ -96,7 +95,9 @@ async def _completed(
     details, file = answer.details, answer.images[index]
     data = Completed(
         type=f"{surface}.completed",
-        b64_json=await base64_of(file.data),  # as OpenAI's type requires, also beside a URL
+        b64_json=await on_thread(
+            None, in_base64, file.data
+        ),  # as OpenAI's type requires, also beside a URL
         url=None if base is None else await url_of(file, base, files),
         created_at=details.created,
         size=file.values["size"],

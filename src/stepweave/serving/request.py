@@ -22,7 +22,7 @@ from stepweave.errors import (
 )
 from stepweave.images.encode import encode
 from stepweave.outcome import Outcome
-from stepweave.parameters import Parameters, ResolvedParameters
+from stepweave.parameters import Parameters
 from stepweave.previews.stream import Partial, Partials
 from stepweave.serving.failures import failure_of, loggable, missed
 from stepweave.serving.resources import (
@@ -231,7 +231,7 @@ class ActiveRequest:
             position=queued and queued.position,
             eta_seconds=None if latest is None else latest.eta,
             created=self.created,
-            parameters=self.resolved(),
+            parameters=self._results.resolved(),
             warnings=self.all_warnings,
             error=None if self.error is None else ErrorDetail.of(self.error),
         )
@@ -418,10 +418,6 @@ class ActiveRequest:
     def _missed(self) -> DeadlineExceededError:
         deadline_ms = self.request.deadline_ms
         return missed(deadline_ms, self.job, self.steps, self._expected, timed=self._timed)
-
-    def resolved(self) -> ResolvedParameters:
-        """All that was asked for, defaults filled in."""
-        return self._results.resolved()
 
     async def _output(self) -> Any:
         try:
