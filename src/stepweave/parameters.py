@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, Self, get_args
 
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from stepweave.resource import Resource, absent
 
-OutputFormat = Literal["png", "jpeg", "webp"]
+if TYPE_CHECKING:  # the stores import this, and need no images
+    from PIL import Image
+
+OutputFormat = Literal["png", "jpeg", "webp"]  # a file's suffix, too
+MEDIA_TYPES: dict[str, str] = {name: f"image/{name}" for name in get_args(OutputFormat)}
+ResponseFormat = Literal["b64_json", "url"]
 PriorityName = Literal["low", "normal", "high"]
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON client reads exactly
 MAX_TAG = 128  # characters

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, RootModel
 
+from stepweave.config.engine import Mode
 from stepweave.parameters import OutputFormat
 from stepweave.resource import Resource, absent
 from stepweave.serving.resources import Error, Generation, JobView, Outcome
@@ -145,7 +146,7 @@ class ModelDetails(Limits):
         description="Of those edits whose limits differ from the others."
     )
     previews: bool = Field(description="Whether streams have previews.")
-    batching: Literal["off", "threads", "request", "step"]
+    batching: Mode
     switches: dict[str, Any]
     certificates: list[Certificate]
     unshared: list[Unshared] = Field(description="What runs alone, or takes turns, and why.")

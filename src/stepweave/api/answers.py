@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping
+from typing import get_args
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from stepweave.errors import InvalidRequestError, NotFoundError, shown
-from stepweave.parameters import ImageFile, OutputFormat
+from stepweave.parameters import MEDIA_TYPES, ImageFile, OutputFormat
 from stepweave.resource import Resource
 from stepweave.serving.jobs import Followed
 from stepweave.serving.resources import Answer, Generation, InlineImage, JobView, LinkedImage
@@ -19,11 +20,7 @@ from stepweave.threads import on_thread
 
 MAX_WARNINGS_HEADER = 4096  # bytes; proxies refuse headers of 8 KB
 EVENT_STREAM = "text/event-stream"
-IMAGE_TYPES: dict[str, OutputFormat] = {
-    "image/png": "png",
-    "image/jpeg": "jpeg",
-    "image/webp": "webp",
-}
+IMAGE_TYPES: dict[str, OutputFormat] = {MEDIA_TYPES[name]: name for name in get_args(OutputFormat)}
 PROFILE = "stepweave"  # of an event stream with all events
 
 
@@ -87,7 +84,7 @@ def check_one_image(
         )
     if format_given and output_format != chosen:
         raise InvalidRequestError(
-            f"output_format is {shown(output_format)}, but Accept asks for image/{chosen}.",
+            f"output_format is {shown(output_format)}, but Accept asks for {MEDIA_TYPES[chosen]}.",
             param="output_format",
         )
 
@@ -157,7 +154,7 @@ def image_answer(answer: Answer) -> Response:
         headers["X-Stepweave-Flagged"] = "true"
     if answer.details.warnings:
         headers["X-Stepweave-Warnings"] = warnings_header(answer.details.warnings)
-    return Response(file.data, media_type=f"image/{file.output_format}", headers=headers)
+    return Response(file.data, media_type=MEDIA_TYPES[file.output_format], headers=headers)
 
 
 def warnings_header(warnings: list[str]) -> str:

@@ -12,7 +12,7 @@ from pydantic_core import from_json, to_json
 from python_multipart.multipart import parse_options_header
 
 from stepweave.errors import SHOWN, InvalidRequestError, UnsupportedMediaTypeError, shown
-from stepweave.parameters import ImageRequest
+from stepweave.parameters import ImageRequest, ResponseFormat
 from stepweave.threads import on_thread
 
 MAX_PARTIAL_IMAGES = 3
@@ -61,9 +61,7 @@ class OpenAIRequest(StreamRequest):
 
     model: str | None = Field(None, description="Name of the model, if given.")
     n: int = Field(1, ge=1, description="Number of images; image i has seed + i.")
-    response_format: Literal["b64_json", "url"] | None = Field(
-        None, description="How images are returned."
-    )
+    response_format: ResponseFormat | None = Field(None, description="How images are returned.")
     stream: bool = Field(False, description="Answer with server-sent events.")
     user: str | None = Field(None, max_length=512, description="Ignored.")
     safety_identifier: str | None = Field(None, max_length=512, description="Ignored.")

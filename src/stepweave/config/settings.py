@@ -12,9 +12,11 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError, from_json
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from stepweave.config.engine import Mode
 from stepweave.config.preset import SETTING, Preset
 from stepweave.config.values import Clients, ModelNames, Names, PresetValue, Quantization
 from stepweave.errors import ConfigError, shown
+from stepweave.parameters import ResponseFormat
 
 PREFIX = "STEPWEAVE_"
 EMBEDDED_MODEL = Path(__file__).resolve().parents[3] / "models" / "shapes"
@@ -128,7 +130,7 @@ class Settings(BaseSettings):
     cpu_threads: int = Field(
         0, ge=0, le=1024, description="Torch's CPU threads; 0 follows the cgroup's CPU quota."
     )
-    batching: Literal["off", "threads", "request", "step"] = Field(
+    batching: Mode = Field(
         "step",
         description="What is batched: `step` denoising steps of all jobs, `request` whole calls "
         "that differ only in prompt and seed, `threads` nothing (jobs run in "
@@ -190,7 +192,7 @@ class Settings(BaseSettings):
         description="Largest width times height of an uploaded image or mask. Images larger than "
         "the model makes are scaled down.",
     )
-    response_format: Literal["b64_json", "url"] = Field(
+    response_format: ResponseFormat = Field(
         "b64_json",
         description="How OpenAI's routes return images when a request does not say.",
     )

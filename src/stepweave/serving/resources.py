@@ -13,8 +13,6 @@ from stepweave.parameters import SIZE, ImageFile, OutputFormat, ResolvedParamete
 from stepweave.resource import Resource, absent
 from stepweave.store.jobs import JobKind, JobState
 
-ResponseFormat = Literal["b64_json", "url"]
-
 
 def _milliseconds(seconds: float) -> float:
     return round(seconds, 3)

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from stepweave.errors import NotFoundError, RequestError, StepweaveError
-from stepweave.parameters import ImageFile
+from stepweave.parameters import ImageFile, ResponseFormat
 from stepweave.serving.request import Update
 from stepweave.serving.resources import (
     RECORDED,
@@ -18,7 +18,6 @@ from stepweave.serving.resources import (
     ErrorDetail,
     GenerationDetails,
     JobView,
-    ResponseFormat,
 )
 from stepweave.store import FileStore, JobRecord
 

@@ -7,9 +7,8 @@ from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
 
-from stepweave.parameters import ImageRequest, Sources
+from stepweave.parameters import ImageRequest, ResponseFormat, Sources
 from stepweave.serving.admission import Reservation
-from stepweave.serving.resources import ResponseFormat
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, ParamSpec, Protocol, TypeVar
+from typing import ParamSpec, Protocol, TypeVar
 
 from stepweave.errors import StepweaveError, shown
+from stepweave.parameters import MEDIA_TYPES, OutputFormat
 from stepweave.store.health import StoreHealth, words_of
 from stepweave.threads import DaemonExecutor, on_thread
 
@@ -21,12 +22,10 @@ logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Suffix = Literal["png", "jpeg", "webp"]
-MEDIA_TYPES: dict[str, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 READERS = 4  # threads
 # of a file that tells whether there is room: an empty one may find some on a full disk
 PROBE_BYTES = 64 * 1024
-_NAME = re.compile(r"[0-9a-f]{32}\.(png|jpeg|webp)")
+_NAME = re.compile(rf"[0-9a-f]{{32}}\.({'|'.join(MEDIA_TYPES)})")
 _PARTIAL = re.compile(rf"\.{_NAME.pattern}\.partial")
 
 
@@ -50,7 +49,7 @@ class FileStore(Protocol):
     async def probe(self) -> None:
         """Write a file and remove it, to find out whether writes work."""
 
-    async def put(self, data: bytes, suffix: Suffix) -> str:
+    async def put(self, data: bytes, suffix: OutputFormat) -> str:
         """Keep a file; returns its name. Raises StepweaveError (code `file_too_large`) for one that
         is over the bound."""
 
@@ -147,7 +146,7 @@ class DirectoryFileStore:
     def count(self) -> int:
         return len(self._index)
 
-    async def put(self, data: bytes, suffix: Suffix) -> str:
+    async def put(self, data: bytes, suffix: OutputFormat) -> str:
         if suffix not in MEDIA_TYPES:
             raise ValueError(f"suffix is {shown(suffix)}; allowed are {', '.join(MEDIA_TYPES)}.")
         if len(data) > self._max_bytes:
@@ -185,7 +184,7 @@ class DirectoryFileStore:
                 partial.unlink()
             raise
 
-    def _write(self, data: bytes, suffix: Suffix) -> str:
+    def _write(self, data: bytes, suffix: OutputFormat) -> str:
         name, created = f"{secrets.token_hex(16)}.{suffix}", self._clock()
         self._make_room(len(data))
         with self._partial(name, data) as partial:

@@ -57,7 +57,7 @@ from stepweave.api.open_inference.triton import EXTENSIONS, configuration, index
 from stepweave.api.responses import answer, error_response
 from stepweave.api.schemas import parse_off_loop, require_json
 from stepweave.errors import InvalidRequestError, NotFoundError, StepweaveError, shown
-from stepweave.parameters import ImageRequest
+from stepweave.parameters import MEDIA_TYPES, ImageRequest
 from stepweave.serving.server import Server
 from stepweave.threads import on_thread
 
@@ -245,7 +245,7 @@ def _write(
     outputs = []
     for name, binary in requested.items():
         if name == "image":
-            parameters = {"content_type": f"image/{output_format}"} | (
+            parameters = {"content_type": MEDIA_TYPES[output_format]} | (
                 {} if binary else {"encoding": "base64"}
             )
             encoded = [] if binary else [base64.b64encode(image).decode() for image in images]
