@@ -11,18 +11,7 @@ from stepweave.config.engine import Mode
 from stepweave.parameters import OutputFormat
 from stepweave.resource import Resource, absent
 from stepweave.serving.resources import Error, Generation, JobView, Outcome
-
-STAGES = (
-    "starting",
-    "importing",
-    "loading",
-    "warming_up",
-    "ready",
-    "draining",
-    "closed",
-    "failed",
-    "stuck",
-)
+from stepweave.serving.status import Stage
 
 
 class ExamplesError(Error):
@@ -40,7 +29,7 @@ class ProtocolError(Resource):
 class Health(Resource):
     """Where the server stands."""
 
-    stage: str = Field(json_schema_extra={"enum": list(STAGES)})
+    stage: Stage
     progress: float = Field(ge=0, le=1, description="Share of the way to `ready`.")
     message: str
     store: str | None = Field(
@@ -56,7 +45,7 @@ class Unhealthy(Error, Health):
 class Drained(Resource):
     """The server leaves, or stays after all."""
 
-    stage: str = Field(json_schema_extra={"enum": list(STAGES)})
+    stage: Stage
     in_flight: int = Field(ge=0, description="Requests accepted and not yet done.")
 
 
@@ -71,7 +60,7 @@ class Discovery(Resource):
     name: Literal["stepweave"] = "stepweave"
     version: str
     model: str | None = Field(description="Id of the model; null while it is loaded.")
-    stage: str = Field(json_schema_extra={"enum": list(STAGES)})
+    stage: Stage
     routes: list[MountedRoute]
     links: dict[str, str]
 

@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -42,7 +42,7 @@ def load_pipeline(
     settings: Settings,
     device: torch.device,
     dtype: torch.dtype,
-    on_stage: Callable[[str], None] = lambda name: None,
+    on_stage: Callable[[Literal["downloading", "loading"]], None] = lambda name: None,
 ) -> tuple[DiffusionPipeline, Preset]:
     """Load the pipeline that `settings.model` names onto `device`, its class chosen by its
     `model_index.json`.

@@ -21,7 +21,7 @@ from stepweave.serving.jobs import Jobs
 from stepweave.serving.keys import ApiKeys
 from stepweave.serving.names import told_name
 from stepweave.serving.request import ActiveRequest
-from stepweave.serving.status import DRAINING_RETRY_SECONDS, Status
+from stepweave.serving.status import DRAINING_RETRY_SECONDS, Stage, Status
 from stepweave.telemetry.metrics import Metrics
 from stepweave.threads import DaemonExecutor, on_thread
 
@@ -77,7 +77,7 @@ class Lifecycle:
             in_flight=lambda: self._admission.in_flight if self._admission else 0,
             waiting=lambda: self.engine.waiting if self.engine else 0,
             engine=lambda: self.engine.stats() if self.engine else None,
-            ready=lambda: self.health().stage == "ready",
+            ready=lambda: self.health().ready,
             stores=lambda: self.jobs.stores() if self.jobs else {},
             free_bytes=lambda: self.jobs.free_bytes() if self.jobs else math.nan,
         )
@@ -248,7 +248,7 @@ class Lifecycle:
 
         use_device(torch.device(self.device or "cpu"))
 
-    def _enter(self, stage: str, progress: float, message: str) -> None:
+    def _enter(self, stage: Stage, progress: float, message: str) -> None:
         if self.status.stage == "closed" or self.leaving.terminated:
             raise LoadError("the server was told to end while it was loading")
         self.status = Status(stage, progress, message)
@@ -260,7 +260,7 @@ class Lifecycle:
         if self.status.stage != "closed" and not self.leaving.terminated:
             logger.error(
                 "the server cannot %s: %s",
-                "serve" if self.status.stage == "ready" else "start",
+                "serve" if self.status.ready else "start",
                 message,
             )
             self.status = Status("failed", 0.0, message)
@@ -271,7 +271,7 @@ class Lifecycle:
         """Where the server stands; an engine that is stuck, or has ended, is `stuck`, one whose
         device has failed `failed`. Never waits for the device."""
         status, engine = self.status, self.engine
-        if engine is not None and status.stage == "ready":
+        if engine is not None and status.ready:
             if engine.failure is not None:
                 return Status("failed", 0.0, f"the device has failed: {engine.failure}")
             limit = self.settings.stuck_seconds

@@ -54,7 +54,7 @@ class Server(Lifecycle):
         if (
             self.model is None
             or self.engine is None
-            or self.status.stage != "ready"
+            or not self.status.ready
             or self.engine.failure is not None
             or (leaving.ended if accepted else leaving.refusing)
         ):
@@ -188,9 +188,5 @@ class Server(Lifecycle):
         self.active.pop(active.id, None)
         if active.error is None:
             self._has_images = True
-        elif (
-            isinstance(active.error, NoImagesError)
-            and not self._has_images
-            and self.status.stage == "ready"
-        ):
+        elif isinstance(active.error, NoImagesError) and not self._has_images and self.status.ready:
             self._fail(active.error.message)

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from stepweave.config import Settings
+from stepweave.serving.status import Stage
 from stepweave.telemetry.stages import enter_stage
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 LoadPipeline = Callable[[Settings, "torch.device", "torch.dtype"], "tuple[Any, Preset]"]
 # stage, share of the way, message; raises LoadError if the server is to end
-Enter = Callable[[str, float, str], None]
+Enter = Callable[[Stage, float, str], None]
 
 
 @dataclass(frozen=True)

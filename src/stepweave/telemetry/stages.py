@@ -7,8 +7,9 @@ import contextvars
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import Literal, get_args
 
-STAGES = (
+LoadStage = Literal[
     "starting",
     "importing",
     "downloading",
@@ -17,7 +18,8 @@ STAGES = (
     "certifying",
     "trying_limits",
     "profiling",
-)
+]
+STAGES = get_args(LoadStage)
 
 
 class StageTimes:
@@ -65,9 +67,8 @@ _times: contextvars.ContextVar[StageTimes | None] = contextvars.ContextVar(
 )
 
 
-def enter_stage(name: str) -> None:
-    """What follows is the stage `name`, of `STAGES`, of the start that is timed on this thread, if
-    one is."""
+def enter_stage(name: LoadStage) -> None:
+    """What follows is the stage `name` of the start that is timed on this thread, if one is."""
     times = _times.get()
     if times is not None:
         times.enter(name)

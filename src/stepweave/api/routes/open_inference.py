@@ -113,9 +113,7 @@ class OpenInferenceRoutes:
         model = self.server.model
         if model is None:
             raise self.server.unavailable()
-        unready = (
-            None if self.server.health().stage == "ready" else self.server.unavailable().message
-        )
+        unready = None if self.server.health().ready else self.server.unavailable().message
         return answer(index(model.id, VERSION, unready, bool(asked.ready)))
 
     async def configuration(self, request: Request) -> Response:
@@ -129,13 +127,13 @@ class OpenInferenceRoutes:
         return answer(Live())
 
     async def ready(self, request: Request) -> Response:
-        if self.server.health().stage != "ready":
+        if not self.server.health().ready:
             return error_response(self.server.unavailable(), request.scope["path"], NotReady)
         return answer(Ready())
 
     async def model_ready(self, request: Request) -> Response:
         model = self._model(request)
-        if self.server.health().stage != "ready":
+        if not self.server.health().ready:
             raise self.server.unavailable()
         return answer(ModelReady(name=model.id))
 
