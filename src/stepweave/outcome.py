@@ -14,11 +14,13 @@ import contextvars
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import greenlet
 
-from stepweave.errors import StepweaveError
+from stepweave.errors import RequestCancelledError, StepweaveError
+
+End = Literal["succeeded", "failed", "cancelled"]  # of a job
 
 # exceptions that mean something to what carries them, besides all that are no Exception
 _SIGNALS = (
@@ -62,6 +64,13 @@ class Outcome:
         outcome: Outcome = apart.switch(function, *args, **kwargs)
         outcome.let_go()
         return outcome
+
+    @property
+    def end(self) -> End:
+        """What it counts as."""
+        if self.error is None:
+            return "succeeded"
+        return "cancelled" if isinstance(self.error, RequestCancelledError) else "failed"
 
     def let_go(self) -> None:
         """Have the error's traceback hold on to no variables: tensors, and what holds the error

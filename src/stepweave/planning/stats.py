@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stepweave.config.engine import Mode
-from stepweave.errors import OutOfMemoryError, RequestCancelledError
-from stepweave.outcome import Outcome
+from stepweave.errors import OutOfMemoryError
+from stepweave.outcome import End, Outcome
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Stats:
 
     def __init__(self) -> None:
         self.forwards: dict[str, Forwards] = {}
-        self.jobs: Counter[str] = Counter()
+        self.jobs: Counter[End] = Counter()
         self.errors = 0
         self.proofs = 0
         self.checks = 0
@@ -76,17 +76,9 @@ class Stats:
 
     def finished(self, told: Outcome) -> None:
         """Count a job by what was told of it."""
-        error = told.error
-        state = (
-            "succeeded"
-            if error is None
-            else "cancelled"
-            if isinstance(error, RequestCancelledError)
-            else "failed"
-        )
         with self._lock:
-            self.jobs[state] += 1
-            self.unfit += isinstance(error, OutOfMemoryError)
+            self.jobs[told.end] += 1
+            self.unfit += isinstance(told.error, OutOfMemoryError)
 
 
 @dataclass(frozen=True)
@@ -97,7 +89,7 @@ class EngineStats:
     mode: Mode
     waiting: int  # jobs
     running: int  # jobs
-    jobs: Mapping[str, int]  # done, by outcome: succeeded, failed, cancelled
+    jobs: Mapping[End, int]  # done
     forwards: Mapping[str, Forwards]
     certificates: list[dict[str, Any]]
     # what runs alone, or takes turns: `call`, `reason` (one of few) and `detail`

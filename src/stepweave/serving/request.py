@@ -174,11 +174,9 @@ class ActiveRequest:
 
     @property
     def state(self) -> JobState:
-        if not self.done:
-            return "queued" if self.job.begun is None else "running"
-        if self.error is None:
-            return "succeeded"
-        return "cancelled" if isinstance(self.error, RequestCancelledError) else "failed"
+        if self.done:
+            return Outcome(error=self.error).end
+        return "queued" if self.job.begun is None else "running"
 
     @property
     def all_warnings(self) -> list[str]:

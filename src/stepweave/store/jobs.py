@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 from stepweave.errors import InvalidRequestError, StepweaveError, shown
+from stepweave.outcome import End
 from stepweave.store.health import StoreHealth, words_of
 from stepweave.threads import DaemonExecutor, on_thread
 
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 JobKind = Literal["generation", "edit"]
-JobState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+JobState = Literal["queued", "running", End]
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -51,7 +52,7 @@ class JobRecord:
     @property
     def done(self) -> bool:
         """Whether the job has come to an end, whichever."""
-        return self.state in ("succeeded", "failed", "cancelled")
+        return self.state in get_args(End)
 
     @property
     def cursor(self) -> str:

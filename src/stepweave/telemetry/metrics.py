@@ -20,6 +20,7 @@ from prometheus_client import (
 )
 
 from stepweave.config.clients import MAX_CLIENTS
+from stepweave.outcome import End
 from stepweave.telemetry.collectors import (
     EngineCollector,
     LabelledCollector,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series for each counter, which nothing here reads
 
-Outcome = Literal["succeeded", "failed", "cancelled", "refused", "late", "invalid", "unavailable"]
+Outcome = Literal[End, "refused", "late", "invalid", "unavailable"]
 _OUTCOMES: dict[int, Outcome] = {499: "cancelled", 429: "refused", 504: "late", 503: "unavailable"}
 # those that a server may have, as many that it had, and the empty one
 MAX_CLIENT_LABELS = 2 * MAX_CLIENTS

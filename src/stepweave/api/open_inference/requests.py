@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from stepweave.api.open_inference.tensors import FLOATS, INTEGERS, TEXTS, InferenceRequest, wrong
 from stepweave.api.schemas import explain, some_of
 from stepweave.errors import InvalidRequestError, StepweaveError, shown
-from stepweave.parameters import ImageRequest
+from stepweave.parameters import ImageRequest, PriorityName
 
 INPUTS = {
     "prompt": TEXTS,
@@ -23,7 +23,7 @@ INPUTS = {
 REQUIRED = ("prompt",)
 OUTPUTS = ("image", "parameters")
 PARAMETERS = tuple(name for name in ImageRequest.model_fields if name != "prompt")
-TRITON_PRIORITIES = {1: "high", 2: "normal", 3: "low"}
+TRITON_PRIORITIES: dict[int, PriorityName] = {1: "high", 2: "normal", 3: "low"}
 MICROSECONDS = 1000  # in a millisecond
 
 
