@@ -1,5 +1,5 @@
 """Why something failed, in one line that may leave the server: an exception's own words, without
-the server's paths."""
+the server's paths; and why calls run alone."""
 
 from __future__ import annotations
 
@@ -7,6 +7,25 @@ import dis
 import os
 import re
 from pathlib import Path
+from typing import Literal
+
+# of calls that share no forward, or of jobs that take turns
+UnsharedReason = Literal[
+    "state",  # the module keeps something of a call, or the pipeline changes the module
+    "turns",  # a hook keeps the state of a call
+    "callback",  # the job's own code has changed the module
+    "cast",  # the pipeline casts the module for a while
+    "failed",  # merged and alone differ
+    "random",  # it draws random numbers
+    "writes_arguments",
+    "must_be_equal",  # calls that differ in some argument
+    "too_alike",  # calls that were compared
+    "not_finite",
+    "not_comparable",  # arguments or results without rows
+    "reproducible",  # as the job asked for
+    "error",
+]
+UnsharedNote = tuple[UnsharedReason, str]  # and in words
 
 LONGEST = 400  # characters of a reason
 

@@ -10,7 +10,7 @@ import contextvars
 import functools
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from diffusers import StableDiffusionXLImg2ImgPipeline
 from torch import Tensor, nn
 
 from stepweave import StepEngine
-from stepweave.certification import unshared
+from stepweave.reasons import UnsharedReason
 from stepweave.telemetry import collectors
 from tests.pipelines.registry import example_image
 from tests.support.tiny import FAMILIES
@@ -445,8 +445,10 @@ def mixed(output: tuple[Tensor]) -> tuple[Tensor]:
 
 
 def test_the_metric_has_every_reason() -> None:
-    """It lists them itself, since metrics are served before torch is imported."""
-    assert collectors.UNSHARED_REASONS == unshared.REASONS
+    families = collectors.EngineCollector(lambda: None).collect()
+    [metric] = [family for family in families if family.name == "stepweave_unshared_calls"]
+    reasons = {sample.labels["reason"] for sample in metric.samples}
+    assert reasons == set(get_args(UnsharedReason))
 
 
 def test_the_list_is_empty_at_first() -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from stepweave.batching.batch_axes import Guess, Path, Readings
 from stepweave.compat.attention_processors import AttentionProcessors, Installed
 from stepweave.compat.torch_state import Ambient
+from stepweave.reasons import UnsharedNote, UnsharedReason
 from stepweave.scheduling.task import Key, Task
 
 # A layout says for each argument how calls are merged; nested tuples, the tag first, so that it is
@@ -114,7 +115,7 @@ class Call:
     holds: bool = False  # an argument is an object taken for what it holds
 
     cache_key: Hashable | None = None  # of its result, where results are remembered
-    alone: tuple[str, str] | None = None  # why it can share no forward: a code and a text
+    alone: UnsharedNote | None = None  # why it can share no forward
     on_own_modules: bool = False  # it is to run on modules that its job's own code has changed
     whole: bool = False  # it must be run as the pipeline made it, neither merged nor divided
 
@@ -143,7 +144,9 @@ class Call:
         """Exactly what the pipeline asked for."""
         return self.target.function(*self.args, **self.kwargs)
 
-    def by_itself(self, code: str = "not_comparable", reason: str = "", **changes: Any) -> Call:
+    def by_itself(
+        self, code: UnsharedReason = "not_comparable", reason: str = "", **changes: Any
+    ) -> Call:
         """The call as one that is like no other, and why."""
         alone = object()
         changes = {"leaves": [], "guesses": [], "cache_key": None} | changes

@@ -12,6 +12,7 @@ from weakref import WeakSet
 from stepweave.batching.batch_axes import Path, Readings
 from stepweave.batching.call import Call
 from stepweave.certification.evidence import Span, distance, hull, readable, span
+from stepweave.reasons import UnsharedNote, UnsharedReason
 
 CONDITIONS = 8  # under so many different ones an argument is tried at once that was not proven
 KEPT = 1024  # different constants that are told from new ones
@@ -114,7 +115,7 @@ class Certificate:
     target: str
     sample: str
     state: State = State.PENDING
-    code: str = "untried"  # of the reason: one of few
+    code: UnsharedReason | None = None  # of the reason; None if untried or certified
     reason: str = "not tried yet"
     error: float = 0.0  # the largest seen, as a share of the spread of the slice that it is in
     rows: int = 0  # the most that a proof has covered
@@ -155,10 +156,10 @@ class Certificate:
         )
 
     @property
-    def alone(self) -> tuple[str, str] | None:
-        """Why its calls run alone, or some of them: a code and a text."""
+    def alone(self) -> UnsharedNote | None:
+        """Why its calls run alone, or some of them."""
         if self.state is not State.CERTIFIED:
-            return None if self.code == "untried" else (self.code, self.reason)
+            return None if self.code is None else (self.code, self.reason)
         if self.held:
             known = list(self.held.items())  # read on any thread
             found = [

@@ -37,6 +37,7 @@ from stepweave.certification.evidence import (
     spread,
 )
 from stepweave.certification.proof import FAR, Proof, Prover
+from stepweave.reasons import UnsharedReason
 
 logger = logging.getLogger(__name__)
 
@@ -325,7 +326,7 @@ class Certificates:
         if certificate.state is State.PENDING and certificate.passed > certificate.failures:
             certificate.state, certificate.code, certificate.reason = (
                 State.CERTIFIED,
-                "",
+                None,
                 "merged and alone agree",
             )
             certificate.next_audit = certificate.merged + 1
@@ -431,7 +432,7 @@ class Certificates:
             self._fail(certificate, variations, problem, "failed")
 
     def _inconclusive(
-        self, certificate: Certificate, reason: str, code: str, *, attempt: bool = True
+        self, certificate: Certificate, reason: str, code: UnsharedReason, *, attempt: bool = True
     ) -> None:
         if certificate.state is State.PENDING:
             certificate.attempts += attempt
@@ -467,7 +468,9 @@ class Certificates:
                 certificate.target, certificate.sample, certificate.name(variation), reason,
             )  # fmt: skip
 
-    def _fail(self, certificate: Certificate, variations: set[Any], reason: str, code: str) -> None:
+    def _fail(
+        self, certificate: Certificate, variations: set[Any], reason: str, code: UnsharedReason
+    ) -> None:
         """Hold what was new in this proof; a kind that fails with nothing new is not to be trusted
         at all."""
         certified = certificate.state is State.CERTIFIED

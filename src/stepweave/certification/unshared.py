@@ -9,24 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from stepweave.batching.call import Call
 from stepweave.certification.certificate import Certificate
 from stepweave.certification.certificates import Certificates
+from stepweave.reasons import UnsharedNote, UnsharedReason
 
 logger = logging.getLogger(__name__)
 
-REASONS = (
-    "state",  # the module keeps something of a call, or the pipeline changes the module
-    "turns",  # a hook keeps the state of a call
-    "callback",  # the job's own code has changed the module
-    "cast",  # the pipeline casts the module for a while
-    "failed",  # merged and alone differ
-    "random",  # it draws random numbers
-    "writes_arguments",
-    "must_be_equal",  # calls that differ in some argument
-    "too_alike",  # calls that were compared
-    "not_finite",
-    "not_comparable",  # arguments or results without rows
-    "reproducible",  # as the job asked for
-    "error",
-)
 KEPT = 64
 
 
@@ -34,10 +20,10 @@ class Unshared:
     """Reasons as they are met, each logged once; and how many calls ran alone for each."""
 
     def __init__(self) -> None:
-        self.calls: Counter[str] = Counter()
-        self._known: OrderedDict[tuple[str, str], str] = OrderedDict()
+        self.calls: Counter[UnsharedReason] = Counter()
+        self._known: OrderedDict[tuple[str, UnsharedReason], str] = OrderedDict()
 
-    def note(self, name: str, code: str, detail: str) -> None:
+    def note(self, name: str, code: UnsharedReason, detail: str) -> None:
         """A call of this name runs alone."""
         self.calls[code] += 1
         if (name, code) in self._known or len(self._known) >= KEPT:
@@ -50,7 +36,7 @@ class Unshared:
         self,
         calls: Sequence[Call],
         certificates: Certificates,
-        turns: Mapping[str, tuple[str, str]],
+        turns: Mapping[str, UnsharedNote],
     ) -> None:
         """Count a call, the first, that runs alone though others are there, or that can have no
         company, and why; `turns`: why jobs run one at a time, by module, if they do now."""
@@ -66,7 +52,7 @@ class Unshared:
                 self.calls[alone[0]] += 1
 
     def listed(
-        self, certificates: Iterable[Certificate], turns: dict[str, tuple[str, str]]
+        self, certificates: Iterable[Certificate], turns: dict[str, UnsharedNote]
     ) -> list[dict[str, str]]:
         """All reasons, as `StepEngine.stats` and `/v1/models` show them; `turns`: why jobs run one
         at a time, by module."""

@@ -21,12 +21,11 @@ from stepweave.compat.turn_taking import upcasts
 from stepweave.compat.values import WHOLE
 from stepweave.contained import contained
 from stepweave.errors import StepweaveError
+from stepweave.reasons import UnsharedNote
 
 logger = logging.getLogger(__name__)
 
 LOOKED = 4096  # kinds of calls of a pipeline that are known to change no module
-
-Reason = tuple[str, str]  # a code and a text
 
 
 class GuardedJob(Protocol):
@@ -118,10 +117,12 @@ class ModuleGuard:
                 change.undo()
                 self._note_overwritten(change.lost)
 
-    def why_turns(self, swaps_state: bool) -> dict[str, Reason]:
+    def why_turns(self, swaps_state: bool) -> dict[str, UnsharedNote]:
         """Why jobs run one at a time, by what keeps the state. Empty if they do not."""
         # read on any thread
-        reasons = {name: ("state", what) for name, (_, what) in list(self.stateful.items())}
+        reasons: dict[str, UnsharedNote] = {
+            name: ("state", what) for name, (_, what) in list(self.stateful.items())
+        }
         for name, hook in list(self.keepers.items()):
             reasons[name] = ("turns", f"it carries {hook}, which keeps the state of a call")
         if swaps_state:
@@ -154,7 +155,7 @@ class ModuleGuard:
             if succeeded and job.watched and len(self._looked) < LOOKED:
                 self._looked.add(_signature(job))
 
-    def changed_by(self, job: GuardedJob) -> Reason | None:
+    def changed_by(self, job: GuardedJob) -> UnsharedNote | None:
         """Why a job's calls must run alone, if its own code has changed modules that it shares."""
         for state in job.fiber.own:
             if isinstance(state, OwnState) and state:
@@ -163,7 +164,7 @@ class ModuleGuard:
                 return "cast", "the job's pipeline casts a module for a while"
         return None
 
-    def _wrote(self, own: OwnState, job: GuardedJob) -> Reason:
+    def _wrote(self, own: OwnState, job: GuardedJob) -> UnsharedNote:
         """Its callbacks' code, or else its pipeline's, whose jobs all do; or a hook of a whole
         module has changed something of its own, so that the module keeps state."""
         kind, paths = type(job.scope.pipeline), own.paths

@@ -11,6 +11,7 @@ from typing import Any
 from stepweave.config.engine import Mode
 from stepweave.errors import OutOfMemoryError
 from stepweave.outcome import End, Outcome
+from stepweave.reasons import UnsharedReason
 
 
 @dataclass
@@ -94,7 +95,7 @@ class EngineStats:
     certificates: list[dict[str, Any]]
     # what runs alone, or takes turns: `call`, `reason` (one of few) and `detail`
     unshared: list[dict[str, str]]
-    unshared_calls: Mapping[str, int]  # calls that ran alone, by `reason`
+    unshared_calls: Mapping[UnsharedReason, int]  # calls that ran alone
     cache_hits: int
     cache_misses: int
     cache_bytes: int

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from stepweave.errors import REFUSAL_REASONS
+from stepweave.reasons import UnsharedReason
 from stepweave.store import REASONS as STORE_REASONS
 from stepweave.telemetry.stages import StageTimes
 
@@ -18,21 +19,6 @@ if TYPE_CHECKING:
     from stepweave.store import StoreHealth
 
 CERTIFICATE_STATES = ("certified", "pending", "failed")
-UNSHARED_REASONS = (
-    "state",
-    "turns",
-    "callback",
-    "cast",
-    "failed",
-    "random",
-    "writes_arguments",
-    "must_be_equal",
-    "too_alike",
-    "not_finite",
-    "not_comparable",
-    "reproducible",
-    "error",
-)
 STORES = ("jobs", "files")
 VRAM_KINDS = ("allocated", "reserved", "peak", "free", "total")
 
@@ -144,7 +130,7 @@ class EngineCollector(Collector):
             "/v1/models has the details.",
             labels=["reason"],
         )
-        for reason in UNSHARED_REASONS:
+        for reason in get_args(UnsharedReason):
             unshared.add_metric([reason], stats.unshared_calls.get(reason, 0) if stats else 0)
         lookups = CounterMetricFamily(
             "stepweave_encoder_cache_lookups",

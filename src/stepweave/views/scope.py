@@ -13,9 +13,10 @@ from stepweave.compat.cpu_offload import moves_only, offload_only, pipelines_in
 from stepweave.compat.host_times import keep_times_on_the_host
 from stepweave.compat.locks import LockedTokenizer
 from stepweave.compat.module_hooks import modules_in
-from stepweave.compat.stateful_modules import ModuleGuard, Reason
+from stepweave.compat.stateful_modules import ModuleGuard
 from stepweave.compat.turn_taking import TurnTaking
 from stepweave.errors import EngineMisuseError
+from stepweave.reasons import UnsharedNote
 from stepweave.scope.pipeline import RequestScopedPipeline
 from stepweave.truncation.tokenizers import Reporter
 
@@ -106,7 +107,7 @@ class EngineScope(PrivateScope):
             return True
         return bool(self._guard.stateful) or self.turn_lock.locked() or self.turns.swaps_state()
 
-    def why_turns(self) -> dict[str, Reason]:
+    def why_turns(self) -> dict[str, UnsharedNote]:
         """Why jobs run one at a time, by what keeps the state. Empty if they do not."""
         return self._guard.why_turns(self.turns.swaps_state())
 
