@@ -10,10 +10,10 @@ from typing import Any
 from stepweave.baselines.request_batch import batch_key, images_of, run_batch
 from stepweave.compat.torch_state import use_device
 from stepweave.config.engine import EngineConfig
-from stepweave.errors import EngineMisuseError, RequestCancelledError
+from stepweave.errors import EngineMisuseError
 from stepweave.jobs.job import enter_engine
 from stepweave.jobs.running import RunningJob
-from stepweave.jobs.thread import deliver, engine_failed
+from stepweave.jobs.thread import JobQueue, engine_failed
 from stepweave.memory.device_health import DeviceHealth
 from stepweave.outcome import Ending, Outcome
 from stepweave.planning.planner import Planner
@@ -24,7 +24,7 @@ from stepweave.views.scope import PrivateScope
 logger = logging.getLogger(__name__)
 
 
-class ThreadPool:
+class ThreadPool(JobQueue):
     """Starts jobs in the planner's order: several at a time in mode `threads`, in mode `request` up
     to `max_rows` equal ones in one call."""
 
@@ -36,27 +36,19 @@ class ThreadPool:
         stats: Stats,
         health: DeviceHealth,
     ) -> None:
+        super().__init__(planner, stats, health)
         threads = config.threads if config.mode == "threads" else 1
         together = config.max_rows if config.mode == "request" else 1
         self._scope = PrivateScope(pipeline)
-        self._stats = stats
-        self._planner = planner
-        self._health = health
         self._together = together
         self._running: dict[str, RunningJob] = {}
-        self._waiting: dict[str, RunningJob] = {}  # oldest first
-        self._closed = False
-        self._changed = threading.Condition()  # guards the three above
+        self._closed = False  # `_wake` guards both
         self.threads = [
             threading.Thread(target=self._work, name=f"stepweave-engine-{i}", daemon=True)
             for i in range(threads)
         ]
         for thread in self.threads:
             thread.start()
-
-    @property
-    def waiting(self) -> int:
-        return len(self._waiting)
 
     @property
     def running(self) -> int:
@@ -76,30 +68,14 @@ class ThreadPool:
             )
         return scope
 
-    def submit(self, job: RunningJob) -> None:
-        with self._changed:
-            self._waiting[job.id] = job
-            self._changed.notify()
-
-    def cancel(self, job: RunningJob) -> None:
-        """A waiting job ends at once; a running one at its next step."""
-        with self._changed:
-            waited = self._waiting.pop(job.id, None)
-        if waited is not None:
-            self.finish(job, RequestCancelledError())
-
-    def finish(self, job: RunningJob, outcome: Outcome | Exception) -> None:
-        """Deliver what came of a job, unless that is done."""
-        deliver(job, outcome, self._planner, self._stats)
-
     def close(self, seconds: float) -> list[str]:
         """End every job, running ones at their next step, and then the threads. What has not ended
         after some seconds."""
         until = time.monotonic() + seconds
-        with self._changed:
+        with self._wake:
             self._closed = True
             left = [*self._running.values(), *self._waiting.values()]
-            self._changed.notify_all()
+            self._wake.notify_all()
         for job in left:
             job.job.cancel()
         for thread in self.threads:
@@ -108,21 +84,21 @@ class ThreadPool:
 
     def _work(self) -> None:
         """One thread: serve until closed."""
-        use_device(self._health.device)
+        use_device(self.health.device)
         enter_engine(self)
         while (jobs := self._next_jobs()) is not None:
             try:
                 self._serve(jobs)
             except BaseException:  # nothing may end this thread: jobs would hang
-                self._stats.errors += 1
+                self.stats.errors += 1
                 logger.exception("the engine failed; it goes on")
             del jobs
 
     def _next_jobs(self) -> list[RunningJob] | None:
         """The job whose turn it is, and those that can share its call. None once closed."""
-        with self._changed:
+        with self._wake:
             while not self._waiting and not self._closed:
-                self._changed.wait()
+                self._wake.wait()
             return None if self._closed else self._take()
 
     def _serve(self, jobs: list[RunningJob]) -> None:
@@ -130,17 +106,17 @@ class ThreadPool:
         try:
             outcomes = self._run(jobs)
         except BaseException as error:  # nothing may end this thread: jobs would hang
-            self._stats.errors += 1
+            self.stats.errors += 1
             logger.exception("the engine failed; it goes on")
             outcomes = [Outcome(error=engine_failed(error))] * len(jobs)
-        with self._changed:
+        with self._wake:
             for job in jobs:
                 del self._running[job.id]
         for job, outcome in zip(jobs, outcomes, strict=True):
             self.finish(job, outcome)
 
     def _take(self) -> list[RunningJob]:
-        jobs = [self._waiting.pop(self._planner.next(self._waiting).id)]
+        jobs = [self._waiting.pop(self.planner.next(self._waiting).id)]
         if self._together > 1:
             key = batch_key(jobs[0])
             alike = [
@@ -162,18 +138,18 @@ class ThreadPool:
         beside = min(len(self.threads), len(self._running)) if self._together == 1 else 1
         for job in jobs:
             job.start(now)
-            self._planner.begin(job)
-        if len(jobs) > 1 and self._health.failure is None:
+            self.planner.begin(job)
+        if len(jobs) > 1 and self.health.failure is None:
             together = Outcome.apart(run_batch, jobs[0].scope, jobs)
             if together.error is None:
-                self._planner.called(jobs, time.monotonic() - now, beside)
+                self.planner.called(jobs, time.monotonic() - now, beside)
                 return together.value  # type: ignore[no-any-return]
             # an Ending is of all of them; each finds its own error below
             if (
                 not isinstance(together.error, Ending)
-                and self._health.examine(together.error) is None
+                and self.health.examine(together.error) is None
             ):
-                self._stats.retried += 1
+                self.stats.retried += 1
                 logger.warning(
                     "a batch of %d jobs failed; each runs alone", len(jobs), exc_info=together.error
                 )
@@ -190,7 +166,7 @@ class ThreadPool:
         steps = job.task.demand.steps if outcome.error is None else job.progress.step
         # of one that ended early, too, while nothing else is known: else nothing would be while all
         # do
-        if outcome.error is None or (steps and not self._planner.cost.timed):
+        if outcome.error is None or (steps and not self.planner.cost.timed):
             seconds = time.monotonic() - began
-            self._planner.called([job], seconds * job.task.demand.steps / max(1, steps), beside)
+            self.planner.called([job], seconds * job.task.demand.steps / max(1, steps), beside)
         return outcome

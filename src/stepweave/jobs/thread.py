@@ -26,21 +26,57 @@ logger = logging.getLogger(__name__)
 LEAVING_SECONDS = 1.0  # that the thread has to end in once nothing but work on images is left
 
 
-class EngineThread(abc.ABC):
+class JobQueue:
+    """Jobs that wait for a thread of the engine, and what all such threads do with jobs."""
+
+    threads: list[threading.Thread]
+
+    def __init__(self, planner: Planner, stats: Stats, health: DeviceHealth) -> None:
+        self.planner = planner
+        self.stats = stats
+        self.health = health
+        self._waiting: dict[str, RunningJob] = {}  # oldest first
+        self._wake = threading.Condition()  # guards it, and what a subclass says
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that have not started."""
+        return len(self._waiting)
+
+    def submit(self, job: RunningJob) -> None:
+        with self._wake:
+            self._waiting[job.id] = job
+            self._wake.notify()
+
+    def cancel(self, job: RunningJob) -> None:
+        """A waiting job ends at once; a running one is found by its step."""
+        with self._wake:
+            waited = self._waiting.pop(job.id, None)
+            self._wake.notify()
+        if waited is not None:
+            self.finish(job, RequestCancelledError())
+
+    def finish(self, job: RunningJob, outcome: Outcome | Exception) -> None:
+        """Deliver what came of a job, and count it, unless that is done."""
+        if isinstance(outcome, Exception):
+            outcome = Outcome(error=outcome)
+        self.planner.leave(job, succeeded=outcome.error is None)
+        told = job.finish(outcome)
+        if told is not None:
+            self.stats.finished(told)
+
+
+class EngineThread(JobQueue, abc.ABC):
     """One thread that runs jobs in steps. Nothing ends it but `close`.
 
     A subclass says what a step is. It calls `start_thread` once it is made.
     """
 
     def __init__(self, planner: Planner, stats: Stats, health: DeviceHealth) -> None:
-        self.planner = planner
-        self.stats = stats
-        self.health = health
-        self._waiting: dict[str, RunningJob] = {}
+        super().__init__(planner, stats, health)  # `_wake` guards all below
         # jobs whose work on another thread is done, and what came of it
         self._returned: deque[tuple[RunningJob, Any]] = deque()
         self._closing = self._abandoned = self._ended = False
-        self._wake = threading.Condition()  # guards all of these
         self.threads = [threading.Thread(target=self._run, name="stepweave-engine", daemon=True)]
 
     # What a step is
@@ -74,33 +110,11 @@ class EngineThread(abc.ABC):
     def start_thread(self) -> None:
         self.threads[0].start()
 
-    @property
-    def waiting(self) -> int:
-        """Jobs that have not started."""
-        return len(self._waiting)
-
-    def submit(self, job: RunningJob) -> None:
-        with self._wake:
-            self._waiting[job.id] = job
-            self._wake.notify()
-
-    def cancel(self, job: RunningJob) -> None:
-        """A waiting job ends at once; a running one is found by the step."""
-        with self._wake:
-            waited = self._waiting.pop(job.id, None)
-            self._wake.notify()
-        if waited is not None:
-            self.finish(job, RequestCancelledError())
-
     def come_back(self, job: RunningJob, answer: Any) -> None:
         """A job's work on another thread is done."""
         with self._wake:
             self._returned.append((job, answer))
             self._wake.notify()
-
-    def finish(self, job: RunningJob, outcome: Outcome | Exception) -> None:
-        """Deliver what came of a job, unless that is done."""
-        deliver(job, outcome, self.planner, self.stats)
 
     def close(self, seconds: float) -> list[str]:
         """End every job at its next step, then the thread. What has not ended after some seconds;
@@ -188,16 +202,6 @@ class EngineThread(abc.ABC):
         """A job waits again, at its rank; before its equals."""
         with self._wake:
             self._waiting = {job.id: job, **self._waiting}
-
-
-def deliver(job: RunningJob, outcome: Outcome | Exception, planner: Planner, stats: Stats) -> None:
-    """Deliver what came of a job, and count it, unless that is done."""
-    if isinstance(outcome, Exception):
-        outcome = Outcome(error=outcome)
-    planner.leave(job, succeeded=outcome.error is None)
-    told = job.finish(outcome)
-    if told is not None:
-        stats.finished(told)
 
 
 def engine_failed(error: BaseException) -> StepweaveError:
