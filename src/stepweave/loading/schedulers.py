@@ -7,6 +7,7 @@ other one when it is asked for.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import logging
@@ -23,7 +24,6 @@ from diffusers import SchedulerMixin
 from diffusers.utils.import_utils import DummyObject
 
 from stepweave.compat.async_scheduler import clone_scheduler
-from stepweave.loading.quiet import quiet
 from stepweave.loading.rehearsal import CHANGES, Course, problem_of, takes_shift
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def rehearse(
 
 
 def _rehearsed(scheduler: Any, pipeline: Any, course: Course) -> str | None:
-    with quiet(), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+    with _quiet(), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         before = torch.get_rng_state()
         problem = problem_of(scheduler, pipeline, course)
@@ -138,7 +138,7 @@ class Rehearsals:
             return found
         with self._lock:  # one at a time, whatever is asked for
             if key not in self._found:
-                with quiet():
+                with _quiet():
                     problem = problem_of(self.schedulers[name], self._pipeline, course)
                 if problem is not None:
                     logger.info(
@@ -208,7 +208,7 @@ def _made_of(scheduler: Any) -> Iterator[Any]:
     yield clone_scheduler(scheduler)
     for kind, changes in _candidates(scheduler):
         try:
-            with quiet():  # of what the other scheduler's configuration has beyond this one's
+            with _quiet():  # of what the other scheduler's configuration has beyond this one's
                 one = _made(kind, scheduler, changes)
         except Exception as error:  # a package is missing, or it does not take this configuration
             logger.debug(
@@ -249,3 +249,24 @@ def _made(kind: Any, scheduler: Any, changes: dict[str, Any]) -> Any:
     if changes or kind not in scheduler.compatibles:
         config = {name: value for name, value in config.items() if name in known}
     return kind.from_config(config, **changes)
+
+
+_here = threading.local()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Drop what diffusers logs on this thread below the level of errors, which is of no use while
+    a scheduler is rehearsed. What other threads log stays."""
+    for handler in logging.getLogger("diffusers").handlers:
+        handler.addFilter(_passes)  # once, however often
+    before = getattr(_here, "quiet", False)
+    _here.quiet = True
+    try:
+        yield
+    finally:
+        _here.quiet = before
+
+
+def _passes(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR or not getattr(_here, "quiet", False)

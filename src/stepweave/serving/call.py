@@ -1,7 +1,9 @@
-"""A pipeline's own call: its defaults, what a request may give it, and its keyword arguments."""
+"""A pipeline's own call: its defaults, what a preset and a request may give it, and its
+keyword arguments."""
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +11,11 @@ from typing import Any
 import torch
 from PIL import Image
 
-from stepweave.errors import InvalidRequestError, shown
+from stepweave.config import Settings
+from stepweave.config.preset import Preset
+from stepweave.errors import InvalidRequestError, LoadError, shown
+from stepweave.loading.sizes import SizeLimits
+from stepweave.loading.trials import Size
 from stepweave.parameters import Parameters, Sources
 from stepweave.planning.workload import arguments_of
 
@@ -76,6 +82,55 @@ def resolve_strength(
             param="strength",
         )
     return value
+
+
+def check_call(pipeline: Any, preset: Preset) -> None:
+    """Raise LoadError for what the preset would give the pipeline's call, and that has no such
+    argument."""
+    kind, arguments = type(pipeline).__name__, arguments_of(pipeline)
+    for name in preset.call:
+        if name not in arguments:
+            close = difflib.get_close_matches(name, arguments, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(arguments)}"
+            raise LoadError(
+                f"{preset.source(f'call.{name}')}: call.{name}: {kind} takes no argument {name!r} "
+                f"({hint})"
+            )
+    if preset.guidance_scale is not None and "guidance_scale" not in arguments:
+        raise LoadError(
+            f"{preset.source('guidance_scale')}: guidance_scale is {preset.guidance_scale:g}, but "
+            f"{kind} has no guidance_scale"
+        )
+
+
+def check_size(pipeline: Any, preset: Preset, size: Size, native: Size, limits: SizeLimits) -> None:
+    """Raise LoadError if the preset has a size, other than the pipeline's `native`, that the model
+    does not make."""
+    kind, arguments = type(pipeline).__name__, arguments_of(pipeline)
+    for name, side, native_side in zip(("width", "height"), size, native, strict=True):
+        if side == native_side:
+            continue
+        value, source = f"{name} is {side}", preset.source(name)
+        if name not in arguments:
+            raise LoadError(
+                f"{source}: {value}, but {kind} has no {name}: it is always {native_side}"
+            )
+        if side % limits.multiple:
+            raise LoadError(f"{source}: {value}; it must be a multiple of {limits.multiple}")
+        if side > limits.longest:
+            raise LoadError(f"{source}: {value}; the model's limit is {limits.longest} a side")
+
+
+def check_defaults(settings: Settings, steps: int, pixels: int) -> None:
+    """Raise LoadError if a limit of the settings is less than the model's own default."""
+    for setting, limit, default in (
+        ("MAX_STEPS", settings.max_steps, steps),
+        ("MAX_PIXELS", settings.max_pixels, pixels),
+    ):
+        if default > limit:
+            raise LoadError(
+                f"STEPWEAVE_{setting}={limit} is less than the model's own default, {default}"
+            )
 
 
 def call_arguments(

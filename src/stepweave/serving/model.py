@@ -27,14 +27,16 @@ from stepweave.parameters import MAX_SEED, PASSED, ImageRequest, Parameters, Sou
 from stepweave.planning.workload import arguments_of
 from stepweave.serving.call import (
     call_arguments,
+    check_call,
+    check_defaults,
     check_prompts,
+    check_size,
     default_of,
     default_strength,
     resolve_strength,
     takes,
 )
 from stepweave.serving.names import names_of
-from stepweave.serving.preset_checks import check_call, check_defaults, check_size
 
 logger = logging.getLogger(__name__)
 

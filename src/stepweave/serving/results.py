@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -19,8 +20,7 @@ from stepweave.parameters import (
     ResolvedParameters,
     Timings,
 )
-from stepweave.serving.resources import GenerationDetails
-from stepweave.serving.usage import usage_of
+from stepweave.serving.resources import GenerationDetails, TokenDetails, Usage
 from stepweave.threads import on_thread
 
 if TYPE_CHECKING:
@@ -119,6 +119,30 @@ class Results:
     def resolved(self) -> ResolvedParameters:
         """All that was asked for, defaults filled in."""
         return ResolvedParameters.of(self.request, self.parameters, self._means.scheduler)
+
+
+def usage_of(
+    generation: GeneratedImages, steps: int, tokens: int, positions: Callable[[int, int], int]
+) -> Usage:
+    """OpenAI's members, in tokens of prompts and positions of latents, and what that was in images,
+    steps and pixels.
+
+    `steps` are those of one image, `tokens` those that were read of the prompts; `positions` gives
+    those of an image's latents, of its width and height in pixels.
+    """
+    parameters, images = generation.parameters, generation.images
+    source = 0 if parameters.sources is None else positions(parameters.width, parameters.height)
+    made = sum(positions(*image.size) for image in images)
+    return Usage(
+        input_tokens=tokens + source,
+        input_tokens_details=TokenDetails(text_tokens=tokens, image_tokens=source),
+        output_tokens=made,
+        output_tokens_details=TokenDetails(text_tokens=0, image_tokens=made),
+        total_tokens=tokens + source + made,
+        images=parameters.n,
+        steps=parameters.n * steps,
+        pixels=sum(image.width * image.height for image in images),
+    )
 
 
 def timings_of(job: Job) -> Timings:
