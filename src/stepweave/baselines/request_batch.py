@@ -28,7 +28,7 @@ def batch_key(job: RunningJob) -> Hashable | None:
         return None
     if generator is None or kwargs.get("callback_on_step_end") is not None:
         return None
-    if len(_generators(job)) != images_of(job) or not isinstance(kwargs.get("prompt"), str):
+    if len(_generators(job)) != job.shape.images or not isinstance(kwargs.get("prompt"), str):
         return None
     key: list[Hashable] = [id(job.scope.pipeline)]
     for name, value in kwargs.items():
@@ -37,11 +37,6 @@ def batch_key(job: RunningJob) -> Hashable | None:
         elif name != "generator":
             key.append((name, type(value), value if isinstance(value, _CONSTANTS) else id(value)))
     return frozenset(key)
-
-
-def images_of(job: RunningJob) -> int:
-    count = job.kwargs.get("num_images_per_prompt")
-    return count if isinstance(count, int) else 1  # what is no number fails in the pipeline's call
 
 
 def run_batch(scope: RequestScopedPipeline, jobs: list[RunningJob]) -> list[Outcome]:
@@ -62,7 +57,7 @@ def run_batch(scope: RequestScopedPipeline, jobs: list[RunningJob]) -> list[Outc
             track(view, _Together(jobs)),
             FiniteImages(view) as images,
         ):
-            outcomes = split(images.checked(view(**kwargs)), [images_of(job) for job in jobs])
+            outcomes = split(images.checked(view(**kwargs)), [job.shape.images for job in jobs])
     except BaseException:
         for generator, state in zip(generators, before, strict=True):
             generator.set_state(state)  # so that each can still be run alone
@@ -95,7 +90,7 @@ class _Together:
         return any(self._wanting)
 
     def denoised(self, latents: Latents) -> None:
-        counts = [images_of(job) for job in self._jobs]
+        counts = [job.shape.images for job in self._jobs]
         if len(latents.sample) != sum(counts):
             return  # its rows are not its images
         for i, (job, wanting) in enumerate(zip(self._jobs, self._wanting, strict=True)):

@@ -7,7 +7,7 @@ import threading
 import time
 from typing import Any
 
-from stepweave.baselines.request_batch import batch_key, images_of, run_batch
+from stepweave.baselines.request_batch import batch_key, run_batch
 from stepweave.compat.torch_state import use_device
 from stepweave.config.engine import EngineConfig
 from stepweave.errors import EngineMisuseError
@@ -122,12 +122,12 @@ class ThreadPool(JobQueue):
             alike = [
                 job for job in self._waiting.values() if key is not None and batch_key(job) == key
             ]
-            images = images_of(jobs[0])
+            images = jobs[0].shape.images
             for job in alike:
-                if images + images_of(job) > self._together:
+                if images + job.shape.images > self._together:
                     break
                 jobs.append(self._waiting.pop(job.id))
-                images += images_of(job)
+                images += job.shape.images
         for job in jobs:
             self._running[job.id] = job
         return jobs

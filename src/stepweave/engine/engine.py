@@ -25,7 +25,7 @@ from stepweave.parameters import PriorityName
 from stepweave.planning.estimates import Estimates
 from stepweave.planning.planner import OnStep, Planner
 from stepweave.planning.stats import EngineStats, Stats
-from stepweave.planning.workload import has_generator, takes_generator
+from stepweave.planning.workload import has_generator, takes
 from stepweave.scheduling.policy import Policy, srpt
 from stepweave.scheduling.task import Priority
 from stepweave.threads import close_at_exit
@@ -128,7 +128,7 @@ class StepEngine(Estimates):
             raise ValueError(f"deadline is {deadline!r}; it must be more than 0 seconds")
         scope = self._runner.scope_of(pipeline)
         seed = None if has_generator(scope.pipeline, args, kwargs) else draw_seed()
-        if seed is not None and takes_generator(scope.pipeline):
+        if seed is not None and takes(scope.pipeline, "generator"):
             kwargs["generator"] = torch.Generator().manual_seed(seed)
         job = Job(
             deadline=deadline, seed=seed, reproducible=reproducible, owner=self._runner,

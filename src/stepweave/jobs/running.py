@@ -58,7 +58,7 @@ class RunningJob:
         self.scheduler = scheduler
         self.priority = priority
         self.task = Task()  # as the planner sees it, as are its shape and the calls that it makes
-        self.shape: Shape | None = None
+        self.shape = Shape()
         self.recorder = Recorder()
         self.warn, self.read = job.warn, job.read
         self._observer = observer

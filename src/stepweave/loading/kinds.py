@@ -14,6 +14,7 @@ from typing import Any, Literal
 import diffusers
 
 from stepweave.errors import LoadError
+from stepweave.planning.workload import arguments_of_call
 
 Kind = Literal["text_to_image", "edit", "video", "audio", "text", "3d", "other"]
 SERVED: frozenset[Kind] = frozenset({"text_to_image"})
@@ -115,7 +116,7 @@ def _arguments_of(pipeline: type[Any]) -> Mapping[str, inspect.Parameter] | None
     `type`."""
     if not any("__call__" in vars(base) for base in pipeline.__mro__):
         return None
-    return dict(list(inspect.signature(pipeline.__call__).parameters.items())[1:])
+    return arguments_of_call(pipeline.__call__)
 
 
 @functools.cache

@@ -20,7 +20,7 @@ class PlannedJob(Protocol):
     reproducible: bool
     accepted: float
     recorder: Recorder  # of the calls that it makes
-    shape: Shape | None
+    shape: Shape
     task: Task
 
     @property

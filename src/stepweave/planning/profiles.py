@@ -18,9 +18,9 @@ Phase = Literal["before", "step", "after"]
 class Shape(NamedTuple):
     """What is known of a job before it runs."""
 
-    pixels: int  # of an image; 0 if the pipeline's own size is asked for
-    images: int
-    kind: Hashable  # equal for jobs whose calls differ in nothing but sizes and steps
+    pixels: int = 0  # of an image; 0 if the pipeline's own size is asked for
+    images: int = 1
+    kind: Hashable = None  # equal for jobs whose calls differ in nothing but sizes and steps
 
 
 class Recorder:

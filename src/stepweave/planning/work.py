@@ -101,7 +101,7 @@ class Work:
                 self._learn(job, Demand(total, seen.before, seen.step))
 
     def _learn(self, job: PlannedJob, demand: Demand) -> None:
-        if job.shape is not None and (demand.before or demand.step):
+        if demand.before or demand.step:
             with self._lock:
                 self._profiles.learn(job.shape, demand)
 
@@ -109,7 +109,7 @@ class Work:
         """Jobs of which nothing was known when they came must not be taken for short ones."""
         for job in jobs:
             demand = job.task.demand
-            if not demand.step and job.shape is not None:
+            if not demand.step:
                 job.task.demand = self._expected(job.shape, demand.steps, demand.group)
                 job.task.price(self._prices)
 

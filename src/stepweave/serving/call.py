@@ -17,14 +17,9 @@ from stepweave.errors import InvalidRequestError, LoadError, shown
 from stepweave.loading.sizes import SizeLimits
 from stepweave.loading.trials import Size
 from stepweave.parameters import Parameters, Sources
-from stepweave.planning.workload import arguments_of
+from stepweave.planning.workload import arguments_of, takes
 
 DEFAULT_STRENGTH = 0.8  # where the pipeline has none of its own
-
-
-def takes(pipeline: Any, name: str) -> bool:
-    """Whether the pipeline's call has an argument of that name."""
-    return name in arguments_of(pipeline)
 
 
 def default_of(pipeline: Any, name: str) -> Any:
@@ -34,7 +29,10 @@ def default_of(pipeline: Any, name: str) -> Any:
     return None if default is inspect.Parameter.empty else default
 
 
-def default_strength(pipeline: Any) -> float:
+def default_strength(pipeline: Any) -> float | None:
+    """Of an edit; None where the pipeline's call has none."""
+    if not takes(pipeline, "strength"):
+        return None
     default = default_of(pipeline, "strength")
     return float(DEFAULT_STRENGTH if default is None else default)
 
@@ -62,15 +60,15 @@ def resolve_strength(
 ) -> float | None:
     """The strength of an edit, the pipeline's default if None is asked for; None for what is no
     edit, or has none. Raises InvalidRequestError for one that cannot be."""
-    strong = sources is not None and takes(pipeline, "strength")
-    if strength is None and not strong:
-        return None
-    if not strong:
+    default = None if sources is None else default_strength(pipeline)
+    if default is None:
+        if strength is None:
+            return None
         reason = (
             "no image is given" if sources is None else f"{type(pipeline).__name__} has no strength"
         )
         raise InvalidRequestError(f"strength is {strength}, but {reason}.", param="strength")
-    value = default_strength(pipeline) if strength is None else float(strength)
+    value = default if strength is None else float(strength)
     if not 0 < value <= 1:
         raise InvalidRequestError(
             f"strength is {value}; it must be more than 0 and at most 1.", param="strength"

@@ -24,7 +24,7 @@ from stepweave.loading.sizes import (
 )
 from stepweave.loading.trials import Limits
 from stepweave.parameters import MAX_SEED, PASSED, ImageRequest, Parameters, Sources
-from stepweave.planning.workload import arguments_of
+from stepweave.planning.workload import arguments_of, takes
 from stepweave.serving.call import (
     call_arguments,
     check_call,
@@ -34,7 +34,6 @@ from stepweave.serving.call import (
     default_of,
     default_strength,
     resolve_strength,
-    takes,
 )
 from stepweave.serving.names import names_of
 
@@ -105,9 +104,8 @@ class ServedModel:
         self._rehearsals = {id(pipeline): rehearsals}
         for edits in (self.image_to_image, self.inpaint):
             if edits is not None and edits is not pipeline:
-                strength = default_strength(edits) if takes(edits, "strength") else None
                 self._rehearsals[id(edits)] = rehearsals.of_edits(
-                    edits, replace(like, strength=strength)
+                    edits, replace(like, strength=default_strength(edits))
                 )
         self._limits = {
             kind: Limits(
@@ -302,15 +300,18 @@ class ServedModel:
         tokens = self._tokens(parameters.width, parameters.height)
         return Course(parameters.num_inference_steps, parameters.strength, tokens)
 
+    def _rehearsals_for(self, parameters: Parameters) -> Rehearsals:
+        return self._rehearsals[id(self.pipeline_for(parameters.sources))]
+
     def knows_steps(self, parameters: Parameters) -> bool:
         """Whether `check_steps` answers at once; else it takes some 0.1 ms a step."""
-        rehearsals = self._rehearsals[id(self.pipeline_for(parameters.sources))]
-        return rehearsals.knows(parameters.scheduler, self._course(parameters))
+        return self._rehearsals_for(parameters).knows(
+            parameters.scheduler, self._course(parameters)
+        )
 
     def runs(self, parameters: Parameters) -> bool:
         """Whether the scheduler runs with the number of steps, as a rehearsal tells."""
-        rehearsals = self._rehearsals[id(self.pipeline_for(parameters.sources))]
-        return rehearsals.runs(parameters.scheduler, self._course(parameters))
+        return self._rehearsals_for(parameters).runs(parameters.scheduler, self._course(parameters))
 
     @property
     def scheduler_steps(self) -> dict[str, dict[str, list[int]]]:
@@ -328,11 +329,10 @@ class ServedModel:
         rehearsal tells."""
         if self.runs(parameters):
             return
-        rehearsals = self._rehearsals[id(self.pipeline_for(parameters.sources))]
         given = f"num_inference_steps is {parameters.num_inference_steps}"
         if parameters.strength is not None:
             given += f" and strength is {parameters.strength}"
-        works = ", ".join(map(str, rehearsals.tried(parameters.scheduler)[0]))
+        works = ", ".join(map(str, self._rehearsals_for(parameters).tried(parameters.scheduler)[0]))
         raise InvalidRequestError(
             f"{given}; {parameters.scheduler or self.scheduler} does not run so at "
             f"{parameters.width}x{parameters.height}. What was tried by default, and works: "

@@ -28,7 +28,7 @@ from stepweave.images.outputs import images_of, outputs_of
 from stepweave.loading.first_images import check_images
 from stepweave.loading.trials import Fault, Size, narrowed
 from stepweave.parameters import Parameters, Sources
-from stepweave.planning.workload import arguments_of
+from stepweave.planning.workload import takes
 from stepweave.reasons import reason_of
 from stepweave.serving.model import ServedModel
 from stepweave.telemetry.stages import enter_stage
@@ -229,9 +229,8 @@ class WarmUp:
         )
 
     def _strength(self, sources: Sources | None) -> float | None:
-        if sources is None or "strength" not in arguments_of(self._model.pipeline_for(sources)):
-            return None
-        return STRENGTH
+        edits = sources is not None and takes(self._model.pipeline_for(sources), "strength")
+        return STRENGTH if edits else None
 
     def _run(self, parameters: Parameters) -> Fault | None:
         size, count = (parameters.width, parameters.height), parameters.n
