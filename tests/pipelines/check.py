@@ -13,7 +13,7 @@ from torch import nn
 
 from stepweave import StepEngine
 from stepweave.batching.merge import tensors
-from stepweave.compat.module_hooks import modules_in
+from stepweave.compat.turn_taking import modules_in
 from stepweave.engine.engine import EngineStats
 from tests.pipelines.registry import CALLS, Entry
 from tests.support.waiting import SECONDS

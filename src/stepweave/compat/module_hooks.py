@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
-from stepweave.compat.turn_taking import ENGINE_HOOK
+from stepweave.compat.turn_taking import ENGINE_HOOK, modules_in
 from stepweave.errors import EngineMisuseError
-
-
-def modules_in(pipeline: Any) -> Iterator[tuple[str, nn.Module]]:
-    """All modules of a pipeline and of the pipelines in it, by the names of their attributes."""
-    for name, component in vars(pipeline).items():
-        if isinstance(component, nn.Module):
-            yield name, component
-        elif isinstance(component, DiffusionPipeline):
-            yield from modules_in(component)
 
 
 def check_free(pipeline: Any) -> None:

@@ -23,9 +23,14 @@ _HALVES = (torch.float16, torch.bfloat16)
 _SWITCHES = r"enable_fuser\(|register_forward_hook\("
 
 
-def modules_of(pipeline: Any) -> list[torch.nn.Module]:
+def modules_in(pipeline: Any) -> Iterator[tuple[str, torch.nn.Module]]:
+    """All modules of a pipeline and of the pipelines in it, by the names of their attributes."""
     # not by `components`, which leaves out those with a default that diffusers does not know of
-    return [value for value in vars(pipeline).values() if isinstance(value, torch.nn.Module)]
+    for name, component in vars(pipeline).items():
+        if isinstance(component, torch.nn.Module):
+            yield name, component
+        elif isinstance(component, DiffusionPipeline):
+            yield from modules_in(component)
 
 
 class TurnTaking:
@@ -71,7 +76,7 @@ class TurnTaking:
 
     def keepers(self) -> Iterator[tuple[str, str]]:
         """The modules that keep a call's state in a hook: a module's class, and its hook's."""
-        for module in modules_of(self._pipeline):
+        for _, module in modules_in(self._pipeline):
             parts = self._parts.get(id(module))
             if parts is None or parts[0] is not module:
                 parts = self._parts[id(module)] = (module, list(module.modules()))
@@ -133,7 +138,7 @@ def swaps_state(pipeline: Any, *, apart: bool = False, casts: bool = True) -> bo
     return casts and any(
         upcasts(module)
         and (module.dtype == torch.float16 or _writes_to_modules(type(pipeline), _CASTS))  # type: ignore[arg-type]
-        for module in modules_of(pipeline)
+        for _, module in modules_in(pipeline)
     )
 
 
@@ -149,11 +154,11 @@ def upcasts(module: torch.nn.Module) -> bool:
 @contextlib.contextmanager
 def left_as_found(pipeline: Any) -> Iterator[None]:
     """Undo what a call does to the shared modules, also when it fails half way."""
-    parts = [part for module in modules_of(pipeline) for part in module.modules()]
+    parts = [part for _, module in modules_in(pipeline) for part in module.modules()]
     processors = [(part, part.processor) for part in parts if hasattr(part, "processor")]
     dtypes: list[tuple[Any, torch.dtype]] = [
         (one, one.dtype)  # type: ignore[misc]
-        for one in modules_of(pipeline)
+        for _, one in modules_in(pipeline)
         if hasattr(one, "dtype")
     ]
     try:

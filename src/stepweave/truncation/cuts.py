@@ -39,10 +39,10 @@ def cuts_of(
     encodings = getattr(output, "encodings", None)
     if encodings is not None and not any(encoding.overflowing for encoding in encodings):
         return
-    given = _SIGNATURE.bind(tokenizer, *args, **kwargs).arguments
+    given = given_to(tokenizer, args, kwargs)
     if given.get("return_overflowing_tokens"):  # then the caller has all of the text
         return
-    texts = _texts(given)
+    texts = texts_of(given)
     side: _Side = "left" if tokenizer.truncation_side == "left" else "right"
     for index, pair in enumerate(texts):
         found = (
@@ -58,15 +58,13 @@ _SIGNATURE = inspect.signature(PreTrainedTokenizerBase.__call__)
 _Found = Iterator[tuple[str, int | None, str, int]]
 
 
-def texts_of(
-    tokenizer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> list[tuple[Any, Any]]:
+def given_to(tokenizer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a tokenizer's call by name."""
+    return _SIGNATURE.bind(tokenizer, *args, **kwargs).arguments
+
+
+def texts_of(given: Mapping[str, Any]) -> list[tuple[Any, Any]]:
     """The texts of a tokenizer's call, each with the one it is paired with, or None."""
-    return _texts(_SIGNATURE.bind(tokenizer, *args, **kwargs).arguments)
-
-
-def _texts(given: dict[str, Any]) -> list[tuple[Any, Any]]:
-    """The texts of a call, each with the one it is paired with, or None."""
     text: Any = given.get("text")
     other: Any = given.get("text_pair")
     in_words = given.get("is_split_into_words", False)

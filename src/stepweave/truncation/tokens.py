@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stepweave.truncation.cuts import texts_of
+from stepweave.truncation.cuts import given_to, texts_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def readings_of(
     if not rows:
         return
     if method == "__call__":
-        texts = [_text(pair) for pair in texts_of(tokenizer, args, kwargs)]
+        texts = [_text(pair) for pair in texts_of(given_to(tokenizer, args, kwargs))]
     else:  # of one text, or of a conversation
         texts = [repr(args[0] if args else kwargs.get("text", kwargs.get("conversation")))]
     if len(texts) != len(rows):  # a long text may be several rows

@@ -16,11 +16,11 @@ from stepweave.certification.state_watch import StateWatch
 from stepweave.compat.attention_processors import AttentionProcessors
 from stepweave.compat.cpu_offload import Offloading
 from stepweave.compat.locks import is_autoencoder
-from stepweave.compat.module_hooks import check_free, install, modules_in, uninstall
+from stepweave.compat.module_hooks import check_free, install, uninstall
 from stepweave.compat.proxy import Proxy
 from stepweave.compat.stateful_modules import GuardedJob, ModuleGuard
 from stepweave.compat.torch_state import DefaultRandom, Own, on_device
-from stepweave.compat.turn_taking import swaps_processors
+from stepweave.compat.turn_taking import modules_in, swaps_processors
 from stepweave.contained import contained
 from stepweave.memory.device_health import DeviceHealth
 from stepweave.views.scope import EngineScope

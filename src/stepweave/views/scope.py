@@ -12,9 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from stepweave.compat.cpu_offload import moves_only, offload_only, pipelines_in
 from stepweave.compat.host_times import keep_times_on_the_host
 from stepweave.compat.locks import LockedTokenizer
-from stepweave.compat.module_hooks import modules_in
 from stepweave.compat.stateful_modules import ModuleGuard
-from stepweave.compat.turn_taking import TurnTaking
+from stepweave.compat.turn_taking import TurnTaking, modules_in
 from stepweave.errors import EngineMisuseError
 from stepweave.reasons import UnsharedNote
 from stepweave.scope.pipeline import RequestScopedPipeline
