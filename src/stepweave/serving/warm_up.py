@@ -166,7 +166,9 @@ class WarmUp:
         small = self._native if sizes.only is not None else (sizes.min_side, sizes.min_side)
         for name in (None, *(name for name in model.schedulers if name != model.scheduler)):
             for steps in (1,) if name is None else (SCHEDULER_STEPS, 1):
-                parameters = replace(self._trial(small), num_inference_steps=steps, scheduler=name)
+                parameters = replace(
+                    self._parameters(small), num_inference_steps=steps, scheduler=name
+                )
                 if (
                     steps == model.default_steps
                     or not model.runs(parameters)
@@ -205,7 +207,7 @@ class WarmUp:
         """
         if time.monotonic() > self._until:
             return None
-        parameters = self._trial(size, sources)
+        parameters = self._parameters(size, sources)
         if characters is not None:
             parameters = replace(
                 parameters, prompt=(parameters.prompt + DENSE * characters)[:characters]
@@ -214,23 +216,29 @@ class WarmUp:
             parameters = replace(parameters, guidance_scale=guidance)
         return self._run(replace(parameters, n=images))
 
-    def _trial(self, size: Size, sources: Sources | None = None) -> Parameters:
+    def _parameters(
+        self,
+        size: Size,
+        sources: Sources | None = None,
+        index: int = 0,
+        prompt: str = "to warm up",
+    ) -> Parameters:
+        guidance = self._model.default_guidance
+        if guidance is not None and index % 4 == 3:
+            guidance = guidance * 1.5
+        strong = sources is not None and takes(self._model.pipeline_for(sources), "strength")
         return Parameters(
-            prompt="to warm up",
+            prompt=prompt,
             negative_prompt=None,
             width=size[0],
             height=size[1],
             n=1,
-            seed=0,
-            num_inference_steps=STEPS if sources is None else 2 * STEPS,
-            guidance_scale=self._model.default_guidance,
-            strength=self._strength(sources),
+            seed=index,
+            num_inference_steps=STEPS + index % 3 if sources is None else 2 * STEPS,
+            guidance_scale=guidance,
+            strength=STRENGTH if strong else None,
             sources=sources,
         )
-
-    def _strength(self, sources: Sources | None) -> float | None:
-        edits = sources is not None and takes(self._model.pipeline_for(sources), "strength")
-        return STRENGTH if edits else None
 
     def _run(self, parameters: Parameters) -> Fault | None:
         size, count = (parameters.width, parameters.height), parameters.n
@@ -286,15 +294,9 @@ class WarmUp:
         jobs, start = [], _Start()
         try:
             for i in range(count):
-                parameters = self._parameters(i, *size)
-                if edits:
-                    sources = Sources(_image(size, 90 * i), mask)
-                    parameters = replace(
-                        parameters,
-                        num_inference_steps=2 * STEPS,
-                        strength=self._strength(sources),
-                        sources=sources,
-                    )
+                sources = Sources(_image(size, 90 * i), mask) if edits else None
+                # prompts differ in their first token: encoders cut long ones
+                parameters = self._parameters(size, sources, i, f"{i}, to warm up")
                 jobs.append(
                     self._engine.submit(
                         **self._model.call(parameters), observer=None if i else start
@@ -310,13 +312,6 @@ class WarmUp:
 
     def _images(self, output: Any) -> list[Image.Image]:
         return images_of(output, self._model.pipeline_class)
-
-    def _parameters(self, index: int, width: int, height: int) -> Parameters:
-        guidance = self._model.default_guidance
-        if guidance is not None and index % 4 == 3:
-            guidance = guidance * 1.5
-        prompt = f"{index}, to warm up"  # differs in its first token: encoders cut long prompts
-        return Parameters(prompt, None, width, height, 1, index, STEPS + index % 3, guidance)
 
 
 class _Start:
