@@ -147,32 +147,21 @@ class EngineCollector(Collector):
         )
         for reason in ("retried", "out_of_memory", "divided", "errors"):
             survived.add_metric([reason.removesuffix("s")], getattr(stats, reason) if stats else 0)
-        unfit = CounterMetricFamily(
+        yield from (certificates, forwards, rows, calls, unshared, lookups, survived)
+        yield CounterMetricFamily(
             "stepweave_out_of_memory_failures",
             "Jobs that failed since the device's memory is too small for them alone.",
+            stats.unfit if stats else 0,
         )
-        unfit.add_metric([], stats.unfit if stats else 0)
-        backlog = GaugeMetricFamily(
+        yield GaugeMetricFamily(
             "stepweave_backlog_seconds",
             "Predicted seconds of work that was accepted and is not yet done.",
+            stats.backlog if stats else 0,
         )
-        backlog.add_metric([], stats.backlog if stats else 0)
-        error = GaugeMetricFamily(
+        yield GaugeMetricFamily(
             "stepweave_cost_model_error_ratio",
             "The median error of the last predicted forwards, as a share of the prediction.",
-        )
-        error.add_metric([], stats.cost_error if stats else 0)
-        yield from (
-            certificates,
-            forwards,
-            rows,
-            calls,
-            unshared,
-            lookups,
-            survived,
-            unfit,
-            backlog,
-            error,
+            stats.cost_error if stats else 0,
         )
 
 
