@@ -74,21 +74,21 @@ class Settings(BaseSettings):
     model: str = Field(
         "shapes",
         min_length=1,
-        description="Directory or hub id of the pipeline; `shapes` is embedded.",
+        description="Directory or hub id of the pipeline; `shapes` is the embedded model.",
     )
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = Field(
         None, description="Commit of the hub repository, 40 hex digits; needed with a hub id."
     )
     variant: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] | None = Field(
         None,
-        description="Variant of the weights, such as `fp16`. Unset: files without a variant, else "
-        "the only complete variant.",
+        description="Variant of the weights, such as `fp16`. Unset: files without a variant; if "
+        "there are none, the only complete variant.",
     )
     model_names: ModelNames = Field(
         (),
         max_length=64,
-        description="Comma-separated names of the model that requests may use; answers have the "
-        "first. `*` accepts any name without a colon. Unset: the model's own name.",
+        description="Comma-separated names of the model that requests may use; answers show "
+        "the first. `*` accepts any name without a colon. Unset: the model's own name.",
     )
     preset: PresetValue = Field(
         None,
@@ -130,19 +130,22 @@ class Settings(BaseSettings):
     )
     batching: Literal["off", "threads", "request", "step"] = Field(
         "step",
-        description="What is batched: `step` denoising steps of all jobs, `request` whole calls "
-        "that differ only in prompt and seed, `threads` nothing (jobs run in "
-        "parallel), `off` nothing (jobs run one at a time).",
+        description="`step` batches denoising steps of all jobs, `request` whole calls that differ "
+        "only in prompt and seed. `threads` batches nothing and runs jobs in parallel, `off` runs "
+        "them one at a time.",
     )
     max_rows: int = Field(
         32,
         ge=1,
         le=4096,
         description="Largest batch of one forward; an image counts 1, with guidance 2. With "
-        "`STEPWEAVE_BATCHING=request`, images of a batch.",
+        "`STEPWEAVE_BATCHING=request`, the largest number of images in a batch.",
     )
     max_decode_rows: int = Field(
-        4, ge=1, le=4096, description="Images that the autoencoder decodes together."
+        4,
+        ge=1,
+        le=4096,
+        description="Largest number of images that the autoencoder decodes together.",
     )
     max_jobs: int = Field(
         64, ge=1, le=4096, description="Concurrent jobs with `STEPWEAVE_BATCHING=step`."
@@ -161,7 +164,7 @@ class Settings(BaseSettings):
     exit_on_failure: bool = Field(
         False,
         description="Exit with status 1 if the model cannot be loaded. Otherwise the process "
-        "stays, and its probes tell the reason.",
+        "stays, and its probes report the reason.",
     )
     max_queue: int = Field(
         64,
@@ -192,7 +195,7 @@ class Settings(BaseSettings):
     )
     response_format: Literal["b64_json", "url"] = Field(
         "b64_json",
-        description="How OpenAI's routes return images when a request does not say.",
+        description="How OpenAI's routes return images if a request has no `response_format`.",
     )
     flagged_images: Literal["mark", "refuse"] = Field(
         "mark",
@@ -217,8 +220,8 @@ class Settings(BaseSettings):
     api_keys: Clients = Field(
         (),
         repr=False,
-        description="Comma-separated API keys, of the clients `key1`, `key2`, ... If set, every "
-        "request except health probes must send one. Without keys and a file of keys: no "
+        description="Comma-separated API keys; the clients are `key1`, `key2`, ... If set, every "
+        "request except health probes must send one. If no key is set here or in a file: no "
         "authentication.",
     )
     api_keys_file: str | None = Field(
@@ -230,8 +233,8 @@ class Settings(BaseSettings):
     )
     base_url: Annotated[str, Field(pattern=r"^https?://[^/?#\s]+(/[^?#\s]*)?$")] | None = Field(
         None,
-        description="Start of the URLs of images. Unset: the host that the request names, if it is "
-        "trusted.",
+        description="First part of image URLs, such as `https://images.example.org`. Unset: the "
+        "host that the request names, if `STEPWEAVE_TRUSTED_HOSTS` has it.",
     )
     trusted_hosts: str = Field(
         "localhost,127.0.0.1,[::1]",
@@ -241,7 +244,7 @@ class Settings(BaseSettings):
     trust_forwarded: bool = Field(
         False,
         description="Trust `X-Forwarded-For`, `-Host`, `-Proto` and `-Prefix`. Only for servers "
-        "that are reached through a proxy alone.",
+        "that clients can reach only through a proxy.",
     )
     cors_origins: Names = Field(
         (),
@@ -262,13 +265,13 @@ class Settings(BaseSettings):
         description="Largest total size of stored images; the oldest are deleted first.",
     )
     keep_jobs: int = Field(
-        10_000, ge=1, description="Most finished jobs that are kept; the oldest are deleted first."
+        10_000, ge=1, description="Largest number of finished jobs; the oldest are deleted first."
     )
     drain_notice: float = Field(
         6,
         ge=0,
         description="How long new requests are still accepted after `POST /drain`, in seconds, "
-        "until load balancers have noticed.",
+        "so that load balancers can notice.",
     )
     grace: float = Field(
         300,
@@ -278,9 +281,8 @@ class Settings(BaseSettings):
     stuck_seconds: float = Field(
         600,
         gt=0,
-        description="Seconds after which a forward that has not ended counts as stuck, and "
-        "`/livez` fails; also the seconds after which a request fails whose job is "
-        "done but has not been answered.",
+        description="A forward that runs for more seconds than this counts as stuck, and `/livez` "
+        "fails. A request also fails if its job has been done for so long, but is not answered.",
     )
 
     @field_validator("quantization", mode="before")
