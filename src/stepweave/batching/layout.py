@@ -16,7 +16,7 @@ from stepweave.batching.batch_axes import ITEMS, PER_ROW, Guess, Path
 from stepweave.batching.call import Call, Group, Layout, Unmergeable
 from stepweave.batching.fingerprints import Fingerprints
 from stepweave.compat.isolation import is_plain
-from stepweave.compat.snapshot import DEEPEST, is_holder
+from stepweave.compat.nested import COLLECTIONS, DEEPEST, contents, is_holder, keys
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class _Walk:
         first = frozen(values[0])
         if (
             first is None
-            and not isinstance(values[0], (list, tuple, dict))
+            and not isinstance(values[0], COLLECTIONS)
             and all(one is values[0] for one in values)
         ):
             self._identity(values[0])
@@ -192,11 +192,8 @@ class _Walk:
             return ("constant",)
         if isinstance(value, _CONSTANTS):
             return ("constant", type(value), value)
-        if isinstance(value, (list, tuple)):
-            items = (self.node(item, (*path, i)) for i, item in enumerate(value))
-            return (type(value).__name__, type(value), *items)
-        if isinstance(value, dict):
-            return ("dict", *((key, self.node(item, (*path, key))) for key, item in value.items()))
+        if isinstance(value, COLLECTIONS):
+            return self._nested(value, path)
         if isinstance(value, torch.Generator):
             self.opaque = True
             return ("generator",)
@@ -204,17 +201,19 @@ class _Walk:
             self.exact.append((value.shape, value.dtype.str, value.tobytes()))
             return ("constant",)
         if is_holder(value) and self._depth < DEEPEST:
-            return self._object(value, path)
+            self.holds = True
+            self._depth += 1
+            node = self._nested(value, path)
+            self._depth -= 1
+            return node
         self._identity(value)
         return ("constant", type(value))
 
-    def _object(self, value: Any, path: Path) -> Layout:
-        """An object that is what it holds, such as a cache of keys and values."""
-        self.holds = True
-        self._depth += 1
-        items = [(name, self.node(item, (*path, name))) for name, item in vars(value).items()]
-        self._depth -= 1
-        return ("object", type(value), *items)
+    def _nested(self, value: Any, path: Path) -> Layout:
+        """A collection, or an object that is what it holds, such as a cache of keys and values."""
+        names, inside = tuple(keys(value)), contents(value)
+        nodes = [self.node(item, (*path, name)) for name, item in zip(names, inside, strict=True)]
+        return ("nested", type(value), names, *nodes)
 
     def _identity(self, value: Any) -> None:
         self.opaque = True

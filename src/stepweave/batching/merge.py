@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -13,9 +12,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from stepweave.batching.call import Call, Layout, Unmergeable
-from stepweave.compat.snapshot import DEEPEST, is_holder
-
-_CONSTANTS = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
+from stepweave.compat.nested import COLLECTIONS, contents, is_constant, refilled, tensors
 
 
 def merge(calls: Sequence[Call], *, repeat: bool = True) -> dict[str, Any]:
@@ -68,25 +65,10 @@ def _merge(node: Layout, values: list[Any], rows: list[int]) -> Any:
         return list(itertools.chain.from_iterable(values))
     if tag == "repeated":
         return [values[0][0]] * sum(rows)
-    if tag == "dict":
-        return {
-            key: _merge(child, [value[key] for value in values], rows) for key, child in node[1:]
-        }
     if tag in ("constant", "shared", "generator"):
         return values[0]
-    if tag == "object":
-        return like(
-            values[0],
-            {
-                name: _merge(child, [vars(value)[name] for value in values], rows)
-                for name, child in node[2:]
-            },
-        )
-    kind, children = node[1], node[2:]
-    items = [
-        _merge(child, [value[i] for value in values], rows) for i, child in enumerate(children)
-    ]
-    return kind(*items) if hasattr(kind, "_fields") else kind(items)
+    inside = zip(node[3:], *map(contents, values), strict=True)
+    return refilled(values[0], [_merge(child, items, rows) for child, *items in inside])
 
 
 def _placed(values: list[torch.Tensor], device: torch.device) -> torch.Tensor:
@@ -118,40 +100,16 @@ def _padded(
     return merged, merged_mask
 
 
-def copied(value: Any, _depth: int = 0) -> Any:
-    """Arguments with tensors of their own."""
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {key: copied(item, _depth) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return rebuilt(value, [copied(item, _depth) for item in value])
-    if is_holder(value) and _depth < DEEPEST:
-        return like(value, {name: copied(item, _depth + 1) for name, item in vars(value).items()})
-    return value
-
-
 def split(output: Any, rows: Sequence[int], *, listed: bool = False) -> list[Any]:
     """A merged call's output as the calls', in order. Raises Unmergeable for what has no rows.
 
     With `listed`, a list with as many entries as rows has an entry for each row, whatever the
     entries' shapes.
     """
-    starts = list(itertools.accumulate(rows, initial=0))
-    if listed and isinstance(output, list) and len(output) == starts[-1]:
-        return [output[a:b] for a, b in itertools.pairwise(starts)]
-    if listed and isinstance(output, tuple) and not hasattr(output, "_fields"):
-        parts = [split(item, rows, listed=True) for item in output]
-        return [tuple(part[i] for part in parts) for i in range(len(rows))]
-    if listed and isinstance(output, dict):
-        named = {key: split(item, rows, listed=True) for key, item in output.items()}
-        return [
-            remade(output, {key: part[i] for key, part in named.items()}) for i in range(len(rows))
-        ]
-    return _split(output, starts)
+    return _split(output, list(itertools.accumulate(rows, initial=0)), listed)
 
 
-def _split(output: Any, starts: list[int]) -> list[Any]:
+def _split(output: Any, starts: list[int], listed: bool) -> list[Any]:
     total = starts[-1]
     spans = list(itertools.pairwise(starts))
     if isinstance(output, torch.Tensor):
@@ -167,50 +125,21 @@ def _split(output: Any, starts: list[int]) -> list[Any]:
     if (
         isinstance(output, list)
         and len(output) == total
-        and not all(has_rows(item, total) for item in output)
+        and (listed or not all(has_rows(item, total) for item in output))
     ):
         return [output[a:b] for a, b in spans]
-    if isinstance(output, (list, tuple)):
-        parts = [_split(item, starts) for item in output]
-        return [rebuilt(output, [part[i] for part in parts]) for i in range(len(spans))]
-    if isinstance(output, dict):
-        named = {key: _split(item, starts) for key, item in output.items()}
-        return [
-            remade(output, {key: part[i] for key, part in named.items()}) for i in range(len(spans))
-        ]
     if isinstance(output, Cache):
         return [_selected(output, a, b) for a, b in spans]
-    if vars_of := getattr(output, "__dict__", None):
-        return _split_object(output, vars_of, starts)
-    raise Unmergeable(f"a result of type {type(output).__name__} cannot be taken apart")
+    inside = contents(output)
+    if not inside and not isinstance(output, COLLECTIONS):
+        raise Unmergeable(f"a result of type {type(output).__name__} cannot be taken apart")
+    # an object may be a distribution, such as an autoencoder's encoder gives
+    parts = [_split(item, starts, listed) for item in inside]
+    return [refilled(output, [part[i] for part in parts]) for i in range(len(spans))]
 
 
 def has_rows(item: Any, total: int) -> bool:
     return isinstance(item, torch.Tensor) and item.ndim > 0 and item.shape[0] == total
-
-
-def is_constant(value: Any) -> bool:
-    return isinstance(value, _CONSTANTS)
-
-
-def rebuilt(like: Any, items: list[Any]) -> Any:
-    return type(like)(*items) if hasattr(like, "_fields") else type(like)(items)
-
-
-def remade(like: dict[Any, Any], items: dict[Any, Any]) -> Any:
-    if type(like) is dict:
-        return items
-    # diffusers' and transformers' outputs, as dictionaries without what is None
-    if dataclasses.is_dataclass(like):
-        items = {one.name: items.get(one.name) for one in dataclasses.fields(like)}
-    return type(like)(**items)
-
-
-def like(value: Any, attributes: dict[str, Any]) -> Any:
-    """An object like another, with other attributes."""
-    twin = copy.copy(value)
-    twin.__dict__.update(attributes)
-    return twin
 
 
 def _selected(cache: Cache, start: int, stop: int) -> Cache:
@@ -220,49 +149,3 @@ def _selected(cache: Cache, start: int, stop: int) -> Cache:
     indices = torch.arange(start, stop, device=devices.pop() if len(devices) == 1 else None)
     selected.batch_select_indices(indices)
     return selected
-
-
-def _split_object(output: Any, attributes: dict[str, Any], starts: list[int]) -> list[Any]:
-    """An object whose attributes are tensors and constants, such as the distribution that an
-    autoencoder's encoder gives."""
-    parts = {name: _split(value, starts) for name, value in attributes.items()}
-    return [
-        like(output, {name: part[i] for name, part in parts.items()})
-        for i in range(len(starts) - 1)
-    ]
-
-
-def tensors(value: Any) -> list[torch.Tensor]:
-    """All tensors in a result, or in arguments, in order; what contains itself is followed once."""
-    return [one for one in leaves(value) if isinstance(one, torch.Tensor)]
-
-
-def leaves(value: Any, _above: tuple[int, ...] = ()) -> list[Any]:
-    """All tensors, arrays and constants in a result, in order."""
-    if isinstance(value, (torch.Tensor, np.ndarray)) or is_constant(value):
-        return [value]
-    if id(value) in _above:
-        return []
-    if isinstance(value, Cache):
-        inner: Any = [part for layer in value.layers for part in (layer.keys, layer.values)]
-    elif isinstance(value, dict):
-        inner = value.values()
-    elif isinstance(value, (list, tuple)):
-        inner = value
-    else:
-        inner = getattr(value, "__dict__", {}).values()
-    above = (*_above, id(value))
-    return [leaf for item in list(inner) for leaf in leaves(item, above)]
-
-
-def cloned(output: Any) -> Any:
-    """A copy of a result that shares no memory with it."""
-    if isinstance(output, torch.Tensor):
-        return output.clone()
-    if is_constant(output):
-        return output
-    if isinstance(output, dict):
-        return remade(output, {key: cloned(item) for key, item in output.items()})
-    if isinstance(output, (list, tuple)):
-        return rebuilt(output, [cloned(item) for item in output])
-    return copy.deepcopy(output)

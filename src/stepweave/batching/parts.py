@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from stepweave.batching.call import Call, Layout, Unmergeable
-from stepweave.batching.merge import has_rows, is_constant, like, rebuilt, remade
+from stepweave.batching.merge import has_rows
+from stepweave.compat.nested import COLLECTIONS, contents, is_constant, keys, refilled
 
 
 def part(call: Call, start: int, stop: int, *, repeat: bool = True) -> dict[str, Any]:
@@ -48,15 +49,8 @@ def _part(node: Layout, value: Any, rows: int, span: slice) -> Any:
         return value[span]
     if tag == "generator":  # from which nothing is drawn, as its certificate says
         return value[span] if isinstance(value, list) and len(value) == rows else value
-    if tag == "dict":
-        return {key: _part(child, value[key], rows, span) for key, child in node[1:]}
-    if tag == "object":
-        return like(
-            value, {name: _part(child, vars(value)[name], rows, span) for name, child in node[2:]}
-        )
-    return rebuilt(
-        value, [_part(child, item, rows, span) for child, item in zip(node[2:], value, strict=True)]
-    )
+    inside = zip(node[3:], contents(value), strict=True)
+    return refilled(value, [_part(child, item, rows, span) for child, item in inside])
 
 
 def join(outputs: Sequence[Any], rows: Sequence[int], *, listed: bool = False) -> Any:
@@ -71,23 +65,16 @@ def join(outputs: Sequence[Any], rows: Sequence[int], *, listed: bool = False) -
         return np.concatenate(outputs)
     if is_constant(first) and all(one == first for one in outputs):
         return first
-    if isinstance(first, dict):
-        return remade(
-            first, {key: join([one[key] for one in outputs], rows, listed=listed) for key in first}
-        )
     if (
         isinstance(first, list)
         and len(first) == rows[0]
         and (listed or not all(has_rows(one, rows[0]) for one in first))
     ):
         return [item for one in outputs for item in one]
-    if isinstance(first, (list, tuple)):
-        return rebuilt(
-            first, [join(items, rows, listed=listed) for items in zip(*outputs, strict=True)]
-        )
-    attributes = getattr(first, "__dict__", None)
-    if not attributes or isinstance(first, torch.Tensor):
+    names = list(keys(first))
+    alike = all(list(keys(one)) == names for one in outputs)
+    whole = isinstance(first, torch.Tensor) or not (names or isinstance(first, COLLECTIONS))
+    if whole or not alike:
         raise Unmergeable(f"results of type {type(first).__name__} cannot be put together")
-    return like(
-        first, {name: join([vars(one)[name] for one in outputs], rows) for name in attributes}
-    )
+    inside = zip(*map(contents, outputs), strict=True)
+    return refilled(first, [join(items, rows, listed=listed) for items in inside])

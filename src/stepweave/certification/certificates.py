@@ -22,7 +22,6 @@ from stepweave.batching.batch_axes import made
 from stepweave.batching.call import Call
 from stepweave.batching.fingerprints import Fingerprints
 from stepweave.batching.layout import TIMES
-from stepweave.batching.merge import tensors
 from stepweave.certification.certificate import RAGGED, Certificate, Held, State, Verdict
 from stepweave.certification.compare import Differ, NotFinite, Pair, agree, compare, told_apart
 from stepweave.certification.evidence import (
@@ -37,6 +36,7 @@ from stepweave.certification.evidence import (
     spread,
 )
 from stepweave.certification.proof import FAR, Proof, Prover
+from stepweave.compat.nested import tensors
 
 logger = logging.getLogger(__name__)
 

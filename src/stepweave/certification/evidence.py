@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from stepweave.batching.call import Call
-from stepweave.batching.merge import like
+from stepweave.compat.nested import contents, keys, refilled
 
 SCALAR = 4  # numbers a row
 FEW = 64  # numbers that are read one by one
@@ -204,13 +204,10 @@ def _put(value: Any, path: Sequence[Hashable], new: Any) -> Any:
     """A value with `new` at a path within it."""
     if not path:
         return new
-    step: Any = path[0]
-    if isinstance(value, dict):
-        return {**value, step: _put(value[step], path[1:], new)}
-    if isinstance(value, (list, tuple)):
-        items = [_put(item, path[1:], new) if i == step else item for i, item in enumerate(value)]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return like(value, {step: _put(vars(value)[step], path[1:], new)})
+    inside = zip(keys(value), contents(value), strict=True)
+    return refilled(
+        value, [_put(item, path[1:], new) if key == path[0] else item for key, item in inside]
+    )
 
 
 def distance(one: tuple[Any, ...], other: tuple[Any, ...]) -> float:
