@@ -24,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from stepweave.batching.call import Call, Unmergeable
 from stepweave.batching.fingerprints import Fingerprints
 from stepweave.batching.layout import LayoutReader
+from stepweave.batching.leaves import NESTED
 from stepweave.batching.merge import merge, split
 from stepweave.certification.certificates import Certificates
 from stepweave.compat import torch_state as ambient
@@ -56,8 +57,8 @@ def describe() -> Describing:
 
 
 def tag(call: Call, name: str) -> str:
-    tag, *match = dict(call.group.layout)[name]
-    return match[0].__name__ if tag == "nested" else tag
+    kind, *match = dict(call.group.layout)[name]
+    return str(match[0].__name__ if kind is NESTED else kind.name)
 
 
 def mergeable(*calls: Call) -> bool:

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
-from stepweave.batching.call import Call, Layout, Unmergeable
-from stepweave.compat.nested import COLLECTIONS, contents, is_constant, refilled, tensors
+from stepweave.batching.call import Call, Unmergeable
+from stepweave.batching.leaves import MASK, PADDED, REPEATED
+from stepweave.compat.nested import COLLECTIONS, CONSTANTS, contents, refilled, tensors
 
 
 def merge(calls: Sequence[Call], *, repeat: bool = True) -> dict[str, Any]:
@@ -26,57 +27,18 @@ def merge(calls: Sequence[Call], *, repeat: bool = True) -> dict[str, Any]:
     first = calls[0]
     merged = {}
     for name, node in first.group.layout:
-        if node[0] == "mask":
+        if node[0] is MASK:
             continue
         values = [call.arguments[name] for call in calls]
-        if node[0] == "padded":
+        if node[0] is PADDED:
             mask = first.target.masks[name]
             merged[name], masks = _padded(values, [call.arguments.get(mask) for call in calls])
             if masks is not None:
                 merged[mask] = masks
         else:
-            merged[name] = (
-                values[0] if node[0] == "repeated" and not repeat else _merge(node, values, rows)
-            )
+            whole = node[0] is REPEATED and not repeat
+            merged[name] = values[0] if whole else node[0].merge(node, values, rows)
     return merged
-
-
-def _merge(node: Layout, values: list[Any], rows: list[int]) -> Any:
-    tag = node[0]
-    if tag == "rows":
-        return torch.cat(
-            [
-                v if v.shape[0] == r else v.expand(r, *v.shape[1:])
-                for v, r in zip(values, rows, strict=True)
-            ]
-        )
-    if tag == "several":
-        return torch.cat(values)
-    if tag == "across":
-        return torch.cat(values, dim=1)
-    if tag == "scalar":
-        return _placed([v.reshape(1).expand(r) for v, r in zip(values, rows, strict=True)], node[2])
-    if tag == "number":
-        dtype = torch.float32 if node[1] else torch.int64
-        return _placed(
-            [torch.tensor([v] * r, dtype=dtype) for v, r in zip(values, rows, strict=True)], node[2]
-        )
-    if tag == "per row":
-        return list(itertools.chain.from_iterable(values))
-    if tag == "repeated":
-        return [values[0][0]] * sum(rows)
-    if tag in ("constant", "shared", "generator"):
-        return values[0]
-    inside = zip(node[3:], *map(contents, values), strict=True)
-    return refilled(values[0], [_merge(child, items, rows) for child, *items in inside])
-
-
-def _placed(values: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Values of a number a row as one tensor on a device, which is not waited for: the host's
-    memory is read at once."""
-    if any(value.device == device for value in values):
-        return torch.cat([value.to(device, non_blocking=True) for value in values])
-    return torch.cat(values).to(device, non_blocking=True)
 
 
 def _padded(
@@ -120,7 +82,7 @@ def _split(output: Any, starts: list[int], listed: bool) -> list[Any]:
         return [output.narrow(0, a, b - a) for a, b in spans]
     if isinstance(output, np.ndarray) and output.ndim and output.shape[0] == total:
         return [output[a:b] for a, b in spans]
-    if is_constant(output):
+    if isinstance(output, CONSTANTS):
         return [output] * len(spans)
     if (
         isinstance(output, list)

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from stepweave.batching.call import Call, Layout, Unmergeable
+from stepweave.batching.call import Call, Unmergeable
+from stepweave.batching.leaves import REPEATED
 from stepweave.batching.merge import has_rows
-from stepweave.compat.nested import COLLECTIONS, contents, is_constant, keys, refilled
+from stepweave.compat.nested import COLLECTIONS, CONSTANTS, contents, keys, refilled
 
 
 def part(call: Call, start: int, stop: int, *, repeat: bool = True) -> dict[str, Any]:
@@ -21,9 +22,9 @@ def part(call: Call, start: int, stop: int, *, repeat: bool = True) -> dict[str,
     given = {}
     for name, node in call.group.layout:
         if name in call.arguments:
-            value = call.arguments[name]
-            whole = node[0] == "repeated" and not repeat
-            given[name] = value if whole else _part(node, value, call.rows, slice(start, stop))
+            value = given[name] = call.arguments[name]
+            if value is not None and (repeat or node[0] is not REPEATED):
+                given[name] = node[0].part(node, value, call.rows, slice(start, stop))
     return given
 
 
@@ -33,24 +34,6 @@ def chunk(call: Call, number: int) -> Call:
     return dataclasses.replace(
         call, arguments=part(call, number * rows, (number + 1) * rows), rows=rows
     )
-
-
-def _part(node: Layout, value: Any, rows: int, span: slice) -> Any:
-    tag = node[0]
-    if value is None or tag in ("constant", "shared", "scalar", "number"):
-        return value
-    if tag in ("rows", "padded", "mask"):
-        return value if value.shape[0] != rows else value[span]
-    if tag == "several":
-        return value[span.start * node[1] : span.stop * node[1]]
-    if tag == "across":
-        return value[:, span]
-    if tag in ("per row", "repeated"):
-        return value[span]
-    if tag == "generator":  # from which nothing is drawn, as its certificate says
-        return value[span] if isinstance(value, list) and len(value) == rows else value
-    inside = zip(node[3:], contents(value), strict=True)
-    return refilled(value, [_part(child, item, rows, span) for child, item in inside])
 
 
 def join(outputs: Sequence[Any], rows: Sequence[int], *, listed: bool = False) -> Any:
@@ -63,7 +46,7 @@ def join(outputs: Sequence[Any], rows: Sequence[int], *, listed: bool = False) -
         return torch.cat(list(outputs))
     if isinstance(first, np.ndarray) and first.ndim and len(first) == rows[0]:
         return np.concatenate(outputs)
-    if is_constant(first) and all(one == first for one in outputs):
+    if isinstance(first, CONSTANTS) and all(one == first for one in outputs):
         return first
     if (
         isinstance(first, list)

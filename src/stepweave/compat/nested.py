@@ -16,11 +16,8 @@ from stepweave.compat.isolation import is_plain
 
 DEEPEST = 6  # objects and lists in each other
 COLLECTIONS = (dict, list, tuple)
-_CONSTANTS = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
-
-
-def is_constant(value: Any) -> bool:
-    return isinstance(value, _CONSTANTS)
+CONSTANTS = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
+_LEAVES = (torch.Tensor, np.ndarray, *CONSTANTS)
 
 
 def is_holder(value: Any) -> bool:
@@ -75,7 +72,7 @@ def cloned(output: Any) -> Any:
     """A copy of a result that shares no memory with it."""
     if isinstance(output, torch.Tensor):
         return output.clone()
-    if is_constant(output):
+    if isinstance(output, CONSTANTS):
         return output
     if isinstance(output, COLLECTIONS):
         return refilled(output, [cloned(item) for item in contents(output)])
@@ -85,7 +82,7 @@ def cloned(output: Any) -> Any:
 def leaves(value: Any, _above: tuple[int, ...] = ()) -> list[Any]:
     """All tensors, arrays and constants in a result, in order; what contains itself is followed
     once."""
-    if isinstance(value, (torch.Tensor, np.ndarray)) or is_constant(value):
+    if isinstance(value, _LEAVES):
         return [value]
     if id(value) in _above:
         return []
