@@ -1,8 +1,10 @@
-"""Merging: many calls' arguments into one call's, one result into many."""
+"""Merging: many calls' arguments into one call's, one result into many; and dividing one call's
+rows into several forwards, for calls that do not fit into memory at once."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +15,7 @@ from transformers.cache_utils import Cache
 
 from stepweave.batching.call import Call, Unmergeable
 from stepweave.batching.leaves import MASK, PADDED, REPEATED
-from stepweave.compat.nested import COLLECTIONS, CONSTANTS, contents, refilled, tensors
+from stepweave.compat.nested import COLLECTIONS, CONSTANTS, contents, keys, refilled, tensors
 
 
 def merge(calls: Sequence[Call], *, repeat: bool = True) -> dict[str, Any]:
@@ -62,6 +64,26 @@ def _padded(
     return merged, merged_mask
 
 
+def part(call: Call, start: int, stop: int, *, repeat: bool = True) -> dict[str, Any]:
+    """The arguments of a call that stands for some of the rows of `call`. For `repeat` see
+    merge."""
+    given = {}
+    for name, node in call.group.layout:
+        if name in call.arguments:
+            value = given[name] = call.arguments[name]
+            if value is not None and (repeat or node[0] is not REPEATED):
+                given[name] = node[0].part(node, value, call.rows, slice(start, stop))
+    return given
+
+
+def chunk(call: Call, number: int) -> Call:
+    """One of the parts of which a call's batch is made, as a call."""
+    rows = call.rows // call.group.chunks
+    return dataclasses.replace(
+        call, arguments=part(call, number * rows, (number + 1) * rows), rows=rows
+    )
+
+
 def split(output: Any, rows: Sequence[int], *, listed: bool = False) -> list[Any]:
     """A merged call's output as the calls', in order. Raises Unmergeable for what has no rows.
 
@@ -75,7 +97,7 @@ def _split(output: Any, starts: list[int], listed: bool) -> list[Any]:
     total = starts[-1]
     spans = list(itertools.pairwise(starts))
     if isinstance(output, torch.Tensor):
-        if not has_rows(output, total):
+        if not _has_rows(output, total):
             raise Unmergeable(f"a result of shape {tuple(output.shape)} does not have {total} rows")
         if output.stride(0) == 0:  # rows that share memory must not share it between jobs
             output = output.contiguous()
@@ -87,7 +109,7 @@ def _split(output: Any, starts: list[int], listed: bool) -> list[Any]:
     if (
         isinstance(output, list)
         and len(output) == total
-        and (listed or not all(has_rows(item, total) for item in output))
+        and (listed or not all(_has_rows(item, total) for item in output))
     ):
         return [output[a:b] for a, b in spans]
     if isinstance(output, Cache):
@@ -100,7 +122,34 @@ def _split(output: Any, starts: list[int], listed: bool) -> list[Any]:
     return [refilled(output, [part[i] for part in parts]) for i in range(len(spans))]
 
 
-def has_rows(item: Any, total: int) -> bool:
+def join(outputs: Sequence[Any], rows: Sequence[int], *, listed: bool = False) -> Any:
+    """The parts' results, of so many rows each, as one. Raises Unmergeable for what has no rows.
+    For `listed` see split."""
+    first = outputs[0]
+    if isinstance(first, torch.Tensor) and all(
+        _has_rows(one, count) for one, count in zip(outputs, rows, strict=True)
+    ):
+        return torch.cat(list(outputs))
+    if isinstance(first, np.ndarray) and first.ndim and len(first) == rows[0]:
+        return np.concatenate(outputs)
+    if isinstance(first, CONSTANTS) and all(one == first for one in outputs):
+        return first
+    if (
+        isinstance(first, list)
+        and len(first) == rows[0]
+        and (listed or not all(_has_rows(one, rows[0]) for one in first))
+    ):
+        return [item for one in outputs for item in one]
+    names = list(keys(first))
+    alike = all(list(keys(one)) == names for one in outputs)
+    whole = isinstance(first, torch.Tensor) or not (names or isinstance(first, COLLECTIONS))
+    if whole or not alike:
+        raise Unmergeable(f"results of type {type(first).__name__} cannot be put together")
+    inside = zip(*map(contents, outputs), strict=True)
+    return refilled(first, [join(items, rows, listed=listed) for items in inside])
+
+
+def _has_rows(item: Any, total: int) -> bool:
     return isinstance(item, torch.Tensor) and item.ndim > 0 and item.shape[0] == total
 
 

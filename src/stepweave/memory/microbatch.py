@@ -10,8 +10,7 @@ from typing import Any
 from stepweave.batching.call import Attempt, Call, Unmergeable
 from stepweave.batching.encoder_cache import EncoderCache
 from stepweave.batching.forward import run_arguments
-from stepweave.batching.merge import split
-from stepweave.batching.parts import join, part
+from stepweave.batching.merge import join, part, split
 from stepweave.certification.certificates import Certificates
 from stepweave.certification.compare import agree, told_apart
 from stepweave.compat.nested import copied
