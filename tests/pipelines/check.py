@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from stepweave import StepEngine
-from stepweave.batching.merge import tensors
 from stepweave.compat.module_hooks import modules_in
+from stepweave.compat.nested import tensors
 from stepweave.engine.engine import EngineStats
 from tests.pipelines.registry import CALLS, Entry
 from tests.support.waiting import SECONDS

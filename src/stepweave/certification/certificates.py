@@ -22,7 +22,7 @@ from stepweave.batching.batch_axes import made
 from stepweave.batching.call import Call
 from stepweave.batching.fingerprints import Fingerprints
 from stepweave.batching.layout import TIMES
-from stepweave.batching.merge import tensors
+from stepweave.batching.leaves import LISTED, REPEATED, ROWS
 from stepweave.certification.certificate import RAGGED, Certificate, Held, State, Verdict
 from stepweave.certification.compare import Differ, NotFinite, Pair, agree, compare, told_apart
 from stepweave.certification.evidence import (
@@ -37,6 +37,7 @@ from stepweave.certification.evidence import (
     spread,
 )
 from stepweave.certification.proof import FAR, Proof, Prover
+from stepweave.compat.nested import tensors
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +75,9 @@ class Certificates:
         found = self._known.get(call.kind)
         if found is None:
             found = self._known[call.kind] = Certificate(call.target.name, _shape_of_sample(call))
-            found.ambiguous = any(node[0] == "repeated" for _, node in call.group.layout)
-            found.readings, found.read = call.target.readings, made(call.paths, call.guesses)
+            found.ambiguous = any(node[0] is REPEATED for _, node in call.group.layout)
+            paths = [path for path, kind in call.paths if kind is not LISTED]
+            found.readings, found.read = call.target.readings, made(paths, call.guesses)
             found.names = tuple(".".join(map(str, path)) for path, _ in call.paths)
             found.samples, found.value = samples(call), self._value
             if len(self._known) > KEPT:
@@ -569,7 +571,7 @@ def _read_in_another_way(call: Call, variations: set[Any]) -> bool:
     """Whether there is another way to read the arguments of calls whose first proof failed, in
     which they differ so."""
     rows = [
-        path for i, (path, tag) in enumerate(call.paths) if tag == "rows" and i not in variations
+        path for i, (path, kind) in enumerate(call.paths) if kind is ROWS and i not in variations
     ]
     equal = [path for path in rows if path[0] not in TIMES]  # they are equal at the first step only
     return call.target.readings.another(call.guesses, equal)

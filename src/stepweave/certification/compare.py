@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stepweave.batching.merge import leaves, tensors
+from stepweave.compat.nested import leaves, tensors
 
 SHARE = 1e-4  # of a slice's spread over rows
 # roundings of a slice's spread or largest number, beyond which a call's own noise must explain an

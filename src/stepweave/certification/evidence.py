@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 
 from stepweave.batching.call import Call
-from stepweave.batching.merge import like
+from stepweave.batching.leaves import LISTED, MASK, NUMBER, ROWS, SCALAR
+from stepweave.compat.nested import contents, keys, refilled
 
-SCALAR = 4  # numbers a row
+SMALL = 4  # numbers a row
 FEW = 64  # numbers that are read one by one
 EVIDENT = 4.0  # times the error allowed
 SLIGHT = 1e-6  # the spread of sizes that differ in shape only
@@ -55,15 +56,13 @@ def samples(call: Call) -> frozenset[int]:
 def scalars(call: Call) -> tuple[int, ...]:
     """The places among the leaves of arguments of few numbers a row, but for the sample."""
     found = []
-    for i, (leaf, (_, tag)) in enumerate(zip(call.leaves, call.paths, strict=True)):
+    for i, (leaf, (_, kind)) in enumerate(zip(call.leaves, call.paths, strict=True)):
         value = leaf[0]
-        if tag == "number":
+        if kind is NUMBER:
             found.append(i)
-        elif (
-            tag in ("scalar", "rows") and value is not call.sample and value.dtype is not torch.bool
-        ):
+        elif kind in (SCALAR, ROWS) and value is not call.sample and value.dtype is not torch.bool:
             if (
-                value.numel() <= SCALAR * max(1, value.shape[0] if value.ndim else 1)
+                value.numel() <= SMALL * max(1, value.shape[0] if value.ndim else 1)
                 and not value.dtype.is_complex
             ):
                 found.append(i)
@@ -155,45 +154,23 @@ def units(call: Call) -> list[tuple[int, ...]]:
     """The leaves, those that are exchanged at once in one: of one argument, and of its mask."""
     masks = {mask: name for name, mask in call.target.masks.items()}
     found: dict[str, list[int]] = {}
-    for i, (path, tag) in enumerate(call.paths):
+    for i, (path, kind) in enumerate(call.paths):
         name = str(path[0])
-        found.setdefault(masks.get(name, name) if tag == "mask" else name, []).append(i)
+        found.setdefault(masks.get(name, name) if kind is MASK else name, []).append(i)
     return [tuple(one) for one in found.values()]
 
 
 def exchanged(call: Call, other: Call, unit: Sequence[int]) -> Call:
     """The call with another's values of some leaves, repeated or cut to as many rows."""
-    changes: dict[int, tuple[Any, ...]] = {}
-    for i in unit:
-        tag, leaf = call.paths[i][1], other.leaves[i]
-        if tag in ("rows", "padded", "mask"):
-            count = call.leaves[i][0].shape[0]
-            order = torch.arange(count, device=leaf[0].device) % leaf[0].shape[0]
-            changes[i] = leaf if leaf[0].shape[0] == count else (leaf[0][order],)
-        elif tag == "per row" and other.rows != call.rows:
-            changes[i] = tuple(leaf[row % other.rows] for row in range(call.rows))
-        elif tag in ("several", "across") and other.rows != call.rows:
-            changes[i] = (_tiled(leaf[0], tag, other.rows, call.rows),)
-        else:
-            changes[i] = leaf
-    return _with(call, changes)
-
-
-def _tiled(value: torch.Tensor, tag: str, rows: int, wanted: int) -> torch.Tensor:
-    """A tensor of several entries for each row, or with the rows across, for another number of
-    rows."""
-    order = torch.arange(wanted, device=value.device) % rows
-    if tag == "across":
-        return value[:, order]
-    return value.reshape(rows, -1, *value.shape[1:])[order].flatten(0, 1)
+    return _with(call, {i: call.paths[i][1].fit(other.leaves[i], call.leaves[i]) for i in unit})
 
 
 def _with(call: Call, changes: dict[int, tuple[Any, ...]]) -> Call:
     """The call with other leaves in these places."""
     arguments, found = call.arguments, list(call.leaves)
     for i, leaf in changes.items():
-        path, tag = call.paths[i]
-        value = list(leaf) if tag == "per row" else leaf[0]
+        path, kind = call.paths[i]
+        value = list(leaf) if kind is LISTED else leaf[0]
         name = str(path[0])
         arguments = {**arguments, name: _put(arguments[name], path[1:], value)}
         found[i] = leaf
@@ -204,13 +181,10 @@ def _put(value: Any, path: Sequence[Hashable], new: Any) -> Any:
     """A value with `new` at a path within it."""
     if not path:
         return new
-    step: Any = path[0]
-    if isinstance(value, dict):
-        return {**value, step: _put(value[step], path[1:], new)}
-    if isinstance(value, (list, tuple)):
-        items = [_put(item, path[1:], new) if i == step else item for i, item in enumerate(value)]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return like(value, {step: _put(vars(value)[step], path[1:], new)})
+    inside = zip(keys(value), contents(value), strict=True)
+    return refilled(
+        value, [_put(item, path[1:], new) if key == path[0] else item for key, item in inside]
+    )
 
 
 def distance(one: tuple[Any, ...], other: tuple[Any, ...]) -> float:

@@ -14,7 +14,6 @@ import torch
 
 from stepweave.batching.call import Attempt, Call, Target
 from stepweave.batching.forward import run_arguments, run_merged
-from stepweave.batching.merge import cloned, copied, tensors
 from stepweave.certification.compare import Differ, NotFinite, Pair, compare, effect, equal
 from stepweave.certification.evidence import (
     EVIDENT,
@@ -33,6 +32,7 @@ from stepweave.certification.evidence import (
 )
 from stepweave.certification.state_watch import RandomStates, on_a_device
 from stepweave.compat.module_state import ModuleState
+from stepweave.compat.nested import cloned, copied, tensors
 from stepweave.compat.out_of_memory import ran_out
 from stepweave.compat.snapshot import ArgumentSnapshot
 

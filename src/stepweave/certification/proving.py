@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from stepweave.batching.call import Call
-from stepweave.batching.parts import join
+from stepweave.batching.merge import join
 from stepweave.certification.certificate import State
 from stepweave.certification.certificates import Certificates
 from stepweave.certification.proof import Proof, Prover

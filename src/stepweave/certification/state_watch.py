@@ -21,9 +21,9 @@ import torch
 from torch import nn
 
 from stepweave.batching.call import Call, Target
-from stepweave.batching.merge import cloned, copied, tensors
 from stepweave.certification.compare import close, equal
 from stepweave.compat.module_state import ModuleState, Place
+from stepweave.compat.nested import cloned, copied, tensors
 from stepweave.compat.out_of_memory import ran_out
 from stepweave.compat.snapshot import ArgumentSnapshot
 from stepweave.compat.stateful_modules import some

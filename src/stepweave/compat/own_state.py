@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from stepweave.compat.module_state import Change, ModuleState
+from stepweave.compat.nested import flat
 from stepweave.compat.values import comes_with_a_library
 from stepweave.contained import contained
 
@@ -111,17 +112,14 @@ def _cast(types: Mapping[nn.Module, torch.dtype]) -> None:
         module.to(dtype)
 
 
-def has_code(value: Any, depth: int = 3) -> bool:
+def has_code(value: Any) -> bool:
     """Whether an argument of a call contains something that could be called: a callback, of one
     kind or another."""
-    if isinstance(value, (list, tuple)):
-        return depth > 0 and any(has_code(item, depth - 1) for item in value)
-    if isinstance(value, dict):
-        return depth > 0 and any(has_code(item, depth - 1) for item in value.values())
-    if isinstance(value, (type, nn.Module)):
-        return False
-    return callable(value) or not (
-        comes_with_a_library(type(value)) or type(value).__module__.startswith("PIL.")
+    return any(
+        callable(item)
+        or not (comes_with_a_library(type(item)) or type(item).__module__.startswith("PIL."))
+        for item in flat(value)
+        if not isinstance(item, (type, nn.Module))
     )
 
 

@@ -7,15 +7,7 @@ from typing import Any
 
 import torch
 
-from stepweave.compat.isolation import is_plain
-
-DEEPEST = 6  # objects and lists in each other
-
-
-def is_holder(value: Any) -> bool:
-    """Whether an object is what it holds and nothing else, so that one which holds other things can
-    be made like it."""
-    return is_plain(type(value)) and not callable(value)  # type: ignore[arg-type]
+from stepweave.compat.nested import COLLECTIONS, DEEPEST, contents, is_holder
 
 
 class ArgumentSnapshot:
@@ -39,15 +31,14 @@ class ArgumentSnapshot:
         if isinstance(value, torch.Generator):
             self._generators.append((value, value.get_state()))
             return
-        holder = not isinstance(value, (list, tuple, dict)) and is_holder(value)
-        if depth > DEEPEST or not (holder or isinstance(value, (list, tuple, dict))):
+        if depth > DEEPEST or not (isinstance(value, COLLECTIONS) or is_holder(value)):
             return
-        inside: Any = vars(value) if holder else value
-        if isinstance(inside, list):
-            self._held.append((inside, list(inside)))
-        elif isinstance(inside, dict):
+        if isinstance(value, list):
+            self._held.append((value, list(value)))
+        elif not isinstance(value, tuple):
+            inside = value if isinstance(value, dict) else vars(value)
             self._held.append((inside, dict(inside)))
-        for item in inside.values() if isinstance(inside, dict) else inside:
+        for item in contents(value):
             self._note(item, depth + 1)
 
     def overwritten(self) -> bool:

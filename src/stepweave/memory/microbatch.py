@@ -10,10 +10,10 @@ from typing import Any
 from stepweave.batching.call import Attempt, Call, Unmergeable
 from stepweave.batching.encoder_cache import EncoderCache
 from stepweave.batching.forward import run_arguments
-from stepweave.batching.merge import copied, split
-from stepweave.batching.parts import join, part
+from stepweave.batching.merge import join, part, split
 from stepweave.certification.certificates import Certificates
 from stepweave.certification.compare import agree, told_apart
+from stepweave.compat.nested import copied
 from stepweave.compat.out_of_memory import ran_out
 from stepweave.compat.snapshot import ArgumentSnapshot
 from stepweave.errors import OutOfMemoryError

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from stepweave.compat.cpu_offload import pipelines_in
+from stepweave.compat.nested import flat
 from stepweave.errors import NonFiniteError
 from stepweave.views.attributes import POSTPROCESS, Method, methods_of_processors, replaced
 
@@ -80,14 +81,8 @@ def _makers(view: Any) -> Iterator[Method]:
 
 def _numbers(value: Any) -> Iterator[torch.Tensor]:
     """The tensors and arrays of floating-point numbers in a value; images are none."""
-    if isinstance(value, np.ndarray) and value.dtype.kind in "fc":
-        value = torch.from_numpy(np.ascontiguousarray(value))
-    if isinstance(value, torch.Tensor):
-        if value.is_floating_point() or value.is_complex():
-            yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _numbers(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _numbers(item)
+    for item in flat(value):
+        if isinstance(item, np.ndarray) and item.dtype.kind in "fc":
+            item = torch.from_numpy(np.ascontiguousarray(item))
+        if isinstance(item, torch.Tensor) and (item.is_floating_point() or item.is_complex()):
+            yield item
