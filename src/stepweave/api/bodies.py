@@ -3,7 +3,6 @@ in memory at a time."""
 
 from __future__ import annotations
 
-import asyncio
 import codecs
 import contextlib
 import zlib
@@ -14,6 +13,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope
 
+from stepweave.api.context import context_of
 from stepweave.errors import (
     BodyTooLargeError,
     InvalidRequestError,
@@ -25,13 +25,7 @@ from stepweave.threads import on_thread
 # bytes of a body beyond which it goes to disk; about what a connection's own buffer takes
 SPOOLED = 64 * 1024
 TURNS = 8  # long bodies in memory
-WAITING = "stepweave.bodies"  # key in the ASGI scope: the semaphore of long bodies
 _WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
-
-
-def body_turns() -> asyncio.Semaphore:
-    """What the long bodies of one server take turns by."""
-    return asyncio.Semaphore(TURNS)
 
 
 @contextlib.asynccontextmanager
@@ -56,7 +50,7 @@ async def whole_body(request: Request, *, text: bool = True) -> AsyncIterator[by
         if size <= SPOOLED:
             yield file.read()
             return
-        async with request.scope[WAITING]:
+        async with context_of(request.scope).body_turns:
             yield await on_thread(None, file.read)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import h11
 import wrapt
+from starlette.types import Scope
 from uvicorn.protocols.http import auto
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -140,6 +141,12 @@ class Connections:
     def overrun(self) -> bool:
         """Whether there are too many to be refused at all."""
         return len(self._open) + len(self._evicted) > self.limit + 4 * RESERVE
+
+
+def refusal_of(scope: Scope) -> StepweaveError | None:
+    """Why a request is refused, if its connection is over the limit."""
+    refusal: StepweaveError | None = scope.get("state", {}).get(FULL)
+    return refusal
 
 
 class Connection(H11Protocol):

@@ -6,7 +6,6 @@ import asyncio
 import re
 from functools import partial
 
-from starlette.requests import Request
 from starlette.types import Scope
 
 from stepweave.config.clients import Client
@@ -15,7 +14,6 @@ from stepweave.serving.jobs import Followed
 from stepweave.serving.request import ActiveRequest
 from stepweave.telemetry.metrics import Metrics
 
-COUNT = "stepweave.count"  # key in the ASGI scope
 # `$`, as in Starlette's routes, also stands before a line end
 _PATH = re.compile(
     r"/(v1/images/(generations|edits)|generate|generate_stream|edit|api/diffusers/inference|v2/models/.*/infer)$"
@@ -55,9 +53,3 @@ def _status_of(kept: asyncio.Task[StepweaveError | None]) -> int:
         return 500
     error = kept.result()
     return 200 if error is None else error.status
-
-
-def count_of(request: Request) -> Count:
-    """The request's count."""
-    count: Count = request.scope[COUNT]
-    return count

@@ -14,9 +14,9 @@ from starlette.types import Receive, Scope, Send
 
 from stepweave.api.answer_schemas import Completed, PartialImage, ProgressEvent, QueuedEvent
 from stepweave.api.answers import EVENT_STREAM, in_base64, url_of
-from stepweave.api.counting import count_of
+from stepweave.api.context import context_of
 from stepweave.api.disconnect import disconnected
-from stepweave.api.responses import LEFT, REQUEST_ID, as_stepweave_error
+from stepweave.api.responses import as_stepweave_error
 from stepweave.previews.stream import Partial
 from stepweave.resource import Resource
 from stepweave.serving.jobs import Followed
@@ -59,8 +59,10 @@ async def events(
 
 
 def _failed(request: Request, error: Exception) -> bytes:
-    failure = as_stepweave_error(error, request.scope[REQUEST_ID])
-    count_of(request).failed = failure.status
+    context = context_of(request.scope)
+    failure = as_stepweave_error(error, context.id)
+    if context.count is not None:
+        context.count.failed = failure.status
     return event("error", Error.of(failure))
 
 
@@ -159,7 +161,7 @@ class EventStream(Response):
         elif failure is not None:
             raise failure
         else:
-            scope.get(LEFT, []).append(True)
+            context_of(scope).client_left = True
 
     async def _send(self, send: Send) -> None:
         try:

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from stepweave.api.answer_schemas import ExamplesError, ProtocolError
+from stepweave.api.context import context_of
 from stepweave.errors import (
     AuthenticationError,
     DeadlineExceededError,
@@ -25,9 +26,6 @@ from stepweave.serving.resources import Error, ErrorDetail
 logger = logging.getLogger(__name__)
 
 LASTING = (OutOfMemoryError, NonFiniteError, ImageCountError)  # errors that would come again
-REQUEST_ID = "stepweave.request_id"  # key in the ASGI scope
-# key in the ASGI scope: a list, to which a stream adds that its client left before its end
-LEFT = "stepweave.left"
 # header of the Open Inference Protocol's errors, whose body has no place for it
 CODE = "X-Stepweave-Code"
 # header between a handler and the middleware: the body is in the contract's shape
@@ -81,7 +79,7 @@ def handle_error(request: Request, error: Exception) -> Response:
     """Starlette's exception handler; whatever is not the caller's fault goes to the log with the
     request's id."""
     return error_response(
-        as_stepweave_error(error, request.scope[REQUEST_ID]), request.scope["path"]
+        as_stepweave_error(error, context_of(request.scope).id), request.scope["path"]
     )
 
 

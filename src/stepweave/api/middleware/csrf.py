@@ -10,12 +10,13 @@ from starlette.types import Scope
 from stepweave.api.urls import forwarded, is_address, is_trusted
 from stepweave.config import Settings
 from stepweave.errors import InvalidRequestError, shown
+from stepweave.serving.server import Server
 
 SAFE = ("GET", "HEAD", "OPTIONS")
 PORTS = {"http": 80, "https": 443}
 
 
-def check_site(scope: Scope, settings: Settings) -> None:
+def check_site(scope: Scope, server: Server) -> None:
     """Raise InvalidRequestError (code `cross_site`) for what a page of another origin sends, unless
     that is an allowed one.
 
@@ -25,7 +26,7 @@ def check_site(scope: Scope, settings: Settings) -> None:
     """
     if scope["method"] in SAFE:
         return
-    headers = Headers(scope=scope)
+    headers, settings = Headers(scope=scope), server.settings
     origin, site = headers.get("origin"), headers.get("sec-fetch-site")
     if site is None and origin is None:
         return

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from starlette.datastructures import Headers
 from starlette.responses import Response
-from starlette.types import Scope
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stepweave.api.answer_schemas import Drained, Health, Unhealthy
+from stepweave.api.middleware.base import Middleware
 from stepweave.api.responses import answer, error_response
 from stepweave.errors import MethodNotAllowedError, NotFoundError
 from stepweave.serving.server import Server
@@ -14,6 +15,18 @@ from stepweave.serving.server import Server
 PROBES = ("/livez", "/healthz", "/readyz")
 DRAIN = "/drain"
 KEYLESS = ("/v2/health/live", "/v2/health/ready")  # beside the probes and the drain
+
+
+class Probes(Middleware):
+    """Answers the probes and the drain."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app: ASGIApp = self.app
+        if scope["path"] in PROBES:
+            app = probe(scope, self.server)
+        elif scope["path"] == DRAIN:
+            app = drain(scope, self.server)
+        await app(scope, receive, send)
 
 
 def probe(scope: Scope, server: Server) -> Response:

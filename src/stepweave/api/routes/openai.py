@@ -21,7 +21,7 @@ from stepweave.api.answers import (
     wants_to_come_back,
 )
 from stepweave.api.bodies import pass_over_body, whole_body
-from stepweave.api.counting import count_of
+from stepweave.api.context import context_of
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.events import EventStream, events
 from stepweave.api.forms import Form, edit_of, read_form, reserve
@@ -128,7 +128,9 @@ class OpenAIRoutes:
                 "Location": reference(request, server.settings, f"/v1/jobs/{job.id}"),
                 "Preference-Applied": "respond-async",
             }
-            count_of(request).job = job
+            count = context_of(request.scope).count
+            assert count is not None
+            count.job = job
             return await json_answer(await job_of(job, jobs.files, base), 202, headers)
         if streams:
             job = await until_disconnect(request, server.submit(submission))
