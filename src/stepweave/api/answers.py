@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from stepweave.errors import InvalidRequestError, NotFoundError, shown
 from stepweave.parameters import ImageFile, OutputFormat
-from stepweave.resource import Resource
+from stepweave.resource import without_del
 from stepweave.serving.jobs import Followed
 from stepweave.serving.resources import Answer, Generation, InlineImage, JobView, LinkedImage
 from stepweave.store import FileStore
@@ -122,14 +121,6 @@ async def job_of(job: Followed, files: FileStore, base: str | None) -> JobView:
     return view.model_copy(update={"result": result})
 
 
-async def json_answer(
-    resource: Resource, status: int = 200, headers: Mapping[str, str] | None = None
-) -> Response:
-    """A resource in JSON, made on another thread: it may hold images."""
-    content = await on_thread(None, resource.to_json)
-    return Response(content, status, headers, "application/json")
-
-
 async def url_of(file: ImageFile, base: str, files: FileStore) -> str:
     """Where an image is; it is stored if it is not yet."""
     return f"{base}/images/{await file.stored(files)}"
@@ -166,9 +157,7 @@ def warnings_header(warnings: list[str]) -> str:
     kept = list(warnings)
     while True:
         more = len(warnings) - len(kept)
-        text = json.dumps([*kept, *([f"and {more} more"] if more else [])]).replace(
-            "\x7f", "\\u007f"
-        )
+        text = without_del(json.dumps([*kept, *([f"and {more} more"] if more else [])]))
         if len(text) <= MAX_WARNINGS_HEADER or not kept:
             return text
         kept.pop()

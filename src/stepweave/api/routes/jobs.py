@@ -9,11 +9,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from stepweave.api.answer_schemas import JobList
-from stepweave.api.answers import job_of, json_answer
+from stepweave.api.answers import job_of
 from stepweave.api.auth import owner_of
 from stepweave.api.bodies import pass_over_body
 from stepweave.api.events import EventStream, events
-from stepweave.api.responses import answer
+from stepweave.api.responses import answer, json_answer
 from stepweave.api.urls import base_url
 from stepweave.errors import InvalidRequestError, NotFoundError, RequestCancelledError, shown
 from stepweave.serving.jobs import Followed, Jobs

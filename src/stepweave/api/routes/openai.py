@@ -15,7 +15,6 @@ from stepweave.api.answers import (
     generation_of,
     image_answer,
     job_of,
-    json_answer,
     wants_image,
     wants_stream,
     wants_to_come_back,
@@ -25,8 +24,8 @@ from stepweave.api.context import context_of
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.events import EventStream, events
 from stepweave.api.forms import Form, edit_of, read_form, reserve
-from stepweave.api.idempotency import key_of, submission_of
-from stepweave.api.responses import answer
+from stepweave.api.idempotency import submission_of
+from stepweave.api.responses import answer, json_answer
 from stepweave.api.schemas import (
     EditRequest,
     GenerationRequest,
@@ -109,14 +108,13 @@ class OpenAIRoutes:
         of_edit: dict[str, Any] = {}
         if form is not None and isinstance(body, EditRequest):
             of_edit = await edit_of(form, server, body, place)
-        # another may join
-        previewed = streams or detached or key_of(request) is not None
+        may_be_joined = detached or "idempotency-key" in request.headers
         submission = submission_of(
             request,
             body,
             n=body.n,
             model=body.model or None,  # empty is absent
-            previews=body.partial_images if previewed else 0,
+            previews=body.partial_images if streams or may_be_joined else 0,
             response_format=response_format,
             detached=detached,
             **of_edit,
@@ -131,7 +129,7 @@ class OpenAIRoutes:
             count = context_of(request.scope).count
             assert count is not None
             count.job = job
-            return await json_answer(await job_of(job, jobs.files, base), 202, headers)
+            return await json_answer(await job_of(job, jobs.files, base), headers, 202)
         if streams:
             job = await until_disconnect(request, server.submit(submission))
             verbose = body.events == "all" or (stream or {}).get("profile") == PROFILE
