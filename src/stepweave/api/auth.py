@@ -1,4 +1,4 @@
-"""Bearer keys (RFC 6750): who may ask, and whose a job is."""
+"""API keys (RFC 6750): which client sends a request, and whose its jobs are."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from stepweave.serving.keys import ApiKeys
 
 
 def authorize(scope: Scope, keys: ApiKeys) -> None:
-    """Note which client sends the request. Raises AuthenticationError if keys are required and it
-    has none of them."""
+    """Set the client of the request's context. Raises AuthenticationError if keys are required and
+    the request has none of them."""
     if not keys.required:
         return
     scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
@@ -26,8 +26,7 @@ def authorize(scope: Scope, keys: ApiKeys) -> None:
 
 
 def asker_of(request: Request) -> tuple[str, str]:
-    """Who asks, as far as the server can tell: the owner of the request's key, without keys its
-    address."""
+    """Who sends the request: the owner of its key, without keys its address."""
     owner = owner_of(request)
     if owner is not None:
         return "key", owner

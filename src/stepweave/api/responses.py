@@ -26,7 +26,7 @@ from stepweave.threads import on_thread
 
 logger = logging.getLogger(__name__)
 
-LASTING = (OutOfMemoryError, NonFiniteError, ImageCountError)  # errors that would come again
+LASTING = (OutOfMemoryError, NonFiniteError, ImageCountError)  # would happen again
 # header of the Open Inference Protocol's errors, whose body has no place for it
 CODE = "X-Stepweave-Code"
 # header between a handler and the middleware: the body is in the contract's shape
@@ -40,7 +40,7 @@ def is_of_protocol(path: str) -> bool:
 
 def is_of_examples(path: str) -> bool:
     """Whether a path is one of diffusers' example servers, whose clients read an error's `detail`,
-    as of any FastAPI server."""
+    as from any FastAPI server."""
     return path.startswith(("/api/", "/images/"))
 
 
@@ -78,16 +78,15 @@ def error_response(
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, UnsupportedEncodingError):
         headers["Accept-Encoding"] = error.TAKEN
-    # OpenAI's clients repeat what failed with a 5xx unless told not to; of a deadline the time is
-    # up
+    # OpenAI's clients retry after a 5xx unless told not to; a missed deadline stays missed
     if isinstance(error, (*LASTING, DeadlineExceededError)):
         headers["X-Should-Retry"] = "false"
     return answer(body, headers, error.status)
 
 
 def handle_error(request: Request, error: Exception) -> Response:
-    """Starlette's exception handler; whatever is not the caller's fault goes to the log with the
-    request's id."""
+    """Starlette's exception handler; the server's own failures are logged with the request's
+    id."""
     return error_response(
         as_stepweave_error(error, context_of(request.scope).id), request.scope["path"]
     )

@@ -1,4 +1,4 @@
-"""How long a body may be, and how slowly it may come."""
+"""How long a body may be, and how slowly it may arrive."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def check_length(scope: Scope, server: Server) -> None:
 
 
 def has_two_lengths(scope: Scope) -> bool:
-    """Whether the length of the body is told in two ways, of which a proxy may have gone by the
-    other (RFC 9112, 6.1)."""
+    """Whether the body's length is given in two ways, of which a proxy may have used the other (RFC
+    9112, 6.1)."""
     headers = Headers(scope=scope)
     return "content-length" in headers and "transfer-encoding" in headers
 
@@ -73,7 +73,7 @@ def limited_body(receive: Receive, scope: Scope, limit: int) -> Receive:
         except TimeoutError:
             raise RequestCancelledError(
                 f"The body came too slowly: {seen} bytes in {time.monotonic() - began:.0f} s. At "
-                f"least {disconnect.LEAST_BYTES} bytes a second must come, and some within "
+                f"least {disconnect.LEAST_BYTES} bytes a second must arrive, and some within "
                 f"{stalled:g} s."
             ) from None
         complete = not message.get("more_body", False)

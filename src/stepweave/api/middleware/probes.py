@@ -1,4 +1,4 @@
-"""What orchestrators ask: the probes, and the drain before a pod ends."""
+"""For orchestrators: health probes, and the drain before a pod ends."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def probe(scope: Scope, server: Server) -> Response:
 
 
 def drain(scope: Scope, server: Server) -> Response:
-    """Only for who bears the token of the state directory, as a pod's preStop hook does. Others
-    find no such route.
+    """Only with the token of the state directory, which a pod's preStop hook reads; otherwise there
+    is no such route.
 
-    From where a request comes proves nothing: a proxy, or a tunnel, beside the server calls
-    from its machine, too.
+    The client's address proves nothing: a proxy or a tunnel on the same machine has that of the
+    machine, too.
     """
     token = server.drain_token
     if token is None or not token.matches(Headers(scope=scope).get("authorization", "")):

@@ -1,5 +1,5 @@
-"""What a request asks for, whichever form its target has (RFC 9112, 3.2), and whatever proxies
-leave in front of it."""
+"""The path, host and client of a request, whichever form its target has (RFC 9112, 3.2), and
+whatever proxies add."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Targets(Middleware):
 
 
 def to_origin_form(scope: Scope) -> None:
-    """Have the scope's path be one, and its Host that of the target.
+    """Have the scope's path begin with a slash, and its Host be that of the target.
 
     Raises InvalidRequestError for a target that names no path, and NotFoundError for a path with
     control characters.
@@ -72,8 +72,8 @@ def normalize_path(scope: Scope, settings: Settings) -> None:
 
 
 def take_forwarded_client(scope: Scope) -> None:
-    """Have the scope's client be the one that the proxy names: the last of X-Forwarded-For, since
-    it appends whom it sees."""
+    """Have the scope's client be the last of X-Forwarded-For: each proxy appends the address that
+    it sees."""
     given = ",".join(Headers(scope=scope).getlist("x-forwarded-for")).rpartition(",")[2].strip()
     if given:
         scope["client"] = (given, 0)

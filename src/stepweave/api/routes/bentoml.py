@@ -1,4 +1,4 @@
-"""BentoML's native APIs: answers that its clients read as images and as streams."""
+"""BentoML's native APIs, whose clients read the answers as images and as streams."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def drop_timeout_middleware() -> None:
 
 
 async def answered(request: Request, work: Callable[[], Coroutine[Any, Any, Response]]) -> Response:
-    """What the work answers, or its error in the contract's shape: BentoML's has another, and its
-    log lacks the request's id."""
+    """The answer of `work`, or its error in the contract's shape: BentoML answers in another, and
+    its log lacks the request's id."""
     try:
         return await work()
     except Exception as error:

@@ -71,8 +71,8 @@ class OpenAIRoutes:
                 return await self._answer(request, body, form, place)
 
     async def variations(self, request: Request) -> Response:
-        """OpenAI has retired them, and its clients still have the call."""
-        # else its client may fail to send it before it reads the answer
+        """OpenAI has retired variations, but its clients still have the call."""
+        # else the client may fail while it sends the body, before it reads the answer
         await pass_over_body(request)
         raise InvalidRequestError(
             "There are no variations here: send the image to /v1/images/edits, with a prompt and a "
