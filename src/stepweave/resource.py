@@ -32,6 +32,12 @@ class Resource(BaseModel):
         return to_json(self, inf_nan_mode="null")
 
     def to_ascii(self) -> bytes:
-        """JSON of printable ASCII alone: readers of event streams take other characters for ends of
-        lines."""
-        return self.model_dump_json(ensure_ascii=True).replace("\x7f", "\\u007f").encode()
+        """JSON of printable ASCII alone: readers of event streams take some other characters for
+        ends of lines."""
+        return without_del(self.model_dump_json(ensure_ascii=True)).encode()
+
+
+def without_del(ascii_json: str) -> str:
+    """JSON in ASCII with DEL as an escape, the one character of ASCII that is left unescaped but
+    cannot be printed."""
+    return ascii_json.replace("\x7f", "\\u007f")

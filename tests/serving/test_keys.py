@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import os
@@ -12,7 +13,8 @@ import pytest
 from pydantic import ValidationError
 from starlette.requests import Request
 
-from stepweave.api.auth import CLIENT, authorize, is_admin
+from stepweave.api.auth import authorize, is_admin
+from stepweave.api.context import CONTEXT, RequestContext
 from stepweave.config import Settings
 from stepweave.config.clients import MAX_CLIENTS, clients_of_file, clients_of_setting
 from stepweave.errors import AuthenticationError, ConfigError
@@ -412,14 +414,20 @@ def test_who_is_an_administrator(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(f"alice: {ALICE} admin\nbob: {BOB}")
     keys = ApiKeys(clients_of_setting([CAROL]), str(file))
+
+    def sent(key: str) -> dict[str, Any]:
+        context = RequestContext(asyncio.Semaphore())
+        headers = [(b"authorization", f"Bearer {key}".encode())]
+        return {"type": "http", "headers": headers, CONTEXT: context}
+
     for key, expected in ((ALICE, True), (BOB, False), (CAROL, False)):
-        scope = {"type": "http", "headers": [(b"authorization", f"Bearer {key}".encode())]}
+        scope = sent(key)
         authorize(scope, keys)
         assert is_admin(Request(scope)) is expected
-    scope = {"type": "http", "headers": [(b"authorization", b"Bearer x")]}
+    scope = sent("x")
     with pytest.raises(AuthenticationError):
         authorize(scope, keys)
-    assert CLIENT not in scope
+    assert scope[CONTEXT].client is None
     assert not is_admin(Request(scope))
     authorize(scope, ApiKeys())
     assert not is_admin(Request(scope)), "without keys nobody is"
