@@ -1,5 +1,4 @@
-"""Why something failed, in one line that may leave the server: an exception's own words, without
-the server's paths."""
+"""Describes an exception in one line for clients, without paths of the server."""
 
 from __future__ import annotations
 
@@ -10,25 +9,24 @@ from pathlib import Path
 
 LONGEST = 400  # characters of a reason
 
-# an absolute path with at least one folder; not what follows a scheme, as in https://
+# an absolute path with at least one folder, but not a URL
 _PATH = re.compile(
     r"(?<![\w./~-])~?(?:/(?!/)[\w.@+%=,-]+)+/([\w.@+%=,-]+)|\b[A-Za-z]:(?:\\[\w.@+%=,-]+)+\\([\w.@+%=,-]+)"
 )
 
 
 def reason_of(error: BaseException, folder: Path | None = None) -> str:
-    """What an exception says, on one line and cut to a sane length; its class where it says
-    nothing.
+    """An exception's message in one line of at most `LONGEST` characters, or its class if empty.
 
-    Paths in `folder`, a model's directory, become relative to it; of other absolute ones the last
-    name is left.
+    Paths in `folder`, a model's directory, become relative to it; other absolute paths are cut to
+    their last name.
     """
     if isinstance(error, OSError) and error.strerror:
         name = public(str(error.filename), folder) if error.filename else ""
         text = f"{name}: {error.strerror}" if name else error.strerror
     else:
         text = public(words_of(error), folder)
-    # nor half a surrogate pair
+    # unpaired surrogates are not printable either
     text = "".join(character if character.isprintable() else " " for character in text)
     text = " ".join(text.split()) or type(error).__name__
     if isinstance(error, KeyError):
@@ -37,7 +35,7 @@ def reason_of(error: BaseException, folder: Path | None = None) -> str:
 
 
 def words_of(error: BaseException) -> str:
-    """What an error says; nothing if it is one of somebody's own that cannot."""
+    """An exception's message; empty if its `__str__` fails."""
     try:
         return str(error)
     except BaseException:
@@ -45,11 +43,8 @@ def words_of(error: BaseException) -> str:
 
 
 def refusal_of(error: BaseException) -> str | None:
-    """What a pipeline's own check of its arguments says; None if an error is no such refusal.
-
-    It is a ValueError that `check_inputs`, as diffusers calls it, or a pipeline's call itself
-    raises, and nothing that they call.
-    """
+    """The message of a pipeline's own check of its arguments, a ValueError raised directly in
+    `check_inputs` of diffusers or in the pipeline's `__call__`; None for other errors."""
     if not isinstance(error, ValueError) or error.__traceback__ is None:
         return None
     last = error.__traceback__
@@ -64,7 +59,7 @@ def refusal_of(error: BaseException) -> str | None:
 
 
 def public(text: str, folder: Path | None = None) -> str:
-    """A text without the server's paths."""
+    """The text without paths of the server."""
     for place in (
         ()
         if folder is None

@@ -19,17 +19,16 @@ from stepweave.errors import ConfigError, shown
 PREFIX = "STEPWEAVE_"
 EMBEDDED_MODEL = Path(__file__).resolve().parents[3] / "models" / "shapes"
 
-# What Kubernetes puts into every pod of a namespace that has Services called "stepweave" or
-# "stepweave-..." (enableServiceLinks).
+# set by Kubernetes in pods beside Services "stepweave" and "stepweave-..." (enableServiceLinks)
 _SERVICE_LINK = re.compile(
     r"STEPWEAVE_(\w+_)?(SERVICE_(HOST|PORT)(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)"
 )
 
 
-# Settings of earlier versions: they are ignored for one release, with a warning.
+# settings of earlier versions, ignored with a warning for one release
 REMOVED = {
-    "STEPWEAVE_POLICY": "all servers run steps in the same order now (docs/scheduling.md). Unset "
-    "it; as a library, pass StepEngine(policy=...) an object.",
+    "STEPWEAVE_POLICY": "the server has a single scheduling policy now (docs/scheduling.md). Unset "
+    "it; in the library, pass a policy object to StepEngine(policy=...).",
 }
 
 OPTIMIZATIONS = (
@@ -44,15 +43,15 @@ OPTIMIZATIONS = (
 
 
 def _given(name: str, value: object) -> str:
-    """A setting's value as a message repeats it; nothing that may be a secret."""
+    """A setting's value for a message; `...` if it may be a secret."""
     return "..." if re.search("KEY|TOKEN|SECRET|PASSWORD", name.upper()) else shown(value)
 
 
-EXAMPLES = {"base_url": "must be as https://images.example.com or http://10.0.0.1:3000/stepweave"}
+EXAMPLES = {"base_url": "must be like https://images.example.com or http://10.0.0.1:3000/stepweave"}
 
 
 def removed_settings() -> list[str]:
-    """For each setting of the environment that is ignored: what to do instead."""
+    """A warning for each ignored setting in the environment."""
     return [
         f"{name} is ignored: {REMOVED[name.upper()]}"
         for name in sorted(os.environ)
@@ -238,8 +237,8 @@ class Settings(BaseSettings):
     )
     trusted_hosts: str = Field(
         "localhost,127.0.0.1,[::1]",
-        description="Comma-separated host names that may appear in the URLs of images; "
-        "`*.example.com`, or `*` for any.",
+        description="Comma-separated host names that may appear in image URLs; `*.example.com`, or "
+        "`*` for any.",
     )
     trust_forwarded: bool = Field(
         False,
@@ -304,18 +303,18 @@ class Settings(BaseSettings):
                 (".", "/")
             ):
                 raise ValueError(
-                    f"STEPWEAVE_MODEL={shown(self.model)} is no directory here and no hub id "
-                    f"(owner/name)"
+                    f"STEPWEAVE_MODEL={shown(self.model)} is neither an existing directory nor a "
+                    "hub id (owner/name)"
                 )
             if self.revision is None:
                 raise ValueError(
-                    f"STEPWEAVE_MODEL={shown(self.model)} is no directory here; if it is a hub id, "
-                    "STEPWEAVE_REVISION must pin its commit (40 hex digits)"
+                    f"STEPWEAVE_MODEL={shown(self.model)} is not an existing directory; if it is a "
+                    "hub id, set STEPWEAVE_REVISION to its commit (40 hex digits)"
                 )
         elif self.revision is not None:
             raise ValueError(
-                f"STEPWEAVE_REVISION={shown(self.revision)} pins a hub commit, but "
-                f"STEPWEAVE_MODEL={shown(self.model)} is a directory"
+                f"STEPWEAVE_REVISION={shown(self.revision)} is a commit of a hub repository, but "
+                f"STEPWEAVE_MODEL={shown(self.model)} is a directory; unset one of them"
             )
         return self
 
@@ -338,7 +337,7 @@ class Settings(BaseSettings):
         return self
 
     def preset_over(self, preset: Preset) -> Preset:
-        """What a model's own preset and the setting, which has precedence, say."""
+        """A model's own preset merged with the setting, which has precedence."""
         return preset if self.preset is None else self.preset.over(preset)
 
     def model_directory(self) -> Path | None:
@@ -349,18 +348,17 @@ class Settings(BaseSettings):
         return path if path.is_dir() else None
 
     def model_name(self) -> str:
-        """The model as answers may name it, without the path of its directory."""
+        """The hub id, or the directory's name without its path, for answers."""
         directory = self.model_directory()
         return directory.resolve().name if directory else self.model
 
     def optimizations(self) -> dict[str, Any]:
-        """The settings that are passed through to diffusers and torch, by name."""
+        """The settings passed to diffusers and torch, by name."""
         return self.model_dump(include=set(OPTIMIZATIONS))
 
     @classmethod
     def load(cls) -> Settings:
-        """Read the settings, or raise ConfigError with the name and value of each one that is
-        wrong."""
+        """Read the settings. Raises ConfigError with name and value of each wrong one."""
         names = {f"{PREFIX}{field.upper()}" for field in cls.model_fields}
         problems = []
         for name in sorted(os.environ):

@@ -1,4 +1,4 @@
-"""A pipeline's own call: its defaults, what a request may give it, and its keyword arguments."""
+"""The arguments of a pipeline's call: defaults, checks, and keyword arguments for a request."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stepweave.errors import InvalidRequestError, shown
 from stepweave.parameters import Parameters, Sources
 from stepweave.planning.workload import arguments_of
 
-DEFAULT_STRENGTH = 0.8  # where the pipeline has none of its own
+DEFAULT_STRENGTH = 0.8  # of pipelines without a default of their own
 
 
 def takes(pipeline: Any, name: str) -> bool:
@@ -22,7 +22,7 @@ def takes(pipeline: Any, name: str) -> bool:
 
 
 def default_of(pipeline: Any, name: str) -> Any:
-    """What an argument of the pipeline's call is by default; None where it has none."""
+    """The default of an argument of the pipeline's call; None if there is none."""
     parameters = arguments_of(pipeline)
     default = parameters[name].default if name in parameters else None
     return None if default is inspect.Parameter.empty else default
@@ -34,8 +34,7 @@ def default_strength(pipeline: Any) -> float:
 
 
 def check_prompts(prompt: str, negative_prompt: str | None, longest: int) -> None:
-    """Raise InvalidRequestError for a prompt that is empty, or has more than `longest` characters
-    or a NUL."""
+    """Raise InvalidRequestError if a prompt is empty, has NUL, or over `longest` characters."""
     for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
         if text is not None and len(text) > longest:
             raise InvalidRequestError(
@@ -43,23 +42,23 @@ def check_prompts(prompt: str, negative_prompt: str | None, longest: int) -> Non
             )
         if text is not None and "\0" in text:
             raise InvalidRequestError(
-                f"{name} is {shown(text)}; it must not hold the character NUL.", param=name
+                f"{name} is {shown(text)}; it must not contain the character NUL.", param=name
             )
     if not prompt.strip():
         raise InvalidRequestError(
-            f"prompt is empty: {shown(prompt)}. Say what the image should show.", param="prompt"
+            f"prompt is empty: {shown(prompt)}. Describe the image.", param="prompt"
         )
 
 
 def resolve_strength(
     strength: float | None, steps: int, pipeline: Any, sources: Sources | None
 ) -> float | None:
-    """The strength of an edit, the pipeline's default if None is asked for; None for what is no
-    edit, or has none. Raises InvalidRequestError for one that cannot be."""
-    strong = sources is not None and takes(pipeline, "strength")
-    if strength is None and not strong:
+    """The strength of an edit, the pipeline's default if `strength` is None; None if the request
+    is no edit or the pipeline has no strength. Raises InvalidRequestError if it is not allowed."""
+    has_strength = sources is not None and takes(pipeline, "strength")
+    if strength is None and not has_strength:
         return None
-    if not strong:
+    if not has_strength:
         reason = (
             "no image is given" if sources is None else f"{type(pipeline).__name__} has no strength"
         )
@@ -82,9 +81,9 @@ def call_arguments(
     pipeline: Any, always: Mapping[str, Any], parameters: Parameters
 ) -> dict[str, Any]:
     """The keyword arguments of a pipeline's call, for n RGB images of height x width; `always` are
-    the preset's, of which those are left out that the pipeline does not take."""
+    the preset's, used only if the pipeline takes them."""
     arguments = arguments_of(pipeline)
-    # on the CPU whatever the device: a seed then gives the same noise everywhere
+    # always on the CPU: a seed then gives the same noise on every device
     generators = [
         torch.Generator("cpu").manual_seed(parameters.seed + i) for i in range(parameters.n)
     ]
@@ -112,13 +111,12 @@ def call_arguments(
 
 
 def _images(parameters: Parameters) -> dict[str, Any]:
-    """The images of an edit, of the size that is asked for."""
+    """The arguments with the images of an edit, resized to the requested size."""
     sources, size = parameters.sources, (parameters.width, parameters.height)
     if sources is None:
         return {}
     image = _resized(sources.image, size)
-    # one for each to be made: with one for all, pipelines encode it with the first generator
-    # alone, or fail
+    # a copy for each output: with a single one, pipelines use only the first generator, or fail
     resized: dict[str, Any] = {"image": image if parameters.n == 1 else [image] * parameters.n}
     if sources.mask is not None:
         resized["mask_image"] = _resized(sources.mask, size)

@@ -1,4 +1,4 @@
-"""Whether a preset says what its pipeline takes."""
+"""Checks that a pipeline supports the values of its preset."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ Size = tuple[int, int]  # width and height in pixels
 
 
 def check_call(pipeline: Any, preset: Preset) -> None:
-    """Raise LoadError for what the preset would give the pipeline's call, and that has no such
-    argument."""
+    """Raise LoadError if the preset sets an argument that the pipeline's call does not have."""
     kind, arguments = type(pipeline).__name__, arguments_of(pipeline)
     for name in preset.call:
         if name not in arguments:
@@ -34,8 +33,7 @@ def check_call(pipeline: Any, preset: Preset) -> None:
 
 
 def check_size(pipeline: Any, preset: Preset, size: Size, native: Size, limits: SizeLimits) -> None:
-    """Raise LoadError if the preset has a size, other than the pipeline's `native`, that the model
-    does not make."""
+    """Raise LoadError if the preset's `size` is not the pipeline's `native` one and not allowed."""
     kind, arguments = type(pipeline).__name__, arguments_of(pipeline)
     for name, side, native_side in zip(("width", "height"), size, native, strict=True):
         if side == native_side:
@@ -52,12 +50,12 @@ def check_size(pipeline: Any, preset: Preset, size: Size, native: Size, limits: 
 
 
 def check_defaults(settings: Settings, steps: int, pixels: int) -> None:
-    """Raise LoadError if a limit of the settings is less than the model's own default."""
+    """Raise LoadError if the model's default is over a limit of the settings."""
     for setting, limit, default in (
         ("MAX_STEPS", settings.max_steps, steps),
         ("MAX_PIXELS", settings.max_pixels, pixels),
     ):
         if default > limit:
             raise LoadError(
-                f"STEPWEAVE_{setting}={limit} is less than the model's own default, {default}"
+                f"STEPWEAVE_{setting}={limit} is less than the model's default, {default}"
             )

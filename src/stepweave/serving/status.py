@@ -1,4 +1,4 @@
-"""Where a server stands."""
+"""The status of a server."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from dataclasses import dataclass
 from stepweave.errors import Code, UnavailableError
 
 LOADING_RETRY_SECONDS = 5
-DRAINING_RETRY_SECONDS = 1  # another server takes it at once
+DRAINING_RETRY_SECONDS = 1  # another server may accept the request immediately
 
 
 @dataclass(frozen=True)
 class Status:
-    """Where the server stands. `progress` is the share of the way to `ready`, 0 to 1."""
+    """The stage of a server; `progress` to `ready` is from 0 to 1."""
 
-    stage: str  # starting, importing, loading, warming_up, ready, draining, closed or failed
+    # starting, importing, loading, warming_up, ready, draining, closed, failed or stuck
+    stage: str
     progress: float
     message: str = ""
 
     def unavailable(self) -> UnavailableError:
-        """What to answer in it, unless it is ready."""
+        """The error to answer in this status."""
         code: dict[str, Code] = {
             "failed": "load_failed",
             "draining": "draining",
@@ -28,7 +29,7 @@ class Status:
         }
         seconds = {"failed": None, "stuck": None, "draining": DRAINING_RETRY_SECONDS}
         return UnavailableError(
-            f"The server is not ready: {self.stage}, {self.message or 'please wait'}.",
+            f"The server is not ready: {self.stage}, {self.message or 'retry later'}.",
             code=code.get(self.stage, "loading"),
             retry_after=seconds.get(self.stage, LOADING_RETRY_SECONDS),
         )

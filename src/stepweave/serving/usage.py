@@ -1,4 +1,4 @@
-"""What a generation took, as answers tell it."""
+"""The `usage` of answers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from stepweave.serving.resources import TokenDetails, Usage
 def usage_of(
     generation: GeneratedImages, steps: int, tokens: int, positions: Callable[[int, int], int]
 ) -> Usage:
-    """OpenAI's members, in tokens of prompts and positions of latents, and what that was in images,
-    steps and pixels.
+    """OpenAI's members, in tokens of prompts and latent positions, and images, steps and pixels.
 
-    `steps` are those of one image, `tokens` those that were read of the prompts; `positions` gives
-    those of an image's latents, of its width and height in pixels.
+    `steps` are those of one image, `tokens` those of the prompts; `positions` gives the latent
+    positions of an image from its width and height in pixels.
     """
     parameters, images = generation.parameters, generation.images
     source = 0 if parameters.sources is None else positions(parameters.width, parameters.height)
