@@ -146,9 +146,8 @@ def test_a_prompt_that_is_cut_is_warned_of_on_both_surfaces(served: Served) -> N
     """The embedded model reads 14 tokens and two special ones."""
     body = {"prompt": f"{PROMPT}, {PROMPT} 🔴", "seed": 1, "num_inference_steps": 2}
     warning = (
-        "prompt: the text encoder (tokenizer) reads 16 tokens; what follows character 62 was left "
-        "out: "
-        "'a blue background 🔴'"
+        "prompt: the text encoder (tokenizer) reads 16 tokens; the text after character 62 was "
+        "left out: 'a blue background 🔴'"
     )
     for fields, warnings in (
         ({}, [warning]),

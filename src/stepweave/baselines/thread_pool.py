@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 
 class ThreadPool:
-    """Starts jobs in the planner's order: several at a time in mode `threads`, in mode `request` up
-    to `max_rows` equal ones in one call."""
+    """Starts jobs in the planner's order: several at a time in mode `threads`; in mode `request`,
+    up to `max_rows` images of jobs of one `batch_key` in one call."""
 
     def __init__(
         self,
@@ -37,12 +37,11 @@ class ThreadPool:
         health: DeviceHealth,
     ) -> None:
         threads = config.threads if config.mode == "threads" else 1
-        together = config.max_rows if config.mode == "request" else 1
         self._scope = PrivateScope(pipeline)
         self._stats = stats
         self._planner = planner
         self._health = health
-        self._together = together
+        self._max_images = config.max_rows if config.mode == "request" else 1  # of one call
         self._running: dict[str, RunningJob] = {}
         self._waiting: dict[str, RunningJob] = {}  # oldest first
         self._closed = False
@@ -63,16 +62,16 @@ class ThreadPool:
         return len(self._running)
 
     def scope_of(self, pipeline: Any) -> PrivateScope:
-        """Makes views of the engine's pipeline, or of another one of its modules. Raises
-        EngineMisuseError."""
+        """The scope that makes views of the engine's pipeline, or of another pipeline of the same
+        modules. Raises EngineMisuseError for one that cannot run here."""
         if pipeline is None:
             return self._scope
         scope = self._scope.sibling(pipeline)
         if len(self.threads) > 1 and scope.takes_turns() and not self._scope.takes_turns():
             kinds = type(pipeline).__name__, type(self._scope.pipeline).__name__
             raise EngineMisuseError(
-                f"Calls of {kinds[0]} change modules while they run, so that none of {kinds[1]} "
-                f"may run beside."
+                f"A call of {kinds[0]} changes modules while it runs, so no call of {kinds[1]} can "
+                f"run at the same time."
             )
         return scope
 
@@ -82,32 +81,31 @@ class ThreadPool:
             self._changed.notify()
 
     def cancel(self, job: RunningJob) -> None:
-        """A waiting job ends at once; a running one at its next step."""
+        """End a job that waits; one that runs ends at its next step."""
         with self._changed:
             waited = self._waiting.pop(job.id, None)
         if waited is not None:
             self.finish(job, RequestCancelledError())
 
     def finish(self, job: RunningJob, outcome: Outcome | Exception) -> None:
-        """Deliver what came of a job, unless that is done."""
+        """Deliver a job's outcome, unless it is done."""
         deliver(job, outcome, self._planner, self._stats)
 
     def close(self, seconds: float) -> list[str]:
-        """End every job, running ones at their next step, and then the threads. What has not ended
-        after some seconds."""
+        """End every job, running ones at their next step, then the threads. Returns what still runs
+        after `seconds`."""
         until = time.monotonic() + seconds
         with self._changed:
             self._closed = True
-            left = [*self._running.values(), *self._waiting.values()]
+            jobs = [*self._running.values(), *self._waiting.values()]
             self._changed.notify_all()
-        for job in left:
+        for job in jobs:
             job.job.cancel()
         for thread in self.threads:
             thread.join(max(0.0, until - time.monotonic()))
         return [f"the call of {job!r}" for job in list(self._running.values())]
 
     def _work(self) -> None:
-        """One thread: serve until closed."""
         use_device(self._health.device)
         enter_engine(self)
         while (jobs := self._next_jobs()) is not None:
@@ -115,23 +113,22 @@ class ThreadPool:
                 self._serve(jobs)
             except BaseException:  # nothing may end this thread: jobs would hang
                 self._stats.errors += 1
-                logger.exception("the engine failed; it goes on")
+                logger.exception("the engine failed; it continues")
             del jobs
 
     def _next_jobs(self) -> list[RunningJob] | None:
-        """The job whose turn it is, and those that can share its call. None once closed."""
+        """Wait for the next job, with those that can share its call. None once closed."""
         with self._changed:
             while not self._waiting and not self._closed:
                 self._changed.wait()
             return None if self._closed else self._take()
 
     def _serve(self, jobs: list[RunningJob]) -> None:
-        """Run jobs to their ends."""
         try:
             outcomes = self._run(jobs)
         except BaseException as error:  # nothing may end this thread: jobs would hang
             self._stats.errors += 1
-            logger.exception("the engine failed; it goes on")
+            logger.exception("the engine failed; it continues")
             outcomes = [Outcome(error=engine_failed(error))] * len(jobs)
         with self._changed:
             for job in jobs:
@@ -141,14 +138,14 @@ class ThreadPool:
 
     def _take(self) -> list[RunningJob]:
         jobs = [self._waiting.pop(self._planner.next(self._waiting).id)]
-        if self._together > 1:
+        if self._max_images > 1:
             key = batch_key(jobs[0])
             alike = [
                 job for job in self._waiting.values() if key is not None and batch_key(job) == key
             ]
             images = images_of(jobs[0])
             for job in alike:
-                if images + images_of(job) > self._together:
+                if images + images_of(job) > self._max_images:
                     break
                 jobs.append(self._waiting.pop(job.id))
                 images += images_of(job)
@@ -157,9 +154,8 @@ class ThreadPool:
         return jobs
 
     def _run(self, jobs: list[RunningJob]) -> list[Outcome]:
-        """The outcome of each job."""
         now = time.monotonic()
-        beside = min(len(self.threads), len(self._running)) if self._together == 1 else 1
+        beside = min(len(self.threads), len(self._running)) if self._max_images == 1 else 1
         for job in jobs:
             job.start(now)
             self._planner.begin(job)
@@ -168,14 +164,16 @@ class ThreadPool:
             if together.error is None:
                 self._planner.called(jobs, time.monotonic() - now, beside)
                 return together.value  # type: ignore[no-any-return]
-            # an Ending is of all of them; each finds its own error below
+            # Ending means that all of them must end; `_run_alone` finds each job's error
             if (
                 not isinstance(together.error, Ending)
                 and self._health.examine(together.error) is None
             ):
                 self._stats.retried += 1
                 logger.warning(
-                    "a batch of %d jobs failed; each runs alone", len(jobs), exc_info=together.error
+                    "a batch of %d jobs failed; running each alone",
+                    len(jobs),
+                    exc_info=together.error,
                 )
             for job in jobs:
                 job.restart()
@@ -188,8 +186,7 @@ class ThreadPool:
             return Outcome(error=ended)
         outcome: Outcome = Outcome.apart(call_pipeline, job).value
         steps = job.task.demand.steps if outcome.error is None else job.progress.step
-        # of one that ended early, too, while nothing else is known: else nothing would be while all
-        # do
+        # a job that ended early counts too while nothing is timed: all might end early
         if outcome.error is None or (steps and not self._planner.cost.timed):
             seconds = time.monotonic() - began
             self._planner.called([job], seconds * job.task.demand.steps / max(1, steps), beside)

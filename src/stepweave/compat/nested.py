@@ -21,8 +21,8 @@ _LEAVES = (torch.Tensor, np.ndarray, *CONSTANTS)
 
 
 def is_holder(value: Any) -> bool:
-    """Whether an object is what it holds and nothing else, so that one which holds other things can
-    be made like it."""
+    """Whether an object consists of its attributes only, so that one with other values can be
+    made."""
     return is_plain(type(value)) and not callable(value)  # type: ignore[arg-type]
 
 

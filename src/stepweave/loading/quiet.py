@@ -1,5 +1,4 @@
-"""What diffusers logs while a scheduler is rehearsed is of no use to anybody, and looks like
-trouble."""
+"""Hides diffusers' log messages during rehearsals of schedulers, which would look like errors."""
 
 from __future__ import annotations
 
@@ -13,10 +12,9 @@ _here = threading.local()
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Drop what diffusers logs on this thread below the level of errors. What other threads log
-    stays."""
+    """Within the block, drop diffusers' messages on this thread below the level ERROR."""
     for handler in logging.getLogger("diffusers").handlers:
-        handler.addFilter(_passes)  # once, however often
+        handler.addFilter(_passes)  # added only once
     before = getattr(_here, "quiet", False)
     _here.quiet = True
     try:
