@@ -10,10 +10,10 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Annotated, Optional
 
-# neither `bentoml serve` nor a built bento puts the project's src folder on the path
+# neither `bentoml serve` nor a built bento adds the project's src folder to the path
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
-# `bentoml serve stepweave:TAG` first tries a module of that name: an installed copy must not stand
-# in for the bento's own
+# `bentoml serve stepweave:TAG` first imports a module of that name, possibly an installed copy,
+# instead of the bento's own
 sys.modules.pop("stepweave", None)
 
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")  # before the import, which reads it
@@ -37,11 +37,11 @@ from stepweave.serving.signals import on_signals
 from stepweave.serving.supervisor import prepare_command, report_failure
 from stepweave.telemetry.logs import configure_logs
 
-# OpenMP's threads must not spin while they wait: with another busy process beside it, an image
-# takes 20 times as long
+# OpenMP's threads must not spin while they wait: with another busy process on the machine, an image
+# would take 20 times as long
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# one worker sees every GPU, so that STEPWEAVE_DEVICE=cuda:1 means what it says; BentoML would show
-# it the first alone
+# the worker sees all GPUs, so that STEPWEAVE_DEVICE=cuda:1 works; BentoML would only show it the
+# first
 os.environ.setdefault("BENTOML_DISABLE_GPU_ALLOCATION", "1")
 routes.drop_timeout_middleware()
 configure_logs()
@@ -61,8 +61,7 @@ Text = Annotated[
 
 
 class EditInput(BentoMLEditRequest, strict=False, arbitrary_types_allowed=True):
-    """An edit as BentoML reads it from a form, after the middleware has: it takes a prompt of
-    digits for a number."""
+    """An edit as BentoML reads it from a form, where a prompt of digits becomes a number."""
 
     prompt: Text
     image: Image
@@ -70,7 +69,7 @@ class EditInput(BentoMLEditRequest, strict=False, arbitrary_types_allowed=True):
 
 
 def answer(ctx: bentoml.Context, response: Response) -> Response:
-    # BentoML overwrites the response's with this one
+    # BentoML replaces the response's status with this one
     ctx.response.status_code = response.status_code
     return response
 
@@ -79,11 +78,12 @@ def answer(ctx: bentoml.Context, response: Response) -> Response:
     name="stepweave",
     resources={"gpu": 1},
     workers=1,  # one process holds the one copy of the model
-    # BentoML's timeout answers but does not stop the work, and its limit of concurrency counts
-    # probes: both are ours
-    traffic={"timeout": 7 * 24 * 3600},  # not in force: see drop_timeout_middleware
+    # BentoML's timeout answers without stopping the work, and its concurrency limit counts probes,
+    # so the server has its own
+    traffic={"timeout": 7 * 24 * 3600},  # without effect: see drop_timeout_middleware
     metrics={"enabled": False},  # /metrics is the mounted app's
-    logging={"access": {"enabled": False}},  # BentoML's lines lack the request's id and who left
+    # BentoML's lines have neither the request's id nor clients that disconnected
+    logging={"access": {"enabled": False}},
 )
 @bentoml.asgi_app(Api(server).app(), path="/")
 class Stepweave:
@@ -97,19 +97,19 @@ class Stepweave:
     async def start(self) -> None:
         log_addresses(listening(), keys=server.keys.required)
         server.start()
-        # the hook below is called once all connections have ended, which a stream may put off
-        # beyond the grace period
+        # the hook below is called once all connections have ended, which streams may delay beyond
+        # the grace period
         on_signals(server.terminate, signal.SIGTERM, signal.SIGINT)
 
     @bentoml.on_shutdown
     async def stop(self) -> None:
         await server.shut_down()
 
-    # The annotations of what is returned are what BentoML's clients make of the answers
+    # the return annotations say how BentoML's clients decode the answers
 
     @bentoml.api(input_spec=ImageRequest)
     async def generate(self, ctx: bentoml.Context, **fields: object) -> Image:
-        """One image; its parameters come back in `X-Stepweave-*` headers and in the file."""
+        """One image; its parameters are in `X-Stepweave-*` headers and in the file."""
         body = ImageRequest.model_validate(fields)
         return answer(
             ctx,
@@ -120,8 +120,8 @@ class Stepweave:
     async def generate_stream(
         self, ctx: bentoml.Context, **fields: object
     ) -> AsyncGenerator[str, None]:
-        """The same as server-sent events, with previews and, with `events` "all", the place in the
-        queue and progress."""
+        """The same as server-sent events, with previews, and with `events` "all" also queue
+        position and progress."""
         body = StreamRequest.model_validate(fields)
         return answer(
             ctx,
@@ -132,14 +132,14 @@ class Stepweave:
 
     @bentoml.api(input_spec=EditInput)
     async def edit(self, ctx: bentoml.Context, **fields: object) -> Image:
-        """One image made from another, within a mask if one is given."""
+        """Edit an image, within a mask if there is one."""
         return answer(
             ctx, await routes.answered(ctx.request, lambda: routes.edit(ctx.request, server))
         )
 
 
-# It returns a whole response, so that a refusal has its own status, and is no generator; its
-# clients shall read it as one
+# it returns a whole response instead of a generator, so that a refusal has its own status; clients
+# must read it as a stream
 Stepweave.apis["generate_stream"].is_stream = True
 Stepweave.apis["generate_stream"].output_spec.media_type = "text/event-stream"
 Stepweave.add_asgi_middleware(ContractMiddleware, server=server)

@@ -2,5 +2,5 @@
 
 import os
 
-# as the server does, and before torch is imported: OpenMP's threads must not spin while they wait
+# as in the server, and before the import of torch: OpenMP's threads must not spin while they wait
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

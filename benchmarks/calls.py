@@ -1,5 +1,5 @@
-"""What contestants are made of: prompts, a pipeline's twin, jobs run together. It imports the
-engine alone, not the server."""
+"""Prompts, copies of pipelines, and jobs run together, for benchmarks of the engine (this module
+does not import the server)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from stepweave import StepEngine
 from stepweave.engine import Job
 from tools.shapes.scenes import COLOURS, HORIZONTAL, SHAPES, SIZES, VERTICAL
 
-SECONDS = 600  # that any job may take
-FRESH = 3000  # numbers of calls that no warm-up uses begin here
+SECONDS = 600  # timeout of a job
+FRESH = 3000  # first number of calls that warm-ups do not use
 
 Call = dict[str, Any]
 
 
 def prompt(number: int) -> str:
-    """One of the 6,048 prompts of the embedded model's grammar, beginning anew after the last."""
+    """One of the 6,048 prompts of the embedded model's grammar; they repeat after the last."""
     words: list[Any] = []
     for choices in (tuple(COLOURS), SHAPES, range(1, len(COLOURS)), SIZES, HORIZONTAL, VERTICAL):
         number, choice = divmod(number, len(choices))
@@ -36,12 +36,12 @@ def prompt(number: int) -> str:
 
 
 def twin(pipeline: Any) -> Any:
-    """The pipeline with modules of its own around the same weights: an engine's hooks on one do not
-    slow the other."""
+    """A copy of the pipeline with modules of its own that share the weights, so that an engine's
+    hooks on one do not slow the other."""
     modules = {
         name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)
     }
-    tensors = itertools.chain(*((*one.parameters(), *one.buffers()) for one in modules.values()))
+    tensors = itertools.chain(*((*part.parameters(), *part.buffers()) for part in modules.values()))
     memo = {id(tensor): tensor for tensor in tensors}
     twins = {name: copy.deepcopy(module, memo) for name, module in modules.items()}
     other = type(pipeline)(**{**pipeline.components, **twins})
@@ -50,7 +50,7 @@ def twin(pipeline: Any) -> Any:
 
 
 def run(engine: StepEngine, calls: list[Call]) -> list[Job]:
-    """All calls at once, until the last is done."""
+    """Submit all calls, and wait until the last is done."""
     jobs = [engine.submit(**call) for call in calls]
     for job in jobs:
         job.result(SECONDS)

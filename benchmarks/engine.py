@@ -1,9 +1,9 @@
-"""What the engine costs and what it gains, on the embedded model and this machine's CPU: `python -m
+"""Overhead and gains of the engine, with the embedded model on this machine's CPU: `python -m
 benchmarks.engine`.
 
-Every figure is a ratio of contestants that take turns in one run, with its spread: absolute times
-say more about the machine. It measures and is no test: its exit status is 0 whatever comes out.
-`wanted` is what the project wants of the median.
+The figures are ratios of contestants that take turns in one run, with their spread, since absolute
+times depend on the machine. `wanted` is the project's target for the median; the exit status is 0
+even if it is missed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from stepweave.config import Settings
 from stepweave.engine import Mode
 from stepweave.loading.device import set_cpu_threads
 
-BATCH = 16  # jobs; each has two rows, for guidance
+BATCH = 16  # jobs, of two rows each because of guidance
 THREADS = 4  # of mode `threads`
 LONG_JOBS, SHORT_STEPS = 8, 4
 MODES: tuple[Mode, ...] = ("off", "threads", "request", "step")
@@ -41,11 +41,11 @@ class Scale:
     """How much is measured."""
 
     rounds: int
-    alone_rounds: int  # they are short
+    alone_rounds: int  # more, since they are short
     join_rounds: int
     batch_steps: int
     long_steps: int
-    jobs: tuple[int, ...]  # after which memory is read
+    jobs: tuple[int, ...]  # numbers of jobs after which memory is read
 
     @classmethod
     def full(cls, rounds: int, steps: int) -> Scale:
@@ -58,10 +58,10 @@ class Scale:
 
 @contextlib.contextmanager
 def engines(shapes: Shapes, warm_up: int) -> Iterator[dict[str, StepEngine]]:
-    """An engine of each mode, certificates granted by `warm_up` jobs at once.
+    """An engine of each mode, certified with `warm_up` concurrent jobs.
 
-    They remember no encoder's results: with guidance every call of this model encodes the empty
-    prompt, too, and a bare pipeline does so anew each time.
+    Their encoder caches are off: with guidance every call of this model also encodes the empty
+    prompt, and a bare pipeline does so each time.
     """
     with contextlib.ExitStack() as stack:
         opened: dict[str, StepEngine] = {}
@@ -95,7 +95,7 @@ def alone(shapes: Shapes, scale: Scale) -> Part:
         bare(0)
         timings = alternate(contestants, scale.alone_rounds)
     return Part(
-        "One job alone, with a new prompt and seed each time. No encoder's results are remembered.",
+        "One job alone, with a new prompt and seed each time, without encoder cache.",
         (
             seconds(timings),
             [
@@ -128,8 +128,8 @@ def batch16(shapes: Shapes, scale: Scale) -> Part:
     step = timings["step"]
     return Part(
         f"{BATCH} jobs of {scale.batch_steps} steps that differ in prompt and seed, submitted at "
-        "once, against one call of the bare pipeline with the same prompts and generators as a "
-        "ready-made batch, which no stream of requests gives.",
+        "once, against one call of the bare pipeline with all prompts and generators as a batch "
+        "(requests do not arrive in batches).",
         (
             seconds(timings),
             [
@@ -182,7 +182,7 @@ def _latency_of_a_short_job(
 
 
 def memory(shapes: Shapes, scale: Scale) -> Part:
-    """Runs first: what other parts freed would hide growth."""
+    """Runs first, since memory freed by other parts would hide growth."""
     process = psutil.Process()
     rows: list[Row] = []
     first = 0.0
@@ -205,9 +205,9 @@ def memory(shapes: Shapes, scale: Scale) -> Part:
             )
         cache = engine.stats().cache_bytes / MEBIBYTE
     return Part(
-        f"Resident memory after so many jobs of 2 steps in mode `step`, {BATCH} at a time, all "
-        "prompts and seeds different. The encoder cache is bounded at 4 MiB and full before the "
-        f"first figure ({cache:.1f} MiB in the end). Wanted: flat.",
+        f"Resident memory by number of finished jobs of 2 steps in mode `step`, {BATCH} at a time, "
+        "with different prompts and seeds. The encoder cache is limited to 4 MiB and full before "
+        f"the first figure ({cache:.1f} MiB at the end). Wanted: no growth.",
         (rows,),
     )
 
@@ -225,18 +225,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.engine", description=__doc__.partition(":")[0]
     )
-    parser.add_argument("--parts", default=",".join(PARTS), help="some of %(default)s")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds (default: %(default)s)")
     parser.add_argument(
-        "--quick", action="store_true", help="a minute's worth, to see that it works"
+        "--parts",
+        default=",".join(PARTS),
+        help="comma-separated parts to run (default: %(default)s)",
     )
     parser.add_argument(
-        "--json", type=Path, default=Path("build/engine.json"), help="(default: %(default)s)"
+        "--repeats", type=int, default=5, help="rounds of each part (default: %(default)s)"
+    )
+    parser.add_argument("--quick", action="store_true", help="a smoke test of one minute")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=Path("build/engine.json"),
+        help="report file (default: %(default)s)",
     )
     arguments = parser.parse_args()
     wanted = set(arguments.parts.split(","))
     if unknown := wanted - PARTS.keys():
-        parser.error(f"--parts has {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+        parser.error(f"--parts has {', '.join(sorted(unknown))}; allowed are {', '.join(PARTS)}")
     if arguments.repeats < 1:
         parser.error(f"--repeats is {arguments.repeats}; it must be at least 1")
     set_cpu_threads(Settings())

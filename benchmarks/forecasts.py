@@ -1,4 +1,4 @@
-"""How long forecasts of many jobs take, and how long they hold up an event loop: `python -m
+"""Duration of forecasts of many jobs, and delays of an event loop meanwhile: `python -m
 benchmarks.forecasts`."""
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ COST = CostModel.of(
 
 
 def jobs(count: int, seed: int = 1) -> list[Task]:
-    """Of two sizes, of 4 to 50 steps, with guidance."""
+    """Jobs of two sizes, with 4 to 50 steps and guidance."""
     dice = random.Random(seed)
-    made = []
+    tasks = []
     for i in range(count):
         key = dice.choice(KEYS)
-        made.append(
+        tasks.append(
             Task(
                 Demand(dice.randint(4, 50), step=(Load(key, 2),), group=key.size), arrived=i * 1e-6
             )
         )
-        made[-1].price(COST)
-    return made
+        tasks[-1].price(COST)
+    return tasks
 
 
 def plan_of(tasks: list[Task]) -> Plan:
@@ -51,7 +51,7 @@ def plan_of(tasks: list[Task]) -> Plan:
 
 
 async def held(work: Callable[[], object]) -> float:
-    """Seconds for which the loop was away at most while a thread did the work."""
+    """The loop's longest delay in seconds while a thread does the work."""
     thread, most = DaemonExecutor(1, "forecast"), 0.0
     working = asyncio.ensure_future(on_thread(thread, work))
     while not working.done():
@@ -65,26 +65,28 @@ async def held(work: Callable[[], object]) -> float:
 def main() -> None:
     """Print a table, in milliseconds."""
     print(
-        "| jobs | forecast | the loop is away at most | without it | one fitted in | its error, "
-        "median |"
+        "| jobs | forecast | longest delay of the loop | delay without it | estimate of one job "
+        "| its median error |"
     )
     print("| --- | --- | --- | --- | --- | --- |")
     for count in COUNTS:
         tasks, later = jobs(count), jobs(20, seed=2)
-        for one in later:
-            one.arrived = 1.0
-        own = [
-            one.before + one.left * step_seconds(one.demand, ROWS, COST) + one.after
-            for one in later
+        for task in later:
+            task.arrived = 1.0
+        solo = [
+            task.before + task.left * step_seconds(task.demand, ROWS, COST) + task.after
+            for task in later
         ]
         began = time.perf_counter()
         plan = plan_of(tasks)
         whole = time.perf_counter() - began
         began = time.perf_counter()
-        told = [plan.finish(one, seconds, 1.0) for one, seconds in zip(later, own, strict=True)]
+        estimates = [
+            plan.finish(task, seconds, 1.0) for task, seconds in zip(later, solo, strict=True)
+        ]
         fitted = (time.perf_counter() - began) / len(later)
-        exact = [forecast([*tasks, one], 1.0, COST, lambda demand: ROWS)[-1] for one in later[:5]]
-        errors = sorted(abs(a - b) / b for a, b in zip(told, exact, strict=False))
+        exact = [forecast([*tasks, task], 1.0, COST, lambda demand: ROWS)[-1] for task in later[:5]]
+        errors = sorted(abs(a - b) / b for a, b in zip(estimates, exact, strict=False))
         away = asyncio.run(held(partial(plan_of, tasks)))
         otherwise = asyncio.run(held(partial(time.sleep, whole)))
         print(

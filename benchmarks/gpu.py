@@ -1,8 +1,7 @@
 """Stable Diffusion 1.5 and XL at 512x512 on a GPU, by mode: `python -m benchmarks.gpu`; minutes.
 
-Random weights of the public models' shapes in bfloat16, so nothing is downloaded. On a machine
-without a GPU the same code runs on tiny models, to see that it works. Writes
-docs/benchmarks/<device>.json, or build/gpu.json without a GPU.
+The models have random weights in bfloat16, so nothing is downloaded. Without a GPU it runs tiny
+models, as a smoke test. Writes docs/benchmarks/<device>.json, or build/gpu.json without a GPU.
 """
 
 from __future__ import annotations
@@ -36,8 +35,7 @@ GIBIBYTE = 2**30
 
 
 class Subject:
-    """A model and how to call it. Each of its calls has a prompt and a seed that no other number's
-    has."""
+    """A model and how to call it; each call's number gives a different prompt and seed."""
 
     def __init__(self, name: str, build: Callable[[], Any], steps: int, side: int) -> None:
         self.name = name
@@ -98,7 +96,7 @@ class Contestant:
         self.peak = 0  # bytes
 
     def warm_up(self) -> None:
-        """Certificates, and whatever a device does the first time."""
+        """Run jobs, so that calls are certified and the device's first calls are done."""
         for again in range(2):
             run(self.engine, self._subject.calls(JOBS * again, steps=4))
 
@@ -119,9 +117,9 @@ def modes(subject: Subject, pipeline: Any, rounds: int) -> Part:
     with contextlib.ExitStack() as stack:
         contestants: dict[str, Contestant] = {}
         for mode in MODES:
-            own = twin(pipeline) if mode == "step" else pipeline
+            copy = twin(pipeline) if mode == "step" else pipeline
             contestants[mode] = Contestant(
-                subject, stack.enter_context(StepEngine(own, mode=mode, threads=THREADS))
+                subject, stack.enter_context(StepEngine(copy, mode=mode, threads=THREADS))
             )
         for contestant in contestants.values():
             contestant.warm_up()
@@ -143,10 +141,10 @@ def modes(subject: Subject, pipeline: Any, rounds: int) -> Part:
     forwards: list[Row] = [
         {
             "shared in step": name,
-            "forwards": sum(one.by_rows.values()),
-            "calls that shared": f"{one.merged_share:.1%}",
+            "forwards": sum(counts.by_rows.values()),
+            "calls that shared": f"{counts.merged_share:.1%}",
         }
-        for name, one in step.forwards.items()
+        for name, counts in step.forwards.items()
     ]
     ratios = [
         ratio(f"throughput: step / {mode}", timings[mode], timings["step"])
@@ -161,16 +159,16 @@ def modes(subject: Subject, pipeline: Any, rounds: int) -> Part:
 
 
 def _uncertified(certificates: list[dict[str, Any]]) -> str:
-    left = [
-        f"{one['call']} {one['sample']} ({one['reason']})"
-        for one in certificates
-        if one["state"] != "certified"
+    kinds = [
+        f"{kind['call']} {kind['sample']} ({kind['reason']})"
+        for kind in certificates
+        if kind["state"] != "certified"
     ]
-    return ", ".join(left) or "no kind of call"
+    return ", ".join(kinds) or "no kind of call"
 
 
 def step_time(subject: Subject, pipeline: Any, repeats: int) -> Part:
-    """The denoiser's forward alone, by rows; beyond the knee, more rows buy nothing."""
+    """The denoiser's forward alone, by rows; beyond the knee, more rows gain nothing."""
     args, kwargs = _denoiser_call(subject, pipeline)
     rows: list[Row] = []
     one_row = 0.0
@@ -237,9 +235,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=__doc__.partition(":")[0]
     )
-    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument(
-        "--json", type=Path, help="(default: docs/benchmarks/<device>.json on a GPU)"
+        "--rounds", type=int, default=5, help="rounds of each measurement (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="report file (default: docs/benchmarks/<device>.json on a GPU, else build/gpu.json)",
     )
     arguments = parser.parse_args()
     if arguments.rounds < 1:

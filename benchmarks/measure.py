@@ -1,7 +1,7 @@
-"""Contestants side by side: rounds in turn, wall and CPU seconds, medians with their spread, ratios
-round by round.
+"""Compares contestants that take turns: wall and CPU seconds, medians with spread, and ratios round
+by round.
 
-It imports no torch: what measures servers or simulates has none.
+It imports no torch, since benchmarks of servers and simulations do not need it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     import torch
 
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "greenlet", "bentoml", "httpx")
-FEW = 5  # values; of fewer, quartiles would be made up
+FEW = 5  # values; fewer have no meaningful quartiles
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds by the clock, and of CPU time of the whole process, all its threads together."""
+    """Wall-clock seconds, and CPU seconds of all threads of the process."""
 
     wall: float
     cpu: float
@@ -45,8 +45,8 @@ def clock(function: Callable[[], object]) -> Timing:
 def alternate(
     contestants: Mapping[str, Callable[[int], Timing]], rounds: int
 ) -> dict[str, list[Timing]]:
-    """Each contestant once in every round, given the round's number: A B A B ..., so that all meet
-    the same conditions."""
+    """Run each contestant once per round, with the round's number: A B A B ..., so that conditions
+    are the same for all."""
     timings: dict[str, list[Timing]] = {name: [] for name in contestants}
     for number in range(rounds):
         for name, contestant in contestants.items():
@@ -72,20 +72,20 @@ class Spread:
 
     @classmethod
     def known(cls, values: Iterable[float | None]) -> Spread | None:
-        """Of the values that there are; None if there are none."""
-        found = [value for value in values if value is not None]
-        return cls.of(found) if found else None
+        """The spread of the values that are not None; None if there are none."""
+        known = [value for value in values if value is not None]
+        return cls.of(known) if known else None
 
     def __str__(self) -> str:
-        """The median and the quartiles, or the extremes of fewer than five values, or the value if
-        all are equal."""
+        """The median with quartiles, or extremes of fewer than five values; a single number if all
+        are equal."""
         low, high = (self.low, self.high) if self.count < FEW else (self.q1, self.q3)
         return _short(self.median) + (
             f" ({_short(low)} to {_short(high)})" if self.low < self.high else ""
         )
 
 
-# A part's figures: what the Markdown tables show, and the JSON file keeps whole
+# figures of a part: formatted in Markdown tables, complete in the JSON file
 
 Value = str | int | float | Spread | None
 Row = dict[str, Value]
@@ -94,7 +94,7 @@ Table = Sequence[Mapping[str, Value]]  # all rows have the same columns
 
 @dataclass(frozen=True)
 class Part:
-    """What was measured, in a sentence or two, and its tables."""
+    """A description of what was measured, and its tables."""
 
     about: str
     tables: tuple[Table, ...]
@@ -115,14 +115,14 @@ def seconds(timings: Mapping[str, Sequence[Timing]]) -> list[Row]:
     ]
 
 
-def ratio(what: str, above: Sequence[Timing], below: Sequence[Timing], wanted: str = "") -> Row:
-    """A row of a table of ratios: `above` over `below`, round by round, so that what slows a whole
-    round slows both."""
+def ratio(name: str, above: Sequence[Timing], below: Sequence[Timing], wanted: str = "") -> Row:
+    """A row of a table of ratios: `above` over `below`, round by round, since load on the machine
+    slows both in a round."""
     pairs = list(zip(above, below, strict=True))
     return {
-        "ratio": what,
-        "wall": Spread.of([one.wall / other.wall for one, other in pairs]),
-        "CPU": Spread.of([one.cpu / other.cpu for one, other in pairs]),
+        "ratio": name,
+        "wall": Spread.of([upper.wall / lower.wall for upper, lower in pairs]),
+        "CPU": Spread.of([upper.cpu / lower.cpu for upper, lower in pairs]),
         "wanted": wanted,
     }
 
@@ -150,31 +150,30 @@ def _short(value: float) -> str:
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
-    """Hardware and versions, and nothing that names an installation; threads where torch is in
-    use."""
-    found: dict[str, Any] = {
+    """Hardware and versions of packages, without host names; torch's threads if it is imported."""
+    facts: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
         "cpus": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 2),  # of the minute before: what else is running
+        "load_average": round(os.getloadavg()[0], 2),  # of the last minute: other processes
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
     }
     if "torch" in sys.modules:
         import torch
 
-        found["torch_threads"] = torch.get_num_threads()
+        facts["torch_threads"] = torch.get_num_threads()
         if device is not None and device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
-            found |= {
+            facts |= {
                 "gpu": properties.name,
                 "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
                 "cuda": torch.version.cuda,
                 "cudnn": torch.backends.cudnn.version(),
             }
-    return found
+    return facts
 
 
 def _cpu_name() -> str:
@@ -192,7 +191,7 @@ def _version(name: str) -> str:
 
 
 class Report:
-    """Prints each part when it is done, and writes them all as JSON."""
+    """Prints each part when it is done, and writes all as JSON."""
 
     def __init__(self, path: Path, device: torch.device | None = None, **arguments: Any) -> None:
         self._path = path
@@ -206,19 +205,23 @@ class Report:
         print(f"{facts}\n", flush=True)
 
     def add(self, name: str, *sections: Part, **kept: Any) -> None:
-        """Of a part in one or more sections; what is `kept` goes into the file alone.
+        """Add a part with one or more sections, and further values `kept` only in the file.
 
-        The file is written anew each time: a run that is interrupted leaves what it has.
+        The file is written each time, so an interrupted run keeps the finished parts.
         """
         self._content["parts"][name] = {
-            "sections": [dataclasses.asdict(one) for one in sections],
+            "sections": [dataclasses.asdict(section) for section in sections],
             **kept,
         }
         print(
-            f"## {name}", *(one.markdown() for one in sections), sep="\n\n", end="\n\n", flush=True
+            f"## {name}",
+            *(section.markdown() for section in sections),
+            sep="\n\n",
+            end="\n\n",
+            flush=True,
         )
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.write_text(json.dumps(self._content, indent=2) + "\n")
 
     def close(self) -> None:
-        print(f"written to {self._path}", file=sys.stderr)
+        print(f"wrote {self._path}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The time of a step that is not the forward's."""
+"""The time between forwards: the pipeline's own Python, and the engine's."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Forward(NamedTuple):
 
 
 class Watch(types.ModuleType):
-    """Times a module's forwards. Put it on before an engine puts its hook on, which is then outside
-    of what is timed.
+    """Times a module's forwards. Create it before an engine hooks the module, so that the hook is
+    not timed.
 
-    The engine does not look into Python's modules; a list in a closure it would take for state that
-    the forward keeps.
+    It is a Python module, which the engine does not inspect: it would take a list in a closure for
+    state of the forward.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -55,7 +55,7 @@ class Watch(types.ModuleType):
 
 
 class _Samples:
-    """Of the steps at one number of jobs."""
+    """Measurements of steps with the same number of jobs."""
 
     def __init__(self) -> None:
         self.forwards: list[float] = []
@@ -63,12 +63,14 @@ class _Samples:
         self.cpu_gaps: list[float] = []
 
     def add(self, forwards: list[Forward], rows: int) -> None:
-        """Take the steps of `rows` rows, and what lies between two that follow each other."""
-        self.forwards += [one.ended - one.began for one in forwards if one.rows == rows]
-        for one, other in itertools.pairwise(forwards):
-            if one.rows == other.rows == rows:
-                self.gaps.append((other.began - one.ended) * MICROSECONDS)
-                self.cpu_gaps.append((other.cpu_began - one.cpu_ended) * MICROSECONDS)
+        """Add the forwards of `rows` rows, and the gaps between consecutive ones."""
+        self.forwards += [
+            forward.ended - forward.began for forward in forwards if forward.rows == rows
+        ]
+        for forward, following in itertools.pairwise(forwards):
+            if forward.rows == following.rows == rows:
+                self.gaps.append((following.began - forward.ended) * MICROSECONDS)
+                self.cpu_gaps.append((following.cpu_began - forward.cpu_ended) * MICROSECONDS)
 
 
 def overhead(shapes: Shapes, rounds: int) -> Part:
@@ -83,29 +85,29 @@ def overhead(shapes: Shapes, rounds: int) -> Part:
             bare_watch.forwards.clear()
             bare_pipeline(**shapes.call(first, STEPS))
             bare.add(bare_watch.forwards, 2)
-            for jobs, found in samples.items():
+            for jobs, sample in samples.items():
                 calls = shapes.calls(first, jobs, STEPS)
                 watch.forwards.clear()
                 run(engine, calls)
-                found.add(watch.forwards, 2 * jobs)
+                sample.add(watch.forwards, 2 * jobs)
     return Part(
         "Between a forward of the transformer and the next, in microseconds, while all jobs run: "
         "the pipeline's own Python (guidance, scheduler, progress), once for each job, and the "
-        "engine's. The pipeline's own is measured on bare calls and taken once for each job; what "
-        "is beyond it is the engine's.",
+        "engine's. The pipeline's share is that of bare calls times the number of jobs; the rest "
+        "is the engine's.",
         (
             [
                 _row(1, bare, bare, "bare"),
-                *(_row(jobs, found, bare, "step") for jobs, found in samples.items()),
+                *(_row(jobs, sample, bare, "step") for jobs, sample in samples.items()),
             ],
         ),
     )
 
 
-def _row(jobs: int, found: _Samples, bare: _Samples, name: str) -> Row:
-    gap, cpu = Spread.of(found.gaps), Spread.of(found.cpu_gaps)
+def _row(jobs: int, sample: _Samples, bare: _Samples, name: str) -> Row:
+    gap, cpu = Spread.of(sample.gaps), Spread.of(sample.cpu_gaps)
     own, own_cpu = jobs * Spread.of(bare.gaps).median, jobs * Spread.of(bare.cpu_gaps).median
-    forward = Spread.of([1000 * one for one in found.forwards])
+    forward = Spread.of([1000 * seconds for seconds in sample.forwards])
     return {
         "": name,
         "jobs": jobs,

@@ -1,4 +1,4 @@
-"""Policies that the default is compared with, in the simulator and on the real server."""
+"""Policies to compare the default with, in the simulator and on the real server."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from stepweave.scheduling.task import Task
 
 
 class Aged:
-    """The call with the least remaining work, less with age, with others of its key; overdue jobs
-    and deadlines that can be met go before."""
+    """Least remaining work first, discounted by age; overdue jobs and deadlines that can be met
+    come before."""
 
     cuts_at_knee = True
 
@@ -44,7 +44,7 @@ class Aged:
 
 
 class KeyedFIFO:
-    """The oldest job's call with others of its key, the oldest first."""
+    """First come, first served, batched with others of the same key."""
 
     cuts_at_knee = False
 
@@ -57,16 +57,15 @@ class KeyedFIFO:
 
 
 class RoundRobin(KeyedFIFO):
-    """Keys take turns; within a key the oldest job goes first."""
+    """Keys take turns; within a key, first come, first served."""
 
     def choose(self, queues: Queues[CallT], now: float, cap: Cap, cost: Cost) -> list[CallT]:
         return fill(sorted(next(iter(queues.values())), key=_arrived), cap)
 
 
 class FIFO(KeyedFIFO):
-    """As other servers do it: jobs join the running batch in order of arrival while they are of its
-    kind; the first that is not, or for which there is no room, holds up all behind it until the
-    batch has ended."""
+    """As in other servers: jobs join the running batch in order of arrival; the first that is of
+    another kind, or does not fit, blocks all behind it until the batch has ended."""
 
     def choose(self, queues: Queues[CallT], now: float, cap: Cap, cost: Cost) -> list[CallT]:
         calls = sorted(_calls(queues), key=_arrived)

@@ -1,4 +1,4 @@
-"""What previews cost, and how much they resemble the images, on the embedded model: `python -m
+"""Cost of previews, and their likeness to the images, with the embedded model: `python -m
 benchmarks.previews`."""
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from stepweave.images.encode import encode
 from stepweave.loading.device import set_cpu_threads
 from stepweave.previews.decoder import Previewer, preview_steps
 
-COUNT = 3  # previews of an image
-JOBS = 8  # at a time
-STRIDE = 1009  # prime: prompts one after the other differ in all their words
+COUNT = 3  # previews per image
+JOBS = 8  # concurrent
+STRIDE = 1009  # a prime, so that consecutive prompts differ in all words
 PROMPTS = 48
 
 
 class Watcher:
-    """Has images made of the steps it is for, on the threads of a pool."""
+    """Makes previews at the given steps, on the threads of a pool."""
 
     def __init__(
         self, steps: list[int], make: Callable[[int, Latents], object], pool: ThreadPoolExecutor
@@ -49,13 +49,13 @@ class Watcher:
 
 
 def cost(shapes: Shapes, previewer: Previewer, rounds: int) -> Part:
-    """Jobs with previews, PNG files included as a server makes them, and jobs without, in turn
-    through one engine."""
+    """Jobs with previews, encoded as PNG like in the server, and jobs without, in turn through one
+    engine."""
     steps = preview_steps(shapes.steps, COUNT)
-    made: list[int] = []
+    sizes: list[int] = []
 
     def make(step: int, latents: Latents) -> None:
-        made.append(len(encode(previewer.image(latents, 64, 64), "png", None, "shapes")))
+        sizes.append(len(encode(previewer.image(latents, 64, 64), "png", None, "shapes")))
 
     with StepEngine(shapes.pipeline, cache_bytes=0) as engine:
 
@@ -63,7 +63,7 @@ def cost(shapes: Shapes, previewer: Previewer, rounds: int) -> Part:
             calls = [shapes.call(STRIDE * (FRESH + jobs * number + i)) for i in range(jobs)]
 
             def through() -> None:
-                with ThreadPoolExecutor(2) as pool:  # its end waits for the previews, too
+                with ThreadPoolExecutor(2) as pool:  # its exit waits for the previews
                     watcher = Watcher(steps, make, pool) if watched else None
                     submitted = [engine.submit(**call, observer=watcher) for call in calls]
                     for job in submitted:
@@ -78,9 +78,9 @@ def cost(shapes: Shapes, previewer: Previewer, rounds: int) -> Part:
                 contestants[name] = functools.partial(run, jobs, watched)
         for contestant in contestants.values():
             contestant(-1)
-        made.clear()
+        sizes.clear()
         timings = alternate(contestants, rounds)
-    assert len(made) == rounds * (1 + JOBS) * COUNT
+    assert len(sizes) == rounds * (1 + JOBS) * COUNT
     one, one_none, many, many_none = timings.values()
     return Part(
         f"{COUNT} previews of each image of {shapes.steps} steps, made into PNG files, against "
@@ -116,33 +116,38 @@ def likeness(shapes: Shapes, previewer: Previewer, prompts: int, sheet: Path | N
     if sheet is not None:
         _draw(
             [
-                [*(found[step] for step in chosen), image]
-                for found, image in zip(previews, images, strict=True)
+                [*(made[step] for step in chosen), image]
+                for made, image in zip(previews, images, strict=True)
             ],
             sheet,
         )
     rows = []
     for step in steps:
-        found = [
-            _correlation(one[step], image) for one, image in zip(previews, images, strict=True)
+        correlations = [
+            _correlation(made[step], image) for made, image in zip(previews, images, strict=True)
         ]
-        tenth = float(np.percentile(found, 10))
-        rows.append({"step": step, "correlation": Spread.of(found), "of nine in ten above": tenth})
+        rows.append(
+            {
+                "step": step,
+                "correlation": Spread.of(correlations),
+                "10th percentile": float(np.percentile(correlations, 10)),
+            }
+        )
     return Part(
-        f"Pearson's correlation over the RGB values of preview and image, {prompts} prompts. "
-        f"{COUNT} previews are made after steps {', '.join(map(str, chosen))}. The map explains "
-        f"{previewer.explained:.0%} of unseen pixels.",
+        f"Pearson's correlation of the RGB values of preview and image, {prompts} prompts. "
+        f"{COUNT} previews are made after steps {', '.join(map(str, chosen))}. The linear decoder "
+        f"explains {previewer.explained:.0%} of the variance of unseen pixels.",
         (rows,),
     )
 
 
 def _correlation(preview: Image.Image, image: Image.Image) -> float:
-    one, other = (np.asarray(each, dtype=float).ravel() for each in (preview, image))
-    return float(np.corrcoef(one, other)[0, 1])
+    values = [np.asarray(each, dtype=float).ravel() for each in (preview, image)]
+    return float(np.corrcoef(values)[0, 1])
 
 
 def _draw(rows: list[list[Image.Image]], path: Path) -> None:
-    """Two prompts a line: the previews, and the image."""
+    """Draw previews and image of two prompts per line."""
     across, side = 2 * len(rows[0]), rows[0][0].width
     cells = [image for row in rows for image in row]
     sheet = Image.new("RGB", (across * (side + 2), -(-len(cells) // across) * (side + 2)))
@@ -156,15 +161,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.previews", description=__doc__.partition(":")[0]
     )
-    parser.add_argument("--repeats", type=int, default=15, help="rounds (default: %(default)s)")
     parser.add_argument(
-        "--quick", action="store_true", help="a few seconds' worth, to see that it works"
+        "--repeats", type=int, default=15, help="rounds of the cost (default: %(default)s)"
+    )
+    parser.add_argument("--quick", action="store_true", help="a smoke test of a few seconds")
+    parser.add_argument(
+        "--sheet", type=Path, help="PNG file to write, with previews next to their images"
     )
     parser.add_argument(
-        "--sheet", type=Path, help="where to draw previews beside their images, as a PNG file"
-    )
-    parser.add_argument(
-        "--json", type=Path, default=Path("build/previews.json"), help="(default: %(default)s)"
+        "--json",
+        type=Path,
+        default=Path("build/previews.json"),
+        help="report file (default: %(default)s)",
     )
     arguments = parser.parse_args()
     if arguments.repeats < 1:

@@ -1,10 +1,10 @@
-"""The step-time curves of the embedded model on this machine, for `python -m benchmarks.simulate
---curve`.
+"""Measures step-time curves of the embedded model on this machine, for `python -m
+benchmarks.simulate --curve`.
 
     python -m benchmarks.profile --out build/curve.json
 
-Each size has an engine of its own: one job alone tells which calls a job makes, growing numbers of
-jobs what they cost by rows.
+Each size has its own engine: a single job shows which calls a job makes, growing numbers of jobs
+their seconds by rows.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from stepweave.loading.loader import load_pipeline
 from stepweave.serving.model import ServedModel
 
 DENOISER = "transformer"
-COUNTS = (1, 2, 4, 8, 16)  # jobs at a time
+COUNTS = (1, 2, 4, 8, 16)  # concurrent jobs
 STEPS = 12
 
 Step = tuple[str, int]  # module, rows
 
 
 def run(engine: StepEngine, model: ServedModel, size: str, count: int, first: int) -> None:
-    """Jobs with prompts of their own, since encodings are remembered."""
+    """Run jobs with different prompts, since encodings are cached."""
     parameters = [
         model.resolve(prompt=f"{first + i} red rings", size=size, num_inference_steps=STEPS)
         for i in range(count)
     ]
-    for job in [engine.submit(**model.call(one)) for one in parameters]:
+    for job in [engine.submit(**model.call(each)) for each in parameters]:
         job.result()
 
 
 def calls_of(steps: list[Step], sizes: dict[str, int]) -> dict[str, list[dict[str, Any]]]:
-    """What a job that ran alone called before its first step, in each, and after the last."""
+    """The calls of a job alone, before its first step, in each step, and after the last."""
     places = [i for i, (module, _) in enumerate(steps) if module == DENOISER]
     parts = {
         "before": steps[: places[0]],
@@ -49,8 +49,8 @@ def calls_of(steps: list[Step], sizes: dict[str, int]) -> dict[str, list[dict[st
         "after": steps[places[-1] + 1 :],
     }
     return {
-        part: [{"module": module, "size": sizes[module], "rows": rows} for module, rows in found]
-        for part, found in parts.items()
+        part: [{"module": module, "size": sizes[module], "rows": rows} for module, rows in calls]
+        for part, calls in parts.items()
     }
 
 
@@ -64,7 +64,7 @@ def profile(
         knee=False,
         on_step=lambda module, rows, cap, took: seen.append((module, rows)),
     ) as engine:
-        for count in COUNTS:  # certificates, first calls
+        for count in COUNTS:  # to certify, and for first calls
             run(engine, model, size, count, 100 * count)
         seen.clear()
         run(engine, model, size, 1, 99)
@@ -74,7 +74,7 @@ def profile(
                 run(engine, model, size, count, 1000 * (number + 1) + 100 * count)
         curves = engine.curves()
     sizes = {key.module: key.size for key in curves}
-    found = [
+    measured = [
         {
             "module": key.module,
             "size": key.size,
@@ -82,16 +82,23 @@ def profile(
         }
         for key, seconds in curves.items()
     ]
-    return found, calls_of(alone, sizes)
+    return measured, calls_of(alone, sizes)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sizes", default="64x64,128x128")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("build/curve.json"))
+    parser.add_argument("--sizes", default="64x64,128x128", help="(default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="rounds of each size (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("build/curve.json"),
+        help="file to write (default: %(default)s)",
+    )
     arguments = parser.parse_args()
     settings = Settings()
     set_cpu_threads(settings)
@@ -109,11 +116,11 @@ def main() -> None:
     }
     for size in arguments.sizes.split(","):
         curves, content["jobs"][size] = profile(model, size, arguments.rounds)
-        content["curves"] += [one for one in curves if one not in content["curves"]]
-    known: dict[tuple[str, int], dict[str, Any]] = {}
-    for one in content["curves"]:  # encoders are of all sizes
-        known.setdefault((one["module"], one["size"]), one)
-    content["curves"] = list(known.values())
+        content["curves"] += [curve for curve in curves if curve not in content["curves"]]
+    by_key: dict[tuple[str, int], dict[str, Any]] = {}
+    for curve in content["curves"]:  # encoders are measured with each size; keep the first
+        by_key.setdefault((curve["module"], curve["size"]), curve)
+    content["curves"] = list(by_key.values())
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(content, indent=2) + "\n")
     print(arguments.out.read_text())

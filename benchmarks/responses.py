@@ -1,5 +1,5 @@
-"""How soon the server tells and obeys, busy and idle: first events, probes, cancellation: `python
--m benchmarks.responses`."""
+"""Latency of first events, probes and cancellation of an idle and a busy server: `python -m
+benchmarks.responses`."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ BUSY_JOBS = 16
 BUSY_STEPS = 60
 GENERATIONS = "/v1/images/generations"
 PROBES = ("/livez", "/readyz", "/metrics")
-TICK = 0.01  # seconds between two probes
-CANCELLED_STEPS = 150  # of a job that is to be cancelled
+TICK = 0.01  # seconds between two rounds of probes
+CANCELLED_STEPS = 150  # of jobs that are cancelled
 SAVED = re.compile(r"^stepweave_steps_saved_total\S* (\S+)", re.MULTILINE)
 
 
@@ -38,9 +38,9 @@ def body(number: int, **fields: object) -> dict[str, object]:
 
 @contextlib.asynccontextmanager
 async def busy(client: httpx.AsyncClient, jobs: int) -> AsyncIterator[None]:
-    """As many jobs are always under way."""
+    """Keep `jobs` jobs running within the context."""
 
-    async def one(number: int) -> None:
+    async def generate(number: int) -> None:
         while True:
             answer = await client.post(
                 GENERATIONS, json=body(number, num_inference_steps=BUSY_STEPS)
@@ -48,7 +48,7 @@ async def busy(client: httpx.AsyncClient, jobs: int) -> AsyncIterator[None]:
             answer.raise_for_status()
             number += jobs
 
-    tasks = [asyncio.create_task(one(number)) for number in range(jobs)]
+    tasks = [asyncio.create_task(generate(number)) for number in range(jobs)]
     try:
         if tasks:
             await asyncio.sleep(2)
@@ -64,49 +64,49 @@ async def busy(client: httpx.AsyncClient, jobs: int) -> AsyncIterator[None]:
 
 async def first_events(client: httpx.AsyncClient, count: int) -> dict[str, Spread]:
     """Seconds from the request to the first event, the first preview, and the image."""
-    found: dict[str, list[float]] = {
+    seconds: dict[str, list[float]] = {
         "stepweave.queued": [],
         "image_generation.partial_image": [],
         "completed": [],
     }
     for number in range(count):
         began, seen = time.perf_counter(), set()
-        asked = body(10_000 + number, stream=True, partial_images=3, events="all")
-        async with client.stream("POST", GENERATIONS, json=asked) as answer:
+        request = body(10_000 + number, stream=True, partial_images=3, events="all")
+        async with client.stream("POST", GENERATIONS, json=request) as answer:
             answer.raise_for_status()
             async for line in answer.aiter_lines():
                 name = line.removeprefix("event: ").replace(
                     "image_generation.completed", "completed"
                 )
-                if line.startswith("event: ") and name in found and name not in seen:
+                if line.startswith("event: ") and name in seconds and name not in seen:
                     seen.add(name)
-                    found[name].append(time.perf_counter() - began)
-    return {name: Spread.of(taken) for name, taken in found.items()}
+                    seconds[name].append(time.perf_counter() - began)
+    return {name: Spread.of(taken) for name, taken in seconds.items()}
 
 
 async def probes(client: httpx.AsyncClient, count: int) -> dict[str, list[float]]:
     """Seconds of each probe, one after the other."""
-    found: dict[str, list[float]] = {path: [] for path in PROBES}
+    seconds: dict[str, list[float]] = {path: [] for path in PROBES}
     for _ in range(count):
         for path in PROBES:
             began = time.perf_counter()
             (await client.get(path)).raise_for_status()
-            found[path].append(time.perf_counter() - began)
+            seconds[path].append(time.perf_counter() - began)
         await asyncio.sleep(TICK)
-    return found
+    return seconds
 
 
 async def cancellations(client: httpx.AsyncClient, count: int) -> dict[str, tuple[Spread, Spread]]:
-    """Steps that ran after the last one that was told when it was cancelled, and seconds until it
-    had ended."""
-    found: dict[str, list[tuple[float, float]]] = {"DELETE": [], "disconnect": []}
+    """Steps run after the last one that the client knew of when it cancelled, and seconds until the
+    job had ended."""
+    results: dict[str, list[tuple[float, float]]] = {"DELETE": [], "disconnect": []}
     for number in range(count):
-        for way, taken in found.items():
+        for way, taken in results.items():
             saved = await _saved(client)
-            asked = body(
+            request = body(
                 20_000 + number, stream=True, events="all", num_inference_steps=CANCELLED_STEPS
             )
-            async with client.stream("POST", GENERATIONS, json=asked) as answer:
+            async with client.stream("POST", GENERATIONS, json=request) as answer:
                 answer.raise_for_status()
                 step = 0
                 async for line in answer.aiter_lines():
@@ -127,14 +127,14 @@ async def cancellations(client: httpx.AsyncClient, count: int) -> dict[str, tupl
             Spread.of([steps for steps, _ in taken]),
             Spread.of([seconds for _, seconds in taken]),
         )
-        for way, taken in found.items()
+        for way, taken in results.items()
     }
 
 
 async def _saved(client: httpx.AsyncClient) -> float:
-    found = SAVED.search((await client.get("/metrics")).text)
-    assert found is not None
-    return float(found[1])
+    match = SAVED.search((await client.get("/metrics")).text)
+    assert match is not None
+    return float(match[1])
 
 
 async def measure(url: str, repeats: int, report: Report) -> None:
@@ -152,8 +152,8 @@ async def measure(url: str, repeats: int, report: Report) -> None:
             async with busy(client, jobs):
                 for name, taken in (await first_events(client, repeats)).items():
                     events.append({"beside": f"{jobs} jobs", "what": name, "seconds": taken})
-                found = await probes(client, 20 * repeats)
-                for path, seconds in found.items():
+                probe_seconds = await probes(client, 20 * repeats)
+                for path, seconds in probe_seconds.items():
                     median, p99, most = np.percentile(seconds, (50, 99, 100)).tolist()
                     probed.append(
                         {
@@ -171,7 +171,7 @@ async def measure(url: str, repeats: int, report: Report) -> None:
                             for q in (50, 99)
                         }
                         ratios.append({"busy / idle": path, "median": ratio[50], "p99": ratio[99]})
-                idle = idle or found
+                idle = idle or probe_seconds
                 for way, (steps, waited) in (await cancellations(client, repeats)).items():
                     ended.append(
                         {
@@ -185,7 +185,7 @@ async def measure(url: str, repeats: int, report: Report) -> None:
     about = f"jobs of {BUSY_STEPS} steps beside; client and server share the cores."
     report.add(
         "first events",
-        Part(f"From the request until an event has come; 20 steps, 3 previews; {about}", (events,)),
+        Part(f"From the request to the first event; 20 steps, 3 previews; {about}", (events,)),
     )
     report.add(
         "probes",
@@ -209,10 +209,16 @@ def main() -> None:
         prog="python -m benchmarks.responses", description=__doc__.partition(":")[0]
     )
     parser.add_argument(
-        "--repeats", type=int, default=15, help="of each measurement (default: %(default)s)"
+        "--repeats",
+        type=int,
+        default=15,
+        help="repetitions of each measurement (default: %(default)s)",
     )
     parser.add_argument(
-        "--json", type=Path, default=Path("build/responses.json"), help="(default: %(default)s)"
+        "--json",
+        type=Path,
+        default=Path("build/responses.json"),
+        help="report file (default: %(default)s)",
     )
     arguments = parser.parse_args()
     if arguments.repeats < 1:

@@ -1,4 +1,4 @@
-"""The embedded model, and as many different calls of it as a measurement wants."""
+"""The embedded model, and numbered calls of it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Shapes:
         self._defaults: Call = {"guidance_scale": preset.guidance_scale, **preset.call}
 
     def call(self, number: int, steps: int | None = None) -> Call:
-        """The arguments of call `number`, whose prompt and seed no other number has."""
+        """The arguments of call `number`; each number gives a different prompt and seed."""
         generator = torch.Generator().manual_seed(number)
         steps = steps or self.steps
         return {
@@ -44,6 +44,6 @@ class Shapes:
         return [self.call(number, steps) for number in range(first, first + count)]
 
     def batch(self, first: int, count: int, steps: int | None = None) -> Call:
-        """The same calls as one, ready-made."""
+        """The same calls as a single batched call."""
         calls = self.calls(first, count, steps)
         return calls[0] | {name: [call[name] for call in calls] for name in ("prompt", "generator")}

@@ -1,8 +1,9 @@
-"""Which policy is better, without a model: `python -m benchmarks.simulate`.
+"""Compares scheduling policies in a simulation: `python -m benchmarks.simulate`.
 
-Discrete events, the policies of `stepweave.scheduling` themselves, and seconds of forwards from a
-curve. All policies get the same arrivals, so ratios are taken seed by seed. Load 1 is the rate at
-which every row would have to run in the group that is best for throughput; no policy sustains it.
+It is a discrete-event simulation with the real policies of `stepweave.scheduling`; seconds of
+forwards come from a measured curve. All policies get the same arrivals, and ratios are taken seed
+by seed. Load 1 is the rate at which every forward would need the batch with the highest throughput;
+no policy sustains it.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ CURVE = Path(__file__).parent / "curves" / "qwen-image-h200.json"
 MIX = "512x512:4:15,512x512:28:35,1024x1024:28:35,1024x1024:50:15"
 BASELINE = "fifo"
 SHOWN = ("mean", "p50", "p95", "p99", "slowdown", "within", "hits", "throughput", "rows")
-# shown with admission
+# figures with admission
 BOUNDED = ("throughput", "refused", "retries", "kept", "told", "inside", "mean", "p99", "within")
 COMPARED = ("mean", "p95", "p99", "slowdown", "within")
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is simulated once for each policy: arrivals are drawn, or read."""
+    """Arrivals, random or from a trace, to simulate once for each policy."""
 
     curve: Path
     mix: str
@@ -52,13 +53,12 @@ class Case:
     seed: int
     jobs: int
     burst: float = 1
-    # share of jobs that have one, and how many times their solo time
+    # share of jobs with a deadline, and deadlines in multiples of a job's time alone
     deadlines: tuple[float, float] = (0, 1)
     trace: Path | None = None
     limit: int | None = None  # requests in flight
-    # seconds that a job may wait inside, and that a promise may be ahead
-    max_wait: float = float("inf")
-    attempts: int = 1  # of a client, each when it was told
+    max_wait: float = float("inf")  # seconds, as STEPWEAVE_MAX_WAIT
+    attempts: int = 1  # of a client, each after the Retry-After of the refusal before
 
     def arrivals(self, curves: Curves) -> list[Arrival]:
         if self.trace is not None:
@@ -71,17 +71,16 @@ class Case:
 
 
 def policy(name: str) -> tuple[Policy, int | None]:
-    """A policy and its cap, by name: `srpt` at the knees, `srpt@3` at 3 rows whatever the
-    key."""
+    """A policy and its cap, by name: `srpt` is capped at the knees, `srpt@3` at 3 rows."""
     policies = {**POLICIES, **VARIANTS}
     bare, _, cap = name.partition("@")
     if bare not in policies:
-        raise SystemExit(f"there is no policy {bare!r}; there are {', '.join(policies)}")
+        raise SystemExit(f"there is no policy {bare!r}; choose from {', '.join(policies)}")
     return policies[bare], int(cap) if cap else None
 
 
 def simulated(case: Case, names: tuple[str, ...]) -> tuple[float, dict[str, Figures]]:
-    """The lower bound of the mean, and the figures of each policy, with the same arrivals."""
+    """A lower bound of the mean latency, and the figures of each policy, for the same arrivals."""
     curves = Curves.read(case.curve)
     requests = case.arrivals(curves)
     figures = {}
@@ -95,18 +94,18 @@ def simulated(case: Case, names: tuple[str, ...]) -> tuple[float, dict[str, Figu
 
 
 def spreads(runs: list[dict[str, Figures]], name: str) -> dict[str, Spread]:
-    """Of each figure of a policy, over the seeds."""
+    """The spread of each figure of a policy over the seeds."""
     taken = [asdict(figures[name]) for figures in runs]
     keys = [key for key in taken[0] if all(figures[key] is not None for figures in taken)]
     return {key: Spread.of([figures[key] for figures in taken]) for key in keys}
 
 
 def ratios(runs: list[dict[str, Figures]], name: str, bounds: list[float]) -> Row:
-    """To the baseline, and to the bound, seed by seed."""
+    """A policy's figures relative to the baseline and to the bound, seed by seed."""
     row: Row = {"policy": name}
     for key in COMPARED:
         pairs = [(getattr(figures[name], key), getattr(figures[BASELINE], key)) for figures in runs]
-        row[f"{key} / {BASELINE}"] = Spread.of([one / max(other, 1e-9) for one, other in pairs])
+        row[f"{key} / {BASELINE}"] = Spread.of([value / max(base, 1e-9) for value, base in pairs])
     means = [figures[name].mean for figures in runs]
     row["mean / bound"] = Spread.of(
         [mean / bound for mean, bound in zip(means, bounds, strict=True)]
@@ -118,50 +117,69 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.simulate", description=__doc__.partition(":")[0]
     )
-    parser.add_argument("--curve", type=Path, default=CURVE, help="JSON (default: %(default)s)")
-    parser.add_argument("--mix", default=MIX, help="size:steps:share,... (default: %(default)s)")
-    parser.add_argument("--loads", default="0.6,0.8,0.9,1.5", help="(default: %(default)s)")
+    parser.add_argument(
+        "--curve", type=Path, default=CURVE, help="step-time curve, JSON (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--mix", default=MIX, help="jobs as size:steps:share,... (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--loads",
+        default="0.6,0.8,0.9,1.5",
+        help="arrival rates, relative to the highest throughput (default: %(default)s)",
+    )
     parser.add_argument(
         "--policies",
         default=",".join(POLICIES),
-        help="name, or name@rows for another cap than the knee (default: %(default)s)",
+        help="names, or name@rows for a fixed batch limit instead of the knee (default: "
+        "%(default)s)",
     )
-    parser.add_argument("--seeds", type=int, default=10, help="(default: %(default)s)")
     parser.add_argument(
-        "--jobs", type=int, default=1000, help="of each seed (default: %(default)s)"
+        "--seeds", type=int, default=10, help="number of seeds (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1000, help="jobs per seed (default: %(default)s)"
     )
     parser.add_argument(
         "--burst",
         type=float,
         default=1,
-        help="mean number that come at one moment (default: %(default)s)",
+        help="mean number of jobs that arrive together (default: %(default)s)",
     )
     parser.add_argument(
         "--deadlines",
         default="0:1",
-        help="share of jobs with one, and how many times their time alone",
+        help="SHARE:FACTOR, the share of jobs with a deadline, and the deadline as a multiple of "
+        "the job's time alone (default: %(default)s)",
     )
     parser.add_argument(
         "--trace",
         type=Path,
-        help="arrivals from a file instead; see benchmarks/simulation/arrivals.py",
+        help="file of arrivals, instead of random ones; see benchmarks/simulation/arrivals.py",
     )
     parser.add_argument(
         "--limit",
         type=int,
-        help="of requests in flight; others are refused and told when to come again",
+        help="requests in flight; further ones are refused, and retry after Retry-After (default: "
+        "no limit)",
     )
     parser.add_argument(
         "--max-wait",
         type=float,
         default=600,
-        help="seconds; with --limit, as STEPWEAVE_MAX_WAIT (default: %(default)s)",
+        help="seconds, as STEPWEAVE_MAX_WAIT; with --limit (default: %(default)s)",
     )
     parser.add_argument(
-        "--attempts", type=int, default=3, help="of a client that is refused (default: %(default)s)"
+        "--attempts",
+        type=int,
+        default=3,
+        help="attempts of a client that is refused; with --limit (default: %(default)s)",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("build/simulate"), help="(default: %(default)s)"
+        "--out",
+        type=Path,
+        default=Path("build/simulate"),
+        help="directory of the report (default: %(default)s)",
     )
     arguments = parser.parse_args()
 
@@ -193,7 +211,7 @@ def main() -> None:
     report = Report(arguments.out / "simulate.json", **_shown(arguments))
     jobs = f"{arguments.jobs} jobs a seed, {arguments.seeds} seeds"
     about = f"{curves.name} ({curves.source}); mix {arguments.mix}; {jobs}."
-    found: dict[str, dict[str, list[Spread]]] = {name: {} for name in names}
+    by_policy: dict[str, dict[str, list[Spread]]] = {name: {} for name in names}
     bounds: list[Spread] = []
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         results = pool.map(simulated, cases, [names] * len(cases))
@@ -204,7 +222,7 @@ def main() -> None:
             every = {name: spreads(runs, name) for name in names}
             for name, figures in every.items():
                 for key, spread in figures.items():
-                    found[name].setdefault(key, []).append(spread)
+                    by_policy[name].setdefault(key, []).append(spread)
             rows: list[Row] = [
                 {"policy": name, **{key: figures[key] for key in shown if key in figures}}
                 for name, figures in every.items()
@@ -217,12 +235,12 @@ def main() -> None:
                 runs=[{name: asdict(figures) for name, figures in run.items()} for run in runs],
             )
     title = f"{curves.name}; {arguments.mix}\n{jobs}: median and quartiles"
-    draw(loads, found, bounds, title, arguments.out / "simulate.png")
+    draw(loads, by_policy, bounds, title, arguments.out / "simulate.png")
     report.close()
 
 
 def _shown(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Without what names a place on this machine."""
+    """The arguments without paths of this machine."""
     return {
         name: str(value) for name, value in vars(arguments).items() if name not in ("curve", "out")
     }

@@ -1,7 +1,6 @@
-"""Stable Diffusion 1.5 and XL in full size with random weights: the configurations of the public
-models, nothing downloaded.
+"""Stable Diffusion 1.5 and XL in full size with random weights, so that nothing is downloaded.
 
-Their images are noise, and take as long as any.
+Their images are noise, but take as long as real ones.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ NOISE_SCHEDULE: dict[str, Any] = {
     "beta_schedule": "scaled_linear",
 }
 
-# stable-diffusion-v1-5: unet/config.json, less what are the class's defaults
+# stable-diffusion-v1-5: unet/config.json without the class's defaults
 UNET_1_5: dict[str, Any] = {
     "sample_size": 64,
     "cross_attention_dim": 768,
@@ -54,8 +53,7 @@ AUTOENCODER: dict[str, Any] = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
-    # bfloat16 decodes as it is; what may be cast to float32 by a call would have to be taken in
-    # turns
+    # decode in bfloat16: if calls cast the module to float32, they must take turns
     "force_upcast": False,
 }
 CLIP_L: dict[str, Any] = {
@@ -121,8 +119,8 @@ def stable_diffusion_xl(device: torch.device, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def _made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Weights are drawn where and as they are used: quickly, and with no float32 copy of them; the
-    same ones every time."""
+    """Draw weights on the device and in the data type that they are used with, which is fast and
+    makes no float32 copy; they are the same every time."""
     before = torch.get_default_dtype()
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)

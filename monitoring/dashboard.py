@@ -1,8 +1,8 @@
-"""The Grafana dashboard as code. `python monitoring/dashboard.py` writes
+"""The Grafana dashboard as code: `python monitoring/dashboard.py` writes
 `monitoring/dashboard.json`.
 
-Every query has a result where there is no traffic, no GPU or no ready server (percentiles of
-nothing are not a number): an empty panel means that nothing is scraped, not that nothing happens.
+Every query has a result even without traffic, GPU or ready server (percentiles are then NaN), so an
+empty panel means that nothing is scraped.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 FILE = Path(__file__).with_name("dashboard.json")
 SOURCE = model.DataSourceRef(type_val="prometheus", uid="${datasource}")
 SELECTED = 'model_name=~"$model_name", namespace=~"$namespace", job=~"$job", pod=~"$pod"'
-OF_SERVERS = 'model_name!=""'  # of metrics that other programs expose, too
+OF_SERVERS = 'model_name!=""'  # for metrics that other programs also expose
 WINDOW = "$__rate_interval"
 
 
 def series(metric: str, *matchers: str) -> str:
-    """A selector of `metric` within what the dashboard's variables select."""
+    """A selector of `metric` with the dashboard's variables."""
     return f"{metric}{{{', '.join([*matchers, SELECTED])}}}"
 
 
 def share(part: str, whole: str) -> str:
-    """The share of `part` in `whole`, two matchers of `outcome`; 0 without traffic."""
+    """Requests matching `part` as a share of those matching `whole` (matchers of `outcome`); 0
+    without traffic."""
     rates = [
         f"sum(rate({series('stepweave_requests_total', outcome)}[{WINDOW}]))"
         for outcome in (part, whole)
@@ -47,12 +48,12 @@ def percentile(q: float, metric: str = "stepweave_request_duration_seconds", *by
 
 
 def mean(metric: str) -> str:
-    """Of what a module's forwards had; 0 without any."""
+    """The mean of a histogram per module; 0 without forwards."""
     return ratio(rate(f"{metric}_sum", "module"), rate(f"{metric}_count", "module"))
 
 
 def vram(kinds: str) -> str:
-    """Bytes of the kinds that `kinds`, a regular expression, matches, on each device."""
+    """Bytes on each device of the kinds that match the regular expression `kinds`."""
     matcher = f'kind=~"{kinds}"'
     return f"sum without (kind) ({series('stepweave_vram_bytes', matcher)})"
 
@@ -62,14 +63,14 @@ def rate(metric: str, by: str, *matchers: str) -> str:
 
 
 def ratio(part: str, whole: str) -> str:
-    """0 while nothing happens."""
+    """A ratio; 0 if `whole` is 0."""
     return f"{part} / clamp_min({whole}, 1e-9)"
 
 
 READY = series("stepweave_ready")
 REFUSED_SHARE = share('outcome=~"refused|unavailable"', 'outcome!="invalid"')
 FAILED_SHARE = share('outcome="failed"', 'outcome=~"succeeded|failed"')
-# memory that torch has reserved and not allocated is free for the next image
+# memory that torch has reserved but not allocated is available to the next image
 VRAM_SHARE = (
     f"({vram('total|allocated')} - {vram('free|reserved')}) / clamp_min({vram('total')}, 1)"
 )
@@ -82,7 +83,7 @@ def query(expr: str, legend: str) -> prometheus.Dataquery:
 def number(
     title: str, description: str, unit: str, expr: str, *steps: tuple[float | None, str]
 ) -> stat.Panel:
-    """One number, now; each of `steps` is a lower bound and the colour from there on."""
+    """A panel with a current number; each of `steps` is a lower bound and its colour."""
     thresholds = [
         model.Threshold(value=value, color=color) for value, color in steps or [(None, "text")]
     ]
@@ -105,8 +106,9 @@ def number(
 def graph(
     title: str, description: str, unit: str, *queries: tuple[str, str], signed: bool = False
 ) -> timeseries.Panel:
-    """Lines over time; each of `queries` is an expression and its legend. Only a `signed` one has
-    room below 0."""
+    """A panel of lines over time; each of `queries` is an expression and its legend. The axis
+    starts
+    at 0 unless `signed`."""
     panel = (
         timeseries.Panel()
         .title(title)
@@ -148,7 +150,7 @@ def models() -> table.Panel:
         table.Panel()
         .title("Models")
         .description(
-            "What each server has loaded; a row without a model is a server that has none yet."
+            "The model of each server; a row without one is a server that is still loading."
         )
         .datasource(SOURCE)
         .unit("none")
@@ -163,8 +165,8 @@ def models() -> table.Panel:
 
 
 def label_variable(label: str, within: str = "") -> build.QueryVariable:
-    """A variable of the values of `label`; "All" also matches servers that lack it, such as those
-    outside Kubernetes."""
+    """A variable with the values of `label`; "All" also matches servers without it, such as those
+    outside of Kubernetes."""
     return (
         build.QueryVariable(label)
         .datasource(SOURCE)
@@ -185,7 +187,7 @@ def dashboard() -> model.Dashboard:
         "Now": [
             number(
                 "Ready servers",
-                "Servers that take work.",
+                "Servers that accept requests.",
                 "none",
                 f"sum({READY}) or vector(0)",
                 (None, "red"),
@@ -193,7 +195,7 @@ def dashboard() -> model.Dashboard:
             ).span(4),
             number(
                 "Requests in flight",
-                "Requests for images accepted and not yet answered, running or waiting.",
+                "Accepted requests, running and waiting.",
                 "none",
                 f"sum({series('stepweave_requests_in_flight')})",
             ).span(5),
@@ -208,13 +210,14 @@ def dashboard() -> model.Dashboard:
             ).span(5),
             number(
                 "95th percentile",
-                "Nineteen of twenty requests were done within this time, waiting included.",
+                "95 % of requests were done within this time, including waiting.",
                 "s",
                 percentile(0.95),
             ).span(5),
             number(
                 "VRAM in use",
-                "Of the fullest GPU, what the next image cannot have; 0 without a GPU.",
+                "Memory of the fullest GPU that is not available to the next image; 0 without a "
+                "GPU.",
                 "percentunit",
                 f"max({VRAM_SHARE})",
                 (None, "green"),
@@ -225,50 +228,50 @@ def dashboard() -> model.Dashboard:
         "Traffic": [
             graph(
                 "Running and waiting",
-                "Accepted requests that the engine has started, and those that it has not. A queue "
-                "that stays calls for replicas.",
+                "Accepted requests that the engine has started, and those that it has not. If "
+                "requests wait all the time, add replicas.",
                 "none",
                 (f"sum({series('stepweave_requests_running')})", "running"),
                 (f"sum({series('stepweave_requests_waiting')})", "waiting"),
             ),
             graph(
                 "Rate by outcome",
-                "Requests for images per second, by what they were answered with.",
+                "Requests for images per second, by outcome.",
                 "reqps",
                 (outcome_rate, "{{outcome}}"),
             ),
             graph(
                 "Requests by client",
-                "Requests for images per second, by the name of the API key; those without a valid "
-                "key have no name.",
+                "Requests for images per second, by the name of the API key (empty without a valid "
+                "key).",
                 "reqps",
                 (rate("stepweave_requests_total", "client"), "{{client}}"),
             ),
             graph(
                 "Refused and failed",
-                "Refused: of valid requests, answered with 429 or 503. Failed: of those that ran.",
+                "Refused: share of valid requests answered with 429 or 503. Failed: share of "
+                "requests that ran.",
                 "percentunit",
                 (REFUSED_SHARE, "refused"),
                 (FAILED_SHARE, "failed"),
             ),
             graph(
                 "Latency percentiles",
-                "From acceptance to finished image files, waiting included; of requests that "
-                "succeeded.",
+                "Seconds from accepting a request to its finished image files, including waiting; "
+                "successful requests only.",
                 "s",
                 *((percentile(q), f"p{q * 100:.0f}") for q in (0.5, 0.95, 0.99)),
             ),
             graph(
                 "Readiness",
-                "1 while a server takes work; 0 while it loads, drains before its end, or is "
-                "stuck.",
+                "1 if a server accepts requests; 0 if it is loading, draining or stuck.",
                 "none",
                 (f"max by (pod, instance) ({READY})", "{{pod}} {{instance}}"),
             ),
             graph(
                 "Steps saved",
-                "Denoising steps per second that were not run since their job was cancelled, its "
-                "client had left, or its deadline had passed.",
+                "Denoising steps per second not run because of a cancellation, a disconnected "
+                "client or a missed deadline.",
                 "cps",
                 (rate("stepweave_steps_saved_total", "job"), "{{job}}"),
             ),
@@ -276,8 +279,8 @@ def dashboard() -> model.Dashboard:
         "Engine": [
             graph(
                 "Rows per forward",
-                "Mean rows of a module's forwards: how well steps are batched. Guidance takes two "
-                "rows an image.",
+                "Mean rows of a module's forwards: how well steps are batched. With guidance an "
+                "image has two rows.",
                 "none",
                 (
                     ratio(
@@ -289,7 +292,7 @@ def dashboard() -> model.Dashboard:
             ),
             graph(
                 "Calls that share a forward",
-                "Share of a module's calls that ran together with others; 0 where jobs run alone.",
+                "Share of a module's calls that ran together with others; 0 if jobs run alone.",
                 "percentunit",
                 (
                     ratio(
@@ -301,14 +304,14 @@ def dashboard() -> model.Dashboard:
             ),
             graph(
                 "Certificates",
-                "Kinds of calls that may share forwards (certified), run alone so far (pending) or "
-                "for good (failed).",
+                "Kinds of calls that may share forwards (certified), run alone until proven "
+                "(pending), or always run alone (failed).",
                 "none",
                 (f"sum by (state) ({series('stepweave_certificates')})", "{{state}}"),
             ),
             graph(
                 "Prompt cache hits",
-                "Share of prompts whose encoding was remembered.",
+                "Share of prompts whose encoding was cached.",
                 "percentunit",
                 (
                     ratio(
@@ -320,20 +323,20 @@ def dashboard() -> model.Dashboard:
             ),
             graph(
                 "Recoveries",
-                "What the engine survived per second: shared forwards run again alone, forwards "
-                "that ran out of memory, calls run some rows at a time for want of it, and errors; "
-                "and jobs that failed for want of memory.",
+                "Failures per second that the engine recovered from: shared forwards retried "
+                "alone, forwards that ran out of memory, calls divided into parts, other errors; "
+                "and jobs that failed because they exceed the device's memory.",
                 "cps",
                 (rate("stepweave_engine_recoveries_total", "reason"), "{{reason}}"),
                 (
                     rate("stepweave_out_of_memory_failures_total", "job"),
-                    "failed for want of memory",
+                    "failed: out of memory",
                 ),
             ),
             graph(
                 "Images by result",
-                "Images per second: ok; of one colour throughout; flagged by the pipeline's safety "
-                "checker; NaN or infinite, whose requests failed.",
+                "Images per second: ok; constant (a single colour); flagged by the pipeline's "
+                "safety checker; non_finite (NaN or infinite values; the request fails).",
                 "cps",
                 (rate("stepweave_images_total", "result"), "{{result}}"),
             ),
@@ -347,8 +350,8 @@ def dashboard() -> model.Dashboard:
         "Scheduling": [
             graph(
                 "Backlog",
-                "Predicted seconds of work accepted and not yet done: what a low-priority request "
-                "that comes now would wait.",
+                "Predicted seconds of accepted, unfinished work: how long a new low-priority "
+                "request would wait.",
                 "s",
                 (
                     f"max by (pod, instance) ({series('stepweave_backlog_seconds')})",
@@ -357,7 +360,7 @@ def dashboard() -> model.Dashboard:
             ),
             graph(
                 "Wait for the first forward",
-                "From a job's acceptance to its first forward; of jobs that succeeded.",
+                "Seconds from accepting a job to its first forward; successful jobs only.",
                 "s",
                 *(
                     (percentile(q, "stepweave_queue_duration_seconds"), f"p{q * 100:.0f}")
@@ -366,31 +369,30 @@ def dashboard() -> model.Dashboard:
             ),
             graph(
                 "Seconds of a step",
-                "Median of a module's forwards with what follows each, until all its jobs wait "
-                "again.",
+                "Median seconds of a module's forwards, including the jobs' own code until their "
+                "next call.",
                 "s",
                 (percentile(0.5, "stepweave_step_duration_seconds", "module"), "{{module}}"),
             ),
             graph(
                 "Rows of a batch, and fill",
-                "Mean rows of a forward, and as a share of those that it was allowed: the knee "
-                "beyond which more do not pay, or what fits into memory.",
+                "Mean rows of a forward, also as a share of its limit: the knee, beyond which more "
+                "rows do not pay, or what fits into memory.",
                 "none",
                 (mean("stepweave_batch_rows"), "rows of {{module}}"),
                 (mean("stepweave_batch_fill_ratio"), "fill of {{module}}"),
             ),
             graph(
                 "Refused by reason",
-                "Requests per second that admission did not let in: no place, too long a wait, a "
-                "deadline that cannot be met, too little memory; and jobs that were let in and "
-                "missed their deadline.",
+                "Requests per second refused by admission: queue full, wait too long, deadline "
+                "cannot be met, too little memory; and accepted jobs that missed their deadline.",
                 "reqps",
                 (rate("stepweave_refused_total", "reason"), "{{reason}}"),
                 (rate("stepweave_deadline_missed_total", "job"), "deadline missed"),
             ),
             graph(
                 "Error of predictions",
-                "Median seconds by which jobs ended later than foretold (below 0: earlier), and "
+                "Median seconds by which jobs ended later than predicted (negative: earlier), and "
                 "the cost model's error for a single forward.",
                 "none",
                 (percentile(0.5, "stepweave_eta_error_seconds"), "end of a job, s"),
@@ -401,8 +403,8 @@ def dashboard() -> model.Dashboard:
         "Process": [
             graph(
                 "VRAM by kind",
-                "Allocated, reserved and peak are the process's own; free and total the device's. "
-                "0 without a GPU.",
+                "Allocated, reserved and peak of the process; free and total of the device. 0 "
+                "without a GPU.",
                 "bytes",
                 (
                     f"max by (pod, instance, device, kind) ({series('stepweave_vram_bytes')})",
@@ -411,8 +413,7 @@ def dashboard() -> model.Dashboard:
             ),
             graph(
                 "Resident memory",
-                "Main memory of each server process; one that only grows will be killed at the "
-                "pod's limit.",
+                "Main memory of each server process; at the pod's limit it is killed.",
                 "bytes",
                 (
                     "max by (pod, instance) "
@@ -422,7 +423,7 @@ def dashboard() -> model.Dashboard:
             ),
             graph(
                 "CPU",
-                "CPU cores that each server process keeps busy.",
+                "CPU cores used by each server process.",
                 "none",
                 (
                     rate("process_cpu_seconds_total", "pod, instance", OF_SERVERS),
@@ -431,8 +432,8 @@ def dashboard() -> model.Dashboard:
             ),
             graph(
                 "Seconds of the last start, by stage",
-                "What each server's start took, of the running stage so far; the stages add up to "
-                "the whole.",
+                "Seconds of each stage of a server's start (of a running stage, so far); they add "
+                "up to the whole start.",
                 "s",
                 (
                     f"max by (pod, instance, stage) ({series('stepweave_model_load_seconds')})",
@@ -443,14 +444,14 @@ def dashboard() -> model.Dashboard:
         "Storage": [
             graph(
                 "Failures of the stores",
-                "Calls per second that failed, of the stores of jobs and of image files: full, "
-                "busy (another process has it locked) or failed otherwise.",
+                "Failed operations per second of the stores of jobs and image files: full, busy "
+                "(locked by another process) or failed.",
                 "cps",
                 (rate("stepweave_store_failures_total", "store, reason"), "{{store}} {{reason}}"),
             ),
             graph(
                 "Free bytes of the stores",
-                "Room that is left where jobs and image files are stored.",
+                "Free bytes of the disk with jobs and image files.",
                 "bytes",
                 (
                     f"min by (pod, instance) ({series('stepweave_store_free_bytes')})",
@@ -459,8 +460,8 @@ def dashboard() -> model.Dashboard:
             ),
             graph(
                 "Writable stores",
-                "1 while writes to a store work; 0 while its disk is full, read-only or gone, or "
-                "its file is locked.",
+                "1 if writes to a store work; 0 if its disk is full, read-only or missing, or its "
+                "file is locked.",
                 "none",
                 (
                     f"min by (pod, instance, store) ({series('stepweave_store_writable')})",

@@ -1,7 +1,7 @@
-"""Draw the dashboard's panels from a Prometheus's data: `python -m monitoring.draw`.
+"""Draw the dashboard's panels from the data of a Prometheus: `python -m monitoring.draw`.
 
-Without `--prometheus` it starts a server, a Prometheus that scrapes it, and a load of its own: two
-clients, a burst that the queue does not hold, clients that leave, an edit, a malformed request.
+Without `--prometheus` it starts a server, a Prometheus that scrapes it, and a load: two clients, a
+burst that overflows the queue, clients that disconnect, and invalid requests.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from monitoring import dashboard, prometheus
 from monitoring.prometheus import Prometheus
 
 ROOT = Path(__file__).parents[1]
-POINTS = 240  # of a line
+POINTS = 240  # per line
 COLUMNS = 24  # of Grafana's grid
 UNIT = 0.5, 0.36  # inches of a column, and of a row
 DPI = 80
@@ -54,8 +54,7 @@ KEYS = {
 
 @dataclass(frozen=True)
 class Span:
-    """What is drawn: seconds since 1970, and the values of the dashboard's variables, `.*` for
-    those not named."""
+    """A time range in Unix seconds, and values of the dashboard's variables, `.*` for others."""
 
     start: float
     end: float
@@ -71,7 +70,7 @@ class Span:
 
 
 def formatted(value: float, unit: str) -> str:
-    """A value as Grafana writes it, about."""
+    """Format a value approximately as Grafana does."""
     if not math.isfinite(value):
         return "no data" if math.isnan(value) else str(value)
     if unit == "percentunit":
@@ -92,21 +91,19 @@ def legend_of(template: str, metric: Mapping[str, str]) -> str:
 
 
 def draw(source: Prometheus, out: Path, span: Span, rows: Sequence[str] = ()) -> list[str]:
-    """Write a PNG of the dashboard, or of some of its rows, and return the titles of panels that
-    have no data at all."""
+    """Write a PNG of the dashboard, or of some rows; returns the titles of panels without data."""
     panels = json.loads(dashboard.FILE.read_text())["panels"]
     titles = [panel["title"] for panel in panels if panel["type"] == "row"]
     if unknown := set(rows) - set(titles):
         raise SystemExit(
-            f"there is no row {', '.join(sorted(unknown))}; the rows are {', '.join(titles)}"
+            f"there is no row {', '.join(sorted(unknown))}; choose from {', '.join(titles)}"
         )
     chosen, row = [], ""
     for panel in panels:
         row = panel["title"] if panel["type"] == "row" else row
         if not rows or row in rows:
             chosen.append(panel)
-    # where what begins there is drawn: rows that are left out leave no gap
-    tops: dict[float, float] = {}
+    tops: dict[float, float] = {}  # by position in the dashboard; omitted rows leave no gap
     height = 0.0
     for top in sorted({panel["gridPos"]["y"] for panel in chosen}):
         tops[top] = height
@@ -153,17 +150,17 @@ def draw(source: Prometheus, out: Path, span: Span, rows: Sequence[str] = ()) ->
 
 
 def _ranges(panel: dict[str, Any], source: Prometheus, span: Span) -> Iterator[tuple[str, Sample]]:
-    """The series of a panel, with their legends."""
+    """The series of a panel with their legends."""
     step = max(1, round((span.end - span.start) / POINTS))
     for target in panel["targets"]:
-        found = source.get(
+        series = source.get(
             "query_range",
             query=span.expression(target["expr"]),
             start=str(span.start),
             end=str(span.end),
             step=str(step),
         )["result"]
-        for sample in found:
+        for sample in series:
             yield legend_of(target["legendFormat"], sample["metric"]), sample
 
 
@@ -179,7 +176,7 @@ def _lines(axes: Axes, panel: dict[str, Any], source: Prometheus, span: Span) ->
         label = f"{legend}: {formatted(last, unit)}" if drawn <= LEGEND else None
         axes.plot(times, values, linewidth=1.2, label=label)
     axes.set_xlim(0, span.end - span.start)
-    # as in Grafana, from 0; what is never more fills the panel
+    # as in Grafana, from 0
     if "min" in panel["fieldConfig"]["defaults"]:
         axes.set_ylim(0, 1.08 * highest if highest > 0 else 1)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: formatted(value, unit)))
@@ -200,7 +197,7 @@ def _number(axes: Axes, panel: dict[str, Any], source: Prometheus, span: Span) -
         last = next((value for value in reversed(values) if not math.isnan(value)), math.nan)
         steps = defaults["thresholds"]["steps"]
         colour = [
-            one["color"] for one in steps if one["value"] is None or last >= one["value"]
+            step["color"] for step in steps if step["value"] is None or last >= step["value"]
         ] or ["text"]
         background = axes.inset_axes((0, 0, 1, 0.5))
         background.fill_between(range(len(values)), values, alpha=0.2)
@@ -222,11 +219,13 @@ def _number(axes: Axes, panel: dict[str, Any], source: Prometheus, span: Span) -
 def _table(axes: Axes, panel: dict[str, Any], source: Prometheus, span: Span) -> bool:
     axes.set_axis_off()
     (target,) = panel["targets"]
-    found = source.get("query", query=span.expression(target["expr"]), time=str(span.end))["result"]
-    if not found:
+    samples = source.get("query", query=span.expression(target["expr"]), time=str(span.end))[
+        "result"
+    ]
+    if not samples:
         return False
-    columns = sorted({label for sample in found for label in sample["metric"]})
-    cells = [[sample["metric"].get(label, "") for label in columns] for sample in found]
+    columns = sorted({label for sample in samples for label in sample["metric"]})
+    cells = [[sample["metric"].get(label, "") for label in columns] for sample in samples]
     table = axes.table(cells, colLabels=columns, loc="upper center", cellLoc="left")
     table.auto_set_font_size(False)
     table.set_fontsize(7)
@@ -242,8 +241,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def serve(folder: Path) -> Iterator[int]:
-    """Run the embedded model's server, with a small queue, until the block ends; its port. It need
-    not be ready yet."""
+    """Run a server of the embedded model with a small queue; yields its port before it is ready."""
     clients = folder / "clients"
     clients.write_text("".join(f"{name}: {key}\n" for name, key in KEYS.items()))
     port, log = free_port(), folder / "server.log"
@@ -294,7 +292,7 @@ def load(url: str, seconds: float) -> None:
             "seed": number,
             **fields,
         }
-        with contextlib.suppress(httpx.ReadTimeout):  # a client that leaves
+        with contextlib.suppress(httpx.ReadTimeout):  # a client that disconnects
             httpx.post(
                 f"{url}/v1/images/generations",
                 json=body,
@@ -314,7 +312,7 @@ def load(url: str, seconds: float) -> None:
                 if number % 9 == 8:
                     fields = {"num_inference_steps": 200, "size": "256x256"}
                 if number % 13 == 12:
-                    fields["size"] = "65x65"  # which no server takes
+                    fields["size"] = "65x65"  # invalid
                 generate(number, "alice" if worker % 3 else "bob", **fields)
             time.sleep(0.3)
             number += 16
@@ -324,8 +322,7 @@ def load(url: str, seconds: float) -> None:
 
 
 def draw_own(out: Path, seconds: float, rows: Sequence[str]) -> list[str]:
-    """Start everything, send load for some seconds, and draw from before the server was ready to
-    the end."""
+    """Start server and Prometheus, send load for some seconds, and draw the whole time."""
     program = prometheus.binaries()["prometheus"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -348,32 +345,43 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--prometheus", metavar="URL", help="draw what it has; nothing is started then"
+        "--prometheus", metavar="URL", help="draw the data of this Prometheus; start nothing"
     )
     parser.add_argument(
-        "--minutes", type=float, default=60, help="with --prometheus: how far back (60)"
+        "--minutes",
+        type=float,
+        default=60,
+        help="with --prometheus: minutes until now to draw (default: %(default)s)",
     )
     parser.add_argument(
-        "--seconds", type=float, default=60, help="without: how long the load lasts (60)"
+        "--seconds",
+        type=float,
+        default=60,
+        help="without --prometheus: duration of the load (default: %(default)s)",
     )
     parser.add_argument(
         "--rows",
         type=lambda text: text.split(","),
         default=[],
-        help="comma-separated; all if left out",
+        help="comma-separated titles of rows to draw (default: all)",
     )
     parser.add_argument(
         "--set",
         metavar="NAME=VALUE",
         action="append",
         default=[],
-        help="a variable of the dashboard",
+        help="with --prometheus: value of a variable of the dashboard; repeatable",
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "dashboard.png")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "build" / "dashboard.png",
+        help="file to write (default: build/dashboard.png)",
+    )
     options = parser.parse_args()
     if options.prometheus:
         now = time.time()
-        variables = dict(one.split("=", 1) for one in options.set)
+        variables = dict(text.split("=", 1) for text in options.set)
         span = Span(now - 60 * options.minutes, now, variables)
         empty = draw(Prometheus(options.prometheus), options.out, span, options.rows)
     else:

@@ -1,4 +1,4 @@
-"""A Prometheus on this machine, for the tests and for drawing the dashboard."""
+"""Runs a Prometheus on this machine, for tests and for drawing the dashboard."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from typing import Any
 
 import httpx
 
-SECONDS = 300.0  # after which something hangs
+SECONDS = 300.0  # timeout
 
 
 class NoPrometheusError(Exception):
-    """Prometheus is not on this machine and could not be installed."""
+    """Prometheus is not installed and could not be downloaded."""
 
 
 def binaries() -> dict[str, str]:
-    """Paths of `prometheus` and `promtool`: those of the machine, else Debian's. Raises
-    NoPrometheusError."""
-    found = {name: shutil.which(name) for name in ("prometheus", "promtool")}
-    if not all(found.values()):
+    """Paths of `prometheus` and `promtool`: the installed ones, else unpacked from Debian's
+    package. Raises NoPrometheusError."""
+    paths = {name: shutil.which(name) for name in ("prometheus", "promtool")}
+    if not all(paths.values()):
         script = Path(__file__).with_name("install-prometheus")
         ended = subprocess.run([script], capture_output=True, text=True, timeout=SECONDS)
         if ended.returncode:
             raise NoPrometheusError(ended.stderr.strip())
-        found = {name: str(Path(ended.stdout.strip()) / name) for name in found}
-    return {name: path for name, path in found.items() if path}
+        paths = {name: str(Path(ended.stdout.strip()) / name) for name in paths}
+    return {name: path for name, path in paths.items() if path}
 
 
 @dataclass
@@ -42,8 +42,7 @@ class Prometheus:
     url: str
 
     def get(self, path: str, **parameters: str) -> Any:
-        """The data of an answer of its API. Raises ValueError for an expression that it cannot
-        parse."""
+        """The data of an API answer. Raises ValueError if the expression is invalid."""
         answer = httpx.get(
             f"{self.url}/api/v1/{path}", params=parameters, timeout=SECONDS, trust_env=False
         ).json()
@@ -72,10 +71,10 @@ def run(
     scrape: Sequence[Mapping[str, Any]],
     rules: Sequence[Path] = (),
 ) -> Iterator[Prometheus]:
-    """Run `program` on a port, with its data in a folder, until the block ends. It scrapes each
+    """Run `program` on a port, with data in a folder, until the context ends; it scrapes every
     second.
 
-    `scrape` are the configuration's `scrape_configs`, `rules` files of rules. Raises RuntimeError
+    `scrape` are the configuration's `scrape_configs`, `rules` files with rules. Raises RuntimeError
     if it does not start.
     """
     config = folder / "prometheus.yaml"

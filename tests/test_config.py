@@ -35,10 +35,10 @@ def test_defaults_serve_the_embedded_model() -> None:
         (
             "STEPWEAVE_API_KEYS",
             " , ",
-            "STEPWEAVE_API_KEYS=...: there is nothing between the commas",
+            "STEPWEAVE_API_KEYS=...: the list has no values",
         ),
         ("STEPWEAVE_API_KEY", "sk-secret", "STEPWEAVE_API_KEY=...: there is no such setting"),
-        ("STEPWEAVE_BASE_URL", "notaurl", "STEPWEAVE_BASE_URL='notaurl': must be as https://"),
+        ("STEPWEAVE_BASE_URL", "notaurl", "STEPWEAVE_BASE_URL='notaurl': must be like https://"),
         (
             "STEPWEAVE_MAX_STEP",
             "5",
@@ -48,9 +48,9 @@ def test_defaults_serve_the_embedded_model() -> None:
         (
             "STEPWEAVE_MODEL",
             "/no/such/place",
-            "STEPWEAVE_MODEL='/no/such/place' is no directory here and no hub id",
+            "STEPWEAVE_MODEL='/no/such/place' is neither an existing directory nor a hub id",
         ),
-        ("STEPWEAVE_MODEL", "owner/name", "STEPWEAVE_REVISION must pin its commit"),
+        ("STEPWEAVE_MODEL", "owner/name", "set STEPWEAVE_REVISION to its commit"),
         ("STEPWEAVE_REVISION", "0" * 40, "is a directory"),
     ],
 )

@@ -1,8 +1,7 @@
-"""The layers of src/stepweave: which package may import which, and docs/architecture.svg, drawn
-from what they do import.
+"""The layers of src/stepweave: which package may import which.
 
-`python -m tools.layers` draws the diagram. A test holds the rule, and that the diagram is what is
-drawn; docs/architecture.md quotes the rule.
+`python -m tools.layers` draws docs/architecture.svg from the imports. Tests check the imports, the
+diagram, and the list in docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "src" / "stepweave"
 DIAGRAM = ROOT / "docs" / "architecture.svg"
 
-# From the bottom to the top: packages, and modules that stand beside them. Each imports only from
-# rows below its own.
+# packages and top-level modules, from the bottom to the top; each imports only from rows below
 LAYERS = (
     ("errors", "reasons", "contained", "resource"),
     ("parameters",),
@@ -40,7 +38,7 @@ LAYERS = (
     ("serving",),
     ("api",),
 )
-FOUNDATION_ROWS = 4  # drawn as one box: everything may import them
+FOUNDATION_ROWS = 4  # drawn as one box, since every package may import them
 READ_FIRST = ("engine", "scheduling", "scope")
 SERVER = ("images", "loading", "store", "telemetry", "download", "serving", "api")
 PURPOSES = {
@@ -67,19 +65,19 @@ PURPOSES = {
     "api": "every HTTP surface",
 }
 
-WIDTH, HEIGHT, PASSAGE = 172, 44, 10  # of a box, and the width of a line that passes a row
-GAP, ROW = 22, 78  # between boxes of a row, and from row to row
-STARTS = 100  # arrangements that are tried
-MARGIN, TOP = 20, 64  # around the diagram, and the room for its legend
+WIDTH, HEIGHT, PASSAGE = 172, 44, 10  # pixels: of a box, and the width of a line through a row
+GAP, ROW = 22, 78  # pixels: between boxes, and between tops of rows
+STARTS = 100  # number of initial arrangements
+MARGIN, TOP = 20, 64  # pixels: around the diagram, and for its legend
 FILLS = {"read first": "#ffe08a", "guest": "#dbe9f6", "server": "#dcefdc", "foundation": "#ececec"}
 
 
 class Import(NamedTuple):
-    """One import of one module of the package by another, wherever in the module it stands."""
+    """An import of a module of the package by another, at any place in it."""
 
-    importer: str  # dotted, as is what is imported
-    imported: str
-    name: str  # that is taken from it; empty for a module
+    importer: str  # dotted name
+    imported: str  # dotted name
+    name: str  # imported from the module; empty for the module itself
 
     @property
     def between(self) -> tuple[str, str]:
@@ -88,13 +86,12 @@ class Import(NamedTuple):
 
 
 def package_of(module: str) -> str:
-    """The package, or the module beside the packages, that a dotted name belongs to; empty for
-    `stepweave` itself."""
+    """The package or top-level module of a dotted name; empty for `stepweave` itself."""
     return module.split(".")[1] if "." in module else ""
 
 
 def imports(sources: Path = SOURCES) -> Iterator[Import]:
-    """Those within `stepweave`: at the top of modules, in functions, and for type checkers only."""
+    """All imports within `stepweave`, also in functions and for type checkers only."""
     for path in sorted(sources.rglob("*.py")):
         parts = path.relative_to(sources.parent).with_suffix("").parts
         importer = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -107,24 +104,24 @@ def imports(sources: Path = SOURCES) -> Iterator[Import]:
                 )
             elif isinstance(node, ast.ImportFrom):
                 base = node.module or ""
-                if node.level:  # relative to the module's own package
-                    own = importer if parts[-1] == "__init__" else importer.rpartition(".")[0]
+                if node.level:  # relative
+                    parent = importer if parts[-1] == "__init__" else importer.rpartition(".")[0]
                     for _ in range(node.level - 1):
-                        own = own.rpartition(".")[0]
-                    base = f"{own}.{base}".rstrip(".")
+                        parent = parent.rpartition(".")[0]
+                    base = f"{parent}.{base}".rstrip(".")
                 for alias in node.names if base.split(".")[0] == "stepweave" else ():
                     whole = base == "stepweave" and not alias.name.startswith("__")
                     yield Import(importer, f"{base}.{alias.name}" if whole else base, alias.name)
 
 
 def edges() -> set[tuple[str, str]]:
-    """Which package imports which other, the face of the whole package aside."""
-    between = {found.between for found in imports()}
+    """Pairs of a package and another that it imports, without `stepweave` itself."""
+    between = {each.between for each in imports()}
     return {(upper, lower) for upper, lower in between if upper and lower and upper != lower}
 
 
 def direct(edges: set[tuple[str, str]]) -> set[tuple[str, str]]:
-    """Those without which a package would no longer reach another, by others either."""
+    """The edges that do not follow from others (the transitive reduction)."""
     below: dict[str, set[str]] = {}
     for row in LAYERS:
         for name in row:
@@ -138,14 +135,14 @@ def direct(edges: set[tuple[str, str]]) -> set[tuple[str, str]]:
 
 
 def order() -> str:
-    """The rule as docs/architecture.md quotes it, from the top to the bottom."""
+    """The layers from top to bottom, as docs/architecture.md lists them."""
     return "\n".join(f"{'  '.join(row)}" for row in reversed(LAYERS))
 
 
-# The diagram. Items of a row are packages, and passages of lines to packages further below.
+# The diagram. A row has packages, and passages of lines to packages further below.
 
-Item = tuple[str, int]  # a package, or what the line leads to, and the row
-Lines = Sequence[tuple[Item, Item]]  # sorted, so that the diagram is the same each time
+Item = tuple[str, int]  # a package, or the target of a passing line, and the row
+Lines = Sequence[tuple[Item, Item]]  # sorted, so that the diagram is deterministic
 
 
 def drawn_rows() -> tuple[list[list[Item]], Lines]:
@@ -176,8 +173,8 @@ def crossings(rows: Sequence[Sequence[Item]], lines: Lines) -> int:
 
 
 def arranged(rows: list[list[Item]], lines: Lines) -> list[list[Item]]:
-    """Rows in an order in which few lines cross: each item below, then above, the middle of those
-    that it is joined to, in turns."""
+    """Order the rows so that few lines cross, by sorting items by the mean position of those that
+    they are joined to, downwards and upwards in turns."""
     best = rows
     for turn in range(24):
         down = turn % 2 == 0
@@ -204,8 +201,8 @@ def is_box(item: Item) -> bool:
 
 
 def placed(rows: list[list[Item]], lines: Lines) -> dict[Item, float]:
-    """The middle of each item, in pixels: near those that it is joined to, and beside its
-    neighbours."""
+    """The horizontal middle of each item in pixels: near those that it is joined to, without
+    overlaps."""
     x = {item: 0.0 for row in rows for item in row}
 
     def apart(left: Item, right: Item) -> float:
@@ -228,16 +225,16 @@ def placed(rows: list[list[Item]], lines: Lines) -> dict[Item, float]:
 
 
 def shortest(rows: list[list[Item]], lines: Lines) -> dict[Item, float]:
-    """The middles of all items in the best of several arrangements, each from rows in another
-    order: where the fewest lines cross, and of these where the lines are shortest."""
+    """The middles of all items in the best of several arrangements from random orders: the one with
+    the fewest crossings, then the shortest lines."""
     shuffled = random.Random(0)
     best: tuple[int, float, dict[Item, float]] | None = None
     for _ in range(STARTS):
         arrangement = arranged(rows, lines)
         x = placed(arrangement, lines)
         length = sum(abs(x[upper] - x[lower]) for upper, lower in lines)
-        found = (crossings(arrangement, lines), round(length), x)
-        best = found if best is None or found[:2] < best[:2] else best
+        candidate = (crossings(arrangement, lines), round(length), x)
+        best = candidate if best is None or candidate[:2] < best[:2] else best
         rows = [shuffled.sample(row, len(row)) for row in rows]
     assert best is not None
     return best[2]
@@ -248,7 +245,7 @@ def kind_of(name: str) -> str:
 
 
 def box(x: float, y: float, width: float, name: str, purpose: str, kind: str) -> str:
-    """A box from its middle at the top."""
+    """The SVG of a box; `x` is its middle, `y` its top."""
     stroke = ' stroke-width="2.5"' if kind == "read first" else ""
     return (
         f'<rect x="{x - width / 2:.1f}" y="{y:.1f}" width="{width:.1f}" height="{HEIGHT}" rx="6"'
@@ -259,8 +256,7 @@ def box(x: float, y: float, width: float, name: str, purpose: str, kind: str) ->
 
 
 def diagram() -> str:
-    """The SVG: a line leads from a package down to one that it imports, unless another that it
-    imports does so anyway; nothing leads up."""
+    """The SVG of the diagram."""
     rows, lines = drawn_rows()
     x = shortest(rows, lines)
     y = {item: TOP + (len(rows) - 1 - item[1]) * ROW for item in x}
@@ -311,4 +307,4 @@ def diagram() -> str:
 
 if __name__ == "__main__":
     DIAGRAM.write_text(diagram())
-    print(f"{DIAGRAM.relative_to(ROOT)} is drawn.")
+    print(f"wrote {DIAGRAM.relative_to(ROOT)}")

@@ -8,8 +8,8 @@ from tools.layers import LAYERS, READ_FIRST, SOURCES
 
 
 def lines_by_package() -> dict[str, int]:
-    """All lines, comments and empty ones included, of packages and of the modules beside them, the
-    latter by their names. That of `stepweave` itself is empty."""
+    """Lines (including comments and empty ones) by package or top-level module; `stepweave` itself
+    has the empty name."""
     lines: Counter[str] = Counter()
     for path in SOURCES.rglob("*.py"):
         first = path.relative_to(SOURCES).with_suffix("").parts[0]
@@ -23,7 +23,7 @@ def main() -> None:
     for row in reversed(LAYERS):
         for name in row:
             print(f"{lines[name]:6,}  {name}")
-    print(f"{sum(lines.values()):6,}  in all")
+    print(f"{sum(lines.values()):6,}  total")
 
 
 if __name__ == "__main__":

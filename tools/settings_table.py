@@ -1,4 +1,4 @@
-"""The table of settings in docs/configure.md, from the code: `python -m tools.settings_table`."""
+"""Writes the table of settings in docs/configure.md: `python -m tools.settings_table`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HEADER = "| setting | default | meaning |\n| --- | --- | --- |\n"
 
 
 def table() -> str:
-    """All settings with their defaults and descriptions, in the order of the code."""
+    """A Markdown table of all settings with defaults and descriptions, in the order of the code."""
     rows = [
         f"| `{PREFIX}{name.upper()}` | "
         f"{'' if field.default in (None, ()) else f'`{str(field.default).lower()}`'} | "

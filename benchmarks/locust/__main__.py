@@ -26,7 +26,7 @@ def main() -> int:
         arguments.rates, arguments.seconds, arguments.seed, arguments.sizes, arguments.steps
     )
     if not any(stage.arrivals for stage in stages):
-        return _fail("--rates and --seconds are so low that no request would be sent")
+        return _fail("--rates and --seconds are too low: no request would be sent")
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
         models = load.require_ready(arguments.host)
@@ -68,7 +68,8 @@ def main() -> int:
 
     if any((stage["send_lag_seconds"]["p99"] or 0) > LATE for stage in report["stages"]):
         print(
-            f"warning: some requests left over {LATE} s late: the testing machine is short of CPU",
+            f"warning: some requests were sent more than {LATE} s late: the client has too little "
+            "CPU time",
             file=sys.stderr,
         )
     failures: Counter[str] = sum(

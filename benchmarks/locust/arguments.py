@@ -1,4 +1,4 @@
-"""The command line. Whatever is wrong with it is refused by name before anything is sent."""
+"""Parses and checks the command line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-MAX_ARRIVALS = 100_000  # of a whole test, on average
+MAX_ARRIVALS = 100_000  # expected number of a whole test
 
 T = TypeVar("T")
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.locust",
-        description="Open-loop capacity test: requests arrive at each rate in turn, whatever the "
+        description="Open-loop capacity test: requests are sent at each rate in turn, whatever the "
         "server answers.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
@@ -29,33 +29,33 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--rates",
         type=list_of(positive),
         default=[0.5, 1.0, 2.0, 4.0],
-        help="requests per second, a stage each",
+        help="requests per second of each stage, comma-separated",
     )
-    add("--seconds", type=positive, default=30.0, help="length of a stage")
-    add("--seed", type=_whole(0), default=1, help="of the arrivals and the mix")
+    add("--seconds", type=positive, default=30.0, help="duration of a stage")
+    add("--seed", type=_whole(0), default=1, help="seed of arrivals and mix")
     add(
         "--sizes",
         type=list_of(_size),
         default=["64x64", "128x128"],
-        help="of images, drawn evenly",
+        help="sizes of images, comma-separated, chosen at random",
     )
     add(
         "--steps",
         type=list_of(_whole(1)),
         default=[4, 12, 20, 30],
-        help="denoising steps, drawn evenly",
+        help="denoising steps, comma-separated, chosen at random",
     )
     add(
         "--target",
         type=positive,
         default=2.0,
-        help="seconds; goodput counts the answers that meet it",
+        help="latency in seconds that an answer must meet to count as goodput",
     )
     add(
         "--max-in-flight",
         type=_whole(1),
         default=1000,
-        help="requests; an arrival beyond it is dropped and counted",
+        help="limit of open requests; further arrivals are dropped and counted",
     )
     add(
         "--drain",
@@ -67,7 +67,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--out",
         type=Path,
         default=Path("build/locust"),
-        help="directory of report.html, report.json and report.png",
+        help="directory for report.html, report.json and report.png",
     )
     arguments = parser.parse_args(argv)
     expected = sum(arguments.rates) * arguments.seconds
@@ -81,7 +81,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def _url(text: str) -> str:
     try:
         url = urlsplit(text)
-        _ = url.port  # raises for a port that is none
+        _ = url.port  # raises if it is invalid
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a URL: {error}") from None
     if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:

@@ -32,7 +32,7 @@ class NotReady(Exception):
 
 
 class Visitor(FastHttpUser):
-    """One arrival: it sends its request over a connection of its own and leaves."""
+    """One arrival: sends its request over a new connection and stops."""
 
     concurrency = 1
 
@@ -69,8 +69,8 @@ class Visitor(FastHttpUser):
 
 
 def judge(response: ResponseContextManager) -> tuple[Status, str]:
-    """The status of an answer and, for a failure, a short reason with no part that differs from
-    request to request."""
+    """The status of an answer, and the reason of a failure in words that are the same for all
+    requests."""
     if response.status_code == 429:
         return "refused", ""
     error = response.request_meta["exception"]
@@ -129,14 +129,13 @@ def run(
     drain: float,
     finished: Callable[[Stage, list[Outcome], float], None],
 ) -> Environment:
-    """Offer the stages one after the other and tell `finished` of each: its outcomes, and the
-    seconds it took with its drain.
+    """Run the stages one after the other, and call `finished` with each one's outcomes and seconds,
+    drain included. Returns the environment with Locust's statistics.
 
-    A stage begins when the one before it has drained, so that its figures are its own. What has no
-    answer `drain` seconds after its stage's end is cut off and stays unfinished. The environment
-    that is returned holds Locust's statistics.
+    A stage begins when the one before has drained, so that they do not influence each other.
+    Requests without an answer `drain` seconds after their stage's end are aborted, as unfinished.
     """
-    # the drain is what ends a request: no socket gives up before it
+    # sockets must not time out before the drain ends a request
     Visitor.network_timeout = Visitor.connection_timeout = 2 * (
         max(stage.seconds for stage in stages) + drain
     )
@@ -165,8 +164,8 @@ def run(
 def _offer(
     runner: LocalRunner, stage: Stage, start: float, name: str, max_in_flight: int
 ) -> list[Outcome]:
-    """Start each arrival when it is due, in a greenlet of its own, and return at the stage's end
-    with some still running."""
+    """Start each arrival when it is due, in its own greenlet; returns at the stage's end, while
+    some may still run."""
     outcomes: list[Outcome] = []
     for arrival in stage.arrivals:
         due = start + arrival.offset

@@ -1,4 +1,4 @@
-"""What became of the arrivals, and the figures of a stage. Imports no Locust."""
+"""Outcomes of arrivals, and figures of a stage. Does not import Locust."""
 
 from __future__ import annotations
 
@@ -18,24 +18,23 @@ Status = Literal["succeeded", "refused", "failed", "unfinished", "dropped"]
 
 @dataclass
 class Outcome:
-    """What became of one arrival. Seconds count from the scheduled arrival; `reason` says why it
-    failed."""
+    """The outcome of an arrival. Seconds count from the scheduled arrival; `reason` is that of a
+    failure."""
 
     status: Status = "unfinished"
-    lag: float | None = None  # until it was sent
-    latency: float | None = None  # until its answer was read
+    lag: float | None = None  # seconds until the request was sent
+    latency: float | None = None  # seconds until the answer was read
     reason: str = ""
 
 
 def summarise(
     stage: Stage, outcomes: Sequence[Outcome], elapsed: float, target: float
 ) -> dict[str, Any]:
-    """The figures of one stage. Rates are per second, times in seconds from the scheduled arrival,
-    shares of all arrivals.
+    """The figures of one stage: rates per second, seconds from the scheduled arrival, shares of all
+    arrivals.
 
-    Throughput is over `elapsed`, the drain included: the backlog an overloaded server works off
-    after the stage is not free. Latency is of the requests that succeeded; what was refused, failed
-    or cut off is in the counts.
+    Throughput is over `elapsed`, which includes the drain, in which an overloaded server finishes
+    its backlog. Latency is that of successful requests; all others are in the counts.
     """
     latencies = [o.latency for o in outcomes if o.status == "succeeded" and o.latency is not None]
     lags = [outcome.lag for outcome in outcomes if outcome.lag is not None]
@@ -66,14 +65,12 @@ def summarise(
 def _percentiles(values: Sequence[float]) -> dict[str, float | None]:
     if not values:
         return {f"p{percentile}": None for percentile in PERCENTILES}
-    found = np.percentile(values, PERCENTILES)
-    return {
-        f"p{percentile}": float(value) for percentile, value in zip(PERCENTILES, found, strict=True)
-    }
+    results = zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True)
+    return {f"p{percentile}": float(value) for percentile, value in results}
 
 
 def line(stage: dict[str, Any]) -> str:
-    """A stage on one line of the console."""
+    """A stage as a line for the console."""
     latency = stage["latency_seconds"]
     times = " ".join(
         "     -" if latency[name] is None else f"{latency[name]:6.2f}"

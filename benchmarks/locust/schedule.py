@@ -1,4 +1,4 @@
-"""What is sent and when, drawn before the test from one seeded generator: the same arguments give
+"""Requests and their times, drawn before the test from a seeded generator: the same arguments give
 the same requests."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MAX_SEED = 2**31 - 1  # of a request
 
 @dataclass(frozen=True)
 class Arrival:
-    """One request. `offset` is in seconds from the start of its stage, `body` is what is posted."""
+    """A request: `offset` in seconds from the start of its stage, and the body to post."""
 
     offset: float
     body: dict[str, str | int]
@@ -34,8 +34,8 @@ class Stage:
 def schedule(
     rates: Sequence[float], seconds: float, seed: int, sizes: Sequence[str], steps: Sequence[int]
 ) -> list[Stage]:
-    """One stage per rate; sizes and steps are drawn evenly. A rate added at the end leaves the
-    stages before it as they were."""
+    """One stage per rate; sizes and steps are chosen at random. Adding a rate at the end does not
+    change the stages before it."""
     rng = random.Random(seed)
     return [
         Stage(rate, seconds, tuple(_arrivals(rng, rate, seconds, sizes, steps))) for rate in rates
@@ -43,8 +43,8 @@ def schedule(
 
 
 def digest(stages: Sequence[Stage]) -> str:
-    """SHA-256 of a schedule: two reports with the same one are of the very same requests at the
-    very same offsets."""
+    """SHA-256 of a schedule, to compare reports: equal digests mean the same requests at the same
+    offsets."""
     arrivals = [[asdict(arrival) for arrival in stage.arrivals] for stage in stages]
     return hashlib.sha256(json.dumps(arrivals).encode()).hexdigest()
 
@@ -52,8 +52,7 @@ def digest(stages: Sequence[Stage]) -> str:
 def _arrivals(
     rng: random.Random, rate: float, seconds: float, sizes: Sequence[str], steps: Sequence[int]
 ) -> list[Arrival]:
-    """A Poisson process: independent exponential gaps, as of many clients who do not know of each
-    other."""
+    """A Poisson process: independent exponential gaps, as of many independent clients."""
     arrivals: list[Arrival] = []
     offset = rng.expovariate(rate)
     while offset < seconds:

@@ -31,33 +31,48 @@ T = TypeVar("T")
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.serving",
-        description="Policies and modes of the real server side by side, under the same open-loop "
+        description="Compare policies and modes of the real server under the same open-loop "
         "arrivals.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--parts", type=_some_of(PARTS), default=PARTS, help=f"some of {','.join(PARTS)}")
+    add(
+        "--parts",
+        type=_some_of(PARTS),
+        default=PARTS,
+        help=f"comma-separated parts to run, of {','.join(PARTS)}",
+    )
     add(
         "--contestants",
         type=_some_of(CONTESTANTS),
         default=tuple(CONTESTANTS),
-        help=f"some of {','.join(CONTESTANTS)}",
+        help=f"comma-separated contestants, of {','.join(CONTESTANTS)}",
     )
-    add("--loads", type=list_of(positive), default=(0.6, 0.8), help="of the measured capacity")
-    add("--seeds", type=list_of(int), default=(1, 2, 3), help="of arrivals and mix")
-    add("--seconds", type=positive, default=18.0, help="of arrivals in each run")
-    add("--deadlines", type=_share, default=0.3, help="share of requests that have a deadline")
+    add(
+        "--loads",
+        type=list_of(positive),
+        default=(0.6, 0.8),
+        help="arrival rates as shares of the measured capacity, comma-separated",
+    )
+    add("--seeds", type=list_of(int), default=(1, 2, 3), help="seeds of arrivals and mix")
+    add("--seconds", type=positive, default=18.0, help="duration of arrivals in each run")
+    add("--deadlines", type=_share, default=0.3, help="share of requests with a deadline")
     add(
         "--quick",
         action="store_true",
-        help="one seed, one load and short runs, to see that it works",
+        help="a smoke test: one seed, one load and short runs",
     )
-    add("--json", type=Path, default=Path("build/serving.json"), help="the report")
-    add("--trace", type=Path, default=Path("build/serving-trace.json"), help="the recorded trace")
+    add("--json", type=Path, default=Path("build/serving.json"), help="report file")
+    add(
+        "--trace",
+        type=Path,
+        default=Path("build/serving-trace.json"),
+        help="file for the recorded trace",
+    )
     arguments = parser.parse_args(argv)
     if DEFAULT not in arguments.contestants:
-        parser.error(f"--contestants lacks {DEFAULT}, which the others are compared with")
+        parser.error(f"--contestants must include {DEFAULT}, which the others are compared with")
     return arguments
 
 
@@ -99,18 +114,18 @@ async def measure(
         contestants = [everyone[name] for name in CONTESTANTS if name in everyone]
         default = everyone[DEFAULT]
         progress("measuring the capacity")
-        known = await measure_first(default, scale, report)
+        first = await measure_first(default, scale, report)
         if "policies" in arguments.parts:
-            await parts.policies(contestants, scale, known, report)
+            await parts.policies(contestants, scale, first, report)
         if "overload" in arguments.parts:
-            await parts.overload(everyone[OVERLOADED], scale, known, report)
+            await parts.overload(everyone[OVERLOADED], scale, first, report)
         if "trace" in arguments.parts:
-            await parts.trace(default, scale, known, report, arguments.trace)
+            await parts.trace(default, scale, first, report, arguments.trace)
 
 
 def main() -> int:
     arguments = parse()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the servers end with this process
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the servers are stopped
     settings = {
         name: CONTESTANTS[name] for name in arguments.contestants if "policies" in arguments.parts
     }
@@ -132,7 +147,7 @@ def main() -> int:
     try:
         with contextlib.ExitStack() as stack:
             servers = {}
-            # one after the other: what a server times as it warms up must not be another's start
+            # one after the other: starts of other servers would distort a warm-up's measurements
             for name, changes in settings.items():
                 progress(f"starting {name}")
                 servers[name] = stack.enter_context(
@@ -148,7 +163,7 @@ def main() -> int:
     report.close()
     seconds = time.monotonic() - began
     progress(
-        f"{seconds / 60:.1f} minutes; the client took {(time.process_time() - cpu) / seconds:.1%} "
+        f"{seconds / 60:.1f} minutes; the client used {(time.process_time() - cpu) / seconds:.1%} "
         f"of a core"
     )
     return 0
@@ -166,7 +181,7 @@ def _some_of(names: Sequence[str] | dict[str, dict[str, str]]) -> Callable[[str]
         wanted = tuple(part.strip() for part in text.split(","))
         if unknown := set(wanted) - set(names):
             raise argparse.ArgumentTypeError(
-                f"has {', '.join(sorted(unknown))}; there are {', '.join(names)}"
+                f"has {', '.join(sorted(unknown))}; allowed are {', '.join(names)}"
             )
         return wanted
 

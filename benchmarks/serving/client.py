@@ -1,5 +1,5 @@
-"""The clients: an open loop of arrivals, and a closed one of clients who wait for their answers.
-All on one event loop."""
+"""The clients, on one event loop: an open loop of arrivals, and a closed loop of clients that wait
+for answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import httpx
 from benchmarks.serving.mix import IMAGE, Kind, Request
 
 PATH = "/v1/images/generations"
-CHECK_SECONDS = 0.5  # between looks at whether the server is alive
+CHECK_SECONDS = 0.5  # between two checks that the server is alive
 
 Status = Literal["answered", "refused", "missed", "failed", "unfinished"]
 
@@ -26,19 +26,19 @@ class BenchmarkError(Exception):
 
 @dataclass(frozen=True)
 class Attempt:
-    """A body sent once. `began` counts from the start of the run, `seconds` from there to its
+    """A request sent once: `began` in seconds from the start of the run, `seconds` until the
     answer."""
 
     status: Status
     began: float
     seconds: float
-    code: str = ""  # of the error, or what went wrong
+    code: str = ""  # of the error answer, or a description of the failure
     retry_after: float | None = None
 
 
 @dataclass
 class Outcome:
-    """What became of a request: its attempts, more than one if it was refused and came back."""
+    """The attempts of a request: several if it was refused and sent again."""
 
     request: Request
     attempts: list[Attempt] = field(default_factory=list)
@@ -59,7 +59,7 @@ class Outcome:
 
     @property
     def lag(self) -> float:
-        """Seconds that the client was late to send it."""
+        """Seconds by which the client sent it late."""
         return self.attempts[0].began - self.request.offset if self.attempts else 0.0
 
     @property
@@ -73,8 +73,7 @@ class Outcome:
 async def connect(
     url: str, seconds: float, transport: httpx.AsyncBaseTransport | None = None
 ) -> AsyncIterator[httpx.AsyncClient]:
-    """A client with a connection for each request, as of many users, that gives up after
-    `seconds`."""
+    """A client with a new connection for each request and a timeout of `seconds`."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     headers = {"Content-Type": "application/json"}
     async with httpx.AsyncClient(
@@ -89,7 +88,7 @@ async def connect(
 
 
 async def send(client: httpx.AsyncClient, body: bytes, start: float) -> Attempt:
-    """Post a body, and say what came of it."""
+    """Post a body; returns the result."""
     began = time.perf_counter()
     code, retry_after = "", None
     status: Status = "failed"
@@ -127,14 +126,13 @@ async def offer(
     drain: float,
     returns: int = 0,
 ) -> list[Outcome]:
-    """Send each request when it is due, whatever came of the others, and wait for the answers.
+    """Send each request when it is due, independently of the others, and wait for the answers.
 
     Args:
-        check: raises if the server is no longer there.
-        drain: seconds after the last arrival; what has no answer then is cut off, and stays
+        check: raises if the server has ended.
+        drain: seconds after the last arrival, when requests without an answer are aborted, as
             unfinished.
-        returns: how often a client who is refused waits as it is told and sends the same body
-            again.
+        returns: how often a refused client waits for `Retry-After` and sends the same body again.
     """
     outcomes = [Outcome(request) for request in requests]
     pending: set[asyncio.Task[None]] = set()
@@ -166,12 +164,12 @@ async def saturate(
     ramp: float,
     seconds: float,
 ) -> float:
-    """Requests of the mix per second, from `ramp` seconds on, while each client sends its next when
-    its last is answered.
+    """Throughput of a closed loop of clients in requests of the mix per second, measured after
+    `ramp` seconds.
 
-    An answer counts as the share of a mean request that its kind takes alone: policies that put
-    short ones first finish more of them at first, and would seem faster than they can be for long.
-    Raises BenchmarkError if a request is not answered with an image.
+    Answers are weighted with the time of their kind alone, relative to the mean: policies that
+    prefer short requests finish more of them at first, and would seem faster than they are. Raises
+    BenchmarkError if a request is not answered with an image.
     """
     start = time.perf_counter()
     mean = sum(solo.values()) / len(solo)

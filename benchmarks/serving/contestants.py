@@ -1,4 +1,4 @@
-"""The contestants: servers that differ in a setting, each in a process of its own."""
+"""The contestants: servers with different settings, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Served:
     workers: list[psutil.Process] = field(default_factory=list)  # once it is ready
 
     def check(self) -> None:
-        """Raise BenchmarkError, with the end of its log, if it has ended, or one of its workers,
-        which BentoML starts anew."""
+        """Raise BenchmarkError, with the end of its log, if the server or a worker has ended
+        (BentoML restarts workers)."""
         status = self.process.poll()
         if status is not None:
             self._fail(f"has ended with status {status}")
@@ -76,8 +76,7 @@ class Served:
         self._fail(f"is not ready after {READY_SECONDS} s")
 
     def stop(self) -> None:
-        """SIGTERM to the server; what is still there later is killed, its worker too, which has a
-        group of its own."""
+        """Send SIGTERM, and later SIGKILL, also to the worker, which has its own process group."""
         if self.process.poll() is not None:
             return
         family = [
@@ -88,9 +87,9 @@ class Served:
         try:
             self.process.wait(STOP_SECONDS)
         finally:
-            for one in family:
+            for process in family:
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    one.kill()
+                    process.kill()
             self.process.wait()
 
     def _fail(self, what: str) -> NoReturn:
@@ -100,7 +99,8 @@ class Served:
 
 @contextlib.contextmanager
 def serve(name: str, settings: dict[str, str], logs: Path) -> Iterator[Served]:
-    """`bentoml serve` on a free loopback port, ready for work; ends with the block."""
+    """Run `bentoml serve` on a free loopback port until the context ends; waits for its
+    readiness."""
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"{name}.log"
     port = _free_port()

@@ -1,4 +1,4 @@
-"""What the outcomes say: figures of a run, medians over seeds, ratios paired by seed."""
+"""Figures of a run, medians over seeds, and ratios paired by seed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.measure import Spread
 from benchmarks.serving.client import Attempt, Outcome, Status
 from benchmarks.serving.mix import Kind
 
-SLOW = 3  # times the seconds that a request takes alone
+SLOW = 3  # multiple of a request's seconds alone
 PERCENTILES = (50, 95, 99)
 IN_FLIGHT = "stepweave_requests_in_flight"
 ETA = "stepweave_eta_error_seconds"
@@ -26,11 +26,11 @@ Value = float | None
 def summarise(
     outcomes: Sequence[Outcome], solo: Mapping[Kind, float], seconds: float
 ) -> dict[str, Value]:
-    """The figures of a run of `seconds`. Times are in seconds from the scheduled arrival, of what
-    was answered with an image.
+    """The figures of a run of `seconds`. Latencies are in seconds from the scheduled arrival, of
+    requests answered with an image.
 
-    Shares are of all requests, those of deadlines of the requests that have one, so that what is
-    refused counts against a contestant. Throughput is in answers per second, until the last one.
+    Shares are of all requests (`deadline hits` of all with a deadline), so refusals count against a
+    contestant. Throughput is in answers per second until the last one.
     """
     latencies = [outcome.latency for outcome in outcomes if outcome.latency is not None]
     fast = [o.latency is not None and o.latency <= SLOW * solo[o.request.kind] for o in outcomes]
@@ -54,10 +54,10 @@ def summarise(
 def latency_figures(latencies: Sequence[float]) -> dict[str, Value]:
     if not latencies:
         return {"mean": None, **{f"p{percentile}": None for percentile in PERCENTILES}}
-    found = np.percentile(latencies, PERCENTILES).tolist()
+    values = np.percentile(latencies, PERCENTILES).tolist()
     return {
         "mean": float(np.mean(latencies)),
-        **{f"p{percentile}": value for percentile, value in zip(PERCENTILES, found, strict=True)},
+        **{f"p{percentile}": value for percentile, value in zip(PERCENTILES, values, strict=True)},
     }
 
 
@@ -72,10 +72,10 @@ def over_seeds(runs: Sequence[Mapping[str, Value]], figure: str) -> Spread | Non
 def ratios(
     above: Sequence[Mapping[str, Value]], below: Sequence[Mapping[str, Value]], figure: str
 ) -> Spread | None:
-    """`above` over `below`, run by run: the runs are of the same seeds in the same order, and so of
+    """`above` over `below`, run by run, of runs with the same seeds in the same order, and so with
     the same requests."""
-    pairs = [(one[figure], other[figure]) for one, other in zip(above, below, strict=True)]
-    return Spread.known(one / other for one, other in pairs if one is not None and other)
+    pairs = [(upper[figure], lower[figure]) for upper, lower in zip(above, below, strict=True)]
+    return Spread.known(upper / lower for upper, lower in pairs if upper is not None and lower)
 
 
 # Overload
@@ -123,8 +123,8 @@ def refusals(outcomes: Iterable[Outcome]) -> list[Attempt]:
 def returned(
     outcomes: Iterable[Outcome], code: str, returns: int
 ) -> dict[str, float | str | Spread | None]:
-    """Of the clients first refused with `code`: how many got an image in the end, having come back
-    as they were told."""
+    """Of the clients first refused with `code`: how many got an image when they retried after
+    `Retry-After`."""
     clients = [
         o
         for o in outcomes
@@ -145,7 +145,7 @@ def returned(
     }
 
 
-# From the server's metrics: what is in flight, and how far its own forecasts were off
+# From the server's metrics: requests in flight, and errors of its predictions
 
 
 def in_flight(exposition: str) -> float:
@@ -156,7 +156,7 @@ def in_flight(exposition: str) -> float:
 
 
 def eta_counts(exposition: str) -> Counter[float]:
-    """The histogram of the error as counted so far, by upper bound. Empty where there is none."""
+    """The histogram of the error so far, by upper bound; empty if there is none."""
     counts: Counter[float] = Counter()
     for family in text_string_to_metric_families(exposition):
         for sample in family.samples if family.name == ETA else ():
@@ -166,8 +166,8 @@ def eta_counts(exposition: str) -> Counter[float]:
 
 
 def eta_figures(counts: Mapping[float, float]) -> dict[str, Value]:
-    """Percentiles of the error in seconds, interpolated in their buckets; below zero where a job
-    ended earlier than forecast."""
+    """Percentiles of the error in seconds, interpolated within buckets; negative if jobs ended
+    earlier than predicted."""
     total = counts.get(math.inf, 0)
     if not total:
         return {}
@@ -184,7 +184,7 @@ def eta_figures(counts: Mapping[float, float]) -> dict[str, Value]:
 
 
 def _quantile(buckets: Sequence[tuple[float, float]], rank: float) -> float:
-    """The outermost buckets have one bound each, which is returned for what lies in them."""
+    """The value at a rank; in an outermost bucket, its only bound."""
     for (low, below), (high, count) in pairwise([(min(0.0, buckets[0][0]), 0.0), *buckets]):
         if count >= rank:
             return (

@@ -1,4 +1,4 @@
-"""What comes before the parts: warm-up, the seconds of each kind alone, the capacity."""
+"""Measurements before the parts: warm-up, seconds of each kind alone, capacity."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from benchmarks.serving.figures import in_flight
 from benchmarks.serving.mix import KINDS, SIZES, Kind, endless, of_kind
 from benchmarks.serving.report import progress
 
-BURST = 12  # requests at once, to warm up; fewer than the queue of the overloaded server holds
+BURST = 12  # concurrent requests of the warm-up; fewer than the overloaded server's queue
 BURSTS = 4  # at most
-WARM_UP_SECONDS = 120  # for a burst
+WARM_UP_SECONDS = 120  # timeout of a burst
 IDLE_SECONDS = 60
-# of the closed loop: more than the largest shared step holds; the overloaded server lets in as many
+# of the closed loop: more than the largest batch; also the overloaded server's queue
 CLIENTS = 24
 WARM_UP_SEED, SOLO_SEED, CAPACITY_SEED = 10_000, 20_000, 30_000
 
@@ -32,7 +32,7 @@ class Scale:
     loads: tuple[float, ...]
     seeds: tuple[int, ...]
     seconds: float  # of a run
-    deadlines: float  # share of requests that have one
+    deadlines: float  # share of requests with a deadline
     overload_seconds: float = 60
     trace_seconds: float = 45
     ramp: float = 15  # until a closed loop is steady
@@ -43,7 +43,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A running server: its client, and what raises if it is no longer there."""
+    """A running server: its client, and a check that raises if it has ended."""
 
     name: str
     client: httpx.AsyncClient
@@ -52,14 +52,14 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Known:
-    """What was measured first: seconds of each kind alone, and requests of the mix per second."""
+    """Seconds of each kind alone, and the capacity in requests of the mix per second."""
 
     solo: Mapping[Kind, float]
     capacity: float
 
 
 async def warm_up(contestant: Contestant) -> None:
-    """Each size alone, then bursts of both, until what may be shared is certified and timed."""
+    """Send each size alone, then bursts of both, until all calls are certified and timed."""
     requests = endless(WARM_UP_SEED)
     for size in SIZES:
         alone = next(request for request in requests if request.kind.size == size)
@@ -123,9 +123,9 @@ async def measure_first(contestant: Contestant, scale: Scale, report: Report) ->
             (rows,),
         ),
         Part(
-            f"Capacity for the mix, `{contestant.name}`: {CLIENTS} clients who each wait for their "
-            f"answer, over {scale.capacity_seconds:g} s; each answer counts as the share of a mean "
-            "request that its kind takes alone.",
+            f"Capacity for the mix, `{contestant.name}`: {CLIENTS} clients in a closed loop, over "
+            f"{scale.capacity_seconds:g} s; answers are weighted with the time of their kind "
+            "alone, relative to the mean.",
             ([capacity],),
         ),
     )
@@ -133,8 +133,8 @@ async def measure_first(contestant: Contestant, scale: Scale, report: Report) ->
 
 
 async def idle(contestant: Contestant) -> str:
-    """Wait until the server has nothing in flight, of clients who left, say. Returns its
-    metrics."""
+    """Wait until the server has no requests in flight, such as those of aborted clients. Returns
+    its metrics."""
     for _ in range(round(IDLE_SECONDS / CHECK_SECONDS)):
         contestant.check()
         response = await contestant.client.get("/metrics")
@@ -143,16 +143,16 @@ async def idle(contestant: Contestant) -> str:
             return exposition
         await asyncio.sleep(CHECK_SECONDS)
     raise BenchmarkError(
-        f"{contestant.name} has requests in flight {IDLE_SECONDS} s after the last client left"
+        f"{contestant.name} still has requests in flight {IDLE_SECONDS} s after the last answer"
     )
 
 
 async def _unproven(contestant: Contestant) -> list[str]:
-    """The calls whose certificates are not granted, by module and sample."""
+    """The kinds of calls that are not certified, by module and sample."""
     response = await contestant.client.get("/v1/models")
     certificates = response.raise_for_status().json()["data"][0]["stepweave"]["certificates"]
     return [
-        f"{one['call']} {one['sample']} {one['state']}"
-        for one in certificates
-        if one["state"] != "certified"
+        f"{kind['call']} {kind['sample']} {kind['state']}"
+        for kind in certificates
+        if kind["state"] != "certified"
     ]

@@ -1,4 +1,4 @@
-"""What is sent and when: the same arguments give the same requests, whoever answers them."""
+"""Requests and their times: the same arguments give the same requests for every contestant."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import NamedTuple
 
 from benchmarks.locust.schedule import Arrival, schedule
 
-# of the embedded model: the first is its own, a step of the other takes about twice as long
+# of the embedded model: its native size, and one whose steps take about twice as long
 SIZES = ("64x64", "128x128")
 STEPS = (4, 12, 30)
-DEADLINE = 4  # times the seconds that a request takes alone
+DEADLINE = 4  # multiple of a request's seconds alone
 COPIES = 4  # of each kind in a deck
 IMAGE = b"/9j/"  # the first bytes of every JPEG file, in base64
 ENDLESS_RATE = 1000
 
 
 class Kind(NamedTuple):
-    """What decides how long a request takes."""
+    """Size and steps, which determine how long a request takes."""
 
     size: str
     steps: int
@@ -48,11 +48,10 @@ class Request:
 def poisson(
     rate: float, seconds: float, seed: int, solo: Mapping[Kind, float], share: float
 ) -> list[Request]:
-    """Requests that arrive at `rate` per second. A `share` of them has a deadline, a multiple of
-    what its kind takes alone.
+    """Requests that arrive at `rate` per second; a `share` of them has a deadline.
 
-    Kinds are dealt from shuffled decks that hold each kind equally often: drawn one by one, the
-    work of a short run would be far from what its rate says.
+    Kinds are dealt from shuffled decks with equal numbers of each kind: with independent draws, the
+    work of a short run could differ much from its rate.
     """
     (stage,) = schedule([rate], seconds, seed, SIZES, STEPS)
     rng = random.Random(f"deadlines {seed}")
@@ -63,7 +62,7 @@ def poisson(
 
 
 def endless(seed: int) -> Iterator[Request]:
-    """Requests of the mix without deadlines, for clients who wait for their answers."""
+    """Requests of the mix without deadlines, for the closed loop."""
     for number in itertools.count(seed):
         yield from poisson(ENDLESS_RATE, 1, number, {}, 0)
 

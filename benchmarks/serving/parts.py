@@ -32,7 +32,7 @@ SHOWN = (
 )
 COMPARED = ("mean", "p50", "p95", "p99", "throughput")
 OVERLOAD = 1.5  # of capacity
-RETURNS = 2  # how often a refused client comes back, as the OpenAI client does
+RETURNS = 2  # retries of a refused client, as in the OpenAI client
 TRACE_LOAD = 0.8
 OVERLOAD_SEED, TRACE_SEED = 40_000, 50_000
 
@@ -40,7 +40,7 @@ OVERLOAD_SEED, TRACE_SEED = 40_000, 50_000
 async def policies(
     contestants: Sequence[Contestant], scale: Scale, known: Known, report: Recorder
 ) -> None:
-    """Every contestant in turn, for each seed and load, on the very same requests."""
+    """Run every contestant in turn, for each seed and load, with the same requests."""
     runs: dict[tuple[float, str], list[dict[str, Value]]] = {}
     etas: dict[tuple[float, str], Counter[float]] = {}
     for number, seed in enumerate(scale.seeds):
@@ -48,7 +48,7 @@ async def policies(
             requests = poisson(
                 load * known.capacity, scale.seconds, seed, known.solo, scale.deadlines
             )
-            # who is first changes from seed to seed
+            # the order changes with the seed
             for contestant in [
                 *contestants[number % len(contestants) :],
                 *contestants[: number % len(contestants)],
@@ -83,28 +83,28 @@ async def policies(
             Part(
                 f"Load {load:.0%} of capacity, {load * known.capacity:.3g} requests per second for "
                 f"{scale.seconds:g} s, {len(scale.seeds)} seeds: medians (and extremes) over the "
-                "seeds. Seconds from the scheduled arrival, of what was answered; shares of all "
-                f"requests; {scale.deadlines:.0%} of them have a deadline of {DEADLINE}x what "
-                "their kind takes alone.",
+                "seeds. Seconds from the scheduled arrival, of answered requests; shares of all "
+                f"requests; {scale.deadlines:.0%} of them have a deadline of {DEADLINE}x the time "
+                "of their kind alone.",
                 (
                     [
                         {
                             "contestant": name,
-                            **{one: figures.over_seeds(runs[load, name], one) for one in SHOWN},
+                            **{key: figures.over_seeds(runs[load, name], key) for key in SHOWN},
                         }
                         for name in names
                     ],
                 ),
             ),
             Part(
-                f"Load {load:.0%}: over `{names[0]}`, seed by seed.",
+                f"Load {load:.0%}: relative to `{names[0]}`, seed by seed.",
                 (
                     [
                         {
                             "ratio": f"{name} / {names[0]}",
                             **{
-                                one: figures.ratios(runs[load, name], runs[load, names[0]], one)
-                                for one in COMPARED
+                                key: figures.ratios(runs[load, name], runs[load, names[0]], key)
+                                for key in COMPARED
                             },
                         }
                         for name in names[1:]
@@ -114,13 +114,11 @@ async def policies(
         )
     ]
     forecasts: list[Row] = [
-        {"contestant": name, "load": f"{load:.0%}", **found}
+        {"contestant": name, "load": f"{load:.0%}", **errors}
         for (load, name), counts in etas.items()
-        if (found := figures.eta_figures(counts))
+        if (errors := figures.eta_figures(counts))
     ]
-    tables.append(
-        Part(f"Forecasts of the finish against what came (`{figures.ETA}`).", (forecasts,))
-    )
+    tables.append(Part(f"Errors of predicted finish times (`{figures.ETA}`).", (forecasts,)))
     report.add(
         "policies",
         *tables,
@@ -129,14 +127,15 @@ async def policies(
 
 
 async def overload(contestant: Contestant, scale: Scale, known: Known, report: Recorder) -> None:
-    """More than the server can do: first clients who are refused leave, then they come back as
-    told."""
+    """Overload the server, first with clients that leave when refused, then with clients that
+    retry after `Retry-After`."""
     seconds = scale.overload_seconds
     tables = []
     totals: list[Row] = []
     for returns in (0, RETURNS):
         fill = [
-            dataclasses.replace(one, offset=0.0) for one in islice(endless(OVERLOAD_SEED), CLIENTS)
+            dataclasses.replace(request, offset=0.0)
+            for request in islice(endless(OVERLOAD_SEED), CLIENTS)
         ]
         requests = fill + poisson(
             OVERLOAD * known.capacity, seconds, OVERLOAD_SEED, known.solo, scale.deadlines
@@ -147,10 +146,10 @@ async def overload(contestant: Contestant, scale: Scale, known: Known, report: R
         )
         report.record([_traced(o) for o in outcomes], part="overload", returns=returns)
         _warn(contestant, outcomes)
-        who = f"come back as told, at most {returns} times" if returns else "leave"
+        who = f"retry after Retry-After, at most {returns} times" if returns else "leave"
         tables.append(
             Part(
-                f"Clients who are refused {who}.",
+                f"Refused clients {who}.",
                 (figures.over_time(outcomes, seconds, seconds / 6, known.capacity),),
             )
         )
@@ -185,15 +184,15 @@ async def overload(contestant: Contestant, scale: Scale, known: Known, report: R
             )
             tables.append(
                 Part(
-                    "Clients who came back, by what they were first refused with. One who has a "
-                    "deadline has it anew.",
+                    "Clients that retried, by the code of their first refusal. Deadlines start "
+                    "again with each attempt.",
                     ([figures.returned(outcomes, code, returns) for code in sorted(codes)],),
                 )
             )
     about = (
-        f"{OVERLOAD:.0%} of capacity for {seconds:g} s, after {CLIENTS} requests at once that fill "
-        "the queue. Goodput: images within the deadline, if there is one. Waits are from the "
-        "last sending to the image."
+        f"{OVERLOAD:.0%} of capacity for {seconds:g} s, after {CLIENTS} concurrent requests that "
+        "fill the queue. Goodput: images within the deadline, if there is one. Waits are from the "
+        "last attempt to the image."
     )
     report.add("overload", Part(about, (totals,)), *tables)
 
@@ -201,20 +200,20 @@ async def overload(contestant: Contestant, scale: Scale, known: Known, report: R
 async def trace(
     contestant: Contestant, scale: Scale, known: Known, report: Recorder, path: Path
 ) -> None:
-    """One run, written so that the simulator can be given the same arrivals."""
+    """A run whose arrivals are written as a trace for the simulator."""
     rate = TRACE_LOAD * known.capacity
     requests = poisson(rate, scale.trace_seconds, TRACE_SEED, known.solo, scale.deadlines)
     await idle(contestant)
     outcomes = await offer(contestant.client, requests, contestant.check, drain=scale.drain)
     _warn(contestant, outcomes)
     write_array(path, [_traced(outcome) for outcome in outcomes])
-    found = figures.summarise(outcomes, known.solo, scale.trace_seconds)
+    values = figures.summarise(outcomes, known.solo, scale.trace_seconds)
     report.add(
         "trace",
         Part(
             f"A recorded trace, {path.name}: load {TRACE_LOAD:.0%}, {scale.trace_seconds:g} s, "
             f"`{contestant.name}`.",
-            ([{"sent": len(outcomes), **{name: found[name] for name in SHOWN}}],),
+            ([{"sent": len(outcomes), **{name: values[name] for name in SHOWN}}],),
         ),
     )
 
@@ -230,7 +229,7 @@ def _warn(contestant: Contestant, outcomes: Sequence[Outcome]) -> None:
 
 
 def _traced(outcome: Outcome) -> dict[str, Any]:
-    """A request as `python -m benchmarks.simulate --trace` reads it, and what became of it."""
+    """A request in the format of `python -m benchmarks.simulate --trace`, and its outcome."""
     request = outcome.request
     return {
         "offset": round(request.offset, 6),

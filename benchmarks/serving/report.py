@@ -1,5 +1,5 @@
-"""The report, and what it keeps of every request. Imports no torch: the client shares the servers'
-cores."""
+"""The report, and a file of all requests. Does not import torch, since the client shares the
+servers' cores."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.measure import Report
 
 
 class Recorder(Report):
-    """A report with the requests of every run in a file beside it, one a line."""
+    """A report that also writes the requests of every run to a file, one per line."""
 
     def __init__(self, path: Path, **arguments: Any) -> None:
         super().__init__(path, **arguments)
@@ -27,9 +27,9 @@ class Recorder(Report):
 
 
 def write_array(path: Path, objects: Sequence[Mapping[str, Any]]) -> None:
-    """A JSON array with one object a line."""
+    """Write a JSON array with one object per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("[\n" + ",\n".join(f"  {json.dumps(one)}" for one in objects) + "\n]\n")
+    path.write_text("[\n" + ",\n".join(f"  {json.dumps(item)}" for item in objects) + "\n]\n")
 
 
 def progress(message: str) -> None:

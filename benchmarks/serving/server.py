@@ -1,5 +1,5 @@
-"""The real server with another policy, to compare: `python -m benchmarks.serving.server --policy
-fifo`. What else is given goes to `bentoml serve`, such as `--port 3001`."""
+"""Runs the real server with another policy: `python -m benchmarks.serving.server --policy fifo`.
+Further arguments, such as `--port 3001`, are passed to `bentoml serve`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from benchmarks.serving.contestants import POLICY, ROOT
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.serving.server",
-        description="The real server with one of benchmarks/policies.py.",
-        epilog="Other arguments are those of `bentoml serve`.",
+        description="Run the real server with a policy of benchmarks/policies.py.",
+        epilog="Further arguments are passed to `bentoml serve`.",
         allow_abbrev=False,
     )
     parser.add_argument("--policy", choices=POLICIES, default="srpt", help="(default: %(default)s)")
@@ -25,7 +25,7 @@ def main() -> None:
     os.chdir(ROOT)
     bentoml = str(Path(sys.executable).with_name("bentoml"))
     service = "benchmarks.serving.service:Stepweave"
-    # the last host that it is given counts
+    # the last --host has precedence
     os.execv(bentoml, [bentoml, "serve", service, "--host", "127.0.0.1", *others])
 
 

@@ -1,5 +1,5 @@
-"""The real service with the policy that BENCHMARK_POLICY names: what `python -m
-benchmarks.serving.server` starts."""
+"""The real service with the policy in BENCHMARK_POLICY, for `python -m
+benchmarks.serving.server`."""
 
 from __future__ import annotations
 

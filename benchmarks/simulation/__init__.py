@@ -1,2 +1,2 @@
-"""A discrete-event simulation of the engine: the policies and the admission of
-`stepweave.scheduling`, no model."""
+"""A discrete-event simulation of the engine without a model, with the server's policies and
+admission."""

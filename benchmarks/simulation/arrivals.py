@@ -1,4 +1,4 @@
-"""Who comes when, and with what: Poisson, in bursts, or from a trace."""
+"""Arrivals of requests: a Poisson process, bursts, or a trace."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from stepweave.scheduling.task import Demand, Priority, Task
 
 @dataclass(frozen=True)
 class Arrival:
-    """One request: seconds after the start, image, steps; `deadline` in seconds after the
-    arrival."""
+    """A request: `offset` in seconds from the start, `deadline` in seconds from the arrival."""
 
     offset: float
     size: str
@@ -27,7 +26,7 @@ class Arrival:
     priority: Priority = Priority.NORMAL
 
     def task(self, curves: Curves, cost: CostModel, now: float) -> Task:
-        """The job of a request that is made, or made again, now."""
+        """The job of a request that is sent now, possibly as a retry."""
         deadline = None if self.deadline is None else now + self.deadline
         task = Task(
             curves.demand(self.size, self.steps),
@@ -41,7 +40,7 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Shape:
-    """A kind of job, and its share of all."""
+    """A kind of job, and its share of all jobs."""
 
     size: str
     steps: int
@@ -52,15 +51,15 @@ Mix = Sequence[Shape]
 
 
 def parse_mix(text: str) -> list[Shape]:
-    """`512x512:4:15,1024x1024:50:15`: size, steps and share, which need not sum to anything."""
+    """Parse size, steps and weight, as in `512x512:4:15,1024x1024:50:15`."""
     parts = [part.split(":") for part in text.split(",")]
     total = sum(float(share) for _, _, share in parts)
     return [Shape(size, int(steps), float(share) / total) for size, steps, share in parts]
 
 
 def capacity(mix: Mix, curves: Curves, cost: CostModel) -> float:
-    """Jobs per second if every step ran in the group that is best for throughput: load 1. Nothing
-    sustains more."""
+    """Load 1, the upper limit: jobs per second if every forward had the batch with the highest
+    throughput."""
     demands: list[tuple[Demand, float]] = [
         (curves.demand(shape.size, shape.steps), shape.share) for shape in mix
     ]
@@ -68,10 +67,10 @@ def capacity(mix: Mix, curves: Curves, cost: CostModel) -> float:
 
 
 def arrivals(mix: Mix, rate: float, count: int, seed: int, burst: float = 1) -> list[Arrival]:
-    """`count` requests at `rate` per second, in bursts at one moment, `burst` of them in the mean
-    (geometric); 1 is Poisson.
+    """`count` requests at `rate` per second, in simultaneous bursts of geometric size with the mean
+    `burst`; 1 is a Poisson process.
 
-    The same seed gives the same requests at any rate, closer together.
+    The same seed gives the same requests at any rate, scaled in time.
     """
     random = np.random.default_rng(seed)
     gaps = random.exponential(1, count)
@@ -92,18 +91,18 @@ def with_deadlines(
     slack: float,
     seed: int,
 ) -> list[Arrival]:
-    """Give a share of the requests a deadline of `slack` times what they take alone."""
+    """Give a share of the requests a deadline of `slack` times their seconds alone."""
     random = np.random.default_rng((seed, 1))
     chosen = random.random(len(requests)) < share
     return [
-        replace(request, deadline=slack * request.task(curves, cost, 0.0).solo) if one else request
-        for request, one in zip(requests, chosen, strict=True)
+        replace(request, deadline=slack * request.task(curves, cost, 0.0).solo) if due else request
+        for request, due in zip(requests, chosen, strict=True)
     ]
 
 
 def read_trace(path: Path) -> list[Arrival]:
-    """An array, or one object a line, of `offset`, `size`, `steps`, and perhaps `deadline`
-    (seconds) and `priority` (name)."""
+    """Read a JSON array, or one object per line, with `offset`, `size`, `steps`, and optionally
+    `deadline` (seconds) and `priority` (name)."""
     text = path.read_text()
     objects = (
         json.loads(text)

@@ -1,4 +1,4 @@
-"""What no schedule can beat, however much it knows of the future."""
+"""A lower bound of the mean latency of any schedule, even with knowledge of the future."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def least_mean_latency(requests: Sequence[Arrival], curves: Curves, cost: CostMo
 def _machine(
     offsets: Sequence[float], work: Sequence[float], order: Callable[[int, float], float]
 ) -> tuple[list[float], list[float]]:
-    """One machine that always works on the job of the lowest order: when each job ends, and the
-    mean time of its work."""
+    """Simulate one machine that always works on the job with the lowest order; returns each job's
+    end, and the mean time of its work."""
     ends, middles = [0.0] * len(work), [0.0] * len(work)
     left = list(work)
     ready: list[tuple[float, int]] = []

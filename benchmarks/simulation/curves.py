@@ -1,9 +1,9 @@
-"""Step-time curves from JSON, and what a mix of jobs costs at most and at least.
+"""Step-time curves from JSON, and the least cost of jobs.
 
-A file holds `name`, `source` and `curves`: a list of `module`, `size` ("WIDTHxHEIGHT", or elements)
-and `seconds` by rows. `jobs`, if given, says for each size of image what its jobs call: lists of
-`module`, `size`, `rows` (1) and `calls` (1) `before` the first step, in each `step` and `after` the
-last. Without it, a job has one row of `transformer` in each step and nothing else.
+A file has `name`, `source` and `curves`: a list of `module`, `size` ("WIDTHxHEIGHT", or elements)
+and `seconds` by rows. The optional `jobs` has the calls of jobs by image size: lists of `module`,
+`size`, `rows` (1) and `calls` (1) `before` the first step, in each `step` and `after` the last.
+Without it, a job has one row of `transformer` in each step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DENOISER = "transformer"
 
 
 def elements(size: str | int) -> int:
-    """Proportional to the tokens of an image; raises ValueError for what is no size."""
+    """A number proportional to the tokens of an image. Raises ValueError if it is not a size."""
     if isinstance(size, int):
         return size
     width, _, height = size.partition("x")
@@ -31,8 +31,7 @@ def elements(size: str | int) -> int:
 
 @dataclass(frozen=True)
 class Curves:
-    """Seconds of a forward by rows, for each key, and the calls of a job by the size of its
-    image."""
+    """Seconds of a forward by rows, for each key, and the calls of a job by image size."""
 
     name: str
     source: str
@@ -58,15 +57,14 @@ class Curves:
         return CostModel.of(self.seconds)
 
     def demand(self, size: str, steps: int) -> Demand:
-        """The calls of a job of so many steps."""
+        """The calls of a job."""
         if size in self.jobs:
             of_size = self.jobs[size]
             return Demand(steps, of_size.before, of_size.step, of_size.after)
         return Demand(steps, step=(Load(Key(DENOISER, elements(size)), 1),))
 
     def most_rows(self, key: Key) -> int:
-        """The most rows the curve knows of; sizes that it does not know are bounded by the largest
-        number it knows at all."""
+        """The most rows in the key's curve; for a key without one, the most rows in any."""
         return max(
             self.seconds.get(key)
             or {rows: 0.0 for curve in self.seconds.values() for rows in curve}
@@ -81,17 +79,17 @@ def _loads(parts: Sequence[Mapping[str, Any]]) -> tuple[Load, ...]:
 
 
 def knees(curves: Curves, cost: CostModel) -> Callable[[Key], int]:
-    """The knee of each key, within what the curve knows."""
+    """The knee of each key, within the range of its curve."""
     return functools.cache(lambda key: cost.knee(key, curves.most_rows(key)))
 
 
 def best_seconds(curves: Curves, cost: CostModel, key: Key) -> float:
-    """Seconds per row in the group that is best for throughput."""
+    """Seconds per row in the batch with the highest throughput."""
     return min(cost.seconds(key, rows) / rows for rows in range(1, curves.most_rows(key) + 1))
 
 
 def least_work(curves: Curves, cost: CostModel, demand: Demand) -> float:
-    """Seconds of the engine that a job takes at least: each row in the best group, always."""
+    """The least seconds of the engine for a job, with each row in the best batch."""
 
     def seconds(loads: Sequence[Load]) -> float:
         return sum(load.calls * load.rows * best_seconds(curves, cost, load.key) for load in loads)

@@ -1,4 +1,4 @@
-"""What a simulation comes to."""
+"""The figures of a simulation."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 
 from benchmarks.simulation.world import Run
 
-WITHIN = 3  # times the solo time, for the share of jobs that took no longer
+WITHIN = 3  # multiple of a job's time alone, for the share of jobs within it
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Latencies in seconds, of the jobs that were served, from the first time they asked. Jobs
-    still there when the last one has come are served, too, and count."""
+    """Latencies in seconds, of served jobs, from their first attempt, including jobs that end after
+    the last arrival."""
 
     mean: float
     p50: float
@@ -23,33 +23,31 @@ class Figures:
     p99: float
     slowdown: float  # mean of latency / time alone
     within: float  # share of jobs
-    # share of the jobs with a deadline that met it; those that were refused did not
-    hits: float | None
+    hits: float | None  # share of jobs with a deadline that met it; refused ones did not
     throughput: float  # jobs per second, from the first arrival to the last finish
-    refused: float  # share of jobs that were refused for good
-    inside: float  # mean latency from when they were let in
+    refused: float  # share of jobs that were never accepted
+    inside: float  # mean latency from acceptance
     told: float | None  # median Retry-After, in seconds
-    retries: float | None  # share of those who came again as told and were let in then
-    # the same, of those for whom a place was to be kept: they were told no more than `max_wait`
-    kept: float | None
+    retries: float | None  # share of retries that were accepted
+    kept: float | None  # the same, of those with a promised place (Retry-After <= `max_wait`)
     busy: float  # share of the time
     rows: float  # of a forward, mean
     switches: float  # share of forwards of another key than the one before
 
     @classmethod
     def of(cls, run: Run, max_wait: float = float("inf")) -> Figures:
-        served = [one for one in run.outcomes if one.finished is not None]
-        latency = np.array([one.latency for one in served] or [np.nan])
-        solo = np.array([one.solo for one in served] or [np.nan])
-        told = [seconds for one in run.outcomes for seconds in one.promised]
-        again = [back for one in run.outcomes for back in one.returns()]
-        due = [one for one in run.outcomes if one.arrival.deadline is not None]
+        served = [outcome for outcome in run.outcomes if outcome.finished is not None]
+        latency = np.array([outcome.latency for outcome in served] or [np.nan])
+        solo = np.array([outcome.solo for outcome in served] or [np.nan])
+        told = [seconds for outcome in run.outcomes for seconds in outcome.promised]
+        again = [back for outcome in run.outcomes for back in outcome.returns()]
+        due = [outcome for outcome in run.outcomes if outcome.arrival.deadline is not None]
         met = sum(
-            one.finished <= one.asked[-1] + one.arrival.deadline
-            for one in due
-            if one.finished is not None and one.arrival.deadline is not None
+            outcome.finished <= outcome.asked[-1] + outcome.arrival.deadline
+            for outcome in due
+            if outcome.finished is not None and outcome.arrival.deadline is not None
         )
-        elapsed = max(run.end - min(one.arrival.offset for one in run.outcomes), 1e-9)
+        elapsed = max(run.end - min(outcome.arrival.offset for outcome in run.outcomes), 1e-9)
         p50, p95, p99 = np.percentile(latency, (50, 95, 99)).tolist()
         return cls(
             mean=float(latency.mean()),
@@ -63,13 +61,17 @@ class Figures:
             refused=1 - len(served) / len(run.outcomes),
             inside=float(
                 np.mean(
-                    [one.finished - one.asked[-1] for one in served if one.finished is not None]
+                    [
+                        outcome.finished - outcome.asked[-1]
+                        for outcome in served
+                        if outcome.finished is not None
+                    ]
                     or [np.nan]
                 )
             ),
             told=float(np.median(told)) if told else None,
-            retries=_share([let_in for _, let_in in again]),
-            kept=_share([let_in for seconds, let_in in again if seconds <= max_wait]),
+            retries=_share([accepted for _, accepted in again]),
+            kept=_share([accepted for seconds, accepted in again if seconds <= max_wait]),
             busy=run.busy / elapsed,
             rows=run.rows / max(run.forwards, 1),
             switches=run.switches / max(run.forwards, 1),

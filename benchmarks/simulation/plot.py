@@ -23,21 +23,21 @@ PANELS = {
 
 def draw(
     loads: Sequence[float],
-    found: Mapping[str, Mapping[str, Sequence[Spread]]],
+    by_policy: Mapping[str, Mapping[str, Sequence[Spread]]],
     bounds: Sequence[Spread],
     title: str,
     path: Path,
 ) -> None:
-    """`found`: by policy and figure, one value for each load; bars are quartiles over the seeds.
-    The first policy stands out."""
+    """Draw figures `by_policy` and name, with a value for each load; bars are quartiles over the
+    seeds. The first policy is emphasised."""
     figure, panels = plt.subplots(
         1, len(PANELS), figsize=(4.2 * len(PANELS), 3.9), layout="constrained"
     )
     places = range(len(loads))
     for axes, (name, label) in zip(panels, PANELS.items(), strict=True):
-        lines = {policy: figures[name] for policy, figures in found.items()}
+        lines = {policy: figures[name] for policy, figures in by_policy.items()}
         if name == "mean":
-            lines["no schedule can beat"] = bounds
+            lines["lower bound"] = bounds
         for number, (policy, spreads) in enumerate(lines.items()):
             middles = [spread.median for spread in spreads]
             bars = [
@@ -63,7 +63,7 @@ def draw(
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter(ScalarFormatter())
             axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set(xlabel="Load, of the best possible throughput", ylabel=label, xticks=places)
+        axes.set(xlabel="Load (of the highest throughput)", ylabel=label, xticks=places)
         axes.set_xticklabels([f"{load:.0%}" for load in loads])
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize=8)

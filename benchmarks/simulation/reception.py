@@ -14,7 +14,7 @@ from stepweave.serving.admission import Admission
 
 
 class Reception:
-    """Lets in what `Admission` does, with the finish that is forecast for an order of the jobs."""
+    """The server's `Admission`, with estimates that are forecast for an order of the jobs."""
 
     def __init__(
         self, curves: Curves, limit: int, order: Order, max_wait: float = float("inf")

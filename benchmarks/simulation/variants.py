@@ -1,8 +1,5 @@
-"""What was tried against the default policy and lost; docs/experiments.md says by how much.
-
-Each is the default with a rule changed: `VARIANTS` gives their names to `python -m
-benchmarks.simulate --policies`.
-"""
+"""Variants of the default policy that were tried and are worse (docs/experiments.md has the
+figures); `VARIANTS` are their names for `python -m benchmarks.simulate --policies`."""
 
 from __future__ import annotations
 
@@ -13,13 +10,12 @@ from stepweave.scheduling.policy import URGENT, Cap, Cost, Policy, Rank, WasteAw
 from stepweave.scheduling.queues import CallT, Queues, WaitingCall
 from stepweave.scheduling.task import Task
 
-STICKY = 0.7  # factor of the remaining work of those whose key ran last
-IDLE = 0.5  # times the time alone
+STICKY = 0.7  # factor of the remaining work of jobs whose key ran last
+IDLE = 0.5  # longest wait for others, as a multiple of the time alone
 
 
 class PerCompletion(WasteAwareSRPT):
-    """By a row's seconds in the group over its seconds alone: the lowest rank has the most
-    completions per second."""
+    """Ranks by a row's seconds in the group relative to those alone: completions per second."""
 
     def waste_factor(
         self, group: Sequence[WaitingCall], others: int, cap: Cap, cost: Cost
@@ -29,8 +25,7 @@ class PerCompletion(WasteAwareSRPT):
 
 
 class ToFill(WasteAwareSRPT):
-    """By a row's seconds in the group over its seconds in a full one, whether others wait or
-    not."""
+    """Ranks by a row's seconds in the group relative to a full one, even if no others wait."""
 
     def waste_factor(
         self, group: Sequence[WaitingCall], others: int, cap: Cap, cost: Cost
@@ -39,7 +34,7 @@ class ToFill(WasteAwareSRPT):
 
 
 class AgedRemaining(WasteAwareSRPT):
-    """Remaining work counts less with age."""
+    """Discounts remaining work by age."""
 
     def rank(self, task: Task, now: float) -> Rank:
         age = max(0.0, now - task.arrived) / max(task.solo, 1e-9)
@@ -53,7 +48,7 @@ class _Last:
 
 @dataclass(frozen=True)
 class Sticky(WasteAwareSRPT):
-    """Those whose key ran last are preferred."""
+    """Prefers jobs whose key ran last."""
 
     last: _Last = field(default_factory=_Last)
 
@@ -67,8 +62,7 @@ class Sticky(WasteAwareSRPT):
 
 
 class Idle(WasteAwareSRPT):
-    """With nothing else to do, a job waits a while for another to share its first step, if that
-    pays."""
+    """Lets a job on an idle engine wait for another to share its first step, if that pays."""
 
     def choose(self, queues: Queues[CallT], now: float, cap: Cap, cost: Cost) -> list[CallT]:
         group = super().choose(queues, now, cap, cost)
@@ -86,7 +80,7 @@ def _in_steps(task: Task) -> bool:
 
 
 def _waste(group: Sequence[WaitingCall], cap: Cap, cost: Cost) -> float:
-    """What a row takes longer in the group than in a full one, as a share of the latter."""
+    """Additional seconds of a row in the group, relative to its seconds in a full group."""
     most = max(group[0].rows, cap(group[0]))
     return max(0.0, _row_seconds(group, cost) / (cost.seconds(group[0].cost, most) / most) - 1)
 
@@ -104,7 +98,7 @@ VARIANTS: dict[str, Policy] = {
     "fill": ToFill(),
     "sticky": Sticky(),
     "idle": Idle(),
-    "full_time": WasteAwareSRPT(others_share=0.0),  # the oldest overdue job has all of the time
-    # all deadlines that can be met come first, whether they are urgent or not
+    "full_time": WasteAwareSRPT(others_share=0.0),  # the oldest overdue job gets all the time
+    # all deadlines that can be met come first, even if they are not urgent
     "every_deadline": WasteAwareSRPT(urgency=1e9),
 }

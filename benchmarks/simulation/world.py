@@ -1,4 +1,4 @@
-"""The engine without its models: one forward at a time, each as long as the curve says."""
+"""A simulated engine: one forward at a time, with the duration of the curve."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stepweave.scheduling.task import Key, Load, Task
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """A call that waits for a forward. Calls share one if their modules and sizes are equal."""
+    """A call that waits for a forward; calls of equal module and size may share it."""
 
     key: Hashable
     rows: int
@@ -29,23 +29,21 @@ class Request:
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of a request; times in seconds after the start."""
+    """The outcome of a request; times in seconds from the start."""
 
     arrival: Arrival
     solo: float
-    # when it was made, and made again after refusals
-    asked: list[float] = field(default_factory=list)
+    asked: list[float] = field(default_factory=list)  # times of its attempts
     promised: list[float] = field(default_factory=list)  # the Retry-After of each refusal
     finished: float | None = None
 
     @property
     def latency(self) -> float | None:
-        """From the first time it was made; None if it was refused for good."""
+        """Seconds from the first attempt; None if it was never accepted."""
         return None if self.finished is None else self.finished - self.asked[0]
 
     def returns(self) -> list[tuple[float, bool]]:
-        """Each time that it was made again: after how many seconds, as told, and whether it was let
-        in then."""
+        """For each retry, its Retry-After, and whether it was accepted."""
         count = len(self.asked) - 1
         return [
             (told, number == len(self.promised))
@@ -55,7 +53,7 @@ class Outcome:
 
 @dataclass
 class Run:
-    """All of a simulation."""
+    """The results of a simulation."""
 
     outcomes: list[Outcome]
     busy: float = 0.0  # seconds of forwards
@@ -65,7 +63,8 @@ class Run:
 
     @property
     def end(self) -> float:
-        return max((one.finished for one in self.outcomes if one.finished is not None), default=0.0)
+        finished = (outcome.finished for outcome in self.outcomes)
+        return max((time for time in finished if time is not None), default=0.0)
 
 
 class Door(Protocol):
@@ -74,15 +73,15 @@ class Door(Protocol):
     def enter(
         self, token: Hashable, task: Task, inside: Sequence[Task], now: float
     ) -> float | None:
-        """Let a task in (None), or say after how many seconds to come again, infinitely many for
-        never; the token is the same then."""
+        """Accept a task (None), or return the seconds after which to retry with the same token,
+        infinite for never."""
 
     def leave(self) -> None:
-        """One of those inside is done."""
+        """Record that an accepted task is done."""
 
 
 class World:
-    """A simulation that is under way."""
+    """A running simulation."""
 
     def __init__(
         self,
@@ -101,26 +100,28 @@ class World:
         self._cap = cap or at_knee(curves, self._cost)
         self._door = door
         self._attempts = attempts
-        self._calls: dict[Task, Iterator[Load]] = {}  # of the tasks that are in
+        self._calls: dict[Task, Iterator[Load]] = {}  # of accepted tasks
         self._outcome: dict[Task, Outcome] = {}
         self._queues = CallQueues[Request]()
         outcomes = [
             Outcome(request, request.task(curves, self._cost, 0.0).solo) for request in requests
         ]
-        self._due = [(one.arrival.offset, number, one) for number, one in enumerate(outcomes)]
+        self._due = [
+            (outcome.arrival.offset, number, outcome) for number, outcome in enumerate(outcomes)
+        ]
         heapq.heapify(self._due)
         self._seconds: dict[tuple[Key, int], float] = {}
         self.run = Run(outcomes)
 
     def simulate(self) -> Run:
-        """Until everybody is served or has given up. Policies may pick nothing, and are asked again
-        at the next arrival."""
+        """Run until all requests are served or have given up. A policy that picks nothing is asked
+        again at the next arrival."""
         now, last = 0.0, None
         while self._queues or self._due:
             picked = self._choose(now)
             if not picked:
                 if not self._due:
-                    raise RuntimeError("the policy lets the last jobs wait for ever")
+                    raise RuntimeError("the policy never runs the last jobs")
                 now = max(now, self._due[0][0])
                 self._admit(now)
                 continue
@@ -157,15 +158,15 @@ class World:
                     heapq.heappush(self._due, (now + wait, number, outcome))
 
     def _forward(self, picked: Sequence[Request]) -> float:
-        """Take the calls out of their queue; the seconds that they take together."""
+        """Run the calls as one forward; returns its seconds."""
         if len({request.key for request in picked}) > 1:
             raise RuntimeError("the policy picked calls of several keys")
         self._queues.take(picked)
         rows = sum(request.rows for request in picked)
-        what = (picked[0].cost, rows)
-        seconds = self._seconds.get(what)
+        load = (picked[0].cost, rows)
+        seconds = self._seconds.get(load)
         if seconds is None:
-            seconds = self._seconds[what] = self._cost.seconds(*what)
+            seconds = self._seconds[load] = self._cost.seconds(*load)
         for request in picked:
             request.task.begun = True
         self.run.busy += seconds
@@ -174,7 +175,7 @@ class World:
         return seconds
 
     def _advance(self, task: Task, now: float) -> None:
-        """To the next call of a task, or its end."""
+        """Queue the next call of a task, or end it."""
         load = next(self._calls[task], None)
         if load is None:
             self._outcome.pop(task).finished = now
@@ -186,7 +187,7 @@ class World:
 
 
 def _calls(task: Task) -> Iterator[Load]:
-    """The calls of a task in turn; what is done is noted when the next one is asked for."""
+    """Yield the calls of a task, and update its progress."""
     demand = task.demand
     for load in demand.before:
         for _ in range(round(load.calls)):
@@ -203,11 +204,11 @@ def _calls(task: Task) -> Iterator[Load]:
 
 
 def at_knee(curves: Curves, cost: CostModel) -> Cap:
-    """The cap of each key: its knee."""
+    """A cap at each key's knee."""
     knee = knees(curves, cost)
     return lambda request: knee(request.cost)
 
 
 def fixed(rows: int) -> Callable[[Request], int]:
-    """The same cap for all."""
+    """A cap of `rows` for all keys."""
     return lambda request: rows

@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: torch and diffusers take seconds, and the server must answer its probes
-    before."""
+    """Import on first use: torch and diffusers take seconds, during which probes must work."""
     if name in __all__:
         package = "stepweave.engine" if name in ("Job", "StepEngine") else "stepweave.scope"
         return getattr(importlib.import_module(package), name)

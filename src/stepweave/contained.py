@@ -1,4 +1,4 @@
-"""Errors of what is not the work itself."""
+"""Contains errors of side work."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def contained(what: str) -> Iterator[None]:
-    """An error in what is not the work itself is logged, and costs no job."""
+    """Log an exception of side work (`could not {what}`) instead of raising it, to fail no job."""
     try:
         yield
     except Exception:

@@ -1,8 +1,8 @@
-"""Brings a model from the hub into its cache, for servers that only read it: `python -m
+"""Downloads a model into the hub's cache, for servers that only read it: `python -m
 stepweave.download`.
 
-`STEPWEAVE_MODEL`, `STEPWEAVE_REVISION` and `STEPWEAVE_VARIANT` name it, `HF_HUB_CACHE` or `HF_HOME`
-the cache, and `HF_TOKEN` is for gated ones. What is in the cache already is not fetched again.
+The model is `STEPWEAVE_MODEL`, `STEPWEAVE_REVISION` and `STEPWEAVE_VARIANT`, the cache
+`HF_HUB_CACHE` or `HF_HOME`; set `HF_TOKEN` for gated models. Cached files are not downloaded again.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from stepweave.errors import StepweaveError
 
 
 def main() -> None:
-    """Raises SystemExit, which prints one line and makes the status 1, if that cannot be done."""
+    """Download the model. Raises SystemExit with a message (status 1) if that fails."""
     try:
         settings = Settings.load()
         if settings.model_directory() is not None:
             raise SystemExit(
-                f"stepweave: STEPWEAVE_MODEL={settings.model!r} is a directory: there is nothing "
-                f"to download"
+                f"stepweave: STEPWEAVE_MODEL={settings.model!r} is a directory: nothing to download"
             )
         from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -33,25 +32,25 @@ def main() -> None:
 
         folder, variant = fetch(settings.model, settings.revision, settings.variant)
     except StepweaveError as error:
-        raise SystemExit(f"stepweave: the model cannot be downloaded: {error.message}") from None
+        raise SystemExit(f"stepweave: the download failed: {error.message}") from None
     sys.stdout.write(
         f"{settings.model}{f', variant {variant},' if variant else ''} is in {folder}\n"
     )
 
 
 def check_writable(cache: Path) -> None:
-    """Raises SystemExit if a directory, made if it is absent, cannot be written to."""
+    """Create a directory if it is missing. Raises SystemExit if it cannot be written to."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache):
             pass
     except OSError as error:
-        there = next(folder for folder in (cache, *cache.parents) if folder.exists())
-        owner = there.stat()
+        existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
+        status = existing.stat()
         raise SystemExit(
-            f"stepweave: the cache {cache} cannot be written to ({error.strerror}): this is user "
-            f"{os.getuid()}, and {there} belongs to {owner.st_uid}:{owner.st_gid} with mode "
-            f"{stat.S_IMODE(owner.st_mode):o}"
+            f"stepweave: user {os.getuid()} cannot write to the cache {cache} ({error.strerror}): "
+            f"{existing} belongs to {status.st_uid}:{status.st_gid} with mode "
+            f"{stat.S_IMODE(status.st_mode):o}"
         ) from None
 
 

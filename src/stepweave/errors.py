@@ -1,35 +1,34 @@
-"""Every error that Stepweave raises, each with the HTTP status, type and code it becomes.
+"""Every error that Stepweave raises, with its HTTP status, type and code.
 
 StepweaveError (500)
-├── ConfigError                          a setting is unknown or malformed: no server starts
+├── ConfigError                          a setting is unknown or invalid: the server does not start
 ├── LoadError                            the model cannot be loaded
-├── EngineMisuseError                    the engine is used in a way that cannot work
+├── EngineMisuseError                    a wrong use of the engine
 ├── IsolationError                       a component of a pipeline cannot be shared between calls
-├── OutOfMemoryError                     the job does not fit into the device's memory, even alone
-├── NonFiniteError                       the model gave NaN or infinite values
-├── ImageCountError                      the pipeline made more or fewer images than were asked for
-│   └── NoImagesError                    it made something else than images
-└── RequestError                         the caller's request cannot be served
+├── OutOfMemoryError                     the job exceeds the device's memory, even alone
+├── NonFiniteError                       the model returned NaN or infinite values
+├── ImageCountError                      the pipeline made more or fewer images than requested
+│   └── NoImagesError                    it made something other than images
+└── RequestError                         the request cannot be served
     ├── InvalidRequestError (400)        a value is not allowed; `param` names the field
-    │   └── DeadlineTooShortError        no server like this one could meet it, however idle
-    ├── ContentFlaggedError (400)        the safety checker flagged an image, and such are refused
-    ├── AuthenticationError (401)        keys are set, and the request has none of them
+    │   └── DeadlineTooShortError        not even an idle server could meet the deadline
+    ├── ContentFlaggedError (400)        the safety checker flagged an image, and the server refuses
+    ├── AuthenticationError (401)        the API key is missing or wrong
     ├── NotFoundError (404)              no such route, model, job or image
     ├── MethodNotAllowedError (405)
-    ├── ConflictError (409)              the idempotency key is of another request, or the end began
+    ├── ConflictError (409)              the idempotency key is in use, or the process is ending
     ├── BodyTooLargeError (413)
     ├── UnsupportedMediaTypeError (415)
-    │   └── UnsupportedEncodingError     its content encoding is not one that is undone
-    ├── AdmissionError (429)             admission refused it; `retry_after` says when to retry
-    ├── RequestCancelledError (499)      the caller left or cancelled
-    ├── DeadlineExceededError (504)      the job was not done in the time it was given
+    │   └── UnsupportedEncodingError     the content encoding is not supported
+    ├── AdmissionError (429)             refused by admission; `retry_after` says when to retry
+    ├── RequestCancelledError (499)      the client disconnected or cancelled
+    ├── DeadlineExceededError (504)      the job missed its deadline
     └── UnavailableError (503)           loading, draining, failed; `retry_after` says when to retry
-        ├── EngineClosedError            the engine has been closed
-        └── DeviceFailedError            the device has failed, until the process is started again
+        ├── EngineClosedError            the engine is closed
+        └── DeviceFailedError            the device has failed, until the process is restarted
 
-Names of errors end in Error. Exceptions outside of the tree are signals inside the engine, or in
-one package: they are no errors, their names do not end so, and no package above the engine sees
-those of another.
+Names of errors end in Error. Exceptions outside of the tree are signals within the engine or one
+package; their names do not end in Error, and no package above the engine sees those of another.
 """
 
 from __future__ import annotations
@@ -39,8 +38,7 @@ from typing import ClassVar, Literal, Self, get_args
 
 RefusalReason = Literal["queue_full", "wait", "deadline", "memory"]
 REFUSAL_REASONS: tuple[RefusalReason, ...] = get_args(RefusalReason)  # codes of 429
-# for programs, each with its meaning in docs/http.md
-Code = Literal[
+Code = Literal[  # explained in docs/http.md
     "ambiguous_length",
     "body_too_large",
     "cancel_ignored",
@@ -101,18 +99,17 @@ Code = Literal[
     "untrusted_host",
     "wait",
 ]
-SHOWN = 80  # characters of an offending value that a message repeats
+SHOWN = 80  # characters of a value in a message
 
 
 def shown(value: object) -> str:
-    """The value as a message repeats it: its repr, cut to a sane length."""
+    """The value for a message: its repr, cut to `SHOWN` characters."""
     text = repr(value[: 2 * SHOWN]) if isinstance(value, (str, bytes)) else repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a message tells them, to three digits and rounded up: what is longer than a limit
-    never looks shorter, nor a wait like none."""
+    """Seconds for a message, rounded up to three digits: never less than a limit, never 0."""
     seconds = max(seconds, 1e-3)
     unit = 10.0 ** min(0, math.floor(math.log10(seconds)) - 2)
     rounded = math.ceil(round(seconds / unit, 6)) * unit
@@ -120,8 +117,8 @@ def duration(seconds: float) -> str:
 
 
 class StepweaveError(Exception):
-    """Base of all. `message` never holds a traceback or a server path; `code` is one of `Code`, or
-    for what BentoML answers itself the name of the status."""
+    """Base of all. `message` never contains a traceback or a path of the server; `code` is one of
+    `Code`, or, in BentoML's own answers, the name of the status."""
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
@@ -143,14 +140,14 @@ class StepweaveError(Exception):
         self.retry_after = None if retry_after is None else max(1, math.ceil(retry_after))
 
     def again(self) -> Self:
-        """The same, to be raised once more: an error's traceback holds on to all who raise it."""
+        """A copy to raise: a traceback keeps the frames alive wherever the error was raised."""
         twin = type(self).__new__(type(self), *self.args)
         twin.__dict__.update(self.__dict__)
         return twin
 
 
 class ConfigError(StepweaveError):
-    """A setting is unknown or malformed."""
+    """A setting is unknown or invalid."""
 
     code = "config_error"
 
@@ -162,26 +159,26 @@ class LoadError(StepweaveError):
 
 
 class EngineMisuseError(StepweaveError):
-    """The engine is used in a way that cannot work."""
+    """A wrong use of the engine."""
 
     code = "engine_misuse"
 
 
 class OutOfMemoryError(StepweaveError):
-    """The device's memory is too small for the job, even by itself."""
+    """The job exceeds the device's memory, even alone."""
 
     code = "out_of_memory"
 
 
 _NON_FINITE = (
-    "The result is not finite: the model gave NaN or infinite values. Other parameters may work; "
-    "if all requests fail, the weights are damaged, or overflow in the server's STEPWEAVE_DTYPE "
-    "(try bfloat16 or float32)."
+    "The result is not finite: the model returned NaN or infinite values. Other parameters may "
+    "work; if all requests fail, the weights are damaged, or overflow in the server's "
+    "STEPWEAVE_DTYPE (try bfloat16 or float32)."
 )
 
 
 class NonFiniteError(StepweaveError):
-    """The model gave NaN or infinite values, of which no image can be made."""
+    """The model returned NaN or infinite values."""
 
     code = "non_finite"
 
@@ -190,19 +187,19 @@ class NonFiniteError(StepweaveError):
 
 
 class ImageCountError(StepweaveError):
-    """The pipeline made more or fewer images than were asked for."""
+    """The pipeline made more or fewer images than requested."""
 
     code = "generation_failed"
 
 
 class NoImagesError(ImageCountError):
-    """The pipeline made something else than images."""
+    """The pipeline made something other than images."""
 
     code = "no_images"
 
 
 class RequestError(StepweaveError):
-    """The caller's request cannot be served."""
+    """The request cannot be served."""
 
     status = 400
     type = "invalid_request_error"
@@ -219,8 +216,7 @@ class InvalidRequestError(RequestError):
 
 
 class DeadlineTooShortError(InvalidRequestError):
-    """The job takes longer than its deadline even if it is the only one: nothing was run, and
-    coming back would not help."""
+    """Not even an idle server could meet the deadline: nothing was run, and a retry is useless."""
 
     code = "deadline_too_short"
 
@@ -236,12 +232,12 @@ class ContentFlaggedError(RequestError):
     def __init__(self, index: int, names: list[str]) -> None:
         super().__init__(
             f"Image {index} was flagged by the pipeline ({', '.join(names)}); this server does not "
-            "return flagged images. Another prompt or seed may pass."
+            "return flagged images. Try another prompt or seed."
         )
 
 
 class AuthenticationError(RequestError):
-    """API keys are set, and the request has none of them."""
+    """The API key is missing or wrong."""
 
     status = 401
     type = "authentication_error"
@@ -256,15 +252,14 @@ class NotFoundError(RequestError):
 
 
 class MethodNotAllowedError(RequestError):
-    """The route exists, the method does not."""
+    """The route does not support the method."""
 
     status = 405
     code = "method_not_allowed"
 
 
 class ConflictError(RequestError):
-    """The request does not go with what there is: its idempotency key belongs to another request,
-    or the process ends."""
+    """The idempotency key was used for a different request, or the process is ending."""
 
     status = 409
     code = "idempotency_conflict"
@@ -276,29 +271,27 @@ class ConflictError(RequestError):
 
 
 class BodyTooLargeError(RequestError):
-    """The request's body is over the limit."""
+    """The request body is over the limit."""
 
     status = 413
     code = "body_too_large"
 
     def __init__(self, limit: int, size: int | None = None, *, encoding: str | None = None) -> None:
-        """`encoding` is the one that it came in, if its size is that of what comes out."""
+        """`size` in bytes, after decoding from `encoding` if that is set."""
         body = "The request's body" if size is None else f"The request's body of {size} bytes"
         body += "" if encoding is None else f", decoded from {encoding},"
         super().__init__(f"{body} is over the limit of {limit} bytes.")
 
 
 class UnsupportedMediaTypeError(RequestError):
-    """The request's content type is not one that the route reads, or a file of it is of a kind that
-    is not read."""
+    """The route does not support the request's content type, or the type of one of its files."""
 
     status = 415
     code = "unsupported_media_type"
 
 
 class UnsupportedEncodingError(UnsupportedMediaTypeError):
-    """The request's content encoding is not one that is undone; the answer names those that are
-    (RFC 9110, 15.5.16)."""
+    """The content encoding is not supported; the answer lists others (RFC 9110, 15.5.16)."""
 
     TAKEN = "gzip, deflate, identity"
 
@@ -307,7 +300,7 @@ class UnsupportedEncodingError(UnsupportedMediaTypeError):
 
 
 class AdmissionError(RequestError):
-    """Admission refused the request: it would wait too long. Nothing was run."""
+    """Admission refused the request; nothing was run."""
 
     status = 429
     type = "rate_limit_error"
@@ -320,7 +313,7 @@ class AdmissionError(RequestError):
 
 
 class RequestCancelledError(RequestError):
-    """The caller left or cancelled the job."""
+    """The client disconnected or cancelled the job."""
 
     status = 499
     type = "cancelled"
@@ -331,7 +324,7 @@ class RequestCancelledError(RequestError):
 
 
 class UnavailableError(RequestError):
-    """The server does not take work now."""
+    """The server does not accept requests now."""
 
     status = 503
     type = "unavailable"
@@ -344,7 +337,7 @@ class UnavailableError(RequestError):
 
 
 class EngineClosedError(UnavailableError):
-    """The engine has been closed and takes no more jobs."""
+    """The engine is closed and accepts no more jobs."""
 
     code = "draining"
 
@@ -353,21 +346,20 @@ class EngineClosedError(UnavailableError):
 
 
 class DeviceFailedError(UnavailableError):
-    """The device has failed for good, as `reason` says; only another process can use it again."""
+    """The device has failed, for `reason`; it needs a new process."""
 
     code = "device_failed"
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
         super().__init__(
-            f"The server's device has failed ({reason}); send the request again, to another "
-            f"server.",
+            f"The server's device has failed ({reason}); retry the request with another server.",
             retry_after=10,
         )
 
 
 class DeadlineExceededError(RequestError):
-    """The job was not done in the time it was given."""
+    """The job missed its deadline."""
 
     status = 504
     type = "timeout"

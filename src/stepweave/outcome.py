@@ -1,9 +1,8 @@
-"""What came of a call, as it is carried between threads and tasks.
+"""The result or error of a call, passed between threads and tasks as a value.
 
-Futures, generators and event loops take some exceptions for signals of their own: asyncio's futures
-refuse a StopIteration, a CancelledError looks like a cancelled task, a SystemExit ends the event
-loop. So nothing but an `Outcome`, which means nothing to them, travels, and what an error becomes
-for who waits is said in one place.
+Futures, generators and event loops treat some exceptions as signals: asyncio's futures refuse a
+StopIteration, a CancelledError looks like a cancelled task, a SystemExit ends the event loop. An
+`Outcome` means nothing to them, and `carried` decides what a waiting caller raises.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from stepweave.errors import RequestCancelledError, StepweaveError
 
 End = Literal["succeeded", "failed", "cancelled"]  # of a job
 
-# exceptions that mean something to what carries them, besides all that are no Exception
+# signals of futures and generators, in addition to all that are not an Exception
 _SIGNALS = (
     StopIteration,
     StopAsyncIteration,
@@ -32,20 +31,19 @@ _SIGNALS = (
 
 
 class Ending(BaseException):
-    """Raised in a call that must end: no `except Exception` of a pipeline or a callback stops
-    it."""
+    """Raised in a call that must end; `except Exception` in pipelines and callbacks misses it."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Outcome:
-    """A value, whatever it is, or an error."""
+    """A value or an error."""
 
     value: Any = None
     error: BaseException | None = None
 
     @classmethod
     def of(cls, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Outcome:
-        """What comes of a call."""
+        """Call the function; returns its value or error."""
         try:
             return cls(function(*args, **kwargs))
         except BaseException as error:
@@ -53,12 +51,9 @@ class Outcome:
 
     @classmethod
     def apart(cls, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Outcome:
-        """The same, of a call whose error shall outlive it: it holds on to nothing that the caller
-        or the call works with.
-
-        Context variables that the call sets are its own.
-        """
-        # whose frames know of none outside; no closure, which a frame would hold on to
+        """As `of`, but the error keeps no variables of the caller or the call alive, and context
+        variables that the call sets do not reach the caller."""
+        # a greenlet's frames do not refer to the caller's; nor a closure, which a frame would keep
         apart = greenlet.greenlet(cls.of)
         apart.gr_context = contextvars.copy_context()
         outcome: Outcome = apart.switch(function, *args, **kwargs)
@@ -73,24 +68,24 @@ class Outcome:
         return "cancelled" if isinstance(self.error, RequestCancelledError) else "failed"
 
     def let_go(self) -> None:
-        """Have the error's traceback hold on to no variables: tensors, and what holds the error
-        itself. Once the call is over."""
+        """Release the variables that the error's traceback keeps alive, such as tensors and the
+        error itself. Only once the call has ended."""
         if self.error is not None:
             _clear(self.error)
 
     def get(self) -> Any:
-        """The value. Raises the error."""
+        """Return the value, or raise the error."""
         if self.error is None:
             return self.value
         try:
             raise self.error
         finally:
-            del self  # which the traceback would hold, and it the error
+            del self  # a cycle: the traceback would keep it alive, and it the error
 
 
 def carried(error: BaseException, source: str, *signals: type[Exception]) -> Exception:
-    """The error, or one of ours in place of one that would mean something to what carries it, or is
-    of `signals`, which do to who waits: it names the `source` and has the error for its cause."""
+    """The error for a waiting caller: itself, or a StepweaveError that names the `source` and is
+    caused by it, if it is a signal to futures, or one of `signals` to the caller."""
     if isinstance(error, Exception) and not isinstance(error, (*_SIGNALS, *signals)):
         return error
     failure = StepweaveError(f"{source} raised {type(error).__name__}.", code="generation_failed")
@@ -99,26 +94,25 @@ def carried(error: BaseException, source: str, *signals: type[Exception]) -> Exc
 
 
 def _clear(error: BaseException) -> None:
-    """Clear the frames of an error's traceback, those that called them, and those of the errors
-    that it came of."""
-    errors: list[BaseException | None] = [error]
+    """Clear the frames of an error's traceback, their callers', and those of its causes."""
+    pending: list[BaseException | None] = [error]
     seen: set[int] = set()
-    while errors:
-        one = errors.pop()
-        if one is None or id(one) in seen:
+    while pending:
+        current = pending.pop()
+        if current is None or id(current) in seen:
             continue
-        seen.add(id(one))
-        errors += [one.__cause__, one.__context__]
-        if isinstance(one, BaseExceptionGroup):
-            errors += one.exceptions
-        entry = one.__traceback__
+        seen.add(id(current))
+        pending += [current.__cause__, current.__context__]
+        if isinstance(current, BaseExceptionGroup):
+            pending += current.exceptions
+        entry = current.__traceback__
         while entry is not None:
             frame: FrameType | None = entry.tb_frame
             while frame is not None and id(frame) not in seen:
                 seen.add(id(frame))
                 with contextlib.suppress(RuntimeError):  # it runs, or waits in a greenlet
                     frame.clear()
-                    # has it forget what `locals()` gave, which diffusers calls
+                    # drops the copy that `locals()` made, which diffusers calls
                     dict(frame.f_locals)
                 frame = frame.f_back
             entry = entry.tb_next

@@ -1,4 +1,4 @@
-"""One generation: what is asked for, the parameters that it is resolved to, and what comes out."""
+"""A request for images, its resolved parameters, and its results."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ Size = Annotated[str, Field(pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", examples=
 
 
 class ImageRequest(BaseModel):
-    """What every surface takes."""
+    """The fields of a request on every HTTP surface."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    prompt: str = Field(min_length=1, description="What the image should show.")
-    negative_prompt: str | None = Field(None, description="What it should not show.")
+    prompt: str = Field(min_length=1, description="Description of the image.")
+    negative_prompt: str | None = Field(None, description="What the image should not show.")
     size: Size | None = Field(
         None, description="WIDTHxHEIGHT in pixels, or `auto` for the model's own."
     )
     seed: int | None = Field(
-        None, ge=0, le=MAX_SEED, description="Same seed, same image; drawn if absent."
+        None, ge=0, le=MAX_SEED, description="Same seed, same image; random if absent."
     )
     num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps.")
     guidance_scale: float | None = Field(
@@ -45,44 +45,41 @@ class ImageRequest(BaseModel):
         None, description="Class name of a scheduler that `GET /v1/models` lists."
     )
     reproducible: bool = Field(
-        False, description="Bitwise the pipeline's own image; it shares no step with others."
+        False, description="Bitwise the pipeline's own image, without batching."
     )
-    priority: PriorityName = Field("normal", description="Requests of a higher class go first.")
+    priority: PriorityName = Field("normal", description="Requests of a higher class run first.")
     deadline_ms: int | None = Field(
         None,
         ge=1,
         le=MAX_DEADLINE_MS,
-        description="Milliseconds from now within which the image must be made: refused with 400 "
-        "if it takes longer even alone, with 429 if others are in the way, ended with "
-        "504 at the first step after.",
+        description="Milliseconds until the image must be done. Refused with 400 if even an idle "
+        "server is too slow, with 429 if this one is too busy; ended with 504 at the first step "
+        "after the deadline.",
     )
     output_format: OutputFormat = Field("png", description="File format of the image.")
     output_compression: int | None = Field(
         None,
         ge=0,
         le=100,
-        description="Quality of a JPEG or WebP file, 0 to 100, the best; PNG has none.",
+        description="Quality of a JPEG or WebP file, 0 to 100 (best); not for PNG.",
     )
     metadata: bool = Field(True, description="Write the parameters into the file.")
     request_tag: str | None = Field(
         None,
         max_length=MAX_TAG,
-        pattern=r"^[!-~]([ -~]*[!-~])?$",  # as a header may have it
-        description="The client's own text, in printable ASCII; the answer and the file repeat it.",
+        pattern=r"^[!-~]([ -~]*[!-~])?$",  # allowed in a header
+        description="The client's own text in printable ASCII; the answer and the file repeat it.",
     )
 
 
-# fields of a request that decide its images as they are
+# fields of a request that are copied to `Parameters` unchanged
 PASSED = ("prompt", "negative_prompt", "reproducible", "request_tag")
 
 
 @dataclass(frozen=True)
 class Sources:
-    """What an edit starts from: an RGB image, and an L mask of the same size, white where it is to
-    be painted anew.
-
-    `warnings` tell what was done to the files that they come from.
-    """
+    """The inputs of an edit: an RGB image, and an L mask of the same size, white where the image is
+    repainted. `warnings` are about changes made to the uploaded files."""
 
     image: Image.Image
     mask: Image.Image | None = None
@@ -91,8 +88,7 @@ class Sources:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Everything that decides a generation's pixels, defaults filled in, and its tag. Image i of n
-    uses `seed` + i."""
+    """The parameters that determine the images, and the tag. Image i of n uses `seed` + i."""
 
     prompt: str
     negative_prompt: str | None
@@ -101,16 +97,15 @@ class Parameters:
     n: int
     seed: int
     num_inference_steps: int
-    guidance_scale: float | None  # None where the pipeline has no such argument
+    guidance_scale: float | None  # None if the pipeline has no such argument
     reproducible: bool = False
-    scheduler: str | None = None  # class name, where another than the pipeline's own was asked for
-    strength: float | None = None  # of an edit, 0 to 1: how far it goes back towards noise
+    scheduler: str | None = None  # class name, if not the pipeline's own
+    strength: float | None = None  # of an edit, 0 to 1, which is pure noise
     sources: Sources | None = None  # of an edit
     request_tag: str | None = None  # the client's own text
 
     def of_image(self, index: int) -> dict[str, Any]:
-        """The parameters of one of the n images, as they are echoed and written into its
-        metadata."""
+        """The parameters of image `index`, for answers and metadata of files."""
         values: dict[str, Any] = {"prompt": self.prompt, "seed": self.seed + index}
         if self.negative_prompt is not None:
             values["negative_prompt"] = self.negative_prompt
@@ -129,14 +124,14 @@ class Parameters:
 
 
 class ResolvedParameters(Resource):
-    """All parameters, defaults filled in; those that do not apply are left out."""
+    """All parameters of a request, defaults filled in, without those that do not apply."""
 
     prompt: str
     negative_prompt: str | None = absent()
     size: str = Field(pattern=SIZE)
     seed: int = Field(ge=0)
     num_inference_steps: int = Field(ge=1)
-    guidance_scale: float | None = absent(description="Where the pipeline has one.")
+    guidance_scale: float | None = absent(description="If the pipeline has one.")
     scheduler: str | None = absent()
     strength: float | None = absent(description="Of edits.")
     reproducible: bool | None = absent()
@@ -151,14 +146,17 @@ class ResolvedParameters(Resource):
     def of(cls, request: ImageRequest, parameters: Parameters, scheduler: str | None) -> Self:
         """`scheduler` is the pipeline's own."""
         values = {name: getattr(request, name, None) for name in cls.model_fields}
-        own = {"scheduler": scheduler, "n": parameters.n, "reproducible": parameters.reproducible}
-        return cls(**values | own | parameters.of_image(0))
+        values |= {
+            "scheduler": scheduler,
+            "n": parameters.n,
+            "reproducible": parameters.reproducible,
+        }
+        return cls(**values | parameters.of_image(0))
 
 
 @dataclass
 class Timings:
-    """Seconds a job spent: waiting to start, before its first denoising step, in its steps, after
-    the last one, and in encoding the image files."""
+    """Seconds of a job: waiting, before the steps, in the steps, after them, encoding files."""
 
     queued: float = 0.0
     encode: float = 0.0
@@ -168,34 +166,31 @@ class Timings:
     total: float = 0.0
 
     def rounded(self) -> Timings:
-        """To microseconds, as they are told."""
+        """Rounded to microseconds, for answers."""
         return Timings(**{name: round(seconds, 6) for name, seconds in vars(self).items()})
 
 
 @dataclass(frozen=True)
 class GeneratedImages:
-    """The outcome of a job: n images, first seed first, and what the pipeline returned beside
-    them."""
+    """The result of a job: n images in order of seeds, and the pipeline's other outputs."""
 
     parameters: Parameters
     images: list[Image.Image]
     timings: Timings = field(default_factory=Timings)
-    # each image, by the pipeline's safety checker
-    flagged: list[bool] = field(default_factory=list)
-    outputs: dict[str, Any] = field(default_factory=dict)  # what else it returned, JSON-able
+    flagged: list[bool] = field(default_factory=list)  # by the pipeline's safety checker
+    outputs: dict[str, Any] = field(default_factory=dict)  # other outputs, as JSON
 
 
 class Files(Protocol):
-    """Where image files are stored, as far as an answer needs it (`stepweave.store.FileStore`)."""
+    """The part of `stepweave.store.FileStore` that answers need."""
 
     async def put(self, data: bytes, suffix: OutputFormat) -> str:
-        """Keep a file; returns its name."""
+        """Store a file; returns its name."""
 
 
 @dataclass(eq=False)
 class ImageFile:
-    """One encoded image and the parameters that made it; its name in the file store, once it is
-    there."""
+    """An encoded image, its parameters, and its name in the file store once it is stored."""
 
     data: bytes
     seed: int
@@ -206,8 +201,7 @@ class ImageFile:
     _storing: asyncio.Task[str] | None = field(default=None, init=False, repr=False)
 
     async def stored(self, files: Files) -> str:
-        """Its name in the file store, where it is put once, whoever asks. Raises what the store
-        does."""
+        """Store the file, once for all callers; returns its name. Raises what the store raises."""
         if self.name is None:
             if self._storing is None or (
                 self._storing.done() and self._storing.exception() is not None

@@ -1,5 +1,5 @@
-"""Why something failed, in one line that may leave the server: an exception's own words, without
-the server's paths; and why calls run alone."""
+"""Describes an exception in one line for clients, without paths of the server; and codes of why
+calls run alone."""
 
 from __future__ import annotations
 
@@ -11,43 +11,42 @@ from typing import Literal
 
 # of calls that share no forward, or of jobs that take turns
 UnsharedReason = Literal[
-    "state",  # the module keeps something of a call, or the pipeline changes the module
+    "state",  # the module keeps state of a call, or the pipeline changes the module
     "turns",  # a hook keeps the state of a call
     "callback",  # the job's own code has changed the module
     "cast",  # the pipeline casts the module for a while
     "failed",  # merged and alone differ
     "random",  # it draws random numbers
     "writes_arguments",
-    "must_be_equal",  # calls that differ in some argument
-    "too_alike",  # calls that were compared
+    "must_be_equal",  # calls differ in some argument
+    "too_alike",  # the compared calls cannot be distinguished
     "not_finite",
     "not_comparable",  # arguments or results without rows
-    "reproducible",  # as the job asked for
+    "reproducible",  # the job has requested it
     "error",
 ]
-UnsharedNote = tuple[UnsharedReason, str]  # and in words
+UnsharedNote = tuple[UnsharedReason, str]  # a code and a text
 
 LONGEST = 400  # characters of a reason
 
-# an absolute path with at least one folder; not what follows a scheme, as in https://
+# an absolute path with at least one folder, but not a URL
 _PATH = re.compile(
     r"(?<![\w./~-])~?(?:/(?!/)[\w.@+%=,-]+)+/([\w.@+%=,-]+)|\b[A-Za-z]:(?:\\[\w.@+%=,-]+)+\\([\w.@+%=,-]+)"
 )
 
 
 def reason_of(error: BaseException, folder: Path | None = None) -> str:
-    """What an exception says, on one line and cut to a sane length; its class where it says
-    nothing.
+    """An exception's message in one line of at most `LONGEST` characters, or its class if empty.
 
-    Paths in `folder`, a model's directory, become relative to it; of other absolute ones the last
-    name is left.
+    Paths in `folder`, a model's directory, become relative to it; other absolute paths are cut to
+    their last name.
     """
     if isinstance(error, OSError) and error.strerror:
         name = public(str(error.filename), folder) if error.filename else ""
         text = f"{name}: {error.strerror}" if name else error.strerror
     else:
         text = public(words_of(error), folder)
-    # nor half a surrogate pair
+    # unpaired surrogates are not printable either
     text = "".join(character if character.isprintable() else " " for character in text)
     text = " ".join(text.split()) or type(error).__name__
     if isinstance(error, KeyError):
@@ -56,7 +55,7 @@ def reason_of(error: BaseException, folder: Path | None = None) -> str:
 
 
 def words_of(error: BaseException) -> str:
-    """What an error says; nothing if it is one of somebody's own that cannot."""
+    """An exception's message; empty if its `__str__` fails."""
     try:
         return str(error)
     except BaseException:
@@ -64,11 +63,8 @@ def words_of(error: BaseException) -> str:
 
 
 def refusal_of(error: BaseException) -> str | None:
-    """What a pipeline's own check of its arguments says; None if an error is no such refusal.
-
-    It is a ValueError that `check_inputs`, as diffusers calls it, or a pipeline's call itself
-    raises, and nothing that they call.
-    """
+    """The message of a pipeline's own check of its arguments, a ValueError raised directly in
+    `check_inputs` of diffusers or in the pipeline's `__call__`; None for other errors."""
     if not isinstance(error, ValueError) or error.__traceback__ is None:
         return None
     last = error.__traceback__
@@ -83,7 +79,7 @@ def refusal_of(error: BaseException) -> str | None:
 
 
 def public(text: str, folder: Path | None = None) -> str:
-    """A text without the server's paths."""
+    """The text without paths of the server."""
     for place in (
         ()
         if folder is None

@@ -1,4 +1,4 @@
-"""What answers are made of: models that the OpenAPI document has, too."""
+"""Base of the models that make answers and document them in OpenAPI."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def _is_none(value: Any) -> bool:
 
 
 def _never_null(schema: dict[str, Any]) -> None:
-    (branch,) = (one for one in schema.pop("anyOf") if one != {"type": "null"})
+    (branch,) = (branch for branch in schema.pop("anyOf") if branch != {"type": "null"})
     schema.update(branch)
     del schema["default"]
 
 
 def absent(**options: Any) -> Any:
-    """A member that answers leave out where it is None."""
+    """A member that answers omit if it is None."""
     return Field(default=None, exclude_if=_is_none, json_schema_extra=_never_null, **options)
 
 
@@ -32,6 +32,12 @@ class Resource(BaseModel):
         return to_json(self, inf_nan_mode="null")
 
     def to_ascii(self) -> bytes:
-        """JSON of printable ASCII alone: readers of event streams take other characters for ends of
-        lines."""
-        return self.model_dump_json(ensure_ascii=True).replace("\x7f", "\\u007f").encode()
+        """JSON of printable ASCII alone: readers of event streams take some other characters for
+        ends of lines."""
+        return without_del(self.model_dump_json(ensure_ascii=True)).encode()
+
+
+def without_del(ascii_json: str) -> str:
+    """JSON in ASCII with DEL as an escape, the one character of ASCII that is left unescaped but
+    cannot be printed."""
+    return ascii_json.replace("\x7f", "\\u007f")

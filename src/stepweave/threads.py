@@ -1,4 +1,4 @@
-"""Threads for work that may hang: none holds up the end of the process."""
+"""Threads for work that may hang: none keeps the process from ending."""
 
 from __future__ import annotations
 
@@ -22,11 +22,7 @@ _Work = queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
 
 
 class DaemonExecutor(Executor):
-    """As the standard library's ThreadPoolExecutor, whose threads Python joins before it ends,
-    however long that takes.
-
-    Each thread calls `begin` first.
-    """
+    """A ThreadPoolExecutor that Python does not join when it ends; threads first call `begin`."""
 
     def __init__(self, threads: int, name: str, begin: Callable[[], None] = lambda: None) -> None:
         self._work: _Work = queue.SimpleQueue()
@@ -35,10 +31,9 @@ class DaemonExecutor(Executor):
         self._begin = begin
         self._closed = False
         self._lock = threading.Lock()
-        self._threads: list[threading.Thread] = []  # begun as there is work
-        self._running: dict[
-            int, float
-        ] = {}  # since when each of them has had what it has, in seconds of the monotonic clock
+        self._threads: list[threading.Thread] = []  # started when there is work
+        # by thread id: start of its present work, seconds of the monotonic clock
+        self._running: dict[int, float] = {}
         weakref.finalize(self, self._work.put, None)
 
     def submit(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
@@ -62,18 +57,18 @@ class DaemonExecutor(Executor):
         return future
 
     def stalled(self) -> float:
-        """Seconds for which all of its threads have been at the same work; 0 while one is free."""
+        """Seconds for which no thread has finished its work; 0 while one is free."""
         since = list(self._running.values())
         return time.monotonic() - max(since) if len(since) == self._most else 0.0
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more work; `wait` until what was submitted is done."""
+        """Refuse new work; `wait` until submitted work is done."""
         self._close(cancel_futures)
         if wait:
             self.join(None)
 
     def end(self, seconds: float, *, cancel_futures: bool = False) -> bool:
-        """Take no more work, and wait so long; whether all that was submitted is done."""
+        """Refuse new work and wait at most `seconds`; returns whether submitted work is done."""
         self._close(cancel_futures)
         return self.join(seconds)
 
@@ -96,7 +91,7 @@ class DaemonExecutor(Executor):
 
 
 def _serve(work: _Work, begin: Callable[[], None], running: dict[int, float]) -> None:
-    with contextlib.suppress(Exception):  # what it could not set, the work fails for, and says so
+    with contextlib.suppress(Exception):  # the work itself then fails
         begin()
     while (item := work.get()) is not None:
         future, function = item
@@ -110,7 +105,7 @@ def _serve(work: _Work, begin: Callable[[], None], running: dict[int, float]) ->
                 future.set_exception(outcome.error)
             del outcome
             running.pop(threading.get_ident(), None)
-        del future, function  # before the next one comes
+        del future, function  # before waiting for the next one
     work.put(None)  # for the other threads
 
 
@@ -120,11 +115,11 @@ _common = DaemonExecutor(32, "stepweave-work")
 def on_thread(
     executor: Executor | None, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
 ) -> Coroutine[Any, Any, T]:
-    """What a call gives on a thread of the executor, or of one for all; it is submitted at once.
-    Raises what it raises, as `carried`.
+    """Call the function on a thread of the executor, or of a common one; returns its value. Raises
+    its error as `carried`. It is submitted immediately, even if the result is never awaited.
 
-    In place of `run_in_executor` and `asyncio.to_thread`, which never return where the call raises
-    StopIteration, and whose threads hold up the end of the process.
+    `run_in_executor` and `asyncio.to_thread` never return if the call raises StopIteration, and
+    their threads keep the process from ending.
     """
     work = partial(Outcome.apart, function, *args, **kwargs)
     return _got(asyncio.get_running_loop().run_in_executor(executor or _common, work), function)
@@ -139,7 +134,7 @@ async def _got(future: asyncio.Future[Outcome], function: Callable[..., T]) -> T
         value: T = outcome.value
         return value
     finally:
-        del outcome  # which an error's traceback would hold, and it that
+        del outcome  # a cycle: an error's traceback would keep it alive, and it the error
 
 
 class Closable(Protocol):
@@ -147,8 +142,7 @@ class Closable(Protocol):
 
 
 def close_at_exit(closable: Closable) -> Callable[[], None]:
-    """Have something closed when Python ends, if it is still there then; gives what
-    `atexit.unregister` takes."""
+    """Close an object when Python ends, if it still exists; returns the `atexit` callback."""
     reference = weakref.ref(closable)
 
     def close() -> None:

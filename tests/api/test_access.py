@@ -460,7 +460,7 @@ async def test_a_drained_server_that_nothing_ends_is_not_alive() -> None:
         await app.until(lambda: app.server.leaving.overdue)
         for path in ("/livez", "/healthz", "/v2/health/live"):
             assert (await app.get(path)).status == 503
-        assert "nothing told the process to end" in (await app.get("/livez")).json()["message"]
+        assert "the process got no signal to end" in (await app.get("/livez")).json()["message"]
         await app.drain("DELETE")
         assert (await app.get("/livez")).status == 200
         await app.drain()

@@ -24,9 +24,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from stepweave.batching.call import Call, Unmergeable
 from stepweave.batching.fingerprints import Fingerprints
 from stepweave.batching.layout import LayoutReader
-from stepweave.batching.merge import cloned, merge, split, tensors
+from stepweave.batching.leaves import NESTED
+from stepweave.batching.merge import merge, split
 from stepweave.certification.certificates import Certificates
 from stepweave.compat import torch_state as ambient
+from stepweave.compat.nested import cloned, tensors
 from tests.support.describing import Describing, Tensor, rows
 from tests.support.toy import STEPS, WIDTH, call, honest, serve
 
@@ -55,9 +57,8 @@ def describe() -> Describing:
 
 
 def tag(call: Call, name: str) -> str:
-    layout = dict(call.group.layout)
-    found: str = layout[name][0]
-    return found
+    kind, *match = dict(call.group.layout)[name]
+    return str(match[0].__name__ if kind is NESTED else kind.name)
 
 
 def mergeable(*calls: Call) -> bool:
@@ -89,7 +90,7 @@ def test_what_each_argument_is_taken_for(describe: Describing) -> None:
         names=["a", "a"],
         settings={"scale": 0.5, "ids": rows(1, 2)},
     )
-    assert {name: node[0] for name, node in call.group.layout} == {
+    assert {name: tag(call, name) for name, _ in call.group.layout} == {
         "x": "rows",
         "timestep": "scalar",
         "per_row": "rows",

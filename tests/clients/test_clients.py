@@ -130,7 +130,7 @@ def test_tritons_client_gets_the_images_of_its_seeds(served: Served) -> None:
         assert {(one["num_inference_steps"], one["guidance_scale"]) for one in values} == {(2, 3.5)}
     assert sync["only"] == ["parameters"]
     bad, unknown, version = sync["errors"]
-    named = "STEPWEAVE_MODEL_NAMES sets the names that it answers to, * any."
+    named = "STEPWEAVE_MODEL_NAMES sets the accepted names (* for any)."
     lost = f"There is no model 'nothing'; this server has 'shapes'. {named}"
     assert (bad[0], bad[2]) == ("400", f"[400] {bad[1]}")
     assert bad[1].startswith("seed is -1: ")

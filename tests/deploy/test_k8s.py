@@ -1429,9 +1429,8 @@ def test_a_job_that_cannot_write_says_who_owns_the_volume(tmp_path: Path) -> Non
     assert ended.returncode == 1
     owner = (tmp_path / "file").stat()
     assert ended.stderr.splitlines()[-1] == (
-        f"stepweave: the cache {tmp_path}/file/hub cannot be written to (Not a directory): this is "
-        f"user {os.getuid()}, and "
-        f"{tmp_path}/file belongs to {owner.st_uid}:{owner.st_gid} with mode "
+        f"stepweave: user {os.getuid()} cannot write to the cache {tmp_path}/file/hub (Not a "
+        f"directory): {tmp_path}/file belongs to {owner.st_uid}:{owner.st_gid} with mode "
         f"{owner.st_mode & 0o777:o}"
     )
 

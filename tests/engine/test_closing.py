@@ -107,7 +107,7 @@ def test_a_forward_that_hangs_does_not_hold_up_the_end(
     assert not waiter.is_alive() and woken == [hanging]
     assert sum(engine.stats().jobs.values()) == 2
     [line] = [
-        record.getMessage() for record in caplog.records if "there is left" in record.getMessage()
+        record.getMessage() for record in caplog.records if "still running" in record.getMessage()
     ]
     if mode == "step":
         assert "hooks" in line and hooked(pipeline), "its forward is under way"

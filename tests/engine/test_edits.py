@@ -220,7 +220,7 @@ def test_a_pipeline_with_modules_of_its_own_is_refused_by_name(mode: Mode) -> No
     with StepEngine(pipeline, mode) as engine:
         with pytest.raises(
             EngineMisuseError,
-            match=r"StableDiffusionImg2ImgPipeline\.unet is no module of the Stable",
+            match=r"StableDiffusionImg2ImgPipeline\.unet is not a module of the Stable",
         ):
             engine.submit(pipeline=mixed, **call(FAMILIES["stable_diffusion"], 1, "image_to_image"))
         assert engine.waiting == engine.running == 0

@@ -134,9 +134,9 @@ def test_presets_are_read_strictly(tmp_path: Path) -> None:
     for content, told in (
         (
             '{"id": "mine", "stepz": 4}',
-            "there is no 'stepz' (it may have id, width, height, num_inference_steps, ",
+            "there is no member 'stepz' (allowed are id, width, height, num_inference_steps, ",
         ),
-        ('{"guidance": 4}', "there is no 'guidance' (did you mean 'guidance_scale'?)"),
+        ('{"guidance": 4}', "there is no member 'guidance' (did you mean 'guidance_scale'?)"),
         ('{"id": "mine",', "not JSON, EOF while parsing a value at line 1 column 14"),
         ("", "not JSON, EOF while parsing"),
         ("[]", "it is []: Input should be an object"),

@@ -311,7 +311,7 @@ def test_all_models_are_quantised_where_none_is_named() -> None:
 def test_a_pipeline_made_in_code_is_not_quantised_behind_its_back() -> None:
     with pytest.raises(
         LoadError,
-        match="STEPWEAVE_QUANTIZATION asks for 'transformer', which FluxPipeline was loaded w",
+        match="STEPWEAVE_QUANTIZATION names 'transformer', which is not quantised in FluxPipeline",
     ):
         apply_optimizations(FLUX.build(), Settings(quantization=INT8), CPU)
 

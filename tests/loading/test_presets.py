@@ -52,10 +52,10 @@ def test_the_setting_is_json_or_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path
 @pytest.mark.parametrize(
     ("value", "told"),
     [
-        ('{"widht": 64}', "there is no 'widht' (did you mean 'width'?)"),
+        ('{"widht": 64}', "there is no member 'widht' (did you mean 'width'?)"),
         (
             '{"sampler": 1}',
-            "there is no 'sampler' (it may have id, width, height, num_inference_steps, "
+            "there is no member 'sampler' (allowed are id, width, height, num_inference_steps, "
             "guidance_scale, call)",
         ),
         ('{"width": 4}', "width is 4: Input should be greater than or equal to 8"),
@@ -74,8 +74,8 @@ def test_the_setting_is_json_or_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path
         ),
         ('{"guidance_scale": NaN}', "guidance_scale is nan: Input should be"),
         ('{"call": [1]}', "call is [1]: Input should be an object"),
-        ('{"call": {"width": 64}}', "call.width is a member of its own, beside call"),
-        ('{"call": {"prompt": "x"}}', "call.prompt is given by the server"),
+        ('{"call": {"width": 64}}', "call.width must be a member of its own, outside call"),
+        ('{"call": {"prompt": "x"}}', "call.prompt is set by the server"),
         ('{"width": 64', "not JSON, EOF while parsing"),
         (
             "[]",

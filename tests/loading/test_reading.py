@@ -210,7 +210,7 @@ def changed_vocabulary(folder: Path, change: Callable[[dict[str, Any]], None]) -
     content = json.loads(file.read_text())
     change(content["model"])
     file.write_text(json.dumps(content))
-    return "has not got its vocabulary whole"
+    return "is incomplete: "
 
 
 def lost_vocabulary(folder: Path) -> str:
@@ -315,7 +315,7 @@ def test_merges_that_are_lost_are_noticed(copy: Callable[..., Path]) -> None:
     folder = copy()
     changed_vocabulary(folder / "tokenizer", lambda model: model.update(merges=[]))
     assert refused(folder).startswith(
-        "tokenizer/: CLIPTokenizer has not got its vocabulary whole: it finds none of its"
+        "tokenizer/: the vocabulary of CLIPTokenizer is incomplete: it finds none of its"
     )
 
 
@@ -498,7 +498,7 @@ def test_several_variants_that_would_do_are_named_with_the_setting(
     file.unlink()
     message = refused(folder)
     assert (
-        "bf16, fp16 would each do; choose one with STEPWEAVE_VARIANT" in message
+        "bf16, fp16 are complete; choose one with STEPWEAVE_VARIANT" in message
         and message.startswith("vae/")
     )
     assert_read(load(folder, variant="bf16"), FAMILIES["stable_diffusion"].build())
@@ -572,7 +572,7 @@ def changed_index(folder: Path, **changes: Any) -> None:
             {"_class_name": "NoSuchPipeline"},
             "model_index.json: _class_name is 'NoSuchPipeline', which diffusers 0",
         ),
-        ({"_class_name": ["pipeline", "Own"]}, "code of the model's own, which is not run"),
+        ({"_class_name": ["pipeline", "Own"]}, "code from the model's files, which is not run"),
         (
             {"_class_name": "UNet2DConditionModel"},
             "_class_name is 'UNet2DConditionModel', which is not a pipeline",
@@ -711,6 +711,6 @@ def test_tokenizers_of_words_that_are_not_english_are_whole() -> None:
     )
     with pytest.raises(
         LoadError,
-        match=r"tokenizer/: .*has not got its vocabulary whole: every prompt gives the same",
+        match=r"tokenizer/: the vocabulary of .* is incomplete: every prompt gives the same",
     ):
         check_tokenizers({"tokenizer": empty})

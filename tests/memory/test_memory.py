@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from stepweave import StepEngine
-from stepweave.batching.merge import split
-from stepweave.batching.parts import join, part
+from stepweave.batching.merge import join, part, split
 from stepweave.compat.out_of_memory import ran_out
 from stepweave.engine import Mode
 from stepweave.errors import OutOfMemoryError, RequestCancelledError

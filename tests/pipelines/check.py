@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from stepweave import StepEngine
-from stepweave.batching.merge import tensors
+from stepweave.compat.nested import tensors
 from stepweave.compat.turn_taking import modules_in
 from stepweave.engine.engine import EngineStats
 from tests.pipelines.registry import CALLS, Entry

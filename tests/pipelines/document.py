@@ -37,16 +37,16 @@ HEAD = """\
 Written by `.venv/bin/python -m tests.pipelines --write`, in some ten minutes; do not edit it. `.venv/bin/python -m tests.pipelines NAME`
 checks the entry of that name. `make .venv/dev.stamp` installs what both need.
 
-Each row is a pipeline class of diffusers, or a task or mode of one, built tiny and with random weights from the configuration classes of
-diffusers and transformers. {calls} calls, which differ in prompt, seed, steps, guidance and, where the pipeline takes them, image, video or
-mask, ran one after the other on the plain pipeline, and all at once in a `StepEngine` on another instance. The results were compared
-number by number, in float32 on the CPU. So the table shows that results do not depend on what else runs; it does not show how good or how
-fast the images are.
+Each row is a pipeline class of diffusers, or a task or mode of one. The pipeline is a tiny one with random weights, made from the
+configuration classes of diffusers and transformers. {calls} calls, which differ in prompt, seed, steps, guidance and, where the
+pipeline takes them, image, video or mask, ran one after the other on the plain pipeline, and all at once in a `StepEngine` on another
+instance. The results were compared number by number, in float32 on the CPU. So the table shows that results do not depend on what else
+runs. It does not show the quality of images, or the speed.
 
 - **Shared**: the share of calls of the denoisers (transformers, UNets, priors, ControlNets) whose forward also served other jobs. The
-  first calls of each kind are run both ways, as the test, and count as not shared.
-- **Error**: an upper bound, rounded up to a power of ten, of the largest difference from the plain call: of pixels in [0, 1] or, for
-  numbers larger than 1, as a share of the largest. It must not be more than {tolerance}.
+  first calls of each kind, which are run both ways as a test, count as not shared.
+- **Error**: an upper bound, rounded up to a power of ten, of the largest difference from the plain call. Pixels are in [0, 1]; for
+  results with numbers larger than 1, the difference is divided by the largest number. It must not be more than {tolerance}.
 - **What ran alone**: calls that could not share a forward, with the reason; their results are correct as well. *(takes turns)* means that a
   call installs hooks on the shared modules or changes their mode, so the engine runs one job at a time.
 

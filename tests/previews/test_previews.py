@@ -350,13 +350,13 @@ def test_no_previews_where_latents_say_too_little(
     """The decoders of random weights draw noise."""
     assert Previewer.fit(tiny.FAMILIES[name].build()) is None
     assert [record.message.partition(":")[0] for record in caplog.records] == [
-        "there will be no previews"
+        "previews are disabled"
     ]
 
 
 def test_no_previews_without_an_autoencoder(caplog: pytest.LogCaptureFixture) -> None:
     assert Previewer.fit(object()) is None
-    assert "there will be no previews" in caplog.text
+    assert "previews are disabled" in caplog.text
 
 
 def test_the_autoencoder_stays_in_half_precision() -> None:

@@ -260,7 +260,7 @@ def test_a_deadline_that_nothing_can_meet_is_said_to_be_and_not_to_come_back(
     assert (error.status, error.code, error.param) == (400, "deadline_too_short", "deadline_ms")
     assert error.retry_after is None
     assert (
-        f"deadline_ms is {deadline * 1000:g}; the image takes 7.37 s even if nothing else runs"
+        f"deadline_ms is {deadline * 1000:g}; the image takes 7.37 s even on an idle server"
         in error.message
     )
     assert door.admission.in_flight == (2 if full else 1)

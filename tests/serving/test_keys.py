@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import os
@@ -12,7 +13,8 @@ import pytest
 from pydantic import ValidationError
 from starlette.requests import Request
 
-from stepweave.api.auth import CLIENT, authorize, is_admin
+from stepweave.api.auth import authorize, is_admin
+from stepweave.api.context import CONTEXT, RequestContext
 from stepweave.config import Settings
 from stepweave.config.clients import MAX_CLIENTS, clients_of_file, clients_of_setting
 from stepweave.errors import AuthenticationError, ConfigError
@@ -82,7 +84,7 @@ def test_a_line_is_a_client() -> None:
         ("SECRET", "it must be `name: KEY`"),
         ("a: SECRET root", "it must be `name: KEY`"),
         ("a: SECRET admin admin", "it must be `name: KEY`"),
-        ("a: SECRET # hers", "a comment has a line of its own"),
+        ("a: SECRET # hers", "comments need their own lines"),
         ("a: sha256: SECRET", "it must be `name: KEY`"),
         (": SECRET", "the name must have 1 to 64"),
         ("two words: SECRET", "the name must have 1 to 64"),
@@ -96,8 +98,8 @@ def test_a_line_is_a_client() -> None:
         (f"a: sha256:{'0' * 63}", "64 hex digits"),
         (f"a: sha256:{'0' * 65}", "64 hex digits"),
         (f"a: sha256:{sha256('')}", "the digest of an empty key"),
-        ("a: SEC\x00RET", "characters that no header may have"),
-        ("a: SECRET\x7f", "characters that no header may have"),
+        ("a: SEC\x00RET", "characters that HTTP headers do not allow"),
+        ("a: SECRET\x7f", "characters that HTTP headers do not allow"),
     ],
 )
 def test_a_malformed_line_is_named_by_its_number_alone(
@@ -116,8 +118,8 @@ def test_a_malformed_line_is_named_by_its_number_alone(
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (b"", "there is no key in it"),
-        (b"# none\n\n", "there is no key in it"),
+        (b"", "it has no keys"),
+        (b"# none\n\n", "it has no keys"),
         (b"a: one\nb: two\n# c\na: three", "line 1 and line 4 have the same name"),
         (b"a: one\nb: one", "line 1 and line 2 have the same key"),
         (f"a: one\nb: sha256:{sha256('one')}".encode(), "line 1 and line 2 have the same key"),
@@ -142,9 +144,9 @@ def test_a_file_that_cannot_be_used_ends_the_start(
 def test_what_is_no_file_ends_the_start(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path, problem in (
-        (tmp_path, "it is no regular file"),
-        (tmp_path / "pipe", "it is no regular file"),
-        (Path("/dev/zero"), "it is no regular file"),
+        (tmp_path, "it is not a regular file"),
+        (tmp_path / "pipe", "it is not a regular file"),
+        (Path("/dev/zero"), "it is not a regular file"),
         (tmp_path / "keys", "the file cannot be read (No such file or directory)"),
         (tmp_path / "nowhere" / "keys", "the file cannot be read (No such file or directory)"),
         (tmp_path / "pipe" / "keys", "the file cannot be read (Not a directory)"),
@@ -219,8 +221,8 @@ def test_short_keys_are_warned_of_and_not_named(
     file.write_text(f"alice: {ALICE}\nbob: fifteen-letters\ncarol: sixteen--letters")
     ApiKeys(clients_of_setting(["short", ALICE + "2"]), str(file))
     assert [record.levelname for record in log.records] == ["WARNING", "WARNING"]
-    assert "STEPWEAVE_API_KEYS: 1 of 2 keys have fewer than 16" in log.text
-    assert "STEPWEAVE_API_KEYS_FILE: 1 of 3 keys have fewer than 16" in log.text
+    assert "STEPWEAVE_API_KEYS: 1 of 2 API keys have fewer than 16" in log.text
+    assert "STEPWEAVE_API_KEYS_FILE: 1 of 3 API keys have fewer than 16" in log.text
     assert not any(word in log.text for word in ("bob", "fifteen", "short,"))
 
 
@@ -240,9 +242,9 @@ def test_a_file_that_changes_is_read_again(log: pytest.LogCaptureFixture, tmp_pa
     file.write_text(f"bob: {BOB}")  # in place
     keys.look()
     assert names(keys, ALICE, BOB, CAROL) == [None, "bob", None]
-    assert log.text.count("was read again") == 2
+    assert log.text.count("reloaded") == 2
     keys.look()
-    assert log.text.count("was read again") == 2
+    assert log.text.count("reloaded") == 2
     assert not any(secret in log.text for secret in (ALICE, BOB, CAROL))
 
 
@@ -289,11 +291,11 @@ def test_kubernetes_swaps_a_link(tmp_path: Path) -> None:
     ("change", "problem"),
     [
         (lambda file: swap(file, "alice"), "line 1: it must be"),
-        (lambda file: swap(file, ""), "there is no key in it"),
+        (lambda file: swap(file, ""), "it has no keys"),
         (lambda file: swap(file, f"key1: {CAROL}"), "the same name"),
         (lambda file: file.unlink(), "cannot be read (No such file"),
-        (lambda file: (file.unlink(), file.mkdir()), "it is no regular file"),
-        (lambda file: (file.unlink(), os.mkfifo(file)), "it is no regular file"),
+        (lambda file: (file.unlink(), file.mkdir()), "it is not a regular file"),
+        (lambda file: (file.unlink(), os.mkfifo(file)), "it is not a regular file"),
         (
             lambda file: (file.unlink(), file.symlink_to(file)),
             "cannot be read (Too many levels of symbolic links)",
@@ -320,7 +322,7 @@ def test_a_file_that_cannot_be_used_any_more_leaves_the_last_good_keys(
     swap(file, f"carol: {CAROL}")
     keys.look()
     assert names(keys, ALICE, BOB, CAROL) == [None, "key1", "carol"]
-    assert "was read again: there are 2 API keys" in log.text
+    assert "reloaded, 2 API keys in force" in log.text
 
 
 def test_the_volume_of_a_secret_that_is_not_there_needs_no_key_until_it_is(
@@ -330,7 +332,7 @@ def test_the_volume_of_a_secret_that_is_not_there_needs_no_key_until_it_is(
     file = tmp_path / "keys"
     keys = ApiKeys((), str(file))
     assert not keys.required
-    assert "until there is one, no key is needed" in log.text
+    assert "until it does, no API key is required" in log.text
     keys.look()
     assert not keys.required
     swap(file, f"alice: {ALICE}")
@@ -412,14 +414,20 @@ def test_who_is_an_administrator(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(f"alice: {ALICE} admin\nbob: {BOB}")
     keys = ApiKeys(clients_of_setting([CAROL]), str(file))
+
+    def sent(key: str) -> dict[str, Any]:
+        context = RequestContext(asyncio.Semaphore())
+        headers = [(b"authorization", f"Bearer {key}".encode())]
+        return {"type": "http", "headers": headers, CONTEXT: context}
+
     for key, expected in ((ALICE, True), (BOB, False), (CAROL, False)):
-        scope = {"type": "http", "headers": [(b"authorization", f"Bearer {key}".encode())]}
+        scope = sent(key)
         authorize(scope, keys)
         assert is_admin(Request(scope)) is expected
-    scope = {"type": "http", "headers": [(b"authorization", b"Bearer x")]}
+    scope = sent("x")
     with pytest.raises(AuthenticationError):
         authorize(scope, keys)
-    assert CLIENT not in scope
+    assert scope[CONTEXT].client is None
     assert not is_admin(Request(scope))
     authorize(scope, ApiKeys())
     assert not is_admin(Request(scope)), "without keys nobody is"

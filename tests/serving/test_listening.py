@@ -69,7 +69,7 @@ def test_one_line_for_each_address_and_a_warning_where_it_is_open(
     lines = [(record.levelname, record.getMessage()) for record in caplog.records]
     told = [("INFO", f"listening on {one}") for one in ("127.0.0.1:1", "0.0.0.0:2", "[::]:3")]
     advice = (
-        "is open to other machines, and no keys are set: set STEPWEAVE_API_KEYS, or listen with "
+        "is open to other machines without authentication: set STEPWEAVE_API_KEYS, or listen with "
         "--host 127.0.0.1"
     )
     warned = [("WARNING", f"{one} {advice}") for one in ("0.0.0.0:2", "[::]:3")]

@@ -106,8 +106,13 @@ def gradient(width: int = 64, height: int = 64) -> Image.Image:
 def test_a_model_without_siblings_refuses_edits_by_its_class() -> None:
     model = ServedModel(FakePipeline(), Preset(), Settings())
     assert model.edits == () and model.schedulers == {}
-    for param, mask in (("image", None), ("mask", Image.new("L", (64, 64)))):
-        with pytest.raises(InvalidRequestError, match="FakePipeline has no pipeline for") as caught:
+    for param, mask, kind in (
+        ("image", None, "image-to-image"),
+        ("mask", Image.new("L", (64, 64)), "inpainting"),
+    ):
+        with pytest.raises(
+            InvalidRequestError, match=f"FakePipeline does not support {kind}"
+        ) as caught:
             resolve(model, prompt="x", sources=Sources(gradient(), mask))
         assert (caught.value.param, caught.value.code) == (param, "unsupported")
     with pytest.raises(InvalidRequestError, match=r"strength is 0\.5, but no image is given"):
@@ -156,7 +161,7 @@ def test_the_size_of_an_edit_that_the_model_cannot_make_is_refused() -> None:
     model = edits()
     model.inpaint = None
     assert model.size_of_edit((64, 64), "auto", masked=False) == (64, 64)
-    with pytest.raises(InvalidRequestError, match="no pipeline for inpainting") as caught:
+    with pytest.raises(InvalidRequestError, match="does not support inpainting") as caught:
         model.size_of_edit((64, 64), None, masked=True)
     assert (caught.value.param, caught.value.code) == ("mask", "unsupported")
 
@@ -242,7 +247,7 @@ def test_an_edit_calls_the_sibling_with_images_of_the_size() -> None:
         (
             {"scheduler": "os.system"},
             "scheduler",
-            "scheduler is 'os.system'; FakeEdits takes no other than its own",
+            "scheduler is 'os.system'; FakeEdits supports only its own",
         ),
     ],
 )

@@ -56,7 +56,7 @@ def test_the_log_names_the_address_that_is_bound_and_warns_where_it_is_open(
         log = server.log.read_text()
     assert f"[stepweave.serving.listening] listening on {bound}:{server.port}\n" in log, log
     warning = (
-        f"{bound}:{server.port} is open to other machines, and no keys are set: set "
+        f"{bound}:{server.port} is open to other machines without authentication: set "
         f"STEPWEAVE_API_KEYS, or listen with"
     )
     assert (warning in log) == (bound == "0.0.0.0"), log
@@ -100,7 +100,7 @@ def test_a_port_in_use_is_told_in_one_line() -> None:
         status, output = start_and_fail(port)
     assert status == 1
     assert output.splitlines()[-1] == (
-        f"stepweave: port {port} of 127.0.0.1 is in use by another process; stop that, or choose "
+        f"stepweave: port {port} of 127.0.0.1 is in use by another process; stop it, or choose "
         f"another port "
         "(`bentoml serve --port N`, `make serve PORT=N`)"
     )
@@ -121,7 +121,9 @@ def test_a_server_that_cannot_start_ends_the_command_where_a_setting_says_so(
     else:
         (tmp_path / "file").touch()
         settings["STEPWEAVE_STATE_DIR"] = str(tmp_path / "file" / "state")
-        told = "STEPWEAVE_STATE_DIR: the directory cannot be made or written to (Not a directory)"
+        told = (
+            "STEPWEAVE_STATE_DIR: the directory cannot be created or written to (Not a directory)"
+        )
     status, output = start_and_fail(**settings)
     assert status == 1, output
     assert output.splitlines()[-1] == f"stepweave: the server cannot start: {told}"

@@ -435,7 +435,7 @@ def test_a_device_that_fails_at_a_trial_is_told_with_what_was_tried() -> None:
 
         with (
             mock.patch.object(engine, "submit", fails),
-            pytest.raises(LoadError, match="1 of 8192x8, .* device-side"),
+            pytest.raises(LoadError, match="1 images of 8192x8, .* device-side"),
         ):
             WarmUp(model, engine).run()
 
@@ -591,7 +591,7 @@ def test_what_a_pipeline_checks_itself_is_the_clients_error(
     message = answer.json()["error"]["message"]
     assert (
         message
-        == "The pipeline refuses these values: `height` has to be 64 but is 72, says config.json"
+        == "The pipeline rejects these values: `height` has to be 64 but is 72, says config.json"
     )
     assert app.post().status_code == 200
 
@@ -635,7 +635,8 @@ def test_images_of_another_size_or_number_are_not_passed_off(
     app = in_process(Own(), warmup=False)
     answer = app.post(size="64x64").json()
     assert (
-        "image 0 is 40x24, not 64x64 as asked for: the pipeline made it so." in answer["warnings"]
+        "image 0 is 40x24: the pipeline did not make it in the requested size, 64x64."
+        in answer["warnings"]
     )
     assert answer["usage"]["pixels"] == 40 * 24
     Own.many = 2
@@ -643,5 +644,5 @@ def test_images_of_another_size_or_number_are_not_passed_off(
     assert failed.headers["X-Should-Retry"] == "false"
     assert (
         failed.status_code == 500
-        and "made 2 images, not the 1 asked for" in failed.json()["error"]["message"]
+        and "made 2 images; 1 were requested" in failed.json()["error"]["message"]
     )

@@ -293,7 +293,7 @@ class TestJobs:
                 updated=clock.now,
                 error={
                     "message": f"The server was restarted while the job was {each.state}; "
-                    "send it again.",
+                    "submit it again.",
                     "type": "server_error",
                     "code": "restarted",
                     "param": None,
@@ -719,7 +719,7 @@ class TestFiles:
         async def scenario(store: DirectoryFileStore) -> None:
             name = await store.put(bytes(1000), "png")
             with pytest.raises(
-                StepweaveError, match="1001 bytes; the file store takes 1000"
+                StepweaveError, match="1001 bytes; the limit of the file store is 1000"
             ) as caught:
                 await store.put(bytes(1001), "png")
             assert caught.value.code == "file_too_large"
@@ -995,7 +995,7 @@ class TestReadOnly:
 
     def test_the_state(self, folder: Path) -> None:
         with pytest.raises(
-            ConfigError, match="STEPWEAVE_STATE_DIR=.* cannot be made or written to"
+            ConfigError, match="STEPWEAVE_STATE_DIR=.* cannot be created or written to"
         ):
             state_directory(str(folder)).__enter__()
 

@@ -1,5 +1,6 @@
-"""The app in the test's own event loop: clients that read, wait and leave at the moment a test
-says.
+"""The app in the test's own event loop, with clients that read, wait and disconnect when a test
+says
+so.
 
 async with serving() as app:
     first = app.post(prompt="a star")
@@ -42,7 +43,7 @@ class Event(NamedTuple):
 
 
 class Exchange:
-    """One request, and what has come of it so far."""
+    """A request, and its answer so far."""
 
     def __init__(
         self,
@@ -53,7 +54,7 @@ class Exchange:
         headers: Sequence[tuple[str, str]] = (),
         client: str = "127.0.0.1",
     ) -> None:
-        """A `body` of None is sent once `send_body` is told to, or never."""
+        """With a `body` of None, `send_body` sends it."""
         path, _, query = path.partition("?")
         raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers]
         if not any(name == b"host" for name, _ in raw):
@@ -74,12 +75,12 @@ class Exchange:
         }
         self.began = time.monotonic()
         self.messages: list[Any] = []
-        self.times: list[float] = []  # when each came
-        self.reads = asyncio.Event()  # while unset, what is sent is not taken
+        self.times: list[float] = []  # of each message
+        self.reads = asyncio.Event()  # while unset, the client does not read
         self.reads.set()
         self._body = body
         self._left = asyncio.Event()
-        self._comes = asyncio.Event()  # the body, or that the client leaves
+        self._comes = asyncio.Event()  # the body is sent, or the client disconnects
         self._news = asyncio.Condition()
         self.task = asyncio.ensure_future(self._run(app))
 
@@ -109,7 +110,7 @@ class Exchange:
             self._news.notify_all()
 
     async def until(self, found: Callable[[Exchange], Any]) -> Exchange:
-        """Wait for it to hold of what has come."""
+        """Wait until the condition holds for the exchange."""
         async with asyncio.timeout(SECONDS), self._news:
             await self._news.wait_for(lambda: found(self) or self.task.done())
         if not found(self):
@@ -122,12 +123,12 @@ class Exchange:
         return self
 
     def send_body(self, body: bytes) -> None:
-        """Send the body that has not been sent."""
+        """Send the body."""
         self._body = body
         self._comes.set()
 
     async def leave(self) -> None:
-        """The client closes the connection; returns once the app has noticed."""
+        """Close the connection; returns once the app has noticed."""
         self._left.set()
         self._comes.set()
         self.reads.set()
@@ -155,8 +156,8 @@ class Exchange:
 
     @property
     def error(self) -> Any:
-        """Its members; of the Open Inference Protocol, whose errors are texts, the message and the
-        code of the header."""
+        """The error's members; for the Open Inference Protocol, whose errors are texts, the message
+        and the code in the header."""
         error = self.json()["error"]
         if is_of_protocol(self.scope["path"]):
             assert isinstance(error, str)
@@ -166,7 +167,7 @@ class Exchange:
 
     @property
     def events(self) -> list[Event]:
-        """As the standard has them read (WHATWG HTML, 9.2.6)."""
+        """The server-sent events, parsed as in WHATWG HTML, 9.2.6."""
         found = []
         for block in self.content.decode().split("\n\n")[:-1]:
             if not block.startswith(":"):
@@ -181,7 +182,7 @@ class Exchange:
 
 
 class App:
-    """A server with its app, and its fake pipeline's record."""
+    """A server, its app, and the record of its fake pipeline."""
 
     def __init__(self, server: Server, record: Record) -> None:
         self.server = server
@@ -204,7 +205,7 @@ class App:
         return exchange
 
     async def drain(self, method: str = "POST", **headers: str) -> Exchange:
-        """As a preStop hook does, unless `headers` say otherwise."""
+        """Drain the server as a preStop hook does, unless `headers` differ."""
         token = self.server.drain_token
         assert token is not None
         given = {"Authorization": f"Bearer {token.path.read_text()}"} | headers
@@ -213,7 +214,7 @@ class App:
     def post(
         self, path: str = GENERATIONS, headers: Mapping[str, str] | None = None, **fields: Any
     ) -> Exchange:
-        """A request in JSON, of 4 steps unless it says otherwise."""
+        """Post a JSON request, by default with 4 steps."""
         body = json.dumps(
             {"prompt": "a red circle", "num_inference_steps": 4, "seed": 1} | fields
         ).encode()
@@ -239,28 +240,27 @@ class App:
         return job
 
     async def until(self, found: Callable[[], Any]) -> None:
-        """Wait for something that nothing tells of."""
+        """Poll until the condition holds."""
         async with asyncio.timeout(SECONDS):
             while not found():  # noqa: ASYNC110
                 await asyncio.sleep(0.002)
 
     async def leave(self, exchange: Exchange) -> None:
-        """Have the client of a gated job leave; from then on steps are free to run."""
+        """Disconnect the client of a gated job, then open the gate."""
         leaving = asyncio.ensure_future(exchange.leave())
         await self.told_to_end()
         self.record.release.set()
         await leaving
 
     async def told_to_end(self) -> None:
-        """Wait until every job has been told to end. One that is gated can do so no sooner than at
-        its next step."""
-        tickets = self.server.active
+        """Wait until every job is cancelled; gated ones end at their next step."""
+        active = self.server.active
         await self.until(
-            lambda: all(one.job.done() or one.job.cancelled for one in tickets.values())
+            lambda: all(each.job.done() or each.job.cancelled for each in active.values())
         )
 
     def outcomes(self) -> dict[str, int]:
-        """Requests that were counted, by outcome."""
+        """Counts of requests by outcome."""
         samples = next(iter(self.server.metrics.requests.collect())).samples
         counts: dict[str, int] = {}
         for one in samples:
@@ -277,7 +277,7 @@ class App:
         return value
 
     async def idle(self) -> None:
-        """Wait until nothing is left of any request."""
+        """Wait until no request is active, stored or admitted."""
         jobs, admission = self.server.jobs, self.server._admission
         assert jobs is not None and admission is not None
         self.record.release.set()
@@ -293,7 +293,7 @@ class App:
 
 @contextlib.asynccontextmanager
 async def started(pipeline: Any = None, **settings: Any) -> AsyncIterator[App]:
-    """A server that is ready, until the end of the block, where nothing is looked at."""
+    """Start a server, without checks at the end of the block."""
     fake = FakePipeline() if pipeline is None else pipeline
     with patch.dict(os.environ, clean_environment(), clear=True):
         made = Settings(**{"batching": "off", "warmup": False, **settings})
@@ -312,13 +312,13 @@ async def started(pipeline: Any = None, **settings: Any) -> AsyncIterator[App]:
 
 @contextlib.asynccontextmanager
 async def serving(pipeline: Any = None, **settings: Any) -> AsyncIterator[App]:
-    """A server that is ready; at the end of the block nothing may be left of any request, and no
-    error untold."""
+    """Start a server; checks at the end that no request is left, and that no error was
+    unhandled."""
     untold: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: untold.append(context))
     async with started(pipeline, **settings) as app:
         yield app
         await app.idle()
-        gc.collect(1)  # errors that nobody asked for are told of when their tasks go
+        gc.collect(1)  # asyncio reports unretrieved errors when their tasks are collected
         await asyncio.sleep(0)
         assert untold == []

@@ -40,7 +40,7 @@ def png(side: int = 64) -> bytes:
 
 
 class Native:
-    """The native routes as the service has them, less BentoML."""
+    """The service's native routes without BentoML."""
 
     def __init__(self, server: Server) -> None:
         self.server = server

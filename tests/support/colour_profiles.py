@@ -1,5 +1,4 @@
-"""ICC profiles written by hand (ICC.1:2010), and what colours mean in them, computed without
-lcms."""
+"""Handwritten ICC profiles (ICC.1:2010), and conversions of their colours without lcms."""
 
 from __future__ import annotations
 
@@ -25,13 +24,13 @@ INKS = np.array(
 
 
 def encoded(light: Pixels) -> Pixels:
-    """sRGB samples, 0 to 255, of linear ones."""
+    """Linear light as sRGB samples, 0 to 255."""
     light = light.clip(0, 1)
     return 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
 
 
 def linear(samples: Pixels) -> Pixels:
-    """Of sRGB's curve, which is Display P3's too."""
+    """Samples as linear light, by sRGB's curve, which is Display P3's too."""
     value = samples / 255
     return np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
 
@@ -41,7 +40,7 @@ def power(gamma: float) -> Callable[[Pixels], Pixels]:
 
 
 def matrix(primaries: Primaries) -> np.ndarray:
-    """From linear RGB to XYZ as D50 sees it."""
+    """The matrix from linear RGB to XYZ, adapted to D50."""
     columns = np.array([[x / y, 1, (1 - x - y) / y] for x, y in primaries]).T
     to_xyz = columns * np.linalg.solve(columns, D65)
     cones = np.diag((BRADFORD @ D50) / (BRADFORD @ D65))
@@ -50,13 +49,13 @@ def matrix(primaries: Primaries) -> np.ndarray:
 
 
 def in_srgb(samples: Pixels, primaries: Primaries, curve: Callable[[Pixels], Pixels]) -> Pixels:
-    """What RGB samples of a space are in sRGB, 0 to 255."""
+    """RGB samples of a space as sRGB, 0 to 255."""
     to_srgb = np.linalg.inv(matrix(SRGB)) @ matrix(primaries)
     return encoded(curve(samples.astype(float)) @ to_srgb.T)
 
 
 def inks_in_srgb(samples: Pixels) -> Pixels:
-    """What CMYK samples, 255 for all of an ink, are in sRGB."""
+    """CMYK samples (255: full ink) as sRGB."""
     lab = np.array([100.0, 0, 0]) + samples / 255 @ INKS.T
     fy = (lab[..., 0] + 16) / 116
     f = np.stack([fy + lab[..., 1] / 500, fy, fy - lab[..., 2] / 200], -1)
@@ -90,7 +89,7 @@ def profile(
     version: int = 2,
     pcs: bytes = b"XYZ ",
 ) -> bytes:
-    """The bytes of a profile with these tags and those that all must have."""
+    """The bytes of a profile with these tags and the required ones."""
     text = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + bytes(78)
     if version == 4:
         text = (
@@ -130,8 +129,8 @@ def of_grey(gamma: float) -> bytes:
 
 
 def of_inks() -> bytes:
-    """Of a press whose inks add up in Lab, as `INKS` says: a table of 2 points an ink, which
-    interpolates exactly."""
+    """The profile of a press whose inks are additive in Lab (`INKS`): a table of 2 points per ink,
+    which interpolates exactly."""
     # the last ink varies fastest
     points = np.stack(np.meshgrid(*[[0.0, 1.0]] * 4, indexing="ij"), -1).reshape(-1, 4)
     lab = np.array([100.0, 0, 0]) + points @ INKS.T

@@ -1,4 +1,4 @@
-"""What two objects are told apart by: all that they hold, and what they write to disk."""
+"""Compares objects by all that they hold, and by what they write to disk."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from diffusers import (
 
 
 def state_of(value: Any) -> Any:
-    """A comparable image of an object: tensors by content, modules by weights, hooks and
-    dtype."""
+    """A comparable copy of an object: tensors by content, modules by weights, hooks and dtype."""
     if isinstance(value, torch.Tensor):
         return hashlib.sha256(value.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
     if isinstance(value, torch.nn.Module):

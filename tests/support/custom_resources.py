@@ -23,7 +23,7 @@ def _validator(name: str) -> jsonschema.protocols.Validator:
 
 
 def validate_custom(document: dict[str, Any]) -> None:
-    """Raises jsonschema.ValidationError; skips where the schemas are not."""
+    """Validate a document. Raises jsonschema.ValidationError; skips if there are no schemas."""
     group, version = document["apiVersion"].split("/")
     if not SCHEMAS.is_dir():
         pytest.skip(

@@ -1,5 +1,4 @@
-"""What is wrong with a project's dependencies: bounds, versions, reasons, and imports of what
-nothing asks for.
+"""Checks a project's dependencies: bounds, versions, reasons, and imports of undeclared packages.
 
 `docs/dependencies.md` has a section with a table for each group of dependencies.
 """
@@ -32,7 +31,7 @@ Groups = dict[str, list[str]]
 
 
 def problems(root: Path, distributions: Mapping[str, list[str]]) -> list[str]:
-    """All that is wrong; `distributions` has the packages that hold an importable name."""
+    """All problems; `distributions` has the packages of importable names."""
     groups = asked_for(root)
     wrong = [*bounds(groups), *versions(root, groups), *others(root)]
     imports = list(third_party_imports(root, distributions))
@@ -42,7 +41,7 @@ def problems(root: Path, distributions: Mapping[str, list[str]]) -> list[str]:
 
 
 def asked_for(root: Path) -> Groups:
-    """The requirements of each group, as they are written."""
+    """The requirements of each group, as written."""
     file = tomllib.loads((root / "pyproject.toml").read_text())
     groups = {BUILD: file["build-system"]["requires"], RUNTIME: file["project"]["dependencies"]}
     extras = file["project"].get("optional-dependencies", {}) | file.get("dependency-groups", {})
@@ -71,7 +70,7 @@ def parsed(line: str) -> Requirement | None:
 
 
 def bounds(groups: Groups) -> Iterator[str]:
-    """Requirements without a lower bound, and those that stand twice."""
+    """Requirements without a lower bound, and duplicates."""
     for group, lines in groups.items():
         for line in lines:
             requirement = parsed(line)
@@ -90,7 +89,7 @@ def bounds(groups: Groups) -> Iterator[str]:
 
 
 def exact(path: Path, lines: list[str]) -> tuple[dict[str, str], list[str]]:
-    """The versions that a file pins, and what is no pin."""
+    """The versions that a file pins, and its lines that do not pin one."""
     pins, wrong = {}, []
     for line in lines:
         requirement = parsed(line)
@@ -103,7 +102,7 @@ def exact(path: Path, lines: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def versions(root: Path, groups: Groups) -> Iterator[str]:
-    """Where the files' versions do not agree."""
+    """Versions that differ between files."""
     pins, wrong = exact(root / REQUIREMENTS, lines_of(root / REQUIREMENTS))
     yield from wrong
     tested, wrong = exact(root / CONSTRAINTS, lines_of(root / CONSTRAINTS))
@@ -127,7 +126,7 @@ def versions(root: Path, groups: Groups) -> Iterator[str]:
 
 
 def sources(root: Path, pattern: str) -> Iterator[Path]:
-    """Files of the project, without environments and what is built."""
+    """Files of the project, without environments and build outputs."""
     yield from root.glob(pattern)
     for folder in root.iterdir():
         if folder.is_dir() and not folder.name.startswith(".") and folder.name != "build":
@@ -142,7 +141,7 @@ def others(root: Path) -> Iterator[str]:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """The first part of each name that a module imports, wherever in it."""
+    """The first part of each name that a module imports, at any place."""
     for node in ast.walk(ast.parse(path.read_text())):
         names: list[str] = []
         if isinstance(node, ast.Import):
@@ -168,8 +167,8 @@ def may_use(path: Path) -> tuple[str, ...]:
 def third_party_imports(
     root: Path, distributions: Mapping[str, list[str]]
 ) -> Iterator[tuple[Path, str, set[str]]]:
-    """Modules, what they import that is neither ours nor Python's, and the packages it may be
-    of."""
+    """Modules, their imports from outside of the project and of Python, and the packages that may
+    have these."""
     files = [path.relative_to(root) for path in sources(root, "*.py")]
     ours = {path.parts[path.parts[0] == "src"].removesuffix(".py") for path in files}
     for path in files:
@@ -188,8 +187,8 @@ def undeclared(groups: Groups, imports: list[tuple[Path, str, set[str]]]) -> Ite
 def reasons(
     groups: Groups, imports: list[tuple[Path, str, set[str]]], document: str
 ) -> Iterator[str]:
-    """Packages without one good line in the document, and lines without a package. Of the clients'
-    packages those need one that are imported; the others are what these need."""
+    """Packages without a valid line in the document, and lines without a package. Of the clients'
+    packages, only imported ones need a line; the others are their dependencies."""
     wanted = {group: {name_of(line) for line in lines} for group, lines in groups.items()}
     used = {
         package for path, _, packages in imports if CLIENTS in may_use(path) for package in packages

@@ -1,4 +1,4 @@
-"""Describes calls of one target, as an engine does."""
+"""Group keys of calls, as an engine makes them."""
 
 from __future__ import annotations
 

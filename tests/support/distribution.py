@@ -1,4 +1,4 @@
-"""How the tests are dealt out to the processes of one run."""
+"""Distributes tests to the processes of a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-# Modules whose tests ask the one real server of a run
+# modules whose tests use the shared real server
 SERVED = {
     "tests/api/test_edit_images.py",
     "tests/api/test_legacy.py",
@@ -20,7 +20,7 @@ SERVED = {
     "tests/deploy/test_monitoring.py",
     "tests/serving/test_server.py",
 }
-# Modules of tests that take long and share nothing: each is dealt out on its own
+# modules of slow tests that share nothing: each test is scheduled on its own
 APART = {
     "tests/engine/test_schedulers.py",
     "tests/loading/test_optimizations.py",
@@ -30,7 +30,7 @@ APART = {
     "tests/serving/test_restart.py",
     "tests/serving/test_starts.py",
 }
-# What takes longest, the longest first: dealt out before all others, so that it does not end last
+# the slowest modules, longest first: scheduled before all others, so that they do not end last
 LONG = (
     "tests/engine/test_step_engine.py",
     "tests/loading/test_rehearsals.py",
@@ -53,8 +53,8 @@ LONG = (
 
 
 class Scheduling(LoadScopeScheduling):
-    """Which tests run in one process, of several: those of the real server, and those of a module
-    but for the slow ones."""
+    """Keeps in one process the tests of the real server, and the tests of a module except slow
+    ones."""
 
     def _split_scope(self, nodeid: str) -> str:
         path = nodeid.partition("::")[0]
@@ -69,7 +69,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
 
 
 def place(item: pytest.Item) -> int:
-    """Where in the order a test comes: those of the one server, the long ones, all others."""
+    """A test's place in the order: tests of the real server, slow modules, all others."""
     path = item.nodeid.partition("::")[0]
     return 0 if path in SERVED else 1 + LONG.index(path) if path in LONG else 1 + len(LONG)
 

@@ -1,4 +1,4 @@
-"""Where tests run: the folder of the project, the environment of a child, a free port."""
+"""The project's folder, the environment of child processes, and free ports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def clean_environment(**changes: str) -> dict[str, str]:
-    """The environment less the project's settings and with threads that do not spin, plus
+    """The environment without the project's settings, with threads that do not spin, and with
     `changes`."""
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("STEPWEAVE_")

@@ -35,7 +35,7 @@ from stepweave.planning.clock import HostClock
 CUDA = torch.device("cuda", 0)
 aten = torch.ops.aten
 
-# operations whose result, or its size, the host has to know
+# operations after which the host needs the result, or its size
 WAITING = {
     "_local_scalar_dense",
     "item",
@@ -179,7 +179,7 @@ def _indexed(tensor: torch.Tensor, key: Any) -> Any:
 
 @dataclass(frozen=True)
 class Read:
-    """A value that the host waited for: what asked for it, and the package and place that did."""
+    """A value that the host waited for: the operation, and the package and line that called it."""
 
     operation: str
     package: str  # stepweave, diffusers, transformers or tests
@@ -194,7 +194,7 @@ _reads: list[Read] = []
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = func._schema.name.partition("::")[2]
     if name == "_fused_sdp_choice":
-        return 0  # plain arithmetic: what a GPU has for it the CPU has not
+        return 0  # plain arithmetic: the CPU lacks the GPU's kernels
     given = [one for one in tree_iter((args, kwargs)) if isinstance(one, torch.Tensor)]
     there = [one for one in given if isinstance(one, OnDevice)]
     wanted = kwargs.get("device")
@@ -256,11 +256,11 @@ def _note(name: str, tensor: torch.Tensor) -> None:
 
 
 class Mode(TorchDispatchMode):
-    """Under it tensors that are made on the GPU, or brought there, are such."""
+    """Makes tensors that are created on the GPU, or moved there, `OnDevice`."""
 
     def __enter__(self) -> Mode:
         self._lifts = torch._C._only_lift_cpu_tensors()
-        # `torch.tensor(..., device=...)` makes one here and brings it there
+        # `torch.tensor(..., device=...)` creates a tensor on the CPU and moves it
         torch._C._set_only_lift_cpu_tensors(True)
         super().__enter__()
         return self
@@ -274,7 +274,7 @@ class Mode(TorchDispatchMode):
 
 
 class FakeDevice:
-    """What is read from it: `reads`; and which threads have made it their own: `used`."""
+    """Records `reads` from the device, and the threads that made it current: `used`."""
 
     def __init__(self) -> None:
         self.reads = _reads
@@ -304,13 +304,13 @@ class FakeDevice:
             yield stack.enter_context(StepEngine(pipeline, memory=UnknownMemory(), **options))
 
     def own_reads(self) -> list[Read]:
-        """Those that Stepweave's code made, not diffusers' or transformers'."""
-        return [one for one in self.reads if one.package == "stepweave"]
+        """The reads by Stepweave's code, without diffusers' and transformers'."""
+        return [read for read in self.reads if read.package == "stepweave"]
 
 
 @contextlib.contextmanager
 def fake_device() -> Iterator[FakeDevice]:
-    """Within it there seems to be a GPU on this thread, and on those of its engines."""
+    """Simulate a GPU on this thread and on its engines' threads."""
     device = FakeDevice()
     _reads.clear()
     with contextlib.ExitStack() as stack:

@@ -1,5 +1,5 @@
-"""A pipeline without weights: its images tell seed and steps, and tests decide when it moves,
-fails or hangs."""
+"""A pipeline without weights: its images encode seed and steps, and tests control when it
+continues, fails or hangs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from tests.support.waiting import SECONDS
 
 
 class Record:
-    """What happened and what shall happen; views share it, since it copies as itself."""
+    """Records what happened, and controls what happens next; views share it, as it copies as
+    itself."""
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
@@ -27,7 +28,7 @@ class Record:
         self.most_running = 0
         self.error: Exception | None = None
         self.pause = 0.0  # seconds of a step
-        self.gated = False  # with True every step waits for `release`, or for an `allow`
+        self.gated = False  # if True, every step waits for `release` or `allow`
         self.started = threading.Event()
         self.release = threading.Event()
         self._allowed = threading.Semaphore(0)
@@ -37,12 +38,12 @@ class Record:
         return self
 
     def allow(self, steps: int) -> None:
-        """Let so many steps go on that are gated; the next one waits."""
+        """Let this many gated steps continue."""
         self._allowed.release(steps)
 
     def held_after(self, steps: int) -> bool:
-        """Whether so many steps have run, and the next one waits at the gate: all that follows a
-        step is behind."""
+        """Whether this many steps have run, and the next one waits at the gate, so that everything
+        after the last step is done."""
         return self.steps_run == steps and self.steps_begun == steps + 1
 
     def step(self) -> None:
@@ -59,7 +60,7 @@ class Record:
             self.steps_run += 1
 
     def run(self, by: int) -> None:
-        """Count a call that begins, or ends."""
+        """Count a call that begins (1) or ends (-1)."""
         with self._counting:
             self.running += by
             self.most_running = max(self.most_running, self.running)

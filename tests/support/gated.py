@@ -1,5 +1,4 @@
-"""The smallest pipeline that denoises, and a callback that holds its jobs until a test lets them go
-on."""
+"""The smallest pipeline that denoises, and a callback that holds its jobs until a test opens it."""
 
 from __future__ import annotations
 
@@ -18,8 +17,7 @@ from tests.support.waiting import SECONDS
 
 
 class Gate:
-    """A callback that holds its job after its first step until it is opened, and counts the
-    steps."""
+    """A callback that blocks its job after the first step until it is opened, and counts steps."""
 
     def __init__(self, closed: bool = True) -> None:
         self.steps = 0
@@ -44,8 +42,7 @@ class Gate:
 
 
 class Wave(nn.Module):
-    """A network of any width, the cheapest there is. `watch` is called with the rows of every
-    forward, shared ones too."""
+    """The cheapest network, of any width. `watch` is called with the rows of every forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,8 +94,8 @@ def seeded(seed: int = 0, **changes: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def held(engine: StepEngine, **arguments: Any) -> Iterator[Job]:
-    """A job that holds the engine's thread within the block, so that jobs submitted there start
-    together at its end."""
+    """Block the engine's thread with a job, so that jobs submitted within the block start together
+    at its end."""
     gate = Gate()
     job = engine.submit(**arguments, callback_on_step_end=gate)
     gate.wait()

@@ -39,14 +39,13 @@ class InProcess:
         return self.server.metrics.registry.get_sample_value(name, labels)
 
     def until_metric(self, value: float, name: str, **labels: str) -> None:
-        """Wait for a metric to be `value`: what a thread counts, it may do a moment after the
-        answer."""
+        """Wait until a metric is `value`; threads may count after the answer."""
         wait_until(lambda: self.metric(name, **labels) == value)
 
 
 @contextlib.contextmanager
 def listening(app: InProcess) -> Iterator[str]:
-    """The URL of an app in this process."""
+    """Serve an app in this process; yields its URL."""
     port = free_port()
     runner = uvicorn.Server(
         uvicorn.Config(app.client.app, "127.0.0.1", port, lifespan="off", log_level="warning")

@@ -1,4 +1,4 @@
-"""Debian's nginx, before a server under test."""
+"""Debian's nginx as a proxy of a server under test."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ import pytest
 from tests.support.environment import ROOT, free_port
 from tests.support.waiting import SECONDS
 
-# Of Debian's nginx.conf what decides how requests are passed on: nothing; all of it is nginx's own
-# default
+# nothing in Debian's nginx.conf changes how requests are passed on: all of that is nginx's default
 CONFIGURATION = """
 daemon off;
 {user}
@@ -45,7 +44,7 @@ http {{
 
 
 def binary() -> str:
-    """The path of nginx: the machine's, else Debian's, unpacked."""
+    """The path of nginx: the installed one, else Debian's, unpacked."""
     found = shutil.which("nginx")
     if found is not None:
         return found
@@ -59,7 +58,7 @@ def binary() -> str:
 
 @dataclass
 class Nginx:
-    """A running one."""
+    """A running nginx."""
 
     port: int
     directory: Path
@@ -70,7 +69,7 @@ class Nginx:
         return f"http://127.0.0.1:{self.port}"
 
     def reload(self, server: str, before: str = "") -> None:
-        """Go over to another configuration; connections under way are served to their end."""
+        """Reload with another configuration; open connections are served to their end."""
         self._write(server, before)
         self.process.send_signal(signal.SIGHUP)
 

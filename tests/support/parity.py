@@ -1,5 +1,4 @@
-"""Companies of jobs: who is there, who joins and leaves at whatever step, and what plain calls
-give."""
+"""Companies of jobs that join and leave at chosen steps, and the results of plain calls."""
 
 from __future__ import annotations
 
@@ -45,7 +44,7 @@ every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES
 
 @functools.cache
 def built(family: Family, engine: bool) -> Any:
-    """A pipeline for engines, and another one for plain calls."""
+    """A pipeline, cached separately for engines and for plain calls."""
     return family.build()
 
 
@@ -54,8 +53,8 @@ def takes(family: Family, name: str) -> bool:
 
 
 def request(family: Family, i: int) -> dict[str, Any]:
-    """The i-th request: none is like another in prompt and seed, and hardly any in steps, guidance
-    and scheduler."""
+    """The i-th request: all differ in prompt and seed, and most in steps, guidance and
+    scheduler."""
     changes: dict[str, Any] = {}
     guidance = GUIDANCE[i % len(GUIDANCE)]
     if guidance is not None:
@@ -70,7 +69,7 @@ def request(family: Family, i: int) -> dict[str, Any]:
 
 
 def scheduler(family: Family, pipeline: Any, i: int) -> Any:
-    """The i-th request's: None is the pipeline's own."""
+    """The i-th request's scheduler; None for the pipeline's own."""
     choices = [None, *family.schedulers.values()]
     choice = choices[i % len(choices)]
     if choice is None:
@@ -81,7 +80,7 @@ def scheduler(family: Family, pipeline: Any, i: int) -> Any:
 
 @functools.cache
 def expected(family: Family, i: int, swap: bool) -> np.ndarray:
-    """What a plain call gives, with `swap` of a pipeline whose scheduler is the i-th request's."""
+    """The result of a plain call, with `swap` with the scheduler of the i-th request."""
     pipeline = built(family, False)
     own = pipeline.scheduler
     try:
@@ -103,7 +102,7 @@ def put(pipeline: Any, scheduler: Any) -> None:
 
 @dataclass(frozen=True)
 class Company:
-    """Who is there, and when."""
+    """Requests, and when they join and leave."""
 
     requests: tuple[int, ...]
     # for each but the first: the job and its step at which this one is submitted
@@ -113,7 +112,7 @@ class Company:
 
 
 class Stage:
-    """Lets a company play: submits and cancels at the steps that it says."""
+    """Runs a company: submits and cancels jobs at its steps."""
 
     def __init__(self, engine: StepEngine, family: Family, company: Company) -> None:
         self._engine = engine
@@ -127,7 +126,7 @@ class Stage:
         self._lock = threading.RLock()
 
     def play(self) -> list[Job]:
-        """The jobs, in the company's order, all done."""
+        """The finished jobs, in the company's order."""
         opened, advanced = RunningJob.open, RunningJob.advance
         with (
             mock.patch.object(
@@ -157,7 +156,7 @@ class Stage:
         job.add_done_callback(lambda _: self._release(i, None))
 
     def _release(self, i: int, step: int | None) -> None:
-        """Submit those that wait for a step of a job; a job that is done keeps nobody waiting."""
+        """Submit the requests that join at this step of a job, or once it is done."""
         with self._lock:
             for late, (other, at) in list(self._waiting.items()):
                 if other == i and (step is None or step >= at):

@@ -1,4 +1,4 @@
-"""What pyproject.toml says."""
+"""Reads pyproject.toml."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ STEPS = 8
 
 
 def kinds() -> Iterator[Any]:
-    """All classes of schedulers that diffusers exports and that have timesteps."""
+    """All scheduler classes of diffusers with timesteps."""
     for name in dir(diffusers):
         kind = getattr(diffusers, name)
         if inspect.isclass(kind) and name.endswith("Scheduler") and hasattr(kind, "set_timesteps"):
@@ -40,8 +40,9 @@ def kinds() -> Iterator[Any]:
 def steps_of(
     scheduler: Any, steps: int, device: torch.device, around: Callable[[], Any] = lambda: None
 ) -> torch.Tensor:
-    """The sample after all steps with an output made up; `around` is called before each of them and
-    after the last."""
+    """Run a scheduler with invented outputs; returns the last sample. `around` is called before
+    each
+    step and after the last."""
     scheduler.set_timesteps(steps, device=device)
     sample = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)).to(device)
     given = inspect.signature(scheduler.step).parameters
@@ -66,7 +67,7 @@ def steps_of(
 
 
 def reads(scheduler: Any, device: FakeDevice, steps: int = STEPS) -> tuple[torch.Tensor, list[int]]:
-    """The sample after all steps, and how often the device was read in each."""
+    """The last sample, and the number of reads from the device in each step."""
     found: list[int] = []
     sample = steps_of(scheduler, steps, CUDA, lambda: found.append(len(device.reads)))
     return sample, [after - before for before, after in itertools.pairwise(found)]
@@ -81,15 +82,14 @@ def call_of(sample: torch.Tensor, **arguments: Any) -> Call:
 
 
 def run_settled(engine: StepEngine, family: Family, steps: int, number: int, jobs: int) -> None:
-    """Run jobs of so many steps, once all certificates are there; audits aside, which read."""
+    """Run jobs of this many steps, certified and without audits, which read from the device."""
     assert engine._loop is not None
     for certificate in engine._loop.certificates.all():
         certificate.next_audit = 10**9
-    # of one length: a new one would be proven
+    # of equal length: a new length would need a proof
     prompts = [f"{number} {i} red circle" for i in range(jobs)]
     requests = [partial(family.arguments, prompts[i], seed=i, steps=steps) for i in range(jobs)]
-    # in one turn: a machine that is busy would else share other steps each time, and prove what is
-    # new
+    # together: otherwise a busy machine would share other steps each time, and make new proofs
     for job in submit_together(engine, requests):
         job.result(SECONDS)
 

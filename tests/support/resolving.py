@@ -17,6 +17,6 @@ def resolve(
     rehearse: bool = True,
     **asked: Any,
 ) -> Parameters:
-    """`asked` are a request's fields."""
+    """Resolve a request with the fields `asked`."""
     request = ImageRequest(**asked)
     return model.resolve(request, n=n, strength=strength, sources=sources, rehearse=rehearse)

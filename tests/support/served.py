@@ -1,4 +1,4 @@
-"""A real server in a process of its own, started as users start it."""
+"""A real server in its own process, started as users start it."""
 
 from __future__ import annotations
 
@@ -51,14 +51,13 @@ class Served:
         raise AssertionError(f"not ready: {self.log.read_text()}")
 
     def stop(self) -> int:
-        """SIGTERM, as the kubelet sends it; the exit status."""
+        """Send SIGTERM, as the kubelet does; returns the exit status."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(SECONDS)
 
 
 def kill_tree(process: subprocess.Popen[Any]) -> None:
-    """Kill a `bentoml serve` that is still there, and its worker: that has a process group of its
-    own."""
+    """Kill a `bentoml serve` and its worker, which has its own process group."""
     for one in (
         [*psutil.Process(process.pid).children(recursive=True), process]
         if process.poll() is None
@@ -109,7 +108,7 @@ def serve(
 
 
 def metric(url: str, name: str, **labels: str) -> float:
-    """The value of a server's one series of that name and those labels, whatever others it has."""
+    """The value of the series with this name and at least these labels."""
     exposition = httpx.get(f"{url}/metrics", timeout=SECONDS).text
     samples = (
         sample for family in text_string_to_metric_families(exposition) for sample in family.samples

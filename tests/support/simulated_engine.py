@@ -1,4 +1,4 @@
-"""An engine of one forward at a time, without models: what the policies are played on."""
+"""A simulated engine, one forward at a time, to test policies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from stepweave.planning.cost import CostModel
 from stepweave.scheduling.policy import Cap, Policy
 from stepweave.scheduling.task import Demand, Key, Load, Priority, Task
 
-# told, before each forward, the time and the tasks that are there
+# called before each forward with the time and the tasks
 Watch = Callable[[float, Sequence[Task]], None]
 
 # Seconds per denoising step of Qwen-Image with CFG on one H200, published by others; issue 6
@@ -42,7 +42,7 @@ def task(
     priority: Priority = Priority.NORMAL,
     deadline: float | None = None,
 ) -> Task:
-    """A job of `count` steps, each of the loads `steps`."""
+    """A task of `count` steps, each with the loads `steps`."""
     demand = Demand(count, tuple(before), tuple(steps), tuple(after))
     made = Task(demand, arrived=arrived, priority=priority, deadline=deadline)
     made.price(cost)
@@ -50,7 +50,7 @@ def task(
 
 
 def queued(tasks: Iterable[Task]) -> OrderedDict[Hashable, list[Call]]:
-    """The tasks' next steps, by key, as if each had waited since its task came."""
+    """The tasks' next steps by key, waiting since their tasks arrived."""
     queues: OrderedDict[Hashable, list[Call]] = OrderedDict()
     for one in tasks:
         load = one.demand.step[0]
@@ -69,7 +69,7 @@ def play(
     start: float = 0.0,
     watch: Watch = lambda now, inside: None,
 ) -> list[float]:
-    """When each task ends, if forwards take just what the cost model says."""
+    """The end of each task, if forwards take the seconds of the cost model."""
     coming = sorted(tasks, key=lambda one: one.arrived, reverse=True)
     calls: dict[Task, Iterator[Load]] = {}
     # the key that was served longest ago first
@@ -112,7 +112,7 @@ def play(
 
 
 def _calls(one: Task) -> Iterator[Load]:
-    """The calls that are left of a task; its progress is noted when the next one is asked for."""
+    """Yield the remaining calls of a task, and update its progress."""
     if not one.opened:
         yield from _each(one.demand.before)
     one.opened = True

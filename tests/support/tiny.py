@@ -1,5 +1,5 @@
-"""Tiny, randomly initialised pipelines of diffusers' real classes: made in memory, the same on
-every call, milliseconds a step.
+"""Tiny, randomly initialised pipelines of diffusers' real classes: made in memory, deterministic,
+milliseconds per step.
 
     for family in FAMILIES.values():
         pipeline = family.build() images = pipeline(**family.arguments("a red circle",
@@ -72,7 +72,7 @@ CASCADE: Schedulers = {"DDPMWuerstchen": (diffusers.DDPMWuerstchenScheduler, {})
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """One kind of pipeline, how to call it cheaply, and the schedulers it runs with."""
+    """A kind of pipeline, cheap arguments of its call, and its schedulers."""
 
     name: str
     build: Callable[[], Any]
@@ -83,7 +83,7 @@ class Family:
     def arguments(
         self, prompt: str, *, seed: int = 0, steps: int = STEPS, **changes: Any
     ) -> dict[str, Any]:
-        """The keyword arguments of one call, with a fresh generator."""
+        """The keyword arguments of a call, with a new generator."""
         generator = torch.Generator().manual_seed(seed)
         return {
             "prompt": prompt,
@@ -94,7 +94,7 @@ class Family:
         }
 
     def build_with(self, scheduler: str) -> Any:
-        """The pipeline with one of `schedulers` in place of its own, swapped as users do."""
+        """The pipeline with one of `schedulers` instead of its own, swapped as users do."""
         pipeline = self.build()
         kind, changes = self.schedulers[scheduler]
         pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **changes)
@@ -117,8 +117,8 @@ def networks(pipeline: DiffusionPipeline) -> list[nn.Module]:
 
 @torch.no_grad()
 def enliven(network: nn.Module) -> None:
-    """Leave no input without effect: zeros, which training starts from, become random, and the
-    other weights larger."""
+    """Make every input have an effect: replace zero weights, from which training starts, by random
+    ones, and enlarge the others."""
     for parameter in network.parameters():
         if not parameter.any():
             parameter.normal_(std=0.1)
@@ -127,8 +127,8 @@ def enliven(network: nn.Module) -> None:
 
 
 def family(schedulers: Schedulers, **call: Any) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
-    """Register a builder; what it makes is deterministic, in eval mode and quiet, and the caller's
-    RNG stays as it was."""
+    """Register a builder; its pipelines are deterministic, in eval mode and quiet, and the caller's
+    RNG is restored."""
 
     def register(build: Callable[[], Any]) -> Callable[[], Any]:
         @functools.wraps(build)
@@ -343,8 +343,8 @@ DOWN_BLOCKS: dict[str, Any] = {
 
 
 def clip(suffix: str = "", *, projection: bool = True) -> dict[str, Any]:
-    """A CLIP text encoder of two layers; its tokenizer knows the words of the embedded model and
-    cuts at 16 tokens."""
+    """A CLIP text encoder of two layers; its tokenizer has the words of the embedded model and
+    truncates at 16 tokens."""
     tokenizer = make_tokenizer()
     config = transformers.CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -370,8 +370,8 @@ def t5(tokenizer: transformers.PreTrainedTokenizerBase) -> transformers.T5Encode
 
 
 def qwen() -> dict[str, Any]:
-    """Qwen2.5-VL; the template that the pipelines put before the prompt takes 34 tokens, as many as
-    they drop again."""
+    """Qwen2.5-VL; the template that the pipelines put before the prompt has 34 tokens, as many as
+    they drop afterwards."""
     words = (
         "system user Describe the image by detailing the color shape size texture quantity text "
         "spatial relationships"

@@ -35,7 +35,7 @@ Arguments = Callable[[int], dict[str, Any]]  # of one step, besides the sample
 
 
 def numbers(output: Any) -> Tensor:
-    """What a call gave, as one tensor of doubles on its own memory."""
+    """A call's output as a tensor of doubles with its own memory."""
     value = output if isinstance(output, Tensor) else output[0]
     return (
         (value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))).double().clone()
@@ -43,14 +43,14 @@ def numbers(output: Any) -> Tensor:
 
 
 def difference(one: Tensor, other: Tensor) -> float:
-    """The largest; infinite for other shapes, and where one is no number and the other is."""
+    """The largest difference; infinite if shapes or NaNs differ."""
     if one.shape != other.shape or not torch.equal(one.isnan(), other.isnan()):
         return float("inf")
     return float((one - other).nan_to_num(0.0, 0.0, 0.0).abs().max())
 
 
 class Gate:
-    """An observer that holds up the engine as soon as its job starts, until it is opened."""
+    """An observer that blocks the engine when its job starts, until it is opened."""
 
     def __init__(self) -> None:
         self._opened = threading.Event()
@@ -69,7 +69,7 @@ class Gate:
 
 
 def submit_together(engine: StepEngine, requests: Sequence[Request], **options: Any) -> list[Any]:
-    """Jobs of which none runs before all are submitted."""
+    """Submit jobs so that none runs before all are submitted."""
     gate = Gate()
     first, *others = requests
     jobs = [engine.submit(**first(), **options, observer=gate)]
@@ -82,7 +82,7 @@ def submit_together(engine: StepEngine, requests: Sequence[Request], **options: 
 
 @dataclass
 class Outcome:
-    """What became of jobs, and what plain calls give."""
+    """Results of jobs, and those of plain calls."""
 
     results: list[Tensor]
     expected: list[Tensor]
@@ -98,22 +98,23 @@ class Outcome:
         return self.stats.forwards[name].merged_share
 
     def check(self, tolerance: float = TOLERANCE) -> None:
-        """Every job got what a plain call gives, and the engine made no error."""
-        found = [f"{one:.2g}" for one in self.differences]
-        assert all(one <= tolerance for one in self.differences), (
+        """Assert that all jobs got the results of plain calls, and that the engine had no
+        errors."""
+        found = [f"{difference:.2g}" for difference in self.differences]
+        assert all(difference <= tolerance for difference in self.differences), (
             f"jobs differ from plain calls by {found}"
         )
         assert self.stats.errors == 0, f"the engine made {self.stats.errors} errors"
 
     def check_alone(self, name: str = "denoiser", tolerance: float = TOLERANCE) -> None:
-        """The same, and no call of this module shared a forward."""
+        """As `check`, and assert that no call of this module shared a forward."""
         self.check(tolerance)
         assert self.merged_share(name) == 0, f"{self.merged_share(name):.0%} of calls were merged"
 
     def check_merged(
         self, name: str = "denoiser", share: float = 0.6, tolerance: float = TOLERANCE
     ) -> None:
-        """The same, and so many of this module's calls shared a forward."""
+        """As `check`, and assert how many of this module's calls shared a forward."""
         self.check(tolerance)
         found = self.stats.certificates
         assert self.merged_share(name) >= share, (
@@ -122,13 +123,12 @@ class Outcome:
 
 
 def plain(build: Build, requests: Sequence[Request]) -> list[Tensor]:
-    """What plain calls give, each of a pipeline of its own."""
+    """Results of plain calls, each with a new pipeline."""
     return [numbers(build()(**request())) for request in requests]
 
 
 def run(build: Build, *rounds: Sequence[Request], **options: Any) -> Outcome:
-    """Plain calls, and then jobs of a pipeline that is built last; those of a round start
-    together."""
+    """Run plain calls, then jobs of a new pipeline; jobs of a round start together."""
     expected = [one for requests in rounds for one in plain(build, requests)]
     results = []
     with StepEngine(build(), knee=False, **options) as engine:
@@ -138,7 +138,7 @@ def run(build: Build, *rounds: Sequence[Request], **options: Any) -> Outcome:
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture, name: str = "") -> list[str]:
-    """The lines in which the project's loggers warn of something of this name, or of anything."""
+    """The project's warnings in the log that contain this name."""
     records = [
         one
         for one in caplog.records
@@ -199,7 +199,7 @@ def looped(forward: Callable[..., Any]) -> Build:
 
 
 def request(seed: int, make: Callable[[], Arguments] | None = None, **changes: Any) -> Request:
-    """One call of a loop; `make` makes what gives each step's arguments."""
+    """A call of a loop; `make` returns the function that gives each step's arguments."""
     return functools.partial(_request, seed, make, changes)
 
 

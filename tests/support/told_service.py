@@ -15,7 +15,7 @@ from tests.support.fake_pipeline import FakePipeline, Record
 
 
 class ToldRecord(Record):
-    """A step fails where the prompt says `fails`, and takes long where it says `lasts`."""
+    """A step fails if the prompt contains `fails`, and takes long if it contains `lasts`."""
 
     def step(self) -> None:
         prompt = self.calls[-1]["prompt"]
@@ -37,7 +37,7 @@ def _server(*args: Any, **options: Any) -> Server:
     return Server(*args, load=lambda *_: (told_pipeline(), Preset()), **options)
 
 
-# what prompts say cannot be foreseen, so deadlines are missed rather than refused
+# the effect of prompts cannot be predicted, so deadlines are missed instead of refused
 StepEngine.estimate = lambda *_, **__: None  # type: ignore[method-assign,assignment,return-value]
 StepEngine.alone = lambda *_, **__: None  # type: ignore[method-assign,assignment,return-value]
 jobs.KEEP_AGAIN_SECONDS = (0.2, 0.2, 0.2, 0.2)

@@ -1,4 +1,4 @@
-"""A pipeline of a few lines around any denoiser, and jobs of it that are compared with plain calls.
+"""A short pipeline around any denoiser, whose jobs are compared with plain calls.
 
 served = serve(forward, [call(seed, arguments) for seed in range(4)])
 served.check()
@@ -30,8 +30,8 @@ Call = dict[str, Any]
 
 
 class Outside(types.ModuleType):
-    """Where a test notes what a forward does. A module that changed something of its own would be
-    taken for one that keeps state; into Python's modules the engine does not look."""
+    """A place for notes about forwards: a Python module, which the engine does not inspect. A
+    module with changing attributes would count as one that keeps state."""
 
     def __init__(self, **noted: Any) -> None:
         super().__init__("outside")
@@ -119,7 +119,7 @@ def fresh(call: Call) -> Call:
 
 
 def submit_together(engine: StepEngine, calls: Sequence[Call]) -> list[Any]:
-    """Jobs that start in one turn of the engine."""
+    """Submit jobs that start in the same step."""
     gate = threading.Event()
     own = {} if isinstance(engine.pipeline, Unseeded) else {"generator": torch.Generator()}
     engine.submit(gate=gate, **own)
@@ -130,7 +130,7 @@ def submit_together(engine: StepEngine, calls: Sequence[Call]) -> list[Any]:
 
 @dataclass
 class Served:
-    """What became of jobs, and what plain calls give."""
+    """Results of jobs, and those of plain calls."""
 
     results: list[Any]
     expected: list[Any]
@@ -155,13 +155,13 @@ class Served:
         return self.stats.forwards["denoiser"].by_rows
 
     def wrong(self) -> list[int]:
-        """The jobs that did not get what a plain call gives."""
+        """The jobs whose results differ from those of plain calls."""
         pairs = enumerate(zip(self.results, self.expected, strict=True))
         return [i for i, (a, b) in pairs if a.shape != b.shape or not (a - b).abs().max() <= CLOSE]
 
     def check(self, *, exact: bool = False) -> None:
-        """Every job got what a plain call gives, `exact` to the last bit, and the engine made no
-        error."""
+        """Assert that all jobs got the results of plain calls (`exact`: bitwise), and that the
+        engine had no errors."""
         assert not self.wrong(), f"jobs {self.wrong()} did not get what plain calls give"
         if exact:
             unequal = [
@@ -173,7 +173,7 @@ class Served:
         assert self.stats.errors == 0, f"the engine made {self.stats.errors} errors"
 
     def check_alone(self, state: str = "failed") -> None:
-        """All ran alone, with this certificate, and got what plain calls give to the last bit."""
+        """Assert that all ran alone, with this certificate, with bitwise equal results."""
         self.check(exact=True)
         assert self.state == state, f"{self.state}: {self.certificate['reason']}"
         assert self.merged_share == 0, f"{self.merged_share:.0%} of calls were merged"

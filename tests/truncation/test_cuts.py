@@ -167,7 +167,7 @@ def test_a_report_that_fails_leaves_the_output_alone(caplog: pytest.LogCaptureFi
 
     with listening(cut=fail):
         assert len(locked("clip")(TEXT, **LONG)["input_ids"]) == LIMIT
-    assert "cannot tell whether the clip cut a text" in caplog.text
+    assert "cannot check for truncation by the clip" in caplog.text
 
 
 def test_reports_are_of_one_context(cuts: list[Cut]) -> None:

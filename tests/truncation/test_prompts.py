@@ -52,8 +52,8 @@ def test_a_cut_prompt_is_named_once_and_the_image_is_the_plain_one(mode: Mode) -
     """Both of SD3's tokenizers cut it at the same place."""
     place = len("a large red circle on a blue background, a large star on a")
     warning = (
-        f"prompt: the text encoder (tokenizer) reads 16 tokens; what follows character {place} was "
-        f"left out: {LOST}"
+        f"prompt: the text encoder (tokenizer) reads 16 tokens; the text after character {place} "
+        f"was left out: {LOST}"
     )
     job = run("stable_diffusion_3", mode, prompt=LONG)
     assert job.warnings == [warning]
@@ -67,10 +67,10 @@ def test_each_text_and_limit_is_told_of() -> None:
     job = run("flux", prompt=LONG, prompt_2=LONG[:30], max_sequence_length=16)
     first, second = job.warnings
     assert first.startswith(
-        "prompt: the text encoder (tokenizer) reads 16 tokens; what follows character 58 "
+        "prompt: the text encoder (tokenizer) reads 16 tokens; the text after character 58 "
     )
     assert second.startswith(
-        "prompt_2: the text encoder (tokenizer_2) reads 16 tokens; what follows character 14 "
+        "prompt_2: the text encoder (tokenizer_2) reads 16 tokens; the text after character 14 "
     )
     job = run("flux", prompt=LONG)  # one text, two places
     assert [warning.split(" tokens")[0] for warning in job.warnings] == [
@@ -103,7 +103,7 @@ def test_a_prompt_within_a_template_is_counted_from_its_own_beginning() -> None:
         prompt = "zzzzzzzzzzzzzzzz, of which the end is left out"
         (warning,) = run("qwen_image", prompt=prompt).warnings
         assert warning.startswith(
-            "prompt: the text encoder (tokenizer) reads 50 tokens; what follows character 16 was "
+            "prompt: the text encoder (tokenizer) reads 50 tokens; the text after character 16 was "
         )
         assert warning.endswith("left out: ', of which the end is left out'")
         assert run("qwen_image", prompt="z").warnings == []
@@ -234,8 +234,8 @@ def test_excerpts_are_short_and_of_ones_own_text() -> None:
         report(Cut(whole, 0, 1, "left", 12, whole[:12], 16, "tokenizer"))
     first, second = job.warnings.values()
     assert first.startswith(
-        "prompt: the text encoder (tokenizer) reads 16 tokens; what follows character 9 was left "
+        "prompt: the text encoder (tokenizer) reads 16 tokens; the text after character 9 was left "
         "out: 'tale é"
     )
     assert len(first) < 200
-    assert second.endswith("what precedes character 9 was left out: 'a long'")
+    assert second.endswith("the text before character 9 was left out: 'a long'")

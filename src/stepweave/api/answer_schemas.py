@@ -1,5 +1,5 @@
-"""What the HTTP surfaces answer beside generations and jobs (`serving.resources`), and which of all
-these models the OpenAPI document has."""
+"""Answers of the HTTP surfaces other than generations and jobs (`serving.resources`), and the list
+of all that are in the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class ProtocolError(Resource):
 
 
 class Health(Resource):
-    """Where the server stands."""
+    """The state of the server."""
 
     stage: Stage
-    progress: float = Field(ge=0, le=1, description="Share of the way to `ready`.")
+    progress: float = Field(ge=0, le=1, description="From 0 to 1, when it is `ready`.")
     message: str
     store: str | None = Field(
         description="Why jobs and URLs of images cannot be stored, as `files full: No space left "
@@ -39,11 +39,11 @@ class Health(Resource):
 
 
 class Unhealthy(Error, Health):
-    """A probe's refusal: why, and where the server stands."""
+    """A failed probe: the reason, and the state of the server."""
 
 
 class Drained(Resource):
-    """The server leaves, or stays after all."""
+    """The server after a drain, or after one was taken back."""
 
     stage: Stage
     in_flight: int = Field(ge=0, description="Requests accepted and not yet done.")
@@ -59,7 +59,7 @@ class Discovery(Resource):
 
     name: Literal["stepweave"] = "stepweave"
     version: str
-    model: str | None = Field(description="Id of the model; null while it is loaded.")
+    model: str | None = Field(description="Id of the model; null until it is loaded.")
     stage: Stage
     routes: list[MountedRoute]
     links: dict[str, str]
@@ -103,7 +103,7 @@ class Limits(Resource):
     min_side: int
     max_side: int
     only_size: str | None = Field(
-        description="The one size that there is, where others fail or come out in another size."
+        description="The only size, if the pipeline fails with others or changes them."
     )
     guidance_range: tuple[float, float]
     max_images: int
@@ -123,12 +123,12 @@ class ModelDetails(Limits):
     max_num_inference_steps: int
     default_guidance_scale: float | None
     presets: list[str] = Field(
-        description="Where defaults come from, the strongest first, if not from the pipeline "
-        "itself."
+        description="Where defaults come from, if not from the pipeline itself; the first that has "
+        "a value is used."
     )
     schedulers: list[str] = Field(description="What `scheduler` may name.")
     scheduler_steps: dict[str, SchedulerSteps] = Field(
-        description="Of those that run with some values of `num_inference_steps` only."
+        description="Of those that only run with some values of `num_inference_steps`."
     )
     edits: list[Literal["image_to_image", "inpainting"]]
     limits_of_edits: dict[str, Limits] = Field(
@@ -160,7 +160,7 @@ class JobList(Resource):
     object: Literal["list"] = "list"
     data: list[JobView]
     next: str | None = Field(
-        description="What to send as `before` for those that follow; null at the end."
+        description="What to send as `before` for the next page; null at the end."
     )
 
 
@@ -179,11 +179,11 @@ class PartialImage(Resource):
 
 
 class Completed(Outcome):
-    """Event: an image is done. With `response_format` `url` it is stored, too."""
+    """Event: an image is done. With `response_format` `url`, it is also stored."""
 
     type: Literal["image_generation.completed", "image_edit.completed"]
     b64_json: str = Field(json_schema_extra={"contentEncoding": "base64"})
-    url: str | None = absent(description="Where the image is, for a while.")
+    url: str | None = absent(description="URL of the stored image, until it expires.")
     created_at: int
     size: str
     output_format: OutputFormat
@@ -195,7 +195,7 @@ class Completed(Outcome):
 
 
 class QueuedEvent(Resource):
-    """Event: the place in the queue."""
+    """Event: the queue position."""
 
     type: Literal["stepweave.queued"] = "stepweave.queued"
     id: str

@@ -1,10 +1,9 @@
-"""What a generation is answered with: JSON, the image itself, or a place to ask for it later."""
+"""Answers to a generation: JSON, the image itself, or a job to ask for later."""
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
 from typing import get_args
 
 from starlette.requests import Request
@@ -12,7 +11,7 @@ from starlette.responses import Response
 
 from stepweave.errors import InvalidRequestError, NotFoundError, shown
 from stepweave.parameters import MEDIA_TYPES, ImageFile, OutputFormat
-from stepweave.resource import Resource
+from stepweave.resource import without_del
 from stepweave.serving.jobs import Followed
 from stepweave.serving.resources import Answer, Generation, InlineImage, JobView, LinkedImage
 from stepweave.store import FileStore
@@ -25,8 +24,8 @@ PROFILE = "stepweave"  # of an event stream with all events
 
 
 def accepted(request: Request) -> list[tuple[str, dict[str, str]]]:
-    """The media types that the client accepts and their parameters, what it likes best first (RFC
-    9110, 12.5.1)."""
+    """The media types that the client accepts and their parameters, preferred ones first (RFC 9110,
+    12.5.1)."""
     types: list[tuple[float, int, str, dict[str, str]]] = []
     for part in ",".join(request.headers.getlist("accept")).split(","):
         name, *rest = (piece.strip() for piece in part.split(";"))
@@ -46,8 +45,8 @@ def accepted(request: Request) -> list[tuple[str, dict[str, str]]]:
 
 
 def _preferred(request: Request) -> tuple[str, dict[str, str]]:
-    """Of the types that a generation can be answered with the one that the client likes best, JSON
-    if it names none."""
+    """The type that the client prefers among those that a generation can be answered with; JSON if
+    it names none."""
     offered = ("application/json", "*/*", "application/*", EVENT_STREAM, *IMAGE_TYPES)
     return next(
         (accept for accept in accepted(request) if accept[0] in offered), ("application/json", {})
@@ -55,18 +54,18 @@ def _preferred(request: Request) -> tuple[str, dict[str, str]]:
 
 
 def wants_image(request: Request) -> OutputFormat | None:
-    """The format of the image that the client would rather have than JSON."""
+    """The format of the image that the client prefers to JSON."""
     return IMAGE_TYPES.get(_preferred(request)[0])
 
 
 def wants_stream(request: Request) -> dict[str, str] | None:
-    """The parameters of the event stream that the client would rather have than JSON."""
+    """The parameters of the event stream that the client prefers to JSON."""
     name, parameters = _preferred(request)
     return parameters if name == EVENT_STREAM else None
 
 
 def wants_to_come_back(request: Request) -> bool:
-    """Whether the client prefers to ask later for what comes of it (RFC 7240, 4.1)."""
+    """Whether the client prefers to ask for the result later (RFC 7240, 4.1)."""
     preferences = ",".join(request.headers.getlist("prefer")).lower().split(",")
     return any(
         preference.partition(";")[0].strip() == "respond-async" for preference in preferences
@@ -76,8 +75,7 @@ def wants_to_come_back(request: Request) -> bool:
 def check_one_image(
     n: int, chosen: OutputFormat, output_format: OutputFormat, format_given: bool
 ) -> None:
-    """Raise InvalidRequestError if the client's `Accept` does not go with what its body asks
-    for."""
+    """Raise InvalidRequestError if the client's `Accept` contradicts its body."""
     if n != 1:
         raise InvalidRequestError(
             f"n is {n}; an answer that is an image, as Accept asks for, takes n = 1.", param="n"
@@ -108,7 +106,7 @@ def _inline(file: ImageFile) -> InlineImage:
 
 
 async def job_of(job: Followed, files: FileStore, base: str | None) -> JobView:
-    """The job with its result once that is there."""
+    """The job, with its result once it has succeeded."""
     view = job.view()
     if view.state != "succeeded":
         return view
@@ -117,14 +115,6 @@ async def job_of(job: Followed, files: FileStore, base: str | None) -> JobView:
     except NotFoundError as error:  # it has expired
         return view.model_copy(update={"warnings": [*view.warnings, error.message]})
     return view.model_copy(update={"result": result})
-
-
-async def json_answer(
-    resource: Resource, status: int = 200, headers: Mapping[str, str] | None = None
-) -> Response:
-    """A resource in JSON, made on another thread: it may hold images."""
-    content = await on_thread(None, resource.to_json)
-    return Response(content, status, headers, "application/json")
 
 
 async def url_of(file: ImageFile, base: str, files: FileStore) -> str:
@@ -140,9 +130,9 @@ def in_base64(data: bytes) -> str:
 def image_answer(answer: Answer) -> Response:
     """The first image's file.
 
-    The parameters stand in headers, but for the prompts: they may be longer than proxies let a
-    header be, and the file has them. `X-Stepweave-Flagged` is "true" for one that the pipeline's
-    safety checker flagged. Warnings, if there are any, stand in `X-Stepweave-Warnings`.
+    All parameters except prompts are in headers: proxies limit the length of a header, and the
+    file has the prompts. `X-Stepweave-Flagged` is "true" for an image that the pipeline's safety
+    checker flagged. Warnings, if there are any, are in `X-Stepweave-Warnings`.
     """
     file = answer.images[0]
     headers = {
@@ -163,9 +153,7 @@ def warnings_header(warnings: list[str]) -> str:
     kept = list(warnings)
     while True:
         more = len(warnings) - len(kept)
-        text = json.dumps([*kept, *([f"and {more} more"] if more else [])]).replace(
-            "\x7f", "\\u007f"
-        )
+        text = without_del(json.dumps([*kept, *([f"and {more} more"] if more else [])]))
         if len(text) <= MAX_WARNINGS_HEADER or not kept:
             return text
         kept.pop()

@@ -47,14 +47,14 @@ class Api:
             exception_handlers={StepweaveError: handle_error},
             lifespan=self.lifespan,
         )
-        # it would send clients to whatever host their request names
+        # a redirect would lead to whatever host the request names
         app.router.redirect_slashes = False
         return app
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        """While the app serves, what is past its time is removed, stores that failed are tried
-        again, the file of API keys is watched, and memory that was freed is given back."""
+        """While the app serves: remove expired jobs, retry failed stores, watch the file of API
+        keys, and give freed memory back."""
         jobs = self.server.jobs
         work = [_repeat(LOOK_SECONDS, self.server.keys.look), _repeat(TRIM_SECONDS, Heap().look)]
         work += [] if jobs is None else [jobs.look_after()]
@@ -67,7 +67,7 @@ class Api:
 
 
 async def _repeat(seconds: float, look: Callable[[], None]) -> None:
-    """Call it on a thread every so often, for ever, whatever it raises."""
+    """Call `look` on a thread again and again, whatever it raises."""
     while True:
         await asyncio.sleep(seconds)
         try:

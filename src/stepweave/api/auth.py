@@ -1,4 +1,4 @@
-"""Bearer keys (RFC 6750): who may ask, and whose a job is."""
+"""API keys (RFC 6750): which client sends a request, and whose its jobs are."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import Scope
 
-from stepweave.config.clients import Client
+from stepweave.api.context import context_of
 from stepweave.errors import AuthenticationError
 from stepweave.serving.keys import ApiKeys
 
-CLIENT = "stepweave.client"  # key in the ASGI scope
-
 
 def authorize(scope: Scope, keys: ApiKeys) -> None:
-    """Note which client sends the request. Raises AuthenticationError if keys are required and it
-    has none of them."""
+    """Set the client of the request's context. Raises AuthenticationError if keys are required and
+    the request has none of them."""
     if not keys.required:
         return
     scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
@@ -24,18 +22,11 @@ def authorize(scope: Scope, keys: ApiKeys) -> None:
     client = keys.find(given.strip(" \t").encode("latin-1"))  # the bytes that were sent
     if scheme.lower() != "bearer" or client is None:
         raise AuthenticationError("The API key is not one of this server's.")
-    scope[CLIENT] = client
-
-
-def client_of(scope: Scope) -> Client | None:
-    """The client that sends a request; None without keys, and before its key was looked at."""
-    client: Client | None = scope.get(CLIENT)
-    return client
+    context_of(scope).client = client
 
 
 def asker_of(request: Request) -> tuple[str, str]:
-    """Who asks, as far as the server can tell: the owner of the request's key, without keys its
-    address."""
+    """Who sends the request: the owner of its key, without keys its address."""
     owner = owner_of(request)
     if owner is not None:
         return "key", owner
@@ -44,11 +35,11 @@ def asker_of(request: Request) -> tuple[str, str]:
 
 def owner_of(request: Request) -> str | None:
     """What the client's jobs are stored under; None without keys."""
-    client = client_of(request.scope)
+    client = context_of(request.scope).client
     return None if client is None else client.owner
 
 
 def is_admin(request: Request) -> bool:
     """Whether the client is marked `admin` in the file of keys."""
-    client = client_of(request.scope)
+    client = context_of(request.scope).client
     return client is not None and client.admin

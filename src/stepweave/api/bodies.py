@@ -1,9 +1,8 @@
-"""Bodies of requests: on their way they are decoded and spool to disk, and few of the long ones are
-in memory at a time."""
+"""Bodies of requests: they are decoded and spooled to disk as they arrive, and few of the long ones
+are in memory at a time."""
 
 from __future__ import annotations
 
-import asyncio
 import codecs
 import contextlib
 import zlib
@@ -14,6 +13,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope
 
+from stepweave.api.context import context_of
 from stepweave.errors import (
     BodyTooLargeError,
     InvalidRequestError,
@@ -25,13 +25,7 @@ from stepweave.threads import on_thread
 # bytes of a body beyond which it goes to disk; about what a connection's own buffer takes
 SPOOLED = 64 * 1024
 TURNS = 8  # long bodies in memory
-WAITING = "stepweave.bodies"  # key in the ASGI scope: the semaphore of long bodies
 _WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
-
-
-def body_turns() -> asyncio.Semaphore:
-    """What the long bodies of one server take turns by."""
-    return asyncio.Semaphore(TURNS)
 
 
 @contextlib.asynccontextmanager
@@ -56,12 +50,12 @@ async def whole_body(request: Request, *, text: bool = True) -> AsyncIterator[by
         if size <= SPOOLED:
             yield file.read()
             return
-        async with request.scope[WAITING]:
+        async with context_of(request.scope).body_turns:
             yield await on_thread(None, file.read)
 
 
 async def pass_over_body(request: Request) -> None:
-    """Read the body and forget it. Raises RequestCancelledError if the client leaves meanwhile."""
+    """Read and discard the body. Raises RequestCancelledError if the client leaves meanwhile."""
     async for _ in _chunks(request):
         pass
 
@@ -78,9 +72,9 @@ def decoded(receive: Receive, scope: Scope, limit: int) -> Receive:
     """A `receive` that gives the body without its Content-Encoding, which is taken off the scope's
     headers.
 
-    It raises BodyTooLargeError as soon as more than `limit` bytes come out, and InvalidRequestError
-    for what is not encoded as the header says. Raises UnsupportedEncodingError for an encoding that
-    is not undone, or for several.
+    It raises BodyTooLargeError as soon as more than `limit` bytes are decoded, and
+    InvalidRequestError for what is not encoded as the header says. Raises UnsupportedEncodingError
+    for an encoding that is not supported, or for several.
     """
     headers = MutableHeaders(raw=list(scope["headers"]))
     given = ", ".join(headers.getlist("content-encoding"))
@@ -107,8 +101,8 @@ class _Decoded:
         self._reader = zlib.decompressobj(_WINDOWS[encoding])
         self._taken = b""  # of the body, not decoded yet
         self._more = False  # whether more comes out without another message
-        self._last = False  # whether no other message is to come
-        self._size = 0  # of what came out
+        self._last = False  # whether this was the last message
+        self._size = 0  # bytes decoded
         self._begun = False
         self._ended = False
 

@@ -1,10 +1,10 @@
-"""The connections that uvicorn keeps: bounded in number, in how long they may send nothing, and in
+"""The connections of uvicorn: limits of their number, of how long they may send nothing, and of
 what they may leave unread.
 
-An app cannot see to that: uvicorn holds a connection that sends no request for ever, takes a whole
-image at once, holds it for as long as the client likes, and does not even close the connection
-before it has been read. Its own limits count every connection alike, probes too, and answer in a
-shape of its own.
+An app cannot do that: uvicorn keeps a connection that sends no request for ever, buffers a whole
+image at once for as long as the client does not read it, and does not even close the connection
+before. Its own limits count all connections, those of probes too, and its refusals have another
+shape.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 import h11
 import wrapt
+from starlette.types import Scope
 from uvicorn.protocols.http import auto
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -30,35 +31,34 @@ from stepweave.serving.resources import Error
 
 logger = logging.getLogger(__name__)
 
-# that a client may take for a request's head, from when it connects, or begins with the next one
+# for a request's head, from when the client connects, or begins the next one
 HEAD_SECONDS = 20.0
-# that a connection is kept between two requests: longer than proxies keep theirs, so that they
-# close first
+# how long a connection is kept between two requests: longer than by proxies, so that they close
+# first
 KEPT_SECONDS = 75.0
-# that a client may go on sending a body once it has its answer, on a connection that ends with
-# it
+# how long a client may go on sending a body once it has its answer, before the connection is closed
 LINGER_SECONDS = 10.0
 IDLE_SECONDS = 1.0  # after which a connection without a request counts as idle
 LOOK_SECONDS = 0.25  # between two looks for idle connections, while the server leaves
 # connections over the limit that are read, so that probes are answered and others refused in the
 # contract's shape
 RESERVE = 64
-CROWD_SECONDS = 1.0  # that one of those beyond has to read why it is refused
+CROWD_SECONDS = 1.0  # for a client on a connection beyond these to read the refusal
 UNREAD_BYTES = 512 * 1024 * 1024  # of answers that clients have not read, over all connections
 FILES = 256  # that a process opens besides connections
-# key in the ASGI scope: the request's body was no HTTP, and is answered with 400
+# key in the ASGI scope: the request's body was not HTTP, and is answered with 400
 MALFORMED = "stepweave.malformed"
 FULL = "stepweave.full"  # key in the ASGI scope's state: the connection is over the limit
-# of uvicorn: from where it believes X-Forwarded-* headers
+# of uvicorn: addresses whose X-Forwarded-* headers it trusts
 FORWARDED_ALLOW_IPS = "FORWARDED_ALLOW_IPS"
 
 
 class Connections:
     """The open connections of one process, at most `limit`.
 
-    One that comes when there are as many takes the place of the one that has waited for a request
-    for longest, whether some of it has come or nothing; if none has for a second, it is answered
-    with 503, but for probes. Answers that are not read are bounded over all.
+    Beyond the limit, a new one replaces the one that has waited longest for a whole request; if
+    none has waited for a second, all but probes are answered with 503 on it. Unread answers are
+    limited in all.
     """
 
     def __init__(self, limit: int) -> None:
@@ -74,8 +74,7 @@ class Connections:
         os.environ[FORWARDED_ALLOW_IPS] = ""
 
     def close_idle(self, wanted: bool) -> None:
-        """From now on close each connection that is idle, those that become so as well; or no
-        longer."""
+        """From now on close each connection that is or becomes idle; or no longer do so."""
         if self._closing is not None:
             self._closing.cancel()
             self._closing = None
@@ -105,8 +104,8 @@ class Connections:
         return error
 
     def bound_unread(self) -> None:
-        """Abort those that have not read their answers for longest, until what is left of all of
-        them is within the bound."""
+        """Abort the connections that have not read their answers for longest, until all unread
+        answers are within the limit."""
         stalled = sorted(
             (connection for connection in self._all if connection.flow.write_paused),
             key=lambda connection: connection.flow.paused_at,
@@ -142,6 +141,12 @@ class Connections:
         return len(self._open) + len(self._evicted) > self.limit + 4 * RESERVE
 
 
+def refusal_of(scope: Scope) -> StepweaveError | None:
+    """Why a request is refused, if its connection is over the limit."""
+    refusal: StepweaveError | None = scope.get("state", {}).get(FULL)
+    return refusal
+
+
 class Connection(H11Protocol):
     """One of them."""
 
@@ -152,19 +157,19 @@ class Connection(H11Protocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self.lingers = False
         self.timeout_keep_alive = int(KEPT_SECONDS)
-        self.ws_protocol_class = None  # no route speaks it
+        self.ws_protocol_class = None  # no route uses WebSockets
 
     @property
     def waiting_seconds(self) -> float:
-        """For how long it has had no whole head of a request; 0 while the client has yet to read an
-        answer."""
+        """For how long it has waited for the whole head of a request; 0 while the client has yet to
+        read an answer."""
         if not self._waits or self.lingers or self.transport.get_write_buffer_size():
             return 0.0
         return time.monotonic() - self._waiting_since
 
     @property
     def idle_seconds(self) -> float:
-        """The same of one that has sent nothing of it."""
+        """The same, but 0 once a part of the head has arrived."""
         return 0.0 if self._head_begun else self.waiting_seconds
 
     @property
@@ -238,8 +243,8 @@ class Connection(H11Protocol):
         )
 
     def linger(self, seconds: float | None = None) -> None:
-        """Send no more, but read on: closed at once, the connection would be reset, and the client
-        not see its answer."""
+        """Send no more, but read on: if it were closed at once, the connection would be reset, and
+        the client would not see its answer."""
         self.lingers = True
         self._stop_expecting()
         self.transport.write_eof()
@@ -260,10 +265,12 @@ class Connection(H11Protocol):
             self._head_timer = None
 
     def send_400_response(self, msg: str) -> None:
-        """To what is no HTTP, also in the middle of a body."""
+        """To what is not HTTP, also in the middle of a body."""
         if self.cycle is not None and not self._waits:
             self.cycle.scope[MALFORMED] = True  # type: ignore[literal-required]
-        self._answer(InvalidRequestError("What was sent is no HTTP request.", code="invalid_http"))
+        self._answer(
+            InvalidRequestError("What was sent is not an HTTP request.", code="invalid_http")
+        )
 
     def _answer(self, error: StepweaveError) -> None:
         """Answer and close, without a request that has been read."""
@@ -290,7 +297,7 @@ class Connection(H11Protocol):
 
 
 class _Transport(wrapt.ObjectProxy[asyncio.Transport]):
-    """A connection's transport, which lingers where it closes too early."""
+    """A connection's transport, which lingers where closing would be too early."""
 
     def __init__(self, transport: asyncio.Transport, connection: Connection) -> None:
         super().__init__(transport)
@@ -342,8 +349,8 @@ class ImpatientFlowControl(FlowControl):
 
 
 def _limit(wanted: int) -> int:
-    """As many connections as this process may have, having raised its own limit of open files if it
-    may."""
+    """The number of connections that this process may have, after raising its own limit of open
+    files as far as allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = wanted + RESERVE + FILES
     if soft != resource.RLIM_INFINITY and soft < needed:
@@ -351,7 +358,7 @@ def _limit(wanted: int) -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         if soft < needed:
             logger.warning(
-                "STEPWEAVE_MAX_CONNECTIONS=%d: this process may open %d files only", wanted, soft
+                "STEPWEAVE_MAX_CONNECTIONS=%d: this process may only open %d files", wanted, soft
             )
             return max(1, soft - RESERVE - FILES)
     return wanted

@@ -6,7 +6,6 @@ import asyncio
 import re
 from functools import partial
 
-from starlette.requests import Request
 from starlette.types import Scope
 
 from stepweave.config.clients import Client
@@ -15,7 +14,6 @@ from stepweave.serving.jobs import Followed
 from stepweave.serving.request import ActiveRequest
 from stepweave.telemetry.metrics import Metrics
 
-COUNT = "stepweave.count"  # key in the ASGI scope
 # `$`, as in Starlette's routes, also stands before a line end
 _PATH = re.compile(
     r"/(v1/images/(generations|edits)|generate|generate_stream|edit|api/diffusers/inference|v2/models/.*/infer)$"
@@ -29,15 +27,15 @@ class Count:
         self._metrics = metrics
         self._counts = scope["method"] == "POST" and _PATH.match(scope["path"]) is not None
         self.failed: int | None = None  # status of the error that its stream ended with
-        self.job: Followed | None = None  # that it was promised
+        self.job: Followed | None = None  # that it was accepted as, if it does not wait for it
         if self._counts:
             metrics.requests_begun += 1
 
     def close(self, status: int, client: Client | None) -> None:
-        """It has been answered with `status`; 499 stands for a client that left before the end, 500
-        for a broken answer.
+        """Count the request by the status of its answer: 499 if the client left before its end, 500
+        if it broke off.
 
-        One that was promised a job counts when that is over, by what is kept of it.
+        One that was accepted as a job counts when that has ended, by its stored result.
         """
         if not self._counts:
             return
@@ -55,9 +53,3 @@ def _status_of(kept: asyncio.Task[StepweaveError | None]) -> int:
         return 500
     error = kept.result()
     return 200 if error is None else error.status
-
-
-def count_of(request: Request) -> Count:
-    """The request's count."""
-    count: Count = request.scope[COUNT]
-    return count

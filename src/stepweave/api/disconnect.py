@@ -1,4 +1,4 @@
-"""Work that ends when its client leaves."""
+"""Work that ends when its client disconnects."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from starlette.types import Message, Receive
 
 from stepweave.errors import RequestCancelledError
 
-STALLED_SECONDS = 60.0  # that a client may take for the next message of an answer, or of its body
+STALLED_SECONDS = 60.0  # at most, for the next message of an answer, or of a body
 LEAST_BYTES = 32 * 1024  # of a body, in each second on average
-STALLED_BYTES = 256 * 1024  # that a client reads meanwhile of what it was sent, if there is as much
+STALLED_BYTES = (
+    256 * 1024
+)  # of an answer that a client must read in that time, if there are as many
 
 T = TypeVar("T")
 
@@ -35,7 +37,7 @@ async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
                 pending.cancel()
                 await asyncio.wait({pending})
             if not pending.cancelled():
-                pending.exception()  # has been told of, or is of a client that has its answer
+                pending.exception()  # else asyncio logs that nobody has asked for it
 
 
 async def disconnected(request: Request) -> None:

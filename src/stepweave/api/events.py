@@ -1,5 +1,4 @@
-"""Server-sent events of a generation: OpenAI's, and with them, for those who ask, its place in the
-queue and its progress."""
+"""Server-sent events of a generation: OpenAI's and, on request, queue position and progress."""
 
 from __future__ import annotations
 
@@ -14,9 +13,9 @@ from starlette.types import Receive, Scope, Send
 
 from stepweave.api.answer_schemas import Completed, PartialImage, ProgressEvent, QueuedEvent
 from stepweave.api.answers import EVENT_STREAM, in_base64, url_of
-from stepweave.api.counting import count_of
+from stepweave.api.context import context_of
 from stepweave.api.disconnect import disconnected
-from stepweave.api.responses import LEFT, REQUEST_ID, as_stepweave_error
+from stepweave.api.responses import as_stepweave_error
 from stepweave.previews.stream import Partial
 from stepweave.resource import Resource
 from stepweave.serving.jobs import Followed
@@ -39,8 +38,8 @@ def event(name: str, data: Resource) -> bytes:
 async def events(
     job: Followed, request: Request, files: FileStore, *, verbose: bool, base: str | None = None
 ) -> AsyncGenerator[bytes, None]:
-    """What happens to a job, until it ends, and its end: the images (with URLs that begin with
-    `base`, if given), or an error, as which the request is counted."""
+    """The progress of a job, then its images (with URLs that begin with `base`, if given) or an
+    error, as which the request is counted."""
     surface = SURFACES[job.kind]
     try:
         async for update in job.updates(progress=verbose):
@@ -59,8 +58,10 @@ async def events(
 
 
 def _failed(request: Request, error: Exception) -> bytes:
-    failure = as_stepweave_error(error, request.scope[REQUEST_ID])
-    count_of(request).failed = failure.status
+    context = context_of(request.scope)
+    failure = as_stepweave_error(error, context.id)
+    if context.count is not None:
+        context.count.failed = failure.status
     return event("error", Error.of(failure))
 
 
@@ -111,7 +112,7 @@ async def _completed(
 
 
 class EventStream(Response):
-    """An answer of server-sent events, which ends when the client leaves."""
+    """An answer of server-sent events, which ends when the client disconnects."""
 
     media_type = EVENT_STREAM
 
@@ -142,7 +143,7 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": b""})
             await self._content.aclose()
             return
-        with self._job.held():  # from here, lest it be let go by others that follow it
+        with self._job.held():  # so that others that follow it do not end it when they leave
             await send(start)
             sending = asyncio.ensure_future(self._send(send))
             watching = asyncio.ensure_future(disconnected(self._request))
@@ -159,7 +160,7 @@ class EventStream(Response):
         elif failure is not None:
             raise failure
         else:
-            scope.get(LEFT, []).append(True)
+            context_of(scope).client_left = True
 
     async def _send(self, send: Send) -> None:
         try:

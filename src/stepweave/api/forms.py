@@ -28,21 +28,20 @@ REQUIRED = ("image",)
 MAX_FIELDS = 64
 MAX_FIELD_BYTES = 64 * 1024
 MAX_TEXT_BYTES = 128 * 1024  # of all fields of a form, which are in memory
-# that are read, those without content included, as browsers send where none was chosen
+# including empty ones, which browsers send if no file was chosen
 MAX_FILES = 8
 BYTE_ORDER_MARK = "\ufeff"
 
 
 class Form:
-    """A multipart form. Its files are on disk if they are long; `close` it once it is not needed
-    any more."""
+    """A multipart form. Long files are on disk until `close`."""
 
     def __init__(
         self, texts: dict[str, str], files: dict[str, BinaryIO], warnings: Sequence[str] = ()
     ) -> None:
         self.texts = texts
         self.files = files
-        self.warnings = warnings  # of what was taken for absent
+        self.warnings = warnings  # about files that count as absent
         self._users = 0
         self._closed = False
 
@@ -71,8 +70,7 @@ class Form:
 
 
 class _Parser(MultiPartParser):
-    """Starlette's, which takes a form that is cut short for a whole one, and reads all files of one
-    name."""
+    """Starlette's parser accepts a form that is cut short, and reads all files of one name."""
 
     spool_max_size = SPOOLED
     ended = False
@@ -180,8 +178,8 @@ def _twice(name: str) -> InvalidRequestError:
 
 
 def _check_charset(content_type: str) -> None:
-    """Python has codecs under names that are no text's, as `undefined`, and the form's reader takes
-    whatever it finds."""
+    """The form's parser accepts any of Python's codecs, also those that are not for text, as
+    `undefined`."""
     charset = parse_options_header(content_type)[1].get(b"charset", b"utf-8").decode("latin-1")
     if charset.lower() not in CHARSETS:
         raise InvalidRequestError(
@@ -190,11 +188,11 @@ def _check_charset(content_type: str) -> None:
 
 
 async def reserve(request: Request, server: Server) -> Reservation:
-    """A place for an edit, before its body is read. One that may join a job by its key has none, if
-    few such are being read.
+    """A place for an edit, before its body is read. An edit whose key has a job already needs none,
+    if few such edits are being read.
 
-    Raises AdmissionError if there is no place; one is promised to a request of the same client, key
-    and length.
+    Raises AdmissionError if there is no place, and reserves one for a retry with the same client,
+    key and length.
     """
     told = tuple(request.headers.get(name) for name in ("content-length", "idempotency-key"))
     token = (request.url.path, *told)
@@ -202,8 +200,7 @@ async def reserve(request: Request, server: Server) -> Reservation:
 
 
 async def digest_of(form: Form) -> bytes:
-    """A digest of an edit's files. Raises InvalidRequestError if the one that it needs is
-    missing."""
+    """A digest of an edit's files. Raises InvalidRequestError if the image is missing."""
     if "image" not in form.files:
         raise InvalidRequestError(
             "image is missing: send it as a file of the form.", code="missing_field", param="image"
@@ -223,8 +220,8 @@ async def digest_of(form: Form) -> bytes:
 async def edit_of(
     form: Form, server: Server, body: EditRequest | BentoMLEditRequest, place: Reservation | None
 ) -> dict[str, Any]:
-    """An edit's part of a submission. Its images are read only once they are needed: one that joins
-    another, or does not go with it, costs no decoding. Raises as `digest_of` does."""
+    """An edit's part of a submission. Its images are only decoded once they are needed: not for an
+    edit that joins another, or is refused for its key. Raises as `digest_of` does."""
     return {
         "files": await digest_of(form),
         "sources": partial(read_images, form, server, body.size, place),
@@ -236,9 +233,9 @@ async def edit_of(
 async def read_images(
     form: Form, server: Server, size: str | None, place: Reservation | None
 ) -> Sources:
-    """An edit's images, of the size that it makes, `size` or the nearest to the image's own. A few
-    are decoded at a time, in processes of their own that end if the awaiting task is cancelled.
-    `place` is the edit's.
+    """An edit's images, scaled to the size of the result: `size`, or the nearest to the image's
+    own. A few are decoded at a time, in processes of their own that end if the awaiting task is
+    cancelled. `place` is the edit's.
 
     Raises InvalidRequestError or UnsupportedMediaTypeError naming the one that cannot be read, and
     what `ServedModel.size_of_edit` does.

@@ -1,4 +1,4 @@
-"""Whose a request is, and its `Idempotency-Key`: requests of one key and one body are one job."""
+"""The `Idempotency-Key` of a request: requests with the same key and body are one job."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def submission_of(
     """What an HTTP request submits; `options` are further ones of Submission.
 
     A key is for one route and, where a request is several jobs, for each `part` of it. Raises
-    InvalidRequestError for a key that is none.
+    InvalidRequestError for an invalid key.
     """
     return Submission(
         request=body,
@@ -34,7 +34,7 @@ def submission_of(
 
 async def joins(request: Request, server: Server) -> bool:
     """Whether a request's key has a job already, so that it may need no place. Raises
-    InvalidRequestError for a key that is none."""
+    InvalidRequestError for an invalid key."""
     key = key_of(request)
     if key is None or server.jobs is None:
         return False
@@ -42,8 +42,7 @@ async def joins(request: Request, server: Server) -> bool:
 
 
 def key_of(request: Request, part: int | None = None) -> str | None:
-    """The key of a request's job, if it has one. Raises InvalidRequestError for one that is
-    none."""
+    """The key of a request's job, if it has one. Raises InvalidRequestError for an invalid one."""
     key = request.headers.get("idempotency-key")
     if key is None:
         return None

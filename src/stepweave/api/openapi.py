@@ -36,6 +36,7 @@ from stepweave.api.operations import (
     Content,
     Errors,
     Operation,
+    header,
     name_of_model,
     operations,
 )
@@ -59,16 +60,12 @@ from stepweave.threads import on_thread
 
 REF = "#/components/schemas/{model}"
 DIALECT = "https://spec.openapis.org/oas/3.1/dialect/base"
-REQUEST_ID = {
-    "description": "The request's, if it has a sane one, else a new one.",
-    "required": True,
-    "schema": {"type": "string", "pattern": "^[A-Za-z0-9_.:-]{1,128}$"},
-}
+REQUEST_ID = header(
+    "The request's, if it has a valid one, else a new one.",
+    required=True,
+    pattern="^[A-Za-z0-9_.:-]{1,128}$",
+)
 ALWAYS = {"X-Request-ID": {"$ref": "#/components/headers/RequestId"}}
-RETRY_AFTER = {
-    "description": "Seconds after which it may be accepted.",
-    "schema": {"type": "integer", "minimum": 1},
-}
 FORMS = (EditRequest, BentoMLEditRequest)
 PROTOCOL, EXAMPLES = "Protocol", "Examples"  # surfaces whose errors have another body
 BODIES: dict[str, type[BaseModel]] = {
@@ -87,8 +84,8 @@ OBJECTS: tuple[type[BaseModel], ...] = (
 DESCRIPTION = (
     "Diffusion models, batched by denoising steps. Every error's message names the offending value "
     "and the limit. Bodies of POST may be compressed, with `Content-Encoding: gzip` or `deflate`; "
-    "their limit is of what comes out. Fields that are not listed are refused; a member that is "
-    "null counts as absent. Limits are this server's; what depends on the model is there once it "
+    "their limit is that of the decoded body. Fields that are not listed are refused; a member "
+    "that is null counts as absent. Limits are this server's; those of the model are there once it "
     "is loaded. HEAD is answered wherever GET is."
 )
 
@@ -153,7 +150,7 @@ def make_document(server: Server, mounted: Collection[str], place: str = "/") ->
 
 
 class _Generator(GenerateJsonSchema):
-    """Without a title for every field, which says the name again."""
+    """Without a title for every field, which would only repeat the name."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
@@ -370,31 +367,29 @@ def _surface(path: str) -> str:
 def _refusal(error: type[StepweaveError], surface: str) -> dict[str, Any]:
     headers: dict[str, Any] = dict(ALWAYS)
     if surface == PROTOCOL:
-        headers[CODE] = {
-            "description": "For programs.",
-            "required": True,
-            "schema": {"type": "string"},
-        }
+        headers[CODE] = header("For programs.", required=True)
     if error is UnsupportedMediaTypeError:
-        encodings = {
-            "description": "Where the content encoding is the reason: those that would do."
-        }
-        headers["Accept-Encoding"] = {
-            **encodings,
-            "schema": {"const": UnsupportedEncodingError.TAKEN},
-        }
+        headers["Accept-Encoding"] = header(
+            "Where the content encoding is the reason: those that are accepted.",
+            const=UnsupportedEncodingError.TAKEN,
+        )
     if issubclass(error, (AdmissionError, UnavailableError)):
-        headers["Retry-After"] = {**RETRY_AFTER, "required": issubclass(error, AdmissionError)}
+        headers["Retry-After"] = header(
+            "Seconds after which it may be accepted.",
+            required=issubclass(error, AdmissionError),
+            type="integer",
+            minimum=1,
+        )
     if issubclass(error, AuthenticationError):
-        headers["WWW-Authenticate"] = {"required": True, "schema": {"const": "Bearer"}}
+        headers["WWW-Authenticate"] = header("How to send a key.", required=True, const="Bearer")
     if issubclass(error, MethodNotAllowedError):
-        allowed = {"description": "Methods that the path has.", "schema": {"type": "string"}}
-        headers["Allow"] = {**allowed, "required": True}
+        headers["Allow"] = header("Methods that the path has.", required=True)
     if error in (StepweaveError, DeadlineExceededError):
-        lasting = "`false` where it would fail again, or come too late."
-        headers["X-Should-Retry"] = {"description": lasting, "schema": {"const": "false"}}
+        headers["X-Should-Retry"] = header(
+            "`false` where it would fail again, or come too late.", const="false"
+        )
     description = (
-        "It failed; the log has the request's id."
+        "The server failed; its log names the request's id."
         if error is StepweaveError
         else inspect.getdoc(error) or ""
     )

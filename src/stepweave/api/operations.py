@@ -1,10 +1,9 @@
-"""The operations of the HTTP contract, as OpenAPI describes them. `openapi` makes the document of
-them."""
+"""The operations of the HTTP contract, of which `openapi` makes the document."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from pydantic import BaseModel
@@ -81,12 +80,11 @@ class Answer:
 @dataclass(frozen=True)
 class Operation:
     """One method of one path. `keyless`: served without a key; `elsewhere`: by BentoML or the
-    middleware, not the mounted app."""
+    middleware, not by routes of `api/routes/`."""
 
     method: str
     path: str
     id: str
-    tag: str
     summary: str
     answers: Mapping[int, Answer]
     errors: Errors = ()
@@ -97,6 +95,11 @@ class Operation:
     keyless: bool = False
     elsewhere: bool = False
     body_required: bool = True
+    tag: str = ""  # set by `_tagged`
+
+
+def _tagged(tag: str, *operations: Operation) -> list[Operation]:
+    return [replace(operation, tag=tag) for operation in operations]
 
 
 def _parameter(
@@ -111,7 +114,7 @@ def _parameter(
     }
 
 
-def _header(description: str, *, required: bool = False, **schema: Any) -> dict[str, Any]:
+def header(description: str, *, required: bool = False, **schema: Any) -> dict[str, Any]:
     return {
         "description": description,
         "required": required,
@@ -119,21 +122,28 @@ def _header(description: str, *, required: bool = False, **schema: Any) -> dict[
     }
 
 
-def _json(model: type[BaseModel], description: str) -> dict[int, Answer]:
-    return {200: Answer(description, {JSON: model})}
+def _ok(
+    description: str, content: Any, headers: Mapping[str, Any] | None = None
+) -> dict[int, Answer]:
+    """`content` is a schema of JSON, or several by media type."""
+    return {
+        200: Answer(
+            description, content if isinstance(content, dict) else {JSON: content}, headers or {}
+        )
+    }
 
 
 _TOKEN = (
     "Only with `Authorization: Bearer TOKEN`, of the file `drain-token` in the server's state "
-    "directory; without it there is no such route."
+    "directory; 404 without it."
 )
 WARNINGS_HEADER = {
-    "X-Stepweave-Warnings": _header("A JSON list of texts, in ASCII.", pattern=r"^\[.*\]$")
+    "X-Stepweave-Warnings": header("A JSON list of texts, in ASCII.", pattern=r"^\[.*\]$")
 }
 
 
 def image_headers() -> dict[str, Any]:
-    """The headers beside an image: what decides its pixels, less prompts, and warnings."""
+    """The headers of an image: the parameters that decide its pixels, except prompts; warnings."""
     prompts, others = (
         ("prompt", "negative_prompt"),
         ("n", "priority", "deadline_ms", "output_format", "output_compression"),
@@ -147,7 +157,7 @@ def image_headers() -> dict[str, Any]:
         for name in ResolvedParameters.model_fields
         if name not in (*prompts, *others)
     }
-    flagged = _header("Of an image that the pipeline's safety checker flagged.", const="true")
+    flagged = header("Of an image that the pipeline's safety checker flagged.", const="true")
     return headers | {"X-Stepweave-Flagged": flagged} | WARNINGS_HEADER
 
 
@@ -155,18 +165,18 @@ FILE: dict[str, Any] = {"type": "string", "format": "binary"}
 IMAGE: Content = dict.fromkeys(IMAGE_TYPES, FILE)
 STREAM: Content = {EVENT_STREAM: {}}  # a schema of each of its events
 FILE_HEADERS = {
-    "Cache-Control": _header(
-        "For as long as it is kept.", required=True, pattern="^private, max-age=[0-9]+$"
+    "Cache-Control": header(
+        "For as long as it is stored.", required=True, pattern="^private, max-age=[0-9]+$"
     ),
-    "X-Content-Type-Options": _header(
-        "It is an image, whatever it looks like.", required=True, const="nosniff"
+    "X-Content-Type-Options": header(
+        "Browsers must take it for an image only.", required=True, const="nosniff"
     ),
 }
 ACCEPTED_HEADERS = {
-    "Location": _header("The job.", required=True, pattern="^(/[^/?#]+)*/v1/jobs/[0-9a-f]{32}$"),
-    "Preference-Applied": _header("What `Prefer` asked for.", required=True, const="respond-async"),
+    "Location": header("The job.", required=True, pattern="^(/[^/?#]+)*/v1/jobs/[0-9a-f]{32}$"),
+    "Preference-Applied": header("What `Prefer` asked for.", required=True, const="respond-async"),
 }
-JOB_HEADER = {"X-Stepweave-Job": _header("Of a stream: the job's id.", pattern="^[0-9a-f]{32}$")}
+JOB_HEADER = {"X-Stepweave-Job": header("Of a stream: the job's id.", pattern="^[0-9a-f]{32}$")}
 EXAMPLE = {"prompt": "a large red circle on a blue background", "seed": 7}
 INFERENCE = {
     "inputs": [{"name": "prompt", "datatype": "BYTES", "shape": [1], "data": [EXAMPLE["prompt"]]}],
@@ -180,8 +190,8 @@ ENCODED = _parameter(
 KEY = _parameter(
     "header",
     "Idempotency-Key",
-    "Requests of one key and one body are one job; another body is refused with 409. Printable "
-    "characters.",
+    "Requests with the same key and body are one job; another body is refused with 409. "
+    "Printable characters.",
     minLength=1,
     maxLength=MAX_KEY,
     pattern="^[ -~]+$",
@@ -215,64 +225,50 @@ def _events(*prefixes: str) -> Content:
 
 def _images(name: str, prefix: str, **values: Any) -> Operation:
     """An operation of OpenAI's Images API."""
-    job_links = {
-        one: {"operationId": one, "parameters": {"id": "$response.body#/id"}}
-        for one in ("getJob", "cancelJob", "followJob")
+    links = {
+        id: {"operationId": id, "parameters": {"id": "$response.body#/id"}}
+        for id in ("getJob", "cancelJob", "followJob")
     }
     done = Answer(
-        "The images; as `Accept` would have it, the one image itself, or events.",
+        "The images; as `Accept` asks, JSON, the one image itself, or events.",
         {JSON: Generation, **IMAGE, **STREAM},
         {**image_headers(), **JOB_HEADER},
         events=_events(prefix),
     )
-    accepted = Answer(
-        "Accepted; to be asked for later.",
-        {JSON: JobView},
-        ACCEPTED_HEADERS,
-        job_links,
-    )
+    accepted = Answer("Accepted; ask for the job later.", {JSON: JobView}, ACCEPTED_HEADERS, links)
     return Operation(
         "post",
         f"/v1/images/{name}",
         answers={200: done, 202: accepted},
         errors=WORK,
         parameters=CONTROL,
-        tag="Images",
         **values,
     )
 
 
-def _native(path: str, answer: Answer, **values: Any) -> Operation:
+def _native(path: str, id: str, summary: str, answer: Answer, **values: Any) -> Operation:
     return Operation(
-        "post",
-        path,
-        answers={200: answer},
-        tag="BentoML",
-        errors=WORK,
-        parameters=(KEY,),
-        elsewhere=True,
-        **values,
+        "post", path, id, summary, {200: answer}, WORK, (KEY,), elsewhere=True, **values
     )
 
 
 def _get(
+    path: str, id: str, summary: str, answers: Mapping[int, Answer], *errors: Any, **values: Any
+) -> Operation:
+    return Operation("get", path, id, summary, answers, errors, **values)
+
+
+def _probe(
     path: str,
     id: str,
-    tag: str,
     summary: str,
-    answers: Mapping[int, Answer],
-    *errors: Any,
-    **values: Any,
+    yes: type[BaseModel] = bodies.Health,
+    no: type[BaseModel] = bodies.Unhealthy,
+    *,
+    elsewhere: bool = True,
 ) -> Operation:
-    return Operation("get", path, id, tag, summary, answers, errors, **values)  # fmt: skip
-
-
-def _probe(path: str, id: str, summary: str) -> Operation:
-    statuses = {
-        200: Answer("Yes.", {JSON: bodies.Health}),
-        503: Answer("No.", {JSON: bodies.Unhealthy}),
-    }
-    return _get(path, id, "Operation", summary, statuses, keyless=True, elsewhere=True)
+    answers = {200: Answer("Yes.", {JSON: yes}), 503: Answer("No.", {JSON: no})}
+    return _get(path, id, summary, answers, keyless=True, elsewhere=elsewhere)
 
 
 def name_of_model(names: ModelNames) -> dict[str, Any]:
@@ -289,19 +285,21 @@ def _model(name: str, names: ModelNames | None) -> dict[str, Any]:
 
 
 def _inference(names: ModelNames | None) -> Iterable[Operation]:
-    tag, model, named = "Open Inference Protocol", "/v2/models/{model}", _model("model", names)
+    model, named = "/v2/models/{model}", _model("model", names)
+    yield _get("/v2", "serverMetadata", "The server", _ok("Its metadata.", bodies.ProtocolMetadata))
     yield _get(
-        "/v2", "serverMetadata", tag, "The server", _json(bodies.ProtocolMetadata, "Its metadata.")
+        "/v2/models",
+        "listServedModels",
+        "The name of the model that is served",
+        _ok("One.", bodies.ServedModels),
+        UnavailableError,
     )
-    yield _get("/v2/models", "listServedModels", tag, "The name of the model that is served",
-               _json(bodies.ServedModels, "One."), UnavailableError)  # fmt: skip
     yield Operation(
         "post",
         "/v2/repository/index",
         "repositoryIndex",
-        tag,
         "The repository's models, for Triton's clients",
-        {200: Answer("One, or none.", {JSON: bodies.RepositoryIndex})},
+        _ok("One, or none.", bodies.RepositoryIndex),
         (*READING, RequestCancelledError, UnavailableError),
         body={JSON: IndexRequest},
         body_required=False,
@@ -310,310 +308,278 @@ def _inference(names: ModelNames | None) -> Iterable[Operation]:
         ("live", bodies.Live, bodies.NotLive),
         ("ready", bodies.Ready, bodies.NotReady),
     ):
-        statuses = {200: Answer("Yes.", {JSON: yes}), 503: Answer("No.", {JSON: no})}
-        yield _get(
-            f"/v2/health/{name}",
-            f"server{name.title()}",
-            tag,
-            f"Is the server {name}?",
-            statuses,
-            keyless=True,
-        )
+        path, id = f"/v2/health/{name}", f"server{name.title()}"
+        yield _probe(path, id, f"Is the server {name}?", yes, no, elsewhere=False)
     for suffix, path, parameters in (
         ("", model, (named,)),
         ("Version", f"{model}/versions/{{version}}", (named, VERSION)),
     ):
-        lost = (NotFoundError, UnavailableError)
-        yield _get(
-            path,
-            f"model{suffix}Metadata",
-            tag,
-            "The model's tensors",
-            _json(bodies.ModelMetadata, "Its metadata."),
-            *lost,
-            parameters=parameters,
-        )
-        yield _get(
-            f"{path}/config",
-            f"model{suffix}Configuration",
-            tag,
-            "The model's tensors, for Triton's clients",
-            _json(bodies.ModelConfiguration, "Its configuration."),
-            *lost,
-            parameters=parameters,
-        )
-        yield _get(f"{path}/ready", f"model{suffix}Ready", tag, "Is the model ready?",
-                   _json(bodies.ModelReady, "Yes."), *lost, parameters=parameters)  # fmt: skip
-        length = _parameter(
-            "header",
-            HEADER_LENGTH,
-            "Bytes of the JSON, where tensors follow it.",
-            pattern="^[0-9]+$",
-        )
-        done = Answer(
-            "The images, as tensors.",
-            {JSON: bodies.InferenceAnswer, BYTES: FILE},
-            {
-                HEADER_LENGTH: _header(
-                    "Bytes of the JSON, where tensors follow it.", pattern="^[1-9][0-9]*$"
-                )
-            },
-        )
+        for below, name, summary, description, schema in (
+            ("", "Metadata", "The model's tensors", "Its metadata.", bodies.ModelMetadata),
+            (
+                "/config",
+                "Configuration",
+                "The model's tensors, for Triton's clients",
+                "Its configuration.",
+                bodies.ModelConfiguration,
+            ),
+            ("/ready", "Ready", "Is the model ready?", "Yes.", bodies.ModelReady),
+        ):
+            yield _get(
+                f"{path}{below}",
+                f"model{suffix}{name}",
+                summary,
+                _ok(description, schema),
+                NotFoundError,
+                UnavailableError,
+                parameters=parameters,
+            )
+        length = "Bytes of the JSON, where tensors follow it."
         yield Operation(
             "post",
             f"{path}/infer",
             f"infer{suffix}",
-            tag,
             "Make images of prompts",
-            {200: done},
+            _ok(
+                "The images, as tensors.",
+                {JSON: bodies.InferenceAnswer, BYTES: FILE},
+                {HEADER_LENGTH: header(length, pattern="^[1-9][0-9]*$")},
+            ),
             WORK,
-            (*parameters, KEY, length, ENCODED),
+            (
+                *parameters,
+                KEY,
+                _parameter("header", HEADER_LENGTH, length, pattern="^[0-9]+$"),
+                ENCODED,
+            ),
             {JSON: InferenceRequest, BYTES: FILE},
             INFERENCE,
         )
 
 
+def _drain(method: str, id: str, summary: str, description: str, *errors: Any) -> Operation:
+    return Operation(
+        method,
+        "/drain",
+        id,
+        summary,
+        _ok("What is left.", bodies.Drained),
+        (NotFoundError, *errors),
+        keyless=True,
+        elsewhere=True,
+        description=f"{description} {_TOKEN}",
+    )
+
+
 def operations(names: ModelNames | None) -> list[Operation]:
     """All of them, for a server whose model has these names, if it is loaded."""
     job_events = _events("image_generation", "image_edit")
+    of_job: Errors = (InvalidRequestError, NotFoundError, UnavailableError)
+    image = Answer("The image.", IMAGE, image_headers())
+    anything, html = {"type": "object"}, {"text/html": {"type": "string"}}
     return [
-        _images(
-            "generations",
-            "image_generation",
-            id="createImage",
-            summary="Text to image",
-            body={JSON: GenerationRequest},
-            example=EXAMPLE,
-        ),
-        _images(
-            "edits",
-            "image_edit",
-            id="createImageEdit",
-            summary="Image to image and inpainting",
-            body={FORM: EditRequest},
-            description="`image` is what to start from. `mask` is transparent where it is to be "
-            "repainted, or, if its alpha is the same throughout, white there; it has "
-            "the proportions of `image`. Both are PNG, JPEG or WebP, are turned as "
-            "their EXIF says, converted to sRGB, and scaled to the size of the result. "
-            "`image[]`, as OpenAI's clients name several, is taken for `image`.",
-        ),
-        Operation(
-            "post",
-            "/v1/images/variations",
-            "createImageVariation",
+        *_tagged(
             "Images",
-            "Refused: send the image to be edited",
-            {},
-            (InvalidRequestError, BodyTooLargeError),
-            body={FORM: {"type": "object"}},
-        ),
-        _get(
-            "/v1/models",
-            "listModels",
-            "Models",
-            "The model that is served",
-            _json(bodies.ModelList, "One."),
-            UnavailableError,
-        ),
-        _get(
-            "/v1/models/{id}",
-            "getModel",
-            "Models",
-            "What the model takes",
-            _json(bodies.Model, "It."),
-            NotFoundError,
-            UnavailableError,
-            parameters=(_model("id", names),),
-        ),
-        _get(
-            "/v1/jobs",
-            "listJobs",
-            "Jobs",
-            "Jobs that are kept, newest first",
-            _json(bodies.JobList, "Theirs whose key it is."),
-            InvalidRequestError,
-            NotFoundError,
-            UnavailableError,
-            parameters=(
-                _parameter(
-                    "query",
-                    "limit",
-                    "How many at most.",
-                    type="integer",
-                    minimum=1,
-                    maximum=MAX_LIST,
-                    default=20,
-                ),
-                _parameter("query", "before", "The `next` of the list before."),
+            _images(
+                "generations",
+                "image_generation",
+                id="createImage",
+                summary="Text to image",
+                body={JSON: GenerationRequest},
+                example=EXAMPLE,
             ),
-            description="Off (404) while no keys are set.",
+            _images(
+                "edits",
+                "image_edit",
+                id="createImageEdit",
+                summary="Image to image and inpainting",
+                body={FORM: EditRequest},
+                description="`image` is the image to edit. `mask` is transparent where it is to be "
+                "repainted, or, if its alpha is the same throughout, white there; it has "
+                "the proportions of `image`. Both are PNG, JPEG or WebP, are turned as "
+                "their EXIF says, converted to sRGB, and scaled to the size of the result. "
+                "`image[]`, as OpenAI's clients name several, means `image`.",
+            ),
+            Operation(
+                "post",
+                "/v1/images/variations",
+                "createImageVariation",
+                "Not supported: send the image to be edited",
+                {},
+                (InvalidRequestError, BodyTooLargeError),
+                body={FORM: anything},
+            ),
         ),
-        _get(
-            "/v1/jobs/{id}",
-            "getJob",
+        *_tagged(
+            "Models",
+            _get(
+                "/v1/models",
+                "listModels",
+                "The model that is served",
+                _ok("One.", bodies.ModelList),
+                UnavailableError,
+            ),
+            _get(
+                "/v1/models/{id}",
+                "getModel",
+                "What the model takes",
+                _ok("The model.", bodies.Model),
+                NotFoundError,
+                UnavailableError,
+                parameters=(_model("id", names),),
+            ),
+        ),
+        *_tagged(
             "Jobs",
-            "Where a job stands, and its result",
-            _json(JobView, "The job."),
-            InvalidRequestError,
-            NotFoundError,
-            UnavailableError,
-            parameters=(JOB,),
+            _get(
+                "/v1/jobs",
+                "listJobs",
+                "Stored jobs, newest first",
+                _ok("The jobs of the request's key.", bodies.JobList),
+                *of_job,
+                parameters=(
+                    _parameter(
+                        "query",
+                        "limit",
+                        "How many at most.",
+                        type="integer",
+                        minimum=1,
+                        maximum=MAX_LIST,
+                        default=20,
+                    ),
+                    _parameter("query", "before", "The `next` of the previous page."),
+                ),
+                description="Disabled (404) unless API keys are set.",
+            ),
+            _get(
+                "/v1/jobs/{id}",
+                "getJob",
+                "A job's state, and its result",
+                _ok("The job.", JobView),
+                *of_job,
+                parameters=(JOB,),
+            ),
+            Operation(
+                "delete",
+                "/v1/jobs/{id}",
+                "cancelJob",
+                "Cancel a job, or delete one that has ended",
+                _ok("Its last state.", JobView),
+                of_job,
+                (JOB,),
+            ),
+            _get(
+                "/v1/jobs/{id}/events",
+                "followJob",
+                "Follow a job",
+                {200: Answer("From its state now to its end.", STREAM, events=job_events)},
+                *of_job,
+                parameters=(JOB,),
+            ),
         ),
-        Operation(
-            "delete",
-            "/v1/jobs/{id}",
-            "cancelJob",
-            "Jobs",
-            "Cancel a job, or forget one that is over",
-            _json(JobView, "As it was left."),
-            (InvalidRequestError, NotFoundError, UnavailableError),
-            (JOB,),
-        ),
-        _get(
-            "/v1/jobs/{id}/events",
-            "followJob",
-            "Jobs",
-            "Follow a job",
-            {200: Answer("From where it stands to its end.", STREAM, events=job_events)},
-            InvalidRequestError,
-            NotFoundError,
-            UnavailableError,
-            parameters=(JOB,),
-        ),
-        _native(
-            "/generate",
-            Answer("The image.", IMAGE, image_headers()),
-            id="generate",
-            summary="One image",
-            body={JSON: ImageRequest},
-            example=EXAMPLE,
-        ),
-        _native(
-            "/generate_stream",
-            Answer("Events.", STREAM, JOB_HEADER, events=_events("image_generation")),
-            id="generateStream",
-            summary="One image, and its making",
-            body={JSON: StreamRequest},
-            example={**EXAMPLE, "partial_images": 2},
-        ),
-        _native(
-            "/edit",
-            Answer("The image.", IMAGE, image_headers()),
-            id="edit",
-            summary="One image from another",
-            body={FORM: BentoMLEditRequest},
-        ),
-        _get(
-            "/schema.json",
-            "bentomlSchema",
+        *_tagged(
             "BentoML",
-            "The native API, for BentoML's clients",
-            {200: Answer("BentoML's own description.", {JSON: {"type": "object"}})},
-            elsewhere=True,
+            _native(
+                "/generate",
+                "generate",
+                "One image",
+                image,
+                body={JSON: ImageRequest},
+                example=EXAMPLE,
+            ),
+            _native(
+                "/generate_stream",
+                "generateStream",
+                "One image, and its progress",
+                Answer("Events.", STREAM, JOB_HEADER, events=_events("image_generation")),
+                body={JSON: StreamRequest},
+                example={**EXAMPLE, "partial_images": 2},
+            ),
+            _native(
+                "/edit", "edit", "One image from another", image, body={FORM: BentoMLEditRequest}
+            ),
+            _get(
+                "/schema.json",
+                "bentomlSchema",
+                "The native API, for BentoML's clients",
+                _ok("BentoML's own description.", {JSON: anything}),
+                elsewhere=True,
+            ),
         ),
-        *_inference(names),
-        Operation(
-            "post",
-            "/api/diffusers/inference",
-            "diffusersExampleInference",
+        *_tagged("Open Inference Protocol", *_inference(names)),
+        *_tagged(
             "Diffusers example server",
-            "Text to image",
-            {
-                200: Answer(
-                    "Where the images are.",
-                    {JSON: bodies.DiffusersExampleAnswer},
-                    WARNINGS_HEADER,
-                )
-            },
-            WORK,
-            (KEY,),
-            body={JSON: DiffusersExampleRequest},
-            example={"prompt": EXAMPLE["prompt"]},
+            Operation(
+                "post",
+                "/api/diffusers/inference",
+                "diffusersExampleInference",
+                "Text to image",
+                _ok("URLs of the images.", bodies.DiffusersExampleAnswer, WARNINGS_HEADER),
+                WORK,
+                (KEY,),
+                body={JSON: DiffusersExampleRequest},
+                example={"prompt": EXAMPLE["prompt"]},
+            ),
+            _get(
+                "/api/status",
+                "diffusersExampleStatus",
+                "The model, its memory and numbers of requests",
+                _ok("Status.", bodies.DiffusersExampleStatus),
+                UnavailableError,
+            ),
         ),
-        _get(
-            "/api/status",
-            "diffusersExampleStatus",
-            "Diffusers example server",
-            "What is served, and how much",
-            _json(bodies.DiffusersExampleStatus, "Status."),
-            UnavailableError,
-        ),
-        _get(
-            "/images/{filename}",
-            "getImage",
+        *_tagged(
             "Images",
-            "A stored image",
-            {200: Answer("The file.", IMAGE, FILE_HEADERS)},
-            NotFoundError,
-            UnavailableError,
-            parameters=(_parameter("path", "filename", "Its name, the key to it."),),
+            _get(
+                "/images/{filename}",
+                "getImage",
+                "A stored image",
+                _ok("The file.", IMAGE, FILE_HEADERS),
+                NotFoundError,
+                UnavailableError,
+                parameters=(_parameter("path", "filename", "Its name, which nobody can guess."),),
+            ),
         ),
-        _get(
-            "/",
-            "discover",
+        *_tagged(
             "Operation",
-            "What this server is",
-            {
-                200: Answer(
-                    "For browsers a page.",
-                    {JSON: bodies.Discovery, "text/html": {"type": "string"}},
-                )
-            },
-        ),
-        _get(
-            "/ui",
-            "playground",
-            "Operation",
-            "A page to try it",
-            {200: Answer("The page.", {"text/html": {"type": "string"}})},
-        ),
-        _get(
-            "/openapi.json",
-            "openapi",
-            "Operation",
-            "This document",
-            {200: Answer("OpenAPI 3.1.", {JSON: {"type": "object"}})},
-        ),
-        _get(
-            "/docs.json",
-            "docs",
-            "Operation",
-            "This document, where BentoML has one",
-            {200: Answer("OpenAPI 3.1.", {JSON: {"type": "object"}})},
-        ),
-        _get(
-            "/metrics",
-            "metrics",
-            "Operation",
-            "For Prometheus",
-            {200: Answer("The exposition format.", {"text/plain": {"type": "string"}})},
-        ),
-        _probe("/livez", "livez", "Is the process alive?"),
-        _probe("/healthz", "healthz", "Is the process alive?"),
-        _probe("/readyz", "readyz", "Does it take work?"),
-        Operation(
-            "post",
-            "/drain",
-            "drain",
-            "Operation",
-            "Announce that the server leaves",
-            _json(bodies.Drained, "What is left."),
-            (NotFoundError,),
-            keyless=True,
-            elsewhere=True,
-            description="`/readyz` is 503 from now on, and new work is refused "
-            f"`STEPWEAVE_DRAIN_NOTICE` seconds later. {_TOKEN}",
-        ),
-        Operation(
-            "delete",
-            "/drain",
-            "take_back_drain",
-            "Operation",
-            "Take a drain back",
-            _json(bodies.Drained, "What is left."),
-            (NotFoundError, ConflictError),
-            keyless=True,
-            elsewhere=True,
-            description=f"Until the process was told to end (409, code `terminating`). {_TOKEN}",
+            _get(
+                "/",
+                "discover",
+                "What this server is",
+                _ok("JSON, or a page for browsers.", {JSON: bodies.Discovery, **html}),
+            ),
+            _get("/ui", "playground", "A page to try it", _ok("The page.", html)),
+            _get(
+                "/openapi.json", "openapi", "This document", _ok("OpenAPI 3.1.", {JSON: anything})
+            ),
+            _get(
+                "/docs.json",
+                "docs",
+                "This document, where BentoML has one",
+                _ok("OpenAPI 3.1.", {JSON: anything}),
+            ),
+            _get(
+                "/metrics",
+                "metrics",
+                "For Prometheus",
+                _ok("The exposition format.", {"text/plain": {"type": "string"}}),
+            ),
+            _probe("/livez", "livez", "Is the process alive?"),
+            _probe("/healthz", "healthz", "Is the process alive?"),
+            _probe("/readyz", "readyz", "Does it accept work?"),
+            _drain(
+                "post",
+                "drain",
+                "Announce that the server will stop",
+                "`/readyz` is 503 from now on, and new work is refused `STEPWEAVE_DRAIN_NOTICE` "
+                "seconds later.",
+            ),
+            _drain(
+                "delete",
+                "take_back_drain",
+                "Take a drain back",
+                "Until the process was told to end (409, code `terminating`).",
+                ConflictError,
+            ),
         ),
     ]

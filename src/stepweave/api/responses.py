@@ -1,4 +1,4 @@
-"""Errors as answers."""
+"""Resources and errors as answers in JSON."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from stepweave.api.answer_schemas import ExamplesError, ProtocolError
+from stepweave.api.context import context_of
 from stepweave.errors import (
     AuthenticationError,
     DeadlineExceededError,
@@ -21,13 +22,11 @@ from stepweave.errors import (
 )
 from stepweave.resource import Resource
 from stepweave.serving.resources import Error, ErrorDetail
+from stepweave.threads import on_thread
 
 logger = logging.getLogger(__name__)
 
-LASTING = (OutOfMemoryError, NonFiniteError, ImageCountError)  # errors that would come again
-REQUEST_ID = "stepweave.request_id"  # key in the ASGI scope
-# key in the ASGI scope: a list, to which a stream adds that its client left before its end
-LEFT = "stepweave.left"
+LASTING = (OutOfMemoryError, NonFiniteError, ImageCountError)  # would happen again
 # header of the Open Inference Protocol's errors, whose body has no place for it
 CODE = "X-Stepweave-Code"
 # header between a handler and the middleware: the body is in the contract's shape
@@ -41,13 +40,22 @@ def is_of_protocol(path: str) -> bool:
 
 def is_of_examples(path: str) -> bool:
     """Whether a path is one of diffusers' example servers, whose clients read an error's `detail`,
-    as of any FastAPI server."""
+    as from any FastAPI server."""
     return path.startswith(("/api/", "/images/"))
 
 
-def answer(resource: Resource, headers: Mapping[str, str] | None = None) -> Response:
+def answer(
+    resource: Resource, headers: Mapping[str, str] | None = None, status: int = 200
+) -> Response:
     """A resource in JSON."""
-    return Response(resource.to_json(), 200, headers, "application/json")
+    return Response(resource.to_json(), status, headers, "application/json")
+
+
+async def json_answer(
+    resource: Resource, headers: Mapping[str, str] | None = None, status: int = 200
+) -> Response:
+    """The same, made on another thread: for resources with images, which take long."""
+    return await on_thread(None, answer, resource, headers, status)
 
 
 def error_response(
@@ -70,18 +78,17 @@ def error_response(
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, UnsupportedEncodingError):
         headers["Accept-Encoding"] = error.TAKEN
-    # OpenAI's clients repeat what failed with a 5xx unless told not to; of a deadline the time is
-    # up
+    # OpenAI's clients retry after a 5xx unless told not to; a missed deadline stays missed
     if isinstance(error, (*LASTING, DeadlineExceededError)):
         headers["X-Should-Retry"] = "false"
-    return Response(body.to_json(), error.status, headers, "application/json")
+    return answer(body, headers, error.status)
 
 
 def handle_error(request: Request, error: Exception) -> Response:
-    """Starlette's exception handler; whatever is not the caller's fault goes to the log with the
-    request's id."""
+    """Starlette's exception handler; the server's own failures are logged with the request's
+    id."""
     return error_response(
-        as_stepweave_error(error, request.scope[REQUEST_ID]), request.scope["path"]
+        as_stepweave_error(error, context_of(request.scope).id), request.scope["path"]
     )
 
 

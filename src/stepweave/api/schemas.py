@@ -1,5 +1,5 @@
-"""Bodies of the HTTP surfaces. What depends on the model (size, limits) is checked when the request
-is resolved."""
+"""Bodies of the HTTP surfaces. Size and limits, which depend on the model, are checked when the
+request is resolved."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from stepweave.parameters import ImageRequest, ResponseFormat
 from stepweave.threads import on_thread
 
 MAX_PARTIAL_IMAGES = 3
-NULL = "null"  # as a text of a form, of what is absent
+NULL = "null"  # in a form: the field is absent
 CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")  # of JSON and forms
-LONG = 32 * 1024  # bytes of a body beyond which it is not read on the event loop
-# times as many members as there are fields, beyond which they are not validated: each would become
-# an error
+LONG = 32 * 1024  # bytes beyond which a body is not parsed on the event loop
+# times the number of fields: with more members, none is validated, since each would become an error
 MANY = 4
 PROMPTS = ("prompt", "negative_prompt")
 MOST_NAMED = 5  # of what is ignored
@@ -30,18 +29,18 @@ class StreamRequest(ImageRequest):
     """A request whose progress can be followed."""
 
     partial_images: int = Field(
-        0, ge=0, le=MAX_PARTIAL_IMAGES, description="Previews on the way, in a stream."
+        0, ge=0, le=MAX_PARTIAL_IMAGES, description="Number of previews in a stream."
     )
     events: Literal["openai", "all"] = Field(
         "openai",
-        description="What a stream tells: OpenAI's events, or all, with place in the queue and "
+        description="Which events a stream has: OpenAI's, or all, with queue position and "
         "progress.",
     )
 
 
 class OpenAIRequest(StreamRequest):
-    """What OpenAI's Images API has beside; what a diffusion model has no use for is taken and
-    ignored, with a warning."""
+    """Further fields of OpenAI's Images API; those without use for a diffusion model are accepted
+    and ignored, with a warning."""
 
     IGNORED: ClassVar[tuple[str, ...]] = (
         "quality",
@@ -50,13 +49,13 @@ class OpenAIRequest(StreamRequest):
         "moderation",
         "complexity",
     )
-    # of people: warnings do not repeat them
+    # identify people: warnings do not repeat them
     IGNORED_NAMES: ClassVar[tuple[str, ...]] = ("safety_identifier", "user")
     REFUSED: ClassVar[Mapping[str, str]] = {
         "svg": "this server makes no SVG; leave it out, and let output_format be png, jpeg or webp",
         "frame_count": "an image has one frame; leave it out",
         "frame_duration_ms": "an image has one frame; leave it out",
-        "markup": "draw it into image, or send as mask what is to be painted anew",
+        "markup": "draw it into image, or send a mask of what is to be repainted",
     }
 
     model: str | None = Field(None, description="Name of the model, if given.")
@@ -99,8 +98,8 @@ class Edit(BaseModel):
         None,
         gt=0,
         le=1,
-        description="How far the image is led back towards noise: near 0 little changes, with "
-        "1 all.",
+        description="How much noise is added to the image: near 0, little of it changes; with 1, "
+        "all.",
     )
 
 
@@ -192,7 +191,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def some_of(names: Sequence[str]) -> str:
-    """The first of names that clients sent, as a warning repeats them."""
+    """The first of the names that a client sent, for a warning."""
     return ", ".join(
         [*map(shown, names[:MOST_NAMED]), *(["..."] if len(names) > MOST_NAMED else [])]
     )
@@ -221,8 +220,7 @@ def parse_form(fields: Mapping[str, str], schema: type[RequestT]) -> RequestT:
 
 
 def explain(error: ValidationError, schema: type[BaseModel] | None = None) -> InvalidRequestError:
-    """The first problem, as the caller is told of it; `schema` tells of fields that are known, and
-    why they are refused."""
+    """The first problem as an error; `schema` may name fields that are refused, and why."""
     return _explain(error.errors(include_url=False)[0], getattr(schema, "REFUSED", {}))
 
 

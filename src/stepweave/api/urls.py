@@ -1,5 +1,4 @@
-"""Where clients reach the server: configured, or as the request names it if that host is trusted.
-All URLs are made here."""
+"""All URLs of the server: as configured, or with the request's host if that is trusted."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ def base_url(request: Request, settings: Settings) -> str:
     """The URL of the server's root, without a slash at its end.
 
     Raises InvalidRequestError with code `no_base_url` if none is configured and the host that the
-    request names is not trusted: a client could otherwise have URLs made that lead others astray.
+    request names is not trusted: a client could have URLs made that lead others elsewhere.
     """
     if settings.base_url is not None:
         return settings.base_url.rstrip("/")
@@ -77,14 +76,14 @@ def configured_prefix(settings: Settings) -> str:
 
 
 def reference(request: Request, settings: Settings, path: str) -> str:
-    """A reference to one of the server's paths, for who has just reached it: no host is named (RFC
-    3986, 4.2)."""
+    """A reference to one of the server's paths, relative to the host that the client has just used
+    (RFC 3986, 4.2)."""
     return f"{prefix(request, settings)}{path}"
 
 
 def forwarded(headers: Headers, settings: Settings, name: str) -> str:
-    """What proxies say in `X-Forwarded-NAME`, if they are to be believed: the first says what the
-    client asked for."""
+    """The value of `X-Forwarded-NAME` if proxies are trusted: the first, which is what the client
+    used."""
     given = headers.get(f"x-forwarded-{name}", "") if settings.trust_forwarded else ""
     return given.partition(",")[0].strip()
 

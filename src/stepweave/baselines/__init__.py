@@ -1,1 +1,1 @@
-"""The modes that batch no steps, to compare with: off, threads and request."""
+"""The modes `off`, `threads` and `request`, which batch no steps, for comparison."""

@@ -1,5 +1,4 @@
-"""Whole requests in one call of the pipeline: what most servers call batching, and a baseline for
-step batching."""
+"""Batches of whole requests in one call of the pipeline, as most servers do: a baseline."""
 
 from __future__ import annotations
 
@@ -20,8 +19,8 @@ _CONSTANTS = (bool, int, float, str, type(None))
 
 
 def batch_key(job: RunningJob) -> Hashable | None:
-    """Equal for jobs whose calls differ in prompts and generators only; None for a job that must
-    have a call of its own."""
+    """A key that is equal for jobs whose calls differ only in prompts and generators; None for a
+    job that needs its own call."""
     kwargs = job.kwargs
     generator = kwargs.get("generator")
     if job.args or job.reproducible or job.scheduler is not None:
@@ -40,7 +39,7 @@ def batch_key(job: RunningJob) -> Hashable | None:
 
 
 def run_batch(scope: RequestScopedPipeline, jobs: list[RunningJob]) -> list[Outcome]:
-    """Run jobs of one key in one call; the outcome of each."""
+    """Run jobs of one key in one call, and return the outcome of each."""
     first = jobs[0].kwargs
     kwargs = {
         name: [job.kwargs[name] for job in jobs]
@@ -48,13 +47,13 @@ def run_batch(scope: RequestScopedPipeline, jobs: list[RunningJob]) -> list[Outc
         else value
         for name, value in first.items()
     }
-    kwargs["generator"] = generators = [one for job in jobs for one in _generators(job)]
-    before = [one.get_state() for one in generators]
+    kwargs["generator"] = generators = [item for job in jobs for item in _generators(job)]
+    before = [generator.get_state() for generator in generators]
     try:
         with (
             scope.lease() as view,
             warned(view, jobs),
-            track(view, _Together(jobs)),
+            track(view, _Batch(jobs)),
             FiniteImages(view) as images,
         ):
             outcomes = split(images.checked(view(**kwargs)), [job.shape.images for job in jobs])
@@ -74,8 +73,8 @@ def _generators(job: RunningJob) -> list[torch.Generator]:
     return generator if isinstance(generator, list) else [generator]
 
 
-class _Together:
-    """Jobs that progress as one; the call ends early only when all of them must end."""
+class _Batch:
+    """Jobs of one call, with common progress. The call ends early only if all of them must end."""
 
     def __init__(self, jobs: list[RunningJob]) -> None:
         self._jobs = jobs
@@ -92,7 +91,7 @@ class _Together:
     def denoised(self, latents: Latents) -> None:
         counts = [job.shape.images for job in self._jobs]
         if len(latents.sample) != sum(counts):
-            return  # its rows are not its images
+            return  # rows are not images
         for i, (job, wanting) in enumerate(zip(self._jobs, self._wanting, strict=True)):
             if wanting:
                 start = sum(counts[:i])

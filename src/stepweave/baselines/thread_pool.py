@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 
 class ThreadPool(JobQueue):
-    """Starts jobs in the planner's order: several at a time in mode `threads`, in mode `request` up
-    to `max_rows` equal ones in one call."""
+    """Starts jobs in the planner's order: several at a time in mode `threads`; in mode `request`,
+    up to `max_rows` images of jobs of one `batch_key` in one call."""
 
     def __init__(
         self,
@@ -38,9 +38,8 @@ class ThreadPool(JobQueue):
     ) -> None:
         super().__init__(planner, stats, health)
         threads = config.threads if config.mode == "threads" else 1
-        together = config.max_rows if config.mode == "request" else 1
         self._scope = PrivateScope(pipeline)
-        self._together = together
+        self._max_images = config.max_rows if config.mode == "request" else 1  # of one call
         self._running: dict[str, RunningJob] = {}
         self._closed = False  # `_wake` guards both
         self.threads = [
@@ -55,35 +54,34 @@ class ThreadPool(JobQueue):
         return len(self._running)
 
     def scope_of(self, pipeline: Any) -> PrivateScope:
-        """Makes views of the engine's pipeline, or of another one of its modules. Raises
-        EngineMisuseError."""
+        """The scope that makes views of the engine's pipeline, or of another pipeline of the same
+        modules. Raises EngineMisuseError for one that cannot run here."""
         if pipeline is None:
             return self._scope
         scope = self._scope.sibling(pipeline)
         if len(self.threads) > 1 and scope.takes_turns() and not self._scope.takes_turns():
             kinds = type(pipeline).__name__, type(self._scope.pipeline).__name__
             raise EngineMisuseError(
-                f"Calls of {kinds[0]} change modules while they run, so that none of {kinds[1]} "
-                f"may run beside."
+                f"A call of {kinds[0]} changes modules while it runs, so no call of {kinds[1]} can "
+                f"run at the same time."
             )
         return scope
 
     def close(self, seconds: float) -> list[str]:
-        """End every job, running ones at their next step, and then the threads. What has not ended
-        after some seconds."""
+        """End every job, running ones at their next step, then the threads. Returns what still runs
+        after `seconds`."""
         until = time.monotonic() + seconds
         with self._wake:
             self._closed = True
-            left = [*self._running.values(), *self._waiting.values()]
+            jobs = [*self._running.values(), *self._waiting.values()]
             self._wake.notify_all()
-        for job in left:
+        for job in jobs:
             job.job.cancel()
         for thread in self.threads:
             thread.join(max(0.0, until - time.monotonic()))
         return [f"the call of {job!r}" for job in list(self._running.values())]
 
     def _work(self) -> None:
-        """One thread: serve until closed."""
         use_device(self.health.device)
         enter_engine(self)
         while (jobs := self._next_jobs()) is not None:
@@ -91,23 +89,22 @@ class ThreadPool(JobQueue):
                 self._serve(jobs)
             except BaseException:  # nothing may end this thread: jobs would hang
                 self.stats.errors += 1
-                logger.exception("the engine failed; it goes on")
+                logger.exception("the engine failed; it continues")
             del jobs
 
     def _next_jobs(self) -> list[RunningJob] | None:
-        """The job whose turn it is, and those that can share its call. None once closed."""
+        """Wait for the next job, with those that can share its call. None once closed."""
         with self._wake:
             while not self._waiting and not self._closed:
                 self._wake.wait()
             return None if self._closed else self._take()
 
     def _serve(self, jobs: list[RunningJob]) -> None:
-        """Run jobs to their ends."""
         try:
             outcomes = self._run(jobs)
         except BaseException as error:  # nothing may end this thread: jobs would hang
             self.stats.errors += 1
-            logger.exception("the engine failed; it goes on")
+            logger.exception("the engine failed; it continues")
             outcomes = [Outcome(error=engine_failed(error))] * len(jobs)
         with self._wake:
             for job in jobs:
@@ -117,14 +114,14 @@ class ThreadPool(JobQueue):
 
     def _take(self) -> list[RunningJob]:
         jobs = [self._waiting.pop(self.planner.next(self._waiting).id)]
-        if self._together > 1:
+        if self._max_images > 1:
             key = batch_key(jobs[0])
             alike = [
                 job for job in self._waiting.values() if key is not None and batch_key(job) == key
             ]
             images = jobs[0].shape.images
             for job in alike:
-                if images + job.shape.images > self._together:
+                if images + job.shape.images > self._max_images:
                     break
                 jobs.append(self._waiting.pop(job.id))
                 images += job.shape.images
@@ -133,9 +130,8 @@ class ThreadPool(JobQueue):
         return jobs
 
     def _run(self, jobs: list[RunningJob]) -> list[Outcome]:
-        """The outcome of each job."""
         now = time.monotonic()
-        beside = min(len(self.threads), len(self._running)) if self._together == 1 else 1
+        beside = min(len(self.threads), len(self._running)) if self._max_images == 1 else 1
         for job in jobs:
             job.start(now)
             self.planner.begin(job)
@@ -144,14 +140,16 @@ class ThreadPool(JobQueue):
             if together.error is None:
                 self.planner.called(jobs, time.monotonic() - now, beside)
                 return together.value  # type: ignore[no-any-return]
-            # an Ending is of all of them; each finds its own error below
+            # Ending means that all of them must end; `_run_alone` finds each job's error
             if (
                 not isinstance(together.error, Ending)
                 and self.health.examine(together.error) is None
             ):
                 self.stats.retried += 1
                 logger.warning(
-                    "a batch of %d jobs failed; each runs alone", len(jobs), exc_info=together.error
+                    "a batch of %d jobs failed; running each alone",
+                    len(jobs),
+                    exc_info=together.error,
                 )
             for job in jobs:
                 job.restart()
@@ -164,8 +162,7 @@ class ThreadPool(JobQueue):
             return Outcome(error=ended)
         outcome: Outcome = Outcome.apart(call_pipeline, job).value
         steps = job.task.demand.steps if outcome.error is None else job.progress.step
-        # of one that ended early, too, while nothing else is known: else nothing would be while all
-        # do
+        # a job that ended early counts too while nothing is timed: all might end early
         if outcome.error is None or (steps and not self.planner.cost.timed):
             seconds = time.monotonic() - began
             self.planner.called([job], seconds * job.task.demand.steps / max(1, steps), beside)

@@ -101,10 +101,8 @@ class Readings:
                 return
 
 
-def made(
-    paths: Iterable[tuple[Path, str]], guesses: Iterable[Guess]
-) -> tuple[tuple[Path, str | None], ...]:
-    """How arguments are read, None for the first reading; `paths` go with how each is merged."""
-    found: dict[Path, str | None] = {path: None for path, merged in paths if merged != PER_ROW}
+def made(paths: Iterable[Path], guesses: Iterable[Guess]) -> tuple[tuple[Path, str | None], ...]:
+    """How arguments are read, None for the first reading."""
+    found: dict[Path, str | None] = dict.fromkeys(paths)
     found |= {path: None if reading == ITEMS else reading for path, reading in guesses}
     return tuple(found.items())

@@ -13,14 +13,11 @@ from typing import Any
 from torch import nn
 
 from stepweave.batching.batch_axes import Guess, Path, Readings
+from stepweave.batching.leaves import Layout, Leaf
 from stepweave.compat.attention_processors import AttentionProcessors, Installed
 from stepweave.compat.torch_state import Ambient
 from stepweave.reasons import UnsharedNote, UnsharedReason
 from stepweave.scheduling.task import Key, Task
-
-# A layout says for each argument how calls are merged; nested tuples, the tag first, so that it is
-# hashable.
-Layout = tuple[Any, ...]
 
 # diffusers' names of a padding mask for an argument, besides the argument's own name and "_mask"
 _MASK_NAMES = {"encoder_hidden_states": ("encoder_attention_mask", "encoder_mask")}
@@ -104,7 +101,7 @@ class Call:
     sample: Any = None  # the argument that tells how many
     size: int = 0  # elements of a row of the sample
     leaves: list[tuple[Any, ...]] = field(default_factory=list)  # tensors and numbers of the rows
-    paths: list[tuple[Path, str]] = field(default_factory=list)  # of the leaves, and their tags
+    paths: list[tuple[Path, Leaf]] = field(default_factory=list)  # of the leaves, and their kinds
     guesses: list[Guess] = field(default_factory=list)  # readings that are not the first
     spans: dict[int, Any] = field(default_factory=dict)  # of leaves, as far as they are known
     # sizes in which calls of one group may differ, where a certificate allows it; and of these the

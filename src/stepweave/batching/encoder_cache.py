@@ -10,7 +10,7 @@ import torch
 
 from stepweave.batching.call import Call
 from stepweave.batching.fingerprints import Fingerprints
-from stepweave.batching.merge import cloned, tensors
+from stepweave.compat.nested import cloned, tensors
 
 
 class EncoderCache:

@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any
 
 from stepweave.batching.call import Attempt, Call, Unmergeable
-from stepweave.batching.merge import cloned, copied, merge, split
-from stepweave.batching.parts import chunk, join
+from stepweave.batching.merge import chunk, join, merge, split
 from stepweave.compat import torch_state as ambient
+from stepweave.compat.nested import cloned, copied
 from stepweave.compat.out_of_memory import ran_out
 from stepweave.compat.own_state import OwnState
 from stepweave.compat.snapshot import ArgumentSnapshot

@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from stepweave.batching import leaves
 from stepweave.batching.batch_axes import ITEMS, PER_ROW, Guess, Path
-from stepweave.batching.call import Call, Group, Layout, Unmergeable
+from stepweave.batching.call import Call, Group, Unmergeable
 from stepweave.batching.fingerprints import Fingerprints
+from stepweave.batching.leaves import Layout, Leaf
 from stepweave.compat.isolation import is_plain
-from stepweave.compat.snapshot import DEEPEST, is_holder
+from stepweave.compat.nested import COLLECTIONS, DEEPEST, contents, is_holder, keys
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +113,7 @@ class _Walk:
         self._readings = call.target.readings
         self._depth = 0
         self.leaves: list[tuple[Any, ...]] = []
-        self.paths: list[tuple[Path, str]] = []
+        self.paths: list[tuple[Path, Leaf]] = []
         self.extents: list[tuple[int, int]] = []
         self.guesses: list[Guess] = []
         self.opaque = False
@@ -127,21 +129,19 @@ class _Walk:
         return given is None or (isinstance(given, torch.Tensor) and given.shape == value.shape[:2])
 
     def padded(self, value: torch.Tensor, path: Path) -> Layout:
-        self._leaf(path, "padded", value)
         self.ragged.append(value.shape[1])
         self.extents.append((value.shape[1], value.shape[1]))
         self.exact.append(value.shape[2:])
-        return ("padded", value.ndim, value.dtype, value.device)
+        return self._leaf(path, (leaves.PADDED, value.ndim, value.dtype, value.device), value)
 
     def number(self, value: float, path: Path) -> Layout:
-        self._leaf(path, "number", value)
-        return ("number", type(value) is float, self._device)
+        dtype = torch.float32 if type(value) is float else torch.int64
+        return self._leaf(path, (leaves.NUMBER, dtype, self._device), value)
 
     def mask(self, value: torch.Tensor | None, path: Path) -> Layout:
         if value is None:
-            return ("mask",)
-        self._leaf(path, "mask", value)
-        return ("mask", value.dtype)
+            return (leaves.MASK,)
+        return self._leaf(path, (leaves.MASK, value.dtype), value)
 
     def row_list(self, values: list[Any], path: Path) -> Layout:
         """A list with as many entries as there are rows: most likely one for each row."""
@@ -149,17 +149,17 @@ class _Walk:
             return self._tensors(values, path)
         if all(isinstance(value, torch.Generator) for value in values):
             self.opaque = True
-            return ("generator",)
+            return (leaves.LISTED, torch.Generator)
         first = frozen(values[0])
         if (
             first is None
-            and not isinstance(values[0], (list, tuple, dict))
+            and not isinstance(values[0], COLLECTIONS)
             and all(one is values[0] for one in values)
         ):
             self._identity(values[0])
-            return ("repeated", type(values[0]))
+            return (leaves.REPEATED, type(values[0]))
         if first is not None and all(frozen(value) == first for value in values):
-            return ("repeated", first)
+            return (leaves.REPEATED, first)
         return self.node(values, path)
 
     def _tensors(self, values: list[torch.Tensor], path: Path) -> Layout:
@@ -172,7 +172,6 @@ class _Walk:
         elif values is not self._sample:
             # of calls whose entries happen to have as many rows, too
             self._readings.suppose([path], PER_ROW)
-        self._leaf(path, "per row", *values)
         shapes = tuple(value.shape for value in values)
         if values is self._sample:
             if len(set(shapes)) > 1:
@@ -182,66 +181,66 @@ class _Walk:
             self.ragged.append(shapes)
             counts = [value.numel() for value in values]
             self.extents.append((min(counts), max(counts)))
-        return ("per row", values[0].ndim, values[0].dtype, values[0].device)
+        first = values[0]
+        return self._leaf(path, (leaves.LISTED, first.ndim, first.dtype, first.device), *values)
 
     def node(self, value: Any, path: Path) -> Layout:
         if isinstance(value, torch.Tensor):
             return self._tensor(value, path)
         if type(value) is float or isinstance(value, np.generic):
             self.exact.append((type(value), value))
-            return ("constant",)
+            return (leaves.CONSTANT,)
         if isinstance(value, _CONSTANTS):
-            return ("constant", type(value), value)
-        if isinstance(value, (list, tuple)):
-            items = (self.node(item, (*path, i)) for i, item in enumerate(value))
-            return (type(value).__name__, type(value), *items)
-        if isinstance(value, dict):
-            return ("dict", *((key, self.node(item, (*path, key))) for key, item in value.items()))
+            return (leaves.CONSTANT, type(value), value)
+        if isinstance(value, COLLECTIONS):
+            return self._nested(value, path)
         if isinstance(value, torch.Generator):
             self.opaque = True
-            return ("generator",)
+            return (leaves.CONSTANT, torch.Generator)
         if isinstance(value, np.ndarray):
             self.exact.append((value.shape, value.dtype.str, value.tobytes()))
-            return ("constant",)
+            return (leaves.CONSTANT,)
         if is_holder(value) and self._depth < DEEPEST:
-            return self._object(value, path)
+            self.holds = True
+            self._depth += 1
+            node = self._nested(value, path)
+            self._depth -= 1
+            return node
         self._identity(value)
-        return ("constant", type(value))
+        return (leaves.CONSTANT, type(value))
 
-    def _object(self, value: Any, path: Path) -> Layout:
-        """An object that is what it holds, such as a cache of keys and values."""
-        self.holds = True
-        self._depth += 1
-        items = [(name, self.node(item, (*path, name))) for name, item in vars(value).items()]
-        self._depth -= 1
-        return ("object", type(value), *items)
+    def _nested(self, value: Any, path: Path) -> Layout:
+        """A collection, or an object that is what it holds, such as a cache of keys and values."""
+        names, inside = tuple(keys(value)), contents(value)
+        nodes = [self.node(item, (*path, name)) for name, item in zip(names, inside, strict=True)]
+        return (leaves.NESTED, type(value), names, *nodes)
 
     def _identity(self, value: Any) -> None:
         self.opaque = True
         self.exact.append(id(value))  # the call keeps it alive while the key is in use
 
-    def _leaf(self, path: Path, tag: str, *values: Any) -> None:
+    def _leaf(self, path: Path, node: Layout, *values: Any) -> Layout:
         self.leaves.append(values)
-        self.paths.append((path, tag))
+        self.paths.append((path, node[0]))
+        return node
 
     def _tensor(self, value: torch.Tensor, path: Path) -> Layout:
         if value.requires_grad:
             raise Unmergeable("gradients are wanted")
         dtype: Any = "time" if value.dtype in _TIME_TYPES and path[0] in TIMES else value.dtype
         if value.ndim == 0:
-            self._leaf(path, "scalar", value)
             # one on the CPU goes with tensors of any device, as one with a row for each call would
             # not
-            return ("scalar", dtype, self._device if value.device.type == "cpu" else value.device)
+            device = self._device if value.device.type == "cpu" else value.device
+            return self._leaf(path, (leaves.SCALAR, dtype, device), value)
         reading = self._readings.of(path)
         if value.shape[0] in (1, self._rows):
             shared = reading == "shared" and value is not self._sample
             if not shared or not self._readings.remains(
                 path, self._context(value), self._digests.of(value)
             ):
-                self._leaf(path, "rows", value)
                 (self.sizes if value is self._sample else self.exact).append(value.shape[1:])
-                return ("rows", value.ndim, dtype, value.device)
+                return self._leaf(path, (leaves.ROWS, value.ndim, dtype, value.device), value)
             self.guesses.append((path, "shared"))
         elif others := self._others(value):
             if reading is None:
@@ -251,7 +250,7 @@ class _Walk:
             if reading in others:
                 return self._entries(value, path, reading)
         self.exact.append(self._digests.of(value))
-        return ("shared", value.shape, value.dtype, value.device)
+        return (leaves.SHARED, value.shape, value.dtype, value.device)
 
     def _context(self, value: torch.Tensor) -> Hashable:
         """In what an argument's values may be held against each other."""
@@ -265,12 +264,12 @@ class _Walk:
 
     def _entries(self, value: torch.Tensor, path: Path, reading: str) -> Layout:
         self.guesses.append((path, reading))
-        self._leaf(path, reading, value)
+        rest = (value.ndim, value.dtype, value.device)
         if reading == "across":
             self.exact.append((value.shape[0], *value.shape[2:]))
-            return ("across", value.ndim, value.dtype, value.device)
+            return self._leaf(path, (leaves.ACROSS, *rest), value)
         self.exact.append(value.shape[1:])
-        return ("several", value.shape[0] // self._rows, value.ndim, value.dtype, value.device)
+        return self._leaf(path, (leaves.SEVERAL, value.shape[0] // self._rows, *rest), value)
 
 
 def frozen(value: Any) -> Hashable | None:
@@ -306,16 +305,9 @@ def _sized(call: Call) -> Call:
     if sample is None:
         return dataclasses.replace(call, arguments=arguments)
     rows = len(sample) if isinstance(sample, list) else sample.shape[0]
-    size = _elements(sample) // max(1, rows)
+    every = sample if isinstance(sample, list) else [sample]
+    size = sum(tensor.numel() for tensor in every) // max(1, rows)
     return dataclasses.replace(call, arguments=arguments, sample=sample, rows=rows, size=size)
-
-
-def _elements(sample: Any) -> int:
-    return (
-        sum(tensor.numel() for tensor in sample)
-        if isinstance(sample, list)
-        else int(sample.numel())
-    )
 
 
 def _sample(arguments: dict[str, Any]) -> Any:

@@ -1,4 +1,5 @@
-"""Merging: many calls' arguments into one call's, one result into many."""
+"""Merging: many calls' arguments into one call's, one result into many; and dividing one call's
+rows into several forwards, for calls that do not fit into memory at once."""
 
 from __future__ import annotations
 
@@ -12,10 +13,9 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
-from stepweave.batching.call import Call, Layout, Unmergeable
-from stepweave.compat.snapshot import DEEPEST, is_holder
-
-_CONSTANTS = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
+from stepweave.batching.call import Call, Unmergeable
+from stepweave.batching.leaves import MASK, PADDED, REPEATED
+from stepweave.compat.nested import COLLECTIONS, CONSTANTS, contents, keys, refilled, tensors
 
 
 def merge(calls: Sequence[Call], *, repeat: bool = True) -> dict[str, Any]:
@@ -29,72 +29,18 @@ def merge(calls: Sequence[Call], *, repeat: bool = True) -> dict[str, Any]:
     first = calls[0]
     merged = {}
     for name, node in first.group.layout:
-        if node[0] == "mask":
+        if node[0] is MASK:
             continue
         values = [call.arguments[name] for call in calls]
-        if node[0] == "padded":
+        if node[0] is PADDED:
             mask = first.target.masks[name]
             merged[name], masks = _padded(values, [call.arguments.get(mask) for call in calls])
             if masks is not None:
                 merged[mask] = masks
         else:
-            merged[name] = (
-                values[0] if node[0] == "repeated" and not repeat else _merge(node, values, rows)
-            )
+            whole = node[0] is REPEATED and not repeat
+            merged[name] = values[0] if whole else node[0].merge(node, values, rows)
     return merged
-
-
-def _merge(node: Layout, values: list[Any], rows: list[int]) -> Any:
-    tag = node[0]
-    if tag == "rows":
-        return torch.cat(
-            [
-                v if v.shape[0] == r else v.expand(r, *v.shape[1:])
-                for v, r in zip(values, rows, strict=True)
-            ]
-        )
-    if tag == "several":
-        return torch.cat(values)
-    if tag == "across":
-        return torch.cat(values, dim=1)
-    if tag == "scalar":
-        return _placed([v.reshape(1).expand(r) for v, r in zip(values, rows, strict=True)], node[2])
-    if tag == "number":
-        dtype = torch.float32 if node[1] else torch.int64
-        return _placed(
-            [torch.tensor([v] * r, dtype=dtype) for v, r in zip(values, rows, strict=True)], node[2]
-        )
-    if tag == "per row":
-        return list(itertools.chain.from_iterable(values))
-    if tag == "repeated":
-        return [values[0][0]] * sum(rows)
-    if tag == "dict":
-        return {
-            key: _merge(child, [value[key] for value in values], rows) for key, child in node[1:]
-        }
-    if tag in ("constant", "shared", "generator"):
-        return values[0]
-    if tag == "object":
-        return like(
-            values[0],
-            {
-                name: _merge(child, [vars(value)[name] for value in values], rows)
-                for name, child in node[2:]
-            },
-        )
-    kind, children = node[1], node[2:]
-    items = [
-        _merge(child, [value[i] for value in values], rows) for i, child in enumerate(children)
-    ]
-    return kind(*items) if hasattr(kind, "_fields") else kind(items)
-
-
-def _placed(values: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Values of a number a row as one tensor on a device, which is not waited for: the host's
-    memory is read at once."""
-    if any(value.device == device for value in values):
-        return torch.cat([value.to(device, non_blocking=True) for value in values])
-    return torch.cat(values).to(device, non_blocking=True)
 
 
 def _padded(
@@ -118,17 +64,24 @@ def _padded(
     return merged, merged_mask
 
 
-def copied(value: Any, _depth: int = 0) -> Any:
-    """Arguments with tensors of their own."""
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {key: copied(item, _depth) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return rebuilt(value, [copied(item, _depth) for item in value])
-    if is_holder(value) and _depth < DEEPEST:
-        return like(value, {name: copied(item, _depth + 1) for name, item in vars(value).items()})
-    return value
+def part(call: Call, start: int, stop: int, *, repeat: bool = True) -> dict[str, Any]:
+    """The arguments of a call that stands for some of the rows of `call`. For `repeat` see
+    merge."""
+    given = {}
+    for name, node in call.group.layout:
+        if name in call.arguments:
+            value = given[name] = call.arguments[name]
+            if value is not None and (repeat or node[0] is not REPEATED):
+                given[name] = node[0].part(node, value, call.rows, slice(start, stop))
+    return given
+
+
+def chunk(call: Call, number: int) -> Call:
+    """One of the parts of which a call's batch is made, as a call."""
+    rows = call.rows // call.group.chunks
+    return dataclasses.replace(
+        call, arguments=part(call, number * rows, (number + 1) * rows), rows=rows
+    )
 
 
 def split(output: Any, rows: Sequence[int], *, listed: bool = False) -> list[Any]:
@@ -137,80 +90,67 @@ def split(output: Any, rows: Sequence[int], *, listed: bool = False) -> list[Any
     With `listed`, a list with as many entries as rows has an entry for each row, whatever the
     entries' shapes.
     """
-    starts = list(itertools.accumulate(rows, initial=0))
-    if listed and isinstance(output, list) and len(output) == starts[-1]:
-        return [output[a:b] for a, b in itertools.pairwise(starts)]
-    if listed and isinstance(output, tuple) and not hasattr(output, "_fields"):
-        parts = [split(item, rows, listed=True) for item in output]
-        return [tuple(part[i] for part in parts) for i in range(len(rows))]
-    if listed and isinstance(output, dict):
-        named = {key: split(item, rows, listed=True) for key, item in output.items()}
-        return [
-            remade(output, {key: part[i] for key, part in named.items()}) for i in range(len(rows))
-        ]
-    return _split(output, starts)
+    return _split(output, list(itertools.accumulate(rows, initial=0)), listed)
 
 
-def _split(output: Any, starts: list[int]) -> list[Any]:
+def _split(output: Any, starts: list[int], listed: bool) -> list[Any]:
     total = starts[-1]
     spans = list(itertools.pairwise(starts))
     if isinstance(output, torch.Tensor):
-        if not has_rows(output, total):
+        if not _has_rows(output, total):
             raise Unmergeable(f"a result of shape {tuple(output.shape)} does not have {total} rows")
         if output.stride(0) == 0:  # rows that share memory must not share it between jobs
             output = output.contiguous()
         return [output.narrow(0, a, b - a) for a, b in spans]
     if isinstance(output, np.ndarray) and output.ndim and output.shape[0] == total:
         return [output[a:b] for a, b in spans]
-    if is_constant(output):
+    if isinstance(output, CONSTANTS):
         return [output] * len(spans)
     if (
         isinstance(output, list)
         and len(output) == total
-        and not all(has_rows(item, total) for item in output)
+        and (listed or not all(_has_rows(item, total) for item in output))
     ):
         return [output[a:b] for a, b in spans]
-    if isinstance(output, (list, tuple)):
-        parts = [_split(item, starts) for item in output]
-        return [rebuilt(output, [part[i] for part in parts]) for i in range(len(spans))]
-    if isinstance(output, dict):
-        named = {key: _split(item, starts) for key, item in output.items()}
-        return [
-            remade(output, {key: part[i] for key, part in named.items()}) for i in range(len(spans))
-        ]
     if isinstance(output, Cache):
         return [_selected(output, a, b) for a, b in spans]
-    if vars_of := getattr(output, "__dict__", None):
-        return _split_object(output, vars_of, starts)
-    raise Unmergeable(f"a result of type {type(output).__name__} cannot be taken apart")
+    inside = contents(output)
+    if not inside and not isinstance(output, COLLECTIONS):
+        raise Unmergeable(f"a result of type {type(output).__name__} cannot be taken apart")
+    # an object may be a distribution, such as an autoencoder's encoder gives
+    parts = [_split(item, starts, listed) for item in inside]
+    return [refilled(output, [part[i] for part in parts]) for i in range(len(spans))]
 
 
-def has_rows(item: Any, total: int) -> bool:
+def join(outputs: Sequence[Any], rows: Sequence[int], *, listed: bool = False) -> Any:
+    """The parts' results, of so many rows each, as one. Raises Unmergeable for what has no rows.
+    For `listed` see split."""
+    first = outputs[0]
+    if isinstance(first, torch.Tensor) and all(
+        _has_rows(one, count) for one, count in zip(outputs, rows, strict=True)
+    ):
+        return torch.cat(list(outputs))
+    if isinstance(first, np.ndarray) and first.ndim and len(first) == rows[0]:
+        return np.concatenate(outputs)
+    if isinstance(first, CONSTANTS) and all(one == first for one in outputs):
+        return first
+    if (
+        isinstance(first, list)
+        and len(first) == rows[0]
+        and (listed or not all(_has_rows(one, rows[0]) for one in first))
+    ):
+        return [item for one in outputs for item in one]
+    names = list(keys(first))
+    alike = all(list(keys(one)) == names for one in outputs)
+    whole = isinstance(first, torch.Tensor) or not (names or isinstance(first, COLLECTIONS))
+    if whole or not alike:
+        raise Unmergeable(f"results of type {type(first).__name__} cannot be put together")
+    inside = zip(*map(contents, outputs), strict=True)
+    return refilled(first, [join(items, rows, listed=listed) for items in inside])
+
+
+def _has_rows(item: Any, total: int) -> bool:
     return isinstance(item, torch.Tensor) and item.ndim > 0 and item.shape[0] == total
-
-
-def is_constant(value: Any) -> bool:
-    return isinstance(value, _CONSTANTS)
-
-
-def rebuilt(like: Any, items: list[Any]) -> Any:
-    return type(like)(*items) if hasattr(like, "_fields") else type(like)(items)
-
-
-def remade(like: dict[Any, Any], items: dict[Any, Any]) -> Any:
-    if type(like) is dict:
-        return items
-    # diffusers' and transformers' outputs, as dictionaries without what is None
-    if dataclasses.is_dataclass(like):
-        items = {one.name: items.get(one.name) for one in dataclasses.fields(like)}
-    return type(like)(**items)
-
-
-def like(value: Any, attributes: dict[str, Any]) -> Any:
-    """An object like another, with other attributes."""
-    twin = copy.copy(value)
-    twin.__dict__.update(attributes)
-    return twin
 
 
 def _selected(cache: Cache, start: int, stop: int) -> Cache:
@@ -220,49 +160,3 @@ def _selected(cache: Cache, start: int, stop: int) -> Cache:
     indices = torch.arange(start, stop, device=devices.pop() if len(devices) == 1 else None)
     selected.batch_select_indices(indices)
     return selected
-
-
-def _split_object(output: Any, attributes: dict[str, Any], starts: list[int]) -> list[Any]:
-    """An object whose attributes are tensors and constants, such as the distribution that an
-    autoencoder's encoder gives."""
-    parts = {name: _split(value, starts) for name, value in attributes.items()}
-    return [
-        like(output, {name: part[i] for name, part in parts.items()})
-        for i in range(len(starts) - 1)
-    ]
-
-
-def tensors(value: Any) -> list[torch.Tensor]:
-    """All tensors in a result, or in arguments, in order; what contains itself is followed once."""
-    return [one for one in leaves(value) if isinstance(one, torch.Tensor)]
-
-
-def leaves(value: Any, _above: tuple[int, ...] = ()) -> list[Any]:
-    """All tensors, arrays and constants in a result, in order."""
-    if isinstance(value, (torch.Tensor, np.ndarray)) or is_constant(value):
-        return [value]
-    if id(value) in _above:
-        return []
-    if isinstance(value, Cache):
-        inner: Any = [part for layer in value.layers for part in (layer.keys, layer.values)]
-    elif isinstance(value, dict):
-        inner = value.values()
-    elif isinstance(value, (list, tuple)):
-        inner = value
-    else:
-        inner = getattr(value, "__dict__", {}).values()
-    above = (*_above, id(value))
-    return [leaf for item in list(inner) for leaf in leaves(item, above)]
-
-
-def cloned(output: Any) -> Any:
-    """A copy of a result that shares no memory with it."""
-    if isinstance(output, torch.Tensor):
-        return output.clone()
-    if is_constant(output):
-        return output
-    if isinstance(output, dict):
-        return remade(output, {key: cloned(item) for key, item in output.items()})
-    if isinstance(output, (list, tuple)):
-        return rebuilt(output, [cloned(item) for item in output])
-    return copy.deepcopy(output)

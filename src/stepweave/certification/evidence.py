@@ -1,10 +1,9 @@
-"""What a proof is tried on: the values of a call's arguments, and calls made up with other values
-in their places.
+"""Evidence for proofs: values of a call's arguments, and synthetic calls with other values.
 
-That two calls agree merged and alone says nothing of an argument in which they hardly differ. It is
-proven only if the value of the other call, in its place, would have changed the result by clearly
-more than the error allowed. Arguments of few numbers a row, such as times and guidance, are tried
-with values far apart, too: with the ends of what has been seen, and with 0.
+That two calls agree merged and alone is no evidence for an argument in which they hardly differ. It
+is proven only if the value of the other call, in its place, would have changed the result by
+clearly more than the allowed error. Arguments of few numbers per row, such as times and guidance,
+are also tried with values far apart: 0, and twice the largest one seen.
 """
 
 from __future__ import annotations
@@ -16,16 +15,17 @@ from typing import Any, NamedTuple
 import torch
 
 from stepweave.batching.call import Call
-from stepweave.batching.merge import like
+from stepweave.batching.leaves import LISTED, MASK, NUMBER, ROWS, SCALAR
+from stepweave.compat.nested import contents, keys, refilled
 
-SCALAR = 4  # numbers a row
+SMALL = 4  # numbers per row
 FEW = 64  # numbers that are read one by one
-EVIDENT = 4.0  # times the error allowed
+EVIDENT = 4.0  # a clear effect, in units of the allowed error
 SLIGHT = 1e-6  # the spread of sizes that differ in shape only
 
 
 class Span(NamedTuple):
-    """The least and the largest of some numbers."""
+    """The smallest and the largest of some numbers."""
 
     low: float
     high: float
@@ -39,43 +39,36 @@ class Span(NamedTuple):
 
 
 def hull(spans: Iterable[Span]) -> Span:
-    known = list(spans)
-    return Span(min(one.low for one in known), max(one.high for one in known))
+    lows, highs = zip(*spans, strict=True)
+    return Span(min(lows), max(highs))
 
 
 def samples(call: Call) -> frozenset[int]:
-    """The places among the leaves of the sample, by which rows are told apart."""
-    return frozenset(
-        i
-        for i, (path, _) in enumerate(call.paths)
-        if call.arguments.get(str(path[0])) is call.sample
-    )
+    """The positions of the sample's leaves, which distinguish rows."""
+    names = enumerate(str(path[0]) for path, _ in call.paths)
+    return frozenset(i for i, name in names if call.arguments.get(name) is call.sample)
 
 
 def scalars(call: Call) -> tuple[int, ...]:
-    """The places among the leaves of arguments of few numbers a row, but for the sample."""
-    found = []
-    for i, (leaf, (_, tag)) in enumerate(zip(call.leaves, call.paths, strict=True)):
+    """The positions of leaves with few numbers per row, except the sample's."""
+    positions = []
+    for i, (leaf, (_, kind)) in enumerate(zip(call.leaves, call.paths, strict=True)):
         value = leaf[0]
-        if tag == "number":
-            found.append(i)
-        elif (
-            tag in ("scalar", "rows") and value is not call.sample and value.dtype is not torch.bool
-        ):
-            if (
-                value.numel() <= SCALAR * max(1, value.shape[0] if value.ndim else 1)
-                and not value.dtype.is_complex
-            ):
-                found.append(i)
-    return tuple(found)
+        if kind is NUMBER:
+            positions.append(i)
+        elif kind in (SCALAR, ROWS) and value is not call.sample:
+            real = value.dtype is not torch.bool and not value.dtype.is_complex
+            if real and value.numel() <= SMALL * max(1, value.shape[0] if value.ndim else 1):
+                positions.append(i)
+    return tuple(positions)
 
 
 def span(call: Call, i: int) -> Span:
-    """The least and the largest number of one argument. Waits for the device."""
-    known = call.spans.get(i)
-    if known is None:
-        known = call.spans[i] = hull(_span(value) for value in call.leaves[i])
-    return known
+    """The smallest and the largest number of one argument. Waits for the device."""
+    values: Span | None = call.spans.get(i)
+    if values is None:
+        values = call.spans[i] = hull(_span(value) for value in call.leaves[i])
+    return values
 
 
 def _span(value: Any) -> Span:
@@ -84,22 +77,19 @@ def _span(value: Any) -> Span:
     if value.numel() <= FEW:
         numbers = value.reshape(-1).tolist()
         return Span(min(numbers), max(numbers)) if numbers else Span(0.0, 0.0)
-    plain = (
-        torch.view_as_real(value)
-        if value.is_complex()
-        else value.byte()
-        if value.dtype is torch.bool
-        else value
-    )
-    low, high = torch.aminmax(plain.detach())
+    if value.is_complex():
+        value = torch.view_as_real(value)
+    elif value.dtype is torch.bool:
+        value = value.byte()
+    low, high = torch.aminmax(value.detach())
     return Span(float(low), float(high))
 
 
 def ends(seen: Span, whole: bool) -> Span:
-    """How far to try an argument whose values were `seen`: from 0 to twice as far, or as far again
-    where they are less than 0.
+    """The span to try for an argument whose values were `seen`: from 0 to twice the largest, or if
+    any is negative, wider by its width at both ends.
 
-    Whole numbers may be indices of a table, beyond whose end nothing is tried.
+    Whole numbers may be indices of a table, so nothing larger than the largest is tried.
     """
     if seen.low >= 0:
         return Span(0.0, seen.high if whole else 2 * seen.high)
@@ -107,7 +97,7 @@ def ends(seen: Span, whole: bool) -> Span:
 
 
 def filled(call: Call, i: int, number: float) -> Call:
-    """The call with this number throughout an argument."""
+    """The call with an argument filled with this number."""
     value = call.leaves[i][0]
     new: Any = (
         torch.full_like(value, number) if isinstance(value, torch.Tensor) else type(value)(number)
@@ -116,9 +106,9 @@ def filled(call: Call, i: int, number: float) -> Call:
 
 
 def flooded(call: Call, i: int, number: float, *, noise: bool = False) -> Call:
-    """The call with one number throughout an argument of many, or with noise of its size. Whole
-    ones, which may be indices of a table, are 0 or as large as its largest; masks let nothing
-    through for 0, everything for another number."""
+    """The call with an argument of many numbers filled with one number, or with noise of that size.
+    Whole numbers, which may be indices of a table, become 0 or their largest; masks become False
+    for 0, else True."""
     leaf = []
     for value in call.leaves[i]:
         if value.dtype is torch.bool:
@@ -137,13 +127,13 @@ def flooded(call: Call, i: int, number: float, *, noise: bool = False) -> Call:
 
 
 def scaled(call: Call, i: int, factor: float) -> Call:
-    """The call with an argument so many times as large."""
+    """The call with an argument multiplied by `factor`."""
     return _with(call, {i: tuple(factor * value for value in call.leaves[i])})
 
 
 def is_whole(value: Any) -> bool:
-    """Whether numbers may be indices of a table, beyond whose end nothing is tried. On a GPU, where
-    that would end the process, floats without fractions may be so, too."""
+    """Whether numbers may be indices of a table, whose end must not be exceeded. On a GPU, where
+    that would end the process, so may floats without fractions."""
     if not isinstance(value, torch.Tensor):
         return isinstance(value, int)
     if value.is_complex() or not value.is_floating_point():
@@ -152,79 +142,51 @@ def is_whole(value: Any) -> bool:
 
 
 def units(call: Call) -> list[tuple[int, ...]]:
-    """The leaves, those that are exchanged at once in one: of one argument, and of its mask."""
+    """Groups of leaves that are exchanged together: those of one argument and of its mask."""
     masks = {mask: name for name, mask in call.target.masks.items()}
-    found: dict[str, list[int]] = {}
-    for i, (path, tag) in enumerate(call.paths):
+    groups: dict[str, list[int]] = {}
+    for i, (path, kind) in enumerate(call.paths):
         name = str(path[0])
-        found.setdefault(masks.get(name, name) if tag == "mask" else name, []).append(i)
-    return [tuple(one) for one in found.values()]
+        groups.setdefault(masks.get(name, name) if kind is MASK else name, []).append(i)
+    return [tuple(group) for group in groups.values()]
 
 
 def exchanged(call: Call, other: Call, unit: Sequence[int]) -> Call:
-    """The call with another's values of some leaves, repeated or cut to as many rows."""
-    changes: dict[int, tuple[Any, ...]] = {}
-    for i in unit:
-        tag, leaf = call.paths[i][1], other.leaves[i]
-        if tag in ("rows", "padded", "mask"):
-            count = call.leaves[i][0].shape[0]
-            order = torch.arange(count, device=leaf[0].device) % leaf[0].shape[0]
-            changes[i] = leaf if leaf[0].shape[0] == count else (leaf[0][order],)
-        elif tag == "per row" and other.rows != call.rows:
-            changes[i] = tuple(leaf[row % other.rows] for row in range(call.rows))
-        elif tag in ("several", "across") and other.rows != call.rows:
-            changes[i] = (_tiled(leaf[0], tag, other.rows, call.rows),)
-        else:
-            changes[i] = leaf
-    return _with(call, changes)
-
-
-def _tiled(value: torch.Tensor, tag: str, rows: int, wanted: int) -> torch.Tensor:
-    """A tensor of several entries for each row, or with the rows across, for another number of
-    rows."""
-    order = torch.arange(wanted, device=value.device) % rows
-    if tag == "across":
-        return value[:, order]
-    return value.reshape(rows, -1, *value.shape[1:])[order].flatten(0, 1)
+    """The call with another's values of some leaves, repeated or cut to its number of rows."""
+    return _with(call, {i: call.paths[i][1].fit(other.leaves[i], call.leaves[i]) for i in unit})
 
 
 def _with(call: Call, changes: dict[int, tuple[Any, ...]]) -> Call:
-    """The call with other leaves in these places."""
-    arguments, found = call.arguments, list(call.leaves)
+    """The call with other leaves at these positions."""
+    arguments, leaves = call.arguments, list(call.leaves)
     for i, leaf in changes.items():
-        path, tag = call.paths[i]
-        value = list(leaf) if tag == "per row" else leaf[0]
+        path, kind = call.paths[i]
+        value = list(leaf) if kind is LISTED else leaf[0]
         name = str(path[0])
         arguments = {**arguments, name: _put(arguments[name], path[1:], value)}
-        found[i] = leaf
-    return dataclasses.replace(call, arguments=arguments, leaves=found, spans={})
+        leaves[i] = leaf
+    return dataclasses.replace(call, arguments=arguments, leaves=leaves, spans={})
 
 
 def _put(value: Any, path: Sequence[Hashable], new: Any) -> Any:
-    """A value with `new` at a path within it."""
+    """A copy of a value with `new` at a path within it."""
     if not path:
         return new
-    step: Any = path[0]
-    if isinstance(value, dict):
-        return {**value, step: _put(value[step], path[1:], new)}
-    if isinstance(value, (list, tuple)):
-        items = [_put(item, path[1:], new) if i == step else item for i, item in enumerate(value)]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return like(value, {step: _put(vars(value)[step], path[1:], new)})
+    inside = zip(keys(value), contents(value), strict=True)
+    return refilled(
+        value, [_put(item, path[1:], new) if key == path[0] else item for key, item in inside]
+    )
 
 
 def distance(one: tuple[Any, ...], other: tuple[Any, ...]) -> float:
-    """The largest difference between the numbers of two leaves, of which a single row counts for
-    all; infinite where they are of different shapes."""
+    """The largest difference between the numbers of two leaves; a single row is compared with all
+    of the other's. Infinite for different shapes."""
     most = 0.0
     for a, b in zip(one, other, strict=False):
-        if (
-            not isinstance(a, torch.Tensor)
-            or not isinstance(b, torch.Tensor)
-            or a.shape[1:] != b.shape[1:]
-        ):
+        if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
             return float("inf")
-        if a.shape != b.shape and 1 not in (a.shape[0], b.shape[0]):
+        one_row = a.ndim and b.ndim and 1 in (a.shape[0], b.shape[0])
+        if a.shape[1:] != b.shape[1:] or (a.shape != b.shape and not one_row):
             return float("inf")
         if a.numel():
             difference = (a.detach().cpu().double() - b.detach().cpu().double()).abs()
@@ -233,18 +195,17 @@ def distance(one: tuple[Any, ...], other: tuple[Any, ...]) -> float:
 
 
 def spread(calls: Sequence[Call]) -> float:
-    """How much calls differ in the sizes that may differ, 0 to 1; more than 0 if they differ at
-    all."""
+    """How much calls differ in the sizes that may differ, from 0 (not at all) to 1."""
     if all(call.ragged == calls[0].ragged for call in calls):
         return 0.0
     shares = [
-        1 - min(least for least, _ in sizes) / (max(most for _, most in sizes) or 1)
+        1 - min(low for low, _ in sizes) / (max(high for _, high in sizes) or 1)
         for sizes in zip(*(call.extents for call in calls), strict=True)
     ]
     return max(*shares, SLIGHT) if shares else SLIGHT
 
 
 def readable(call: Call, i: int) -> bool:
-    """Whether an argument can be read without waiting for a device."""
+    """Whether an argument is on the CPU, so that reading it does not wait for a device."""
     value = call.leaves[i][0]
     return not isinstance(value, torch.Tensor) or value.device.type == "cpu"

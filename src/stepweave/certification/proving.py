@@ -1,5 +1,4 @@
-"""Proofs and audits as the engine runs them: merged, and the calls by themselves in their
-fibers."""
+"""Runs proofs and audits: calls merged, and alone in their own fibers."""
 
 from __future__ import annotations
 
@@ -7,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from stepweave.batching.call import Call
-from stepweave.batching.parts import join
+from stepweave.batching.merge import join
 from stepweave.certification.certificate import State
 from stepweave.certification.certificates import Certificates
 from stepweave.certification.proof import Proof, Prover
@@ -20,16 +19,16 @@ Answers = Iterator[tuple[Call, Any]]
 
 
 class Proving:
-    """Runs calls of one key merged, and two of them by themselves, and has the certificate say
-    what that shows.
+    """Runs calls of one key merged, and two of them alone, and records the result in their
+    certificate.
 
     Args:
-        alone: runs calls by themselves: yields their answers, and returns how that went. With
-            `keep` copies of the results are kept.
+        alone: runs each call alone: yields their answers, and returns their attempts. With `keep`
+            the attempts keep copies of the results.
         deliver: yields merged results to their calls.
-        ran_out: is told of a call whose kind does not fit with so many rows.
-        part: the result of some of a call's rows, tried out.
-        limit: the most rows of a forward with a call.
+        ran_out: called with a call and the number of rows for which memory ran out.
+        part: computes the result of some of a call's rows, as a trial.
+        limit: the largest number of rows of a forward with a call.
     """
 
     def __init__(
@@ -56,7 +55,8 @@ class Proving:
         self._limit = limit
 
     def prove(self, calls: Sequence[Call], *, audit: bool, brief: bool = False) -> Answers:
-        """In a proof the two calls get their own results, of a second run unless `brief`."""
+        """Run a proof or an audit. In a proof the two calls get their results of running alone a
+        second time, in an audit merged ones. A `brief` audit runs each alone only once."""
         first = calls[0]
         self._stats.proofs += 1
         certificate = self._certificates.of(first)
@@ -66,25 +66,25 @@ class Proving:
         variations = self._certificates.differences(calls)
         proof, short = None, False
         try:
-            known = self._certificates.known(calls)
-            proof = prover.start(calls, pair, audit=audit, known=known, brief=brief)
-        except Exception as error:  # of a single call, which its own fiber meets; or memory ran out
+            proven = self._certificates.proven(calls)
+            proof = prover.start(calls, pair, audit=audit, proven=proven, brief=brief)
+        except Exception as error:  # of a call alone, which its fiber will raise; or out of memory
             short = ran_out(error)
             if not short and not prover.in_call:
                 self._certificates.put_off(first, error)
         self._stats.checks += prover.forwards
-        if proof is None:  # outside of the handler, whose error holds on to the memory
+        if proof is None:  # outside of the handler, whose error holds the memory
             if short:
                 self._ran_out(first, sum(call.rows for call in calls))
             yield from self._alone(calls)
             return
         proof.variations = variations
-        if proof.left:
-            watch.found = f"a forward changes {some(proof.left)}"
+        if proof.module_changes:
+            watch.found = f"a forward changes {some(proof.module_changes)}"
         if watch.found is not None:
             for call in calls:
                 watch.used_by(call.owner)
-            yield from self._alone(calls)  # whose jobs restart
+            yield from self._alone(calls)  # their jobs will restart
             return
         parts = self._try_parts(calls) if isinstance(proof.merged, list) else None
         if not audit:
@@ -110,7 +110,7 @@ class Proving:
             yield from self._alone(calls_left)
 
     def _look_again(self, proof: Proof) -> None:
-        """Whether the module keeps something of a call, after each of a pair was run twice."""
+        """Note it if a second run of the pair gave other results: the module keeps state."""
         watch = self._watches.of(proof.calls[0].target)
         failed = any(attempt.failed for attempt in proof.attempts)
         if watch.found is not None or failed or proof.drew or proof.wrote:
@@ -118,14 +118,15 @@ class Proving:
         for call in map(id, proof.pair):
             second = proof.seconds.get(call)
             if second is not None and not same(proof.singles[call], second, proof.again.get(call)):
-                watch.found = "the same call gives another result after others"
+                watch.found = "the same call gives another result after other calls"
 
     def _try_parts(self, calls: Sequence[Call]) -> tuple[Call, Any] | None:
-        """What a call of several rows gives in halves, to be compared with what it gives as a
-        whole; None if that is known."""
+        """Run a call of several rows in halves, for `judge_parts`. Returns it with its result or
+        error; None if it is known whether the kind is divisible."""
         call = max(calls, key=lambda call: call.rows)
-        known = self._certificates.of(call).divisible is not None
-        if call.rows < 2 or call.group.chunks > 1 or known:
+        if self._certificates.of(call).divisible is not None:
+            return None
+        if call.rows < 2 or call.group.chunks > 1:
             return None
         middle = call.rows // 2
         try:

@@ -1,10 +1,9 @@
-"""Whether forwards of a module leave anything behind that is no argument: counters, residuals kept
-for the next call, hooks.
+"""Finds modules that keep state between forwards: counters, residuals for the next call, hooks.
 
-A forward is looked at when calls of its kind first come, at the 2nd, 4th, 8th, ... of them, and in
-every proof. What it changed in the module may be a table made once and for all: then the same call,
-run again, changes nothing more and gives the same to the last bit. Anything else is state, and jobs
-whose calls alternate in it would share it.
+The 1st, 2nd, 4th, 8th, ... call of a kind is checked, and every proof. A forward may change a
+module without keeping state, by a table that it computes once: then the same call, run again,
+changes nothing and gives a bitwise equal result. Anything else is state, which jobs with
+alternating calls would share.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ import torch
 from torch import nn
 
 from stepweave.batching.call import Call, Target
-from stepweave.batching.merge import cloned, copied, tensors
 from stepweave.certification.compare import close, equal
 from stepweave.compat.module_state import ModuleState, Place
+from stepweave.compat.nested import cloned, copied, tensors
 from stepweave.compat.out_of_memory import ran_out
 from stepweave.compat.snapshot import ArgumentSnapshot
 from stepweave.compat.stateful_modules import some
 from stepweave.contained import contained
 from stepweave.planning.clock import now
 
-KEPT = 1024  # kinds of calls
-SELDOM = 1024  # calls of a kind, after which it is looked at each time that many have come
+KEPT = 1024  # kinds of calls that are counted
+SELDOM = 1024  # calls of a kind, after which only each multiple of this number is checked
 
 
 class RandomStates:
@@ -47,7 +46,7 @@ class RandomStates:
         name, keys, *rest = np.random.get_state()
         numbers = np.asarray(keys).tobytes()
         return (
-            *(one.get_state() for one in self._generators),
+            *(generator.get_state() for generator in self._generators),
             random.getstate(),
             (name, numbers, *rest),
         )
@@ -67,7 +66,7 @@ class RandomStates:
 
 
 class Watches:
-    """What is known of the modules that calls are of, by their targets."""
+    """The `StateWatch` of each target of calls."""
 
     def __init__(self) -> None:
         self._watches: WeakKeyDictionary[Target, StateWatch] = WeakKeyDictionary()
@@ -80,25 +79,22 @@ class Watches:
 
 
 class StateWatch:
-    """What is known of one module. Used by the engine's thread."""
+    """Checks the forwards of one module, on the engine's thread."""
 
     def __init__(self, name: str = "module") -> None:
         self.name = name
-        self.seconds = 0.0  # that the last look took
-        self.found: str | None = None  # what it keeps, in words
-        # jobs that had a forward of it, by their names; not more than two
-        self.users: set[Any] = set()
+        self.seconds = 0.0  # duration of the last check
+        self.found: str | None = None  # the state that it keeps, in words
+        self.users: set[Any] = set()  # ids of jobs that have used it; at most two
         self.initial: ModuleState | None = None  # before its first forward here
         self._fresh = True
         self._begun = False
-        # how many calls of a kind there were
-        self._kinds: OrderedDict[Hashable, int] = OrderedDict()
-        self._left: dict[
-            Hashable, tuple[frozenset[Place], dict[Place, Hashable]]
-        ] = {}  # places that forwards of a kind wrote to
+        self._kinds: OrderedDict[Hashable, int] = OrderedDict()  # number of calls of each kind
+        # places that the last forward of a kind wrote to, and marks of their contents
+        self._written: dict[Hashable, tuple[frozenset[Place], dict[Place, Hashable]]] = {}
 
     def due(self, kind: Hashable, user: Any) -> bool:
-        """Note a call run alone; whether to look at it."""
+        """Note a call that runs alone. Returns whether to check it."""
         self.used_by(user)
         if self.found is not None:
             return False
@@ -106,43 +102,41 @@ class StateWatch:
         number = self._kinds[kind] = self._kinds.get(kind, 0) + 1
         self._kinds.move_to_end(kind)
         if len(self._kinds) > KEPT:
-            gone, _ = self._kinds.popitem(last=False)
-            self._left.pop(gone, None)
+            dropped, _ = self._kinds.popitem(last=False)
+            self._written.pop(dropped, None)
         return number & (number - 1) == 0 if number < SELDOM else number % SELDOM == 0
 
     def used_by(self, user: Any) -> None:
-        """Note a forward for a job."""
         if len(self.users) < 2:
             self.users.add(name_of(user))
 
     def start(self, module: nn.Module) -> ModuleState:
-        """A snapshot before a forward."""
+        """Take a snapshot of the module before a forward."""
         before = self.look(module)
         if self.initial is None:
             self.initial = before
         return before
 
     def begin(self, module: nn.Module) -> None:
-        """Note what the module holds before its first forward here; tried once."""
+        """Take a snapshot of the module before its first forward here; tried once."""
         if not self._begun:
             self._begun = True
-            with contained("look at a module"):
+            with contained("take a snapshot of a module"):
                 self.start(module)
 
     def look(self, module: nn.Module) -> ModuleState:
-        """A snapshot."""
         return ModuleState({self.name: module}, keep=True)
 
     def run(self, call: Call) -> Any:
-        """A call's result, with a look at what it leaves behind in the module. What goes wrong in
-        looking costs no result."""
+        """Run a call and check what it changes in the module. Returns its result, even if the check
+        fails."""
         module, first = call.target.module, self._fresh
         self._fresh, began = False, now()
         self.seconds = 0.0
         before: ModuleState | None = None
-        with contained("look at a forward"):
+        with contained("prepare the check of a forward"):
             states = RandomStates(_device(module))
-            given = ArgumentSnapshot(*call.args, *call.kwargs.values())
+            arguments = ArgumentSnapshot(*call.args, *call.kwargs.values())
             twin = dataclasses.replace(call, args=copied(call.args), kwargs=copied(call.kwargs))
             before = self.start(module)
         self.seconds += now() - began
@@ -150,11 +144,11 @@ class StateWatch:
         if before is None:
             return output
         began = now()
-        with contained("look at a forward"):
+        with contained("check a forward"):
             after = self.look(module)
             change = before.change(after)
             if change or first:
-                drew = states.changed() or given.drew()
+                drew = states.changed() or arguments.drew()
                 self._again(twin, _Clone(output), after, compare=not drew)
             if change and self.found is None:
                 self._compare_with_the_last(_kind(call.kind), before, after)
@@ -162,10 +156,9 @@ class StateWatch:
         return output
 
     def _again(self, call: Call, kept: _Clone, after: ModuleState, *, compare: bool) -> None:
-        """Run the same call once more: a module that keeps nothing changes no more, and gives the
-        same."""
+        """Run the same call again: without state, it changes nothing and gives the same result."""
         states = RandomStates(_device(call.target.module))
-        given = ArgumentSnapshot(*call.args, *call.kwargs.values())
+        arguments = ArgumentSnapshot(*call.args, *call.kwargs.values())
         try:
             output = call.run()
             change = after.change(self.look(call.target.module))
@@ -180,59 +173,52 @@ class StateWatch:
             if not ran_out(error):
                 self.found = f"it raises {type(error).__name__} when the same call is run again"
         finally:
-            # it draws random numbers; else another thread may have, which must not draw the same
-            # again
+            # only if the call draws random numbers; otherwise another thread may have drawn them,
+            # which must not draw the same again
             if not compare:
                 states.put_back()
-            given.put_back()
+            arguments.put_back()
 
     def _compare_with_the_last(
         self, kind: Hashable, before: ModuleState, after: ModuleState
     ) -> None:
-        """What a kind of call writes must be the same each time: else it is of the call before."""
-        places = before.change(after).places
-        marks = after.marks(places)
-        known = self._left.get(kind)
-        if known is not None:
-            differing = [
-                place for place in places & known[0] if known[1].get(place) != marks.get(place)
-            ]
-            if differing:
-                self.found = (
-                    f"a forward leaves what differs from call to call in "
-                    f"{some(before.change(after).paths)}"
-                )
-        self._left[kind] = (places, marks)
+        """A kind of call must write the same each time; otherwise that depends on earlier calls."""
+        change = before.change(after)
+        places, marks = change.places, after.marks(change.places)
+        last_places, last_marks = self._written.get(kind, (frozenset(), {}))
+        if any(last_marks.get(place) != marks.get(place) for place in places & last_places):
+            self.found = f"calls write different values to {some(change.paths)}"
+        self._written[kind] = (places, marks)
 
 
 def same(first: Any, second: Any, again: Any) -> bool:
-    """Whether two results of one call are the same: to the last bit, or within the noise of the
-    call made `again` right after the first where the device sums in any order."""
+    """Whether two results of one call are bitwise equal, or on a device that sums in any order,
+    within the noise between the first and `again`, the next run."""
     if equal(first, second):
         return True
     return on_a_device(second) and (again is None or close(second, first, again))
 
 
 def on_a_device(output: Any) -> bool:
-    return any(one.device.type != "cpu" for one in tensors(output))
+    return any(tensor.device.type != "cpu" for tensor in tensors(output))
 
 
 def _kind(kind: Hashable) -> Hashable:
-    """The kind of a call; one for all calls that are like no other."""
+    """The kind of a call; None for all calls that have a kind of their own."""
     return kind if isinstance(kind, tuple) else None
 
 
 def name_of(user: Any) -> Any:
-    """What tells jobs apart, also those that have ended."""
+    """A key of a job, unique also among ended ones."""
     return getattr(user, "id", id(user))
 
 
 def _device(module: nn.Module) -> torch.device:
-    return next((one.device for one in module.parameters()), torch.device("cpu"))
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
 
 
 class _Clone:
-    """A copy of a result, if there can be one."""
+    """A copy of a result, if it can be copied."""
 
     def __init__(self, output: Any) -> None:
         try:

@@ -1,4 +1,4 @@
-"""What shares no forward, or takes turns, and why."""
+"""Why calls run alone, or jobs take turns: logs and counts."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ KEPT = 64
 
 
 class Unshared:
-    """Reasons as they are met, each logged once; and how many calls ran alone for each."""
+    """Logs each reason once, and counts the calls that run alone for it."""
 
     def __init__(self) -> None:
         self.calls: Counter[UnsharedReason] = Counter()
-        self._known: OrderedDict[tuple[str, UnsharedReason], str] = OrderedDict()
+        self._details: OrderedDict[tuple[str, UnsharedReason], str] = OrderedDict()
 
     def note(self, name: str, code: UnsharedReason, detail: str) -> None:
-        """A call of this name runs alone."""
+        """Count a call of this name that runs alone, and log the reason if it is new."""
         self.calls[code] += 1
-        if (name, code) in self._known or len(self._known) >= KEPT:
+        if (name, code) in self._details or len(self._details) >= KEPT:
             return
-        self._known[name, code] = detail
+        self._details[name, code] = detail
         level = logging.INFO if code in ("reproducible", "cast") else logging.WARNING
         logger.log(level, "calls of %s run alone (%s): %s", name, code, detail)
 
@@ -38,8 +38,8 @@ class Unshared:
         certificates: Certificates,
         turns: Mapping[str, UnsharedNote],
     ) -> None:
-        """Count a call, the first, that runs alone though others are there, or that can have no
-        company, and why; `turns`: why jobs run one at a time, by module, if they do now."""
+        """Count the first of these calls, which runs alone, if others wait or it can never be
+        merged. `turns`: why jobs run one at a time now, by module."""
         call = calls[0]
         if call.alone is not None:
             self.note(call.target.name, *call.alone)
@@ -54,14 +54,15 @@ class Unshared:
     def listed(
         self, certificates: Iterable[Certificate], turns: dict[str, UnsharedNote]
     ) -> list[dict[str, str]]:
-        """All reasons, as `StepEngine.stats` and `/v1/models` show them; `turns`: why jobs run one
-        at a time, by module."""
-        found = {(name, code, detail): None for name, (code, detail) in turns.items()}
-        known = list(self._known.items())  # read on any thread
-        found |= {(name, code, detail): None for (name, code), detail in known}
-        for one in certificates:
-            alone = one.alone  # once: meanwhile the engine's thread may find that they need not
-            if alone is not None and one.target not in turns:
+        """All reasons, as `StepEngine.stats` and `/v1/models` show them. `turns`: as in `met`."""
+        rows = {(name, code, detail): None for name, (code, detail) in turns.items()}
+        details = list(self._details.items())  # a copy, since any thread may read it
+        rows |= {(name, code, detail): None for (name, code), detail in details}
+        for item in certificates:
+            alone = item.alone  # read once: the engine's thread may change it
+            if alone is not None and item.target not in turns:
                 code, detail = alone
-                found[one.target, code, f"{one.sample}: {detail}" if one.sample else detail] = None
-        return [{"call": name, "reason": code, "detail": detail} for name, code, detail in found]
+                rows[item.target, code, f"{item.sample}: {detail}" if item.sample else detail] = (
+                    None
+                )
+        return [{"call": name, "reason": code, "detail": detail} for name, code, detail in rows]

@@ -1,1 +1,1 @@
-"""What diffusers shares between calls, kept apart for each job."""
+"""State that diffusers and torch share between calls, kept separate for each job."""

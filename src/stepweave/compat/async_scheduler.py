@@ -1,4 +1,4 @@
-"""Schedulers of one request's own."""
+"""Copies of schedulers for single requests."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def clone_scheduler(scheduler: Any) -> Any:
 class BaseAsyncScheduler(wrapt.ObjectProxy[Any]):
     """A transparent proxy of a scheduler that makes copies for requests.
 
-    It is an instance of its scheduler's class for `isinstance`, can be copied and pickled, and
-    passes on every attribute.
+    It has all attributes of the scheduler, passes `isinstance` for its class, and can be copied and
+    pickled.
 
     >>> scheduler = BaseAsyncScheduler(FlowMatchEulerDiscreteScheduler(shift=3.0))
     >>> own = scheduler.clone_for_request(20)
@@ -40,16 +40,16 @@ class BaseAsyncScheduler(wrapt.ObjectProxy[Any]):
 
     @property
     def scheduler(self) -> Any:
-        """The scheduler inside."""
+        """The wrapped scheduler."""
         return self.__wrapped__
 
     def clone_for_request(
         self, num_inference_steps: int, device: str | torch.device | None = None, **kwargs: Any
     ) -> BaseAsyncScheduler:
-        """A proxy of a copy with its timesteps set, this one untouched.
+        """Return a proxy of a copy, and set its timesteps.
 
-        `kwargs` go to the scheduler's `set_timesteps` (dynamic shifting needs `mu`), which raises
-        for what is missing or not its own.
+        `kwargs` are passed to the scheduler's `set_timesteps` (dynamic shifting needs `mu`), which
+        raises TypeError or ValueError for wrong ones.
         """
         clone = clone_scheduler(self)
         clone.set_timesteps(num_inference_steps, device=device, **kwargs)
@@ -89,7 +89,7 @@ def async_retrieve_timesteps(
 
     Without `return_scheduler` exactly diffusers' function: sets the timesteps of `scheduler` and
     returns (timesteps, number of steps). With it, sets those of a copy and returns (timesteps,
-    number of steps, copy), `scheduler` untouched.
+    number of steps, copy); `scheduler` is not changed.
 
     >>> timesteps, n, own = async_retrieve_timesteps(pipeline.scheduler, 20, return_scheduler=True)
     """

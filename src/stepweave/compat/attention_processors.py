@@ -1,8 +1,8 @@
-"""Attention processors that calls swap: every job's own, though the modules are shared.
+"""Keeps attention processors that calls install separate for each job.
 
-Pipelines with perturbed attention guidance (PAG, Ahn et al. 2024, arXiv:2403.17377) put processors
-of their own into the denoiser's attentions for the length of a call. Here they are in place only
-while the job's own code runs, or a forward of it.
+Pipelines with perturbed attention guidance (PAG, Ahn et al. 2024, arXiv:2403.17377) replace the
+denoiser's attention processors during a call. Here the replacements are installed only while the
+job's fiber or one of its forwards runs.
 """
 
 from __future__ import annotations
@@ -14,32 +14,31 @@ from typing import Any
 import torch
 from torch import nn
 
-# the processors of all attentions, in order; None for those that are there anyway
+# the processors of all attentions, in order; None for the pipeline's own
 Installed = tuple[Any, ...] | None
 
 
 class AttentionProcessors:
-    """The processors of a pipeline's attentions. Everything here is done by the engine's thread."""
+    """The attention processors of a pipeline's modules. For the engine's thread only."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self._attentions = [
             part for module in modules for part in module.modules() if hasattr(part, "processor")
         ]
-        self._base: tuple[Any, ...] | None = None  # while others are in place
+        self._base: tuple[Any, ...] | None = None  # the pipeline's own, while others are installed
 
     def install(self, installed: Installed) -> None:
-        """Put a job's processors in place, until `restore`."""
+        """Install a job's processors, until `restore`."""
         self._base = self._all()
         self._set(installed or self._base)
 
     def installed(self) -> Installed:
-        """The processors in place, if they are a job's own."""
-        found = self._all()
-        return None if self._base is None or _same(found, self._base) else found
+        """The installed processors, if they are a job's own."""
+        processors = self._all()
+        return None if self._base is None or _same(processors, self._base) else processors
 
     def restore(self) -> Installed:
-        """Have everything be as it was before `install`; gives what the job has put in place
-        meanwhile."""
+        """Undo `install`. Returns the processors that the job has installed meanwhile."""
         installed, base = self.installed(), self._base
         assert base is not None
         self._base = None
@@ -48,7 +47,7 @@ class AttentionProcessors:
 
     @contextlib.contextmanager
     def installing(self, installed: Installed) -> Iterator[None]:
-        """Within the block a job's processors are in place, if it has some of its own."""
+        """Within the block, a job's processors are installed, if it has any."""
         if installed is None or self._base is not None:
             yield
             return
@@ -67,7 +66,7 @@ class AttentionProcessors:
 
 
 class ProcessorSwap:
-    """One job's processors, installed and restored around its fiber's switches."""
+    """Installs one job's processors while its fiber runs."""
 
     def __init__(self, processors: AttentionProcessors) -> None:
         self._processors = processors
@@ -80,13 +79,13 @@ class ProcessorSwap:
         self._installed = self._processors.restore()
 
 
-def _same(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
-    return all(one is other for one, other in zip(some, others, strict=True))
+def _same(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
+    return all(a is b for a, b in zip(first, second, strict=True))
 
 
 def set_processor(attention: torch.nn.Module, processor: Any) -> None:
-    """Put an attention's processor in place, be it a module or not; torch takes nothing else in a
-    module's place."""
+    """Set an attention's processor. A module is deleted first: torch allows only another module to
+    replace it."""
     if attention.processor is not processor:
         if isinstance(attention.processor, torch.nn.Module):
             del attention.processor

@@ -1,4 +1,4 @@
-"""Model CPU offload in company: which models are on the GPU while jobs in all phases take turns."""
+"""Model CPU offload for concurrent jobs: which models are on the GPU."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from torch import nn
 
 
 def moves_only(hook: Any) -> bool:
-    """Whether a hook of accelerate just brings a whole module to the GPU before its forward, and
-    keeps nothing of a call."""
+    """Whether a hook of accelerate only moves a whole module to the GPU before its forward, without
+    state of a call."""
     return type(hook) is CpuOffload
 
 
 class Offloading:
-    """What `enable_model_cpu_offload` does for one call at a time, for many.
+    """Does for many calls what `enable_model_cpu_offload` does for one at a time.
 
-    Its hooks take the text encoders off the GPU when the denoiser comes, and that when the
-    autoencoder comes; when the next job's text encoder comes, they take nothing off, and at the end
-    of a call all is. Here a model of that chain takes off all that was used before it whenever it
-    comes anew; what is not in the chain, like a ControlNet, stays with the denoiser it alternates
-    with. So no more is on the GPU at a time than with one job.
+    The hooks of diffusers move the text encoders off the GPU when the denoiser is needed, the
+    denoiser when the autoencoder is needed, and all at the end of a call; but none when the next
+    job's text encoder is needed. Here each model of that chain, when it is moved to the GPU, moves
+    all others off. Models that are not in the chain, such as a ControlNet, stay beside the
+    denoiser. So never more models are on the GPU than with one job.
     """
 
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = pipeline
-        self._used: dict[int, UserCpuOffloadHook] = {}  # by their models, which are on the GPU
+        self._used: dict[int, UserCpuOffloadHook] = {}  # by `id` of the models on the GPU
 
     def around(self, module: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function` of `module`, with room made for the module first where it is offloaded."""
+        """Wrap a function of `module`, to move others off the GPU first if it is offloaded."""
 
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -52,22 +52,22 @@ class Offloading:
             ]
             for hook in getattr(pipeline, "_all_hooks", ()):
                 if hook.model is module:
-                    if any(one is module for one in chain):
+                    if any(model is module for model in chain):
                         self.offload()
                     self._used[id(module)] = hook
                     return
 
     def offload(self) -> None:
-        """Take off the GPU what is there."""
+        """Move all models off the GPU."""
         while self._used:
             _, hook = self._used.popitem()
-            # else somebody put an end to offloading
+            # otherwise offloading has been disabled
             if getattr(hook.model, "_hf_hook", None) is hook.hook:
                 hook.offload()
 
 
 def pipelines_in(pipeline: Any) -> Iterator[Any]:
-    """A pipeline, and those that it is combined of."""
+    """A pipeline and its sub-pipelines."""
     yield pipeline
     for component in list(vars(pipeline).values()):
         if isinstance(component, DiffusionPipeline):
@@ -75,8 +75,7 @@ def pipelines_in(pipeline: Any) -> Iterator[Any]:
 
 
 def offload_only(pipeline: Any) -> Callable[[], None]:
-    """What a view does at the end of its call where CPU offload is on: move the models back, leave
-    their hooks alone."""
+    """A view's replacement for `maybe_free_model_hooks`: offloads the models, keeps their hooks."""
     hooks = list(getattr(pipeline, "_all_hooks", ()))
 
     def maybe_free_model_hooks() -> None:

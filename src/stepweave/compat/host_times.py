@@ -1,9 +1,8 @@
-"""Schedulers that look their times up in tables on the CPU, without waiting for the device at every
-step.
+"""Prevents schedulers from waiting for the device at every step.
 
-Their pipelines keep the timesteps on the device, for the model; such a scheduler's `step` takes one
-of them to the host, up to a dozen times. Here a step is given the same time on the CPU, from a copy
-of the timesteps that is made once a job.
+Pipelines keep timesteps on the device, for the model. The `step` of some schedulers looks the
+timestep up in tables on the CPU, so it waits for the device, up to a dozen times. Here a step gets
+the same timestep on the CPU, from a copy of the timesteps that is made once per job.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ from typing import Any
 import diffusers
 import torch
 
-# those whose step computes with its time on the host only, and gives the same to the last bit with
-# a time on the CPU
+# schedulers whose step uses its timestep only on the host, so that results are bitwise equal
 READERS: frozenset[type] = frozenset(
     getattr(diffusers, name)
     for name in (
@@ -38,30 +36,30 @@ READERS: frozenset[type] = frozenset(
 
 
 def keep_times_on_the_host(scheduler: Any) -> None:
-    """Have a view's own scheduler, if it is one of `READERS`, step with times on the CPU. Its
-    timesteps stay where they are."""
+    """Have a view's scheduler, if it is one of `READERS`, step with timesteps on the CPU. Its
+    `timesteps` stay on the device."""
     if type(scheduler) in READERS:
         scheduler.__class__ = _with_times_on_the_host(type(scheduler))  # type: ignore[arg-type]
 
 
 @functools.cache
 def _with_times_on_the_host(kind: type) -> type:
-    """A class like `kind`, also by its name."""
+    """A subclass of `kind` with the same name."""
     plain: Any = kind.step  # type: ignore[attr-defined]
     takes = [name for name in inspect.signature(plain).parameters if name.startswith("timestep")]
 
     @functools.wraps(plain)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(plain).bind(self, *args, **kwargs)
+        bound = inspect.signature(plain).bind(self, *args, **kwargs)
         there = self.timesteps
         here = _on_the_host(self, there)
         if here is None:
             return plain(self, *args, **kwargs)
         for name in takes:
-            given.arguments[name] = _twin(given.arguments.get(name), there, here)
+            bound.arguments[name] = _twin(bound.arguments.get(name), there, here)
         self.timesteps = here
         try:
-            return plain(*given.args, **given.kwargs)
+            return plain(*bound.args, **bound.kwargs)
         finally:
             if self.timesteps is here:
                 self.timesteps = there
@@ -77,25 +75,19 @@ def _with_times_on_the_host(kind: type) -> type:
 
 def _on_the_host(scheduler: Any, timesteps: Any) -> torch.Tensor | None:
     """A copy of timesteps that are on a device, made once."""
-    if (
-        not isinstance(timesteps, torch.Tensor)
-        or timesteps.device.type == "cpu"
-        or timesteps.is_inference()
-    ):
+    if not isinstance(timesteps, torch.Tensor) or timesteps.device.type == "cpu":
         return None
-    known = scheduler.__dict__.get("_stepweave_times")
-    if known is None or known[0] is not timesteps or known[1] != timesteps._version:
-        known = scheduler.__dict__["_stepweave_times"] = (
-            timesteps,
-            timesteps._version,
-            timesteps.cpu(),
-        )
-    return known[2]  # type: ignore[no-any-return]
+    if timesteps.is_inference():  # such tensors have no version
+        return None
+    entry = scheduler.__dict__.get("_stepweave_times")
+    if entry is None or entry[0] is not timesteps or entry[1] != timesteps._version:
+        entry = timesteps, timesteps._version, timesteps.cpu()
+        scheduler.__dict__["_stepweave_times"] = entry
+    return entry[2]  # type: ignore[no-any-return]
 
 
 def _twin(time: Any, there: torch.Tensor, here: torch.Tensor) -> Any:
-    """One of the timesteps on the CPU, found by its place among those on the device; anything else
-    as it is."""
+    """The CPU copy of a timestep, by its index on the device; other values unchanged."""
     if not isinstance(time, torch.Tensor) or time.ndim or time._base is None:
         return time
     base = there if there._base is None else there._base

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stepweave.errors import StepweaveError
 
-THRESHOLD = 1_000_000  # elements; a larger tensor is taken for weights and shared
+THRESHOLD = 1_000_000  # elements; larger tensors are assumed to be weights, and shared
 
 Replacement = Callable[[Any], Any]
 
@@ -60,50 +60,42 @@ _SHARED = (
 
 
 class IsolationError(StepweaveError):
-    """Something that a request would change can be neither copied nor shared; the message names
-    it."""
+    """An attribute, named by the message, that can be neither copied nor shared."""
 
 
 class Isolation:
-    """One walk through a pipeline. An object met twice is copied once, so what was one stays one.
+    """Copies a pipeline's values for one request; each object once, so that references to the same
+    object stay equal.
 
-    `wrap` is asked for every shared component and may return something to stand in its place.
-    Tensors and arrays of more than `threshold` elements are shared.
+    `wrap` is called with every shared component and returns it or a replacement. Tensors and arrays
+    of more than `threshold` elements are shared.
     """
 
     def __init__(self, wrap: Replacement | None = None, threshold: int = THRESHOLD) -> None:
         self._wrap = wrap
         self._threshold = threshold
-        self.copies: dict[int, Any] = {}  # by the `id` of what they are copies of
+        self.copies: dict[int, Any] = {}  # by `id` of the original
 
     def pipeline(self, pipeline: Any, path: str) -> Any:
-        """A view of a pipeline within the one that is viewed."""
+        """Make a view of a sub-pipeline. Subclasses must implement it to support these."""
         raise IsolationError(f"{path} is a pipeline within a value.", code="isolation")
 
     def value(self, value: Any, path: str) -> Any:
-        """A copy of a value, or the value where it is shared; `path` is for errors."""
+        """A copy of a value, or the value itself if it is shared. `path` is for errors."""
         copied = self.copies.get(id(value))
         if copied is None:
             copied = self.copies[id(value)] = self._copy(value, path)
         return copied
 
     def _copy(self, value: Any, path: str) -> Any:
-        # by type, not by __class__: a proxy is copied as what it is
-        cls = type(value)
+        cls = type(value)  # not `__class__`, which a proxy takes from its object
         if issubclass(cls, _SHARED):
-            return (
-                self._wrap(value)
-                if self._wrap is not None and isinstance(value, WRAPPABLE)
-                else value
-            )
+            wraps = self._wrap is not None and isinstance(value, WRAPPABLE)
+            return self._wrap(value) if wraps else value  # type: ignore[misc]
         if issubclass(cls, wrapt.ObjectProxy):
-            # a proxy of ours: around a scheduler it is made anew, around a tokenizer it is shared
-            # like the lock in it
-            return (
-                cls(self.value(value.__wrapped__, path))
-                if isinstance(value, SchedulerMixin)
-                else value
-            )
+            # a proxy of a scheduler is copied, a tokenizer's is shared like its lock
+            scheduler = isinstance(value, SchedulerMixin)
+            return cls(self.value(value.__wrapped__, path)) if scheduler else value
         if issubclass(cls, torch.Tensor):
             return value if value.numel() > self._threshold else value.detach().clone()
         if issubclass(cls, np.ndarray):
@@ -117,14 +109,13 @@ class Isolation:
         if cls is dict:
             return {key: self.value(item, f"{path}[{key!r}]") for key, item in value.items()}
         if issubclass(cls, types.MethodType):
-            # a method of something that was copied must act on the copy
-            return types.MethodType(
-                value.__func__, self.copies.get(id(value.__self__), value.__self__)
-            )
+            # a method of a copied object must act on the copy
+            owner = self.copies.get(id(value.__self__), value.__self__)
+            return types.MethodType(value.__func__, owner)
         if is_plain(cls):  # type: ignore[arg-type]
             return self._object(value, path)
         try:
-            # what holds modules, tokenizers or copies of ours must go on holding those
+            # references to modules, tokenizers and objects copied before must be kept
             return copy.deepcopy(value, dict(self.copies))
         except Exception as error:
             raise IsolationError(
@@ -132,7 +123,7 @@ class Isolation:
             ) from error
 
     def _object(self, value: Any, path: str) -> Any:
-        """A plain object: of the same class, its attributes copied by the same rules."""
+        """Copy a plain object and its attributes."""
         cls = type(value)
         twin = object.__new__(cls)
         self.copies[id(value)] = twin
@@ -143,8 +134,7 @@ class Isolation:
 
 @functools.lru_cache(1024)
 def is_plain(cls: type) -> bool:
-    """Whether objects of a class are their `__dict__` and nothing else, so that copying it copies
-    them."""
+    """Whether objects of a class consist of their `__dict__` only, so copying it is enough."""
     custom = ("__new__", "__reduce__", "__reduce_ex__", "__getstate__", "__copy__", "__deepcopy__")
     overridden = any(getattr(cls, name, None) is not getattr(object, name, None) for name in custom)
     return (

@@ -1,4 +1,4 @@
-"""Tokenizers and autoencoders under threads: one at a time."""
+"""Locks around tokenizers and autoencoders, which only one thread may use at a time."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import torch
 
 from stepweave.compat.proxy import Proxy
 
-# Is told of a call of a tokenizer: the method, what it returned, and what it was given; gives what
-# the caller is to have.
+# Called with a tokenizer's method, its output, args and kwargs; returns the output for the caller.
 Tokenized = Callable[[str, Any, tuple[Any, ...], dict[str, Any]], Any]
 
-# methods that set padding or truncation, or read through them
+# methods that set or use padding or truncation
 _LOCKED = frozenset(
     (
         "tokenize", "encode", "encode_plus", "batch_encode_plus", "pad", "decode", "batch_decode",
@@ -31,7 +30,7 @@ class LockedTokenizer(Proxy):
 
     Fast tokenizers set padding and truncation on a shared Rust object before each call: without the
     lock, threads corrupt each other's padding, and lengths that should be equal differ. `tokenized`
-    is told of each call while the lock is held.
+    is called with each output, with the lock held.
 
     >>> tokenizer = LockedTokenizer(pipeline.tokenizer, threading.RLock())
     """
@@ -78,6 +77,6 @@ class LockedAutoencoder(Proxy):
 
 
 def is_autoencoder(component: Any) -> bool:
-    """Whether a component is a model that encodes and decodes; tokenizers do, too."""
+    """Whether a component is a module that encodes and decodes; tokenizers are not modules."""
     methods = (getattr(component, name, None) for name in ("encode", "decode"))
     return isinstance(component, torch.nn.Module) and all(map(callable, methods))

@@ -1,4 +1,4 @@
-"""Hooks of diffusers on modules, installed and taken away without a trace."""
+"""Installs diffusers' hooks on modules, and removes them completely."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stepweave.errors import EngineMisuseError
 
 
 def check_free(pipeline: Any) -> None:
-    """Raises EngineMisuseError for a pipeline whose modules another engine has hooked."""
+    """Raise EngineMisuseError if another engine has hooked a pipeline's modules."""
     for name, module in modules_in(pipeline):
         registry = getattr(module, "_diffusers_hook", None)
         if registry and ENGINE_HOOK in registry.hooks:
@@ -21,24 +21,23 @@ def check_free(pipeline: Any) -> None:
 
 
 def install(module: nn.Module, hook: ModelHook) -> None:
-    """Have the module's forward go through the hook."""
     HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, ENGINE_HOOK)
 
 
 def uninstall(module: nn.Module) -> None:
-    """Take the hook away, and what diffusers leaves behind."""
+    """Remove the hook, and what diffusers would leave in the module."""
     registry: Any = module._diffusers_hook
     _remove(registry)
     forward = module.__dict__.get("forward")
     if forward is not None and getattr(forward, "__func__", None) is type(module).forward:
-        del module.__dict__["forward"]  # diffusers puts the class's own method back as an attribute
+        del module.__dict__["forward"]  # diffusers restores the class's method as an attribute
     if not registry.hooks:
         del module._diffusers_hook
 
 
 def _remove(registry: Any) -> None:
-    """Where others were registered after it, diffusers' own way would leave out the next of
-    them."""
+    """Remove the hook from a registry. If others were registered after it, diffusers' `remove_hook`
+    alone would skip the next one."""
     index = registry._hook_order.index(ENGINE_HOOK)
     ours, following = registry._fn_refs[index], registry._fn_refs[index + 1 : index + 2]
     kept = [(ref, ref.forward) for ref in following if ref.original_forward is not None]

@@ -1,12 +1,10 @@
-"""What modules keep between forwards beside their weights, read as a snapshot: to tell what
-changed, and to put it back.
+"""Snapshots of the state in modules besides their weights, to find and undo changes.
 
 A snapshot covers attributes of every submodule and of its class, buffers, torch's hooks, and
-whatever can be reached from these or from a patched `forward`: closures, default arguments,
-attributes of functions, the globals that a function names, lists, dictionaries, plain objects.
-Values are compared as values: a table that is made again with the same content has not changed.
-State outside of Python objects (in an extension, on a disk) is not covered; only results can show
-it.
+everything reachable from these or from a patched `forward`: closures, default arguments, attributes
+of functions, globals that a function names, lists, dictionaries, plain objects. Values are compared
+by content: a table that is computed again has not changed. State outside of Python objects (in an
+extension, on a disk) is not covered; only results can show it.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ from stepweave.compat.values import (
 
 logger = logging.getLogger(__name__)
 
-Place = tuple[int, Any]  # the id of what holds a value, and the key
+Place = tuple[int, Any]  # the id of a value's holder, and the key there
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _NOT_STATE = TORCH_OWN | {"_hf_hook", "_diffusers_hook", "config", "_compiled_call_impl"}
@@ -47,36 +45,36 @@ _NOT_STATE = TORCH_OWN | {"_hf_hook", "_diffusers_hook", "config", "_compiled_ca
 
 @dataclass(eq=False, slots=True)
 class _Root:
-    """A place in a module or its class that holds a value: a key of a dictionary, or an attribute
-    of a class."""
+    """A value in a module or its class: a key of a dictionary, or an attribute of a class."""
 
     path: str
     holder: Any
     key: Any
     mark: Hashable  # equal for equal values
     value: Any
-    # puts back what the value contains
+    # restore the content of the value
     undo: list[Callable[[], None]] = field(default_factory=list)
-    owner: int = 0  # the id of the attributes of the module, or of the class, that it is in
-    # a sample of the numbers, and the address, of a weight that is not kept
-    seen: tuple[Hashable, int] | None = None
+    owner: int = 0  # the id of the module's attributes, or of the class, that it is in
+    # for a weight that is not copied: a sample of its numbers, and its address
+    sample: tuple[Hashable, int] | None = None
+
+    @property
+    def place(self) -> Place:
+        return id(self.holder), self.key
 
     def is_lost(self, later: _Root | None) -> bool:
         """Whether it is a weight that has other numbers `later`, in the same memory."""
-        if (
-            later is None
-            or later.value is not self.value
-            or self.seen is None
-            or later.seen is None
-        ):
+        if later is None or later.value is not self.value:
             return False
-        (numbers, address), (new_numbers, new_address) = self.seen, later.seen
+        if self.sample is None or later.sample is None:
+            return False
+        (numbers, address), (new_numbers, new_address) = self.sample, later.sample
         return numbers != new_numbers and address == new_address
 
     def put_back(self) -> None:
         _assign(self.holder, self.key, self.value)
-        for one in self.undo:
-            one()
+        for function in self.undo:
+            function()
 
     def remove(self) -> None:
         if isinstance(self.holder, type):
@@ -86,8 +84,7 @@ class _Root:
 
 
 class _Flat(NamedTuple):
-    """Places of one dictionary whose values need no reading: numbers, strings, weights,
-    submodules."""
+    """Values of one dictionary that need no reading: numbers, strings, weights, submodules."""
 
     path: str
     holder: dict[str, Any]
@@ -97,21 +94,17 @@ class _Flat(NamedTuple):
 
     def root(self, key: str) -> _Root:
         value = self.values[key]
-        # a weight stands here only while it has no attributes of its own
+        mark = self.marks[key]
         undo: list[Callable[[], None]] = []
-        if isinstance(value, nn.Parameter):
-            undo = [
-                value.__dict__.clear,
-                functools.partial(setattr, value, "requires_grad", self.marks[key][2]),
-            ]
-        return _Root(
-            f"{self.path}.{key}", self.holder, key, self.marks[key], value, undo, self.owner
-        )
+        if isinstance(value, nn.Parameter):  # it is here only if it has no attributes of its own
+            requires_grad = functools.partial(setattr, value, "requires_grad", mark[2])
+            undo = [value.__dict__.clear, requires_grad]
+        return _Root(f"{self.path}.{key}", self.holder, key, mark, value, undo, self.owner)
 
 
 class Change:
-    """What differs between two snapshots of the same modules. `common`: the owners that both have
-    read. From others, such as submodules that were replaced, nothing is taken away."""
+    """The differences between two snapshots of the same modules. `common`: the owners in both
+    snapshots. From others, such as submodules that were replaced, nothing is removed."""
 
     def __init__(self, before: list[_Root], after: list[_Root], common: Set[int]) -> None:
         self._before = before
@@ -123,26 +116,23 @@ class Change:
 
     @functools.cached_property
     def paths(self) -> list[str]:
-        """What changed, each with the names of what it is in, as far as they are known."""
-        later = {(id(one.holder), one.key): one for one in self._after}
-        found = {one.path: "" for one in self._after}
-        for one in self._before:
-            other = later.get((id(one.holder), one.key))
-            found[one.path] = "" if other is None else _where(one.mark, other.mark)
-        return sorted(path + inside for path, inside in found.items())
+        """The paths of values that changed, as far inside them as is known."""
+        later = {root.place: root for root in self._after}
+        inside = {root.path: "" for root in self._after}
+        for root in self._before:
+            other = later.get(root.place)
+            inside[root.path] = "" if other is None else _where(root.mark, other.mark)
+        return sorted(path + rest for path, rest in inside.items())
 
     @functools.cached_property
     def lost(self) -> list[str]:
-        """Weights that were written to in place and cannot be put back, since they were not
-        copied."""
-        later = {(id(one.holder), one.key): one for one in self._after}
-        return [
-            one.path for one in self._before if one.is_lost(later.get((id(one.holder), one.key)))
-        ]
+        """Weights that were overwritten and cannot be restored, since they were not copied."""
+        later = {root.place: root for root in self._after}
+        return [root.path for root in self._before if root.is_lost(later.get(root.place))]
 
     @property
     def places(self) -> frozenset[Place]:
-        return frozenset((id(one.holder), one.key) for one in (*self._before, *self._after))
+        return frozenset(root.place for root in (*self._before, *self._after))
 
     def undo(self) -> None:
         _exchange(self._after, self._before, self._common)
@@ -152,22 +142,20 @@ class Change:
 
 
 class ModuleState:
-    """A snapshot of what modules keep. With `keep` it can be put back: what may be written to in
-    place is copied.
-
-    With `weights` these are read, too; the larger ones are neither compared whole nor put back.
-    """
+    """A snapshot of modules. With `keep` it can be restored: values that may be written to in place
+    are copied. With `weights` these are read, too; those of more than WHOLE numbers are only
+    sampled, and cannot be restored."""
 
     def __init__(
         self, modules: Mapping[str, nn.Module], *, keep: bool = False, weights: bool = False
     ) -> None:
         self._roots: dict[Place, _Root] = {}
-        self._flat: dict[int, _Flat] = {}  # by the ids of their dictionaries
-        self._owners = {0}  # ids of the attributes of modules, and 0 for what is in none
-        self._owner = 0  # that is being read
+        self._flat: dict[int, _Flat] = {}  # by `id` of their dictionaries
+        self._owners = {0}  # ids of the attributes of modules, and 0 for global hooks
+        self._owner = 0  # the current one
         self._reader = Reader(keep)
         self.weights = weights
-        classes: dict[type, None] = {}  # each once, however many modules are of it
+        classes: dict[type, None] = {}  # each once
         for prefix, module in modules.items():
             parts = list(module.named_modules(memo=self._reader.modules, prefix=prefix))
             for name, part in parts:
@@ -185,7 +173,7 @@ class ModuleState:
                 self._add(f"torch.{name}[{key}]", hooks, key, value)
 
     def change(self, later: ModuleState) -> Change:
-        """What is not in `later` as it is here."""
+        """The differences between this snapshot and a `later` one."""
         before, after = [], []
         ours, theirs = self._roots, later._roots
         for place, root in ours.items():
@@ -198,29 +186,26 @@ class ModuleState:
             flat, new = self._flat.get(number), later._flat.get(number)
             old_marks, new_marks = flat.marks if flat else {}, new.marks if new else {}
             if old_marks != new_marks:
-                keys = [
-                    key
-                    for key in old_marks | new_marks
-                    if old_marks.get(key, self) != new_marks.get(key, self)
-                ]
-                keys = [key for key in keys if not (flat and new and _made_again(flat, new, key))]
+                both = old_marks | new_marks
+                keys = [key for key in both if old_marks.get(key, self) != new_marks.get(key, self)]
+                keys = [key for key in keys if not (flat and new and _recreated(flat, new, key))]
                 before += [flat.root(key) for key in keys if flat and key in old_marks]
                 after += [new.root(key) for key in keys if new and key in new_marks]
         return Change(before, after, self._owners & later._owners)
 
     def marks(self, places: Iterable[Place]) -> dict[Place, Hashable]:
-        """Values of some places, to be compared."""
-        found: dict[Place, Hashable] = {}
+        """The marks of the values in some places, for comparison."""
+        marks: dict[Place, Hashable] = {}
         for place in places:
             root, flat = self._roots.get(place), self._flat.get(place[0])
             if root is not None:
-                found[place] = root.mark
+                marks[place] = root.mark
             elif flat is not None and place[1] in flat.marks:
-                found[place] = flat.marks[place[1]]
-        return found
+                marks[place] = flat.marks[place[1]]
+        return marks
 
     def adopt(self, other: ModuleState, places: Iterable[Place]) -> None:
-        """Be as another snapshot in some places."""
+        """Take the values of some places from another snapshot."""
         for place in places:
             number, key = place
             self._roots.pop(place, None)
@@ -248,7 +233,7 @@ class ModuleState:
         for holder, key in patched:
             self._add(f"{name}.forward", holder, key, holder[key])
         if "forward" in attributes and all(holder is not attributes for holder, _ in patched):
-            function = attributes["forward"]  # what hooks have put there is told by its identity
+            function = attributes["forward"]  # set by hooks, so compared by identity
             self._put(f"{name}.forward", attributes, "forward", ("forward", id(function)), function)
         self._put(f"{name}.__class__", part, "__class__", id(type(part)), type(part))
         self._read_weights(part, name)
@@ -256,9 +241,8 @@ class ModuleState:
             self._add(f"{name}.{key}", part._buffers, key, value)
         if part._modules:
             children = dict(part._modules)
-            self._flat[id(part._modules)] = _Flat(
-                name, part._modules, children, children, self._owner
-            )
+            flat = _Flat(name, part._modules, children, children, self._owner)
+            self._flat[id(part._modules)] = flat
         for hooks in _HOOKS:
             for key, value in attributes[hooks].items():
                 self._add(f"{name}.{hooks}[{key}]", attributes[hooks], key, value)
@@ -267,32 +251,27 @@ class ModuleState:
         self._roots[id(holder), key] = _Root(path, holder, key, mark, value, [], self._owner)
 
     def _read_weights(self, part: nn.Module, name: str) -> None:
-        flat: dict[str, Any] = {}
-        for key, value in part._parameters.items():
-            if value is not None and (self.weights or value.__dict__):
-                self._roots[id(part._parameters), key] = self._weight(
-                    f"{name}.{key}", part._parameters, key, value
-                )
+        marks: dict[str, Any] = {}
+        weights = part._parameters
+        for key, value in weights.items():
+            if value is None:
+                marks[key] = None
+            elif self.weights or value.__dict__:
+                root = self._weight(f"{name}.{key}", weights, key, value)
+                self._roots[id(weights), key] = root
             else:
-                flat[key] = (
-                    None if value is None else (id(value), version(value), value.requires_grad)
-                )
-        if flat:
-            values = {key: part._parameters[key] for key in flat}
-            self._flat[id(part._parameters)] = _Flat(
-                name, part._parameters, flat, values, self._owner
-            )
+                marks[key] = (id(value), version(value), value.requires_grad)
+        if marks:
+            values = {key: weights[key] for key in marks}
+            self._flat[id(weights)] = _Flat(name, weights, marks, values, self._owner)
 
     def _weight(self, path: str, holder: Any, key: str, value: nn.Parameter) -> _Root:
         undo: list[Callable[[], None]] = [
             functools.partial(setattr, value, "requires_grad", value.requires_grad)
         ]
         numbers, small = content(value) if self.weights else None, value.numel() <= WHOLE
-        mark: Hashable = (
-            id(value),
-            numbers if self.weights else version(value),
-            value.requires_grad,
-        )
+        written = numbers if self.weights else version(value)
+        mark: Hashable = (id(value), written, value.requires_grad)
         if self.weights and self._reader.keep:
             kept = value.detach().clone() if small else value.detach()
             undo.append(functools.partial(write if small else rebind, value, kept))
@@ -300,8 +279,9 @@ class ModuleState:
             mark = (mark, self._reader.mark(value.__dict__, undo))
         else:
             undo.append(value.__dict__.clear)
-        seen = None if small or not self.weights else (_without_version(numbers), _address(value))
-        return _Root(path, holder, key, mark, value, undo, self._owner, seen)
+        sampled = self.weights and not small
+        sample = (_without_version(numbers), _address(value)) if sampled else None
+        return _Root(path, holder, key, mark, value, undo, self._owner, sample)
 
     def _read_class(self, cls: type) -> None:
         self._owner = id(cls)
@@ -309,9 +289,8 @@ class ModuleState:
         for key, value in vars(cls).items():
             if key.startswith("__"):
                 continue
-            function = (
-                value.fget if isinstance(value, property) else getattr(value, "__func__", value)
-            )
+            function = getattr(value, "__func__", value)
+            function = value.fget if isinstance(value, property) else function
             if isinstance(function, types.FunctionType):
                 if of_a_library(function):
                     continue
@@ -330,58 +309,49 @@ class ModuleState:
         try:
             mark = self._reader.mark(value, undo)
             saved = self._reader.saved(value)
-        except Exception as error:  # an object that cannot be read is what it is
+        except Exception as error:  # an object that cannot be read is compared by identity
             logger.debug("%s cannot be read: %r", path, error)
             mark, saved = (type(value), id(value)), value
         self._roots[id(holder), key] = _Root(path, holder, key, mark, saved, undo, self._owner)
 
 
 def _without_version(numbers: Any) -> Hashable:
-    """What `content` gives of a large tensor, but for how often that was written to."""
+    """The `content` of a large tensor without its version."""
     return (*numbers[:2], numbers[-1])
 
 
 def _address(tensor: torch.Tensor) -> int:
     try:
         return tensor.data_ptr()
-    except (RuntimeError, NotImplementedError):  # it has no memory of its own
+    except (RuntimeError, NotImplementedError):  # it has no storage
         return 0
 
 
-def _made_again(before: _Flat, after: _Flat, key: str) -> bool:
-    """Whether a weight was replaced by another object for the same numbers: `self.mean =
+def _recreated(before: _Flat, after: _Flat, key: str) -> bool:
+    """Whether a weight was replaced by another object with equal numbers, as in `self.mean =
     nn.Parameter(self.mean.to(device))`."""
     old, new = before.values.get(key), after.values.get(key)
     if old is new or not isinstance(old, nn.Parameter) or not isinstance(new, nn.Parameter):
         return False
-    if (id(old), version(old), new.requires_grad) != before.marks[key] or (
-        old.shape,
-        old.dtype,
-        old.device,
-    ) != (
-        new.shape,
-        new.dtype,
-        new.device,
-    ):
-        return False  # nothing can be told of what was written to since
+    if (id(old), version(old), new.requires_grad) != before.marks[key]:
+        return False  # the old one was written to since, so its numbers are unknown
+    if (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device):
+        return False
     if _address(old) and _address(old) == _address(new) and old.stride() == new.stride():
         return version(new) == version(old)
     return old.numel() <= WHOLE and content(old) == content(new)
 
 
 def _where(before: Hashable, after: Hashable) -> str:
-    """The names on the way to where two marks first differ."""
+    """The path to the first difference of two marks."""
     if isinstance(before, tuple) and isinstance(after, tuple):
-        for one, other in zip(before, after, strict=False):
-            if one != other:
-                if (
-                    isinstance(one, tuple)
-                    and isinstance(other, tuple)
-                    and len(one) == len(other) == 2
-                ):
-                    if isinstance(one[0], str) and one[0] == other[0]:
-                        return f".{one[0]}{_where(one[1], other[1])}"
-                return _where(one, other)
+        for old, new in zip(before, after, strict=False):
+            if old != new:
+                pairs = isinstance(old, tuple) and isinstance(new, tuple)
+                if pairs and len(old) == len(new) == 2:
+                    if isinstance(old[0], str) and old[0] == new[0]:
+                        return f".{old[0]}{_where(old[1], new[1])}"
+                return _where(old, new)
         longer = max(before, after, key=len)
         extra = longer[min(len(before), len(after)) :]
         if extra and isinstance(extra[0], tuple) and extra[0] and isinstance(extra[0][0], str):
@@ -389,14 +359,14 @@ def _where(before: Hashable, after: Hashable) -> str:
     return ""
 
 
-def _exchange(here: list[_Root], there: list[_Root], common: Set[int]) -> None:
-    """Put the values `there` in the place of those `here`."""
-    wanted = {(id(one.holder), one.key) for one in there}
-    for one in here:
-        if (id(one.holder), one.key) not in wanted and one.owner in common:
-            one.remove()
-    for one in there:
-        one.put_back()
+def _exchange(old: list[_Root], new: list[_Root], common: Set[int]) -> None:
+    """Replace the `old` values by the `new` ones."""
+    wanted = {root.place for root in new}
+    for root in old:
+        if root.place not in wanted and root.owner in common:
+            root.remove()
+    for root in new:
+        root.put_back()
 
 
 def _assign(holder: Any, key: Any, value: Any) -> None:
@@ -412,14 +382,12 @@ def _assign(holder: Any, key: Any, value: Any) -> None:
 
 def _classes(cls: type) -> Iterator[type]:
     """A module's class and its bases, up to torch's own."""
-    return itertools.takewhile(
-        lambda base: base is not nn.Module and base is not object, cls.__mro__
-    )
+    return itertools.takewhile(lambda base: base not in (nn.Module, object), cls.__mro__)
 
 
 def _patched(part: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
-    """Where the functions stand that a patched module runs in place of its class's: below the hooks
-    of diffusers."""
+    """The holders and keys of functions that replace a patched module's `forward`, below hooks of
+    diffusers."""
     registry = part.__dict__.get("_diffusers_hook")
     if registry is not None:
         for reference in registry._fn_refs:
@@ -436,10 +404,9 @@ def _patched(part: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def _compiled(function: Any) -> bool:
-    """Whether a function or a module is what torch.compile made, which keeps what it has
-    compiled."""
+    """Whether torch.compile made a function or a module, which stores compiled code."""
     if type(function).__module__.startswith("torch._dynamo"):
         return True
-    if isinstance(function, nn.Module):  # which takes long to say what it does not have
+    if isinstance(function, nn.Module):  # its `getattr` is slow for missing attributes
         return False
     return str(getattr(function, "__globals__", {}).get("__name__")).startswith("torch._dynamo")

@@ -1,9 +1,8 @@
-"""Changes that a job's own code makes to the modules that all jobs share: in place only while that
-job runs.
+"""Applies changes that a job's own code makes to shared modules only while that job runs.
 
-A callback may scale an adapter, switch tiling on, replace an attention processor; a pipeline may
-cast its autoencoder to single precision and back. Such a change is taken out of the modules
-whenever the job's fiber is left, and put in again when it goes on.
+A callback may scale an adapter, switch tiling on, or replace an attention processor; a pipeline may
+cast its autoencoder to single precision and back. Such a change is undone whenever the job's fiber
+is suspended, and redone when it continues.
 """
 
 from __future__ import annotations
@@ -15,26 +14,26 @@ import torch
 from torch import nn
 
 from stepweave.compat.module_state import Change, ModuleState
+from stepweave.compat.nested import flat
 from stepweave.compat.values import comes_with_a_library
 from stepweave.contained import contained
 
-SMALL = (bool, int, float, str)  # values that may decide what a pipeline does
-LONG = 64  # characters of a value, from which on it is a prompt rather
+SMALL = (bool, int, float, str)  # types of values that may select a pipeline's code
+LONG = 64  # characters of a value; longer ones are assumed to be prompts
 
 T = TypeVar("T")
 
 
 class OwnState:
-    """What one job has changed in the modules. Costs a walk through them at each switch, and with
-    `weights` through these."""
+    """The changes of one job in the modules. Reads the modules at each switch of the fiber, and
+    with `weights` also these."""
 
     def __init__(self, modules: Mapping[str, nn.Module], *, weights: bool = False) -> None:
         self._modules = modules
         self._weights = weights
         self._base: ModuleState | None = None  # of the others, while the fiber runs
         self._change: Change | None = None
-        # weights that it has written to in place, and that cannot be put back
-        self.lost: list[str] = []
+        self.lost: list[str] = []  # weights that it has overwritten and that cannot be restored
 
     def __bool__(self) -> bool:
         """Whether the job has changed anything."""
@@ -46,7 +45,7 @@ class OwnState:
 
     def enter(self) -> None:
         self._base = None
-        with contained("read what modules hold"):
+        with contained("take a snapshot of modules"):
             self._base = self._look()
             if self._change is not None:
                 self._change.redo()
@@ -54,7 +53,7 @@ class OwnState:
     def leave(self) -> None:
         if self._base is None:
             return
-        with contained("put back what a job has changed in modules"):
+        with contained("undo a job's changes in modules"):
             change = self._base.change(self._look())
             change.undo()
             self._change = change or None
@@ -62,17 +61,17 @@ class OwnState:
         self._base = None
 
     def during(self, forward: Callable[[], T]) -> T:
-        """A forward's result. What it writes to the modules is none of the job's doing, unless they
-        are the job's own by now."""
+        """Run a forward and return its result. Its writes to modules do not count as the job's,
+        unless the job has changed modules before."""
         if self._change is not None or self._base is None:
             return forward()
         before: ModuleState | None = None
-        with contained("read what modules hold"):
+        with contained("take a snapshot of modules"):
             before = self._look()
         try:
             return forward()
         finally:
-            with contained("read what modules hold"):
+            with contained("take a snapshot of modules"):
                 if before is not None and self._base is not None:
                     after = self._look()
                     self._base.adopt(after, before.change(after).places)
@@ -101,9 +100,10 @@ class OwnTypes:
 
 def _types(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, torch.dtype]]:
     for module in modules:
-        found = next((one.dtype for one in module.parameters() if one.is_floating_point()), None)
-        if found is not None:
-            yield module, found
+        dtypes = (item.dtype for item in module.parameters() if item.is_floating_point())
+        dtype = next(dtypes, None)
+        if dtype is not None:
+            yield module, dtype
 
 
 def _cast(types: Mapping[nn.Module, torch.dtype]) -> None:
@@ -111,24 +111,19 @@ def _cast(types: Mapping[nn.Module, torch.dtype]) -> None:
         module.to(dtype)
 
 
-def has_code(value: Any, depth: int = 3) -> bool:
-    """Whether an argument of a call contains something that could be called: a callback, of one
-    kind or another."""
-    if isinstance(value, (list, tuple)):
-        return depth > 0 and any(has_code(item, depth - 1) for item in value)
-    if isinstance(value, dict):
-        return depth > 0 and any(has_code(item, depth - 1) for item in value.values())
-    if isinstance(value, (type, nn.Module)):
-        return False
-    return callable(value) or not (
-        comes_with_a_library(type(value)) or type(value).__module__.startswith("PIL.")
+def has_code(value: Any) -> bool:
+    """Whether an argument contains a callback: anything that could be called."""
+    return any(
+        callable(item)
+        or not (comes_with_a_library(type(item)) or type(item).__module__.startswith("PIL."))
+        for item in flat(value)
+        if not isinstance(item, (type, nn.Module))
     )
 
 
 def signature(kind: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
-    """What calls have in common that run the same code of a pipeline of this class, as far as can
-    be told: of one that comes with diffusers the names of the arguments, of any other small values,
-    too."""
+    """A key that is equal for calls that probably run the same code of a pipeline of this class:
+    the names of the arguments, and for classes that are not diffusers', small values."""
     names = frozenset(name for name, value in kwargs.items() if value is not None)
     if comes_with_a_library(kind):
         return kind, len(args), names

@@ -1,4 +1,4 @@
-"""Transparent proxies."""
+"""The base of proxies for shared objects."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import wrapt
 
 
 class Proxy(wrapt.ObjectProxy[Any]):
-    """Stands in front of an object that requests share. A copy, or what is unpickled, is of that
-    object, without the proxy."""
+    """A transparent proxy of an object that requests share. Copying or pickling it gives a copy of
+    that object, without the proxy."""
 
     def __copy__(self) -> Any:
         return copy.copy(self.__wrapped__)
@@ -19,5 +19,5 @@ class Proxy(wrapt.ObjectProxy[Any]):
         return copy.deepcopy(self.__wrapped__, memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # a lock does not pickle; the copy is another process's
+        # a lock cannot be pickled, and another process needs none
         return self.__wrapped__.__reduce_ex__(protocol)

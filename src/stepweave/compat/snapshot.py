@@ -1,5 +1,4 @@
-"""What a call is given, noted before it runs: to tell whether it was changed, and to undo that for
-another attempt."""
+"""Snapshots of a call's arguments, to detect and undo changes before another attempt."""
 
 from __future__ import annotations
 
@@ -7,20 +6,12 @@ from typing import Any
 
 import torch
 
-from stepweave.compat.isolation import is_plain
-
-DEEPEST = 6  # objects and lists in each other
-
-
-def is_holder(value: Any) -> bool:
-    """Whether an object is what it holds and nothing else, so that one which holds other things can
-    be made like it."""
-    return is_plain(type(value)) and not callable(value)  # type: ignore[arg-type]
+from stepweave.compat.nested import COLLECTIONS, DEEPEST, contents, is_holder
 
 
 class ArgumentSnapshot:
-    """Tensors by their versions, generators by their states; lists, dictionaries and objects by
-    what they hold."""
+    """The versions of tensors, the states of generators, and the contents of lists, dictionaries
+    and plain objects."""
 
     def __init__(self, *values: Any) -> None:
         self._tensors: list[tuple[torch.Tensor, int]] = []
@@ -33,38 +24,36 @@ class ArgumentSnapshot:
         if value is None or isinstance(value, (bool, int, float, str)):
             return
         if isinstance(value, torch.Tensor):
-            if not value.is_inference():  # such tensors do not say when they are written to
+            if not value.is_inference():  # such tensors do not count writes
                 self._tensors.append((value, value._version))
             return
         if isinstance(value, torch.Generator):
             self._generators.append((value, value.get_state()))
             return
-        holder = not isinstance(value, (list, tuple, dict)) and is_holder(value)
-        if depth > DEEPEST or not (holder or isinstance(value, (list, tuple, dict))):
+        if depth > DEEPEST or not (isinstance(value, COLLECTIONS) or is_holder(value)):
             return
-        inside: Any = vars(value) if holder else value
-        if isinstance(inside, list):
-            self._held.append((inside, list(inside)))
-        elif isinstance(inside, dict):
+        if isinstance(value, list):
+            self._held.append((value, list(value)))
+        elif not isinstance(value, tuple):
+            inside = value if isinstance(value, dict) else vars(value)
             self._held.append((inside, dict(inside)))
-        for item in inside.values() if isinstance(inside, dict) else inside:
+        for item in contents(value):
             self._note(item, depth + 1)
 
     def overwritten(self) -> bool:
-        """Whether a tensor was written to, which cannot be undone."""
+        """Whether a tensor was overwritten, which cannot be undone."""
         return any(tensor._version != version for tensor, version in self._tensors)
 
     def wrote(self) -> bool:
-        """Whether a call left something behind in what it was given. To empty a list does not
-        count, as UNets do."""
+        """Whether a call changed its arguments. Emptying a list does not count: UNets do that."""
         return self.overwritten() or any(_filled(now, before) for now, before in self._held)
 
     def drew(self) -> bool:
         """Whether random numbers were drawn from a generator."""
-        return any(not torch.equal(one.get_state(), state) for one, state in self._generators)
+        return any(not torch.equal(item.get_state(), state) for item, state in self._generators)
 
     def put_back(self) -> None:
-        """Undo all but what was written to tensors."""
+        """Undo all changes but writes to tensors."""
         for generator, state in self._generators:
             generator.set_state(state)
         for now, before in self._held:

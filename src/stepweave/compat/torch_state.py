@@ -1,4 +1,4 @@
-"""What torch keeps per thread or per process, and one fiber must not change for another."""
+"""State of torch's that belongs to a thread or the process, kept separate for each fiber."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 
 
 class Own(Protocol):
-    """Something of the process that a fiber has one of its own of: in place while it runs."""
+    """State of a thread, the process or modules that a fiber has its own version of, installed
+    while it runs."""
 
     def enter(self) -> None: ...
     def leave(self) -> None: ...
 
 
 class Ambient(NamedTuple):
-    """Gradient mode, autocast and default dtype. Part of a group's key: a merged forward runs under
-    it."""
+    """Gradient mode, autocast and default dtype. Part of a group's key; set for its forwards."""
 
     grad: bool
     autocast: tuple[tuple[str, bool, torch.dtype], ...]  # by device type
@@ -27,14 +27,14 @@ class Ambient(NamedTuple):
 
 
 def suspendable() -> bool:
-    """Whether the running code may be suspended here: what torch has on its stacks cannot be
-    carried across."""
+    """Whether the running code may be suspended here: torch's inference mode and modes on its
+    stacks cannot be switched."""
     modes = torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
     return not torch.is_inference_mode_enabled() and modes == 0
 
 
 def device_types(device: torch.device) -> tuple[str, ...]:
-    """Those whose autocast is a fiber's own."""
+    """The device types whose autocast is kept separate for each fiber."""
     return ("cpu",) if device.type == "cpu" else ("cpu", device.type)
 
 
@@ -51,7 +51,7 @@ def current(device_types: tuple[str, ...]) -> Ambient:
 
 
 def apply(ambient: Ambient, instead_of: Ambient) -> None:
-    """Switch from one to the other; what is equal costs nothing."""
+    """Switch from one to the other; at no cost if they are equal."""
     if ambient == instead_of:
         return
     torch.set_grad_enabled(ambient.grad)
@@ -60,68 +60,66 @@ def apply(ambient: Ambient, instead_of: Ambient) -> None:
         torch.set_autocast_dtype(kind, dtype)
     torch.set_autocast_cache_enabled(ambient.autocast_cache)
     if not any(enabled for _, enabled, _ in ambient.autocast):
-        torch.clear_autocast_cache()  # casts of weights, kept until the outermost autocast ends
+        torch.clear_autocast_cache()  # as torch does when the outermost autocast ends
     if ambient.dtype != instead_of.dtype:
         torch.set_default_dtype(ambient.dtype)
 
 
 def quiet(device_types: tuple[str, ...]) -> Ambient:
-    """What a thread of the engine runs under between fibers: no gradients."""
+    """The state of an engine's thread between fibers: no gradients."""
     return current(device_types)._replace(grad=False)
 
 
 def use_device(device: torch.device) -> None:
-    """Make a GPU the calling thread's own: a thread begins with the first one, and what it does may
-    open a context there."""
+    """Set the calling thread's GPU. A thread starts with the first one, and might create a context
+    there."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The same within a block, on a thread that is not the engine's own."""
+    """Set the GPU within a block, on a thread that is not the engine's."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 _swapping = threading.Lock()
-_inside: list[DefaultRandom] = []  # whose states stand in the default generators now
+_installed: list[DefaultRandom] = []  # those whose states the default generators have now
 
 
 def draw_seed() -> int:
-    """A seed from torch's default generator, or, while a fiber's own stands in its place, from the
-    one that waits to return."""
+    """Draw a seed from torch's default generator, or if a fiber's state is installed there, from
+    the saved state."""
     with _swapping:
-        if not _inside:
+        if not _installed:
             return int(torch.randint(2**62, ()).item())
         generator = torch.Generator()
-        generator.set_state(_inside[0]._others[0])
+        generator.set_state(_installed[0]._others[0])
         seed = int(torch.randint(2**62, (), generator=generator).item())
-        _inside[0]._others[0] = generator.get_state()
+        _installed[0]._others[0] = generator.get_state()
         return seed
 
 
 class DefaultRandom:
-    """Default random generators of one fiber's own: on the CPU and, if that is used, on the CUDA
-    device."""
+    """One fiber's states of torch's default generators: the CPU's, and a CUDA device's."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self._generators = [torch.default_generator]
         if device.type == "cuda":
             self._generators.append(torch.cuda.default_generators[device.index or 0])
-        self._own = [
-            torch.Generator(one.device).manual_seed(seed).get_state() for one in self._generators
-        ]
+        devices = [generator.device for generator in self._generators]
+        self._own = [torch.Generator(device).manual_seed(seed).get_state() for device in devices]
         self._others: list[torch.Tensor] = []
 
     def enter(self) -> None:
         with _swapping:
-            self._others = [one.get_state() for one in self._generators]
+            self._others = [generator.get_state() for generator in self._generators]
             for generator, state in zip(self._generators, self._own, strict=True):
                 generator.set_state(state)
-            _inside.append(self)
+            _installed.append(self)
 
     def leave(self) -> None:
         with _swapping:
-            _inside.remove(self)
-            self._own = [one.get_state() for one in self._generators]
+            _installed.remove(self)
+            self._own = [generator.get_state() for generator in self._generators]
             for generator, state in zip(self._generators, self._others, strict=True):
                 generator.set_state(state)

@@ -1,4 +1,4 @@
-"""Pipelines whose calls change the shared modules, so that they cannot run at the same time."""
+"""Detects pipelines whose calls change shared modules, so that calls must take turns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from diffusers.guiders import BaseGuidance
 
 from stepweave.compat.attention_processors import set_processor
 
-ENGINE_HOOK = "stepweave"  # under which a StepEngine hooks modules; it keeps no state in them
+ENGINE_HOOK = "stepweave"  # name of a StepEngine's hook, which keeps no state
 _SWAPS = r"set_attn_processor\(|\.processor = "
 _CASTS = r"if self\.vae\.config\.force_upcast"
 _HALVES = (torch.float16, torch.bfloat16)
@@ -24,8 +24,8 @@ _SWITCHES = r"enable_fuser\(|register_forward_hook\("
 
 
 def modules_in(pipeline: Any) -> Iterator[tuple[str, torch.nn.Module]]:
-    """All modules of a pipeline and of the pipelines in it, by the names of their attributes."""
-    # not by `components`, which leaves out those with a default that diffusers does not know of
+    """All modules of a pipeline and of its sub-pipelines, with their attributes' names."""
+    # not by `components`, which omits some with default values
     for name, component in vars(pipeline).items():
         if isinstance(component, torch.nn.Module):
             yield name, component
@@ -34,13 +34,13 @@ def modules_in(pipeline: Any) -> Iterator[tuple[str, torch.nn.Module]]:
 
 
 class TurnTaking:
-    """Whether calls of one pipeline must take turns, because its modules keep a call's state.
+    """Decides whether calls of a pipeline must take turns, because its modules keep a call's state.
 
     Args:
-        pipeline: whose modules they are.
-        harmless: whether calls may overlap though accelerate has this hook on a module.
-        processors_apart: attention processors that a call swaps are kept apart by the caller.
-        casts_apart: so are autoencoders that a call casts.
+        pipeline: the pipeline.
+        harmless: whether calls may overlap with this hook of accelerate's on a module.
+        processors_apart: whether the caller keeps swapped attention processors separate.
+        casts_apart: the same for autoencoders that a call casts.
     """
 
     def __init__(
@@ -58,24 +58,22 @@ class TurnTaking:
         self._parts: dict[int, tuple[torch.nn.Module, list[torch.nn.Module]]] = {}
 
     def of(self, pipeline: Any) -> TurnTaking:
-        """The same of another pipeline."""
+        """The same for another pipeline."""
         other = copy.copy(self)
         other._pipeline = pipeline
         return other
 
     def needed(self) -> bool:
-        """Asked at every call, since hooks come and go. The parts of a module are listed once."""
+        """Whether calls must take turns now; hooks may change between calls."""
         return self.swaps_state() or next(self.keepers(), None) is not None
 
     def swaps_state(self) -> bool:
-        """Whether a call changes shared modules: attention processors that it swaps, an
-        autoencoder that it casts and casts back."""
-        return swaps_state(
-            self._pipeline, apart=self._processors_apart, casts=not self._casts_apart
-        )
+        """`swaps_state` of the pipeline."""
+        casts = not self._casts_apart
+        return swaps_state(self._pipeline, apart=self._processors_apart, casts=casts)
 
     def keepers(self) -> Iterator[tuple[str, str]]:
-        """The modules that keep a call's state in a hook: a module's class, and its hook's."""
+        """The classes of modules with a hook that keeps a call's state, and of the hooks."""
         for _, module in modules_in(self._pipeline):
             parts = self._parts.get(id(module))
             if parts is None or parts[0] is not module:
@@ -89,7 +87,7 @@ class TurnTaking:
         attributes = module.__dict__
         if "_hf_hook" in attributes and not self._harmless(attributes["_hf_hook"]):
             return type(attributes["_hf_hook"]).__name__
-        # diffusers leaves an empty registry on every model that it could have hooked
+        # diffusers puts an empty registry on every model that may be hooked
         registry = attributes.get("_diffusers_hook")
         hooks = () if registry is None else registry.hooks
         return next((name for name in hooks if name != ENGINE_HOOK), None)
@@ -97,43 +95,36 @@ class TurnTaking:
 
 @functools.cache
 def _writes_to_modules(kind: type, pattern: str) -> bool:
-    """Whether a pipeline's code swaps attention processors, or switches layers or hooks modules,
-    during a call.
+    """Whether the source code of a pipeline's class matches a pattern of changes to modules.
 
-    So do PAG, SAG, Attend-and-Excite, GLIGEN and Text-to-Video-Zero; no other pipeline of diffusers
-    0.42 has such code.
+    In diffusers 0.42, `_SWAPS` and `_SWITCHES` match PAG, SAG, Attend-and-Excite, GLIGEN and
+    Text-to-Video-Zero.
     """
     for cls in kind.__mro__:
         if issubclass(cls, DiffusionPipeline) and cls is not DiffusionPipeline:
-            # function by function: for a class, inspect parses, which Python 3.11 cannot do on two
-            # threads at once (gh-106905)
+            # by function: inspect parses a whole class, which is not thread-safe in Python 3.11
+            # (gh-106905)
             for function in filter(inspect.isfunction, vars(cls).values()):
-                with contextlib.suppress(OSError, TypeError):  # no source: typed in, or compiled
+                with contextlib.suppress(OSError, TypeError):  # there is no source file
                     if re.search(pattern, inspect.getsource(function)):
                         return True
     return False
 
 
 def swaps_processors(pipeline: Any) -> bool:
-    """Whether a call puts attention processors of its own in place, and does no more to the
-    modules: PAG."""
+    """Whether a call swaps attention processors and changes nothing else in modules: PAG."""
     return hasattr(pipeline, "_set_pag_attn_processor")
 
 
 def swaps_state(pipeline: Any, *, apart: bool = False, casts: bool = True) -> bool:
-    """Whether a call changes shared modules: attention processors that it swaps, an autoencoder
-    that it casts and casts back.
-
-    With `apart` such processors are kept apart; without `casts` autoencoders are.
-    """
+    """Whether a call changes shared modules: it swaps attention processors (not counted with
+    `apart`), casts an autoencoder and casts it back (counted with `casts`), or hooks modules."""
     pattern = _SWITCHES if apart else f"{_SWAPS}|{_SWITCHES}"
     if not apart and swaps_processors(pipeline) or _writes_to_modules(type(pipeline), pattern):  # type: ignore[arg-type]
         return True
     for component in pipeline.components.values():
-        if (
-            isinstance(component, BaseGuidance)
-            and type(component).prepare_models is not BaseGuidance.prepare_models
-        ):
+        prepare = getattr(type(component), "prepare_models", None)
+        if isinstance(component, BaseGuidance) and prepare is not BaseGuidance.prepare_models:
             return True
     return casts and any(
         upcasts(module)
@@ -143,24 +134,20 @@ def swaps_state(pipeline: Any, *, apart: bool = False, casts: bool = True) -> bo
 
 
 def upcasts(module: torch.nn.Module) -> bool:
-    """Whether a pipeline may cast an autoencoder to single precision for a while: to decode in
-    float16, and, in pipelines that begin with an image, to encode in any half precision."""
-    return (
-        bool(getattr(getattr(module, "config", None), "force_upcast", False))
-        and module.dtype in _HALVES
-    )
+    """Whether a pipeline may cast an autoencoder to single precision temporarily: to decode in
+    float16, or to encode in any half precision."""
+    upcast = getattr(getattr(module, "config", None), "force_upcast", False)
+    return bool(upcast) and module.dtype in _HALVES
 
 
 @contextlib.contextmanager
 def left_as_found(pipeline: Any) -> Iterator[None]:
-    """Undo what a call does to the shared modules, also when it fails half way."""
-    parts = [part for _, module in modules_in(pipeline) for part in module.modules()]
+    """Undo a call's changes to the shared modules, even if it fails."""
+    modules = [module for _, module in modules_in(pipeline)]
+    parts = [part for module in modules for part in module.modules()]
     processors = [(part, part.processor) for part in parts if hasattr(part, "processor")]
-    dtypes: list[tuple[Any, torch.dtype]] = [
-        (one, one.dtype)  # type: ignore[misc]
-        for _, one in modules_in(pipeline)
-        if hasattr(one, "dtype")
-    ]
+    typed: list[Any] = [module for module in modules if hasattr(module, "dtype")]
+    dtypes = [(module, module.dtype) for module in typed]
     try:
         yield
     finally:

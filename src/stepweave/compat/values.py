@@ -1,5 +1,4 @@
-"""Values as marks: what is equal for equal values, however deep they contain others; and how to put
-their contents back."""
+"""Marks of values, equal for equal values with all their contents; restores contents."""
 
 from __future__ import annotations
 
@@ -7,6 +6,7 @@ import contextvars
 import copy
 import functools
 import hashlib
+import operator
 import random
 import sys
 import types
@@ -23,12 +23,12 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-DEEPEST = 8  # objects within each other
-WHOLE = 65_536  # elements of a tensor that is compared whole, and can be put back
-SAMPLE = 256  # elements that are compared of a larger one
+DEEPEST = 8  # levels of nested objects
+WHOLE = 65_536  # elements of a tensor that is compared as a whole, and can be restored
+SAMPLE = 256  # elements of a larger one that are compared
 MOST = 4096  # entries of a list or a dictionary
-LONGEST = 4096  # characters of an object that is told by how it prints
-OBJECTS = 20_000  # that are read of one attribute
+LONGEST = 4096  # characters of the `repr` of an object that is compared by it
+OBJECTS = 20_000  # objects in one attribute that are read
 
 ATOMS = frozenset(
     {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size}
@@ -41,8 +41,7 @@ OPAQUE = (
     DiffusionPipeline,
     Thread,
 )
-# classes of these hold what goes on elsewhere: threads, files, engines; only what a thread has of
-# its own is a module's
+# modules of Python whose objects (threads, files, engines) are not read, except `threading.local`
 _ELSEWHERE = frozenset(
     (
         "stepweave",
@@ -66,20 +65,21 @@ LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy"
 
 
 class Reader:
-    """Reads values, those that contain others by what they contain."""
+    """Makes marks of values and of all that they contain."""
 
     def __init__(self, keep: bool) -> None:
-        self.modules: set[nn.Module] = set()  # that are read as such
+        self.modules: set[nn.Module] = set()  # those that are read separately
         self.keep = keep
         self._undo: list[Callable[[], None]] = []
         self._left = OBJECTS
-        self._path: dict[int, int] = {}  # objects that are being read, by their depth
-        self._classes: dict[type, Hashable] = {}  # that were read within one attribute
+        self._path: dict[int, int] = {}  # depths of the objects that are being read
+        self._classes: dict[type, Hashable] = {}  # marks within one attribute
 
     def mark(self, value: Any, undo: list[Callable[[], None]]) -> Hashable:
-        """What is equal for equal values; `undo` is given what puts back what they contain."""
+        """A key that is equal for equal values. Functions that restore a value's contents are
+        appended to `undo`."""
         if type(value) is tuple and len(value) <= MOST and ATOMS.issuperset(map(type, value)):
-            return (tuple, *map(atom, value))  # as below: most of what modules keep are such
+            return (tuple, *map(atom, value))  # the same as below, but fast: most values are such
         self._undo = undo
         self._path.clear()
         self._classes.clear()
@@ -87,11 +87,9 @@ class Reader:
         return self._mark(value, 0)
 
     def saved(self, value: Any) -> Any:
-        """What to put back in a value's place: an iterator that has gone on cannot be reset, but
-        its copy has not."""
-        if self.keep and (
-            type(value).__module__ == "itertools" or isinstance(value, (bytearray, array))
-        ):
+        """The value to restore: a copy, if the value cannot be reset, such as an iterator."""
+        mutable = type(value).__module__ == "itertools" or isinstance(value, (bytearray, array))
+        if self.keep and mutable:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return copy.copy(value)
@@ -121,9 +119,8 @@ class Reader:
             if len(value) > MOST:
                 return (kind, len(value))
             marks = [self._mark(item, depth) for item in value]
-            return (
-                (kind, frozenset(marks)) if isinstance(value, (set, frozenset)) else (kind, *marks)
-            )
+            unordered = isinstance(value, (set, frozenset))
+            return (kind, frozenset(marks)) if unordered else (kind, *marks)
         if isinstance(value, dict):
             if self.keep:
                 self._restore(_refill, value, dict(value))
@@ -146,9 +143,8 @@ class Reader:
             return id(value)
         if kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
             return id(value)
-        if isinstance(value, OPAQUE) or (
-            kind.__module__.partition(".")[0] in _ELSEWHERE and kind is not local
-        ):
+        elsewhere = kind.__module__.partition(".")[0] in _ELSEWHERE and kind is not local
+        if isinstance(value, OPAQUE) or elsewhere:
             return id(value)
         return self._object(value, kind, depth)
 
@@ -185,12 +181,8 @@ class Reader:
         if self.keep:
             self._restore(setattr, value, "__defaults__", value.__defaults__)
             self._restore(_refill, value.__dict__, dict(value.__dict__))
-        return (
-            id(value.__code__),
-            *cells,
-            *names,
-            *(self._mark(one, depth) for one in inside if one),
-        )
+        marks = [self._mark(item, depth) for item in inside if item]
+        return (id(value.__code__), *cells, *names, *marks)
 
     def _object(self, value: Any, kind: type, depth: int) -> Hashable:
         if isinstance(value, np.ndarray):
@@ -210,19 +202,14 @@ class Reader:
         if isinstance(value, contextvars.ContextVar):
             return (kind, self._mark(value.get(None), depth))
         if isinstance(value, types.GeneratorType):
-            frame = value.gi_frame
-            return (
-                kind,
-                None if frame is None else (frame.f_lasti, self._mark(dict(frame.f_locals), depth)),
-            )
+            if (frame := value.gi_frame) is None:
+                return (kind, None)
+            return (kind, (frame.f_lasti, self._mark(dict(frame.f_locals), depth)))
         if isinstance(value, np.generic):
             return (kind, value.tobytes())
         attributes = dict(_attributes(value, kind))
-        if (
-            not attributes
-            and kind.__module__ in sys.stdlib_module_names
-            and kind.__repr__ is not object.__repr__  # type: ignore[comparison-overlap]
-        ):
+        has_repr = kind.__repr__ is not object.__repr__  # type: ignore[comparison-overlap]
+        if not attributes and kind.__module__ in sys.stdlib_module_names and has_repr:
             return (kind, repr(value)[:LONGEST])  # counters of itertools, bytearrays, decimals
         if self.keep:
             held = getattr(value, "__dict__", None)
@@ -230,22 +217,19 @@ class Reader:
                 self._restore(_refill, held, dict(held))
             for name in attributes.keys() - (held or {}).keys():  # of slots
                 self._restore(_set_slot, value, name, self.saved(attributes[name]))
-        if isinstance(value, nn.Module):  # that is no part of the others
+        if isinstance(value, nn.Module):  # not one of `modules`
             attributes = {key: item for key, item in attributes.items() if key not in TORCH_OWN}
             attributes |= {f"_buffers.{key}": item for key, item in value._buffers.items()}
             attributes |= {f"_modules.{key}": item for key, item in value._modules.items()}
-        return (
-            self._class(kind, depth),
-            *((key, self._mark(item, depth)) for key, item in attributes.items()),
-        )
+        own_class = self._class(kind, depth)
+        return (own_class, *((key, self._mark(item, depth)) for key, item in attributes.items()))
 
     def _class(self, cls: type, depth: int) -> Hashable:
-        """A class by the attributes that it and its bases have, unless a library made it."""
-        known = self._classes.get(cls)
-        if known is not None:
-            return known
-        self._classes[cls] = id(cls)  # of one that refers to itself
-        found: list[Hashable] = []
+        """The mark of a class: the attributes of it and its bases, except those of libraries."""
+        if cls in self._classes:
+            return self._classes[cls]
+        self._classes[cls] = id(cls)  # for a class that refers to itself
+        marks: list[Hashable] = []
         for base in cls.__mro__:
             if comes_with_a_library(base):
                 continue
@@ -254,8 +238,8 @@ class Reader:
                     continue
                 if self.keep:
                     self._restore(_set_attribute, base, key, self.saved(value))
-                found.append((key, self._mark(value, depth)))
-        self._classes[cls] = (id(cls), *found)
+                marks.append((key, self._mark(value, depth)))
+        self._classes[cls] = (id(cls), *marks)
         return self._classes[cls]
 
     def _restore(self, function: Callable[..., Any], *args: Any) -> None:
@@ -274,8 +258,7 @@ def _attributes(value: Any, kind: type) -> Iterator[tuple[str, Any]]:
 
 
 def comes_with_a_library(cls: type) -> bool:
-    """Whether a class comes with Python, torch or a package of its kind: what it keeps is not
-    read."""
+    """Whether a class belongs to Python or LIBRARIES, so that its attributes are not read."""
     name = cls.__module__.partition(".")[0]
     return name in LIBRARIES or name in sys.stdlib_module_names
 
@@ -291,23 +274,21 @@ def _set_attribute(cls: type, name: str, value: Any) -> None:
 
 
 def of_a_library(function: types.FunctionType) -> bool:
-    """Whether a function comes with torch or a package of its kind: what it keeps is not read, nor
-    the names that it knows."""
+    """Whether a function belongs to LIBRARIES, so that its attributes and globals are not read."""
     name = function.__globals__.get("__name__") or ""
     return name.partition(".")[0] in LIBRARIES
 
 
 @functools.lru_cache(4096)
 def _names(code: types.CodeType) -> tuple[str, ...]:
-    """Names that a function and the functions in it may look up among the globals."""
-    inner = [
-        name for one in code.co_consts if isinstance(one, types.CodeType) for name in _names(one)
-    ]
-    return tuple(dict.fromkeys([*code.co_names, *inner]))
+    """The names of globals that a function and its inner functions may read."""
+    inner = [item for item in code.co_consts if isinstance(item, types.CodeType)]
+    names = [name for item in inner for name in _names(item)]
+    return tuple(dict.fromkeys([*code.co_names, *names]))
 
 
 def atom(value: Any) -> Hashable:
-    return (type(value), value if value == value else repr(value))  # NaN is equal to itself here
+    return (type(value), value if value == value else repr(value))  # NaN must equal itself
 
 
 def _key(key: Any) -> Hashable:
@@ -319,28 +300,23 @@ def version(tensor: torch.Tensor) -> int:
 
 
 def content(tensor: torch.Tensor) -> Hashable:
-    """A tensor's type, shape and numbers, of a large one a sample of these and how often it was
-    written to."""
+    """A tensor's type, shape and a hash of its numbers; of a large one, its version and a hash of a
+    sample."""
     form: tuple[Hashable, ...] = (tensor.dtype, tuple(tensor.shape))
     try:
         numbers = tensor.detach()
         if numbers.numel() > WHOLE:
             numbers = numbers.reshape(-1)[:: numbers.numel() // SAMPLE]
             form = (*form, version(tensor))
-        data = (
-            numbers.cpu()
-            .clone(memory_format=torch.contiguous_format)
-            .reshape(-1)
-            .view(torch.uint8)
-            .numpy()
-        )
-    except (RuntimeError, NotImplementedError, TypeError):  # on no device, sparse, quantised
+        numbers = numbers.cpu().clone(memory_format=torch.contiguous_format).reshape(-1)
+        data = numbers.view(torch.uint8).numpy()
+    except (RuntimeError, NotImplementedError, TypeError):  # meta, sparse or quantised tensors
         return (*form, id(tensor), version(tensor))
     return (*form, hashlib.blake2b(data.data, digest_size=16).digest())
 
 
 def _refill(container: Any, items: Any) -> None:
-    """Put items back, in place: other threads may be reading what holds them."""
+    """Restore items in place, step by step: other threads may be reading the container."""
     if isinstance(container, dict):
         for key, value in items.items():
             if container.get(key, items) is not value:
@@ -349,19 +325,14 @@ def _refill(container: Any, items: Any) -> None:
             del container[key]
     elif isinstance(container, list):
         container[:] = items
-    elif len(container) != len(items) or any(
-        one is not other for one, other in zip(container, items, strict=True)
-    ):
+    elif len(container) != len(items) or any(map(operator.is_not, container, items)):
         container.clear()
         container.extend(items) if isinstance(container, deque) else container.update(items)
 
 
 def _copy(array: np.ndarray[Any, Any], numbers: np.ndarray[Any, Any]) -> None:
-    if (
-        array.flags.writeable
-        and array.shape == numbers.shape
-        and not np.array_equal(array, numbers)
-    ):
+    writeable = array.flags.writeable and array.shape == numbers.shape
+    if writeable and not np.array_equal(array, numbers):
         np.copyto(array, numbers)
 
 
@@ -374,9 +345,8 @@ def write(tensor: torch.Tensor, numbers: torch.Tensor) -> None:
 
 
 def rebind(tensor: torch.Tensor, numbers: torch.Tensor) -> None:
-    """Have a tensor be of its old memory again, if it was cast or given other memory on the same
-    device."""
-    if tensor.dtype is not numbers.dtype or (
-        tensor.device == numbers.device and tensor.data_ptr() != numbers.data_ptr()
-    ):
+    """Restore a tensor's memory, if it was cast or got other memory on the same device."""
+    same_device = tensor.device == numbers.device
+    moved = same_device and tensor.data_ptr() != numbers.data_ptr()
+    if tensor.dtype is not numbers.dtype or moved:
         tensor.data = numbers

@@ -1,4 +1,4 @@
-"""The server's settings, from the environment; the presets of models that they may name."""
+"""Settings from the environment, presets of models, and the engine's configuration."""
 
 from stepweave.config.settings import EMBEDDED_MODEL, PREFIX, Settings, removed_settings
 from stepweave.config.values import Quantization

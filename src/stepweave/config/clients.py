@@ -1,7 +1,7 @@
-"""The clients of a server, by their API keys: what the setting and the file of keys say.
+"""Clients and their API keys, read from the setting and from the file of keys.
 
-Of the keys themselves only SHA-256 digests are kept, and no message repeats a key, nor a name: what
-stands in its place may be a key.
+Only SHA-256 digests of keys are kept, and no message repeats a key or a name: an operator may have
+put a key into the place of a name.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 MAX_CLIENTS = 1000
-SHORT_KEY = 16  # characters; a key that has fewer may be guessed
-DIGEST = "sha256:"  # in the file: what follows is the digest of the key, in hex
+SHORT_KEY = 16  # characters; shorter keys can be guessed
+DIGEST = "sha256:"  # in the file, before a key's digest in hex
 ADMIN = "admin"
-_FORM = "`name: KEY` or `name: sha256:HEX`, with ` admin` after it for an administrator"
+_FORM = "`name: KEY` or `name: sha256:HEX`, followed by ` admin` for an administrator"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HEX = re.compile(r"[0-9A-Fa-f]{64}")
 _NO_KEY = hashlib.sha256(b"").digest()
@@ -23,21 +23,18 @@ _NO_KEY = hashlib.sha256(b"").digest()
 
 @dataclass(frozen=True)
 class Client:
-    """Who may ask: `name` is for metrics and logs, `owner` what its jobs are stored under."""
+    """The holder of an API key: `name` is for metrics and logs, `owner` for its stored jobs."""
 
     name: str
-    digest: bytes = field(repr=False)  # SHA-256 of its key
+    digest: bytes = field(repr=False)  # SHA-256 of the key
     owner: str = field(repr=False)
     admin: bool = False
-    short: bool = False  # its key
+    short: bool = False  # whether the key is
 
 
 def clients_of_setting(keys: Iterable[str]) -> tuple[Client, ...]:
-    """The clients `key1`, `key2`, ... of the keys in `STEPWEAVE_API_KEYS`.
-
-    Their jobs belong to the key rather than to its place, which changes when keys are added or
-    removed. Raises ValueError for more than `MAX_CLIENTS` keys, and where two are the same.
-    """
+    """The clients `key1`, `key2`, ... of `STEPWEAVE_API_KEYS`; `owner` is derived from the key, as
+    names change when keys are removed. Raises ValueError over `MAX_CLIENTS`, or for equal keys."""
     clients = []
     for number, key in enumerate(keys, 1):
         digest = hashlib.sha256(key.encode()).digest()
@@ -49,8 +46,7 @@ def clients_of_setting(keys: Iterable[str]) -> tuple[Client, ...]:
 
 
 def clients_of_file(content: bytes) -> tuple[Client, ...]:
-    """The clients of a keys file, one a line. Raises ValueError with the number of the line that is
-    wrong."""
+    """The clients of a file of keys, one per line. Raises ValueError with the line's number."""
     clients, places = [], []
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         try:
@@ -61,7 +57,7 @@ def clients_of_file(content: bytes) -> tuple[Client, ...]:
             clients.append(client)
             places.append(f"line {number}")
     if not clients:
-        raise ValueError("there is no key in it")
+        raise ValueError("it has no keys")
     check_clients(clients, places)
     return tuple(clients)
 
@@ -76,28 +72,27 @@ def _client_of_line(line: bytes) -> Client | None:
     name, colon, rest = text.partition(":")
     name, words = name.strip(), rest.split()
     if not colon or len(words) > 2 or words[1:] not in ([], [ADMIN]):
-        raise ValueError(f"it must be {_FORM}; a comment has a line of its own")
+        raise ValueError(f"it must be {_FORM}; comments need their own lines")
     if not _NAME.fullmatch(name):
         raise ValueError("the name must have 1 to 64 letters, digits, `.`, `_` and `-`")
-    if words[:1] in ([], [ADMIN], [DIGEST]):  # what a template may leave of a key that is not there
+    if words[:1] in ([], [ADMIN], [DIGEST]):  # as a template may write it if the key is missing
         raise ValueError("there is no key after the name")
     key = words[0]
     if key.startswith(DIGEST):
         if not _HEX.fullmatch(key[len(DIGEST) :]):
-            raise ValueError(f"after `{DIGEST}` must come 64 hex digits")
+            raise ValueError(f"`{DIGEST}` must be followed by 64 hex digits")
         digest, short = bytes.fromhex(key[len(DIGEST) :]), False
     else:
         digest, short = hashlib.sha256(key.encode()).digest(), len(key) < SHORT_KEY
         if not key.isprintable():
-            raise ValueError("the key has characters that no header may have")
+            raise ValueError("the key has characters that HTTP headers do not allow")
     if digest == _NO_KEY:
         raise ValueError("it is the digest of an empty key")
     return Client(name, digest, owner=name, admin=words[1:] == [ADMIN], short=short)
 
 
 def check_clients(clients: list[Client], places: list[str]) -> None:
-    """Raise ValueError if there are too many clients, or two of one name or key; `places` is where
-    each stands."""
+    """Raise ValueError for too many clients, or equal names or keys; `places` locate them."""
     if len(clients) > MAX_CLIENTS:
         raise ValueError(f"there are {len(clients)} keys; the limit is {MAX_CLIENTS}")
     names: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""The numbers by which an engine is set up."""
+"""The configuration of an engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Mode = Literal["off", "threads", "request", "step"]
 
 
 class EngineLimits(TypedDict, total=False):
-    """What `StepEngine` takes of `EngineConfig` by name only."""
+    """Keyword-only arguments of `StepEngine`, which become an `EngineConfig`."""
 
     max_decode_rows: int
     max_jobs: int
@@ -22,23 +22,21 @@ class EngineLimits(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What `StepEngine` takes by name, checked. Raises ValueError.
+    """The checked arguments of `StepEngine`. Raises ValueError and TypeError.
 
     Args:
-        mode: `step` shares single forwards; `request` puts calls that differ in prompts and
-            generators only into one call of the pipeline; `threads` runs calls side by side; `off`
-            one at a time.
-        max_rows: rows of a shared forward (in mode `request`, images of a shared call); a call with
-            guidance has two for each image.
-        max_decode_rows: rows of a shared forward of the autoencoder, which needs more memory for
-            each.
-        max_jobs: jobs that run at a time in mode `step`; more wait.
-        threads: calls at a time in mode `threads`.
-        cache_bytes: bound of the remembered results of text and image encoders; 0 remembers none.
-            Close the engine before you change an encoder's weights.
-        audit_every: one in so many merged forwards is compared with the single ones.
-        knee: with a policy that cuts at the knee, as the default does, forwards have no more rows
-            than pay: beyond the knee they bring less than 5 % more a second.
+        mode: `step` batches single forwards; `request` whole calls of the pipeline that differ
+            only in prompts and generators; `threads` runs calls in parallel; `off` one at a time.
+        max_rows: largest batch of a forward (in mode `request`, images of a batch); an image
+            counts 1, with guidance 2.
+        max_decode_rows: largest batch of the autoencoder, which needs more memory per row.
+        max_jobs: concurrent jobs in mode `step`.
+        threads: concurrent calls in mode `threads`.
+        cache_bytes: size of the cache of text and image encoders' results; 0 turns it off. Close
+            the engine before you change an encoder's weights.
+        audit_every: 1 in so many merged forwards is compared with single ones.
+        knee: whether a policy that uses the knee, as the default, limits batches to it: beyond it,
+            more rows raise the throughput by less than 5 %.
     """
 
     mode: Mode = "step"

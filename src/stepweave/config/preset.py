@@ -1,8 +1,8 @@
-"""What a model should be called with when the request does not say.
+"""Defaults of a model, for requests that do not set a value.
 
-Four sources, the strongest first: the setting `STEPWEAVE_PRESET`, the file `stepweave.json` in the
-model's directory, a preset of ours for a layout that is known (`loading.builtin`), and the
-pipeline's own `__call__`. They are merged member by member, and `call` argument by argument.
+Sources in order of precedence: the setting `STEPWEAVE_PRESET`, the file `stepweave.json` in the
+model's directory, a built-in preset for a known layout (`loading.builtin`), and the pipeline's own
+`__call__`. They are merged member by member, and `call` argument by argument.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from stepweave.reasons import reason_of
 FILE_NAME = "stepweave.json"
 SETTING = "STEPWEAVE_PRESET"
 
-# which are arguments of the call, too
+# members that are arguments of the call, too
 _MEMBERS = ("width", "height", "num_inference_steps", "guidance_scale")
-# that the server gives
+# arguments that the server sets
 _OURS = ("prompt", "generator", "output_type", "return_dict", "num_images_per_prompt")
 
 
 class Preset(BaseModel):
-    """Optional defaults of a model. What is absent, or null, comes from a weaker source."""
+    """Optional defaults of a model; absent and null members come from the next source."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     id: str | None = Field(
-        None, min_length=1, max_length=200, description="Name the API serves it under."
+        None, min_length=1, max_length=200, description="Name of the model in the API."
     )
     width: int | None = Field(None, ge=8, description="Native width in pixels.")
     height: int | None = Field(None, ge=8, description="Native height in pixels.")
@@ -42,8 +42,7 @@ class Preset(BaseModel):
     call: dict[str, Any] = Field(
         default_factory=dict, description="Further keyword arguments of every call."
     )
-    # of members, and of arguments as `call.NAME`
-    _sources: dict[str, str] = PrivateAttr(default_factory=dict)
+    _sources: dict[str, str] = PrivateAttr(default_factory=dict)  # by member or `call.ARGUMENT`
 
     @field_validator("call")
     @classmethod
@@ -51,23 +50,23 @@ class Preset(BaseModel):
         for name in call:
             if name in _MEMBERS:
                 raise PydanticCustomError(
-                    "member", "{name} is a member of its own, beside call", {"name": name}
+                    "member", "{name} must be a member of its own, outside call", {"name": name}
                 )
             if name in _OURS:
-                raise PydanticCustomError("ours", "{name} is given by the server", {"name": name})
+                raise PydanticCustomError("ours", "{name} is set by the server", {"name": name})
         return call
 
     def given(self) -> dict[str, Any]:
-        """What it says, by the names of members and of `call.ARGUMENT`."""
+        """Its values by member or `call.ARGUMENT`."""
         members = {name: value for name, value in self if name != "call" and value is not None}
         return members | {f"call.{name}": value for name, value in self.call.items()}
 
     def named(self, source: str) -> Self:
-        """The same, all of it from one source."""
+        """A copy whose values are all from `source`."""
         return self._with_sources(dict.fromkeys(self.given(), source))
 
     def over(self, weaker: Preset) -> Preset:
-        """Merged with a weaker one, which says what this one does not."""
+        """Merged with a preset of lower precedence."""
         members = {
             name: value
             for preset in (weaker, self)
@@ -78,11 +77,11 @@ class Preset(BaseModel):
         return merged._with_sources({**weaker._all_sources(), **self._all_sources()})
 
     def source(self, name: str) -> str:
-        """Where a member, or `call.ARGUMENT`, comes from."""
+        """The source of a member or `call.ARGUMENT`."""
         return self._sources.get(name, FILE_NAME)
 
     def sources(self) -> list[str]:
-        """Where what it says comes from, the strongest first."""
+        """The sources of its values, in order of precedence."""
         sources = set(self._all_sources().values())
         return sorted(sources, key=lambda source: (source != SETTING, source != FILE_NAME, source))
 
@@ -96,8 +95,7 @@ class Preset(BaseModel):
 
 
 def read_preset(directory: Path | None) -> Preset:
-    """The preset in a model's directory, or an empty one. Raises LoadError, naming file and key, if
-    it is not a valid preset."""
+    """The preset in a model's directory, or an empty one. Raises LoadError if it is invalid."""
     path = directory / FILE_NAME if directory else None
     if path is None or not path.exists():
         return Preset()
@@ -110,17 +108,16 @@ def read_preset(directory: Path | None) -> Preset:
 
 
 def preset_of_setting(text: str) -> Preset:
-    """The preset that the setting gives: a JSON object, or the path of a file with one. Raises
-    ValueError, naming the member."""
+    """The preset in the setting: a JSON object, or the path to one. Raises ValueError."""
     text = text.removeprefix("\ufeff")
     if text.lstrip().startswith("{"):
         return parsed(text.encode()).named(SETTING)
     try:
         content = Path(text).expanduser().read_bytes()
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"it must be a JSON object, or the path of a file with one ({why})"
+            f"it must be a JSON object, or the path of a file with one ({reason})"
         ) from None
     try:
         return parsed(content).named(SETTING)
@@ -129,8 +126,7 @@ def preset_of_setting(text: str) -> Preset:
 
 
 def parsed(content: bytes) -> Preset:
-    """The preset that a JSON text is. Raises ValueError, naming each member that is wrong, its
-    value and what is allowed."""
+    """The preset in a JSON text. Raises ValueError with each wrong member, its value and limit."""
     try:
         return Preset.model_validate_json(content.removeprefix(codecs.BOM_UTF8))
     except ValidationError as error:
@@ -146,9 +142,9 @@ def _problem(item: ErrorDetails) -> str:
         hint = (
             f"did you mean {close[0]!r}?"
             if close
-            else f"it may have {', '.join(Preset.model_fields)}"
+            else f"allowed are {', '.join(Preset.model_fields)}"
         )
-        return f"there is no {shown(key)} ({hint})"
+        return f"there is no member {shown(key)} ({hint})"
     if item["type"] in ("member", "ours"):
         return f"call.{item['msg']}"
     return (

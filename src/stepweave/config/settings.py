@@ -21,17 +21,16 @@ from stepweave.parameters import ResponseFormat
 PREFIX = "STEPWEAVE_"
 EMBEDDED_MODEL = Path(__file__).resolve().parents[3] / "models" / "shapes"
 
-# What Kubernetes puts into every pod of a namespace that has Services called "stepweave" or
-# "stepweave-..." (enableServiceLinks).
+# set by Kubernetes in pods beside Services "stepweave" and "stepweave-..." (enableServiceLinks)
 _SERVICE_LINK = re.compile(
     r"STEPWEAVE_(\w+_)?(SERVICE_(HOST|PORT)(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)"
 )
 
 
-# Settings of earlier versions: they are ignored for one release, with a warning.
+# settings of earlier versions, ignored with a warning for one release
 REMOVED = {
-    "STEPWEAVE_POLICY": "all servers run steps in the same order now (docs/scheduling.md). Unset "
-    "it; as a library, pass StepEngine(policy=...) an object.",
+    "STEPWEAVE_POLICY": "the server has a single scheduling policy now (docs/scheduling.md). Unset "
+    "it; in the library, pass a policy object to StepEngine(policy=...).",
 }
 
 OPTIMIZATIONS = (
@@ -46,15 +45,15 @@ OPTIMIZATIONS = (
 
 
 def _given(name: str, value: object) -> str:
-    """A setting's value as a message repeats it; nothing that may be a secret."""
+    """A setting's value for a message; `...` if it may be a secret."""
     return "..." if re.search("KEY|TOKEN|SECRET|PASSWORD", name.upper()) else shown(value)
 
 
-EXAMPLES = {"base_url": "must be as https://images.example.com or http://10.0.0.1:3000/stepweave"}
+EXAMPLES = {"base_url": "must be like https://images.example.com or http://10.0.0.1:3000/stepweave"}
 
 
 def removed_settings() -> list[str]:
-    """For each setting of the environment that is ignored: what to do instead."""
+    """A warning for each ignored setting in the environment."""
     return [
         f"{name} is ignored: {REMOVED[name.upper()]}"
         for name in sorted(os.environ)
@@ -76,21 +75,21 @@ class Settings(BaseSettings):
     model: str = Field(
         "shapes",
         min_length=1,
-        description="Directory or hub id of the pipeline; `shapes` is embedded.",
+        description="Directory or hub id of the pipeline; `shapes` is the embedded model.",
     )
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = Field(
         None, description="Commit of the hub repository, 40 hex digits; needed with a hub id."
     )
     variant: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] | None = Field(
         None,
-        description="Variant of the weights, such as `fp16`. Unset: files without a variant, else "
-        "the only complete variant.",
+        description="Variant of the weights, such as `fp16`. Unset: files without a variant; if "
+        "there are none, the only complete variant.",
     )
     model_names: ModelNames = Field(
         (),
         max_length=64,
-        description="Comma-separated names of the model that requests may use; answers have the "
-        "first. `*` accepts any name without a colon. Unset: the model's own name.",
+        description="Comma-separated names of the model that requests may use; answers show "
+        "the first. `*` accepts any name without a colon. Unset: the model's own name.",
     )
     preset: PresetValue = Field(
         None,
@@ -132,19 +131,22 @@ class Settings(BaseSettings):
     )
     batching: Mode = Field(
         "step",
-        description="What is batched: `step` denoising steps of all jobs, `request` whole calls "
-        "that differ only in prompt and seed, `threads` nothing (jobs run in "
-        "parallel), `off` nothing (jobs run one at a time).",
+        description="`step` batches denoising steps of all jobs, `request` whole calls that differ "
+        "only in prompt and seed. `threads` batches nothing and runs jobs in parallel, `off` runs "
+        "them one at a time.",
     )
     max_rows: int = Field(
         32,
         ge=1,
         le=4096,
         description="Largest batch of one forward; an image counts 1, with guidance 2. With "
-        "`STEPWEAVE_BATCHING=request`, images of a batch.",
+        "`STEPWEAVE_BATCHING=request`, the largest number of images in a batch.",
     )
     max_decode_rows: int = Field(
-        4, ge=1, le=4096, description="Images that the autoencoder decodes together."
+        4,
+        ge=1,
+        le=4096,
+        description="Largest number of images that the autoencoder decodes together.",
     )
     max_jobs: int = Field(
         64, ge=1, le=4096, description="Concurrent jobs with `STEPWEAVE_BATCHING=step`."
@@ -163,7 +165,7 @@ class Settings(BaseSettings):
     exit_on_failure: bool = Field(
         False,
         description="Exit with status 1 if the model cannot be loaded. Otherwise the process "
-        "stays, and its probes tell the reason.",
+        "stays, and its probes report the reason.",
     )
     max_queue: int = Field(
         64,
@@ -194,7 +196,7 @@ class Settings(BaseSettings):
     )
     response_format: ResponseFormat = Field(
         "b64_json",
-        description="How OpenAI's routes return images when a request does not say.",
+        description="How OpenAI's routes return images if a request has no `response_format`.",
     )
     flagged_images: Literal["mark", "refuse"] = Field(
         "mark",
@@ -219,8 +221,8 @@ class Settings(BaseSettings):
     api_keys: Clients = Field(
         (),
         repr=False,
-        description="Comma-separated API keys, of the clients `key1`, `key2`, ... If set, every "
-        "request except health probes must send one. Without keys and a file of keys: no "
+        description="Comma-separated API keys; the clients are `key1`, `key2`, ... If set, every "
+        "request except health probes must send one. If no key is set here or in a file: no "
         "authentication.",
     )
     api_keys_file: str | None = Field(
@@ -232,18 +234,18 @@ class Settings(BaseSettings):
     )
     base_url: Annotated[str, Field(pattern=r"^https?://[^/?#\s]+(/[^?#\s]*)?$")] | None = Field(
         None,
-        description="Start of the URLs of images. Unset: the host that the request names, if it is "
-        "trusted.",
+        description="First part of image URLs, such as `https://images.example.org`. Unset: the "
+        "host that the request names, if `STEPWEAVE_TRUSTED_HOSTS` has it.",
     )
     trusted_hosts: str = Field(
         "localhost,127.0.0.1,[::1]",
-        description="Comma-separated host names that may appear in the URLs of images; "
-        "`*.example.com`, or `*` for any.",
+        description="Comma-separated host names that may appear in image URLs; `*.example.com`, or "
+        "`*` for any.",
     )
     trust_forwarded: bool = Field(
         False,
         description="Trust `X-Forwarded-For`, `-Host`, `-Proto` and `-Prefix`. Only for servers "
-        "that are reached through a proxy alone.",
+        "that clients can reach only through a proxy.",
     )
     cors_origins: Names = Field(
         (),
@@ -264,13 +266,13 @@ class Settings(BaseSettings):
         description="Largest total size of stored images; the oldest are deleted first.",
     )
     keep_jobs: int = Field(
-        10_000, ge=1, description="Most finished jobs that are kept; the oldest are deleted first."
+        10_000, ge=1, description="Largest number of finished jobs; the oldest are deleted first."
     )
     drain_notice: float = Field(
         6,
         ge=0,
         description="How long new requests are still accepted after `POST /drain`, in seconds, "
-        "until load balancers have noticed.",
+        "so that load balancers can notice.",
     )
     grace: float = Field(
         300,
@@ -280,9 +282,8 @@ class Settings(BaseSettings):
     stuck_seconds: float = Field(
         600,
         gt=0,
-        description="Seconds after which a forward that has not ended counts as stuck, and "
-        "`/livez` fails; also the seconds after which a request fails whose job is "
-        "done but has not been answered.",
+        description="A forward that runs for more seconds than this counts as stuck, and `/livez` "
+        "fails. A request also fails if its job has been done for so long, but is not answered.",
     )
 
     @field_validator("quantization", mode="before")
@@ -304,18 +305,18 @@ class Settings(BaseSettings):
                 (".", "/")
             ):
                 raise ValueError(
-                    f"STEPWEAVE_MODEL={shown(self.model)} is no directory here and no hub id "
-                    f"(owner/name)"
+                    f"STEPWEAVE_MODEL={shown(self.model)} is neither an existing directory nor a "
+                    "hub id (owner/name)"
                 )
             if self.revision is None:
                 raise ValueError(
-                    f"STEPWEAVE_MODEL={shown(self.model)} is no directory here; if it is a hub id, "
-                    "STEPWEAVE_REVISION must pin its commit (40 hex digits)"
+                    f"STEPWEAVE_MODEL={shown(self.model)} is not an existing directory; if it is a "
+                    "hub id, set STEPWEAVE_REVISION to its commit (40 hex digits)"
                 )
         elif self.revision is not None:
             raise ValueError(
-                f"STEPWEAVE_REVISION={shown(self.revision)} pins a hub commit, but "
-                f"STEPWEAVE_MODEL={shown(self.model)} is a directory"
+                f"STEPWEAVE_REVISION={shown(self.revision)} is a commit of a hub repository, but "
+                f"STEPWEAVE_MODEL={shown(self.model)} is a directory; unset one of them"
             )
         return self
 
@@ -338,7 +339,7 @@ class Settings(BaseSettings):
         return self
 
     def preset_over(self, preset: Preset) -> Preset:
-        """What a model's own preset and the setting, which has precedence, say."""
+        """A model's own preset merged with the setting, which has precedence."""
         return preset if self.preset is None else self.preset.over(preset)
 
     def model_directory(self) -> Path | None:
@@ -349,18 +350,17 @@ class Settings(BaseSettings):
         return path if path.is_dir() else None
 
     def model_name(self) -> str:
-        """The model as answers may name it, without the path of its directory."""
+        """The hub id, or the directory's name without its path, for answers."""
         directory = self.model_directory()
         return directory.resolve().name if directory else self.model
 
     def optimizations(self) -> dict[str, Any]:
-        """The settings that are passed through to diffusers and torch, by name."""
+        """The settings passed to diffusers and torch, by name."""
         return self.model_dump(include=set(OPTIMIZATIONS))
 
     @classmethod
     def load(cls) -> Settings:
-        """Read the settings, or raise ConfigError with the name and value of each one that is
-        wrong."""
+        """Read the settings. Raises ConfigError with name and value of each wrong one."""
         names = {f"{PREFIX}{field.upper()}" for field in cls.model_fields}
         problems = []
         for name in sorted(os.environ):

@@ -1,4 +1,4 @@
-"""Values of settings that are read from texts: lists, API keys, names of models, presets, JSON."""
+"""Parses values of settings: lists, API keys, names of models, presets."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from stepweave.errors import shown
 
 ANY = "*"  # among the names of a model: any name
 MAX_NAME = 200  # characters
-# of a setting; a colon is kept for later use
+# a name of the model in the setting; colons are reserved
 NAME = rf"[A-Za-z0-9](?:[A-Za-z0-9._/-]{{0,{MAX_NAME - 2}}}[A-Za-z0-9_])?"
 
 
 class Quantization(BaseModel):
-    """Which components are quantised, and how: arguments of diffusers'
-    `PipelineQuantizationConfig`."""
+    """Arguments of diffusers' `PipelineQuantizationConfig`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -34,13 +33,13 @@ def _split(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     parts = tuple(filter(None, map(str.strip, value.split(","))))
-    if not parts:  # no keys at all would be a server that is open to all
-        raise PydanticCustomError("empty", "there is nothing between the commas")
+    if not parts:  # an empty list of keys would turn authentication off
+        raise PydanticCustomError("empty", "the list has no values")
     return parts
 
 
 def _clients(value: Any) -> Any:
-    """The clients of keys: the settings keep no key itself."""
+    """The clients of a text of keys, without the keys themselves."""
     try:
         return clients_of_setting(_split(value)) if isinstance(value, str) else value
     except ValueError as error:
@@ -53,8 +52,8 @@ def _model_names(value: Any) -> Any:
         if name != ANY and not re.fullmatch(NAME, name):
             raise PydanticCustomError(
                 "name",
-                "{name} is no name of a model: 1 to {limit} letters, digits and ._/- (a colon is "
-                "reserved), or *",
+                "{name} is not a valid name of a model: use 1 to {limit} letters, digits and ._/- "
+                "(colons are reserved), or *",
                 {"name": shown(name), "limit": MAX_NAME},
             )
     return names

@@ -1,4 +1,4 @@
-"""The step engine: many calls of one pipeline at once, sharing forwards at every denoising step."""
+"""The step engine: runs many calls of one pipeline at once, in shared forwards."""
 
 from stepweave.config.engine import EngineConfig, Mode
 from stepweave.engine.engine import StepEngine

@@ -1,4 +1,4 @@
-"""The engine: any diffusers pipeline, many calls at once."""
+"""`StepEngine`: many calls of one diffusers pipeline at once."""
 
 from __future__ import annotations
 
@@ -32,25 +32,23 @@ from stepweave.threads import close_at_exit
 
 logger = logging.getLogger(__name__)
 
-CLOSE_SECONDS = 30.0  # that steps under way may take when the engine is closed
+CLOSE_SECONDS = 30.0  # how long `close` waits for running steps
 
 
 class StepEngine(Estimates):
     """Runs many calls of one diffusers pipeline at once, sharing forwards at every denoising step.
 
     Args:
-        pipeline: any diffusers pipeline. Until `close` its modules carry a hook each; calls made
-            past the engine are as ever.
+        pipeline: any diffusers pipeline. Until `close`, each of its modules has a hook; direct
+            calls of the pipeline work as before.
         mode, max_rows, limits: as in `EngineConfig`; 32 rows if None.
-        memory: tells what a forward takes of the device's memory and what is left of it; torch's
-            CUDA allocator does if None.
-        policy: which calls share the next forward: `stepweave.scheduling.srpt`, or any object with
-            the methods of `stepweave.scheduling.Policy`; docs/scheduling.md.
-        on_step: called on the engine's thread with each forward's module, rows, the rows it was
-            allowed, and seconds.
+        memory: measures used and free device memory. Default: torch's CUDA allocator.
+        policy: chooses the calls that share the next forward: `stepweave.scheduling.srpt`, or an
+            object with the methods of `stepweave.scheduling.Policy` (docs/scheduling.md).
+        on_step: called on the engine's thread after each forward with its module, rows, row limit
+            and seconds.
 
-    A job that is given no `generator` gets one, seeded from torch's default generator at
-    submission.
+    A job without a `generator` gets one, seeded from torch's default generator at submission.
 
     >>> with StepEngine(pipeline) as engine:
     ...     jobs = [engine.submit(prompt=prompt, num_inference_steps=20) for prompt in prompts]
@@ -110,18 +108,17 @@ class StepEngine(Estimates):
     ) -> Job:
         """Run the pipeline's call with these arguments as soon as possible.
 
-        `pipeline`, if given, is called in place of the engine's: another one of its modules, as for
-        image to image, whose calls share forwards with all others.
+        `pipeline`, if given, is called instead of the engine's. It must be made of the same
+        modules, such as an image-to-image pipeline; its calls share forwards with all others.
 
-        `scheduler` is used in place of the pipeline's, as a copy. `deadline` is in seconds from
-        now; a job that is late ends at its next step with DeadlineExceededError. Jobs of a higher
-        `priority` go first. With `reproducible` the result is bitwise that of the plain call, in
-        any company: its forwards are its own, and take turns with the others'. The `observer` is
-        told how the job goes. It and callbacks run on the engine's thread and hold up every job
-        meanwhile.
+        `scheduler` replaces the pipeline's; the job uses a copy. `deadline` is in seconds from now;
+        a late job ends at its next step with DeadlineExceededError. Jobs of a higher `priority` go
+        first. With `reproducible` the result is bitwise equal to the plain call's, whatever else
+        runs: its calls are never merged. The `observer` is notified of the job's progress. It and
+        callbacks run on the engine's thread and delay every job.
 
-        Raises EngineClosedError, DeviceFailedError once the device has failed for good, or
-        EngineMisuseError for a pipeline that has modules of its own.
+        Raises EngineClosedError; DeviceFailedError if the device has failed permanently;
+        EngineMisuseError for a pipeline with modules that are not the engine's.
         """
         self._health.check()
         if deadline is not None and not deadline > 0:
@@ -147,13 +144,12 @@ class StepEngine(Estimates):
 
     @property
     def failure(self) -> str | None:
-        """Why no job can run any more in this process: what the device's library said of it; None
-        while it works."""
+        """The device's error after which no job can run in this process, or None."""
         failed = self._health.failure
         return None if failed is None else failed.reason
 
     def takes(self, pipeline: Any) -> bool:
-        """Whether `submit` takes this pipeline in place of the engine's."""
+        """Whether `submit` accepts this pipeline instead of the engine's."""
         try:
             self._runner.scope_of(pipeline)
         except EngineMisuseError:
@@ -162,9 +158,8 @@ class StepEngine(Estimates):
 
     @contextlib.contextmanager
     def in_lockstep(self) -> Iterator[None]:
-        """Within it, how fast the machine is has no influence on which calls meet: forwards have as
-        many rows as may be, whether they pay or not, and images are read and made on the engine's
-        own thread. For jobs of a warm-up."""
+        """Within the block, batches do not depend on the machine's speed, for warm-up: they may
+        exceed the knee, and image work runs on the engine's thread."""
         threads = None if self._loop is None else self._loop.image_threads
         try:
             self._planner.caps.ignore_knee = True
@@ -177,7 +172,7 @@ class StepEngine(Estimates):
                 threads.lockstep = False
 
     def forget_encodings(self) -> None:
-        """Forget what encoders gave for inputs seen before. To be called while no job runs."""
+        """Empty the cache of encoders' results. Call it only while no job runs."""
         if self._loop is not None:
             self._loop.cache.clear()
 
@@ -192,7 +187,7 @@ class StepEngine(Estimates):
         return self._runner.running
 
     def stats(self) -> EngineStats:
-        """What the engine has done so far."""
+        """Statistics since the engine was made."""
         loop = self._loop
         return EngineStats(
             mode=self.mode,
@@ -213,23 +208,21 @@ class StepEngine(Estimates):
         )
 
     def certificates(self) -> dict[str, int]:
-        """How many kinds of calls are certified, pending and failed."""
+        """The number of kinds of calls by state: certified, pending, failed."""
         return self._loop.certificates.counts() if self._loop else {}
 
     def stalled(self) -> float:
-        """Seconds for which nothing has moved though there are jobs; infinite if a thread has
-        ended."""
+        """Seconds without progress while there are jobs; infinite if a thread has ended."""
         ended = not self._closed and not all(thread.is_alive() for thread in self._runner.threads)
         return math.inf if ended else self._planner.stalled()
 
     def close(self, timeout: float = CLOSE_SECONDS) -> None:
-        """Cancel what is left, running jobs at their next step, and leave the pipeline as it was.
-        Then it takes no more jobs.
+        """Refuse new jobs, cancel all others (running ones at their next step), and remove the
+        hooks from the pipeline.
 
-        Waits for the steps under way for at most about `timeout` seconds. Then the jobs that are
-        left fail with EngineClosedError, and what hangs is logged. While it is a forward, the
-        modules keep their hooks, which the engine's thread takes away once it ends; until then no
-        other engine can be made of them.
+        Waits at most about `timeout` seconds for running steps. Jobs that still run then fail with
+        EngineClosedError, and what hangs is logged. If a forward hangs, the engine's thread removes
+        the hooks when it ends; until then no other engine can use these modules.
 
         Raises EngineMisuseError in a callback of one of its jobs, which would wait for itself.
         """
@@ -242,12 +235,11 @@ class StepEngine(Estimates):
                 return
             self._closed = True
         atexit.unregister(self._at_exit)
-        left = self._runner.close(timeout)
+        hanging = self._runner.close(timeout)
         jobs = self._planner.jobs()
-        if left or jobs:
-            hanging = "; ".join(left) or jobs
-            logger.error("closed, but after %g s there is left: %s", timeout, hanging)
-        reason = f"The engine was closed, and the job had not ended {timeout:g} s later."
+        if hanging or jobs:
+            logger.error("still running %g s after close: %s", timeout, "; ".join(hanging) or jobs)
+        reason = f"The engine was closed, and the job was still running {timeout:g} s later."
         for job in jobs:
             self._runner.finish(job, EngineClosedError(reason))
 

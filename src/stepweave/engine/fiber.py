@@ -1,8 +1,7 @@
 """Fibers: a pipeline's own, synchronous call, suspended wherever it needs the engine.
 
-The shape is that of SQLAlchemy's bridge between greenlets and asyncio
-(sqlalchemy/util/concurrency.py): ordinary code runs in a greenlet; deep inside, something switches
-to the parent with a request and is switched back to with the answer.
+Like SQLAlchemy's bridge between greenlets and asyncio (sqlalchemy/util/concurrency.py): ordinary
+code runs in a greenlet, which switches to its parent with a request and continues with the answer.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ from stepweave.errors import EngineMisuseError
 
 
 class Done:
-    """What a fiber gives in the end: `outcome` is what its function returned, or the exception that
-    it raised."""
+    """The end of a fiber: `outcome` is its function's result, or the exception that it raised."""
 
     __slots__ = ("outcome",)
 
@@ -33,11 +31,11 @@ class _Greenlet(greenlet.greenlet):
 
 
 class Fiber:
-    """Runs `function` until it suspends, again and again. All by the thread that made it.
+    """Runs `function` from one suspension to the next, always on the thread that made the fiber.
 
-    Gradient mode, autocast and default dtype (at first those of `ambient`) and context variables
-    are the fiber's own; and so is what `own` puts in place whenever the fiber runs, such as torch's
-    default generator. `owner` is whom it runs for.
+    The fiber has its own gradient mode, autocast and default dtype (at first those of `ambient`),
+    its own context variables, and the state that `own` installs whenever it runs, such as torch's
+    default generator. `owner` is the job that it runs.
     """
 
     def __init__(
@@ -52,8 +50,8 @@ class Fiber:
         self.ambient = ambient
         self.device_types = tuple(kind for kind, _, _ in ambient.autocast)
         self.own = own
-        self.last: Any = None  # what the last call of a model gave it
-        self.request: Any = None  # what it was last suspended with
+        self.last: Any = None  # the result of its last call of a model
+        self.request: Any = None  # the argument of its last `suspend`
         self.greenlet = _Greenlet(self._run)
         self.greenlet.fiber = self
         self._outside = contextvars.copy_context()
@@ -61,8 +59,8 @@ class Fiber:
 
     @property
     def variables(self) -> list[str]:
-        """The context variables that its function has set, by name, while it is suspended; the
-        engine's own aside."""
+        """Names of the context variables that its function has set, except the engine's; only
+        while it is suspended."""
         inside = self.greenlet.gr_context or contextvars.Context()
         unset = object()
         names = [var.name for var in inside if self._outside.get(var, unset) is not inside[var]]
@@ -73,27 +71,27 @@ class Fiber:
         return self.greenlet.dead
 
     def resume(self, value: Any = None) -> Any:
-        """Go on with `value` as what `suspend` returns. Gives the next request, or Done."""
+        """Continue: `suspend` returns `value`. Returns the next request, or Done."""
         return self._switch(self.greenlet.switch, value)
 
     def throw(self, error: BaseException) -> Any:
-        """Go on with `suspend` raising `error`. Gives the next request, or Done."""
+        """Continue: `suspend` raises `error`. Returns the next request, or Done."""
         return self._switch(
             lambda error: self.greenlet.throw(type(error), error, error.__traceback__), error
         )
 
     def _switch(self, switch: Callable[[Any], Any], value: Any) -> Any:
         if self.greenlet.dead:
-            raise EngineMisuseError("A fiber that has ended cannot go on.")
+            raise EngineMisuseError("A fiber that has ended cannot be resumed.")
         if greenlet.getcurrent() is not self.greenlet.parent:
-            raise EngineMisuseError("A fiber goes on only from where it was made.")
+            raise EngineMisuseError("Only the greenlet that made a fiber can resume it.")
         outside = current(self.device_types)
         apply(self.ambient, outside)
         try:
-            with contextlib.ExitStack() as left:
-                for one in self.own:
-                    one.enter()
-                    left.callback(one.leave)
+            with contextlib.ExitStack() as stack:
+                for state in self.own:
+                    state.enter()
+                    stack.callback(state.leave)
                 return switch(value)
         finally:
             self.ambient = current(self.device_types)
@@ -117,11 +115,8 @@ def current_fiber() -> Fiber | None:
 
 
 def suspend(request: Any) -> Any:
-    """Hand `request` to whoever resumed this fiber; returns what it is resumed with, raises what is
-    thrown into it.
-
-    Raises EngineMisuseError outside of a fiber.
-    """
+    """Suspend the running fiber with `request`. Returns the value given to `resume`, or raises the
+    error given to `throw`; raises EngineMisuseError outside of a fiber."""
     here = greenlet.getcurrent()
     if not isinstance(here, _Greenlet):
         raise EngineMisuseError("Only code that runs in a fiber can be suspended.")

@@ -1,5 +1,4 @@
-"""Where fibers suspend: in a hook on each of the pipeline's modules, in its autoencoder's methods,
-and where it reads and makes images."""
+"""Where fibers suspend: hooks on modules, methods of autoencoders, and image processing."""
 
 from __future__ import annotations
 
@@ -20,7 +19,8 @@ from stepweave.views.modules import TargetOf
 
 
 def call_engine(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The result of a call of `target`, for which the running fiber is suspended, if it can be."""
+    """Call `target` through the engine: the running fiber is suspended until the result is there.
+    Outside of a fiber, call it directly."""
     fiber = current_fiber()
     if fiber is None or not suspendable():
         return target.function(*args, **kwargs)
@@ -39,11 +39,10 @@ def call_engine(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 class SuspendHook(ModelHook):  # type: ignore[misc]
-    """Suspends the fibers of one engine in a module's forward. Other calls of the module pass
-    straight through.
+    """Suspends the fibers of one engine in a module's forward; other callers run it directly.
 
-    `owns` tells whose fibers are the engine's, `target_of` makes the target of calls; `cached` are
-    encoders, whose results are remembered.
+    `owns` says whether a fiber is the engine's, `target_of` makes the target of calls, and `cached`
+    marks an encoder, whose results are cached.
     """
 
     def __init__(self, owns: Callable[[Fiber], bool], target_of: TargetOf, cached: bool) -> None:
@@ -57,18 +56,18 @@ class SuspendHook(ModelHook):  # type: ignore[misc]
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forward = self.fn_ref.original_forward
         fiber = current_fiber()
-        # diffusers scales an encoder's adapters around the call of it: others must not run in
-        # between, nor later have the result
+        # diffusers scales an encoder's adapters around its call: other jobs must not run meanwhile,
+        # nor get the result from the cache
         adapted = self._cached and bool(getattr(module, "peft_config", None))
         if fiber is None or adapted or not self._owns(fiber) or not suspendable():
             return forward(*args, **kwargs)
-        if self._target is None or self._forward is not forward:  # somebody hooked it meanwhile
+        if self._target is None or self._forward is not forward:  # other code has hooked it since
             self._forward, self._target = forward, self._target_of(module, forward)
         return call_engine(self._target, args, kwargs)
 
 
 def on_image_thread(function: Callable[[], Any], known: bool) -> Any:
-    """What a function that reads or makes images gives, on another thread if it may run there."""
+    """Call a function that reads or makes images, on an image thread if possible."""
     if current_fiber() is None or torch.is_grad_enabled() or not suspendable():
         return function()
     work = ImageWork(function, known)

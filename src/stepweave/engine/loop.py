@@ -39,13 +39,12 @@ from stepweave.views.pipeline_call import call_pipeline
 
 logger = logging.getLogger(__name__)
 
-# times a job that must end is told so again, where its pipeline goes on regardless
-INSISTENCE = 100
+MAX_END_ATTEMPTS = 100  # times that Ending is raised in a pipeline that catches it
 
 
 class StepLoop(EngineThread):
-    """Runs jobs on one thread, all their calls of heavy modules in shared forwards where a
-    certificate allows it."""
+    """Runs jobs on one thread; their calls of heavy modules share forwards if a certificate allows
+    it."""
 
     def __init__(
         self,
@@ -73,7 +72,7 @@ class StepLoop(EngineThread):
         self.certificates = Certificates(fingerprints, config.audit_every, self.cache.clear)
         self.unshared = Unshared()
         self.memory = memory or memory_of(device)
-        self.image_threads = ImageThreads(self.come_back, device)
+        self.image_threads = ImageThreads(self.return_job, device)
         self._concurrency = ConcurrencyLimit(config.max_jobs)
         self._lookup = LookUp(LayoutReader(fingerprints), self._modules.guard, self.cache, stats)
         self._device_types = torch_state.device_types(device)
@@ -89,7 +88,7 @@ class StepLoop(EngineThread):
 
     def step(self) -> None:
         """Start jobs, choose calls that share a key, run one forward, let their fibers go on."""
-        self._recovery.before_step()  # what modules keep, jobs must not share
+        self._recovery.before_step()  # state that modules keep must not reach other jobs
         self._admit()  # waiting -> running
         self._expire()  # cancelled and late jobs leave
         self._retry_for_memory()  # jobs that wait for memory, once no others are left
@@ -97,10 +96,10 @@ class StepLoop(EngineThread):
         if batch is not None:
             for call, answer in self._runner.run(batch):  # merged, alone, or both ways as a proof
                 self._resume(call.owner, answer)  # until its next call, or its end
-            self._recovery.after_step(batch.calls[0])  # what is in doubt is computed again
+            self._recovery.after_step(batch.calls[0])  # jobs with doubtful results restart
 
     def _admit(self) -> None:
-        """Start jobs, and go on with those whose work on images is done."""
+        """Start jobs, and resume those whose work on images is done."""
         while True:
             for job, answer in self.take_returned():
                 job.at_images = False
@@ -125,14 +124,14 @@ class StepLoop(EngineThread):
             job.fiber = fiber = Fiber(call, ambient, self._modules.own(job), job)
         except Exception as failed:
             self.stats.errors += 1
-            logger.exception("%r cannot be started", job)
+            logger.exception("%r failed to start", job)
             self.finish(job, engine_failed(failed))
             return
         self._running[fiber] = job
         self._go_on(job, fiber.resume, None)
 
     def _expire(self) -> None:
-        """Have the jobs end that must."""
+        """End the jobs that are cancelled or late, or that a failed device prevents."""
         for job in self.running_jobs():
             ending = job.ending() if job.call or job.waiting_for_memory else None
             if ending is not None:
@@ -146,7 +145,7 @@ class StepLoop(EngineThread):
                 self._resume(job, answer)
 
     def _schedule(self) -> Batch | None:
-        """Take the calls whose turn it is out of their queue."""
+        """Take the calls of the next forward out of their queue."""
         if not self._queues:
             return None
         calls = self.planner.pick(self._queues, self._runner.limit)
@@ -163,9 +162,9 @@ class StepLoop(EngineThread):
         return batch
 
     def _resume(self, job: RunningJob, answer: Any) -> None:
-        """Give a job's fiber the answer to what it waits for, unless it has to wait for memory."""
+        """Resume a job's fiber with the answer to its request, unless it must wait for memory."""
         if isinstance(answer, WaitForMemory) and len(self._running) == 1:
-            answer = answer.error()  # nobody will leave any
+            answer = answer.error()  # no other job will free memory
         job.waiting_for_memory = answer if isinstance(answer, WaitForMemory) else None
         if isinstance(answer, Preempt):
             self.restart(job, "other jobs need its memory")
@@ -175,7 +174,7 @@ class StepLoop(EngineThread):
             self._go_on(job, job.fiber.resume, answer)
 
     def _go_on(self, job: RunningJob, switch: Callable[[Any], Any], value: Any) -> None:
-        """Switch to a job's fiber, until it waits for something or has ended."""
+        """Run a job's fiber until it has to wait, or has ended."""
         request = switch(value)
         while isinstance(request, Call) and not job.restarting:
             call, result = self._lookup.read(request)
@@ -184,48 +183,49 @@ class StepLoop(EngineThread):
                 job.call = call
                 self._queues.add(call)
                 return
-            request = job.fiber.resume(result)  # an encoder gave it before
+            request = job.fiber.resume(result)  # from the cache of encoders' results
         if isinstance(request, Done):
-            self._leave(job, request.outcome)
-        elif job.restarting:  # its pipeline goes on regardless
+            self._fiber_ended(job, request.outcome)
+        elif job.restarting:  # its pipeline has caught Ending
             self.end(job, Ending())
         elif isinstance(request, ImageWork):
             self.image_threads.run(job, request)
         else:  # an attempt: memory ran out
             self._resume(job, self._runner.answer_out_of_memory(request))
 
-    def _leave(self, job: RunningJob, outcome: Outcome) -> None:
-        """A job's fiber has ended: it is done, or starts again."""
+    def _fiber_ended(self, job: RunningJob, outcome: Outcome) -> None:
+        """Finish or restart a job whose fiber has ended."""
         outcome.let_go()
         del self._running[job.fiber]
         self._modules.guard.left(job, last=not self._running, succeeded=outcome.error is None)
         if job.restarting and job.ending() is None:
             self.certificates.forget_job(job)
             job.restart()
-            self.wait_again(job)
+            self.requeue(job)
             return
         job.fiber = None
         self._concurrency.ended()
         self.finish(job, outcome)
 
     def end(self, job: RunningJob, error: BaseException) -> None:
-        """Raise something in a job's call that ends it."""
+        """Raise `error` in a job's call, to end it."""
         if job.call is not None:
             self._queues.remove(job.call)
         job.call = job.waiting_for_memory = None
-        job.told += 1
-        if job.told > INSISTENCE:
+        job.end_attempts += 1
+        if job.end_attempts > MAX_END_ATTEMPTS:
             del self._running[job.fiber]
-            self.finish(job, StepweaveError("The job ignores its end.", code="cancel_ignored"))
+            reason = f"The pipeline did not stop after {MAX_END_ATTEMPTS} requests to end."
+            self.finish(job, StepweaveError(reason, code="cancel_ignored"))
         else:
             self._go_on(job, job.fiber.throw, error)
 
     def restart(self, job: RunningJob, reason: str) -> None:
-        """Have a job start again, if its call can be made again."""
+        """Restart a job, if its arguments are unchanged."""
         if job.fiber not in self._running or job.restarting:
             return
         if not job.restartable():
-            logger.warning("%r cannot restart, though %s", job, reason)
+            logger.warning("%r continues, although %s: it has changed its arguments", job, reason)
             return
         logger.info("%r restarts: %s", job, reason)
         job.restarting = True
@@ -233,7 +233,8 @@ class StepLoop(EngineThread):
             self.end(job, Ending())
 
     def rescue(self) -> None:
-        """Let fibers that an error of the loop left behind do themselves what they wait for."""
+        """After an error of the loop: have the fibers that it did not answer run their requests
+        themselves."""
         for job in self.running_jobs():
             if job.call or job.waiting_for_memory or job.at_images:
                 continue
@@ -242,11 +243,9 @@ class StepLoop(EngineThread):
             try:
                 self._resume(job, Attempt(request) if isinstance(request, Call) else request)
             except BaseException as error:
-                logger.exception("a job cannot go on: %r", job)
+                logger.exception("%r cannot be resumed", job)
                 self._running.pop(job.fiber, None)
                 self.finish(job, engine_failed(error))
-
-    # What other threads ask, and what the thread waits for
 
     @property
     def running(self) -> int:
@@ -273,11 +272,10 @@ class StepLoop(EngineThread):
 
     def close(self, seconds: float) -> list[str]:
         until = time.monotonic() + seconds
-        left = super().close(seconds)
+        hanging = super().close(seconds)
         self.image_threads.end(max(0.0, until - time.monotonic()))
-        return left
+        return hanging
 
-    def leave(self) -> None:
-        """Leave the pipeline as it was."""
+    def restore_pipeline(self) -> None:
         self._running.clear()
         self._modules.close()

@@ -31,15 +31,15 @@ Answers = Iterator[tuple[Call, Any]]
 
 
 class Batch(NamedTuple):
-    """Calls of one key that are served next, and how."""
+    """The calls of the next forward, all of one key, and how to run them."""
 
     verdict: Verdict
     calls: Sequence[Call]
 
 
 class BatchRunner:
-    """Yields calls with their answers: a result, an `Attempt` where the call's own fiber is to run
-    it, or that it waits for memory. Until the next one is asked for, the fiber goes on with it."""
+    """Yields calls with their answers: a result, an `Attempt` if the call's own fiber is to run it,
+    or `WaitForMemory`. The caller must resume the call's fiber before it asks for the next."""
 
     def __init__(
         self,
@@ -73,22 +73,22 @@ class BatchRunner:
         self.answer_out_of_memory = self._microbatches.answer_out_of_memory
 
     def limit(self, call: Call) -> int:
-        """The most rows of a forward with this call."""
+        """The largest number of rows of a forward with this call."""
         return self._limits.limit(call.kind, min(self._max_rows, call.target.cap or self._max_rows))
 
     def fits(self, demand: Demand) -> bool:
-        """Whether the memory that is left is enough for each of a job's calls, as far as is known;
-        in parts, if need be."""
+        """Whether each of a job's calls fits into the free memory, in parts if necessary; True if
+        its memory is not yet known."""
         loads = (*demand.before, *demand.step, *demand.after)
         return all(self._limits.fits(load.key, 1) for load in loads)
 
     def decide(self, calls: list[Call]) -> Batch:
-        """How calls of one key are to be run, and which of them."""
+        """Decide which of these calls of one key run now, and how."""
         try:
             return Batch(*self._certificates.decide(calls))
         except Exception:
             self._stats.errors += 1
-            logger.exception("no certificate for a call of %s; it runs alone", calls[0].target.name)
+            logger.exception("no decision for a call of %s; running it alone", calls[0].target.name)
             return Batch(Verdict.ALONE, calls[:1])
 
     def run(self, batch: Batch) -> Answers:
@@ -106,8 +106,8 @@ class BatchRunner:
     def _alone(
         self, calls: Sequence[Call], *, keep: bool = False
     ) -> Generator[tuple[Call, Any], None, list[Attempt]]:
-        """Each by itself, in its own fiber; or in parts if it is known not to fit. Gives how it
-        went with those that their fibers ran."""
+        """Run each call by itself, in its own fiber, or in parts if it is known not to fit into
+        memory. Returns the attempts of the fibers."""
         attempts = []
         for call in calls:
             answer = self._microbatches.run(call) if self._microbatches.wanted(call) else None
@@ -142,7 +142,7 @@ class BatchRunner:
             with self._limits.measured(first.kind, rows, first.cost):
                 repeat = self._certificates.of(first).repeat
                 outputs = run_merged(calls, self._device_types, repeat=repeat)
-        except Exception as error:  # let go of here, since it holds on to the memory
+        except Exception as error:  # not kept: its traceback would hold the memory
             if not ran_out(error):
                 reason = f"merged, it raised {type(error).__name__}: {error}"[:200]
         if outputs is not None:
@@ -150,19 +150,18 @@ class BatchRunner:
             self._stats.forward(first.target.name, rows, len(calls))
             yield from self._deliver(calls, outputs)
             self._clock.stop(started, partial(self._ran, first.cost, rows, 0.0))
-        elif reason:  # if all goes well alone, merging is to blame
+        elif reason:  # if all succeed alone, merging is the cause
             self._stats.retried += 1
             attempts = yield from self._alone(calls)
             if not any(attempt.failed for attempt in attempts):
                 self._certificates.fail(first, reason)
-        else:  # what does not fit into memory at once is run in halves, down to single calls
+        else:  # out of memory: run halves, down to single calls
             self._microbatches.note_ran_out(first, rows)
             middle = len(calls) // 2
             for half in (calls[:middle], calls[middle:]):
                 yield from self._alone(half) if len(half) == 1 else self._merged(half)
 
     def _deliver(self, calls: Sequence[Call], outputs: Sequence[Any]) -> Answers:
-        """Results of a merged forward."""
         watch = self.watches.of(calls[0].target)
         served = self._certificates.of(calls[0]).served
         for call, output in zip(calls, outputs, strict=True):
@@ -172,12 +171,11 @@ class BatchRunner:
             yield call, output
 
     def _done(self, call: Call, output: Any, started: Any) -> None:
-        """A call has been run in parts."""
         self._remember(call, output)
         self._clock.stop(started, partial(self._ran, call.cost, call.rows, 0.0))
 
     def _ran(self, key: Key, rows: int, looked: float, seconds: float) -> None:
-        # a GPU's clock tells late: it must not hold on to calls
+        # takes no call: a GPU's clock reports late, and would keep it alive
         self._planner.ran(key, rows, max(0.0, seconds - looked))
 
     def _remember(self, call: Call, output: Any) -> None:

@@ -1,1 +1,1 @@
-"""Image files and what is written into them."""
+"""Decodes uploads, and encodes images with their parameters."""

@@ -1,5 +1,4 @@
-"""The colours of uploads as sRGB, which is what the models were trained on and what the files of
-results are taken for."""
+"""Converts uploads to sRGB, which models were trained on and viewers assume for results."""
 
 from __future__ import annotations
 
@@ -8,29 +7,30 @@ import io
 import numpy as np
 from PIL import Image, ImageChops, ImageCms
 
-SRGB_GAMMA = 1 / 2.2  # as a PNG's gAMA tells it
-# of a gAMA, relative: closer ones mean sRGB, whose curve is no power of a number
+SRGB_GAMMA = 1 / 2.2  # in the form of a PNG's gAMA
+# relative difference of a gAMA that still means sRGB, whose curve is not a power
 GAMMA_TOLERANCE = 0.05
 # x and y of white, red, green and blue
 SRGB_PRIMARIES = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)
 PRIMARIES_TOLERANCE = 0.01
-# what both spaces have stays as it is, black too; white is the paper
+# keeps colours that both spaces have, black too; white is that of the paper
 INTENT = ImageCms.Intent.RELATIVE_COLORIMETRIC
-SAME = 1  # of 255: what a conversion may change at most to count as none
+SAME = 1  # of 255: a conversion that changes no more is skipped
 _SPACES = {"L": b"GRAY", "RGB": b"RGB ", "CMYK": b"CMYK"}
 # profiles of colours; not of links between devices, nor of names
 _CLASSES = (b"scnr", b"mntr", b"prtr", b"spac")
-# type of the tags of multi-process elements, of which 240 KB may take lcms minutes, and a gigabyte
+# tags of multi-process elements: 240 KB of them may cost lcms minutes, and a gigabyte
 COSTLY = b"mpet"
 _HEADER = 128  # bytes of a profile before its tags
 
 
 def to_srgb(image: Image.Image, param: str) -> tuple[Image.Image, list[str]]:
-    """An image of mode L, LA, RGB, RGBA or CMYK in RGB or RGBA, and warnings about its profile.
+    """Convert an image of mode L, LA, RGB, RGBA or CMYK to sRGB, in RGB or RGBA. Returns it with
+    warnings about its profile, by `param`.
 
-    What counts is, as in the PNG specification, the ICC profile, else a PNG's `sRGB`, else its
-    `gAMA`; else it is sRGB. A profile that cannot be used counts as none. CMYK without one is
-    converted as 255 minus ink, which is what Pillow does.
+    As the PNG specification says, the colour space is that of the ICC profile, else a PNG's `sRGB`,
+    else its `gAMA`, else sRGB. Unusable profiles are ignored. CMYK without one is converted as 255
+    minus ink, as Pillow does.
     """
     if image.mode in ("LA", "RGBA"):
         alpha = image.getchannel("A")
@@ -55,16 +55,16 @@ def to_srgb(image: Image.Image, param: str) -> tuple[Image.Image, list[str]]:
 
 
 def unconverted(image: Image.Image) -> Image.Image:
-    """The same in RGB or RGBA with its values as they are, whatever its profile."""
+    """The image in RGB or RGBA, with unchanged values, whatever its profile."""
     return image.convert("RGBA" if image.mode in ("LA", "RGBA") else "RGB")
 
 
 class _Unusable(Exception):
-    """Says why a profile is."""
+    """A profile cannot be used; the message says why."""
 
 
 def _without_alpha(image: Image.Image) -> Image.Image:
-    """The colours as they are, whatever the alpha; `convert` keeps `info`."""
+    """The image without its alpha channel; `convert` keeps `info`."""
     return image.convert(image.mode[:-1])
 
 
@@ -85,7 +85,7 @@ def _by_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
         transform = ImageCms.buildTransform(
             source, ImageCms.createProfile("sRGB"), image.mode, "RGB", INTENT
         )
-        # most are sRGB: what they tag stays exactly as it is
+        # most profiles are sRGB: then values stay exactly the same
         if image.mode == "RGB" and _changes_nothing(transform):
             return image
         converted = ImageCms.applyTransform(image, transform)
@@ -110,7 +110,7 @@ def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:
 
 
 def _by_gamma(image: Image.Image, gamma: float) -> Image.Image:
-    """Of samples that are light to the power of `gamma`."""
+    """Convert samples that are light to the power of `gamma`."""
     if not 0.01 < gamma < 100 or abs(gamma / SRGB_GAMMA - 1) <= GAMMA_TOLERANCE:
         return image.convert("RGB")
     light = (np.arange(256) / 255) ** (1 / gamma)

@@ -2,10 +2,9 @@
 MAX_PIXELS`.
 
 It imports Pillow and numpy, and answers over a socket: requests and answers are a message in JSON,
-and one for each file or image as bytes. Once it knows how large an image is it asks what size is
-wanted, so that only what an edit needs comes over the socket. Nothing is unpickled, so a decoder
-that a file has taken over cannot reach the server that way. It ends when its socket is closed,
-however the server ends.
+and one with the bytes of each file or image. Once it knows an image's size, it asks for the wanted
+size, so that no larger image is sent back. Nothing is unpickled, so a decoder that a malicious file
+has taken over cannot attack the server that way. It ends when its socket is closed.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from stepweave.images.uploads import NotWanted, Size, read_sources
 
 READY = b"ready"
 MEMORY_BYTES = 1 << 30  # of address space, for the interpreter and its libraries
-# and for each pixel of an image: planes, coefficients, copies in other modes
+# more for each pixel of an image: planes, coefficients, copies in other modes
 MEMORY_BYTES_OF_PIXEL = 32
-LAST_SECONDS = 20  # after which it ends itself, where the server cannot
+LAST_SECONDS = 20  # after which it ends itself, if the server does not
 
 
 def main(descriptor: int, max_pixels: int) -> None:
@@ -35,7 +34,7 @@ def main(descriptor: int, max_pixels: int) -> None:
     _confine(MEMORY_BYTES + MEMORY_BYTES_OF_PIXEL * max_pixels)
     connection = Connection(descriptor)
     connection.send_bytes(READY)
-    # the server has ended, or does not want the answer
+    # the server has ended, or has cancelled the request
     with contextlib.suppress(EOFError, OSError):
         while True:
             asked = json.loads(connection.recv_bytes())
@@ -59,14 +58,14 @@ def _answer(
 
     try:
         sources = read_sources(image, mask, max_pixels=max_pixels, fit=fit)
-    except NotWanted:  # the server refuses the size, or the kind of edit, and knows why
+    except NotWanted:  # the server refuses the size, or the kind of edit
         return []
     except (InvalidRequestError, UnsupportedMediaTypeError) as error:
-        told: dict[str, Any] = {"message": error.message, "code": error.code, "param": error.param}
-        return [json.dumps({"error": told, "status": error.status}).encode()]
+        reason = {"message": error.message, "code": error.code, "param": error.param}
+        return [json.dumps({"error": reason, "status": error.status}).encode()]
     images = [image for image in (sources.image, sources.mask) if image is not None]
-    told = {"images": [_about(image) for image in images], "warnings": sources.warnings}
-    return [json.dumps(told).encode(), *(image.tobytes() for image in images)]
+    answer = {"images": [_about(image) for image in images], "warnings": sources.warnings}
+    return [json.dumps(answer).encode(), *(image.tobytes() for image in images)]
 
 
 def _about(image: Image.Image) -> dict[str, Any]:
@@ -74,7 +73,7 @@ def _about(image: Image.Image) -> dict[str, Any]:
 
 
 def _confine(memory: int) -> None:
-    """Bound the address space, and have the kernel end this process before the server where memory
+    """Limit the address space, and have the kernel end this process before the server if memory
     runs out."""
     # there is no such limit, or a lower one
     with contextlib.suppress(ImportError, OSError, ValueError):

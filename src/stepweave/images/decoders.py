@@ -1,8 +1,8 @@
-"""Processes that decode uploads: decoding can be ended, and takes no time of the server's own
-threads.
+"""Runs the processes that decode uploads, so that decoding can be ended and does not block the
+server's threads.
 
-The standard library's and anyio's pools of processes do not fit: they run the main module of the
-server in each process, and the former cannot end one call.
+The process pools of the standard library and anyio do not fit: they run the server's main module in
+each process, and the former cannot end one call.
 """
 
 from __future__ import annotations
@@ -37,45 +37,41 @@ from stepweave.parameters import Sources
 from stepweave.threads import DaemonExecutor, on_thread
 
 DECODERS = 2  # processes
-SECONDS = 10.0  # that decoding the files of a request may take
-START_SECONDS = 60.0  # that a process may take to start, on a busy machine
-ANSWER_BYTES = 1 << 20  # of what a process may tell beside images
-# environment variables
+SECONDS = 10.0  # limit of decoding the files of a request
+START_SECONDS = 60.0  # limit of the start of a process, on a busy machine
+ANSWER_BYTES = 1 << 20  # limit of a process's answer without images
+# environment variables that processes get
 KEPT = re.compile(r"PATH|HOME|LANG|LC_\w+|TZ|TMPDIR|LD_LIBRARY_PATH|PYTHON\w+")
 
 
 def as_it_is(size: Size, masked: bool) -> Size:
-    """Keeps an image's size."""
+    """Keep an image's size."""
     return size
 
 
 class Decoders:
-    """At most `DECODERS` processes, begun as they are needed and used again. Usable from any event
-    loop.
-
-    `max_pixels` is the limit of each image that is sent.
-    """
+    """At most `DECODERS` processes, started when needed and reused. For any event loop.
+    `max_pixels` is the limit of each uploaded image."""
 
     def __init__(self, max_pixels: int) -> None:
         self._max_pixels = max_pixels
-        self._idle: list[_Process] = []  # the one that was used last is last
+        self._idle: list[_Process] = []  # the last used one last
         self._all: set[_Process] = set()
         self._closed = False
         self._lock = threading.Lock()
         self._threads = DaemonExecutor(DECODERS, "stepweave-decode")  # each waits for one process
-        self.waiting = 0  # requests whose files are being decoded, or wait for that
+        self.waiting = 0  # requests whose files are being decoded or wait for it
 
     async def read_sources(
         self, image: bytes | BinaryIO, mask: bytes | BinaryIO | None, fit: Fit = as_it_is
     ) -> Sources:
-        """As `uploads.read_sources`, in a process that is ended if the awaiting task is cancelled.
+        """Call `uploads.read_sources` in a process, which is ended if the awaiting task is
+        cancelled. Files are read only when a process is free, to save memory. `fit` is called on
+        another thread.
 
-        Files are read once there is a process for them, so that those that wait are not in memory.
-        `fit` is called on a thread.
-
-        Raises also InvalidRequestError, code `image_too_slow`, for what is not decoded within
-        `SECONDS`, StepweaveError, code `decoder_failed`, if the process dies or cannot be started,
-        and UnavailableError once it is closed.
+        Also raises InvalidRequestError, code `image_too_slow`, after `SECONDS`; StepweaveError,
+        code `decoder_failed`, if the process dies or cannot be started; UnavailableError after
+        `close`.
         """
         with self._lock:
             self._check_open()
@@ -90,7 +86,7 @@ class Decoders:
             self.waiting -= 1
 
     def close(self) -> None:
-        """End all processes, and what they do."""
+        """End all processes."""
         with self._lock:
             self._closed = True
             processes = list(self._all)
@@ -120,7 +116,7 @@ class Decoders:
         if idle is not None:
             if idle.alive:
                 return idle
-            self._end(idle)  # it died meanwhile
+            self._end(idle)  # it has died
         try:
             process = _Process(self._max_pixels)
         except OSError as error:
@@ -148,7 +144,7 @@ class Decoders:
 
 
 class _Task:
-    """The files of a request. It may be ended from any thread."""
+    """The files of a request. `end` is for any thread."""
 
     def __init__(
         self, image: bytes | BinaryIO, mask: bytes | BinaryIO | None, fit: Fit = as_it_is
@@ -156,12 +152,12 @@ class _Task:
         self._image = image
         self._mask = mask
         self._fit = fit
-        self.ended: str | None = None  # why, if it was: cancelled or slow
-        self._process: _Process | None = None  # that runs it
+        self.ended: str | None = None  # the reason: cancelled or slow
+        self._process: _Process | None = None  # runs the task
         self._lock = threading.Lock()
 
     def end(self, reason: str) -> None:
-        """Kill the process that runs it."""
+        """Kill the process that runs the task."""
         with self._lock:
             self.ended = self.ended or reason
             if self._process is not None:
@@ -181,7 +177,7 @@ class _Task:
             raise self._died(process) from None
         finally:
             timer.cancel()
-            with self._lock:  # from here on nobody kills the process
+            with self._lock:  # from now on the process is not killed
                 self._process = None
 
     def _died(self, process: _Process) -> StepweaveError:
@@ -221,7 +217,7 @@ class _Process:
                     stdout=subprocess.DEVNULL,
                     pass_fds=[its.fileno()],
                     env=_environment(),
-                    # Ctrl-C in a terminal is the server's, which lets work finish
+                    # Ctrl-C in a terminal must only reach the server, which finishes its work
                     start_new_session=True,
                 )
             except BaseException:
@@ -236,7 +232,7 @@ class _Process:
         return self._process.poll() is None
 
     def wait_until_ready(self) -> None:
-        """Raises StepweaveError if it does not come up."""
+        """Wait for the process. Raises StepweaveError if it does not start."""
         with contextlib.suppress(EOFError, OSError):
             if self._connection.poll(START_SECONDS) and self._connection.recv_bytes() == READY:
                 self.usable = True
@@ -246,7 +242,8 @@ class _Process:
         )
 
     def decode(self, image: bytes | BinaryIO, mask: bytes | BinaryIO | None, fit: Fit) -> Sources:
-        """Raises what the process tells of, and what `fit` does; EOFError or OSError if it dies."""
+        """Decode a request's files. Raises the process's error, that of `fit`, or EOFError or
+        OSError if it dies."""
         self.usable = False
         connection = self._connection
         connection.send_bytes(json.dumps({"mask": mask is not None}).encode())
@@ -255,9 +252,9 @@ class _Process:
                 connection.send_bytes(file if isinstance(file, bytes) else _whole(file))
         answer = json.loads(connection.recv_bytes(ANSWER_BYTES))
         if "size" in answer:
-            self._tell_size(answer, fit)
+            self._send_size(answer, fit)
             answer = json.loads(connection.recv_bytes(ANSWER_BYTES))
-        # bounded, as is what it may tell: a file that has taken the process over must not fill the
+        # limited, like the answer: a process that a malicious file has taken over must not fill the
         # server's memory
         most = len("RGBA") * self._max_pixels
         images = [
@@ -276,13 +273,13 @@ class _Process:
         image_read, mask_read = images if len(images) == 2 else (images[0], None)
         return Sources(image_read, mask_read, tuple(answer["warnings"]))
 
-    def _tell_size(self, asked: dict[str, Any], fit: Fit) -> None:
+    def _send_size(self, asked: dict[str, Any], fit: Fit) -> None:
         width, height = asked["size"]
         try:
             wanted = fit((width, height), asked["masked"])
         except BaseException:
             self._connection.send_bytes(json.dumps({"size": None}).encode())
-            self.usable = True  # it answers nothing more
+            self.usable = True  # it sends no answer
             raise
         self._connection.send_bytes(json.dumps({"size": wanted}).encode())
 
@@ -290,14 +287,14 @@ class _Process:
         self._process.kill()
 
     def kill_and_wait(self) -> int:
-        """Its exit status, negative for a signal."""
+        """Return its exit status, negative for a signal."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return self._process.wait(1)  # it has closed its connection, so it is about to end
+            return self._process.wait(1)  # its connection is closed, so it is about to end
         self._process.kill()
         return self._process.wait()
 
     def reap(self) -> None:
-        """Wait for one that was killed, so that no zombie is left."""
+        """Wait for the end of a killed process, so that no zombie remains."""
         self._process.wait()
         self._connection.close()
 
@@ -312,8 +309,8 @@ def _image(mode: str, size: list[int], data: bytes) -> Image.Image:
 
 
 def _environment() -> dict[str, str]:
-    """What Python needs of the server's, with its modules; the rest may be secret. One thread for
-    numpy."""
+    """The environment variables that Python needs, since others may be secret; numpy gets one
+    thread."""
     root = str(Path(stepweave.__file__).resolve().parents[1])
     path = os.pathsep.join([root, *filter(None, sys.path)])
     kept = {name: value for name, value in os.environ.items() if KEPT.fullmatch(name)}

@@ -1,4 +1,4 @@
-"""Encode images as PNG, JPEG or WebP, with the parameters that made them inside."""
+"""Encodes images as PNG, JPEG or WebP, with their parameters inside."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from stepweave import __version__
 from stepweave.errors import InvalidRequestError
 from stepweave.parameters import OutputFormat
 
-# pixels that the encoders take
+# limits of the encoders, in pixels
 MAX_SIDES: dict[OutputFormat, int] = {"png": 2**31 - 1, "jpeg": 65_500, "webp": 16_383}
 _ASCII_CODE = b"ASCII\0\0\0"  # EXIF 2.32, 4.6.5: the character code that precedes a UserComment
 _UNICODE_CODE = b"UNICODE\0"
-# bytes that a JPEG segment holds after its length and "Exif" marker; long prompts need it all
+# bytes in a JPEG segment after its length and "Exif" marker
 _EXIF_LIMIT = 65_527
 
 
 def a1111_text(values: dict[str, Any], model: str) -> str:
-    """The parameters in the convention of the A1111 web UI, which most image tools read."""
+    """The parameters in the format of the A1111 web UI, which most image tools read."""
     lines = [values["prompt"]]
     if values.get("negative_prompt"):
         lines.append(f"Negative prompt: {values['negative_prompt']}")
@@ -43,7 +43,7 @@ def a1111_text(values: dict[str, Any], model: str) -> str:
 def check_file(
     output_format: OutputFormat, compression: int | None, width: int, height: int
 ) -> None:
-    """Raise InvalidRequestError if an image of this size cannot be written so."""
+    """Raise InvalidRequestError if the format does not allow this size or compression."""
     most = MAX_SIDES[output_format]
     if max(width, height) > most:
         raise InvalidRequestError(
@@ -64,14 +64,15 @@ def encode(
     model: str,
     quality: int | None = None,
 ) -> bytes:
-    """The image as a file. `values` are the parameters of this image (`Parameters.of_image`),
-    None to leave them out.
+    """Encode an image as a file. `values` are its parameters (`Parameters.of_image`), or None to
+    omit them.
 
-    PNG carries them as text chunks `parameters` (A1111) and `stepweave` (JSON); JPEG and WebP as
-    EXIF UserComment (A1111) and ImageDescription (JSON). `quality` is 0 to 100; PNG has none.
+    They are stored in PNG as text chunks `parameters` (A1111) and `stepweave` (JSON); in JPEG and
+    WebP as EXIF UserComment (A1111) and ImageDescription (JSON), which a JPEG omits if it is too
+    long. `quality` is 0 to 100, ignored for PNG.
     """
     buffer = io.BytesIO()
-    # PNG has none of floating point, nor of print
+    # PNG has no floating-point or CMYK modes
     if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
         image = image.convert("RGB")
     if output_format == "png":
@@ -81,7 +82,7 @@ def encode(
             info.add_itxt("stepweave", json.dumps({**values, "model": model}))
         image.save(buffer, "PNG", pnginfo=info)
         return buffer.getvalue()
-    # 4:4:4 and a high quality: flat colours and hard edges show chroma subsampling at once
+    # 4:4:4 and high quality: chroma subsampling is visible in flat colours and hard edges
     options: dict[str, Any] = (
         {"quality": 95, "subsampling": 0} if output_format == "jpeg" else {"quality": 90}
     )

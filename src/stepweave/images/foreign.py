@@ -1,8 +1,6 @@
-"""Files that people send in place of a PNG, JPEG or WebP, recognised by their first bytes, so that
-the answer can name them.
+"""Recognises unsupported file formats by their first bytes, so that errors can name them.
 
-None of them is decoded: each further decoder is one more that strangers can attack. That holds for
-AVIF too, which Pillow could read.
+None of them is decoded, not even AVIF, which Pillow could read: every decoder can be attacked.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from stepweave.errors import UnsupportedMediaTypeError
 
 CODE: Final = "unsupported_image"
 _READ = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
-_HEAD = 1024  # bytes that are looked at
+_HEAD = 1024  # bytes that are examined
 _HEIF = {
     b"heic",
     b"heix",
@@ -30,7 +28,7 @@ _HEIF = {
 }
 _AVIF = {b"avif", b"avis"}
 _IPHONE = "; iPhones take JPEG with Settings > Camera > Formats > Most Compatible"
-_MAGIC = (  # a pattern at the start of the file, and what such a file is
+_MAGIC = (  # a pattern at the start of the file, and the name of the format
     (rb"GIF8[79]a", "a GIF image"),
     (rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\x00\x00\x00", "a BMP image"),
     (rb"II[*+]\x00|MM\x00[*+]", "a TIFF or camera raw image"),
@@ -49,8 +47,8 @@ _PATTERNS = tuple((re.compile(pattern, re.DOTALL), name) for pattern, name in _M
 
 
 def refuse(data: bytes, param: str) -> None:
-    """Raise UnsupportedMediaTypeError, code `unsupported_image`, for a file of a known kind that is
-    not read; it says what to send."""
+    """Raise UnsupportedMediaTypeError, code `unsupported_image`, for a file of a known format that
+    is not supported; the message says what to send."""
     if data.startswith(_READ):
         return
     name = _name(data[:_HEAD])
@@ -70,8 +68,7 @@ def _name(head: bytes) -> str | None:
 
 
 def _of_brands(head: bytes) -> str:
-    """Of the container of MPEG-4 (ISO 14496-12): its major brand, and the brands that it is
-    compatible with."""
+    """The format of an MPEG-4 container (ISO 14496-12), by its major and compatible brands."""
     end = min(int.from_bytes(head[:4]), len(head))
     brands = {head[8:12], *(head[at : at + 4] for at in range(16, end - 3, 4))}
     if brands & _AVIF:

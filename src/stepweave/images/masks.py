@@ -1,8 +1,8 @@
-"""Where an edit repaints: masks of what clients send.
+"""Makes the masks of edits from uploads.
 
-Alpha decides where it is not the same throughout an image, and where all of it is transparent: what
-is at least half transparent is repainted. Else what is at least half white is, of a mask. Masks are
-soft: 255 repaints, 0 keeps, edges are between; most of diffusers' pipelines cut them at a half.
+If an image's alpha varies, or all of it is transparent, its pixels that are at least half
+transparent are repainted; otherwise those of a mask that are at least half white. Masks are soft:
+255 repaints, 0 keeps, edges are in between; most of diffusers' pipelines cut them at a half.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ from PIL import Image
 
 from stepweave.errors import InvalidRequestError
 
-HALF = 128  # of 255, from which on a mask repaints, as diffusers' pipelines cut it
-COLOURED = 32  # of 255, that the channels of a grey pixel may be apart
-COLOURED_SHARE = 0.001  # of pixels that may be coloured in a mask
+HALF = 128  # of 255: the threshold of a mask, as in diffusers' pipelines
+COLOURED = 32  # of 255: the largest difference between channels of a grey pixel
+COLOURED_SHARE = 0.001  # the largest share of coloured pixels in a mask
 
-Extrema = tuple[int, int]  # least and largest alpha of an image
+Extrema = tuple[int, int]  # smallest and largest alpha of an image
 
 
 def has_holes(alpha: Extrema | None) -> bool:
-    """Whether an image without a mask tells by its own alpha what to repaint: some of it, or
-    all."""
+    """Whether an image's alpha says what to repaint, so that it needs no mask."""
     return alpha is not None and _alpha_decides(alpha) and alpha[0] <= 255 - HALF
 
 
@@ -31,11 +30,8 @@ def of_alpha(image: Image.Image) -> Image.Image:
 
 
 def of_mask(image: Image.Image, alpha: Extrema | None) -> Image.Image:
-    """The mask of an image, RGB or RGBA, that was sent as one; `alpha` are the extrema of its
-    alpha, None if it has none.
-
-    Raises InvalidRequestError for an opaque image in colours.
-    """
+    """The mask (mode L) of an uploaded mask in RGB or RGBA; `alpha` are the extrema of its alpha,
+    or None. Raises InvalidRequestError for an opaque image in colours."""
     if alpha is not None and _alpha_decides(alpha):
         return of_alpha(image)
     colours = image.convert("RGB")  # as they are, without the alpha
@@ -51,7 +47,7 @@ def of_mask(image: Image.Image, alpha: Extrema | None) -> Image.Image:
 
 
 def repaints(mask: Image.Image) -> bool:
-    """Whether any of it does."""
+    """Whether a mask repaints any pixel."""
     _, most = mask.getextrema()
     return bool(most >= HALF)  # type: ignore[operator]
 
@@ -61,6 +57,6 @@ def _alpha_decides(alpha: Extrema) -> bool:
 
 
 def _coloured(image: Image.Image) -> float:
-    """The share of pixels that are in colour."""
+    """The share of coloured pixels."""
     pixels = np.asarray(image)
     return float((pixels.max(2) - pixels.min(2) > COLOURED).mean())

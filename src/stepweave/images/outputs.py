@@ -1,4 +1,4 @@
-"""What a pipeline returns beside its images: flags of a safety checker, and whatever else."""
+"""Reads a pipeline's output: images, flags of a safety checker, and other members."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from PIL import Image
 
 from stepweave.errors import NoImagesError
 
-IMAGES = ("images", "image")  # what pipelines call their images
+IMAGES = ("images", "image")  # names of the member with the images
 _FLAG = re.compile(r"nsfw|unsafe|harmful|flagged|blocked|detected", re.IGNORECASE)
-_SAFE = re.compile(r"^(is_)?safe$", re.IGNORECASE)  # which says the opposite
-LARGEST = 2**53 - 1  # of whole numbers that every JSON client reads
+_SAFE = re.compile(r"^(is_)?safe$", re.IGNORECASE)  # with the opposite meaning
+LARGEST = 2**53 - 1  # integers that every JSON client can read
 MOST = 1000  # entries of a list, and characters of a text, that are passed on
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """`flags` are the names of what the pipeline says against each image; `others` goes into JSON
-    as it is."""
+    """`flags` has for each image the names of members that flag it; `others` are JSON values."""
 
     flags: list[list[str]]
     others: dict[str, Any] = field(default_factory=dict)
@@ -34,8 +33,8 @@ class Outputs:
 
 
 def images_of(output: Any, pipeline: str = "The pipeline") -> list[Image.Image]:
-    """The images in what a pipeline returned. Raises NoImagesError, naming the class `pipeline` and
-    its results, if that has none."""
+    """The images in a pipeline's output. Raises NoImagesError, naming the class `pipeline` and its
+    results, if there are none."""
     images = next(
         (value for name in IMAGES if (value := getattr(output, name, None)) is not None), None
     )
@@ -57,8 +56,8 @@ def images_of(output: Any, pipeline: str = "The pipeline") -> list[Image.Image]:
 
 
 def outputs_of(output: Any, count: int) -> Outputs:
-    """What an output says beside its `count` images. What is neither a flag nor fit for JSON is
-    named in a warning."""
+    """The members of an output besides its `count` images. Warnings name those that are neither
+    flags nor JSON values."""
     outputs = Outputs([[] for _ in range(count)])
     for name, value in _members(output).items():
         if name in IMAGES or value is None:
@@ -73,8 +72,8 @@ def outputs_of(output: Any, count: int) -> Outputs:
             outputs.others[name] = plain
             if _FLAG.search(name) and plain != []:
                 outputs.warnings.append(
-                    f"The pipeline also returned {name!r}, which tells of no single image; see "
-                    f"outputs."
+                    f"The pipeline also returned {name!r}, which does not belong to single images; "
+                    f"see outputs."
                 )
         else:
             outputs.warnings.append(
@@ -104,8 +103,8 @@ def _members(output: Any) -> Mapping[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers of numpy and torch, tensors, and sequences of them, as Python's own."""
-    # without an import of torch: this module comes before it
+    """Convert numbers of numpy and torch, tensors, and sequences of them to Python's types."""
+    # without an import of torch, which is loaded later
     if callable(tolist := getattr(value, "tolist", None)):
         return tolist() if math.prod(getattr(value, "shape", ())) <= MOST else value
     if isinstance(value, (list, tuple)) and len(value) <= MOST:
@@ -114,7 +113,7 @@ def _plain(value: Any) -> Any:
 
 
 def _verdicts(name: str, value: Any, count: int) -> list[bool] | None:
-    """Whether each image is flagged; None if this is no flag."""
+    """Whether each image is flagged; None if the member is not a flag."""
     safe = _SAFE.search(name) is not None
     if not safe and not _FLAG.search(name):
         return None
@@ -127,12 +126,12 @@ def _verdicts(name: str, value: Any, count: int) -> list[bool] | None:
 
 
 def _single(value: Any) -> Any:
-    """What a list of one entry holds."""
+    """The entry of a list of one; other values unchanged."""
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def _fits(value: Any) -> bool:
-    """Whether a value goes into JSON, as every client reads it, and is small."""
+    """Whether a value is small, and a JSON value that every client can read."""
     if isinstance(value, str):
         return len(value) <= MOST and not any("\ud800" <= item <= "\udfff" for item in value)
     if isinstance(value, int) and not isinstance(value, bool):

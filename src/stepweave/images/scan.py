@@ -1,9 +1,8 @@
-"""What an uploaded file asks of a decoder, counted in its bytes before anything is decoded.
+"""Limits the work of decoding an uploaded file, by counting its parts before it is decoded.
 
-The size of an image bounds the pixels, not the work: a JPEG may go over them in thousands of scans,
-a PNG may have a million chunks, each of which is decompressed, a WebP may have frames and a canvas
-of gigabytes. Counting stops at the limits, so it is cheap whatever the bytes are. What is no such
-file, or is cut short, is left to the decoder to refuse.
+A limit of pixels does not limit the work: a JPEG may have thousands of scans, a PNG a million
+compressed chunks, a WebP many frames and a canvas of gigabytes. Counting stops at the limits, so it
+is always fast. Other and truncated files are left for the decoder to refuse.
 """
 
 from __future__ import annotations
@@ -16,19 +15,18 @@ from typing import Final
 from stepweave.errors import InvalidRequestError
 
 MAX_SCANS = 100  # of a JPEG: progressive ones have about 10
-# of a JPEG between its scans: tables, profiles of up to 255 parts, application data
-MAX_SEGMENTS = 1000
+MAX_SEGMENTS = 1000  # of a JPEG besides scans: tables, up to 255 parts of a profile, other data
 MAX_FILL = 4096  # bytes of a JPEG between its segments, which Pillow reads one by one
-MAX_CHUNKS = 20_000  # of a PNG: data may come in parts of 4 KB, and less
-MAX_OTHER_CHUNKS = 1000  # of a PNG beside its data; of a WebP
-# of a PNG beside its data, each of which Pillow decompresses to at most 1 MiB
+MAX_CHUNKS = 20_000  # of a PNG: its data may be in parts of 4 KB or less
+MAX_OTHER_CHUNKS = 1000  # of a PNG besides its data; of a WebP
+# of a PNG besides its data; Pillow decompresses each to at most 1 MiB
 MAX_COMPRESSED_CHUNKS = 64
 MAX_EXIF_BYTES = 1 << 18
-# of a colour profile: those of printing presses have up to 3 MB. In a PNG Pillow allows 1 MiB
+# of a colour profile: those of printing presses have up to 3 MB. In a PNG, Pillow allows 1 MiB
 MAX_PROFILE_BYTES = 1 << 22
 CODE: Final = "image_too_complex"
 
-# but restarts and stuffed bytes, which are within a scan
+# except restart markers and stuffed bytes, which are within a scan
 _MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
 _SOF = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _SOS, _SOI, _EOI, _APP1, _APP2 = 0xDA, 0xD8, 0xD9, 0xE1, 0xE2
@@ -37,8 +35,8 @@ _COMPRESSED = (b"zTXt", b"iTXt", b"iCCP")
 
 
 def check(data: bytes, param: str, max_pixels: int) -> None:
-    """Raise InvalidRequestError if decoding would take more than an image of so many pixels needs;
-    it names value and limit."""
+    """Raise InvalidRequestError, with value and limit, if decoding would need more work than an
+    image of `max_pixels` should."""
     if data.startswith(b"\xff\xd8\xff"):
         _check_jpeg(data, param)
     elif data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -48,7 +46,7 @@ def check(data: bytes, param: str, max_pixels: int) -> None:
 
 
 def check_exif(length: int, param: str) -> None:
-    """Raise InvalidRequestError if so many bytes of EXIF are too many."""
+    """Raise InvalidRequestError if EXIF data of this many bytes exceeds the limit."""
     _bound(length, MAX_EXIF_BYTES, "bytes of EXIF data", param)
 
 
@@ -64,12 +62,9 @@ def _bound(count: int, limit: int, what: str, param: str) -> None:
 
 
 def _check_jpeg(data: bytes, param: str) -> None:
-    """As Pillow and libjpeg read it: segments by their lengths, scans to their next marker, all to
-    the first end of an image.
-
-    Before the first scan Pillow looks for segments whatever comes, an end of the image too, byte by
-    byte.
-    """
+    """Check a JPEG as Pillow and libjpeg read it: segments by their lengths, scans to their next
+    marker, until the first end of an image after a scan; before it Pillow ignores such an end, and
+    searches for segments byte by byte."""
     scans = segments = headers = exif = profile = fill = 0
     scanning = False
     for marker, start, end, skipped in _segments(data):
@@ -84,7 +79,7 @@ def _check_jpeg(data: bytes, param: str) -> None:
         if marker == _APP2 and data[start : start + 11] == b"ICC_PROFILE":
             profile += end - start
         if scans > MAX_SCANS:
-            # how many it has in all: no more than this, and a count that costs nothing
+            # a fast upper limit of their number, for the message
             _bound(max(scans, data.count(b"\xff\xda")), MAX_SCANS, "scans", param)
         _bound(segments, MAX_SEGMENTS, "or more segments", param)
         _bound(headers, 1, "or more frame headers", param)
@@ -93,8 +88,8 @@ def _check_jpeg(data: bytes, param: str) -> None:
 
 
 def _segments(data: bytes) -> Iterator[tuple[int | None, int, int, int]]:
-    """Each marker of a JPEG, where its content begins and ends, and how many bytes were skipped
-    before it; None at the end of the data."""
+    """Yield each marker of a JPEG, start and end of its content, and the number of bytes skipped
+    before it; at the end of the data, the marker None."""
     at = 2
     scanned = False
     while found := _MARKER.search(data, at):
@@ -154,12 +149,10 @@ def _check_webp(data: bytes, param: str, max_pixels: int) -> None:
 
 
 def _webp_size(kind: bytes, content: bytes) -> tuple[int, int] | None:
-    """The size that a chunk tells, for which libwebp makes room before it looks at anything
-    else."""
+    """The size in a chunk, for which libwebp allocates memory before it reads anything else."""
     if kind == b"VP8X" and len(content) == 10:
-        return int.from_bytes(content[4:7], "little") + 1, int.from_bytes(
-            content[7:10], "little"
-        ) + 1
+        width, height = (int.from_bytes(side, "little") for side in (content[4:7], content[7:]))
+        return width + 1, height + 1
     if kind == b"VP8L" and len(content) >= 5 and content[0] == 0x2F:
         bits = int.from_bytes(content[1:5], "little")
         return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1

@@ -1,4 +1,4 @@
-"""Images that clients send: decoded within bounds, scaled, in sRGB, or refused by name."""
+"""Decodes uploaded images within limits, scaled and in sRGB, or refuses them with a reason."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from stepweave.images.colours import to_srgb, unconverted
 from stepweave.parameters import Sources
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-DRAFTS = ("JPEG", "MPO")  # formats that are decoded smaller, where that is wanted
-# a JPEG is decoded at least so many times as large, along each side, as it is wanted
+DRAFTS = ("JPEG", "MPO")  # formats that can be decoded at a smaller size
+# sides of a decoded JPEG are at least this many times those wanted
 DRAFT_SCALE = 2
 ORIENTATION = 0x0112  # EXIF
-# of a mask, by which its sides may be off the image's proportions: they were rounded
+# tolerances of a mask's proportions: pixels of a side, for rounding; ratio of the proportions
 LIKE_PIXELS = 1
-LIKE_RATIO = 0.02  # and by which these may be off
+LIKE_RATIO = 0.02
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -38,35 +38,33 @@ _TURNS = {
 _QUARTERS = {_TURNS[orientation] for orientation in (5, 6, 7, 8)}  # those that swap the sides
 
 Size = tuple[int, int]
-# an image's size, and whether there is a mask, to the size that its edit makes
+# maps an image's size, and whether there is a mask, to the size of its edit
 Fit = Callable[[Size, bool], Size]
 
 
 class NotWanted(Exception):
-    """What `fit` may raise to have the images let go of."""
+    """Raised by `fit` to refuse the images."""
 
 
 @dataclass(frozen=True)
 class _Upload:
-    """An image, RGB or RGBA, of the size that is wanted; and what it was."""
+    """A decoded image in RGB or RGBA, of the wanted size, with properties of the original."""
 
     image: Image.Image
-    size: Size  # as it was sent, turned
-    alpha: masks.Extrema | None  # as it was sent; None if it has none
+    size: Size  # of the original, after its rotation
+    alpha: masks.Extrema | None  # of the original; None if it has no alpha
     warnings: list[str] = field(default_factory=list)
 
 
 def read_sources(
     image: bytes, mask: bytes | None, *, max_pixels: int, fit: Fit | None = None
 ) -> Sources:
-    """The images of an edit in sRGB, turned as their EXIF says, and scaled to the size that `fit`
-    gives.
+    """Decode the images of an edit: in sRGB, rotated by their EXIF orientation, and scaled to the
+    size that `fit` returns; without `fit` the image keeps its size. A mask is scaled to the image's
+    size. The module `masks` has the rule of what is repainted.
 
-    Without `fit` the image keeps its size; a mask is scaled to it. `masks` has the rule of what is
-    repainted.
-
-    Raises InvalidRequestError, `param` naming the file, UnsupportedMediaTypeError for a file of
-    another kind, and what `fit` does.
+    Raises InvalidRequestError, with the file in `param`, UnsupportedMediaTypeError for another
+    format, and errors of `fit`.
     """
 
     def fitted(size: Size, holes: bool) -> Size:
@@ -96,8 +94,7 @@ def read_sources(
 
 
 def _like(mask: Size, image: Size, wanted: Size) -> Size:
-    """The size that a mask is wanted in. Raises InvalidRequestError if it has not the image's
-    proportions."""
+    """The `wanted` size. Raises InvalidRequestError if a mask has not the image's proportions."""
     (width, height), (image_width, image_height) = mask, image
     ratio = (width * image_height) / (height * image_width)
     pixels = min(abs(width - width / ratio), abs(height - height * ratio))
@@ -115,12 +112,12 @@ def _by(size: Size) -> str:
 
 
 def _decode(data: bytes, param: str, max_pixels: int, fit: Fit) -> _Upload:
-    """An image as viewers show it, the first frame of a stereo one; `fit` is asked for the size
-    that is wanted.
+    """Decode an image as viewers show it, a stereo one's first frame, in the size that `fit`
+    returns.
 
-    Raises UnsupportedMediaTypeError for a known format that is not read; InvalidRequestError for
-    what is no still PNG, JPEG or WebP, is corrupt, has more than `max_pixels`, or costs more to
-    decode than these should; and what `fit` does.
+    Raises UnsupportedMediaTypeError for a known format that is not supported; InvalidRequestError
+    for any but a still PNG, JPEG or WebP, a corrupt one, one of more than `max_pixels`, or one that
+    costs too much to decode; and errors of `fit`.
     """
     if not data:
         raise InvalidRequestError(f"{param} is empty; send a PNG, JPEG or WebP file.", param=param)
@@ -128,7 +125,7 @@ def _decode(data: bytes, param: str, max_pixels: int, fit: Fit) -> _Upload:
     scan.check(data, param, max_pixels)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            # of the header: nothing is decoded yet
+            # by the header: nothing is decoded yet
             scan.check_pixels(*image.size, max_pixels, param)
             if image.format != "MPO" and getattr(image, "is_animated", False):
                 raise InvalidRequestError(
@@ -160,16 +157,16 @@ def _decode(data: bytes, param: str, max_pixels: int, fit: Fit) -> _Upload:
         raise InvalidRequestError(
             f"{param} has {count} pixels; the limit is {max_pixels}.", param=param
         ) from None
-    except Exception as error:  # whatever Pillow's decoders raise of bytes that are wrong
+    except Exception as error:  # Pillow's decoders raise many kinds of errors for wrong bytes
         raise InvalidRequestError(
             f"{param} is corrupt or cut short ({type(error).__name__}).", param=param
         ) from error
 
 
 def _read(image: Image.Image, param: str, fit: Fit) -> _Upload:
-    # what takes most is done last: scaled as it was stored, then turned, then its colours converted
+    # scaled first, then rotated, then converted, so that the slow parts have few pixels
     box = None
-    if image.format in DRAFTS:  # has no transparency, so its size is known before it is decoded
+    if image.format in DRAFTS:  # without transparency, its size can be chosen before decoding
         turn = _turn_of(image)
         size = _turned_size(image.size, turn)
         wanted = fit(size, False)
@@ -192,13 +189,13 @@ def _read(image: Image.Image, param: str, fit: Fit) -> _Upload:
         pixels = pixels.resize(stored, Image.Resampling.LANCZOS, box=box)
     if turn is not None:
         pixels = pixels.transpose(turn)
-    # the values of a mask are no colours, but say how much
+    # the values of a mask are not colours
     colours, warnings = (unconverted(pixels), []) if param == "mask" else to_srgb(pixels, param)
     return _Upload(colours, size, alpha, warnings)  # type: ignore[arg-type]
 
 
 def _turn_of(image: Image.Image) -> Image.Transpose | None:
-    """How its EXIF says that it is to be turned, where that can be read."""
+    """The rotation by its EXIF orientation; None if that cannot be read."""
     with contextlib.suppress(Exception):
         return _TURNS.get(image.getexif().get(ORIENTATION, 1))
     return None
@@ -209,7 +206,7 @@ def _turned_size(size: Size, turn: Image.Transpose | None) -> Size:
 
 
 def _simple(image: Image.Image) -> Image.Image:
-    """In one of the modes L, LA, RGB, RGBA and CMYK, of 8 bits a sample."""
+    """Convert an image to one of the modes L, LA, RGB, RGBA and CMYK, of 8 bits per sample."""
     if image.mode.startswith("I"):
         return _eight_bits(image)
     grey = image.mode in ("1", "L", "LA")
@@ -218,7 +215,7 @@ def _simple(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Of 16 bits of grey, which `convert` cuts at 255."""
+    """Convert an image of 16-bit grey, which `convert` would cut at 255."""
     samples = np.asarray(image).clip(0, 0xFFFF).astype(np.uint16)
     grey = Image.fromarray((samples // 257 + (samples % 257 > 128)).astype(np.uint8))
     transparent = image.info.get("transparency")
@@ -229,7 +226,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _flat(image: Image.Image) -> Image.Image:
-    """On white, where it is transparent."""
+    """The image in RGB, on a white background."""
     if image.mode == "RGB":
         return image
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -1,1 +1,1 @@
-"""A job: its caller's handle, the engine's side of it, and how it reaches the engine's thread."""
+"""Jobs: the caller's handle, the engine's side, and the thread that runs them."""

@@ -21,49 +21,45 @@ _here = threading.local()
 
 
 def enter_engine(owner: object) -> None:
-    """Say that the calling thread is one of an engine's own."""
+    """Mark the calling thread as one of an engine's."""
     _here.owner = owner
 
 
 def inside_engine(owner: object) -> bool:
-    """Whether the calling thread is one of the engine's own: it must not wait for that engine."""
+    """Whether the calling thread is one of the engine's, so must not wait for that engine."""
     return owner is not None and getattr(_here, "owner", None) is owner
 
 
 class Progress(NamedTuple):
-    """Denoising steps done, and as many as are known to be needed; (0, 0) until the pipeline says
-    how many."""
+    """Denoising steps done, and in total as far as known; (0, 0) until the first loop begins."""
 
     step: int
     total: int
 
 
 class Observer(Protocol):
-    """Is told how a job goes, on an engine's thread, which it holds up meanwhile. What it raises is
-    logged once a job.
-
-    That a job is done tells `Job.add_done_callback`.
+    """Is notified of a job's progress, on the engine's thread, which it delays. Its first error for
+    a job is logged, others are ignored. See `Job.add_done_callback` for the end of a job.
     """
 
     def progressed(self, job: Job) -> None:
-        """It has started, its denoising loop is about to begin, a step has run, or it restarts;
-        `job.progress` tells."""
+        """Called when the job starts, its denoising loop begins, a step has run, or it restarts;
+        see `job.progress`."""
 
     def wants(self, step: int, total: int) -> bool:
-        """Whether `denoised` shall be called after the step of this number, 1 to `total`."""
+        """Whether to call `denoised` after this step, 1 to `total`."""
 
     def denoised(self, job: Job, latents: Latents) -> None:
-        """The step `job.progress.step` has run, from these latents; after `progressed`."""
+        """Called after `progressed` with the latents that step `job.progress.step` started from."""
 
 
 class Job:
-    """A submitted call. Awaitable; `result()` gives what the pipeline's own call returns.
+    """A submitted call of the pipeline. Awaitable; `result()` returns the call's result.
 
-    `accepted`, `started`, `begun` (it was given its first forward), `opened` (the first denoising
-    step is about to run), `stepped` (the last one has run) and `finished` are seconds of the
-    monotonic clock, or None until then; `deadline` is one, too, or None, and `time_limit` the
-    seconds that it was given for. `seed` is of the generator that it was given where the caller
-    gave none.
+    `accepted`, `started`, `begun` (first forward), `opened` (first denoising step), `stepped` (end
+    of the latest step) and `finished` are times of the monotonic clock in seconds, or None until
+    then. So is `deadline`, or None; `time_limit` is the same in seconds after `accepted`. `seed` is
+    that of the generator that the engine made, if the caller gave none.
     """
 
     def __init__(
@@ -87,9 +83,9 @@ class Job:
         self.stepped: float | None = None
         self.finished: float | None = None
         self.progress = Progress(0, 0)
-        self.cancelled = False  # it was asked to end
+        self.cancelled = False
         self._warnings: dict[Hashable, str] = {}
-        self._tokens: dict[Hashable, int] = {}  # of each text that a tokenizer read
+        self._tokens: dict[Hashable, int] = {}  # by tokenizer and text
         self._owner = owner
         self._on_cancel = on_cancel
         self._future = _Result(self)
@@ -101,53 +97,49 @@ class Job:
 
     @property
     def warnings(self) -> list[str]:
-        """What the caller should know of the result, in order: which prompts the text encoders did
-        not read to their end."""
+        """Warnings about the result, in order: prompts that text encoders have truncated."""
         return list(self._warnings.values())
 
     @property
     def tokens(self) -> int:
-        """Tokens that the pipeline's tokenizers read of its prompts, special ones included, padding
-        and what was cut off not.
+        """Tokens of its prompts, with special tokens, without padding and truncated ones.
 
-        A text counts once for each tokenizer that read it, however often that did. 0 where the
-        pipeline has no tokenizer.
+        Each text counts once for each tokenizer. 0 if the pipeline has no tokenizer.
         """
         return sum(self._tokens.values())
 
     def done(self) -> bool:
-        """Whether the result, or the error, is there."""
+        """Whether the job has ended, with a result or an error."""
         return self._future.done()
 
     def cancel(self) -> None:
-        """Ask that the job end: at once if it waits, at its next step if it runs. No effect once it
-        is done."""
+        """End the job: at once if it waits, at its next step if it runs; no effect once done."""
         if not self.done():
             self.cancelled = True
             self._on_cancel()
 
     def result(self, timeout: float | None = None) -> Any:
-        """What the pipeline's call returned.
+        """Wait for the pipeline's result and return it.
 
         Raises TimeoutError after `timeout` seconds, RequestCancelledError, DeadlineExceededError,
-        EngineClosedError, or what the call raised; a StepweaveError, whose cause that is, in place
-        of a StopIteration and whatever else would mean something to who waits.
+        EngineClosedError, or the call's error. Errors that futures or asyncio treat as signals,
+        such as StopIteration, are the cause of a StepweaveError.
         """
         self._check_misuse()
         try:
             return self._future.result(timeout).get()
         finally:
-            del self  # which an error's traceback would hold, and it that
+            del self  # an error's traceback would hold the job, which holds the error
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """The error that ended the job, or None. Raises TimeoutError after `timeout` seconds."""
+        """Wait for the error that ended the job, or None; TimeoutError after `timeout` seconds."""
         self._check_misuse()
         return self._future.result(timeout).error
 
     def add_done_callback(self, function: Callable[[Job], None]) -> None:
-        """Call `function` with the job once it is done, on the engine's thread; at once if it is.
-        What it raises is logged."""
-        held = [(self, function)]  # until it is called; the future keeps what it has called
+        """Call `function` with the job when it is done, on the engine's thread, or now if it is.
+        Errors are logged."""
+        held = [(self, function)]  # emptied by the call: a future keeps its callbacks
 
         def call(_: Future[Any]) -> None:
             job, function = held.pop()
@@ -159,7 +151,7 @@ class Job:
         self._future.add_done_callback(call)
 
     def __await__(self) -> Generator[Any, None, Any]:
-        """Cancelling the task that awaits it cancels the job."""
+        """Wait for the result; cancelling the awaiting task cancels the job."""
         return self._get().__await__()
 
     async def _get(self) -> Any:
@@ -175,30 +167,30 @@ class Job:
     def _check_misuse(self) -> None:
         if inside_engine(self._owner) and not self.done():
             raise EngineMisuseError(
-                "A job's callback waits for a job of its own engine, which cannot run meanwhile."
+                "A job's callback cannot wait for a job of its own engine, which waits for it."
             )
 
-    # By the engine
+    # For the engine
 
     def warn(self, key: Hashable, message: str) -> None:
-        """Have the caller know; once for each key."""
+        """Add a warning, unless there is one of this key."""
         self._warnings.setdefault(key, message)
 
     def read(self, key: Hashable, tokens: int) -> None:
-        """Note how many tokens of a text a tokenizer read. Pipelines read a text once more, whole,
-        to tell what they cut."""
+        """Note how many tokens a tokenizer read. The least counts: pipelines read a text again,
+        without truncation, to say what they cut off."""
         self._tokens[key] = min(tokens, self._tokens.get(key, tokens))
 
     def deliver(self, outcome: Outcome) -> None:
-        """The job is done."""
+        """End the job with this outcome."""
         self._on_cancel = lambda: None
         self._future.set_result(outcome)
         self._future.job = self._owner = None
 
 
 class _Result(Future[Outcome]):
-    """Cancelling it, as asyncio does when an awaiting task is cancelled, asks the job to end. It
-    has results only, no errors."""
+    """A future whose cancellation, by asyncio for example, cancels the job. Its result is an
+    Outcome; it has no exception."""
 
     def __init__(self, job: Job) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A job as the engine sees it: what it calls, how far it is, and what its fiber waits for."""
+"""A job as the engine sees it: its call, its progress, and what its fiber waits for."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 class RunningJob:
     """The engine's side of a `Job`, from submission to delivery.
 
-    `args` and `kwargs` are the pipeline call's; `scope` makes views of the pipeline; `scheduler`,
-    if given, stands in the place of the view's.
+    `args` and `kwargs` are those of the pipeline's call; `scope` makes views of the pipeline;
+    `scheduler`, unless None, replaces the view's.
     """
 
     def __init__(
@@ -57,31 +57,29 @@ class RunningJob:
         self.scope = scope
         self.scheduler = scheduler
         self.priority = priority
-        self.task = Task()  # as the planner sees it, as are its shape and the calls that it makes
+        self.task = Task()  # for the planner, as are `shape` and `recorder`
         self.shape = Shape()
         self.recorder = Recorder()
         self.warn, self.read = job.warn, job.read
         self._observer = observer
         self._observer_failed = False
         self._health = health
-        self._error: Exception | None = None  # that it was told to end with
+        self._error: Exception | None = None  # why `ending` has ended it
         self._finishing = threading.Lock()
 
-        # once it has started
-        self.fiber: Any = None  # that runs its pipeline's call
-        self.watched = False  # whether its own code changes modules is looked at
-        self.call: Call | None = None  # that stands in a queue
+        # from its start
+        self.fiber: Any = None  # runs its pipeline's call
+        self.watched = False  # whether changes of modules by its own code are watched
+        self.call: Call | None = None  # waiting in a queue
         self.waiting_for_memory: WaitForMemory | None = None
         self.at_images = False  # it waits for work on another thread
-        self.restarting = False  # it ends, to start again
-        self.refused = False  # it was told that the modules are no longer as they were
-        self.told = 0  # how often it was told to end
+        self.restarting = False  # its fiber must end before it starts again
+        self.refused = False  # it was ended because another job has changed the weights
+        self.end_attempts = 0  # how often Ending, or an error, was raised in its call
         self._snapshot = ArgumentSnapshot()
 
     def __repr__(self) -> str:
         return repr(self.job)
-
-    # What it is told
 
     @property
     def deadline(self) -> float | None:
@@ -99,12 +97,14 @@ class RunningJob:
             return failed
         if self.late:
             seconds = duration(self.job.time_limit or 0.0)
-            return DeadlineExceededError(f"The job was not done within its deadline of {seconds}.")
+            return DeadlineExceededError(
+                f"The job did not finish within its deadline of {seconds}."
+            )
         return None
 
     def ending(self) -> Ending | None:
-        """What to raise in the job's call if it must end, else None. Once told so it has ended,
-        whatever its pipeline does."""
+        """The exception to raise in the job's call if it must end, else None. From then on the
+        job's outcome is that error, even if its pipeline continues."""
         error = self.why_end()
         if error is None:
             return None
@@ -115,8 +115,6 @@ class RunningJob:
         """Raise Ending if the job must end."""
         if (ending := self.ending()) is not None:
             raise ending
-
-    # How far it is
 
     @property
     def begun(self) -> float | None:
@@ -135,18 +133,18 @@ class RunningJob:
         return self.job.progress
 
     def start(self, at: float | None = None) -> None:
-        """Note that its call begins, now or at a time."""
+        """Note that its call starts, `at` a time or now."""
         self._snapshot = ArgumentSnapshot(*self.args, *self.kwargs.values())
         self.job.started = time.monotonic() if at is None else at
         self._tell()
 
     def begin(self) -> None:
-        """Note that it is given a forward."""
+        """Note that a forward of its call starts."""
         self.job.begun = self.job.begun or time.monotonic()
         self.task.begun = True
 
     def open(self, total: int) -> None:
-        """Note that a denoising loop of `total` steps begins."""
+        """Note that a denoising loop of `total` steps starts."""
         self.job.opened = self.job.opened or time.monotonic()
         self.job.progress = Progress(self.progress.step, self.progress.total + total)
         self._tell()
@@ -158,18 +156,18 @@ class RunningJob:
         self._tell()
 
     def last_output(self) -> Any:
-        """What the last call of a model gave."""
+        """The result of its last call of a model."""
         return None if self.fiber is None else self.fiber.last
 
     def restartable(self) -> bool:
-        """Whether its call can be made again: it has written to no tensor that it was given."""
+        """Whether its call can be repeated: it has not overwritten tensors in its arguments."""
         return not self._snapshot.overwritten()
 
     def restart(self) -> None:
-        """Have the job be as it was before it started."""
+        """Reset the job to its state before it started."""
         self._snapshot.put_back()
         self.fiber = None
-        self.watched, self.restarting, self.refused, self.told = False, False, False, 0
+        self.watched, self.restarting, self.refused, self.end_attempts = False, False, False, 0
         self.job.opened = self.job.stepped = None
         self.job.progress = Progress(0, 0)
         self.recorder = Recorder()
@@ -177,22 +175,18 @@ class RunningJob:
         self.task.done = 0
         self._tell()
 
-    # Who watches it
-
     @property
     def observed(self) -> bool:
-        """Whether anyone wants to know how it goes."""
         return self._observer is not None
 
     def wants_latents(self) -> bool:
-        """Whether the observer wants the latents of the step that runs."""
+        """Whether the observer wants the latents of the running step."""
         observer, (step, total) = self._observer, self.progress
         if observer is None:
             return False
         return self._contained(lambda: observer.wants(step + 1, total)) is True
 
     def denoised(self, latents: Latents) -> None:
-        """Tell the observer of the step that has run."""
         observer = self._observer
         if observer is not None:
             self._contained(lambda: observer.denoised(self.job, latents))
@@ -212,15 +206,14 @@ class RunningJob:
             return None
 
     def finish(self, outcome: Outcome) -> Outcome | None:
-        """Deliver a result, or an error, and give what was told; None if the job was done
-        already."""
+        """Deliver a result or an error. Returns what was delivered; None if the job was done."""
         with self._finishing:
             if self.job.done() or self.job.finished is not None:
                 return None
             self.job.finished = time.monotonic()
         outcome.let_go()
         if self._error is not None or outcome.error is not None:
-            outcome = Outcome(error=self._error or self._health.told(outcome.error))
+            outcome = Outcome(error=self._error or self._health.reported(outcome.error))
         self._observer = None
         self.job.deliver(outcome)
         return outcome

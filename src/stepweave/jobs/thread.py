@@ -23,11 +23,11 @@ from stepweave.planning.stats import Stats
 
 logger = logging.getLogger(__name__)
 
-LEAVING_SECONDS = 1.0  # that the thread has to end in once nothing but work on images is left
+EXIT_SECONDS = 1.0  # how long the thread may take to end when only work on images is left
 
 
 class JobQueue:
-    """Jobs that wait for a thread of the engine, and what all such threads do with jobs."""
+    """The jobs that wait for a thread of the engine, and the delivery of their outcomes."""
 
     threads: list[threading.Thread]
 
@@ -36,7 +36,7 @@ class JobQueue:
         self.stats = stats
         self.health = health
         self._waiting: dict[str, RunningJob] = {}  # oldest first
-        self._wake = threading.Condition()  # guards it, and what a subclass says
+        self._wake = threading.Condition()  # guards `_waiting`, and members of subclasses
 
     @property
     def waiting(self) -> int:
@@ -49,7 +49,7 @@ class JobQueue:
             self._wake.notify()
 
     def cancel(self, job: RunningJob) -> None:
-        """A waiting job ends at once; a running one is found by its step."""
+        """End a job that waits; one that runs ends at its next step."""
         with self._wake:
             waited = self._waiting.pop(job.id, None)
             self._wake.notify()
@@ -57,68 +57,64 @@ class JobQueue:
             self.finish(job, RequestCancelledError())
 
     def finish(self, job: RunningJob, outcome: Outcome | Exception) -> None:
-        """Deliver what came of a job, and count it, unless that is done."""
+        """Deliver a job's outcome and count it, unless the job is done."""
         if isinstance(outcome, Exception):
             outcome = Outcome(error=outcome)
         self.planner.leave(job, succeeded=outcome.error is None)
-        told = job.finish(outcome)
-        if told is not None:
-            self.stats.finished(told)
+        delivered = job.finish(outcome)
+        if delivered is not None:
+            self.stats.finished(delivered)
 
 
 class EngineThread(JobQueue, abc.ABC):
-    """One thread that runs jobs in steps. Nothing ends it but `close`.
-
-    A subclass says what a step is. It calls `start_thread` once it is made.
-    """
+    """One thread that runs jobs in steps until `close`. A subclass defines the step, and calls
+    `start_thread` at the end of its constructor."""
 
     def __init__(self, planner: Planner, stats: Stats, health: DeviceHealth) -> None:
         super().__init__(planner, stats, health)  # `_wake` guards all below
-        # jobs whose work on another thread is done, and what came of it
+        # jobs whose work on another thread is done, with its outcome
         self._returned: deque[tuple[RunningJob, Any]] = deque()
         self._closing = self._abandoned = self._ended = False
         self.threads = [threading.Thread(target=self._run, name="stepweave-engine", daemon=True)]
 
-    # What a step is
-
     @abc.abstractmethod
     def step(self) -> None:
-        """Run jobs a little further."""
+        """Advance the jobs, by one forward if there is one to run."""
 
     @abc.abstractmethod
     def rescue(self) -> None:
-        """Have jobs go on after a step that failed."""
+        """Resume the jobs after a step that failed."""
 
     @abc.abstractmethod
     def running_jobs(self) -> list[RunningJob]:
-        """Those that have started and are not done."""
+        """Jobs that have started and are not done."""
 
     @abc.abstractmethod
     def can_step(self) -> bool:
-        """Whether a running job can go on, besides those that have come back."""
+        """Whether a running job can continue, besides those in `_returned`."""
 
     @abc.abstractmethod
     def next_job(self, waiting: dict[str, RunningJob]) -> RunningJob | None:
-        """The job whose turn it is to start, if there is room for it."""
+        """The job that is to start now, if there is room for one."""
 
     @abc.abstractmethod
-    def leave(self) -> None:
-        """Leave the pipeline as it was."""
+    def restore_pipeline(self) -> None:
+        """Remove the engine's hooks from the pipeline."""
 
     # From any thread
 
     def start_thread(self) -> None:
         self.threads[0].start()
 
-    def come_back(self, job: RunningJob, answer: Any) -> None:
-        """A job's work on another thread is done."""
+    def return_job(self, job: RunningJob, answer: Any) -> None:
+        """Have the engine's thread resume a job whose work on another thread is done."""
         with self._wake:
             self._returned.append((job, answer))
             self._wake.notify()
 
     def close(self, seconds: float) -> list[str]:
-        """End every job at its next step, then the thread. What has not ended after some seconds;
-        while a forward has not, the thread goes on until it has."""
+        """End every job at its next step, then the thread. Returns what still runs after `seconds`;
+        a thread in a forward ends after it."""
         thread = self.threads[0]
         with self._wake:
             self._closing = True
@@ -127,13 +123,14 @@ class EngineThread(JobQueue, abc.ABC):
         with self._wake:
             self._abandoned = not self._ended
             self._wake.notify()
-            left = [f"work on images of {job!r}" for job in self.running_jobs() if job.at_images]
-        thread.join(LEAVING_SECONDS)
+            jobs = self.running_jobs()
+            hanging = [f"work on images of {job!r}" for job in jobs if job.at_images]
+        thread.join(EXIT_SECONDS)
         if thread.is_alive():
-            left.append("a forward or a callback; the pipeline's hooks stay until it ends")
+            hanging.append("a forward or a callback (hooks are removed from modules when it ends)")
         elif not self._abandoned:
-            self.leave()
-        return left
+            self.restore_pipeline()
+        return hanging
 
     # On the engine's thread
 
@@ -147,16 +144,16 @@ class EngineThread(JobQueue, abc.ABC):
             except BaseException as error:  # nothing may end this thread: jobs would hang
                 if self.health.examine(error) is None:
                     self.stats.errors += 1
-                    logger.exception("the engine's loop failed; it goes on")
+                    logger.exception("the engine's loop failed; it continues")
                 self.rescue()
         with self._wake:
             self._ended = True
         if self._abandoned:
-            with contained("take the hooks away"):
-                self.leave()
+            with contained("remove the engine's hooks from the pipeline"):
+                self.restore_pipeline()
 
     def _wait(self) -> bool:
-        """Sleep until there is something to do. False when there never will be."""
+        """Sleep until there is something to do. Returns False when the thread must end."""
         with self._wake:
             while not (self._ready() or self._closing or self.next_job(self._waiting) is not None):
                 self._wake.wait()
@@ -176,14 +173,14 @@ class EngineThread(JobQueue, abc.ABC):
         return bool(self._returned) or self.can_step()
 
     def take_returned(self) -> Iterator[tuple[RunningJob, Any]]:
-        """Jobs whose work on another thread is done, with their answers."""
+        """Yield jobs whose work on another thread is done, with their answers."""
         while self._returned:
             with self._wake:
                 returned = self._returned.popleft()
             yield returned
 
     def take_next(self) -> RunningJob | None:
-        """The job whose turn it is to start; it waits no longer."""
+        """Take the job that is to start now, if any, from the waiting ones."""
         with self._wake:
             job = None if self._closing or self._returned else self.next_job(self._waiting)
             if job is not None:
@@ -191,19 +188,19 @@ class EngineThread(JobQueue, abc.ABC):
             return job
 
     def take_late(self) -> list[RunningJob]:
-        """Waiting jobs whose deadline has passed; they wait no longer."""
+        """Take the jobs whose deadline has passed from the waiting ones."""
         with self._wake:
             late = [job for job in self._waiting.values() if job.late]
             for job in late:
                 del self._waiting[job.id]
             return late
 
-    def wait_again(self, job: RunningJob) -> None:
-        """A job waits again, at its rank; before its equals."""
+    def requeue(self, job: RunningJob) -> None:
+        """Have a job wait again, before others of equal rank."""
         with self._wake:
             self._waiting = {job.id: job, **self._waiting}
 
 
 def engine_failed(error: BaseException) -> StepweaveError:
-    """What a job is told when the engine itself has failed."""
+    """The error of a job that an error of the engine itself has ended."""
     return StepweaveError(f"The engine failed ({type(error).__name__}).", code="engine_failed")

@@ -1,1 +1,1 @@
-"""From a model's name to a pipeline that is ready to run."""
+"""Loads a model as a pipeline, and checks it before it serves requests."""

@@ -1,14 +1,13 @@
-"""Presets of ours for layouts whose pipelines have defaults that spoil their images: distilled
-models, in 50 steps with guidance.
+"""Built-in presets for distilled models, whose pipelines' defaults (50 steps with guidance) give
+bad images.
 
-A layout is recognised by its configuration alone: the pipeline's class, and members of
-`model_index.json` and of its components' configurations. The name of a directory or repository is
-never a sign; it only speaks against one, for models from which the distillation was taken out
-again, and whose configuration still is that of the distilled one.
+A model is recognised by its configuration alone: the pipeline's class, and members of
+`model_index.json` and of its components' configurations. Names of directories and repositories are
+only used to exclude models whose distillation was undone, since their configuration is unchanged.
 
-What cannot be told from the model that it was distilled from has no preset: Stable Diffusion 3.5
-Large Turbo, SDXL-Lightning, Hyper-SD and the like. Some pipelines have fitting defaults already:
-LatentConsistencyModelPipeline, SanaSprintPipeline.
+Models that have the same configuration as their undistilled base have no preset: Stable Diffusion
+3.5 Large Turbo, SDXL-Lightning, Hyper-SD and others. LatentConsistencyModelPipeline and
+SanaSprintPipeline need none: their defaults fit.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ _EULER = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """A preset, the signs of the layout that it is for, and the page that says so.
+    """A preset, the signs of its models, and the page that documents it.
 
-    `signs` are members of configurations, as `unet.sample_size`, with the value that each has, or a
-    tuple of values of which it has one. What a configuration lacks is None.
+    `signs` map members of configurations, such as `unet.sample_size`, to a value, or to a tuple of
+    possible values. A missing member has the value None.
     """
 
     name: str
@@ -49,7 +48,7 @@ class BuiltIn:
 
 @dataclass(frozen=True)
 class Recognised:
-    """A preset that fits, and what it was recognised by."""
+    """A preset that fits, and the signs by which it was recognised."""
 
     built_in: BuiltIn
     signs: str
@@ -131,7 +130,7 @@ BUILT_IN = (
         {
             "scheduler._class_name": "FlowMatchEulerDiscreteScheduler",
             "scheduler.use_dynamic_shifting": False,
-            "scheduler.shift": 3.0,  # that of the model which is not distilled is 6
+            "scheduler.shift": 3.0,  # 6 in the undistilled model
         },
         Preset(num_inference_steps=9, guidance_scale=0.0),
     ),
@@ -164,8 +163,8 @@ BUILT_IN = (
 
 
 def recognise(folder: Path, name: str) -> Recognised | None:
-    """The built-in preset for the model in a directory, whose name is `name`. Raises LoadError
-    without a `model_index.json`."""
+    """The built-in preset for the model `name` in a directory. Raises LoadError if there is no
+    `model_index.json`."""
     configs = {_INDEX: read_index(folder)}
     for entry in (entry for entry in folder.iterdir() if entry.is_dir()):
         for file in _CONFIGS:
@@ -177,8 +176,8 @@ def recognise(folder: Path, name: str) -> Recognised | None:
 def recognise_configs(
     configs: Mapping[str, Mapping[str, Any]], names: Iterable[str] = ()
 ) -> Recognised | None:
-    """The built-in preset for the model of some configurations, by component; that of the pipeline
-    is `model_index`."""
+    """The built-in preset for a model with these configurations, by component; `model_index` is
+    the pipeline's."""
     if any(_UNDONE.search(name) for name in names):
         return None
     kind = configs.get(_INDEX, {}).get("_class_name")
@@ -186,8 +185,8 @@ def recognise_configs(
         if kind in built_in.pipelines and all(
             _has(configs, sign, value) for sign, value in built_in.signs.items()
         ):
-            told = ", ".join(f"{sign}={_value(configs, sign)}" for sign in built_in.signs)
-            return Recognised(built_in, f"{INDEX} names {kind}, {told}")
+            signs = ", ".join(f"{sign}={_value(configs, sign)}" for sign in built_in.signs)
+            return Recognised(built_in, f"{INDEX} names {kind}, {signs}")
     return None
 
 
@@ -206,8 +205,7 @@ def _value(configs: Mapping[str, Mapping[str, Any]], sign: str) -> Any:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """A configuration; nothing where there is none that can be read, which is for those to tell who
-    need it."""
+    """A configuration, or {} if it cannot be read: other checks report that."""
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What a `model_index.json` says that a model is made of, and whether that exists here."""
+"""Reads the components of a model from its `model_index.json`, and checks that they exist here."""
 
 from __future__ import annotations
 
@@ -40,24 +40,23 @@ _CONFIGS: tuple[tuple[Any, str], ...] = (
 
 @dataclass(frozen=True)
 class Component:
-    """A part of a pipeline. `kind` is its class; None where only `from_pretrained` can tell."""
+    """A part of a pipeline. `kind` is its class; None if only `from_pretrained` knows it."""
 
     name: str
     kind: Any
 
     @property
     def weights(self) -> str | None:
-        """The name of its file of weights where there is one, without a variant; None for what has
-        none."""
+        """The file name of its weights, without a variant; None if it has no weights."""
         if self.is_a(ModelMixin):
             return str(SAFETENSORS_WEIGHTS_NAME)
         return str(SAFE_WEIGHTS_NAME) if self.is_a(PreTrainedModel) else None
 
     @property
     def config(self) -> str | None:
-        """The name of the file that describes it; None where that cannot be told."""
-        known = [file for kind, file in _CONFIGS if self.is_a(kind)]
-        name = known[0] if known else getattr(self.kind, "config_name", None)
+        """The file name of its configuration; None if unknown."""
+        files = [file for kind, file in _CONFIGS if self.is_a(kind)]
+        name = files[0] if files else getattr(self.kind, "config_name", None)
         return name if isinstance(name, str) else None
 
     @property
@@ -78,21 +77,20 @@ def read_index(folder: Path) -> dict[str, Any]:
             f"`save_pretrained` writes one"
         ) from None
     except (OSError, ValueError) as error:
-        raise LoadError(
-            f"{INDEX}: {'not JSON, ' if isinstance(error, ValueError) else ''}{reason_of(error)}"
-        ) from None
+        problem = "not JSON, " if isinstance(error, ValueError) else ""
+        raise LoadError(f"{INDEX}: {problem}{reason_of(error)}") from None
     if not isinstance(index, dict):
         raise LoadError(f"{INDEX} is {shown(index)}; it must be a JSON object")
     return index
 
 
 def pipeline_class(index: dict[str, Any]) -> Any:
-    """The pipeline's class. Raises LoadError for one that diffusers does not have, or that needs
-    what is not installed."""
+    """The pipeline's class. Raises LoadError if diffusers does not have it, or it needs packages
+    that are not installed."""
     name = index.get("_class_name")
     if isinstance(name, (list, tuple)):
         raise LoadError(
-            f"{INDEX}: _class_name is {shown(name)}, code of the model's own, which is not run"
+            f"{INDEX}: _class_name is {shown(name)}, code from the model's files, which is not run"
         )
     kind = getattr(diffusers, name, None) if isinstance(name, str) else None
     if kind is None:
@@ -110,7 +108,7 @@ def components_of(index: dict[str, Any]) -> list[Component]:
     """The components that are read from files. Raises LoadError for a class that does not exist or
     cannot be used here."""
     pipeline = pipeline_class(index)
-    # as diffusers has it: what has a default otherwise is an option, even where it is a model
+    # as diffusers does: parameters with defaults are options, even if they are models
     parameters = list(inspect.signature(pipeline.__init__).parameters.values())[1:]
     needed = {
         parameter.name
@@ -134,8 +132,8 @@ def components_of(index: dict[str, Any]) -> list[Component]:
 
 
 def absent_components(index: dict[str, Any]) -> dict[str, None]:
-    """Components that model_index.json has as [null, null]; `from_pretrained` demands that they be
-    passed as None."""
+    """Components that are [null, null] in model_index.json: `from_pretrained` requires None for
+    them."""
     return {
         name: None
         for name, entry in index.items()
@@ -149,26 +147,24 @@ def _component_class(name: str, library: str, kind: str) -> Any:
     module = getattr(diffusers.pipelines, library, None)
     if module is None:
         module = importlib.import_module(library) if library in _LIBRARIES else None
-    found = getattr(module, kind, None)
-    # of which from_pretrained knows former names
-    if found is None and module not in (None, transformers):
+    component = getattr(module, kind, None)
+    # from_pretrained knows former names of transformers' classes
+    if component is None and module not in (None, transformers):
         raise LoadError(
             f"{INDEX}: {name} is {shown([library, kind])}, which diffusers {diffusers.__version__} "
             "does not have; correct it, or install a diffusers that has it"
         )
-    if found is not None:
-        _check_installed(found, name)
-    return found
+    if component is not None:
+        _check_installed(component, name)
+    return component
 
 
 def _check_installed(kind: Any, name: str) -> None:
-    """Raise LoadError for what stands in for a class where a package is missing."""
+    """Raise LoadError for diffusers' dummy of a class whose package is missing."""
     if type(kind).__name__ != "DummyObject":
         return
-    backends = ", ".join(
-        backend for backend in kind._backends if backend not in ("torch", "transformers")
-    )
+    packages = [item for item in kind._backends if item not in ("torch", "transformers")]
     raise LoadError(
         f"{INDEX}: {name} is {kind.__name__}, which needs packages that are not installed: "
-        f"{backends}"
+        f"{', '.join(packages)}"
     )

@@ -1,4 +1,4 @@
-"""Where the model runs and in which precision."""
+"""Chooses the device and the precision of the model."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from stepweave.errors import LoadError
 
 
 def choose_device(settings: Settings) -> torch.device:
-    """The device asked for, or for `auto` the first GPU and else the CPU. Raises LoadError for one
-    that is not there."""
+    """The device of the settings; for `auto` the first GPU, or the CPU. Raises LoadError if it does
+    not exist."""
     if settings.device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", 0)
@@ -30,7 +30,7 @@ def choose_device(settings: Settings) -> torch.device:
 
 
 def choose_dtype(settings: Settings, device: torch.device) -> torch.dtype:
-    """The dtype asked for, or for `auto` float32 on a CPU and the best half precision of a GPU."""
+    """The dtype of the settings; for `auto` float32 on a CPU, the best half precision on a GPU."""
     if settings.dtype != "auto":
         if settings.dtype == "float16" and device.type == "cpu":
             raise LoadError(
@@ -42,21 +42,14 @@ def choose_dtype(settings: Settings, device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     if device.type == "cuda":
-        return (
-            torch.bfloat16
-            if torch.cuda.is_bf16_supported(including_emulation=False)
-            else torch.float16
-        )
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if supported else torch.float16
     return torch.float16
 
 
 def set_cpu_threads(settings: Settings) -> int:
-    """Bound torch's threads by the cgroup's CPU quota and the affinity mask, which torch does not
-    look at itself.
-
-    With more threads than quota a container is throttled in bursts: loky reads `cpu.max` (cgroup
-    v2) and `cpu.cfs_quota_us` (v1). Returns the number set.
-    """
+    """Limit torch's threads to the cgroup's CPU quota (cgroup v2 `cpu.max`, v1 `cpu.cfs_quota_us`)
+    and the affinity mask: with more, a container is throttled in bursts. Returns their number."""
     threads = settings.cpu_threads or cpu_count()
     torch.set_num_threads(threads)
     return int(threads)

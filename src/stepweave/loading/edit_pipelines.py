@@ -1,5 +1,4 @@
-"""The pipelines for edits that go with a text-to-image pipeline: diffusers' own, of the same
-modules."""
+"""Makes diffusers' pipelines for edits from the modules of a text-to-image pipeline."""
 
 from __future__ import annotations
 
@@ -25,13 +24,11 @@ _NEEDS: dict[Edit, tuple[str, ...]] = {
 
 
 def edit_pipeline(pipeline: Any, edit: Edit) -> Any:
-    """The pipeline that makes such edits with the modules of `pipeline`, which it neither casts nor
-    moves; None without one.
+    """The pipeline for such edits with the modules of `pipeline`, which are neither cast nor moved.
 
-    There is none if diffusers has no such class of the family, or if the class needs components
-    that the pipeline lacks. The scheduler is a copy: pipelines write to the configuration of the
-    one that they are made with. A pipeline that is not one of diffusers' may have them as
-    attributes of the names of the edits.
+    None if diffusers has no such class for the family, or the class needs other components. The
+    scheduler is a copy, since pipelines write to its configuration. For a pipeline that is not
+    diffusers', it is the attribute named after the edit.
     """
     if not isinstance(pipeline, DiffusionPipeline):
         return getattr(pipeline, edit, None)
@@ -40,10 +37,9 @@ def edit_pipeline(pipeline: Any, edit: Edit) -> Any:
         if kind is None:
             return None
         made = pipeline if kind is type(pipeline) else _made_of(pipeline, kind)
-    except Exception as error:  # it cannot be imported, or objects to the components
-        logger.warning(
-            "%s has no pipeline for edits (%s): %s", type(pipeline).__name__, edit, error
-        )
+    except Exception as error:  # it cannot be imported, or refuses the components
+        name = type(pipeline).__name__
+        logger.warning("%s has no pipeline for edits (%s): %s", name, edit, error)
         return None
     if made is None or any(
         name not in inspect.signature(made.__call__).parameters for name in _NEEDS[edit]
@@ -53,8 +49,8 @@ def edit_pipeline(pipeline: Any, edit: Edit) -> Any:
 
 
 def edit_pipeline_class(name: str, edit: Edit) -> type[Any] | None:
-    """diffusers' class for edits of the family of a pipeline class, None if there is none, or if
-    what it needs is missing."""
+    """The class of diffusers for edits in the family of a pipeline class; None if there is none, or
+    if packages for it are missing."""
     kind = getattr(diffusers, name.removesuffix("Pipeline") + _SUFFIXES[edit], None)
     if kind is None:  # imports every family
         from diffusers.pipelines import auto_pipeline
@@ -68,8 +64,7 @@ def edit_pipeline_class(name: str, edit: Edit) -> type[Any] | None:
 
 
 def _made_of(pipeline: Any, kind: type[Any]) -> Any:
-    """A pipeline of a class with another's components and options; None where it has not all of
-    them."""
+    """A pipeline of a class with another's components and options; None if some are missing."""
     components, config, types = pipeline.components, pipeline.config, kind._get_signature_types()
     arguments = {}
     for name, parameter in list(inspect.signature(kind.__init__).parameters.items())[1:]:

@@ -1,5 +1,4 @@
-"""The files of a model's directory: what must be there before anything is read, and what is wrong
-with one that cannot be."""
+"""Checks the files of a model's directory, and finds damaged ones after a failure."""
 
 from __future__ import annotations
 
@@ -15,30 +14,29 @@ from stepweave.errors import LoadError
 from stepweave.loading.components import INDEX, Component
 from stepweave.reasons import reason_of
 
-# transformers makes a tokenizer of one of these, too, whatever its class says
+# transformers can make any tokenizer from one of these
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tekken.json", "tiktoken.model")
 _OF_A_VOCABULARY = ("vocab_file", "merges_file", "spm_file")
 
 
 def files_of(folder: Path) -> dict[str, int]:
-    """The bytes of the files of a model's directory and of its components' folders, by relative
+    """Sizes in bytes of the files in a model's directory and its components' folders, by relative
     name. Raises LoadError."""
     sizes = {}
     try:
         for entry in folder.iterdir():
             for file in entry.iterdir() if entry.is_dir() else (entry,):
-                # a link to nowhere: as if it were not there
+                # a broken link counts as missing
                 with contextlib.suppress(FileNotFoundError):
                     sizes[file.relative_to(folder).as_posix()] = file.stat().st_size
     except OSError as error:
-        raise LoadError(
-            f"the model's directory cannot be read: {reason_of(error, folder)}"
-        ) from None
+        reason = reason_of(error, folder)
+        raise LoadError(f"the model's directory cannot be read: {reason}") from None
     return sizes
 
 
 def check_folders(components: Iterable[Component], files: Collection[str]) -> None:
-    """Raise LoadError for a component that has no folder: from_pretrained would look for it in the
+    """Raise LoadError for a component without a folder, which from_pretrained would look for in the
     model's directory itself."""
     there = {name.partition("/")[0] for name in files if "/" in name}
     for component in components:
@@ -53,41 +51,27 @@ def check_folders(components: Iterable[Component], files: Collection[str]) -> No
 
 
 def check_vocabularies(components: Iterable[Component], sizes: dict[str, int]) -> None:
-    """Raise LoadError for a tokenizer without the files that its class reads its vocabulary from,
-    or with empty ones."""
+    """Raise LoadError for a tokenizer whose vocabulary files are missing or empty."""
     for component in components:
-        names = (
-            getattr(component.kind, "vocab_files_names", None) if component.is_tokenizer else None
-        )
-        if not names:  # it needs none, as one that tells bytes apart
+        names = getattr(component.kind, "vocab_files_names", None)
+        if not component.is_tokenizer or not names:  # a tokenizer of bytes needs no files
             continue
-        needed = [file for key, file in names.items() if key in _OF_A_VOCABULARY] or list(
-            names.values()
-        )
+        needed = [file for key, file in names.items() if key in _OF_A_VOCABULARY]
+        needed = needed or list(names.values())
         absent = [file for file in needed if not sizes.get(f"{component.name}/{file}")]
         if absent and not any(sizes.get(f"{component.name}/{file}") for file in _VOCABULARIES):
-            empty = [
-                file for file in (*absent, "tokenizer.json") if f"{component.name}/{file}" in sizes
-            ]
-            what = (
-                f"{empty[0]} is empty"
-                if empty
-                else f"it lacks {' and '.join(absent)} (or tokenizer.json)"
-            )
-            raise LoadError(
-                f"{component.name}/ has no vocabulary for {component.kind.__name__}: {what}"
-            )
+            files = (*absent, "tokenizer.json")
+            empty = [file for file in files if f"{component.name}/{file}" in sizes]
+            what = f"it lacks {' and '.join(absent)} (or tokenizer.json)"
+            what = f"{empty[0]} is empty" if empty else what
+            kind = component.kind.__name__
+            raise LoadError(f"{component.name}/ has no vocabulary for {kind}: {what}")
 
 
 def find_damage(folder: Path, component: str | None) -> str | None:
-    """What is wrong with a file that cannot be read, of a component or else of all; None if all can
-    be."""
-    folders = (
-        [folder / component]
-        if component
-        else [entry for entry in sorted(folder.iterdir()) if entry.is_dir()]
-    )
-    for file in (file for one in folders if one.is_dir() for file in _in_order(one)):
+    """Describe the first file that cannot be read, of a component or of all; None if all can."""
+    entries = [folder / component] if component else sorted(folder.iterdir())
+    for file in (file for entry in entries if entry.is_dir() for file in _in_order(entry)):
         if problem := _damage(file):
             return f"{file.relative_to(folder).as_posix()}: {problem}"
     return None
@@ -118,7 +102,7 @@ def _damage(file: Path) -> str | None:
     except ValueError as error:
         return f"not JSON: {reason_of(error)}"
     except SafetensorError as error:
-        return f"damaged or cut off at {size} bytes ({reason_of(error)}); fetch it again"
+        return f"damaged or cut off at {size} bytes ({reason_of(error)}); download it again"
     except OSError as error:
         return error.strerror or reason_of(error)
     return None
@@ -128,7 +112,6 @@ def _absent_shard(index: Path, content: object) -> str | None:
     weights = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weights, dict):
         return "it has no weight_map"
-    absent = sorted(
-        {str(one) for one in weights.values()} - {file.name for file in index.parent.iterdir()}
-    )
+    files = {file.name for file in index.parent.iterdir()}
+    absent = sorted({str(name) for name in weights.values()} - files)
     return f"it names {absent[0]}, which is missing" if absent else None

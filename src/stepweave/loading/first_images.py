@@ -1,5 +1,4 @@
-"""Whether the images that a server makes before it is ready look like those of a model that was
-read whole."""
+"""Checks the first images, before the server is ready, for signs of a model with wrong weights."""
 
 from __future__ import annotations
 
@@ -17,8 +16,8 @@ logger = logging.getLogger(__name__)
 
 Pixels = npt.NDArray[np.float64]
 
-# Mean difference of the pixels, in [0, 1], of two runs of one job, of which one shares forwards:
-# merging allows a hundredth of it
+# Largest mean difference of pixels, in [0, 1], between a job alone and the same job in shared
+# forwards; 100 times the difference that merging allows
 MOST_APART = 0.01
 MOST_APART_IN_HALF_PRECISION = 0.1
 
@@ -29,17 +28,16 @@ def check_images(
     dtype: torch.dtype,
     more: Callable[[], Sequence[Any]] = tuple,
 ) -> None:
-    """Check images of different jobs, made together; the first is also given as it came `alone`.
+    """Check images of different jobs made together, and the first one's image made `alone`.
 
-    `more` makes others, and is called if there is but one job and its image is constant. Images
-    that are None, since a safety checker has blacked them out, tell nothing. Raises LoadError if
-    the two runs of a job differ, if pixels are not finite, or if all images are constant. One that
-    is constant may be right, and is logged.
+    `more` makes others; it is called if there is only one, and that is constant. None stands for an
+    image that a safety checker has blacked out, which is skipped. Raises LoadError if the two runs
+    of a job differ, if pixels are not finite, or if all images are constant; some that are constant
+    are only logged.
     """
     if alone is None or together[0] is None:
         logger.warning(
-            "self-check: a safety checker flagged the first image, so that two runs could not be "
-            "compared"
+            "self-check: a safety checker flagged the first image, so two runs were not compared"
         )
         return
     together = [image for image in together if image is not None]
@@ -59,8 +57,8 @@ def check_images(
     if apart > (MOST_APART if torch.finfo(dtype).bits >= 32 else MOST_APART_IN_HALF_PRECISION):
         raise LoadError(
             f"two runs of one job with one seed differ by {apart:.1%} of the pixels' range: "
-            "something in the pipeline draws random numbers that no seed decides, as a module in "
-            "training mode or a scheduler with noise of its own"
+            "something in the pipeline draws random numbers that do not depend on the seed, such "
+            "as a module in training mode or a scheduler with noise of its own"
         )
     logger.info(
         "self-check: two runs of a job agree (their pixels differ by %.2g on average), %d images "
@@ -70,7 +68,7 @@ def check_images(
 
 
 def _pixels(image: Any) -> Pixels:
-    """In [0, 1]. Raises LoadError for what is not finite."""
+    """The pixels of an image in [0, 1]. Raises LoadError if they are not finite."""
     values = np.asarray(image.cpu().float() if isinstance(image, torch.Tensor) else image)
     pixels = np.atleast_3d(values.astype(np.float64) / (255 if values.dtype == np.uint8 else 1))
     if not np.isfinite(pixels).all():
@@ -79,7 +77,7 @@ def _pixels(image: Any) -> Pixels:
 
 
 def _is_constant(pixels: Pixels) -> bool:
-    """Whether no channel has more than one level, but for rounding."""
+    """Whether each channel has a single level, except for rounding."""
     return bool((np.ptp(pixels.reshape(-1, pixels.shape[-1]), axis=0) <= 1.01 / 255).all())
 
 

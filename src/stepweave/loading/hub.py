@@ -1,4 +1,4 @@
-"""A model's files from the hub, in its cache."""
+"""Downloads a model's files from the hub to its cache."""
 
 from __future__ import annotations
 
@@ -30,12 +30,10 @@ logger = logging.getLogger(__name__)
 def fetch(
     repository: str, revision: str | None, wanted: str | None, given: Collection[str] = ()
 ) -> tuple[Path, str | None]:
-    """Download what a pipeline needs of a repository: its directory, and the variant of its
-    weights, None for those without one.
+    """Download a pipeline's files. Returns their directory, and the variant of the weights or None.
 
-    Where the hub cannot be reached, what is in its cache must do. Raises LoadError, before the
-    weights are fetched for a pipeline that is not served where its calls are `given` such
-    arguments.
+    If the hub cannot be reached, its cache is used. Raises LoadError; before the weights are
+    downloaded, if the pipeline, called with the `given` arguments, cannot be served.
     """
     try:
         snapshot = Path(hf_hub_download(repository, INDEX, revision=revision)).parent
@@ -45,7 +43,7 @@ def fetch(
             files = HfApi().list_repo_files(repository, revision=revision)
         except Exception as error:
             logger.info(
-                "the files of %s cannot be listed (%s): those in the cache are taken",
+                "the files of %s cannot be listed (%s); using those in the cache",
                 repository,
                 reason_of(error),
             )
@@ -80,4 +78,4 @@ def _explained(error: BaseException, revision: str | None) -> str:
             "the hub cannot be reached, and its cache does not hold the model at "
             "STEPWEAVE_REVISION: see HF_HUB_OFFLINE, HF_ENDPOINT and HF_HOME"
         )
-    return f"it cannot be fetched from the hub: {reason_of(error)}"
+    return f"it cannot be downloaded from the hub: {reason_of(error)}"

@@ -1,5 +1,5 @@
-"""What a pipeline makes, and whether a prompt is all that it needs: told from its class, before any
-weights are read."""
+"""Finds by its class, before weights are read, what a pipeline makes, and whether it needs more
+than a prompt."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stepweave.planning.workload import arguments_of_call
 Kind = Literal["text_to_image", "edit", "video", "audio", "text", "3d", "other"]
 SERVED: frozenset[Kind] = frozenset({"text_to_image"})
 
-# members of what a call returns
+# members of a call's result
 _IMAGES = ("images", "image")
 _RESULTS: dict[str, Kind] = {
     "frames": "video",
@@ -30,13 +30,13 @@ _RESULTS: dict[str, Kind] = {
     "texts": "text",
     "sequences": "text",
 }
-# arguments that tell what is made where that is also called `images`
+# arguments that show what is made if the result is also called `images`
 _MAKING: dict[str, Kind] = {"video_length": "video", "num_frames": "video", "frame_size": "3d"}
 
 _TAKES_IMAGES = re.compile(r"(?:^|_)(?:images?|masks?|hint)$")
 # embeddings, and masks of tokens
 _NO_SOURCE = re.compile(r"ip_adapter|attention_mask|embeds_mask|phrases_mask")
-# Pipelines that need an image, though nearly all have None for its default: diffusers names them so
+# names of pipelines that need an image, although its default is None
 _NEEDS_IMAGES = re.compile(
     r"Img2Img|I2I|Inpaint|Upscal|SuperResolution|Control|Adapter|Fill|Depth2Img|Pix2Pix|Refiner|Layered|Variation|DiffEdit|CycleDiffusion|LongCatImageEdit"
 )
@@ -45,18 +45,15 @@ _MAY_NEED_IMAGES = re.compile(r"Edit")  # unless the image is documented to be o
 
 @dataclass(frozen=True)
 class Makes:
-    """What a pipeline class makes, and a clause that says why it is taken for that."""
+    """What a pipeline class makes, and how that was recognised."""
 
     kind: Kind
     why: str = ""
 
 
 def kind_of(pipeline: type[Any], given: Collection[str] = ()) -> Makes:
-    """What a pipeline class makes of a prompt. `given` are arguments of its call that every call
-    has, as a preset gives them.
-
-    What cannot be told is taken for text to image: the first run will tell.
-    """
+    """Find what a pipeline class makes of a prompt; if unknown, text to image is assumed. `given`
+    are arguments that every call has, from a preset."""
     arguments = _arguments_of(pipeline)
     if arguments is None:
         return Makes("other", "its class has no call")
@@ -112,8 +109,8 @@ def check_served(pipeline: type[Any], given: Collection[str] = ()) -> None:
 
 
 def _arguments_of(pipeline: type[Any]) -> Mapping[str, inspect.Parameter] | None:
-    """The parameters of a class's call; None where it has none, and the name leads to that of
-    `type`."""
+    """The parameters of a class's `__call__`; None if it has none (then the attribute is the
+    metaclass's)."""
     if not any("__call__" in vars(base) for base in pipeline.__mro__):
         return None
     return arguments_of_call(pipeline.__call__)
@@ -121,10 +118,9 @@ def _arguments_of(pipeline: type[Any]) -> Mapping[str, inspect.Parameter] | None
 
 @functools.cache
 def _results_of(pipeline: type[Any]) -> tuple[str, ...]:
-    """The members of what a class's call returns, as its code says, or else its documentation; none
-    where neither tells."""
+    """The members of a call's result, by its code or else its docstring; empty if unknown."""
     call = inspect.unwrap(pipeline.__call__)
-    known = getattr(call, "__globals__", {})
+    names_in_module = getattr(call, "__globals__", {})
     try:
         code = re.sub(r'r?"""[\s\S]*?"""', "", inspect.getsource(call))
     except (OSError, TypeError):
@@ -134,7 +130,7 @@ def _results_of(pipeline: type[Any]) -> tuple[str, ...]:
         *re.findall(r"\b(\w+Output)`", inspect.getdoc(call) or ""),
     ]
     for name in names:
-        kind = known.get(name) or getattr(diffusers, name, None)
+        kind = names_in_module.get(name) or getattr(diffusers, name, None)
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             return tuple(field.name for field in dataclasses.fields(kind))
     return ()

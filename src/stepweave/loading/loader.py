@@ -1,4 +1,4 @@
-"""Load any diffusers pipeline from a directory or the hub."""
+"""Loads any diffusers pipeline from a directory or the hub."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from stepweave.reasons import reason_of
 
 logger = logging.getLogger(__name__)
 
-_ADVICE = re.compile(r" If you want to instead overwrite .*")  # to go on with weights at random
+_ADVICE = re.compile(r" If you want to instead overwrite .*")  # to use random weights
 
 
 def load_pipeline(
@@ -44,24 +44,21 @@ def load_pipeline(
     dtype: torch.dtype,
     on_stage: Callable[[Literal["downloading", "loading"]], None] = lambda name: None,
 ) -> tuple[DiffusionPipeline, Preset]:
-    """Load the pipeline that `settings.model` names onto `device`, its class chosen by its
-    `model_index.json`.
+    """Load the pipeline `settings.model` onto `device`, or with offload, onto the CPU. Returns it
+    with the preset of its `stepweave.json` and of its built-in preset.
 
-    `on_stage` is called with `downloading` and `loading` when a model from the hub gets there.
-    Where weights are offloaded it stays on the CPU. With it comes what `stepweave.json` in its
-    directory and the preset of ours for its layout say, as far as there are such.
+    `on_stage` is called with `downloading` and `loading`, for a model from the hub.
 
-    Only safetensors weights are read and no code from the model's repository runs. A private or
-    gated hub repository needs `HF_TOKEN` in the environment (read by huggingface_hub). Raises
-    LoadError, naming component and file, for a model that cannot be read whole: every tensor of its
-    models, and the vocabularies of its tokenizers; and, before the weights are read, for a pipeline
-    that does not make images of prompts.
+    Only safetensors weights are read, and no code from the model's files is run. A private or gated
+    repository needs `HF_TOKEN` in the environment (read by huggingface_hub). Raises LoadError,
+    naming component and file, if any tensor of a model or vocabulary of a tokenizer is missing;
+    and, before weights are read, for a pipeline that does not make images from prompts.
     """
     preset = read_preset(settings.model_directory())
     given = settings.preset_over(preset).call
-    # advice to install torchvision, which nothing here needs
+    # hides the advice to install torchvision, which is not needed
     transformers.utils.logging.set_verbosity_error()
-    # bars of a few lines' worth, garbled in a log
+    # progress bars are unreadable in logs
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     for handler in logging.getLogger("diffusers").handlers:
@@ -77,8 +74,7 @@ def load_pipeline(
             on_stage("loading")
         if (recognised := recognise(folder, settings.model_name())) is not None:
             logger.info(
-                "built-in preset %s: %s (see %s); STEPWEAVE_PRESET and a stepweave.json have "
-                "precedence",
+                "built-in preset %s: %s (see %s); STEPWEAVE_PRESET and stepweave.json override it",
                 recognised.built_in.name, recognised.signs, recognised.built_in.card,
             )  # fmt: skip
             preset = preset.over(recognised.preset)
@@ -94,7 +90,7 @@ def load_pipeline(
 def _read(
     settings: Settings, folder: Path, variant: str | None, device: torch.device, dtype: torch.dtype
 ) -> DiffusionPipeline:
-    """The pipeline of a directory. Raises LoadError unless all of it was read."""
+    """Read the pipeline of a directory. Raises LoadError unless all of it was read."""
     index, sizes = read_index(folder), files_of(folder)
     components = components_of(index)
     check_vocabularies(components, sizes)
@@ -123,7 +119,7 @@ def _read(
     except Exception as error:
         raise LoadError(_explained(error, folder, reading.failed(error), device)) from error
     logger.info(
-        "self-check: read all %d tensors of %s from the files; %s tell prompts apart (%.2f s)",
+        "self-check: read all %d tensors of %s from files; %s distinguish prompts (%.2f s)",
         sum(reading.tensors.values()),
         ", ".join(reading.tensors),
         ", ".join(tokenizers) or "no tokenizers",
@@ -133,8 +129,7 @@ def _read(
 
 
 def _explained(error: Exception, folder: Path, component: str | None, device: torch.device) -> str:
-    """Why loading failed: the file that cannot be read if there is one, else what was said against
-    it."""
+    """Why loading failed: a file that cannot be read if there is one, else the error."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return (
             f"it does not fit into the memory of {device}; see STEPWEAVE_DTYPE, "
@@ -142,12 +137,11 @@ def _explained(error: Exception, folder: Path, component: str | None, device: to
         )
     if damage := find_damage(folder, component):
         return damage
-    logger.error("loading failed", exc_info=error)  # to the log whole, since no file is to blame
+    logger.error("loading failed", exc_info=error)  # with its traceback: no file is damaged
     reason = _ADVICE.sub("", reason_of(error, folder))
     return f"{component}/: {reason}" if component else reason
 
 
 def _without_prompts(record: logging.LogRecord) -> bool:
-    """Whether a record does not quote a prompt, as diffusers does of those that it cuts; answers
-    warn of that."""
+    """Drop diffusers' messages that quote truncated prompts; answers have warnings of them."""
     return "input was truncated because" not in record.getMessage()

@@ -1,5 +1,5 @@
-"""Optimizations of diffusers and torch that settings turn on: each does what its name says, or the
-server does not start."""
+"""Turns on optimizations of diffusers and torch; if one cannot be enabled, the server does not
+start."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _COMPILERS = {"cpu": ("CXX", "g++", "clang++"), "cuda": ("CC", "gcc", "clang")}
 
 
 def check_optimizations(settings: Settings, device: torch.device) -> None:
-    """Refuse what cannot work, before minutes of loading. Raises LoadError."""
+    """Raise LoadError for settings that cannot work, before minutes of loading."""
     if settings.offload != "off" and device.type == "cpu":
         raise LoadError(
             f"STEPWEAVE_OFFLOAD={settings.offload!r} moves weights to a GPU, but the device is the "
@@ -33,7 +33,7 @@ def check_optimizations(settings: Settings, device: torch.device) -> None:
         )
     if settings.offload == "sequential":
         for name, reason in (
-            ("compile", "torch.compile cannot trace layers whose weights come and go"),
+            ("compile", "torch.compile cannot trace layers whose weights are moved"),
             ("quantization", "accelerate moves plain tensors only"),
         ):
             if getattr(settings, name):
@@ -57,12 +57,9 @@ def check_optimizations(settings: Settings, device: torch.device) -> None:
 
 
 def apply_optimizations(pipeline: Any, settings: Settings, device: torch.device) -> None:
-    """Turn on what the settings ask for, on a loaded pipeline that has no engine yet. Raises
-    LoadError.
-
-    With offload the pipeline may be on the CPU; otherwise it is on `device`. Compiling comes last:
-    it takes modules as they are.
-    """
+    """Turn on the settings' optimizations for a loaded pipeline without an engine. Raises
+    LoadError. With offload the pipeline may be on the CPU, otherwise it is on `device`. Compiling
+    is last, since it uses the modules as they are."""
     if settings.quantization is not None:
         check_quantised(settings.quantization, pipeline)
     for name, apply in (
@@ -91,7 +88,7 @@ def apply_optimizations(pipeline: Any, settings: Settings, device: torch.device)
 
 @contextlib.contextmanager
 def _named(setting: str, value: Any = True) -> Iterator[None]:
-    """Whatever diffusers or torch say against an optimization, said with the setting's name."""
+    """Turn errors of diffusers or torch into LoadError with the setting's name."""
     try:
         yield
     except LoadError:
@@ -104,7 +101,7 @@ def _named(setting: str, value: Any = True) -> Iterator[None]:
 
 
 def denoisers(pipeline: Any) -> list[Any]:
-    """The pipeline's transformers or UNets; where none is called that, all of its models but
+    """The pipeline's transformers or UNets by name; if it has none, all its models but
     autoencoders."""
     models = {
         name: model for name, model in pipeline.components.items() if isinstance(model, ModelMixin)
@@ -114,8 +111,8 @@ def denoisers(pipeline: Any) -> list[Any]:
 
 
 def channels_last(pipeline: Any) -> None:
-    """Give 2D convolutions the memory format that cuDNN and oneDNN prefer. Models with 3D ones are
-    left alone."""
+    """Give 2D convolutions the memory format that cuDNN and oneDNN prefer, except in models that
+    also have 3D ones."""
     applied = False
     for model in pipeline.components.values():
         if isinstance(model, ModelMixin):
@@ -140,10 +137,10 @@ def _autoencoders(pipeline: Any, method: str) -> None:
 
 
 def set_attention_backend(pipeline: Any, backend: str, device: torch.device) -> None:
-    """Have the denoisers' attention computed by `backend`, tried out first.
+    """Set the denoisers' attention backend, and try it.
 
-    Models whose attention processors call torch itself, as those of UNets and of Stable Diffusion 3
-    do, are refused: diffusers would do nothing, and say nothing.
+    Raises ValueError for models whose attention processors call torch directly, such as UNets and
+    Stable Diffusion 3: diffusers would silently ignore the setting.
     """
     models = denoisers(pipeline)
     if not models:
@@ -171,8 +168,7 @@ def _head_size(model: nn.Module) -> int:
 
 
 def compile_blocks(model: Any) -> None:
-    """Compile the blocks that diffusers declares as repeated, once for all numbers of rows; it
-    happens at the first call."""
+    """Compile a model's repeated blocks, for any number of rows, at its first call."""
     if not getattr(model, "_repeated_blocks", None):
         raise ValueError(f"{type(model).__name__} declares no repeated blocks")
     model.compile_repeated_blocks(dynamic=True)

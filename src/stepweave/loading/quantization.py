@@ -1,4 +1,4 @@
-"""Quantisation while loading: the setting's JSON into diffusers' own configuration."""
+"""Quantisation while loading: converts the setting's JSON to diffusers' configuration."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from stepweave.errors import LoadError, shown
 
 SETTING = "STEPWEAVE_QUANTIZATION"
 
-# diffusers and transformers each have a class of configuration for a backend, with arguments of its
-# own
+# diffusers and transformers each have a configuration class for each backend
 _LIBRARIES: dict[str, tuple[type, Any, Any]] = {
     "diffusers": (
         ModelMixin,
@@ -38,12 +37,9 @@ _LIBRARIES: dict[str, tuple[type, Any, Any]] = {
 def pipeline_quantization(
     wanted: Quantization, index: dict[str, Any], dtype: torch.dtype
 ) -> PipelineQuantizationConfig:
-    """What `from_pretrained` takes, for the components of a `model_index.json`; all models where
-    none are named.
-
-    Raises LoadError, naming component, backend or argument, for what does not exist or cannot run
-    here.
-    """
+    """The configuration for `from_pretrained`, for the named components of a `model_index.json`, or
+    all models. Raises LoadError, naming the component, backend or argument that does not exist or
+    cannot be used here."""
     models = _models(index)
     names = list(models) if wanted.components_to_quantize is None else wanted.components_to_quantize
     mapping = {}
@@ -58,17 +54,17 @@ def pipeline_quantization(
 
 
 def check_quantised(wanted: Quantization, pipeline: DiffusionPipeline) -> None:
-    """Raise LoadError if a pipeline was loaded without the quantisation that is asked for."""
+    """Raise LoadError if a pipeline was loaded without the requested quantisation."""
     for name in wanted.components_to_quantize or ():
         if getattr(pipeline.components.get(name), "hf_quantizer", None) is None:
             raise LoadError(
-                f"{SETTING} asks for {name!r}, which {type(pipeline).__name__} was loaded without; "
+                f"{SETTING} names {name!r}, which is not quantised in {type(pipeline).__name__}; "
                 "quantise a pipeline that is made in code where it is made"
             )
 
 
 def _models(index: dict[str, Any]) -> dict[str, str]:
-    """The components that have weights, and their library."""
+    """The components that have weights, with their libraries."""
     models = {}
     for name, entry in index.items():
         if not name.startswith("_") and isinstance(entry, (list, tuple)) and entry[0] in _LIBRARIES:
@@ -86,7 +82,7 @@ def _component(wanted: Quantization, name: str, library: str, dtype: torch.dtype
             f"{SETTING}: quant_backend is {shown(wanted.quant_backend)}; {library} has "
             f"{', '.join(sorted(known))}"
         )
-    # not all of them refuse what they do not know
+    # not all of them refuse unknown arguments
     parameters = inspect.signature(kind).parameters.values()
     arguments = {
         parameter.name: parameter

@@ -1,4 +1,4 @@
-"""What `from_pretrained` reads of each component, and what of it the files do not have."""
+"""Watches what `from_pretrained` reads, and refuses models with missing tensors."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from transformers import PreTrainedModel
 from stepweave.errors import LoadError
 from stepweave.loading.components import Component
 
-NAMED = 3  # keys that a message names; of more it says how many
+NAMED = 3  # keys that a message names; others are counted
 _MODELS = (PreTrainedModel, ModelMixin)
 
 
 class Reading:
-    """Watches the components of one model being loaded, on the thread that makes it.
+    """Watches the components of one model while it is loaded on the current thread.
 
-    DiffusionPipeline asks none of its models what they did not find in their files, and
-    transformers draws that at random: while `watched`, each model is asked, and one that lacks
-    something is refused.
+    DiffusionPipeline does not check for tensors that are missing in files, and transformers fills
+    them with random numbers. Within `watched`, they raise LoadError.
     """
 
     def __init__(self, folder: Path, components: Iterable[Component]) -> None:
@@ -41,7 +40,7 @@ class Reading:
         self.tensors: dict[str, int] = {}  # read, by component
 
     def failed(self, error: BaseException | None) -> str | None:
-        """The component whose loading an exception ended; None if it was none's."""
+        """The component whose loading raised an exception, or None."""
         while error is not None:
             for other, name in self._failed:
                 if other is error:
@@ -51,7 +50,7 @@ class Reading:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Have every `from_pretrained` of this thread watched, until the end."""
+        """Within the block, watch every `from_pretrained` on this thread."""
         with contextlib.ExitStack() as stack:
             for kind in _MODELS:
                 stack.enter_context(self._replaced(kind, self._read))
@@ -67,7 +66,7 @@ class Reading:
 
         def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
             load = original.__get__(None, cls)
-            # diffusers gives the folder by position
+            # diffusers passes the folder by position
             if threading.get_ident() != self._thread or not args:
                 return load(*args, **kwargs)
             return watch(cls, load, *args, **kwargs)
@@ -95,7 +94,7 @@ class Reading:
     def _read(self, kind: Any, load: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("output_loading_info"):
             return load(path, *args, **kwargs)
-        # it would refuse what is of another shape without naming it
+        # otherwise transformers would refuse wrong shapes without naming the tensors
         if issubclass(kind, PreTrainedModel):
             kwargs.setdefault("ignore_mismatched_sizes", True)
         model, info = self._attribute(kind, load, path, *args, output_loading_info=True, **kwargs)
@@ -107,7 +106,7 @@ class Reading:
 
 
 def _check(name: str, kind: str, count: int, info: dict[str, Any]) -> None:
-    """Raise LoadError for what a model has and its files have not, or of another shape."""
+    """Raise LoadError for tensors that are missing in a model's files, or have another shape."""
     missing, unknown = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing:
         instead = f"; they have {_listed(unknown)}, which it does not know" if unknown else ""
@@ -123,7 +122,7 @@ def _check(name: str, kind: str, count: int, info: dict[str, Any]) -> None:
 
 
 def check_placed(components: dict[str, Any]) -> None:
-    """Raise LoadError for a component with tensors that nothing was read into."""
+    """Raise LoadError for a component with tensors that were not read (meta tensors)."""
     for name, model in components.items():
         if isinstance(model, nn.Module):
             tensors = [*model.named_parameters(), *model.named_buffers()]

@@ -1,10 +1,9 @@
-"""A call's steps without its denoiser: whether they run with a scheduler, and end where a perfect
-denoiser would lead.
+"""Rehearses a call's steps with a scheduler, without the denoiser.
 
-In the denoiser's place stands an oracle that knows the clean latents: by the scheduler's own
-prediction type and noise levels it answers what a perfect denoiser would. Whatever the scheduler,
-whatever the number of steps, they then end near those latents; so what runs but gives numbers that
-are not finite, or grow beyond all noise, is found as well as what raises.
+An oracle that knows the clean latents replaces the denoiser: it answers as a perfect denoiser
+would, by the scheduler's prediction type and noise levels. With any scheduler and number of steps,
+the latents must then end near the clean ones. This finds schedulers that raise, and those whose
+latents are not finite or diverge.
 """
 
 from __future__ import annotations
@@ -28,40 +27,37 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retri
 from stepweave.compat.async_scheduler import clone_scheduler
 from stepweave.previews.latents import noise_level, prediction_of
 
-SHAPE = (1, 4, 8, 8)  # of the latents; schedulers work on each number by itself
-# of the numbers of noise: as in an image of a million of them, for types that overflow
-LARGEST = 4.5
-MOST = 2 * LARGEST  # noise that a bounded oracle sees
-# Root mean square of what may be left between the end and the clean latents. Measured of diffusers'
-# schedulers, 1 to 50 steps: at most 0.04, but for DDIM, DEIS and PNDM with few, which may leave the
-# noise or twice that (1.1, 2.1); where they break, over 10
+SHAPE = (1, 4, 8, 8)  # of the latents; schedulers treat each number separately
+LARGEST = 4.5  # of the noise, as in an image of a million numbers, to find overflows
+MOST = 2 * LARGEST  # largest noise that a bounded oracle sees
+# Largest root mean square of the difference between the end and the clean latents. Measured for
+# diffusers' schedulers with 1 to 50 steps: at most 0.04; 1.1 to 2.1 for DDIM, DEIS and PNDM with
+# few steps; over 10 for those that fail.
 FAR = 4.0
 SHIFT = 0.5
 CHANGES = "it changes its configuration, which all requests share"
-# that not all schedulers have
+# attributes that not all schedulers have
 _OPTIONAL = ("init_noise_sigma", "scale_model_input", "scale_noise", "add_noise")
 
-# the denoiser's, of a sample at the step of an index
+# the denoiser's output for a sample and the index of a step
 Output = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Course:
-    """What decides the timesteps of a call."""
+    """The properties of a call that determine its timesteps."""
 
     steps: int
     strength: float | None = None  # of an edit
-    # of an image, which dynamic shifting goes by; as many as shift the least where it is None
-    tokens: int | None = None
+    tokens: int | None = None  # of an image, for dynamic shifting; None: the least shift
 
 
 def problem_of(scheduler: Any, pipeline: Any, course: Course) -> str | None:
-    """Why a call of `pipeline` does not run with a scheduler, which stays as it is; None if it
+    """Why a call of `pipeline` does not run with a scheduler, which is not changed; None if it
     does.
 
-    Timesteps are set as the pipeline's code does; for an edit of some strength they begin in the
-    middle, where its own `get_timesteps` says. Draws from torch's global generator where such calls
-    would, and only then.
+    Timesteps are set as the pipeline's code does; for an edit, from the one that its
+    `get_timesteps` gives. Draws from torch's global generator only if such calls do.
     """
     code = code_of(type(pipeline))  # type: ignore[arg-type]
     for name in _OPTIONAL:
@@ -87,12 +83,11 @@ class _ChangesConfig(Exception):
 
 
 def _run(scheduler: Any, pipeline: Any, code: str, course: Course, bounded: bool) -> float:
-    """Take the steps; the root mean square of what is left to the clean latents, 0 where no oracle
-    knows them and all is finite.
+    """Run the steps. Returns the root mean square of the difference to the clean latents; without
+    an oracle, 0 if all is finite.
 
-    A `bounded` oracle sees no more noise than there may be. What leads astray by a little, it does
-    not drive further; the other does, the more the less noise is left, but steps of huge noise
-    levels need it.
+    A `bounded` oracle limits the noise that it sees, so small errors are not amplified as the noise
+    level falls; but schedulers with very large noise levels need an unbounded one.
     """
     config = scheduler.config  # which all requests share
     before = dict(vars(config))
@@ -111,7 +106,7 @@ def _run(scheduler: Any, pipeline: Any, code: str, course: Course, bounded: bool
     noising = re.search(r"scheduler\.(add_noise|scale_noise)\(", code)
     begin = _begin(scheduler, pipeline, course) if noising else 0
     if hasattr(scheduler, "set_begin_index") and (noising or "scheduler.set_begin_index" in code):
-        # else it looks for the first timestep, which may be there twice
+        # otherwise it searches for the first timestep, which may occur twice
         scheduler.set_begin_index(begin)
     if noising:
         first = timesteps[begin : begin + 1]
@@ -138,13 +133,12 @@ def _run(scheduler: Any, pipeline: Any, code: str, course: Course, bounded: bool
 
 
 def _begin(scheduler: Any, pipeline: Any, course: Course) -> int:
-    """The index of the first timestep of an edit, by the pipeline's own `get_timesteps`; its
-    scheduler has all timesteps."""
+    """The index of the first timestep of an edit, by the pipeline's `get_timesteps`."""
     if course.strength is None or not hasattr(pipeline, "get_timesteps"):
         return int(scheduler.order) if len(scheduler.timesteps) > scheduler.order else 0
     method = inspect.unwrap(type(pipeline).get_timesteps)
     all_of_them = scheduler.timesteps
-    given = {
+    arguments = {
         "num_inference_steps": course.steps,
         "strength": course.strength,
         "device": "cpu",
@@ -152,11 +146,11 @@ def _begin(scheduler: Any, pipeline: Any, course: Course) -> int:
         "sigmas": getattr(scheduler, "sigmas", None),
     }
     known = inspect.signature(method).parameters
-    found = method(
+    result = method(
         SimpleNamespace(scheduler=scheduler),
-        **{name: value for name, value in given.items() if name in known},
+        **{name: value for name, value in arguments.items() if name in known},
     )
-    left = len(found[-2])  # it gives timesteps and their number, some sigmas before them
+    left = len(result[-2])  # (..., timesteps, number of steps)
     if not left:
         raise ValueError(f"no step is left of {course.steps} with strength {course.strength}")
     return len(all_of_them) - left
@@ -165,8 +159,7 @@ def _begin(scheduler: Any, pipeline: Any, course: Course) -> int:
 def _oracle(
     scheduler: Any, timesteps: torch.Tensor, clean: torch.Tensor, most: float
 ) -> Output | None:
-    """What a denoiser that knows the clean latents gives; None where the scheduler does not tell
-    what it should."""
+    """A denoiser that knows the clean latents; None for an unknown prediction type."""
     prediction = prediction_of(scheduler)
     preconditioned = hasattr(scheduler, "precondition_outputs")
     if (
@@ -174,7 +167,7 @@ def _oracle(
         and not preconditioned
     ):
         return None
-    other = clone_scheduler(scheduler)  # asked for noise levels, it keeps an index
+    other = clone_scheduler(scheduler)  # for noise levels, which set its index
 
     def answer(sample: torch.Tensor, index: int) -> torch.Tensor:
         for name in ("_step_index", "_begin_index"):
@@ -198,8 +191,8 @@ def _oracle(
 
 
 def _timestep_arguments(scheduler: Any, pipeline: Any, code: str, course: Course) -> dict[str, Any]:
-    """What the pipeline gives `set_timesteps` besides the number of steps. Raises ValueError for
-    what cannot be told."""
+    """The pipeline's arguments of `set_timesteps`, besides the number of steps. Raises ValueError
+    if they are unknown."""
     if re.search(r"\btimesteps = \(?\s*(np|torch)\.", code):
         raise ValueError("the pipeline has timesteps of its own")
     arguments: dict[str, Any] = {}
@@ -213,13 +206,12 @@ def _timestep_arguments(scheduler: Any, pipeline: Any, code: str, course: Course
 
 
 def takes_shift(pipeline: Any) -> bool:
-    """Whether the timesteps of a pipeline's calls go by the size of the image."""
+    """Whether the timesteps of a pipeline's calls depend on the size of the image."""
     return re.search(r"\bmu=mu\b|\"mu\"", code_of(type(pipeline))) is not None  # type: ignore[arg-type]
 
 
 def _shift(scheduler: Any, pipeline: Any, course: Course) -> float:
-    """What the pipeline's own function makes of the number of tokens, or the least that is usual
-    where it has none."""
+    """The shift for the number of tokens, by the pipeline's function; SHIFT if it has none."""
     module, get = sys.modules[type(pipeline).__module__], scheduler.config.get
     if course.tokens is None:
         return SHIFT
@@ -234,8 +226,7 @@ def _shift(scheduler: Any, pipeline: Any, course: Course) -> float:
 
 
 def _dtype(pipeline: Any) -> torch.dtype:
-    """Of the latents: the denoiser's, single precision where that is of whole numbers or of eight
-    bits."""
+    """The dtype of the latents: the denoiser's half precision, else float32 (also if quantised)."""
     denoiser = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
     dtype = getattr(denoiser, "dtype", None)
     return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
@@ -243,7 +234,7 @@ def _dtype(pipeline: Any) -> torch.dtype:
 
 @functools.cache
 def code_of(kind: type[Any]) -> str:
-    """The source of those of a pipeline's own methods that use its scheduler."""
+    """The source code of a pipeline's methods that use its scheduler."""
     lines = []
     for cls in kind.__mro__:
         if issubclass(cls, DiffusionPipeline) and cls is not DiffusionPipeline:

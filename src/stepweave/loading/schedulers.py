@@ -1,8 +1,7 @@
-"""Schedulers that a pipeline may be called with in place of its own, and the numbers of steps that
-each of them runs with.
+"""The schedulers that can replace a pipeline's own, and the numbers of steps that run with each.
 
-Both are found by rehearsals without the model: at some numbers of steps to begin with, at every
-other one when it is asked for.
+Both are found by rehearsals without the model: for some numbers of steps at start, for others when
+they are first requested.
 """
 
 from __future__ import annotations
@@ -28,32 +27,28 @@ from stepweave.loading.rehearsal import CHANGES, Course, problem_of, takes_shift
 
 logger = logging.getLogger(__name__)
 
-STEPS = 4  # where none are asked for
-# numbers of steps that are tried to begin with, besides the default and the most
+STEPS = 4  # default of rehearsals
+# numbers of steps that are tried at start, besides the default and the maximum
 FIRST = (1, 2, 3, 11, 20)
-LONGEST = 1000  # of those; a longer one is tried when it is asked for
+LONGEST = 1000  # most steps of a rehearsal at start
 REMEMBERED = 4096  # rehearsals
-DRAWS = "a seed would not decide its noise"
+DRAWS = "its noise does not depend on the seed"
 
 
 def schedulers_of(pipeline: Any) -> dict[str, Any]:
-    """Schedulers to call the pipeline with, by class name, its own among them; {} if it has none.
-
-    They are made of the own one's configuration: what diffusers calls compatible, and for flow
-    matching those with flow sigmas.
-    """
+    """Schedulers for the pipeline by class name, with its own; {} if it has none. They are made
+    from its own scheduler's configuration: those that diffusers calls compatible, and for flow
+    matching, those with flow sigmas."""
     return Rehearsals.of(pipeline, Course(STEPS), max(FIRST)).schedulers
 
 
 def rehearse(
     scheduler: Any, pipeline: Any, steps: int = STEPS, strength: float | None = None
 ) -> bool:
-    """Whether calls of the pipeline run with a scheduler, and again the same with the same
-    generator.
+    """Whether calls of the pipeline run with a scheduler, and depend only on their generator.
 
-    All steps are taken from noise, as the pipeline's code sets them; for an edit, those that its
-    strength leaves, or all from the second one. Not while others draw from torch's global
-    generator: whether the scheduler does is seen there.
+    All steps run from noise; for an edit, those that its strength leaves, or all but the first. No
+    other thread may draw from torch's global generator meanwhile: that is how draws are detected.
     """
     return _rehearsed(scheduler, pipeline, Course(steps, strength)) is None
 
@@ -67,11 +62,11 @@ def _rehearsed(scheduler: Any, pipeline: Any, course: Course) -> str | None:
 
 
 class Rehearsals:
-    """Which numbers of steps a pipeline runs with which schedulers: some tried at once, every other
-    one when first asked for.
+    """Finds the numbers of steps that run with each scheduler of a pipeline: some (`counts`) at
+    once, others when first requested. Thread-safe.
 
-    `like` is what calls are like by default. `schedulers` are those that run with some number, and
-    the pipeline's own, by class name. Threads may share it.
+    `like` has the defaults of calls. `schedulers`, by class name, are those that run with some
+    number of steps, and the pipeline's own.
     """
 
     def __init__(
@@ -86,9 +81,9 @@ class Rehearsals:
         self._pipeline = pipeline
         self._own = own
         self._shifts = takes_shift(pipeline)
-        self._tried: dict[str, dict[int, bool]] = {}  # to begin with, the fewest steps first
+        self._tried: dict[str, dict[int, bool]] = {}  # at start, the fewest steps first
         self._refused: set[tuple[str | None, int]] = set()  # names and numbers of steps
-        self._found: dict[Hashable, bool] = {}  # when asked for, the oldest first
+        self._found: dict[Hashable, bool] = {}  # all rehearsals, the oldest first
         self._lock = threading.Lock()
         for candidate in candidates:
             name = type(candidate).__name__
@@ -105,8 +100,8 @@ class Rehearsals:
 
     @classmethod
     def of(cls, pipeline: Any, like: Course, most: int) -> Rehearsals:
-        """Of all that may take the place of the pipeline's own scheduler, to begin with at numbers
-        of steps up to `most`."""
+        """Rehearse the pipeline's own scheduler and all that may replace it, with up to `most`
+        steps."""
         own = getattr(pipeline, "scheduler", None)
         if not isinstance(own, SchedulerMixin):
             return cls(pipeline, (), None, (), like)
@@ -114,7 +109,7 @@ class Rehearsals:
         return cls(pipeline, _made_of(own), type(own).__name__, sorted(counts), like)
 
     def of_edits(self, pipeline: Any, like: Course) -> Rehearsals:
-        """Of the same schedulers with a pipeline for edits."""
+        """Rehearse the same schedulers with a pipeline for edits."""
         counts = {
             steps
             for steps in (*FIRST, like.steps)
@@ -123,10 +118,9 @@ class Rehearsals:
         return Rehearsals(pipeline, self.schedulers.values(), self._own, sorted(counts), like)
 
     def runs(self, name: str | None, course: Course) -> bool:
-        """Whether calls run with a scheduler of `schedulers`, None for the own one; the first time
-        it is tried.
-
-        The own one is not doubted where no rehearsal of it is to be trusted: none has run.
+        """Whether calls run with a scheduler of `schedulers`, None for the pipeline's own, which is
+        rehearsed if necessary. If no rehearsal of the pipeline's own has succeeded, none of it is
+        trusted, and it is assumed to run.
         """
         name = name or self._own
         if (name, course.steps) in self._refused:
@@ -136,56 +130,48 @@ class Rehearsals:
         key = self._key(name, course)
         if (found := self._found.get(key)) is not None:
             return found
-        with self._lock:  # one at a time, whatever is asked for
+        with self._lock:  # one rehearsal at a time
             if key not in self._found:
                 with _quiet():
                     problem = problem_of(self.schedulers[name], self._pipeline, course)
                 if problem is not None:
-                    logger.info(
-                        "%s with %s: %s does not run: %s",
-                        type(self._pipeline).__name__,
-                        name,
-                        course,
-                        problem,
-                    )
+                    kind = type(self._pipeline).__name__
+                    logger.info("%s with %s: %s does not run: %s", kind, name, course, problem)
                 if len(self._found) >= REMEMBERED:
                     del self._found[next(iter(self._found))]
                 self._found[key] = problem is None
             return self._found[key]
 
     def refuse(self, name: str | None, steps: int) -> None:
-        """Take it that calls do not run so, whatever a rehearsal says: the pipeline itself has
-        failed."""
+        """Note that calls with these steps have failed, whatever a rehearsal says."""
         name = name or self._own
         if name is not None:
             self._refused.add((name, steps))
             self._tried[name] = {**self._tried.get(name, {}), steps: False}
 
     def knows(self, name: str | None, course: Course) -> bool:
-        """Whether `runs` answers at once; a rehearsal takes about 0.1 ms a step."""
+        """Whether `runs` needs no rehearsal, which takes about 0.1 ms per step."""
         name = name or self._own
         known = name is None or name not in self.schedulers or not any(self._tried[name].values())
         return known or self._key(str(name), course) in self._found
 
     def tried(self, name: str | None) -> tuple[list[int], list[int]]:
-        """The numbers of steps that were tried to begin with: those with which a scheduler runs,
-        and the others."""
+        """The numbers of steps that were tried at start: those that run, and the others."""
         tried = self._tried.get(name or self._own or "", {})
-        return [steps for steps, runs in tried.items() if runs], [
-            steps for steps, runs in tried.items() if not runs
-        ]
+        running = [steps for steps, runs in tried.items() if runs]
+        return running, [steps for steps, runs in tried.items() if not runs]
 
     def _key(self, name: str, course: Course) -> Hashable:
-        """What decides which steps run: of steps times strength, pipelines take the whole part, or
-        the next whole number."""
+        """A key of calls with equal timesteps. Pipelines round steps times strength up or down."""
         whole = None if course.strength is None else course.steps * course.strength
         begin = None if whole is None else (math.floor(whole), math.ceil(whole))
         return (name, course.steps, begin, course.tokens if self._shifts else None)
 
 
 def _try(scheduler: Any, pipeline: Any, counts: Sequence[int], like: Course) -> dict[int, bool]:
-    """Whether some numbers of steps run, and, between two that differ in this, up to where; none
-    does of what no seed decides."""
+    """Whether these numbers of steps run; between two that differ, find the limit by bisection. If
+    one changes its configuration or its noise does not depend on the seed, none counts as running.
+    """
     problems: dict[int, str | None] = {}
 
     def runs(steps: int) -> bool:
@@ -194,7 +180,7 @@ def _try(scheduler: Any, pipeline: Any, counts: Sequence[int], like: Course) -> 
         return problems[steps] is None
 
     for steps in counts:
-        if not runs(steps) and problems[steps] in (CHANGES, DRAWS):  # it may with any number
+        if not runs(steps) and problems[steps] in (CHANGES, DRAWS):  # others may do so, too
             return dict.fromkeys(counts, False)
     for fewer, more in itertools.pairwise(counts):
         while runs(fewer) != runs(more) and more - fewer > 1:
@@ -204,18 +190,17 @@ def _try(scheduler: Any, pipeline: Any, counts: Sequence[int], like: Course) -> 
 
 
 def _made_of(scheduler: Any) -> Iterator[Any]:
-    """The own scheduler's copy, and the others that its configuration makes."""
+    """Yield a copy of the scheduler, and others with its configuration."""
     yield clone_scheduler(scheduler)
     for kind, changes in _candidates(scheduler):
         try:
-            with _quiet():  # of what the other scheduler's configuration has beyond this one's
-                one = _made(kind, scheduler, changes)
-        except Exception as error:  # a package is missing, or it does not take this configuration
-            logger.debug(
-                "%s cannot take the place of %s: %s", kind.__name__, type(scheduler).__name__, error
-            )
+            with _quiet():  # diffusers warns of members that the other class does not have
+                other = _made(kind, scheduler, changes)
+        except Exception as error:  # a package is missing, or it refuses this configuration
+            name = type(scheduler).__name__
+            logger.debug("%s cannot replace %s: %s", kind.__name__, name, error)
         else:
-            yield one
+            yield other
 
 
 def _candidates(scheduler: Any) -> list[tuple[Any, dict[str, Any]]]:
@@ -240,8 +225,8 @@ def _candidates(scheduler: Any) -> list[tuple[Any, dict[str, Any]]]:
 
 
 def _made(kind: Any, scheduler: Any, changes: dict[str, Any]) -> Any:
-    """A scheduler of a class with the configuration of another. Raises ValueError where that would
-    say something else."""
+    """Make a scheduler of a class with the configuration of another. Raises ValueError if that
+    would have another meaning."""
     config, known = scheduler.config, inspect.signature(kind).parameters
     for name in ("use_dynamic_shifting", "beta_schedule"):
         if config.get(name) and name not in known:
@@ -256,10 +241,10 @@ _here = threading.local()
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Drop what diffusers logs on this thread below the level of errors, which is of no use while
-    a scheduler is rehearsed. What other threads log stays."""
+    """Within the block, drop diffusers' messages on this thread below the level ERROR: they would
+    look like errors."""
     for handler in logging.getLogger("diffusers").handlers:
-        handler.addFilter(_passes)  # once, however often
+        handler.addFilter(_passes)  # added only once
     before = getattr(_here, "quiet", False)
     _here.quiet = True
     try:

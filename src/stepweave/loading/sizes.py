@@ -1,4 +1,4 @@
-"""Which sizes of images a pipeline makes."""
+"""The sizes of images that a pipeline can make."""
 
 from __future__ import annotations
 
@@ -10,18 +10,15 @@ import torch
 
 from stepweave.errors import InvalidRequestError, shown
 
-# sides of the largest square that an image's side may have, where the model itself has no limit
+# limit of a side if the model has none, in sides of the largest square
 NARROW = 4
 
 
 @dataclass(frozen=True)
 class SizeLimits:
-    """Both sides are multiples of `multiple`, at least `min_side`, and at most `max_side`, if there
-    is one.
-
-    Their product is at most `max_pixels`. Or there is `only` one size, width and height. `native`
-    is allowed whatever it is.
-    """
+    """Sides in pixels are multiples of `multiple`, at least `min_side`, and at most `max_side`
+    unless that is None; their product is at most `max_pixels`. With `only`, there is one size,
+    (width, height). The size `native` is always allowed."""
 
     multiple: int
     max_side: int | None
@@ -71,13 +68,12 @@ class SizeLimits:
         return width, height
 
     def of_edit(self, source: tuple[int, int], native: int | None = None) -> tuple[int, int]:
-        """The size of an image that starts from one of the size `source`: its own, or the nearest.
+        """The size of an edit of an image of size `source`: the same, or the nearest allowed one.
 
-        Where the source is larger than may be, it has at most `native` pixels, those of the model's
-        own size: beyond these most models make worse images, and take longer. None for as many as
-        may be.
+        If the source is too large, the edit has at most `native` pixels, those of the model's
+        native size, unless None: with more, most models make worse images, more slowly.
 
-        Raises InvalidRequestError for a source so long that its edit would be a thread.
+        Raises InvalidRequestError for a source that is too long and narrow.
         """
         if self.only is not None:
             return self.only
@@ -95,8 +91,7 @@ class SizeLimits:
 
     @property
     def longest(self) -> int:
-        """The longest side; where the model itself has no limit, so long that an image is a narrow
-        band."""
+        """The longest allowed side; if the model has no limit, that of a narrow image."""
         side = NARROW * math.isqrt(self.max_pixels) if self.max_side is None else self.max_side
         return side // self.multiple * self.multiple
 
@@ -107,21 +102,20 @@ def _denoiser_config(pipeline: Any) -> Any:
 
 
 def _vae_scale(pipeline: Any) -> int:
-    """Pixels to a latent pixel, along one axis."""
+    """Pixels per latent pixel, along one axis."""
     return int(getattr(pipeline, "vae_scale_factor", 8))
 
 
 def _patch_size(pipeline: Any) -> int:
-    """Latent pixels to a token of the denoiser, along one axis; the largest where the axes
-    differ."""
+    """Latent pixels per token of the denoiser, along one axis; the larger if the axes differ."""
     config = _denoiser_config(pipeline)
     patch = getattr(config, "patch_size", None) or getattr(config, "all_patch_size", None) or 1
     return int(max(patch) if isinstance(patch, (list, tuple)) else patch)
 
 
 def size_multiple(pipeline: Any) -> int:
-    """What both sides must be a multiple of: the VAE's scale times the denoiser's patch (packed
-    latents included)."""
+    """The number of which both sides must be multiples: the VAE's scale times the denoiser's patch
+    (packed latents included)."""
     patch = _patch_size(pipeline)
     if patch == 1 and hasattr(pipeline, "_pack_latents"):
         patch = 2
@@ -129,19 +123,15 @@ def size_multiple(pipeline: Any) -> int:
 
 
 def latent_positions(pipeline: Any, width: int, height: int) -> int:
-    """Positions of the latents of an image of so many pixels: height x width by the VAE's scale,
-    before they are packed or made into the denoiser's patches."""
+    """The number of latent positions of an image of this size in pixels, before they are packed or
+    divided into patches."""
     scale = _vae_scale(pipeline)
     return -(-width // scale) * -(-height // scale)
 
 
 def max_side(pipeline: Any) -> int | None:
-    """The longest side in pixels that the denoiser's tables of positions cover, None where there is
-    no such table.
-
-    On a GPU what lies beyond must not be tried: a table that is read past its end breaks the device
-    for good.
-    """
+    """The longest side in pixels that the denoiser's tables of positions cover; None without such a
+    table. On a GPU more must never be tried: reading beyond a table breaks the device."""
     config = _denoiser_config(pipeline)
     positions = getattr(config, "pos_embed_max_size", None)
     lengths = getattr(config, "axes_lens", None)  # of frames or tokens, rows and columns
@@ -149,20 +139,17 @@ def max_side(pipeline: Any) -> int | None:
         embed = getattr(getattr(pipeline, "transformer", None), "pos_embed", None)
         table = getattr(embed, "pos_embed", None)
         if isinstance(table, torch.Tensor) and table.ndim == 3:
-            # it is of a square; AuraFlow's configuration counts its positions, others those of a
-            # side
+            # AuraFlow's configuration has the positions of a square, others those of a side
             positions = min(positions, math.isqrt(table.shape[1]))
     elif isinstance(lengths, (list, tuple)) and len(lengths) == 3:
         positions = min(lengths[1:])
-    return (
-        positions * _patch_size(pipeline) * _vae_scale(pipeline)
-        if isinstance(positions, int)
-        else None
-    )
+    if not isinstance(positions, int):
+        return None
+    return positions * _patch_size(pipeline) * _vae_scale(pipeline)
 
 
 def native_size(pipeline: Any) -> tuple[int, int]:
-    """Width and height in pixels that the pipeline makes when asked for none."""
+    """The width and height in pixels that the pipeline makes by default."""
     side = getattr(pipeline, "default_sample_size", None) or getattr(
         _denoiser_config(pipeline), "sample_size", None
     )
@@ -174,12 +161,9 @@ def native_size(pipeline: Any) -> tuple[int, int]:
 def nearest_size(
     size: tuple[int, int], multiple: int, max_side: int | None, max_pixels: int, min_side: int = 1
 ) -> tuple[int, int]:
-    """The allowed size nearest to an image's: as large if it may be, else smaller, in proportion
-    but for rounding.
-
-    Sides are multiples of `multiple`, at least `min_side` and at most `max_side`; their product is
-    at most `max_pixels`.
-    """
+    """The allowed size, in pixels, nearest to an image's: never larger, with its proportions except
+    for rounding. Sides are multiples of `multiple`, at least `min_side` and at most `max_side`;
+    their product is at most `max_pixels`."""
     width, height = size
     scale = min(
         1.0, math.sqrt(max_pixels / (width * height)), (max_side or math.inf) / max(width, height)
@@ -191,7 +175,7 @@ def nearest_size(
         [max(least, math.floor(count)), max(least, math.ceil(count))] for count in ideal
     )
     allowed = [(a, b) for a in columns for b in rows if max(a, b) <= most and a * b <= room]
-    if not allowed:  # it is so narrow that the least is too wide
+    if not allowed:  # too narrow for the least side
         long = min(max(columns[0], rows[0]), most, room // least)
         allowed = [(long, least) if width > height else (least, long)]
     best = min(

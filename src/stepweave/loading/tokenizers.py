@@ -1,5 +1,5 @@
-"""Whether a tokenizer reads prompts: one that has lost its vocabulary still loads, and gives every
-prompt the same tokens."""
+"""Checks that tokenizers have their vocabularies: without one, a tokenizer still loads, but gives
+every prompt the same tokens."""
 
 from __future__ import annotations
 
@@ -12,32 +12,25 @@ from stepweave.errors import LoadError
 
 PROMPTS = ("a red circle above a blue square", "ocean waves at night, oil painting")
 _END = "</w>"  # of a word, in vocabularies as CLIP's
-WORDS = 64  # of its own vocabulary that it is asked for
+WORDS = 64  # words of its vocabulary that are tried
 
 
 def check_tokenizers(components: dict[str, Any]) -> list[str]:
-    """The names of the tokenizers among components, those of processors too, which all tell prompts
-    apart.
-
-    Raises LoadError for one that does not, or that does not find the words of its own vocabulary.
-    """
+    """Check the tokenizers among components, those of processors too, and return their names.
+    Raises LoadError for one that gives different prompts the same tokens, or that does not find the
+    words of its vocabulary."""
     names = []
     for name, component in components.items():
-        tokenizer = (
-            component
-            if isinstance(component, PreTrainedTokenizerBase)
-            else getattr(component, "tokenizer", None)
-        )
+        own = isinstance(component, PreTrainedTokenizerBase)
+        tokenizer = component if own else getattr(component, "tokenizer", None)
         if isinstance(tokenizer, PreTrainedTokenizerBase):
             try:
                 problem = _problem(tokenizer)
-            except Exception as error:  # as of one that has no unknown token
+            except Exception as error:  # such as one without an unknown token
                 problem = f"it cannot read a prompt ({type(error).__name__})"
             if problem is not None:
-                raise LoadError(
-                    f"{name}/: {type(tokenizer).__name__} has not got its vocabulary whole: "
-                    f"{problem}"
-                )
+                kind = type(tokenizer).__name__
+                raise LoadError(f"{name}/: the vocabulary of {kind} is incomplete: {problem}")
             names.append(name)
     return names
 
@@ -47,17 +40,16 @@ def _problem(tokenizer: Any) -> str | None:
     spread = words[:: max(1, len(words) // WORDS)][:WORDS]
     found = [(text, tuple(_tokens(tokenizer, text)), number) for text, number in spread]
     lost = [text for text, tokens, number in found if number not in tokens]
-    if found and len(lost) == len(found):  # as without the merges that put them together
+    if found and len(lost) == len(found):  # such as without its merges
         return f"it finds none of its own words in a text ({', '.join(map(repr, lost[:3]))}, ...)"
     told_apart = len({tuple(_tokens(tokenizer, text)) for text in PROMPTS}) > 1
     if not told_apart and len({tokens for _, tokens, _ in found}) < 2:
-        return "every prompt gives the same tokens, but for unknown and special ones"
+        return "every prompt gives the same tokens, except unknown and special ones"
     return None
 
 
 def _words(tokenizer: Any) -> list[tuple[str, int]]:
-    """Words of its vocabulary, as text, and their numbers: the longest, in which parts have to be
-    put together."""
+    """The longest words of its vocabulary, as text, which need merges, and their numbers."""
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     vocabulary = (
         (token, number) for token, number in tokenizer.get_vocab().items() if number not in special
@@ -71,10 +63,8 @@ def _words(tokenizer: Any) -> list[tuple[str, int]]:
 
 
 def _tokens(tokenizer: Any, text: str) -> list[int]:
-    """Without those that say nothing of it: unknown words differ in their number at most."""
-    # the space is for vocabularies whose words begin with one
-    numbers, empty = (
-        tokenizer(f"{text} {text}", verbose=False).input_ids,
-        set(tokenizer.all_special_ids),
-    )
-    return [number for number in numbers if number not in empty]
+    """The tokens of a text, without special and unknown ones."""
+    # twice, with a space: words of some vocabularies begin with one
+    numbers = tokenizer(f"{text} {text}", verbose=False).input_ids
+    special = set(tokenizer.all_special_ids)
+    return [number for number in numbers if number not in special]

@@ -1,9 +1,8 @@
-"""What a pipeline takes of what it seems to take: sizes, guidance, numbers of images, long prompts,
-tried before it is offered.
+"""Tries which sizes, guidance, numbers of images and long prompts a pipeline really accepts.
 
-A pipeline's configuration tells the multiples of its sizes, the length of its tables and what its
-call accepts, and often not the whole truth. So jobs of a few steps are run at the ends of each
-range, of images as small as may be, and what fails is left out.
+The limits in a pipeline's configuration (multiples of sizes, lengths of tables, arguments) are
+often wrong. So jobs of a few steps, with images as small as possible, are run at the ends of each
+range, and the ranges are reduced to those that work.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ logger = logging.getLogger(__name__)
 
 Size = tuple[int, int]  # width and height in pixels
 
-SLIGHT = 1.01  # guidance that is hardly any: where pipelines compute it but not without any
-# times the pixels asked for: from there on, near its native number, a pipeline goes by a size of
-# its own
+SLIGHT = 1.01  # the least guidance for pipelines that need some
+# a pipeline whose image has this many times the requested pixels, near its native number, ignores
+# the requested size
 LARGER = 4
-FINER = 16  # times the multiple that the configuration tells, up to which multiples are tried
-SHORT = 10  # characters of a prompt that the warm-up has shown to work
+FINER = 16  # multiples are tried up to this many times that of the configuration
+SHORT = 10  # characters of a prompt that is known to work
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What requests of one kind may ask for. `guidance` is least and most."""
+    """The limits of requests of one kind. `guidance` is (least, most)."""
 
     sizes: SizeLimits
     guidance: tuple[float, float]
@@ -39,7 +38,7 @@ class Limits:
     prompt_characters: int
 
     def as_json(self) -> dict[str, object]:
-        """As they are told to clients."""
+        """The form in which clients see them."""
         only = self.sizes.only
         return {
             "size_multiple": self.sizes.multiple,
@@ -54,19 +53,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a job did not give what was asked for; the size of the images that it gave, if it gave
-    any."""
+    """Why a job did not give the requested images; `made` is the size of those that it gave."""
 
     reason: str
     made: Size | None = None
 
 
 class Attempt(Protocol):
-    """Runs a job of a few steps. None if it gave as many images as were asked for; Fault.made tells
-    of those of another size.
-
-    `guidance` is the pipeline's default where it is None, `characters` the length of the prompt.
-    """
+    """Runs a job of a few steps. Returns None if it gave the requested number and size of images.
+    `guidance` None is the pipeline's default; `characters` is the length of the prompt."""
 
     def __call__(
         self,
@@ -86,13 +81,12 @@ def narrowed(
     name: str,
     like: Limits | None = None,
 ) -> Limits:
-    """Of a pipeline's limits those that jobs bear out. `native` and `guidance` are its defaults,
-    which work.
+    """Reduce a pipeline's limits to those with which jobs succeed, and log changes with its `name`.
+    `native` and `guidance` are its defaults. Raises LoadError if its native size fails.
 
-    Those of another pipeline of the same modules may be known: `like`. Then guidance and prompts
-    are not tried again, its sizes are tried first, and no size is the only one, since edits may go
-    by the shape of their source: then sizes are about the native one. What is left out is logged,
-    with the `name` of the pipeline.
+    `like` are limits of another pipeline of the same modules. Then guidance and prompts are not
+    tried again, its sizes are tried first, and no size is the only one, since edits may depend on
+    the shape of their source: instead, sizes near the native one are allowed.
     """
     own = attempt(native) if like is None else None  # edits of the native size have just been run
     if own is not None and own.made is None:
@@ -101,12 +95,12 @@ def narrowed(
         )
 
     def fails(size: Size, **what: Any) -> bool:
-        """Whether it fails at what is no question of sizes."""
+        """Whether a job fails for another reason than the size of its images."""
         fault = attempt(size, **what)
         return fault is not None and fault.made is None
 
     sizes = limits.sizes
-    if own is None:  # else all of its sizes are its own, and are told with the images
+    if own is None:  # otherwise it makes images of sizes of its own
         same = like is not None and like.sizes.only is None and _same_sizes(like.sizes, attempt)
         sizes = like.sizes if like is not None and same else _sizes(limits.sizes, native, attempt)
     if like is not None and sizes.only is not None:
@@ -142,33 +136,30 @@ def narrowed(
     for key, value in after.items():
         if value != before[key]:
             logger.warning(
-                "%s: %s is %s, not %s as it seems: what was tried beyond fails",
-                name,
-                key,
-                value,
-                before[key],
-            )
+                "%s: %s is %s, not %s as it seems: a trial beyond failed",
+                name, key, value, before[key],
+            )  # fmt: skip
     return found
 
 
 def _same_sizes(sizes: SizeLimits, attempt: Attempt) -> SizeLimits | None:
-    """The same, if an image near the smallest works, and a long one."""
+    """These sizes, if an image near the smallest works, and a long one."""
     works = attempt(_uneven(sizes)) is None and attempt((_longest(sizes), sizes.min_side)) is None
     return sizes if works else None
 
 
 def _uneven(sizes: SizeLimits) -> Size:
-    """Near the smallest, not square, and no multiples of twice as much."""
+    """A size near the smallest, not square, whose sides are odd multiples of `multiple`."""
     return sizes.min_side + sizes.multiple, sizes.min_side + 3 * sizes.multiple
 
 
 def _longest(sizes: SizeLimits) -> int:
-    """The longest side of an image as narrow as may be."""
+    """The longest side of the narrowest image."""
     return min(sizes.longest, sizes.max_pixels // sizes.min_side) // sizes.multiple * sizes.multiple
 
 
 def _about(sizes: SizeLimits, native: Size) -> SizeLimits:
-    """From half to twice the native sides: whatever size is made of them, its shape is no band."""
+    """Sizes from half to twice the native sides, so that no image is a narrow band."""
     least = max(sizes.multiple, min(native) // 2 // sizes.multiple * sizes.multiple)
     return replace(sizes, min_side=least, max_side=min(sizes.longest, 2 * max(native)))
 
@@ -184,7 +175,7 @@ def _sizes(sizes: SizeLimits, native: Size, attempt: Attempt) -> SizeLimits:
                 break
             made = 0 if fault.made is None else math.prod(fault.made)
             if made >= LARGER * side * side and 2 * made >= math.prod(native):
-                return fixed  # it goes by a size of its own, however small the one asked for
+                return fixed  # it ignores the requested size
             side *= 2
         else:
             return fixed
@@ -196,7 +187,7 @@ def _sizes(sizes: SizeLimits, native: Size, attempt: Attempt) -> SizeLimits:
 
 
 def _long_sides(sizes: SizeLimits, native: Size, attempt: Attempt) -> SizeLimits:
-    """With the longest sides that work, both ways, in images as narrow as may be."""
+    """Limit the sides to the longest that work in the narrowest images, both ways."""
     least, multiple = sizes.min_side, sizes.multiple
     first = longest = _longest(sizes)
     while longest > min(native):
@@ -214,8 +205,7 @@ def _long_sides(sizes: SizeLimits, native: Size, attempt: Attempt) -> SizeLimits
 def _guidance(
     limits: tuple[float, float], default: float | None, works: Callable[[float], bool]
 ) -> tuple[float, float]:
-    """From the least to the most that works, of few that are tried. Without a default it is taken
-    to be 1."""
+    """The least and the most guidance that work, of few that are tried. Default None means 1."""
     if default is None:
         default = 1.0
     least, most = limits
@@ -235,8 +225,7 @@ def _guidance(
 
 
 def _most(most: int, least: int, works: Callable[[int], bool]) -> int:
-    """The most that works, but for a sixteenth of it; `least`, which is taken to work, if no more
-    does."""
+    """The largest number that works, within a sixteenth; `least` is assumed to work."""
     if most <= least or works(most):
         return most
     while most - least > max(1, least // 16):

@@ -1,4 +1,4 @@
-"""Which files of weights a model has, and which variant of them, as `fp16`, makes it whole."""
+"""Chooses the variant of a model's weights, such as `fp16`, that is complete."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ logger = logging.getLogger(__name__)
 
 SETTING = "STEPWEAVE_VARIANT"
 
-# what is missing of each variant; None is the one without a name
+# missing files by variant; None is the one without a name
 Variants = dict[str | None, list[str]]
 
 
 def choose_variant(index: dict[str, Any], files: Collection[str], wanted: str | None) -> str | None:
-    """The variant to load of a model with such a `model_index.json`, None for the files without
-    one.
+    """Choose the variant of a model to load; None for files without a variant.
 
     `files` are the model's, relative to its directory; each component must have some. A component
-    that lacks the variant is read from its files without one, as diffusers does. Where nothing is
-    wanted and some component has variants only, it is the one variant that completes the model.
-    Raises LoadError naming what is missing, and the setting where that helps.
+    without the variant is read from its files without one, as diffusers does. If none is `wanted`,
+    and some component has only variants, the only one that completes the model is chosen. Raises
+    LoadError naming the missing files, and the setting if it helps.
     """
     components = components_of(index)
     check_folders(components, files)
@@ -45,22 +44,19 @@ def choose_variant(index: dict[str, Any], files: Collection[str], wanted: str | 
         name for name in names if all(_complete(variants, name) for variants in found.values())
     )
     if len(whole) == 1:
-        logger.info(
-            "%s has no weights but those of the variant %r, which is loaded",
-            ", ".join(lacking),
-            whole[0],
-        )
+        names_of = ", ".join(lacking)
+        logger.info("loading the variant %r: %s has no other weights", whole[0], names_of)
         return whole[0]
     if whole:
         raise LoadError(
-            f"{lacking[0]}/ has weights of variants only, and {', '.join(whole)} would each do; "
+            f"{lacking[0]}/ has only weights of variants, and {', '.join(whole)} are complete; "
             f"choose one with {SETTING}"
         )
     raise LoadError(_what_is_missing(lacking[0], found, files))
 
 
 def _wanted(found: dict[str, Variants], files: Collection[str], wanted: str) -> str:
-    """The variant of the setting, if it is there and whole."""
+    """The variant of the setting. Raises LoadError unless it exists and is complete."""
     there = sorted(
         {variant for variants in found.values() for variant in variants if variant is not None}
     )
@@ -78,7 +74,7 @@ def _wanted(found: dict[str, Variants], files: Collection[str], wanted: str) -> 
 
 
 def _complete(variants: Variants, name: str) -> bool:
-    """Whether a component can be read whole where a variant is asked for."""
+    """Whether all files of a component exist if a variant is loaded."""
     return not variants[name] if name in variants else not variants.get(None, ["?"])
 
 
@@ -95,19 +91,16 @@ def _what_is_missing(name: str, found: dict[str, Variants], files: Collection[st
     if names:
         others = [
             other
-            for other, one in found.items()
-            if other != name and not any(_complete(one, v) for v in names)
+            for other, theirs in found.items()
+            if other != name and not any(_complete(theirs, variant) for variant in names)
         ]
         return (
             f"{name}/ has weights of the variant {' and '.join(map(repr, names))} only, and "
             f"{', '.join(others) or name} none that go with them; {SETTING} chooses one variant "
             "for all components"
         )
-    pickles = sorted(
-        one
-        for one in files
-        if re.fullmatch(rf"{re.escape(name)}/[^/]+\.(bin|pt|pth|ckpt|msgpack|h5)", one)
-    )
+    pickle = re.compile(rf"{re.escape(name)}/[^/]+\.(bin|pt|pth|ckpt|msgpack|h5)")
+    pickles = sorted(filter(pickle.fullmatch, files))
     if pickles:
         return (
             f"{name}/ has weights as {PurePosixPath(pickles[0]).name} only; Stepweave reads "
@@ -117,9 +110,9 @@ def _what_is_missing(name: str, found: dict[str, Variants], files: Collection[st
 
 
 def _variants(component: Component, files: Collection[str]) -> Variants:
-    """What is missing of each variant of a component's weights, both in shards and in one file.
+    """The missing files of each variant of a component's weights, in shards or in one file.
 
-    Shards are named as `model.fp16-00001-of-00002.safetensors`, or, once, as
+    Names of shards: `model.fp16-00001-of-00002.safetensors`, formerly
     `model-00001-of-00002.fp16.safetensors`.
     """
     assert component.weights is not None
@@ -151,7 +144,7 @@ def _variants(component: Component, files: Collection[str]) -> Variants:
 def _absent(
     variant: str | None, parts: dict[int, str], weights: str, inside: set[str]
 ) -> list[str]:
-    """Which shards, or which index of them, are not there."""
+    """The missing shards, and their index if it is missing."""
     some = next(iter(parts.values()))
     match = re.search(r"-(\d{5})-of-(\d{5})", some)
     assert match is not None

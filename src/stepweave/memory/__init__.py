@@ -1,1 +1,1 @@
-"""What fits into the device's memory, and whether the device still works."""
+"""How many rows and jobs fit into the device's memory; whether the device has failed."""

@@ -1,4 +1,4 @@
-"""How many jobs may run at a time, and which one gives way when memory runs out."""
+"""How many jobs may run at a time, and which one is preempted when memory runs out."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ from stepweave.memory.microbatch import WaitForMemory
 
 logger = logging.getLogger(__name__)
 
-RECOVERY = 20  # jobs that end, before one more may run at a time
+RECOVERY = 20  # jobs that must end before the limit rises by one
 
 
 class Preempt:
-    """The answer to a job that is to restart after the others: what it holds is all that is left
-    to make room with."""
+    """The answer to a job that must restart after the others, to free its memory."""
 
 
 class MemoryJob(Protocol):
     """A running job, as far as memory is concerned."""
 
-    waiting_for_memory: WaitForMemory | None  # until other jobs leave the memory
+    waiting_for_memory: WaitForMemory | None  # until other jobs free theirs
 
     @property
-    def accepted(self) -> float: ...  # when it was submitted, in seconds
+    def accepted(self) -> float: ...  # time of submission, in seconds
     def restartable(self) -> bool: ...
 
 
@@ -33,8 +32,7 @@ JobT = TypeVar("JobT", bound=MemoryJob)
 
 
 class ConcurrencyLimit:
-    """How many jobs may run at a time: fewer than `most` for a while after that many did not fit
-    into memory."""
+    """How many jobs may run at a time: fewer than `most` for a while after memory ran out."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -45,14 +43,14 @@ class ConcurrencyLimit:
         self.limit, self._ended = limit, 0
 
     def ended(self) -> None:
-        """Note that a job has ended."""
+        """Count a job that has ended."""
         self._ended += 1
         if self._ended >= RECOVERY and self.limit < self._most:
             self.limit, self._ended = self.limit + 1, 0
 
     def retry_or_preempt(self, jobs: Sequence[JobT]) -> Iterator[tuple[JobT, Any]]:
-        """Answers to jobs that all wait for memory: each is tried again, the oldest first, until
-        one goes on; if none does, the youngest gives way."""
+        """Yield answers to jobs that all wait for memory: each retries, the oldest first, until one
+        can continue; if none can, the youngest is preempted."""
         oldest_first = sorted(jobs, key=lambda job: job.accepted)
         for job in oldest_first:
             wait = job.waiting_for_memory
@@ -67,9 +65,8 @@ class ConcurrencyLimit:
         if job.restartable():
             logger.warning(
                 "preempting %r, it will restart: %d concurrent jobs exceed device memory",
-                job,
-                len(jobs),
-            )
+                job, len(jobs),
+            )  # fmt: skip
             yield job, Preempt()
         else:
             yield job, wait.error()

@@ -1,4 +1,4 @@
-"""What a device tells of its memory."""
+"""Used and free memory of a device."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from typing import Protocol
 
 import torch
 
-RESERVED = 0.05  # of a GPU's memory, left to what is not measured
-FRESH = 0.2  # seconds that a look at the device's memory is good for
+RESERVED = 0.05  # share of a GPU's memory that is not used, for what is not measured
+FRESH = 0.2  # seconds for which a measurement of free memory is used
 
 
 class DeviceMemory(Protocol):
-    """A device's memory, as far as it can be told."""
+    """Measures a device's memory."""
 
     def available(self) -> int | None:
-        """Bytes that a forward may take; None if unknown."""
+        """Bytes that a forward may use; None if unknown."""
 
     def start(self) -> None:
-        """Begin to measure."""
+        """Start to measure."""
 
     def taken(self) -> int | None:
-        """The most bytes taken at a time since `start`, beyond what was taken then; None if
+        """The largest number of bytes allocated since `start`, less those allocated then; None if
         unknown."""
 
     def free(self) -> None:
-        """Give unused memory back to the device."""
+        """Release cached memory to the device."""
 
     def peak(self) -> int:
-        """The most bytes ever taken; 0 if unknown."""
+        """The largest number of bytes ever allocated; 0 if unknown."""
 
 
 class UnknownMemory:
-    """A device that cannot tell: a CPU shares its memory with everybody."""
+    """Memory that is not measured, such as a CPU's, which is shared with other processes."""
 
     def available(self) -> int | None:
         return None
@@ -51,23 +51,23 @@ class UnknownMemory:
 
 
 class CudaMemory:
-    """A GPU's. Nothing here waits for it: torch's allocator counts when memory is asked for."""
+    """A GPU's memory, by torch's allocator, so nothing here waits for the GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._base = 0
         self._peak = 0
-        self._looked = (-FRESH, 0)
+        self._measured = (-FRESH, 0)  # time, and bytes available
 
     def available(self) -> int | None:
         now = time.monotonic()
-        if now - self._looked[0] >= FRESH:
+        if now - self._measured[0] >= FRESH:
             free, total = torch.cuda.mem_get_info(self._device)
             taken = torch.cuda.memory_allocated(self._device)
             idle = torch.cuda.memory_reserved(self._device) - taken
             own = torch.cuda.get_per_process_memory_fraction(self._device) * total - taken
-            self._looked = (now, max(0, int(min(free + idle, own) - RESERVED * total)))
-        return self._looked[1]
+            self._measured = (now, max(0, int(min(free + idle, own) - RESERVED * total)))
+        return self._measured[1]
 
     def start(self) -> None:
         self._peak = self.peak()

@@ -1,9 +1,8 @@
-"""Whether the device still works: some errors of a GPU stay, and no operation of the process
-succeeds after them.
+"""Detects permanent failures of the device.
 
-An illegal memory access, an assertion in a kernel or a launch that failed leaves the process's
-context on the device broken for good; only another process can use the device again. So the engine
-ends all jobs, and whoever watches it restarts the process.
+An illegal memory access, an assertion in a kernel or a failed launch breaks the process's context
+on a GPU: all its later operations fail, and only another process can use the device. So the engine
+ends all jobs, and the process must be restarted.
 """
 
 from __future__ import annotations
@@ -25,11 +24,10 @@ from stepweave.reasons import words_of
 
 logger = logging.getLogger(__name__)
 
-LONGEST = 200  # characters of an error that are told
-DEEPEST = 16  # causes of an error that are looked at
+LONGEST = 200  # characters of an error's message that are reported
+DEEPEST = 16  # causes of an error that are examined
 
-# what torch, its libraries and compiled kernels say of a device; a plain RuntimeError before torch
-# 2.8
+# messages of torch, its libraries and compiled kernels; the type is RuntimeError before torch 2.8
 _WORDS = re.compile(
     r"\b(CUDA|HIP|XPU|cuDNN|cuFFT|MIOpen)( driver)? "
     r"error\b|\b(CU|HIP|ROC)[A-Z]+_STATUS_|\b(CUDA|HIP)_ERROR_"
@@ -39,11 +37,10 @@ _WORDS = re.compile(
 
 
 class DeviceHealth:
-    """What is known of one engine's device. `examine` is the one place that tells an error that
-    stays from any other.
+    """Whether one engine's device has failed; `examine` decides it for an error.
 
-    `probe` raises if the device does not work; None where there is no device to ask, and what an
-    error says is believed.
+    `probe` raises if the device does not work. Without a probe, on the CPU, a device error always
+    counts as a failure.
     """
 
     def __init__(self, device: torch.device, probe: Callable[[], None] | None = None) -> None:
@@ -60,31 +57,27 @@ class DeviceHealth:
             raise failed
 
     def error(self) -> DeviceFailedError | None:
-        """What ends a job once the device has failed: one of its own, which its traceback does not
-        tie to others."""
+        """A new error to end a job with, or None while the device works. New for each job, so that
+        jobs share no traceback."""
         return None if self.failure is None else DeviceFailedError(self.failure.reason)
 
     def examine(self, error: BaseException) -> DeviceFailedError | None:
-        """What ends all jobs, if this error shows that the device has failed for good, or if that
-        is known already.
-
-        An error of the device is held against the device: it is asked to compute something, which
-        waits for it.
+        """Check whether an error means that the device has failed, by the probe, which waits for
+        the device. Returns the error to end all jobs with, also if it had failed before; else None.
         """
         root = None if self.failure is not None else _of_the_device(error)
         if root is not None:
             with self._examining:
                 if self.failure is None and self._stays():
                     self.failure = DeviceFailedError(f"{self.device}: {_in_short(root)}")
+                    reason = self.failure.reason
                     logger.critical(
-                        "the device has failed, and so do all jobs: %s",
-                        self.failure.reason,
-                        exc_info=error,
+                        "the device failed, ending all jobs: %s", reason, exc_info=error
                     )
         return self.error()
 
-    def told(self, error: BaseException | None) -> Exception:
-        """What the caller of a job is told of the error that its call raised."""
+    def reported(self, error: BaseException | None) -> Exception:
+        """The error that a job's caller gets for an error that its call raised."""
         assert error is not None
         if not isinstance(error, RequestError) and (failed := self.examine(error)) is not None:
             return failed
@@ -103,12 +96,11 @@ class DeviceHealth:
             self._probe()
         except Exception as error:
             return not ran_out(error)
-        logger.warning("an operation failed on %s, which goes on working", self.device)
+        logger.warning("an operation failed on %s, but the device still works", self.device)
         return False
 
     def guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, which is not called once the device has failed; what shows that it has ends
-        the caller."""
+        """Wrap `function` so that it raises Ending if the device fails or has failed."""
 
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -124,17 +116,17 @@ class DeviceHealth:
 
 
 def probe_of(device: torch.device) -> None:
-    """Have a device compute a product and a convolution, each by a library of its own, and wait for
-    them. Raises what it does."""
+    """Compute a product and a convolution on a device, which use different libraries, and wait for
+    them. Raises their errors, and RuntimeError for a wrong result."""
     with on_device(device), torch.no_grad(), torch.autocast(device.type, enabled=False):
         ones = torch.ones(1, 8, 8, 8, device=device, dtype=torch.float32)
         product = ones @ ones
         folded = torch.nn.functional.conv2d(
             ones, torch.ones(1, 8, 3, 3, device=device, dtype=torch.float32)
         )
-        found = float(product.sum()), float(folded.sum())
-    if found != (8.0 * 8 * 8 * 8, 72.0 * 36):
-        raise RuntimeError(f"{device} computes {found} where {(4096.0, 2592.0)} is right")
+        sums = float(product.sum()), float(folded.sum())
+    if sums != (8.0 * 8 * 8 * 8, 72.0 * 36):
+        raise RuntimeError(f"{device} computed {sums} instead of {(4096.0, 2592.0)}")
 
 
 def _in_short(error: BaseException) -> str:
@@ -144,23 +136,23 @@ def _in_short(error: BaseException) -> str:
 
 
 def _of_the_device(error: BaseException) -> BaseException | None:
-    """The first of an error's causes that a device's library raised, but for want of memory."""
-    found = None
-    for one in _causes(error):
-        kind = isinstance(one, torch.AcceleratorError) or (
-            isinstance(one, RuntimeError) and _WORDS.search(words_of(one))
+    """The first of an error's causes that a device's library raised, except out-of-memory ones."""
+    root = None
+    for cause in _causes(error):
+        of_device = isinstance(cause, torch.AcceleratorError) or (
+            isinstance(cause, RuntimeError) and _WORDS.search(words_of(cause))
         )
-        if kind and not ran_out(one):
-            found = one
-    return found
+        if of_device and not ran_out(cause):
+            root = cause
+    return root
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error, what it was raised from or in the handling of, and so on."""
-    one: BaseException | None = error
+    """An error, its cause or context, and so on."""
+    current: BaseException | None = error
     for _ in range(DEEPEST):
-        if one is None:
+        if current is None:
             return
-        yield one
-        cause = one.__cause__
-        one = cause if cause is not None or one.__suppress_context__ else one.__context__
+        yield current
+        explicit = current.__cause__ is not None or current.__suppress_context__
+        current = current.__cause__ if explicit else current.__context__

@@ -1,4 +1,4 @@
-"""Forwards of some of a call's rows at a time, for what does not fit into memory at once."""
+"""Runs a call in parts, some of its rows at a time, if it does not fit into memory at once."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 from stepweave.batching.call import Attempt, Call, Unmergeable
 from stepweave.batching.encoder_cache import EncoderCache
 from stepweave.batching.forward import run_arguments
-from stepweave.batching.merge import copied, split
-from stepweave.batching.parts import join, part
+from stepweave.batching.merge import join, part, split
 from stepweave.certification.certificates import Certificates
 from stepweave.certification.compare import agree, told_apart
+from stepweave.compat.nested import copied
 from stepweave.compat.out_of_memory import ran_out
 from stepweave.compat.snapshot import ArgumentSnapshot
 from stepweave.errors import OutOfMemoryError
@@ -24,18 +24,18 @@ logger = logging.getLogger(__name__)
 
 
 class WaitForMemory:
-    """The answer to a call that does not fit into memory now, however few of its rows at a time."""
+    """The answer to a call that does not fit into memory now, even in parts."""
 
     def __init__(self, call: Call) -> None:
         self.call = call
 
     def error(self) -> OutOfMemoryError:
-        """What to tell the job if it is the only one."""
+        """The error of the job if no other job runs."""
         call = self.call
-        bound = ", which a reproducible job may not divide" if call.whole and call.rows > 1 else ""
+        bound = " (not divided: the job is reproducible)" if call.whole and call.rows > 1 else ""
         return OutOfMemoryError(
             f"There is not enough memory for this job, even alone: {call.target.name} ran out of "
-            f"it, with {call.rows} rows{bound}. Ask for a smaller size, or fewer images."
+            f"memory with {call.rows} rows{bound}. Ask for a smaller size, or fewer images."
         )
 
 
@@ -43,10 +43,11 @@ class Microbatches:
     """Runs a call in parts, and answers one that ran out of memory.
 
     Args:
-        limits: how many rows fit, which is learnt here, too.
-        limit: the most rows of a forward with a call.
-        device_types: the device types whose autocast is a call's own.
-        start: called before the first part; `done` with the call, its output and what that gave.
+        limits: learns how many rows fit.
+        limit: the largest number of rows of a forward with a call.
+        device_types: the device types whose autocast each call sets.
+        start: called before the first part.
+        done: called at the end with the call, its output, and the result of `start`.
     """
 
     def __init__(
@@ -71,21 +72,21 @@ class Microbatches:
         self._done = done
 
     def wanted(self, call: Call) -> bool:
-        """Whether a call is known to have too many rows for one forward, and to have parts."""
+        """Whether a call is known to have too many rows for one forward, and to be divisible."""
         too_many = call.rows > self._limit(call) and not call.whole
         return too_many and bool(self._certificates.divisible(call))
 
     def note_ran_out(self, call: Call, rows: int) -> None:
-        """Learn that so many rows of a call's kind do not fit."""
+        """Learn that this many rows of a call's kind do not fit."""
         self._stats.out_of_memory += 1
         self._limits.failed(call.kind, rows)
         self._limits.memory.free()
 
     def answer_out_of_memory(self, attempt: Attempt) -> Any:
-        """The answer to a call that ran out of memory by itself: an attempt, if there is more room
-        now, or what its parts give, or that it must wait."""
+        """The answer to a call that ran out of memory alone: another attempt if memory was freed,
+        its result in parts, or that it must wait."""
         call = attempt.call
-        gc.collect()  # what ended jobs leave behind is in cycles
+        gc.collect()  # ended jobs may be in reference cycles
         self.note_ran_out(call, call.rows)
         if attempt.overwritten:
             return WaitForMemory(call).error()
@@ -98,7 +99,8 @@ class Microbatches:
         return WaitForMemory(call)
 
     def run(self, call: Call) -> Any:
-        """What a call gives in parts, or that it must wait; None if it has no parts after all."""
+        """Run a call in parts. Returns its result; WaitForMemory; or None if it is not divisible
+        after all."""
         started = self._start()
         outputs: list[Any] = []
         counts: list[int] = []
@@ -115,7 +117,7 @@ class Microbatches:
                 continue
             except Exception as error:
                 if not ran_out(error):
-                    return self._has_no_parts(call, error)
+                    return self._not_divisible(call, error)
             self.note_ran_out(call, rows)
             if rows == 1:
                 return WaitForMemory(call)
@@ -123,22 +125,20 @@ class Microbatches:
         try:
             output = join(outputs, counts, listed=call.group.listed)
         except Unmergeable as error:
-            return self._has_no_parts(call, error)
+            return self._not_divisible(call, error)
         self._stats.divided += 1
         for rows in counts:
             self._stats.forward(call.target.name, rows, 0)
         self._done(call, output, started)
         return output
 
-    def _has_no_parts(self, call: Call, error: Exception) -> None:
-        logger.warning(
-            "%s is not run in parts: %s: %s", call.target.name, type(error).__name__, error
-        )
+    def _not_divisible(self, call: Call, error: Exception) -> None:
+        kind = type(error).__name__
+        logger.warning("%s cannot run in parts: %s: %s", call.target.name, kind, error)
         self._certificates.of(call).divisible = False
 
     def _divisible(self, call: Call) -> bool:
-        """Whether a call's rows may be computed apart from each other; tried with a few of them if
-        nothing is known."""
+        """Whether a call's rows may be computed apart; tried with two of them if unknown."""
         divisible = self._certificates.divisible(call)
         if divisible is None and call.rows > 2:
             try:
@@ -148,15 +148,14 @@ class Microbatches:
                 divisible = (told_apart(rows, single) or None) if right else False
             except Exception as error:
                 divisible = None if ran_out(error) else False
-                logger.info(
-                    "%s was not divided: %s: %s", call.target.name, type(error).__name__, error
-                )
+                kind = type(error).__name__
+                logger.info("%s failed in parts: %s: %s", call.target.name, kind, error)
             self._certificates.of(call).divisible = divisible
         return bool(divisible)
 
     def part(self, call: Call, start: int, stop: int) -> Any:
-        """The result of some of a call's rows, tried out. Raises Unmergeable if that leaves
-        something behind."""
+        """Compute the result of some of a call's rows. Raises Unmergeable if that writes to its
+        arguments or draws random numbers."""
         arguments = copied(part(call, start, stop, repeat=self._certificates.of(call).repeat))
         snapshot = ArgumentSnapshot(*arguments.values())
         try:

@@ -1,5 +1,4 @@
-"""How many rows fit into memory: measured where the device can tell, and learnt from the forwards
-that did not fit."""
+"""How many rows fit into memory: measured if the device allows it, and learnt from failures."""
 
 from __future__ import annotations
 
@@ -11,33 +10,32 @@ from typing import NamedTuple, TypeVar
 from stepweave.memory.device import DeviceMemory
 from stepweave.scheduling.task import Key
 
-# forwards that fit, before a cap rises for the first time; twice as many after each fall
-RECOVERY = 200
-SLOWEST = 64  # times RECOVERY
-KEPT = 1024  # kinds of calls; the least recently used goes first
-TIMES = 3  # forwards of as many rows that are measured: the first may try out kernels
+RECOVERY = 200  # forwards that must fit before a cap rises; doubles each time that it falls
+SLOWEST = 64  # maximum of that, in units of RECOVERY
+KEPT = 1024  # kinds of calls; the least recently used is dropped
+TIMES = 3  # measurements of each number of rows: the first forwards may benchmark kernels
 T = TypeVar("T")
 
 
 class RowLimits:
     """How many rows of each kind of call fit.
 
-    Bytes a row are those of the largest forward that was measured, divided by its rows: what is
-    needed once is counted for each row, so more rows are never thought to fit than do. A kind that
-    ran out nevertheless has a cap, half of what was tried, that rises by an eighth now and then.
+    Bytes per row are those of the largest measured forward, divided by its rows. That counts fixed
+    memory for each row, so the estimate is never too low. A kind that ran out nevertheless gets a
+    cap of half the rows tried, which rises by an eighth after RECOVERY forwards.
     """
 
     def __init__(self, memory: DeviceMemory) -> None:
         self.memory = memory
         self._caps: OrderedDict[Hashable, _Cap] = OrderedDict()
         self._sizes: OrderedDict[Hashable, _Size] = OrderedDict()
-        # the same, by what admission knows of a call
+        # the same by cost key, which is known at admission
         self._keys: OrderedDict[Hashable, _Size] = OrderedDict()
-        self._available: int | None = None  # bytes, when last looked at: between forwards
+        self._available: int | None = None  # bytes, last measured between forwards
         self._measuring = False
 
     def limit(self, kind: Hashable, rows: int) -> int:
-        """As many of `rows` as should fit, at least one."""
+        """The number of `rows` that should fit, at least one."""
         cap, size = self._caps.get(kind), self._sizes.get(kind)
         if cap is not None:
             rows = min(rows, cap.rows)
@@ -48,22 +46,18 @@ class RowLimits:
         return max(1, rows)
 
     def fits(self, key: Key, rows: int) -> bool:
-        """Whether so many rows of the calls of a key should fit now; yes if that is not known. May
-        be asked on any thread."""
+        """Whether this many rows of calls of a key should fit now; True if unknown. For any
+        thread."""
         size, available = self._keys.get(key), self._available
         return size is None or available is None or available * size.rows >= size.bytes * rows
 
     @contextlib.contextmanager
     def measured(self, kind: Hashable, rows: int, key: Key | None = None) -> Iterator[None]:
-        """Learn what a forward of so many rows takes, unless that is known."""
-        known = self._sizes.get(kind)
-        # a call that could not be described: no other is of its kind
-        nameless = not isinstance(kind, (tuple, str))
-        if (
-            nameless
-            or self._measuring
-            or (known is not None and (rows, 0) <= (known.rows, known.times - TIMES))
-        ):
+        """Measure the memory of a forward within the block, unless it is known."""
+        size = self._sizes.get(kind)
+        unique = not isinstance(kind, (tuple, str))  # no other call is of this kind
+        done = size is not None and (rows, 0) <= (size.rows, size.times - TIMES)
+        if unique or self._measuring or done:
             yield
             return
         self._measuring = True
@@ -74,27 +68,27 @@ class RowLimits:
             undisturbed, self._measuring = self._measuring, False
         taken = self.memory.taken()
         if taken is not None and undisturbed:
-            times = known.times + 1 if known is not None and known.rows == rows else 1
+            times = size.times + 1 if size is not None and size.rows == rows else 1
             _put(self._sizes, kind, size := _Size(rows, taken, times))
             if key is not None:
                 _put(self._keys, key, size)
 
     def failed(self, kind: Hashable, rows: int) -> None:
-        """A forward of so many rows did not fit. What is being measured is not worth knowing
-        then."""
+        """Learn that a forward of this many rows did not fit; a measurement in progress is
+        dropped."""
         self._measuring = False
-        known = self._caps.get(kind)
-        if rows == 1 or (known is not None and rows // 2 >= known.rows):
-            return  # that says nothing of how many rows may run together
-        patience = RECOVERY if known is None else min(2 * known.patience, SLOWEST * RECOVERY)
+        cap = self._caps.get(kind)
+        if rows == 1 or (cap is not None and rows // 2 >= cap.rows):
+            return  # no new limit for batches
+        patience = RECOVERY if cap is None else min(2 * cap.patience, SLOWEST * RECOVERY)
         _put(self._caps, kind, _Cap(rows // 2, patience))
 
     def fitted(self, kind: Hashable) -> None:
-        """A forward did fit, of however many rows: calls that have many each may never get to the
-        cap itself."""
-        known = self._caps.get(kind)
-        if known is not None:
-            known.count()
+        """Count a forward that did fit, of any number of rows: calls of many rows each may never
+        reach the cap itself."""
+        cap = self._caps.get(kind)
+        if cap is not None:
+            cap.count()
 
 
 class _Size(NamedTuple):
@@ -116,8 +110,8 @@ class _Cap:
             self._fitted = 0
 
 
-def _put(known: OrderedDict[Hashable, T], kind: Hashable, value: T) -> None:
-    known[kind] = value
-    known.move_to_end(kind)
-    if len(known) > KEPT:
-        known.popitem(last=False)
+def _put(values: OrderedDict[Hashable, T], kind: Hashable, value: T) -> None:
+    values[kind] = value
+    values.move_to_end(kind)
+    if len(values) > KEPT:
+        values.popitem(last=False)

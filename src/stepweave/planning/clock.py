@@ -1,4 +1,4 @@
-"""How long forwards take, with what follows each of them."""
+"""Measures how long forwards take, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -10,23 +10,21 @@ from typing import Any, Protocol
 
 import torch
 
-PENDING = 256  # forwards that a GPU may be behind by, before one is left untimed
+PENDING = 256  # forwards that a GPU may be behind; more are not timed
 
-Took = Callable[[float], None]  # told the seconds
+Took = Callable[[float], None]  # called with the seconds
 
 
 class Clock(Protocol):
-    """Measures without waiting for the device."""
-
     def start(self) -> Any:
-        """What `stop` wants back."""
+        """Start to measure. Returns the argument of `stop`."""
 
     def stop(self, started: Any, took: Took) -> None:
-        """Tell `took` the seconds since `started`, now or at a later `stop`."""
+        """Call `took` with the seconds since `started`, now or at a later `stop`."""
 
 
 class HostClock:
-    """For devices whose forwards have been computed when the call returns."""
+    """For devices whose forwards are done when the call returns."""
 
     def start(self) -> float:
         return time.perf_counter()
@@ -36,19 +34,19 @@ class HostClock:
 
 
 def now() -> float:
-    """Seconds of the host's clock, to be subtracted from what forwards took."""
+    """Seconds of the host's clock, for durations to subtract from those of forwards."""
     return time.perf_counter()
 
 
 class CudaClock:
-    """Events in the stream: what the GPU took, or the host where the GPU had to wait for it; read
-    once they have come to pass."""
+    """Times forwards by events in the GPU's stream, read once the GPU has reached them. If the GPU
+    had to wait for the host, the host's time is measured."""
 
     def __init__(
         self, event: Callable[[], Any] | None = None, device: torch.device | None = None
     ) -> None:
         self._event = event or partial(torch.cuda.Event, enable_timing=True)
-        self._device = device  # which need not be the current one
+        self._device = device  # it need not be the current one
         self._pending: deque[tuple[Any, Any, Took]] = deque()  # oldest first
 
     def start(self) -> Any:
@@ -61,8 +59,8 @@ class CudaClock:
         if len(self._pending) < PENDING:
             self._pending.append((started, ended, took))
         while self._pending and self._pending[0][1].query():
-            first, last, tell = self._pending.popleft()
-            tell(first.elapsed_time(last) / 1000)
+            first, last, report = self._pending.popleft()
+            report(first.elapsed_time(last) / 1000)
 
 
 def clock_of(device: torch.device) -> Clock:

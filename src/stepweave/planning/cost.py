@@ -1,4 +1,4 @@
-"""The cost model: seconds of a forward, by key and rows, learnt from those that ran."""
+"""The cost model: seconds of a forward by key and rows, learnt from earlier forwards."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from statistics import median
 
 from stepweave.scheduling.task import Key, Load
 
-# forwards of a key and rows whose median counts: a compilation or a page fault among them does not
+# latest forwards of a key and rows whose median is used, to ignore compilations and page faults
 RECENT = 9
-KEYS = 512  # the least recently used goes first
-TRIED = 3  # forwards of a number of rows that tell whether more pay
-# of what a row costs, that one more is thought to as long as nothing is known of more rows: so that
-# they are tried
-HOPE = 0.5
+KEYS = 512  # the least recently used is dropped
+TRIED = 3  # forwards of a number of rows before it is trusted
+HOPE = 0.5  # assumed cost of each row beyond those tried, in rows: low, so that they are tried
 GAIN = 0.05  # the knee: more rows bring less than this share of rows per second
-ERRORS = 64  # forwards that the model's error is taken of
+ERRORS = 64  # forwards of which the model's error is calculated
 
 Point = tuple[int, float]  # rows, seconds
 Cell = tuple[int, float, int]  # rows, seconds, forwards
@@ -27,9 +25,9 @@ Cell = tuple[int, float, int]  # rows, seconds, forwards
 class CostModel:
     """Seconds of a forward by (key, rows), never less for more rows.
 
-    Between row counts that were seen it interpolates. For others, and for sizes that were not seen,
-    it takes the module's nearest size, at the row count with as many elements in all, since what a
-    batch costs goes by its tokens.
+    It interpolates between observed row counts. For others, and for new sizes, it uses the module's
+    nearest size, at the row count with as many elements in total: a batch's cost depends on its
+    number of tokens.
     """
 
     def __init__(self) -> None:
@@ -39,7 +37,7 @@ class CostModel:
 
     @classmethod
     def of(cls, curves: Mapping[Key, Mapping[int, float]]) -> CostModel:
-        """A model that knows these seconds, by key and rows."""
+        """A model with these seconds, by key and rows."""
         model = cls()
         for key, points in curves.items():
             for rows, seconds in points.items():
@@ -49,14 +47,14 @@ class CostModel:
         return model
 
     def observe(self, key: Key, rows: int, seconds: float) -> None:
-        """Learn from a forward that took so many seconds."""
+        """Learn the duration of a forward."""
         rows = max(1, rows)
         if not (seconds > 0 and math.isfinite(seconds)):
             return
         curve = self._curves.get(key)
         if curve is None:
             curve = _Curve()
-            curve.add(rows, seconds)  # before others see it
+            curve.add(rows, seconds)  # first, since other threads read curves
             self._curves[key] = self._modules.setdefault(key.module, {})[key.size] = curve
             if len(self._curves) > KEYS:
                 old, _ = self._curves.popitem(last=False)
@@ -83,35 +81,27 @@ class CostModel:
         if curve is None:
             return like.at(rows * scale)
         seen = curve.nearest(rows)
-        dearer = curve.at(seen) / like.at(seen * scale)  # than the other size, where both are known
-        return curve.between(rows, like.at(rows * scale) * dearer)
+        ratio = curve.at(seen) / like.at(seen * scale)  # to the other size, where both are known
+        return curve.between(rows, like.at(rows * scale) * ratio)
 
     def alone(self, loads: Iterable[Load]) -> float:
         """Seconds of calls that share no forward."""
         return sum(load.calls * self.seconds(load.key, load.rows) for load in loads)
 
     def knee(self, key: Key, most: int) -> int:
-        """The fewest rows, of at most `most`, beyond which no number of rows brings 5 % more rows
-        per second.
-
-        Rows that were hardly tried are given a chance: the bound doubles until the knee is passed.
-        """
+        """The smallest number of rows, up to `most`, beyond which none brings GAIN more rows per
+        second. So that more rows are tried, the bound doubles until the knee is passed."""
         curve = self._curves.get(key)
         if curve is None and not self.known(key):
             return most
-        tried, least, bound = (
-            (curve.tried, curve.least, min(most, 2 * curve.most)) if curve else (most, 1, most)
-        )
-        counts = [
-            rows
-            for rows in range(min(least, bound), bound + 1)
-            if rows <= 4 or rows % 2 == 0 or rows == bound
-        ]
-        rates = [rows / max(self.seconds(key, rows), 1e-9) for rows in counts]
-        best = max(rates)
-        knee = next(
-            rows for rows, rate in zip(counts, rates, strict=True) if best < (1 + GAIN) * rate
-        )
+        tried, least, bound = most, 1, most
+        if curve is not None:
+            tried, least, bound = curve.tried, curve.least, min(most, 2 * curve.most)
+        every = range(min(least, bound), bound + 1)
+        counts = [rows for rows in every if rows <= 4 or rows % 2 == 0 or rows == bound]
+        rates = {rows: rows / max(self.seconds(key, rows), 1e-9) for rows in counts}
+        best = max(rates.values())
+        knee = next(rows for rows, rate in rates.items() if best < (1 + GAIN) * rate)
         return bound if tried <= knee else knee
 
     @property
@@ -125,19 +115,18 @@ class CostModel:
 
     @property
     def error(self) -> float:
-        """The median error of the last predictions, as a share of what was predicted; 0 before
-        there were any."""
+        """The median error of the last predictions, as a share of the prediction; 0 without any."""
         errors = list(self._errors)
         return median(map(abs, errors)) if errors else 0.0
 
     def curves(self) -> dict[Key, dict[int, float]]:
-        """What is known: seconds by key and rows."""
+        """Observed seconds by key and rows."""
         return {key: dict(curve.points()) for key, curve in list(self._curves.items())}
 
 
 class PriceList:
-    """What loads take alone, by a cost model, as of when each was first asked for: equal jobs have
-    equal prices, until the next list, however much was learnt in between."""
+    """Seconds of loads alone, which a list calculates only once, so that equal jobs have equal
+    prices although the cost model learns."""
 
     def __init__(self, cost: CostModel) -> None:
         self._cost = cost
@@ -145,7 +134,7 @@ class PriceList:
 
     def alone(self, loads: tuple[Load, ...]) -> float:
         seconds = self._prices.get(loads)
-        # what nothing was known of may be known by now: at 0 a job would go before all others
+        # an unknown price may be known by now: with 0 a job would go before all others
         if not seconds:
             seconds = self._prices[loads] = self._cost.alone(loads)
         return seconds
@@ -160,10 +149,9 @@ class _Curve:
 
     @property
     def tried(self) -> int:
-        """The most rows that ran often enough to be judged; 0 if none did."""
-        return max(
-            (rows for rows, seen in list(self._seen.items()) if len(seen) >= TRIED), default=0
-        )
+        """The largest number of rows that ran TRIED times; 0 if none did."""
+        counts = [rows for rows, seen in list(self._seen.items()) if len(seen) >= TRIED]
+        return max(counts, default=0)
 
     @property
     def least(self) -> int:
@@ -178,12 +166,11 @@ class _Curve:
         self._points = None
 
     def points(self) -> list[Point]:
-        """Row counts that were seen and their seconds, made monotone."""
+        """Observed row counts and their seconds, made monotone."""
         points = self._points
         if points is None:
-            cells = sorted(
-                (rows, median(seen), len(seen)) for rows, seen in self._seen.copy().items()
-            )
+            seen = sorted(self._seen.copy().items())
+            cells = [(rows, median(seconds), len(seconds)) for rows, seconds in seen]
             points = self._points = list(_monotone(_trusted(cells)))
         return points
 
@@ -196,29 +183,28 @@ class _Curve:
         return min(max(rows, points[0][0]), points[-1][0])
 
     def between(self, rows: int, seconds: float) -> float:
-        """`seconds`, a guess for rows that were not seen, held to be no less than for fewer and no
-        more than for more."""
+        """`seconds`, an estimate for unobserved rows, limited to be no less than for fewer rows and
+        no more than for more."""
         points = self.points()
         return min(seconds, points[0][1]) if rows < points[0][0] else max(seconds, points[-1][1])
 
     def at(self, rows: float) -> float:
-        """Interpolated, and beyond the ends by the slope there: never below what a share of the
-        first point is, nor falling."""
+        """Seconds for these rows: interpolated, or extrapolated by the slope at the end; not less
+        than the first point's share, and never falling."""
         points = self.points()
         (low, first), (high, last) = points[0], points[-1]
         if rows <= low:
-            # what a forward costs however few its rows: where the line through the first two points
-            # meets none
-            slope = (
-                (points[1][1] - first) / (points[1][0] - low) if len(points) > 1 else first / low
-            )
+            # along the line through the first two points
+            slope = first / low
+            if len(points) > 1:
+                slope = (points[1][1] - first) / (points[1][0] - low)
             return max(first - slope * (low - rows), first * rows / low)
         if rows >= high:
-            # the end's own slope may be noise: that from half way is taken
+            # the slope of the last two points may be noise, so from half of the rows
             middle = next((point for point in reversed(points) if point[0] <= high / 2), None)
-            slope = (
-                HOPE * last / high if middle is None else (last - middle[1]) / (high - middle[0])
-            )
+            slope = HOPE * last / high
+            if middle is not None:
+                slope = (last - middle[1]) / (high - middle[0])
             return last + slope * (rows - high)
         i = bisect_left(points, (rows, 0.0))
         (a, before), (b, after) = points[i - 1], points[i]
@@ -226,8 +212,8 @@ class _Curve:
 
 
 def _trusted(cells: Iterable[Cell]) -> list[Cell]:
-    """Cells less the excess of those hardly tried over those of more rows that were: one slow
-    forward must not make all dear."""
+    """Limit the seconds of cells with few forwards to those of trusted cells with more rows: one
+    slow forward must not make all seem slow."""
     trusted: list[Cell] = []
     least = math.inf
     for rows, seconds, weight in reversed(list(cells)):
@@ -238,8 +224,7 @@ def _trusted(cells: Iterable[Cell]) -> list[Cell]:
 
 
 def _monotone(cells: Iterable[Cell]) -> Iterable[Point]:
-    """Seconds that do not fall with rows, the nearest to the given ones in squares. Cells are
-    (rows, seconds, weight), by rows.
+    """The least-squares fit of seconds that do not fall with rows. Cells are sorted by rows.
 
     Isotonic regression by pooling adjacent violators; Barlow et al., Statistical Inference under
     Order Restrictions, 1972.

@@ -1,4 +1,4 @@
-"""What an engine tells of the time that its jobs will take."""
+"""An engine's predictions of when jobs will be done."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ from stepweave.scheduling.task import Key, Priority
 
 
 class Estimates:
-    """The questions to a `StepEngine` that only predict. They run nothing, and any thread may ask.
-
-    Times are in seconds. The engine inherits this, and sets `_planner`.
-    """
+    """The methods of `StepEngine` that only predict, for any thread. Times are in seconds. The
+    engine inherits this class, and sets `_planner`."""
 
     _planner: Planner
 
@@ -30,21 +28,17 @@ class Estimates:
         pipeline: Any = None,
         **kwargs: Any,
     ) -> Estimate | None:
-        """What a job with these arguments of `submit` would meet now; None if none like it has
+        """Predict a job with these arguments of `submit`, submitted now; None if no similar job has
         run."""
         planner, now = self._planner, time.monotonic()
         if len(planner.forecaster) <= FEW:
             planner.work.refresh(planner.forecaster.jobs())
+        called = planner.pipeline if pipeline is None else pipeline
         task, _ = planner.work.task_of(
-            planner.pipeline if pipeline is None else pipeline,
-            args,
-            kwargs,
-            scheduler,
-            reproducible,
-            arrived=now,
-            priority=Priority[priority.upper()],
+            called, args, kwargs, scheduler, reproducible,
+            arrived=now, priority=Priority[priority.upper()],
             deadline=None if deadline is None else now + deadline,
-        )
+        )  # fmt: skip
         finish = planner.forecaster.finish(task) if task.solo else None
         return None if finish is None else Estimate(finish, task.solo, planner.fits(task.demand))
 
@@ -56,39 +50,39 @@ class Estimates:
         pipeline: Any = None,
         **kwargs: Any,
     ) -> float | None:
-        """Seconds that a job with these arguments of `submit` would take by itself; None if none
-        like it has run."""
+        """Seconds of a job with these arguments of `submit` on an idle engine; None if no similar
+        job has run."""
         planner = self._planner
         called = planner.pipeline if pipeline is None else pipeline
         task, _ = planner.work.task_of(called, args, kwargs, scheduler, reproducible, arrived=0.0)
-        task.price(planner.cost)  # as of now: nobody may have asked for prices since the last job
+        task.price(planner.cost)  # the price list may be from before the last job
         return task.solo or None
 
     @property
     def timed(self) -> bool:
-        """Whether any forward has been timed: before, nothing can be predicted."""
+        """Whether any forward has been timed, without which nothing can be predicted."""
         return self._planner.cost.timed
 
     def holds(self, job: Any) -> bool:
-        """Whether a job is not done."""
+        """Whether a job is waiting or running."""
         return self._planner.forecaster.has(job.id)
 
     def queue_positions(self) -> dict[str, QueuePosition]:
-        """Position and seconds to go of each job that is not done, by its id."""
+        """Position and remaining seconds of each job that is not done, by its id."""
         return self._planner.forecaster.queue_positions()
 
     def queue_position(self, id: str) -> QueuePosition | None:
-        """Position and seconds to go of one job; None once it is done."""
+        """Position and remaining seconds of one job; None once it is done."""
         return self._planner.forecaster.queue_position(id)
 
     def backlog(self) -> float:
-        """Predicted seconds of work submitted and not yet done; what is unknown counts 0."""
+        """Predicted seconds of work submitted and not yet done; unknown work counts 0."""
         return self._planner.forecaster.backlog()
 
     def drain(self) -> float | None:
-        """The same; None while nothing is known of some job's work."""
+        """The backlog; None while some job's work is unknown."""
         return self.backlog() if self._planner.forecaster.predicts() else None
 
     def curves(self) -> dict[Key, dict[int, float]]:
-        """Seconds of a forward that were measured, by module and size, and by rows."""
+        """Measured seconds of a forward, by module and size, then by rows."""
         return self._planner.cost.curves()

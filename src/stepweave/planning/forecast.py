@@ -1,4 +1,4 @@
-"""When jobs will be done: the policy's order, played through with the cost model's seconds."""
+"""Predicts when jobs will be done, by a simulation with the policy's order and the cost model."""
 
 from __future__ import annotations
 
@@ -10,22 +10,20 @@ from stepweave.scheduling.policy import Rank, srpt
 from stepweave.scheduling.task import Demand, Task
 
 Order = Callable[[Task, float], Rank]
-RowCap = Callable[[Demand], int]  # the most rows of a step that such jobs share; 0: each runs alone
+RowCap = Callable[[Demand], int]  # the most rows of a step that such jobs share; 0: none do
 
 RUN = 2000  # ranks that are sorted at a time
-# jobs whose ends are found at a time, in less than a millisecond: to let others run may take a
-# tenth of one
-BREATH = 16
+BREATH = 16  # jobs between pauses, for less than 1 ms; a pause may take 0.1 ms
 
 
 def running_first(order: Order) -> Order:
-    """The order of whole calls: one that runs is not interrupted."""
+    """An order for whole calls: those that run come first, since they are not interrupted."""
     return lambda task, now: (not task.begun, *order(task, now))
 
 
 def in_order(ranks: Sequence[Rank], pause: Callable[[], object] = lambda: None) -> list[int]:
-    """The indices of ranks, lowest first. Python's sort holds up all threads, so runs are sorted,
-    and at last merged, by it."""
+    """The indices of ranks, lowest first. Python's sort blocks all threads, so it sorts runs of
+    RUN, with pauses, and merges them at the end."""
     runs: list[int] = []
     for begin in range(0, len(ranks), RUN):
         runs += sorted(range(begin, min(begin + RUN, len(ranks))), key=ranks.__getitem__)
@@ -41,20 +39,20 @@ def forecast(
     order: Order = srpt.rank,
     pause: Callable[[], object] = lambda: None,
 ) -> list[float]:
-    """Seconds from now until each task is done, as many as tasks, if no others come.
+    """Predict the seconds from now until each task is done, if no others arrive.
 
-    The order is taken as it is now. The first in it runs with those after it that share its steps,
-    up to the cap, until one of them is done; then the group is filled up again. O(tasks x rows of a
-    step). `pause` is called now and then, to let other threads run.
+    The order is that of now. The first task runs with the following ones that share its steps, up
+    to the cap, until one of them is done; then the group is filled again. O(tasks x rows of a
+    step). `pause` is called regularly, to let other threads run.
     """
     ordered = in_order([order(task, now) for task in tasks], pause)
-    # copied now: an engine's thread may change the tasks meanwhile
+    # copied, since the engine's thread may change the tasks
     demands = [task.demand for task in tasks]
     left = [task.left for task in tasks]
     joined = [task.opened for task in tasks]
     ends = [0.0] * len(tasks)
     queues: dict[Hashable, list[int]] = {}
-    least: dict[Hashable, int] = {}  # rows that one adds to a group
+    least: dict[Hashable, int] = {}  # the fewest rows of a task, by kind
     for i in ordered:
         kind = demands[i].kind
         queues.setdefault(kind, []).append(i)
@@ -97,8 +95,8 @@ def _group(
 
 
 def step_seconds(demand: Demand, rows: int, cost: CostModel) -> float:
-    """Of a step of so many rows in all: calls that a job makes one after another are shared one
-    after another."""
+    """Seconds of a step with this many rows in total; a job's calls in a step run one after
+    another, each shared."""
     return sum(
         load.calls * cost.seconds(load.key, max(1, rows * load.rows // demand.rows))
         for load in demand.step

@@ -1,4 +1,4 @@
-"""The jobs that are not done: which starts next, and when each will be done."""
+"""All jobs that are not done: which starts next, and when each will be done."""
 
 from __future__ import annotations
 
@@ -26,36 +26,35 @@ from stepweave.scheduling.policy import Rank
 from stepweave.scheduling.task import Task
 from stepweave.threads import DaemonExecutor
 
-FRESH = 0.1  # seconds that a forecast is good for ...
-# ... or, of many jobs, so many times what it took to make: it must leave the processor to others
-FRESH_TIMES = 10
-FEW = 128  # jobs that are forecast where that is asked for, in a millisecond or two
+FRESH = 0.1  # seconds for which a forecast is used ...
+FRESH_TIMES = 10  # ... or of many jobs, this many times its duration, to limit its processor time
+FEW = 128  # jobs that are forecast on the caller's thread, in 1 or 2 ms
 
 
 class Forecaster:
-    """Any thread may ask.
+    """Predicts on any thread.
 
-    Of at most `FEW` jobs a forecast is made for who asks, if there is no fresh one. Of more it is
-    made on a thread of its own; who asks is told the last one, in which a job that came since has
-    been fitted, and is told nothing before the first is made.
+    For at most `FEW` jobs, a forecast is made on the caller's thread, unless there is a fresh one.
+    For more, it is made on a thread of its own; callers use the last one, to which later jobs have
+    been added, and get no predictions before the first.
     """
 
     def __init__(self, work: Work, caps: RowCaps, order: Order, *, whole: bool) -> None:
         self._work = work
         self._caps = caps
         self._order = running_first(order) if whole else order
-        self._jobs: dict[str, PlannedJob] = {}  # in the order in which they came
-        self._line = Line()  # those that have not begun
+        self._jobs: dict[str, PlannedJob] = {}  # in order of arrival
+        self._line = Line()  # jobs that have not begun
         self._plan = self._no_plan()
-        self._changed = False  # a job has come, begun or left since the last forecast was begun
-        self._making = False  # on its thread
-        self._lock = threading.Lock()  # guards who comes and leaves, and the four above
+        self._changed = False  # a job has arrived, begun or ended since the last forecast started
+        self._making = False  # whether its thread makes a forecast
+        self._lock = threading.Lock()  # guards changes of jobs, and the four above
         self._thread = DaemonExecutor(1, "stepweave-forecast")
 
     # Jobs
 
     def jobs(self) -> list[PlannedJob]:
-        """All that are not done, the oldest first."""
+        """All jobs that are not done, the oldest first."""
         return list(self._jobs.values())
 
     def __len__(self) -> int:
@@ -69,42 +68,42 @@ class Forecaster:
             self._jobs[job.id] = job
             self._line.join(job.id, self.turn(job.task, job.accepted))
             self._changed = True
-            if self._plan.later > 2 * (FEW + len(self._jobs)):  # nobody asks for another
+            if self._plan.later > 2 * (FEW + len(self._jobs)):  # no forecast has been asked for
                 self._plan = self._no_plan()
             self._fit_in(job, self._plan, time.monotonic())
 
     def begin(self, job: PlannedJob) -> None:
-        """A job is given a forward: it runs, and waits no longer, from one moment on."""
+        """Move a job from waiting to running, at once for other threads."""
         with self._lock:
             self._line.leave(job.id)
             self._changed = True
             job.begin()
 
     def leave(self, job: PlannedJob) -> bool:
-        """A job is done; whether it was not before."""
+        """Remove a job that is done. Returns False if it was removed before."""
         with self._lock:
             self._line.leave(job.id)
             self._changed = True
             return self._jobs.pop(job.id, None) is not None
 
     def turn(self, task: Task, now: float) -> Rank:
-        """When it is a job's turn to start: overdue ones, the oldest first, then all in order."""
+        """The rank by which jobs start: overdue ones, the oldest first, then the policy's order."""
         return (-1, task.arrived) if task.overdue(now) else (0, *self._order(task, now))
 
     # Predictions
 
     def finish(self, task: Task) -> float | None:
-        """Seconds until a job that comes now will be done; None before the first forecast of many.
-        With many others it is fitted into the last."""
+        """Seconds until a job that arrives now will be done; None before the first forecast of many
+        jobs, to which it is added."""
         now = time.monotonic()
         if len(self._jobs) <= FEW:
             tasks = [*map(self._work.progressed, self.jobs()), task]
             return self._forecast(tasks, now, lambda: None)[-1]
         plan = self._latest()
-        return plan.finish(task, self._in_company(task, plan), now) if _tells(plan) else None
+        return plan.finish(task, self._shared_seconds(task, plan), now) if _usable(plan) else None
 
     def queue_positions(self) -> dict[str, QueuePosition]:
-        """Of each job, by its id; of those that wait in the order in which they would start."""
+        """The position of each job by its id: running jobs, then waiting ones in order of start."""
         plan = self._latest()
         with self._lock:
             places = self._line.places()
@@ -117,7 +116,7 @@ class Forecaster:
         }
 
     def queue_position(self, id: str) -> QueuePosition | None:
-        """None of a job that is done."""
+        """The position of a job; None if it is done."""
         plan = self._latest()
         with self._lock:
             job, place = self._jobs.get(id), self._line.place(id)
@@ -128,18 +127,18 @@ class Forecaster:
         return self._latest().backlog(time.monotonic())
 
     def predicts(self) -> bool:
-        """Whether something is known of every job's work."""
+        """Whether every job's work is known."""
         if len(self._jobs) > FEW:
             return self._latest().predicts()
         return all(job.task.solo for job in self.jobs())
 
     def _eta(self, job: PlannedJob, plan: Plan, now: float) -> float | None:
-        """No less than what is left of it would take alone."""
+        """Remaining seconds of a job, no less than it would need alone."""
         eta = plan.eta(job.id, now)
         return None if eta is None else max(eta, self._work.progressed(job).remaining)
 
-    def _in_company(self, task: Task, plan: Plan) -> float:
-        """Seconds that a job takes whose steps others share, if there are such."""
+    def _shared_seconds(self, task: Task, plan: Plan) -> float:
+        """Seconds of a job if its steps are full of others' rows, or alone if there are none."""
         rows = self._caps.of(task.demand) if plan.has_kind(task.demand.kind) else 0
         if rows <= task.demand.rows:
             return task.solo
@@ -152,12 +151,12 @@ class Forecaster:
         return Plan(-math.inf, (), (), (), self._order)
 
     def _latest(self) -> Plan:
-        """The last forecast, after another has been made, or begun, if it is time to."""
+        """The last forecast, after making a new one, or starting to, if it is old."""
         plan, jobs = self._plan, len(self._jobs)
         age = time.monotonic() - plan.made
         if age < FRESH and not (self._changed and jobs <= FEW):
             return plan
-        if jobs <= FEW or (jobs <= 2 * FEW and not _tells(plan)):
+        if jobs <= FEW or (jobs <= 2 * FEW and not _usable(plan)):
             return self._make(lambda: None)
         if age >= FRESH_TIMES * plan.took:
             with self._lock:
@@ -170,8 +169,7 @@ class Forecaster:
         try:
             with contained("predict when jobs will be done"):
                 self._work.refresh(self.jobs())
-                # each pause lets other threads run, which else wait for 5 ms whenever they have
-                # waited for anything
+                # pauses let other threads run, which would otherwise wait for 5 ms each time
                 self._make(lambda: time.sleep(0))
         finally:
             self._making = False
@@ -187,7 +185,7 @@ class Forecaster:
         ids = [job.id for job in jobs]
         plan = Plan(now, ids, tasks, ends, self._order, took=took, pause=pause)
         turns = self._turns([job for job in jobs if job.begun is None], now, pause)
-        for _ in range(3):  # so that few are left to fit in while the lock holds others up
+        for _ in range(3):  # so that few jobs are added while the lock blocks other threads
             for job in self._later_than(plan):
                 self._fit_in(job, plan, now)
         with self._lock:
@@ -206,7 +204,7 @@ class Forecaster:
     def _turns(
         self, waiting: Sequence[PlannedJob], now: float, pause: Callable[[], object]
     ) -> list[tuple[str, Rank]]:
-        """In the order in which they would start."""
+        """Ids and ranks in the order in which jobs would start."""
         ranks: list[Rank] = []
         for number, job in enumerate(waiting):
             if number % BREATH == 0:
@@ -215,15 +213,15 @@ class Forecaster:
         return [(waiting[i].id, ranks[i]) for i in in_order(ranks, pause)]
 
     def _later_than(self, plan: Plan) -> list[PlannedJob]:
-        """The jobs that came after the plan's, the oldest first."""
+        """The jobs that arrived after the plan was made, the oldest first."""
         later = list(takewhile(lambda job: not plan.has(job.id), reversed(self.jobs())))
         return later[::-1]
 
     def _fit_in(self, job: PlannedJob, plan: Plan, now: float) -> None:
-        with contained("fit a job into the forecast"):
-            plan.add(job.id, job.task, self._in_company(job.task, plan), now)
+        with contained("add a job to the forecast"):
+            plan.add(job.id, job.task, self._shared_seconds(job.task, plan), now)
 
 
-def _tells(plan: Plan) -> bool:
-    """Whether a plan is of enough jobs to tell what others do in their company."""
+def _usable(plan: Plan) -> bool:
+    """Whether a plan has enough jobs to predict others."""
     return plan.size >= FEW // 2

@@ -1,4 +1,4 @@
-"""What planning reads and writes of jobs; of their calls it is what scheduling does."""
+"""The attributes of jobs that planning reads and writes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class PlannedJob(Protocol):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     scheduler: Any
-    scope: Any  # whose `pipeline` it calls
+    scope: Any  # its `pipeline` is called
     priority: Priority
     reproducible: bool
     accepted: float
@@ -24,28 +24,16 @@ class PlannedJob(Protocol):
     task: Task
 
     @property
-    def deadline(self) -> float | None:
-        """When it must be done."""
-
+    def deadline(self) -> float | None: ...
     @property
-    def begun(self) -> float | None:
-        """When it was given its first forward."""
-
+    def begun(self) -> float | None: ...  # start of its first forward
     @property
-    def opened(self) -> float | None:
-        """When its denoising steps began."""
-
+    def opened(self) -> float | None: ...  # start of its denoising steps
     @property
-    def stepped(self) -> float | None:
-        """When its last step had run."""
-
+    def stepped(self) -> float | None: ...  # end of its latest step
     @property
-    def progress(self) -> tuple[int, int]:
-        """Steps done, and in all; (0, 0) until its pipeline says how many."""
-
+    def progress(self) -> tuple[int, int]: ...  # steps done, and in total
     @property
-    def late(self) -> bool:
-        """Whether its deadline has passed."""
-
+    def late(self) -> bool: ...
     def begin(self) -> None:
-        """Note that it is given a forward."""
+        """Note that a forward starts."""

@@ -1,5 +1,4 @@
-"""A forecast that is kept: when each job ends, and where one that comes later fits in, without
-playing all through again."""
+"""A stored forecast: when each job ends, and when a later job would, without a new simulation."""
 
 from __future__ import annotations
 
@@ -17,42 +16,40 @@ from stepweave.scheduling.task import Task
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a job would meet if it were submitted now, in seconds. It is never done sooner than it
-    would be alone."""
+    """The prediction for a job submitted now, in seconds; `finish` is never less than `solo`."""
 
     finish: float  # until it is done
-    solo: float  # what it takes alone; 0 if unknown
-    fits: bool = True  # into the memory that is left
+    solo: float  # its duration on an idle engine; 0 if unknown
+    fits: bool = True  # whether it fits into free memory
 
     def __post_init__(self) -> None:
-        # the two may come of what was known at two moments
+        # they may be calculated with different prices
         object.__setattr__(self, "finish", max(self.finish, self.solo))
 
     @property
     def wait(self) -> float:
-        """For others."""
+        """Seconds that it waits for others."""
         return self.finish - self.solo
 
 
 class QueuePosition(NamedTuple):
-    """Where a job stands: `position` 0 once it runs, else 1 for the first of those that wait;
-    seconds until it will be done, None while nothing is known of what such jobs take."""
+    """A job's `position`, 0 once it runs, 1 for the first that waits; and `eta`, seconds until it
+    will be done, or None if unknown."""
 
     position: int
     eta: float | None
 
 
 class Plan:
-    """What was predicted of some jobs at a moment, and of those that came since.
-
-    `add` is for one thread at a time; all else for any.
+    """The predictions for some jobs at one time, and for jobs that arrived since. `add` is for one
+    thread at a time; all else for any.
 
     Args:
-        made: when, in seconds of the tasks' clock.
-        ids, tasks, ends: of the jobs, and the seconds from then until each will be done, as
-        `forecast` tells.
-        order: in which they are served.
-        took: seconds that the forecast took to make.
+        made: time, in seconds of the tasks' clock.
+        ids, tasks: the jobs.
+        ends: seconds from `made` until each will be done, by `forecast`.
+        order: the policy's.
+        took: seconds that the forecast took.
     """
 
     def __init__(
@@ -68,7 +65,7 @@ class Plan:
     ) -> None:
         self.made = made
         self.took = took
-        self.size = len(tasks)  # less those that came since
+        self.size = len(tasks)  # without later jobs
         self._order = order
         ranks = [order(task, made) for task in tasks]
         ordered = in_order(ranks, pause)
@@ -76,59 +73,57 @@ class Plan:
             id: end if task.solo else None for id, task, end in zip(ids, tasks, ends, strict=True)
         }
         self._ranks = [ranks[i] for i in ordered]
-        # when all up to each in order are done
+        # when each job and all before it are done, in order
         self._ended = list(accumulate((ends[i] for i in ordered), max))
         self._kinds: set[Hashable] = {task.demand.kind for task in tasks}
-        # of a kind and as many rows: ranks in order, and ends
+        # by kind and rows: ranks in order, and ends
         self._alike: dict[Hashable, tuple[list[Rank], list[float]]] = {}
         for i in ordered:
             alike = self._alike.setdefault((tasks[i].demand.kind, tasks[i].demand.rows), ([], []))
             alike[0].append(ranks[i])
             alike[1].append(ends[i])
         work = sum(task.remaining for task in tasks)
-        # seconds for each that a job would take alone
+        # seconds with shared forwards, for each second of work alone
         self._sharing = max(ends, default=0.0) / work if work > 0 else 1.0
         self._complete = all(task.solo for task in tasks)
-        self._later: list[Rank] = []  # of jobs that came since, in order
-        self._later_work: list[float] = []  # seconds that each takes, in company
+        self._later: list[Rank] = []  # of later jobs, in order
+        self._later_work: list[float] = []  # seconds of each, with shared forwards
 
     def __len__(self) -> int:
         return len(self._ends)
 
     def has(self, id: str) -> bool:
-        """Whether a job was there, or has been added."""
         return id in self._ends
 
     def eta(self, id: str, now: float) -> float | None:
-        """Seconds until a job will be done, at least 0; None if the plan does not know it, or
-        nothing of what it takes."""
+        """Seconds until a job will be done, at least 0; None if the job or its work is unknown."""
         end = self._ends.get(id)
         return None if end is None else max(0.0, end - (now - self.made))
 
     @property
     def later(self) -> int:
-        """Jobs that came since it was made."""
+        """The number of jobs that arrived since the plan was made."""
         return len(self._later)
 
     def predicts(self) -> bool:
-        """Whether something is known of every job's work."""
+        """Whether every job's work is known."""
         return self._complete
 
     def has_kind(self, kind: Hashable) -> bool:
-        """Whether there were jobs whose steps may share forwards with those of this kind."""
+        """Whether the plan has jobs of this kind, which may share steps."""
         return kind in self._kinds
 
     def backlog(self, now: float) -> float:
-        """Seconds until all will be done."""
+        """Seconds until all jobs will be done."""
         done = self._ended[-1] if self._ended else 0.0
         return max(0.0, done - (now - self.made)) + sum(self._later_work)
 
     def finish(self, task: Task, seconds: float, now: float) -> float:
-        """Seconds until a job that comes now will be done, which takes so many once it runs.
+        """Seconds until a job that arrives now will be done, if it takes `seconds` once it runs.
 
-        It takes the place of the next one of its kind and rows, which shares its steps with those
-        before it; the last of these is taken to begin once all that go before it are done, which is
-        late by at most `seconds`.
+        It gets the end of the next job of its kind and rows, which shares steps with those before
+        it. After the last of these, it is assumed to start when all jobs before it are done, which
+        is late by at most `seconds`.
         """
         rank = self._order(task, now)
         age, later = now - self.made, sum(self._later_work[: bisect_right(self._later, rank)])
@@ -141,12 +136,12 @@ class Plan:
         return finish + later
 
     def add(self, id: str, task: Task, seconds: float, now: float) -> None:
-        """A job has come, as for `finish`."""
+        """Add a job that has arrived. Arguments as for `finish`."""
         rank = self._order(task, now)
         later = bisect_right(self._later, rank)
         work = self._sharing * task.solo
         predicted = task.solo > 0 and math.isfinite(self.made)
         self._ends[id] = self.finish(task, seconds, now) + now - self.made if predicted else None
         self._complete = self._complete and task.solo > 0
-        self._later_work.insert(later, work)  # first, so that others find none missing
+        self._later_work.insert(later, work)  # before the rank, for readers on other threads
         self._later.insert(later, rank)

@@ -1,4 +1,4 @@
-"""What an engine knows of its jobs' work, and whose turn it is."""
+"""Learns the work of an engine's jobs, and chooses which jobs and calls are next."""
 
 from __future__ import annotations
 
@@ -15,26 +15,24 @@ from stepweave.scheduling.policy import Policy, Rank, srpt
 from stepweave.scheduling.queues import CallT, Queues, WaitingCall
 from stepweave.scheduling.task import Demand, Key
 
-# module, rows, the most rows that were allowed, seconds
+# module, rows, row limit, seconds
 OnStep = Callable[[str, int, int, float], None]
 
 JobT = TypeVar("JobT", bound=PlannedJob)
 
 
 class Planner:
-    """The engine's threads tell it what runs, and ask which jobs and calls are next; any thread may
-    ask for predictions.
-
-    An error of planning is logged, and costs no job more than its turn.
+    """The engine's threads report what runs, and ask which jobs and calls are next; any thread may
+    ask for predictions. Errors of planning are logged, and cost a job no more than its turn.
 
     Args:
-        pipeline: whose call the jobs make.
-        policy: which calls go next.
-        max_rows: of a step.
+        pipeline: the one that jobs call.
+        policy: chooses calls.
+        max_rows: of a forward.
         merges: whether jobs share forwards.
-        whole: whether all that is seen of jobs are their whole calls.
-        knee: whether forwards have no more rows than pay, if the policy does.
-        on_step: told of each forward.
+        whole: whether jobs are only seen as whole calls, without steps.
+        knee: whether forwards stop at the knee, if the policy wants it.
+        on_step: called with each forward.
     """
 
     def __init__(
@@ -55,29 +53,23 @@ class Planner:
         self.cost = cost = self.work.cost
         self.caps = RowCaps(cost, max_rows, merges=merges, knee=knee and policy.cuts_at_knee)
         self.forecaster = Forecaster(self.work, self.caps, policy.rank, whole=whole)
-        # whether the memory that is left is enough for a job's calls
+        # whether a job's calls fit into free memory
         self.fits: Callable[[Demand], bool] = lambda demand: True
-        self._moved = 0.0  # when a forward was last chosen, or done
+        self._moved = 0.0  # time of the last choice or end of a forward
 
     # Jobs
 
     def enter(self, job: PlannedJob) -> None:
-        """Work out what a job will ask for."""
+        """Add a job, and estimate its work."""
         job.task, job.shape = self.work.task_of(
-            job.scope.pipeline,
-            job.args,
-            job.kwargs,
-            job.scheduler,
-            job.reproducible,
-            arrived=job.accepted,
-            priority=job.priority,
-            deadline=job.deadline,
-        )
+            job.scope.pipeline, job.args, job.kwargs, job.scheduler, job.reproducible,
+            arrived=job.accepted, priority=job.priority, deadline=job.deadline,
+        )  # fmt: skip
         self.forecaster.enter(job)
 
     def next(self, waiting: Mapping[str, JobT]) -> JobT:
-        """Which job to start: a late one, to be told so; then an overdue one, the oldest first;
-        then in the policy's order."""
+        """Choose the job to start: first late ones, which then end; then overdue ones, the oldest
+        first; then in the policy's order."""
         now = time.monotonic()
 
         def order(job: PlannedJob) -> Rank:
@@ -89,29 +81,29 @@ class Planner:
         return next(iter(waiting.values()))
 
     def begin(self, job: PlannedJob) -> None:
-        """A job is given a forward, or its whole call."""
+        """Note that a forward of a job, or its whole call, starts."""
         if job.begun is None:
             self.forecaster.begin(job)
         else:
             job.begin()
 
     def saw(self, job: PlannedJob, call: WaitingCall) -> None:
-        """A job waits for a forward."""
+        """Note a call of a job, which waits for a forward."""
         self.work.saw(job, call, self.forecaster.jobs)
 
     def leave(self, job: PlannedJob, *, succeeded: bool) -> None:
-        """A job is done."""
+        """Remove a job that is done, and learn from it."""
         if self.forecaster.leave(job):
-            with contained("learn what a job asked for"):
+            with contained("learn the work of a job"):
                 self.work.ended(job, succeeded=succeeded)
 
     def jobs(self) -> list[Any]:
-        """Those that are not done, as they were entered."""
+        """All jobs that are not done."""
         return list(self.forecaster.jobs())
 
     def stalled(self) -> float:
-        """Seconds since a forward was chosen or done, a step was counted, or the first of the jobs
-        came."""
+        """Seconds since the last choice or end of a forward, the last step, or the arrival of the
+        oldest job."""
         jobs = self.forecaster.jobs()
         if not jobs:
             return 0.0
@@ -121,31 +113,32 @@ class Planner:
     # Forwards
 
     def pick(self, queues: Queues[CallT], limit: Callable[[CallT], int]) -> list[CallT]:
-        """Calls of one key, of at most `limit` rows and no more than pay."""
+        """Choose calls of one key, with at most `limit` rows and no more than the knee."""
         self._moved = now = time.monotonic()
         with contained("choose calls"):
             self.work.refresh(self.forecaster.jobs())
             calls = self._policy.choose(queues, now, self.caps.choosing(limit), self.cost)
             rows = sum(call.rows for call in calls)
-            left_some = len(calls) < len(queues[calls[0].key])
-            self.caps.chosen(cut=left_some and rows < limit(calls[0]))
+            others = len(calls) < len(queues[calls[0].key])
+            self.caps.chosen(cut=others and rows < limit(calls[0]))
             return calls
         return list(next(iter(queues.values())))[:1]
 
     def runs_alone(self, call: WaitingCall) -> None:
-        """Forwards like this one are not shared."""
+        """Note that calls like this one are not merged."""
         self.caps.alone(call.cost, call.rows)
 
     def ran(self, key: Key, rows: int, seconds: float) -> None:
-        """A forward took so long, until all its jobs waited again."""
+        """Note the duration of a forward, until all its jobs wait again."""
         self._moved = time.monotonic()
         self.cost.observe(key, rows, seconds)
-        with contained("tell of a step"):
+        with contained("report a step"):
             self._on_step(key.module, rows, max(rows, self.caps.last(key)), seconds)
 
     def called(self, jobs: Sequence[PlannedJob], seconds: float, beside: int) -> None:
-        """Jobs ran in one call of the pipeline, while so many calls ran side by side."""
-        with contained("learn what a call took"):
+        """Note the duration of a pipeline's call with these jobs, while `beside` calls ran
+        concurrently."""
+        with contained("learn the duration of a call"):
             demand = jobs[0].task.demand
             steps = max(1, demand.steps)
             rows = sum(load.rows for job in jobs for load in job.task.demand.step)

@@ -1,4 +1,4 @@
-"""What a job will ask of the modules, told from jobs like it that have run."""
+"""Predicts a job's calls from similar jobs that have run."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Literal, NamedTuple
 
 from stepweave.scheduling.task import Demand, Key, Load
 
-KINDS = 256  # shapes that are remembered; the least recently used goes first
-PARTS = 64  # different loads of a job that are told apart
+KINDS = 256  # shapes that are remembered; the least recently used is dropped
+PARTS = 64  # different loads of a job that are counted
 
 Phase = Literal["before", "step", "after"]
 
 
 class Shape(NamedTuple):
-    """What is known of a job before it runs."""
+    """The properties of a job that determine its calls."""
 
-    pixels: int = 0  # of an image; 0 if the pipeline's own size is asked for
+    pixels: int = 0  # of an image; 0 for the pipeline's default size
     images: int = 1
-    kind: Hashable = None  # equal for jobs whose calls differ in nothing but sizes and steps
+    kind: Hashable = None  # equal for jobs whose calls differ only in sizes and steps
 
 
 class Recorder:
-    """Counts a job's calls as they come, by phase."""
+    """Counts a job's calls by phase."""
 
     def __init__(self) -> None:
         self._calls: dict[Phase, Counter[tuple[Key, int]]] = {
@@ -39,7 +39,7 @@ class Recorder:
             counts[key, rows] += 1
 
     def demand(self, steps: int) -> Demand:
-        """What a job of so many steps asked for."""
+        """The calls of a job of this many steps."""
         return Demand(
             steps,
             _loads(self._calls["before"], 1),
@@ -53,27 +53,27 @@ def _loads(calls: Counter[tuple[Key, int]], times: int) -> tuple[Load, ...]:
 
 
 class Profiles:
-    """Demands by shape; for a shape that has not run yet, the nearest one's, its rows scaled by
-    images, its sizes by pixels.
+    """Demands by shape; for a new shape, the nearest one's, with rows scaled by images, and sizes
+    by pixels.
 
-    Which modules' sizes go by pixels is told from two shapes of one kind where there are two; else
-    those of steps, and of what follows them, are taken to.
+    Sizes that are equal in two shapes of one kind are not scaled. With one shape, all sizes in and
+    after the steps are.
     """
 
     def __init__(self) -> None:
         self._demands: OrderedDict[Shape, Demand] = OrderedDict()
 
     def learn(self, shape: Shape, demand: Demand) -> None:
-        """Remember what a job of a shape asked for."""
+        """Remember the demand of a job of a shape."""
         old = self._demands.pop(shape, None) or self._like(shape)
-        if old is not None and not demand.before:  # its prompt was remembered
+        if old is not None and not demand.before:  # its prompt's encodings came from the cache
             demand = Demand(demand.steps, old.before, demand.step, demand.after)
         self._demands[shape] = demand
         if len(self._demands) > KINDS:
             self._demands.popitem(last=False)
 
     def expect(self, shape: Shape, steps: int) -> Demand:
-        """What a job of so many steps will ask for; nothing but the steps if no job has run yet."""
+        """Predict the demand of a job of this many steps; without calls if no job has run yet."""
         like = self._demands.get(shape) or self._like(shape) or Demand()
         return Demand(steps, like.before, like.step, like.after)
 
@@ -97,7 +97,7 @@ class Profiles:
         )
 
     def _fixed(self, near: Shape) -> set[Key]:
-        """Keys that another size has, too."""
+        """Keys whose size does not depend on the image's size: another size has them, too."""
         keys = _keys(self._demands[near])
         others = (
             demand

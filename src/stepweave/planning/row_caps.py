@@ -1,4 +1,4 @@
-"""How many rows a forward may have: no more than fit, nor than pay."""
+"""How many rows a forward may have: within memory, and not beyond the knee."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from typing import Any
 from stepweave.planning.cost import KEYS, CostModel
 from stepweave.scheduling.task import Demand, Key
 
-# groups that were cut off at the knee, before one is let grow to twice that: the knee may have been
-# a bad guess
+# one batch in this many that the knee has cut off may be twice as large, to test the knee
 EXPLORE_EVERY = 64
 
 
 class RowCaps:
-    """The caps of forwards by what their seconds depend on.
+    """The row limits of forwards by cost key.
 
     Args:
         most: rows of any forward.
         merges: whether jobs share forwards.
-        knee: whether forwards have no more rows than pay.
+        knee: whether forwards stop at the knee.
     """
 
     def __init__(self, cost: CostModel, most: int, *, merges: bool, knee: bool) -> None:
@@ -27,13 +26,13 @@ class RowCaps:
         self._most = most
         self._merges = merges
         self._knee = knee
-        self.ignore_knee = False  # while a warm-up wants rows that do not pay, too
-        self._last: dict[Key, int] = {}  # rows that forwards had at most, as predictions want
-        self._allowed: dict[Key, int] = {}  # rows that they were allowed, shared or not
-        self._cut = 0  # groups, since one was let grow
+        self.ignore_knee = False  # during a warm-up
+        self._last: dict[Key, int] = {}  # limits for predictions: of one call if not merged
+        self._allowed: dict[Key, int] = {}  # limits of the last choice
+        self._cut = 0  # batches cut off since the last test of the knee
 
     def choosing(self, limit: Callable[[Any], int]) -> Callable[[Any], int]:
-        """The cap of each call while calls are chosen, of at most `limit` rows."""
+        """The row limit of each call for one choice: `limit`, or the knee."""
         explores = self._cut >= EXPLORE_EVERY
         cuts = self._knee and not self.ignore_knee
         knees: dict[tuple[Key, int], int] = {}
@@ -53,22 +52,22 @@ class RowCaps:
         return cap
 
     def chosen(self, *, cut: bool) -> None:
-        """Note whether a group was cut off below what fits."""
+        """Note whether the knee has cut off the chosen batch."""
         if self._cut >= EXPLORE_EVERY:
             self._cut = 0
         elif cut:
             self._cut += 1
 
     def last(self, key: Key) -> int:
-        """Rows that a forward was last allowed; 0 before there was any."""
+        """The last row limit of a forward of this key; 0 before the first."""
         return self._allowed.get(key, 0)
 
     def alone(self, key: Key, rows: int) -> None:
-        """Forwards like one of so many rows are not shared."""
+        """Note that calls of this key, with this many rows, are not merged."""
         self._last[key] = rows
 
     def of(self, demand: Demand) -> int:
-        """The most rows of a step that such jobs share, by the rows of its first module; 0 if they
+        """The most rows of a step that such jobs share, in rows of its first module; 0 if they
         share none."""
         if not self._merges or not demand.step:
             return 0

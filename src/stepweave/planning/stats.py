@@ -1,4 +1,4 @@
-"""What an engine has done so far."""
+"""Statistics of an engine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stepweave.reasons import UnsharedReason
 
 @dataclass
 class Forwards:
-    """Forwards of one module: how many of how many rows, and how many calls shared one."""
+    """Forwards of one module by their rows, and how many calls shared one."""
 
     by_rows: Counter[int] = field(default_factory=Counter)
     calls: int = 0
@@ -52,7 +52,7 @@ class Stats:
             forwards.merged_calls += calls
 
     def called(self, target: str) -> None:
-        """Count one call that takes several forwards."""
+        """Count one call that ran in several forwards."""
         self._of(target).calls += 1
 
     def _of(self, target: str) -> Forwards:
@@ -62,7 +62,7 @@ class Stats:
         return forwards
 
     def counts(self) -> dict[str, Any]:
-        """All of them, as `EngineStats` has them."""
+        """All counters, by their names in `EngineStats`."""
         return {
             "jobs": dict(self.jobs),
             "forwards": dict(self.forwards),
@@ -75,17 +75,16 @@ class Stats:
             "errors": self.errors,
         }
 
-    def finished(self, told: Outcome) -> None:
-        """Count a job by what was told of it."""
+    def finished(self, outcome: Outcome) -> None:
+        """Count a job by its outcome."""
         with self._lock:
-            self.jobs[told.end] += 1
-            self.unfit += isinstance(told.error, OutOfMemoryError)
+            self.jobs[outcome.end] += 1
+            self.unfit += isinstance(outcome.error, OutOfMemoryError)
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A snapshot. `forwards` and `certificates` are of mode `step`; `forwards` by module, rows and
-    calls that shared one."""
+    """A snapshot. `forwards` (by module) and `certificates` only in mode `step`."""
 
     mode: Mode
     waiting: int  # jobs
@@ -93,20 +92,20 @@ class EngineStats:
     jobs: Mapping[End, int]  # done
     forwards: Mapping[str, Forwards]
     certificates: list[dict[str, Any]]
-    # what runs alone, or takes turns: `call`, `reason` (one of few) and `detail`
+    # why calls run alone, or jobs take turns: `call`, `reason` (a code) and `detail`
     unshared: list[dict[str, str]]
     unshared_calls: Mapping[UnsharedReason, int]  # calls that ran alone
     cache_hits: int
     cache_misses: int
     cache_bytes: int
     proofs: int  # forwards run both merged and alone, audits included
-    checks: int  # forwards that were run for these, merged ones of audits aside
-    retried: int  # merged forwards that failed and were run alone
-    out_of_memory: int  # forwards that ran out, and were halved or put off
-    divided: int  # calls that were run some rows at a time
-    unfit: int  # jobs that failed for want of memory
-    peak_memory: int  # bytes of the device, the most taken at a time; 0 if unknown
-    errors: int  # of the engine itself, survived
+    checks: int  # forwards run only for proofs and audits
+    retried: int  # merged forwards that failed, after which the calls ran alone
+    out_of_memory: int  # forwards that ran out of memory
+    divided: int  # calls that ran in parts
+    unfit: int  # jobs that failed because memory ran out
+    peak_memory: int  # the largest number of bytes allocated on the device; 0 if unknown
+    errors: int  # of the engine itself, after which it continued
     backlog: float  # predicted seconds of work submitted and not yet done
     # the median error of the last predicted forwards, as a share of the prediction
     cost_error: float

@@ -1,4 +1,4 @@
-"""What each job will ask of the modules, told from jobs like it, and how long that takes alone."""
+"""Predicts the calls of each job, and how long they take alone."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from stepweave.scheduling.task import Demand, Key, Load, Priority, Task
 Jobs = Collection[PlannedJob]
 
 REPRICE_SECONDS = 0.2
-WHOLE_CALL = "call"  # the module of a job whose steps are not seen one by one
+WHOLE_CALL = "call"  # the module of a job that is only seen as a whole call
 
 
 class Work:
-    """Demands and prices of jobs; `whole` if nothing is seen of them but whole calls."""
+    """Demands and prices of jobs; `whole` if they are only seen as whole calls."""
 
     def __init__(self, *, whole: bool) -> None:
         self.cost = CostModel()
@@ -43,7 +43,7 @@ class Work:
         priority: Priority = Priority.NORMAL,
         deadline: float | None = None,
     ) -> tuple[Task, Shape]:
-        """What a call of the pipeline amounts to; its `solo` is 0 if none like it has run."""
+        """Predict the task of a call of the pipeline; `solo` is 0 if no similar one has run."""
         shape, group, steps = shape_of(pipeline, args, kwargs, scheduler, reproducible)
         demand = self._expected(shape, steps, group)
         if self._whole:
@@ -54,7 +54,7 @@ class Work:
         return task, shape
 
     def progressed(self, job: PlannedJob) -> Task:
-        """A job's task; how far a whole call is, nothing but its job tells."""
+        """A job's task, with its steps done; for a whole call, by the job's progress."""
         task = job.task
         if self._whole:
             step, total = job.progress
@@ -62,7 +62,7 @@ class Work:
         return task
 
     def refresh(self, jobs: Jobs) -> None:
-        """Price jobs again, if it is time to, or if one of them has no price though it may have."""
+        """Update the jobs' prices, if they are old, or one is missing that may be known now."""
         now = time.monotonic()
         unpriced = any(job.task.demand.step and not job.task.step for job in jobs)
         if unpriced or now - self._priced > REPRICE_SECONDS:
@@ -71,8 +71,8 @@ class Work:
                 job.task.price(self._prices)
 
     def saw(self, job: PlannedJob, call: WaitingCall, jobs: Callable[[], Jobs]) -> None:
-        """Note a call that a job makes, and how far the job is. From its first step on it is known
-        what each of them asks for."""
+        """Note a call that a job makes, and its progress. After its first step, the demand of its
+        steps is known."""
         task, (step, total) = job.task, job.progress
         first = step and not task.done
         task.opened, task.done = job.opened is not None, step
@@ -90,8 +90,8 @@ class Work:
         job.recorder.call(phase, call.cost, call.rows)
 
     def ended(self, job: PlannedJob, *, succeeded: bool) -> None:
-        """Learn what a job asked for, if it got to its end; else its steps, if those of none have
-        been seen."""
+        """Learn the demand of a job that succeeded; of another, only its steps, and only if no
+        similar job's are known."""
         step, total = job.progress
         if succeeded:
             self._learn(job, job.recorder.demand(total))
@@ -106,7 +106,7 @@ class Work:
                 self._profiles.learn(job.shape, demand)
 
     def _expect_again(self, jobs: Jobs) -> None:
-        """Jobs of which nothing was known when they came must not be taken for short ones."""
+        """Predict jobs again whose demand was unknown at arrival: they must not seem short."""
         for job in jobs:
             demand = job.task.demand
             if not demand.step:

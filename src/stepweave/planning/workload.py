@@ -1,4 +1,4 @@
-"""What a call's arguments tell of its work before it runs."""
+"""The work of a pipeline's call, estimated from its arguments."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def arguments_of(pipeline: Any) -> Mapping[str, inspect.Parameter]:
 
 @functools.lru_cache(maxsize=64)
 def arguments_of_call(call: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    """Of a class's call, without `self`. Read once: that takes a tenth of a millisecond."""
+    """Of a class's call, without `self`; cached, since reading them takes 0.1 ms."""
     return dict(list(inspect.signature(call).parameters.items())[1:])
 
 
@@ -29,7 +29,7 @@ def takes(pipeline: Any, name: str) -> bool:
 
 
 def has_generator(pipeline: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call is given one, by name or by position."""
+    """Whether a call has a generator among its arguments, by name or by position."""
     names = list(arguments_of(pipeline))[: len(args)]
     return kwargs.get("generator") is not None or "generator" in names
 
@@ -37,20 +37,20 @@ def has_generator(pipeline: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any
 def shape_of(
     pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scheduler: Any, reproducible: bool
 ) -> tuple[Shape, Hashable, int]:
-    """The shape of a call of `pipeline`, equal for what it may share steps with, and how many steps
-    it has."""
+    """The shape of a call of `pipeline`; a key that is equal for calls that may share its steps;
+    and its number of steps."""
     parameters = arguments_of(pipeline)
-    given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+    arguments = {**dict(zip(parameters, args, strict=False)), **kwargs}
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
     values = {
-        name: parameter.default
-        for name, parameter in parameters.items()
-        if parameter.default is not parameter.empty
-    } | given
+        name: value for name, value in defaults.items() if value is not inspect.Parameter.empty
+    }
+    values |= arguments
     size, prompt, images = _size(values), values.get("prompt"), values.get("num_images_per_prompt")
     prompts = len(prompt) if isinstance(prompt, list) else 1
     kind = frozenset(
         (name, _level(name, value))
-        for name, value in given.items()
+        for name, value in arguments.items()
         if value is not None and name != "generator"
     )
     return (
@@ -65,8 +65,8 @@ def shape_of(
 
 
 def _size(values: dict[str, Any]) -> tuple[int, int] | None:
-    """Width and height in pixels that are asked for, or those of the image to start from; None
-    where neither tells."""
+    """Width and height in pixels by the arguments, or of the image to start from; None if neither
+    is given."""
     width, height = values.get("width"), values.get("height")
     if isinstance(width, int) and isinstance(height, int) and width > 0 and height > 0:
         return width, height
@@ -76,7 +76,7 @@ def _size(values: dict[str, Any]) -> tuple[int, int] | None:
 
 
 def _steps(values: dict[str, Any]) -> int:
-    """Steps that run; of an edit, the share that its strength says."""
+    """The number of steps that run; of an edit, the share given by its strength."""
     steps, strength = values.get("num_inference_steps"), values.get("strength")
     if not isinstance(steps, int):
         return 0
@@ -86,7 +86,7 @@ def _steps(values: dict[str, Any]) -> int:
 
 
 def _level(name: str, value: Any) -> bool:
-    """Guidance of 1 or less is none, and saves a pipeline half of its rows or calls."""
+    """Whether guidance is on: 1 or less is off, and saves half of the rows or calls."""
     if isinstance(value, (int, float)) and ("guidance" in name or "cfg" in name):
         return value > 1
     return True

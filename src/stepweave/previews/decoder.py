@@ -1,10 +1,10 @@
-"""Previews of unfinished images: a small map from latents to pixels, fitted to the autoencoder
-that is served.
+"""Previews of unfinished images: a small map from latents to pixels, fitted to the served
+autoencoder.
 
-Latents of most autoencoders tell the colours of the pixels they stand for nearly linearly, so no
-decoder need run and no denoising step is spent. The map is linear in the latents around a pixel and
-in some random features of them, and is solved for, not trained. What is mapped is not the noisy
-latents but the clean ones that the model predicts at a step (`Latents.clean`).
+In most autoencoders, colours depend nearly linearly on latents, so previews need no decoder and no
+extra denoising step. The map is linear in the latents around a pixel and in random features of
+them; it is solved for, not trained. It is applied to the clean latents that the model predicts at a
+step (`Latents.clean`).
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LONGEST = 512  # pixels of a preview's longer side
-DETAIL = 4  # pixels a side that one latent becomes, at most
-REACH = 3  # latents a side that a pixel depends on; odd
-FEATURES = 256  # random ones
-SYNTHETIC_IMAGES = 32  # that the map is fitted to; a quarter of them is kept to judge it
-LATENT_SIDE = 8  # of those
-TOGETHER = 8  # in a forward
-PROOF = 0.5  # share of the variance of unseen pixels that the map must explain
-RIDGE = 3e-2  # of the mean square of a feature
-LAST = 0.75  # share of the steps after which the last preview is made
+DETAIL = 4  # most pixels per side that one latent becomes
+REACH = 3  # latents per side that a pixel depends on; odd
+FEATURES = 256  # random features of the latents
+SYNTHETIC_IMAGES = 32  # for the fit; a quarter of them tests it
+LATENT_SIDE = 8  # latents per side of a synthetic image
+TOGETHER = 8  # synthetic images in a forward
+PROOF = 0.5  # share of the variance of test pixels that the map must explain
+RIDGE = 3e-2  # regularisation, as a share of the mean square of a feature
+LAST = 0.75  # share of the steps before the last preview
 
 
 def preview_steps(total: int, count: int) -> list[int]:
-    """After which of `total` steps to show `count` previews: evenly spread, before the last step;
-    fewer if there are fewer.
+    """The steps, of `total`, after which to show `count` previews: evenly spread, and before the
+    last step, so fewer if there are few steps.
 
     >>> preview_steps(20, 3), preview_steps(3, 3), preview_steps(30, 1)
     ([5, 10, 15], [1, 2], [22])
@@ -56,56 +56,45 @@ def preview_steps(total: int, count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Previewer:
-    """Makes previews, on any thread. `fit` makes one."""
+    """Makes previews, on any thread. Create it with `fit`."""
 
     map: PixelMap
     unpack: Callable[[torch.Tensor, int, int], torch.Tensor] | None
-    explained: float  # share of the variance of unseen pixels
+    explained: float  # share of the variance of test pixels
 
     @classmethod
     def fit(cls, pipeline: Any) -> Previewer | None:
-        """One for a pipeline whose `vae` is loaded; None, and a line of the log, where no such map
-        does.
-
-        To be called before an engine has the pipeline. It takes a few forwards of the autoencoder
-        on small images.
+        """Fit a previewer to a pipeline's loaded `vae`, by a few forwards of it on small images. If
+        no such map works, log that and return None. Call it before an engine has the pipeline.
         """
         began = time.monotonic()
         try:
             with torch.no_grad():
-                # where CPU offload brings the autoencoder
+                # CPU offload moves the autoencoder there
                 device = getattr(pipeline, "_execution_device", None)
-                fitted, explained = _fit(
-                    pipeline.vae, getattr(pipeline, "vae_scale_factor", 8), device
-                )
+                factor = getattr(pipeline, "vae_scale_factor", 8)
+                fitted, explained = _fit(pipeline.vae, factor, device)
         except Exception as error:
-            logger.warning(
-                "there will be no previews: %s (%s)",
-                type(error).__name__,
-                str(error).partition("\n")[0],
-            )
+            kind, reason = type(error).__name__, str(error).partition("\n")[0]
+            logger.warning("previews are disabled: %s (%s)", kind, reason)
             return None
         finally:
             for hook in getattr(pipeline, "_all_hooks", ()):
-                hook.offload()  # with CPU offload the autoencoder came to the GPU
+                hook.offload()  # CPU offload has moved the autoencoder to the GPU
+        share, least = 100 * explained, 100 * PROOF
         if not explained >= PROOF:
             logger.warning(
-                "there will be no previews: latents explain %.0f %% of the pixels", 100 * explained
-            )
+                "previews are disabled: they explain %.0f %% of the variance of pixels, "
+                "less than %.0f %%", share, least,
+            )  # fmt: skip
             return None
-        logger.info(
-            "previews explain %.0f %% of the pixels, fitted in %.1f s",
-            100 * explained,
-            time.monotonic() - began,
-        )
+        seconds = time.monotonic() - began
+        logger.info("previews explain %.0f %% of pixels, fitted in %.1f s", share, seconds)
         return cls(fitted, _unpacker(pipeline), explained)
 
     def image(self, latents: Latents, width: int, height: int, row: int = 0) -> Image.Image:
-        """What an image of this size looks like at a step, as large as it will be, or LONGEST
-        pixels on its longer side.
-
-        Raises ValueError if the latents are not what the autoencoder takes.
-        """
+        """The preview of one row, in the image's size (pixels), but at most LONGEST on its longer
+        side. Raises ValueError if the autoencoder cannot take the latents."""
         clean = latents.rows(row, row + 1).clean()
         if clean.ndim == 3 and self.unpack is not None:
             clean = self.unpack(clean, width, height)
@@ -113,7 +102,8 @@ class Previewer:
             clean = clean[:, :, 0]
         if clean.ndim != 4 or clean.shape[1] != self.map.channels:
             raise ValueError(
-                f"latents are {tuple(clean.shape)}; {self.map.channels} channels can be previewed"
+                f"latents have shape {tuple(clean.shape)}; previews need {self.map.channels} "
+                f"channels"
             )
         pixels = self.map(clean).add_(1).mul_(127.5).clamp_(0, 255)
         image = Image.fromarray(pixels[0].permute(1, 2, 0).round().to("cpu", torch.uint8).numpy())
@@ -130,8 +120,8 @@ class PixelMap:
     """Maps the denoiser's latents (rows, channels, height, width) to pixels (rows, 3, detail *
     height, detail * width), -1 to 1.
 
-    `readout` (3 * detail ** 2, inputs) is of the latents around a pixel, of FEATURES rectified
-    combinations of them, and of one.
+    The inputs of `readout` (3 * detail ** 2, inputs) are the latents around a pixel, FEATURES
+    rectified combinations of them, and 1.
     """
 
     combinations: torch.Tensor  # (FEATURES, channels, REACH, REACH)
@@ -150,7 +140,7 @@ class PixelMap:
         )
 
     def inputs(self, latents: torch.Tensor) -> torch.Tensor:
-        """What the readout is of, (rows, inputs, height * width)."""
+        """The inputs of `readout`, (rows, inputs, height * width)."""
         padded = functional.pad(latents.to(self.combinations), (REACH // 2,) * 4, mode="replicate")
         linear = functional.unfold(padded, REACH)
         rectified = functional.conv2d(padded, self.combinations, self.thresholds).relu().flatten(2)
@@ -158,11 +148,11 @@ class PixelMap:
 
 
 def _fit(vae: Any, factor: int, device: torch.device | None) -> tuple[PixelMap, float]:
-    """A map for latents that are `factor` times smaller than the pixels, and the share of the
-    variance that it explains."""
+    """Fit a map for latents that are `factor` times smaller than the pixels. Returns it and the
+    share of the variance of test pixels that it explains."""
     device = device or vae.device
     if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
-        vae = _unhooked_copy(vae).to(device, torch.float32)  # in half precision it overflows
+        vae = _unhooked_copy(vae).to(device, torch.float32)  # half precision would overflow
     latents, pixels = _samples(vae, LATENT_SIDE * factor, device)
     latents = normalised(vae, latents)
     factor = pixels.shape[-1] // latents.shape[-1]
@@ -184,12 +174,12 @@ def _fit(vae: Any, factor: int, device: torch.device | None) -> tuple[PixelMap, 
 
 
 def _flat(values: torch.Tensor) -> torch.Tensor:
-    """Doubles on the CPU (images * places, n) of (images, n, places...)."""
+    """Convert (images, n, places...) to doubles on the CPU, (images * places, n)."""
     return values.flatten(2).transpose(1, 2).flatten(0, 1).to("cpu", torch.float64)
 
 
 def _solve(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The ridge regression's (inputs, targets)."""
+    """The solution of the ridge regression, (inputs, targets)."""
     gram = inputs.T @ inputs
     gram.diagonal().add_(RIDGE * gram.diagonal().mean())
     solution: torch.Tensor = torch.linalg.solve(gram, inputs.T @ targets)
@@ -197,8 +187,7 @@ def _solve(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def _unhooked_copy(vae: nn.Module) -> nn.Module:
-    """A copy without accelerate's hook, which holds the models that are offloaded before this
-    one."""
+    """A copy without accelerate's hook, which refers to other offloaded models."""
     hook = getattr(vae, "_hf_hook", None)
     copied = copy.deepcopy(vae, {} if hook is None else {id(hook): ModelHook()})
     unhooked: nn.Module = remove_hook_from_module(copied)
@@ -206,8 +195,8 @@ def _unhooked_copy(vae: nn.Module) -> nn.Module:
 
 
 def _samples(vae: Any, side: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents of the autoencoder, (images, channels, side, side), and their pixels, -1 to 1,
-    float32."""
+    """Latents of synthetic images, (images, channels, side, side), and their decoded pixels, from
+    -1 to 1, in float32."""
     film = any(isinstance(module, nn.Conv3d) for module in vae.modules())
     latents, pixels = [], []
     images = synthetic_images(SYNTHETIC_IMAGES, side)
@@ -222,26 +211,21 @@ def _samples(vae: Any, side: int, device: torch.device) -> tuple[torch.Tensor, t
 
 
 def normalised(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """The autoencoder's latents (rows, channels, height, width) as the denoiser has them, by the
+    """Scale the autoencoder's latents (rows, channels, height, width) to the denoiser's, by the
     autoencoder's config."""
 
-    def value(name: str, otherwise: float) -> torch.Tensor:
-        found = getattr(vae.config, name, None)
-        return (
-            torch.as_tensor(otherwise if found is None else found, device=latents.device)
-            .float()
-            .reshape(-1, 1, 1)
-        )
+    def value(name: str, default: float) -> torch.Tensor:
+        setting = getattr(vae.config, name, None)
+        setting = default if setting is None else setting
+        return torch.as_tensor(setting, device=latents.device).float().reshape(-1, 1, 1)
 
     mean = value("latents_mean", 0.0) + value("shift_factor", 0.0)
     return (latents - mean) * value("scaling_factor", 1.0) / value("latents_std", 1.0)
 
 
 def synthetic_images(count: int, side: int) -> torch.Tensor:
-    """Round and square shapes of all colours on plain and graded grounds, (count, 3, side, side),
-    -1 to 1; always the same.
-
-    Many colours are pure: grounds of black and white are what grain shows on.
+    """Draw round and square shapes on plain and graded backgrounds, (count, 3, side, side), from -1
+    to 1; always the same. Many colours are pure, since grain shows on black and white backgrounds.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -251,8 +235,8 @@ def synthetic_images(count: int, side: int) -> torch.Tensor:
     line = torch.linspace(0, 1, side)
     y, x = torch.meshgrid(line, line, indexing="ij")
     slope = (draw(1) * x + draw(1) * y) / 2
-    one, other, plain = draw(3), draw(3), draw(1) < 0.5
-    images = torch.where(plain, one, one * (1 - slope) + other * slope)
+    first, second, plain = draw(3), draw(3), draw(1) < 0.5
+    images = torch.where(plain, first, first * (1 - slope) + second * slope)
     for i in range(6):
         centre_x, centre_y, size = draw(1), draw(1), 0.08 + 0.25 * draw(1)
         far_x, far_y = (x - centre_x).abs(), (y - centre_y).abs()
@@ -262,18 +246,18 @@ def synthetic_images(count: int, side: int) -> torch.Tensor:
 
 
 def _unpacker(pipeline: Any) -> Callable[[torch.Tensor, int, int], torch.Tensor] | None:
-    """The pipeline's own way from packed latents to (rows, channels, [1,] height, width); None if
-    there is none of use."""
+    """The pipeline's function that unpacks latents to (rows, channels, [1,] height, width); None if
+    there is none, or it has other parameters."""
     function = getattr(pipeline, "_unpack_latents", None)
     if function is None:
         return None
     names = list(inspect.signature(function).parameters)
-    known = {"vae_scale_factor": getattr(pipeline, "vae_scale_factor", None)}
-    if not set(names) <= {"latents", "height", "width", *known}:
+    constants = {"vae_scale_factor": getattr(pipeline, "vae_scale_factor", None)}
+    if not set(names) <= {"latents", "height", "width", *constants}:
         return None
 
     def unpack(latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
-        values = {"latents": latents, "height": height, "width": width, **known}
+        values = {"latents": latents, "height": height, "width": width, **constants}
         unpacked: torch.Tensor = function(**{name: values[name] for name in names})
         return unpacked
 

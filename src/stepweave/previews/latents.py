@@ -1,4 +1,4 @@
-"""What a job's observer is given of its latents, taken where the view's own scheduler steps."""
+"""The latents of a denoising step for observers, copied where the view's scheduler steps."""
 
 from __future__ import annotations
 
@@ -16,31 +16,28 @@ from stepweave.compat.cpu_offload import pipelines_in
 
 logger = logging.getLogger(__name__)
 
-# of the larger noise level; below it two samples do not tell image and noise apart
+# share of the larger noise level; below it, two samples cannot be separated into image and noise
 ILL_CONDITIONED = 1e-3
 
 
 @dataclass(frozen=True)
 class Latents:
-    """One denoising step: copies on the device, which any thread may read at any time.
+    """One denoising step. The tensors are copies on the device, (rows, ...) in the pipeline's form,
+    which any thread may read at any time."""
 
-    `sample`, `output` and `after` are what the scheduler's step was given and gave, (rows, ...) as
-    the pipeline has them.
-    """
-
-    sample: torch.Tensor
+    sample: torch.Tensor  # input of the scheduler's step
     output: torch.Tensor  # of the model, guidance applied
     timestep: Any
-    after: torch.Tensor
-    scheduler: Any  # a copy of the view's; by which the noise levels are found
+    after: torch.Tensor  # result of the scheduler's step
+    scheduler: Any  # a copy of the view's, for noise levels
 
     def clean(self) -> torch.Tensor:
-        """What the latents would be without noise, by what the model said; `after` where the
-        scheduler does not tell. Float32."""
+        """The latents without noise, as the model predicts them, in float32; `after` if that cannot
+        be calculated."""
         try:
             clean = self._clean()
         except Exception:
-            clean = None  # schedulers have no contract for this
+            clean = None  # schedulers have no common interface for this
         return self.after.float() if clean is None or not bool(clean.isfinite().all()) else clean
 
     def rows(self, start: int, stop: int) -> Latents:
@@ -56,7 +53,7 @@ class Latents:
         scheduler = clone_scheduler(self.scheduler)
         for name in ("_step_index", "_begin_index"):
             if hasattr(scheduler, name):
-                # else that step's noise is added, whatever the timestep
+                # otherwise noise is that of the index, whatever the timestep
                 setattr(scheduler, name, None)
         timestep = torch.as_tensor(self.timestep).reshape(-1)[:1].cpu()
         signal, noise = noise_level(scheduler, timestep)
@@ -67,7 +64,7 @@ class Latents:
             clean = (sample - noise * output) / signal
             return clean
         if prediction == "v_prediction":
-            # 1 where variance is preserved, which v is defined by
+            # 1 if the scheduler preserves variance, as the definition of v does
             length = (signal**2 + noise**2) ** 0.5
             clean = signal / length**2 * sample - noise / length * output
             return clean
@@ -76,10 +73,10 @@ class Latents:
             return clean
         if prediction == "sample":
             return output.clone()
-        left = scheduler.timesteps.cpu()[_after(scheduler.timesteps, timestep) :]
-        if not len(left):
+        later = scheduler.timesteps.cpu()[_after(scheduler.timesteps, timestep) :]
+        if not len(later):
             return None
-        next_signal, next_noise = noise_level(scheduler, left[:1])
+        next_signal, next_noise = noise_level(scheduler, later[:1])
         determinant = next_noise * signal - noise * next_signal
         if abs(determinant) < ILL_CONDITIONED * max(noise, next_noise):
             return None
@@ -88,8 +85,8 @@ class Latents:
 
 
 def noise_level(scheduler: Any, timestep: torch.Tensor) -> tuple[float, float]:
-    """The factors of image and noise in a sample of `timestep` (1,), by a scheduler whose step
-    index is not set."""
+    """The factors of image and noise in a sample at `timestep`, of shape (1,). The scheduler's step
+    index must not be set."""
     image, noise = torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [1.0]])
     if hasattr(scheduler, "scale_noise"):
         levels = scheduler.scale_noise(image, timestep, noise)
@@ -99,7 +96,7 @@ def noise_level(scheduler: Any, timestep: torch.Tensor) -> tuple[float, float]:
 
 
 def prediction_of(scheduler: Any) -> str | None:
-    """What the model's output is; None if only the scheduler knows."""
+    """The kind of the model's output; None if only the scheduler knows."""
     if hasattr(scheduler, "precondition_outputs"):
         return None
     otherwise = "flow_prediction" if hasattr(scheduler, "scale_noise") else None
@@ -109,15 +106,12 @@ def prediction_of(scheduler: Any) -> str | None:
 
 def _after(timesteps: torch.Tensor, timestep: torch.Tensor) -> int:
     """The index behind the last occurrence of a timestep; some schedulers have each twice."""
-    found = (timesteps.cpu() == timestep).nonzero()
-    return int(found[-1]) + 1 if len(found) else len(timesteps)
-
-
-# Where they are taken
+    equal = (timesteps.cpu() == timestep).nonzero()
+    return int(equal[-1]) + 1 if len(equal) else len(timesteps)
 
 
 class Progressing(Protocol):
-    """What a view reports to: a job, or jobs that progress as one."""
+    """The receiver of a view's progress: a job, or the jobs of one call."""
 
     @property
     def observed(self) -> bool: ...
@@ -129,13 +123,12 @@ class Progressing(Protocol):
 
 
 class Tap:
-    """Stands between a view and what it reports to; gives that the latents of the steps that it
-    wants."""
+    """Passes a view's progress on to a job, with the latents of the steps that the job wants."""
 
     def __init__(self, view: Any, job: Progressing) -> None:
         self._job = job
         self._latents: Latents | None = None
-        self._told = False
+        self._warned = False
         self._wrapped: list[Any] = []
         for part in pipelines_in(view):
             for scheduler in list(vars(part).values()):
@@ -143,7 +136,7 @@ class Tap:
                     self._wrap(scheduler)
 
     def end(self) -> None:
-        """Take the wrappers away, which hold on to what holds them."""
+        """Remove the wrappers, which are in reference cycles."""
         for scheduler in self._wrapped:
             scheduler.__dict__.pop("step", None)
         self._wrapped.clear()
@@ -174,7 +167,7 @@ class Tap:
                     self._lost()
             return result
 
-        # a method and no closure: a pipeline's deep copy of its scheduler must step the copy
+        # a method, since a deep copy of the scheduler must step the copy
         scheduler.__dict__["step"] = types.MethodType(step, scheduler)
         self._wrapped.append(scheduler)
 
@@ -189,9 +182,9 @@ class Tap:
         )
 
     def _lost(self) -> None:
-        if not self._told:
-            self._told = True
-            logger.exception("the latents of a step cannot be taken: there are no previews of it")
+        if not self._warned:
+            self._warned = True
+            logger.exception("could not copy the latents of a step: no previews of it")
 
 
 def _copied(timestep: Any) -> Any:

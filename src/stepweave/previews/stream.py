@@ -1,4 +1,4 @@
-"""Previews of one request: made beside the work, in order, never holding it up for long."""
+"""Makes the previews of one request in order, beside its work."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LATE_SECONDS = 0.25  # that a finished image waits for previews that are not made yet
+LATE_SECONDS = 0.25  # how long a finished image waits for its previews
 
 
 @dataclass(frozen=True)
 class Partial:
-    """A preview: the image it is of (0 to n - 1), its number (from 0), and its file."""
+    """A preview file."""
 
-    image: int
-    number: int
+    image: int  # index of the image, 0 to n - 1
+    number: int  # from 0
     data: bytes
 
 
 class Partials:
     """The previews of a request. `wants` is for the engine's thread, all else for the event loop.
 
-    `count` previews are made after as many steps, on the threads of `pool`, and `encode` makes a
-    file of each; `notify` is called when one is there.
+    After `count` of the steps, previews are made on the threads of `pool`, encoded as files by
+    `encode`, and `notify` is called.
     """
 
     def __init__(
@@ -55,14 +55,13 @@ class Partials:
         self._encode = encode
         self._pool = pool
         self._notify = notify
-        self._last: asyncio.Future[None] | None = None  # the last one that was begun
-        # the last step that one was wanted of: a call that begins anew repeats its steps
-        self._reached = 0
+        self._last: asyncio.Future[None] | None = None  # the last one that was started
+        self._reached = 0  # the last step with a preview: a job that restarts repeats its steps
         self._steps: frozenset[int] | None = None
         self._over = False
 
     def wants(self, step: int, total: int) -> bool:
-        """Whether there is to be a preview after a step."""
+        """Whether to make previews after this step."""
         if self._steps is None:
             from stepweave.previews.decoder import preview_steps
 
@@ -73,27 +72,27 @@ class Partials:
         return True
 
     def begin(self, latents: Latents) -> None:
-        """Have a preview made."""
+        """Start to make previews of a step."""
         if not self._over:
             self._last = asyncio.ensure_future(self._make(latents, self._last))
 
     async def settle(self) -> None:
-        """Wait a little for what was begun; what is not there then will not be."""
+        """Wait at most LATE_SECONDS for previews that were started, then `end`."""
         if self._last is not None:
             await asyncio.wait({self._last}, timeout=LATE_SECONDS)
         self.end()
 
     def end(self) -> None:
-        """Make no more, and let go of who is told of them."""
+        """Make no more previews, and drop the reference to `notify`."""
         self._over = True
         self._notify = lambda: None
 
     async def _make(self, latents: Latents, before: asyncio.Future[None] | None) -> None:
-        made = on_thread(self._pool, self._files, latents)
+        making = on_thread(self._pool, self._files, latents)
         try:
             if before is not None:
-                await before  # another thread may take longer for it
-            files = await made
+                await before  # keep their order: another thread may be slower
+            files = await making
         except Exception as error:
             logger.warning("a preview failed: %s: %s", type(error).__name__, error)
             return
@@ -103,8 +102,7 @@ class Partials:
             self._notify()
 
     def _files(self, latents: Latents) -> list[bytes]:
-        """On a thread of the pool."""
-        if self._over:
+        if self._over:  # on a thread of the pool
             return []
         width, height = self._parameters.width, self._parameters.height
         images = [

@@ -1,1 +1,1 @@
-"""What is done when a step has shown that something is wrong: jobs restart, or take turns."""
+"""Restarts jobs, or runs them one at a time, if a step has put results in doubt."""

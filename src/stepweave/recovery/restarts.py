@@ -1,4 +1,4 @@
-"""Jobs that restart, or take turns, because what they were given is in doubt."""
+"""Restarts jobs with doubtful results, and has jobs take turns if a module keeps state."""
 
 from __future__ import annotations
 
@@ -11,26 +11,22 @@ from stepweave.certification.state_watch import Watches
 from stepweave.jobs.running import RunningJob
 from stepweave.views.modules import EngineModules
 
-IN_DOUBT = "its steps were shared by calls that have turned out not to be"
-STATEFUL = "a module keeps state of other jobs"
+IN_DOUBT = "it used results of merged forwards whose certificate has failed"
+STATEFUL = "a module keeps state, possibly of other jobs"
 
 
 class Loop(Protocol):
-    """What runs the jobs."""
+    """The step loop, as far as recovery acts on it."""
 
     one_at_a_time: bool
 
     def running_jobs(self) -> list[RunningJob]: ...
-    def restart(self, job: RunningJob, reason: str) -> None:
-        """Have a job start again, if its call can be made again."""
-
-    def end(self, job: RunningJob, error: BaseException) -> None:
-        """Raise something in a job's call that ends it."""
+    def restart(self, job: RunningJob, reason: str) -> None: ...
+    def end(self, job: RunningJob, error: BaseException) -> None: ...
 
 
 class Recovery:
-    """Looks, before and after each step, whether the modules and the results are as they should
-    be."""
+    """Checks modules before each step, and results after it."""
 
     def __init__(
         self,
@@ -47,8 +43,8 @@ class Recovery:
         self._watches = watches
 
     def before_step(self) -> None:
-        """Have jobs take turns if a module keeps state; have them fail rather than run on weights
-        that another job's own code has overwritten."""
+        """Have jobs take turns if a module keeps state; end those that would run on weights that
+        another job's own code has overwritten."""
         guard = self._modules.guard
         if guard.untold:
             self._take_turns()
@@ -61,8 +57,8 @@ class Recovery:
                 self._loop.end(job, guard.error() or error)
 
     def after_step(self, call: Call) -> None:
-        """Have jobs restart whose results are in doubt, and those that met a module's state, after
-        a step of which this was a call."""
+        """Restart jobs whose results are in doubt, and those that may have used a module's state,
+        after a step with this call."""
         for job in self._certificates.doubtful():
             self._loop.restart(job, IN_DOUBT)
         watch = self._watches.of(call.target)
@@ -71,8 +67,8 @@ class Recovery:
             self._take_turns(None if met_another else call.owner)
 
     def _take_turns(self, steady: RunningJob | None = None) -> None:
-        """Have jobs run one at a time from now on; those that may have met what another left in a
-        module restart, which are all but the `steady` one."""
+        """Run jobs one at a time from now on. All but the `steady` one restart: they may have used
+        state that another job has left in a module."""
         self._modules.guard.tell()
         self._cache.clear()
         jobs = self._loop.running_jobs()

@@ -1,5 +1,5 @@
 """Which calls share the next forward. Pure Python without torch: the engine and the simulator
-(`benchmarks/simulate.py`) run this very code."""
+(`benchmarks/simulate.py`) run the same code."""
 
 from stepweave.scheduling.policy import Policy, WasteAwareSRPT, srpt
 

@@ -11,29 +11,29 @@ from stepweave.scheduling.queues import CallT, Queues, WaitingCall
 from stepweave.scheduling.task import Key, Task
 
 Rank = tuple[float, ...]  # the lowest goes first
-Cap = Callable[[Any], int]  # the most rows of a forward with a call
+Cap = Callable[[Any], int]  # the largest number of rows of a forward with a call
 
-URGENT, UNHURRIED, HOPELESS = 0, 1, 2  # deadlines, among jobs of one priority
+URGENT, UNHURRIED, HOPELESS = 0, 1, 2  # order by deadline, among jobs of one priority
 
 
 class Cost(Protocol):
     def seconds(self, key: Key, rows: int) -> float:
-        """What a forward of so many rows takes."""
+        """Seconds of a forward of this many rows."""
 
 
 @runtime_checkable
 class Policy(Protocol):
-    """What `StepEngine(policy=...)` takes. Pure functions, so that they can be simulated."""
+    """The type of `StepEngine(policy=...)`: pure functions, so that they can be simulated."""
 
     @property
     def cuts_at_knee(self) -> bool:
         """Whether forwards have no more rows than pay."""
 
     def rank(self, task: Task, now: float) -> Rank:
-        """The order in which jobs start, and are predicted to run."""
+        """The rank by which jobs start, and are predicted to run."""
 
     def choose(self, queues: Queues[CallT], now: float, cap: Cap, cost: Cost) -> list[CallT]:
-        """At least one call, and others of its key while their rows are within its limit."""
+        """Choose at least one call, and others of its key while their rows are within its limit."""
 
 
 @dataclass(frozen=True)
@@ -44,26 +44,26 @@ class WasteAwareSRPT:
     A half-empty forward takes longer for each row than a full one, and that waste delays all other
     calls. So remaining work is multiplied by 1 + waste_weight * waste * others. An example: a
     forward takes 0.2 s for one row, and 0.8 s for eight, the limit. A row alone takes 0.2 s, in a
-    full forward 0.1 s. So a job alone wastes 0.1 s a row: half of a row alone, waste = 0.5. While 4
-    calls of other keys wait, the factor is 1 + 3 * 0.5 * 4 = 7. A job of 10 s counts as one of
-    70 s, and lets all shorter ones go first. Meanwhile others of its key may come: eight of them
-    make a full forward, waste nothing, and each counts as 10 s again.
+    full forward 0.1 s. So a job alone wastes 0.1 s per row, half of a row's 0.2 s: waste = 0.5.
+    While 4 calls of other keys wait, the factor is 1 + 3 * 0.5 * 4 = 7. A job of 10 s counts as one
+    of 70 s, and all shorter ones go first. Meanwhile jobs of its key may arrive: eight of them make
+    a full forward without waste, and each counts as 10 s again.
 
     Waiting is bounded: the oldest overdue job (`Task.overdue`) goes before all others once it has
-    waited as long as its forward takes, so it has at least half of the time.
+    waited as long as its forward takes, so it gets at least half of the time.
 
-    Least remaining work first: Schrage, A Proof of the Optimality of the Shortest Remaining
-    Processing Time Discipline, 1968.
+    Source: Schrage, A Proof of the Optimality of the Shortest Remaining Processing Time Discipline,
+    1968.
     """
 
     waste_weight: float = 3.0
-    urgency: float = 4.0  # times the remaining work: a deadline with less to spare is urgent
+    urgency: float = 4.0  # a deadline is urgent if less than this many times the work is spare
     others_share: float = 1.0  # seconds of others for each second of the oldest overdue job
     cuts_at_knee: bool = True
 
     def rank(self, task: Task, now: float) -> Rank:
         """Among jobs of one priority: urgent deadlines, the earliest first; then the least
-        remaining work; and last what can no longer be in time."""
+        remaining work; last, jobs that can no longer meet their deadlines."""
         remaining = task.remaining
         spare = float("inf") if task.deadline is None else task.deadline - now - remaining
         if spare < 0:
@@ -95,10 +95,10 @@ class WasteAwareSRPT:
     def waste_factor(
         self, group: Sequence[WaitingCall], others: int, cap: Cap, cost: Cost
     ) -> float:
-        """What the remaining work of a group's first job is multiplied by."""
+        """The factor by which the remaining work of a group's first job is multiplied."""
         first = group[0]
         if not others or not (first.task.opened and first.task.left):
-            return 1.0  # what is encoded or decoded is so once, for all steps
+            return 1.0  # only steps repeat: encoding and decoding happen once a job
         own, rows = rows_of([first]), rows_of(group)
         full = max(own, cap(first))
         alone = cost.seconds(first.cost, own) / own
@@ -122,7 +122,7 @@ def rows_of(group: Sequence[WaitingCall]) -> int:
 
 
 def fill(queue: Sequence[CallT], cap: Cap) -> list[CallT]:
-    """The first call, whatever its rows, and those after it that fit beside."""
+    """The first call, whatever its rows, and the following ones that fit within its limit."""
     group, rows, most = [queue[0]], queue[0].rows, cap(queue[0])
     for call in queue[1:]:
         if rows >= most:
@@ -134,8 +134,8 @@ def fill(queue: Sequence[CallT], cap: Cap) -> list[CallT]:
 
 
 def _joining(groups: Sequence[list[CallT]], cap: Cap) -> list[CallT] | None:
-    """A group whose first job can join the steps of the best group, which has room, once what it
-    needs before, such as an encoding, is done."""
+    """A group whose first job will be able to join the steps of the best group, which has room,
+    once its calls before the first step, such as encoding, are done."""
     best, *others = groups
     task, room = best[0].task, cap(best[0]) - rows_of(best)
     for group in others if task.opened and task.left else ():

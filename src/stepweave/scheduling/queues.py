@@ -17,7 +17,7 @@ class WaitingCall(Protocol):
     @property
     def rows(self) -> int: ...
     @property
-    def cost(self) -> Key: ...  # what the seconds of its forward depend on
+    def cost(self) -> Key: ...  # key of the cost model
     @property
     def task(self) -> Task: ...  # of its job
     @property
@@ -29,20 +29,19 @@ Queues = Mapping[Hashable, Sequence[CallT]]
 
 
 class CallQueues(OrderedDict[Hashable, list[CallT]]):
-    """A queue for each key, so that no call waits for another key's queue to empty; the key that
-    was served longest ago first."""
+    """A queue for each key, the one that was served longest ago first; no call waits for another
+    key's queue to empty."""
 
     def add(self, call: CallT) -> None:
         self.setdefault(call.key, []).append(call)
 
     def remove(self, call: CallT) -> None:
-        """Forget a call."""
         self[call.key].remove(call)
         if not self[call.key]:
             del self[call.key]
 
     def take(self, calls: Sequence[CallT]) -> None:
-        """Take calls of one key out, and put their queue behind the others."""
+        """Remove calls of one key, and move their queue behind the others."""
         queue = self.pop(calls[0].key)
         taken = set(map(id, calls))
         rest = [call for call in queue if id(call) not in taken]

@@ -1,4 +1,4 @@
-"""Jobs as scheduling sees them: what they ask of the model, and how much of it is left."""
+"""Jobs as scheduling sees them: their work, and how much of it remains."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 AGING_THRESHOLD = 60.0  # seconds of delay after which a job is overdue ...
-AGING_THRESHOLD_SOLO = 4.0  # ... or as many times what it takes alone, if that is longer
+AGING_THRESHOLD_SOLO = 4.0  # ... or this many times its duration alone, if that is longer
 
 
 class Priority(IntEnum):
@@ -20,14 +20,14 @@ class Priority(IntEnum):
 
 
 class Key(NamedTuple):
-    """What the seconds of a forward depend on, besides its rows."""
+    """The key of a forward in the cost model; its rows are given apart."""
 
     module: str
     size: int  # elements of a row's sample, which are proportional to its tokens
 
 
 class Load(NamedTuple):
-    """Calls of a module, all alike."""
+    """A number of equal calls of one module."""
 
     key: Key
     rows: int
@@ -36,8 +36,7 @@ class Load(NamedTuple):
 
 @dataclass(frozen=True)
 class Demand:
-    """What a job asks of the modules: before its first denoising step, in each, and after the
-    last."""
+    """A job's calls: before its first denoising step, in each step, and after the last."""
 
     steps: int = 0
     before: tuple[Load, ...] = ()
@@ -47,41 +46,39 @@ class Demand:
     group: Hashable = None
 
     @property
-    def kind(self) -> Hashable:
-        """Equal for jobs whose steps may share forwards."""
+    def kind(self) -> Hashable:  # equal for jobs whose steps may share forwards
         return (self.group, *(load.key for load in self.step))
 
     @property
     def rows(self) -> int:
-        """Of a step's first module."""
+        """Rows of a step's first module."""
         return self.step[0].rows if self.step else 1
 
 
 class Prices(Protocol):
     def alone(self, loads: tuple[Load, ...]) -> float:
-        """Seconds of calls that share no forward."""
+        """Seconds of these calls if they share no forward."""
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class Task:
-    """A job: when it came, its priority and deadline, its demand, and how far it is. Times are
-    seconds of one clock."""
+    """A job's arrival, priority, deadline, demand and progress. Times are seconds of one clock."""
 
     demand: Demand = field(default=Demand(), kw_only=False)
     arrived: float = 0.0
     priority: Priority = Priority.NORMAL
     deadline: float | None = None
-    begun: bool = False  # it has been given a forward
-    opened: bool = False  # its first step may run: what comes before is done
+    begun: bool = False  # its first forward has started
+    opened: bool = False  # its calls before the first step are done
     done: int = 0  # steps
-    # seconds that it takes alone: in all, before its steps, in each of them, and after
+    # seconds on an idle engine: in total, before the steps, for each step, and after them
     solo: float = field(default=0.0, init=False)
     before: float = field(default=0.0, init=False)
     step: float = field(default=0.0, init=False)
     after: float = field(default=0.0, init=False)
 
     def price(self, prices: Prices) -> None:
-        """Work out, or correct, how many seconds it takes alone."""
+        """Calculate its seconds on an idle engine, at the current prices."""
         demand, alone = self.demand, prices.alone
         self.before, self.step, self.after = map(alone, (demand.before, demand.step, demand.after))
         self.solo = self.before + self.demand.steps * self.step + self.after
@@ -93,13 +90,13 @@ class Task:
 
     @property
     def remaining(self) -> float:
-        """Seconds that the rest would take alone."""
+        """Seconds that the rest would take on an idle engine."""
         return (0.0 if self.opened else self.before) + self.left * self.step + self.after
 
     def delay(self, now: float) -> float:
-        """Seconds since it came in which it made no progress, as far as steps tell."""
+        """Seconds since its arrival, less those of the work that is done."""
         return now - self.arrived - (self.solo - self.remaining)
 
     def overdue(self, now: float) -> bool:
-        """Whether it has waited so long for others that it goes before them."""
+        """Whether its delay has passed the aging threshold, so it goes before other jobs."""
         return self.delay(now) > max(AGING_THRESHOLD, AGING_THRESHOLD_SOLO * self.solo)

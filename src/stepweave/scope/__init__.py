@@ -1,8 +1,5 @@
-"""The request-scoped core: one pipeline in memory, safe for many requests at once.
-
-Works alone, without a server: wrap a pipeline in `RequestScopedPipeline` and call `generate` from
-any thread.
-"""
+"""One pipeline in memory for many concurrent requests, without a server: wrap it in
+`RequestScopedPipeline` and call `generate` from any thread."""
 
 from stepweave.compat.async_scheduler import BaseAsyncScheduler, async_retrieve_timesteps
 from stepweave.compat.isolation import IsolationError

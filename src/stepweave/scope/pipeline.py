@@ -1,4 +1,4 @@
-"""One pipeline for many threads."""
+"""`RequestScopedPipeline`: one pipeline for many threads."""
 
 from __future__ import annotations
 
@@ -20,23 +20,25 @@ from stepweave.scope.view import make_view
 class RequestScopedPipeline:
     """Runs one diffusers pipeline for many threads at once, each call on a view of its own.
 
-    The pipeline given is never changed. Modules and weights are shared, so memory does not grow
+    The original pipeline is never changed. Modules and weights are shared, so memory does not grow
     with the number of threads.
 
     Args:
         pipeline: any diffusers pipeline.
-        mutable_attrs: names of attributes that each request gets copies of, beside schedulers,
-            guiders and sub-pipelines.
+        mutable_attrs: names of attributes to copy for each request, besides schedulers, guiders
+            and sub-pipelines.
         auto_detect_mutables: copy every attribute that a call could change: lists, dicts,
-            generators, small tensors, plain objects. Off, only `mutable_attrs` are.
-        tensor_numel_threshold: tensors with more elements are shared.
-        tokenizer_lock: taken around every use of a tokenizer; one of its own if None. Share it
-            between pipelines that share tokenizers.
-        wrap_scheduler: give each view its scheduler in a `BaseAsyncScheduler`.
+            generators, small tensors, plain objects. If False, only `mutable_attrs` are copied.
+        tensor_numel_threshold: tensors with more elements than this are shared, not copied.
+        tokenizer_lock: held during every use of a tokenizer. Default: a new lock. Pipelines that
+            share tokenizers must share it.
+        wrap_scheduler: wrap each view's scheduler in a `BaseAsyncScheduler`.
 
-    Calls run at the same time, except where the modules hold the state of a call: with CPU or group
-    offload, a feature cache (FirstBlockCache and its like), perturbed attention or a half-precision
-    autoencoder that the call casts, they take turns.
+    Raises AttributeError if the pipeline lacks one of `mutable_attrs`.
+
+    Calls run concurrently, unless modules keep the state of a call; then they take turns. That is
+    so with CPU or group offload, a feature cache (such as FirstBlockCache), perturbed attention, or
+    a half-precision autoencoder that the call casts.
 
     >>> pipeline = DiffusionPipeline.from_pretrained(
     ...     "models/shapes", text_encoder_3=None, tokenizer_3=None
@@ -70,7 +72,7 @@ class RequestScopedPipeline:
         self.turns = TurnTaking(pipeline)
 
     def view(self, scheduler: Any = None) -> Any:
-        """A view of the pipeline for one request, with a copy of `scheduler` if one is given."""
+        """Make a view of the pipeline for one request, with a copy of `scheduler` if given."""
         view = make_view(
             self.pipeline,
             replace={} if scheduler is None else {"scheduler": scheduler},
@@ -90,12 +92,11 @@ class RequestScopedPipeline:
         scheduler: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Call the pipeline on a view of this request's own and return what it returns. Safe from
-        any thread.
+        """Call the pipeline on a view of its own, from any thread, and return the result.
 
-        `args` and `kwargs` are the pipeline's own. `scheduler` is used in place of the pipeline's,
-        as a copy. `device`, if given, must be the one the pipeline runs on (ValueError otherwise):
-        views share its weights.
+        `args` and `kwargs` are those of the pipeline's call. A copy of `scheduler`, if given,
+        replaces the pipeline's. Raises ValueError if `device` is not the pipeline's: views share
+        its weights.
         """
         if device is not None:
             asked, own = torch.device(device), self.pipeline._execution_device
@@ -108,8 +109,7 @@ class RequestScopedPipeline:
 
     @contextlib.contextmanager
     def lease(self, scheduler: Any = None) -> Iterator[Any]:
-        """A view to call within the block; where calls must take turns, the block waits for its
-        turn and holds it."""
+        """Provide a view within the block, which waits for its turn if calls must take turns."""
         if not self.takes_turns():
             yield self.view(scheduler)
             return
@@ -117,12 +117,12 @@ class RequestScopedPipeline:
             yield self.view(scheduler)
 
     def takes_turns(self) -> bool:
-        """Whether calls must take turns, because the modules themselves keep a call's state."""
-        # a call whose turn it is may hide that by what it changed
+        """Whether calls must take turns, because modules keep the state of a call."""
+        # the call whose turn it is may have changed the modules so that they hide it
         return self.turn_lock.locked() or self.turns.needed()
 
     def stand_in(self, component: Any) -> Any:
-        """What stands in a shared component's place in a view, such as a lock around it."""
+        """The replacement for a shared component in a view: the component, or a lock around it."""
         if isinstance(component, PreTrainedTokenizerBase):
             return LockedTokenizer(component, self.tokenizer_lock)
         if is_autoencoder(component):

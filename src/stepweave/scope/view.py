@@ -1,9 +1,9 @@
-"""Views: a pipeline of one request's own, around the weights that all requests share.
+"""Views: a pipeline object for one request, around the weights that all requests share.
 
-A view is an object of the pipeline's own class. Whatever a call changes is a copy: the scheduler,
-guiders, sub-pipelines with their schedulers, image processors, lists, dicts, small tensors,
-generators. Whatever is heavy or immutable is shared: modules, weights, large tensors, the config.
-The caller's pipeline is only read.
+A view is an object of the pipeline's class. What a call changes is copied: the scheduler, guiders,
+sub-pipelines with their schedulers, image processors, lists, dicts, small tensors, generators. What
+is large or immutable is shared: modules, weights, large tensors, the config. The original pipeline
+is only read.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ def make_view(
     only: frozenset[str] | None = None,
     tensor_numel_threshold: int = THRESHOLD,
 ) -> Any:
-    """A view of `pipeline` for one request.
+    """Make a view of `pipeline` for one request.
 
-    `replace` gives attributes that the view shall have instead (a scheduler of the request's
-    choice). `wrap` is asked for every shared component and may return something to stand in its
-    place (a lock around it). With `only`, just these attributes are copied, beside schedulers,
-    guiders and sub-pipelines, which always are. Raises IsolationError, naming the attribute, for
-    what can be neither copied nor shared.
+    `replace` maps names of attributes to values that replace them in the view, such as another
+    scheduler; AttributeError if the pipeline lacks one. `wrap` is called with every shared
+    component and returns it or a replacement, such as a lock around it. With `only`, just these
+    attributes are copied, besides schedulers, guiders and sub-pipelines, which always are. Raises
+    IsolationError, naming the attribute, if a value can be neither copied nor shared.
     """
     views = _Views(wrap, tensor_numel_threshold)
     return views.view(pipeline, type(pipeline).__name__, replace or {}, only)
 
 
 class _Views(Isolation):
-    """One walk through a pipeline and those in it."""
+    """Makes views of one pipeline and of its sub-pipelines."""
 
     def pipeline(self, pipeline: Any, path: str) -> Any:
         return self.view(pipeline, path, {}, None)
@@ -56,12 +56,12 @@ class _Views(Isolation):
                 raise AttributeError(f"{path} has no attribute {name!r}")
             replaced[name] = self.value(value, f"{path}.{name}")
             if vars(pipeline)[name] is not None:
-                # in the original's place wherever it stands: sub-pipelines hold the same scheduler
+                # replace it in sub-pipelines too, which may hold the same scheduler
                 self.copies[id(vars(pipeline)[name])] = replaced[name]
         for value in vars(pipeline).values():
             if isinstance(value, (*WRAPPABLE, SchedulerMixin)):
                 self.value(value, path)
-        # past __setattr__, which would write every component into the config anew
+        # not by __setattr__, which would also write every component to the config
         state = view.__dict__
         for name, value in list(vars(pipeline).items()):
             if name in replaced:
@@ -70,14 +70,13 @@ class _Views(Isolation):
                 state[name] = self.value(value, f"{path}.{name}")
             else:
                 state[name] = value
-        # diffusers' own removes and adds hooks of the shared models, and resets caches that others
-        # may be using
+        # diffusers' method replaces hooks of the shared models, and resets caches in use by others
         state["maybe_free_model_hooks"] = offload_only(pipeline)
         return view
 
 
 def _is_component(value: Any) -> bool:
-    """Whether an attribute is copied even when only some are asked for."""
+    """Whether an attribute is copied even if `only` does not name it."""
     return isinstance(
         value,
         (SchedulerMixin, ConfigMixin, DiffusionPipeline, PreTrainedTokenizerBase, torch.nn.Module),

@@ -1,4 +1,4 @@
-"""Admission: what is let in, and when to come back with what is not."""
+"""Admission: which requests get a place, and when refused ones should be retried."""
 
 from __future__ import annotations
 
@@ -13,24 +13,20 @@ from stepweave.planning.plan import Estimate
 from stepweave.serving.promises import Promise, Promises
 
 UNKNOWN_SECONDS = 5.0  # Retry-After before anything has been timed
-# for which an idle server halves how sure it is that a deadline is too short: it may be faster by
-# now
-TRUST_SECONDS = 900.0
-LEAD = 4  # places on average that become free while one is kept: their ends come unevenly
-# after which the place of a body that is still being sent may go to another, if most are held so
+TRUST_SECONDS = 900.0  # idle time after which a deadline of half the predicted seconds is accepted
+LEAD = 4  # a promised place is kept from this many mean intervals before it is due: ends are uneven
+# when most places are held by bodies that are being sent, one older than this loses its place
 SENDING_SECONDS = 1.0
-RESERVED_SECONDS = 60.0  # that a place is reserved for a request whose body is still being sent
-# requests at a time that hold no place while their body is sent, as they may join a job
-JOINING = 8
+RESERVED_SECONDS = 60.0  # how long a place is reserved while the request's body is being sent
+JOINING = 8  # most requests without a place whose body is being sent and that may join a job
 
 
 class Reservation:
-    """A place that a request holds from before its body is read; a context, which gives the place
-    back unless `enter` took it.
+    """A place that is reserved before the request's body is read; a context manager, which gives
+    the place back unless `Admission.enter` has taken it over.
 
-    While the body is being sent the place is the request's for `RESERVED_SECONDS`: a client must
-    not hold one by sending slowly. After that others may take it, and `settle` looks for another.
-    One that `joins` holds no place.
+    It expires after `RESERVED_SECONDS` while the body is being sent, so that clients cannot hold
+    places by sending slowly; `settle` then looks for another place. One that `joins` has no place.
     """
 
     def __init__(
@@ -45,22 +41,21 @@ class Reservation:
         self.joins = joins
         self.token = token
         self.client = client
-        self.until: float | None = None  # when it lapses; None if it does not
-        self.promise: Promise | None = None  # that it has taken up
+        self.until: float | None = None  # when it expires; None for never
+        self.promise: Promise | None = None  # which it redeemed
 
     @property
     def held(self) -> bool:
-        """Whether it was given a place and has not given that back, though it may have lapsed."""
+        """Whether it got a place and was not released; the place may have expired."""
         return self._admission is not None and not self.joins
 
     def settle(self) -> None:
-        """The body has been read: from now on the place does not lapse. Raises AdmissionError if it
-        has, and there is no other."""
+        """Keep the place after the body. Raises AdmissionError if expired, and none is free."""
         if self._admission is not None and not self.joins:
             self._admission.settle(self)
 
     def release(self) -> None:
-        """Give the place back, if it still has one; it may be called more than once."""
+        """Give the place back if it is still held."""
         if self._admission is not None:
             self._admission.release(self)
             self._admission = None
@@ -73,16 +68,14 @@ class Reservation:
 
 
 class Admission:
-    """Places for requests, up to a limit. A request holds its place until its image files are
-    encoded.
+    """A limited number of places. A request holds its place until its image files are encoded.
 
-    `drain` gives the predicted seconds until all that are in flight are done, or None if that is
-    unknown. A request that finds no place is told when one will be free, and a place is kept for it
-    then: for the same request of the same client, by its `token` and `client`, which others cannot
-    take unless the server were idle. Otherwise, under steady overload, those who wait as told would
-    be overtaken by those who come at random. Nothing is promised for later than `max_wait`. No more
-    than half of the places are kept at a time, and the fewer the more clients do not come back;
-    `Promises` tells by how much promises put off others.
+    `drain` predicts the seconds until all requests in flight are done, None if unknown. A refused
+    request gets `Retry-After`, and a place is kept for its retry: for the same `token` and
+    `client`; others get it only if the server is idle. Otherwise, under steady overload, clients
+    that wait would be overtaken by others that arrive at random. No place is promised later than
+    `max_wait` seconds ahead. At most half of the places are kept at a time, and fewer if clients
+    do not retry; `Promises` limits how long promises delay others.
     """
 
     def __init__(
@@ -102,23 +95,21 @@ class Admission:
         self._reserved: list[Reservation] = []  # of the places that are taken
         self._joining: list[Reservation] = []  # without a place
         self._promises = Promises()
-        self._informed = clock()  # when something last ran, as far as is seen here
+        self._informed = clock()  # when a request last began or ended
         self._lock = threading.RLock()
 
     @property
     def in_flight(self) -> int:
-        """Requests accepted and not yet answered, waiting, running, or being encoded, and places
-        reserved for bodies."""
+        """Accepted requests (waiting, running or being encoded), and places reserved for bodies."""
         return self._taken
 
     def reserve(
         self, token: Hashable = None, client: Hashable = None, *, joins: bool = False
     ) -> Reservation:
-        """A place for a request whose body has not been read. `token` tells of it what is known
-        before, as in `enter`.
+        """Reserve a place for a request whose body has not been read yet; `token` as in `enter`.
 
-        A request that may join a job `joins`: it then needs no place and has none, unless `JOINING`
-        such are being read. Raises AdmissionError if there is no place.
+        With `joins`, the request may join a job, and reserves no place unless `JOINING` others do
+        so at the same time. Raises AdmissionError if there is no place.
         """
         with self._lock:
             reservation = Reservation(
@@ -157,21 +148,21 @@ class Admission:
         client: Hashable = None,
         reservation: Reservation | None = None,
     ) -> Estimate | None:
-        """Take a place; what was expected of it.
+        """Take a place; returns the request's estimate.
 
         Args:
-            token: what the same request will have when it comes again; None if that cannot be told.
-            estimate: predicts what the request would meet; asked only if there is a place.
+            token: equal for a retry of the same request; None if a retry cannot be recognised.
+            estimate: predicts wait and finish; called only if there is a place.
             deadline: seconds from now.
-            alone: predicts the seconds that the request takes by itself, None if unknown; asked of
-                all that have a deadline.
-            client: who asks; None counts as somebody else each time.
-            reservation: the request's place becomes this one's, unless that has been released.
+            alone: predicts the seconds on an idle server, None if unknown; called only with a
+                deadline.
+            client: None counts as a new client each time.
+            reservation: use its place, unless that was released.
 
-        Raises DeadlineTooShortError if the deadline could not be met by an idle server either;
+        Raises DeadlineTooShortError if an idle server could not meet the deadline either;
         AdmissionError, with the predicted wait, if there is no place, the wait would exceed
-        `max_wait`, the deadline cannot be met now, or the memory that is left is too little while
-        others use it. One that came as told is then promised a place for when it is to come again.
+        `max_wait`, the deadline cannot be met now, or others use the memory that it needs. A
+        request that retried when it was told to is then promised a place for its next retry.
         """
         with self._lock:
             now = self._now()
@@ -200,13 +191,13 @@ class Admission:
             return expected
 
     def leave(self) -> None:
-        """Give the place back, once for each `enter`."""
+        """Give a place back; call it once for each `enter`."""
         with self._lock:
             self._taken -= 1
             self._informed = self._clock()
 
     def _now(self) -> float:
-        """The time; what has lapsed by then is gone."""
+        """The time by `clock`; drops expired reservations and promises."""
         now = self._clock()
         for reservation in list(self._reserved):
             if reservation.until is not None and reservation.until <= now:
@@ -223,8 +214,7 @@ class Admission:
         self._taken += 1
 
     def _find_place(self, token: Hashable, client: Hashable, now: float) -> Promise | None:
-        """The promise to a request, if any, that now finds a place. Raises AdmissionError if it
-        finds none."""
+        """The promise made to this request, if any. Raises AdmissionError if there is no place."""
         promise = self._promises.of(token, client)
         if (
             self._taken
@@ -235,8 +225,8 @@ class Admission:
         return promise
 
     def _displace(self, now: float) -> bool:
-        """Have a place lapse whose request's body has not come for a while, if such have more than
-        half of them."""
+        """Release the oldest reservation whose body is still being sent, if such reservations hold
+        more than half of the places; returns whether one was released."""
         sending = [reservation for reservation in self._reserved if reservation.until is not None]
         first = min(sending, key=lambda reservation: reservation.until or 0.0, default=None)
         if first is None or first.until is None or len(sending) <= max(1, self.limit // 2):
@@ -249,8 +239,7 @@ class Admission:
     def _check(
         self, expected: Estimate, deadline: float | None, now: float, promise: Promise | None
     ) -> None:
-        """Raise what `enter` does if the estimate is not good enough; a promise to it is put off
-        till it is."""
+        """Raise what `enter` does if the estimate is too late; renews a promise for a retry."""
         if deadline is not None:
             self._check_alone(expected.solo, deadline, now)
         refused = self._refused(expected, deadline)
@@ -264,12 +253,12 @@ class Admission:
         raise refused
 
     def _refused(self, expected: Estimate, deadline: float | None) -> AdmissionError | None:
-        """Why it is to come back later, if it is."""
+        """The error to raise, if the request must be retried later."""
         if deadline is not None and expected.finish > deadline >= expected.solo:
             return self._refusal(
                 "deadline",
-                f"deadline_ms is {_milliseconds(deadline)}; the image would be done in "
-                f"{duration(expected.finish)}, of which it takes {duration(expected.solo)} itself.",
+                f"deadline_ms is {_milliseconds(deadline)}; estimated completion is "
+                f"{duration(expected.finish)} ({duration(expected.solo)} on an idle server).",
                 expected.finish - deadline,
             )
         if expected.wait > self.max_wait:
@@ -282,31 +271,32 @@ class Admission:
         if not expected.fits and self._taken:
             return self._refusal(
                 "memory",
-                "There is not enough memory left for it beside the others.",
+                "Device memory is in use by other requests, and too little is free for this one.",
                 self._interval(),
             )
         return None
 
     def _check_alone(self, solo: float, deadline: float, now: float) -> None:
-        """Raise DeadlineTooShortError if a deadline is shorter than what the request takes alone.
+        """Raise DeadlineTooShortError if the deadline is shorter than `solo`, the seconds on an
+        idle server.
 
-        What it takes is told from what ran last. If nothing has for a while, one that is nearly
-        long enough is let in, and shows whether that still holds: else nothing would, where all
-        requests have deadlines.
+        `solo` is predicted from past jobs. After a time without any, deadlines that are slightly
+        too short are accepted, to measure again: otherwise a server whose requests all have
+        deadlines would never correct the prediction.
         """
         idle = 0.0 if self._taken else max(0.0, now - self._informed)
         if solo > deadline * (1 + idle / TRUST_SECONDS):
             self.refused["deadline"] += 1
             raise DeadlineTooShortError(
                 f"deadline_ms is {_milliseconds(deadline)}; the image takes {duration(solo)} even "
-                "if nothing else runs. Fewer steps, fewer images or a smaller size take less."
+                "on an idle server. Use fewer steps, fewer images or a smaller size."
             )
 
     def _full(
         self, token: Hashable, client: Hashable, promise: Promise | None, now: float
     ) -> AdmissionError:
         if promise is not None and promise.due > now + 1:
-            # too early to be the one that was told so: another with the same request
+            # too early: another request with the same content
             promise = None
         interval, promises = self._interval(), self._promises
         wait = (
@@ -316,7 +306,7 @@ class Admission:
         )
         seconds = interval + wait
         guess = (
-            " How long they take is not known yet: Retry-After is a guess."
+            " Their duration is not known yet: Retry-After is a guess."
             if self._drain() is None
             else ""
         )
@@ -337,16 +327,15 @@ class Admission:
         return AdmissionError(message, retry_after=seconds, code=reason)
 
     def _interval(self) -> float:
-        """Seconds until a place will be free, on average."""
+        """Mean seconds until the next place becomes free."""
         drain, running = self._drain(), self._taken - len(self._reserved)
-        # nobody knows when those who send bodies have sent them
+        # how long clients still send their bodies is unknown
         if drain is None or (self._reserved and not running):
             return UNKNOWN_SECONDS
         return drain / max(1, running)
 
     def _kept(self, promise: Promise | None, now: float) -> int:
-        """Places that are kept now, for others with older promises: each from shortly before its
-        owner comes, to be free then."""
+        """Number of places kept now for older promises, each from shortly before it is due."""
         if not self._promises.made:
             return 0
         lead = 1 + LEAD * self._interval()
@@ -354,5 +343,5 @@ class Admission:
 
 
 def _milliseconds(deadline: float) -> str:
-    """A deadline as it was sent."""
+    """Seconds as the milliseconds that the client sent."""
     return f"{deadline * 1000:.10g}"

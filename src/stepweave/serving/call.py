@@ -1,5 +1,4 @@
-"""A pipeline's own call: its defaults, what a preset and a request may give it, and its
-keyword arguments."""
+"""The arguments of a pipeline's call: defaults, checks, and keyword arguments for a request."""
 
 from __future__ import annotations
 
@@ -19,11 +18,11 @@ from stepweave.loading.trials import Size
 from stepweave.parameters import Parameters, Sources
 from stepweave.planning.workload import arguments_of, takes
 
-DEFAULT_STRENGTH = 0.8  # where the pipeline has none of its own
+DEFAULT_STRENGTH = 0.8  # of pipelines without a default of their own
 
 
 def default_of(pipeline: Any, name: str) -> Any:
-    """What an argument of the pipeline's call is by default; None where it has none."""
+    """The default of an argument of the pipeline's call; None if there is none."""
     parameters = arguments_of(pipeline)
     default = parameters[name].default if name in parameters else None
     return None if default is inspect.Parameter.empty else default
@@ -38,8 +37,7 @@ def default_strength(pipeline: Any) -> float | None:
 
 
 def check_prompts(prompt: str, negative_prompt: str | None, longest: int) -> None:
-    """Raise InvalidRequestError for a prompt that is empty, or has more than `longest` characters
-    or a NUL."""
+    """Raise InvalidRequestError if a prompt is empty, has NUL, or over `longest` characters."""
     for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
         if text is not None and len(text) > longest:
             raise InvalidRequestError(
@@ -47,19 +45,19 @@ def check_prompts(prompt: str, negative_prompt: str | None, longest: int) -> Non
             )
         if text is not None and "\0" in text:
             raise InvalidRequestError(
-                f"{name} is {shown(text)}; it must not hold the character NUL.", param=name
+                f"{name} is {shown(text)}; it must not contain the character NUL.", param=name
             )
     if not prompt.strip():
         raise InvalidRequestError(
-            f"prompt is empty: {shown(prompt)}. Say what the image should show.", param="prompt"
+            f"prompt is empty: {shown(prompt)}. Describe the image.", param="prompt"
         )
 
 
 def resolve_strength(
     strength: float | None, steps: int, pipeline: Any, sources: Sources | None
 ) -> float | None:
-    """The strength of an edit, the pipeline's default if None is asked for; None for what is no
-    edit, or has none. Raises InvalidRequestError for one that cannot be."""
+    """The strength of an edit, the pipeline's default if `strength` is None; None if the request
+    is no edit or the pipeline has no strength. Raises InvalidRequestError if it is not allowed."""
     default = None if sources is None else default_strength(pipeline)
     if default is None:
         if strength is None:
@@ -83,8 +81,7 @@ def resolve_strength(
 
 
 def check_call(pipeline: Any, preset: Preset) -> None:
-    """Raise LoadError for what the preset would give the pipeline's call, and that has no such
-    argument."""
+    """Raise LoadError if the preset sets an argument that the pipeline's call does not have."""
     kind, arguments = type(pipeline).__name__, arguments_of(pipeline)
     for name in preset.call:
         if name not in arguments:
@@ -102,8 +99,7 @@ def check_call(pipeline: Any, preset: Preset) -> None:
 
 
 def check_size(pipeline: Any, preset: Preset, size: Size, native: Size, limits: SizeLimits) -> None:
-    """Raise LoadError if the preset has a size, other than the pipeline's `native`, that the model
-    does not make."""
+    """Raise LoadError if the preset's `size` is not the pipeline's `native` one and not allowed."""
     kind, arguments = type(pipeline).__name__, arguments_of(pipeline)
     for name, side, native_side in zip(("width", "height"), size, native, strict=True):
         if side == native_side:
@@ -120,14 +116,14 @@ def check_size(pipeline: Any, preset: Preset, size: Size, native: Size, limits: 
 
 
 def check_defaults(settings: Settings, steps: int, pixels: int) -> None:
-    """Raise LoadError if a limit of the settings is less than the model's own default."""
+    """Raise LoadError if the model's default is over a limit of the settings."""
     for setting, limit, default in (
         ("MAX_STEPS", settings.max_steps, steps),
         ("MAX_PIXELS", settings.max_pixels, pixels),
     ):
         if default > limit:
             raise LoadError(
-                f"STEPWEAVE_{setting}={limit} is less than the model's own default, {default}"
+                f"STEPWEAVE_{setting}={limit} is less than the model's default, {default}"
             )
 
 
@@ -135,9 +131,9 @@ def call_arguments(
     pipeline: Any, always: Mapping[str, Any], parameters: Parameters
 ) -> dict[str, Any]:
     """The keyword arguments of a pipeline's call, for n RGB images of height x width; `always` are
-    the preset's, of which those are left out that the pipeline does not take."""
+    the preset's, used only if the pipeline takes them."""
     arguments = arguments_of(pipeline)
-    # on the CPU whatever the device: a seed then gives the same noise everywhere
+    # always on the CPU: a seed then gives the same noise on every device
     generators = [
         torch.Generator("cpu").manual_seed(parameters.seed + i) for i in range(parameters.n)
     ]
@@ -165,13 +161,12 @@ def call_arguments(
 
 
 def _images(parameters: Parameters) -> dict[str, Any]:
-    """The images of an edit, of the size that is asked for."""
+    """The arguments with the images of an edit, resized to the requested size."""
     sources, size = parameters.sources, (parameters.width, parameters.height)
     if sources is None:
         return {}
     image = _resized(sources.image, size)
-    # one for each to be made: with one for all, pipelines encode it with the first generator
-    # alone, or fail
+    # a copy for each output: with a single one, pipelines use only the first generator, or fail
     resized: dict[str, Any] = {"image": image if parameters.n == 1 else [image] * parameters.n}
     if sources.mask is not None:
         resized["mask_image"] = _resized(sources.mask, size)

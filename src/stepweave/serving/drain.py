@@ -1,5 +1,4 @@
-"""How a server leaves: it announces that, still takes work for a while, refuses it, and ends what
-is left."""
+"""The stages of a shutdown: announce it, accept work for a while, refuse it, and end the rest."""
 
 from __future__ import annotations
 
@@ -17,19 +16,19 @@ TOKEN_FILE = "drain-token"  # in the state directory
 
 
 class Drain:
-    """Whether a server leaves, and how far it is. For the event loop's thread.
+    """Whether a server is draining, and how far it is. For the event loop's thread only.
 
-    From the announcement on, load balancers are told to send nothing more, and for `notice`
-    seconds, until they have heard, work is still taken. Then it is refused, and `end` is called
-    `grace` seconds later, unless the drain was taken back. A process that is terminated goes
-    straight to refusing. All times are seconds of the monotonic clock.
+    Once a drain is announced, readiness fails, and work is still accepted for `notice` seconds,
+    until load balancers have noticed. Then it is refused, and `end` is called `grace` seconds
+    later, unless the drain was cancelled. A terminated process refuses work immediately. All times
+    are seconds of the monotonic clock.
     """
 
     def __init__(self, notice: float, grace: float, end: Callable[[], None]) -> None:
-        # told of the announcement, and that it is taken back
+        # called with True when a drain is announced, with False when it is cancelled
         self.listeners: list[Callable[[bool], None]] = []
-        self.ending_at: float | None = None  # when what is left is told to end
-        self.terminated = False  # by a signal: not to be taken back
+        self.ending_at: float | None = None  # when unfinished work is cancelled
+        self.terminated = False  # by a signal: cannot be cancelled
         self._notice = notice
         self._grace = grace
         self._end = end
@@ -49,23 +48,21 @@ class Drain:
 
     @property
     def ended(self) -> bool:
-        """Whether what was left has been told to end."""
+        """Whether unfinished work has been cancelled."""
         return self.ending_at is not None and time.monotonic() >= self.ending_at
 
     @property
     def overdue(self) -> bool:
-        """Whether what was left has been ended, and the process was not told to end: nobody else
-        will do that."""
+        """Whether the grace period is over and the process got no signal to end."""
         return self.ended and not self.terminated
 
     def announce(self) -> None:
-        """No effect once announced."""
+        """Announce the drain, unless it has been announced."""
         if not self.announced:
             self._begin(self._notice)
 
     def terminate(self) -> None:
-        """The process was told to end. What was accepted has its grace from the end of the notice
-        on, if one was given."""
+        """Refuse new work for good. Accepted work keeps the grace period of an earlier drain."""
         if self.terminated:
             return
         self.terminated = True
@@ -73,10 +70,10 @@ class Drain:
             self._begin(0.0)
 
     def take_back(self) -> None:
-        """Take work as before. Raises ConflictError once the process was told to end."""
+        """Cancel the drain and accept work again. Raises ConflictError once terminated."""
         if self.terminated:
             raise ConflictError(
-                "The process was told to end: its drain cannot be taken back.",
+                "The process is terminating: its drain cannot be cancelled.",
                 code="terminating",
                 param=None,
             )
@@ -97,21 +94,21 @@ class Drain:
 
 
 class DrainToken:
-    """What proves that who drains a server may read its state directory: a secret, new at each
-    start, in a file of mode 0600."""
+    """The secret that `POST /drain` requires: new at each start, in a file of mode 0600, so that
+    only users who may read the state directory can drain the server."""
 
     def __init__(self, directory: Path) -> None:
-        """Raises OSError if the file cannot be written."""
+        """Write the file. Raises OSError."""
         self.path = directory / TOKEN_FILE
         self._token = secrets.token_hex(32)
         partial = self.path.with_suffix(".partial")
         with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            os.fchmod(file.fileno(), 0o600)  # also of a file that was there
+            os.fchmod(file.fileno(), 0o600)  # also if the file existed
             file.write(self._token)
         os.replace(partial, self.path)
 
     def matches(self, authorization: str) -> bool:
-        """Whether a header `Authorization` bears it (RFC 6750)."""
-        scheme, _, given = authorization.partition(" ")
-        same = hmac.compare_digest(given.strip().encode("latin-1", "replace"), self._token.encode())
+        """Whether an `Authorization` header contains the token (RFC 6750)."""
+        scheme, _, token = authorization.partition(" ")
+        same = hmac.compare_digest(token.strip().encode("latin-1", "replace"), self._token.encode())
         return scheme.lower() == "bearer" and same

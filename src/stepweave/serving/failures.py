@@ -1,4 +1,4 @@
-"""What clients are told of a job that failed, and what goes to the log."""
+"""The errors that clients get for failed jobs, and their log lines."""
 
 from __future__ import annotations
 
@@ -17,20 +17,26 @@ logger = logging.getLogger(__name__)
 
 
 def loggable(parameters: Parameters) -> dict[str, Any]:
-    """The parameters that a log may have."""
+    """The parameters without prompts, for the log."""
     return {name: value for name, value in parameters.of_image(0).items() if "prompt" not in name}
 
 
 def failure_of(error: BaseException, job: Job, parameters: Parameters) -> StepweaveError:
-    """What to tell of an error that no class of ours explains: InvalidRequestError if the
-    pipeline's own checks refused its arguments, else that the generation failed. The log has it
-    whole."""
+    """The client's error for an unexpected exception: InvalidRequestError if the pipeline's own
+    checks rejected its arguments, else `generation_failed`. Logs the exception with traceback."""
     cause = (error.__cause__ if isinstance(error, StepweaveError) else None) or error
     values, refusal = loggable(parameters), refusal_of(cause)
     if refusal is not None and not job.progress.step:
-        logger.warning("a pipeline refused its arguments: %r, %s", job, values, exc_info=error)
-        return InvalidRequestError(f"The pipeline refuses these values: {refusal}")
-    logger.error("a job failed: %r, %s", job, values, exc_info=error)
+        logger.warning(
+            "the pipeline rejected the arguments of %r, %s; the request fails as invalid_value",
+            job,
+            values,
+            exc_info=error,
+        )
+        return InvalidRequestError(f"The pipeline rejects these values: {refusal}")
+    logger.error(
+        "%r, %s: failed; the request fails as generation_failed", job, values, exc_info=error
+    )
     failure = StepweaveError(
         f"The generation failed ({type(cause).__name__}).", code="generation_failed"
     )
@@ -41,27 +47,24 @@ def failure_of(error: BaseException, job: Job, parameters: Parameters) -> Stepwe
 def missed(
     deadline_ms: int | None, job: Job, steps: int, expected: Estimate | None, *, timed: bool
 ) -> DeadlineExceededError:
-    """A deadline that has passed, as it was sent: how far the job came of its `steps`, and what had
-    been `expected`; `timed` is whether anything could be, of any job."""
+    """The error of a missed deadline: how many of its `steps` the job did, and what was `expected`
+    at admission; `timed` is whether any job had been timed then."""
     step = job.progress.step
     if job.begun is None:
-        came = "the job was still waiting for its turn"
+        reached = "the job was still waiting for its turn"
     elif not step:
-        came = f"it had begun, and done none of its {steps} steps"
+        reached = f"the job had begun, and done none of its {steps} steps"
     else:
-        came = f"it had done {step} of its {steps} steps"
+        reached = f"the job had done {step} of its {steps} steps"
     if expected is not None:
-        foreseen = (
-            f"It was expected to take {duration(expected.finish)}, or {duration(expected.solo)} "
-            "alone."
+        estimate = (
+            f"The estimate was {duration(expected.finish)} ({duration(expected.solo)} on an idle "
+            "server)."
         )
     elif timed:
-        foreseen = "How long it would take could not be foreseen when it came."
+        estimate = "There was no estimate when the request arrived."
     else:
-        foreseen = (
-            "How long it would take could not be foreseen: nothing of this model had been timed "
-            "when it came."
-        )
+        estimate = "There was no estimate: no job of this model had been timed."
     return DeadlineExceededError(
-        f"deadline_ms is {deadline_ms}, which has passed: {came}. {foreseen}"
+        f"deadline_ms is {deadline_ms}, which has passed: {reached}. {estimate}"
     )

@@ -1,4 +1,4 @@
-"""Memory that the C library keeps once it has been freed."""
+"""Returns freed memory from the C library to the system."""
 
 from __future__ import annotations
 
@@ -6,17 +6,12 @@ import ctypes
 
 import psutil
 
-# of resident memory over the least that was seen, from which on it is worth looking
-SLACK_BYTES = 256 * 1024 * 1024
+SLACK_BYTES = 256 * 1024 * 1024  # growth of resident memory from which on the heap is trimmed
 
 
 class Heap:
-    """Gives memory that was freed back to the system.
-
-    glibc's malloc keeps what lies between blocks in use, and after many large answers, whose
-    buffers are freed in any order, that may be gigabytes (malloc_trim(3)). Elsewhere nothing is
-    done.
-    """
+    """Trims glibc's heap, which keeps freed memory between blocks in use: after many large answers
+    that may be gigabytes (malloc_trim(3)). Does nothing with other C libraries."""
 
     def __init__(self) -> None:
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -24,11 +19,10 @@ class Heap:
         self._least = self._process.memory_info().rss
 
     def look(self) -> None:
-        """Trim the heap if it has grown. Takes milliseconds to tenths of a second; not for the
-        event loop's thread."""
+        """Trim the heap if it has grown. Takes up to tenths of a second: not for the event loop."""
         resident = self._process.memory_info().rss
         if self._trim is not None and resident > self._least + SLACK_BYTES:
             self._trim(ctypes.c_size_t(0))
             resident = self._process.memory_info().rss
-            self._least = max(self._least, resident)  # what is still there is in use
+            self._least = max(self._least, resident)  # the rest is in use
         self._least = min(self._least, resident)

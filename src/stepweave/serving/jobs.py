@@ -1,5 +1,4 @@
-"""Jobs that outlive their connection: kept in the stores, found again by id or by idempotency
-key."""
+"""Jobs that outlive their connection: stored, and found by id or by idempotency key."""
 
 from __future__ import annotations
 
@@ -32,9 +31,8 @@ from stepweave.store import (
 logger = logging.getLogger(__name__)
 
 SWEEP_SECONDS = 60.0
-PROBE_SECONDS = 5.0  # between two looks whether a store that could not be written to can be
-# after which a result that could not be stored is stored once more
-KEEP_AGAIN_SECONDS = (0.2, 1.0, 5.0, 10.0)
+PROBE_SECONDS = 5.0  # between two probes of a store whose last write failed
+KEEP_AGAIN_SECONDS = (0.2, 1.0, 5.0, 10.0)  # waits before a result is stored again
 
 
 Accept = Callable[[], Awaitable[ActiveRequest]]
@@ -43,11 +41,11 @@ Followed = ActiveRequest | StoredJob
 
 @dataclass
 class _Opening:
-    """A key's first request, from before it is accepted."""
+    """The first request with an idempotency key, from before it is accepted."""
 
     fingerprint: str
     followed: asyncio.Task[Followed]
-    waiting: int = 0  # for it to be accepted
+    waiting: int = 0  # requests that wait until it is accepted
 
     @property
     def active(self) -> ActiveRequest | None:
@@ -67,7 +65,7 @@ class _Opening:
 
 
 class Jobs:
-    """The jobs of one server: `active` are those under way, the stores have the others."""
+    """The jobs of one server: `active` ones by id, and stored ones."""
 
     def __init__(
         self,
@@ -80,17 +78,17 @@ class Jobs:
         self.files = files
         self.directory = directory  # of both
         self._active = active
-        self._owners: dict[str, str | None] = {}  # of requests that are kept, by id
-        self._open: dict[tuple[str | None, str], _Opening] = {}  # by owner and key, until kept
-        self._under_way: dict[str, ActiveRequest] = {}  # those to be kept, until they are
-        self._keeping: dict[str, asyncio.Task[StepweaveError | None]] = {}  # theirs, by id
+        self._owners: dict[str, str | None] = {}  # by job id, until stored
+        self._open: dict[tuple[str | None, str], _Opening] = {}  # by owner and key, until stored
+        self._under_way: dict[str, ActiveRequest] = {}  # by job id, until stored
+        self._keeping: dict[str, asyncio.Task[StepweaveError | None]] = {}  # by job id
         self._exits = contextlib.ExitStack()
-        # where the stores are; not for the event loop's thread
+        # free bytes of the stores' disk; do not call it on the event loop
         self.free_bytes: Callable[[], float] = lambda: math.nan
 
     @classmethod
     def open(cls, settings: Settings, active: Mapping[str, ActiveRequest]) -> Jobs:
-        """The jobs in the settings' directory. Raises StepweaveError if that cannot be used."""
+        """Open the stores in the settings' directory. Raises StepweaveError if it is unusable."""
         with contextlib.ExitStack() as exits:
             directory = exits.enter_context(state_directory(settings.state_dir))
             files = DirectoryFileStore(
@@ -105,14 +103,13 @@ class Jobs:
         return jobs
 
     def resume(self) -> None:
-        """Mark what an earlier process left unfinished as failed. Not for the event loop's
-        thread."""
+        """Mark unfinished jobs of an earlier process as failed. Not for the event loop's thread."""
         count = asyncio.run(self.store.interrupted())
         if count:
-            logger.warning("%d jobs were not done when the server ended; they failed", count)
+            logger.warning("%d jobs were interrupted by a restart; they are now failed", count)
 
     def close(self) -> None:
-        """Close the stores, and give the directory up. Not for the event loop's thread."""
+        """Close the stores and unlock the directory. Not for the event loop's thread."""
 
         async def close() -> None:
             await self.store.close()
@@ -124,11 +121,11 @@ class Jobs:
     # Requests
 
     async def start(self, submission: Submission, accept: Accept) -> Followed:
-        """Have a request accepted, or join the one that had its key first, unless that failed or
+        """Have a request accepted, or join the job of its idempotency key, unless that failed or
         was cancelled.
 
-        A job that is detached, or has a key, is kept. Raises ConflictError if the key's first
-        request asked for something else, and what `accept` does.
+        Detached jobs and jobs with a key are stored. Raises ConflictError if the key was used for
+        a different request, and what `accept` raises.
         """
         if submission.key is None:
             return await self._begin(submission, accept)
@@ -151,7 +148,7 @@ class Jobs:
         finally:
             opening.waiting -= 1
         if submission.detached and isinstance(followed, ActiveRequest):
-            followed.detached = True  # it may have been begun for one that stays
+            followed.detached = True  # the job's first request may not have been detached
         return followed
 
     async def _find_or_begin(self, submission: Submission, accept: Accept) -> Followed:
@@ -165,18 +162,17 @@ class Jobs:
         return live or StoredJob(record, self.files)
 
     def _whole(self, record: JobRecord) -> bool:
-        """Whether a job's end was noted, and its images are still there."""
+        """Whether a job's end is recorded and its images are still stored."""
         return record.done and all(map(self.files.has, record.files))
 
     @staticmethod
     def _conflict(key: str) -> ConflictError:
         return ConflictError(
-            f"Idempotency-Key {shown(key.partition(' ')[2])} belongs to a request that asks for "
-            f"something else."
+            f"Idempotency-Key {shown(key.partition(' ')[2])} was used for a different request."
         )
 
     def _opened(self, slot: tuple[str | None, str], opening: _Opening) -> None:
-        """From when it is kept, the store tells."""
+        """Forget the opening once its job is stored: the store finds the key from then on."""
         keeping = None if opening.active is None else self._keeping.get(opening.active.id)
         if keeping is None:
             self._forget(slot, opening)
@@ -201,7 +197,7 @@ class Jobs:
         active.keeping = asyncio.ensure_future(self._keep(active, record, submission, noting))
         self._keeping[active.id] = active.keeping
         try:
-            # before it is answered: what was promised must not be lost
+            # before the answer, which promises that the job can be found
             await asyncio.shield(noting)
         except BaseException:
             active.detached = False
@@ -216,35 +212,38 @@ class Jobs:
         submission: Submission,
         noting: Awaitable[None],
     ) -> StepweaveError | None:
-        """Have the store know how a request goes, once it knows of it, and what came of it; the
-        error that is kept, if any."""
+        """Record that a request runs, and its result; returns the job's error, or None."""
         try:
             await noting
             async for update in active.updates():
                 if isinstance(update, Progressed) and record.state == "queued":
                     record = replace(_record(active, submission), state="running")
-                    # logged by the store; what comes of it counts
+                    # logged by the store; only the result must be stored
                     with contextlib.suppress(StepweaveError):
                         await self.store.put(record)
             for wait in KEEP_AGAIN_SECONDS:
                 try:
                     return await self._keep_result(active, submission)
-                except StepweaveError:  # a full disk may have room again
-                    logger.warning("job %s could not be kept; once more in %g s", active.id, wait)
+                except StepweaveError:  # a full disk may have space again
+                    logger.warning(
+                        "job %s: storing the result failed, retrying in %g s", active.id, wait
+                    )
                     await asyncio.sleep(wait)
             return await self._keep_result(active, submission)
         except Exception:
-            logger.exception("job %s could not be kept", active.id)
+            logger.exception(
+                "job %s: the result could not be stored and is lost (store_failed)", active.id
+            )
             return LOST
         finally:
-            active.leave()  # only now: results that wait for a slow disk are bounded, too
+            active.leave()  # only now: this bounds the results that wait for a slow disk
             del self._under_way[active.id], self._keeping[active.id]
             self._owners.pop(active.id, None)
 
     async def _keep_result(
         self, active: ActiveRequest, submission: Submission
     ) -> StepweaveError | None:
-        """The error that is kept, if any."""
+        """Store a finished request; returns the job's error, or None."""
         record = _record(active, submission)
         if active.error is not None:
             await self.store.put(record)
@@ -273,20 +272,20 @@ class Jobs:
         return None
 
     def keeping(self) -> list[asyncio.Task[StepweaveError | None]]:
-        """What is done once the results of jobs under way are kept."""
+        """The tasks that store results."""
         return list(self._keeping.values())
 
-    # What is known of jobs
+    # Queries
 
     async def get(self, id: str, owner: str | None) -> Followed:
-        """Raises NotFoundError, also for another owner's."""
+        """The owner's job of that id. Raises NotFoundError, also if it is another owner's."""
         active = self._live(id)
         if active is not None and self._owners.get(id) == owner:
             return active
         record = None if active is not None else await self.store.get(id)
         if record is None or record.owner != owner:
             raise NotFoundError(
-                f"There is no job {shown(id)}; jobs are kept for a while only.",
+                f"There is no job {shown(id)}; finished jobs are deleted after a while.",
                 code="job_not_found",
             )
         return StoredJob(record, self.files)
@@ -297,8 +296,7 @@ class Jobs:
     async def list(
         self, owner: str | None, limit: int, before: str | None
     ) -> tuple[list[Followed], str | None]:
-        """At most `limit` jobs that are kept or will be, newest first; where the next ones
-        begin."""
+        """At most `limit` of the owner's stored jobs, newest first, and the next page's cursor."""
         records = await self.store.list(owner, limit, before)
         jobs: list[Followed] = [
             self._live(record.id) or StoredJob(record, self.files) for record in records
@@ -306,22 +304,21 @@ class Jobs:
         return jobs, records[-1].cursor if len(records) == limit else None
 
     async def delete(self, id: str) -> None:
-        """Forget a job that is over, and its images."""
+        """Delete a finished job and its images."""
         keeping = self._keeping.get(id)
         if keeping is not None:
             await asyncio.shield(keeping)
         await self.files.delete(await self.store.delete(id))
 
-    # How the stores fare
+    # Health of the stores
 
     def stores(self) -> dict[str, StoreHealth]:
-        """What fails in the stores, by name: `jobs` and `files`."""
+        """The health of the stores `jobs` and `files`."""
         return {"jobs": self.store.health, "files": self.files.health}
 
     @property
     def problem(self) -> str | None:
-        """Why jobs and URLs cannot be kept, as "files full: No space left on device"; None while
-        they can."""
+        """Why writes to the stores fail, as "files full: No space left on device", or None."""
         problems = [
             f"{name} {health.problem}"
             for name, health in self.stores().items()
@@ -330,7 +327,7 @@ class Jobs:
         return "; ".join(problems) or None
 
     async def probe(self) -> None:
-        """Try to write where that failed last: nobody else may, and it may work again."""
+        """Try again to write to stores whose last write failed, since no request may come."""
         for store in (self.store, self.files):
             if not store.health.writable:
                 with contextlib.suppress(StepweaveError):  # logged, and counted
@@ -339,13 +336,13 @@ class Jobs:
     # Retention
 
     async def sweep(self) -> None:
-        """Remove what is past its time."""
+        """Delete expired jobs and images."""
         now = time.time()
         await self.files.delete(await self.store.sweep(now))
         await self.files.delete(await self.store.forget(await self.files.sweep(now)))
 
     async def look_after(self) -> None:
-        """Sweep and probe, for ever."""
+        """Sweep and probe periodically, until cancelled."""
         swept = time.monotonic()
         while True:
             await asyncio.sleep(min(PROBE_SECONDS, SWEEP_SECONDS))
@@ -355,11 +352,14 @@ class Jobs:
                 try:
                     await self.sweep()
                 except Exception:
-                    logger.exception("what is past its time could not be removed")
+                    logger.exception(
+                        "deleting expired jobs and images failed; it is tried again in %g s",
+                        SWEEP_SECONDS,
+                    )
 
 
 def _record(active: ActiveRequest, submission: Submission) -> JobRecord:
-    """What is known of a request now."""
+    """The record of a request in its present state."""
     job, view = active.job, active.view()
     age = time.monotonic() - job.accepted
     begun = None if job.begun is None else active.created + job.begun - job.accepted

@@ -1,8 +1,7 @@
-"""API keys: which clients a server has, from its settings and from a file that is read again when
-it changes.
+"""API keys from the settings and from a file, which is read again when it changes.
 
-Of the keys themselves only SHA-256 digests are kept, and no message repeats a key, nor a name or a
-path: what stands in their place may be a key.
+Only SHA-256 digests of keys are kept, and no message repeats a key, a name or a path: an operator
+may have put a key into the place of any of them.
 """
 
 from __future__ import annotations
@@ -21,34 +20,26 @@ from stepweave.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 SETTING = "STEPWEAVE_API_KEYS_FILE"
-MAX_FILE_BYTES = 1_048_576  # as Kubernetes allows a Secret
-LOOK_SECONDS = 1.0  # between two looks at the file
-# a file changed later than this before it was read may change again without another time or size
-SETTLED_SECONDS = 2.0
+MAX_FILE_BYTES = 1_048_576  # Kubernetes' limit of a Secret
+LOOK_SECONDS = 1.0  # between two checks of the file
+SETTLED_SECONDS = 2.0  # a younger file is read again: it may change with the same time and size
 
-Stamp = tuple[int, int, int, int]  # what changes with a file
+Stamp = tuple[int, int, int, int]  # modification time, inode, device, size
 
 
 class ApiKeys:
-    """The clients of one server: those of its settings, and those of the file at `path`, if there
-    is one.
-
-    Once keys are `required` they stay so, whatever becomes of the file: one that is gone or wrong
-    leaves the last good keys.
-    """
+    """The clients of one server, from its settings and the file at `path`. Once keys are `required`
+    they stay so: if the file is removed or invalid, the last valid keys stay in force."""
 
     def __init__(self, fixed: tuple[Client, ...] = (), path: str | None = None) -> None:
-        """Read the file. Raises ConfigError if it cannot be used.
-
-        A missing file is an error, too, unless its directory is empty: that is a volume of a Secret
-        that may be absent.
-        """
+        """Read the file. Raises ConfigError if it is invalid, or missing in a directory that is not
+        empty (an empty one is the volume of an optional Secret)."""
         self._fixed = fixed
         self._path = None if path is None else Path(path).expanduser()
         self._clients = fixed
         self._stamp: Stamp | None = None
-        self._settled = False  # when it was read
-        self._problem = ""  # of the file, as logged last
+        self._settled = False  # whether the file was old enough when it was read
+        self._problem = ""  # of the file, logged last
         self.required = bool(fixed)
         _warn_of_short("STEPWEAVE_API_KEYS", fixed)
         if self._path is None:
@@ -59,11 +50,11 @@ class ApiKeys:
             raise ConfigError(f"{SETTING}: {_reason(error)}") from None
         if self._stamp is None and not self._clients:
             logger.warning(
-                "%s: there is no such file yet; until there is one, no key is needed", SETTING
+                "%s: the file does not exist yet; until it does, no API key is required", SETTING
             )
 
     def find(self, key: bytes) -> Client | None:
-        """Whose key it is, if it is one, in a time that does not depend on which."""
+        """The client with this key, or None, in constant time."""
         digest = hashlib.sha256(key).digest()
         owners = [client for client in self._clients if hmac.compare_digest(digest, client.digest)]
         return owners[0] if owners else None
@@ -73,8 +64,7 @@ class ApiKeys:
         return [client.name for client in self._clients]
 
     def look(self) -> None:
-        """Read the file again if it has changed; not for the event loop. What is wrong with it is
-        logged once."""
+        """Read the file again if it has changed; not for the event loop. Logs a problem once."""
         if self._path is None:
             return
         before = self._clients
@@ -84,18 +74,18 @@ class ApiKeys:
             self.required = True
             problem = _reason(error)
             if problem != self._problem:
-                logger.error("%s: %s; the last good keys stay in force", SETTING, problem)
+                logger.error("%s: %s; the last valid keys stay in force", SETTING, problem)
             self._problem = problem
             return
         if self._problem or self._clients != before:
-            logger.info("%s was read again: there are %d API keys", SETTING, len(self._clients))
+            logger.info("%s: reloaded, %d API keys in force", SETTING, len(self._clients))
         self._problem = ""
 
     def _read(self) -> None:
-        """Raises OSError, or ValueError for what is wrong with the content."""
+        """Raises OSError, or ValueError if the content is invalid."""
         assert self._path is not None
         try:
-            # not blocking: a named pipe would wait for its writer
+            # non-blocking: opening a named pipe would wait for its writer
             descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
             if self._stamp is None and not self._problem and _is_empty(self._path.parent):
@@ -104,7 +94,7 @@ class ApiKeys:
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise ValueError("it is no regular file")
+                raise ValueError("it is not a regular file")
             stamp = (status.st_mtime_ns, status.st_ino, status.st_dev, status.st_size)
             if stamp == self._stamp and self._settled and not self._problem:
                 return
@@ -132,8 +122,7 @@ class ApiKeys:
 
 
 def _is_empty(directory: Path) -> bool:
-    """Whether it is there and holds nothing, besides what Kubernetes keeps for itself
-    (`..data`)."""
+    """Whether the directory exists and has no files but Kubernetes' own (`..data`)."""
     try:
         return all(name.startswith("..") for name in os.listdir(directory))
     except OSError:
@@ -150,7 +139,8 @@ def _warn_of_short(setting: str, clients: tuple[Client, ...]) -> None:
     count = sum(client.short for client in clients)
     if count:
         logger.warning(
-            "%s: %d of %d keys have fewer than %d characters and may be guessed",
+            "%s: %d of %d API keys have fewer than %d characters and can be guessed; use longer "
+            "ones",
             setting,
             count,
             len(clients),

@@ -1,4 +1,4 @@
-"""A server from its start to its end: it loads its model, tells its state, drains, and ends."""
+"""The life of a server: it loads its model, reports its health, drains, and shuts down."""
 
 from __future__ import annotations
 
@@ -34,17 +34,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ENCODERS = 2  # threads that encode image files
-# that jobs have to end in once they were told to, their results to be kept, and the process to end
+# after the grace period, until jobs are cancelled, results stored, and the process has ended
 ENDING_SECONDS = 30.0
-KEEPING_SECONDS = 5.0  # of these, left for what comes after the longest step that is waited for
+KEEPING_SECONDS = 5.0  # of these, reserved for storing results once the engine is closed
 
 
 class Lifecycle:
-    """What a server has, and how it comes and goes.
-
-    `load` may be replaced, to serve a pipeline that is made in code. `on_failure` is called, on
-    whatever thread, with the reason why the server cannot start.
-    """
+    """A server's start and shutdown. `load` replaces the loader, to serve a pipeline made in code;
+    `on_failure` is called with the reason if the server cannot start, on any thread."""
 
     def __init__(
         self,
@@ -82,15 +79,15 @@ class Lifecycle:
             free_bytes=lambda: self.jobs.free_bytes() if self.jobs else math.nan,
         )
         self._encoders = DaemonExecutor(ENCODERS, "stepweave-encode")
-        # apart: they must not hold up images
+        # a separate thread, so that previews do not delay images
         self._drawers = DaemonExecutor(1, "stepweave-preview", self._use_device)
         self._closers = DaemonExecutor(2, "stepweave-close")
         self.decoders = Decoders(settings.max_input_pixels)
-        self._has_images = settings.warmup  # whether the model is known to make images
+        self._has_images = settings.warmup  # whether the model has been seen to make images
         self._loader = threading.Thread(target=self._load, name="stepweave-load", daemon=True)
 
     def start(self) -> None:
-        """Begin to load in the background; `status` tells how far it is."""
+        """Start loading in the background; `status` has the progress."""
         self.metrics.load_times.enter("starting")
         for message in removed_settings():
             logger.warning("%s", message)
@@ -99,43 +96,46 @@ class Lifecycle:
             self.drain_token = DrainToken(self.jobs.directory)
         except StepweaveError as error:
             logger.error("%s", error.message)
-            self._fail(f"STEPWEAVE_STATE_DIR: {error.message.rpartition(': ')[2]}")  # less its path
+            # without the path
+            self._fail(f"STEPWEAVE_STATE_DIR: {error.message.rpartition(': ')[2]}")
         except Exception as error:  # of the database, or the disk
-            logger.exception("opening the state directory failed")
+            logger.exception("STEPWEAVE_STATE_DIR could not be opened")
             self._fail(f"STEPWEAVE_STATE_DIR: {reason_of(error)}")
         else:
             logger.info("the token of POST /drain is in %s", self.drain_token.path)
             self._loader.start()
 
     def drain(self) -> None:
-        """Announce that the server leaves, and take work for `STEPWEAVE_DRAIN_NOTICE` seconds more;
-        may be taken back."""
+        """Announce a drain; new work is still accepted for `STEPWEAVE_DRAIN_NOTICE` seconds."""
         if not self.leaving.announced:
-            logger.info("draining: new work is refused in %g s", self.settings.drain_notice)
+            logger.info("draining: new requests are refused in %g s", self.settings.drain_notice)
         self.leaving.announce()
 
     def take_back_drain(self) -> None:
-        """Take work as before. Raises ConflictError once the process was told to end."""
+        """Cancel a drain. Raises ConflictError once the process is terminating."""
         if self.leaving.announced:
             self.leaving.take_back()
-            logger.info("the drain was taken back")
+            logger.info("the drain was cancelled: new requests are accepted again")
 
     def terminate(self) -> None:
-        """Take no more work, for good, and let what was accepted finish; what has not after the
-        grace period is ended."""
+        """Refuse new work for good; accepted work has the grace period to finish."""
         if self.leaving.terminated:
             return
         self.leaving.terminate()
-        logger.info("terminating: %d requests are left", len(self.active))
-        # connections wait for their answers, and the hook that shuts down for the connections
         assert self.leaving.ending_at is not None
-        left = max(0.0, self.leaving.ending_at - time.monotonic())
+        seconds = max(0.0, self.leaving.ending_at - time.monotonic())
+        logger.info(
+            "terminating: new requests are refused; %d in flight have %.0f s to finish",
+            len(self.active),
+            seconds,
+        )
+        # the shutdown hook waits for connections, and these wait for answers
         asyncio.get_running_loop().call_later(
-            left + ENDING_SECONDS - KEEPING_SECONDS, self._cut_off
+            seconds + ENDING_SECONDS - KEEPING_SECONDS, self._cut_off
         )
 
     def _cut_off(self) -> None:
-        """Have the requests fail that hang."""
+        """Fail requests that hang."""
         if self.active and self.engine is not None:
             self._closers.submit(self.engine.close, 0.0)
 
@@ -143,15 +143,14 @@ class Lifecycle:
         for active in list(self.active.values()):
             active.cancel(
                 UnavailableError(
-                    "The server shut down before the image was done; send the request again.",
+                    "The server shut down before the image was done; retry the request.",
                     code="draining",
                     retry_after=DRAINING_RETRY_SECONDS,
                 )
             )
 
     async def shut_down(self) -> None:
-        """Terminate, wait for what was accepted, keep its results, and close: at most
-        `ENDING_SECONDS` after the grace period."""
+        """Terminate, wait for accepted work, and close, `ENDING_SECONDS` after the grace period."""
         self.terminate()
         ending = time.monotonic() if self.leaving.ending_at is None else self.leaving.ending_at
         if await self._wait(ending):
@@ -166,13 +165,15 @@ class Lifecycle:
         await self._wait(until - KEEPING_SECONDS / 2)
         closing = asyncio.ensure_future(on_thread(self._closers, self.close, until))
         if not (await asyncio.wait({closing}, timeout=max(0.0, until - time.monotonic())))[0]:
-            logger.error("the stores of jobs and images could not be closed in time")
+            logger.error(
+                "shutdown: the stores of jobs and images were not closed in time; the process "
+                "ends anyway"
+            )
         else:
             closing.result()
 
     async def _wait(self, until: float) -> bool:
-        """Wait until all work has been delivered and kept, or to a time of the monotonic clock;
-        whether some is left."""
+        """Wait for all work until a time of the monotonic clock; returns whether some is left."""
         while left := [request.ended() for request in self.active.values()] + (
             self.jobs.keeping() if self.jobs else []
         ):
@@ -181,8 +182,8 @@ class Lifecycle:
         return False
 
     def close(self, until: float | None = None) -> None:
-        """End the engine. What is still running ends at its next step with an error; what hangs is
-        left behind, at a time of the monotonic clock, `ENDING_SECONDS` from now if None."""
+        """Close the engine and the stores. Jobs fail at their next step; threads that hang are left
+        at `until`, a time of the monotonic clock (default: `ENDING_SECONDS` from now)."""
         until = time.monotonic() + ENDING_SECONDS if until is None else until
 
         def left() -> float:
@@ -193,7 +194,7 @@ class Lifecycle:
         if self.engine is not None:
             self.engine.close(left())
         if not self._drawers.end(left(), cancel_futures=True) or not self._encoders.end(left()):
-            logger.error("images or previews are still being encoded; they are left behind")
+            logger.error("shutdown: images or previews are still being encoded; they are lost")
         if self.jobs is not None:
             self.jobs.close()
 
@@ -215,7 +216,7 @@ class Lifecycle:
         except StepweaveError as error:
             self._fail(error.message)
         except BaseException as error:
-            logger.exception("starting failed")
+            logger.exception("stage %s of the start failed", self.status.stage)
             self._fail(
                 f"{self.status.stage} failed: {reason_of(error, self.settings.model_directory())}"
             )
@@ -250,7 +251,7 @@ class Lifecycle:
 
     def _enter(self, stage: Stage, progress: float, message: str) -> None:
         if self.status.stage == "closed" or self.leaving.terminated:
-            raise LoadError("the server was told to end while it was loading")
+            raise LoadError("the server was shut down while it was loading")
         self.status = Status(stage, progress, message)
         self.metrics.load_times.enter(stage)
         logger.info("%s: %s", stage, message)
@@ -268,42 +269,42 @@ class Lifecycle:
                 self._on_failure(message)
 
     def health(self) -> Status:
-        """Where the server stands; an engine that is stuck, or has ended, is `stuck`, one whose
-        device has failed `failed`. Never waits for the device."""
+        """The status, `stuck` or `failed` if engine or device are. Never waits for the device."""
         status, engine = self.status, self.engine
         if engine is not None and status.ready:
             if engine.failure is not None:
                 return Status("failed", 0.0, f"the device has failed: {engine.failure}")
             limit = self.settings.stuck_seconds
-            for what, seconds in (
-                ("the engine has", engine.stalled()),
-                ("encoders of images have", self._encoders.stalled()),
+            for part, seconds in (
+                ("the engine has made", engine.stalled()),
+                ("the image encoders have made", self._encoders.stalled()),
             ):
                 if seconds > limit:
                     return Status(
                         "stuck",
                         0.0,
-                        f"{what} not moved for {seconds:.0f} s; the limit is {limit:g} s",
+                        f"{part} no progress for {seconds:.0f} s; the limit is {limit:g} s",
                     )
         if self.leaving.announced and status.stage not in ("failed", "closed"):
-            ended = (
-                "; its grace period is over, and nothing told the process to end"
+            overdue = (
+                "; the grace period is over, and the process got no signal to end"
                 if self.leaving.overdue
                 else ""
             )
-            return Status("draining", 1.0, f"{len(self.active)} requests are left{ended}")
+            return Status("draining", 1.0, f"{len(self.active)} requests in flight{overdue}")
         return status
 
     def alive(self) -> bool:
-        """Whether the process is of use: it is, or may yet be, ready, or finishes what it accepted.
+        """Whether the kubelet should keep the process: it is ready, may become ready, or finishes
+        accepted work.
 
-        A server that cannot load its model never will, nor does a stuck engine move again, nor does
-        one that has drained and was not told to end take work: the kubelet is to start another.
+        A failed load or a stuck engine does not recover, and a drained server that got no signal
+        accepts no more work: these should be restarted.
         """
         return self.health().stage not in ("failed", "stuck") and not self.leaving.overdue
 
     def unavailable(self) -> UnavailableError:
-        """What to answer while the server is not ready."""
+        """The error to answer while the server is not ready."""
         status, engine = self.health(), self.engine
         if status.stage == "failed" and engine is not None and engine.failure is not None:
             return DeviceFailedError(engine.failure)

@@ -1,5 +1,4 @@
-"""Where this process listens, as its sockets tell: what was asked of a command may be another
-address."""
+"""The addresses on which this process really listens, whatever its command was asked for."""
 
 from __future__ import annotations
 
@@ -14,8 +13,7 @@ Address = tuple[str, int]
 
 
 def listening() -> list[Address]:
-    """Address and port of each TCP socket on which this process listens, those that it was given
-    included; none if the system does not tell."""
+    """Address and port of each TCP socket on which this process listens; empty if unknown."""
     try:
         connections = psutil.Process().net_connections(kind="tcp")
     except (psutil.Error, OSError, NotImplementedError):
@@ -30,21 +28,20 @@ def listening() -> list[Address]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
-    address = ipaddress.ip_address(host.partition("%")[0])  # less its zone
+    """Whether an address can only be reached from this machine."""
+    address = ipaddress.ip_address(host.partition("%")[0])  # without its zone
     mapped = getattr(address, "ipv4_mapped", None)
     return bool((mapped or address).is_loopback)
 
 
 def log_addresses(addresses: list[Address], *, keys: bool) -> None:
-    """Log where the server listens, and a warning if others than this machine reach it while it
-    asks for no `keys`."""
+    """Log where the server listens, and warn if other machines can reach it without API `keys`."""
     for host, port in addresses:
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         logger.info("listening on %s", address)
         if not keys and not is_loopback(host):
             logger.warning(
-                "%s is open to other machines, and no keys are set: set STEPWEAVE_API_KEYS, or "
+                "%s is open to other machines without authentication: set STEPWEAVE_API_KEYS, or "
                 "listen with --host 127.0.0.1",
                 address,
             )

@@ -1,4 +1,4 @@
-"""The pipeline being served: what it accepts, its defaults, and how it is called."""
+"""The served pipeline: its limits, defaults, schedulers and edits."""
 
 from __future__ import annotations
 
@@ -39,21 +39,18 @@ from stepweave.serving.names import names_of
 
 logger = logging.getLogger(__name__)
 
-DRAWN_SEED_BITS = 32  # of a seed the server draws, easy to copy
+DRAWN_SEED_BITS = 32  # of a seed that the server draws, short enough to copy
 
-# kinds of requests
 TEXT_TO_IMAGE, IMAGE_TO_IMAGE, INPAINTING = "text_to_image", "image_to_image", "inpainting"
 GUIDANCE = (0.0, 100.0)
 
 
 class ServedModel:
-    """One text-to-image pipeline with its preset, and those of its modules that make edits.
+    """One text-to-image pipeline with its preset, and pipelines of the same modules for edits.
 
     `image_to_image` and `inpaint` are pipelines, or None; `schedulers` are those that requests may
-    name.
-
-    `settings.preset` has precedence over `preset`. Raises LoadError if the pipeline does not make
-    images of prompts, or if a preset says what the model does not take.
+    name. `settings.preset` has precedence over `preset`. Raises LoadError if the pipeline does not
+    make images from prompts, or does not support a value of a preset.
     """
 
     def __init__(self, pipeline: Any, preset: Preset, settings: Settings) -> None:
@@ -91,11 +88,12 @@ class ServedModel:
             guidance if "guidance_scale" in self.arguments else None
         )
         check_defaults(settings, self.default_steps, self.width * self.height)
-        if said := preset.given():
+        if values := preset.given():
             logger.info(
-                "defaults: %s; others are the pipeline's own",
+                "preset: %s; other defaults are the pipeline's own",
                 ", ".join(
-                    f"{name}={shown(value)} ({preset.source(name)})" for name, value in said.items()
+                    f"{name}={shown(value)} ({preset.source(name)})"
+                    for name, value in values.items()
                 ),
             )
         like = Course(self.default_steps, None, self._tokens(self.width, self.height))
@@ -118,7 +116,7 @@ class ServedModel:
         }
 
     def _pipelines(self) -> dict[str, Any]:
-        """The pipeline of each kind of request, of those that there are."""
+        """The pipeline of each kind of request that the model supports."""
         kinds = {
             TEXT_TO_IMAGE: self.pipeline,
             IMAGE_TO_IMAGE: self.image_to_image,
@@ -132,36 +130,35 @@ class ServedModel:
 
     @property
     def limits(self) -> Limits:
-        """Those of images that start from nothing."""
+        """The limits of text-to-image requests."""
         return self._limits[TEXT_TO_IMAGE]
 
     @property
     def limits_of_edits(self) -> dict[str, Limits]:
-        """Those of `edits`."""
+        """The limits of each of `edits`."""
         return {name: self._limits[name] for name in self.edits}
 
     def limits_for(self, sources: Sources | None) -> Limits:
-        """Those of requests that start from such sources."""
+        """The limits of requests with such sources."""
         return self._limits[_kind(sources)]
 
     def keep_to(self, sources: Sources | None, limits: Limits) -> None:
-        """Have requests that start from such sources keep to other limits."""
+        """Set the limits of requests with such sources."""
         self._limits[_kind(sources)] = limits
 
     def drop_scheduler(self, name: str) -> None:
-        """Offer a scheduler no more, for edits neither."""
-        logger.warning("%s is not offered: %s fails with it", name, self.pipeline_class)
-        for rehearsals in self._rehearsals.values():  # `schedulers` is the first's
+        """Stop offering a scheduler, for edits too."""
+        logger.warning("scheduler %s is not offered: %s fails with it", name, self.pipeline_class)
+        for rehearsals in self._rehearsals.values():  # `schedulers` belongs to the first
             rehearsals.schedulers.pop(name, None)
 
     def refuse_steps(self, name: str | None, steps: int) -> None:
-        """Refuse this number of steps with a scheduler, None for the own one, where images start
-        from nothing."""
+        """Refuse a number of steps of text-to-image with a scheduler (None: the pipeline's)."""
         self._rehearsals[id(self.pipeline)].refuse(name, steps)
 
     @property
     def edits(self) -> tuple[str, ...]:
-        """What edits it makes, among `image_to_image` and `inpainting`."""
+        """The supported edits: `image_to_image`, `inpainting`."""
         return tuple(kind for kind in self._pipelines() if kind != TEXT_TO_IMAGE)
 
     def resolve(
@@ -173,11 +170,11 @@ class ServedModel:
         sources: Sources | None = None,
         rehearse: bool = True,
     ) -> Parameters:
-        """Fill in the defaults and hold every value against the limits. Raises InvalidRequestError
-        naming value and limit.
+        """Fill in the defaults and check every value. Raises InvalidRequestError with value and
+        limit.
 
-        With `sources` it is an edit, by default of the size of the image it starts from, or the
-        nearest that is allowed. Without `rehearse`, `check_steps` is left to be called.
+        With `sources` it is an edit, whose default size is the allowed one nearest to its source's.
+        Without `rehearse`, the caller must call `check_steps`.
         """
         pipeline = self.pipeline_for(sources)
         limits, arguments = self.limits_for(sources), arguments_of(pipeline)
@@ -225,11 +222,8 @@ class ServedModel:
     def size_of_edit(
         self, source: tuple[int, int], size: str | None, *, masked: bool
     ) -> tuple[int, int]:
-        """Width and height of an edit of an image of the size `source`: `size`, else the nearest
-        that the model makes.
-
-        Raises InvalidRequestError for a size, or a kind of edit, that it does not make.
-        """
+        """Width and height of an edit: `size`, else the allowed size nearest to `source`. Raises
+        InvalidRequestError if the size or the kind of edit is not supported."""
         self._pipeline_of_edits(masked=masked)
         return self._size(size, self._limits[INPAINTING if masked else IMAGE_TO_IMAGE], source)
 
@@ -244,39 +238,39 @@ class ServedModel:
     def _pipeline_of_edits(self, *, masked: bool) -> Any:
         param, pipeline = ("mask", self.inpaint) if masked else ("image", self.image_to_image)
         if pipeline is None:
-            what = "inpainting" if masked else "image to image"
-            given = "mask is given, or image is transparent in part" if masked else "image is given"
+            kind = "inpainting" if masked else "image-to-image"
+            why = "mask is set, or image has transparency" if masked else "image is set"
             raise InvalidRequestError(
-                f"{given}, but {self.pipeline_class} has no pipeline for {what}.",
+                f"{why}, but {self.pipeline_class} does not support {kind}.",
                 param=param,
                 code="unsupported",
             )
         return pipeline
 
     def pipeline_for(self, sources: Sources | None) -> Any:
-        """The pipeline that a request is for. Raises InvalidRequestError for an edit that the model
-        cannot make."""
+        """The pipeline for a request with such sources. Raises InvalidRequestError if the model
+        does not support the edit, or mask and image differ in size."""
         if sources is None:
             return self.pipeline
         pipeline = self._pipeline_of_edits(masked=sources.mask is not None)
         if sources.mask is not None and sources.mask.size != sources.image.size:
             (width, height), (other_width, other_height) = sources.mask.size, sources.image.size
             raise InvalidRequestError(
-                f"mask is {width}x{height} and image {other_width}x{other_height}; they must be of "
-                f"one size.",
+                f"mask is {width}x{height} and image {other_width}x{other_height}; they must have "
+                f"the same size.",
                 param="mask",
             )
         return pipeline
 
     def _resolve_scheduler(self, name: str | None, pipeline: Any) -> str | None:
-        """The name of a scheduler that is not the pipeline's own."""
+        """The scheduler's name; None if it is the pipeline's own. Raises InvalidRequestError."""
         if name is None:
             return None
         allowed = self._rehearsals[id(pipeline)].schedulers
         if name not in allowed:
-            choice = ", ".join(allowed) or "no other than its own"
+            choice = ", ".join(allowed) or "only its own"
             raise InvalidRequestError(
-                f"scheduler is {shown(name)}; {type(pipeline).__name__} takes {choice}.",
+                f"scheduler is {shown(name)}; {type(pipeline).__name__} supports {choice}.",
                 param="scheduler",
             )
         return None if name == self.scheduler else name
@@ -304,19 +298,17 @@ class ServedModel:
         return self._rehearsals[id(self.pipeline_for(parameters.sources))]
 
     def knows_steps(self, parameters: Parameters) -> bool:
-        """Whether `check_steps` answers at once; else it takes some 0.1 ms a step."""
-        return self._rehearsals_for(parameters).knows(
-            parameters.scheduler, self._course(parameters)
-        )
+        """Whether `check_steps` is immediate; otherwise it takes some 0.1 ms a step."""
+        course = self._course(parameters)
+        return self._rehearsals_for(parameters).knows(parameters.scheduler, course)
 
     def runs(self, parameters: Parameters) -> bool:
-        """Whether the scheduler runs with the number of steps, as a rehearsal tells."""
+        """Whether the scheduler runs with this number of steps, in a rehearsal."""
         return self._rehearsals_for(parameters).runs(parameters.scheduler, self._course(parameters))
 
     @property
     def scheduler_steps(self) -> dict[str, dict[str, list[int]]]:
-        """Of schedulers that run with some numbers of steps only, those numbers that were tried:
-        `works` and `fails`."""
+        """Tried numbers of steps, `works` and `fails`, of schedulers that fail with some."""
         tried = {name: self._rehearsals[id(self.pipeline)].tried(name) for name in self.schedulers}
         return {
             name: {"works": works, "fails": fails}
@@ -325,8 +317,7 @@ class ServedModel:
         }
 
     def check_steps(self, parameters: Parameters) -> None:
-        """Raise InvalidRequestError where the scheduler does not run with the number of steps, as a
-        rehearsal tells."""
+        """Raise InvalidRequestError if a rehearsal with the scheduler and the steps fails."""
         if self.runs(parameters):
             return
         given = f"num_inference_steps is {parameters.num_inference_steps}"
@@ -341,35 +332,32 @@ class ServedModel:
         )
 
     def latent_positions(self, width: int, height: int) -> int:
-        """Positions of the latents of an image of so many pixels, before they are packed or made
-        into patches."""
+        """Latent positions of an image of `width` x `height` pixels, before packing or patching."""
         return latent_positions(self.pipeline, width, height)
 
     def drop_edits(self, engine: StepEngine) -> None:
-        """Offer no edits that the engine does not take; to be called before it serves."""
+        """Stop offering edits that the engine cannot run; call it before serving."""
         for name in ("image_to_image", "inpaint"):
             pipeline = getattr(self, name)
             if pipeline is not None and not engine.takes(pipeline):
                 kind = type(pipeline).__name__
                 logger.warning(
-                    "%s is not offered: batching by %r does not take it", kind, engine.mode
+                    "%s is not offered: STEPWEAVE_BATCHING=%s does not support it",
+                    kind,
+                    engine.mode,
                 )
                 setattr(self, name, None)
 
     def half_size(self) -> tuple[int, int] | None:
-        """Half the native sides, as far as the pipeline's configuration tells; None where there is
-        no such image."""
+        """Half the native width and height, in allowed multiples; None if that is too small."""
         width, height = (
             side // 2 // self._multiple * self._multiple for side in (self.width, self.height)
         )
         return (width, height) if width and height else None
 
     def call(self, parameters: Parameters) -> dict[str, Any]:
-        """The keyword arguments of `StepEngine.submit` for n RGB images of height x width.
-
-        They are those of the pipeline's own call; `scheduler` and `pipeline` too, where they are
-        not the model's own. It resizes the images of an edit, so it may take some time.
-        """
+        """The keyword arguments of `StepEngine.submit` for n RGB images of height x width, with
+        `scheduler` and `pipeline` if they are not the model's. Resizing edits may take long."""
         pipeline = self.pipeline_for(parameters.sources)
         chosen = {"pipeline": pipeline} if pipeline is not self.pipeline else {}
         if parameters.scheduler is not None:

@@ -1,4 +1,4 @@
-"""Which names requests may call the model by."""
+"""The names of the model that requests may use."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from stepweave.errors import LoadError, NotFoundError, shown
 
 
 class ModelNames:
-    """The names of `STEPWEAVE_MODEL_NAMES`, or the model's `own` where there are none.
+    """The names of `STEPWEAVE_MODEL_NAMES`; if unset, the model's `own`.
 
-    `listed` has those that are known, the first of which is `told` in answers: where `*` is first,
-    that is the model's own. With `*` among them any name is taken that has no colon and at most
-    `MAX_NAME` characters.
+    `listed` are the names but `*`, of which answers have the first (`told`); it is the model's own
+    if `*` is first. With `*`, requests may use any name of at most `MAX_NAME` characters without a
+    colon.
     """
 
     def __init__(self, names: Sequence[str], own: str) -> None:
@@ -25,33 +25,32 @@ class ModelNames:
         self.told = self.listed[0]
 
     def take(self, name: str) -> bool:
-        """Whether a request may call the model so."""
+        """Whether a request may use this name."""
         return name in self.listed or (self.any and is_any_name(name))
 
     def check(self, name: str, param: str | None = None) -> None:
-        """Raise NotFoundError, about `param`, unless a request may call the model so."""
+        """Raise NotFoundError about `param` unless a request may use this name."""
         if not self.take(name):
             raise NotFoundError(self.refusal(name), code="model_not_found", param=param)
 
     def refusal(self, name: str) -> str:
-        """Why a request may not, and what to do."""
+        """Why a request may not use this name, and what to do."""
         if self.any:
             return f"There is no model {shown(name)}: {_WHAT_ANY_IS}."
         listed = ", ".join(map(repr, self.listed))
         return (
             f"There is no model {shown(name)}; this server has {listed}. STEPWEAVE_MODEL_NAMES "
-            "sets the names that it answers to, * any."
+            "sets the accepted names (* for any)."
         )
 
 
 def names_of(settings: Settings, preset: Preset) -> ModelNames:
-    """The names of the model that a server is to serve, with the `preset` that is in force."""
+    """The model's names, with the `preset` in force."""
     return ModelNames(settings.model_names, preset.id or settings.model_name())
 
 
 def told_name(settings: Settings) -> str:
-    """The name that answers have, before anything is loaded; of a model made in code that is the
-    directory's."""
+    """The model's name in answers, before it is loaded; if made in code, the directory's name."""
     try:
         preset = read_preset(settings.model_directory())
     except LoadError:
@@ -65,5 +64,5 @@ _WHAT_ANY_IS = (
 
 
 def is_any_name(name: str) -> bool:
-    """Whether `*` stands for such a name."""
+    """Whether `*` accepts this name."""
     return 1 <= len(name) <= MAX_NAME and ":" not in name

@@ -1,4 +1,4 @@
-"""Places that are promised to refused requests, for when they come back as they were told."""
+"""Places that are promised to refused requests for their retry after `Retry-After` seconds."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from bisect import insort
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-LEARNING = 0.1  # weight of the last promise in the share of those that were kept
+LEARNING = 0.1  # weight of the last promise in the share of promises that were redeemed
 PROMISES = 1024  # at most
-# to clients that have not come back yet, as far as they put off the next one; more as clients do
-# come back
+# initial number of promises to clients without a retry so far that delay further promises
 NEW_PROMISES = 8
-NEW_OF_ONE = 8  # promises that one client may have before it has come back for any of them
-GRACE = 5.0  # seconds that a place is kept for a client that is late
+NEW_OF_ONE = 8  # most promises of one client without a retry so far
+GRACE = 5.0  # seconds that a place is kept after it was due
 
 
 @dataclass(frozen=True, order=True)
@@ -20,33 +19,30 @@ class Promise:
     """A place that is kept for a refused request."""
 
     due: float  # when a place will be free, in seconds of the admission's clock
-    number: int  # tells equals apart
+    number: int  # in order of promises
     token: Hashable = field(compare=False)
     client: Hashable = field(compare=False)
-    # whether its client has come back before, as it was told
-    returning: bool = field(compare=False)
+    returning: bool = field(compare=False)  # whether the client has retried in time before
 
 
 class Promises:
-    """The promises of one server, and how many of the last ones their clients came back for.
+    """The promises of one server, and the share of them that is redeemed.
 
-    A refusal costs a client nothing, so promises to clients that have not come back yet put off
-    others by a few places only, at first `NEW_PROMISES`: promises beyond that fall on the same
-    time. As a congestion window that number grows by one with each client that comes back as told,
-    shrinks with each that does not, and is the first again once nothing is promised. A client that
-    comes back and finds no place has shown that it waits, and queues behind all others that have.
+    A refusal costs a client nothing, so promises to new clients (without a retry so far) delay
+    others by few places, at first `NEW_PROMISES`; further promises are due at the same time. Like a
+    congestion window, that number grows by one with each new client that retries in time, shrinks
+    with each that does not, and is reset when there are no promises. A client that retries in time
+    and finds no place has shown that it waits: it queues behind all others that have.
     """
 
     def __init__(self) -> None:
         self.made: list[Promise] = []  # the earliest first
         self._number = 0
-        # share of the last promises whose clients came back; of those returning
-        self._redeemed = {False: 1.0, True: 1.0}
-        # promises to clients that have not come back yet that put off others
-        self._window = float(NEW_PROMISES)
+        self._redeemed = {False: 1.0, True: 1.0}  # recent share, by `Promise.returning`
+        self._window = float(NEW_PROMISES)  # promises to new clients that delay others
 
     def lapse(self, now: float) -> None:
-        """Drop those whose clients are too late."""
+        """Drop promises that are overdue by more than `GRACE`."""
         while self.made and self.made[0].due + GRACE < now:
             self._learn(self.made.pop(0), came=False)
         if not self.made:
@@ -57,13 +53,13 @@ class Promises:
         insort(self.made, Promise(due, self._number, token, client, returning))
 
     def redeem(self, promise: Promise) -> None:
-        """Its client came back. No effect on one that was redeemed before, with a reservation."""
+        """Remove a promise whose client has retried, if a reservation has not done so before."""
         if promise in self.made:
             self.made.remove(promise)
             self._learn(promise, came=True)
 
     def of(self, token: Hashable, client: Hashable) -> Promise | None:
-        """The earliest promise to a request of a client."""
+        """The earliest promise to the client's request, or None."""
         if token is None:
             return None
         theirs = (
@@ -72,7 +68,7 @@ class Promises:
         return next(theirs, None)
 
     def may_make(self, client: Hashable) -> bool:
-        """Whether one more place may be promised to a client that does not come back for one."""
+        """Whether one more place may be promised to a client without a retry so far."""
         if len(self.made) >= PROMISES:
             return False
         return client is None or NEW_OF_ONE > sum(
@@ -80,8 +76,7 @@ class Promises:
         )
 
     def wait(self, now: float, interval: float) -> float:
-        """Seconds by which the promises put off a client that has none, if a place becomes free
-        every `interval` seconds."""
+        """Seconds by which the promises delay others, if a place becomes free per `interval`."""
         wait = max(self.made[-1].due - now, 0.0) if self.made else 0.0
         new = sum(not promise.returning for promise in self.made)
         if new > self._window:
@@ -89,13 +84,11 @@ class Promises:
         return wait
 
     def wait_of(self, mine: Promise, now: float, interval: float) -> float:
-        """Seconds until it is due, and until the places that become free are not all promised to
-        others that have come back, too."""
+        """Seconds until the promise is due, and places of other returning clients are served."""
         return max(mine.due - now, 0.0, self._behind(mine, now, interval))
 
     def expected(self, until: float, before: Promise | None) -> float:
-        """How many clients are likely to come back by then, of those with promises older than
-        `before`."""
+        """Expected number of retries until then, of promises that are due before `before`."""
         limit = before.due if before is not None else float("inf")
         return sum(
             self._redeemed[promise.returning]

@@ -1,4 +1,4 @@
-"""An accepted request, from its place in the queue to its image files."""
+"""An accepted request, from admission to its image files."""
 
 from __future__ import annotations
 
@@ -43,19 +43,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PLACE_SECONDS = 0.5  # between two looks at the place in the queue
-WATCH_SECONDS = 1.0  # between two looks whether a job is done
-LEAST_ETA = 1e-3  # of what is not done yet; etas are told in as many digits
-SILENT_SECONDS = 15.0  # after which a follower is told that there is nothing new
+PLACE_SECONDS = 0.5  # between two checks of the queue position
+WATCH_SECONDS = 1.0  # between two checks whether a job is done
+LEAST_ETA = 1e-3  # of unfinished jobs; etas are rounded to as many digits
+SILENT_SECONDS = 15.0  # without news, after which `updates` yields None
 
 
 @dataclass(frozen=True)
 class Queued:
-    """Its place among those that wait, 1 for the first, and the seconds until it will be done, if
-    they can be foreseen.
-
-    It has no place once it has been told to end.
-    """
+    """The queue position, 1 for the first and None once cancelled, and the predicted seconds until
+    the job is done."""
 
     position: int | None
     eta: float | None
@@ -63,7 +60,7 @@ class Queued:
 
 @dataclass(frozen=True)
 class Progressed:
-    """Denoising steps done, of how many."""
+    """Denoising steps done, of `total`."""
 
     step: int
     total: int
@@ -81,24 +78,23 @@ class Means:
     metrics: Metrics
     encoders: Executor
     queue_position: Callable[[str], QueuePosition | None]  # of a job, by its id
-    leave: Callable[[], None]  # gives the place back that admission gave
-    # of the latents of an image of so many pixels, width and height
-    positions: Callable[[int, int], int]
+    leave: Callable[[], None]  # gives the request's place back to admission
+    positions: Callable[[int, int], int]  # latent positions, from width and height in pixels
     drawers: Executor  # of previews
     previewer: Previewer | None = None
     scheduler: str | None = None  # the pipeline's own
     pipeline: str = "The pipeline"  # its class
     holds: Callable[[Job], bool] = lambda job: True  # whether the engine has the job
-    answer_seconds: float = 600.0  # after a job is done
-    refuse_flagged: bool = False  # images that the pipeline's safety checker flags
+    answer_seconds: float = 600.0  # from the end of a job to its answer, at most
+    refuse_flagged: bool = False  # whether flagged images are refused
 
 
 class ActiveRequest:
-    """An accepted request; the engine's observer of its job. All but what the engine calls is for
-    the event loop.
+    """An accepted request, and the engine's observer of its job; all other methods are for the
+    event loop.
 
-    Whoever waits for it holds it; when the last one lets go, its job is cancelled, unless it is
-    `detached`.
+    Clients that wait for it hold it (`held`); when the last one lets go, the job is cancelled
+    unless it is `detached`.
     """
 
     def __init__(
@@ -109,12 +105,11 @@ class ActiveRequest:
         self.parameters = parameters
         self.created = time.time()
         self.detached = submission.detached
-        # in which its result is wanted, if it is asked for later
-        self.response_format = submission.response_format
-        self.warnings = list(warnings)  # of the request; those of its prompts come with the job
+        self.response_format = submission.response_format  # if the result is fetched later
+        self.warnings = list(warnings)  # of the request; the job has those of its prompts
         self.error: StepweaveError | None = None
-        self.kept = False  # by whom it is kept, that one gives its place back
-        # if it is kept: done once it is, as what it failed with
+        self.kept = False  # whether `Jobs` stores it, and then gives its place back
+        # stores the result and returns the job's error, if `kept`
         self.keeping: asyncio.Task[StepweaveError | None] | None = None
         self._means = means
         self._results = Results(request, parameters, means)
@@ -141,13 +136,12 @@ class ActiveRequest:
         self._expected: Estimate | None = None
         self._timed = True
         self._task: asyncio.Task[Answer | None] | None = None
-        self._over: float | None = None  # since when its job is done, as far as was seen
+        self._over: float | None = None  # when `_watch` first saw that the job is done
         self._overdue = False
         self._watching: asyncio.TimerHandle | None = None
 
     def begin(self, job: Job, expected: Estimate | None = None, *, timed: bool = True) -> None:
-        """The engine has taken its job. `expected` is what was foreseen of it; `timed` whether
-        anything could be, of any job."""
+        """Wait for a job; `expected` is its estimate, `timed` is whether any job was timed."""
         self._job = job
         self._expected, self._timed = expected, timed
         self._task = asyncio.create_task(
@@ -180,21 +174,21 @@ class ActiveRequest:
 
     @property
     def all_warnings(self) -> list[str]:
-        """Of the request, its prompts and its images, as far as they are known."""
+        """Warnings so far, about the request, its prompts and its images."""
         return [*self.warnings, *self.job.warnings, *self._results.warnings]
 
     @property
     def lost(self) -> bool:
-        """Whether it failed or was cancelled, or is about to be."""
+        """Whether it failed, was cancelled or is being cancelled."""
         return self.error is not None or (self._given_up and not self.done)
 
     @property
     def steps(self) -> int:
-        """Denoising steps, as many as are known to be needed."""
+        """Denoising steps, as far as they are known."""
         return self.job.progress.total or self.parameters.num_inference_steps
 
     def latest(self) -> Queued | Progressed:
-        """Its place in the queue or its progress, now."""
+        """The present queue position or progress."""
         position = self._means.queue_position(self.id)
         eta = None if position is None else position.eta
         if position is not None and position.position:
@@ -206,8 +200,7 @@ class ActiveRequest:
         )
 
     def _pace(self) -> float | None:
-        """Seconds that its steps still take if they go on as they went, which is all that is known
-        of the first job ever."""
+        """Seconds of the remaining steps at the job's own pace, if there is no other estimate."""
         job, (step, total) = self.job, self.job.progress
         if job.opened is None or job.stepped is None or not step:
             return None
@@ -217,7 +210,7 @@ class ActiveRequest:
         )
 
     def view(self) -> JobView:
-        """The job as it is now, without its result; state and place are of one moment."""
+        """The job's present state without its result; state and position are consistent."""
         latest = None if self.done else self.latest()
         queued = latest if isinstance(latest, Queued) else None
         return JobView(
@@ -235,7 +228,7 @@ class ActiveRequest:
         )
 
     def cancel(self, reason: StepweaveError | None = None) -> None:
-        """End it at its next step, with `reason`. No effect once it is done."""
+        """Cancel the job at its next step, with `reason`. No effect once it is done."""
         self._reason = self._reason or reason
         self._given_up = True
         if self._partials is not None:
@@ -243,13 +236,13 @@ class ActiveRequest:
         self.job.cancel()
 
     def ended(self) -> asyncio.Future[Any]:
-        """Done once it is; not to be cancelled."""
+        """A future that is done when the request is; do not cancel it."""
         assert self._task is not None
         return self._task
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Within the block somebody waits for it."""
+        """Hold the request within the block."""
         self._holders += 1
         try:
             yield
@@ -258,12 +251,12 @@ class ActiveRequest:
             self.let_go()
 
     def let_go(self) -> None:
-        """Cancel it if nobody waits for it."""
+        """Cancel the job if no client holds the request and it is not detached."""
         if not self._holders and not self.detached:
             self.cancel()
 
     async def result(self) -> Answer:
-        """Raises what ended it. Cancelling the awaiting task leaves it as it is."""
+        """Wait for the answer; cancelling that does not cancel the job. Raises the job's error."""
         assert self._task is not None
         await asyncio.wait({self._task})
         if self.error is not None:
@@ -273,18 +266,15 @@ class ActiveRequest:
         return answer
 
     async def updates(self, *, progress: bool = True) -> AsyncIterator[Update | None]:
-        """What happens from now on, till the end: place and progress when they change, and all
-        previews in their order.
-
-        Without `progress` only the previews. None when nothing else was told for `SILENT_SECONDS`.
-        """
+        """Yield all previews, and with `progress` changes of queue position and progress, until the
+        job is done; None after `SILENT_SECONDS` without any."""
         last: tuple[Any, ...] = ()
         seen = 0
-        told = time.monotonic()
+        yielded = time.monotonic()
         while True:
             changed, done = self._changed, self.done
             for partial in self._partials.made[seen:] if self._partials is not None else ():
-                seen, told = seen + 1, time.monotonic()
+                seen, yielded = seen + 1, time.monotonic()
                 yield partial
             if done:
                 return
@@ -293,23 +283,23 @@ class ActiveRequest:
                 (latest.position,) if isinstance(latest, Queued) else (latest.step, latest.total)
             )
             if progress and place not in (last, (None,)):
-                last, told = place, time.monotonic()
+                last, yielded = place, time.monotonic()
                 yield latest
-            elif time.monotonic() - told >= SILENT_SECONDS:
-                told = time.monotonic()
+            elif time.monotonic() - yielded >= SILENT_SECONDS:
+                yielded = time.monotonic()
                 yield None
-            wait = told + SILENT_SECONDS - time.monotonic()
+            wait = yielded + SILENT_SECONDS - time.monotonic()
             if progress and isinstance(latest, Queued):
                 wait = min(wait, PLACE_SECONDS)
             with contextlib.suppress(TimeoutError):
-                # wait_for of Python 3.11 may lose that it is cancelled
+                # wait_for of Python 3.11 may lose a cancellation
                 async with asyncio.timeout(wait):
                     await changed.wait()
 
     # On the engine's threads
 
     def wants(self, step: int, total: int) -> bool:
-        """Whether there is to be a preview after a step."""
+        """Whether a preview is due after this step."""
         return self._partials is not None and self._partials.wants(step, total)
 
     def progressed(self, job: Job) -> None:
@@ -330,14 +320,13 @@ class ActiveRequest:
         self._changed = asyncio.Event()
 
     def leave(self) -> None:
-        """Give its place back, once."""
+        """Give the place back to admission; no effect when repeated."""
         if self._placed:
             self._placed = False
             self._means.leave()
 
     def _watch(self) -> None:
-        """Have it fail if its job is done and nothing comes of that for too long: whatever it waits
-        for, its place must come back."""
+        """Fail the request, to free its place, if its job has been done for `answer_seconds`."""
         if self.done:
             return
         now, limit = time.monotonic(), self._means.answer_seconds
@@ -352,7 +341,7 @@ class ActiveRequest:
         self._watching = self._loop.call_later(min(WATCH_SECONDS, limit), self._watch)
 
     async def _run(self, due: float | None) -> Answer | None:
-        """Its answer; None if it fails, with `error`."""
+        """The answer; None if it fails, with `error` set."""
         answer = None
         try:
             answer = await self._answer(due)
@@ -375,7 +364,7 @@ class ActiveRequest:
         job, metrics = self.job, self._means.metrics
         output = await self._output()
         metrics.generated(job, due)
-        # apart from the loop: what a pipeline returns may run code of its own
+        # not on the loop: what a pipeline returns may run code of its own
         generation = await on_thread(self._means.encoders, self._results.of, output, job)
         if self._partials is not None:
             await self._partials.settle()
@@ -386,22 +375,25 @@ class ActiveRequest:
         return Answer(details, files)
 
     def _told(self, error: BaseException) -> StepweaveError:
-        """What to tell of an error that ends it."""
+        """The client's error for an exception that ended the request."""
         if self._overdue:
             limit = self._means.answer_seconds
             logger.error(
-                "nothing came of a job for %g s after it was done: %r, %s",
-                limit,
+                "%r, %s: not answered within %g s of the job's end (STEPWEAVE_STUCK_SECONDS); it "
+                "fails as not_delivered",
                 self.job,
                 loggable(self.parameters),
+                limit,
             )
             message = f"The images were made, but not delivered within {limit:g} s."
             return StepweaveError(message, code="not_delivered")
-        if isinstance(error, asyncio.CancelledError):  # the loop ends
+        if isinstance(error, asyncio.CancelledError):  # the loop is closing
             return RequestCancelledError()
         if isinstance(error, NonFiniteError):
             logger.warning(
-                "a job's result is not finite: %r, %s", self.job, loggable(self.parameters)
+                "%r, %s: the result has NaN or infinite values; the request fails as non_finite",
+                self.job,
+                loggable(self.parameters),
             )
             self._means.metrics.images.labels("non_finite").inc(self.parameters.n)
         if isinstance(error, (RequestError, OutOfMemoryError, NonFiniteError, ImageCountError)):
@@ -430,5 +422,5 @@ class ActiveRequest:
 
 
 def _rounded(eta: float | None) -> float | None:
-    """An eta as it is told: never 0 of what is not done."""
+    """An eta for clients: never 0 while the job is not done."""
     return None if eta is None else max(LEAST_ETA, round(eta, 3))

@@ -1,5 +1,4 @@
-"""Errors, generations and jobs as clients are told of them, in answers, records and the OpenAPI
-document."""
+"""Models of errors, generations and jobs, for answers, stored records and the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ def _milliseconds(seconds: float) -> float:
 
 
 def error_types() -> list[str]:
-    """All that an error's `type` may be."""
+    """All values of an error's `type`."""
     kinds: list[type[StepweaveError]] = [StepweaveError]
     for kind in kinds:
         kinds += kind.__subclasses__()
@@ -27,16 +26,14 @@ def error_types() -> list[str]:
 
 
 class ErrorDetail(Resource):
-    """What went wrong."""
+    """Why a request or a job failed."""
 
-    message: str = Field(description="For people: the offending value, and the limit.")
+    message: str = Field(description="For people: the wrong value, and the limit.")
     type: str = Field(json_schema_extra={"enum": list(error_types())})
     code: str = Field(
         description="For programs.", examples=["invalid_value", "queue_full", "model_not_found"]
     )
-    param: str | None = Field(
-        description="The field, parameter or header that is wrong, if it is one."
-    )
+    param: str | None = Field(description="The field, parameter or header that is wrong, if any.")
 
     @classmethod
     def of(cls, error: StepweaveError) -> Self:
@@ -44,7 +41,7 @@ class ErrorDetail(Resource):
 
 
 class Error(Resource):
-    """The body of every refusal and failure."""
+    """The body of every error response."""
 
     error: ErrorDetail
 
@@ -59,26 +56,25 @@ class TokenDetails(Resource):
 
 
 class Usage(Resource):
-    """Of the whole request. Of an image, tokens are positions of its latents, before these are
-    packed or made into patches."""
+    """Usage of the request; an image's tokens are latent positions, before packing or patching."""
 
     input_tokens: int = Field(ge=0)
     input_tokens_details: TokenDetails = Field(
-        description="Tokens that the model's tokenizers read of the prompts, padding left out (0 "
-        "where it has no tokenizer); positions of the image that an edit starts from."
+        description="Tokens of the prompts in the model's tokenizers, without padding (0 without a "
+        "tokenizer); latent positions of an edit's source image."
     )
     output_tokens: int = Field(ge=0)
     output_tokens_details: TokenDetails = Field(
-        description="Of all images together; there is no text."
+        description="Of all images together; text_tokens is 0."
     )
-    total_tokens: int = Field(ge=0, description="Of input and output.")
+    total_tokens: int = Field(ge=0, description="Input and output.")
     images: int
     steps: int = Field(description="Denoising steps of all images.")
     pixels: int
 
 
 class Outcome(Resource):
-    """What the answers to a generation have in common beside its images."""
+    """Members of every answer to a generation."""
 
     model: str
     usage: Usage
@@ -86,17 +82,17 @@ class Outcome(Resource):
     timings: Timings
     warnings: list[str]
     outputs: dict[str, Any] | None = absent(
-        description="What the pipeline returned beside images, where that is text or numbers."
+        description="Text and numbers that the pipeline returned in addition to images."
     )
 
 
 class GenerationDetails(Outcome):
-    """What a generation is answered with beside its images."""
+    """An answer to a generation without its images."""
 
     created: int = Field(description="Unix seconds.")
-    size: str = Field(pattern=SIZE, description="Of the images, as they were made.")
+    size: str = Field(pattern=SIZE, description="Actual size of the images.")
     output_format: OutputFormat
-    # OpenAI's type has no `auto` here, and `quality` no value that would be true
+    # OpenAI's type does not allow `auto`; `quality` is left out, as none of its values applies
     background: Literal["opaque"] = "opaque"
 
 
@@ -111,25 +107,25 @@ class InlineImage(_Image):
 
 
 class LinkedImage(_Image):
-    url: str = Field(description="Where the image is, for a while.")
+    url: str = Field(description="The image's URL, valid for a limited time.")
 
 
 class Generation(GenerationDetails):
-    """Images, and everything about their making."""
+    """An answer to a generation, with its images."""
 
     data: list[InlineImage | LinkedImage]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a generation is answered with, on any surface."""
+    """The answer to a generation, for any HTTP surface."""
 
     details: GenerationDetails
     images: list[ImageFile]
 
 
 class JobView(Resource):
-    """Where a job stands, and its result once it is there."""
+    """A job's state, and its result once it has succeeded."""
 
     id: str = Field(pattern=r"^[0-9a-f]{32}$")
     object: Literal["job"] = "job"
@@ -138,13 +134,13 @@ class JobView(Resource):
     step: int = Field(ge=0)
     total_steps: int = Field(ge=0)
     position: int | None = Field(
-        None, description="Place among all that wait, 1 for the first; null once it runs."
+        None, description="Queue position, 1 for the first; null once the job runs."
     )
     eta_seconds: float | None = Field(
         None,
         gt=0,
-        description="Seconds until it will be done; null once it is, and while nothing of the "
-        "model has been timed.",
+        description="Predicted seconds until the job is done; null once it is, and before any job "
+        "of the model has been timed.",
     )
     created: Annotated[float, PlainSerializer(_milliseconds)] = Field(description="Unix seconds.")
     parameters: ResolvedParameters
@@ -153,5 +149,5 @@ class JobView(Resource):
     result: Generation | None = None
 
 
-# members of a job that its record has by the same names
+# members of a job that its record has under the same names
 RECORDED = ("id", "kind", "state", "step", "total_steps", "created", "warnings", "error")

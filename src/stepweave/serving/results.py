@@ -1,4 +1,4 @@
-"""What comes of a job: its images, checked and encoded, and the answer's members."""
+"""A job's result: images, checked and encoded, and the members of the answer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Results:
-    """Of one request. `warnings` are those of its images, as far as they are known."""
+    """Makes the answer of one request; `warnings` are about its images."""
 
     def __init__(self, request: ImageRequest, parameters: Parameters, means: Means) -> None:
         self.request = request
@@ -38,20 +38,20 @@ class Results:
         self._means = means
 
     def of(self, output: Any, job: Job) -> GeneratedImages:
-        """What a job gave. Raises ContentFlaggedError and ImageCountError."""
+        """The images in a job's output. Raises ContentFlaggedError and ImageCountError."""
         parameters, images = self.parameters, images_of(output, self._means.pipeline)
         if (count := len(images)) != parameters.n:
             raise ImageCountError(
-                f"The pipeline made {count} images, not the {parameters.n} asked for."
+                f"The pipeline made {count} images; {parameters.n} were requested."
             )
         outputs = outputs_of(output, count)
         size = parameters.width, parameters.height
         for index, image in enumerate(images):
             if image.size != size:
-                made = "{}x{}".format(*image.size)
+                width, height = image.size
                 self.warnings.append(
-                    f"image {index} is {made}, not {size[0]}x{size[1]} as asked for: the pipeline "
-                    f"made it so."
+                    f"image {index} is {width}x{height}: the pipeline did not make it in the "
+                    f"requested size, {size[0]}x{size[1]}."
                 )
         if any(outputs.flagged) and self._means.refuse_flagged:
             self._means.metrics.images.labels("flagged").inc(sum(outputs.flagged))
@@ -63,7 +63,7 @@ class Results:
         )
 
     async def encode(self, generation: GeneratedImages) -> list[ImageFile]:
-        """The images' files."""
+        """Encode the images on the encoders' threads."""
         began = time.monotonic()
         request, model = self.request, self._means.model
         values = [
@@ -89,9 +89,7 @@ class Results:
         for i, ((data, constant), value) in enumerate(zip(encoded, values, strict=True)):
             flagged = generation.flagged[i]
             if constant and not flagged:
-                self.warnings.append(
-                    f"image {i} has one colour throughout; the model may not have worked."
-                )
+                self.warnings.append(f"image {i} has only one colour; the model may have failed.")
             self._means.metrics.images.labels(
                 "flagged" if flagged else "constant" if constant else "ok"
             ).inc()
@@ -103,7 +101,7 @@ class Results:
     def details(
         self, generation: GeneratedImages, job: Job, steps: int, warnings: list[str]
     ) -> GenerationDetails:
-        """The answer beside its images. `steps` are those of an image."""
+        """The answer without the images; `steps` are those of one image."""
         return GenerationDetails(
             created=int(time.time()),
             model=self._means.model,
@@ -117,18 +115,17 @@ class Results:
         )
 
     def resolved(self) -> ResolvedParameters:
-        """All that was asked for, defaults filled in."""
+        """The request's parameters, defaults filled in."""
         return ResolvedParameters.of(self.request, self.parameters, self._means.scheduler)
 
 
 def usage_of(
     generation: GeneratedImages, steps: int, tokens: int, positions: Callable[[int, int], int]
 ) -> Usage:
-    """OpenAI's members, in tokens of prompts and positions of latents, and what that was in images,
-    steps and pixels.
+    """OpenAI's members, in tokens of prompts and latent positions, and images, steps and pixels.
 
-    `steps` are those of one image, `tokens` those that were read of the prompts; `positions` gives
-    those of an image's latents, of its width and height in pixels.
+    `steps` are those of one image, `tokens` those of the prompts; `positions` gives the latent
+    positions of an image from its width and height in pixels.
     """
     parameters, images = generation.parameters, generation.images
     source = 0 if parameters.sources is None else positions(parameters.width, parameters.height)
@@ -146,10 +143,10 @@ def usage_of(
 
 
 def timings_of(job: Job) -> Timings:
-    """Where a finished job's seconds went; those after it are to be added."""
+    """The timings of a finished job, without encoding and total."""
     assert job.started is not None and job.finished is not None
     begun = job.begun or job.started
-    # a remembered prompt needs no forward before the first step
+    # with a cached prompt there is no forward before the first step
     opened = max(job.opened or begun, begun)
     stepped = job.stepped or opened
     return Timings(
@@ -161,5 +158,5 @@ def timings_of(job: Job) -> Timings:
 
 
 def _file(image: Image.Image, *args: Any) -> tuple[bytes, bool]:
-    """An image's file, and whether the image has one colour throughout."""
+    """An image's file, and whether the image has a single colour."""
     return encode(image, *args), is_constant(image)

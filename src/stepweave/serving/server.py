@@ -1,4 +1,4 @@
-"""The server behind every HTTP surface: what takes requests for images."""
+"""The server behind every HTTP surface: it accepts requests for images."""
 
 from __future__ import annotations
 
@@ -23,32 +23,25 @@ if TYPE_CHECKING:
     from stepweave.serving.model import ServedModel
     from stepweave.store import FileStore
 
-UNCHECKED_DEADLINE = "deadline_ms could not be checked beforehand: no forecast was ready."
+UNCHECKED_DEADLINE = "deadline_ms was not checked at admission: there was no estimate."
 UNFORESEEN_DEADLINE = (
-    "deadline_ms could not be checked beforehand: nothing of this model had been timed yet."
+    "deadline_ms was not checked at admission: no job of this model had been timed yet."
 )
 
 
 class Server(Lifecycle):
-    """A server that takes requests: what every HTTP surface calls.
-
-    One model, one engine, one set of metrics; see `Lifecycle` for its arguments, and for how it
-    loads and ends.
-    """
+    """Accepts requests for one model on one engine; the arguments are those of `Lifecycle`."""
 
     @property
     def files(self) -> FileStore:
-        """Where image files are kept. Raises UnavailableError before the server has started."""
+        """The store of image files. Raises UnavailableError before the server has started."""
         if self.jobs is None:
             raise self.unavailable()
         return self.jobs.files
 
     def ready(self, reservation: Reservation | None = None) -> tuple[ServedModel, StepEngine]:
-        """The model and its engine, also within the notice of a drain, and after it for a request
-        that holds a place since then.
-
-        Raises UnavailableError while there are none.
-        """
+        """The model and its engine. Raises UnavailableError if the server is not ready, or once
+        the notice of a drain is over, unless the request holds a place since before."""
         leaving = self.leaving
         accepted = reservation is not None and reservation.held
         if (
@@ -62,15 +55,14 @@ class Server(Lifecycle):
         return self.model, self.engine
 
     def named(self, model: str, *, param: str | None = None) -> ServedModel:
-        """The model of that name. Raises NotFoundError, about `param`, if it is none of the served
-        one's, and UnavailableError."""
+        """The model. Raises NotFoundError about `param` for another name, and UnavailableError."""
         served, _ = self.ready()
         served.names.check(model, param)
         return served
 
     async def submit(self, submission: Submission) -> Followed:
-        """The job of a request: begun now, or the first one of its key. One that joins another
-        gives back the place that it has reserved. Raises what `accept` and `Jobs.start` do."""
+        """Submit a request; returns its job, or the earlier job of its idempotency key. A place
+        reserved in vain is given back. Raises what `accept` and `Jobs.start` do."""
         if self.jobs is None:
             raise self.unavailable()
         try:
@@ -80,17 +72,17 @@ class Server(Lifecycle):
                 submission.reservation.release()
 
     async def generate(self, submission: Submission) -> Answer:
-        """Submit a request and wait for its images. Cancelling the awaiting task lets go of it."""
+        """Submit a request and wait for its images; cancelling the wait lets go of the job."""
         job = await self.submit(submission)
         with job.held():
             return await job.result()
 
     async def accept(self, submission: Submission) -> ActiveRequest:
-        """Let a request in, and have the engine begin with it.
+        """Admit a request and submit its job to the engine.
 
-        Raises UnavailableError, NotFoundError if it names a model that is not the one served,
-        AdmissionError or DeadlineTooShortError if admission does not let it in, and what its
-        `sources` and `ServedModel.resolve` raise.
+        Raises UnavailableError, NotFoundError if it names another model, AdmissionError or
+        DeadlineTooShortError if admission refuses it, and what its `sources` and
+        `ServedModel.resolve` raise.
         """
         sources = None if submission.sources is None else await submission.sources()
         began = time.monotonic()
@@ -114,21 +106,20 @@ class Server(Lifecycle):
         )
         if sources is None:
             call = served.call(parameters)
-        else:  # its images are brought to its size
+        else:  # resizes the images
             call = await on_thread(None, served.call, parameters)
         return self._enter_engine(submission, parameters, call, began)
 
     @property
     def places(self) -> int:
-        """Requests that may be in flight at a time. Raises UnavailableError before the server is
-        ready."""
+        """The limit of requests in flight. Raises UnavailableError before the server is ready."""
         if self._admission is None:
             raise self.unavailable()
         return self._admission.limit
 
     def reserve(self, token: Hashable, client: Hashable, *, joins: bool = False) -> Reservation:
-        """See `Admission.reserve`. Raises what `accept` would if there is no place."""
-        if not joins:  # what it joins may be served though the server takes nothing new
+        """See `Admission.reserve`. Raises UnavailableError, and AdmissionError."""
+        if not joins:  # it may join a job even if new ones are refused
             self.ready()
         if self._admission is None:
             raise self.unavailable()
@@ -184,7 +175,7 @@ class Server(Lifecycle):
         return active
 
     def _over(self, active: ActiveRequest) -> None:
-        """Forget a request that is over; where the first ever gave no image, serve no more."""
+        """Forget a finished request; if the first one ever made no image, stop serving."""
         self.active.pop(active.id, None)
         if active.error is None:
             self._has_images = True

@@ -1,4 +1,4 @@
-"""What is to happen on a signal before whoever handles it now is told."""
+"""Calls a function on signals, in addition to their present handlers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ from types import FrameType
 
 
 def on_signals(function: Callable[[], None], *numbers: int) -> None:
-    """Have the running event loop call `function` when the process gets one of these signals; its
-    handlers are told as ever.
-
-    To be called on the main thread.
-    """
+    """Have the running event loop call `function` when the process gets one of these signals; their
+    handlers are called as before. Call it on the main thread."""
     loop = asyncio.get_running_loop()
     for number in numbers:
         following = signal.getsignal(number)

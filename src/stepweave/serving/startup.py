@@ -1,5 +1,4 @@
-"""From settings to a model that serves: device, weights, previews, engine, first images. Imports
-torch, so it comes late."""
+"""Loads the model: device, weights, previews, engine, first images. Imports torch."""
 
 from __future__ import annotations
 
@@ -23,13 +22,13 @@ if TYPE_CHECKING:
     from stepweave.serving.model import ServedModel
 
 LoadPipeline = Callable[[Settings, "torch.device", "torch.dtype"], "tuple[Any, Preset]"]
-# stage, share of the way, message; raises LoadError if the server is to end
+# stage, progress from 0 to 1, message; raises LoadError if the server is shutting down
 Enter = Callable[[Stage, float, str], None]
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a server serves with."""
+    """The result of `load`."""
 
     model: ServedModel
     engine: StepEngine
@@ -46,13 +45,11 @@ def load(
     enter: Enter,
     policy: Policy,
 ) -> Loaded:
-    """Load and warm up, telling `enter` of each stage. Raises LoadError, and what torch and
-    diffusers do."""
+    """Load and warm up, calling `enter` at each stage. Raises LoadError, and torch's errors."""
     enter("importing", 0.05, "importing torch and diffusers")
     import transformers
 
-    # before diffusers, whose import makes it advise to install torchvision, which nothing here
-    # needs
+    # with diffusers' import, transformers would advise to install torchvision: it is not needed
     transformers.utils.logging.set_verbosity_error()
     from stepweave.compat.torch_state import use_device
     from stepweave.engine import StepEngine
@@ -73,8 +70,7 @@ def load(
     pipeline, preset = read(settings, device, dtype)
     apply_optimizations(pipeline, settings, device)
     model = ServedModel(pipeline, preset, settings)
-    # before the engine hooks the modules; a preview would show what a safety checker takes out of
-    # the image
+    # before the engine hooks the modules; previews would show what a safety checker removes
     previewer = (
         None if getattr(pipeline, "safety_checker", None) is not None else Previewer.fit(pipeline)
     )

@@ -1,4 +1,4 @@
-"""Where a server stands."""
+"""The status of a server."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Stage = Literal[
     "stuck",
 ]
 LOADING_RETRY_SECONDS = 5
-DRAINING_RETRY_SECONDS = 1  # another server takes it at once
-# code and Retry-After of those in which it does not load
+DRAINING_RETRY_SECONDS = 1  # another server may accept the request immediately
+# code and Retry-After of stages other than those of a start
 _REFUSALS: dict[Stage, tuple[Code, int | None]] = {
     "failed": ("load_failed", None),
     "stuck": ("engine_stuck", None),
@@ -31,7 +31,7 @@ _REFUSALS: dict[Stage, tuple[Code, int | None]] = {
 
 @dataclass(frozen=True)
 class Status:
-    """Where the server stands. `progress` is the share of the way to `ready`, 0 to 1."""
+    """The stage of a server; `progress` to `ready` is from 0 to 1."""
 
     stage: Stage
     progress: float
@@ -42,10 +42,10 @@ class Status:
         return self.stage == "ready"
 
     def unavailable(self) -> UnavailableError:
-        """What to answer in it, unless it is ready."""
+        """The error to answer in this status."""
         code, seconds = _REFUSALS.get(self.stage, ("loading", LOADING_RETRY_SECONDS))
         return UnavailableError(
-            f"The server is not ready: {self.stage}, {self.message or 'please wait'}.",
+            f"The server is not ready: {self.stage}, {self.message or 'retry later'}.",
             code=code,
             retry_after=seconds,
         )

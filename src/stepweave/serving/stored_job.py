@@ -1,4 +1,4 @@
-"""A job that is over, as the stores have it."""
+"""A finished job, read from the stores."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from stepweave.serving.resources import (
 )
 from stepweave.store import FileStore, JobRecord
 
-LOST = StepweaveError("What came of the job could not be stored.", code="store_failed")
+LOST = StepweaveError("The job's result could not be stored.", code="store_failed")
 FLAGGED = "flagged"  # in a record's response: for each image, whether the pipeline flagged it
 
 
 class StoredJob:
-    """A job that is over: followed as an active request is, but all is there at once."""
+    """A finished job, with the interface of an ActiveRequest."""
 
     def __init__(self, record: JobRecord, files: FileStore) -> None:
-        if not record.done:  # its end could not be noted
+        if not record.done:  # its end could not be stored
             record = replace(record, state="failed", error=ErrorDetail.of(LOST).model_dump())
         self.record = record
         self.id = record.id
@@ -44,21 +44,21 @@ class StoredJob:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Nothing depends on who waits."""
+        """No effect: there is nothing to cancel."""
         yield
 
     async def updates(self, *, progress: bool = True) -> AsyncIterator[Update | None]:
-        """There is nothing left to tell."""
+        """No updates."""
         return
         yield
 
     async def result(self) -> Answer:
-        """Raises what ended it, and NotFoundError once its images have expired."""
+        """The answer. Raises the job's error, and NotFoundError once its images have expired."""
         record = self.record
         if record.error is not None:
             raise _StoredError(record.error)
         response = dict(record.response or {})
-        # those of older servers have none
+        # records of older servers do not have it
         flagged = response.pop(FLAGGED, [False] * len(record.files))
         files = []
         for i, name in enumerate(record.files):
@@ -80,15 +80,16 @@ class StoredJob:
             return Answer(GenerationDetails(**response), files)
         except ValidationError:
             raise NotFoundError(
-                f"The result of job {self.id} is of another release of the server.", code="expired"
+                f"The result of job {self.id} was stored by another version of the server and "
+                "cannot be read.",
+                code="expired",
             ) from None
 
 
 class _StoredError(RequestError):
-    """An error of a job that is over, as it was told, whatever its status was; it was logged
-    then."""
+    """A stored error, whatever its status was; a RequestError, as it has been logged before."""
 
     def __init__(self, error: Mapping[str, Any]) -> None:
         super().__init__(error["message"], param=error["param"])
         self.code = error["code"]
-        vars(self)["type"] = error["type"]  # of the class, for all others
+        vars(self)["type"] = error["type"]  # a class variable of all other errors

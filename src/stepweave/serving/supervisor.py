@@ -1,8 +1,7 @@
-"""The command `bentoml serve`, which binds the port and supervises the process that serves: how it
-ends when that cannot start.
+"""Ends the command `bentoml serve` when the server cannot start.
 
-It would log a traceback for a port that is in use, and has no exit status for a server that cannot
-load its model.
+The command binds the port and supervises the serving process. By itself it logs a traceback if the
+port is in use, and has no exit status if the model cannot be loaded.
 """
 
 from __future__ import annotations
@@ -19,12 +18,11 @@ from pathlib import Path
 import click
 from bentoml._internal.configuration.containers import BentoMLContainer
 
-# In the environment of the serving process: the command's process id, and the file that takes the
-# reason why it is to end
+# environment variable of the serving process: the command's process id, and a file for the reason
 _COMMAND = "_STEPWEAVE_COMMAND"
 
 _REASONS = {
-    errno.EADDRINUSE: "is in use by another process; stop that, or choose another port",
+    errno.EADDRINUSE: "is in use by another process; stop it, or choose another port",
     errno.EACCES: "may not be bound by this user; choose a port above 1023",
     errno.EADDRNOTAVAIL: (
         "cannot be bound: no interface of this machine has that address; choose another with --host"
@@ -33,11 +31,11 @@ _REASONS = {
 
 
 def prepare_command(exit_on_failure: bool) -> None:
-    """To be called by the command before it binds the port; does nothing where that is another than
-    `bentoml serve`.
+    """Check the port, in the command `bentoml serve` before it binds it; no effect in other
+    commands.
 
-    Raises SystemExit, which prints one line and makes the status 1, if the port cannot be bound; at
-    the command's end, too, if the serving process has reported that it cannot start.
+    Raises SystemExit with a message (status 1) if the port cannot be bound, and at the command's
+    end if the serving process has reported that it cannot start.
     """
     context = click.get_current_context(silent=True)
     if context is None or "port" not in context.params:
@@ -70,11 +68,8 @@ def check_port(host: str, port: int) -> None:
 
 
 def report_failure(reason: str) -> None:
-    """To be called in the serving process: have the command end with status 1 and this reason as
-    its last line.
-
-    Without a command, as where BentoML's worker is run by itself, this process ends with status 1.
-    """
+    """In the serving process: end the command with status 1 and this reason as its last line;
+    without a command (BentoML's worker run by itself), end this process with status 1."""
     process, _, file = os.environ.get(_COMMAND, "").partition(":")
     if not process or int(process) != os.getppid():
         os._exit(1)

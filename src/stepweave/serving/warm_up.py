@@ -1,5 +1,4 @@
-"""What a model runs before it serves: first images, the proofs that let jobs share forwards, and
-trials of what it offers."""
+"""Warm-up: the model's first images, certificates for shared forwards, and trials of its limits."""
 
 from __future__ import annotations
 
@@ -37,33 +36,30 @@ logger = logging.getLogger(__name__)
 
 STEPS = 2
 STRENGTH = 0.5
-SCHEDULER_STEPS = 5  # with which each scheduler is run, if it runs with them
-FEW = 4  # jobs of a kind, of which two have as many steps: as many as a certificate needs
-DENSE = "7\u753b"  # characters of which each is a token, or several
-# after which no more is tried, and what is left is offered as the configuration tells
+SCHEDULER_STEPS = 5  # of the trial of each scheduler that runs with them
+FEW = 4  # jobs, two of which have the same number of steps: enough for a certificate
+DENSE = "7\u753b"  # characters of at least one token each
+# after which trials end; limits not tried are those of the model's configuration
 TRIAL_SECONDS = 120.0
-# after which no more is run for the cost model's sake alone: it goes on to learn from requests
-PROFILE_SECONDS = 10.0
+PROFILE_SECONDS = 10.0  # after which the cost model is left to learn from requests
 
 
 def warm_up(model: ServedModel, engine: StepEngine) -> None:
-    """Run short jobs, so that the first requests do not pay for first calls and find certified what
-    the engine may merge.
+    """Run short jobs, so that the first requests are fast and find their calls certified.
 
-    One of the native size alone; then, together, as many as fill the largest shared step, a few of
-    half its sides, and a few edits of each kind; then jobs at the ends of what the model seems to
-    take, one at a time; at last growing numbers for the cost model, so that what steps cost is
-    known. The jobs differ in prompt, seed, steps and guidance, as requests do. What is certified is
-    decided by counts of jobs, however slow the machine is: only the last part ends after some time.
+    First one job of the native size alone; then, together, as many as fill the largest batch, a few
+    of half the width and height, and a few edits of each kind; then single jobs at the model's
+    limits; then growing numbers of jobs for the cost model. They differ in prompt, seed, steps and
+    guidance, as requests do. Certification does not depend on the machine's speed: only trials and
+    the last part have time limits.
 
-    What fails of edits and trials is not offered. Raises LoadError if no image of the native size
-    is one to serve.
+    Edits and values that fail are not offered. Raises LoadError if images of the native size fail.
     """
     WarmUp(model, engine).run()
 
 
 class WarmUp:
-    """One model that warms up on one engine."""
+    """The warm-up of one model on one engine."""
 
     def __init__(self, model: ServedModel, engine: StepEngine) -> None:
         self._model = model
@@ -77,7 +73,7 @@ class WarmUp:
         few, half = min(most, FEW), self._model.half_size()
         with engine.in_lockstep():
             [alone] = self.run_together(native, 1)
-            engine.forget_encodings()  # so that text encoders, too, run the job again
+            engine.forget_encodings()  # so that text encoders run again, too
             enter_stage("certifying")
             together = self.run_together(native, most)
             check_images(
@@ -90,11 +86,10 @@ class WarmUp:
                 try:
                     self.run_together(half, few)
                 except (RequestError, NonFiniteError):
-                    # the engine was closed; or no request of this size would succeed
-                    raise
+                    raise  # the engine was closed, or no request of this size can succeed
                 except Exception as error:
                     logger.info(
-                        "images of %dx%d fail (%s); what they cost is not known",
+                        "warm-up: images of %dx%d fail (%s); their cost is not measured",
                         *half,
                         type(error).__name__,
                     )
@@ -107,7 +102,7 @@ class WarmUp:
         self._profile(half, most)
 
     def _edits(self, count: int) -> None:
-        """Run edits of each kind; what fails is not offered."""
+        """Run edits of each kind, and stop offering those that fail."""
         for name, mask in (("image_to_image", None), ("inpaint", _mask(self._native))):
             pipeline = getattr(self._model, name)
             if pipeline is None:
@@ -117,18 +112,19 @@ class WarmUp:
             except (RequestError, NonFiniteError):
                 raise
             except Exception as error:
-                logger.warning("%s fails (%s); it is not offered", type(pipeline).__name__, error)
+                logger.warning(
+                    "warm-up: %s fails (%s); it is not offered", type(pipeline).__name__, error
+                )
                 setattr(self._model, name, None)
 
     def trials(self) -> None:
-        """Try the ends of what is offered, and leave out what fails. Raises LoadError if the native
-        size does."""
+        """Try the limits, and narrow those that fail. Raises LoadError if the native size fails."""
         model, began = self._model, time.monotonic()
         verbosity = (
             diffusers.utils.logging.get_verbosity(),
             transformers.utils.logging.get_verbosity(),
         )
-        diffusers.utils.logging.set_verbosity_error()  # of prompts that are cut
+        diffusers.utils.logging.set_verbosity_error()  # no warnings about truncated prompts
         transformers.utils.logging.set_verbosity_error()
         try:
             for sources in self._kinds_of_sources():
@@ -149,18 +145,14 @@ class WarmUp:
             diffusers.utils.logging.set_verbosity(verbosity[0])
             transformers.utils.logging.set_verbosity(verbosity[1])
         logger.info(
-            "self-check: tried the limits of sizes, steps, guidance, prompts and numbers of images "
+            "warm-up: tried the limits of sizes, steps, guidance, prompts and images per request "
             "(%.1f s)",
             time.monotonic() - began,
         )
 
     def _schedulers(self) -> None:
-        """Run the model with each scheduler that rehearses well: some pipelines call them in a way
-        of their own.
-
-        What fails is not offered. A single step is tried by itself: where there is one, some take
-        another scheduler's results.
-        """
+        """Run the model with each scheduler that passed its rehearsal, and stop offering those that
+        fail: pipelines may call them differently. Some only fail with a single step."""
         model = self._model
         sizes = model.limits.sizes
         small = self._native if sizes.only is not None else (sizes.min_side, sizes.min_side)
@@ -200,11 +192,8 @@ class WarmUp:
         guidance: float | None = None,
         characters: int | None = None,
     ) -> Fault | None:
-        """Run one job. Raises LoadError if the device fails at it, and RequestError if the engine
-        was closed.
-
-        For want of memory, or of time, what is tried is taken to work.
-        """
+        """Run one job; returns what is wrong with it, None also if time or memory are too little to
+        tell. Raises LoadError if the device fails, and RequestError if the engine was closed."""
         if time.monotonic() > self._until:
             return None
         parameters = self._parameters(size, sources)
@@ -242,16 +231,16 @@ class WarmUp:
 
     def _run(self, parameters: Parameters) -> Fault | None:
         size, count = (parameters.width, parameters.height), parameters.n
-        what = (
-            f"{count} of {size[0]}x{size[1]}, guidance {parameters.guidance_scale}, "
+        trial = (
+            f"{count} images of {size[0]}x{size[1]}, guidance {parameters.guidance_scale}, "
             f"{len(parameters.prompt)} characters"
         )
         try:
-            made = self._images(self._engine.submit(**self._model.call(parameters)).result())
-            sizes = [image.size for image in made]
+            images = self._images(self._engine.submit(**self._model.call(parameters)).result())
+            sizes = [image.size for image in images]
         except DeviceFailedError as error:
             raise LoadError(
-                f"the device failed when what requests may ask for was tried ({what}): "
+                f"the device failed in a trial of the limits ({trial}): "
                 f"{error.reason}; lower STEPWEAVE_MAX_PIXELS or STEPWEAVE_MAX_PROMPT_CHARACTERS, "
                 "or set STEPWEAVE_WARMUP=false"
             ) from error
@@ -262,22 +251,18 @@ class WarmUp:
         except Exception as error:
             fault = Fault(reason_of(error))
         else:
-            if len(made) != count:
-                fault = Fault(f"{len(made)} images in place of {count}")
+            if len(images) != count:
+                fault = Fault(f"{len(images)} images instead of {count}")
             else:
-                wrong = next((made_size for made_size in sizes if made_size != size), None)
+                wrong = next((made for made in sizes if made != size), None)
                 if wrong is None:
                     return None
-                fault = Fault("{}x{} in place of it".format(*wrong), wrong)
-        logger.info("tried, and failed: %s: %s", what, fault.reason)
+                fault = Fault("{}x{} instead".format(*wrong), wrong)
+        logger.info("warm-up: a trial failed: %s: %s", trial, fault.reason)
         return fault
 
     def _profile(self, half: Size | None, most: int) -> None:
-        """Show the cost model what steps of growing numbers of rows take.
-
-        Some of the jobs end sooner than others, so that what a step of half as many takes is seen
-        as well.
-        """
+        """Run growing numbers of jobs for the cost model; some end early, for smaller batches."""
         began = time.monotonic()
         counts = sorted({*(FEW**i for i in range(most.bit_length()) if FEW**i <= most), most})
         for size, count in [(self._native, count) for count in counts] + [
@@ -289,8 +274,7 @@ class WarmUp:
     def run_together(
         self, size: Size, count: int, *, edits: bool = False, mask: Image.Image | None = None
     ) -> list[Any]:
-        """Run jobs that start in one turn of the engine; the first image of each, None if a safety
-        checker flags it."""
+        """Run jobs that start in the same step; returns each one's first image, None if flagged."""
         jobs, start = [], _Start()
         try:
             for i in range(count):
@@ -315,7 +299,7 @@ class WarmUp:
 
 
 class _Start:
-    """The observer of a job that holds up the engine where it starts, until others are there."""
+    """An observer that blocks the engine at its job's start until the other jobs are submitted."""
 
     def __init__(self) -> None:
         self.all_are_there = threading.Event()
@@ -339,6 +323,6 @@ def _mask(size: Size) -> Image.Image:
 
 
 def _dtype(pipeline: Any) -> torch.dtype:
-    """What the pipeline computes in; float32 for one that is not of diffusers."""
+    """The pipeline's data type; float32 for pipelines that are not diffusers'."""
     dtype = getattr(pipeline, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32

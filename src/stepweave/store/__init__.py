@@ -1,7 +1,4 @@
-"""What outlives a request: records of jobs, image files, and the directory that holds both.
-
-Works alone, without a server: nothing here imports torch or a route.
-"""
+"""Stores of job records and image files, and the directory of both. Usable without a server."""
 
 from stepweave.store.directory import state_directory
 from stepweave.store.files import DirectoryFileStore, FileStore, StoredFile

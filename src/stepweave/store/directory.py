@@ -1,4 +1,4 @@
-"""The directory of a server's state: one server's alone, or a temporary one."""
+"""The directory of a server's state, locked by one server, or temporary."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from stepweave.errors import ConfigError, shown
 def state_directory(path: str | None) -> Iterator[Path]:
     """The directory for a server's state, locked for this process until the context ends.
 
-    A missing one is made, mode 0700. None stands for a temporary directory, removed when the
-    context or the process ends. Raises ConfigError if the directory cannot be used, or another
-    server uses it.
+    Created with mode 0700 if missing. With None, a temporary directory, removed when the context or
+    the process ends. Raises ConfigError if it is unusable, or used by another server.
     """
     if path is None:
         with tempfile.TemporaryDirectory(
@@ -33,16 +32,15 @@ def state_directory(path: str | None) -> Iterator[Path]:
         lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise ConfigError(
-            f"{setting}: the directory cannot be made or written to ({error.strerror})"
+            f"{setting}: the directory cannot be created or written to ({error.strerror})"
         ) from None
     try:
         try:
-            # Of the open file, so it ends with the process, whatever ends that; the file itself
-            # stays, or a third server could lock a new one while a second one still locks the old
+            # ends with the process. The file stays: two servers could lock an old and a new one
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
-                f"{setting}: another server uses this directory; give each one its own"
+                f"{setting}: another server uses this directory; give each server its own"
             ) from None
         except OSError as error:
             raise ConfigError(

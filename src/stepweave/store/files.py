@@ -1,4 +1,4 @@
-"""Image files under unguessable names, for a bounded time and in bounded bytes."""
+"""Image files under unguessable names, with limits of age and total size."""
 
 from __future__ import annotations
 
@@ -23,15 +23,14 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 READERS = 4  # threads
-# of a file that tells whether there is room: an empty one may find some on a full disk
-PROBE_BYTES = 64 * 1024
+PROBE_BYTES = 64 * 1024  # an empty file could be written to a full disk
 _NAME = re.compile(rf"[0-9a-f]{{32}}\.({'|'.join(MEDIA_TYPES)})")
 _PARTIAL = re.compile(rf"\.{_NAME.pattern}\.partial")
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file as it is served."""
+    """A stored file's content, for an answer."""
 
     data: bytes
     media_type: str
@@ -39,44 +38,41 @@ class StoredFile:
 
 
 class FileStore(Protocol):
-    """Where image files are kept. Every method raises StepweaveError (code `store_failed`) where
-    the store fails."""
+    """A store of image files. Methods raise StepweaveError (code `store_failed`) if it fails."""
 
     @property
     def health(self) -> StoreHealth:
-        """What failed so far, and whether writes work."""
+        """Failures so far, and whether writes work."""
 
     async def probe(self) -> None:
-        """Write a file and remove it, to find out whether writes work."""
+        """Test whether writes work, by writing and deleting a file."""
 
     async def put(self, data: bytes, suffix: OutputFormat) -> str:
-        """Keep a file; returns its name. Raises StepweaveError (code `file_too_large`) for one that
-        is over the bound."""
+        """Store a file; returns its name. Raises StepweaveError (`file_too_large`) if too large."""
 
     async def get(self, name: str) -> StoredFile | None:
-        """The file of that name, any text; None where there is none, or it has expired."""
+        """The file of that name; None if there is none, it has expired, or it is no valid name."""
 
     def has(self, name: str) -> bool:
-        """Whether there is a file of that name, any text, that has not expired. Nothing is read."""
+        """Whether there is an unexpired file of that name, from memory."""
 
     async def delete(self, names: Iterable[str]) -> None:
-        """Remove files. Names of none are passed over."""
+        """Delete files; unknown names are ignored."""
 
     async def sweep(self, now: float) -> list[str]:
-        """Remove what has expired by `now`, Unix seconds. Returns the names of all that went of
-        itself since the last sweep: expired, or the oldest that made room. Jobs that own such a
-        file are to be forgotten (`JobStore.forget`)."""
+        """Delete files that have expired by `now`, Unix seconds. Returns the names of all that
+        expired or were deleted for space since the last sweep, for `JobStore.forget`."""
 
     async def close(self) -> None:
-        """Finish what was begun, then take no more."""
+        """Finish submitted calls; refuse new ones."""
 
     @property
     def count(self) -> int:
-        """Files that are kept."""
+        """Number of files."""
 
-    @property  # the last one: the name hides the builtin from annotations below
+    @property  # last, since the name hides the builtin from annotations below
     def bytes(self) -> int:
-        """What the files come to, never over the bound."""
+        """Total size of the files, never over the limit."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +84,9 @@ class _Entry:
 class DirectoryFileStore:
     """A FileStore in a directory that no other process writes to.
 
-    Files are written in turn by one thread, which alone changes the index: so their bytes are
-    bounded at any moment. A file gets its name once it is on the disk, whole; its time of
-    modification is when it was made. `clock` gives Unix seconds.
+    A single thread writes files and changes the index, so their total size never exceeds the limit.
+    A file gets its name once it is completely on the disk; its modification time is when it was
+    stored. `clock` gives Unix seconds.
     """
 
     def __init__(
@@ -101,15 +97,14 @@ class DirectoryFileStore:
         *,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """Index what the directory has of an earlier run. Raises StepweaveError (code
-        `store_failed`)."""
+        """Index the files of an earlier run. Raises StepweaveError (code `store_failed`)."""
         self._directory = Path(directory)
         self._keep_seconds = keep_seconds
         self._max_bytes = max_bytes
         self._clock = clock
         self._index: dict[str, _Entry] = {}  # oldest first
         self._bytes = 0
-        self._gone: list[str] = []  # made room since the last sweep
+        self._gone: list[str] = []  # deleted for space or expired, since the last sweep
         self._closed = False
         self._health = StoreHealth()
         self._writer = DaemonExecutor(1, "file-writer")
@@ -122,7 +117,7 @@ class DirectoryFileStore:
             raise self._failure(error, writing=True) from error
 
     def _read_directory(self) -> None:
-        now, found = self._clock(), []
+        now, files = self._clock(), []
         with os.scandir(self._directory) as entries:
             for entry in entries:
                 if not entry.is_file(follow_symlinks=False):
@@ -131,10 +126,9 @@ class DirectoryFileStore:
                     os.unlink(entry.path)
                 elif _NAME.fullmatch(entry.name):
                     status = entry.stat(follow_symlinks=False)
-                    # A time to come is of a clock that was set back meanwhile; the file must not
-                    # outlive the others for it
-                    found.append((min(status.st_mtime, now), entry.name, status.st_size))
-        for created, name, size in sorted(found):
+                    # a future time means that the clock was set back; it must not delay expiry
+                    files.append((min(status.st_mtime, now), entry.name, status.st_size))
+        for created, name, size in sorted(files):
             self._index[name] = _Entry(size, created)
             self._bytes += size
 
@@ -151,8 +145,8 @@ class DirectoryFileStore:
             raise ValueError(f"suffix is {shown(suffix)}; allowed are {', '.join(MEDIA_TYPES)}.")
         if len(data) > self._max_bytes:
             message = (
-                f"The image's file has {len(data)} bytes; the file store takes {self._max_bytes} "
-                f"in all."
+                f"The image's file has {len(data)} bytes; the limit of the file store is "
+                f"{self._max_bytes} bytes in total (STEPWEAVE_KEEP_BYTES)."
             )
             raise StepweaveError(message, code="file_too_large")
         name = await self._run(self._writer, self._write, data, suffix)
@@ -169,14 +163,13 @@ class DirectoryFileStore:
 
     @contextlib.contextmanager
     def _partial(self, name: str, data: bytes) -> Iterator[Path]:
-        """A file under another name than its own, whole and on the disk. It is removed if the block
-        fails."""
+        """Write a file to the disk under a temporary name; it is deleted if the block fails."""
         partial = self._directory / f".{name}.partial"
         try:
             with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(data)
                 file.flush()
-                # else a lost power supply could leave the name without its data
+                # otherwise a power failure could leave the name without the data
                 os.fsync(file.fileno())
             yield partial
         except BaseException:
@@ -253,7 +246,7 @@ class DirectoryFileStore:
     async def close(self) -> None:
         if not self._closed:
             self._closed = True
-            await on_thread(self._writer, lambda: None)  # behind all that was begun
+            await on_thread(self._writer, lambda: None)  # after all submitted writes
             self._writer.shutdown(wait=False)
             self._readers.shutdown(wait=False)
 
@@ -268,7 +261,12 @@ class DirectoryFileStore:
             raise self._failure(error, writing=executor is self._writer) from error
 
     def _failure(self, error: OSError, *, writing: bool) -> StepweaveError:
-        logger.error("the file store in %s failed: %s", self._directory, error)
+        logger.error(
+            "the file store in %s failed to %s: %s",
+            self._directory,
+            "write" if writing else "read",
+            error,
+        )
         self._health.failed(error, writing=writing)
         return StepweaveError(f"The file store failed ({words_of(error)}).", code="store_failed")
 

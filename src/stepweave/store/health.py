@@ -1,4 +1,4 @@
-"""How the stores fare: what failed, why, and whether what is written arrives."""
+"""Health of the stores: failures by reason, whether writes work, and free bytes."""
 
 from __future__ import annotations
 
@@ -17,37 +17,31 @@ from stepweave.threads import DaemonExecutor
 Reason = Literal["full", "busy", "failed"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
-# that a question about free bytes may take; a network's file system may never answer
-FREE_SECONDS = 1.0
+FREE_SECONDS = 1.0  # timeout of reading free bytes: a network file system may never answer
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 
 
 def reason_of(error: OSError | sqlite3.Error) -> Reason:
-    """`full`: no room is left, or none by quota; `busy`: another process has the file locked;
-    `failed`: all else."""
+    """`full` if no space or quota is left, `busy` if another process has a lock, or `failed`."""
     if isinstance(error, OSError):
         return "full" if error.errno in _FULL else "failed"
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the low byte; the rest tells kinds of it
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary result code
     return "busy" if code in _BUSY else "full" if code == sqlite3.SQLITE_FULL else "failed"
 
 
 def words_of(error: OSError | sqlite3.Error) -> str:
-    """The error's own words, without a path."""
+    """The error's message without a path."""
     return error.strerror or type(error).__name__ if isinstance(error, OSError) else str(error)
 
 
 class StoreHealth:
-    """One store's failures since the start, by reason, and what became of its last write.
-
-    Told by the store's threads, asked by any.
-    """
+    """A store's failures by reason, and whether its last write worked. For any thread."""
 
     def __init__(self) -> None:
         self.failures: Counter[Reason] = Counter()
-        # as "full: No space left on device"; None while writes work
-        self.problem: str | None = None
+        self.problem: str | None = None  # as "full: No space left on device"; None if writes work
         self._lock = threading.Lock()
 
     @property
@@ -55,7 +49,7 @@ class StoreHealth:
         return self.problem is None
 
     def failed(self, error: OSError | sqlite3.Error, *, writing: bool) -> None:
-        """A call failed. One that only reads tells nothing of writes."""
+        """Record a failed call; with `writing`, writes count as failing until one succeeds."""
         reason = reason_of(error)
         with self._lock:
             self.failures[reason] += 1
@@ -63,13 +57,12 @@ class StoreHealth:
                 self.problem = f"{reason}: {words_of(error)}"
 
     def wrote(self) -> None:
-        """Something new was written."""
+        """Record a successful write."""
         self.problem = None
 
 
 class FreeBytes:
-    """Bytes that are free for this process where a path is: asked on a thread of its own, one
-    question at a time."""
+    """Free bytes of a path's disk for this process, read on a thread of its own."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -78,8 +71,7 @@ class FreeBytes:
         self._lock = threading.Lock()
 
     def __call__(self) -> float:
-        """NaN if that cannot be told, or not within `FREE_SECONDS`. Not for the event loop's
-        thread."""
+        """The free bytes, NaN if unknown after `FREE_SECONDS`. Not for the event loop's thread."""
         with self._lock:
             if self._asked is None or self._asked.done():
                 self._asked = self._thread.submit(lambda: shutil.disk_usage(self._path).free)

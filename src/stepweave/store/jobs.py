@@ -1,4 +1,4 @@
-"""Records of jobs, which outlive their requests and the process."""
+"""Records of jobs, in SQLite."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _ID = re.compile(r"[0-9a-f]{32}")
 
 @dataclass(frozen=True, kw_only=True)
 class JobRecord:
-    """What is known of a job. Times are Unix seconds; dicts and lists hold what JSON can."""
+    """A job's stored state. Times are Unix seconds; dicts and lists must be JSON."""
 
     id: str  # 32 hex digits
-    owner: str | None  # the client whose it is (`Client.owner`); None without keys
+    owner: str | None  # `Client.owner`; None without API keys
     kind: JobKind
     state: JobState
     created: float
@@ -44,81 +44,68 @@ class JobRecord:
     request: dict[str, Any]  # the parameters as resolved
     response: dict[str, Any] | None = None  # the answer without its images
     files: tuple[str, ...] = ()  # names in the file store, one per image, in order
-    error: dict[str, Any] | None = None  # the contract's: message, type, code, param
+    error: dict[str, Any] | None = None  # message, type, code, param
     warnings: list[str]
     idempotency_key: str | None = None
     fingerprint: str | None = None  # hex digest of the request's body
 
     @property
     def done(self) -> bool:
-        """Whether the job has come to an end, whichever."""
+        """Whether the job succeeded, failed or was cancelled."""
         return self.state in get_args(End)
 
     @property
     def cursor(self) -> str:
-        """Its place in the list: what `JobStore.list` takes as `before`. Holds after the record is
-        gone."""
+        """The cursor after this record, for `JobStore.list`; valid even if it is deleted."""
         return f"{self.created!r}_{self.id}"
 
 
 class JobStore(Protocol):
-    """Where records are kept. Every method raises StepweaveError (code `store_failed`) where the
-    store fails.
-
-    Calls of one event loop take effect in their order. One whose task was cancelled may have taken
-    effect.
-    """
+    """A store of job records. Methods raise StepweaveError (code `store_failed`) if it fails. Calls
+    from one event loop take effect in order, possibly even if their task is cancelled."""
 
     @property
     def health(self) -> StoreHealth:
-        """What failed so far, and whether writes work."""
+        """Failures so far, and whether writes work."""
 
     async def probe(self) -> None:
-        """Write something that changes nothing, to find out whether writes work."""
+        """Test whether writes work, without changing anything."""
 
     async def put(self, record: JobRecord) -> None:
-        """Insert the record, or replace the one of the same id."""
+        """Insert the record, or replace the one with the same id."""
 
     async def get(self, id: str) -> JobRecord | None:
-        """The record of that id, any text."""
+        """The record with that id; None if there is none, or it is no valid id."""
 
     async def by_key(self, owner: str | None, key: str) -> JobRecord | None:
-        """The owner's newest record of that idempotency key that neither failed nor was
-        cancelled."""
+        """The owner's newest record with that idempotency key that is not failed or cancelled."""
 
     async def delete(self, id: str) -> list[str]:
-        """Drop the record, if there is one. Returns the names of its files."""
+        """Delete the record, if there is one. Returns the names of its files."""
 
     async def forget(self, files: Iterable[str]) -> list[str]:
-        """Drop the records that own any of these files. Returns the names of all files of
-        theirs."""
+        """Delete the records that have any of these files. Returns the names of all their files."""
 
     async def sweep(self, now: float) -> list[str]:
-        """Drop what is past its time by `now`, Unix seconds, and the oldest finished ones of too
-        many. Returns the names of their files. Unfinished jobs stay."""
+        """Delete finished jobs that have expired by `now`, Unix seconds, and the oldest of those
+        over the limit. Returns the names of their files."""
 
     async def interrupted(self) -> int:
-        """Mark jobs that an earlier process left unfinished as failed. Returns how many. To be
-        called before the first put."""
+        """Mark unfinished jobs of an earlier process as failed, before `put`; returns how many."""
 
     async def close(self) -> None:
-        """Finish what was begun, then take no more."""
+        """Finish submitted calls; refuse new ones."""
 
     async def list(
         self, owner: str | None, limit: int, before: str | None = None
     ) -> list[JobRecord]:
-        """At most `limit` records of the owner, newest first, from behind the cursor `before`
-        (`JobRecord.cursor`).
-
-        Raises InvalidRequestError for text that is no cursor.
-        """
+        """At most `limit` records of the owner, newest first, after the cursor `before`
+        (`JobRecord.cursor`). Raises InvalidRequestError if that is no cursor."""
 
 
-# from a call's submission, after which it fails if another process has the file locked
-BUSY_SECONDS = 2.0
-START_SECONDS = 30.0  # the same of the one call that a start depends on
-# of the write-ahead log, which else keeps the largest size that it ever had
-JOURNAL_BYTES = 16 * 2**20
+BUSY_SECONDS = 2.0  # from a call's submission, until it fails while another process has the lock
+START_SECONDS = 30.0  # the same, for `interrupted` at the start
+JOURNAL_BYTES = 16 * 2**20  # limit of the write-ahead log, which otherwise never shrinks
 SCHEMA_VERSION = 1
 _SCHEMA = """
 CREATE TABLE jobs (
@@ -168,17 +155,17 @@ def _to_place(cursor: str) -> tuple[float, str]:
         place = math.nan, id
     if not math.isfinite(place[0]) or not _ID.fullmatch(id):
         raise InvalidRequestError(
-            f"before is {shown(cursor)}; it takes the cursor of an earlier page.", param="before"
+            f"before is {shown(cursor)}; it must be the cursor of an earlier page.", param="before"
         )
     return place
 
 
 class _Unusable(Exception):
-    """The file is there, but not one to go on with."""
+    """The file exists but cannot be used."""
 
     def __init__(self, suffix: str, reason: str) -> None:
         super().__init__(reason)
-        self.suffix = suffix  # of its name once it is set aside
+        self.suffix = suffix  # appended to the file's name
         self.reason = reason
 
 
@@ -186,12 +173,11 @@ class SqliteJobStore:
     """A JobStore in one SQLite file, on a thread of its own.
 
     While another process has the file locked, each call fails `BUSY_SECONDS` after it was
-    submitted, whatever waits before it, so that those that wait do not add up; the first one after
-    the lock is gone works again.
+    submitted, so that waits of queued calls do not add up; calls work again once it is unlocked.
 
-    What `put` has acknowledged outlives a killed process; a lost power supply may take the last
-    ones. A file that is corrupt, or of another version of the schema, is set aside (one of each
-    kind), and a new one begun. `clock` gives Unix seconds.
+    Records that `put` has written survive a killed process; a power failure may lose the last ones.
+    A file that is corrupt, or has another version of the schema, is renamed (one of each kind is
+    kept), and a new one created. `clock` gives Unix seconds.
     """
 
     def __init__(
@@ -222,17 +208,16 @@ class SqliteJobStore:
         return self._health
 
     def _connected(self, until: float, writing: bool = True) -> sqlite3.Connection:
-        """The connection; one that has to be made waits for locks to `until`, in seconds of the
-        monotonic clock.
-
-        A file that was removed under it is begun anew, if its directory is there: what is written
-        to the old one would be gone with this process.
-        """
+        """The connection; a new one waits for locks until `until`, seconds of the monotonic clock.
+        A deleted file is created again: writes to it would be lost when this process ends."""
         if writing and self._connection is not None and not self._path.exists():
             os.stat(self._path.parent)
-            logger.warning("%s was removed; a new one is begun", self._path)
+            logger.warning(
+                "job store: %s was deleted, and its records are lost; a new file is created",
+                self._path,
+            )
             self._disconnect()
-            # of the old file, and left there, since that is not where it was
+            # they belong to the deleted file; SQLite does not remove them
             for part in ("-wal", "-shm"):
                 Path(f"{self._path}{part}").unlink(missing_ok=True)
         if self._connection is None:
@@ -254,7 +239,7 @@ class SqliteJobStore:
             self._prepare(connection)
         except BaseException as error:
             connection.close()
-            # the low byte; the rest tells kinds of it
+            # the low byte is the primary result code
             if getattr(error, "sqlite_errorcode", 0) & 0xFF in _CORRUPT:
                 raise _Unusable("corrupt", f"is corrupt ({error})") from error
             raise
@@ -281,17 +266,20 @@ class SqliteJobStore:
     def _set_aside(self, suffix: str, reason: str) -> None:
         aside = f"{self._path}.{suffix}"
         logger.warning(
-            "%s %s; it is set aside as %s, and a new one begun", self._path, reason, aside
+            "job store: %s %s; it is renamed to %s, and a new file is created",
+            self._path,
+            reason,
+            aside,
         )
         for part in ("-wal", "-shm", ""):
             try:
                 os.replace(f"{self._path}{part}", f"{aside}{part}")
             except FileNotFoundError:
-                # of the one that was set aside before
+                # belongs to a file that was renamed before
                 Path(f"{aside}{part}").unlink(missing_ok=True)
 
     async def put(self, record: JobRecord) -> None:
-        row = _to_row(record)  # here, so that it is the record as it is now
+        row = _to_row(record)  # now, as the record may hold values that change
 
         def work(connection: sqlite3.Connection) -> None:
             connection.execute(_PUT, row)
@@ -342,7 +330,7 @@ class SqliteJobStore:
         def work(connection: sqlite3.Connection) -> int:
             changed = 0
             for state in ("queued", "running"):
-                message = f"The server was restarted while the job was {state}; send it again."
+                message = f"The server was restarted while the job was {state}; submit it again."
                 error = {
                     "message": message,
                     "type": "server_error",
@@ -389,8 +377,8 @@ class SqliteJobStore:
         writes: bool = False,
         patience: float | None = None,
     ) -> T:
-        """Do the work on the store's thread, as one transaction. It waits `patience` seconds from
-        now, `BUSY_SECONDS` if None."""
+        """Do the work on the store's thread, in one transaction, which waits at most `patience`
+        seconds from now for locks, `BUSY_SECONDS` if None."""
         if self._closed:
             raise StepweaveError("The job store is closed.", code="store_failed")
         until = time.monotonic() + (BUSY_SECONDS if patience is None else patience)
@@ -408,7 +396,9 @@ class SqliteJobStore:
             raise self._failure(error, writing=writes) from error
 
     def _failure(self, error: OSError | sqlite3.Error, *, writing: bool) -> StepweaveError:
-        logger.error("the job store %s failed: %s", self._path, error)
+        logger.error(
+            "the job store %s failed to %s: %s", self._path, "write" if writing else "read", error
+        )
         self._health.failed(error, writing=writing)
         return StepweaveError(f"The job store failed ({words_of(error)}).", code="store_failed")
 

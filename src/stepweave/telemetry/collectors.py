@@ -1,4 +1,4 @@
-"""Metrics that are read when they are scraped."""
+"""Metrics whose values are read at each scrape."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VRAM_KINDS = ("allocated", "reserved", "peak", "free", "total")
 
 
 class LabelledCollector(Collector):
-    """What another registry has, each series with the same labels besides its own."""
+    """The metrics of another registry, with additional labels."""
 
     def __init__(self, registry: CollectorRegistry, labels: Mapping[str, str]) -> None:
         self._registry = registry
@@ -41,8 +41,7 @@ class LabelledCollector(Collector):
 
 
 class RequestCollector(Collector):
-    """Requests in flight, as running and as waiting: of one moment, so that these are always the
-    sum."""
+    """Requests in flight, running and waiting, read together so that the sum is right."""
 
     def __init__(self, in_flight: Callable[[], int], waiting: Callable[[], int]) -> None:
         self._in_flight = in_flight
@@ -50,26 +49,22 @@ class RequestCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         in_flight = self._in_flight()
-        waiting = min(self._waiting(), in_flight)  # one may have come since
+        waiting = min(self._waiting(), in_flight)  # a request may have arrived in between
         for name, documentation, value in (
             (
                 "running",
-                "Accepted requests for images that the engine has started, whose upload is being "
-                "read or whose images are being encoded.",
+                "Accepted requests that the engine has started, whose body is being read or whose "
+                "images are being encoded.",
                 in_flight - waiting,
             ),
-            ("waiting", "Accepted requests for images that the engine has not started.", waiting),
-            (
-                "in_flight",
-                "Accepted requests for images that are not yet answered: running and waiting.",
-                in_flight,
-            ),
+            ("waiting", "Accepted requests that the engine has not started.", waiting),
+            ("in_flight", "Accepted requests, running and waiting.", in_flight),
         ):
             yield GaugeMetricFamily(f"stepweave_requests_{name}", documentation, value)
 
 
 class LoadCollector(Collector):
-    """`stepweave_model_load_seconds{stage}`: what the start took."""
+    """`stepweave_model_load_seconds{stage}`."""
 
     def __init__(self, times: StageTimes) -> None:
         self._times = times
@@ -77,8 +72,8 @@ class LoadCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         family = GaugeMetricFamily(
             "stepweave_model_load_seconds",
-            "Seconds that each stage of the start took, the running one so far; 0 before it and "
-            "where there is none. They add up to the whole start.",
+            "Seconds of each stage of the server's start (of a running stage, so far). They add up "
+            "to the whole start.",
             labels=["stage"],
         )
         for stage, seconds in self._times.seconds().items():
@@ -87,11 +82,8 @@ class LoadCollector(Collector):
 
 
 class EngineCollector(Collector):
-    """What the step engine has done: certificates, forwards and calls by module, the encoder cache,
-    and what it survived.
-
-    `module` is one of the pipeline's own parts, so its values are bounded.
-    """
+    """The engine's statistics: certificates, forwards and calls by module, the encoder cache, and
+    recoveries. `module` is a component of the pipeline, so its values are bounded."""
 
     def __init__(self, stats: Callable[[], EngineStats | None]) -> None:
         self._stats = stats
@@ -100,13 +92,13 @@ class EngineCollector(Collector):
         stats = self._stats()
         certificates = GaugeMetricFamily(
             "stepweave_certificates",
-            "Kinds of calls by whether they may share forwards: certified, pending (runs alone so "
-            "far) or failed.",
+            "Kinds of calls by whether they may share forwards: certified, pending (alone until "
+            "proven) or failed (always alone).",
             labels=["state"],
         )
         for state in CERTIFICATE_STATES:
-            found = stats.certificates if stats else []
-            certificates.add_metric([state], sum(item["state"] == state for item in found))
+            kinds = stats.certificates if stats else []
+            certificates.add_metric([state], sum(kind["state"] == state for kind in kinds))
         forwards = CounterMetricFamily(
             "stepweave_forwards", "Forwards of a module.", labels=["module"]
         )
@@ -126,7 +118,7 @@ class EngineCollector(Collector):
             calls.add_metric([module, "no"], counts.calls - counts.merged_calls)
         unshared = CounterMetricFamily(
             "stepweave_unshared_calls",
-            "Calls that ran alone though others waited, or because they must, by reason; "
+            "Calls that ran alone although others waited, or because they must, by reason; "
             "/v1/models has the details.",
             labels=["reason"],
         )
@@ -134,39 +126,41 @@ class EngineCollector(Collector):
             unshared.add_metric([reason], stats.unshared_calls.get(reason, 0) if stats else 0)
         lookups = CounterMetricFamily(
             "stepweave_encoder_cache_lookups",
-            "Prompts looked up among remembered encodings.",
+            "Lookups of prompts in the encoder cache.",
             labels=["result"],
         )
         lookups.add_metric(["hit"], stats.cache_hits if stats else 0)
         lookups.add_metric(["miss"], stats.cache_misses if stats else 0)
-        survived = CounterMetricFamily(
+        recoveries = CounterMetricFamily(
             "stepweave_engine_recoveries",
-            "What the engine survived: shared forwards that failed and ran alone; forwards that "
-            "ran out of memory; calls that were run some rows at a time; errors.",
+            "Failures that the engine recovered from: shared forwards that failed and were retried "
+            "alone; forwards that ran out of memory; calls divided into parts; other errors.",
             labels=["reason"],
         )
         for reason in ("retried", "out_of_memory", "divided", "errors"):
-            survived.add_metric([reason.removesuffix("s")], getattr(stats, reason) if stats else 0)
-        yield from (certificates, forwards, rows, calls, unshared, lookups, survived)
+            recoveries.add_metric(
+                [reason.removesuffix("s")], getattr(stats, reason) if stats else 0
+            )
+        yield from (certificates, forwards, rows, calls, unshared, lookups, recoveries)
         yield CounterMetricFamily(
             "stepweave_out_of_memory_failures",
-            "Jobs that failed since the device's memory is too small for them alone.",
+            "Jobs that failed because they exceed the device's memory even alone.",
             stats.unfit if stats else 0,
         )
         yield GaugeMetricFamily(
             "stepweave_backlog_seconds",
-            "Predicted seconds of work that was accepted and is not yet done.",
+            "Predicted seconds of accepted, unfinished work.",
             stats.backlog if stats else 0,
         )
         yield GaugeMetricFamily(
             "stepweave_cost_model_error_ratio",
-            "The median error of the last predicted forwards, as a share of the prediction.",
+            "Median error of recent predictions of forwards, as a share of the prediction.",
             stats.cost_error if stats else 0,
         )
 
 
 class RefusalCollector(Collector):
-    """`stepweave_refused_total{reason}`: requests that admission did not let in."""
+    """`stepweave_refused_total{reason}`: requests refused by admission."""
 
     def __init__(self, refused: Callable[[], Mapping[Any, int]]) -> None:
         self._refused = refused
@@ -174,8 +168,8 @@ class RefusalCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         family = CounterMetricFamily(
             "stepweave_refused",
-            "Requests refused by admission: no place, too long a wait, a deadline that cannot be "
-            "met, too little memory.",
+            "Requests refused by admission: queue full, wait too long, deadline cannot be met, too "
+            "little memory.",
             labels=["reason"],
         )
         counts = self._refused()
@@ -193,13 +187,13 @@ class StoreCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         failures = CounterMetricFamily(
             "stepweave_store_failures",
-            "Calls of a store (jobs, or image files) that failed: no room is left, another process "
-            "has the file locked, or else.",
+            "Failed operations of a store (jobs, or image files): full, busy (locked by another "
+            "process) or failed.",
             labels=["store", "reason"],
         )
         writable = GaugeMetricFamily(
             "stepweave_store_writable",
-            "1 while writes to a store work, else 0; 0 before it is open.",
+            "1 if writes to a store work, else 0; 0 until it is open.",
             labels=["store"],
         )
         stores = self._stores()
@@ -212,11 +206,9 @@ class StoreCollector(Collector):
 
 
 class VramCollector(Collector):
-    """`stepweave_vram_bytes{device, kind}` of the device in use; zeros where that is no CUDA
-    device."""
+    """`stepweave_vram_bytes{device, kind}` of the device in use; zeros if it is no CUDA device."""
 
-    # set once the model is loaded; other devices are not asked, since that would open a context
-    # on them
+    # set once the model is loaded; other devices are not read, which would create a context there
     device: str = "cpu"
 
     def __init__(self, stats: Callable[[], EngineStats | None]) -> None:
@@ -239,12 +231,12 @@ class VramCollector(Collector):
         import torch
 
         try:
-            # this thread's own may be another, on which nothing shall be opened
+            # not this thread's current device, where it would create a context
             with torch.cuda.device(self.device):
                 free, total = torch.cuda.mem_get_info(self.device)
         except RuntimeError:
-            return ()  # a broken device must not take the other metrics with it
-        stats = self._stats()  # the engine resets torch's own peak when it measures a forward
+            return ()  # a failed device must not fail the whole scrape
+        stats = self._stats()  # the engine resets torch's peak when it measures a forward
         return (
             torch.cuda.memory_allocated(self.device),
             torch.cuda.memory_reserved(self.device),

@@ -6,7 +6,7 @@ import logging
 
 
 def configure_logs() -> None:
-    """Write the log of the package to standard error. BentoML configures its own loggers only."""
+    """Log the package to standard error; BentoML only configures its own loggers."""
     handler = logging.StreamHandler()
     handler.setFormatter(
         logging.Formatter(

@@ -1,4 +1,4 @@
-"""How long the stages of a start take: `stepweave_model_load_seconds{stage}`."""
+"""Durations of the stages of a start: `stepweave_model_load_seconds{stage}`."""
 
 from __future__ import annotations
 
@@ -23,10 +23,7 @@ STAGES = get_args(LoadStage)
 
 
 class StageTimes:
-    """Seconds of each of `STAGES`. They add up to the start's: one stage runs at a time.
-
-    Written by the thread that loads, read by any.
-    """
+    """Seconds of each of `STAGES`. Written by the thread that loads, read by any."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -36,8 +33,7 @@ class StageTimes:
         self._lock = threading.Lock()
 
     def enter(self, stage: str | None) -> None:
-        """End the running stage and begin another one, or none, as for any name that is not in
-        `STAGES`."""
+        """End the running stage and start another, or none if it is not one of `STAGES`."""
         with self._lock:
             now = self._clock()
             if self._running is not None:
@@ -45,7 +41,7 @@ class StageTimes:
             self._running, self._since = stage if stage in self._seconds else None, now
 
     def seconds(self) -> Mapping[str, float]:
-        """Of each stage, of the running one so far; 0 before it."""
+        """Seconds by stage, so far for the running one, 0 for later ones."""
         with self._lock:
             seconds = dict(self._seconds)
             if self._running is not None:
@@ -54,7 +50,7 @@ class StageTimes:
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:
-        """Within it, on this thread, `enter_stage` is told to these times."""
+        """Record calls of `enter_stage` on this thread, within the context, in these times."""
         token = _times.set(self)
         try:
             yield
@@ -68,7 +64,7 @@ _times: contextvars.ContextVar[StageTimes | None] = contextvars.ContextVar(
 
 
 def enter_stage(name: LoadStage) -> None:
-    """What follows is the stage `name` of the start that is timed on this thread, if one is."""
+    """Start the stage `name`, if a start is timed on this thread."""
     times = _times.get()
     if times is not None:
         times.enter(name)

@@ -1,1 +1,1 @@
-"""What text encoders leave out of prompts that are too long for them."""
+"""Warnings about prompts that are too long for text encoders; numbers of tokens."""

@@ -1,5 +1,4 @@
-"""What text encoders read of prompts: warnings of those that they do not read to their end, and
-numbers of tokens."""
+"""Warnings about truncated prompts, and numbers of tokens, for each job."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from stepweave.truncation.tokens import Reading
 
 
 class Reader(Protocol):
-    """A job: what its call is given, and who is told of what is read of it."""
+    """A job, as far as its prompts are concerned."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -26,8 +25,8 @@ class Reader(Protocol):
 
 @contextlib.contextmanager
 def warned(pipeline: Any, jobs: Sequence[Reader]) -> Iterator[None]:
-    """Have jobs told of their prompts' tokens, and warned of those that are cut, within the block,
-    in which one call of the pipeline serves them all."""
+    """Within the block, report tokens and truncated prompts of one call of the pipeline to its
+    jobs."""
     with listening(
         cut=lambda cut: _warn(pipeline, jobs, cut), read=lambda reading: _count(jobs, reading)
     ):
@@ -36,37 +35,31 @@ def warned(pipeline: Any, jobs: Sequence[Reader]) -> Iterator[None]:
 
 def _count(jobs: Sequence[Reader], reading: Reading) -> None:
     owner = _owner(jobs, reading)
-    for job in jobs if owner is None else (owner,):  # one text for all of them was read for each
+    for job in jobs if owner is None else (owner,):  # a text common to all was read for each
         job.read((reading.tokenizer, reading.text), reading.tokens)
 
 
 def _owner(jobs: Sequence[Reader], text: Cut | Reading) -> Reader | None:
-    """Whose text of a tokenizer's call it is: a call of several jobs has one text for each, or as
-    many."""
+    """The job of a text, if the tokenizer's call has equally many texts for each job."""
     return jobs[text.index % len(jobs)] if text.count % len(jobs) == 0 else None
 
 
 def _warn(pipeline: Any, jobs: Sequence[Reader], cut: Cut) -> None:
-    """Warn the jobs whose text was cut, each of what it gave itself, never of another's."""
+    """Warn the jobs whose text was cut, each with its own text, never another's."""
     owner = _owner(jobs, cut)
-    found = [
-        (len(text), job, name, text, start)
-        for job in jobs
-        for name, text, start in _arguments(pipeline, job, cut)
-    ]
-    own = [one for one in found if one[3] == cut.text] or [
-        one for one in found if owner in (None, one[1])
-    ]
-    longest = max((length for length, *_ in own), default=0)
-    told: set[Reader] = set()
-    for length, job, name, text, start in own:
-        if length == longest and job not in told:  # one text may be several arguments
-            told.add(job)
-            position = (
-                None if cut.position is None else min(max(cut.position - start, 0), len(text))
-            )
+    arguments = [(job, *item) for job in jobs for item in _arguments(pipeline, job, cut)]
+    exact = [item for item in arguments if item[2] == cut.text]
+    affected = exact or [item for item in arguments if owner in (None, item[0])]
+    longest = max((len(text) for _, _, text, _ in affected), default=0)
+    warned_jobs: set[Reader] = set()
+    for job, name, text, start in affected:
+        if len(text) == longest and job not in warned_jobs:  # several arguments may be equal
+            warned_jobs.add(job)
+            position = cut.position
+            if position is not None:
+                position = min(max(position - start, 0), len(text))
             _add(job, name, cut, position, text)
-    if not own and owner is not None:
+    if not affected and owner is not None:
         _add(owner, "a prompt, as the pipeline prepared it", cut, cut.position, cut.text)
 
 
@@ -74,28 +67,26 @@ def _add(job: Reader, name: str, cut: Cut, position: int | None, text: str) -> N
     if position is None:
         part, left_out = "its end" if cut.side == "right" else "its beginning", cut.left_out
     elif cut.side == "right":
-        part, left_out = f"what follows character {position}", text[position:]
+        part, left_out = f"the text after character {position}", text[position:]
     else:
-        part, left_out = f"what precedes character {position + 1}", text[:position]
+        part, left_out = f"the text before character {position + 1}", text[:position]
     job.warn(
-        (name, part, left_out),  # by whichever tokenizer
+        (name, part, left_out),  # once, even if several tokenizers cut it
         f"{name}: the text encoder ({cut.tokenizer}) reads {cut.tokens} tokens; {part} was left "
         f"out: {shown(left_out.strip())}",
     )
 
 
 def _arguments(pipeline: Any, job: Reader, cut: Cut) -> Iterator[tuple[str, str, int]]:
-    """Texts among a job's arguments that the cut text holds and that lost something: name, text,
-    where it begins in it."""
+    """Yield a job's arguments that the cut text contains and that were truncated: name, text, and
+    its start in the cut text."""
     names = list(arguments_of(pipeline))
     for name, value in [*zip(names, job.args, strict=False), *job.kwargs.items()]:
         several = isinstance(value, (list, tuple))
         for i, text in enumerate(value if several else [value]):
-            if (
-                not isinstance(text, str)
-                or not text.strip()
-                or ("prompt" not in name and text != cut.text)
-            ):
+            if not isinstance(text, str) or not text.strip():
+                continue
+            if "prompt" not in name and text != cut.text:
                 continue
             start = _find(text, cut.text)
             if start is None:
@@ -111,8 +102,8 @@ def _arguments(pipeline: Any, job: Reader, cut: Cut) -> Iterator[tuple[str, str,
 
 
 def _find(text: str, whole: str) -> int | None:
-    """Where a text begins in another, which may have it stripped and in small letters; None if it
-    is not there."""
+    """The position of a text in another, which may contain it stripped or in lower case; else
+    None."""
     bare = text.strip()
     for form in (text, bare, bare.lower()):
         at = whole.find(form)

@@ -1,4 +1,4 @@
-"""What tokenizers read and leave out, told to whoever listens."""
+"""Reports the texts that tokenizers read, and the parts that they cut off, to a listener."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _OF_TOKENS = _OF_CUTS | {
 
 
 class Listener(NamedTuple):
-    """Is told of texts that are cut, and of all that are read; None: not."""
+    """Functions to call with texts that are cut, and with all that are read; or None."""
 
     cut: Callable[[Cut], None] | None
     read: Callable[[Reading], None] | None
@@ -43,8 +43,8 @@ _listener: contextvars.ContextVar[Listener] = contextvars.ContextVar(
 def listening(
     *, cut: Callable[[Cut], None] | None = None, read: Callable[[Reading], None] | None = None
 ) -> Iterator[None]:
-    """Have `cut` called with every text that a view's tokenizers do not read to its end within the
-    block, and `read` with every text that they read, in this context alone."""
+    """Within the block, in this context, call `cut` with every text that a view's tokenizers cut,
+    and `read` with every text that they read."""
     before = _listener.set(Listener(cut, read))
     try:
         yield
@@ -53,13 +53,13 @@ def listening(
 
 
 def listener() -> Listener:
-    """Who listens in this context."""
+    """The listener of this context."""
     return _listener.get()
 
 
 class Reporter:
-    """For a LockedTokenizer around `tokenizer`, which `name` is in its pipeline: tells whoever
-    listens. `made` is given what it makes, and what it returns is given on."""
+    """Reports the calls of a LockedTokenizer around `tokenizer` to the listener. `name` is the
+    tokenizer's in its pipeline; `made` maps its output to the one to return."""
 
     def __init__(
         self, tokenizer: Any, name: str, made: Callable[[Any], Any] = lambda output: output
@@ -73,19 +73,19 @@ class Reporter:
     ) -> Any:
         cut, read = listener()
         if method in _READING:
-            # a tokenizer with ways of its own gets no reports; its output is none the worse
+            # errors, as of unusual tokenizers, do not affect the output
             try:
                 if read is not None:
                     for reading in self._readings(method, output, args, kwargs):
                         read(reading)
             except Exception:
-                logger.warning("cannot tell how many tokens %s read", self._name, exc_info=True)
+                logger.warning("cannot count the tokens of %s", self._name, exc_info=True)
             try:
                 if cut is not None:
                     for text in self._cuts(method, output, args, kwargs):
                         cut(text)
             except Exception:
-                logger.warning("cannot tell whether %s cut a text", self._name, exc_info=True)
+                logger.warning("cannot check for truncation by %s", self._name, exc_info=True)
         return self._made(output)
 
     def _readings(
@@ -100,11 +100,10 @@ class Reporter:
         if method == "apply_chat_template":
             if not kwargs.get("tokenize", True) or not kwargs.get("truncation"):
                 return
-            rendered = tokenizer.apply_chat_template(
-                *args, **_without(kwargs, _OF_TOKENS), tokenize=False
-            )
+            rest = {name: value for name, value in kwargs.items() if name not in _OF_TOKENS}
+            rendered = tokenizer.apply_chat_template(*args, **rest, tokenize=False)
             args, kwargs = (rendered,), {"add_special_tokens": False, **_only(kwargs, _OF_CUTS)}
-        elif method == "encode":  # it gives nothing but numbers
+        elif method == "encode":  # it returns only token ids
             if not kwargs.get("truncation"):
                 return
             names = _OF_CUTS | {"text", "text_pair", "add_special_tokens"}
@@ -116,7 +115,3 @@ class Reporter:
 
 def _only(kwargs: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name in names}
-
-
-def _without(kwargs: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
-    return {name: value for name, value in kwargs.items() if name not in names}

@@ -1,4 +1,4 @@
-"""How many tokens tokenizers read."""
+"""Counts the tokens that tokenizers read."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stepweave.truncation.cuts import given_to, texts_of
+from stepweave.truncation.cuts import arguments_of_call, texts_of
 
 
 @dataclass(frozen=True)
 class Reading:
     """A text that a tokenizer read."""
 
-    text: str  # as the tokenizer was given it; of anything but a string, its representation
-    index: int  # of the text among those of the call
+    text: str  # as passed to the tokenizer; the `repr` of anything but a string
+    index: int  # of the text in the call
     count: int  # texts of the call
-    tokens: int  # special ones included, padding and what was cut off not
+    tokens: int  # with special ones, without padding and those cut off
     tokenizer: str  # its name in the pipeline
 
 
@@ -28,14 +28,14 @@ def readings_of(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
 ) -> Iterator[Reading]:
-    """The texts that a tokenizer's call read; `output` is what its `method` returned, nothing if
-    that is text."""
+    """Yield the texts that a tokenizer's call read. `output` is the result of its `method`; if that
+    is text, nothing is yielded."""
     rows = _tokens(tokenizer, output)
     if not rows:
         return
     if method == "__call__":
-        texts = [_text(pair) for pair in texts_of(given_to(tokenizer, args, kwargs))]
-    else:  # of one text, or of a conversation
+        texts = [_text(pair) for pair in texts_of(arguments_of_call(tokenizer, args, kwargs))]
+    else:  # one text, or a conversation
         texts = [repr(args[0] if args else kwargs.get("text", kwargs.get("conversation")))]
     if len(texts) != len(rows):  # a long text may be several rows
         texts, rows = [repr(texts)], [sum(rows)]
@@ -53,14 +53,12 @@ def _tokens(tokenizer: Any, output: Any) -> list[int]:
     encodings = getattr(output, "encodings", None)
     if encodings:
         return [sum(encoding.attention_mask) for encoding in encodings]
-    known = output if isinstance(output, Mapping) else {"input_ids": output}
-    mask = _rows(known.get("attention_mask"))
+    values = output if isinstance(output, Mapping) else {"input_ids": output}
+    mask = _rows(values.get("attention_mask"))
     if mask:
         return [sum(row) for row in mask]
-    return [
-        _unpadded(row, tokenizer.pad_token_id, tokenizer.eos_token_id)
-        for row in _rows(known.get("input_ids"))
-    ]
+    padding, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    return [_unpadded(row, padding, end) for row in _rows(values.get("input_ids"))]
 
 
 def _rows(values: Any) -> list[list[int]]:
@@ -71,8 +69,8 @@ def _rows(values: Any) -> list[list[int]]:
 
 
 def _unpadded(row: list[int], padding: int | None, end: int | None) -> int:
-    """The length of a row less the padding at its ends; where the end's own token pads, one of them
-    is the end."""
+    """The length of a row without padding at its ends. If the end token pads, one of them counts as
+    the end."""
     first, last = 0, len(row)
     while last > first and row[last - 1] == padding:
         last -= 1

@@ -1,1 +1,1 @@
-"""What a job's view of the pipeline has in an engine: progress, previews, images on threads."""
+"""Additions to a job's view in an engine: hooked modules, progress, previews, image threads."""

@@ -1,5 +1,4 @@
-"""Methods of a view's image processors, and attributes of its parts that are replaced for a
-while."""
+"""Methods of a view's image processors; temporary replacement of attributes."""
 
 from __future__ import annotations
 
@@ -11,17 +10,16 @@ from torch import nn
 
 from stepweave.compat.cpu_offload import pipelines_in
 
-POSTPROCESS = ("postprocess", "postprocess_video")  # what makes images
-Method = tuple[Any, str, Callable[..., Any]]  # of what, its name, and what to call
+POSTPROCESS = ("postprocess", "postprocess_video")  # methods that make images of tensors
+Method = tuple[Any, str, Callable[..., Any]]  # its object, its name, and what to call instead
 
 
 def methods_of_processors(
     view: Any, names: Sequence[str], kinds: tuple[type, ...] = (object,)
 ) -> Iterator[Method]:
-    """The methods of these names that the image processors in a view have, those of some kinds
-    only."""
-    for one in pipelines_in(view):
-        for processor in list(vars(one).values()):
+    """The methods of these `names` of a view's image processors, which are of these `kinds`."""
+    for pipeline in pipelines_in(view):
+        for processor in list(vars(pipeline).values()):
             if isinstance(processor, kinds) and not isinstance(
                 processor, (nn.Module, DiffusionPipeline)
             ):
@@ -31,8 +29,8 @@ def methods_of_processors(
 
 
 def replaced(owner: Any, name: str, value: Any) -> Callable[[], None]:
-    """Set an attribute, and what takes it back: a method of its own, which is bound to it, would be
-    a reference cycle."""
+    """Set an attribute; returns a function that restores it. A bound method of the owner, left
+    there, would be a reference cycle."""
     before = owner.__dict__.get(name)
     owner.__dict__[name] = value
 

@@ -1,4 +1,4 @@
-"""Images are read and made on other threads than the engine's, while other jobs go on."""
+"""Reads and makes images on other threads than the engine's, so that other jobs continue."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ THREADS = 2
 class ImageJob(Protocol):
     """A job, as far as its work on images is concerned."""
 
-    fiber: Any  # that waits for the work
-    at_images: bool  # whether it does
+    fiber: Any  # waits for the work
+    at_images: bool  # whether the fiber waits for such work
 
 
 JobT = TypeVar("JobT", bound=ImageJob)
@@ -30,19 +30,18 @@ JobT = TypeVar("JobT", bound=ImageJob)
 
 @dataclass(frozen=True)
 class ImageWork:
-    """A job's wish to have `function` run on another thread; whether its code is `known`, as that
-    of diffusers is. Given back as the answer: the job is to do it itself."""
+    """A job's request to run `function` on another thread. Its code is `known` if it comes from a
+    library. If the work itself is the answer, the job's fiber must do it."""
 
     function: Callable[[], Any]
     known: bool = True
 
     def result(self, answer: Any) -> Any:
-        """What came of it, by the answer."""
         return answer.get() if isinstance(answer, Outcome) else self.function()
 
 
 class ImageThreads(Generic[JobT]):
-    """Runs such work; `returned` is called with what came of it, on any thread."""
+    """Runs work on images; `returned` is called, on any thread, with the job and its outcome."""
 
     def __init__(self, returned: Callable[[JobT, Any], None], device: torch.device) -> None:
         self._returned = returned
@@ -57,14 +56,13 @@ class ImageThreads(Generic[JobT]):
             self._threads.submit(_run, [job], work.function, self._returned)
 
     def end(self, seconds: float) -> bool:
-        """Take no more work; whether all is done within some seconds."""
+        """Refuse new work. Returns whether all was done within `seconds`."""
         return self._threads.end(seconds)
 
 
 def _may_move(job: ImageJob, work: ImageWork) -> bool:
-    """Whether it would find on another thread what it finds on the engine's: nothing of the whole
-    process is the job's own. Where it is watched what a job's own code leaves in the modules, code
-    that is not known stays, too."""
+    """Whether the work may run on another thread: the job has no process-wide state of its own; and
+    if the effects of its own code on modules are watched, the work's code must be known."""
     fiber = job.fiber
     if fiber.ambient.dtype != torch.get_default_dtype():
         return False
@@ -79,15 +77,15 @@ def _run(
     function: Callable[[], Any],
     returned: Callable[[JobT, Any], None],
 ) -> None:
-    job = held.pop()  # so that nothing on this thread keeps it
+    job = held.pop()  # so that this thread's queue does not keep the job alive
     returned(job, beside(job.fiber, function))
 
 
 def beside(fiber: Any, function: Callable[[], Any]) -> Outcome:
-    """What comes of a call on this thread, while a fiber is suspended; as if the fiber had made it.
+    """Call `function` on this thread as if a suspended fiber had done so; returns its outcome.
 
-    It sees the fiber's context variables, gradient mode and autocast, and what it sets of these the
-    fiber has. Not the default dtype: that is the whole process's.
+    The call uses, and may change, the fiber's context variables, gradient mode and autocast; but
+    not its default dtype, which belongs to the whole process.
     """
     apart = greenlet.greenlet(Outcome.of)
     apart.gr_context = fiber.greenlet.gr_context

@@ -1,4 +1,4 @@
-"""Where a view's image processors read and make images: PIL images, copies from the device."""
+"""Moves the work of a view's image processors to image threads."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from PIL import Image
 from stepweave.compat.values import comes_with_a_library
 from stepweave.views.attributes import POSTPROCESS, Method, methods_of_processors, replaced
 
-# Gives what a function does, run on a thread if it may; and whether its code is known, as that of
-# diffusers is.
+# Calls a function, on an image thread if possible. Its second argument: whether the function's code
+# is known, that is a library's.
 OnThread = Callable[[Callable[[], Any], bool], Any]
 
 
 @contextlib.contextmanager
 def images_on_threads(view: Any, on_thread: OnThread | None) -> Iterator[None]:
-    """Within it the view's image processors read and make images on another thread, if there is
-    one."""
-    with contextlib.ExitStack() as left:
+    """Within the block, the view's image processors do their work by `on_thread`, if given."""
+    with contextlib.ExitStack() as stack:
         if on_thread is None:
             yield
             return
         for owner, name, method in _image_methods(view):
             known = comes_with_a_library(type(owner))
-            left.callback(replaced(owner, name, _moved(method, known, on_thread)))
+            stack.callback(replaced(owner, name, _moved(method, known, on_thread)))
         yield
 
 
@@ -41,18 +40,17 @@ def _moved(method: Callable[..., Any], known: bool, on_thread: OnThread) -> Call
 
 
 def _image_methods(view: Any) -> Iterator[Method]:
-    """The methods of a view's image processors that read and make images, to be called so."""
-    ours = (VaeImageProcessor, InpaintProcessor)  # others may be shared with other views
+    """The methods of a view's image processors that read and make images."""
+    kinds = (VaeImageProcessor, InpaintProcessor)  # others may be shared with other views
     for owner, name, method in methods_of_processors(
-        view, ("preprocess", "preprocess_video"), ours
+        view, ("preprocess", "preprocess_video"), kinds
     ):
         yield owner, name, _each_once(method)
     yield from methods_of_processors(view, POSTPROCESS)
 
 
 def _each_once(method: Callable[..., Any]) -> Callable[..., Any]:
-    """`preprocess`, which reads an image that is given for each of several ones to be made but
-    once."""
+    """A `preprocess` that reads a repeated image only once."""
     if getattr(method, "__func__", None) is not VaeImageProcessor.preprocess:
         return method
 
@@ -61,7 +59,7 @@ def _each_once(method: Callable[..., Any]) -> Callable[..., Any]:
         alike = (
             count > 1
             and isinstance(image[0], Image.Image)
-            and all(one is image[0] for one in image)
+            and all(item is image[0] for item in image)
         )
         read: torch.Tensor = method(image[:1] if alike else image, *args, **kwargs)
         return read.repeat(count, *[1] * (read.ndim - 1)) if alike else read

@@ -1,4 +1,4 @@
-"""The pipeline's modules while an engine runs it: hooked, guarded, and on the GPU as needed."""
+"""The pipeline's modules in an engine: hooked, watched, and moved to the GPU as needed."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from stepweave.contained import contained
 from stepweave.memory.device_health import DeviceHealth
 from stepweave.views.scope import EngineScope
 
-# Makes the target of a module's forward, whenever somebody else has hooked it meanwhile.
+# Makes the target of a module's forward; again if other code has hooked the module since.
 TargetOf = Callable[[nn.Module, Callable[..., Any]], Target]
 
 
 class SeededJob(GuardedJob, Protocol):
-    """A job, as far as its own modules and its own random numbers are concerned."""
+    """A job, as far as its own modules and its random numbers are concerned."""
 
-    seed: int | None  # of its generator, where the caller gave none
+    seed: int | None  # of the generator that the engine made, if the caller gave none
 
 
 class EngineAutoencoder(Proxy):
-    """An autoencoder whose `encode` and `decode` suspend the job, whole: video autoencoders keep
-    state between their parts."""
+    """An autoencoder whose `encode` and `decode` suspend the job as whole calls: video autoencoders
+    keep state between the calls of their submodules."""
 
     def __init__(
         self,
@@ -57,11 +57,11 @@ class EngineAutoencoder(Proxy):
 
 
 class EngineModules:
-    """Hooks on the modules that suspend jobs, until `close`; and `scope`, which makes views.
+    """Hooks the modules that suspend jobs, until `close`; `scope` makes the jobs' views.
 
     Args:
-        hook: makes the hook of a module, given how its target is made.
-        call: gives the result of a call of an autoencoder's target.
+        hook: makes a module's hook of a `TargetOf` and of whether results are cached.
+        call: calls an autoencoder's target through the engine.
 
     Raises EngineMisuseError for modules of another engine.
     """
@@ -86,7 +86,7 @@ class EngineModules:
         processors = None
         if swaps_processors(pipeline):
             processors = AttentionProcessors([module for _, module in modules_in(pipeline)])
-        # of modules of one name, in pipelines within each other, the first is watched
+        # if nested pipelines have modules of the same name, the first one is watched
         watched = dict(reversed(list(names.values())))
         self.guard = ModuleGuard(watched, type(pipeline), processors)
         stand_ins: dict[int, Callable[[nn.Module], Any]] = {}
@@ -113,31 +113,29 @@ class EngineModules:
         )
 
     def scope_of(self, pipeline: Any) -> EngineScope:
-        """Makes views of the engine's pipeline, or of another one of its modules. Raises
-        EngineMisuseError."""
+        """The scope that makes views of the engine's pipeline, or of another pipeline of the same
+        modules. Raises EngineMisuseError for one with other modules."""
         return self.scope if pipeline is None else self.scope.sibling(pipeline)
 
     def own(self, job: SeededJob) -> list[Own]:
-        """What a job's fiber has of its own."""
+        """The state to install whenever a job's fiber runs."""
         own: list[Own] = []
         with contained("watch a job's own code"):
             own = self.guard.own(job, alone=job.scope.takes_turns())
-        if job.seed is not None and job.kwargs.get("generator") is None:  # it takes none
+        if job.seed is not None and job.kwargs.get("generator") is None:  # pipeline takes none
             own.append(DefaultRandom(job.seed, self._health.device))
         return own
 
     def note_stateful(self, target: Target, watch: StateWatch) -> bool:
-        """Whether a forward has just shown that its module keeps state, which is noted."""
-        found = watch.found is not None
-        return found and self.guard.note_stateful(
+        """Note it if the watch has found that a module keeps state. Returns whether it is new."""
+        return watch.found is not None and self.guard.note_stateful(
             target.name, target.module, watch.found or "", watch.initial
         )
 
     def close(self) -> None:
-        """Take the hooks away without a trace, and offloaded models off the GPU, unless it has
-        failed."""
+        """Remove all hooks, and move offloaded models off the GPU unless it has failed."""
         if self._health.failure is None:
-            with contained("take models off the GPU"), on_device(self._health.device):
+            with contained("move models off the GPU"), on_device(self._health.device):
                 self._offloading.offload()
         while self._hooked:
             uninstall(self._hooked.pop())
@@ -154,6 +152,5 @@ class EngineModules:
         return Target(name, module, function, cached=cached, processors=processors)
 
     def _around(self, module: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
-        """What stands for a heavy function of a module in every forward of jobs, alone or
-        shared."""
+        """Add offloading and device health checks to a module's function."""
         return self._health.guarded(self._offloading.around(module, function))

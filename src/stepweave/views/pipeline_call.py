@@ -1,4 +1,4 @@
-"""One job's call of its pipeline, and what its view reports."""
+"""One job's call of its pipeline, and the progress that its view reports."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def call_pipeline(
     last: Callable[[], Any] = lambda: None,
     on_thread: OnThread | None = None,
 ) -> Outcome:
-    """What comes of the pipeline's own call on a view of the job's own.
+    """Call the pipeline on a view for this job; returns the outcome, never raises.
 
-    `last` gives the last result of its models. With `on_thread` its images are read and made by
-    that.
+    `last` returns the last result of the pipeline's models. `on_thread`, if given, does the work of
+    image processors.
     """
     try:
         with (
@@ -43,7 +43,7 @@ def call_pipeline(
             FiniteImages(view, last) as images,
             images_on_threads(view, on_thread),
         ):
-            # in here: not every exception passes context managers
+            # caught in here: some exceptions do not pass through context managers
             return Outcome.of(_call, view, job, images)
     except BaseException as error:
         return Outcome(error=error)
@@ -54,7 +54,7 @@ def _call(view: Any, job: PipelineJob, images: FiniteImages) -> Any:
 
 
 class _Bar(Proxy):
-    """A progress bar that tells the job, too, and ends it if it must end."""
+    """A progress bar that also reports to the job, and raises Ending if the job must end."""
 
     def __init__(self, bar: Any, job: Progressing | Tap) -> None:
         super().__init__(bar)
@@ -81,16 +81,16 @@ class _Bar(Proxy):
 
 @contextlib.contextmanager
 def track(view: Any, job: Progressing) -> Iterator[None]:
-    """Within it the job is told of the view's progress, which every pipeline of diffusers shows on
-    a bar, and of latents."""
+    """Within the block, report the view's progress and latents to the job: every diffusers pipeline
+    shows its progress on a bar, which is wrapped."""
     tap = Tap(view, job) if job.observed else None
-    told = tap or job
-    with contextlib.ExitStack() as left:
+    receiver = tap or job
+    with contextlib.ExitStack() as stack:
         if tap is not None:
-            left.callback(tap.end)
-        for one in pipelines_in(view):
-            make = getattr(one, "progress_bar", None)
+            stack.callback(tap.end)
+        for pipeline in pipelines_in(view):
+            make = getattr(pipeline, "progress_bar", None)
             if make is not None:
-                bar = lambda *args, make=make, **kwargs: _Bar(make(*args, **kwargs), told)  # noqa: E731
-                left.callback(replaced(one, "progress_bar", bar))
+                bar = lambda *args, make=make, **kwargs: _Bar(make(*args, **kwargs), receiver)  # noqa: E731
+                stack.callback(replaced(pipeline, "progress_bar", bar))
         yield

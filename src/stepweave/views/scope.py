@@ -21,8 +21,8 @@ from stepweave.truncation.tokenizers import Reporter
 
 
 class PrivateScope(RequestScopedPipeline):
-    """Views with tokenizers of the engine's own, so that calls past the engine cannot change their
-    padding meanwhile. `tokenized` is given what tokenizers make, and gives what is to be used."""
+    """Makes views with copies of the tokenizers, so that direct calls of the pipeline cannot change
+    their padding. `tokenized` maps a tokenizer's output to the output to use."""
 
     def __init__(
         self, pipeline: Any, tokenized: Callable[[Any], Any] = lambda output: output
@@ -30,18 +30,18 @@ class PrivateScope(RequestScopedPipeline):
         super().__init__(pipeline, wrap_scheduler=False)
         self._home = pipeline
         self._tokenized = tokenized
-        # by the `id` of the pipeline's own: that one, its number of tokens, and a copy
+        # by the `id` of the original: the original, its number of tokens, and the copy
         self._tokenizers: dict[int, tuple[Any, int, Any]] = {}
         self._shared = {id(module): module for _, module in modules_in(pipeline)}
 
     def sibling(self, pipeline: Any) -> Self:
-        """The same of another pipeline that has no modules but these. Raises EngineMisuseError,
-        naming the first that it has."""
+        """The scope of another pipeline of the same modules. Raises EngineMisuseError, naming the
+        first module that is not one of these."""
         for name, module in modules_in(pipeline):
             if id(module) not in self._shared:
                 kind, home = type(pipeline).__name__, type(self._home).__name__
                 raise EngineMisuseError(
-                    f"{kind}.{name} is no module of the {home} that the engine runs."
+                    f"{kind}.{name} is not a module of the {home} that the engine runs."
                 )
         scope = copy.copy(self)  # locks and tokenizers are shared as the modules are
         scope.pipeline = pipeline
@@ -50,26 +50,26 @@ class PrivateScope(RequestScopedPipeline):
 
     def view(self, scheduler: Any = None) -> Any:
         view = super().view(scheduler)
-        if self.pipeline is not self._home:  # which offloads what both have
+        if self.pipeline is not self._home:  # the engine's pipeline offloads the shared modules
             view.__dict__["maybe_free_model_hooks"] = offload_only(self._home)
         return view
 
     def stand_in(self, component: Any) -> Any:
         if not isinstance(component, PreTrainedTokenizerBase):
             return super().stand_in(component)
-        known = self._tokenizers.get(id(component))
+        entry = self._tokenizers.get(id(component))
         # tokens may have been added since, as load_textual_inversion does
-        if known is None or known[0] is not component or known[1] != len(component):
-            known = (component, len(component), copy.deepcopy(component))
-            self._tokenizers[id(component)] = known
+        if entry is None or entry[0] is not component or entry[1] != len(component):
+            entry = (component, len(component), copy.deepcopy(component))
+            self._tokenizers[id(component)] = entry
         names = (name for name, value in vars(self.pipeline).items() if value is component)
-        reporter = Reporter(known[2], next(names, "tokenizer"), self._tokenized)
-        return LockedTokenizer(known[2], self.tokenizer_lock, reporter)
+        reporter = Reporter(entry[2], next(names, "tokenizer"), self._tokenized)
+        return LockedTokenizer(entry[2], self.tokenizer_lock, reporter)
 
 
 class EngineScope(PrivateScope):
-    """Views whose heavy modules suspend their jobs: `stand_ins` gives what stands in the place of
-    components without a hook of their own, by `id`."""
+    """Makes views whose heavy modules suspend their jobs. `stand_ins` makes replacements of
+    components without a hook, by the component's `id`."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class EngineScope(PrivateScope):
         self._guard = guard
         self._stand_ins = stand_ins
         self._device = device
-        # forwards do not overlap here
+        # forwards do not overlap in an engine
         self.turns = TurnTaking(
             pipeline, harmless=moves_only, processors_apart=processors_apart, casts_apart=True
         )
@@ -93,7 +93,7 @@ class EngineScope(PrivateScope):
     def view(self, scheduler: Any = None) -> Any:
         view = super().view(scheduler)
         for pipeline in pipelines_in(view):
-            # other jobs may go on with the models
+            # other jobs may still need the models
             pipeline.__dict__["maybe_free_model_hooks"] = lambda: None
             for component in vars(pipeline).values() if self._device.type != "cpu" else ():
                 keep_times_on_the_host(component)
@@ -107,7 +107,7 @@ class EngineScope(PrivateScope):
         return bool(self._guard.stateful) or self.turn_lock.locked() or self.turns.swaps_state()
 
     def why_turns(self) -> dict[str, UnsharedNote]:
-        """Why jobs run one at a time, by what keeps the state. Empty if they do not."""
+        """Why jobs run one at a time, by the module that keeps state. Empty if they do not."""
         return self._guard.why_turns(self.turns.swaps_state())
 
     def stand_in(self, component: Any) -> Any:

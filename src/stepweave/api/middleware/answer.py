@@ -1,19 +1,23 @@
-"""The answer of every request: its headers, and errors of others in the contract's shape."""
+"""Every answer: whether the client gets it, its headers, and errors in the contract's shape."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from http import HTTPStatus
 
-from starlette.datastructures import MutableHeaders
-from starlette.types import Message, Receive, Scope, Send
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stepweave import __version__
 from stepweave.api import disconnect
+from stepweave.api.connections import refusal_of
+from stepweave.api.context import context_of
 from stepweave.api.disconnect import has_left
+from stepweave.api.middleware.base import METHODS, Middleware
+from stepweave.api.middleware.body_limit import has_two_lengths
 from stepweave.api.open_inference.triton import unsupported
-from stepweave.api.responses import ERROR_MARK, error_response
+from stepweave.api.responses import ERROR_MARK, as_stepweave_error, error_response
 from stepweave.errors import (
     MethodNotAllowedError,
     NotFoundError,
@@ -21,98 +25,130 @@ from stepweave.errors import (
     RequestError,
     StepweaveError,
 )
-from stepweave.serving.drain import Drain
+from stepweave.serving.server import Server
 
 REDIRECTS = (301, 302, 303, 307, 308)
 
 
-class ContractSend:
-    """A `send` that adds the headers of every answer and gives errors the contract's shape.
+class Delivery(Middleware):
+    """Notes the answer's status and end, and whether the client left before.
 
-    Raises RequestCancelledError if the client does not read.
+    The app's `send` raises RequestCancelledError once the client has left, or reads nothing.
     """
 
-    def __init__(
-        self, scope: Scope, send: Send, request_id: str, left: list[bool], leaving: Drain
-    ) -> None:
-        self.scope = scope
-        self.leaving = leaving
-        self.send = send
-        self.request_id = request_id
-        self.left = left  # to which it is added that the client left before the answer's end
-        self.receive: Receive | None = None  # once the body has been read
-        self.started = False
-        self.replaced = False
-        self.closes = False  # the connection
-        self.status = 0  # of the answer, once it has begun
-        self.whole = False  # once it has been sent to its end
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        context = context_of(scope)
 
-    def body_read(self, receive: Receive) -> None:
-        """The body has been read: what `receive` gives from now on tells that the client left."""
-        self.receive = receive
+        async def deliver(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                context.status = message["status"]
+                if context.rest is not None and await has_left(context.rest):
+                    context.client_left = True
+            try:
+                async with asyncio.timeout(disconnect.STALLED_SECONDS):
+                    await send(message)
+            except TimeoutError:
+                context.client_left = True
+                raise RequestCancelledError(
+                    f"The client read nothing for {disconnect.STALLED_SECONDS:g} s."
+                ) from None
+            except OSError:  # of the connection
+                context.client_left = True
+                raise RequestCancelledError("The client left.") from None
+            context.complete = message["type"] == "http.response.body" and not message.get(
+                "more_body", False
+            )
 
-    async def __call__(self, message: Message) -> None:
-        if self.replaced:
-            return
-        if message["type"] == "http.response.start":
-            self.started, status = True, message["status"]
-            # no route of ours redirects: it would lead to whatever host the request names
-            self.status = status = 404 if status in REDIRECTS else status
-            if self.receive is not None and await has_left(self.receive):
-                self.left.append(True)
-            headers = MutableHeaders(scope=message)
-            if status >= 400 and ERROR_MARK not in headers:
-                await self._replace(status, headers)
-                return
-            self._complete(headers)
+        await self.app(scope, receive, deliver)
+
+
+class AnswerHeaders(Middleware):
+    """Adds the request's id and the server's name, and closes connections that must not go on."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # with two lengths, nobody knows where the body ends and the next request begins
+        closes = refusal_of(scope) is not None or has_two_lengths(scope)
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"] = context_of(scope).id
+                headers["Server"] = f"stepweave/{__version__}"
+                if closes or self.server.leaving.announced:  # clients shall go to another server
+                    headers["Connection"] = "close"
+            await send(message)
+
+        await self.app(scope, receive, with_headers)
+
+
+class Errors(Middleware):
+    """Answers what the app raises, and replaces errors that BentoML and Starlette answer in shapes
+    of their own: validation errors, unknown routes, their own failures."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        context = context_of(scope)
+        replaced = False
+
+        async def in_shape(message: Message) -> None:
+            nonlocal replaced
+            if replaced:
+                return  # the body of the error that was replaced
+            if message["type"] == "http.response.start":
+                # no route of ours redirects: it would lead to whatever host the request names
+                status = 404 if message["status"] in REDIRECTS else message["status"]
+                headers = MutableHeaders(scope=message)
+                if status >= 400 and ERROR_MARK not in headers:
+                    replaced = True
+                    await _replace(status, headers, scope, receive, send)
+                    return
+                del headers[ERROR_MARK]
+            await send(message)
+
         try:
-            async with asyncio.timeout(disconnect.STALLED_SECONDS):
-                await self.send(message)
-        except TimeoutError:
-            self.left.append(True)
-            raise RequestCancelledError(
-                f"The client read nothing for {disconnect.STALLED_SECONDS:g} s."
-            ) from None
-        except OSError:  # of the connection
-            self.left.append(True)
-            raise RequestCancelledError("The client left.") from None
-        self.whole = message["type"] == "http.response.body" and not message.get("more_body", False)
+            await self.app(scope, receive, in_shape)
+        except Exception as error:
+            started = bool(context.status)
+            if started and isinstance(error.__cause__, StepweaveError):
+                error = error.__cause__  # Starlette has wrapped it; it is only logged
+            answer = error_response(as_stepweave_error(error, context.id), scope["path"])
+            if not started:
+                await cross_origin(answer, self.server)(scope, receive, in_shape)
 
-    def _complete(self, headers: MutableHeaders) -> None:
-        headers["X-Request-ID"] = self.request_id
-        headers["Server"] = f"stepweave/{__version__}"
-        del headers[ERROR_MARK]
-        if self.closes or self.leaving.announced:  # then clients are to connect to another server
-            headers["Connection"] = "close"
 
-    async def _replace(self, status: int, headers: MutableHeaders) -> None:
-        self.replaced = True
-        response = error_response(self._error_for(status), self.scope["path"])
-        response.status_code = status
-        self._complete(response.headers)
-        for name, value in headers.items():
-            if name in ("allow", "vary") or name.startswith("access-control-"):
-                response.headers[name] = value
-        await self.send(
-            {"type": "http.response.start", "status": status, "headers": response.raw_headers}
-        )
-        await self.send({"type": "http.response.body", "body": bytes(response.body)})
-        self.whole = True
+async def _replace(
+    status: int, headers: Headers, scope: Scope, receive: Receive, send: Send
+) -> None:
+    """Answer an error of this status, with those headers of the one before that clients need."""
+    response = error_response(_error_for(status, scope), scope["path"])
+    response.status_code = status
+    del response.headers[ERROR_MARK]
+    for name, value in headers.items():
+        if name in ("allow", "vary") or name.startswith("access-control-"):
+            response.headers[name] = value
+    await response(scope, receive, send)
 
-    def _error_for(self, status: int) -> StepweaveError:
-        method, path = self.scope["method"], self.scope["path"]
-        known: dict[int, Callable[[], StepweaveError]] = {
-            404: lambda: unsupported(path) or NotFoundError(f"There is no route {path[:200]!r}."),
-            405: lambda: (
-                unsupported(path)
-                or MethodNotAllowedError(f"{method} is not allowed on {path[:200]}.")
-            ),
-        }
-        if status in known:
-            return known[status]()
-        phrase = HTTPStatus(status).phrase if status in set(HTTPStatus) else f"Status {status}"
-        if status < 500:
-            error = RequestError(f"{phrase}.")
-            error.code = phrase.lower().replace(" ", "_")
-            return error
-        return StepweaveError(f"{phrase}. Request id: {self.request_id}", code="internal_error")
+
+def _error_for(status: int, scope: Scope) -> StepweaveError:
+    method, path = scope["method"], scope["path"]
+    if status in (404, 405) and (reason := unsupported(path)) is not None:
+        return reason
+    if status == 404:
+        return NotFoundError(f"There is no route {path[:200]!r}.")
+    if status == 405:
+        return MethodNotAllowedError(f"{method} is not allowed on {path[:200]}.")
+    phrase = HTTPStatus(status).phrase if status in set(HTTPStatus) else f"Status {status}"
+    if status < 500:
+        error = RequestError(f"{phrase}.")
+        error.code = phrase.lower().replace(" ", "_")
+        return error
+    return StepweaveError(f"{phrase}. Request id: {context_of(scope).id}", code="internal_error")
+
+
+def cross_origin(app: ASGIApp, server: Server) -> ASGIApp:
+    """The app, with the headers of CORS for the origins of STEPWEAVE_CORS_ORIGINS."""
+    origins = server.settings.cors_origins
+    if not origins:
+        return app
+    return CORSMiddleware(
+        app, origins, allow_methods=METHODS, allow_headers=["*"], expose_headers=["*"]
+    )

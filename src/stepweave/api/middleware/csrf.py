@@ -1,4 +1,4 @@
-"""Which pages may have a browser send what changes something."""
+"""Cross-site request forgery: which web pages may have a browser send what changes something."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from starlette.types import Scope
 from stepweave.api.urls import forwarded, is_address, is_trusted
 from stepweave.config import Settings
 from stepweave.errors import InvalidRequestError, shown
+from stepweave.serving.server import Server
 
 SAFE = ("GET", "HEAD", "OPTIONS")
 PORTS = {"http": 80, "https": 443}
 
 
-def check_site(scope: Scope, settings: Settings) -> None:
+def check_site(scope: Scope, server: Server) -> None:
     """Raise InvalidRequestError (code `cross_site`) for what a page of another origin sends, unless
     that is an allowed one.
 
     Browsers send forms and some other bodies without asking first (Fetch, 4.8), and keep only the
-    answer from the page. What they say of a request, no page can change; clients that are no
-    browsers say nothing of it.
+    answer from the page. No page can change these headers; other clients do not send them.
     """
     if scope["method"] in SAFE:
         return
-    headers = Headers(scope=scope)
+    headers, settings = Headers(scope=scope), server.settings
     origin, site = headers.get("origin"), headers.get("sec-fetch-site")
     if site is None and origin is None:
         return
@@ -36,19 +36,20 @@ def check_site(scope: Scope, settings: Settings) -> None:
         _check_host(headers, settings)
         return
     raise InvalidRequestError(
-        f"The request was sent by a page of another origin, {shown(origin or site)}; those that "
-        "may are named in STEPWEAVE_CORS_ORIGINS.",
+        f"The request was sent by a page of another origin, {shown(origin or site)}; allowed "
+        "origins are listed in STEPWEAVE_CORS_ORIGINS.",
         code="cross_site",
         param="Origin",
     )
 
 
 def _check_host(headers: Headers, settings: Settings) -> None:
-    """Raise InvalidRequestError (code `untrusted_host`) for a name that anybody may have lead here.
+    """Raise InvalidRequestError (code `untrusted_host`) for a host name that anybody may have
+    registered.
 
-    The page's own name then is one that its owner lets point to this server (DNS rebinding): to the
-    browser it is the same origin. An address cannot be led elsewhere; and a server with keys asks
-    for one, which such a page has not.
+    A page's owner may let the page's own name resolve to this server (DNS rebinding): to the
+    browser it is the same origin then. That is not possible with an address; and with API keys,
+    such a page has none.
     """
     host = headers.get("host", "")
     if settings.base_url is not None and host.lower() == urlsplit(settings.base_url).netloc.lower():
@@ -58,15 +59,15 @@ def _check_host(headers: Headers, settings: Settings) -> None:
     if is_address(host) or is_trusted(host, settings):
         return
     raise InvalidRequestError(
-        f"A page asks for the host {shown(host)}, which is not trusted without API keys; trusted "
-        "hosts are named in STEPWEAVE_TRUSTED_HOSTS.",
+        f"A page sent this to the host {shown(host)}, which is not trusted without API keys; "
+        "trusted hosts are listed in STEPWEAVE_TRUSTED_HOSTS.",
         code="untrusted_host",
         param="Host",
     )
 
 
 def _is_own(origin: str, headers: Headers, settings: Settings) -> bool:
-    """Whether an origin is this server's, by the names that it is reached by."""
+    """Whether an origin is this server's, by the hosts that clients use."""
     hosts = [
         headers.get("host", ""),
         urlsplit(settings.base_url or "").netloc,
@@ -77,7 +78,7 @@ def _is_own(origin: str, headers: Headers, settings: Settings) -> bool:
         return bool(scheme) and _place(origin) in [
             _place(f"{scheme}://{host}") for host in hosts if host
         ]
-    except ValueError:  # of what is no URL
+    except ValueError:  # not a URL
         return False
 
 

@@ -1,12 +1,13 @@
-"""What orchestrators ask: the probes, and the drain before a pod ends."""
+"""For orchestrators: health probes, and the drain before a pod ends."""
 
 from __future__ import annotations
 
 from starlette.datastructures import Headers
 from starlette.responses import Response
-from starlette.types import Scope
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stepweave.api.answer_schemas import Drained, Health, Unhealthy
+from stepweave.api.middleware.base import Middleware
 from stepweave.api.responses import answer, error_response
 from stepweave.errors import MethodNotAllowedError, NotFoundError
 from stepweave.serving.server import Server
@@ -14,6 +15,18 @@ from stepweave.serving.server import Server
 PROBES = ("/livez", "/healthz", "/readyz")
 DRAIN = "/drain"
 KEYLESS = ("/v2/health/live", "/v2/health/ready")  # beside the probes and the drain
+
+
+class Probes(Middleware):
+    """Answers the probes and the drain."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app: ASGIApp = self.app
+        if scope["path"] in PROBES:
+            app = probe(scope, self.server)
+        elif scope["path"] == DRAIN:
+            app = drain(scope, self.server)
+        await app(scope, receive, send)
 
 
 def probe(scope: Scope, server: Server) -> Response:
@@ -30,11 +43,11 @@ def probe(scope: Scope, server: Server) -> Response:
 
 
 def drain(scope: Scope, server: Server) -> Response:
-    """Only for who bears the token of the state directory, as a pod's preStop hook does. Others
-    find no such route.
+    """Only with the token of the state directory, which a pod's preStop hook reads; otherwise there
+    is no such route.
 
-    From where a request comes proves nothing: a proxy, or a tunnel, beside the server calls
-    from its machine, too.
+    The client's address proves nothing: a proxy or a tunnel on the same machine has that of the
+    machine, too.
     """
     token = server.drain_token
     if token is None or not token.matches(Headers(scope=scope).get("authorization", "")):

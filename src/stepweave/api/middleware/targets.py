@@ -1,5 +1,5 @@
-"""What a request asks for, whichever form its target has (RFC 9112, 3.2), and whatever proxies
-leave in front of it."""
+"""The path, host and client of a request, whichever form its target has (RFC 9112, 3.2), and
+whatever proxies add."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import re
 from urllib.parse import unquote
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.types import Scope
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
+from stepweave.api.middleware.base import METHODS, Middleware
 from stepweave.api.urls import configured_prefix
 from stepweave.config import Settings
 from stepweave.errors import InvalidRequestError, NotFoundError, shown
@@ -17,13 +19,24 @@ _ABSOLUTE = re.compile(r"https?://(?P<host>[^/?#@]+)(?P<path>/[^?#]*)?", re.IGNO
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
-def is_of_the_server(scope: Scope) -> bool:
-    """Whether the request is `OPTIONS *`, about the server as a whole."""
-    return (scope["method"], scope["path"]) == ("OPTIONS", "*")
+class Targets(Middleware):
+    """Has the scope name the path of a route, its host and its client, and answers `OPTIONS *`,
+    which asks about the server as a whole."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (scope["method"], scope["path"]) == ("OPTIONS", "*"):
+            allowed = Response(headers={"Allow": ", ".join((*METHODS, "HEAD", "OPTIONS"))})
+            await allowed(scope, receive, send)
+            return
+        to_origin_form(scope)
+        normalize_path(scope, self.server.settings)
+        if self.server.settings.trust_forwarded:
+            take_forwarded_client(scope)
+        await self.app(scope, receive, send)
 
 
 def to_origin_form(scope: Scope) -> None:
-    """Have the scope's path be one, and its Host that of the target.
+    """Have the scope's path begin with a slash, and its Host be that of the target.
 
     Raises InvalidRequestError for a target that names no path, and NotFoundError for a path with
     control characters.
@@ -59,18 +72,11 @@ def normalize_path(scope: Scope, settings: Settings) -> None:
 
 
 def take_forwarded_client(scope: Scope) -> None:
-    """Have the scope's client be the one that the proxy names: the last of X-Forwarded-For, since
-    it appends whom it sees."""
+    """Have the scope's client be the last of X-Forwarded-For: each proxy appends the address that
+    it sees."""
     given = ",".join(Headers(scope=scope).getlist("x-forwarded-for")).rpartition(",")[2].strip()
     if given:
         scope["client"] = (given, 0)
-
-
-def has_two_lengths(scope: Scope) -> bool:
-    """Whether the length of the body is told in two ways, of which a proxy may have gone by the
-    other (RFC 9112, 6.1)."""
-    headers = Headers(scope=scope)
-    return "content-length" in headers and "transfer-encoding" in headers
 
 
 def _set_path(scope: Scope, path: str) -> None:

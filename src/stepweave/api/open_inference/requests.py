@@ -1,4 +1,5 @@
-"""What a message of the Open Inference Protocol asks for: an image for each element of `prompt`."""
+"""The requests in a message of the Open Inference Protocol: an image for each element of
+`prompt`."""
 
 from __future__ import annotations
 
@@ -39,8 +40,8 @@ def accepted_inputs(arguments: Collection[str]) -> dict[str, Sequence[str]]:
 
 
 def parameters_of(given: dict[str, Any]) -> dict[str, Any]:
-    """The request's parameters as fields of an ImageRequest. Triton's own `priority` and `timeout`
-    are taken as it means them."""
+    """The request's parameters as fields of an ImageRequest. `priority` and `timeout` may be as
+    Triton defines them."""
     values = {
         name: value
         for name, value in given.items()
@@ -75,7 +76,7 @@ def parameters_of(given: dict[str, Any]) -> dict[str, Any]:
 def as_sent(
     error: StepweaveError, message: InferenceRequest, image: ImageRequest
 ) -> StepweaveError:
-    """The error, naming `timeout` where that is what was sent."""
+    """The error, which names `timeout` if the client sent that."""
     timeout = (message.parameters or {}).get("timeout")
     told = f"deadline_ms is {image.deadline_ms}"
     if timeout and told in error.message:
@@ -86,7 +87,7 @@ def as_sent(
 
 
 def ignored_parameters(message: InferenceRequest) -> list[str]:
-    """A warning of parameters that the server does not know, which the protocol has it ignore."""
+    """A warning of unknown parameters, which the protocol says to ignore."""
     accepted = (*PARAMETERS, "timeout", "binary_data_output")
     unknown = [name for name in message.parameters or () if name not in accepted]
     if not unknown:
@@ -134,7 +135,7 @@ def image_requests(
 
 
 def requested_outputs(message: InferenceRequest) -> dict[str, bool]:
-    """The outputs that are asked for, by whether they are to be binary."""
+    """The requested outputs, and whether each is to be binary."""
     default = (message.parameters or {}).get("binary_data_output")
     default = False if default is None else default
     if type(default) is not bool:

@@ -3,7 +3,7 @@
 Protocol:
 https://github.com/kserve/open-inference-protocol/blob/main/specification/protocol/inference_rest.md.
 Extension: a message may be JSON followed by tensors as bytes, little-endian, in the order in which
-the JSON names them; the header `Inference-Header-Content-Length` tells how long the JSON is. A
+the JSON names them; the header `Inference-Header-Content-Length` is the length of the JSON. A
 BYTES element is its length, 4 bytes unsigned, and its bytes.
 """
 
@@ -51,7 +51,7 @@ class _Message(BaseModel):
 
 
 class _Parameters(BaseModel):
-    """Of a tensor. Any other is ignored, as the protocol has it."""
+    """Of a tensor. Any other is ignored, as the protocol says."""
 
     model_config = ConfigDict(
         extra="ignore", strict=True, frozen=True, json_schema_extra={"additionalProperties": True}
@@ -66,7 +66,7 @@ class InputParameters(_Parameters):
 
 
 class InputTensor(_Message):
-    """One input; its elements stand in `data` or, with `binary_data_size`, after the JSON."""
+    """One input; its elements are in `data` or, with `binary_data_size`, after the JSON."""
 
     name: str
     shape: Annotated[list[Annotated[int, Field(ge=0)]], FailFast()]
@@ -188,7 +188,7 @@ def read_inputs(
                 raise wrong(tensor.name, f"{SHARED_MEMORY} (shared_memory_region)")
             raise wrong(
                 tensor.name,
-                "its elements must stand either in data or after the JSON, with binary_data_size",
+                "its elements must be either in data or after the JSON, with binary_data_size",
             )
         if size is None:
             elements = _from_json(tensor)
@@ -252,7 +252,7 @@ def wrong(name: str, problem: str, code: Code | None = None) -> InvalidRequestEr
 
 
 def _explain(error: ValidationError, values: Any) -> InvalidRequestError:
-    """As any other body, but where the problem lies in a tensor that has a name, with the name."""
+    """As for any other body, but a problem in a tensor with a name is told with the name."""
     location = error.errors(include_url=False)[0]["loc"]
     explained = explain(error)
     if len(location) > 2 and location[0] in ("inputs", "outputs"):
@@ -288,8 +288,7 @@ def _from_json(tensor: InputTensor) -> list[Any]:
 
 
 def _flat(data: list[Any], shape: Sequence[int]) -> list[Any]:
-    """The elements of [[a], [b]], where the shape has a second dimension; JSON may nest them or
-    not."""
+    """The elements, nested as [[a], [b]] or not, if the shape has a second dimension."""
     for _ in shape[1:]:
         if not all(isinstance(element, list) and len(element) == 1 for element in data):
             break
@@ -339,7 +338,7 @@ def _from_numbers(tensor: InputTensor, raw: bytes) -> list[Any]:
             f"{len(raw)} bytes are no whole number of {tensor.datatype} of {dtype.itemsize} bytes",
         )
     elements = np.frombuffer(raw, dtype)
-    # the shortest decimal that it stands for, so that 7.3 is what 7.3 is in JSON
+    # through the shortest decimal, so that 7.3 is the same number as 7.3 in JSON
     if tensor.datatype == "FP32":
         return [float(text) for text in elements.astype(str)]
     values: list[Any] = elements.tolist()

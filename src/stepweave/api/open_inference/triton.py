@@ -1,5 +1,5 @@
-"""What Triton's and KServe's clients ask beside the Open Inference Protocol: Triton's extensions of
-it, as far as they have an answer here, and a reason where they have none."""
+"""Triton's extensions of the Open Inference Protocol, as far as they are supported, and why others
+are not."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _UNSUPPORTED = [
 
 
 def unsupported(path: str) -> NotFoundError | None:
-    """Why there is nothing at a path that Triton has; None for any other path."""
+    """Why a path of Triton's is not supported; None for any other path."""
     for pattern, reason in _UNSUPPORTED:
         if pattern.fullmatch(path):
             return NotFoundError(f"{path[:200]}: {reason}.", code="unsupported")
@@ -59,8 +59,8 @@ def unsupported(path: str) -> NotFoundError | None:
 
 
 def index(name: str, version: str, unready: str | None, only_ready: bool) -> RepositoryIndex:
-    """The repository's index: the one model, and the reason if it is not ready; then it is left out
-    of those that are."""
+    """The repository's index: the one model, and the reason if it is not ready. With `only_ready`,
+    it is left out then."""
     state: ModelState = "READY" if unready is None else "UNAVAILABLE"
     model = IndexedModel(name=name, version=version, state=state, reason=unready or "")
     return RepositoryIndex([model] if unready is None or not only_ready else [])
@@ -76,10 +76,9 @@ def configuration(
     """The model's configuration as Triton writes one. `inputs` maps names to datatypes, the usual
     one first.
 
-    A batch size of 0 says that tensors have no dimension of a batch's own: the elements of one are
+    A maximum batch size of 0 says that tensors have no batch dimension: their elements are
     requests already.
     """
-
     return ModelConfiguration(
         name=name,
         platform=platform,

@@ -30,7 +30,7 @@ GIGABYTE = 1024**3
 
 
 def _no_boolean(value: Any) -> Any:
-    """Python takes true for 1, which the document of the routes does not."""
+    """Python takes true for 1; the OpenAPI document does not."""
     if isinstance(value, bool):
         raise PydanticCustomError("int_type", "Input should be a valid integer")
     return value
@@ -111,7 +111,7 @@ class DiffusersExampleRoutes:
         return names, made.details.warnings
 
     async def image(self, request: Request) -> Response:
-        """A stored image. The name is the key to it: unguessable, and gone with the file."""
+        """A stored image. Its name cannot be guessed, and ends with the file."""
         name = request.path_params["filename"]
         file = await self.server.files.get(name)
         if file is None:

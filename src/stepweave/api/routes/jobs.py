@@ -9,11 +9,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from stepweave.api.answer_schemas import JobList
-from stepweave.api.answers import job_of, json_answer
+from stepweave.api.answers import job_of
 from stepweave.api.auth import owner_of
 from stepweave.api.bodies import pass_over_body
 from stepweave.api.events import EventStream, events
-from stepweave.api.responses import answer
+from stepweave.api.responses import answer, json_answer
 from stepweave.api.urls import base_url
 from stepweave.errors import InvalidRequestError, NotFoundError, RequestCancelledError, shown
 from stepweave.serving.jobs import Followed, Jobs
@@ -21,7 +21,7 @@ from stepweave.serving.request import ActiveRequest
 from stepweave.serving.server import Server
 
 MAX_LIST = 100
-CANCEL_SECONDS = 5.0  # that an answer waits for the step at which a job ends
+CANCEL_SECONDS = 5.0  # how long the answer waits for the cancelled job to end
 
 
 class JobRoutes:
@@ -41,7 +41,7 @@ class JobRoutes:
     async def list(self, request: Request) -> Response:
         if not self.server.keys.required:
             raise NotFoundError(
-                "The list of jobs is off while no keys are set (STEPWEAVE_API_KEYS_FILE, "
+                "The list of jobs is disabled unless API keys are set (STEPWEAVE_API_KEYS_FILE, "
                 "STEPWEAVE_API_KEYS).",
                 code="jobs_list_disabled",
             )
@@ -64,7 +64,7 @@ class JobRoutes:
         return await self._described(request, await self._job(request))
 
     async def delete(self, request: Request) -> Response:
-        """Cancel it; one that is over is forgotten, and its images."""
+        """Cancel a job, or delete one that has ended, with its images."""
         job = await self._job(request)
         if isinstance(job, ActiveRequest) and not job.done:
             job.cancel(RequestCancelledError("The job was cancelled."))
@@ -75,8 +75,8 @@ class JobRoutes:
         return answer(view)
 
     async def events(self, request: Request) -> Response:
-        """From where the job stands now: its previews so far, its progress, and its end."""
-        # which a GET may have: from here on, all that comes is that the client leaves
+        """Previews so far, then progress until the job ends."""
+        # a GET may have a body; after it, the only message is that the client has left
         await pass_over_body(request)
         job, jobs = await self._job(request), self._jobs()
         told = events(job, request, jobs.files, verbose=True, base=self._base(request, job))

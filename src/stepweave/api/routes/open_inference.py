@@ -1,9 +1,9 @@
-"""The Open Inference Protocol v2, as KServe and Triton's clients speak it.
+"""The Open Inference Protocol v2, as clients of KServe and Triton use it.
 
 Each element of the input `prompt` is one image, a generation of its own; an optional input has
-one element for all of them, or one each. What holds for all may stand in the request's `parameters`
-too. An image comes back as its file, in binary tensors as it is and in JSON as base64; the output
-`parameters` has a JSON text for each image: everything as resolved, and warnings.
+one element for all of them, or one each. A value for all may also be in the request's `parameters`.
+The output `image` has files, in JSON as base64; the output `parameters` has a JSON text for each
+image: all parameters as resolved, and warnings.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ class OpenInferenceRoutes:
         that is served."""
         name, path = request.path_params["model"], request.scope["path"]
         served, _ = self.server.ready()
-        # the route takes in what is below a model, and `*` any name
+        # the route also matches what is below a model, and the name `*` allows any
         if name not in served.names.listed:
             if path.endswith("/infer") and request.method != "POST":
                 raise HTTPException(405, headers={"Allow": "POST"})

@@ -15,18 +15,17 @@ from stepweave.api.answers import (
     generation_of,
     image_answer,
     job_of,
-    json_answer,
     wants_image,
     wants_stream,
     wants_to_come_back,
 )
 from stepweave.api.bodies import pass_over_body, whole_body
-from stepweave.api.counting import count_of
+from stepweave.api.context import context_of
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.events import EventStream, events
 from stepweave.api.forms import Form, edit_of, read_form, reserve
-from stepweave.api.idempotency import key_of, submission_of
-from stepweave.api.responses import answer
+from stepweave.api.idempotency import submission_of
+from stepweave.api.responses import answer, json_answer
 from stepweave.api.schemas import (
     EditRequest,
     GenerationRequest,
@@ -72,8 +71,8 @@ class OpenAIRoutes:
                 return await self._answer(request, body, form, place)
 
     async def variations(self, request: Request) -> Response:
-        """OpenAI has retired them, and its clients still have the call."""
-        # else its client may fail to send it before it reads the answer
+        """OpenAI has retired variations, but its clients still have the call."""
+        # else the client may fail while it sends the body, before it reads the answer
         await pass_over_body(request)
         raise InvalidRequestError(
             "There are no variations here: send the image to /v1/images/edits, with a prompt and a "
@@ -109,14 +108,13 @@ class OpenAIRoutes:
         of_edit: dict[str, Any] = {}
         if form is not None and isinstance(body, EditRequest):
             of_edit = await edit_of(form, server, body, place)
-        # another may join
-        previewed = streams or detached or key_of(request) is not None
+        may_be_joined = detached or "idempotency-key" in request.headers
         submission = submission_of(
             request,
             body,
             n=body.n,
             model=body.model or None,  # empty is absent
-            previews=body.partial_images if previewed else 0,
+            previews=body.partial_images if streams or may_be_joined else 0,
             response_format=response_format,
             detached=detached,
             **of_edit,
@@ -128,8 +126,10 @@ class OpenAIRoutes:
                 "Location": reference(request, server.settings, f"/v1/jobs/{job.id}"),
                 "Preference-Applied": "respond-async",
             }
-            count_of(request).job = job
-            return await json_answer(await job_of(job, jobs.files, base), 202, headers)
+            count = context_of(request.scope).count
+            assert count is not None
+            count.job = job
+            return await json_answer(await job_of(job, jobs.files, base), headers, 202)
         if streams:
             job = await until_disconnect(request, server.submit(submission))
             verbose = body.events == "all" or (stream or {}).get("profile") == PROFILE

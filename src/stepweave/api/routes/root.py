@@ -1,4 +1,4 @@
-"""What the server's root tells of it, and its metrics."""
+"""The page at the root, and the metrics."""
 
 from __future__ import annotations
 

@@ -1,0 +1,115 @@
+"""Bodies of BentoML's native APIs, which are read and checked before BentoML does that.
+
+Its errors name neither value nor limit, and it fetches URLs. It decodes an edit's images by the
+types that the client declares, and answers 500 for `image/jpg`, which does not exist, or a PNG that
+is called WebP. So it gets a short body instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+
+from PIL import Image
+from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
+from starlette.types import Message, Receive, Scope, Send
+
+from stepweave.api.bodies import whole_body
+from stepweave.api.context import context_of
+from stepweave.api.forms import edit_of, read_form, reserve
+from stepweave.api.idempotency import key_of, submission_of
+from stepweave.api.middleware.base import Middleware
+from stepweave.api.routes.bentoml import PATHS, SCHEMAS
+from stepweave.api.schemas import (
+    BentoMLEditRequest,
+    parse_form,
+    parse_off_loop,
+    require_form,
+    require_json,
+)
+from stepweave.serving.server import Server
+
+BOUNDARY = "short-form"
+
+
+class NativeBodies(Middleware):
+    """Reads the body of a native API, and gives BentoML a short one."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # of an edit: its files and its place, whether BentoML comes to it or not
+        with contextlib.ExitStack() as exits:
+            if scope["method"] == "POST" and scope["path"] in PATHS:
+                request = Request(scope, receive)
+                if scope["path"] in SCHEMAS:
+                    content_type, body = "application/json", await _read(request, self.server)
+                else:
+                    await _read_edit(request, self.server, exits)
+                    content_type, body = f"multipart/form-data; boundary={BOUNDARY}", _form()
+                receive = _short_body(scope, receive, content_type, body)
+            await self.app(scope, receive, send)
+
+
+async def _read(request: Request, server: Server) -> bytes:
+    """Check a request in JSON, and return it less members that are null or unset."""
+    require_json(request.headers.get("content-type", ""))
+    async with whole_body(request) as content:
+        body = await parse_off_loop(content, SCHEMAS[request.scope["path"]])
+    server.ready()
+    key_of(request)  # raises if it is none
+    return body.model_dump_json(exclude_unset=True).encode()
+
+
+async def _read_edit(request: Request, server: Server, exits: contextlib.ExitStack) -> None:
+    """Leave an edit's submission in the request's context."""
+    require_form(request.headers.get("content-type", ""))
+    place = exits.enter_context(await reserve(request, server))
+    form = exits.enter_context(await read_form(request))
+    place.settle()
+    fields = {name: text for name, given in form.texts.items() if (text := _text(given))}
+    body = parse_form(fields, BentoMLEditRequest)
+    options = await edit_of(form, server, body, place)
+    context_of(request.scope).submission = submission_of(
+        request, body, **options, warnings=tuple(form.warnings)
+    )
+
+
+def _text(given: str) -> str | None:
+    """A field as BentoML's clients send it, in JSON; others send it as it is."""
+    try:
+        value = json.loads(given)
+    except (ValueError, RecursionError):
+        return given
+    return value if value is None or isinstance(value, str) else given
+
+
+@functools.cache
+def _form() -> bytes:
+    image = io.BytesIO()
+    Image.new("L", (1, 1)).save(image, "PNG")
+    part = f"--{BOUNDARY}\r\nContent-Disposition: form-data; name=".encode()
+    prompt = b'"prompt"\r\n\r\n-\r\n'
+    file = b'"image"; filename="-"\r\n\r\n' + image.getvalue() + b"\r\n"
+    return part + prompt + part + file + f"--{BOUNDARY}--\r\n".encode()
+
+
+def _short_body(scope: Scope, receive: Receive, content_type: str, body: bytes) -> Receive:
+    """A `receive` that gives the body, then what `receive` has; the scope's headers change to its
+    own."""
+    headers = MutableHeaders(raw=list(scope["headers"]))
+    headers["Content-Type"] = content_type
+    headers["Content-Length"] = str(len(body))
+    del headers["Transfer-Encoding"]
+    scope["headers"] = headers.raw
+    given = False
+
+    async def again() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
