@@ -254,7 +254,7 @@ def test_a_sibling_whose_calls_change_modules_waits_for_its_turn() -> None:
     )
     with (
         StepEngine(pipeline, "threads") as engine,
-        pytest.raises(EngineMisuseError, match="Calls of Casting change modules"),
+        pytest.raises(EngineMisuseError, match="A call of Casting changes modules"),
     ):
         engine.submit(pipeline=changing, **family.arguments("x"))
 

@@ -339,7 +339,7 @@ def test_a_large_image_has_a_smaller_preview() -> None:
     latents = Latents(zeros, zeros, torch.tensor(1), zeros, pipeline.scheduler)
     assert previewer.image(latents, 2 * LONGEST, LONGEST, row=1).size == (LONGEST, LONGEST // 2)
     packed = torch.zeros(1, 8, 16)
-    with pytest.raises(ValueError, match=r"\(1, 8, 16\); 4 channels"):
+    with pytest.raises(ValueError, match=r"\(1, 8, 16\); previews need 4 channels"):
         previewer.image(Latents(packed, packed, torch.tensor(1), packed, pipeline.scheduler), 16, 8)
 
 
