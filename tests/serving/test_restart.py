@@ -70,7 +70,7 @@ def test_jobs_outlive_a_crash_and_the_end_waits_for_no_longer_than_its_grace(
         with httpx.stream("POST", f"{server.url}/v1/images/generations", **stream) as answer:
             for line in answer.iter_lines():
                 told.append(line)
-                if '"step": 2,' in line:
+                if line.startswith("data: {") and json.loads(line[6:]).get("step") == 2:
                     server.process.send_signal(signal.SIGTERM)
         assert told[-3] == "event: error"
         assert json.loads(told[-2].removeprefix("data: "))["error"]["code"] == "draining"
