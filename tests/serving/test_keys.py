@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from starlette.requests import Request
 
-from stepweave.api.auth import authorize, is_admin
+from stepweave.api.auth import authorize
 from stepweave.api.context import CONTEXT, RequestContext
 from stepweave.config import Settings
 from stepweave.config.clients import MAX_CLIENTS, clients_of_file, clients_of_setting
@@ -423,14 +422,13 @@ def test_who_is_an_administrator(tmp_path: Path) -> None:
     for key, expected in ((ALICE, True), (BOB, False), (CAROL, False)):
         scope = sent(key)
         authorize(scope, keys)
-        assert is_admin(Request(scope)) is expected
+        assert scope[CONTEXT].client.admin is expected
     scope = sent("x")
     with pytest.raises(AuthenticationError):
         authorize(scope, keys)
     assert scope[CONTEXT].client is None
-    assert not is_admin(Request(scope))
     authorize(scope, ApiKeys())
-    assert not is_admin(Request(scope)), "without keys nobody is"
+    assert scope[CONTEXT].client is None, "without keys nobody is"
 
 
 def test_a_running_server_looks_by_itself(in_process: Any, tmp_path: Path) -> None:

@@ -37,9 +37,3 @@ def owner_of(request: Request) -> str | None:
     """What the client's jobs are stored under; None without keys."""
     client = context_of(request.scope).client
     return None if client is None else client.owner
-
-
-def is_admin(request: Request) -> bool:
-    """Whether the client is marked `admin` in the file of keys."""
-    client = context_of(request.scope).client
-    return client is not None and client.admin
