@@ -333,34 +333,12 @@ class DiffusersExampleStatus(Resource):
     total_requests: int
 
 
+# all of this module, and those of `serving.resources`
 ANSWERS: tuple[type[Resource], ...] = (
-    Error,
-    ExamplesError,
-    ProtocolError,
-    Health,
-    Unhealthy,
-    Drained,
-    Discovery,
-    Model,
-    ModelList,
-    Generation,
-    JobView,
-    JobList,
-    PartialImage,
-    Completed,
-    QueuedEvent,
-    ProgressEvent,
-    ProtocolMetadata,
-    Live,
-    NotLive,
-    Ready,
-    NotReady,
-    ModelReady,
-    ModelMetadata,
-    ServedModels,
-    RepositoryIndex,
-    ModelConfiguration,
-    InferenceAnswer,
-    DiffusersExampleAnswer,
-    DiffusersExampleStatus,
+    *(Error, Generation, JobView),
+    *(
+        model
+        for model in list(globals().values())
+        if isinstance(model, type) and issubclass(model, Resource) and model.__module__ == __name__
+    ),
 )

@@ -34,7 +34,6 @@ from stepweave.api.operations import (
     REQUESTS,
     Answer,
     Content,
-    Errors,
     Operation,
     header,
     name_of_model,
@@ -43,7 +42,7 @@ from stepweave.api.operations import (
 from stepweave.api.responses import CODE, is_of_examples, is_of_protocol
 from stepweave.api.routes.diffusers_example import DiffusersExampleRequest
 from stepweave.api.schemas import BentoMLEditRequest, EditRequest
-from stepweave.api.urls import base_url, reference
+from stepweave.api.urls import prefix
 from stepweave.errors import (
     AdmissionError,
     AuthenticationError,
@@ -68,11 +67,7 @@ REQUEST_ID = header(
 ALWAYS = {"X-Request-ID": {"$ref": "#/components/headers/RequestId"}}
 FORMS = (EditRequest, BentoMLEditRequest)
 PROTOCOL, EXAMPLES = "Protocol", "Examples"  # surfaces whose errors have another body
-BODIES: dict[str, type[BaseModel]] = {
-    "": Error,
-    PROTOCOL: ProtocolError,
-    EXAMPLES: ExamplesError,
-}
+BODIES: dict[str, type[BaseModel]] = {"": Error, PROTOCOL: ProtocolError, EXAMPLES: ExamplesError}
 # of JSON, whose members may be null, as if they were absent
 OBJECTS: tuple[type[BaseModel], ...] = (
     *(model for model in REQUESTS if model not in FORMS),
@@ -104,11 +99,7 @@ class OpenApiRoutes:
     async def document(self, request: Request) -> Response:
         mounted = {route.path_format for route in request.app.routes if isinstance(route, Route)}
         settings = self.server.settings
-        place = (
-            base_url(request, settings)
-            if settings.base_url
-            else reference(request, settings, "") or "/"
-        )
+        place = (settings.base_url or prefix(request, settings)).rstrip("/") or "/"
         content = await on_thread(
             None, lambda: json.dumps(make_document(self.server, mounted, place))
         )
@@ -127,7 +118,11 @@ def make_document(server: Server, mounted: Collection[str], place: str = "/") ->
     _limit(schemas, server)
     components: dict[str, Any] = {
         "schemas": schemas,
-        "responses": _refusals(),
+        "responses": {
+            f"{surface}{error.__name__}": _refusal(error, surface)
+            for surface in BODIES
+            for error in ERRORS
+        },
         "headers": {"RequestId": REQUEST_ID},
     }
     document = {
@@ -182,29 +177,22 @@ def _schemas() -> dict[str, Any]:
 def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
     if {"type": "null"} in schema.get("anyOf", ()):
         return schema
-    outer: dict[str, Any] = {
-        name: schema[name] for name in ("description", "default") if name in schema
-    }
-    return {
-        "anyOf": [
-            {key: value for key, value in schema.items() if key not in outer},
-            {"type": "null"},
-        ],
-        **outer,
-    }
+    names = ("description", "default")
+    inner = {name: value for name, value in schema.items() if name not in names}
+    outer = {name: schema[name] for name in names if name in schema}
+    return {"anyOf": [inner, {"type": "null"}], **outer}
 
 
 def _as_form(schema: dict[str, Any]) -> dict[str, Any]:
     """A form's schema: it has files, and no null."""
     properties = {"image": FILE, "mask": FILE}
     for name, field in schema["properties"].items():
-        kept = [branch for branch in field.get("anyOf", ()) if branch != {"type": "null"}]
         values = {
             key: value
             for key, value in field.items()
             if key != "anyOf" and (key, value) != ("default", None)
         }
-        properties[name] = {**(kept[0] if kept else {}), **values}
+        properties[name] = {**(_first_type(field) if "anyOf" in field else {}), **values}
     return {**schema, "properties": properties, "required": ["image", *schema["required"]]}
 
 
@@ -230,24 +218,18 @@ def _limit(schemas: dict[str, Any], server: Server) -> None:
         limits["guidance_scale"] = {"minimum": low, "maximum": high}
         limits["model"] = limits["model_name"] = name_of_model(model.names)
         limits["scheduler"] = {"enum": sorted(model.schedulers)}
-        absent = {
-            name for name in ("negative_prompt", "guidance_scale") if name not in model.arguments
-        }
+        absent = {"negative_prompt", "guidance_scale"} - set(model.arguments)
         absent |= set() if model.schedulers else {"scheduler"}
         limits["size"] = {"examples": [f"{model.width}x{model.height}"]}
         sizes += f" {model.limits.sizes}"
     of_edits = {} if model is None else model.limits_of_edits
     for request in REQUESTS:
         properties = schemas[request.__name__]["properties"]
-        for name in properties.keys() & limits.keys() - (
-            {"model"} if request is DiffusersExampleRequest else set()
-        ):
+        ignored = {"model"} if request is DiffusersExampleRequest else set()
+        for name in properties.keys() & limits.keys() - ignored:
             _first_type(properties[name]).update(limits[name])
-        if request in FORMS and of_edits:  # of which some may take more than others
-            for name in properties.keys() & {"n", "num_images_per_prompt"}:
-                _first_type(properties[name])["maximum"] = max(
-                    limit.images for limit in of_edits.values()
-                )
+        if request is EditRequest and of_edits:  # of which some may take more than others
+            properties["n"]["maximum"] = max(limit.images for limit in of_edits.values())
         for name in properties.keys() & absent:
             if request in FORMS:
                 del properties[name]
@@ -274,11 +256,9 @@ def _first_type(schema: dict[str, Any]) -> dict[str, Any]:
 
 def _operation(described: Operation, secured: bool) -> dict[str, Any]:
     responses = {str(status): _response(answer) for status, answer in described.answers.items()}
-    errors: Errors = (
-        *described.errors,
-        *EVERYWHERE,
-        *((AuthenticationError,) if secured and not described.keyless else ()),
-    )
+    errors = [*described.errors, *EVERYWHERE]
+    if secured and not described.keyless:
+        errors.append(AuthenticationError)
     for error in sorted(errors, key=lambda error: error.status):
         name = f"{_surface(described.path)}{error.__name__}"
         responses.setdefault(str(error.status), {"$ref": f"#/components/responses/{name}"})
@@ -293,12 +273,10 @@ def _operation(described: Operation, secured: bool) -> dict[str, Any]:
     if described.parameters:
         operation["parameters"] = list(described.parameters)
     if described.body:
-        operation["requestBody"] = {
-            "required": described.body_required,
-            "content": _content(described.body),
-        }
+        content = _content(described.body)
         if described.example:
-            operation["requestBody"]["content"][JSON]["example"] = dict(described.example)
+            content[JSON]["example"] = dict(described.example)
+        operation["requestBody"] = {"required": described.body_required, "content": content}
     if secured and described.keyless:
         operation["security"] = []
     return operation
@@ -321,13 +299,10 @@ def _content(content: Content, events: Mapping[str, Any] | None = None) -> dict[
     for media_type, schema in content.items():
         described[media_type] = {"schema": _schema(schema)}
         if media_type == FORM:
-            described[media_type]["encoding"] = {
-                name: {"contentType": ", ".join(IMAGE_TYPES)} for name in ("image", "mask")
-            }
+            files = {"contentType": ", ".join(IMAGE_TYPES)}
+            described[media_type]["encoding"] = {"image": files, "mask": files}
         if media_type == EVENT_STREAM and events:
-            described[media_type]["schema"] = {
-                "anyOf": [_event(name, data) for name, data in events.items()]
-            }
+            described[media_type]["schema"] = {"anyOf": [_event(*each) for each in events.items()]}
     return described
 
 
@@ -348,16 +323,6 @@ def _schema(given: Any) -> dict[str, Any]:
     if isinstance(given, dict):
         return given
     return {"$ref": REF.format(model=given.__name__)}
-
-
-def _refusals() -> dict[str, Any]:
-    """The responses of errors, by the surface that they are answered on and the name of their
-    class."""
-    return {
-        f"{surface}{error.__name__}": _refusal(error, surface)
-        for surface in BODIES
-        for error in ERRORS
-    }
 
 
 def _surface(path: str) -> str:

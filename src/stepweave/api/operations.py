@@ -41,6 +41,7 @@ Content: TypeAlias = dict[str, Any]  # schemas (models, tuples of them, or JSON)
 Errors: TypeAlias = tuple[type[StepweaveError], ...]
 
 EVERYWHERE: Errors = (MethodNotAllowedError, StepweaveError)
+NAMED: Errors = (NotFoundError, UnavailableError)
 READING: Errors = (InvalidRequestError, BodyTooLargeError, UnsupportedMediaTypeError)
 WORK: Errors = (
     *READING,
@@ -102,18 +103,6 @@ def _tagged(tag: str, *operations: Operation) -> list[Operation]:
     return [replace(operation, tag=tag) for operation in operations]
 
 
-def _parameter(
-    place: str, name: str, description: str, required: bool | None = None, **schema: Any
-) -> dict[str, Any]:
-    return {
-        "name": name,
-        "in": place,
-        "required": place == "path" if required is None else required,
-        "description": description,
-        "schema": {"type": "string", **schema},
-    }
-
-
 def header(description: str, *, required: bool = False, **schema: Any) -> dict[str, Any]:
     return {
         "description": description,
@@ -122,15 +111,17 @@ def header(description: str, *, required: bool = False, **schema: Any) -> dict[s
     }
 
 
+def _parameter(place: str, name: str, description: str, **schema: Any) -> dict[str, Any]:
+    described = header(description, required=place == "path", **schema)
+    return {"name": name, "in": place, **described}
+
+
 def _ok(
     description: str, content: Any, headers: Mapping[str, Any] | None = None
 ) -> dict[int, Answer]:
     """`content` is a schema of JSON, or several by media type."""
-    return {
-        200: Answer(
-            description, content if isinstance(content, dict) else {JSON: content}, headers or {}
-        )
-    }
+    by_type = content if isinstance(content, dict) else {JSON: content}
+    return {200: Answer(description, by_type, headers or {})}
 
 
 _TOKEN = (
@@ -144,10 +135,7 @@ WARNINGS_HEADER = {
 
 def image_headers() -> dict[str, Any]:
     """The headers of an image: the parameters that decide its pixels, except prompts; warnings."""
-    prompts, others = (
-        ("prompt", "negative_prompt"),
-        ("n", "priority", "deadline_ms", "output_format", "output_compression"),
-    )
+    others = ("n", "priority", "deadline_ms", "output_format", "output_compression")
     place = f"#/components/schemas/{ResolvedParameters.__name__}/properties"
     headers = {
         f"X-Stepweave-{name.replace('_', '-').title()}": {
@@ -155,7 +143,7 @@ def image_headers() -> dict[str, Any]:
             "schema": {"$ref": f"{place}/{name}"},
         }
         for name in ResolvedParameters.model_fields
-        if name not in (*prompts, *others)
+        if name not in others and "prompt" not in name
     }
     flagged = header("Of an image that the pipeline's safety checker flagged.", const="true")
     return headers | {"X-Stepweave-Flagged": flagged} | WARNINGS_HEADER
@@ -214,12 +202,8 @@ COMMON_EVENTS: Content = {
 
 
 def _events(*prefixes: str) -> Content:
-    images: Content = {}
-    for prefix in prefixes:
-        images |= {
-            f"{prefix}.partial_image": bodies.PartialImage,
-            f"{prefix}.completed": bodies.Completed,
-        }
+    kinds = {"partial_image": bodies.PartialImage, "completed": bodies.Completed}
+    images = {f"{prefix}.{kind}": data for prefix in prefixes for kind, data in kinds.items()}
     return images | COMMON_EVENTS
 
 
@@ -246,9 +230,12 @@ def _images(name: str, prefix: str, **values: Any) -> Operation:
     )
 
 
-def _native(path: str, id: str, summary: str, answer: Answer, **values: Any) -> Operation:
+def _native(
+    path: str, id: str, summary: str, answer: Answer, body: Content, **values: Any
+) -> Operation:
+    answers = {200: answer}
     return Operation(
-        "post", path, id, summary, {200: answer}, WORK, (KEY,), elsewhere=True, **values
+        "post", path, id, summary, answers, WORK, (KEY,), body, elsewhere=True, **values
     )
 
 
@@ -286,6 +273,7 @@ def _model(name: str, names: ModelNames | None) -> dict[str, Any]:
 
 def _inference(names: ModelNames | None) -> Iterable[Operation]:
     model, named = "/v2/models/{model}", _model("model", names)
+    tensors, triton = "The model's tensors", "The model's tensors, for Triton's clients"
     yield _get("/v2", "serverMetadata", "The server", _ok("Its metadata.", bodies.ProtocolMetadata))
     yield _get(
         "/v2/models",
@@ -315,14 +303,8 @@ def _inference(names: ModelNames | None) -> Iterable[Operation]:
         ("Version", f"{model}/versions/{{version}}", (named, VERSION)),
     ):
         for below, name, summary, description, schema in (
-            ("", "Metadata", "The model's tensors", "Its metadata.", bodies.ModelMetadata),
-            (
-                "/config",
-                "Configuration",
-                "The model's tensors, for Triton's clients",
-                "Its configuration.",
-                bodies.ModelConfiguration,
-            ),
+            ("", "Metadata", tensors, "Its metadata.", bodies.ModelMetadata),
+            ("/config", "Configuration", triton, "Its configuration.", bodies.ModelConfiguration),
             ("/ready", "Ready", "Is the model ready?", "Yes.", bodies.ModelReady),
         ):
             yield _get(
@@ -330,8 +312,7 @@ def _inference(names: ModelNames | None) -> Iterable[Operation]:
                 f"model{suffix}{name}",
                 summary,
                 _ok(description, schema),
-                NotFoundError,
-                UnavailableError,
+                *NAMED,
                 parameters=parameters,
             )
         length = "Bytes of the JSON, where tensors follow it."
@@ -376,7 +357,9 @@ def operations(names: ModelNames | None) -> list[Operation]:
     job_events = _events("image_generation", "image_edit")
     of_job: Errors = (InvalidRequestError, NotFoundError, UnavailableError)
     image = Answer("The image.", IMAGE, image_headers())
-    anything, html = {"type": "object"}, {"text/html": {"type": "string"}}
+    anything, text = {"type": "object"}, {"type": "string"}
+    html, plain = {"text/html": text}, {"text/plain": text}
+    document = _ok("OpenAPI 3.1.", {JSON: anything})
     return [
         *_tagged(
             "Images",
@@ -424,8 +407,7 @@ def operations(names: ModelNames | None) -> list[Operation]:
                 "getModel",
                 "What the model takes",
                 _ok("The model.", bodies.Model),
-                NotFoundError,
-                UnavailableError,
+                *NAMED,
                 parameters=(_model("id", names),),
             ),
         ),
@@ -480,24 +462,17 @@ def operations(names: ModelNames | None) -> list[Operation]:
         *_tagged(
             "BentoML",
             _native(
-                "/generate",
-                "generate",
-                "One image",
-                image,
-                body={JSON: ImageRequest},
-                example=EXAMPLE,
+                "/generate", "generate", "One image", image, {JSON: ImageRequest}, example=EXAMPLE
             ),
             _native(
                 "/generate_stream",
                 "generateStream",
                 "One image, and its progress",
                 Answer("Events.", STREAM, JOB_HEADER, events=_events("image_generation")),
-                body={JSON: StreamRequest},
+                {JSON: StreamRequest},
                 example={**EXAMPLE, "partial_images": 2},
             ),
-            _native(
-                "/edit", "edit", "One image from another", image, body={FORM: BentoMLEditRequest}
-            ),
+            _native("/edit", "edit", "One image from another", image, {FORM: BentoMLEditRequest}),
             _get(
                 "/schema.json",
                 "bentomlSchema",
@@ -535,8 +510,7 @@ def operations(names: ModelNames | None) -> list[Operation]:
                 "getImage",
                 "A stored image",
                 _ok("The file.", IMAGE, FILE_HEADERS),
-                NotFoundError,
-                UnavailableError,
+                *NAMED,
                 parameters=(_parameter("path", "filename", "Its name, which nobody can guess."),),
             ),
         ),
@@ -549,21 +523,9 @@ def operations(names: ModelNames | None) -> list[Operation]:
                 _ok("JSON, or a page for browsers.", {JSON: bodies.Discovery, **html}),
             ),
             _get("/ui", "playground", "A page to try it", _ok("The page.", html)),
-            _get(
-                "/openapi.json", "openapi", "This document", _ok("OpenAPI 3.1.", {JSON: anything})
-            ),
-            _get(
-                "/docs.json",
-                "docs",
-                "This document, where BentoML has one",
-                _ok("OpenAPI 3.1.", {JSON: anything}),
-            ),
-            _get(
-                "/metrics",
-                "metrics",
-                "For Prometheus",
-                _ok("The exposition format.", {"text/plain": {"type": "string"}}),
-            ),
+            _get("/openapi.json", "openapi", "This document", document),
+            _get("/docs.json", "docs", "This document, where BentoML has one", document),
+            _get("/metrics", "metrics", "For Prometheus", _ok("The exposition format.", plain)),
             _probe("/livez", "livez", "Is the process alive?"),
             _probe("/healthz", "healthz", "Is the process alive?"),
             _probe("/readyz", "readyz", "Does it accept work?"),
