@@ -26,7 +26,7 @@ PROFILE = "stepweave"  # of an event stream with all events
 def accepted(request: Request) -> list[tuple[str, dict[str, str]]]:
     """The media types that the client accepts and their parameters, preferred ones first (RFC 9110,
     12.5.1)."""
-    types: list[tuple[float, int, str, dict[str, str]]] = []
+    types: list[tuple[float, str, dict[str, str]]] = []
     for part in ",".join(request.headers.getlist("accept")).split(","):
         name, *rest = (piece.strip() for piece in part.split(";"))
         parameters = {
@@ -38,10 +38,8 @@ def accepted(request: Request) -> list[tuple[str, dict[str, str]]]:
         except ValueError:
             quality = 0.0
         if name and quality > 0:
-            types.append((-quality, len(types), name.lower(), parameters))
-    return [
-        (name, parameters) for _, _, name, parameters in sorted(types, key=lambda entry: entry[:2])
-    ]
+            types.append((-quality, name.lower(), parameters))
+    return [entry[1:] for entry in sorted(types, key=lambda entry: entry[0])]
 
 
 def _preferred(request: Request) -> tuple[str, dict[str, str]]:
@@ -67,9 +65,7 @@ def wants_stream(request: Request) -> dict[str, str] | None:
 def wants_to_come_back(request: Request) -> bool:
     """Whether the client prefers to ask for the result later (RFC 7240, 4.1)."""
     preferences = ",".join(request.headers.getlist("prefer")).lower().split(",")
-    return any(
-        preference.partition(";")[0].strip() == "respond-async" for preference in preferences
-    )
+    return "respond-async" in (each.partition(";")[0].strip() for each in preferences)
 
 
 def check_one_image(

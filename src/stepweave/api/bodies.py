@@ -112,10 +112,8 @@ class _Decoded:
                 message = await self._receive()
                 if message["type"] != "http.request":
                     return message
-                self._taken, self._last = (
-                    message.get("body", b""),
-                    not message.get("more_body", False),
-                )
+                self._taken = message.get("body", b"")
+                self._last = not message.get("more_body", False)
             piece = await on_thread(None, self._next_piece)
             self._ended = self._last and not self._more
             if self._ended and not self._reader.eof:

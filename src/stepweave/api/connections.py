@@ -82,10 +82,9 @@ class Connections:
             self._close_idle()
 
     def _close_idle(self) -> None:
-        for connection in [
-            connection for connection in self._open if connection.idle_seconds >= IDLE_SECONDS
-        ]:
-            connection.shutdown()
+        for connection in list(self._open):
+            if connection.idle_seconds >= IDLE_SECONDS:
+                connection.shutdown()
         self._closing = asyncio.get_running_loop().call_later(LOOK_SECONDS, self._close_idle)
 
     def enter(self, connection: Connection) -> StepweaveError | None:
@@ -183,19 +182,14 @@ class Connection(H11Protocol):
     @property
     def _kept(self) -> bool:
         """Whether it waits for a further request, of which nothing has come."""
-        between = (
-            self.cycle is not None
-            and self.cycle.response_complete
-            and self.conn.their_state is h11.IDLE
-        )
-        return between and not self._head_begun and not self.lingers
+        between = self.cycle is not None and self.conn.their_state is h11.IDLE
+        return between and self._waits and not self._head_begun and not self.lingers
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.transport = _Transport(transport, self)  # type: ignore[assignment]  # it has all of one
-        self.flow: ImpatientFlowControl = ImpatientFlowControl(
-            transport, self._connections.bound_unread
-        )
+        fills = self._connections.bound_unread
+        self.flow: ImpatientFlowControl = ImpatientFlowControl(transport, fills)
         error = self._connections.enter(self)
         if error is not None:
             self.app_state = {**self.app_state, FULL: error}
@@ -336,10 +330,8 @@ class ImpatientFlowControl(FlowControl):
             self._timer.cancel()
 
     def _watch(self) -> None:
-        left = self._transport.get_write_buffer_size()
-        self._timer = asyncio.get_running_loop().call_later(
-            disconnect.STALLED_SECONDS, self._look, left
-        )
+        left, loop = self._transport.get_write_buffer_size(), asyncio.get_running_loop()
+        self._timer = loop.call_later(disconnect.STALLED_SECONDS, self._look, left)
 
     def _look(self, before: int) -> None:
         if before - self._transport.get_write_buffer_size() < disconnect.STALLED_BYTES:

@@ -13,9 +13,8 @@ from stepweave.errors import RequestCancelledError
 
 STALLED_SECONDS = 60.0  # at most, for the next message of an answer, or of a body
 LEAST_BYTES = 32 * 1024  # of a body, in each second on average
-STALLED_BYTES = (
-    256 * 1024
-)  # of an answer that a client must read in that time, if there are as many
+# of an answer that a client must read in that time, if there are as many
+STALLED_BYTES = 256 * 1024
 
 T = TypeVar("T")
 

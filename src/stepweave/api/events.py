@@ -96,9 +96,8 @@ async def _completed(
     details, file = answer.details, answer.images[index]
     data = Completed(
         type=f"{surface}.completed",
-        b64_json=await on_thread(
-            None, in_base64, file.data
-        ),  # as OpenAI's type requires, also beside a URL
+        # as OpenAI's type requires, also beside a URL
+        b64_json=await on_thread(None, in_base64, file.data),
         url=None if base is None else await url_of(file, base, files),
         created_at=details.created,
         size=file.values["size"],

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from stepweave.api.auth import asker_of
 from stepweave.api.bodies import SPOOLED
 from stepweave.api.idempotency import joins
-from stepweave.api.schemas import CHARSETS, NULL, BentoMLEditRequest, EditRequest, refuse_known
+from stepweave.api.schemas import CHARSETS, NULL, BentoMLEditRequest, EditRequest, refused_field
 from stepweave.errors import SHOWN, InvalidRequestError, RequestCancelledError, shown
 from stepweave.parameters import Sources
 from stepweave.serving.admission import Reservation
@@ -33,7 +33,7 @@ MAX_FILES = 8
 BYTE_ORDER_MARK = "\ufeff"
 
 
-class Form:
+class Form(contextlib.AbstractContextManager["Form"]):
     """A multipart form. Long files are on disk until `close`."""
 
     def __init__(
@@ -61,9 +61,6 @@ class Form:
         if not self._users:
             for file in self.files.values():
                 file.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -155,8 +152,7 @@ def _sorted(data: FormData, files: Sequence[str]) -> Form:
         elif name in files:
             found[name] = value.file
         else:
-            refuse_known(name, EditRequest)
-            raise InvalidRequestError(
+            raise refused_field(name, EditRequest) or InvalidRequestError(
                 f"{shown(name)} is a file; only {' and '.join(files)} may be.", param=name
             )
     return Form(texts, found, warnings)

@@ -85,11 +85,9 @@ def error_response(
 
 
 def handle_error(request: Request, error: Exception) -> Response:
-    """Starlette's exception handler; the server's own failures are logged with the request's
-    id."""
-    return error_response(
-        as_stepweave_error(error, context_of(request.scope).id), request.scope["path"]
-    )
+    """Starlette's exception handler; the server's own failures are logged with the request id."""
+    scope = request.scope
+    return error_response(as_stepweave_error(error, context_of(scope).id), scope["path"])
 
 
 def as_stepweave_error(error: Exception, request_id: str) -> StepweaveError:

@@ -192,9 +192,8 @@ def without_nulls(value: Any) -> Any:
 
 def some_of(names: Sequence[str]) -> str:
     """The first of the names that a client sent, for a warning."""
-    return ", ".join(
-        [*map(shown, names[:MOST_NAMED]), *(["..."] if len(names) > MOST_NAMED else [])]
-    )
+    more = ["..."] if len(names) > MOST_NAMED else []
+    return ", ".join([*map(shown, names[:MOST_NAMED]), *more])
 
 
 def check_members(values: dict[str, Any], schema: type[BaseModel]) -> None:
@@ -221,26 +220,7 @@ def parse_form(fields: Mapping[str, str], schema: type[RequestT]) -> RequestT:
 
 def explain(error: ValidationError, schema: type[BaseModel] | None = None) -> InvalidRequestError:
     """The first problem as an error; `schema` may name fields that are refused, and why."""
-    return _explain(error.errors(include_url=False)[0], getattr(schema, "REFUSED", {}))
-
-
-def refuse_known(name: str, schema: type[BaseModel]) -> None:
-    """Raise InvalidRequestError saying what to do instead if a field, or a member of it, is one
-    that the schema refuses by name."""
-    if (refusal := _refusal(name, getattr(schema, "REFUSED", {}))) is not None:
-        raise refusal
-
-
-def _refusal(name: str, refused: Mapping[str, str]) -> InvalidRequestError | None:
-    known = re.split(r"[\[.]", name, maxsplit=1)[0]  # forms have members as `svg[model]`
-    if known not in refused:
-        return None
-    return InvalidRequestError(
-        f"{known} is not taken: {refused[known]}.", code="unsupported", param=known
-    )
-
-
-def _explain(problem: Any, refused: Mapping[str, str]) -> InvalidRequestError:
+    problem: Any = error.errors(include_url=False)[0]
     if problem["type"] == "json_invalid":
         return InvalidRequestError(
             f"The body is not valid JSON: {problem['ctx']['error']}.", code="invalid_json"
@@ -248,7 +228,7 @@ def _explain(problem: Any, refused: Mapping[str, str]) -> InvalidRequestError:
     # strings that JSON's reader accepts and UTF-8 does not (lone surrogates) have no field to blame
     param = ".".join(str(part) for part in problem["loc"])[:SHOWN] or None
     if problem["type"] == "extra_forbidden":
-        return _refusal(param or "", refused) or _unknown(param)
+        return refused_field(param or "", schema) or _unknown(param)
     if problem["type"] == "missing":
         return InvalidRequestError(f"{param} is missing.", code="missing_field", param=param)
     if param == "size":
@@ -257,6 +237,18 @@ def _explain(problem: Any, refused: Mapping[str, str]) -> InvalidRequestError:
         )
     return InvalidRequestError(
         f"{param or 'body'} is {shown(problem['input'])}: {problem['msg']}.", param=param
+    )
+
+
+def refused_field(name: str, schema: type[BaseModel] | None) -> InvalidRequestError | None:
+    """An error saying what to do instead if a field, or a member of it, is one that the schema
+    refuses by name."""
+    refused: Mapping[str, str] = getattr(schema, "REFUSED", {})
+    known = re.split(r"[\[.]", name, maxsplit=1)[0]  # forms have members as `svg[model]`
+    if known not in refused:
+        return None
+    return InvalidRequestError(
+        f"{known} is not taken: {refused[known]}.", code="unsupported", param=known
     )
 
 

@@ -58,8 +58,7 @@ def drain(scope: Scope, server: Server) -> Response:
         server.take_back_drain()
     else:
         return _not_allowed(scope, "POST or DELETE", "POST, DELETE")
-    status = server.health()
-    return answer(Drained(stage=status.stage, in_flight=len(server.active)))
+    return answer(Drained(stage=server.health().stage, in_flight=len(server.active)))
 
 
 def _not_allowed(scope: Scope, use: str, allow: str) -> Response:

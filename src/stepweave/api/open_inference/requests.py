@@ -42,11 +42,8 @@ def accepted_inputs(arguments: Collection[str]) -> dict[str, Sequence[str]]:
 def parameters_of(given: dict[str, Any]) -> dict[str, Any]:
     """The request's parameters as fields of an ImageRequest. `priority` and `timeout` may be as
     Triton defines them."""
-    values = {
-        name: value
-        for name, value in given.items()
-        if value is not None and name in (*PARAMETERS, "timeout")
-    }
+    known = (*PARAMETERS, "timeout")
+    values = {name: value for name, value in given.items() if value is not None and name in known}
     for name in ("timeout", "priority"):
         if type(values.get(name)) is int and values[name] == 0:  # Triton's default
             del values[name]
@@ -90,14 +87,8 @@ def ignored_parameters(message: InferenceRequest) -> list[str]:
     """A warning of unknown parameters, which the protocol says to ignore."""
     accepted = (*PARAMETERS, "timeout", "binary_data_output")
     unknown = [name for name in message.parameters or () if name not in accepted]
-    if not unknown:
-        return []
-    return [
-        (
-            f"Unknown parameters are ignored: {some_of(unknown)}. Those that are known are "
-            f"{', '.join(accepted)}."
-        )
-    ]
+    known = f"Those that are known are {', '.join(accepted)}."
+    return [f"Unknown parameters are ignored: {some_of(unknown)}. {known}"] if unknown else []
 
 
 def image_requests(

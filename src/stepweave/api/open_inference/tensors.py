@@ -166,29 +166,24 @@ def read_inputs(
     found: dict[str, list[Any]] = {}
     offset = 0
     for tensor in message.inputs:
-        if tensor.name not in accepted:
-            raise wrong(
-                tensor.name,
-                f"there is no such input; the inputs are {', '.join(accepted)}",
-                code="unknown_field",
-            )
-        if tensor.name in found:
-            raise wrong(tensor.name, "it is given twice")
-        if tensor.datatype not in accepted[tensor.name]:
-            names = ", ".join(accepted[tensor.name])
-            raise wrong(tensor.name, f"its datatype is {shown(tensor.datatype)}; {names} would do")
+        name = tensor.name
+        if name not in accepted:
+            problem = f"there is no such input; the inputs are {', '.join(accepted)}"
+            raise wrong(name, problem, code="unknown_field")
+        if name in found:
+            raise wrong(name, "it is given twice")
+        if tensor.datatype not in accepted[name]:
+            datatypes = ", ".join(accepted[name])
+            raise wrong(name, f"its datatype is {shown(tensor.datatype)}; {datatypes} would do")
         if not tensor.shape or any(length != 1 for length in tensor.shape[1:]):
-            raise wrong(
-                tensor.name, f"its shape is {shown(tensor.shape)}; it must be [n] or [n, 1]"
-            )
+            raise wrong(name, f"its shape is {shown(tensor.shape)}; it must be [n] or [n, 1]")
         parameters = tensor.parameters or InputParameters()
         size = parameters.binary_data_size
         if (size is None) == (tensor.data is None):
             if parameters.shared_memory_region is not None:
-                raise wrong(tensor.name, f"{SHARED_MEMORY} (shared_memory_region)")
+                raise wrong(name, f"{SHARED_MEMORY} (shared_memory_region)")
             raise wrong(
-                tensor.name,
-                "its elements must be either in data or after the JSON, with binary_data_size",
+                name, "its elements must be either in data or after the JSON, with binary_data_size"
             )
         if size is None:
             elements = _from_json(tensor)
@@ -196,21 +191,16 @@ def read_inputs(
             raw = tail[offset : offset + size]
             if len(raw) < size:
                 raise wrong(
-                    tensor.name,
-                    f"binary_data_size is {size}, but {len(raw)} bytes are left of the body",
+                    name, f"binary_data_size is {size}, but {len(raw)} bytes are left of the body"
                 )
             offset += size
-            elements = (
-                _from_text(tensor, raw)
-                if tensor.datatype == "BYTES"
-                else _from_numbers(tensor, raw)
-            )
+            read = _from_text if tensor.datatype == "BYTES" else _from_numbers
+            elements = read(tensor, raw)
         if len(elements) != tensor.shape[0]:
             raise wrong(
-                tensor.name,
-                f"its shape is {shown(tensor.shape)}, but it has {len(elements)} elements",
+                name, f"its shape is {shown(tensor.shape)}, but it has {len(elements)} elements"
             )
-        found[tensor.name] = elements
+        found[name] = elements
     if offset != len(tail):
         raise InvalidRequestError(
             f"{len(tail) - offset} bytes after the JSON belong to no input.", code="invalid_value"

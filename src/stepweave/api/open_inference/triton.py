@@ -6,14 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from stepweave.api.answer_schemas import (
-    IndexedModel,
-    InputConfiguration,
-    ModelConfiguration,
-    ModelState,
-    RepositoryIndex,
-    TensorConfiguration,
-)
+from stepweave.api import answer_schemas as bodies
 from stepweave.errors import NotFoundError
 
 # names of Triton's model configuration, where not TYPE_ before the protocol's
@@ -58,12 +51,12 @@ def unsupported(path: str) -> NotFoundError | None:
     return None
 
 
-def index(name: str, version: str, unready: str | None, only_ready: bool) -> RepositoryIndex:
+def index(name: str, version: str, unready: str | None, only_ready: bool) -> bodies.RepositoryIndex:
     """The repository's index: the one model, and the reason if it is not ready. With `only_ready`,
     it is left out then."""
-    state: ModelState = "READY" if unready is None else "UNAVAILABLE"
-    model = IndexedModel(name=name, version=version, state=state, reason=unready or "")
-    return RepositoryIndex([model] if unready is None or not only_ready else [])
+    state: bodies.ModelState = "READY" if unready is None else "UNAVAILABLE"
+    model = bodies.IndexedModel(name=name, version=version, state=state, reason=unready or "")
+    return bodies.RepositoryIndex([model] if unready is None or not only_ready else [])
 
 
 def configuration(
@@ -72,24 +65,25 @@ def configuration(
     inputs: Mapping[str, Sequence[str]],
     required: Sequence[str],
     outputs: Sequence[str],
-) -> ModelConfiguration:
+) -> bodies.ModelConfiguration:
     """The model's configuration as Triton writes one. `inputs` maps names to datatypes, the usual
     one first.
 
     A maximum batch size of 0 says that tensors have no batch dimension: their elements are
     requests already.
     """
-    return ModelConfiguration(
+    return bodies.ModelConfiguration(
         name=name,
         platform=platform,
         input=[
-            InputConfiguration(
+            bodies.InputConfiguration(
                 name=each, data_type=_type(kinds[0]), dims=[-1], optional=each not in required
             )
             for each, kinds in inputs.items()
         ],
         output=[
-            TensorConfiguration(name=each, data_type=_type("BYTES"), dims=[-1]) for each in outputs
+            bodies.TensorConfiguration(name=each, data_type=_type("BYTES"), dims=[-1])
+            for each in outputs
         ],
     )
 

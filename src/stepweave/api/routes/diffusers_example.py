@@ -90,16 +90,13 @@ class DiffusersExampleRoutes:
             num_inference_steps=min(DEFAULT_STEPS, settings.max_steps) if steps is None else steps,
         )
         root = base_url(request, settings)
-        self.server.ready()
         submission = submission_of(
             request, image, n=body.num_images_per_prompt, asked=body.model_dump_json()
         )
         names, warnings = await until_disconnect(request, self._generate(submission))
         if body.model_extra:
-            warnings = [
-                *warnings,
-                f"Unknown fields are ignored: {some_of(list(body.model_extra))}.",
-            ]
+            unknown = some_of(list(body.model_extra))
+            warnings = [*warnings, f"Unknown fields are ignored: {unknown}."]
         headers = {"X-Stepweave-Warnings": warnings_header(warnings)} if warnings else {}
         urls = [f"{root}/images/{name}" for name in names]
         return answer(DiffusersExampleAnswer(response=urls), headers)
@@ -128,29 +125,29 @@ class DiffusersExampleRoutes:
         model = self.server.model
         if model is None:
             raise self.server.unavailable()
-        # off the loop: CUDA's memory query may wait for the driver
-        counts, memory = await on_thread(None, self._measure)
-        return answer(DiffusersExampleStatus(current_model=model.id, memory=memory, **counts))
+        found = DiffusersExampleStatus(
+            current_model=model.id,
+            # off the loop: CUDA's memory query may wait for the driver
+            memory=await on_thread(None, self._memory),
+            active_inferences=self.server.metrics.in_flight(),
+            # the example server counts requests as they begin
+            total_requests=self.server.metrics.requests_begun,
+        )
+        return answer(found)
 
-    def _measure(self) -> tuple[dict[str, int], dict[str, Any]]:
-        metrics = self.server.metrics
-        # the example server counts requests as they begin
-        counts = {
-            "active_inferences": metrics.in_flight(),
-            "total_requests": metrics.requests_begun,
-        }
+    def _memory(self) -> dict[str, Any]:
         vram = {
             sample.labels["kind"]: sample.value
-            for family in metrics.vram.collect()
+            for family in self.server.metrics.vram.collect()
             for sample in family.samples
         }
         if not self.server.device.startswith("cuda") or not vram:
-            return counts, {}
+            return {}
         memory = {
             f"memory_{kind}_gb": round(vram[kind] / GIGABYTE, 2)
             for kind in ("allocated", "reserved")
         }
-        return counts, {**memory, "device": self.server.device}
+        return {**memory, "device": self.server.device}
 
 
 def _image_request(**fields: Any) -> ImageRequest:

@@ -20,17 +20,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from stepweave import __version__
-from stepweave.api.answer_schemas import (
-    Live,
-    ModelMetadata,
-    ModelReady,
-    NotLive,
-    NotReady,
-    ProtocolMetadata,
-    Ready,
-    ServedModels,
-    TensorMetadata,
-)
+from stepweave.api import answer_schemas as bodies
 from stepweave.api.bodies import whole_body
 from stepweave.api.disconnect import until_disconnect
 from stepweave.api.idempotency import submission_of
@@ -79,32 +69,26 @@ class OpenInferenceRoutes:
 
     def routes(self) -> list[Route]:
         model = "/v2/models/{model:path}"
-        version = f"{model}/versions/{{version}}"
+        paths = (f"{model}/versions/{{version}}", model)
         return [
             Route("/v2", self.metadata, methods=["GET"]),
             Route("/v2/models", self.models, methods=["GET"]),
             Route("/v2/repository/index", self.index, methods=["POST"]),
             Route("/v2/health/live", self.live, methods=["GET"]),
             Route("/v2/health/ready", self.ready, methods=["GET"]),
-            *(Route(f"{path}/infer", self.infer, methods=["POST"]) for path in (version, model)),
-            *(
-                Route(f"{path}/config", self.configuration, methods=["GET"])
-                for path in (version, model)
-            ),
-            *(
-                Route(f"{path}/ready", self.model_ready, methods=["GET"])
-                for path in (version, model)
-            ),
-            *(Route(path, self.model_metadata, methods=["GET"]) for path in (version, model)),
+            *(Route(f"{path}/infer", self.infer, methods=["POST"]) for path in paths),
+            *(Route(f"{path}/config", self.configuration, methods=["GET"]) for path in paths),
+            *(Route(f"{path}/ready", self.model_ready, methods=["GET"]) for path in paths),
+            *(Route(path, self.model_metadata, methods=["GET"]) for path in paths),
         ]
 
     async def metadata(self, request: Request) -> Response:
-        return answer(ProtocolMetadata(version=__version__, extensions=EXTENSIONS))
+        return answer(bodies.ProtocolMetadata(version=__version__, extensions=EXTENSIONS))
 
     async def models(self, request: Request) -> Response:
         """As KServe's servers list theirs."""
         model, _ = self.server.ready()
-        return answer(ServedModels(models=[model.id]))
+        return answer(bodies.ServedModels(models=[model.id]))
 
     async def index(self, request: Request) -> Response:
         """The body may be empty, and any content type will do: Triton's client sends neither."""
@@ -123,32 +107,34 @@ class OpenInferenceRoutes:
 
     async def live(self, request: Request) -> Response:
         if not self.server.alive():
-            return error_response(self.server.unavailable(), request.scope["path"], NotLive)
-        return answer(Live())
+            return error_response(self.server.unavailable(), request.scope["path"], bodies.NotLive)
+        return answer(bodies.Live())
 
     async def ready(self, request: Request) -> Response:
         if not self.server.health().ready:
-            return error_response(self.server.unavailable(), request.scope["path"], NotReady)
-        return answer(Ready())
+            return error_response(self.server.unavailable(), request.scope["path"], bodies.NotReady)
+        return answer(bodies.Ready())
 
     async def model_ready(self, request: Request) -> Response:
         model = self._model(request)
         if not self.server.health().ready:
             raise self.server.unavailable()
-        return answer(ModelReady(name=model.id))
+        return answer(bodies.ModelReady(name=model.id))
 
     async def model_metadata(self, request: Request) -> Response:
         model = self._model(request)
         accepted = accepted_inputs(model.arguments)
-        metadata = ModelMetadata(
+        metadata = bodies.ModelMetadata(
             name=model.id,
             versions=[VERSION],
             platform=_platform(model),
             inputs=[
-                TensorMetadata(name=name, datatype=datatypes[0], shape=[-1])
+                bodies.TensorMetadata(name=name, datatype=datatypes[0], shape=[-1])
                 for name, datatypes in accepted.items()
             ],
-            outputs=[TensorMetadata(name=name, datatype="BYTES", shape=[-1]) for name in OUTPUTS],
+            outputs=[
+                bodies.TensorMetadata(name=name, datatype="BYTES", shape=[-1]) for name in OUTPUTS
+            ],
         )
         return answer(metadata)
 

@@ -79,15 +79,12 @@ class RootRoutes:
 
 
 def _page(model: str | None, stage: str, routes: list[MountedRoute], links: dict[str, str]) -> str:
-    def item(text: str) -> str:
-        return f"<li>{text}</li>"
-
     shown_links = "".join(
-        item(f'<a href="{html.escape(path)}">{html.escape(name)}</a>')
+        f'<li><a href="{html.escape(path)}">{html.escape(name)}</a></li>'
         for name, path in links.items()
     )
     shown_routes = "".join(
-        item(f"<code>{html.escape(' '.join(route.methods))} {html.escape(route.path)}</code>")
+        f"<li><code>{html.escape(' '.join(route.methods))} {html.escape(route.path)}</code></li>"
         for route in routes
     )
     return (
