@@ -109,10 +109,8 @@ class Parameters:
         values: dict[str, Any] = {"prompt": self.prompt, "seed": self.seed + index}
         if self.negative_prompt is not None:
             values["negative_prompt"] = self.negative_prompt
-        values |= {
-            "size": f"{self.width}x{self.height}",
-            "num_inference_steps": self.num_inference_steps,
-        }
+        values["size"] = f"{self.width}x{self.height}"
+        values["num_inference_steps"] = self.num_inference_steps
         if self.guidance_scale is not None:
             values["guidance_scale"] = self.guidance_scale
         for name in ("scheduler", "strength", "request_tag"):
@@ -146,11 +144,8 @@ class ResolvedParameters(Resource):
     def of(cls, request: ImageRequest, parameters: Parameters, scheduler: str | None) -> Self:
         """`scheduler` is the pipeline's own."""
         values = {name: getattr(request, name, None) for name in cls.model_fields}
-        values |= {
-            "scheduler": scheduler,
-            "n": parameters.n,
-            "reproducible": parameters.reproducible,
-        }
+        values |= {"scheduler": scheduler, "n": parameters.n}
+        values["reproducible"] = parameters.reproducible
         return cls(**values | parameters.of_image(0))
 
 
@@ -206,10 +201,6 @@ class ImageFile:
             if self._storing is None or (
                 self._storing.done() and self._storing.exception() is not None
             ):
-                self._storing = asyncio.ensure_future(_put(files, self.data, self.output_format))
+                self._storing = asyncio.ensure_future(files.put(self.data, self.output_format))
             self.name = await asyncio.shield(self._storing)
         return self.name
-
-
-async def _put(files: Files, data: bytes, suffix: OutputFormat) -> str:
-    return await files.put(data, suffix)

@@ -80,10 +80,7 @@ def refusal_of(error: BaseException) -> str | None:
 
 def public(text: str, folder: Path | None = None) -> str:
     """The text without paths of the server."""
-    for place in (
-        ()
-        if folder is None
-        else sorted({str(folder), os.path.realpath(folder)}, key=len, reverse=True)
-    ):
+    places = set() if folder is None else {str(folder), os.path.realpath(folder)}
+    for place in sorted(places, key=len, reverse=True):
         text = text.replace(f"{place}/", "").replace(place, "the model's directory")
     return _PATH.sub(lambda path: path[1] or path[2], re.sub(r"\bfile:/+", "/", text))

@@ -45,15 +45,10 @@ class DaemonExecutor(Executor):
             self._work.put((future, partial(function, *args, **kwargs)))
             if len(self._threads) < self._most:
                 name = f"{self._name}_{len(self._threads)}"
-                self._threads.append(
-                    threading.Thread(
-                        target=_serve,
-                        args=[self._work, self._begin, self._running],
-                        name=name,
-                        daemon=True,
-                    )
-                )
-                self._threads[-1].start()
+                state = [self._work, self._begin, self._running]
+                thread = threading.Thread(target=_serve, args=state, name=name, daemon=True)
+                self._threads.append(thread)
+                thread.start()
         return future
 
     def stalled(self) -> float:

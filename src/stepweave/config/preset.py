@@ -139,16 +139,9 @@ def _problem(item: ErrorDetails) -> str:
         return f"not JSON, {item['msg'].removeprefix('Invalid JSON: ')}"
     if item["type"] == "extra_forbidden":
         close = difflib.get_close_matches(key, Preset.model_fields, n=1)
-        hint = (
-            f"did you mean {close[0]!r}?"
-            if close
-            else f"allowed are {', '.join(Preset.model_fields)}"
-        )
+        allowed = ", ".join(Preset.model_fields)
+        hint = f"did you mean {close[0]!r}?" if close else f"allowed are {allowed}"
         return f"there is no member {shown(key)} ({hint})"
     if item["type"] in ("member", "ours"):
         return f"call.{item['msg']}"
-    return (
-        f"{key} is {shown(item['input'])}: {item['msg']}"
-        if key
-        else f"it is {shown(item['input'])}: {item['msg']}"
-    )
+    return f"{key or 'it'} is {shown(item['input'])}: {item['msg']}"

@@ -26,7 +26,6 @@ _SERVICE_LINK = re.compile(
     r"STEPWEAVE_(\w+_)?(SERVICE_(HOST|PORT)(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)"
 )
 
-
 # settings of earlier versions, ignored with a warning for one release
 REMOVED = {
     "STEPWEAVE_POLICY": "the server has a single scheduling policy now (docs/scheduling.md). Unset "
@@ -301,9 +300,7 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _model_can_be_found(self) -> Settings:
         if self.model_directory() is None:
-            if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.model) or self.model.startswith(
-                (".", "/")
-            ):
+            if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", self.model):
                 raise ValueError(
                     f"STEPWEAVE_MODEL={shown(self.model)} is neither an existing directory nor a "
                     "hub id (owner/name)"
@@ -363,32 +360,24 @@ class Settings(BaseSettings):
         """Read the settings. Raises ConfigError with name and value of each wrong one."""
         names = {f"{PREFIX}{field.upper()}" for field in cls.model_fields}
         problems = []
-        for name in sorted(os.environ):
-            if (
-                name.upper().startswith(PREFIX)
-                and name.upper() not in names
-                and name.upper() not in REMOVED
-                and not _SERVICE_LINK.fullmatch(name)
-            ):
-                close = difflib.get_close_matches(name.upper(), names, n=1)
+        for name, value in sorted(os.environ.items()):
+            upper = name.upper()
+            known = upper in names or upper in REMOVED or _SERVICE_LINK.fullmatch(name)
+            if upper.startswith(PREFIX) and not known:
+                close = difflib.get_close_matches(upper, names, n=1)
                 hint = f" (did you mean {close[0]}?)" if close else ""
-                problems.append(
-                    f"{name}={_given(name, os.environ[name])}: there is no such setting{hint}"
-                )
+                problems.append(f"{name}={_given(name, value)}: there is no such setting{hint}")
         try:
             settings = cls()
         except ValidationError as error:
             for item in error.errors():
                 message = item["msg"].removeprefix("Value error, ")
                 if item["loc"]:
+                    field, *members = map(str, item["loc"])
                     if item["type"] == "string_pattern_mismatch":
-                        field = str(item["loc"][0])
-                        message = (
-                            EXAMPLES.get(field) or cls.model_fields[field].description or message
-                        )
-                    name = ".".join(
-                        [f"{PREFIX}{str(item['loc'][0]).upper()}", *map(str, item["loc"][1:])]
-                    )
+                        allowed = EXAMPLES.get(field) or cls.model_fields[field].description
+                        message = allowed or message
+                    name = ".".join([f"{PREFIX}{field.upper()}", *members])
                     message = f"{name}={_given(name, item['input'])}: {message}"
                 problems.append(message)
         if problems:

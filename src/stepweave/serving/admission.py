@@ -30,12 +30,7 @@ class Reservation:
     """
 
     def __init__(
-        self,
-        admission: Admission,
-        token: Hashable = None,
-        client: Hashable = None,
-        *,
-        joins: bool = False,
+        self, admission: Admission, token: Hashable, client: Hashable, *, joins: bool
     ) -> None:
         self._admission: Admission | None = admission
         self.joins = joins
@@ -112,10 +107,9 @@ class Admission:
         so at the same time. Raises AdmissionError if there is no place.
         """
         with self._lock:
-            reservation = Reservation(
-                self, token, client, joins=joins and len(self._joining) < JOINING
-            )
-            if reservation.joins:
+            joins = joins and len(self._joining) < JOINING
+            reservation = Reservation(self, token, client, joins=joins)
+            if joins:
                 self._joining.append(reservation)
             else:
                 self._reserve(reservation)
@@ -166,9 +160,7 @@ class Admission:
         """
         with self._lock:
             now = self._now()
-            held = (
-                reservation if reservation is not None and reservation in self._reserved else None
-            )
+            held = reservation if reservation in self._reserved else None
             if held is not None:
                 self.release(held)
                 token, client = held.token, held.client
@@ -216,11 +208,8 @@ class Admission:
     def _find_place(self, token: Hashable, client: Hashable, now: float) -> Promise | None:
         """The promise made to this request, if any. Raises AdmissionError if there is no place."""
         promise = self._promises.of(token, client)
-        if (
-            self._taken
-            and self._taken + self._kept(promise, now) >= self.limit
-            and not self._displace(now)
-        ):
+        full = self._taken and self._taken + self._kept(promise, now) >= self.limit
+        if full and not self._displace(now):
             raise self._full(token, client, promise, now)
         return promise
 
@@ -299,17 +288,12 @@ class Admission:
             # too early: another request with the same content
             promise = None
         interval, promises = self._interval(), self._promises
-        wait = (
-            promises.wait(now, interval)
-            if promise is None
-            else promises.wait_of(promise, now, interval)
-        )
-        seconds = interval + wait
-        guess = (
-            " Their duration is not known yet: Retry-After is a guess."
-            if self._drain() is None
-            else ""
-        )
+        if promise is None:
+            seconds = interval + promises.wait(now, interval)
+        else:
+            seconds = interval + promises.wait_of(promise, now, interval)
+        known = self._drain() is not None
+        guess = "" if known else " Their duration is not known yet: Retry-After is a guess."
         refusal = self._refusal(
             "queue_full",
             f"{self._taken} requests are in flight; the limit is {self.limit}.{guess}",

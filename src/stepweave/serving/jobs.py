@@ -34,7 +34,6 @@ SWEEP_SECONDS = 60.0
 PROBE_SECONDS = 5.0  # between two probes of a store whose last write failed
 KEEP_AGAIN_SECONDS = (0.2, 1.0, 5.0, 10.0)  # waits before a result is stored again
 
-
 Accept = Callable[[], Awaitable[ActiveRequest]]
 Followed = ActiveRequest | StoredJob
 
@@ -91,12 +90,9 @@ class Jobs:
         """Open the stores in the settings' directory. Raises StepweaveError if it is unusable."""
         with contextlib.ExitStack() as exits:
             directory = exits.enter_context(state_directory(settings.state_dir))
-            files = DirectoryFileStore(
-                directory / "images", settings.keep_seconds, settings.keep_bytes
-            )
-            store = SqliteJobStore(
-                directory / "jobs.sqlite", settings.keep_seconds, settings.keep_jobs
-            )
+            seconds = settings.keep_seconds
+            files = DirectoryFileStore(directory / "images", seconds, settings.keep_bytes)
+            store = SqliteJobStore(directory / "jobs.sqlite", seconds, settings.keep_jobs)
             jobs = cls(store, files, active, directory)
             jobs.free_bytes = FreeBytes(directory)
             jobs._exits = exits.pop_all()
@@ -110,12 +106,8 @@ class Jobs:
 
     def close(self) -> None:
         """Close the stores and unlock the directory. Not for the event loop's thread."""
-
-        async def close() -> None:
-            await self.store.close()
-            await self.files.close()
-
-        asyncio.run(close())
+        asyncio.run(self.store.close())
+        asyncio.run(self.files.close())
         self._exits.close()
 
     # Requests
@@ -132,10 +124,8 @@ class Jobs:
         slot = (submission.owner, submission.key)
         opening = self._open.get(slot)
         if opening is None or opening.lost:
-            opening = self._open[slot] = _Opening(
-                submission.fingerprint,
-                asyncio.ensure_future(self._find_or_begin(submission, accept)),
-            )
+            beginning = asyncio.ensure_future(self._find_or_begin(submission, accept))
+            opening = self._open[slot] = _Opening(submission.fingerprint, beginning)
             opening.followed.add_done_callback(lambda _: self._opened(slot, opening))
         elif opening.fingerprint != submission.fingerprint:
             raise self._conflict(submission.key)
@@ -254,20 +244,13 @@ class Jobs:
         except StepweaveError as error:
             if error.code != "file_too_large":
                 raise
-            await self.store.put(
-                replace(record, state="failed", error=ErrorDetail.of(error).model_dump())
-            )
+            failed = replace(record, state="failed", error=ErrorDetail.of(error).model_dump())
+            await self.store.put(failed)
             return error
+        flagged, warnings = [image.flagged for image in answer.images], answer.details.warnings
+        response = {**answer.details.model_dump(), FLAGGED: flagged}
         await self.store.put(
-            replace(
-                record,
-                response={
-                    **answer.details.model_dump(),
-                    FLAGGED: [image.flagged for image in answer.images],
-                },
-                files=tuple(names),
-                warnings=answer.details.warnings,
-            )
+            replace(record, response=response, files=tuple(names), warnings=warnings)
         )
         return None
 
@@ -319,12 +302,8 @@ class Jobs:
     @property
     def problem(self) -> str | None:
         """Why writes to the stores fail, as "files full: No space left on device", or None."""
-        problems = [
-            f"{name} {health.problem}"
-            for name, health in self.stores().items()
-            if health.problem is not None
-        ]
-        return "; ".join(problems) or None
+        problems = {name: health.problem for name, health in self.stores().items()}
+        return "; ".join(f"{name} {text}" for name, text in problems.items() if text) or None
 
     async def probe(self) -> None:
         """Try again to write to stores whose last write failed, since no request may come."""

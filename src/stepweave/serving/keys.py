@@ -113,12 +113,8 @@ class ApiKeys:
         )
         if stamp != self._stamp:
             _warn_of_short(SETTING, of_file)
-        self._clients, self._stamp, self._settled, self.required = (
-            tuple(clients),
-            stamp,
-            settled,
-            True,
-        )
+        self._clients, self._stamp = tuple(clients), stamp
+        self._settled, self.required = settled, True
 
 
 def _is_empty(directory: Path) -> bool:

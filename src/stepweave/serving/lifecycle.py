@@ -140,13 +140,10 @@ class Lifecycle:
             self._closers.submit(self.engine.close, 0.0)
 
     def _end(self) -> None:
+        message = "The server shut down before the image was done; retry the request."
         for active in list(self.active.values()):
             active.cancel(
-                UnavailableError(
-                    "The server shut down before the image was done; retry the request.",
-                    code="draining",
-                    retry_after=DRAINING_RETRY_SECONDS,
-                )
+                UnavailableError(message, code="draining", retry_after=DRAINING_RETRY_SECONDS)
             )
 
     async def shut_down(self) -> None:
@@ -207,19 +204,14 @@ class Lifecycle:
             self.jobs.resume()
             with self.metrics.load_times.timed():
                 loaded = load(
-                    self.settings,
-                    self._load_pipeline,
-                    self.metrics.step,
-                    self._enter,
-                    self._policy,
+                    self.settings, self._load_pipeline, self.metrics.step, self._enter, self._policy
                 )
         except StepweaveError as error:
             self._fail(error.message)
         except BaseException as error:
             logger.exception("stage %s of the start failed", self.status.stage)
-            self._fail(
-                f"{self.status.stage} failed: {reason_of(error, self.settings.model_directory())}"
-            )
+            reason = reason_of(error, self.settings.model_directory())
+            self._fail(f"{self.status.stage} failed: {reason}")
         else:
             self._serve(loaded)
             logger.info("ready after %.1f s", time.monotonic() - began)
@@ -235,9 +227,8 @@ class Lifecycle:
         self.metrics.loaded(model.pipeline_class, settings.revision, loaded.device, loaded.dtype)
         self.engine = loaded.engine
         try:
-            self._enter(
-                "ready", 1.0, f"{model.id} on {loaded.device}, {loaded.threads} CPU threads"
-            )
+            message = f"{model.id} on {loaded.device}, {loaded.threads} CPU threads"
+            self._enter("ready", 1.0, message)
         except LoadError:  # closed meanwhile
             loaded.engine.close()
 
@@ -259,11 +250,8 @@ class Lifecycle:
     def _fail(self, message: str) -> None:
         self.metrics.load_times.enter(None)
         if self.status.stage != "closed" and not self.leaving.terminated:
-            logger.error(
-                "the server cannot %s: %s",
-                "serve" if self.status.ready else "start",
-                message,
-            )
+            action = "serve" if self.status.ready else "start"
+            logger.error("the server cannot %s: %s", action, message)
             self.status = Status("failed", 0.0, message)
             if self._on_failure is not None:
                 self._on_failure(message)
@@ -280,18 +268,13 @@ class Lifecycle:
                 ("the image encoders have made", self._encoders.stalled()),
             ):
                 if seconds > limit:
-                    return Status(
-                        "stuck",
-                        0.0,
-                        f"{part} no progress for {seconds:.0f} s; the limit is {limit:g} s",
-                    )
+                    message = f"{part} no progress for {seconds:.0f} s; the limit is {limit:g} s"
+                    return Status("stuck", 0.0, message)
         if self.leaving.announced and status.stage not in ("failed", "closed"):
-            overdue = (
-                "; the grace period is over, and the process got no signal to end"
-                if self.leaving.overdue
-                else ""
-            )
-            return Status("draining", 1.0, f"{len(self.active)} requests in flight{overdue}")
+            message = f"{len(self.active)} requests in flight"
+            if self.leaving.overdue:
+                message += "; the grace period is over, and the process got no signal to end"
+            return Status("draining", 1.0, message)
         return status
 
     def alive(self) -> bool:

@@ -18,13 +18,8 @@ def listening() -> list[Address]:
         connections = psutil.Process().net_connections(kind="tcp")
     except (psutil.Error, OSError, NotImplementedError):
         return []
-    return sorted(
-        {
-            (connection.laddr.ip, connection.laddr.port)
-            for connection in connections
-            if connection.status == psutil.CONN_LISTEN
-        }
-    )
+    sockets = [socket for socket in connections if socket.status == psutil.CONN_LISTEN]
+    return sorted({(socket.laddr.ip, socket.laddr.port) for socket in sockets})
 
 
 def is_loopback(host: str) -> bool:

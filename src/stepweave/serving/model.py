@@ -79,23 +79,16 @@ class ServedModel:
         self.default_steps = (
             preset.num_inference_steps or default_of(pipeline, "num_inference_steps") or 50
         )
-        guidance = (
-            preset.guidance_scale
-            if preset.guidance_scale is not None
-            else default_of(pipeline, "guidance_scale")
-        )
-        self.default_guidance: float | None = (
-            guidance if "guidance_scale" in self.arguments else None
-        )
+        self.default_guidance: float | None = preset.guidance_scale
+        if self.default_guidance is None:
+            self.default_guidance = default_of(pipeline, "guidance_scale")
         check_defaults(settings, self.default_steps, self.width * self.height)
-        if values := preset.given():
-            logger.info(
-                "preset: %s; other defaults are the pipeline's own",
-                ", ".join(
-                    f"{name}={shown(value)} ({preset.source(name)})"
-                    for name, value in values.items()
-                ),
-            )
+        given = ", ".join(
+            f"{name}={shown(value)} ({preset.source(name)})"
+            for name, value in preset.given().items()
+        )
+        if given:
+            logger.info("preset: %s; other defaults are the pipeline's own", given)
         like = Course(self.default_steps, None, self._tokens(self.width, self.height))
         rehearsals = Rehearsals.of(pipeline, like, settings.max_steps)
         self.schedulers = rehearsals.schedulers

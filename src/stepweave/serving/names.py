@@ -26,7 +26,8 @@ class ModelNames:
 
     def take(self, name: str) -> bool:
         """Whether a request may use this name."""
-        return name in self.listed or (self.any and is_any_name(name))
+        any_takes = self.any and 1 <= len(name) <= MAX_NAME and ":" not in name
+        return any_takes or name in self.listed
 
     def check(self, name: str, param: str | None = None) -> None:
         """Raise NotFoundError about `param` unless a request may use this name."""
@@ -36,7 +37,10 @@ class ModelNames:
     def refusal(self, name: str) -> str:
         """Why a request may not use this name, and what to do."""
         if self.any:
-            return f"There is no model {shown(name)}: {_WHAT_ANY_IS}."
+            return (
+                f"There is no model {shown(name)}: STEPWEAVE_MODEL_NAMES has *, any name of 1 to "
+                f"{MAX_NAME} characters that has no colon."
+            )
         listed = ", ".join(map(repr, self.listed))
         return (
             f"There is no model {shown(name)}; this server has {listed}. STEPWEAVE_MODEL_NAMES "
@@ -56,13 +60,3 @@ def told_name(settings: Settings) -> str:
     except LoadError:
         preset = Preset()
     return names_of(settings, settings.preset_over(preset)).told
-
-
-_WHAT_ANY_IS = (
-    f"STEPWEAVE_MODEL_NAMES has *, any name of 1 to {MAX_NAME} characters that has no colon"
-)
-
-
-def is_any_name(name: str) -> bool:
-    """Whether `*` accepts this name."""
-    return 1 <= len(name) <= MAX_NAME and ":" not in name

@@ -25,11 +25,7 @@ from stepweave.outcome import Outcome
 from stepweave.parameters import Parameters
 from stepweave.previews.stream import Partial, Partials
 from stepweave.serving.failures import failure_of, loggable, missed
-from stepweave.serving.resources import (
-    Answer,
-    ErrorDetail,
-    JobView,
-)
+from stepweave.serving.resources import Answer, ErrorDetail, JobView
 from stepweave.serving.results import Results
 from stepweave.serving.submission import Submission
 from stepweave.store.jobs import JobKind, JobState
@@ -113,10 +109,9 @@ class ActiveRequest:
         self.keeping: asyncio.Task[StepweaveError | None] | None = None
         self._means = means
         self._results = Results(request, parameters, means)
-        self._partials = (
-            None
-            if means.previewer is None or not previews
-            else Partials(
+        self._partials: Partials | None = None
+        if means.previewer is not None and previews:
+            self._partials = Partials(
                 means.previewer,
                 previews,
                 parameters,
@@ -124,7 +119,6 @@ class ActiveRequest:
                 means.drawers,
                 self._notify,
             )
-        )
         self._placed = True
         self._holders = 0
         self._given_up = False
@@ -144,9 +138,8 @@ class ActiveRequest:
         """Wait for a job; `expected` is its estimate, `timed` is whether any job was timed."""
         self._job = job
         self._expected, self._timed = expected, timed
-        self._task = asyncio.create_task(
-            self._run(None if expected is None else time.monotonic() + expected.finish)
-        )
+        due = None if expected is None else time.monotonic() + expected.finish
+        self._task = asyncio.create_task(self._run(due))
         self._watch()
 
     @property
@@ -195,19 +188,16 @@ class ActiveRequest:
             return Queued(position.position, _rounded(eta))
         if self.job.begun is None:
             return Queued(None, None)
-        return Progressed(
-            self.job.progress.step, self.steps, _rounded(self._pace() if eta is None else eta)
-        )
+        eta = self._pace() if eta is None else eta
+        return Progressed(self.job.progress.step, self.steps, _rounded(eta))
 
     def _pace(self) -> float | None:
         """Seconds of the remaining steps at the job's own pace, if there is no other estimate."""
         job, (step, total) = self.job, self.job.progress
         if job.opened is None or job.stepped is None or not step:
             return None
-        return max(
-            0.0,
-            (total - step) * (job.stepped - job.opened) / step - (time.monotonic() - job.stepped),
-        )
+        left = (total - step) * (job.stepped - job.opened) / step
+        return max(0.0, left - (time.monotonic() - job.stepped))
 
     def view(self) -> JobView:
         """The job's present state without its result; state and position are consistent."""
@@ -397,17 +387,14 @@ class ActiveRequest:
             )
             self._means.metrics.images.labels("non_finite").inc(self.parameters.n)
         if isinstance(error, (RequestError, OutOfMemoryError, NonFiniteError, ImageCountError)):
-            if (
-                isinstance(error, (RequestCancelledError, DeadlineExceededError))
-                or error is self._reason
-            ):
+            late = isinstance(error, DeadlineExceededError)
+            if late or isinstance(error, RequestCancelledError) or error is self._reason:
                 self._means.metrics.steps_saved.inc(max(0, self.steps - self.job.progress.step))
-            return self._missed() if isinstance(error, DeadlineExceededError) else error
+            if not late:
+                return error
+            deadline_ms = self.request.deadline_ms
+            return missed(deadline_ms, self.job, self.steps, self._expected, timed=self._timed)
         return failure_of(error, self.job, self.parameters)
-
-    def _missed(self) -> DeadlineExceededError:
-        deadline_ms = self.request.deadline_ms
-        return missed(deadline_ms, self.job, self.steps, self._expected, timed=self._timed)
 
     async def _output(self) -> Any:
         try:

@@ -72,15 +72,7 @@ class Results:
         ]
         encoded = await asyncio.gather(
             *(
-                on_thread(
-                    self._means.encoders,
-                    _file,
-                    image,
-                    request.output_format,
-                    value if request.metadata else None,
-                    model,
-                    request.output_compression,
-                )
+                on_thread(self._means.encoders, _file, image, request, value, model)
                 for image, value in zip(generation.images, values, strict=True)
             )
         )
@@ -90,9 +82,8 @@ class Results:
             flagged = generation.flagged[i]
             if constant and not flagged:
                 self.warnings.append(f"image {i} has only one colour; the model may have failed.")
-            self._means.metrics.images.labels(
-                "flagged" if flagged else "constant" if constant else "ok"
-            ).inc()
+            result = "flagged" if flagged else "constant" if constant else "ok"
+            self._means.metrics.images.labels(result).inc()
             files.append(
                 ImageFile(data, value["seed"], value, request.output_format, flagged=flagged)
             )
@@ -157,6 +148,10 @@ def timings_of(job: Job) -> Timings:
     )
 
 
-def _file(image: Image.Image, *args: Any) -> tuple[bytes, bool]:
+def _file(
+    image: Image.Image, request: ImageRequest, values: dict[str, Any], model: str
+) -> tuple[bytes, bool]:
     """An image's file, and whether the image has a single colour."""
-    return encode(image, *args), is_constant(image)
+    metadata = values if request.metadata else None
+    data = encode(image, request.output_format, metadata, model, request.output_compression)
+    return data, is_constant(image)

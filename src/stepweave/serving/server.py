@@ -91,11 +91,7 @@ class Server(Lifecycle):
         if submission.model is not None:
             served.names.check(submission.model, "model")
         parameters = served.resolve(
-            request,
-            n=submission.n,
-            strength=submission.strength,
-            sources=sources,
-            rehearse=False,
+            request, n=submission.n, strength=submission.strength, sources=sources, rehearse=False
         )
         if served.knows_steps(parameters):
             served.check_steps(parameters)

@@ -88,11 +88,8 @@ def load(
     try:
         model.drop_edits(engine)
         if settings.warmup:
-            enter(
-                "warming_up",
-                0.8,
-                f"first images of {model.width}x{model.height}, and certificates",
-            )
+            size = f"{model.width}x{model.height}"
+            enter("warming_up", 0.8, f"first images of {size}, and certificates")
             warm_up(model, engine)
     except BaseException:
         engine.close()

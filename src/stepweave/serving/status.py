@@ -44,8 +44,5 @@ class Status:
     def unavailable(self) -> UnavailableError:
         """The error to answer in this status."""
         code, seconds = _REFUSALS.get(self.stage, ("loading", LOADING_RETRY_SECONDS))
-        return UnavailableError(
-            f"The server is not ready: {self.stage}, {self.message or 'retry later'}.",
-            code=code,
-            retry_after=seconds,
-        )
+        message = f"The server is not ready: {self.stage}, {self.message or 'retry later'}."
+        return UnavailableError(message, code=code, retry_after=seconds)

@@ -12,13 +12,7 @@ from pydantic import ValidationError
 from stepweave.errors import NotFoundError, RequestError, StepweaveError
 from stepweave.parameters import ImageFile, ResponseFormat
 from stepweave.serving.request import Update
-from stepweave.serving.resources import (
-    RECORDED,
-    Answer,
-    ErrorDetail,
-    GenerationDetails,
-    JobView,
-)
+from stepweave.serving.resources import RECORDED, Answer, ErrorDetail, GenerationDetails, JobView
 from stepweave.store import FileStore, JobRecord
 
 LOST = StepweaveError("The job's result could not be stored.", code="store_failed")
@@ -60,22 +54,15 @@ class StoredJob:
         response = dict(record.response or {})
         # records of older servers do not have it
         flagged = response.pop(FLAGGED, [False] * len(record.files))
+        output_format = record.request["parameters"]["output_format"]
         files = []
         for i, name in enumerate(record.files):
             file = await self._files.get(name)
             if file is None:
                 raise NotFoundError(f"The images of job {self.id} have expired.", code="expired")
-            values = {**record.request["values"], "seed": record.request["values"]["seed"] + i}
-            files.append(
-                ImageFile(
-                    file.data,
-                    values["seed"],
-                    values,
-                    record.request["parameters"]["output_format"],
-                    name,
-                    flagged[i],
-                )
-            )
+            seed = record.request["values"]["seed"] + i
+            values = {**record.request["values"], "seed": seed}
+            files.append(ImageFile(file.data, seed, values, output_format, name, flagged[i]))
         try:
             return Answer(GenerationDetails(**response), files)
         except ValidationError:

@@ -76,12 +76,8 @@ class WarmUp:
             engine.forget_encodings()  # so that text encoders run again, too
             enter_stage("certifying")
             together = self.run_together(native, most)
-            check_images(
-                alone,
-                together,
-                _dtype(self._model.pipeline),
-                lambda: self.run_together(native, FEW),
-            )
+            dtype = _dtype(self._model.pipeline)
+            check_images(alone, together, dtype, lambda: self.run_together(native, FEW))
             if half is not None:
                 try:
                     self.run_together(half, few)
@@ -120,30 +116,22 @@ class WarmUp:
     def trials(self) -> None:
         """Try the limits, and narrow those that fail. Raises LoadError if the native size fails."""
         model, began = self._model, time.monotonic()
-        verbosity = (
-            diffusers.utils.logging.get_verbosity(),
-            transformers.utils.logging.get_verbosity(),
-        )
-        diffusers.utils.logging.set_verbosity_error()  # no warnings about truncated prompts
-        transformers.utils.logging.set_verbosity_error()
+        logs = (diffusers.utils.logging, transformers.utils.logging)
+        verbosities = [log.get_verbosity() for log in logs]
+        for log in logs:
+            log.set_verbosity_error()  # no warnings about truncated prompts
         try:
             for sources in self._kinds_of_sources():
                 name = type(model.pipeline_for(sources)).__name__
                 attempt = functools.partial(self._attempt, sources=sources)
                 like = None if sources is None else model.limits
-                limits = narrowed(
-                    model.limits_for(sources),
-                    self._native,
-                    model.default_guidance,
-                    attempt,
-                    name,
-                    like,
-                )
+                limits, guidance = model.limits_for(sources), model.default_guidance
+                limits = narrowed(limits, self._native, guidance, attempt, name, like)
                 model.keep_to(sources, limits)
             self._schedulers()
         finally:
-            diffusers.utils.logging.set_verbosity(verbosity[0])
-            transformers.utils.logging.set_verbosity(verbosity[1])
+            for log, verbosity in zip(logs, verbosities, strict=True):
+                log.set_verbosity(verbosity)
         logger.info(
             "warm-up: tried the limits of sizes, steps, guidance, prompts and images per request "
             "(%.1f s)",
@@ -156,16 +144,12 @@ class WarmUp:
         model = self._model
         sizes = model.limits.sizes
         small = self._native if sizes.only is not None else (sizes.min_side, sizes.min_side)
+        usual = self._parameters(small)
         for name in (None, *(name for name in model.schedulers if name != model.scheduler)):
             for steps in (1,) if name is None else (SCHEDULER_STEPS, 1):
-                parameters = replace(
-                    self._parameters(small), num_inference_steps=steps, scheduler=name
-                )
-                if (
-                    steps == model.default_steps
-                    or not model.runs(parameters)
-                    or time.monotonic() > self._until
-                ):
+                parameters = replace(usual, num_inference_steps=steps, scheduler=name)
+                runs = steps != model.default_steps and model.runs(parameters)
+                if not runs or time.monotonic() > self._until:
                     continue
                 fault = self._run(parameters)
                 if fault is None or fault.made is not None:
@@ -198,19 +182,14 @@ class WarmUp:
             return None
         parameters = self._parameters(size, sources)
         if characters is not None:
-            parameters = replace(
-                parameters, prompt=(parameters.prompt + DENSE * characters)[:characters]
-            )
+            prompt = (parameters.prompt + DENSE * characters)[:characters]
+            parameters = replace(parameters, prompt=prompt)
         if guidance is not None:
             parameters = replace(parameters, guidance_scale=guidance)
         return self._run(replace(parameters, n=images))
 
     def _parameters(
-        self,
-        size: Size,
-        sources: Sources | None = None,
-        index: int = 0,
-        prompt: str = "to warm up",
+        self, size: Size, sources: Sources | None = None, index: int = 0, prompt: str = "to warm up"
     ) -> Parameters:
         guidance = self._model.default_guidance
         if guidance is not None and index % 4 == 3:
@@ -281,11 +260,8 @@ class WarmUp:
                 sources = Sources(_image(size, 90 * i), mask) if edits else None
                 # prompts differ in their first token: encoders cut long ones
                 parameters = self._parameters(size, sources, i, f"{i}, to warm up")
-                jobs.append(
-                    self._engine.submit(
-                        **self._model.call(parameters), observer=None if i else start
-                    )
-                )
+                observer = None if i else start
+                jobs.append(self._engine.submit(**self._model.call(parameters), observer=observer))
         finally:
             start.all_are_there.set()
         outputs = [job.result() for job in jobs]

@@ -106,7 +106,7 @@ class DirectoryFileStore:
         self._bytes = 0
         self._gone: list[str] = []  # deleted for space or expired, since the last sweep
         self._closed = False
-        self._health = StoreHealth()
+        self.health = StoreHealth()
         self._writer = DaemonExecutor(1, "file-writer")
         self._readers = DaemonExecutor(READERS, "file-reader")
         try:
@@ -133,10 +133,6 @@ class DirectoryFileStore:
             self._bytes += size
 
     @property
-    def health(self) -> StoreHealth:
-        return self._health
-
-    @property
     def count(self) -> int:
         return len(self._index)
 
@@ -150,12 +146,12 @@ class DirectoryFileStore:
             )
             raise StepweaveError(message, code="file_too_large")
         name = await self._run(self._writer, self._write, data, suffix)
-        self._health.wrote()
+        self.health.wrote()
         return name
 
     async def probe(self) -> None:
         await self._run(self._writer, self._write_and_remove)
-        self._health.wrote()
+        self.health.wrote()
 
     def _write_and_remove(self) -> None:
         with self._partial(f"{secrets.token_hex(16)}.png", bytes(PROBE_BYTES)) as partial:
@@ -211,11 +207,9 @@ class DirectoryFileStore:
         except FileNotFoundError:
             return None
         expires_in = self._expires_in(entry)
-        return (
-            StoredFile(data, MEDIA_TYPES[name.partition(".")[2]], expires_in)
-            if expires_in > 0
-            else None
-        )
+        if expires_in <= 0:
+            return None
+        return StoredFile(data, MEDIA_TYPES[name.partition(".")[2]], expires_in)
 
     def has(self, name: str) -> bool:
         entry = self._index.get(name)
@@ -261,13 +255,9 @@ class DirectoryFileStore:
             raise self._failure(error, writing=executor is self._writer) from error
 
     def _failure(self, error: OSError, *, writing: bool) -> StepweaveError:
-        logger.error(
-            "the file store in %s failed to %s: %s",
-            self._directory,
-            "write" if writing else "read",
-            error,
-        )
-        self._health.failed(error, writing=writing)
+        action = "write" if writing else "read"
+        logger.error("the file store in %s failed to %s: %s", self._directory, action, error)
+        self.health.failed(error, writing=writing)
         return StepweaveError(f"The file store failed ({words_of(error)}).", code="store_failed")
 
     @property

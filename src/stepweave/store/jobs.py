@@ -128,6 +128,12 @@ _PUT = (
     f"CONFLICT (id) DO UPDATE SET "
     + ", ".join(f"{name} = excluded.{name}" for name in _COLUMNS if name != "id")
 )
+_INTERRUPT = """
+UPDATE jobs SET state = 'failed', finished = ?, updated = ?, error = json_object(
+    'message', 'The server was restarted while the job was ' || state || '; submit it again.',
+    'type', 'server_error', 'code', 'restarted', 'param', NULL
+) WHERE state IN ('queued', 'running')
+"""
 _CORRUPT = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 
@@ -161,12 +167,7 @@ def _to_place(cursor: str) -> tuple[float, str]:
 
 
 class _Unusable(Exception):
-    """The file exists but cannot be used."""
-
-    def __init__(self, suffix: str, reason: str) -> None:
-        super().__init__(reason)
-        self.suffix = suffix  # appended to the file's name
-        self.reason = reason
+    """The file exists but cannot be used. Arguments: a suffix for the file's name, the reason."""
 
 
 class SqliteJobStore:
@@ -194,7 +195,7 @@ class SqliteJobStore:
         self._keep_records = keep_records
         self._clock = clock
         self._closed = False
-        self._health = StoreHealth()
+        self.health = StoreHealth()
         self._thread = DaemonExecutor(1, "job-store")
         self._connection: sqlite3.Connection | None = None  # for the thread only
         try:
@@ -202,10 +203,6 @@ class SqliteJobStore:
         except (OSError, sqlite3.Error) as error:
             self._thread.shutdown(wait=False)
             raise self._failure(error, writing=True) from error
-
-    @property
-    def health(self) -> StoreHealth:
-        return self._health
 
     def _connected(self, until: float, writing: bool = True) -> sqlite3.Connection:
         """The connection; a new one waits for locks until `until`, seconds of the monotonic clock.
@@ -228,7 +225,7 @@ class SqliteJobStore:
         try:
             return self._connect(until)
         except _Unusable as error:
-            self._set_aside(error.suffix, error.reason)
+            self._set_aside(*error.args)
         return self._connect(until)
 
     def _connect(self, until: float) -> sqlite3.Connection:
@@ -280,19 +277,15 @@ class SqliteJobStore:
 
     async def put(self, record: JobRecord) -> None:
         row = _to_row(record)  # now, as the record may hold values that change
-
-        def work(connection: sqlite3.Connection) -> None:
-            connection.execute(_PUT, row)
-
-        await self._run(work, writes=True)
-        self._health.wrote()
+        await self._run(lambda connection: connection.execute(_PUT, row), writes=True)
+        self.health.wrote()
 
     async def probe(self) -> None:
         await self._run(
             lambda connection: connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}"),
             writes=True,
         )
-        self._health.wrote()
+        self.health.wrote()
 
     async def get(self, id: str) -> JobRecord | None:
         if not _ID.fullmatch(id):
@@ -326,25 +319,11 @@ class SqliteJobStore:
 
     async def interrupted(self) -> int:
         now = self._clock()
-
-        def work(connection: sqlite3.Connection) -> int:
-            changed = 0
-            for state in ("queued", "running"):
-                message = f"The server was restarted while the job was {state}; submit it again."
-                error = {
-                    "message": message,
-                    "type": "server_error",
-                    "code": "restarted",
-                    "param": None,
-                }
-                changed += connection.execute(
-                    "UPDATE jobs SET state = 'failed', finished = ?, updated = ?, error = ? WHERE "
-                    "state = ?",
-                    (now, now, json.dumps(error), state),
-                ).rowcount
-            return changed
-
-        return await self._run(work, writes=True, patience=START_SECONDS)
+        return await self._run(
+            lambda connection: connection.execute(_INTERRUPT, (now, now)).rowcount,
+            writes=True,
+            patience=START_SECONDS,
+        )
 
     async def close(self) -> None:
         if not self._closed:
@@ -396,22 +375,16 @@ class SqliteJobStore:
             raise self._failure(error, writing=writes) from error
 
     def _failure(self, error: OSError | sqlite3.Error, *, writing: bool) -> StepweaveError:
-        logger.error(
-            "the job store %s failed to %s: %s", self._path, "write" if writing else "read", error
-        )
-        self._health.failed(error, writing=writing)
+        action = "write" if writing else "read"
+        logger.error("the job store %s failed to %s: %s", self._path, action, error)
+        self.health.failed(error, writing=writing)
         return StepweaveError(f"The job store failed ({words_of(error)}).", code="store_failed")
 
     async def list(
         self, owner: str | None, limit: int, before: str | None = None
     ) -> list[JobRecord]:
-        condition = "owner IS ?"
-        arguments: tuple[Any, ...] = (owner, limit)
-        if before is not None:
-            condition, arguments = (
-                f"{condition} AND (created, id) < (?, ?)",
-                (owner, *_to_place(before), limit),
-            )
-        query = f"{_SELECT} WHERE {condition} ORDER BY created DESC, id DESC LIMIT ?"
+        arguments = (owner, *(() if before is None else _to_place(before)), limit)
+        after = "" if before is None else "AND (created, id) < (?, ?)"
+        query = f"{_SELECT} WHERE owner IS ? {after} ORDER BY created DESC, id DESC LIMIT ?"
         rows = await self._run(lambda connection: connection.execute(query, arguments).fetchall())
         return [_to_record(row) for row in rows]
