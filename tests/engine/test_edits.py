@@ -20,7 +20,8 @@ from stepweave import StepEngine
 from stepweave.engine import Mode
 from stepweave.errors import EngineMisuseError
 from stepweave.loading.edit_pipelines import Edit, edit_pipeline, edit_pipeline_class
-from stepweave.loading.schedulers import rehearse, schedulers_of
+from stepweave.loading.rehearsal import Course
+from stepweave.loading.schedulers import FIRST, STEPS, Rehearsals, rehearse
 from stepweave.planning.workload import shape_of
 from tests.support.comparing import state_of
 from tests.support.tiny import FAMILIES, SIDE, Family, networks
@@ -400,7 +401,7 @@ def test_compatible_schedulers_that_are_allowed_run() -> None:
 def check_schedulers(name: str) -> set[str]:
     """Run the pipeline and its siblings with each scheduler that is allowed; the names of these."""
     family, pipeline = FAMILIES[name], built(name)
-    found = schedulers_of(pipeline)
+    found = Rehearsals.of(pipeline, Course(STEPS), max(FIRST)).schedulers
     own = type(pipeline.scheduler).__name__
     assert own in found
     before = {one: dict(vars(scheduler.config)) for one, scheduler in found.items()}

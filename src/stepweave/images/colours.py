@@ -33,9 +33,8 @@ def to_srgb(image: Image.Image, param: str) -> tuple[Image.Image, list[str]]:
     minus ink, as Pillow does.
     """
     if image.mode in ("LA", "RGBA"):
-        alpha = image.getchannel("A")
-        opaque, warnings = to_srgb(_without_alpha(image), param)
-        opaque.putalpha(alpha)
+        opaque, warnings = to_srgb(image.convert(image.mode[:-1]), param)  # which keeps `info`
+        opaque.putalpha(image.getchannel("A"))
         return opaque, warnings
     info = image.info
     if "icc_profile" in info:
@@ -44,13 +43,11 @@ def to_srgb(image: Image.Image, param: str) -> tuple[Image.Image, list[str]]:
         except _Unusable as error:
             return image.convert("RGB"), [f"{param}: its colour profile is ignored: {error}."]
     if image.mode == "CMYK":
-        return image.convert("RGB"), [
-            f"{param}: it is CMYK without a colour profile; its colours are approximate."
-        ]
+        warning = f"{param}: it is CMYK without a colour profile; its colours are approximate."
+        return image.convert("RGB"), [warning]
     if "gamma" in info and "srgb" not in info:
-        return _by_gamma(image, info["gamma"]), _warnings_of_primaries(
-            info.get("chromaticity"), param
-        )
+        warnings = _warnings_of_primaries(info.get("chromaticity", SRGB_PRIMARIES), param)
+        return _by_gamma(image, info["gamma"]), warnings
     return image.convert("RGB"), []
 
 
@@ -63,17 +60,10 @@ class _Unusable(Exception):
     """A profile cannot be used; the message says why."""
 
 
-def _without_alpha(image: Image.Image) -> Image.Image:
-    """The image without its alpha channel; `convert` keeps `info`."""
-    return image.convert(image.mode[:-1])
-
-
 def _by_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
-    if not profile or len(profile) < _HEADER:
+    if not profile or len(profile) < _HEADER or profile[36:40] != b"acsp":
         raise _Unusable("it is damaged")
     kind, space, wanted = profile[12:16], profile[16:20], _SPACES[image.mode]
-    if profile[36:40] != b"acsp":
-        raise _Unusable("it is damaged")
     if kind not in _CLASSES:
         raise _Unusable(f"it is of class {_text(kind)}, which describes no image")
     if space != wanted:
@@ -101,9 +91,8 @@ def _text(signature: bytes) -> str:
 
 def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:
     steps = np.linspace(0, 255, 18).round().astype(np.uint8)
-    lattice = Image.fromarray(
-        np.stack(np.meshgrid(steps, steps, steps), -1).reshape(18, 18 * 18, 3)
-    )
+    levels = np.stack(np.meshgrid(steps, steps, steps), -1)
+    lattice = Image.fromarray(levels.reshape(18, 18 * 18, 3))
     converted = ImageCms.applyTransform(lattice, transform)
     assert converted is not None
     return max(most for _, most in ImageChops.difference(lattice, converted).getextrema()) <= SAME  # type: ignore[misc]
@@ -119,14 +108,8 @@ def _by_gamma(image: Image.Image, gamma: float) -> Image.Image:
     return image.point(table * len(image.getbands())).convert("RGB")
 
 
-def _warnings_of_primaries(primaries: tuple[float, ...] | None, param: str) -> list[str]:
-    if primaries is None or np.allclose(
-        primaries, SRGB_PRIMARIES, rtol=0, atol=PRIMARIES_TOLERANCE
-    ):
+def _warnings_of_primaries(primaries: tuple[float, ...], param: str) -> list[str]:
+    if np.allclose(primaries, SRGB_PRIMARIES, rtol=0, atol=PRIMARIES_TOLERANCE):
         return []
-    return [
-        (
-            f"{param}: its primary colours (cHRM) are not those of sRGB and are ignored; embed an "
-            "ICC profile."
-        )
-    ]
+    ignored = f"{param}: its primary colours (cHRM) are not those of sRGB and are ignored"
+    return [f"{ignored}; embed an ICC profile."]

@@ -15,9 +15,6 @@ import signal
 import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
 
 from stepweave.errors import InvalidRequestError, UnsupportedMediaTypeError
 from stepweave.images.uploads import NotWanted, Size, read_sources
@@ -64,12 +61,9 @@ def _answer(
         reason = {"message": error.message, "code": error.code, "param": error.param}
         return [json.dumps({"error": reason, "status": error.status}).encode()]
     images = [image for image in (sources.image, sources.mask) if image is not None]
-    answer = {"images": [_about(image) for image in images], "warnings": sources.warnings}
+    headers = [{"mode": image.mode, "size": image.size} for image in images]
+    answer = {"images": headers, "warnings": sources.warnings}
     return [json.dumps(answer).encode(), *(image.tobytes() for image in images)]
-
-
-def _about(image: Image.Image) -> dict[str, Any]:
-    return {"mode": image.mode, "size": image.size}
 
 
 def _confine(memory: int) -> None:

@@ -42,6 +42,7 @@ START_SECONDS = 60.0  # limit of the start of a process, on a busy machine
 ANSWER_BYTES = 1 << 20  # limit of a process's answer without images
 # environment variables that processes get
 KEPT = re.compile(r"PATH|HOME|LANG|LC_\w+|TZ|TMPDIR|LD_LIBRARY_PATH|PYTHON\w+")
+_COMMAND = (sys.executable, "-P", "-W", "ignore", "-m", "stepweave.images.decoder_process")
 
 
 def as_it_is(size: Size, masked: bool) -> Size:
@@ -203,16 +204,7 @@ class _Process:
         with its:
             try:
                 self._process = subprocess.Popen(
-                    [
-                        sys.executable,
-                        "-P",
-                        "-W",
-                        "ignore",
-                        "-m",
-                        "stepweave.images.decoder_process",
-                        str(its.fileno()),
-                        str(max_pixels),
-                    ],
+                    [*_COMMAND, str(its.fileno()), str(max_pixels)],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     pass_fds=[its.fileno()],
@@ -248,8 +240,11 @@ class _Process:
         connection = self._connection
         connection.send_bytes(json.dumps({"mask": mask is not None}).encode())
         for file in (image, mask):
-            if file is not None:
-                connection.send_bytes(file if isinstance(file, bytes) else _whole(file))
+            if isinstance(file, bytes):
+                connection.send_bytes(file)
+            elif file is not None:
+                file.seek(0)
+                connection.send_bytes(file.read())
         answer = json.loads(connection.recv_bytes(ANSWER_BYTES))
         if "size" in answer:
             self._send_size(answer, fit)
@@ -264,11 +259,8 @@ class _Process:
         self.usable = True
         if "error" in answer:
             error = answer["error"]
-            kind = (
-                UnsupportedMediaTypeError
-                if answer["status"] == UnsupportedMediaTypeError.status
-                else InvalidRequestError
-            )
+            unsupported = answer["status"] == UnsupportedMediaTypeError.status
+            kind = UnsupportedMediaTypeError if unsupported else InvalidRequestError
             raise kind(error["message"], code=error["code"], param=error["param"])
         image_read, mask_read = images if len(images) == 2 else (images[0], None)
         return Sources(image_read, mask_read, tuple(answer["warnings"]))
@@ -297,11 +289,6 @@ class _Process:
         """Wait for the end of a killed process, so that no zombie remains."""
         self._process.wait()
         self._connection.close()
-
-
-def _whole(file: BinaryIO) -> bytes:
-    file.seek(0)
-    return file.read()
 
 
 def _image(mode: str, size: list[int], data: bytes) -> Image.Image:

@@ -34,10 +34,8 @@ def a1111_text(values: dict[str, Any], model: str) -> str:
         "Model": model,
         "Version": f"stepweave {__version__}",
     }
-    lines.append(
-        ", ".join(f"{name}: {value}" for name, value in fields.items() if value is not None)
-    )
-    return "\n".join(lines)
+    known = [f"{name}: {value}" for name, value in fields.items() if value is not None]
+    return "\n".join([*lines, ", ".join(known)])
 
 
 def check_file(

@@ -13,19 +13,7 @@ from stepweave.errors import UnsupportedMediaTypeError
 CODE: Final = "unsupported_image"
 _READ = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 _HEAD = 1024  # bytes that are examined
-_HEIF = {
-    b"heic",
-    b"heix",
-    b"heim",
-    b"heis",
-    b"hevc",
-    b"hevx",
-    b"hevm",
-    b"hevs",
-    b"mif1",
-    b"mif2",
-    b"msf1",
-}
+_HEIF = set(b"heic heix heim heis hevc hevx hevm hevs mif1 mif2 msf1".split())
 _AVIF = {b"avif", b"avis"}
 _IPHONE = "; iPhones take JPEG with Settings > Camera > Formats > Most Compatible"
 _MAGIC = (  # a pattern at the start of the file, and the name of the format

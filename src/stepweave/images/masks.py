@@ -35,7 +35,8 @@ def of_mask(image: Image.Image, alpha: Extrema | None) -> Image.Image:
     if alpha is not None and _alpha_decides(alpha):
         return of_alpha(image)
     colours = image.convert("RGB")  # as they are, without the alpha
-    share = _coloured(colours)
+    pixels = np.asarray(colours)
+    share = float((pixels.max(2) - pixels.min(2) > COLOURED).mean())
     if share > COLOURED_SHARE:
         raise InvalidRequestError(
             f"mask is opaque and in colours ({100 * share:.1f}% of its pixels). Send one that is "
@@ -54,9 +55,3 @@ def repaints(mask: Image.Image) -> bool:
 
 def _alpha_decides(alpha: Extrema) -> bool:
     return alpha[0] != alpha[1] or alpha[1] == 0
-
-
-def _coloured(image: Image.Image) -> float:
-    """The share of coloured pixels."""
-    pixels = np.asarray(image)
-    return float((pixels.max(2) - pixels.min(2) > COLOURED).mean())

@@ -44,13 +44,11 @@ def images_of(output: Any, pipeline: str = "The pipeline") -> list[Image.Image]:
         isinstance(image, Image.Image) for image in images
     ):
         return list(images)
-    returned = ", ".join(
-        f"{name} ({type(value).__name__})"
-        for name, value in _members(output).items()
-        if value is not None
-    )
+    members = _members(output).items()
+    kinds = [f"{name} ({type(value).__name__})" for name, value in members if value is not None]
     raise NoImagesError(
-        f"{pipeline} makes no images of prompts: it returned {returned or type(output).__name__}, "
+        f"{pipeline} makes no images of prompts: it returned "
+        f"{', '.join(kinds) or type(output).__name__}, "
         "and no list of images; this server serves text-to-image pipelines only"
     )
 
@@ -76,9 +74,9 @@ def outputs_of(output: Any, count: int) -> Outputs:
                     f"see outputs."
                 )
         else:
+            kind = type(value).__name__
             outputs.warnings.append(
-                f"The pipeline also returned {name!r} ({type(value).__name__}), which is not "
-                f"passed on."
+                f"The pipeline also returned {name!r} ({kind}), which is not passed on."
             )
     for index, names in enumerate(outputs.flags):
         if names:
@@ -118,9 +116,7 @@ def _verdicts(name: str, value: Any, count: int) -> list[bool] | None:
     if not safe and not _FLAG.search(name):
         return None
     verdicts = [_single(item) for item in value] if isinstance(value, list) else [value] * count
-    if len(verdicts) != count or not all(
-        isinstance(verdict, (bool, int, float, type(None))) for verdict in verdicts
-    ):
+    if len(verdicts) != count or not all(isinstance(item, int | float | None) for item in verdicts):
         return None
     return [verdict is not None and bool(verdict) != safe for verdict in verdicts]
 

@@ -50,10 +50,6 @@ def check_exif(length: int, param: str) -> None:
     _bound(length, MAX_EXIF_BYTES, "bytes of EXIF data", param)
 
 
-def _check_profile(length: int, param: str) -> None:
-    _bound(length, MAX_PROFILE_BYTES, "bytes of colour profile", param)
-
-
 def _bound(count: int, limit: int, what: str, param: str) -> None:
     if count > limit:
         raise InvalidRequestError(
@@ -84,7 +80,7 @@ def _check_jpeg(data: bytes, param: str) -> None:
         _bound(segments, MAX_SEGMENTS, "or more segments", param)
         _bound(headers, 1, "or more frame headers", param)
         check_exif(exif, param)
-        _check_profile(profile, param)
+        _bound(profile, MAX_PROFILE_BYTES, "bytes of colour profile", param)
 
 
 def _segments(data: bytes) -> Iterator[tuple[int | None, int, int, int]]:
@@ -133,8 +129,7 @@ def _check_webp(data: bytes, param: str, max_pixels: int) -> None:
     at = 12
     while at + 8 <= len(data):
         kind, length = struct.unpack_from("<4sI", data, at)
-        content = data[at + 8 : at + 18]
-        size = _webp_size(kind, content)
+        size = _webp_size(kind, data[at + 8 : at + 18])
         if size is not None:
             check_pixels(*size, max_pixels, param)
         chunks += 1
@@ -142,7 +137,7 @@ def _check_webp(data: bytes, param: str, max_pixels: int) -> None:
         if kind == b"EXIF":
             check_exif(length, param)
         if kind == b"ICCP":
-            _check_profile(length, param)
+            _bound(length, MAX_PROFILE_BYTES, "bytes of colour profile", param)
         _check_frames(frames, param)
         _bound(chunks, MAX_OTHER_CHUNKS, "or more chunks", param)
         at += 8 + length + length % 2

@@ -29,6 +29,12 @@ _UNDONE = re.compile(r"de-?distil|undistil|libre-?flux|open-?flux|de-?turbo", re
 
 _ANCESTRAL = ("EulerAncestralDiscreteScheduler",)
 _EULER = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
+_TURBO = {
+    "unet.sample_size": 64,
+    "unet.time_cond_proj_dim": None,
+    "scheduler.timestep_spacing": "trailing",
+    "scheduler.prediction_type": "epsilon",
+}
 
 
 @dataclass(frozen=True)
@@ -63,28 +69,14 @@ BUILT_IN = (
         "sdxl-turbo",
         "https://huggingface.co/stabilityai/sdxl-turbo",
         ("StableDiffusionXLPipeline",),
-        {
-            "unet.sample_size": 64,
-            "unet.cross_attention_dim": 2048,
-            "unet.time_cond_proj_dim": None,
-            "scheduler._class_name": _ANCESTRAL,
-            "scheduler.timestep_spacing": "trailing",
-            "scheduler.prediction_type": "epsilon",
-        },
+        {**_TURBO, "unet.cross_attention_dim": 2048, "scheduler._class_name": _ANCESTRAL},
         Preset(width=512, height=512, num_inference_steps=4, guidance_scale=0.0),
     ),
     BuiltIn(
         "sd-turbo",
         "https://huggingface.co/stabilityai/sd-turbo",
         ("StableDiffusionPipeline",),
-        {
-            "unet.sample_size": 64,
-            "unet.cross_attention_dim": 1024,
-            "unet.time_cond_proj_dim": None,
-            "scheduler._class_name": _EULER,
-            "scheduler.timestep_spacing": "trailing",
-            "scheduler.prediction_type": "epsilon",
-        },
+        {**_TURBO, "unet.cross_attention_dim": 1024, "scheduler._class_name": _EULER},
         Preset(width=512, height=512, num_inference_steps=4, guidance_scale=0.0),
     ),
     BuiltIn(

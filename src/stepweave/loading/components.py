@@ -30,7 +30,13 @@ from stepweave.errors import LoadError, shown
 from stepweave.reasons import reason_of
 
 INDEX = "model_index.json"
+# diffusers reads only safetensors then, and runs no code from the model's files
+SAFELY: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
 _LIBRARIES = ("diffusers", "transformers")
+_LACKING = (
+    f"which diffusers {diffusers.__version__} does not have; correct it, or install a diffusers "
+    "that has it"
+)
 _CONFIGS: tuple[tuple[Any, str], ...] = (
     (PreTrainedModel, CONFIG_NAME),
     (ImageProcessingMixin, IMAGE_PROCESSOR_NAME),
@@ -94,10 +100,7 @@ def pipeline_class(index: dict[str, Any]) -> Any:
         )
     kind = getattr(diffusers, name, None) if isinstance(name, str) else None
     if kind is None:
-        raise LoadError(
-            f"{INDEX}: _class_name is {shown(name)}, which diffusers {diffusers.__version__} does "
-            "not have; correct it, or install a diffusers that has it"
-        )
+        raise LoadError(f"{INDEX}: _class_name is {shown(name)}, {_LACKING}")
     _check_installed(kind, "_class_name")
     if not (isinstance(kind, type) and issubclass(kind, DiffusionPipeline)):
         raise LoadError(f"{INDEX}: _class_name is {shown(name)}, which is not a pipeline")
@@ -119,14 +122,10 @@ def components_of(index: dict[str, Any]) -> list[Component]:
     names = needed.union(pipeline._optional_components)
     if absent := sorted(needed.difference(index, pipeline._optional_components)):
         raise LoadError(f"{INDEX} lacks {', '.join(absent)}, which {pipeline.__name__} needs")
-    entries = {
-        name: entry
-        for name, entry in index.items()
-        if name in names and isinstance(entry, (list, tuple))
-    }
     return [
         Component(name, _component_class(name, *entry))
-        for name, entry in entries.items()
+        for name, entry in index.items()
+        if name in names and isinstance(entry, (list, tuple))
         if len(entry) == 2 and all(isinstance(item, str) for item in entry)
     ]
 
@@ -137,9 +136,7 @@ def absent_components(index: dict[str, Any]) -> dict[str, None]:
     return {
         name: None
         for name, entry in index.items()
-        if not name.startswith("_")
-        and isinstance(entry, (list, tuple))
-        and list(entry) == [None, None]
+        if not name.startswith("_") and entry in ([None, None], (None, None))
     }
 
 
@@ -150,12 +147,8 @@ def _component_class(name: str, library: str, kind: str) -> Any:
     component = getattr(module, kind, None)
     # from_pretrained knows former names of transformers' classes
     if component is None and module not in (None, transformers):
-        raise LoadError(
-            f"{INDEX}: {name} is {shown([library, kind])}, which diffusers {diffusers.__version__} "
-            "does not have; correct it, or install a diffusers that has it"
-        )
-    if component is not None:
-        _check_installed(component, name)
+        raise LoadError(f"{INDEX}: {name} is {shown([library, kind])}, {_LACKING}")
+    _check_installed(component, name)
     return component
 
 

@@ -17,10 +17,7 @@ logger = logging.getLogger(__name__)
 Edit = Literal["image_to_image", "inpaint"]
 
 _SUFFIXES: dict[Edit, str] = {"image_to_image": "Img2ImgPipeline", "inpaint": "InpaintPipeline"}
-_NEEDS: dict[Edit, tuple[str, ...]] = {
-    "image_to_image": ("image",),
-    "inpaint": ("image", "mask_image"),
-}
+_NEEDS: dict[Edit, set[str]] = {"image_to_image": {"image"}, "inpaint": {"image", "mask_image"}}
 
 
 def edit_pipeline(pipeline: Any, edit: Edit) -> Any:
@@ -41,9 +38,7 @@ def edit_pipeline(pipeline: Any, edit: Edit) -> Any:
         name = type(pipeline).__name__
         logger.warning("%s has no pipeline for edits (%s): %s", name, edit, error)
         return None
-    if made is None or any(
-        name not in inspect.signature(made.__call__).parameters for name in _NEEDS[edit]
-    ):
+    if made is None or not _NEEDS[edit] <= inspect.signature(made.__call__).parameters.keys():
         return None
     return made
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -71,18 +71,12 @@ def check_vocabularies(components: Iterable[Component], sizes: dict[str, int]) -
 def find_damage(folder: Path, component: str | None) -> str | None:
     """Describe the first file that cannot be read, of a component or of all; None if all can."""
     entries = [folder / component] if component else sorted(folder.iterdir())
-    for file in (file for entry in entries if entry.is_dir() for file in _in_order(entry)):
-        if problem := _damage(file):
-            return f"{file.relative_to(folder).as_posix()}: {problem}"
+    for entry in filter(Path.is_dir, entries):
+        for suffix in ("json", "safetensors", "txt", "model"):
+            for file in sorted(entry.glob(f"*.{suffix}")):
+                if problem := _damage(file):
+                    return f"{file.relative_to(folder).as_posix()}: {problem}"
     return None
-
-
-def _in_order(folder: Path) -> Iterator[Path]:
-    yield from (
-        file
-        for suffix in ("json", "safetensors", "txt", "model")
-        for file in sorted(folder.glob(f"*.{suffix}"))
-    )
 
 
 def _damage(file: Path) -> str | None:

@@ -53,7 +53,7 @@ def check_images(
         )
     if any(constant):
         logger.warning("%d of %d first images are of one colour", sum(constant), len(constant))
-    apart = _apart(first, others[0])
+    apart = float(np.abs(first - others[0]).mean()) if first.shape == others[0].shape else 1.0
     if apart > (MOST_APART if torch.finfo(dtype).bits >= 32 else MOST_APART_IN_HALF_PRECISION):
         raise LoadError(
             f"two runs of one job with one seed differ by {apart:.1%} of the pixels' range: "
@@ -79,7 +79,3 @@ def _pixels(image: Any) -> Pixels:
 def _is_constant(pixels: Pixels) -> bool:
     """Whether each channel has a single level, except for rounding."""
     return bool((np.ptp(pixels.reshape(-1, pixels.shape[-1]), axis=0) <= 1.01 / 255).all())
-
-
-def _apart(one: Pixels, other: Pixels) -> float:
-    return float(np.abs(one - other).mean()) if one.shape == other.shape else 1.0

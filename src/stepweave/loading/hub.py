@@ -18,7 +18,13 @@ from huggingface_hub.errors import (
 )
 
 from stepweave.errors import LoadError
-from stepweave.loading.components import INDEX, absent_components, pipeline_class, read_index
+from stepweave.loading.components import (
+    INDEX,
+    SAFELY,
+    absent_components,
+    pipeline_class,
+    read_index,
+)
 from stepweave.loading.files import files_of
 from stepweave.loading.kinds import check_served
 from stepweave.loading.variants import choose_variant
@@ -50,12 +56,7 @@ def fetch(
             files = list(files_of(snapshot))
         variant = choose_variant(index, files, wanted)
         folder = DiffusionPipeline.download(
-            repository,
-            revision=revision,
-            variant=variant,
-            **absent_components(index),
-            use_safetensors=True,
-            trust_remote_code=False,
+            repository, revision=revision, variant=variant, **absent_components(index), **SAFELY
         )
     except LoadError:
         raise

@@ -98,8 +98,7 @@ _SAID: dict[Kind, str] = {
 
 
 def check_served(pipeline: type[Any], given: Collection[str] = ()) -> None:
-    """Raise LoadError, naming the class and why, for a pipeline that is not one of those
-    `SERVED`."""
+    """Raise LoadError, naming the class and why, for a pipeline that makes none of `SERVED`."""
     makes = kind_of(pipeline, given)
     if makes.kind not in SERVED:
         raise LoadError(
@@ -120,7 +119,6 @@ def _arguments_of(pipeline: type[Any]) -> Mapping[str, inspect.Parameter] | None
 def _results_of(pipeline: type[Any]) -> tuple[str, ...]:
     """The members of a call's result, by its code or else its docstring; empty if unknown."""
     call = inspect.unwrap(pipeline.__call__)
-    names_in_module = getattr(call, "__globals__", {})
     try:
         code = re.sub(r'r?"""[\s\S]*?"""', "", inspect.getsource(call))
     except (OSError, TypeError):
@@ -130,7 +128,7 @@ def _results_of(pipeline: type[Any]) -> tuple[str, ...]:
         *re.findall(r"\b(\w+Output)`", inspect.getdoc(call) or ""),
     ]
     for name in names:
-        kind = names_in_module.get(name) or getattr(diffusers, name, None)
+        kind = getattr(call, "__globals__", {}).get(name) or getattr(diffusers, name, None)
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             return tuple(field.name for field in dataclasses.fields(kind))
     return ()
@@ -141,6 +139,4 @@ def _edits_only(pipeline: type[Any], images: Collection[str]) -> bool:
     if not _MAY_NEED_IMAGES.search(pipeline.__name__):
         return False
     text = inspect.getdoc(pipeline.__call__) or ""
-    return not any(
-        re.search(rf"^\s*{name} \(.*\*optional\*", text, re.MULTILINE) for name in images
-    )
+    return not re.search(rf"^\s*({'|'.join(images)}) \(.*\*optional\*", text, re.MULTILINE)

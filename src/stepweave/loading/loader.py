@@ -19,6 +19,7 @@ from stepweave.config.preset import Preset, read_preset
 from stepweave.errors import LoadError
 from stepweave.loading.builtin import recognise
 from stepweave.loading.components import (
+    SAFELY,
     absent_components,
     components_of,
     pipeline_class,
@@ -101,12 +102,7 @@ def _read(
     try:
         with reading.watched():
             pipeline = DiffusionPipeline.from_pretrained(
-                str(folder),
-                variant=variant,
-                **changes,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
+                str(folder), variant=variant, **changes, dtype=dtype, **SAFELY
             )
         check_placed(pipeline.components)
         began = time.monotonic()

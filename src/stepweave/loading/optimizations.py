@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
-from torch import nn
 
 from stepweave.compat.locks import is_autoencoder
 from stepweave.config import Settings
@@ -40,20 +39,16 @@ def check_optimizations(settings: Settings, device: torch.device) -> None:
                 raise LoadError(
                     f"STEPWEAVE_OFFLOAD='sequential' excludes STEPWEAVE_{name.upper()}: {reason}"
                 )
-    backend = settings.attention_backend
-    if backend is not None and backend not in (
-        known := [backend.value for backend in AttentionBackendName]
-    ):
+    backend, known = settings.attention_backend, [name.value for name in AttentionBackendName]
+    if backend is not None and backend not in known:
         raise LoadError(
             f"STEPWEAVE_ATTENTION_BACKEND={shown(backend)} is not one of {', '.join(known)}"
         )
     if settings.compile and device.type in _COMPILERS:
         variable, *programs = _COMPILERS[device.type]
         if not any(map(shutil.which, filter(None, (os.environ.get(variable), *programs)))):
-            raise LoadError(
-                f"STEPWEAVE_COMPILE needs a compiler, {' or '.join(programs)}, which is not "
-                f"installed"
-            )
+            names = " or ".join(programs)
+            raise LoadError(f"STEPWEAVE_COMPILE needs a compiler, {names}, which is not installed")
 
 
 def apply_optimizations(pipeline: Any, settings: Settings, device: torch.device) -> None:
@@ -146,25 +141,20 @@ def set_attention_backend(pipeline: Any, backend: str, device: torch.device) -> 
     if not models:
         raise ValueError(f"{type(pipeline).__name__} has no denoiser")
     for model in models:
-        if not any(
-            hasattr(getattr(part, "processor", None), "_attention_backend")
-            for part in model.modules()
-        ):
+        processors = [getattr(part, "processor", None) for part in model.modules()]
+        if not any(hasattr(processor, "_attention_backend") for processor in processors):
             raise ValueError(
                 f"the attention of {type(model).__name__} does not go through diffusers' dispatcher"
             )
     for model in models:
         model.set_attention_backend(backend)
         dtype = getattr(model, "dtype", torch.float32)
+        size = getattr(getattr(model, "config", None), "attention_head_dim", None)
+        size = size if isinstance(size, int) else 64
         # batch, tokens, heads, size
-        query = torch.zeros(1, 8, 2, _head_size(model), device=device, dtype=dtype)
+        query = torch.zeros(1, 8, 2, size, device=device, dtype=dtype)
         with torch.no_grad():
             dispatch_attention_fn(query, query, query, backend=AttentionBackendName(backend))
-
-
-def _head_size(model: nn.Module) -> int:
-    size = getattr(getattr(model, "config", None), "attention_head_dim", None)
-    return size if isinstance(size, int) else 64
 
 
 def compile_blocks(model: Any) -> None:

@@ -83,24 +83,21 @@ def _component(wanted: Quantization, name: str, library: str, dtype: torch.dtype
             f"{', '.join(sorted(known))}"
         )
     # not all of them refuse unknown arguments
-    parameters = inspect.signature(kind).parameters.values()
     arguments = {
-        parameter.name: parameter
-        for parameter in parameters
-        if parameter.name != "quant_method" and parameter.kind is not parameter.VAR_KEYWORD
+        name: parameter
+        for name, parameter in inspect.signature(kind).parameters.items()
+        if name != "quant_method" and parameter.kind is not parameter.VAR_KEYWORD
     }
+    called = f"{kind.__name__} of {library}"
     for argument in wanted.quant_kwargs:
         if argument not in arguments:
+            names = ", ".join(arguments)
             raise LoadError(
-                f"{SETTING}: quant_kwargs has {shown(argument)}; {kind.__name__} of {library} "
-                f"takes {', '.join(arguments)}"
+                f"{SETTING}: quant_kwargs has {shown(argument)}; {called} takes {names}"
             )
     for argument, parameter in arguments.items():
         if parameter.default is parameter.empty and argument not in wanted.quant_kwargs:
-            raise LoadError(
-                f"{SETTING}: quant_kwargs lacks {argument!r}, which {kind.__name__} of {library} "
-                f"needs"
-            )
+            raise LoadError(f"{SETTING}: quant_kwargs lacks {argument!r}, which {called} needs")
     try:
         config = kind.from_dict(dict(wanted.quant_kwargs))
         quantizer.from_config(config, pre_quantized=False).validate_environment(

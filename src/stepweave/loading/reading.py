@@ -109,16 +109,16 @@ def _check(name: str, kind: str, count: int, info: dict[str, Any]) -> None:
     """Raise LoadError for tensors that are missing in a model's files, or have another shape."""
     missing, unknown = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing:
-        instead = f"; they have {_listed(unknown)}, which it does not know" if unknown else ""
+        instead = f"; they have {listed(unknown)}, which it does not know" if unknown else ""
         raise LoadError(
             f"{name}/: its weights lack {len(missing)} of the {count} tensors of {kind}: "
-            f"{_listed(missing)}{instead}"
+            f"{listed(missing)}{instead}"
         )
     if mismatched := sorted(info["mismatched_keys"]):
         keys = [
             f"{key} is {tuple(found)}, not {tuple(wanted)}" for key, found, wanted in mismatched
         ]
-        raise LoadError(f"{name}/: its weights are not those of its config.json: {_listed(keys)}")
+        raise LoadError(f"{name}/: its weights are not those of its config.json: {listed(keys)}")
 
 
 def check_placed(components: dict[str, Any]) -> None:
@@ -127,9 +127,9 @@ def check_placed(components: dict[str, Any]) -> None:
         if isinstance(model, nn.Module):
             tensors = [*model.named_parameters(), *model.named_buffers()]
             if absent := [key for key, tensor in tensors if tensor.is_meta]:
-                raise LoadError(f"{name}/: no weights were read for {_listed(absent)}")
+                raise LoadError(f"{name}/: no weights were read for {listed(absent)}")
 
 
-def _listed(keys: Sequence[str]) -> str:
+def listed(keys: Sequence[str]) -> str:
     rest = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
     return ", ".join(keys[:NAMED]) + rest

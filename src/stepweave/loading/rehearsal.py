@@ -115,10 +115,8 @@ def _run(scheduler: Any, pipeline: Any, code: str, course: Course, bounded: bool
     elif "init_noise_sigma" in code:
         sample = sample * scheduler.init_noise_sigma
     arguments = {"return_dict": False}
-    if (
-        "prepare_extra_step_kwargs" in code
-        and "generator" in inspect.signature(scheduler.step).parameters
-    ):
+    known = inspect.signature(scheduler.step).parameters
+    if "prepare_extra_step_kwargs" in code and "generator" in known:
         arguments["generator"] = generator
     dtype = _dtype(pipeline)
     sample = sample.to(dtype)
@@ -146,10 +144,8 @@ def _begin(scheduler: Any, pipeline: Any, course: Course) -> int:
         "sigmas": getattr(scheduler, "sigmas", None),
     }
     known = inspect.signature(method).parameters
-    result = method(
-        SimpleNamespace(scheduler=scheduler),
-        **{name: value for name, value in arguments.items() if name in known},
-    )
+    taken = {name: value for name, value in arguments.items() if name in known}
+    result = method(SimpleNamespace(scheduler=scheduler), **taken)
     left = len(result[-2])  # (..., timesteps, number of steps)
     if not left:
         raise ValueError(f"no step is left of {course.steps} with strength {course.strength}")
@@ -162,17 +158,12 @@ def _oracle(
     """A denoiser that knows the clean latents; None for an unknown prediction type."""
     prediction = prediction_of(scheduler)
     preconditioned = hasattr(scheduler, "precondition_outputs")
-    if (
-        prediction not in ("epsilon", "v_prediction", "flow_prediction", "sample")
-        and not preconditioned
-    ):
+    known = ("epsilon", "v_prediction", "flow_prediction", "sample")
+    if prediction not in known and not preconditioned:
         return None
     other = clone_scheduler(scheduler)  # for noise levels, which set its index
 
     def answer(sample: torch.Tensor, index: int) -> torch.Tensor:
-        for name in ("_step_index", "_begin_index"):
-            if hasattr(other, name):
-                setattr(other, name, None)
         signal, level = noise_level(other, timesteps[index : index + 1])
         if preconditioned:
             one = torch.ones(())
@@ -219,9 +210,8 @@ def _shift(scheduler: Any, pipeline: Any, course: Course) -> float:
         return float(empirical(course.tokens, course.steps))
     if calculate := getattr(module, "calculate_shift", None):
         counts = get("base_image_seq_len", 256), get("max_image_seq_len", 4096)
-        return float(
-            calculate(course.tokens, *counts, get("base_shift", SHIFT), get("max_shift", 1.15))
-        )
+        shifts = get("base_shift", SHIFT), get("max_shift", 1.15)
+        return float(calculate(course.tokens, *counts, *shifts))
     return SHIFT
 
 

@@ -35,13 +35,6 @@ REMEMBERED = 4096  # rehearsals
 DRAWS = "its noise does not depend on the seed"
 
 
-def schedulers_of(pipeline: Any) -> dict[str, Any]:
-    """Schedulers for the pipeline by class name, with its own; {} if it has none. They are made
-    from its own scheduler's configuration: those that diffusers calls compatible, and for flow
-    matching, those with flow sigmas."""
-    return Rehearsals.of(pipeline, Course(STEPS), max(FIRST)).schedulers
-
-
 def rehearse(
     scheduler: Any, pipeline: Any, steps: int = STEPS, strength: float | None = None
 ) -> bool:
@@ -101,7 +94,8 @@ class Rehearsals:
     @classmethod
     def of(cls, pipeline: Any, like: Course, most: int) -> Rehearsals:
         """Rehearse the pipeline's own scheduler and all that may replace it, with up to `most`
-        steps."""
+        steps. The others are made from its own one's configuration: those that diffusers calls
+        compatible, and for flow matching, those with flow sigmas."""
         own = getattr(pipeline, "scheduler", None)
         if not isinstance(own, SchedulerMixin):
             return cls(pipeline, (), None, (), like)

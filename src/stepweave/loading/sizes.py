@@ -38,34 +38,25 @@ class SizeLimits:
     def read(self, size: str) -> tuple[int, int]:
         """Width and height of WIDTHxHEIGHT. Raises InvalidRequestError naming value and limit."""
         width, height = (int(side) for side in size.split("x"))
-        if (width, height) in (self.native, self.only):
-            return width, height
-        if self.only is not None:
-            only = "{}x{}".format(*self.only)
-            raise InvalidRequestError(
-                f"size is {shown(size)}; the model makes images of {only} only.", param="size"
-            )
-        if width % self.multiple or height % self.multiple or not width or not height:
-            raise InvalidRequestError(
-                f"size is {shown(size)}; both sides must be positive multiples of {self.multiple}.",
-                param="size",
-            )
-        if min(width, height) < self.min_side:
-            raise InvalidRequestError(
-                f"size is {shown(size)}; the model makes images of at least {self.min_side} a "
-                f"side.",
-                param="size",
-            )
-        if max(width, height) > self.longest:
-            raise InvalidRequestError(
-                f"size is {shown(size)}; the model's limit is {self.longest} a side.", param="size"
-            )
-        if width * height > self.max_pixels:
-            raise InvalidRequestError(
-                f"size is {shown(size)}, {width * height} pixels; the limit is {self.max_pixels}.",
-                param="size",
-            )
+        if problem := self._problem(width, height):
+            raise InvalidRequestError(f"size is {shown(size)}{problem}.", param="size")
         return width, height
+
+    def _problem(self, width: int, height: int) -> str | None:
+        """Why a size is not allowed, with the limit; None if it is."""
+        if (width, height) in (self.native, self.only):
+            return None
+        if self.only is not None:
+            return "; the model makes images of {}x{} only".format(*self.only)
+        if width % self.multiple or height % self.multiple or not width or not height:
+            return f"; both sides must be positive multiples of {self.multiple}"
+        if min(width, height) < self.min_side:
+            return f"; the model makes images of at least {self.min_side} a side"
+        if max(width, height) > self.longest:
+            return f"; the model's limit is {self.longest} a side"
+        if width * height > self.max_pixels:
+            return f", {width * height} pixels; the limit is {self.max_pixels}"
+        return None
 
     def of_edit(self, source: tuple[int, int], native: int | None = None) -> tuple[int, int]:
         """The size of an edit of an image of size `source`: the same, or the nearest allowed one.

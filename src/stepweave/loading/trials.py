@@ -108,28 +108,19 @@ def narrowed(
     free = sizes.only is None and own is None
     small = (sizes.min_side, sizes.min_side) if free else native
     uneven = _uneven(sizes) if free else native  # where a wrong size would show
-    images = _most(
-        limits.images,
-        1,
-        lambda count: (
-            not fails(small, images=count) if own else attempt(uneven, images=count) is None
-        ),
-    )
+
+    def makes(count: int) -> bool:
+        return not fails(small, images=count) if own else attempt(uneven, images=count) is None
+
+    images = _most(limits.images, 1, makes)
     if like is None:
-        like = replace(
-            limits,
-            guidance=_guidance(
-                limits.guidance, guidance, lambda value: not fails(small, guidance=value)
-            ),
-            prompt_characters=_most(
-                limits.prompt_characters, SHORT, lambda count: not fails(small, characters=count)
-            ),
+        scales = _guidance(limits.guidance, guidance, lambda one: not fails(small, guidance=one))
+        longest = _most(
+            limits.prompt_characters, SHORT, lambda count: not fails(small, characters=count)
         )
-        if (
-            images > 1
-            and guidance is not None
-            and fails(small, images=2, guidance=like.guidance[0])
-        ):
+        like = replace(limits, guidance=scales, prompt_characters=longest)
+        several = images > 1 and guidance is not None
+        if several and fails(small, images=2, guidance=like.guidance[0]):
             images = 1  # not without guidance
     found = replace(like, sizes=sizes, images=images)
     before, after = limits.as_json(), found.as_json()
@@ -206,8 +197,7 @@ def _guidance(
     limits: tuple[float, float], default: float | None, works: Callable[[float], bool]
 ) -> tuple[float, float]:
     """The least and the most guidance that work, of few that are tried. Default None means 1."""
-    if default is None:
-        default = 1.0
+    default = 1.0 if default is None else default
     least, most = limits
     low, high = min(default, most), most
     for value in (1.0, least):

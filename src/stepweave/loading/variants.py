@@ -12,6 +12,7 @@ from typing import Any
 from stepweave.errors import LoadError, shown
 from stepweave.loading.components import Component, components_of
 from stepweave.loading.files import check_folders
+from stepweave.loading.reading import listed
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def _wanted(found: dict[str, Variants], files: Collection[str], wanted: str) -> 
         )
     for name, variants in found.items():
         if variants.get(wanted):
-            raise LoadError(f"{SETTING}={shown(wanted)}: {name}/ lacks {_listed(variants[wanted])}")
+            raise LoadError(f"{SETTING}={shown(wanted)}: {name}/ lacks {listed(variants[wanted])}")
         if not _complete(variants, wanted):
             raise LoadError(f"{SETTING}={shown(wanted)}: {_what_is_missing(name, found, files)}")
     return wanted
@@ -81,11 +82,11 @@ def _complete(variants: Variants, name: str) -> bool:
 def _what_is_missing(name: str, found: dict[str, Variants], files: Collection[str]) -> str:
     variants = found[name]
     if variants.get(None):
-        return f"{name}/ lacks {_listed(variants[None])}"
+        return f"{name}/ lacks {listed(variants[None])}"
     names = [variant for variant in variants if variant is not None]
     if len(names) == 1 and variants[names[0]]:
         return (
-            f"{name}/ lacks {_listed(variants[names[0]])}, of the variant {names[0]!r}, and has no "
+            f"{name}/ lacks {listed(variants[names[0]])}, of the variant {names[0]!r}, and has no "
             f"other weights"
         )
     if names:
@@ -120,11 +121,8 @@ def _variants(component: Component, files: Collection[str]) -> Variants:
     file = re.compile(
         rf"{stem}(?:\.(?P<new>[\w-]+?))?(?:-(?P<i>\d{{5}})-of-(?P<count>\d{{5}}))?(?:\.(?P<old>[\w-]+))?\.safetensors"
     )
-    inside = {
-        path.name
-        for path in map(PurePosixPath, files)
-        if path.parent == PurePosixPath(component.name)
-    }
+    folder, paths = PurePosixPath(component.name), map(PurePosixPath, files)
+    inside = {path.name for path in paths if path.parent == folder}
     whole: set[str | None] = set()
     shards: dict[str | None, dict[int, str]] = defaultdict(dict)
     for name in inside:
@@ -157,8 +155,3 @@ def _absent(
     if variant is not None:
         indexes = [f"{weights}.index.{variant}.json", f"{weights}.{variant}.index.json"]
     return absent if inside.intersection(indexes) else [*absent, indexes[0]]
-
-
-def _listed(names: list[str], most: int = 3) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest

@@ -135,9 +135,8 @@ class PixelMap:
 
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:
         values = self.readout @ self.inputs(latents)
-        return functional.pixel_shuffle(
-            values.reshape(*values.shape[:2], *latents.shape[2:]), self.detail
-        )
+        values = values.reshape(*values.shape[:2], *latents.shape[2:])
+        return functional.pixel_shuffle(values, self.detail)
 
     def inputs(self, latents: torch.Tensor) -> torch.Tensor:
         """The inputs of `readout`, (rows, inputs, height * width)."""

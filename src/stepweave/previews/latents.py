@@ -42,35 +42,23 @@ class Latents:
 
     def rows(self, start: int, stop: int) -> Latents:
         """The latents of some rows."""
-        return replace(
-            self,
-            sample=self.sample[start:stop],
-            output=self.output[start:stop],
-            after=self.after[start:stop],
-        )
+        at = slice(start, stop)
+        return replace(self, sample=self.sample[at], output=self.output[at], after=self.after[at])
 
     def _clean(self) -> torch.Tensor | None:
         scheduler = clone_scheduler(self.scheduler)
-        for name in ("_step_index", "_begin_index"):
-            if hasattr(scheduler, name):
-                # otherwise noise is that of the index, whatever the timestep
-                setattr(scheduler, name, None)
         timestep = torch.as_tensor(self.timestep).reshape(-1)[:1].cpu()
         signal, noise = noise_level(scheduler, timestep)
         sample, output = self.sample.float(), self.output.float()
         prediction = prediction_of(scheduler) if output.shape == sample.shape else None
-        clean: torch.Tensor
         if prediction == "epsilon":
-            clean = (sample - noise * output) / signal
-            return clean
+            return (sample - noise * output) / signal
         if prediction == "v_prediction":
             # 1 if the scheduler preserves variance, as the definition of v does
-            length = (signal**2 + noise**2) ** 0.5
-            clean = signal / length**2 * sample - noise / length * output
-            return clean
+            length: float = (signal**2 + noise**2) ** 0.5
+            return signal / length**2 * sample - noise / length * output
         if prediction == "flow_prediction":
-            clean = sample - noise * output
-            return clean
+            return sample - noise * output
         if prediction == "sample":
             return output.clone()
         later = scheduler.timesteps.cpu()[_after(scheduler.timesteps, timestep) :]
@@ -80,13 +68,15 @@ class Latents:
         determinant = next_noise * signal - noise * next_signal
         if abs(determinant) < ILL_CONDITIONED * max(noise, next_noise):
             return None
-        clean = (next_noise * sample - noise * self.after.float()) / determinant
-        return clean
+        return (next_noise * sample - noise * self.after.float()) / determinant
 
 
 def noise_level(scheduler: Any, timestep: torch.Tensor) -> tuple[float, float]:
-    """The factors of image and noise in a sample at `timestep`, of shape (1,). The scheduler's step
-    index must not be set."""
+    """The factors of image and noise in a sample at `timestep`, of shape (1,). Unsets the
+    scheduler's step index: otherwise noise is that of the index, whatever the timestep."""
+    for name in ("_step_index", "_begin_index"):
+        if hasattr(scheduler, name):
+            setattr(scheduler, name, None)
     image, noise = torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [1.0]])
     if hasattr(scheduler, "scale_noise"):
         levels = scheduler.scale_noise(image, timestep, noise)
@@ -174,12 +164,9 @@ class Tap:
     def _take(self, scheduler: Any, arguments: dict[str, Any], after: torch.Tensor) -> None:
         own = clone_scheduler(scheduler)
         own.__dict__.pop("step", None)
-        sample, output, timestep = (
-            arguments[name] for name in ("sample", "model_output", "timestep")
-        )
-        self._latents = Latents(
-            _copied(sample), _copied(output), _copied(timestep), _copied(after), own
-        )
+        names = ("sample", "model_output", "timestep")
+        sample, output, timestep = (_copied(arguments[name]) for name in names)
+        self._latents = Latents(sample, output, timestep, _copied(after), own)
 
     def _lost(self) -> None:
         if not self._warned:

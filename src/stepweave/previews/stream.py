@@ -105,7 +105,5 @@ class Partials:
         if self._over:  # on a thread of the pool
             return []
         width, height = self._parameters.width, self._parameters.height
-        images = [
-            self._previewer.image(latents, width, height, row) for row in range(self._parameters.n)
-        ]
-        return [self._encode(image) for image in images]
+        rows, image = range(self._parameters.n), self._previewer.image
+        return [self._encode(image(latents, width, height, row)) for row in rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -84,10 +85,8 @@ def _fast(encoding: Any, pair: tuple[Any, Any], side: _Side) -> _Cuts:
             continue
         split = not isinstance(words, str)
         text = " ".join(words) if split else words
-        starts = [0]
-        if split:  # offsets count from the beginning of the word
-            for word in words:
-                starts.append(starts[-1] + len(word) + 1)
+        # of the words, from whose beginnings offsets count
+        starts = [0, *itertools.accumulate(len(word) + 1 for word in words)] if split else [0]
         kept = _spans(encoding, sequence, starts)
         gone = [span for part in parts for span in _spans(part, sequence, starts)]
         tokens = sum(encoding.attention_mask)

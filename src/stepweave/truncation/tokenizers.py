@@ -76,7 +76,8 @@ class Reporter:
             # errors, as of unusual tokenizers, do not affect the output
             try:
                 if read is not None:
-                    for reading in self._readings(method, output, args, kwargs):
+                    made = readings_of(self._tokenizer, self._name, method, output, args, kwargs)
+                    for reading in made:
                         read(reading)
             except Exception:
                 logger.warning("cannot count the tokens of %s", self._name, exc_info=True)
@@ -87,11 +88,6 @@ class Reporter:
             except Exception:
                 logger.warning("cannot check for truncation by %s", self._name, exc_info=True)
         return self._made(output)
-
-    def _readings(
-        self, method: str, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Iterator[Reading]:
-        return readings_of(self._tokenizer, self._name, method, output, args, kwargs)
 
     def _cuts(
         self, method: str, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
