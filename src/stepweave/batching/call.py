@@ -43,21 +43,17 @@ class Target:
     masks: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
-        names = (
-            _named(self.function)
-            or _named(original_of(self.module).forward)
-            or _class_named(self.module)
-        )
+        original = original_of(self.module)
+        names = _named(self.function) or _named(original.forward)
+        if not names:  # a patched one passes on whatever it is given: the class's own has names
+            names = _named(type(original).forward)[1:]
         masks = {}
         for name in names:
             base, number = re.fullmatch(r"(.*?)(_\d+)?", name).groups()  # type: ignore[union-attr]
-            for mask in (
-                f"{name}_mask",
-                *(f"{one}{number or ''}" for one in _MASK_NAMES.get(base, ())),
-            ):
-                if mask in names:
-                    masks[name] = mask
-                    break
+            others = (f"{one}{number or ''}" for one in _MASK_NAMES.get(base, ()))
+            mask = next((mask for mask in (f"{name}_mask", *others) if mask in names), None)
+            if mask is not None:
+                masks[name] = mask
         object.__setattr__(self, "names", names)
         object.__setattr__(self, "masks", masks)
 
@@ -175,8 +171,3 @@ def original_of(module: nn.Module) -> nn.Module:
 def _named(function: Callable[..., Any]) -> tuple[str, ...]:
     parameters = inspect.signature(function).parameters.values()
     return tuple(one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD)
-
-
-def _class_named(module: nn.Module) -> tuple[str, ...]:
-    """The names of the class's own forward, where a patched one passes on whatever it is given."""
-    return _named(type(original_of(module)).forward)[1:]

@@ -27,23 +27,16 @@ class EncoderCache:
 
     def key(self, call: Call) -> Hashable | None:
         """None for a call that cannot be remembered."""
-        if (
-            not self._max_bytes
-            or not call.target.cached
-            or not call.group.layout
-            or call.opaque
-            or call.holds
-        ):
+        exact = call.group.layout and not (call.opaque or call.holds)
+        if not (self._max_bytes and call.target.cached and exact):
             return None
         leaves = [tuple(self._value(item) for item in leaf) for leaf in call.leaves]
         return (call.key, call.ragged, tuple(leaves))
 
     def _value(self, item: Any) -> Hashable:
-        return (
-            (self._digests.of(item), item.shape)
-            if isinstance(item, torch.Tensor)
-            else (type(item), item)
-        )
+        if isinstance(item, torch.Tensor):
+            return self._digests.of(item), item.shape
+        return type(item), item
 
     def get(self, key: Hashable) -> Any:
         """A copy of the result, or None."""
@@ -56,7 +49,7 @@ class EncoderCache:
         return cloned(found[0])
 
     def put(self, key: Hashable, output: Any) -> None:
-        size = sum(_bytes(tensor) for tensor in tensors(output))
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors(output))
         if key in self._results or size > self._max_bytes:
             return
         self._results[key] = (cloned(output), size)
@@ -69,7 +62,3 @@ class EncoderCache:
         held, self.bytes = self.bytes, 0
         self._results.clear()
         return held
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -43,13 +43,9 @@ class Fingerprints:
             return _digest(tensor)
         known = self._known.get(id(tensor))
         check = _check(tensor)
-        if (
-            known is not None
-            and known[0]() is tensor
-            and known[1] == tensor._version
-            and known[3] == check
-        ):
-            return known[2]
+        if known is not None and known[0]() is tensor and known[1] == tensor._version:
+            if known[3] == check:
+                return known[2]
         self.computed += 1
         digest = _digest(tensor)
         self._remember(tensor, digest, check)

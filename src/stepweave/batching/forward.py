@@ -43,10 +43,11 @@ def run_attempt(attempt: Attempt, own: OwnState | None) -> Any:
 
 def run_arguments(call: Call, arguments: dict[str, Any], device_types: tuple[str, ...]) -> Any:
     """What a call would give of other `arguments`."""
-    here = ambient.current(device_types)
+    here, swap = ambient.current(device_types), call.target.processors
+    within = contextlib.nullcontext() if swap is None else swap.installing(call.processors)
     ambient.apply(call.ambient, here)
     try:
-        with _with_processors(call):
+        with within:
             return call.target.function(**arguments)
     finally:
         ambient.apply(here, call.ambient)
@@ -58,12 +59,9 @@ def run_merged(
     """The results of calls of one kind, from one forward. `device_types` are the device types whose
     autocast is theirs, too."""
     chunks, listed = calls[0].group.chunks, calls[0].group.listed
-    # with chunks: all first ones, then all second ones
-    apart = (
-        calls
-        if chunks == 1
-        else [chunk(call, number) for number in range(chunks) for call in calls]
-    )
+    apart = calls
+    if chunks != 1:  # all first ones, then all second ones
+        apart = [chunk(call, number) for number in range(chunks) for call in calls]
     arguments = merge(apart, repeat=repeat)
     given = None if trial else ArgumentSnapshot(*arguments.values())
     output = run_arguments(calls[0], copied(arguments) if trial else arguments, device_types)
@@ -77,11 +75,3 @@ def run_merged(
         join(outputs[i::every], [one.rows for one in apart[i::every]], listed=listed)
         for i in range(every)
     ]
-
-
-def _with_processors(call: Call) -> contextlib.AbstractContextManager[None]:
-    """Within it the call's attention processors are in place."""
-    processors = call.target.processors
-    return (
-        contextlib.nullcontext() if processors is None else processors.installing(call.processors)
-    )

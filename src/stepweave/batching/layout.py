@@ -22,19 +22,8 @@ from stepweave.compat.nested import COLLECTIONS, DEEPEST, contents, is_holder, k
 
 logger = logging.getLogger(__name__)
 
-_CONSTANTS = (
-    type(None),
-    bool,
-    int,
-    str,
-    bytes,
-    torch.dtype,
-    torch.device,
-    torch.Size,
-    torch.layout,
-    Enum,
-    type,
-)
+_OF_TORCH = (torch.dtype, torch.device, torch.Size, torch.layout)
+_CONSTANTS = (type(None), bool, int, str, bytes, *_OF_TORCH, Enum, type)
 TIMES = ("timestep", "timesteps")
 _TIME_TYPES = (torch.int32, torch.int64, torch.float32)  # of schedulers, which modules take alike
 

@@ -80,12 +80,9 @@ class Held:
             return True
         if not isinstance(variation, int):
             return False
-        if (
-            self.slack is not None
-            and len(self.slack) < CONDITIONS
-            and any(key not in self.slack for key in conditions)
-        ):
-            return True
+        if self.slack is not None and len(self.slack) < CONDITIONS:
+            if any(key not in self.slack for key in conditions):
+                return True
         if not readable(first, variation):
             return False
         apart = distance(first.leaves[variation], call.leaves[variation])
@@ -173,13 +170,9 @@ class Certificate:
         if call.opaque:
             return object()
         free = {position for position, held in self.held.items() if not held.matters}
-        rest = [
-            i
-            for i in range(len(call.leaves))
-            if i != variation and i not in self.proven | self.samples | free
-        ]
+        skipped = self.proven | self.samples | free | self.spans.keys() | {variation}
         return call.group.constants, tuple(
-            (i, self.value(call.leaves[i])) for i in rest if i not in self.spans
+            (i, self.value(leaf)) for i, leaf in enumerate(call.leaves) if i not in skipped
         )
 
     def within_slack(self, variation: Any, first: Call, call: Call) -> bool:

@@ -58,10 +58,7 @@ class Certificates:
     """All certificates of an engine; decides whether calls may be merged."""
 
     def __init__(
-        self,
-        digests: Fingerprints,
-        audit_every: int,
-        on_doubt: Callable[[], object] = lambda: None,
+        self, digests: Fingerprints, audit_every: int, on_doubt: Callable[[], object] = lambda: None
     ) -> None:
         self._on_doubt = on_doubt  # cached results of encoders may be wrong, too
         self._digests = digests
@@ -150,10 +147,8 @@ class Certificates:
 
     def differences(self, calls: Sequence[Call]) -> set[Any]:
         """The variations that a proof of these calls must cover: the arguments that differ."""
-        certificate = self.of(calls[0])
-        variations: set[Any] = set()
-        for call in calls[1:]:
-            variations |= self._variations(calls[0], call)
+        certificate, first = self.of(calls[0]), calls[0]
+        variations: set[Any] = set().union(*(self._variations(first, call) for call in calls[1:]))
         if spread(calls) > certificate.spread:
             variations.add(RAGGED)
         return variations
@@ -283,16 +278,14 @@ class Certificates:
         certificate.error = max(certificate.error, largest)
         rows = sum(call.rows for call in calls)
         if not told_apart(merged, single):
-            if (
-                certificate.state is State.CERTIFIED
-                and not variations - certificate.proven - certificate.spans.keys()
-            ):
+            unproven = variations - certificate.proven - certificate.spans.keys()
+            right = certificate.state is State.CERTIFIED and not unproven
+            if right:
                 certificate.rows = max(certificate.rows, rows)
-                self._hold_new(proof, certificate, UNCLEAR)
-                return True
-            self._inconclusive(certificate, "the compared calls were too alike", "too_alike")
+            else:
+                self._inconclusive(certificate, "the compared calls were too alike", "too_alike")
             self._hold_new(proof, certificate, UNCLEAR)
-            return False
+            return right
         return self._agree(proof, prover, certificate, variations, rows)
 
     def _agree(
@@ -531,13 +524,10 @@ def _dtype(leaf: tuple[Any, ...]) -> Any:
 
 
 def _shape_of_sample(call: Call) -> str:
-    tensor = next(
-        (leaf[0] for leaf in call.leaves if isinstance(leaf[0], torch.Tensor) and leaf[0].ndim),
-        None,
-    )
+    values = [leaf[0] for leaf in call.leaves if isinstance(leaf[0], torch.Tensor)]
+    tensor = next((value for value in values if value.ndim), None)
     if tensor is None:
         return ""
-    shape = (
-        tensor.shape if isinstance(next(iter(call.arguments.values())), list) else tensor.shape[1:]
-    )
+    listed = isinstance(next(iter(call.arguments.values())), list)
+    shape = tensor.shape if listed else tensor.shape[1:]
     return f"{'x'.join(map(str, shape))} {str(tensor.dtype).removeprefix('torch.')}"

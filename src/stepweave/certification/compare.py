@@ -314,8 +314,7 @@ def _rms(numbers: torch.Tensor) -> torch.Tensor:
 
 def told_apart(merged: Sequence[Any], single: Sequence[Any]) -> bool:
     """Whether every merged row is far closer to its own single result than to those of other calls,
-    and at least two of these differ. Only results of equal shapes are compared.
-    """
+    and at least two of these differ. Only results of equal shapes are compared."""
     rows = [(_rows(ours), _rows(own)) for ours, own in zip(merged, single, strict=True)]
     evidence = False
     for i, (ours, own) in enumerate(rows):

@@ -251,9 +251,10 @@ class Prover:
         for i in few:
             self._try_ends(proof, i)
         for i in proof.samples:
-            louder = self._point(scaled(a, i, LOUDER), (i,)) if _is_float(a.leaves[i][0]) else None
-            if louder is not None:
-                proof.points.append(louder)
+            sample = a.leaves[i][0]
+            if isinstance(sample, torch.Tensor) and sample.is_floating_point():
+                louder = self._point(scaled(a, i, LOUDER), (i,))
+                proof.points += [] if louder is None else [louder]
         for every in units(a):
             unit = tuple(i for i in every if i not in few and i not in proof.samples)
             if not proof.proven.issuperset(unit) and any(
@@ -417,11 +418,8 @@ def _look(target: Target) -> ModuleState:
 
 def _kept(call: Call) -> Call:
     """A copy of a call, whose arguments its fiber cannot change when it continues."""
-    leaves = [
-        tuple(item.clone() if isinstance(item, torch.Tensor) else item for item in leaf)
-        for leaf in call.leaves
-    ]
-    return dataclasses.replace(call, arguments=copied(call.arguments), leaves=leaves)
+    arguments, leaves = copied(call.arguments), copied(call.leaves)
+    return dataclasses.replace(call, arguments=arguments, leaves=leaves)
 
 
 class _KeepRandomStates:
@@ -455,10 +453,6 @@ def _differ(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
         else a != b
         for a, b in zip(one, other, strict=True)
     )
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _finite(output: Any) -> bool:

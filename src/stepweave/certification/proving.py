@@ -124,15 +124,13 @@ class Proving:
         """Run a call of several rows in halves, for `judge_parts`. Returns it with its result or
         error; None if it is known whether the kind is divisible."""
         call = max(calls, key=lambda call: call.rows)
-        if self._certificates.of(call).divisible is not None:
-            return None
-        if call.rows < 2 or call.group.chunks > 1:
+        known = self._certificates.of(call).divisible is not None
+        if known or call.rows < 2 or call.group.chunks > 1:
             return None
         middle = call.rows // 2
         try:
             self._stats.checks += 2
             halves = [self._part(call, a, b) for a, b in ((0, middle), (middle, call.rows))]
-            output = join(halves, [middle, call.rows - middle], listed=call.group.listed)
-            return call, output
+            return call, join(halves, [middle, call.rows - middle], listed=call.group.listed)
         except Exception as error:
             return None if ran_out(error) else (call, error.with_traceback(None))

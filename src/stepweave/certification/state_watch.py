@@ -149,13 +149,13 @@ class StateWatch:
             change = before.change(after)
             if change or first:
                 drew = states.changed() or arguments.drew()
-                self._again(twin, _Clone(output), after, compare=not drew)
+                self._again(twin, _clone(output), after, compare=not drew)
             if change and self.found is None:
                 self._compare_with_the_last(_kind(call.kind), before, after)
         self.seconds += now() - began
         return output
 
-    def _again(self, call: Call, kept: _Clone, after: ModuleState, *, compare: bool) -> None:
+    def _again(self, call: Call, kept: list[Any], after: ModuleState, *, compare: bool) -> None:
         """Run the same call again: without state, it changes nothing and gives the same result."""
         states = RandomStates(_device(call.target.module))
         arguments = ArgumentSnapshot(*call.args, *call.kwargs.values())
@@ -165,9 +165,9 @@ class StateWatch:
             if change:
                 self.found = f"a forward changes {some(change.paths)}"
                 change.undo()
-            elif compare and kept.there and not equal(kept.value, output):
+            elif compare and kept and not equal(kept[0], output):
                 again = call.run() if on_a_device(output) else None
-                if again is None or not close(kept.value, output, again):
+                if again is None or not close(kept[0], output, again):
                     self.found = "the same call gives another result when it is run again"
         except Exception as error:
             if not ran_out(error):
@@ -217,11 +217,9 @@ def _device(module: nn.Module) -> torch.device:
     return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
 
 
-class _Clone:
-    """A copy of a result, if it can be copied."""
-
-    def __init__(self, output: Any) -> None:
-        try:
-            self.value, self.there = cloned(output), True
-        except Exception:
-            self.value, self.there = None, False
+def _clone(output: Any) -> list[Any]:
+    """A copy of a result; nothing if it cannot be copied."""
+    try:
+        return [cloned(output)]
+    except Exception:
+        return []

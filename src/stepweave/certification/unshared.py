@@ -33,10 +33,7 @@ class Unshared:
         logger.log(level, "calls of %s run alone (%s): %s", name, code, detail)
 
     def met(
-        self,
-        calls: Sequence[Call],
-        certificates: Certificates,
-        turns: Mapping[str, UnsharedNote],
+        self, calls: Sequence[Call], certificates: Certificates, turns: Mapping[str, UnsharedNote]
     ) -> None:
         """Count the first of these calls, which runs alone, if others wait or it can never be
         merged. `turns`: why jobs run one at a time now, by module."""

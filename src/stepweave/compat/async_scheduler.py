@@ -93,14 +93,8 @@ def async_retrieve_timesteps(
 
     >>> timesteps, n, own = async_retrieve_timesteps(pipeline.scheduler, 20, return_scheduler=True)
     """
-    if not return_scheduler:
-        return retrieve_timesteps(
-            scheduler, num_inference_steps, device, timesteps, sigmas, **kwargs
-        )
-    clone = clone_scheduler(scheduler)
-    if isinstance(scheduler, BaseAsyncScheduler):
-        clone = BaseAsyncScheduler(clone)
-    return (
-        *retrieve_timesteps(clone, num_inference_steps, device, timesteps, sigmas, **kwargs),
-        clone,
-    )
+    own = clone_scheduler(scheduler) if return_scheduler else scheduler
+    if return_scheduler and isinstance(scheduler, BaseAsyncScheduler):
+        own = BaseAsyncScheduler(own)
+    steps = retrieve_timesteps(own, num_inference_steps, device, timesteps, sigmas, **kwargs)
+    return (*steps, own) if return_scheduler else steps

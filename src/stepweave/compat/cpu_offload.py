@@ -46,10 +46,8 @@ class Offloading:
         if id(module) in self._used:
             return
         for pipeline in pipelines_in(self._pipeline):
-            chain = [
-                getattr(pipeline, name, None)
-                for name in (pipeline.model_cpu_offload_seq or "").split("->")
-            ]
+            names = (pipeline.model_cpu_offload_seq or "").split("->")
+            chain = [getattr(pipeline, name, None) for name in names]
             for hook in getattr(pipeline, "_all_hooks", ()):
                 if hook.model is module:
                     if any(model is module for model in chain):

@@ -64,13 +64,8 @@ def _with_times_on_the_host(kind: type) -> type:
             if self.timesteps is here:
                 self.timesteps = there
 
-    attributes = {
-        "step": step,
-        "__module__": kind.__module__,
-        "__qualname__": kind.__qualname__,
-        "__doc__": kind.__doc__,
-    }
-    return type(kind.__name__, (kind,), attributes)
+    same = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(kind.__name__, (kind,), {"step": step, **same})
 
 
 def _on_the_host(scheduler: Any, timesteps: Any) -> torch.Tensor | None:
@@ -91,7 +86,6 @@ def _twin(time: Any, there: torch.Tensor, here: torch.Tensor) -> Any:
     if not isinstance(time, torch.Tensor) or time.ndim or time._base is None:
         return time
     base = there if there._base is None else there._base
-    index, rest = divmod(
-        int(time.storage_offset()) - int(there.storage_offset()), int(there.stride(0)) or 1
-    )
+    offset = int(time.storage_offset()) - int(there.storage_offset())
+    index, rest = divmod(offset, int(there.stride(0)) or 1)
     return here[index] if time._base is base and not rest and 0 <= index < len(here) else time

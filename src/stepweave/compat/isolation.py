@@ -27,36 +27,12 @@ Replacement = Callable[[Any], Any]
 
 WRAPPABLE = (torch.nn.Module, PreTrainedTokenizerBase)
 
-_SHARED = (
-    type(None),
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    range,
-    enum.Enum,
-    PurePath,
-    FrozenDict,
-    type,
-    types.ModuleType,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-    torch.nn.Module,
-    torch.nn.Parameter,
-    torch.device,
-    torch.dtype,
-    torch.Size,
-    np.generic,
-    np.dtype,
-    logging.Logger,
-    type(threading.Lock()),
-    type(threading.RLock()),
-    threading.Event,
-    threading.Condition,
-    PreTrainedTokenizerBase,
-)
+_CONSTANTS = (type(None), bool, int, float, complex, str, bytes, range, enum.Enum, PurePath)
+_CODE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
+_OF_TORCH = (torch.nn.Module, torch.nn.Parameter, torch.device, torch.dtype, torch.Size)
+_LOCKS = (type(threading.Lock()), type(threading.RLock()), threading.Event, threading.Condition)
+_OTHERS = (FrozenDict, np.generic, np.dtype, logging.Logger, PreTrainedTokenizerBase)
+_SHARED = (*_CONSTANTS, *_CODE, *_OF_TORCH, *_LOCKS, *_OTHERS)
 
 
 class IsolationError(StepweaveError):

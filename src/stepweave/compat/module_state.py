@@ -269,7 +269,8 @@ class ModuleState:
         undo: list[Callable[[], None]] = [
             functools.partial(setattr, value, "requires_grad", value.requires_grad)
         ]
-        numbers, small = content(value) if self.weights else None, value.numel() <= WHOLE
+        numbers: Any = content(value) if self.weights else None
+        small = value.numel() <= WHOLE
         written = numbers if self.weights else version(value)
         mark: Hashable = (id(value), written, value.requires_grad)
         if self.weights and self._reader.keep:
@@ -279,8 +280,9 @@ class ModuleState:
             mark = (mark, self._reader.mark(value.__dict__, undo))
         else:
             undo.append(value.__dict__.clear)
-        sampled = self.weights and not small
-        sample = (_without_version(numbers), _address(value)) if sampled else None
+        sample = None
+        if self.weights and not small:
+            sample = ((*numbers[:2], numbers[-1]), _address(value))  # without the version
         return _Root(path, holder, key, mark, value, undo, self._owner, sample)
 
     def _read_class(self, cls: type) -> None:
@@ -313,11 +315,6 @@ class ModuleState:
             logger.debug("%s cannot be read: %r", path, error)
             mark, saved = (type(value), id(value)), value
         self._roots[id(holder), key] = _Root(path, holder, key, mark, saved, undo, self._owner)
-
-
-def _without_version(numbers: Any) -> Hashable:
-    """The `content` of a large tensor without its version."""
-    return (*numbers[:2], numbers[-1])
 
 
 def _address(tensor: torch.Tensor) -> int:
@@ -388,19 +385,17 @@ def _classes(cls: type) -> Iterator[type]:
 def _patched(part: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
     """The holders and keys of functions that replace a patched module's `forward`, below hooks of
     diffusers."""
-    registry = part.__dict__.get("_diffusers_hook")
+    attributes = part.__dict__
+    registry = attributes.get("_diffusers_hook")
     if registry is not None:
         for reference in registry._fn_refs:
             original = getattr(reference, "original_forward", None)
             own = isinstance(getattr(original, "__self__", None), nn.Module)
             if original is not None and not own and not _compiled(original):
                 yield vars(reference), "original_forward"
-    elif (
-        "_hf_hook" not in part.__dict__
-        and "forward" in part.__dict__
-        and not _compiled(part.__dict__["forward"])
-    ):
-        yield part.__dict__, "forward"
+    elif "_hf_hook" not in attributes and "forward" in attributes:
+        if not _compiled(attributes["forward"]):
+            yield attributes, "forward"
 
 
 def _compiled(function: Any) -> bool:

@@ -143,11 +143,10 @@ def upcasts(module: torch.nn.Module) -> bool:
 @contextlib.contextmanager
 def left_as_found(pipeline: Any) -> Iterator[None]:
     """Undo a call's changes to the shared modules, even if it fails."""
-    modules = [module for _, module in modules_in(pipeline)]
+    modules: list[Any] = [module for _, module in modules_in(pipeline)]
     parts = [part for module in modules for part in module.modules()]
     processors = [(part, part.processor) for part in parts if hasattr(part, "processor")]
-    typed: list[Any] = [module for module in modules if hasattr(module, "dtype")]
-    dtypes = [(module, module.dtype) for module in typed]
+    dtypes = [(module, module.dtype) for module in modules if hasattr(module, "dtype")]
     try:
         yield
     finally:

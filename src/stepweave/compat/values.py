@@ -33,33 +33,12 @@ OBJECTS = 20_000  # objects in one attribute that are read
 ATOMS = frozenset(
     {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size}
 )
-OPAQUE = (
-    types.ModuleType,
-    types.BuiltinFunctionType,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-    DiffusionPipeline,
-    Thread,
-)
+_OF_PIPELINES = (PretrainedConfig, PreTrainedTokenizerBase, DiffusionPipeline)
+OPAQUE = (types.ModuleType, types.BuiltinFunctionType, Thread, *_OF_PIPELINES)
 # modules of Python whose objects (threads, files, engines) are not read, except `threading.local`
-_ELSEWHERE = frozenset(
-    (
-        "stepweave",
-        "threading",
-        "_thread",
-        "concurrent",
-        "asyncio",
-        "logging",
-        "io",
-        "_io",
-        "socket",
-        "queue",
-        "_queue",
-        "selectors",
-        "subprocess",
-        "multiprocessing",
-    )
-)
+_THREADS = ("threading", "_thread", "concurrent", "asyncio", "queue", "_queue", "multiprocessing")
+_FILES = ("logging", "io", "_io", "socket", "selectors", "subprocess")
+_ELSEWHERE = frozenset(("stepweave", *_THREADS, *_FILES))
 TORCH_OWN = frozenset(vars(nn.Module())) - {"training"}
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "stepweave")
 
@@ -152,8 +131,7 @@ class Reader:
         if isinstance(value, nn.Parameter):
             return (id(value), version(value))
         if self.keep and value.numel() <= WHOLE and value.device.type != "meta":
-            clone = value.detach().clone()
-            self._restore(write, value, clone)
+            self._restore(write, value, value.detach().clone())
         inside = value.__dict__
         return (content(value), self._mark(dict(inside), DEEPEST - 1)) if inside else content(value)
 
@@ -346,7 +324,6 @@ def write(tensor: torch.Tensor, numbers: torch.Tensor) -> None:
 
 def rebind(tensor: torch.Tensor, numbers: torch.Tensor) -> None:
     """Restore a tensor's memory, if it was cast or got other memory on the same device."""
-    same_device = tensor.device == numbers.device
-    moved = same_device and tensor.data_ptr() != numbers.data_ptr()
+    moved = tensor.device == numbers.device and tensor.data_ptr() != numbers.data_ptr()
     if tensor.dtype is not numbers.dtype or moved:
         tensor.data = numbers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Hashable, Iterable
 from typing import Literal, NamedTuple
 
@@ -27,11 +27,7 @@ class Recorder:
     """Counts a job's calls by phase."""
 
     def __init__(self) -> None:
-        self._calls: dict[Phase, Counter[tuple[Key, int]]] = {
-            "before": Counter(),
-            "step": Counter(),
-            "after": Counter(),
-        }
+        self._calls: dict[Phase, Counter[tuple[Key, int]]] = defaultdict(Counter)
 
     def call(self, phase: Phase, key: Key, rows: int) -> None:
         counts, rows = self._calls[phase], max(1, rows)

@@ -42,10 +42,8 @@ def shape_of(
     parameters = arguments_of(pipeline)
     arguments = {**dict(zip(parameters, args, strict=False)), **kwargs}
     defaults = {name: parameter.default for name, parameter in parameters.items()}
-    values = {
-        name: value for name, value in defaults.items() if value is not inspect.Parameter.empty
-    }
-    values |= arguments
+    empty = inspect.Parameter.empty
+    values = {name: value for name, value in defaults.items() if value is not empty} | arguments
     size, prompt, images = _size(values), values.get("prompt"), values.get("num_images_per_prompt")
     prompts = len(prompt) if isinstance(prompt, list) else 1
     kind = frozenset(
@@ -53,15 +51,10 @@ def shape_of(
         for name, value in arguments.items()
         if value is not None and name != "generator"
     )
-    return (
-        Shape(
-            size[0] * size[1] if size else 0,
-            max(1, prompts * (images if isinstance(images, int) else 1)),
-            (type(pipeline), kind, type(scheduler)),
-        ),
-        object() if reproducible else size,
-        _steps(values),
-    )
+    pixels = size[0] * size[1] if size else 0
+    count = max(1, prompts * (images if isinstance(images, int) else 1))
+    shape = Shape(pixels, count, (type(pipeline), kind, type(scheduler)))
+    return shape, object() if reproducible else size, _steps(values)
 
 
 def _size(values: dict[str, Any]) -> tuple[int, int] | None:

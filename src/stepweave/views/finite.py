@@ -42,9 +42,8 @@ class FiniteImages:
     def checked(self, output: Any) -> Any:
         """Return the call's output. Raises NonFiniteError if its images were made of numbers that
         are not finite."""
-        images = getattr(
-            output, "images", output[0] if isinstance(output, tuple) and output else output
-        )
+        first = output[0] if isinstance(output, tuple) and output else output
+        images = getattr(output, "images", first)
         if next(_numbers(images), None) is not None:
             return output
         for image in images if isinstance(images, (list, tuple)) else ():

@@ -73,9 +73,7 @@ def _may_move(job: ImageJob, work: ImageWork) -> bool:
 
 
 def _run(
-    held: list[JobT],
-    function: Callable[[], Any],
-    returned: Callable[[JobT, Any], None],
+    held: list[JobT], function: Callable[[], Any], returned: Callable[[JobT, Any], None]
 ) -> None:
     job = held.pop()  # so that this thread's queue does not keep the job alive
     returned(job, beside(job.fiber, function))

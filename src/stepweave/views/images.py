@@ -56,11 +56,8 @@ def _each_once(method: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(image: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         count = len(image) if isinstance(image, list) else 1
-        alike = (
-            count > 1
-            and isinstance(image[0], Image.Image)
-            and all(item is image[0] for item in image)
-        )
+        first = image[0] if count > 1 else None
+        alike = isinstance(first, Image.Image) and all(item is first for item in image)
         read: torch.Tensor = method(image[:1] if alike else image, *args, **kwargs)
         return read.repeat(count, *[1] * (read.ndim - 1)) if alike else read
 

@@ -25,10 +25,7 @@ class PipelineJob(Progressing, Reader, Protocol):
 
 
 def call_pipeline(
-    job: PipelineJob,
-    *,
-    last: Callable[[], Any] = lambda: None,
-    on_thread: OnThread | None = None,
+    job: PipelineJob, *, last: Callable[[], Any] = lambda: None, on_thread: OnThread | None = None
 ) -> Outcome:
     """Call the pipeline on a view for this job; returns the outcome, never raises.
 
