@@ -53,4 +53,7 @@ class ContractMiddleware:
             await self._app(scope, receive, send)
             return
         scope[CONTEXT] = RequestContext(self.body_turns)
-        await self._http(scope, receive, send)
+        try:
+            await self._http(scope, receive, send)
+        finally:  # the context's `rest` holds the scope: a cycle would keep the job's images
+            del scope[CONTEXT]
