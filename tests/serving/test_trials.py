@@ -418,7 +418,7 @@ def test_schedulers_with_which_the_pipeline_itself_fails_are_not_offered() -> No
             assert engine.submit(**model.call(parameters)).result(SECONDS).images
     with pytest.raises(
         InvalidRequestError,
-        match="scheduler is 'UniPCMultistepScheduler'; Kandinsky3Pipeline takes DDIM",
+        match="scheduler is 'UniPCMultistepScheduler'; Kandinsky3Pipeline supports DDIM",
     ):
         resolve(model, prompt="x", scheduler="UniPCMultistepScheduler")
 
