@@ -1282,13 +1282,14 @@ def test_the_readmes_worked_example_is_that_of_the_gpu_overlay() -> None:
     assert one.max_steps == 50
     assert f"({STARTING} s) that a replica takes to start" in text
     assert (
-        f"serves {one.max_rows // 2} in {USUAL_STEPS} s; {threshold:g} s of work are "
-        f"{rate * threshold:g} requests" in text
-    )
+        f"serves {one.max_rows // 2} requests in {USUAL_STEPS} s. When the autoscaler adds a "
+        f"replica, {threshold:g} s of work are waiting: {rate * threshold:g} requests"
+    ) in text
     assert (
-        f"half as many come in {STARTING} s again beyond what is served: "
-        f"{rate * EXCESS * STARTING:g}. Together "
-        f"{bridged(work, threshold):g}, and the queue takes {one.max_queue}"
+        f"In the next {STARTING} s, {rate * (1 + EXCESS) * STARTING:g} requests arrive and "
+        f"{rate * STARTING:g} are served, so {rate * EXCESS * STARTING:g} more are waiting. "
+        f"Together these are {bridged(work, threshold):g} requests; the queue holds "
+        f"{one.max_queue}"
     ) in text
     assert EXCESS == 0.5
 
@@ -1300,10 +1301,10 @@ def test_the_readmes_example_of_a_model_that_each_pod_fetches_is_that_of_kserve(
     rate = one.max_rows / 2 / (USUAL_STEPS * budget_of(one).step)
     assert (
         f"({FETCHING} s), as 21 GB take 170 s at 1 Gbit/s. One replica serves {one.max_rows // 2} "
-        f"in {USUAL_STEPS} s; "
-        f"{threshold:g} s of work are {rate * threshold:g} requests, and half as many come in "
-        f"{FETCHING} s again: "
-        f"{rate * EXCESS * FETCHING:g}. Together {bridged(work, threshold):g}, and the queue takes "
+        f"requests in {USUAL_STEPS} s, so {threshold:g} s of work are {rate * threshold:g} "
+        f"requests. In the next {FETCHING} s, {rate * (1 + EXCESS) * FETCHING:g} requests arrive "
+        f"and {rate * FETCHING:g} are served, so {rate * EXCESS * FETCHING:g} more are waiting. "
+        f"Together these are {bridged(work, threshold):g} requests; the queue holds "
         f"{one.max_queue}"
     ) in text
     assert one.max_images == 1
@@ -1591,7 +1592,9 @@ def test_the_storage_initializer_is_kserves_own_but_for_what_is_said() -> None:
     # others may get it, too
     assert container["resources"]["requests"] == INITIALIZER_REQUEST
     (said,) = re.findall(
-        r"It is not for ours alone.*?KServe's own\.", (K8S / "README.md").read_text(), re.DOTALL
+        r"It may affect other InferenceServices.*?KServe's own\.",
+        (K8S / "README.md").read_text(),
+        re.DOTALL,
     )
     downloaded = {one["prefix"] for one in storage["spec"]["supportedUriFormats"]} - {
         "pvc://",

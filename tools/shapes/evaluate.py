@@ -211,18 +211,18 @@ def main() -> None:
     seconds = (time.perf_counter() - began) / 5
     text = "\n".join(
         [
-            f"{len(prompts)} random prompts, {STEPS} steps, percent right:",
+            f"{len(prompts)} random prompts, {STEPS} steps; percentage of images that are correct:",
             "",
             *rows,
             "",
             (
-                f"Prompts with parts missing ({len(partial)}): what they do say is right in "
-                f"{tolerated:.1f} %."
+                f"Prompts that leave out parts ({len(partial)}): {tolerated:.1f} % of the images "
+                "are correct in all parts that the prompt has."
             ),
             "",
-            'Negative prompt: "a large circle" has a background of a given colour in '
-            f"{without:.1f} % of the images, with that background as the negative prompt in "
-            f"{with_negative:.1f} %.",
+            f'Negative prompt: {without:.1f} % of the images of "a large circle" have a background '
+            "of a given colour. If the negative prompt names that background, "
+            f"{with_negative:.1f} % do.",
             "",
             (
                 f"One image, {STEPS} steps with guidance: {seconds:.2f} s on "

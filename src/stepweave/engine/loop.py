@@ -92,10 +92,10 @@ class StepLoop(EngineThread):
         self._admit()  # waiting -> running
         self._expire()  # cancelled and late jobs leave
         self._retry_for_memory()  # jobs that wait for memory, once no others are left
-        batch = self._schedule()  # calls of one key, as many as pay and fit
+        batch = self._schedule()  # calls of one key, up to the knee and the memory limit
         if batch is not None:
             for call, answer in self._runner.run(batch):  # merged, alone, or both ways as a proof
-                self._resume(call.owner, answer)  # until its next call, or its end
+                self._resume(call.owner, answer)  # until its next call or its end
             self._recovery.after_step(batch.calls[0])  # jobs with doubtful results restart
 
     def _admit(self) -> None:
