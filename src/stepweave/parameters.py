@@ -74,6 +74,9 @@ class ImageRequest(BaseModel):
 
 # fields of a request that are copied to `Parameters` unchanged
 PASSED = ("prompt", "negative_prompt", "reproducible", "request_tag")
+# fields that the pipeline's call takes by the same name, if it has such an argument; else the
+# request is refused
+OPTIONAL_ARGUMENTS = ("negative_prompt", "guidance_scale")
 
 
 @dataclass(frozen=True)

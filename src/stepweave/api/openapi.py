@@ -53,6 +53,7 @@ from stepweave.errors import (
     UnsupportedEncodingError,
     UnsupportedMediaTypeError,
 )
+from stepweave.parameters import OPTIONAL_ARGUMENTS
 from stepweave.serving.resources import Error
 from stepweave.serving.server import Server
 from stepweave.threads import on_thread
@@ -218,7 +219,7 @@ def _limit(schemas: dict[str, Any], server: Server) -> None:
         limits["guidance_scale"] = {"minimum": low, "maximum": high}
         limits["model"] = limits["model_name"] = name_of_model(model.names)
         limits["scheduler"] = {"enum": sorted(model.schedulers)}
-        absent = {"negative_prompt", "guidance_scale"} - set(model.arguments)
+        absent = set(OPTIONAL_ARGUMENTS) - set(model.arguments)
         absent |= set() if model.schedulers else {"scheduler"}
         limits["size"] = {"examples": [f"{model.width}x{model.height}"]}
         sizes += f" {model.limits.sizes}"

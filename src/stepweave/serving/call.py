@@ -15,7 +15,7 @@ from stepweave.config.preset import Preset
 from stepweave.errors import InvalidRequestError, LoadError, shown
 from stepweave.loading.sizes import SizeLimits
 from stepweave.loading.trials import Size
-from stepweave.parameters import Parameters, Sources
+from stepweave.parameters import OPTIONAL_ARGUMENTS, Parameters, Sources
 from stepweave.planning.workload import arguments_of, takes
 
 DEFAULT_STRENGTH = 0.8  # of pipelines without a default of their own
@@ -138,10 +138,9 @@ def call_arguments(
         torch.Generator("cpu").manual_seed(parameters.seed + i) for i in range(parameters.n)
     ]
     optional = {
-        "negative_prompt": parameters.negative_prompt,
+        **{name: getattr(parameters, name) for name in OPTIONAL_ARGUMENTS},
         "width": parameters.width,
         "height": parameters.height,
-        "guidance_scale": parameters.guidance_scale,
         "num_images_per_prompt": parameters.n,
         "strength": parameters.strength,
         **_images(parameters),

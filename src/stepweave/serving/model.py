@@ -23,7 +23,14 @@ from stepweave.loading.sizes import (
     size_multiple,
 )
 from stepweave.loading.trials import Limits
-from stepweave.parameters import MAX_SEED, PASSED, ImageRequest, Parameters, Sources
+from stepweave.parameters import (
+    MAX_SEED,
+    OPTIONAL_ARGUMENTS,
+    PASSED,
+    ImageRequest,
+    Parameters,
+    Sources,
+)
 from stepweave.planning.workload import arguments_of, takes
 from stepweave.serving.call import (
     call_arguments,
@@ -189,7 +196,7 @@ class ServedModel:
                 f"num_inference_steps is {steps}; the limit is {self.settings.max_steps}.",
                 param="num_inference_steps",
             )
-        for name in ("negative_prompt", "guidance_scale"):
+        for name in OPTIONAL_ARGUMENTS:
             value = getattr(request, name)
             if value is not None and name not in arguments:
                 kind = type(pipeline).__name__
