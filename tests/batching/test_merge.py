@@ -28,7 +28,7 @@ from stepweave.batching.leaves import NESTED
 from stepweave.batching.merge import merge, split
 from stepweave.certification.certificates import Certificates
 from stepweave.compat import torch_state as ambient
-from stepweave.compat.nested import cloned, tensors
+from stepweave.compat.nested import cloned, flat, tensors
 from tests.support.describing import Describing, Tensor, rows
 from tests.support.toy import STEPS, WIDTH, call, honest, serve
 
@@ -711,3 +711,14 @@ def test_an_engine_keeps_no_digests_of_jobs_that_are_done(monkeypatch: pytest.Mo
     digests = computed_by([apart(seed, STEPS) for seed in range(4)], monkeypatch)
     gc.collect()
     assert len(digests._known) == 0
+
+
+def test_collections_are_read_however_deep_and_once_if_they_contain_themselves() -> None:
+    """What is not read is not checked: numbers that are not finite, callbacks."""
+    deep: Any = "deep"
+    for _ in range(5000):
+        deep = [deep]
+    loop: list[Any] = [1, ({"a": 2, 3: [3]},), deep]
+    loop.append(loop)
+    assert list(flat(loop)) == [1, 2, 3, "deep"]
+    assert list(flat(7)) == [7]

@@ -96,10 +96,14 @@ def tensors(value: Any) -> list[torch.Tensor]:
     return [one for one in leaves(value) if isinstance(one, torch.Tensor)]
 
 
-def flat(value: Any, _depth: int = 0) -> Iterator[Any]:
-    """What collections within each other hold in the end."""
-    if not isinstance(value, COLLECTIONS):
-        yield value
-    elif _depth <= DEEPEST:
-        for item in contents(value):
-            yield from flat(item, _depth + 1)
+def flat(value: Any) -> Iterator[Any]:
+    """Yield all that is in collections within each other, in order and however deep, but not the
+    collections; each collection is read once, since it may contain itself."""
+    pending, seen = [value], set()
+    while pending:
+        item = pending.pop()
+        if not isinstance(item, COLLECTIONS):
+            yield item
+        elif id(item) not in seen:
+            seen.add(id(item))
+            pending += reversed(list(contents(item)))
