@@ -41,7 +41,7 @@ from stepweave.api.operations import (
 )
 from stepweave.api.responses import CODE, is_of_examples, is_of_protocol
 from stepweave.api.routes.diffusers_example import DiffusersExampleRequest
-from stepweave.api.schemas import BentoMLEditRequest, EditRequest
+from stepweave.api.schemas import PROMPTS, BentoMLEditRequest, EditRequest
 from stepweave.api.urls import prefix
 from stepweave.errors import (
     AdmissionError,
@@ -213,7 +213,7 @@ def _limit(schemas: dict[str, Any], server: Server) -> None:
     if model is not None:
         for name in ("n", "num_images_per_prompt"):
             limits[name]["maximum"] = model.limits.images
-        for name in ("prompt", "negative_prompt"):
+        for name in PROMPTS:
             limits[name]["maxLength"] = model.limits.prompt_characters
         low, high = model.limits.guidance
         limits["guidance_scale"] = {"minimum": low, "maximum": high}

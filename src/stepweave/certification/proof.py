@@ -254,7 +254,8 @@ class Prover:
             sample = a.leaves[i][0]
             if isinstance(sample, torch.Tensor) and sample.is_floating_point():
                 louder = self._point(scaled(a, i, LOUDER), (i,))
-                proof.points += [] if louder is None else [louder]
+                if louder is not None:
+                    proof.points.append(louder)
         for every in units(a):
             unit = tuple(i for i in every if i not in few and i not in proof.samples)
             if not proof.proven.issuperset(unit) and any(

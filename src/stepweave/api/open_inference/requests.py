@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from stepweave.api.open_inference.tensors import FLOATS, INTEGERS, TEXTS, InferenceRequest, wrong
 from stepweave.api.schemas import explain, some_of
 from stepweave.errors import InvalidRequestError, StepweaveError, shown
-from stepweave.parameters import ImageRequest, PriorityName
+from stepweave.parameters import OPTIONAL_ARGUMENTS, ImageRequest, PriorityName
 
 INPUTS = {
     "prompt": TEXTS,
@@ -31,11 +31,10 @@ MICROSECONDS = 1000  # in a millisecond
 def accepted_inputs(arguments: Collection[str]) -> dict[str, Sequence[str]]:
     """The inputs of a pipeline whose call has these arguments, each with its datatypes, the usual
     one first."""
-    optional = ("negative_prompt", "guidance_scale")
     return {
         name: datatypes
         for name, datatypes in INPUTS.items()
-        if name not in optional or name in arguments
+        if name not in OPTIONAL_ARGUMENTS or name in arguments
     }
 
 
