@@ -41,6 +41,9 @@ class ImageRequest(BaseModel):
     guidance_scale: float | None = Field(
         None, ge=0, le=100, description="Classifier-free guidance; 1 turns it off."
     )
+    guidance_rescale: float | None = Field(
+        None, ge=0, le=1, description="Rescales guidance against overexposure; 0 is off."
+    )
     scheduler: str | None = Field(
         None, description="Class name of a scheduler that `GET /v1/models` lists."
     )
@@ -73,10 +76,10 @@ class ImageRequest(BaseModel):
 
 
 # fields of a request that are copied to `Parameters` unchanged
-PASSED = ("prompt", "negative_prompt", "reproducible", "request_tag")
+PASSED = ("prompt", "negative_prompt", "guidance_rescale", "reproducible", "request_tag")
 # fields that the pipeline's call takes by the same name, if it has such an argument; else the
 # request is refused
-OPTIONAL_ARGUMENTS = ("negative_prompt", "guidance_scale")
+OPTIONAL_ARGUMENTS = ("negative_prompt", "guidance_scale", "guidance_rescale")
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ class Parameters:
     seed: int
     num_inference_steps: int
     guidance_scale: float | None  # None if the pipeline has no such argument
+    guidance_rescale: float | None = None  # 0 to 1; None leaves it to the pipeline
     reproducible: bool = False
     scheduler: str | None = None  # class name, if not the pipeline's own
     strength: float | None = None  # of an edit, 0 to 1, which is pure noise
@@ -116,7 +120,7 @@ class Parameters:
         values["num_inference_steps"] = self.num_inference_steps
         if self.guidance_scale is not None:
             values["guidance_scale"] = self.guidance_scale
-        for name in ("scheduler", "strength", "request_tag"):
+        for name in ("guidance_rescale", "scheduler", "strength", "request_tag"):
             if (value := getattr(self, name)) is not None:
                 values[name] = value
         if self.reproducible:
@@ -133,6 +137,7 @@ class ResolvedParameters(Resource):
     seed: int = Field(ge=0)
     num_inference_steps: int = Field(ge=1)
     guidance_scale: float | None = absent(description="If the pipeline has one.")
+    guidance_rescale: float | None = absent(ge=0, le=1, description="As it was sent.")
     scheduler: str | None = absent()
     strength: float | None = absent(description="Of edits.")
     reproducible: bool | None = absent()

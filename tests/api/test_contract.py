@@ -102,6 +102,41 @@ def test_a_tag_is_repeated_by_every_surface_and_in_the_file(in_process: Make) ->
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "request_tag")
 
 
+def test_guidance_is_rescaled_where_the_pipeline_can(in_process: Make) -> None:
+    app = in_process(FAMILIES["stable_diffusion"].build(), warmup=False, batching="step")
+    asked: dict[str, Any] = {"seed": 7, "num_inference_steps": 2}
+
+    def generated(**fields: Any) -> tuple[bytes, Any, Any]:
+        """Pixels; the value in the answer, and in the file."""
+        answer = app.post(**asked, **fields).json()
+        file = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
+        in_file = json.loads(file.info["stepweave"]).get("guidance_rescale")
+        return file.tobytes(), answer["parameters"].get("guidance_rescale"), in_file
+
+    plain, *told = generated()
+    assert told == [None, None]
+    assert generated(guidance_rescale=0) == (plain, 0.0, 0.0)
+    rescaled, *told = generated(guidance_rescale=0.7)
+    assert told == [0.7, 0.7] and rescaled != plain
+    for wrong in (-0.1, 1.1, "0.7", True):
+        refused = app.post(**asked, guidance_rescale=wrong)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "guidance_rescale")
+
+    lacking = in_process()
+    refused = lacking.post(guidance_rescale=0.7)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"] == (
+        "guidance_rescale is 0.7, but FakePipeline has no guidance_rescale."
+    )
+    described = [
+        one.client.get("/openapi.json").json()["components"]["schemas"]["GenerationRequest"]
+        for one in (app, lacking)
+    ]
+    has, has_not = (schema["properties"]["guidance_rescale"] for schema in described)
+    assert has["anyOf"][0] == {"type": "number", "minimum": 0, "maximum": 1}
+    assert has_not["type"] == "null"
+
+
 def test_image_i_of_n_is_the_image_of_seed_plus_i(in_process: Make) -> None:
     app = in_process()
 
