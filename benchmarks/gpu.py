@@ -1,14 +1,14 @@
-"""Stable Diffusion 1.5 and XL at 512x512 on a GPU, by mode: `python -m benchmarks.gpu`; minutes.
+"""Qwen-Image and Stable Diffusion at 512x512 on a GPU: `python -m benchmarks.gpu`; minutes.
 
 The models have random weights in bfloat16, so nothing is downloaded. Without a GPU it runs tiny
-models, as a smoke test. Writes docs/benchmarks/<device>.json, or build/gpu.json without a GPU.
+models, as a smoke test. Each case writes docs/benchmarks/<device>-<case>.json, or a file in build/
+without a GPU, as soon as it has a result. A case takes three to five minutes on an H100.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import gc
 import re
 import statistics
@@ -22,14 +22,20 @@ import numpy as np
 import torch
 import transformers
 
+from benchmarks import stable_diffusion
 from benchmarks.calls import FRESH, Call, prompt, run, twin
 from benchmarks.measure import Part, Report, Row, Spread, Timing, alternate, clock, ratio
+from benchmarks.qwen_image import LAYERS, layers_for, qwen_image
 from stepweave import StepEngine
 from stepweave.engine import Mode
+from tests.support.tiny import FAMILIES, SIDE
 
-MODES: tuple[Mode, ...] = ("off", "threads", "request", "step")
+CASES = ("qwen_image", "stable_diffusion_xl", "stable_diffusion")
+
+MODES: tuple[Mode, ...] = ("off", "request", "step")
 JOBS = 8
-THREADS = 4  # of mode `threads`
+CLIENTS = (1, 2, 4, 8)
+WARM_UPS = 4  # at most
 ROWS = (1, 2, 4, 8, 16)
 GIBIBYTE = 2**30
 
@@ -37,11 +43,19 @@ GIBIBYTE = 2**30
 class Subject:
     """A model and how to call it; each call's number gives a different prompt and seed."""
 
-    def __init__(self, name: str, build: Callable[[], Any], steps: int, side: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        build: Callable[[], Any],
+        steps: int,
+        side: int,
+        guidance: Call | None = None,
+    ) -> None:
         self.name = name
         self.build = build
         self.steps = steps
-        self.side = side
+        self.side = side  # pixels
+        self._guidance = guidance or {"guidance_scale": 5.0}
 
     def calls(self, first: int, count: int = JOBS, steps: int | None = None) -> list[Call]:
         return [
@@ -49,59 +63,79 @@ class Subject:
                 "prompt": prompt(number),
                 "generator": torch.Generator().manual_seed(number),
                 "num_inference_steps": steps or self.steps,
-                "guidance_scale": 5.0,
                 "height": self.side,
                 "width": self.side,
+                **self._guidance,
             }
             for number in range(first, first + count)
         ]
 
 
-def subjects(device: torch.device) -> list[Subject]:
+def subjects(device: torch.device) -> dict[str, Subject]:
+    """The cases, by name."""
+    full = device.type == "cuda"
+    steps, side = (20, 512) if full else (6, SIDE)
+    clients = {"negative_prompt": " ", "true_cfg_scale": 4.0}
+    return {
+        "qwen_image": Subject(*_qwen_image(device), steps, side, clients),
+        "stable_diffusion_xl": Subject(
+            *_stable_diffusion(device, "Stable Diffusion XL", "stable_diffusion_xl"), steps, side
+        ),
+        "stable_diffusion": Subject(
+            *_stable_diffusion(device, "Stable Diffusion 1.5", "stable_diffusion"), steps, side
+        ),
+    }
+
+
+def _qwen_image(device: torch.device) -> tuple[str, Callable[[], Any]]:
+    if device.type != "cuda":
+        return "tiny Qwen-Image", lambda: FAMILIES["qwen_image"].build().to(torch.bfloat16)
+    layers = layers_for(torch.cuda.mem_get_info(device)[0])
+    name = "Qwen-Image" if layers == LAYERS else f"Qwen-Image with {layers} of {LAYERS} layers"
+    return name, lambda: qwen_image(device, torch.bfloat16, layers)
+
+
+def _stable_diffusion(
+    device: torch.device, name: str, family: str
+) -> tuple[str, Callable[[], Any]]:
     if device.type == "cuda":
-        from benchmarks import stable_diffusion as full
+        full = {
+            "stable_diffusion": stable_diffusion.stable_diffusion_1_5,
+            "stable_diffusion_xl": stable_diffusion.stable_diffusion_xl,
+        }[family]
+        return name, lambda: full(device, torch.bfloat16)
 
-        return [
-            Subject(
-                "Stable Diffusion 1.5",
-                lambda: full.stable_diffusion_1_5(device, torch.bfloat16),
-                20,
-                512,
-            ),
-            Subject(
-                "Stable Diffusion XL",
-                lambda: full.stable_diffusion_xl(device, torch.bfloat16),
-                20,
-                512,
-            ),
-        ]
-    from tests.support.tiny import FAMILIES, SIDE
-
-    def tiny(name: str) -> Any:
-        pipeline = FAMILIES[name].build().to(torch.bfloat16)
+    def tiny() -> Any:
+        pipeline = FAMILIES[family].build().to(torch.bfloat16)
         pipeline.vae.register_to_config(force_upcast=False)  # as in the full size
         return pipeline
 
-    names = ("stable_diffusion", "stable_diffusion_xl")
-    return [Subject(f"tiny {name}", functools.partial(tiny, name), 6, SIDE) for name in names]
+    return f"tiny {name}", tiny
 
 
 class Contestant:
-    """An engine of one mode that runs the subject's jobs, all submitted at once."""
+    """An engine of one mode that runs so many of the subject's jobs, all submitted at once."""
 
-    def __init__(self, subject: Subject, engine: StepEngine) -> None:
+    def __init__(self, subject: Subject, engine: StepEngine, jobs: int = JOBS) -> None:
         self._subject = subject
+        self._jobs = jobs
         self.engine = engine
         self.latencies: list[float] = []
         self.peak = 0  # bytes
 
     def warm_up(self) -> None:
-        """Run jobs, so that calls are certified and the device's first calls are done."""
-        for again in range(2):
-            run(self.engine, self._subject.calls(JOBS * again, steps=4))
+        """Run jobs until they need no proof any more, so that the device's first calls are done,
+        too."""
+        proved: Any = None
+        for again in range(WARM_UPS):
+            run(self.engine, self._subject.calls(JOBS * again, self._jobs))
+            states = [kind["state"] for kind in self.engine.stats().certificates]
+            if states == proved or not states:
+                break
+            proved = states
 
     def __call__(self, number: int) -> Timing:
-        calls = self._subject.calls(FRESH + JOBS * number)
+        calls = self._subject.calls(FRESH + JOBS * number, self._jobs)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -119,7 +153,7 @@ def modes(subject: Subject, pipeline: Any, rounds: int) -> Part:
         for mode in MODES:
             copy = twin(pipeline) if mode == "step" else pipeline
             contestants[mode] = Contestant(
-                subject, stack.enter_context(StepEngine(copy, mode=mode, threads=THREADS))
+                subject, stack.enter_context(StepEngine(copy, mode=mode))
             )
         for contestant in contestants.values():
             contestant.warm_up()
@@ -148,13 +182,47 @@ def modes(subject: Subject, pipeline: Any, rounds: int) -> Part:
     ]
     ratios = [
         ratio(f"throughput: step / {mode}", timings[mode], timings["step"])
-        for mode in ("off", "threads", "request")
+        for mode in ("off", "request")
     ]
     return Part(
         f"{JOBS} jobs of {subject.steps} steps with guidance, {subject.side}x{subject.side}, that "
-        f"differ in prompt and seed, submitted at once; `threads` has {THREADS}, `step` its "
-        f"encoder cache. Uncertified: {_uncertified(step.certificates)}.",
+        f"differ in prompt and seed, submitted at once; `step` has its encoder cache. Uncertified: "
+        f"{_uncertified(step.certificates)}.",
         (figures, ratios, forwards),
+    )
+
+
+def clients(subject: Subject, pipeline: Any, rounds: int) -> Part:
+    """As vLLM-Omni's servers are measured: so many clients, each of which has an image made."""
+    with contextlib.ExitStack() as stack:
+        alone = Contestant(subject, stack.enter_context(StepEngine(pipeline, mode="off")), 1)
+        engine = stack.enter_context(StepEngine(twin(pipeline), mode="step"))
+        alone.warm_up()
+        Contestant(subject, engine).warm_up()
+        contestants = {str(count): Contestant(subject, engine, count) for count in CLIENTS}
+        timings = alternate({"off": alone, **contestants}, rounds)
+        certificates = engine.stats().certificates
+    figures: list[Row] = [
+        {
+            "clients": count,
+            "images a second": Spread.of([count / timing.wall for timing in timings[str(count)]]),
+            "peak GiB": contestants[str(count)].peak / GIBIBYTE or None,
+        }
+        for count in CLIENTS
+    ]
+    ratios = [
+        ratio(
+            f"throughput: step, {count} clients / off",
+            [Timing(count * one.wall, count * one.cpu) for one in timings["off"]],
+            timings[str(count)],
+        )
+        for count in CLIENTS
+    ]
+    return Part(
+        f"Jobs of {subject.steps} steps with guidance, {subject.side}x{subject.side}, that differ "
+        f"in prompt and seed, one of each client, submitted at once to `step`; `off` runs one at a "
+        f"time, however many there are. Uncertified: {_uncertified(certificates)}.",
+        (figures, ratios),
     )
 
 
@@ -169,13 +237,14 @@ def _uncertified(certificates: list[dict[str, Any]]) -> str:
 
 def step_time(subject: Subject, pipeline: Any, repeats: int) -> Part:
     """The denoiser's forward alone, by rows; beyond the knee, more rows gain nothing."""
-    args, kwargs = _denoiser_call(subject, pipeline)
+    denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
+    args, kwargs = _denoiser_call(subject, pipeline, denoiser)
     rows: list[Row] = []
     one_row = 0.0
     for count in ROWS:
         many, named = _tiled(args, count), _tiled(kwargs, count)
         try:
-            taken = [_forward_ms(pipeline.unet, many, named) for _ in range(repeats + 2)][2:]
+            taken = [_forward_ms(denoiser, many, named) for _ in range(repeats + 2)][2:]
         except torch.OutOfMemoryError:
             break
         median = statistics.median(taken)
@@ -205,10 +274,10 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def _denoiser_call(subject: Subject, pipeline: Any) -> tuple[Any, Any]:
-    """The arguments of the denoiser in a call of one step, of two rows."""
+def _denoiser_call(subject: Subject, pipeline: Any, denoiser: Any) -> tuple[Any, Any]:
+    """The arguments of the denoiser in a call of one step, of one or two rows."""
     seen: list[tuple[Any, Any]] = []
-    handle = pipeline.unet.register_forward_pre_hook(
+    handle = denoiser.register_forward_pre_hook(
         lambda _, *call: seen.append(call), with_kwargs=True
     )
     try:
@@ -219,15 +288,17 @@ def _denoiser_call(subject: Subject, pipeline: Any) -> tuple[Any, Any]:
 
 
 def _tiled(value: Any, rows: int) -> Any:
-    """The first row of everything that has two, `rows` times."""
+    """The first row of everything that has one or two, `rows` times."""
     if isinstance(value, torch.Tensor):
         return (
             value[:1].repeat(rows, *[1] * (value.ndim - 1))
-            if value.ndim and len(value) == 2
+            if value.ndim and len(value) <= 2
             else value
         )
     if isinstance(value, dict):
         return {name: _tiled(item, rows) for name, item in value.items()}
+    if isinstance(value, list):  # Qwen-Image's, of shapes
+        return value[:1] * rows
     return tuple(_tiled(item, rows) for item in value) if isinstance(value, tuple) else value
 
 
@@ -239,28 +310,43 @@ def main() -> None:
         "--rounds", type=int, default=5, help="rounds of each measurement (default: %(default)s)"
     )
     parser.add_argument(
-        "--json",
+        "--cases",
+        default=",".join(CASES),
+        help="separated by commas, the most important first (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--into",
         type=Path,
-        help="report file (default: docs/benchmarks/<device>.json on a GPU, else build/gpu.json)",
+        help="folder of the reports, one a case (default: docs/benchmarks on a GPU, else build)",
     )
     arguments = parser.parse_args()
-    if arguments.rounds < 1:
-        parser.error(f"--rounds is {arguments.rounds}; it must be at least 1")
+    rounds = arguments.rounds
+    if rounds < 1:
+        parser.error(f"--rounds is {rounds}; it must be at least 1")
+    cases = arguments.cases.split(",")
+    if unknown := [case for case in cases if case not in CASES]:
+        parser.error(f"--cases has {unknown[0]!r}; the cases are {', '.join(CASES)}")
     transformers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.set_verbosity_error()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    path = arguments.json or Path("build/gpu.json")
-    if arguments.json is None and device.type == "cuda":
+    name, folder = "cpu", arguments.into or Path("build")
+    if device.type == "cuda":
         name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower())
-        path = Path(f"docs/benchmarks/{name}.json")
-    report = Report(path, device, rounds=arguments.rounds)
-    for subject in subjects(device):
+        folder = arguments.into or Path("docs/benchmarks")
+    for case in cases:
+        report = Report(folder / f"{name}-{case.replace('_', '-')}.json", device, rounds=rounds)
+        subject = subjects(device)[case]
         pipeline = subject.build()
-        report.add(f"{subject.name}, by mode", modes(subject, pipeline, arguments.rounds))
-        report.add(f"{subject.name}, by rows", step_time(subject, pipeline, 4 * arguments.rounds))
+        if case == "qwen_image":
+            report.add(f"{subject.name}, by clients", clients(subject, pipeline, rounds))
+        else:
+            report.add(f"{subject.name}, by mode", modes(subject, pipeline, rounds))
+        report.add(f"{subject.name}, by rows", step_time(subject, pipeline, 4 * rounds))
+        report.close()
         del pipeline
         gc.collect()
-    report.close()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

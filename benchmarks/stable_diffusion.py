@@ -75,11 +75,11 @@ CLIP_BIG_G: dict[str, Any] = {
 
 
 def stable_diffusion_1_5(device: torch.device, dtype: torch.dtype) -> Any:
-    with _made_on(device, dtype):
+    with made_on(device, dtype):
         unet = diffusers.UNet2DConditionModel(**UNET_1_5)
         vae = diffusers.AutoencoderKL(**AUTOENCODER, sample_size=512, scaling_factor=0.18215)
         text_encoder = _clip(transformers.CLIPTextModel, CLIP_L)
-    return _ready(
+    return ready(
         diffusers.StableDiffusionPipeline(
             unet=unet,
             vae=vae,
@@ -96,12 +96,12 @@ def stable_diffusion_1_5(device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def stable_diffusion_xl(device: torch.device, dtype: torch.dtype) -> Any:
-    with _made_on(device, dtype):
+    with made_on(device, dtype):
         unet = diffusers.UNet2DConditionModel(**UNET_XL)
         vae = diffusers.AutoencoderKL(**AUTOENCODER, sample_size=1024, scaling_factor=0.13025)
         text_encoder = _clip(transformers.CLIPTextModel, CLIP_L)
         text_encoder_2 = _clip(transformers.CLIPTextModelWithProjection, CLIP_BIG_G)
-    return _ready(
+    return ready(
         diffusers.StableDiffusionXLPipeline(
             unet=unet,
             vae=vae,
@@ -118,7 +118,7 @@ def stable_diffusion_xl(device: torch.device, dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def _made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+def made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Draw weights on the device and in the data type that they are used with, which is fast and
     makes no float32 copy; they are the same every time."""
     before = torch.get_default_dtype()
@@ -149,7 +149,7 @@ def _tokenizer() -> Any:
     return tokenizer
 
 
-def _ready(pipeline: Any) -> Any:
+def ready(pipeline: Any) -> Any:
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval()

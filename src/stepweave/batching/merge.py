@@ -64,6 +64,16 @@ def _padded(
     return merged, merged_mask
 
 
+def masked(call: Call) -> Call:
+    """The call with masks for all that merging may pad, as if it were padded by nothing."""
+    masks = {}
+    for name, node in call.group.layout:
+        if node[0] is PADDED and call.arguments.get(mask := call.target.masks[name]) is None:
+            value = call.arguments[name]
+            masks[mask] = value.new_ones(value.shape[:2], dtype=torch.bool)
+    return dataclasses.replace(call, arguments={**call.arguments, **masks}) if masks else call
+
+
 def part(call: Call, start: int, stop: int, *, repeat: bool = True) -> dict[str, Any]:
     """The arguments of a call that stands for some of the rows of `call`. For `repeat` see
     merge."""

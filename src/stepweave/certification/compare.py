@@ -297,10 +297,15 @@ def _compare_with_noise(
         share = torch.zeros_like(largest) if half else spread.amax(-1)
         if alike:
             share = torch.minimum(share, STRICT * eps * torch.maximum(share / SHARE, largest))
-        too_loud = size.amax(-1) > torch.maximum(loudest * largest, torch.maximum(share, floor))
+        audible = torch.maximum(loudest * largest, torch.maximum(share, floor))
+        if half and loud <= loudest:
+            # layers add channels up, so quiet ones have the noise of the others
+            audible = audible.clamp(min=4 * NOISY * float(off_by.median()))
+        too_loud = size.amax(-1) > audible
         noise = torch.maximum(off_by, loud * mean)
         peak = torch.maximum(size.amax(-1), 4 * noise)
-        small = eps * mean / 4 if half else floor
+        # calls of other lengths add up in another order, which changes last bits
+        small = eps * mean / (4 if alike else 1) if half else floor
         for moved in (others, place):
             off = _rms(moved) > torch.maximum(NOISY * noise + small, share)
             high = moved.amax(-1) > torch.maximum(4 * NOISY * peak + 4 * small, share)

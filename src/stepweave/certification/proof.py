@@ -14,6 +14,7 @@ import torch
 
 from stepweave.batching.call import Attempt, Call, Target
 from stepweave.batching.forward import run_arguments, run_merged
+from stepweave.batching.merge import masked
 from stepweave.certification.compare import Differ, NotFinite, Pair, compare, effect, equal
 from stepweave.certification.evidence import (
     EVIDENT,
@@ -198,13 +199,20 @@ class Prover:
 
     def copies(self, proof: Proof, call: Call, rows: int = 0) -> list[Any] | None:
         """A call's results in a batch of copies of itself, of this many rows, or as many as the
-        proof's; None if that raises."""
+        proof's; None if that raises.
+
+        Where the proof's calls are padded, the copies have masks, too, since libraries compute
+        attention with a mask in another order.
+        """
         rows = rows or sum(item.rows for item in proof.calls)
         key = id(call), rows
         if key not in proof.copies:
             count = max(2, min(-(-rows // call.rows), self._most_rows // call.rows))
+            copied = proof.originals.get(id(call), call)
+            if any(item.ragged != call.ragged for item in proof.calls):
+                copied = masked(copied)
             try:
-                proof.copies[key] = self.together([proof.originals.get(id(call), call)] * count)
+                proof.copies[key] = self.together([copied] * count)
             except Exception:
                 proof.copies[key] = None
         return proof.copies[key]
