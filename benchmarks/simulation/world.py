@@ -11,6 +11,7 @@ from typing import Protocol
 from benchmarks.simulation.arrivals import Arrival
 from benchmarks.simulation.curves import Curves, knees
 from stepweave.planning.cost import CostModel
+from stepweave.planning.row_caps import with_rest
 from stepweave.scheduling.policy import Cap, Policy
 from stepweave.scheduling.queues import CallQueues
 from stepweave.scheduling.task import Key, Load, Task
@@ -97,7 +98,8 @@ class World:
         self._curves = curves
         self._cost = cost or curves.model()
         self._policy = policy
-        self._cap = cap or at_knee(curves, self._cost)
+        self._knee = knees(curves, self._cost)
+        self._cap = cap or self._paying
         self._door = door
         self._attempts = attempts
         self._calls: dict[Task, Iterator[Load]] = {}  # of accepted tasks
@@ -137,6 +139,12 @@ class World:
         if not self._queues:
             return []
         return self._policy.choose(self._queues, now, self._cap, self._cost)
+
+    def _paying(self, request: Request) -> int:
+        """The rows that pay, as the engine's planner counts them."""
+        most = self._curves.most_rows(request.cost)
+        waiting = sum(one.rows for one in self._queues[request.key])
+        return with_rest(self._knee(request.cost), most, waiting)
 
     def _admit(self, until: float) -> None:
         while self._due and self._due[0][0] <= until:
@@ -201,12 +209,6 @@ def _calls(task: Task) -> Iterator[Load]:
     for load in demand.after:
         for _ in range(round(load.calls)):
             yield load
-
-
-def at_knee(curves: Curves, cost: CostModel) -> Cap:
-    """A cap at each key's knee."""
-    knee = knees(curves, cost)
-    return lambda request: knee(request.cost)
 
 
 def fixed(rows: int) -> Callable[[Request], int]:

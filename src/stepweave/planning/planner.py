@@ -117,7 +117,7 @@ class Planner:
         self._moved = now = time.monotonic()
         with contained("choose calls"):
             self.work.refresh(self.forecaster.jobs())
-            calls = self._policy.choose(queues, now, self.caps.choosing(limit), self.cost)
+            calls = self._policy.choose(queues, now, self.caps.choosing(limit, queues), self.cost)
             rows = sum(call.rows for call in calls)
             others = len(calls) < len(queues[calls[0].key])
             self.caps.chosen(cut=others and rows < limit(calls[0]))

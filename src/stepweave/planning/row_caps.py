@@ -6,10 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 from stepweave.planning.cost import KEYS, CostModel
+from stepweave.scheduling.queues import Queues
 from stepweave.scheduling.task import Demand, Key
 
 # one batch in this many that the knee has cut off may be twice as large, to test the knee
 EXPLORE_EVERY = 64
+
+
+def with_rest(knee: int, most: int, waiting: int) -> int:
+    """How many of the waiting rows a forward may have: all, if it would leave less than half as
+    many as it takes. So few would wait, or run in a forward that does not pay."""
+    return waiting if knee < waiting <= min(most, knee * 3 // 2) else knee
 
 
 class RowCaps:
@@ -31,8 +38,9 @@ class RowCaps:
         self._allowed: dict[Key, int] = {}  # limits of the last choice
         self._cut = 0  # batches cut off since the last test of the knee
 
-    def choosing(self, limit: Callable[[Any], int]) -> Callable[[Any], int]:
-        """The row limit of each call for one choice: `limit`, or the knee."""
+    def choosing(self, limit: Callable[[Any], int], queues: Queues[Any]) -> Callable[[Any], int]:
+        """The row limit of each call for one choice: `limit`, or the knee; or all rows that wait
+        for the call's key, if few would be left."""
         explores = self._cut >= EXPLORE_EVERY
         cuts = self._knee and not self.ignore_knee
         knees: dict[tuple[Key, int], int] = {}
@@ -47,7 +55,7 @@ class RowCaps:
                 knee = self._cost.knee(call.cost, most) if cuts else most
                 knees[call.cost, most] = knee = min(most, 2 * knee) if explores else knee
             self._last[call.cost] = self._allowed[call.cost] = knee
-            return knee
+            return with_rest(knee, most, sum(one.rows for one in queues[call.key]))
 
         return cap
 
