@@ -8,10 +8,21 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from tools.shapes.scenes import COLOURS, SHAPES, SIZES
 
 MAX_SEED = 2**31 - 1  # of a request
+
+
+class Kind(NamedTuple):
+    """Size and steps, which determine how long a request takes."""
+
+    size: str
+    steps: int
+
+    def __str__(self) -> str:
+        return f"{self.size}, {self.steps} steps"
 
 
 @dataclass(frozen=True)
