@@ -16,7 +16,7 @@ from benchmarks.locust import load
 from benchmarks.locust.arguments import parse
 from benchmarks.locust.page import page
 from benchmarks.locust.plot import draw
-from benchmarks.locust.report import LATE, Outcome, summarise, times_alone
+from benchmarks.locust.report import LATE, Outcome, drain_limit, summarise, times_alone
 from benchmarks.locust.schedule import Stage, alone, digest, schedule
 from benchmarks.locust.summary import sentence, sustained_rate
 from benchmarks.locust.table import ALONE, STAGES, alone_cells, line, stage_cells
@@ -68,7 +68,8 @@ def main() -> int:
         arguments.host,
         stages,
         max_in_flight=arguments.max_in_flight,
-        drain=arguments.drain,
+        # a shorter one would abort requests that may still be good
+        drain=max(arguments.drain, drain_limit(report["alone"])),
         finished=finished,
     )
     report["summary"] = sentence(report["stages"], report["alone"], arguments.target)

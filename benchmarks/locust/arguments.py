@@ -84,7 +84,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--drain",
         type=positive,
         default=60.0,
-        help="seconds to wait for the last answers of a stage",
+        help="seconds to wait for the last answers of a stage; at least as long as the target "
+        "allows the slowest kind",
     )
     add(
         "--out",

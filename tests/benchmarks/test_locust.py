@@ -674,7 +674,7 @@ def test_enough_samples_have_percentiles_and_all_outputs_agree(
     # a target that no answer misses, however slow this machine
     result = run(
         "--host", url, "--rates", "70,5", "--seconds", "2", "--sizes", "64x64", "--steps", "1",
-        "--alone", "1", "--target", "1e6", "--out", str(tmp_path),
+        "--alone", "1", "--target", "1e6", "--drain", "1e-9", "--out", str(tmp_path),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     report = check_agreement(tmp_path, result.stdout)
