@@ -76,7 +76,7 @@ dashboard: .venv/dev.stamp
 draw: .venv/dev.stamp
 	$(BIN)/python -m monitoring.draw $(DRAW)
 
-# Open-loop capacity test of a running server: make load LOAD="--rates 1,2,4 --seconds 20"
+# Open-loop capacity test of a running server: make load LOAD="--rates 0.5,1,2"
 load: .venv/dev.stamp
 	$(BIN)/python -m benchmarks.locust --host http://localhost:$(PORT) $(LOAD)
 

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
+from benchmarks.locust.report import BEYOND, PERCENTILES, samples_needed
+from benchmarks.locust.schedule import MIN_SECONDS, REQUESTS, duration
+
 MAX_ARRIVALS = 100_000  # expected number of a whole test
 
 T = TypeVar("T")
@@ -18,8 +21,15 @@ T = TypeVar("T")
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.locust",
-        description="Open-loop capacity test: requests are sent at each rate in turn, whatever the "
+        description="Open-loop capacity test: first each kind of request (size and steps) is sent "
+        "alone to the idle server, then requests are sent at each rate in turn, whatever the "
         "server answers.",
+        epilog="A percentile is given if at least "
+        f"{BEYOND} samples are expected beyond it: "
+        + ", ".join(f"p{p} from {samples_needed(p)}" for p in PERCENTILES)
+        + " samples. A rate is sustained if every request got an image, p95 of latency / time "
+        "alone is under the target, and the server kept up: the last answer came no longer after "
+        "the end of the stage than the target allows the slowest kind.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -31,7 +41,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=[0.5, 1.0, 2.0, 4.0],
         help="requests per second of each stage, comma-separated",
     )
-    add("--seconds", type=positive, default=30.0, help="duration of a stage")
+    add(
+        "--seconds",
+        type=positive,
+        # "%(default).0s" prints nothing: the formatter would add "(default: None)"
+        help=f"duration of a stage (default: long enough for {REQUESTS} requests at its rate, and "
+        f"at least {MIN_SECONDS})%(default).0s",
+    )
     add("--seed", type=_whole(0), default=1, help="seed of arrivals and mix")
     add(
         "--sizes",
@@ -48,8 +64,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--target",
         type=positive,
-        default=2.0,
-        help="latency in seconds that an answer must meet to count as goodput",
+        default=5.0,
+        help="latency that a good answer must meet, as a multiple of the time that its kind takes "
+        "alone",
+    )
+    add(
+        "--alone",
+        type=_whole(1),
+        default=3,
+        help="how often each kind is sent alone, after once for warm-up; the median counts",
     )
     add(
         "--max-in-flight",
@@ -61,7 +84,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--drain",
         type=positive,
         default=60.0,
-        help="seconds to wait for the last answers of a stage",
+        help="seconds to wait for the last answers of a stage; at least as long as the target "
+        "allows the slowest kind",
     )
     add(
         "--out",
@@ -70,7 +94,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="directory for report.html, report.json and report.png",
     )
     arguments = parser.parse_args(argv)
-    expected = sum(arguments.rates) * arguments.seconds
+    expected = sum(rate * duration(rate, arguments.seconds) for rate in arguments.rates)
     if expected > MAX_ARRIVALS:
         parser.error(
             f"--rates and --seconds make {expected:g} requests; the limit is {MAX_ARRIVALS}"

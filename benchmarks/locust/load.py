@@ -19,12 +19,14 @@ from locust.exception import StopUser
 from locust.runners import LocalRunner
 from locust.stats import stats_history
 
+from benchmarks.locust.page import stage_name
 from benchmarks.locust.report import Outcome, Status
-from benchmarks.locust.schedule import Arrival, Stage
+from benchmarks.locust.schedule import Arrival, Kind, Stage
 
 PATH = "/v1/images/generations"
 PNG = "iVBORw0KGgo"  # the first bytes of every PNG file, in base64
 PROBE_SECONDS = 10
+ALONE_SECONDS = 600  # timeout of a request to the idle server; the first may compile
 
 
 class NotReady(Exception):
@@ -95,13 +97,7 @@ def judge(response: ResponseContextManager) -> tuple[Status, str]:
 
 def require_ready(host: str) -> dict[str, Any]:
     """The server's answer to `GET /v1/models`. Raises NotReady unless it is ready for work."""
-    session = FastHttpSession(
-        host,
-        request_event=EventHook(),
-        user=None,
-        connection_timeout=PROBE_SECONDS,
-        network_timeout=PROBE_SECONDS,
-    )
+    session = _session(host, PROBE_SECONDS)
     for path in ("/readyz", "/v1/models"):
         response = session.get(path)
         if not response.status_code:
@@ -121,6 +117,38 @@ def require_ready(host: str) -> dict[str, Any]:
     return answer
 
 
+def time_alone(host: str, rounds: Sequence[Sequence[Arrival]]) -> dict[Kind, list[float]]:
+    """Seconds of each kind, of requests sent one at a time over new connections. The first round is
+    discarded: it warms the server up. Raises NotReady if a request gets no image."""
+    taken: dict[Kind, list[float]] = {}
+    for number, requests in enumerate(rounds):
+        for arrival in requests:
+            session = _session(host, ALONE_SECONDS)
+            start = time.perf_counter()
+            with session.post(PATH, json=arrival.body, catch_response=True) as response:
+                seconds = time.perf_counter() - start
+                status, reason = judge(response)
+            session.client.close()
+            if status != "succeeded":
+                raise NotReady(
+                    f"cannot measure the time alone of {arrival.kind}: "
+                    f"{reason or 'refused with 429, is the server idle?'}"
+                )
+            if number:
+                taken.setdefault(arrival.kind, []).append(seconds)
+    return taken
+
+
+def _session(host: str, timeout: float) -> FastHttpSession:
+    return FastHttpSession(
+        host,
+        request_event=EventHook(),
+        user=None,
+        connection_timeout=timeout,
+        network_timeout=timeout,
+    )
+
+
 def run(
     host: str,
     stages: Sequence[Stage],
@@ -129,8 +157,8 @@ def run(
     drain: float,
     finished: Callable[[Stage, list[Outcome], float], None],
 ) -> Environment:
-    """Run the stages one after the other, and call `finished` with each one's outcomes and seconds,
-    drain included. Returns the environment with Locust's statistics.
+    """Run the stages one after the other, and call `finished` with each one's outcomes and the
+    seconds that its drain took. Returns the environment with Locust's statistics.
 
     A stage begins when the one before has drained, so that they do not influence each other.
     Requests without an answer `drain` seconds after their stage's end are aborted, as unfinished.
@@ -149,12 +177,10 @@ def run(
     try:
         for number, stage in enumerate(stages, 1):
             start = time.perf_counter()
-            outcomes = _offer(
-                runner, stage, start, f"stage {number}: {stage.rate:g}/s", max_in_flight
-            )
+            outcomes = _offer(runner, stage, start, stage_name(number, stage.rate), max_in_flight)
             runner.user_greenlets.join(timeout=drain)
             runner.user_greenlets.kill()
-            finished(stage, outcomes, max(stage.seconds, time.perf_counter() - start))
+            finished(stage, outcomes, max(0.0, time.perf_counter() - start - stage.seconds))
     finally:
         charts.kill()
         runner.quit()

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from benchmarks.locust.schedule import Stage
+from benchmarks.locust.schedule import Kind, Stage
 
 PERCENTILES = (50, 95, 99)
+BEYOND = 5  # samples that must be expected beyond a percentile
+LATE = 0.1  # seconds; a request that is sent later than that was delayed by the client
 
 Status = Literal["succeeded", "refused", "failed", "unfinished", "dropped"]
+Verdict = Literal["sustained", "not sustained", "too few samples"]
 
 
 @dataclass
@@ -27,63 +31,112 @@ class Outcome:
     reason: str = ""
 
 
-def summarise(
-    stage: Stage, outcomes: Sequence[Outcome], elapsed: float, target: float
-) -> dict[str, Any]:
-    """The figures of one stage: rates per second, seconds from the scheduled arrival, shares of all
-    arrivals.
+def samples_needed(percentile: int) -> int:
+    """The least number of samples of which this percentile is given."""
+    return math.ceil(BEYOND * 100 / (100 - percentile))
 
-    Throughput is over `elapsed`, which includes the drain, in which an overloaded server finishes
-    its backlog. Latency is that of successful requests; all others are in the counts.
+
+def times_alone(samples: Mapping[Kind, Sequence[float]], target: float) -> list[dict[str, Any]]:
+    """For each kind: the median of its seconds alone, and the latency that is good at `target`."""
+    return [
+        {
+            "size": kind.size,
+            "steps": kind.steps,
+            "seconds": float(np.median(seconds)),
+            "target_seconds": target * float(np.median(seconds)),
+            "samples": list(seconds),
+        }
+        for kind, seconds in samples.items()
+    ]
+
+
+def summarise(
+    stage: Stage,
+    outcomes: Sequence[Outcome],
+    drained: float,
+    alone: Sequence[Mapping[str, Any]],
+    target: float,
+) -> dict[str, Any]:
+    """The figures of one stage, whose last answer came `drained` seconds after its end. `outcomes`
+    are those of its arrivals, in order; `alone` is from `times_alone`.
+
+    Rates count arrivals of the stage, by their outcome, and are per second of the stage: the drain
+    after it does not change them. The slowdown is the latency as a multiple of the kind's time
+    alone. Latency and slowdown are those of successful requests; all others are in the counts.
     """
-    latencies = [o.latency for o in outcomes if o.status == "succeeded" and o.latency is not None]
-    lags = [outcome.lag for outcome in outcomes if outcome.lag is not None]
+    seconds = {Kind(entry["size"], entry["steps"]): entry["seconds"] for entry in alone}
+    pairs = list(zip(stage.arrivals, outcomes, strict=True))
+    answers = [
+        (o.latency, o.latency / seconds[arrival.kind])
+        for arrival, o in pairs
+        if o.status == "succeeded" and o.latency is not None
+    ]
+    slowdown = _spread([multiple for _, multiple in answers])
     counts = {
         status: sum(outcome.status == status for outcome in outcomes) for status in get_args(Status)
     }
     count = len(outcomes)
+    lags = [outcome.lag for outcome in outcomes if outcome.lag is not None]
+    verdict, reasons = _judge(
+        count, len(answers), drained, target * max(seconds.values()), slowdown["p95"], target
+    )
     return {
         "offered_rate": stage.rate,
+        "seconds": stage.seconds,
         "arrival_rate": count / stage.seconds,
         "count": count,
         "counts": counts,
         "share": {status: n / count if count else 0.0 for status, n in counts.items()},
-        "elapsed_seconds": elapsed,
-        "throughput": len(latencies) / elapsed,
-        "goodput": sum(latency <= target for latency in latencies) / elapsed,
-        "latency_seconds": {
-            "mean": float(np.mean(latencies)) if latencies else None,
-            **_percentiles(latencies),
-        },
-        "send_lag_seconds": _percentiles(lags),
+        "succeeded_rate": len(answers) / stage.seconds,
+        "good_rate": sum(multiple <= target for _, multiple in answers) / stage.seconds,
+        "lost_rate": (count - len(answers)) / stage.seconds,
+        "backlog_at_end": sum(
+            o.status != "dropped"
+            and (o.latency is None or arrival.offset + o.latency > stage.seconds)
+            for arrival, o in pairs
+        ),
+        "drain_seconds": drained,
+        "latency_seconds": _spread([latency for latency, _ in answers]),
+        "slowdown": slowdown,
+        "verdict": verdict,
+        "reasons": reasons,
+        "send_lag_seconds": {"max": max(lags, default=None), "late": sum(s > LATE for s in lags)},
         "failures": dict(
             Counter(outcome.reason for outcome in outcomes if outcome.reason).most_common(20)
         ),
     }
 
 
-def _percentiles(values: Sequence[float]) -> dict[str, float | None]:
-    if not values:
-        return {f"p{percentile}": None for percentile in PERCENTILES}
-    results = zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True)
-    return {f"p{percentile}": float(value) for percentile, value in results}
+def drain_limit(alone: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds within which a server that keeps up answers what is open at a stage's end: the
+    latency that is good for the slowest kind."""
+    return max(float(entry["target_seconds"]) for entry in alone)
 
 
-def line(stage: dict[str, Any]) -> str:
-    """A stage as a line for the console."""
-    latency = stage["latency_seconds"]
-    times = " ".join(
-        "     -" if latency[name] is None else f"{latency[name]:6.2f}"
-        for name in ("p50", "p95", "p99")
-    )
-    counts = "".join(f"{n:11d}" for n in stage["counts"].values())
-    return (
-        f"{stage['offered_rate']:7g} {stage['count']:6d} {stage['throughput']:10.2f} "
-        f"{stage['goodput']:8.2f} {times} {counts}"
-    )
+def _judge(
+    count: int, answers: int, drained: float, limit: float, p95: float | None, target: float
+) -> tuple[Verdict, list[str]]:
+    """Whether the rate was sustained, and why not: losses and a long drain need no percentile."""
+    reasons = []
+    if answers < count:
+        reasons.append(f"{count - answers} of {count} requests got no image")
+    if drained > limit:
+        reasons.append(
+            f"the last answer came {drained:.1f} s after the last arrivals (limit {limit:.1f} s)"
+        )
+    if p95 is not None and p95 >= target:
+        reasons.append(f"p95 was {p95:.3g} times the time alone")
+    if reasons:
+        return "not sustained", reasons
+    if p95 is None:
+        return "too few samples", [f"{answers} answers, p95 takes {samples_needed(95)}"]
+    return "sustained", []
 
 
-HEADER = (
-    f"{'rate/s':>7} {'count':>6} {'answered/s':>10} {'goodput':>8} {'p50 s':>6} {'p95 s':>6} "
-    f"{'p99 s':>6} " + "".join(f"{status:>11}" for status in get_args(Status))
-)
+def _spread(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean and percentiles; None for those of which there are too few samples."""
+    figures: dict[str, float | None] = {"mean": float(np.mean(values)) if values else None}
+    for percentile in PERCENTILES:
+        enough = len(values) >= samples_needed(percentile)
+        figures[f"p{percentile}"] = float(np.percentile(values, percentile)) if enough else None
+    return figures

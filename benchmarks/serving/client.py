@@ -12,7 +12,8 @@ from typing import Literal
 
 import httpx
 
-from benchmarks.serving.mix import IMAGE, Kind, Request
+from benchmarks.locust.schedule import Kind
+from benchmarks.serving.mix import IMAGE, Request
 
 PATH = "/v1/images/generations"
 CHECK_SECONDS = 0.5  # between two checks that the server is alive

@@ -11,9 +11,9 @@ from typing import get_args
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
+from benchmarks.locust.schedule import Kind
 from benchmarks.measure import Spread
 from benchmarks.serving.client import Attempt, Outcome, Status
-from benchmarks.serving.mix import Kind
 
 SLOW = 3  # multiple of a request's seconds alone
 PERCENTILES = (50, 95, 99)

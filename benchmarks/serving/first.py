@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import httpx
 
+from benchmarks.locust.schedule import Kind
 from benchmarks.measure import Part, Report, Row, Spread
 from benchmarks.serving.client import CHECK_SECONDS, BenchmarkError, offer, require, saturate, send
 from benchmarks.serving.figures import in_flight
-from benchmarks.serving.mix import KINDS, SIZES, Kind, endless, of_kind
+from benchmarks.serving.mix import KINDS, SIZES, endless, of_kind
 from benchmarks.serving.report import progress
 
 BURST = 12  # concurrent requests of the warm-up; fewer than the overloaded server's queue

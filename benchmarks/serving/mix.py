@@ -8,9 +8,8 @@ import math
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from benchmarks.locust.schedule import Arrival, schedule
+from benchmarks.locust.schedule import Arrival, Kind, schedule
 
 # of the embedded model: its native size, and one whose steps take about twice as long
 SIZES = ("64x64", "128x128")
@@ -19,16 +18,6 @@ DEADLINE = 4  # multiple of a request's seconds alone
 COPIES = 4  # of each kind in a deck
 IMAGE = b"/9j/"  # the first bytes of every JPEG file, in base64
 ENDLESS_RATE = 1000
-
-
-class Kind(NamedTuple):
-    """Size and steps, which determine how long a request takes."""
-
-    size: str
-    steps: int
-
-    def __str__(self) -> str:
-        return f"{self.size}, {self.steps} steps"
 
 
 KINDS = tuple(Kind(size, steps) for size in SIZES for steps in STEPS)

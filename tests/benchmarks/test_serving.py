@@ -19,6 +19,7 @@ import httpx
 import psutil
 import pytest
 
+from benchmarks.locust.schedule import Kind
 from benchmarks.measure import Part, Report, Row, Spread
 from benchmarks.serving import parts
 from benchmarks.serving.__main__ import parse, scale_of
@@ -35,7 +36,7 @@ from benchmarks.serving.figures import (
     summarise,
 )
 from benchmarks.serving.first import Contestant, Known, Scale, measure_first, warm_up
-from benchmarks.serving.mix import DEADLINE, KINDS, Kind, Request, endless, poisson
+from benchmarks.serving.mix import DEADLINE, KINDS, Request, endless, poisson
 from benchmarks.serving.report import Recorder
 from benchmarks.simulation.arrivals import read_trace
 from tests.support.environment import ROOT
