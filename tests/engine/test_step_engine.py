@@ -1691,7 +1691,8 @@ def test_forwards_have_no_more_rows_than_allowed(
                 assert difference(job.result(SECONDS), plain(SD3, seed=i)) <= TOLERANCE
         forwards = engine.stats().forwards
         assert max(forwards["transformer"].by_rows) == (max_rows or 16)
-        assert max(forwards["vae.decode"].by_rows) == min(max_decode_rows, (max_rows or 16) // 2)
+        allowed = min(max_decode_rows, max_rows or 16)
+        assert 2 <= max(forwards["vae.decode"].by_rows) <= allowed
 
 
 def test_a_call_of_more_rows_than_allowed_runs_alone() -> None:

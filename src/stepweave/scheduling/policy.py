@@ -42,15 +42,9 @@ class WasteAwareSRPT:
     forward would run half-empty count as longer.
 
     A half-empty forward takes longer for each row than a full one, and that waste delays all other
-    calls. So remaining work is multiplied by 1 + waste_weight * waste * others. An example: a
-    forward takes 0.2 s for one row, and 0.8 s for eight, the limit. A row alone takes 0.2 s, in a
-    full forward 0.1 s. So a job alone wastes 0.1 s per row, half of a row's 0.2 s: waste = 0.5.
-    While 4 calls of other keys wait, the factor is 1 + 3 * 0.5 * 4 = 7. A job of 10 s counts as one
-    of 70 s, and all shorter ones go first. Meanwhile jobs of its key may arrive: eight of them make
-    a full forward without waste, and each counts as 10 s again.
-
-    Calls after a job's last step, such as decoding, wait for those of jobs that end within a few
-    steps, if all others get that many seconds sooner that it outweighs the wait (`_gathers`).
+    calls. So remaining work is multiplied by 1 + waste_weight * waste * others. Calls after the
+    last step, such as decoding, wait for those of jobs that end soon, if sharing a forward saves
+    others more seconds than the wait costs. docs/scheduling.md has an example of both.
 
     Waiting is bounded: the oldest overdue job (`Task.overdue`) goes before all others once it has
     waited as long as its forward takes, so it gets at least half of the time.
@@ -102,31 +96,25 @@ class WasteAwareSRPT:
         self, last: list[CallT], steps: list[CallT], waiting: int, now: float, cap: Cap, cost: Cost
     ) -> bool:
         """Whether the calls `last`, after their jobs' last steps, wait for those of jobs whose
-        `steps` are next.
-
-        An example: a decoding takes 40 ms for one image and 50 ms for two, and a step 100 ms. One
-        image waits for a second that has one step left if at least two other jobs wait: they save
-        2 x 30 ms, counted twice, and the image waits 100 ms.
-        """
-        task, following = last[0].task, steps[0].task
-        if not task.opened or task.left or not (following.opened and following.left):
-            return False
+        `steps` are next."""
+        task, first = last[0].task, steps[0]
         priority, deadline, *_ = self.rank(task, now)
-        if deadline == URGENT or priority != following.priority:
+        if not task.opened or task.left or not (first.task.opened and first.task.left):
             return False
-        key, rows = last[0].cost, rows_of(last)
-        alone, room = cost.seconds(key, rows), cap(last[0]) - rows
-        forward, own = (cost.seconds(steps[0].cost, n) for n in (rows_of(steps), steps[0].rows))
-        step = len(last) * max(forward, following.step * forward / max(own, 1e-9))
+        if deadline == URGENT or priority != first.task.priority:
+            return False
+        key, rows, more = last[0].cost, rows_of(last), 0
+        alone, forward = cost.seconds(key, rows), cost.seconds(first.cost, rows_of(steps))
+        # a step may have several forwards
+        forward *= max(1.0, first.task.step / max(cost.seconds(first.cost, first.rows), 1e-9))
         worth = self.gather_weight * (waiting - len(last))
-        more = 0
         for one in sorted((call.task for call in steps), key=lambda one: one.left):
+            wait = len(last) * one.left * forward
             more += sum(load.rows for load in one.demand.after if load.key == key)
-            together = cost.seconds(key, rows + more)
-            if more > room or one.left * step >= worth * alone:
+            if more > cap(last[0]) - rows or wait >= worth * alone:
                 return False
-            saved = alone + cost.seconds(key, more) - together
-            if more and worth * saved > one.left * step:
+            saved = alone + cost.seconds(key, more) - cost.seconds(key, rows + more)
+            if more and worth * saved > wait:
                 return True
         return False
 
