@@ -20,6 +20,10 @@ from tests.support.waiting import SECONDS
 
 # of pixels in [0, 1]; where numbers are larger, of the largest that the plain call puts out
 TOLERANCE = 1e-4
+# Some pipelines magnify last bits, or round numbers to bfloat16 on their way: then an error may be
+# twice what last bits change in the plain call, but no more than this.
+MOST = 1e-3
+NUDGES = 8  # plain calls with other last bits
 TAKES_TURNS = "takes turns: a call changes the shared modules"
 # what the forwards of denoisers call their time
 TIMES = {"timestep", "timesteps", "timestep_ratio", "t", "r"}
@@ -38,10 +42,12 @@ class Report:
     alone: tuple[str, ...] = ()  # what had to run alone, and why
     errors: int = 0  # of the engine itself
     failed: str = ""  # why there is no comparison
+    noise: float = 0.0  # what last bits change in the plain call, if the error is over TOLERANCE
 
     @property
     def right(self) -> bool:
-        return not self.failed and self.largest_error <= TOLERANCE and self.errors == 0
+        allowed = max(TOLERANCE, min(2 * self.noise, MOST))
+        return not self.failed and self.largest_error <= allowed and self.errors == 0
 
     @property
     def merges(self) -> bool:
@@ -62,7 +68,12 @@ def check(entry: Entry) -> Report:
             jobs = [engine.submit(**entry.arguments(i)) for i in range(CALLS)]
         results = [_numbers(job.result(SECONDS)) for job in jobs]
         stats = engine.stats()
-    worst = max(_error(one, other) for one, other in zip(results, expected, strict=True))
+    errors = [_error(one, other) for one, other in zip(results, expected, strict=True)]
+    worst = max(errors)
+    noise = 0.0
+    if worst > TOLERANCE:
+        i = errors.index(worst)
+        noise = max(_error(_nudged(plain, entry, i, seed), expected[i]) for seed in range(NUDGES))
     return Report(
         name=entry.name,
         pipeline=entry.pipeline,
@@ -70,7 +81,34 @@ def check(entry: Entry) -> Report:
         largest_error=worst,
         alone=(TAKES_TURNS,) if turns else _alone(stats),
         errors=stats.errors,
+        noise=noise,
     )
+
+
+def _nudged(plain: Any, entry: Entry, i: int, seed: int) -> list[np.ndarray]:
+    """The results of call i if the results of all modules change in their last two bits."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def nudge(_: nn.Module, __: Any, output: Any) -> None:
+        for tensor in tensors(output):
+            if tensor.dtype == torch.float32:
+                size = 2 * torch.finfo(tensor.dtype).eps
+                tensor.mul_(1 + size * (2 * torch.rand(tensor.shape, generator=generator) - 1))
+
+    parts = [part for part in plain.components.values() if isinstance(part, nn.Module)]
+    parts += [
+        inner
+        for part in parts
+        for name in ("encoder", "decoder")
+        if isinstance(inner := getattr(part, name, None), nn.Module)
+    ]
+    hooks = [part.register_forward_hook(nudge) for part in parts]
+    try:
+        with torch.no_grad():
+            return _numbers(plain(**entry.arguments(i)))
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def denoisers(pipeline: Any) -> set[str]:

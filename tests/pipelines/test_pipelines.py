@@ -180,6 +180,9 @@ def test_what_differs_and_what_fails_is_shown() -> None:
 def test_a_report_is_right_only_if_it_agrees_and_the_engine_had_no_error() -> None:
     assert Report("a", "A", 0.5, 1e-4).right
     assert not Report("a", "A", 0.5, 1.1e-4).right
+    assert Report("a", "A", 0.5, 1.1e-4, noise=6e-5).right
+    assert not Report("a", "A", 0.5, 1.1e-4, noise=5e-5).right
+    assert not Report("a", "A", 0.5, 2e-3, noise=1.0).right
     assert not Report("a", "A", 0.5, float("nan")).right
     assert not Report("a", "A", 0.5, 0.0, errors=1).right
     assert not Report("a", "A", failed="it fell").right
