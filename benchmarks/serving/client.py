@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -119,6 +119,10 @@ async def send(client: httpx.AsyncClient, body: bytes, start: float) -> Attempt:
     return Attempt(status, began - start, time.perf_counter() - began, code, retry_after)
 
 
+# like `send`: the client, the body, and the time when the run started
+Post = Callable[[httpx.AsyncClient, bytes, float], Awaitable[Attempt]]
+
+
 async def offer(
     client: httpx.AsyncClient,
     requests: Sequence[Request],
@@ -126,6 +130,7 @@ async def offer(
     *,
     drain: float,
     returns: int = 0,
+    post: Post = send,
 ) -> list[Outcome]:
     """Send each request when it is due, independently of the others, and wait for the answers.
 
@@ -134,6 +139,7 @@ async def offer(
         drain: seconds after the last arrival, when requests without an answer are aborted, as
             unfinished.
         returns: how often a refused client waits for `Retry-After` and sends the same body again.
+        post: sends a body and reads the answer.
     """
     outcomes = [Outcome(request) for request in requests]
     pending: set[asyncio.Task[None]] = set()
@@ -143,7 +149,7 @@ async def offer(
             while (wait := start + outcome.request.offset - time.perf_counter()) > 0:
                 await asyncio.sleep(min(wait, CHECK_SECONDS))
                 check()
-            pending.add(asyncio.create_task(_visit(client, outcome, start, returns)))
+            pending.add(asyncio.create_task(_visit(client, outcome, start, returns, post)))
         until = time.perf_counter() + drain
         while pending and time.perf_counter() < until:
             done, pending = await asyncio.wait(pending, timeout=CHECK_SECONDS)
@@ -204,9 +210,11 @@ def require(attempt: Attempt) -> None:
         )
 
 
-async def _visit(client: httpx.AsyncClient, outcome: Outcome, start: float, returns: int) -> None:
+async def _visit(
+    client: httpx.AsyncClient, outcome: Outcome, start: float, returns: int, post: Post
+) -> None:
     for left in range(returns, -1, -1):
-        attempt = await send(client, outcome.request.body, start)
+        attempt = await post(client, outcome.request.body, start)
         outcome.attempts.append(attempt)
         if attempt.retry_after is None or not left:
             break

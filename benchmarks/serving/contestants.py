@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -50,6 +50,7 @@ class Served:
     process: subprocess.Popen[bytes]
     log: Path
     workers: list[psutil.Process] = field(default_factory=list)  # once it is ready
+    ready: str = "/readyz"  # the path that answers 200 once the server is ready
 
     def check(self) -> None:
         """Raise BenchmarkError, with the end of its log, if the server or a worker has ended
@@ -66,11 +67,11 @@ class Served:
         while time.monotonic() < until:
             self.check()
             with contextlib.suppress(httpx.TransportError):
-                answer = httpx.get(f"{self.url}/readyz", trust_env=False)
+                answer = httpx.get(f"{self.url}{self.ready}", trust_env=False)
                 if answer.status_code == 200:
                     self.workers = psutil.Process(self.process.pid).children(recursive=True)
                     return
-                if answer.json().get("stage") == "failed":
+                if _failed(answer):
                     self._fail("cannot start")
             time.sleep(0.2)
         self._fail(f"is not ready after {READY_SECONDS} s")
@@ -101,24 +102,35 @@ class Served:
 def serve(name: str, settings: dict[str, str], logs: Path) -> Iterator[Served]:
     """Run `bentoml serve` on a free loopback port until the context ends; waits for its
     readiness."""
-    logs.mkdir(parents=True, exist_ok=True)
-    log = logs / f"{name}.log"
-    port = _free_port()
     environment = {
         key: value for key, value in os.environ.items() if not key.startswith("STEPWEAVE_")
     }
+    port = free_port()
     bentoml = str(Path(sys.executable).with_name("bentoml"))
     service = "benchmarks.serving.service:Stepweave" if POLICY in settings else "service.py"
     command = [bentoml, "serve", service, "--host", "127.0.0.1", "--port", str(port)]
+    with launch(name, command, port, environment | COMMON | settings, logs) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def launch(
+    name: str,
+    command: Sequence[str],
+    port: int,
+    environment: Mapping[str, str],
+    logs: Path,
+    ready: str = "/readyz",
+) -> Iterator[Served]:
+    """Run a command that serves on a loopback port until the context ends; waits for its
+    readiness. Its output is in the folder `logs`."""
+    logs.mkdir(parents=True, exist_ok=True)
+    log = logs / f"{name}.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment | COMMON | settings,
-            stdout=output,
-            stderr=subprocess.STDOUT,
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
         )
-    server = Served(name, f"http://127.0.0.1:{port}", process, log)
+    server = Served(name, f"http://127.0.0.1:{port}", process, log, ready=ready)
     try:
         server.wait_until_ready()
         yield server
@@ -126,7 +138,15 @@ def serve(name: str, settings: dict[str, str], logs: Path) -> Iterator[Served]:
         server.stop()
 
 
-def _free_port() -> int:
+def _failed(answer: httpx.Response) -> bool:
+    """Whether the server says that it will not become ready."""
+    try:
+        return bool(answer.json()["stage"] == "failed")
+    except (ValueError, LookupError, TypeError):
+        return False
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

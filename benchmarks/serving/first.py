@@ -77,10 +77,10 @@ async def warm_up(contestant: Contestant) -> None:
             if not outcome.attempts:
                 raise BenchmarkError(f"{contestant.name} did not answer in {WARM_UP_SECONDS} s")
             require(outcome.attempts[-1])
-        unproven = await _unproven(contestant)
-        if not unproven:
+        missing = await unproven(contestant)
+        if not missing:
             return
-    progress(f"{contestant.name}: not certified after {BURSTS} bursts: {', '.join(unproven)}")
+    progress(f"{contestant.name}: not certified after {BURSTS} bursts: {', '.join(missing)}")
 
 
 async def measure_first(contestant: Contestant, scale: Scale, report: Report) -> Known:
@@ -148,7 +148,7 @@ async def idle(contestant: Contestant) -> str:
     )
 
 
-async def _unproven(contestant: Contestant) -> list[str]:
+async def unproven(contestant: Contestant) -> list[str]:
     """The kinds of calls that are not certified, by module and sample."""
     response = await contestant.client.get("/v1/models")
     certificates = response.raise_for_status().json()["data"][0]["stepweave"]["certificates"]

@@ -17,6 +17,7 @@ from tests.support.dependencies import (
     CLIENTS_FILE,
     CONSTRAINTS,
     DOCUMENT,
+    LADDER_FILE,
     NODE_FILE,
     REQUIREMENTS,
     imported,
@@ -40,6 +41,7 @@ dev = ["pytest>=8"]
     "requirements.txt": "# pinned\nnumpy==2.4.6\npillow==13.0.0\n",
     "constraints.txt": "numpy==2.4.6\nPillow==13.0.0\npytest==9.2.0\niniconfig==2.3.1\n",
     "tests/clients/requirements.txt": "kserve==0.21.0\nsix==1.17.0\n",
+    "benchmarks/ladder/requirements.txt": "fastapi>=0.115\nnumpy>=2\n",
     "tests/clients/node/package.json": '{"dependencies": {"openai": "7.57.0"}}',
     "docs/dependencies.md": """\
 ## Runtime
@@ -55,6 +57,9 @@ dev = ["pytest>=8"]
 | `kserve` | asks as its users do |
 ## Node clients
 | `openai` | asks from JavaScript, too |
+## Ladder
+| `fastapi` | serves another contestant's model |
+| `numpy` | makes the arrays of a contestant |
 """,
     "service.py": "import toy\n",
     "src/toy/__init__.py": "import json\nimport numpy as np\nfrom . import io\n",
@@ -63,6 +68,7 @@ dev = ["pytest>=8"]
     "tests/clients/test_clients.py": "import pytest\n",
     "tests/clients/kserve_rest.py": "from kserve import InferenceRESTClient\n",
     "benchmarks/speed.py": "import toy, pytest\n",
+    "benchmarks/ladder/servers/toy.py": "import fastapi, numpy\n",
     ".venv/setup.py": "import nowhere\n",
     "build/made.py": "import nowhere\n",
 }
@@ -134,6 +140,7 @@ def test_what_is_wrong_with_the_projects_own_requirements_is_found(
         (REQUIREMENTS, "pillow", "six==1.17.0\npillow", ["has six, not Runtime"]),
         (CLIENTS_FILE, "six==1.17.0", "six>=1", ["'six>=1' is no exact version"]),
         (CLIENTS_FILE, "six==1.17.0", "six", ["no exact version", "'six' has no lower bound"]),
+        (LADDER_FILE, "fastapi>=0.115", "fastapi", ["Ladder: 'fastapi' has no lower bound"]),
         (NODE_FILE, "7.57.0", "*", [r"Node clients: 'openai==\*' has no lower bound"]),
         ("docs/requirements.txt", "", "sphinx==8.2", ["docs/requirements.txt is of no group"]),
     ],
@@ -156,6 +163,11 @@ def test_files_of_versions_that_do_not_agree_are_found(
             "| `pillow`",
             "| `six` | no module imports it |\n| `pillow`",
             ["Runtime does not ask for six"],
+        ),
+        (
+            "| `fastapi` | serves another contestant's model |\n",
+            "",
+            ["Ladder has no line of fastapi"],
         ),
         ("| `kserve`", "| `mlserver` | no client of it |\n| `kserve`", ["ask for mlserver"]),
         ("| `pillow`", "| `numpy` | a second reason given |\n| `pillow`", ["2 lines of numpy"]),
@@ -183,6 +195,8 @@ def test_missing_superfluous_and_empty_lines_of_the_document_are_found(
         ("tests/test_more.py", "import six", "imports six, which is not in Runtime or Development"),
         ("tests/test_more.py", "import kserve", "imports kserve"),
         ("benchmarks/more.py", "import six", "imports six"),
+        ("benchmarks/more.py", "import fastapi", "imports fastapi, which is not in Runtime or Dev"),
+        ("benchmarks/ladder/servers/more.py", "import six", "imports six, which is not in Runtime"),
         ("tools/more.py", "import six", "imports six"),
         ("tests/clients/more.py", "import numpy", "imports numpy, which is not in Clients"),
     ],

@@ -19,10 +19,12 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 RUNTIME, DEVELOPMENT, BUILD = "Runtime", "Development", "Build"
-CLIENTS, NODE = "Clients", "Node clients"
+CLIENTS, NODE, LADDER = "Clients", "Node clients", "Ladder"
+APART = (BUILD, RUNTIME, CLIENTS, NODE, LADDER)  # groups that are not extras of the package
 DOCUMENT = "docs/dependencies.md"
 CLIENTS_FILE = "tests/clients/requirements.txt"
 NODE_FILE = "tests/clients/node/package.json"
+LADDER_FILE = "benchmarks/ladder/requirements.txt"
 REQUIREMENTS, CONSTRAINTS = "requirements.txt", "constraints.txt"
 FEWEST_WORDS = 3  # of a reason, besides the package's name
 _IMPORTING = {"import_module", "__import__", "importorskip", "find_spec"}
@@ -47,6 +49,7 @@ def asked_for(root: Path) -> Groups:
     extras = file["project"].get("optional-dependencies", {}) | file.get("dependency-groups", {})
     groups |= {DEVELOPMENT if name == "dev" else name: lines for name, lines in extras.items()}
     groups[CLIENTS] = lines_of(root / CLIENTS_FILE)
+    groups[LADDER] = lines_of(root / LADDER_FILE)
     node = json.loads((root / NODE_FILE).read_text())
     wanted = node.get("dependencies", {}) | node.get("devDependencies", {})
     groups[NODE] = [f"{name}=={version}" for name, version in wanted.items()]
@@ -83,7 +86,7 @@ def bounds(groups: Groups) -> Iterator[str]:
     for group, names in named.items():
         yield from (f"{group}: {name} stands twice" for name, n in Counter(names).items() if n > 1)
     for group, names in named.items():
-        if group not in (BUILD, RUNTIME, CLIENTS, NODE):
+        if group not in APART:
             for name in set(names) & set(named[RUNTIME]):
                 yield f"{group}: {name} stands in {RUNTIME}, too"
 
@@ -117,7 +120,7 @@ def versions(root: Path, groups: Groups) -> Iterator[str]:
     for group, lines in groups.items():
         for requirement in filter(None, map(parsed, lines)):
             name = canonicalize_name(requirement.name)
-            if group in (BUILD, CLIENTS, NODE):
+            if group in APART and group != RUNTIME:
                 continue
             if name not in tested:
                 yield f"{CONSTRAINTS} lacks {name}"
@@ -136,7 +139,7 @@ def sources(root: Path, pattern: str) -> Iterator[Path]:
 def others(root: Path) -> Iterator[str]:
     for path in sources(root, "*requirements*.txt"):
         name = str(path.relative_to(root))
-        if name not in (REQUIREMENTS, CLIENTS_FILE):
+        if name not in (REQUIREMENTS, CLIENTS_FILE, LADDER_FILE):
             yield f"{name} is of no group"
 
 
@@ -161,6 +164,8 @@ def may_use(path: Path) -> tuple[str, ...]:
         return (RUNTIME,)
     if path.parts[:2] == ("tests", "clients") and not path.name.startswith(("test_", "__init__")):
         return (CLIENTS,)
+    if path.parts[:3] == ("benchmarks", "ladder", "servers"):
+        return (RUNTIME, DEVELOPMENT, LADDER)
     return (RUNTIME, DEVELOPMENT)
 
 
