@@ -43,7 +43,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--seconds",
         type=positive,
         default=40.0,
-        help=f"arrivals of an open loop, at {LOAD:.0%} of a capacity",
+        help=f"arrivals of an open loop, at {LOAD:g} of a capacity",
     )
     add("--drain", type=positive, default=20.0, help="seconds to answer after the last arrival")
     add("--checks", type=_count, default=24, help="images of each run compared with the reference")
