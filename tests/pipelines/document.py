@@ -46,7 +46,8 @@ runs. It does not show the quality of images, or the speed.
 - **Shared**: the share of calls of the denoisers (transformers, UNets, priors, ControlNets) whose forward also served other jobs. The
   first calls of each kind, which are run both ways as a test, count as not shared.
 - **Error**: an upper bound, rounded up to a power of ten, of the largest difference from the plain call. Pixels are in [0, 1]; for
-  results with numbers larger than 1, the difference is divided by the largest number. It must not be more than {tolerance}.
+  results with numbers larger than 1, the difference is divided by the largest number. It must not be more than {tolerance}, or than
+  twice what last bits change in the plain call, where that is more.
 - **What ran alone**: calls that could not share a forward, with the reason; their results are correct as well. *(takes turns)* means that a
   call installs hooks on the shared modules or changes their mode, so the engine runs one job at a time.
 
