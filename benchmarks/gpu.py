@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import re
 import statistics
@@ -24,13 +25,18 @@ import transformers
 
 from benchmarks import stable_diffusion
 from benchmarks.calls import FRESH, Call, prompt, run, twin
+from benchmarks.locust.arguments import some_of
 from benchmarks.measure import Part, Report, Row, Spread, Timing, alternate, clock, ratio
 from benchmarks.qwen_image import LAYERS, layers_for, qwen_image
 from stepweave import StepEngine
 from stepweave.engine import Mode
 from tests.support.tiny import FAMILIES, SIDE
 
-CASES = ("qwen_image", "stable_diffusion_xl", "stable_diffusion")
+STABLE_DIFFUSION = {
+    "stable_diffusion_xl": ("Stable Diffusion XL", stable_diffusion.stable_diffusion_xl),
+    "stable_diffusion": ("Stable Diffusion 1.5", stable_diffusion.stable_diffusion_1_5),
+}
+CASES = ("qwen_image", *STABLE_DIFFUSION)  # the most important first
 
 MODES: tuple[Mode, ...] = ("off", "request", "step")
 JOBS = 8
@@ -49,13 +55,13 @@ class Subject:
         build: Callable[[], Any],
         steps: int,
         side: int,
-        guidance: Call | None = None,
+        guidance: Call,
     ) -> None:
         self.name = name
         self.build = build
         self.steps = steps
         self.side = side  # pixels
-        self._guidance = guidance or {"guidance_scale": 5.0}
+        self._guidance = guidance
 
     def calls(self, first: int, count: int = JOBS, steps: int | None = None) -> list[Call]:
         return [
@@ -71,46 +77,28 @@ class Subject:
         ]
 
 
-def subjects(device: torch.device) -> dict[str, Subject]:
-    """The cases, by name."""
+def subject_of(case: str, device: torch.device) -> Subject:
     full = device.type == "cuda"
     steps, side = (20, 512) if full else (6, SIDE)
-    clients = {"negative_prompt": " ", "true_cfg_scale": 4.0}
-    return {
-        "qwen_image": Subject(*_qwen_image(device), steps, side, clients),
-        "stable_diffusion_xl": Subject(
-            *_stable_diffusion(device, "Stable Diffusion XL", "stable_diffusion_xl"), steps, side
-        ),
-        "stable_diffusion": Subject(
-            *_stable_diffusion(device, "Stable Diffusion 1.5", "stable_diffusion"), steps, side
-        ),
-    }
+    if case == "qwen_image":
+        layers = layers_for(torch.cuda.mem_get_info(device)[0]) if full else LAYERS
+        name = "Qwen-Image" + (f" with {layers} of {LAYERS} layers" if layers < LAYERS else "")
+        guidance: Call = {"negative_prompt": " ", "true_cfg_scale": 4.0}
+        build = functools.partial(qwen_image, device, torch.bfloat16, layers)
+    else:
+        name, make = STABLE_DIFFUSION[case]
+        guidance = {"guidance_scale": 5.0}
+        build = functools.partial(make, device, torch.bfloat16)
+    if full:
+        return Subject(name, build, steps, side, guidance)
+    return Subject(f"tiny {name}", functools.partial(_tiny, case), steps, side, guidance)
 
 
-def _qwen_image(device: torch.device) -> tuple[str, Callable[[], Any]]:
-    if device.type != "cuda":
-        return "tiny Qwen-Image", lambda: FAMILIES["qwen_image"].build().to(torch.bfloat16)
-    layers = layers_for(torch.cuda.mem_get_info(device)[0])
-    name = "Qwen-Image" if layers == LAYERS else f"Qwen-Image with {layers} of {LAYERS} layers"
-    return name, lambda: qwen_image(device, torch.bfloat16, layers)
-
-
-def _stable_diffusion(
-    device: torch.device, name: str, family: str
-) -> tuple[str, Callable[[], Any]]:
-    if device.type == "cuda":
-        full = {
-            "stable_diffusion": stable_diffusion.stable_diffusion_1_5,
-            "stable_diffusion_xl": stable_diffusion.stable_diffusion_xl,
-        }[family]
-        return name, lambda: full(device, torch.bfloat16)
-
-    def tiny() -> Any:
-        pipeline = FAMILIES[family].build().to(torch.bfloat16)
+def _tiny(family: str) -> Any:
+    pipeline = FAMILIES[family].build().to(torch.bfloat16)
+    if family in STABLE_DIFFUSION:
         pipeline.vae.register_to_config(force_upcast=False)  # as in the full size
-        return pipeline
-
-    return f"tiny {name}", tiny
+    return pipeline
 
 
 class Contestant:
@@ -311,8 +299,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--cases",
-        default=",".join(CASES),
-        help="separated by commas, the most important first (default: %(default)s)",
+        type=some_of(CASES),
+        default=CASES,
+        help=f"comma-separated cases, of {','.join(CASES)} (default: all)",
     )
     parser.add_argument(
         "--into",
@@ -323,9 +312,6 @@ def main() -> None:
     rounds = arguments.rounds
     if rounds < 1:
         parser.error(f"--rounds is {rounds}; it must be at least 1")
-    cases = arguments.cases.split(",")
-    if unknown := [case for case in cases if case not in CASES]:
-        parser.error(f"--cases has {unknown[0]!r}; the cases are {', '.join(CASES)}")
     transformers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.set_verbosity_error()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -333,9 +319,9 @@ def main() -> None:
     if device.type == "cuda":
         name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower())
         folder = arguments.into or Path("docs/benchmarks")
-    for case in cases:
+    for case in arguments.cases:
         report = Report(folder / f"{name}-{case.replace('_', '-')}.json", device, rounds=rounds)
-        subject = subjects(device)[case]
+        subject = subject_of(case, device)
         pipeline = subject.build()
         if case == "qwen_image":
             report.add(f"{subject.name}, by clients", clients(subject, pipeline, rounds))

@@ -149,15 +149,23 @@ def _short(value: float) -> str:
 # The report
 
 
+def cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def load_average() -> float:
+    """Of the last minute: it shows other processes, too."""
+    return round(os.getloadavg()[0], 2)
+
+
 def environment(device: torch.device | None = None) -> dict[str, Any]:
     """Hardware and versions of packages, without host names; torch's threads if it is imported."""
     facts: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
-        "cpus": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 2),  # of the last minute: other processes
+        "cpus": cpus(),
+        "load_average": load_average(),
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
     }

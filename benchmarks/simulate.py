@@ -9,13 +9,12 @@ no policy sustains it.
 from __future__ import annotations
 
 import argparse
-import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Part, Report, Row, Spread
+from benchmarks.measure import Part, Report, Row, Spread, cpus
 from benchmarks.policies import POLICIES
 from benchmarks.simulation.arrivals import (
     Arrival,
@@ -213,7 +212,7 @@ def main() -> None:
     about = f"{curves.name} ({curves.source}); mix {arguments.mix}; {jobs}."
     by_policy: dict[str, dict[str, list[Spread]]] = {name: {} for name in names}
     bounds: list[Spread] = []
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ProcessPoolExecutor(cpus()) as pool:
         results = pool.map(simulated, cases, [names] * len(cases))
         for load in loads:
             taken = [next(results) for case in cases if case.load == load]

@@ -10,14 +10,15 @@ import time
 from collections.abc import Mapping
 
 from benchmarks.ladder import install, tables
-from benchmarks.ladder.arguments import parse, some_of
+from benchmarks.ladder.arguments import parse
 from benchmarks.ladder.client import Sender, closed_loop, open_loop
 from benchmarks.ladder.contestants import Contestant, contestants, versions
 from benchmarks.ladder.fleet import Fleet
 from benchmarks.ladder.images import References
-from benchmarks.ladder.runs import CLIENTS, Run, Store, figures, load_average, plan
+from benchmarks.ladder.runs import CLIENTS, Run, Store, figures, plan
 from benchmarks.ladder.scenarios import SCENARIOS, closed, poisson
-from benchmarks.measure import Report, environment
+from benchmarks.locust.arguments import some_of
+from benchmarks.measure import Report, environment, load_average
 from benchmarks.serving.client import BenchmarkError
 from benchmarks.serving.report import progress
 

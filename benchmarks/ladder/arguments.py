@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.ladder.runs import CLIENTS, LOAD
 from benchmarks.ladder.scenarios import SCENARIOS
-from benchmarks.locust.arguments import list_of, positive
+from benchmarks.locust.arguments import list_of, positive, some_of, whole
+from benchmarks.measure import cpus
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -30,11 +30,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=tuple(SCENARIOS),
         help=f"comma-separated scenarios, of {','.join(SCENARIOS)}",
     )
-    add("--contestants", type=_names, help="comma-separated contestants (default: all)")
+    add("--contestants", type=list_of(str), help="comma-separated contestants (default: all)")
     add("--seeds", type=list_of(int), default=(1, 2, 3), help="seeds of requests and arrivals")
     add(
         "--requests",
-        type=_count,
+        type=whole(1),
         default=96,
         help=f"requests of a closed loop, from {CLIENTS} clients",
     )
@@ -46,8 +46,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"arrivals of an open loop, at {LOAD:g} of a capacity",
     )
     add("--drain", type=positive, default=20.0, help="seconds to answer after the last arrival")
-    add("--checks", type=_count, default=24, help="images of each run compared with the reference")
-    add("--threads", type=_count, default=_cpus(), help="torch's threads of each contestant")
+    add(
+        "--checks", type=whole(1), default=24, help="images of each run compared with the reference"
+    )
+    add("--threads", type=whole(1), default=cpus(), help="torch's threads of each contestant")
     add(
         "--url",
         type=_named,
@@ -67,22 +69,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def some_of(names: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
-    def some(text: str) -> tuple[str, ...]:
-        wanted = _names(text)
-        if unknown := set(wanted) - set(names):
-            raise argparse.ArgumentTypeError(
-                f"has {', '.join(sorted(unknown))}; allowed are {', '.join(names)}"
-            )
-        return wanted
-
-    return some
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(","))
-
-
 def _named(text: str) -> tuple[str, str]:
     name, _, url = text.partition("=")
     if not name or not url.startswith("http"):
@@ -95,14 +81,3 @@ def _folder(text: str) -> Path:
     if not (path / "examples").is_dir():
         raise argparse.ArgumentTypeError(f"{text} has no folder `examples`")
     return path
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -175,10 +175,6 @@ def backlog(outcomes: Sequence[Outcome], start: float, end: float) -> float:
     return sum(wait for wait in waits if wait > 0) / (end - start)
 
 
-def load_average() -> float:
-    return round(os.getloadavg()[0], 2)
-
-
 def _kind(outcome: Outcome) -> Kind:
     return Kind(*outcome.request.kind)  # type: ignore[call-arg]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -48,7 +48,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"duration of a stage (default: long enough for {REQUESTS} requests at its rate, and "
         f"at least {MIN_SECONDS})%(default).0s",
     )
-    add("--seed", type=_whole(0), default=1, help="seed of arrivals and mix")
+    add("--seed", type=whole(0), default=1, help="seed of arrivals and mix")
     add(
         "--sizes",
         type=list_of(_size),
@@ -57,7 +57,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--steps",
-        type=list_of(_whole(1)),
+        type=list_of(whole(1)),
         default=[4, 12, 20, 30],
         help="denoising steps, comma-separated, chosen at random",
     )
@@ -70,13 +70,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--alone",
-        type=_whole(1),
+        type=whole(1),
         default=3,
         help="how often each kind is sent alone, after once for warm-up; the median counts",
     )
     add(
         "--max-in-flight",
-        type=_whole(1),
+        type=whole(1),
         default=1000,
         help="limit of open requests; further arrivals are dropped and counted",
     )
@@ -125,7 +125,7 @@ def positive(text: str) -> float:
     return value
 
 
-def _whole(least: int) -> Callable[[str], int]:
+def whole(least: int) -> Callable[[str], int]:
     def whole(text: str) -> int:
         if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
@@ -138,6 +138,20 @@ def _size(text: str) -> str:
     if not re.fullmatch(r"[1-9][0-9]{0,4}x[1-9][0-9]{0,4}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 64x64")
     return text
+
+
+def some_of(names: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
+    """Parses comma-separated names, each of them one of `names`."""
+
+    def some(text: str) -> tuple[str, ...]:
+        wanted = tuple(part.strip() for part in text.split(","))
+        if unknown := set(wanted) - set(names):
+            raise argparse.ArgumentTypeError(
+                f"has {', '.join(sorted(unknown))}; allowed are {', '.join(names)}"
+            )
+        return wanted
+
+    return some
 
 
 def list_of(item: Callable[[str], T]) -> Callable[[str], list[T]]:

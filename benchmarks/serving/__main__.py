@@ -8,12 +8,12 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
-from benchmarks.locust.arguments import list_of, positive
+from benchmarks.locust.arguments import list_of, positive, some_of
 from benchmarks.serving import parts
 from benchmarks.serving.client import BenchmarkError, connect
 from benchmarks.serving.contestants import COMMON, CONTESTANTS, DEFAULT, Served, serve
@@ -39,13 +39,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--parts",
-        type=_some_of(PARTS),
+        type=some_of(PARTS),
         default=PARTS,
         help=f"comma-separated parts to run, of {','.join(PARTS)}",
     )
     add(
         "--contestants",
-        type=_some_of(CONTESTANTS),
+        type=some_of(CONTESTANTS),
         default=tuple(CONTESTANTS),
         help=f"comma-separated contestants, of {','.join(CONTESTANTS)}",
     )
@@ -174,18 +174,6 @@ def _share(text: str) -> float:
     if not 0 <= value <= 1:
         raise ValueError
     return value
-
-
-def _some_of(names: Sequence[str] | dict[str, dict[str, str]]) -> Callable[[str], tuple[str, ...]]:
-    def some(text: str) -> tuple[str, ...]:
-        wanted = tuple(part.strip() for part in text.split(","))
-        if unknown := set(wanted) - set(names):
-            raise argparse.ArgumentTypeError(
-                f"has {', '.join(sorted(unknown))}; allowed are {', '.join(names)}"
-            )
-        return wanted
-
-    return some
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def _nudged(plain: Any, entry: Entry, i: int, seed: int) -> list[np.ndarray]:
                 size = 2 * torch.finfo(tensor.dtype).eps
                 tensor.mul_(1 + size * (2 * torch.rand(tensor.shape, generator=generator) - 1))
 
-    parts = [part for part in plain.components.values() if isinstance(part, nn.Module)]
+    parts = [part for _, part in modules_in(plain)]
     parts += [
         inner
         for part in parts

@@ -19,7 +19,7 @@ from typing import Any
 import diffusers
 import uvicorn
 
-from benchmarks.ladder.servers.model import CALL, Asked, load
+from benchmarks.ladder.servers.model import Asked, load
 
 DEVICE = "cpu"  # the examples know CUDA and MPS only
 
@@ -29,15 +29,7 @@ class Pipeline(diffusers.StableDiffusion3Pipeline):  # type: ignore[misc]
 
     def __call__(self, prompt: str, **_: Any) -> Any:
         asked = Asked.of(json.loads(prompt))
-        return super().__call__(
-            prompt=asked.prompt,
-            generator=asked.generator,
-            num_inference_steps=asked.steps,
-            width=asked.width,
-            height=asked.height,
-            guidance_scale=asked.guidance,
-            **CALL,
-        )
+        return super().__call__(prompt=asked.prompt, generator=asked.generator, **asked.arguments)
 
 
 class Initializer:

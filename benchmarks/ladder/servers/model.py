@@ -54,6 +54,17 @@ class Asked:
         return self.steps, self.width, self.height, self.guidance
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        """What a call of the pipeline is given for all requests of this kind."""
+        return {
+            "num_inference_steps": self.steps,
+            "width": self.width,
+            "height": self.height,
+            "guidance_scale": self.guidance,
+            **CALL,
+        }
+
+    @property
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)
 
@@ -72,15 +83,10 @@ def load(pipeline_class: type[Any] = diffusers.StableDiffusion3Pipeline) -> Any:
 
 def call(pipeline: Any, asked: Sequence[Asked]) -> list[Image]:
     """One call of the pipeline for requests of one kind."""
-    first = asked[0]
     images: list[Image] = pipeline(
         prompt=[one.prompt for one in asked],
         generator=[one.generator for one in asked],
-        num_inference_steps=first.steps,
-        width=first.width,
-        height=first.height,
-        guidance_scale=first.guidance,
-        **CALL,
+        **asked[0].arguments,
     ).images
     return images
 

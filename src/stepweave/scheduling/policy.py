@@ -107,11 +107,11 @@ class WasteAwareSRPT:
         alone, forward = cost.seconds(key, rows), cost.seconds(first.cost, rows_of(steps))
         # a step may have several forwards
         forward *= max(1.0, first.task.step / max(cost.seconds(first.cost, first.rows), 1e-9))
-        worth = self.gather_weight * (waiting - len(last))
+        worth, room = self.gather_weight * (waiting - len(last)), cap(last[0]) - rows
         for one in sorted((call.task for call in steps), key=lambda one: one.left):
             wait = len(last) * one.left * forward
             more += sum(load.rows for load in one.demand.after if load.key == key)
-            if more > cap(last[0]) - rows or wait >= worth * alone:
+            if more > room or wait >= worth * alone:
                 return False
             saved = alone + cost.seconds(key, more) - cost.seconds(key, rows + more)
             if more and worth * saved > wait:
