@@ -81,6 +81,30 @@ def test_last_bits_hide_no_other_row() -> None:
         by_length(alike=False, leak=2**-6)
 
 
+def embeddings(leak: float = 0.0, numbers: int = 48) -> None:
+    """Embeddings of equal prompts in single precision: a number for each channel, some near zero,
+    which adds up numbers of the others' size."""
+    drawn = torch.Generator().manual_seed(3)
+    alone = torch.randn(1, numbers, generator=drawn)
+    alone[:, ::5] /= 50
+    noise = 1e-7 * (0.5 + torch.rand(4, numbers, generator=drawn) / 2)
+    noise[0, ::5] = 0  # by chance
+    copies = [alone + row for row in noise]
+    merged = alone + noise[1]
+    merged[:, 0] += leak
+    compare([Pair(merged, alone, lambda: copies, alike=True)])
+
+
+def test_numbers_near_zero_may_have_the_roundings_of_the_others() -> None:
+    embeddings()
+
+
+@pytest.mark.parametrize("leak", [1e-5, 1e-3])
+def test_roundings_hide_no_other_row_in_a_number_near_zero(leak: float) -> None:
+    with pytest.raises(Differ):
+        embeddings(leak)
+
+
 def test_prompts_of_other_lengths_share_steps_in_bfloat16() -> None:
     """Attention with a mask rounds otherwise than without."""
     pipeline = FAMILIES["qwen_image"].build().to(torch.bfloat16)

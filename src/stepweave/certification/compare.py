@@ -290,9 +290,10 @@ def _compare_with_noise(
     loud = float(_rms((steady - alone).flatten()) / (_rms(alone.flatten()) + 1e-300))
     for others, size, place, level, spread in by_axis:
         largest, mean, off_by = level.amax(-1), _rms(level), _rms(size)
-        if half and level.shape[-1] < FEWEST:  # such as a pooled embedding: slices of one number
-            measures = (largest, mean, off_by)
-            largest, mean, off_by = (item.clamp(min=item.median()) for item in measures)
+        if level.shape[-1] < FEWEST:  # such as a pooled embedding: slices of one number
+            off_by = off_by.clamp(min=off_by.median())
+            if half:
+                largest, mean = (item.clamp(min=item.median()) for item in (largest, mean))
         floor = ROUNDINGS * eps * largest
         share = torch.zeros_like(largest) if half else spread.amax(-1)
         if alike:
