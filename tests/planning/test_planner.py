@@ -88,6 +88,7 @@ def clock() -> Iterator[Clock]:
     clock = Clock()
     with (
         patch("stepweave.planning.clock.time", clock),
+        patch("stepweave.compat.own_state.time", clock),
         patch("stepweave.baselines.thread_pool.time", clock),
     ):
         yield clock

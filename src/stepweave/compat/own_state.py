@@ -7,8 +7,9 @@ is suspended, and redone when it continues.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+import time
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -34,6 +35,7 @@ class OwnState:
         self._base: ModuleState | None = None  # of the others, while the fiber runs
         self._change: Change | None = None
         self.lost: list[str] = []  # weights that it has overwritten and that cannot be restored
+        self.seconds = 0.0  # of reading the modules, in total
 
     def __bool__(self) -> bool:
         """Whether the job has changed anything."""
@@ -77,7 +79,32 @@ class OwnState:
                     self._base.adopt(after, before.change(after).places)
 
     def _look(self) -> ModuleState:
-        return ModuleState(self._modules, keep=True, weights=self._weights)
+        began = time.perf_counter()
+        state = ModuleState(self._modules, keep=True, weights=self._weights)
+        self.seconds += time.perf_counter() - began
+        return state
+
+
+class Owner(Protocol):
+    """A fiber, and the state that it installs whenever it runs."""
+
+    own: Sequence[Any]
+
+
+class Looks:
+    """How long fibers read modules from now on. Few jobs do, so forwards are timed without it."""
+
+    def __init__(self, fibers: Iterable[Owner]) -> None:
+        states = [state for fiber in fibers for state in fiber.own]
+        self._states = [state for state in states if isinstance(state, OwnState)]
+        self._before = self._total()
+
+    @property
+    def seconds(self) -> float:
+        return self._total() - self._before
+
+    def _total(self) -> float:
+        return sum(state.seconds for state in self._states)
 
 
 class OwnTypes:

@@ -17,6 +17,7 @@ from stepweave.certification.certificates import Certificates
 from stepweave.certification.proving import Proving
 from stepweave.certification.state_watch import Watches
 from stepweave.compat.out_of_memory import ran_out
+from stepweave.compat.own_state import Looks
 from stepweave.memory.device import DeviceMemory
 from stepweave.memory.microbatch import Microbatches
 from stepweave.memory.row_limits import RowLimits
@@ -122,11 +123,11 @@ class BatchRunner:
             watched = not call.on_own_modules and watch.due(call.kind, call.owner)
             if watched:
                 attempt.run = watch.run
-            started = self._clock.start()
+            looks, started = Looks([call.owner.fiber]), self._clock.start()
             with self._limits.measured(call.kind, call.rows, call.cost):
                 yield call, attempt
             if not attempt.failed:
-                looked = watch.seconds if watched else 0.0
+                looked = looks.seconds + (watch.seconds if watched else 0.0)
                 self._clock.stop(started, partial(self._ran, call.cost, call.rows, looked))
                 if not attempt.wrote:
                     self._remember(call, attempt.output)
@@ -137,7 +138,7 @@ class BatchRunner:
     def _merged(self, calls: Sequence[Call]) -> Answers:
         first, rows = calls[0], sum(call.rows for call in calls)
         outputs, reason = None, ""
-        started = self._clock.start()
+        looks, started = Looks(call.owner.fiber for call in calls), self._clock.start()
         try:
             with self._limits.measured(first.kind, rows, first.cost):
                 repeat = self._certificates.of(first).repeat
@@ -149,7 +150,7 @@ class BatchRunner:
             self._limits.fitted(first.kind)
             self._stats.forward(first.target.name, rows, len(calls))
             yield from self._deliver(calls, outputs)
-            self._clock.stop(started, partial(self._ran, first.cost, rows, 0.0))
+            self._clock.stop(started, partial(self._ran, first.cost, rows, looks.seconds))
         elif reason:  # if all succeed alone, merging is the cause
             self._stats.retried += 1
             attempts = yield from self._alone(calls)
