@@ -11,7 +11,7 @@ from typing import Protocol
 from benchmarks.simulation.arrivals import Arrival
 from benchmarks.simulation.curves import Curves, knees
 from stepweave.planning.cost import CostModel
-from stepweave.planning.row_caps import with_rest
+from stepweave.planning.row_caps import waiting_rows, with_rest
 from stepweave.scheduling.policy import Cap, Policy
 from stepweave.scheduling.queues import CallQueues
 from stepweave.scheduling.task import Key, Load, Task
@@ -143,8 +143,7 @@ class World:
     def _paying(self, request: Request) -> int:
         """The rows that pay, as the engine's planner counts them."""
         most = self._curves.most_rows(request.cost)
-        waiting = sum(one.rows for one in self._queues[request.key])
-        return with_rest(self._knee(request.cost), most, waiting)
+        return with_rest(self._knee(request.cost), most, waiting_rows(request, self._queues))
 
     def _admit(self, until: float) -> None:
         while self._due and self._due[0][0] <= until:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stepweave.planning.cost import CostModel
-from stepweave.planning.row_caps import RowCaps, with_rest
+from stepweave.planning.row_caps import EXPLORE_EVERY, RowCaps, with_rest
 from stepweave.scheduling.task import Key, Load
 from tests.support.simulated_engine import Call, queued, task
 
@@ -33,3 +33,40 @@ def test_a_forward_may_have_what_waits_beyond_the_knee_if_that_is_little() -> No
         queues = queued([task(cost, Load(key, 1)) for _ in range(jobs)])
         cap = caps.choosing(lambda call: 16, queues)
         assert cap(Call(key, 1, key, queues[key][0].task)) == rows
+
+
+def test_jobs_before_their_first_step_count_as_waiting() -> None:
+    key, encoder = Key("transformer", 64), Key("encoder", 16)
+    cost = CostModel.of({key: {1: 1.0, 4: 1.0, 8: 2.0, 16: 4.0}, encoder: {1: 0.1}})
+    caps = RowCaps(cost, 16, merges=True, knee=True)
+    running = [task(cost, Load(key, 1), count=9) for _ in range(4)]
+    for one in running:
+        one.opened = True
+    queues = queued(running)
+    for joining, rows in ((0, 4), (2, 6), (3, 4)):
+        queues[encoder] = [
+            Call(encoder, 1, encoder, task(cost, Load(key, 1), before=[Load(encoder, 1)]))
+            for _ in range(joining)
+        ]
+        assert caps.choosing(lambda call: 16, queues)(queues[key][0]) == rows
+
+
+def test_rows_that_were_slow_once_are_learnt_again() -> None:
+    """While another process has the machine, large forwards are slow. Afterwards only those below
+    the knee run, so that nothing but tests of the knee shows that larger ones pay."""
+    key, now = Key("transformer", 64), {4: 1.0, 8: 1.1, 16: 1.2}
+    cost = CostModel.of({key: {4: 1.0}})
+    for rows in (8, 16):
+        for _ in range(9):
+            cost.observe(key, rows, 5 * now[rows])
+    caps = RowCaps(cost, 16, merges=True, knee=True)
+    queues = queued([task(cost, Load(key, 1)) for _ in range(16)])
+    call, forwards = queues[key][0], []
+    while not forwards or forwards[-1] < 16:
+        rows = caps.choosing(lambda call: 16, queues)(call)
+        caps.chosen(key, rows, cut=rows < 16)
+        caps.ran(key, rows, now[rows])
+        cost.observe(key, rows, now[rows])
+        forwards.append(rows)
+        assert len(forwards) < 3 * EXPLORE_EVERY, forwards
+    assert forwards[0] == 4  # the model was wrong

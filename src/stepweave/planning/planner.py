@@ -118,9 +118,9 @@ class Planner:
         with contained("choose calls"):
             self.work.refresh(self.forecaster.jobs())
             calls = self._policy.choose(queues, now, self.caps.choosing(limit, queues), self.cost)
-            rows = sum(call.rows for call in calls)
-            others = len(calls) < len(queues[calls[0].key])
-            self.caps.chosen(cut=others and rows < limit(calls[0]))
+            first, rows = calls[0], sum(call.rows for call in calls)
+            others = len(calls) < len(queues[first.key])
+            self.caps.chosen(first.cost, rows, cut=others and rows < limit(first))
             return calls
         return list(next(iter(queues.values())))[:1]
 
@@ -131,6 +131,7 @@ class Planner:
     def ran(self, key: Key, rows: int, seconds: float) -> None:
         """Note the duration of a forward, until all its jobs wait again."""
         self._moved = time.monotonic()
+        self.caps.ran(key, rows, seconds)
         self.cost.observe(key, rows, seconds)
         with contained("report a step"):
             self._on_step(key.module, rows, max(rows, self.caps.last(key)), seconds)
