@@ -77,7 +77,7 @@ def overhead(shapes: Shapes, rounds: int) -> Part:
     bare_pipeline, pipeline = twin(shapes.pipeline), twin(shapes.pipeline)
     bare_watch, watch = Watch(bare_pipeline.transformer), Watch(pipeline.transformer)
     bare, samples = _Samples(), {jobs: _Samples() for jobs in JOBS}
-    with StepEngine(pipeline, max_rows=2 * max(JOBS)) as engine:
+    with StepEngine(pipeline, max_rows=2 * max(JOBS), knee=False) as engine:
         for again in range(2):
             run(engine, shapes.calls(max(JOBS) * again, max(JOBS), steps=4))
         for number in range(rounds):
