@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from benchmarks.ladder import install, tables
 from benchmarks.ladder.arguments import parse
 from benchmarks.ladder.client import Sender, closed_loop, open_loop
-from benchmarks.ladder.contestants import Contestant, contestants, versions
+from benchmarks.ladder.contestants import OURS, Contestant, contestants, forwards_of, versions
 from benchmarks.ladder.fleet import Fleet
+from benchmarks.ladder.floor import Forwards, floor
 from benchmarks.ladder.images import References
 from benchmarks.ladder.runs import CLIENTS, Run, Store, figures, plan
 from benchmarks.ladder.scenarios import SCENARIOS, closed, poisson
@@ -77,6 +78,7 @@ async def one(
     send = Sender(contestant, frozenset(checked))
     async with fleet.turn(contestant) as turn:
         load, before = load_average(), turn.cpu()
+        forwards = Forwards(forwards_of(fleet.temporary))
         outcomes = (
             await open_loop(turn.client, requests, turn.check, send, drain=arguments.drain)
             if is_open
@@ -87,6 +89,10 @@ async def one(
         after = turn.cpu()
     found = figures(outcomes, arguments.seconds if is_open else None)
     done = found["sent"] - found["failed"]
+    if contestant.name == OURS and done:
+        same, best = floor(forwards.counts(), arguments.threads)
+        elapsed = done / found["throughput"]
+        found |= {"floor": same / elapsed, "best floor": best / elapsed}
     found |= {
         "rate": rate,
         "cpu": None if before is None or after is None or not done else (after - before) / done,

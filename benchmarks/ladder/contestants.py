@@ -15,6 +15,8 @@ from benchmarks.serving.contestants import ROOT
 
 PATH = "/v1/images/generations"
 OURS = "step"
+FORWARDS = "LADDER_FORWARDS"  # the environment variable with the file of our forwards
+RECORDED = "benchmarks.ladder.recorded:Stepweave"
 PACKAGES = ("torch", "diffusers", "transformers", "bentoml", "litserve", "fastapi", "uvicorn")
 BATCHING = (OURS, "request", "threads", "off")
 EXAMPLES = {"server": PATH, "server-async": "/api/diffusers/inference"}
@@ -82,7 +84,7 @@ def contestants(
             Contestant(
                 mode,
                 f"Stepweave, STEPWEAVE_BATCHING={mode}",
-                (*bento, "service.py", "--port"),
+                (*bento, RECORDED if mode == OURS else "service.py", "--port"),
                 {"STEPWEAVE_BATCHING": mode},
             )
             for mode in BATCHING
@@ -137,6 +139,21 @@ def contestants(
     return {contestant.name: contestant for contestant in every}
 
 
+def common(threads: int) -> dict[str, str]:
+    """The environment variables of all processes that run the model."""
+    return {
+        "PYTHONPATH": str(ROOT),
+        "OMP_WAIT_POLICY": "passive",
+        "OMP_NUM_THREADS": str(threads),
+        "LADDER_THREADS": str(threads),
+    }
+
+
+def forwards_of(temporary: Path) -> Path:
+    """The file of our forwards, in the folder of temporary files."""
+    return temporary / "forwards.txt"
+
+
 def environment_of(contestant: Contestant, threads: int, temporary: Path) -> dict[str, str]:
     """The environment variables of a contestant's server: without settings of Stepweave's of the
     caller, and with the same number of threads for all."""
@@ -145,13 +162,11 @@ def environment_of(contestant: Contestant, threads: int, temporary: Path) -> dic
     }
     return {
         **inherited,
-        "PYTHONPATH": str(ROOT),
+        **common(threads),
         "TMPDIR": str(temporary),
         "BENTOML_DO_NOT_TRACK": "True",
-        "OMP_WAIT_POLICY": "passive",
-        "OMP_NUM_THREADS": str(threads),
-        "LADDER_THREADS": str(threads),
         "STEPWEAVE_CPU_THREADS": str(threads),
+        FORWARDS: str(forwards_of(temporary)),
         **contestant.settings,
     }
 

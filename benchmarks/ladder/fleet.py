@@ -42,6 +42,7 @@ class Fleet:
     def __init__(self, out: Path, threads: int) -> None:
         self._out = out
         self._threads = threads
+        self.temporary = (out / "temporary").resolve()
         self._servers: dict[str, Served] = {}
         self._warm: set[str] = set()
         self._stack = contextlib.ExitStack()
@@ -77,15 +78,14 @@ class Fleet:
 
     def _start(self, contestant: Contestant) -> Served:
         progress(f"starting {contestant.name}")
-        temporary = self._out / "temporary"
-        temporary.mkdir(parents=True, exist_ok=True)
+        self.temporary.mkdir(parents=True, exist_ok=True)
         port = free_port()
         server = self._stack.enter_context(
             launch(
                 contestant.name,
                 [*contestant.command, str(port)],
                 port,
-                environment_of(contestant, self._threads, temporary.resolve()),
+                environment_of(contestant, self._threads, self.temporary),
                 self._out / "logs",
                 contestant.ready,
             )

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from benchmarks.ladder.contestants import common
 from benchmarks.serving.contestants import ROOT
 
 TOLERANCE = 2.0  # mean absolute difference of 8-bit samples
@@ -33,20 +34,13 @@ class References:
         if not missing:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        environment = {
-            **os.environ,
-            "OMP_WAIT_POLICY": "passive",
-            "OMP_NUM_THREADS": str(self._threads),
-            "LADDER_THREADS": str(self._threads),
-            "PYTHONPATH": str(ROOT),
-        }
         log = self._folder / "log.txt"
         with log.open("w") as output:
             ended = subprocess.run(
                 [sys.executable, "-m", "benchmarks.ladder.servers.reference"],
                 input=json.dumps(missing).encode(),
                 cwd=ROOT,
-                env=environment,
+                env=os.environ | common(self._threads),
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )

@@ -12,6 +12,7 @@ from benchmarks.measure import Part, Row, Spread, Value
 from benchmarks.serving.figures import over_seeds, ratios
 
 COMPARED = ("throughput", "mean", "p95", "cpu")
+FLOORS = ("floor", "best floor")
 OVERLOADED = "overloaded"
 
 
@@ -79,6 +80,8 @@ def _scenario(scenario: Scenario, records: Sequence[Record], rate: float | None)
         f"{scenario.name}, {arrivals}. Medians (and extremes) over seeds {_listed(seeds)}; ratios "
         f"are {OURS} / contestant, seed by seed. Seconds of answered requests. Wrong: images whose "
         f"samples differ from the pipeline's own call by more than {TOLERANCE:g} of 255 on average."
+        + " Floor: seconds of bare calls of the modules, in as many rows as the server's forwards "
+        "had, or in those with the most rows a second."
         + (f" Short: the requests of {SHORT} steps." if short else "")
         + (f" Load average before the runs: {loads}." if loads else "")
     )
@@ -105,6 +108,10 @@ def _row(
             if over
             else over_seeds(records, key)
             for key in shown
+        },
+        **{
+            f"{key} / time": over_seeds([one for one in records if key in one], key)
+            for key in FLOORS
         },
         "failed": _of(records, "failed", "sent"),
         "wrong": f"{wrong} of {checked}" if checked else "not checked",

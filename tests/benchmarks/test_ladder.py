@@ -27,6 +27,7 @@ from benchmarks.ladder.contestants import (
     contestants,
     environment_of,
 )
+from benchmarks.ladder.floor import Forwards, floor
 from benchmarks.ladder.images import References, difference
 from benchmarks.ladder.runs import LOAD, Run, Store, figures, plan
 from benchmarks.ladder.scenarios import (
@@ -399,6 +400,33 @@ def test_all_servers_have_the_same_threads_and_no_settings_of_the_callers(
         assert "STEPWEAVE_MAX_ROWS" not in environment
         assert environment.get("STEPWEAVE_BATCHING", name) == name
         assert contestant.command[-1] == "--port" and contestant.stepweave == (name in BATCHING)
+
+
+def test_forwards_are_counted_since_a_run_began(tmp_path: Path) -> None:
+    log = tmp_path / "forwards.txt"
+    none = Forwards(log)
+    log.write_text("transformer 1024 32\n")
+    forwards = Forwards(log)
+    with log.open("a") as more:
+        more.write("vae.decode 1024 4\ntransformer 1024 32\ntransformer 1024 32\n")
+    assert forwards.counts() == {("vae.decode", 1024, 4): 1, ("transformer", 1024, 32): 2}
+    assert none.counts().total() == 4
+
+
+def test_the_floor_is_that_of_all_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], **options: Any) -> Any:
+        assert json.loads(options["input"]) == [["a", 1, 2], ["b", 1, 4]]
+        return subprocess.CompletedProcess(command, 0, "[[0.5, 0.25], [2, 1]]", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert floor(Counter({("a", 1, 2): 10, ("b", 1, 4): 1}), 2) == (7.0, 3.5)
+
+
+def test_only_ours_has_a_floor() -> None:
+    records = [record("step", 1, floor=0.9), record("step", 2, floor=0.8), record("litserve", 1)]
+    found = rows(parts(records, contestants(None, None, {}), {}, {}), EQUAL.name)
+    assert str(found["step"]["floor / time"]) == "0.85 (0.8 to 0.9)"
+    assert found["litserve"]["floor / time"] is None
 
 
 def test_images_differ_by_their_samples_and_not_by_their_files(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.ladder.servers import bare
 from benchmarks.ladder.servers import loop as served
 from benchmarks.ladder.servers.diffusers_examples import Pipeline
 from benchmarks.ladder.servers.model import PATH, Asked, call, call_each_kind, load
@@ -162,3 +163,11 @@ def test_the_pipeline_of_diffusers_examples_reads_the_request_from_the_prompt(
     pipeline = load(Pipeline)
     images = pipeline(json.dumps(body), num_inference_steps=50, generator=None).images
     assert differences(images, [expected[3]])[0] < SAME
+
+
+def test_bare_calls_are_those_of_the_pipeline(pipeline: Any) -> None:
+    before = {name: vars(pipeline.transformer)[name] for name in vars(pipeline.transformer)}
+    wanted = [("transformer", 1024, 2), ("vae.decode", 1024, 1), ("text_encoder", 16, 3)]
+    took = dict(zip(wanted, bare.measure(pipeline, wanted), strict=True))
+    assert vars(pipeline.transformer) == before  # what noted its calls is gone
+    assert all(0 < best <= same for same, best in took.values())
