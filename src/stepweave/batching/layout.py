@@ -3,7 +3,6 @@ model."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Hashable
 from enum import Enum
@@ -77,8 +76,7 @@ class LayoutReader:
         kind = (target, layout, tuple(walk.sizes), call.ambient, chunks, look)
         constants = tuple(walk.exact)
         listed = isinstance(call.sample, list)
-        return dataclasses.replace(
-            call,
+        return call.but(
             group=Group((kind, constants), kind, constants, layout, listed, look, chunks),
             leaves=walk.leaves,
             paths=walk.paths,
@@ -292,11 +290,11 @@ def _sized(call: Call) -> Call:
     arguments = call.target.bind(call.args, call.kwargs)
     sample = _sample(arguments)
     if sample is None:
-        return dataclasses.replace(call, arguments=arguments)
+        return call.but(arguments=arguments)
     rows = len(sample) if isinstance(sample, list) else sample.shape[0]
     every = sample if isinstance(sample, list) else [sample]
     size = sum(tensor.numel() for tensor in every) // max(1, rows)
-    return dataclasses.replace(call, arguments=arguments, sample=sample, rows=rows, size=size)
+    return call.but(arguments=arguments, sample=sample, rows=rows, size=size)
 
 
 def _sample(arguments: dict[str, Any]) -> Any:

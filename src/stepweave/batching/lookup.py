@@ -49,10 +49,9 @@ class LookUp:
                 "state", f"a job sets context variables: {some(names)}", whole=True
             )
         if not job.reproducible:
-            return dataclasses.replace(call, cache_key=cache_key)
+            return call.but(cache_key=cache_key)
         # no forward to share, and none of the results that came of a shared one
-        return dataclasses.replace(
-            call,
+        return call.but(
             group=dataclasses.replace(call.group, key=object()),
             whole=True,
             alone=("reproducible", "a reproducible job shares no forwards"),

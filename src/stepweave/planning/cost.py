@@ -145,6 +145,7 @@ class _Curve:
 
     def __init__(self) -> None:
         self._seen: dict[int, deque[float]] = {}
+        self._medians: dict[int, float] = {}
         self._points: list[Point] | None = None
 
     @property
@@ -162,15 +163,17 @@ class _Curve:
         return max(self._seen)
 
     def add(self, rows: int, seconds: float) -> None:
-        self._seen.setdefault(rows, deque(maxlen=RECENT)).append(seconds)
+        seen = self._seen.setdefault(rows, deque(maxlen=RECENT))
+        seen.append(seconds)
+        self._medians[rows] = median(seen)
         self._points = None
 
     def points(self) -> list[Point]:
         """Observed row counts and their seconds, made monotone."""
         points = self._points
         if points is None:
-            seen = sorted(self._seen.copy().items())
-            cells = [(rows, median(seconds), len(seconds)) for rows, seconds in seen]
+            middles = sorted(self._medians.copy().items())
+            cells = [(rows, seconds, len(self._seen[rows])) for rows, seconds in middles]
             points = self._points = list(_monotone(_trusted(cells)))
         return points
 

@@ -72,8 +72,9 @@ class WasteAwareSRPT:
 
     def choose(self, queues: Queues[CallT], now: float, cap: Cap, cost: Cost) -> list[CallT]:
         calls = list(chain.from_iterable(queues.values()))
-        overdue = [call for call in calls if call.task.overdue(now)]
-        if overdue:
+        if len(queues) == 1 and rows_of(calls) <= cap(calls[0]):
+            return calls
+        if overdue := [call for call in calls if call.task.overdue(now)]:
             oldest = min(overdue, key=lambda call: call.task.arrived)
             group = self._group(queues[oldest.key], now, cap, oldest)
             seconds = cost.seconds(oldest.cost, rows_of(group))
@@ -165,8 +166,7 @@ def _joining(groups: Sequence[list[CallT]], cap: Cap) -> list[CallT] | None:
     best, *others = groups
     task, room = best[0].task, cap(best[0]) - rows_of(best)
     for group in others if task.opened and task.left else ():
-        other = group[0].task
-        alike = other.demand.kind == task.demand.kind
-        if alike and not other.opened and other.demand.rows <= room:
+        other, kind = group[0].task, task.demand.kind
+        if not other.opened and other.demand.rows <= room and other.demand.kind == kind:
             return group
     return None
