@@ -88,7 +88,8 @@ def encode(
         options["quality"] = quality
     if values is not None:
         options["exif"] = _exif(values, model, output_format)
-    image.convert("RGB").save(buffer, output_format.upper(), **options)
+    plain = image if image.mode == "RGB" else image.convert("RGB")  # which copies it
+    plain.save(buffer, output_format.upper(), **options)
     return buffer.getvalue()
 
 
