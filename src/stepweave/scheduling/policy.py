@@ -73,7 +73,7 @@ class WasteAwareSRPT:
     def choose(self, queues: Queues[CallT], now: float, cap: Cap, cost: Cost) -> list[CallT]:
         calls = list(chain.from_iterable(queues.values()))
         if len(queues) == 1 and rows_of(calls) <= cap(calls[0]):
-            return self._group(calls, now, cap)
+            return self._group(calls, now, cap)  # all of them: there is nothing to weigh
         if overdue := [call for call in calls if call.task.overdue(now)]:
             oldest = min(overdue, key=lambda call: call.task.arrived)
             group = self._group(queues[oldest.key], now, cap, oldest)
