@@ -43,6 +43,7 @@ from benchmarks.ladder.tables import parts
 from benchmarks.measure import Row, Spread
 from benchmarks.serving.client import Attempt, BenchmarkError, Outcome, connect
 from benchmarks.serving.mix import Request
+from tests.support.command_line import refusal
 from tests.support.environment import ROOT
 from tests.support.waiting import SECONDS
 
@@ -444,9 +445,7 @@ def test_images_differ_by_their_samples_and_not_by_their_files(tmp_path: Path) -
 def test_a_bad_argument_is_refused_by_name(
     capsys: pytest.CaptureFixture[str], argument: str
 ) -> None:
-    with pytest.raises(SystemExit):
-        parse([argument])
-    assert argument.partition("=")[0] in capsys.readouterr().err.splitlines()[-1]
+    assert argument.partition("=")[0] in refusal(parse, argument, capsys)
 
 
 def test_an_unknown_contestant_is_refused(

@@ -39,6 +39,7 @@ from benchmarks.serving.first import Contestant, Known, Scale, measure_first, wa
 from benchmarks.serving.mix import DEADLINE, KINDS, Request, endless, poisson
 from benchmarks.serving.report import Recorder
 from benchmarks.simulation.arrivals import read_trace
+from tests.support.command_line import refusal
 from tests.support.environment import ROOT
 from tests.support.waiting import SECONDS
 
@@ -541,9 +542,7 @@ def test_a_table_leaves_a_cell_empty_where_nothing_is_known_and_an_empty_one_out
 def test_a_bad_argument_is_refused_by_name(
     capsys: pytest.CaptureFixture[str], argument: str
 ) -> None:
-    with pytest.raises(SystemExit):
-        parse([argument])
-    assert argument.partition("=")[0] in capsys.readouterr().err.splitlines()[-1]
+    assert argument.partition("=")[0] in refusal(parse, argument, capsys)
 
 
 def test_a_quick_run_is_small_and_the_default_one_has_every_policy_and_mode() -> None:
