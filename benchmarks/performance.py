@@ -18,12 +18,12 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from benchmarks.ladder.contestants import OURS
 from benchmarks.measure import Part, Row, Spread, Value
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE, IMAGE = DOCS / "performance.md", DOCS / "performance.png"
 LADDER = "ladder"
-OURS = "step"
 COLUMNS = {  # of a scenario of the ladder: as they are kept, and as they are shown
     "contestant": "contestant",
     "images/s": "images a second",
@@ -103,7 +103,7 @@ def gpu(content: Content) -> str:
 
 
 def written(page: str) -> str:
-    """The page, with what stands between its marks made anew: `<!-- NAME -->` to `<!-- end -->`."""
+    """The page, with what is between `<!-- NAME -->` and `<!-- end -->` made again."""
 
     def section(mark: re.Match[str]) -> str:
         name = mark[1]

@@ -30,7 +30,7 @@ def test_another_figure_in_a_file_gives_another_page(monkeypatch: pytest.MonkeyP
     assert "| step | 123 " in performance.written(page)
 
 
-def test_the_picture_has_a_bar_for_each_contestant(tmp_path: Path) -> None:
+def test_the_image_has_a_bar_for_each_contestant(tmp_path: Path) -> None:
     shown: list[tuple[list[str], list[float]]] = []
 
     class Axes:

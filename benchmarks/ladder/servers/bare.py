@@ -28,7 +28,7 @@ Given = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 def observed(pipeline: Any) -> dict[Kind, Given]:
     """A call of each module at each size of the scenarios, as the pipeline makes it."""
     found: dict[Kind, Given] = {}
-    names = [*(name for name, _ in pipeline.components.items()), *FUNCTIONS]
+    names = [*pipeline.components, *FUNCTIONS]
     undo = []
     for name in names:
         owner, attribute = FUNCTIONS.get(name, (name, "forward"))
