@@ -15,6 +15,7 @@ from stepweave.errors import DeviceFailedError, LoadError, StepweaveError, Unava
 from stepweave.images.decoders import Decoders
 from stepweave.reasons import reason_of
 from stepweave.scheduling.policy import Policy, srpt
+from stepweave.serving import heap
 from stepweave.serving.admission import Admission
 from stepweave.serving.drain import Drain, DrainToken
 from stepweave.serving.jobs import Jobs
@@ -194,6 +195,7 @@ class Lifecycle:
             logger.error("shutdown: images or previews are still being encoded; they are lost")
         if self.jobs is not None:
             self.jobs.close()
+        heap.take_back()
 
     def _load(self) -> None:
         from stepweave.serving.startup import load
@@ -231,6 +233,7 @@ class Lifecycle:
             self._enter("ready", 1.0, message)
         except LoadError:  # closed meanwhile
             loaded.engine.close()
+            heap.take_back()
 
     def _use_device(self) -> None:
         """Make the model's device the calling thread's."""

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from stepweave.config import Settings
+from stepweave.serving import heap
 from stepweave.serving.status import Stage
 from stepweave.telemetry.stages import enter_stage
 
@@ -91,6 +92,7 @@ def load(
             size = f"{model.width}x{model.height}"
             enter("warming_up", 0.8, f"first images of {size}, and certificates")
             warm_up(model, engine)
+            heap.set_aside()
     except BaseException:
         engine.close()
         raise
