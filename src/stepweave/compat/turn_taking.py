@@ -74,23 +74,38 @@ class TurnTaking:
 
     def keepers(self) -> Iterator[tuple[str, str]]:
         """The classes of modules with a hook that keeps a call's state, and of the hooks."""
+        for part in self._all_parts():
+            hook = self._keeper(part)
+            if hook is not None:
+                yield type(part).__name__, hook
+
+    def offloads(self) -> bool:
+        """Whether a module has a hook that may move it between devices."""
+        return any(
+            "_hf_hook" in part.__dict__ or "_diffusers_hook" in part.__dict__ and any(_hooks(part))
+            for part in self._all_parts()
+        )
+
+    def _all_parts(self) -> Iterator[torch.nn.Module]:
         for _, module in modules_in(self._pipeline):
             parts = self._parts.get(id(module))
             if parts is None or parts[0] is not module:
                 parts = self._parts[id(module)] = (module, list(module.modules()))
-            for part in parts[1]:
-                hook = self._keeper(part)
-                if hook is not None:
-                    yield type(part).__name__, hook
+            yield from parts[1]
 
     def _keeper(self, module: torch.nn.Module) -> str | None:
         attributes = module.__dict__
         if "_hf_hook" in attributes and not self._harmless(attributes["_hf_hook"]):
             return type(attributes["_hf_hook"]).__name__
-        # diffusers puts an empty registry on every model that may be hooked
-        registry = attributes.get("_diffusers_hook")
-        hooks = () if registry is None else registry.hooks
-        return next((name for name in hooks if name != ENGINE_HOOK), None)
+        return next(_hooks(module), None) if "_diffusers_hook" in attributes else None
+
+
+def _hooks(module: torch.nn.Module) -> Iterator[str]:
+    """The names of diffusers' hooks on a module, without an engine's."""
+    # diffusers puts an empty registry on every model that may be hooked
+    registry: Any = module.__dict__["_diffusers_hook"]
+    hooks = () if registry is None else registry.hooks
+    return (name for name in hooks if name != ENGINE_HOOK)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from stepweave.compat.cpu_offload import moves_only, offload_only, pipelines_in
+from stepweave.compat.execution_device import without_hooks
 from stepweave.compat.host_times import keep_times_on_the_host
 from stepweave.compat.locks import LockedTokenizer
 from stepweave.compat.stateful_modules import ModuleGuard
@@ -92,7 +93,10 @@ class EngineScope(PrivateScope):
 
     def view(self, scheduler: Any = None) -> Any:
         view = super().view(scheduler)
+        offloads = self.turns.offloads()
         for pipeline in pipelines_in(view):
+            if not offloads:
+                without_hooks(pipeline)
             # other jobs may still need the models
             pipeline.__dict__["maybe_free_model_hooks"] = lambda: None
             for component in vars(pipeline).values() if self._device.type != "cpu" else ():

@@ -1,0 +1,34 @@
+"""Spares jobs a search of all modules for hooks whenever their pipeline asks for its device.
+
+`_execution_device` looks for hooks that offload models on every module of every model, which takes
+milliseconds of a job's start. Without such hooks it is the pipeline's `device`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+_PLAIN = DiffusionPipeline._execution_device
+
+
+def without_hooks(pipeline: Any) -> None:
+    """Tell a view that no module has a hook that offloads models, so that it need not look."""
+    kind = type(pipeline)
+    if getattr(kind, "_execution_device", None) is _PLAIN:
+        pipeline.__class__ = _unhooked(kind)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _unhooked(kind: type) -> type:
+    """A subclass of `kind` with the same name."""
+
+    def _execution_device(self: Any) -> torch.device:
+        return self.device  # type: ignore[no-any-return]
+
+    same = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    device = property(_execution_device, doc=_PLAIN.__doc__)
+    return type(kind.__name__, (kind,), {"_execution_device": device, **same})
