@@ -13,6 +13,7 @@ import psutil
 
 from benchmarks.ladder.client import Sender, open_loop
 from benchmarks.ladder.contestants import Contestant, environment_of
+from benchmarks.ladder.runs import CLIENTS
 from benchmarks.ladder.scenarios import warm_up
 from benchmarks.serving import first
 from benchmarks.serving.client import BenchmarkError, connect
@@ -20,7 +21,7 @@ from benchmarks.serving.contestants import Served, free_port, launch
 from benchmarks.serving.report import progress
 
 ANSWER_SECONDS = 3600  # the runs have limits of their own
-COPIES = 4  # of each kind in a burst of the warm-up
+COPIES = CLIENTS  # of each kind in a burst of the warm-up: as many as share steps later
 BURSTS = 2
 MORE_BURSTS = 4  # of a Stepweave that has not certified all calls
 WARM_UP_SECONDS = 300
