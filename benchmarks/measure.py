@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "greenlet", "bentoml", "httpx")
 FEW = 5  # values; fewer have no meaningful quartiles
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,37 @@ class Spread:
         )
 
 
+@dataclass(frozen=True)
+class Interval:
+    """A geometric mean of ratios, and the interval that holds the true one with 95 % confidence, by
+    Student's t distribution of the logarithms (Fleming and Wallace, How Not to Lie with Statistics,
+    CACM 1986: ratios are averaged geometrically)."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, ratios: Sequence[float]) -> Interval | None:
+        """None of fewer than two ratios."""
+        from scipy import stats  # where it is missing, all else can be measured
+
+        if len(ratios) < 2:
+            return None
+        logarithms = np.log(ratios)
+        mean, error = float(np.mean(logarithms)), float(stats.sem(logarithms))
+        reach = error * float(stats.t.ppf((1 + CONFIDENCE) / 2, len(ratios) - 1))
+        low, middle, high = np.exp([mean - reach, mean, mean + reach]).tolist()
+        return cls(middle, low, high, len(ratios))
+
+    def __str__(self) -> str:
+        return f"{_short(self.mean)} ({_short(self.low)} to {_short(self.high)})"
+
+
 # figures of a part: formatted in Markdown tables, complete in the JSON file
 
-Value = str | int | float | Spread | None
+Value = str | int | float | Spread | Interval | None
 Row = dict[str, Value]
 Table = Sequence[Mapping[str, Value]]  # all rows have the same columns
 

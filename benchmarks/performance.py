@@ -76,7 +76,8 @@ def ladder(content: Content) -> str:
                 {new: row.get(old) for old, new in COLUMNS.items() if old in rows[0]}
                 for row in rows
             ]
-            found.append(Part(f"**{scenario}.** {_rate(section['about'])}", (shown,)).markdown())
+            about = f"**{scenario}.** {_arrivals(part['rate'])}"
+            found.append(Part(about, (shown,)).markdown())
             floors += [
                 {"scenario": scenario} | {new: row.get(old) for old, new in FLOORS.items()}
                 for row in rows
@@ -86,10 +87,12 @@ def ladder(content: Content) -> str:
     return "\n\n".join([*found, Part(about, (floors,)).markdown()])
 
 
-def _rate(about: str) -> str:
-    """The first sentence of what is kept about a scenario."""
-    sentence = about.partition(", ")[2].partition(". Medians")[0]
-    return f"{sentence[:1].upper()}{sentence[1:]}."
+def _arrivals(rate: float | None) -> str:
+    if rate is None:
+        return "A closed loop: latency counts from sending."
+    return (
+        f"An open loop of {rate:.3g} requests per second: latency counts from the intended arrival."
+    )
 
 
 def gpu(content: Content) -> str:

@@ -117,14 +117,15 @@ def report(arguments: argparse.Namespace, store: Store, everyone: Mapping[str, C
         settings=store.kept("settings"),
         versions=store.kept("versions"),
     )
-    found = tables.parts(records, everyone, store.kept("rates"), store.kept("failures"))
+    rates = store.kept("rates")
+    found = tables.parts(records, everyone, rates, store.kept("failures"))
     for name, part in found.items():
         runs = [
             {key: value for key, value in record.items() if key != "requests"}
             for record in records
             if record["scenario"] == name
         ]
-        summary.add(name, part, runs=runs)
+        summary.add(name, part, runs=runs, rate=rates.get(name))
     summary.close()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.locust.schedule import Kind
-from benchmarks.measure import Spread
+from benchmarks.measure import Interval, Spread
 from benchmarks.serving.client import Attempt, Outcome, Status
 
 SLOW = 3  # multiple of a request's seconds alone
@@ -74,8 +74,21 @@ def ratios(
 ) -> Spread | None:
     """`above` over `below`, run by run, of runs with the same seeds in the same order, and so with
     the same requests."""
+    return Spread.known(_paired(above, below, figure))
+
+
+def interval(
+    above: Sequence[Mapping[str, Value]], below: Sequence[Mapping[str, Value]], figure: str
+) -> Interval | None:
+    """The mean of these ratios, with its confidence interval."""
+    return Interval.of(_paired(above, below, figure))
+
+
+def _paired(
+    above: Sequence[Mapping[str, Value]], below: Sequence[Mapping[str, Value]], figure: str
+) -> list[float]:
     pairs = [(upper[figure], lower[figure]) for upper, lower in zip(above, below, strict=True)]
-    return Spread.known(upper / lower for upper, lower in pairs if upper is not None and lower)
+    return [upper / lower for upper, lower in pairs if upper is not None and lower]
 
 
 # Overload

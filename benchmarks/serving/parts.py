@@ -31,6 +31,7 @@ SHOWN = (
     "throughput",
 )
 COMPARED = ("mean", "p50", "p95", "p99", "throughput")
+MEANS = ("mean", "p50", "p95")  # whose ratios have a confidence interval
 OVERLOAD = 1.5  # of capacity
 RETURNS = 2  # retries of a refused client, as in the OpenAI client
 TRACE_LOAD = 0.8
@@ -105,6 +106,23 @@ async def policies(
                             **{
                                 key: figures.ratios(runs[load, name], runs[load, names[0]], key)
                                 for key in COMPARED
+                            },
+                        }
+                        for name in names[1:]
+                    ],
+                ),
+            ),
+            Part(
+                f"Load {load:.0%}: geometric means of these ratios, with 95 % confidence "
+                "intervals. What is above 1 in all of its interval is slower than "
+                f"`{names[0]}`.",
+                (
+                    [
+                        {
+                            "ratio": f"{name} / {names[0]}",
+                            **{
+                                key: figures.interval(runs[load, name], runs[load, names[0]], key)
+                                for key in MEANS
                             },
                         }
                         for name in names[1:]

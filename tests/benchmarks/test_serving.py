@@ -29,6 +29,7 @@ from benchmarks.serving.figures import (
     IN_FLIGHT,
     eta_counts,
     eta_figures,
+    interval,
     over_seeds,
     over_time,
     ratios,
@@ -464,6 +465,19 @@ def test_ratios_are_paired_by_seed() -> None:
     assert ratios([{"mean": None}], [{"mean": 1.0}], "mean") is None
     with pytest.raises(ValueError):
         ratios(above, below[:2], "mean")
+
+
+def test_the_interval_of_ratios_is_of_their_logarithms() -> None:
+    """t(0.975, 2) is 4.303; the logarithms of 1, 2 and 4 have the standard error ln 2 / sqrt 3."""
+    above = [{"mean": 1.0}, {"mean": 2.0}, {"mean": 4.0}, {"mean": None}]
+    below = [{"mean": 1.0}] * 4
+    found = interval(above, below, "mean")
+    assert found is not None and found.count == 3
+    reach = 4.30265 * math.log(2) / math.sqrt(3)
+    assert found.mean == pytest.approx(2.0)
+    assert found.low == pytest.approx(2 * math.exp(-reach), rel=1e-4)
+    assert found.high == pytest.approx(2 * math.exp(reach), rel=1e-4)
+    assert interval(above[:1], below[:1], "mean") is None
 
 
 def test_goodput_over_time_leaves_out_what_was_late() -> None:
