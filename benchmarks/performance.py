@@ -19,6 +19,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from benchmarks.ladder.contestants import OURS
+from benchmarks.ladder.tables import OVERLOADED
 from benchmarks.measure import Part, Row, Spread, Value
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -31,6 +32,7 @@ COLUMNS = {  # of a scenario of the ladder: as they are kept, and as they are sh
     "mean s": "mean s",
     "p95 s": "p95 s",
     "short mean s": "mean s of 6 steps",
+    OVERLOADED: "overloaded",
     "failed": "failed",
     "wrong": "wrong",
     "ratio of throughput": "throughput, ratio",
@@ -72,10 +74,10 @@ def ladder(content: Content) -> str:
     for scenario, part in content["parts"].items():
         for section in part["sections"] if scenario != "contestants" else ():
             (rows,) = tables(section)
-            shown = [
-                {new: row.get(old) for old, new in COLUMNS.items() if old in rows[0]}
-                for row in rows
-            ]
+            kept = [name for name in COLUMNS if name in rows[0]]
+            if part["rate"] is None:
+                kept.remove(OVERLOADED)  # of open loops
+            shown = [{COLUMNS[name]: row[name] for name in kept} for row in rows]
             about = f"**{scenario}.** {_arrivals(part['rate'])}"
             found.append(Part(about, (shown,)).markdown())
             floors += [

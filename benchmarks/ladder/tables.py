@@ -82,6 +82,7 @@ def _scenario(scenario: Scenario, records: Sequence[Record], rate: float | None)
         f"samples differ from the pipeline's own call by more than {TOLERANCE:g} of 255 on average."
         + " Floor: seconds of bare calls of the modules, in as many rows as the server's forwards "
         "had, or in those with the most rows a second."
+        " Seconds and ratios are of the seeds in which a contestant was not overloaded."
         + (f" Short: the requests of {SHORT} steps." if short else "")
         + (f" Load average before the runs: {loads}." if loads else "")
     )
@@ -92,23 +93,23 @@ def _row(
     name: str, runs: Mapping[int, Record], ours: Mapping[int, Record], short: bool
 ) -> dict[str, Value]:
     records = list(runs.values())
-    over = [record for record in records if record["overloaded"]]
+    steady = [record for record in records if not record["overloaded"]]
     wrong, checked = (sum(record[key] for record in records) for key in ("wrong", "checked"))
     compared = (*COMPARED, "short mean") if short else COMPARED
-    pairs = [] if name == OURS or over else [seed for seed in runs if seed in ours]
-    pairs = [] if any(ours[seed]["overloaded"] for seed in pairs) else pairs
+    pairs = [
+        seed
+        for seed, record in runs.items()
+        if name != OURS and seed in ours
+        if not (record["overloaded"] or ours[seed]["overloaded"])
+    ]
     shown = ("mean", "p50", "p95", "short mean", "short p95") if short else ("mean", "p50", "p95")
     return {
         "contestant": f"{name} (WRONG IMAGES)" if wrong else name,
         "seeds": len(records),
         "images/s": over_seeds(records, "throughput"),
         "CPU s per image": over_seeds(records, "cpu"),
-        **{
-            f"{key} s": f"{OVERLOADED} ({len(over)} of {len(records)})"
-            if over
-            else over_seeds(records, key)
-            for key in shown
-        },
+        OVERLOADED: f"{len(records) - len(steady)} of {len(records)}",
+        **{f"{key} s": over_seeds(steady, key) for key in shown},
         **{
             f"{key} / time": over_seeds([one for one in records if key in one], key)
             for key in FLOORS

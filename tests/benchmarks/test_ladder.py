@@ -355,23 +355,27 @@ def test_ratios_are_paired_by_seed_with_median_and_extremes() -> None:
     assert "short mean s" not in found["step"]
 
 
-def test_an_overloaded_contestant_has_no_ratio_nor_one_beside_an_overloaded_step() -> None:
+def test_a_seed_in_which_a_contestant_or_step_is_overloaded_has_no_times_and_no_ratio() -> None:
     records = [
         *(record("step", seed, OPEN) for seed in (1, 2)),
-        record("litserve", 1, OPEN),
-        record("litserve", 2, OPEN, overloaded=True),
-        *(record("bentoml", seed, OPEN) for seed in (1, 2)),
+        record("litserve", 1, OPEN, mean=4.0),
+        record("litserve", 2, OPEN, mean=100.0, overloaded=True),
+        *(record("bentoml", seed, OPEN, overloaded=True) for seed in (1, 2)),
     ]
     found = parts(records, {}, {OPEN.name: 2.5}, {})
     assert "2.5 requests per second" in found[OPEN.name].about
     table = rows(found, OPEN.name)
-    assert table["litserve"]["mean s"] == table["litserve"]["short p95 s"] == "overloaded (1 of 2)"
-    ratios = [name for name in table["litserve"] if name.startswith("ratio")]
-    assert len(ratios) == 5 and all(table["litserve"][name] is None for name in ratios)
-    assert table["bentoml"]["ratio of short mean"] == Spread.of([1.0, 1.0])
+    assert [table[name]["overloaded"] for name in ("step", "litserve", "bentoml")] == [
+        "0 of 2", "1 of 2", "2 of 2",
+    ]  # fmt: skip
+    assert table["litserve"]["mean s"] == Spread.of([4.0])
+    assert table["litserve"]["ratio of mean"] == Spread.of([records[0]["mean"] / 4.0])
+    names = [name for name in table["bentoml"] if name.startswith("ratio") or name[-2:] == " s"]
+    assert len(names) == 10 and all(table["bentoml"][name] is None for name in names)
     records[0] |= {"overloaded": True}
     table = rows(parts(records, {}, {}, {}), OPEN.name)
-    assert all(table["bentoml"][name] is None for name in ratios)
+    assert table["litserve"]["ratio of mean"] is None
+    assert table["litserve"]["mean s"] == Spread.of([4.0])
 
 
 def test_a_contestant_that_cannot_run_is_listed_with_the_reason() -> None:
