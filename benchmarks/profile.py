@@ -21,6 +21,7 @@ from stepweave.config import Settings
 from stepweave.engine import StepEngine
 from stepweave.loading.device import set_cpu_threads
 from stepweave.loading.loader import load_pipeline
+from stepweave.parameters import ImageRequest
 from stepweave.serving.model import ServedModel
 
 DENOISER = "transformer"
@@ -33,7 +34,9 @@ Step = tuple[str, int]  # module, rows
 def run(engine: StepEngine, model: ServedModel, size: str, count: int, first: int) -> None:
     """Run jobs with different prompts, since encodings are cached."""
     parameters = [
-        model.resolve(prompt=f"{first + i} red rings", size=size, num_inference_steps=STEPS)
+        model.resolve(
+            ImageRequest(prompt=f"{first + i} red rings", size=size, num_inference_steps=STEPS)
+        )
         for i in range(count)
     ]
     for job in [engine.submit(**model.call(each)) for each in parameters]:
