@@ -100,10 +100,10 @@ class Interval:
     @classmethod
     def of(cls, ratios: Sequence[float]) -> Interval | None:
         """None of fewer than two ratios."""
-        from scipy import stats  # where it is missing, all else can be measured
-
         if len(ratios) < 2:
             return None
+        from scipy import stats  # where it is missing, all else can be measured
+
         logarithms = np.log(ratios)
         mean, error = float(np.mean(logarithms)), float(stats.sem(logarithms))
         reach = error * float(stats.t.ppf((1 + CONFIDENCE) / 2, len(ratios) - 1))

@@ -19,7 +19,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from benchmarks.ladder.contestants import OURS
-from benchmarks.ladder.tables import OVERLOADED
+from benchmarks.ladder.tables import OVERLOADED, arrivals
 from benchmarks.measure import Part, Row, Spread, Value
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -78,7 +78,7 @@ def ladder(content: Content) -> str:
             if part["rate"] is None:
                 kept.remove(OVERLOADED)  # of open loops
             shown = [{COLUMNS[name]: row[name] for name in kept} for row in rows]
-            about = f"**{scenario}.** {_arrivals(part['rate'])}"
+            about = f"**{scenario}**, {arrivals(part['rate'])}."
             found.append(Part(about, (shown,)).markdown())
             floors += [
                 {"scenario": scenario} | {new: row.get(old) for old, new in FLOORS.items()}
@@ -87,14 +87,6 @@ def ladder(content: Content) -> str:
             ]
     about = "**The floor.** Bare calls of the modules, as a share of the time of Stepweave's run."
     return "\n\n".join([*found, Part(about, (floors,)).markdown()])
-
-
-def _arrivals(rate: float | None) -> str:
-    if rate is None:
-        return "A closed loop: latency counts from sending."
-    return (
-        f"An open loop of {rate:.3g} requests per second: latency counts from the intended arrival."
-    )
 
 
 def gpu(content: Content) -> str:

@@ -21,7 +21,6 @@ from benchmarks.serving.contestants import Served, free_port, launch
 from benchmarks.serving.report import progress
 
 ANSWER_SECONDS = 3600  # the runs have limits of their own
-COPIES = CLIENTS  # of each kind in a burst of the warm-up: as many as share steps later
 BURSTS = 2
 MORE_BURSTS = 4  # of a Stepweave that has not certified all calls
 WARM_UP_SECONDS = 300
@@ -102,7 +101,7 @@ class Fleet:
         for burst in range(BURSTS + MORE_BURSTS * contestant.stepweave):
             outcomes = await open_loop(
                 turn.client,
-                warm_up(burst, COPIES),
+                warm_up(burst, CLIENTS),  # of each kind as many as share steps later
                 turn.check,
                 Sender(contestant),
                 drain=WARM_UP_SECONDS,

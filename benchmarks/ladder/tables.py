@@ -36,6 +36,15 @@ def parts(
     return found
 
 
+def arrivals(rate: float | None) -> str:
+    """How the requests of a scenario arrive: from a closed loop, or at a rate per second."""
+    if rate is None:
+        return "a closed loop: latency counts from sending"
+    return (
+        f"an open loop of {rate:.3g} requests per second: latency counts from the intended arrival"
+    )
+
+
 def _contestants(
     records: Sequence[Record], contestants: Mapping[str, Contestant], failures: Mapping[str, str]
 ) -> Part:
@@ -70,19 +79,13 @@ def _scenario(scenario: Scenario, records: Sequence[Record], rate: float | None)
     )
     seeds = sorted({record["seed"] for record in records})
     loads = Spread.known(record.get("load_average") for record in records)
-    arrivals = (
-        "a closed loop: latency counts from sending"
-        if rate is None
-        else f"an open loop of {rate:.3g} requests per second: latency counts from the intended "
-        "arrival"
-    )
     about = (
-        f"{scenario.name}, {arrivals}. Medians (and extremes) over seeds {_listed(seeds)}; ratios "
-        f"are {OURS} / contestant, seed by seed. Seconds of answered requests. Wrong: images whose "
-        f"samples differ from the pipeline's own call by more than {TOLERANCE:g} of 255 on average."
-        + " Floor: seconds of bare calls of the modules, in as many rows as the server's forwards "
-        "had, or in those with the most rows a second."
-        " Seconds and ratios are of the seeds in which a contestant was not overloaded."
+        f"{scenario.name}, {arrivals(rate)}. Medians (and extremes) over seeds {_listed(seeds)}; "
+        f"ratios are {OURS} / contestant, seed by seed. Seconds of answered requests. Wrong: "
+        f"images whose samples differ from the pipeline's own call by more than {TOLERANCE:g} of "
+        "255 on average. Floor: seconds of bare calls of the modules, in as many rows as the "
+        "server's forwards had, or in those with the most rows a second. Seconds and ratios are of "
+        "the seeds in which a contestant was not overloaded."
         + (f" Short: the requests of {SHORT} steps." if short else "")
         + (f" Load average before the runs: {loads}." if loads else "")
     )

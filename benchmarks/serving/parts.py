@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Part, Row
+from benchmarks.measure import CONFIDENCE, Interval, Part, Row, Spread
 from benchmarks.serving import figures
 from benchmarks.serving.client import Outcome, offer
 from benchmarks.serving.figures import Value
@@ -36,6 +36,9 @@ OVERLOAD = 1.5  # of capacity
 RETURNS = 2  # retries of a refused client, as in the OpenAI client
 TRACE_LOAD = 0.8
 OVERLOAD_SEED, TRACE_SEED = 40_000, 50_000
+
+Runs = Sequence[Mapping[str, Value]]
+Compare = Callable[[Runs, Runs, str], Spread | Interval | None]
 
 
 async def policies(
@@ -77,6 +80,17 @@ async def policies(
                 )
                 _warn(contestant, outcomes)
     names = [contestant.name for contestant in contestants]
+
+    def compared(load: float, how: Compare, keys: Sequence[str]) -> list[Row]:
+        default = runs[load, names[0]]
+        return [
+            {
+                "ratio": f"{name} / {names[0]}",
+                **{key: how(runs[load, name], default, key) for key in keys},
+            }
+            for name in names[1:]
+        ]
+
     tables = [
         table
         for load in scale.loads
@@ -99,35 +113,13 @@ async def policies(
             ),
             Part(
                 f"Load {load:.0%}: relative to `{names[0]}`, seed by seed.",
-                (
-                    [
-                        {
-                            "ratio": f"{name} / {names[0]}",
-                            **{
-                                key: figures.ratios(runs[load, name], runs[load, names[0]], key)
-                                for key in COMPARED
-                            },
-                        }
-                        for name in names[1:]
-                    ],
-                ),
+                (compared(load, figures.ratios, COMPARED),),
             ),
             Part(
-                f"Load {load:.0%}: geometric means of these ratios, with 95 % confidence "
-                "intervals. What is above 1 in all of its interval is slower than "
+                f"Load {load:.0%}: geometric means of these ratios, with {CONFIDENCE:.0%} "
+                "confidence intervals. What is above 1 in all of its interval is slower than "
                 f"`{names[0]}`.",
-                (
-                    [
-                        {
-                            "ratio": f"{name} / {names[0]}",
-                            **{
-                                key: figures.interval(runs[load, name], runs[load, names[0]], key)
-                                for key in MEANS
-                            },
-                        }
-                        for name in names[1:]
-                    ],
-                ),
+                (compared(load, figures.interval, MEANS),),
             ),
         )
     ]

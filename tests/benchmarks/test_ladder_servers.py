@@ -166,7 +166,7 @@ def test_the_pipeline_of_diffusers_examples_reads_the_request_from_the_prompt(
 
 
 def test_bare_calls_are_those_of_the_pipeline(pipeline: Any) -> None:
-    before = {name: vars(pipeline.transformer)[name] for name in vars(pipeline.transformer)}
+    before = dict(vars(pipeline.transformer))
     wanted = [("transformer", 1024, 2), ("vae.decode", 1024, 1), ("text_encoder", 16, 3)]
     took = dict(zip(wanted, bare.measure(pipeline, wanted), strict=True))
     assert vars(pipeline.transformer) == before  # what noted its calls is gone

@@ -12,7 +12,7 @@ from benchmarks.simulation.curves import DENOISER, Curves
 
 
 def test_a_profile_is_a_curve_that_the_simulator_reads(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], one_torch_thread: None
 ) -> None:
     out = tmp_path / "deep" / "curve.json"
     command = ["profile", "--sizes", "64x64", "--rounds", "1", "--out", str(out)]

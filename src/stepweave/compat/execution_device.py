@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from stepweave.compat.subclasses import like
+
 _PLAIN = DiffusionPipeline._execution_device
 
 
@@ -24,11 +26,7 @@ def without_hooks(pipeline: Any) -> None:
 
 @functools.cache
 def _unhooked(kind: type) -> type:
-    """A subclass of `kind` with the same name."""
-
     def _execution_device(self: Any) -> torch.device:
         return self.device  # type: ignore[no-any-return]
 
-    same = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    device = property(_execution_device, doc=_PLAIN.__doc__)
-    return type(kind.__name__, (kind,), {"_execution_device": device, **same})
+    return like(kind, _execution_device=property(_execution_device, doc=_PLAIN.__doc__))

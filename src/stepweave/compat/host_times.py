@@ -14,6 +14,8 @@ from typing import Any
 import diffusers
 import torch
 
+from stepweave.compat.subclasses import like
+
 # schedulers whose step uses its timestep only on the host, so that results are bitwise equal
 READERS: frozenset[type] = frozenset(
     getattr(diffusers, name)
@@ -44,7 +46,6 @@ def keep_times_on_the_host(scheduler: Any) -> None:
 
 @functools.cache
 def _with_times_on_the_host(kind: type) -> type:
-    """A subclass of `kind` with the same name."""
     plain: Any = kind.step  # type: ignore[attr-defined]
     takes = [name for name in inspect.signature(plain).parameters if name.startswith("timestep")]
 
@@ -64,8 +65,7 @@ def _with_times_on_the_host(kind: type) -> type:
             if self.timesteps is here:
                 self.timesteps = there
 
-    same = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(kind.__name__, (kind,), {"step": step, **same})
+    return like(kind, step=step)
 
 
 def _on_the_host(scheduler: Any, timesteps: Any) -> torch.Tensor | None:

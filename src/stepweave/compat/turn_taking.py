@@ -7,7 +7,7 @@ import copy
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -81,10 +81,7 @@ class TurnTaking:
 
     def offloads(self) -> bool:
         """Whether a module has a hook that may move it between devices."""
-        return any(
-            "_hf_hook" in part.__dict__ or "_diffusers_hook" in part.__dict__ and any(_hooks(part))
-            for part in self._all_parts()
-        )
+        return any("_hf_hook" in part.__dict__ or _hooks(part) for part in self._all_parts())
 
     def _all_parts(self) -> Iterator[torch.nn.Module]:
         for _, module in modules_in(self._pipeline):
@@ -97,15 +94,14 @@ class TurnTaking:
         attributes = module.__dict__
         if "_hf_hook" in attributes and not self._harmless(attributes["_hf_hook"]):
             return type(attributes["_hf_hook"]).__name__
-        return next(_hooks(module), None) if "_diffusers_hook" in attributes else None
+        return next(iter(_hooks(module)), None)
 
 
-def _hooks(module: torch.nn.Module) -> Iterator[str]:
+def _hooks(module: torch.nn.Module) -> Sequence[str]:
     """The names of diffusers' hooks on a module, without an engine's."""
     # diffusers puts an empty registry on every model that may be hooked
-    registry: Any = module.__dict__["_diffusers_hook"]
-    hooks = () if registry is None else registry.hooks
-    return (name for name in hooks if name != ENGINE_HOOK)
+    registry = module.__dict__.get("_diffusers_hook")
+    return () if registry is None else [name for name in registry.hooks if name != ENGINE_HOOK]
 
 
 @functools.cache
