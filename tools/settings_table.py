@@ -1,30 +1,35 @@
-"""Writes the table of settings in docs/configure.md: `python -m tools.settings_table`."""
+"""Writes the tables of settings in docs/configure.md: `python -m tools.settings_table`."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from stepweave.config import PREFIX, Settings
+from stepweave.config import GROUPS, PREFIX, Settings
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configure.md"
 HEADER = "| setting | default | meaning |\n| --- | --- | --- |\n"
 
 
-def table() -> str:
-    """A Markdown table of all settings with defaults and descriptions, in the order of the code."""
-    rows = [
+def tables() -> str:
+    """A heading and a Markdown table for each group of settings, with defaults and descriptions."""
+    return "\n".join(f"### {group}\n\n{HEADER}{_rows(names)}" for group, names in GROUPS.items())
+
+
+def _rows(names: tuple[str, ...]) -> str:
+    fields = ((name, Settings.model_fields[name]) for name in names)
+    return "".join(
         f"| `{PREFIX}{name.upper()}` | "
         f"{'' if field.default in (None, ()) else f'`{str(field.default).lower()}`'} | "
         f"{field.description} |\n"
-        for name, field in Settings.model_fields.items()
-    ]
-    return HEADER + "".join(rows)
+        for name, field in fields
+    )
 
 
 def main() -> None:
-    rows = re.compile(re.escape(HEADER) + r"(\|.*\n)*")
-    PAGE.write_text(rows.sub(lambda _: table(), PAGE.read_text(), count=1))
+    """Replace what follows the first group's heading."""
+    text, first = PAGE.read_text(), f"### {next(iter(GROUPS))}\n"
+    assert first in text, f"{PAGE} has no heading {first!r}"
+    PAGE.write_text(text[: text.index(first)] + tables())
 
 
 if __name__ == "__main__":
