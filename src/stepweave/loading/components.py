@@ -145,8 +145,9 @@ def _component_class(name: str, library: str, kind: str) -> Any:
     if module is None:
         module = importlib.import_module(library) if library in _LIBRARIES else None
     component = getattr(module, kind, None)
-    # from_pretrained knows former names of transformers' classes
-    if component is None and module not in (None, transformers):
+    # from_pretrained knows former names of transformers' classes; by name, since transformers may
+    # replace its module while it is imported
+    if component is None and module is not None and module.__name__ != transformers.__name__:
         raise LoadError(f"{INDEX}: {name} is {shown([library, kind])}, {_LACKING}")
     _check_installed(component, name)
     return component

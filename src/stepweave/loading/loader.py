@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import diffusers
 import torch
@@ -28,10 +28,11 @@ from stepweave.loading.components import (
 from stepweave.loading.files import check_vocabularies, files_of, find_damage
 from stepweave.loading.hub import fetch
 from stepweave.loading.kinds import check_served
+from stepweave.loading.progress import Components, OnProgress
 from stepweave.loading.quantization import pipeline_quantization
 from stepweave.loading.reading import Reading, check_placed
 from stepweave.loading.tokenizers import check_tokenizers
-from stepweave.loading.variants import choose_variant
+from stepweave.loading.variants import choose_variant, files_read
 from stepweave.reasons import reason_of
 
 logger = logging.getLogger(__name__)
@@ -43,12 +44,12 @@ def load_pipeline(
     settings: Settings,
     device: torch.device,
     dtype: torch.dtype,
-    on_stage: Callable[[Literal["downloading", "loading"]], None] = lambda name: None,
+    on_progress: OnProgress = lambda stage, done, message: None,
 ) -> tuple[DiffusionPipeline, Preset]:
     """Load the pipeline `settings.model` onto `device`, or with offload, onto the CPU. Returns it
     with the preset of its `stepweave.json` and of its built-in preset.
 
-    `on_stage` is called with `downloading` and `loading`, for a model from the hub.
+    `on_progress` is called while a model of the hub is downloaded, and while one is read.
 
     Only safetensors weights are read, and no code from the model's files is run. A private or gated
     repository needs `HF_TOKEN` in the environment (read by huggingface_hub). Raises LoadError,
@@ -70,16 +71,17 @@ def load_pipeline(
             check_served(pipeline_class(index), given)
             variant = choose_variant(index, files_of(folder), settings.variant)
         else:
-            on_stage("downloading")
-            folder, variant = fetch(settings.model, settings.revision, settings.variant, given)
-            on_stage("loading")
+            on_progress("downloading", 0.0, settings.model)
+            folder, variant = fetch(
+                settings.model, settings.revision, settings.variant, given, on_progress
+            )
         if (recognised := recognise(folder, settings.model_name())) is not None:
             logger.info(
                 "built-in preset %s: %s (see %s); STEPWEAVE_PRESET and stepweave.json override it",
                 recognised.built_in.name, recognised.signs, recognised.built_in.card,
             )  # fmt: skip
             preset = preset.over(recognised.preset)
-        pipeline = _read(settings, folder, variant, device, dtype)
+        pipeline = _read(settings, folder, variant, device, dtype, on_progress)
     except LoadError as error:
         raise LoadError(
             f"the model {settings.model_name()!r} cannot be loaded: {error.message}"
@@ -89,7 +91,12 @@ def load_pipeline(
 
 
 def _read(
-    settings: Settings, folder: Path, variant: str | None, device: torch.device, dtype: torch.dtype
+    settings: Settings,
+    folder: Path,
+    variant: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_progress: OnProgress,
 ) -> DiffusionPipeline:
     """Read the pipeline of a directory. Raises LoadError unless all of it was read."""
     index, sizes = read_index(folder), files_of(folder)
@@ -98,7 +105,8 @@ def _read(
     changes: dict[str, Any] = dict(absent_components(index))
     if settings.quantization is not None:
         changes["quantization_config"] = pipeline_quantization(settings.quantization, index, dtype)
-    reading = Reading(folder, components)
+    read = files_read(sizes, [component.name for component in components], variant)
+    reading = Reading(folder, components, Components(read, partial(on_progress, "loading")).begin)
     try:
         with reading.watched():
             pipeline = DiffusionPipeline.from_pretrained(

@@ -48,7 +48,10 @@ def check_optimizations(settings: Settings, device: torch.device) -> None:
         variable, *programs = _COMPILERS[device.type]
         if not any(map(shutil.which, filter(None, (os.environ.get(variable), *programs)))):
             names = " or ".join(programs)
-            raise LoadError(f"STEPWEAVE_COMPILE needs a compiler, {names}, which is not installed")
+            raise LoadError(
+                f"STEPWEAVE_COMPILE needs a compiler, {names}, which is not installed; a container "
+                f"image has one if it is built with WITH_COMPILER=1"
+            )
 
 
 def apply_optimizations(pipeline: Any, settings: Settings, device: torch.device) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,15 @@ class Reading:
     them with random numbers. Within `watched`, they raise LoadError.
     """
 
-    def __init__(self, folder: Path, components: Iterable[Component]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        components: Iterable[Component],
+        on_begin: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        """`on_begin` is called with the name of each component with weights, before it is read."""
         self._folder = folder
+        self._on_begin = on_begin
         self._names = {
             component.kind: component.name for component in components if component.kind is not None
         }  # of those in no folder of their own
@@ -94,11 +101,12 @@ class Reading:
     def _read(self, kind: Any, load: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("output_loading_info"):
             return load(path, *args, **kwargs)
+        name = self._name(kind, path)
+        self._on_begin(name)
         # otherwise transformers would refuse wrong shapes without naming the tensors
         if issubclass(kind, PreTrainedModel):
             kwargs.setdefault("ignore_mismatched_sizes", True)
         model, info = self._attribute(kind, load, path, *args, output_loading_info=True, **kwargs)
-        name = self._name(kind, path)
         count = len(model.state_dict())
         _check(name, kind.__name__, count, info)
         self.tensors[name] = self.tensors.get(name, 0) + count

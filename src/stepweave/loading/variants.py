@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import PurePosixPath
 from typing import Any
+
+from diffusers.pipelines.pipeline_loading_utils import variant_compatible_siblings
 
 from stepweave.errors import LoadError, shown
 from stepweave.loading.components import Component, components_of
@@ -17,6 +19,8 @@ from stepweave.loading.reading import listed
 logger = logging.getLogger(__name__)
 
 SETTING = "STEPWEAVE_VARIANT"
+WEIGHTS = ".safetensors"
+_ALL_WEIGHTS = (WEIGHTS, ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx")
 
 # missing files by variant; None is the one without a name
 Variants = dict[str | None, list[str]]
@@ -54,6 +58,20 @@ def choose_variant(index: dict[str, Any], files: Collection[str], wanted: str | 
             f"choose one with {SETTING}"
         )
     raise LoadError(_what_is_missing(lacking[0], found, files))
+
+
+def files_read(
+    files: Mapping[str, int], components: Collection[str], variant: str | None
+) -> dict[str, int]:
+    """Those of a model's files, with their sizes, that are read with a variant."""
+    usable, _ = variant_compatible_siblings(list(files), variant=variant)
+    weights = {name for name in usable if name.endswith(WEIGHTS)}
+    return {
+        name: size
+        for name, size in files.items()
+        if name.partition("/")[0] in (name, *components)
+        if name in weights or not name.endswith(_ALL_WEIGHTS)
+    }
 
 
 def _wanted(found: dict[str, Variants], files: Collection[str], wanted: str) -> str:

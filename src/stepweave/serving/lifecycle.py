@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 ENCODERS = 2  # threads that encode image files
 # after the grace period, until jobs are cancelled, results stored, and the process has ended
 ENDING_SECONDS = 30.0
+PROGRESS_SECONDS = 5.0  # between two lines of the log about one stage of a start
 KEEPING_SECONDS = 5.0  # of these, reserved for storing results once the engine is closed
 
 
@@ -56,6 +57,7 @@ class Lifecycle:
         self._policy = policy
         self._on_failure = on_failure
         self.status = Status("starting", 0.0)
+        self._told = -math.inf  # when the last line of the log about the start was written
         self.created = int(time.time())
         self.model: ServedModel | None = None
         self.device = ""
@@ -246,9 +248,14 @@ class Lifecycle:
     def _enter(self, stage: Stage, progress: float, message: str) -> None:
         if self.status.stage == "closed" or self.leaving.terminated:
             raise LoadError("the server was shut down while it was loading")
+        new = stage != self.status.stage
         self.status = Status(stage, progress, message)
-        self.metrics.load_times.enter(stage)
-        logger.info("%s: %s", stage, message)
+        if new:
+            self.metrics.load_times.enter(stage)
+        now = time.monotonic()
+        if new or now - self._told >= PROGRESS_SECONDS:
+            self._told = now
+            logger.info("%s: %s", stage, message)
 
     def _fail(self, message: str) -> None:
         self.metrics.load_times.enter(None)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from stepweave.config import Settings
 from stepweave.serving import heap
 from stepweave.serving.status import Stage
-from stepweave.telemetry.stages import enter_stage
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +20,8 @@ if TYPE_CHECKING:
     from stepweave.scheduling import Policy
     from stepweave.serving.model import ServedModel
 
+# of the progress of a start, at the begin and the end of a stage
+SHARES = {"downloading": (0.1, 0.4), "loading": (0.4, 0.8)}
 LoadPipeline = Callable[[Settings, "torch.device", "torch.dtype"], "tuple[Any, Preset]"]
 # stage, progress from 0 to 1, message; raises LoadError if the server is shutting down
 Enter = Callable[[Stage, float, str], None]
@@ -66,9 +66,19 @@ def load(
     dtype = choose_dtype(settings, device)
     check_optimizations(settings, device)
     threads = set_cpu_threads(settings)
-    enter("loading", 0.4, f"loading {settings.model_name()} onto {device} in {dtype}")
-    read = load_pipeline or partial(loader.load_pipeline, on_stage=enter_stage)
-    pipeline, preset = read(settings, device, dtype)
+    place = f"{settings.model_name()} onto {device} in {dtype}"
+
+    def on_progress(stage: Literal["downloading", "loading"], share: float, message: str) -> None:
+        low, high = SHARES[stage]
+        text = f"{place}: {message}" if stage == "loading" else message
+        enter(stage, low + share * (high - low), text)
+
+    if settings.model_directory() is not None:
+        enter("loading", SHARES["loading"][0], place)
+    if load_pipeline is None:
+        pipeline, preset = loader.load_pipeline(settings, device, dtype, on_progress)
+    else:
+        pipeline, preset = load_pipeline(settings, device, dtype)
     apply_optimizations(pipeline, settings, device)
     model = ServedModel(pipeline, preset, settings)
     # before the engine hooks the modules; previews would show what a safety checker removes

@@ -10,6 +10,7 @@ from stepweave.errors import Code, UnavailableError
 Stage = Literal[
     "starting",
     "importing",
+    "downloading",
     "loading",
     "warming_up",
     "ready",
