@@ -79,7 +79,11 @@ class _Bar(Proxy):
 @contextlib.contextmanager
 def track(view: Any, job: Progressing) -> Iterator[None]:
     """Within the block, report the view's progress and latents to the job: every diffusers pipeline
-    shows its progress on a bar, which is wrapped."""
+    shows its progress on a bar, which is wrapped.
+
+    The bars themselves are not shown, unless the pipeline's configuration has `disable=False`:
+    those of jobs that run together would overwrite each other.
+    """
     tap = Tap(view, job) if job.observed else None
     receiver = tap or job
     with contextlib.ExitStack() as stack:
@@ -90,4 +94,6 @@ def track(view: Any, job: Progressing) -> Iterator[None]:
             if make is not None:
                 bar = lambda *args, make=make, **kwargs: _Bar(make(*args, **kwargs), receiver)  # noqa: E731
                 stack.callback(replaced(pipeline, "progress_bar", bar))
+                shown = {"disable": True, **getattr(pipeline, "_progress_bar_config", {})}
+                stack.callback(replaced(pipeline, "_progress_bar_config", shown))
         yield
