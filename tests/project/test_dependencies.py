@@ -191,7 +191,7 @@ def test_missing_superfluous_and_empty_lines_of_the_document_are_found(
         ("src/toy/more.py", "from pytest import fail", "imports pytest, which is not in Runtime"),
         ("src/toy/more.py", "def f():\n    import six.moves", "imports six"),
         ("src/toy/more.py", "import importlib as i\ni.import_module('six.moves')", "imports six"),
-        ("setup.py", "import pytest", "imports pytest, which is not in Runtime"),
+        ("setup.py", "import pytest", "imports pytest, which is not in Build"),
         ("tests/test_more.py", "import six", "imports six, which is not in Runtime or Development"),
         ("tests/test_more.py", "import kserve", "imports kserve"),
         ("benchmarks/more.py", "import six", "imports six"),

@@ -48,12 +48,23 @@ def asked_for(root: Path) -> Groups:
     groups = {BUILD: file["build-system"]["requires"], RUNTIME: file["project"]["dependencies"]}
     extras = file["project"].get("optional-dependencies", {}) | file.get("dependency-groups", {})
     groups |= {DEVELOPMENT if name == "dev" else name: lines for name, lines in extras.items()}
+    _include(groups, file["project"].get("name", ""))
     groups[CLIENTS] = lines_of(root / CLIENTS_FILE)
     groups[LADDER] = lines_of(root / LADDER_FILE)
     node = json.loads((root / NODE_FILE).read_text())
     wanted = node.get("dependencies", {}) | node.get("devDependencies", {})
     groups[NODE] = [f"{name}=={version}" for name, version in wanted.items()]
     return groups
+
+
+def _include(groups: Groups, project: str) -> None:
+    """Put extras of the project itself, which development requires, in their place."""
+    for line in list(groups.get(DEVELOPMENT, ())):
+        requirement = parsed(line)
+        if requirement is not None and requirement.name == project:
+            groups[DEVELOPMENT].remove(line)
+            for extra in requirement.extras:
+                groups[DEVELOPMENT] += groups.pop(extra)
 
 
 def lines_of(path: Path) -> list[str]:
@@ -160,6 +171,8 @@ def imported(path: Path) -> Iterator[str]:
 
 def may_use(path: Path) -> tuple[str, ...]:
     """The groups that a module may import from."""
+    if path == Path("setup.py"):
+        return (BUILD,)
     if path.parts[0] == "src" or len(path.parts) == 1:
         return (RUNTIME,)
     if path.parts[:2] == ("tests", "clients") and not path.name.startswith(("test_", "__init__")):

@@ -19,7 +19,10 @@ from stepweave.errors import ConfigError, shown
 from stepweave.parameters import ResponseFormat
 
 PREFIX = "STEPWEAVE_"
-EMBEDDED_MODEL = Path(__file__).resolve().parents[3] / "models" / "shapes"
+_PACKAGE = Path(__file__).resolve().parents[1]
+# in a wheel; in the repository it has a place of its own
+_AS_DATA = _PACKAGE / "models" / "shapes"
+EMBEDDED_MODEL = _AS_DATA if _AS_DATA.is_dir() else _PACKAGE.parents[1] / "models" / "shapes"
 
 # set by Kubernetes in pods beside Services "stepweave" and "stepweave-..." (enableServiceLinks)
 _SERVICE_LINK = re.compile(
@@ -27,6 +30,8 @@ _SERVICE_LINK = re.compile(
 )
 
 # settings of earlier versions, ignored with a warning for one release
+# read by the command line and by examples, not by the server
+_OF_CLIENTS = ("STEPWEAVE_CLIENT_KEY", "STEPWEAVE_URL")
 REMOVED = {
     "STEPWEAVE_POLICY": "the server has a single scheduling policy now (docs/scheduling.md). Unset "
     "it; in the library, pass a policy object to StepEngine(policy=...).",
@@ -362,7 +367,7 @@ class Settings(BaseSettings):
         problems = []
         for name, value in sorted(os.environ.items()):
             upper = name.upper()
-            known = upper in names or upper in REMOVED or _SERVICE_LINK.fullmatch(name)
+            known = upper in (*names, *REMOVED, *_OF_CLIENTS) or _SERVICE_LINK.fullmatch(name)
             if upper.startswith(PREFIX) and not known:
                 close = difflib.get_close_matches(upper, names, n=1)
                 hint = f" (did you mean {close[0]}?)" if close else ""
