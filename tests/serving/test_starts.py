@@ -102,7 +102,7 @@ def test_a_port_in_use_is_told_in_one_line() -> None:
     assert output.splitlines()[-1] == (
         f"stepweave: port {port} of 127.0.0.1 is in use by another process; stop it, or choose "
         f"another port "
-        "(`bentoml serve --port N`, `make serve PORT=N`)"
+        "(`stepweave serve --port N`, `make serve PORT=N`)"
     )
     assert "Traceback" not in output
 

@@ -15,9 +15,12 @@ SERVED = {
     "tests/api/test_openapi.py",
     "tests/api/test_streams.py",
     "tests/benchmarks/test_locust.py",
+    "tests/cli/test_doctor.py",
+    "tests/cli/test_generate.py",
     "tests/clients/test_clients.py",
     "tests/clients/test_openai.py",
     "tests/deploy/test_monitoring.py",
+    "tests/examples/test_examples.py",
     "tests/serving/test_server.py",
 }
 # modules of slow tests that share nothing: each test is scheduled on its own

@@ -62,7 +62,7 @@ def check_port(host: str, port: int) -> None:
             except OSError as error:
                 reason = _REASONS.get(error.errno or 0, f"cannot be bound: {error.strerror}")
                 raise SystemExit(
-                    f"stepweave: port {port} of {host} {reason} (`bentoml serve --port N`, `make "
+                    f"stepweave: port {port} of {host} {reason} (`stepweave serve --port N`, `make "
                     f"serve PORT=N`)"
                 ) from None
 

@@ -1,0 +1,67 @@
+"""What can be told of a model from its files, without reading its weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from stepweave.config.preset import read_preset
+from stepweave.errors import LoadError, StepweaveError
+from stepweave.loading.components import INDEX, components_of, pipeline_class, read_index
+from stepweave.loading.files import check_vocabularies, files_of, find_damage
+from stepweave.loading.kinds import check_served
+from stepweave.loading.variants import WEIGHTS, choose_variant, files_read
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A model's files. `problem`: why it cannot be served; None if nothing speaks against it."""
+
+    pipeline: str | None
+    bytes: int  # of the files that would be read
+    numbers: int  # in the weights
+    problem: str | None = None
+    incomplete: bool = False  # the problem is that files are missing
+
+
+def inspect_model(folder: Path, wanted: str | None = None, given: Collection[str] = ()) -> Facts:
+    """The facts of a model's directory; `wanted` is the variant, `given` the arguments that a
+    preset gives to every call."""
+    name, files, numbers, incomplete = None, {}, 0, False
+    try:
+        index = read_index(folder)
+        kind: Any = pipeline_class(index)
+        name = kind.__name__
+        files = files_of(folder)
+        check_served(kind, {*given, *_arguments(folder)})
+        components = components_of(index)
+        incomplete = True
+        variant = choose_variant(index, list(files), wanted)
+        check_vocabularies(components, files)
+        incomplete = False
+        files = files_read(files, [part.name for part in components], variant)
+        if problem := find_damage(folder, None):
+            raise LoadError(problem)
+        numbers = sum(_numbers(folder / file) for file in files if file.endswith(WEIGHTS))
+    except StepweaveError as error:
+        return Facts(name, sum(files.values()), numbers, error.message, incomplete)
+    return Facts(name, sum(files.values()), numbers)
+
+
+def _arguments(folder: Path) -> Collection[str]:
+    preset = read_preset(folder)
+    return preset.call or ()
+
+
+def _numbers(file: Path) -> int:
+    with safe_open(file, framework="pt") as tensors:
+        return sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())
+
+
+def is_model(folder: Path) -> bool:
+    return (folder / INDEX).is_file()
