@@ -24,7 +24,17 @@ pytestmark = pytest.mark.anyio
 
 JSON = {"Content-Type": "application/json"}
 GIVEN = {"Authorization": "Bearer secret"}
-OPEN = ("/livez", "/readyz", "/healthz", "/v2/health/live", "/v2/health/ready")
+OPEN = (
+    "/livez",
+    "/readyz",
+    "/health",
+    "/healthz",
+    "/v2/health/live",
+    "/v2/health/ready",
+    "/docs",
+    "/docs/start.js",
+    "/openapi.json",
+)
 CLOSED = (
     "/",
     "/metrics",
@@ -38,7 +48,7 @@ CLOSED = (
     "/v2",
     "/v2/models/shapes",
     "/nope",
-    "/openapi.json",
+    "/docs.json",
 )
 POSTED = (
     GENERATIONS,

@@ -292,8 +292,9 @@ def test_the_root_is_json_for_others(in_process: Make, accept: str) -> None:
     app = in_process(ready=False)
     answer = app.client.get("/", headers={"Accept": accept}).json()
     assert (answer["name"], answer["model"], answer["stage"]) == ("stepweave", None, "starting")
-    assert {"path": ROUTE, "methods": ["POST"]} in answer["routes"]
-    assert {"path": "/images/{filename}", "methods": ["GET"]} in answer["routes"]
+    methods = {route["path"]: route["methods"] for route in answer["routes"]}
+    assert methods[ROUTE] == ["POST"] and methods["/images/{filename}"] == ["GET"]
+    assert methods["/v1/jobs/{id}"] == ["GET", "DELETE"] and methods["/generate"] == ["POST"]
     assert answer["links"]["status"] == "/api/status"
 
 

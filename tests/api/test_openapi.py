@@ -25,7 +25,7 @@ from schemathesis.core.failures import FailureGroup
 from starlette.routing import Route
 
 from stepweave.api.app import Api
-from stepweave.api.middleware.probes import DRAIN, KEYLESS, PROBES
+from stepweave.api.middleware.probes import DRAIN, KEYLESS, KEYLESS_BELOW, PROBES
 from stepweave.api.operations import INFERENCE
 from stepweave.api.routes.bentoml import PATHS
 from stepweave.errors import NotFoundError, OutOfMemoryError
@@ -206,7 +206,7 @@ def test_keys_are_asked_for_only_where_they_are_needed(in_process: Make) -> None
         for one in item.values()
         if one.get("security") == []
     }
-    assert keyless == {*PROBES, *KEYLESS, DRAIN}
+    assert keyless == {*PROBES, *KEYLESS, f"{KEYLESS_BELOW}{{file}}", DRAIN}
     for path, item in found["paths"].items():
         for method, one in item.items():
             assert ("401" in one["responses"]) == (path not in keyless)

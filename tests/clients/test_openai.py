@@ -8,6 +8,7 @@ import base64
 import io
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -209,6 +210,32 @@ def curl(*arguments: str) -> bytes:
     return subprocess.run(
         ["curl", "-sSN", "--fail-with-body", *arguments], check=True, capture_output=True
     ).stdout
+
+
+# what a server without keys and stored jobs answers to the commands of `GET /`, if not 200
+REFUSED = {
+    "POST /v1/images/variations": 400,
+    "GET /v1/jobs": 404,
+    "POST /drain": 404,
+    "DELETE /drain": 404,
+}
+
+
+def test_the_commands_that_the_root_lists_work(served: Served, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), "blue").save(tmp_path / "image.png")
+    routes = httpx.get(served.url, timeout=SECONDS).json()["routes"]
+    statuses = {}
+    for route in routes:
+        for method, command in zip(route["methods"], route["curl"], strict=True):
+            words = shlex.split(command)
+            if "{" not in route["path"]:
+                words += ["-w", "\n%{http_code}"]
+                told = subprocess.run(words, check=True, capture_output=True, cwd=tmp_path).stdout
+                statuses[f"{method} {route['path']}"] = int(told.rpartition(b"\n")[2])
+    assert len(statuses) > 20
+    assert statuses == dict.fromkeys(statuses, 200) | REFUSED
+    with Image.open(tmp_path / "answer.png") as image:
+        image.load()
 
 
 def test_curl_reads_events_and_saves_images(served: Served, drawing: Path) -> None:

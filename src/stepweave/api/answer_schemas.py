@@ -52,6 +52,8 @@ class Drained(Resource):
 class MountedRoute(Resource):
     path: str
     methods: list[str]
+    summary: str
+    curl: list[str] = Field(description="A command for each method.")
 
 
 class Discovery(Resource):

@@ -12,6 +12,7 @@ from starlette.applications import Starlette
 from stepweave.api.openapi import OpenApiRoutes
 from stepweave.api.responses import handle_error
 from stepweave.api.routes.diffusers_example import DiffusersExampleRoutes
+from stepweave.api.routes.documentation import DocumentationRoutes
 from stepweave.api.routes.jobs import JobRoutes
 from stepweave.api.routes.open_inference import OpenInferenceRoutes
 from stepweave.api.routes.openai import OpenAIRoutes
@@ -41,6 +42,7 @@ class Api:
             DiffusersExampleRoutes,
             RootRoutes,
             OpenApiRoutes,
+            DocumentationRoutes,
         )
         app = Starlette(
             routes=[route for surface in surfaces for route in surface(self.server).routes()],

@@ -13,6 +13,7 @@ from stepweave.api.answers import EVENT_STREAM, IMAGE_TYPES
 from stepweave.api.idempotency import MAX_KEY
 from stepweave.api.open_inference.tensors import HEADER_LENGTH, IndexRequest, InferenceRequest
 from stepweave.api.routes.diffusers_example import DiffusersExampleRequest
+from stepweave.api.routes.documentation import FILES
 from stepweave.api.routes.jobs import MAX_LIST
 from stepweave.api.schemas import BentoMLEditRequest, EditRequest, GenerationRequest, StreamRequest
 from stepweave.config.values import MAX_NAME
@@ -523,12 +524,29 @@ def operations(names: ModelNames | None) -> list[Operation]:
                 _ok("JSON, or a page for browsers.", {JSON: bodies.Discovery, **html}),
             ),
             _get("/ui", "playground", "A page to try it", _ok("The page.", html)),
-            _get("/openapi.json", "openapi", "This document", document),
+            _get("/openapi.json", "openapi", "This document", document, keyless=True),
+            _get(
+                "/docs",
+                "documentation",
+                "This document as a page",
+                _ok("The page.", html),
+                keyless=True,
+            ),
+            _get(
+                "/docs/{file}",
+                "documentationFile",
+                "What that page loads",
+                _ok("Script or style.", {"text/css": {}, "text/javascript": {}}),
+                NotFoundError,
+                parameters=(_parameter("path", "file", "Its name.", enum=sorted(FILES)),),
+                keyless=True,
+            ),
             _get("/docs.json", "docs", "This document, where BentoML has one", document),
             _get("/metrics", "metrics", "For Prometheus", _ok("The exposition format.", plain)),
             _probe("/livez", "livez", "Is the process alive?"),
             _probe("/healthz", "healthz", "Is the process alive?"),
             _probe("/readyz", "readyz", "Does it accept work?"),
+            _probe("/health", "health", "Does it accept work?"),
             _drain(
                 "post",
                 "drain",

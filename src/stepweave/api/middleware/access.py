@@ -7,7 +7,7 @@ from starlette.types import Scope
 
 from stepweave.api.auth import authorize
 from stepweave.api.connections import refusal_of
-from stepweave.api.middleware.probes import KEYLESS
+from stepweave.api.middleware.probes import KEYLESS, KEYLESS_BELOW
 from stepweave.serving.server import Server
 
 
@@ -19,7 +19,9 @@ def check_connection(scope: Scope, server: Server) -> None:
 
 def authenticate(scope: Scope, server: Server) -> None:
     """Raise AuthenticationError for a request without a valid API key, if keys are set."""
-    if scope["path"] not in KEYLESS and not _is_preflight(scope):
+    path = scope["path"]
+    open_to_all = path in KEYLESS or path.startswith(KEYLESS_BELOW)
+    if not open_to_all and not _is_preflight(scope):
         authorize(scope, server.keys)
 
 

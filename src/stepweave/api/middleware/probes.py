@@ -12,9 +12,12 @@ from stepweave.api.responses import answer, error_response
 from stepweave.errors import MethodNotAllowedError, NotFoundError
 from stepweave.serving.server import Server
 
-PROBES = ("/livez", "/healthz", "/readyz")
+READY = ("/readyz", "/health")
+PROBES = ("/livez", "/healthz", *READY)
 DRAIN = "/drain"
-KEYLESS = ("/v2/health/live", "/v2/health/ready")  # beside the probes and the drain
+# beside the probes, the drain, and the page of the documentation with what it loads
+KEYLESS = ("/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json")
+KEYLESS_BELOW = "/docs/"
 
 
 class Probes(Middleware):
@@ -37,7 +40,7 @@ def probe(scope: Scope, server: Server) -> Response:
     status = server.health()
     jobs = server.jobs
     health = Health(**vars(status), store=None if jobs is None else jobs.problem)
-    if not server.alive() or (path == "/readyz" and status.stage != "ready"):
+    if not server.alive() or (path in READY and status.stage != "ready"):
         return error_response(server.unavailable(), path, Unhealthy, **dict(health))
     return answer(health)
 

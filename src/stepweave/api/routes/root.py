@@ -11,13 +11,17 @@ from starlette.routing import Route
 
 from stepweave import __version__
 from stepweave.api.answer_schemas import Discovery, MountedRoute
+from stepweave.api.examples import UNKNOWN, curl
+from stepweave.api.operations import operations
 from stepweave.api.responses import answer
-from stepweave.api.urls import reference
+from stepweave.api.urls import base_url, prefix, reference
+from stepweave.errors import InvalidRequestError
 from stepweave.serving.server import Server
 from stepweave.threads import on_thread
 
 LINKS = {
     "playground": "/ui",
+    "documentation": "/docs",
     "openapi": "/openapi.json",
     "models": "/v1/models",
     "status": "/api/status",
@@ -32,7 +36,7 @@ _PAGE_HEADERS = {
 }
 _STYLE = (
     "body{font:1rem/1.5 system-ui,sans-serif;max-width:48rem;margin:2rem auto;padding:0 "
-    "1rem;color-scheme:light dark}"
+    "1rem;color-scheme:light dark}pre{white-space:pre-wrap;overflow-wrap:anywhere}"
 )
 
 
@@ -51,13 +55,7 @@ class RootRoutes:
     async def root(self, request: Request) -> Response:
         model = None if self.server.model is None else self.server.model.id
         stage = self.server.health().stage
-        routes = [
-            MountedRoute(
-                path=route.path_format, methods=sorted((route.methods or set()) - {"HEAD"})
-            )
-            for route in request.app.routes
-            if isinstance(route, Route)
-        ]
+        routes = self._routes(request)
         mounted = {route.path for route in routes}
         links = {
             name: reference(request, self.server.settings, path)
@@ -72,6 +70,27 @@ class RootRoutes:
         found = Discovery(version=__version__, model=model, stage=stage, routes=routes, links=links)
         return answer(found, {"Vary": "Accept"})
 
+    def _routes(self, request: Request) -> list[MountedRoute]:
+        """All routes, those of BentoML and the middleware too, in the order of the document."""
+        mounted = {route.path_format for route in request.app.routes if isinstance(route, Route)}
+        names = None if self.server.model is None else self.server.model.names
+        try:
+            root = base_url(request, self.server.settings)
+        except InvalidRequestError:
+            root = UNKNOWN + prefix(request, self.server.settings)
+        listed: dict[str, MountedRoute] = {}
+        for operation in operations(names):
+            if not (operation.elsewhere or operation.path in mounted):
+                continue
+            path = operation.path
+            if path not in listed:
+                listed[path] = MountedRoute(
+                    path=path, methods=[], summary=operation.summary, curl=[]
+                )
+            listed[path].methods.append(operation.method.upper())
+            listed[path].curl.append(curl(operation, root, key=self.server.keys.required))
+        return list(listed.values())
+
     async def metrics(self, request: Request) -> Response:
         # off the loop: CUDA's memory query may wait for the driver
         content = await on_thread(None, self.server.metrics.render)
@@ -84,7 +103,8 @@ def _page(model: str | None, stage: str, routes: list[MountedRoute], links: dict
         for name, path in links.items()
     )
     shown_routes = "".join(
-        f"<li><code>{html.escape(' '.join(route.methods))} {html.escape(route.path)}</code></li>"
+        f"<li><code>{html.escape(' '.join(route.methods))} {html.escape(route.path)}</code> "
+        f"{html.escape(route.summary)}<pre>{html.escape(chr(10).join(route.curl))}</pre></li>"
         for route in routes
     )
     return (
