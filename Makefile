@@ -1,13 +1,26 @@
 # Every target installs what it needs, into .venv.
 HOST ?= 127.0.0.1
 PORT ?= 3000
+TAG ?= stepweave
 PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
+# the build of torch: cpu, cuda, or if empty what pip finds (on Linux, PyPI's, which is for CUDA)
+TORCH ?=
+ifneq ($(filter-out cpu cuda,$(TORCH)),)
+$(error TORCH=$(TORCH): it must be cpu or cuda)
+endif
+TORCH_INDEX_cpu := https://download.pytorch.org/whl/cpu
+TORCH_INDEX_cuda := https://pypi.org/simple
+TORCH_INDEX ?= $(TORCH_INDEX_$(TORCH))
+TORCH_STAMP := $(if $(TORCH),.venv/torch-$(TORCH).stamp)
+define need_python
+@test -n "$(PYTHON)" || { echo "No Python 3.11 or 3.12 found: install one, or set PYTHON=/path/to/python" >&2; exit 1; }
+endef
 SET_UP := $(if $(filter .venv/bin,$(BIN)),.venv/dev.stamp)
 export BENTOML_DO_NOT_TRACK = True
 
-.PHONY: serve test test-full coverage test-gpu bench-gpu check format model evaluate bento dashboard draw load clean
+.PHONY: serve wheel test test-full coverage test-gpu bench-gpu check format model evaluate bento image image-test dashboard draw load clean
 
 serve: export STEPWEAVE_STATE_DIR ?= $(CURDIR)/build/state-$(PORT)
 # accept any model name: many clients have a fixed one
@@ -25,14 +38,13 @@ test: .venv/dev.stamp .venv-clients/stamp
 	$(BIN)/pytest -m "not full and not gpu" --numprocesses 2 --dist loadscope
 
 # All tests, in parts (tests/parts.py): at most 100 minutes on two cores. If interrupted, the next
-# run continues with the parts that
-# have not passed, unless a file has changed. A single part: make test-full PART=pipelines
+# run continues with the parts that have not passed, unless a file has changed. A single part: make
+# test-full PART=pipelines
 test-full: .venv/dev.stamp .venv-clients/stamp .venv-node/stamp
 	$(BIN)/python -m tests.parts $(PART)
 
 # Coverage of `make test`; fails below the minimum in pyproject.toml. It takes twice the time, and
-# may hang on Python 3.11, hence
-# the timeout. As HTML: make coverage COVERAGE=--cov-report=html:build/coverage/html
+# may hang on Python 3.11, hence the timeout. As HTML: make coverage COVERAGE=--cov-report=html:build/coverage/html
 coverage: .venv/dev.stamp .venv-clients/stamp
 	timeout --kill-after=10s 90m $(BIN)/pytest -m "not full and not gpu" --numprocesses 2 --dist loadscope --cov $(COVERAGE)
 
@@ -64,8 +76,27 @@ model: .venv/dev.stamp
 evaluate: .venv/dev.stamp
 	$(BIN)/python -m tools.shapes.evaluate
 
+# dist/stepweave-*.whl, with the embedded model
+wheel: .venv/bin/python
+	rm -rf dist build/lib
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
 bento: .venv/serve.stamp
 	$(BIN)/bentoml build
+
+# The container image, by Docker or podman. Options: make image IMAGE="--build-arg=NAME=VALUE", and
+# TORCH=cuda, WITH_COMPILER=1, TORCH_INDEX_URL and TORCH_VERSION
+ifneq ($(TORCH),)
+image: export TORCH_INDEX_URL ?= $(TORCH_INDEX)
+endif
+image:
+	$(need_python)
+	$(PYTHON) -m tools.image --tag $(TAG) build -- $(IMAGE)
+
+# Run it read-only and without privileges, make an image, and drain it
+image-test:
+	$(need_python)
+	$(PYTHON) -m tools.image --tag $(TAG) test $(if $(WITH_COMPILER),--compiler)
 
 # Generate the Grafana dashboard.
 dashboard: .venv/dev.stamp
@@ -77,29 +108,45 @@ draw: .venv/dev.stamp
 	$(BIN)/python -m monitoring.draw $(DRAW)
 
 # Open-loop capacity test of a running server: make load LOAD="--rates 0.5,1,2"
-load: .venv/dev.stamp
+load: .venv/load.stamp
 	$(BIN)/python -m benchmarks.locust --host http://localhost:$(PORT) $(LOAD)
 
 clean:
-	rm -rf .venv .venv-clients .venv-node build .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-clients .venv-node build dist .mypy_cache .ruff_cache .pytest_cache
 
 .venv/bin/python:
-	@test -n "$(PYTHON)" || { echo "No Python 3.11 or 3.12 found: install one, or set PYTHON=/path/to/python" >&2; exit 1; }
+	$(need_python)
 	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "Cannot create .venv: on Debian and Ubuntu, install python3-venv" >&2; exit 1; }
 
-.venv/serve.stamp: pyproject.toml constraints.txt | .venv/bin/python
-	@echo "Installing packages into .venv, once: 1.3 GB, a minute or more."
+# Another build of torch than that which is installed
+.venv/torch-%.stamp: constraints.txt | .venv/bin/python
+	@echo "Installing torch for $* from $(TORCH_INDEX)"
+	@rm -f .venv/*.stamp
+	$(BIN)/pip uninstall --quiet --yes torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --index-url $(TORCH_INDEX) \
+		--extra-index-url https://pypi.org/simple torch
+	@$(BIN)/python -c 'import sys, torch; cuda = torch.version.cuda; sys.exit(0 if (cuda is None) == ("$*" == "cpu") \
+		else f"TORCH=$*: torch {torch.__version__} was installed, not a build for $*: is $(TORCH_INDEX) in reach?")'
+	touch $@
+
+.venv/serve.stamp: pyproject.toml constraints.txt setup.py | .venv/bin/python $(TORCH_STAMP)
+	@echo "Installing packages into .venv, once, in a minute or more: 1.3 GB, or 5.1 GB with CUDA."
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
-.venv/dev.stamp: pyproject.toml constraints.txt | .venv/bin/python
-	@echo "Installing packages for development into .venv, once: 1.5 GB, a minute or more."
+.venv/load.stamp: .venv/serve.stamp
+	@echo "Installing Locust into .venv, once."
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[load]'
+	touch $@
+
+.venv/dev.stamp: pyproject.toml constraints.txt setup.py | .venv/bin/python $(TORCH_STAMP)
+	@echo "Installing packages for development into .venv, once, in a minute or more: 1.5 GB, or 5.3 GB with CUDA."
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $@ .venv/serve.stamp
+	touch $@ .venv/load.stamp .venv/serve.stamp
 
 # Clients for tests whose dependencies conflict with the server's.
 .venv-clients/stamp: tests/clients/requirements.txt
-	@test -n "$(PYTHON)" || { echo "No Python 3.11 or 3.12 found: install one, or set PYTHON=/path/to/python" >&2; exit 1; }
+	$(need_python)
 	@echo "Installing clients for tests into .venv-clients, once: 0.5 GB, half a minute."
 	$(PYTHON) -m venv --clear .venv-clients
 	.venv-clients/bin/pip install --quiet --no-deps --no-compile --requirement $<

@@ -336,6 +336,10 @@ def test_promtool_takes_the_rules_and_each_alert_fires_when_it_should(
         )
 
 
+def test_promtool_takes_the_configuration_of_compose(binaries: dict[str, str]) -> None:
+    promtool(binaries, "check", "config", MONITORING / "compose" / "prometheus.yaml")
+
+
 def test_promtool_takes_the_servers_metrics(binaries: dict[str, str], served: Served) -> None:
     for exposition in (
         httpx.get(f"{served.url}/metrics", timeout=SECONDS).content,
