@@ -28,6 +28,7 @@ NAMED = {
     "openapi": ["tests/api/test_openapi.py"],
     "shapes": ["tests/model/test_shapes.py"],
     "adversarial": ["tests/adversarial"],
+    "install": ["tests/install"],
 }
 # pytest's arguments. What is in no other part is in `others`, so that nothing is left out.
 PARTS = {

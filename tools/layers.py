@@ -37,10 +37,23 @@ LAYERS = (
     ("telemetry", "download"),
     ("serving",),
     ("api",),
+    ("cli", "service"),
+    ("__main__",),
 )
 FOUNDATION_ROWS = 4  # drawn as one box, since every package may import them
 READ_FIRST = ("engine", "scheduling", "scope")
-SERVER = ("images", "loading", "store", "telemetry", "download", "serving", "api")
+SERVER = (
+    "images",
+    "loading",
+    "store",
+    "telemetry",
+    "download",
+    "serving",
+    "api",
+    "cli",
+    "service",
+    "__main__",
+)
 PURPOSES = {
     "compat": "what diffusers shares",
     "scheduling": "which calls are next",
@@ -63,6 +76,9 @@ PURPOSES = {
     "download": "a model from the hub",
     "serving": "from request to answer",
     "api": "every HTTP surface",
+    "cli": "the command line",
+    "service": "what BentoML serves",
+    "__main__": "python -m stepweave",
 }
 
 WIDTH, HEIGHT, PASSAGE = 172, 44, 10  # pixels: of a box, and the width of a line through a row
