@@ -60,8 +60,10 @@ class Engine:
         if not self._podman:
             return [self.name, "run", *arguments]
         limits = ("--ulimit", "nofile=20000:20000", "--ulimit", "nproc=30000:30000")
+        # with --read-only, podman makes folders writable that Docker and Kubernetes do not
+        strictly = ("--read-only-tmpfs=false",) if "--read-only" in arguments else ()
         runtime = ("--runtime", "runc") if shutil.which("runc") else ()
-        return [self.name, *runtime, "run", *limits, *arguments]
+        return [self.name, *runtime, "run", *limits, *strictly, *arguments]
 
     def _find_base(self) -> None:
         """Have Debian's image: pulled, or where no registry is in reach, made from its packages."""
