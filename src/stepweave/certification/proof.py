@@ -31,7 +31,8 @@ from stepweave.certification.evidence import (
     span,
     units,
 )
-from stepweave.certification.state_watch import RandomStates, on_a_device
+from stepweave.certification.random_states import RandomStates
+from stepweave.certification.state_watch import on_a_device
 from stepweave.compat.module_state import ModuleState
 from stepweave.compat.nested import cloned, copied, tensors
 from stepweave.compat.out_of_memory import ran_out
@@ -444,10 +445,11 @@ class _KeepRandomStates:
         self._arguments = arguments
 
     def __enter__(self) -> None:
-        self._states = RandomStates(self._prover.device)
+        self._states = RandomStates(self._prover.device).__enter__()
 
     def __exit__(self, *_: object) -> None:
         drew = self._arguments.drew() or self._states.changed()
+        self._states.__exit__()
         self._arguments.put_back()
         self._prover._runs += 1
         self._prover._draws += drew

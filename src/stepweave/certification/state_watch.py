@@ -9,18 +9,17 @@ alternating calls would share.
 from __future__ import annotations
 
 import dataclasses
-import random
 from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import nn
 
 from stepweave.batching.call import Call, Target
 from stepweave.certification.compare import close, equal
+from stepweave.certification.random_states import RandomStates
 from stepweave.compat.module_state import ModuleState, Place
 from stepweave.compat.nested import cloned, copied, tensors
 from stepweave.compat.out_of_memory import ran_out
@@ -31,38 +30,6 @@ from stepweave.planning.clock import now
 
 KEPT = 1024  # kinds of calls that are counted
 SELDOM = 1024  # calls of a kind, after which only each multiple of this number is checked
-
-
-class RandomStates:
-    """The default random generators: torch's, Python's and numpy's."""
-
-    def __init__(self, device: torch.device | None = None) -> None:
-        self._generators = [torch.default_generator]
-        if device is not None and device.type == "cuda":
-            self._generators.append(torch.cuda.default_generators[device.index or 0])
-        self._states = self._now()
-
-    def _now(self) -> tuple[Any, ...]:
-        name, keys, *rest = np.random.get_state()
-        numbers = np.asarray(keys).tobytes()
-        return (
-            *(generator.get_state() for generator in self._generators),
-            random.getstate(),
-            (name, numbers, *rest),
-        )
-
-    def changed(self) -> bool:
-        return any(
-            not torch.equal(now, before) if isinstance(now, torch.Tensor) else now != before
-            for now, before in zip(self._now(), self._states, strict=True)
-        )
-
-    def put_back(self) -> None:
-        for generator, state in zip(self._generators, self._states, strict=False):
-            generator.set_state(state)
-        *_, python, (name, keys, *rest) = self._states
-        random.setstate(python)
-        np.random.set_state((name, np.frombuffer(keys, np.uint32), *rest))
 
 
 class Watches:
@@ -130,12 +97,15 @@ class StateWatch:
     def run(self, call: Call) -> Any:
         """Run a call and check what it changes in the module. Returns its result, even if the check
         fails."""
+        with RandomStates(_device(call.target.module)) as states:
+            return self._run(call, states)
+
+    def _run(self, call: Call, states: RandomStates) -> Any:
         module, first = call.target.module, self._fresh
         self._fresh, began = False, now()
         self.seconds = 0.0
         before: ModuleState | None = None
         with contained("prepare the check of a forward"):
-            states = RandomStates(_device(module))
             arguments = ArgumentSnapshot(*call.args, *call.kwargs.values())
             twin = dataclasses.replace(call, args=copied(call.args), kwargs=copied(call.kwargs))
             before = self.start(module)
@@ -157,7 +127,18 @@ class StateWatch:
 
     def _again(self, call: Call, kept: list[Any], after: ModuleState, *, compare: bool) -> None:
         """Run the same call again: without state, it changes nothing and gives the same result."""
-        states = RandomStates(_device(call.target.module))
+        with RandomStates(_device(call.target.module)) as states:
+            self._run_again(call, kept, after, states, compare=compare)
+
+    def _run_again(
+        self,
+        call: Call,
+        kept: list[Any],
+        after: ModuleState,
+        states: RandomStates,
+        *,
+        compare: bool,
+    ) -> None:
         arguments = ArgumentSnapshot(*call.args, *call.kwargs.values())
         try:
             output = call.run()
