@@ -71,6 +71,12 @@ def test_a_port_in_use_is_a_problem() -> None:
     assert f"PROBLEM port: port {port} of 127.0.0.1 is in use" in result.output
 
 
+def test_a_file_of_keys_that_is_missing_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    status, found = findings("--api-keys-file", str(tmp_path / "none"))
+    assert status == 1 and "STEPWEAVE_API_KEYS_FILE" in found["API keys"]["message"]
+
+
 def test_a_missing_file_of_the_model_is_a_problem(tmp_path: Path) -> None:
     folder = model(tmp_path)
     (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()

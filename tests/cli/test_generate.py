@@ -125,6 +125,10 @@ def test_settings_of_a_server_are_refused_with_its_url(tmp_path: Path) -> None:
     [
         ((), "give at least one prompt"),
         (("a ring", "--url", "http://127.0.0.1:1", "--api-key", "ключ"), "--api-key has"),
+        (
+            ("a ring", "--url", "localhost:3000"),
+            "--url='localhost:3000': it must begin with http://",
+        ),
         (("a ring", "--set", "seed"), "--set 'seed'"),
         (("a ring", "--steps", "0"), "--steps"),
         (("a ring", "--max-rows", "0"), "--max-rows='0'"),

@@ -11,6 +11,7 @@ import httpx
 
 from stepweave.cli.failures import Failed, Usage
 from stepweave.config import Settings
+from stepweave.errors import shown
 from stepweave.threads import on_thread
 
 POLL_SECONDS = 0.2
@@ -22,14 +23,15 @@ LOCAL = "http://in-process"
 @contextlib.asynccontextmanager
 async def over_http(url: str, key: str | None) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a server's URL, with an API key."""
+    if not url.startswith(("http://", "https://")):
+        raise Usage(f"--url={shown(url)}: it must begin with http:// or https://")
+    url = url.rstrip("/").removesuffix("/v1")  # which OpenAI's clients want
     if key is not None and not key.isascii():
         raise Usage("--api-key has characters that a header cannot have")
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     timeout = httpx.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS)
     try:
-        async with httpx.AsyncClient(
-            base_url=url.rstrip("/"), headers=headers, timeout=timeout
-        ) as client:
+        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout) as client:
             yield client
     except (httpx.HTTPError, httpx.InvalidURL, OSError, OverflowError, UnicodeError) as error:
         raise Failed(lost(error, url)) from None

@@ -22,6 +22,7 @@ from stepweave.cli.failures import Failed
 from stepweave.cli.options import HOST, PORT, Grouped, export, given_settings, setting_options
 from stepweave.cli.serve import DEFAULTS, check_address
 from stepweave.config import Settings
+from stepweave.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +73,7 @@ def command(as_json: bool, config: Path | None, **flags: Any) -> None:
 def _look(settings: Settings, host: str, port: int) -> Iterator[Finding]:
     yield _versions()
     yield _port(host, port)
+    yield from _keys(settings)
     yield from _state_directory(settings)
     device, finding = _device(settings)
     yield finding
@@ -116,6 +118,15 @@ def _port(host: str, port: int) -> Finding:
         message = str(error).removeprefix("stepweave: ")
         return Finding("port", "problem", message)
     return Finding("port", "ok", f"{port} of {host} is free")
+
+
+def _keys(settings: Settings) -> Iterator[Finding]:
+    from stepweave.serving.keys import ApiKeys
+
+    try:
+        ApiKeys(settings.api_keys, settings.api_keys_file)
+    except ConfigError as error:
+        yield Finding("API keys", "problem", error.message)
 
 
 def _state_directory(settings: Settings) -> Iterator[Finding]:

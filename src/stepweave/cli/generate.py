@@ -145,6 +145,8 @@ def command(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Failed(f"--out: {out} cannot be made: {error.strerror}") from None
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise Failed(f"--out: {out} cannot be written to")
     connection = _connection(url, api_key, config, flags)
     # ends as on Ctrl-C
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -342,6 +344,8 @@ def _write(out: Path, name: str, content: bytes) -> Path:
             number += 1
             path = (out / name).with_stem(f"{Path(name).stem}_{number}")
         except OSError as error:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)  # what was written of it
             raise Failed(f"{path} cannot be written: {error.strerror}") from None
 
 

@@ -46,11 +46,11 @@ class Grouped(click.Command):
 class SettingOption(click.Option):
     """The option of one setting, whose value is passed on as text."""
 
-    def __init__(self, name: str, field: FieldInfo, group: str) -> None:
+    def __init__(self, name: str, field: FieldInfo, group: str, default: Any) -> None:
         flag = "--" + name.replace("_", "-")
         about = field.description or ""
-        default = "" if field.default in (None, ()) else f"; default {str(field.default).lower()}"
-        help_ = f"{about} [{PREFIX}{name.upper()}{default}]"
+        said = "" if default in (None, ()) else f"; default {str(default).lower()}"
+        help_ = f"{about} [{PREFIX}{name.upper()}{said}]"
         if field.annotation is bool:
             super().__init__([f"{flag}/--no-{flag[2:]}", name], default=None, help=help_)
         elif choices := _choices(field):
@@ -60,15 +60,17 @@ class SettingOption(click.Option):
         self.group = group
 
 
-def setting_options(*, without: tuple[str, ...] = ()) -> Callable[[FunctionT], FunctionT]:
+def setting_options(
+    *, without: tuple[str, ...] = (), **defaults: Any
+) -> Callable[[FunctionT], FunctionT]:
     """Add an option for each setting to a command, which gets them as keyword arguments, and the
-    options `--config`."""
+    option `--config`. `defaults` are those that the command sets itself, for the help."""
 
     def add(function: FunctionT) -> FunctionT:
         options: list[click.Option] = [
-            SettingOption(name, Settings.model_fields[name], group)
+            SettingOption(name, field, group, defaults.get(name, field.default))
             for group, names in GROUPS.items()
-            for name in names
+            for name, field in ((name, Settings.model_fields[name]) for name in names)
             if name not in without
         ]
         options.insert(

@@ -44,7 +44,7 @@ SECRETS = ("api_keys",)
 )
 @click.option("--port", help=f"Port to listen on. [{ADDRESS[PORT]}; default 3000]")
 @click.option("--print-config", is_flag=True, help="Print all settings as YAML, and do not serve.")
-@setting_options(without=("model",))
+@setting_options(without=("model",), exit_on_failure=True)
 def command(print_config: bool, config: Path | None, **flags: Any) -> None:
     """Serve MODEL: the directory of a diffusers pipeline, or a hub repository (owner/name) with its
     commit as --revision. By default the embedded model, which draws shapes.
