@@ -50,7 +50,7 @@ BUDGETS = {
     "jobs": 650,
     "views": 700,
     "memory": 650,
-    "certification": 2_300,
+    "certification": 2_400,
     "previews": 600,
     "batching": 1_300,
     "truncation": 500,
