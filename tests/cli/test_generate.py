@@ -178,23 +178,3 @@ def test_an_interrupted_command_cancels_what_it_asked_for(served: Served, tmp_pa
     assert process.returncode == 130, errors
     assert output == "" and "Traceback" not in errors
     wait_until(lambda: saved() > before)
-
-
-def test_this_process_loads_the_model_and_makes_an_image(tmp_path: Path) -> None:
-    """Also where the environment is a server's."""
-    command = [sys.executable, "-m", "stepweave", "generate", PROMPT, "--seed", "7", "--no-warmup"]
-    ended = subprocess.run(
-        [*command, "--out", str(tmp_path / "images")],
-        env=clean_environment(
-            STEPWEAVE_API_KEYS="secret", STEPWEAVE_STATE_DIR=str(tmp_path / "state")
-        ),
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert not (tmp_path / "state").exists()
-    (file,) = (tmp_path / "images").iterdir()
-    assert ended.stdout == f"{file}\n"
-    with Image.open(file) as image:
-        assert wrong_parts(image, PROMPT) == []

@@ -44,6 +44,7 @@ def stepweave_serve(folder: Path, *arguments: str, **variables: str) -> Iterator
             kill_tree(process)
 
 
+@pytest.mark.full
 def test_it_serves_from_an_empty_directory_until_it_is_interrupted(tmp_path: Path) -> None:
     (tmp_path / "stepweave.yaml").write_text("max_steps: 21\n")
     arguments = ("--no-warmup", "--config", str(tmp_path / "stepweave.yaml"))
