@@ -448,8 +448,10 @@ class _KeepRandomStates:
         self._states = RandomStates(self._prover.device).__enter__()
 
     def __exit__(self, *_: object) -> None:
-        drew = self._arguments.drew() or self._states.changed()
-        self._states.__exit__()
+        try:
+            drew = self._arguments.drew() or self._states.changed()
+        finally:
+            self._states.__exit__()
         self._arguments.put_back()
         self._prover._runs += 1
         self._prover._draws += drew
