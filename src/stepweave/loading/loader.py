@@ -58,8 +58,6 @@ def load_pipeline(
     """
     preset = read_preset(settings.model_directory())
     given = settings.preset_over(preset).call
-    # hides the advice to install torchvision, which is not needed
-    transformers.utils.logging.set_verbosity_error()
     # progress bars are unreadable in logs
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()

@@ -48,10 +48,6 @@ def load(
 ) -> Loaded:
     """Load and warm up, calling `enter` at each stage. Raises LoadError, and torch's errors."""
     enter("importing", 0.05, "importing torch and diffusers")
-    import transformers
-
-    # with diffusers' import, transformers would advise to install torchvision: it is not needed
-    transformers.utils.logging.set_verbosity_error()
     from stepweave.compat.torch_state import use_device
     from stepweave.engine import StepEngine
     from stepweave.loading import loader
