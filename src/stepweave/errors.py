@@ -33,7 +33,9 @@ package; their names do not end in Error, and no package above the engine sees t
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable
 from typing import ClassVar, Literal, Self, get_args
 
 RefusalReason = Literal["queue_full", "wait", "deadline", "memory"]
@@ -106,6 +108,13 @@ def shown(value: object) -> str:
     """The value for a message: its repr, cut to `SHOWN` characters."""
     text = repr(value[: 2 * SHOWN]) if isinstance(value, (str, bytes)) else repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint for a message about an unknown name: the known one that is like it, if there is
+    one."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def duration(seconds: float) -> str:

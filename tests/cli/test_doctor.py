@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
@@ -20,18 +17,8 @@ from stepweave.cli import doctor
 from stepweave.cli.inspection import inspect_model
 from stepweave.cli.main import main
 from stepweave.config import EMBEDDED_MODEL
-from tests.support.environment import clean_environment, free_port
+from tests.support.environment import free_port
 from tests.support.served import Served
-
-
-@pytest.fixture(autouse=True)
-def environment(tmp_path: Path) -> Iterator[None]:
-    changes = {"HF_HUB_CACHE": str(tmp_path / "hub")}
-    with (
-        patch.dict(os.environ, clean_environment(**changes), clear=True),
-        patch("stepweave.cli.main.quiet_libraries"),  # it would outlast the test
-    ):
-        yield
 
 
 def findings(*arguments: str) -> tuple[int, dict[str, dict[str, Any]]]:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 from click.testing import CliRunner, Result
@@ -23,15 +20,6 @@ from tests.support.waiting import SECONDS, wait_until
 from tools.shapes.checker import wrong_parts
 
 QUICK = ("--steps", "2")
-
-
-@pytest.fixture(autouse=True)
-def environment() -> Iterator[None]:
-    with (
-        patch.dict(os.environ, clean_environment(), clear=True),
-        patch("stepweave.cli.main.quiet_libraries"),  # it would outlast the test
-    ):
-        yield
 
 
 def generate(*arguments: str, text: str | None = None) -> Result:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import yaml
@@ -14,17 +12,6 @@ from click.testing import CliRunner, Result
 
 from stepweave.cli.main import COMMANDS, main
 from stepweave.config import GROUPS, Settings
-from tests.support.environment import clean_environment
-
-
-@pytest.fixture(autouse=True)
-def environment() -> Iterator[None]:
-    """Commands set the variables of a server that follows them in the same process."""
-    with (
-        patch.dict(os.environ, clean_environment(), clear=True),
-        patch("stepweave.cli.main.quiet_libraries"),  # it would outlast the test
-    ):
-        yield
 
 
 def run(*arguments: str) -> Result:

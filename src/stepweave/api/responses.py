@@ -26,6 +26,8 @@ from stepweave.threads import on_thread
 
 logger = logging.getLogger(__name__)
 
+# of pages, beside their Content-Security-Policy
+PAGE_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 LASTING = (OutOfMemoryError, NonFiniteError, ImageCountError)  # would happen again
 # header of the Open Inference Protocol's errors, whose body has no place for it
 CODE = "X-Stepweave-Code"

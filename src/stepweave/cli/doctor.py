@@ -166,7 +166,7 @@ def _device(settings: Settings) -> tuple[torch.device | None, Finding]:
         why = (
             f"this torch is a build for CUDA {build}: it may need a newer driver"
             if build
-            else ("this torch is a build for CPUs")
+            else "this torch is a build for CPUs"
         )
         return device, Finding("device", "warning", f"{text}, although there is a GPU: {why}")
     return device, Finding("device", "ok", text)

@@ -3,7 +3,6 @@ setting, of which the flag has precedence over the variable, and the variable ov
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -19,7 +18,7 @@ from pydantic.fields import FieldInfo
 
 from stepweave.cli.failures import Usage
 from stepweave.config import GROUPS, PREFIX, Settings
-from stepweave.errors import ConfigError, shown
+from stepweave.errors import ConfigError, did_you_mean, shown
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
@@ -154,8 +153,7 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
+            hint = did_you_mean(name, known)
             raise Usage(f"--config: {path}: there is no setting {shown(key)}{hint}")
         if value is not None and value != []:
             yield name, value

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
+from stepweave.config.settings import OPTIMIZATIONS
+
 GROUPS: dict[str, tuple[str, ...]] = {
     "Model": ("model", "revision", "variant", "model_names", "preset"),
-    "Device and weights": (
-        "device",
-        "dtype",
-        "quantization",
-        "offload",
-        "channels_last",
-        "vae_slicing",
-        "vae_tiling",
-        "attention_backend",
-        "compile",
-        "cpu_threads",
-    ),
+    "Device and weights": ("device", "dtype", *OPTIMIZATIONS, "cpu_threads"),
     "Batching": (
         "batching",
         "max_rows",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from pathlib import Path
@@ -15,7 +14,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from stepweave.config.engine import Mode
 from stepweave.config.preset import SETTING, Preset
 from stepweave.config.values import Clients, ModelNames, Names, PresetValue, Quantization
-from stepweave.errors import ConfigError, shown
+from stepweave.errors import ConfigError, did_you_mean, shown
 from stepweave.parameters import ResponseFormat
 
 PREFIX = "STEPWEAVE_"
@@ -369,8 +368,7 @@ class Settings(BaseSettings):
             upper = name.upper()
             known = upper in (*names, *REMOVED, *_OF_CLIENTS) or _SERVICE_LINK.fullmatch(name)
             if upper.startswith(PREFIX) and not known:
-                close = difflib.get_close_matches(upper, names, n=1)
-                hint = f" (did you mean {close[0]}?)" if close else ""
+                hint = did_you_mean(upper, names)
                 problems.append(f"{name}={_given(name, value)}: there is no such setting{hint}")
         try:
             settings = cls()

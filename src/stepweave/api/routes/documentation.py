@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route
 
+from stepweave.api.responses import PAGE_HEADERS
 from stepweave.api.urls import prefix
 from stepweave.errors import NotFoundError, shown
 from stepweave.serving.server import Server
@@ -24,8 +25,7 @@ HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' "
     "'unsafe-inline'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action "
     "'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
+    **PAGE_HEADERS,
 }
 _HTML = (
     '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '

@@ -13,7 +13,7 @@ from stepweave import __version__
 from stepweave.api.answer_schemas import Discovery, MountedRoute
 from stepweave.api.examples import UNKNOWN, curl
 from stepweave.api.operations import operations
-from stepweave.api.responses import answer
+from stepweave.api.responses import PAGE_HEADERS, answer
 from stepweave.api.urls import base_url, prefix, reference
 from stepweave.errors import InvalidRequestError
 from stepweave.serving.server import Server
@@ -30,8 +30,7 @@ LINKS = {
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
+    **PAGE_HEADERS,
     "Vary": "Accept",
 }
 _STYLE = (
