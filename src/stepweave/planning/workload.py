@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
+import re
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 from PIL import Image
 
 from stepweave.planning.profiles import Shape
+
+# integer arguments that are a number of repetitions; `skip_guidance_layers` has indices
+_TIMES = re.compile(r"(?<!_)layers$|n_sample$|ensemble_size|batch_size|parallel|jump_length|_iter_")
 
 
 def arguments_of(pipeline: Any) -> Mapping[str, inspect.Parameter]:
@@ -26,6 +31,11 @@ def arguments_of_call(call: Callable[..., Any]) -> Mapping[str, inspect.Paramete
 def takes(pipeline: Any, name: str) -> bool:
     """Whether the pipeline's call has an argument of that name."""
     return name in arguments_of(pipeline)
+
+
+def multiplies_work(name: str) -> bool:
+    """Whether an integer argument of that name is a number of repetitions, such as `layers`."""
+    return _TIMES.search(name) is not None
 
 
 def has_generator(pipeline: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -52,7 +62,12 @@ def shape_of(
         if value is not None and name != "generator"
     )
     pixels = size[0] * size[1] if size else 0
-    count = max(1, prompts * (images if isinstance(images, int) else 1))
+    times = [
+        value
+        for name, value in values.items()
+        if isinstance(value, int) and value > 0 and multiplies_work(name)
+    ]
+    count = max(1, prompts * (images if isinstance(images, int) else 1)) * math.prod(times)
     shape = Shape(pixels, count, (type(pipeline), kind, type(scheduler)))
     return shape, object() if reproducible else size, _steps(values)
 
@@ -71,6 +86,9 @@ def _size(values: dict[str, Any]) -> tuple[int, int] | None:
 def _steps(values: dict[str, Any]) -> int:
     """The number of steps that run; of an edit, the share given by its strength."""
     steps, strength = values.get("num_inference_steps"), values.get("strength")
+    if steps is None:  # of pipelines with a number for each of their stages
+        stages = [value for name, value in values.items() if name.endswith("num_inference_steps")]
+        return sum(value for value in stages if isinstance(value, int))
     if not isinstance(steps, int):
         return 0
     if isinstance(strength, (int, float)) and 0 < strength <= 1:
@@ -78,8 +96,11 @@ def _steps(values: dict[str, Any]) -> int:
     return steps
 
 
-def _level(name: str, value: Any) -> bool:
-    """Whether guidance is on: 1 or less is off, and saves half of the rows or calls."""
+def _level(name: str, value: Any) -> Hashable:
+    """What an argument says about a call's work: of guidance, whether it is on, since 1 or less is
+    off, and saves half of the rows or calls; of images, how many there are."""
     if isinstance(value, (int, float)) and ("guidance" in name or "cfg" in name):
         return value > 1
+    if isinstance(value, list) and value and isinstance(value[0], Image.Image):
+        return len(value)
     return True

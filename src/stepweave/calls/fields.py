@@ -1,0 +1,89 @@
+"""The fields that a model adds to every request: the arguments and images of all its pipelines."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from stepweave.calls.argument import Argument, has_scalar
+from stepweave.calls.bounds import Bounds, WorkLimits, bounds_of
+from stepweave.calls.description import CallDescription
+
+
+@dataclass(frozen=True)
+class ArgumentField:
+    """An argument, and the bounds of its numbers or the length of its texts."""
+
+    argument: Argument
+    bounds: Bounds
+
+
+@dataclass(frozen=True, eq=False)
+class RequestFields:
+    """What requests to one model may have beside the fields that all models have.
+
+    `images` are names of files, `image` and `mask` included; `same` are their names that mean one
+    of these, and `several` those that a request may have several times. `prompt` is whether the
+    model takes one; `needs` are the arguments that every request must have.
+    """
+
+    arguments: Mapping[str, ArgumentField] = field(default_factory=dict)
+    images: Mapping[str, Argument] = field(default_factory=dict)
+    same: Mapping[str, str] = field(default_factory=dict)
+    several: Collection[str] = ()
+    prompt: bool = True
+    needs: tuple[str, ...] = ()
+
+
+NONE = RequestFields()  # of a model that is not known yet
+
+
+def fields_of(
+    descriptions: Iterable[CallDescription],
+    defaults: Mapping[str, Any],
+    offered: Mapping[str, Any],
+    limits: WorkLimits,
+    several: Collection[str] = (),
+) -> RequestFields:
+    """The fields of a model whose pipelines have these calls, its main one first.
+
+    `defaults` are a preset's arguments of every call, which need not be sent; `offered` are a
+    preset's own bounds by name, `False` for an argument that requests must not set; `several` are
+    images, by the requests' names, that a pipeline is known to take several of.
+    """
+    first, *others = descriptions
+    arguments: dict[str, ArgumentField] = {}
+    images: dict[str, Argument] = {}
+    same = {} if first.image == "images" else {"images": "image"}
+    for description in (first, *others):
+        for name, argument in description.arguments.items():
+            if offered.get(name) is False or name in arguments:
+                continue
+            arguments[name] = ArgumentField(
+                argument, _bounds(argument, defaults.get(name), offered.get(name), limits)
+            )
+        for name, known in (("image", description.image), ("mask", description.mask)):
+            if known is not None:
+                images.setdefault(name, description.images[known])
+                if known != name:
+                    same[known] = name
+        for name, argument in description.images.items():
+            if offered.get(name) is not False:
+                images.setdefault(name, argument)
+    needs = tuple(
+        name for name in first.needs if name in first.arguments and defaults.get(name) is None
+    )
+    return RequestFields(arguments, images, same, several, "prompt" in first.takes, needs)
+
+
+def _bounds(argument: Argument, default: Any, offered: Any, limits: WorkLimits) -> Bounds:
+    if has_scalar(argument.value, str):
+        return Bounds(0, 0, limits.characters)
+    known = bounds_of(
+        argument.name,
+        argument.default if default is None else default,
+        integer=not has_scalar(argument.value, float),
+        limits=limits,
+    )
+    return known if offered is None else Bounds(offered[0], offered[1], known.length)
